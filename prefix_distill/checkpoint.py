@@ -1,0 +1,143 @@
+"""The run folder: resolved config, provenance, metric rows, atomic checkpoints. safetensors and JSON only.
+
+    config.yaml  run.json  metrics.jsonl  before.json  checkpoints/step-00000025/{student,optimizer}.safetensors state.json
+    model/  best/  examples-before.jsonl  examples-after.jsonl
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from .errors import UserError
+from .models import replace_folder
+
+FORMAT = 1  # of checkpoints; a reader refuses what it does not know
+KEPT = 2  # checkpoints on disk: the newest and one to fall back on
+
+
+class RunFolder:
+    """Reads and writes one run's files. Every write of more than a line is atomic: scratch file, fsync, rename."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    def refuse_if_used(self) -> None:
+        """UserError unless the folder is absent or empty, and can be made."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path}: it is a file; name a folder")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"--out {self.path}: the folder is not empty; add --resume to continue it, or name another")
+
+    def create(self, config: dict) -> None:
+        """Makes the folder and writes config.yaml."""
+        import yaml
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); name another folder") from None
+
+    def write_json(self, name: str, tree) -> None:
+        """``name`` ← ``tree`` as JSON."""
+        _write(self.path / name, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str):
+        """The JSON file ``name``; UserError when it is missing or damaged."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"run folder {self.path}: {name} cannot be read ({type(error).__name__}); start anew "
+                            "with another --out") from None
+
+    def write_rows(self, name: str, rows: list[dict]) -> None:
+        """``name`` ← one JSON line per row."""
+        write_rows(self.path / name, rows)
+
+    def append_metrics(self, row: dict) -> None:
+        """One more row of metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops rows of updates beyond ``step`` completed ones, and a torn last line."""
+        rows = []
+        file = self.path / "metrics.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row["step"] <= step:
+                rows.append(row)
+        self.write_rows("metrics.jsonl", rows)
+
+    def save(self, step: int, tensors: dict[str, dict], facts: dict) -> None:
+        """Checkpoint after ``step`` updates: named state dicts of tensors, plus plain facts, with checksums."""
+        from safetensors.torch import save_file
+
+        parent = self.path / "checkpoints"
+        scratch = parent / ".partial"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        sums = {}
+        for name, state in tensors.items():
+            file = scratch / f"{name}.safetensors"
+            save_file({k: v.detach().contiguous() for k, v in state.items()}, file)
+            sums[file.name] = _digest(file)
+        _write(scratch / "state.json", json.dumps({"format": FORMAT, "step": step, "sha256": sums, "facts": facts}))
+        replace_folder(scratch, parent / f"step-{step:08d}")
+        for old in self._checkpoints()[KEPT:]:
+            shutil.rmtree(old)
+
+    def latest(self, warn) -> tuple[int, dict[str, dict], dict]:
+        """(step, tensors, facts) of the newest intact checkpoint; a damaged one is named through ``warn`` and passed
+        over. UserError when there is none."""
+        from safetensors.torch import load_file
+
+        for folder in self._checkpoints():
+            try:
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                if state["format"] != FORMAT:
+                    raise UserError(f"checkpoint {folder}: format {state['format']}, this version reads {FORMAT}; resume "
+                                    "with the version that wrote it")
+                for name, digest in state["sha256"].items():
+                    if _digest(folder / name) != digest:
+                        raise ValueError(f"{name} does not match its checksum")
+                tensors = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
+                return state["step"], tensors, state["facts"]
+            except (OSError, ValueError, KeyError) as error:
+                warn(f"checkpoint {folder.name} is damaged ({error}); falling back on the one before it")
+        raise UserError(f"--resume {self.path}: no intact checkpoint in it; start anew with another --out")
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("step-*"), reverse=True)
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """``file`` ← one JSON line per row, atomically."""
+    _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write(file: Path, text: str) -> None:
+    scratch = file.with_name(f".{file.name}.partial")
+    with open(scratch, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(scratch, file)

@@ -1,0 +1,252 @@
+"""The commands: parse, build, call one function, print, exit code. The only file that writes to stdout or exits."""
+
+import inspect
+import json
+import os
+import sys
+from typing import Annotated, Optional
+
+import typer
+
+from . import config as configuration
+from .errors import Stopped, UserError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Distil a large reasoning model into a small one, on-policy, from prefixes of the student's own answers.",
+)
+
+
+def with_options(*sections: str):
+    """Gives a command one flag per config option of ``sections`` (all when none is named), as declared in config.py."""
+
+    def decorate(function):
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        made = []
+        for path, field in configuration.options(*sections).items():
+            kind = field.type if isinstance(field.type, type) else field.type.__args__[0]
+            shown = field.metadata["shown"] or (str(field.default) if field.default is not None else "none")
+            text = typer.Option(field.metadata["flag"], help=field.metadata["help"], show_default=shown)
+            made.append(inspect.Parameter(path.replace(".", "__"), inspect.Parameter.KEYWORD_ONLY, default=None,
+                                          annotation=Annotated[Optional[kind], text]))
+
+        def command(**given):
+            passed = {k: given.pop(k) for k in [p.name for p in own]}
+            return function(**passed, flags={k.replace("__", "."): v for k, v in given.items() if v is not None})
+
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__signature__ = inspect.Signature([*own, *made])
+        command.__annotations__ = {p.name: p.annotation for p in [*own, *made]}
+        return command
+
+    return decorate
+
+
+ConfigFile = Annotated[Optional[str], typer.Option("--config", help="YAML file of sections; flags override it.")]
+Assignments = Annotated[list[str], typer.Option("--set", help="section.key=value; overrides flags and file.")]
+
+
+@app.command()
+@with_options()
+def run(
+    config_file: ConfigFile = None, assignments: Assignments = [],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out exactly where it stopped.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")] = False,
+    **flags,
+):
+    """Distil: the student writes a prefix, the teacher scores it, the student learns from it."""
+    from datetime import datetime
+    from pathlib import Path
+
+    flags = flags["flags"]
+    values = configuration.read_yaml(config_file) if config_file else {}
+    values |= flags | configuration.read_assignments(assignments)
+    if resume:
+        values = _resumed(values)
+    elif values.get("checkpoint.out") is None:
+        values["checkpoint.out"] = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+    config = configuration.build(values)
+
+    from .checkpoint import RunFolder
+
+    folder = RunFolder(Path(config.checkpoint.out))
+    if not resume:
+        folder.refuse_if_used()
+    _quiet()
+    from . import preflight
+
+    prepared = preflight.prepare(config)
+    for text in prepared.notes:
+        _say(prepared, text)
+    for text in prepared.warnings:
+        _say(prepared, f"warning: {text}")
+    if dry_run:
+        _finish(prepared, _plan(prepared))
+        return
+    _finish(prepared, train_in(prepared, folder, resume))
+
+
+def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
+    """Opens the run folder, shows progress, trains; the result document."""
+    from . import runtime
+    from .display import Display
+    from .train import train
+
+    if prepared.place.first and not resume:
+        folder.create(configuration.as_dict(prepared.config))
+        folder.write_json("run.json", {
+            **runtime.description(), "seed": prepared.config.runtime.seed, "notes": prepared.notes,
+            "warnings": prepared.warnings, "ranks": prepared.place.world,
+            "generation_config": {name: model.generation_config.to_diff_dict() for name, model in
+                                  (("student", prepared.student), ("teacher", prepared.teacher))},
+        })
+    prepared.place.wait()
+    with Display(prepared.config.train.steps, label=label) as display:
+        return train(prepared, folder, display, resume)
+
+
+def _resumed(values: dict) -> dict:
+    """The settings of the run in --out; what is given now may only lengthen it, save or evaluate at other times."""
+    from pathlib import Path
+
+    out = values.get("checkpoint.out")
+    if out is None:
+        raise UserError("--resume: name the run folder with --out")
+    saved_file = Path(str(out)) / "config.yaml"
+    if not saved_file.is_file():
+        raise UserError(f"--resume {out}: no config.yaml in it; name the folder of a run, or drop --resume")
+    saved = configuration.read_yaml(str(saved_file))
+    free = {"train.steps", "checkpoint.save_every", "checkpoint.out"}
+    for path, value in values.items():
+        if path not in configuration.options():
+            configuration.build({path: value})  # raises, with the nearest known key
+        if path not in free and value != saved.get(path):
+            raise UserError(f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; leave it out, or start anew "
+                            "with another --out")
+    return saved | values
+
+
+def _plan(prepared) -> dict:
+    from .flops import update_cost
+
+    config = prepared.config
+    prompts = prepared.train_prompts[: config.train.batch_size]
+    sizes = [[len(ids) for ids in side for _ in range(config.rollout.samples)]
+             for side in ([p.student_ids for p in prompts], [p.teacher_ids for p in prompts])]
+    lengths = {"prefix": prepared.prefix.length(0), "full": config.rollout.max_new_tokens}
+    return {
+        "dry_run": True, "config": configuration.as_dict(config), "notes": prepared.notes, "warnings": prepared.warnings,
+        "flops_per_update": {
+            name: update_cost(prepared.student_shape, prepared.teacher_shape, *sizes, length)
+            for name, length in lengths.items()
+        },
+    }
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[Optional[str], typer.Option(help="Hub id, folder, .gguf file or lab:TASK/ROLE.",
+                                                 show_default="the embedded student")] = None,
+    dataset: Annotated[Optional[str], typer.Option(help=".jsonl/.json/.csv/.parquet file, hub id or lab:TASK.",
+                                                   show_default="the embedded task")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub or embedded data set.")] = "test",
+    prompt_column: Annotated[Optional[str], typer.Option(help="Column with the prompt.", show_default="found by name")] = None,
+    answer_column: Annotated[Optional[str], typer.Option(help="Column with the answer.", show_default="found by name")] = None,
+    system: Annotated[Optional[str], typer.Option(help="System message put before every prompt.")] = None,
+    instruction: Annotated[Optional[str], typer.Option(help="Text appended to every prompt after a blank line.")] = None,
+    template: Annotated[str, typer.Option(help="Prompt format: chat, plain or auto.")] = "auto",
+    begin: Annotated[Optional[str], typer.Option(help="Text forced at the start of every response.")] = None,
+    samples: Annotated[int, typer.Option(help="Answers sampled per problem (k of avg@k and pass@k).")] = 1,
+    limit: Annotated[int, typer.Option(help="Problems evaluated, from the first (0: all).")] = 200,
+    max_new_tokens: Annotated[Optional[int], typer.Option(
+        help="Longest response (tokens).", show_default="the embedded task's, else 2048 where positions allow")] = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature (0 is greedy).")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus mass kept (1 keeps all).")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Most likely tokens kept (0 keeps all).")] = 0,
+    answer_format: Annotated[str, typer.Option(help="auto, boxed, hash (#### 42), last-number or exact.")] = "auto",
+    rows: Annotated[int, typer.Option("--generation-rows", help="Responses per generate call.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the sampled answers.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with a hub repository.")] = False,
+    out: Annotated[Optional[str], typer.Option(help="File for the per-problem JSONL.", show_default="eval-<time>.jsonl")] = None,
+):
+    """Measure a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
+    from datetime import datetime
+
+    config = configuration.build({
+        "data.dataset": dataset, "data.split": split, "data.prompt_column": prompt_column,
+        "data.answer_column": answer_column, "data.system": system, "data.instruction": instruction,
+        "data.template": template, "rollout.begin": begin, "rollout.max_new_tokens": max_new_tokens,
+        "rollout.top_p": top_p, "rollout.top_k": top_k, "rollout.rows": rows, "evaluate.rollouts": samples,
+        "evaluate.problems": limit, "evaluate.temperature": temperature, "evaluate.answer_format": answer_format,
+        "runtime.dtype": dtype, "runtime.device": device, "runtime.seed": seed, "models.student": model,
+        "models.trust_remote_code": trust_remote_code,
+        "checkpoint.out": out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl",
+    })
+    _quiet()
+    from .preflight import evaluate_model
+
+    place, notes, document = evaluate_model(config)
+    for text in notes if place.first else ():
+        print(text, file=sys.stderr)
+    if place.first:
+        print(json.dumps(document))
+
+
+@app.command()
+def demo(
+    out: Annotated[Optional[str], typer.Option(help="Folder for runs and picture.", show_default="runs/demo-<time>")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, rollouts and evaluation.")] = 0,
+):
+    """Three minutes, offline: distil the embedded pair with a prefix and with full rollouts, side by side."""
+    from datetime import datetime
+    from pathlib import Path
+
+    from .checkpoint import RunFolder
+
+    folder = RunFolder(Path(out or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}"))
+    folder.refuse_if_used()
+    _quiet()
+    from .demo.show import demonstrate
+
+    table, document = demonstrate(folder.path, seed, train_in)
+    from rich.console import Console
+
+    Console(stderr=True).print(table)
+    print(json.dumps(document))
+
+
+def _say(prepared, text: str) -> None:
+    if prepared.place.first:
+        print(text, file=sys.stderr)
+
+
+def _finish(prepared, document: dict) -> None:
+    if prepared.place.first:
+        print(json.dumps(document))
+
+
+def _quiet() -> None:
+    """Imports the heavy libraries with their own chatter off."""
+    import logging
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Runs the command; bad input ends with one line on stderr and exit code 2."""
+    # with two busy processes OpenMP's spinning barriers slow torch down many times over
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app(standalone_mode=True)
+    except (UserError, Stopped) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint is kept: add --resume to continue", file=sys.stderr)
+        sys.exit(130)

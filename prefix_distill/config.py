@@ -1,0 +1,284 @@
+"""What a run is: one frozen section per consuming file, every default, every check and its message.
+
+Each option is declared once, here. Its command-line flag, its help and its YAML key come from this declaration.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import UserError
+from .schedule import parse_prefix, warmup_steps
+
+DIVERGENCES = "reverse-kl, forward-kl or jsd:β with 0 < β < 1"
+
+
+def option(default, flag: str, help: str, shown: str | None = None):
+    """A config field with its command-line flag and its help (which states the unit)."""
+    return field(default=default, metadata={"flag": flag, "help": help, "shown": shown})
+
+
+@dataclass(frozen=True)
+class Models:
+    student: str | None = option(None, "--student", "Student: hub id, folder, .gguf file or lab:TASK/student.",
+                                 "the embedded student")
+    teacher: str | None = option(None, "--teacher", "Teacher: hub id, folder, .gguf file or lab:TASK/teacher.",
+                                 "the embedded teacher")
+    trust_remote_code: bool = option(False, "--trust-remote-code", "Run model code that comes with a hub repository.")
+
+
+@dataclass(frozen=True)
+class Data:
+    dataset: str | None = option(None, "--dataset", "Training prompts: .jsonl/.json/.csv/.parquet file, hub id "
+                                 "or lab:TASK.", "the embedded task")
+    split: str = option("train", "--split", "Split of a hub or embedded data set.")
+    prompt_column: str | None = option(None, "--prompt-column", "Column (a.b reaches into records) with the prompt.",
+                                       "found by name")
+    answer_column: str | None = option(None, "--answer-column", "Column with the reference answer.", "found by name")
+    system: str | None = option(None, "--system", "System message put before every prompt.")
+    instruction: str | None = option(None, "--instruction", "Text appended to every prompt after a blank line.")
+    template: str = option("auto", "--template", "Prompt format: chat, plain, or auto (chat where a template exists).")
+    max_prompt_tokens: int = option(1024, "--max-prompt-tokens", "Longer prompts are dropped and counted (tokens).")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    prefix: str = option("25%", "--prefix", "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full.")
+    lr: float = option(1e-4, "--lr", "Peak learning rate of AdamW.")
+    lr_schedule: str = option("linear", "--lr-schedule", "After warm-up: constant, linear or cosine, ending at 0.")
+    warmup: str = option("5%", "--warmup", "Linear warm-up: updates (20) or a share of them (5%).")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    samples: int = option(4, "--samples", "Rollouts per prompt.")
+    temperature: float = option(1.0, "--temperature", "Sampling temperature (0 is greedy); not the loss's.")
+    top_p: float = option(1.0, "--top-p", "Nucleus mass kept when sampling (1 keeps all).")
+    top_k: int = option(0, "--top-k", "Most likely tokens kept when sampling (0 keeps all).")
+    max_new_tokens: int | None = option(None, "--max-new-tokens", "Longest full response (tokens).",
+                                        "the embedded task's, else what the models' positions allow, at most 2048")
+    eos: str = option("union", "--eos", "Whose end-of-sequence ids stop a rollout: student, teacher or union.")
+    begin: str | None = option(None, "--begin", "Text forced at the start of every response, not taught (a think tag).")
+    rows: int = option(64, "--generation-rows", "Rollouts per generate call, per rank.")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    name: str = option("reverse-kl", "--divergence", "reverse-kl Σ S(log S − log T), forward-kl Σ T(log T − log S), "
+                       "jsd:β = β·KL(T‖m) + (1−β)·KL(S‖m), m = βT + (1−β)S; nats per token.")
+    temperature: float = option(1.0, "--kl-temperature", "Temperature of both distributions in the loss.")
+    reduction: str = option("token", "--reduction", "token: mean over taught tokens; sequence: mean over rollouts of "
+                            "their token means; sum: sum over tokens, mean over rollouts.")
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = option(100, "--steps", "Updates.")
+    batch_size: int = option(8, "--batch-size", "Prompts per update, over all ranks.")
+    micro_batch_size: int = option(8, "--micro-batch-size", "Rollouts per forward pass, per rank.")
+    weight_decay: float = option(0.0, "--weight-decay", "AdamW weight decay, on matrices only.")
+    grad_clip: float = option(1.0, "--grad-clip", "Largest gradient norm (0 turns clipping off).")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    dataset: str | None = option(None, "--eval-dataset", "Held-out problems: as --dataset.",
+                                 "the embedded test split, or rows held out of --dataset")
+    split: str = option("test", "--eval-split", "Split of a hub or embedded evaluation set.")
+    problems: int = option(200, "--eval-samples", "Held-out problems evaluated before, during and after (0: none).")
+    rollouts: int = option(1, "--eval-rollouts", "Answers sampled per held-out problem.")
+    every: int = option(0, "--eval-every", "Updates between evaluations (0: only before and after).")
+    temperature: float = option(1.0, "--eval-temperature", "Sampling temperature of evaluation (0 is greedy).")
+    kl_prompts: int = option(32, "--kl-prompts", "Held-out prompts whose full-length rollouts measure the KL.")
+    answer_format: str = option("auto", "--answer-format", "Where an answer is read: auto, boxed, hash (#### 42), "
+                                "last-number or exact.")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    dtype: str = option("auto", "--dtype", "Compute: auto, float32 or bfloat16 (student master weights stay float32).")
+    head_dtype: str = option("auto", "--head-dtype", "Matmuls of the output head: auto (as --dtype), float32, bfloat16.")
+    device: str = option("auto", "--device", "Student's device: auto, cpu, cuda, cuda:1, mps.")
+    teacher_device: str | None = option(None, "--teacher-device", "Teacher's device.", "the student's")
+    seed: int = option(0, "--seed", "Seed of prompts, rollouts and evaluation.")
+    head_memory_mb: int = option(256, "--head-memory-mb", "Memory budget of the loss's vocabulary-sized chunk (MiB).")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    out: str | None = option(None, "--out", "Run folder.", "runs/<time>")
+    save_every: int = option(25, "--save-every", "Updates between checkpoints (0: only at the end).")
+
+
+@dataclass(frozen=True)
+class Config:
+    models: Models = field(default_factory=Models)
+    data: Data = field(default_factory=Data)
+    schedule: Schedule = field(default_factory=Schedule)
+    rollout: Sampling = field(default_factory=Sampling)
+    divergence: Divergence = field(default_factory=Divergence)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluation = field(default_factory=Evaluation)
+    runtime: Runtime = field(default_factory=Runtime)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+def options(*sections: str) -> dict[str, dataclasses.Field]:
+    """``section.key`` → field, for the named sections (all if none is named)."""
+    return {
+        f"{section.name}.{key.name}": key
+        for section in dataclasses.fields(Config)
+        if not sections or section.name in sections
+        for key in dataclasses.fields(section.type)
+    }
+
+
+def as_dict(config: Config) -> dict:
+    """The resolved config as nested plain values, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def build(values: dict[str, object]) -> Config:
+    """``{"train.steps": 5, …}`` over the defaults → a checked Config. UserError names a bad key or value."""
+    known = options()
+    sections: dict[str, dict] = {section.name: {} for section in dataclasses.fields(Config)}
+    for path, value in values.items():
+        if path not in known:
+            near = difflib.get_close_matches(path, known, 1, 0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; known sections: {', '.join(sections)}"
+            raise UserError(f"unknown setting '{path}'{hint}")
+        section, key = path.split(".")
+        sections[section][key] = _typed(path, value, known[path].type)
+    config = Config(**{s.name: s.type(**sections[s.name]) for s in dataclasses.fields(Config)})
+    check(config)
+    return config
+
+
+def read_yaml(path: str) -> dict[str, object]:
+    """A YAML file of sections → ``{"section.key": value}``. UserError on a missing file or a wrong shape."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path}: cannot be read ({type(error).__name__}); check --config") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {path}: expected sections such as 'train: {{steps: 5}}', got {type(tree).__name__}")
+    values = {}
+    for section, keys in tree.items():
+        if not isinstance(keys, dict):
+            raise UserError(f"config file {path}: section '{section}' must hold keys, got {keys!r}")
+        values.update({f"{section}.{key}": value for key, value in keys.items()})
+    return values
+
+
+def read_assignments(assignments: list[str]) -> dict[str, object]:
+    """``["train.steps=5"]`` → ``{"train.steps": 5}``; the value is read as YAML."""
+    import yaml
+
+    values = {}
+    for text in assignments:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: expected section.key=value, such as train.steps=5")
+        try:
+            values[path.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {text}: the value is not valid YAML; quote it") from None
+    return values
+
+
+def _typed(path: str, value: object, kind) -> object:
+    """``value`` as the declared type; an int is a float, a number is text where text is due, nothing else is bent."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    base = kinds[0]
+    if base is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if base is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if base is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if type(value) is not base:
+        raise UserError(f"{path}: expected {base.__name__}, got {value!r}")
+    return value
+
+
+def check(config: Config) -> None:
+    """Every rule a value alone can break. Raises UserError with expected, got, what to do."""
+    for path, low, high in (
+        ("schedule.lr", 0, None), ("rollout.temperature", 0, None), ("rollout.top_p", 0, 1),
+        ("divergence.temperature", 0, None), ("train.weight_decay", 0, None), ("train.grad_clip", 0, None),
+        ("evaluate.temperature", 0, None), ("rollout.top_k", 0, None), ("evaluate.problems", 0, None),
+        ("evaluate.every", 0, None), ("evaluate.kl_prompts", 1, None), ("checkpoint.save_every", 0, None),
+        ("train.steps", 0, None), ("train.batch_size", 1, None), ("train.micro_batch_size", 1, None),
+        ("rollout.samples", 1, None), ("rollout.rows", 1, None), ("rollout.max_new_tokens", 1, None),
+        ("data.max_prompt_tokens", 1, None), ("evaluate.rollouts", 1, None), ("runtime.head_memory_mb", 1, None),
+    ):
+        value = get(config, path)
+        if value is None:
+            continue
+        bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+        if not math.isfinite(value) or value < low or (high is not None and value > high):
+            raise UserError(f"{path} {value}: expected a finite number {bound}; change {flag(path)}")
+    for path in ("schedule.lr", "rollout.top_p", "divergence.temperature"):
+        if get(config, path) == 0:
+            raise UserError(f"{path} 0: expected a number above 0; change {flag(path)}")
+    for path, allowed in (
+        ("data.template", ("auto", "chat", "plain")), ("schedule.lr_schedule", ("constant", "linear", "cosine")),
+        ("rollout.eos", ("student", "teacher", "union")), ("divergence.reduction", ("token", "sequence", "sum")),
+        ("evaluate.answer_format", ("auto", "boxed", "hash", "last-number", "exact")),
+        ("runtime.dtype", ("auto", "float32", "bfloat16")), ("runtime.head_dtype", ("auto", "float32", "bfloat16")),
+    ):
+        if get(config, path) not in allowed:
+            raise UserError(f"{path} '{get(config, path)}': {flag(path)} must be one of {', '.join(allowed)}")
+    parse_divergence(config.divergence.name)
+    parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens or sys.maxsize)
+    warmup_steps(config.schedule.warmup, config.train.steps)
+
+
+def parse_divergence(text: str) -> tuple[str, float | None]:
+    """``reverse-kl`` | ``forward-kl`` | ``jsd:β`` → (name, β or None). UserError otherwise."""
+    if text in ("reverse-kl", "forward-kl"):
+        return text, None
+    name, _, beta = text.partition(":")
+    if name == "jsd" and beta:
+        try:
+            value = float(beta)
+        except ValueError:
+            value = math.nan
+        if 0 < value < 1:
+            return "jsd", value
+        if value in (0, 1):
+            instead = "forward-kl" if value == 0 else "reverse-kl"
+            raise UserError(f"divergence '{text}': the JSD vanishes at β = {beta}; use {instead}")
+    raise UserError(f"divergence '{text}': --divergence must be {DIVERGENCES}")
+
+
+def get(config: Config, path: str):
+    """``get(config, "train.steps")``."""
+    section, key = path.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def flag(path: str) -> str:
+    """The command-line flag of ``section.key``."""
+    return options()[path].metadata["flag"]
+
+
+def replace(config: Config, **sections: dict) -> Config:
+    """A copy with some keys of some sections changed: ``replace(config, rollout={"max_new_tokens": 64})``."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    )

@@ -1,0 +1,223 @@
+"""Prompt sets: files, hub data sets and the embedded task → prompts; chat template → ids; which prompts at which step."""
+
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .demo import task
+from .errors import UserError
+from .models import LAB, Model
+
+PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "query", "input")
+ANSWER_COLUMNS = ("answer", "solution", "final_answer", "ground_truth", "target", "gold", "output", "response")
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem: chat messages ending with the user's turn, and the reference answer if the data has one."""
+
+    index: int
+    messages: tuple[dict, ...]
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in the data's order. ``answer_format``: how the task itself says its answers are written, or None.
+    ``max_new_tokens``: the longest response the task needs (tokens), where it is known."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    answer_format: str | None = None
+    max_new_tokens: int | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Do all prompts carry a reference answer?"""
+        return all(p.answer is not None for p in self.prompts)
+
+
+def load(name: str, *, split: str, prompt_column: str | None = None, answer_column: str | None = None,
+         system: str | None = None, instruction: str | None = None, limit: int | None = None) -> PromptSet:
+    """Reads a ``.jsonl/.json/.csv/.parquet`` file (also ``.gz``), a hub data set or ``lab:TASK``.
+
+    Columns are found by the usual names or given (``doc.question`` reaches into a record). UserError on a missing file,
+    a missing column, an empty set or a row without a prompt.
+    """
+    if name.startswith(LAB):
+        return _embedded(name[len(LAB):], split, system, instruction, limit)
+    rows = _rows(name, split)
+    if len(rows) == 0:
+        raise UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
+    prompt_column = _column(name, rows[0], prompt_column, PROMPT_COLUMNS, "--prompt-column", required=True)
+    answer_column = _column(name, rows[0], answer_column, ANSWER_COLUMNS, "--answer-column", required=False)
+    prompts = []
+    for index in range(len(rows) if limit is None else min(limit, len(rows))):
+        row = rows[index]
+        messages, answer = _messages(name, index, _reach(row, prompt_column), system, instruction)
+        if answer_column is not None:
+            answer = _reach(row, answer_column)
+        prompts.append(Prompt(index, messages, None if answer is None else str(answer)))
+    return PromptSet(name, tuple(prompts))
+
+
+def _embedded(text: str, split: str, system, instruction, limit) -> PromptSet:
+    try:
+        problems = task.problems(text, split, limit or {"train": 4_000}.get(split, 2_000))
+    except ValueError as error:
+        raise UserError(f"dataset {LAB}{text}: {error}") from None
+    prompts = [
+        Prompt(i, _messages(text, i, problem.prompt, system, instruction)[0], problem.answer)
+        for i, problem in enumerate(problems)
+    ]
+    return PromptSet(LAB + text, tuple(prompts), "hash", task.MAX_NEW_TOKENS)
+
+
+def _rows(name: str, split: str):
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    path = Path(name).expanduser()
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in FORMATS and not path.exists():
+        if name.startswith((".", "~", "/")):
+            raise UserError(f"dataset {name}: no such file; check the path")
+        try:
+            return load_dataset(name, split=split)
+        except Exception as error:  # the hub client raises many kinds
+            why = (str(error).strip().splitlines() or [""])[0][:200]
+            raise UserError(f"dataset {name}: not a local file, and the hub gave none ({type(error).__name__}: {why})") from None
+    if not path.is_file():
+        raise UserError(f"dataset {name}: no such file; check the path")
+    if suffix not in FORMATS:
+        raise UserError(f"dataset {name}: expected one of {', '.join(FORMATS)} (also .gz), got '{path.suffix}'")
+    if path.stat().st_size == 0:
+        raise UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
+    with tempfile.TemporaryDirectory() as scratch:  # the Arrow copy is read into memory and leaves nothing behind
+        try:
+            return load_dataset(FORMATS[suffix], data_files=str(path), split="train", cache_dir=scratch,
+                                keep_in_memory=True)
+        except Exception as error:
+            cause = error.__cause__ or error
+            why = (str(cause).strip().splitlines() or [""])[0][:200]
+            raise UserError(f"dataset {name}: not readable as {FORMATS[suffix]} ({type(cause).__name__}: {why})") from None
+
+
+def _reach(row, column: str):
+    for key in column.split("."):
+        row = row.get(key) if isinstance(row, dict) else None
+    return row
+
+
+def _column(name: str, row: dict, given: str | None, usual: tuple[str, ...], flag: str, required: bool) -> str | None:
+    if given is not None:
+        if _reach(row, given) is None and given.split(".")[0] not in row:
+            raise UserError(f"dataset {name}: no column '{given}'; it has {', '.join(row)}; change {flag}")
+        return given
+    for column in usual:
+        if column in row:
+            return column
+    if required:
+        raise UserError(f"dataset {name}: no prompt column ({', '.join(usual)}) among {', '.join(row)}; name it with {flag}")
+    return None
+
+
+def _messages(name: str, index: int, value, system, instruction) -> tuple[tuple[dict, ...], str | None]:
+    """Text or a list of chat messages → messages ending with the user's turn, and a closing assistant turn as answer."""
+    answer = None
+    if isinstance(value, str) and value.strip():
+        messages = [{"role": "user", "content": value}]
+    elif isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        messages = [{"role": m["role"], "content": m["content"]} for m in value]
+        if messages[-1]["role"] == "assistant":
+            answer = messages.pop()["content"]
+    else:
+        messages = []
+    if not messages or not all(isinstance(m["content"], str) for m in messages):
+        raise UserError(f"dataset {name}: row {index} has no prompt text (got {str(value)[:60]!r}); remove or repair the row")
+    if instruction:
+        messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{instruction}"}
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return tuple(messages), answer
+
+
+def render(model: Model, prompt: Prompt, template: str) -> list[int]:
+    """Prompt ids in the model's own chat template (with its generation prompt), or as plain text (with its BOS).
+
+    UserError when ``template`` is 'chat' and the tokenizer has none, or the template refuses the messages.
+    """
+    tokenizer = model.tokenizer
+    if template == "chat" and not tokenizer.chat_template:
+        raise UserError(f"model {model.name}: its tokenizer has no chat template; use --template plain or auto")
+    if template == "plain" or not tokenizer.chat_template:
+        return tokenizer("\n\n".join(m["content"] for m in prompt.messages)).input_ids
+    try:
+        return tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # jinja's TemplateError, or what the template raises itself
+        raise UserError(f"model {model.name}: its chat template refuses prompt {prompt.index} ({error}); "
+                        "drop --system or use --template plain") from None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as ids for both models; their templates and so their lengths may differ."""
+
+    prompt: Prompt
+    student_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+
+
+def render_all(prompts, student: Model, teacher: Model, config, limit: int | None = None) -> tuple[list[Rendered], int]:
+    """Renders for both models, with the forced ``--begin`` text at the end, until ``limit`` prompts are kept.
+
+    Drops what exceeds ``max_prompt_tokens`` on either side. Returns the kept ones and how many were dropped. UserError
+    when nothing is left.
+    """
+    begin = [begin_ids(model, config.rollout.begin) for model in (student, teacher)]
+    kept, dropped = [], 0
+    for prompt in prompts:
+        if limit is not None and len(kept) == limit:
+            break
+        ids = [tuple(render(model, prompt, config.data.template)) for model in (student, teacher)]
+        if max(map(len, ids)) > config.data.max_prompt_tokens:
+            dropped += 1
+        else:
+            kept.append(Rendered(prompt, ids[0] + begin[0], ids[1] + begin[1]))
+    if not kept:
+        raise UserError(f"dataset: all {dropped} prompts are longer than --max-prompt-tokens "
+                        f"{config.data.max_prompt_tokens}; raise it")
+    return kept, dropped
+
+
+def shuffled(items, *key) -> list:
+    """A seeded permutation of ``items``."""
+    order = list(items)
+    random.Random("/".join(map(str, key))).shuffle(order)
+    return order
+
+
+def begin_ids(model: Model, text: str | None) -> tuple[int, ...]:
+    """Ids of the forced start of a response (empty for None)."""
+    return tuple(model.tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+
+
+def batch(rendered: list[Rendered], step: int, size: int, seed: int) -> list[Rendered]:
+    """The prompts of update ``step``: ``size`` slots of an endless stream, by arithmetic alone.
+
+    Epoch 0 takes ``rendered`` as it stands (already shuffled); every later epoch is a permutation of its own.
+    """
+    first, last = step * size // len(rendered), ((step + 1) * size - 1) // len(rendered)
+    epochs = {0: rendered} | {e: shuffled(rendered, seed, "epoch", e) for e in range(max(1, first), last + 1)}
+    slots = (divmod(slot, len(rendered)) for slot in range(step * size, (step + 1) * size))
+    return [epochs[epoch][position] for epoch, position in slots]
+
+
+def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, PromptSet]:
+    """(training set, held-out set of ``count`` prompts), disjoint, drawn by seed."""
+    held = set(shuffled(range(len(prompts.prompts)), seed, "held-out")[:count])
+    parts = [tuple(p for i, p in enumerate(prompts.prompts) if (i in held) is inside) for inside in (False, True)]
+    return tuple(PromptSet(prompts.name, part, prompts.answer_format, prompts.max_new_tokens) for part in parts)

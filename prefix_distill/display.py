@@ -1,0 +1,82 @@
+"""What a person sees while it works: a live line on a terminal, plain lines in a pipe; always on stderr."""
+
+import sys
+import time
+
+
+def flops_text(value: float) -> str:
+    """1.5e12 → '1.5 TFLOP'."""
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e6:.3g} MFLOP"
+
+
+def share_text(score: dict | None) -> str:
+    """An accuracy with its interval, in per cent."""
+    if score is None:
+        return "–"
+    return f"{score['value']:.1%} [{score['low']:.1%}, {score['high']:.1%}] of {score['n']}"
+
+
+class Display:
+    """Progress of one run. ``every`` plain lines are spaced so that a long run prints about fifty."""
+
+    def __init__(self, steps: int, first_step: int = 0, label: str = ""):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True)
+        self.steps, self.label, self.full = steps, label, 0.0
+        self.plain_every = max(1, steps // 50)
+        self.started = time.perf_counter()
+        self.bar = None
+        if self.console.is_terminal:
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                                TextColumn("left"), console=self.console, transient=False)
+            self.task = self.bar.add_task(label or "distilling", total=steps, completed=first_step)
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.bar:
+            self.bar.stop()
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+    def warn(self, text: str) -> None:
+        self._line(f"warning: {text}")
+
+    def row(self, row: dict, useful: float, full: float) -> None:
+        """One update: its metrics row, useful FLOPs so far, and what this update would have cost with full rollouts."""
+        self.full += full
+        divergence = next(v for k, v in row.items() if k.startswith("loss/") and k.endswith("_nats"))
+        speeds = " ".join(
+            f"{phase} {row[f'time/{phase}_tokens_per_s']:,.0f}/s"
+            for phase in ("student_decode", "teacher_score", "student_update") if f"time/{phase}_tokens_per_s" in row
+        )
+        share = row["rollout/finished_share"]
+        text = (f"KL {divergence:.4f} nats, prefix {row['rollout/prefix_tokens']}, finished inside {share:.0%}, {speeds}, "
+                f"{flops_text(useful)} useful (full rollouts: {flops_text(self.full)})")
+        if self.bar:
+            self.bar.update(self.task, completed=row["step"], description=f"{self.label} {text}".strip())
+        elif row["step"] % self.plain_every == 0 or row["step"] in (1, self.steps):
+            done = row["step"]
+            left = (time.perf_counter() - self.started) / done * (self.steps - done)
+            self._line(f"{self.label} step {done}/{self.steps}: {text}, {left:.0f} s left".strip())
+
+    def evaluation(self, found: dict) -> None:
+        accuracy = found["score"] and found["score"]["accuracy"]
+        end = f", {found['score']['finish_rate']:.0%} finish" if found["score"] else ""
+        self._line(f"{self.label} after update {found['step']}: accuracy {share_text(accuracy)}{end}, held-out reverse KL "
+                   f"{found['kl']['value']:.4f} nats".strip())
+
+    def _line(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)

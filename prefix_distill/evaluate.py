@@ -1,0 +1,153 @@
+"""Sample, grade, measure: accuracy with intervals, pass@k, length, endings, repetition; and the held-out KL.
+
+Evaluation has fixed prompts and seeds of its own and never sees the prefix cap.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import answers, scoring
+from .divergence import Terms, statistics
+from .models import Model
+from .rollout import Request, Rollout, Sampler, generate
+from .runtime import Place, seed_of
+
+RESAMPLES = 2_000
+
+
+def interval(values: list[float], seed: int = 0) -> dict:
+    """{value, n, low, high}: mean over problems with a 95 % percentile-bootstrap interval (2,000 seeded resamples).
+
+    When all values are equal the bootstrap has no width; the ends then are Wilson's, at z = 1.96, for shares (0 or 1).
+    """
+    n = len(values)
+    data = torch.tensor(values, dtype=torch.float64)
+    mean = data.mean().item()
+    if data.min() == data.max():
+        if mean in (0.0, 1.0):
+            edge = 1.96**2 / (n + 1.96**2)
+            return {"value": mean, "n": n, "low": mean * (1 - edge), "high": mean + (1 - mean) * edge}
+        return {"value": mean, "n": n, "low": mean, "high": mean}
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.stack([
+        data[torch.randint(n, (n,), generator=generator)].mean() for _ in range(RESAMPLES)
+    ]).sort().values
+    return {"value": mean, "n": n, "low": means[int(0.025 * RESAMPLES)].item(),
+            "high": means[int(0.975 * RESAMPLES) - 1].item()}
+
+
+def repeats(ids: tuple[int, ...]) -> bool:
+    """Is the response caught in a loop: do more than half of its 4-grams of tokens occur earlier in it?"""
+    grams = [ids[i : i + 4] for i in range(len(ids) - 3)]
+    return bool(grams) and len(set(grams)) < len(grams) / 2
+
+
+@dataclass(frozen=True)
+class Score:
+    """An evaluation: aggregates as in the JSON output, and one record per problem."""
+
+    accuracy: dict | None
+    pass_at_k: dict | None
+    finish_rate: float
+    mean_tokens: float
+    repetition_rate: float
+    records: list[dict]
+
+    def summary(self) -> dict:
+        return {"accuracy": self.accuracy, "pass_at_k": self.pass_at_k, "finish_rate": self.finish_rate,
+                "mean_tokens": self.mean_tokens, "repetition_rate": self.repetition_rate}
+
+
+def evaluate(model: Model, problems: list[tuple], sampler: Sampler, *, samples: int, max_new_tokens: int,
+             answer_format: str, place: Place, spent=None) -> Score:
+    """Samples ``samples`` full answers per problem and grades them.
+
+    ``problems``: (Prompt, prompt ids) pairs. Draws are seeded by (seed, problem, sample) alone, so every evaluation of a
+    run, and of two models, is paired. accuracy: avg@k over problems; pass_at_k: share with at least one right answer;
+    both None when a problem has no reference. Sharded over ranks, gathered in problem order.
+    """
+    mine = [(i, s) for i in range(len(problems)) for s in range(samples)][place.rank :: place.world]
+    requests = [Request(tuple(problems[i][1]), ("evaluate", i, s)) for i, s in mine]
+    responses = generate(model.net, requests, max_new_tokens, sampler, spent) if mine else []
+    gathered = sorted(pair for part in place.gather([
+        (i, s, r.ids, r.finished) for (i, s), r in zip(mine, responses)
+    ]) for pair in part)
+    records = [{"problem": prompt.index, "prompt": prompt.messages[-1]["content"], "reference": prompt.answer,
+                "responses": []} for prompt, _ in problems]
+    for i, _, ids, finished in gathered:
+        text = model.tokenizer.decode(ids, skip_special_tokens=True)
+        gold = records[i]["reference"]
+        records[i]["responses"].append({
+            "text": text, "tokens": len(ids), "finished": finished, "repeats": repeats(ids),
+            "correct": None if gold is None else answers.correct(text, gold, answer_format),
+        })
+    flat = [r for record in records for r in record["responses"]]
+    accuracy = pass_at_k = None
+    if all(r["correct"] is not None for r in flat):
+        right = [[r["correct"] for r in record["responses"]] for record in records]
+        accuracy = interval([sum(row) / len(row) for row in right])
+        pass_at_k = interval([float(any(row)) for row in right])
+    return Score(
+        accuracy, pass_at_k, _share(flat, "finished"), sum(r["tokens"] for r in flat) / len(flat),
+        _share(flat, "repeats"), records,
+    )
+
+
+def _share(rows: list[dict], key: str) -> float:
+    return sum(r[key] for r in rows) / len(rows)
+
+
+def fixed_rollouts(student: Model, rendered: list, sampler: Sampler, max_new_tokens: int, place: Place,
+                   spent=None) -> list[Rollout]:
+    """Full-length rollouts of held-out prompts: the fixed contexts on which a run measures its KL before and after."""
+    requests = [Request(r.student_ids, ("held-out", i)) for i, r in enumerate(rendered)]
+    mine = requests[place.rank :: place.world]
+    responses = generate(student.net, mine, max_new_tokens, sampler, spent) if mine else []
+    parts = place.gather([(r.ids, r.finished) for r in responses])
+    drawn = [parts[i % place.world][i // place.world] for i in range(len(rendered))]
+    return [Rollout(i, 0, r.student_ids, r.teacher_ids, ids, ids, finished)
+            for i, (r, (ids, finished)) in enumerate(zip(rendered, drawn))]
+
+
+@torch.no_grad()
+def held_out_kl(student: Model, teacher: Model, support: int, rollouts: list[Rollout], place: Place, rows: int,
+                spent=None) -> list[list[float]]:
+    """Reverse KL(S‖T), temperature 1, at every position of fixed rollouts → per rollout, per token, nats."""
+    terms = Terms("reverse-kl", dtype=place.head_dtype)
+    values = {}
+    for group in scoring.micro_batches(rollouts[place.rank :: place.world], rows):
+        with place.autocast(student.device):
+            ours = scoring.hidden_rows(student, group)
+        with place.autocast(teacher.device):
+            theirs = scoring.hidden_rows(teacher, group, teacher=True)
+        found = statistics(terms, ours, student.head(support), theirs, teacher.head(support), scoring.tokens(group))
+        for rollout, part in zip(group, found["divergence"].split([len(r.ids) for r in group])):
+            values[rollout.prompt] = part.tolist()
+        if spent is not None:
+            spent(group)
+    merged = {prompt: row for part in place.gather(values) for prompt, row in part.items()}
+    return [merged[r.prompt] for r in rollouts]
+
+
+def token_mean(values: list[list[float]], seed: int = 0) -> dict:
+    """{value, n, low, high} of nats per token; n counts tokens, the bootstrap draws whole rollouts (their tokens are
+    not independent)."""
+    sums = torch.tensor([[sum(row), len(row)] for row in values], dtype=torch.float64)
+    value = (sums[:, 0].sum() / sums[:, 1].sum()).item()
+    generator = torch.Generator().manual_seed(seed_of(seed, "token_mean"))
+    draws = []
+    for _ in range(RESAMPLES):
+        drawn = sums[torch.randint(len(sums), (len(sums),), generator=generator)].sum(0)
+        draws.append((drawn[0] / drawn[1]).item())
+    draws.sort()
+    return {"value": value, "n": int(sums[:, 1].sum()), "low": draws[int(0.025 * RESAMPLES)],
+            "high": draws[int(0.975 * RESAMPLES) - 1]}
+
+
+def split_mean(values: list[list[float]], prefix: int) -> tuple[float | None, float | None]:
+    """Mean nats per token (inside the first ``prefix`` tokens, beyond them); None where there is none."""
+    head = [v for row in values for v in row[:prefix]]
+    tail = [v for row in values for v in row[prefix:]]
+    return tuple(math.fsum(part) / len(part) if part else None for part in (head, tail))

@@ -1,0 +1,198 @@
+"""Hub id, local folder, GGUF file or embedded pair → Model: a network, its tokenizer and what the loss needs of both."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from .demo.task import model_path
+from .divergence import Head
+from .errors import UserError
+
+LAB = "lab:"  # lab:choice/student is the embedded student of the task `choice`
+
+
+@dataclass
+class Model:
+    """A causal language model in two parts, trunk and head, so that the head can run on taught rows only.
+
+    ``generation_config`` is the one that came with the weights and is saved with them; the network's own is blank, so
+    that no sampling field of it can shape a rollout. ``eos``: ids that end a turn.
+    """
+
+    name: str
+    net: torch.nn.Module
+    tokenizer: object
+    generation_config: GenerationConfig
+    eos: frozenset[int]
+
+    @property
+    def config(self):
+        """The text model's config (inside a multimodal one, too)."""
+        return self.net.config.get_text_config(decoder=True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.device
+
+    @property
+    def parameters(self) -> int:
+        """Distinct parameters; a tied head counts once."""
+        return sum(p.numel() for p in self.net.parameters())
+
+    @property
+    def positions(self) -> int | None:
+        """Longest sequence (prompt + response) the model has positions for, in tokens; None when unlimited."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def trunk(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [B, T, D], after the last norm, of right-padded rows."""
+        return self.net.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+
+    def head(self, support: int | None = None) -> Head:
+        """The output head, cut to the first ``support`` ids (all when None)."""
+        linear, config = self.net.get_output_embeddings(), self.config
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+        bias = getattr(linear, "bias", None)
+        return Head(
+            linear.weight[:support], None if bias is None else bias[:support], float(scale),
+            getattr(config, "final_logit_softcapping", None),
+        )
+
+
+def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Model:
+    """Loads a model by hub id, folder, ``.gguf`` file or ``lab:TASK/ROLE``; dropout off, nothing trainable yet.
+
+    UserError when it is missing or unreadable, has no end-of-sequence id or has non-finite weights.
+    """
+    folder, extra = _locate(name)
+    load_options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **extra}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **{k: v for k, v in extra.items() if k == "gguf_file"}
+        )
+        net = AutoModelForCausalLM.from_pretrained(folder, **load_options)
+    except ImportError as error:
+        hint = "pip install 'prefix-distill[gguf]'" if extra else str(error).strip().splitlines()[0]
+        raise UserError(f"model {name}: a package is missing; {hint}") from None
+    except Exception as error:  # from_pretrained raises anything from OSError to struct.error on unreadable files
+        why = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"model {name}: cannot be loaded ({type(error).__name__}: {why}); "
+            "give a hub id, a folder with config.json and safetensors, or a readable .gguf file"
+        ) from None
+    if extra:
+        del net.config.quantization_config  # dequantized: from here on an ordinary float model
+        net.hf_quantizer = None
+        net.is_quantized = False
+    generation_config, net.generation_config = net.generation_config, GenerationConfig()
+    model = Model(name, net.to(device).eval().requires_grad_(False), tokenizer, generation_config,
+                  _eos(generation_config, tokenizer))
+    if not model.eos:
+        raise UserError(f"model {name}: neither its generation config nor its tokenizer names an end-of-sequence token; "
+                        "set eos_token in tokenizer_config.json")
+    for key, weight in net.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"model {name}: weight {key} holds NaN or infinity; use an intact copy")
+    return model
+
+
+def _locate(name: str) -> tuple[str, dict]:
+    if name.startswith(LAB):
+        task, _, role = name[len(LAB):].partition("/")
+        try:
+            return str(model_path(task, role)), {}
+        except ValueError as error:
+            raise UserError(f"model {name}: {error}") from None
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model {name}: no such file; check the path")
+        from transformers import GgufConfig
+
+        return str(path.parent), {
+            "gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True),
+        }
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model {name}: the folder has no config.json; give a folder written by save_pretrained")
+    elif name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise UserError(f"model {name}: no such folder; check the path")
+    return str(path) if path.is_dir() else name, {}
+
+
+def _eos(generation_config, tokenizer) -> frozenset[int]:
+    ids = generation_config.eos_token_id
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+
+
+def shared_support(student: Model, teacher: Model) -> tuple[int, str]:
+    """How many leading ids both heads may speak about, and why. Both heads are cut to it and renormalised.
+
+    The token → id maps must be equal; rows beyond the last real id are padding. UserError names the first ids that differ.
+    """
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if ours != theirs:
+        by_id = [{i: token for token, i in vocabulary.items()} for vocabulary in (ours, theirs)]
+        differ = [i for i in sorted(by_id[0].keys() | by_id[1].keys()) if by_id[0].get(i) != by_id[1].get(i)]
+        shown = ", ".join(f"id {i} {by_id[0].get(i)!r} / {by_id[1].get(i)!r}" for i in differ[:3])
+        raise UserError(
+            f"tokenizers differ on {len(differ)} ids (student / teacher: {shown}); "
+            "choose a pair with one tokenizer: distilling across tokenizers is not built yet"
+        )
+    real = max(ours.values()) + 1
+    rows = [len(m.net.get_output_embeddings().weight) for m in (student, teacher)]
+    if min(rows) < real:
+        raise UserError(f"vocabulary: the tokenizer has ids up to {real - 1}, but a head has only {min(rows)} rows; "
+                        "resize the model's embeddings or use its own tokenizer")
+    if rows == [real, real]:
+        return real, f"vocabulary {real:,}: equal on both sides"
+    return real, f"vocabulary {real:,}: both heads cut to the real ids (student {rows[0]:,} rows, teacher {rows[1]:,})"
+
+
+@torch.no_grad()
+def check_head(model: Model) -> None:
+    """Refuses a model whose logits are not head(trunk): the loss would teach another distribution."""
+    ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
+    ours = model.head().logits(model.trunk(ids, torch.ones_like(ids))[0], model.net.dtype)
+    own = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+    if not torch.isfinite(own).all():
+        raise UserError(f"model {model.name}: its logits hold NaN or infinity; use an intact copy or --dtype float32")
+    gap = (torch.log_softmax(ours, -1) - torch.log_softmax(own, -1)).abs().max().item()
+    if gap > (1e-3 if model.net.dtype == torch.float32 else 0.25):
+        raise UserError(
+            f"model {model.name}: its logits are not its output head applied to its hidden states (log-probabilities "
+            f"differ by {gap:.2g} nats); this architecture is not supported"
+        )
+
+
+def save(model: Model, folder: Path) -> None:
+    """Writes config, generation config, weights (safetensors), tokenizer and chat template, as they came, atomically.
+
+    The weights are the float32 master weights.
+    """
+    folder = Path(folder)
+    scratch = folder.with_name(f".{folder.name}.partial")
+    model.net.save_pretrained(scratch)
+    model.generation_config.save_pretrained(scratch)
+    model.tokenizer.save_pretrained(scratch)
+    replace_folder(scratch, folder)
+
+
+def replace_folder(scratch: Path, folder: Path) -> None:
+    """Puts ``scratch`` in ``folder``'s place; a reader sees the old folder or the new one, never a half-written one."""
+    import shutil
+
+    for file in scratch.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(scratch, folder)
+    shutil.rmtree(old, ignore_errors=True)

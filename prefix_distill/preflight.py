@@ -1,0 +1,214 @@
+"""Loads what a run needs and asks whether it is sane, before a GPU-hour is spent and before a file is written."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import config as configuration
+from . import data, flops, models, runtime
+from .config import Config
+from .divergence import Terms
+from .errors import UserError
+from .models import LAB, Model
+from .rollout import Sampler
+from .runtime import Place, place, seed_of
+from .schedule import PrefixSchedule, parse_prefix
+
+TASK = "choice"  # the embedded default: lab:choice and its pair
+LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positions allow it
+
+
+@dataclass
+class Run:
+    """Everything the loop works with. ``notes``: automatic choices with their reasons; ``warnings``: what may go wrong."""
+
+    config: Config
+    place: Place
+    student: Model
+    teacher: Model
+    support: int
+    prefix: PrefixSchedule
+    terms: Terms
+    sampler: Sampler
+    eval_sampler: Sampler
+    train_prompts: list[data.Rendered]
+    kl_prompts: list[data.Rendered]
+    problems: list[tuple]
+    answer_format: str
+    student_shape: flops.Shape
+    teacher_shape: flops.Shape
+    notes: list[str]
+    warnings: list[str]
+
+
+def fill_in(config: Config) -> tuple[Config, list[str]]:
+    """Puts the embedded pair and its task where no student, teacher or data set is given, and says so."""
+    notes = []
+    for section, key, value in (("models", "student", f"{LAB}{TASK}/student"),
+                                ("models", "teacher", f"{LAB}{TASK}/teacher"), ("data", "dataset", LAB + TASK)):
+        if getattr(getattr(config, section), key) is None:
+            config = configuration.replace(config, **{section: {key: value}})
+            notes.append(f"{key} {value}: none was given, so it comes from the embedded laboratory")
+    return config, notes
+
+
+def prepare(config: Config) -> Run:
+    """Config → Run. UserError, one line, on anything that would make the run wrong or impossible."""
+    config, notes = fill_in(config)
+    warnings = []
+    train_set, held_out = _prompt_sets(config, notes)
+
+    trust = config.models.trust_remote_code
+    student = models.load(config.models.student, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust)
+    where = place(config.runtime, student.parameters)
+    notes.extend(where.reasons)
+    student.net.to(where.device)
+    teacher = models.load(config.models.teacher, device=where.teacher_device, dtype=where.dtype, trust_remote_code=trust)
+    support, reason = models.shared_support(student, teacher)
+    notes.append(reason)
+    for model in (student, teacher):
+        models.check_head(model)
+
+    needed = config.train.steps * config.train.batch_size
+    train_prompts, dropped = data.render_all(
+        data.shuffled(train_set.prompts, config.runtime.seed, "epoch", 0), student, teacher, config, needed or 1
+    )
+    problems, dropped_held = data.render_all(held_out.prompts, student, teacher, config)
+    if dropped + dropped_held:
+        warnings.append(f"{dropped} training and {dropped_held} held-out prompts exceed --max-prompt-tokens "
+                        f"{config.data.max_prompt_tokens} and were dropped")
+    longest = max(max(len(r.student_ids), len(r.teacher_ids)) for r in train_prompts + problems)
+    config = _max_new_tokens(config, student, teacher, longest, held_out.max_new_tokens, notes)
+    prefix = parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens)
+
+    rollout, divergence = config.rollout, config.divergence
+    eos = {"student": student.eos, "teacher": teacher.eos, "union": student.eos | teacher.eos}[rollout.eos]
+    if student.eos != teacher.eos:
+        warnings.append(
+            f"end-of-sequence ids differ: student {_named(student, student.eos)}, teacher {_named(teacher, teacher.eos)}; "
+            f"rollouts stop at the {rollout.eos}'s (--eos student|teacher|union)"
+        )
+    pad = student.tokenizer.pad_token_id
+    sampler = Sampler(eos, min(eos) if pad is None else pad, support, config.runtime.seed, rollout.temperature,
+                      rollout.top_p, rollout.top_k, rollout.rows)
+    if not sampler.on_policy:
+        warnings.append(f"sampling at temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, top-k {rollout.top_k} "
+                        "is off-policy for the divergence: contexts come from another distribution than the student's")
+    eval_sampler = Sampler(eos, sampler.pad, support, seed_of(config.runtime.seed, "evaluation"),
+                           config.evaluate.temperature, rows=rollout.rows)
+    if where.world > config.train.batch_size:
+        raise UserError(f"--batch-size {config.train.batch_size}: {where.world} ranks need at least one prompt each; raise it")
+    name, beta = configuration.parse_divergence(divergence.name)
+    terms = Terms(name, beta, divergence.temperature, where.head_dtype, config.runtime.head_memory_mb << 20)
+    notes.append(f"loss in chunks of {terms.chunk(support):,} rows: --head-memory-mb {config.runtime.head_memory_mb} holds "
+                 f"eight float32 tables of {support:,} columns")
+    answer_format = config.evaluate.answer_format
+    if answer_format == "auto" and held_out.answer_format:
+        answer_format = held_out.answer_format
+    return Run(
+        config, where, student, teacher, support, prefix, terms, sampler, eval_sampler, train_prompts,
+        problems[: config.evaluate.kl_prompts],
+        [(r.prompt, r.student_ids) for r in problems[: config.evaluate.problems]],
+        answer_format, flops.shape(student, support), flops.shape(teacher, support), notes, warnings,
+    )
+
+
+def _prompt_sets(config: Config, notes: list[str]):
+    """(training prompts, held-out prompts), disjoint."""
+    columns = {k: getattr(config.data, k) for k in ("prompt_column", "answer_column", "system", "instruction")}
+    wanted = max(config.evaluate.problems, config.evaluate.kl_prompts)
+    train_set = data.load(config.data.dataset, split=config.data.split, **columns)
+    held_name = config.evaluate.dataset
+    if held_name is None and config.data.dataset.startswith(LAB):
+        held_name = config.data.dataset
+    if held_name is not None:
+        return train_set, data.load(held_name, split=config.evaluate.split, limit=wanted, **columns)
+    total = len(train_set.prompts)
+    count = min(wanted, max(1, total // 10))
+    if total < 2:
+        raise UserError(f"dataset {config.data.dataset}: one row cannot be both taught and held out; give --eval-dataset")
+    notes.append(f"{count} of {total} rows held out for evaluation: no --eval-dataset was given")
+    return data.hold_out(train_set, count, config.runtime.seed)
+
+
+def _max_new_tokens(config: Config, student: Model, teacher: Model, prompt: int, task_limit, notes) -> Config:
+    """Settles --max-new-tokens and checks it, with the longest prompt, against both models' positions."""
+    positions = min((m.positions for m in (student, teacher) if m.positions), default=None)
+    room = None if positions is None else positions - prompt
+    given = config.rollout.max_new_tokens
+    number = int(config.schedule.prefix) if config.schedule.prefix.isdecimal() else 1
+    if given is None:
+        given = max(task_limit or min(LONGEST, room or LONGEST), number)
+        why = "what the embedded task needs" if task_limit else "the default, as far as the models' positions allow"
+        notes.append(f"max-new-tokens {given}: {why}")
+    if room is not None and given > room:
+        raise UserError(
+            f"{given} response tokens after a prompt of {prompt}: the models have {positions} positions; lower "
+            f"{'--prefix' if number == given else '--max-new-tokens'} to {max(room, 0)} or --max-prompt-tokens"
+        )
+    return configuration.replace(config, rollout={"max_new_tokens": given})
+
+
+def _named(model: Model, ids) -> str:
+    return ", ".join(f"{model.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in sorted(ids))
+
+
+def decoding_copy(run: Run) -> Model:
+    """The network that samples: a bfloat16 copy of the student when computing in bfloat16 (decoding from float32 master
+    weights under autocast casts every weight at every token), else the student itself."""
+    import copy
+    import dataclasses
+
+    if run.place.dtype == run.student.net.dtype:
+        return run.student
+    return dataclasses.replace(run.student, net=copy.deepcopy(run.student.net).to(run.place.dtype).requires_grad_(False))
+
+
+def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
+    """One model on one data set, as `prefix-distill eval` → (place, notes, result document); writes the examples file."""
+    from pathlib import Path
+
+    from . import checkpoint
+    from .evaluate import evaluate
+
+    name, notes = config.models.student, []
+    if name is None:
+        name = f"{LAB}{TASK}/student"
+        notes.append(f"model {name}: none was given, so it comes from the embedded laboratory")
+    dataset = config.data.dataset
+    if dataset is None:
+        dataset = LAB + TASK
+        notes.append(f"dataset {dataset}: none was given, so it comes from the embedded laboratory")
+    out = Path(config.checkpoint.out)
+    if out.exists():
+        raise UserError(f"--out {out}: the file exists; name another")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: its folder does not exist; make it first")
+    columns = {k: getattr(config.data, k) for k in ("prompt_column", "answer_column", "system", "instruction")}
+    limit = config.evaluate.problems or None
+    prompts = data.load(dataset, split=config.data.split, limit=limit, **columns)
+    model = models.load(name, device=torch.device("cpu"), dtype=torch.float32,
+                        trust_remote_code=config.models.trust_remote_code)
+    where = place(config.runtime, model.parameters)
+    notes.extend(where.reasons)
+    model.net.to(where.device, where.dtype)
+    begin = data.begin_ids(model, config.rollout.begin)
+    problems = [(p, tuple(data.render(model, p, config.data.template)) + begin) for p in prompts.prompts]
+    config = _max_new_tokens(config, model, model, max(len(ids) for _, ids in problems), prompts.max_new_tokens, notes)
+    pad = model.tokenizer.pad_token_id
+    sampler = Sampler(
+        model.eos, min(model.eos) if pad is None else pad, max(model.tokenizer.get_vocab().values()) + 1,
+        seed_of(config.runtime.seed, "evaluation"), config.evaluate.temperature, config.rollout.top_p, config.rollout.top_k,
+        config.rollout.rows,
+    )
+    answer_format = config.evaluate.answer_format
+    if answer_format == "auto" and prompts.answer_format:
+        answer_format = prompts.answer_format
+    clock = runtime.Clock(where.device)
+    with clock.phase("evaluation"):
+        score = evaluate(model, problems, sampler, samples=config.evaluate.rollouts,
+                         max_new_tokens=config.rollout.max_new_tokens, answer_format=answer_format, place=where)
+    if where.first:
+        checkpoint.write_rows(out, score.records)
+    return where, notes, {"model": name, "dataset": dataset, **score.summary(), "samples": config.evaluate.rollouts,
+                          "seconds": clock.seconds["evaluation"], "examples": str(out)}

@@ -1,0 +1,165 @@
+"""The fused divergence against closed forms, finite differences and a naive full-logits reference."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prefix_distill.divergence import Head, Terms, per_token, statistics, weighted
+
+NAMES = [("reverse-kl", None), ("forward-kl", None), ("jsd", 0.5), ("jsd", 0.1)]
+
+
+def logp(*probabilities):
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+def test_closed_forms_on_three_tokens_in_both_directions():
+    student, teacher = (0.7, 0.2, 0.1), (0.25, 0.25, 0.5)
+    kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q))
+    assert per_token("reverse-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(kl(student, teacher), 1e-12)
+    assert per_token("forward-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(kl(teacher, student), 1e-12)
+    mixture = [0.3 * t + 0.7 * s for s, t in zip(student, teacher)]
+    assert per_token("jsd", 0.3, logp(*student), logp(*teacher)).item() == pytest.approx(
+        0.3 * kl(teacher, mixture) + 0.7 * kl(student, mixture), 1e-12)
+
+
+def test_jsd_tends_to_the_named_kl_at_both_ends():
+    student, teacher = logp(0.7, 0.2, 0.1), logp(0.25, 0.25, 0.5)
+    low, high = (per_token("jsd", b, student, teacher).item() for b in (1e-6, 1 - 1e-6))
+    assert low / 1e-6 == pytest.approx(per_token("forward-kl", None, student, teacher).item(), rel=1e-4)
+    assert high / 1e-6 == pytest.approx(per_token("reverse-kl", None, student, teacher).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name, beta", NAMES)
+def test_identical_models_have_no_divergence_and_no_gradient(name, beta):
+    hidden = torch.randn(5, 8, requires_grad=True)
+    head = Head(torch.randn(50, 8, requires_grad=True))
+    loss, values = weighted(Terms(name, beta), hidden, head, hidden, head, torch.full((5,), 0.2))
+    loss.backward()
+    assert values.abs().max() < 1e-6 and loss.abs() < 1e-6
+    assert hidden.grad.abs().max() < 1e-6 and head.weight_VD.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name, beta", NAMES)
+def test_never_negative_on_far_apart_models(name, beta):
+    torch.manual_seed(0)
+    heads = [Head(torch.randn(1000, 16) * 4) for _ in range(2)]
+    found = statistics(Terms(name, beta), torch.randn(64, 16), heads[0], torch.randn(64, 16), heads[1],
+                       torch.zeros(64, dtype=torch.long))
+    assert found["divergence"].min() >= -1e-6
+
+
+def naive(name, beta, hidden, weight, bias, head, teacher_logits, token_weights, temperature):
+    """Full float32 logits, autograd, torch's own kl_div."""
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    logits = logits * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    s, t = (F.log_softmax(x / temperature, -1) for x in (logits, teacher_logits))
+    kl = lambda p, q: F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    if name == "reverse-kl":
+        values = kl(s, t)
+    elif name == "forward-kl":
+        values = kl(t, s)
+    else:
+        m = torch.log(beta * t.exp() + (1 - beta) * s.exp())
+        values = beta * kl(t, m) + (1 - beta) * kl(s, m)
+    return (values * token_weights).sum(), values
+
+
+@pytest.mark.parametrize("name, beta", NAMES)
+@pytest.mark.parametrize("scale, softcap, temperature, bias", [
+    (1.0, None, 1.0, False), (1.0, 5.0, 1.0, False), (0.25, None, 2.0, True), (2.0, 3.0, 0.7, True),
+])
+def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, temperature, bias):
+    torch.manual_seed(1)
+    n, d, e, v = 37, 12, 20, 203
+    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    bias_v = torch.randn(v, requires_grad=True) if bias else None
+    teacher_hidden, teacher_head = torch.randn(n, e), Head(torch.randn(v, e), scale=0.5)
+    token_weight = torch.rand(n)
+    head = Head(weight, bias_v, scale, softcap)
+    terms = Terms(name, beta, temperature, memory_bytes=8 * 4 * v * 10)  # 10 rows a chunk: four chunks, the last uneven
+    assert terms.chunk(v) == 10
+    inputs = [hidden, weight] + ([bias_v] if bias else [])
+    want, want_values = naive(name, beta, hidden, weight, bias_v, head, teacher_hidden @ teacher_head.weight_VD.T * 0.5,
+                              token_weight, temperature)
+    want_grads = torch.autograd.grad(want * 3, inputs)
+    loss, values = weighted(terms, hidden, head, teacher_hidden, teacher_head, token_weight)
+    grads = torch.autograd.grad(loss * 3, inputs)
+    torch.testing.assert_close(values, want_values.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    for got, expected in zip(grads, want_grads):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name, beta", NAMES)
+def test_gradient_matches_finite_differences(name, beta):
+    """The logit gradient by hand against central differences in float64 (an identity head makes hidden rows logits)."""
+    from prefix_distill.divergence import _logit_gradient
+
+    torch.manual_seed(2)
+    student, teacher = torch.randn(4, 6, dtype=torch.float64), F.log_softmax(torch.randn(4, 6, dtype=torch.float64), -1)
+    value = lambda z: per_token(name, beta, F.log_softmax(z, -1), teacher)
+    by_hand = _logit_gradient(name, beta, F.log_softmax(student, -1), teacher, value(student))
+    for k in range(6):
+        step = torch.zeros(6, dtype=torch.float64)
+        step[k] = 1e-5
+        difference = (value(student + step) - value(student - step)) / 2e-5
+        torch.testing.assert_close(by_hand[:, k], difference, rtol=1e-7, atol=1e-9)
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_cut_head_only_inside_its_support():
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
+    teacher = Head(torch.randn(12, 4)[:8])
+    loss, _ = weighted(Terms("reverse-kl"), hidden, Head(weight[:8]), torch.randn(6, 4), teacher, torch.ones(6))
+    loss.backward()
+    assert weight.grad[:8].abs().min() > 0 and weight.grad[8:].abs().max() == 0
+    frozen = Head(torch.randn(8, 4))
+    loss, _ = weighted(Terms("reverse-kl"), hidden, frozen, torch.randn(6, 4), teacher, torch.ones(6))
+    loss.backward()
+    assert frozen.weight_VD.grad is None
+
+
+def test_no_vocabulary_table_outlives_its_chunk():
+    """Largest tensor kept for backward: the head's own gradient; nothing of size N × V."""
+    n, v, d = 512, 4000, 8
+    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    head = Head(weight)
+    loss, _ = weighted(Terms("reverse-kl", memory_bytes=8 * 4 * v * 16), hidden, head, torch.randn(n, d), head, torch.ones(n))
+    kept = [g.numel() for g in loss.grad_fn.grads if g is not None]
+    assert max(kept) == v * d < n * v
+
+
+def test_statistics_are_the_tables_own_numbers():
+    torch.manual_seed(3)
+    student, teacher = torch.randn(9, 5), torch.randn(9, 5)
+    heads = Head(torch.randn(30, 5)), Head(torch.randn(30, 5))
+    token = torch.arange(9)
+    found = statistics(Terms("reverse-kl", memory_bytes=8 * 4 * 30 * 2), student, heads[0], teacher, heads[1], token)
+    s, t = (torch.distributions.Categorical(logits=h @ head.weight_VD.T) for h, head in zip((student, teacher), heads))
+    torch.testing.assert_close(found["entropy"], s.entropy())
+    torch.testing.assert_close(found["student_logp"], s.log_prob(token))
+    torch.testing.assert_close(found["teacher_logp"], t.log_prob(token))
+    torch.testing.assert_close(found["divergence"], torch.distributions.kl_divergence(s, t))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name, beta", NAMES)
+def test_gpu_equals_cpu(name, beta):
+    torch.manual_seed(4)
+    made = [torch.randn(64, 32), torch.randn(5000, 32), torch.randn(64, 32), torch.randn(5000, 32)]
+    grads = []
+    for device in ("cpu", "cuda"):
+        hidden, weight, teacher, teacher_weight = (x.to(device) for x in made)
+        hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+        loss, _ = weighted(Terms(name, beta), hidden, Head(weight), teacher, Head(teacher_weight),
+                           torch.full((64,), 1 / 64, device=device))
+        loss.backward()
+        grads.append((loss.item(), hidden.grad.cpu(), weight.grad.cpu()))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
+    torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grads[0][2], grads[1][2], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,104 @@
+"""The ledger against torch's own count (eager attention) and against sums written out."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import tiny_net
+from prefix_distill import scoring
+from prefix_distill.divergence import Terms, weighted
+from prefix_distill.flops import Ledger, Shape, shape, update_cost
+from prefix_distill.models import Model
+from prefix_distill.rollout import Request, Rollout, Sampler, generate
+
+KINDS = ["llama", "qwen3", "gemma3", "neox", "gpt2"]
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    net = tiny_net(request.param, width=64)
+    net.config._attn_implementation = "eager"
+    return Model("m", net, None, None, frozenset({257}))
+
+
+def counted(work) -> float:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def test_generation_as_executed(model):
+    requests = [Request(tuple(range(5, 5 + n)), (0, n, 0)) for n in (9, 14, 20)]
+    sampler = Sampler(frozenset({257}), 256, 260, 0)
+    ledger = Ledger()
+    real = counted(lambda: generate(model.net, requests, 12, sampler, lambda *n: ledger.generation(shape(model), *n)))
+    assert ledger.total("executed") == pytest.approx(real, rel=0.02)
+    assert ledger.useful["student_prefill"] < ledger.executed["student_prefill"]
+
+
+def rollouts():
+    made = []
+    for i, (p, n) in enumerate([(9, 12), (14, 5), (20, 12)]):
+        prompt, ids = tuple(range(5, 5 + p)), tuple(range(30, 30 + n))
+        made.append(Rollout(i, 0, prompt, prompt, ids, ids, False))
+    return made
+
+
+def test_scoring_and_update_as_executed(model):
+    group, one = rollouts(), Ledger()
+    lengths = [len(r.student_prompt) for r in group], [len(r.ids) for r in group]
+
+    def score():
+        with torch.no_grad():
+            rows = scoring.hidden_rows(model, group)
+            model.head().logits(rows, torch.float32)
+
+    one.forward("score", shape(model), *lengths)
+    assert one.executed["score"] == pytest.approx(counted(score), rel=0.02)
+
+    model.net.requires_grad_(True)
+
+    def update():
+        rows = scoring.hidden_rows(model, group)
+        teacher = torch.zeros(len(rows), 1)
+        from prefix_distill.divergence import Head
+        loss, _ = weighted(Terms("reverse-kl"), rows, model.head(), teacher, Head(torch.zeros(260, 1)), torch.ones(len(rows)))
+        loss.backward()
+
+    one.forward("update", shape(model), *lengths, passes=3)
+    teacher_head = 2 * 260 * sum(len(r.ids) for r in group)  # the stand-in teacher's one-column head
+    assert one.executed["update"] == pytest.approx(counted(update) - teacher_head, rel=0.02)
+
+
+def test_useful_counts_real_tokens_and_causal_pairs():
+    cost, ledger = Shape(1000, 50, ((8, None), (8, 4))), Ledger()
+    ledger.generation(cost, [3, 5], [4, 1])
+    full = lambda n: n * (n + 1) // 2
+    sliding = lambda n: sum(min(i, 4) for i in range(1, n + 1))
+    assert ledger.useful["student_prefill"] == 2 * (2000 * 4 + 100) + 32 * (full(3) + sliding(3) + full(5) + sliding(5))
+    # row 1 decodes 3 more tokens at positions 4, 5, 6; row 2 none
+    assert ledger.useful["student_decode"] == 3 * 2100 + 32 * ((4 + 5 + 6) + (4 + 4 + 4))
+    assert ledger.executed["student_decode"] == 2 * (3 * 2100 + 32 * ((6 + 7 + 8) + (4 + 4 + 4)))
+
+
+def test_cost_of_a_batch_is_the_sum_of_its_rows_and_evaluation_stays_outside():
+    cost = Shape(1000, 50, ((8, 16), (8, None)))
+    rows, whole = Ledger(), Ledger()
+    for p, n in zip([3, 9, 40], [5, 1, 8]):
+        rows.generation(cost, [p], [n])
+        rows.forward("score", cost, [p], [n])
+    whole.generation(cost, [3, 9, 40], [5, 1, 8])
+    whole.forward("score", cost, [3, 9, 40], [5, 1, 8])
+    assert rows.total() == pytest.approx(whole.total()) and rows.total("executed") < whole.total("executed")
+    before = whole.total()
+    whole.add("evaluation", 1e9, 1e9)
+    assert whole.total() == before and whole.summary()["by_phase"]["evaluation"]["useful"] == 1e9
+
+
+def test_update_cost_is_what_the_ledger_says_for_such_an_update():
+    student, teacher = Shape(1000, 50, ((8, None),)), Shape(3000, 60, ((16, None),) * 2)
+    ledger = Ledger()
+    ledger.generation(student, [4, 6], [7, 7])
+    ledger.forward("t", teacher, [5, 7], [7, 7])
+    ledger.forward("s", student, [4, 6], [7, 7], passes=3)
+    assert update_cost(student, teacher, [4, 6], [5, 7], 7.2) == ledger.total()

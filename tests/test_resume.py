@@ -1,0 +1,106 @@
+"""Six updates are three, a kill -9 and three more: bit for bit, in weights, moments and metric rows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import command, last_json
+
+KILLED = """
+import os, signal, sys
+from prefix_distill import {module} as module
+from prefix_distill.cli import main
+plain, calls = module.{name}, []
+def counted(*arguments, **options):
+    calls.append(1)
+    if len(calls) == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*arguments, **options)
+module.{name} = counted
+main()
+"""
+
+
+def flags(pair, questions, out):
+    return ["run", "--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--steps", "6", "--prefix", "12",
+            "--max-new-tokens", "32", "--batch-size", "4", "--samples", "2", "--micro-batch-size", "3", "--eval-samples", "4",
+            "--eval-every", "2", "--save-every", "3", "--lr", "1e-3", "--out", str(out)]
+
+
+def rows(out: Path) -> list[dict]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(pair, questions, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = command(*flags(pair, questions, out))
+    assert done.returncode == 0, done.stderr
+    return out, last_json(done.stdout)
+
+
+@pytest.mark.parametrize("module, name, at", [
+    ("train", "_update", 4),  # after three updates, before the fourth
+    ("train", "_row", 5),  # a row more than the checkpoint knows
+    ("checkpoint", "replace_folder", 2),  # inside the second checkpoint's write
+])
+def test_kill_and_resume_is_bit_for_bit(whole, pair, questions, tmp_path, module, name, at):
+    out = tmp_path / "run"
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(module=module, name=name, at=at), *flags(pair, questions, out)],
+                            capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (out / "model").exists()
+    done = command("run", "--resume", "--out", out)
+    assert done.returncode == 0, done.stderr
+    document = last_json(done.stdout)
+    assert document["resumed_from"] == (0 if module == "checkpoint" else 3)
+    assert rows(out) == rows(whole[0]) and len(rows(out)) == 6
+    for file in ("checkpoints/step-00000006/student.safetensors", "checkpoints/step-00000006/optimizer.safetensors",
+                 "model/model.safetensors", "best/model.safetensors", "config.yaml"):
+        expected, got = (whole[0] / file).read_bytes(), (out / file).read_bytes()
+        assert got == expected or file == "config.yaml" and got.replace(str(out).encode(), b"") == expected.replace(
+            str(whole[0]).encode(), b""), file
+    for key in ("accuracy_before", "accuracy_after", "kl_before", "kl_after", "tokens", "flops", "full_rollout_cost", "best"):
+        assert document[key] == whole[1][key], key
+
+
+def test_optimizer_state_is_complete(whole):
+    student = load_file(whole[0] / "checkpoints/step-00000006/student.safetensors")
+    moments = load_file(whole[0] / "checkpoints/step-00000006/optimizer.safetensors")
+    assert {f"{k}/{name}" for k in ("exp_avg", "exp_avg_sq", "step") for name in student} == set(moments)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    newest = out / "checkpoints/step-00000006/student.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "torn')
+    done = command("run", "--resume", "--out", out)
+    assert done.returncode == 0 and "step-00000006 is damaged" in done.stderr and "checksum" in done.stderr
+    assert last_json(done.stdout)["resumed_from"] == 3
+    assert rows(out) == rows(whole[0])
+    assert newest.read_bytes() == (whole[0] / "checkpoints/step-00000006/student.safetensors").read_bytes()
+
+
+def test_other_settings_are_refused_on_resume(whole):
+    done = command("run", "--resume", "--out", whole[0], "--lr", "1")
+    assert done.returncode == 2 and "schedule.lr was 0.001, got 1.0" in done.stderr
+
+
+def test_a_used_folder_is_refused_without_resume(whole, pair, questions):
+    done = command(*flags(pair, questions, whole[0]))
+    assert done.returncode == 2 and "add --resume" in done.stderr
+    assert os.listdir(whole[0])

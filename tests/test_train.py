@@ -1,0 +1,242 @@
+"""The update: neither padding nor micro-batches nor ranks may change its mathematics; what a run writes and refuses."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from conftest import byte_tokenizer, save_tiny
+from prefix_distill import config as configuration
+from prefix_distill import data, preflight, train
+from prefix_distill.checkpoint import RunFolder
+from prefix_distill.errors import Stopped
+from prefix_distill.flops import Ledger
+from prefix_distill.runtime import Clock
+from prefix_distill.weights import token_weights
+
+
+class Silent:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    def note(self, *_): ...
+    def row(self, *_): ...
+    def evaluation(self, *_): ...
+
+
+def prepared(pair, questions, **changes):
+    values = {
+        "models.student": pair[0], "models.teacher": pair[1], "data.dataset": questions, "schedule.prefix": "12",
+        "rollout.max_new_tokens": 32, "rollout.samples": 2, "train.batch_size": 5, "train.micro_batch_size": 4,
+        "train.steps": 4, "evaluate.problems": 4, "evaluate.kl_prompts": 4, "runtime.dtype": "float32",
+    }
+    return preflight.prepare(configuration.build(values | {k.replace("__", "."): v for k, v in changes.items()}))
+
+
+def update_gradient(run, micro=None, batches=None):
+    """Gradient of update 0 and its per-token values; ``batches`` replaces the micro-batching."""
+    run.config = configuration.replace(run.config, train={"micro_batch_size": micro or 4})
+    run.student.net.requires_grad_(True).zero_grad()
+    prompts = data.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
+    clock, ledger = Clock(run.place.device), Ledger()
+    rollouts = train.sample(run, run.student, prompts, 0, run.prefix.length(0), ledger, clock)
+    weights, share = token_weights(rollouts, run.config.divergence.reduction)
+    values = train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock)
+    return {name: p.grad.clone() for name, p in run.student.net.named_parameters()}, rollouts, values
+
+
+def assert_same(left, right, tolerance=1e-5):
+    for name in left:
+        scale = right[name].abs().max().item()
+        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance * max(scale, 1e-6), msg=name)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
+@pytest.mark.parametrize("divergence", ["reverse-kl", "jsd:0.5"])
+def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(pair, questions, reduction, divergence):
+    run = prepared(pair, questions, divergence__reduction=reduction, divergence__name=divergence)
+    whole, rollouts, values = update_gradient(run, micro=10)
+    for micro in (1, 3, 4):
+        split, again, values_split = update_gradient(run, micro=micro)
+        assert again == rollouts
+        assert_same(split, whole)
+        assert values_split.keys() == values.keys()
+    # independent reference: each rollout alone, unpadded, both prompts in full, full logits, autograd
+    net, teacher = run.student.net, run.teacher.net
+    net.zero_grad()
+    losses = []
+    for r in rollouts:
+        s = net(torch.tensor([r.student_prompt + r.ids])).logits[0, len(r.student_prompt) - 1 : -1].log_softmax(-1)
+        with torch.no_grad():
+            t = teacher(torch.tensor([r.teacher_prompt + r.ids])).logits[0, len(r.teacher_prompt) - 1 : -1].log_softmax(-1)
+        kl = lambda p, q: F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        m = torch.log((s.exp() + t.exp()) / 2)
+        per_token = kl(s, t) if divergence == "reverse-kl" else (kl(t, m) + kl(s, m)) / 2
+        torch.testing.assert_close(per_token, torch.tensor(values[r.prompt, r.sample]), rtol=1e-4, atol=1e-6)
+        losses.append(per_token)
+    loss = {"token": torch.cat(losses).mean(), "sequence": torch.stack([x.mean() for x in losses]).mean(),
+            "sum": torch.stack([x.sum() for x in losses]).mean()}[reduction]
+    loss.backward()
+    assert_same(whole, {name: p.grad for name, p in net.named_parameters()})
+
+
+def test_prompts_of_different_length_on_both_sides(pair, questions, tmp_path):
+    """The teacher has another chat template: same completion ids after its own prompt."""
+    teacher = tmp_path / "teacher"
+    save_tiny(teacher, seed=2, width=48, layers=3)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "Q: {% for m in messages %}{{ m.content }}{% endfor %} A: "
+    tokenizer.save_pretrained(teacher)
+    run = prepared((pair[0], str(teacher)), questions)
+    whole, rollouts, values = update_gradient(run, micro=3)
+    assert all(len(r.teacher_prompt) == len(r.student_prompt) + 5 for r in rollouts)
+    r = rollouts[3]
+    s, t = (
+        m.net(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for m, prompt in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+    )
+    torch.testing.assert_close((s.exp() * (s - t)).sum(-1).detach(), torch.tensor(values[r.prompt, r.sample]), rtol=1e-4, atol=1e-6)
+
+
+def test_forced_start_is_read_by_both_and_never_taught(pair, questions):
+    run = prepared(pair, questions, rollout__begin="<think>")
+    begin = tuple(run.student.tokenizer("<think>", add_special_tokens=False).input_ids)
+    assert len(begin) == 7
+    _, rollouts, values = update_gradient(run)
+    assert all(r.student_prompt[-7:] == begin == r.teacher_prompt[-7:] and len(r.ids) <= 12 for r in rollouts)
+    assert all(len(values[r.prompt, r.sample]) == len(r.ids) for r in rollouts)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair, questions):
+    run = prepared((pair[0], pair[0]), questions)
+    gradient, _, values = update_gradient(run)
+    assert max(abs(v) for row in values.values() for v in row) < 1e-6
+    assert max(g.abs().max().item() for g in gradient.values()) < 1e-6
+
+
+def test_dropout_never_fires(tmp_path, questions, pair):
+    folder = tmp_path / "student"
+    save_tiny(folder, "gpt2", seed=4)
+    config = json.loads((folder / "config.json").read_text()) | {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = prepared((str(folder), pair[1]), questions)
+    assert_same(update_gradient(run, micro=10)[0], update_gradient(run, micro=10)[0], 1e-7)
+
+
+def test_padded_vocabularies_are_cut_to_the_real_ids(tmp_path, questions, pair):
+    """The same student with 40 more rows in its head: same rollouts, same values, no gradient for the padding rows."""
+    plain = prepared(pair, questions)
+    wide = tmp_path / "wide"
+    net = AutoModelForCausalLM.from_pretrained(pair[0])
+    net.resize_token_embeddings(300, mean_resizing=False)
+    net.save_pretrained(wide)
+    byte_tokenizer().save_pretrained(wide)
+    padded = prepared((str(wide), pair[1]), questions)
+    assert any("cut to the real ids" in note for note in padded.notes)
+    (want, rollouts, values), (got, same, padded_values) = update_gradient(plain), update_gradient(padded)
+    assert same == rollouts
+    for key in values:
+        assert padded_values[key] == pytest.approx(values[key], abs=1e-6)
+    head = got["lm_head.weight"]
+    torch.testing.assert_close(head[:260], want["lm_head.weight"], rtol=1e-5, atol=1e-7)
+    assert head[260:].abs().max() == 0
+
+
+def test_end_of_sequence_sets_and_their_choice(pair, questions, tmp_path):
+    teacher = tmp_path / "teacher"
+    save_tiny(teacher, seed=2, eos="<a>")
+    generation = GenerationConfig.from_pretrained(teacher)
+    generation.eos_token_id = [259]
+    generation.save_pretrained(teacher)
+    for choice, ids in (("student", {257}), ("teacher", {259}), ("union", {257, 259})):
+        run = prepared((pair[0], str(teacher)), questions, rollout__eos=choice)
+        assert run.sampler.eos == ids
+        assert any("end-of-sequence ids differ" in text for text in run.warnings)
+
+
+def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(pair, questions, tmp_path):
+    run = prepared(pair, questions)
+    folder = RunFolder(tmp_path / "run")
+    folder.create({})
+    with torch.no_grad():
+        run.teacher.net.model.embed_tokens.weight[:] = float("nan")
+    before = {n: p.detach().clone() for n, p in run.student.net.named_parameters()}
+    folder.write_json("run.json", {})
+    with pytest.raises(Stopped, match="update 1: the loss is not finite"):
+        train.train(run, folder, Silent(), False)
+    step, tensors, _ = folder.latest(lambda text: None)
+    assert step == 0
+    for name, p in run.student.net.named_parameters():
+        assert torch.equal(p, before[name]) and torch.equal(tensors["student"][name], before[name])
+
+
+def test_a_run_writes_what_plain_transformers_loads(pair, questions, tmp_path):
+    run = prepared(pair, questions, evaluate__every=2)
+    folder = RunFolder(tmp_path / "run")
+    folder.create(configuration.as_dict(run.config))
+    folder.write_json("run.json", {})
+    result = train.train(run, folder, Silent(), False)
+    net = AutoModelForCausalLM.from_pretrained(folder.model)
+    for (name, p), q in zip(run.student.net.named_parameters(), net.parameters()):
+        assert torch.equal(p, q), name
+    original, saved = GenerationConfig.from_pretrained(pair[0]), GenerationConfig.from_pretrained(folder.model)
+    assert saved.to_diff_dict() | {"transformers_version": 0} == original.to_diff_dict() | {"transformers_version": 0}
+    assert AutoTokenizer.from_pretrained(folder.model).chat_template == byte_tokenizer().chat_template
+    assert net.config.use_cache == AutoModelForCausalLM.from_pretrained(pair[0]).config.use_cache
+    assert not list(folder.path.rglob("*.bin")) and not list(folder.path.rglob("*.pt"))
+    rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all("/" in key for key in rows[0] if key != "step")
+    assert result["tokens"] == sum(row["rollout/taught_tokens"] for row in rows)
+    assert result["flops"]["useful"] == rows[-1]["flops/useful_total"]
+    assert result["best"]["step"] in (0, 2, 4) and folder.best.is_dir()
+
+
+def test_the_student_comes_closer_to_its_teacher(pair, questions, tmp_path):
+    """30 updates: the mean reverse KL on fixed held-out contexts falls by more than two standard errors, paired."""
+    run = prepared(pair, questions, train__steps=30, schedule__lr=3e-3, evaluate__kl_prompts=4, schedule__prefix="full")
+    folder = RunFolder(tmp_path / "run")
+    folder.create({})
+    folder.write_json("run.json", {})
+    result = train.train(run, folder, Silent(), False)
+    assert result["kl_after"]["high"] < result["kl_before"]["low"]
+
+
+def test_full_rollout_cost_uses_the_measured_length(pair, questions):
+    run = prepared(pair, questions)
+    progress = train.Progress(step=4, full_lengths=[[0, 10.0], [2, 30.0], [4, 20.0]])
+    assert [train._length_at(progress.full_lengths, s) for s in range(5)] == [10, 20, 30, 25, 20]
+    flat = train.Progress(step=4, full_lengths=[[0, 12.0], [4, 12.0]])
+    ledger, clock = Ledger(), Clock(run.place.device)
+    longer = dataclasses.replace(progress, full_lengths=[[0, 24.0], [4, 24.0]])
+    assert 1.2 < train.full_cost(run, longer, range(4)) / train.full_cost(run, flat, range(4)) < 2
+
+
+def test_tail_warning_needs_a_paired_rise():
+    def found(rate, step=5):
+        return {"step": step, "score": {"finish_rate": rate}}
+
+    before = {"score": {"finish_rate": 0.9}, "kl_by_token": [[1.0, 1.0, 0.1, 0.1 + i / 100] for i in range(8)]}
+    hurt = [[0.01, 0.01, 0.5, 0.5 + i / 100] for i in range(8)]
+    text = train.tail_warning(before, found(0.6), hurt, 2)
+    assert "rose by 0.4" in text and "90% → 60%" in text and "little left to teach" in text
+    assert train.tail_warning(before, found(0.9), before["kl_by_token"], 2) is None
+    assert train.tail_warning(before, found(0.9), [[1.0, 1.0]] * 8, 2) is None  # nothing beyond the prefix
+
+
+def test_learning_rate_schedules():
+    from prefix_distill.schedule import learning_rate
+
+    rates = lambda name, warmup: [learning_rate(k, peak=1.0, schedule=name, warmup=warmup, steps=10) for k in range(10)]
+    assert rates("constant", 0) == [1.0] * 10
+    assert rates("linear", 2)[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates("linear", 2)[9] == pytest.approx(1 / 8)
+    assert rates("cosine", 0)[5] == pytest.approx(0.5) and rates("cosine", 0)[9] == pytest.approx((1 + math.cos(0.9 * math.pi)) / 2)
