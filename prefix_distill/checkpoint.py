@@ -1,6 +1,6 @@
 """The run folder: resolved config, provenance, metric rows, atomic checkpoints. safetensors and JSON only.
 
-    config.yaml  run.json  metrics.jsonl  before.json  checkpoints/step-00000025/{student,optimizer}.safetensors state.json
+    config.yaml  run.json  metrics.jsonl  before.json  after.json  checkpoints/step-00000025/{student,optimizer}.safetensors state.json
     model/  best/  examples-before.jsonl  examples-after.jsonl
 """
 
@@ -119,6 +119,11 @@ class RunFolder:
             except (OSError, ValueError, KeyError) as error:
                 warn(f"checkpoint {folder.name} is damaged ({error}); falling back on the one before it")
         raise UserError(f"--resume {self.path}: no intact checkpoint in it; start anew with another --out")
+
+    @property
+    def started(self) -> bool:
+        """Is there a checkpoint, damaged or not?"""
+        return bool(self._checkpoints())
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("step-*"), reverse=True)

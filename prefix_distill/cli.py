@@ -123,6 +123,10 @@ def _resumed(values: dict) -> dict:
         if path not in free and value != saved.get(path):
             raise UserError(f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; leave it out, or start anew "
                             "with another --out")
+    steps, schedule = values.get("train.steps", saved["train.steps"]), saved["schedule.lr_schedule"]
+    if steps != saved["train.steps"] and schedule != "constant":
+        print(f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is stretched over all of them, "
+              "so the rest differs from a run planned this long", file=sys.stderr)
     return saved | values
 
 
@@ -242,11 +246,21 @@ def main() -> None:
     """Runs the command; bad input ends with one line on stderr and exit code 2."""
     # with two busy processes OpenMP's spinning barriers slow torch down many times over
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars, which would fill a pipe
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
     except (UserError, Stopped) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint is kept: add --resume to continue", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own complaints about flags have it; anything else is a bug
+            raise
+        _fail(error.format_message(), 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -49,7 +49,7 @@ class Data:
 @dataclass(frozen=True)
 class Schedule:
     prefix: str = option("25%", "--prefix", "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full.")
-    lr: float = option(1e-4, "--lr", "Peak learning rate of AdamW.")
+    lr: float = option(5e-5, "--lr", "Peak learning rate of AdamW.")
     lr_schedule: str = option("linear", "--lr-schedule", "After warm-up: constant, linear or cosine, ending at 0.")
     warmup: str = option("5%", "--warmup", "Linear warm-up: updates (20) or a share of them (5%).")
 

@@ -69,11 +69,11 @@ class Display:
             left = (time.perf_counter() - self.started) / done * (self.steps - done)
             self._line(f"{self.label} step {done}/{self.steps}: {text}, {left:.0f} s left".strip())
 
-    def evaluation(self, found: dict) -> None:
-        accuracy = found["score"] and found["score"]["accuracy"]
-        end = f", {found['score']['finish_rate']:.0%} finish" if found["score"] else ""
-        self._line(f"{self.label} after update {found['step']}: accuracy {share_text(accuracy)}{end}, held-out reverse KL "
-                   f"{found['kl']['value']:.4f} nats".strip())
+    def evaluation(self, row: dict) -> None:
+        """One evaluation: accuracy, endings, length, KL on the fixed contexts."""
+        tail = "" if row["kl_tail"] is None else f" (beyond the prefix {row['kl_tail']:.4f})"
+        self._line(f"{self.label} after update {row['step']}: accuracy {share_text(row['accuracy'])}, {row['finish_rate']:.0%} "
+                   f"end, {row['mean_tokens']:.0f} tokens, held-out reverse KL {row['kl']['value']:.4f} nats{tail}".strip())
 
     def _line(self, text: str) -> None:
         if self.bar:

@@ -84,10 +84,6 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_co
             f"model {name}: cannot be loaded ({type(error).__name__}: {why}); "
             "give a hub id, a folder with config.json and safetensors, or a readable .gguf file"
         ) from None
-    if extra:
-        del net.config.quantization_config  # dequantized: from here on an ordinary float model
-        net.hf_quantizer = None
-        net.is_quantized = False
     generation_config, net.generation_config = net.generation_config, GenerationConfig()
     model = Model(name, net.to(device).eval().requires_grad_(False), tokenizer, generation_config,
                   _eos(generation_config, tokenizer))

@@ -45,7 +45,7 @@ class Progress:
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     seconds: dict = dataclasses.field(default_factory=dict)
     tokens: int = 0
-    full_lengths: list = dataclasses.field(default_factory=list)  # (step, mean tokens of a full-length answer)
+    evaluations: list = dataclasses.field(default_factory=list)  # a row per evaluation, the untrained student's first
     best: dict | None = None
 
 
@@ -59,6 +59,9 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     optimizer = _optimizer(student, config)
     progress = Progress()
     resumed_from = None
+    if resume and not folder.started:
+        report.note("the run was interrupted before its first checkpoint: it starts from the beginning")
+        resume = False
     if resume:
         resumed_from = _restore(run, folder, optimizer, progress, report)
     clock = Clock(place.device, progress.seconds)
@@ -109,8 +112,9 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     after = _evaluate_now(run, decoder, fixed, before, progress, clock, folder, report)
     if place.first:
         folder.write_rows("examples-after.jsonl", after.pop("records"))
+        folder.write_json("after.json", after)
         save(run.student, folder.model)
-    result = _result(run, folder, progress, before, after, resumed_from, clock)
+    result = _result(run, folder, progress, resumed_from, clock)
     if place.first:
         folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
     place.wait()
@@ -221,62 +225,70 @@ def _refresh(copy, source) -> None:
 
 
 def _measure_before(run: Run, decoder: Model, progress: Progress, clock: Clock, folder: RunFolder) -> dict:
-    """Accuracy of the untrained student, and the fixed held-out rollouts with their KL."""
+    """Draws the fixed held-out rollouts from the untrained student and measures it on them: the "before" of every later
+    comparison, kept in before.json."""
+    ledger = Ledger()
     with clock.phase("evaluation"):
-        ledger = Ledger()
-        spent = _evaluation_spent(run, ledger)
-        fixed = evaluate.fixed_rollouts(decoder, run.kl_prompts, run.eval_sampler, run.config.rollout.max_new_tokens,
-                                        run.place, spent)
-        values = evaluate.held_out_kl(run.student, run.teacher, run.support, fixed, run.place,
-                                      run.config.train.micro_batch_size, _scoring_spent(run, ledger))
-        score = _accuracy(run, decoder, spent)
+        fixed = _full_rollouts(run, decoder, ledger)
     _merge(run, progress, ledger)
-    length = score.mean_tokens if score else sum(len(r.ids) for r in fixed) / len(fixed)
-    progress.full_lengths.append([0, length])
-    before = {
-        "rollouts": [dataclasses.asdict(r) for r in fixed], "kl_by_token": values,
-        "kl": evaluate.token_mean(values), "score": score.summary() if score else None,
-    }
-    _keep_best(run, folder, progress, before["score"], before["kl"])
+    found = _measure(run, decoder, fixed, fixed, progress, clock, folder)
+    records = found.pop("records")
+    before = {**found, "rollouts": [dataclasses.asdict(r) for r in fixed]}
     if run.place.first:
         folder.write_json("before.json", before)
-        folder.write_rows("examples-before.jsonl", score.records if score else [])
+        folder.write_rows("examples-before.jsonl", records)
     return before
 
 
 def _evaluate_now(run: Run, decoder, fixed, before, progress, clock, folder, report) -> dict:
-    """Accuracy and held-out KL of the current student; says so when the tail is being hurt."""
+    """Measures the current student and says so when its tail is being hurt."""
+    found = _measure(run, decoder, fixed, None, progress, clock, folder)
+    if run.place.first:
+        report.evaluation(progress.evaluations[-1])
+        if text := tail_warning(before, found, run.prefix.length(max(0, progress.step - 1))):
+            report.warn(text)
+    return found
+
+
+def _measure(run: Run, decoder: Model, fixed, full, progress: Progress, clock: Clock, folder: RunFolder) -> dict:
+    """Accuracy on the held-out problems and reverse KL on the fixed contexts, now; keeps the best student.
+
+    Where no problem is evaluated, the length and endings of full answers come from ``full``, drawn now if None.
+    """
     ledger = Ledger()
     with clock.phase("evaluation"):
         values = evaluate.held_out_kl(run.student, run.teacher, run.support, fixed, run.place,
                                       run.config.train.micro_batch_size, _scoring_spent(run, ledger))
         score = _accuracy(run, decoder, _evaluation_spent(run, ledger))
-        length = score.mean_tokens if score else None
-        if length is None:
-            again = evaluate.fixed_rollouts(decoder, run.kl_prompts, run.eval_sampler,
-                                            run.config.rollout.max_new_tokens, run.place, _evaluation_spent(run, ledger))
-            length = sum(len(r.ids) for r in again) / len(again)
+        if score is None:
+            full = full or _full_rollouts(run, decoder, ledger)
+            length, finish = sum(len(r.ids) for r in full) / len(full), sum(r.finished for r in full) / len(full)
+        else:
+            length, finish = score.mean_tokens, score.finish_rate
     _merge(run, progress, ledger)
-    if not progress.full_lengths or progress.full_lengths[-1][0] != progress.step:
-        progress.full_lengths.append([progress.step, length])
-    found = {"step": progress.step, "kl": evaluate.token_mean(values), "score": score.summary() if score else None,
-             "records": score.records if score else []}
-    prefix = run.prefix.length(max(0, progress.step - 1))
-    found["kl_prefix"], found["kl_tail"] = evaluate.split_mean(values, prefix)
-    _keep_best(run, folder, progress, found["score"], found["kl"])
-    if run.place.first:
-        report.evaluation(found)
-        if text := tail_warning(before, found, values, prefix):
-            report.warn(text)
-    return found
+    head, tail = evaluate.split_mean(values, run.prefix.length(max(0, progress.step - 1)))
+    row = {
+        "step": progress.step, "accuracy": score and score.accuracy, "kl": evaluate.token_mean(values), "kl_prefix": head,
+        "kl_tail": tail, "finish_rate": finish, "mean_tokens": length, "flops_useful": progress.ledger.total(),
+        "flops_executed": progress.ledger.total("executed"),
+    }
+    if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
+        progress.evaluations.append(row)
+    _keep_best(run, folder, progress, row)
+    return {**row, "kl_by_token": values, "records": score.records if score else []}
 
 
-def tail_warning(before: dict, found: dict, values, prefix: int) -> str | None:
+def _full_rollouts(run: Run, decoder: Model, ledger: Ledger) -> list[Rollout]:
+    return evaluate.fixed_rollouts(decoder, run.kl_prompts, run.eval_sampler, run.config.rollout.max_new_tokens, run.place,
+                                   _evaluation_spent(run, ledger))
+
+
+def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
     """One line when training has hurt what lies beyond the prefix: its KL on the fixed contexts rose by more than two
     standard errors (paired by rollout), or answers end less often (by more than 5 points); else None."""
     gaps = [
         math.fsum(new[prefix:]) / len(new[prefix:]) - math.fsum(old[prefix:]) / len(old[prefix:])
-        for new, old in zip(values, before["kl_by_token"]) if len(new) > prefix
+        for new, old in zip(found["kl_by_token"], before["kl_by_token"]) if len(new) > prefix
     ]
     said = []
     if len(gaps) > 1:
@@ -284,12 +296,12 @@ def tail_warning(before: dict, found: dict, values, prefix: int) -> str | None:
         error = math.sqrt(math.fsum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1) / len(gaps))
         if mean > 2 * error and mean > 1e-3:
             said.append(f"the KL beyond the prefix rose by {mean:.3g} ± {error:.1g} nats per token")
-    if found["score"] and found["score"]["finish_rate"] < before["score"]["finish_rate"] - 0.05:
-        said.append(f"answers end less often ({before['score']['finish_rate']:.0%} → {found['score']['finish_rate']:.0%})")
+    if found["finish_rate"] < before["finish_rate"] - 0.05:
+        said.append(f"answers end less often ({before['finish_rate']:.0%} → {found['finish_rate']:.0%})")
     if not said:
         return None
     head_before, _ = evaluate.split_mean(before["kl_by_token"], prefix)
-    head_after, _ = evaluate.split_mean(values, prefix)
+    head_after, _ = evaluate.split_mean(found["kl_by_token"], prefix)
     exhausted = f"; the prefix has little left to teach ({head_before:.2g} → {head_after:.2g} nats)" if (
         head_after < 0.1 * head_before) else ""
     return (f"after update {found['step']} the tail is being hurt: {' and '.join(said)}{exhausted}; "
@@ -305,14 +317,13 @@ def _accuracy(run: Run, decoder: Model, spent):
     )
 
 
-def _keep_best(run: Run, folder: RunFolder, progress: Progress, score, kl) -> None:
+def _keep_best(run: Run, folder: RunFolder, progress: Progress, row: dict) -> None:
     """Keeps the best student seen so far in best/, by accuracy where there are answers, else by held-out KL."""
     if not run.config.evaluate.every:
         return
-    accuracy = score["accuracy"] if score else None
-    merit = accuracy["value"] if accuracy else -kl["value"]
+    merit = row["accuracy"]["value"] if row["accuracy"] else -row["kl"]["value"]
     if progress.best is None or merit > progress.best["merit"]:
-        progress.best = {"step": progress.step, "merit": merit, "accuracy": accuracy, "kl": kl}
+        progress.best = {"step": progress.step, "merit": merit, "accuracy": row["accuracy"], "kl": row["kl"]}
         if run.place.first:
             save(run.student, folder.best)
 
@@ -347,15 +358,16 @@ def full_cost(run: Run, progress: Progress, steps: range) -> float:
         prompts = [p for p in data.batch(run.train_prompts, step, config.train.batch_size, config.runtime.seed)
                    for _ in range(config.rollout.samples)]
         total += flops.update_cost(run.student_shape, run.teacher_shape, [len(p.student_ids) for p in prompts],
-                                   [len(p.teacher_ids) for p in prompts], _length_at(progress.full_lengths, step))
+                                   [len(p.teacher_ids) for p in prompts], _length_at(progress.evaluations, step))
     return total
 
 
-def _length_at(points: list, step: int) -> float:
+def _length_at(evaluations: list[dict], step: int) -> float:
+    points = [(row["step"], row["mean_tokens"]) for row in evaluations]
     for (left, low), (right, high) in zip(points, points[1:]):
         if left <= step < right:
             return low + (high - low) * (step - left) / (right - left)
-    return points[-1][1] if step >= points[-1][0] else points[0][1]
+    return points[-1][1]
 
 
 def _row(run: Run, progress: Progress, facts, prefix, rate, norm, clock, spent_before) -> dict:
@@ -373,21 +385,16 @@ def _row(run: Run, progress: Progress, facts, prefix, rate, norm, clock, spent_b
     return row
 
 
-def _result(run: Run, folder: RunFolder, progress: Progress, before, after, resumed_from, clock) -> dict:
-    score = {"before": before["score"], "after": after["score"]}
+def _result(run: Run, folder: RunFolder, progress: Progress, resumed_from, clock) -> dict:
+    first, last = progress.evaluations[0], progress.evaluations[-1]
     return {
         "out": str(folder.path), "steps": progress.step, "resumed_from": resumed_from,
-        "accuracy_before": score["before"] and score["before"]["accuracy"],
-        "accuracy_after": score["after"] and score["after"]["accuracy"],
-        "kl_before": before["kl"], "kl_after": after["kl"], "kl_after_prefix": after["kl_prefix"],
-        "kl_after_tail": after["kl_tail"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
+        "accuracy_before": first["accuracy"], "accuracy_after": last["accuracy"], "kl_before": first["kl"],
+        "kl_after": last["kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
         "full_rollout_cost": full_cost(run, progress, range(progress.step)),
         "seconds": {"total": math.fsum(clock.seconds.values()), "by_phase": clock.seconds},
-        "finish_rate_before": score["before"] and score["before"]["finish_rate"],
-        "finish_rate_after": score["after"] and score["after"]["finish_rate"],
-        "mean_tokens_before": before["score"] and before["score"]["mean_tokens"],
-        "mean_tokens_after": after["score"] and after["score"]["mean_tokens"],
-        "best": progress.best and {k: v for k, v in progress.best.items() if k != "merit"},
+        "evaluations": progress.evaluations, "best": progress.best and {
+            k: v for k, v in progress.best.items() if k != "merit"},
     }
 
 

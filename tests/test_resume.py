@@ -50,6 +50,7 @@ def whole(pair, questions, tmp_path_factory):
     ("train", "_update", 4),  # after three updates, before the fourth
     ("train", "_row", 5),  # a row more than the checkpoint knows
     ("checkpoint", "replace_folder", 2),  # inside the second checkpoint's write
+    ("evaluate", "held_out_kl", 1),  # before anything was saved
 ])
 def test_kill_and_resume_is_bit_for_bit(whole, pair, questions, tmp_path, module, name, at):
     out = tmp_path / "run"
@@ -60,7 +61,7 @@ def test_kill_and_resume_is_bit_for_bit(whole, pair, questions, tmp_path, module
     done = command("run", "--resume", "--out", out)
     assert done.returncode == 0, done.stderr
     document = last_json(done.stdout)
-    assert document["resumed_from"] == (0 if module == "checkpoint" else 3)
+    assert document["resumed_from"] == {"train": 3, "checkpoint": 0, "evaluate": None}[module]
     assert rows(out) == rows(whole[0]) and len(rows(out)) == 6
     for file in ("checkpoints/step-00000006/student.safetensors", "checkpoints/step-00000006/optimizer.safetensors",
                  "model/model.safetensors", "best/model.safetensors", "config.yaml"):

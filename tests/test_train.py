@@ -1,6 +1,5 @@
 """The update: neither padding nor micro-batches nor ranks may change its mathematics; what a run writes and refuses."""
 
-import dataclasses
 import json
 import math
 
@@ -211,26 +210,60 @@ def test_the_student_comes_closer_to_its_teacher(pair, questions, tmp_path):
     assert result["kl_after"]["high"] < result["kl_before"]["low"]
 
 
+def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions, tmp_path):
+    """Same run in both dtypes: the copy follows the masters, and the measured KL agrees to bfloat16's resolution."""
+    measured = {}
+    for dtype in ("float32", "bfloat16"):
+        run = prepared(pair, questions, runtime__dtype=dtype, schedule__lr=1e-3)
+        assert run.teacher.net.dtype == getattr(torch, dtype) and run.student.net.dtype == torch.float32
+        folder = RunFolder(tmp_path / dtype)
+        folder.create({})
+        folder.write_json("run.json", {})
+        result = train.train(run, folder, Silent(), False)
+        measured[dtype] = [result["kl_before"]["value"], result["kl_after"]["value"]]
+        decoder = preflight.decoding_copy(run)
+        assert (decoder.net is run.student.net) == (dtype == "float32")
+        train._refresh(decoder.net, run.student.net)
+        for copy, master in zip(decoder.net.parameters(), run.student.net.parameters()):
+            assert torch.equal(copy, master.to(copy.dtype))
+    assert measured["bfloat16"] == pytest.approx(measured["float32"], rel=0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_update_equals_cpu(pair, questions):
+    """Same rollouts given, same gradient on both devices, to float32 matmul accuracy."""
+    gradients, rollouts = [], None
+    for device in ("cpu", "cuda:0"):
+        run = prepared(pair, questions, runtime__device=device)
+        run.student.net.requires_grad_(True)
+        if rollouts is None:
+            rollouts = update_gradient(run)[1]
+            run.student.net.zero_grad()
+        weights, share = token_weights(rollouts, "token")
+        train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, Ledger(), Clock(run.place.device))
+        gradients.append({n: p.grad.cpu() for n, p in run.student.net.named_parameters()})
+    assert_same(gradients[1], gradients[0], 1e-3)
+
+
 def test_full_rollout_cost_uses_the_measured_length(pair, questions):
     run = prepared(pair, questions)
-    progress = train.Progress(step=4, full_lengths=[[0, 10.0], [2, 30.0], [4, 20.0]])
-    assert [train._length_at(progress.full_lengths, s) for s in range(5)] == [10, 20, 30, 25, 20]
-    flat = train.Progress(step=4, full_lengths=[[0, 12.0], [4, 12.0]])
-    ledger, clock = Ledger(), Clock(run.place.device)
-    longer = dataclasses.replace(progress, full_lengths=[[0, 24.0], [4, 24.0]])
+    measured = lambda *points: [{"step": step, "mean_tokens": length} for step, length in points]
+    assert [train._length_at(measured((0, 10), (2, 30), (4, 20)), s) for s in range(5)] == [10, 20, 30, 25, 20]
+    flat, longer = (train.Progress(step=4, evaluations=measured((0, n), (4, n))) for n in (12, 24))
     assert 1.2 < train.full_cost(run, longer, range(4)) / train.full_cost(run, flat, range(4)) < 2
 
 
 def test_tail_warning_needs_a_paired_rise():
-    def found(rate, step=5):
-        return {"step": step, "score": {"finish_rate": rate}}
+    def found(rate, values):
+        return {"step": 5, "finish_rate": rate, "kl_by_token": values}
 
-    before = {"score": {"finish_rate": 0.9}, "kl_by_token": [[1.0, 1.0, 0.1, 0.1 + i / 100] for i in range(8)]}
+    before = found(0.9, [[1.0, 1.0, 0.1, 0.1 + i / 100] for i in range(8)])
     hurt = [[0.01, 0.01, 0.5, 0.5 + i / 100] for i in range(8)]
-    text = train.tail_warning(before, found(0.6), hurt, 2)
+    text = train.tail_warning(before, found(0.6, hurt), 2)
     assert "rose by 0.4" in text and "90% → 60%" in text and "little left to teach" in text
-    assert train.tail_warning(before, found(0.9), before["kl_by_token"], 2) is None
-    assert train.tail_warning(before, found(0.9), [[1.0, 1.0]] * 8, 2) is None  # nothing beyond the prefix
+    assert train.tail_warning(before, before, 2) is None
+    assert train.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None  # nothing beyond the prefix
 
 
 def test_learning_rate_schedules():

