@@ -1,0 +1,70 @@
+"""Settings: the grammar of --prefix, types, nearest keys; whatever is typed ends in a value or in one clear line."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefix_distill import __version__, config
+from prefix_distill.errors import UserError
+from prefix_distill.schedule import parse_prefix, warmup_steps
+
+
+@pytest.mark.parametrize("text, limit, length", [
+    ("512", 2048, 512), ("25%", 2048, 512), ("12.5%", 192, 24), ("full", 2048, 2048), ("1%", 10, 1), ("100%", 10, 10), (" 8 ", 8, 8),
+])
+def test_prefix_grammar(text, limit, length):
+    schedule = parse_prefix(text, limit)
+    assert [schedule.length(step) for step in (0, 1, 1000)] == [length] * 3
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "0%", "101%", "half", "", "9", "linear:1:256", "1e3", "%"])
+def test_prefixes_that_are_refused(text):
+    with pytest.raises(UserError, match="prefix"):
+        parse_prefix(text, 8)
+
+
+@given(st.text(max_size=12), st.integers(1, 4096))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_a_length_in_range_or_one_line(text, limit):
+    try:
+        assert 1 <= parse_prefix(text, limit).length(0) <= limit
+    except UserError as error:
+        assert "prefix" in str(error)
+
+
+@given(st.dictionaries(st.sampled_from([*config.options(), "train.stepz", "x"]), st.one_of(
+    st.none(), st.booleans(), st.integers(-5, 5), st.floats(), st.text(max_size=6), st.lists(st.integers(), max_size=2)), max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_any_settings_are_accepted_whole_or_refused_in_one_line(values):
+    try:
+        built = config.build(values)
+    except UserError as error:
+        assert str(error)
+    else:
+        for path, value in values.items():
+            assert config.get(built, path) == value or str(value) == config.get(built, path)
+
+
+def test_warmup_is_updates_or_a_share():
+    assert [warmup_steps(t, 200) for t in ("0", "7", "5%", "2.5%")] == [0, 7, 10, 5]
+    with pytest.raises(UserError):
+        warmup_steps("some", 10)
+
+
+def test_a_number_is_never_bent_into_another():
+    assert config.build({"schedule.lr": 1, "schedule.prefix": 16}).schedule.prefix == "16"
+    for path, value in (("train.steps", 2.5), ("train.steps", True), ("train.steps", "5"), ("models.trust_remote_code", 1)):
+        with pytest.raises(UserError, match=f"{path}: expected"):
+            config.build({path: value})
+
+
+def test_every_flag_is_declared_once_with_a_help_text():
+    flags = [field.metadata["flag"] for field in config.options().values()]
+    assert len(set(flags)) == len(flags) and all(field.metadata["help"].endswith((".", ")")) for field in config.options().values())
+
+
+def test_version_is_said_once_and_the_same():
+    import tomllib
+    from pathlib import Path
+
+    assert tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"] == __version__

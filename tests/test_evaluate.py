@@ -1,0 +1,85 @@
+"""Evaluation: intervals against theory, repetition, held-out KL against a naive loop, pairing by seed."""
+
+import math
+
+import pytest
+import torch
+
+from conftest import tiny_net
+from prefix_distill import evaluate
+from prefix_distill.data import Prompt
+from prefix_distill.models import Model
+from prefix_distill.rollout import Sampler
+from prefix_distill.runtime import Place
+
+PLACE = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
+
+
+def test_interval_is_the_normal_one_for_many_problems():
+    values = [1.0] * 300 + [0.0] * 700
+    found = evaluate.interval(values)
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
+    assert found["value"] == pytest.approx(0.3) and found["n"] == 1000
+    assert found["low"] == pytest.approx(0.3 - half, abs=0.005) and found["high"] == pytest.approx(0.3 + half, abs=0.005)
+    assert evaluate.interval(values) == found
+
+
+def test_interval_of_all_right_or_all_wrong_is_wilsons():
+    # Wilson's bounds at p = 1 and p = 0 are n/(n + z²) and z²/(n + z²)
+    z2 = 1.96**2
+    assert evaluate.interval([1.0] * 50) == {"value": 1.0, "n": 50, "low": pytest.approx(50 / (50 + z2)), "high": 1.0}
+    assert evaluate.interval([0.0] * 50) == {"value": 0.0, "n": 50, "low": 0.0, "high": pytest.approx(z2 / (50 + z2))}
+
+
+def test_token_mean_weighs_tokens_and_draws_rollouts():
+    values = [[1.0] * 10, [3.0] * 30]
+    found = evaluate.token_mean(values)
+    assert found["value"] == pytest.approx(2.5) and found["n"] == 40
+    assert (found["low"], found["high"]) == (1.0, 3.0)  # two rollouts: a resample may hold either one alone
+    assert evaluate.split_mean(values, 10) == (2.0, 3.0) and evaluate.split_mean([[1.0]], 1) == (1.0, None)
+
+
+def test_repetition_is_a_loop_not_a_reuse():
+    assert evaluate.repeats((1, 2, 3) * 10) and evaluate.repeats((7,) * 20)
+    assert not evaluate.repeats(tuple(range(30))) and not evaluate.repeats((1, 2, 3))
+    assert not evaluate.repeats(tuple(range(20)) + tuple(range(10)))
+
+
+@pytest.fixture(scope="module")
+def models():
+    class Words:
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(map(str, ids))
+
+    return [Model("m", tiny_net("llama", seed), Words(), None, frozenset({257})) for seed in (1, 2)]
+
+
+def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
+    class Row:
+        def __init__(self, ids):
+            self.student_ids = self.teacher_ids = ids
+
+    rendered = [Row(tuple(range(5, 8 + 4 * i))) for i in range(4)]
+    fixed = evaluate.fixed_rollouts(models[0], rendered, Sampler(frozenset({257}), 256, 260, 3), 9, PLACE)
+    assert [r.prompt for r in fixed] == [0, 1, 2, 3]
+    found = evaluate.held_out_kl(*models, 260, fixed, PLACE, rows=3)
+    for rollout, values in zip(fixed, found):
+        ids = torch.tensor([rollout.student_prompt + rollout.ids])
+        with torch.no_grad():
+            s, t = (m.net(ids).logits[0, len(rollout.student_prompt) - 1 : -1].log_softmax(-1) for m in models)
+        torch.testing.assert_close(torch.tensor(values), (s.exp() * (s - t)).sum(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_average_and_pass_at_k(models):
+    """Graded by what was sampled: a problem whose reference is one of its own answers is right for those samples."""
+    sampler = Sampler(frozenset({257}), 256, 260, 3)
+    run = lambda references: evaluate.evaluate(
+        models[0], [(Prompt(i, ({"role": "user", "content": "x"},), r), (4, 5, 6)) for i, r in enumerate(references)], sampler,
+        samples=3, max_new_tokens=2, answer_format="exact", place=PLACE)
+    texts = [[r["text"] for r in record["responses"]] for record in run(["none", "none"]).records]
+    assert texts[0] != texts[1]  # the same prompt twice draws differently
+    score = run([texts[0][0], "none"])
+    right = texts[0].count(texts[0][0]) / 3
+    assert score.accuracy["value"] == pytest.approx(right / 2) and score.pass_at_k["value"] == 0.5
+    assert run([None, "x"]).accuracy is None
+    assert score.mean_tokens <= 2
