@@ -8,7 +8,7 @@ from ..display import flops_text, share_text
 from ..evaluate import evaluate
 from ..preflight import prepare
 
-UPDATES, PROMPTS, RATE, PREFIX = 30, 16, 2e-4, 24
+UPDATES, PROMPTS, RATE, PREFIX = 30, 16, 4e-4, 24
 PROBLEMS, EVERY = 200, 10
 ARMS = (("prefix", str(PREFIX)), ("full", "full"))
 COLOURS = {"prefix": "#0072B2", "full": "#D55E00"}  # Okabe and Ito's, distinct to every eye
