@@ -72,7 +72,7 @@ def run(
     folder = RunFolder(Path(config.checkpoint.out))
     if not resume:
         folder.refuse_if_used()
-    _quiet()
+    quiet_libraries()
     from . import preflight
 
     prepared = preflight.prepare(config)
@@ -188,7 +188,7 @@ def evaluate_command(
         "models.trust_remote_code": trust_remote_code,
         "checkpoint.out": out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl",
     })
-    _quiet()
+    quiet_libraries()
     from .preflight import evaluate_model
 
     place, notes, document = evaluate_model(config)
@@ -211,7 +211,7 @@ def demo(
 
     folder = RunFolder(Path(out or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}"))
     folder.refuse_if_used()
-    _quiet()
+    quiet_libraries()
     from .demo.show import demonstrate
 
     table, document = demonstrate(folder.path, seed, train_in)
@@ -231,7 +231,7 @@ def _finish(prepared, document: dict) -> None:
         print(json.dumps(document))
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """Imports the heavy libraries with their own chatter off."""
     import logging
 

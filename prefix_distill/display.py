@@ -20,21 +20,21 @@ def share_text(score: dict | None) -> str:
 
 
 class Display:
-    """Progress of one run. ``every`` plain lines are spaced so that a long run prints about fifty."""
+    """Progress of one run; in a pipe, about fifty lines however long it is."""
 
-    def __init__(self, steps: int, first_step: int = 0, label: str = ""):
+    def __init__(self, steps: int, label: str = ""):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True)
-        self.steps, self.label, self.full = steps, label, 0.0
+        self.steps, self.label, self.seen = steps, label, 0
         self.plain_every = max(1, steps // 50)
         self.started = time.perf_counter()
         self.bar = None
         if self.console.is_terminal:
             self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                                 TextColumn("left"), console=self.console, transient=False)
-            self.task = self.bar.add_task(label or "distilling", total=steps, completed=first_step)
+            self.task = self.bar.add_task(label or "distilling", total=steps)
 
     def __enter__(self):
         if self.bar:
@@ -52,8 +52,8 @@ class Display:
         self._line(f"warning: {text}")
 
     def row(self, row: dict, useful: float, full: float) -> None:
-        """One update: its metrics row, useful FLOPs so far, and what this update would have cost with full rollouts."""
-        self.full += full
+        """One update: its metrics row, useful FLOPs so far, and what as many updates cost with full rollouts."""
+        self.seen += 1
         divergence = next(v for k, v in row.items() if k.startswith("loss/") and k.endswith("_nats"))
         speeds = " ".join(
             f"{phase} {row[f'time/{phase}_tokens_per_s']:,.0f}/s"
@@ -61,13 +61,12 @@ class Display:
         )
         share = row["rollout/finished_share"]
         text = (f"KL {divergence:.4f} nats, prefix {row['rollout/prefix_tokens']}, finished inside {share:.0%}, {speeds}, "
-                f"{flops_text(useful)} useful (full rollouts: {flops_text(self.full)})")
+                f"{flops_text(useful)} useful (full rollouts: {flops_text(full)})")
         if self.bar:
             self.bar.update(self.task, completed=row["step"], description=f"{self.label} {text}".strip())
-        elif row["step"] % self.plain_every == 0 or row["step"] in (1, self.steps):
-            done = row["step"]
-            left = (time.perf_counter() - self.started) / done * (self.steps - done)
-            self._line(f"{self.label} step {done}/{self.steps}: {text}, {left:.0f} s left".strip())
+        elif row["step"] % self.plain_every == 0 or self.seen == 1 or row["step"] == self.steps:
+            left = (time.perf_counter() - self.started) / self.seen * (self.steps - row["step"])
+            self._line(f"{self.label} step {row['step']}/{self.steps}: {text}, {left:.0f} s left".strip())
 
     def evaluation(self, row: dict) -> None:
         """One evaluation: accuracy, endings, length, KL on the fixed contexts."""

@@ -52,7 +52,8 @@ class Progress:
 def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     """Runs every update that is left, evaluates before and after, saves the model; returns the result document.
 
-    ``report`` shows progress: ``report.note(text)``, ``report.warn(text)``, ``report.row(row, progress, seconds)``.
+    ``report`` shows progress: ``note(text)``, ``warn(text)``, ``evaluation(row)`` and ``row(metrics, useful FLOPs so far,
+    useful FLOPs of as many updates with full rollouts)``.
     """
     config, place = run.config, run.place
     student = run.student.net.requires_grad_(True)
@@ -77,6 +78,7 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     if not resume:
         _save_checkpoint(run, folder, optimizer, progress)
 
+    full = full_cost(run, progress, range(progress.step))
     while progress.step < config.train.steps:
         step = progress.step
         spent_before = dict(clock.seconds)
@@ -100,9 +102,10 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         progress.tokens += int(facts["tokens"])
         _merge(run, progress, ledger)
         row = _row(run, progress, facts, prefix, rate, norm, clock, spent_before)
+        full += full_cost(run, progress, range(step, step + 1))
         if place.first:
             folder.append_metrics(row)
-            report.row(row, progress.ledger.total(), full_cost(run, progress, range(step, step + 1)))
+            report.row(row, progress.ledger.total(), full)
         last = progress.step == config.train.steps
         if config.evaluate.every and progress.step % config.evaluate.every == 0 and not last:
             _evaluate_now(run, decoder, fixed, before, progress, clock, folder, report)

@@ -60,6 +60,8 @@ BAD = {
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
     "unknown divergence": (["--divergence", "kl"], "divergence 'kl'"),
     "set without value": (["--set", "train.steps"], "expected section.key=value"),
+    "unknown flag": (["--stepz", "3"], "No such option: --stepz"),
+    "not a number": (["--steps", "many"], "'many' is not a valid integer"),
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
 }
 

@@ -64,7 +64,7 @@ def test_shipped_models_meet_their_bands(name, role, tmp_path):
         assert found["accuracy"]["high"] >= 0.95 and found["finish_rate"] > 0.97
     else:
         assert found["accuracy"]["high"] >= 0.15 and found["accuracy"]["low"] <= 0.45
-        assert found["finish_rate"] > 0.9
+        assert found["finish_rate"] > 0.8
 
 
 def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):

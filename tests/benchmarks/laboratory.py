@@ -59,7 +59,7 @@ def main() -> None:
     updates, problems, every = UPDATES, PROBLEMS, 10
     if given.quick:
         updates, problems, every, given.seeds, given.rates = 2, 20, 1, [0], [1e-4]
-    cli._quiet()
+    cli.quiet_libraries()
     rows, summary = [], {}
     for arm in ARMS:
         tuned = {}
