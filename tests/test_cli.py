@@ -61,7 +61,7 @@ BAD = {
     "unknown divergence": (["--divergence", "kl"], "divergence 'kl'"),
     "set without value": (["--set", "train.steps"], "expected section.key=value"),
     "unknown flag": (["--stepz", "3"], "No such option: --stepz"),
-    "not a number": (["--steps", "many"], "'many' is not a valid integer"),
+    "not a number": (["--steps", "many"], "Invalid value for '--steps'"),
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
 }
 
