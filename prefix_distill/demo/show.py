@@ -72,7 +72,7 @@ def draw(arms: list[dict], teacher: float, file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
     axes.axhline(100 * teacher, color="#555555", linestyle=":", linewidth=1)
-    axes.text(1, 100 * teacher - 1, "teacher", transform=axes.get_yaxis_transform(), ha="right", va="top", color="#555555")
+    axes.text(1, 100 * teacher + 1, "teacher", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="#555555")
     for arm in arms:
         colour = COLOURS[arm["name"]]
         x = [row["flops_useful"] / 1e9 for row in arm["evaluations"]]
@@ -83,7 +83,7 @@ def draw(arms: list[dict], teacher: float, file: Path) -> None:
     axes.set_xlabel("useful training FLOPs (billions)")
     axes.set_ylabel("accuracy on held-out problems (%)")
     axes.set_title(f"{UPDATES} updates of {PROMPTS} rollouts, evaluated every {EVERY}", fontsize=10)
-    axes.set_ylim(0, 102)
+    axes.set_ylim(0, 106)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     figure.tight_layout()
