@@ -47,7 +47,8 @@ class Stage:
 
     With `few`, problems have any number of steps, and every other update takes three times as many of at most five,
     which teaches the first and the last step sooner than long problems do. Without it, they have as many steps as the
-    task's test problems, so that the labels long problems begin with are met more often. The stage ends early once `solved` reaches `until`.
+    task's test problems, so that the labels long problems begin with are met more often. The stage ends early once
+    `solved` reaches `until`.
     """
 
     updates: int
