@@ -120,5 +120,5 @@ def test_modules_and_flags_it_names_exist():
 
     known = {field.metadata["flag"] for field in options().values()} | {"--config", "--set", "--resume", "--dry-run", "--model"}
     text = re.sub(r"```.*?```", "", README, flags=re.S)
-    for flag in re.findall(r"(?<![\w-])--[a-z-]+", text):
+    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
         assert flag in known | {"--nproc-per-node", "--help"}, flag
