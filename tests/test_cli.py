@@ -89,8 +89,7 @@ def test_bad_input_is_one_line_exit_2_and_leaves_nothing(case, broken, pair, que
 
 
 def test_help_is_fast_and_imports_no_torch():
-    best = min(_seconds("--help") for _ in range(3))
-    assert best < 0.5 * 2  # half a second on an idle machine; this one may be busy
+    assert min(_seconds("--help") for _ in range(5)) < 0.5  # the best of five: the machine may be busy
     import subprocess
     import sys
 

@@ -88,14 +88,14 @@ def laboratory_table() -> str:
             mine = [r for r in found if r["arm"] == arm]
             first, last = ([r for r in mine if r["update"] == step] for step in ("0", "30"))
             mean = lambda key, rows: sum(float(r[key]) for r in rows) / len(rows)
-            tail = "" if arm == "full" else f"{tail_of(first, task):.3f} → {mean('kl_tail', last):.3f}"
+            tail = "" if arm == "full" else f"{tail_of(first):.3f} → {mean('kl_tail', last):.3f}"
             rows.append(
                 f"| `{task}` | {arm} | {float(mine[0]['rate']):g} | {mean('accuracy', first):.1%} | "
                 f"{' / '.join('{:.1%}'.format(float(r['accuracy'])) for r in last)} | {mean('flops_useful', last) / 1e9:.1f} G | {tail} |")
     return "\n".join(rows)
 
 
-def tail_of(first, task) -> float:
+def tail_of(first) -> float:
     return sum(float(r["kl_tail"]) for r in first) / len(first)
 
 
