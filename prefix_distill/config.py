@@ -71,6 +71,8 @@ class Sampling:
 class Divergence:
     name: str = option("reverse-kl", "--divergence", "reverse-kl Σ S(log S − log T), forward-kl Σ T(log T − log S), "
                        "jsd:β = β·KL(T‖m) + (1−β)·KL(S‖m), m = βT + (1−β)S; nats per token.")
+    estimator: str = option("full", "--estimator", "full: the whole vocabulary; top-k:K: the teacher's K most likely tokens "
+                            "and one bucket with the rest of the mass.")
     temperature: float = option(1.0, "--kl-temperature", "Temperature of both distributions in the loss.")
     reduction: str = option("token", "--reduction", "token: mean over taught tokens; sequence: mean over rollouts of "
                             "their token means; sum: sum over tokens, mean over rollouts.")
@@ -244,6 +246,7 @@ def check(config: Config) -> None:
         if get(config, path) not in allowed:
             raise UserError(f"{path} '{get(config, path)}': {flag(path)} must be one of {', '.join(allowed)}")
     parse_divergence(config.divergence.name)
+    parse_estimator(config.divergence.estimator)
     parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens or sys.maxsize)
     warmup_steps(config.schedule.warmup, config.train.steps)
 
@@ -264,6 +267,16 @@ def parse_divergence(text: str) -> tuple[str, float | None]:
             instead = "forward-kl" if value == 0 else "reverse-kl"
             raise UserError(f"divergence '{text}': the JSD vanishes at β = {beta}; use {instead}")
     raise UserError(f"divergence '{text}': --divergence must be {DIVERGENCES}")
+
+
+def parse_estimator(text: str) -> int | None:
+    """``full`` → None (the whole vocabulary), ``top-k:64`` → 64. UserError otherwise."""
+    name, _, size = text.partition(":")
+    if text == "full":
+        return None
+    if name == "top-k" and size.isascii() and size.isdigit() and int(size) > 0:
+        return int(size)
+    raise UserError(f"estimator '{text}': --estimator must be full or top-k:K with K at least 1, such as top-k:64")
 
 
 def get(config: Config, path: str):

@@ -5,7 +5,7 @@ All logarithms are natural; all values are nats. Matmuls run in ``dtype``; from 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +24,28 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """float32 logits [N, V] of hidden rows; the matmul runs in ``dtype``."""
-        return _logits(hidden_ND, self.weight_VD.to(dtype), self.bias_V, self.scale, self.softcap)
+    def to(self, dtype: torch.dtype) -> "Head":
+        """The same head without gradient, its matmul in ``dtype``."""
+        return replace(self, weight_VD=self.weight_VD.detach().to(dtype))
 
-
-def _logits(hidden_ND, weight_VD, bias_V, scale, softcap):
-    # autocast off: the matmul runs in the dtype that was asked for, whatever the caller's context
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        raw_NV = (hidden_ND.to(weight_VD.dtype) @ weight_VD.T).float()
-    if bias_V is not None:
-        raw_NV += bias_V.float()
-    if scale != 1.0:
-        raw_NV *= scale
-    if softcap is not None:
-        raw_NV = softcap * torch.tanh(raw_NV / softcap)
-    return raw_NV
+    def logits(self, hidden_ND: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 logits [N, V] of hidden rows, into ``out`` if given; the matmul runs in the weight's dtype."""
+        # autocast off: the matmul runs in the dtype that was asked for, whatever the caller's context
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            hidden_ND = hidden_ND.to(self.weight_VD.dtype)
+            if hidden_ND.dtype == torch.float32:
+                raw_NV = torch.mm(hidden_ND, self.weight_VD.T, out=out)
+            else:
+                exact = {"out_dtype": torch.float32} if hidden_ND.device.type == "cuda" else {}  # float32 sums, unrounded
+                raw_NV = torch.mm(hidden_ND, self.weight_VD.T, **exact)
+                raw_NV = raw_NV.float() if out is None else out.copy_(raw_NV)
+        if self.bias_V is not None:
+            raw_NV += self.bias_V.float()
+        if self.scale != 1.0:
+            raw_NV *= self.scale
+        if self.softcap is not None:
+            raw_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return raw_NV
 
 
 def per_token(name: str, beta: float | None, student_logp: torch.Tensor, teacher_logp: torch.Tensor) -> torch.Tensor:
@@ -53,44 +59,66 @@ def per_token(name: str, beta: float | None, student_logp: torch.Tensor, teacher
         return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
     if name == "forward-kl":
         return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1)
-    mixture_logp = _mixture(beta, student_logp, teacher_logp)
+    mixture_logp = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
     return beta * (teacher_logp.exp() * (teacher_logp - mixture_logp)).sum(-1) + (1 - beta) * (
         student_logp.exp() * (student_logp - mixture_logp)
     ).sum(-1)
 
 
-def _mixture(beta, student_logp, teacher_logp):
-    return torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
-
-
-def _logit_gradient(name, beta, student_logp, teacher_logp, value_N):
-    """∂ per_token / ∂ (student logits), by hand [N, V].
+def value_and_gradient(name: str, beta: float | None, student_logp: torch.Tensor, teacher_logp: torch.Tensor,
+                       spare: torch.Tensor, spare_too: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``per_token`` [N] and its gradient with respect to the student's logits [N, V], by hand, in the tables given.
 
     reverse-kl  S_k (log S_k − log T_k − KL(S‖T)) ;  forward-kl  S_k − T_k ;
     jsd         (1−β) S_k (log(S_k/m_k) − KL(S‖m))
+
+    All tables are overwritten (``spare_too`` serves the JSD alone); the gradient is one of them.
     """
-    student = student_logp.exp()
-    if name == "forward-kl":
-        return student - teacher_logp.exp()
     if name == "reverse-kl":
-        return student * (student_logp - teacher_logp - value_N[:, None])
-    ratio = student_logp - _mixture(beta, student_logp, teacher_logp)
-    return (1 - beta) * student * (ratio - (student * ratio).sum(-1, keepdim=True))
+        gap, student = teacher_logp.neg_().add_(student_logp), student_logp.exp_()
+        value = torch.mul(student, gap, out=spare).sum(-1)
+        return value, spare.addcmul_(student, value[:, None], value=-1)
+    if name == "forward-kl":
+        gap, teacher = torch.sub(teacher_logp, student_logp, out=spare), teacher_logp.exp_()
+        return gap.mul_(teacher).sum(-1), student_logp.exp_().sub_(teacher)
+    mixture_logp = torch.logaddexp(torch.add(teacher_logp, math.log(beta), out=spare),
+                                   torch.add(student_logp, math.log1p(-beta), out=spare_too), out=spare)
+    gap = torch.sub(teacher_logp, mixture_logp, out=spare_too)
+    teacher_side = gap.mul_(teacher_logp.exp_()).sum(-1)
+    gap, student = torch.sub(student_logp, mixture_logp, out=spare), student_logp.exp_()
+    student_side = torch.mul(student, gap, out=spare_too).sum(-1)
+    gradient = spare_too.addcmul_(student, student_side[:, None], value=-1).mul_(1 - beta)
+    return beta * teacher_side + (1 - beta) * student_side, gradient
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the loss measures: divergence, its temperature, the matmul dtype and the chunk's memory budget."""
+    """What the loss measures: divergence, its temperature, the matmul dtype and the chunk's memory budget.
+
+    ``top_k``: on the teacher's k most likely tokens and one bucket with the rest of the mass on both sides, which keeps it
+    a divergence between distributions (never above the full one); None is the whole vocabulary.
+    """
 
     name: str
     beta: float | None = None
     temperature: float = 1.0
     dtype: torch.dtype = torch.float32
     memory_bytes: int = 256 << 20
+    top_k: int | None = None
 
-    def chunk(self, vocabulary: int) -> int:
-        """Rows per chunk: about eight float32 tables [rows, V] are alive at once and share ``memory_bytes``."""
-        return max(1, self.memory_bytes // (8 * 4 * vocabulary))
+    def partial(self, vocabulary: int) -> bool:
+        """Does ``top_k`` leave a tail?"""
+        return self.top_k is not None and self.top_k < vocabulary
+
+    def chunk(self, vocabulary: int, softcap: bool = False) -> int:
+        """Rows per chunk: as many as ``memory_bytes`` holds of what is alive at once, float32 tables [rows, V]: both
+        log-probabilities and one to work in, one more for each of the JSD, a top-k and a soft-cap, half a one for bfloat16.
+
+        More rows read both heads fewer times and add into the head's gradient fewer times; beyond some hundreds of rows
+        the matmuls are compute-bound and nothing is gained.
+        """
+        tables = 3 + (self.name == "jsd") + (self.top_k is not None) + softcap + 0.5 * (self.dtype != torch.float32)
+        return max(1, int(self.memory_bytes / (4 * vocabulary * tables)))
 
 
 def weighted(
@@ -116,53 +144,96 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_ND, weight_VD, bias_V, weight_N, teacher_NE, student_head, teacher_head, terms):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        device, support, cap = student_ND.device, len(weight_VD), student_head.softcap
         grad_hidden = torch.zeros_like(student_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias else None
-        compute_VD = weight_VD.to(terms.dtype)
-        value_N = torch.empty(len(student_ND), dtype=torch.float32, device=student_ND.device)
-        cap, size = student_head.softcap, terms.chunk(len(weight_VD))
+        student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
+        row_weight = weight_N[:, None].to(device, torch.float32) * (student_head.scale / terms.temperature)
+        value_N = torch.empty(len(student_ND), dtype=torch.float32, device=device)
+        size = min(terms.chunk(support, cap is not None), len(student_ND))
+        table = lambda wanted=True: torch.empty(size, support, device=device) if wanted else None
+        buffers = table(), table(), table(), table(terms.name == "jsd"), table(cap is not None)
         for start in range(0, len(student_ND), size):
             rows = slice(start, start + size)
-            logits = _logits(student_ND[rows], compute_VD, bias_V, student_head.scale, cap)
-            student_logp = F.log_softmax(logits / terms.temperature, -1)
-            teacher_logp = _teacher_logp(teacher_NE[rows], teacher_head, terms).to(logits.device)
-            value_N[rows] = per_token(terms.name, terms.beta, student_logp, teacher_logp)
+            hidden = student_ND[rows].to(terms.dtype)
+            work, student_logp, teacher_logp, spare, slope = (b if b is None else b[: len(hidden)] for b in buffers)
+            logits = student_head.logits(hidden, work)
+            if cap is not None:
+                torch.div(logits, cap, out=slope).square_().neg_().add_(1)  # d softcap·tanh(z/softcap) / dz
+            _log_softmax(logits, terms.temperature, student_logp)
+            # the teacher may sit on another device with its head: its rows come over as logits
+            there = teacher_NE.device == device
+            logits = teacher_head.logits(teacher_NE[rows], work if there else None)
+            _log_softmax(logits if there else work.copy_(logits), terms.temperature, teacher_logp)
+            if terms.partial(support):
+                value_N[rows], grad = _value_and_gradient_on_top(terms, student_logp, teacher_logp, work)
+            else:
+                value_N[rows], grad = value_and_gradient(terms.name, terms.beta, student_logp, teacher_logp, work, spare)
             if not (need_hidden or need_weight or need_bias):
                 continue
-            grad = _logit_gradient(terms.name, terms.beta, student_logp, teacher_logp, value_N[rows])
-            grad *= weight_N[rows, None].float() / terms.temperature
             if cap is not None:
-                grad *= 1 - (logits / cap).square()  # d softcap·tanh(z/softcap) / dz
-            grad *= student_head.scale
+                grad *= slope
             if need_bias:
-                grad_bias += grad.sum(0)
+                grad_bias.addmv_(grad.T, row_weight[rows, 0])
             grad = grad.to(terms.dtype)
-            with torch.autocast(grad.device.type, enabled=False):
+            with torch.autocast(device.type, enabled=False):
                 if need_hidden:
-                    grad_hidden[rows] = (grad @ compute_VD).to(grad_hidden.dtype)
+                    grad_hidden[rows] = (grad @ student_head.weight_VD).float() * row_weight[rows]
                 if need_weight:
-                    grad_weight += grad.T @ student_ND[rows].to(terms.dtype)
+                    _add_outer(grad_weight, grad, (hidden.float() * row_weight[rows]).to(terms.dtype))
         ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(value_N)
-        return (weight_N.float() * value_N).sum(), value_N
+        return (weight_N.to(device, torch.float32) * value_N).sum(), value_N
 
     @staticmethod
     def backward(ctx, grad_loss, _):
         hidden, weight, bias = ctx.grads
         ctx.grads = None
         if hidden is not None:
-            hidden = hidden * grad_loss
+            hidden = hidden.mul_(grad_loss)
         if weight is not None:
-            weight = (weight * grad_loss).to(ctx.dtypes[0])
+            weight = weight.mul_(grad_loss).to(ctx.dtypes[0])
         if bias is not None:
-            bias = (bias * grad_loss).to(ctx.dtypes[1])
+            bias = bias.mul_(grad_loss).to(ctx.dtypes[1])
         return hidden, weight, bias, None, None, None, None, None
 
 
-def _teacher_logp(teacher_NE, head, terms):
-    return F.log_softmax(head.logits(teacher_NE, terms.dtype) / terms.temperature, -1)
+def _log_softmax(logits, temperature, out):
+    if temperature != 1:
+        logits /= temperature
+    return torch.log_softmax(logits, -1, out=out)
+
+
+def _on_top(terms, student_logp, teacher_logp, work):
+    """Log-probabilities [N, k + 1] of the teacher's k most likely tokens and of all others together (the tail), for the
+    student and the teacher, and which tokens they are."""
+    top_NK = teacher_logp.topk(terms.top_k, -1).indices
+    sides = []
+    for logp_NV in (student_logp, teacher_logp):
+        tail = torch.logsumexp(work.copy_(logp_NV).scatter_(1, top_NK, -torch.inf), -1, keepdim=True)
+        sides.append(torch.cat([logp_NV.gather(1, top_NK), tail], -1))
+    return *sides, top_NK
+
+
+def _value_and_gradient_on_top(terms, student_logp, teacher_logp, work):
+    """As ``value_and_gradient``, on the buckets: a token in the tail has the share of the bucket's gradient that it has of
+    the bucket's mass."""
+    student, teacher, top_NK = _on_top(terms, student_logp, teacher_logp, work)
+    share = student_logp.sub_(student[:, -1:]).exp_()
+    value, gradient = value_and_gradient(terms.name, terms.beta, student, teacher, torch.empty_like(student),
+                                         torch.empty_like(student))
+    return value, share.mul_(gradient[:, -1:]).scatter_(1, top_NK, gradient[:, :-1])
+
+
+def _add_outer(total_VD, grad_NV, hidden_ND):
+    """total += gradᵀ · hidden with float32 sums and no second [V, D] table."""
+    if grad_NV.dtype == torch.float32:
+        torch.addmm(total_VD, grad_NV.T, hidden_ND, out=total_VD)
+        return
+    for part, columns in zip(total_VD.split(1 << 14), grad_NV.split(1 << 14, -1)):
+        part += columns.T @ hidden_ND
 
 
 @torch.no_grad()
@@ -173,13 +244,18 @@ def statistics(
     """Per-token facts without gradient, each [N] float32: ``divergence``, ``entropy`` of S (nats), and the
     log-probability of the realised token ``token_N`` under each model (``student_logp``, ``teacher_logp``)."""
     rows_of = {"divergence": [], "entropy": [], "student_logp": [], "teacher_logp": []}
-    size = terms.chunk(len(student_head.weight_VD))
+    size = terms.chunk(3 * len(student_head.weight_VD))  # nothing is computed in place here: three times the tables
+    student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
     for start in range(0, len(student_ND), size):
         rows = slice(start, start + size)
-        student_logp = F.log_softmax(student_head.logits(student_ND[rows], terms.dtype) / terms.temperature, -1)
-        teacher_logp = _teacher_logp(teacher_NE[rows], teacher_head, terms).to(student_logp.device)
+        student_logp = F.log_softmax(student_head.logits(student_ND[rows]) / terms.temperature, -1)
+        teacher_logp = F.log_softmax(teacher_head.logits(teacher_NE[rows]) / terms.temperature, -1)
+        teacher_logp = teacher_logp.to(student_logp.device)
         token = token_N[rows, None].to(student_logp.device)
-        rows_of["divergence"].append(per_token(terms.name, terms.beta, student_logp, teacher_logp))
+        sides = student_logp, teacher_logp
+        if terms.partial(len(student_head.weight_VD)):
+            sides = _on_top(terms, *sides, torch.empty_like(student_logp))[:2]
+        rows_of["divergence"].append(per_token(terms.name, terms.beta, *sides))
         rows_of["entropy"].append(-(student_logp.exp() * student_logp).sum(-1))
         rows_of["student_logp"].append(student_logp.gather(1, token)[:, 0])
         rows_of["teacher_logp"].append(teacher_logp.gather(1, token)[:, 0])

@@ -57,10 +57,10 @@ class Model:
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
         bias = getattr(linear, "bias", None)
-        return Head(
-            linear.weight[:support], None if bias is None else bias[:support], float(scale),
-            getattr(config, "final_logit_softcapping", None),
-        )
+        weight = linear.weight
+        if support is not None and support < len(weight):  # an uncut head is the parameter itself: no copy in backward
+            weight, bias = weight[:support], None if bias is None else bias[:support]
+        return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Model:
@@ -154,7 +154,7 @@ def shared_support(student: Model, teacher: Model) -> tuple[int, str]:
 def check_head(model: Model) -> None:
     """Refuses a model whose logits are not head(trunk): the loss would teach another distribution."""
     ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
-    ours = model.head().logits(model.trunk(ids, torch.ones_like(ids))[0], model.net.dtype)
+    ours = model.head().logits(model.trunk(ids, torch.ones_like(ids))[0])
     own = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
     if not torch.isfinite(own).all():
         raise UserError(f"model {model.name}: its logits hold NaN or infinity; use an intact copy or --dtype float32")

@@ -99,9 +99,11 @@ def prepare(config: Config) -> Run:
     if where.world > config.train.batch_size:
         raise UserError(f"--batch-size {config.train.batch_size}: {where.world} ranks need at least one prompt each; raise it")
     name, beta = configuration.parse_divergence(divergence.name)
-    terms = Terms(name, beta, divergence.temperature, where.head_dtype, config.runtime.head_memory_mb << 20)
-    notes.append(f"loss in chunks of {terms.chunk(support):,} rows: --head-memory-mb {config.runtime.head_memory_mb} holds "
-                 f"eight float32 tables of {support:,} columns")
+    terms = Terms(name, beta, divergence.temperature, where.head_dtype, config.runtime.head_memory_mb << 20,
+                  configuration.parse_estimator(divergence.estimator))
+    rows = terms.chunk(support, student.head().softcap is not None)
+    notes.append(f"loss in chunks of {rows:,} rows: what --head-memory-mb {config.runtime.head_memory_mb} holds of its float32 "
+                 f"tables of {support:,} columns")
     answer_format = config.evaluate.answer_format
     if answer_format == "auto" and held_out.answer_format:
         answer_format = held_out.answer_format

@@ -59,6 +59,7 @@ BAD = {
     "negative learning rate": (["--lr", "-1"], "schedule.lr -1.0"),
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
     "unknown divergence": (["--divergence", "kl"], "divergence 'kl'"),
+    "estimator without K": (["--estimator", "top-k:0"], "must be full or top-k:K"),
     "set without value": (["--set", "train.steps"], "expected section.key=value"),
     "unknown flag": (["--stepz", "3"], "No such option: --stepz"),
     "not a number": (["--steps", "many"], "Invalid value for '--steps'"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prefix_distill.divergence import Head, Terms, per_token, statistics, weighted
+from prefix_distill.divergence import Head, Terms, per_token, statistics, value_and_gradient, weighted
 
 NAMES = [("reverse-kl", None), ("forward-kl", None), ("jsd", 0.5), ("jsd", 0.1)]
 
@@ -81,8 +81,9 @@ def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, te
     teacher_hidden, teacher_head = torch.randn(n, e), Head(torch.randn(v, e), scale=0.5)
     token_weight = torch.rand(n)
     head = Head(weight, bias_v, scale, softcap)
-    terms = Terms(name, beta, temperature, memory_bytes=8 * 4 * v * 10)  # 10 rows a chunk: four chunks, the last uneven
-    assert terms.chunk(v) == 10
+    tables = 3 + (name == "jsd") + (softcap is not None)
+    terms = Terms(name, beta, temperature, memory_bytes=4 * v * tables * 10)  # 10 rows a chunk: four chunks, the last uneven
+    assert terms.chunk(v, softcap is not None) == 10
     inputs = [hidden, weight] + ([bias_v] if bias else [])
     want, want_values = naive(name, beta, hidden, weight, bias_v, head, teacher_hidden @ teacher_head.weight_VD.T * 0.5,
                               token_weight, temperature)
@@ -98,17 +99,62 @@ def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, te
 @pytest.mark.parametrize("name, beta", NAMES)
 def test_gradient_matches_finite_differences(name, beta):
     """The logit gradient by hand against central differences in float64 (an identity head makes hidden rows logits)."""
-    from prefix_distill.divergence import _logit_gradient
-
     torch.manual_seed(2)
     student, teacher = torch.randn(4, 6, dtype=torch.float64), F.log_softmax(torch.randn(4, 6, dtype=torch.float64), -1)
     value = lambda z: per_token(name, beta, F.log_softmax(z, -1), teacher)
-    by_hand = _logit_gradient(name, beta, F.log_softmax(student, -1), teacher, value(student))
+    values, by_hand = value_and_gradient(name, beta, F.log_softmax(student, -1), teacher.clone(), torch.empty_like(teacher),
+                                         torch.empty_like(teacher))
+    torch.testing.assert_close(values, value(student))
     for k in range(6):
         step = torch.zeros(6, dtype=torch.float64)
         step[k] = 1e-5
         difference = (value(student + step) - value(student - step)) / 2e-5
         torch.testing.assert_close(by_hand[:, k], difference, rtol=1e-7, atol=1e-9)
+
+
+def bucketed(logp, top):
+    """[…, k + 1]: the chosen tokens' mass and the rest's, by plain sums."""
+    mass = logp.exp()
+    chosen = mass.gather(1, top)
+    return torch.cat([chosen, mass.sum(-1, keepdim=True) - chosen.sum(-1, keepdim=True)], -1)
+
+
+@pytest.mark.parametrize("name, beta", NAMES)
+@pytest.mark.parametrize("k", [1, 7])
+def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, beta, k):
+    torch.manual_seed(5)
+    n, d, v = 19, 6, 60
+    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    teacher, teacher_head = torch.randn(n, d), Head(torch.randn(v, d))
+    token_weight = torch.rand(n)
+    s = F.log_softmax((hidden @ weight.T).double(), -1)
+    t = F.log_softmax((teacher @ teacher_head.weight_VD.T).double(), -1)
+    top = t.topk(k, -1).indices
+    student_mass, teacher_mass = bucketed(s, top), bucketed(t, top)
+    want = per_token(name, beta, student_mass.log(), teacher_mass.log())
+    want_grads = torch.autograd.grad((want * token_weight).sum(), [hidden, weight])
+    terms = Terms(name, beta, memory_bytes=4 * v * 5 * 4, top_k=k)
+    loss, values = weighted(terms, hidden, Head(weight), teacher, teacher_head, token_weight)
+    torch.testing.assert_close(values.double(), want.detach(), rtol=1e-5, atol=1e-6)
+    for got, expected in zip(torch.autograd.grad(loss, [hidden, weight]), want_grads):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    _, full = weighted(Terms(name, beta), hidden, Head(weight), teacher, teacher_head, token_weight)
+    assert (values <= full + 1e-6).all()  # bucketing never adds divergence
+    found = statistics(terms, hidden, Head(weight), teacher, teacher_head, torch.zeros(n, dtype=torch.long))
+    torch.testing.assert_close(found["divergence"], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, beta", NAMES)
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, beta):
+    torch.manual_seed(6)
+    hidden, head = torch.randn(4, 5, requires_grad=True), Head(torch.randn(11, 5, requires_grad=True))
+    teacher, teacher_head = torch.randn(4, 5), Head(torch.randn(11, 5))
+    for k in (11, 1000):
+        results = []
+        for terms in (Terms(name, beta), Terms(name, beta, top_k=k)):
+            loss, values = weighted(terms, hidden, head, teacher, teacher_head, torch.ones(4))
+            results.append((loss, values, *torch.autograd.grad(loss, [hidden, head.weight_VD])))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_a_frozen_head_gets_no_gradient_and_a_cut_head_only_inside_its_support():

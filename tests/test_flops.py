@@ -51,7 +51,7 @@ def test_scoring_and_update_as_executed(model):
     def score():
         with torch.no_grad():
             rows = scoring.hidden_rows(model, group)
-            model.head().logits(rows, torch.float32)
+            model.head().logits(rows)
 
     one.forward("score", shape(model), *lengths)
     assert one.executed["score"] == pytest.approx(counted(score), rel=0.02)

@@ -46,7 +46,7 @@ def test_sampler_and_scorer_agree_on_every_log_probability(net):
     model = Model("m", net, None, None, EOS)
     rows = [Rollout(i, 0, r.ids, r.ids, d.ids, d.ids, d.finished) for i, (r, d) in enumerate(zip(requests(), drawn))]
     with torch.no_grad():
-        scored = model.head().logits(scoring.hidden_rows(model, rows), torch.float32).log_softmax(-1)
+        scored = model.head().logits(scoring.hidden_rows(model, rows)).log_softmax(-1)
     position = 0
     for request, response in zip(requests(), drawn):
         generator = torch.Generator().manual_seed(seed_of(5, *request.key))
