@@ -1,0 +1,342 @@
+"""A whole update, ours against TRL's DistillationTrainer: seconds and peak memory. About 15 minutes on 2 cores.
+
+    python tests/benchmarks/update_vs_trl.py [--quick] [--cases smollm2-g4] [--pairs 3] [--updates 3] [--dtype bfloat16]
+
+Both arms teach the same student from the same teacher on the same prompt ids (compared), with as many rollouts per
+update of as many tokens in the same micro-batch: sample at temperature 1, full-vocabulary reverse KL, gradient norm
+clipped to 1, AdamW, no gradient checkpointing (TRL's default is to checkpoint). The pair's folders name an
+end-of-sequence token that the student hardly ever writes (`embedded`: once in 10,000 tokens), so that both arms sample
+up to the cap; the tokens counted are printed.
+
+    smollm2-g1  SmolLM2-135M-Instruct teaches its 20-layer cut; 8 GSM8K questions, 1 rollout each of 64 tokens
+    smollm2-g4  the same pair; 2 questions of at least 64 tokens, 4 rollouts each of 32 tokens
+    embedded    the laboratory's `choice` pair (0.3 M and 0.1 M parameters); 4 problems, 4 rollouts each of 24 tokens
+
+Every arm runs in a process of its own, ours and TRL's in turn (A B A B). The first update is warm-up. Seconds: from the
+end of one update to the end of the next, median of the counted ones (`embedded` counts ten times as many). Peak: the
+highest resident set from the first update's start to the last one's end (``clear_refs``, then ``VmHWM``: Linux only);
+interpreter, libraries and weights are in it, loading is not. Ratios are ours over TRL's within a pair, below 1 where
+ours needs less; shown: the median over pairs [lowest, highest]. Where our seconds went is printed beside them, by
+phase.
+
+Prints one JSON line last and writes it to tests/benchmarks/results/update_vs_trl.json. ``--quick``: one pair of two
+updates, `embedded` and `smollm2-g4` with 16 tokens, two to three minutes (reading the GGUF file takes one), nothing
+written. ``--work FOLDER`` keeps the pairs for the next call. Needs pip install "torch==2.13.0" -e ".[bench]" and what
+real_pair.py needs.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+HERE = Path(__file__).parent
+UNWRITTEN = {"smollm2": "<gh_stars>", "embedded": "<|unknown|>"}  # the pair's end-of-sequence token here
+RATE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The shape of an update: prompts × samples rollouts of ``tokens``. ``shortest``: tokens of a prompt, at least;
+    ``counted``: updates counted where one is asked for (more where they are short)."""
+
+    pair: str
+    prompts: int
+    samples: int
+    tokens: int
+    micro_batch: int
+    shortest: int = 0
+    counted: int = 1
+
+
+CASES = {
+    "smollm2-g1": Case("smollm2", 8, 1, 64, 8),
+    "smollm2-g4": Case("smollm2", 2, 4, 32, 8, shortest=64),
+    "embedded": Case("embedded", 4, 4, 24, 16, counted=10),
+}
+
+
+class Watch:
+    """Seconds and tokens of every update, and the peak of the resident set since ``start``."""
+
+    def start(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+        self.resident, self.peak = memory("VmRSS"), 0
+        self.ends, self.tokens = [time.perf_counter()], []
+
+    def end(self, tokens: int) -> None:
+        self.ends.append(time.perf_counter())
+        self.tokens.append(tokens)
+        self.peak = memory("VmHWM")
+
+    def document(self, prompts: list[list[list[int]]]) -> dict:
+        """What an arm prints; ``prompts``: the ids of every update's prompts."""
+        import torch
+
+        seconds = [after - before for before, after in zip(self.ends, self.ends[1:])]
+        return {"seconds": seconds[1:], "warm_up_seconds": seconds[0], "tokens": self.tokens[1:],
+                "peak_bytes": self.peak, "resident_before_bytes": self.resident, "threads": torch.get_num_threads(),
+                "prompts": prompts}
+
+
+def memory(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) << 10
+
+
+def make_pair(name: str, folder: Path) -> None:
+    """Saves a pair as folder/teacher and folder/student."""
+    import torch
+
+    from prefix_distill import models
+
+    def save(source: str, role: str) -> None:
+        model = models.load(source, device=torch.device("cpu"), dtype=torch.float32)
+        model.tokenizer.eos_token = UNWRITTEN[name]
+        model.generation_config.eos_token_id = model.tokenizer.eos_token_id
+        models.save(model, folder / role)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "embedded":
+        save("lab:choice/teacher", "teacher")
+        save("lab:choice/student", "student")
+        return
+    import real_pair
+
+    save(str(real_pair.teacher()), "teacher")
+    with mock.patch.object(real_pair, "teacher", lambda: folder / "teacher"):  # the GGUF file takes a minute to read
+        real_pair.make_student(folder / "student")
+
+
+def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
+    """Writes the questions of all updates, none twice."""
+    from transformers import AutoTokenizer
+
+    import real_pair
+    from prefix_distill import data
+
+    if case.pair == "embedded":
+        found = data.load("lab:choice", split="train")
+    else:
+        found = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question")
+    tokenizer, rows = AutoTokenizer.from_pretrained(folder / "student"), []
+    for prompt in data.shuffled(found.prompts, given.seed, "benchmark"):
+        ids = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=False)
+        if len(ids) >= case.shortest:
+            rows.append(json.dumps({"messages": prompt.messages}))
+        if len(rows) == given.updates * case.prompts:
+            break
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def prepare(case: Case, given, folder: Path, file: Path) -> dict:
+    if not (folder / "student").is_dir():
+        make_pair(case.pair, folder)
+    make_prompts(case, given, folder, file)
+    return {}
+
+
+def ours(case: Case, given, folder: Path, file: Path) -> dict:
+    """Runs our updates."""
+    from prefix_distill import cli, config, data, preflight, train
+    from prefix_distill.checkpoint import RunFolder
+
+    cli.quiet_libraries()
+    watch, phases = Watch(), []
+
+    class Folder(RunFolder):
+        def save(self, step, *state):
+            super().save(step, *state)
+            if step == 0:  # the last thing before the first update
+                watch.start()
+
+    class Report:
+        def row(self, row, *_):
+            watch.end(row["rollout/taught_tokens"])
+            phases.append({key[5:-2]: row[key] for key in row if key.startswith("time/") and key.endswith("_s")
+                           and not key.endswith("_per_s")})
+
+        def note(self, *_): ...
+        def warn(self, *_): ...
+        def evaluation(self, *_): ...
+
+    run = preflight.prepare(config.build({
+        "models.student": str(folder / "student"), "models.teacher": str(folder / "teacher"), "data.dataset": str(file),
+        "evaluate.dataset": str(file), "evaluate.problems": 0, "evaluate.kl_prompts": 1,
+        "schedule.prefix": str(case.tokens), "rollout.max_new_tokens": case.tokens, "rollout.samples": case.samples,
+        "train.batch_size": case.prompts,
+        "train.micro_batch_size": case.micro_batch, "train.steps": given.updates, "schedule.lr": RATE,
+        "schedule.lr_schedule": "constant", "schedule.warmup": "0", "checkpoint.save_every": 0, "runtime.device": "cpu",
+        "runtime.dtype": given.dtype, "runtime.seed": given.seed,
+    }))
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Folder(Path(scratch) / "run")
+        out.create({})
+        out.write_json("run.json", {})
+        train.train(run, out, Report(), False)
+    return watch.document([
+        [list(p.student_ids) for p in data.batch(run.train_prompts, step, case.prompts, given.seed)]
+        for step in range(given.updates)
+    ]) | {"phases": {phase: statistics.median(row[phase] for row in phases[1:]) for phase in phases[0]}}
+
+
+def trl(case: Case, given, folder: Path, file: Path) -> dict:
+    """Runs TRL's updates. It draws one rollout per row, so a prompt's row is repeated for each of its samples."""
+    import datasets
+    import transformers
+    from trl import DistillationConfig, DistillationTrainer
+
+    from prefix_distill import data
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    watch = Watch()
+
+    class Callback(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 0:
+                watch.start()
+
+        def on_step_end(self, args, state, control, **_):
+            watch.end(state.num_input_tokens_seen)  # prompts and responses, so far
+
+    prompts = data.shuffled(data.load(str(file), split="train").prompts, given.seed, "epoch", 0)  # preflight's order
+    rows = [{"prompt": list(p.messages)} for p in prompts for _ in range(case.samples)]
+    rollouts = case.prompts * case.samples
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = DistillationTrainer(
+            model=str(folder / "student"), teacher_model=str(folder / "teacher"), callbacks=[Callback()],
+            train_dataset=datasets.Dataset.from_list(rows),
+            args=DistillationConfig(
+                output_dir=scratch, use_cpu=True, bf16=given.dtype == "bfloat16", gradient_checkpointing=False,
+                teacher_model_init_kwargs={"dtype": given.dtype}, disable_dropout=True, beta=1.0, temperature=1.0,
+                max_completion_length=case.tokens, per_device_train_batch_size=case.micro_batch,
+                gradient_accumulation_steps=rollouts // case.micro_batch, max_steps=given.updates,
+                shuffle_dataset=False, learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=1.0,
+                weight_decay=0.0, optim="adamw_torch_fused", seed=given.seed, report_to="none", disable_tqdm=True,
+                logging_strategy="no", save_strategy="no", dataloader_pin_memory=False,
+            ),
+        )
+        assert not trainer.model.is_gradient_checkpointing
+        trainer.train()
+    ids, _, _ = trainer._tokenize_prompts([row["prompt"] for row in rows])
+    read = [sum(map(len, ids[step * rollouts : (step + 1) * rollouts])) for step in range(given.updates)]
+    watch.tokens = [seen - before - prompt for seen, before, prompt in zip(watch.tokens, [0, *watch.tokens], read)]
+    firsts = ids[:: case.samples]
+    return watch.document([firsts[step * case.prompts : (step + 1) * case.prompts] for step in range(given.updates)])
+
+
+def child(arm: str, name: str, given, work: Path) -> dict:
+    """Runs one arm in a process of its own → its document."""
+    command = [sys.executable, __file__, "--child", arm, name, "--work", work, "--dtype", given.dtype]
+    command += ["--quick"] if given.quick else []
+    for key in ("updates", "threads", "seed"):
+        command += [f"--{key}", str(getattr(given, key))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(given.threads), "OMP_WAIT_POLICY": "PASSIVE",
+                                "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name}, {arm}: failed\n{done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(name: str, given, work: Path) -> dict:
+    """All pairs of one case → its row."""
+    child("prepare", name, given, work)
+    pairs = []
+    for turn in range(given.pairs):
+        left, right = pair = [child(arm, name, given, work) for arm in ("ours", "trl")]
+        if left["prompts"] != right["prompts"]:
+            sys.exit(f"{name}: the two arms read different prompt ids")
+        pairs.append(pair)
+        lengths = [len(ids) for step in left["prompts"] for ids in step]
+        print(f"{name}, pair {turn + 1}: ours {statistics.median(left['seconds']):.2f} s, "
+              f"TRL {statistics.median(right['seconds']):.2f} s an update; prompts of "
+              f"{min(lengths)} to {max(lengths)} tokens; of ours: "
+              f"{', '.join(f'{phase} {s:.2f} s' for phase, s in left['phases'].items())}", file=sys.stderr, flush=True)
+    seconds = [[statistics.median(document["seconds"]) for document in pair] for pair in pairs]
+    peaks = [[document["peak_bytes"] for document in pair] for pair in pairs]
+    times, memories = ([a / b for a, b in rows] for rows in (seconds, peaks))
+    row = {"name": name, "time_ratio": statistics.median(times), "memory_ratio": statistics.median(memories),
+           "time_ratio_range": [min(times), max(times)], "memory_ratio_range": [min(memories), max(memories)]}
+    for i, arm in enumerate(("ours", "trl")):
+        row |= {f"{arm}_seconds": statistics.median(s[i] for s in seconds),
+                f"{arm}_peak_bytes": statistics.median(p[i] for p in peaks),
+                f"{arm}_resident_before_bytes": statistics.median(p[i]["resident_before_bytes"] for p in pairs),
+                f"{arm}_tokens": statistics.mean(t for p in pairs for t in p[i]["tokens"])}
+    return row | {"threads": pairs[0][0]["threads"], "prompt_tokens": [min(lengths), max(lengths)]}
+
+
+def show(rows: list[dict]) -> None:
+    print(f"{'case':12} {'ours s':>8} {'TRL s':>8} {'time ratio':>22} {'ours peak':>10} {'TRL peak':>10} "
+          f"{'memory ratio':>13}  tokens")
+    for r in rows:
+        ratio = f"{r['time_ratio']:.3f} [{r['time_ratio_range'][0]:.3f}, {r['time_ratio_range'][1]:.3f}]"
+        tokens = " / TRL ".join(dict.fromkeys(f"{r[f'{arm}_tokens']:g}" for arm in ("ours", "trl")))
+        print(f"{r['name']:12} {r['ours_seconds']:8.3f} {r['trl_seconds']:8.3f} {ratio:>22} "
+              f"{r['ours_peak_bytes'] / 2**30:6.2f} GiB {r['trl_peak_bytes'] / 2**30:6.2f} GiB "
+              f"{r['memory_ratio']:13.3f}  {tokens}")
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="one pair of two small updates, nothing written")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; with --quick: embedded and smollm2-g4")
+    parser.add_argument("--pairs", type=int, help="runs of each arm (3; with --quick 1)")
+    parser.add_argument("--updates", type=int, help="updates of a run, the first not counted (3; with --quick 2)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of both arms")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and rollouts")
+    parser.add_argument("--work", type=Path, help="folder for the pairs and prompts (default: a temporary one)")
+    parser.add_argument("--child", nargs=2, metavar=("ARM", "CASE"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if importlib.util.find_spec("trl") is None:
+        print('trl is not installed: pip install "torch==2.13.0" -e ".[bench]"', file=sys.stderr)
+        sys.exit(2)
+    given.pairs = given.pairs or (1 if given.quick else 3)
+    given.updates = given.updates or (2 if given.quick else 3)
+    if given.updates < 2:
+        parser.error("--updates: at least 2, the first is not counted")
+    if given.child:
+        arm, name = given.child
+        case = CASES[name]
+        if given.quick and case.pair == "smollm2":
+            case = dataclasses.replace(case, tokens=16)
+        given.updates = 1 + case.counted * (given.updates - 1)
+        import torch
+
+        torch.set_num_threads(given.threads)
+        arms = {"prepare": prepare, "ours": ours, "trl": trl}
+        print(json.dumps(arms[arm](case, given, given.work / case.pair, given.work / f"{name}.jsonl")))
+        return
+    names = given.cases or (["embedded", "smollm2-g4"] if given.quick else list(CASES))
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [compare(name, given, (given.work or Path(scratch)).resolve()) for name in names]
+    show(rows)
+    document = {
+        "cases": rows, "pairs": given.pairs, "updates": given.updates, "dtype": given.dtype, "seed": given.seed,
+        "threads": rows[0]["threads"], "cpu": cpu(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")},
+    }
+    if not given.quick:
+        (HERE / "results" / "update_vs_trl.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Golden parity: one update on the same weights, prompts and completions has TRL's loss and TRL's gradient.
+
+TRL 1.16 computes its side itself: left-padded prompts and right-padded completions go through
+``DistillationTrainer.compute_loss``. It divides by the completion tokens of the whole update, our reduction ``token``,
+and its β means what ours does. Needs ``pip install "torch==2.13.0" -e ".[bench]"``.
+"""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+
+from conftest import save_tiny
+from prefix_distill import config as configuration
+from prefix_distill import data, preflight, train
+from prefix_distill.flops import Ledger
+from prefix_distill.runtime import Clock
+from prefix_distill.weights import token_weights
+
+pytestmark = [
+    pytest.mark.bench, pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed"),
+]
+
+DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd:0.5": 0.5, "jsd:0.3": 0.3}  # ours: TRL's beta
+PROMPTS, SAMPLES, CAP = 5, 2, 12
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def pair_of(request, tmp_path_factory):
+    """(student, teacher) of one architecture and different size, as folders."""
+    root = tmp_path_factory.mktemp(request.param)
+    return (save_tiny(root / "student", request.param, seed=1),
+            save_tiny(root / "teacher", request.param, seed=2, width=48, layers=3))
+
+
+def ours(pair, questions, divergence):
+    """(loss, gradient by parameter, rollouts) of one update, by way of the training loop's own functions."""
+    run = preflight.prepare(configuration.build({
+        "models.student": pair[0], "models.teacher": pair[1], "data.dataset": questions, "schedule.prefix": str(CAP),
+        "rollout.max_new_tokens": CAP, "rollout.samples": SAMPLES, "train.batch_size": PROMPTS,
+        "train.micro_batch_size": 4, "train.steps": 1, "evaluate.problems": 0, "evaluate.kl_prompts": 1,
+        "runtime.dtype": "float32", "runtime.device": "cpu", "divergence.name": divergence,
+        "divergence.reduction": "token",
+    }))
+    run.student.net.requires_grad_(True)
+    clock, ledger = Clock(run.place.device), Ledger()
+    prompts = data.batch(run.train_prompts, 0, PROMPTS, 0)
+    sampled = train.sample(run, run.student, prompts, 0, CAP, ledger, clock)
+    rollouts = [dataclasses.replace(r, ids=(cut := r.ids[: CAP - i]), teacher_ids=cut) for i, r in enumerate(sampled)]
+    assert len({len(r.student_prompt) for r in rollouts}) > 1 and len({len(r.ids) for r in rollouts}) > 5
+    weights, divisor = token_weights(rollouts, "token")
+    values = train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock)
+    loss = train._facts(run, rollouts, values, weights, divisor)["loss"]
+    return loss, {name: p.grad for name, p in run.student.net.named_parameters()}, rollouts
+
+
+def theirs(pair, rollouts, beta, folder):
+    """(loss, gradient by parameter) of the same update in TRL, in two micro-batches, as its trainer prepares them."""
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+    from trl.trainer.utils import pad
+
+    trainer = DistillationTrainer(
+        model=pair[0], teacher_model=pair[1], train_dataset=Dataset.from_list([{"prompt": "?"}] * len(rollouts)),
+        args=DistillationConfig(output_dir=str(folder), beta=beta, use_cpu=True, bf16=False,
+                                gradient_checkpointing=False, report_to="none"),
+    )
+    trainer.model.train()
+    tokens, loss = torch.tensor(sum(len(r.ids) for r in rollouts)), 0.0
+    for half in (rollouts[::2], rollouts[1::2]):
+        sides = {"prompt": ([r.student_prompt for r in half], "left"), "completion": ([r.ids for r in half], "right")}
+        inputs = {"num_items_in_batch": tokens}
+        for name, (rows, side) in sides.items():
+            rows = [torch.tensor(ids) for ids in rows]
+            inputs[f"{name}_ids"] = pad(rows, padding_value=256, padding_side=side)
+            inputs[f"{name}_mask"] = pad([torch.ones_like(r) for r in rows], padding_value=0, padding_side=side)
+        part = trainer.compute_loss(trainer.model, inputs)
+        part.backward()
+        loss += part.item()
+    return loss, {name: p.grad for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_loss_and_gradient_are_trls(pair_of, questions, tmp_path, divergence):
+    loss, gradient, rollouts = ours(pair_of, questions, divergence)
+    trl_loss, trl_gradient = theirs(pair_of, rollouts, DIVERGENCES[divergence], tmp_path)
+    assert loss > 0.01 and loss == pytest.approx(trl_loss, rel=1e-5)
+    assert gradient.keys() == trl_gradient.keys()
+    for name, want in trl_gradient.items():
+        assert (gradient[name] - want).abs().max() <= 1e-5 * want.abs().max(), name
+
+
+def test_another_beta_is_told_apart(pair_of, questions, tmp_path):
+    """The comparison above can fail: the JSD at β and the one at 1 − β are not the same update."""
+    loss, gradient, rollouts = ours(pair_of, questions, "jsd:0.3")
+    trl_loss, trl_gradient = theirs(pair_of, rollouts, 0.7, tmp_path)
+    assert abs(loss - trl_loss) > 1e-4 * trl_loss
+    assert all((gradient[name] - want).abs().max() > 1e-3 * want.abs().max() for name, want in trl_gradient.items())
