@@ -131,19 +131,12 @@ def _resumed(values: dict) -> dict:
 
 
 def _plan(prepared) -> dict:
-    from .flops import update_cost
-
     config = prepared.config
     prompts = prepared.train_prompts[: config.train.batch_size]
-    sizes = [[len(ids) for ids in side for _ in range(config.rollout.samples)]
-             for side in ([p.student_ids for p in prompts], [p.teacher_ids for p in prompts])]
     lengths = {"prefix": prepared.prefix.length(0), "full": config.rollout.max_new_tokens}
     return {
         "dry_run": True, "config": configuration.as_dict(config), "notes": prepared.notes, "warnings": prepared.warnings,
-        "flops_per_update": {
-            name: update_cost(prepared.student_shape, prepared.teacher_shape, *sizes, length)
-            for name, length in lengths.items()
-        },
+        "flops_per_update": {name: prepared.update_cost(prompts, length) for name, length in lengths.items()},
     }
 
 

@@ -70,7 +70,7 @@ def evaluate(model: Model, problems: list[tuple], sampler: Sampler, *, samples: 
     """
     mine = [(i, s) for i in range(len(problems)) for s in range(samples)][place.rank :: place.world]
     requests = [Request(tuple(problems[i][1]), ("evaluate", i, s)) for i, s in mine]
-    responses = generate(model.net, requests, max_new_tokens, sampler, spent) if mine else []
+    responses = generate(model, requests, max_new_tokens, sampler, spent) if mine else []
     gathered = sorted(pair for part in place.gather([
         (i, s, r.ids, r.finished) for (i, s), r in zip(mine, responses)
     ]) for pair in part)
@@ -104,7 +104,7 @@ def fixed_rollouts(student: Model, rendered: list, sampler: Sampler, max_new_tok
     """Full-length rollouts of held-out prompts: the fixed contexts on which a run measures its KL before and after."""
     requests = [Request(r.student_ids, ("held-out", i)) for i, r in enumerate(rendered)]
     mine = requests[place.rank :: place.world]
-    responses = generate(student.net, mine, max_new_tokens, sampler, spent) if mine else []
+    responses = generate(student, mine, max_new_tokens, sampler, spent) if mine else []
     parts = place.gather([(r.ids, r.finished) for r in responses])
     drawn = [parts[i % place.world][i // place.world] for i in range(len(rendered))]
     return [Rollout(i, 0, r.student_ids, r.teacher_ids, ids, ids, finished)
@@ -117,7 +117,7 @@ def held_out_kl(student: Model, teacher: Model, support: int, rollouts: list[Rol
     """Reverse KL(S‖T), temperature 1, at every position of fixed rollouts → per rollout, per token, nats."""
     terms = Terms("reverse-kl", dtype=place.head_dtype)
     values = {}
-    for group in scoring.micro_batches(rollouts[place.rank :: place.world], rows):
+    for group in scoring.micro_batches(rollouts[place.rank :: place.world], rows, student.shares_prompts):
         with place.autocast(student.device):
             ours = scoring.hidden_rows(student, group)
         with place.autocast(teacher.device):

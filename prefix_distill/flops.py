@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+STRETCH = 32  # tokens decoded before rows that have ended leave the batch
 OUTSIDE = ("evaluation",)  # phases that are reported but are no part of the totals
 
 
@@ -33,10 +34,11 @@ class Shape:
         included), c capped by the layer's window."""
         return sum(4.0 * width * _visible(past, queries, window) for width, window in self.attention)
 
-    def rectangle(self, queries: int, keys: int, cached: bool = False) -> float:
-        """Attention FLOPs as run: every query against every key. A cached sliding layer holds only its window."""
+    def rectangle(self, queries: int, past: int = 0) -> float:
+        """Attention FLOPs as run: every query against every key, ``past`` ones from a cache included, of which a sliding
+        layer holds one less than its window."""
         return sum(
-            4.0 * width * queries * (min(keys, window) if cached and window else keys)
+            4.0 * width * queries * ((past if window is None else min(past, window - 1)) + queries)
             for width, window in self.attention
         )
 
@@ -67,8 +69,9 @@ def shape(model, support: int | None = None) -> Shape:
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
+    everywhere = "sliding_attention" if window else "full_attention"  # without types, a window holds in every layer
+    kinds = getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers
     attention = tuple((width, window if kind == "sliding_attention" else None) for kind in kinds)
     rows, columns = net.get_output_embeddings().weight.shape
     return Shape(round(trunk), min(rows, support or rows) * columns, attention)
@@ -100,48 +103,77 @@ class Ledger:
             "by_phase": {p: {"useful": self.useful[p], "executed": self.executed[p]} for p in self.useful},
         }
 
-    def generation(self, shape: Shape, prompts: list[int], responses: list[int],
+    def generation(self, shape: Shape, reads: list[tuple[int, list[int]]],
                    prefill: str = "student_prefill", decode: str = "student_decode") -> None:
-        """One ``generate`` call: the head runs once per row after the prefill, then once per decoded token.
+        """One batch of responses; ``reads``: (prompt length, lengths of the responses to it). The head runs once per row
+        after the prefill, then once per decoded token.
 
-        Executed: every row is padded to the longest prompt and stays in the batch until the longest response ends.
+        A prompt with several responses is prefilled once, but for its last token, which every row runs. Executed: every
+        row is padded to the longest prompt and stays in the batch until its stretch of tokens ends or all rows have ended.
         """
-        rows, width, steps = len(prompts), max(prompts), max(responses)
+        rows = [(p, n) for p, lengths in reads for n in lengths]
+        width, steps, shared = max(p for p, _ in rows), max(n for _, n in rows), len(rows) > len(reads)
+        common = 1 if shared else 0  # tokens of the prompt that every row runs itself
         self.add(
             prefill,
-            sum(shape.linear(p) + shape.causal(0, p) + shape.output(1) for p in prompts),
-            rows * (shape.linear(width) + shape.rectangle(width, width) + shape.output(1)),
+            sum(shape.linear(p - common) + shape.causal(0, p - common) for p, _ in reads)
+            + sum(shape.linear(common) + shape.causal(p - common, common) + shape.output(1) for p, _ in rows),
+            len(reads) * (shape.linear(width - common) + shape.rectangle(width - common))
+            + len(rows) * (shape.linear(common) + shape.rectangle(common, width - common) + shape.output(1)),
         )
         self.add(
             decode,
-            sum(shape.linear(n - 1) + shape.output(n - 1) + shape.causal(p, n - 1) for p, n in zip(prompts, responses)),
-            rows * (shape.linear(steps - 1) + shape.output(steps - 1)
-                    + sum(shape.rectangle(1, width + t, cached=True) for t in range(1, steps))),
+            sum(shape.linear(n - 1) + shape.output(n - 1) + shape.causal(p, n - 1) for p, n in rows),
+            sum(sum(n > t - t % STRETCH for _, n in rows) * (shape.linear(1) + shape.output(1) + shape.rectangle(1, width + t - 1))
+                for t in range(1, steps)),
         )
 
-    def forward(self, phase: str, shape: Shape, prompts: list[int], responses: list[int], passes: int = 1,
+    def forward(self, phase: str, shape: Shape, reads: list[tuple[int, list[int]]], passes: int = 1,
                 idle: bool = False) -> None:
-        """One forward over prompt + response with the head on taught rows; the last response token is not read.
+        """One forward over prompts + responses with the head on taught rows; a response's last token is not read.
 
-        ``passes`` 3 is a training step in which everything trains: forward, input gradient, weight gradient of every
-        matmul (attention's products: forward and two gradients). ``idle``: run only to keep step with other ranks, so
-        executed and of no use.
+        ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is read once. ``passes`` 3 is
+        a training step in which everything trains: forward, input gradient, weight gradient of every matmul (attention's
+        products: forward and two gradients). ``idle``: run only to keep step with other ranks, so executed and of no use.
         """
-        read = [p + n - 1 for p, n in zip(prompts, responses)]
-        width = max(read)
+        rows = [(p, n) for p, lengths in reads for n in lengths]
+        linear, executed_linear = linear_tokens(reads)
+        taught = shape.output(sum(n for _, n in rows))
+        causal = sum(shape.causal(0, p) for p, _ in reads) + sum(shape.causal(p, n - 1) for p, n in rows)
+        width, longest = max(p for p, _ in reads), max(n - 1 for _, n in rows)
+        if len(rows) > len(reads):
+            pairs = len(reads) * shape.rectangle(width) + len(rows) * shape.rectangle(longest, width)
+        else:
+            pairs = len(rows) * shape.rectangle(max(p + n - 1 for p, n in rows))
         self.add(
             phase,
-            0.0 if idle else passes * sum(shape.linear(t) + shape.causal(0, t) + shape.output(n)
-                                          for t, n in zip(read, responses)),
-            passes * (len(read) * (shape.linear(width) + shape.rectangle(width, width)) + shape.output(sum(responses))),
+            0.0 if idle else passes * (shape.linear(linear) + causal + taught),
+            passes * (shape.linear(executed_linear) + pairs + taught),
         )
 
 
-def update_cost(student: Shape, teacher: Shape, student_prompts: list[int], teacher_prompts: list[int],
-                response: float) -> float:
-    """Useful FLOPs of one update in which every rollout has ``response`` tokens (its mean, rounded to a token)."""
-    ledger, lengths = Ledger(), [max(1, round(response))] * len(student_prompts)
-    ledger.generation(student, student_prompts, lengths)
-    ledger.forward("teacher_score", teacher, teacher_prompts, lengths)
-    ledger.forward("student_update", student, student_prompts, lengths, passes=3)
+def linear_tokens(reads: list[tuple[int, list[int]]]) -> tuple[int, int]:
+    """Tokens that a forward's linear layers need and run: (useful, executed with padding)."""
+    rows = [(p, n - 1) for p, lengths in reads for n in lengths]
+    useful = sum(p for p, _ in reads) + sum(n for _, n in rows)
+    if len(rows) > len(reads):
+        return useful, len(reads) * max(p for p, _ in reads) + len(rows) * max(n for _, n in rows)
+    return useful, len(rows) * max(p + n for p, n in rows)
+
+
+def update_cost(student: Shape, teacher: Shape, prompts: list[tuple[int, int]], samples: int, response: float,
+                student_behind: int, teacher_behind: int) -> float:
+    """Useful FLOPs of one update: generation, scoring, training.
+
+    ``prompts``: their lengths for (student, teacher); ``samples`` rollouts each, all of ``response`` tokens (a mean, rounded);
+    ``…_behind``: how many responses are read behind one reading of their prompt (1 where it cannot be shared).
+    """
+    ledger, tokens = Ledger(), max(1, round(response))
+
+    def reads(side, behind):
+        return [(p[side], [tokens] * min(behind, samples - start)) for p in prompts for start in range(0, samples, behind)]
+
+    ledger.generation(student, reads(0, 1 if student_behind == 1 else samples))
+    ledger.forward("teacher_score", teacher, reads(1, teacher_behind))
+    ledger.forward("student_update", student, reads(0, student_behind), passes=3)
     return ledger.total()

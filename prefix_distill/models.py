@@ -19,7 +19,8 @@ class Model:
     """A causal language model in two parts, trunk and head, so that the head can run on taught rows only.
 
     ``generation_config`` is the one that came with the weights and is saved with them; the network's own is blank, so
-    that no sampling field of it can shape a rollout. ``eos``: ids that end a turn.
+    that no sampling field of it can shape a rollout. ``eos``: ids that end a turn. ``shares_prompts``: several responses may
+    be read behind one reading of their prompt, because that was shown to be exact (``check_sharing``).
     """
 
     name: str
@@ -27,6 +28,7 @@ class Model:
     tokenizer: object
     generation_config: GenerationConfig
     eos: frozenset[int]
+    shares_prompts: bool = False
 
     @property
     def config(self):
@@ -47,9 +49,18 @@ class Model:
         """Longest sequence (prompt + response) the model has positions for, in tokens; None when unlimited."""
         return getattr(self.config, "max_position_embeddings", None)
 
-    def trunk(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [B, T, D], after the last norm, of right-padded rows."""
-        return self.net.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    def trunk(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [B, T, D], after the last norm. No mask: causal attention keeps what lies to the right of a
+        row's end (padding) from its tokens."""
+        return self.net.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
+
+    def trunk_cached(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache=None):
+        """(final hidden states of ``ids_BT``, the KV cache after them). ``mask_BT`` covers what is in the cache, too; its
+        zeros, padding on the left, have no position."""
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1]:]
+        out = self.net.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,
+                                     past_key_values=cache, use_cache=True)
+        return out.last_hidden_state, out.past_key_values
 
     def head(self, support: int | None = None) -> Head:
         """The output head, cut to the first ``support`` ids (all when None)."""
@@ -154,7 +165,7 @@ def shared_support(student: Model, teacher: Model) -> tuple[int, str]:
 def check_head(model: Model) -> None:
     """Refuses a model whose logits are not head(trunk): the loss would teach another distribution."""
     ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
-    ours = model.head().logits(model.trunk(ids, torch.ones_like(ids))[0])
+    ours = model.head().logits(model.trunk(ids)[0])
     own = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
     if not torch.isfinite(own).all():
         raise UserError(f"model {model.name}: its logits hold NaN or infinity; use an intact copy or --dtype float32")

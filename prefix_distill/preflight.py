@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from . import config as configuration
-from . import data, flops, models, runtime
+from . import data, flops, models, runtime, scoring
 from .config import Config
 from .divergence import Terms
 from .errors import UserError
@@ -40,6 +40,14 @@ class Run:
     notes: list[str]
     warnings: list[str]
 
+    def update_cost(self, prompts: list[data.Rendered], response: float) -> float:
+        """Useful FLOPs of an update on these prompts with responses of ``response`` tokens."""
+        micro = self.config.train.micro_batch_size
+        behind = (micro if model.shares_prompts else 1 for model in (self.student, self.teacher))
+        return flops.update_cost(self.student_shape, self.teacher_shape,
+                                 [(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
+                                 self.config.rollout.samples, response, *behind)
+
 
 def fill_in(config: Config) -> tuple[Config, list[str]]:
     """Puts the embedded pair and its task where no student, teacher or data set is given, and says so."""
@@ -66,8 +74,12 @@ def prepare(config: Config) -> Run:
     teacher = models.load(config.models.teacher, device=where.teacher_device, dtype=where.dtype, trust_remote_code=trust)
     support, reason = models.shared_support(student, teacher)
     notes.append(reason)
-    for model in (student, teacher):
+    for role, model in (("student", student), ("teacher", teacher)):
         models.check_head(model)
+        reason = scoring.check_sharing(model)
+        model.shares_prompts = reason is None
+        if reason:
+            notes.append(f"the {role} reads a prompt again for each of its samples: {reason}")
 
     needed = config.train.steps * config.train.batch_size
     train_prompts, dropped = data.render_all(

@@ -1,13 +1,19 @@
 """Student + prompts + prefix length → rollouts: plain HF ``generate`` with a KV cache, stopped at the prefix or at EOS."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import (
     GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
 )
 
+from .flops import STRETCH
 from .runtime import Clock, seed_of
+
+FEW_ROWS = 64  # linear layers of up to so many rows are computed columns first on a CPU
 
 
 @dataclass(frozen=True)
@@ -59,18 +65,22 @@ class _Race(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed_of(seed, *key)) for key in keys]
         self.support = support
 
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows go on."""
+        self.generators = [self.generators[row] for row in rows]
+
     def __call__(self, input_ids, scores):
         race = torch.empty(len(scores), self.support, dtype=torch.float32, device=scores.device)
         for row, generator in zip(race, self.generators):
-            row.exponential_(generator=generator)
-        # float32 draws lie on a grid of 2⁻²⁴; a draw of exactly 0 stands for its mean below one grid step
-        scores[:, : self.support] -= race.clamp_(min=2.0**-25).log_()
+            row.uniform_(generator=generator)
+        # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below one grid step
+        scores[:, : self.support] -= race.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
         scores[:, self.support:] = -torch.inf
         return scores
 
 
 class _Support(LogitsProcessor):
-    """Padding rows of the head have no token: they are never sampled."""
+    """Padding rows of the head have no token: they are never sampled (the race sees to it where it comes first)."""
 
     def __init__(self, support: int):
         self.support = support
@@ -110,10 +120,16 @@ class Sampler:
         """Do samples follow the student's own distribution?"""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
-    def processors(self, keys: list[tuple], device: torch.device) -> LogitsProcessorList:
-        """Support, then temperature, top-k and top-p as HF orders them, then the race (none at temperature 0)."""
-        steps = LogitsProcessorList([_Support(self.support)])
-        if self.temperature == 0:
+    def race(self, keys: list[tuple], device: torch.device) -> _Race | None:
+        """The rows' own noise; None when nothing is drawn."""
+        return None if self.temperature == 0 else _Race(keys, self.seed, self.support, device)
+
+    def processors(self, race: _Race | None) -> LogitsProcessorList:
+        """What shapes the logits, in HF's order: temperature, top-k, top-p, then the race; only what is needed."""
+        steps = LogitsProcessorList()
+        if race is None or self.top_k or self.top_p < 1:
+            steps.append(_Support(self.support))
+        if race is None:
             return steps
         if self.temperature != 1:
             steps.append(TemperatureLogitsWarper(self.temperature))
@@ -121,50 +137,101 @@ class Sampler:
             steps.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             steps.append(TopPLogitsWarper(self.top_p))
-        steps.append(_Race(keys, self.seed, self.support, device))
+        steps.append(race)
         return steps
 
 
-@torch.no_grad()
-def generate(net, requests: list[Request], cap: int, sampler: Sampler, spent=None,
+@torch.inference_mode()
+def generate(model, requests: list[Request], cap: int, sampler: Sampler, spent=None,
              clock: Clock | None = None) -> list[Response]:
     """Samples up to ``cap`` tokens for every request, in the order given.
 
-    Rows are sorted by prompt length and left-padded in calls of at most ``sampler.rows``. ``spent(prompt_lengths,
-    response_lengths)`` is told, call by call, what was run, for the ledger; ``clock`` gets the seconds of both phases.
+    Rows are sorted by prompt length, rows with the same prompt together, and left-padded in calls of at most
+    ``sampler.rows``. A prompt of several rows is prefilled once if ``model.shares_prompts``. ``spent(reads)`` is told, call
+    by call, what was run (``Ledger.generation``); ``clock`` gets the seconds of both phases.
     """
     responses: list[Response | None] = [None] * len(requests)
-    order = sorted(range(len(requests)), key=lambda i: (len(requests[i].ids), i))
+    first = {}
+    for i, request in enumerate(requests):
+        first.setdefault(request.ids, i)
+    order = sorted(range(len(requests)), key=lambda i: (len(requests[i].ids), first[requests[i].ids], i))
     for start in range(0, len(order), sampler.rows):
         chosen = order[start : start + sampler.rows]
         batch = [requests[i] for i in chosen]
-        for i, response in zip(chosen, _call(net, batch, cap, sampler, clock)):
+        reads: dict = {}
+        for i, response in zip(chosen, _call(model, batch, cap, sampler, clock)):
             responses[i] = response
+            ids = requests[i].ids
+            reads.setdefault(ids if model.shares_prompts and len(ids) > 1 else i, (len(ids), []))[1].append(len(response.ids))
         if spent is not None:
-            spent([len(r.ids) for r in batch], [len(responses[i].ids) for i in chosen])
+            spent(list(reads.values()))
     return responses
 
 
-def _call(net, batch: list[Request], cap: int, sampler: Sampler, clock: Clock | None) -> list[Response]:
-    width = max(len(r.ids) for r in batch)
-    ids_BT = torch.tensor([[sampler.pad] * (width - len(r.ids)) + list(r.ids) for r in batch])
-    mask_BT = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch])
-    settings = GenerationConfig(
-        max_new_tokens=cap, do_sample=False, num_beams=1, use_cache=True, eos_token_id=sorted(sampler.eos),
-        pad_token_id=sampler.pad,
-    )
-    processors = sampler.processors([r.key for r in batch], net.device)
+def _call(model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock | None) -> list[Response]:
+    """One batch: prefill, then stretches of ``generate`` between which rows that have ended leave it."""
+    net, width = model.net, max(len(r.ids) for r in batch)
+    ids_BT = torch.tensor([[sampler.pad] * (width - len(r.ids)) + list(r.ids) for r in batch]).to(net.device)
+    mask_BT = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch]).to(net.device)
+    race = sampler.race([r.key for r in batch], net.device)
+    split = _Split(clock) if clock is not None else None
     if clock is not None:
-        processors.insert(0, split := _Split(clock))
         start = clock.now()
-    sequences = net.generate(
-        input_ids=ids_BT.to(net.device), attention_mask=mask_BT.to(net.device), generation_config=settings,
-        logits_processor=processors,
-    )
+    cache = _shared_prefill(model, batch, ids_BT, mask_BT)
+    drawn: list[list[int]] = [[] for _ in batch]
+    alive = list(range(len(batch)))
+    while alive and len(drawn[alive[0]]) < cap:
+        settings = GenerationConfig(
+            max_new_tokens=min(STRETCH, cap - len(drawn[alive[0]])), do_sample=False, num_beams=1, use_cache=True,
+            eos_token_id=sorted(sampler.eos), pad_token_id=sampler.pad, return_dict_in_generate=True,
+        )
+        processors = sampler.processors(race)
+        if split is not None:
+            processors.insert(0, split)
+        with _ColumnsFirst() if net.device.type == "cpu" else contextlib.nullcontext():
+            out = net.generate(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, generation_config=settings,
+                               logits_processor=processors)
+        new = out.sequences[:, ids_BT.shape[1] :].tolist()
+        going = [row for row, tokens in enumerate(new) if not sampler.eos.intersection(tokens)]
+        for row, tokens in zip(alive, new):
+            drawn[row] += tokens
+        alive, cache = [alive[row] for row in going], out.past_key_values
+        ids_BT, mask_BT = out.sequences, torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), len(new[0]))], 1)
+        if alive and len(going) < len(new):
+            kept = torch.tensor(going, device=net.device)
+            ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
+            cache.batch_select_indices(kept)
+            race.keep(going)
     if clock is not None:
         clock.add("student_prefill", split.prefilled - start)
         clock.add("student_decode", clock.now() - split.prefilled)
-    return [_until_eos(row, sampler.eos) for row in sequences[:, width:].tolist()]
+    return [_until_eos(row, sampler.eos) for row in drawn]
+
+
+def _shared_prefill(model, batch: list[Request], ids_BT, mask_BT):
+    """The KV cache of all prompts but for their last tokens, every distinct prompt read once; None (``generate`` prefills)
+    where nothing would be saved or the model does not allow it."""
+    distinct = list(dict.fromkeys(r.ids for r in batch))
+    if not model.shares_prompts or len(distinct) == len(batch) or len(distinct[0]) < 2:
+        return None
+    rows = [next(i for i, r in enumerate(batch) if r.ids == ids) for ids in distinct]
+    _, cache = model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])
+    cache.batch_select_indices(torch.tensor([distinct.index(r.ids) for r in batch], device=ids_BT.device))
+    return cache
+
+
+class _ColumnsFirst(TorchFunctionMode):
+    """Linear layers as W·xᵀ while it is active: the CPU's float32 matmul re-packs the weights for x·Wᵀ, which at the few
+    rows of a decoding step takes up to twice the time (``tests/benchmarks/rollout.py``)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and args[0].dtype == torch.float32 and not kwargs:
+            x, weight, *bias = args
+            rows = x.reshape(-1, x.shape[-1])
+            if 1 < len(rows) <= FEW_ROWS:
+                out = (weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
+                return out if not bias or bias[0] is None else out + bias[0]
+        return function(*args, **(kwargs or {}))
 
 
 def _until_eos(row: list[int], eos: frozenset[int]) -> Response:

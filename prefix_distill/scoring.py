@@ -1,40 +1,74 @@
 """Both models read the rollouts → for every taught token one hidden row per model. The only causal shift in the code."""
 
+from dataclasses import replace
+
 import torch
 
+from .flops import linear_tokens
 from .models import Model
 from .rollout import Rollout
 
+PADDING = 0.1  # largest share of padding among the tokens a micro-batch runs
 
-def sequences(rollouts: list[Rollout], teacher: bool = False) -> tuple[list[tuple[int, ...]], list[int]]:
-    """What a model reads, and how many prompt tokens of it come first, per rollout.
+
+def sequences(rollouts: list[Rollout], teacher: bool = False) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The prompt and the part of the response that a model reads, per rollout.
 
     The response's last token is not read: nothing is predicted from it.
     """
     sides = [(r.teacher_prompt, r.teacher_ids) if teacher else (r.student_prompt, r.ids) for r in rollouts]
-    return [prompt + ids[:-1] for prompt, ids in sides], [len(prompt) for prompt, _ in sides]
+    return [prompt for prompt, _ in sides], [ids[:-1] for _, ids in sides]
 
 
 def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) -> torch.Tensor:
     """Hidden rows [N, D] that predict the response tokens, rollout by rollout, token by token.
 
-    Row for response token t is the hidden state at position t − 1: the shift. Rows are right-padded, so positions and
-    causal attention need no correction and padding cannot reach a taught row.
+    Row for response token t is the hidden state at position t − 1: the shift. A prompt that several rollouts answer is
+    read once where the model allows it: its KV cache is repeated for them, gradients add up in it.
     """
-    read, prompts = sequences(rollouts, teacher)
-    width = max(map(len, read))
-    ids_BT = torch.zeros(len(read), width, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    taught_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for row, (ids, prompt) in enumerate(zip(read, prompts)):
-        ids_BT[row, : len(ids)] = torch.tensor(ids)
-        mask_BT[row, : len(ids)] = 1
-        taught_BT[row, prompt - 1 : len(ids)] = True
-    device = model.device
-    if device.type == "cuda":
-        ids_BT, mask_BT, taught_BT = (t.pin_memory() for t in (ids_BT, mask_BT, taught_BT))
-    ids_BT, mask_BT, taught_BT = (t.to(device, non_blocking=True) for t in (ids_BT, mask_BT, taught_BT))
-    return model.trunk(ids_BT, mask_BT)[taught_BT]
+    prompts, responses = sequences(rollouts, teacher)
+    if model.shares_prompts and len(set(prompts)) < len(prompts):
+        hidden_BTD, first = _behind_shared_prompts(model, prompts, responses), [0] * len(prompts)
+    else:
+        ids_BT = right_padded([p + r for p, r in zip(prompts, responses)])
+        hidden_BTD, first = model.trunk(to_device(ids_BT, model.device)), [len(p) - 1 for p in prompts]
+    taught_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.bool)
+    for row, start, response in zip(taught_BT, first, responses):
+        row[start : start + len(response) + 1] = True
+    return hidden_BTD[to_device(taught_BT, model.device)]
+
+
+def _behind_shared_prompts(model: Model, prompts, responses) -> torch.Tensor:
+    """Hidden states [B, 1 + T, D]: the prompt's last one, then those of the response. Every distinct prompt is read once.
+
+    Prompts are padded on the left and responses on the right, so nothing lies between them and sliding windows count
+    right; what a response's padding sees, nobody sees.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    width = max(map(len, distinct))
+    ids_UT = torch.tensor([(0,) * (width - len(p)) + p for p in distinct])
+    mask_UT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct])
+    ids_UT, mask_UT = to_device(ids_UT, model.device), to_device(mask_UT, model.device)
+    which_B = to_device(torch.tensor([distinct.index(p) for p in prompts]), model.device)
+    hidden_UTD, cache = model.trunk_cached(ids_UT, mask_UT)
+    last_B1D = hidden_UTD[which_B, -1:]
+    ids_BT = to_device(right_padded(responses), model.device)
+    if not ids_BT.shape[1]:
+        return last_B1D
+    cache.batch_select_indices(which_B)
+    mask_BT = torch.cat([mask_UT[which_B], torch.ones_like(ids_BT)], 1)
+    return torch.cat([last_B1D, model.trunk_cached(ids_BT, mask_BT, cache)[0]], 1)
+
+
+def right_padded(rows: list[tuple[int, ...]]) -> torch.Tensor:
+    """Ids [B, T] on the CPU, zeros to the right of short rows."""
+    width = max(map(len, rows))
+    return torch.tensor([row + (0,) * (width - len(row)) for row in rows], dtype=torch.long).view(len(rows), width)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on ``device`` that does not wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def tokens(rollouts: list[Rollout]) -> torch.Tensor:
@@ -42,7 +76,55 @@ def tokens(rollouts: list[Rollout]) -> torch.Tensor:
     return torch.tensor([token for r in rollouts for token in r.ids])
 
 
-def micro_batches(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
-    """Rollouts in groups of ``size``, longest sequence first so that neighbours need little padding; ties keep order."""
-    order = sorted(rollouts, key=lambda r: (-len(r.student_prompt) - len(r.ids), r.prompt, r.sample))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+@torch.no_grad()
+def check_sharing(model: Model) -> str | None:
+    """None when responses read behind a shared prompt get the hidden states they get alone; else why they do not.
+
+    Two prompts and five responses of different lengths, in the model's own dtype.
+    """
+    ids = (sorted(model.tokenizer.get_vocab().values()) * 40)[:40]
+    made = [(tuple(ids[:p]), tuple(ids[p : p + n])) for p, n in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9))]
+    group = [Rollout(i, 0, prompt, prompt, response, response, False) for i, (prompt, response) in enumerate(made)]
+    alone = [hidden_rows(replace(model, shares_prompts=False), [r]) for r in group]
+    try:
+        together = hidden_rows(replace(model, shares_prompts=True), group)
+    except Exception as error:  # an architecture may lack the cache, the mask or the positions, and say so in any way
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    alone = torch.cat(alone).float()
+    gap = ((together.float() - alone).norm() / alone.norm()).item()
+    allowed = 1e-5 if model.net.dtype == torch.float32 else 0.03
+    return None if gap <= allowed else f"hidden states behind a shared prompt differ by {gap:.1g} of their norm"
+
+
+def reads(rollouts: list[Rollout], shared: bool, teacher: bool = False) -> list[tuple[int, list[int]]]:
+    """(prompt length, lengths of the responses behind it) for every prompt that is read, in tokens: each distinct one once
+    when ``shared``, else one per rollout. What the ledger counts."""
+    behind: dict = {}
+    for i, r in enumerate(rollouts):
+        prompt, ids = (r.teacher_prompt, r.teacher_ids) if teacher else (r.student_prompt, r.ids)
+        behind.setdefault(prompt if shared else (i, prompt), (len(prompt), []))[1].append(len(ids))
+    return list(behind.values())
+
+
+def micro_batches(rollouts: list[Rollout], size: int, shared: bool) -> list[list[Rollout]]:
+    """Rollouts in groups of at most ``size`` with at most a tenth of padding in the student's linear layers.
+
+    Two orders are tried, and the one that runs fewer tokens is taken: the samples of a prompt together (worth it when it
+    is read once for them, ``shared``), or all rollouts by length. Nothing here depends on more than the rollouts.
+    """
+    by_prompt = sorted(rollouts, key=lambda r: (-len(r.student_prompt), r.prompt, -len(r.ids), r.sample))
+    by_length = sorted(rollouts, key=lambda r: (-len(r.student_prompt) - len(r.ids), r.prompt, r.sample))
+    plans = [_split(order, size, shared) for order in (by_prompt, by_length)]
+    return min(plans, key=lambda groups: sum(linear_tokens(reads(group, shared))[1] for group in groups))
+
+
+def _split(order: list[Rollout], size: int, shared: bool) -> list[list[Rollout]]:
+    groups: list[list[Rollout]] = []
+    for rollout in order:
+        if groups and len(groups[-1]) < size:
+            useful, executed = linear_tokens(reads([*groups[-1], rollout], shared))
+            if useful >= (1 - PADDING) * executed:
+                groups[-1].append(rollout)
+                continue
+        groups.append([rollout])
+    return groups

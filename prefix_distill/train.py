@@ -130,8 +130,8 @@ def sample(run: Run, decoder: Model, prompts: list[data.Rendered], step: int, pr
     slots = range(run.place.rank, len(prompts), run.place.world)
     places = [(slot, s) for slot in slots for s in range(run.config.rollout.samples)]
     responses = generate(
-        decoder.net, [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in places], prefix, run.sampler,
-        lambda *lengths: ledger.generation(run.student_shape, *lengths), clock,
+        decoder, [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in places], prefix, run.sampler,
+        lambda reads: ledger.generation(run.student_shape, reads), clock,
     )
     return [
         Rollout(slot, s, prompts[slot].student_ids, prompts[slot].teacher_ids, r.ids, r.ids, r.finished)
@@ -147,7 +147,8 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
     rank takes part in every reduction.
     """
     place = run.place
-    groups = scoring.micro_batches(rollouts, run.config.train.micro_batch_size)
+    shares = run.student.shares_prompts
+    groups = scoring.micro_batches(rollouts, run.config.train.micro_batch_size, shares)
     count = max(place.gather(len(groups)))
     values = {}
     for turn in range(count):
@@ -158,13 +159,13 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
         weight_N = (weight_N * (0.0 if idle else place.world / divisor)).float()
         with clock.phase("teacher_score"), torch.no_grad(), place.autocast(place.teacher_device):
             teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
-        ledger.forward("teacher_score", run.teacher_shape, [len(r.teacher_prompt) for r in group], lengths, idle=idle)
+        ledger.forward("teacher_score", run.teacher_shape, scoring.reads(group, run.teacher.shares_prompts, teacher=True),
+                       idle=idle)
         gradients_meet = place.world == 1 or turn == count - 1
         with clock.phase("student_update"), contextlib.nullcontext() if gradients_meet else loss_module.no_sync():
             loss, value_N = loss_module(group, teacher_NE, weight_N)
             loss.backward()
-        ledger.forward("student_update", run.student_shape, [len(r.student_prompt) for r in group], lengths, passes=3,
-                       idle=idle)
+        ledger.forward("student_update", run.student_shape, scoring.reads(group, shares), passes=3, idle=idle)
         for rollout, part in zip(group, value_N.split(lengths)):
             values[rollout.prompt, rollout.sample] = part.tolist()
     return values
@@ -213,13 +214,14 @@ def _update(run: Run, folder: RunFolder, optimizer, progress: Progress, rate: fl
 
 
 def _optimizer(net, config) -> torch.optim.AdamW:
-    """AdamW in float32; weight decay on matrices, none on norms and biases."""
+    """AdamW in float32, fused: one pass over weight, gradient and moments, without temporaries. Weight decay on matrices,
+    none on norms and biases."""
     parameters = list(net.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.train.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.schedule.lr)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.schedule.lr, fused=True)
 
 
 @torch.no_grad()
@@ -338,15 +340,13 @@ def _merge(run: Run, progress: Progress, ledger: Ledger) -> None:
 
 
 def _evaluation_spent(run: Run, ledger: Ledger):
-    return lambda prompts, responses: ledger.generation(
-        run.student_shape, prompts, responses, "evaluation", "evaluation")
+    return lambda reads: ledger.generation(run.student_shape, reads, "evaluation", "evaluation")
 
 
 def _scoring_spent(run: Run, ledger: Ledger):
     def spent(group):
-        lengths = [len(r.ids) for r in group]
-        ledger.forward("evaluation", run.student_shape, [len(r.student_prompt) for r in group], lengths)
-        ledger.forward("evaluation", run.teacher_shape, [len(r.teacher_prompt) for r in group], lengths)
+        ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.shares_prompts))
+        ledger.forward("evaluation", run.teacher_shape, scoring.reads(group, run.teacher.shares_prompts, teacher=True))
 
     return spent
 
@@ -358,10 +358,8 @@ def full_cost(run: Run, progress: Progress, steps: range) -> float:
     """
     config, total = run.config, 0.0
     for step in steps:
-        prompts = [p for p in data.batch(run.train_prompts, step, config.train.batch_size, config.runtime.seed)
-                   for _ in range(config.rollout.samples)]
-        total += flops.update_cost(run.student_shape, run.teacher_shape, [len(p.student_ids) for p in prompts],
-                                   [len(p.teacher_ids) for p in prompts], _length_at(progress.evaluations, step))
+        prompts = data.batch(run.train_prompts, step, config.train.batch_size, config.runtime.seed)
+        total += run.update_cost(prompts, _length_at(progress.evaluations, step))
     return total
 
 

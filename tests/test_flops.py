@@ -18,7 +18,7 @@ KINDS = ["llama", "qwen3", "gemma3", "neox", "gpt2"]
 def model(request):
     net = tiny_net(request.param, width=64)
     net.config._attn_implementation = "eager"
-    return Model("m", net, None, None, frozenset({257}))
+    return Model("m", net, None, None, frozenset({257}), shares_prompts=True)
 
 
 def counted(work) -> float:
@@ -27,33 +27,51 @@ def counted(work) -> float:
     return counter.get_total_flops()
 
 
-def test_generation_as_executed(model):
-    requests = [Request(tuple(range(5, 5 + n)), (0, n, 0)) for n in (9, 14, 20)]
+@pytest.mark.parametrize("samples", [1, 3])
+def test_generation_as_executed(model, samples):
+    requests = [Request(tuple(range(5, 5 + n)), (0, n, s)) for n in (9, 14, 20) for s in range(samples)]
     sampler = Sampler(frozenset({257}), 256, 260, 0)
     ledger = Ledger()
-    real = counted(lambda: generate(model.net, requests, 12, sampler, lambda *n: ledger.generation(shape(model), *n)))
+    real = counted(lambda: generate(model, requests, 40, sampler, lambda reads: ledger.generation(shape(model), reads)))
     assert ledger.total("executed") == pytest.approx(real, rel=0.02)
     assert ledger.useful["student_prefill"] < ledger.executed["student_prefill"]
 
 
-def rollouts():
+def test_rows_that_have_ended_leave_the_batch(model):
+    """EOS is made of what other rows sample early and row 0 never does: they are gone after a stretch, and the count knows."""
+    requests = [Request(tuple(range(5, 5 + n)), (0, n, 0)) for n in range(9, 17)]
+    free = generate(model, requests, 80, Sampler(frozenset({257}), 256, 260, 3))
+    early = {token for r in free[1:] for token in r.ids[:20]} - set(free[0].ids)
+    sampler = Sampler(frozenset(early), 256, 260, 3)
+    ledger, heard = Ledger(), []
+    real = counted(lambda: heard.extend(generate(model, requests, 80, sampler,
+                                                 lambda reads: ledger.generation(shape(model), reads))))
+    lengths = [len(r.ids) for r in heard]
+    assert lengths[0] > 64 and sum(n <= 32 for n in lengths) >= 3
+    assert [r.ids for r in heard] == [f.ids[:n] for f, n in zip(free, lengths)]  # leaving changes nobody's draw
+    assert ledger.total("executed") == pytest.approx(real, rel=0.02)
+
+
+def rollouts(samples):
     made = []
     for i, (p, n) in enumerate([(9, 12), (14, 5), (20, 12)]):
-        prompt, ids = tuple(range(5, 5 + p)), tuple(range(30, 30 + n))
-        made.append(Rollout(i, 0, prompt, prompt, ids, ids, False))
+        for s in range(samples):
+            prompt, ids = tuple(range(5 + i, 5 + i + p)), tuple(range(30 + s, 30 + n))
+            made.append(Rollout(i, s, prompt, prompt, ids, ids, False))
     return made
 
 
-def test_scoring_and_update_as_executed(model):
-    group, one = rollouts(), Ledger()
-    lengths = [len(r.student_prompt) for r in group], [len(r.ids) for r in group]
+@pytest.mark.parametrize("samples", [1, 3])
+def test_scoring_and_update_as_executed(model, samples):
+    group, one = rollouts(samples), Ledger()
+    reads = scoring.reads(group, True)
 
     def score():
         with torch.no_grad():
             rows = scoring.hidden_rows(model, group)
             model.head().logits(rows)
 
-    one.forward("score", shape(model), *lengths)
+    one.forward("score", shape(model), reads)
     assert one.executed["score"] == pytest.approx(counted(score), rel=0.02)
 
     model.net.requires_grad_(True)
@@ -65,14 +83,14 @@ def test_scoring_and_update_as_executed(model):
         loss, _ = weighted(Terms("reverse-kl"), rows, model.head(), teacher, Head(torch.zeros(260, 1)), torch.ones(len(rows)))
         loss.backward()
 
-    one.forward("update", shape(model), *lengths, passes=3)
+    one.forward("update", shape(model), reads, passes=3)
     teacher_head = 2 * 260 * sum(len(r.ids) for r in group)  # the stand-in teacher's one-column head
     assert one.executed["update"] == pytest.approx(counted(update) - teacher_head, rel=0.02)
 
 
 def test_useful_counts_real_tokens_and_causal_pairs():
     cost, ledger = Shape(1000, 50, ((8, None), (8, 4))), Ledger()
-    ledger.generation(cost, [3, 5], [4, 1])
+    ledger.generation(cost, [(3, [4]), (5, [1])])
     full = lambda n: n * (n + 1) // 2
     sliding = lambda n: sum(min(i, 4) for i in range(1, n + 1))
     assert ledger.useful["student_prefill"] == 2 * (2000 * 4 + 100) + 32 * (full(3) + sliding(3) + full(5) + sliding(5))
@@ -81,14 +99,27 @@ def test_useful_counts_real_tokens_and_causal_pairs():
     assert ledger.executed["student_decode"] == 2 * (3 * 2100 + 32 * ((6 + 7 + 8) + (4 + 4 + 4)))
 
 
+def test_a_shared_prompt_is_paid_for_once():
+    cost, shared, repeated = Shape(1000, 50, ((8, 16), (8, None))), Ledger(), Ledger()
+    shared.forward("score", cost, [(40, [8, 8, 5])])
+    repeated.forward("score", cost, [(40, [8]), (40, [8]), (40, [5])])
+    again = 2 * (cost.linear(40) + cost.causal(0, 40))
+    assert shared.total() == pytest.approx(repeated.total() - again)
+    shared.generation(cost, [(40, [8, 8, 5])])
+    repeated.generation(cost, [(40, [8]), (40, [8]), (40, [5])])
+    again = 2 * (cost.linear(39) + cost.causal(0, 39))  # the last token of the prompt is every row's own
+    assert shared.useful["student_prefill"] == pytest.approx(repeated.useful["student_prefill"] - again)
+    assert shared.useful["student_decode"] == repeated.useful["student_decode"]
+
+
 def test_cost_of_a_batch_is_the_sum_of_its_rows_and_evaluation_stays_outside():
     cost = Shape(1000, 50, ((8, 16), (8, None)))
     rows, whole = Ledger(), Ledger()
-    for p, n in zip([3, 9, 40], [5, 1, 8]):
-        rows.generation(cost, [p], [n])
-        rows.forward("score", cost, [p], [n])
-    whole.generation(cost, [3, 9, 40], [5, 1, 8])
-    whole.forward("score", cost, [3, 9, 40], [5, 1, 8])
+    for read in [(3, [5]), (9, [1]), (40, [8])]:
+        rows.generation(cost, [read])
+        rows.forward("score", cost, [read])
+    whole.generation(cost, [(3, [5]), (9, [1]), (40, [8])])
+    whole.forward("score", cost, [(3, [5]), (9, [1]), (40, [8])])
     assert rows.total() == pytest.approx(whole.total()) and rows.total("executed") < whole.total("executed")
     before = whole.total()
     whole.add("evaluation", 1e9, 1e9)
@@ -98,7 +129,7 @@ def test_cost_of_a_batch_is_the_sum_of_its_rows_and_evaluation_stays_outside():
 def test_update_cost_is_what_the_ledger_says_for_such_an_update():
     student, teacher = Shape(1000, 50, ((8, None),)), Shape(3000, 60, ((16, None),) * 2)
     ledger = Ledger()
-    ledger.generation(student, [4, 6], [7, 7])
-    ledger.forward("t", teacher, [5, 7], [7, 7])
-    ledger.forward("s", student, [4, 6], [7, 7], passes=3)
-    assert update_cost(student, teacher, [4, 6], [5, 7], 7.2) == ledger.total()
+    ledger.generation(student, [(4, [7] * 3), (6, [7] * 3)])
+    ledger.forward("t", teacher, [(5, [7])] * 3 + [(7, [7])] * 3)
+    ledger.forward("s", student, [(4, [7] * 2), (4, [7]), (6, [7] * 2), (6, [7])], passes=3)
+    assert update_cost(student, teacher, [(4, 5), (6, 7)], 3, 7.2, 2, 1) == pytest.approx(ledger.total())

@@ -28,7 +28,7 @@ class Bigram(torch.nn.Module):
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def get_decoder(self):
-        return lambda input_ids, attention_mask, use_cache: SimpleNamespace(last_hidden_state=self.embedding(input_ids))
+        return lambda input_ids, use_cache: SimpleNamespace(last_hidden_state=self.embedding(input_ids))
 
     def get_output_embeddings(self):
         return self.out

