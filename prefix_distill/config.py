@@ -83,6 +83,8 @@ class Train:
     steps: int = option(100, "--steps", "Updates.")
     batch_size: int = option(8, "--batch-size", "Prompts per update, over all ranks.")
     micro_batch_size: int = option(8, "--micro-batch-size", "Rollouts per forward pass, per rank.")
+    gradient_checkpointing: bool = option(False, "--gradient-checkpointing", "Keep only each layer's input in training and run "
+                                          "the layer again in backward: less memory, more time.")
     weight_decay: float = option(0.0, "--weight-decay", "AdamW weight decay, on matrices only.")
     grad_clip: float = option(1.0, "--grad-clip", "Largest gradient norm (0 turns clipping off).")
 

@@ -71,6 +71,8 @@ class Display:
     def evaluation(self, row: dict) -> None:
         """One evaluation: accuracy, endings, length, KL on the fixed contexts."""
         tail = "" if row["kl_tail"] is None else f" (beyond the prefix {row['kl_tail']:.4f})"
+        if row["sampler_kl"] is not None:
+            tail += f", sampler off the student by {row['sampler_kl']:.2g} nats"
         self._line(f"{self.label} after update {row['step']}: accuracy {share_text(row['accuracy'])}, {row['finish_rate']:.0%} "
                    f"end, {row['mean_tokens']:.0f} tokens, held-out reverse KL {row['kl']['value']:.4f} nats{tail}".strip())
 

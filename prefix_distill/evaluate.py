@@ -117,7 +117,7 @@ def held_out_kl(student: Model, teacher: Model, support: int, rollouts: list[Rol
     """Reverse KL(S‖T), temperature 1, at every position of fixed rollouts → per rollout, per token, nats."""
     terms = Terms("reverse-kl", dtype=place.head_dtype)
     values = {}
-    for group in scoring.micro_batches(rollouts[place.rank :: place.world], rows, student.shares_prompts):
+    for group in scoring.micro_batches(rollouts[place.rank :: place.world], rows, student.reads_once):
         with place.autocast(student.device):
             ours = scoring.hidden_rows(student, group)
         with place.autocast(teacher.device):

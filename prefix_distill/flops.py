@@ -129,12 +129,13 @@ class Ledger:
         )
 
     def forward(self, phase: str, shape: Shape, reads: list[tuple[int, list[int]]], passes: int = 1,
-                idle: bool = False) -> None:
+                idle: bool = False, recomputed: bool = False) -> None:
         """One forward over prompts + responses with the head on taught rows; a response's last token is not read.
 
         ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is read once. ``passes`` 3 is
         a training step in which everything trains: forward, input gradient, weight gradient of every matmul (attention's
         products: forward and two gradients). ``idle``: run only to keep step with other ranks, so executed and of no use.
+        ``recomputed``: the layers run once more in backward (gradient checkpointing), which is executed and of no use.
         """
         rows = [(p, n) for p, lengths in reads for n in lengths]
         linear, executed_linear = linear_tokens(reads)
@@ -148,7 +149,7 @@ class Ledger:
         self.add(
             phase,
             0.0 if idle else passes * (shape.linear(linear) + causal + taught),
-            passes * (shape.linear(executed_linear) + pairs + taught),
+            (passes + recomputed) * (shape.linear(executed_linear) + pairs) + passes * taught,
         )
 
 
@@ -162,18 +163,19 @@ def linear_tokens(reads: list[tuple[int, list[int]]]) -> tuple[int, int]:
 
 
 def update_cost(student: Shape, teacher: Shape, prompts: list[tuple[int, int]], samples: int, response: float,
-                student_behind: int, teacher_behind: int) -> float:
+                behind: tuple[int, int, int]) -> float:
     """Useful FLOPs of one update: generation, scoring, training.
 
     ``prompts``: their lengths for (student, teacher); ``samples`` rollouts each, all of ``response`` tokens (a mean, rounded);
-    ``…_behind``: how many responses are read behind one reading of their prompt (1 where it cannot be shared).
+    ``behind``: how many responses follow one reading of their prompt in generation, scoring and training.
     """
     ledger, tokens = Ledger(), max(1, round(response))
 
-    def reads(side, behind):
-        return [(p[side], [tokens] * min(behind, samples - start)) for p in prompts for start in range(0, samples, behind)]
+    def reads(side, phase):
+        each = min(behind[phase], samples)
+        return [(p[side], [tokens] * min(each, samples - start)) for p in prompts for start in range(0, samples, each)]
 
-    ledger.generation(student, reads(0, 1 if student_behind == 1 else samples))
-    ledger.forward("teacher_score", teacher, reads(1, teacher_behind))
-    ledger.forward("student_update", student, reads(0, student_behind), passes=3)
+    ledger.generation(student, reads(0, 0))
+    ledger.forward("teacher_score", teacher, reads(1, 1))
+    ledger.forward("student_update", student, reads(0, 2), passes=3)
     return ledger.total()

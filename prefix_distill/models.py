@@ -1,7 +1,9 @@
 """Hub id, local folder, GGUF file or embedded pair → Model: a network, its tokenizer and what the loss needs of both."""
 
+import contextlib
+import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from .demo.task import model_path
 from .divergence import Head
 from .errors import UserError
 
+FEW_ROWS, LARGE_WEIGHT = 64, 1 << 16  # rows up to which, and elements from which, a linear layer runs columns first
 LAB = "lab:"  # lab:choice/student is the embedded student of the task `choice`
 
 
@@ -20,7 +23,8 @@ class Model:
 
     ``generation_config`` is the one that came with the weights and is saved with them; the network's own is blank, so
     that no sampling field of it can shape a rollout. ``eos``: ids that end a turn. ``shares_prompts``: several responses may
-    be read behind one reading of their prompt, because that was shown to be exact (``check_sharing``).
+    be read behind one reading of their prompt, because that was shown to be exact (``check_sharing``). ``recomputes``: a
+    training step keeps only each layer's input and runs the layer again in backward (gradient checkpointing).
     """
 
     name: str
@@ -29,6 +33,7 @@ class Model:
     generation_config: GenerationConfig
     eos: frozenset[int]
     shares_prompts: bool = False
+    recomputes: bool = False
 
     @property
     def config(self):
@@ -49,10 +54,16 @@ class Model:
         """Longest sequence (prompt + response) the model has positions for, in tokens; None when unlimited."""
         return getattr(self.config, "max_position_embeddings", None)
 
+    @property
+    def reads_once(self) -> bool:
+        """Is a prompt read once for all its samples in scoring and training? (A layer that writes the cache cannot run twice.)"""
+        return self.shares_prompts and not self.recomputes
+
     def trunk(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Final hidden states [B, T, D], after the last norm. No mask: causal attention keeps what lies to the right of a
         row's end (padding) from its tokens."""
-        return self.net.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
+        with _recomputing(self.net) if self.recomputes and torch.is_grad_enabled() else contextlib.nullcontext():
+            return self.net.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
 
     def trunk_cached(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache=None):
         """(final hidden states of ``ids_BT``, the KV cache after them). ``mask_BT`` covers what is in the cache, too; its
@@ -72,6 +83,29 @@ class Model:
         if support is not None and support < len(weight):  # an uncut head is the parameter itself: no copy in backward
             weight, bias = weight[:support], None if bias is None else bias[:support]
         return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def recompute(model: Model) -> Model:
+    """``model`` with gradient checkpointing. UserError where the architecture has none."""
+    try:
+        model.net.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        raise UserError(f"model {model.name}: its architecture has no gradient checkpointing; leave --gradient-checkpointing out"
+                        ) from None
+    return replace(model, recomputes=True)
+
+
+@contextlib.contextmanager
+def _recomputing(net):
+    """Transformers recomputes a layer only while its own ``training`` flag is up; those of its parts (dropout) stay down."""
+    layers = [module for module in net.modules() if getattr(module, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Model:
@@ -175,6 +209,46 @@ def check_head(model: Model) -> None:
             f"model {model.name}: its logits are not its output head applied to its hidden states (log-probabilities "
             f"differ by {gap:.2g} nats); this architecture is not supported"
         )
+
+
+class _ColumnsFirst(torch.nn.Linear):
+    """The same linear layer, as W·xᵀ where x has few rows: for x·Wᵀ the CPU's float32 matmul re-packs all weights first,
+    which costs as much as the product itself at the rows of a decoding step (``tests/benchmarks/rollout.py``)."""
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if not 1 < len(rows) <= FEW_ROWS:
+            return super().forward(x)
+        out = (self.weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+def decoder(model: Model, dtype: torch.dtype) -> Model:
+    """The network that samples: ``model`` itself, with what makes decoding faster.
+
+    In another ``dtype``: a copy in it (decoding from float32 weights under autocast casts every weight at every token);
+    ``refresh`` brings it up to date. In float32 on a CPU: the same parameters behind other matmuls. Else the model.
+    """
+    if dtype != model.net.dtype:
+        return replace(model, net=copy.deepcopy(model.net).to(dtype).requires_grad_(False))
+    if model.device.type != "cpu" or dtype != torch.float32:
+        return model
+    shared = {id(t): t for t in [*model.net.parameters(), *model.net.buffers()]}
+    net = copy.deepcopy(model.net, shared)
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear and child.weight.numel() >= LARGE_WEIGHT:
+                linear = _ColumnsFirst(child.in_features, child.out_features, child.bias is not None, device="meta")
+                linear.weight, linear.bias = child.weight, child.bias
+                setattr(parent, name, linear)
+    return replace(model, net=net)
+
+
+@torch.no_grad()
+def refresh(decoding: Model, student: Model) -> None:
+    """Copies the student's weights where the decoding network has its own."""
+    if decoding.net.dtype != student.net.dtype:
+        torch._foreach_copy_(list(decoding.net.parameters()), list(student.net.parameters()))
 
 
 def save(model: Model, folder: Path) -> None:

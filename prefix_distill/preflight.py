@@ -42,11 +42,11 @@ class Run:
 
     def update_cost(self, prompts: list[data.Rendered], response: float) -> float:
         """Useful FLOPs of an update on these prompts with responses of ``response`` tokens."""
-        micro = self.config.train.micro_batch_size
-        behind = (micro if model.shares_prompts else 1 for model in (self.student, self.teacher))
+        samples, micro = self.config.rollout.samples, self.config.train.micro_batch_size
+        behind = (samples if self.student.shares_prompts else 1, micro if self.teacher.reads_once else 1,
+                  micro if self.student.reads_once else 1)
         return flops.update_cost(self.student_shape, self.teacher_shape,
-                                 [(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
-                                 self.config.rollout.samples, response, *behind)
+                                 [(len(p.student_ids), len(p.teacher_ids)) for p in prompts], samples, response, behind)
 
 
 def fill_in(config: Config) -> tuple[Config, list[str]]:
@@ -80,6 +80,10 @@ def prepare(config: Config) -> Run:
         model.shares_prompts = reason is None
         if reason:
             notes.append(f"the {role} reads a prompt again for each of its samples: {reason}")
+    if config.train.gradient_checkpointing:
+        student = models.recompute(student)
+        if student.shares_prompts and config.rollout.samples > 1:
+            notes.append("in training the student reads a prompt again for each of its samples: --gradient-checkpointing")
 
     needed = config.train.steps * config.train.batch_size
     train_prompts, dropped = data.render_all(
@@ -167,17 +171,6 @@ def _named(model: Model, ids) -> str:
     return ", ".join(f"{model.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in sorted(ids))
 
 
-def decoding_copy(run: Run) -> Model:
-    """The network that samples: a bfloat16 copy of the student when computing in bfloat16 (decoding from float32 master
-    weights under autocast casts every weight at every token), else the student itself."""
-    import copy
-    import dataclasses
-
-    if run.place.dtype == run.student.net.dtype:
-        return run.student
-    return dataclasses.replace(run.student, net=copy.deepcopy(run.student.net).to(run.place.dtype).requires_grad_(False))
-
-
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     """One model on one data set, as `prefix-distill eval` → (place, notes, result document); writes the examples file."""
     from pathlib import Path
@@ -220,7 +213,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         answer_format = prompts.answer_format
     clock = runtime.Clock(where.device)
     with clock.phase("evaluation"):
-        score = evaluate(model, problems, sampler, samples=config.evaluate.rollouts,
+        score = evaluate(models.decoder(model, where.dtype), problems, sampler, samples=config.evaluate.rollouts,
                          max_new_tokens=config.rollout.max_new_tokens, answer_format=answer_format, place=where)
     if where.first:
         checkpoint.write_rows(out, score.records)

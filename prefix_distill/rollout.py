@@ -1,19 +1,14 @@
 """Student + prompts + prefix length → rollouts: plain HF ``generate`` with a KV cache, stopped at the prefix or at EOS."""
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import (
     GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
 )
 
 from .flops import STRETCH
 from .runtime import Clock, seed_of
-
-FEW_ROWS = 64  # linear layers of up to so many rows are computed columns first on a CPU
 
 
 @dataclass(frozen=True)
@@ -188,9 +183,8 @@ def _call(model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock 
         processors = sampler.processors(race)
         if split is not None:
             processors.insert(0, split)
-        with _ColumnsFirst() if net.device.type == "cpu" else contextlib.nullcontext():
-            out = net.generate(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, generation_config=settings,
-                               logits_processor=processors)
+        out = net.generate(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, generation_config=settings,
+                           logits_processor=processors)
         new = out.sequences[:, ids_BT.shape[1] :].tolist()
         going = [row for row, tokens in enumerate(new) if not sampler.eos.intersection(tokens)]
         for row, tokens in zip(alive, new):
@@ -218,20 +212,6 @@ def _shared_prefill(model, batch: list[Request], ids_BT, mask_BT):
     _, cache = model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])
     cache.batch_select_indices(torch.tensor([distinct.index(r.ids) for r in batch], device=ids_BT.device))
     return cache
-
-
-class _ColumnsFirst(TorchFunctionMode):
-    """Linear layers as W·xᵀ while it is active: the CPU's float32 matmul re-packs the weights for x·Wᵀ, which at the few
-    rows of a decoding step takes up to twice the time (``tests/benchmarks/rollout.py``)."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[0].dtype == torch.float32 and not kwargs:
-            x, weight, *bias = args
-            rows = x.reshape(-1, x.shape[-1])
-            if 1 < len(rows) <= FEW_ROWS:
-                out = (weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
-                return out if not bias or bias[0] is None else out + bias[0]
-        return function(*args, **(kwargs or {}))
 
 
 def _until_eos(row: list[int], eos: frozenset[int]) -> Response:

@@ -27,7 +27,7 @@ def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) ->
     read once where the model allows it: its KV cache is repeated for them, gradients add up in it.
     """
     prompts, responses = sequences(rollouts, teacher)
-    if model.shares_prompts and len(set(prompts)) < len(prompts):
+    if model.reads_once and len(set(prompts)) < len(prompts):
         hidden_BTD, first = _behind_shared_prompts(model, prompts, responses), [0] * len(prompts)
     else:
         ids_BT = right_padded([p + r for p, r in zip(prompts, responses)])

@@ -12,8 +12,8 @@ from .checkpoint import RunFolder
 from .divergence import weighted
 from .errors import Stopped
 from .flops import Ledger
-from .models import Model, save
-from .preflight import Run, decoding_copy
+from .models import Model, decoder, refresh, save
+from .preflight import Run
 from .rollout import Request, Rollout, generate
 from .runtime import Clock
 from .schedule import learning_rate, warmup_steps
@@ -66,9 +66,9 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     if resume:
         resumed_from = _restore(run, folder, optimizer, progress, report)
     clock = Clock(place.device, progress.seconds)
-    decoder = decoding_copy(run)
+    decoding = decoder(run.student, place.dtype)
     if not resume:
-        before = _measure_before(run, decoder, progress, clock, folder)
+        before = _measure_before(run, decoding, progress, clock, folder)
     else:
         before = folder.read_json("before.json")
     fixed = [Rollout(**_tuples(r)) for r in before["rollouts"]]
@@ -85,7 +85,7 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         ledger = Ledger()
         prefix = run.prefix.length(step)
         prompts = data.batch(run.train_prompts, step, config.train.batch_size, config.runtime.seed)
-        rollouts = sample(run, decoder, prompts, step, prefix, ledger, clock)
+        rollouts = sample(run, decoding, prompts, step, prefix, ledger, clock)
         weights, share = token_weights(rollouts, config.divergence.reduction)
         divisor = place.total(share)
         values = _accumulate(run, loss_module, rollouts, weights, divisor, ledger, clock)
@@ -96,8 +96,7 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         )
         with clock.phase("optimizer"):
             norm = _update(run, folder, optimizer, progress, rate, facts["loss"])
-            if decoder.net is not student:
-                _refresh(decoder.net, student)
+            refresh(decoding, run.student)
         progress.step += 1
         progress.tokens += int(facts["tokens"])
         _merge(run, progress, ledger)
@@ -108,11 +107,11 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
             report.row(row, progress.ledger.total(), full)
         last = progress.step == config.train.steps
         if config.evaluate.every and progress.step % config.evaluate.every == 0 and not last:
-            _evaluate_now(run, decoder, fixed, before, progress, clock, folder, report)
+            _evaluate_now(run, decoding, fixed, before, progress, clock, folder, report)
         if (config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0) or last:
             _save_checkpoint(run, folder, optimizer, progress)
 
-    after = _evaluate_now(run, decoder, fixed, before, progress, clock, folder, report)
+    after = _evaluate_now(run, decoding, fixed, before, progress, clock, folder, report)
     if place.first:
         folder.write_rows("examples-after.jsonl", after.pop("records"))
         folder.write_json("after.json", after)
@@ -124,13 +123,13 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     return result
 
 
-def sample(run: Run, decoder: Model, prompts: list[data.Rendered], step: int, prefix: int, ledger: Ledger,
+def sample(run: Run, decoding: Model, prompts: list[data.Rendered], step: int, prefix: int, ledger: Ledger,
            clock: Clock) -> list[Rollout]:
     """This rank's rollouts of the update, prompt by prompt with its G samples; sampling stops at ``prefix`` or EOS."""
     slots = range(run.place.rank, len(prompts), run.place.world)
     places = [(slot, s) for slot in slots for s in range(run.config.rollout.samples)]
     responses = generate(
-        decoder, [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in places], prefix, run.sampler,
+        decoding, [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in places], prefix, run.sampler,
         lambda reads: ledger.generation(run.student_shape, reads), clock,
     )
     return [
@@ -147,8 +146,8 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
     rank takes part in every reduction.
     """
     place = run.place
-    shares = run.student.shares_prompts
-    groups = scoring.micro_batches(rollouts, run.config.train.micro_batch_size, shares)
+    once = run.student.reads_once
+    groups = scoring.micro_batches(rollouts, run.config.train.micro_batch_size, once)
     count = max(place.gather(len(groups)))
     values = {}
     for turn in range(count):
@@ -159,13 +158,14 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
         weight_N = (weight_N * (0.0 if idle else place.world / divisor)).float()
         with clock.phase("teacher_score"), torch.no_grad(), place.autocast(place.teacher_device):
             teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
-        ledger.forward("teacher_score", run.teacher_shape, scoring.reads(group, run.teacher.shares_prompts, teacher=True),
+        ledger.forward("teacher_score", run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True),
                        idle=idle)
         gradients_meet = place.world == 1 or turn == count - 1
         with clock.phase("student_update"), contextlib.nullcontext() if gradients_meet else loss_module.no_sync():
             loss, value_N = loss_module(group, teacher_NE, weight_N)
             loss.backward()
-        ledger.forward("student_update", run.student_shape, scoring.reads(group, shares), passes=3, idle=idle)
+        ledger.forward("student_update", run.student_shape, scoring.reads(group, once), passes=3, idle=idle,
+                       recomputed=run.student.recomputes)
         for rollout, part in zip(group, value_N.split(lengths)):
             values[rollout.prompt, rollout.sample] = part.tolist()
     return values
@@ -224,19 +224,14 @@ def _optimizer(net, config) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.schedule.lr, fused=True)
 
 
-@torch.no_grad()
-def _refresh(copy, source) -> None:
-    torch._foreach_copy_(list(copy.parameters()), list(source.parameters()))
-
-
-def _measure_before(run: Run, decoder: Model, progress: Progress, clock: Clock, folder: RunFolder) -> dict:
+def _measure_before(run: Run, decoding: Model, progress: Progress, clock: Clock, folder: RunFolder) -> dict:
     """Draws the fixed held-out rollouts from the untrained student and measures it on them: the "before" of every later
     comparison, kept in before.json."""
     ledger = Ledger()
     with clock.phase("evaluation"):
-        fixed = _full_rollouts(run, decoder, ledger)
+        fixed = _full_rollouts(run, decoding, ledger)
     _merge(run, progress, ledger)
-    found = _measure(run, decoder, fixed, fixed, progress, clock, folder)
+    found = _measure(run, decoding, fixed, fixed, progress, clock, folder)
     records = found.pop("records")
     before = {**found, "rollouts": [dataclasses.asdict(r) for r in fixed]}
     if run.place.first:
@@ -245,9 +240,9 @@ def _measure_before(run: Run, decoder: Model, progress: Progress, clock: Clock, 
     return before
 
 
-def _evaluate_now(run: Run, decoder, fixed, before, progress, clock, folder, report) -> dict:
+def _evaluate_now(run: Run, decoding, fixed, before, progress, clock, folder, report) -> dict:
     """Measures the current student and says so when its tail is being hurt."""
-    found = _measure(run, decoder, fixed, None, progress, clock, folder)
+    found = _measure(run, decoding, fixed, None, progress, clock, folder)
     if run.place.first:
         report.evaluation(progress.evaluations[-1])
         if text := tail_warning(before, found, run.prefix.length(max(0, progress.step - 1))):
@@ -255,7 +250,7 @@ def _evaluate_now(run: Run, decoder, fixed, before, progress, clock, folder, rep
     return found
 
 
-def _measure(run: Run, decoder: Model, fixed, full, progress: Progress, clock: Clock, folder: RunFolder) -> dict:
+def _measure(run: Run, decoding: Model, fixed, full, progress: Progress, clock: Clock, folder: RunFolder) -> dict:
     """Accuracy on the held-out problems and reverse KL on the fixed contexts, now; keeps the best student.
 
     Where no problem is evaluated, the length and endings of full answers come from ``full``, drawn now if None.
@@ -264,9 +259,10 @@ def _measure(run: Run, decoder: Model, fixed, full, progress: Progress, clock: C
     with clock.phase("evaluation"):
         values = evaluate.held_out_kl(run.student, run.teacher, run.support, fixed, run.place,
                                       run.config.train.micro_batch_size, _scoring_spent(run, ledger))
-        score = _accuracy(run, decoder, _evaluation_spent(run, ledger))
+        gap = _sampler_gap(run, decoding, fixed)
+        score = _accuracy(run, decoding, _evaluation_spent(run, ledger))
         if score is None:
-            full = full or _full_rollouts(run, decoder, ledger)
+            full = full or _full_rollouts(run, decoding, ledger)
             length, finish = sum(len(r.ids) for r in full) / len(full), sum(r.finished for r in full) / len(full)
         else:
             length, finish = score.mean_tokens, score.finish_rate
@@ -274,7 +270,7 @@ def _measure(run: Run, decoder: Model, fixed, full, progress: Progress, clock: C
     head, tail = evaluate.split_mean(values, run.prefix.length(max(0, progress.step - 1)))
     row = {
         "step": progress.step, "accuracy": score and score.accuracy, "kl": evaluate.token_mean(values), "kl_prefix": head,
-        "kl_tail": tail, "finish_rate": finish, "mean_tokens": length, "flops_useful": progress.ledger.total(),
+        "kl_tail": tail, "sampler_kl": gap, "finish_rate": finish, "mean_tokens": length, "flops_useful": progress.ledger.total(),
         "flops_executed": progress.ledger.total("executed"),
     }
     if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
@@ -283,8 +279,18 @@ def _measure(run: Run, decoder: Model, fixed, full, progress: Progress, clock: C
     return {**row, "kl_by_token": values, "records": score.records if score else []}
 
 
-def _full_rollouts(run: Run, decoder: Model, ledger: Ledger) -> list[Rollout]:
-    return evaluate.fixed_rollouts(decoder, run.kl_prompts, run.eval_sampler, run.config.rollout.max_new_tokens, run.place,
+def _sampler_gap(run: Run, decoding: Model, fixed) -> float | None:
+    """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a copy in another dtype: how far
+    from on-policy that makes them. None where the student itself samples."""
+    if decoding.net.dtype == run.student.net.dtype:
+        return None
+    own = [dataclasses.replace(r, teacher_prompt=r.student_prompt, teacher_ids=r.ids) for r in fixed]
+    values = evaluate.held_out_kl(decoding, run.student, run.support, own, run.place, run.config.train.micro_batch_size)
+    return evaluate.token_mean(values)["value"]
+
+
+def _full_rollouts(run: Run, decoding: Model, ledger: Ledger) -> list[Rollout]:
+    return evaluate.fixed_rollouts(decoding, run.kl_prompts, run.eval_sampler, run.config.rollout.max_new_tokens, run.place,
                                    _evaluation_spent(run, ledger))
 
 
@@ -313,11 +319,11 @@ def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
             "lengthen --prefix, lower --lr or stop earlier")
 
 
-def _accuracy(run: Run, decoder: Model, spent):
+def _accuracy(run: Run, decoding: Model, spent):
     if not run.problems:
         return None
     return evaluate.evaluate(
-        decoder, run.problems, run.eval_sampler, samples=run.config.evaluate.rollouts,
+        decoding, run.problems, run.eval_sampler, samples=run.config.evaluate.rollouts,
         max_new_tokens=run.config.rollout.max_new_tokens, answer_format=run.answer_format, place=run.place, spent=spent,
     )
 
@@ -345,8 +351,8 @@ def _evaluation_spent(run: Run, ledger: Ledger):
 
 def _scoring_spent(run: Run, ledger: Ledger):
     def spent(group):
-        ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.shares_prompts))
-        ledger.forward("evaluation", run.teacher_shape, scoring.reads(group, run.teacher.shares_prompts, teacher=True))
+        ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.reads_once))
+        ledger.forward("evaluation", run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True))
 
     return spent
 
@@ -391,7 +397,7 @@ def _result(run: Run, folder: RunFolder, progress: Progress, resumed_from, clock
     return {
         "out": str(folder.path), "steps": progress.step, "resumed_from": resumed_from,
         "accuracy_before": first["accuracy"], "accuracy_after": last["accuracy"], "kl_before": first["kl"],
-        "kl_after": last["kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
+        "kl_after": last["kl"], "sampler_kl": last["sampler_kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
         "full_rollout_cost": full_cost(run, progress, range(progress.step)),
         "seconds": {"total": math.fsum(clock.seconds.values()), "by_phase": clock.seconds},
         "evaluations": progress.evaluations, "best": progress.best and {

@@ -132,4 +132,4 @@ def test_update_cost_is_what_the_ledger_says_for_such_an_update():
     ledger.generation(student, [(4, [7] * 3), (6, [7] * 3)])
     ledger.forward("t", teacher, [(5, [7])] * 3 + [(7, [7])] * 3)
     ledger.forward("s", student, [(4, [7] * 2), (4, [7]), (6, [7] * 2), (6, [7])], passes=3)
-    assert update_cost(student, teacher, [(4, 5), (6, 7)], 3, 7.2, 2, 1) == pytest.approx(ledger.total())
+    assert update_cost(student, teacher, [(4, 5), (6, 7)], 3, 7.2, (9, 1, 2)) == pytest.approx(ledger.total())

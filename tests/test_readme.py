@@ -22,7 +22,7 @@ LONG = [line for line in COMMANDS if line.startswith("python ")]
 
 
 def test_every_command_is_of_a_kind_that_is_executed():
-    assert sorted(INSTALL + OURS + LONG) == sorted(COMMANDS) and len(OURS) == 4 and len(LONG) == 3
+    assert sorted(INSTALL + OURS + LONG) == sorted(COMMANDS) and len(OURS) == 4 and len(LONG) == 8
 
 
 def test_ci_installs_and_tests_as_the_readme_says():
@@ -62,6 +62,20 @@ def test_the_laboratory_benchmark_runs():
     done = subprocess.run([sys.executable, "tests/benchmarks/laboratory.py", "--quick"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert last_json(done.stdout)["arms"].keys() == {"prefix", "full"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["update_vs_trl", "divergence", "rollout", "scaling", "limit"])
+def test_the_performance_benchmarks_run(name, tmp_path_factory):
+    """--quick answers, changes no result, and its last line carries what the table is made of."""
+    work = tmp_path_factory.getbasetemp() / "pair"
+    before = {file: file.read_bytes() for file in RESULTS.iterdir()}
+    shared = [] if name == "divergence" else ["--work", str(work / "smollm2" if name != "update_vs_trl" else work)]
+    done = subprocess.run([sys.executable, f"tests/benchmarks/{name}.py", "--quick", *shared], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = {"update_vs_trl": "cases", "limit": "share_of_limit"}.get(name, "table")
+    assert last_json(done.stdout)[expected]
+    assert before == {file: file.read_bytes() for file in RESULTS.iterdir()}
 
 
 def percent(score: dict) -> str:
@@ -108,7 +122,55 @@ def real_table() -> str:
     return "\n".join(rows)
 
 
-@pytest.mark.parametrize("table", [demo_table, laboratory_table, real_table])
+def result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def update_table() -> str:
+    rows = ["| update | ours | TRL 1.16 | time, ours / TRL | peak memory, ours / TRL |", "|---|--:|--:|--:|--:|"]
+    for r in result("update_vs_trl")["cases"]:
+        low, high = r["time_ratio_range"]
+        rows.append(f"| `{r['name']}` | {r['ours_seconds']:.3g} s, {r['ours_peak_bytes'] / 2**30:.2f} GiB | {r['trl_seconds']:.3g} s, "
+                    f"{r['trl_peak_bytes'] / 2**30:.2f} GiB | {r['time_ratio']:.2f} [{low:.2f}, {high:.2f}] | {r['memory_ratio']:.2f} |")
+    return "\n".join(rows)
+
+
+def divergence_table() -> str:
+    rows = ["| loss alone | rows | seconds | extra memory | time, ours / it | memory, ours / it |", "|---|--:|--:|--:|--:|--:|"]
+    for r in result("divergence")["table"]:
+        ratios = " | | " if r["arm"] == "ours" else f" | {r['time_ratio']:.2f} | {r['memory_ratio']:.3f} "
+        rows.append(f"| {r['divergence']}, {r['arm']} | {r['rows']:,} | {r['seconds']:.1f} | {r['extra_bytes'] / 2**20:,.0f} MiB{ratios}|")
+    return "\n".join(rows)
+
+
+def rollout_table() -> str:
+    rows = ["| sampling 32 tokens | prefill | a decoding step | whole call, ours / it |", "|---|--:|--:|--:|"]
+    for r in result("rollout")["table"]:
+        ratio = "" if r["arm"] == "ours" else f"{r['ours_over_it']:.2f}"
+        rows.append(f"| {r['case']}, {r['arm']} | {r['prefill_seconds']:.2f} s | {1e3 * r['step_seconds']:.0f} ms | {ratio} |")
+    return "\n".join(rows)
+
+
+def scaling_table() -> str:
+    rows = ["| prefix, tokens | G | seconds | useful FLOPs | prompts read once / every time |", "|--:|--:|--:|--:|--:|"]
+    for r in result("scaling")["table"]:
+        if r["shared"]:
+            ratio = f"{r['over_repeated']:.2f}" if r["over_repeated"] else ""
+            rows.append(f"| {r['prefix']} | {r['samples']} | {r['seconds']:.1f} | {r['flops_useful'] / 1e12:.2f} T | {ratio} |")
+    return "\n".join(rows)
+
+
+def limit_table() -> str:
+    found = result("limit")
+    rate, reading = f"{found['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s", f"{found['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
+    names = {"teacher_score": f"teacher scoring, of {rate}", "student_update": f"student update, of {rate}",
+             "student_prefill": f"prefill, of {rate}", "student_decode": f"decoding, of {reading}"}
+    return "\n".join(["| phase | share of the limit |", "|---|--:|"] + [
+        f"| {names[phase]} | {share:.0%} |" for phase, share in found["share_of_limit"].items()])
+
+
+@pytest.mark.parametrize("table", [demo_table, laboratory_table, real_table, update_table, divergence_table, rollout_table,
+                                   scaling_table, limit_table])
 def test_tables_are_the_committed_results(table):
     assert table() in README
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import tiny_net
-from prefix_distill import rollout, scoring
+from prefix_distill import models, rollout, scoring
 from prefix_distill.models import Model
 from prefix_distill.rollout import Request, Rollout, Sampler, generate
 from prefix_distill.runtime import seed_of
@@ -118,3 +118,19 @@ def test_the_ledger_hears_the_lengths_that_were_run(model):
     heard.clear()
     drawn = generate(model, [*requests(2), *requests(2)], 12, sampler(), heard.append)
     assert heard == [[(2, [len(drawn[0].ids), len(drawn[2].ids)]), (5, [len(drawn[1].ids), len(drawn[3].ids)])]]
+
+
+def test_the_decoding_network_is_the_student_behind_other_matmuls():
+    """The same parameters, the same log-probabilities, the same draws; a step of the optimizer reaches it by itself."""
+    student = Model("m", tiny_net("llama", width=256).requires_grad_(True), None, None, EOS, shares_prompts=True)
+    decoding = models.decoder(student, torch.float32)
+    assert decoding.net is not student.net and any(type(m) is models._ColumnsFirst for m in decoding.net.modules())
+    assert all(a is b for a, b in zip(student.net.parameters(), decoding.net.parameters(), strict=True))
+    for _ in range(2):
+        ids = torch.randint(0, 250, (5, 1))
+        with torch.no_grad():
+            torch.testing.assert_close(decoding.net(ids).logits, student.net(ids).logits, rtol=1e-4, atol=1e-4)
+        assert generate(decoding, requests(), 12, sampler()) == generate(student, requests(), 12, sampler())
+        with torch.no_grad():
+            for p in student.net.parameters():
+                p.mul_(1.1)

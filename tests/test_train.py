@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import byte_tokenizer, save_tiny
 from prefix_distill import config as configuration
-from prefix_distill import data, preflight, train
+from prefix_distill import data, models, preflight, scoring, train
 from prefix_distill.checkpoint import RunFolder
 from prefix_distill.errors import Stopped
 from prefix_distill.flops import Ledger
@@ -162,6 +162,32 @@ def test_end_of_sequence_sets_and_their_choice(pair, questions, tmp_path):
         assert any("end-of-sequence ids differ" in text for text in run.warnings)
 
 
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, tmp_path):
+    """Same gradient, fewer bytes kept for backward, a KV cache in every decoding step, no trace in the saved folder."""
+    found = {}
+    for on in (False, True):
+        run = prepared(pair, questions, train__gradient_checkpointing=on)
+        gradient, rollouts, _ = update_gradient(run)
+        kept = []
+
+        def keep(tensor):
+            kept.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            scoring.hidden_rows(run.student, rollouts[:1]).sum().backward()
+        models.save(run.student, tmp_path / str(on))
+        decoding = models.decoder(run.student, torch.float32)
+        widths = []
+        decoding.net.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True)
+        drawn = train.sample(run, decoding, run.train_prompts[:2], 0, 8, Ledger(), Clock(run.place.device))
+        assert set(widths) == {1} and not any(m.training for m in run.student.net.modules())
+        found[on] = gradient, sum(kept), (tmp_path / str(on) / "config.json").read_text(), drawn
+    assert_same(found[True][0], found[False][0])
+    assert found[True][1] < found[False][1] / 3
+    assert found[True][2:] == found[False][2:]
+
+
 def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(pair, questions, tmp_path):
     run = prepared(pair, questions)
     folder = RunFolder(tmp_path / "run")
@@ -221,11 +247,14 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
         folder.write_json("run.json", {})
         result = train.train(run, folder, Silent(), False)
         measured[dtype] = [result["kl_before"]["value"], result["kl_after"]["value"]]
-        decoder = preflight.decoding_copy(run)
-        assert (decoder.net is run.student.net) == (dtype == "float32")
-        train._refresh(decoder.net, run.student.net)
-        for copy, master in zip(decoder.net.parameters(), run.student.net.parameters()):
-            assert torch.equal(copy, master.to(copy.dtype))
+        gap = result["sampler_kl"]
+        assert gap is None if dtype == "float32" else 0 < gap < 0.01 * result["kl_after"]["value"]
+        decoding = models.decoder(run.student, run.place.dtype)
+        with torch.no_grad():
+            next(run.student.net.parameters()).mul_(1.5)
+        models.refresh(decoding, run.student)
+        for own, master in zip(decoding.net.parameters(), run.student.net.parameters()):
+            assert (own is master) == (dtype == "float32") and torch.equal(own, master.to(own.dtype))
     assert measured["bfloat16"] == pytest.approx(measured["float32"], rel=0.03)
 
 

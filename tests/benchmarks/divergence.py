@@ -1,0 +1,131 @@
+"""The fused divergence alone, against three ways to write it: seconds and extra memory. About 15 minutes on 2 cores.
+
+    python tests/benchmarks/divergence.py [--quick] [--rows 4096 --other-rows 1024 --vocabulary 151936 --width 1024]
+
+    ours          prefix_distill.divergence.weighted, 256 MiB for its chunk
+    naive         float32 logits of all rows, log-softmax, divergence, autograd
+    checkpointed  torch.utils.checkpoint around head → log-softmax → divergence, chunk by chunk, rows as in ours
+    trl           ChunkedDivergenceFunction of TRL 1.16 (left out when it is not installed)
+
+Float32, both heads of the same width, gradients to the hidden rows and the student's head. Each arm runs in a process of
+its own, the arms in turn, ``--pairs`` times; times are of one call after a small one, ratios are taken within a turn and their
+median is shown. Extra memory: the highest resident set during the call, less what was resident before it and the two
+gradients it returns. Reverse KL runs at ``--rows`` in all arms; forward KL and the JSD (β 0.5) at ``--other-rows``, ours and naive
+(at 4,096 rows the naive JSD needs more than 24 GB). ``--quick``: reverse KL at 384 rows, one turn, nothing written.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import measure
+
+DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd": 0.5}  # TRL's beta
+
+
+def naive(name, student, head, teacher, teacher_head, weight):
+    import torch.nn.functional as F
+
+    from prefix_distill.divergence import per_token
+
+    sides = (F.log_softmax(rows @ matrix.T, -1) for rows, matrix in ((student, head), (teacher, teacher_head)))
+    return (per_token(name, 0.5, *sides) * weight).sum()
+
+
+def checkpointed(name, student, head, teacher, teacher_head, weight):
+    from torch.utils.checkpoint import checkpoint
+
+    from prefix_distill.divergence import Terms
+
+    size = Terms(name, 0.5).chunk(len(head))
+    return sum(
+        checkpoint(naive, name, student[i : i + size], head, teacher[i : i + size], teacher_head, weight[i : i + size],
+                   use_reentrant=False)
+        for i in range(0, len(student), size)
+    )
+
+
+def ours(name, student, head, teacher, teacher_head, weight):
+    from prefix_distill.divergence import Head, Terms, weighted
+
+    return weighted(Terms(name, 0.5), student, Head(head), teacher, Head(teacher_head), weight)[0]
+
+
+def trl(name, student, head, teacher, teacher_head, weight):
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    values, _ = ChunkedDivergenceFunction.apply(student, head, None, teacher, teacher_head, None, DIVERGENCES[name])
+    return (values * weight).sum()
+
+
+def one(arm: str, name: str, rows: int, vocabulary: int, width: int) -> dict:
+    """One forward and backward of an arm → seconds, extra bytes, the loss and a gradient's norm."""
+    import torch
+
+    torch.manual_seed(0)
+    work = {"ours": ours, "naive": naive, "checkpointed": checkpointed, "trl": trl}[arm]
+    made = lambda *shape: torch.randn(*shape)
+    small = [made(2, width).requires_grad_(), made(64, width).requires_grad_(), made(2, width), made(64, width), torch.ones(2)]
+    work(name, *small).backward()  # libraries and thread pools
+    student, head = (made(rows, width) * 0.5).requires_grad_(), (made(vocabulary, width) * 0.05).requires_grad_()
+    teacher, teacher_head, weight = made(rows, width) * 0.5, made(vocabulary, width) * 0.05, torch.full((rows,), 1 / rows)
+    before = measure.reset_peak()
+    start = time.perf_counter()
+    loss = work(name, student, head, teacher, teacher_head, weight)
+    loss.backward()
+    seconds = time.perf_counter() - start
+    returned = 4 * (student.grad.numel() + head.grad.numel())
+    return {"seconds": seconds, "extra_bytes": measure.memory("VmHWM") - before - returned, "loss": loss.item(),
+            "gradient_norm": head.grad.norm().item()}
+
+
+def turn(arms: list[str], name: str, rows: int, given) -> dict:
+    found = {arm: measure.child(__file__, "--child", arm, name, rows, "--vocabulary", given.vocabulary, "--width", given.width)
+             for arm in arms}
+    for arm, row in found.items():
+        assert abs(row["loss"] / found["ours"]["loss"] - 1) < 1e-4, f"{arm}: another loss"
+        assert abs(row["gradient_norm"] / found["ours"]["gradient_norm"] - 1) < 1e-4, f"{arm}: another gradient"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="few rows, one turn, nothing written")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--other-rows", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--pairs", type=int, default=2, help="turns of all arms")
+    parser.add_argument("--child", nargs=3, metavar=("ARM", "NAME", "ROWS"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        arm, name, rows = given.child
+        print(json.dumps(one(arm, name, int(rows), given.vocabulary, given.width)))
+        return
+    import importlib.util
+
+    if given.quick:
+        given.rows, given.pairs = 384, 1
+    cases = [("reverse-kl", given.rows, ["ours", "naive", "checkpointed"] + ["trl"] * bool(importlib.util.find_spec("trl")))]
+    if not given.quick:
+        cases += [(name, given.other_rows, ["ours", "naive"]) for name in ("forward-kl", "jsd")]
+    table, ratios = [], {}
+    for name, rows, arms in cases:
+        turns = [turn(arms, name, rows, given) for _ in range(given.pairs)]
+        for arm in arms:
+            seconds, extra = (statistics.median(t[arm][key] for t in turns) for key in ("seconds", "extra_bytes"))
+            row = {"divergence": name, "rows": rows, "arm": arm, "seconds": seconds, "extra_bytes": extra}
+            for key, label in (("seconds", "time_ratio"), ("extra_bytes", "memory_ratio")):
+                row[label] = statistics.median(t["ours"][key] / t[arm][key] for t in turns)
+                if name == "reverse-kl" and arm != "ours":
+                    ratios[f"{label}_{arm}"] = row[label]
+            table.append(row)
+            print(f"{name:10} N {rows:5d} {arm:13} {seconds:7.2f} s, {extra / 2**20:8.0f} MiB extra; ours/{arm}: "
+                  f"time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.3f}", flush=True)
+    measure.record("divergence", ratios | {"vocabulary": given.vocabulary, "width": given.width, "pairs": given.pairs,
+                                           "table": table} | measure.machine(), not given.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""How far scoring, update and decoding are from what this machine can do. About 3 minutes on 2 cores.
+
+    python tests/benchmarks/limit.py [--quick] [--work FOLDER]
+
+Measured first: the matmul rate at the model's own shapes (every linear layer of the student with the tokens of one
+micro-batch, forward, fastest of several passes over all layers) and the memory bandwidth (reading 256 MB). Then, on
+SmolLM2-135M-Instruct → its 20-layer student, float32, 8 GSM8K questions with 64-token responses in micro-batches of 8:
+teacher scoring, student update and decoding. Share of the limit = the ledger's useful FLOPs per second over the rate; for
+decoding, the bytes of all weights over the bandwidth, over the time of a step. Medians of ``--repeats``; ``--quick``: one
+repeat, 2 questions, nothing written.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import measure
+
+
+def bandwidth() -> float:
+    """Bytes per second of reading memory: the sum of 64 M float32 numbers."""
+    import torch
+
+    block = torch.ones(1 << 26)
+    return 4 * block.numel() / measure.fastest(lambda: block.sum())
+
+
+def matmul_rate(net, rows: int) -> float:
+    """FLOPs per second of all linear layers of the trunk, one after the other, on ``rows`` tokens in float32."""
+    import torch
+
+    linears = [m for m in net.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {m.in_features: torch.randn(rows, m.in_features) for m in linears}
+    with torch.inference_mode():
+        seconds = measure.fastest(lambda: [m(inputs[m.in_features]) for m in linears], 5.0)
+    return sum(2.0 * rows * m.weight.numel() for m in linears) / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="one repeat, 2 questions, nothing written")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="folder with student/ and teacher/ (default: made anew)")
+    given = parser.parse_args()
+    import torch
+
+    import scaling
+    from prefix_distill import cli
+
+    cli.quiet_libraries()
+    prompts, repeats = (2, 1) if given.quick else (8, given.repeats)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = scaling.pair(given.work or Path(scratch))
+        run = scaling.prepare(folder, prefix=64, prompts=prompts, samples=1)
+    turns = [scaling.update(run, step) for step in range(repeats + 1)][1:]
+    tokens = max(sum(p + sum(n) - 1 for p, n in reads) for reads in turns[0]["micro_batches"])
+    rate, reading = matmul_rate(run.student.net, tokens), bandwidth()
+    weights = sum(p.numel() * p.element_size() for p in run.student.net.parameters())
+    shares = {}
+    for phase in ("teacher_score", "student_update", "student_prefill"):
+        shares[phase] = statistics.median(t["flops"][phase] / t["seconds"][phase] for t in turns) / rate
+        print(f"{phase:15} {shares[phase] * rate / 1e9:6.1f} GFLOP/s useful, {shares[phase]:.0%} of the matmul rate "
+              f"({rate / 1e9:.1f} GFLOP/s at {tokens} tokens)")
+    step = statistics.median(t["seconds"]["student_decode"] / (t["longest"] - 1) for t in turns)
+    shares["student_decode"] = weights / reading / step
+    print(f"student_decode  {1e3 * step:.1f} ms a step of {prompts} rows; reading the weights at {reading / 1e9:.1f} GB/s takes "
+          f"{1e3 * weights / reading:.1f} ms: {shares['student_decode']:.0%}")
+    floor = statistics.median(
+        sum(t["flops"][p] for p in ("student_prefill", "teacher_score", "student_update")) / rate
+        + (t["longest"] - 1) * max(weights / reading, t["flops"]["student_decode"] / (t["longest"] - 1) / rate) for t in turns)
+    whole = statistics.median(sum(t["seconds"].values()) for t in turns)
+    print(f"whole update    {whole:.2f} s; at these limits {floor:.2f} s")
+    measure.record("limit", {"share_of_limit": shares, "matmul_flops_per_s": rate, "bandwidth_bytes_per_s": reading,
+                             "decode_step_seconds": step, "update_seconds": whole, "floor_seconds": floor, "tokens": tokens,
+                             "repeats": repeats} | measure.machine() | {"threads": torch.get_num_threads()}, not given.quick)
+
+
+if __name__ == "__main__":
+    main()

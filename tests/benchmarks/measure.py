@@ -1,0 +1,62 @@
+"""What the benchmarks share: peak memory, the machine's limits, alternating children, results."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def memory(field: str) -> int:
+    """A field of /proc/self/status in bytes (Linux only)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) << 10
+
+
+def reset_peak() -> int:
+    """Starts ``memory("VmHWM")`` anew → the resident bytes now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def fastest(work, seconds: float = 1.0) -> float:
+    """Seconds of the fastest of several calls of ``work`` (after one that is not counted): a limit, not an average."""
+    work()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def child(script: str, *arguments) -> dict:
+    """Runs ``script`` in a process of its own → its last line, a JSON document."""
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{Path(script).name} {' '.join(map(str, arguments))}: failed\n{done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict:
+    """Processor, threads and versions, for a result."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "cpu": next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown"),
+        "threads": torch.get_num_threads(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def record(name: str, document: dict, keep: bool) -> None:
+    """Prints the document as one JSON line; ``keep``: also to results/name.json."""
+    if keep:
+        (HERE / "results" / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))

@@ -1,0 +1,171 @@
+"""Sampling alone, against plain ``generate`` and a bare forward loop on the same rows. About 5 minutes on 2 cores.
+
+    python tests/benchmarks/rollout.py [--quick] [--pairs 3] [--tokens 32] [--work FOLDER]
+
+    ours   prefix_distill.rollout.generate on models.decoder: a prompt prefilled once for its samples, seeded noise per row
+    naive  transformers' generate as a user would call it: do_sample=True, every row with its prompt
+    bare   a loop around the network's forward with its KV cache, softmax and torch.multinomial: no library around it
+
+The 20-layer student of real_pair.py, float32, GSM8K questions in its chat template; an end-of-sequence id that it does not
+write, so all arms sample all tokens. Arms take turns in one process. Last, the decoding network with a static cache, eager and
+compiled, in a bare loop. A decoding step is timed from the first sampled token
+to the last. Its floor: the bytes of all weights over this machine's measured memory bandwidth. ``--quick``: the smaller two
+cases, one turn, 16 tokens, nothing written. ``--work`` keeps the student for the next call.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import measure
+import real_pair
+
+CASES = {"8 prompts × 1": (8, 1), "2 prompts × 4": (2, 4), "8 prompts × 4": (8, 4)}
+UNWRITTEN = 5  # <gh_stars>
+
+
+def load(work: Path):
+    import torch
+
+    from prefix_distill import data, models, scoring
+
+    folder = work / "student"
+    if not folder.is_dir():
+        work.mkdir(parents=True, exist_ok=True)
+        real_pair.make_student(folder)
+    model = models.load(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    model.shares_prompts = scoring.check_sharing(model) is None
+    prompts = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question", limit=8).prompts
+    return model, [tuple(data.render(model, p, "auto")) for p in prompts]
+
+
+def ours(model, rows, tokens, turn):
+    import torch
+
+    from prefix_distill.models import decoder
+    from prefix_distill.rollout import Request, Sampler, generate
+    from prefix_distill.runtime import Clock
+
+    decoding, clock = decoder(model, torch.float32), Clock(torch.device("cpu"))
+    sampler = Sampler(frozenset({UNWRITTEN}), 2, model.net.config.vocab_size, turn)
+    made = generate(decoding, [Request(ids, (0, i)) for i, ids in enumerate(rows)], tokens, sampler, None, clock)
+    assert all(len(r.ids) == tokens for r in made)
+    return clock.seconds["student_prefill"], clock.seconds["student_decode"]
+
+
+def padded(rows):
+    import torch
+
+    width = max(map(len, rows))
+    return (torch.tensor([[2] * (width - len(r)) + list(r) for r in rows]),
+            torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]))
+
+
+def naive(model, rows, tokens, turn):
+    import torch
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    from prefix_distill.rollout import _Split
+    from prefix_distill.runtime import Clock
+
+    ids, mask = padded(rows)
+    torch.manual_seed(turn)
+    split = _Split(Clock(torch.device("cpu")))
+    start = time.perf_counter()
+    out = model.net.generate(input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([split]),
+                             generation_config=GenerationConfig(max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=2,
+                                                                eos_token_id=UNWRITTEN))
+    assert out.shape[1] == ids.shape[1] + tokens
+    return split.prefilled - start, time.perf_counter() - split.prefilled
+
+
+def bare(model, rows, tokens, turn):
+    import torch
+
+    ids, mask = padded(rows)
+    torch.manual_seed(turn)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        out = model.net(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True,
+                        logits_to_keep=1)
+        first = time.perf_counter()
+        for _ in range(tokens - 1):
+            token = torch.multinomial(out.logits[:, -1].softmax(-1), 1)
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            out = model.net(input_ids=token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                            past_key_values=out.past_key_values, use_cache=True)
+        torch.multinomial(out.logits[:, -1].softmax(-1), 1)
+    return first - start, time.perf_counter() - first
+
+
+def compiled(model, rows, tokens) -> dict:
+    """A static cache, eager and under torch.compile, on the decoding network: is compiling worth its time within a run?"""
+    import torch
+    from transformers import StaticCache
+
+    from prefix_distill.models import decoder
+
+    net, found = decoder(model, torch.float32).net, {}
+    ids, mask = padded(rows)
+    width = ids.shape[1]
+    for name in ("static", "compiled"):
+        step, seconds = net.forward if name == "static" else torch.compile(net.forward, dynamic=False), []
+        cache = StaticCache(config=net.config, max_cache_len=width + tokens)
+        out = net(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache,
+                  use_cache=True, logits_to_keep=1)
+        seen = torch.cat([mask.bool(), torch.zeros(len(rows), tokens, dtype=torch.bool)], 1)[:, None, None]
+        for i in range(tokens - 1):
+            start = time.perf_counter()
+            seen[..., width + i] = True
+            out = step(input_ids=torch.multinomial(out.logits[:, -1].softmax(-1), 1), attention_mask=seen,
+                       position_ids=seen.sum(-1)[:, 0] - 1, past_key_values=cache, use_cache=True)
+            seconds.append(time.perf_counter() - start)
+        found[name] = {"first_step_seconds": seconds[0], "step_seconds": statistics.median(seconds[1:])}
+        print(f"8 prompts × 1  {name}: first step {seconds[0]:.1f} s, then {1e3 * found[name]['step_seconds']:.1f} ms a step", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="two cases, one turn, 16 tokens, nothing written")
+    parser.add_argument("--pairs", type=int, default=3, help="turns of all arms")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--work", type=Path, help="folder for the student (default: a temporary one)")
+    given = parser.parse_args()
+    cases = dict(CASES)
+    if given.quick:
+        given.pairs, given.tokens = 1, 16
+        del cases["8 prompts × 4"]
+    import limit
+    import torch
+
+    from prefix_distill import cli
+
+    cli.quiet_libraries()
+    with tempfile.TemporaryDirectory() as scratch:
+        model, prompts = load(given.work or Path(scratch))
+    weights = sum(p.numel() * p.element_size() for p in model.net.parameters())
+    bandwidth = limit.bandwidth()
+    floor = weights / bandwidth
+    arms, table = {"ours": ours, "naive": naive, "bare": bare}, []
+    with torch.no_grad():
+        for name, (count, samples) in cases.items():
+            rows = [ids for ids in prompts[:count] for _ in range(samples)]
+            turns = [{arm: work(model, rows, given.tokens, i) for arm, work in arms.items()} for i in range(given.pairs)]
+            for arm in arms:
+                prefill, decode = (statistics.median(t[arm][k] for t in turns) for k in (0, 1))
+                ratio = statistics.median(sum(t["ours"]) / sum(t[arm]) for t in turns)
+                table.append({"case": name, "arm": arm, "prefill_seconds": prefill, "decode_seconds": decode,
+                              "step_seconds": decode / (given.tokens - 1), "ours_over_it": ratio})
+                print(f"{name}  {arm:5}  prefill {prefill:6.2f} s, decode {decode:6.2f} s, {1e3 * decode / (given.tokens - 1):6.1f} "
+                      f"ms a step (floor {1e3 * floor:.0f}); ours/{arm} in total {ratio:.2f}", flush=True)
+        static = None if given.quick else compiled(model, prompts, given.tokens)
+    measure.record("rollout", {"table": table, "static_cache": static, "tokens": given.tokens, "pairs": given.pairs, "weight_bytes": weights,
+                               "bandwidth_bytes_per_s": bandwidth, "floor_step_seconds": floor} | measure.machine(),
+                   not given.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What an update costs as the prefix and the samples per prompt grow. About 10 minutes on 2 cores.
+
+    python tests/benchmarks/scaling.py [--quick] [--work FOLDER]
+
+SmolLM2-135M-Instruct → its 20-layer student, float32, GSM8K questions, full-vocabulary reverse KL, micro-batches of 8: 2
+prompts × 4 samples at prefixes of 16 to 512 tokens, then 2 prompts × G samples at a prefix of 64, with prompts read once
+for all their samples and, for the ratio, read for each of them. One update each after a small one; seconds by phase, FLOPs
+from the ledger. ``--quick``: prefixes 16 and 32, G 1 and 4, nothing written. ``--work`` keeps the pair for the next call.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import measure
+import real_pair
+
+UNWRITTEN = "<gh_stars>"  # as end of sequence: every rollout reaches the prefix
+
+
+def pair(work: Path) -> Path:
+    """work/teacher and work/student, made if they are not there."""
+    import torch
+
+    from prefix_distill import models
+
+    if not (work / "student").is_dir():
+        work.mkdir(parents=True, exist_ok=True)
+        model = models.load(str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32)
+        model.tokenizer.eos_token = UNWRITTEN
+        model.generation_config.eos_token_id = model.tokenizer.eos_token_id
+        models.save(model, work / "teacher")
+        real_pair.make_student(work / "student", work / "teacher")
+    return work
+
+
+def prepare(folder: Path, prefix: int, prompts: int, samples: int):
+    """A Run on the pair."""
+    from prefix_distill import config, preflight
+
+    return preflight.prepare(config.build({
+        "models.student": str(folder / "student"), "models.teacher": str(folder / "teacher"),
+        "data.dataset": str(real_pair.questions()), "data.prompt_column": "doc.question", "schedule.prefix": str(prefix),
+        "rollout.max_new_tokens": prefix, "rollout.samples": samples, "train.batch_size": prompts, "train.steps": 8,
+        "evaluate.problems": 0, "evaluate.kl_prompts": 1, "runtime.device": "cpu", "runtime.dtype": "float32",
+    }))
+
+
+def update(run, step: int) -> dict:
+    """One update's rollouts and gradient, timed by phase (no optimizer step: every update is of the same student)."""
+    from prefix_distill import data, models, scoring, train
+    from prefix_distill.flops import Ledger
+    from prefix_distill.runtime import Clock
+    from prefix_distill.weights import token_weights
+
+    run.student.net.requires_grad_(True)
+    ledger, clock = Ledger(), Clock(run.place.device)
+    prompts = data.batch(run.train_prompts, step, run.config.train.batch_size, 0)
+    decoding = models.decoder(run.student, run.place.dtype)
+    rollouts = train.sample(run, decoding, prompts, step, run.prefix.length(0), ledger, clock)
+    weights, divisor = token_weights(rollouts, "token")
+    train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock)
+    run.student.net.zero_grad(set_to_none=True)
+    groups = scoring.micro_batches(rollouts, run.config.train.micro_batch_size, run.student.reads_once)
+    return {"seconds": dict(clock.seconds), "flops": dict(ledger.useful), "longest": max(len(r.ids) for r in rollouts),
+            "executed": dict(ledger.executed),
+            "micro_batches": [scoring.reads(group, run.student.reads_once) for group in groups]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="small prefixes, nothing written")
+    parser.add_argument("--work", type=Path, help="folder for the pair (default: a temporary one)")
+    given = parser.parse_args()
+    from prefix_distill import cli, config
+
+    cli.quiet_libraries()
+    prefixes, samples, fixed = ([16, 32], [1, 4], 16) if given.quick else ([16, 64, 128, 256, 512], [1, 2, 4, 8], 64)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = prepare(pair(given.work or Path(scratch)), max(prefixes), 2, 1)
+    table = []
+
+    def one(prefix: int, count: int, shared: bool) -> float:
+        from prefix_distill.schedule import parse_prefix
+
+        run.config = config.replace(run.config, rollout={"samples": count})
+        run.prefix = parse_prefix(str(prefix), prefix)
+        run.student.shares_prompts = run.teacher.shares_prompts = shared
+        found = update(run, 1)
+        seconds = sum(found["seconds"].values())
+        table.append({"prefix": prefix, "samples": count, "shared": shared, "seconds": seconds, "over_repeated": None,
+                      "flops_useful": sum(found["flops"].values()), "by_phase": found["seconds"]})
+        print(f"prefix {prefix:3d}, 2 × {count} rollouts, prompts read {'once      ' if shared else 'every time'}: {seconds:6.2f} s, "
+              f"{sum(found['flops'].values()) / 1e12:.3f} TFLOP useful "
+              f"({', '.join(f'{k} {v:.2f} s' for k, v in found['seconds'].items())})", flush=True)
+        return seconds
+
+    one(8, 1, True)
+    table.clear()
+    for prefix in prefixes:
+        one(prefix, 4, True)
+    for count in samples:
+        repeated = one(fixed, count, False)
+        ratio = one(fixed, count, True) / repeated
+        table[-1]["over_repeated"] = ratio
+    measure.record("scaling", {"table": table} | measure.machine(), not given.quick)
+
+
+if __name__ == "__main__":
+    main()

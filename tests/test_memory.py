@@ -1,0 +1,81 @@
+"""Peak memory, measured by the kernel in processes of their own (Linux): what it may grow with and what not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+UPDATE = """
+import json, sys
+sys.path[:0] = [{tests!r}, {benchmarks!r}]
+import measure, torch
+from conftest import tiny_net
+from prefix_distill import train
+from prefix_distill.config import build
+from prefix_distill.divergence import Terms
+from prefix_distill.flops import Ledger, shape
+from prefix_distill.models import Model
+from prefix_distill.rollout import Rollout
+from prefix_distill.runtime import Clock, Place
+from prefix_distill.weights import token_weights
+from types import SimpleNamespace
+
+torch.set_num_threads(1)
+samples, accumulated, vocabulary, chunk = {given}
+student, teacher = (Model("m", tiny_net("llama", seed, vocabulary=vocabulary, width=64, layers=4), None, None, frozenset(), True)
+                    for seed in (1, 2))
+student.net.requires_grad_(True)
+cpu = torch.device("cpu")
+run = SimpleNamespace(student=student, teacher=teacher, place=Place(cpu, cpu, torch.float32, torch.float32, 0, 1, ()),
+                      support=vocabulary, terms=Terms("reverse-kl", memory_bytes=chunk << 20),
+                      config=build({{"train.micro_batch_size": 4}}), student_shape=shape(student), teacher_shape=shape(teacher))
+
+def step(prompts, samples):
+    rollouts = [Rollout(p, s, *[tuple(range(9, 69))] * 2, *[tuple(range(100 + s, 160 + s))] * 2, False)
+                for p in range(prompts) for s in range(samples)]
+    weights, divisor = token_weights(rollouts, "token")
+    train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, Ledger(), Clock(cpu))
+
+step(1, 4)  # gradients exist, libraries are warm
+before = measure.reset_peak()
+step(accumulated, samples)
+print(json.dumps(measure.memory("VmHWM") - before))
+"""
+
+
+def growth(samples=4, accumulated=1, vocabulary=300, chunk=4) -> float:
+    """MiB that an update's gradient adds to the resident set at its highest."""
+    code = UPDATE.format(tests=str(Path(__file__).parent), benchmarks=str(BENCHMARKS), given=(samples, accumulated, vocabulary, chunk))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) / 2**20
+
+
+def test_peak_does_not_grow_with_accumulation_samples_or_vocabulary_beyond_the_chunk():
+    """240 taught tokens a micro-batch. At V = 60,000 one table of them is 55 MiB; the head's own gradients, 15 MiB each, are
+    the only thing that may grow with the vocabulary."""
+    small = growth()
+    assert growth(accumulated=12) < small + 12
+    assert growth(samples=16) < small + 12
+    large = growth(vocabulary=60_000)
+    assert large < small + 4 * 15 + 15
+    assert growth(vocabulary=60_000, chunk=256) > large + 100  # the budget is what bounds it
+
+
+def test_the_fused_loss_needs_a_fraction_of_the_naive_ones_memory():
+    """1,024 rows × 20,000: 80 MiB a table. (The README's figures are at 4,096 × 151,936.)"""
+    def extra(arm):
+        done = subprocess.run([sys.executable, BENCHMARKS / "divergence.py", "--child", arm, "reverse-kl", "1024", "--vocabulary",
+                               "20000", "--width", "32"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    ours, naive = extra("ours"), extra("naive")
+    assert ours["loss"] == pytest.approx(naive["loss"], rel=1e-5)
+    assert ours["gradient_norm"] == pytest.approx(naive["gradient_norm"], rel=1e-5)
+    assert naive["extra_bytes"] > 4 * 80 * 2**20 and ours["extra_bytes"] < 300 * 2**20
