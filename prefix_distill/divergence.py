@@ -151,7 +151,7 @@ class _Weighted(torch.autograd.Function):
         student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
         row_weight = weight_N[:, None].to(device, torch.float32) * (student_head.scale / terms.temperature)
         value_N = torch.empty(len(student_ND), dtype=torch.float32, device=device)
-        size = min(terms.chunk(support, cap is not None), len(student_ND))
+        size = max(1, min(terms.chunk(support, cap is not None), len(student_ND)))
         table = lambda wanted=True: torch.empty(size, support, device=device) if wanted else None
         buffers = table(), table(), table(), table(terms.name == "jsd"), table(cap is not None)
         for start in range(0, len(student_ND), size):

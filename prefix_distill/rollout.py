@@ -153,11 +153,11 @@ def generate(model, requests: list[Request], cap: int, sampler: Sampler, spent=N
     for start in range(0, len(order), sampler.rows):
         chosen = order[start : start + sampler.rows]
         batch = [requests[i] for i in chosen]
-        reads: dict = {}
+        shared, reads = model.shares_prompts and len(batch[0].ids) > 1, {}
         for i, response in zip(chosen, _call(model, batch, cap, sampler, clock)):
             responses[i] = response
             ids = requests[i].ids
-            reads.setdefault(ids if model.shares_prompts and len(ids) > 1 else i, (len(ids), []))[1].append(len(response.ids))
+            reads.setdefault(ids if shared else i, (len(ids), []))[1].append(len(response.ids))
         if spent is not None:
             spent(list(reads.values()))
     return responses

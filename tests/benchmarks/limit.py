@@ -11,12 +11,14 @@ repeat, 2 questions, nothing written.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import measure
+from prefix_distill import cli
 
 
 def bandwidth() -> float:
@@ -47,8 +49,6 @@ def main() -> None:
     import torch
 
     import scaling
-    from prefix_distill import cli
-
     cli.quiet_libraries()
     prompts, repeats = (2, 1) if given.quick else (8, given.repeats)
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,4 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    cli.calm_threads(os.environ)
     main()

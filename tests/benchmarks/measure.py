@@ -35,8 +35,11 @@ def fastest(work, seconds: float = 1.0) -> float:
 
 
 def child(script: str, *arguments) -> dict:
-    """Runs ``script`` in a process of its own → its last line, a JSON document."""
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    """Runs ``script`` in a process of its own → its last line, a JSON document. Every arm has the thread settings of our CLI."""
+    from prefix_distill.cli import calm_threads
+
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    calm_threads(environment)
     done = subprocess.run([sys.executable, script, *map(str, arguments)], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{Path(script).name} {' '.join(map(str, arguments))}: failed\n{done.stderr.strip()}")

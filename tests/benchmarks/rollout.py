@@ -14,6 +14,7 @@ cases, one turn, 16 tokens, nothing written. ``--work`` keeps the student for th
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import measure
 import real_pair
+from prefix_distill import cli
 
 CASES = {"8 prompts × 1": (8, 1), "2 prompts × 4": (2, 4), "8 prompts × 4": (8, 4)}
 UNWRITTEN = 5  # <gh_stars>
@@ -141,8 +143,6 @@ def main() -> None:
     import limit
     import torch
 
-    from prefix_distill import cli
-
     cli.quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         model, prompts = load(given.work or Path(scratch))
@@ -168,4 +168,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    cli.calm_threads(os.environ)
     main()

@@ -9,11 +9,13 @@ from the ledger. ``--quick``: prefixes 16 and 32, G 1 and 4, nothing written. ``
 """
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
 import measure
 import real_pair
+from prefix_distill import cli
 
 UNWRITTEN = "<gh_stars>"  # as end of sequence: every rollout reaches the prefix
 
@@ -72,7 +74,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small prefixes, nothing written")
     parser.add_argument("--work", type=Path, help="folder for the pair (default: a temporary one)")
     given = parser.parse_args()
-    from prefix_distill import cli, config
+    from prefix_distill import config
 
     cli.quiet_libraries()
     prefixes, samples, fixed = ([16, 32], [1, 4], 16) if given.quick else ([16, 64, 128, 256, 512], [1, 2, 4, 8], 64)
@@ -107,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    cli.calm_threads(os.environ)
     main()
