@@ -183,4 +183,4 @@ def test_modules_and_flags_it_names_exist():
     known = {field.metadata["flag"] for field in options().values()} | {"--config", "--set", "--resume", "--dry-run", "--model"}
     text = re.sub(r"```.*?```", "", README, flags=re.S)
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
-        assert flag in known | {"--nproc-per-node", "--help"}, flag
+        assert flag in known | {"--nproc-per-node", "--help", "--quick"}, flag

@@ -1,6 +1,6 @@
 """Sampling alone, against plain ``generate`` and a bare forward loop on the same rows. About 5 minutes on 2 cores.
 
-    python tests/benchmarks/rollout.py [--quick] [--pairs 3] [--tokens 32] [--work FOLDER]
+    python tests/benchmarks/rollout.py [--quick] [--pairs 2] [--tokens 32] [--work FOLDER]
 
     ours   prefix_distill.rollout.generate on models.decoder: a prompt prefilled once for its samples, seeded noise per row
     naive  transformers' generate as a user would call it: do_sample=True, every row with its prompt
@@ -132,7 +132,7 @@ def compiled(model, rows, tokens) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="two cases, one turn, 16 tokens, nothing written")
-    parser.add_argument("--pairs", type=int, default=3, help="turns of all arms")
+    parser.add_argument("--pairs", type=int, default=2, help="turns of all arms")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--work", type=Path, help="folder for the student (default: a temporary one)")
     given = parser.parse_args()

@@ -1,6 +1,6 @@
-"""A whole update, ours against TRL's DistillationTrainer: seconds and peak memory. About 15 minutes on 2 cores.
+"""A whole update, ours against TRL's DistillationTrainer: seconds and peak memory. About 12 minutes on 2 cores.
 
-    python tests/benchmarks/update_vs_trl.py [--quick] [--cases smollm2-g4] [--pairs 3] [--updates 3] [--dtype bfloat16]
+    python tests/benchmarks/update_vs_trl.py [--quick] [--cases smollm2-g4] [--pairs 3] [--updates 2] [--dtype bfloat16]
 
 Both arms teach the same student from the same teacher on the same prompt ids (compared), with as many rollouts per
 update of as many tokens in the same micro-batch: sample at temperature 1, full-vocabulary reverse KL, gradient norm
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one pair of two small updates, nothing written")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; with --quick: embedded and smollm2-g4")
     parser.add_argument("--pairs", type=int, help="runs of each arm (3; with --quick 1)")
-    parser.add_argument("--updates", type=int, help="updates of a run, the first not counted (3; with --quick 2)")
+    parser.add_argument("--updates", type=int, help="updates of a run, the first not counted (2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of both arms")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and rollouts")
@@ -281,7 +281,7 @@ def main() -> None:
         print('trl is not installed: pip install "torch==2.13.0" -e ".[bench]"', file=sys.stderr)
         sys.exit(2)
     given.pairs = given.pairs or (1 if given.quick else 3)
-    given.updates = given.updates or (2 if given.quick else 3)
+    given.updates = given.updates or 2
     if given.updates < 2:
         parser.error("--updates: at least 2, the first is not counted")
     if given.child:
