@@ -87,8 +87,10 @@ class Model:
 
 def recompute(model: Model) -> Model:
     """``model`` with gradient checkpointing. UserError where the architecture has none."""
+    net = model.net  # transformers renamed the method during version 5
+    enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
     try:
-        model.net.gradient_checkpointing_enable({"use_reentrant": False})
+        enable({"use_reentrant": False})
     except ValueError:
         raise UserError(f"model {model.name}: its architecture has no gradient checkpointing; leave --gradient-checkpointing out"
                         ) from None

@@ -181,7 +181,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
         widths = []
         decoding.net.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True)
         drawn = train.sample(run, decoding, run.train_prompts[:2], 0, 8, Ledger(), Clock(run.place.device))
-        assert set(widths) == {1} and not any(m.training for m in run.student.net.modules())
+        assert (run.student.recomputes, set(widths)) == (on, {1}) and not any(m.training for m in run.student.net.modules())
         found[on] = gradient, sum(kept), (tmp_path / str(on) / "config.json").read_text(), drawn
     assert_same(found[True][0], found[False][0])
     assert found[True][1] < found[False][1] / 3

@@ -10,7 +10,7 @@ The 20-layer student of real_pair.py, float32, GSM8K questions in its chat templ
 write, so all arms sample all tokens. Arms take turns in one process. Last, the decoding network with a static cache, eager and
 compiled, in a bare loop. A decoding step is timed from the first sampled token
 to the last. Its floor: the bytes of all weights over this machine's measured memory bandwidth. ``--quick``: the smaller two
-cases, one turn, 16 tokens, nothing written. ``--work`` keeps the student for the next call.
+cases, one turn, 16 tokens, nothing written. ``--work`` keeps the pair for the next call.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import measure
 import real_pair
+import scaling
 from prefix_distill import cli
 
 CASES = {"8 prompts × 1": (8, 1), "2 prompts × 4": (2, 4), "8 prompts × 4": (8, 4)}
@@ -33,11 +34,7 @@ def load(work: Path):
 
     from prefix_distill import data, models, scoring
 
-    folder = work / "student"
-    if not folder.is_dir():
-        work.mkdir(parents=True, exist_ok=True)
-        real_pair.make_student(folder)
-    model = models.load(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    model = models.load(str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32)
     model.shares_prompts = scoring.check_sharing(model) is None
     prompts = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question", limit=8).prompts
     return model, [tuple(data.render(model, p, "auto")) for p in prompts]
@@ -134,7 +131,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two cases, one turn, 16 tokens, nothing written")
     parser.add_argument("--pairs", type=int, default=2, help="turns of all arms")
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--work", type=Path, help="folder for the student (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="folder for the pair (default: a temporary one)")
     given = parser.parse_args()
     cases = dict(CASES)
     if given.quick:

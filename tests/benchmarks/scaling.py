@@ -26,7 +26,7 @@ def pair(work: Path) -> Path:
 
     from prefix_distill import models
 
-    if not (work / "student").is_dir():
+    if not ((work / "student").is_dir() and (work / "teacher").is_dir()):
         work.mkdir(parents=True, exist_ok=True)
         model = models.load(str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32)
         model.tokenizer.eos_token = UNWRITTEN
