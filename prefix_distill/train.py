@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from . import data, evaluate, flops, scoring
+from . import data, evaluate, scoring
 from .checkpoint import RunFolder
 from .divergence import weighted
 from .errors import Stopped
