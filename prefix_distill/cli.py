@@ -236,8 +236,8 @@ def quiet_libraries() -> None:
 
 
 def calm_threads(environment) -> None:
-    """How OpenMP's threads wait, where nothing else is set; before torch is imported. Spinning for long slows torch down many
-    times over when another process is busy; sleeping at once costs a decoding step a sixth of its time."""
+    """How OpenMP's threads wait, where nothing else is set; before torch is imported. Long spinning at
+    barriers slows torch down when another process is busy; sleeping at once makes every small matmul wait for a wake-up."""
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("GOMP_SPINCOUNT", "20000")  # some tens of microseconds
 

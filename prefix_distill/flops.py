@@ -135,7 +135,8 @@ class Ledger:
         ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is read once. ``passes`` 3 is
         a training step in which everything trains: forward, input gradient, weight gradient of every matmul (attention's
         products: forward and two gradients). ``idle``: run only to keep step with other ranks, so executed and of no use.
-        ``recomputed``: the layers run once more in backward (gradient checkpointing), which is executed and of no use.
+        ``recomputed``: the layers run once more in backward (gradient checkpointing), which is executed and of no use; an
+        upper bound, as torch leaves a layer as soon as it has what backward needs (without its last matmul, often).
         """
         rows = [(p, n) for p, lengths in reads for n in lengths]
         linear, executed_linear = linear_tokens(reads)

@@ -215,7 +215,7 @@ def check_head(model: Model) -> None:
 
 class _ColumnsFirst(torch.nn.Linear):
     """The same linear layer, as W·xᵀ where x has few rows: for x·Wᵀ the CPU's float32 matmul re-packs all weights first,
-    which costs as much as the product itself at the rows of a decoding step (``tests/benchmarks/rollout.py``)."""
+    which tells at the few rows of a decoding step (against the ``naive`` arm of ``tests/benchmarks/rollout.py``)."""
 
     def forward(self, x):
         rows = x.flatten(0, -2)

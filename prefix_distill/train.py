@@ -259,7 +259,7 @@ def _measure(run: Run, decoding: Model, fixed, full, progress: Progress, clock: 
     with clock.phase("evaluation"):
         values = evaluate.held_out_kl(run.student, run.teacher, run.support, fixed, run.place,
                                       run.config.train.micro_batch_size, _scoring_spent(run, ledger))
-        gap = _sampler_gap(run, decoding, fixed)
+        gap = _sampler_gap(run, decoding, fixed, ledger)
         score = _accuracy(run, decoding, _evaluation_spent(run, ledger))
         if score is None:
             full = full or _full_rollouts(run, decoding, ledger)
@@ -279,13 +279,15 @@ def _measure(run: Run, decoding: Model, fixed, full, progress: Progress, clock: 
     return {**row, "kl_by_token": values, "records": score.records if score else []}
 
 
-def _sampler_gap(run: Run, decoding: Model, fixed) -> float | None:
+def _sampler_gap(run: Run, decoding: Model, fixed, ledger: Ledger) -> float | None:
     """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a copy in another dtype: how far
     from on-policy that makes them. None where the student itself samples."""
     if decoding.net.dtype == run.student.net.dtype:
         return None
     own = [dataclasses.replace(r, teacher_prompt=r.student_prompt, teacher_ids=r.ids) for r in fixed]
-    values = evaluate.held_out_kl(decoding, run.student, run.support, own, run.place, run.config.train.micro_batch_size)
+    values = evaluate.held_out_kl(
+        decoding, run.student, run.support, own, run.place, run.config.train.micro_batch_size,
+        lambda group: ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.reads_once), passes=2))
     return evaluate.token_mean(values)["value"]
 
 

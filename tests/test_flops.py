@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_net
-from prefix_distill import scoring
+from prefix_distill import models, scoring
 from prefix_distill.divergence import Terms, weighted
 from prefix_distill.flops import Ledger, Shape, shape, update_cost
 from prefix_distill.models import Model
@@ -86,6 +86,21 @@ def test_scoring_and_update_as_executed(model, samples):
     one.forward("update", shape(model), reads, passes=3)
     teacher_head = 2 * 260 * sum(len(r.ids) for r in group)  # the stand-in teacher's one-column head
     assert one.executed["update"] == pytest.approx(counted(update) - teacher_head, rel=0.02)
+
+
+def test_recomputed_layers_are_executed_once_more_at_most(model):
+    """Gradient checkpointing against torch's count: never less than was run, and at most one matmul a layer more."""
+    group, one, plain = rollouts(1), Ledger(), Ledger()
+    model = models.recompute(model)
+    model.net.requires_grad_(True)
+    reads = scoring.reads(group, model.reads_once)
+    one.forward("update", shape(model), reads, passes=3, recomputed=True)
+    plain.forward("update", shape(model), reads, passes=3)
+    head = 3 * shape(model).output(sum(n for _, lengths in reads for n in lengths))
+    real = counted(lambda: scoring.hidden_rows(model, group).sum().backward())
+    assert 0.999 < (one.executed["update"] - head) / real < 1.1
+    assert real > 1.15 * (plain.executed["update"] - head)
+    assert one.useful == plain.useful
 
 
 def test_useful_counts_real_tokens_and_causal_pairs():

@@ -175,6 +175,16 @@ def test_tables_are_the_committed_results(table):
     assert table() in README
 
 
+def test_sentences_with_measured_numbers_say_them():
+    static, limit = result("rollout")["static_cache"], result("limit")
+    text = " ".join(README.split())
+    assert f"{1e3 * static['static']['step_seconds']:.0f} ms a step in a bare loop" in text
+    assert (f"{1e3 * static['compiled']['step_seconds']:.0f} ms after a first step of "
+            f"{static['compiled']['first_step_seconds']:.0f} s") in text
+    assert f"An update of {limit['update_seconds']:.1f} s would take {limit['floor_seconds']:.1f} s" in text
+    assert all(result(name)["cpu"] in text for name in ("update_vs_trl", "divergence", "rollout", "scaling", "limit"))
+
+
 def test_modules_and_flags_it_names_exist():
     for name in re.findall(r"`(\w+\.py)`", README):
         assert (ROOT / "prefix_distill" / name).exists() or (ROOT / name).exists(), name

@@ -26,7 +26,7 @@ import scaling
 from prefix_distill import cli
 
 CASES = {"8 prompts × 1": (8, 1), "2 prompts × 4": (2, 4), "8 prompts × 4": (8, 4)}
-UNWRITTEN = 5  # <gh_stars>
+UNWRITTEN = 5  # <file_sep>
 
 
 def load(work: Path):
