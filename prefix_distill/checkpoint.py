@@ -1,6 +1,6 @@
 """The run folder: resolved config, provenance, metric rows, atomic checkpoints. safetensors and JSON only.
 
-    config.yaml  run.json  metrics.jsonl  before.json  after.json  checkpoints/step-00000025/{student,optimizer}.safetensors state.json
+    config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json  checkpoints/step-00000025/{student,optimizer}.safetensors state.json
     model/  best/  examples-before.jsonl  examples-after.jsonl
 """
 
@@ -64,23 +64,14 @@ class RunFolder:
         """``name`` ← one JSON line per row."""
         write_rows(self.path / name, rows)
 
-    def append_metrics(self, row: dict) -> None:
-        """One more row of metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+    def append(self, name: str, row: dict) -> None:
+        """One more row of the JSON lines ``name``."""
+        with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drops rows of updates beyond ``step`` completed ones, and a torn last line."""
-        rows = []
-        file = self.path / "metrics.jsonl"
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row["step"] <= step:
-                rows.append(row)
-        self.write_rows("metrics.jsonl", rows)
+    def rewind(self, name: str, step: int) -> None:
+        """Drops what was appended to ``name`` beyond ``step`` completed updates, and a torn last line."""
+        self.write_rows(name, [row for row in read_rows(self.path / name) if row["step"] <= step])
 
     def save(self, step: int, tensors: dict[str, dict], facts: dict) -> None:
         """Checkpoint after ``step`` updates: named state dicts of tensors, plus plain facts, with checksums."""
@@ -127,6 +118,17 @@ class RunFolder:
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("step-*"), reverse=True)
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a file of JSON lines ([] when it is missing), without torn ones."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:

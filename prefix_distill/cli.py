@@ -101,7 +101,7 @@ def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
                                   (("student", prepared.student), ("teacher", prepared.teacher))},
         })
     prepared.place.wait()
-    with Display(prepared.config.train.steps, label=label) as display:
+    with Display(prepared.config.train.steps, label, prepared.place.first) as display:
         return train(prepared, folder, display, resume)
 
 
@@ -212,6 +212,100 @@ def demo(
 
     Console(stderr=True).print(table)
     print(json.dumps(document))
+
+
+@app.command()
+@with_options("models", "data", "rollout", "runtime")
+def probe(
+    out: Annotated[str, typer.Option(help="Folder for probe.json and probe.png.")],
+    problems: Annotated[int, typer.Option(help="Training prompts that are probed, from the first of the shuffled ones.")] = 100,
+    answer_format: Annotated[str, typer.Option(help="auto, boxed, hash (#### 42), last-number or exact.")] = "auto",
+    **flags,
+):
+    """Before training: where the teacher disagrees, whether a prefix will do, and how long it should be."""
+    from pathlib import Path
+
+    from .checkpoint import RunFolder
+
+    config = configuration.build(flags["flags"] | {
+        "train.steps": 1, "train.batch_size": problems, "evaluate.problems": 0, "evaluate.kl_prompts": 1,
+        "evaluate.answer_format": answer_format, "checkpoint.out": out,
+    })
+    folder = RunFolder(Path(out))
+    folder.refuse_if_used()
+    quiet_libraries()
+    from . import preflight
+    from . import probe as probing
+
+    prepared = preflight.prepare(config)
+    for text in prepared.notes + [f"warning: {text}" for text in prepared.warnings]:
+        _say(prepared, text)
+    document = probing.probe(prepared, lambda text: _say(prepared, text))
+    if prepared.place.first:
+        folder.create(configuration.as_dict(prepared.config))
+        folder.write_json("probe.json", document)
+        probing.draw(document, Path(out) / "probe.png")
+        from rich.console import Console
+
+        Console(stderr=True).print(probing.table(document))
+        _say(prepared, document["reason"])
+    _finish(prepared, document)
+
+
+@app.command()
+def compare(
+    arms_file: Annotated[str, typer.Argument(metavar="ARMS.YAML", help="base, seeds, arms, reference, tune, also: see the README.")],
+    out: Annotated[str, typer.Option(help="Folder of the comparison; a second call goes on in it.")],
+):
+    """Run several arms × seeds from one file, one after another, and report accuracy against cost."""
+    from pathlib import Path
+
+    from . import compare as comparison
+
+    arms = comparison.read(arms_file)
+    quiet_libraries()
+    comparison.compare(arms, Path(out), train_in, lambda text: print(text, file=sys.stderr))
+    _report([Path(out)], arms.reference, Path(out), Path(arms_file).stem)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Run folders, or folders that hold them.")],
+    out: Annotated[str, typer.Option(help="Folder for report.html, report.md, report.csv and report.png.")],
+    reference: Annotated[Optional[str], typer.Option(help="Arm whose accuracy the others have to reach.")] = None,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Prefix distillation",
+):
+    """Tables, picture and one self-contained page from any set of run folders."""
+    from pathlib import Path
+
+    _report([Path(folder) for folder in folders], reference, Path(out), title)
+
+
+def _report(folders, reference, out, title: str) -> None:
+    from . import report as reporting
+
+    runs = reporting.collect(folders)
+    arms = reporting.by_arm(runs)
+    if reference is not None and reference not in arms:
+        raise UserError(f"--reference {reference}: no such arm; there are {', '.join(arms)}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: it is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = reporting.summary(runs, reference)
+    reporting.write_csv(runs, out / "report.csv")
+    (out / "report.md").write_text(reporting.markdown(rows), encoding="utf-8")
+    (out / "report.html").write_text(reporting.page(runs, rows, reference, title), encoding="utf-8")
+    (out / "report.png").write_bytes(reporting.png(reporting.draw(runs, title)))
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in reporting.HEADINGS:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*reporting.cells(row))
+    Console(stderr=True, width=None if sys.stderr.isatty() else 200).print(table)
+    print(json.dumps({"out": str(out), "runs": len(runs), "reference": reference, "arms": rows}))
 
 
 def _say(prepared, text: str) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import UserError
-from .schedule import parse_prefix, warmup_steps
+from .schedule import parse_off_policy, parse_prefix, warmup_steps
+from .selection import parse_window
 
 DIVERGENCES = "reverse-kl, forward-kl or jsd:β with 0 < β < 1"
 
@@ -48,7 +49,11 @@ class Data:
 
 @dataclass(frozen=True)
 class Schedule:
-    prefix: str = option("25%", "--prefix", "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full.")
+    prefix: str = option("25%", "--prefix", "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full, "
+                         "linear:L0:d (L0 + d·k at update k), staircase:L0:dH:every, auto (grows when its newest tokens have no "
+                         "more to teach).")
+    window: str = option("all", "--window", "Tokens of a rollout that are taught: all, or K of them: first:K, middle:K, last:K, "
+                         "random:K (in a row), scattered:K, highest-kl:K, highest-entropy:K.")
     lr: float = option(5e-5, "--lr", "Peak learning rate of AdamW.")
     lr_schedule: str = option("linear", "--lr-schedule", "After warm-up: constant, linear or cosine, ending at 0.")
     warmup: str = option("5%", "--warmup", "Linear warm-up: updates (20) or a share of them (5%).")
@@ -64,6 +69,8 @@ class Sampling:
                                         "the embedded task's, else what the models' positions allow, at most 2048")
     eos: str = option("union", "--eos", "Whose end-of-sequence ids stop a rollout: student, teacher or union.")
     begin: str | None = option(None, "--begin", "Text forced at the start of every response, not taught (a think tag).")
+    off_policy: str = option("none", "--off-policy", "Rollouts the teacher writes in the student's place: none, sft "
+                             "(cross-entropy on them) or divergence (--divergence on them); :0.5 for that share of them.")
     rows: int = option(64, "--generation-rows", "Rollouts per generate call, per rank.")
 
 
@@ -72,7 +79,7 @@ class Divergence:
     name: str = option("reverse-kl", "--divergence", "reverse-kl Σ S(log S − log T), forward-kl Σ T(log T − log S), "
                        "jsd:β = β·KL(T‖m) + (1−β)·KL(S‖m), m = βT + (1−β)S; nats per token.")
     estimator: str = option("full", "--estimator", "full: the whole vocabulary; top-k:K: the teacher's K most likely tokens "
-                            "and one bucket with the rest of the mass.")
+                            "and one bucket with the rest of the mass; sampled: the sampled token alone (reverse-kl).")
     temperature: float = option(1.0, "--kl-temperature", "Temperature of both distributions in the loss.")
     reduction: str = option("token", "--reduction", "token: mean over taught tokens; sequence: mean over rollouts of "
                             "their token means; sum: sum over tokens, mean over rollouts.")
@@ -99,6 +106,8 @@ class Evaluation:
     every: int = option(0, "--eval-every", "Updates between evaluations (0: only before and after).")
     temperature: float = option(1.0, "--eval-temperature", "Sampling temperature of evaluation (0 is greedy).")
     kl_prompts: int = option(32, "--kl-prompts", "Held-out prompts whose full-length rollouts measure the KL.")
+    tail_every: int = option(25, "--tail-every", "Updates between tail probes, small looks beyond the prefix (0: none).")
+    tail_prompts: int = option(8, "--tail-prompts", "Held-out prompts of a tail probe.")
     answer_format: str = option("auto", "--answer-format", "Where an answer is read: auto, boxed, hash (#### 42), "
                                 "last-number or exact.")
 
@@ -163,24 +172,35 @@ def build(values: dict[str, object]) -> Config:
     return config
 
 
-def read_yaml(path: str) -> dict[str, object]:
-    """A YAML file of sections → ``{"section.key": value}``. UserError on a missing file or a wrong shape."""
+def read_tree(path: str) -> dict:
+    """A YAML file that holds keys. UserError on a missing or damaged file."""
     import yaml
 
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path}: cannot be read ({type(error).__name__}); check --config") from None
+        raise UserError(f"config file {path}: cannot be read ({type(error).__name__}); check its path") from None
     except yaml.YAMLError as error:
         raise UserError(f"config file {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"config file {path}: expected sections such as 'train: {{steps: 5}}', got {type(tree).__name__}")
+    return tree
+
+
+def flatten(path: str, tree: dict) -> dict[str, object]:
+    """Sections with keys → ``{"section.key": value}``. UserError on a wrong shape."""
     values = {}
     for section, keys in tree.items():
-        if not isinstance(keys, dict):
+        if isinstance(keys, dict):
+            values.update({f"{section}.{key}": value for key, value in keys.items()})
+        else:
             raise UserError(f"config file {path}: section '{section}' must hold keys, got {keys!r}")
-        values.update({f"{section}.{key}": value for key, value in keys.items()})
     return values
+
+
+def read_yaml(path: str) -> dict[str, object]:
+    """A YAML file of sections → ``{"section.key": value}``. UserError on a missing file or a wrong shape."""
+    return flatten(path, read_tree(path))
 
 
 def read_assignments(assignments: list[str]) -> dict[str, object]:
@@ -228,7 +248,8 @@ def check(config: Config) -> None:
         ("evaluate.every", 0, None), ("evaluate.kl_prompts", 1, None), ("checkpoint.save_every", 0, None),
         ("train.steps", 0, None), ("train.batch_size", 1, None), ("train.micro_batch_size", 1, None),
         ("rollout.samples", 1, None), ("rollout.rows", 1, None), ("rollout.max_new_tokens", 1, None),
-        ("data.max_prompt_tokens", 1, None), ("evaluate.rollouts", 1, None), ("runtime.head_memory_mb", 1, None),
+        ("data.max_prompt_tokens", 1, None), ("evaluate.rollouts", 1, None),
+        ("evaluate.tail_every", 0, None), ("evaluate.tail_prompts", 1, None), ("runtime.head_memory_mb", 1, None),
     ):
         value = get(config, path)
         if value is None:
@@ -247,8 +268,28 @@ def check(config: Config) -> None:
     ):
         if get(config, path) not in allowed:
             raise UserError(f"{path} '{get(config, path)}': {flag(path)} must be one of {', '.join(allowed)}")
-    parse_divergence(config.divergence.name)
-    parse_estimator(config.divergence.estimator)
+    name, _ = parse_divergence(config.divergence.name)
+    estimator, _ = parse_estimator(config.divergence.estimator)
+    off_policy = parse_off_policy(config.rollout.off_policy)
+    if estimator == "sampled":
+        for wrong, got, instead in (
+            (name != "reverse-kl", f"--divergence {config.divergence.name}",
+             "the student's own tokens estimate the reverse KL only: use reverse-kl, or --estimator full"),
+            (config.divergence.temperature != 1, f"--kl-temperature {config.divergence.temperature:g}",
+             "it teaches the student's distribution as it is: use 1, or --estimator full"),
+            (config.rollout.temperature == 0, "--temperature 0",
+             "a greedy token is no sample of the student's distribution: use 1, or --estimator full"),
+            (off_policy is not None and off_policy.loss == "divergence", f"--off-policy {config.rollout.off_policy}",
+             "the tokens must be the student's own: use --estimator full"),
+        ):
+            if wrong:
+                raise UserError(f"--estimator sampled with {got}: {instead}")
+    if off_policy is not None and off_policy == parse_off_policy("sft"):
+        for path in ("divergence.name", "divergence.estimator", "divergence.temperature"):
+            if get(config, path) != options()[path].default:
+                raise UserError(f"{flag(path)} {get(config, path)} with --off-policy sft: every rollout is the teacher's and has "
+                                "the cross-entropy as its loss; leave it out, or use --off-policy divergence")
+    parse_window(config.schedule.window)
     parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens or sys.maxsize)
     warmup_steps(config.schedule.warmup, config.train.steps)
 
@@ -271,14 +312,14 @@ def parse_divergence(text: str) -> tuple[str, float | None]:
     raise UserError(f"divergence '{text}': --divergence must be {DIVERGENCES}")
 
 
-def parse_estimator(text: str) -> int | None:
-    """``full`` → None (the whole vocabulary), ``top-k:64`` → 64. UserError otherwise."""
+def parse_estimator(text: str) -> tuple[str, int | None]:
+    """``full`` → ("full", None), ``sampled`` → ("sampled", None), ``top-k:64`` → ("top-k", 64). UserError otherwise."""
     name, _, size = text.partition(":")
-    if text == "full":
-        return None
+    if text in ("full", "sampled"):
+        return text, None
     if name == "top-k" and size.isascii() and size.isdigit() and int(size) > 0:
-        return int(size)
-    raise UserError(f"estimator '{text}': --estimator must be full or top-k:K with K at least 1, such as top-k:64")
+        return name, int(size)
+    raise UserError(f"estimator '{text}': --estimator must be full, sampled or top-k:K with K at least 1, such as top-k:64")
 
 
 def get(config: Config, path: str):

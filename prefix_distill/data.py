@@ -1,6 +1,7 @@
 """Prompt sets: files, hub data sets and the embedded task → prompts; chat template → ids; which prompts at which step."""
 
 import random
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ class PromptSet:
 
 def load(name: str, *, split: str, prompt_column: str | None = None, answer_column: str | None = None,
          system: str | None = None, instruction: str | None = None, limit: int | None = None) -> PromptSet:
-    """Reads a ``.jsonl/.json/.csv/.parquet`` file (also ``.gz``), a hub data set or ``lab:TASK``.
+    """Reads a ``.jsonl/.json/.csv/.parquet`` file (also ``.gz``), a hub data set, ``lab:TASK`` or ``lab:TASK:20-25`` (of so many
+    steps).
 
     Columns are found by the usual names or given (``doc.question`` reaches into a record). UserError on a missing file,
     a missing column, an empty set or a row without a prompt.
@@ -64,8 +66,18 @@ def load(name: str, *, split: str, prompt_column: str | None = None, answer_colu
 
 
 def _embedded(text: str, split: str, system, instruction, limit) -> PromptSet:
+    name, colon, steps = text.partition(":")
     try:
-        problems = task.problems(text, split, limit or {"train": 4_000}.get(split, 2_000))
+        span = None
+        if colon:
+            if not re.fullmatch(r"[0-9]{1,2}-[0-9]{1,2}", steps):
+                raise ValueError(f"steps {steps!r}: expected a range such as 20-25")
+            low, high = map(int, steps.split("-"))
+            span = range(low, high + 1)
+        most = {"train": 4_000}.get(split, 2_000)
+        if span is not None and limit is None:
+            most = min(most, 900 * len(span))
+        problems = task.problems(name, split, limit or most, steps=span)
     except ValueError as error:
         raise UserError(f"dataset {LAB}{text}: {error}") from None
     prompts = [

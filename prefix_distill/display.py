@@ -20,9 +20,9 @@ def share_text(score: dict | None) -> str:
 
 
 class Display:
-    """Progress of one run; in a pipe, about fifty lines however long it is."""
+    """Progress of one run; in a pipe, about fifty lines however long it is. Nothing where not ``shown`` (other ranks)."""
 
-    def __init__(self, steps: int, label: str = ""):
+    def __init__(self, steps: int, label: str = "", shown: bool = True):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,7 +31,8 @@ class Display:
         self.plain_every = max(1, steps // 50)
         self.started = time.perf_counter()
         self.bar = None
-        if self.console.is_terminal:
+        self.shown = shown
+        if shown and self.console.is_terminal:
             self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                                 TextColumn("left"), console=self.console, transient=False)
             self.task = self.bar.add_task(label or "distilling", total=steps)
@@ -54,7 +55,7 @@ class Display:
     def row(self, row: dict, useful: float, full: float) -> None:
         """One update: its metrics row, useful FLOPs so far, and what as many updates cost with full rollouts."""
         self.seen += 1
-        divergence = next(v for k, v in row.items() if k.startswith("loss/") and k.endswith("_nats"))
+        divergence = next(v for k, v in row.items() if k.startswith("loss/") and k.endswith("_nats") and v is not None)
         speeds = " ".join(
             f"{phase} {row[f'time/{phase}_tokens_per_s']:,.0f}/s"
             for phase in ("student_decode", "teacher_score", "student_update") if f"time/{phase}_tokens_per_s" in row
@@ -76,7 +77,15 @@ class Display:
         self._line(f"{self.label} after update {row['step']}: accuracy {share_text(row['accuracy'])}, {row['finish_rate']:.0%} "
                    f"end, {row['mean_tokens']:.0f} tokens, held-out reverse KL {row['kl']['value']:.4f} nats{tail}".strip())
 
+    def tail(self, row: dict) -> None:
+        """One tail probe."""
+        tail = "nothing beyond the prefix" if row["kl_tail"] is None else f"{row['kl_tail']:.4f} nats beyond the prefix"
+        self._line(f"{self.label} tail probe after update {row['step']}: {tail}, {row['finish_rate']:.0%} of full answers end, "
+                   f"{row['mean_tokens']:.0f} tokens".strip())
+
     def _line(self, text: str) -> None:
+        if not self.shown:
+            return
         if self.bar:
             self.bar.console.print(text, highlight=False, markup=False)
         else:

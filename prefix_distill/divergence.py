@@ -95,6 +95,9 @@ def value_and_gradient(name: str, beta: float | None, student_logp: torch.Tensor
 class Terms:
     """What the loss measures: divergence, its temperature, the matmul dtype and the chunk's memory budget.
 
+    ``name``: a divergence of ``per_token``, or cross-entropy, −log S of the realised token (no teacher).
+    ``sampled``: the reverse KL from the realised token alone (``_at_token``).
+
     ``top_k``: on the teacher's k most likely tokens and one bucket with the rest of the mass on both sides, which keeps it
     a divergence between distributions (never above the full one); None is the whole vocabulary.
     """
@@ -105,6 +108,12 @@ class Terms:
     dtype: torch.dtype = torch.float32
     memory_bytes: int = 256 << 20
     top_k: int | None = None
+    sampled: bool = False
+
+    @property
+    def taught_by(self) -> str:
+        """``teacher``, or ``text`` for the cross-entropy."""
+        return "text" if self.name == "cross-entropy" else "teacher"
 
     def partial(self, vocabulary: int) -> bool:
         """Does ``top_k`` leave a tail?"""
@@ -122,27 +131,29 @@ class Terms:
 
 
 def weighted(
-    terms: Terms, student_ND: torch.Tensor, student_head: Head, teacher_NE: torch.Tensor, teacher_head: Head,
-    weight_N: torch.Tensor,
+    terms: Terms, student_ND: torch.Tensor, student_head: Head, teacher_NE: torch.Tensor | None, teacher_head: Head,
+    weight_N: torch.Tensor, token_N: torch.Tensor | None = None, sampler_logp_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Σ_n weight_n · D(S_n, T_n) with its gradient, and the detached values D_n [N] (nats).
 
     S = softmax(student logits / temperature), T likewise; ``weight_N`` is already divided (by the taught tokens of the
     whole update, say) and is not renormalised. The gradient to the hidden rows, the head's weight and its bias is
     computed in the same pass from closed forms, so no [N, V] table outlives its chunk and nothing is projected again.
-    No gradient reaches the teacher. A frozen head gets none computed.
+    No gradient reaches the teacher. A frozen head gets none computed. ``token_N``: the realised tokens, for the sampled
+    estimator and the cross-entropy; ``sampler_logp_N``: their log-probability where they were drawn, for the former's ratio.
 
     Source: losses of arXiv 2306.13649 and 2602.15260; the fusion is ours.
     """
     return _Weighted.apply(
-        student_ND, student_head.weight_VD, student_head.bias_V, weight_N, teacher_NE.detach(), student_head,
-        teacher_head, terms,
+        student_ND, student_head.weight_VD, student_head.bias_V, weight_N, None if teacher_NE is None else teacher_NE.detach(),
+        student_head, teacher_head, terms, token_N, sampler_logp_N,
     )
 
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_ND, weight_VD, bias_V, weight_N, teacher_NE, student_head, teacher_head, terms):
+    def forward(ctx, student_ND, weight_VD, bias_V, weight_N, teacher_NE, student_head, teacher_head, terms, token_N,
+                sampler_logp_N):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         device, support, cap = student_ND.device, len(weight_VD), student_head.softcap
         grad_hidden = torch.zeros_like(student_ND) if need_hidden else None
@@ -162,11 +173,14 @@ class _Weighted(torch.autograd.Function):
             if cap is not None:
                 torch.div(logits, cap, out=slope).square_().neg_().add_(1)  # d softcap·tanh(z/softcap) / dz
             _log_softmax(logits, terms.temperature, student_logp)
-            # the teacher may sit on another device with its head: its rows come over as logits
-            there = teacher_NE.device == device
-            logits = teacher_head.logits(teacher_NE[rows], work if there else None)
-            _log_softmax(logits if there else work.copy_(logits), terms.temperature, teacher_logp)
-            if terms.partial(support):
+            if teacher_NE is not None:  # it may sit on another device with its head: its rows come over as logits
+                there = teacher_NE.device == device
+                logits = teacher_head.logits(teacher_NE[rows], work if there else None)
+                _log_softmax(logits if there else work.copy_(logits), terms.temperature, teacher_logp)
+            if terms.sampled or terms.taught_by == "text":
+                drawn = sampler_logp_N if sampler_logp_N is None else sampler_logp_N[rows].to(device)
+                value_N[rows], grad = _at_token(terms, student_logp, teacher_logp, token_N[rows].to(device), drawn)
+            elif terms.partial(support):
                 value_N[rows], grad = _value_and_gradient_on_top(terms, student_logp, teacher_logp, work)
             else:
                 value_N[rows], grad = value_and_gradient(terms.name, terms.beta, student_logp, teacher_logp, work, spare)
@@ -197,7 +211,7 @@ class _Weighted(torch.autograd.Function):
             weight = weight.mul_(grad_loss).to(ctx.dtypes[0])
         if bias is not None:
             bias = bias.mul_(grad_loss).to(ctx.dtypes[1])
-        return hidden, weight, bias, None, None, None, None, None
+        return hidden, weight, bias, *[None] * 7
 
 
 def _log_softmax(logits, temperature, out):
@@ -225,6 +239,27 @@ def _value_and_gradient_on_top(terms, student_logp, teacher_logp, work):
     value, gradient = value_and_gradient(terms.name, terms.beta, student, teacher, torch.empty_like(student),
                                          torch.empty_like(student))
     return value, share.mul_(gradient[:, -1:]).scatter_(1, top_NK, gradient[:, :-1])
+
+
+def _at_token(terms, student_logp, teacher_logp, token_N, sampler_logp_N):
+    """As ``value_and_gradient``, from the realised token y alone.
+
+    sampled        value log S(y) − log T(y), an unbiased estimate of KL(S‖T) for y ~ S; the policy gradient's loss
+                   −ρ·A·log S(y) with advantage A = log T(y) − log S(y), both ρ and A held fixed, has the gradient
+                   ρ·(log S(y) − log T(y))·(1[k = y] − S_k), with ρ = S(y)/q(y) where y was drawn from q (1 if unknown)
+                   [arXiv 2602.15260; MiniLLM, arXiv 2306.08543]
+    cross-entropy  value −log S(y), gradient S_k − 1[k = y]                      [SeqKD, arXiv 1606.07947]
+    """
+    token_N1 = token_N[:, None]
+    own = student_logp.gather(1, token_N1)
+    if terms.taught_by == "text":
+        value, factor = -own, -torch.ones_like(own)
+    else:
+        value = own - teacher_logp.gather(1, token_N1)
+        factor = value if sampler_logp_N is None else value * (own - sampler_logp_N[:, None]).exp()
+    gradient = student_logp.exp_().neg_()
+    gradient.scatter_add_(1, token_N1, torch.ones_like(own))
+    return value[:, 0], gradient.mul_(factor)
 
 
 def _add_outer(total_VD, grad_NV, hidden_ND):

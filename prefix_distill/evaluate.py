@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from . import answers, scoring
-from .divergence import Terms, statistics
+from .divergence import Terms
 from .models import Model
 from .rollout import Request, Rollout, Sampler, generate
 from .runtime import Place, seed_of
@@ -54,6 +54,10 @@ class Score:
     mean_tokens: float
     repetition_rate: float
     records: list[dict]
+
+    def right(self) -> list[float]:
+        """Share of right answers, problem by problem."""
+        return [sum(r["correct"] for r in record["responses"]) / len(record["responses"]) for record in self.records]
 
     def summary(self) -> dict:
         return {"accuracy": self.accuracy, "pass_at_k": self.pass_at_k, "finish_rate": self.finish_rate,
@@ -111,22 +115,12 @@ def fixed_rollouts(student: Model, rendered: list, sampler: Sampler, max_new_tok
             for i, (r, (ids, finished)) in enumerate(zip(rendered, drawn))]
 
 
-@torch.no_grad()
 def held_out_kl(student: Model, teacher: Model, support: int, rollouts: list[Rollout], place: Place, rows: int,
                 spent=None) -> list[list[float]]:
     """Reverse KL(S‖T), temperature 1, at every position of fixed rollouts → per rollout, per token, nats."""
-    terms = Terms("reverse-kl", dtype=place.head_dtype)
-    values = {}
-    for group in scoring.micro_batches(rollouts[place.rank :: place.world], rows, student.reads_once):
-        with place.autocast(student.device):
-            ours = scoring.hidden_rows(student, group)
-        with place.autocast(teacher.device):
-            theirs = scoring.hidden_rows(teacher, group, teacher=True)
-        found = statistics(terms, ours, student.head(support), theirs, teacher.head(support), scoring.tokens(group))
-        for rollout, part in zip(group, found["divergence"].split([len(r.ids) for r in group])):
-            values[rollout.prompt] = part.tolist()
-        if spent is not None:
-            spent(group)
+    found = scoring.token_statistics(Terms("reverse-kl", dtype=place.head_dtype), student, teacher, support,
+                                     rollouts[place.rank :: place.world], place, rows, spent)
+    values = {prompt: facts["divergence"] for (prompt, _), facts in found.items()}
     merged = {prompt: row for part in place.gather(values) for prompt, row in part.items()}
     return [merged[r.prompt] for r in rollouts]
 

@@ -129,10 +129,11 @@ class Ledger:
         )
 
     def forward(self, phase: str, shape: Shape, reads: list[tuple[int, list[int]]], passes: int = 1,
-                idle: bool = False, recomputed: bool = False) -> None:
+                idle: bool = False, recomputed: bool = False, taught: int | None = None) -> None:
         """One forward over prompts + responses with the head on taught rows; a response's last token is not read.
 
-        ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is read once. ``passes`` 3 is
+        ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is read once. ``taught``: rows
+        that the head projects (None: one for every response token; 0: none). ``passes`` 3 is
         a training step in which everything trains: forward, input gradient, weight gradient of every matmul (attention's
         products: forward and two gradients). ``idle``: run only to keep step with other ranks, so executed and of no use.
         ``recomputed``: the layers run once more in backward (gradient checkpointing), which is executed and of no use; an
@@ -140,7 +141,7 @@ class Ledger:
         """
         rows = [(p, n) for p, lengths in reads for n in lengths]
         linear, executed_linear = linear_tokens(reads)
-        taught = shape.output(sum(n for _, n in rows))
+        output = shape.output(sum(n for _, n in rows) if taught is None else taught)
         causal = sum(shape.causal(0, p) for p, _ in reads) + sum(shape.causal(p, n - 1) for p, n in rows)
         width, longest = max(p for p, _ in reads), max(n - 1 for _, n in rows)
         if len(rows) > len(reads):
@@ -149,8 +150,8 @@ class Ledger:
             pairs = len(rows) * shape.rectangle(max(p + n - 1 for p, n in rows))
         self.add(
             phase,
-            0.0 if idle else passes * (shape.linear(linear) + causal + taught),
-            (passes + recomputed) * (shape.linear(executed_linear) + pairs) + passes * taught,
+            0.0 if idle else passes * (shape.linear(linear) + causal + output),
+            (passes + recomputed) * (shape.linear(executed_linear) + pairs) + passes * output,
         )
 
 

@@ -1,5 +1,6 @@
 """Loads what a run needs and asks whether it is sane, before a GPU-hour is spent and before a file is written."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from .errors import UserError
 from .models import LAB, Model
 from .rollout import Sampler
 from .runtime import Place, place, seed_of
-from .schedule import PrefixSchedule, parse_prefix
+from .schedule import OffPolicy, PrefixSchedule, parse_off_policy, parse_prefix
+from .selection import Window, parse_window
 
 TASK = "choice"  # the embedded default: lab:choice and its pair
 LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positions allow it
@@ -20,7 +22,8 @@ LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positio
 
 @dataclass
 class Run:
-    """Everything the loop works with. ``notes``: automatic choices with their reasons; ``warnings``: what may go wrong."""
+    """Everything the loop works with. ``notes``: automatic choices with their reasons; ``warnings``: what may go wrong.
+    ``text_terms`` and ``text_sampler``: the loss on, and the sampling of, responses that the teacher writes."""
 
     config: Config
     place: Place
@@ -28,8 +31,12 @@ class Run:
     teacher: Model
     support: int
     prefix: PrefixSchedule
+    window: Window | None
+    off_policy: OffPolicy | None
     terms: Terms
+    text_terms: Terms
     sampler: Sampler
+    text_sampler: Sampler
     eval_sampler: Sampler
     train_prompts: list[data.Rendered]
     kl_prompts: list[data.Rendered]
@@ -115,8 +122,14 @@ def prepare(config: Config) -> Run:
     if where.world > config.train.batch_size:
         raise UserError(f"--batch-size {config.train.batch_size}: {where.world} ranks need at least one prompt each; raise it")
     name, beta = configuration.parse_divergence(divergence.name)
-    terms = Terms(name, beta, divergence.temperature, where.head_dtype, config.runtime.head_memory_mb << 20,
-                  configuration.parse_estimator(divergence.estimator))
+    estimator, top_k = configuration.parse_estimator(divergence.estimator)
+    budget = config.runtime.head_memory_mb << 20
+    terms = Terms(name, beta, divergence.temperature, where.head_dtype, budget, top_k, estimator == "sampled")
+    off_policy = parse_off_policy(rollout.off_policy)
+    text_terms = terms
+    if off_policy is not None and off_policy.loss == "sft":
+        text_terms = Terms("cross-entropy", dtype=where.head_dtype, memory_bytes=budget)
+    same = where.dtype == student.net.dtype  # rollouts come from the student itself, not from a copy in another dtype
     rows = terms.chunk(support, student.head().softcap is not None)
     notes.append(f"loss in chunks of {rows:,} rows: what --head-memory-mb {config.runtime.head_memory_mb} holds of its float32 "
                  f"tables of {support:,} columns")
@@ -124,7 +137,9 @@ def prepare(config: Config) -> Run:
     if answer_format == "auto" and held_out.answer_format:
         answer_format = held_out.answer_format
     return Run(
-        config, where, student, teacher, support, prefix, terms, sampler, eval_sampler, train_prompts,
+        config, where, student, teacher, support, prefix, parse_window(config.schedule.window), off_policy, terms, text_terms,
+        dataclasses.replace(sampler, record=estimator == "sampled" and not (sampler.on_policy and same)),
+        dataclasses.replace(sampler, seed=seed_of(config.runtime.seed, "teacher-text")), eval_sampler, train_prompts,
         problems[: config.evaluate.kl_prompts],
         [(r.prompt, r.student_ids) for r in problems[: config.evaluate.problems]],
         answer_format, flops.shape(student, support), flops.shape(teacher, support), notes, warnings,

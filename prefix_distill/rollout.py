@@ -1,6 +1,6 @@
 """Student + prompts + prefix length → rollouts: plain HF ``generate`` with a KV cache, stopped at the prefix or at EOS."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import (
@@ -21,21 +21,24 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """What was sampled: response ids (EOS included if it was sampled) and whether EOS ended it.
+    """What was sampled: response ids (EOS included if it was sampled), whether EOS ended it, and the log-probability of each
+    id where it was drawn, if the sampler records it.
 
     A row cut at the cap is not finished: its last id is an ordinary taught token, never taken for EOS.
     """
 
     ids: tuple[int, ...]
     finished: bool
+    logp: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled response between both models' prompts, with its place in the update.
+    """A response between both models' prompts, with its place in the update.
 
     ``prompt``: slot of the prompt in the update's global batch; ``sample``: 0 … G − 1. ``teacher_ids`` are the response
-    in the teacher's tokens (the same ids while the tokenizers match).
+    in the teacher's tokens (the same ids while the tokenizers match). ``kept``: positions that are taught, ascending (None:
+    all). ``off_policy``: the teacher wrote it. ``sampler_logp``: log-probability of each id where it was drawn, if recorded.
     """
 
     prompt: int
@@ -45,6 +48,19 @@ class Rollout:
     ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
     finished: bool
+    kept: tuple[int, ...] | None = None
+    off_policy: bool = False
+    sampler_logp: tuple[float, ...] | None = None
+
+    @property
+    def taught(self) -> tuple[int, ...]:
+        """Positions of the response that are taught, ascending."""
+        return tuple(range(len(self.ids))) if self.kept is None else self.kept
+
+    @property
+    def extent(self) -> int:
+        """Tokens up to the last taught one: no model needs to read further."""
+        return len(self.ids) if self.kept is None else self.kept[-1] + 1
 
 
 class _Race(LogitsProcessor):
@@ -53,12 +69,13 @@ class _Race(LogitsProcessor):
     argmax_v (log p_v − log e_v), e_v ~ Exp(1), is distributed as p (the Gumbel-max trick). Each row draws its own e from a
     generator seeded by (seed, key), one vocabulary-sized draw per position, so a draw depends on (seed, step, prompt,
     sample, position) and on nothing else: batching, padding and restarts cannot change it. Ids from ``support`` on
-    (padding rows of the head) are never drawn.
+    (padding rows of the head) are never drawn. With ``record``, ``taken`` collects log p of what was drawn, a tensor [rows]
+    a position.
     """
 
-    def __init__(self, keys: list[tuple], seed: int, support: int, device: torch.device):
+    def __init__(self, keys: list[tuple], seed: int, support: int, device: torch.device, record: bool = False):
         self.generators = [torch.Generator(device).manual_seed(seed_of(seed, *key)) for key in keys]
-        self.support = support
+        self.support, self.record, self.taken = support, record, []
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on."""
@@ -68,9 +85,12 @@ class _Race(LogitsProcessor):
         race = torch.empty(len(scores), self.support, dtype=torch.float32, device=scores.device)
         for row, generator in zip(race, self.generators):
             row.uniform_(generator=generator)
+        logp = scores[:, : self.support].float().log_softmax(-1) if self.record else None
         # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below one grid step
         scores[:, : self.support] -= race.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
         scores[:, self.support:] = -torch.inf
+        if logp is not None:
+            self.taken.append(logp.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
         return scores
 
 
@@ -109,6 +129,7 @@ class Sampler:
     top_p: float = 1.0
     top_k: int = 0
     rows: int = 64
+    record: bool = False  # keep the log-probability of every draw, as the warped and tempered logits give it
 
     @property
     def on_policy(self) -> bool:
@@ -117,7 +138,7 @@ class Sampler:
 
     def race(self, keys: list[tuple], device: torch.device) -> _Race | None:
         """The rows' own noise; None when nothing is drawn."""
-        return None if self.temperature == 0 else _Race(keys, self.seed, self.support, device)
+        return None if self.temperature == 0 else _Race(keys, self.seed, self.support, device, self.record)
 
     def processors(self, race: _Race | None) -> LogitsProcessorList:
         """What shapes the logits, in HF's order: temperature, top-k, top-p, then the race; only what is needed."""
@@ -174,6 +195,7 @@ def _call(model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock 
         start = clock.now()
     cache = _shared_prefill(model, batch, ids_BT, mask_BT)
     drawn: list[list[int]] = [[] for _ in batch]
+    chances: list[list[float]] = [[] for _ in batch]
     alive = list(range(len(batch)))
     while alive and len(drawn[alive[0]]) < cap:
         settings = GenerationConfig(
@@ -189,6 +211,10 @@ def _call(model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock 
         going = [row for row, tokens in enumerate(new) if not sampler.eos.intersection(tokens)]
         for row, tokens in zip(alive, new):
             drawn[row] += tokens
+        if sampler.record:
+            for row, taken in zip(alive, torch.stack(race.taken, 1).tolist()):
+                chances[row] += taken
+            race.taken.clear()
         alive, cache = [alive[row] for row in going], out.past_key_values
         ids_BT, mask_BT = out.sequences, torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), len(new[0]))], 1)
         if alive and len(going) < len(new):
@@ -199,7 +225,10 @@ def _call(model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock 
     if clock is not None:
         clock.add("student_prefill", split.prefilled - start)
         clock.add("student_decode", clock.now() - split.prefilled)
-    return [_until_eos(row, sampler.eos) for row in drawn]
+    ended = [_until_eos(row, sampler.eos) for row in drawn]
+    if not sampler.record:
+        return ended
+    return [replace(r, logp=tuple(chance[: len(r.ids)])) for r, chance in zip(ended, chances)]
 
 
 def _shared_prefill(model, batch: list[Request], ids_BT, mask_BT):

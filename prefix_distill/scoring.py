@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import torch
 
+from .divergence import Terms, statistics
 from .flops import linear_tokens
 from .models import Model
 from .rollout import Rollout
+from .runtime import Place
 
 PADDING = 0.1  # largest share of padding among the tokens a micro-batch runs
 
@@ -14,14 +16,14 @@ PADDING = 0.1  # largest share of padding among the tokens a micro-batch runs
 def sequences(rollouts: list[Rollout], teacher: bool = False) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """The prompt and the part of the response that a model reads, per rollout.
 
-    The response's last token is not read: nothing is predicted from it.
+    The last taught token is not read, nor what follows: nothing that is taught is predicted from it.
     """
-    sides = [(r.teacher_prompt, r.teacher_ids) if teacher else (r.student_prompt, r.ids) for r in rollouts]
-    return [prompt for prompt, _ in sides], [ids[:-1] for _, ids in sides]
+    return ([r.teacher_prompt if teacher else r.student_prompt for r in rollouts],
+            [(r.teacher_ids if teacher else r.ids)[: r.extent - 1] for r in rollouts])
 
 
 def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) -> torch.Tensor:
-    """Hidden rows [N, D] that predict the response tokens, rollout by rollout, token by token.
+    """Hidden rows [N, D] that predict the taught response tokens, rollout by rollout, token by token.
 
     Row for response token t is the hidden state at position t − 1: the shift. A prompt that several rollouts answer is
     read once where the model allows it: its KV cache is repeated for them, gradients add up in it.
@@ -33,8 +35,8 @@ def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) ->
         ids_BT = right_padded([p + r for p, r in zip(prompts, responses)])
         hidden_BTD, first = model.trunk(to_device(ids_BT, model.device)), [len(p) - 1 for p in prompts]
     taught_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.bool)
-    for row, start, response in zip(taught_BT, first, responses):
-        row[start : start + len(response) + 1] = True
+    for row, start, rollout in zip(taught_BT, first, rollouts):
+        row[start + torch.tensor(rollout.taught)] = True
     return hidden_BTD[to_device(taught_BT, model.device)]
 
 
@@ -72,8 +74,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def tokens(rollouts: list[Rollout]) -> torch.Tensor:
-    """The realised response tokens [N], in the order of ``hidden_rows``."""
-    return torch.tensor([token for r in rollouts for token in r.ids])
+    """The realised taught tokens [N], in the order of ``hidden_rows``."""
+    return torch.tensor([r.ids[t] for r in rollouts for t in r.taught])
 
 
 @torch.no_grad()
@@ -97,12 +99,12 @@ def check_sharing(model: Model) -> str | None:
 
 
 def reads(rollouts: list[Rollout], shared: bool, teacher: bool = False) -> list[tuple[int, list[int]]]:
-    """(prompt length, lengths of the responses behind it) for every prompt that is read, in tokens: each distinct one once
-    when ``shared``, else one per rollout. What the ledger counts."""
+    """(prompt length, lengths of the responses behind it, up to the last taught token) for every prompt that is read, in
+    tokens: each distinct one once when ``shared``, else one per rollout. What the ledger counts."""
     behind: dict = {}
     for i, r in enumerate(rollouts):
-        prompt, ids = (r.teacher_prompt, r.teacher_ids) if teacher else (r.student_prompt, r.ids)
-        behind.setdefault(prompt if shared else (i, prompt), (len(prompt), []))[1].append(len(ids))
+        prompt = r.teacher_prompt if teacher else r.student_prompt
+        behind.setdefault(prompt if shared else (i, prompt), (len(prompt), []))[1].append(r.extent)
     return list(behind.values())
 
 
@@ -112,8 +114,8 @@ def micro_batches(rollouts: list[Rollout], size: int, shared: bool) -> list[list
     Two orders are tried, and the one that runs fewer tokens is taken: the samples of a prompt together (worth it when it
     is read once for them, ``shared``), or all rollouts by length. Nothing here depends on more than the rollouts.
     """
-    by_prompt = sorted(rollouts, key=lambda r: (-len(r.student_prompt), r.prompt, -len(r.ids), r.sample))
-    by_length = sorted(rollouts, key=lambda r: (-len(r.student_prompt) - len(r.ids), r.prompt, r.sample))
+    by_prompt = sorted(rollouts, key=lambda r: (-len(r.student_prompt), r.prompt, -r.extent, r.sample))
+    by_length = sorted(rollouts, key=lambda r: (-len(r.student_prompt) - r.extent, r.prompt, r.sample))
     plans = [_split(order, size, shared) for order in (by_prompt, by_length)]
     return min(plans, key=lambda groups: sum(linear_tokens(reads(group, shared))[1] for group in groups))
 
@@ -128,3 +130,24 @@ def _split(order: list[Rollout], size: int, shared: bool) -> list[list[Rollout]]
                 continue
         groups.append([rollout])
     return groups
+
+
+@torch.no_grad()
+def token_statistics(terms: Terms, student: Model, teacher: Model, support: int, rollouts: list[Rollout], place: Place,
+                     rows: int, spent=None) -> dict[tuple[int, int], dict[str, list[float]]]:
+    """``divergence.statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) → name → a number per
+    taught token. ``spent(group)`` is told what both models read."""
+    found = {}
+    for group in micro_batches(rollouts, rows, student.reads_once):
+        with place.autocast(student.device):
+            ours = hidden_rows(student, group)
+        with place.autocast(teacher.device):
+            theirs = hidden_rows(teacher, group, teacher=True)
+        facts = statistics(terms, ours, student.head(support), theirs, teacher.head(support), tokens(group))
+        counts = [len(r.taught) for r in group]
+        parts = {name: [part.tolist() for part in values.split(counts)] for name, values in facts.items()}
+        for i, r in enumerate(group):
+            found[r.prompt, r.sample] = {name: values[i] for name, values in parts.items()}
+        if spent is not None:
+            spent(group)
+    return found

@@ -7,12 +7,13 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from . import data, evaluate, scoring
+from . import data, off_policy, scoring, selection
 from .checkpoint import RunFolder
-from .divergence import weighted
+from .divergence import Terms, weighted
 from .errors import Stopped
 from .flops import Ledger
 from .models import Model, decoder, refresh, save
+from .monitor import Monitor, Progress, full_cost, merge
 from .preflight import Run
 from .rollout import Request, Rollout, generate
 from .runtime import Clock
@@ -29,36 +30,31 @@ class StudentLoss(torch.nn.Module):
         super().__init__()
         self.net, self.run = run.student.net, run
 
-    def forward(self, rollouts: list[Rollout], teacher_NE: torch.Tensor, weight_N: torch.Tensor):
-        run = self.run
+    def forward(self, rollouts: list[Rollout], teacher_NE: torch.Tensor | None, weight_N: torch.Tensor):
+        run, drawn = self.run, None
+        if rollouts[0].sampler_logp is not None:
+            drawn = torch.tensor([r.sampler_logp[t] for r in rollouts for t in r.taught])
         with run.place.autocast(run.place.device):
             student_ND = scoring.hidden_rows(run.student, rollouts)
-        return weighted(run.terms, student_ND, run.student.head(run.support), teacher_NE, run.teacher.head(run.support),
-                        weight_N.to(student_ND.device))
+        return weighted(_terms(run, rollouts), student_ND, run.student.head(run.support), teacher_NE,
+                        run.teacher.head(run.support), weight_N.to(student_ND.device), scoring.tokens(rollouts), drawn)
 
 
-@dataclasses.dataclass
-class Progress:
-    """What the checkpoint carries beside tensors; all of it plain numbers."""
-
-    step: int = 0
-    ledger: Ledger = dataclasses.field(default_factory=Ledger)
-    seconds: dict = dataclasses.field(default_factory=dict)
-    tokens: int = 0
-    evaluations: list = dataclasses.field(default_factory=list)  # a row per evaluation, the untrained student's first
-    best: dict | None = None
+def _terms(run: Run, rollouts: list[Rollout]) -> Terms:
+    """The loss of a micro-batch: all of its rollouts are the student's or all are the teacher's."""
+    return run.text_terms if rollouts[0].off_policy else run.terms
 
 
 def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     """Runs every update that is left, evaluates before and after, saves the model; returns the result document.
 
-    ``report`` shows progress: ``note(text)``, ``warn(text)``, ``evaluation(row)`` and ``row(metrics, useful FLOPs so far,
-    useful FLOPs of as many updates with full rollouts)``.
+    ``report`` shows progress on every rank: ``note(text)``, ``warn(text)``, ``evaluation(row)``, ``tail(row)`` and ``row(metrics,
+    useful FLOPs so far, useful FLOPs of as many updates with full rollouts)``.
     """
     config, place = run.config, run.place
     student = run.student.net.requires_grad_(True)
     optimizer = _optimizer(student, config)
-    progress = Progress()
+    progress = Progress(taught_prefix=run.prefix.length(0))
     resumed_from = None
     if resume and not folder.started:
         report.note("the run was interrupted before its first checkpoint: it starts from the beginning")
@@ -67,11 +63,12 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         resumed_from = _restore(run, folder, optimizer, progress, report)
     clock = Clock(place.device, progress.seconds)
     decoding = decoder(run.student, place.dtype)
-    if not resume:
-        before = _measure_before(run, decoding, progress, clock, folder)
+    monitor = Monitor(run, decoding, progress, clock, folder, report)
+    if resume:
+        monitor.resume()
     else:
-        before = folder.read_json("before.json")
-    fixed = [Rollout(**_tuples(r)) for r in before["rollouts"]]
+        monitor.start()
+    texts = _teacher_texts(run, folder, progress, clock)
     loss_module = StudentLoss(run)
     if place.world > 1:
         loss_module = DistributedDataParallel(loss_module)
@@ -83,13 +80,14 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         step = progress.step
         spent_before = dict(clock.seconds)
         ledger = Ledger()
-        prefix = run.prefix.length(step)
+        prefix = progress.taught_prefix = run.prefix.length(step, progress.prefix)
         prompts = data.batch(run.train_prompts, step, config.train.batch_size, config.runtime.seed)
-        rollouts = sample(run, decoding, prompts, step, prefix, ledger, clock)
+        rollouts = sample(run, decoding, prompts, step, prefix, ledger, clock, texts)
+        rollouts = select(run, rollouts, step, ledger, clock)
         weights, share = token_weights(rollouts, config.divergence.reduction)
         divisor = place.total(share)
         values = _accumulate(run, loss_module, rollouts, weights, divisor, ledger, clock)
-        facts = _facts(run, rollouts, values, weights, divisor)
+        facts = _facts(run, rollouts, values, weights, divisor, run.prefix.window(progress.prefix))
         rate = learning_rate(
             step, peak=config.schedule.lr, schedule=config.schedule.lr_schedule, steps=config.train.steps,
             warmup=warmup_steps(config.schedule.warmup, config.train.steps),
@@ -99,19 +97,24 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
             refresh(decoding, run.student)
         progress.step += 1
         progress.tokens += int(facts["tokens"])
-        _merge(run, progress, ledger)
+        merge(run, progress, ledger)
+        if reason := run.prefix.observe(step, progress.prefix, facts["newest"], facts["filled"]):
+            progress.decisions.append({"step": progress.step, "reason": reason})
+            report.note(reason)
         row = _row(run, progress, facts, prefix, rate, norm, clock, spent_before)
         full += full_cost(run, progress, range(step, step + 1))
         if place.first:
-            folder.append_metrics(row)
-            report.row(row, progress.ledger.total(), full)
+            folder.append("metrics.jsonl", row)
+        report.row(row, progress.ledger.total(), full)
         last = progress.step == config.train.steps
         if config.evaluate.every and progress.step % config.evaluate.every == 0 and not last:
-            _evaluate_now(run, decoding, fixed, before, progress, clock, folder, report)
+            monitor.evaluate()
+        elif monitor.probe_due() and not last:
+            monitor.probe_tail()
         if (config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0) or last:
             _save_checkpoint(run, folder, optimizer, progress)
 
-    after = _evaluate_now(run, decoding, fixed, before, progress, clock, folder, report)
+    after = monitor.evaluate()
     if place.first:
         folder.write_rows("examples-after.jsonl", after.pop("records"))
         folder.write_json("after.json", after)
@@ -124,18 +127,62 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
 
 
 def sample(run: Run, decoding: Model, prompts: list[data.Rendered], step: int, prefix: int, ledger: Ledger,
-           clock: Clock) -> list[Rollout]:
-    """This rank's rollouts of the update, prompt by prompt with its G samples; sampling stops at ``prefix`` or EOS."""
+           clock: Clock, texts: dict | None = None) -> list[Rollout]:
+    """This rank's rollouts of the update, prompt by prompt with its G samples; sampling stops at ``prefix`` or EOS.
+
+    Rollouts that --off-policy gives to the teacher come from ``texts`` ((prompt index, sample) → its text), cut at ``prefix``.
+    """
+    samples = run.config.rollout.samples
     slots = range(run.place.rank, len(prompts), run.place.world)
-    places = [(slot, s) for slot in slots for s in range(run.config.rollout.samples)]
+    teachers = run.off_policy.rows(step, len(prompts) * samples, run.config.runtime.seed) if run.off_policy else ()
+    places = [(slot, s) for slot in slots for s in range(samples)]
+    own = [(slot, s) for slot, s in places if slot * samples + s not in teachers]
     responses = generate(
-        decoding, [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in places], prefix, run.sampler,
+        decoding, [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in own], prefix, run.sampler,
         lambda reads: ledger.generation(run.student_shape, reads), clock,
-    )
-    return [
-        Rollout(slot, s, prompts[slot].student_ids, prompts[slot].teacher_ids, r.ids, r.ids, r.finished)
-        for (slot, s), r in zip(places, responses)
-    ]
+    ) if own else []
+    drawn = {
+        (slot, s): Rollout(slot, s, prompts[slot].student_ids, prompts[slot].teacher_ids, r.ids, r.ids, r.finished,
+                           sampler_logp=r.logp)
+        for (slot, s), r in zip(own, responses)
+    }
+    return [drawn.get((slot, s)) or off_policy.rollout(slot, s, prompts[slot], texts[prompts[slot].prompt.index, s], prefix)
+            for slot, s in places]
+
+
+def select(run: Run, rollouts: list[Rollout], step: int, ledger: Ledger, clock: Clock) -> list[Rollout]:
+    """Marks the tokens that are taught (--window); a window that ranks tokens has both models read every rollout first."""
+    if run.window is None:
+        return rollouts
+    found = None
+    if run.window.statistic:
+        def spent(group):
+            for model, shape, teacher in ((run.student, run.student_shape, False), (run.teacher, run.teacher_shape, True)):
+                ledger.forward("selection", shape, scoring.reads(group, model.reads_once, teacher=teacher))
+
+        with clock.phase("selection"):
+            terms = Terms("reverse-kl", dtype=run.place.head_dtype)
+            found = scoring.token_statistics(terms, run.student, run.teacher, run.support, rollouts, run.place,
+                                             run.config.train.micro_batch_size, spent)
+    return selection.keep(run.window, rollouts, (run.config.runtime.seed, step), found)
+
+
+def _teacher_texts(run: Run, folder: RunFolder, progress: Progress, clock: Clock) -> dict | None:
+    """What the teacher writes for the updates that are left, if it writes at all."""
+    if run.off_policy is None:
+        return None
+    config = run.config
+    size, samples, seed = config.train.batch_size, config.rollout.samples, config.runtime.seed
+    wanted = {}
+    for step in range(config.train.steps):
+        prompts = data.batch(run.train_prompts, step, size, seed)
+        for row in sorted(run.off_policy.rows(step, size * samples, seed)):
+            rendered, sample = prompts[row // samples], row % samples
+            wanted[rendered.prompt.index, sample] = (rendered, sample)
+    with clock.phase("teacher_text"):
+        return off_policy.teacher_texts(
+            list(wanted.values()), run.prefix.longest(config.train.steps), decoder(run.teacher, run.place.dtype), run.teacher_shape,
+            run.text_sampler, run.place, folder, progress.ledger)
 
 
 def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock) -> dict[tuple, list[float]]:
@@ -147,48 +194,61 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
     """
     place = run.place
     once = run.student.reads_once
-    groups = scoring.micro_batches(rollouts, run.config.train.micro_batch_size, once)
+    groups = [group for side in (False, True)
+              for group in scoring.micro_batches([r for r in rollouts if r.off_policy is side],
+                                                 run.config.train.micro_batch_size, once)]
     count = max(place.gather(len(groups)))
     values = {}
     for turn in range(count):
         idle = turn >= len(groups)
         group = groups[0] if idle else groups[turn]
-        lengths = [len(r.ids) for r in group]
+        lengths = [len(r.taught) for r in group]
         weight_N = torch.tensor([w for r in group for w in weights[r.prompt, r.sample]], dtype=torch.float64)
         weight_N = (weight_N * (0.0 if idle else place.world / divisor)).float()
-        with clock.phase("teacher_score"), torch.no_grad(), place.autocast(place.teacher_device):
-            teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
-        ledger.forward("teacher_score", run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True),
-                       idle=idle)
+        teacher_NE = None
+        if _terms(run, group).taught_by == "teacher":
+            with clock.phase("teacher_score"), torch.no_grad(), place.autocast(place.teacher_device):
+                teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
+            ledger.forward("teacher_score", run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True),
+                           idle=idle, taught=sum(lengths))
         gradients_meet = place.world == 1 or turn == count - 1
         with clock.phase("student_update"), contextlib.nullcontext() if gradients_meet else loss_module.no_sync():
             loss, value_N = loss_module(group, teacher_NE, weight_N)
             loss.backward()
         ledger.forward("student_update", run.student_shape, scoring.reads(group, once), passes=3, idle=idle,
-                       recomputed=run.student.recomputes)
+                       recomputed=run.student.recomputes, taught=sum(lengths))
         for rollout, part in zip(group, value_N.split(lengths)):
             values[rollout.prompt, rollout.sample] = part.tolist()
     return values
 
 
-def _facts(run: Run, rollouts, values, weights, divisor) -> dict:
-    """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot change them."""
+def _facts(run: Run, rollouts, values, weights, divisor, newest: int) -> dict:
+    """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot change them.
+
+    Means of the loss's values per token (None where there is none): over all taught tokens (those of the teacher's text apart
+    when their loss is another one), over the first tokens, over those from position ``newest`` on.
+    """
     rows = sorted(
-        row for part in run.place.gather([
-            ((r.prompt, r.sample), math.fsum(values[r.prompt, r.sample]), len(r.ids),
-             math.fsum(values[r.prompt, r.sample][:HEAD_TOKENS]), min(HEAD_TOKENS, len(r.ids)), r.finished,
-             math.fsum(w * v for w, v in zip(weights[r.prompt, r.sample], values[r.prompt, r.sample])))
-            for r in rollouts
-        ]) for row in part
+        ((r.prompt, r.sample), r.taught, values[r.prompt, r.sample], weights[r.prompt, r.sample], r.finished, r.off_policy)
+        for part in run.place.gather([
+            (dataclasses.replace(r, student_prompt=(), teacher_prompt=()), values[r.prompt, r.sample], weights[r.prompt, r.sample])
+            for r in rollouts]) for r, v, w in part
     )
-    tokens = sum(row[2] for row in rows)
+    apart = run.text_terms is not run.terms
+    tokens = [(t, v) for _, taught, value, _, _, foreign in rows if not (apart and foreign) for t, v in zip(taught, value)]
+    text = [v for _, _, value, _, _, foreign in rows if apart and foreign for v in value]
     return {
-        "loss": math.fsum(row[6] for row in rows) / divisor,
-        "divergence": math.fsum(row[1] for row in rows) / tokens,
-        "head": math.fsum(row[3] for row in rows) / sum(row[4] for row in rows),
-        "finished": sum(row[5] for row in rows) / len(rows),
-        "tokens": tokens,
+        "loss": math.fsum(math.fsum(w * v for w, v in zip(weight, value)) for _, _, value, weight, _, _ in rows) / divisor,
+        "divergence": _mean(v for _, v in tokens), "text": _mean(text),
+        "head": _mean(v for t, v in tokens if t < HEAD_TOKENS), "newest": _mean(v for t, v in tokens if t >= newest),
+        "finished": sum(row[4] for row in rows) / len(rows), "filled": sum(not row[4] for row in rows) / len(rows),
+        "tokens": len(tokens) + len(text),
     }
+
+
+def _mean(values) -> float | None:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else None
 
 
 def _update(run: Run, folder: RunFolder, optimizer, progress: Progress, rate: float, loss: float) -> float:
@@ -224,161 +284,6 @@ def _optimizer(net, config) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.schedule.lr, fused=True)
 
 
-def _measure_before(run: Run, decoding: Model, progress: Progress, clock: Clock, folder: RunFolder) -> dict:
-    """Draws the fixed held-out rollouts from the untrained student and measures it on them: the "before" of every later
-    comparison, kept in before.json."""
-    ledger = Ledger()
-    with clock.phase("evaluation"):
-        fixed = _full_rollouts(run, decoding, ledger)
-    _merge(run, progress, ledger)
-    found = _measure(run, decoding, fixed, fixed, progress, clock, folder)
-    records = found.pop("records")
-    before = {**found, "rollouts": [dataclasses.asdict(r) for r in fixed]}
-    if run.place.first:
-        folder.write_json("before.json", before)
-        folder.write_rows("examples-before.jsonl", records)
-    return before
-
-
-def _evaluate_now(run: Run, decoding, fixed, before, progress, clock, folder, report) -> dict:
-    """Measures the current student and says so when its tail is being hurt."""
-    found = _measure(run, decoding, fixed, None, progress, clock, folder)
-    if run.place.first:
-        report.evaluation(progress.evaluations[-1])
-        if text := tail_warning(before, found, run.prefix.length(max(0, progress.step - 1))):
-            report.warn(text)
-    return found
-
-
-def _measure(run: Run, decoding: Model, fixed, full, progress: Progress, clock: Clock, folder: RunFolder) -> dict:
-    """Accuracy on the held-out problems and reverse KL on the fixed contexts, now; keeps the best student.
-
-    Where no problem is evaluated, the length and endings of full answers come from ``full``, drawn now if None.
-    """
-    ledger = Ledger()
-    with clock.phase("evaluation"):
-        values = evaluate.held_out_kl(run.student, run.teacher, run.support, fixed, run.place,
-                                      run.config.train.micro_batch_size, _scoring_spent(run, ledger))
-        gap = _sampler_gap(run, decoding, fixed, ledger)
-        score = _accuracy(run, decoding, _evaluation_spent(run, ledger))
-        if score is None:
-            full = full or _full_rollouts(run, decoding, ledger)
-            length, finish = sum(len(r.ids) for r in full) / len(full), sum(r.finished for r in full) / len(full)
-        else:
-            length, finish = score.mean_tokens, score.finish_rate
-    _merge(run, progress, ledger)
-    head, tail = evaluate.split_mean(values, run.prefix.length(max(0, progress.step - 1)))
-    row = {
-        "step": progress.step, "accuracy": score and score.accuracy, "kl": evaluate.token_mean(values), "kl_prefix": head,
-        "kl_tail": tail, "sampler_kl": gap, "finish_rate": finish, "mean_tokens": length, "flops_useful": progress.ledger.total(),
-        "flops_executed": progress.ledger.total("executed"),
-    }
-    if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
-        progress.evaluations.append(row)
-    _keep_best(run, folder, progress, row)
-    return {**row, "kl_by_token": values, "records": score.records if score else []}
-
-
-def _sampler_gap(run: Run, decoding: Model, fixed, ledger: Ledger) -> float | None:
-    """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a copy in another dtype: how far
-    from on-policy that makes them. None where the student itself samples."""
-    if decoding.net.dtype == run.student.net.dtype:
-        return None
-    own = [dataclasses.replace(r, teacher_prompt=r.student_prompt, teacher_ids=r.ids) for r in fixed]
-    values = evaluate.held_out_kl(
-        decoding, run.student, run.support, own, run.place, run.config.train.micro_batch_size,
-        lambda group: ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.reads_once), passes=2))
-    return evaluate.token_mean(values)["value"]
-
-
-def _full_rollouts(run: Run, decoding: Model, ledger: Ledger) -> list[Rollout]:
-    return evaluate.fixed_rollouts(decoding, run.kl_prompts, run.eval_sampler, run.config.rollout.max_new_tokens, run.place,
-                                   _evaluation_spent(run, ledger))
-
-
-def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
-    """One line when training has hurt what lies beyond the prefix: its KL on the fixed contexts rose by more than two
-    standard errors (paired by rollout), or answers end less often (by more than 5 points); else None."""
-    gaps = [
-        math.fsum(new[prefix:]) / len(new[prefix:]) - math.fsum(old[prefix:]) / len(old[prefix:])
-        for new, old in zip(found["kl_by_token"], before["kl_by_token"]) if len(new) > prefix
-    ]
-    said = []
-    if len(gaps) > 1:
-        mean = math.fsum(gaps) / len(gaps)
-        error = math.sqrt(math.fsum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1) / len(gaps))
-        if mean > 2 * error and mean > 1e-3:
-            said.append(f"the KL beyond the prefix rose by {mean:.3g} ± {error:.1g} nats per token")
-    if found["finish_rate"] < before["finish_rate"] - 0.05:
-        said.append(f"answers end less often ({before['finish_rate']:.0%} → {found['finish_rate']:.0%})")
-    if not said:
-        return None
-    head_before, _ = evaluate.split_mean(before["kl_by_token"], prefix)
-    head_after, _ = evaluate.split_mean(found["kl_by_token"], prefix)
-    exhausted = f"; the prefix has little left to teach ({head_before:.2g} → {head_after:.2g} nats)" if (
-        head_after < 0.1 * head_before) else ""
-    return (f"after update {found['step']} the tail is being hurt: {' and '.join(said)}{exhausted}; "
-            "lengthen --prefix, lower --lr or stop earlier")
-
-
-def _accuracy(run: Run, decoding: Model, spent):
-    if not run.problems:
-        return None
-    return evaluate.evaluate(
-        decoding, run.problems, run.eval_sampler, samples=run.config.evaluate.rollouts,
-        max_new_tokens=run.config.rollout.max_new_tokens, answer_format=run.answer_format, place=run.place, spent=spent,
-    )
-
-
-def _keep_best(run: Run, folder: RunFolder, progress: Progress, row: dict) -> None:
-    """Keeps the best student seen so far in best/, by accuracy where there are answers, else by held-out KL."""
-    if not run.config.evaluate.every:
-        return
-    merit = row["accuracy"]["value"] if row["accuracy"] else -row["kl"]["value"]
-    if progress.best is None or merit > progress.best["merit"]:
-        progress.best = {"step": progress.step, "merit": merit, "accuracy": row["accuracy"], "kl": row["kl"]}
-        if run.place.first:
-            save(run.student, folder.best)
-
-
-def _merge(run: Run, progress: Progress, ledger: Ledger) -> None:
-    """Adds every rank's ledger to the run's."""
-    for other in run.place.gather(ledger):
-        progress.ledger.merge(other)
-
-
-def _evaluation_spent(run: Run, ledger: Ledger):
-    return lambda reads: ledger.generation(run.student_shape, reads, "evaluation", "evaluation")
-
-
-def _scoring_spent(run: Run, ledger: Ledger):
-    def spent(group):
-        ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.reads_once))
-        ledger.forward("evaluation", run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True))
-
-    return spent
-
-
-def full_cost(run: Run, progress: Progress, steps: range) -> float:
-    """Useful FLOPs the updates in ``steps`` would have cost with full rollouts of the then-current student.
-
-    Its full length is measured at every evaluation and taken as linear in between; after the last, as constant.
-    """
-    config, total = run.config, 0.0
-    for step in steps:
-        prompts = data.batch(run.train_prompts, step, config.train.batch_size, config.runtime.seed)
-        total += run.update_cost(prompts, _length_at(progress.evaluations, step))
-    return total
-
-
-def _length_at(evaluations: list[dict], step: int) -> float:
-    points = [(row["step"], row["mean_tokens"]) for row in evaluations]
-    for (left, low), (right, high) in zip(points, points[1:]):
-        if left <= step < right:
-            return low + (high - low) * (step - left) / (right - left)
-    return points[-1][1]
-
-
 def _row(run: Run, progress: Progress, facts, prefix, rate, norm, clock, spent_before) -> dict:
     seconds = {k: v - spent_before.get(k, 0.0) for k, v in clock.seconds.items() if k != "evaluation"}
     row = {
@@ -387,6 +292,8 @@ def _row(run: Run, progress: Progress, facts, prefix, rate, norm, clock, spent_b
         "rollout/prefix_tokens": prefix, "rollout/taught_tokens": facts["tokens"],
         "rollout/finished_share": facts["finished"], "optimizer/learning_rate": rate, "optimizer/gradient_norm": norm,
     }
+    if facts["text"] is not None:
+        row["loss/teacher_text_nats"] = facts["text"]
     row |= {f"flops/{phase}": value for phase, value in progress.ledger.useful.items() if phase != "evaluation"}
     row["flops/useful_total"], row["flops/executed_total"] = progress.ledger.total(), progress.ledger.total("executed")
     row |= {f"time/{phase}_s": value for phase, value in seconds.items()}
@@ -399,7 +306,8 @@ def _result(run: Run, folder: RunFolder, progress: Progress, resumed_from, clock
     return {
         "out": str(folder.path), "steps": progress.step, "resumed_from": resumed_from,
         "accuracy_before": first["accuracy"], "accuracy_after": last["accuracy"], "kl_before": first["kl"],
-        "kl_after": last["kl"], "sampler_kl": last["sampler_kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
+        "kl_after": last["kl"], "prefix": progress.taught_prefix, "prefix_decisions": progress.decisions,
+        "tail_probes": progress.tail_probes, "sampler_kl": last["sampler_kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
         "full_rollout_cost": full_cost(run, progress, range(progress.step)),
         "seconds": {"total": math.fsum(clock.seconds.values()), "by_phase": clock.seconds},
         "evaluations": progress.evaluations, "best": progress.best and {
@@ -429,11 +337,9 @@ def _restore(run: Run, folder: RunFolder, optimizer, progress: Progress, report)
     for key, value in facts.items():
         setattr(progress, key, Ledger(**value) if key == "ledger" else value)
     if run.place.first:
-        folder.rewind_metrics(step)
+        folder.rewind("metrics.jsonl", step)
+        folder.rewind("scores.jsonl", progress.evaluations[-1]["step"])
     run.place.wait()
     report.note(f"resumed after update {step}")
     return step
 
-
-def _tuples(row: dict) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}

@@ -11,7 +11,7 @@ from conftest import invoke, last_json
 from prefix_distill import data, models
 from prefix_distill.demo import task
 
-PAIRS = [(name, role) for name in task.TASKS for role in task.ROLES]
+PAIRS = [(name, role) for name in task.TASKS for role in task.ROLES[name]]
 
 
 @pytest.mark.parametrize("name", task.TASKS)

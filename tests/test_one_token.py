@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prefix_distill import train
+from prefix_distill import monitor, train
 from prefix_distill.config import build
 from prefix_distill.divergence import Terms
 from prefix_distill.flops import Ledger, Shape
@@ -40,7 +40,7 @@ def test_loss_gradient_and_new_weight_by_hand():
     teacher = Model("t", Bigram([[math.log(2), 0.0, 0.0], [0.0, math.log(4), 0.0], [9.0, -9.0, 3.0]]), None, None, frozenset())
     place = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
     run = SimpleNamespace(
-        student=student, teacher=teacher, place=place, support=3, terms=Terms("reverse-kl"), config=build({"schedule.lr": 0.1}),
+        student=student, teacher=teacher, place=place, support=3, terms=(terms := Terms("reverse-kl")), text_terms=terms, config=build({"schedule.lr": 0.1}),
         student_shape=Shape(0, 9, ()), teacher_shape=Shape(0, 9, ()),
     )
     rollouts = [Rollout(0, 0, (0,), (0,), (1, 2), (1, 2), False)]  # reads 0, 1; token 2 is predicted and never read
@@ -60,9 +60,9 @@ def test_loss_gradient_and_new_weight_by_hand():
     assert teacher.net.out.weight.grad is None
 
     optimizer = train._optimizer(student.net, run.config)
-    facts = train._facts(run, rollouts, values, weights, divisor)
+    facts = train._facts(run, rollouts, values, weights, divisor, 0)
     assert facts["loss"] == pytest.approx(math.log(64 / 27) / 6, abs=1e-6)
-    train._update(run, None, optimizer, train.Progress(), 0.1, facts["loss"])
+    train._update(run, None, optimizer, monitor.Progress(), 0.1, facts["loss"])
     # AdamW's first step: −lr · g / (|g| + ε); the gradient norm is below 1, so nothing is clipped
     expected = torch.tensor([[-0.1 * g / (abs(g) + 1e-8) for g in row] for row in by_hand.tolist()])
     torch.testing.assert_close(student.net.out.weight.detach(), expected, atol=1e-6, rtol=1e-5)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import byte_tokenizer, save_tiny
 from prefix_distill import config as configuration
-from prefix_distill import data, models, preflight, scoring, train
+from prefix_distill import data, models, monitor, preflight, scoring, train
 from prefix_distill.checkpoint import RunFolder
 from prefix_distill.errors import Stopped
 from prefix_distill.flops import Ledger
@@ -29,6 +29,7 @@ class Silent:
 
     def note(self, *_): ...
     def row(self, *_): ...
+    def tail(self, *_): ...
     def evaluation(self, *_): ...
 
 
@@ -278,21 +279,21 @@ def test_gpu_update_equals_cpu(pair, questions):
 def test_full_rollout_cost_uses_the_measured_length(pair, questions):
     run = prepared(pair, questions)
     measured = lambda *points: [{"step": step, "mean_tokens": length} for step, length in points]
-    assert [train._length_at(measured((0, 10), (2, 30), (4, 20)), s) for s in range(5)] == [10, 20, 30, 25, 20]
-    flat, longer = (train.Progress(step=4, evaluations=measured((0, n), (4, n))) for n in (12, 24))
-    assert 1.2 < train.full_cost(run, longer, range(4)) / train.full_cost(run, flat, range(4)) < 2
+    assert [monitor._length_at(measured((0, 10), (2, 30), (4, 20)), s) for s in range(5)] == [10, 20, 30, 25, 20]
+    flat, longer = (monitor.Progress(step=4, evaluations=measured((0, n), (4, n))) for n in (12, 24))
+    assert 1.2 < monitor.full_cost(run, longer, range(4)) / monitor.full_cost(run, flat, range(4)) < 2
 
 
 def test_tail_warning_needs_a_paired_rise():
     def found(rate, values):
-        return {"step": 5, "finish_rate": rate, "kl_by_token": values}
+        return {"step": 5, "finish_rate": rate, "answers": 200, "kl_by_token": values}
 
     before = found(0.9, [[1.0, 1.0, 0.1, 0.1 + i / 100] for i in range(8)])
     hurt = [[0.01, 0.01, 0.5, 0.5 + i / 100] for i in range(8)]
-    text = train.tail_warning(before, found(0.6, hurt), 2)
+    text = monitor.tail_warning(before, found(0.6, hurt), 2)
     assert "rose by 0.4" in text and "90% → 60%" in text and "little left to teach" in text
-    assert train.tail_warning(before, before, 2) is None
-    assert train.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None  # nothing beyond the prefix
+    assert monitor.tail_warning(before, before, 2) is None
+    assert monitor.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None  # nothing beyond the prefix
 
 
 def test_learning_rate_schedules():

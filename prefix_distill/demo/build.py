@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('only user and assistant turns are known') }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-BANDS = {"teacher": (0.95, 1.0), "student": (0.15, 0.45)}
+BANDS = {"teacher": (0.95, 1.0), "student": (0.15, 0.45), "student-wide": (0.15, 0.45)}
 MEASURED = 1000
 MAX_NEW_TOKENS = 200
 
@@ -75,6 +75,8 @@ class Net:
 NETS = (
     Net("choice", "teacher", 3, 96, 0, (Stage(600, 12, 3e-3, 0.25), Stage(450, 16, 1.8e-3, last=0.02))),
     Net("choice", "student", 2, 64, 1,
+        (Stage(800, 12, 6e-3, 0.25), Stage(700, 12, 4e-3, 0.25), Stage(200, 32, 1.5e-3, 0.72, last=0.02))),
+    Net("choice", "student-wide", 2, 80, 6,
         (Stage(800, 12, 6e-3, 0.25), Stage(700, 12, 4e-3, 0.25), Stage(200, 32, 1.5e-3, 0.72, last=0.02))),
     Net("tied", "teacher", 3, 96, 2, (Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, few=False, last=0.02))),
     Net("tied", "student", 2, 64, 3,

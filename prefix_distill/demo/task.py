@@ -24,7 +24,7 @@ from pathlib import Path
 
 TASKS = ("choice", "shared", "tied")
 SPLITS = ("train", "validation", "test")
-ROLES = ("teacher", "student")
+ROLES = {"choice": ("teacher", "student", "student-wide"), "shared": ("teacher", "student"), "tied": ("teacher", "student")}
 STEPS = {"choice": range(20, 31), "shared": range(20, 31), "tied": range(25, 31)}
 MAX_STEPS = 30
 MAX_NEW_TOKENS = 192  # the longest worked solution has 6 tokens a step and 4 at its end
@@ -115,6 +115,7 @@ def problems(task: str, split: str, n: int, seed: int = 0, steps: Sequence[int] 
 
 def model_path(task: str, role: str) -> Path:
     """Folder of the shipped teacher or student of a task. Raises ValueError for an unknown task or role."""
-    if task not in TASKS or role not in ROLES:
-        raise ValueError(f"no model {task!r} {role!r}: tasks are {', '.join(TASKS)}, roles are {', '.join(ROLES)}")
+    if role not in ROLES.get(task, ()):
+        known = ", ".join(f"{task}/{role}" for task, roles in ROLES.items() for role in roles)
+        raise ValueError(f"no model {task!r} {role!r}: there are {known}")
     return MODELS / task / role

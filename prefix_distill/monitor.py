@@ -1,0 +1,234 @@
+"""What a run looks at beside its loss: evaluations, the tail beyond the prefix, the best student, the cost of full rollouts."""
+
+import dataclasses
+import math
+
+from . import data, evaluate, scoring
+from .checkpoint import RunFolder
+from .flops import Ledger
+from .models import Model, save
+from .preflight import Run
+from .rollout import Rollout
+from .runtime import Clock
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the checkpoint carries beside tensors; all of it plain numbers."""
+
+    step: int = 0
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
+    seconds: dict = dataclasses.field(default_factory=dict)
+    tokens: int = 0
+    prefix: dict = dataclasses.field(default_factory=dict)  # the state of the prefix schedule
+    taught_prefix: int = 0  # prefix length of the last update (before any: of the first)
+    decisions: list = dataclasses.field(default_factory=list)  # {step, reason} of every growth of the prefix
+    evaluations: list = dataclasses.field(default_factory=list)  # a row per evaluation, the untrained student's first
+    tail_probes: list = dataclasses.field(default_factory=list)
+    best: dict | None = None
+
+    def training_seconds(self) -> float:
+        """Wall time but for evaluations."""
+        return math.fsum(v for phase, v in self.seconds.items() if phase != "evaluation")
+
+
+class Monitor:
+    """Measures the student of one run. ``before``: what the untrained student's measurement found, kept in before.json with
+    the rollouts it drew from held-out prompts: the fixed contexts of every later comparison."""
+
+    def __init__(self, run: Run, decoding: Model, progress: Progress, clock: Clock, folder: RunFolder, report):
+        self.run, self.decoding, self.progress, self.clock, self.folder, self.report = (
+            run, decoding, progress, clock, folder, report)
+        self.before: dict = {}
+        self.fixed: list[Rollout] = []
+
+    def start(self) -> None:
+        """Draws the fixed contexts and measures the untrained student."""
+        ledger = Ledger()
+        with self.clock.phase("evaluation"):
+            self.fixed = self._full_rollouts(self.run.kl_prompts, _spent_on(self.run, ledger, "evaluation"))
+        merge(self.run, self.progress, ledger)
+        found = self._measure(self.fixed)
+        records = found.pop("records")
+        self.before = {**found, "rollouts": [dataclasses.asdict(r) for r in self.fixed]}
+        if self.run.place.first:
+            self.folder.write_json("before.json", self.before)
+            self.folder.write_rows("examples-before.jsonl", records)
+
+    def resume(self) -> None:
+        """Takes the fixed contexts and what was measured on them from before.json."""
+        self.before = self.folder.read_json("before.json")
+        self.fixed = [Rollout(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+                      for row in self.before["rollouts"]]
+
+    def evaluate(self) -> dict:
+        """Measures the current student and says so when its tail is being hurt."""
+        found = self._measure(None)
+        self.report.evaluation(self.progress.evaluations[-1])
+        self._warn(self.before, found)
+        return found
+
+    def probe_due(self) -> bool:
+        """Have --tail-every updates passed since anything looked beyond the prefix?"""
+        looked = max(rows[-1]["step"] for rows in (self.progress.evaluations, self.progress.tail_probes) if rows)
+        every = self.run.config.evaluate.tail_every
+        return bool(every) and self.progress.step - looked >= every
+
+    def probe_tail(self) -> dict:
+        """A small look beyond the prefix: reverse KL on the first few fixed contexts, and how the student's own full answers
+        to these prompts end, drawn with the seeds of the untrained student's. A ledger row of its own, inside the totals."""
+        run, ledger, count = self.run, Ledger(), self.run.config.evaluate.tail_prompts
+        with self.clock.phase("tail_probe"):
+            values = self._divergence(self.fixed[:count], ledger, "tail_probe")
+            full = self._full_rollouts(run.kl_prompts[:count], _spent_on(run, ledger, "tail_probe"))
+        merge(run, self.progress, ledger)
+        found = {"step": self.progress.step, "kl_by_token": values, **_endings(full)}
+        head, tail = evaluate.split_mean(values, self.progress.taught_prefix)
+        row = {"step": self.progress.step, "kl": evaluate.token_mean(values)["value"], "kl_prefix": head, "kl_tail": tail,
+               "finish_rate": found["finish_rate"], "mean_tokens": found["mean_tokens"]}
+        self.progress.tail_probes.append(row)
+        self.report.tail(row)
+        self._warn({"kl_by_token": self.before["kl_by_token"][:count], **_endings(self.fixed[:count])}, found)
+        self._keep_best(row["step"], None, values)
+        return row
+
+    def _warn(self, before: dict, found: dict) -> None:
+        if text := tail_warning(before, found, self.progress.taught_prefix):
+            self.report.warn(text)
+
+    def _measure(self, full: list[Rollout] | None) -> dict:
+        """Accuracy on the held-out problems and reverse KL on the fixed contexts, now; keeps the best student.
+
+        Where no problem is evaluated, the length and endings of full answers come from ``full``, drawn now if None.
+        """
+        run, progress, ledger = self.run, self.progress, Ledger()
+        spent = _spent_on(run, ledger, "evaluation")
+        with self.clock.phase("evaluation"):
+            values = self._divergence(self.fixed, ledger, "evaluation")
+            gap = self._sampler_gap(ledger)
+            score = None
+            if run.problems:
+                score = evaluate.evaluate(
+                    self.decoding, run.problems, run.eval_sampler, samples=run.config.evaluate.rollouts,
+                    max_new_tokens=run.config.rollout.max_new_tokens, answer_format=run.answer_format, place=run.place, spent=spent)
+                endings = {"finish_rate": score.finish_rate, "mean_tokens": score.mean_tokens,
+                           "answers": len(run.problems) * run.config.evaluate.rollouts}
+            else:
+                endings = _endings(full or self._full_rollouts(run.kl_prompts, spent))
+        merge(run, progress, ledger)
+        head, tail = evaluate.split_mean(values, progress.taught_prefix)
+        row = {
+            "step": progress.step, "accuracy": score and score.accuracy, "kl": evaluate.token_mean(values), "kl_prefix": head,
+            "kl_tail": tail, "sampler_kl": gap, **endings, "flops_useful": progress.ledger.total(),
+            "flops_executed": progress.ledger.total("executed"), "seconds": progress.training_seconds(),
+        }
+        if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
+            progress.evaluations.append(row)
+            if run.place.first and score and score.accuracy:
+                self.folder.append("scores.jsonl", {"step": progress.step, "right": score.right()})
+        self._keep_best(progress.step, row["accuracy"], values)
+        return {**row, "kl_by_token": values, "records": score.records if score else []}
+
+    def _divergence(self, contexts: list[Rollout], ledger: Ledger, phase: str) -> list[list[float]]:
+        run = self.run
+
+        def spent(group):
+            ledger.forward(phase, run.student_shape, scoring.reads(group, run.student.reads_once))
+            ledger.forward(phase, run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True))
+
+        return evaluate.held_out_kl(run.student, run.teacher, run.support, contexts, run.place, run.config.train.micro_batch_size,
+                                    spent)
+
+    def _sampler_gap(self, ledger: Ledger) -> float | None:
+        """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a copy in another dtype: how
+        far from on-policy that makes them. None where the student itself samples."""
+        run = self.run
+        if self.decoding.net.dtype == run.student.net.dtype:
+            return None
+        own = [dataclasses.replace(r, teacher_prompt=r.student_prompt, teacher_ids=r.ids) for r in self.fixed]
+        values = evaluate.held_out_kl(
+            self.decoding, run.student, run.support, own, run.place, run.config.train.micro_batch_size,
+            lambda group: ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.reads_once), passes=2))
+        return evaluate.token_mean(values)["value"]
+
+    def _full_rollouts(self, prompts: list[data.Rendered], spent) -> list[Rollout]:
+        run = self.run
+        return evaluate.fixed_rollouts(self.decoding, prompts, run.eval_sampler, run.config.rollout.max_new_tokens, run.place, spent)
+
+    def _keep_best(self, step: int, accuracy: dict | None, values: list[list[float]]) -> None:
+        """Keeps the best student seen so far in best/: by accuracy where it is evaluated during the run, else by the reverse
+        KL on the fixed contexts of the tail probe."""
+        settings, progress = self.run.config.evaluate, self.progress
+        if not settings.every and not settings.tail_every:
+            return
+        if settings.every and accuracy:
+            merit = accuracy["value"]
+        else:
+            merit = -evaluate.token_mean(values[: settings.tail_prompts])["value"]
+        if progress.best is None or merit > progress.best["merit"]:
+            progress.best = {"step": step, "merit": merit, "accuracy": accuracy, "kl": evaluate.token_mean(values)}
+            if self.run.place.first:
+                save(self.run.student, self.folder.best)
+
+
+def merge(run: Run, progress: Progress, ledger: Ledger) -> None:
+    """Adds every rank's ledger to the run's."""
+    for other in run.place.gather(ledger):
+        progress.ledger.merge(other)
+
+
+def _spent_on(run: Run, ledger: Ledger, phase: str):
+    return lambda reads: ledger.generation(run.student_shape, reads, phase, phase)
+
+
+def _endings(rollouts: list[Rollout]) -> dict:
+    count = len(rollouts)
+    return {"finish_rate": sum(r.finished for r in rollouts) / count, "mean_tokens": sum(len(r.ids) for r in rollouts) / count,
+            "answers": count}
+
+
+def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
+    """One line when training has hurt what lies beyond the prefix: its KL on the fixed contexts rose by more than two
+    standard errors (paired by rollout), or answers end less often (by more than 5 points and two standard errors); else
+    None."""
+    gaps = [
+        math.fsum(new[prefix:]) / len(new[prefix:]) - math.fsum(old[prefix:]) / len(old[prefix:])
+        for new, old in zip(found["kl_by_token"], before["kl_by_token"]) if len(new) > prefix
+    ]
+    said = []
+    if len(gaps) > 1:
+        mean = math.fsum(gaps) / len(gaps)
+        error = math.sqrt(math.fsum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1) / len(gaps))
+        if mean > 2 * error and mean > 1e-3:
+            said.append(f"the KL beyond the prefix rose by {mean:.3g} ± {error:.1g} nats per token")
+    noise = math.sqrt(sum(side["finish_rate"] * (1 - side["finish_rate"]) / side["answers"] for side in (before, found)))
+    if before["finish_rate"] - found["finish_rate"] > max(0.05, 2 * noise):
+        said.append(f"answers end less often ({before['finish_rate']:.0%} → {found['finish_rate']:.0%})")
+    if not said:
+        return None
+    head_before, _ = evaluate.split_mean(before["kl_by_token"], prefix)
+    head_after, _ = evaluate.split_mean(found["kl_by_token"], prefix)
+    exhausted = f"; the prefix has little left to teach ({head_before:.2g} → {head_after:.2g} nats)" if (
+        head_after < 0.1 * head_before) else ""
+    return (f"after update {found['step']} the tail is being hurt: {' and '.join(said)}{exhausted}; "
+            "lengthen --prefix, lower --lr or stop earlier")
+
+
+def full_cost(run: Run, progress: Progress, steps: range) -> float:
+    """Useful FLOPs the updates in ``steps`` would have cost with full rollouts of the then-current student.
+
+    Its full length is measured at every evaluation and taken as linear in between; after the last, as constant.
+    """
+    config, total = run.config, 0.0
+    for step in steps:
+        prompts = data.batch(run.train_prompts, step, config.train.batch_size, config.runtime.seed)
+        total += run.update_cost(prompts, _length_at(progress.evaluations, step))
+    return total
+
+
+def _length_at(evaluations: list[dict], step: int) -> float:
+    points = [(row["step"], row["mean_tokens"]) for row in evaluations]
+    for (left, low), (right, high) in zip(points, points[1:]):
+        if left <= step < right:
+            return low + (high - low) * (step - left) / (right - left)
+    return points[-1][1]

@@ -1,0 +1,52 @@
+"""Text that the teacher wrote, in place of the student's own: what on-policy distillation is compared with."""
+
+from .data import Rendered
+from .flops import Ledger
+from .models import Model
+from .rollout import Request, Rollout, Sampler, generate
+from .runtime import Place
+
+FILE = "teacher-text.json"
+PHASES = ("teacher_prefill", "teacher_decode")
+
+
+def teacher_texts(wanted: list[tuple[Rendered, int]], cap: int, teacher: Model, shape, sampler: Sampler, place: Place, folder,
+                  ledger: Ledger) -> dict[tuple[int, int], dict]:
+    """(prompt index, sample) → {"ids", "finished"}: what the teacher writes to each wanted prompt, up to ``cap`` tokens.
+
+    Written once and kept in the run folder with its FLOPs (rows of their own in ``ledger``, inside the totals); read back
+    from there by a resumed run. A draw depends on (seed, prompt, sample) alone. Sharded over ranks.
+    """
+    kept = folder.read_json(FILE) if (folder.path / FILE).is_file() else {"texts": [], "ledger": {"useful": {}, "executed": {}}}
+    place.wait()  # every rank has looked before the first one writes
+    texts = {(row["prompt"], row["sample"]): row for row in kept["texts"]}
+    missing = {}
+    for rendered, sample in wanted:
+        have = texts.get((rendered.prompt.index, sample))
+        if have is None or not (have["finished"] or len(have["ids"]) >= cap):
+            missing[rendered.prompt.index, sample] = rendered
+    if missing:
+        spent, keys = Ledger(), list(missing)
+        mine = keys[place.rank :: place.world]
+        requests = [Request(missing[key].teacher_ids, ("teacher-text", *key)) for key in mine]
+        drawn = generate(teacher, requests, cap, sampler, lambda reads: spent.generation(shape, reads, *PHASES)) if mine else []
+        for part in place.gather([(*key, r.ids, r.finished) for key, r in zip(mine, drawn)]):
+            for index, sample, ids, finished in part:
+                texts[index, sample] = {"prompt": index, "sample": sample, "ids": list(ids), "finished": finished,
+                                        "text": teacher.tokenizer.decode(ids)}
+        total = Ledger(**kept["ledger"])
+        for other in place.gather(spent):
+            total.merge(other)
+        kept = {"texts": [texts[key] for key in sorted(texts)], "ledger": {"useful": total.useful, "executed": total.executed}}
+        if place.first:
+            folder.write_json(FILE, kept)
+    for kind in ("useful", "executed"):  # set, not added: the file holds what these texts cost, however often a run resumes
+        getattr(ledger, kind).update(kept["ledger"][kind])
+    return texts
+
+
+def rollout(slot: int, sample: int, rendered: Rendered, text: dict, prefix: int) -> Rollout:
+    """The first ``prefix`` tokens of a teacher's text as a rollout."""
+    ids = tuple(text["ids"][:prefix])
+    finished = text["finished"] and len(text["ids"]) <= prefix
+    return Rollout(slot, sample, rendered.student_ids, rendered.teacher_ids, ids, ids, finished, off_policy=True)
