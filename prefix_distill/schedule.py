@@ -54,7 +54,7 @@ class PrefixSchedule:
         ``signal``: mean divergence in the newest window [L − ΔH, L) of this update's rollouts, nats per token (None where
         no rollout entered it); ``reached``: share of rollouts that filled the prefix. With a and b the means of the signal
         over the last-but-one and the last 5 updates and s over the first 5 since the window opened, it has stopped improving
-        when a − b < s/10, and L grows by ΔH if at least a quarter of the last 5 updates' rollouts reached L. The numbers are
+        when a − b ≤ s/10, and L grows by ΔH if at least a quarter of the last 5 updates' rollouts reached L. The numbers are
         the global update's, so every rank decides alike.
         """
         if self.kind != "auto" or self.length(step, state) >= self.limit:
@@ -66,7 +66,7 @@ class PrefixSchedule:
         first, before, last = (_mean([s for s, _ in part]) for part in
                                (seen[:PATIENCE], seen[-2 * PATIENCE : -PATIENCE], seen[-PATIENCE:]))
         filled = _mean([r for _, r in seen[-PATIENCE:]])
-        if before - last >= STOPPED * first or filled < REACHED:
+        if before - last > STOPPED * first or filled < REACHED:
             return None
         opened, old = self.window(state), self.length(step, state)
         state.update(length=min(old + self.rise, self.limit), window=old, seen=[])

@@ -209,3 +209,76 @@ def test_gpu_equals_cpu(name, beta):
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
     torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(grads[0][2], grads[1][2], rtol=1e-4, atol=1e-6)
+
+
+def exact_case(seed=0):
+    """One context (its student and teacher rows) seen V times, each time with another realised token."""
+    torch.manual_seed(seed)
+    vocabulary = 40
+    student, teacher = Head(torch.randn(vocabulary, 8), torch.randn(vocabulary)), Head(torch.randn(vocabulary, 12), softcap=6.0)
+    return vocabulary, student, teacher, torch.randn(1, 8), torch.randn(1, 12)
+
+
+@pytest.mark.parametrize("ratio", [False, True])
+def test_the_sampled_gradient_is_the_exact_one_in_expectation(ratio):
+    """Σ_v q(v) ∇loss(v) = ∇KL(S‖T) at a fixed context: q = S, and any other q with the importance ratio."""
+    vocabulary, student, teacher, hidden, theirs = exact_case()
+    logp = F.log_softmax(student.logits(hidden.clone()), -1)[0]
+    sampler = F.log_softmax(student.logits(hidden.clone()) / 0.6, -1)[0] if ratio else logp  # a sharpened sampler
+    gradients = []
+    for terms, rows, weight, more in (
+        (Terms("reverse-kl"), 1, torch.ones(1), ()),
+        (Terms("reverse-kl", sampled=True), vocabulary, sampler.exp(), (torch.arange(vocabulary), sampler if ratio else None)),
+    ):
+        own = hidden.clone().requires_grad_(True)
+        table, bias = student.weight_VD.clone().requires_grad_(True), student.bias_V.clone().requires_grad_(True)
+        loss, values = weighted(terms, own.expand(rows, -1), Head(table, bias), theirs.expand(rows, -1), teacher, weight, *more)
+        loss.backward()
+        gradients.append((own.grad, table.grad, bias.grad))
+        if rows > 1 and not ratio:  # the estimate's mean is the KL
+            assert (weight * values).sum().item() == pytest.approx(exact, abs=1e-5)
+        exact = values[0].item()
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_without_the_ratio_another_sampler_biases_the_gradient():
+    vocabulary, student, teacher, hidden, theirs = exact_case()
+    q = F.softmax(student.logits(hidden.clone()) / 0.6, -1)[0]
+    found = []
+    for terms, rows, weight in ((Terms("reverse-kl"), 1, torch.ones(1)), (Terms("reverse-kl", sampled=True), vocabulary, q)):
+        own = hidden.clone().requires_grad_(True)
+        weighted(terms, own.expand(rows, -1), student, theirs.expand(rows, -1), teacher, weight, torch.arange(vocabulary))[0].backward()
+        found.append(own.grad)
+    assert (found[0] - found[1]).norm() > 0.05 * found[0].norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_sampled_and_cross_entropy_against_autograd(softcap):
+    """The policy-gradient loss −ρ·A·log S(y) and −log S(y), written down naively; also in chunks of one row."""
+    torch.manual_seed(1)
+    hidden, theirs = torch.randn(9, 8), torch.randn(9, 12)
+    weight, teacher = torch.rand(9), Head(torch.randn(30, 12))
+    table, token, drawn = torch.randn(30, 8), torch.randint(30, (9,)), -torch.rand(9) * 3
+    for terms in (Terms("reverse-kl", sampled=True), Terms("cross-entropy"),
+                  Terms("reverse-kl", sampled=True, memory_bytes=1), Terms("cross-entropy", memory_bytes=1)):
+        sides = []
+        for fused in (True, False):
+            own, head = hidden.clone().requires_grad_(True), table.clone().requires_grad_(True)
+            if fused:
+                text = terms.name == "cross-entropy"
+                loss, values = weighted(terms, own, Head(head, softcap=softcap), None if text else theirs, teacher, weight, token,
+                                        None if text else drawn)
+            else:
+                logits = own @ head.T
+                logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                logp = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+                if terms.name == "cross-entropy":
+                    values, loss = -logp, -(weight * logp).sum()
+                else:
+                    advantage = (teacher.logits(theirs).log_softmax(-1).gather(1, token[:, None])[:, 0] - logp).detach()
+                    values, loss = -advantage, -(weight * (logp.detach() - drawn).exp() * advantage * logp).sum()
+            loss.backward()
+            sides.append((values.detach(), own.grad, head.grad))
+        for one, other in zip(*sides):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

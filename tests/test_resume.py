@@ -105,3 +105,60 @@ def test_a_used_folder_is_refused_without_resume(whole, pair, questions):
     done = command(*flags(pair, questions, whole[0]))
     assert done.returncode == 2 and "add --resume" in done.stderr
     assert os.listdir(whole[0])
+
+
+SETTINGS = {
+    "linear": {"schedule.prefix": "linear:2:3"},
+    "staircase": {"schedule.prefix": "staircase:4:4:2"},
+    "auto, having grown": {"schedule.prefix": "auto:4:4", "train.steps": 14},
+    "the teacher's text": {"rollout.off_policy": "sft:0.5"},
+    "a window by divergence": {"schedule.window": "highest-kl:4"},
+    "a random window of the teacher's text": {"schedule.window": "random:4", "rollout.off_policy": "divergence"},
+    "sampled off the policy": {"divergence.estimator": "sampled", "rollout.temperature": 0.8},
+    "tail probes": {"evaluate.every": 0, "evaluate.tail_every": 2, "evaluate.tail_prompts": 3},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resume_is_exact_inside_every_schedule_and_method(pair, questions, tmp_path, monkeypatch, name):
+    from test_train import Silent, prepared
+
+    from prefix_distill import train
+    from prefix_distill.checkpoint import RunFolder
+
+    plain, calls = train._update, []
+
+    def go(folder, resume=False, fails_at=None):
+        def update(*arguments):
+            calls.append(1)
+            if len(calls) == fails_at:
+                raise InterruptedError
+            return plain(*arguments)
+
+        calls.clear()
+        monkeypatch.setattr(train, "_update", update)
+        run = prepared(pair, questions, **{"train.steps": 6, "checkpoint.save_every": 4, "schedule.lr": 1e-3} | SETTINGS[name])
+        files = RunFolder(folder)
+        if not resume:
+            files.create({})
+            files.write_json("run.json", {})
+        return train.train(run, files, Silent(), resume)
+
+    whole = go(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        go(tmp_path / "cut", fails_at=12 if "auto" in name else 6)
+    again = go(tmp_path / "cut", resume=True)
+    assert again["resumed_from"] == (8 if "auto" in name else 4)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    for file in ("model/model.safetensors", "scores.jsonl", "teacher-text.json"):
+        if (tmp_path / "whole" / file).exists():
+            assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    for key in ("accuracy_after", "kl_after", "tokens", "flops", "full_rollout_cost", "prefix", "prefix_decisions", "tail_probes", "best"):
+        assert again[key] == whole[key], key
+    lengths = [row["rollout/prefix_tokens"] for row in rows(tmp_path / "whole")]
+    if name == "auto, having grown":
+        assert whole["prefix_decisions"] and lengths[0] < lengths[-1]
+    if name == "tail probes":
+        assert [row["step"] for row in whole["tail_probes"]] == [2, 4] and whole["best"]["step"] in (0, 2, 4, 6)
+    if name == "the teacher's text":
+        assert {"teacher_prefill", "teacher_decode"} < whole["flops"]["by_phase"].keys()

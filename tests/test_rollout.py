@@ -134,3 +134,25 @@ def test_the_decoding_network_is_the_student_behind_other_matmuls():
         with torch.no_grad():
             for p in student.net.parameters():
                 p.mul_(1.1)
+
+
+@pytest.mark.parametrize("shape", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}])
+def test_recorded_log_probabilities_are_those_of_the_draw(model, shape):
+    """Against one forward per token, warped by hand; rows that end early leave the batch in between."""
+    drawn = generate(model, requests(), 40, sampler(record=True, eos=frozenset(range(0, 260, 9)), **shape))
+    assert generate(model, requests(), 40, sampler(eos=frozenset(range(0, 260, 9)), **shape)) == [
+        rollout.Response(r.ids, r.finished) for r in drawn]
+    assert len({len(r.ids) for r in drawn}) > 2
+    for request, response in zip(requests(), drawn):
+        assert len(response.logp) == len(response.ids)
+        ids = list(request.ids)
+        for token, found in zip(response.ids, response.logp):
+            logits = model.net(torch.tensor([ids]), use_cache=False).logits[0, -1].detach() / shape.get("temperature", 1.0)
+            if "top_k" in shape:
+                logits[logits < logits.topk(5).values[-1]] = -torch.inf
+            if "top_p" in shape:
+                order = logits.argsort(descending=True)
+                below = logits.softmax(-1)[order].cumsum(-1) - logits.softmax(-1)[order]
+                logits[order[below >= shape["top_p"]]] = -torch.inf
+            assert found == pytest.approx(logits.log_softmax(-1)[token].item(), abs=1e-4)
+            ids.append(token)
