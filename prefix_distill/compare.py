@@ -24,7 +24,6 @@ from .checkpoint import RunFolder
 from .errors import UserError
 
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
-ARM_KEYS = ("start",)
 FILE = "arms.json"  # in the comparison's folder: what was asked for, so that a resumed comparison cannot mix two
 
 

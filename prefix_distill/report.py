@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import RunFolder, read_rows
+from .compare import FILE as ARMS
 from .display import flops_text
 from .errors import UserError
 from .evaluate import split_mean
@@ -18,7 +19,7 @@ from .runtime import seed_of
 
 RESAMPLES = 2_000
 SHARES = (1.0, 0.95, 0.9, 0.5)  # of the reference's gain, for which the cost is given
-COLUMNS = ("arm", "seed", "update", "accuracy", "low", "high", "n", "prefix", "kl", "kl_prefix", "kl_tail", "kl_beyond", "finish_rate",
+COLUMNS = ("arm", "seed", "update", "accuracy", "low", "high", "n", "lr", "prefix", "kl", "kl_prefix", "kl_tail", "kl_beyond", "finish_rate",
            "mean_tokens", "flops_useful", "flops_executed", "seconds")
 
 
@@ -53,8 +54,7 @@ def collect(paths: list[Path]) -> list[Finished]:
     """
     found: dict[Path, Finished] = {}
     for path in paths:
-        inside = [path] if (path / "run.json").is_file() else sorted(
-            p.parent for p in path.glob("**/run.json") if not p.parent.name.startswith("tune-"))
+        inside = [path] if (path / "run.json").is_file() else _inside(path)
         runs = [run for folder in inside if (run := _finished(folder, path)) is not None]
         if not runs:
             raise UserError(f"{path}: no finished run in it (a folder with run.json and a result); run or resume one first")
@@ -63,13 +63,16 @@ def collect(paths: list[Path]) -> list[Finished]:
         origin = found.get(Path(run.config["models"]["student"]).parent.resolve())
         if origin is not None:
             run.offset = origin.cost(origin.evaluations[-1])
-    seeds = [run.path.name == "seed-" + str(run.seed) for run in found.values()]
-    asked = _asked_seeds(paths)
-    return [run for run, named in zip(found.values(), seeds) if not (named and asked and run.seed not in asked)]
+    return list(found.values())
 
 
-def _asked_seeds(paths: list[Path]) -> set[int]:
-    return {seed for path in paths if (path / "arms.json").is_file() for seed in RunFolder(path).read_json("arms.json")["seeds"]}
+def _inside(path: Path) -> list[Path]:
+    """Run folders below a folder; of a comparison, the final runs in the order of its arms and seeds."""
+    if (path / ARMS).is_file():
+        asked = RunFolder(path).read_json(ARMS)
+        folders = [path / arm / f"seed-{seed}" for arm in asked["arms"] for seed in asked["seeds"]]
+        return [folder for folder in folders if (folder / "run.json").is_file()]
+    return sorted(p.parent for p in path.glob("**/run.json"))
 
 
 def _finished(folder: Path, root: Path) -> Finished | None:
@@ -111,10 +114,11 @@ def rows(runs: list[Finished]) -> list[dict]:
             accuracy = row["accuracy"] or {"value": None, "low": None, "high": None, "n": 0}
             found.append({
                 "arm": run.arm, "seed": run.seed, "update": row["step"], "accuracy": accuracy["value"], "low": accuracy["low"],
-                "high": accuracy["high"], "n": accuracy["n"], "prefix": run.result["prefix"] if last else None,
+                "high": accuracy["high"], "n": accuracy["n"], "lr": run.config["schedule"]["lr"], "prefix": run.result["prefix"] if last else None,
                 "kl": row["kl"]["value"], "kl_prefix": row["kl_prefix"], "kl_tail": row["kl_tail"],
                 "kl_beyond": split_mean(run.beyond, tail)[1] if last else None, "finish_rate": row["finish_rate"],
                 "mean_tokens": row["mean_tokens"], "flops_useful": useful, "flops_executed": executed, "seconds": seconds,
+                **({f"also_{name}": other["accuracy"]["value"] for name, other in run.also.items()} if last else {}),
             })
     return found
 
@@ -247,9 +251,10 @@ def markdown(summary_rows: list[dict]) -> str:
 
 
 def write_csv(runs: list[Finished], file: Path) -> None:
-    """``rows`` as CSV."""
+    """``rows`` as CSV, with a column of accuracies for every other data set."""
+    also = sorted({f"also_{name}" for run in runs for name in run.also})
     with open(file, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(handle, [*COLUMNS, *also], lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows(runs))
 
