@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .schedule import parse_off_policy, parse_prefix, warmup_steps
-from .selection import parse_window
+from .weights import parse_window
 
 DIVERGENCES = "reverse-kl, forward-kl or jsd:β with 0 < β < 1"
 
@@ -52,8 +52,6 @@ class Schedule:
     prefix: str = option("25%", "--prefix", "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full, "
                          "linear:L0:d (L0 + d·k at update k), staircase:L0:dH:every, auto (grows when its newest tokens have no "
                          "more to teach).")
-    window: str = option("all", "--window", "Tokens of a rollout that are taught: all, or K of them: first:K, middle:K, last:K, "
-                         "random:K (in a row), scattered:K, highest-kl:K, highest-entropy:K.")
     lr: float = option(5e-5, "--lr", "Peak learning rate of AdamW.")
     lr_schedule: str = option("linear", "--lr-schedule", "After warm-up: constant, linear or cosine, ending at 0.")
     warmup: str = option("5%", "--warmup", "Linear warm-up: updates (20) or a share of them (5%).")
@@ -83,6 +81,12 @@ class Divergence:
     temperature: float = option(1.0, "--kl-temperature", "Temperature of both distributions in the loss.")
     reduction: str = option("token", "--reduction", "token: mean over taught tokens; sequence: mean over rollouts of "
                             "their token means; sum: sum over tokens, mean over rollouts.")
+
+
+@dataclass(frozen=True)
+class Weights:
+    window: str = option("all", "--window", "Tokens of a rollout that are taught: all, or K of them: first:K, middle:K, last:K, "
+                         "random:K (in a row), scattered:K, highest-kl:K, highest-entropy:K.")
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     rollout: Sampling = field(default_factory=Sampling)
     divergence: Divergence = field(default_factory=Divergence)
+    weights: Weights = field(default_factory=Weights)
     train: Train = field(default_factory=Train)
     evaluate: Evaluation = field(default_factory=Evaluation)
     runtime: Runtime = field(default_factory=Runtime)
@@ -289,7 +294,7 @@ def check(config: Config) -> None:
             if get(config, path) != options()[path].default:
                 raise UserError(f"{flag(path)} {get(config, path)} with --off-policy sft: every rollout is the teacher's and has "
                                 "the cross-entropy as its loss; leave it out, or use --off-policy divergence")
-    parse_window(config.schedule.window)
+    parse_window(config.weights.window)
     parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens or sys.maxsize)
     warmup_steps(config.schedule.warmup, config.train.steps)
 

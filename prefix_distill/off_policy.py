@@ -26,8 +26,9 @@ def teacher_texts(wanted: list[tuple[Rendered, int]], cap: int, teacher: Model, 
         if have is None or not (have["finished"] or len(have["ids"]) >= cap):
             missing[rendered.prompt.index, sample] = rendered
     if missing:
-        spent, keys = Ledger(), list(missing)
-        mine = keys[place.rank :: place.world]
+        spent, prompts = Ledger(), sorted({index for index, _ in missing})
+        whose = {index: i % place.world for i, index in enumerate(prompts)}  # a prompt is read on one rank for all its samples
+        mine = [key for key in missing if whose[key[0]] == place.rank]
         requests = [Request(missing[key].teacher_ids, ("teacher-text", *key)) for key in mine]
         drawn = generate(teacher, requests, cap, sampler, lambda reads: spent.generation(shape, reads, *PHASES)) if mine else []
         for part in place.gather([(*key, r.ids, r.finished) for key, r in zip(mine, drawn)]):

@@ -14,7 +14,7 @@ from .models import LAB, Model
 from .rollout import Sampler
 from .runtime import Place, place, seed_of
 from .schedule import OffPolicy, PrefixSchedule, parse_off_policy, parse_prefix
-from .selection import Window, parse_window
+from .weights import Window, parse_window
 
 TASK = "choice"  # the embedded default: lab:choice and its pair
 LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positions allow it
@@ -137,7 +137,7 @@ def prepare(config: Config) -> Run:
     if answer_format == "auto" and held_out.answer_format:
         answer_format = held_out.answer_format
     return Run(
-        config, where, student, teacher, support, prefix, parse_window(config.schedule.window), off_policy, terms, text_terms,
+        config, where, student, teacher, support, prefix, parse_window(config.weights.window), off_policy, terms, text_terms,
         dataclasses.replace(sampler, record=estimator == "sampled" and not (sampler.on_policy and same)),
         dataclasses.replace(sampler, seed=seed_of(config.runtime.seed, "teacher-text")), eval_sampler, train_prompts,
         problems[: config.evaluate.kl_prompts],

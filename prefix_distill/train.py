@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from . import data, off_policy, scoring, selection
+from . import data, off_policy, scoring
 from .checkpoint import RunFolder
 from .divergence import Terms, weighted
 from .errors import Stopped
@@ -18,7 +18,7 @@ from .preflight import Run
 from .rollout import Request, Rollout, generate
 from .runtime import Clock
 from .schedule import learning_rate, warmup_steps
-from .weights import token_weights
+from .weights import keep, token_weights
 
 HEAD_TOKENS = 64  # the training KL of the first tokens, comparable while a prefix grows
 
@@ -164,7 +164,7 @@ def select(run: Run, rollouts: list[Rollout], step: int, ledger: Ledger, clock: 
             terms = Terms("reverse-kl", dtype=run.place.head_dtype)
             found = scoring.token_statistics(terms, run.student, run.teacher, run.support, rollouts, run.place,
                                              run.config.train.micro_batch_size, spent)
-    return selection.keep(run.window, rollouts, (run.config.runtime.seed, step), found)
+    return keep(run.window, rollouts, (run.config.runtime.seed, step), found)
 
 
 def _teacher_texts(run: Run, folder: RunFolder, progress: Progress, clock: Clock) -> dict | None:
@@ -229,7 +229,7 @@ def _facts(run: Run, rollouts, values, weights, divisor, newest: int) -> dict:
     when their loss is another one), over the first tokens, over those from position ``newest`` on.
     """
     rows = sorted(
-        ((r.prompt, r.sample), r.taught, values[r.prompt, r.sample], weights[r.prompt, r.sample], r.finished, r.off_policy)
+        ((r.prompt, r.sample), r.taught, v, w, r.finished, r.off_policy)
         for part in run.place.gather([
             (dataclasses.replace(r, student_prompt=(), teacher_prompt=()), values[r.prompt, r.sample], weights[r.prompt, r.sample])
             for r in rollouts]) for r, v, w in part

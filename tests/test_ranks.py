@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from conftest import last_json
 
 
-def launch(ranks, pair, questions, out):
+def launch(ranks, pair, questions, out, *more):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else [
         sys.executable]
     done = subprocess.run(
         [*start, "prefix_distill.py", "run", "--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--steps", "3",
          "--prefix", "12", "--max-new-tokens", "32", "--batch-size", "5", "--samples", "2", "--micro-batch-size", "2",
          "--eval-samples", "4", "--eval-every", "2", "--lr", "1e-4", "--reduction", "sequence", "--device", "cpu",
-         "--out", str(out)],
+         "--out", str(out), *more],
         capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return last_json(done.stdout), [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -40,3 +40,21 @@ def test_ranks_change_nothing(pair, questions, tmp_path):
             assert document[key] == alone[key], key
         assert document["kl_after"]["value"] == pytest.approx(alone["kl_after"]["value"], rel=1e-5)
         assert document["flops"]["useful"] == pytest.approx(alone["flops"]["useful"])
+
+
+def test_ranks_change_no_decision_of_schedules_windows_and_off_policy_rows(pair, questions, tmp_path):
+    """An adaptive prefix that grows, a window ranked by divergence, the teacher's text in a share of the rows, tail probes."""
+    more = ("--steps", "12", "--prefix", "auto:6:3", "--window", "highest-kl:4", "--off-policy", "sft:0.3", "--eval-every", "0",
+            "--tail-every", "5", "--tail-prompts", "3")
+    (alone, rows), (both, others) = (launch(n, pair, questions, tmp_path / str(n), *more) for n in (1, 2))
+    assert alone["prefix_decisions"] and len(alone["tail_probes"]) == 2
+    for row, other in zip(rows, others, strict=True):
+        for key in row:
+            if not key.startswith(("time/", "flops/executed")):
+                assert other[key] == pytest.approx(row[key], rel=1e-4), key
+    assert [d["step"] for d in both["prefix_decisions"]] == [d["step"] for d in alone["prefix_decisions"]]
+    for probe, other in zip(alone["tail_probes"], both["tail_probes"], strict=True):
+        assert other == pytest.approx(probe, rel=1e-3)
+    texts = [json.loads((tmp_path / str(n) / "teacher-text.json").read_text()) for n in (1, 2)]
+    assert texts[0]["texts"] == texts[1]["texts"]
+    assert texts[1]["ledger"]["useful"] == pytest.approx(texts[0]["ledger"]["useful"])

@@ -112,8 +112,8 @@ SETTINGS = {
     "staircase": {"schedule.prefix": "staircase:4:4:2"},
     "auto, having grown": {"schedule.prefix": "auto:4:4", "train.steps": 14},
     "the teacher's text": {"rollout.off_policy": "sft:0.5"},
-    "a window by divergence": {"schedule.window": "highest-kl:4"},
-    "a random window of the teacher's text": {"schedule.window": "random:4", "rollout.off_policy": "divergence"},
+    "a window by divergence": {"weights.window": "highest-kl:4"},
+    "a random window of the teacher's text": {"weights.window": "random:4", "rollout.off_policy": "divergence"},
     "sampled off the policy": {"divergence.estimator": "sampled", "rollout.temperature": 0.8},
     "tail probes": {"evaluate.every": 0, "evaluate.tail_every": 2, "evaluate.tail_prompts": 3},
 }

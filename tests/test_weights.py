@@ -10,8 +10,7 @@ from prefix_distill.divergence import Terms
 from prefix_distill.errors import UserError
 from prefix_distill.flops import Ledger
 from prefix_distill.runtime import Clock
-from prefix_distill.selection import WINDOWS, Window, parse_window
-from prefix_distill.weights import token_weights
+from prefix_distill.weights import WINDOWS, Window, parse_window, token_weights
 from test_train import prepared
 
 
@@ -50,7 +49,7 @@ def test_other_windows_are_refused(text):
 @pytest.mark.parametrize("window", ["middle:4", "last:5", "scattered:3", "highest-kl:4", "highest-entropy:2", "first:3"])
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduction):
-    run = prepared(pair, questions, schedule__window=window, schedule__prefix="full", divergence__reduction=reduction)
+    run = prepared(pair, questions, weights__window=window, schedule__prefix="full", divergence__reduction=reduction)
     student, teacher = run.student.net.requires_grad_(True), run.teacher.net
     student.zero_grad()
     prompts = data.batch(run.train_prompts, 0, 5, 0)
@@ -82,7 +81,7 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
 
 
 def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, questions):
-    run = prepared(pair, questions, schedule__window="first:3", schedule__prefix="full")
+    run = prepared(pair, questions, weights__window="first:3", schedule__prefix="full")
     prompts = data.batch(run.train_prompts, 0, 5, 0)
     clock = Clock(run.place.device)
     whole = train.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
@@ -94,7 +93,7 @@ def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, q
 
 
 def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
-    run = prepared(pair, questions, schedule__window="highest-kl:4", schedule__prefix="full")
+    run = prepared(pair, questions, weights__window="highest-kl:4", schedule__prefix="full")
     prompts = data.batch(run.train_prompts, 0, 5, 0)
     clock, ledger, plain = Clock(run.place.device), Ledger(), Ledger()
     rollouts = train.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
