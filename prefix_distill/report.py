@@ -50,15 +50,21 @@ class Finished:
 def collect(paths: list[Path]) -> list[Finished]:
     """The finished runs in these folders: run folders, or folders of them (a comparison's; its tuning runs are left out).
 
-    UserError where a path holds no finished run.
+    Where two folders have the same arm at the same seed, arms are named after their folder, too. UserError where a path holds
+    no finished run.
     """
     found: dict[Path, Finished] = {}
+    roots: dict[Path, Path] = {}
     for path in paths:
         inside = [path] if (path / "run.json").is_file() else _inside(path)
         runs = [run for folder in inside if (run := _finished(folder, path)) is not None]
         if not runs:
             raise UserError(f"{path}: no finished run in it (a folder with run.json and a result); run or resume one first")
         found |= {run.path.resolve(): run for run in runs}
+        roots |= {run.path.resolve(): path for run in runs}
+    if len({(run.arm, run.seed) for run in found.values()}) < len(found):
+        for where, run in found.items():
+            run.arm = f"{roots[where].resolve().name}/{run.arm}"
     for run in found.values():  # a run that started from another one has cost that one, too
         origin = found.get(Path(run.config["models"]["student"]).parent.resolve())
         if origin is not None:
@@ -170,7 +176,8 @@ def first_cost(cost: list[float], accuracy: list[float], wanted: float) -> float
 
 
 def summary(runs: list[Finished], reference: str | None) -> list[dict]:
-    """A row per arm: means over its seeds; accuracy with an interval over problems and seeds; and, for shares of the reference's
+    """A row per arm: means over its seeds; accuracy with an interval over problems and seeds (over problems, where arms do not
+    share both and an arm has one seed; None otherwise); and, for shares of the reference's
     gain, reference's useful FLOPs ÷ the arm's to reach it: the ratio, its paired interval, and the share of draws that reach it
     (a draw that does not counts as a ratio of 0)."""
     arms, tail = by_arm(runs), common_tail(runs)
@@ -195,6 +202,8 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
             "also": {name: mean(run.also[name]["accuracy"]["value"] for run in group) for name in group[0].also},
             "cost_ratios": {},
         }
+        if arm not in curves and len(group) == 1 and last[0]["accuracy"]:
+            row["low"], row["high"] = (last[0]["accuracy"][end] for end in ("low", "high"))
         if arm in curves:
             row["low"], row["high"] = interval(curves[arm][2][:, -1])
             if reference is not None:

@@ -50,7 +50,7 @@ def test_ranks_change_no_decision_of_schedules_windows_and_off_policy_rows(pair,
     assert alone["prefix_decisions"] and len(alone["tail_probes"]) == 2
     for row, other in zip(rows, others, strict=True):
         for key in row:
-            if not key.startswith(("time/", "flops/executed")):
+            if not key.startswith(("time/", "flops/")):  # micro-batches, and so readings of a prompt, are cut per rank
                 assert other[key] == pytest.approx(row[key], rel=1e-4), key
     assert [d["step"] for d in both["prefix_decisions"]] == [d["step"] for d in alone["prefix_decisions"]]
     for probe, other in zip(alone["tail_probes"], both["tail_probes"], strict=True):

@@ -22,7 +22,7 @@ LONG = [line for line in COMMANDS if line.startswith("python ")]
 
 
 def test_every_command_is_of_a_kind_that_is_executed():
-    assert sorted(INSTALL + OURS + LONG) == sorted(COMMANDS) and len(OURS) == 4 and len(LONG) == 8
+    assert sorted(INSTALL + OURS + LONG) == sorted(COMMANDS) and len(OURS) == 7 and len(LONG) == 9
 
 
 def test_ci_installs_and_tests_as_the_readme_says():
@@ -35,8 +35,9 @@ def test_ci_installs_and_tests_as_the_readme_says():
 
 
 def test_commands_run_in_order(tmp_path, monkeypatch):
-    """The demo and the first run on the embedded models, exactly as printed."""
+    """The demo, the first run on the embedded models, the probe and the comparison, exactly as printed."""
     monkeypatch.chdir(tmp_path)
+    Path("arms.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
     for line in OURS:
         code, out, err = invoke(*shlex.split(line)[1:])
         assert code == 0, err
@@ -48,20 +49,31 @@ def test_commands_run_in_order(tmp_path, monkeypatch):
             assert full["accuracy"]["low"] > document["student"]["high"] + 0.1
             assert prefix["flops_useful"] < full["flops_useful"] / 2
             assert Path(document["picture"]).stat().st_size > 10_000
+        if " probe" in line:
+            assert isinstance(document["recommended_prefix"], int)
+        if " compare" in line:
+            assert [row["arm"] for row in document["arms"]] == ["full", "short", "text", "warmed"]
+        if " report" in line:
+            assert {row["arm"] for row in document["arms"]} == {"first", "full", "short", "text", "warmed"}
+            assert Path("runs/report/report.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("line", LONG)
 def test_long_experiments_start(line):
-    """In full they take up to an hour; `laboratory.py --quick` and `real.py --quick` run below and in test_real.py, the
+    """In full they take up to an hour; `prefix.py --quick` and `real.py --quick` run below and in test_real.py, the
     rebuild's steps in test_laboratory.py."""
     done = subprocess.run([sys.executable, *shlex.split(line)[1:], "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_laboratory_benchmark_runs():
-    done = subprocess.run([sys.executable, "tests/benchmarks/laboratory.py", "--quick"], cwd=ROOT, capture_output=True, text=True)
+def test_the_prefix_benchmark_runs():
+    before = {file: file.read_bytes() for file in RESULTS.iterdir()}
+    done = subprocess.run([sys.executable, "tests/benchmarks/prefix.py", "--quick"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout)["arms"].keys() == {"prefix", "full"}
+    document = last_json(done.stdout)
+    assert {row["arm"] for row in document["summary"]} == {"untrained", "full", "sft", "10%", "auto"}
+    assert document["saving"]["per_update"]["10%"] > 2 and len(document["claims"]) >= 4
+    assert before == {file: file.read_bytes() for file in RESULTS.iterdir()}
 
 
 @pytest.mark.long
@@ -92,25 +104,76 @@ def demo_table() -> str:
     return "\n".join([*rows, f"| teacher | {percent(found['teacher'])} | | | |"])
 
 
-def laboratory_table() -> str:
-    rows = ["| task | arm | peak rate | accuracy before | accuracy after, seeds 0 / 1 / 2 | useful FLOPs | KL beyond 24 tokens, before → after |",
-            "|---|---|--:|--:|--:|--:|--:|"]
-    for task in ("choice", "shared", "tied"):
-        with open(RESULTS / f"laboratory-{task}.csv") as file:
-            found = list(csv.DictReader(file))
-        for arm in ("prefix", "full"):
-            mine = [r for r in found if r["arm"] == arm]
-            first, last = ([r for r in mine if r["update"] == step] for step in ("0", "30"))
-            mean = lambda key, rows: sum(float(r[key]) for r in rows) / len(rows)
-            tail = "" if arm == "full" else f"{tail_of(first):.3f} → {mean('kl_tail', last):.3f}"
-            rows.append(
-                f"| `{task}` | {arm} | {float(mine[0]['rate']):g} | {mean('accuracy', first):.1%} | "
-                f"{' / '.join('{:.1%}'.format(float(r['accuracy'])) for r in last)} | {mean('flops_useful', last) / 1e9:.1f} G | {tail} |")
+def points(row: dict) -> str:
+    """An accuracy with its interval, if it has one."""
+    if row.get("low") is None:
+        return f"{row['accuracy']:.1%}"
+    return f"{row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
+
+
+def ratio(found: dict) -> str:
+    if found["value"] is None:
+        return "not reached"
+    return f"{found['value']:.1f} [{found['low']:.1f}, {found['high']:.1f}]"
+
+
+def prefix_table() -> str:
+    rows = ["| arm | accuracy [95 %] | longer problems | useful FLOPs | training time | KL beyond its prefix, before → after | full's cost ÷ "
+            "its own, to 95 % of full's gain | to all of it |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for r in result("prefix")["summary"]:
+        longer = f"{r['also']['longer']:.1%}"
+        if r["arm"] == "untrained":
+            rows.append(f"| untrained | {points(r)} | {longer} | | | | | |")
+            continue
+        tail = "" if r["kl_tail"] is None else f"{r['kl_tail_before']:.3f} → {r['kl_tail']:.3f}"
+        rows.append(f"| `{r['arm']}` | {points(r)} | {longer} | {r['flops_useful'] / 1e9:.1f} G | {r['seconds']:.0f} s | {tail} | "
+                    f"{ratio(r['cost_ratios']['0.95'])} | {ratio(r['cost_ratios']['1.0'])} |")
     return "\n".join(rows)
 
 
-def tail_of(first) -> float:
-    return sum(float(r["kl_tail"]) for r in first) / len(first)
+def controls_table() -> str:
+    tasks = {"choice": "prefix", "shared": "prefix-shared", "tied": "prefix-tied"}
+    found = {task: {r["arm"]: r for r in result(name)["summary"]} for task, name in tasks.items()}
+    rows = ["| arm | " + " | ".join(f"`{task}`" for task in tasks) + " |", "|---|--:|--:|--:|"]
+    for arm in found["tied"]:
+        name = arm if arm == "untrained" else f"`{arm}`"
+        rows.append(f"| {name} | " + " | ".join(points(found[task][arm]) if arm in found[task] else "" for task in tasks) + " |")
+    return "\n".join(rows)
+
+
+def claims_table() -> str:
+    rows = ["| published or expected | arms | difference [95 %] | here |", "|---|---|--:|---|"]
+    for c in result("prefix")["claims"]:
+        if "auto" in c["claim"]:
+            continue
+        if c.get("unit") == "times":
+            value = f"{c['value']:.1f} × [{c['low']:.1f}, {c['high']:.1f}]"
+        else:
+            value = f"{100 * c['value']:+.1f}" + ("" if c["low"] is None else f" [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]")
+        rows.append(f"| {c['claim']} | `{c['better']}` against `{c['worse']}` | {value} | {c['verdict']} |")
+    return "\n".join(rows).replace("against `untrained`", "against untrained").replace("`untrained`", "untrained")
+
+
+def auto_table() -> str:
+    rows = ["| student | best constant prefix | `auto` | difference, points | FLOPs of `auto` ÷ the constant's |", "|---|--:|--:|--:|--:|"]
+    for name, student in (("prefix", "0.09 M"), ("prefix-wide", "0.14 M")):
+        found = result(name)
+        arms = {r["arm"]: r for r in found["summary"]}
+        close, cost = (next(c for c in found["claims"] if c["claim"].startswith(text)) for text in ("auto is within", "auto costs"))
+        rows.append(f"| {student} | `{close['worse']}`: {points(arms[close['worse']])} | {points(arms['auto'])} | {100 * close['value']:+.1f} "
+                    f"[{100 * close['low']:+.1f}, {100 * close['high']:+.1f}] | {cost['value']:.2f} |")
+    return "\n".join(rows)
+
+
+def real_grid_table() -> str:
+    rows = ["| arm | held-out reverse KL, before → after | useful FLOPs | training time |", "|---|--:|--:|--:|"]
+    with open(RESULTS / "prefix-real.csv") as file:
+        found = list(csv.DictReader(file))
+    for arm in dict.fromkeys(r["arm"] for r in found):
+        first, *_, last = [r for r in found if r["arm"] == arm]
+        rows.append(f"| `{arm}` | {float(first['kl']):.3f} → {float(last['kl']):.3f} | {float(last['flops_useful']) / 1e12:.1f} T | "
+                    f"{float(last['seconds']):.0f} s |")
+    return "\n".join(rows)
 
 
 def real_table() -> str:
@@ -169,7 +232,7 @@ def limit_table() -> str:
         f"| {names[phase]} | {share:.0%} |" for phase, share in found["share_of_limit"].items()])
 
 
-@pytest.mark.parametrize("table", [demo_table, laboratory_table, real_table, update_table, divergence_table, rollout_table,
+@pytest.mark.parametrize("table", [demo_table, prefix_table, controls_table, claims_table, auto_table, real_grid_table, real_table, update_table, divergence_table, rollout_table,
                                    scaling_table, limit_table])
 def test_tables_are_the_committed_results(table):
     assert table() in README
@@ -190,7 +253,8 @@ def test_modules_and_flags_it_names_exist():
         assert (ROOT / "prefix_distill" / name).exists() or (ROOT / name).exists(), name
     from prefix_distill.config import options
 
-    known = {field.metadata["flag"] for field in options().values()} | {"--config", "--set", "--resume", "--dry-run", "--model"}
+    known = {field.metadata["flag"] for field in options().values()} | {"--config", "--set", "--resume", "--dry-run", "--model",
+                                                                        "--reference", "--out"}
     text = re.sub(r"```.*?```", "", README, flags=re.S)
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
         assert flag in known | {"--nproc-per-node", "--help", "--quick"}, flag

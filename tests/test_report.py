@@ -86,7 +86,16 @@ def test_arms_on_other_problems_are_not_compared(tmp_path):
     other = write_run(tmp_path / "b", 0, [0.1, 0.5], 1.0)
     (other / "scores.jsonl").write_text("".join(json.dumps({"step": 5 * i, "right": [1.0, 0.0]}) + "\n" for i in range(2)))
     rows = report.summary(report.collect([tmp_path]), "a")
-    assert all(row["low"] is None and row["cost_ratios"] == {} for row in rows)
+    assert all((row["low"], row["high"]) == (0.0, 1.0) and row["cost_ratios"] == {} for row in rows)  # each run's own interval
+
+
+def test_equal_names_in_two_folders_stay_apart(arms, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, accuracy in ((one, 0.4), (two, 0.6)):
+        write_run(folder / "a" / "seed-0", 0, [0.1, accuracy], 1.0)
+    rows = {row["arm"]: row["accuracy"] for row in report.summary(report.collect([one, two]), None)}
+    assert rows == {"one/a": pytest.approx(0.4), "two/a": pytest.approx(0.6)}
+    assert {run.arm for run in report.collect([one])} == {"a"}
 
 
 def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
