@@ -25,6 +25,7 @@ class Progress:
     decisions: list = dataclasses.field(default_factory=list)  # {step, reason} of every growth of the prefix
     evaluations: list = dataclasses.field(default_factory=list)  # a row per evaluation, the untrained student's first
     tail_probes: list = dataclasses.field(default_factory=list)
+    warnings: list = dataclasses.field(default_factory=list)  # {step, text}: the tail is being hurt
     best: dict | None = None
 
     def training_seconds(self) -> float:
@@ -94,6 +95,7 @@ class Monitor:
 
     def _warn(self, before: dict, found: dict) -> None:
         if text := tail_warning(before, found, self.progress.taught_prefix):
+            self.progress.warnings.append({"step": found["step"], "text": text})
             self.report.warn(text)
 
     def _measure(self, full: list[Rollout] | None) -> dict:

@@ -328,8 +328,9 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
     picture = base64.b64encode(png(draw(runs, title))).decode()
     settings = "".join(f"<tr><td>{text(str(run.path))}</td><td>{text(run.arm)}</td><td>{run.seed}</td>"
                        f"<td>{text(_settings(run))}</td></tr>" for run in runs)
-    growth = "".join(f"<li>{text(run.arm)}, seed {run.seed}: {text(d['reason'])}</li>" for run in runs
-                     for d in run.result["prefix_decisions"])
+    said = lambda key, word: "".join(f"<li>{text(run.arm)}, seed {run.seed}: {text(d[word])}</li>" for run in runs
+                                     for d in run.result.get(key, []))
+    growth, warnings = said("prefix_decisions", "reason"), said("warnings", "text")
     against = f" Costs are compared with {text(reference)}." if reference else ""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title><style>body{{font:15px/1.5 system-ui,sans-serif;"
@@ -339,6 +340,7 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
         f"seeds and problems, paired between arms.{against}</p><table><tr>{head}</tr>{body}</table>"
         f'<p><img alt="accuracy against useful training FLOPs" src="data:image/png;base64,{picture}"></p>{extra}'
         + (f"<h2>Growth of the prefix</h2><ul>{growth}</ul>" if growth else "")
+        + (f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "")
         + f"<h2>Runs</h2><table><tr><th>folder</th><th>arm</th><th>seed</th><th>settings</th></tr>{settings}</table></html>\n"
     )
 

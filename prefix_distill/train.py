@@ -228,27 +228,27 @@ def _facts(run: Run, rollouts, values, weights, divisor, newest: int) -> dict:
     Means of the loss's values per token (None where there is none): over all taught tokens (those of the teacher's text apart
     when their loss is another one), over the first tokens, over those from position ``newest`` on.
     """
-    rows = sorted(
-        ((r.prompt, r.sample), r.taught, v, w, r.finished, r.off_policy)
-        for part in run.place.gather([
-            (dataclasses.replace(r, student_prompt=(), teacher_prompt=()), values[r.prompt, r.sample], weights[r.prompt, r.sample])
-            for r in rollouts]) for r, v, w in part
-    )
     apart = run.text_terms is not run.terms
-    tokens = [(t, v) for _, taught, value, _, _, foreign in rows if not (apart and foreign) for t, v in zip(taught, value)]
-    text = [v for _, _, value, _, _, foreign in rows if apart and foreign for v in value]
-    return {
-        "loss": math.fsum(math.fsum(w * v for w, v in zip(weight, value)) for _, _, value, weight, _, _ in rows) / divisor,
-        "divergence": _mean(v for _, v in tokens), "text": _mean(text),
-        "head": _mean(v for t, v in tokens if t < HEAD_TOKENS), "newest": _mean(v for t, v in tokens if t >= newest),
-        "finished": sum(row[4] for row in rows) / len(rows), "filled": sum(not row[4] for row in rows) / len(rows),
-        "tokens": len(tokens) + len(text),
-    }
+
+    def sums(r: Rollout) -> tuple:
+        """A rollout's place, its weighted sum, then (sum, count) of each mean."""
+        value, text = values[r.prompt, r.sample], apart and r.off_policy
+        own = [] if text else list(zip(r.taught, value))
+        parts = ([v for _, v in own], value if text else [], [v for t, v in own if t < HEAD_TOKENS], [v for t, v in own if t >= newest])
+        return ((r.prompt, r.sample), math.fsum(w * v for w, v in zip(weights[r.prompt, r.sample], value)), r.finished,
+                *((math.fsum(part), len(part)) for part in parts))
+
+    rows = sorted(row for part in run.place.gather([sums(r) for r in rollouts]) for row in part)
+    columns = list(zip(*rows))
+    mean = {name: _mean(column) for name, column in zip(("divergence", "text", "head", "newest"), columns[3:])}
+    finished = sum(columns[2]) / len(rows)
+    return {**mean, "loss": math.fsum(columns[1]) / divisor, "finished": finished, "filled": 1 - finished,
+            "tokens": sum(n for column in columns[3:5] for _, n in column)}
 
 
-def _mean(values) -> float | None:
-    values = list(values)
-    return math.fsum(values) / len(values) if values else None
+def _mean(column: tuple[tuple[float, int], ...]) -> float | None:
+    count = sum(n for _, n in column)
+    return math.fsum(total for total, _ in column) / count if count else None
 
 
 def _update(run: Run, folder: RunFolder, optimizer, progress: Progress, rate: float, loss: float) -> float:
@@ -307,7 +307,7 @@ def _result(run: Run, folder: RunFolder, progress: Progress, resumed_from, clock
         "out": str(folder.path), "steps": progress.step, "resumed_from": resumed_from,
         "accuracy_before": first["accuracy"], "accuracy_after": last["accuracy"], "kl_before": first["kl"],
         "kl_after": last["kl"], "prefix": progress.taught_prefix, "prefix_decisions": progress.decisions,
-        "tail_probes": progress.tail_probes, "sampler_kl": last["sampler_kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
+        "tail_probes": progress.tail_probes, "warnings": progress.warnings, "sampler_kl": last["sampler_kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
         "full_rollout_cost": full_cost(run, progress, range(progress.step)),
         "seconds": {"total": math.fsum(clock.seconds.values()), "by_phase": clock.seconds},
         "evaluations": progress.evaluations, "best": progress.best and {
