@@ -59,6 +59,8 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     if resume and not folder.started:
         report.note("the run was interrupted before its first checkpoint: it starts from the beginning")
         resume = False
+        if place.first:
+            folder.rewind("scores.jsonl", -1)
     if resume:
         resumed_from = _restore(run, folder, optimizer, progress, report)
     clock = Clock(place.device, progress.seconds)

@@ -51,6 +51,7 @@ def whole(pair, questions, tmp_path_factory):
     ("train", "_row", 5),  # a row more than the checkpoint knows
     ("checkpoint", "replace_folder", 2),  # inside the second checkpoint's write
     ("evaluate", "held_out_kl", 1),  # before anything was saved
+    ("train", "_save_checkpoint", 1),  # when the untrained student has been measured, before the first checkpoint
 ])
 def test_kill_and_resume_is_bit_for_bit(whole, pair, questions, tmp_path, module, name, at):
     out = tmp_path / "run"
@@ -61,10 +62,10 @@ def test_kill_and_resume_is_bit_for_bit(whole, pair, questions, tmp_path, module
     done = command("run", "--resume", "--out", out)
     assert done.returncode == 0, done.stderr
     document = last_json(done.stdout)
-    assert document["resumed_from"] == {"train": 3, "checkpoint": 0, "evaluate": None}[module]
+    assert document["resumed_from"] == (None if at == 1 else {"train": 3, "checkpoint": 0}[module])
     assert rows(out) == rows(whole[0]) and len(rows(out)) == 6
     for file in ("checkpoints/step-00000006/student.safetensors", "checkpoints/step-00000006/optimizer.safetensors",
-                 "model/model.safetensors", "best/model.safetensors", "config.yaml"):
+                 "model/model.safetensors", "best/model.safetensors", "scores.jsonl", "config.yaml"):
         expected, got = (whole[0] / file).read_bytes(), (out / file).read_bytes()
         assert got == expected or file == "config.yaml" and got.replace(str(out).encode(), b"") == expected.replace(
             str(whole[0]).encode(), b""), file
