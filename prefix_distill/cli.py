@@ -18,7 +18,8 @@ app = typer.Typer(
 
 
 def with_options(*sections: str):
-    """Gives a command one flag per config option of ``sections`` (all when none is named), as declared in config.py."""
+    """Gives a command one flag per config option of ``sections`` or single keys (all when none is named), as declared in
+    config.py."""
 
     def decorate(function):
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -215,7 +216,7 @@ def demo(
 
 
 @app.command()
-@with_options("models", "data", "rollout", "runtime")
+@with_options("models", "data", "rollout.samples", "rollout.max_new_tokens", "rollout.eos", "rollout.begin", "rollout.rows", "runtime")
 def probe(
     out: Annotated[str, typer.Option(help="Folder for probe.json and probe.png.")],
     problems: Annotated[int, typer.Option(help="Training prompts that are probed, from the first of the shuffled ones.")] = 100,

@@ -147,12 +147,12 @@ class Config:
 
 
 def options(*sections: str) -> dict[str, dataclasses.Field]:
-    """``section.key`` → field, for the named sections (all if none is named)."""
+    """``section.key`` → field, for the named sections or single keys (all if none is named)."""
     return {
         f"{section.name}.{key.name}": key
         for section in dataclasses.fields(Config)
-        if not sections or section.name in sections
         for key in dataclasses.fields(section.type)
+        if not sections or section.name in sections or f"{section.name}.{key.name}" in sections
     }
 
 
@@ -196,10 +196,9 @@ def flatten(path: str, tree: dict) -> dict[str, object]:
     """Sections with keys → ``{"section.key": value}``. UserError on a wrong shape."""
     values = {}
     for section, keys in tree.items():
-        if isinstance(keys, dict):
-            values.update({f"{section}.{key}": value for key, value in keys.items()})
-        else:
+        if not isinstance(keys, dict):
             raise UserError(f"config file {path}: section '{section}' must hold keys, got {keys!r}")
+        values.update({f"{section}.{key}": value for key, value in keys.items()})
     return values
 
 

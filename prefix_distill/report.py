@@ -166,6 +166,7 @@ def interval(draws: torch.Tensor) -> tuple[float, float]:
 
 def first_cost(cost: list[float], accuracy: list[float], wanted: float) -> float:
     """Cost at which accuracy first reaches ``wanted``, linear between evaluations; inf where it never does."""
+    wanted -= 1e-12  # a curve reaches its own end, however that was rounded
     if accuracy[0] >= wanted:
         return cost[0]
     for i in range(1, len(cost)):

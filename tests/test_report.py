@@ -44,6 +44,7 @@ def arms(tmp_path):
 
 def test_first_cost_by_hand():
     assert report.first_cost([0, 10, 20], [0.2, 0.5, 0.8], 0.65) == pytest.approx(15)
+    assert report.first_cost([0, 10], [0.1, 0.1 + 0.2], 0.3 + 4e-17) == pytest.approx(10)
     assert report.first_cost([0, 10, 20], [0.2, 0.9, 0.8], 0.55) == pytest.approx(5)
     assert report.first_cost([0, 10, 20], [0.2, 0.5, 0.8], 0.1) == 0
     assert report.first_cost([0, 10, 20], [0.2, 0.5, 0.8], 0.81) == math.inf
@@ -57,7 +58,8 @@ def test_summary_by_hand(arms):
     # full reaches its final 80 % at 20, the short prefix reaches 80 % at 1; half of the gain (50 %) at 10 and 0.5
     assert short["cost_ratios"][1.0]["value"] == pytest.approx(20) and short["cost_ratios"][0.5]["value"] == pytest.approx(20)
     assert short["difference"] == pytest.approx(0.1) and short["difference_low"] > 0
-    assert rows["full"]["cost_ratios"][1.0]["value"] == pytest.approx(1)
+    own = rows["full"]["cost_ratios"][1.0]  # every draw of a curve reaches its own end
+    assert [own[key] for key in ("value", "low", "high", "reached")] == pytest.approx([1] * 4)
     assert rows["bad"]["cost_ratios"][1.0]["value"] is None and rows["bad"]["cost_ratios"][1.0]["reached"] == 0
     assert "not reached" in report.cells(rows["bad"])[-1]
     # beyond the longest prefix of an arm that truncates (4): tokens 0.5 and 0.1
