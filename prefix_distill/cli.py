@@ -228,6 +228,8 @@ def probe(
 
     from .checkpoint import RunFolder
 
+    if problems < 1:
+        raise UserError(f"--problems {problems}: expected at least 1 prompt; some tens give an accuracy worth looking at")
     config = configuration.build(flags["flags"] | {
         "train.steps": 1, "train.batch_size": problems, "evaluate.problems": 0, "evaluate.kl_prompts": 1,
         "evaluate.answer_format": answer_format, "checkpoint.out": out,
@@ -291,7 +293,10 @@ def _report(folders, reference, out, title: str) -> None:
         raise UserError(f"--reference {reference}: no such arm; there are {', '.join(arms)}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
     rows = reporting.summary(runs, reference)
     reporting.write_csv(runs, out / "report.csv")
     (out / "report.md").write_text(reporting.markdown(rows), encoding="utf-8")

@@ -60,12 +60,13 @@ def test_commands_run_in_order(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line", LONG)
 def test_long_experiments_start(line):
-    """In full they take up to an hour; `prefix.py --quick` and `real.py --quick` run below and in test_real.py, the
+    """In full they take up to an hour; `real.py --quick` runs in test_real.py, the other `--quick` under -m long, the
     rebuild's steps in test_laboratory.py."""
     done = subprocess.run([sys.executable, *shlex.split(line)[1:], "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_the_prefix_benchmark_runs():
     before = {file: file.read_bytes() for file in RESULTS.iterdir()}
     done = subprocess.run([sys.executable, "tests/benchmarks/prefix.py", "--quick"], cwd=ROOT, capture_output=True, text=True)

@@ -56,8 +56,8 @@ def claims(curves, rows: dict[str, dict]) -> list[dict]:
             gap = difference(curves, better, worse)
             found.append({"claim": text, "better": better, "worse": worse, **gap, "verdict": verdict(gap["low"], gap["high"])})
     constant = [arm for arm in rows if arm.endswith("%") and arm[:-1].isdigit()]
+    best = max(constant, key=lambda arm: rows[arm]["accuracy"], default=None)
     if "full" in rows and constant:
-        best = max(constant, key=lambda arm: rows[arm]["accuracy"])
         gap = difference(curves, best, "full")
         found.append({"claim": f"the best constant prefix matches full rollouts (within {MARGIN:.0%})", "better": best, "worse": "full",
                       **gap, "verdict": verdict(gap["low"] + MARGIN, gap["high"] + MARGIN)})
@@ -65,13 +65,13 @@ def claims(curves, rows: dict[str, dict]) -> list[dict]:
         found.append({"claim": "a prefix reaches 95 % of full rollouts' gain at half the cost or less", "better": ratio["arm"],
                       "worse": "full", **{k: ratio[k] for k in ("value", "low", "high")}, "unit": "times",
                       "verdict": verdict(ratio["low"] - 2, ratio["high"] - 2)})
-        if "auto" in rows:
-            gap = difference(curves, "auto", best)
-            found.append({"claim": f"auto is within {MARGIN:.0%} of the best constant prefix", "better": "auto", "worse": best, **gap,
-                          "verdict": verdict(gap["value"] + MARGIN, gap["value"] + MARGIN)})
-            ratio = rows["auto"]["flops_useful"] / rows[best]["flops_useful"]
-            found.append({"claim": "auto costs at most 1.5 times the best constant prefix", "better": "auto", "worse": best,
-                          "value": ratio, "low": ratio, "high": ratio, "unit": "times", "verdict": verdict(1.5 - ratio, 1.5 - ratio)})
+    if "auto" in rows and constant:
+        gap = difference(curves, "auto", best)
+        found.append({"claim": f"auto is within {MARGIN:.0%} of the best constant prefix", "better": "auto", "worse": best, **gap,
+                      "verdict": verdict(gap["value"] + MARGIN, gap["value"] + MARGIN)})
+        ratio = rows["auto"]["flops_useful"] / rows[best]["flops_useful"]
+        found.append({"claim": "auto costs at most 1.5 times the best constant prefix", "better": "auto", "worse": best,
+                      "value": ratio, "low": ratio, "high": ratio, "unit": "times", "verdict": verdict(1.5 - ratio, 1.5 - ratio)})
     untrained = rows["untrained"]["also"].get("longer") if "untrained" in rows else None
     for arm in ("5%", "10%"):
         if untrained is not None and arm in rows:
@@ -97,9 +97,11 @@ def untrained(arms: compare.Arms, rows: list[dict]) -> dict:
     return row
 
 
-def saving(arms: compare.Arms, rows: list[dict]) -> dict:
+def saving(arms: compare.Arms, rows: list[dict]) -> dict | None:
     """Useful FLOPs of an update with full rollouts over one with the arm's prefix, by the ledger, at the trained students' mean
-    full length: what prompt and trace lengths allow at equal updates."""
+    full length: what prompt and trace lengths allow at equal updates. None without a reference."""
+    if arms.reference is None:
+        return None
     run = preflight.prepare(configuration.build(arms.settings(arms.reference, arms.seeds[0])))
     full = next(row["mean_tokens"] for row in rows if row["arm"] == arms.reference)
     prompts = run.train_prompts[: run.config.train.batch_size]
