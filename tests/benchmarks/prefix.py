@@ -10,10 +10,12 @@ minutes on one of them, the others less. ``--quick``: two updates, one seed, one
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import yaml
 from measure import HERE, machine, record
 
@@ -48,9 +50,9 @@ def difference(curves, better: str, worse: str) -> dict:
     return {"value": (curves[better][1][-1] - curves[worse][1][-1]).item(), "low": low, "high": high}
 
 
-def claims(curves, rows: dict[str, dict]) -> list[dict]:
-    """Every published ordering whose arms were run."""
-    found = []
+def claims(drawn: report.Resampled, rows: dict[str, dict], longer: dict[str, list[list[float]]]) -> list[dict]:
+    """Every published ordering whose arms were run. ``longer``: arm → seed → right or wrong per longer problem."""
+    found, curves = [], {arm: drawn.curve(arm) for arm in drawn.arms}
     for text, better, worse in ORDERINGS:
         if better in curves and worse in curves:
             gap = difference(curves, better, worse)
@@ -72,29 +74,35 @@ def claims(curves, rows: dict[str, dict]) -> list[dict]:
         ratio = rows["auto"]["flops_useful"] / rows[best]["flops_useful"]
         found.append({"claim": "auto costs at most 1.5 times the best constant prefix", "better": "auto", "worse": best,
                       "value": ratio, "low": ratio, "high": ratio, "unit": "times", "verdict": verdict(1.5 - ratio, 1.5 - ratio)})
-    untrained = rows["untrained"]["also"].get("longer") if "untrained" in rows else None
-    for arm in ("5%", "10%"):
-        if untrained is not None and arm in rows:
-            gap = rows[arm]["also"]["longer"] - untrained
-            found.append({"claim": "a short prefix hurts longer problems than any trained on (2602.15260, weak students)",
-                          "better": "untrained", "worse": arm, "value": -gap, "low": None, "high": None,
-                          "verdict": verdict(-gap, -gap)})
+    for arm in ("5%", "10%", "full"):
+        if longer and arm in longer:
+            gaps = torch.tensor(longer["untrained"]) - torch.tensor(longer[arm])  # [seeds, problems]
+            low, high = report.interval(torch.einsum("rk,kp,rp->r", drawn.seeds, gaps.double(), drawn.problems))
+            found.append({"claim": "distillation hurts problems longer than any trained on (2602.15260: short prefixes, weak students)",
+                          "better": "untrained", "worse": arm, "value": gaps.double().mean().item(), "low": low, "high": high,
+                          "verdict": verdict(low, high)})
     return found
 
 
-def untrained(arms: compare.Arms, rows: list[dict]) -> dict:
-    """The student as it is: on the test problems (any arm's first evaluation) and on the other ones."""
-    row = {"arm": "untrained", "accuracy": rows[0]["before"], "also": {}}
+def right(file: Path) -> list[float]:
+    """Share of right answers per problem in a file of `eval`'s."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return [sum(r["correct"] for r in record["responses"]) / len(record["responses"]) for record in records]
+
+
+def untrained(arms: compare.Arms, rows: list[dict]) -> tuple[dict, dict[str, list[list[float]]]]:
+    """The student as it is: on the test problems (any arm's first evaluation) and on the other ones → (row, data set → seed →
+    right or wrong per problem)."""
+    answers: dict[str, list[list[float]]] = {}
     for name, also in arms.also.items():
-        scores = []
         for seed in arms.seeds:
             with tempfile.TemporaryDirectory() as scratch:
-                document = preflight.evaluate_model(configuration.build(also | {
-                    "models.student": arms.base["models.student"], "runtime.seed": seed,
-                    "checkpoint.out": f"{scratch}/answers.jsonl"}))[2]
-            scores.append(document["accuracy"]["value"])
-        row["also"][name] = sum(scores) / len(scores)
-    return row
+                file = Path(scratch) / "answers.jsonl"
+                preflight.evaluate_model(configuration.build(also | {
+                    "models.student": arms.base["models.student"], "runtime.seed": seed, "checkpoint.out": str(file)}))
+                answers.setdefault(name, []).append(right(file))
+    means = {name: sum(map(sum, seeds)) / sum(map(len, seeds)) for name, seeds in answers.items()}
+    return {"arm": "untrained", "accuracy": rows[0]["before"], "also": means}, answers
 
 
 def saving(arms: compare.Arms, rows: list[dict]) -> dict | None:
@@ -151,15 +159,17 @@ def main() -> None:
         compare.compare(arms, out, cli.train_in, lambda text: print(text, file=sys.stderr))
         runs = report.collect([out])
         rows = report.summary(runs, arms.reference)
-        named = {row["arm"]: row for row in [untrained(arms, rows), *rows]}
+        before, answers = untrained(arms, rows)
+        named = {row["arm"]: row for row in [before, *rows]}
         drawn = report.Resampled(report.by_arm(runs)) if all(run.right for run in runs) else None
-        curves = {arm: drawn.curve(arm) for arm in report.by_arm(runs)} if drawn and drawn.paired else {}
+        longer = {arm: [right(run.path / "also-longer.jsonl") for run in group] for arm, group in report.by_arm(runs).items()
+                  } | {"untrained": answers["longer"]} if "longer" in arms.also else {}
         if not given.quick:
             report.write_csv(runs, HERE / "results" / f"{given.arms}.csv")
             pictured = [arm for arm in PICTURED if arm in named]
             (HERE / "results" / f"{given.arms}.png").write_bytes(report.png(report.draw(runs, "", pictured)))
         document = {"arms_file": given.arms, "machine": machine(), "summary": list(named.values()), "saving": saving(arms, rows),
-                    "claims": claims(curves, named) if curves else [],
+                    "claims": claims(drawn, named, longer) if drawn and drawn.paired else [],
                     "decisions": {f"{run.arm} seed {run.seed}": [d["reason"] for d in run.result["prefix_decisions"]]
                                   for run in runs if run.result["prefix_decisions"]}}
         record(given.arms, document, not given.quick)
