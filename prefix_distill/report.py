@@ -269,9 +269,12 @@ def write_csv(runs: list[Finished], file: Path) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows(runs))
 
 
-def draw(runs: list[Finished], title: str = "", only: list[str] | None = None):
-    """Accuracy (or, without answers, held-out KL) against useful FLOPs: a matplotlib figure, a line an arm, means over seeds
-    with 95 % intervals where they can be drawn."""
+AGAINST = ("useful training FLOPs", "executed training FLOPs", "training time (s)")  # as in Finished.cost
+
+
+def draw(runs: list[Finished], title: str = "", only: list[str] | None = None, against: str = AGAINST[0]):
+    """Accuracy (or, without answers, held-out KL) against a cost: a matplotlib figure, a line an arm, means over seeds with 95 %
+    intervals where they can be drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -284,19 +287,19 @@ def draw(runs: list[Finished], title: str = "", only: list[str] | None = None):
     colours = pyplot.get_cmap("tab20").colors
     for i, (arm, group) in enumerate(arms.items()):
         style = {"color": colours[(2 * i) % 20 + (i >= 10)], "marker": "os^vD<>ph*X"[i % 11], "markersize": 4, "linewidth": 1.3}
-        x = [[run.cost(row)[0] for row in run.evaluations] for run in group]
+        x = [[run.cost(row)[AGAINST.index(against)] for row in run.evaluations] for run in group]
         x = [math.fsum(column) / len(column) for column in zip(*x)]
         if graded and drawn.paired:
-            _, mean, draws, cost, _ = drawn.curve(arm)
+            _, mean, draws, _, _ = drawn.curve(arm)
             ends = [interval(draws[:, e]) for e in range(draws.shape[1])]
-            axes.fill_between(cost, [100 * low for low, _ in ends], [100 * high for _, high in ends], color=style["color"],
+            axes.fill_between(x, [100 * low for low, _ in ends], [100 * high for _, high in ends], color=style["color"],
                               alpha=0.12, linewidth=0)
-            axes.plot(cost, 100 * mean, label=arm, **style)
+            axes.plot(x, 100 * mean, label=arm, **style)
             continue
         pick = (lambda e: 100 * e["accuracy"]["value"]) if graded else (lambda e: e["kl"]["value"])
         y = [[pick(e) for e in run.evaluations] for run in group]
         axes.plot(x, [math.fsum(column) / len(column) for column in zip(*y)], label=arm, **style)
-    axes.set_xlabel("useful training FLOPs")
+    axes.set_xlabel(against)
     axes.set_ylabel("accuracy on held-out problems (%)" if graded else "held-out reverse KL (nats per token)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
@@ -326,7 +329,8 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
             f"<tr><td>{text(row['arm'])}</td>" + "".join(
                 f"<td>{row['also'][n]:.1%}</td>" if row["also"].get(n) is not None else "<td>–</td>" for n in also) + "</tr>"
             for row in summary_rows) + "</table>")
-    picture = base64.b64encode(png(draw(runs, title))).decode()
+    pictures = "".join(f'<p><img alt="against {text(against)}" src="data:image/png;base64,'
+                       f'{base64.b64encode(png(draw(runs, title, against=against))).decode()}"></p>' for against in AGAINST)
     settings = "".join(f"<tr><td>{text(str(run.path))}</td><td>{text(run.arm)}</td><td>{run.seed}</td>"
                        f"<td>{text(_settings(run))}</td></tr>" for run in runs)
     said = lambda key, word: "".join(f"<li>{text(run.arm)}, seed {run.seed}: {text(d[word])}</li>" for run in runs
@@ -339,7 +343,7 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
         "padding:.25rem .6rem;text-align:right;vertical-align:top}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
         f"</style><h1>{text(title)}</h1><p>{len(runs)} runs, {len(summary_rows)} arms. Means over seeds; 95 % intervals by a bootstrap over "
         f"seeds and problems, paired between arms.{against}</p><table><tr>{head}</tr>{body}</table>"
-        f'<p><img alt="accuracy against useful training FLOPs" src="data:image/png;base64,{picture}"></p>{extra}'
+        f"{pictures}{extra}"
         + (f"<h2>Growth of the prefix</h2><ul>{growth}</ul>" if growth else "")
         + (f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "")
         + f"<h2>Runs</h2><table><tr><th>folder</th><th>arm</th><th>seed</th><th>settings</th></tr>{settings}</table></html>\n"

@@ -114,7 +114,7 @@ def test_page_is_self_contained_and_escaped(arms, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;script&gt;" in page and "<title>a &amp; &lt;b&gt;</title>" in page
     assert not re.search(r"https?://|src=\"(?!data:)|href=", page)
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 3
     with open(tmp_path / "out" / "report.csv") as handle:
         rows = list(csv.DictReader(handle))
     assert len(rows) == 4 * 7 and {row["arm"] for row in rows} >= {"full", "short", "bad"}
