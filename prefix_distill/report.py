@@ -25,7 +25,8 @@ COLUMNS = ("arm", "seed", "update", "accuracy", "low", "high", "n", "lr", "prefi
 
 @dataclasses.dataclass
 class Finished:
-    """One finished run. ``right``: update → share of right answers per problem; ``offset``: what the run it started from had
+    """One finished run. ``right``: update → share of right answers per problem; ``kl_before`` and ``kl_after``: reverse KL per token
+    of the fixed contexts; ``offset``: what the run it started from had
     cost (useful, executed, seconds)."""
 
     arm: str
@@ -34,7 +35,8 @@ class Finished:
     config: dict
     result: dict
     right: dict[int, list[float]]
-    beyond: list[list[float]]
+    kl_before: list[list[float]]
+    kl_after: list[list[float]]
     also: dict[str, dict]
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
@@ -62,13 +64,13 @@ def collect(paths: list[Path]) -> list[Finished]:
             raise UserError(f"{path}: no finished run in it (a folder with run.json and a result); run or resume one first")
         found |= {run.path.resolve(): run for run in runs}
         roots |= {run.path.resolve(): path for run in runs}
+    for where, run in found.items():  # a run that started from another one has cost that one, too
+        origin = found.get(_origin(run, roots[where]))
+        if origin is not None:
+            run.offset = origin.cost(origin.evaluations[-1])
     if len({(run.arm, run.seed) for run in found.values()}) < len(found):
         for where, run in found.items():
             run.arm = f"{roots[where].resolve().name}/{run.arm}"
-    for run in found.values():  # a run that started from another one has cost that one, too
-        origin = found.get(Path(run.config["models"]["student"]).parent.resolve())
-        if origin is not None:
-            run.offset = origin.cost(origin.evaluations[-1])
     return list(found.values())
 
 
@@ -79,6 +81,15 @@ def _inside(path: Path) -> list[Path]:
         folders = [path / arm / f"seed-{seed}" for arm in asked["arms"] for seed in asked["seeds"]]
         return [folder for folder in folders if (folder / "run.json").is_file()]
     return sorted(p.parent for p in path.glob("**/run.json"))
+
+
+def _origin(run: Finished, root: Path) -> Path:
+    """The folder of the run that this one started from: as its comparison says (which may have been moved since), else where
+    its student was read from."""
+    start = RunFolder(root).read_json(ARMS)["start"].get(run.arm) if (root / ARMS).is_file() else None
+    if start is not None:
+        return (root / start / f"seed-{run.seed}").resolve()
+    return Path(run.config["models"]["student"]).parent.resolve()
 
 
 def _finished(folder: Path, root: Path) -> Finished | None:
@@ -93,7 +104,8 @@ def _finished(folder: Path, root: Path) -> Finished | None:
         folder.name if folder == root else str(folder.relative_to(root)))
     right = {row["step"]: row["right"] for row in read_rows(folder / "scores.jsonl")}
     also = {p.stem.removeprefix("also-"): files.read_json(p.name) for p in sorted(folder.glob("also-*.json"))}
-    return Finished(arm, document["seed"], folder, config, document["result"], right, files.read_json("after.json")["kl_by_token"], also)
+    return Finished(arm, document["seed"], folder, config, document["result"], right,
+                    *(files.read_json(name)["kl_by_token"] for name in ("before.json", "after.json")), also)
 
 
 def by_arm(runs: list[Finished]) -> dict[str, list[Finished]]:
@@ -122,7 +134,7 @@ def rows(runs: list[Finished]) -> list[dict]:
                 "arm": run.arm, "seed": run.seed, "update": row["step"], "accuracy": accuracy["value"], "low": accuracy["low"],
                 "high": accuracy["high"], "n": accuracy["n"], "lr": run.config["schedule"]["lr"], "prefix": run.result["prefix"] if last else None,
                 "kl": row["kl"]["value"], "kl_prefix": row["kl_prefix"], "kl_tail": row["kl_tail"],
-                "kl_beyond": split_mean(run.beyond, tail)[1] if last else None, "finish_rate": row["finish_rate"],
+                "kl_beyond": split_mean(run.kl_after, tail)[1] if last else None, "finish_rate": row["finish_rate"],
                 "mean_tokens": row["mean_tokens"], "flops_useful": useful, "flops_executed": executed, "seconds": seconds,
                 **({f"also_{name}": other["accuracy"]["value"] for name, other in run.also.items()} if last else {}),
             })
@@ -194,9 +206,10 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
             "accuracy": mean(e["accuracy"] and e["accuracy"]["value"] for e in last), "low": None, "high": None,
             "answers": sum(e["accuracy"]["n"] for e in last) if last[0]["accuracy"] else 0,
             "before": mean(run.evaluations[0]["accuracy"] and run.evaluations[0]["accuracy"]["value"] for run in group),
-            "kl": mean(e["kl"]["value"] for e in last), "kl_tail": mean(e["kl_tail"] for e in last),
-            "kl_tail_before": mean(run.evaluations[0]["kl_tail"] for run in group),
-            "kl_beyond": mean(split_mean(run.beyond, tail)[1] for run in group),
+            "kl": mean(e["kl"]["value"] for e in last),
+            "kl_tail_before": mean(split_mean(run.kl_before, run.result["prefix"])[1] for run in group),
+            "kl_tail": mean(split_mean(run.kl_after, run.result["prefix"])[1] for run in group),
+            "kl_beyond": mean(split_mean(run.kl_after, tail)[1] for run in group),
             "finish_rate": mean(e["finish_rate"] for e in last), "mean_tokens": mean(e["mean_tokens"] for e in last),
             "flops_useful": mean(c[0] for c in costs), "flops_executed": mean(c[1] for c in costs), "seconds": mean(c[2] for c in costs),
             "full_rollout_cost": mean(run.result["full_rollout_cost"] for run in group),

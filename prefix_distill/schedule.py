@@ -9,7 +9,7 @@ from .errors import UserError
 
 GRAMMAR = ("at least 1 token (512), a percentage of --max-new-tokens (25%), 'full', linear:L0:d, staircase:L0:dH:every "
            "or auto[:L0:dH]")
-PATIENCE = 5  # updates whose mean stands for the signal of a window in `auto`
+PATIENCE = 4  # updates whose mean stands for the signal of a window in `auto`
 STOPPED = 0.1  # share of a window's first signal that it must still lose within PATIENCE updates to count as improving
 REACHED = 0.25  # share of rollouts that must fill the prefix for `auto` to grow it
 
@@ -21,9 +21,9 @@ class PrefixSchedule:
     constant    L_k = L0                                       arXiv 2602.15260; as a fraction ρ·T_max, arXiv 2605.31490
     linear      L_k = L0 + d·k                                 arXiv 2602.15260 (L0 = 1, d = 256)
     staircase   L_k = L0 + ΔH·⌊k/Δk⌋                           arXiv 2605.31490
-    auto        L grows by ΔH when its newest window has stopped improving; never shrinks; after arXiv 2607.29494
+    auto        L doubles (or grows by ΔH) when its newest window has stopped improving; never shrinks; after arXiv 2607.29494
 
-    ``rise`` is d or ΔH in tokens, ``every`` is Δk in updates. Only ``auto`` has a state: a plain dictionary that belongs to
+    ``rise`` is d or ΔH in tokens (0: `auto` doubles), ``every`` is Δk in updates. Only ``auto`` has a state: a plain dictionary that belongs to
     the run (and its checkpoint), starts as {} and is changed by ``observe`` alone.
     """
 
@@ -51,11 +51,11 @@ class PrefixSchedule:
     def observe(self, step: int, state: dict, signal: float | None, reached: float) -> str | None:
         """`auto` looks at update ``step`` and may grow → its reason, or None; other schedules look at nothing.
 
-        ``signal``: mean divergence in the newest window [L − ΔH, L) of this update's rollouts, nats per token (None where
+        ``signal``: mean divergence in the newest window, what the last growth added, of this update's rollouts, nats per token (None where
         no rollout entered it); ``reached``: share of rollouts that filled the prefix. With a and b the means of the signal
-        over the last-but-one and the last 5 updates and s over the first 5 since the window opened, it has stopped improving
-        when a − b ≤ s/10, and L grows by ΔH if at least a quarter of the last 5 updates' rollouts reached L. The numbers are
-        the global update's, so every rank decides alike.
+        over the last-but-one and the last 4 updates and s over the first 4 since the window opened, it has stopped improving
+        when a − b ≤ s/10, and L grows if at least a quarter of the last 4 updates' rollouts reached L. The numbers are the
+        global update's, so every rank decides alike.
         """
         if self.kind != "auto" or self.length(step, state) >= self.limit:
             return None
@@ -69,7 +69,7 @@ class PrefixSchedule:
         if before - last > STOPPED * first or filled < REACHED:
             return None
         opened, old = self.window(state), self.length(step, state)
-        state.update(length=min(old + self.rise, self.limit), window=old, seen=[])
+        state.update(length=min(old + (self.rise or old), self.limit), window=old, seen=[])
         return (f"after update {step + 1} the prefix grows from {old} to {state['length']} tokens: over means of {PATIENCE} updates "
                 f"the divergence of tokens {opened} to {old} began at {first:.3g} nats, was {before:.3g} and is {last:.3g}, and "
                 f"{filled:.0%} of the rollouts fill the prefix")
@@ -83,7 +83,7 @@ def _mean(values: list) -> float:
 def parse_prefix(text: str, limit: int) -> PrefixSchedule:
     """``512`` | ``25%`` | ``full`` | ``linear:L0:d`` | ``staircase:L0:dH:every`` | ``auto[:L0:dH]`` → PrefixSchedule.
 
-    ``limit``: T_max in tokens. Every length may be a percentage of it. ``auto`` alone is ``auto:10%:5%``. UserError on
+    ``limit``: T_max in tokens. Every length may be a percentage of it. ``auto`` alone starts at 10% and doubles. UserError on
     anything else.
     """
     text = str(text).strip()
@@ -91,7 +91,7 @@ def parse_prefix(text: str, limit: int) -> PrefixSchedule:
     if text == "full":
         return PrefixSchedule(text, "constant", limit, limit)
     if kind == "auto" and len(parts) in (0, 2):
-        start, rise = (_tokens(text, part, limit) for part in parts or ("10%", "5%"))
+        start, rise = (_tokens(text, part, limit) for part in parts) if parts else (_tokens(text, "10%", limit), 0)
         return PrefixSchedule(text, kind, start, limit, rise)
     if kind == "linear" and len(parts) == 2:
         return PrefixSchedule(text, kind, _tokens(text, parts[0], limit), limit, _tokens(text, parts[1], limit))

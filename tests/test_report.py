@@ -29,6 +29,7 @@ def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):
     tree = configuration.as_dict(configuration.build({"models.student": student, "rollout.max_new_tokens": 10, "runtime.seed": seed}))
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     (folder / "scores.jsonl").write_text("".join(json.dumps({"step": 5 * i, "right": r}) + "\n" for i, r in enumerate(rights)))
+    (folder / "before.json").write_text(json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.8, 0.6], [1.0, 2.0]]}))
     (folder / "after.json").write_text(json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.5, 0.1], [1.0, 2.0]]}))
     return folder
 
@@ -64,6 +65,7 @@ def test_summary_by_hand(arms):
     assert "not reached" in report.cells(rows["bad"])[-1]
     # beyond the longest prefix of an arm that truncates (4): tokens 0.5 and 0.1
     assert short["kl_beyond"] == pytest.approx(0.3)
+    assert (short["kl_tail_before"], short["kl_tail"]) == pytest.approx((0.7, 0.3))  # both beyond its own last prefix
 
 
 def test_intervals_cover_problems_and_seeds_and_pairing_narrows_differences(tmp_path):
@@ -104,6 +106,10 @@ def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
     write_run(arms / "warmed" / "seed-0", 0, [0.8, 0.9], 1.0, student=str(arms / "full" / "seed-0" / "model"))
     warmed = next(run for run in report.collect([arms]) if run.arm == "warmed")
     assert warmed.cost(warmed.evaluations[-1]) == (31.0, 62.0, 12.0)
+    # a comparison says so itself, also where its folder has been moved and the student's path leads nowhere
+    (arms / "arms.json").write_text(json.dumps({"arms": {"full": {}, "warmed": {}}, "seeds": [0], "start": {"warmed": "full"}}))
+    moved = arms.rename(arms.with_name("moved"))
+    assert [run.cost(run.evaluations[-1])[0] for run in report.collect([moved])] == [30.0, 31.0]
 
 
 def test_page_is_self_contained_and_escaped(arms, tmp_path):

@@ -46,24 +46,24 @@ def grow(signals, filled=1.0, text="auto:10:5", limit=100):
 
 def test_auto_grows_when_the_newest_window_stops_improving():
     schedule, state, said = grow([1.0] * (2 * PATIENCE))
-    assert schedule.length(0, {}) == 10 and schedule.length(10, state) == 15 and schedule.window(state) == 10
-    assert [step for step, _ in said] == [10]
+    assert schedule.length(0, {}) == 10 and schedule.length(8, state) == 15 and schedule.window(state) == 10
+    assert [step for step, _ in said] == [8]
     assert "from 10 to 15 tokens" in said[0][1] and "tokens 0 to 10" in said[0][1] and "100%" in said[0][1]
 
 
 def test_auto_waits_while_the_signal_falls_and_grows_when_it_is_exhausted():
-    falling = [1.0 - 0.03 * k for k in range(25)]  # 0.15 within PATIENCE updates: more than a tenth of the first 5's mean
+    falling = [1.0 - 0.03 * k for k in range(25)]  # 0.12 within PATIENCE updates: more than a tenth of the first 4's mean
     assert grow(falling)[2] == []
-    # halving for ever: the first 5 average 0.39; after update 14 the last-but-one 5 (2^-4 … 2^-8) average 0.024, which is less
-    # than a tenth of that, and one update earlier (2^-3 … 2^-7) 0.048
-    assert grow([2.0 ** -k for k in range(40)])[2][0][0] == 14
+    # halving for ever: the first 4 average 0.469; after update 12 the last-but-one 4 (2^-4 … 2^-7) exceed the last 4 (2^-8 …
+    # 2^-11) by 0.0275, less than a tenth of that; one update earlier by 0.0549
+    assert grow([2.0 ** -k for k in range(40)])[2][0][0] == 12
     assert grow([0.0] * 10)[2] and grow([None] * 10)[2]  # nothing in the window: nothing to wait for
 
 
 def test_auto_needs_rollouts_that_reach_the_end_of_the_prefix_never_shrinks_and_stops_at_the_limit():
     assert grow([1.0] * 50, filled=0.2)[2] == []
     schedule, state, said = grow([1.0] * 400, limit=22)
-    assert schedule.length(400, state) == 22 and [step for step, _ in said] == [10, 20, 30]
+    assert schedule.length(400, state) == 22 and [step for step, _ in said] == [8, 16, 24]
     lengths, state = [], {}
     for step in range(200):
         lengths.append(schedule.length(step, state))
@@ -71,9 +71,14 @@ def test_auto_needs_rollouts_that_reach_the_end_of_the_prefix_never_shrinks_and_
     assert lengths == sorted(lengths)
 
 
-def test_auto_alone_starts_at_a_tenth():
-    schedule = parse_prefix("auto", 200)
-    assert (schedule.length(0), schedule.rise, schedule.longest(3)) == (20, 10, 200)
+def test_auto_alone_starts_at_a_tenth_and_doubles():
+    schedule, state, _ = grow([1.0] * 100, text="auto", limit=200)
+    assert (schedule.length(0), schedule.longest(3)) == (20, 200)
+    lengths, state = [], {}
+    for step in range(40):
+        lengths.append(schedule.length(step, state))
+        schedule.observe(step, state, 1.0, 1.0)
+    assert lengths == [20] * 8 + [40] * 8 + [80] * 8 + [160] * 8 + [200] * 8
 
 
 @given(strategies.floats(0.01, 1.0), strategies.integers(1, 12))
