@@ -244,7 +244,7 @@ def _ratio(reference, arm, share: float) -> dict:
 
 
 HEADINGS = ("arm", "accuracy [95 %]", "useful FLOPs", "executed", "training time", "KL beyond its prefix, before → after", "end",
-            "tokens", "useful FLOPs of the reference ÷ its own to reach 95 % of the reference's gain", "all of it")
+            "tokens", "useful FLOPs of the reference ÷ its own to reach half of the reference's gain", "90 % of it", "all of it")
 
 
 def cells(row: dict) -> list[str]:
@@ -253,7 +253,7 @@ def cells(row: dict) -> list[str]:
         f" [{row['low']:.1%}, {row['high']:.1%}]" if row["low"] is not None else "") + f" of {row['answers']:,}"
     tail = "–" if row["kl_tail"] is None or row["kl_tail_before"] is None else f"{row['kl_tail_before']:.3g} → {row['kl_tail']:.3g}"
     return [row["arm"], accuracy, flops_text(row["flops_useful"]), flops_text(row["flops_executed"]), f"{row['seconds']:.0f} s", tail,
-            f"{row['finish_rate']:.0%}", f"{row['mean_tokens']:.0f}", *(ratio_text(row["cost_ratios"].get(share)) for share in (0.95, 1.0))]
+            f"{row['finish_rate']:.0%}", f"{row['mean_tokens']:.0f}", *(ratio_text(row["cost_ratios"].get(share)) for share in (0.5, 0.9, 1.0))]
 
 
 def ratio_text(ratio: dict | None) -> str:

@@ -33,7 +33,7 @@ def test_shares_and_bins_by_hand():
     assert [(b["from"], b["tokens"], b["kl"]) for b in bins] == [(0, 2, 2.0), (1, 1, 2.0), (2, 1, 3.0)]
 
 
-@pytest.mark.parametrize("task, recommended", [("choice", int), ("tied", str)])
+@pytest.mark.parametrize("task, recommended", [("choice", int), ("tied", str), ("shared", str)])
 def test_it_knows_where_prefixes_do_and_where_they_do_not(tmp_path, task, recommended):
     code, out, err = invoke("probe", "--student", f"lab:{task}/student", "--teacher", f"lab:{task}/teacher", "--dataset", f"lab:{task}",
                             "--problems", "40", "--out", tmp_path / "probe")

@@ -120,15 +120,15 @@ def ratio(found: dict) -> str:
 
 def prefix_table() -> str:
     rows = ["| arm | accuracy [95 %] | longer problems | useful FLOPs | training time | KL beyond its prefix, before → after | full's cost ÷ "
-            "its own, to 95 % of full's gain | to all of it |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
+            "its own, to half of full's gain | to 90 % | to all |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for r in result("prefix")["summary"]:
         longer = f"{r['also']['longer']:.1%}"
         if r["arm"] == "untrained":
-            rows.append(f"| untrained | {points(r)} | {longer} | | | | | |")
+            rows.append(f"| untrained | {points(r)} | {longer} | | | | | | |")
             continue
         tail = "" if r["kl_tail"] is None else f"{r['kl_tail_before']:.3f} → {r['kl_tail']:.3f}"
         rows.append(f"| `{r['arm']}` | {points(r)} | {longer} | {r['flops_useful'] / 1e9:.1f} G | {r['seconds']:.0f} s | {tail} | "
-                    f"{ratio(r['cost_ratios']['0.95'])} | {ratio(r['cost_ratios']['1.0'])} |")
+                    f"{' | '.join(ratio(r['cost_ratios'][share]) for share in ('0.5', '0.9', '1.0'))} |")
     return "\n".join(rows)
 
 
