@@ -50,7 +50,6 @@ def whole(pair, questions, tmp_path_factory):
     ("train", "_update", 4),  # after three updates, before the fourth
     ("train", "_row", 5),  # a row more than the checkpoint knows
     ("checkpoint", "replace_folder", 2),  # inside the second checkpoint's write
-    ("evaluate", "held_out_kl", 1),  # before anything was saved
     ("train", "_save_checkpoint", 1),  # when the untrained student has been measured, before the first checkpoint
 ])
 def test_kill_and_resume_is_bit_for_bit(whole, pair, questions, tmp_path, module, name, at):
