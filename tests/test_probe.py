@@ -33,11 +33,11 @@ def test_shares_and_bins_by_hand():
     assert [(b["from"], b["tokens"], b["kl"]) for b in bins] == [(0, 2, 2.0), (1, 1, 2.0), (2, 1, 3.0)]
 
 
-@pytest.mark.parametrize("task", ["tied", "shared"])
-def test_it_knows_where_prefixes_do_not_do(tmp_path, task):
+@pytest.mark.parametrize("task, problems", [("tied", 40), ("shared", 100)])
+def test_it_knows_where_prefixes_do_not_do(tmp_path, task, problems):
     """Where they do: the README's own `probe` on `choice`, in test_readme.py."""
     code, out, err = invoke("probe", "--student", f"lab:{task}/student", "--teacher", f"lab:{task}/teacher", "--dataset", f"lab:{task}",
-                            "--problems", "40", "--out", tmp_path / "probe")
+                            "--problems", problems, "--out", tmp_path / "probe")
     assert code == 0, err
     found = last_json(out)
     assert found["recommended_prefix"] == "full" and found["reason"] in err
@@ -46,10 +46,10 @@ def test_it_knows_where_prefixes_do_not_do(tmp_path, task):
     assert (tmp_path / "probe/probe.png").stat().st_size > 5000
     total = math.fsum(b["kl"] * b["tokens"] for b in found["by_position"])
     tokens = sum(b["tokens"] for b in found["by_position"])
-    assert total / tokens == pytest.approx(found["kl"]["value"], rel=1e-6) and tokens == pytest.approx(40 * found["student_tokens"])
+    assert total / tokens == pytest.approx(found["kl"]["value"], rel=1e-6) and tokens == pytest.approx(problems * found["student_tokens"])
     lifted, decayed = found["teacher_prefix_curve"], found["teacher_decay_curve"]
     assert [row["tokens"] for row in lifted] == [row["tokens"] for row in decayed] and lifted[0]["tokens"] == 0
-    assert decayed[0]["value"] > 0.8 > 0.55 > lifted[0]["value"]  # what each model does alone
+    assert decayed[0]["value"] > 0.9 > 0.5 > lifted[0]["value"]  # what each model does alone
     assert {"student_decode", "teacher_decode", "scoring"} <= found["flops"]["by_phase"].keys()
 
 
