@@ -64,6 +64,25 @@ class RunFolder:
         """``name`` ← one JSON line per row."""
         write_rows(self.path / name, rows)
 
+    def write_tensors(self, name: str, tensors: dict) -> None:
+        """``name`` ← tensors, as safetensors."""
+        from safetensors.torch import save
+
+        file = self.path / name
+        file.parent.mkdir(exist_ok=True)
+        _write(file, save({k: v.contiguous() for k, v in tensors.items()}))
+
+    def read_tensors(self, name: str):
+        """(file, tensors) of every file of tensors in the folder ``name``, by name, one at a time."""
+        from safetensors.torch import load_file
+
+        for file in sorted((self.path / name).glob("*.safetensors")):
+            yield file, load_file(file)
+
+    def remove(self, name: str) -> None:
+        """Deletes the folder ``name``."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
     def append(self, name: str, row: dict) -> None:
         """One more row of the JSON lines ``name``."""
         with open(self.path / name, "a", encoding="utf-8") as file:
@@ -141,10 +160,10 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, content: str | bytes) -> None:
     scratch = file.with_name(f".{file.name}.partial")
-    with open(scratch, "w", encoding="utf-8") as handle:
-        handle.write(text)
+    with open(scratch, "wb") as handle:
+        handle.write(content.encode() if isinstance(content, str) else content)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(scratch, file)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from .errors import UserError
 from .schedule import parse_off_policy, parse_prefix, warmup_steps
-from .weights import parse_window
+from .weights import parse_position_weight, parse_selection, parse_window
 
+SELF = "self"  # --teacher self: the student's own initial weights
 DIVERGENCES = "reverse-kl, forward-kl or jsd:β with 0 < β < 1"
 
 
@@ -28,8 +29,10 @@ def option(default, flag: str, help: str, shown: str | None = None):
 class Models:
     student: str | None = option(None, "--student", "Student: hub id, folder, .gguf file or lab:TASK/student.",
                                  "the embedded student")
-    teacher: str | None = option(None, "--teacher", "Teacher: hub id, folder, .gguf file or lab:TASK/teacher.",
-                                 "the embedded teacher")
+    teacher: str | None = option(None, "--teacher", "Teacher: hub id, folder, .gguf file or lab:TASK/teacher; self: a frozen copy "
+                                 "of the student, with --privileged-column.", "the embedded teacher")
+    teacher_ema: float | None = option(None, "--teacher-ema", "With --teacher self: after every update the teacher becomes "
+                                       "α·teacher + (1−α)·student, 0 < α < 1.", "none: the teacher stays as it is")
     trust_remote_code: bool = option(False, "--trust-remote-code", "Run model code that comes with a hub repository.")
 
 
@@ -41,6 +44,13 @@ class Data:
     prompt_column: str | None = option(None, "--prompt-column", "Column (a.b reaches into records) with the prompt.",
                                        "found by name")
     answer_column: str | None = option(None, "--answer-column", "Column with the reference answer.", "found by name")
+    privileged_column: str | None = option(None, "--privileged-column", "Column that the teacher's prompt shows and the student's "
+                                           "does not, such as a reference solution.")
+    privileged_template: str | None = option(None, "--privileged-template", "Teacher's user turn with {problem} and {solution} in it; "
+                                             "--instruction follows it.", "the embedded task's, else as in data.py")
+    student_thinking: str = option("auto", "--student-thinking", "Thinking switch of the student's chat template: on, off, or auto "
+                                   "(what the template does by itself).")
+    teacher_thinking: str = option("auto", "--teacher-thinking", "Thinking switch of the teacher's chat template: on, off or auto.")
     system: str | None = option(None, "--system", "System message put before every prompt.")
     instruction: str | None = option(None, "--instruction", "Text appended to every prompt after a blank line.")
     template: str = option("auto", "--template", "Prompt format: chat, plain, or auto (chat where a template exists).")
@@ -79,6 +89,8 @@ class Divergence:
     estimator: str = option("full", "--estimator", "full: the whole vocabulary; top-k:K: the teacher's K most likely tokens "
                             "and one bucket with the rest of the mass; sampled: the sampled token alone (reverse-kl).")
     temperature: float = option(1.0, "--kl-temperature", "Temperature of both distributions in the loss.")
+    clip: float | None = option(None, "--clip", "κ: with forward-kl, Σ_v min(T(log T − log S), κ): the most that one vocabulary "
+                                "entry may add (nats).")
     reduction: str = option("token", "--reduction", "token: mean over taught tokens; sequence: mean over rollouts of "
                             "their token means; sum: sum over tokens, mean over rollouts.")
 
@@ -87,6 +99,11 @@ class Divergence:
 class Weights:
     window: str = option("all", "--window", "Tokens of a rollout that are taught: all, or K of them: first:K, middle:K, last:K, "
                          "random:K (in a row), scattered:K, highest-kl:K, highest-entropy:K.")
+    select: str = option("all", "--select", "Tokens of those that are taught, by importance (TIP): all, soft-or, overconfident, "
+                         "entropy-sample, entropy, divergence, random or bottom.")
+    keep: float | None = option(None, "--keep", "Share of every rollout's tokens that --select keeps.", "0.5")
+    position: str = option("uniform", "--position-weight", "Weight of a token by its place in the rollout: uniform, moderate (rises "
+                           "from 0.31 to 1), decreasing (its mirror image) or sigmoid:w,τ,s.")
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,20 @@ class Train:
                                           "the layer again in backward: less memory, more time.")
     weight_decay: float = option(0.0, "--weight-decay", "AdamW weight decay, on matrices only.")
     grad_clip: float = option(1.0, "--grad-clip", "Largest gradient norm (0 turns clipping off).")
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    kind: str = option("none", "--extrapolate", "After updates 1, 2, 4, 8, …, try points further along the way since the last such "
+                       "update: none, effopd (go on while --extrapolate-score rises), always-1 or random (controls).")
+    score: str = option("accuracy", "--extrapolate-score", "accuracy (of one full answer a problem), or heldout-kl (minus the reverse KL "
+                        "on fresh rollouts of the current prefix).")
+    problems: int = option(50, "--extrapolate-problems", "Fixed training prompts that are scored, with the same seeds for every "
+                           "candidate.")
+    modules: str = option("attention-mlp", "--extrapolate-modules", "What moves: attention-mlp (linear layers of the trunk) or all.")
+    reset: bool = option(False, "--extrapolate-reset", "Forget AdamW's moments of what moved.")
+    diagnostics: bool = option(False, "--extrapolate-diagnostics", "Norm, effective rank and cosine with the final one of every "
+                               "displacement, module by module (keeps copies of the weights in the run folder until the end).")
 
 
 @dataclass(frozen=True)
@@ -141,6 +172,7 @@ class Config:
     divergence: Divergence = field(default_factory=Divergence)
     weights: Weights = field(default_factory=Weights)
     train: Train = field(default_factory=Train)
+    extrapolation: Extrapolation = field(default_factory=Extrapolation)
     evaluate: Evaluation = field(default_factory=Evaluation)
     runtime: Runtime = field(default_factory=Runtime)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -252,7 +284,8 @@ def check(config: Config) -> None:
         ("evaluate.every", 0, None), ("evaluate.kl_prompts", 1, None), ("checkpoint.save_every", 0, None),
         ("train.steps", 0, None), ("train.batch_size", 1, None), ("train.micro_batch_size", 1, None),
         ("rollout.samples", 1, None), ("rollout.rows", 1, None), ("rollout.max_new_tokens", 1, None),
-        ("data.max_prompt_tokens", 1, None), ("evaluate.rollouts", 1, None),
+        ("data.max_prompt_tokens", 1, None), ("extrapolation.problems", 1, None), ("divergence.clip", 0, None),
+        ("models.teacher_ema", 0, 1), ("weights.keep", 0, 1), ("evaluate.rollouts", 1, None),
         ("evaluate.tail_every", 0, None), ("evaluate.tail_prompts", 1, None), ("runtime.head_memory_mb", 1, None),
     ):
         value = get(config, path)
@@ -261,11 +294,14 @@ def check(config: Config) -> None:
         bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
         if not math.isfinite(value) or value < low or (high is not None and value > high):
             raise UserError(f"{path} {value}: expected a finite number {bound}; change {flag(path)}")
-    for path in ("schedule.lr", "rollout.top_p", "divergence.temperature"):
+    for path in ("schedule.lr", "rollout.top_p", "divergence.temperature", "divergence.clip", "weights.keep", "models.teacher_ema"):
         if get(config, path) == 0:
             raise UserError(f"{path} 0: expected a number above 0; change {flag(path)}")
     for path, allowed in (
         ("data.template", ("auto", "chat", "plain")), ("schedule.lr_schedule", ("constant", "linear", "cosine")),
+        ("data.student_thinking", ("auto", "on", "off")), ("data.teacher_thinking", ("auto", "on", "off")),
+        ("extrapolation.kind", ("none", "effopd", "always-1", "random")),
+        ("extrapolation.score", ("accuracy", "heldout-kl")), ("extrapolation.modules", ("attention-mlp", "all")),
         ("rollout.eos", ("student", "teacher", "union")), ("divergence.reduction", ("token", "sequence", "sum")),
         ("evaluate.answer_format", ("auto", "boxed", "hash", "last-number", "exact")),
         ("runtime.dtype", ("auto", "float32", "bfloat16")), ("runtime.head_dtype", ("auto", "float32", "bfloat16")),
@@ -289,13 +325,47 @@ def check(config: Config) -> None:
             if wrong:
                 raise UserError(f"--estimator sampled with {got}: {instead}")
     if off_policy is not None and off_policy == parse_off_policy("sft"):
-        for path in ("divergence.name", "divergence.estimator", "divergence.temperature"):
+        for path in ("divergence.name", "divergence.estimator", "divergence.temperature", "divergence.clip"):
             if get(config, path) != options()[path].default:
                 raise UserError(f"{flag(path)} {get(config, path)} with --off-policy sft: every rollout is the teacher's and has "
                                 "the cross-entropy as its loss; leave it out, or use --off-policy divergence")
+    if config.divergence.clip is not None and (name != "forward-kl" or estimator != "full"):
+        raise UserError(f"--clip {config.divergence.clip:g} with --divergence {config.divergence.name} --estimator "
+                        f"{config.divergence.estimator}: the entry-wise clip is of the forward KL over the whole vocabulary; "
+                        "use --divergence forward-kl --estimator full, or leave it out")
+    _check_teacher(config)
+    if config.weights.keep is not None and config.weights.select == "all":
+        raise UserError(f"--keep {config.weights.keep:g}: it is the share that --select keeps; add --select soft-or, or leave it out")
+    parse_selection(config.weights.select, selected(config))
+    parse_position_weight(config.weights.position)
+    if config.extrapolation.kind == "none":
+        for path in ("extrapolation.score", "extrapolation.problems", "extrapolation.reset"):
+            if get(config, path) != options()[path].default:
+                raise UserError(f"{flag(path)} {get(config, path)}: nothing is extrapolated; add --extrapolate effopd, or leave it out")
     parse_window(config.weights.window)
     parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens or sys.maxsize)
     warmup_steps(config.schedule.warmup, config.train.steps)
+
+
+def _check_teacher(config: Config) -> None:
+    models, data = config.models, config.data
+    if models.teacher_ema is not None and (models.teacher != SELF or models.teacher_ema == 1):
+        raise UserError(f"--teacher-ema {models.teacher_ema:g} with --teacher {models.teacher}: it averages the student into a copy of "
+                        "itself; use --teacher self and a number below 1, such as 0.999, or leave it out")
+    if models.teacher == SELF and data.privileged_column is None and data.teacher_thinking == data.student_thinking:
+        raise UserError("--teacher self: the student's own weights behind the same prompt have nothing to teach; name what the teacher "
+                        "alone sees with --privileged-column, such as solution")
+    if data.privileged_template is not None:
+        if data.privileged_column is None:
+            raise UserError("--privileged-template: it needs what the teacher alone sees; name it with --privileged-column")
+        if missing := [field for field in ("{problem}", "{solution}") if field not in data.privileged_template]:
+            raise UserError(f"--privileged-template {data.privileged_template[:60]!r}: it has no {missing[0]}; put it where the "
+                            f"{missing[0][1:-1]} belongs")
+
+
+def selected(config: Config) -> float:
+    """The share of tokens that --select keeps."""
+    return 0.5 if config.weights.keep is None else config.weights.keep
 
 
 def parse_divergence(text: str) -> tuple[str, float | None]:

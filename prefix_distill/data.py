@@ -3,7 +3,7 @@
 import random
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .demo import task
@@ -12,27 +12,35 @@ from .models import LAB, Model
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "query", "input")
 ANSWER_COLUMNS = ("answer", "solution", "final_answer", "ground_truth", "target", "gold", "output", "response")
+PRIVILEGED = (  # the teacher's user turn where it is shown a reference solution, after arXiv 2601.18734; ours in wording
+    "{problem}\n\nA reference solution of this problem, between the two lines:\n-----\n{solution}\n-----\n\nRead it until you "
+    "understand why it is right. Then solve the problem yourself, step by step and in your own words, without mentioning it."
+)
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem: chat messages ending with the user's turn, and the reference answer if the data has one."""
+    """One problem: chat messages ending with the user's turn, the reference answer if the data has one, and what only the
+    teacher's prompt shows, if anything."""
 
     index: int
     messages: tuple[dict, ...]
     answer: str | None
+    privileged: str | None = None
 
 
 @dataclass(frozen=True)
 class PromptSet:
     """Prompts in the data's order. ``answer_format``: how the task itself says its answers are written, or None.
-    ``max_new_tokens``: the longest response the task needs (tokens), where it is known."""
+    ``max_new_tokens``: the longest response the task needs (tokens), where it is known. ``privileged_template``: the form in
+    which the task's own networks have met privileged prompts."""
 
     name: str
     prompts: tuple[Prompt, ...]
     answer_format: str | None = None
     max_new_tokens: int | None = None
+    privileged_template: str | None = None
 
     @property
     def answered(self) -> bool:
@@ -41,31 +49,40 @@ class PromptSet:
 
 
 def load(name: str, *, split: str, prompt_column: str | None = None, answer_column: str | None = None,
-         system: str | None = None, instruction: str | None = None, limit: int | None = None) -> PromptSet:
+         system: str | None = None, instruction: str | None = None, limit: int | None = None,
+         privileged_column: str | None = None) -> PromptSet:
     """Reads a ``.jsonl/.json/.csv/.parquet`` file (also ``.gz``), a hub data set, ``lab:TASK`` or ``lab:TASK:20-25`` (of so many
     steps).
 
     Columns are found by the usual names or given (``doc.question`` reaches into a record). UserError on a missing file,
-    a missing column, an empty set or a row without a prompt.
+    a missing column, an empty set, a row without a prompt or without what ``privileged_column`` should hold.
     """
     if name.startswith(LAB):
-        return _embedded(name[len(LAB):], split, system, instruction, limit)
+        if privileged_column not in (None, "solution"):
+            raise UserError(f"dataset {name}: no column '{privileged_column}'; it has solution; change --privileged-column")
+        return _embedded(name[len(LAB):], split, system, instruction, limit, privileged_column is not None)
     rows = _rows(name, split)
     if len(rows) == 0:
         raise UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
     prompt_column = _column(name, rows[0], prompt_column, PROMPT_COLUMNS, "--prompt-column", required=True)
     answer_column = _column(name, rows[0], answer_column, ANSWER_COLUMNS, "--answer-column", required=False)
+    if privileged_column is not None:
+        _column(name, rows[0], privileged_column, (), "--privileged-column", required=True)
     prompts = []
     for index in range(len(rows) if limit is None else min(limit, len(rows))):
         row = rows[index]
         messages, answer = _messages(name, index, _reach(row, prompt_column), system, instruction)
         if answer_column is not None:
             answer = _reach(row, answer_column)
-        prompts.append(Prompt(index, messages, None if answer is None else str(answer)))
+        privileged = None if privileged_column is None else _reach(row, privileged_column)
+        if privileged_column is not None and not (isinstance(privileged, str) and privileged.strip()):
+            raise UserError(f"dataset {name}: row {index} has no text in '{privileged_column}' (got {str(privileged)[:60]!r}); remove or "
+                            "repair the row, or change --privileged-column")
+        prompts.append(Prompt(index, messages, None if answer is None else str(answer), privileged))
     return PromptSet(name, tuple(prompts))
 
 
-def _embedded(text: str, split: str, system, instruction, limit) -> PromptSet:
+def _embedded(text: str, split: str, system, instruction, limit, privileged: bool) -> PromptSet:
     name, colon, steps = text.partition(":")
     try:
         span = None
@@ -81,10 +98,10 @@ def _embedded(text: str, split: str, system, instruction, limit) -> PromptSet:
     except ValueError as error:
         raise UserError(f"dataset {LAB}{text}: {error}") from None
     prompts = [
-        Prompt(i, _messages(text, i, problem.prompt, system, instruction)[0], problem.answer)
+        Prompt(i, _messages(text, i, problem.prompt, system, instruction)[0], problem.answer, problem.solution if privileged else None)
         for i, problem in enumerate(problems)
     ]
-    return PromptSet(LAB + text, tuple(prompts), "hash", task.MAX_NEW_TOKENS)
+    return PromptSet(LAB + text, tuple(prompts), "hash", task.MAX_NEW_TOKENS, "{problem} {solution}")
 
 
 def _rows(name: str, split: str):
@@ -157,21 +174,39 @@ def _messages(name: str, index: int, value, system, instruction) -> tuple[tuple[
     return tuple(messages), answer
 
 
-def render(model: Model, prompt: Prompt, template: str) -> list[int]:
+def render(model: Model, messages: tuple[dict, ...], template: str, thinking: str = "auto", index: int | None = None) -> list[int]:
     """Prompt ids in the model's own chat template (with its generation prompt), or as plain text (with its BOS).
 
-    UserError when ``template`` is 'chat' and the tokenizer has none, or the template refuses the messages.
+    ``thinking``: on or off sets the template's enable_thinking, auto leaves it alone. UserError when ``template`` is 'chat' and
+    the tokenizer has none, when the template has no such switch, or when it refuses the messages (of prompt ``index``).
     """
     tokenizer = model.tokenizer
     if template == "chat" and not tokenizer.chat_template:
         raise UserError(f"model {model.name}: its tokenizer has no chat template; use --template plain or auto")
-    if template == "plain" or not tokenizer.chat_template:
-        return tokenizer("\n\n".join(m["content"] for m in prompt.messages)).input_ids
+    chat = template != "plain" and tokenizer.chat_template
+    if thinking != "auto" and "enable_thinking" not in (chat or ""):
+        raise UserError(f"model {model.name}: its chat template has no thinking switch (enable_thinking); leave --student-thinking and "
+                        "--teacher-thinking at auto for it")
+    if not chat:
+        return tokenizer("\n\n".join(m["content"] for m in messages)).input_ids
+    switch = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
     try:
-        return tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **switch)
     except Exception as error:  # jinja's TemplateError, or what the template raises itself
-        raise UserError(f"model {model.name}: its chat template refuses prompt {prompt.index} ({error}); "
+        raise UserError(f"model {model.name}: its chat template refuses prompt {index} ({error}); "
                         "drop --system or use --template plain") from None
+
+
+def teacher_messages(prompt: Prompt, template: str, instruction: str | None) -> tuple[dict, ...]:
+    """The messages that the teacher reads: with something privileged, its last turn is ``template`` with the problem and the
+    solution put in, then the instruction again."""
+    if prompt.privileged is None:
+        return prompt.messages
+    last = prompt.messages[-1]
+    closing = f"\n\n{instruction}" if instruction else ""
+    fields = {"{problem}": last["content"].removesuffix(closing), "{solution}": prompt.privileged}
+    content = re.sub(r"\{problem\}|\{solution\}", lambda match: fields[match[0]], template) + closing
+    return (*prompt.messages[:-1], {**last, "content": content})
 
 
 @dataclass(frozen=True)
@@ -190,18 +225,21 @@ def render_all(prompts, student: Model, teacher: Model, config, limit: int | Non
     when nothing is left.
     """
     begin = [begin_ids(model, config.rollout.begin) for model in (student, teacher)]
+    settings = config.data
     kept, dropped = [], 0
     for prompt in prompts:
         if limit is not None and len(kept) == limit:
             break
-        ids = [tuple(render(model, prompt, config.data.template)) for model in (student, teacher)]
-        if max(map(len, ids)) > config.data.max_prompt_tokens:
+        shown = teacher_messages(prompt, settings.privileged_template or PRIVILEGED, settings.instruction)
+        ids = [tuple(render(model, messages, settings.template, thinking, prompt.index)) for model, messages, thinking in
+               ((student, prompt.messages, settings.student_thinking), (teacher, shown, settings.teacher_thinking))]
+        if max(map(len, ids)) > settings.max_prompt_tokens:
             dropped += 1
         else:
             kept.append(Rendered(prompt, ids[0] + begin[0], ids[1] + begin[1]))
     if not kept:
         raise UserError(f"dataset: all {dropped} prompts are longer than --max-prompt-tokens "
-                        f"{config.data.max_prompt_tokens}; raise it")
+                        f"{settings.max_prompt_tokens}; raise it")
     return kept, dropped
 
 
@@ -232,4 +270,4 @@ def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, Prom
     """(training set, held-out set of ``count`` prompts), disjoint, drawn by seed."""
     held = set(shuffled(range(len(prompts.prompts)), seed, "held-out")[:count])
     parts = [tuple(p for i, p in enumerate(prompts.prompts) if (i in held) is inside) for inside in (False, True)]
-    return tuple(PromptSet(prompts.name, part, prompts.answer_format, prompts.max_new_tokens) for part in parts)
+    return tuple(replace(prompts, prompts=part) for part in parts)

@@ -100,6 +100,7 @@ class Terms:
 
     ``top_k``: on the teacher's k most likely tokens and one bucket with the rest of the mass on both sides, which keeps it
     a divergence between distributions (never above the full one); None is the whole vocabulary.
+    ``clip``: κ, the most that one vocabulary entry may add to the forward KL (``_clipped``); None is no clip.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Terms:
     memory_bytes: int = 256 << 20
     top_k: int | None = None
     sampled: bool = False
+    clip: float | None = None
 
     @property
     def taught_by(self) -> str:
@@ -121,20 +123,22 @@ class Terms:
 
     def chunk(self, vocabulary: int, softcap: bool = False) -> int:
         """Rows per chunk: as many as ``memory_bytes`` holds of what is alive at once, float32 tables [rows, V]: both
-        log-probabilities and one to work in, one more for each of the JSD, a top-k and a soft-cap, half a one for bfloat16.
+        log-probabilities and one to work in, one more for each of the JSD, a top-k and a soft-cap, half a one for bfloat16, a
+        quarter for a clip.
 
         More rows read both heads fewer times and add into the head's gradient fewer times; beyond some hundreds of rows
         the matmuls are compute-bound and nothing is gained.
         """
-        tables = 3 + (self.name == "jsd") + (self.top_k is not None) + softcap + 0.5 * (self.dtype != torch.float32)
+        tables = 3 + (self.name == "jsd") + (self.top_k is not None) + softcap + 0.5 * (self.dtype != torch.float32) + 0.25 * (self.clip is not None)
         return max(1, int(self.memory_bytes / (4 * vocabulary * tables)))
 
 
 def weighted(
     terms: Terms, student_ND: torch.Tensor, student_head: Head, teacher_NE: torch.Tensor | None, teacher_head: Head,
     weight_N: torch.Tensor, token_N: torch.Tensor | None = None, sampler_logp_N: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ_n weight_n · D(S_n, T_n) with its gradient, and the detached values D_n [N] (nats).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Σ_n weight_n · D(S_n, T_n) with its gradient, the detached values D_n [N] (nats), and with a clip the teacher's mass
+    on clipped entries [N].
 
     S = softmax(student logits / temperature), T likewise; ``weight_N`` is already divided (by the taught tokens of the
     whole update, say) and is not renormalised. The gradient to the hidden rows, the head's weight and its bias is
@@ -162,6 +166,7 @@ class _Weighted(torch.autograd.Function):
         student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
         row_weight = weight_N[:, None].to(device, torch.float32) * (student_head.scale / terms.temperature)
         value_N = torch.empty(len(student_ND), dtype=torch.float32, device=device)
+        clipped_N = None if terms.clip is None else torch.empty_like(value_N)
         size = max(1, min(terms.chunk(support, cap is not None), len(student_ND)))
         table = lambda wanted=True: torch.empty(size, support, device=device) if wanted else None
         buffers = table(), table(), table(), table(terms.name == "jsd"), table(cap is not None)
@@ -180,6 +185,8 @@ class _Weighted(torch.autograd.Function):
             if terms.sampled or terms.taught_by == "text":
                 drawn = sampler_logp_N if sampler_logp_N is None else sampler_logp_N[rows].to(device)
                 value_N[rows], grad = _at_token(terms, student_logp, teacher_logp, token_N[rows].to(device), drawn)
+            elif terms.clip is not None:
+                value_N[rows], grad, clipped_N[rows] = _clipped(terms.clip, student_logp, teacher_logp, work)
             elif terms.partial(support):
                 value_N[rows], grad = _value_and_gradient_on_top(terms, student_logp, teacher_logp, work)
             else:
@@ -198,11 +205,11 @@ class _Weighted(torch.autograd.Function):
                     _add_outer(grad_weight, grad, (hidden.float() * row_weight[rows]).to(terms.dtype))
         ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
-        ctx.mark_non_differentiable(value_N)
-        return (weight_N.to(device, torch.float32) * value_N).sum(), value_N
+        ctx.mark_non_differentiable(*(t for t in (value_N, clipped_N) if t is not None))
+        return (weight_N.to(device, torch.float32) * value_N).sum(), value_N, clipped_N
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss, *_):
         hidden, weight, bias = ctx.grads
         ctx.grads = None
         if hidden is not None:
@@ -218,6 +225,20 @@ def _log_softmax(logits, temperature, out):
     if temperature != 1:
         logits /= temperature
     return torch.log_softmax(logits, -1, out=out)
+
+
+def _clipped(clip: float, student_logp, teacher_logp, spare):
+    """As ``value_and_gradient``, for the forward KL clipped entry by entry, and the teacher's mass on clipped entries [N].
+
+    value Σ_v min(T_v (log T_v − log S_v), κ), which may be negative; gradient S_k·Q_U − T_k·1[k ∈ U] with U the entries that
+    are not clipped and Q_U the teacher's mass on them.                                             [OPSD, arXiv 2601.18734]
+    """
+    term = torch.sub(teacher_logp, student_logp, out=spare)
+    teacher = teacher_logp.exp_()
+    free = term.mul_(teacher) <= clip
+    value = term.clamp_(max=clip).sum(-1)
+    mass = teacher.mul_(free).sum(-1)
+    return value, student_logp.exp_().mul_(mass[:, None]).sub_(teacher), 1 - mass
 
 
 def _on_top(terms, student_logp, teacher_logp, work):
@@ -274,11 +295,11 @@ def _add_outer(total_VD, grad_NV, hidden_ND):
 @torch.no_grad()
 def statistics(
     terms: Terms, student_ND: torch.Tensor, student_head: Head, teacher_NE: torch.Tensor, teacher_head: Head,
-    token_N: torch.Tensor,
+    token_N: torch.Tensor, forward: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Per-token facts without gradient, each [N] float32: ``divergence``, ``entropy`` of S (nats), and the
-    log-probability of the realised token ``token_N`` under each model (``student_logp``, ``teacher_logp``)."""
-    rows_of = {"divergence": [], "entropy": [], "student_logp": [], "teacher_logp": []}
+    """Per-token facts without gradient, each [N] float32: ``divergence``, ``entropy`` of S (nats), the log-probability of the
+    realised token ``token_N`` under each model (``student_logp``, ``teacher_logp``), and if asked for KL(T‖S), ``forward_kl``."""
+    rows_of = {"divergence": [], "entropy": [], "student_logp": [], "teacher_logp": []} | ({"forward_kl": []} if forward else {})
     size = terms.chunk(3 * len(student_head.weight_VD))  # nothing is computed in place here: three times the tables
     student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
     for start in range(0, len(student_ND), size):
@@ -291,6 +312,8 @@ def statistics(
         if terms.partial(len(student_head.weight_VD)):
             sides = _on_top(terms, *sides, torch.empty_like(student_logp))[:2]
         rows_of["divergence"].append(per_token(terms.name, terms.beta, *sides))
+        if forward:
+            rows_of["forward_kl"].append(per_token("forward-kl", None, student_logp, teacher_logp))
         rows_of["entropy"].append(-(student_logp.exp() * student_logp).sum(-1))
         rows_of["student_logp"].append(student_logp.gather(1, token)[:, 0])
         rows_of["teacher_logp"].append(teacher_logp.gather(1, token)[:, 0])

@@ -115,14 +115,14 @@ def fixed_rollouts(student: Model, rendered: list, sampler: Sampler, max_new_tok
             for i, (r, (ids, finished)) in enumerate(zip(rendered, drawn))]
 
 
-def held_out_kl(student: Model, teacher: Model, support: int, rollouts: list[Rollout], place: Place, rows: int,
-                spent=None) -> list[list[float]]:
-    """Reverse KL(S‖T), temperature 1, at every position of fixed rollouts → per rollout, per token, nats."""
+def held_out_facts(student: Model, teacher: Model, support: int, rollouts: list[Rollout], place: Place, rows: int,
+                   spent=None) -> list[dict[str, list[float]]]:
+    """``divergence.statistics`` (reverse KL(S‖T), temperature 1) at every position of fixed rollouts → per rollout: name → a
+    number per token. Sharded over ranks."""
     found = scoring.token_statistics(Terms("reverse-kl", dtype=place.head_dtype), student, teacher, support,
                                      rollouts[place.rank :: place.world], place, rows, spent)
-    values = {prompt: facts["divergence"] for (prompt, _), facts in found.items()}
-    merged = {prompt: row for part in place.gather(values) for prompt, row in part.items()}
-    return [merged[r.prompt] for r in rollouts]
+    merged = {key: row for part in place.gather(found) for key, row in part.items()}
+    return [{name: list(values.values()) for name, values in merged[r.prompt, r.sample].items()} for r in rollouts]
 
 
 def token_mean(values: list[list[float]], seed: int = 0) -> dict:

@@ -253,6 +253,13 @@ def refresh(decoding: Model, student: Model) -> None:
         torch._foreach_copy_(list(decoding.net.parameters()), list(student.net.parameters()))
 
 
+@torch.no_grad()
+def average(teacher: Model, student: Model, share: float) -> None:
+    """teacher ← share·teacher + (1 − share)·student, weight by weight (an exponential moving average of the student)."""
+    for mean, p in zip(teacher.net.parameters(), student.net.parameters()):
+        mean.lerp_(p.to(mean.device), 1 - share)
+
+
 def save(model: Model, folder: Path) -> None:
     """Writes config, generation config, weights (safetensors), tokenizer and chat template, as they came, atomically.
 

@@ -10,6 +10,9 @@ from .models import Model, save
 from .preflight import Run
 from .rollout import Rollout
 from .runtime import Clock
+from .weights import quadrants
+
+FIRST_TOKEN = 0.01  # mean probability of the student's first tokens under the teacher below which prompts may not match
 
 
 @dataclasses.dataclass
@@ -25,6 +28,7 @@ class Progress:
     decisions: list = dataclasses.field(default_factory=list)  # {step, reason} of every growth of the prefix
     evaluations: list = dataclasses.field(default_factory=list)  # a row per evaluation, the untrained student's first
     tail_probes: list = dataclasses.field(default_factory=list)
+    extrapolations: list = dataclasses.field(default_factory=list)  # a row per trigger
     warnings: list = dataclasses.field(default_factory=list)  # {step, text}: the tail is being hurt
     best: dict | None = None
 
@@ -50,6 +54,11 @@ class Monitor:
             self.fixed = self._full_rollouts(self.run.kl_prompts, _spent_on(self.run, ledger, "evaluation"))
         merge(self.run, self.progress, ledger)
         found = self._measure(self.fixed)
+        first = found["teacher_first_token"]
+        (self.report.warn if first < FIRST_TOKEN else self.report.note)(
+            f"the teacher gives the first tokens of the student's answers a mean probability of {first:.2g}"
+            + ("; do both prompts ask for the same form of answer (--template, --student-thinking, --teacher-thinking, --begin)?"
+               if first < FIRST_TOKEN else ""))
         records = found.pop("records")
         self.before = {**found, "rollouts": [dataclasses.asdict(r) for r in self.fixed]}
         if self.run.place.first:
@@ -80,7 +89,7 @@ class Monitor:
         to these prompts end, drawn with the seeds of the untrained student's. A ledger row of its own, inside the totals."""
         run, ledger, count = self.run, Ledger(), self.run.config.evaluate.tail_prompts
         with self.clock.phase("tail_probe"):
-            values = self._divergence(self.fixed[:count], ledger, "tail_probe")
+            values = [facts["divergence"] for facts in self._facts(self.fixed[:count], ledger, "tail_probe")]
             full = self._full_rollouts(run.kl_prompts[:count], _spent_on(run, ledger, "tail_probe"))
         merge(run, self.progress, ledger)
         found = {"step": self.progress.step, "kl_by_token": values, **_endings(full)}
@@ -106,7 +115,8 @@ class Monitor:
         run, progress, ledger = self.run, self.progress, Ledger()
         spent = _spent_on(run, ledger, "evaluation")
         with self.clock.phase("evaluation"):
-            values = self._divergence(self.fixed, ledger, "evaluation")
+            facts = self._facts(self.fixed, ledger, "evaluation")
+            values = [row["divergence"] for row in facts]
             gap = self._sampler_gap(ledger)
             score = None
             if run.problems:
@@ -119,10 +129,13 @@ class Monitor:
                 endings = _endings(full or self._full_rollouts(run.kl_prompts, spent))
         merge(run, progress, ledger)
         head, tail = evaluate.split_mean(values, progress.taught_prefix)
+        borders = progress.evaluations[0]["quadrants"]["borders"] if progress.evaluations else None
         row = {
             "step": progress.step, "accuracy": score and score.accuracy, "kl": evaluate.token_mean(values), "kl_prefix": head,
-            "kl_tail": tail, "sampler_kl": gap, **endings, "flops_useful": progress.ledger.total(),
-            "flops_executed": progress.ledger.total("executed"), "seconds": progress.training_seconds(),
+            "kl_tail": tail, "sampler_kl": gap, **endings,
+            "quadrants": quadrants(*([v for row in facts for v in row[name]] for name in ("entropy", "divergence")), borders),
+            "teacher_first_token": math.fsum(math.exp(row["teacher_logp"][0]) for row in facts) / len(facts),
+            "flops_useful": progress.ledger.total(), "flops_executed": progress.ledger.total("executed"), "seconds": progress.training_seconds(),
         }
         if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
             progress.evaluations.append(row)
@@ -131,15 +144,15 @@ class Monitor:
         self._keep_best(progress.step, row["accuracy"], values)
         return {**row, "kl_by_token": values, "records": score.records if score else []}
 
-    def _divergence(self, contexts: list[Rollout], ledger: Ledger, phase: str) -> list[list[float]]:
+    def _facts(self, contexts: list[Rollout], ledger: Ledger, phase: str) -> list[dict[str, list[float]]]:
         run = self.run
 
         def spent(group):
             ledger.forward(phase, run.student_shape, scoring.reads(group, run.student.reads_once))
             ledger.forward(phase, run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True))
 
-        return evaluate.held_out_kl(run.student, run.teacher, run.support, contexts, run.place, run.config.train.micro_batch_size,
-                                    spent)
+        return evaluate.held_out_facts(run.student, run.teacher, run.support, contexts, run.place,
+                                       run.config.train.micro_batch_size, spent)
 
     def _sampler_gap(self, ledger: Ledger) -> float | None:
         """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a copy in another dtype: how
@@ -148,10 +161,10 @@ class Monitor:
         if self.decoding.net.dtype == run.student.net.dtype:
             return None
         own = [dataclasses.replace(r, teacher_prompt=r.student_prompt, teacher_ids=r.ids) for r in self.fixed]
-        values = evaluate.held_out_kl(
+        found = evaluate.held_out_facts(
             self.decoding, run.student, run.support, own, run.place, run.config.train.micro_batch_size,
             lambda group: ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.reads_once), passes=2))
-        return evaluate.token_mean(values)["value"]
+        return evaluate.token_mean([facts["divergence"] for facts in found])["value"]
 
     def _full_rollouts(self, prompts: list[data.Rendered], spent) -> list[Rollout]:
         run = self.run

@@ -11,10 +11,10 @@ from .config import Config
 from .divergence import Terms
 from .errors import UserError
 from .models import LAB, Model
-from .rollout import Sampler
+from .rollout import Rollout, Sampler
 from .runtime import Place, place, seed_of
 from .schedule import OffPolicy, PrefixSchedule, parse_off_policy, parse_prefix
-from .weights import Window, parse_window
+from .weights import PositionWeight, Selection, Window, parse_position_weight, parse_selection, parse_window
 
 TASK = "choice"  # the embedded default: lab:choice and its pair
 LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positions allow it
@@ -23,7 +23,8 @@ LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positio
 @dataclass
 class Run:
     """Everything the loop works with. ``notes``: automatic choices with their reasons; ``warnings``: what may go wrong.
-    ``text_terms`` and ``text_sampler``: the loss on, and the sampling of, responses that the teacher writes."""
+    ``text_terms`` and ``text_sampler``: the loss on, and the sampling of, responses that the teacher writes.
+    ``extrapolation_prompts``: the fixed ones on which candidates are scored ([] where none is)."""
 
     config: Config
     place: Place
@@ -32,6 +33,8 @@ class Run:
     support: int
     prefix: PrefixSchedule
     window: Window | None
+    selection: Selection | None
+    position: PositionWeight | None
     off_policy: OffPolicy | None
     terms: Terms
     text_terms: Terms
@@ -40,6 +43,7 @@ class Run:
     eval_sampler: Sampler
     train_prompts: list[data.Rendered]
     kl_prompts: list[data.Rendered]
+    extrapolation_prompts: list[data.Rendered]
     problems: list[tuple]
     answer_format: str
     student_shape: flops.Shape
@@ -59,7 +63,8 @@ class Run:
 def fill_in(config: Config) -> tuple[Config, list[str]]:
     """Puts the embedded pair and its task where no student, teacher or data set is given, and says so."""
     notes = []
-    for section, key, value in (("models", "student", f"{LAB}{TASK}/student"),
+    own = config.models.teacher == configuration.SELF
+    for section, key, value in (("models", "student", f"{LAB}{TASK}/student{'-told' if own else ''}"),
                                 ("models", "teacher", f"{LAB}{TASK}/teacher"), ("data", "dataset", LAB + TASK)):
         if getattr(getattr(config, section), key) is None:
             config = configuration.replace(config, **{section: {key: value}})
@@ -78,7 +83,13 @@ def prepare(config: Config) -> Run:
     where = place(config.runtime, student.parameters)
     notes.extend(where.reasons)
     student.net.to(where.device)
-    teacher = models.load(config.models.teacher, device=where.teacher_device, dtype=where.dtype, trust_remote_code=trust)
+    own, averaged = config.models.teacher == configuration.SELF, config.models.teacher_ema is not None
+    teacher = models.load(config.models.student if own else config.models.teacher, device=where.teacher_device,
+                          dtype=torch.float32 if averaged else where.dtype, trust_remote_code=trust)
+    if own:
+        teacher.name = f"{teacher.name} (itself)"
+        notes.append("teacher self: a copy of the student's initial weights, " + (
+            f"in float32, that follows the student by 1 − {config.models.teacher_ema:g} an update" if averaged else "frozen"))
     support, reason = models.shared_support(student, teacher)
     notes.append(reason)
     for role, model in (("student", student), ("teacher", teacher)):
@@ -92,15 +103,24 @@ def prepare(config: Config) -> Run:
         if student.shares_prompts and config.rollout.samples > 1:
             notes.append("in training the student reads a prompt again for each of its samples: --gradient-checkpointing")
 
-    needed = config.train.steps * config.train.batch_size
+    if config.data.privileged_column is not None and config.data.privileged_template is None:
+        config = configuration.replace(config, data={"privileged_template": train_set.privileged_template or data.PRIVILEGED})
+    needed = config.train.steps * config.train.batch_size or 1
+    fixed = config.extrapolation.problems if config.extrapolation.kind == "effopd" else 0
     train_prompts, dropped = data.render_all(
-        data.shuffled(train_set.prompts, config.runtime.seed, "epoch", 0), student, teacher, config, needed or 1
+        data.shuffled(train_set.prompts, config.runtime.seed, "epoch", 0), student, teacher, config, needed + fixed
     )
+    train_prompts, extrapolation_prompts = train_prompts[:needed], train_prompts[max(0, len(train_prompts) - fixed) :] if fixed else []
+    if fixed and config.extrapolation.score == "accuracy" and any(p.prompt.answer is None for p in extrapolation_prompts):
+        raise UserError(f"dataset {config.data.dataset}: a prompt has no reference answer, so candidates cannot be graded; name the "
+                        "column with --answer-column, or use --extrapolate-score heldout-kl")
+    if config.data.privileged_column is not None:
+        notes.append(_privileged_note(teacher, train_prompts[:4], where, warnings))
     problems, dropped_held = data.render_all(held_out.prompts, student, teacher, config)
     if dropped + dropped_held:
         warnings.append(f"{dropped} training and {dropped_held} held-out prompts exceed --max-prompt-tokens "
                         f"{config.data.max_prompt_tokens} and were dropped")
-    longest = max(max(len(r.student_ids), len(r.teacher_ids)) for r in train_prompts + problems)
+    longest = max(max(len(r.student_ids), len(r.teacher_ids)) for r in train_prompts + extrapolation_prompts + problems)
     config = _max_new_tokens(config, student, teacher, longest, held_out.max_new_tokens, notes)
     prefix = parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens)
 
@@ -124,7 +144,7 @@ def prepare(config: Config) -> Run:
     name, beta = configuration.parse_divergence(divergence.name)
     estimator, top_k = configuration.parse_estimator(divergence.estimator)
     budget = config.runtime.head_memory_mb << 20
-    terms = Terms(name, beta, divergence.temperature, where.head_dtype, budget, top_k, estimator == "sampled")
+    terms = Terms(name, beta, divergence.temperature, where.head_dtype, budget, top_k, estimator == "sampled", divergence.clip)
     off_policy = parse_off_policy(rollout.off_policy)
     text_terms = terms
     if off_policy is not None and off_policy.loss == "sft":
@@ -137,18 +157,42 @@ def prepare(config: Config) -> Run:
     if answer_format == "auto" and held_out.answer_format:
         answer_format = held_out.answer_format
     return Run(
-        config, where, student, teacher, support, prefix, parse_window(config.weights.window), off_policy, terms, text_terms,
+        config, where, student, teacher, support, prefix, parse_window(config.weights.window),
+        parse_selection(config.weights.select, configuration.selected(config)), parse_position_weight(config.weights.position), off_policy, terms, text_terms,
         dataclasses.replace(sampler, record=estimator == "sampled" and not (sampler.on_policy and same)),
         dataclasses.replace(sampler, seed=seed_of(config.runtime.seed, "teacher-text")), eval_sampler, train_prompts,
-        problems[: config.evaluate.kl_prompts],
+        problems[: config.evaluate.kl_prompts], extrapolation_prompts,
         [(r.prompt, r.student_ids) for r in problems[: config.evaluate.problems]],
         answer_format, flops.shape(student, support), flops.shape(teacher, support), notes, warnings,
     )
 
 
+@torch.no_grad()
+def _privileged_note(teacher: Model, rendered: list[data.Rendered], where: Place, warnings: list[str]) -> str:
+    """Does what the teacher alone sees help it? Its log-probability of that very text as the answer, behind its own prompt and
+    behind the student's, nats per token."""
+    found = []
+    for ids in ("teacher_ids", "student_ids"):
+        total = count = 0
+        for r in rendered:
+            prompt, text = getattr(r, ids), tuple(teacher.tokenizer(r.prompt.privileged, add_special_tokens=False).input_ids)
+            text = text[: max(1, (teacher.positions or len(prompt) + len(text)) - len(prompt))]
+            read = Rollout(0, 0, prompt, prompt, text, text, False)
+            with where.autocast(teacher.device):
+                logits = teacher.head().logits(scoring.hidden_rows(teacher, [read]))
+            total += logits.log_softmax(-1).gather(1, torch.tensor(text, device=logits.device)[:, None]).sum().item()
+            count += len(text)
+        found.append(total / count)
+    if found[0] <= found[1]:
+        warnings.append(f"the teacher makes no use of --privileged-column {rendered[0].prompt.privileged[:20]!r}…: it finds that text "
+                        f"no more likely with it in the prompt ({found[0]:.3g} nats per token against {found[1]:.3g})")
+    return (f"privileged prompt: of what it is shown, the teacher's log-probability is {found[0]:.3g} nats per token behind its own prompt, "
+            f"{found[1]:.3g} behind the student's")
+
+
 def _prompt_sets(config: Config, notes: list[str]):
     """(training prompts, held-out prompts), disjoint."""
-    columns = {k: getattr(config.data, k) for k in ("prompt_column", "answer_column", "system", "instruction")}
+    columns = {k: getattr(config.data, k) for k in ("prompt_column", "answer_column", "system", "instruction", "privileged_column")}
     wanted = max(config.evaluate.problems, config.evaluate.kl_prompts)
     train_set = data.load(config.data.dataset, split=config.data.split, **columns)
     held_name = config.evaluate.dataset
@@ -215,7 +259,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     notes.extend(where.reasons)
     model.net.to(where.device, where.dtype)
     begin = data.begin_ids(model, config.rollout.begin)
-    problems = [(p, tuple(data.render(model, p, config.data.template)) + begin) for p in prompts.prompts]
+    problems = [(p, tuple(data.render(model, p.messages, config.data.template, config.data.student_thinking, p.index)) + begin) for p in prompts.prompts]
     config = _max_new_tokens(config, model, model, max(len(ids) for _, ids in problems), prompts.max_new_tokens, notes)
     pad = model.tokenizer.pad_token_id
     sampler = Sampler(

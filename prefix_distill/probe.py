@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 
 from . import answers, evaluate, scoring
-from .divergence import Terms
 from .flops import Ledger
 from .models import decoder
 from .preflight import Run
 from .rollout import Request, Rollout, generate
 from .runtime import Clock
+from .weights import quadrants
 
 SHARES = (0.025, 0.05, 0.1, 0.2, 0.35, 0.5)  # prefix lengths tried, as shares of the teacher's mean length
 RECOVERED = 0.8  # of the gap between student and teacher: what a prefix must close to be recommended
@@ -23,6 +23,7 @@ def probe(run: Run, say=lambda text: None) -> dict:
 
     by_position          reverse KL(S‖T) and entropy of S (nats per token), in bins of the student's own full rollouts
     kl_share             share of each rollout's KL in its first 10, 25 and 50 %, over all rollouts
+    quadrants            entropy × divergence of the student's tokens, above or below their medians (``weights.quadrants``)
     teacher_prefix_curve student's accuracy when the teacher writes the first N tokens   [after arXiv 2602.15260]
     teacher_decay_curve  teacher's accuracy when the student writes the first N tokens
     recommended_prefix   tokens, "full", or None where there is nothing to recommend
@@ -85,6 +86,7 @@ def probe(run: Run, say=lambda text: None) -> dict:
         "student_tokens": own_length, "teacher_tokens": length, "kl": evaluate.token_mean(kl),
         "kl_share": {f"first_{round(100 * share)}_percent": _share(kl, share) for share in (0.1, 0.25, 0.5)},
         "kl_share_by_tokens": {str(n): share for n, share in held.items()}, "by_position": _bins(facts),
+        "quadrants": quadrants(*([v for row in facts for v in row[name]] for name in ("entropy", "divergence"))),
         "teacher_prefix_curve": [_public(row) for row in lifted], "teacher_decay_curve": [_public(row) for row in decayed],
         "flops": merged.summary(), "seconds": clock.seconds["probe"],
     }
@@ -125,11 +127,7 @@ def _facts(run: Run, rollouts: list[Rollout], ledger: Ledger) -> list[dict]:
         for model, shape, teacher in ((run.student, run.student_shape, False), (run.teacher, run.teacher_shape, True)):
             ledger.forward("scoring", shape, scoring.reads(group, model.reads_once, teacher=teacher))
 
-    terms = Terms("reverse-kl", dtype=run.place.head_dtype, memory_bytes=run.terms.memory_bytes)
-    found = scoring.token_statistics(terms, run.student, run.teacher, run.support, rollouts[run.place.rank :: run.place.world],
-                                     run.place, run.config.train.micro_batch_size, spent)
-    merged = {key: row for part in run.place.gather(found) for key, row in part.items()}
-    return [merged[r.prompt, r.sample] for r in rollouts]
+    return evaluate.held_out_facts(run.student, run.teacher, run.support, rollouts, run.place, run.config.train.micro_batch_size, spent)
 
 
 def _graded(run: Run, written: list[tuple], tokens: int) -> dict | None:
@@ -183,6 +181,21 @@ def table(document: dict):
     return made
 
 
+def draw_quadrants(axes, found: dict) -> None:
+    """The four quadrants as shares of the tokens and of the divergence."""
+    borders = found["borders"]
+    for name, share in found["quadrants"].items():
+        x, y = ("high divergence" in name), name.startswith("high")
+        axes.text(x + 0.5, y + 0.5, f"{share['tokens']:.0%} of tokens\n{share['divergence']:.0%} of KL", ha="center", va="center",
+                  fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xlim=(0, 2), ylim=(0, 2), xticks=(0.5, 1.5), yticks=(0.5, 1.5), xlabel=f"reverse KL (border {borders[1]:.2g} nats)",
+             ylabel=f"entropy (border {borders[0]:.2g} nats)")
+    axes.set_xticklabels(("low", "high"))
+    axes.set_yticklabels(("low", "high"), rotation=90, va="center")
+
+
 def draw(document: dict, file: Path) -> None:
     """KL and entropy by position, and both curves, as PNG."""
     import matplotlib
@@ -190,7 +203,7 @@ def draw(document: dict, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=150)
+    figure, (left, right, corner) = pyplot.subplots(1, 3, figsize=(13, 4), dpi=150, width_ratios=(5, 5, 3))
     bins = document["by_position"]
     middle = [(b["from"] + b["to"]) / 2 for b in bins]
     left.plot(middle, [b["kl"] for b in bins], "o-", markersize=3, color="#0072B2", label="reverse KL")
@@ -206,6 +219,7 @@ def draw(document: dict, file: Path) -> None:
     right.set_xlabel("N, tokens the other model writes first")
     right.set_ylabel("accuracy (%)")
     right.set_ylim(0, 105)
+    draw_quadrants(corner, document["quadrants"])
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)

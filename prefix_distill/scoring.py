@@ -1,6 +1,6 @@
 """Both models read the rollouts → for every taught token one hidden row per model. The only causal shift in the code."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -132,22 +132,45 @@ def _split(order: list[Rollout], size: int, shared: bool) -> list[list[Rollout]]
     return groups
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Both models' hidden rows of rollouts that were read before their tokens were chosen: the student's [N, D] with their
+    graph, the teacher's [N, E], for all taught tokens of ``rollouts``, in their order."""
+
+    rollouts: list[Rollout]
+    student_ND: torch.Tensor
+    teacher_NE: torch.Tensor
+
+    def only(self, kept: list[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of the tokens that are still taught; ``kept``: the same rollouts in the same order."""
+        rows, start = [], 0
+        for before, after in zip(self.rollouts, kept):
+            place = {t: start + i for i, t in enumerate(before.taught)}
+            rows += [place[t] for t in after.taught]
+            start += len(before.taught)
+        return tuple(x[to_device(torch.tensor(rows), x.device)] for x in (self.student_ND, self.teacher_NE))
+
+
+def positions(rollouts: list[Rollout], facts: dict[str, torch.Tensor]) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
+    """Statistics per row → (prompt, sample) → name → position → number."""
+    parts = {name: values.split([len(r.taught) for r in rollouts]) for name, values in facts.items()}
+    return {(r.prompt, r.sample): {name: dict(zip(r.taught, split[i].tolist())) for name, split in parts.items()}
+            for i, r in enumerate(rollouts)}
+
+
 @torch.no_grad()
 def token_statistics(terms: Terms, student: Model, teacher: Model, support: int, rollouts: list[Rollout], place: Place,
-                     rows: int, spent=None) -> dict[tuple[int, int], dict[str, list[float]]]:
-    """``divergence.statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) → name → a number per
-    taught token. ``spent(group)`` is told what both models read."""
+                     rows: int, spent=None, forward: bool = False) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
+    """``divergence.statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) → name → position →
+    number, for the taught tokens. ``spent(group)`` is told what both models read."""
     found = {}
     for group in micro_batches(rollouts, rows, student.reads_once):
         with place.autocast(student.device):
             ours = hidden_rows(student, group)
         with place.autocast(teacher.device):
             theirs = hidden_rows(teacher, group, teacher=True)
-        facts = statistics(terms, ours, student.head(support), theirs, teacher.head(support), tokens(group))
-        counts = [len(r.taught) for r in group]
-        parts = {name: [part.tolist() for part in values.split(counts)] for name, values in facts.items()}
-        for i, r in enumerate(group):
-            found[r.prompt, r.sample] = {name: values[i] for name, values in parts.items()}
+        facts = statistics(terms, ours, student.head(support), theirs, teacher.head(support), tokens(group), forward)
+        found |= positions(group, facts)
         if spent is not None:
             spent(group)
     return found

@@ -7,18 +7,19 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from . import data, off_policy, scoring
+from . import data, evaluate, extrapolation, off_policy, scoring
 from .checkpoint import RunFolder
-from .divergence import Terms, weighted
+from .display import flops_text
+from .divergence import Terms, statistics, weighted
 from .errors import Stopped
 from .flops import Ledger
-from .models import Model, decoder, refresh, save
+from .models import Model, average, decoder, refresh, save
 from .monitor import Monitor, Progress, full_cost, merge
 from .preflight import Run
 from .rollout import Request, Rollout, generate
-from .runtime import Clock
+from .runtime import Clock, seed_of
 from .schedule import learning_rate, warmup_steps
-from .weights import keep, token_weights
+from .weights import choose, keep, scale, token_weights
 
 HEAD_TOKENS = 64  # the training KL of the first tokens, comparable while a prefix grows
 
@@ -30,12 +31,15 @@ class StudentLoss(torch.nn.Module):
         super().__init__()
         self.net, self.run = run.student.net, run
 
-    def forward(self, rollouts: list[Rollout], teacher_NE: torch.Tensor | None, weight_N: torch.Tensor):
+    def forward(self, rollouts: list[Rollout], teacher_NE: torch.Tensor | None, weight_N: torch.Tensor,
+                student_ND: torch.Tensor | None = None):
+        """``student_ND``: the rows, where they have been read already."""
         run, drawn = self.run, None
         if rollouts[0].sampler_logp is not None:
             drawn = torch.tensor([r.sampler_logp[t] for r in rollouts for t in r.taught])
-        with run.place.autocast(run.place.device):
-            student_ND = scoring.hidden_rows(run.student, rollouts)
+        if student_ND is None:
+            with run.place.autocast(run.place.device):
+                student_ND = scoring.hidden_rows(run.student, rollouts)
         return weighted(_terms(run, rollouts), student_ND, run.student.head(run.support), teacher_NE,
                         run.teacher.head(run.support), weight_N.to(student_ND.device), scoring.tokens(rollouts), drawn)
 
@@ -55,14 +59,17 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     student = run.student.net.requires_grad_(True)
     optimizer = _optimizer(student, config)
     progress = Progress(taught_prefix=run.prefix.length(0))
-    resumed_from = None
+    further = config.extrapolation
+    moving = extrapolation.moved(student, further.modules) if further.kind != "none" or further.diagnostics else {}
+    anchor, initial = extrapolation.snapshot(moving), extrapolation.snapshot(moving if further.diagnostics else {})
+    resumed_from, said = None, False
     if resume and not folder.started:
         report.note("the run was interrupted before its first checkpoint: it starts from the beginning")
         resume = False
         if place.first:
             folder.rewind("scores.jsonl", -1)
     if resume:
-        resumed_from = _restore(run, folder, optimizer, progress, report)
+        resumed_from = _restore(run, folder, optimizer, anchor, progress, report)
     clock = Clock(place.device, progress.seconds)
     decoding = decoder(run.student, place.dtype)
     monitor = Monitor(run, decoding, progress, clock, folder, report)
@@ -75,7 +82,7 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     if place.world > 1:
         loss_module = DistributedDataParallel(loss_module)
     if not resume:
-        _save_checkpoint(run, folder, optimizer, progress)
+        _save_checkpoint(run, folder, optimizer, anchor, progress)
 
     full = full_cost(run, progress, range(progress.step))
     while progress.step < config.train.steps:
@@ -85,21 +92,30 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         prefix = progress.taught_prefix = run.prefix.length(step, progress.prefix)
         prompts = data.batch(run.train_prompts, step, config.train.batch_size, config.runtime.seed)
         rollouts = sample(run, decoding, prompts, step, prefix, ledger, clock, texts)
-        rollouts = select(run, rollouts, step, ledger, clock)
-        weights, share = token_weights(rollouts, config.divergence.reduction)
+        rollouts, reading = select(run, rollouts, step, ledger, clock)
+        weights, share = token_weights(rollouts, config.divergence.reduction, run.position)
         divisor = place.total(share)
-        values = _accumulate(run, loss_module, rollouts, weights, divisor, ledger, clock)
-        facts = _facts(run, rollouts, values, weights, divisor, run.prefix.window(progress.prefix))
+        values, clipped = _accumulate(run, loss_module, rollouts, weights, divisor, ledger, clock, reading)
+        facts = _facts(run, rollouts, values, clipped, weights, divisor, run.prefix.window(progress.prefix))
+        if reading is None and "selection" in ledger.useful and not said:
+            report.note("tokens are selected from a reading of their own, which the ledger counts as `selection`: the rollouts do not fit "
+                        "one micro-batch (--micro-batch-size, and at most a tenth of padding)")
+            said = True
         rate = learning_rate(
             step, peak=config.schedule.lr, schedule=config.schedule.lr_schedule, steps=config.train.steps,
             warmup=warmup_steps(config.schedule.warmup, config.train.steps),
         )
         with clock.phase("optimizer"):
-            norm = _update(run, folder, optimizer, progress, rate, facts["loss"])
-            refresh(decoding, run.student)
+            norm = _update(run, folder, optimizer, anchor, progress, rate, facts["loss"])
         progress.step += 1
         progress.tokens += int(facts["tokens"])
         merge(run, progress, ledger)
+        if moving and extrapolation.due(progress.step):
+            _extrapolate(run, folder, decoding, optimizer, moving, anchor, progress, clock, report)
+        with clock.phase("optimizer"):
+            refresh(decoding, run.student)
+            if config.models.teacher_ema is not None:
+                average(run.teacher, run.student, config.models.teacher_ema)
         if reason := run.prefix.observe(step, progress.prefix, facts["newest"], facts["filled"]):
             progress.decisions.append({"step": progress.step, "reason": reason})
             report.note(reason)
@@ -114,13 +130,15 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         elif monitor.probe_due() and not last:
             monitor.probe_tail()
         if (config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0) or last:
-            _save_checkpoint(run, folder, optimizer, progress)
+            _save_checkpoint(run, folder, optimizer, anchor, progress)
 
     after = monitor.evaluate()
     if place.first:
         folder.write_rows("examples-after.jsonl", after.pop("records"))
         folder.write_json("after.json", after)
         save(run.student, folder.model)
+        if further.diagnostics:
+            _diagnose(folder, moving, initial)
     result = _result(run, folder, progress, resumed_from, clock)
     if place.first:
         folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
@@ -152,21 +170,54 @@ def sample(run: Run, decoding: Model, prompts: list[data.Rendered], step: int, p
             for slot, s in places]
 
 
-def select(run: Run, rollouts: list[Rollout], step: int, ledger: Ledger, clock: Clock) -> list[Rollout]:
-    """Marks the tokens that are taught (--window); a window that ranks tokens has both models read every rollout first."""
-    if run.window is None:
-        return rollouts
-    found = None
-    if run.window.statistic:
+def select(run: Run, rollouts: list[Rollout], step: int, ledger: Ledger, clock: Clock) -> tuple[list[Rollout], scoring.Reading | None]:
+    """Marks the tokens that are taught: --window, and --select among what it leaves.
+
+    What ranks tokens has both models read every rollout first. Where every rank's rollouts are one micro-batch, the loss is
+    taken from that very reading, which is returned; else both read once more what is taught (ledger row ``selection``).
+    """
+    window, selection = run.window, run.selection
+    key, ranked = (run.config.runtime.seed, step), window is not None and window.statistic is not None
+    if not ranked:
+        rollouts = keep(window, rollouts, key)
+    if not ranked and (selection is None or not selection.ranks):
+        return choose(selection, rollouts, key), None
+    facts, reading = _token_facts(run, rollouts, ledger, clock)
+    if ranked:
+        rollouts = keep(window, rollouts, key, facts)
+    at = None
+    if selection is not None and selection.ranks:
+        parts = run.place.gather([[facts[r.prompt, r.sample][name][t] for r in rollouts for t in r.taught]
+                                  for name in ("entropy", "divergence")])
+        at = scale(*([v for part in parts for v in part[i]] for i in (0, 1)))
+    return choose(selection, rollouts, key, facts, at), reading
+
+
+def _token_facts(run: Run, rollouts: list[Rollout], ledger: Ledger, clock: Clock) -> tuple[dict, scoring.Reading | None]:
+    """``scoring.token_statistics`` of this rank's rollouts, and the reading they come from where it can be taught from."""
+    groups = _micro_batches(run, rollouts)
+    terms = Terms("reverse-kl", dtype=run.place.head_dtype, memory_bytes=run.terms.memory_bytes)
+    forward = run.selection is not None and run.selection.kind == "overconfident"
+    sides = (run.student, run.student_shape), (run.teacher, run.teacher_shape)
+    if max(run.place.gather(len(groups) if _terms(run, rollouts).taught_by == "teacher" else 2)) > 1:
         def spent(group):
-            for model, shape, teacher in ((run.student, run.student_shape, False), (run.teacher, run.teacher_shape, True)):
-                ledger.forward("selection", shape, scoring.reads(group, model.reads_once, teacher=teacher))
+            for model, shape in sides:
+                ledger.forward("selection", shape, scoring.reads(group, model.reads_once, teacher=model is run.teacher))
 
         with clock.phase("selection"):
-            terms = Terms("reverse-kl", dtype=run.place.head_dtype)
-            found = scoring.token_statistics(terms, run.student, run.teacher, run.support, rollouts, run.place,
-                                             run.config.train.micro_batch_size, spent)
-    return keep(run.window, rollouts, (run.config.runtime.seed, step), found)
+            return scoring.token_statistics(terms, run.student, run.teacher, run.support, rollouts, run.place,
+                                            run.config.train.micro_batch_size, spent, forward), None
+    [group] = groups
+    with clock.phase("student_update"), run.place.autocast(run.place.device):
+        student_ND = scoring.hidden_rows(run.student, group)
+    with clock.phase("teacher_score"), torch.no_grad(), run.place.autocast(run.place.teacher_device):
+        teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
+    with clock.phase("selection"):
+        facts = statistics(terms, student_ND.detach(), run.student.head(run.support), teacher_NE, run.teacher.head(run.support),
+                           scoring.tokens(group), forward)
+    for _, shape in sides:
+        ledger.add("selection", *[shape.output(len(student_ND))] * 2)
+    return scoring.positions(group, facts), scoring.Reading(group, student_ND, teacher_NE)
 
 
 def _teacher_texts(run: Run, folder: RunFolder, progress: Progress, clock: Clock) -> dict | None:
@@ -187,48 +238,60 @@ def _teacher_texts(run: Run, folder: RunFolder, progress: Progress, clock: Clock
             run.text_sampler, run.place, folder, progress.ledger)
 
 
-def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock) -> dict[tuple, list[float]]:
-    """Gradients of the whole update, micro-batch by micro-batch → (prompt, sample) → per-token divergence, nats.
+def _micro_batches(run: Run, rollouts: list[Rollout]) -> list[list[Rollout]]:
+    """This rank's micro-batches; the student's own rollouts and the teacher's have different losses, so they do not mix."""
+    return [group for side in (False, True)
+            for group in scoring.micro_batches([r for r in rollouts if r.off_policy is side],
+                                               run.config.train.micro_batch_size, run.student.reads_once)]
+
+
+def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock,
+                reading: scoring.Reading | None = None) -> tuple[dict[tuple, list[float]], dict[tuple, list[float]]]:
+    """Gradients of the whole update, micro-batch by micro-batch → (prompt, sample) → per-token divergence, nats; and with
+    --clip, → the teacher's mass on clipped entries.
 
     The division happens here, once: every weight is divided by the update's divisor. DDP averages gradients over ranks,
     so the weights are multiplied by the number of ranks first. A rank with fewer micro-batches runs empty ones: every
-    rank takes part in every reduction.
+    rank takes part in every reduction. With a ``reading``, nothing is read again.
     """
     place = run.place
     once = run.student.reads_once
-    groups = [group for side in (False, True)
-              for group in scoring.micro_batches([r for r in rollouts if r.off_policy is side],
-                                                 run.config.train.micro_batch_size, once)]
+    named = {(r.prompt, r.sample): r for r in rollouts}
+    groups = _micro_batches(run, rollouts) if reading is None else [[named[r.prompt, r.sample] for r in reading.rollouts]]
     count = max(place.gather(len(groups)))
-    values = {}
+    values, clipped = {}, {}
     for turn in range(count):
         idle = turn >= len(groups)
         group = groups[0] if idle else groups[turn]
         lengths = [len(r.taught) for r in group]
         weight_N = torch.tensor([w for r in group for w in weights[r.prompt, r.sample]], dtype=torch.float64)
         weight_N = (weight_N * (0.0 if idle else place.world / divisor)).float()
-        teacher_NE = None
-        if _terms(run, group).taught_by == "teacher":
+        read, student_ND, teacher_NE = group, None, None
+        if reading is not None:
+            read, (student_ND, teacher_NE) = reading.rollouts, reading.only(group)
+        elif _terms(run, group).taught_by == "teacher":
             with clock.phase("teacher_score"), torch.no_grad(), place.autocast(place.teacher_device):
                 teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
-            ledger.forward("teacher_score", run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True),
+        if teacher_NE is not None:
+            ledger.forward("teacher_score", run.teacher_shape, scoring.reads(read, run.teacher.reads_once, teacher=True),
                            idle=idle, taught=sum(lengths))
         gradients_meet = place.world == 1 or turn == count - 1
         with clock.phase("student_update"), contextlib.nullcontext() if gradients_meet else loss_module.no_sync():
-            loss, value_N = loss_module(group, teacher_NE, weight_N)
+            loss, value_N, clipped_N = loss_module(group, teacher_NE, weight_N, student_ND)
             loss.backward()
-        ledger.forward("student_update", run.student_shape, scoring.reads(group, once), passes=3, idle=idle,
+        ledger.forward("student_update", run.student_shape, scoring.reads(read, once), passes=3, idle=idle,
                        recomputed=run.student.recomputes, taught=sum(lengths))
-        for rollout, part in zip(group, value_N.split(lengths)):
-            values[rollout.prompt, rollout.sample] = part.tolist()
-    return values
+        for found, column in ((values, value_N), (clipped, clipped_N)):
+            if column is not None:
+                found |= {(r.prompt, r.sample): part.tolist() for r, part in zip(group, column.split(lengths))}
+    return values, clipped
 
 
-def _facts(run: Run, rollouts, values, weights, divisor, newest: int) -> dict:
+def _facts(run: Run, rollouts, values, clipped, weights, divisor, newest: int) -> dict:
     """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot change them.
 
     Means of the loss's values per token (None where there is none): over all taught tokens (those of the teacher's text apart
-    when their loss is another one), over the first tokens, over those from position ``newest`` on.
+    when their loss is another one), over the first tokens, over those from position ``newest`` on; and of the clipped mass.
     """
     apart = run.text_terms is not run.terms
 
@@ -236,13 +299,14 @@ def _facts(run: Run, rollouts, values, weights, divisor, newest: int) -> dict:
         """A rollout's place, its weighted sum, then (sum, count) of each mean."""
         value, text = values[r.prompt, r.sample], apart and r.off_policy
         own = [] if text else list(zip(r.taught, value))
-        parts = ([v for _, v in own], value if text else [], [v for t, v in own if t < HEAD_TOKENS], [v for t, v in own if t >= newest])
+        parts = ([v for _, v in own], value if text else [], [v for t, v in own if t < HEAD_TOKENS], [v for t, v in own if t >= newest],
+                 clipped.get((r.prompt, r.sample), []))
         return ((r.prompt, r.sample), math.fsum(w * v for w, v in zip(weights[r.prompt, r.sample], value)), r.finished,
                 *((math.fsum(part), len(part)) for part in parts))
 
     rows = sorted(row for part in run.place.gather([sums(r) for r in rollouts]) for row in part)
     columns = list(zip(*rows))
-    mean = {name: _mean(column) for name, column in zip(("divergence", "text", "head", "newest"), columns[3:])}
+    mean = {name: _mean(column) for name, column in zip(("divergence", "text", "head", "newest", "clipped"), columns[3:])}
     finished = sum(columns[2]) / len(rows)
     return {**mean, "loss": math.fsum(columns[1]) / divisor, "finished": finished, "filled": 1 - finished,
             "tokens": sum(n for column in columns[3:5] for _, n in column)}
@@ -253,7 +317,7 @@ def _mean(column: tuple[tuple[float, int], ...]) -> float | None:
     return math.fsum(total for total, _ in column) / count if count else None
 
 
-def _update(run: Run, folder: RunFolder, optimizer, progress: Progress, rate: float, loss: float) -> float:
+def _update(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, rate: float, loss: float) -> float:
     """Clip, check, step. Non-finite numbers stop the run before they reach a weight, with the last good state saved."""
     named = list(run.student.net.named_parameters())
     if progress.step == 0 and (missing := [name for name, p in named if p.grad is None]):
@@ -263,7 +327,7 @@ def _update(run: Run, folder: RunFolder, optimizer, progress: Progress, rate: fl
         bad = "loss" if not math.isfinite(loss) else next(
             (f"gradient of {name}" for name, p in named if not torch.isfinite(p.grad).all()), "gradient norm")
         optimizer.zero_grad(set_to_none=True)
-        _save_checkpoint(run, folder, optimizer, progress)
+        _save_checkpoint(run, folder, optimizer, anchor, progress)
         raise Stopped(f"update {progress.step + 1}: the {bad} is not finite; nothing was changed, the state after update "
                       f"{progress.step} is saved in {folder.path}: lower --lr or use --dtype float32, then --resume")
     if run.config.train.grad_clip:
@@ -296,6 +360,10 @@ def _row(run: Run, progress: Progress, facts, prefix, rate, norm, clock, spent_b
     }
     if facts["text"] is not None:
         row["loss/teacher_text_nats"] = facts["text"]
+    if facts["clipped"] is not None:
+        row["loss/clipped_share"] = facts["clipped"]
+    if found := [x for x in progress.extrapolations if x["step"] == progress.step]:
+        row |= {"extrapolation/accepted_k": found[0]["k"], "extrapolation/flops": found[0]["flops"]}
     row |= {f"flops/{phase}": value for phase, value in progress.ledger.useful.items() if phase != "evaluation"}
     row["flops/useful_total"], row["flops/executed_total"] = progress.ledger.total(), progress.ledger.total("executed")
     row |= {f"time/{phase}_s": value for phase, value in seconds.items()}
@@ -309,7 +377,7 @@ def _result(run: Run, folder: RunFolder, progress: Progress, resumed_from, clock
         "out": str(folder.path), "steps": progress.step, "resumed_from": resumed_from,
         "accuracy_before": first["accuracy"], "accuracy_after": last["accuracy"], "kl_before": first["kl"],
         "kl_after": last["kl"], "prefix": progress.taught_prefix, "prefix_decisions": progress.decisions,
-        "tail_probes": progress.tail_probes, "warnings": progress.warnings, "sampler_kl": last["sampler_kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
+        "tail_probes": progress.tail_probes, "extrapolations": progress.extrapolations, "warnings": progress.warnings, "sampler_kl": last["sampler_kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
         "full_rollout_cost": full_cost(run, progress, range(progress.step)),
         "seconds": {"total": math.fsum(clock.seconds.values()), "by_phase": clock.seconds},
         "evaluations": progress.evaluations, "best": progress.best and {
@@ -317,17 +385,80 @@ def _result(run: Run, folder: RunFolder, progress: Progress, resumed_from, clock
     }
 
 
-def _save_checkpoint(run: Run, folder: RunFolder, optimizer, progress: Progress) -> None:
+def _extrapolate(run: Run, folder: RunFolder, decoding: Model, optimizer, moving, anchor, progress: Progress, clock: Clock,
+                 report) -> None:
+    """The search after an update at which one is due; a row in ``progress.extrapolations``, a ledger row of its own."""
+    settings, ledger = run.config.extrapolation, Ledger()
+    before, seconds = progress.ledger.useful.get("extrapolation", 0.0), clock.seconds.get("extrapolation", 0.0)
+    if settings.diagnostics and run.place.first:
+        folder.write_tensors(f"displacements/step-{progress.step:08d}.safetensors",
+                             {name: p.detach() - anchor[name].to(p.device) for name, p in moving.items()})
+
+    def score() -> float:
+        refresh(decoding, run.student)
+        return candidate_score(run, decoding, progress.taught_prefix, ledger)
+
+    with clock.phase("extrapolation"):
+        found = extrapolation.extrapolate(moving, anchor, settings.kind, score, (run.config.runtime.seed, progress.step))
+    merge(run, progress, ledger)
+    if settings.reset:
+        for p in moving.values():
+            optimizer.state.pop(p, None)
+    row = {"step": progress.step, "k": found.k, "scores": found.scores,
+           "flops": progress.ledger.useful.get("extrapolation", 0.0) - before}
+    progress.extrapolations.append(row)
+    if settings.kind != "none":
+        scores = f", {settings.score} " + " → ".join(f"{s:.4g}" for s in found.scores) if found.scores else ""
+        report.note(f"after update {progress.step}: W + {2 * found.k}Δ is taken (k = {found.k}{scores}; {flops_text(row['flops'])}, "
+                    f"{clock.seconds['extrapolation'] - seconds:.1f} s)")
+
+
+def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> float:
+    """How good the student is on the fixed prompts, higher is better: the share of right full answers, or minus the mean
+    reverse KL (nats per token) of fresh rollouts of ``prefix`` tokens. The seeds are the same for every candidate and trigger."""
+    prompts, sampler = run.extrapolation_prompts, dataclasses.replace(run.eval_sampler, seed=seed_of(run.config.runtime.seed, "extrapolation"))
+
+    def sampled(reads):
+        ledger.generation(run.student_shape, reads, "extrapolation", "extrapolation")
+
+    def scored(group):
+        for model, shape in ((run.student, run.student_shape), (run.teacher, run.teacher_shape)):
+            ledger.forward("extrapolation", shape, scoring.reads(group, model.reads_once, teacher=model is run.teacher))
+
+    if run.config.extrapolation.score == "accuracy":
+        right = evaluate.evaluate(
+            decoding, [(p.prompt, p.student_ids) for p in prompts], sampler, samples=1, place=run.place, spent=sampled,
+            max_new_tokens=run.config.rollout.max_new_tokens, answer_format=run.answer_format).right()
+        return sum(right) / len(right)
+    rollouts = evaluate.fixed_rollouts(decoding, prompts, sampler, prefix, run.place, sampled)
+    facts = evaluate.held_out_facts(run.student, run.teacher, run.support, rollouts, run.place, run.config.train.micro_batch_size, scored)
+    return -math.fsum(v for row in facts for v in row["divergence"]) / sum(len(row["divergence"]) for row in facts)
+
+
+def _diagnose(folder: RunFolder, moving, initial) -> None:
+    """displacement.json from the displacements that were kept; they go."""
+    final = {name: p.detach().cpu() - initial[name] for name, p in moving.items()}
+    rows = [{"step": int(file.stem.removeprefix("step-")), "modules": extrapolation.diagnose(tensors, final)}
+            for file, tensors in folder.read_tensors("displacements")]
+    folder.write_json("displacement.json", rows)
+    folder.remove("displacements")
+
+
+def _save_checkpoint(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress) -> None:
     if run.place.first:
         names = {p: name for name, p in run.student.net.named_parameters()}
         moments = {f"{key}/{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
-        folder.save(progress.step, {"student": {name: p for p, name in names.items()}, "optimizer": moments},
-                    dataclasses.asdict(progress))
+        tensors = {"student": {name: p for p, name in names.items()}, "optimizer": moments}
+        if anchor:
+            tensors["anchor"] = anchor
+        if run.config.models.teacher_ema is not None:
+            tensors["teacher"] = dict(run.teacher.net.named_parameters())
+        folder.save(progress.step, tensors, dataclasses.asdict(progress))
     run.place.wait()
 
 
-def _restore(run: Run, folder: RunFolder, optimizer, progress: Progress, report) -> int:
-    """Weights, optimizer moments and progress of the newest checkpoint; metric rows are rewound to it."""
+def _restore(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, report) -> int:
+    """Weights, optimizer moments, anchor, averaged teacher and progress of the newest checkpoint; metric rows are rewound to it."""
     step, tensors, facts = folder.latest(report.warn)
     with torch.no_grad():
         for name, p in run.student.net.named_parameters():
@@ -336,6 +467,10 @@ def _restore(run: Run, folder: RunFolder, optimizer, progress: Progress, report)
                      if key.split("/", 1)[1] == name}
             if found:
                 optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+        for name, p in run.teacher.net.named_parameters() if "teacher" in tensors else ():
+            p.copy_(tensors["teacher"][name])
+        for name, t in anchor.items():
+            t.copy_(tensors["anchor"][name])
     for key, value in facts.items():
         setattr(progress, key, Ledger(**value) if key == "ledger" else value)
     if run.place.first:

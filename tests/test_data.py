@@ -88,7 +88,7 @@ def student(pair):
 
 def test_templates(student):
     prompt = data.Prompt(0, ({"role": "user", "content": "hi"},), None)
-    chat, plain = (student.tokenizer.decode(data.render(student, prompt, t)) for t in ("auto", "plain"))
+    chat, plain = (student.tokenizer.decode(data.render(student, prompt.messages, t)) for t in ("auto", "plain"))
     assert (chat, plain) == ("<u>hi<a>", "hi")
 
 

@@ -36,7 +36,7 @@ def test_jsd_tends_to_the_named_kl_at_both_ends():
 def test_identical_models_have_no_divergence_and_no_gradient(name, beta):
     hidden = torch.randn(5, 8, requires_grad=True)
     head = Head(torch.randn(50, 8, requires_grad=True))
-    loss, values = weighted(Terms(name, beta), hidden, head, hidden, head, torch.full((5,), 0.2))
+    loss, values, _ = weighted(Terms(name, beta), hidden, head, hidden, head, torch.full((5,), 0.2))
     loss.backward()
     assert values.abs().max() < 1e-6 and loss.abs() < 1e-6
     assert hidden.grad.abs().max() < 1e-6 and head.weight_VD.grad.abs().max() < 1e-6
@@ -88,7 +88,7 @@ def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, te
     want, want_values = naive(name, beta, hidden, weight, bias_v, head, teacher_hidden @ teacher_head.weight_VD.T * 0.5,
                               token_weight, temperature)
     want_grads = torch.autograd.grad(want * 3, inputs)
-    loss, values = weighted(terms, hidden, head, teacher_hidden, teacher_head, token_weight)
+    loss, values, _ = weighted(terms, hidden, head, teacher_hidden, teacher_head, token_weight)
     grads = torch.autograd.grad(loss * 3, inputs)
     torch.testing.assert_close(values, want_values.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
@@ -134,11 +134,11 @@ def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, be
     want = per_token(name, beta, student_mass.log(), teacher_mass.log())
     want_grads = torch.autograd.grad((want * token_weight).sum(), [hidden, weight])
     terms = Terms(name, beta, memory_bytes=4 * v * 5 * 4, top_k=k)
-    loss, values = weighted(terms, hidden, Head(weight), teacher, teacher_head, token_weight)
+    loss, values, _ = weighted(terms, hidden, Head(weight), teacher, teacher_head, token_weight)
     torch.testing.assert_close(values.double(), want.detach(), rtol=1e-5, atol=1e-6)
     for got, expected in zip(torch.autograd.grad(loss, [hidden, weight]), want_grads):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-    _, full = weighted(Terms(name, beta), hidden, Head(weight), teacher, teacher_head, token_weight)
+    _, full, _ = weighted(Terms(name, beta), hidden, Head(weight), teacher, teacher_head, token_weight)
     assert (values <= full + 1e-6).all()  # bucketing never adds divergence
     found = statistics(terms, hidden, Head(weight), teacher, teacher_head, torch.zeros(n, dtype=torch.long))
     torch.testing.assert_close(found["divergence"], values, rtol=1e-5, atol=1e-6)
@@ -152,7 +152,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, beta):
     for k in (11, 1000):
         results = []
         for terms in (Terms(name, beta), Terms(name, beta, top_k=k)):
-            loss, values = weighted(terms, hidden, head, teacher, teacher_head, torch.ones(4))
+            loss, values, _ = weighted(terms, hidden, head, teacher, teacher_head, torch.ones(4))
             results.append((loss, values, *torch.autograd.grad(loss, [hidden, head.weight_VD])))
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -160,11 +160,11 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, beta):
 def test_a_frozen_head_gets_no_gradient_and_a_cut_head_only_inside_its_support():
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
     teacher = Head(torch.randn(12, 4)[:8])
-    loss, _ = weighted(Terms("reverse-kl"), hidden, Head(weight[:8]), torch.randn(6, 4), teacher, torch.ones(6))
+    loss, *_ = weighted(Terms("reverse-kl"), hidden, Head(weight[:8]), torch.randn(6, 4), teacher, torch.ones(6))
     loss.backward()
     assert weight.grad[:8].abs().min() > 0 and weight.grad[8:].abs().max() == 0
     frozen = Head(torch.randn(8, 4))
-    loss, _ = weighted(Terms("reverse-kl"), hidden, frozen, torch.randn(6, 4), teacher, torch.ones(6))
+    loss, *_ = weighted(Terms("reverse-kl"), hidden, frozen, torch.randn(6, 4), teacher, torch.ones(6))
     loss.backward()
     assert frozen.weight_VD.grad is None
 
@@ -174,7 +174,7 @@ def test_no_vocabulary_table_outlives_its_chunk():
     n, v, d = 512, 4000, 8
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     head = Head(weight)
-    loss, _ = weighted(Terms("reverse-kl", memory_bytes=8 * 4 * v * 16), hidden, head, torch.randn(n, d), head, torch.ones(n))
+    loss, *_ = weighted(Terms("reverse-kl", memory_bytes=8 * 4 * v * 16), hidden, head, torch.randn(n, d), head, torch.ones(n))
     kept = [g.numel() for g in loss.grad_fn.grads if g is not None]
     assert max(kept) == v * d < n * v
 
@@ -202,7 +202,7 @@ def test_gpu_equals_cpu(name, beta):
     for device in ("cpu", "cuda"):
         hidden, weight, teacher, teacher_weight = (x.to(device) for x in made)
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-        loss, _ = weighted(Terms(name, beta), hidden, Head(weight), teacher, Head(teacher_weight),
+        loss, *_ = weighted(Terms(name, beta), hidden, Head(weight), teacher, Head(teacher_weight),
                            torch.full((64,), 1 / 64, device=device))
         loss.backward()
         grads.append((loss.item(), hidden.grad.cpu(), weight.grad.cpu()))
@@ -232,7 +232,7 @@ def test_the_sampled_gradient_is_the_exact_one_in_expectation(ratio):
     ):
         own = hidden.clone().requires_grad_(True)
         table, bias = student.weight_VD.clone().requires_grad_(True), student.bias_V.clone().requires_grad_(True)
-        loss, values = weighted(terms, own.expand(rows, -1), Head(table, bias), theirs.expand(rows, -1), teacher, weight, *more)
+        loss, values, _ = weighted(terms, own.expand(rows, -1), Head(table, bias), theirs.expand(rows, -1), teacher, weight, *more)
         loss.backward()
         gradients.append((own.grad, table.grad, bias.grad))
         means.append((weight * values).sum().item())
@@ -267,7 +267,7 @@ def test_sampled_and_cross_entropy_against_autograd(softcap):
             own, head = hidden.clone().requires_grad_(True), table.clone().requires_grad_(True)
             if fused:
                 text = terms.name == "cross-entropy"
-                loss, values = weighted(terms, own, Head(head, softcap=softcap), None if text else theirs, teacher, weight, token,
+                loss, values, _ = weighted(terms, own, Head(head, softcap=softcap), None if text else theirs, teacher, weight, token,
                                         None if text else drawn)
             else:
                 logits = own @ head.T

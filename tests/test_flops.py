@@ -80,7 +80,7 @@ def test_scoring_and_update_as_executed(model, samples):
         rows = scoring.hidden_rows(model, group)
         teacher = torch.zeros(len(rows), 1)
         from prefix_distill.divergence import Head
-        loss, _ = weighted(Terms("reverse-kl"), rows, model.head(), teacher, Head(torch.zeros(260, 1)), torch.ones(len(rows)))
+        loss, *_ = weighted(Terms("reverse-kl"), rows, model.head(), teacher, Head(torch.zeros(260, 1)), torch.ones(len(rows)))
         loss.backward()
 
     one.forward("update", shape(model), reads, passes=3)

@@ -26,7 +26,7 @@ def gradient(run, folder, prefix=12):
     ledger = Ledger()
     rollouts = train.sample(run, run.student, prompts, 0, prefix, ledger, clock, texts)
     weights, share = token_weights(rollouts, run.config.divergence.reduction)
-    values = train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock)
+    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock)
     return rollouts, values, {n: p.grad.clone() for n, p in student.named_parameters()}, texts, progress.ledger, ledger
 
 

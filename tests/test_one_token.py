@@ -47,7 +47,7 @@ def test_loss_gradient_and_new_weight_by_hand():
     weights, divisor = token_weights(rollouts, "token")
     assert divisor == 2
 
-    values = train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, Ledger(), Clock(place.device))
+    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, Ledger(), Clock(place.device))
 
     # KL(uniform ‖ T) = ln 1/3 − mean ln T: (1/3) ln(32/27) after 0 and (1/3) ln 2 after 1
     first, second = math.log(32 / 27) / 3, math.log(2) / 3
@@ -60,9 +60,9 @@ def test_loss_gradient_and_new_weight_by_hand():
     assert teacher.net.out.weight.grad is None
 
     optimizer = train._optimizer(student.net, run.config)
-    facts = train._facts(run, rollouts, values, weights, divisor, 0)
+    facts = train._facts(run, rollouts, values, {}, weights, divisor, 0)
     assert facts["loss"] == pytest.approx(math.log(64 / 27) / 6, abs=1e-6)
-    train._update(run, None, optimizer, monitor.Progress(), 0.1, facts["loss"])
+    train._update(run, None, optimizer, {}, monitor.Progress(), 0.1, facts["loss"])
     # AdamW's first step: −lr · g / (|g| + ε); the gradient norm is below 1, so nothing is clipped
     expected = torch.tensor([[-0.1 * g / (abs(g) + 1e-8) for g in row] for row in by_hand.tolist()])
     torch.testing.assert_close(student.net.out.weight.detach(), expected, atol=1e-6, rtol=1e-5)

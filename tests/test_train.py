@@ -50,7 +50,7 @@ def update_gradient(run, micro=None, batches=None):
     clock, ledger = Clock(run.place.device), Ledger()
     rollouts = train.sample(run, run.student, prompts, 0, run.prefix.length(0), ledger, clock)
     weights, share = token_weights(rollouts, run.config.divergence.reduction)
-    values = train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock)
+    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock)
     return {name: p.grad.clone() for name, p in run.student.net.named_parameters()}, rollouts, values
 
 

@@ -50,7 +50,7 @@ def ours(pair, questions, divergence):
     rollouts = [dataclasses.replace(r, ids=(cut := r.ids[: CAP - i]), teacher_ids=cut) for i, r in enumerate(sampled)]
     assert len({len(r.student_prompt) for r in rollouts}) > 1 and len({len(r.ids) for r in rollouts}) > 5
     weights, divisor = token_weights(rollouts, "token")
-    values = train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock)
+    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock)
     loss = train._facts(run, rollouts, values, weights, divisor, 0)["loss"]
     return loss, {name: p.grad for name, p in run.student.net.named_parameters()}, rollouts
 

@@ -37,7 +37,7 @@ def load(work: Path):
     model = models.load(str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32)
     model.shares_prompts = scoring.check_sharing(model) is None
     prompts = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question", limit=8).prompts
-    return model, [tuple(data.render(model, p, "auto")) for p in prompts]
+    return model, [tuple(data.render(model, p.messages, "auto")) for p in prompts]
 
 
 def ours(model, rows, tokens, turn):

@@ -1,0 +1,321 @@
+"""Extrapolation: which points the search looks at, which it accepts, and that the weights are exact whatever happens."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, strategies
+from torch.nn import Linear, Parameter
+
+from conftest import tiny_net
+from prefix_distill.errors import UserError
+from prefix_distill.extrapolation import diagnose, due, effective_rank, extrapolate, moved, snapshot
+
+
+def line(weight: float, anchor: float):
+    """One parameter of one number, and its anchor."""
+    return {"w": Parameter(torch.tensor([weight]))}, {"w": torch.tensor([anchor])}
+
+
+def search(weight: float, anchor: float, value, kind: str = "effopd", key: tuple = (0,)):
+    """(what was found, points scored, the final point) of a search on a line with the score ``value(w)``."""
+    parameters, held = line(weight, anchor)
+    points = []
+
+    def score() -> float:
+        points.append(parameters["w"].item())
+        return value(points[-1])
+
+    found = extrapolate(parameters, held, kind, score, key)
+    assert torch.equal(held["w"], parameters["w"].detach()) and parameters["w"].requires_grad
+    return found, points, parameters["w"].item()
+
+
+def some(seed: int = 0) -> tuple[dict, dict]:
+    """Random parameters of several shapes, and an anchor nearby whose differences are not exact numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"matrix": (7, 5), "vector": (11,), "experts": (3, 4, 2), "scalar": ()}
+    draw = lambda scale: {name: torch.randn(shape, generator=generator) * scale for name, shape in shapes.items()}
+    start, step = draw(1.0), draw(1e-3)
+    return {name: Parameter(w) for name, w in start.items()}, {name: start[name] - step[name] for name in shapes}
+
+
+def scores(*values: float):
+    """A score that gives these numbers in turn, and fails when asked for more."""
+    left = list(values)
+    return lambda: left.pop(0)
+
+
+def same_bits(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[name].detach().view(torch.int32), other[name].detach().view(torch.int32)) for name in one)
+
+
+# The search
+
+
+def test_search_by_hand_takes_two_and_stops_at_the_third():
+    found, points, end = search(1.0, 0.5, lambda w: -abs(w - 3.2))  # Δ = 0.5: candidates at 2, 3, 4
+    assert points == [1.0, 2.0, 3.0, 4.0] and end == 3.0
+    assert found.k == 2 and found.scores == pytest.approx([-2.2, -1.2, -0.2, -0.8])
+
+
+def test_an_equal_score_is_not_accepted():
+    found, points, end = search(1.0, 0.0, lambda w: -abs(w - 4.0))  # 1, 3, 5: 3 and 5 are equally far
+    assert points == [1.0, 3.0, 5.0] and (found.k, end) == (1, 3.0)
+    found, points, end = search(1.0, 0.0, lambda w: 7.0)
+    assert points == [1.0, 3.0] and (found.k, found.scores, end) == (0, [7.0, 7.0], 1.0)
+
+
+def test_five_candidates_at_most_in_equal_steps():
+    found, points, end = search(1.0, 2.0, lambda w: -w)
+    assert points == [1.0, -1.0, -3.0, -5.0, -7.0, -9.0] and (found.k, end, len(found.scores)) == (5, -9.0, 6)
+
+
+def test_a_later_better_candidate_is_not_looked_for():
+    found, points, end = search(1.0, 0.0, {1.0: 1, 3.0: 0, 5.0: 100}.get)
+    assert points == [1.0, 3.0] and (found.k, end) == (0, 1.0)
+
+
+@pytest.mark.parametrize("values, k", [((math.nan, 1.0), 0), ((1.0, math.nan), 0), ((1.0, 2.0, math.nan), 1),
+                                       ((math.nan, math.nan), 0), ((-math.inf, 0.0, math.inf, math.inf), 2)])
+def test_nan_is_never_accepted(values, k):
+    parameters, anchor = some()
+    found = extrapolate(parameters, anchor, "effopd", scores(*values), ())
+    assert found.k == k and len(found.scores) == len(values)
+
+
+def test_the_anchor_moves_also_when_nothing_is_accepted():
+    parameters, anchor = line(1.0, 0.0)
+    tensor, points = anchor["w"], []
+
+    def score() -> float:
+        points.append(parameters["w"].item())
+        return -points[-1]
+
+    extrapolate(parameters, anchor, "effopd", score, (1,))
+    assert anchor["w"] is tensor and tensor.item() == 1.0
+    with torch.no_grad():
+        parameters["w"] += 0.25  # what the optimizer does meanwhile
+    extrapolate(parameters, anchor, "effopd", score, (2,))
+    assert points == [1.0, 3.0, 1.25, 1.75] and tensor.item() == 1.25
+
+
+# Exactness
+
+
+@given(strategies.integers(0, 10**6), strategies.integers(0, 5))
+def test_the_accepted_point_is_the_formula_bit_for_bit(seed, k):
+    parameters, anchor = some(seed)
+    start = snapshot(parameters)
+    wanted = {name: start[name] + 2 * k * (start[name] - anchor[name]) if k else start[name] for name in start}
+    found = extrapolate(parameters, anchor, "effopd", scores(*range(k + 1), *([0] if k < 5 else [])), ())
+    assert found.k == k and same_bits(parameters, wanted) and same_bits(anchor, wanted)
+
+
+def test_every_candidate_is_computed_afresh():
+    parameters, anchor = some(3)
+    start, seen = snapshot(parameters), []
+
+    def score() -> float:
+        seen.append(snapshot(parameters))
+        return float(len(seen))
+
+    old = {name: a.clone() for name, a in anchor.items()}
+    extrapolate(parameters, anchor, "effopd", score, ())
+    assert len(seen) == 6 and same_bits(seen[0], start)
+    for k in range(1, 6):
+        assert same_bits(seen[k], {name: start[name] + 2 * k * (start[name] - old[name]) for name in start}), k
+
+
+@pytest.mark.parametrize("fails_at", range(6))
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_weights_are_restored_when_the_score_fails(fails_at, error):
+    parameters, anchor = some(5)
+    parameters["vector"].data[:3] = torch.tensor([-0.0, 1e-42, math.inf])  # signs, subnormals and infinities come back too
+    start, old, calls = snapshot(parameters), {name: a.clone() for name, a in anchor.items()}, []
+
+    def score() -> float:
+        calls.append(0)
+        if len(calls) > fails_at:
+            raise error("the score")
+        return float(len(calls))
+
+    with pytest.raises(error, match="the score"):
+        extrapolate(parameters, anchor, "effopd", score, ())
+    assert same_bits(parameters, start) and same_bits(anchor, old)
+
+
+def test_snapshots_are_independent_float32_copies():
+    parameters = {"a": Parameter(torch.randn(3, 4).T), "b": Parameter(torch.randn(3).bfloat16())}
+    copies = snapshot(parameters)
+    for name, p in parameters.items():
+        copy = copies[name]
+        assert torch.equal(copy, p.detach().float()) and copy.dtype == torch.float32 and copy.device.type == "cpu"
+        assert not copy.requires_grad and copy.untyped_storage().data_ptr() != p.untyped_storage().data_ptr()
+
+
+def test_other_dtypes_are_refused_before_anything_is_touched():
+    parameters = {"a": Parameter(torch.ones(2)), "b": Parameter(torch.ones(2, dtype=torch.bfloat16))}
+    with pytest.raises(ValueError, match="b is torch.bfloat16"):
+        extrapolate(parameters, {name: torch.zeros(2) for name in parameters}, "always-1", scores(), ())
+    assert torch.equal(parameters["a"].detach(), torch.ones(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_the_same_bits():
+    parameters, anchor = some(7)
+    here = {name: Parameter(p.detach().cuda()) for name, p in parameters.items()}
+    held = snapshot({name: Parameter(a.cuda()) for name, a in anchor.items()})
+    assert all(a.is_pinned() for a in held.values())
+    for k in (3, 0, 5):
+        values = [*range(k + 1), *([0] if k < 5 else [])]
+        found = [extrapolate(*side, "effopd", scores(*values), ()) for side in ((here, held), (parameters, anchor))]
+        assert found[0] == found[1] and found[0].k == k
+        assert same_bits(snapshot(here), parameters) and same_bits(held, anchor)
+        with torch.no_grad():
+            for name in here:
+                here[name].mul_(1.001)
+                parameters[name].mul_(1.001)
+
+
+# The controls
+
+
+def test_always_1_takes_the_first_candidate_without_scoring():
+    found, points, end = search(1.0, 0.5, None, "always-1")
+    assert (found.k, found.scores, points, end) == (1, [], [], 2.0)
+
+
+def test_random_accepts_each_with_probability_one_half():
+    n = 4000
+    counts = Counter()
+    for key in range(n):
+        found, points, end = search(1.0, 0.0, None, "random", (3, key))
+        assert not points and not found.scores and end == 1 + 2 * found.k
+        counts[found.k] += 1
+    for k, chance in enumerate([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 32]):
+        assert abs(counts[k] - n * chance) < 4 * math.sqrt(n * chance * (1 - chance)), k
+
+
+def test_random_is_decided_by_its_key():
+    draws = lambda seed: [search(1.0, 0.0, None, "random", (seed, t))[0].k for t in range(40)]
+    assert draws(0) == draws(0) != draws(1)
+
+
+# Texts and times
+
+
+def test_due_at_powers_of_two():
+    assert [t for t in range(-4, 1100) if due(t)] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+
+
+# Which parameters
+
+
+ATTENTION = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight"]
+GATED = ["mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]
+BOTH = lambda *layers: [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+MOVED = {
+    "llama": ("model.layers", ATTENTION + GATED),
+    "qwen3": ("model.layers", ATTENTION + GATED),
+    "gemma3": ("model.layers", ATTENTION + GATED),
+    "neox": ("gpt_neox.layers", BOTH("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
+    "gpt2": ("transformer.h", BOTH("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+}
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_linear_layers_of_the_decoder_move_and_nothing_else(kind):
+    net = tiny_net(kind)
+    everything, found = dict(net.named_parameters()), moved(net, "attention-mlp")
+    stem, layer = MOVED[kind]
+    assert set(found) == {f"{stem}.{i}.{name}" for i in range(2) for name in layer}
+    assert all(found[name] is everything[name] for name in found)
+    assert list(found) == [name for name in everything if name in found]
+    assert moved(net, "all").keys() == everything.keys()
+
+
+def test_fused_experts_move_and_their_router_does_not():
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    net = AutoModelForCausalLM.from_config(MixtralConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=3, num_experts_per_tok=2))
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", *ATTENTION]
+    assert set(moved(net, "attention-mlp")) == {f"model.layers.0.{name}" for name in names}
+
+
+class Whole(torch.nn.Module):
+    """A model that is its own decoder: its head lies inside, tied to the embedding or not."""
+
+    def __init__(self, tied: bool, inner: bool = True):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(6, 4), Linear(4, 6)
+        if inner:
+            self.inner = Linear(4, 4)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    get_decoder = lambda self: self
+    get_input_embeddings = lambda self: self.embed
+    get_output_embeddings = lambda self: self.head
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_inside_the_decoder_stays(tied):
+    assert set(moved(Whole(tied), "attention-mlp")) == {"inner.weight", "inner.bias"}
+
+
+def test_nothing_to_move_is_an_error():
+    with pytest.raises(UserError, match="--extrapolate"):
+        moved(Whole(False, inner=False), "attention-mlp")
+    with pytest.raises(ValueError, match="norms"):
+        moved(Whole(False), "norms")
+
+
+def test_a_real_network_goes_through_a_search():
+    net = tiny_net("qwen3").requires_grad_(True)
+    parameters = moved(net, "attention-mlp")
+    anchor, ids = snapshot(parameters), torch.arange(20)[None]
+    rest = {name: p.detach().clone() for name, p in net.named_parameters() if name not in parameters}
+    net(ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for p in parameters.values():
+            p -= 1e-3 * p.grad
+    score = lambda: -net(ids, labels=ids).loss.item()
+    found = extrapolate(parameters, anchor, "effopd", score, ())
+    assert found.k > 0 and score() == found.scores[found.k] == max(found.scores)
+    assert same_bits(anchor, parameters) and same_bits(rest, dict(net.named_parameters()))
+
+
+# Diagnostics
+
+
+def test_effective_rank_in_closed_form():
+    torch.manual_seed(0)
+    assert effective_rank(torch.eye(9)) == pytest.approx(9)
+    assert effective_rank(1e-20 * torch.eye(3)) == pytest.approx(3)
+    assert effective_rank(torch.randn(30, 1) @ torch.randn(1, 20)) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(torch.zeros(4, 5)) == 0.0
+    assert math.isnan(effective_rank(torch.full((2, 2), math.inf)))
+    rotation = torch.linalg.qr(torch.randn(4, 4))[0]
+    p = [8 / 15, 4 / 15, 2 / 15, 1 / 15]  # of singular values 8, 4, 2, 1, not of their squares
+    entropy = -sum(x * math.log(x) for x in p)
+    assert effective_rank(rotation @ torch.diag(torch.tensor([8.0, 4, 2, 1]))) == pytest.approx(math.exp(entropy), rel=1e-5)
+
+
+def test_diagnostics_by_hand():
+    delta = {"m": torch.eye(2) * 3, "v": torch.tensor([3.0, 4.0]), "z": torch.zeros(2, 2), "e": torch.ones(2, 2, 2)}
+    final = {"m": torch.tensor([[1.0, 1], [1, 1]]), "v": torch.tensor([-3.0, -4.0]), "z": torch.ones(2, 2),
+             "e": torch.zeros(2, 2, 2)}
+    table = diagnose(delta, final)
+    assert table["m"] == pytest.approx({"norm": math.sqrt(18), "effective_rank": 2.0, "cosine": 6 / (math.sqrt(18) * 2)})
+    assert table["v"] == pytest.approx({"norm": 5.0, "effective_rank": None, "cosine": -1.0})
+    assert table["z"] == {"norm": 0.0, "effective_rank": 0.0, "cosine": None}
+    assert table["e"] == pytest.approx({"norm": math.sqrt(8), "effective_rank": None, "cosine": None})
+    whole, other = (torch.cat([x.flatten() for x in side.values()]) for side in (delta, final))
+    assert table["all"]["norm"] == pytest.approx(whole.norm().item()) and table["all"]["effective_rank"] is None
+    assert table["all"]["cosine"] == pytest.approx(torch.cosine_similarity(whole, other, dim=0).item())
+    assert diagnose({}, {}) == {"all": {"norm": 0.0, "effective_rank": None, "cosine": None}}
