@@ -282,3 +282,40 @@ def test_sampled_and_cross_entropy_against_autograd(softcap):
             sides.append((values.detach(), own.grad, head.grad))
         for one, other in zip(*sides):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_entry_wise_clip_by_hand():
+    """T = (1/2, 1/4, 1/4), S = (1/4, 1/4, 1/2), κ = 0.1: the first entry's ½ ln 2 is cut to κ, the others are 0 and −¼ ln 2, so the
+    value is negative; U holds the last two, Q_U = 1/2."""
+    teacher, student = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
+    logits = student.log().requires_grad_()
+    eye = Head(torch.eye(3))
+    loss, values, clipped = weighted(Terms("forward-kl", clip=0.1), logits, eye, teacher.log(), eye, torch.ones(1))
+    loss.backward()
+    assert values.item() == pytest.approx(0.1 - math.log(2) / 4) and values.item() < 0
+    assert clipped.item() == pytest.approx(0.5)
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.25 * 0.5, 0.25 * 0.5 - 0.25, 0.5 * 0.5 - 0.25]]))
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.05, 10.0])
+@pytest.mark.parametrize("temperature", [1.0, 1.1])
+def test_clip_is_autograds_of_the_clipped_sum(clip, temperature):
+    torch.manual_seed(0)
+    n, d, v = 7, 6, 50
+    hidden, table, teacher, head = (torch.randn(n, d).requires_grad_(), torch.randn(v, d).requires_grad_(), torch.randn(n, 5),
+                                    torch.randn(v, 5))
+    weight = torch.rand(n)
+    terms = Terms("forward-kl", temperature=temperature, clip=clip, memory_bytes=3 * 4 * v * 4)
+    loss, values, clipped = weighted(terms, hidden, Head(table), teacher, Head(head), weight)
+    loss.backward()
+    found = hidden.grad.clone(), table.grad.clone()
+    hidden.grad = table.grad = None
+    s, t = ((rows @ matrix.T / temperature).log_softmax(-1) for rows, matrix in ((hidden, table), (teacher, head)))
+    entries = t.exp() * (t - s)
+    expected = entries.clamp(max=clip).sum(-1)
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(values, expected.detach())
+    torch.testing.assert_close(clipped, (t.exp() * (entries > clip)).sum(-1).detach())
+    torch.testing.assert_close(found, (hidden.grad, table.grad))
+    if clip == 10:
+        torch.testing.assert_close(values, (t.exp() * (t - s)).sum(-1).detach())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from conftest import command, last_json
+from conftest import invoke, last_json
 
 KILLED = """
 import os, signal, sys
@@ -41,9 +41,9 @@ def rows(out: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(pair, questions, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = command(*flags(pair, questions, out))
-    assert done.returncode == 0, done.stderr
-    return out, last_json(done.stdout)
+    code, said, err = invoke(*flags(pair, questions, out))
+    assert code == 0, err
+    return out, last_json(said)
 
 
 @pytest.mark.parametrize("module, name, at", [
@@ -58,9 +58,9 @@ def test_kill_and_resume_is_bit_for_bit(whole, pair, questions, tmp_path, module
                             capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert not (out / "model").exists()
-    done = command("run", "--resume", "--out", out)
-    assert done.returncode == 0, done.stderr
-    document = last_json(done.stdout)
+    code, said, err = invoke("run", "--resume", "--out", out)
+    assert code == 0, err
+    document = last_json(said)
     assert document["resumed_from"] == (None if at == 1 else {"train": 3, "checkpoint": 0}[module])
     assert rows(out) == rows(whole[0]) and len(rows(out)) == 6
     for file in ("checkpoints/step-00000006/student.safetensors", "checkpoints/step-00000006/optimizer.safetensors",
@@ -89,21 +89,21 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path):
     newest.write_bytes(data)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "torn')
-    done = command("run", "--resume", "--out", out)
-    assert done.returncode == 0 and "step-00000006 is damaged" in done.stderr and "checksum" in done.stderr
-    assert last_json(done.stdout)["resumed_from"] == 3
+    code, said, err = invoke("run", "--resume", "--out", out)
+    assert code == 0 and "step-00000006 is damaged" in err and "checksum" in err
+    assert last_json(said)["resumed_from"] == 3
     assert rows(out) == rows(whole[0])
     assert newest.read_bytes() == (whole[0] / "checkpoints/step-00000006/student.safetensors").read_bytes()
 
 
 def test_other_settings_are_refused_on_resume(whole):
-    done = command("run", "--resume", "--out", whole[0], "--lr", "1")
-    assert done.returncode == 2 and "schedule.lr was 0.001, got 1.0" in done.stderr
+    code, _, err = invoke("run", "--resume", "--out", whole[0], "--lr", "1")
+    assert code == 2 and "schedule.lr was 0.001, got 1.0" in err
 
 
 def test_a_used_folder_is_refused_without_resume(whole, pair, questions):
-    done = command(*flags(pair, questions, whole[0]))
-    assert done.returncode == 2 and "add --resume" in done.stderr
+    code, _, err = invoke(*flags(pair, questions, whole[0]))
+    assert code == 2 and "add --resume" in err
     assert os.listdir(whole[0])
 
 
@@ -115,6 +115,15 @@ SETTINGS = {
     "a window by divergence": {"weights.window": "highest-kl:4"},
     "a random window of the teacher's text": {"weights.window": "random:4", "rollout.off_policy": "divergence"},
     "sampled off the policy": {"divergence.estimator": "sampled", "rollout.temperature": 0.8},
+    "selection, extrapolation, between two triggers": {
+        "weights.select": "soft-or", "weights.position": "moderate", "extrapolation.kind": "effopd", "extrapolation.score": "heldout-kl",
+        "extrapolation.problems": 4, "extrapolation.diagnostics": True, "train.steps": 9},
+    "random candidates, all weights, moments forgotten": {
+        "weights.select": "entropy-sample", "weights.keep": 0.2, "extrapolation.kind": "random", "extrapolation.modules": "all",
+        "extrapolation.reset": True, "train.steps": 9},
+    "an averaged teacher of its own": {
+        "models.teacher": "self", "models.teacher_ema": 0.9, "data.privileged_column": "answer", "divergence.name": "forward-kl",
+        "data.privileged_template": "{problem} {solution}", "divergence.clip": 0.05},
     "tail probes": {"evaluate.every": 0, "evaluate.tail_every": 2, "evaluate.tail_prompts": 3},
 }
 
@@ -150,15 +159,21 @@ def test_resume_is_exact_inside_every_schedule_and_method(pair, questions, tmp_p
     again = go(tmp_path / "cut", resume=True)
     assert again["resumed_from"] == (8 if "auto" in name else 4)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-    for file in ("model/model.safetensors", "scores.jsonl", "teacher-text.json"):
+    for file in ("model/model.safetensors", "scores.jsonl", "teacher-text.json", "displacement.json"):
         if (tmp_path / "whole" / file).exists():
             assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
-    for key in ("accuracy_after", "kl_after", "tokens", "flops", "full_rollout_cost", "prefix", "prefix_decisions", "tail_probes", "best"):
+    for key in ("accuracy_after", "kl_after", "tokens", "flops", "full_rollout_cost", "prefix", "prefix_decisions", "tail_probes", "best",
+                "extrapolations"):
         assert again[key] == whole[key], key
     lengths = [row["rollout/prefix_tokens"] for row in rows(tmp_path / "whole")]
     if name == "auto, having grown":
         assert whole["prefix_decisions"] and lengths[0] < lengths[-1]
     if name == "tail probes":
         assert [row["step"] for row in whole["tail_probes"]] == [2, 4] and whole["best"]["step"] in (0, 2, 4, 6)
+    if "triggers" in name:
+        assert [x["step"] for x in whole["extrapolations"]] == [1, 2, 4, 8] and not (tmp_path / "whole/displacements").exists()
+        assert whole["flops"]["by_phase"]["extrapolation"]["useful"] == sum(x["flops"] for x in whole["extrapolations"]) > 0
+        table = json.loads((tmp_path / "whole/displacement.json").read_text())
+        assert [row["step"] for row in table] == [1, 2, 4, 8] and all(-1 <= row["modules"]["all"]["cosine"] <= 1 for row in table)
     if name == "the teacher's text":
         assert {"teacher_prefill", "teacher_decode"} < whole["flops"]["by_phase"].keys()
