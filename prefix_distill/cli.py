@@ -250,7 +250,7 @@ def probe(
         probing.draw(document, Path(out) / "probe.png")
         from rich.console import Console
 
-        Console(stderr=True).print(probing.table(document))
+        Console(stderr=True).print(probing.table(document), probing.corner_table(document))
         _say(prepared, document["reason"])
     _finish(prepared, document)
 

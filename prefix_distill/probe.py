@@ -181,6 +181,19 @@ def table(document: dict):
     return made
 
 
+def corner_table(document: dict):
+    """The quadrants as a rich table."""
+    from rich.table import Table
+
+    found = document["quadrants"]
+    made = Table(title=f"the student's tokens; high: entropy above {found['borders'][0]:.2g}, KL above {found['borders'][1]:.2g} nats (medians)")
+    for heading in ("quadrant", "share of the tokens", "share of the KL"):
+        made.add_column(heading, justify="left" if heading == "quadrant" else "right")
+    for name, share in found["quadrants"].items():
+        made.add_row(name, f"{share['tokens']:.0%}", f"{share['divergence']:.0%}")
+    return made
+
+
 def draw_quadrants(axes, found: dict) -> None:
     """The four quadrants as shares of the tokens and of the divergence."""
     borders = found["borders"]

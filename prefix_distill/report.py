@@ -16,6 +16,7 @@ from .display import flops_text
 from .errors import UserError
 from .evaluate import split_mean
 from .runtime import seed_of
+from .weights import QUADRANTS
 
 RESAMPLES = 2_000
 SHARES = (1.0, 0.95, 0.9, 0.5)  # of the reference's gain, for which the cost is given
@@ -47,6 +48,10 @@ class Finished:
     def cost(self, row: dict) -> tuple[float, float, float]:
         """(useful FLOPs, executed FLOPs, seconds) of training up to an evaluation, with what the run started from."""
         return tuple(a + b for a, b in zip(self.offset, (row["flops_useful"], row["flops_executed"], row["seconds"])))
+
+    def spent(self, against: str) -> list[float]:
+        """The x of every evaluation in a picture against one of AGAINST."""
+        return [(*self.cost(row), row["step"])[AGAINST.index(against)] for row in self.evaluations]
 
 
 def collect(paths: list[Path]) -> list[Finished]:
@@ -282,7 +287,7 @@ def write_csv(runs: list[Finished], file: Path) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows(runs))
 
 
-AGAINST = ("useful training FLOPs", "executed training FLOPs", "training time (s)")  # as in Finished.cost
+AGAINST = ("useful training FLOPs", "executed training FLOPs", "training time (s)", "updates")  # as in Finished.spent
 
 
 def draw(runs: list[Finished], title: str = "", only: list[str] | None = None, against: str = AGAINST[0]):
@@ -300,8 +305,7 @@ def draw(runs: list[Finished], title: str = "", only: list[str] | None = None, a
     colours = pyplot.get_cmap("tab20").colors
     for i, (arm, group) in enumerate(arms.items()):
         style = {"color": colours[(2 * i) % 20 + (i >= 10)], "marker": "os^vD<>ph*X"[i % 11], "markersize": 4, "linewidth": 1.3}
-        x = [[run.cost(row)[AGAINST.index(against)] for row in run.evaluations] for run in group]
-        x = [math.fsum(column) / len(column) for column in zip(*x)]
+        x = [math.fsum(column) / len(column) for column in zip(*(run.spent(against) for run in group))]
         if graded and drawn.paired:
             _, mean, draws, _, _ = drawn.curve(arm)
             ends = [interval(draws[:, e]) for e in range(draws.shape[1])]
@@ -349,6 +353,13 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
     said = lambda key, word: "".join(f"<li>{text(run.arm)}, seed {run.seed}: {text(d[word])}</li>" for run in runs
                                      for d in run.result.get(key, []))
     growth, warnings = said("prefix_decisions", "reason"), said("warnings", "text")
+    triggers = "".join(
+        f"<tr><td>{text(run.arm)}</td><td>{run.seed}</td><td>{x['step']}</td><td>{x['k']}</td><td>"
+        f"{' → '.join(f'{s:.4g}' for s in x['scores']) or '–'}</td><td>{flops_text(x['flops'])}</td></tr>"
+        for run in runs for x in run.result.get("extrapolations", []))
+    corners = "".join(
+        f"<tr><td>{text(arm)}</td>" + "".join(f"<td>{cell}</td>" for cell in quadrant_cells(group)) + "</tr>"
+        for arm, group in by_arm(runs).items() if all("quadrants" in row for run in group for row in run.evaluations))
     against = f" Costs are compared with {text(reference)}." if reference else ""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title><style>body{{font:15px/1.5 system-ui,sans-serif;"
@@ -357,10 +368,23 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
         f"</style><h1>{text(title)}</h1><p>{len(runs)} runs, {len(summary_rows)} arms. Means over seeds; 95 % intervals by a bootstrap over "
         f"seeds and problems, paired between arms.{against}</p><table><tr>{head}</tr>{body}</table>"
         f"{pictures}{extra}"
+        + (f"<h2>Entropy × divergence</h2><p>Share of the tokens / share of the reverse KL on the fixed contexts, before → after; the borders "
+           "are the untrained student's medians.</p><table><tr><th>arm</th>" + "".join(f"<th>{text(name)}</th>" for name in QUADRANTS)
+           + f"</tr>{corners}</table>" if corners else "")
+        + (f"<h2>Extrapolations</h2><table><tr><th>arm</th><th>seed</th><th>after update</th><th>accepted k</th><th>scores</th>"
+           f"<th>cost</th></tr>{triggers}</table>" if triggers else "")
         + (f"<h2>Growth of the prefix</h2><ul>{growth}</ul>" if growth else "")
         + (f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "")
         + f"<h2>Runs</h2><table><tr><th>folder</th><th>arm</th><th>seed</th><th>settings</th></tr>{settings}</table></html>\n"
     )
+
+
+def quadrant_cells(group: list[Finished]) -> list[str]:
+    """The quadrants of an arm's fixed contexts before and after, means over seeds, under QUADRANTS."""
+    def mean(place: int, name: str, key: str) -> float:
+        return math.fsum(run.evaluations[place]["quadrants"]["quadrants"][name][key] for run in group) / len(group)
+
+    return [" → ".join(f"{mean(place, name, 'tokens'):.0%} / {mean(place, name, 'divergence'):.0%}" for place in (0, -1)) for name in QUADRANTS]
 
 
 def _settings(run: Finished) -> str:

@@ -8,6 +8,7 @@ from .errors import UserError
 
 WINDOWS = ("first", "middle", "last", "random", "scattered", "highest-kl", "highest-entropy")
 SELECTIONS = ("soft-or", "overconfident", "entropy-sample", "entropy", "divergence", "random", "bottom")
+QUADRANTS = tuple(f"{h} entropy, {d} divergence" for h in ("high", "low") for d in ("high", "low"))
 CLIPPED = 0.98  # quantile of the batch's entropies at which TIP clips them
 CURVES = {"moderate": (0.25, 0.30, 0.10)}  # (w_min, τ, s) of position weights by name
 
@@ -165,7 +166,7 @@ def quadrants(entropies: list[float], divergences: list[float], borders: tuple[f
     share of the tokens, "divergence": share of all divergence}}; "low entropy, high divergence" is the overconfident one.
     """
     borders = borders or (quantile(entropies, 0.5), quantile(divergences, 0.5))
-    groups: dict[str, list[float]] = {f"{h} entropy, {d} divergence": [] for h in ("high", "low") for d in ("high", "low")}
+    groups: dict[str, list[float]] = {name: [] for name in QUADRANTS}
     for entropy, divergence in zip(entropies, divergences):
         level = ["high" if value > border else "low" for value, border in zip((entropy, divergence), borders)]
         groups[f"{level[0]} entropy, {level[1]} divergence"].append(divergence)

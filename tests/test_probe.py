@@ -44,6 +44,9 @@ def test_it_knows_where_prefixes_do_not_do(tmp_path, task, problems):
     assert "a prefix will not do" in found["reason"] and found["expected_saving"] == pytest.approx(1)
     assert json.loads((tmp_path / "probe/probe.json").read_text()) == found
     assert (tmp_path / "probe/probe.png").stat().st_size > 5000
+    corners = found["quadrants"]["quadrants"].values()
+    assert [math.fsum(c[key] for c in corners) for key in ("tokens", "divergence")] == pytest.approx([1, 1])
+    assert "low entropy, high divergence" in err
     total = math.fsum(b["kl"] * b["tokens"] for b in found["by_position"])
     tokens = sum(b["tokens"] for b in found["by_position"])
     assert total / tokens == pytest.approx(found["kl"]["value"], rel=1e-6) and tokens == pytest.approx(problems * found["student_tokens"])

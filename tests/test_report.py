@@ -12,6 +12,7 @@ from conftest import invoke, last_json
 from prefix_distill import config as configuration
 from prefix_distill import report
 from prefix_distill.errors import UserError
+from prefix_distill.weights import quadrants
 
 N = 400
 
@@ -23,8 +24,10 @@ def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):
     evaluations = [{
         "step": 5 * i, "accuracy": {"value": sum(right) / N, "n": N, "low": 0.0, "high": 1.0}, "kl": {"value": 1.0 - a / 2, "n": 9,
         "low": 0, "high": 1}, "kl_prefix": 0.5, "kl_tail": 0.2, "finish_rate": 1.0, "mean_tokens": 50.0, "flops_useful": cost * i,
-        "flops_executed": 2 * cost * i, "seconds": seconds * i} for i, (a, right) in enumerate(zip(curve, rights))]
-    result = {"evaluations": evaluations, "prefix": prefix, "full_rollout_cost": 9 * cost, "prefix_decisions": []}
+        "flops_executed": 2 * cost * i, "seconds": seconds * i,
+        "quadrants": quadrants([0, 0, 1, 1], [0.0, 3.0, 0.0, 1.0 + i], (0.5, 0.5))} for i, (a, right) in enumerate(zip(curve, rights))]
+    result = {"evaluations": evaluations, "prefix": prefix, "full_rollout_cost": 9 * cost, "prefix_decisions": [],
+              "extrapolations": [{"step": 8, "k": 2, "scores": [0.25, 0.5, 0.75, 0.75], "flops": 3e9}]}
     (folder / "run.json").write_text(json.dumps({"seed": seed, "result": result}))
     tree = configuration.as_dict(configuration.build({"models.student": student, "rollout.max_new_tokens": 10, "runtime.seed": seed}))
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -120,7 +123,9 @@ def test_page_is_self_contained_and_escaped(arms, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;script&gt;" in page and "<title>a &amp; &lt;b&gt;</title>" in page
     assert not re.search(r"https?://|src=\"(?!data:)|href=", page)
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
+    assert "<td>full</td><td>25% / 25% → 25% / 57%</td><td>25% / 0% → 25% / 0%</td><td>25% / 75% → 25% / 43%</td>" in page
+    assert "<td>8</td><td>2</td><td>0.25 → 0.5 → 0.75 → 0.75</td><td>3 GFLOP</td>" in page
     with open(tmp_path / "out" / "report.csv") as handle:
         rows = list(csv.DictReader(handle))
     assert len(rows) == 4 * 7 and {row["arm"] for row in rows} >= {"full", "short", "bad"}

@@ -5,12 +5,14 @@
 Runs (or goes on with) `prefix-distill compare tests/benchmarks/arms/ARMS.yaml --out OUT` and records results/ARMS.csv (a row per
 arm, seed and evaluation), ARMS.json (means, paired intervals, costs, claims) and ARMS.png; prints one JSON line last. `prefix` is the
 choice-of-method task, `prefix-shared` and `prefix-tied` the other two, `prefix-wide` another student on the first,
-`prefix-real` SmolLM2 by held-out KL (needs what real_pair.py needs; ``--work`` keeps the pair). On 2 cores `prefix` takes about 90
+`prefix-real` SmolLM2 by held-out KL (needs what real_pair.py needs; ``--work`` keeps the pair), `plugins` token selection,
+extrapolation and self-distillation with their controls. On 2 cores `prefix` takes about 90
 minutes on one of them, the others less. ``--quick``: two updates, one seed, one rate, 20 problems, nothing recorded.
 """
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +25,16 @@ from prefix_distill import cli, compare, preflight, report
 from prefix_distill import config as configuration
 
 MARGIN = 0.03  # points by which an arm may be behind and still "match"
-PICTURED = ("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear")
+PICTURED = {  # picture → (arms, x axis)
+    "prefix": {"": (("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear"), report.AGAINST[0])},
+    "plugins": {
+        "-select": (("full", "full soft-or 0.1", "full random 0.1", "full entropy-sample 0.1", "full bottom 0.5", "40%", "40% soft-or 0.1",
+                     "40% random 0.1"), report.AGAINST[0]),
+        "-updates": (("slow", "slow effopd", "slow effopd heldout-kl", "slow always-1", "slow random", "slow 3x", "slow 10x"), "updates"),
+        "-flops": (("slow", "slow effopd", "slow effopd heldout-kl", "slow always-1", "slow random", "slow 3x", "slow 10x"),
+                   report.AGAINST[0]),
+    },
+}
 # (who says so, better arm, worse arm)
 ORDERINGS = (
     ("on-policy beats the teacher's text (GKD)", "full", "sft"),
@@ -37,6 +48,31 @@ ORDERINGS = (
     ("an on-policy prefix beats the teacher's prefix, forward KL", "10%", "off-policy-forward"),
     ("on a short prefix reverse KL beats forward KL", "10%", "on-policy-forward"),
     ("the whole vocabulary beats the sampled token (lower variance)", "10%", "sampled"),
+    *((f"TIP: soft-or at {share} beats all tokens", f"{base} soft-or {share}", base) for base in ("full", "40%") for share in (0.5, 0.2, 0.1)),
+    *((f"TIP: soft-or beats {other} at {share}", f"{base} soft-or {share}", f"{base} {other} {share}")
+      for base in ("full", "40%") for other in ("random", "entropy-sample") for share in (0.5, 0.2, 0.1)),
+    ("TIP: the overconfident tokens beat random ones", "full overconfident 0.1", "full random 0.1"),
+    ("TIP: soft-or beats the entropy's top", "full soft-or 0.1", "full entropy 0.1"),
+    ("TIP: soft-or beats the divergence's top", "full soft-or 0.1", "full divergence 0.1"),
+    ("TIP: the bottom half teaches less than a random half", "full random 0.5", "full bottom 0.5"),
+    ("EffOPD: extrapolating beats going on", "slow effopd", "slow"),
+    ("EffOPD: scoring beats always taking k = 1", "slow effopd", "slow always-1"),
+    ("EffOPD: scoring beats a coin", "slow effopd", "slow random"),
+    ("EffOPD beats three times the rate", "slow effopd", "slow 3x"),
+    ("EffOPD beats ten times the rate", "slow effopd", "slow 10x"),
+    ("EffOPD: accuracy is the better score than held-out KL", "slow effopd", "slow effopd heldout-kl"),
+    ("EffOPD: attention and MLP alone beat all weights", "slow effopd", "slow effopd all weights"),
+    ("EffOPD gains at the tuned rate, too", "full effopd", "full"),
+    ("EffOPD gains on a prefix, too", "40% effopd", "40%"),
+    *((f"prefix + TIP + EffOPD beats {name} alone", "40% soft-or 0.5 effopd", alone) for name, alone in
+      (("the prefix", "40%"), ("TIP", "full soft-or 0.5"), ("EffOPD", "full effopd"))),
+    *((f"PW-OPSD: moderate weights beat uniform ones ({start}, {reduction})", f"{start} moderate {reduction}", f"{start} uniform {reduction}")
+      for start in ("student", "half") for reduction in ("token", "sequence")),
+    *((f"PW-OPSD: rising weights beat falling ones ({start}, {reduction})", f"{start} moderate {reduction}", f"{start} decreasing {reduction}")
+      for start in ("student", "half") for reduction in ("token", "sequence")),
+    *((f"PW-OPSD: a mean over rollouts beats a mean over tokens ({start}, uniform)", f"{start} uniform sequence", f"{start} uniform token")
+      for start in ("student", "half")),
+    *((f"OPSD: the entry-wise clip helps ({start})", f"{start} uniform token", f"{start} uniform token unclipped") for start in ("student", "half")),
 )
 
 
@@ -50,6 +86,30 @@ def difference(curves, better: str, worse: str) -> dict:
     return {"value": (curves[better][1][-1] - curves[worse][1][-1]).item(), "low": low, "high": high}
 
 
+def gain(curve) -> dict:
+    """An arm's final accuracy minus its first, with the paired interval."""
+    low, high = report.interval(curve[2][:, -1] - curve[2][:, 0])
+    return {"value": (curve[1][-1] - curve[1][0]).item(), "low": low, "high": high, "verdict": verdict(low, high)}
+
+
+def speed_up(drawn: report.Resampled, arm: str, reference: str, what: str) -> dict:
+    """How many times fewer updates or useful FLOPs an arm needs to 90 % of the reference's gain; three is the published figure."""
+    sides = [drawn.curve(name) for name in (reference, arm)]
+
+    def one(accuracies, costs) -> float:
+        wanted = accuracies[0][0] + 0.9 * (accuracies[0][-1] - accuracies[0][0])
+        needed = [report.first_cost(cost, accuracy, wanted) for accuracy, cost in zip(accuracies, costs)]
+        return needed[0] / needed[1] if math.isfinite(needed[1]) else 0.0
+
+    steps = [[float(step) for step in side[0]] for side in sides]
+    draws = torch.tensor([
+        one((ref, own), steps if what == "updates" else (ref_cost, own_cost))
+        for ref, own, ref_cost, own_cost in zip(*(sides[i][j].tolist() for j in (2, 4) for i in (0, 1)))])
+    low, high = report.interval(draws)
+    value = one([side[1].tolist() for side in sides], steps if what == "updates" else [side[3].tolist() for side in sides])
+    return {"value": value, "low": low, "high": high, "verdict": verdict(low - 3, high - 3)}
+
+
 def claims(drawn: report.Resampled, rows: dict[str, dict], longer: dict[str, list[list[float]]]) -> list[dict]:
     """Every published ordering whose arms were run. ``longer``: arm → seed → right or wrong per longer problem."""
     found, curves = [], {arm: drawn.curve(arm) for arm in drawn.arms}
@@ -57,7 +117,11 @@ def claims(drawn: report.Resampled, rows: dict[str, dict], longer: dict[str, lis
         if better in curves and worse in curves:
             gap = difference(curves, better, worse)
             found.append({"claim": text, "better": better, "worse": worse, **gap, "verdict": verdict(gap["low"], gap["high"])})
-    constant = [arm for arm in rows if arm.endswith("%") and arm[:-1].isdigit()]
+    found += [{"claim": f"EffOPD reaches 90 % of the run without it in a third of its {what}", "better": "slow effopd", "worse": "slow",
+               **speed_up(drawn, "slow effopd", "slow", what), "unit": "times"} for what in ("updates", "useful FLOPs") if "slow effopd" in rows]
+    found += [{"claim": f"OPSD raises the accuracy of what it starts from ({start})", "better": arm, "worse": "untrained", **gain(curves[arm])}
+              for start in ("student", "half") if (arm := f"{start} uniform token") in curves]
+    constant = [arm for arm in rows if arm.endswith("%") and arm[:-1].isdigit() and "5%" in rows]
     best = max(constant, key=lambda arm: rows[arm]["accuracy"], default=None)
     if "full" in rows and constant:
         gap = difference(curves, best, "full")
@@ -166,8 +230,9 @@ def main() -> None:
                   } | {"untrained": answers["longer"]} if "longer" in arms.also else {}
         if not given.quick:
             report.write_csv(runs, HERE / "results" / f"{given.arms}.csv")
-            pictured = [arm for arm in PICTURED if arm in named]
-            (HERE / "results" / f"{given.arms}.png").write_bytes(report.png(report.draw(runs, "", pictured)))
+            for end, (pictured, against) in PICTURED.get(given.arms, PICTURED["prefix"]).items():
+                figure = report.draw(runs, "", [arm for arm in pictured if arm in named], against)
+                (HERE / "results" / f"{given.arms}{end}.png").write_bytes(report.png(figure))
         document = {"arms_file": given.arms, "machine": machine(), "summary": list(named.values()), "saving": saving(arms, rows),
                     "claims": claims(drawn, named, longer) if drawn and drawn.paired else [],
                     "decisions": {f"{run.arm} seed {run.seed}": [d["reason"] for d in run.result["prefix_decisions"]]

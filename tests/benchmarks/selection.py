@@ -1,0 +1,104 @@
+"""What selecting tokens costs and saves at the output head: time and extra memory of the reverse KL on a share of the tokens.
+
+    python tests/benchmarks/selection.py [--quick] [--rows 1024] [--vocabulary 151936] [--width 1024] [--pairs 3]
+
+One fixed problem, float32, gradients to hidden rows and the student's head, in rollouts of 128 tokens. Arms: ``naive`` (full logits
+of all tokens, autograd) and ``all`` (our loss, in chunks), both without a selection; ``0.5``, ``0.2``, ``0.1``: statistics of all tokens in
+chunks without gradient, soft-or, then our loss on the kept tokens. Each arm runs in a process of its own, in turn, ``--pairs``
+times; times are of one call after a small one, ratios are taken within a turn and their median is shown. Extra memory: the
+highest resident set during the call, less what was resident before it and the two gradients it returns. ``--quick``: 256
+rows, one turn, nothing written.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import measure
+
+ARMS = ("naive", "all", "0.5", "0.2", "0.1")
+ROLLOUT = 128  # tokens
+
+
+def work(arm: str, student, head, teacher, teacher_head):
+    """Mean reverse KL over the kept tokens (all of them in the first two arms)."""
+    import torch
+
+    from prefix_distill import divergence, weights
+    from prefix_distill.rollout import Rollout
+
+    if arm == "naive":
+        from divergence import naive
+
+        return naive("reverse-kl", student, head, teacher, teacher_head, torch.full((len(student),), 1 / len(student)))
+    terms, rows = divergence.Terms("reverse-kl"), torch.arange(len(student))
+    if arm != "all":
+        facts = divergence.statistics(terms, student.detach(), divergence.Head(head), teacher, divergence.Head(teacher_head),
+                                      torch.zeros_like(rows))
+        lists = {name: facts[name].tolist() for name in ("entropy", "divergence")}
+        starts = range(0, len(student), ROLLOUT)
+        ids = tuple(range(ROLLOUT))
+        rollouts = [Rollout(i, 0, (0,), (0,), ids[: len(student) - start], ids[: len(student) - start], False)
+                    for i, start in enumerate(starts)]
+        at = {(i, 0): {name: dict(enumerate(values[start : start + ROLLOUT])) for name, values in lists.items()}
+              for i, start in enumerate(starts)}
+        kept = weights.choose(weights.Selection("soft-or", float(arm)), rollouts, (0,), at,
+                              weights.scale(lists["entropy"], lists["divergence"]))
+        rows = torch.tensor([start + t for start, r in zip(starts, kept) for t in r.taught])
+    return divergence.weighted(terms, student[rows], divergence.Head(head), teacher[rows], divergence.Head(teacher_head),
+                               torch.full((len(rows),), 1 / len(rows)))[0]
+
+
+def one(arm: str, rows: int, vocabulary: int, width: int) -> dict:
+    """One forward and backward of an arm → seconds, extra bytes, the loss."""
+    import torch
+
+    torch.manual_seed(0)
+    made = torch.randn
+    work(arm, made(2, width).requires_grad_(), made(64, width).requires_grad_(), made(2, width), made(64, width)).backward()
+    student, head = (made(rows, width) * 0.5).requires_grad_(), (made(vocabulary, width) * 0.05).requires_grad_()
+    teacher, teacher_head = made(rows, width) * 0.5, made(vocabulary, width) * 0.05
+    before = measure.reset_peak()
+    start = time.perf_counter()
+    loss = work(arm, student, head, teacher, teacher_head)
+    loss.backward()
+    seconds = time.perf_counter() - start
+    returned = 4 * (student.grad.numel() + head.grad.numel())
+    return {"seconds": seconds, "extra_bytes": measure.memory("VmHWM") - before - returned, "loss": loss.item()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="few rows, one turn, nothing written")
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--pairs", type=int, default=3, help="turns of all arms")
+    parser.add_argument("--child", choices=ARMS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(one(given.child, given.rows, given.vocabulary, given.width)))
+        return
+    if given.quick:
+        given.rows, given.pairs = 256, 1
+    turns = [{arm: measure.child(__file__, "--child", arm, "--rows", given.rows, "--vocabulary", given.vocabulary, "--width",
+                                 given.width) for arm in ARMS} for _ in range(given.pairs)]
+    for turn in turns:
+        assert abs(turn["all"]["loss"] / turn["naive"]["loss"] - 1) < 1e-4, "another loss"
+    table = []
+    for arm in ARMS:
+        row = {"arm": arm} | {key: statistics.median(t[arm][key] for t in turns) for key in ("seconds", "extra_bytes")}
+        for other in ("all", "naive"):
+            for key, label in (("seconds", "time"), ("extra_bytes", "memory")):
+                row[f"{label}_over_{other}"] = statistics.median(t[arm][key] / t[other][key] for t in turns)
+        table.append(row)
+        print(f"{arm:6} {row['seconds']:6.1f} s, {row['extra_bytes'] / 2**20:6.0f} MiB extra; over all tokens: time "
+              f"{row['time_over_all']:.2f}, memory {row['memory_over_all']:.2f}; over naive: time {row['time_over_naive']:.2f}, memory "
+              f"{row['memory_over_naive']:.3f}", flush=True)
+    measure.record("selection", {"rows": given.rows, "vocabulary": given.vocabulary, "width": given.width, "pairs": given.pairs,
+                                 "table": table} | measure.machine(), not given.quick)
+
+
+if __name__ == "__main__":
+    main()
