@@ -135,9 +135,12 @@ def _plan(prepared) -> dict:
     config = prepared.config
     prompts = prepared.train_prompts[: config.train.batch_size]
     lengths = {"prefix": prepared.prefix.length(0), "full": config.rollout.max_new_tokens}
+    beside = [flag for flag, on in (("--select", prepared.selection), ("--extrapolate", prepared.extrapolation_prompts),
+                                    ("--off-policy", prepared.off_policy), ("--tail-every", config.evaluate.tail_every)) if on]
     return {
         "dry_run": True, "config": configuration.as_dict(config), "notes": prepared.notes, "warnings": prepared.warnings,
         "flops_per_update": {name: prepared.update_cost(prompts, length) for name, length in lengths.items()},
+        "not_in_flops_per_update": beside,
     }
 
 
@@ -153,6 +156,7 @@ def evaluate_command(
     system: Annotated[Optional[str], typer.Option(help="System message put before every prompt.")] = None,
     instruction: Annotated[Optional[str], typer.Option(help="Text appended to every prompt after a blank line.")] = None,
     template: Annotated[str, typer.Option(help="Prompt format: chat, plain or auto.")] = "auto",
+    thinking: Annotated[str, typer.Option(help="Thinking switch of the chat template: auto, on or off.")] = "auto",
     begin: Annotated[Optional[str], typer.Option(help="Text forced at the start of every response.")] = None,
     samples: Annotated[int, typer.Option(help="Answers sampled per problem (k of avg@k and pass@k).")] = 1,
     limit: Annotated[int, typer.Option(help="Problems evaluated, from the first (0: all).")] = 200,
@@ -175,7 +179,7 @@ def evaluate_command(
     config = configuration.build({
         "data.dataset": dataset, "data.split": split, "data.prompt_column": prompt_column,
         "data.answer_column": answer_column, "data.system": system, "data.instruction": instruction,
-        "data.template": template, "rollout.begin": begin, "rollout.max_new_tokens": max_new_tokens,
+        "data.template": template, "data.student_thinking": thinking, "rollout.begin": begin, "rollout.max_new_tokens": max_new_tokens,
         "rollout.top_p": top_p, "rollout.top_k": top_k, "rollout.rows": rows, "evaluate.rollouts": samples,
         "evaluate.problems": limit, "evaluate.temperature": temperature, "evaluate.answer_format": answer_format,
         "runtime.dtype": dtype, "runtime.device": device, "runtime.seed": seed, "models.student": model,

@@ -101,7 +101,7 @@ def _embedded(text: str, split: str, system, instruction, limit, privileged: boo
         Prompt(i, _messages(text, i, problem.prompt, system, instruction)[0], problem.answer, problem.solution if privileged else None)
         for i, problem in enumerate(problems)
     ]
-    return PromptSet(LAB + text, tuple(prompts), "hash", task.MAX_NEW_TOKENS, "{problem} {solution}")
+    return PromptSet(LAB + text, tuple(prompts), "hash", task.MAX_NEW_TOKENS, "{solution} {problem}")
 
 
 def _rows(name: str, split: str):

@@ -114,6 +114,8 @@ def prepare(config: Config) -> Run:
     if fixed and config.extrapolation.score == "accuracy" and any(p.prompt.answer is None for p in extrapolation_prompts):
         raise UserError(f"dataset {config.data.dataset}: a prompt has no reference answer, so candidates cannot be graded; name the "
                         "column with --answer-column, or use --extrapolate-score heldout-kl")
+    if len(extrapolation_prompts) < fixed:
+        warnings.append(f"--extrapolate-problems {fixed}: only {len(extrapolation_prompts)} training prompts are there to be scored")
     if config.data.privileged_column is not None:
         notes.append(_privileged_note(teacher, train_prompts[:4], where, warnings))
     problems, dropped_held = data.render_all(held_out.prompts, student, teacher, config)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -319,3 +320,78 @@ def test_diagnostics_by_hand():
     assert table["all"]["norm"] == pytest.approx(whole.norm().item()) and table["all"]["effective_rank"] is None
     assert table["all"]["cosine"] == pytest.approx(torch.cosine_similarity(whole, other, dim=0).item())
     assert diagnose({}, {}) == {"all": {"norm": 0.0, "effective_rank": None, "cosine": None}}
+
+
+# In a run
+
+
+def trained(pair, questions, folder, **changes):
+    from prefix_distill import train
+    from prefix_distill.checkpoint import RunFolder
+    from test_train import Silent, prepared
+
+    run = prepared(pair, questions, train__steps=1, schedule__warmup="0", schedule__lr=1e-2, **changes)
+    first = {name: p.detach().clone() for name, p in run.student.net.named_parameters()}
+    files = RunFolder(folder)
+    files.create({})
+    files.write_json("run.json", {})
+    result = train.train(run, files, Silent(), False)
+    return run, first, result, files.latest(lambda text: None)[1]
+
+
+def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tmp_path):
+    """One update, then k = 1: attention and MLP matrices at W + 2Δ, everything else at W, the moments as without it."""
+    plain, first, _, state = trained(pair, questions, tmp_path / "plain")
+    run, _, result, further = trained(pair, questions, tmp_path / "further", extrapolation__kind="always-1")
+    names = set(moved(run.student.net, "attention-mlp"))
+    assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"} < names
+    assert not names & {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"}
+    for name, p in plain.student.net.named_parameters():
+        got = further["student"][name]
+        assert torch.equal(got, p + 2 * (p - first[name])) if name in names else torch.equal(got, p), name
+        assert torch.equal(further["anchor"][name], got) if name in names else name not in further["anchor"]
+    assert state["optimizer"].keys() == further["optimizer"].keys()
+    assert all(torch.equal(state["optimizer"][key], further["optimizer"][key]) for key in state["optimizer"])
+    assert result["extrapolations"] == [{"step": 1, "k": 1, "scores": [], "flops": 0.0}]
+    everything, _, _, forgotten = trained(pair, questions, tmp_path / "all", extrapolation__kind="always-1",
+                                          extrapolation__modules="all", extrapolation__reset=True)
+    for name, p in plain.student.net.named_parameters():
+        assert torch.equal(forgotten["student"][name], p + 2 * (p - first[name])), name
+    assert not forgotten["optimizer"]
+
+
+def test_scores_are_paired_and_are_what_they_say(pair, questions):
+    """heldout-kl: full logits of fresh rollouts read alone. accuracy: evaluation's grading. Same prompts, same draws every time."""
+    import torch.nn.functional as F
+
+    from prefix_distill import evaluate, train
+    from prefix_distill.flops import Ledger
+    from prefix_distill.runtime import seed_of
+    from test_train import prepared
+
+    run = prepared(pair, questions, extrapolation__kind="effopd", extrapolation__score="heldout-kl", extrapolation__problems=6)
+    ledger = Ledger()
+    scores = [train.candidate_score(run, run.student, 12, ledger) for _ in range(2)]
+    assert scores[0] == scores[1] and set(ledger.useful) == {"extrapolation"}
+    assert len(run.extrapolation_prompts) == 6 and run.extrapolation_prompts[0] not in run.train_prompts
+    sampler = replace(run.eval_sampler, seed=seed_of(0, "extrapolation"))
+    kl = []
+    for r in evaluate.fixed_rollouts(run.student, run.extrapolation_prompts, sampler, 12, run.place):
+        s, t = (m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].log_softmax(-1)
+                for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt)))
+        kl += F.kl_div(t, s, reduction="none", log_target=True).sum(-1).tolist()
+    assert scores[0] == pytest.approx(-sum(kl) / len(kl), rel=1e-4)
+    graded = prepared(("lab:choice/teacher", "lab:choice/teacher"), "lab:choice", extrapolation__kind="effopd",
+                      extrapolation__problems=20, rollout__max_new_tokens=192)
+    assert train.candidate_score(graded, graded.student, 12, Ledger()) >= 0.8  # full answers, whatever the prefix
+
+
+def test_prompts_without_answers_cannot_be_graded(pair, tmp_path):
+    import json
+
+    from test_train import prepared
+
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i}?"}) + "\n" for i in range(60)))
+    with pytest.raises(UserError, match="--answer-column, or use --extrapolate-score heldout-kl"):
+        prepared(pair, str(file), extrapolation__kind="effopd")

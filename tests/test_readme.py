@@ -149,9 +149,9 @@ def controls_table() -> str:
     return "\n".join(rows)
 
 
-def claims_table() -> str:
+def claims_table(name: str = "prefix") -> str:
     rows = ["| published or expected | arms | difference [95 %] | here |", "|---|---|--:|---|"]
-    for c in result("prefix")["claims"]:
+    for c in result(name)["claims"]:
         if "auto" in c["claim"]:
             continue
         if c.get("unit") == "times":
@@ -160,6 +160,54 @@ def claims_table() -> str:
             value = f"{100 * c['value']:+.1f}" + ("" if c["low"] is None else f" [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]")
         rows.append(f"| {c['claim']} | `{c['better']}` against `{c['worse']}` | {value} | {c['verdict']} |")
     return "\n".join(rows).replace("against `untrained`", "against untrained").replace("`untrained`", "untrained")
+
+
+def plugin_claims() -> str:
+    return claims_table("plugins")
+
+
+def select_table() -> str:
+    arms = {r["arm"]: r for r in result("plugins")["summary"]}
+    rows = ["| taught | of full rollouts | of a prefix of 40 % |", "|---|--:|--:|"]
+    kinds = ["", *(f"{kind} {share}" for kind in ("soft-or", "random", "entropy-sample") for share in (0.5, 0.2, 0.1)),
+             "overconfident 0.1", "entropy 0.1", "divergence 0.1", "bottom 0.5"]
+    for kind in kinds:
+        cells = [points(arms[arm]) if (arm := f"{base} {kind}".strip()) in arms else "" for base in ("full", "40%")]
+        rows.append(f"| {f'`{kind}`' if kind else 'all'} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def effopd_table() -> str:
+    found = result("plugins")
+    rows = ["| arm | accuracy [95 %] | useful FLOPs | of them candidates | accepted k after updates 1, 2, 4, 8, 16 (three seeds) |",
+            "|---|--:|--:|--:|---|"]
+    for r in found["summary"]:
+        if r["arm"].startswith("slow") or r["arm"] in ("full", "40%") or "effopd" in r["arm"]:
+            more = found["extrapolations"].get(r["arm"])
+            tail = " | " if more is None else f"{more['share']:.0%} | {' · '.join(' '.join(map(str, ks)) for ks in more['k'])}"
+            rows.append(f"| `{r['arm']}` | {points(r)} | {r['flops_useful'] / 1e9:.1f} G | {tail} |")
+    return "\n".join(rows)
+
+
+def opsd_table() -> str:
+    arms = {r["arm"]: r for r in result("plugins")["summary"]}
+    rows = ["| start, reduction | before | uniform | moderate | decreasing | uniform, no clip |", "|---|--:|--:|--:|--:|--:|"]
+    for start, name in (("student", "`student-told`"), ("half", "`teacher-half`")):
+        for reduction in ("token", "sequence"):
+            cells = [arms.get(f"{start} {weight} {reduction}{more}") for weight, more in
+                     (("uniform", ""), ("moderate", ""), ("decreasing", ""), ("uniform", " unclipped"))]
+            rows.append(f"| {name}, {reduction} | {cells[0]['before']:.1%} | {' | '.join(points(c) if c else '' for c in cells)} |")
+    return "\n".join(rows)
+
+
+def selection_table() -> str:
+    names = {"naive": "all, full logits", "all": "all, our loss in chunks"}
+    rows = ["| taught | seconds | extra memory | time, to our loss on all | memory, to our loss on all | memory, to full logits |", "|---|--:|--:|--:|--:|--:|"]
+    for r in result("selection")["table"]:
+        name = names.get(r["arm"]) or f"`soft-or`, {r['arm']}"
+        rows.append(f"| {name} | {r['seconds']:.1f} | {r['extra_bytes'] / 2**20:,.0f} MiB | {r['time_over_all']:.2f} | {r['memory_over_all']:.2f} | "
+                    f"{r['memory_over_naive']:.3f} |")
+    return "\n".join(rows)
 
 
 def auto_table() -> str:
@@ -239,7 +287,8 @@ def limit_table() -> str:
         f"| {names[phase]} | {share:.0%} |" for phase, share in found["share_of_limit"].items()])
 
 
-@pytest.mark.parametrize("table", [demo_table, prefix_table, bound_sentence, controls_table, claims_table, auto_table, real_grid_table, real_table, update_table, divergence_table, rollout_table,
+@pytest.mark.parametrize("table", [demo_table, prefix_table, bound_sentence, controls_table, claims_table, auto_table, select_table,
+                                   effopd_table, opsd_table, plugin_claims, selection_table, real_grid_table, real_table, update_table, divergence_table, rollout_table,
                                    scaling_table, limit_table])
 def test_tables_are_the_committed_results(table):
     assert " ".join(table().split()) in " ".join(README.split())

@@ -183,6 +183,21 @@ def saving(arms: compare.Arms, rows: list[dict]) -> dict | None:
             "per_update": {row["arm"]: cost(full) / cost(row["prefix"]) for row in rows if row["prefix"] < full}}
 
 
+def extrapolations(runs: list[report.Finished]) -> dict:
+    """Arm → the accepted k of every trigger, seed by seed, the candidates' mean share of the useful FLOPs, and where it was measured,
+    the cosine of the displacement at a trigger with the final one, the mean over seeds."""
+    found = {}
+    for arm, group in report.by_arm(runs).items():
+        if any(run.result["extrapolations"] for run in group):
+            spent = [run.result["flops"]["by_phase"].get("extrapolation", {"useful": 0.0})["useful"] / run.result["flops"]["useful"]
+                     for run in group]
+            found[arm] = {"k": [[x["k"] for x in run.result["extrapolations"]] for run in group], "share": sum(spent) / len(spent)}
+            tables = [json.loads((run.path / "displacement.json").read_text()) for run in group if (run.path / "displacement.json").exists()]
+            if tables:
+                found[arm]["cosine"] = {rows[0]["step"]: sum(row["modules"]["all"]["cosine"] for row in rows) / len(rows) for rows in zip(*tables)}
+    return found
+
+
 def arms_text(name: str, work: Path) -> str:
     """The arms file, with the real pair's paths where it asks for them."""
     text = (HERE / "arms" / f"{name}.yaml").read_text()
@@ -235,6 +250,7 @@ def main() -> None:
                 (HERE / "results" / f"{given.arms}{end}.png").write_bytes(report.png(figure))
         document = {"arms_file": given.arms, "machine": machine(), "summary": list(named.values()), "saving": saving(arms, rows),
                     "claims": claims(drawn, named, longer) if drawn and drawn.paired else [],
+                    "extrapolations": extrapolations(runs),
                     "decisions": {f"{run.arm} seed {run.seed}": [d["reason"] for d in run.result["prefix_decisions"]]
                                   for run in runs if run.result["prefix_decisions"]}}
         record(given.arms, document, not given.quick)
