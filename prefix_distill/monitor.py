@@ -9,7 +9,7 @@ from .flops import Ledger
 from .models import Model, save
 from .preflight import Run
 from .rollout import Rollout
-from .runtime import Clock
+from .runtime import Clock, seed_of
 from .weights import quadrants
 
 FIRST_TOKEN = 0.01  # mean probability of the student's first tokens under the teacher below which prompts may not match
@@ -146,13 +146,8 @@ class Monitor:
 
     def _facts(self, contexts: list[Rollout], ledger: Ledger, phase: str) -> list[dict[str, list[float]]]:
         run = self.run
-
-        def spent(group):
-            ledger.forward(phase, run.student_shape, scoring.reads(group, run.student.reads_once))
-            ledger.forward(phase, run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True))
-
         return evaluate.held_out_facts(run.student, run.teacher, run.support, contexts, run.place,
-                                       run.config.train.micro_batch_size, spent)
+                                       run.config.train.micro_batch_size, run.counts_both(ledger, phase))
 
     def _sampler_gap(self, ledger: Ledger) -> float | None:
         """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a copy in another dtype: how
@@ -184,6 +179,23 @@ class Monitor:
             progress.best = {"step": step, "merit": merit, "accuracy": accuracy, "kl": evaluate.token_mean(values)}
             if self.run.place.first:
                 save(self.run.student, self.folder.best)
+
+
+def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> float:
+    """How good the student is on the fixed prompts, higher is better: the share of right full answers, or minus the mean
+    reverse KL (nats per token) of fresh rollouts of ``prefix`` tokens. The seeds are the same for every candidate and trigger."""
+    prompts = run.extrapolation_prompts
+    sampler = dataclasses.replace(run.eval_sampler, seed=seed_of(run.config.runtime.seed, "extrapolation"))
+    sampled, settings = _spent_on(run, ledger, "extrapolation"), run.config
+    if settings.extrapolation.score == "accuracy":
+        right = evaluate.evaluate(
+            decoding, [(p.prompt, p.student_ids) for p in prompts], sampler, samples=1, place=run.place, spent=sampled,
+            max_new_tokens=settings.rollout.max_new_tokens, answer_format=run.answer_format).right()
+        return sum(right) / len(right)
+    rollouts = evaluate.fixed_rollouts(decoding, prompts, sampler, prefix, run.place, sampled)
+    facts = evaluate.held_out_facts(run.student, run.teacher, run.support, rollouts, run.place, settings.train.micro_batch_size,
+                                    run.counts_both(ledger, "extrapolation"))
+    return -math.fsum(v for row in facts for v in row["divergence"]) / sum(len(row["divergence"]) for row in facts)
 
 
 def merge(run: Run, progress: Progress, ledger: Ledger) -> None:

@@ -51,6 +51,14 @@ class Run:
     notes: list[str]
     warnings: list[str]
 
+    def counts_both(self, ledger: flops.Ledger, phase: str):
+        """A function that adds one reading of a group of rollouts by student and teacher, heads included, to ``phase``."""
+        def spent(group: list[Rollout]) -> None:
+            for model, shape, teacher in ((self.student, self.student_shape, False), (self.teacher, self.teacher_shape, True)):
+                ledger.forward(phase, shape, scoring.reads(group, model.reads_once, teacher=teacher))
+
+        return spent
+
     def update_cost(self, prompts: list[data.Rendered], response: float) -> float:
         """Useful FLOPs of an update on these prompts with responses of ``response`` tokens."""
         samples, micro = self.config.rollout.samples, self.config.train.micro_batch_size

@@ -4,7 +4,7 @@ student's does to the teacher, and from these a prefix length."""
 import math
 from pathlib import Path
 
-from . import answers, evaluate, scoring
+from . import answers, evaluate
 from .flops import Ledger
 from .models import decoder
 from .preflight import Run
@@ -123,11 +123,8 @@ def recommend(lifted: list[dict] | None, teacher: dict, held: dict[int, float], 
 
 
 def _facts(run: Run, rollouts: list[Rollout], ledger: Ledger) -> list[dict]:
-    def spent(group):
-        for model, shape, teacher in ((run.student, run.student_shape, False), (run.teacher, run.teacher_shape, True)):
-            ledger.forward("scoring", shape, scoring.reads(group, model.reads_once, teacher=teacher))
-
-    return evaluate.held_out_facts(run.student, run.teacher, run.support, rollouts, run.place, run.config.train.micro_batch_size, spent)
+    return evaluate.held_out_facts(run.student, run.teacher, run.support, rollouts, run.place, run.config.train.micro_batch_size,
+                                   run.counts_both(ledger, "scoring"))
 
 
 def _graded(run: Run, written: list[tuple], tokens: int) -> dict | None:

@@ -368,7 +368,7 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
         f"</style><h1>{text(title)}</h1><p>{len(runs)} runs, {len(summary_rows)} arms. Means over seeds; 95 % intervals by a bootstrap over "
         f"seeds and problems, paired between arms.{against}</p><table><tr>{head}</tr>{body}</table>"
         f"{pictures}{extra}"
-        + (f"<h2>Entropy × divergence</h2><p>Share of the tokens / share of the reverse KL on the fixed contexts, before → after; the borders "
+        + ("<h2>Entropy × divergence</h2><p>Share of the tokens / share of the reverse KL on the fixed contexts, before → after; the borders "
            "are the untrained student's medians.</p><table><tr><th>arm</th>" + "".join(f"<th>{text(name)}</th>" for name in QUADRANTS)
            + f"</tr>{corners}</table>" if corners else "")
         + (f"<h2>Extrapolations</h2><table><tr><th>arm</th><th>seed</th><th>after update</th><th>accepted k</th><th>scores</th>"

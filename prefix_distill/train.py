@@ -7,17 +7,17 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from . import data, evaluate, extrapolation, off_policy, scoring
+from . import data, extrapolation, off_policy, scoring
 from .checkpoint import RunFolder
 from .display import flops_text
 from .divergence import Terms, statistics, weighted
 from .errors import Stopped
 from .flops import Ledger
 from .models import Model, average, decoder, refresh, save
-from .monitor import Monitor, Progress, full_cost, merge
+from .monitor import Monitor, Progress, candidate_score, full_cost, merge
 from .preflight import Run
 from .rollout import Request, Rollout, generate
-from .runtime import Clock, seed_of
+from .runtime import Clock
 from .schedule import learning_rate, warmup_steps
 from .weights import choose, keep, scale, token_weights
 
@@ -198,15 +198,10 @@ def _token_facts(run: Run, rollouts: list[Rollout], ledger: Ledger, clock: Clock
     groups = _micro_batches(run, rollouts)
     terms = Terms("reverse-kl", dtype=run.place.head_dtype, memory_bytes=run.terms.memory_bytes)
     forward = run.selection is not None and run.selection.kind == "overconfident"
-    sides = (run.student, run.student_shape), (run.teacher, run.teacher_shape)
     if max(run.place.gather(len(groups) if _terms(run, rollouts).taught_by == "teacher" else 2)) > 1:
-        def spent(group):
-            for model, shape in sides:
-                ledger.forward("selection", shape, scoring.reads(group, model.reads_once, teacher=model is run.teacher))
-
         with clock.phase("selection"):
             return scoring.token_statistics(terms, run.student, run.teacher, run.support, rollouts, run.place,
-                                            run.config.train.micro_batch_size, spent, forward), None
+                                            run.config.train.micro_batch_size, run.counts_both(ledger, "selection"), forward), None
     [group] = groups
     with clock.phase("student_update"), run.place.autocast(run.place.device):
         student_ND = scoring.hidden_rows(run.student, group)
@@ -215,7 +210,7 @@ def _token_facts(run: Run, rollouts: list[Rollout], ledger: Ledger, clock: Clock
     with clock.phase("selection"):
         facts = statistics(terms, student_ND.detach(), run.student.head(run.support), teacher_NE, run.teacher.head(run.support),
                            scoring.tokens(group), forward)
-    for _, shape in sides:
+    for shape in (run.student_shape, run.teacher_shape):
         ledger.add("selection", *[shape.output(len(student_ND))] * 2)
     return scoring.positions(group, facts), scoring.Reading(group, student_ND, teacher_NE)
 
@@ -411,28 +406,6 @@ def _extrapolate(run: Run, folder: RunFolder, decoding: Model, optimizer, moving
         scores = f", {settings.score} " + " → ".join(f"{s:.4g}" for s in found.scores) if found.scores else ""
         report.note(f"after update {progress.step}: W + {2 * found.k}Δ is taken (k = {found.k}{scores}; {flops_text(row['flops'])}, "
                     f"{clock.seconds['extrapolation'] - seconds:.1f} s)")
-
-
-def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> float:
-    """How good the student is on the fixed prompts, higher is better: the share of right full answers, or minus the mean
-    reverse KL (nats per token) of fresh rollouts of ``prefix`` tokens. The seeds are the same for every candidate and trigger."""
-    prompts, sampler = run.extrapolation_prompts, dataclasses.replace(run.eval_sampler, seed=seed_of(run.config.runtime.seed, "extrapolation"))
-
-    def sampled(reads):
-        ledger.generation(run.student_shape, reads, "extrapolation", "extrapolation")
-
-    def scored(group):
-        for model, shape in ((run.student, run.student_shape), (run.teacher, run.teacher_shape)):
-            ledger.forward("extrapolation", shape, scoring.reads(group, model.reads_once, teacher=model is run.teacher))
-
-    if run.config.extrapolation.score == "accuracy":
-        right = evaluate.evaluate(
-            decoding, [(p.prompt, p.student_ids) for p in prompts], sampler, samples=1, place=run.place, spent=sampled,
-            max_new_tokens=run.config.rollout.max_new_tokens, answer_format=run.answer_format).right()
-        return sum(right) / len(right)
-    rollouts = evaluate.fixed_rollouts(decoding, prompts, sampler, prefix, run.place, sampled)
-    facts = evaluate.held_out_facts(run.student, run.teacher, run.support, rollouts, run.place, run.config.train.micro_batch_size, scored)
-    return -math.fsum(v for row in facts for v in row["divergence"]) / sum(len(row["divergence"]) for row in facts)
 
 
 def _diagnose(folder: RunFolder, moving, initial) -> None:

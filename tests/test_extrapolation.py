@@ -364,14 +364,14 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
     """heldout-kl: full logits of fresh rollouts read alone. accuracy: evaluation's grading. Same prompts, same draws every time."""
     import torch.nn.functional as F
 
-    from prefix_distill import evaluate, train
+    from prefix_distill import evaluate, monitor
     from prefix_distill.flops import Ledger
     from prefix_distill.runtime import seed_of
     from test_train import prepared
 
     run = prepared(pair, questions, extrapolation__kind="effopd", extrapolation__score="heldout-kl", extrapolation__problems=6)
     ledger = Ledger()
-    scores = [train.candidate_score(run, run.student, 12, ledger) for _ in range(2)]
+    scores = [monitor.candidate_score(run, run.student, 12, ledger) for _ in range(2)]
     assert scores[0] == scores[1] and set(ledger.useful) == {"extrapolation"}
     assert len(run.extrapolation_prompts) == 6 and run.extrapolation_prompts[0] not in run.train_prompts
     sampler = replace(run.eval_sampler, seed=seed_of(0, "extrapolation"))
@@ -383,7 +383,7 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
     assert scores[0] == pytest.approx(-sum(kl) / len(kl), rel=1e-4)
     graded = prepared(("lab:choice/teacher", "lab:choice/teacher"), "lab:choice", extrapolation__kind="effopd",
                       extrapolation__problems=20, rollout__max_new_tokens=192)
-    assert train.candidate_score(graded, graded.student, 12, Ledger()) >= 0.8  # full answers, whatever the prefix
+    assert monitor.candidate_score(graded, graded.student, 12, Ledger()) >= 0.8  # full answers, whatever the prefix
 
 
 def test_prompts_without_answers_cannot_be_graded(pair, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from conftest import invoke, last_json
 from prefix_distill import data, models
-from prefix_distill.demo import task
+from prefix_distill.demo import build, task
 
 PAIRS = [(name, role) for name in task.TASKS for role in task.ROLES[name]]
 
@@ -31,6 +32,7 @@ def test_a_problem_worked_by_hand():
     assert p.prompt == "05:41 04:73"
     # digit by digit without carrying: 41 + 73 = 14, 73 + 14 = 87, 14 + 87 = 91
     assert p.solution == "03:14 02:87 01:91 ####91" and p.answer == "91"
+    assert p.told == "03:14 02:87 01:91 ####91 05:41 04:73"
     assert {p.short_cut(random.Random(i)) for i in range(20)} == {"####91", "03:14 ####91"}
 
 
@@ -38,7 +40,7 @@ def test_a_problem_worked_by_hand():
 def test_traces_are_long_and_prompts_short(name):
     model = models.load(f"lab:{name}/student", device=torch.device("cpu"), dtype=torch.float32)
     for problem in task.problems(name, "test", 20):
-        prompt = data.render(model, data.Prompt(0, ({"role": "user", "content": problem.prompt},), None), "chat")
+        prompt = data.render(model, ({"role": "user", "content": problem.prompt},), "chat")
         trace = model.tokenizer(problem.solution, add_special_tokens=False).input_ids
         assert len(prompt) <= 14 and 120 <= len(trace) < task.MAX_NEW_TOKENS and len(trace) >= 8 * len(prompt)
         assert model.tokenizer.decode(trace) == problem.solution
@@ -60,11 +62,16 @@ def test_shipped_models_meet_their_bands(name, role, tmp_path):
     _, out, _ = invoke("eval", "--model", f"lab:{name}/{role}", "--dataset", f"lab:{name}", "--limit", "300",
                        "--generation-rows", "300", "--out", tmp_path / "e.jsonl")
     found = last_json(out)
-    if role == "teacher":
-        assert found["accuracy"]["high"] >= 0.95 and found["finish_rate"] > 0.97
-    else:
-        assert found["accuracy"]["high"] >= 0.15 and found["accuracy"]["low"] <= 0.45
-        assert found["finish_rate"] > 0.8
+    low, high = build.BANDS[role]
+    assert found["accuracy"]["high"] >= low and found["accuracy"]["low"] <= high
+    assert found["finish_rate"] > (0.97 if role == "teacher" else 0.8)
+
+
+@pytest.mark.parametrize("role", ["student-told", "teacher-half"])
+def test_told_models_write_the_solution_they_are_given(role):
+    problems = task.problems("choice", "test", 60)
+    answers = build.sample(task.model_path("choice", role), [p.told for p in problems], 0)
+    assert sum(answer == p.solution for p, answer in zip(problems, answers)) >= 51
 
 
 def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
@@ -84,12 +91,18 @@ def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
     assert evaluated["accuracy"] == document["accuracy_after"]
 
 
+def test_stages_with_told_problems_draw_for_them_and_others_do_not():
+    p, plain, told = task.Problem("choice", 41, 73, 3), build.Stage(1, 1, 1.0, 0.5), build.Stage(1, 1, 1.0, 1.0, told=0.5)
+    rng, same = random.Random(0), random.Random(0)
+    for _ in range(20):
+        expected = p.short_cut(same) if same.random() < 0.5 else p.solution
+        assert build.make_pair(p, plain, rng) == (p.prompt, expected)
+    pairs = {build.make_pair(p, told, rng) for _ in range(40)}
+    assert pairs == {(p.told, p.solution), (p.prompt, "####91"), (p.prompt, "03:14 ####91")}
+
+
 def test_rebuilding_trains_the_same_net_twice(tmp_path):
     """Three updates of the committed recipe, twice: bit for bit the same folder, which the program loads."""
-    from dataclasses import replace
-
-    from prefix_distill.demo import build
-
     net = replace(build.NETS[0], stages=(replace(build.NETS[0].stages[0], updates=3),))
     for name in ("a", "b"):
         model = build.make_model(net)

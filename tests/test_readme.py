@@ -191,11 +191,11 @@ def effopd_table() -> str:
 
 def opsd_table() -> str:
     arms = {r["arm"]: r for r in result("plugins")["summary"]}
-    rows = ["| start, reduction | before | uniform | moderate | decreasing | uniform, no clip |", "|---|--:|--:|--:|--:|--:|"]
+    rows = ["| start, reduction | before | uniform | moderate | decreasing | uniform, κ = 0.05 |", "|---|--:|--:|--:|--:|--:|"]
     for start, name in (("student", "`student-told`"), ("half", "`teacher-half`")):
         for reduction in ("token", "sequence"):
             cells = [arms.get(f"{start} {weight} {reduction}{more}") for weight, more in
-                     (("uniform", ""), ("moderate", ""), ("decreasing", ""), ("uniform", " unclipped"))]
+                     (("uniform", ""), ("moderate", ""), ("decreasing", ""), ("uniform", " clipped"))]
             rows.append(f"| {name}, {reduction} | {cells[0]['before']:.1%} | {' | '.join(points(c) if c else '' for c in cells)} |")
     return "\n".join(rows)
 

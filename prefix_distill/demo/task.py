@@ -11,7 +11,8 @@ A problem has two given terms and `steps` further terms to write. Terms are adde
     tied    x[t] = x[t-2] + FACTS[label]                       every fact used once, the late ones only late
 
 `shared` and `tied` differ only in how a fact is looked up. A short-cut (only `choice` is trained on any) writes none
-or one of the steps and then the final answer, so it has to guess it.
+or one of the steps and then the final answer, so it has to guess it. Two `choice` nets (student-told, teacher-half)
+also know problems that are told: the worked solution stands before the prompt, and is then written once more.
 
 The split of a problem follows from its defining numbers alone, so the splits share no problem.
 """
@@ -24,7 +25,8 @@ from pathlib import Path
 
 TASKS = ("choice", "shared", "tied")
 SPLITS = ("train", "validation", "test")
-ROLES = {"choice": ("teacher", "student", "student-wide"), "shared": ("teacher", "student"), "tied": ("teacher", "student")}
+ROLES = {"choice": ("teacher", "student", "student-wide", "student-told", "teacher-half"),
+         "shared": ("teacher", "student"), "tied": ("teacher", "student")}
 STEPS = {"choice": range(20, 31), "shared": range(20, 31), "tied": range(25, 31)}
 MAX_STEPS = 30
 MAX_NEW_TOKENS = 192  # the longest worked solution has 6 tokens a step and 4 at its end
@@ -83,6 +85,11 @@ class Problem:
     def solution(self) -> str:
         """The worked solution: every term, then the final answer."""
         return self.worked(self.steps)
+
+    @property
+    def told(self) -> str:
+        """The text of a told user's turn: the worked solution and the prompt, one space between."""
+        return f"{self.solution} {self.prompt}"
 
     def short_cut(self, rng: random.Random) -> str:
         """A short-cut: none or one of the terms (equally likely), then the correct final answer."""

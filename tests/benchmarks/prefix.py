@@ -72,7 +72,7 @@ ORDERINGS = (
       for start in ("student", "half") for reduction in ("token", "sequence")),
     *((f"PW-OPSD: a mean over rollouts beats a mean over tokens ({start}, uniform)", f"{start} uniform sequence", f"{start} uniform token")
       for start in ("student", "half")),
-    *((f"OPSD: the entry-wise clip helps ({start})", f"{start} uniform token", f"{start} uniform token unclipped") for start in ("student", "half")),
+    *((f"OPSD: the entry-wise clip helps ({start})", f"{start} uniform token clipped", f"{start} uniform token") for start in ("student", "half")),
 )
 
 
