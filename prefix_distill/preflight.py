@@ -194,8 +194,8 @@ def _privileged_note(teacher: Model, rendered: list[data.Rendered], where: Place
             count += len(text)
         found.append(total / count)
     if found[0] <= found[1]:
-        warnings.append(f"the teacher makes no use of --privileged-column {rendered[0].prompt.privileged[:20]!r}…: it finds that text "
-                        f"no more likely with it in the prompt ({found[0]:.3g} nats per token against {found[1]:.3g})")
+        warnings.append("the teacher makes no use of what --privileged-column shows it: it finds that text no more likely for having it "
+                        f"in its prompt ({found[0]:.3g} nats per token against {found[1]:.3g})")
     return (f"privileged prompt: of what it is shown, the teacher's log-probability is {found[0]:.3g} nats per token behind its own prompt, "
             f"{found[1]:.3g} behind the student's")
 
