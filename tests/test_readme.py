@@ -22,7 +22,7 @@ LONG = [line for line in COMMANDS if line.startswith("python ")]
 
 
 def test_every_command_is_of_a_kind_that_is_executed():
-    assert sorted(INSTALL + OURS + LONG) == sorted(COMMANDS) and len(OURS) == 7 and len(LONG) == 9
+    assert sorted(INSTALL + OURS + LONG) == sorted(COMMANDS) and len(OURS) == 9 and len(LONG) == 11
 
 
 def test_ci_installs_and_tests_as_the_readme_says():
@@ -49,6 +49,10 @@ def test_commands_run_in_order(tmp_path, monkeypatch):
             assert full["accuracy"]["low"] > document["student"]["high"] + 0.1
             assert prefix["flops_useful"] < full["flops_useful"] / 2
             assert Path(document["picture"]).stat().st_size > 10_000
+        if "--select" in line:
+            assert {"selection", "extrapolation"} < document["flops"]["by_phase"].keys() and len(document["extrapolations"]) == 2
+        if "--teacher self" in line:
+            assert document["kl_after"]["value"] < document["kl_before"]["value"]
         if " probe" in line:
             assert 4 <= document["recommended_prefix"] <= 40 and document["expected_saving"] > 3
         if " compare" in line:
@@ -67,23 +71,25 @@ def test_long_experiments_start(line):
 
 
 @pytest.mark.long
-def test_the_prefix_benchmark_runs():
+@pytest.mark.parametrize("name, arms", [("prefix", {"full", "sft", "10%", "auto"}),
+                                        ("plugins", {"full", "full soft-or 0.5", "slow", "slow effopd", "student uniform token"})])
+def test_the_grids_run(name, arms):
     before = {file: file.read_bytes() for file in RESULTS.iterdir()}
-    done = subprocess.run([sys.executable, "tests/benchmarks/prefix.py", "--quick"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "tests/benchmarks/prefix.py", "--quick", "--arms", name], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     document = last_json(done.stdout)
-    assert {row["arm"] for row in document["summary"]} == {"untrained", "full", "sft", "10%", "auto"}
-    assert document["saving"]["per_update"]["10%"] > 2 and len(document["claims"]) >= 4
+    assert {row["arm"] for row in document["summary"]} == {"untrained", *arms}
+    assert len(document["claims"]) >= 3 and (name != "plugins" or document["extrapolations"]["slow effopd"]["k"])
     assert before == {file: file.read_bytes() for file in RESULTS.iterdir()}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["update_vs_trl", "divergence", "rollout", "scaling", "limit"])
+@pytest.mark.parametrize("name", ["update_vs_trl", "divergence", "rollout", "scaling", "limit", "selection"])
 def test_the_performance_benchmarks_run(name, tmp_path_factory):
     """--quick answers, changes no result, and its last line carries what the table is made of."""
     work = tmp_path_factory.getbasetemp() / "pair"
     before = {file: file.read_bytes() for file in RESULTS.iterdir()}
-    shared = [] if name == "divergence" else ["--work", str(work / "smollm2" if name != "update_vs_trl" else work)]
+    shared = [] if name in ("divergence", "selection") else ["--work", str(work / "smollm2" if name != "update_vs_trl" else work)]
     done = subprocess.run([sys.executable, f"tests/benchmarks/{name}.py", "--quick", *shared], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = {"update_vs_trl": "cases", "limit": "share_of_limit"}.get(name, "table")

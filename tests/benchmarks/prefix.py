@@ -217,7 +217,7 @@ def quick(text: str) -> str:
     evaluate = tree["base"]["evaluate"]
     evaluate |= {"problems": min(20, evaluate["problems"]), "every": 1, "kl_prompts": 4}
     tree["arms"] = {arm: {k: v for k, v in keys.items() if k != "train"} for arm, keys in tree["arms"].items()
-                    if arm in ("full", "sft", "10%", "auto")}
+                    if arm in ("full", "sft", "10%", "auto", "full soft-or 0.5", "slow", "slow effopd", "student uniform token")}
     return yaml.safe_dump(tree)
 
 
