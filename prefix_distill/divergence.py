@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass
@@ -299,22 +298,30 @@ def statistics(
 ) -> dict[str, torch.Tensor]:
     """Per-token facts without gradient, each [N] float32: ``divergence``, ``entropy`` of S (nats), the log-probability of the
     realised token ``token_N`` under each model (``student_logp``, ``teacher_logp``), and if asked for KL(T‖S), ``forward_kl``."""
-    rows_of = {"divergence": [], "entropy": [], "student_logp": [], "teacher_logp": []} | ({"forward_kl": []} if forward else {})
-    size = terms.chunk(3 * len(student_head.weight_VD))  # nothing is computed in place here: three times the tables
+    device, support = student_ND.device, len(student_head.weight_VD)
+    names = ("divergence", "entropy", "student_logp", "teacher_logp") + (("forward_kl",) if forward else ())
+    found = {name: torch.empty(len(student_ND), dtype=torch.float32, device=device) for name in names}
+    size = max(1, min(terms.chunk(math.ceil(support * 4 / 3), student_head.softcap is not None), len(student_ND)))  # four tables, not three
+    tables = [torch.empty(size, support, device=device) for _ in range(4)]
     student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
     for start in range(0, len(student_ND), size):
-        rows = slice(start, start + size)
-        student_logp = F.log_softmax(student_head.logits(student_ND[rows]) / terms.temperature, -1)
-        teacher_logp = F.log_softmax(teacher_head.logits(teacher_NE[rows]) / terms.temperature, -1)
-        teacher_logp = teacher_logp.to(student_logp.device)
-        token = token_N[rows, None].to(student_logp.device)
-        sides = student_logp, teacher_logp
-        if terms.partial(len(student_head.weight_VD)):
-            sides = _on_top(terms, *sides, torch.empty_like(student_logp))[:2]
-        rows_of["divergence"].append(per_token(terms.name, terms.beta, *sides))
+        rows = slice(start, min(start + size, len(student_ND)))
+        student_logp, teacher_logp, work, spare = (t[: rows.stop - rows.start] for t in tables)
+        _log_softmax(student_head.logits(student_ND[rows], work), terms.temperature, student_logp)
+        there = teacher_NE.device == device  # else its rows come over as logits
+        logits = teacher_head.logits(teacher_NE[rows], work if there else None)
+        _log_softmax(logits if there else work.copy_(logits), terms.temperature, teacher_logp)
+        token = token_N[rows, None].to(device)
+        found["student_logp"][rows], found["teacher_logp"][rows] = (t.gather(1, token)[:, 0] for t in (student_logp, teacher_logp))
+        student = torch.exp(student_logp, out=work)
+        found["entropy"][rows] = torch.mul(student, student_logp, out=spare).sum(-1).neg_()
+        if terms.partial(support):
+            found["divergence"][rows] = per_token(terms.name, terms.beta, *_on_top(terms, student_logp, teacher_logp, spare)[:2])
+        elif terms.name != "reverse-kl":
+            found["divergence"][rows] = per_token(terms.name, terms.beta, student_logp, teacher_logp)
+        else:
+            found["divergence"][rows] = torch.sub(student_logp, teacher_logp, out=spare).mul_(student).sum(-1)
         if forward:
-            rows_of["forward_kl"].append(per_token("forward-kl", None, student_logp, teacher_logp))
-        rows_of["entropy"].append(-(student_logp.exp() * student_logp).sum(-1))
-        rows_of["student_logp"].append(student_logp.gather(1, token)[:, 0])
-        rows_of["teacher_logp"].append(teacher_logp.gather(1, token)[:, 0])
-    return {name: torch.cat(chunks) if chunks else student_ND.new_zeros(0) for name, chunks in rows_of.items()}
+            gap = torch.sub(teacher_logp, student_logp, out=spare)
+            found["forward_kl"][rows] = gap.mul_(torch.exp(teacher_logp, out=work)).sum(-1)
+    return found
