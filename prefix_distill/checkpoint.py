@@ -1,6 +1,7 @@
 """The run folder: resolved config, provenance, metric rows, atomic checkpoints. safetensors and JSON only.
 
-    config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json  checkpoints/step-00000025/{student,optimizer}.safetensors state.json
+    config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json  displacement.json
+    checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and anchor, teacher where a run has them)
     model/  best/  examples-before.jsonl  examples-after.jsonl
 """
 

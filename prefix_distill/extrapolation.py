@@ -76,7 +76,8 @@ def extrapolate(parameters: dict[str, Parameter], anchor: dict[str, Tensor], kin
     """One search (see the module) from the parameters' values W, in place; ``anchor`` is the last one's ``snapshot``.
 
     ``effopd``: ``score()`` judges the parameters as they are, higher is better; an equal one or nan is not accepted.
-    ``always-1``: k = 1. ``none``: k = 0, only the anchor moves. ``random``: each k is accepted with probability 1/2, by a generator seeded with ``key``.
+    ``always-1``: k = 1. ``none``: k = 0, only the anchor moves. ``random``: each k is accepted with probability 1/2, by a
+    generator seeded with ``key``.
 
     Afterwards parameters and anchor hold the accepted point: W bit for bit (k = 0), or W + 2k·(W − anchor) in float32, the
     difference, product and sum rounded in turn. If ``score`` raises, the parameters are W and the anchor is as it was.

@@ -125,7 +125,7 @@ def prepare(config: Config) -> Run:
     if len(extrapolation_prompts) < fixed:
         warnings.append(f"--extrapolate-problems {fixed}: only {len(extrapolation_prompts)} training prompts are there to be scored")
     if config.data.privileged_column is not None:
-        notes.append(_privileged_note(teacher, train_prompts[:4], where, warnings))
+        notes.append(_privileged_note(teacher, support, train_prompts[:4], where, warnings))
     problems, dropped_held = data.render_all(held_out.prompts, student, teacher, config)
     if dropped + dropped_held:
         warnings.append(f"{dropped} training and {dropped_held} held-out prompts exceed --max-prompt-tokens "
@@ -168,7 +168,8 @@ def prepare(config: Config) -> Run:
         answer_format = held_out.answer_format
     return Run(
         config, where, student, teacher, support, prefix, parse_window(config.weights.window),
-        parse_selection(config.weights.select, configuration.selected(config)), parse_position_weight(config.weights.position), off_policy, terms, text_terms,
+        parse_selection(config.weights.select, configuration.selected(config)), parse_position_weight(config.weights.position),
+        off_policy, terms, text_terms,
         dataclasses.replace(sampler, record=estimator == "sampled" and not (sampler.on_policy and same)),
         dataclasses.replace(sampler, seed=seed_of(config.runtime.seed, "teacher-text")), eval_sampler, train_prompts,
         problems[: config.evaluate.kl_prompts], extrapolation_prompts,
@@ -177,22 +178,19 @@ def prepare(config: Config) -> Run:
     )
 
 
-@torch.no_grad()
-def _privileged_note(teacher: Model, rendered: list[data.Rendered], where: Place, warnings: list[str]) -> str:
+def _privileged_note(teacher: Model, support: int, rendered: list[data.Rendered], where: Place, warnings: list[str]) -> str:
     """Does what the teacher alone sees help it? Its log-probability of that very text as the answer, behind its own prompt and
     behind the student's, nats per token."""
     found = []
     for ids in ("teacher_ids", "student_ids"):
-        total = count = 0
-        for r in rendered:
+        reads = []
+        for i, r in enumerate(rendered):
             prompt, text = getattr(r, ids), tuple(teacher.tokenizer(r.prompt.privileged, add_special_tokens=False).input_ids)
             text = text[: max(1, (teacher.positions or len(prompt) + len(text)) - len(prompt))]
-            read = Rollout(0, 0, prompt, prompt, text, text, False)
-            with where.autocast(teacher.device):
-                logits = teacher.head().logits(scoring.hidden_rows(teacher, [read]))
-            total += logits.log_softmax(-1).gather(1, torch.tensor(text, device=logits.device)[:, None]).sum().item()
-            count += len(text)
-        found.append(total / count)
+            reads.append(Rollout(i, 0, prompt, prompt, text, text, False))
+        facts = scoring.token_statistics(Terms("reverse-kl", dtype=where.head_dtype), teacher, teacher, support, reads, where, 1)
+        values = [v for row in facts.values() for v in row["teacher_logp"].values()]
+        found.append(sum(values) / len(values))
     if found[0] <= found[1]:
         warnings.append("the teacher makes no use of what --privileged-column shows it: it finds that text no more likely for having it "
                         f"in its prompt ({found[0]:.3g} nats per token against {found[1]:.3g})")
@@ -269,7 +267,8 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     notes.extend(where.reasons)
     model.net.to(where.device, where.dtype)
     begin = data.begin_ids(model, config.rollout.begin)
-    problems = [(p, tuple(data.render(model, p.messages, config.data.template, config.data.student_thinking, p.index)) + begin) for p in prompts.prompts]
+    form = config.data.template, config.data.student_thinking
+    problems = [(p, tuple(data.render(model, p.messages, *form, p.index)) + begin) for p in prompts.prompts]
     config = _max_new_tokens(config, model, model, max(len(ids) for _, ids in problems), prompts.max_new_tokens, notes)
     pad = model.tokenizer.pad_token_id
     sampler = Sampler(

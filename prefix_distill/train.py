@@ -372,7 +372,8 @@ def _result(run: Run, folder: RunFolder, progress: Progress, resumed_from, clock
         "out": str(folder.path), "steps": progress.step, "resumed_from": resumed_from,
         "accuracy_before": first["accuracy"], "accuracy_after": last["accuracy"], "kl_before": first["kl"],
         "kl_after": last["kl"], "prefix": progress.taught_prefix, "prefix_decisions": progress.decisions,
-        "tail_probes": progress.tail_probes, "extrapolations": progress.extrapolations, "warnings": progress.warnings, "sampler_kl": last["sampler_kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
+        "tail_probes": progress.tail_probes, "extrapolations": progress.extrapolations, "warnings": progress.warnings,
+        "sampler_kl": last["sampler_kl"], "tokens": progress.tokens, "flops": progress.ledger.summary(),
         "full_rollout_cost": full_cost(run, progress, range(progress.step)),
         "seconds": {"total": math.fsum(clock.seconds.values()), "by_phase": clock.seconds},
         "evaluations": progress.evaluations, "best": progress.best and {

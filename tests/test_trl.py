@@ -51,7 +51,7 @@ def ours(pair, questions, divergence):
     assert len({len(r.student_prompt) for r in rollouts}) > 1 and len({len(r.ids) for r in rollouts}) > 5
     weights, divisor = token_weights(rollouts, "token")
     values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock)
-    loss = train._facts(run, rollouts, values, weights, divisor, 0)["loss"]
+    loss = train._facts(run, rollouts, values, {}, weights, divisor, 0)["loss"]
     return loss, {name: p.grad for name, p in run.student.net.named_parameters()}, rollouts
 
 
