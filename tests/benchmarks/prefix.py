@@ -99,7 +99,7 @@ def speed_up(drawn: report.Resampled, arm: str, reference: str, what: str) -> di
     def one(accuracies, costs) -> float:
         wanted = accuracies[0][0] + 0.9 * (accuracies[0][-1] - accuracies[0][0])
         needed = [report.first_cost(cost, accuracy, wanted) for accuracy, cost in zip(accuracies, costs)]
-        return needed[0] / needed[1] if math.isfinite(needed[1]) else 0.0
+        return needed[0] / needed[1] if 0 < needed[1] < math.inf else 0.0  # a reference that gains nothing has no cost to beat
 
     steps = [[float(step) for step in side[0]] for side in sides]
     draws = torch.tensor([
