@@ -310,6 +310,20 @@ def test_sentences_with_measured_numbers_say_them():
     assert all(result(name)["cpu"] in text for name in ("update_vs_trl", "divergence", "rollout", "scaling", "limit"))
 
 
+def test_sentences_on_the_plug_ins_say_what_was_recorded():
+    found, text = result("plugins"), " ".join(README.split())
+    arms, cosine = {r["arm"]: r for r in found["summary"]}, found["extrapolations"]["slow effopd"]["cosine"]
+    updates, flops = (next(c["value"] for c in found["claims"] if c["claim"].endswith(f"its {what}")) for what in ("updates", "useful FLOPs"))
+    ends = [f"{100 * arms[arm]['accuracy']:.1f}" for arm in ("slow effopd", "slow")]
+    assert f"end at {ends[0]} instead of {ends[1]} %" in text
+    assert f"{updates:.1f} times fewer updates but only {flops:.1f} times fewer FLOPs" in text
+    assert f"a cosine of {cosine['1']:.2f} with the whole way" in text and f"from update 8 to 16 still {cosine['16']:.2f}" in text
+    for arm in ("student uniform token", "half uniform token"):
+        assert f"from {100 * arms[arm]['before']:.0f} to {100 * arms[arm]['accuracy']:.0f} %" in text
+    cost = arms["full soft-or 0.5"]["flops_useful"] / arms["full"]["flops_useful"]
+    assert 1.2 < cost < 1.3 and "costs a quarter more FLOPs on full rollouts" in text
+
+
 def test_modules_and_flags_it_names_exist():
     for name in re.findall(r"`(\w+\.py)`", README):
         assert (ROOT / "prefix_distill" / name).exists() or (ROOT / name).exists(), name
