@@ -358,7 +358,7 @@ def _check_teacher(config: Config) -> None:
     if data.privileged_template is not None:
         if data.privileged_column is None:
             raise UserError("--privileged-template: it needs what the teacher alone sees; name it with --privileged-column")
-        if missing := [field for field in ("{problem}", "{solution}") if field not in data.privileged_template]:
+        if missing := [name for name in ("{problem}", "{solution}") if name not in data.privileged_template]:
             raise UserError(f"--privileged-template {data.privileged_template[:60]!r}: it has no {missing[0]}; put it where the "
                             f"{missing[0][1:-1]} belongs")
 

@@ -301,7 +301,8 @@ def statistics(
     device, support = student_ND.device, len(student_head.weight_VD)
     names = ("divergence", "entropy", "student_logp", "teacher_logp") + (("forward_kl",) if forward else ())
     found = {name: torch.empty(len(student_ND), dtype=torch.float32, device=device) for name in names}
-    size = max(1, min(terms.chunk(math.ceil(support * 4 / 3), student_head.softcap is not None), len(student_ND)))  # four tables, not three
+    four = math.ceil(support * 4 / 3)  # as many tables are alive, where ``chunk`` counts three
+    size = max(1, min(terms.chunk(four, student_head.softcap is not None), len(student_ND)))
     tables = [torch.empty(size, support, device=device) for _ in range(4)]
     student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
     for start in range(0, len(student_ND), size):

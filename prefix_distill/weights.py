@@ -10,7 +10,7 @@ WINDOWS = ("first", "middle", "last", "random", "scattered", "highest-kl", "high
 SELECTIONS = ("soft-or", "overconfident", "entropy-sample", "entropy", "divergence", "random", "bottom")
 QUADRANTS = tuple(f"{h} entropy, {d} divergence" for h in ("high", "low") for d in ("high", "low"))
 CLIPPED = 0.98  # quantile of the batch's entropies at which TIP clips them
-CURVES = {"moderate": (0.25, 0.30, 0.10)}  # (w_min, τ, s) of position weights by name
+MODERATE = (0.25, 0.30, 0.10)  # (w_min, τ, s) of PW-OPSD
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def parse_position_weight(text: str) -> PositionWeight | None:
     if text == "uniform":
         return None
     if text in ("moderate", "decreasing"):
-        return PositionWeight(*CURVES["moderate"], text == "decreasing")
+        return PositionWeight(*MODERATE, text == "decreasing")
     kind, _, numbers = text.partition(":")
     try:
         found = [float(number) for number in numbers.split(",")]
