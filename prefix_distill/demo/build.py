@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ from .task import MAX_STEPS, MODELS, STEPS, TASKS, Problem, model_path, problems
 
 PAD, END, USER, ASSISTANT, UNKNOWN = SPECIALS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>")
 VOCABULARY = {token: i for i, token in enumerate([*SPECIALS, "####", *"0123456789", " ", ":"])}
+MERGED = [":0", ":1", ":2", ":3", ":4", "20", "22", "24"]  # what the second tokenizer merges, in this order
+VOCABULARY_MERGED = {token: i for i, token in enumerate([*VOCABULARY, *MERGED])}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
@@ -37,7 +40,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 BANDS = {"teacher": (0.95, 1.0), "student": (0.15, 0.45), "student-wide": (0.15, 0.45),
-         "student-told": (0.15, 0.45), "teacher-half": (0.45, 0.75)}
+         "student-told": (0.15, 0.45), "student-merged": (0.15, 0.45), "teacher-half": (0.45, 0.75)}
 TOLD_ACCURACY = 0.9
 MEASURED = 1000
 MAX_NEW_TOKENS = 200
@@ -68,7 +71,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Net:
-    """One net of the laboratory and how it is trained."""
+    """One net of the laboratory and how it is trained. `merged`: its tokens are those of the second tokenizer."""
 
     task: str
     role: str
@@ -76,6 +79,7 @@ class Net:
     width: int
     seed: int
     stages: tuple[Stage, ...]
+    merged: bool = False
 
 
 NETS = (
@@ -88,6 +92,8 @@ NETS = (
         (Stage(800, 12, 6e-3, 0.25), Stage(700, 12, 4e-3, 0.25), Stage(400, 24, 2e-3, 0.72, few=False, last=0.02, told=0.6))),
     Net("choice", "teacher-half", 3, 96, 0,
         (Stage(600, 12, 3e-3, 0.25), Stage(300, 16, 1.8e-3, 0.4, few=False, last=0.02, told=0.6))),
+    Net("choice", "student-merged", 2, 64, 7,
+        (Stage(800, 12, 6e-3, 0.25), Stage(700, 12, 4e-3, 0.25), Stage(200, 32, 1.5e-3, 0.72, last=0.02)), merged=True),
     Net("tied", "teacher", 3, 96, 2, (Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, few=False, last=0.02))),
     Net("tied", "student", 2, 64, 3,
         (Stage(400, 12, 5e-3, last=0.8), Stage(1600, 12, 2e-3, few=False, last=0.3, until=0.06))),
@@ -96,10 +102,15 @@ NETS = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of one token per character, except "####" and the special tokens."""
-    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"####|[\s\S]"), "isolated")
+def make_tokenizer(merged: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token per character, except "####" and the special tokens; `merged`: a BPE that merges an operator with
+    some digits, and some labels."""
+    if merged:
+        tokenizer = Tokenizer(models.BPE(VOCABULARY_MERGED, [tuple(pair) for pair in MERGED], unk_token=UNKNOWN, ignore_merges=True))
+    else:
+        tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
+    words = r"####|[0-9:]+|[\s\S]" if merged else r"####|[\s\S]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN,
@@ -112,22 +123,30 @@ def make_model(net: Net) -> LlamaForCausalLM:
     """The untrained net."""
     torch.manual_seed(net.seed)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=net.width, intermediate_size=net.width * 8 // 3 // 8 * 8,
+        vocab_size=len(VOCABULARY_MERGED if net.merged else VOCABULARY), hidden_size=net.width, intermediate_size=net.width * 8 // 3 // 8 * 8,
         num_hidden_layers=net.layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         tie_word_embeddings=True, initializer_range=0.06, pad_token_id=VOCABULARY[PAD],
         eos_token_id=VOCABULARY[END], bos_token_id=None,
     ))
 
 
-def encode(text: str) -> list[int]:
+def encode(text: str, merged: bool = False) -> list[int]:
     """Token ids of plain task text."""
+    if merged:
+        return second_tokenizer().encode(text).ids
     return [VOCABULARY[token] for token in re.findall("####|.", text)]
 
 
-def make_batch(pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+@cache
+def second_tokenizer() -> Tokenizer:
+    """The second tokenizer's core."""
+    return make_tokenizer(merged=True).backend_tokenizer
+
+
+def make_batch(pairs: list[tuple[str, str]], merged: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (-100 on prompts and padding) of (prompt, answer) texts, padded on the right."""
-    prompts = [[VOCABULARY[USER], *encode(prompt), VOCABULARY[ASSISTANT]] for prompt, _ in pairs]
-    answers = [[*encode(answer), VOCABULARY[END]] for _, answer in pairs]
+    prompts = [[VOCABULARY[USER], *encode(prompt, merged), VOCABULARY[ASSISTANT]] for prompt, _ in pairs]
+    answers = [[*encode(answer, merged), VOCABULARY[END]] for _, answer in pairs]
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers))
     fill = [longest - len(p) - len(a) for p, a in zip(prompts, answers)]
     ids = [p + a + [VOCABULARY[PAD]] * n for p, a, n in zip(prompts, answers, fill)]
@@ -159,7 +178,7 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
                 chosen = rng.sample(short, 3 * stage.batch)
             else:
                 chosen = rng.sample(pool if stage.few else long, stage.batch)
-            ids, labels = make_batch([make_pair(problem, stage, rng) for problem in chosen])
+            ids, labels = make_batch([make_pair(problem, stage, rng) for problem in chosen], net.merged)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
             optimizer.zero_grad()
@@ -177,7 +196,7 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
 
 def solved(net: Net, model: LlamaForCausalLM) -> float:
     """Mean probability of the worked solution over 100 validation problems: about the accuracy at temperature 1."""
-    ids, labels = make_batch([(p.prompt, p.solution) for p in problems(net.task, "validation", 100)])
+    ids, labels = make_batch([(p.prompt, p.solution) for p in problems(net.task, "validation", 100)], net.merged)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
@@ -189,14 +208,14 @@ def report(net: Net, text: str) -> None:
     print(f"{net.task} {net.role}: {text}", file=sys.stderr, flush=True)
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> None:
+def save(model: LlamaForCausalLM, folder: Path, merged: bool = False) -> None:
     """Writes the model with float16 weights that load as float32, and the tokenizer beside it."""
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(merged).save_pretrained(folder)
 
 
 def sample(folder: Path, prompts: list[str], seed: int) -> list[str]:
@@ -253,7 +272,7 @@ def build(net: Net, folder: Path) -> dict:
     start = time.monotonic()
     model = make_model(net)
     train(net, model)
-    save(model, folder)
+    save(model, folder, net.merged)
     figures = {"parameters": model.num_parameters(), **measure(net.task, folder, told=any(stage.told for stage in net.stages))}
     figures["seconds"] = round(time.monotonic() - start)
     report(net, json.dumps(figures))

@@ -25,7 +25,7 @@ from pathlib import Path
 
 TASKS = ("choice", "shared", "tied")
 SPLITS = ("train", "validation", "test")
-ROLES = {"choice": ("teacher", "student", "student-wide", "student-told", "teacher-half"),
+ROLES = {"choice": ("teacher", "student", "student-wide", "student-told", "teacher-half", "student-merged"),
          "shared": ("teacher", "student"), "tied": ("teacher", "student")}
 STEPS = {"choice": range(20, 31), "shared": range(20, 31), "tied": range(25, 31)}
 MAX_STEPS = 30
