@@ -33,6 +33,8 @@ class Models:
                                  "of the student, with --privileged-column.", "the embedded teacher")
     teacher_ema: float | None = option(None, "--teacher-ema", "With --teacher self: after every update the teacher becomes "
                                        "α·teacher + (1−α)·student, 0 < α < 1.", "none: the teacher stays as it is")
+    cross_tokenizer: str = option("strict", "--cross-tokenizer", "Where the tokenizers differ, units of text are compared: strict (units of "
+                                  "one token on each side), simct (all), simct-released (as its authors' code), or off (refuse).")
     trust_remote_code: bool = option(False, "--trust-remote-code", "Run model code that comes with a hub repository.")
 
 
@@ -298,7 +300,7 @@ def check(config: Config) -> None:
         if get(config, path) == 0:
             raise UserError(f"{path} 0: expected a number above 0; change {flag(path)}")
     for path, allowed in (
-        ("data.template", ("auto", "chat", "plain")), ("schedule.lr_schedule", ("constant", "linear", "cosine")),
+        ("models.cross_tokenizer", ("strict", "simct", "simct-released", "off")), ("data.template", ("auto", "chat", "plain")), ("schedule.lr_schedule", ("constant", "linear", "cosine")),
         ("data.student_thinking", ("auto", "on", "off")), ("data.teacher_thinking", ("auto", "on", "off")),
         ("extrapolation.kind", ("none", "effopd", "always-1", "random")),
         ("extrapolation.score", ("accuracy", "heldout-kl")), ("extrapolation.modules", ("attention-mlp", "all")),

@@ -115,20 +115,26 @@ def fixed_rollouts(student: Model, rendered: list, sampler: Sampler, max_new_tok
             for i, (r, (ids, finished)) in enumerate(zip(rendered, drawn))]
 
 
-def held_out_facts(student: Model, teacher: Model, support: int, rollouts: list[Rollout], place: Place, rows: int,
-                   spent=None) -> list[dict[str, list[float]]]:
-    """``divergence.statistics`` (reverse KL(S‖T), temperature 1) at every position of fixed rollouts → per rollout: name → a
-    number per token. Sharded over ranks."""
-    found = scoring.token_statistics(Terms("reverse-kl", dtype=place.head_dtype), student, teacher, support,
+def held_out_facts(student: Model, teacher: Model, shared, rollouts: list[Rollout], place: Place, rows: int,
+                   spent=None) -> list[dict[str, list[float | None]]]:
+    """``scoring.row_statistics`` (reverse KL(S‖T), temperature 1) of fixed rollouts → per rollout: name → a number per token; across
+    tokenizers (``shared``) at the first token of each unit that is taught, None elsewhere. Sharded over ranks."""
+    found = scoring.token_statistics(Terms("reverse-kl", dtype=place.head_dtype), student, teacher, shared,
                                      rollouts[place.rank :: place.world], place, rows, spent)
     merged = {key: row for part in place.gather(found) for key, row in part.items()}
-    return [{name: list(values.values()) for name, values in merged[r.prompt, r.sample].items()} for r in rollouts]
+    return [{name: [values.get(t) for t in range(len(r.ids))] for name, values in merged[r.prompt, r.sample].items()} for r in rollouts]
 
 
-def token_mean(values: list[list[float]], seed: int = 0) -> dict:
+def known(values: list[list[float | None]]) -> list[float]:
+    """All numbers of some rollouts, one after another."""
+    return [v for row in values for v in row if v is not None]
+
+
+def token_mean(values: list[list[float | None]], seed: int = 0) -> dict:
     """{value, n, low, high} of nats per token; n counts tokens, the bootstrap draws whole rollouts (their tokens are
-    not independent)."""
-    sums = torch.tensor([[sum(row), len(row)] for row in values], dtype=torch.float64)
+    not independent). Rollouts without a number are left out."""
+    rows = [row for row in (known([row]) for row in values) if row]
+    sums = torch.tensor([[sum(row), len(row)] for row in rows], dtype=torch.float64)
     value = (sums[:, 0].sum() / sums[:, 1].sum()).item()
     generator = torch.Generator().manual_seed(seed_of(seed, "token_mean"))
     draws = []
@@ -140,8 +146,7 @@ def token_mean(values: list[list[float]], seed: int = 0) -> dict:
             "high": draws[int(0.975 * RESAMPLES) - 1]}
 
 
-def split_mean(values: list[list[float]], prefix: int) -> tuple[float | None, float | None]:
+def split_mean(values: list[list[float | None]], prefix: int) -> tuple[float | None, float | None]:
     """Mean nats per token (inside the first ``prefix`` tokens, beyond them); None where there is none."""
-    head = [v for row in values for v in row[:prefix]]
-    tail = [v for row in values for v in row[prefix:]]
+    head, tail = known([row[:prefix] for row in values]), known([row[prefix:] for row in values])
     return tuple(math.fsum(part) / len(part) if part else None for part in (head, tail))

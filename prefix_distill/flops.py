@@ -129,7 +129,7 @@ class Ledger:
         )
 
     def forward(self, phase: str, shape: Shape, reads: list[tuple[int, list[int]]], passes: int = 1,
-                idle: bool = False, recomputed: bool = False, taught: int | None = None) -> None:
+                idle: bool = False, recomputed: bool = False, taught: float | None = None) -> None:
         """One forward over prompts + responses with the head on taught rows; a response's last token is not read.
 
         ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is read once. ``taught``: rows
@@ -165,19 +165,21 @@ def linear_tokens(reads: list[tuple[int, list[int]]]) -> tuple[int, int]:
 
 
 def update_cost(student: Shape, teacher: Shape, prompts: list[tuple[int, int]], samples: int, response: float,
-                behind: tuple[int, int, int]) -> float:
+                behind: tuple[int, int, int], teacher_tokens: float = 1.0, heads: tuple[float, float] = (1.0, 1.0)) -> float:
     """Useful FLOPs of one update: generation, scoring, training.
 
     ``prompts``: their lengths for (student, teacher); ``samples`` rollouts each, all of ``response`` tokens (a mean, rounded);
-    ``behind``: how many responses follow one reading of their prompt in generation, scoring and training.
+    ``behind``: how many responses follow one reading of their prompt in generation, scoring and training. Across tokenizers,
+    ``teacher_tokens`` of the teacher's make one of the student's, and the loss reads the shares ``heads`` of both heads.
     """
-    ledger, tokens = Ledger(), max(1, round(response))
+    ledger, lengths = Ledger(), [max(1, round(response * ratio)) for ratio in (1, teacher_tokens)]
+    rows = [len(prompts) * samples * length * share for length, share in zip(lengths, heads)]
 
     def reads(side, phase):
         each = min(behind[phase], samples)
-        return [(p[side], [tokens] * min(each, samples - start)) for p in prompts for start in range(0, samples, each)]
+        return [(p[side], [lengths[side]] * min(each, samples - start)) for p in prompts for start in range(0, samples, each)]
 
     ledger.generation(student, reads(0, 0))
-    ledger.forward("teacher_score", teacher, reads(1, 1))
-    ledger.forward("student_update", student, reads(0, 2), passes=3)
+    ledger.forward("teacher_score", teacher, reads(1, 1), taught=rows[1])
+    ledger.forward("student_update", student, reads(0, 2), passes=3, taught=rows[0])
     return ledger.total()

@@ -24,7 +24,8 @@ class Model:
     ``generation_config`` is the one that came with the weights and is saved with them; the network's own is blank, so
     that no sampling field of it can shape a rollout. ``eos``: ids that end a turn. ``shares_prompts``: several responses may
     be read behind one reading of their prompt, because that was shown to be exact (``check_sharing``). ``recomputes``: a
-    training step keeps only each layer's input and runs the layer again in backward (gradient checkpointing).
+    training step keeps only each layer's input and runs the layer again in backward (gradient checkpointing). ``support``: the
+    head speaks about so many leading ids (None: all).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Model:
     eos: frozenset[int]
     shares_prompts: bool = False
     recomputes: bool = False
+    support: int | None = None
 
     @property
     def config(self):
@@ -73,15 +75,15 @@ class Model:
                                      past_key_values=cache, use_cache=True)
         return out.last_hidden_state, out.past_key_values
 
-    def head(self, support: int | None = None) -> Head:
-        """The output head, cut to the first ``support`` ids (all when None)."""
+    def head(self) -> Head:
+        """The output head, cut to the support."""
         linear, config = self.net.get_output_embeddings(), self.config
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
         bias = getattr(linear, "bias", None)
         weight = linear.weight
-        if support is not None and support < len(weight):  # an uncut head is the parameter itself: no copy in backward
-            weight, bias = weight[:support], None if bias is None else bias[:support]
+        if self.support is not None and self.support < len(weight):  # an uncut head is the parameter itself: no copy in backward
+            weight, bias = weight[: self.support], None if bias is None else bias[: self.support]
         return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
@@ -173,36 +175,12 @@ def _eos(generation_config, tokenizer) -> frozenset[int]:
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
-def shared_support(student: Model, teacher: Model) -> tuple[int, str]:
-    """How many leading ids both heads may speak about, and why. Both heads are cut to it and renormalised.
-
-    The token → id maps must be equal; rows beyond the last real id are padding. UserError names the first ids that differ.
-    """
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if ours != theirs:
-        by_id = [{i: token for token, i in vocabulary.items()} for vocabulary in (ours, theirs)]
-        differ = [i for i in sorted(by_id[0].keys() | by_id[1].keys()) if by_id[0].get(i) != by_id[1].get(i)]
-        shown = ", ".join(f"id {i} {by_id[0].get(i)!r} / {by_id[1].get(i)!r}" for i in differ[:3])
-        raise UserError(
-            f"tokenizers differ on {len(differ)} ids (student / teacher: {shown}); "
-            "choose a pair with one tokenizer: distilling across tokenizers is not built yet"
-        )
-    real = max(ours.values()) + 1
-    rows = [len(m.net.get_output_embeddings().weight) for m in (student, teacher)]
-    if min(rows) < real:
-        raise UserError(f"vocabulary: the tokenizer has ids up to {real - 1}, but a head has only {min(rows)} rows; "
-                        "resize the model's embeddings or use its own tokenizer")
-    if rows == [real, real]:
-        return real, f"vocabulary {real:,}: equal on both sides"
-    return real, f"vocabulary {real:,}: both heads cut to the real ids (student {rows[0]:,} rows, teacher {rows[1]:,})"
-
-
 @torch.no_grad()
 def check_head(model: Model) -> None:
     """Refuses a model whose logits are not head(trunk): the loss would teach another distribution."""
     ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
     ours = model.head().logits(model.trunk(ids)[0])
-    own = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+    own = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :, : model.support].float()
     if not torch.isfinite(own).all():
         raise UserError(f"model {model.name}: its logits hold NaN or infinity; use an intact copy or --dtype float32")
     gap = (torch.log_softmax(ours, -1) - torch.log_softmax(own, -1)).abs().max().item()

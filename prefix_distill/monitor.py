@@ -4,11 +4,13 @@ import dataclasses
 import math
 
 from . import data, evaluate, scoring
+from .alignment import census, shares
 from .checkpoint import RunFolder
+from .errors import UserError
 from .flops import Ledger
 from .models import Model, save
 from .preflight import Run
-from .rollout import Rollout
+from .rollout import Rollout, Unit
 from .runtime import Clock, seed_of
 from .weights import quadrants
 
@@ -51,7 +53,10 @@ class Monitor:
         """Draws the fixed contexts and measures the untrained student."""
         ledger = Ledger()
         with self.clock.phase("evaluation"):
-            self.fixed = self._full_rollouts(self.run.kl_prompts, _spent_on(self.run, ledger, "evaluation"))
+            drawn = self._full_rollouts(self.run.kl_prompts, _spent_on(self.run, ledger, "evaluation"))
+        self.fixed = [dataclasses.replace(r, spans=True) for r in self.run.aligned(drawn)]
+        if not any(r.taught for r in self.fixed):
+            raise UserError("no unit of the student's answers to held-out prompts is common to both tokenizations; choose another pair")
         merge(self.run, self.progress, ledger)
         found = self._measure(self.fixed)
         first = found["teacher_first_token"]
@@ -68,8 +73,8 @@ class Monitor:
     def resume(self) -> None:
         """Takes the fixed contexts and what was measured on them from before.json."""
         self.before = self.folder.read_json("before.json")
-        self.fixed = [Rollout(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-                      for row in self.before["rollouts"]]
+        plain = lambda name, v: tuple(Unit(*u) for u in v) if name == "units" and v else tuple(v) if isinstance(v, list) else v
+        self.fixed = [Rollout(**{k: plain(k, v) for k, v in row.items()}) for row in self.before["rollouts"]]
 
     def evaluate(self) -> dict:
         """Measures the current student and says so when its tail is being hurt."""
@@ -89,7 +94,7 @@ class Monitor:
         to these prompts end, drawn with the seeds of the untrained student's. A ledger row of its own, inside the totals."""
         run, ledger, count = self.run, Ledger(), self.run.config.evaluate.tail_prompts
         with self.clock.phase("tail_probe"):
-            values = [facts["divergence"] for facts in self._facts(self.fixed[:count], ledger, "tail_probe")]
+            values = _by_token(self.fixed[:count], self._facts(self.fixed[:count], ledger, "tail_probe"))
             full = self._full_rollouts(run.kl_prompts[:count], _spent_on(run, ledger, "tail_probe"))
         merge(run, self.progress, ledger)
         found = {"step": self.progress.step, "kl_by_token": values, **_endings(full)}
@@ -116,7 +121,7 @@ class Monitor:
         spent = _spent_on(run, ledger, "evaluation")
         with self.clock.phase("evaluation"):
             facts = self._facts(self.fixed, ledger, "evaluation")
-            values = [row["divergence"] for row in facts]
+            values = _by_token(self.fixed, facts)
             gap = self._sampler_gap(ledger)
             score = None
             if run.problems:
@@ -133,10 +138,12 @@ class Monitor:
         row = {
             "step": progress.step, "accuracy": score and score.accuracy, "kl": evaluate.token_mean(values), "kl_prefix": head,
             "kl_tail": tail, "sampler_kl": gap, **endings,
-            "quadrants": quadrants(*([v for row in facts for v in row[name]] for name in ("entropy", "divergence")), borders),
-            "teacher_first_token": math.fsum(math.exp(row["teacher_logp"][0]) for row in facts) / len(facts),
+            "quadrants": quadrants(*(evaluate.known([row[name] for row in facts]) for name in ("entropy", "divergence")), borders),
+            "teacher_first_token": _mean_probability([row["teacher_logp"][0] for row in facts]),
             "flops_useful": progress.ledger.total(), "flops_executed": progress.ledger.total("executed"), "seconds": progress.training_seconds(),
         }
+        if run.alignment is not None:
+            row["alignment"] = _alignment(self.fixed, facts)
         if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
             progress.evaluations.append(row)
             if run.place.first and score and score.accuracy:
@@ -146,7 +153,7 @@ class Monitor:
 
     def _facts(self, contexts: list[Rollout], ledger: Ledger, phase: str) -> list[dict[str, list[float]]]:
         run = self.run
-        return evaluate.held_out_facts(run.student, run.teacher, run.support, contexts, run.place,
+        return evaluate.held_out_facts(run.student, run.teacher, run.shared, contexts, run.place,
                                        run.config.train.micro_batch_size, run.counts_both(ledger, phase))
 
     def _sampler_gap(self, ledger: Ledger) -> float | None:
@@ -155,9 +162,9 @@ class Monitor:
         run = self.run
         if self.decoding.net.dtype == run.student.net.dtype:
             return None
-        own = [dataclasses.replace(r, teacher_prompt=r.student_prompt, teacher_ids=r.ids) for r in self.fixed]
+        own = [dataclasses.replace(r, teacher_prompt=r.student_prompt, teacher_ids=r.ids, units=None) for r in self.fixed]
         found = evaluate.held_out_facts(
-            self.decoding, run.student, run.support, own, run.place, run.config.train.micro_batch_size,
+            self.decoding, run.student, None, own, run.place, run.config.train.micro_batch_size,
             lambda group: ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.reads_once), passes=2))
         return evaluate.token_mean([facts["divergence"] for facts in found])["value"]
 
@@ -192,10 +199,11 @@ def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> f
             decoding, [(p.prompt, p.student_ids) for p in prompts], sampler, samples=1, place=run.place, spent=sampled,
             max_new_tokens=settings.rollout.max_new_tokens, answer_format=run.answer_format).right()
         return sum(right) / len(right)
-    rollouts = evaluate.fixed_rollouts(decoding, prompts, sampler, prefix, run.place, sampled)
-    facts = evaluate.held_out_facts(run.student, run.teacher, run.support, rollouts, run.place, settings.train.micro_batch_size,
+    rollouts = run.aligned(evaluate.fixed_rollouts(decoding, prompts, sampler, prefix, run.place, sampled))
+    facts = evaluate.held_out_facts(run.student, run.teacher, run.shared, rollouts, run.place, settings.train.micro_batch_size,
                                     run.counts_both(ledger, "extrapolation"))
-    return -math.fsum(v for row in facts for v in row["divergence"]) / sum(len(row["divergence"]) for row in facts)
+    values = evaluate.known([row["divergence"] for row in facts])
+    return -math.fsum(values) / len(values)
 
 
 def merge(run: Run, progress: Progress, ledger: Ledger) -> None:
@@ -208,6 +216,30 @@ def _spent_on(run: Run, ledger: Ledger, phase: str):
     return lambda reads: ledger.generation(run.student_shape, reads, phase, phase)
 
 
+def _by_token(rollouts: list[Rollout], facts: list[dict]) -> list[list[float | None]]:
+    """The divergence at each token; across tokenizers, of the units of one token on each side, which every mode knows."""
+    values = [list(row["divergence"]) for row in facts]
+    for r, row in zip(rollouts, values):
+        for u in r.units or ():
+            if not u.exact:
+                row[u.start] = None
+    return values
+
+
+def _alignment(rollouts: list[Rollout], facts: list[dict]) -> dict:
+    """Coverage of the fixed contexts: shares of tokens, mean mass of both models on the shared tokens where a unit begins, and the
+    mean divergence of spans (None without any)."""
+    mean = lambda values: math.fsum(values) / len(values) if values else None
+    spans = [row["divergence"][u.start] for r, row in zip(rollouts, facts) for u in r.taught_units if not u.exact]
+    return {**shares([census(rollouts)]), "kl_spans": mean(spans),
+            **{name: mean(evaluate.known([row[name] for row in facts])) for name in ("student_mass", "teacher_mass")}}
+
+
+def _mean_probability(logp: list[float | None]) -> float:
+    found = evaluate.known([logp])
+    return math.fsum(map(math.exp, found)) / len(found) if found else 0.0
+
+
 def _endings(rollouts: list[Rollout]) -> dict:
     count = len(rollouts)
     return {"finish_rate": sum(r.finished for r in rollouts) / count, "mean_tokens": sum(len(r.ids) for r in rollouts) / count,
@@ -218,10 +250,8 @@ def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
     """One line when training has hurt what lies beyond the prefix: its KL on the fixed contexts rose by more than two
     standard errors (paired by rollout), or answers end less often (by more than 5 points and two standard errors); else
     None."""
-    gaps = [
-        math.fsum(new[prefix:]) / len(new[prefix:]) - math.fsum(old[prefix:]) / len(old[prefix:])
-        for new, old in zip(found["kl_by_token"], before["kl_by_token"]) if len(new) > prefix
-    ]
+    tails = [[evaluate.known([row[prefix:]]) for row in pair] for pair in zip(found["kl_by_token"], before["kl_by_token"])]
+    gaps = [math.fsum(new) / len(new) - math.fsum(old) / len(old) for new, old in tails if new]
     said = []
     if len(gaps) > 1:
         mean = math.fsum(gaps) / len(gaps)

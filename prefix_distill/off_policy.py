@@ -46,8 +46,15 @@ def teacher_texts(wanted: list[tuple[Rendered, int]], cap: int, teacher: Model, 
     return texts
 
 
-def rollout(slot: int, sample: int, rendered: Rendered, text: dict, prefix: int) -> Rollout:
-    """The first ``prefix`` tokens of a teacher's text as a rollout."""
-    ids = tuple(text["ids"][:prefix])
-    finished = text["finished"] and len(text["ids"]) <= prefix
-    return Rollout(slot, sample, rendered.student_ids, rendered.teacher_ids, ids, ids, finished, off_policy=True)
+def rollout(slot: int, sample: int, rendered: Rendered, text: dict, prefix: int, alignment=None, units: bool = False) -> Rollout:
+    """The first ``prefix`` tokens of a teacher's text as a rollout. With an ``alignment``: the first student's tokens of it, as the
+    student's tokenizer reads it, and with ``units`` aligned with the tokens that the teacher wrote."""
+    written, finished = tuple(text["ids"]), text["finished"]
+    whole = written if alignment is None else alignment.to_student(written, finished)
+    ids = whole[:prefix]
+    finished = finished and len(whole) <= prefix and (alignment is None or whole[-1:] and whole[-1] in alignment.eos)
+    theirs, found = ids, None
+    if alignment is not None and units:
+        theirs, found = alignment.align(ids, finished, written[:-1] if text["finished"] else written)
+    return Rollout(slot, sample, rendered.student_ids, rendered.teacher_ids, ids, theirs, finished, off_policy=True, units=found,
+                   spans=alignment is not None and alignment.mode != "strict")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from . import config as configuration
-from . import data, flops, models, runtime, scoring
+from . import data, flops, models, runtime, scoring, simct
+from .alignment import Alignment, census, match, shares
 from .config import Config
 from .divergence import Terms
 from .errors import UserError
@@ -24,13 +25,16 @@ LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positio
 class Run:
     """Everything the loop works with. ``notes``: automatic choices with their reasons; ``warnings``: what may go wrong.
     ``text_terms`` and ``text_sampler``: the loss on, and the sampling of, responses that the teacher writes.
-    ``extrapolation_prompts``: the fixed ones on which candidates are scored ([] where none is)."""
+    ``extrapolation_prompts``: the fixed ones on which candidates are scored ([] where none is). ``alignment`` and ``shared``: where
+    the tokenizers differ, how texts are aligned and which tokens both models share; ``teacher_tokens``: how many of the teacher's
+    make one of the student's, in the prompts' text."""
 
     config: Config
     place: Place
     student: Model
     teacher: Model
-    support: int
+    alignment: Alignment | None
+    shared: simct.Support | None
     prefix: PrefixSchedule
     window: Window | None
     selection: Selection | None
@@ -50,14 +54,20 @@ class Run:
     teacher_shape: flops.Shape
     notes: list[str]
     warnings: list[str]
+    teacher_tokens: float = 1.0
 
     def counts_both(self, ledger: flops.Ledger, phase: str):
         """A function that adds one reading of a group of rollouts by student and teacher, heads included, to ``phase``."""
         def spent(group: list[Rollout]) -> None:
             for model, shape, teacher in ((self.student, self.student_shape, False), (self.teacher, self.teacher_shape, True)):
-                ledger.forward(phase, shape, scoring.reads(group, model.reads_once, teacher=teacher))
+                ledger.forward(phase, shape, scoring.reads(group, model.reads_once, teacher=teacher),
+                               taught=scoring.head_rows(model, group, self.shared, teacher, whole=True))
 
         return spent
+
+    def aligned(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """The same rollouts with the teacher's tokens of their texts and the units, where the tokenizers differ."""
+        return rollouts if self.alignment is None else [self.alignment.rollout(r) for r in rollouts]
 
     def update_cost(self, prompts: list[data.Rendered], response: float) -> float:
         """Useful FLOPs of an update on these prompts with responses of ``response`` tokens."""
@@ -65,7 +75,10 @@ class Run:
         behind = (samples if self.student.shares_prompts else 1, micro if self.teacher.reads_once else 1,
                   micro if self.student.reads_once else 1)
         return flops.update_cost(self.student_shape, self.teacher_shape,
-                                 [(len(p.student_ids), len(p.teacher_ids)) for p in prompts], samples, response, behind)
+                                 [(len(p.student_ids), len(p.teacher_ids)) for p in prompts], samples, response, behind, self.teacher_tokens,
+                                 (1.0, 1.0) if self.shared is None else tuple(
+                                     len(ids) / model.support for ids, model in
+                                     ((self.shared.student, self.student), (self.shared.teacher, self.teacher))))
 
 
 def fill_in(config: Config) -> tuple[Config, list[str]]:
@@ -98,8 +111,12 @@ def prepare(config: Config) -> Run:
         teacher.name = f"{teacher.name} (itself)"
         notes.append("teacher self: a copy of the student's initial weights, " + (
             f"in float32, that follows the student by 1 − {config.models.teacher_ema:g} an update" if averaged else "frozen"))
-    support, reason = models.shared_support(student, teacher)
+    alignment, reason = match(student, teacher, config.models.cross_tokenizer)
     notes.append(reason)
+    shared = None
+    if alignment is not None:
+        config = _check_alignment(config, notes)
+        shared = simct.support(alignment.shared, alignment.mode, where.device, where.teacher_device)
     for role, model in (("student", student), ("teacher", teacher)):
         models.check_head(model)
         reason = scoring.check_sharing(model)
@@ -125,7 +142,7 @@ def prepare(config: Config) -> Run:
     if len(extrapolation_prompts) < fixed:
         warnings.append(f"--extrapolate-problems {fixed}: only {len(extrapolation_prompts)} training prompts are there to be scored")
     if config.data.privileged_column is not None:
-        notes.append(_privileged_note(teacher, support, train_prompts[:4], where, warnings))
+        notes.append(_privileged_note(teacher, train_prompts[:4], where, warnings))
     problems, dropped_held = data.render_all(held_out.prompts, student, teacher, config)
     if dropped + dropped_held:
         warnings.append(f"{dropped} training and {dropped_held} held-out prompts exceed --max-prompt-tokens "
@@ -136,18 +153,22 @@ def prepare(config: Config) -> Run:
 
     rollout, divergence = config.rollout, config.divergence
     eos = {"student": student.eos, "teacher": teacher.eos, "union": student.eos | teacher.eos}[rollout.eos]
-    if student.eos != teacher.eos:
+    teacher_tokens = 1.0
+    if alignment is not None:
+        eos = student.eos
+        teacher_tokens = _coverage(alignment, train_prompts, notes, warnings)
+    elif student.eos != teacher.eos:
         warnings.append(
             f"end-of-sequence ids differ: student {_named(student, student.eos)}, teacher {_named(teacher, teacher.eos)}; "
             f"rollouts stop at the {rollout.eos}'s (--eos student|teacher|union)"
         )
     pad = student.tokenizer.pad_token_id
-    sampler = Sampler(eos, min(eos) if pad is None else pad, support, config.runtime.seed, rollout.temperature,
+    sampler = Sampler(eos, min(eos) if pad is None else pad, student.support, config.runtime.seed, rollout.temperature,
                       rollout.top_p, rollout.top_k, rollout.rows)
     if not sampler.on_policy:
         warnings.append(f"sampling at temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, top-k {rollout.top_k} "
                         "is off-policy for the divergence: contexts come from another distribution than the student's")
-    eval_sampler = Sampler(eos, sampler.pad, support, seed_of(config.runtime.seed, "evaluation"),
+    eval_sampler = Sampler(eos, sampler.pad, student.support, seed_of(config.runtime.seed, "evaluation"),
                            config.evaluate.temperature, rows=rollout.rows)
     if where.world > config.train.batch_size:
         raise UserError(f"--batch-size {config.train.batch_size}: {where.world} ranks need at least one prompt each; raise it")
@@ -160,25 +181,65 @@ def prepare(config: Config) -> Run:
     if off_policy is not None and off_policy.loss == "sft":
         text_terms = Terms("cross-entropy", dtype=where.head_dtype, memory_bytes=budget)
     same = where.dtype == student.net.dtype  # rollouts come from the student itself, not from a copy in another dtype
-    rows = terms.chunk(support, student.head().softcap is not None)
+    columns = student.support if shared is None else shared.columns
+    rows = terms.chunk(columns, student.head().softcap is not None) if shared is None else simct.chunk(terms, columns)
     notes.append(f"loss in chunks of {rows:,} rows: what --head-memory-mb {config.runtime.head_memory_mb} holds of its float32 "
-                 f"tables of {support:,} columns")
+                 f"tables of {columns:,} columns")
     answer_format = config.evaluate.answer_format
     if answer_format == "auto" and held_out.answer_format:
         answer_format = held_out.answer_format
     return Run(
-        config, where, student, teacher, support, prefix, parse_window(config.weights.window),
+        config, where, student, teacher, alignment, shared, prefix, parse_window(config.weights.window),
         parse_selection(config.weights.select, configuration.selected(config)), parse_position_weight(config.weights.position),
         off_policy, terms, text_terms,
         dataclasses.replace(sampler, record=estimator == "sampled" and not (sampler.on_policy and same)),
-        dataclasses.replace(sampler, seed=seed_of(config.runtime.seed, "teacher-text")), eval_sampler, train_prompts,
+        _text_sampler(sampler, teacher, alignment, config.runtime.seed), eval_sampler, train_prompts,
         problems[: config.evaluate.kl_prompts], extrapolation_prompts,
         [(r.prompt, r.student_ids) for r in problems[: config.evaluate.problems]],
-        answer_format, flops.shape(student, support), flops.shape(teacher, support), notes, warnings,
+        answer_format, flops.shape(student, student.support), flops.shape(teacher, teacher.support), notes, warnings,
+        teacher_tokens,
     )
 
 
-def _privileged_note(teacher: Model, support: int, rendered: list[data.Rendered], where: Place, warnings: list[str]) -> str:
+def _check_alignment(config: Config, notes: list[str]) -> Config:
+    """What a loss on units does not know is refused."""
+    estimator, _ = configuration.parse_estimator(config.divergence.estimator)
+    off_policy, window = parse_off_policy(config.rollout.off_policy), parse_window(config.weights.window)
+    ranked = config.weights.select not in ("all", "random") or (window is not None and window.statistic is not None)
+    for wrong, got, instead in (
+        (estimator != "full", f"--estimator {config.divergence.estimator}", "units are compared on all shared tokens: use full"),
+        (config.divergence.clip is not None, "--clip", "the clip is of one vocabulary: leave it out"),
+        (config.rollout.eos == "teacher", "--eos teacher", "its ids are not the student's: leave it out"),
+        (off_policy is not None and off_policy.loss == "sft" and ranked, "--off-policy sft with a ranked selection",
+         "text without units cannot be ranked: use random, a window by position, or --off-policy divergence"),
+    ):
+        if wrong:
+            raise UserError(f"{got} with different tokenizers: {instead}")
+    return configuration.replace(config, rollout={"eos": "student"})
+
+
+def _coverage(alignment: Alignment, rendered: list[data.Rendered], notes: list[str], warnings: list[str]) -> float:
+    """Says how the text of some prompts aligns → the teacher's tokens per token of the student's in it."""
+    contents = [r.prompt.messages[-1]["content"] for r in rendered[:64]]
+    texts = [alignment.student.encode(content) for content in contents]
+    share = shares([census(alignment.rollout(Rollout(i, 0, (), (), ids, (), False)) for i, ids in enumerate(texts) if ids)])
+    if share["exact_share"] < 0.5:
+        warnings.append(f"only {share['exact_share']:.0%} of the student's tokens have a counterpart of the same bytes in the teacher's tokenization: "
+                        "little can be taught by --cross-tokenizer strict")
+    notes.append(f"in the text of {len(texts)} prompts {share['exact_share']:.1%} of the student's tokens align one to one, "
+                 f"{share['span_share']:.1%} in spans, {share['dropped_share']:.1%} not at all (the end of each text counts as cut)")
+    return sum(len(alignment.teacher.encode(content)) for content in contents) / max(1, sum(map(len, texts)))
+
+
+def _text_sampler(sampler: Sampler, teacher: Model, alignment: Alignment | None, seed: int) -> Sampler:
+    """How the teacher writes: as the student does, with ids of its own where the tokenizers differ."""
+    sampler = dataclasses.replace(sampler, seed=seed_of(seed, "teacher-text"))
+    if alignment is None:
+        return sampler
+    return dataclasses.replace(sampler, eos=teacher.eos, support=teacher.support, pad=teacher.tokenizer.pad_token_id or min(teacher.eos))
+
+
+def _privileged_note(teacher: Model, rendered: list[data.Rendered], where: Place, warnings: list[str]) -> str:
     """Does what the teacher alone sees help it? Its log-probability of that very text as the answer, behind its own prompt and
     behind the student's, nats per token."""
     found = []
@@ -188,7 +249,7 @@ def _privileged_note(teacher: Model, support: int, rendered: list[data.Rendered]
             prompt, text = getattr(r, ids), tuple(teacher.tokenizer(r.prompt.privileged, add_special_tokens=False).input_ids)
             text = text[: max(1, (teacher.positions or len(prompt) + len(text)) - len(prompt))]
             reads.append(Rollout(i, 0, prompt, prompt, text, text, False))
-        facts = scoring.token_statistics(Terms("reverse-kl", dtype=where.head_dtype), teacher, teacher, support, reads, where, 1)
+        facts = scoring.token_statistics(Terms("reverse-kl", dtype=where.head_dtype), teacher, teacher, None, reads, where, 1)
         values = [v for row in facts.values() for v in row["teacher_logp"].values()]
         found.append(sum(values) / len(values))
     if found[0] <= found[1]:

@@ -1,12 +1,13 @@
 """Where is the signal? Before anything is trained: divergence by position, what a teacher's prefix does for the student, what the
 student's does to the teacher, and from these a prefix length."""
 
+import dataclasses
 import math
 from pathlib import Path
 
 from . import answers, evaluate
 from .flops import Ledger
-from .models import decoder
+from .models import Model, decoder
 from .preflight import Run
 from .rollout import Request, Rollout, generate
 from .runtime import Clock
@@ -36,12 +37,15 @@ def probe(run: Run, say=lambda text: None) -> dict:
     prompts, cap = run.train_prompts, run.config.rollout.max_new_tokens
     ledger, clock = Ledger(), Clock(run.place.device)
     student, teacher = decoder(run.student, run.place.dtype), decoder(run.teacher, run.place.dtype)
-    sides = {"student": (student, run.student_shape, "student_ids"), "teacher": (teacher, run.teacher_shape, "teacher_ids")}
+    other = run.text_sampler  # the teacher's ids, where it has its own
+    samplers = run.eval_sampler, dataclasses.replace(run.eval_sampler, eos=other.eos, support=other.support, pad=other.pad)
+    sides = {"student": (student, run.student_shape, "student_ids", samplers[0]),
+             "teacher": (teacher, run.teacher_shape, "teacher_ids", samplers[1])}
 
     def write(side: str, given: list[tuple[int, ...]], key) -> list[tuple[tuple[int, ...], bool]]:
         """Full answers that ``side`` goes on to from the given starts; sharded over ranks."""
-        model, shape, ids = sides[side]
-        open_ends = [i for i, start in enumerate(given) if len(start) < cap and not run.eval_sampler.eos.intersection(start)]
+        model, shape, ids, sampler = sides[side]
+        open_ends = [i for i, start in enumerate(given) if len(start) < cap and not sampler.eos.intersection(start)]
         mine = open_ends[run.place.rank :: run.place.world]
         drawn: dict[int, tuple] = {}
         by_room: dict[int, list[int]] = {}
@@ -49,33 +53,37 @@ def probe(run: Run, say=lambda text: None) -> dict:
             by_room.setdefault(cap - len(given[i]), []).append(i)
         for room, rows in by_room.items():
             requests = [Request(getattr(prompts[i], ids) + given[i], ("probe", side, key, i)) for i in rows]
-            responses = generate(model, requests, room, run.eval_sampler,
+            responses = generate(model, requests, room, sampler,
                                  lambda reads: ledger.generation(shape, reads, f"{side}_prefill", f"{side}_decode"))
             drawn |= {i: (given[i] + r.ids, r.finished) for i, r in zip(rows, responses)}
         merged = {i: row for part in run.place.gather(drawn) for i, row in part.items()}
-        return [merged.get(i, (start, bool(run.eval_sampler.eos.intersection(start)))) for i, start in enumerate(given)]
+        return [merged.get(i, (start, bool(sampler.eos.intersection(start)))) for i, start in enumerate(given)]
 
     nothing = [()] * len(prompts)
     with clock.phase("probe"):
         say(f"{len(prompts)} prompts: both models answer in full")
         own, expert = write("student", nothing, 0), write("teacher", nothing, 0)
-        length = sum(len(ids) for ids, _ in expert) / len(expert)
+        expert_ids = [ids if run.alignment is None else run.alignment.to_student(ids, done) for ids, done in expert]
+        length = sum(map(len, expert_ids)) / len(expert)
         own_length = sum(len(ids) for ids, _ in own) / len(own)
         tried = sorted({max(1, round(share * length)) for share in SHARES})
         rollouts = [Rollout(i, 0, p.student_ids, p.teacher_ids, ids, ids, finished)
                     for i, (p, (ids, finished)) in enumerate(zip(prompts, own))]
+        rollouts = run.aligned(rollouts)
         facts = _facts(run, rollouts, ledger)
         graded = all(p.prompt.answer is not None for p in prompts)
-        lifted, decayed = [_graded(run, own, 0)], [_graded(run, expert, 0)]
+        lifted, decayed = [_graded(run, own, 0, run.student)], [_graded(run, expert, 0, run.teacher)]
         for n in tried if graded else ():
             say(f"the teacher writes {n} tokens, the student goes on; and the other way round")
-            lifted.append(_graded(run, write("student", [ids[:n] for ids, _ in expert], n), n))
-            decayed.append(_graded(run, write("teacher", [ids[:n] for ids, _ in own], n), n))
+            lifted.append(_graded(run, write("student", [ids[:n] for ids in expert_ids], n), n, run.student))
+            starts = [(ids[:n], done and len(ids) <= n) for ids, done in own]
+            starts = [ids if run.alignment is None else run.alignment.align(ids, done)[0] for ids, done in starts]
+            decayed.append(_graded(run, write("teacher", starts, n), n, run.teacher))
     merged = Ledger()
     for part in run.place.gather(ledger):
         merged.merge(part)
     kl = [row["divergence"] for row in facts]
-    held = {n: math.fsum(math.fsum(row[:n]) for row in kl) / max(1e-12, math.fsum(map(math.fsum, kl))) for n in tried}
+    held = {n: math.fsum(evaluate.known([row[:n] for row in kl])) / max(1e-12, math.fsum(evaluate.known(kl))) for n in tried}
     recommended, reason = recommend(lifted if graded else None, decayed[0], held, length)
     cost = lambda tokens: run.update_cost(prompts, tokens)
     chosen = length if not isinstance(recommended, int) else recommended
@@ -86,7 +94,7 @@ def probe(run: Run, say=lambda text: None) -> dict:
         "student_tokens": own_length, "teacher_tokens": length, "kl": evaluate.token_mean(kl),
         "kl_share": {f"first_{round(100 * share)}_percent": _share(kl, share) for share in (0.1, 0.25, 0.5)},
         "kl_share_by_tokens": {str(n): share for n, share in held.items()}, "by_position": _bins(facts),
-        "quadrants": quadrants(*([v for row in facts for v in row[name]] for name in ("entropy", "divergence"))),
+        "quadrants": quadrants(*(evaluate.known([row[name] for row in facts]) for name in ("entropy", "divergence"))),
         "teacher_prefix_curve": [_public(row) for row in lifted], "teacher_decay_curve": [_public(row) for row in decayed],
         "flops": merged.summary(), "seconds": clock.seconds["probe"],
     }
@@ -123,16 +131,16 @@ def recommend(lifted: list[dict] | None, teacher: dict, held: dict[int, float], 
 
 
 def _facts(run: Run, rollouts: list[Rollout], ledger: Ledger) -> list[dict]:
-    return evaluate.held_out_facts(run.student, run.teacher, run.support, rollouts, run.place, run.config.train.micro_batch_size,
+    return evaluate.held_out_facts(run.student, run.teacher, run.shared, rollouts, run.place, run.config.train.micro_batch_size,
                                    run.counts_both(ledger, "scoring"))
 
 
-def _graded(run: Run, written: list[tuple], tokens: int) -> dict | None:
-    """Accuracy with its interval, the number of given tokens, and right or wrong per prompt; None without references."""
+def _graded(run: Run, written: list[tuple], tokens: int, model: Model) -> dict | None:
+    """Accuracy of texts in ``model``'s tokens with its interval, the number of given tokens, and right or wrong per prompt; None without references."""
     golds = [p.prompt.answer for p in run.train_prompts]
     if None in golds:
         return None
-    texts = [run.student.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in written]
+    texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in written]
     right = [float(answers.correct(text, gold, run.answer_format)) for text, gold in zip(texts, golds)]
     return {"tokens": tokens, **evaluate.interval(right), "finish_rate": sum(f for _, f in written) / len(written), "right": right}
 
@@ -141,10 +149,10 @@ def _public(row: dict | None) -> dict | None:
     return row and {k: v for k, v in row.items() if k != "right"}
 
 
-def _share(values: list[list[float]], share: float) -> float:
+def _share(values: list[list[float | None]], share: float) -> float:
     """Share of all KL that lies in the first ``share`` of every rollout."""
-    first = math.fsum(math.fsum(row[: math.ceil(share * len(row))]) for row in values)
-    return first / max(1e-12, math.fsum(map(math.fsum, values)))
+    first = math.fsum(evaluate.known([row[: math.ceil(share * len(row))] for row in values]))
+    return first / max(1e-12, math.fsum(evaluate.known(values)))
 
 
 def _bins(facts: list[dict]) -> list[dict]:
@@ -153,10 +161,10 @@ def _bins(facts: list[dict]) -> list[dict]:
     size = max(1, math.ceil(longest / BINS))
     found = []
     for start in range(0, longest, size):
-        kl = [v for row in facts for v in row["divergence"][start : start + size]]
-        entropy = [v for row in facts for v in row["entropy"][start : start + size]]
-        found.append({"from": start, "to": start + size, "tokens": len(kl), "kl": math.fsum(kl) / len(kl),
-                      "entropy": math.fsum(entropy) / len(entropy)})
+        kl, entropy = (evaluate.known([row[name][start : start + size] for row in facts]) for name in ("divergence", "entropy"))
+        if kl:
+            found.append({"from": start, "to": start + size, "tokens": len(kl), "kl": math.fsum(kl) / len(kl),
+                          "entropy": math.fsum(entropy) / len(entropy)})
     return found
 
 

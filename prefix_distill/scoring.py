@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from . import simct
 from .divergence import Terms, statistics
 from .flops import linear_tokens
 from .models import Model
@@ -19,7 +20,7 @@ def sequences(rollouts: list[Rollout], teacher: bool = False) -> tuple[list[tupl
     The last taught token is not read, nor what follows: nothing that is taught is predicted from it.
     """
     return ([r.teacher_prompt if teacher else r.student_prompt for r in rollouts],
-            [(r.teacher_ids if teacher else r.ids)[: r.extent - 1] for r in rollouts])
+            [(r.teacher_ids if teacher else r.ids)[: r.extent(teacher) - 1] for r in rollouts])
 
 
 def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) -> torch.Tensor:
@@ -36,7 +37,7 @@ def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) ->
         hidden_BTD, first = model.trunk(to_device(ids_BT, model.device)), [len(p) - 1 for p in prompts]
     taught_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.bool)
     for row, start, rollout in zip(taught_BT, first, rollouts):
-        row[start + torch.tensor(rollout.taught)] = True
+        row[start + torch.tensor(rollout.rows(teacher), dtype=torch.long)] = True
     return hidden_BTD[to_device(taught_BT, model.device)]
 
 
@@ -98,13 +99,21 @@ def check_sharing(model: Model) -> str | None:
     return None if gap <= allowed else f"hidden states behind a shared prompt differ by {gap:.1g} of their norm"
 
 
+def head_rows(model: Model, rollouts: list[Rollout], shared: simct.Support | None, teacher: bool, whole: bool = False) -> float:
+    """Rows that the model's head projects once for the loss on ``rollouts``, in rows of its whole vocabulary (what the ledger
+    counts); ``whole``: for statistics."""
+    if shared is None:
+        return sum(len(r.taught) for r in rollouts)
+    return simct.head_rows(rollouts, len(shared.teacher if teacher else shared.student), model.support, teacher, whole)
+
+
 def reads(rollouts: list[Rollout], shared: bool, teacher: bool = False) -> list[tuple[int, list[int]]]:
     """(prompt length, lengths of the responses behind it, up to the last taught token) for every prompt that is read, in
     tokens: each distinct one once when ``shared``, else one per rollout. What the ledger counts."""
     behind: dict = {}
     for i, r in enumerate(rollouts):
         prompt = r.teacher_prompt if teacher else r.student_prompt
-        behind.setdefault(prompt if shared else (i, prompt), (len(prompt), []))[1].append(r.extent)
+        behind.setdefault(prompt if shared else (i, prompt), (len(prompt), []))[1].append(r.extent(teacher))
     return list(behind.values())
 
 
@@ -114,8 +123,8 @@ def micro_batches(rollouts: list[Rollout], size: int, shared: bool) -> list[list
     Two orders are tried, and the one that runs fewer tokens is taken: the samples of a prompt together (worth it when it
     is read once for them, ``shared``), or all rollouts by length. Nothing here depends on more than the rollouts.
     """
-    by_prompt = sorted(rollouts, key=lambda r: (-len(r.student_prompt), r.prompt, -r.extent, r.sample))
-    by_length = sorted(rollouts, key=lambda r: (-len(r.student_prompt) - r.extent, r.prompt, r.sample))
+    by_prompt = sorted(rollouts, key=lambda r: (-len(r.student_prompt), r.prompt, -r.extent(), r.sample))
+    by_length = sorted(rollouts, key=lambda r: (-len(r.student_prompt) - r.extent(), r.prompt, r.sample))
     plans = [_split(order, size, shared) for order in (by_prompt, by_length)]
     return min(plans, key=lambda groups: sum(linear_tokens(reads(group, shared))[1] for group in groups))
 
@@ -143,12 +152,15 @@ class Reading:
 
     def only(self, kept: list[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of the tokens that are still taught; ``kept``: the same rollouts in the same order."""
-        rows, start = [], 0
-        for before, after in zip(self.rollouts, kept):
-            place = {t: start + i for i, t in enumerate(before.taught)}
-            rows += [place[t] for t in after.taught]
-            start += len(before.taught)
-        return tuple(x[to_device(torch.tensor(rows), x.device)] for x in (self.student_ND, self.teacher_NE))
+        found = []
+        for teacher, hidden in ((False, self.student_ND), (True, self.teacher_NE)):
+            rows, start = [], 0
+            for before, after in zip(self.rollouts, kept):
+                place = {t: start + i for i, t in enumerate(before.rows(teacher))}
+                rows += [place[t] for t in after.rows(teacher)]
+                start += len(place)
+            found.append(hidden[to_device(torch.tensor(rows, dtype=torch.long), hidden.device)])
+        return tuple(found)
 
 
 def positions(rollouts: list[Rollout], facts: dict[str, torch.Tensor]) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
@@ -158,19 +170,26 @@ def positions(rollouts: list[Rollout], facts: dict[str, torch.Tensor]) -> dict[t
             for i, r in enumerate(rollouts)}
 
 
+def row_statistics(terms: Terms, student: Model, student_ND: torch.Tensor, teacher: Model, teacher_NE: torch.Tensor,
+                   shared: simct.Support | None, rollouts: list[Rollout], forward: bool) -> dict[str, torch.Tensor]:
+    """``divergence.statistics`` of hidden rows that were read; across tokenizers (``shared``) ``simct.statistics``, per unit."""
+    if shared is None:
+        return statistics(terms, student_ND, student.head(), teacher_NE, teacher.head(), tokens(rollouts), forward)
+    return simct.statistics(terms, shared, simct.units(rollouts), student_ND, student.head(), teacher_NE, teacher.head(), forward)
+
+
 @torch.no_grad()
-def token_statistics(terms: Terms, student: Model, teacher: Model, support: int, rollouts: list[Rollout], place: Place,
+def token_statistics(terms: Terms, student: Model, teacher: Model, shared: simct.Support | None, rollouts: list[Rollout], place: Place,
                      rows: int, spent=None, forward: bool = False) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
-    """``divergence.statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) → name → position →
-    number, for the taught tokens. ``spent(group)`` is told what both models read."""
+    """``row_statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) → name → position → number, for
+    the taught tokens (units). ``spent(group)`` is told what both models read."""
     found = {}
     for group in micro_batches(rollouts, rows, student.reads_once):
         with place.autocast(student.device):
             ours = hidden_rows(student, group)
         with place.autocast(teacher.device):
             theirs = hidden_rows(teacher, group, teacher=True)
-        facts = statistics(terms, ours, student.head(support), theirs, teacher.head(support), tokens(group), forward)
-        found |= positions(group, facts)
+        found |= positions(group, row_statistics(terms, student, ours, teacher, theirs, shared, group, forward))
         if spent is not None:
             spent(group)
     return found

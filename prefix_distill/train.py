@@ -7,10 +7,11 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from . import data, extrapolation, off_policy, scoring
+from . import data, extrapolation, off_policy, scoring, simct
+from .alignment import census, shares
 from .checkpoint import RunFolder
 from .display import flops_text
-from .divergence import Terms, statistics, weighted
+from .divergence import Terms, weighted
 from .errors import Stopped
 from .flops import Ledger
 from .models import Model, average, decoder, refresh, save
@@ -40,8 +41,10 @@ class StudentLoss(torch.nn.Module):
         if student_ND is None:
             with run.place.autocast(run.place.device):
                 student_ND = scoring.hidden_rows(run.student, rollouts)
-        return weighted(_terms(run, rollouts), student_ND, run.student.head(run.support), teacher_NE,
-                        run.teacher.head(run.support), weight_N.to(student_ND.device), scoring.tokens(rollouts), drawn)
+        terms, heads = _terms(run, rollouts), (run.student.head(), run.teacher.head())
+        if rollouts[0].units is not None and terms.taught_by == "teacher":
+            return simct.weighted(terms, run.shared, simct.units(rollouts), student_ND, heads[0], teacher_NE, heads[1], weight_N)
+        return weighted(terms, student_ND, heads[0], teacher_NE, heads[1], weight_N.to(student_ND.device), scoring.tokens(rollouts), drawn)
 
 
 def _terms(run: Run, rollouts: list[Rollout]) -> Terms:
@@ -161,12 +164,12 @@ def sample(run: Run, decoding: Model, prompts: list[data.Rendered], step: int, p
         decoding, [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in own], prefix, run.sampler,
         lambda reads: ledger.generation(run.student_shape, reads), clock,
     ) if own else []
-    drawn = {
-        (slot, s): Rollout(slot, s, prompts[slot].student_ids, prompts[slot].teacher_ids, r.ids, r.ids, r.finished,
-                           sampler_logp=r.logp)
-        for (slot, s), r in zip(own, responses)
-    }
-    return [drawn.get((slot, s)) or off_policy.rollout(slot, s, prompts[slot], texts[prompts[slot].prompt.index, s], prefix)
+    drawn = [Rollout(slot, s, prompts[slot].student_ids, prompts[slot].teacher_ids, r.ids, r.ids, r.finished, sampler_logp=r.logp)
+             for (slot, s), r in zip(own, responses)]
+    with clock.phase("alignment") if run.alignment is not None else contextlib.nullcontext():
+        found = {(r.prompt, r.sample): r for r in run.aligned(drawn)}
+        return [found.get((slot, s)) or off_policy.rollout(
+            slot, s, prompts[slot], texts[prompts[slot].prompt.index, s], prefix, run.alignment, run.text_terms.taught_by == "teacher")
             for slot, s in places]
 
 
@@ -189,7 +192,7 @@ def select(run: Run, rollouts: list[Rollout], step: int, ledger: Ledger, clock: 
     if selection is not None and selection.ranks:
         parts = run.place.gather([[facts[r.prompt, r.sample][name][t] for r in rollouts for t in r.taught]
                                   for name in ("entropy", "divergence")])
-        at = scale(*([v for part in parts for v in part[i]] for i in (0, 1)))
+        at = scale(*([v for part in parts for v in part[i]] for i in (0, 1))) if any(part[0] for part in parts) else None
     return choose(selection, rollouts, key, facts, at), reading
 
 
@@ -200,7 +203,7 @@ def _token_facts(run: Run, rollouts: list[Rollout], ledger: Ledger, clock: Clock
     forward = run.selection is not None and run.selection.kind == "overconfident"
     if max(run.place.gather(len(groups) if _terms(run, rollouts).taught_by == "teacher" else 2)) > 1:
         with clock.phase("selection"):
-            return scoring.token_statistics(terms, run.student, run.teacher, run.support, rollouts, run.place,
+            return scoring.token_statistics(terms, run.student, run.teacher, run.shared, rollouts, run.place,
                                             run.config.train.micro_batch_size, run.counts_both(ledger, "selection"), forward), None
     [group] = groups
     with clock.phase("student_update"), run.place.autocast(run.place.device):
@@ -208,10 +211,9 @@ def _token_facts(run: Run, rollouts: list[Rollout], ledger: Ledger, clock: Clock
     with clock.phase("teacher_score"), torch.no_grad(), run.place.autocast(run.place.teacher_device):
         teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
     with clock.phase("selection"):
-        facts = statistics(terms, student_ND.detach(), run.student.head(run.support), teacher_NE, run.teacher.head(run.support),
-                           scoring.tokens(group), forward)
-    for shape in (run.student_shape, run.teacher_shape):
-        ledger.add("selection", *[shape.output(len(student_ND))] * 2)
+        facts = scoring.row_statistics(terms, run.student, student_ND.detach(), run.teacher, teacher_NE, run.shared, group, forward)
+    for model, shape, teacher in ((run.student, run.student_shape, False), (run.teacher, run.teacher_shape, True)):
+        ledger.add("selection", *[shape.output(scoring.head_rows(model, group, run.shared, teacher, whole=True))] * 2)
     return scoring.positions(group, facts), scoring.Reading(group, student_ND, teacher_NE)
 
 
@@ -269,13 +271,17 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
                 teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
         if teacher_NE is not None:
             ledger.forward("teacher_score", run.teacher_shape, scoring.reads(read, run.teacher.reads_once, teacher=True),
-                           idle=idle, taught=sum(lengths))
+                           idle=idle, taught=scoring.head_rows(run.teacher, group, run.shared, teacher=True))
         gradients_meet = place.world == 1 or turn == count - 1
         with clock.phase("student_update"), contextlib.nullcontext() if gradients_meet else loss_module.no_sync():
             loss, value_N, clipped_N = loss_module(group, teacher_NE, weight_N, student_ND)
             loss.backward()
+        shared = None if group[0].units is None else run.shared
         ledger.forward("student_update", run.student_shape, scoring.reads(read, once), passes=3, idle=idle,
-                       recomputed=run.student.recomputes, taught=sum(lengths))
+                       recomputed=run.student.recomputes, taught=scoring.head_rows(run.student, group, shared, teacher=False))
+        if shared is not None:  # tokens of spans are projected once more
+            again = run.student_shape.output(sum(u.size for r in group for u in r.taught_units if not u.exact))
+            ledger.add("student_update", 0.0 if idle else again, again)
         for found, column in ((values, value_N), (clipped, clipped_N)):
             if column is not None:
                 found |= {(r.prompt, r.sample): part.tolist() for r, part in zip(group, column.split(lengths))}
@@ -283,7 +289,8 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
 
 
 def _facts(run: Run, rollouts, values, clipped, weights, divisor, newest: int) -> dict:
-    """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot change them.
+    """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot change them. Stopped where no
+    token is taught.
 
     Means of the loss's values per token (None where there is none): over all taught tokens (those of the teacher's text apart
     when their loss is another one), over the first tokens, over those from position ``newest`` on; and of the clipped mass.
@@ -296,15 +303,18 @@ def _facts(run: Run, rollouts, values, clipped, weights, divisor, newest: int) -
         own = [] if text else list(zip(r.taught, value))
         parts = ([v for _, v in own], value if text else [], [v for t, v in own if t < HEAD_TOKENS], [v for t, v in own if t >= newest],
                  clipped.get((r.prompt, r.sample), []))
-        return ((r.prompt, r.sample), math.fsum(w * v for w, v in zip(weights[r.prompt, r.sample], value)), r.finished,
+        return ((r.prompt, r.sample), math.fsum(w * v for w, v in zip(weights[r.prompt, r.sample], value)), r.finished, len(r.rows()),
                 *((math.fsum(part), len(part)) for part in parts))
 
     rows = sorted(row for part in run.place.gather([sums(r) for r in rollouts]) for row in part)
     columns = list(zip(*rows))
-    mean = {name: _mean(column) for name, column in zip(("divergence", "text", "head", "newest", "clipped"), columns[3:])}
+    if not sum(columns[3]):
+        raise Stopped("no unit of text is common to both tokenizations of any rollout, so there is nothing to teach; lengthen --prefix, "
+                      "or use --cross-tokenizer simct")
+    mean = {name: _mean(column) for name, column in zip(("divergence", "text", "head", "newest", "clipped"), columns[4:])}
     finished = sum(columns[2]) / len(rows)
-    return {**mean, "loss": math.fsum(columns[1]) / divisor, "finished": finished, "filled": 1 - finished,
-            "tokens": sum(n for column in columns[3:5] for _, n in column)}
+    return {**mean, "loss": math.fsum(columns[1]) / divisor, "finished": finished, "filled": 1 - finished, "tokens": sum(columns[3]),
+            "alignment": shares(run.place.gather(census(rollouts))) if run.alignment is not None else {}}
 
 
 def _mean(column: tuple[tuple[float, int], ...]) -> float | None:
@@ -355,6 +365,7 @@ def _row(run: Run, progress: Progress, facts, prefix, rate, norm, clock, spent_b
     }
     if facts["text"] is not None:
         row["loss/teacher_text_nats"] = facts["text"]
+    row |= {f"alignment/{name}": value for name, value in facts["alignment"].items()}
     if facts["clipped"] is not None:
         row["loss/clipped_share"] = facts["clipped"]
     if found := [x for x in progress.extrapolations if x["step"] == progress.step]:

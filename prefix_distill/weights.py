@@ -61,8 +61,8 @@ def keep(window: Window | None, rollouts: list, key: tuple, statistics: dict | N
         return rollouts
     kept = []
     for r in rollouts:
-        values = statistics[r.prompt, r.sample][window.statistic] if window.statistic else None
-        kept.append(replace(r, kept=window.positions(len(r.ids), (*key, r.prompt, r.sample), values)))
+        values = [statistics[r.prompt, r.sample][window.statistic][t] for t in r.taught] if window.statistic else None
+        kept.append(replace(r, kept=tuple(r.taught[i] for i in window.positions(len(r.taught), (*key, r.prompt, r.sample), values))))
     return kept
 
 
@@ -121,7 +121,7 @@ class Selection:
     def choose(self, positions: tuple[int, ...], key: tuple, facts: dict[str, dict[int, float]] | None = None,
                at: Scale | None = None) -> tuple[int, ...]:
         """The kept ones of a rollout's ``positions``, ascending; ``facts``: statistic → position → nats."""
-        count = max(1, math.floor(self.share * len(positions) + 1e-9))
+        count = min(len(positions), max(1, math.floor(self.share * len(positions) + 1e-9)))
         rng = random.Random("/".join(map(str, ("select", self.kind, *key))))
         if not self.ranks:
             return tuple(sorted(rng.sample(positions, count)))
@@ -218,14 +218,14 @@ def parse_position_weight(text: str) -> PositionWeight | None:
 def token_weights(rollouts: list, reduction: str, position: PositionWeight | None = None) -> tuple[dict[tuple[int, int], list[float]], float]:
     """(prompt, sample) → undivided weight of each taught token, and this rank's share of the divisor.
 
-    With m taught tokens in a rollout: ``token``: weight 1, divisor Σ m; ``sequence``: weight 1/m, divisor the number of
+    With m taught tokens in a rollout (``Rollout.counted``): ``token``: weight 1, divisor Σ m; ``sequence``: weight 1/m, divisor the number of
     rollouts; ``sum``: weight 1, divisor the number of rollouts (the gradient grows with the prefix); each times the
     ``position`` weight in the whole rollout, if any. The update divides by the sum of shares over all ranks, so neither
     micro-batches nor ranks change it.
     """
     weights = {}
     for r in rollouts:
-        each = 1 / len(r.taught) if reduction == "sequence" else 1.0
+        each = 1 / r.counted if reduction == "sequence" and r.taught else 1.0
         weights[r.prompt, r.sample] = [each if position is None else each * position.at(t, len(r.ids)) for t in r.taught]
-    share = sum(len(r.taught) for r in rollouts) if reduction == "token" else len(rollouts)
+    share = sum(r.counted for r in rollouts) if reduction == "token" else len(rollouts)
     return weights, float(share)

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 
 from conftest import byte_tokenizer, command, invoke, last_json, save_tiny, tiny_net
 
@@ -13,10 +14,13 @@ from conftest import byte_tokenizer, command, invoke, last_json, save_tiny, tiny
 def broken(tmp_path_factory, pair):
     """Faulty models and data sets, by name."""
     root = tmp_path_factory.mktemp("broken")
-    other = save_tiny(root / "other", seed=3)
+    other = save_tiny(root / "other", seed=3, vocabulary=261)
     tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    tokenizer.add_tokens(["42"])
     tokenizer.save_pretrained(other)
+    tokenizer.save_pretrained(save_tiny(root / "few-rows", seed=3))
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    tokenizer.save_pretrained(save_tiny(root / "lower-case", seed=3, vocabulary=261))
     no_eos = root / "no-eos"
     save_tiny(no_eos)
     for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
@@ -48,7 +52,14 @@ BAD = {
     "prefix 0": (["--prefix", "0"], "prefix length 0: --prefix must be at least 1 token"),
     "prefix grammar": (["--prefix", "lots"], "prefix 'lots'"),
     "prefix beyond positions": (["--prefix", "500"], "256 positions"),
-    "different tokenizers": (["--teacher", "{root}/other"], "tokenizers differ on 1 ids"),
+    "different tokenizers": (["--teacher", "{root}/other", "--cross-tokenizer", "off"], "tokenizers differ on 1 ids"),
+    "unknown cross-tokenizer": (["--cross-tokenizer", "gold"], "must be one of strict, simct, simct-released, off"),
+    "lower-case teacher": (["--teacher", "{root}/lower-case"], "its tokenizer makes another text of 'Two words, 2 Words.'"),
+    "head too small": (["--teacher", "{root}/few-rows"], "ids up to 260, but its head has only 260 rows"),
+    "sampled across tokenizers": (["--teacher", "{root}/other", "--estimator", "sampled"], "units are compared on all shared tokens"),
+    "clip across tokenizers": (["--teacher", "{root}/other", "--clip", "1", "--divergence", "forward-kl"], "the clip is of one vocabulary"),
+    "teacher's eos across tokenizers": (["--teacher", "{root}/other", "--eos", "teacher"], "its ids are not the student's"),
+    "ranked text across tokenizers": (["--teacher", "{root}/other", "--off-policy", "sft", "--select", "soft-or"], "text without units"),
     "no EOS": (["--student", "{root}/no-eos"], "end-of-sequence"),
     "NaN weights": (["--student", "{root}/nan"], "model.layers.1.mlp.up_proj.weight holds NaN"),
     "out in use": (["--out", "{root}/full"], "not empty"),

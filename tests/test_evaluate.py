@@ -62,7 +62,7 @@ def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
     rendered = [Row(tuple(range(5, 8 + 4 * i))) for i in range(4)]
     fixed = evaluate.fixed_rollouts(models[0], rendered, Sampler(frozenset({257}), 256, 260, 3), 9, PLACE)
     assert [r.prompt for r in fixed] == [0, 1, 2, 3]
-    found = [facts["divergence"] for facts in evaluate.held_out_facts(*models, 260, fixed, PLACE, rows=3)]
+    found = [facts["divergence"] for facts in evaluate.held_out_facts(*models, None, fixed, PLACE, rows=3)]
     for rollout, values in zip(fixed, found):
         ids = torch.tensor([rollout.student_prompt + rollout.ids])
         with torch.no_grad():

@@ -32,7 +32,7 @@ student, teacher = (Model("m", tiny_net("llama", seed, vocabulary=vocabulary, wi
 student.net.requires_grad_(True)
 cpu = torch.device("cpu")
 run = SimpleNamespace(student=student, teacher=teacher, place=Place(cpu, cpu, torch.float32, torch.float32, 0, 1, ()),
-                      support=vocabulary, terms=Terms("reverse-kl", memory_bytes=chunk << 20),
+                      shared=None, alignment=None, terms=Terms("reverse-kl", memory_bytes=chunk << 20),
                       config=build({{"train.micro_batch_size": 4}}), student_shape=shape(student), teacher_shape=shape(teacher))
 
 def step(prompts, samples):

@@ -40,7 +40,7 @@ def test_loss_gradient_and_new_weight_by_hand():
     teacher = Model("t", Bigram([[math.log(2), 0.0, 0.0], [0.0, math.log(4), 0.0], [9.0, -9.0, 3.0]]), None, None, frozenset())
     place = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
     run = SimpleNamespace(
-        student=student, teacher=teacher, place=place, support=3, terms=(terms := Terms("reverse-kl")), text_terms=terms, config=build({"schedule.lr": 0.1}),
+        student=student, teacher=teacher, place=place, shared=None, alignment=None, terms=(terms := Terms("reverse-kl")), text_terms=terms, config=build({"schedule.lr": 0.1}),
         student_shape=Shape(0, 9, ()), teacher_shape=Shape(0, 9, ()),
     )
     rollouts = [Rollout(0, 0, (0,), (0,), (1, 2), (1, 2), False)]  # reads 0, 1; token 2 is predicted and never read

@@ -115,7 +115,7 @@ def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
 def test_statistics_of_one_rollout_do_not_depend_on_the_batch(pair, questions):
     run = prepared(pair, questions)
     rollouts = train.sample(run, run.student, data.batch(run.train_prompts, 0, 5, 0), 0, 20, Ledger(), Clock(run.place.device))
-    both = [scoring.token_statistics(Terms("reverse-kl"), run.student, run.teacher, run.support, rollouts, run.place, rows)
+    both = [scoring.token_statistics(Terms("reverse-kl"), run.student, run.teacher, run.shared, rollouts, run.place, rows)
             for rows in (1, 10)]
     for key in both[0]:
         for name in both[0][key]:

