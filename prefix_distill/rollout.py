@@ -267,7 +267,8 @@ def _call(model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock 
             kept = torch.tensor(going, device=net.device)
             ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
             cache.batch_select_indices(kept)
-            race.keep(going)
+            if race is not None:
+                race.keep(going)
     if clock is not None:
         clock.add("student_prefill", split.prefilled - start)
         clock.add("student_decode", clock.now() - split.prefilled)

@@ -68,6 +68,17 @@ def test_frequencies_are_the_softmax():
     assert ((counts - expected) ** 2 / expected).sum() < 16.3
 
 
+def test_greedy_rows_leave_the_batch_when_they_have_ended(model):
+    """Temperature 0 draws nothing, so there is no noise to keep for those that go on."""
+    greedy = sampler(temperature=0.0, eos=frozenset({-1}))
+    free = generate(model, requests(), 70, greedy)
+    early = next(t for t in free[0].ids[:30] if any(t not in r.ids for r in free[1:]))
+    heard = generate(model, requests(), 70, sampler(temperature=0.0, eos=frozenset({early})))
+    assert len({len(r.ids) > 32 for r in heard}) == 2  # some end in the first stretch, some go on
+    for r, f in zip(heard, free):
+        assert r.ids == f.ids[: len(r.ids)]
+
+
 def test_temperature_and_nucleus_shape_the_draw():
     logits = torch.tensor([[2.0, 1.9, -3.0, -4.0]])
     for change, allowed in (({"top_k": 1}, {0}), ({"top_p": 0.6}, {0, 1}), ({"temperature": 0.0}, {0}), ({"support": 2}, {0, 1})):
