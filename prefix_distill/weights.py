@@ -128,10 +128,8 @@ class Selection:
         scores = {}
         for t in positions:
             entropy, divergence = at.scaled(facts["entropy"][t], facts["divergence"][t])
-            scores[t] = {
-                "soft-or": entropy + divergence - entropy * divergence, "entropy": entropy, "divergence": divergence,
-                "bottom": -(entropy + divergence - entropy * divergence),
-            }.get(self.kind, 0.0)
+            union = 1 - (1 - entropy) * (1 - divergence)  # ĥ + δ̂ − ĥ·δ̂, exactly 1 where ĥ is: a tie is a tie
+            scores[t] = {"soft-or": union, "entropy": entropy, "divergence": divergence, "bottom": -union}.get(self.kind, 0.0)
             if self.kind == "overconfident":
                 scores[t] = facts["forward_kl"][t] * (1 - entropy)
             if self.kind == "entropy-sample":  # the largest log(u)/h are a draw ∝ h without replacement

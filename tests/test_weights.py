@@ -157,6 +157,15 @@ def test_scores_where_all_are_equal_fall_to_the_earliest():
         assert Selection(kind, 0.5).choose((0, 1, 2, 3), (0,), facts, at) == (0, 1)
 
 
+@given(strategies.lists(strategies.floats(0, 1), min_size=2, max_size=12))
+def test_all_clipped_entropies_score_the_same_and_the_earliest_goes_first(divergences):
+    """ĥ = 1 makes soft-or 1, whatever the divergence: no rounding may rank them."""
+    tokens = tuple(range(len(divergences)))
+    facts = {"entropy": dict.fromkeys(tokens, 2.0), "divergence": dict(enumerate(divergences))}
+    at = scale([0.0, *[1.5] * 3], [0.0, 1.0])
+    assert Selection("soft-or", 0.5).choose(tokens, (0,), facts, at) == tokens[: max(1, len(tokens) // 2)]
+
+
 @given(strategies.lists(strategies.floats(0, 9), min_size=1, max_size=40), strategies.floats(0, 1))
 def test_quantile_is_torchs(values, share):
     expected = torch.quantile(torch.tensor(values, dtype=torch.float64), share).item()
