@@ -153,7 +153,7 @@ def sample(run: Run, decoding: Model, prompts: list[data.Rendered], step: int, p
            clock: Clock, texts: dict | None = None) -> list[Rollout]:
     """This rank's rollouts of the update, prompt by prompt with its G samples; sampling stops at ``prefix`` or EOS.
 
-    Rollouts that --off-policy gives to the teacher come from ``texts`` ((prompt index, sample) → its text), cut at ``prefix``.
+    Across tokenizers with their units; Stopped where no rollout of any rank has one. Rollouts that --off-policy gives to the teacher come from ``texts`` ((prompt index, sample) → its text), cut at ``prefix``.
     """
     samples = run.config.rollout.samples
     slots = range(run.place.rank, len(prompts), run.place.world)
@@ -168,9 +168,13 @@ def sample(run: Run, decoding: Model, prompts: list[data.Rendered], step: int, p
              for (slot, s), r in zip(own, responses)]
     with clock.phase("alignment") if run.alignment is not None else contextlib.nullcontext():
         found = {(r.prompt, r.sample): r for r in run.aligned(drawn)}
-        return [found.get((slot, s)) or off_policy.rollout(
+        rollouts = [found.get((slot, s)) or off_policy.rollout(
             slot, s, prompts[slot], texts[prompts[slot].prompt.index, s], prefix, run.alignment, run.text_terms.taught_by == "teacher")
             for slot, s in places]
+    if run.alignment is not None and not run.place.total(sum(len(r.taught) for r in rollouts)):
+        raise Stopped(f"update {step + 1}: no unit of text is common to both tokenizations of its rollouts, so there is nothing to teach; "
+                      "lengthen --prefix")
+    return rollouts
 
 
 def select(run: Run, rollouts: list[Rollout], step: int, ledger: Ledger, clock: Clock) -> tuple[list[Rollout], scoring.Reading | None]:
@@ -289,8 +293,7 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
 
 
 def _facts(run: Run, rollouts, values, clipped, weights, divisor, newest: int) -> dict:
-    """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot change them. Stopped where no
-    token is taught.
+    """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot change them.
 
     Means of the loss's values per token (None where there is none): over all taught tokens (those of the teacher's text apart
     when their loss is another one), over the first tokens, over those from position ``newest`` on; and of the clipped mass.
@@ -308,9 +311,6 @@ def _facts(run: Run, rollouts, values, clipped, weights, divisor, newest: int) -
 
     rows = sorted(row for part in run.place.gather([sums(r) for r in rollouts]) for row in part)
     columns = list(zip(*rows))
-    if not sum(columns[3]):
-        raise Stopped("no unit of text is common to both tokenizations of any rollout, so there is nothing to teach; lengthen --prefix, "
-                      "or use --cross-tokenizer simct")
     mean = {name: _mean(column) for name, column in zip(("divergence", "text", "head", "newest", "clipped"), columns[4:])}
     finished = sum(columns[2]) / len(rows)
     return {**mean, "loss": math.fsum(columns[1]) / divisor, "finished": finished, "filled": 1 - finished, "tokens": sum(columns[3]),

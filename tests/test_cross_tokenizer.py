@@ -1,0 +1,217 @@
+"""Whole updates and runs of a pair with different tokenizers: the laboratory's, whose student merges what its teacher does not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import invoke, last_json
+from safetensors.torch import load_file
+from test_flops import counted
+from test_resume import KILLED
+from test_simct import by_the_book
+from test_train import assert_same
+
+from prefix_distill import config as configuration
+from prefix_distill import data, preflight, scoring, simct, train
+from prefix_distill.alignment import Alignment, Bytes, Shared
+from prefix_distill.divergence import Head, Terms
+from prefix_distill.flops import Ledger
+from prefix_distill.runtime import Clock
+from prefix_distill.weights import token_weights
+
+MODES = ["strict", "simct", "simct-released"]
+SMALL = ["--student", "lab:choice/student-merged", "--batch-size", "3", "--samples", "2", "--micro-batch-size", "4", "--prefix", "24",
+         "--eval-samples", "6", "--kl-prompts", "4", "--lr", "4e-4", "--warmup", "0"]
+
+
+def prepared(student="student-merged", **changes):
+    values = {"models.student": f"lab:choice/{student}", "train.batch_size": 3, "rollout.samples": 2, "train.micro_batch_size": 4,
+              "schedule.prefix": "40", "evaluate.problems": 4, "evaluate.kl_prompts": 2, "runtime.device": "cpu"}
+    return preflight.prepare(configuration.build(values | {k.replace("__", "."): v for k, v in changes.items()}))
+
+
+def gradient(run, micro=4):
+    """One update's gradient → (name → gradient, rollouts as taught, values, divisor)."""
+    run.config = configuration.replace(run.config, train={"micro_batch_size": micro})
+    run.student.net.requires_grad_(True).zero_grad()
+    clock, ledger = Clock(run.place.device), Ledger()
+    drawn = train.sample(run, run.student, data.batch(run.train_prompts, 0, 3, 0), 0, 40, Ledger(), clock)
+    rollouts, reading = train.select(run, drawn, 0, ledger, clock)
+    weights, divisor = token_weights(rollouts, "token", run.position)
+    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading)
+    return {n: p.grad.clone() for n, p in run.student.net.named_parameters()}, rollouts, values, divisor
+
+
+def rows(net, prompt, ids, head):
+    """Logits for each of the ids, in plain transformers, of the ids the head may speak about."""
+    return net(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, : head]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("chosen", [{}, {"weights__select": "soft-or", "weights__keep": 0.4, "weights__position": "moderate"},
+                                    {"weights__window": "last:7"}])
+def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
+    """Rows, shift and divisor on both sides: autograd through plain forwards, one rollout at a time; any micro-batch."""
+    run = prepared(models__cross_tokenizer=mode, **chosen)
+    got, rollouts, values, divisor = gradient(run)
+    student, teacher = run.student.net, run.teacher.net
+    assert any(not u.exact for r in rollouts for u in r.units)
+    assert (mode == "strict") == all(u.exact for r in rollouts for u in r.taught_units)
+    if not chosen:
+        assert divisor == sum(len(r.ids) for r in rollouts)
+    student.zero_grad()
+    total = 0.0
+    for r in rollouts:
+        pick = lambda z, teacher: z[r.rows(teacher)]
+        ours = pick(rows(student, r.student_prompt, r.ids, 26), False)
+        with torch.no_grad():
+            theirs = pick(rows(teacher, r.teacher_prompt, r.teacher_ids, 18), True)
+        eye = lambda n: Head(torch.eye(n))
+        found = by_the_book(Terms("reverse-kl"), run.alignment.shared, [r], ours, eye(26), theirs, eye(18), mode == "simct-released")
+        torch.testing.assert_close(torch.tensor(values[r.prompt, r.sample]), found.detach(), rtol=1e-4, atol=1e-5)
+        weight = [1.0 if run.position is None else run.position.at(t, len(r.ids)) for t in r.taught]
+        total = total + (torch.tensor(weight) * found).sum() / divisor
+    total.backward()
+    assert_same(got, {n: p.grad for n, p in student.named_parameters()}, 1e-4)
+    for micro in (1, 6):
+        assert_same(gradient(run, micro)[0], got)
+
+
+def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
+    """Canonical rollouts that end by themselves, O = all ids: every parameter's gradient to 1e-6 of the largest."""
+    run = prepared("student", schedule__prefix="full", rollout__temperature=0.0)
+    assert run.alignment is None
+    side = [Bytes(m.tokenizer, m.name) for m in (run.student, run.teacher)]
+    clock = Clock(run.place.device)
+    drawn = train.sample(run, run.student, data.batch(run.train_prompts, 0, 3, 0), 0, 192, Ledger(), clock)
+    assert all(r.finished for r in drawn)
+    found = []
+    for alignment in (None, Alignment("simct", *side, run.student.eos, 1, run.teacher.eos)):
+        rollouts = drawn
+        if alignment is not None:
+            others = tuple(i for i in range(18) if i != 1)
+            alignment.__dict__["shared"] = Shared(others, others, (1,), (1,))
+            run.alignment, run.shared = alignment, simct.support(alignment.shared, "simct", "cpu", "cpu")
+            rollouts = run.aligned(drawn)
+            assert all(r.teacher_ids == r.ids and r.taught == tuple(range(len(r.ids))) for r in rollouts)
+        run.student.net.requires_grad_(True).zero_grad()
+        weights, divisor = token_weights(rollouts, "token")
+        train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, Ledger(), clock)
+        found.append({n: p.grad.clone() for n, p in run.student.net.named_parameters()})
+    for name, plain in found[0].items():
+        assert (found[1][name] - plain).abs().max() <= 1e-6 * max(p.abs().max() for p in found[0].values()), name
+
+
+def test_prompts_are_each_models_own_and_text_is_the_same():
+    run = prepared()
+    _, rollouts, _, _ = gradient(run)
+    for r in rollouts:
+        shown = [m.tokenizer.decode(ids) for m, ids in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))]
+        assert shown[0] == shown[1]
+        last = r.units[-1]
+        texts = [m.tokenizer.decode(ids[:end], skip_special_tokens=True) for m, ids, end in (
+            (run.student, r.ids, last.start + last.size), (run.teacher, r.teacher_ids, last.teacher_start + last.teacher_size))]
+        assert texts[0] == texts[1] and texts[0]
+    assert any(r.student_prompt != r.teacher_prompt for r in rollouts)
+    # a teacher with few positions reads as far as it can
+    positions = max(len(r.teacher_prompt) for r in rollouts) + 10
+    short = Alignment("simct", run.alignment.student, run.alignment.teacher, run.student.eos, 1, run.teacher.eos, positions)
+    for r in map(short.rollout, rollouts):
+        assert len(r.teacher_prompt) + r.extent(teacher=True) <= positions and r.units
+
+
+@pytest.mark.parametrize("mode", ["strict", "simct"])
+def test_the_ledger_is_torchs_own_count(mode):
+    """Teacher's and student's heads on units, forward and backward, as executed."""
+    run = prepared(models__cross_tokenizer=mode)
+    _, rollouts, _, _ = gradient(run)
+    group = rollouts[:1]
+    student, teacher = (m.head() for m in (run.student, run.teacher))
+    hidden = torch.randn(len(group[0].rows()), 64, requires_grad=True)
+    there = torch.randn(len(group[0].rows(teacher=True)), 96)
+    of = simct.units(group)
+
+    def loss():
+        simct.weighted(run.terms, run.shared, of, hidden, student, there, teacher, torch.ones(len(of.token[0])))[0].backward()
+
+    ours, theirs = (scoring.head_rows(m, group, run.shared, side) for m, side in ((run.student, False), (run.teacher, True)))
+    again = run.student_shape.output(sum(u.size for u in group[0].taught_units if not u.exact))
+    expected = 3 * run.student_shape.output(ours) + again + run.teacher_shape.output(theirs)
+    assert counted(loss) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sft", "divergence"])
+def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
+    """sft: every token of the re-encoded text; divergence: its units, against the tokens that the teacher wrote."""
+    run = prepared(rollout__off_policy=loss, models__cross_tokenizer="simct")
+    text = run.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids + [1]
+    prompts = data.batch(run.train_prompts, 0, 3, 0)
+    texts = {(p.prompt.index, s): {"ids": text, "finished": True} for p in prompts for s in range(2)}
+    drawn = train.sample(run, run.student, prompts, 0, 40, Ledger(), Clock(run.place.device), texts)
+    encoded = (*run.student.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids, 1)
+    for r in drawn:
+        assert r.off_policy and r.ids == encoded and r.finished
+        if loss == "sft":
+            assert r.taught == tuple(range(len(encoded)))
+        else:
+            assert r.teacher_ids == tuple(text) and sum(u.size for u in r.units) == len(r.ids) and any(not u.exact for u in r.taught_units)
+    short = train.sample(run, run.student, prompts, 0, 4, Ledger(), Clock(run.place.device), texts)
+    assert all(r.ids == encoded[:4] and not r.finished for r in short)
+
+
+def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
+    """SimCT with selection and EffOPD, killed -9 before the third of four updates; coverage in the rows and in the evaluations."""
+    flags = [*SMALL, "--cross-tokenizer", "simct", "--lr-schedule", "constant", "--select", "soft-or", "--keep", "0.5", "--extrapolate", "effopd",
+             "--extrapolate-score", "heldout-kl", "--extrapolate-problems", "4", "--steps", "4", "--save-every", "2"]
+    code, out, err = invoke("run", *flags, "--out", tmp_path / "whole")
+    assert code == 0, err
+    assert "units of text are compared (--cross-tokenizer simct)" in err and "align one to one" in err
+    whole = last_json(out)
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(module="train", name="_update", at=3), "run", *flags, "--out", str(tmp_path / "parts")],
+                            capture_output=True)
+    assert killed.returncode == -9
+    code, out, err = invoke("run", "--resume", "--out", tmp_path / "parts")
+    assert code == 0 and last_json(out)["resumed_from"] == 2, err
+    read = lambda name: [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+                         for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert read("parts") == read("whole") and len(read("whole")) == 4
+    for row in read("whole"):
+        assert sum(row[f"alignment/{name}_share"] for name in ("exact", "span", "dropped")) == pytest.approx(1)
+        assert row["alignment/span_share"] > 0.02
+    one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [x["scores"] for x in last_json(out)["extrapolations"]] == [x["scores"] for x in whole["extrapolations"]]
+    found = whole["evaluations"][0]["alignment"]
+    assert 0 < found["student_mass"] < 1 and 0.9 < found["teacher_mass"] <= 1 and found["kl_spans"] > 0
+    assert "alignment" in whole["seconds"]["by_phase"]
+
+
+def test_two_ranks_are_one(tmp_path):
+    found = []
+    for ranks in (1, 2):
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+        done = subprocess.run([*start, "prefix_distill.py", "run", *SMALL, "--cross-tokenizer", "simct", "--select", "divergence", "--steps", "2",
+                               "--out", str(tmp_path / str(ranks))], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append([json.loads(line) for line in (tmp_path / str(ranks) / "metrics.jsonl").read_text().splitlines()])
+    for row, other in zip(*found, strict=True):
+        for key in row:
+            if not key.startswith(("time/", "flops/")):
+                assert other[key] == pytest.approx(row[key], rel=1e-4), key
+
+
+def test_nothing_in_common_stops_with_a_reason(tmp_path):
+    code, out, err = invoke("run", *SMALL, "--prefix", "1", "--steps", "1", "--out", tmp_path / "run")
+    assert code == 1 and out == "" and "no unit of text is common" in err and "lengthen --prefix" in err
+
+
+def test_a_probe_across_tokenizers(tmp_path):
+    """The teacher's start goes to the student as text, and the other way round."""
+    code, out, err = invoke("probe", "--student", "lab:choice/student-merged", "--problems", "12", "--out", tmp_path / "probe")
+    assert code == 0, err
+    document = last_json(out)
+    lifted, decayed = document["teacher_prefix_curve"], document["teacher_decay_curve"]
+    assert decayed[0]["value"] > 0.7 and max(row["value"] for row in lifted) > lifted[0]["value"] + 0.2
+    assert document["teacher_tokens"] < 150  # in the student's tokens
