@@ -7,14 +7,18 @@ and its β means what ours does. Needs ``pip install "torch==2.13.0" -e ".[bench
 
 import dataclasses
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import save_tiny
 from prefix_distill import config as configuration
-from prefix_distill import data, preflight, train
+from prefix_distill import data, preflight, simct, train
+from prefix_distill.alignment import Shared
+from prefix_distill.divergence import Head, Terms
 from prefix_distill.flops import Ledger
+from prefix_distill.rollout import Rollout, Unit
 from prefix_distill.runtime import Clock
 from prefix_distill.weights import token_weights
 
@@ -97,3 +101,44 @@ def test_another_beta_is_told_apart(pair_of, questions, tmp_path):
     trl_loss, trl_gradient = theirs(pair_of, rollouts, 0.7, tmp_path)
     assert abs(loss - trl_loss) > 1e-4 * trl_loss
     assert all((gradient[name] - want).abs().max() > 1e-3 * want.abs().max() for name, want in trl_gradient.items())
+
+
+def uld(strategy: str, hybrid: bool = False):
+    """GOLD's loss on "42" after one prompt token, as a function of both models' logits [tokens read, vocabulary]. The student's
+    tokens are "4", "2", the teacher's "42"; both end there."""
+    from trl.experimental.gold import GOLDConfig
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    vocabularies = {"+": 0, "</s>": 1, "4": 2, "2": 3, "x": 4}, {"+": 0, "</s>": 1, "42": 2}
+    tokenizers = [SimpleNamespace(get_vocab=lambda v=v: v) for v in vocabularies]
+    config = GOLDConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", use_uld_loss=True, uld_token_merge_strategy=strategy,
+                        uld_use_hybrid_loss=hybrid, uld_skip_student_eos=True, uld_skip_teacher_eos=True)
+    loss = ULDLoss(config, *tokenizers, device=torch.device("cpu"))
+    rows = [torch.tensor([ids]) for ids in ([0, 2, 3, 1], [0, 2, 1])]
+    labels = [torch.cat([torch.full((1, 1), -100), row[:, 1:]], 1) for row in rows]
+    offsets = torch.tensor([[[0, 0], [0, 1], [1, 2], [2, 2]]]), torch.tensor([[[0, 0], [0, 2], [2, 2]]])
+    return lambda student, teacher: loss(student[None], teacher[None], *labels, *rows, *offsets).item()
+
+
+def test_a_group_of_tokens_by_hand_ours_and_golds():
+    """The case of test_simct: after the prompt the student gives "4" 1/2, then "2" 1/8; the teacher gives "42" 1/2.
+
+    Ours: on {"+", end, span} the student scores (1/8, 1/8, sqrt(1/2 · 1/8) = 1/4) and the teacher (1/4, 1/4, 1/2): both are
+    q = (1/4, 1/4, 1/2), so 0. GOLD ("bayesian") merges the student's distributions to 1/2 · (1/8, 1/8, 1/8, 1/8, 1/2), sorts both
+    and takes the L1 distance: |1/4 − 1/2| + 2·|1/16 − 1/4| + 2·(1/16) = 3/4.
+    """
+    log = lambda *p: torch.tensor(p).log()
+    other = log(0.2, 0.2, 0.2, 0.2, 0.2)
+    student = torch.stack([log(1 / 8, 1 / 8, 1 / 2, 1 / 8, 1 / 8), log(1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 2), other, other])
+    teacher = torch.stack([log(1 / 4, 1 / 4, 1 / 2), log(1 / 3, 1 / 3, 1 / 3), log(1 / 3, 1 / 3, 1 / 3)])
+    assert uld("bayesian")(student, teacher) == pytest.approx(3 / 4, abs=1e-6)
+    r = Rollout(0, 0, (0,), (0,), (2, 3, 1), (2, 1), True, units=(Unit(0, 2, 0, 1),), spans=True)
+    shared = simct.support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
+    _, values, _ = simct.weighted(Terms("reverse-kl"), shared, simct.units([r]), student[:2], Head(torch.eye(5)), teacher[:1],
+                                  Head(torch.eye(3)), torch.ones(1))
+    assert values.item() == pytest.approx(0, abs=1e-6)
+
+    # GOLD's default strategy reads logits one position late: what predicts the first token has no say at all
+    late, changed = uld("observed"), teacher.clone()
+    changed[0] = log(0.98, 0.01, 0.01)
+    assert late(student, teacher) == late(student, changed) and uld("bayesian")(student, teacher) != uld("bayesian")(student, changed)
