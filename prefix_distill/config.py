@@ -77,7 +77,8 @@ class Sampling:
     top_k: int = option(0, "--top-k", "Most likely tokens kept when sampling (0 keeps all).")
     max_new_tokens: int | None = option(None, "--max-new-tokens", "Longest full response (tokens).",
                                         "the embedded task's, else what the models' positions allow, at most 2048")
-    eos: str = option("union", "--eos", "Whose end-of-sequence ids stop a rollout: student, teacher or union.")
+    eos: str = option("union", "--eos", "Whose end-of-sequence ids stop a rollout: student, teacher or union (of "
+                      "different tokenizers: the student's).")
     begin: str | None = option(None, "--begin", "Text forced at the start of every response, not taught (a think tag).")
     off_policy: str = option("none", "--off-policy", "Rollouts the teacher writes in the student's place: none, sft "
                              "(cross-entropy on them) or divergence (--divergence on them); :0.5 for that share of them.")

@@ -6,7 +6,7 @@ import math
 from . import data, evaluate, scoring
 from .alignment import census, shares
 from .checkpoint import RunFolder
-from .errors import UserError
+from .errors import Stopped
 from .flops import Ledger
 from .models import Model, save
 from .preflight import Run
@@ -14,6 +14,7 @@ from .rollout import Rollout, Unit
 from .runtime import Clock, seed_of
 from .weights import quadrants
 
+SHARED_MASS = 0.95  # mean probability on the shared tokens, across tokenizers, below which a loss on them misses too much
 FIRST_TOKEN = 0.01  # mean probability of the student's first tokens under the teacher below which prompts may not match
 
 
@@ -55,8 +56,8 @@ class Monitor:
         with self.clock.phase("evaluation"):
             drawn = self._full_rollouts(self.run.kl_prompts, _spent_on(self.run, ledger, "evaluation"))
         self.fixed = [dataclasses.replace(r, spans=True) for r in self.run.aligned(drawn)]
-        if not any(r.taught for r in self.fixed):
-            raise UserError("no unit of the student's answers to held-out prompts is common to both tokenizations; choose another pair")
+        if not any(u.exact for r in self.fixed[: self.run.config.evaluate.tail_prompts] for u in r.taught_units):
+            raise Stopped("no token of the student's answers to held-out prompts has a counterpart in the teacher's tokenization; choose another pair")
         merge(self.run, self.progress, ledger)
         found = self._measure(self.fixed)
         first = found["teacher_first_token"]
@@ -64,11 +65,21 @@ class Monitor:
             f"the teacher gives the first tokens of the student's answers a mean probability of {first:.2g}"
             + ("; do both prompts ask for the same form of answer (--template, --student-thinking, --teacher-thinking, --begin)?"
                if first < FIRST_TOKEN else ""))
+        if self.run.alignment is not None:
+            self._say_coverage(found["alignment"])
         records = found.pop("records")
         self.before = {**found, "rollouts": [dataclasses.asdict(r) for r in self.fixed]}
         if self.run.place.first:
             self.folder.write_json("before.json", self.before)
             self.folder.write_rows("examples-before.jsonl", records)
+
+    def _say_coverage(self, found: dict) -> None:
+        self.report.note(f"of the tokens of the student's own answers {found['exact_share']:.1%} align one to one, {found['span_share']:.1%} in spans, "
+                         f"{found['dropped_share']:.1%} not at all")
+        if min(found["student_mass"], found["teacher_mass"]) < SHARED_MASS:
+            self.report.warn(f"of the student's probability {found['student_mass']:.1%} is on tokens that the teacher has, too, and of the teacher's "
+                             f"{found['teacher_mass']:.1%} on the student's: choices among the others are not compared; simct compares the spans "
+                             "that were written, --off-policy sft needs no comparison")
 
     def resume(self) -> None:
         """Takes the fixed contexts and what was measured on them from before.json."""

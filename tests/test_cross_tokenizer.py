@@ -167,7 +167,8 @@ def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
              "--extrapolate-score", "heldout-kl", "--extrapolate-problems", "4", "--steps", "4", "--save-every", "2"]
     code, out, err = invoke("run", *flags, "--out", tmp_path / "whole")
     assert code == 0, err
-    assert "units of text are compared (--cross-tokenizer simct)" in err and "align one to one" in err
+    assert "units of text are compared (--cross-tokenizer simct)" in err and "of the tokens of the student's own answers " in err
+    assert "warning: of the student's probability " in err and "simct compares the spans" in err
     whole = last_json(out)
     killed = subprocess.run([sys.executable, "-c", KILLED.format(module="train", name="_update", at=3), "run", *flags, "--out", str(tmp_path / "parts")],
                             capture_output=True)

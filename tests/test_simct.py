@@ -151,6 +151,40 @@ def test_all_ids_shared_is_the_plain_reverse_kl():
             torch.testing.assert_close(units, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_bfloat16_heads_are_close_to_float32():
+    rollouts = ROLLOUTS
+    student_ND, student_head, teacher_ME, teacher_head = case(rollouts)
+    single = lambda t: t.detach().float().requires_grad_(t.requires_grad)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight = single(student_ND), single(student_head.weight_VD)
+        loss, _, _ = simct.weighted(Terms("reverse-kl", dtype=dtype), simct.support(SHARED, "simct", "cpu", "cpu"), simct.units(rollouts), hidden,
+                                    Head(weight), single(teacher_ME), Head(single(teacher_head.weight_VD)), torch.ones(sum(len(r.taught) for r in rollouts)))
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    for full, half in zip(*found):
+        assert (half - full).norm() < 0.03 * full.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["simct", "simct-released"])
+def test_a_gpu_gives_what_the_cpu_gives(mode):
+    student_ND, student_head, teacher_ME, teacher_head = case(ROLLOUTS)
+    found = []
+    for device in ("cpu", "cuda"):
+        put = lambda t: t.detach().float().to(device).requires_grad_(t.requires_grad)
+        hidden, weight, there, other = map(put, (student_ND, student_head.weight_VD, teacher_ME, teacher_head.weight_VD))
+        shared = simct.support(SHARED, mode, device, device)
+        loss, values, _ = simct.weighted(Terms("reverse-kl", memory_bytes=2500), shared, simct.units(ROLLOUTS), hidden, Head(weight), there, Head(other),
+                                         torch.ones(sum(len(r.taught) for r in ROLLOUTS)))
+        loss.backward()
+        facts = simct.statistics(Terms("reverse-kl"), shared, simct.units(ROLLOUTS), hidden, Head(weight), there, Head(other))
+        found.append([t.cpu() for t in (values, hidden.grad, weight.grad, *facts.values())])
+    for cpu, gpu in zip(*found):
+        torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_to_teach_gives_zero_and_no_gradient():
     student_ND, student_head, teacher_ME, teacher_head = case([rollout([])])
     loss, values, _ = simct.weighted(Terms("reverse-kl"), simct.support(SHARED, "simct", "cpu", "cpu"), simct.units([rollout([])]),

@@ -107,9 +107,7 @@ def main() -> None:
         found[mode]["log_likelihood_per_byte"] = {"before": before, "after": likelihood(trained, held, ours, size), "bytes": size}
     document = {"student": "SmolLM2-135M-Instruct", "teacher": "Gemma-3-270M", "updates": steps, "rollouts": rows, "prefix": prefix,
                 "held_out": held_out, "seeds": 1, "modes": found, "machine": machine()}
-    if not arguments.quick:
-        record("cross_tokenizer", document)
-    print(json.dumps(document))
+    record("cross_tokenizer", document, not arguments.quick)
 
 
 def summary(run: Path) -> dict:

@@ -6,7 +6,7 @@ Runs (or goes on with) `prefix-distill compare tests/benchmarks/arms/ARMS.yaml -
 arm, seed and evaluation), ARMS.json (means, paired intervals, costs, claims) and ARMS.png; prints one JSON line last. `prefix` is the
 choice-of-method task, `prefix-shared` and `prefix-tied` the other two, `prefix-wide` another student on the first,
 `prefix-real` SmolLM2 by held-out KL (needs what real_pair.py needs; ``--work`` keeps the pair), `plugins` token selection,
-extrapolation and self-distillation with their controls. On 2 cores `prefix` takes about 90
+extrapolation and self-distillation with their controls, `cross` a student with another tokenizer than its teacher. On 2 cores `prefix` takes about 90
 minutes on one of them, the others less. ``--quick``: two updates, one seed, one rate, 20 problems, nothing recorded.
 """
 
@@ -21,8 +21,9 @@ import torch
 import yaml
 from measure import HERE, machine, record
 
-from prefix_distill import cli, compare, preflight, report
+from prefix_distill import cli, compare, data, models, preflight, report
 from prefix_distill import config as configuration
+from prefix_distill.rollout import Request, Sampler, generate
 
 MARGIN = 0.03  # points by which an arm may be behind and still "match"
 PICTURED = {  # picture → (arms, x axis)
@@ -34,6 +35,7 @@ PICTURED = {  # picture → (arms, x axis)
         "-flops": (("slow", "slow effopd", "slow effopd heldout-kl", "slow always-1", "slow random", "slow 3x", "slow 10x"),
                    report.AGAINST[0]),
     },
+    "cross": {},
 }
 # (who says so, better arm, worse arm)
 ORDERINGS = (
@@ -72,6 +74,10 @@ ORDERINGS = (
       for start in ("student", "half") for reduction in ("token", "sequence")),
     *((f"PW-OPSD: a mean over rollouts beats a mean over tokens ({start}, uniform)", f"{start} uniform sequence", f"{start} uniform token")
       for start in ("student", "half")),
+    *((text, base + better, base + worse) for base in ("", "20% ") for text, better, worse in (
+        ("units of one token alone beat spans (2610.08448)", "strict", "simct"), ("SimCT as in its paper beats its released code", "simct", "simct-released"))),
+    *((f"on-policy units beat the teacher's text, re-encoded ({arm})", arm, "sft") for arm in ("strict", "simct", "simct-released", "20% simct")),
+    ("a prefix of SimCT's units beats full rollouts of them", "20% simct", "simct"),
     *((f"OPSD: the entry-wise clip helps ({start})", f"{start} uniform token clipped", f"{start} uniform token") for start in ("student", "half")),
 )
 
@@ -198,6 +204,22 @@ def extrapolations(runs: list[report.Finished]) -> dict:
     return found
 
 
+def canonical(runs: list[report.Finished], arms: compare.Arms) -> dict[str, float]:
+    """Arm → share of 100 sampled answers (first seed) that are in the very tokens the student's tokenizer writes them in; the untrained
+    student's, too."""
+    found, base = {}, configuration.build(arms.base)
+    problems = data.load(base.evaluate.dataset, split="test", limit=100).prompts
+    folders = {"untrained": base.models.student} | {arm: str(group[0].path / "model") for arm, group in report.by_arm(runs).items()}
+    for arm, folder in folders.items():
+        model = models.load(folder, device=torch.device("cpu"), dtype=torch.float32)
+        requests = [Request(tuple(data.render(model, p.messages, "chat")), ("canonical", i)) for i, p in enumerate(problems)]
+        sampler = Sampler(model.eos, model.tokenizer.pad_token_id, len(model.tokenizer), 0, rows=len(requests))
+        answers = [r.ids[:-1] if r.finished else r.ids for r in generate(model, requests, 192, sampler)]
+        own = [tuple(model.tokenizer(model.tokenizer.decode(ids), add_special_tokens=False).input_ids) for ids in answers]
+        found[arm] = sum(map(tuple.__eq__, answers, own)) / len(answers)
+    return found
+
+
 def arms_text(name: str, work: Path) -> str:
     """The arms file, with the real pair's paths where it asks for them."""
     text = (HERE / "arms" / f"{name}.yaml").read_text()
@@ -217,7 +239,7 @@ def quick(text: str) -> str:
     evaluate = tree["base"]["evaluate"]
     evaluate |= {"problems": min(20, evaluate["problems"]), "every": 1, "kl_prompts": 4}
     tree["arms"] = {arm: {k: v for k, v in keys.items() if k != "train"} for arm, keys in tree["arms"].items()
-                    if arm in ("full", "sft", "10%", "auto", "full soft-or 0.5", "slow", "slow effopd", "student uniform token")}
+                    if arm in ("full", "sft", "10%", "auto", "full soft-or 0.5", "slow", "slow effopd", "student uniform token", "simct")}
     return yaml.safe_dump(tree)
 
 
@@ -253,6 +275,10 @@ def main() -> None:
                     "extrapolations": extrapolations(runs),
                     "decisions": {f"{run.arm} seed {run.seed}": [d["reason"] for d in run.result["prefix_decisions"]]
                                   for run in runs if run.result["prefix_decisions"]}}
+        if given.arms == "cross" and not given.quick:
+            document["canonical"] = canonical(runs, arms)
+            first = [run.result["evaluations"][0]["alignment"] for run in runs if run.arm == arms.reference]
+            document["alignment"] = {name: sum(row[name] for row in first) / len(first) for name in first[0]}
         record(given.arms, document, not given.quick)
 
 

@@ -1,0 +1,171 @@
+"""A whole update across tokenizers, ours against TRL's GOLDTrainer: seconds and peak memory. About 15 minutes on 2 cores.
+
+    python tests/benchmarks/gold.py [--pairs 3] [--updates 3] [--work FOLDER] [--quick]
+
+SmolLM2-135M-Instruct learns from Gemma-3-270M (see cross_tokenizer.py for both) on GSM8K's questions as plain text: 4 prompts, 1
+rollout each of 32 tokens, sampled at temperature 1, float32, AdamW, no gradient checkpointing. Arms: ours with --cross-tokenizer
+strict and simct; GOLD with its hybrid loss (a JSD at β = 1, which is its reverse KL, on tokens of the same name, sorted L1 on the
+rest) and logits read where they predict ("bayesian"); its alignment refuses Gemma's tokenizer (byte-level ones only), so it compares the
+n-th tokens of both sides. Each arm runs in a process of its own, in turn; the first
+update is warm-up; peak is the resident set from the first update's start to the last one's end. So that both sample up to the cap, the
+student's embeddings of special tokens are zero, which it then does not write; the tokens sampled are printed. Ratios are ours over GOLD's, median [lowest, highest].
+Prints one JSON line last and records results/gold.json. ``--quick``: one pair, two updates of 8 tokens, nothing recorded.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import measure
+import real_pair
+from cross_tokenizer import gemma
+from update_vs_trl import RATE, Watch
+
+PROMPTS = 4
+PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+ARMS = ("strict", "simct", "gold")
+
+
+def prepare(given, work: Path) -> dict:
+    """Saves both models and the questions, none twice."""
+    import torch
+
+    from prefix_distill import data, models
+
+    gemma(work / "gemma")
+    if not (work / "smollm2").is_dir():
+        model = models.load(str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32)
+        model.tokenizer.chat_template = PLAIN
+        model.net.get_input_embeddings().weight[model.tokenizer.all_special_ids] = 0.0  # the head's rows, too
+        models.save(model, work / "smollm2")
+    found = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question").prompts
+    rows = [p.messages for p in data.shuffled(found, given.seed, "benchmark")[: given.updates * PROMPTS]]
+    (work / "questions.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return {}
+
+
+def ours(mode: str, given, work: Path) -> dict:
+    from prefix_distill import cli, config, preflight, train
+    from prefix_distill.checkpoint import RunFolder
+
+    cli.quiet_libraries()
+    watch, phases = Watch(), []
+
+    class Folder(RunFolder):
+        def save(self, step, *state):
+            super().save(step, *state)
+            if step == 0:  # the last thing before the first update
+                watch.start()
+
+    class Report:
+        def row(self, row, *_):
+            share = row["alignment/exact_share"] + (row["alignment/span_share"] if mode != "strict" else 0)
+            watch.end(round(row["rollout/taught_tokens"] / share))  # all that were sampled
+            phases.append({key[5:-2]: row[key] for key in row if key.startswith("time/") and key.endswith("_s") and not key.endswith("_per_s")})
+
+        def note(self, *_): ...
+        def warn(self, *_): ...
+        def evaluation(self, *_): ...
+
+    run = preflight.prepare(config.build({
+        "models.student": str(work / "smollm2"), "models.teacher": str(work / "gemma"), "models.cross_tokenizer": mode,
+        "data.dataset": str(work / "questions.jsonl"), "evaluate.dataset": str(work / "questions.jsonl"), "data.template": "plain",
+        "evaluate.problems": 0, "evaluate.kl_prompts": 1, "schedule.prefix": str(given.tokens), "rollout.max_new_tokens": given.tokens,
+        "rollout.samples": 1, "train.batch_size": PROMPTS, "train.micro_batch_size": PROMPTS, "train.steps": given.updates,
+        "schedule.lr": RATE, "schedule.lr_schedule": "constant", "schedule.warmup": "0", "checkpoint.save_every": 0,
+        "runtime.device": "cpu", "runtime.dtype": "float32", "runtime.seed": given.seed}))
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Folder(Path(scratch) / "run")
+        out.create({})
+        out.write_json("run.json", {})
+        train.train(run, out, Report(), False)
+    return watch.document([]) | {"phases": {phase: statistics.median(row[phase] for row in phases[1:]) for phase in phases[0]}}
+
+
+def gold(given, work: Path) -> dict:
+    import datasets
+    import transformers
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+    from prefix_distill import data
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    watch = Watch()
+
+    class Callback(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 0:
+                watch.start()
+
+        def on_step_end(self, args, state, control, **_):
+            watch.end(sum((inputs["labels"] != -100).sum().item() for inputs in trainer._buffered_inputs))
+
+    prompts = data.shuffled(data.load(str(work / "questions.jsonl"), split="train").prompts, given.seed, "epoch", 0)  # preflight's order
+    rows = [{"messages": [*p.messages, {"role": "assistant", "content": "."}]} for p in prompts]
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = GOLDTrainer(
+            model=str(work / "smollm2"), teacher_model=str(work / "gemma"), callbacks=[Callback()], train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=transformers.AutoTokenizer.from_pretrained(work / "smollm2"),
+            args=GOLDConfig(
+                output_dir=scratch, use_cpu=True, bf16=False, gradient_checkpointing=False, use_uld_loss=True, uld_use_hybrid_loss=True,
+                use_extended_uld=False, uld_token_merge_strategy="bayesian", beta=1.0, lmbda=1.0, temperature=1.0, top_p=1.0, top_k=0, max_length=None,
+                max_completion_length=given.tokens, per_device_train_batch_size=PROMPTS, gradient_accumulation_steps=1,
+                max_steps=given.updates, learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0,
+                optim="adamw_torch_fused", seed=given.seed, report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no",
+                dataloader_pin_memory=False, teacher_model_init_kwargs={"dtype": "float32"},
+            ),
+        )
+        assert not trainer.model.is_gradient_checkpointing
+        trainer.train()
+    return watch.document([])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="one pair of two small updates, nothing recorded")
+    parser.add_argument("--pairs", type=int, help="runs of each arm (3; with --quick 1)")
+    parser.add_argument("--updates", type=int, help="updates of a run, the first not counted (3; with --quick 2)")
+    parser.add_argument("--tokens", type=int, help="tokens of a rollout (32; with --quick 8)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and rollouts")
+    parser.add_argument("--work", type=Path, help="folder for models and prompts (default: a temporary one)")
+    parser.add_argument("--child", choices=("prepare", *ARMS), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.pairs, given.updates = given.pairs or (1 if given.quick else 3), given.updates or (2 if given.quick else 3)
+    given.tokens = given.tokens or (8 if given.quick else 32)
+    if given.child:
+        import torch
+
+        torch.set_num_threads(given.threads)
+        made = {"prepare": prepare, "gold": gold}.get(given.child)
+        print(json.dumps(made(given, given.work) if made else ours(given.child, given, given.work)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        work = (given.work or Path(scratch)).resolve()
+        flags = ["--work", work, *[f for key in ("updates", "tokens", "threads", "seed") for f in (f"--{key}", getattr(given, key))]]
+        measure.child(__file__, "--child", "prepare", *flags)
+        turns = [{arm: measure.child(__file__, "--child", arm, *flags) for arm in ARMS} for _ in range(given.pairs)]
+    document = {"pairs": given.pairs, "updates": given.updates, "prompts": PROMPTS, "tokens": given.tokens, "seed": given.seed,
+                "trl": importlib.metadata.version("trl"), "arms": {}}
+    for arm in ARMS:
+        seconds = [statistics.median(turn[arm]["seconds"]) for turn in turns]
+        row = {"seconds": statistics.median(seconds), "peak_bytes": statistics.median(turn[arm]["peak_bytes"] for turn in turns),
+               "tokens": statistics.mean(t for turn in turns for t in turn[arm]["tokens"])}
+        if arm != "gold":
+            for name, ratios in (("time", [s / statistics.median(turn["gold"]["seconds"]) for s, turn in zip(seconds, turns)]),
+                                 ("memory", [turn[arm]["peak_bytes"] / turn["gold"]["peak_bytes"] for turn in turns])):
+                row |= {f"{name}_ratio": statistics.median(ratios), f"{name}_ratio_range": [min(ratios), max(ratios)]}
+            row["phases"] = turns[-1][arm]["phases"]
+        document["arms"][arm] = row
+        print(f"{arm}: {row['seconds']:.2f} s an update, peak {row['peak_bytes'] / 2**30:.2f} GiB, {row['tokens']:g} tokens", file=sys.stderr)
+    measure.record("gold", measure.machine() | document | {"threads": given.threads}, not given.quick)
+
+
+if __name__ == "__main__":
+    main()
