@@ -24,7 +24,7 @@ from pathlib import Path
 import measure
 import real_pair
 from cross_tokenizer import gemma
-from update_vs_trl import RATE, Watch
+from update_vs_trl import RATE, Watch, watched
 
 PROMPTS = 4
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -50,28 +50,9 @@ def prepare(given, work: Path) -> dict:
 
 
 def ours(mode: str, given, work: Path) -> dict:
-    from prefix_distill import cli, config, preflight, train
-    from prefix_distill.checkpoint import RunFolder
+    from prefix_distill import cli, config, preflight
 
     cli.quiet_libraries()
-    watch, phases = Watch(), []
-
-    class Folder(RunFolder):
-        def save(self, step, *state):
-            super().save(step, *state)
-            if step == 0:  # the last thing before the first update
-                watch.start()
-
-    class Report:
-        def row(self, row, *_):
-            share = row["alignment/exact_share"] + (row["alignment/span_share"] if mode != "strict" else 0)
-            watch.end(round(row["rollout/taught_tokens"] / share))  # all that were sampled
-            phases.append({key[5:-2]: row[key] for key in row if key.startswith("time/") and key.endswith("_s") and not key.endswith("_per_s")})
-
-        def note(self, *_): ...
-        def warn(self, *_): ...
-        def evaluation(self, *_): ...
-
     run = preflight.prepare(config.build({
         "models.student": str(work / "smollm2"), "models.teacher": str(work / "gemma"), "models.cross_tokenizer": mode,
         "data.dataset": str(work / "questions.jsonl"), "evaluate.dataset": str(work / "questions.jsonl"), "data.template": "plain",
@@ -79,11 +60,12 @@ def ours(mode: str, given, work: Path) -> dict:
         "rollout.samples": 1, "train.batch_size": PROMPTS, "train.micro_batch_size": PROMPTS, "train.steps": given.updates,
         "schedule.lr": RATE, "schedule.lr_schedule": "constant", "schedule.warmup": "0", "checkpoint.save_every": 0,
         "runtime.device": "cpu", "runtime.dtype": "float32", "runtime.seed": given.seed}))
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Folder(Path(scratch) / "run")
-        out.create({})
-        out.write_json("run.json", {})
-        train.train(run, out, Report(), False)
+
+    def sampled(row) -> int:
+        share = row["alignment/exact_share"] + (row["alignment/span_share"] if mode != "strict" else 0)
+        return round(row["rollout/taught_tokens"] / share)
+
+    watch, phases = watched(run, sampled)
     return watch.document([]) | {"phases": {phase: statistics.median(row[phase] for row in phases[1:]) for phase in phases[0]}}
 
 

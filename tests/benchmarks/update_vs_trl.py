@@ -131,12 +131,11 @@ def prepare(case: Case, given, folder: Path, file: Path) -> dict:
     return {}
 
 
-def ours(case: Case, given, folder: Path, file: Path) -> dict:
-    """Runs our updates."""
-    from prefix_distill import cli, config, data, preflight, train
+def watched(run, tokens) -> tuple[Watch, list[dict]]:
+    """Trains a prepared run → its Watch (``tokens(row)`` of every update) and the seconds of every update by phase."""
+    from prefix_distill import train
     from prefix_distill.checkpoint import RunFolder
 
-    cli.quiet_libraries()
     watch, phases = Watch(), []
 
     class Folder(RunFolder):
@@ -147,7 +146,7 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
 
     class Report:
         def row(self, row, *_):
-            watch.end(row["rollout/taught_tokens"])
+            watch.end(tokens(row))
             phases.append({key[5:-2]: row[key] for key in row if key.startswith("time/") and key.endswith("_s")
                            and not key.endswith("_per_s")})
 
@@ -155,6 +154,19 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
         def warn(self, *_): ...
         def evaluation(self, *_): ...
 
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Folder(Path(scratch) / "run")
+        out.create({})
+        out.write_json("run.json", {})
+        train.train(run, out, Report(), False)
+    return watch, phases
+
+
+def ours(case: Case, given, folder: Path, file: Path) -> dict:
+    """Runs our updates."""
+    from prefix_distill import cli, config, data, preflight
+
+    cli.quiet_libraries()
     run = preflight.prepare(config.build({
         "models.student": str(folder / "student"), "models.teacher": str(folder / "teacher"), "data.dataset": str(file),
         "evaluate.dataset": str(file), "evaluate.problems": 0, "evaluate.kl_prompts": 1,
@@ -164,11 +176,7 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
         "schedule.lr_schedule": "constant", "schedule.warmup": "0", "checkpoint.save_every": 0, "runtime.device": "cpu",
         "runtime.dtype": given.dtype, "runtime.seed": given.seed,
     }))
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Folder(Path(scratch) / "run")
-        out.create({})
-        out.write_json("run.json", {})
-        train.train(run, out, Report(), False)
+    watch, phases = watched(run, lambda row: row["rollout/taught_tokens"])
     return watch.document([
         [list(p.student_ids) for p in data.batch(run.train_prompts, step, case.prompts, given.seed)]
         for step in range(given.updates)
