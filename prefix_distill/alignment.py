@@ -171,15 +171,14 @@ class Shared:
 @dataclass(frozen=True)
 class Alignment:
     """Student and teacher with different tokenizers. ``mode``: strict (units of one token on each side), simct (all units) or
-    simct-released (neighbouring units that are not 1:1 are one, as in the authors' code). ``eos``, ``all_teacher_eos``: ids that end
-    a turn, ``teacher_eos`` the one that is put at the end of a text; ``positions``: the teacher's, in tokens (None: unlimited)."""
+    simct-released (neighbouring units that are not 1:1 are one, as in the authors' code). ``student_eos``, ``teacher_eos``: ids that
+    end a turn, the one that is put at the end of a text first; ``positions``: the teacher's, in tokens (None: unlimited)."""
 
     mode: str
     student: Bytes
     teacher: Bytes
-    eos: frozenset[int]
-    teacher_eos: int
-    all_teacher_eos: frozenset[int]
+    student_eos: tuple[int, ...]
+    teacher_eos: tuple[int, ...]
     positions: int | None = None
 
     @functools.cached_property
@@ -187,8 +186,8 @@ class Alignment:
         """Computed once, ordered by the student's ids."""
         ours, theirs = self.student.canonical(), self.teacher.canonical()
         pairs = sorted((i, theirs[piece]) for piece, i in ours.items()
-                       if piece in theirs and i not in self.eos and theirs[piece] not in self.all_teacher_eos)
-        return Shared(*(tuple(side) for side in zip(*pairs)), tuple(sorted(self.eos)), tuple(sorted(self.all_teacher_eos)))
+                       if piece in theirs and i not in self.student_eos and theirs[piece] not in self.teacher_eos)
+        return Shared(*(tuple(pair[side] for pair in pairs) for side in (0, 1)), self.student_eos, self.teacher_eos)
 
     def rollout(self, rollout: Rollout) -> Rollout:
         """The same rollout as both models read it: with the teacher's tokens of its text, and those of its units for which the
@@ -224,7 +223,7 @@ class Alignment:
                 unit = Unit(last.start, last.size + unit.size, last.teacher_start, last.teacher_size + unit.teacher_size)
             units.append(unit)
         if whole:
-            return (*teacher_ids, self.teacher_eos), (*units, Unit(len(body), 1, len(teacher_ids), 1))
+            return (*teacher_ids, self.teacher_eos[0]), (*units, Unit(len(body), 1, len(teacher_ids), 1))
         if units and ends[start[0] - 1] == same:
             units.pop()
         return teacher_ids[: len(others)], tuple(units)
@@ -235,7 +234,7 @@ class Alignment:
         data, ends = self.teacher.read(body)
         text = _valid(data)
         if finished and len(ends) == len(body) and len(text.encode()) == len(data):
-            return (*self.student.encode(text), min(self.eos))
+            return (*self.student.encode(text), self.student_eos[0])
         return self.student.encode(text)[:-1]
 
 
@@ -275,8 +274,8 @@ def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
             raise UserError(f"model {side.name}: its tokenizer makes another text of {text!r} ({_valid(side.read(side.encode(text))[0])!r}), "
                             "so it cannot be aligned with another; choose a pair with one tokenizer")
     student.support, teacher.support = real
-    own = teacher.tokenizer.eos_token_id
-    found = Alignment(mode, *sides, student.eos, own if own in teacher.eos else min(teacher.eos), teacher.eos, teacher.positions)
+    ends = (sorted(model.eos, key=lambda i: (i != model.tokenizer.eos_token_id, i)) for model in (student, teacher))
+    found = Alignment(mode, *sides, *map(tuple, ends), teacher.positions)
     common = len(found.shared.student)
     if not common:
         raise UserError(f"tokenizers: not one token of {student.name} has the bytes of one of {teacher.name}; choose another pair")

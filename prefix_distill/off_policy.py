@@ -52,7 +52,7 @@ def rollout(slot: int, sample: int, rendered: Rendered, text: dict, prefix: int,
     written, finished = tuple(text["ids"]), text["finished"]
     whole = written if alignment is None else alignment.to_student(written, finished)
     ids = whole[:prefix]
-    finished = finished and len(whole) <= prefix and (alignment is None or bool(whole) and whole[-1] in alignment.eos)
+    finished = finished and len(whole) <= prefix and (alignment is None or bool(whole) and whole[-1] in alignment.student_eos)
     theirs, found = ids, None
     if alignment is not None and units:
         theirs, found = alignment.align(ids, finished, written[:-1] if text["finished"] else written)

@@ -98,7 +98,7 @@ TEXTS = st.one_of(st.text(max_size=40), st.text("0123456789 .+=xﬁé\u0301日�
 
 
 def aligned(ours: str, theirs: str, mode: str = "simct") -> Alignment:
-    return Alignment(mode, in_bytes(ours), in_bytes(theirs), frozenset({10**6}), 10**6 + 1, frozenset({10**6 + 1}))
+    return Alignment(mode, in_bytes(ours), in_bytes(theirs), (10**6,), (10**6 + 1,))
 
 
 @pytest.mark.parametrize("ours, theirs", PAIRS)
@@ -176,7 +176,7 @@ def test_the_cases_worked_by_hand():
     words = lambda *tokens: Bytes(wrapped(Tokenizer(models.WordLevel({t: i for i, t in enumerate([*tokens, "</s>"])}, unk_token="</s>"))), "words")
 
     def units(ours, theirs, ids, teacher_ids, finished, mode="simct"):
-        pair = Alignment(mode, words(*ours), words(*theirs), frozenset({99}), 98, frozenset({98}))
+        pair = Alignment(mode, words(*ours), words(*theirs), (99,), (98,))
         return pair.align((*ids, 99) if finished else ids, finished, written=teacher_ids)
 
     hap, ha = ("hap", "py", " now"), ("ha", "pp", "y", " now")
@@ -272,13 +272,23 @@ def test_which_path_a_pair_takes_and_why():
     assert found.shared.student_eos == (257,) and found.shared.teacher_eos == (260,)
     # different ones: aligned, or refused with the reason
     found, reason = match(model("bytes"), model("SentencePiece BPE"), "simct")
-    assert found.mode == "simct" and "--cross-tokenizer simct" in reason and "256" not in str(found.teacher_eos)
+    assert found.mode == "simct" and "--cross-tokenizer simct" in reason and found.teacher_eos == (1,)
     with pytest.raises(UserError, match="--cross-tokenizer is off"):
         match(model("bytes"), model("SentencePiece BPE"), "off")
     with pytest.raises(UserError, match="makes another text of 'Two words, 2 Words.'"):
         match(model("byte-level BPE"), model("lower", lower_case()), "strict")
     with pytest.raises(UserError, match="ids up to [0-9]+, but its head has only 280 rows"):
         match(model("bytes"), model("SentencePiece BPE", rows=280), "strict")
+
+
+def test_the_end_that_is_written_is_the_tokenizers_own_and_nothing_shared_is_refused():
+    many = model("bytes", eos=frozenset({256, 257}))  # 257 is its tokenizer's, 256 the smaller one
+    found, _ = match(many, model("SentencePiece BPE", eos=frozenset({0, 1})), "strict")
+    assert found.to_student((*found.teacher.encode("now"), found.teacher_eos[0]), True)[-1] == 257 and found.teacher_eos == (1, 0)
+    assert found.shared.student_eos == (257, 256) and found.align((*found.student.encode("now"), 256), True)[1][-1].exact
+    letters = [wrapped(Tokenizer(models.WordLevel({"</s>": 0, letter: 1}, unk_token="</s>"))) for letter in "ab"]
+    with pytest.raises(UserError, match="not one token of a has the bytes of one of b"):
+        match(model("a", letters[0], rows=260), model("b", letters[1], rows=260), "strict")
 
 
 def test_tokenizers_that_lose_bytes_are_refused():
@@ -318,7 +328,7 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
     texts = ["She has 48 + 345 = 393 apples, i.e. 12.5%.", "48/2 = 24 clips.\nTotal: 48+24 = 72."]
     prompts = (5, 6, 7), (8, 9)  # the student's and the teacher's
     for name in REAL:
-        pair = Alignment("simct", side, in_bytes(name), frozenset({2}), 0, frozenset({0}))
+        pair = Alignment("simct", side, in_bytes(name), (2,), (0,))
         rollouts = [pair.rollout(Rollout(i, 0, *prompts, (*side.encode(t), 2), (), True)) for i, t in enumerate(texts)]
         found = shares([census(rollouts)])
         assert found["dropped_share"] == 0 and 0.05 < found["span_share"] < 0.6 and len(pair.shared.student) > 20_000

@@ -9,6 +9,7 @@ import torch
 from conftest import invoke, last_json
 from safetensors.torch import load_file
 from test_flops import counted
+from test_ranks import start
 from test_resume import KILLED
 from test_simct import by_the_book
 from test_train import assert_same
@@ -49,9 +50,9 @@ def rows(net, prompt, ids, head):
     return net(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, : head]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("chosen", [{}, {"weights__select": "soft-or", "weights__keep": 0.4, "weights__position": "moderate"},
-                                    {"weights__window": "last:7"}])
+@pytest.mark.parametrize("mode, chosen", [
+    *((mode, {}) for mode in MODES), ("simct", {"weights__select": "soft-or", "weights__keep": 0.4, "weights__position": "moderate"}),
+    ("strict", {"weights__window": "last:7"})])
 def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
     """Rows, shift and divisor on both sides: autograd through plain forwards, one rollout at a time; any micro-batch."""
     run = prepared(models__cross_tokenizer=mode, **chosen)
@@ -88,7 +89,7 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
     drawn = train.sample(run, run.student, data.batch(run.train_prompts, 0, 3, 0), 0, 192, Ledger(), clock)
     assert all(r.finished for r in drawn)
     found = []
-    for alignment in (None, Alignment("simct", *side, run.student.eos, 1, run.teacher.eos)):
+    for alignment in (None, Alignment("simct", *side, (1,), (1,))):
         rollouts = drawn
         if alignment is not None:
             others = tuple(i for i in range(18) if i != 1)
@@ -117,7 +118,7 @@ def test_prompts_are_each_models_own_and_text_is_the_same():
     assert any(r.student_prompt != r.teacher_prompt for r in rollouts)
     # a teacher with few positions reads as far as it can
     positions = max(len(r.teacher_prompt) for r in rollouts) + 10
-    short = Alignment("simct", run.alignment.student, run.alignment.teacher, run.student.eos, 1, run.teacher.eos, positions)
+    short = Alignment("simct", run.alignment.student, run.alignment.teacher, (1,), (1,), positions)
     for r in map(short.rollout, rollouts):
         assert len(r.teacher_prompt) + r.extent(teacher=True) <= positions and r.units
 
@@ -190,14 +191,9 @@ def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
 
 
 def test_two_ranks_are_one(tmp_path):
-    found = []
-    for ranks in (1, 2):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
-        done = subprocess.run([*start, "prefix_distill.py", "run", *SMALL, "--cross-tokenizer", "simct", "--select", "divergence", "--steps", "2",
-                               "--out", str(tmp_path / str(ranks))], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append([json.loads(line) for line in (tmp_path / str(ranks) / "metrics.jsonl").read_text().splitlines()])
-    for row, other in zip(*found, strict=True):
+    flags = [*SMALL, "--cross-tokenizer", "simct", "--select", "divergence", "--steps", "2"]
+    (_, rows_alone), (_, others) = (start(ranks, tmp_path / str(ranks), *flags) for ranks in (1, 2))
+    for row, other in zip(rows_alone, others, strict=True):
         for key in row:
             if not key.startswith(("time/", "flops/")):
                 assert other[key] == pytest.approx(row[key], rel=1e-4), key
@@ -210,7 +206,7 @@ def test_nothing_in_common_stops_with_a_reason(tmp_path):
 
 def test_a_probe_across_tokenizers(tmp_path):
     """The teacher's start goes to the student as text, and the other way round."""
-    code, out, err = invoke("probe", "--student", "lab:choice/student-merged", "--problems", "12", "--out", tmp_path / "probe")
+    code, out, err = invoke("probe", "--student", "lab:choice/student-merged", "--dataset", "lab:choice:4-8", "--problems", "16", "--out", tmp_path / "probe")
     assert code == 0, err
     document = last_json(out)
     lifted, decayed = document["teacher_prefix_curve"], document["teacher_decay_curve"]

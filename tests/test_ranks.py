@@ -8,20 +8,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import last_json
+from conftest import invoke, last_json
 
 
 def launch(ranks, pair, questions, out, *more):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else [
-        sys.executable]
-    done = subprocess.run(
-        [*start, "prefix_distill.py", "run", "--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--steps", "3",
-         "--prefix", "12", "--max-new-tokens", "32", "--batch-size", "5", "--samples", "2", "--micro-batch-size", "2",
-         "--eval-samples", "4", "--eval-every", "2", "--lr", "1e-4", "--reduction", "sequence", "--device", "cpu",
-         "--out", str(out), *more],
-        capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return last_json(done.stdout), [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return start(ranks, out, "--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--steps", "3", "--prefix", "12",
+                 "--max-new-tokens", "32", "--batch-size", "5", "--samples", "2", "--micro-batch-size", "2", "--eval-samples", "4",
+                 "--eval-every", "2", "--lr", "1e-4", "--reduction", "sequence", "--device", "cpu", *more)
+
+
+def start(ranks, out, *flags):
+    """`run` on so many ranks (one: in this process) → (document, metric rows)."""
+    flags = ["run", *flags, "--out", str(out)]
+    if ranks == 1:
+        code, said, err = invoke(*flags)
+    else:
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "prefix_distill.py",
+                               *flags], capture_output=True, text=True, timeout=300)
+        code, said, err = done.returncode, done.stdout, done.stderr
+    assert code == 0, err[-2000:]
+    return last_json(said), [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_ranks_change_nothing(pair, questions, tmp_path):

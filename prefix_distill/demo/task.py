@@ -12,7 +12,8 @@ A problem has two given terms and `steps` further terms to write. Terms are adde
 
 `shared` and `tied` differ only in how a fact is looked up. A short-cut (only `choice` is trained on any) writes none
 or one of the steps and then the final answer, so it has to guess it. Two `choice` nets (student-told, teacher-half)
-also know problems that are told: the worked solution stands before the prompt, and is then written once more.
+also know problems that are told: the worked solution stands before the prompt, and is then written once more. A third
+(student-merged) reads and writes with a tokenizer of its own, which merges an operator with some digits, and some labels.
 
 The split of a problem follows from its defining numbers alone, so the splits share no problem.
 """
