@@ -2,27 +2,77 @@
 
     config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json  displacement.json
     checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and anchor, teacher where a run has them)
-    model/  best/  examples-before.jsonl  examples-after.jsonl
+    model/  best/  examples-before.jsonl  examples-after.jsonl  .lock
+
+No file holds the folder's own path: it can be moved. Files get the user's umask.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
-from .errors import UserError
-from .models import replace_folder
+from safetensors import SafetensorError
 
-FORMAT = 1  # of checkpoints; a reader refuses what it does not know
+from .errors import Stopped, UserError
+from .models import replace_folder, save
+
+FORMAT = 1  # of the folder and of its checkpoints; a reader refuses what it does not know
 KEPT = 2  # checkpoints on disk: the newest and one to fall back on
+LOCK = ".lock"
 
 
 class RunFolder:
-    """Reads and writes one run's files. Every write of more than a line is atomic: scratch file, fsync, rename."""
+    """Reads and writes one run's files. Every write of more than a line is atomic: scratch file, fsync, rename. What the disk
+    refuses is Stopped, with what is safe: nothing half-written takes the place of something whole."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+
+    @property
+    def made(self) -> bool:
+        """Has a run been created here?"""
+        return (self.path / "config.yaml").is_file()
+
+    @property
+    def newest(self) -> str:
+        """In words: what there is to go back to."""
+        kept = self._checkpoints()
+        return f"{kept[0].name} is the last good state" if kept else "there is no earlier state"
+
+    @contextlib.contextmanager
+    def alone(self):
+        """Makes the folder; one process works in it at a time. The system frees the lock when the process ends, however it ends.
+        UserError where another one holds it, or the folder cannot be made."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / LOCK, "w")
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); name another folder") from None
+        with handle:
+            try:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # Windows
+                pass
+            except OSError:
+                raise UserError(f"--out {self.path}: another process is working in it; wait for it, stop it, or name another folder"
+                                ) from None
+            yield
+
+    @contextlib.contextmanager
+    def _writing(self, name: str):
+        """What the disk refuses (full, read-only, gone) ends the run in one line."""
+        try:
+            if not self.path.is_dir():
+                raise FileNotFoundError(None, "the run folder is gone")
+            yield
+        except (OSError, SafetensorError) as error:
+            raise Stopped(f"{self.path / name} cannot be written ({getattr(error, 'strerror', None) or error}); {self.newest}: mend the "
+                          "disk, then --resume") from None
 
     @property
     def model(self) -> Path:
@@ -36,22 +86,32 @@ class RunFolder:
         """UserError unless the folder is absent or empty, and can be made."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path}: it is a file; name a folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        unborn = {LOCK, "run.json", ".run.json.partial", ".config.yaml.partial"}  # what a run killed while it was created leaves
+        if self.path.is_dir() and any(file.name not in unborn for file in self.path.iterdir()):
             raise UserError(f"--out {self.path}: the folder is not empty; add --resume to continue it, or name another")
 
-    def create(self, config: dict) -> None:
-        """Makes the folder and writes config.yaml."""
+    def create(self, config: dict, facts: dict = {}) -> None:
+        """Makes the folder: run.json with ``facts``, then config.yaml, but for where the folder is. UserError when it is used."""
         import yaml
 
+        config = {section: {k: v for k, v in keys.items() if (section, k) != ("checkpoint", "out")} for section, keys in config.items()}
+        self.refuse_if_used()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("run.json", {"format": FORMAT, **facts})
             _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); name another folder") from None
 
     def write_json(self, name: str, tree) -> None:
         """``name`` ← ``tree`` as JSON."""
-        _write(self.path / name, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+        with self._writing(name):
+            _write(self.path / name, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+
+    def save_model(self, name: str, model) -> None:
+        """The folder ``name`` ← a model that transformers loads."""
+        with self._writing(name):
+            save(model, self.path / name)
 
     def read_json(self, name: str):
         """The JSON file ``name``; UserError when it is missing or damaged."""
@@ -63,15 +123,17 @@ class RunFolder:
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
         """``name`` ← one JSON line per row."""
-        write_rows(self.path / name, rows)
+        with self._writing(name):
+            write_rows(self.path / name, rows)
 
     def write_tensors(self, name: str, tensors: dict) -> None:
         """``name`` ← tensors, as safetensors."""
-        from safetensors.torch import save
+        from safetensors.torch import save as serialised
 
         file = self.path / name
-        file.parent.mkdir(exist_ok=True)
-        _write(file, save({k: v.contiguous() for k, v in tensors.items()}))
+        with self._writing(name):
+            file.parent.mkdir(exist_ok=True)
+            _write(file, serialised({k: v.contiguous() for k, v in tensors.items()}))
 
     def read_tensors(self, name: str):
         """(file, tensors) of every file of tensors in the folder ``name``, by name, one at a time."""
@@ -86,30 +148,50 @@ class RunFolder:
 
     def append(self, name: str, row: dict) -> None:
         """One more row of the JSON lines ``name``."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
+        with self._writing(name), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rewind(self, name: str, step: int) -> None:
-        """Drops what was appended to ``name`` beyond ``step`` completed updates, and a torn last line."""
-        self.write_rows(name, [row for row in read_rows(self.path / name) if row["step"] <= step])
+    def check_format(self) -> None:
+        """UserError where the folder was written in a format that this version does not know."""
+        found = self.read_json("run.json").get("format", 1)  # the first format did not say so
+        if found != FORMAT:
+            raise UserError(f"run folder {self.path}: format {found!r}, this version reads {FORMAT}; go on with the version that wrote it "
+                            "(run.json names it), or start anew with another --out")
+
+    def rewind(self, name: str, step: int, warn, whole: bool = False) -> None:
+        """Drops what was appended to ``name`` beyond ``step`` completed updates, and torn lines; ``warn`` is told of these, and, of
+        a file that should hold the ``whole`` run, of rows that are missing."""
+        rows, torn = read_rows(self.path / name)
+        if torn:
+            warn(f"{name}: {torn} line{'s' * (torn > 1)} cut short by the interruption {'are' if torn > 1 else 'is'} dropped")
+        if whole and (missing := set(range(1, step + 1)) - {row["step"] for row in rows}):
+            warn(f"{name}: the rows of {len(missing)} earlier updates are missing (the first: {min(missing)}); the run itself does not need them")
+        self.write_rows(name, [row for row in rows if row["step"] <= step])
 
     def save(self, step: int, tensors: dict[str, dict], facts: dict) -> None:
-        """Checkpoint after ``step`` updates: named state dicts of tensors, plus plain facts, with checksums."""
+        """Checkpoint after ``step`` updates: named state dicts of tensors, plus plain facts, with checksums. The rows up to it reach
+        the disk before it does."""
         from safetensors.torch import save_file
 
         parent = self.path / "checkpoints"
         scratch = parent / ".partial"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        sums = {}
-        for name, state in tensors.items():
-            file = scratch / f"{name}.safetensors"
-            save_file({k: v.detach().contiguous() for k, v in state.items()}, file)
-            sums[file.name] = _digest(file)
-        _write(scratch / "state.json", json.dumps({"format": FORMAT, "step": step, "sha256": sums, "facts": facts}))
-        replace_folder(scratch, parent / f"step-{step:08d}")
-        for old in self._checkpoints()[KEPT:]:
-            shutil.rmtree(old)
+        with self._writing(f"checkpoints/step-{step:08d}"):
+            for rows in self.path.glob("*.jsonl"):
+                _sync(rows)
+            shutil.rmtree(scratch, ignore_errors=True)
+            try:
+                scratch.mkdir(parents=True)
+                sums = {}
+                for name, state in tensors.items():
+                    file = scratch / f"{name}.safetensors"
+                    save_file({k: v.detach().contiguous() for k, v in state.items()}, file)
+                    sums[file.name] = _digest(file)
+                _write(scratch / "state.json", json.dumps({"format": FORMAT, "step": step, "sha256": sums, "facts": facts}))
+                replace_folder(scratch, parent / f"step-{step:08d}")
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            for old in self._checkpoints()[KEPT:]:
+                shutil.rmtree(old)
 
     def latest(self, warn) -> tuple[int, dict[str, dict], dict]:
         """(step, tensors, facts) of the newest intact checkpoint; a damaged one is named through ``warn`` and passed
@@ -140,20 +222,25 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step-*"), reverse=True)
 
 
-def read_rows(file: Path) -> list[dict]:
-    """The rows of a file of JSON lines ([] when it is missing), without torn ones."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+def read_rows(file: Path) -> tuple[list[dict], int]:
+    """(the rows of a file of JSON lines, how many lines are torn); ([], 0) when it is missing."""
+    rows, torn = [], 0
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            continue
-    return rows
+            torn += 1
+    return rows, torn
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
     """``file`` ← one JSON line per row, atomically."""
     _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _digest(file: Path) -> str:
@@ -163,8 +250,12 @@ def _digest(file: Path) -> str:
 
 def _write(file: Path, content: str | bytes) -> None:
     scratch = file.with_name(f".{file.name}.partial")
-    with open(scratch, "wb") as handle:
-        handle.write(content.encode() if isinstance(content, str) else content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(scratch, file)
+    try:
+        with open(scratch, "wb") as handle:
+            handle.write(content.encode() if isinstance(content, str) else content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(scratch, file)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise

@@ -1,5 +1,6 @@
-"""The commands: parse, build, call one function, print, exit code. The only file that writes to stdout or exits."""
+"""The commands: parse, build, call one function, print, exit code. The only file that writes to stdout; it and launch.py exit."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -9,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import config as configuration
-from .errors import Stopped, UserError
+from .errors import AT_ONCE, Stopped, UserError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -73,10 +74,12 @@ def run(
     folder = RunFolder(Path(config.checkpoint.out))
     if not resume:
         folder.refuse_if_used()
+    _start_ranks(config.runtime)
     quiet_libraries()
     from . import preflight
 
     prepared = preflight.prepare(config)
+    folder = RunFolder(Path(prepared.place.gather(config.checkpoint.out)[0]))  # the default holds the time, which ranks may not share
     for text in prepared.notes:
         _say(prepared, text)
     for text in prepared.warnings:
@@ -93,21 +96,25 @@ def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
     from .display import Display
     from .train import train
 
-    if prepared.place.first and not resume:
-        folder.create(configuration.as_dict(prepared.config))
-        folder.write_json("run.json", {
-            **runtime.description(), "seed": prepared.config.runtime.seed, "notes": prepared.notes,
-            "warnings": prepared.warnings, "ranks": prepared.place.world,
-            "generation_config": {name: model.generation_config.to_diff_dict() for name, model in
-                                  (("student", prepared.student), ("teacher", prepared.teacher))},
-        })
-    prepared.place.wait()
-    with Display(prepared.config.train.steps, label, prepared.place.first) as display:
-        return train(prepared, folder, display, resume)
+    place = prepared.place
+    with folder.alone() if place.first else contextlib.nullcontext(), runtime.Interrupt() as interrupt:
+        if place.first and not resume:
+            folder.create(configuration.as_dict(prepared.config), {
+                **runtime.description(), "seed": prepared.config.runtime.seed, "notes": prepared.notes,
+                "warnings": prepared.warnings, "ranks": place.world,
+                "generation_config": {name: model.generation_config.to_diff_dict() for name, model in
+                                      (("student", prepared.student), ("teacher", prepared.teacher))},
+            })
+        place.wait()
+        if not folder.made:
+            raise UserError(f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on several machines it must be "
+                            "on a file system that they share")
+        with Display(prepared.config.train.steps, label, place.first) as display:
+            return train(prepared, folder, display, resume, interrupt)
 
 
 def _resumed(values: dict) -> dict:
-    """The settings of the run in --out; what is given now may only lengthen it, save or evaluate at other times."""
+    """The settings of the run in --out; what is given now may only lengthen it, save at other times or spread its work otherwise."""
     from pathlib import Path
 
     out = values.get("checkpoint.out")
@@ -116,8 +123,12 @@ def _resumed(values: dict) -> dict:
     saved_file = Path(str(out)) / "config.yaml"
     if not saved_file.is_file():
         raise UserError(f"--resume {out}: no config.yaml in it; name the folder of a run, or drop --resume")
+    from .checkpoint import RunFolder
+
+    RunFolder(saved_file.parent).check_format()
     saved = configuration.read_yaml(str(saved_file))
-    free = {"train.steps", "checkpoint.save_every", "checkpoint.out"}
+    free = {"train.steps", "checkpoint.save_every", "checkpoint.out", "runtime.gpus", "runtime.rank_timeout",
+            "runtime.check_ranks_every", "train.micro_batch_size", "rollout.rows"}
     for path, value in values.items():
         if path not in configuration.options():
             configuration.build({path: value})  # raises, with the nearest known key
@@ -169,6 +180,7 @@ def evaluate_command(
     rows: Annotated[int, typer.Option("--generation-rows", help="Responses per generate call.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    gpus: Annotated[Optional[int], typer.Option(help="Ranks that are started on this machine.", show_default="1")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled answers.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with a hub repository.")] = False,
     out: Annotated[Optional[str], typer.Option(help="File for the per-problem JSONL.", show_default="eval-<time>.jsonl")] = None,
@@ -182,10 +194,11 @@ def evaluate_command(
         "data.template": template, "data.student_thinking": thinking, "rollout.begin": begin, "rollout.max_new_tokens": max_new_tokens,
         "rollout.top_p": top_p, "rollout.top_k": top_k, "rollout.rows": rows, "evaluate.rollouts": samples,
         "evaluate.problems": limit, "evaluate.temperature": temperature, "evaluate.answer_format": answer_format,
-        "runtime.dtype": dtype, "runtime.device": device, "runtime.seed": seed, "models.student": model,
+        "runtime.dtype": dtype, "runtime.device": device, "runtime.gpus": gpus, "runtime.seed": seed, "models.student": model,
         "models.trust_remote_code": trust_remote_code,
         "checkpoint.out": out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl",
     })
+    _start_ranks(config.runtime)
     quiet_libraries()
     from .preflight import evaluate_model
 
@@ -240,6 +253,7 @@ def probe(
     })
     folder = RunFolder(Path(out))
     folder.refuse_if_used()
+    _start_ranks(config.runtime)
     quiet_libraries()
     from . import preflight
     from . import probe as probing
@@ -346,24 +360,49 @@ def calm_threads(environment) -> None:
     environment.setdefault("GOMP_SPINCOUNT", "20000")  # some tens of microseconds
 
 
-def main() -> None:
-    """Runs the command; bad input ends with one line on stderr and exit code 2."""
+def _start_ranks(runtime) -> None:
+    """With --gpus, unless this process is a rank already: runs the command as so many ranks, and ends with their exit code."""
+    from . import launch
+
+    if (runtime.gpus or 1) == 1 or launch.launched():
+        return
+    launch.check(runtime.gpus, runtime.device)
+    code, message = launch.launch(runtime.gpus, sys.argv[1:])
+    if message is not None:
+        _fail(message, code)
+    sys.exit(code)
+
+
+def main(alone: bool = True) -> None:
+    """Runs the command; bad input ends with one line on stderr and exit code 2. Not ``alone``: the launcher speaks for its ranks."""
     calm_threads(os.environ)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars, which would fill a pipe
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except (UserError, Stopped) as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, alone)
     except KeyboardInterrupt:
-        print("interrupted; the last checkpoint is kept: add --resume to continue", file=sys.stderr)
-        sys.exit(130)
+        _fail(AT_ONCE, 130, alone)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own complaints about flags have it; anything else is a bug
             raise
-        _fail(error.format_message(), 2)
+        _fail(error.format_message(), 2, alone)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int, alone: bool = True) -> None:
+    """Ends the command with one line, from the launcher where there is one that speaks for its ranks (not ``alone``)."""
+    message = " ".join(message.split())
+    rank = os.environ.get("RANK", "0")
+    if not message.startswith("rank ") and rank != "0" and alone:
+        message = f"rank {rank}: {message}"
+    if alone:
+        print(message if code >= 128 else f"error: {message}", file=sys.stderr)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from .launch import leave_word
+
+        leave_word(message, code)
     sys.exit(code)

@@ -14,7 +14,6 @@
       longer: {data: {dataset: problems.jsonl}, evaluate: {problems: 500}}
 """
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -110,27 +109,11 @@ def compare(arms: Arms, out: Path, train_in, say) -> list[Path]:
                             "from, or name another folder")
     else:
         folder.refuse_if_used()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
-        folder.write_json(FILE, asked)
-    with _alone(out):
+    with folder.alone():
+        if not (out / FILE).is_file():
+            folder.write_json(FILE, asked)
         jobs = _Jobs(arms, out, train_in, say)
         return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
-
-
-@contextlib.contextmanager
-def _alone(out: Path):
-    """One comparison at a time in a folder: a lock that the system frees when the process ends, however it ends."""
-    import fcntl
-
-    with open(out / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--out {out}: another process is working on this comparison; wait for it or stop it") from None
-        yield
 
 
 class _Jobs:

@@ -156,6 +156,11 @@ class Runtime:
     head_dtype: str = option("auto", "--head-dtype", "Matmuls of the output head: auto (as --dtype), float32, bfloat16.")
     device: str = option("auto", "--device", "Student's device: auto, cpu, cuda, cuda:1, mps.")
     teacher_device: str | None = option(None, "--teacher-device", "Teacher's device.", "the student's")
+    gpus: int | None = option(None, "--gpus", "Ranks that are started on this machine, each on a GPU of its own (with --device cpu: "
+                              "as processes).", "1, or what a launcher such as torchrun starts")
+    rank_timeout: int = option(1800, "--rank-timeout", "How long ranks wait for each other before the run stops (seconds).")
+    check_ranks_every: int = option(50, "--check-ranks-every", "Updates between comparisons of all ranks' weights (0: only before "
+                                    "checkpoints).")
     seed: int = option(0, "--seed", "Seed of prompts, rollouts and evaluation.")
     head_memory_mb: int = option(256, "--head-memory-mb", "Memory budget of the loss's vocabulary-sized chunk (MiB).")
 
@@ -290,6 +295,7 @@ def check(config: Config) -> None:
         ("data.max_prompt_tokens", 1, None), ("extrapolation.problems", 1, None), ("divergence.clip", 0, None),
         ("models.teacher_ema", 0, 1), ("weights.keep", 0, 1), ("evaluate.rollouts", 1, None),
         ("evaluate.tail_every", 0, None), ("evaluate.tail_prompts", 1, None), ("runtime.head_memory_mb", 1, None),
+        ("runtime.gpus", 1, None), ("runtime.rank_timeout", 1, None), ("runtime.check_ranks_every", 0, None),
     ):
         value = get(config, path)
         if value is None:
@@ -311,6 +317,8 @@ def check(config: Config) -> None:
     ):
         if get(config, path) not in allowed:
             raise UserError(f"{path} '{get(config, path)}': {flag(path)} must be one of {', '.join(allowed)}")
+    if (config.runtime.gpus or 1) > config.train.batch_size:
+        raise UserError(f"--batch-size {config.train.batch_size}: {config.runtime.gpus} ranks need at least one prompt each; raise it")
     name, _ = parse_divergence(config.divergence.name)
     estimator, _ = parse_estimator(config.divergence.estimator)
     off_policy = parse_off_policy(config.rollout.off_policy)

@@ -52,6 +52,10 @@ class Display:
     def warn(self, text: str) -> None:
         self._line(f"warning: {text}")
 
+    def own(self, text: str) -> None:
+        """A warning that only this rank knows of; shown from any rank."""
+        self._line(f"warning: {text}") if self.shown else print(f"warning: {text}", file=sys.stderr, flush=True)
+
     def row(self, row: dict, useful: float, full: float) -> None:
         """One update: its metrics row, useful FLOPs so far, and what as many updates cost with full rollouts."""
         self.seen += 1

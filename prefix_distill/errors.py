@@ -1,4 +1,6 @@
-"""The two ways a command ends early; each message is one line: expected, got, what to do."""
+"""The ways a command ends early; each message is one line: expected, got, what to do."""
+
+AT_ONCE = "interrupted at once; a run can go on from its newest checkpoint with --resume"
 
 
 class UserError(Exception):
@@ -11,3 +13,11 @@ class Stopped(Exception):
     """A run that had to stop in good order (non-finite numbers, for example). Exit code 1."""
 
     exit_code = 1
+
+
+class Interrupted(Stopped):
+    """A run that was asked to stop and has saved its state. Exit code: 128 and the signal's number, as a shell has it."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number

@@ -92,6 +92,11 @@ class Ledger:
         for phase in other.useful:
             self.add(phase, other.useful[phase], other.executed[phase])
 
+    def waste(self, other: "Ledger") -> None:
+        """Adds work that has to be done again: executed, and of no use."""
+        for phase in other.useful:
+            self.add(phase, 0.0, other.executed[phase])
+
     def total(self, kind: str = "useful") -> float:
         """Sum over the phases of training."""
         return sum(v for phase, v in getattr(self, kind).items() if phase not in OUTSIDE)

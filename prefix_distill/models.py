@@ -243,12 +243,18 @@ def save(model: Model, folder: Path) -> None:
 
     The weights are the float32 master weights.
     """
+    import shutil
+
     folder = Path(folder)
     scratch = folder.with_name(f".{folder.name}.partial")
-    model.net.save_pretrained(scratch)
-    model.generation_config.save_pretrained(scratch)
-    model.tokenizer.save_pretrained(scratch)
-    replace_folder(scratch, folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        model.net.save_pretrained(scratch)
+        model.generation_config.save_pretrained(scratch)
+        model.tokenizer.save_pretrained(scratch)
+        replace_folder(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def replace_folder(scratch: Path, folder: Path) -> None:

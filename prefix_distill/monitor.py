@@ -8,7 +8,7 @@ from .alignment import census, shares
 from .checkpoint import RunFolder
 from .errors import Stopped
 from .flops import Ledger
-from .models import Model, save
+from .models import Model
 from .preflight import Run
 from .rollout import Rollout, Unit
 from .runtime import Clock, seed_of
@@ -34,6 +34,7 @@ class Progress:
     extrapolations: list = dataclasses.field(default_factory=list)  # a row per trigger
     warnings: list = dataclasses.field(default_factory=list)  # {step, text}: the tail is being hurt
     best: dict | None = None
+    fitted: dict = dataclasses.field(default_factory=dict)  # micro_batch_size and rows, where memory made them smaller
 
     def training_seconds(self) -> float:
         """Wall time but for evaluations."""
@@ -54,7 +55,7 @@ class Monitor:
         """Draws the fixed contexts and measures the untrained student."""
         ledger = Ledger()
         with self.clock.phase("evaluation"):
-            drawn = self._full_rollouts(self.run.kl_prompts, _spent_on(self.run, ledger, "evaluation"))
+            drawn = self._full_rollouts(self.run.kl_prompts, ledger, "evaluation")
         self.fixed = [dataclasses.replace(r, spans=True) for r in self.run.aligned(drawn)]
         if not any(u.exact for r in self.fixed[: self.run.config.evaluate.tail_prompts] for u in r.taught_units):
             raise Stopped("no token of the student's answers to held-out prompts has a counterpart in the teacher's tokenization; choose another pair")
@@ -94,11 +95,15 @@ class Monitor:
         self._warn(self.before, found)
         return found
 
-    def probe_due(self) -> bool:
-        """Have --tail-every updates passed since anything looked beyond the prefix?"""
-        looked = max(rows[-1]["step"] for rows in (self.progress.evaluations, self.progress.tail_probes) if rows)
-        every = self.run.config.evaluate.tail_every
-        return bool(every) and self.progress.step - looked >= every
+    def look(self) -> None:
+        """An evaluation or a tail probe where one is due after this update and has not been made."""
+        settings, step = self.run.config.evaluate, self.progress.step
+        evaluated = self.progress.evaluations[-1]["step"]
+        if settings.every and step % settings.every == 0:
+            if evaluated < step:
+                self.evaluate()
+        elif settings.tail_every and step - max([evaluated, *(row["step"] for row in self.progress.tail_probes)]) >= settings.tail_every:
+            self.probe_tail()
 
     def probe_tail(self) -> dict:
         """A small look beyond the prefix: reverse KL on the first few fixed contexts, and how the student's own full answers
@@ -106,7 +111,7 @@ class Monitor:
         run, ledger, count = self.run, Ledger(), self.run.config.evaluate.tail_prompts
         with self.clock.phase("tail_probe"):
             values = _by_token(self.fixed[:count], self._facts(self.fixed[:count], ledger, "tail_probe"))
-            full = self._full_rollouts(run.kl_prompts[:count], _spent_on(run, ledger, "tail_probe"))
+            full = self._full_rollouts(run.kl_prompts[:count], ledger, "tail_probe")
         merge(run, self.progress, ledger)
         found = {"step": self.progress.step, "kl_by_token": values, **_endings(full)}
         head, tail = evaluate.split_mean(values, self.progress.taught_prefix)
@@ -129,20 +134,20 @@ class Monitor:
         Where no problem is evaluated, the length and endings of full answers come from ``full``, drawn now if None.
         """
         run, progress, ledger = self.run, self.progress, Ledger()
-        spent = _spent_on(run, ledger, "evaluation")
         with self.clock.phase("evaluation"):
             facts = self._facts(self.fixed, ledger, "evaluation")
             values = _by_token(self.fixed, facts)
             gap = self._sampler_gap(ledger)
             score = None
             if run.problems:
-                score = evaluate.evaluate(
-                    self.decoding, run.problems, run.eval_sampler, samples=run.config.evaluate.rollouts,
-                    max_new_tokens=run.config.rollout.max_new_tokens, answer_format=run.answer_format, place=run.place, spent=spent)
+                score = run.fit("rows", ledger, lambda spent: evaluate.evaluate(
+                    self.decoding, run.problems, run.eval_sampler, samples=run.config.evaluate.rollouts, place=run.place,
+                    max_new_tokens=run.config.rollout.max_new_tokens, answer_format=run.answer_format,
+                    spent=_spent_on(run, spent, "evaluation")))
                 endings = {"finish_rate": score.finish_rate, "mean_tokens": score.mean_tokens,
                            "answers": len(run.problems) * run.config.evaluate.rollouts}
             else:
-                endings = _endings(full or self._full_rollouts(run.kl_prompts, spent))
+                endings = _endings(full or self._full_rollouts(run.kl_prompts, ledger, "evaluation"))
         merge(run, progress, ledger)
         head, tail = evaluate.split_mean(values, progress.taught_prefix)
         borders = progress.evaluations[0]["quadrants"]["borders"] if progress.evaluations else None
@@ -164,8 +169,8 @@ class Monitor:
 
     def _facts(self, contexts: list[Rollout], ledger: Ledger, phase: str) -> list[dict[str, list[float]]]:
         run = self.run
-        return evaluate.held_out_facts(run.student, run.teacher, run.shared, contexts, run.place,
-                                       run.config.train.micro_batch_size, run.counts_both(ledger, phase))
+        return run.fit("micro_batch_size", ledger, lambda spent: evaluate.held_out_facts(
+            run.student, run.teacher, run.shared, contexts, run.place, run.config.train.micro_batch_size, run.counts_both(spent, phase)))
 
     def _sampler_gap(self, ledger: Ledger) -> float | None:
         """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a copy in another dtype: how
@@ -174,14 +179,15 @@ class Monitor:
         if self.decoding.net.dtype == run.student.net.dtype:
             return None
         own = [dataclasses.replace(r, teacher_prompt=r.student_prompt, teacher_ids=r.ids, units=None) for r in self.fixed]
-        found = evaluate.held_out_facts(
+        found = run.fit("micro_batch_size", ledger, lambda spent: evaluate.held_out_facts(
             self.decoding, run.student, None, own, run.place, run.config.train.micro_batch_size,
-            lambda group: ledger.forward("evaluation", run.student_shape, scoring.reads(group, run.student.reads_once), passes=2))
+            lambda group: spent.forward("evaluation", run.student_shape, scoring.reads(group, run.student.reads_once), passes=2)))
         return evaluate.token_mean([facts["divergence"] for facts in found])["value"]
 
-    def _full_rollouts(self, prompts: list[data.Rendered], spent) -> list[Rollout]:
+    def _full_rollouts(self, prompts: list[data.Rendered], ledger: Ledger, phase: str) -> list[Rollout]:
         run = self.run
-        return evaluate.fixed_rollouts(self.decoding, prompts, run.eval_sampler, run.config.rollout.max_new_tokens, run.place, spent)
+        return run.fit("rows", ledger, lambda spent: evaluate.fixed_rollouts(
+            self.decoding, prompts, run.eval_sampler, run.config.rollout.max_new_tokens, run.place, _spent_on(run, spent, phase)))
 
     def _keep_best(self, step: int, accuracy: dict | None, values: list[list[float]]) -> None:
         """Keeps the best student seen so far in best/: by accuracy where it is evaluated during the run, else by the reverse
@@ -196,23 +202,23 @@ class Monitor:
         if progress.best is None or merit > progress.best["merit"]:
             progress.best = {"step": step, "merit": merit, "accuracy": accuracy, "kl": evaluate.token_mean(values)}
             if self.run.place.first:
-                save(self.run.student, self.folder.best)
+                self.folder.save_model("best", self.run.student)
 
 
 def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> float:
     """How good the student is on the fixed prompts, higher is better: the share of right full answers, or minus the mean
     reverse KL (nats per token) of fresh rollouts of ``prefix`` tokens. The seeds are the same for every candidate and trigger."""
-    prompts = run.extrapolation_prompts
-    sampler = dataclasses.replace(run.eval_sampler, seed=seed_of(run.config.runtime.seed, "extrapolation"))
-    sampled, settings = _spent_on(run, ledger, "extrapolation"), run.config
-    if settings.extrapolation.score == "accuracy":
-        right = evaluate.evaluate(
-            decoding, [(p.prompt, p.student_ids) for p in prompts], sampler, samples=1, place=run.place, spent=sampled,
-            max_new_tokens=settings.rollout.max_new_tokens, answer_format=run.answer_format).right()
+    prompts, phase = run.extrapolation_prompts, "extrapolation"
+    sampler = lambda: dataclasses.replace(run.eval_sampler, seed=seed_of(run.config.runtime.seed, phase))
+    if run.config.extrapolation.score == "accuracy":
+        right = run.fit("rows", ledger, lambda spent: evaluate.evaluate(
+            decoding, [(p.prompt, p.student_ids) for p in prompts], sampler(), samples=1, place=run.place,
+            spent=_spent_on(run, spent, phase), max_new_tokens=run.config.rollout.max_new_tokens, answer_format=run.answer_format)).right()
         return sum(right) / len(right)
-    rollouts = run.aligned(evaluate.fixed_rollouts(decoding, prompts, sampler, prefix, run.place, sampled))
-    facts = evaluate.held_out_facts(run.student, run.teacher, run.shared, rollouts, run.place, settings.train.micro_batch_size,
-                                    run.counts_both(ledger, "extrapolation"))
+    rollouts = run.aligned(run.fit("rows", ledger, lambda spent: evaluate.fixed_rollouts(
+        decoding, prompts, sampler(), prefix, run.place, _spent_on(run, spent, phase))))
+    facts = run.fit("micro_batch_size", ledger, lambda spent: evaluate.held_out_facts(
+        run.student, run.teacher, run.shared, rollouts, run.place, run.config.train.micro_batch_size, run.counts_both(spent, phase)))
     values = evaluate.known([row["divergence"] for row in facts])
     return -math.fsum(values) / len(values)
 

@@ -3,20 +3,20 @@
 from .data import Rendered
 from .flops import Ledger
 from .models import Model
-from .rollout import Request, Rollout, Sampler, generate
-from .runtime import Place
+from .rollout import Request, Rollout, generate
 
 FILE = "teacher-text.json"
 PHASES = ("teacher_prefill", "teacher_decode")
 
 
-def teacher_texts(wanted: list[tuple[Rendered, int]], cap: int, teacher: Model, shape, sampler: Sampler, place: Place, folder,
-                  ledger: Ledger) -> dict[tuple[int, int], dict]:
+def teacher_texts(run, wanted: list[tuple[Rendered, int]], cap: int, teacher: Model, folder, ledger: Ledger
+                  ) -> dict[tuple[int, int], dict]:
     """(prompt index, sample) → {"ids", "finished"}: what the teacher writes to each wanted prompt, up to ``cap`` tokens.
 
     Written once and kept in the run folder with its FLOPs (rows of their own in ``ledger``, inside the totals); read back
     from there by a resumed run. A draw depends on (seed, prompt, sample) alone. Sharded over ranks.
     """
+    place = run.place
     kept = folder.read_json(FILE) if (folder.path / FILE).is_file() else {"texts": [], "ledger": {"useful": {}, "executed": {}}}
     place.wait()  # every rank has looked before the first one writes
     texts = {(row["prompt"], row["sample"]): row for row in kept["texts"]}
@@ -30,7 +30,8 @@ def teacher_texts(wanted: list[tuple[Rendered, int]], cap: int, teacher: Model, 
         whose = {index: i % place.world for i, index in enumerate(prompts)}  # a prompt is read on one rank for all its samples
         mine = [key for key in missing if whose[key[0]] == place.rank]
         requests = [Request(missing[key].teacher_ids, ("teacher-text", *key)) for key in mine]
-        drawn = generate(teacher, requests, cap, sampler, lambda reads: spent.generation(shape, reads, *PHASES)) if mine else []
+        drawn = run.fit("rows", spent, lambda ledger: generate(
+            teacher, requests, cap, run.text_sampler, lambda reads: ledger.generation(run.teacher_shape, reads, *PHASES))) if mine else []
         for part in place.gather([(*key, r.ids, r.finished) for key, r in zip(mine, drawn)]):
             for index, sample, ids, finished in part:
                 texts[index, sample] = {"prompt": index, "sample": sample, "ids": list(ids), "finished": finished,

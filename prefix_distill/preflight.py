@@ -1,6 +1,7 @@
 """Loads what a run needs and asks whether it is sane, before a GPU-hour is spent and before a file is written."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from . import data, flops, models, runtime, scoring, simct
 from .alignment import Alignment, census, match, shares
 from .config import Config
 from .divergence import Terms
-from .errors import UserError
+from .errors import Stopped, UserError
 from .models import LAB, Model
 from .rollout import Rollout, Sampler
 from .runtime import Place, place, seed_of
@@ -25,6 +26,7 @@ LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positio
 class Run:
     """Everything the loop works with. ``notes``: automatic choices with their reasons; ``warnings``: what may go wrong.
     ``text_terms`` and ``text_sampler``: the loss on, and the sampling of, responses that the teacher writes.
+    ``say``: where ``halve`` is told. ``fitted``: what it has set, for the checkpoint.
     ``extrapolation_prompts``: the fixed ones on which candidates are scored ([] where none is). ``alignment`` and ``shared``: where
     the tokenizers differ, how texts are aligned and which tokens both models share; ``teacher_tokens``: how many of the teacher's
     make one of the student's, in the prompts' text."""
@@ -55,6 +57,61 @@ class Run:
     notes: list[str]
     warnings: list[str]
     teacher_tokens: float = 1.0
+    say: Callable[[str], None] = lambda text: None
+    fitted: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def fit(self, what: str, ledger: flops.Ledger, work):
+        """``work(ledger)`` of this rank; where memory runs out, again with half of ``what`` (see ``halve``) until it fits."""
+        while True:
+            spent = flops.Ledger()
+            try:
+                found = work(spent)
+            except Exception as error:
+                if not runtime.out_of_memory(error):
+                    raise
+            else:
+                ledger.merge(spent)
+                return found
+            ledger.waste(spent)
+            self.halve(what)
+
+    def attempt(self, ledger: flops.Ledger, work):
+        """``work(ledger)`` of every rank. Where one runs out of memory: None, and half the micro-batch for all from now on."""
+        spent, found, enough = flops.Ledger(), None, True
+        try:
+            found = work(spent)
+        except Exception as error:
+            if not runtime.out_of_memory(error):
+                raise
+            enough = False
+        if all(self.place.gather(enough)):
+            ledger.merge(spent)
+            return found
+        del found
+        ledger.waste(spent)
+        self.halve("micro_batch_size")
+
+    def halve(self, what: str) -> None:
+        """Half as many rollouts at once from now on, in training (``micro_batch_size``) or in generation (``rows``). The mathematics
+        stays. Stopped when it was one."""
+        section, flag = {"micro_batch_size": ("train", "--micro-batch-size"), "rows": ("rollout", "--generation-rows")}[what]
+        place = self.place.device
+        size = getattr(getattr(self.config, section), what)
+        if size == 1:
+            raise Stopped(f"rank {self.place.rank}: {place} has no memory for one rollout at a time; use --gradient-checkpointing, a lower "
+                          "--head-memory-mb, shorter answers (--prefix, --max-new-tokens) or a smaller model")
+        self.use(**{what: size // 2})
+        self.say(f"rank {self.place.rank}: {place} ran out of memory; {flag} {size} becomes {size // 2}, the mathematics stays the same")
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def use(self, **sizes: int) -> None:
+        """Sets ``micro_batch_size`` and ``rows``; kept in ``fitted``."""
+        self.fitted |= sizes
+        for what, size in sizes.items():
+            self.config = configuration.replace(self.config, **{"rollout" if what == "rows" else "train": {what: size}})
+        self.sampler, self.text_sampler, self.eval_sampler = (
+            dataclasses.replace(sampler, rows=self.config.rollout.rows) for sampler in (self.sampler, self.text_sampler, self.eval_sampler))
 
     def counts_both(self, ledger: flops.Ledger, phase: str):
         """A function that adds one reading of a group of rollouts by student and teacher, heads included, to ``phase``."""

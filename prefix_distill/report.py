@@ -107,7 +107,7 @@ def _finished(folder: Path, root: Path) -> Finished | None:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     arm = folder.parent.name if folder.name.startswith("seed-") else (
         folder.name if folder == root else str(folder.relative_to(root)))
-    right = {row["step"]: row["right"] for row in read_rows(folder / "scores.jsonl")}
+    right = {row["step"]: row["right"] for row in read_rows(folder / "scores.jsonl")[0]}
     also = {p.stem.removeprefix("also-"): files.read_json(p.name) for p in sorted(folder.glob("also-*.json"))}
     return Finished(arm, document["seed"], folder, config, document["result"], right,
                     *(files.read_json(name)["kl_by_token"] for name in ("before.json", "after.json")), also)

@@ -104,8 +104,8 @@ class Rollout:
 
     def extent(self, teacher: bool = False) -> int:
         """Tokens up to the last taught one: no model needs to read further. At least 1."""
-        if self.units is None:
-            return len(self.ids) if self.kept is None else self.kept[-1] + 1
+        if self.units is None and self.kept is None:
+            return len(self.ids)
         return max(self.rows(teacher), default=0) + 1
 
 

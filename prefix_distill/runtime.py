@@ -4,16 +4,19 @@ Every sum, gather and decision that involves ranks goes through this file, also 
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
+import signal
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import Stopped, UserError
 
 SMALL_MODEL = 50e6  # parameters; below it bfloat16 autocast costs more on a CPU than its matmuls save
 
@@ -46,9 +49,35 @@ class Clock:
         return time.perf_counter()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Did an allocation on a device, or in main memory, fail?"""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "MPS backend out of memory" in str(error)))
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM as a wish: the first signal is noted in ``asked``, a second one acts at once, as without this."""
+
+    def __init__(self):
+        self.asked: signal.Signals | None = None
+
+    def __enter__(self):
+        self.former = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self.asked = signal.Signals(number)
+        self.__exit__()
+
+
 @dataclass(frozen=True)
 class Place:
-    """Devices, dtypes and ranks of a command, with the reasons of automatic choices."""
+    """Devices, dtypes and ranks of a command, with the reasons of automatic choices. ``store``: where several ranks note how
+    often they have met."""
 
     device: torch.device
     teacher_device: torch.device
@@ -57,6 +86,7 @@ class Place:
     rank: int
     world: int
     reasons: tuple[str, ...]
+    store: dist.Store | None = None
 
     @property
     def first(self) -> bool:
@@ -76,33 +106,97 @@ class Place:
         if self.world == 1:
             return [value]
         values = [None] * self.world
-        dist.all_gather_object(values, value)
+        with self.meeting():
+            dist.all_gather_object(values, value)
         return values
 
     def wait(self) -> None:
         """Every rank reaches this line before one goes on."""
-        if self.world > 1:
-            dist.barrier()
+        self.gather(None)
+
+    def differing(self, tensors: dict[str, torch.Tensor]) -> tuple[int, str] | None:
+        """(rank, name) of the first tensor whose bits are not rank 0's; None when all ranks hold the same. Compared: the sum of the
+        bits of each tensor, read as whole numbers."""
+        if self.world == 1:
+            return None
+        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = torch.stack([t.detach().view(words[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()]).tolist()
+        first, *others = self.gather(sums)
+        return next(((rank, name) for rank, found in enumerate(others, 1)
+                     for name, own, other in zip(tensors, first, found) if own != other), None)
+
+    @contextlib.contextmanager
+    def meeting(self):
+        """Around what all ranks do together. Stopped names the ranks that did not come, if this fails."""
+        if self.world == 1:
+            yield
+            return
+        met = None
+        try:
+            met = self.store.add(_meetings(self.rank), 1)
+            yield
+        except RuntimeError as error:  # gloo's and NCCL's: a timeout, a closed connection
+            if out_of_memory(error):
+                raise
+            raise Stopped(f"rank {self.rank} of {self.world}: {self._absent(met)} ({(str(error).splitlines() or [''])[0][:160]}); "
+                          "--resume goes on from the newest checkpoint, --rank-timeout waits longer") from None
+
+    def _absent(self, met: int | None) -> str:
+        try:
+            late = [rank for rank in range(self.world) if self.store.add(_meetings(rank), 0) < met]
+        except (RuntimeError, TypeError):  # the store itself is out of reach
+            return "the launcher or the first machine was lost"
+        return f"rank {', '.join(map(str, late))} did not come, or was lost" if late else "a rank was lost while all of them talked"
+
+
+def _meetings(rank: int) -> str:
+    return f"prefix-distill/meetings/{rank}"
 
 
 def place(runtime, parameters: int) -> Place:
-    """Resolves the ``runtime`` section for a student of ``parameters`` parameters. UserError on a missing device."""
+    """Resolves the ``runtime`` section for a student of ``parameters`` parameters. UserError on a missing device or on a launcher
+    that started another number of ranks than ``gpus``."""
     reasons = []
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = _device(runtime.device, int(os.environ.get("LOCAL_RANK", 0)), reasons)
-    teacher_device = device if runtime.teacher_device is None else _device(runtime.teacher_device, 0, reasons)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world, rank, local, here = (int(os.environ.get(name, default)) for name, default in (
+        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))))
+    if runtime.gpus is not None and runtime.gpus != here:
+        raise UserError(f"--gpus {runtime.gpus}: {here} rank{'s run' if here > 1 else ' runs'} on this machine; leave it out under another "
+                        "launcher and in `compare`")
+    device = _device(runtime.device, local, here, reasons)
+    teacher_device = device if runtime.teacher_device is None else _device(runtime.teacher_device, local, 1, reasons)
+    store = None
+    if world > 1:
+        store = _join(rank, world, device.type == "cuda", timedelta(seconds=runtime.rank_timeout))
+        reasons.append(f"{world} ranks, this machine's with {torch.get_num_threads()} CPU threads each, by "
+                       f"{'NCCL' if device.type == 'cuda' else 'gloo'}")
     if runtime.dtype == "auto":
         dtype, reason = _best_dtype(device, parameters)
         reasons.append(reason)
     else:
         dtype = getattr(torch, runtime.dtype)
     head_dtype = dtype if runtime.head_dtype == "auto" else getattr(torch, runtime.head_dtype)
-    return Place(device, teacher_device, dtype, head_dtype, rank, world, tuple(reasons))
+    return Place(device, teacher_device, dtype, head_dtype, rank, world, tuple(reasons), store)
 
 
-def _device(text: str, local_rank: int, reasons: list[str]) -> torch.device:
+@functools.cache  # a second run in the same process finds the group there
+def _join(rank: int, world: int, gpu: bool, timeout: timedelta) -> dist.Store:
+    """Meets the other ranks. What they tell each other goes over gloo, gradients on GPUs over NCCL."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("group", store), rank=rank,
+                                world_size=world, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"rank {rank} of {world}: cannot meet the others ({(str(error).splitlines() or [''])[0][:160]}); start all ranks "
+                        "with one launcher (--gpus, torchrun, accelerate launch), the same --master-addr and --master-port") from None
+    return dist.PrefixStore("prefix-distill", store)
+
+
+def _device(text: str, local_rank: int, sharing: int, reasons: list[str]) -> torch.device:
+    """``sharing``: ranks of this machine that need a device each."""
+    if sharing > 1 and text.startswith("cuda:"):
+        raise UserError(f"device '{text}': {sharing} ranks run on this machine and need a GPU each; use cuda or auto")
+    if text == "cuda" and torch.cuda.is_available():
+        text = f"cuda:{local_rank}"
     if text == "auto":
         if torch.cuda.is_available():
             text, why = f"cuda:{local_rank}", "a GPU is visible"

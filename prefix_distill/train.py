@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 
 import torch
@@ -12,13 +13,13 @@ from .alignment import census, shares
 from .checkpoint import RunFolder
 from .display import flops_text
 from .divergence import Terms, weighted
-from .errors import Stopped
+from .errors import Interrupted, Stopped
 from .flops import Ledger
-from .models import Model, average, decoder, refresh, save
+from .models import Model, average, decoder, refresh
 from .monitor import Monitor, Progress, candidate_score, full_cost, merge
 from .preflight import Run
 from .rollout import Request, Rollout, generate
-from .runtime import Clock
+from .runtime import Clock, Interrupt
 from .schedule import learning_rate, warmup_steps
 from .weights import choose, keep, scale, token_weights
 
@@ -32,10 +33,16 @@ class StudentLoss(torch.nn.Module):
         super().__init__()
         self.net, self.run = run.student.net, run
 
-    def forward(self, rollouts: list[Rollout], teacher_NE: torch.Tensor | None, weight_N: torch.Tensor,
+    def forward(self, rollouts: list[Rollout] | None, teacher_NE: torch.Tensor | None = None, weight_N: torch.Tensor | None = None,
                 student_ND: torch.Tensor | None = None):
-        """``student_ND``: the rows, where they have been read already."""
+        """``student_ND``: the rows, where they have been read already. ``rollouts`` None: nothing is taught, but every weight takes
+        part, so that DDP adds up what the ranks have gathered."""
         run, drawn = self.run, None
+        if rollouts is None:
+            with run.place.autocast(run.place.device):
+                hidden_ND = run.student.trunk(torch.zeros(1, 1, dtype=torch.long, device=run.place.device))[0]
+            head = run.student.head()
+            return 0 * torch.nn.functional.linear(hidden_ND.to(head.weight_VD.dtype), head.weight_VD, head.bias_V).sum()
         if rollouts[0].sampler_logp is not None:
             drawn = torch.tensor([r.sampler_logp[t] for r in rollouts for t in r.taught])
         if student_ND is None:
@@ -52,13 +59,15 @@ def _terms(run: Run, rollouts: list[Rollout]) -> Terms:
     return run.text_terms if rollouts[0].off_policy else run.terms
 
 
-def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
+def train(run: Run, folder: RunFolder, report, resume: bool, interrupt: Interrupt = Interrupt()) -> dict:
     """Runs every update that is left, evaluates before and after, saves the model; returns the result document.
 
     ``report`` shows progress on every rank: ``note(text)``, ``warn(text)``, ``evaluation(row)``, ``tail(row)`` and ``row(metrics,
-    useful FLOPs so far, useful FLOPs of as many updates with full rollouts)``.
+    useful FLOPs so far, useful FLOPs of as many updates with full rollouts)``; ``own(text)`` is what one rank alone has to say.
+    Interrupted, with the state saved, after the update (or the evaluation) in which ``interrupt`` was asked to stop.
     """
     config, place = run.config, run.place
+    run.say = report.own
     student = run.student.net.requires_grad_(True)
     optimizer = _optimizer(student, config)
     progress = Progress(taught_prefix=run.prefix.length(0))
@@ -70,7 +79,7 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         report.note("the run was interrupted before its first checkpoint: it starts from the beginning")
         resume = False
         if place.first:
-            folder.rewind("scores.jsonl", -1)
+            folder.rewind("scores.jsonl", -1, report.warn)
     if resume:
         resumed_from = _restore(run, folder, optimizer, anchor, progress, report)
     clock = Clock(place.device, progress.seconds)
@@ -83,12 +92,17 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     texts = _teacher_texts(run, folder, progress, clock)
     loss_module = StudentLoss(run)
     if place.world > 1:
-        loss_module = DistributedDataParallel(loss_module)
+        known = inspect.signature(DistributedDataParallel).parameters  # torch renamed it
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # they never change
+        loss_module = DistributedDataParallel(loss_module, gradient_as_bucket_view=True, **{buffers: False})
     if not resume:
         _save_checkpoint(run, folder, optimizer, anchor, progress)
+    if resume and progress.step < config.train.steps:
+        monitor.look()  # an evaluation that the interruption left out
 
     full = full_cost(run, progress, range(progress.step))
     while progress.step < config.train.steps:
+        _stop_if_asked(run, folder, optimizer, anchor, progress, interrupt)
         step = progress.step
         spent_before = dict(clock.seconds)
         ledger = Ledger()
@@ -99,6 +113,7 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         weights, share = token_weights(rollouts, config.divergence.reduction, run.position)
         divisor = place.total(share)
         values, clipped = _accumulate(run, loss_module, rollouts, weights, divisor, ledger, clock, reading)
+        _refuse_non_finite(run, folder, optimizer, anchor, progress, rollouts, values)
         facts = _facts(run, rollouts, values, clipped, weights, divisor, run.prefix.window(progress.prefix))
         if reading is None and "selection" in ledger.useful and not said:
             report.note("tokens are selected from a reading of their own, which the ledger counts as `selection`: the rollouts do not fit "
@@ -109,7 +124,7 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
             warmup=warmup_steps(config.schedule.warmup, config.train.steps),
         )
         with clock.phase("optimizer"):
-            norm = _update(run, folder, optimizer, anchor, progress, rate, facts["loss"])
+            norm = _update(run, folder, optimizer, anchor, progress, rate)
         progress.step += 1
         progress.tokens += int(facts["tokens"])
         merge(run, progress, ledger)
@@ -127,11 +142,12 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
         if place.first:
             folder.append("metrics.jsonl", row)
         report.row(row, progress.ledger.total(), full)
+        if config.runtime.check_ranks_every and progress.step % config.runtime.check_ranks_every == 0:
+            _compare_ranks(run, folder, progress)
         last = progress.step == config.train.steps
-        if config.evaluate.every and progress.step % config.evaluate.every == 0 and not last:
-            monitor.evaluate()
-        elif monitor.probe_due() and not last:
-            monitor.probe_tail()
+        if not last:
+            _stop_if_asked(run, folder, optimizer, anchor, progress, interrupt)
+            monitor.look()
         if (config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0) or last:
             _save_checkpoint(run, folder, optimizer, anchor, progress)
 
@@ -139,14 +155,14 @@ def train(run: Run, folder: RunFolder, report, resume: bool) -> dict:
     if place.first:
         folder.write_rows("examples-after.jsonl", after.pop("records"))
         folder.write_json("after.json", after)
-        save(run.student, folder.model)
+        folder.save_model("model", run.student)
         if further.diagnostics:
             _diagnose(folder, moving, initial)
     result = _result(run, folder, progress, resumed_from, clock)
     if place.first:
         folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
     place.wait()
-    return result
+    return {"out": str(folder.path), **result}
 
 
 def sample(run: Run, decoding: Model, prompts: list[data.Rendered], step: int, prefix: int, ledger: Ledger,
@@ -161,10 +177,9 @@ def sample(run: Run, decoding: Model, prompts: list[data.Rendered], step: int, p
     teachers = run.off_policy.rows(step, len(prompts) * samples, run.config.runtime.seed) if run.off_policy else ()
     places = [(slot, s) for slot in slots for s in range(samples)]
     own = [(slot, s) for slot, s in places if slot * samples + s not in teachers]
-    responses = generate(
-        decoding, [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in own], prefix, run.sampler,
-        lambda reads: ledger.generation(run.student_shape, reads), clock,
-    ) if own else []
+    requests = [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in own]
+    responses = run.fit("rows", ledger, lambda spent: generate(
+        decoding, requests, prefix, run.sampler, lambda reads: spent.generation(run.student_shape, reads), clock)) if own else []
     drawn = [Rollout(slot, s, prompts[slot].student_ids, prompts[slot].teacher_ids, r.ids, r.ids, r.finished, sampler_logp=r.logp)
              for (slot, s), r in zip(own, responses)]
     with clock.phase("alignment") if run.alignment is not None else contextlib.nullcontext():
@@ -206,20 +221,26 @@ def _token_facts(run: Run, rollouts: list[Rollout], ledger: Ledger, clock: Clock
     groups = _micro_batches(run, rollouts)
     terms = Terms("reverse-kl", dtype=run.place.head_dtype, memory_bytes=run.terms.memory_bytes)
     forward = run.selection is not None and run.selection.kind == "overconfident"
-    if max(run.place.gather(len(groups) if _terms(run, rollouts).taught_by == "teacher" else 2)) > 1:
+
+    def read_once(ledger: Ledger) -> tuple[dict, scoring.Reading]:
+        [group] = groups
+        with clock.phase("student_update"), run.place.autocast(run.place.device):
+            student_ND = scoring.hidden_rows(run.student, group)
+        with clock.phase("teacher_score"), torch.no_grad(), run.place.autocast(run.place.teacher_device):
+            teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
         with clock.phase("selection"):
-            return scoring.token_statistics(terms, run.student, run.teacher, run.shared, rollouts, run.place,
-                                            run.config.train.micro_batch_size, run.counts_both(ledger, "selection"), forward), None
-    [group] = groups
-    with clock.phase("student_update"), run.place.autocast(run.place.device):
-        student_ND = scoring.hidden_rows(run.student, group)
-    with clock.phase("teacher_score"), torch.no_grad(), run.place.autocast(run.place.teacher_device):
-        teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
+            facts = scoring.row_statistics(terms, run.student, student_ND.detach(), run.teacher, teacher_NE, run.shared, group, forward)
+        for model, shape, teacher in ((run.student, run.student_shape, False), (run.teacher, run.teacher_shape, True)):
+            ledger.add("selection", *[shape.output(scoring.head_rows(model, group, run.shared, teacher, whole=True))] * 2)
+        return scoring.positions(group, facts), scoring.Reading(group, student_ND, teacher_NE)
+
+    once = max(run.place.gather(len(groups) if _terms(run, rollouts).taught_by == "teacher" else 2)) == 1
+    if once and (found := run.attempt(ledger, read_once)) is not None:
+        return found
     with clock.phase("selection"):
-        facts = scoring.row_statistics(terms, run.student, student_ND.detach(), run.teacher, teacher_NE, run.shared, group, forward)
-    for model, shape, teacher in ((run.student, run.student_shape, False), (run.teacher, run.teacher_shape, True)):
-        ledger.add("selection", *[shape.output(scoring.head_rows(model, group, run.shared, teacher, whole=True))] * 2)
-    return scoring.positions(group, facts), scoring.Reading(group, student_ND, teacher_NE)
+        return run.fit("micro_batch_size", ledger, lambda spent: scoring.token_statistics(
+            terms, run.student, run.teacher, run.shared, rollouts, run.place, run.config.train.micro_batch_size,
+            run.counts_both(spent, "selection"), forward)), None
 
 
 def _teacher_texts(run: Run, folder: RunFolder, progress: Progress, clock: Clock) -> dict | None:
@@ -236,8 +257,8 @@ def _teacher_texts(run: Run, folder: RunFolder, progress: Progress, clock: Clock
             wanted[rendered.prompt.index, sample] = (rendered, sample)
     with clock.phase("teacher_text"):
         return off_policy.teacher_texts(
-            list(wanted.values()), run.prefix.longest(config.train.steps), decoder(run.teacher, run.place.dtype), run.teacher_shape,
-            run.text_sampler, run.place, folder, progress.ledger)
+            run, list(wanted.values()), run.prefix.longest(config.train.steps), decoder(run.teacher, run.place.dtype), folder,
+            progress.ledger)
 
 
 def _micro_batches(run: Run, rollouts: list[Rollout]) -> list[list[Rollout]]:
@@ -253,21 +274,34 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
     --clip, → the teacher's mass on clipped entries.
 
     The division happens here, once: every weight is divided by the update's divisor. DDP averages gradients over ranks,
-    so the weights are multiplied by the number of ranks first. A rank with fewer micro-batches runs empty ones: every
-    rank takes part in every reduction. With a ``reading``, nothing is read again.
+    so the weights are multiplied by the number of ranks first. Ranks may have any number of micro-batches, or none: each
+    gathers its gradients by itself, and they meet once, in a turn that teaches nothing. With a ``reading``, nothing is
+    read again. Where memory runs out on any rank, all start anew with half the micro-batch.
     """
-    place = run.place
-    once = run.student.reads_once
+    while True:
+        found = run.attempt(ledger, lambda spent: _gather_gradients(run, loss_module, rollouts, weights, divisor, spent, clock, reading))
+        if found is not None:
+            break
+        loss_module.zero_grad(set_to_none=True)
+        reading = None
+    if run.place.world > 1:
+        with clock.phase("student_update"), run.place.meeting():
+            loss_module(None).backward()
+        ledger.forward("student_update", run.student_shape, [(1, [1])], passes=3, idle=True, recomputed=run.student.recomputes, taught=1)
+    return found
+
+
+def _gather_gradients(run: Run, loss_module, rollouts, weights, divisor, ledger, clock, reading
+                      ) -> tuple[dict[tuple, list[float]], dict[tuple, list[float]]]:
+    """This rank's part of ``_accumulate``."""
+    place, once = run.place, run.student.reads_once
     named = {(r.prompt, r.sample): r for r in rollouts}
     groups = _micro_batches(run, rollouts) if reading is None else [[named[r.prompt, r.sample] for r in reading.rollouts]]
-    count = max(place.gather(len(groups)))
     values, clipped = {}, {}
-    for turn in range(count):
-        idle = turn >= len(groups)
-        group = groups[0] if idle else groups[turn]
+    for group in groups:
         lengths = [len(r.taught) for r in group]
         weight_N = torch.tensor([w for r in group for w in weights[r.prompt, r.sample]], dtype=torch.float64)
-        weight_N = (weight_N * (0.0 if idle else place.world / divisor)).float()
+        weight_N = (weight_N * (place.world / divisor)).float()
         read, student_ND, teacher_NE = group, None, None
         if reading is not None:
             read, (student_ND, teacher_NE) = reading.rollouts, reading.only(group)
@@ -276,17 +310,16 @@ def _accumulate(run: Run, loss_module, rollouts, weights, divisor, ledger, clock
                 teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
         if teacher_NE is not None:
             ledger.forward("teacher_score", run.teacher_shape, scoring.reads(read, run.teacher.reads_once, teacher=True),
-                           idle=idle, taught=scoring.head_rows(run.teacher, group, run.shared, teacher=True))
-        gradients_meet = place.world == 1 or turn == count - 1
-        with clock.phase("student_update"), contextlib.nullcontext() if gradients_meet else loss_module.no_sync():
+                           taught=scoring.head_rows(run.teacher, group, run.shared, teacher=True))
+        with clock.phase("student_update"), contextlib.nullcontext() if place.world == 1 else loss_module.no_sync():
             loss, value_N, clipped_N = loss_module(group, teacher_NE, weight_N, student_ND)
             loss.backward()
         shared = None if group[0].units is None else run.shared
-        ledger.forward("student_update", run.student_shape, scoring.reads(read, once), passes=3, idle=idle,
+        ledger.forward("student_update", run.student_shape, scoring.reads(read, once), passes=3,
                        recomputed=run.student.recomputes, taught=scoring.head_rows(run.student, group, shared, teacher=False))
         if shared is not None:  # tokens of spans are projected once more
             again = run.student_shape.output(sum(u.size for r in group for u in r.taught_units if not u.exact))
-            ledger.add("student_update", 0.0 if idle else again, again)
+            ledger.add("student_update", again, again)
         for found, column in ((values, value_N), (clipped, clipped_N)):
             if column is not None:
                 found |= {(r.prompt, r.sample): part.tolist() for r, part in zip(group, column.split(lengths))}
@@ -324,19 +357,50 @@ def _mean(column: tuple[tuple[float, int], ...]) -> float | None:
     return math.fsum(total for total, _ in column) / count if count else None
 
 
-def _update(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, rate: float, loss: float) -> float:
-    """Clip, check, step. Non-finite numbers stop the run before they reach a weight, with the last good state saved."""
+def _refuse_non_finite(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, rollouts, values) -> None:
+    """Stopped, on every rank, where a token's divergence is NaN or infinite on any: with what is at fault, and the last good state."""
+    wrong = next(((r, t, v) for r in rollouts for t, v in zip(r.taught, values[r.prompt, r.sample]) if not math.isfinite(v)), None)
+    found = next(filter(None, run.place.gather(wrong and (
+        f"the divergence of prompt slot {wrong[0].prompt}, sample {wrong[0].sample}, token {wrong[1]} is {wrong[2]}: "
+        f"{_at_fault(run, wrong[0])} not finite"))), None)
+    if found is not None:
+        _stop(run, folder, optimizer, anchor, progress, found)
+
+
+@torch.no_grad()
+def _at_fault(run: Run, rollout: Rollout) -> str:
+    """Where in the two networks the first number that is not finite appears."""
+    both = (("teacher", run.teacher, True), ("student", run.student, False))
+    for role, model, _ in both:
+        if name := next((name for name, p in model.net.named_parameters() if not torch.isfinite(p).all()), None):
+            return f"the {role}'s weight {name} is"
+    for role, model, teacher in both:
+        with run.place.autocast(model.device):
+            hidden_ND = scoring.hidden_rows(model, [rollout], teacher)
+        if not torch.isfinite(hidden_ND).all():
+            return f"the {role}'s hidden states there are"
+        if not torch.isfinite(model.head().to(run.place.head_dtype).logits(hidden_ND)).all():
+            return f"the {role}'s logits there are"
+    return "it is"
+
+
+def _stop(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, reason: str) -> None:
+    """Ends the run before an update that would do harm, with the state so far saved if it is good."""
+    optimizer.zero_grad(set_to_none=True)
+    _save_checkpoint(run, folder, optimizer, anchor, progress)  # or Stopped, with the state that is
+    raise Stopped(f"update {progress.step + 1}: {reason}; nothing was changed, the state after update {progress.step} is saved in "
+                  f"{folder.path}: lower --lr or use --dtype float32, then --resume")
+
+
+def _update(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, rate: float) -> float:
+    """Clip, check, step. A gradient that is not finite stops the run before it reaches a weight."""
     named = list(run.student.net.named_parameters())
     if progress.step == 0 and (missing := [name for name, p in named if p.grad is None]):
         raise Stopped(f"update 1: parameter {missing[0]} received no gradient; this architecture is not supported")
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in named]).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        bad = "loss" if not math.isfinite(loss) else next(
-            (f"gradient of {name}" for name, p in named if not torch.isfinite(p.grad).all()), "gradient norm")
-        optimizer.zero_grad(set_to_none=True)
-        _save_checkpoint(run, folder, optimizer, anchor, progress)
-        raise Stopped(f"update {progress.step + 1}: the {bad} is not finite; nothing was changed, the state after update "
-                      f"{progress.step} is saved in {folder.path}: lower --lr or use --dtype float32, then --resume")
+    if not math.isfinite(norm):
+        bad = next((f"gradient of {name}" for name, p in named if not torch.isfinite(p.grad).all()), "gradient's norm")
+        _stop(run, folder, optimizer, anchor, progress, f"the {bad} is not finite")
     if run.config.train.grad_clip:
         torch.nn.utils.clip_grads_with_norm_([p for _, p in named], run.config.train.grad_clip, torch.tensor(norm))
     for group in optimizer.param_groups:
@@ -382,7 +446,7 @@ def _row(run: Run, progress: Progress, facts, prefix, rate, norm, clock, spent_b
 def _result(run: Run, folder: RunFolder, progress: Progress, resumed_from, clock) -> dict:
     first, last = progress.evaluations[0], progress.evaluations[-1]
     return {
-        "out": str(folder.path), "steps": progress.step, "resumed_from": resumed_from,
+        "steps": progress.step, "resumed_from": resumed_from,
         "accuracy_before": first["accuracy"], "accuracy_after": last["accuracy"], "kl_before": first["kl"],
         "kl_after": last["kl"], "prefix": progress.taught_prefix, "prefix_decisions": progress.decisions,
         "tail_probes": progress.tail_probes, "extrapolations": progress.extrapolations, "warnings": progress.warnings,
@@ -431,22 +495,46 @@ def _diagnose(folder: RunFolder, moving, initial) -> None:
     folder.remove("displacements")
 
 
+def _stop_if_asked(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, interrupt: Interrupt) -> None:
+    """A safe point: if any rank was asked to stop, all save and are Interrupted."""
+    asked = next(filter(None, run.place.gather(interrupt.asked)), None)
+    if asked is not None:
+        _save_checkpoint(run, folder, optimizer, anchor, progress)
+        raise Interrupted(f"interrupted ({asked.name}) after update {progress.step}, with the state saved: prefix-distill run --resume "
+                          f"--out {folder.path} goes on from there", asked)
+
+
+def _compare_ranks(run: Run, folder: RunFolder, progress: Progress) -> None:
+    """Stopped where the ranks' weights differ."""
+    differing = run.place.differing(dict(run.student.net.named_parameters()))
+    if differing is not None:
+        rank, name = differing
+        raise Stopped(f"after update {progress.step} the weights of rank {rank} are not those of rank 0 (the first: {name}); nothing of this "
+                      f"is saved, {folder.newest}: check that machine, then --resume")
+
+
 def _save_checkpoint(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress) -> None:
+    """Saves the state, if it is finite and the same on all ranks; else Stopped."""
+    _compare_ranks(run, folder, progress)
+    names = {p: name for name, p in run.student.net.named_parameters()}
+    if bad := next((name for p, name in names.items() if not torch.isfinite(p).all()), None):
+        raise Stopped(f"after update {progress.step} the student's weight {bad} is not finite; it is not saved, {folder.newest}: lower --lr "
+                      "or use --dtype float32, then --resume")
     if run.place.first:
-        names = {p: name for name, p in run.student.net.named_parameters()}
         moments = {f"{key}/{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
         tensors = {"student": {name: p for p, name in names.items()}, "optimizer": moments}
         if anchor:
             tensors["anchor"] = anchor
         if run.config.models.teacher_ema is not None:
             tensors["teacher"] = dict(run.teacher.net.named_parameters())
-        folder.save(progress.step, tensors, dataclasses.asdict(progress))
+        folder.save(progress.step, tensors, dataclasses.asdict(progress) | {"fitted": run.fitted})
     run.place.wait()
 
 
 def _restore(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, report) -> int:
     """Weights, optimizer moments, anchor, averaged teacher and progress of the newest checkpoint; metric rows are rewound to it."""
-    step, tensors, facts = folder.latest(report.warn)
+    place = run.place
+    step, tensors, facts = folder.latest(report.warn if place.first else lambda text: None)
     with torch.no_grad():
         for name, p in run.student.net.named_parameters():
             p.copy_(tensors["student"][name])
@@ -460,10 +548,18 @@ def _restore(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress,
             t.copy_(tensors["anchor"][name])
     for key, value in facts.items():
         setattr(progress, key, Ledger(**value) if key == "ledger" else value)
-    if run.place.first:
-        folder.rewind("metrics.jsonl", step)
-        folder.rewind("scores.jsonl", progress.evaluations[-1]["step"])
-    run.place.wait()
+    run.use(**{what: min(size, getattr(run.config.rollout if what == "rows" else run.config.train, what))
+               for what, size in progress.fitted.items()})
+    was = folder.read_json("run.json").get("ranks", place.world)
+    place.wait()  # every rank has read before the first one writes
+    if place.first:
+        folder.rewind("metrics.jsonl", step, report.warn, whole=True)
+        folder.rewind("scores.jsonl", progress.evaluations[-1]["step"], report.warn)
+        folder.write_json("run.json", {**folder.read_json("run.json"), "ranks": place.world})
+    place.wait()
     report.note(f"resumed after update {step}")
+    if was != place.world:
+        (report.note if place.dtype == torch.float32 else report.warn)(
+            f"{was} rank{'s' * (was > 1)} before, {place.world} now: the same prompts, seeds and decisions; sums are rounded in another order"
+            + ("" if place.dtype == torch.float32 else f", and in {str(place.dtype)[6:]} that can change which tokens are sampled"))
     return step
-

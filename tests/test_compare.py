@@ -72,7 +72,7 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / compare.FILE).write_text(json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms)))))
-    with compare._alone(folder), pytest.raises(UserError, match="another process"):
+    with RunFolder(folder).alone(), pytest.raises(UserError, match="another process"):
         compare.compare(arms, folder, None, print)
 
 

@@ -9,7 +9,6 @@ import torch
 from conftest import invoke, last_json
 from safetensors.torch import load_file
 from test_flops import counted
-from test_ranks import start
 from test_resume import KILLED
 from test_simct import by_the_book
 from test_train import assert_same
@@ -188,15 +187,6 @@ def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
     found = whole["evaluations"][0]["alignment"]
     assert 0 < found["student_mass"] < 1 and 0.9 < found["teacher_mass"] <= 1 and found["kl_spans"] > 0
     assert "alignment" in whole["seconds"]["by_phase"]
-
-
-def test_two_ranks_are_one(tmp_path):
-    flags = [*SMALL, "--cross-tokenizer", "simct", "--select", "divergence", "--steps", "2"]
-    (_, rows_alone), (_, others) = (start(ranks, tmp_path / str(ranks), *flags) for ranks in (1, 2))
-    for row, other in zip(rows_alone, others, strict=True):
-        for key in row:
-            if not key.startswith(("time/", "flops/")):
-                assert other[key] == pytest.approx(row[key], rel=1e-4), key
 
 
 def test_nothing_in_common_stops_with_a_reason(tmp_path):

@@ -41,7 +41,7 @@ def test_loss_gradient_and_new_weight_by_hand():
     place = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
     run = SimpleNamespace(
         student=student, teacher=teacher, place=place, shared=None, alignment=None, terms=(terms := Terms("reverse-kl")), text_terms=terms, config=build({"schedule.lr": 0.1}),
-        student_shape=Shape(0, 9, ()), teacher_shape=Shape(0, 9, ()),
+        student_shape=Shape(0, 9, ()), teacher_shape=Shape(0, 9, ()), attempt=lambda ledger, work: work(ledger),
     )
     rollouts = [Rollout(0, 0, (0,), (0,), (1, 2), (1, 2), False)]  # reads 0, 1; token 2 is predicted and never read
     weights, divisor = token_weights(rollouts, "token")
@@ -62,7 +62,7 @@ def test_loss_gradient_and_new_weight_by_hand():
     optimizer = train._optimizer(student.net, run.config)
     facts = train._facts(run, rollouts, values, {}, weights, divisor, 0)
     assert facts["loss"] == pytest.approx(math.log(64 / 27) / 6, abs=1e-6)
-    train._update(run, None, optimizer, {}, monitor.Progress(), 0.1, facts["loss"])
+    train._update(run, None, optimizer, {}, monitor.Progress(), 0.1)
     # AdamW's first step: −lr · g / (|g| + ε); the gradient norm is below 1, so nothing is clipped
     expected = torch.tensor([[-0.1 * g / (abs(g) + 1e-8) for g in row] for row in by_hand.tolist()])
     torch.testing.assert_close(student.net.out.weight.detach(), expected, atol=1e-6, rtol=1e-5)
