@@ -388,9 +388,19 @@ def main(alone: bool = True) -> None:
     except KeyboardInterrupt:
         _fail(AT_ONCE, 130, alone)
     except Exception as error:
+        if _out_of_memory(error):
+            _fail("out of memory; lower --generation-rows or --micro-batch-size, or use --dtype bfloat16", 1, alone)
         if not hasattr(error, "format_message"):  # click's own complaints about flags have it; anything else is a bug
             raise
         _fail(error.format_message(), 2, alone)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from .runtime import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _fail(message: str, code: int, alone: bool = True) -> None:

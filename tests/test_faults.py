@@ -1,0 +1,342 @@
+"""What goes wrong in a long run: disks, numbers, memory, signals, two runs at once. One line, and nothing is lost."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import byte_tokenizer, invoke, last_json, tiny_net
+from prefix_distill import config as configuration
+from prefix_distill import rollout, scoring, train
+from prefix_distill.checkpoint import RunFolder
+from prefix_distill.errors import Interrupted, Stopped
+from prefix_distill.runtime import Interrupt
+from test_resume import flags, rows
+from test_train import Silent, prepared
+
+
+def run_in(folder, run, report=None, resume=False, **more):
+    files = RunFolder(folder)
+    if not resume:
+        files.create(configuration.as_dict(run.config))
+    return train.train(run, files, report or Silent(), resume, **more)
+
+
+@pytest.fixture(scope="module")
+def whole(pair, questions, tmp_path_factory):
+    """Six updates that nothing disturbs, evaluated every second one."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run_in(folder, six(pair, questions))
+
+
+def six(pair, questions, **changes):
+    return prepared(pair, questions, **{"train.steps": 6, "evaluate.every": 2, "checkpoint.save_every": 3, "schedule.lr": 1e-3} | changes)
+
+
+def assert_ends_like(whole, folder, result):
+    assert rows(folder) == rows(whole[0])
+    for file in ("checkpoints/step-00000006/optimizer.safetensors", "model/model.safetensors", "best/model.safetensors", "scores.jsonl"):
+        assert (folder / file).read_bytes() == (whole[0] / file).read_bytes(), file
+    for key in ("accuracy_after", "kl_after", "tokens", "flops", "best"):
+        assert result[key] == whole[1][key], key
+
+
+# ── disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 1 MB, where this machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", folder], capture_output=True) if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip("cannot mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(pair, questions, small_disk, whole):
+    out = small_disk / "run"
+    code, said, err = invoke(*flags(pair, questions, out))
+    assert code == 1 and said == "" and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ") and "cannot be written" in last and "step-00000003 is the last good state" in last
+    assert not list(out.rglob("*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    code, said, err = invoke("run", "--resume", "--out", out)
+    assert code == 0 and last_json(said)["resumed_from"] == 3, err
+    alone = small_disk.parent / "alone"
+    assert invoke(*flags(pair, questions, alone))[0] == 0
+    assert rows(out) == rows(alone)
+    assert (out / "model/model.safetensors").read_bytes() == (alone / "model/model.safetensors").read_bytes()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    code, said, err = invoke("run", "--resume", "--out", out, "--steps", "8")
+    assert code == 2 and "cannot be written (Read-only file system)" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name, limit", [("best", 100_000), ("checkpoints/step-00000003", 200_000), ("model", 0)])
+def test_what_cannot_be_written_leaves_what_was_there(pair, questions, tmp_path, whole, monkeypatch, name, limit):
+    """A file-size limit stands for the full disk: at the best student, at a checkpoint, at the end."""
+    run, folder, plain = six(pair, questions), tmp_path / "run", RunFolder.save_model
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_model(self, which, model):
+        if which == "model" == name:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        plain(self, which, model)
+
+    monkeypatch.setattr(RunFolder, "save_model", save_model)
+    try:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(Stopped, match=f"{name} cannot be written .*File too large"):
+            run_in(folder, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        monkeypatch.undo()
+    assert not list(folder.rglob("*.partial")) and not (folder / name).exists()
+    assert_ends_like(whole, folder, run_in(folder, six(pair, questions), resume=True))
+
+
+def test_a_folder_deleted_under_the_run(pair, questions, tmp_path):
+    class Deletes(Silent):
+        def row(self, row, *_):
+            if row["step"] == 2:
+                shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(Stopped, match="the run folder is gone"):
+        run_in(tmp_path / "run", six(pair, questions), Deletes())
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
+    out = tmp_path / "run"
+    with RunFolder(out).alone():
+        code, said, err = invoke(*flags(pair, questions, out))
+        assert code == 2 and "another process is working in it" in err.splitlines()[-1] and os.listdir(out) == [".lock"]
+    shutil.copytree(whole[0], out, dirs_exist_ok=True)
+    with RunFolder(out).alone():
+        code, said, err = invoke("run", "--resume", "--out", out)
+        assert code == 2 and "another process is working in it" in err.splitlines()[-1]
+    assert rows(out) == rows(whole[0])
+
+
+# ── numbers
+
+
+def poison(model, name):
+    with torch.no_grad():
+        dict(model.net.named_parameters())[name].view(-1)[5] = float("nan")
+
+
+@pytest.mark.parametrize("what, match, saved", [
+    ("teacher's weight", "update 3: the divergence of .*: the teacher's weight model.norm.weight is not finite; nothing was changed, the "
+                         "state after update 2 is saved", 2),
+    ("teacher's logits", "update 3: the divergence of .*: the teacher's hidden states there are not finite; nothing was changed", 2),
+    ("gradient", "update 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; nothing was changed", 2),
+    ("student's weight", "after update 2 the student's weight lm_head.weight is not finite; it is not saved, step-00000000 is the last good state", 0),
+])
+def test_numbers_that_are_not_finite_are_named_before_they_do_harm(pair, questions, tmp_path, monkeypatch, what, match, saved):
+    run, plain = six(pair, questions, **{"evaluate.every": 0}), train._accumulate
+    hidden_rows = scoring.hidden_rows
+
+    def accumulate(run, *rest):
+        if run.optimizer_steps == 2:
+            if what == "teacher's weight":
+                poison(run.teacher, "model.norm.weight")
+            if what == "student's weight":
+                poison(run.student, "lm_head.weight")
+            if what == "teacher's logits":
+                monkeypatch.setattr(scoring, "hidden_rows", lambda model, rollouts, teacher=False: hidden_rows(
+                    model, rollouts, teacher) * (float("inf") if teacher else 1))
+        found = plain(run, *rest)
+        if run.optimizer_steps == 2 and what == "gradient":
+            dict(run.student.net.named_parameters())["model.layers.1.mlp.up_proj.weight"].grad[1, 2] = float("inf")
+        run.optimizer_steps += 1
+        return found
+
+    run.optimizer_steps = 0
+    monkeypatch.setattr(train, "_accumulate", accumulate)
+    with pytest.raises(Stopped, match=match):
+        run_in(tmp_path / "run", run)
+    assert sorted(os.listdir(tmp_path / "run/checkpoints"))[-1] == f"step-{saved:08d}"
+    for tensor in load_file(tmp_path / f"run/checkpoints/step-{saved:08d}/student.safetensors").values():
+        assert torch.isfinite(tensor).all()
+    assert len(rows(tmp_path / "run")) == 2
+
+
+# ── memory
+
+
+def shortage(monkeypatch, where, most):
+    """No room for more than ``most`` rollouts at once: in a forward of training, in one of scoring, or in a generation."""
+    if where == "generation":
+        plain = rollout._call
+
+        def call(model, batch, *rest):
+            if len(batch) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(model, batch, *rest)
+
+        monkeypatch.setattr(rollout, "_call", call)
+    else:
+        plain = scoring.hidden_rows
+
+        def hidden_rows(model, rollouts, teacher=False):
+            if len(rollouts) > most and torch.is_grad_enabled() is (where == "training"):
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to")
+            return plain(model, rollouts, teacher)
+
+        monkeypatch.setattr(scoring, "hidden_rows", hidden_rows)
+
+
+@pytest.mark.parametrize("where, said", [
+    ("training", ["--micro-batch-size 4 becomes 2", "--micro-batch-size 2 becomes 1"]),
+    ("scoring", ["--micro-batch-size 4 becomes 2", "--micro-batch-size 2 becomes 1"]),
+    ("generation", ["--generation-rows 8 becomes 4", "--generation-rows 4 becomes 2", "--generation-rows 2 becomes 1"]),
+])
+def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(pair, questions, tmp_path, whole, monkeypatch, where, said):
+    settings = {"rollout.rows": 8, "evaluate.every": 2}
+    plain = run_in(tmp_path / "plain", six(pair, questions, **settings))
+    shortage(monkeypatch, where, 1)
+    report = Silent()
+    result = run_in(tmp_path / "short", six(pair, questions, **settings), report)
+    found = [text for text in report.warnings if "ran out of memory" in text]
+    assert [text.split("; ")[1].split(",")[0] for text in found] == said
+    for row, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "short"), strict=True):
+        for key in row:
+            if not key.startswith("flops/"):
+                assert other[key] == pytest.approx(row[key], rel=1e-4), key
+    assert result["accuracy_after"] == plain["accuracy_after"] and result["flops"]["executed"] > 0
+    for (name, one), other in zip(load_file(tmp_path / "plain/model/model.safetensors").items(),
+                                  load_file(tmp_path / "short/model/model.safetensors").values()):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-5, msg=name)
+    # what was learnt about the memory survives an interruption: no further shortage is met
+    shutil.rmtree(tmp_path / "short/checkpoints/step-00000006")
+    report = Silent()
+    again = run_in(tmp_path / "short", six(pair, questions, **settings), report, resume=True)
+    assert again["resumed_from"] == 3 and not any("ran out of memory" in text for text in report.warnings)
+
+
+def test_memory_that_is_short_in_the_reading_that_selects(pair, tmp_path, monkeypatch):
+    """Where both models' one reading does not fit, the tokens are selected from readings of their own; the ledger keeps the loss."""
+    file = tmp_path / "even.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50)))
+    settings = {"weights.select": "soft-or", "train.micro_batch_size": 10, "train.steps": 2, "schedule.prefix": "4"}
+    plain = run_in(tmp_path / "plain", prepared(pair, str(file), **settings))
+    shortage(monkeypatch, "training", 5)
+    report = Silent()
+    short = run_in(tmp_path / "short", prepared(pair, str(file), **settings), report)
+    assert [text.split("; ")[1].split(",")[0] for text in report.warnings if "ran out" in text] == ["--micro-batch-size 10 becomes 5"]
+    assert short["flops"]["by_phase"]["selection"]["useful"] > plain["flops"]["by_phase"]["selection"]["useful"]
+    one, other = (load_file(tmp_path / name / "model/model.safetensors") for name in ("plain", "short"))
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["training", "generation"])
+def test_when_not_even_one_rollout_fits_the_run_stops(pair, questions, tmp_path, monkeypatch, where):
+    run = six(pair, questions)
+    shortage(monkeypatch, where, 0)
+    with pytest.raises(Stopped, match="cpu has no memory for one rollout at a time; use --gradient-checkpointing"):
+        run_in(tmp_path / "run", run)
+
+
+def test_an_evaluation_without_memory_is_one_line(pair, questions, tmp_path, monkeypatch):
+    shortage(monkeypatch, "generation", 0)
+    code, out, err = invoke("eval", "--model", pair[0], "--dataset", questions, "--limit", "3", "--max-new-tokens", "8", "--out", tmp_path / "x.jsonl")
+    assert code == 1 and out == "" and err.splitlines()[-1].startswith("error: out of memory") and not list(tmp_path.iterdir())
+
+
+# ── signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["update", "evaluation"])
+def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(pair, questions, tmp_path, whole, number, moment):
+    class Sends(Silent):
+        def row(self, row, *_):
+            if moment == "update" and row["step"] == 4:  # before the evaluation after update 4, which is left to the resumed run
+                os.kill(os.getpid(), number)
+
+        def evaluation(self, row):
+            if moment == "evaluation" and row["step"] == 4:
+                os.kill(os.getpid(), number)
+
+    former = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=rf"interrupted \({number.name}\) after update 4, with the state saved: prefix-distill run --resume "
+                                          f"--out {tmp_path / 'run'} goes on") as stop, Interrupt() as interrupt:
+        run_in(tmp_path / "run", six(pair, questions), Sends(), interrupt=interrupt)
+    assert stop.value.exit_code == 128 + number and signal.getsignal(number) is former
+    evaluated = json.loads((tmp_path / "run/checkpoints/step-00000004/state.json").read_text())["facts"]["evaluations"]
+    assert evaluated[-1]["step"] == (2 if moment == "update" else 4)
+    assert_ends_like(whole, tmp_path / "run", run_in(tmp_path / "run", six(pair, questions), resume=True))
+
+
+def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(pair, questions, tmp_path, whole):
+    class Sends(Silent):
+        def row(self, row, *_):
+            if row["step"] == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)  # signals arrive here at the latest
+                raise AssertionError("the second one was not acted on")
+
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        run_in(tmp_path / "run", six(pair, questions), Sends(), interrupt=interrupt)
+    result = run_in(tmp_path / "run", six(pair, questions), resume=True)
+    assert result["resumed_from"] == 3
+    assert_ends_like(whole, tmp_path / "run", result)
+
+
+def test_ctrl_c_in_a_process_of_its_own(pair, questions, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "prefix_distill", *flags(pair, questions, tmp_path / "run"), "--steps", "100000"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("interrupted (SIGINT) after update") and "goes on from there" in err
+    state = json.loads(sorted((tmp_path / "run/checkpoints").glob("*/state.json"))[-1].read_text())
+    assert state["step"] == len(rows(tmp_path / "run")) >= 1
+
+
+# ── answers and prompts without end
+
+
+def test_a_student_that_never_ends_is_stopped_at_the_cap(pair, questions, tmp_path):
+    student = tmp_path / "student"
+    net = tiny_net("llama", 5)
+    with torch.no_grad():
+        net.model.embed_tokens.weight[257] = 0
+        net.lm_head.weight[257] = 0
+        net.lm_head.weight[65:70] *= 8
+    net.generation_config.eos_token_id = 257
+    net.save_pretrained(student)
+    byte_tokenizer().save_pretrained(student)
+    result = run_in(tmp_path / "run", prepared((str(student), pair[1]), questions, **{"schedule.prefix": "full", "train.steps": 2}))
+    assert all(row["rollout/finished_share"] < 0.2 and row["rollout/taught_tokens"] <= 10 * 32 for row in rows(tmp_path / "run"))
+    assert result["steps"] == 2
+
+
+def test_a_prompt_of_a_million_characters_is_dropped_and_counted(pair, tmp_path):
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps({"question": "word " * 200_000 if i == 7 else f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(30)))
+    start = time.monotonic()
+    run = prepared(pair, str(file))
+    assert time.monotonic() - start < 30
+    assert any("1 training and 0 held-out prompts exceed" in text or "0 training and 1 held-out prompts exceed" in text for text in run.warnings)
+    assert run_in(tmp_path / "run", run)["steps"] == 4
