@@ -193,7 +193,7 @@ def render(model: Model, messages: tuple[dict, ...], template: str, thinking: st
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **switch)
     except Exception as error:  # jinja's TemplateError, or what the template raises itself
-        raise UserError(f"model {model.name}: its chat template refuses prompt {index} ({error}); "
+        raise UserError(f"model {model.name}: its chat template refuses prompt {index} ({str(error)[:200] or type(error).__name__}); "
                         "drop --system or use --template plain") from None
 
 
