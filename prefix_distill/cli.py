@@ -365,5 +365,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > 1000:
+        line = f"{line[:600]} … {line[-300:]}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

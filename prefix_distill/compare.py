@@ -17,6 +17,7 @@
 import contextlib
 import dataclasses
 import json
+import reprlib
 from pathlib import Path
 
 from . import config as configuration
@@ -62,7 +63,7 @@ def read(path: str) -> Arms:
                             "start of its own")
     seeds = tree.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise UserError(f"arms file {path}: seeds {seeds!r}; expected a list of different whole numbers, such as [0, 1, 2]")
+        raise UserError(f"arms file {path}: seeds {reprlib.repr(seeds)}; expected a list of different whole numbers, such as [0, 1, 2]")
     tune = dict(_mapping(path, "tune", tree.get("tune") or {}))
     tune_seed, tune_base = tune.pop("seed", 1000), configuration.flatten(path, _mapping(path, "tune.base", tune.pop("base", {})))
     if len(tune) > 1 or any(not isinstance(values, list) or not values for values in tune.values()) or type(tune_seed) is not int:
@@ -92,7 +93,7 @@ def read(path: str) -> Arms:
 
 def _mapping(path: str, what: str, value) -> dict:
     if not isinstance(value, dict):
-        raise UserError(f"arms file {path}: {what} must hold keys, got {value!r}")
+        raise UserError(f"arms file {path}: {what} must hold keys, got {reprlib.repr(value)}")
     return value
 
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -88,8 +89,12 @@ class Place:
 def place(runtime, parameters: int) -> Place:
     """Resolves the ``runtime`` section for a student of ``parameters`` parameters. UserError on a missing device."""
     reasons = []
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = _device(runtime.device, int(os.environ.get("LOCAL_RANK", 0)), reasons)
+    world = _counted("WORLD_SIZE", 1, 1)
+    rank, local_rank = _counted("RANK", 0, 0, world), _counted("LOCAL_RANK", 0, 0)
+    if world > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]):
+        raise UserError(f"environment WORLD_SIZE={world}: {missing[0]} is not set; start the ranks with torchrun, or unset WORLD_SIZE")
+    _counted("MASTER_PORT", 0, 0, 65536)
+    device = _device(runtime.device, local_rank, reasons)
     teacher_device = device if runtime.teacher_device is None else _device(runtime.teacher_device, 0, reasons)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -100,6 +105,15 @@ def place(runtime, parameters: int) -> Place:
         dtype = getattr(torch, runtime.dtype)
     head_dtype = dtype if runtime.head_dtype == "auto" else getattr(torch, runtime.head_dtype)
     return Place(device, teacher_device, dtype, head_dtype, rank, world, tuple(reasons))
+
+
+def _counted(name: str, default: int, low: int, end: int = 1 << 31) -> int:
+    """The whole number in the environment variable ``name``, from ``low`` to below ``end``."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or not low <= int(text) < end:
+        raise UserError(f"environment {name}={text[:40]!r}: expected a whole number from {low} to {end - 1}; start the ranks with torchrun, "
+                        f"or unset {name}")
+    return int(text)
 
 
 def _device(text: str, local_rank: int, reasons: list[str]) -> torch.device:
@@ -114,8 +128,8 @@ def _device(text: str, local_rank: int, reasons: list[str]) -> torch.device:
     try:
         device = torch.device(text)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{text}': not available here ({str(error).splitlines()[0]}); use cpu or auto") from None
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
+        raise UserError(f"device '{text}': not available here ({(str(error).splitlines() or [''])[0][:200]}); use cpu or auto") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
