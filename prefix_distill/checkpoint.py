@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from .errors import UserError
@@ -34,10 +35,14 @@ class RunFolder:
 
     def refuse_if_used(self) -> None:
         """UserError unless the folder is absent or empty, and can be made."""
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not self.path.is_dir():
             raise UserError(f"--out {self.path}: it is a file; name a folder")
         if self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"--out {self.path}: the folder is not empty; add --resume to continue it, or name another")
+        try:
+            os.rmdir(tempfile.mkdtemp(dir=next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))))
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); name another folder") from None
 
     def create(self, config: dict) -> None:
         """Makes the folder and writes config.yaml."""
@@ -91,7 +96,7 @@ class RunFolder:
 
     def rewind(self, name: str, step: int) -> None:
         """Drops what was appended to ``name`` beyond ``step`` completed updates, and a torn last line."""
-        self.write_rows(name, [row for row in read_rows(self.path / name) if row["step"] <= step])
+        self.write_rows(name, [row for row in read_rows(self.path / name) if row.get("step", step + 1) <= step])
 
     def save(self, step: int, tensors: dict[str, dict], facts: dict) -> None:
         """Checkpoint after ``step`` updates: named state dicts of tensors, plus plain facts, with checksums."""
@@ -125,9 +130,11 @@ class RunFolder:
                 for name, digest in state["sha256"].items():
                     if _digest(folder / name) != digest:
                         raise ValueError(f"{name} does not match its checksum")
+                if not isinstance(state["facts"], dict):
+                    raise ValueError("its facts are no mapping")
                 tensors = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
                 return state["step"], tensors, state["facts"]
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 warn(f"checkpoint {folder.name} is damaged ({error}); falling back on the one before it")
         raise UserError(f"--resume {self.path}: no intact checkpoint in it; start anew with another --out")
 
@@ -143,12 +150,12 @@ class RunFolder:
 def read_rows(file: Path) -> list[dict]:
     """The rows of a file of JSON lines ([] when it is missing), without torn ones."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:

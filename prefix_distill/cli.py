@@ -117,6 +117,9 @@ def _resumed(values: dict) -> dict:
     if not saved_file.is_file():
         raise UserError(f"--resume {out}: no config.yaml in it; name the folder of a run, or drop --resume")
     saved = configuration.read_yaml(str(saved_file))
+    configuration.build(saved)
+    if not {"train.steps", "schedule.lr_schedule"} <= saved.keys():
+        raise UserError(f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); start anew with another --out")
     free = {"train.steps", "checkpoint.save_every", "checkpoint.out"}
     for path, value in values.items():
         if path not in configuration.options():
@@ -299,6 +302,8 @@ def _report(folders, reference, out, title: str) -> None:
         raise UserError(f"--out {out}: it is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".partial").touch()
+        (out / ".partial").unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
     rows = reporting.summary(runs, reference)

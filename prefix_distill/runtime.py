@@ -127,7 +127,7 @@ def _device(text: str, local_rank: int, reasons: list[str]) -> torch.device:
         reasons.append(f"device {text}: {why}")
     try:
         device = torch.device(text)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
         raise UserError(f"device '{text}': not available here ({(str(error).splitlines() or [''])[0][:200]}); use cpu or auto") from None
     if device.type == "cuda":

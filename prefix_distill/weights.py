@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import dataclass, replace
 
 from .errors import UserError
