@@ -13,6 +13,7 @@ SECONDS = 5  # a comparison may take; what takes longer is unequal
 START = 120  # seconds that loading math-verify may take on a busy machine
 _lock, _worker = threading.Lock(), []
 
+_BRACE = re.compile("[{}]")
 _HASH = re.compile(r"####\s*([^\n]+)")
 _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
 
@@ -62,10 +63,10 @@ def _last_boxed(text: str) -> str | None:
     if start < 0:
         return None
     depth = 0
-    for end in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[start + len("\\boxed{") : end].strip()
+            return text[start + len("\\boxed{") : brace.start()].strip()
     return None
 
 

@@ -5,6 +5,7 @@
     model/  best/  examples-before.jsonl  examples-after.jsonl
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -35,14 +36,17 @@ class RunFolder:
 
     def refuse_if_used(self) -> None:
         """UserError unless the folder is absent or empty, and can be made."""
-        if os.path.exists(self.path) and not self.path.is_dir():
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f"--out {self.path}: it is a file; name a folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if os.path.isdir(self.path) and any(self.path.iterdir()):
             raise UserError(f"--out {self.path}: the folder is not empty; add --resume to continue it, or name another")
         try:
+            with contextlib.suppress(FileNotFoundError):
+                self.path.lstat()
             os.rmdir(tempfile.mkdtemp(dir=next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))))
-        except OSError as error:
-            raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); name another folder") from None
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", error)
+            raise UserError(f"--out {self.path}: cannot be written ({why}); name another folder") from None
 
     def create(self, config: dict) -> None:
         """Makes the folder and writes config.yaml."""

@@ -58,7 +58,7 @@ def read(path: str) -> Arms:
         raise UserError(f"arms file {path}: it names no arm; give at least one under 'arms'")
     start = {name: arm.pop("start") for name, arm in arms.items() if isinstance(arm, dict) and "start" in arm}
     for name, from_arm in start.items():
-        if from_arm not in arms or from_arm in start:
+        if not isinstance(from_arm, str) or from_arm not in arms or from_arm in start:
             raise UserError(f"arms file {path}: arm '{name}' starts from '{from_arm}'; name an arm of this file that has no "
                             "start of its own")
     seeds = tree.get("seeds", [0])
@@ -70,8 +70,8 @@ def read(path: str) -> Arms:
         raise UserError(f"arms file {path}: tune must hold one setting with a list of values (schedule.lr: [1e-4, 2e-4]), and "
                         "may hold seed and base")
     reference = tree.get("reference")
-    if reference is not None and reference not in arms:
-        raise UserError(f"arms file {path}: the reference '{reference}' is none of its arms ({', '.join(arms)})")
+    if reference is not None and (not isinstance(reference, str) or reference not in arms):
+        raise UserError(f"arms file {path}: the reference '{reference}' is none of its arms ({', '.join(map(str, arms))})")
     found = Arms(
         configuration.flatten(path, _mapping(path, "base", tree.get("base") or {})), tuple(seeds),
         {name: configuration.flatten(path, _mapping(path, f"arm '{name}'", arm)) for name, arm in arms.items()}, start, reference,
@@ -80,7 +80,7 @@ def read(path: str) -> Arms:
          for name, also in _mapping(path, "also", tree.get("also") or {}).items()},
     )
     for name in found.arms:
-        if not name or name != Path(name).name or name.startswith("."):
+        if not isinstance(name, str) or not name or name != Path(name).name or name.startswith("."):
             raise UserError(f"arms file {path}: '{name}' cannot name a folder; call the arm otherwise")
         for value in found.values or (None,):
             extra = {} if value is None else {found.tuned: value}

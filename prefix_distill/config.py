@@ -19,7 +19,7 @@ from .schedule import parse_off_policy, parse_prefix, warmup_steps
 from .weights import parse_position_weight, parse_selection, parse_window
 
 SELF = "self"  # --teacher self: the student's own initial weights
-LARGEST = 1 << 20  # characters of a settings file
+LARGEST = 1 << 16  # characters of a settings file
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 DIVERGENCES = "reverse-kl, forward-kl or jsd:β with 0 < β < 1"
 
@@ -218,14 +218,14 @@ def build(values: dict[str, object]) -> Config:
 
 
 def read_tree(path: str) -> dict:
-    """A YAML file that holds keys. UserError on a missing or damaged file, on a key given twice and on more than 1 MiB."""
+    """A YAML file that holds keys. UserError on a missing or damaged file, on a key given twice and on more than LARGEST characters."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:
         raise UserError(f"config file {path}: cannot be read as UTF-8 text ({type(error).__name__}); check its path") from None
     if len(text) > LARGEST:
-        raise UserError(f"config file {path}: it has more than {LARGEST:,} characters; settings fit in some dozens of lines")
+        raise UserError(f"config file {path}: it has more than {LARGEST:,} characters; settings fit in far fewer")
     try:
         tree = _yaml(text)
     except ValueError as error:
@@ -243,9 +243,11 @@ def _yaml(text: str):
 
     class Loader(yaml.SafeLoader):
         def flatten_mapping(self, node):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-            if not hasattr(node, "checked") and (twice := [key for i, key in enumerate(keys) if key in keys[:i]]):
-                raise ValueError(f"the key {twice[0][:80]!r} is there twice: line {node.start_mark.line + 1} and what follows")
+            seen = set()
+            for key, _ in node.value if not hasattr(node, "checked") else ():  # an alias comes here again, merged
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise ValueError(f"the key {key.value[:80]!r} is there twice, again in line {key.start_mark.line + 1}")
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None)
             node.checked = True
             super().flatten_mapping(node)
             if len(node.value) > 10_000:

@@ -208,6 +208,14 @@ def _eos(name: str, generation_config, tokenizer, rows: int) -> frozenset[int]:
     return frozenset(ids)
 
 
+def check_rows(model: Model) -> None:
+    """Refuses a tokenizer with more ids than the head has rows."""
+    ids, rows = max(model.tokenizer.get_vocab().values(), default=-1) + 1, len(model.net.get_output_embeddings().weight)
+    if rows < ids:
+        raise UserError(f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has only {rows} rows; "
+                        "resize the model's embeddings or use its own tokenizer")
+
+
 @torch.no_grad()
 def check_head(model: Model) -> None:
     """Refuses a model whose logits are not head(trunk): the loss would teach another distribution."""
@@ -288,7 +296,10 @@ def replace_folder(scratch: Path, folder: Path) -> None:
     """Puts ``scratch`` in ``folder``'s place; a reader sees the old folder or the new one, never a half-written one."""
     import shutil
 
+    umask = os.umask(0)
+    os.umask(umask)
     for file in scratch.iterdir():
+        os.chmod(file, 0o666 & ~umask)  # safetensors makes its files for the owner alone
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     old = folder.with_name(f".{folder.name}.old")

@@ -332,6 +332,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     prompts = data.load(dataset, split=config.data.split, limit=limit, **columns)
     model = models.load(name, device=torch.device("cpu"), dtype=torch.float32,
                         trust_remote_code=config.models.trust_remote_code)
+    models.check_rows(model)
     where = place(config.runtime, model.parameters)
     notes.extend(where.reasons)
     model.net.to(where.device, where.dtype)

@@ -124,6 +124,7 @@ BAD = {
     "dtype": (["--dtype", "float16"], "--dtype must be one of auto, float32, bfloat16"),
     "out is a file": (["--out", "{root}/a-file"], "it is a file; name a folder"),
     "out below a file": (["--out", "{root}/a-file/out"], "cannot be written (Not a directory)"),
+    "out of no name": (["--set", 'checkpoint.out="a\\0b"'], "cannot be written (embedded null byte)"),
     "out in /proc": (["--out", "/proc/out"], "cannot be written (No such file or directory)"),
     "out too long": (["--out", "x" * 5000], "cannot be written (File name too long)"),
     "missing config": (["--config", "{root}/nowhere.yaml"], "cannot be read as UTF-8 text (FileNotFoundError); check its path"),
@@ -172,7 +173,7 @@ CONFIGS = {  # name: (text, message)
     "merges of merges": ("a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 9)}]}}\n"
                                                    for a, b in zip("abcdefgh", "bcdefghi")), "more than 10,000 keys in one mapping"),
     "an alias of itself": ("train: &a {steps: *a}\n", "train.steps: expected a whole number"),
-    "deep": ("[" * 5000, "not valid YAML"),
+    "deep": ("[" * 2000, "not valid YAML"),
     "nan": ("schedule: {lr: .nan}\n", "schedule.lr nan: expected a finite number"),
     "infinity": ("schedule: {lr: .inf}\n", "schedule.lr inf: expected a finite number"),
     "yes for a number": ("train: {steps: yes}\n", "train.steps: expected a whole number, got True"),
@@ -188,7 +189,7 @@ CONFIGS = {  # name: (text, message)
     "utf-16": ("train: {steps: 5}\n".encode("utf-16"), "cannot be read as UTF-8 text"),
     "bytes": (bytes(range(256)), "cannot be read as UTF-8 text"),
     "nul": ("train: {steps: \0}\n", "not valid YAML"),
-    "ten megabytes": ("# a long comment\n" * 600_000, "it has more than 1,048,576 characters"),
+    "ten megabytes": ("# a long comment\n" * 600_000, "it has more than 65,536 characters"),
     "a long key": (f"train: {{{'x' * 5000}: 1}}\n", "not valid YAML"),
 }
 
@@ -202,10 +203,11 @@ ARMS = {  # of `compare`: name: (text, message)
     "arm twice": ("arms:\n  a: {}\n  a: {}\n", "the key 'a' is there twice"),
     "arm of no folder": ("arms: {../a: {}}\n", "'../a' cannot name a folder"),
     "arm of a wrong setting": ("arms: {a: {train: {stepz: 3}}}\n", "unknown setting 'train.stepz'"),
-    "arm named by a number": ("arms: {5: {}}\n", "'5' cannot name a folder; call the arm otherwise, by text"),
+    "arm named by a number": ("arms: {5: {}}\n", "'5' cannot name a folder; call the arm otherwise"),
     "start from nobody": ("arms: {a: {start: b}}\n", "arm 'a' starts from 'b'; name an arm of this file"),
-    "start from a list": ("arms: {a: {start: [b]}}\n", "arm 'a' starts from ['b']"),
+    "start from a list": ("arms: {a: {start: [b]}}\n", "arm 'a' starts from '['b']'"),
     "reference to nobody": ("arms: {a: {}}\nreference: b\n", "the reference 'b' is none of its arms (a)"),
+    "reference to a list": ("arms: {a: {}}\nreference: [a]\n", "the reference '['a']' is none of its arms (a)"),
     "tune two": ("arms: {a: {}}\ntune: {schedule.lr: [1e-4], train.steps: [1]}\n", "tune must hold one setting"),
     "tune a number": ("arms: {a: {}}\ntune: 5\n", "tune must hold keys, got 5"),
 }
@@ -515,8 +517,7 @@ def test_run_folders(case, finished, here):
     change, message = RUNS[case]
     shutil.copytree(finished[0], here / "run")
     change(here / "run")
-    lines = refused(message, here, "run", "--resume", "--out", here / "run", "--steps", "2")
-    assert all("damaged" in line or "updates become" in line or "held out" in line or "error" in line or ":" in line for line in lines)
+    refused(message, here, "run", "--resume", "--out", here / "run", "--steps", "2")  # notes and what is passed over come before it
 
 
 @pytest.mark.parametrize("case, change", {
@@ -532,7 +533,7 @@ def test_reports_on_damaged_runs(case, change, finished, here):
 
 def test_files_are_as_private_as_the_umask_and_hold_no_secret(finished):
     out, secrets = finished
-    files = [file for file in out.rglob("*")]
+    files = list(out.rglob("*"))
     assert len(files) > 15
     for file in files:
         assert stat.S_IMODE(file.stat().st_mode) == (0o750 if file.is_dir() else 0o640), file
