@@ -60,7 +60,7 @@ def correct(response: str, gold: str, form: str = "auto") -> bool:
 
 def _last_boxed(text: str) -> str | None:
     start = text.rfind("\\boxed{")
-    if start < 0:
+    if start < 0 or text.find("}", start) < 0:
         return None
     depth = 0
     for brace in _BRACE.finditer(text, start):

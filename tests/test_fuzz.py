@@ -172,7 +172,7 @@ def test_what_is_too_long_is_answered_at_once(text, form):
     start = time.monotonic()
     assert not correct(form % text, "3")
     assert isinstance(extract(form % text) or reference(form % text), str)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
 
 
 def test_numbers_of_any_length_are_compared():
