@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from tokenizers import Tokenizer
 
 from .errors import UserError
+from .models import check_rows
 from .rollout import Rollout, Unit
 
 PROBES = ("Two words, 2 Words.", " leading", "double  space", "line\nline\n\n\tline", "(3+4)*5 = 35\\boxed{x_1^2}", "naïve Ångström café")
@@ -248,10 +249,8 @@ def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     real = [max(vocabulary.values()) + 1 for vocabulary in (ours, theirs)]
     rows = [len(m.net.get_output_embeddings().weight) for m in (student, teacher)]
-    for model, ids, own in zip((student, teacher), real, rows):
-        if own < ids:
-            raise UserError(f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has only {own} rows; "
-                            "resize the model's embeddings or use its own tokenizer")
+    for model in (student, teacher):
+        check_rows(model)
     if ours == theirs:
         student.support = teacher.support = real[0]
         if rows == real:

@@ -1,9 +1,19 @@
 """Text → final answer → right or wrong. One grader for run, eval and demo."""
 
-import logging
+import json
 import re
+import select
+import subprocess
+import sys
+import threading
 from functools import lru_cache
 
+LONGEST = 2000  # characters of an answer that is compared as an expression
+SECONDS = 5  # a comparison may take; what takes longer is unequal
+START = 120  # seconds that loading math-verify may take on a busy machine
+_lock, _worker = threading.Lock(), []
+
+_BRACE = re.compile("[{}]")
 _HASH = re.compile(r"####\s*([^\n]+)")
 _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
 
@@ -35,34 +45,91 @@ def reference(text: str) -> str:
 
 
 def correct(response: str, gold: str, form: str = "auto") -> bool:
-    """Does the response's final answer equal the reference's? Text equality, else math-verify's symbolic equality."""
+    """Does the response's final answer equal the reference's? Text equality, else math-verify's symbolic equality, which ends
+    after SECONDS and takes nothing longer than LONGEST. Any text is answered, in any thread."""
     answer = extract(response, form)
     if answer is None:
         return False
     wanted = reference(gold)
     if answer == wanted or form == "exact":
         return answer == wanted
-    if re.fullmatch(r"\d+", answer) and re.fullmatch(r"\d+", wanted):
-        return int(answer) == int(wanted)
-    return _equal(answer, wanted)
+    if answer.isdecimal() and wanted.isdecimal() and answer.isascii() and wanted.isascii():
+        return answer.lstrip("0") == wanted.lstrip("0")
+    return max(len(answer), len(wanted)) <= LONGEST and _equal(answer, wanted)
 
 
 def _last_boxed(text: str) -> str | None:
     start = text.rfind("\\boxed{")
-    if start < 0:
+    if start < 0 or text.find("}", start) < 0:
         return None
     depth = 0
-    for end in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[start + len("\\boxed{") : end].strip()
+            return text[start + len("\\boxed{") : brace.start()].strip()
     return None
 
 
 @lru_cache(maxsize=4096)
 def _equal(answer: str, wanted: str) -> bool:
-    """math-verify's equality; it limits its own time (seconds) and treats what it cannot parse as unequal."""
+    """math-verify's equality; what it cannot parse is unequal.
+
+    It runs in a process of its own, which is ended where it takes too long: math-verify limits its time by SIGALRM, which is
+    the main thread's alone, waits for arithmetic in C and would take the caller's alarm away.
+    """
+    with _lock:
+        try:
+            if not _worker:
+                _worker.append(subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                                stderr=subprocess.DEVNULL, start_new_session=True))  # Ctrl-C is for us alone
+                if _line(START) != "ready":
+                    raise RuntimeError("math-verify could not be loaded: pip install 'math-verify[antlr4_13_2]'")
+            _worker[0].stdin.write(json.dumps([answer, wanted]).encode() + b"\n")
+            _worker[0].stdin.flush()
+            verdict = _line(SECONDS)
+        except BaseException:
+            _stop()
+            raise
+        if verdict is None:
+            _stop()
+        return verdict == "True"
+
+
+def _line(seconds: float) -> str | None:
+    """The worker's next line; None where none comes in time."""
+    ready, _, _ = select.select([_worker[0].stdout], [], [], seconds)
+    return _worker[0].stdout.readline().decode().strip() or None if ready else None
+
+
+def _stop() -> None:
+    while _worker:
+        worker = _worker.pop()
+        worker.kill()
+        worker.wait()
+        worker.stdin.close()
+        worker.stdout.close()
+
+
+def _serve() -> None:
+    """The worker: a line [answer, wanted] in, a line True or False out, until its input ends."""
+    import contextlib
+    import logging
+    import resource
+
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    return bool(verify(parse(f"${wanted}$"), parse(f"${answer}$")))
+    logging.disable()
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        answer, wanted = json.loads(line)
+        try:
+            same = verify(parse(f"${wanted}$"), parse(f"${answer}$"))
+        except Exception:
+            same = False
+        print(bool(same), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -84,11 +85,18 @@ class RunFolder:
 
     def refuse_if_used(self) -> None:
         """UserError unless the folder is absent or empty, and can be made."""
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f"--out {self.path}: it is a file; name a folder")
         unborn = {LOCK, "run.json", ".run.json.partial", ".config.yaml.partial"}  # what a run killed while it was created leaves
-        if self.path.is_dir() and any(file.name not in unborn for file in self.path.iterdir()):
+        if os.path.isdir(self.path) and any(file.name not in unborn for file in self.path.iterdir()):
             raise UserError(f"--out {self.path}: the folder is not empty; add --resume to continue it, or name another")
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                self.path.lstat()
+            os.rmdir(tempfile.mkdtemp(dir=next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))))
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", error)
+            raise UserError(f"--out {self.path}: cannot be written ({why}); name another folder") from None
 
     def create(self, config: dict, facts: dict = {}) -> None:
         """Makes the folder: run.json with ``facts``, then config.yaml, but for where the folder is. UserError when it is used."""
@@ -153,7 +161,8 @@ class RunFolder:
 
     def check_format(self) -> None:
         """UserError where the folder was written in a format that this version does not know."""
-        found = self.read_json("run.json").get("format", 1)  # the first format did not say so
+        document = self.read_json("run.json")
+        found = document.get("format", 1) if isinstance(document, dict) else None  # the first format did not say so
         if found != FORMAT:
             raise UserError(f"run folder {self.path}: format {found!r}, this version reads {FORMAT}; go on with the version that wrote it "
                             "(run.json names it), or start anew with another --out")
@@ -162,6 +171,7 @@ class RunFolder:
         """Drops what was appended to ``name`` beyond ``step`` completed updates, and torn lines; ``warn`` is told of these, and, of
         a file that should hold the ``whole`` run, of rows that are missing."""
         rows, torn = read_rows(self.path / name)
+        rows = [row for row in rows if isinstance(row.get("step"), int)]
         if torn:
             warn(f"{name}: {torn} line{'s' * (torn > 1)} cut short by the interruption {'are' if torn > 1 else 'is'} dropped")
         if whole and (missing := set(range(1, step + 1)) - {row["step"] for row in rows}):
@@ -207,9 +217,11 @@ class RunFolder:
                 for name, digest in state["sha256"].items():
                     if _digest(folder / name) != digest:
                         raise ValueError(f"{name} does not match its checksum")
+                if not isinstance(state["facts"], dict):
+                    raise ValueError("its facts are no mapping")
                 tensors = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
                 return state["step"], tensors, state["facts"]
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 warn(f"checkpoint {folder.name} is damaged ({error}); falling back on the one before it")
         raise UserError(f"--resume {self.path}: no intact checkpoint in it; start anew with another --out")
 
@@ -230,7 +242,7 @@ def read_rows(file: Path) -> tuple[list[dict], int]:
             rows.append(json.loads(line))
         except ValueError:
             torn += 1
-    return rows, torn
+    return [row for row in rows if isinstance(row, dict)], torn
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:

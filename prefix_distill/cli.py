@@ -127,6 +127,9 @@ def _resumed(values: dict) -> dict:
 
     RunFolder(saved_file.parent).check_format()
     saved = configuration.read_yaml(str(saved_file))
+    configuration.build(saved)
+    if not {"train.steps", "schedule.lr_schedule"} <= saved.keys():
+        raise UserError(f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); start anew with another --out")
     free = {"train.steps", "checkpoint.save_every", "checkpoint.out", "runtime.gpus", "runtime.rank_timeout",
             "runtime.check_ranks_every", "train.micro_batch_size", "rollout.rows"}
     for path, value in values.items():
@@ -313,6 +316,8 @@ def _report(folders, reference, out, title: str) -> None:
         raise UserError(f"--out {out}: it is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".partial").touch()
+        (out / ".partial").unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
     rows = reporting.summary(runs, reference)
@@ -406,6 +411,8 @@ def _out_of_memory(error: Exception) -> bool:
 def _fail(message: str, code: int, alone: bool = True) -> None:
     """Ends the command with one line, from the launcher where there is one that speaks for its ranks (not ``alone``)."""
     message = " ".join(message.split())
+    if len(message) > 1000:
+        message = f"{message[:600]} … {message[-300:]}"
     rank = os.environ.get("RANK", "0")
     if not message.startswith("rank ") and rank != "0" and alone:
         message = f"rank {rank}: {message}"

@@ -16,6 +16,7 @@
 
 import dataclasses
 import json
+import reprlib
 from pathlib import Path
 
 from . import config as configuration
@@ -56,20 +57,20 @@ def read(path: str) -> Arms:
         raise UserError(f"arms file {path}: it names no arm; give at least one under 'arms'")
     start = {name: arm.pop("start") for name, arm in arms.items() if isinstance(arm, dict) and "start" in arm}
     for name, from_arm in start.items():
-        if from_arm not in arms or from_arm in start:
+        if not isinstance(from_arm, str) or from_arm not in arms or from_arm in start:
             raise UserError(f"arms file {path}: arm '{name}' starts from '{from_arm}'; name an arm of this file that has no "
                             "start of its own")
     seeds = tree.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise UserError(f"arms file {path}: seeds {seeds!r}; expected a list of different whole numbers, such as [0, 1, 2]")
+        raise UserError(f"arms file {path}: seeds {reprlib.repr(seeds)}; expected a list of different whole numbers, such as [0, 1, 2]")
     tune = dict(_mapping(path, "tune", tree.get("tune") or {}))
     tune_seed, tune_base = tune.pop("seed", 1000), configuration.flatten(path, _mapping(path, "tune.base", tune.pop("base", {})))
     if len(tune) > 1 or any(not isinstance(values, list) or not values for values in tune.values()) or type(tune_seed) is not int:
         raise UserError(f"arms file {path}: tune must hold one setting with a list of values (schedule.lr: [1e-4, 2e-4]), and "
                         "may hold seed and base")
     reference = tree.get("reference")
-    if reference is not None and reference not in arms:
-        raise UserError(f"arms file {path}: the reference '{reference}' is none of its arms ({', '.join(arms)})")
+    if reference is not None and (not isinstance(reference, str) or reference not in arms):
+        raise UserError(f"arms file {path}: the reference '{reference}' is none of its arms ({', '.join(map(str, arms))})")
     found = Arms(
         configuration.flatten(path, _mapping(path, "base", tree.get("base") or {})), tuple(seeds),
         {name: configuration.flatten(path, _mapping(path, f"arm '{name}'", arm)) for name, arm in arms.items()}, start, reference,
@@ -78,7 +79,7 @@ def read(path: str) -> Arms:
          for name, also in _mapping(path, "also", tree.get("also") or {}).items()},
     )
     for name in found.arms:
-        if not name or name != Path(name).name or name.startswith("."):
+        if not isinstance(name, str) or not name or name != Path(name).name or name.startswith("."):
             raise UserError(f"arms file {path}: '{name}' cannot name a folder; call the arm otherwise")
         for value in found.values or (None,):
             extra = {} if value is None else {found.tuned: value}
@@ -91,7 +92,7 @@ def read(path: str) -> Arms:
 
 def _mapping(path: str, what: str, value) -> dict:
     if not isinstance(value, dict):
-        raise UserError(f"arms file {path}: {what} must hold keys, got {value!r}")
+        raise UserError(f"arms file {path}: {what} must hold keys, got {reprlib.repr(value)}")
     return value
 
 

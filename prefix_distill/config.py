@@ -6,17 +6,20 @@ Each option is declared once, here. Its command-line flag, its help and its YAML
 import dataclasses
 import difflib
 import math
+import re
+import reprlib
 import sys
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from .errors import UserError
 from .schedule import parse_off_policy, parse_prefix, warmup_steps
 from .weights import parse_position_weight, parse_selection, parse_window
 
 SELF = "self"  # --teacher self: the student's own initial weights
+LARGEST = 1 << 16  # characters of a settings file
+NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 DIVERGENCES = "reverse-kl, forward-kl or jsd:β with 0 < β < 1"
 
 
@@ -207,6 +210,7 @@ def build(values: dict[str, object]) -> Config:
     sections: dict[str, dict] = {section.name: {} for section in dataclasses.fields(Config)}
     for path, value in values.items():
         if path not in known:
+            path = path[:80]
             near = difflib.get_close_matches(path, known, 1, 0.4)
             hint = f"; did you mean {near[0]}?" if near else f"; known sections: {', '.join(sections)}"
             raise UserError(f"unknown setting '{path}'{hint}")
@@ -218,18 +222,45 @@ def build(values: dict[str, object]) -> Config:
 
 
 def read_tree(path: str) -> dict:
-    """A YAML file that holds keys. UserError on a missing or damaged file."""
-    import yaml
-
+    """A YAML file that holds keys. UserError on a missing or damaged file, on a key given twice and on more than LARGEST characters."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path}: cannot be read ({type(error).__name__}); check its path") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path}: not valid YAML ({' '.join(str(error).split())})") from None
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"config file {path}: cannot be read as UTF-8 text ({type(error).__name__}); check its path") from None
+    if len(text) > LARGEST:
+        raise UserError(f"config file {path}: it has more than {LARGEST:,} characters; settings fit in far fewer")
+    try:
+        tree = _yaml(text)
+    except ValueError as error:
+        raise UserError(f"config file {path}: not valid YAML ({' '.join(str(error).split())[:300]}); repair it") from None
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"config file {path}: expected sections such as 'train: {{steps: 5}}', got {type(tree).__name__}")
     return tree
+
+
+def _yaml(text: str):
+    """Plain values of a YAML text. ValueError where it is not YAML, names other types, gives a key twice, or merges more keys
+    than a file can hold (aliases of aliases)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node):
+            seen = set()
+            for key, _ in node.value if not hasattr(node, "checked") else ():  # an alias comes here again, merged
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise ValueError(f"the key {key.value[:80]!r} is there twice, again in line {key.start_mark.line + 1}")
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None)
+            node.checked = True
+            super().flatten_mapping(node)
+            if len(node.value) > 10_000:
+                raise ValueError("more than 10,000 keys in one mapping")
+
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, OverflowError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from None
 
 
 def flatten(path: str, tree: dict) -> dict[str, object]:
@@ -237,7 +268,7 @@ def flatten(path: str, tree: dict) -> dict[str, object]:
     values = {}
     for section, keys in tree.items():
         if not isinstance(keys, dict):
-            raise UserError(f"config file {path}: section '{section}' must hold keys, got {keys!r}")
+            raise UserError(f"config file {path}: section {reprlib.repr(section)} must hold keys, got {reprlib.repr(keys)}")
         values.update({f"{section}.{key}": value for key, value in keys.items()})
     return values
 
@@ -249,16 +280,14 @@ def read_yaml(path: str) -> dict[str, object]:
 
 def read_assignments(assignments: list[str]) -> dict[str, object]:
     """``["train.steps=5"]`` → ``{"train.steps": 5}``; the value is read as YAML."""
-    import yaml
-
     values = {}
     for text in assignments:
         path, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected section.key=value, such as train.steps=5")
         try:
-            values[path.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            values[path.strip()] = _yaml(value)
+        except ValueError:
             raise UserError(f"--set {text}: the value is not valid YAML; quote it") from None
     return values
 
@@ -274,12 +303,14 @@ def _typed(path: str, value: object, kind) -> object:
             value = float(value)
         except ValueError:
             pass
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise UserError(f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; give a smaller one")
     if base is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if base is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if type(value) is not base:
-        raise UserError(f"{path}: expected {base.__name__}, got {value!r}")
+        raise UserError(f"{path}: expected {NAMES[base]}, got {reprlib.repr(value)}; change {flag(path)}")
     return value
 
 
@@ -402,7 +433,7 @@ def parse_estimator(text: str) -> tuple[str, int | None]:
     name, _, size = text.partition(":")
     if text in ("full", "sampled"):
         return text, None
-    if name == "top-k" and size.isascii() and size.isdigit() and int(size) > 0:
+    if name == "top-k" and re.fullmatch(r"0*[1-9]\d{0,17}", size, re.ASCII):
         return name, int(size)
     raise UserError(f"estimator '{text}': --estimator must be full, sampled or top-k:K with K at least 1, such as top-k:64")
 

@@ -1,8 +1,12 @@
 """Prompt sets: files, hub data sets and the embedded task → prompts; chat template → ids; which prompts at which step."""
 
+import csv
+import gzip
+import json
 import random
 import re
 import tempfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +20,9 @@ PRIVILEGED = (  # the teacher's user turn where it is shown a reference solution
     "{problem}\n\nA reference solution of this problem, between the two lines:\n-----\n{solution}\n-----\n\nRead it until you "
     "understand why it is right. Then solve the problem yourself, step by step and in your own words, without mentioning it."
 )
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+HALF = re.compile("[\ud800-\udfff]")  # cannot be written as UTF-8
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class PromptSet:
 def load(name: str, *, split: str, prompt_column: str | None = None, answer_column: str | None = None,
          system: str | None = None, instruction: str | None = None, limit: int | None = None,
          privileged_column: str | None = None) -> PromptSet:
-    """Reads a ``.jsonl/.json/.csv/.parquet`` file (also ``.gz``), a hub data set, ``lab:TASK`` or ``lab:TASK:20-25`` (of so many
+    """Reads a ``.jsonl/.json/.csv/.parquet`` file (the first three also ``.gz``; UTF-8), a hub data set, ``lab:TASK`` or ``lab:TASK:20-25`` (of so many
     steps).
 
     Columns are found by the usual names or given (``doc.question`` reaches into a record). UserError on a missing file,
@@ -78,7 +84,11 @@ def load(name: str, *, split: str, prompt_column: str | None = None, answer_colu
         if privileged_column is not None and not (isinstance(privileged, str) and privileged.strip()):
             raise UserError(f"dataset {name}: row {index} has no text in '{privileged_column}' (got {str(privileged)[:60]!r}); remove or "
                             "repair the row, or change --privileged-column")
-        prompts.append(Prompt(index, messages, None if answer is None else str(answer), privileged))
+        answer = None if answer is None else str(answer)
+        for text in (*(m["content"] for m in messages), answer or "", privileged or ""):
+            if HALF.search(text):
+                raise UserError(f"dataset {name}: row {index} has half of a surrogate pair in {text[:60]!r}; repair the row")
+        prompts.append(Prompt(index, messages, answer, privileged))
     return PromptSet(name, tuple(prompts))
 
 
@@ -105,34 +115,86 @@ def _embedded(text: str, split: str, system, instruction, limit, privileged: boo
 
 
 def _rows(name: str, split: str):
-    from datasets import load_dataset
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    path = Path(name).expanduser()
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"dataset {name[:200]!r}: cannot be a path ({error.__class__.__name__}); give a file or a hub id") from None
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in FORMATS and not path.exists():
+    if suffix not in FORMATS and not there:
         if name.startswith((".", "~", "/")):
             raise UserError(f"dataset {name}: no such file; check the path")
+        from datasets import load_dataset
+        from datasets.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         try:
             return load_dataset(name, split=split)
         except Exception as error:  # the hub client raises many kinds
             why = (str(error).strip().splitlines() or [""])[0][:200]
             raise UserError(f"dataset {name}: not a local file, and the hub gave none ({type(error).__name__}: {why})") from None
+    if path.is_dir():
+        raise UserError(f"dataset {name}: it is a folder; name a file in it")
     if not path.is_file():
         raise UserError(f"dataset {name}: no such file; check the path")
     if suffix not in FORMATS:
         raise UserError(f"dataset {name}: expected one of {', '.join(FORMATS)} (also .gz), got '{path.suffix}'")
     if path.stat().st_size == 0:
         raise UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
+    try:
+        if suffix == ".parquet":
+            return _parquet(path)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            return _table(file) if suffix == ".csv" else _objects(file.read())
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
+        raise UserError(f"dataset {name}: not readable as {suffix[1:]} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+                        "repair the file") from None
+
+
+def _parquet(path: Path):
+    from datasets import load_dataset
+    from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
+
+    disable_progress_bar()
+    set_verbosity(CRITICAL)  # what it says of a damaged file is in its exception, too
     with tempfile.TemporaryDirectory() as scratch:  # the Arrow copy is read into memory and leaves nothing behind
         try:
-            return load_dataset(FORMATS[suffix], data_files=str(path), split="train", cache_dir=scratch,
-                                keep_in_memory=True)
+            return load_dataset("parquet", data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True)
         except Exception as error:
-            cause = error.__cause__ or error
-            why = (str(cause).strip().splitlines() or [""])[0][:200]
-            raise UserError(f"dataset {name}: not readable as {FORMATS[suffix]} ({type(cause).__name__}: {why})") from None
+            raise ValueError(str(error.__cause__ or error)) from None
+
+
+def _objects(text: str) -> list[dict]:
+    """One JSON list of objects, one object, or a line for each."""
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+    rows = rows if isinstance(rows, list) else [rows]
+    if wrong := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"row {rows.index(wrong[0])}: expected an object such as {{\"prompt\": …}}, got {str(wrong[0])[:60]!r}")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [dict.fromkeys(columns) | row for row in rows[:1]] + rows[1:]  # the first row stands for what columns there are
+
+
+def _table(file) -> list[dict]:
+    """Rows of a CSV file as text; an empty cell is None."""
+    reader = csv.reader(file, strict=True)
+    columns = next(reader, [])
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"line 1: two columns of one name among {', '.join(columns)}")
+    rows = []
+    for cells in reader:
+        if cells and len(cells) != len(columns):
+            raise ValueError(f"line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}")
+        rows += [{column: cell or None for column, cell in zip(columns, cells)}] if cells else []
+    return rows
 
 
 def _reach(row, column: str):
@@ -165,8 +227,11 @@ def _messages(name: str, index: int, value, system, instruction) -> tuple[tuple[
             answer = messages.pop()["content"]
     else:
         messages = []
-    if not messages or not all(isinstance(m["content"], str) for m in messages):
+    if not messages or not all(isinstance(m["content"], str) for m in messages) or not messages[-1]["content"].strip():
         raise UserError(f"dataset {name}: row {index} has no prompt text (got {str(value)[:60]!r}); remove or repair the row")
+    if not all(m["role"] in ROLES for m in messages) or messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(f"dataset {name}: row {index} has the roles {', '.join(str(m['role'])[:20] for m in messages[:9])} before its answer; "
+                        f"expected some of {', '.join(ROLES)}, the user's last; repair the row")
     if instruction:
         messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{instruction}"}
     if system:
@@ -193,7 +258,7 @@ def render(model: Model, messages: tuple[dict, ...], template: str, thinking: st
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **switch)
     except Exception as error:  # jinja's TemplateError, or what the template raises itself
-        raise UserError(f"model {model.name}: its chat template refuses prompt {index} ({error}); "
+        raise UserError(f"model {model.name}: its chat template refuses prompt {index} ({str(error)[:200] or type(error).__name__}); "
                         "drop --system or use --template plain") from None
 
 

@@ -2,18 +2,20 @@
 
 import contextlib
 import copy
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .demo.task import model_path
 from .divergence import Head
 from .errors import UserError
 
 FEW_ROWS, LARGE_WEIGHT = 64, 1 << 16  # rows up to which, and elements from which, a linear layer runs columns first
+MOST_LAYERS = 1000  # the deepest published language models have some hundred
 LAB = "lab:"  # lab:choice/student is the embedded student of the task `choice`
 
 
@@ -115,27 +117,38 @@ def _recomputing(net):
 def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Model:
     """Loads a model by hub id, folder, ``.gguf`` file or ``lab:TASK/ROLE``; dropout off, nothing trainable yet.
 
-    UserError when it is missing or unreadable, has no end-of-sequence id or has non-finite weights.
+    Reads safetensors (or GGUF) only, never pickle, and runs no code of the folder's unless asked to. UserError when it is missing
+    or unreadable, lacks a weight that its config.json asks for, has no end-of-sequence id or has non-finite weights.
     """
     folder, extra = _locate(name)
-    load_options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **extra}
+    gguf = {k: v for k, v in extra.items() if k == "gguf_file"}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **{k: v for k, v in extra.items() if k == "gguf_file"}
-        )
-        net = AutoModelForCausalLM.from_pretrained(folder, **load_options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+        if not extra:
+            _check_config(name, folder, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+        net, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=None if extra else True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **extra)  # what is ignored there is refused below, by name
     except ImportError as error:
         hint = "pip install 'prefix-distill[gguf]'" if extra else str(error).strip().splitlines()[0]
         raise UserError(f"model {name}: a package is missing; {hint}") from None
+    except UserError:
+        raise
     except Exception as error:  # from_pretrained raises anything from OSError to struct.error on unreadable files
-        why = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(
-            f"model {name}: cannot be loaded ({type(error).__name__}: {why}); "
-            "give a hub id, a folder with config.json and safetensors, or a readable .gguf file"
-        ) from None
+        hint = "give a hub id, a folder with config.json and safetensors, or a readable .gguf file"
+        if "trust_remote_code" in str(error):
+            hint = "read that code, then add --trust-remote-code to run it"
+        raise UserError(f"model {name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {hint}") from None
+    if wrong := sorted(found["mismatched_keys"]):
+        key, held, due = wrong[0]
+        raise UserError(f"model {name}: weight {key} has shape {list(held)}, but its config.json asks for {list(due)} ({len(wrong)} such "
+                        "weights); use the config.json that came with the weights")
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"model {name}: its files lack the weight {missing[0]} that its config.json asks for ({len(missing)} such weights); "
+                        "use a complete copy")
     generation_config, net.generation_config = net.generation_config, GenerationConfig()
     model = Model(name, net.to(device).eval().requires_grad_(False), tokenizer, generation_config,
-                  _eos(generation_config, tokenizer))
+                  _eos(name, generation_config, tokenizer, len(net.get_output_embeddings().weight)))
     if not model.eos:
         raise UserError(f"model {name}: neither its generation config nor its tokenizer names an end-of-sequence token; "
                         "set eos_token in tokenizer_config.json")
@@ -169,10 +182,38 @@ def _locate(name: str) -> tuple[str, dict]:
     return str(path) if path.is_dir() else name, {}
 
 
-def _eos(generation_config, tokenizer) -> frozenset[int]:
+def _check_config(name: str, folder: str, config) -> None:
+    """Refuses what transformers would build, read or replace without a word."""
+    text = config.get_text_config(decoder=True)
+    for key, most in (("num_hidden_layers", MOST_LAYERS), ("hidden_size", None), ("vocab_size", None), ("max_position_embeddings", None)):
+        value = getattr(text, key, None)
+        if isinstance(value, int) and not 1 <= value <= (most or value):
+            raise UserError(f"model {name}: its config.json has {key} {value}; expected at least 1{f' and at most {most}' if most else ''}; "
+                            "use the config.json that came with the weights")
+    index = Path(folder) / "model.safetensors.index.json"
+    if index.is_file():
+        for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+            if not file.endswith(".safetensors"):
+                raise UserError(f"model {name}: {index.name} names {file}; expected .safetensors files only; convert the weights")
+    if (Path(folder) / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(folder)  # from_pretrained below falls back on config.json when this is damaged
+
+
+def _eos(name: str, generation_config, tokenizer, rows: int) -> frozenset[int]:
     ids = generation_config.eos_token_id
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    ids = {i if type(i) is int else repr(i) for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None}
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < rows]:
+        raise UserError(f"model {name}: end-of-sequence id {wrong[0]}; expected an id of its vocabulary, 0 to {rows - 1}; repair eos_token_id in "
+                        "generation_config.json")
+    return frozenset(ids)
+
+
+def check_rows(model: Model) -> None:
+    """Refuses a tokenizer with more ids than the head has rows."""
+    ids, rows = max(model.tokenizer.get_vocab().values(), default=-1) + 1, len(model.net.get_output_embeddings().weight)
+    if rows < ids:
+        raise UserError(f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has only {rows} rows; "
+                        "resize the model's embeddings or use its own tokenizer")
 
 
 @torch.no_grad()
@@ -261,7 +302,10 @@ def replace_folder(scratch: Path, folder: Path) -> None:
     """Puts ``scratch`` in ``folder``'s place; a reader sees the old folder or the new one, never a half-written one."""
     import shutil
 
+    umask = os.umask(0)
+    os.umask(umask)
     for file in scratch.iterdir():
+        os.chmod(file, 0o666 & ~umask)  # safetensors makes its files for the owner alone
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     old = folder.with_name(f".{folder.name}.old")

@@ -6,7 +6,7 @@ import math
 from . import data, evaluate, scoring
 from .alignment import census, shares
 from .checkpoint import RunFolder
-from .errors import Stopped
+from .errors import Stopped, UserError
 from .flops import Ledger
 from .models import Model
 from .preflight import Run
@@ -86,7 +86,10 @@ class Monitor:
         """Takes the fixed contexts and what was measured on them from before.json."""
         self.before = self.folder.read_json("before.json")
         plain = lambda name, v: tuple(Unit(*u) for u in v) if name == "units" and v else tuple(v) if isinstance(v, list) else v
-        self.fixed = [Rollout(**{k: plain(k, v) for k, v in row.items()}) for row in self.before["rollouts"]]
+        try:
+            self.fixed = [Rollout(**{k: plain(k, v) for k, v in row.items()}) for row in self.before["rollouts"]]
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"run folder {self.folder.path}: before.json is not what a run writes; start anew with another --out") from None
 
     def evaluate(self) -> dict:
         """Measures the current student and says so when its tail is being hurt."""

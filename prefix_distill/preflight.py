@@ -1,6 +1,7 @@
 """Loads what a run needs and asks whether it is sane, before a GPU-hour is spent and before a file is written."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -374,15 +375,21 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         dataset = LAB + TASK
         notes.append(f"dataset {dataset}: none was given, so it comes from the embedded laboratory")
     out = Path(config.checkpoint.out)
-    if out.exists():
+    if os.path.exists(out):
         raise UserError(f"--out {out}: the file exists; name another")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist; make it first")
+    try:
+        out.touch()
+        out.unlink()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
     columns = {k: getattr(config.data, k) for k in ("prompt_column", "answer_column", "system", "instruction")}
     limit = config.evaluate.problems or None
     prompts = data.load(dataset, split=config.data.split, limit=limit, **columns)
     model = models.load(name, device=torch.device("cpu"), dtype=torch.float32,
                         trust_remote_code=config.models.trust_remote_code)
+    models.check_rows(model)
     where = place(config.runtime, model.parameters)
     notes.extend(where.reasons)
     model.net.to(where.device, where.dtype)

@@ -102,15 +102,20 @@ def _finished(folder: Path, root: Path) -> Finished | None:
 
     files = RunFolder(folder)
     document = files.read_json("run.json")
-    if "result" not in document:
+    if not isinstance(document, dict) or "result" not in document:
         return None
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     arm = folder.parent.name if folder.name.startswith("seed-") else (
         folder.name if folder == root else str(folder.relative_to(root)))
-    right = {row["step"]: row["right"] for row in read_rows(folder / "scores.jsonl")[0]}
-    also = {p.stem.removeprefix("also-"): files.read_json(p.name) for p in sorted(folder.glob("also-*.json"))}
-    return Finished(arm, document["seed"], folder, config, document["result"], right,
-                    *(files.read_json(name)["kl_by_token"] for name in ("before.json", "after.json")), also)
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        right = {row["step"]: row["right"] for row in read_rows(folder / "scores.jsonl")[0]}
+        also = {p.stem.removeprefix("also-"): files.read_json(p.name) for p in sorted(folder.glob("also-*.json"))}
+        found = Finished(arm, document["seed"], folder, config, document["result"], right,
+                         *(files.read_json(name)["kl_by_token"] for name in ("before.json", "after.json")), also)
+        config["models"]["student"], found.evaluations[-1]["step"], found.cost(found.evaluations[-1])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: its files are damaged ({type(error).__name__}: {str(error)[:100]}); leave it out, or run it again") from None
+    return found
 
 
 def by_arm(runs: list[Finished]) -> dict[str, list[Finished]]:

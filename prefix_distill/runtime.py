@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import signal
 import time
 from dataclasses import dataclass, field
@@ -157,8 +158,11 @@ def place(runtime, parameters: int) -> Place:
     """Resolves the ``runtime`` section for a student of ``parameters`` parameters. UserError on a missing device or on a launcher
     that started another number of ranks than ``gpus``."""
     reasons = []
-    world, rank, local, here = (int(os.environ.get(name, default)) for name, default in (
-        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))))
+    world = _counted("WORLD_SIZE", 1, 1)
+    rank, local, here = _counted("RANK", 0, 0, world), _counted("LOCAL_RANK", 0, 0), _counted("LOCAL_WORLD_SIZE", world, 1)
+    if world > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]):
+        raise UserError(f"environment WORLD_SIZE={world}: {missing[0]} is not set; start the ranks with --gpus or torchrun, or unset WORLD_SIZE")
+    _counted("MASTER_PORT", 0, 0, 65536)
     if runtime.gpus is not None and runtime.gpus != here:
         raise UserError(f"--gpus {runtime.gpus}: {here} rank{'s run' if here > 1 else ' runs'} on this machine; leave it out under another "
                         "launcher and in `compare`")
@@ -191,6 +195,15 @@ def _join(rank: int, world: int, gpu: bool, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore("prefix-distill", store)
 
 
+def _counted(name: str, default: int, low: int, end: int = 1 << 31) -> int:
+    """The whole number in the environment variable ``name``, from ``low`` to below ``end``."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or not low <= int(text) < end:
+        raise UserError(f"environment {name}={text[:40]!r}: expected a whole number from {low} to {end - 1}; start the ranks with torchrun, "
+                        f"or unset {name}")
+    return int(text)
+
+
 def _device(text: str, local_rank: int, sharing: int, reasons: list[str]) -> torch.device:
     """``sharing``: ranks of this machine that need a device each."""
     if sharing > 1 and text.startswith("cuda:"):
@@ -207,9 +220,9 @@ def _device(text: str, local_rank: int, sharing: int, reasons: list[str]) -> tor
         reasons.append(f"device {text}: {why}")
     try:
         device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{text}': not available here ({str(error).splitlines()[0]}); use cpu or auto") from None
+        torch.zeros(1, device=device).item()  # the meta device has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
+        raise UserError(f"device '{text}': not available here ({(str(error).splitlines() or [''])[0][:200]}); use cpu or auto") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

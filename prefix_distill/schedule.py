@@ -96,7 +96,7 @@ def parse_prefix(text: str, limit: int) -> PrefixSchedule:
     if kind == "linear" and len(parts) == 2:
         return PrefixSchedule(text, kind, _tokens(text, parts[0], limit), limit, _tokens(text, parts[1], limit))
     if kind == "staircase" and len(parts) == 3:
-        if not re.fullmatch(r"[1-9]\d*", parts[2], re.ASCII):
+        if not re.fullmatch(r"[1-9]\d{0,17}", parts[2], re.ASCII):
             raise UserError(f"prefix '{text}': the staircase rises every {parts[2]!r} updates; give a number of at least 1")
         return PrefixSchedule(text, kind, _tokens(text, parts[0], limit), limit, _tokens(text, parts[1], limit), int(parts[2]))
     if parts:
@@ -111,7 +111,7 @@ def _tokens(text: str, part: str, limit: int) -> int:
         if not 0 < percent <= 100:
             raise UserError(f"prefix {text}: a percentage must be above 0% and at most 100% of --max-new-tokens")
         return max(1, round(limit * percent / 100))
-    if not re.fullmatch(r"[+-]?\d+", part, re.ASCII):
+    if not re.fullmatch(r"[+-]?\d{1,18}", part, re.ASCII):
         raise UserError(f"prefix '{text}': --prefix must be {GRAMMAR}")
     if int(part) < 1:
         raise UserError(f"prefix length {part}: --prefix must be {GRAMMAR}")
@@ -160,7 +160,7 @@ def warmup_steps(text: str, steps: int) -> int:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
         if float(match[1]) <= 100:
             return round(steps * float(match[1]) / 100)
-    elif re.fullmatch(r"\d+", text):
+    elif re.fullmatch(r"\d{1,18}", text):
         return int(text)
     raise UserError(f"warmup '{text}': --warmup must be a number of updates (20) or a percentage of them (5%)")
 

@@ -13,7 +13,7 @@ from .alignment import census, shares
 from .checkpoint import RunFolder
 from .display import flops_text
 from .divergence import Terms, weighted
-from .errors import Interrupted, Stopped
+from .errors import Interrupted, Stopped, UserError
 from .flops import Ledger
 from .models import Model, average, decoder, refresh
 from .monitor import Monitor, Progress, candidate_score, full_cost, merge
@@ -535,6 +535,10 @@ def _restore(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress,
     """Weights, optimizer moments, anchor, averaged teacher and progress of the newest checkpoint; metric rows are rewound to it."""
     place = run.place
     step, tensors, facts = folder.latest(report.warn if place.first else lambda text: None)
+    shapes = [{name: p.shape for name, p in named} for named in (run.student.net.named_parameters(), tensors.get("student", {}).items())]
+    if shapes[0] != shapes[1] or "optimizer" not in tensors:
+        raise UserError(f"--resume {folder.path}: the weights of its checkpoint are not those of {run.student.name}; put that model back, or "
+                        "start anew with another --out")
     with torch.no_grad():
         for name, p in run.student.net.named_parameters():
             p.copy_(tensors["student"][name])

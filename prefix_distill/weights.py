@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import dataclass, replace
 
 from .errors import UserError
@@ -49,7 +50,7 @@ def parse_window(text: str) -> Window | None:
     kind, _, size = text.partition(":")
     if text == "all":
         return None
-    if kind in WINDOWS and size.isascii() and size.isdigit() and int(size) > 0:
+    if kind in WINDOWS and re.fullmatch(r"0*[1-9]\d{0,17}", size, re.ASCII):
         return Window(kind, int(size))
     raise UserError(f"window '{text}': --window must be all, or one of {', '.join(WINDOWS)} with a number of at least 1 token, "
                     "such as first:24")

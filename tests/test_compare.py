@@ -7,6 +7,7 @@ import yaml
 
 from conftest import invoke, last_json
 from prefix_distill import compare
+from prefix_distill.checkpoint import RunFolder
 from prefix_distill.errors import UserError
 
 TREE = {

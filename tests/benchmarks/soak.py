@@ -1,0 +1,165 @@
+"""kill -9 again and again: does an interrupted run end bit for bit like one that nothing disturbed? 50 kills take about 10 minutes.
+
+    python tests/benchmarks/soak.py [--times 50] [--gpus 1] [--seed 0] [--out FOLDER]
+
+The run has everything that keeps state: an adaptive prefix, TIP, EffOPD (its anchor lies between two triggers), evaluations, a
+best student, tail probes. Kills take turns among KINDS; one in three resumed runs is killed once more. Compared with the
+undisturbed run: weights, moments, anchor, state, metric rows, scores, texts, the model and the best one, the result; also that
+nothing unfinished is left. Every process is a fork of one that has only imported (with --gpus 2: a process, whose launcher is
+killed). Prints one JSON line last; exit code 1 where anything differed. Linux.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from prefix_distill import cli
+
+KINDS = ("any moment", "inside a checkpoint's write", "before the first checkpoint", "any moment", "inside the best model's write")
+FLAGS = ["--dataset", "lab:choice:1-3", "--steps", "12", "--prefix", "auto:6:3", "--max-new-tokens", "32", "--batch-size", "4", "--samples", "2",
+         "--micro-batch-size", "3", "--eval-samples", "8", "--kl-prompts", "4", "--eval-every", "3", "--tail-every", "2", "--tail-prompts", "2",
+         "--save-every", "2", "--lr", "2e-4", "--warmup", "0", "--select", "soft-or", "--extrapolate", "effopd", "--extrapolate-score",
+         "heldout-kl", "--extrapolate-problems", "4", "--device", "cpu", "--dtype", "float32"]
+PATIENCE = 300  # seconds
+
+
+class Process:
+    """`prefix-distill run FLAGS` in a process of its own. What it says goes to the file .log beside its folder."""
+
+    def __init__(self, gpus: int, *flags):
+        self.gpus, self.ended = gpus, None
+        with open(Path(flags[-1]).with_suffix(".log"), "a") as log:
+            if gpus > 1:
+                command = [sys.executable, "-m", "prefix_distill", "run", *flags, "--gpus", str(gpus)]
+                self.pid = subprocess.Popen(command, stdout=log, stderr=log).pid
+                return
+            self.pid = os.fork()
+            if self.pid:
+                return
+            try:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                sys.argv = ["prefix-distill", "run", *flags]
+                cli.main()
+            except SystemExit as end:
+                sys.stdout.flush()
+                os._exit(end.code or 0)
+            finally:
+                os._exit(70)
+
+    def code(self, wait: bool = False) -> int | None:
+        """The exit code (negative: a signal), None while it runs."""
+        if self.ended is None:
+            found, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
+            self.ended = os.waitstatus_to_exitcode(status) if found else None
+        return self.ended
+
+    def kill(self, out: Path, kind: str, rng: random.Random, whole: float) -> bool:
+        """Kills it at a moment of that kind (``whole``: seconds of a run) → whether it was still running."""
+        begun, wanted, count = time.monotonic(), rng.uniform(0, whole), rng.randint(1, 4)
+        watched = {"inside a checkpoint's write": "checkpoints/.partial", "inside the best model's write": ".best.partial"}.get(kind)
+        seen, there = 0, False
+        while self.code() is None and time.monotonic() - begun < PATIENCE:
+            if kind == "any moment" and time.monotonic() - begun > wanted:
+                break
+            if kind == "before the first checkpoint" and (out / "config.yaml").exists():
+                time.sleep(rng.uniform(0, 0.5))
+                break
+            if watched:
+                now = (out / watched).exists()
+                seen, there = seen + (now and not there), now
+                if now and seen >= count:
+                    break
+            time.sleep(0.0005)
+        if self.code() is not None:
+            return False
+        os.kill(self.pid, signal.SIGKILL)
+        self.code(wait=True)
+        if self.gpus > 1:
+            time.sleep(1.5)  # its ranks see that it is gone
+        return True
+
+
+def contents(out: Path) -> dict[str, object]:
+    """All that must be the same, by name; times and paths are left out."""
+    found: dict[str, object] = {}
+    for file in sorted(out.rglob("*")):
+        name = str(file.relative_to(out))
+        if file.is_dir() or name == ".lock":
+            continue
+        if file.suffix in (".json", ".jsonl") and file.parent.name not in ("model", "best"):
+            found[name] = [timeless(json.loads(line)) for line in ([file.read_text()] if file.suffix == ".json" else file.read_text().splitlines())]
+        else:
+            found[name] = file.read_bytes()
+    return found
+
+
+def timeless(tree):
+    if isinstance(tree, dict):
+        return {k: timeless(v) for k, v in tree.items() if not k.startswith("time/") and k not in ("seconds", "resumed_from", "sha256")}
+    return [timeless(x) for x in tree] if isinstance(tree, list) else tree
+
+
+def soak(times: int, gpus: int, seed: int, folder: Path) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, begun = random.Random(seed), time.monotonic()
+    whole = folder / "whole"
+    started = time.monotonic()
+    if code := Process(gpus, *FLAGS, "--out", str(whole)).code(wait=True):
+        raise SystemExit(f"the undisturbed run ended with {code}: {whole.with_suffix('.log').read_text()[-2000:]}")
+    seconds, wanted = time.monotonic() - started, contents(whole)
+    kills, twice, late, differing, resumed_from = dict.fromkeys(KINDS, 0), 0, 0, [], []
+    number = 0
+    while sum(kills.values()) < times:
+        kind, out = KINDS[number % len(KINDS)], folder / f"run-{number}"
+        number += 1
+        if not Process(gpus, *FLAGS, "--out", str(out)).kill(out, kind, rng, seconds):
+            late += 1  # it had ended
+        else:
+            kills[kind] += 1
+        again = ["--resume", "--out", str(out)] if (out / "config.yaml").exists() else [*FLAGS, "--out", str(out)]
+        if rng.random() < 1 / 3 and "--resume" in again and Process(gpus, *again).kill(out, "any moment", rng, seconds / 2):
+            kills["any moment"] += 1
+            twice += 1
+        code = Process(gpus, *again).code(wait=True)
+        if code:
+            differing.append({"run": number, "kind": kind, "exit": code, "said": out.with_suffix(".log").read_text()[-300:]})
+        else:
+            found = contents(out)
+            if names := [name for name in sorted(wanted.keys() | found.keys()) if found.get(name) != wanted.get(name)]:
+                differing.append({"run": number, "kind": kind, "files": names})
+            resumed_from.append(json.loads((out / "run.json").read_text())["result"]["resumed_from"])
+        if not differing or differing[-1]["run"] != number:
+            shutil.rmtree(out)
+        print(f"{sum(kills.values())} of {times} kills, {len(differing)} differ, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    return {"kills": sum(kills.values()), "by_kind": kills, "killed_twice": twice, "ended_before_the_kill": late, "runs": number, "gpus": gpus,
+            "seed": seed, "resumed_from": sorted(resumed_from, key=str), "differing": differing, "seconds_of_a_run": seconds,
+            "files_compared": len(wanted), "seconds": time.monotonic() - begun}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=50)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    cli.calm_threads(os.environ)
+    if given.gpus == 1:  # what a fork should not have to import; it must not compute
+        cli.quiet_libraries()
+        import transformers
+
+        transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast  # imported on demand
+        from prefix_distill import display, models, preflight, train  # noqa: F401
+    with tempfile.TemporaryDirectory() as scratch:
+        document = soak(given.times, given.gpus, given.seed, given.out or Path(scratch))
+    print(json.dumps(document))
+    sys.exit(bool(document["differing"]))
