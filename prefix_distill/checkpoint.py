@@ -72,8 +72,8 @@ class RunFolder:
                 raise FileNotFoundError(None, "the run folder is gone")
             yield
         except (OSError, SafetensorError) as error:
-            raise Stopped(f"{self.path / name} cannot be written ({getattr(error, 'strerror', None) or error}); {self.newest}: mend the "
-                          "disk, then --resume") from None
+            raise Stopped(f"{self.path / name} cannot be written ({getattr(error, 'strerror', None) or error}); {self.newest}"
+                          + (": mend the disk, then --resume" if self.started else "")) from None
 
     @property
     def model(self) -> Path:
@@ -99,17 +99,19 @@ class RunFolder:
             raise UserError(f"--out {self.path}: cannot be written ({why}); name another folder") from None
 
     def create(self, config: dict, facts: dict = {}) -> None:
-        """Makes the folder: run.json with ``facts``, then config.yaml, but for where the folder is. UserError when it is used."""
+        """Makes the folder: run.json with ``facts``, then config.yaml. UserError when it is used or cannot be made."""
+        self.refuse_if_used()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_json("run.json", {"format": FORMAT, **facts})
+        self.write_config(config)
+
+    def write_config(self, config: dict) -> None:
+        """config.yaml, but for where the folder is."""
         import yaml
 
         config = {section: {k: v for k, v in keys.items() if (section, k) != ("checkpoint", "out")} for section, keys in config.items()}
-        self.refuse_if_used()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("run.json", {"format": FORMAT, **facts})
+        with self._writing("config.yaml"):
             _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        except OSError as error:
-            raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); name another folder") from None
 
     def write_json(self, name: str, tree) -> None:
         """``name`` ← ``tree`` as JSON."""
@@ -196,7 +198,8 @@ class RunFolder:
                     file = scratch / f"{name}.safetensors"
                     save_file({k: v.detach().contiguous() for k, v in state.items()}, file)
                     sums[file.name] = _digest(file)
-                _write(scratch / "state.json", json.dumps({"format": FORMAT, "step": step, "sha256": sums, "facts": facts}))
+                _write(scratch / "state.json", json.dumps({
+                    "format": FORMAT, "step": step, "sha256": sums, "facts": facts, "facts_sha256": _digest_of(step, facts)}))
                 replace_folder(scratch, parent / f"step-{step:08d}")
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -217,8 +220,8 @@ class RunFolder:
                 for name, digest in state["sha256"].items():
                     if _digest(folder / name) != digest:
                         raise ValueError(f"{name} does not match its checksum")
-                if not isinstance(state["facts"], dict):
-                    raise ValueError("its facts are no mapping")
+                if not isinstance(state["facts"], dict) or state["facts_sha256"] != _digest_of(state["step"], state["facts"]):
+                    raise ValueError("state.json does not match its checksum")
                 tensors = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
                 return state["step"], tensors, state["facts"]
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -253,6 +256,10 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 def _sync(file: Path) -> None:
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
+
+
+def _digest_of(step: int, facts: dict) -> str:
+    return hashlib.sha256(json.dumps([step, facts]).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

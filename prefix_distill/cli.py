@@ -105,6 +105,8 @@ def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
                 "generation_config": {name: model.generation_config.to_diff_dict() for name, model in
                                       (("student", prepared.student), ("teacher", prepared.teacher))},
             })
+        if place.first and resume:  # what was given to lengthen or respread it holds for the next resume, too
+            folder.write_config(configuration.as_dict(prepared.config))
         place.wait()
         if not folder.made:
             raise UserError(f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on several machines it must be "
@@ -114,7 +116,8 @@ def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
 
 
 def _resumed(values: dict) -> dict:
-    """The settings of the run in --out; what is given now may only lengthen it, save at other times or spread its work otherwise."""
+    """The settings of the run in --out. What is given now may lengthen it, save at other times, spread its work otherwise, or mend what
+    stopped it (rate, precision, device), which is said."""
     from pathlib import Path
 
     out = values.get("checkpoint.out")
@@ -128,20 +131,26 @@ def _resumed(values: dict) -> dict:
     RunFolder(saved_file.parent).check_format()
     saved = configuration.read_yaml(str(saved_file))
     configuration.build(saved)
+    if "runtime.gpus" not in values and os.environ.get("LOCAL_WORLD_SIZE") not in (None, str(saved.get("runtime.gpus"))):
+        saved["runtime.gpus"] = None  # another launcher has settled it
     if not {"train.steps", "schedule.lr_schedule"} <= saved.keys():
         raise UserError(f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); start anew with another --out")
     free = {"train.steps", "checkpoint.save_every", "checkpoint.out", "runtime.gpus", "runtime.rank_timeout",
             "runtime.check_ranks_every", "train.micro_batch_size", "rollout.rows"}
+    remedies = {"schedule.lr", "train.grad_clip", "runtime.dtype", "runtime.head_dtype", "runtime.head_memory_mb", "runtime.device",
+                "runtime.teacher_device", "train.gradient_checkpointing"}
     for path, value in values.items():
         if path not in configuration.options():
             configuration.build({path: value})  # raises, with the nearest known key
-        if path not in free and value != saved.get(path):
+        if path in remedies and value != saved.get(path):
+            _note(f"{path} was {saved.get(path)!r} and is {value!r} from here on: the rest differs from a run that had it from the start")
+        elif path not in free and value != saved.get(path):
             raise UserError(f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; leave it out, or start anew "
                             "with another --out")
     steps, schedule = values.get("train.steps", saved["train.steps"]), saved["schedule.lr_schedule"]
     if steps != saved["train.steps"] and schedule != "constant":
-        print(f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is stretched over all of them, "
-              "so the rest differs from a run planned this long", file=sys.stderr)
+        _note(f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is stretched over all of them, "
+              "so the rest differs from a run planned this long")
     return saved | values
 
 
@@ -339,7 +348,14 @@ def _report(folders, reference, out, title: str) -> None:
 
 def _say(prepared, text: str) -> None:
     if prepared.place.first:
-        print(text, file=sys.stderr)
+        _note(text)
+
+
+def _note(text: str) -> None:
+    """A line on stderr, from the first rank, if anyone still reads it."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def _finish(prepared, document: dict) -> None:

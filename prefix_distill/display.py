@@ -1,5 +1,6 @@
 """What a person sees while it works: a live line on a terminal, plain lines in a pipe; always on stderr."""
 
+import contextlib
 import sys
 import time
 
@@ -20,7 +21,8 @@ def share_text(score: dict | None) -> str:
 
 
 class Display:
-    """Progress of one run; in a pipe, about fifty lines however long it is. Nothing where not ``shown`` (other ranks)."""
+    """Progress of one run; in a pipe, about fifty lines however long it is. Nothing where not ``shown`` (other ranks). A terminal or
+    a pipe that has gone does not stop the run."""
 
     def __init__(self, steps: int, label: str = "", shown: bool = True):
         from rich.console import Console
@@ -54,7 +56,7 @@ class Display:
 
     def own(self, text: str) -> None:
         """A warning that only this rank knows of; shown from any rank."""
-        self._line(f"warning: {text}") if self.shown else print(f"warning: {text}", file=sys.stderr, flush=True)
+        self._line(f"warning: {text}", everywhere=True)
 
     def row(self, row: dict, useful: float, full: float) -> None:
         """One update: its metrics row, useful FLOPs so far, and what as many updates cost with full rollouts."""
@@ -68,7 +70,8 @@ class Display:
         text = (f"KL {divergence:.4f} nats, prefix {row['rollout/prefix_tokens']}, finished inside {share:.0%}, {speeds}, "
                 f"{flops_text(useful)} useful (full rollouts: {flops_text(full)})")
         if self.bar:
-            self.bar.update(self.task, completed=row["step"], description=f"{self.label} {text}".strip())
+            with contextlib.suppress(OSError):
+                self.bar.update(self.task, completed=row["step"], description=f"{self.label} {text}".strip())
         elif row["step"] % self.plain_every == 0 or self.seen == 1 or row["step"] == self.steps:
             left = (time.perf_counter() - self.started) / self.seen * (self.steps - row["step"])
             self._line(f"{self.label} step {row['step']}/{self.steps}: {text}, {left:.0f} s left".strip())
@@ -87,10 +90,11 @@ class Display:
         self._line(f"{self.label} tail probe after update {row['step']}: {tail}, {row['finish_rate']:.0%} of full answers end, "
                    f"{row['mean_tokens']:.0f} tokens".strip())
 
-    def _line(self, text: str) -> None:
-        if not self.shown:
+    def _line(self, text: str, everywhere: bool = False) -> None:
+        if not (self.shown or everywhere):
             return
-        if self.bar:
-            self.bar.console.print(text, highlight=False, markup=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            if self.bar:
+                self.bar.console.print(text, highlight=False, markup=False)
+            else:
+                print(text, file=sys.stderr, flush=True)

@@ -75,7 +75,8 @@ def launch(count: int, arguments: list[str]) -> tuple[int, str | None]:
             print(AT_ONCE, file=sys.stderr)
             os._exit(128 + number)
 
-        former = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        former = {n: signal.signal(n, pass_on) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         try:
             thread = threading.Thread(target=work, daemon=True)
             thread.start()

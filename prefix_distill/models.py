@@ -313,4 +313,8 @@ def replace_folder(scratch: Path, folder: Path) -> None:
     if folder.exists():
         os.rename(folder, old)
     os.rename(scratch, folder)
+    with contextlib.suppress(OSError):  # where a folder can be synced, its new names reach the disk, too
+        handle = os.open(folder.parent, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
     shutil.rmtree(old, ignore_errors=True)

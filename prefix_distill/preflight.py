@@ -1,7 +1,9 @@
 """Loads what a run needs and asks whether it is sane, before a GPU-hour is spent and before a file is written."""
 
+import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -380,10 +382,11 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist; make it first")
     try:
-        out.touch()
-        out.unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
+        with contextlib.suppress(FileNotFoundError):
+            out.lstat()
+        tempfile.TemporaryFile(dir=out.absolute().parent).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {out}: cannot be written ({getattr(error, 'strerror', error)}); name another file") from None
     columns = {k: getattr(config.data, k) for k in ("prompt_column", "answer_column", "system", "instruction")}
     limit = config.evaluate.problems or None
     prompts = data.load(dataset, split=config.data.split, limit=limit, **columns)

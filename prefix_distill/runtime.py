@@ -57,13 +57,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM as a wish: the first signal is noted in ``asked``, a second one acts at once, as without this."""
+    """Ctrl-C, SIGTERM and a closed terminal as a wish: the first signal is noted in ``asked``, a second one acts at once, as without
+    this. What was ignored before (nohup) stays ignored."""
 
     def __init__(self):
         self.asked: signal.Signals | None = None
 
     def __enter__(self):
-        self.former = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        self.former = {n: signal.signal(n, self._note) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         return self
 
     def __exit__(self, *_):
@@ -136,8 +138,8 @@ class Place:
         try:
             met = self.store.add(_meetings(self.rank), 1)
             yield
-        except RuntimeError as error:  # gloo's and NCCL's: a timeout, a closed connection
-            if out_of_memory(error):
+        except RuntimeError as error:  # a timeout, a closed connection; gloo's are plain RuntimeErrors
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise Stopped(f"rank {self.rank} of {self.world}: {self._absent(met)} ({(str(error).splitlines() or [''])[0][:160]}); "
                           "--resume goes on from the newest checkpoint, --rank-timeout waits longer") from None

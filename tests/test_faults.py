@@ -260,7 +260,7 @@ def test_an_evaluation_without_memory_is_one_line(pair, questions, tmp_path, mon
 # ── signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["update", "evaluation"])
 def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(pair, questions, tmp_path, whole, number, moment):
     class Sends(Silent):
@@ -280,6 +280,22 @@ def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(pair, questio
     evaluated = json.loads((tmp_path / "run/checkpoints/step-00000004/state.json").read_text())["facts"]["evaluations"]
     assert evaluated[-1]["step"] == (2 if moment == "update" else 4)
     assert_ends_like(whole, tmp_path / "run", run_in(tmp_path / "run", six(pair, questions), resume=True))
+
+
+def test_what_was_ignored_stays_ignored_and_a_closed_pipe_stops_nothing(pair, questions, tmp_path, whole):
+    """As under nohup, with the reader of stderr gone."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    process = subprocess.Popen([sys.executable, "-m", "prefix_distill", *flags(pair, questions, tmp_path / "run")], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stderr.readline()
+    process.stderr.close()
+    out = process.stdout.read()
+    assert process.wait() == 0 and last_json(out)["steps"] == 6
 
 
 def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(pair, questions, tmp_path, whole):

@@ -33,7 +33,8 @@ def test_shares_and_bins_by_hand():
     assert [(b["from"], b["tokens"], b["kl"]) for b in bins] == [(0, 2, 2.0), (1, 1, 2.0), (2, 1, 3.0)]
 
 
-@pytest.mark.parametrize("task, problems", [("shared", 60), pytest.param("tied", 40, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("task, problems", [("shared", 60), ("tied", 40)])
 def test_it_knows_where_prefixes_do_not_do(tmp_path, task, problems):
     """Where they do: the README's own `probe` on `choice`, in test_readme.py."""
     code, out, err = invoke("probe", "--student", f"lab:{task}/student", "--teacher", f"lab:{task}/teacher", "--dataset", f"lab:{task}",

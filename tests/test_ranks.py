@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import invoke, last_json
-from prefix_distill import cli, preflight, runtime, scoring, train
+from prefix_distill import cli, preflight, probe, runtime, scoring, train
 from prefix_distill import config as configuration
 from prefix_distill.checkpoint import RunFolder
 from prefix_distill.errors import Stopped
@@ -31,7 +32,7 @@ CASES = {  # uneven shards everywhere: 5 prompts on 2 or 3 ranks
         "weights.window": "highest-kl:4", "rollout.off_policy": "sft:0.3", "evaluate.every": 0, "evaluate.tail_every": 5,
         "evaluate.tail_prompts": 3},
     "one reading": {"weights.select": "overconfident", "weights.keep": 0.5, "train.micro_batch_size": 10, "train.steps": 2, "schedule.prefix": "4"},
-    "itself": {"models.teacher": "self", "models.teacher_ema": 0.9, "data.privileged_column": "answer",
+    "itself": {"evaluate.problems": 1, "evaluate.kl_prompts": 1, "models.teacher": "self", "models.teacher_ema": 0.9, "data.privileged_column": "answer",
                "data.privileged_template": "{problem} {solution}", "divergence.name": "forward-kl"},
     "two tokenizers": {"models.student": "lab:choice/student-merged", "models.teacher": "lab:choice/teacher", "data.dataset": "lab:choice",
                        "models.cross_tokenizer": "simct", "weights.select": "divergence", "rollout.max_new_tokens": None, "train.steps": 2},
@@ -89,6 +90,16 @@ def go(values, out, trick=contextlib.nullcontext) -> dict:
     """`run`, in this process, which may be a rank."""
     with trick():
         return cli.train_in(preflight.prepare(configuration.build(BASE | values | {"checkpoint.out": str(out)})), RunFolder(out))
+
+
+def looks(given, out) -> dict:
+    """What `eval` and `probe` find."""
+    common = {k: v for k, v in (BASE | given).items() if not k.startswith("train.")}
+    _, _, found = preflight.evaluate_model(configuration.build(
+        common | {"models.teacher": None, "evaluate.rollouts": 3, "evaluate.problems": 5, "checkpoint.out": str(out / "eval.jsonl")}))
+    run = preflight.prepare(configuration.build(common | {"train.steps": 1, "train.batch_size": 7, "evaluate.problems": 0}))
+    return {name: {k: v for k, v in document.items() if k not in ("seconds", "examples", "flops")}
+            for name, document in (("eval", found), ("probe", probe.probe(run)))}
 
 
 def rows(out) -> list[dict]:
@@ -150,6 +161,13 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
         phase = result["flops"]["by_phase"]["selection"]
         assert phase["useful"] == phase["executed"] == 2 * 260 * (32 + 48) * 2 * 10 * 4  # 2 updates × 10 rollouts × 4 tokens
 
+    alone, both = looks(given, tmp_path / "1"), json.loads((tmp_path / "2/looks.json").read_text())
+    assert json.loads(json.dumps(alone["eval"])) == both["eval"]
+    assert (tmp_path / "1/eval.jsonl").read_text() == (tmp_path / "2/eval.jsonl").read_text()
+    for key in ("student_tokens", "teacher_tokens", "recommended_prefix", "teacher_prefix_curve", "teacher_decay_curve"):
+        assert json.loads(json.dumps(alone["probe"][key])) == both["probe"][key], key
+    assert both["probe"]["kl"]["value"] == pytest.approx(alone["probe"]["kl"]["value"], rel=1e-5)
+
     # memory: one rank's shortage halves the micro-batch of both, and changes nothing else
     assert_same(tmp_path / "1/plain", tmp_path / "2/no room", "no room")
     spent = [results["plain"][1]["flops"], json.loads((tmp_path / "2/no room/run.json").read_text())["result"]["flops"]]
@@ -171,6 +189,9 @@ def main() -> None:
     out = Path(folder) / "2"
     for name, case in cases.items():
         go(given | case, out / name, only_even_prompts_are_taught if name == "a rank without a taught token" else contextlib.nullcontext)
+    found = looks(given, out)
+    if os.environ["RANK"] == "0":
+        (out / "looks.json").write_text(json.dumps(found))
     go(given, out / "no room", no_room_for_two_on_rank_1)
     try:
         go(given | {"runtime.check_ranks_every": 2, "evaluate.every": 0}, out / "drift", a_bit_flips_on_rank_1)
@@ -244,12 +265,14 @@ def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
 
 @pytest.mark.long
 def test_two_launches_with_node_ranks_of_their_own(pair, questions, tmp_path):
-    """What README shows for two machines, on loopback: one torchrun each, meeting at one address."""
+    """README's line for two machines, on loopback: one torchrun each, meeting at one address."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [line] = [line for line in readme.splitlines() if line.startswith("torchrun --nnodes")]
+    launch = shlex.split(line.split(" run ")[0])[1:]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1",
-                               "--master-addr", "127.0.0.1", "--master-port", str(port), "prefix_distill.py",
+        ours = {"K": None, "4": "1", "10.0.0.1": "127.0.0.1", "29500": str(free.getsockname()[1])}
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *(str(node) if word == "K" else ours.get(word, word) for word in launch),
                                *flags(pair, questions, tmp_path / "2")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
              for node in range(2)]
     said = [node.communicate(timeout=300) for node in nodes]
@@ -284,6 +307,17 @@ def test_bad_input_is_one_line_from_the_launcher(pair, questions, tmp_path, more
     errors = [line for line in err.splitlines() if line.startswith("error")]
     assert code == 2 and out == "" and len(errors) == 1 and message in errors[0], err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_two_gpus_are_one(pair, questions, tmp_path):
+    """NCCL for gradients, gloo for what ranks tell each other; float32, so to matmul accuracy."""
+    for name, more in (("1", []), ("2", ["--gpus", "2"])):
+        given = flags(pair, questions, tmp_path / name, "--dtype", "float32", *more)
+        code, _, err = invoke(*["cuda" if before == "--device" else word for before, word in zip(["", *given], given)])
+        assert code == 0, err
+    assert_same(tmp_path / "1", tmp_path / "2", "no room", 1e-3)
 
 
 def test_fingerprints_see_one_bit():

@@ -23,7 +23,7 @@ LONG = [line for line in COMMANDS if line.startswith("python ")]
 
 
 def test_every_command_is_of_a_kind_that_is_executed():
-    assert sorted(INSTALL + OURS + LONG) == sorted(COMMANDS) and len(OURS) == 10 and len(LONG) == 14
+    assert sorted(INSTALL + OURS + LONG) == sorted(COMMANDS) and len(OURS) == 11 and len(LONG) == 16
 
 
 def test_ci_installs_and_tests_as_the_readme_says():
@@ -54,6 +54,8 @@ def test_commands_run_in_order(tmp_path, monkeypatch):
             assert {"selection", "extrapolation"} < document["flops"]["by_phase"].keys() and len(document["extrapolations"]) == 2
         if "--cross-tokenizer" in line:
             assert document["evaluations"][0]["alignment"]["span_share"] > 0.05 and "tokens are shared" in err
+        if "--gpus 2" in line:
+            assert document["steps"] == 2 and json.loads(Path("runs/ranks/run.json").read_text())["ranks"] == 2
         if "--teacher self" in line:
             assert document["kl_after"]["value"] < document["kl_before"]["value"]
         if " probe" in line:
@@ -342,7 +344,28 @@ def limit_table() -> str:
         f"| {names[phase]} | {share:.0%} |" for phase, share in found["share_of_limit"].items()])
 
 
-@pytest.mark.parametrize("table", [demo_table, prefix_table, bound_sentence, controls_table, claims_table, auto_table, select_table,
+def ranks_table() -> str:
+    rows = ["| an update of | 1 rank | 2 ranks | throughput |", "|---|--:|--:|--:|"]
+    names = {"laboratory": "the laboratory's pair, 64 rollouts of 24 tokens", "SmolLM2": "SmolLM2-135M → its 20-layer student, 16 rollouts of 32 tokens"}
+    for r in result("ranks")["table"]:
+        rows.append(f"| {names[r['case']]} | {r['seconds_1_rank']:.2f} s | {r['seconds_2_ranks']:.2f} s | "
+                    f"{r['throughput']:.2f} × [{r['throughput_low']:.2f}, {r['throughput_high']:.2f}] |")
+    return "\n".join(rows)
+
+
+def soak_sentence() -> str:
+    found = result("soak")
+    assert found["differing"] == [] and found["kills"] >= 50 and found["gpus"] == 1
+    kinds = found["by_kind"]
+    return (f"`python tests/benchmarks/soak.py` killed runs {found['kills']} times with `kill -9`: {kinds['any moment']} at any moment, "
+            f"{kinds[CHECKPOINT]} inside a checkpoint's write, {kinds[BEST]} inside the best model's, {kinds[BEFORE]} before there was a checkpoint; all "
+            f"{found['runs']} ended with the same {found['files_compared']} files as an undisturbed run, times aside.")
+
+
+CHECKPOINT, BEST, BEFORE = "inside a checkpoint's write", "inside the best model's write", "before the first checkpoint"
+
+
+@pytest.mark.parametrize("table", [demo_table, ranks_table, soak_sentence, prefix_table, bound_sentence, controls_table, claims_table, auto_table, select_table,
                                    effopd_table, opsd_table, plugin_claims, cross_table, cross_claims, real_cross_table, gold_table, selection_table, real_grid_table, real_table, update_table, divergence_table, rollout_table,
                                    scaling_table, limit_table])
 def test_tables_are_the_committed_results(table):
@@ -386,7 +409,7 @@ def test_sentences_across_tokenizers_say_what_was_recorded():
 
 def test_modules_and_flags_it_names_exist():
     for name in re.findall(r"`(\w+\.py)`", README):
-        assert (ROOT / "prefix_distill" / name).exists() or (ROOT / name).exists(), name
+        assert any((ROOT / folder / name).exists() for folder in ("prefix_distill", "", "tests/benchmarks")), name
     from prefix_distill.config import options
 
     known = {field.metadata["flag"] for field in options().values()} | {"--config", "--set", "--resume", "--dry-run", "--model",

@@ -105,7 +105,7 @@ def contents(out: Path) -> dict[str, object]:
 
 def timeless(tree):
     if isinstance(tree, dict):
-        return {k: timeless(v) for k, v in tree.items() if not k.startswith("time/") and k not in ("seconds", "resumed_from", "sha256")}
+        return {k: timeless(v) for k, v in tree.items() if not k.startswith("time/") and k not in ("seconds", "resumed_from", "sha256", "facts_sha256")}
     return [timeless(x) for x in tree] if isinstance(tree, list) else tree
 
 
