@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import invoke, last_json
-from prefix_distill import cli, preflight, probe, runtime, scoring, train
+from prefix_distill import cli, preflight, runtime, scoring, train
 from prefix_distill import config as configuration
+from prefix_distill import probe as probing
 from prefix_distill.checkpoint import RunFolder
 from prefix_distill.errors import Stopped
 
@@ -99,7 +100,7 @@ def looks(given, out) -> dict:
         common | {"models.teacher": None, "evaluate.rollouts": 3, "evaluate.problems": 5, "checkpoint.out": str(out / "eval.jsonl")}))
     run = preflight.prepare(configuration.build(common | {"train.steps": 1, "train.batch_size": 7, "evaluate.problems": 0}))
     return {name: {k: v for k, v in document.items() if k not in ("seconds", "examples", "flops")}
-            for name, document in (("eval", found), ("probe", probe.probe(run)))}
+            for name, document in (("eval", found), ("probe", probing.probe(run)))}
 
 
 def rows(out) -> list[dict]:

@@ -346,7 +346,7 @@ def limit_table() -> str:
 
 def ranks_table() -> str:
     rows = ["| an update of | 1 rank | 2 ranks | throughput |", "|---|--:|--:|--:|"]
-    names = {"laboratory": "the laboratory's pair, 64 rollouts of 24 tokens", "SmolLM2": "SmolLM2-135M → its 20-layer student, 16 rollouts of 32 tokens"}
+    names = {"laboratory": "the laboratory's pair, 128 rollouts of 48 tokens", "SmolLM2": "SmolLM2-135M → its 20-layer student, 16 rollouts of 32 tokens"}
     for r in result("ranks")["table"]:
         rows.append(f"| {names[r['case']]} | {r['seconds_1_rank']:.2f} s | {r['seconds_2_ranks']:.2f} s | "
                     f"{r['throughput']:.2f} × [{r['throughput_low']:.2f}, {r['throughput_high']:.2f}] |")
