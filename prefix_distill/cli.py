@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import config as configuration
+from .display import tell
 from .errors import AT_ONCE, Stopped, UserError
 
 app = typer.Typer(
@@ -216,7 +217,7 @@ def evaluate_command(
 
     place, notes, document = evaluate_model(config)
     for text in notes if place.first else ():
-        print(text, file=sys.stderr)
+        tell(text)
     if place.first:
         print(json.dumps(document))
 
@@ -297,7 +298,7 @@ def compare(
 
     arms = comparison.read(arms_file)
     quiet_libraries()
-    comparison.compare(arms, Path(out), train_in, lambda text: print(text, file=sys.stderr))
+    comparison.compare(arms, Path(out), train_in, tell)
     _report([Path(out)], arms.reference, Path(out), Path(arms_file).stem)
 
 
@@ -352,10 +353,9 @@ def _say(prepared, text: str) -> None:
 
 
 def _note(text: str) -> None:
-    """A line on stderr, from the first rank, if anyone still reads it."""
+    """A line on stderr, from the first rank."""
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+        tell(text)
 
 
 def _finish(prepared, document: dict) -> None:
@@ -433,7 +433,7 @@ def _fail(message: str, code: int, alone: bool = True) -> None:
     if not message.startswith("rank ") and rank != "0" and alone:
         message = f"rank {rank}: {message}"
     if alone:
-        print(message if code >= 128 else f"error: {message}", file=sys.stderr)
+        tell(message if code >= 128 else f"error: {message}")
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from .launch import leave_word
 

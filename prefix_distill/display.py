@@ -1,8 +1,17 @@
 """What a person sees while it works: a live line on a terminal, plain lines in a pipe; always on stderr."""
 
 import contextlib
+import os
 import sys
 import time
+
+
+def tell(text: str) -> None:
+    """A line on stderr, as long as anyone reads it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # the terminal or the pipe has gone; what is left in its buffer must not fail again at the end
+        sys.stderr = open(os.devnull, "w")
 
 
 def flops_text(value: float) -> str:
@@ -93,8 +102,8 @@ class Display:
     def _line(self, text: str, everywhere: bool = False) -> None:
         if not (self.shown or everywhere):
             return
-        with contextlib.suppress(OSError):
-            if self.bar:
+        if self.bar:
+            with contextlib.suppress(OSError):
                 self.bar.console.print(text, highlight=False, markup=False)
-            else:
-                print(text, file=sys.stderr, flush=True)
+        else:
+            tell(text)

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+from .display import tell
 from .errors import AT_ONCE, UserError
 
 RANK = "from prefix_distill.launch import rank; rank()"  # what every rank's Python runs
@@ -72,7 +73,7 @@ def launch(count: int, arguments: list[str]) -> tuple[int, str | None]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(file.stem), signal.SIGKILL)
             shutil.rmtree(scratch, ignore_errors=True)
-            print(AT_ONCE, file=sys.stderr)
+            tell(AT_ONCE)
             os._exit(128 + number)
 
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -9,7 +9,6 @@ import torch
 from conftest import invoke, last_json
 from safetensors.torch import load_file
 from test_flops import counted
-from test_resume import KILLED
 from test_simct import by_the_book
 from test_train import assert_same
 
@@ -21,6 +20,19 @@ from prefix_distill.flops import Ledger
 from prefix_distill.runtime import Clock
 from prefix_distill.weights import token_weights
 
+KILLED = """
+import os, signal, sys
+from prefix_distill import {module} as module
+from prefix_distill.cli import main
+plain, calls = module.{name}, []
+def counted(*arguments, **options):
+    calls.append(1)
+    if len(calls) == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*arguments, **options)
+module.{name} = counted
+main()
+"""
 MODES = ["strict", "simct", "simct-released"]
 SMALL = ["--student", "lab:choice/student-merged", "--batch-size", "3", "--samples", "2", "--micro-batch-size", "4", "--prefix", "24",
          "--eval-samples", "6", "--kl-prompts", "4", "--lr", "4e-4", "--warmup", "0"]

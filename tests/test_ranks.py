@@ -98,7 +98,7 @@ def looks(given, out) -> dict:
     common = {k: v for k, v in (BASE | given).items() if not k.startswith("train.")}
     _, _, found = preflight.evaluate_model(configuration.build(
         common | {"models.teacher": None, "evaluate.rollouts": 3, "evaluate.problems": 5, "checkpoint.out": str(out / "eval.jsonl")}))
-    run = preflight.prepare(configuration.build(common | {"train.steps": 1, "train.batch_size": 7, "evaluate.problems": 0}))
+    run = preflight.prepare(configuration.build(common | {"train.steps": 1, "train.batch_size": 3, "evaluate.problems": 0}))
     return {name: {k: v for k, v in document.items() if k not in ("seconds", "examples", "flops")}
             for name, document in (("eval", found), ("probe", probing.probe(run)))}
 
@@ -202,7 +202,7 @@ def main() -> None:
 
 def test_gpus_starts_three_ranks_and_a_run_goes_on_with_another_number(pair, questions, tmp_path):
     """--gpus 3, stopped by Ctrl-C after some update, goes on alone and ends as an uninterrupted run does."""
-    more = ["--steps", "20", "--eval-every", "7"]
+    more = ["--steps", "12", "--eval-every", "5"]
     process = subprocess.Popen([sys.executable, "-m", "prefix_distill", *flags(pair, questions, tmp_path / "3", *more, "--gpus", "3")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_rows(process, tmp_path / "3", 2)
@@ -213,7 +213,7 @@ def test_gpus_starts_three_ranks_and_a_run_goes_on_with_another_number(pair, que
     last = err.strip().splitlines()[-1]
     done = len(rows(tmp_path / "3"))
     assert last == (f"interrupted (SIGINT) after update {done}, with the state saved: prefix-distill run --resume --out {tmp_path / '3'} "
-                    "goes on from there") and 2 <= done < 20
+                    "goes on from there") and 2 <= done < 12
     code, said, err = invoke("run", "--resume", "--out", tmp_path / "3", "--gpus", "1")
     assert code == 0 and "3 ranks before, 1 now" in err, err
     assert last_json(said)["resumed_from"] == done
@@ -245,13 +245,13 @@ def pid_of(rank: int, out) -> int:
 def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "prefix_distill", *flags(
-        pair, questions, out, "--steps", "100000", "--gpus", "2", "--rank-timeout", "60" if what == "dies" else "5")],
+        pair, questions, out, "--steps", "100000", "--gpus", "2", "--rank-timeout", "60" if what == "dies" else "10")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_rows(process, out, 2)
     rank, start = pid_of(1, out), time.monotonic()
     os.kill(rank, signal.SIGKILL if what == "dies" else signal.SIGSTOP)
     if what == "is slow":  # it wakes up when the others have given it up
-        time.sleep(8)
+        time.sleep(13)
         os.kill(rank, signal.SIGCONT)
     said, err = process.communicate(timeout=50)
     assert time.monotonic() - start < (30 if what == "dies" else 40)

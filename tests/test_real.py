@@ -20,8 +20,8 @@ pytestmark = [
 ]
 
 
-def test_five_updates_bring_it_closer_and_the_result_loads_in_plain_transformers(tmp_path):
-    """Five updates of 4 rollouts × 16 tokens without warm-up: the paired mean KL on fixed contexts falls by more than two
+def test_four_updates_bring_it_closer_and_the_result_loads_in_plain_transformers(tmp_path):
+    """Four updates of 4 rollouts × 16 tokens without warm-up: the paired mean KL on fixed contexts falls by more than two
     standard errors. One test, so that workers do not make the pair twice."""
     done = subprocess.run([sys.executable, BENCHMARKS / "real.py", "--quick", "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@
 
 Distils on GSM8K's questions: 40 updates of 8 rollouts of up to 64 tokens, full-vocabulary reverse KL, AdamW at 1e-4 falling
 linearly. Held out: 16 questions, 128-token rollouts of the untrained student (the fixed contexts). Writes
-tests/benchmarks/results/real.csv (one row per evaluation) and prints one JSON line last. ``--quick``: 5 updates of 4
+tests/benchmarks/results/real.csv (one row per evaluation) and prints one JSON line last. ``--quick``: 4 updates of 4
 rollouts of 16 tokens at 2e-4, the teacher from a copy of its GGUF file as a folder (which loads in a second instead of a minute), nothing
 written but the run folder. Set-up: see real_pair.py.
 """
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", default=None, help="folder for the student and the run (default: a temporary one)")
     parser.add_argument("--quick", action="store_true", help="a small run of the same kind, not recorded")
     arguments = parser.parse_args()
-    steps, rollouts, prefix, longest, held_out, every = (5, 4, 16, 24, 6, 0) if arguments.quick else (40, 8, 64, 128, 16, 10)
+    steps, rollouts, prefix, longest, held_out, every = (4, 4, 16, 20, 6, 0) if arguments.quick else (40, 8, 64, 128, 16, 10)
     out = Path(arguments.out or tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
     student, teacher = out / "student", real_pair.teacher()
