@@ -12,6 +12,8 @@ from prefix_distill.models import Model
 from prefix_distill.rollout import Request, Rollout, Sampler, generate
 
 KINDS = ["llama", "qwen3", "gemma3", "neox", "gpt2"]
+DECODING = pytest.mark.parametrize("model", ["qwen3", "gemma3", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("llama", "neox", "gpt2"))],
+                                   indirect=True)
 
 
 @pytest.fixture(params=KINDS)
@@ -27,6 +29,7 @@ def counted(work) -> float:
     return counter.get_total_flops()
 
 
+@DECODING
 @pytest.mark.parametrize("samples", [1, 3])
 def test_generation_as_executed(model, samples):
     requests = [Request(tuple(range(5, 5 + n)), (0, n, s)) for n in (9, 14, 20) for s in range(samples)]
@@ -37,6 +40,7 @@ def test_generation_as_executed(model, samples):
     assert ledger.useful["student_prefill"] < ledger.executed["student_prefill"]
 
 
+@DECODING
 def test_rows_that_have_ended_leave_the_batch(model):
     """EOS is made of what other rows sample early and row 0 never does: they are gone after a stretch, and the count knows."""
     requests = [Request(tuple(range(5, 5 + n)), (0, n, 0)) for n in range(9, 17)]
