@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import invoke, last_json
 from prefix_distill import cli, preflight, runtime, scoring, train
@@ -87,9 +87,24 @@ def a_bit_flips_on_rank_1():
     train._update = plain
 
 
+@contextlib.contextmanager
+def first_gradient_in(file):
+    plain = train._update
+
+    def update(run, folder, optimizer, anchor, progress, rate):
+        if progress.step == 0 and run.place.first:
+            save_file({name: p.grad.clone() for name, p in run.student.net.named_parameters()}, file)
+        return plain(run, folder, optimizer, anchor, progress, rate)
+
+    train._update = update
+    yield
+    train._update = plain
+
+
 def go(values, out, trick=contextlib.nullcontext) -> dict:
-    """`run`, in this process, which may be a rank."""
-    with trick():
+    """`run`, in this process, which may be a rank; what its first update's gradient was is kept beside its folder."""
+    out.parent.mkdir(exist_ok=True)
+    with trick(), first_gradient_in(out.with_suffix(".gradient")):
         return cli.train_in(preflight.prepare(configuration.build(BASE | values | {"checkpoint.out": str(out)})), RunFolder(out))
 
 
@@ -112,6 +127,10 @@ def assert_same(one, other, name, tolerance=1e-5):
         for key in row:
             if not key.startswith(CUT.get(name, TIMES)):
                 assert its[key] == pytest.approx(row[key], rel=tolerance), (name, key)
+    if one.with_suffix(".gradient").exists():
+        gradient, its = (load_file(out.with_suffix(".gradient")) for out in (one, other))
+        for key in gradient:
+            torch.testing.assert_close(its[key], gradient[key], rtol=1e-5, atol=1e-5 * gradient[key].abs().max().item(), msg=f"{name}: {key}")
     weights, its = (load_file(out / "model/model.safetensors") for out in (one, other))
     for key in weights:
         torch.testing.assert_close(its[key], weights[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
