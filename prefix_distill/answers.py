@@ -79,6 +79,8 @@ def _equal(answer: str, wanted: str) -> bool:
     """
     with _lock:
         try:
+            if _worker and _worker[0].poll() is not None:  # something has ended it since the last answer
+                _stop()
             if not _worker:
                 _worker.append(subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                                 stderr=subprocess.DEVNULL, start_new_session=True))  # Ctrl-C is for us alone

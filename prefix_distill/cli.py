@@ -207,7 +207,7 @@ def evaluate_command(
         "data.template": template, "data.student_thinking": thinking, "rollout.begin": begin, "rollout.max_new_tokens": max_new_tokens,
         "rollout.top_p": top_p, "rollout.top_k": top_k, "rollout.rows": rows, "evaluate.rollouts": samples,
         "evaluate.problems": limit, "evaluate.temperature": temperature, "evaluate.answer_format": answer_format,
-        "runtime.dtype": dtype, "runtime.device": device, "runtime.gpus": gpus, "runtime.seed": seed, "models.student": model,
+        "runtime.dtype": dtype, "runtime.device": device, "runtime.gpus": gpus, "train.batch_size": max(1, gpus or 1), "runtime.seed": seed, "models.student": model,
         "models.trust_remote_code": trust_remote_code,
         "checkpoint.out": out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl",
     })

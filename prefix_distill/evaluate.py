@@ -70,23 +70,23 @@ def evaluate(model: Model, problems: list[tuple], sampler: Sampler, *, samples: 
 
     ``problems``: (Prompt, prompt ids) pairs. Draws are seeded by (seed, problem, sample) alone, so every evaluation of a
     run, and of two models, is paired. accuracy: avg@k over problems; pass_at_k: share with at least one right answer;
-    both None when a problem has no reference. Sharded over ranks, gathered in problem order.
+    both None when a problem has no reference. Sharded over ranks, grading too (its time limit must not make ranks disagree),
+    gathered in problem order.
     """
     mine = [(i, s) for i in range(len(problems)) for s in range(samples)][place.rank :: place.world]
     requests = [Request(tuple(problems[i][1]), ("evaluate", i, s)) for i, s in mine]
     responses = generate(model, requests, max_new_tokens, sampler, spent) if mine else []
-    gathered = sorted(pair for part in place.gather([
-        (i, s, r.ids, r.finished) for (i, s), r in zip(mine, responses)
-    ]) for pair in part)
+    graded = []
+    for (i, s), r in zip(mine, responses):
+        text, gold = model.tokenizer.decode(r.ids, skip_special_tokens=True), problems[i][0].answer
+        graded.append((i, s, {
+            "text": text, "tokens": len(r.ids), "finished": r.finished, "repeats": repeats(r.ids),
+            "correct": None if gold is None else answers.correct(text, gold, answer_format),
+        }))
     records = [{"problem": prompt.index, "prompt": prompt.messages[-1]["content"], "reference": prompt.answer,
                 "responses": []} for prompt, _ in problems]
-    for i, _, ids, finished in gathered:
-        text = model.tokenizer.decode(ids, skip_special_tokens=True)
-        gold = records[i]["reference"]
-        records[i]["responses"].append({
-            "text": text, "tokens": len(ids), "finished": finished, "repeats": repeats(ids),
-            "correct": None if gold is None else answers.correct(text, gold, answer_format),
-        })
+    for i, _, response in sorted((row for part in place.gather(graded) for row in part), key=lambda row: row[:2]):
+        records[i]["responses"].append(response)
     flat = [r for record in records for r in record["responses"]]
     accuracy = pass_at_k = None
     if all(r["correct"] is not None for r in flat):

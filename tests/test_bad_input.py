@@ -143,6 +143,8 @@ BAD = {
     "eval below a file": (["eval", "--out", "{root}/a-file/e.jsonl"], "its folder does not exist; make it first"),
     "eval into /proc": (["eval", "--out", "/proc/e.jsonl"], "cannot be written"),
     "eval without a GPU": (["eval", "--model", "{student}", "--dataset", "{questions}", "--device", "cuda:99"], "device 'cuda:99'"),
+    "eval on more ranks than a batch has prompts": (["eval", "--model", "{student}", "--dataset", "{questions}", "--gpus", "64"],
+                                                    "GPUs are visible here; lower it, or use --device cpu"),
     "eval of small head": (["eval", "--model", "{root}/few-rows", "--dataset", "{questions}"], "ids up to 260, but its head has only 260 rows"),
     "probe of no problems": (["probe", "--problems", "0", "--out", "out"], "expected at least 1 prompt"),
     "probe into /proc": (["probe", "--out", "/proc/out"], "cannot be written"),

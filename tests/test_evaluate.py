@@ -83,3 +83,28 @@ def test_average_and_pass_at_k(models):
     assert score.accuracy["value"] == pytest.approx(right / 2) and score.pass_at_k["value"] == 0.5
     assert run([None, "x"]).accuracy is None
     assert score.mean_tokens <= 2
+
+
+def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
+    """The comparison has a time limit, so two ranks could come to two verdicts: only the rank that sampled an answer grades it."""
+    from types import SimpleNamespace
+
+    from prefix_distill import evaluate as module
+    from prefix_distill.rollout import Response
+
+    graded, problems = [], [(SimpleNamespace(index=i, messages=[{"content": "?"}], answer=str(i)), (1, 2)) for i in range(5)]
+    monkeypatch.setattr(module, "generate", lambda model, requests, *_: [Response((r.key[1],), True) for r in requests])
+    monkeypatch.setattr(module.answers, "correct", lambda text, gold, form: graded.append(gold) or text == gold)
+    model, said = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: str(ids[0]))), []
+
+    def scored(rank, gather):
+        return module.evaluate(model, problems, None, samples=1, max_new_tokens=4, answer_format="auto",
+                               place=SimpleNamespace(rank=rank, world=2, gather=gather))
+
+    for rank, own in ((0, ["0", "2", "4"]), (1, ["1", "3"])):
+        graded.clear()
+        with pytest.raises(InterruptedError):  # as far as what it tells the others
+            scored(rank, lambda rows: (said.append(rows), (_ for _ in ()).throw(InterruptedError)))
+        assert graded == own
+    graded.clear()
+    assert scored(0, lambda rows: said).right() == [1.0] * 5 and graded == ["0", "2", "4"]

@@ -188,3 +188,10 @@ def test_answers_are_compared_in_any_thread():
     for thread in threads:
         thread.join()
     assert found == [True] * 3
+
+
+def test_a_comparer_that_was_killed_is_replaced():
+    assert correct("#### x+1000", "1000+x")
+    answers._worker[0].kill()
+    answers._worker[0].wait()
+    assert correct("#### x+1001", "1001+x")
