@@ -1,6 +1,6 @@
 """LoRA through peft: the student's own weights stay as they are, a low-rank correction of its linear layers is trained.
 
-    W x + (α/r)·B A x,   A [r, in] random, B [out, r] zero, both float32                       [LoRA, arXiv 2106.09685, eq. 3]
+W x + (α/r)·B A x,   A [r, in] random, B [out, r] zero, both float32                       [LoRA, arXiv 2106.09685, eq. 3]
 """
 
 import contextlib
@@ -20,7 +20,9 @@ def _peft():
     try:
         import peft
     except ImportError:
-        raise UserError("LoRA adapters need the package peft; pip install \"prefix-distill[lora]\"") from None
+        raise UserError(
+            'LoRA adapters need the package peft; pip install "prefix-distill[lora]"'
+        ) from None
     return peft
 
 
@@ -31,16 +33,28 @@ def attach(net: torch.nn.Module, settings, seed: int, base: str):
     has been drawn before. UserError where peft finds no target layer.
     """
     peft = _peft()
-    targets = settings.targets if settings.targets == "all-linear" else [name.strip() for name in settings.targets.split(",")]
-    config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha or 2 * settings.rank, target_modules=targets, lora_dropout=0.0,
-                             bias="none", task_type="CAUSAL_LM")
+    targets = (
+        settings.targets
+        if settings.targets == "all-linear"
+        else [name.strip() for name in settings.targets.split(",")]
+    )
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha or 2 * settings.rank,
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(seed, "adapter"))
             wrapper = peft.get_peft_model(net, config)
     except ValueError as error:
-        raise UserError(f"--lora-targets {settings.targets}: {' '.join(str(error).split())[:200]}; use all-linear, or names of linear layers "
-                        "such as q_proj,v_proj") from None
+        raise UserError(
+            f"--lora-targets {settings.targets}: {' '.join(str(error).split())[:200]}; use all-linear, or names of linear layers "
+            "such as q_proj,v_proj"
+        ) from None
     wrapper.peft_config[NAME].base_model_name_or_path = base
     return wrapper
 
@@ -68,13 +82,19 @@ def _layers(net) -> list[torch.nn.Module]:
 def merged(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of the network without adapter that computes what ``net`` computes with it: W + (α/r)·B A, in W's dtype. ``net``
     itself is not touched."""
-    deltas = {id(layer.get_base_layer().weight): layer.get_delta_weight(NAME) for layer in _layers(net)}
+    deltas = {
+        id(layer.get_base_layer().weight): layer.get_delta_weight(NAME) for layer in _layers(net)
+    }
     state = {}
     for name, tensor in net.state_dict(keep_vars=True).items():
         if ".lora_" in name:
             continue
         delta = deltas.get(id(tensor))
-        value = tensor.detach() if delta is None else (tensor.detach().float() + delta.float()).to(tensor.dtype)
+        value = (
+            tensor.detach()
+            if delta is None
+            else (tensor.detach().float() + delta.float()).to(tensor.dtype)
+        )
         state[name.replace(".base_layer.", ".")] = value
     return state
 
@@ -86,9 +106,13 @@ def base_of(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         base = None
     if not isinstance(base, str) or not base:
-        raise UserError(f"model {folder}: its {FILE} names no base model; repair base_model_name_or_path in it")
+        raise UserError(
+            f"model {folder}: its {FILE} names no base model; repair base_model_name_or_path in it"
+        )
     if not (folder / WEIGHTS).is_file():
-        raise UserError(f"model {folder}: it has no {WEIGHTS}; expected an adapter in peft's format as safetensors")
+        raise UserError(
+            f"model {folder}: it has no {WEIGHTS}; expected an adapter in peft's format as safetensors"
+        )
     return base
 
 
@@ -97,6 +121,10 @@ def applied(net: torch.nn.Module, folder: Path) -> torch.nn.Module:
     peft = _peft()
     try:
         return peft.PeftModel.from_pretrained(net, str(folder)).merge_and_unload()
-    except Exception as error:  # peft raises anything from KeyError to RuntimeError on files that do not fit
-        raise UserError(f"model {folder}: its adapter does not fit the base model ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())[:200]}); name the base it was trained on in {FILE}") from None
+    except (
+        Exception
+    ) as error:  # peft raises anything from KeyError to RuntimeError on files that do not fit
+        raise UserError(
+            f"model {folder}: its adapter does not fit the base model ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); name the base it was trained on in {FILE}"
+        ) from None

@@ -16,7 +16,14 @@ from .errors import UserError
 from .models import check_rows
 from .rollout import Rollout, Unit
 
-PROBES = ("Two words, 2 Words.", " leading", "double  space", "line\nline\n\n\tline", "(3+4)*5 = 35\\boxed{x_1^2}", "naïve Ångström café")
+PROBES = (
+    "Two words, 2 Words.",
+    " leading",
+    "double  space",
+    "line\nline\n\n\tline",
+    "(3+4)*5 = 35\\boxed{x_1^2}",
+    "naïve Ångström café",
+)
 
 
 def _alphabet() -> dict[str, int]:
@@ -40,10 +47,16 @@ class Bytes:
     def __init__(self, tokenizer, name: str):
         core = getattr(tokenizer, "backend_tokenizer", None)
         if core is None:
-            raise UserError(f"model {name}: its tokenizer has no fast form (tokenizer.json), so its tokens cannot be aligned with "
-                            "another tokenizer's; convert it, or choose a pair with one tokenizer")
+            raise UserError(
+                f"model {name}: its tokenizer has no fast form (tokenizer.json), so its tokens cannot be aligned with "
+                "another tokenizer's; convert it, or choose a pair with one tokenizer"
+            )
         spec = json.loads(core.to_str())
-        self.name, special = name, {a["id"] for a in spec["added_tokens"] if a["special"]} | set(tokenizer.all_special_ids)
+        self.name, special = (
+            name,
+            {a["id"] for a in spec["added_tokens"] if a["special"]}
+            | set(tokenizer.all_special_ids),
+        )
         added = {a["id"] for a in spec["added_tokens"]}
         meaning, own = self._meaning(spec), core.get_vocab(with_added_tokens=False)
         vocabulary = core.get_vocab(with_added_tokens=True)
@@ -54,7 +67,11 @@ class Bytes:
         unknown = spec["model"].get("unk_token")
         if isinstance(unknown, str) and unknown in vocabulary:
             self.table[vocabulary[unknown]] = None
-        self.fallback = {i for token, i in vocabulary.items() if i not in added and _fallback_byte(token) is not None}
+        self.fallback = {
+            i
+            for token, i in vocabulary.items()
+            if i not in added and _fallback_byte(token) is not None
+        }
         spec |= {"post_processor": None, "truncation": None, "padding": None}
         for stage in ("normalizer", "pre_tokenizer"):
             spec[stage] = _without_prefix(spec[stage])
@@ -65,15 +82,28 @@ class Bytes:
         """token → bytes, as the tokenizer's own decoder puts text together. UserError for one that loses bytes."""
         model, stages = spec["model"], _stages(spec["decoder"], "decoders")
         kinds = {stage["type"] for stage in stages}
-        lossy = model["type"] == "WordPiece" or model.get("end_of_word_suffix") or model.get("continuing_subword_prefix")
+        lossy = (
+            model["type"] == "WordPiece"
+            or model.get("end_of_word_suffix")
+            or model.get("continuing_subword_prefix")
+        )
         if lossy or kinds - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
-            raise UserError(f"model {self.name}: its tokenizer ({model['type']}, decoder {', '.join(sorted(kinds)) or 'none'}) does not keep "
-                            "the bytes of a text, so it cannot be aligned with another; choose a pair with one tokenizer")
+            raise UserError(
+                f"model {self.name}: its tokenizer ({model['type']}, decoder {', '.join(sorted(kinds)) or 'none'}) does not keep "
+                "the bytes of a text, so it cannot be aligned with another; choose a pair with one tokenizer"
+            )
         if "ByteLevel" in kinds:
-            return lambda token: bytes(ALPHABET[c] for c in token) if all(c in ALPHABET for c in token) else token.encode()
+            return lambda token: (
+                bytes(ALPHABET[c] for c in token)
+                if all(c in ALPHABET for c in token)
+                else token.encode()
+            )
         spaces = [stage["replacement"] for stage in stages if stage["type"] == "Metaspace"]
         swaps = [(space, " ") for space in spaces] + [
-            (stage["pattern"].get("String"), stage["content"]) for stage in stages if stage["type"] == "Replace"]
+            (stage["pattern"].get("String"), stage["content"])
+            for stage in stages
+            if stage["type"] == "Replace"
+        ]
 
         def text(token: str) -> bytes:
             if "ByteFallback" in kinds and (byte := _fallback_byte(token)) is not None:
@@ -105,7 +135,10 @@ class Bytes:
         for i, piece in enumerate(self.table):
             if piece is not None:
                 groups.setdefault(piece, []).append(i)
-        return {piece: ids[0] if len(ids) == 1 else self._own(piece, ids) for piece, ids in groups.items()}
+        return {
+            piece: ids[0] if len(ids) == 1 else self._own(piece, ids)
+            for piece, ids in groups.items()
+        }
 
     def _own(self, piece: bytes, ids: list[int]) -> int:
         text = _valid(piece)
@@ -117,14 +150,25 @@ class Bytes:
     def changes(self) -> str | None:
         """A plain text that the tokenizer makes another text of (it lower-cases, say); None where it does not. One that ends at a
         character it has no token for is not another text."""
-        return next((text for text in PROBES if not text.encode().startswith(self.read(self.encode(text))[0])), None)
+        return next(
+            (
+                text
+                for text in PROBES
+                if not text.encode().startswith(self.read(self.encode(text))[0])
+            ),
+            None,
+        )
 
 
 def _stages(part: dict | None, name: str) -> list[dict]:
     """The stages of a decoder, normalizer or pre-tokenizer, sequences opened."""
     if part is None:
         return []
-    return [stage for inner in part[name] for stage in _stages(inner, name)] if part["type"] == "Sequence" else [part]
+    return (
+        [stage for inner in part[name] for stage in _stages(inner, name)]
+        if part["type"] == "Sequence"
+        else [part]
+    )
 
 
 def _without_prefix(part: dict | None) -> dict | None:
@@ -186,9 +230,18 @@ class Alignment:
     def shared(self) -> Shared:
         """Computed once, ordered by the student's ids."""
         ours, theirs = self.student.canonical(), self.teacher.canonical()
-        pairs = sorted((i, theirs[piece]) for piece, i in ours.items()
-                       if piece in theirs and i not in self.student_eos and theirs[piece] not in self.teacher_eos)
-        return Shared(*(tuple(pair[side] for pair in pairs) for side in (0, 1)), self.student_eos, self.teacher_eos)
+        pairs = sorted(
+            (i, theirs[piece])
+            for piece, i in ours.items()
+            if piece in theirs
+            and i not in self.student_eos
+            and theirs[piece] not in self.teacher_eos
+        )
+        return Shared(
+            *(tuple(pair[side] for pair in pairs) for side in (0, 1)),
+            self.student_eos,
+            self.teacher_eos,
+        )
 
     def rollout(self, rollout: Rollout) -> Rollout:
         """The same rollout as both models read it: with the teacher's tokens of its text, and those of its units for which the
@@ -199,7 +252,9 @@ class Alignment:
             units = tuple(u for u in units if u.teacher_start + u.teacher_size <= room)
         return replace(rollout, teacher_ids=teacher_ids, units=units, spans=self.mode != "strict")
 
-    def align(self, ids: tuple[int, ...], finished: bool, written: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], tuple[Unit, ...]]:
+    def align(
+        self, ids: tuple[int, ...], finished: bool, written: tuple[int, ...] | None = None
+    ) -> tuple[tuple[int, ...], tuple[Unit, ...]]:
         """(the teacher's ids of the text of the student's ``ids``, the units); with ``written``, these are the teacher's ids of the
         same text, without end-of-sequence.
 
@@ -213,18 +268,33 @@ class Alignment:
         teacher_ids = self.teacher.encode(text) if written is None else written
         theirs, their_ends = self.teacher.read(teacher_ids)
         same = _common(text.encode(), theirs)
-        whole = finished and len(ends) == len(body) and same == len(data) == len(theirs) and len(their_ends) == len(teacher_ids)
-        ours, others = ({end: i + 1 for i, end in enumerate(side) if end <= same} for side in (ends, their_ends))
+        whole = (
+            finished
+            and len(ends) == len(body)
+            and same == len(data) == len(theirs)
+            and len(their_ends) == len(teacher_ids)
+        )
+        ours, others = (
+            {end: i + 1 for i, end in enumerate(side) if end <= same} for side in (ends, their_ends)
+        )
         units, start = [], (0, 0)
         for end in sorted(ours.keys() & others.keys()):
             unit = Unit(start[0], ours[end] - start[0], start[1], others[end] - start[1])
             start = (ours[end], others[end])
             if self.mode == "simct-released" and units and not unit.exact and not units[-1].exact:
                 last = units.pop()
-                unit = Unit(last.start, last.size + unit.size, last.teacher_start, last.teacher_size + unit.teacher_size)
+                unit = Unit(
+                    last.start,
+                    last.size + unit.size,
+                    last.teacher_start,
+                    last.teacher_size + unit.teacher_size,
+                )
             units.append(unit)
         if whole:
-            return (*teacher_ids, self.teacher_eos[0]), (*units, Unit(len(body), 1, len(teacher_ids), 1))
+            return (*teacher_ids, self.teacher_eos[0]), (
+                *units,
+                Unit(len(body), 1, len(teacher_ids), 1),
+            )
         if units and ends[start[0] - 1] == same:
             units.pop()
         return teacher_ids[: len(others)], tuple(units)
@@ -255,37 +325,64 @@ def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
         student.support = teacher.support = real[0]
         if rows == real:
             return None, f"vocabulary {real[0]:,}: equal on both sides"
-        return None, (f"vocabulary {real[0]:,}: both heads cut to the real ids (student {rows[0]:,} rows, teacher {rows[1]:,})")
+        return None, (
+            f"vocabulary {real[0]:,}: both heads cut to the real ids (student {rows[0]:,} rows, teacher {rows[1]:,})"
+        )
     names = [{i: token for token, i in vocabulary.items()} for vocabulary in (ours, theirs)]
-    differ = [i for i in sorted(names[0].keys() | names[1].keys()) if names[0].get(i) != names[1].get(i)]
-    shown = ", ".join(f"id {i} " + " / ".join(repr(side[i]) if i in side else "none" for side in names) for i in differ[:3])
+    differ = [
+        i for i in sorted(names[0].keys() | names[1].keys()) if names[0].get(i) != names[1].get(i)
+    ]
+    shown = ", ".join(
+        f"id {i} " + " / ".join(repr(side[i]) if i in side else "none" for side in names)
+        for i in differ[:3]
+    )
     sides = Bytes(student.tokenizer, student.name), Bytes(teacher.tokenizer, teacher.name)
     both = min(real)
-    if _same_text(*sides, both) and student.eos & teacher.eos and max(student.eos | teacher.eos) < both:
+    if (
+        _same_text(*sides, both)
+        and student.eos & teacher.eos
+        and max(student.eos | teacher.eos) < both
+    ):
         student.support = teacher.support = both
-        return None, (f"vocabulary {both:,}: all {sum(piece is not None for piece in sides[0].table):,} ids with text stand for the same bytes "
-                      f"on both sides, {len(differ)} special ids differ by name (student / teacher: {shown}) and are compared by id")
+        return None, (
+            f"vocabulary {both:,}: all {sum(piece is not None for piece in sides[0].table):,} ids with text stand for the same bytes "
+            f"on both sides, {len(differ)} special ids differ by name (student / teacher: {shown}) and are compared by id"
+        )
     if mode == "off":
-        raise UserError(f"tokenizers differ on {len(differ)} ids (student / teacher: {shown}) and --cross-tokenizer is off; choose a pair "
-                        "with one tokenizer, or --cross-tokenizer strict, simct or simct-released")
+        raise UserError(
+            f"tokenizers differ on {len(differ)} ids (student / teacher: {shown}) and --cross-tokenizer is off; choose a pair "
+            "with one tokenizer, or --cross-tokenizer strict, simct or simct-released"
+        )
     for side in sides:
         if (text := side.changes()) is not None:
-            raise UserError(f"model {side.name}: its tokenizer makes another text of {text!r} ({_valid(side.read(side.encode(text))[0])!r}), "
-                            "so it cannot be aligned with another; choose a pair with one tokenizer")
+            raise UserError(
+                f"model {side.name}: its tokenizer makes another text of {text!r} ({_valid(side.read(side.encode(text))[0])!r}), "
+                "so it cannot be aligned with another; choose a pair with one tokenizer"
+            )
     student.support, teacher.support = real
-    ends = (sorted(model.eos, key=lambda i: (i != model.tokenizer.eos_token_id, i)) for model in (student, teacher))
+    ends = (
+        sorted(model.eos, key=lambda i: (i != model.tokenizer.eos_token_id, i))
+        for model in (student, teacher)
+    )
     found = Alignment(mode, *sides, *map(tuple, ends), teacher.positions)
     common = len(found.shared.student)
     if not common:
-        raise UserError(f"tokenizers: not one token of {student.name} has the bytes of one of {teacher.name}; choose another pair")
-    return found, (f"tokenizers differ on {len(differ):,} ids (student / teacher: {shown}): units of text are compared (--cross-tokenizer {mode}); "
-                   f"{common:,} tokens are shared, of the student's {real[0]:,} and the teacher's {real[1]:,}")
+        raise UserError(
+            f"tokenizers: not one token of {student.name} has the bytes of one of {teacher.name}; choose another pair"
+        )
+    return found, (
+        f"tokenizers differ on {len(differ):,} ids (student / teacher: {shown}): units of text are compared (--cross-tokenizer {mode}); "
+        f"{common:,} tokens are shared, of the student's {real[0]:,} and the teacher's {real[1]:,}"
+    )
 
 
 def _same_text(ours: Bytes, theirs: Bytes, both: int) -> bool:
     """Does every id below ``both`` stand for the same bytes, none beyond it for any, and is plain text tokenized alike?"""
-    return (ours.table[:both] == theirs.table[:both] and not any(ours.table[both:] + theirs.table[both:])
-            and all(ours.encode(text) == theirs.encode(text) for text in PROBES))
+    return (
+        ours.table[:both] == theirs.table[:both]
+        and not any(ours.table[both:] + theirs.table[both:])
+        and all(ours.encode(text) == theirs.encode(text) for text in PROBES)
+    )
 
 
 def _common(a: bytes, b: bytes) -> int:
@@ -302,7 +399,9 @@ def census(rollouts) -> dict[str, int]:
     for r in rollouts:
         if r.units is not None:
             exact, all_units = sum(u.exact for u in r.units), sum(u.size for u in r.units)
-            for name, count in zip(found, (len(r.ids), exact, all_units - exact, len(r.ids) - all_units)):
+            for name, count in zip(
+                found, (len(r.ids), exact, all_units - exact, len(r.ids) - all_units)
+            ):
                 found[name] += count
     return found
 
@@ -310,4 +409,7 @@ def census(rollouts) -> dict[str, int]:
 def shares(counts: list[dict[str, int]]) -> dict[str, float]:
     """Censuses → the shares of all tokens: ``exact_share``, ``span_share``, ``dropped_share``."""
     total = {name: sum(c[name] for c in counts) for name in ("tokens", "exact", "span", "dropped")}
-    return {f"{name}_share": total[name] / max(1, total["tokens"]) for name in ("exact", "span", "dropped")}
+    return {
+        f"{name}_share": total[name] / max(1, total["tokens"])
+        for name in ("exact", "span", "dropped")
+    }

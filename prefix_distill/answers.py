@@ -29,7 +29,9 @@ def extract(text: str, form: str = "auto") -> str | None:
     if form == "exact":
         return text.strip()
     if form == "choice":
-        found = _LETTER.match(_last_boxed(text) or "") or next(iter(list(_CHOICE.finditer(text))[-1:]), None)
+        found = _LETTER.match(_last_boxed(text) or "") or next(
+            iter(list(_CHOICE.finditer(text))[-1:]), None
+        )
         return found[1] if found else None
     if form in ("boxed", "auto") and (answer := _last_boxed(text)) is not None:
         return answer
@@ -84,13 +86,24 @@ def _equal(answer: str, wanted: str) -> bool:
     """
     with _lock:
         try:
-            if _worker and _worker[0].poll() is not None:  # something has ended it since the last answer
+            if (
+                _worker and _worker[0].poll() is not None
+            ):  # something has ended it since the last answer
                 _stop()
             if not _worker:
-                _worker.append(subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                                stderr=subprocess.DEVNULL, start_new_session=True))  # Ctrl-C is for us alone
+                _worker.append(
+                    subprocess.Popen(
+                        [sys.executable, "-P", __file__],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                        start_new_session=True,
+                    )
+                )  # Ctrl-C is for us alone
                 if _line(START) != "ready":
-                    raise RuntimeError("math-verify could not be loaded: pip install 'math-verify[antlr4_13_2]'")
+                    raise RuntimeError(
+                        "math-verify could not be loaded: pip install 'math-verify[antlr4_13_2]'"
+                    )
             _worker[0].stdin.write(json.dumps([answer, wanted]).encode() + b"\n")
             _worker[0].stdin.flush()
             verdict = _line(SECONDS)

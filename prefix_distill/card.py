@@ -18,8 +18,24 @@ from .presets import PRESETS
 from .runtime import description
 
 TAGS = ["prefix-distill", "knowledge-distillation", "on-policy-distillation"]
-METHODS = ("adapter.rank", "adapter.alpha", "adapter.targets", "models.student_quantize", "models.teacher_quantize", "models.teacher_ema", "models.cross_tokenizer", "rollout.off_policy", "rollout.begin", "divergence.clip", "divergence.temperature", "weights.window",
-           "weights.select", "weights.keep", "weights.position", "extrapolation.kind")  # named where they differ from the default
+METHODS = (
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.targets",
+    "models.student_quantize",
+    "models.teacher_quantize",
+    "models.teacher_ema",
+    "models.cross_tokenizer",
+    "rollout.off_policy",
+    "rollout.begin",
+    "divergence.clip",
+    "divergence.temperature",
+    "weights.window",
+    "weights.select",
+    "weights.keep",
+    "weights.position",
+    "extrapolation.kind",
+)  # named where they differ from the default
 ELSEWHERE = ("checkpoint.out", "trackers", "export")  # settings that change no model
 
 
@@ -28,7 +44,12 @@ def hub_id(name: str | None) -> str | None:
     name = (name or "").partition("#")[0]
     if name in PRESETS:
         return PRESETS[name].hub
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) or name.startswith(LAB) or name.endswith((".gguf", *FORMATS)) or Path(name).exists():
+    if (
+        not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
+        or name.startswith(LAB)
+        or name.endswith((".gguf", *FORMATS))
+        or Path(name).exists()
+    ):
         return None
     return name
 
@@ -56,15 +77,36 @@ def card(run, progress, row: dict, full: float | None = None) -> str:
     """
     config = run.config
     models, first = config.models, progress.evaluations[0]
-    teacher = "itself, behind a prompt that shows more" if models.teacher == configuration.SELF else f"`{models.teacher}`"
-    problems = _code(config.evaluate.dataset) if config.evaluate.dataset else f"held-out problems of {_code(config.data.dataset)}"
-    rows = [("accuracy", share_text(first["accuracy"]), share_text(row["accuracy"]))] if first["accuracy"] else []
+    teacher = (
+        "itself, behind a prompt that shows more"
+        if models.teacher == configuration.SELF
+        else f"`{models.teacher}`"
+    )
+    problems = (
+        _code(config.evaluate.dataset)
+        if config.evaluate.dataset
+        else f"held-out problems of {_code(config.data.dataset)}"
+    )
+    rows = (
+        [("accuracy", share_text(first["accuracy"]), share_text(row["accuracy"]))]
+        if first["accuracy"]
+        else []
+    )
     rows += [("reverse KL to the teacher, nats per token", _kl(first["kl"]), _kl(row["kl"]))]
     if "finish_rate" in row:
-        rows += [("answers that end", f"{first['finish_rate']:.1%}", f"{row['finish_rate']:.1%}"),
-                 ("mean tokens of an answer", f"{first['mean_tokens']:.0f}", f"{row['mean_tokens']:.0f}")]
+        rows += [
+            ("answers that end", f"{first['finish_rate']:.1%}", f"{row['finish_rate']:.1%}"),
+            (
+                "mean tokens of an answer",
+                f"{first['mean_tokens']:.0f}",
+                f"{row['mean_tokens']:.0f}",
+            ),
+        ]
     spent = progress.ledger.summary()
-    cost = [("useful", spent["useful"]), ("executed (with padding and repeated work)", spent["executed"])]
+    cost = [
+        ("useful", spent["useful"]),
+        ("executed (with padding and repeated work)", spent["executed"]),
+    ]
     cost += [] if full is None else [("useful, of as many updates with full rollouts", full)]
     facts = description()
     hardware = ", ".join(facts["gpus"]) or f"{facts['machine']} CPU, {facts['threads']} threads"
@@ -77,18 +119,45 @@ def card(run, progress, row: dict, full: float | None = None) -> str:
         f"The {'student' if run.off_policy is None else 'student (or the teacher, where `--off-policy` says so)'} writes the first tokens of "
         "answers, the teacher scores each of them, and the loss is taken on them alone (prefix distillation, "
         "[arXiv 2602.15260](https://arxiv.org/abs/2602.15260)).",
-        _table(("setting", "value"), [
-            ("updates", f"{row['step']} of {config.train.steps}"), ("prompts × rollouts an update", f"{config.train.batch_size} × {config.rollout.samples}"),
-            ("prefix", f"{_code(config.schedule.prefix)}: {run.prefix.length(0)} tokens at first, {progress.taught_prefix} at last, of at most "
-                       f"{config.rollout.max_new_tokens}"),
-            ("divergence", f"{_code(config.divergence.name)}, estimator {_code(config.divergence.estimator)}, per {_code(config.divergence.reduction)}"),
-            ("peak learning rate", f"{config.schedule.lr:g}, {_code(config.schedule.lr_schedule)}, warm-up {config.schedule.warmup}"),
-            ("sampling", f"temperature {config.rollout.temperature:g}, top-p {config.rollout.top_p:g}, top-k {config.rollout.top_k}"),
-            *((_code(configuration.flag(path)), _code(str(configuration.get(config, path)))) for path in METHODS
-              if configuration.get(config, path) != configuration.options()[path].default),
-            ("tokens taught", f"{progress.tokens:,}"), ("seed", str(config.runtime.seed)),
-        ]),
-        *(f"- {_line(d['reason'])} (after update {d['step']})" for d in progress.decisions if d["step"] <= row["step"]),
+        _table(
+            ("setting", "value"),
+            [
+                ("updates", f"{row['step']} of {config.train.steps}"),
+                (
+                    "prompts × rollouts an update",
+                    f"{config.train.batch_size} × {config.rollout.samples}",
+                ),
+                (
+                    "prefix",
+                    f"{_code(config.schedule.prefix)}: {run.prefix.length(0)} tokens at first, {progress.taught_prefix} at last, of at most "
+                    f"{config.rollout.max_new_tokens}",
+                ),
+                (
+                    "divergence",
+                    f"{_code(config.divergence.name)}, estimator {_code(config.divergence.estimator)}, per {_code(config.divergence.reduction)}",
+                ),
+                (
+                    "peak learning rate",
+                    f"{config.schedule.lr:g}, {_code(config.schedule.lr_schedule)}, warm-up {config.schedule.warmup}",
+                ),
+                (
+                    "sampling",
+                    f"temperature {config.rollout.temperature:g}, top-p {config.rollout.top_p:g}, top-k {config.rollout.top_k}",
+                ),
+                *(
+                    (_code(configuration.flag(path)), _code(str(configuration.get(config, path))))
+                    for path in METHODS
+                    if configuration.get(config, path) != configuration.options()[path].default
+                ),
+                ("tokens taught", f"{progress.tokens:,}"),
+                ("seed", str(config.runtime.seed)),
+            ],
+        ),
+        *(
+            f"- {_line(d['reason'])} (after update {d['step']})"
+            for d in progress.decisions
+            if d["step"] <= row["step"]
+        ),
         "## Results",
         f"On {problems}; 95 % intervals by bootstrap; of the KL, n counts tokens of fixed answers of the untrained student.",
         _table(("", "before", f"after {row['step']} updates"), rows),
@@ -98,25 +167,45 @@ def card(run, progress, row: dict, full: float | None = None) -> str:
         f"{facts['transformers']}, Python {facts['python']}.",
     ]
     if warnings:
-        parts += ["## Warnings of the run", "\n".join(f"- {_line(text)}" for text in dict.fromkeys(warnings))]
+        parts += [
+            "## Warnings of the run",
+            "\n".join(f"- {_line(text)}" for text in dict.fromkeys(warnings)),
+        ]
     return "\n\n".join([*parts, "## How to reproduce", _fenced(command(config))]) + "\n"
 
 
 def of_checkpoint(config: Config, step: int) -> str:
     """The card of a student in the middle of its run."""
-    return "\n\n".join([*_top(config, step), f"The state after update {step} of {config.train.steps} of this run, made with prefix-distill:",
-                        _fenced(command(config))]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                *_top(config, step),
+                f"The state after update {step} of {config.train.steps} of this run, made with prefix-distill:",
+                _fenced(command(config)),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _top(config: Config, step: int) -> list[str]:
     """Front matter and title. Several base models would say that they were merged, so the teacher has a key of its own."""
     base, data = hub_id(config.models.student), hub_id(config.data.dataset)
     adapted = config.adapter.rank is not None and not config.adapter.merge
-    front = ModelCardData(base_model=base, base_model_relation=("adapter" if adapted else "finetune") if base else None,
-                          teacher=hub_id(config.models.teacher), datasets=[data] if data else None,
-                          library_name="peft" if adapted else "transformers", pipeline_tag="text-generation", tags=TAGS)
+    front = ModelCardData(
+        base_model=base,
+        base_model_relation=("adapter" if adapted else "finetune") if base else None,
+        teacher=hub_id(config.models.teacher),
+        datasets=[data] if data else None,
+        library_name="peft" if adapted else "transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+    )
     name = Path(config.models.student).name.removesuffix(".gguf")
-    return [f"---\n{front.to_yaml()}\n---", f"# {_line(config.trackers.name or f'{name} after {step} updates of on-policy distillation')}"]
+    return [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {_line(config.trackers.name or f'{name} after {step} updates of on-policy distillation')}",
+    ]
 
 
 def _kl(found: dict) -> str:
@@ -132,7 +221,10 @@ def _code(text: str) -> str:
 
 
 def _table(heading: tuple, rows: list[tuple]) -> str:
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [heading, ["---"] * len(heading), *rows])
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+        for row in [heading, ["---"] * len(heading), *rows]
+    )
 
 
 def _fenced(text: str) -> str:

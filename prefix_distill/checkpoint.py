@@ -23,7 +23,13 @@ from .models import replace_folder, save, sync
 FORMAT = 1  # of the folder and of its checkpoints; a reader refuses what it does not know
 KEPT = 2  # checkpoints on disk: the newest and one to fall back on
 LOCK = ".lock"
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged checkpoint raises
+DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)  # what reading a damaged checkpoint raises
 
 
 class RunFolder:
@@ -52,7 +58,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = open(self.path / LOCK, "wb")
         except OSError as error:
-            raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); name another folder") from None
+            raise UserError(
+                f"--out {self.path}: cannot be written ({error.strerror}); name another folder"
+            ) from None
         with handle:
             try:
                 if os.name == "nt":
@@ -64,8 +72,9 @@ class RunFolder:
 
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"--out {self.path}: another process is working in it; wait for it, stop it, or name another folder"
-                                ) from None
+                raise UserError(
+                    f"--out {self.path}: another process is working in it; wait for it, stop it, or name another folder"
+                ) from None
             yield
 
     @contextlib.contextmanager
@@ -76,8 +85,10 @@ class RunFolder:
                 raise FileNotFoundError(None, "the run folder is gone")
             yield
         except (OSError, SafetensorError) as error:
-            raise Stopped(f"{self.path / name} cannot be written ({getattr(error, 'strerror', None) or error}); {self.newest}"
-                          + (": mend the disk, then --resume" if self.started else "")) from None
+            raise Stopped(
+                f"{self.path / name} cannot be written ({getattr(error, 'strerror', None) or error}); {self.newest}"
+                + (": mend the disk, then --resume" if self.started else "")
+            ) from None
 
     @property
     def model(self) -> Path:
@@ -91,16 +102,33 @@ class RunFolder:
         """UserError unless the folder is absent or empty, and can be made."""
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f"--out {self.path}: it is a file; name a folder")
-        unborn = {LOCK, "run.json", ".run.json.partial", ".config.yaml.partial"}  # what a run killed while it was created leaves
-        if os.path.isdir(self.path) and any(file.name not in unborn for file in self.path.iterdir()):
-            raise UserError(f"--out {self.path}: the folder is not empty; add --resume to continue it, or name another")
+        unborn = {
+            LOCK,
+            "run.json",
+            ".run.json.partial",
+            ".config.yaml.partial",
+        }  # what a run killed while it was created leaves
+        if os.path.isdir(self.path) and any(
+            file.name not in unborn for file in self.path.iterdir()
+        ):
+            raise UserError(
+                f"--out {self.path}: the folder is not empty; add --resume to continue it, or name another"
+            )
         try:
             with contextlib.suppress(FileNotFoundError):
                 self.path.lstat()
-            os.rmdir(tempfile.mkdtemp(dir=next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))))
+            os.rmdir(
+                tempfile.mkdtemp(
+                    dir=next(
+                        p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p)
+                    )
+                )
+            )
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", error)
-            raise UserError(f"--out {self.path}: cannot be written ({why}); name another folder") from None
+            raise UserError(
+                f"--out {self.path}: cannot be written ({why}); name another folder"
+            ) from None
 
     def create(self, config: dict, facts: dict = {}) -> None:
         """Makes the folder: run.json with ``facts``, then config.yaml. UserError when it is used or cannot be made."""
@@ -113,9 +141,15 @@ class RunFolder:
         """config.yaml, but for where the folder is."""
         import yaml
 
-        config = {section: {k: v for k, v in keys.items() if (section, k) != ("checkpoint", "out")} for section, keys in config.items()}
+        config = {
+            section: {k: v for k, v in keys.items() if (section, k) != ("checkpoint", "out")}
+            for section, keys in config.items()
+        }
         with self._writing("config.yaml"):
-            _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            _write(
+                self.path / "config.yaml",
+                yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+            )
 
     def write_json(self, name: str, tree) -> None:
         """``name`` ← ``tree`` as JSON."""
@@ -133,8 +167,10 @@ class RunFolder:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"run folder {self.path}: {name} cannot be read ({type(error).__name__}); start anew "
-                            "with another --out") from None
+            raise UserError(
+                f"run folder {self.path}: {name} cannot be read ({type(error).__name__}); start anew "
+                "with another --out"
+            ) from None
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
         """``name`` ← one JSON line per row."""
@@ -169,13 +205,21 @@ class RunFolder:
     def check_format(self) -> None:
         """UserError where the folder or its newest checkpoint was written in a format that this version does not know."""
         document = self.read_json("run.json")
-        found = document.get("format", 1) if isinstance(document, dict) else None  # the first format did not say so
+        found = (
+            document.get("format", 1) if isinstance(document, dict) else None
+        )  # the first format did not say so
         if found != FORMAT:
-            raise UserError(f"run folder {self.path}: format {found!r}, this version reads {FORMAT}; go on with the version that wrote it "
-                            "(run.json names it), or start anew with another --out")
+            raise UserError(
+                f"run folder {self.path}: format {found!r}, this version reads {FORMAT}; go on with the version that wrote it "
+                "(run.json names it), or start anew with another --out"
+            )
         for newest in self._checkpoints()[:1]:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is passed over later
-                _check_known(newest, json.loads((newest / "state.json").read_text(encoding="utf-8")))
+            with contextlib.suppress(
+                OSError, ValueError, KeyError, TypeError
+            ):  # a damaged one is passed over later
+                _check_known(
+                    newest, json.loads((newest / "state.json").read_text(encoding="utf-8"))
+                )
 
     def rewind(self, name: str, step: int, warn, whole: bool = False) -> None:
         """Drops what was appended to ``name`` beyond ``step`` completed updates, and torn lines; ``warn`` is told of these, and, of
@@ -183,9 +227,13 @@ class RunFolder:
         rows, torn = read_rows(self.path / name)
         rows = [row for row in rows if isinstance(row.get("step"), int)]
         if torn:
-            warn(f"{name}: {torn} line{'s' * (torn > 1)} cut short by the interruption {'are' if torn > 1 else 'is'} dropped")
+            warn(
+                f"{name}: {torn} line{'s' * (torn > 1)} cut short by the interruption {'are' if torn > 1 else 'is'} dropped"
+            )
         if whole and (missing := set(range(1, step + 1)) - {row["step"] for row in rows}):
-            warn(f"{name}: the rows of {len(missing)} earlier updates are missing (the first: {min(missing)}); the run itself does not need them")
+            warn(
+                f"{name}: the rows of {len(missing)} earlier updates are missing (the first: {min(missing)}); the run itself does not need them"
+            )
         self.write_rows(name, [row for row in rows if row["step"] <= step])
 
     def save(self, step: int, tensors: dict[str, dict], facts: dict) -> None:
@@ -206,8 +254,18 @@ class RunFolder:
                     file = scratch / f"{name}.safetensors"
                     save_file({k: v.detach().contiguous() for k, v in state.items()}, file)
                     sums[file.name] = _digest(file)
-                _write(scratch / "state.json", json.dumps({
-                    "format": FORMAT, "step": step, "sha256": sums, "facts": facts, "facts_sha256": _digest_of(step, facts)}))
+                _write(
+                    scratch / "state.json",
+                    json.dumps(
+                        {
+                            "format": FORMAT,
+                            "step": step,
+                            "sha256": sums,
+                            "facts": facts,
+                            "facts_sha256": _digest_of(step, facts),
+                        }
+                    ),
+                )
                 replace_folder(scratch, parent / f"step-{step:08d}")
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -221,8 +279,12 @@ class RunFolder:
             try:
                 return _intact(folder)
             except DAMAGE as error:
-                warn(f"checkpoint {folder.name} is damaged ({error}); falling back on the one before it")
-        raise UserError(f"--resume {self.path}: no intact checkpoint in it; start anew with another --out")
+                warn(
+                    f"checkpoint {folder.name} is damaged ({error}); falling back on the one before it"
+                )
+        raise UserError(
+            f"--resume {self.path}: no intact checkpoint in it; start anew with another --out"
+        )
 
     def student(self, step: int) -> dict:
         """The student's weights in the checkpoint after ``step`` updates. UserError when it is damaged."""
@@ -230,7 +292,9 @@ class RunFolder:
         try:
             return _intact(folder)[1]["student"]
         except DAMAGE as error:
-            raise UserError(f"checkpoint {folder}: it is damaged ({error}); choose another") from None
+            raise UserError(
+                f"checkpoint {folder}: it is damaged ({error}); choose another"
+            ) from None
 
     @property
     def started(self) -> bool:
@@ -243,7 +307,9 @@ class RunFolder:
 
 def _check_known(folder: Path, state: dict) -> None:
     if state["format"] != FORMAT:
-        raise UserError(f"checkpoint {folder}: format {state['format']}, this version reads {FORMAT}; resume with the version that wrote it")
+        raise UserError(
+            f"checkpoint {folder}: format {state['format']}, this version reads {FORMAT}; resume with the version that wrote it"
+        )
 
 
 def _intact(folder: Path) -> tuple[int, dict[str, dict], dict]:
@@ -255,7 +321,9 @@ def _intact(folder: Path) -> tuple[int, dict[str, dict], dict]:
     for name, digest in state["sha256"].items():
         if _digest(folder / name) != digest:
             raise ValueError(f"{name} does not match its checksum")
-    if not isinstance(state["facts"], dict) or state["facts_sha256"] != _digest_of(state["step"], state["facts"]):
+    if not isinstance(state["facts"], dict) or state["facts_sha256"] != _digest_of(
+        state["step"], state["facts"]
+    ):
         raise ValueError("state.json does not match its checksum")
     tensors = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
     return state["step"], tensors, state["facts"]
@@ -264,7 +332,9 @@ def _intact(folder: Path) -> tuple[int, dict[str, dict], dict]:
 def read_rows(file: Path) -> tuple[list[dict], int]:
     """(the rows of a file of JSON lines, how many lines are torn); ([], 0) when it is missing."""
     rows, torn = [], 0
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+    for line in (
+        file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    ):
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -17,10 +17,12 @@ from .display import tell
 from .errors import AT_ONCE, MemoryShortage, PreflightError, Stopped, UserError
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Distil a large reasoning model into a small one, on-policy, from prefixes of the student's own answers.",
     epilog="Exit codes: 0 done, 1 stopped in good order, 2 bad input, 3 a check before the run, 4 out of memory, 130 interrupted "
-           "(prefix-distill help exit-codes). More pages: prefix-distill help.",
+    "(prefix-distill help exit-codes). More pages: prefix-distill help.",
 )
 
 
@@ -29,18 +31,37 @@ def with_options(*sections: str):
     config.py."""
 
     def decorate(function):
-        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        own = [
+            p
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
         made = []
         for path, field in configuration.options(*sections).items():
             kind = field.type if isinstance(field.type, type) else field.type.__args__[0]
-            shown = field.metadata["shown"] or (str(field.default) if field.default is not None else "none")
-            text = typer.Option(field.metadata["flag"], help=field.metadata["help"], show_default=shown, autocompletion=_completion(path))
-            made.append(inspect.Parameter(path.replace(".", "__"), inspect.Parameter.KEYWORD_ONLY, default=None,
-                                          annotation=Annotated[Optional[kind], text]))
+            shown = field.metadata["shown"] or (
+                str(field.default) if field.default is not None else "none"
+            )
+            text = typer.Option(
+                field.metadata["flag"],
+                help=field.metadata["help"],
+                show_default=shown,
+                autocompletion=_completion(path),
+            )
+            made.append(
+                inspect.Parameter(
+                    path.replace(".", "__"),
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[Optional[kind], text],
+                )
+            )
 
         def command(**given):
             passed = {k: given.pop(k) for k in [p.name for p in own]}
-            return function(**passed, flags={k.replace("__", "."): v for k, v in given.items() if v is not None})
+            return function(
+                **passed, flags={k.replace("__", "."): v for k, v in given.items() if v is not None}
+            )
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         command.__signature__ = inspect.Signature([*own, *made])
@@ -53,17 +74,29 @@ def with_options(*sections: str):
 def _completion(path: str):
     """What a shell offers behind the flag of an option with a few fixed values; None for others."""
     values = dict(configuration.CHOICES).get(path)
-    return values and (lambda incomplete: [value for value in values if value.startswith(incomplete)])
+    return values and (
+        lambda incomplete: [value for value in values if value.startswith(incomplete)]
+    )
 
 
-ConfigFile = Annotated[Optional[str], typer.Option("--config", help="YAML file of sections; flags override it.")]
-Assignments = Annotated[list[str], typer.Option("--set", help="section.key=value; overrides flags and file.")]
+ConfigFile = Annotated[
+    Optional[str], typer.Option("--config", help="YAML file of sections; flags override it.")
+]
+Assignments = Annotated[
+    list[str], typer.Option("--set", help="section.key=value; overrides flags and file.")
+]
 
 
 @app.callback()
 def program(
-    plain: Annotated[bool, typer.Option("--plain", help="No bars, boxes or colours, tables as lines: for screen readers and logs (also: "
-                                        "PREFIX_DISTILL_PLAIN=1, NO_COLOR=1, TERM=dumb).")] = False,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="No bars, boxes or colours, tables as lines: for screen readers and logs (also: "
+            "PREFIX_DISTILL_PLAIN=1, NO_COLOR=1, TERM=dumb).",
+        ),
+    ] = False,
 ):
     if plain:
         os.environ["PREFIX_DISTILL_PLAIN"] = "1"  # ranks hear of it, too
@@ -74,9 +107,14 @@ def program(
 @app.command()
 @with_options()
 def run(
-    config_file: ConfigFile = None, assignments: Assignments = [],
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out exactly where it stopped.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")] = False,
+    config_file: ConfigFile = None,
+    assignments: Assignments = [],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out exactly where it stopped.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")
+    ] = False,
     **flags,
 ):
     """Distil: the student writes a prefix, the teacher scores it, the student learns from it."""
@@ -104,7 +142,9 @@ def run(
     prepared = preflight.prepare(config)
     if not resume:
         _examine(prepared, config.evaluate.check_samples)
-    folder = RunFolder(Path(prepared.place.gather(config.checkpoint.out)[0]))  # the default holds the time, which ranks may not share
+    folder = RunFolder(
+        Path(prepared.place.gather(config.checkpoint.out)[0])
+    )  # the default holds the time, which ranks may not share
     for text in prepared.notes:
         _say(prepared, text)
     for text in prepared.warnings:
@@ -136,7 +176,11 @@ def _print_pushed(document: dict, folder, repository: str | None, public: bool) 
 @with_options()
 def check(config_file: ConfigFile = None, assignments: Assignments = [], **flags):
     """Before training: do student, teacher, prompts, sampling and this device go together? Takes what run takes, writes nothing."""
-    values = (configuration.read_yaml(config_file) if config_file else {}) | flags["flags"] | configuration.read_assignments(assignments)
+    values = (
+        (configuration.read_yaml(config_file) if config_file else {})
+        | flags["flags"]
+        | configuration.read_assignments(assignments)
+    )
     config = configuration.build(values)
     _start_ranks(config.runtime)
     quiet_libraries()
@@ -153,15 +197,24 @@ def check(config_file: ConfigFile = None, assignments: Assignments = [], **flags
 
         table = Table("", "check", "what was found")
         for row in prepared.checks:
-            table.add_row({"ok": "ok", "warning": "WARNING", "error": "ERROR"}[row.status], row.name, row.found)
+            table.add_row(
+                {"ok": "ok", "warning": "WARNING", "error": "ERROR"}[row.status],
+                row.name,
+                row.found,
+            )
         display.show(table, width=None if sys.stderr.isatty() else 200)
         shown = next(row for row in prepared.checks if row.name == "prompts").facts
         for role in ("student", "teacher"):
             last = " ".join(f"{token!r}={i}" for i, token in shown[role]["last"])
-            tell(f"the {role}'s prompt, {shown[role]['ids']} ids, the last ones {last}:\n{shown[role]['text']}")
+            tell(
+                f"the {role}'s prompt, {shown[role]['ids']} ids, the last ones {last}:\n{shown[role]['text']}"
+            )
         for text in prepared.notes:
             tell(text)
-    _finish(prepared, checks.document(prepared.checks) | {"notes": prepared.notes, "warnings": prepared.warnings})
+    _finish(
+        prepared,
+        checks.document(prepared.checks) | {"notes": prepared.notes, "warnings": prepared.warnings},
+    )
     if failed is not None:
         raise failed
 
@@ -175,22 +228,43 @@ def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
     from .train import train
 
     place = prepared.place
-    with folder.alone() if place.first else contextlib.nullcontext(), runtime.Interrupt() as interrupt:
+    with (
+        folder.alone() if place.first else contextlib.nullcontext(),
+        runtime.Interrupt() as interrupt,
+    ):
         if place.first and not resume:
-            folder.create(configuration.as_dict(prepared.config), {
-                **runtime.description(), "seed": prepared.config.runtime.seed, "notes": prepared.notes,
-                "warnings": prepared.warnings, "ranks": place.world,
-                "generation_config": {name: model.generation_config.to_diff_dict() for name, model in
-                                      (("student", prepared.student), ("teacher", prepared.teacher))},
-            })
+            folder.create(
+                configuration.as_dict(prepared.config),
+                {
+                    **runtime.description(),
+                    "seed": prepared.config.runtime.seed,
+                    "notes": prepared.notes,
+                    "warnings": prepared.warnings,
+                    "ranks": place.world,
+                    "generation_config": {
+                        name: model.generation_config.to_diff_dict()
+                        for name, model in (
+                            ("student", prepared.student),
+                            ("teacher", prepared.teacher),
+                        )
+                    },
+                },
+            )
         if place.first and prepared.checks:
             folder.write_json("preflight.json", document(prepared.checks))
         place.wait()
         if not folder.made:
-            raise UserError(f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on several machines it must be "
-                            "on a file system that they share")
+            raise UserError(
+                f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on several machines it must be "
+                "on a file system that they share"
+            )
         display = Display(prepared.config.train.steps, label, place.first)
-        with Trackers(display, folder, prepared.config) if place.first else contextlib.nullcontext(display) as report, display:
+        with (
+            Trackers(display, folder, prepared.config)
+            if place.first
+            else contextlib.nullcontext(display) as report,
+            display,
+        ):
             return train(prepared, folder, report, resume, interrupt)
 
 
@@ -201,7 +275,9 @@ def _examine(prepared, samples: int, limit: float | None = None) -> None:
     prepared.checks = checks.examine(prepared, samples, *([] if limit is None else [limit]))
     for check in prepared.checks:
         if check.status == "error":
-            raise (MemoryShortage if check.name == "memory" else PreflightError)(f"{check.name}: {check.found}")
+            raise (MemoryShortage if check.name == "memory" else PreflightError)(
+                f"{check.name}: {check.found}"
+            )
         known = ("sampling", "end of text")  # these the preparation has said
         if check.status == "warning" and check.name not in known:
             prepared.warnings.append(f"{check.name}: {check.found}")
@@ -217,33 +293,62 @@ def _resumed(values: dict) -> dict:
         raise UserError("--resume: name the run folder with --out")
     saved_file = Path(str(out)) / "config.yaml"
     if not saved_file.is_file():
-        raise UserError(f"--resume {out}: no config.yaml in it; name the folder of a run, or drop --resume")
+        raise UserError(
+            f"--resume {out}: no config.yaml in it; name the folder of a run, or drop --resume"
+        )
     from .checkpoint import RunFolder
 
     RunFolder(saved_file.parent).check_format()
     saved = configuration.read_yaml(str(saved_file))
     configuration.build(saved)
-    if "runtime.gpus" not in values and os.environ.get("LOCAL_WORLD_SIZE") not in (None, str(saved.get("runtime.gpus"))):
+    if "runtime.gpus" not in values and os.environ.get("LOCAL_WORLD_SIZE") not in (
+        None,
+        str(saved.get("runtime.gpus")),
+    ):
         saved["runtime.gpus"] = None  # another launcher has settled it
     if not {"train.steps", "schedule.lr_schedule"} <= saved.keys():
-        raise UserError(f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); start anew with another --out")
-    free = {"train.steps", "checkpoint.save_every", "checkpoint.out", "runtime.gpus", "runtime.rank_timeout",
-            "runtime.check_ranks_every", "train.micro_batch_size", "rollout.rows",
-            *configuration.options("trackers", "export")}
-    remedies = {"schedule.lr", "train.grad_clip", "runtime.dtype", "runtime.head_dtype", "runtime.head_memory_mb", "runtime.device",
-                "runtime.teacher_device", "train.gradient_checkpointing"}
+        raise UserError(
+            f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); start anew with another --out"
+        )
+    free = {
+        "train.steps",
+        "checkpoint.save_every",
+        "checkpoint.out",
+        "runtime.gpus",
+        "runtime.rank_timeout",
+        "runtime.check_ranks_every",
+        "train.micro_batch_size",
+        "rollout.rows",
+        *configuration.options("trackers", "export"),
+    }
+    remedies = {
+        "schedule.lr",
+        "train.grad_clip",
+        "runtime.dtype",
+        "runtime.head_dtype",
+        "runtime.head_memory_mb",
+        "runtime.device",
+        "runtime.teacher_device",
+        "train.gradient_checkpointing",
+    }
     for path, value in values.items():
         if path not in configuration.options():
             configuration.build({path: value})  # raises, with the nearest known key
         if path in remedies and value != saved.get(path):
-            _note(f"{path} was {saved.get(path)!r} and is {value!r} from here on: the rest differs from a run that had it from the start")
+            _note(
+                f"{path} was {saved.get(path)!r} and is {value!r} from here on: the rest differs from a run that had it from the start"
+            )
         elif path not in free and value != saved.get(path):
-            raise UserError(f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; leave it out, or start anew "
-                            "with another --out")
+            raise UserError(
+                f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; leave it out, or start anew "
+                "with another --out"
+            )
     steps, schedule = values.get("train.steps", saved["train.steps"]), saved["schedule.lr_schedule"]
     if steps != saved["train.steps"] and schedule != "constant":
-        _note(f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is stretched over all of them, "
-              "so the rest differs from a run planned this long")
+        _note(
+            f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is stretched over all of them, "
+            "so the rest differs from a run planned this long"
+        )
     return saved | values
 
 
@@ -253,11 +358,25 @@ def _plan(prepared) -> dict:
     config = prepared.config
     prompts = prepared.train_prompts[: config.train.batch_size]
     lengths = {"prefix": prepared.prefix.length(0), "full": config.rollout.max_new_tokens}
-    beside = [flag for flag, on in (("--select", prepared.selection), ("--extrapolate", prepared.extrapolation_prompts),
-                                    ("--off-policy", prepared.off_policy), ("--tail-every", config.evaluate.tail_every)) if on]
+    beside = [
+        flag
+        for flag, on in (
+            ("--select", prepared.selection),
+            ("--extrapolate", prepared.extrapolation_prompts),
+            ("--off-policy", prepared.off_policy),
+            ("--tail-every", config.evaluate.tail_every),
+        )
+        if on
+    ]
     return {
-        "dry_run": True, "checks": document(prepared.checks)["checks"], "config": configuration.as_dict(config), "notes": prepared.notes, "warnings": prepared.warnings,
-        "flops_per_update": {name: prepared.update_cost(prompts, length) for name, length in lengths.items()},
+        "dry_run": True,
+        "checks": document(prepared.checks)["checks"],
+        "config": configuration.as_dict(config),
+        "notes": prepared.notes,
+        "warnings": prepared.warnings,
+        "flops_per_update": {
+            name: prepared.update_cost(prompts, length) for name, length in lengths.items()
+        },
         "not_in_flops_per_update": beside,
     }
 
@@ -265,18 +384,41 @@ def _plan(prepared) -> dict:
 @app.command()
 @with_options()
 def plan(
-    config_file: ConfigFile = None, assignments: Assignments = [],
-    prompt_tokens: Annotated[Optional[int], typer.Option(help="Length of every prompt (tokens), where no data set is to be read.")] = None,
-    prefixes: Annotated[Optional[str], typer.Option(help="Prefix schedules beside --prefix, by commas: 64,25%,full.",
-                                                    show_default="25%,50%,full")] = None,
-    device_tflops: Annotated[Optional[float], typer.Option(help="Sustained rate of the device (10^12 FLOP/s), for times.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time a matmul of the student's on this machine, for lower bounds of times.")] = False,
-    from_run: Annotated[Optional[str], typer.Option(help="Run folder whose measured rates, phase by phase, give the times.")] = None,
+    config_file: ConfigFile = None,
+    assignments: Assignments = [],
+    prompt_tokens: Annotated[
+        Optional[int],
+        typer.Option(help="Length of every prompt (tokens), where no data set is to be read."),
+    ] = None,
+    prefixes: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Prefix schedules beside --prefix, by commas: 64,25%,full.",
+            show_default="25%,50%,full",
+        ),
+    ] = None,
+    device_tflops: Annotated[
+        Optional[float],
+        typer.Option(help="Sustained rate of the device (10^12 FLOP/s), for times."),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Time a matmul of the student's on this machine, for lower bounds of times.",
+        ),
+    ] = False,
+    from_run: Annotated[
+        Optional[str],
+        typer.Option(help="Run folder whose measured rates, phase by phase, give the times."),
+    ] = None,
     **flags,
 ):
     """What a run would need, from config files alone: memory, FLOPs, time, and which cards it fits. Nothing is downloaded or written."""
     values = configuration.read_yaml(config_file) if config_file else {}
-    config = configuration.build(values | flags["flags"] | configuration.read_assignments(assignments))
+    config = configuration.build(
+        values | flags["flags"] | configuration.read_assignments(assignments)
+    )
     quiet_libraries()
     from . import plan as planning
 
@@ -289,51 +431,142 @@ def plan(
 
 @app.command("eval")
 def evaluate_command(
-    model: Annotated[Optional[str], typer.Option(help="Hub id, folder, .gguf file or lab:TASK/ROLE.",
-                                                 show_default="the embedded student")] = None,
-    dataset: Annotated[Optional[str], typer.Option(help="As for run: file, hub id, lab:TASK, a preset (gsm8k, …), name#1000.",
-                                                   show_default="the embedded task")] = None,
-    split: Annotated[Optional[str], typer.Option(help="Split of a hub or embedded data set.", show_default="the preset's, else test")] = None,
-    prompt_column: Annotated[Optional[str], typer.Option(help="Column with the prompt.", show_default="the preset's, else found by name")] = None,
-    answer_column: Annotated[Optional[str], typer.Option(help="Column with the answer.", show_default="the preset's, else found by name")] = None,
-    streaming: Annotated[bool, typer.Option("--streaming", help="Read only the rows that are evaluated.")] = False,
-    system: Annotated[Optional[str], typer.Option(help="System message put before every prompt.")] = None,
-    instruction: Annotated[Optional[str], typer.Option(help="Text appended to every prompt after a blank line.", show_default="the preset's")] = None,
-    prompt_template: Annotated[Optional[str], typer.Option(help="User's turn with {prompt}, and {COLUMN}s of its row, in it.")] = None,
-    few_shot: Annotated[int, typer.Option(help="Rows that are not evaluated, shown with their solutions before every problem.")] = 0,
+    model: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Hub id, folder, .gguf file or lab:TASK/ROLE.", show_default="the embedded student"
+        ),
+    ] = None,
+    dataset: Annotated[
+        Optional[str],
+        typer.Option(
+            help="As for run: file, hub id, lab:TASK, a preset (gsm8k, …), name#1000.",
+            show_default="the embedded task",
+        ),
+    ] = None,
+    split: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Split of a hub or embedded data set.", show_default="the preset's, else test"
+        ),
+    ] = None,
+    prompt_column: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Column with the prompt.", show_default="the preset's, else found by name"
+        ),
+    ] = None,
+    answer_column: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Column with the answer.", show_default="the preset's, else found by name"
+        ),
+    ] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read only the rows that are evaluated.")
+    ] = False,
+    system: Annotated[
+        Optional[str], typer.Option(help="System message put before every prompt.")
+    ] = None,
+    instruction: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Text appended to every prompt after a blank line.", show_default="the preset's"
+        ),
+    ] = None,
+    prompt_template: Annotated[
+        Optional[str],
+        typer.Option(help="User's turn with {prompt}, and {COLUMN}s of its row, in it."),
+    ] = None,
+    few_shot: Annotated[
+        int,
+        typer.Option(
+            help="Rows that are not evaluated, shown with their solutions before every problem."
+        ),
+    ] = 0,
     template: Annotated[str, typer.Option(help="Prompt format: chat, plain or auto.")] = "auto",
-    thinking: Annotated[str, typer.Option(help="Thinking switch of the chat template: auto, on or off.")] = "auto",
-    begin: Annotated[Optional[str], typer.Option(help="Text forced at the start of every response.")] = None,
-    samples: Annotated[int, typer.Option(help="Answers sampled per problem (k of avg@k and pass@k).")] = 1,
-    limit: Annotated[Optional[int], typer.Option(help="Problems evaluated, from the first (0: all).", show_default="200; all of name#N")] = None,
-    max_new_tokens: Annotated[Optional[int], typer.Option(
-        help="Longest response (tokens).", show_default="the embedded task's, else 2048 where positions allow")] = None,
+    thinking: Annotated[
+        str, typer.Option(help="Thinking switch of the chat template: auto, on or off.")
+    ] = "auto",
+    begin: Annotated[
+        Optional[str], typer.Option(help="Text forced at the start of every response.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Answers sampled per problem (k of avg@k and pass@k).")
+    ] = 1,
+    limit: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Problems evaluated, from the first (0: all).", show_default="200; all of name#N"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Longest response (tokens).",
+            show_default="the embedded task's, else 2048 where positions allow",
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature (0 is greedy).")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus mass kept (1 keeps all).")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Most likely tokens kept (0 keeps all).")] = 0,
-    answer_format: Annotated[str, typer.Option(help="auto, boxed, hash (#### 42), last-number, choice (a letter) or exact.")] = "auto",
-    rows: Annotated[int, typer.Option("--generation-rows", help="Responses per generate call.")] = 64,
+    answer_format: Annotated[
+        str,
+        typer.Option(help="auto, boxed, hash (#### 42), last-number, choice (a letter) or exact."),
+    ] = "auto",
+    rows: Annotated[
+        int, typer.Option("--generation-rows", help="Responses per generate call.")
+    ] = 64,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    gpus: Annotated[Optional[int], typer.Option(help="Ranks that are started on this machine.", show_default="1")] = None,
+    gpus: Annotated[
+        Optional[int],
+        typer.Option(help="Ranks that are started on this machine.", show_default="1"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled answers.")] = 0,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with a hub repository.")] = False,
-    out: Annotated[Optional[str], typer.Option(help="File for the per-problem JSONL.", show_default="eval-<time>.jsonl")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run model code that comes with a hub repository.")
+    ] = False,
+    out: Annotated[
+        Optional[str],
+        typer.Option(help="File for the per-problem JSONL.", show_default="eval-<time>.jsonl"),
+    ] = None,
 ):
     """Measure a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
     from datetime import datetime
 
-    config = configuration.build({
-        "data.dataset": dataset, "data.split": split, "data.prompt_column": prompt_column,
-        "data.answer_column": answer_column, "data.system": system, "data.instruction": instruction, "data.streaming": streaming,
-        "data.prompt_template": prompt_template, "data.few_shot": few_shot,
-        "data.template": template, "data.student_thinking": thinking, "rollout.begin": begin, "rollout.max_new_tokens": max_new_tokens,
-        "rollout.top_p": top_p, "rollout.top_k": top_k, "rollout.rows": rows, "evaluate.rollouts": samples,
-        "evaluate.problems": (0 if "#" in (dataset or "") else 200) if limit is None else limit, "evaluate.temperature": temperature, "evaluate.answer_format": answer_format,
-        "runtime.dtype": dtype, "runtime.device": device, "runtime.gpus": gpus, "train.batch_size": max(1, gpus or 1), "runtime.seed": seed, "models.student": model,
-        "models.trust_remote_code": trust_remote_code,
-        "checkpoint.out": out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl",
-    })
+    config = configuration.build(
+        {
+            "data.dataset": dataset,
+            "data.split": split,
+            "data.prompt_column": prompt_column,
+            "data.answer_column": answer_column,
+            "data.system": system,
+            "data.instruction": instruction,
+            "data.streaming": streaming,
+            "data.prompt_template": prompt_template,
+            "data.few_shot": few_shot,
+            "data.template": template,
+            "data.student_thinking": thinking,
+            "rollout.begin": begin,
+            "rollout.max_new_tokens": max_new_tokens,
+            "rollout.top_p": top_p,
+            "rollout.top_k": top_k,
+            "rollout.rows": rows,
+            "evaluate.rollouts": samples,
+            "evaluate.problems": (0 if "#" in (dataset or "") else 200) if limit is None else limit,
+            "evaluate.temperature": temperature,
+            "evaluate.answer_format": answer_format,
+            "runtime.dtype": dtype,
+            "runtime.device": device,
+            "runtime.gpus": gpus,
+            "train.batch_size": max(1, gpus or 1),
+            "runtime.seed": seed,
+            "models.student": model,
+            "models.trust_remote_code": trust_remote_code,
+            "checkpoint.out": out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl",
+        }
+    )
     _start_ranks(config.runtime)
     quiet_libraries()
     from .preflight import evaluate_model
@@ -347,7 +580,10 @@ def evaluate_command(
 
 @app.command()
 def demo(
-    out: Annotated[Optional[str], typer.Option(help="Folder for runs and picture.", show_default="runs/demo-<time>")] = None,
+    out: Annotated[
+        Optional[str],
+        typer.Option(help="Folder for runs and picture.", show_default="runs/demo-<time>"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, rollouts and evaluation.")] = 0,
 ):
     """Three minutes, offline: distil the embedded pair with a prefix and with full rollouts, side by side."""
@@ -367,11 +603,26 @@ def demo(
 
 
 @app.command()
-@with_options("models", "data", "rollout.samples", "rollout.max_new_tokens", "rollout.eos", "rollout.begin", "rollout.rows", "runtime")
+@with_options(
+    "models",
+    "data",
+    "rollout.samples",
+    "rollout.max_new_tokens",
+    "rollout.eos",
+    "rollout.begin",
+    "rollout.rows",
+    "runtime",
+)
 def probe(
     out: Annotated[str, typer.Option(help="Folder for probe.json and probe.png.")],
-    problems: Annotated[int, typer.Option(help="Training prompts that are probed, from the first of the shuffled ones.")] = 100,
-    answer_format: Annotated[str, typer.Option(help="auto, boxed, hash (#### 42), last-number, choice (a letter) or exact.")] = "auto",
+    problems: Annotated[
+        int,
+        typer.Option(help="Training prompts that are probed, from the first of the shuffled ones."),
+    ] = 100,
+    answer_format: Annotated[
+        str,
+        typer.Option(help="auto, boxed, hash (#### 42), last-number, choice (a letter) or exact."),
+    ] = "auto",
     **flags,
 ):
     """Before training: where the teacher disagrees, whether a prefix will do, and how long it should be."""
@@ -380,11 +631,20 @@ def probe(
     from .checkpoint import RunFolder
 
     if problems < 1:
-        raise UserError(f"--problems {problems}: expected at least 1 prompt; some tens give an accuracy worth looking at")
-    config = configuration.build(flags["flags"] | {
-        "train.steps": 1, "train.batch_size": problems, "evaluate.problems": 0, "evaluate.kl_prompts": 1,
-        "evaluate.answer_format": answer_format, "checkpoint.out": out,
-    })
+        raise UserError(
+            f"--problems {problems}: expected at least 1 prompt; some tens give an accuracy worth looking at"
+        )
+    config = configuration.build(
+        flags["flags"]
+        | {
+            "train.steps": 1,
+            "train.batch_size": problems,
+            "evaluate.problems": 0,
+            "evaluate.kl_prompts": 1,
+            "evaluate.answer_format": answer_format,
+            "checkpoint.out": out,
+        }
+    )
     folder = RunFolder(Path(out))
     folder.refuse_if_used()
     _start_ranks(config.runtime)
@@ -407,8 +667,15 @@ def probe(
 
 @app.command()
 def compare(
-    arms_file: Annotated[str, typer.Argument(metavar="ARMS.YAML", help="base, seeds, arms, reference, tune, also: see the README.")],
-    out: Annotated[str, typer.Option(help="Folder of the comparison; a second call goes on in it.")],
+    arms_file: Annotated[
+        str,
+        typer.Argument(
+            metavar="ARMS.YAML", help="base, seeds, arms, reference, tune, also: see the README."
+        ),
+    ],
+    out: Annotated[
+        str, typer.Option(help="Folder of the comparison; a second call goes on in it.")
+    ],
 ):
     """Run several arms × seeds from one file, one after another, and report accuracy against cost."""
     from pathlib import Path
@@ -423,9 +690,16 @@ def compare(
 
 @app.command()
 def report(
-    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Run folders, or folders that hold them.")],
-    out: Annotated[str, typer.Option(help="Folder for report.html, report.md, report.csv and report.png.")],
-    reference: Annotated[Optional[str], typer.Option(help="Arm whose accuracy the others have to reach.")] = None,
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="FOLDER...", help="Run folders, or folders that hold them."),
+    ],
+    out: Annotated[
+        str, typer.Option(help="Folder for report.html, report.md, report.csv and report.png.")
+    ],
+    reference: Annotated[
+        Optional[str], typer.Option(help="Arm whose accuracy the others have to reach.")
+    ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Prefix distillation",
 ):
     """Tables, picture and one self-contained page from any set of run folders."""
@@ -436,36 +710,79 @@ def report(
 
 @app.command("export")
 def export_command(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, or a model: folder, hub id, .gguf file, lab:TASK/ROLE.")],
-    out: Annotated[Optional[str], typer.Option(help="Folder for the model; only to push a folder as it is, it can be left out.",
-                                               show_default="none")] = None,
-    which: Annotated[str, typer.Option(help="Of a run folder: model, best, or the number of an update with a checkpoint.")] = "model",
-    dtype: Annotated[str, typer.Option(help="Weights as auto (as they are), float32, bfloat16 or float16.")] = "auto",
-    gguf: Annotated[Optional[str], typer.Option(help="Write a GGUF file for llama.cpp, too: f32, f16, bf16 or q8_0.", show_default="none")] = None,
-    push_to_hub: Annotated[Optional[str], typer.Option(help="Hub repository, USER/NAME, that gets the folder; private if it is made here.",
-                                                       show_default="none")] = None,
-    hub_public: Annotated[bool, typer.Option("--hub-public", help="A repository that is made for --push-to-hub is public.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with a hub repository.")] = False,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="Run folder, or a model: folder, hub id, .gguf file, lab:TASK/ROLE.",
+        ),
+    ],
+    out: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Folder for the model; only to push a folder as it is, it can be left out.",
+            show_default="none",
+        ),
+    ] = None,
+    which: Annotated[
+        str,
+        typer.Option(
+            help="Of a run folder: model, best, or the number of an update with a checkpoint."
+        ),
+    ] = "model",
+    dtype: Annotated[
+        str, typer.Option(help="Weights as auto (as they are), float32, bfloat16 or float16.")
+    ] = "auto",
+    gguf: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Write a GGUF file for llama.cpp, too: f32, f16, bf16 or q8_0.",
+            show_default="none",
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Hub repository, USER/NAME, that gets the folder; private if it is made here.",
+            show_default="none",
+        ),
+    ] = None,
+    hub_public: Annotated[
+        bool,
+        typer.Option("--hub-public", help="A repository that is made for --push-to-hub is public."),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run model code that comes with a hub repository."
+        ),
+    ] = False,
 ):
     """A run's student, or any model, as a folder of its own: in another dtype, as GGUF, on the hub."""
     from pathlib import Path
 
     configuration.check_repository(push_to_hub, hub_public)
     if out is None and (push_to_hub is None or dtype != "auto" or gguf is not None):
-        raise UserError("--out: name the folder to write; without it a folder can only be pushed as it is (--push-to-hub)")
+        raise UserError(
+            "--out: name the folder to write; without it a folder can only be pushed as it is (--push-to-hub)"
+        )
     quiet_libraries()
     from . import export as exporting
 
     if out is None:
         folder = exporting.folder_of(source, which)
         if folder is None:
-            raise UserError(f"export {source}: no run folder and no model folder; check the path, or name a folder with --out")
+            raise UserError(
+                f"export {source}: no run folder and no model folder; check the path, or name a folder with --out"
+            )
         document = {"out": str(folder)}
     else:
         folder = Path(out)
         document = exporting.export(source, which, folder, dtype, gguf, trust_remote_code)
         if gguf is not None:
-            _note(f"smaller types are llama.cpp's to make: llama-quantize {document['gguf']} Q4_K_M")
+            _note(
+                f"smaller types are llama.cpp's to make: llama-quantize {document['gguf']} Q4_K_M"
+            )
     _print_pushed(document, folder, push_to_hub, hub_public)
 
 
@@ -476,25 +793,47 @@ def environment():
 
     document = runtime.environment()
     for name, value in document.items():
-        for line in value if isinstance(value, list) and value and isinstance(value[0], dict) else [value]:
-            tell(f"{name}: " + (", ".join(f"{k} {v}" for k, v in line.items() if v is not None) if isinstance(line, dict) else str(line)))
+        for line in (
+            value if isinstance(value, list) and value and isinstance(value[0], dict) else [value]
+        ):
+            tell(
+                f"{name}: "
+                + (
+                    ", ".join(f"{k} {v}" for k, v in line.items() if v is not None)
+                    if isinstance(line, dict)
+                    else str(line)
+                )
+            )
     print(json.dumps(document))
 
 
 @app.command("help")
-def help_command(topic: Annotated[Optional[str], typer.Argument(metavar="[TOPIC]", help="A page; none: the list of them.")] = None):
+def help_command(
+    topic: Annotated[
+        Optional[str], typer.Argument(metavar="[TOPIC]", help="A page; none: the list of them.")
+    ] = None,
+):
     """A page of documentation, in Markdown, on stdout: recipes, methods, migration, machines, exit-codes."""
     import difflib
     from importlib.resources import files
 
-    pages = {file.name.removesuffix(".md"): file for file in files(__package__).joinpath("help").iterdir() if file.name.endswith(".md")}
+    pages = {
+        file.name.removesuffix(".md"): file
+        for file in files(__package__).joinpath("help").iterdir()
+        if file.name.endswith(".md")
+    }
     if topic is None:
         for name in sorted(pages):
-            print(f"prefix-distill help {name:12} {pages[name].read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+            print(
+                f"prefix-distill help {name:12} {pages[name].read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
+            )
         return
     if topic not in pages:
         near = difflib.get_close_matches(topic, pages, 1, 0.4)
-        raise UserError(f"help {topic[:80]}: no such page; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(pages))}"))
+        raise UserError(
+            f"help {topic[:80]}: no such page; "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(pages))}")
+        )
     print(pages[topic].read_text(encoding="utf-8"), end="")
 
 
@@ -512,7 +851,9 @@ def _report(folders, reference, out, title: str) -> None:
         (out / ".partial").touch()
         (out / ".partial").unlink()
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror}); name another folder"
+        ) from None
     rows = reporting.summary(runs, reference)
     reporting.write_csv(runs, out / "report.csv")
     (out / "report.md").write_text(reporting.markdown(rows), encoding="utf-8")
@@ -552,7 +893,9 @@ def quiet_libraries() -> None:
 
     import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # said by peft's use of it
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers"
+    )  # said by peft's use of it
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -589,7 +932,9 @@ def _understood(group, arguments: list[str], say: bool) -> list[str]:
     for parameter in group.commands[name].params:
         for flag in parameter.opts:
             if flag.startswith("--") and getattr(parameter, "is_flag", False):
-                switches[flag] = parameter.name.replace("__", ".") if "__" in parameter.name else None
+                switches[flag] = (
+                    parameter.name.replace("__", ".") if "__" in parameter.name else None
+                )
             elif flag.startswith("--"):
                 valued.add(flag)
     from .spellings import translate
@@ -606,11 +951,17 @@ def main(alone: bool = True) -> None:
     """Runs the command; bad input ends with one line on stderr and exit code 2. Not ``alone``: the launcher speaks for its ranks."""
     calm_threads(os.environ)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a Windows code page or a C locale lacks some characters of ours
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a Windows code page or a C locale lacks some characters of ours
             stream.reconfigure(errors="replace")
     try:
         command = typer.main.get_command(app)
-        code = command(_understood(command, sys.argv[1:], alone), prog_name="prefix-distill", standalone_mode=False)
+        code = command(
+            _understood(command, sys.argv[1:], alone),
+            prog_name="prefix-distill",
+            standalone_mode=False,
+        )
         if code == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         sys.exit(code)
@@ -620,8 +971,14 @@ def main(alone: bool = True) -> None:
         _fail(AT_ONCE, 130, alone)
     except Exception as error:
         if _out_of_memory(error):
-            _fail("out of memory; lower --generation-rows or --micro-batch-size, or use --dtype bfloat16", 4, alone)
-        if not hasattr(error, "format_message"):  # click's own complaints about flags have it; anything else is a bug
+            _fail(
+                "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype bfloat16",
+                4,
+                alone,
+            )
+        if not hasattr(
+            error, "format_message"
+        ):  # click's own complaints about flags have it; anything else is a bug
             raise
         _fail(error.format_message(), 2, alone)
 

@@ -23,14 +23,21 @@ NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DIVERGENCES = "reverse-kl, forward-kl or jsd:β with 0 < β < 1"
 CHOICES = (  # options that have only these values
-    ("models.cross_tokenizer", ("strict", "simct", "simct-released", "off")), ("data.template", ("auto", "chat", "plain")), ("schedule.lr_schedule", ("constant", "linear", "cosine")),
-    ("data.student_thinking", ("auto", "on", "off")), ("data.teacher_thinking", ("auto", "on", "off")),
+    ("models.cross_tokenizer", ("strict", "simct", "simct-released", "off")),
+    ("data.template", ("auto", "chat", "plain")),
+    ("schedule.lr_schedule", ("constant", "linear", "cosine")),
+    ("data.student_thinking", ("auto", "on", "off")),
+    ("data.teacher_thinking", ("auto", "on", "off")),
     ("extrapolation.kind", ("none", "effopd", "always-1", "random")),
-    ("extrapolation.score", ("accuracy", "heldout-kl")), ("extrapolation.modules", ("attention-mlp", "all")),
-    ("rollout.eos", ("student", "teacher", "union")), ("divergence.reduction", ("token", "sequence", "sum")),
+    ("extrapolation.score", ("accuracy", "heldout-kl")),
+    ("extrapolation.modules", ("attention-mlp", "all")),
+    ("rollout.eos", ("student", "teacher", "union")),
+    ("divergence.reduction", ("token", "sequence", "sum")),
     ("evaluate.answer_format", ("auto", "boxed", "hash", "last-number", "choice", "exact")),
-    ("models.student_quantize", ("none", "nf4", "int8")), ("models.teacher_quantize", ("none", "nf4", "int8")),
-    ("runtime.dtype", ("auto", "float32", "bfloat16")), ("runtime.head_dtype", ("auto", "float32", "bfloat16")),
+    ("models.student_quantize", ("none", "nf4", "int8")),
+    ("models.teacher_quantize", ("none", "nf4", "int8")),
+    ("runtime.dtype", ("auto", "float32", "bfloat16")),
+    ("runtime.head_dtype", ("auto", "float32", "bfloat16")),
 )
 
 
@@ -41,104 +48,249 @@ def option(default, flag: str, help: str, shown: str | None = None):
 
 @dataclass(frozen=True)
 class Models:
-    student: str | None = option(None, "--student", "Student: hub id, folder, .gguf file or lab:TASK/student.",
-                                 "the embedded student")
-    teacher: str | None = option(None, "--teacher", "Teacher: hub id, folder, .gguf file or lab:TASK/teacher; self: a frozen copy "
-                                 "of the student, with --privileged-column.", "the embedded teacher")
-    teacher_ema: float | None = option(None, "--teacher-ema", "With --teacher self: after every update the teacher becomes "
-                                       "α·teacher + (1−α)·student, 0 < α < 1.", "none: the teacher stays as it is")
-    cross_tokenizer: str = option("strict", "--cross-tokenizer", "Where the tokenizers differ, units of text are compared: strict (units of "
-                                  "one token on each side), simct (all), simct-released (as its authors' code), or off (refuse).")
-    student_quantize: str = option("none", "--student-quantize", "Student's frozen linear layers in 4 or 8 bits (bitsandbytes), with --lora: none, "
-                                   "nf4 or int8.")
-    teacher_quantize: str = option("none", "--teacher-quantize", "Teacher's linear layers, likewise: none, nf4 or int8.")
-    trust_remote_code: bool = option(False, "--trust-remote-code", "Run model code that comes with a hub repository.")
+    student: str | None = option(
+        None,
+        "--student",
+        "Student: hub id, folder, .gguf file or lab:TASK/student.",
+        "the embedded student",
+    )
+    teacher: str | None = option(
+        None,
+        "--teacher",
+        "Teacher: hub id, folder, .gguf file or lab:TASK/teacher; self: a frozen copy "
+        "of the student, with --privileged-column.",
+        "the embedded teacher",
+    )
+    teacher_ema: float | None = option(
+        None,
+        "--teacher-ema",
+        "With --teacher self: after every update the teacher becomes "
+        "α·teacher + (1−α)·student, 0 < α < 1.",
+        "none: the teacher stays as it is",
+    )
+    cross_tokenizer: str = option(
+        "strict",
+        "--cross-tokenizer",
+        "Where the tokenizers differ, units of text are compared: strict (units of "
+        "one token on each side), simct (all), simct-released (as its authors' code), or off (refuse).",
+    )
+    student_quantize: str = option(
+        "none",
+        "--student-quantize",
+        "Student's frozen linear layers in 4 or 8 bits (bitsandbytes), with --lora: none, "
+        "nf4 or int8.",
+    )
+    teacher_quantize: str = option(
+        "none", "--teacher-quantize", "Teacher's linear layers, likewise: none, nf4 or int8."
+    )
+    trust_remote_code: bool = option(
+        False, "--trust-remote-code", "Run model code that comes with a hub repository."
+    )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    rank: int | None = option(None, "--lora", "Rank of a LoRA adapter: it alone trains, the student's own weights stay as they are, in the "
-                              "compute dtype.", "none: all weights train")
-    alpha: float | None = option(None, "--lora-alpha", "α: the adapter counts α/rank.", "twice the rank")
-    targets: str = option("all-linear", "--lora-targets", "Linear layers that get an adapter: all-linear (all but the output head), or names "
-                          "such as q_proj,v_proj.")
-    merge: bool = option(False, "--lora-merge", "Write model/ with the adapter added to the weights, and the adapter itself to adapter/.")
+    rank: int | None = option(
+        None,
+        "--lora",
+        "Rank of a LoRA adapter: it alone trains, the student's own weights stay as they are, in the "
+        "compute dtype.",
+        "none: all weights train",
+    )
+    alpha: float | None = option(
+        None, "--lora-alpha", "α: the adapter counts α/rank.", "twice the rank"
+    )
+    targets: str = option(
+        "all-linear",
+        "--lora-targets",
+        "Linear layers that get an adapter: all-linear (all but the output head), or names "
+        "such as q_proj,v_proj.",
+    )
+    merge: bool = option(
+        False,
+        "--lora-merge",
+        "Write model/ with the adapter added to the weights, and the adapter itself to adapter/.",
+    )
 
 
 @dataclass(frozen=True)
 class Data:
-    dataset: str | None = option(None, "--dataset", "Training prompts: .jsonl/.json/.csv/.parquet file, hub id, lab:TASK, a preset (gsm8k, math, …; "
-                                 "gsm8k=FILE: a copy of its form); name#1000: so many of its rows, by --seed; several with weights: "
-                                 "gsm8k:3,more.jsonl:1.", "the embedded task")
-    split: str | None = option(None, "--split", "Split of a hub or embedded data set.", "the preset's, else train")
-    prompt_column: str | None = option(None, "--prompt-column", "Column (a.b reaches into records) with the prompt.",
-                                       "the preset's, else found by name")
-    answer_column: str | None = option(None, "--answer-column", "Column with the reference answer.", "the preset's, else found by name")
-    streaming: bool = option(False, "--streaming", "Read only the rows that the run needs, drawn from a buffer of 1,000 rows by --seed.")
-    privileged_column: str | None = option(None, "--privileged-column", "Column that the teacher's prompt shows and the student's "
-                                           "does not, such as a reference solution.")
-    privileged_template: str | None = option(None, "--privileged-template", "Teacher's user turn with {problem} and {solution} in it; "
-                                             "--instruction follows it.", "the embedded task's, else as in data.py")
-    student_thinking: str = option("auto", "--student-thinking", "Thinking switch of the student's chat template: on, off, or auto "
-                                   "(what the template does by itself).")
-    teacher_thinking: str = option("auto", "--teacher-thinking", "Thinking switch of the teacher's chat template: on, off or auto.")
+    dataset: str | None = option(
+        None,
+        "--dataset",
+        "Training prompts: .jsonl/.json/.csv/.parquet file, hub id, lab:TASK, a preset (gsm8k, math, …; "
+        "gsm8k=FILE: a copy of its form); name#1000: so many of its rows, by --seed; several with weights: "
+        "gsm8k:3,more.jsonl:1.",
+        "the embedded task",
+    )
+    split: str | None = option(
+        None, "--split", "Split of a hub or embedded data set.", "the preset's, else train"
+    )
+    prompt_column: str | None = option(
+        None,
+        "--prompt-column",
+        "Column (a.b reaches into records) with the prompt.",
+        "the preset's, else found by name",
+    )
+    answer_column: str | None = option(
+        None,
+        "--answer-column",
+        "Column with the reference answer.",
+        "the preset's, else found by name",
+    )
+    streaming: bool = option(
+        False,
+        "--streaming",
+        "Read only the rows that the run needs, drawn from a buffer of 1,000 rows by --seed.",
+    )
+    privileged_column: str | None = option(
+        None,
+        "--privileged-column",
+        "Column that the teacher's prompt shows and the student's "
+        "does not, such as a reference solution.",
+    )
+    privileged_template: str | None = option(
+        None,
+        "--privileged-template",
+        "Teacher's user turn with {problem} and {solution} in it; --instruction follows it.",
+        "the embedded task's, else as in data.py",
+    )
+    student_thinking: str = option(
+        "auto",
+        "--student-thinking",
+        "Thinking switch of the student's chat template: on, off, or auto "
+        "(what the template does by itself).",
+    )
+    teacher_thinking: str = option(
+        "auto",
+        "--teacher-thinking",
+        "Thinking switch of the teacher's chat template: on, off or auto.",
+    )
     system: str | None = option(None, "--system", "System message put before every prompt.")
-    instruction: str | None = option(None, "--instruction", "Text appended to every prompt after a blank line.", "the preset's")
-    prompt_template: str | None = option(None, "--prompt-template", "User's turn with {prompt}, and {COLUMN}s of its row, in it ({{ is a brace), "
-                                         "such as 'Question: {prompt} Answer:'.")
-    few_shot: int = option(0, "--few-shot", "Training rows with their solutions shown before every prompt, drawn by --seed and not taught.")
-    template: str = option("auto", "--template", "Prompt format: chat, plain, or auto (chat where a template exists).")
-    max_prompt_tokens: int = option(1024, "--max-prompt-tokens", "Longer prompts are dropped and counted (tokens).")
+    instruction: str | None = option(
+        None, "--instruction", "Text appended to every prompt after a blank line.", "the preset's"
+    )
+    prompt_template: str | None = option(
+        None,
+        "--prompt-template",
+        "User's turn with {prompt}, and {COLUMN}s of its row, in it ({{ is a brace), "
+        "such as 'Question: {prompt} Answer:'.",
+    )
+    few_shot: int = option(
+        0,
+        "--few-shot",
+        "Training rows with their solutions shown before every prompt, drawn by --seed and not taught.",
+    )
+    template: str = option(
+        "auto", "--template", "Prompt format: chat, plain, or auto (chat where a template exists)."
+    )
+    max_prompt_tokens: int = option(
+        1024, "--max-prompt-tokens", "Longer prompts are dropped and counted (tokens)."
+    )
 
 
 @dataclass(frozen=True)
 class Schedule:
-    prefix: str = option("25%", "--prefix", "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full, "
-                         "linear:L0:d (L0 + d·k at update k), staircase:L0:dH:every, auto (grows when its newest tokens have no "
-                         "more to teach).")
+    prefix: str = option(
+        "25%",
+        "--prefix",
+        "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full, "
+        "linear:L0:d (L0 + d·k at update k), staircase:L0:dH:every, auto (grows when its newest tokens have no "
+        "more to teach).",
+    )
     lr: float = option(5e-5, "--lr", "Peak learning rate of AdamW.")
-    lr_schedule: str = option("linear", "--lr-schedule", "After warm-up: constant, linear or cosine, ending at 0.")
+    lr_schedule: str = option(
+        "linear", "--lr-schedule", "After warm-up: constant, linear or cosine, ending at 0."
+    )
     warmup: str = option("5%", "--warmup", "Linear warm-up: updates (20) or a share of them (5%).")
 
 
 @dataclass(frozen=True)
 class Sampling:
     samples: int = option(4, "--samples", "Rollouts per prompt.")
-    temperature: float = option(1.0, "--temperature", "Sampling temperature (0 is greedy); not the loss's.")
+    temperature: float = option(
+        1.0, "--temperature", "Sampling temperature (0 is greedy); not the loss's."
+    )
     top_p: float = option(1.0, "--top-p", "Nucleus mass kept when sampling (1 keeps all).")
     top_k: int = option(0, "--top-k", "Most likely tokens kept when sampling (0 keeps all).")
-    max_new_tokens: int | None = option(None, "--max-new-tokens", "Longest full response (tokens).",
-                                        "the embedded task's, else what the models' positions allow, at most 2048")
-    eos: str = option("union", "--eos", "Whose end-of-sequence ids stop a rollout: student, teacher or union (of "
-                      "different tokenizers: the student's).")
-    begin: str | None = option(None, "--begin", "Text forced at the start of every response, not taught (a think tag).")
-    off_policy: str = option("none", "--off-policy", "Rollouts the teacher writes in the student's place: none, sft "
-                             "(cross-entropy on them) or divergence (--divergence on them); :0.5 for that share of them.")
+    max_new_tokens: int | None = option(
+        None,
+        "--max-new-tokens",
+        "Longest full response (tokens).",
+        "the embedded task's, else what the models' positions allow, at most 2048",
+    )
+    eos: str = option(
+        "union",
+        "--eos",
+        "Whose end-of-sequence ids stop a rollout: student, teacher or union (of "
+        "different tokenizers: the student's).",
+    )
+    begin: str | None = option(
+        None, "--begin", "Text forced at the start of every response, not taught (a think tag)."
+    )
+    off_policy: str = option(
+        "none",
+        "--off-policy",
+        "Rollouts the teacher writes in the student's place: none, sft "
+        "(cross-entropy on them) or divergence (--divergence on them); :0.5 for that share of them.",
+    )
     rows: int = option(64, "--generation-rows", "Rollouts per generate call, per rank.")
 
 
 @dataclass(frozen=True)
 class Divergence:
-    name: str = option("reverse-kl", "--divergence", "reverse-kl Σ S(log S − log T), forward-kl Σ T(log T − log S), "
-                       "jsd:β = β·KL(T‖m) + (1−β)·KL(S‖m), m = βT + (1−β)S; nats per token.")
-    estimator: str = option("full", "--estimator", "full: the whole vocabulary; top-k:K: the teacher's K most likely tokens "
-                            "and one bucket with the rest of the mass; sampled: the sampled token alone (reverse-kl).")
-    temperature: float = option(1.0, "--kl-temperature", "Temperature of both distributions in the loss.")
-    clip: float | None = option(None, "--clip", "κ: with forward-kl, Σ_v min(T(log T − log S), κ): the most that one vocabulary "
-                                "entry may add (nats).")
-    reduction: str = option("token", "--reduction", "token: mean over taught tokens; sequence: mean over rollouts of "
-                            "their token means; sum: sum over tokens, mean over rollouts.")
+    name: str = option(
+        "reverse-kl",
+        "--divergence",
+        "reverse-kl Σ S(log S − log T), forward-kl Σ T(log T − log S), "
+        "jsd:β = β·KL(T‖m) + (1−β)·KL(S‖m), m = βT + (1−β)S; nats per token.",
+    )
+    estimator: str = option(
+        "full",
+        "--estimator",
+        "full: the whole vocabulary; top-k:K: the teacher's K most likely tokens "
+        "and one bucket with the rest of the mass; sampled: the sampled token alone (reverse-kl).",
+    )
+    temperature: float = option(
+        1.0, "--kl-temperature", "Temperature of both distributions in the loss."
+    )
+    clip: float | None = option(
+        None,
+        "--clip",
+        "κ: with forward-kl, Σ_v min(T(log T − log S), κ): the most that one vocabulary "
+        "entry may add (nats).",
+    )
+    reduction: str = option(
+        "token",
+        "--reduction",
+        "token: mean over taught tokens; sequence: mean over rollouts of "
+        "their token means; sum: sum over tokens, mean over rollouts.",
+    )
 
 
 @dataclass(frozen=True)
 class Weights:
-    window: str = option("all", "--window", "Tokens of a rollout that are taught: all, or K of them: first:K, middle:K, last:K, "
-                         "random:K (in a row), scattered:K, highest-kl:K, highest-entropy:K.")
-    select: str = option("all", "--select", "Tokens of those that are taught, by importance (TIP): all, soft-or, overconfident, "
-                         "entropy-sample, entropy, divergence, random or bottom.")
-    keep: float | None = option(None, "--keep", "Share of every rollout's tokens that --select keeps.", "0.5")
-    position: str = option("uniform", "--position-weight", "Weight of a token by its place in the rollout: uniform, moderate (rises "
-                           "from 0.31 to 1), decreasing (its mirror image) or sigmoid:w,τ,s.")
+    window: str = option(
+        "all",
+        "--window",
+        "Tokens of a rollout that are taught: all, or K of them: first:K, middle:K, last:K, "
+        "random:K (in a row), scattered:K, highest-kl:K, highest-entropy:K.",
+    )
+    select: str = option(
+        "all",
+        "--select",
+        "Tokens of those that are taught, by importance (TIP): all, soft-or, overconfident, "
+        "entropy-sample, entropy, divergence, random or bottom.",
+    )
+    keep: float | None = option(
+        None, "--keep", "Share of every rollout's tokens that --select keeps.", "0.5"
+    )
+    position: str = option(
+        "uniform",
+        "--position-weight",
+        "Weight of a token by its place in the rollout: uniform, moderate (rises "
+        "from 0.31 to 1), decreasing (its mirror image) or sigmoid:w,τ,s.",
+    )
 
 
 @dataclass(frozen=True)
@@ -146,80 +298,175 @@ class Train:
     steps: int = option(100, "--steps", "Updates.")
     batch_size: int = option(8, "--batch-size", "Prompts per update, over all ranks.")
     micro_batch_size: int = option(8, "--micro-batch-size", "Rollouts per forward pass, per rank.")
-    gradient_checkpointing: bool = option(False, "--gradient-checkpointing", "Keep only each layer's input in training and run "
-                                          "the layer again in backward: less memory, more time.")
+    gradient_checkpointing: bool = option(
+        False,
+        "--gradient-checkpointing",
+        "Keep only each layer's input in training and run "
+        "the layer again in backward: less memory, more time.",
+    )
     weight_decay: float = option(0.0, "--weight-decay", "AdamW weight decay, on matrices only.")
     grad_clip: float = option(1.0, "--grad-clip", "Largest gradient norm (0 turns clipping off).")
 
 
 @dataclass(frozen=True)
 class Extrapolation:
-    kind: str = option("none", "--extrapolate", "After updates 1, 2, 4, 8, …, try points further along the way since the last such "
-                       "update: none, effopd (go on while --extrapolate-score rises), always-1 or random (controls).")
-    score: str = option("accuracy", "--extrapolate-score", "accuracy (of one full answer a problem), or heldout-kl (minus the reverse KL "
-                        "on fresh rollouts of the current prefix).")
-    problems: int = option(50, "--extrapolate-problems", "Fixed training prompts that are scored, with the same seeds for every "
-                           "candidate.")
-    modules: str = option("attention-mlp", "--extrapolate-modules", "What moves: attention-mlp (linear layers of the trunk) or all.")
+    kind: str = option(
+        "none",
+        "--extrapolate",
+        "After updates 1, 2, 4, 8, …, try points further along the way since the last such "
+        "update: none, effopd (go on while --extrapolate-score rises), always-1 or random (controls).",
+    )
+    score: str = option(
+        "accuracy",
+        "--extrapolate-score",
+        "accuracy (of one full answer a problem), or heldout-kl (minus the reverse KL "
+        "on fresh rollouts of the current prefix).",
+    )
+    problems: int = option(
+        50,
+        "--extrapolate-problems",
+        "Fixed training prompts that are scored, with the same seeds for every candidate.",
+    )
+    modules: str = option(
+        "attention-mlp",
+        "--extrapolate-modules",
+        "What moves: attention-mlp (linear layers of the trunk) or all.",
+    )
     reset: bool = option(False, "--extrapolate-reset", "Forget AdamW's moments of what moved.")
-    diagnostics: bool = option(False, "--extrapolate-diagnostics", "Norm, effective rank and cosine with the final one of every "
-                               "displacement, module by module (keeps copies of the weights in the run folder until the end).")
+    diagnostics: bool = option(
+        False,
+        "--extrapolate-diagnostics",
+        "Norm, effective rank and cosine with the final one of every "
+        "displacement, module by module (keeps copies of the weights in the run folder until the end).",
+    )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    dataset: str | None = option(None, "--eval-dataset", "Held-out problems: as --dataset.",
-                                 "the test split of the embedded task or preset, else rows held out of --dataset")
-    split: str | None = option(None, "--eval-split", "Split of a hub or embedded evaluation set.", "the preset's, else test")
-    problems: int = option(200, "--eval-samples", "Held-out problems evaluated before, during and after (0: none).")
+    dataset: str | None = option(
+        None,
+        "--eval-dataset",
+        "Held-out problems: as --dataset.",
+        "the test split of the embedded task or preset, else rows held out of --dataset",
+    )
+    split: str | None = option(
+        None,
+        "--eval-split",
+        "Split of a hub or embedded evaluation set.",
+        "the preset's, else test",
+    )
+    problems: int = option(
+        200, "--eval-samples", "Held-out problems evaluated before, during and after (0: none)."
+    )
     rollouts: int = option(1, "--eval-rollouts", "Answers sampled per held-out problem.")
-    every: int = option(0, "--eval-every", "Updates between evaluations (0: only before and after).")
-    temperature: float = option(1.0, "--eval-temperature", "Sampling temperature of evaluation (0 is greedy).")
-    kl_prompts: int = option(32, "--kl-prompts", "Held-out prompts whose full-length rollouts measure the KL.")
-    tail_every: int = option(25, "--tail-every", "Updates between tail probes, small looks beyond the prefix (0: none).")
+    every: int = option(
+        0, "--eval-every", "Updates between evaluations (0: only before and after)."
+    )
+    temperature: float = option(
+        1.0, "--eval-temperature", "Sampling temperature of evaluation (0 is greedy)."
+    )
+    kl_prompts: int = option(
+        32, "--kl-prompts", "Held-out prompts whose full-length rollouts measure the KL."
+    )
+    tail_every: int = option(
+        25, "--tail-every", "Updates between tail probes, small looks beyond the prefix (0: none)."
+    )
     tail_prompts: int = option(8, "--tail-prompts", "Held-out prompts of a tail probe.")
-    check_samples: int = option(8, "--check-samples", "Held-out problems that student and teacher answer before the run, where that takes less "
-                                "than some 15 seconds (0: none).")
-    answer_format: str = option("auto", "--answer-format", "Where an answer is read: auto (as the data set says, else boxed, hash or the last "
-                                "number), boxed, hash (#### 42), last-number, choice (a letter) or exact.")
+    check_samples: int = option(
+        8,
+        "--check-samples",
+        "Held-out problems that student and teacher answer before the run, where that takes less "
+        "than some 15 seconds (0: none).",
+    )
+    answer_format: str = option(
+        "auto",
+        "--answer-format",
+        "Where an answer is read: auto (as the data set says, else boxed, hash or the last "
+        "number), boxed, hash (#### 42), last-number, choice (a letter) or exact.",
+    )
 
 
 @dataclass(frozen=True)
 class Runtime:
-    dtype: str = option("auto", "--dtype", "Compute: auto, float32 or bfloat16 (student master weights stay float32).")
-    head_dtype: str = option("auto", "--head-dtype", "Matmuls of the output head: auto (as --dtype), float32, bfloat16.")
+    dtype: str = option(
+        "auto",
+        "--dtype",
+        "Compute: auto, float32 or bfloat16 (student master weights stay float32).",
+    )
+    head_dtype: str = option(
+        "auto", "--head-dtype", "Matmuls of the output head: auto (as --dtype), float32, bfloat16."
+    )
     device: str = option("auto", "--device", "Student's device: auto, cpu, cuda, cuda:1, mps.")
-    teacher_device: str | None = option(None, "--teacher-device", "Teacher's device; auto: its layers are spread over all GPUs and, as far as "
-                                        "they do not fit, main memory and disk.", "the student's")
-    teacher_memory: float | None = option(None, "--teacher-memory", "With --teacher-device auto: how much of each GPU (without one: of main "
-                                          "memory) the teacher may fill (GiB).", "half of what is free")
-    gpus: int | None = option(None, "--gpus", "Ranks that are started on this machine, each on a GPU of its own (with --device cpu: "
-                              "as processes).", "1, or what a launcher such as torchrun starts")
-    rank_timeout: int = option(1800, "--rank-timeout", "How long ranks wait for each other before the run stops (seconds).")
-    check_ranks_every: int = option(50, "--check-ranks-every", "Updates between comparisons of all ranks' weights (0: only before "
-                                    "checkpoints).")
+    teacher_device: str | None = option(
+        None,
+        "--teacher-device",
+        "Teacher's device; auto: its layers are spread over all GPUs and, as far as "
+        "they do not fit, main memory and disk.",
+        "the student's",
+    )
+    teacher_memory: float | None = option(
+        None,
+        "--teacher-memory",
+        "With --teacher-device auto: how much of each GPU (without one: of main "
+        "memory) the teacher may fill (GiB).",
+        "half of what is free",
+    )
+    gpus: int | None = option(
+        None,
+        "--gpus",
+        "Ranks that are started on this machine, each on a GPU of its own (with --device cpu: "
+        "as processes).",
+        "1, or what a launcher such as torchrun starts",
+    )
+    rank_timeout: int = option(
+        1800, "--rank-timeout", "How long ranks wait for each other before the run stops (seconds)."
+    )
+    check_ranks_every: int = option(
+        50,
+        "--check-ranks-every",
+        "Updates between comparisons of all ranks' weights (0: only before checkpoints).",
+    )
     seed: int = option(0, "--seed", "Seed of prompts, rollouts and evaluation.")
-    head_memory_mb: int = option(256, "--head-memory-mb", "Memory budget of the loss's vocabulary-sized chunk (MiB).")
+    head_memory_mb: int = option(
+        256, "--head-memory-mb", "Memory budget of the loss's vocabulary-sized chunk (MiB)."
+    )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     out: str | None = option(None, "--out", "Run folder.", "runs/<time>")
-    save_every: int = option(25, "--save-every", "Updates between checkpoints (0: only at the end).")
+    save_every: int = option(
+        25, "--save-every", "Updates between checkpoints (0: only at the end)."
+    )
 
 
 @dataclass(frozen=True)
 class Trackers:
-    to: str = option("none", "--report-to", "Where metrics and evaluations go beside metrics.jsonl: none, tensorboard, wandb, trackio; several "
-                     "with commas.")
-    name: str | None = option(None, "--run-name", "The run's name there, and the title of its model card.", "the run folder's; the models'")
+    to: str = option(
+        "none",
+        "--report-to",
+        "Where metrics and evaluations go beside metrics.jsonl: none, tensorboard, wandb, trackio; several "
+        "with commas.",
+    )
+    name: str | None = option(
+        None,
+        "--run-name",
+        "The run's name there, and the title of its model card.",
+        "the run folder's; the models'",
+    )
 
 
 @dataclass(frozen=True)
 class Export:
-    push: str | None = option(None, "--push-to-hub", "Hub repository, USER/NAME, that gets model/ after the run; private if it is made here.",
-                              "none")
-    public: bool = option(False, "--hub-public", "A repository that is made for --push-to-hub is public.")
+    push: str | None = option(
+        None,
+        "--push-to-hub",
+        "Hub repository, USER/NAME, that gets model/ after the run; private if it is made here.",
+        "none",
+    )
+    public: bool = option(
+        False, "--hub-public", "A repository that is made for --push-to-hub is public."
+    )
 
 
 @dataclass(frozen=True)
@@ -263,7 +510,9 @@ def build(values: dict[str, object]) -> Config:
         if path not in known:
             path = path[:80]
             near = difflib.get_close_matches(path, known, 1, 0.4)
-            hint = f"; did you mean {near[0]}?" if near else f"; known sections: {', '.join(sections)}"
+            hint = (
+                f"; did you mean {near[0]}?" if near else f"; known sections: {', '.join(sections)}"
+            )
             raise UserError(f"unknown setting '{path}'{hint}")
         section, key = path.split(".")
         sections[section][key] = _typed(path, value, known[path].type)
@@ -278,16 +527,24 @@ def read_tree(path: str) -> dict:
         with open(path, encoding="utf-8") as file:
             text = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:
-        raise UserError(f"config file {path}: cannot be read as UTF-8 text ({type(error).__name__}); check its path") from None
+        raise UserError(
+            f"config file {path}: cannot be read as UTF-8 text ({type(error).__name__}); check its path"
+        ) from None
     if len(text) > LARGEST:
-        raise UserError(f"config file {path}: it has more than {LARGEST:,} characters; settings fit in far fewer")
+        raise UserError(
+            f"config file {path}: it has more than {LARGEST:,} characters; settings fit in far fewer"
+        )
     try:
         tree = _yaml(text)
     except ValueError as error:
-        raise UserError(f"config file {path}: not valid YAML ({' '.join(str(error).split())[:300]}); repair it") from None
+        raise UserError(
+            f"config file {path}: not valid YAML ({' '.join(str(error).split())[:300]}); repair it"
+        ) from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UserError(f"config file {path}: expected sections such as 'train: {{steps: 5}}', got {type(tree).__name__}")
+        raise UserError(
+            f"config file {path}: expected sections such as 'train: {{steps: 5}}', got {type(tree).__name__}"
+        )
     return tree
 
 
@@ -299,10 +556,16 @@ def _yaml(text: str):
     class Loader(yaml.SafeLoader):
         def flatten_mapping(self, node):
             seen = set()
-            for key, _ in node.value if not hasattr(node, "checked") else ():  # an alias comes here again, merged
+            for key, _ in (
+                node.value if not hasattr(node, "checked") else ()
+            ):  # an alias comes here again, merged
                 if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    raise ValueError(f"the key {key.value[:80]!r} is there twice, again in line {key.start_mark.line + 1}")
-                seen.add(key.value if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None)
+                    raise ValueError(
+                        f"the key {key.value[:80]!r} is there twice, again in line {key.start_mark.line + 1}"
+                    )
+                seen.add(
+                    key.value if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None
+                )
             node.checked = True
             super().flatten_mapping(node)
             if len(node.value) > 10_000:
@@ -310,7 +573,14 @@ def _yaml(text: str):
 
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, OverflowError, RecursionError, AttributeError, KeyError, TypeError) as error:
+    except (
+        yaml.YAMLError,
+        OverflowError,
+        RecursionError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:
         raise ValueError(str(error)) from None
 
 
@@ -319,7 +589,9 @@ def flatten(path: str, tree: dict) -> dict[str, object]:
     values = {}
     for section, keys in tree.items():
         if not isinstance(keys, dict):
-            raise UserError(f"config file {path}: section {reprlib.repr(section)} must hold keys, got {reprlib.repr(keys)}")
+            raise UserError(
+                f"config file {path}: section {reprlib.repr(section)} must hold keys, got {reprlib.repr(keys)}"
+            )
         values.update({f"{section}.{key}": value for key, value in keys.items()})
     return values
 
@@ -355,94 +627,186 @@ def _typed(path: str, value: object, kind) -> object:
         except ValueError:
             pass
     if isinstance(value, int) and abs(value) >= 1 << 63:
-        raise UserError(f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; give a smaller one")
+        raise UserError(
+            f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; give a smaller one"
+        )
     if base is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if base is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
-    if isinstance(value, bool) and (word := "on" if value else "off") in dict(CHOICES).get(path, ()):  # YAML 1.1 reads on and off as true and false
+    if isinstance(value, bool) and (word := "on" if value else "off") in dict(CHOICES).get(
+        path, ()
+    ):  # YAML 1.1 reads on and off as true and false
         value = word
     if type(value) is not base:
-        raise UserError(f"{path}: expected {NAMES[base]}, got {reprlib.repr(value)}; change {flag(path)}")
+        raise UserError(
+            f"{path}: expected {NAMES[base]}, got {reprlib.repr(value)}; change {flag(path)}"
+        )
     return value
 
 
 def check(config: Config) -> None:
     """Every rule a value alone can break. Raises UserError with expected, got, what to do."""
     for path, low, high in (
-        ("schedule.lr", 0, None), ("rollout.temperature", 0, None), ("rollout.top_p", 0, 1),
-        ("divergence.temperature", 0, None), ("train.weight_decay", 0, None), ("train.grad_clip", 0, None),
-        ("evaluate.temperature", 0, None), ("rollout.top_k", 0, None), ("evaluate.problems", 0, None),
-        ("evaluate.every", 0, None), ("evaluate.check_samples", 0, None), ("evaluate.kl_prompts", 1, None), ("checkpoint.save_every", 0, None),
-        ("train.steps", 0, None), ("train.batch_size", 1, None), ("train.micro_batch_size", 1, None),
-        ("rollout.samples", 1, None), ("rollout.rows", 1, None), ("rollout.max_new_tokens", 1, None),
-        ("data.max_prompt_tokens", 1, None), ("data.few_shot", 0, None), ("extrapolation.problems", 1, None), ("divergence.clip", 0, None),
-        ("models.teacher_ema", 0, 1), ("adapter.rank", 1, 4096), ("adapter.alpha", 0, None), ("runtime.teacher_memory", 0, None), ("weights.keep", 0, 1), ("evaluate.rollouts", 1, None),
-        ("evaluate.tail_every", 0, None), ("evaluate.tail_prompts", 1, None), ("runtime.head_memory_mb", 1, None),
-        ("runtime.gpus", 1, None), ("runtime.rank_timeout", 1, None), ("runtime.check_ranks_every", 0, None),
+        ("schedule.lr", 0, None),
+        ("rollout.temperature", 0, None),
+        ("rollout.top_p", 0, 1),
+        ("divergence.temperature", 0, None),
+        ("train.weight_decay", 0, None),
+        ("train.grad_clip", 0, None),
+        ("evaluate.temperature", 0, None),
+        ("rollout.top_k", 0, None),
+        ("evaluate.problems", 0, None),
+        ("evaluate.every", 0, None),
+        ("evaluate.check_samples", 0, None),
+        ("evaluate.kl_prompts", 1, None),
+        ("checkpoint.save_every", 0, None),
+        ("train.steps", 0, None),
+        ("train.batch_size", 1, None),
+        ("train.micro_batch_size", 1, None),
+        ("rollout.samples", 1, None),
+        ("rollout.rows", 1, None),
+        ("rollout.max_new_tokens", 1, None),
+        ("data.max_prompt_tokens", 1, None),
+        ("data.few_shot", 0, None),
+        ("extrapolation.problems", 1, None),
+        ("divergence.clip", 0, None),
+        ("models.teacher_ema", 0, 1),
+        ("adapter.rank", 1, 4096),
+        ("adapter.alpha", 0, None),
+        ("runtime.teacher_memory", 0, None),
+        ("weights.keep", 0, 1),
+        ("evaluate.rollouts", 1, None),
+        ("evaluate.tail_every", 0, None),
+        ("evaluate.tail_prompts", 1, None),
+        ("runtime.head_memory_mb", 1, None),
+        ("runtime.gpus", 1, None),
+        ("runtime.rank_timeout", 1, None),
+        ("runtime.check_ranks_every", 0, None),
     ):
         value = get(config, path)
         if value is None:
             continue
         bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
         if not math.isfinite(value) or value < low or (high is not None and value > high):
-            raise UserError(f"{path} {value}: expected a finite number {bound}; change {flag(path)}")
-    for path in ("schedule.lr", "rollout.top_p", "divergence.temperature", "divergence.clip", "weights.keep", "models.teacher_ema", "adapter.alpha"):
+            raise UserError(
+                f"{path} {value}: expected a finite number {bound}; change {flag(path)}"
+            )
+    for path in (
+        "schedule.lr",
+        "rollout.top_p",
+        "divergence.temperature",
+        "divergence.clip",
+        "weights.keep",
+        "models.teacher_ema",
+        "adapter.alpha",
+    ):
         if get(config, path) == 0:
             raise UserError(f"{path} 0: expected a number above 0; change {flag(path)}")
     for path, allowed in CHOICES:
         if get(config, path) not in allowed:
-            raise UserError(f"{path} '{get(config, path)}': {flag(path)} must be one of {', '.join(allowed)}")
+            raise UserError(
+                f"{path} '{get(config, path)}': {flag(path)} must be one of {', '.join(allowed)}"
+            )
     if (config.runtime.gpus or 1) > config.train.batch_size:
-        raise UserError(f"--batch-size {config.train.batch_size}: {config.runtime.gpus} ranks need at least one prompt each; raise it")
+        raise UserError(
+            f"--batch-size {config.train.batch_size}: {config.runtime.gpus} ranks need at least one prompt each; raise it"
+        )
     name, _ = parse_divergence(config.divergence.name)
     estimator, _ = parse_estimator(config.divergence.estimator)
     off_policy = parse_off_policy(config.rollout.off_policy)
     if estimator == "sampled":
         for wrong, got, instead in (
-            (name != "reverse-kl", f"--divergence {config.divergence.name}",
-             "the student's own tokens estimate the reverse KL only: use reverse-kl, or --estimator full"),
-            (config.divergence.temperature != 1, f"--kl-temperature {config.divergence.temperature:g}",
-             "it teaches the student's distribution as it is: use 1, or --estimator full"),
-            (config.rollout.temperature == 0, "--temperature 0",
-             "a greedy token is no sample of the student's distribution: use 1, or --estimator full"),
-            (off_policy is not None and off_policy.loss == "divergence", f"--off-policy {config.rollout.off_policy}",
-             "the tokens must be the student's own: use --estimator full"),
+            (
+                name != "reverse-kl",
+                f"--divergence {config.divergence.name}",
+                "the student's own tokens estimate the reverse KL only: use reverse-kl, or --estimator full",
+            ),
+            (
+                config.divergence.temperature != 1,
+                f"--kl-temperature {config.divergence.temperature:g}",
+                "it teaches the student's distribution as it is: use 1, or --estimator full",
+            ),
+            (
+                config.rollout.temperature == 0,
+                "--temperature 0",
+                "a greedy token is no sample of the student's distribution: use 1, or --estimator full",
+            ),
+            (
+                off_policy is not None and off_policy.loss == "divergence",
+                f"--off-policy {config.rollout.off_policy}",
+                "the tokens must be the student's own: use --estimator full",
+            ),
         ):
             if wrong:
                 raise UserError(f"--estimator sampled with {got}: {instead}")
     if off_policy is not None and off_policy == parse_off_policy("sft"):
-        for path in ("divergence.name", "divergence.estimator", "divergence.temperature", "divergence.clip"):
+        for path in (
+            "divergence.name",
+            "divergence.estimator",
+            "divergence.temperature",
+            "divergence.clip",
+        ):
             if get(config, path) != options()[path].default:
-                raise UserError(f"{flag(path)} {get(config, path)} with --off-policy sft: every rollout is the teacher's and has "
-                                "the cross-entropy as its loss; leave it out, or use --off-policy divergence")
+                raise UserError(
+                    f"{flag(path)} {get(config, path)} with --off-policy sft: every rollout is the teacher's and has "
+                    "the cross-entropy as its loss; leave it out, or use --off-policy divergence"
+                )
     if config.divergence.clip is not None and (name != "forward-kl" or estimator != "full"):
-        raise UserError(f"--clip {config.divergence.clip:g} with --divergence {config.divergence.name} --estimator "
-                        f"{config.divergence.estimator}: the entry-wise clip is of the forward KL over the whole vocabulary; "
-                        "use --divergence forward-kl --estimator full, or leave it out")
+        raise UserError(
+            f"--clip {config.divergence.clip:g} with --divergence {config.divergence.name} --estimator "
+            f"{config.divergence.estimator}: the entry-wise clip is of the forward KL over the whole vocabulary; "
+            "use --divergence forward-kl --estimator full, or leave it out"
+        )
     _check_teacher(config)
-    if config.data.prompt_template is not None and config.data.prompt_template.count("{prompt}") != 1:
-        raise UserError(f"--prompt-template {config.data.prompt_template[:60]!r}: expected {{prompt}} in it once; put it where the prompt belongs")
-    for path in ("adapter.alpha", "adapter.targets", "adapter.merge") if config.adapter.rank is None else ():
+    if (
+        config.data.prompt_template is not None
+        and config.data.prompt_template.count("{prompt}") != 1
+    ):
+        raise UserError(
+            f"--prompt-template {config.data.prompt_template[:60]!r}: expected {{prompt}} in it once; put it where the prompt belongs"
+        )
+    for path in (
+        ("adapter.alpha", "adapter.targets", "adapter.merge") if config.adapter.rank is None else ()
+    ):
         if get(config, path) != options()[path].default:
             raise UserError(f"{flag(path)}: it needs an adapter; add --lora 16, or leave it out")
-    if config.models.student_quantize != "none" and (config.adapter.rank is None or config.adapter.merge):
-        raise UserError(f"--student-quantize {config.models.student_quantize}: weights of so few bits do not train and take no adapter in; "
-                        + ("leave --lora-merge out, and merge into the full weights later" if config.adapter.merge else "add --lora 16"))
+    if config.models.student_quantize != "none" and (
+        config.adapter.rank is None or config.adapter.merge
+    ):
+        raise UserError(
+            f"--student-quantize {config.models.student_quantize}: weights of so few bits do not train and take no adapter in; "
+            + (
+                "leave --lora-merge out, and merge into the full weights later"
+                if config.adapter.merge
+                else "add --lora 16"
+            )
+        )
     if config.runtime.teacher_memory is not None and config.runtime.teacher_device != "auto":
-        raise UserError(f"--teacher-memory {config.runtime.teacher_memory:g}: it limits --teacher-device auto; add that, or leave it out")
-    for wrong, got in (((config.runtime.gpus or 1) > 1, "--gpus"), (config.models.teacher == SELF, "--teacher self"),
-                       (config.models.teacher_quantize != "none", "--teacher-quantize")):
+        raise UserError(
+            f"--teacher-memory {config.runtime.teacher_memory:g}: it limits --teacher-device auto; add that, or leave it out"
+        )
+    for wrong, got in (
+        ((config.runtime.gpus or 1) > 1, "--gpus"),
+        (config.models.teacher == SELF, "--teacher self"),
+        (config.models.teacher_quantize != "none", "--teacher-quantize"),
+    ):
         if wrong and config.runtime.teacher_device == "auto":
-            raise UserError(f"--teacher-device auto with {got}: it spreads one teacher with weights of its own over all GPUs; leave one of them out")
+            raise UserError(
+                f"--teacher-device auto with {got}: it spreads one teacher with weights of its own over all GPUs; leave one of them out"
+            )
     if config.weights.keep is not None and config.weights.select == "all":
-        raise UserError(f"--keep {config.weights.keep:g}: it is the share that --select keeps; add --select soft-or, or leave it out")
+        raise UserError(
+            f"--keep {config.weights.keep:g}: it is the share that --select keeps; add --select soft-or, or leave it out"
+        )
     parse_selection(config.weights.select, selected(config))
     parse_position_weight(config.weights.position)
     if config.extrapolation.kind == "none":
         for path in ("extrapolation.score", "extrapolation.problems", "extrapolation.reset"):
             if get(config, path) != options()[path].default:
-                raise UserError(f"{flag(path)} {get(config, path)}: nothing is extrapolated; add --extrapolate effopd, or leave it out")
+                raise UserError(
+                    f"{flag(path)} {get(config, path)}: nothing is extrapolated; add --extrapolate effopd, or leave it out"
+                )
     parse_window(config.weights.window)
     parse_trackers(config.trackers.to)
     check_repository(config.export.push, config.export.public)
@@ -453,23 +817,41 @@ def check(config: Config) -> None:
 def _check_teacher(config: Config) -> None:
     models, data = config.models, config.data
     if models.teacher_ema is not None and (models.teacher != SELF or models.teacher_ema == 1):
-        raise UserError(f"--teacher-ema {models.teacher_ema:g} with --teacher {models.teacher}: it averages the student into a copy of "
-                        "itself; use --teacher self and a number below 1, such as 0.999, or leave it out")
+        raise UserError(
+            f"--teacher-ema {models.teacher_ema:g} with --teacher {models.teacher}: it averages the student into a copy of "
+            "itself; use --teacher self and a number below 1, such as 0.999, or leave it out"
+        )
     if models.teacher_ema is not None and models.teacher_quantize != "none":
-        raise UserError(f"--teacher-ema {models.teacher_ema:g} with --teacher-quantize {models.teacher_quantize}: an average needs its weights in "
-                        "float32; leave one of them out")
+        raise UserError(
+            f"--teacher-ema {models.teacher_ema:g} with --teacher-quantize {models.teacher_quantize}: an average needs its weights in "
+            "float32; leave one of them out"
+        )
     if models.teacher_ema is not None and config.adapter.rank is not None:
-        raise UserError(f"--teacher-ema {models.teacher_ema:g} with --lora: its teacher is the student without the adapter, which does not move; "
-                        "leave one of them out")
-    if models.teacher == SELF and data.privileged_column is None and data.teacher_thinking == data.student_thinking:
-        raise UserError("--teacher self: the student's own weights behind the same prompt have nothing to teach; name what the teacher "
-                        "alone sees with --privileged-column, such as solution")
+        raise UserError(
+            f"--teacher-ema {models.teacher_ema:g} with --lora: its teacher is the student without the adapter, which does not move; "
+            "leave one of them out"
+        )
+    if (
+        models.teacher == SELF
+        and data.privileged_column is None
+        and data.teacher_thinking == data.student_thinking
+    ):
+        raise UserError(
+            "--teacher self: the student's own weights behind the same prompt have nothing to teach; name what the teacher "
+            "alone sees with --privileged-column, such as solution"
+        )
     if data.privileged_template is not None:
         if data.privileged_column is None:
-            raise UserError("--privileged-template: it needs what the teacher alone sees; name it with --privileged-column")
-        if missing := [name for name in ("{problem}", "{solution}") if name not in data.privileged_template]:
-            raise UserError(f"--privileged-template {data.privileged_template[:60]!r}: it has no {missing[0]}; put it where the "
-                            f"{missing[0][1:-1]} belongs")
+            raise UserError(
+                "--privileged-template: it needs what the teacher alone sees; name it with --privileged-column"
+            )
+        if missing := [
+            name for name in ("{problem}", "{solution}") if name not in data.privileged_template
+        ]:
+            raise UserError(
+                f"--privileged-template {data.privileged_template[:60]!r}: it has no {missing[0]}; put it where the "
+                f"{missing[0][1:-1]} belongs"
+            )
 
 
 def selected(config: Config) -> float:
@@ -502,7 +884,9 @@ def parse_estimator(text: str) -> tuple[str, int | None]:
         return text, None
     if name == "top-k" and re.fullmatch(r"0*[1-9]\d{0,17}", size, re.ASCII):
         return name, int(size)
-    raise UserError(f"estimator '{text}': --estimator must be full, sampled or top-k:K with K at least 1, such as top-k:64")
+    raise UserError(
+        f"estimator '{text}': --estimator must be full, sampled or top-k:K with K at least 1, such as top-k:64"
+    )
 
 
 def parse_trackers(text: str) -> tuple[str, ...]:
@@ -511,16 +895,24 @@ def parse_trackers(text: str) -> tuple[str, ...]:
     if names == ("none",):
         return ()
     if unknown := [name for name in names if name not in TRACKERS]:
-        raise UserError(f"--report-to {text!r}: expected none, or some of {', '.join(TRACKERS)} with commas, got {unknown[0]!r}")
+        raise UserError(
+            f"--report-to {text!r}: expected none, or some of {', '.join(TRACKERS)} with commas, got {unknown[0]!r}"
+        )
     return names
 
 
 def check_repository(name: str | None, public: bool) -> None:
     """UserError unless ``name`` can be a hub repository's, or is None and nothing is to be public."""
     if name is None and public:
-        raise UserError("--hub-public: nothing is pushed; add --push-to-hub USER/NAME, or leave it out")
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name, re.ASCII):
-        raise UserError(f"--push-to-hub {name[:80]!r}: expected USER/NAME of letters, digits, '-', '_' and '.', such as me/my-student")
+        raise UserError(
+            "--hub-public: nothing is pushed; add --push-to-hub USER/NAME, or leave it out"
+        )
+    if name is not None and not re.fullmatch(
+        r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name, re.ASCII
+    ):
+        raise UserError(
+            f"--push-to-hub {name[:80]!r}: expected USER/NAME of letters, digits, '-', '_' and '.', such as me/my-student"
+        )
 
 
 def get(config: Config, path: str):
@@ -537,5 +929,9 @@ def flag(path: str) -> str:
 def replace(config: Config, **sections: dict) -> Config:
     """A copy with some keys of some sections changed: ``replace(config, rollout={"max_new_tokens": 64})``."""
     return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **keys)
+            for name, keys in sections.items()
+        },
     )

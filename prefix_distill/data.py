@@ -21,14 +21,26 @@ from .models import LAB, Model, is_path
 from .presets import PRESETS, Preset, nearest
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "query", "input")
-ANSWER_COLUMNS = ("answer", "solution", "final_answer", "ground_truth", "target", "gold", "output", "response")
+ANSWER_COLUMNS = (
+    "answer",
+    "solution",
+    "final_answer",
+    "ground_truth",
+    "target",
+    "gold",
+    "output",
+    "response",
+)
 PRIVILEGED = (  # the teacher's user turn where it is shown a reference solution, after arXiv 2601.18734; ours in wording
     "{problem}\n\nA reference solution of this problem, between the two lines:\n-----\n{solution}\n-----\n\nRead it until you "
     "understand why it is right. Then solve the problem yourself, step by step and in your own words, without mentioning it."
 )
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # names of roles where turns are written {"from": …, "value": …}
+SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+}  # names of roles where turns are written {"from": …, "value": …}
 HALF = re.compile("[\ud800-\udfff]")  # cannot be written as UTF-8
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # of a prompt template
 BUFFER = 1_000  # rows of a streamed set among which the next one is drawn
@@ -99,8 +111,10 @@ def sources(text: str) -> list[tuple[str, Fraction]]:
     for part in text.split(","):
         match = re.fullmatch(r"([^:\s].*?)(?::([0-9]{1,6}(?:\.[0-9]{1,6})?))?", part.strip(), re.S)
         if match is None or Fraction(match[2] or 1) == 0:
-            raise UserError(f"dataset {text[:200]}: expected data sets and their weights such as gsm8k:3,more.jsonl:1, got '{part.strip()[:80]}'; "
-                            "name one, with a weight above 0")
+            raise UserError(
+                f"dataset {text[:200]}: expected data sets and their weights such as gsm8k:3,more.jsonl:1, got '{part.strip()[:80]}'; "
+                "name one, with a weight above 0"
+            )
         found.append((match[1], Fraction(match[2] or 1)))
     return found
 
@@ -111,17 +125,31 @@ def _source(text: str) -> Source:
     if not mark or _there(text) or re.search(r"[/\\.]", digits):
         name, digits = text, None
     elif not re.fullmatch("[0-9]{1,12}", digits) or int(digits) == 0 or not name:
-        raise UserError(f"dataset {text[:200]}: expected a number of rows behind #, such as {name[:80] or 'gsm8k'}#1000, got '{digits[:80]}'")
+        raise UserError(
+            f"dataset {text[:200]}: expected a number of rows behind #, such as {name[:80] or 'gsm8k'}#1000, got '{digits[:80]}'"
+        )
     short, given, place = name.partition("=")
     if given and not _there(name) and not re.search(r"[/\\]", short):
         if short.lower() not in PRESETS or not place or place.startswith(LAB):
             near = nearest(short)
-            raise UserError(f"dataset {text[:200]}: expected PRESET=PLACE such as gsm8k=my.jsonl, a file, folder or hub id; " + (
-                f"did you mean {near}?" if near and near != short.lower() else f"presets are {', '.join(PRESETS)}"))
+            raise UserError(
+                f"dataset {text[:200]}: expected PRESET=PLACE such as gsm8k=my.jsonl, a file, folder or hub id; "
+                + (
+                    f"did you mean {near}?"
+                    if near and near != short.lower()
+                    else f"presets are {', '.join(PRESETS)}"
+                )
+            )
     else:
         short, place = name, ""
     preset = PRESETS.get(short.lower())
-    return Source(text, name, name if preset is None else place or preset.hub, preset, None if digits is None else int(digits))
+    return Source(
+        text,
+        name,
+        name if preset is None else place or preset.hub,
+        preset,
+        None if digits is None else int(digits),
+    )
 
 
 def _there(text: str, what=Path.exists) -> bool:
@@ -131,10 +159,23 @@ def _there(text: str, what=Path.exists) -> bool:
         return False
 
 
-def load(name: str, *, split: str | None = None, prompt_column: str | None = None, answer_column: str | None = None,
-         system: str | None = None, instruction: str | None = None, limit: int | None = None,
-         privileged_column: str | None = None, prompt_template: str | None = None, seed: int = 0, streaming: bool = False,
-         evaluated: bool = False, worked: bool = False, part: tuple[int, int] = (0, 1)) -> PromptSet:
+def load(
+    name: str,
+    *,
+    split: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    system: str | None = None,
+    instruction: str | None = None,
+    limit: int | None = None,
+    privileged_column: str | None = None,
+    prompt_template: str | None = None,
+    seed: int = 0,
+    streaming: bool = False,
+    evaluated: bool = False,
+    worked: bool = False,
+    part: tuple[int, int] = (0, 1),
+) -> PromptSet:
     """Reads a ``.jsonl/.json/.csv/.parquet`` file (the first three also ``.gz``; UTF-8), a hub data set, a preset, ``lab:TASK`` or ``lab:TASK:20-25``
     (of so many steps), or ``#N`` rows of one, drawn by ``seed``.
 
@@ -146,21 +187,59 @@ def load(name: str, *, split: str | None = None, prompt_column: str | None = Non
     """
     source = _source(name)
     preset = source.preset
-    split = split or (("test" if evaluated else "train") if preset is None else preset.test if evaluated else preset.split)
-    form = _Form(source, prompt_column, answer_column, system, instruction, privileged_column, prompt_template, seed, worked, part)
+    split = split or (
+        ("test" if evaluated else "train")
+        if preset is None
+        else preset.test
+        if evaluated
+        else preset.split
+    )
+    form = _Form(
+        source,
+        prompt_column,
+        answer_column,
+        system,
+        instruction,
+        privileged_column,
+        prompt_template,
+        seed,
+        worked,
+        part,
+    )
     if source.place.startswith(LAB):
         if privileged_column not in (None, "solution"):
-            raise UserError(f"dataset {name}: no column '{privileged_column}'; it has solution; change --privileged-column")
-        rows, streaming = _embedded(name, source.place[len(LAB):], split, limit if source.count is None else None), False
+            raise UserError(
+                f"dataset {name}: no column '{privileged_column}'; it has solution; change --privileged-column"
+            )
+        rows, streaming = (
+            _embedded(
+                name, source.place[len(LAB) :], split, limit if source.count is None else None
+            ),
+            False,
+        )
     else:
         rows = _rows(source, split, streaming)
     if streaming:
-        reading = _told(name, rows if evaluated and source.count is None else rows.shuffle(seed=seed, buffer_size=BUFFER))
-        seen = list(itertools.islice(_told(name, rows), BUFFER) if source.local else itertools.islice(reading, 1))
+        reading = _told(
+            name,
+            rows
+            if evaluated and source.count is None
+            else rows.shuffle(seed=seed, buffer_size=BUFFER),
+        )
+        seen = list(
+            itertools.islice(_told(name, rows), BUFFER)
+            if source.local
+            else itertools.islice(reading, 1)
+        )
         if not seen:
             raise UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
-        form = form.columns({key: value for row in reversed(seen) for key, value in row.items()})  # in a file, a row may lack one
-        prompts = (form.prompt(index, row) for index, row in enumerate(reading if source.local else itertools.chain(seen, reading)))
+        form = form.columns(
+            {key: value for row in reversed(seen) for key, value in row.items()}
+        )  # in a file, a row may lack one
+        prompts = (
+            form.prompt(index, row)
+            for index, row in enumerate(reading if source.local else itertools.chain(seen, reading))
+        )
         if source.count is not None:
             prompts = tuple(itertools.islice(prompts, source.count))
             _enough(source, len(prompts))
@@ -176,15 +255,26 @@ def load(name: str, *, split: str | None = None, prompt_column: str | None = Non
             _enough(source, len(rows))
             order = sorted(shuffled(order, seed, "sample")[: source.count])
         if limit is not None and limit < len(order):
-            order = [order[i * len(order) // limit] for i in range(limit)] if evaluated and preset and preset.sorted else order[:limit]
+            order = (
+                [order[i * len(order) // limit] for i in range(limit)]
+                if evaluated and preset and preset.sorted
+                else order[:limit]
+            )
         prompts = tuple(form.prompt(index, rows[index]) for index in order)
-    return PromptSet(name, prompts, **_task(source, split), notes=form.notes(split, None if streaming else len(rows)))
+    return PromptSet(
+        name,
+        prompts,
+        **_task(source, split),
+        notes=form.notes(split, None if streaming else len(rows)),
+    )
 
 
 def _enough(source: Source, there: int) -> None:
     if there < source.count:
-        raise UserError(f"dataset {source.text}: it has {there:,} rows, expected at least the {source.count:,} behind #; ask for fewer, or leave "
-                        "#… out")
+        raise UserError(
+            f"dataset {source.text}: it has {there:,} rows, expected at least the {source.count:,} behind #; ask for fewer, or leave "
+            "#… out"
+        )
 
 
 @dataclass(frozen=True)
@@ -209,10 +299,23 @@ class _Form:
             return replace(self, prompt_column="prompt", answer_column="answer")
         prompt, answer, instruction = self.prompt_column, self.answer_column, self.instruction
         if preset is not None:
-            prompt, answer, instruction = (chosen if given is None else given for given, chosen in (
-                (prompt, preset.prompt), (answer, preset.answer), (instruction, preset.instruction)))
+            prompt, answer, instruction = (
+                chosen if given is None else given
+                for given, chosen in (
+                    (prompt, preset.prompt),
+                    (answer, preset.answer),
+                    (instruction, preset.instruction),
+                )
+            )
         prompt = _column(name, first, prompt, PROMPT_COLUMNS, "--prompt-column", required=True)
-        answer = _column(name, first, answer, ANSWER_COLUMNS if preset is None else (), "--answer-column", required=False)
+        answer = _column(
+            name,
+            first,
+            answer,
+            ANSWER_COLUMNS if preset is None else (),
+            "--answer-column",
+            required=False,
+        )
         if self.privileged_column is not None:
             _column(name, first, self.privileged_column, (), "--privileged-column", required=True)
         return replace(self, prompt_column=prompt, answer_column=answer, instruction=instruction)
@@ -227,37 +330,74 @@ class _Form:
             value, answer = self._choice(index, row, value, answer)
         messages, closing = _messages(name, index, value)
         if preset is not None and preset.cut:
-            messages[-1] = {**messages[-1], "content": re.sub(preset.cut, "", messages[-1]["content"])}
+            messages[-1] = {
+                **messages[-1],
+                "content": re.sub(preset.cut, "", messages[-1]["content"]),
+            }
         if self.answer_column is None:
-            answer = closing if preset is None or answers.extract(str(closing), "boxed") is not None else None
+            answer = (
+                closing
+                if preset is None or answers.extract(str(closing), "boxed") is not None
+                else None
+            )
         privileged = None if self.privileged_column is None else _reach(row, self.privileged_column)
-        if self.privileged_column is not None and not (isinstance(privileged, str) and privileged.strip()):
-            raise UserError(f"dataset {name}: row {index} has no text in '{self.privileged_column}' (got {str(privileged)[:60]!r}); remove or "
-                            "repair the row, or change --privileged-column")
+        if self.privileged_column is not None and not (
+            isinstance(privileged, str) and privileged.strip()
+        ):
+            raise UserError(
+                f"dataset {name}: row {index} has no text in '{self.privileged_column}' (got {str(privileged)[:60]!r}); remove or "
+                "repair the row, or change --privileged-column"
+            )
         answer = None if answer is None else str(answer)
         around = self._around(index, row)
-        messages[-1] = {**messages[-1], "content": f"{around[0]}{messages[-1]['content']}{around[1]}"}
+        messages[-1] = {
+            **messages[-1],
+            "content": f"{around[0]}{messages[-1]['content']}{around[1]}",
+        }
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         worked = self._solution(row, closing, answer) if self.worked else None
-        for text in (*(m["content"] for m in messages), answer or "", privileged or "", worked or ""):
+        for text in (
+            *(m["content"] for m in messages),
+            answer or "",
+            privileged or "",
+            worked or "",
+        ):
             if HALF.search(text):
-                raise UserError(f"dataset {name}: row {index} has half of a surrogate pair in {text[:60]!r}; repair the row")
-        return Prompt(index * self.part[1] + self.part[0], tuple(messages), answer, privileged, around, worked)
+                raise UserError(
+                    f"dataset {name}: row {index} has half of a surrogate pair in {text[:60]!r}; repair the row"
+                )
+        return Prompt(
+            index * self.part[1] + self.part[0], tuple(messages), answer, privileged, around, worked
+        )
 
     def _choice(self, index: int, row: dict, question: str, answer) -> tuple[str, str]:
         """The question with its options A, B, …, and the right one's letter. Where wrong ones are given, the order is drawn by the
         seed and the row."""
         preset = self.source.preset
         if preset.wrong:
-            options = shuffled([answer, *(row.get(column) for column in preset.wrong)], self.seed, "options", index)
+            options = shuffled(
+                [answer, *(row.get(column) for column in preset.wrong)], self.seed, "options", index
+            )
             answer = chr(ord("A") + options.index(answer))
         else:
             options = _reach(row, preset.options)
-        if not isinstance(options, list) or not 2 <= len(options) <= 26 or not all(isinstance(o, str) and o.strip() for o in options):
-            raise UserError(f"dataset {self.source.text}: row {index} has no options of text in "
-                            f"'{preset.options or ', '.join(preset.wrong)}' (got {str(options)[:60]!r}); repair the row")
-        return "\n".join([question.strip(), "", *(f"{chr(ord('A') + i)}. {o.strip()}" for i, o in enumerate(options))]), answer
+        if (
+            not isinstance(options, list)
+            or not 2 <= len(options) <= 26
+            or not all(isinstance(o, str) and o.strip() for o in options)
+        ):
+            raise UserError(
+                f"dataset {self.source.text}: row {index} has no options of text in "
+                f"'{preset.options or ', '.join(preset.wrong)}' (got {str(options)[:60]!r}); repair the row"
+            )
+        return "\n".join(
+            [
+                question.strip(),
+                "",
+                *(f"{chr(ord('A') + i)}. {o.strip()}" for i, o in enumerate(options)),
+            ]
+        ), answer
 
     def _around(self, index: int, row: dict) -> tuple[str, str]:
         """What stands before and after the problem: the template with this row's fields, the instruction before its end."""
@@ -270,8 +410,10 @@ class _Form:
                 return match[0][:1] if match[1] is None else "{}"
             value = _reach(row, match[1])
             if value is None:
-                raise UserError(f"dataset {self.source.text}: row {index} has no '{match[1]}' for --prompt-template; it has {', '.join(row)} "
-                                "(a brace itself is written twice)")
+                raise UserError(
+                    f"dataset {self.source.text}: row {index} has no '{match[1]}' for --prompt-template; it has {', '.join(row)} "
+                    "(a brace itself is written twice)"
+                )
             return str(value)
 
         before, after = (FIELD.sub(field_of, text) for text in self.template.split("{prompt}"))
@@ -285,42 +427,77 @@ class _Form:
         elif self.answer_column not in ("solution", None) and isinstance(row.get("solution"), str):
             text = row["solution"]
         text = closing or answer if text is None else text
-        if text is None or (answer is None and self.answer_column is not None) or not (text := str(text)).strip():
+        if (
+            text is None
+            or (answer is None and self.answer_column is not None)
+            or not (text := str(text)).strip()
+        ):
             return None
-        if answer is not None and "\\boxed" in (self.instruction or "") and answers.extract(text, "boxed") is None:
+        if (
+            answer is not None
+            and "\\boxed" in (self.instruction or "")
+            and answers.extract(text, "boxed") is None
+        ):
             final = answers.reference(answer)
-            text = re.sub(preset.solution_cut, "", text) if preset is not None and preset.solution_cut else text
-            text = f"{'' if text.strip() == final else text.strip() + chr(10) * 2}\\boxed{{{final}}}"
+            text = (
+                re.sub(preset.solution_cut, "", text)
+                if preset is not None and preset.solution_cut
+                else text
+            )
+            text = (
+                f"{'' if text.strip() == final else text.strip() + chr(10) * 2}\\boxed{{{final}}}"
+            )
         return text
 
     def notes(self, split: str, there: int | None) -> tuple[str, ...]:
         """What was chosen; ``there``: rows of the set, None where it is streamed."""
         source, preset, notes = self.source, self.source.preset, []
         if preset is not None:
-            where = source.place + (f" ({preset.config})" if preset.config and source.place == preset.hub else "")
+            where = source.place + (
+                f" ({preset.config})" if preset.config and source.place == preset.hub else ""
+            )
             where += "" if source.local else f", split {split}"
-            notes.append(f"dataset {source.name}: {where}; prompt {self.prompt_column}, answer {self.answer_column or 'boxed in the last turn'}, "
-                         f"read as {preset.answer_format}; instruction {self.instruction or 'none'!r}; license: {preset.license}; {preset.note}")
+            notes.append(
+                f"dataset {source.name}: {where}; prompt {self.prompt_column}, answer {self.answer_column or 'boxed in the last turn'}, "
+                f"read as {preset.answer_format}; instruction {self.instruction or 'none'!r}; license: {preset.license}; {preset.note}"
+            )
         if source.count is not None:
-            notes.append(f"dataset {source.text}: {source.count:,} {'rows' if there is None else f'of {there:,} rows'}, drawn by --seed {self.seed}")
+            notes.append(
+                f"dataset {source.text}: {source.count:,} {'rows' if there is None else f'of {there:,} rows'}, drawn by --seed {self.seed}"
+            )
         if there is None:
-            notes.append(f"dataset {source.text}: streamed, row by row as they are needed, drawn by --seed {self.seed} from a buffer of {BUFFER:,} "
-                         "rows (evaluated ones: the first, in their order)"
-                         + ("; its subjects stand one after another" if preset is not None and preset.sorted else ""))
+            notes.append(
+                f"dataset {source.text}: streamed, row by row as they are needed, drawn by --seed {self.seed} from a buffer of {BUFFER:,} "
+                "rows (evaluated ones: the first, in their order)"
+                + (
+                    "; its subjects stand one after another"
+                    if preset is not None and preset.sorted
+                    else ""
+                )
+            )
         return tuple(notes)
 
 
 def _task(source: Source, split: str) -> dict:
     """What a PromptSet knows of the task."""
     if source.place.startswith(LAB):
-        return {"answer_format": "hash", "max_new_tokens": task.MAX_NEW_TOKENS, "privileged_template": "{solution} {problem}", "elsewhere": {
-            "test": (source.place, "test")} | ({} if split == "train" else {"examples": (source.place, "train")})}
+        return {
+            "answer_format": "hash",
+            "max_new_tokens": task.MAX_NEW_TOKENS,
+            "privileged_template": "{solution} {problem}",
+            "elsewhere": {"test": (source.place, "test")}
+            | ({} if split == "train" else {"examples": (source.place, "train")}),
+        }
     preset = source.preset
     if preset is None:
         return {}
-    uses = {} if source.local else {"test": preset.test, "examples": preset.examples or preset.split}
-    return {"answer_format": None if preset.answer_format == "auto" else preset.answer_format,
-            "elsewhere": {use: (source.name, other) for use, other in uses.items() if other != split}}
+    uses = (
+        {} if source.local else {"test": preset.test, "examples": preset.examples or preset.split}
+    )
+    return {
+        "answer_format": None if preset.answer_format == "auto" else preset.answer_format,
+        "elsewhere": {use: (source.name, other) for use, other in uses.items() if other != split},
+    }
 
 
 def _embedded(name: str, text: str, split: str, limit: int | None) -> list[dict]:
@@ -338,7 +515,10 @@ def _embedded(name: str, text: str, split: str, limit: int | None) -> list[dict]
         problems = task.problems(task_name, split, limit or most, steps=span)
     except ValueError as error:
         raise UserError(f"dataset {name}: {error}") from None
-    return [{"prompt": problem.prompt, "answer": problem.answer, "solution": problem.solution} for problem in problems]
+    return [
+        {"prompt": problem.prompt, "answer": problem.answer, "solution": problem.solution}
+        for problem in problems
+    ]
 
 
 def _rows(source: Source, split: str, streaming: bool):
@@ -349,7 +529,9 @@ def _rows(source: Source, split: str, streaming: bool):
         path = path.expanduser()
         there = path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"dataset {name[:200]!r}: cannot be a path ({error.__class__.__name__}); give a file or a hub id") from None
+        raise UserError(
+            f"dataset {name[:200]!r}: cannot be a path ({error.__class__.__name__}); give a file or a hub id"
+        ) from None
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if there and path.is_dir() and preset is not None:
         return _library(source, split, streaming, str(path))
@@ -364,7 +546,9 @@ def _rows(source: Source, split: str, streaming: bool):
     if not path.is_file():
         raise UserError(f"dataset {name}: no such file; check the path")
     if suffix not in FORMATS:
-        raise UserError(f"dataset {name}: expected one of {', '.join(FORMATS)} (also .gz), got '{path.suffix}'")
+        raise UserError(
+            f"dataset {name}: expected one of {', '.join(FORMATS)} (also .gz), got '{path.suffix}'"
+        )
     if path.stat().st_size == 0:
         raise UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
     if streaming:
@@ -382,12 +566,16 @@ UNREADABLE = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Err
 
 
 def _unreadable(name: str, suffix: str, error: Exception) -> UserError:
-    return UserError(f"dataset {name}: not readable as {suffix[1:]} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
-                     "repair the file")
+    return UserError(
+        f"dataset {name}: not readable as {suffix[1:]} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+        "repair the file"
+    )
 
 
 def _opened(path: Path):
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
+    return (gzip.open if path.suffix == ".gz" else open)(
+        path, "rt", encoding="utf-8-sig", newline=""
+    )
 
 
 def _library(source: Source, split: str, streaming: bool, folder: str | None = None):
@@ -400,18 +588,28 @@ def _library(source: Source, split: str, streaming: bool, folder: str | None = N
     try:
         if folder is not None:
             config = preset.config if preset.config in get_dataset_config_names(folder) else None
-            return load_dataset(folder, config, split=split, streaming=True) if streaming else _quietly(folder, name=config, split=split)
+            return (
+                load_dataset(folder, config, split=split, streaming=True)
+                if streaming
+                else _quietly(folder, name=config, split=split)
+            )
         config = preset.config if preset is not None and name == preset.hub else None
         return load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises many kinds
         why = (str(error).strip().splitlines() or [""])[0][:200]
         if folder is not None:
-            raise UserError(f"dataset {source.text}: the folder does not hold split {split} of it ({type(error).__name__}: {why}); name a file in it, "
-                            "or change --split") from None
+            raise UserError(
+                f"dataset {source.text}: the folder does not hold split {split} of it ({type(error).__name__}: {why}); name a file in it, "
+                "or change --split"
+            ) from None
         if preset is not None:
-            raise UserError(f"dataset {source.text}: the hub gave no {name} ({type(error).__name__}: {why}); check the network, or give a copy as "
-                            f"{source.name.split('=')[0]}=FOLDER") from None
-        raise UserError(f"dataset {name}: not a local file, and the hub gave none ({type(error).__name__}: {why})") from None
+            raise UserError(
+                f"dataset {source.text}: the hub gave no {name} ({type(error).__name__}: {why}); check the network, or give a copy as "
+                f"{source.name.split('=')[0]}=FOLDER"
+            ) from None
+        raise UserError(
+            f"dataset {name}: not a local file, and the hub gave none ({type(error).__name__}: {why})"
+        ) from None
 
 
 def _streamed(name: str, path: Path, suffix: str):
@@ -419,8 +617,10 @@ def _streamed(name: str, path: Path, suffix: str):
     from datasets import IterableDataset
 
     if suffix == ".json":
-        raise UserError(f"dataset {name}: a .json file is one document, which --streaming cannot read row by row; write it as .jsonl, or leave "
-                        "--streaming out")
+        raise UserError(
+            f"dataset {name}: a .json file is one document, which --streaming cannot read row by row; write it as .jsonl, or leave "
+            "--streaming out"
+        )
     return IterableDataset.from_generator(partial(_read, name, path, suffix))
 
 
@@ -447,7 +647,9 @@ def _told(name: str, rows):
         raise
     except Exception as error:  # the hub client and the readers of formats raise many kinds
         why = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"dataset {name}: reading it stopped ({type(error).__name__}: {why}); check the network or the file") from None
+        raise UserError(
+            f"dataset {name}: reading it stopped ({type(error).__name__}: {why}); check the network or the file"
+        ) from None
 
 
 def _quietly(*what, **options):
@@ -474,7 +676,9 @@ def _objects(text: str) -> list[dict]:
     for number, row in enumerate(rows):
         _object(number, row)
     columns = dict.fromkeys(key for row in rows for key in row)
-    return [dict.fromkeys(columns) | row for row in rows[:1]] + rows[1:]  # the first row stands for what columns there are
+    return [dict.fromkeys(columns) | row for row in rows[:1]] + rows[
+        1:
+    ]  # the first row stands for what columns there are
 
 
 def _lines(lines):
@@ -491,7 +695,9 @@ def _lines(lines):
 
 def _object(number: int, row) -> dict:
     if not isinstance(row, dict):
-        raise ValueError(f"row {number}: expected an object such as {{\"prompt\": …}}, got {str(row)[:60]!r}")
+        raise ValueError(
+            f'row {number}: expected an object such as {{"prompt": …}}, got {str(row)[:60]!r}'
+        )
     return row
 
 
@@ -503,7 +709,9 @@ def _table(file):
         raise ValueError(f"line 1: two columns of one name among {', '.join(columns)}")
     for cells in reader:
         if cells and len(cells) != len(columns):
-            raise ValueError(f"line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}")
+            raise ValueError(
+                f"line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}"
+            )
         if cells:
             yield {column: cell or None for column, cell in zip(columns, cells)}
 
@@ -514,16 +722,22 @@ def _reach(row, column: str):
     return row
 
 
-def _column(name: str, row: dict, given: str | None, usual: tuple[str, ...], flag: str, required: bool) -> str | None:
+def _column(
+    name: str, row: dict, given: str | None, usual: tuple[str, ...], flag: str, required: bool
+) -> str | None:
     if given is not None:
         if _reach(row, given) is None and given.split(".")[0] not in row:
-            raise UserError(f"dataset {name}: no column '{given}'; it has {', '.join(row)}; change {flag}")
+            raise UserError(
+                f"dataset {name}: no column '{given}'; it has {', '.join(row)}; change {flag}"
+            )
         return given
     for column in usual:
         if column in row:
             return column
     if required:
-        raise UserError(f"dataset {name}: no prompt column ({', '.join(usual)}) among {', '.join(row)}; name it with {flag}")
+        raise UserError(
+            f"dataset {name}: no prompt column ({', '.join(usual)}) among {', '.join(row)}; name it with {flag}"
+        )
     return None
 
 
@@ -532,24 +746,52 @@ def _messages(name: str, index: int, value) -> tuple[list[dict], str | None]:
     answer = None
     if isinstance(value, str) and value.strip():
         messages = [{"role": "user", "content": value}]
-    elif isinstance(value, list) and value and all(isinstance(m, dict) and ({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys())
-                                                   for m in value):
-        messages = [{"role": m["role"], "content": m["content"]} if "role" in m else
-                    {"role": SHAREGPT.get(str(m["from"]), m["from"]), "content": m["value"]} for m in value]
+    elif (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(m, dict)
+            and ({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys())
+            for m in value
+        )
+    ):
+        messages = [
+            {"role": m["role"], "content": m["content"]}
+            if "role" in m
+            else {"role": SHAREGPT.get(str(m["from"]), m["from"]), "content": m["value"]}
+            for m in value
+        ]
         if messages[-1]["role"] == "assistant":
             answer = messages.pop()["content"]
     else:
         messages = []
-    if not messages or not all(isinstance(m["content"], str) for m in messages) or not messages[-1]["content"].strip():
-        raise UserError(f"dataset {name}: row {index} has no prompt text (got {str(value)[:60]!r}); remove or repair the row")
-    if not all(m["role"] in ROLES for m in messages) or messages[-1]["role"] not in ("user", "tool"):
-        raise UserError(f"dataset {name}: row {index} has the roles {', '.join(str(m['role'])[:20] for m in messages[:9])} before its answer; "
-                        f"expected some of {', '.join(ROLES)}, the user's last; repair the row")
+    if (
+        not messages
+        or not all(isinstance(m["content"], str) for m in messages)
+        or not messages[-1]["content"].strip()
+    ):
+        raise UserError(
+            f"dataset {name}: row {index} has no prompt text (got {str(value)[:60]!r}); remove or repair the row"
+        )
+    if not all(m["role"] in ROLES for m in messages) or messages[-1]["role"] not in (
+        "user",
+        "tool",
+    ):
+        raise UserError(
+            f"dataset {name}: row {index} has the roles {', '.join(str(m['role'])[:20] for m in messages[:9])} before its answer; "
+            f"expected some of {', '.join(ROLES)}, the user's last; repair the row"
+        )
     return messages, answer
 
 
-def render(model: Model, messages: tuple[dict, ...], template: str, thinking: str = "auto", index: int | None = None,
-           glue: str = "\n\n") -> list[int]:
+def render(
+    model: Model,
+    messages: tuple[dict, ...],
+    template: str,
+    thinking: str = "auto",
+    index: int | None = None,
+    glue: str = "\n\n",
+) -> list[int]:
     """Prompt ids in the model's own chat template (with its generation prompt), or as plain text (with its BOS): the messages with an empty
     line between them, and ``glue`` before an answer.
 
@@ -558,22 +800,32 @@ def render(model: Model, messages: tuple[dict, ...], template: str, thinking: st
     """
     tokenizer = model.tokenizer
     if template == "chat" and not tokenizer.chat_template:
-        raise UserError(f"model {model.name}: its tokenizer has no chat template; use --template plain or auto")
+        raise UserError(
+            f"model {model.name}: its tokenizer has no chat template; use --template plain or auto"
+        )
     chat = template != "plain" and tokenizer.chat_template
     if thinking != "auto" and "enable_thinking" not in (chat or ""):
-        raise UserError(f"model {model.name}: its chat template has no thinking switch (enable_thinking); leave --student-thinking and "
-                        "--teacher-thinking at auto for it")
+        raise UserError(
+            f"model {model.name}: its chat template has no thinking switch (enable_thinking); leave --student-thinking and "
+            "--teacher-thinking at auto for it"
+        )
     if not chat:
         text = messages[0]["content"]
         for message in messages[1:]:
-            text += (("" if text[-1:].isspace() else glue) if message["role"] == "assistant" else "\n\n") + message["content"]
+            text += (
+                ("" if text[-1:].isspace() else glue) if message["role"] == "assistant" else "\n\n"
+            ) + message["content"]
         return tokenizer(text).input_ids
     switch = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **switch)
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False, **switch
+        )
     except Exception as error:  # jinja's TemplateError, or what the template raises itself
-        raise UserError(f"model {model.name}: its chat template refuses prompt {index} ({str(error)[:200] or type(error).__name__}); "
-                        "drop --system or use --template plain") from None
+        raise UserError(
+            f"model {model.name}: its chat template refuses prompt {index} ({str(error)[:200] or type(error).__name__}); "
+            "drop --system or use --template plain"
+        ) from None
 
 
 def glue(settings) -> str:
@@ -588,7 +840,10 @@ def teacher_messages(prompt: Prompt, template: str) -> tuple[dict, ...]:
     if prompt.privileged is None:
         return prompt.messages
     last, (before, after) = prompt.messages[-1], prompt.around
-    fields = {"{problem}": last["content"][len(before): len(last["content"]) - len(after)], "{solution}": prompt.privileged}
+    fields = {
+        "{problem}": last["content"][len(before) : len(last["content"]) - len(after)],
+        "{solution}": prompt.privileged,
+    }
     content = re.sub(r"\{problem\}|\{solution\}", lambda match: fields[match[0]], template)
     return (*prompt.messages[:-1], {**last, "content": f"{before}{content}{after}"})
 
@@ -602,7 +857,9 @@ class Rendered:
     teacher_ids: tuple[int, ...]
 
 
-def render_all(prompts, student: Model, teacher: Model, config, limit: int | None = None) -> tuple[list[Rendered], int]:
+def render_all(
+    prompts, student: Model, teacher: Model, config, limit: int | None = None
+) -> tuple[list[Rendered], int]:
     """Renders for both models, with the forced ``--begin`` text at the end, until ``limit`` prompts are kept.
 
     Drops what exceeds ``max_prompt_tokens`` on either side. Returns the kept ones and how many were dropped. UserError
@@ -615,17 +872,28 @@ def render_all(prompts, student: Model, teacher: Model, config, limit: int | Non
         if limit is not None and len(kept) == limit:
             break
         shown = teacher_messages(prompt, settings.privileged_template or PRIVILEGED)
-        ids = [tuple(render(model, messages, settings.template, thinking, prompt.index, glue(settings))) for model, messages, thinking in
-               ((student, prompt.messages, settings.student_thinking), (teacher, shown, settings.teacher_thinking))]
+        ids = [
+            tuple(
+                render(model, messages, settings.template, thinking, prompt.index, glue(settings))
+            )
+            for model, messages, thinking in (
+                (student, prompt.messages, settings.student_thinking),
+                (teacher, shown, settings.teacher_thinking),
+            )
+        ]
         if max(map(len, ids)) > settings.max_prompt_tokens:
             dropped += 1
         else:
             kept.append(Rendered(prompt, ids[0] + begin[0], ids[1] + begin[1]))
     if not kept and not dropped:
-        raise UserError("dataset: no row is left to be taught or evaluated; give one with more rows, or --eval-dataset")
+        raise UserError(
+            "dataset: no row is left to be taught or evaluated; give one with more rows, or --eval-dataset"
+        )
     if not kept:
-        raise UserError(f"dataset: all {dropped} prompts are longer than --max-prompt-tokens "
-                        f"{settings.max_prompt_tokens}; raise it")
+        raise UserError(
+            f"dataset: all {dropped} prompts are longer than --max-prompt-tokens "
+            f"{settings.max_prompt_tokens}; raise it"
+        )
     return kept, dropped
 
 
@@ -647,7 +915,9 @@ def batch(rendered: list[Rendered], step: int, size: int, seed: int) -> list[Ren
     Epoch 0 takes ``rendered`` as it stands (already shuffled); every later epoch is a permutation of its own.
     """
     first, last = step * size // len(rendered), ((step + 1) * size - 1) // len(rendered)
-    epochs = {0: rendered} | {e: shuffled(rendered, seed, "epoch", e) for e in range(max(1, first), last + 1)}
+    epochs = {0: rendered} | {
+        e: shuffled(rendered, seed, "epoch", e) for e in range(max(1, first), last + 1)
+    }
     slots = (divmod(slot, len(rendered)) for slot in range(step * size, (step + 1) * size))
     return [epochs[epoch][position] for epoch, position in slots]
 
@@ -656,7 +926,9 @@ def slots(weights: list[Fraction]) -> Iterator[int]:
     """Which set each slot of an endless stream belongs to: the one that is furthest behind its share, the first of equals."""
     given, total = [0] * len(weights), sum(weights)
     while True:
-        behind = [weight * (sum(given) + 1) / total - count for weight, count in zip(weights, given)]
+        behind = [
+            weight * (sum(given) + 1) / total - count for weight, count in zip(weights, given)
+        ]
         given[behind.index(max(behind))] += 1
         yield behind.index(max(behind))
 
@@ -669,6 +941,7 @@ def shares(weights: list[Fraction], count: int) -> list[int]:
 
 def mixed(parts: list[list], weights: list[Fraction], count: int, seed: int) -> list:
     """``count`` slots of the stream; what is used up comes again, in a permutation of its own, as in ``batch``."""
+
     def endless(part: list):
         yield from part
         for epoch in itertools.count(1):
@@ -687,8 +960,10 @@ def joined(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
         if not any(left):
             break
         order += [left[k].pop()] if left[k] else []
-    agreed = {what: values.pop() if len(values := {getattr(s, what) for s in sets}) == 1 else None
-              for what in ("answer_format", "max_new_tokens", "privileged_template")}
+    agreed = {
+        what: values.pop() if len(values := {getattr(s, what) for s in sets}) == 1 else None
+        for what in ("answer_format", "max_new_tokens", "privileged_template")
+    }
     return PromptSet(", ".join(s.name for s in sets), tuple(order), **agreed)
 
 
@@ -697,30 +972,63 @@ def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, Prom
     if prompts.streamed:
         return prompts, replace(prompts, prompts=tuple(itertools.islice(prompts.prompts, count)))
     held = set(shuffled(range(len(prompts.prompts)), seed, "held-out")[:count])
-    parts = [tuple(p for i, p in enumerate(prompts.prompts) if (i in held) is inside) for inside in (False, True)]
+    parts = [
+        tuple(p for i, p in enumerate(prompts.prompts) if (i in held) is inside)
+        for inside in (False, True)
+    ]
     return tuple(replace(prompts, prompts=part) for part in parts)
 
 
-def examples(prompts: PromptSet, count: int, seed: int, evaluated: tuple[Prompt, ...] = ()) -> tuple[PromptSet, tuple[dict, ...]]:
+def examples(
+    prompts: PromptSet, count: int, seed: int, evaluated: tuple[Prompt, ...] = ()
+) -> tuple[PromptSet, tuple[dict, ...]]:
     """(the set without them, the turns of ``count`` of its prompts with their solutions), drawn by seed; of a streamed set the first. None
     has the problem of an ``evaluated`` one. UserError where too few have a solution."""
     unseen = {p.messages[-1]["content"] for p in evaluated}
-    drawn = prompts.prompts if prompts.streamed else iter(shuffled(prompts.prompts, seed, "few-shot"))
-    shown = list(itertools.islice((p for p in drawn if p.worked is not None and p.messages[-1]["content"] not in unseen), count))
+    drawn = (
+        prompts.prompts if prompts.streamed else iter(shuffled(prompts.prompts, seed, "few-shot"))
+    )
+    shown = list(
+        itertools.islice(
+            (p for p in drawn if p.worked is not None and p.messages[-1]["content"] not in unseen),
+            count,
+        )
+    )
     if len(shown) < count:
-        raise UserError(f"--few-shot {count}: dataset {prompts.name} has {len(shown)} rows with a solution that are not evaluated; lower it, or name "
-                        "the solutions with --answer-column")
+        raise UserError(
+            f"--few-shot {count}: dataset {prompts.name} has {len(shown)} rows with a solution that are not evaluated; lower it, or name "
+            "the solutions with --answer-column"
+        )
     if not prompts.streamed:
         taken = {p.index for p in shown}
-        prompts = replace(prompts, prompts=tuple(p for p in prompts.prompts if p.index not in taken))
-    return prompts, tuple(turn for p in shown for turn in (
-        *(m for m in p.messages if m["role"] not in ("system", "developer")), {"role": "assistant", "content": p.worked}))
+        prompts = replace(
+            prompts, prompts=tuple(p for p in prompts.prompts if p.index not in taken)
+        )
+    return prompts, tuple(
+        turn
+        for p in shown
+        for turn in (
+            *(m for m in p.messages if m["role"] not in ("system", "developer")),
+            {"role": "assistant", "content": p.worked},
+        )
+    )
 
 
 def behind(prompts: PromptSet, turns: tuple[dict, ...]) -> PromptSet:
     """The same prompts with example turns before them, after a system message."""
-    def put(prompt: Prompt) -> Prompt:
-        first = sum(1 for _ in itertools.takewhile(lambda m: m["role"] in ("system", "developer"), prompt.messages))
-        return replace(prompt, messages=(*prompt.messages[:first], *turns, *prompt.messages[first:]))
 
-    return replace(prompts, prompts=map(put, prompts.prompts) if prompts.streamed else tuple(map(put, prompts.prompts)))
+    def put(prompt: Prompt) -> Prompt:
+        first = sum(
+            1
+            for _ in itertools.takewhile(
+                lambda m: m["role"] in ("system", "developer"), prompt.messages
+            )
+        )
+        return replace(
+            prompt, messages=(*prompt.messages[:first], *turns, *prompt.messages[first:])
+        )
+
+    return replace(
+        prompts,
+        prompts=map(put, prompts.prompts) if prompts.streamed else tuple(map(put, prompts.prompts)),
+    )

@@ -16,7 +16,10 @@ def tell(text: str) -> None:
 
 def plain() -> bool:
     """Is text wanted that reads well aloud and in a log: no bars, boxes or colours?"""
-    return any(os.environ.get(name) for name in ("PREFIX_DISTILL_PLAIN", "NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return (
+        any(os.environ.get(name) for name in ("PREFIX_DISTILL_PLAIN", "NO_COLOR"))
+        or os.environ.get("TERM") == "dumb"
+    )
 
 
 def show(*tables, width: int | None = None) -> None:
@@ -57,7 +60,13 @@ class Display:
 
     def __init__(self, steps: int, label: str = "", shown: bool = True):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self.console = Console(stderr=True)
         self.steps, self.label, self.seen = steps, label, 0
@@ -66,8 +75,15 @@ class Display:
         self.bar = None
         self.shown = shown
         if shown and self.console.is_terminal and not plain():
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                                TextColumn("left"), console=self.console, transient=False)
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self.console,
+                transient=False,
+            )
             self.task = self.bar.add_task(label or "distilling", total=steps)
 
     def __enter__(self):
@@ -92,34 +108,53 @@ class Display:
     def row(self, row: dict, useful: float, full: float) -> None:
         """One update: its metrics row, useful FLOPs so far, and what as many updates cost with full rollouts."""
         self.seen += 1
-        divergence = next(v for k, v in row.items() if k.startswith("loss/") and k.endswith("_nats") and v is not None)
+        divergence = next(
+            v
+            for k, v in row.items()
+            if k.startswith("loss/") and k.endswith("_nats") and v is not None
+        )
         speeds = " ".join(
             f"{phase} {row[f'time/{phase}_tokens_per_s']:,.0f}/s"
-            for phase in ("student_decode", "teacher_score", "student_update") if f"time/{phase}_tokens_per_s" in row
+            for phase in ("student_decode", "teacher_score", "student_update")
+            if f"time/{phase}_tokens_per_s" in row
         )
         share = row["rollout/finished_share"]
-        text = (f"KL {divergence:.4f} nats, prefix {row['rollout/prefix_tokens']}, finished inside {share:.0%}, {speeds}, "
-                f"{flops_text(useful)} useful (full rollouts: {flops_text(full)})")
+        text = (
+            f"KL {divergence:.4f} nats, prefix {row['rollout/prefix_tokens']}, finished inside {share:.0%}, {speeds}, "
+            f"{flops_text(useful)} useful (full rollouts: {flops_text(full)})"
+        )
         if self.bar:
             with contextlib.suppress(OSError):
-                self.bar.update(self.task, completed=row["step"], description=f"{self.label} {text}".strip())
+                self.bar.update(
+                    self.task, completed=row["step"], description=f"{self.label} {text}".strip()
+                )
         elif row["step"] % self.plain_every == 0 or self.seen == 1 or row["step"] == self.steps:
             left = (time.perf_counter() - self.started) / self.seen * (self.steps - row["step"])
-            self._line(f"{self.label} step {row['step']}/{self.steps}: {text}, {left:.0f} s left".strip())
+            self._line(
+                f"{self.label} step {row['step']}/{self.steps}: {text}, {left:.0f} s left".strip()
+            )
 
     def evaluation(self, row: dict) -> None:
         """One evaluation: accuracy, endings, length, KL on the fixed contexts."""
         tail = "" if row["kl_tail"] is None else f" (beyond the prefix {row['kl_tail']:.4f})"
         if row["sampler_kl"] is not None:
             tail += f", sampler off the student by {row['sampler_kl']:.2g} nats"
-        self._line(f"{self.label} after update {row['step']}: accuracy {share_text(row['accuracy'])}, {row['finish_rate']:.0%} "
-                   f"end, {row['mean_tokens']:.0f} tokens, held-out reverse KL {row['kl']['value']:.4f} nats{tail}".strip())
+        self._line(
+            f"{self.label} after update {row['step']}: accuracy {share_text(row['accuracy'])}, {row['finish_rate']:.0%} "
+            f"end, {row['mean_tokens']:.0f} tokens, held-out reverse KL {row['kl']['value']:.4f} nats{tail}".strip()
+        )
 
     def tail(self, row: dict) -> None:
         """One tail probe."""
-        tail = "nothing beyond the prefix" if row["kl_tail"] is None else f"{row['kl_tail']:.4f} nats beyond the prefix"
-        self._line(f"{self.label} tail probe after update {row['step']}: {tail}, {row['finish_rate']:.0%} of full answers end, "
-                   f"{row['mean_tokens']:.0f} tokens".strip())
+        tail = (
+            "nothing beyond the prefix"
+            if row["kl_tail"] is None
+            else f"{row['kl_tail']:.4f} nats beyond the prefix"
+        )
+        self._line(
+            f"{self.label} tail probe after update {row['step']}: {tail}, {row['finish_rate']:.0%} of full answers end, "
+            f"{row['mean_tokens']:.0f} tokens".strip()
+        )
 
     def _line(self, text: str, everywhere: bool = False) -> None:
         if not (self.shown or everywhere):

@@ -35,7 +35,9 @@ class Head:
             if hidden_ND.dtype == torch.float32:
                 raw_NV = torch.mm(hidden_ND, self.weight_VD.T, out=out)
             else:
-                exact = {"out_dtype": torch.float32} if hidden_ND.device.type == "cuda" else {}  # float32 sums, unrounded
+                exact = (
+                    {"out_dtype": torch.float32} if hidden_ND.device.type == "cuda" else {}
+                )  # float32 sums, unrounded
                 raw_NV = torch.mm(hidden_ND, self.weight_VD.T, **exact)
                 raw_NV = raw_NV.float() if out is None else out.copy_(raw_NV)
         if self.bias_V is not None:
@@ -47,7 +49,9 @@ class Head:
         return raw_NV
 
 
-def per_token(name: str, beta: float | None, student_logp: torch.Tensor, teacher_logp: torch.Tensor) -> torch.Tensor:
+def per_token(
+    name: str, beta: float | None, student_logp: torch.Tensor, teacher_logp: torch.Tensor
+) -> torch.Tensor:
     """Divergence per row of two log-probability tables [N, V] → [N], nats, unreduced.
 
     reverse-kl  KL(S‖T) = Σ S (log S − log T)                                   [MiniLLM, arXiv 2306.08543, eq. 1]
@@ -64,8 +68,14 @@ def per_token(name: str, beta: float | None, student_logp: torch.Tensor, teacher
     ).sum(-1)
 
 
-def value_and_gradient(name: str, beta: float | None, student_logp: torch.Tensor, teacher_logp: torch.Tensor,
-                       spare: torch.Tensor, spare_too: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def value_and_gradient(
+    name: str,
+    beta: float | None,
+    student_logp: torch.Tensor,
+    teacher_logp: torch.Tensor,
+    spare: torch.Tensor,
+    spare_too: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``per_token`` [N] and its gradient with respect to the student's logits [N, V], by hand, in the tables given.
 
     reverse-kl  S_k (log S_k − log T_k − KL(S‖T)) ;  forward-kl  S_k − T_k ;
@@ -80,8 +90,11 @@ def value_and_gradient(name: str, beta: float | None, student_logp: torch.Tensor
     if name == "forward-kl":
         gap, teacher = torch.sub(teacher_logp, student_logp, out=spare), teacher_logp.exp_()
         return gap.mul_(teacher).sum(-1), student_logp.exp_().sub_(teacher)
-    mixture_logp = torch.logaddexp(torch.add(teacher_logp, math.log(beta), out=spare),
-                                   torch.add(student_logp, math.log1p(-beta), out=spare_too), out=spare)
+    mixture_logp = torch.logaddexp(
+        torch.add(teacher_logp, math.log(beta), out=spare),
+        torch.add(student_logp, math.log1p(-beta), out=spare_too),
+        out=spare,
+    )
     gap = torch.sub(teacher_logp, mixture_logp, out=spare_too)
     teacher_side = gap.mul_(teacher_logp.exp_()).sum(-1)
     gap, student = torch.sub(student_logp, mixture_logp, out=spare), student_logp.exp_()
@@ -128,13 +141,26 @@ class Terms:
         More rows read both heads fewer times and add into the head's gradient fewer times; beyond some hundreds of rows
         the matmuls are compute-bound and nothing is gained.
         """
-        tables = 3 + (self.name == "jsd") + (self.top_k is not None) + softcap + 0.5 * (self.dtype != torch.float32) + 0.25 * (self.clip is not None)
+        tables = (
+            3
+            + (self.name == "jsd")
+            + (self.top_k is not None)
+            + softcap
+            + 0.5 * (self.dtype != torch.float32)
+            + 0.25 * (self.clip is not None)
+        )
         return max(1, int(self.memory_bytes / (4 * vocabulary * tables)))
 
 
 def weighted(
-    terms: Terms, student_ND: torch.Tensor, student_head: Head, teacher_NE: torch.Tensor | None, teacher_head: Head,
-    weight_N: torch.Tensor, token_N: torch.Tensor | None = None, sampler_logp_N: torch.Tensor | None = None,
+    terms: Terms,
+    student_ND: torch.Tensor,
+    student_head: Head,
+    teacher_NE: torch.Tensor | None,
+    teacher_head: Head,
+    weight_N: torch.Tensor,
+    token_N: torch.Tensor | None = None,
+    sampler_logp_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Σ_n weight_n · D(S_n, T_n) with its gradient, the detached values D_n [N] (nats), and with a clip the teacher's mass
     on clipped entries [N].
@@ -148,22 +174,43 @@ def weighted(
     Source: losses of arXiv 2306.13649 and 2602.15260; the fusion is ours.
     """
     return _Weighted.apply(
-        student_ND, student_head.weight_VD, student_head.bias_V, weight_N, None if teacher_NE is None else teacher_NE.detach(),
-        student_head, teacher_head, terms, token_N, sampler_logp_N,
+        student_ND,
+        student_head.weight_VD,
+        student_head.bias_V,
+        weight_N,
+        None if teacher_NE is None else teacher_NE.detach(),
+        student_head,
+        teacher_head,
+        terms,
+        token_N,
+        sampler_logp_N,
     )
 
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_ND, weight_VD, bias_V, weight_N, teacher_NE, student_head, teacher_head, terms, token_N,
-                sampler_logp_N):
+    def forward(
+        ctx,
+        student_ND,
+        weight_VD,
+        bias_V,
+        weight_N,
+        teacher_NE,
+        student_head,
+        teacher_head,
+        terms,
+        token_N,
+        sampler_logp_N,
+    ):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         device, support, cap = student_ND.device, len(weight_VD), student_head.softcap
         grad_hidden = torch.zeros_like(student_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias else None
         student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
-        row_weight = weight_N[:, None].to(device, torch.float32) * (student_head.scale / terms.temperature)
+        row_weight = weight_N[:, None].to(device, torch.float32) * (
+            student_head.scale / terms.temperature
+        )
         value_N = torch.empty(len(student_ND), dtype=torch.float32, device=device)
         clipped_N = None if terms.clip is None else torch.empty_like(value_N)
         size = max(1, min(terms.chunk(support, cap is not None), len(student_ND)))
@@ -172,24 +219,42 @@ class _Weighted(torch.autograd.Function):
         for start in range(0, len(student_ND), size):
             rows = slice(start, start + size)
             hidden = student_ND[rows].to(terms.dtype)
-            work, student_logp, teacher_logp, spare, slope = (b if b is None else b[: len(hidden)] for b in buffers)
+            work, student_logp, teacher_logp, spare, slope = (
+                b if b is None else b[: len(hidden)] for b in buffers
+            )
             logits = student_head.logits(hidden, work)
             if cap is not None:
-                torch.div(logits, cap, out=slope).square_().neg_().add_(1)  # d softcap·tanh(z/softcap) / dz
+                torch.div(logits, cap, out=slope).square_().neg_().add_(
+                    1
+                )  # d softcap·tanh(z/softcap) / dz
             _log_softmax(logits, terms.temperature, student_logp)
-            if teacher_NE is not None:  # it may sit on another device with its head: its rows come over as logits
+            if (
+                teacher_NE is not None
+            ):  # it may sit on another device with its head: its rows come over as logits
                 there = teacher_NE.device == device
                 logits = teacher_head.logits(teacher_NE[rows], work if there else None)
-                _log_softmax(logits if there else work.copy_(logits), terms.temperature, teacher_logp)
+                _log_softmax(
+                    logits if there else work.copy_(logits), terms.temperature, teacher_logp
+                )
             if terms.sampled or terms.taught_by == "text":
-                drawn = sampler_logp_N if sampler_logp_N is None else sampler_logp_N[rows].to(device)
-                value_N[rows], grad = _at_token(terms, student_logp, teacher_logp, token_N[rows].to(device), drawn)
+                drawn = (
+                    sampler_logp_N if sampler_logp_N is None else sampler_logp_N[rows].to(device)
+                )
+                value_N[rows], grad = _at_token(
+                    terms, student_logp, teacher_logp, token_N[rows].to(device), drawn
+                )
             elif terms.clip is not None:
-                value_N[rows], grad, clipped_N[rows] = _clipped(terms.clip, student_logp, teacher_logp, work)
+                value_N[rows], grad, clipped_N[rows] = _clipped(
+                    terms.clip, student_logp, teacher_logp, work
+                )
             elif terms.partial(support):
-                value_N[rows], grad = _value_and_gradient_on_top(terms, student_logp, teacher_logp, work)
+                value_N[rows], grad = _value_and_gradient_on_top(
+                    terms, student_logp, teacher_logp, work
+                )
             else:
-                value_N[rows], grad = value_and_gradient(terms.name, terms.beta, student_logp, teacher_logp, work, spare)
+                value_N[rows], grad = value_and_gradient(
+                    terms.name, terms.beta, student_logp, teacher_logp, work, spare
+                )
             if not (need_hidden or need_weight or need_bias):
                 continue
             if cap is not None:
@@ -201,7 +266,9 @@ class _Weighted(torch.autograd.Function):
                 if need_hidden:
                     grad_hidden[rows] = (grad @ student_head.weight_VD).float() * row_weight[rows]
                 if need_weight:
-                    _add_outer(grad_weight, grad, (hidden.float() * row_weight[rows]).to(terms.dtype))
+                    _add_outer(
+                        grad_weight, grad, (hidden.float() * row_weight[rows]).to(terms.dtype)
+                    )
         ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(*(t for t in (value_N, clipped_N) if t is not None))
@@ -246,7 +313,9 @@ def _on_top(terms, student_logp, teacher_logp, work):
     top_NK = teacher_logp.topk(terms.top_k, -1).indices
     sides = []
     for logp_NV in (student_logp, teacher_logp):
-        tail = torch.logsumexp(work.copy_(logp_NV).scatter_(1, top_NK, -torch.inf), -1, keepdim=True)
+        tail = torch.logsumexp(
+            work.copy_(logp_NV).scatter_(1, top_NK, -torch.inf), -1, keepdim=True
+        )
         sides.append(torch.cat([logp_NV.gather(1, top_NK), tail], -1))
     return *sides, top_NK
 
@@ -256,8 +325,14 @@ def _value_and_gradient_on_top(terms, student_logp, teacher_logp, work):
     the bucket's mass."""
     student, teacher, top_NK = _on_top(terms, student_logp, teacher_logp, work)
     share = student_logp.sub_(student[:, -1:]).exp_()
-    value, gradient = value_and_gradient(terms.name, terms.beta, student, teacher, torch.empty_like(student),
-                                         torch.empty_like(student))
+    value, gradient = value_and_gradient(
+        terms.name,
+        terms.beta,
+        student,
+        teacher,
+        torch.empty_like(student),
+        torch.empty_like(student),
+    )
     return value, share.mul_(gradient[:, -1:]).scatter_(1, top_NK, gradient[:, :-1])
 
 
@@ -293,14 +368,23 @@ def _add_outer(total_VD, grad_NV, hidden_ND):
 
 @torch.no_grad()
 def statistics(
-    terms: Terms, student_ND: torch.Tensor, student_head: Head, teacher_NE: torch.Tensor, teacher_head: Head,
-    token_N: torch.Tensor, forward: bool = False,
+    terms: Terms,
+    student_ND: torch.Tensor,
+    student_head: Head,
+    teacher_NE: torch.Tensor,
+    teacher_head: Head,
+    token_N: torch.Tensor,
+    forward: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Per-token facts without gradient, each [N] float32: ``divergence``, ``entropy`` of S (nats), the log-probability of the
     realised token ``token_N`` under each model (``student_logp``, ``teacher_logp``), and if asked for KL(T‖S), ``forward_kl``."""
     device, support = student_ND.device, len(student_head.weight_VD)
-    names = ("divergence", "entropy", "student_logp", "teacher_logp") + (("forward_kl",) if forward else ())
-    found = {name: torch.empty(len(student_ND), dtype=torch.float32, device=device) for name in names}
+    names = ("divergence", "entropy", "student_logp", "teacher_logp") + (
+        ("forward_kl",) if forward else ()
+    )
+    found = {
+        name: torch.empty(len(student_ND), dtype=torch.float32, device=device) for name in names
+    }
     four = math.ceil(support * 4 / 3)  # as many tables are alive, where ``chunk`` counts three
     size = max(1, min(terms.chunk(four, student_head.softcap is not None), len(student_ND)))
     tables = [torch.empty(size, support, device=device) for _ in range(4)]
@@ -313,15 +397,23 @@ def statistics(
         logits = teacher_head.logits(teacher_NE[rows], work if there else None)
         _log_softmax(logits if there else work.copy_(logits), terms.temperature, teacher_logp)
         token = token_N[rows, None].to(device)
-        found["student_logp"][rows], found["teacher_logp"][rows] = (t.gather(1, token)[:, 0] for t in (student_logp, teacher_logp))
+        found["student_logp"][rows], found["teacher_logp"][rows] = (
+            t.gather(1, token)[:, 0] for t in (student_logp, teacher_logp)
+        )
         student = torch.exp(student_logp, out=work)
         found["entropy"][rows] = torch.mul(student, student_logp, out=spare).sum(-1).neg_()
         if terms.partial(support):
-            found["divergence"][rows] = per_token(terms.name, terms.beta, *_on_top(terms, student_logp, teacher_logp, spare)[:2])
+            found["divergence"][rows] = per_token(
+                terms.name, terms.beta, *_on_top(terms, student_logp, teacher_logp, spare)[:2]
+            )
         elif terms.name != "reverse-kl":
-            found["divergence"][rows] = per_token(terms.name, terms.beta, student_logp, teacher_logp)
+            found["divergence"][rows] = per_token(
+                terms.name, terms.beta, student_logp, teacher_logp
+            )
         else:
-            found["divergence"][rows] = torch.sub(student_logp, teacher_logp, out=spare).mul_(student).sum(-1)
+            found["divergence"][rows] = (
+                torch.sub(student_logp, teacher_logp, out=spare).mul_(student).sum(-1)
+            )
         if forward:
             gap = torch.sub(teacher_logp, student_logp, out=spare)
             found["forward_kl"][rows] = gap.mul_(torch.exp(teacher_logp, out=work)).sum(-1)

@@ -28,14 +28,27 @@ def interval(values: list[float], seed: int = 0) -> dict:
     if data.min() == data.max():
         if mean in (0.0, 1.0):
             edge = 1.96**2 / (n + 1.96**2)
-            return {"value": mean, "n": n, "low": mean * (1 - edge), "high": mean + (1 - mean) * edge}
+            return {
+                "value": mean,
+                "n": n,
+                "low": mean * (1 - edge),
+                "high": mean + (1 - mean) * edge,
+            }
         return {"value": mean, "n": n, "low": mean, "high": mean}
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack([
-        data[torch.randint(n, (n,), generator=generator)].mean() for _ in range(RESAMPLES)
-    ]).sort().values
-    return {"value": mean, "n": n, "low": means[int(0.025 * RESAMPLES)].item(),
-            "high": means[int(0.975 * RESAMPLES) - 1].item()}
+    means = (
+        torch.stack(
+            [data[torch.randint(n, (n,), generator=generator)].mean() for _ in range(RESAMPLES)]
+        )
+        .sort()
+        .values
+    )
+    return {
+        "value": mean,
+        "n": n,
+        "low": means[int(0.025 * RESAMPLES)].item(),
+        "high": means[int(0.975 * RESAMPLES) - 1].item(),
+    }
 
 
 def repeats(ids: tuple[int, ...]) -> bool:
@@ -57,15 +70,32 @@ class Score:
 
     def right(self) -> list[float]:
         """Share of right answers, problem by problem."""
-        return [sum(r["correct"] for r in record["responses"]) / len(record["responses"]) for record in self.records]
+        return [
+            sum(r["correct"] for r in record["responses"]) / len(record["responses"])
+            for record in self.records
+        ]
 
     def summary(self) -> dict:
-        return {"accuracy": self.accuracy, "pass_at_k": self.pass_at_k, "finish_rate": self.finish_rate,
-                "mean_tokens": self.mean_tokens, "repetition_rate": self.repetition_rate}
+        return {
+            "accuracy": self.accuracy,
+            "pass_at_k": self.pass_at_k,
+            "finish_rate": self.finish_rate,
+            "mean_tokens": self.mean_tokens,
+            "repetition_rate": self.repetition_rate,
+        }
 
 
-def evaluate(model: Model, problems: list[tuple], sampler: Sampler, *, samples: int, max_new_tokens: int,
-             answer_format: str, place: Place, spent=None) -> Score:
+def evaluate(
+    model: Model,
+    problems: list[tuple],
+    sampler: Sampler,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    answer_format: str,
+    place: Place,
+    spent=None,
+) -> Score:
     """Samples ``samples`` full answers per problem and grades them.
 
     ``problems``: (Prompt, prompt ids) pairs. Draws are seeded by (seed, problem, sample) alone, so every evaluation of a
@@ -79,13 +109,31 @@ def evaluate(model: Model, problems: list[tuple], sampler: Sampler, *, samples: 
     graded = []
     for (i, s), r in zip(mine, responses):
         text, gold = model.tokenizer.decode(r.ids, skip_special_tokens=True), problems[i][0].answer
-        graded.append((i, s, {
-            "text": text, "tokens": len(r.ids), "finished": r.finished, "repeats": repeats(r.ids),
-            "correct": None if gold is None else answers.correct(text, gold, answer_format),
-        }))
-    records = [{"problem": prompt.index, "prompt": prompt.messages[-1]["content"], "reference": prompt.answer,
-                "responses": []} for prompt, _ in problems]
-    for i, _, response in sorted((row for part in place.gather(graded) for row in part), key=lambda row: row[:2]):
+        graded.append(
+            (
+                i,
+                s,
+                {
+                    "text": text,
+                    "tokens": len(r.ids),
+                    "finished": r.finished,
+                    "repeats": repeats(r.ids),
+                    "correct": None if gold is None else answers.correct(text, gold, answer_format),
+                },
+            )
+        )
+    records = [
+        {
+            "problem": prompt.index,
+            "prompt": prompt.messages[-1]["content"],
+            "reference": prompt.answer,
+            "responses": [],
+        }
+        for prompt, _ in problems
+    ]
+    for i, _, response in sorted(
+        (row for part in place.gather(graded) for row in part), key=lambda row: row[:2]
+    ):
         records[i]["responses"].append(response)
     flat = [r for record in records for r in record["responses"]]
     accuracy = pass_at_k = None
@@ -94,8 +142,12 @@ def evaluate(model: Model, problems: list[tuple], sampler: Sampler, *, samples: 
         accuracy = interval([sum(row) / len(row) for row in right])
         pass_at_k = interval([float(any(row)) for row in right])
     return Score(
-        accuracy, pass_at_k, _share(flat, "finished"), sum(r["tokens"] for r in flat) / len(flat),
-        _share(flat, "repeats"), records,
+        accuracy,
+        pass_at_k,
+        _share(flat, "finished"),
+        sum(r["tokens"] for r in flat) / len(flat),
+        _share(flat, "repeats"),
+        records,
     )
 
 
@@ -103,26 +155,50 @@ def _share(rows: list[dict], key: str) -> float:
     return sum(r[key] for r in rows) / len(rows)
 
 
-def fixed_rollouts(student: Model, rendered: list, sampler: Sampler, max_new_tokens: int, place: Place,
-                   spent=None) -> list[Rollout]:
+def fixed_rollouts(
+    student: Model, rendered: list, sampler: Sampler, max_new_tokens: int, place: Place, spent=None
+) -> list[Rollout]:
     """Full-length rollouts of held-out prompts: the fixed contexts on which a run measures its KL before and after."""
     requests = [Request(r.student_ids, ("held-out", i)) for i, r in enumerate(rendered)]
     mine = requests[place.rank :: place.world]
     responses = generate(student, mine, max_new_tokens, sampler, spent) if mine else []
     parts = place.gather([(r.ids, r.finished) for r in responses])
     drawn = [parts[i % place.world][i // place.world] for i in range(len(rendered))]
-    return [Rollout(i, 0, r.student_ids, r.teacher_ids, ids, ids, finished)
-            for i, (r, (ids, finished)) in enumerate(zip(rendered, drawn))]
+    return [
+        Rollout(i, 0, r.student_ids, r.teacher_ids, ids, ids, finished)
+        for i, (r, (ids, finished)) in enumerate(zip(rendered, drawn))
+    ]
 
 
-def held_out_facts(student: Model, teacher: Model, shared, rollouts: list[Rollout], place: Place, rows: int,
-                   spent=None) -> list[dict[str, list[float | None]]]:
+def held_out_facts(
+    student: Model,
+    teacher: Model,
+    shared,
+    rollouts: list[Rollout],
+    place: Place,
+    rows: int,
+    spent=None,
+) -> list[dict[str, list[float | None]]]:
     """``scoring.row_statistics`` (reverse KL(S‖T), temperature 1) of fixed rollouts → per rollout: name → a number per token; across
     tokenizers (``shared``) at the first token of each unit that is taught, None elsewhere. Sharded over ranks."""
-    found = scoring.token_statistics(Terms("reverse-kl", dtype=place.head_dtype), student, teacher, shared,
-                                     rollouts[place.rank :: place.world], place, rows, spent)
+    found = scoring.token_statistics(
+        Terms("reverse-kl", dtype=place.head_dtype),
+        student,
+        teacher,
+        shared,
+        rollouts[place.rank :: place.world],
+        place,
+        rows,
+        spent,
+    )
     merged = {key: row for part in place.gather(found) for key, row in part.items()}
-    return [{name: [values.get(t) for t in range(len(r.ids))] for name, values in merged[r.prompt, r.sample].items()} for r in rollouts]
+    return [
+        {
+            name: [values.get(t) for t in range(len(r.ids))]
+            for name, values in merged[r.prompt, r.sample].items()
+        }
+        for r in rollouts
+    ]
 
 
 def known(values: list[list[float | None]]) -> list[float]:
@@ -142,8 +218,12 @@ def token_mean(values: list[list[float | None]], seed: int = 0) -> dict:
         drawn = sums[torch.randint(len(sums), (len(sums),), generator=generator)].sum(0)
         draws.append((drawn[0] / drawn[1]).item())
     draws.sort()
-    return {"value": value, "n": int(sums[:, 1].sum()), "low": draws[int(0.025 * RESAMPLES)],
-            "high": draws[int(0.975 * RESAMPLES) - 1]}
+    return {
+        "value": value,
+        "n": int(sums[:, 1].sum()),
+        "low": draws[int(0.025 * RESAMPLES)],
+        "high": draws[int(0.975 * RESAMPLES) - 1],
+    }
 
 
 def split_mean(values: list[list[float | None]], prefix: int) -> tuple[float | None, float | None]:

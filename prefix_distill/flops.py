@@ -38,7 +38,9 @@ class Shape:
     def causal(self, past: int, queries: int) -> float:
         """Attention FLOPs of ``queries`` tokens after ``past`` cached ones: 4·A·c for a query that sees c keys (itself
         included), c capped by the layer's window."""
-        return sum(4.0 * width * _visible(past, queries, window) for width, window in self.attention)
+        return sum(
+            4.0 * width * _visible(past, queries, window) for width, window in self.attention
+        )
 
     def rectangle(self, queries: int, past: int = 0) -> float:
         """Attention FLOPs as run: every query against every key, ``past`` ones from a cache included, of which a sliding
@@ -70,18 +72,28 @@ def shape(model, support: int | None = None) -> Shape:
     for name, module in net.get_decoder().named_modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)):
             # a quantised weight is packed: its features count, not its elements
-            size = module.in_features * module.out_features if isinstance(module, torch.nn.Linear) else module.weight.numel()
+            size = (
+                module.in_features * module.out_features
+                if isinstance(module, torch.nn.Linear)
+                else module.weight.numel()
+            )
             if ".lora_" in name:
                 adapted += 0 if model.adapter_off else size
             else:
                 trunk += size * (share if ".experts." in f".{name}." else 1.0)
-        elif name.endswith("experts"):  # fused experts keep their matrices as [experts, in, out] parameters
-            trunk += share * sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 3)
+        elif name.endswith(
+            "experts"
+        ):  # fused experts keep their matrices as [experts, in, out] parameters
+            trunk += share * sum(
+                p.numel() for p in module.parameters(recurse=False) if p.dim() == 3
+            )
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     window = getattr(config, "sliding_window", None)
-    everywhere = "sliding_attention" if window else "full_attention"  # without types, a window holds in every layer
+    everywhere = (
+        "sliding_attention" if window else "full_attention"
+    )  # without types, a window holds in every layer
     kinds = getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers
     attention = tuple((width, window if kind == "sliding_attention" else None) for kind in kinds)
     rows, columns = net.get_output_embeddings().weight.shape
@@ -116,12 +128,20 @@ class Ledger:
     def summary(self) -> dict:
         """{useful, executed, by_phase: {phase: {useful, executed}}}"""
         return {
-            "useful": self.total("useful"), "executed": self.total("executed"),
-            "by_phase": {p: {"useful": self.useful[p], "executed": self.executed[p]} for p in self.useful},
+            "useful": self.total("useful"),
+            "executed": self.total("executed"),
+            "by_phase": {
+                p: {"useful": self.useful[p], "executed": self.executed[p]} for p in self.useful
+            },
         }
 
-    def generation(self, shape: Shape, reads: list[tuple[int, list[int]]],
-                   prefill: str = "student_prefill", decode: str = "student_decode") -> None:
+    def generation(
+        self,
+        shape: Shape,
+        reads: list[tuple[int, list[int]]],
+        prefill: str = "student_prefill",
+        decode: str = "student_decode",
+    ) -> None:
         """One batch of responses; ``reads``: (prompt length, lengths of the responses to it). The head runs once per row
         after the prefill, then once per decoded token.
 
@@ -129,24 +149,45 @@ class Ledger:
         row is padded to the longest prompt and stays in the batch until its stretch of tokens ends or all rows have ended.
         """
         rows = [(p, n) for p, lengths in reads for n in lengths]
-        width, steps, shared = max(p for p, _ in rows), max(n for _, n in rows), len(rows) > len(reads)
+        width, steps, shared = (
+            max(p for p, _ in rows),
+            max(n for _, n in rows),
+            len(rows) > len(reads),
+        )
         common = 1 if shared else 0  # tokens of the prompt that every row runs itself
         self.add(
             prefill,
             sum(shape.linear(p - common) + shape.causal(0, p - common) for p, _ in reads)
-            + sum(shape.linear(common) + shape.causal(p - common, common) + shape.output(1) for p, _ in rows),
+            + sum(
+                shape.linear(common) + shape.causal(p - common, common) + shape.output(1)
+                for p, _ in rows
+            ),
             len(reads) * (shape.linear(width - common) + shape.rectangle(width - common))
-            + len(rows) * (shape.linear(common) + shape.rectangle(common, width - common) + shape.output(1)),
+            + len(rows)
+            * (shape.linear(common) + shape.rectangle(common, width - common) + shape.output(1)),
         )
         self.add(
             decode,
-            sum(shape.linear(n - 1) + shape.output(n - 1) + shape.causal(p, n - 1) for p, n in rows),
-            sum(sum(n > t - t % STRETCH for _, n in rows) * (shape.linear(1) + shape.output(1) + shape.rectangle(1, width + t - 1))
-                for t in range(1, steps)),
+            sum(
+                shape.linear(n - 1) + shape.output(n - 1) + shape.causal(p, n - 1) for p, n in rows
+            ),
+            sum(
+                sum(n > t - t % STRETCH for _, n in rows)
+                * (shape.linear(1) + shape.output(1) + shape.rectangle(1, width + t - 1))
+                for t in range(1, steps)
+            ),
         )
 
-    def forward(self, phase: str, shape: Shape, reads: list[tuple[int, list[int]]], passes: int = 1,
-                idle: bool = False, recomputed: bool = False, taught: float | None = None) -> None:
+    def forward(
+        self,
+        phase: str,
+        shape: Shape,
+        reads: list[tuple[int, list[int]]],
+        passes: int = 1,
+        idle: bool = False,
+        recomputed: bool = False,
+        taught: float | None = None,
+    ) -> None:
         """One forward over prompts + responses with the head on taught rows; a response's last token is not read.
 
         ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is read once. ``taught``: rows
@@ -160,17 +201,26 @@ class Ledger:
         linear, executed_linear = linear_tokens(reads)
         taught = sum(n for _, n in rows) if taught is None else taught
         output = shape.output(taught)
-        saved = [shape.saved(tokens, taught) if passes == 3 else 0.0 for tokens in (linear, executed_linear)]
-        causal = sum(shape.causal(0, p) for p, _ in reads) + sum(shape.causal(p, n - 1) for p, n in rows)
+        saved = [
+            shape.saved(tokens, taught) if passes == 3 else 0.0
+            for tokens in (linear, executed_linear)
+        ]
+        causal = sum(shape.causal(0, p) for p, _ in reads) + sum(
+            shape.causal(p, n - 1) for p, n in rows
+        )
         width, longest = max(p for p, _ in reads), max(n - 1 for _, n in rows)
         if len(rows) > len(reads):
-            pairs = len(reads) * shape.rectangle(width) + len(rows) * shape.rectangle(longest, width)
+            pairs = len(reads) * shape.rectangle(width) + len(rows) * shape.rectangle(
+                longest, width
+            )
         else:
             pairs = len(rows) * shape.rectangle(max(p + n - 1 for p, n in rows))
         self.add(
             phase,
             0.0 if idle else passes * (shape.linear(linear) + causal + output) - saved[0],
-            (passes + recomputed) * (shape.linear(executed_linear) + pairs) + passes * output - saved[1],
+            (passes + recomputed) * (shape.linear(executed_linear) + pairs)
+            + passes * output
+            - saved[1],
         )
 
 
@@ -183,8 +233,16 @@ def linear_tokens(reads: list[tuple[int, list[int]]]) -> tuple[int, int]:
     return useful, len(rows) * max(p + n for p, n in rows)
 
 
-def update_ledger(student: Shape, teacher: Shape, prompts: list[tuple[int, int]], samples: int, response: float,
-                  behind: tuple[int, int, int], teacher_tokens: float = 1.0, heads: tuple[float, float] = (1.0, 1.0)) -> Ledger:
+def update_ledger(
+    student: Shape,
+    teacher: Shape,
+    prompts: list[tuple[int, int]],
+    samples: int,
+    response: float,
+    behind: tuple[int, int, int],
+    teacher_tokens: float = 1.0,
+    heads: tuple[float, float] = (1.0, 1.0),
+) -> Ledger:
     """FLOPs of one update: generation, scoring, training.
 
     ``prompts``: their lengths for (student, teacher); ``samples`` rollouts each, all of ``response`` tokens (a mean, rounded);
@@ -196,7 +254,11 @@ def update_ledger(student: Shape, teacher: Shape, prompts: list[tuple[int, int]]
 
     def reads(side, phase):
         each = min(behind[phase], samples)
-        return [(p[side], [lengths[side]] * min(each, samples - start)) for p in prompts for start in range(0, samples, each)]
+        return [
+            (p[side], [lengths[side]] * min(each, samples - start))
+            for p in prompts
+            for start in range(0, samples, each)
+        ]
 
     ledger.generation(student, reads(0, 0))
     ledger.forward("teacher_score", teacher, reads(1, 1), taught=rows[1])

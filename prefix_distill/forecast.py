@@ -28,10 +28,22 @@ from .models import Model, recompute
 from .rollout import Rollout
 
 FULL_DEPTH = 3  # up to so many layers a network is measured whole
-PLACED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default,
-          torch.ops.aten._index_put_impl_.default)
-POINTWISE = (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten.neg.default,
-             torch.ops.aten.rsqrt.default, torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.silu.default)
+PLACED = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+)
+POINTWISE = (
+    torch.ops.aten.mul.Tensor,
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.sub.Tensor,
+    torch.ops.aten.div.Tensor,
+    torch.ops.aten.neg.default,
+    torch.ops.aten.rsqrt.default,
+    torch.ops.aten.pow.Tensor_Scalar,
+    torch.ops.aten.silu.default,
+)
 
 
 class Ghost(torch.Tensor):
@@ -41,7 +53,9 @@ class Ghost(torch.Tensor):
 
     @staticmethod
     def __new__(cls, meta: torch.Tensor):
-        made = torch.Tensor._make_wrapper_subclass(cls, meta.shape, meta.stride(), meta.storage_offset(), dtype=meta.dtype, device="cpu")
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, meta.shape, meta.stride(), meta.storage_offset(), dtype=meta.dtype, device="cpu"
+        )
         made.meta = meta
         return made
 
@@ -64,13 +78,19 @@ class Live(TorchDispatchMode):
         if function in PLACED:
             args = (args[0], _places(args[1]), *args[2:])
         ghosts: dict[int, Ghost] = {}
-        _each((args, kwargs), lambda t: ghosts.update({id(t.meta): t}) if isinstance(t, Ghost) else None)
+        _each(
+            (args, kwargs),
+            lambda t: ghosts.update({id(t.meta): t}) if isinstance(t, Ghost) else None,
+        )
         if ghosts:
             args, kwargs = _each((args, kwargs), _meta)
             if kwargs and "device" in kwargs:
                 kwargs["device"] = "meta"
         found = _pointwise(args) if ghosts and function in POINTWISE and not kwargs else None
-        return _each(function(*args, **(kwargs or {})) if found is None else found, lambda t: self._seen(t, ghosts))
+        return _each(
+            function(*args, **(kwargs or {})) if found is None else found,
+            lambda t: self._seen(t, ghosts),
+        )
 
     def _seen(self, t, ghosts):
         if id(t) in ghosts:
@@ -109,12 +129,20 @@ def _each(tree, work: Callable):
 
 
 def _meta(t: torch.Tensor) -> torch.Tensor:
-    return t.meta if isinstance(t, Ghost) else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return (
+        t.meta
+        if isinstance(t, Ghost)
+        else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    )
 
 
 def _places(indices):
     """Masks as the places that they name: how many they are is known, as they are real."""
-    return [part for i in indices for part in (i.nonzero(as_tuple=True) if i is not None and i.dtype == torch.bool else (i,))]
+    return [
+        part
+        for i in indices
+        for part in (i.nonzero(as_tuple=True) if i is not None and i.dtype == torch.bool else (i,))
+    ]
 
 
 def _pointwise(args) -> torch.Tensor | None:
@@ -124,7 +152,9 @@ def _pointwise(args) -> torch.Tensor | None:
     largest = max(tensors, key=torch.Tensor.numel)
     if torch.broadcast_shapes(*(t.shape for t in tensors)) != largest.shape:
         return None
-    return torch.empty_like(largest, dtype=torch.result_type(*args[:2]) if len(args) > 1 else largest.dtype)
+    return torch.empty_like(
+        largest, dtype=torch.result_type(*args[:2]) if len(args) > 1 else largest.dtype
+    )
 
 
 def ghost(shape, dtype: torch.dtype = torch.float32) -> Ghost:
@@ -132,8 +162,14 @@ def ghost(shape, dtype: torch.dtype = torch.float32) -> Ghost:
     return Ghost(torch.empty(shape, dtype=dtype, device="meta"))
 
 
-def sketch(name: str, config, dtype: torch.dtype, layers: int | None = None, adapter: Adapter | None = None,
-           recomputes: bool = False) -> Model:
+def sketch(
+    name: str,
+    config,
+    dtype: torch.dtype,
+    layers: int | None = None,
+    adapter: Adapter | None = None,
+    recomputes: bool = False,
+) -> Model:
     """The network that ``config`` describes, of its first ``layers`` layers, weights in ``dtype``, adapters in float32; of ghosts."""
     from transformers import AutoModelForCausalLM
 
@@ -143,7 +179,10 @@ def sketch(name: str, config, dtype: torch.dtype, layers: int | None = None, ada
         net = AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
         wrapper = None if adapter is None else lora.attach(net, adapter, 0, name)
     made: dict[int, torch.Tensor] = {}
-    first = [*net.parameters(), *net.buffers()]  # they stay until all are replaced: a freed one's id would come again
+    first = [
+        *net.parameters(),
+        *net.buffers(),
+    ]  # they stay until all are replaced: a freed one's id would come again
     for module in net.modules():
         for tensors in (module._parameters, module._buffers):
             for key, t in tensors.items():
@@ -176,10 +215,18 @@ def depths(config) -> tuple[int, ...]:
     text = config.get_text_config(decoder=True)
     depth = text.num_hidden_layers
     patterns = [v for v in vars(text).values() if isinstance(v, list) and len(v) == depth]
-    period = next(p for p in range(1, depth + 1) if all(v[i] == v[i % p] for v in patterns for i in range(depth)))
+    period = next(
+        p
+        for p in range(1, depth + 1)
+        if all(v[i] == v[i % p] for v in patterns for i in range(depth))
+    )
     period = math.lcm(period, getattr(text, "decoder_sparse_step", None) or 1)
     first = depth % period + period
-    if getattr(text, "first_k_dense_replace", 0) or getattr(text, "mlp_only_layers", None) or first + period > max(FULL_DEPTH, depth - 1):
+    if (
+        getattr(text, "first_k_dense_replace", 0)
+        or getattr(text, "mlp_only_layers", None)
+        or first + period > max(FULL_DEPTH, depth - 1)
+    ):
         return (depth,)
     return (first, first + period) if depth > FULL_DEPTH else (depth,)
 
@@ -212,8 +259,11 @@ class Case:
     def rollouts(self, length: int, prompts=None, samples: int | None = None) -> list[Rollout]:
         """An update's rollouts, each of ``length`` tokens; prompts that differ in their ids."""
         response = (0,) * length
-        return [Rollout(i, s, (i,) * p, (i,) * t, response, response, False) for i, (p, t) in enumerate(prompts or self.prompts)
-                for s in range(samples or self.samples)]
+        return [
+            Rollout(i, s, (i,) * p, (i,) * t, response, response, False)
+            for i, (p, t) in enumerate(prompts or self.prompts)
+            for s in range(samples or self.samples)
+        ]
 
 
 class Pair:
@@ -228,28 +278,46 @@ class Pair:
         key = (role, settings, layers)
         if key not in self.built:
             dtype, adapter, recomputes = settings
-            self.built[key] = sketch(self.names[role], self.configs[role], dtype, layers, adapter, recomputes)
+            self.built[key] = sketch(
+                self.names[role], self.configs[role], dtype, layers, adapter, recomputes
+            )
             if role == 0 and adapter is None and dtype == torch.float32:
                 self.built[key].net.requires_grad_(True)
         return self.built[key]
 
-    def measured(self, role: int, settings, what: tuple, work: Callable[[Model], dict[str, float]]) -> dict[str, float]:
+    def measured(
+        self, role: int, settings, what: tuple, work: Callable[[Model], dict[str, float]]
+    ) -> dict[str, float]:
         """What ``work`` finds in the model, from two depths where its layers repeat; ``what`` names it, so that it is done once."""
         if (role, settings, what) not in self.found:
             self.found[role, settings, what] = self._measured(role, settings, work)
         return self.found[role, settings, what]
 
-    def _measured(self, role: int, settings, work: Callable[[Model], dict[str, float]]) -> dict[str, float]:
+    def _measured(
+        self, role: int, settings, work: Callable[[Model], dict[str, float]]
+    ) -> dict[str, float]:
         at = depths(self.configs[role])
         try:
             found = [work(self.model(role, *settings, layers=k)) for k in at]
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError) as error:  # its way depends on numbers
-            raise UserError(f"model {self.names[role]}: its memory cannot be forecast, as what it computes depends on its weights "
-                            f"({type(error).__name__}: {' '.join(str(error).split())[:160]})") from None
+        except (
+            RuntimeError,
+            NotImplementedError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+        ) as error:  # its way depends on numbers
+            raise UserError(
+                f"model {self.names[role]}: its memory cannot be forecast, as what it computes depends on its weights "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            ) from None
         if len(at) == 1:
             return found[0]
         depth, (low, high) = self.configs[role].get_text_config(decoder=True).num_hidden_layers, at
-        return {name: found[0][name] + (found[1][name] - found[0][name]) / (high - low) * (depth - low) for name in found[0]}
+        return {
+            name: found[0][name] + (found[1][name] - found[0][name]) / (high - low) * (depth - low)
+            for name in found[0]
+        }
 
     def forecast(self, case: Case) -> dict:
         """{total, set_by, weights: {component: bytes}, phases: {phase: bytes beyond the weights}, teacher_device: bytes or None}."""
@@ -258,7 +326,10 @@ class Pair:
         trains = (held[0], case.adapter, case.recomputes)
         decodes = (case.dtype, case.adapter, False)
         theirs = (torch.float32 if case.averaged else case.dtype, None, False)
-        student, teacher = self.measured(0, held, ("weights",), weights), self.measured(1, theirs, ("weights",), weights)
+        student, teacher = (
+            self.measured(0, held, ("weights",), weights),
+            self.measured(1, theirs, ("weights",), weights),
+        )
         trainable = student["trainable"]
         kept = {"student": student["all"], "AdamW's moments": 8 * trainable}
         if full and case.dtype != torch.float32:
@@ -269,24 +340,52 @@ class Pair:
         autocast, support = case.dtype == torch.bfloat16, case.support
 
         def read(role, settings, group):
-            return self.measured(role, settings, ("read", _sizes(group), autocast), lambda m: reading(m, group, role == 1, autocast))
+            return self.measured(
+                role,
+                settings,
+                ("read", _sizes(group), autocast),
+                lambda m: reading(m, group, role == 1, autocast),
+            )
 
         def generate(role, settings, prompts, samples, new):
             rows = min(case.rows, samples * len(prompts))
             prompts = sorted(prompts, reverse=True)[: -(-rows // samples)]
-            return max(self.measured(role, settings, ("generate", tuple(prompts), samples, rows, new, support),
-                                     lambda m: generating(m, prompts, samples, rows, new, support)).values())
+            return max(
+                self.measured(
+                    role,
+                    settings,
+                    ("generate", tuple(prompts), samples, rows, new, support),
+                    lambda m: generating(m, prompts, samples, rows, new, support),
+                ).values()
+            )
 
         groups = scoring.micro_batches(case.rollouts(case.prefix), case.micro, not case.recomputes)
         group = max(groups, key=lambda g: sum(len(r.student_prompt) + len(r.ids) for r in g))
-        nets = [replace(self.model(role, *settings, layers=depths(self.configs[role])[0]), support=support)
-                for role, settings in ((0, held), (1, theirs))]
+        nets = [
+            replace(
+                self.model(role, *settings, layers=depths(self.configs[role])[0]), support=support
+            )
+            for role, settings in ((0, held), (1, theirs))
+        ]
         score = read(1, theirs, group)
-        update = self.measured(0, trains, ("update", _sizes(group), case.terms, support, len(groups) > 1, autocast), lambda m: updating(
-            replace(m, support=support), group, case.terms, nets[1].head(), autocast, len(groups) > 1))
+        update = self.measured(
+            0,
+            trains,
+            ("update", _sizes(group), case.terms, support, len(groups) > 1, autocast),
+            lambda m: updating(
+                replace(m, support=support),
+                group,
+                case.terms,
+                nets[1].head(),
+                autocast,
+                len(groups) > 1,
+            ),
+        )
         before = gradients if len(groups) > 1 else 0
         phases = {
-            "generation": generate(0, decodes, [p for p, _ in case.prompts], case.samples, case.prefix),
+            "generation": generate(
+                0, decodes, [p for p, _ in case.prompts], case.samples, case.prefix
+            ),
             "teacher_score": before + score["peak"],
             "student_update": before + score["rows"] + max(update.values()),
             "optimizer": gradients,
@@ -297,34 +396,56 @@ class Pair:
         if case.contexts:
             group = case.rollouts(case.limit, [longest] * min(case.contexts, case.micro), 1)
             ours, other = read(0, held, group), read(1, theirs, group)
-            phases["evaluation, both models"] = max(ours["peak"], ours["rows"] + other["peak"],
-                                                    ours["rows"] + other["rows"] + comparing(nets, case.terms.dtype, group))
+            phases["evaluation, both models"] = max(
+                ours["peak"],
+                ours["rows"] + other["peak"],
+                ours["rows"] + other["rows"] + comparing(nets, case.terms.dtype, group),
+            )
         if case.text:
-            phases["teacher_text"] = generate(1, theirs, [t for _, t in case.prompts], case.samples, case.prefix)
-        there = kept.pop("teacher", 0) + max(score["peak"], phases.pop("teacher_text", 0)) if case.apart else None
+            phases["teacher_text"] = generate(
+                1, theirs, [t for _, t in case.prompts], case.samples, case.prefix
+            )
+        there = (
+            kept.pop("teacher", 0) + max(score["peak"], phases.pop("teacher_text", 0))
+            if case.apart
+            else None
+        )
         if case.apart:
             phases.pop("teacher_score")
         set_by = max(phases, key=phases.get)
         whole = lambda tree: {name: round(value) for name, value in tree.items()}
-        return {"total": round(sum(kept.values()) + phases[set_by]), "set_by": set_by, "weights": whole(kept), "gradients": round(gradients),
-                "phases": whole(phases), "teacher_device": there and round(there)}
+        return {
+            "total": round(sum(kept.values()) + phases[set_by]),
+            "set_by": set_by,
+            "weights": whole(kept),
+            "gradients": round(gradients),
+            "phases": whole(phases),
+            "teacher_device": there and round(there),
+        }
 
 
 def _sizes(group: list[Rollout]) -> tuple:
-    return tuple((r.prompt, len(r.student_prompt), len(r.teacher_prompt), len(r.ids)) for r in group)
+    return tuple(
+        (r.prompt, len(r.student_prompt), len(r.teacher_prompt), len(r.ids)) for r in group
+    )
 
 
 def weights(model: Model) -> dict[str, float]:
     """Bytes of a network's parameters and buffers, and how many numbers of them train with an adapter."""
     tensors = [*model.net.parameters(), *model.net.buffers()]
-    return {"all": sum(_storage(t).nbytes() for t in tensors), "trainable": sum(t.numel() for t in tensors if t.requires_grad)}
+    return {
+        "all": sum(_storage(t).nbytes() for t in tensors),
+        "trainable": sum(t.numel() for t in tensors if t.requires_grad),
+    }
 
 
 def _live(model: Model, *known: torch.Tensor) -> Live:
     return Live([*model.net.parameters(), *model.net.buffers(), *known])
 
 
-def reading(model: Model, rollouts: list[Rollout], teacher: bool, autocast: bool) -> dict[str, float]:
+def reading(
+    model: Model, rollouts: list[Rollout], teacher: bool, autocast: bool
+) -> dict[str, float]:
     """Bytes while a model reads rollouts without gradient (``peak``), and of the hidden rows that stay (``rows``)."""
     live = _live(model)
     with torch.no_grad(), live:
@@ -335,7 +456,14 @@ def reading(model: Model, rollouts: list[Rollout], teacher: bool, autocast: bool
     return {"peak": peak, "rows": kept}
 
 
-def updating(model: Model, rollouts: list[Rollout], terms: Terms, teacher: Head, autocast: bool, accumulated: bool) -> dict[str, float]:
+def updating(
+    model: Model,
+    rollouts: list[Rollout],
+    terms: Terms,
+    teacher: Head,
+    autocast: bool,
+    accumulated: bool,
+) -> dict[str, float]:
     """Bytes while the student reads a micro-batch (``read``), while the loss is taken (``loss``) and gradients flow (``backward``), and when
     they are there (``end``): each of them is a straight line in the depth, their maximum is not. ``accumulated``: they are there already, and not counted."""
     trained = list(model.trained.values())
@@ -349,7 +477,15 @@ def updating(model: Model, rollouts: list[Rollout], terms: Terms, teacher: Head,
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             student_ND = scoring.hidden_rows(model, rollouts)
         read = live.highest()
-        loss, value_N, _ = weighted(terms, student_ND, model.head(), teacher_NE, teacher, torch.ones(count), scoring.tokens(rollouts))
+        loss, value_N, _ = weighted(
+            terms,
+            student_ND,
+            model.head(),
+            teacher_NE,
+            teacher,
+            torch.ones(count),
+            scoring.tokens(rollouts),
+        )
         loss_peak = live.highest()
         loss.backward()
         backward, end = live.highest(), live.now
@@ -359,7 +495,9 @@ def updating(model: Model, rollouts: list[Rollout], terms: Terms, teacher: Head,
 
 
 @torch.no_grad()
-def generating(model: Model, prompts: list[int], samples: int, rows: int, new: int, support: int | None) -> dict[str, float]:
+def generating(
+    model: Model, prompts: list[int], samples: int, rows: int, new: int, support: int | None
+) -> dict[str, float]:
     """Bytes of one generate call of ``rows`` responses, the longest prompt first: the prefill, and the last of ``new`` tokens."""
     count, width = rows, prompts[0]
     shared = model.shares_prompts and samples > 1 and width > 1
@@ -380,7 +518,20 @@ def generating(model: Model, prompts: list[int], samples: int, rows: int, new: i
         del hidden
         cache.batch_select_indices(torch.zeros(count, dtype=torch.long))
         end.highest()
-        _draw(model, count, torch.cat([mask[torch.arange(count) // samples], torch.ones(count, ids.shape[1] + 1 - width, dtype=torch.long)], 1), 1, cache, support)
+        _draw(
+            model,
+            count,
+            torch.cat(
+                [
+                    mask[torch.arange(count) // samples],
+                    torch.ones(count, ids.shape[1] + 1 - width, dtype=torch.long),
+                ],
+                1,
+            ),
+            1,
+            cache,
+            support,
+        )
         last = end.highest()
         del cache
     return {"prefill": begin.peak, "last token": last}
@@ -388,8 +539,14 @@ def generating(model: Model, prompts: list[int], samples: int, rows: int, new: i
 
 def _draw(model: Model, rows: int, mask, width: int, cache, support: int | None) -> None:
     """A step of ``generate`` and the draw from its logits (rollout.py)."""
-    out = model.net(input_ids=torch.zeros(rows, width, dtype=torch.long), attention_mask=mask, past_key_values=cache, use_cache=True,
-                    position_ids=(mask.cumsum(-1) - 1).clamp_(min=0)[:, -width:], logits_to_keep=1)
+    out = model.net(
+        input_ids=torch.zeros(rows, width, dtype=torch.long),
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        position_ids=(mask.cumsum(-1) - 1).clamp_(min=0)[:, -width:],
+        logits_to_keep=1,
+    )
     scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
     race = torch.empty(rows, support or scores.shape[1])
     scores[:, : race.shape[1]] -= race.neg_().log1p_()
@@ -404,28 +561,68 @@ def comparing(models: list[Model], dtype: torch.dtype, rollouts: list[Rollout]) 
     rows = [ghost((count, h.weight_VD.shape[1])) for h in heads]
     live = Live([*rows, *(h.weight_VD for h in heads)])
     with live:
-        statistics(Terms("reverse-kl", dtype=dtype), rows[0], heads[0], rows[1], heads[1], scoring.tokens(rollouts))
+        statistics(
+            Terms("reverse-kl", dtype=dtype),
+            rows[0],
+            heads[0],
+            rows[1],
+            heads[1],
+            scoring.tokens(rollouts),
+        )
     return live.peak
 
 
 def terms(config: Config, head_dtype: torch.dtype) -> Terms:
     """The loss that a config asks for."""
-    (name, beta), (estimator, top_k), wanted = parse_divergence(config.divergence.name), parse_estimator(config.divergence.estimator), config.divergence
-    return Terms(name, beta, wanted.temperature, head_dtype, config.runtime.head_memory_mb << 20, top_k, estimator == "sampled", wanted.clip)
+    (name, beta), (estimator, top_k), wanted = (
+        parse_divergence(config.divergence.name),
+        parse_estimator(config.divergence.estimator),
+        config.divergence,
+    )
+    return Terms(
+        name,
+        beta,
+        wanted.temperature,
+        head_dtype,
+        config.runtime.head_memory_mb << 20,
+        top_k,
+        estimator == "sampled",
+        wanted.clip,
+    )
 
 
-def case(config: Config, dtype: torch.dtype, head_dtype: torch.dtype, prompts, prefix: int, limit: int, world: int = 1,
-         support: int | None = None) -> Case:
+def case(
+    config: Config,
+    dtype: torch.dtype,
+    head_dtype: torch.dtype,
+    prompts,
+    prefix: int,
+    limit: int,
+    world: int = 1,
+    support: int | None = None,
+) -> Case:
     """The ``Case`` of a config. ``prompts``: (student's, teacher's) lengths, of which an update is made of the longest; ``prefix``: the
     longest of the run; ``world``: ranks that share the update."""
     share = -(-config.train.batch_size // world)
     longest = sorted(prompts, key=sum, reverse=True)[:share]
     return Case(
-        terms(config, head_dtype), dtype, tuple(longest[i % len(longest)] for i in range(share)), config.rollout.samples, prefix, limit,
-        config.train.micro_batch_size, config.rollout.rows, -(-config.evaluate.problems * config.evaluate.rollouts // world),
-        -(-config.evaluate.kl_prompts // world), config.adapter if config.adapter.rank else None, config.train.gradient_checkpointing, config.models.teacher == SELF,
-        config.models.teacher_ema is not None, config.runtime.teacher_device not in (None, config.runtime.device),
-        config.rollout.off_policy != "none", support,
+        terms(config, head_dtype),
+        dtype,
+        tuple(longest[i % len(longest)] for i in range(share)),
+        config.rollout.samples,
+        prefix,
+        limit,
+        config.train.micro_batch_size,
+        config.rollout.rows,
+        -(-config.evaluate.problems * config.evaluate.rollouts // world),
+        -(-config.evaluate.kl_prompts // world),
+        config.adapter if config.adapter.rank else None,
+        config.train.gradient_checkpointing,
+        config.models.teacher == SELF,
+        config.models.teacher_ema is not None,
+        config.runtime.teacher_device not in (None, config.runtime.device),
+        config.rollout.off_policy != "none",
+        support,
     )
 
 
@@ -435,13 +632,25 @@ def at_most(student: Model, teacher: Model, case: Case) -> int:
     Weights, gradients, moments and a copy of the student's, twice the teacher's; per token 40 widths, 10 of the feed-forward's and three
     rows of an attention mask, in float32: of every layer for a micro-batch that trains, of one for what is generated or read, with the KV
     cache of all; the loss's chunk, four head-sized tables and the logits of every row."""
-    tokens, total = max(sum(p) for p in case.prompts) + max(case.prefix, case.limit), 2 * case.terms.memory_bytes
+    tokens, total = (
+        max(sum(p) for p in case.prompts) + max(case.prefix, case.limit),
+        2 * case.terms.memory_bytes,
+    )
     rows = max(case.micro, case.rows)
     for model, each in ((student, 24), (teacher, 8)):
         config = model.config
-        layers, inner = config.num_hidden_layers, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        width = max(config.hidden_size, config.num_attention_heads * (getattr(config, "head_dim", None) or 0))
+        layers, inner = (
+            config.num_hidden_layers,
+            getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        )
+        width = max(
+            config.hidden_size,
+            config.num_attention_heads * (getattr(config, "head_dim", None) or 0),
+        )
         layer = 40 * width + 10 * inner + 3 * tokens
-        total += each * model.parameters + 4 * tokens * (case.micro * layer * (layers if model is student else 1) + rows * (layer + 2 * layers * width))
+        total += each * model.parameters + 4 * tokens * (
+            case.micro * layer * (layers if model is student else 1)
+            + rows * (layer + 2 * layers * width)
+        )
         total += 16 * config.vocab_size * (config.hidden_size + rows)
     return total

@@ -20,8 +20,26 @@ from .weights import QUADRANTS
 
 RESAMPLES = 2_000
 SHARES = (1.0, 0.95, 0.9, 0.5)  # of the reference's gain, for which the cost is given
-COLUMNS = ("arm", "seed", "update", "accuracy", "low", "high", "n", "lr", "prefix", "kl", "kl_prefix", "kl_tail", "kl_beyond", "finish_rate",
-           "mean_tokens", "flops_useful", "flops_executed", "seconds")
+COLUMNS = (
+    "arm",
+    "seed",
+    "update",
+    "accuracy",
+    "low",
+    "high",
+    "n",
+    "lr",
+    "prefix",
+    "kl",
+    "kl_prefix",
+    "kl_tail",
+    "kl_beyond",
+    "finish_rate",
+    "mean_tokens",
+    "flops_useful",
+    "flops_executed",
+    "seconds",
+)
 
 
 @dataclasses.dataclass
@@ -47,7 +65,12 @@ class Finished:
 
     def cost(self, row: dict) -> tuple[float, float, float]:
         """(useful FLOPs, executed FLOPs, seconds) of training up to an evaluation, with what the run started from."""
-        return tuple(a + b for a, b in zip(self.offset, (row["flops_useful"], row["flops_executed"], row["seconds"])))
+        return tuple(
+            a + b
+            for a, b in zip(
+                self.offset, (row["flops_useful"], row["flops_executed"], row["seconds"])
+            )
+        )
 
     def spent(self, against: str) -> list[float]:
         """The x of every evaluation in a picture against one of AGAINST."""
@@ -66,7 +89,9 @@ def collect(paths: list[Path]) -> list[Finished]:
         inside = [path] if (path / "run.json").is_file() else _inside(path)
         runs = [run for folder in inside if (run := _finished(folder, path)) is not None]
         if not runs:
-            raise UserError(f"{path}: no finished run in it (a folder with run.json and a result); run or resume one first")
+            raise UserError(
+                f"{path}: no finished run in it (a folder with run.json and a result); run or resume one first"
+            )
         found |= {run.path.resolve(): run for run in runs}
         roots |= {run.path.resolve(): path for run in runs}
     for where, run in found.items():  # a run that started from another one has cost that one, too
@@ -91,7 +116,9 @@ def _inside(path: Path) -> list[Path]:
 def _origin(run: Finished, root: Path) -> Path:
     """The folder of the run that this one started from: as its comparison says (which may have been moved since), else where
     its student was read from."""
-    start = RunFolder(root).read_json(ARMS)["start"].get(run.arm) if (root / ARMS).is_file() else None
+    start = (
+        RunFolder(root).read_json(ARMS)["start"].get(run.arm) if (root / ARMS).is_file() else None
+    )
     if start is not None:
         return (root / start / f"seed-{run.seed}").resolve()
     return Path(run.config["models"]["student"]).parent.resolve()
@@ -104,17 +131,45 @@ def _finished(folder: Path, root: Path) -> Finished | None:
     document = files.read_json("run.json")
     if not isinstance(document, dict) or "result" not in document:
         return None
-    arm = folder.parent.name if folder.name.startswith("seed-") else (
-        folder.name if folder == root else str(folder.relative_to(root)))
+    arm = (
+        folder.parent.name
+        if folder.name.startswith("seed-")
+        else (folder.name if folder == root else str(folder.relative_to(root)))
+    )
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         right = {row["step"]: row["right"] for row in read_rows(folder / "scores.jsonl")[0]}
-        also = {p.stem.removeprefix("also-"): files.read_json(p.name) for p in sorted(folder.glob("also-*.json"))}
-        found = Finished(arm, document["seed"], folder, config, document["result"], right,
-                         *(files.read_json(name)["kl_by_token"] for name in ("before.json", "after.json")), also)
-        config["models"]["student"], found.evaluations[-1]["step"], found.cost(found.evaluations[-1])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: its files are damaged ({type(error).__name__}: {str(error)[:100]}); leave it out, or run it again") from None
+        also = {
+            p.stem.removeprefix("also-"): files.read_json(p.name)
+            for p in sorted(folder.glob("also-*.json"))
+        }
+        found = Finished(
+            arm,
+            document["seed"],
+            folder,
+            config,
+            document["result"],
+            right,
+            *(files.read_json(name)["kl_by_token"] for name in ("before.json", "after.json")),
+            also,
+        )
+        (
+            config["models"]["student"],
+            found.evaluations[-1]["step"],
+            found.cost(found.evaluations[-1]),
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+    ) as error:
+        raise UserError(
+            f"{folder}: its files are damaged ({type(error).__name__}: {str(error)[:100]}); leave it out, or run it again"
+        ) from None
     return found
 
 
@@ -128,7 +183,11 @@ def by_arm(runs: list[Finished]) -> dict[str, list[Finished]]:
 
 def common_tail(runs: list[Finished]) -> int:
     """The longest prefix of the arms that truncate: beyond it, no such arm was taught."""
-    short = [run.result["prefix"] for run in runs if run.result["prefix"] < run.config["rollout"]["max_new_tokens"]]
+    short = [
+        run.result["prefix"]
+        for run in runs
+        if run.result["prefix"] < run.config["rollout"]["max_new_tokens"]
+    ]
     return max(short, default=0)
 
 
@@ -140,14 +199,36 @@ def rows(runs: list[Finished]) -> list[dict]:
             useful, executed, seconds = run.cost(row)
             last = row is run.evaluations[-1]
             accuracy = row["accuracy"] or {"value": None, "low": None, "high": None, "n": 0}
-            found.append({
-                "arm": run.arm, "seed": run.seed, "update": row["step"], "accuracy": accuracy["value"], "low": accuracy["low"],
-                "high": accuracy["high"], "n": accuracy["n"], "lr": run.config["schedule"]["lr"], "prefix": run.result["prefix"] if last else None,
-                "kl": row["kl"]["value"], "kl_prefix": row["kl_prefix"], "kl_tail": row["kl_tail"],
-                "kl_beyond": split_mean(run.kl_after, tail)[1] if last else None, "finish_rate": row["finish_rate"],
-                "mean_tokens": row["mean_tokens"], "flops_useful": useful, "flops_executed": executed, "seconds": seconds,
-                **({f"also_{name}": other["accuracy"]["value"] for name, other in run.also.items()} if last else {}),
-            })
+            found.append(
+                {
+                    "arm": run.arm,
+                    "seed": run.seed,
+                    "update": row["step"],
+                    "accuracy": accuracy["value"],
+                    "low": accuracy["low"],
+                    "high": accuracy["high"],
+                    "n": accuracy["n"],
+                    "lr": run.config["schedule"]["lr"],
+                    "prefix": run.result["prefix"] if last else None,
+                    "kl": row["kl"]["value"],
+                    "kl_prefix": row["kl_prefix"],
+                    "kl_tail": row["kl_tail"],
+                    "kl_beyond": split_mean(run.kl_after, tail)[1] if last else None,
+                    "finish_rate": row["finish_rate"],
+                    "mean_tokens": row["mean_tokens"],
+                    "flops_useful": useful,
+                    "flops_executed": executed,
+                    "seconds": seconds,
+                    **(
+                        {
+                            f"also_{name}": other["accuracy"]["value"]
+                            for name, other in run.also.items()
+                        }
+                        if last
+                        else {}
+                    ),
+                }
+            )
     return found
 
 
@@ -158,24 +239,46 @@ class Resampled:
     def __init__(self, arms: dict[str, list[Finished]]):
         self.arms = arms
         generator = torch.Generator().manual_seed(seed_of("report"))
-        counts = {len(run.right[step]) for runs in arms.values() for run in runs for step in run.right}
+        counts = {
+            len(run.right[step]) for runs in arms.values() for run in runs for step in run.right
+        }
         seeds = {tuple(run.seed for run in runs) for runs in arms.values()}
         self.paired = len(counts) == 1 and len(seeds) == 1
         if not self.paired:
             return
         self.n, self.k = counts.pop(), len(seeds.pop())
-        self.problems = torch.stack([torch.randint(self.n, (self.n,), generator=generator).bincount(minlength=self.n)
-                                     for _ in range(RESAMPLES)]).double() / self.n
-        self.seeds = torch.stack([torch.randint(self.k, (self.k,), generator=generator).bincount(minlength=self.k)
-                                  for _ in range(RESAMPLES)]).double() / self.k
+        self.problems = (
+            torch.stack(
+                [
+                    torch.randint(self.n, (self.n,), generator=generator).bincount(minlength=self.n)
+                    for _ in range(RESAMPLES)
+                ]
+            ).double()
+            / self.n
+        )
+        self.seeds = (
+            torch.stack(
+                [
+                    torch.randint(self.k, (self.k,), generator=generator).bincount(minlength=self.k)
+                    for _ in range(RESAMPLES)
+                ]
+            ).double()
+            / self.k
+        )
 
-    def curve(self, arm: str) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def curve(
+        self, arm: str
+    ) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(updates E, mean accuracy [E], its draws [R, E], mean useful FLOPs [E], their draws [R, E])."""
         runs = self.arms[arm]
         steps = sorted(set.intersection(*(set(run.right) for run in runs)))
-        right = torch.tensor([[run.right[step] for step in steps] for run in runs], dtype=torch.float64)  # [K, E, P]
-        cost = torch.tensor([[run.cost(row)[0] for row in run.evaluations if row["step"] in steps] for run in runs],
-                            dtype=torch.float64)  # [K, E]
+        right = torch.tensor(
+            [[run.right[step] for step in steps] for run in runs], dtype=torch.float64
+        )  # [K, E, P]
+        cost = torch.tensor(
+            [[run.cost(row)[0] for row in run.evaluations if row["step"] in steps] for run in runs],
+            dtype=torch.float64,
+        )  # [K, E]
         drawn = torch.einsum("rk,kep,rp->re", self.seeds, right, self.problems)
         return steps, right.mean((0, 2)), drawn, cost.mean(0), self.seeds @ cost
 
@@ -210,20 +313,38 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
     for arm, group in arms.items():
         last = [run.evaluations[-1] for run in group]
         costs = [run.cost(row) for run, row in zip(group, last)]
-        mean = lambda values: math.fsum(values) / len(values) if None not in (values := list(values)) else None
+        mean = lambda values: (
+            math.fsum(values) / len(values) if None not in (values := list(values)) else None
+        )
         row = {
-            "arm": arm, "seeds": len(group), "updates": last[0]["step"], "prefix": mean(run.result["prefix"] for run in group),
-            "accuracy": mean(e["accuracy"] and e["accuracy"]["value"] for e in last), "low": None, "high": None,
+            "arm": arm,
+            "seeds": len(group),
+            "updates": last[0]["step"],
+            "prefix": mean(run.result["prefix"] for run in group),
+            "accuracy": mean(e["accuracy"] and e["accuracy"]["value"] for e in last),
+            "low": None,
+            "high": None,
             "answers": sum(e["accuracy"]["n"] for e in last) if last[0]["accuracy"] else 0,
-            "before": mean(run.evaluations[0]["accuracy"] and run.evaluations[0]["accuracy"]["value"] for run in group),
+            "before": mean(
+                run.evaluations[0]["accuracy"] and run.evaluations[0]["accuracy"]["value"]
+                for run in group
+            ),
             "kl": mean(e["kl"]["value"] for e in last),
-            "kl_tail_before": mean(split_mean(run.kl_before, run.result["prefix"])[1] for run in group),
+            "kl_tail_before": mean(
+                split_mean(run.kl_before, run.result["prefix"])[1] for run in group
+            ),
             "kl_tail": mean(split_mean(run.kl_after, run.result["prefix"])[1] for run in group),
             "kl_beyond": mean(split_mean(run.kl_after, tail)[1] for run in group),
-            "finish_rate": mean(e["finish_rate"] for e in last), "mean_tokens": mean(e["mean_tokens"] for e in last),
-            "flops_useful": mean(c[0] for c in costs), "flops_executed": mean(c[1] for c in costs), "seconds": mean(c[2] for c in costs),
+            "finish_rate": mean(e["finish_rate"] for e in last),
+            "mean_tokens": mean(e["mean_tokens"] for e in last),
+            "flops_useful": mean(c[0] for c in costs),
+            "flops_executed": mean(c[1] for c in costs),
+            "seconds": mean(c[2] for c in costs),
             "full_rollout_cost": mean(run.result["full_rollout_cost"] for run in group),
-            "also": {name: mean(run.also[name]["accuracy"]["value"] for run in group) for name in group[0].also},
+            "also": {
+                name: mean(run.also[name]["accuracy"]["value"] for run in group)
+                for name in group[0].also
+            },
             "cost_ratios": {},
         }
         if arm not in curves and len(group) == 1 and last[0]["accuracy"]:
@@ -231,9 +352,13 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
         if arm in curves:
             row["low"], row["high"] = interval(curves[arm][2][:, -1])
             if reference is not None:
-                row["cost_ratios"] = {share: _ratio(curves[reference], curves[arm], share) for share in SHARES}
+                row["cost_ratios"] = {
+                    share: _ratio(curves[reference], curves[arm], share) for share in SHARES
+                }
                 row["difference"] = row["accuracy"] - curves[reference][1][-1].item()
-                row["difference_low"], row["difference_high"] = interval(curves[arm][2][:, -1] - curves[reference][2][:, -1])
+                row["difference_low"], row["difference_high"] = interval(
+                    curves[arm][2][:, -1] - curves[reference][2][:, -1]
+                )
         found.append(row)
     return found
 
@@ -246,24 +371,66 @@ def _ratio(reference, arm, share: float) -> dict:
 
     _, ref, ref_draws, ref_cost, ref_cost_draws = reference
     _, own, own_draws, own_cost, own_cost_draws = arm
-    draws = torch.tensor([one(*lists) for lists in zip(
-        ref_draws.tolist(), ref_cost_draws.tolist(), own_draws.tolist(), own_cost_draws.tolist())])
+    draws = torch.tensor(
+        [
+            one(*lists)
+            for lists in zip(
+                ref_draws.tolist(),
+                ref_cost_draws.tolist(),
+                own_draws.tolist(),
+                own_cost_draws.tolist(),
+            )
+        ]
+    )
     low, high = interval(draws)
-    return {"value": one(ref.tolist(), ref_cost.tolist(), own.tolist(), own_cost.tolist()) or None, "low": low, "high": high,
-            "reached": (draws > 0).double().mean().item()}
+    return {
+        "value": one(ref.tolist(), ref_cost.tolist(), own.tolist(), own_cost.tolist()) or None,
+        "low": low,
+        "high": high,
+        "reached": (draws > 0).double().mean().item(),
+    }
 
 
-HEADINGS = ("arm", "accuracy [95 %]", "useful FLOPs", "executed", "training time", "KL beyond its prefix, before → after", "end",
-            "tokens", "useful FLOPs of the reference ÷ its own to reach half of the reference's gain", "90 % of it", "all of it")
+HEADINGS = (
+    "arm",
+    "accuracy [95 %]",
+    "useful FLOPs",
+    "executed",
+    "training time",
+    "KL beyond its prefix, before → after",
+    "end",
+    "tokens",
+    "useful FLOPs of the reference ÷ its own to reach half of the reference's gain",
+    "90 % of it",
+    "all of it",
+)
 
 
 def cells(row: dict) -> list[str]:
     """A summary row as text, under HEADINGS."""
-    accuracy = "–" if row["accuracy"] is None else f"{row['accuracy']:.1%}" + (
-        f" [{row['low']:.1%}, {row['high']:.1%}]" if row["low"] is not None else "") + f" of {row['answers']:,}"
-    tail = "–" if row["kl_tail"] is None or row["kl_tail_before"] is None else f"{row['kl_tail_before']:.3g} → {row['kl_tail']:.3g}"
-    return [row["arm"], accuracy, flops_text(row["flops_useful"]), flops_text(row["flops_executed"]), f"{row['seconds']:.0f} s", tail,
-            f"{row['finish_rate']:.0%}", f"{row['mean_tokens']:.0f}", *(ratio_text(row["cost_ratios"].get(share)) for share in (0.5, 0.9, 1.0))]
+    accuracy = (
+        "–"
+        if row["accuracy"] is None
+        else f"{row['accuracy']:.1%}"
+        + (f" [{row['low']:.1%}, {row['high']:.1%}]" if row["low"] is not None else "")
+        + f" of {row['answers']:,}"
+    )
+    tail = (
+        "–"
+        if row["kl_tail"] is None or row["kl_tail_before"] is None
+        else f"{row['kl_tail_before']:.3g} → {row['kl_tail']:.3g}"
+    )
+    return [
+        row["arm"],
+        accuracy,
+        flops_text(row["flops_useful"]),
+        flops_text(row["flops_executed"]),
+        f"{row['seconds']:.0f} s",
+        tail,
+        f"{row['finish_rate']:.0%}",
+        f"{row['mean_tokens']:.0f}",
+        *(ratio_text(row["cost_ratios"].get(share)) for share in (0.5, 0.9, 1.0)),
+    ]
 
 
 def ratio_text(ratio: dict | None) -> str:
@@ -280,7 +447,12 @@ def markdown(summary_rows: list[dict]) -> str:
     """The summary as a Markdown table."""
     clean = lambda text: text.replace("|", "\\|").replace("\n", " ")
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "--:|" * (len(HEADINGS) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(map(clean, cells(row))) + " |" for row in summary_rows]) + "\n"
+    return (
+        "\n".join(
+            lines + ["| " + " | ".join(map(clean, cells(row))) + " |" for row in summary_rows]
+        )
+        + "\n"
+    )
 
 
 def write_csv(runs: list[Finished], file: Path) -> None:
@@ -289,15 +461,33 @@ def write_csv(runs: list[Finished], file: Path) -> None:
     with open(file, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, [*COLUMNS, *also], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows(runs))
+        writer.writerows(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            for row in rows(runs)
+        )
 
 
-AGAINST = ("useful training FLOPs", "executed training FLOPs", "training time (s)", "updates")  # as in Finished.spent
+AGAINST = (
+    "useful training FLOPs",
+    "executed training FLOPs",
+    "training time (s)",
+    "updates",
+)  # as in Finished.spent
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito's, distinct to every eye
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#CC79A7",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito's, distinct to every eye
 
 
-def draw(runs: list[Finished], title: str = "", only: list[str] | None = None, against: str = AGAINST[0]):
+def draw(
+    runs: list[Finished], title: str = "", only: list[str] | None = None, against: str = AGAINST[0]
+):
     """Accuracy (or, without answers, held-out KL) against a cost: a matplotlib figure, a line an arm, means over seeds with 95 %
     intervals where they can be drawn."""
     import matplotlib
@@ -310,21 +500,37 @@ def draw(runs: list[Finished], title: str = "", only: list[str] | None = None, a
     drawn = Resampled(arms) if graded else None
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150)
     for i, (arm, group) in enumerate(arms.items()):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": "os^vD<>ph*X"[i % 11], "linestyle": ("-", "--", "-.", ":")[i % 4],
-                 "markersize": 4, "linewidth": 1.3}
-        x = [math.fsum(column) / len(column) for column in zip(*(run.spent(against) for run in group))]
+        style = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": "os^vD<>ph*X"[i % 11],
+            "linestyle": ("-", "--", "-.", ":")[i % 4],
+            "markersize": 4,
+            "linewidth": 1.3,
+        }
+        x = [
+            math.fsum(column) / len(column)
+            for column in zip(*(run.spent(against) for run in group))
+        ]
         if graded and drawn.paired:
             _, mean, draws, _, _ = drawn.curve(arm)
             ends = [interval(draws[:, e]) for e in range(draws.shape[1])]
-            axes.fill_between(x, [100 * low for low, _ in ends], [100 * high for _, high in ends], color=style["color"],
-                              alpha=0.12, linewidth=0)
+            axes.fill_between(
+                x,
+                [100 * low for low, _ in ends],
+                [100 * high for _, high in ends],
+                color=style["color"],
+                alpha=0.12,
+                linewidth=0,
+            )
             axes.plot(x, 100 * mean, label=arm, **style)
             continue
         pick = (lambda e: 100 * e["accuracy"]["value"]) if graded else (lambda e: e["kl"]["value"])
         y = [[pick(e) for e in run.evaluations] for run in group]
         axes.plot(x, [math.fsum(column) / len(column) for column in zip(*y)], label=arm, **style)
     axes.set_xlabel(against)
-    axes.set_ylabel("accuracy on held-out problems (%)" if graded else "held-out reverse KL (nats per token)")
+    axes.set_ylabel(
+        "accuracy on held-out problems (%)" if graded else "held-out reverse KL (nats per token)"
+    )
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, ncol=2)
@@ -346,27 +552,61 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
     """One self-contained HTML page: no script, nothing from a network, every text escaped."""
     text = html.escape
     head = "".join(f"<th>{text(h)}</th>" for h in HEADINGS)
-    body = "".join("<tr>" + "".join(f"<td>{text(c)}</td>" for c in cells(row)) + "</tr>" for row in summary_rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{text(c)}</td>" for c in cells(row)) + "</tr>"
+        for row in summary_rows
+    )
     also = sorted({name for row in summary_rows for name in row["also"]})
-    extra = "" if not also else (
-        "<h2>Other problems</h2><table><tr><th>arm</th>" + "".join(f"<th>{text(n)}</th>" for n in also) + "</tr>" + "".join(
-            f"<tr><td>{text(row['arm'])}</td>" + "".join(
-                f"<td>{row['also'][n]:.1%}</td>" if row["also"].get(n) is not None else "<td>–</td>" for n in also) + "</tr>"
-            for row in summary_rows) + "</table>")
-    pictures = "".join(f'<p><img alt="against {text(against)}" src="data:image/png;base64,'
-                       f'{base64.b64encode(png(draw(runs, title, against=against))).decode()}"></p>' for against in AGAINST)
-    settings = "".join(f"<tr><td>{text(str(run.path))}</td><td>{text(run.arm)}</td><td>{run.seed}</td>"
-                       f"<td>{text(_settings(run))}</td></tr>" for run in runs)
-    said = lambda key, word: "".join(f"<li>{text(run.arm)}, seed {run.seed}: {text(d[word])}</li>" for run in runs
-                                     for d in run.result.get(key, []))
+    extra = (
+        ""
+        if not also
+        else (
+            "<h2>Other problems</h2><table><tr><th>arm</th>"
+            + "".join(f"<th>{text(n)}</th>" for n in also)
+            + "</tr>"
+            + "".join(
+                f"<tr><td>{text(row['arm'])}</td>"
+                + "".join(
+                    f"<td>{row['also'][n]:.1%}</td>"
+                    if row["also"].get(n) is not None
+                    else "<td>–</td>"
+                    for n in also
+                )
+                + "</tr>"
+                for row in summary_rows
+            )
+            + "</table>"
+        )
+    )
+    pictures = "".join(
+        f'<p><img alt="against {text(against)}" src="data:image/png;base64,'
+        f'{base64.b64encode(png(draw(runs, title, against=against))).decode()}"></p>'
+        for against in AGAINST
+    )
+    settings = "".join(
+        f"<tr><td>{text(str(run.path))}</td><td>{text(run.arm)}</td><td>{run.seed}</td>"
+        f"<td>{text(_settings(run))}</td></tr>"
+        for run in runs
+    )
+    said = lambda key, word: "".join(
+        f"<li>{text(run.arm)}, seed {run.seed}: {text(d[word])}</li>"
+        for run in runs
+        for d in run.result.get(key, [])
+    )
     growth, warnings = said("prefix_decisions", "reason"), said("warnings", "text")
     triggers = "".join(
         f"<tr><td>{text(run.arm)}</td><td>{run.seed}</td><td>{x['step']}</td><td>{x['k']}</td><td>"
         f"{' → '.join(f'{s:.4g}' for s in x['scores']) or '–'}</td><td>{flops_text(x['flops'])}</td></tr>"
-        for run in runs for x in run.result.get("extrapolations", []))
+        for run in runs
+        for x in run.result.get("extrapolations", [])
+    )
     corners = "".join(
-        f"<tr><td>{text(arm)}</td>" + "".join(f"<td>{cell}</td>" for cell in quadrant_cells(group)) + "</tr>"
-        for arm, group in by_arm(runs).items() if all("quadrants" in row for run in group for row in run.evaluations))
+        f"<tr><td>{text(arm)}</td>"
+        + "".join(f"<td>{cell}</td>" for cell in quadrant_cells(group))
+        + "</tr>"
+        for arm, group in by_arm(runs).items()
+        if all("quadrants" in row for run in group for row in run.evaluations)
+    )
     against = f" Costs are compared with {text(reference)}." if reference else ""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title><style>body{{font:15px/1.5 system-ui,sans-serif;"
@@ -375,11 +615,20 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
         f"</style><h1>{text(title)}</h1><p>{len(runs)} runs, {len(summary_rows)} arms. Means over seeds; 95 % intervals by a bootstrap over "
         f"seeds and problems, paired between arms.{against}</p><table><tr>{head}</tr>{body}</table>"
         f"{pictures}{extra}"
-        + ("<h2>Entropy × divergence</h2><p>Share of the tokens / share of the reverse KL on the fixed contexts, before → after; the borders "
-           "are the untrained student's medians.</p><table><tr><th>arm</th>" + "".join(f"<th>{text(name)}</th>" for name in QUADRANTS)
-           + f"</tr>{corners}</table>" if corners else "")
-        + (f"<h2>Extrapolations</h2><table><tr><th>arm</th><th>seed</th><th>after update</th><th>accepted k</th><th>scores</th>"
-           f"<th>cost</th></tr>{triggers}</table>" if triggers else "")
+        + (
+            "<h2>Entropy × divergence</h2><p>Share of the tokens / share of the reverse KL on the fixed contexts, before → after; the borders "
+            "are the untrained student's medians.</p><table><tr><th>arm</th>"
+            + "".join(f"<th>{text(name)}</th>" for name in QUADRANTS)
+            + f"</tr>{corners}</table>"
+            if corners
+            else ""
+        )
+        + (
+            f"<h2>Extrapolations</h2><table><tr><th>arm</th><th>seed</th><th>after update</th><th>accepted k</th><th>scores</th>"
+            f"<th>cost</th></tr>{triggers}</table>"
+            if triggers
+            else ""
+        )
         + (f"<h2>Growth of the prefix</h2><ul>{growth}</ul>" if growth else "")
         + (f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "")
         + f"<h2>Runs</h2><table><tr><th>folder</th><th>arm</th><th>seed</th><th>settings</th></tr>{settings}</table></html>\n"
@@ -388,10 +637,19 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
 
 def quadrant_cells(group: list[Finished]) -> list[str]:
     """The quadrants of an arm's fixed contexts before and after, means over seeds, under QUADRANTS."""
-    def mean(place: int, name: str, key: str) -> float:
-        return math.fsum(run.evaluations[place]["quadrants"]["quadrants"][name][key] for run in group) / len(group)
 
-    return [" → ".join(f"{mean(place, name, 'tokens'):.0%} / {mean(place, name, 'divergence'):.0%}" for place in (0, -1)) for name in QUADRANTS]
+    def mean(place: int, name: str, key: str) -> float:
+        return math.fsum(
+            run.evaluations[place]["quadrants"]["quadrants"][name][key] for run in group
+        ) / len(group)
+
+    return [
+        " → ".join(
+            f"{mean(place, name, 'tokens'):.0%} / {mean(place, name, 'divergence'):.0%}"
+            for place in (0, -1)
+        )
+        for name in QUADRANTS
+    ]
 
 
 def _settings(run: Finished) -> str:
@@ -399,5 +657,9 @@ def _settings(run: Finished) -> str:
     from . import config as configuration
 
     defaults = configuration.as_dict(configuration.Config())
-    return ", ".join(f"{section}.{key}={value}" for section, keys in run.config.items() for key, value in keys.items()
-                     if value != defaults.get(section, {}).get(key) and key != "out")
+    return ", ".join(
+        f"{section}.{key}={value}"
+        for section, keys in run.config.items()
+        for key, value in keys.items()
+        if value != defaults.get(section, {}).get(key) and key != "out"
+    )

@@ -5,7 +5,12 @@ from typing import NamedTuple
 
 import torch
 from transformers import (
-    GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from .flops import STRETCH
@@ -99,7 +104,10 @@ class Rollout:
         """Positions of the tokens that the loss looks at, ascending, in the student's tokens or in the teacher's."""
         if self.units is None:
             return list(self.taught)
-        sides = [(u.teacher_start, u.teacher_size) if teacher else (u.start, u.size) for u in self.taught_units]
+        sides = [
+            (u.teacher_start, u.teacher_size) if teacher else (u.start, u.size)
+            for u in self.taught_units
+        ]
         return [t for start, size in sides for t in range(start, start + size)]
 
     def extent(self, teacher: bool = False) -> int:
@@ -119,7 +127,9 @@ class _Race(LogitsProcessor):
     a position.
     """
 
-    def __init__(self, keys: list[tuple], seed: int, support: int, device: torch.device, record: bool = False):
+    def __init__(
+        self, keys: list[tuple], seed: int, support: int, device: torch.device, record: bool = False
+    ):
         self.generators = [torch.Generator(device).manual_seed(seed_of(seed, *key)) for key in keys]
         self.support, self.record, self.taken = support, record, []
 
@@ -134,7 +144,7 @@ class _Race(LogitsProcessor):
         logp = scores[:, : self.support].float().log_softmax(-1) if self.record else None
         # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below one grid step
         scores[:, : self.support] -= race.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
-        scores[:, self.support:] = -torch.inf
+        scores[:, self.support :] = -torch.inf
         if logp is not None:
             self.taken.append(logp.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
         return scores
@@ -147,7 +157,7 @@ class _Support(LogitsProcessor):
         self.support = support
 
     def __call__(self, input_ids, scores):
-        scores[:, self.support:] = -torch.inf
+        scores[:, self.support :] = -torch.inf
         return scores
 
 
@@ -175,7 +185,9 @@ class Sampler:
     top_p: float = 1.0
     top_k: int = 0
     rows: int = 64
-    record: bool = False  # keep the log-probability of every draw, as the warped and tempered logits give it
+    record: bool = (
+        False  # keep the log-probability of every draw, as the warped and tempered logits give it
+    )
 
     @property
     def on_policy(self) -> bool:
@@ -184,7 +196,11 @@ class Sampler:
 
     def race(self, keys: list[tuple], device: torch.device) -> _Race | None:
         """The rows' own noise; None when nothing is drawn."""
-        return None if self.temperature == 0 else _Race(keys, self.seed, self.support, device, self.record)
+        return (
+            None
+            if self.temperature == 0
+            else _Race(keys, self.seed, self.support, device, self.record)
+        )
 
     def processors(self, race: _Race | None) -> LogitsProcessorList:
         """What shapes the logits, in HF's order: temperature, top-k, top-p, then the race; only what is needed."""
@@ -204,8 +220,14 @@ class Sampler:
 
 
 @torch.inference_mode()
-def generate(model, requests: list[Request], cap: int, sampler: Sampler, spent=None,
-             clock: Clock | None = None) -> list[Response]:
+def generate(
+    model,
+    requests: list[Request],
+    cap: int,
+    sampler: Sampler,
+    spent=None,
+    clock: Clock | None = None,
+) -> list[Response]:
     """Samples up to ``cap`` tokens for every request, in the order given.
 
     Rows are sorted by prompt length, rows with the same prompt together, and left-padded in calls of at most
@@ -216,7 +238,9 @@ def generate(model, requests: list[Request], cap: int, sampler: Sampler, spent=N
     first = {}
     for i, request in enumerate(requests):
         first.setdefault(request.ids, i)
-    order = sorted(range(len(requests)), key=lambda i: (len(requests[i].ids), first[requests[i].ids], i))
+    order = sorted(
+        range(len(requests)), key=lambda i: (len(requests[i].ids), first[requests[i].ids], i)
+    )
     for start in range(0, len(order), sampler.rows):
         chosen = order[start : start + sampler.rows]
         batch = [requests[i] for i in chosen]
@@ -230,11 +254,17 @@ def generate(model, requests: list[Request], cap: int, sampler: Sampler, spent=N
     return responses
 
 
-def _call(model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock | None) -> list[Response]:
+def _call(
+    model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock | None
+) -> list[Response]:
     """One batch: prefill, then stretches of ``generate`` between which rows that have ended leave it."""
     net, width = model.net, max(len(r.ids) for r in batch)
-    ids_BT = torch.tensor([[sampler.pad] * (width - len(r.ids)) + list(r.ids) for r in batch]).to(model.device)
-    mask_BT = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch]).to(model.device)
+    ids_BT = torch.tensor([[sampler.pad] * (width - len(r.ids)) + list(r.ids) for r in batch]).to(
+        model.device
+    )
+    mask_BT = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch]).to(
+        model.device
+    )
     race = sampler.race([r.key for r in batch], model.device)
     split = _Split(clock) if clock is not None else None
     if clock is not None:
@@ -245,15 +275,25 @@ def _call(model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock 
     alive = list(range(len(batch)))
     while alive and len(drawn[alive[0]]) < cap:
         settings = GenerationConfig(
-            max_new_tokens=min(STRETCH, cap - len(drawn[alive[0]])), do_sample=False, num_beams=1, use_cache=True,
-            eos_token_id=sorted(sampler.eos), pad_token_id=sampler.pad, return_dict_in_generate=True,
+            max_new_tokens=min(STRETCH, cap - len(drawn[alive[0]])),
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=sorted(sampler.eos),
+            pad_token_id=sampler.pad,
+            return_dict_in_generate=True,
         )
         processors = sampler.processors(race)
         if split is not None:
             processors.insert(0, split)
         with model.form():
-            out = net.generate(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, generation_config=settings,
-                               logits_processor=processors)
+            out = net.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                past_key_values=cache,
+                generation_config=settings,
+                logits_processor=processors,
+            )
         new = out.sequences[:, ids_BT.shape[1] :].tolist()
         going = [row for row, tokens in enumerate(new) if not sampler.eos.intersection(tokens)]
         for row, tokens in zip(alive, new):
@@ -263,7 +303,10 @@ def _call(model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock 
                 chances[row] += taken
             race.taken.clear()
         alive, cache = [alive[row] for row in going], out.past_key_values
-        ids_BT, mask_BT = out.sequences, torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), len(new[0]))], 1)
+        ids_BT, mask_BT = (
+            out.sequences,
+            torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), len(new[0]))], 1),
+        )
         if alive and len(going) < len(new):
             kept = torch.tensor(going, device=model.device)
             ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
@@ -287,7 +330,9 @@ def _shared_prefill(model, batch: list[Request], ids_BT, mask_BT):
         return None
     rows = [next(i for i, r in enumerate(batch) if r.ids == ids) for ids in distinct]
     _, cache = model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])
-    cache.batch_select_indices(torch.tensor([distinct.index(r.ids) for r in batch], device=ids_BT.device))
+    cache.batch_select_indices(
+        torch.tensor([distinct.index(r.ids) for r in batch], device=ids_BT.device)
+    )
     return cache
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from .errors import UserError
 
-GRAMMAR = ("at least 1 token (512), a percentage of --max-new-tokens (25%), 'full', linear:L0:d, staircase:L0:dH:every "
-           "or auto[:L0:dH]")
+GRAMMAR = (
+    "at least 1 token (512), a percentage of --max-new-tokens (25%), 'full', linear:L0:d, staircase:L0:dH:every "
+    "or auto[:L0:dH]"
+)
 PATIENCE = 4  # updates whose mean stands for the signal of a window in `auto`
 STOPPED = 0.1  # share of a window's first signal that it must still lose within PATIENCE updates to count as improving
 REACHED = 0.25  # share of rollouts that must fill the prefix for `auto` to grow it
@@ -63,16 +65,20 @@ class PrefixSchedule:
         seen.append([signal, reached])
         if len(seen) < 2 * PATIENCE:
             return None
-        first, before, last = (_mean([s for s, _ in part]) for part in
-                               (seen[:PATIENCE], seen[-2 * PATIENCE : -PATIENCE], seen[-PATIENCE:]))
+        first, before, last = (
+            _mean([s for s, _ in part])
+            for part in (seen[:PATIENCE], seen[-2 * PATIENCE : -PATIENCE], seen[-PATIENCE:])
+        )
         filled = _mean([r for _, r in seen[-PATIENCE:]])
         if before - last > STOPPED * first or filled < REACHED:
             return None
         opened, old = self.window(state), self.length(step, state)
         state.update(length=min(old + (self.rise or old), self.limit), window=old, seen=[])
-        return (f"after update {step + 1} the prefix grows from {old} to {state['length']} tokens: over means of {PATIENCE} updates "
-                f"the divergence of tokens {opened} to {old} began at {first:.3g} nats, was {before:.3g} and is {last:.3g}, and "
-                f"{filled:.0%} of the rollouts fill the prefix")
+        return (
+            f"after update {step + 1} the prefix grows from {old} to {state['length']} tokens: over means of {PATIENCE} updates "
+            f"the divergence of tokens {opened} to {old} began at {first:.3g} nats, was {before:.3g} and is {last:.3g}, and "
+            f"{filled:.0%} of the rollouts fill the prefix"
+        )
 
 
 def _mean(values: list) -> float:
@@ -91,14 +97,29 @@ def parse_prefix(text: str, limit: int) -> PrefixSchedule:
     if text == "full":
         return PrefixSchedule(text, "constant", limit, limit)
     if kind == "auto" and len(parts) in (0, 2):
-        start, rise = (_tokens(text, part, limit) for part in parts) if parts else (_tokens(text, "10%", limit), 0)
+        start, rise = (
+            (_tokens(text, part, limit) for part in parts)
+            if parts
+            else (_tokens(text, "10%", limit), 0)
+        )
         return PrefixSchedule(text, kind, start, limit, rise)
     if kind == "linear" and len(parts) == 2:
-        return PrefixSchedule(text, kind, _tokens(text, parts[0], limit), limit, _tokens(text, parts[1], limit))
+        return PrefixSchedule(
+            text, kind, _tokens(text, parts[0], limit), limit, _tokens(text, parts[1], limit)
+        )
     if kind == "staircase" and len(parts) == 3:
         if not re.fullmatch(r"[1-9]\d{0,17}", parts[2], re.ASCII):
-            raise UserError(f"prefix '{text}': the staircase rises every {parts[2]!r} updates; give a number of at least 1")
-        return PrefixSchedule(text, kind, _tokens(text, parts[0], limit), limit, _tokens(text, parts[1], limit), int(parts[2]))
+            raise UserError(
+                f"prefix '{text}': the staircase rises every {parts[2]!r} updates; give a number of at least 1"
+            )
+        return PrefixSchedule(
+            text,
+            kind,
+            _tokens(text, parts[0], limit),
+            limit,
+            _tokens(text, parts[1], limit),
+            int(parts[2]),
+        )
     if parts:
         raise UserError(f"prefix '{text}': --prefix must be {GRAMMAR}")
     return PrefixSchedule(text, "constant", _tokens(text, text, limit), limit)
@@ -109,7 +130,9 @@ def _tokens(text: str, part: str, limit: int) -> int:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", part, re.ASCII):
         percent = float(match[1])
         if not 0 < percent <= 100:
-            raise UserError(f"prefix {text}: a percentage must be above 0% and at most 100% of --max-new-tokens")
+            raise UserError(
+                f"prefix {text}: a percentage must be above 0% and at most 100% of --max-new-tokens"
+            )
         return max(1, round(limit * percent / 100))
     if not re.fullmatch(r"[+-]?\d{1,18}", part, re.ASCII):
         raise UserError(f"prefix '{text}': --prefix must be {GRAMMAR}")
@@ -150,8 +173,10 @@ def parse_off_policy(text: str) -> OffPolicy | None:
         value = math.nan
     if loss in ("sft", "divergence") and 0 < value <= 1:
         return OffPolicy(loss, value)
-    raise UserError(f"off-policy '{text}': --off-policy must be none, sft or divergence, the last two with an optional share of "
-                    "the rollouts above 0 and at most 1, such as divergence:0.5")
+    raise UserError(
+        f"off-policy '{text}': --off-policy must be none, sft or divergence, the last two with an optional share of "
+        "the rollouts above 0 and at most 1, such as divergence:0.5"
+    )
 
 
 def warmup_steps(text: str, steps: int) -> int:
@@ -162,7 +187,9 @@ def warmup_steps(text: str, steps: int) -> int:
             return round(steps * float(match[1]) / 100)
     elif re.fullmatch(r"\d{1,18}", text):
         return int(text)
-    raise UserError(f"warmup '{text}': --warmup must be a number of updates (20) or a percentage of them (5%)")
+    raise UserError(
+        f"warmup '{text}': --warmup must be a number of updates (20) or a percentage of them (5%)"
+    )
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: int) -> float:

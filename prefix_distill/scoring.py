@@ -14,13 +14,17 @@ from .runtime import Place
 PADDING = 0.1  # largest share of padding among the tokens a micro-batch runs
 
 
-def sequences(rollouts: list[Rollout], teacher: bool = False) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def sequences(
+    rollouts: list[Rollout], teacher: bool = False
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """The prompt and the part of the response that a model reads, per rollout.
 
     The last taught token is not read, nor what follows: nothing that is taught is predicted from it.
     """
-    return ([r.teacher_prompt if teacher else r.student_prompt for r in rollouts],
-            [(r.teacher_ids if teacher else r.ids)[: r.extent(teacher) - 1] for r in rollouts])
+    return (
+        [r.teacher_prompt if teacher else r.student_prompt for r in rollouts],
+        [(r.teacher_ids if teacher else r.ids)[: r.extent(teacher) - 1] for r in rollouts],
+    )
 
 
 def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) -> torch.Tensor:
@@ -34,7 +38,10 @@ def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) ->
         hidden_BTD, first = _behind_shared_prompts(model, prompts, responses), [0] * len(prompts)
     else:
         ids_BT = right_padded([p + r for p, r in zip(prompts, responses)])
-        hidden_BTD, first = model.trunk(to_device(ids_BT, model.device)), [len(p) - 1 for p in prompts]
+        hidden_BTD, first = (
+            model.trunk(to_device(ids_BT, model.device)),
+            [len(p) - 1 for p in prompts],
+        )
     taught_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.bool)
     for row, start, rollout in zip(taught_BT, first, rollouts):
         row[start + torch.tensor(rollout.rows(teacher), dtype=torch.long)] = True
@@ -66,12 +73,18 @@ def _behind_shared_prompts(model: Model, prompts, responses) -> torch.Tensor:
 def right_padded(rows: list[tuple[int, ...]]) -> torch.Tensor:
     """Ids [B, T] on the CPU, zeros to the right of short rows."""
     width = max(map(len, rows))
-    return torch.tensor([row + (0,) * (width - len(row)) for row in rows], dtype=torch.long).view(len(rows), width)
+    return torch.tensor([row + (0,) * (width - len(row)) for row in rows], dtype=torch.long).view(
+        len(rows), width
+    )
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy on ``device`` that does not wait for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def tokens(rollouts: list[Rollout]) -> torch.Tensor:
@@ -86,8 +99,14 @@ def check_sharing(model: Model) -> str | None:
     Two prompts and five responses of different lengths, in the model's own dtype.
     """
     ids = (sorted(model.tokenizer.get_vocab().values()) * 40)[:40]
-    made = [(tuple(ids[:p]), tuple(ids[p : p + n])) for p, n in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9))]
-    group = [Rollout(i, 0, prompt, prompt, response, response, False) for i, (prompt, response) in enumerate(made)]
+    made = [
+        (tuple(ids[:p]), tuple(ids[p : p + n]))
+        for p, n in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9))
+    ]
+    group = [
+        Rollout(i, 0, prompt, prompt, response, response, False)
+        for i, (prompt, response) in enumerate(made)
+    ]
     alone = [hidden_rows(replace(model, shares_prompts=False), [r]) for r in group]
     try:
         together = hidden_rows(replace(model, shares_prompts=True), group)
@@ -96,24 +115,40 @@ def check_sharing(model: Model) -> str | None:
     alone = torch.cat(alone).float()
     gap = ((together.float() - alone).norm() / alone.norm()).item()
     allowed = 1e-5 if model.net.dtype == torch.float32 else 0.03
-    return None if gap <= allowed else f"hidden states behind a shared prompt differ by {gap:.1g} of their norm"
+    return (
+        None
+        if gap <= allowed
+        else f"hidden states behind a shared prompt differ by {gap:.1g} of their norm"
+    )
 
 
-def head_rows(model: Model, rollouts: list[Rollout], shared: simct.Support | None, teacher: bool, whole: bool = False) -> float:
+def head_rows(
+    model: Model,
+    rollouts: list[Rollout],
+    shared: simct.Support | None,
+    teacher: bool,
+    whole: bool = False,
+) -> float:
     """Rows that the model's head projects once for the loss on ``rollouts``, in rows of its whole vocabulary (what the ledger
     counts); ``whole``: for statistics."""
     if shared is None:
         return sum(len(r.taught) for r in rollouts)
-    return simct.head_rows(rollouts, len(shared.teacher if teacher else shared.student), model.support, teacher, whole)
+    return simct.head_rows(
+        rollouts, len(shared.teacher if teacher else shared.student), model.support, teacher, whole
+    )
 
 
-def reads(rollouts: list[Rollout], shared: bool, teacher: bool = False) -> list[tuple[int, list[int]]]:
+def reads(
+    rollouts: list[Rollout], shared: bool, teacher: bool = False
+) -> list[tuple[int, list[int]]]:
     """(prompt length, lengths of the responses behind it, up to the last taught token) for every prompt that is read, in
     tokens: each distinct one once when ``shared``, else one per rollout. What the ledger counts."""
     behind: dict = {}
     for i, r in enumerate(rollouts):
         prompt = r.teacher_prompt if teacher else r.student_prompt
-        behind.setdefault(prompt if shared else (i, prompt), (len(prompt), []))[1].append(r.extent(teacher))
+        behind.setdefault(prompt if shared else (i, prompt), (len(prompt), []))[1].append(
+            r.extent(teacher)
+        )
     return list(behind.values())
 
 
@@ -123,10 +158,16 @@ def micro_batches(rollouts: list[Rollout], size: int, shared: bool) -> list[list
     Two orders are tried, and the one that runs fewer tokens is taken: the samples of a prompt together (worth it when it
     is read once for them, ``shared``), or all rollouts by length. Nothing here depends on more than the rollouts.
     """
-    by_prompt = sorted(rollouts, key=lambda r: (-len(r.student_prompt), r.prompt, -r.extent(), r.sample))
-    by_length = sorted(rollouts, key=lambda r: (-len(r.student_prompt) - r.extent(), r.prompt, r.sample))
+    by_prompt = sorted(
+        rollouts, key=lambda r: (-len(r.student_prompt), r.prompt, -r.extent(), r.sample)
+    )
+    by_length = sorted(
+        rollouts, key=lambda r: (-len(r.student_prompt) - r.extent(), r.prompt, r.sample)
+    )
     plans = [_split(order, size, shared) for order in (by_prompt, by_length)]
-    return min(plans, key=lambda groups: sum(linear_tokens(reads(group, shared))[1] for group in groups))
+    return min(
+        plans, key=lambda groups: sum(linear_tokens(reads(group, shared))[1] for group in groups)
+    )
 
 
 def _split(order: list[Rollout], size: int, shared: bool) -> list[list[Rollout]]:
@@ -163,24 +204,60 @@ class Reading:
         return tuple(found)
 
 
-def positions(rollouts: list[Rollout], facts: dict[str, torch.Tensor]) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
+def positions(
+    rollouts: list[Rollout], facts: dict[str, torch.Tensor]
+) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
     """Statistics per row → (prompt, sample) → name → position → number."""
-    parts = {name: values.split([len(r.taught) for r in rollouts]) for name, values in facts.items()}
-    return {(r.prompt, r.sample): {name: dict(zip(r.taught, split[i].tolist())) for name, split in parts.items()}
-            for i, r in enumerate(rollouts)}
+    parts = {
+        name: values.split([len(r.taught) for r in rollouts]) for name, values in facts.items()
+    }
+    return {
+        (r.prompt, r.sample): {
+            name: dict(zip(r.taught, split[i].tolist())) for name, split in parts.items()
+        }
+        for i, r in enumerate(rollouts)
+    }
 
 
-def row_statistics(terms: Terms, student: Model, student_ND: torch.Tensor, teacher: Model, teacher_NE: torch.Tensor,
-                   shared: simct.Support | None, rollouts: list[Rollout], forward: bool) -> dict[str, torch.Tensor]:
+def row_statistics(
+    terms: Terms,
+    student: Model,
+    student_ND: torch.Tensor,
+    teacher: Model,
+    teacher_NE: torch.Tensor,
+    shared: simct.Support | None,
+    rollouts: list[Rollout],
+    forward: bool,
+) -> dict[str, torch.Tensor]:
     """``divergence.statistics`` of hidden rows that were read; across tokenizers (``shared``) ``simct.statistics``, per unit."""
     if shared is None:
-        return statistics(terms, student_ND, student.head(), teacher_NE, teacher.head(), tokens(rollouts), forward)
-    return simct.statistics(terms, shared, simct.units(rollouts), student_ND, student.head(), teacher_NE, teacher.head(), forward)
+        return statistics(
+            terms, student_ND, student.head(), teacher_NE, teacher.head(), tokens(rollouts), forward
+        )
+    return simct.statistics(
+        terms,
+        shared,
+        simct.units(rollouts),
+        student_ND,
+        student.head(),
+        teacher_NE,
+        teacher.head(),
+        forward,
+    )
 
 
 @torch.no_grad()
-def token_statistics(terms: Terms, student: Model, teacher: Model, shared: simct.Support | None, rollouts: list[Rollout], place: Place,
-                     rows: int, spent=None, forward: bool = False) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
+def token_statistics(
+    terms: Terms,
+    student: Model,
+    teacher: Model,
+    shared: simct.Support | None,
+    rollouts: list[Rollout],
+    place: Place,
+    rows: int,
+    spent=None,
+    forward: bool = False,
+) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
     """``row_statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) → name → position → number, for
     the taught tokens (units). ``spent(group)`` is told what both models read."""
     found = {}
@@ -189,7 +266,9 @@ def token_statistics(terms: Terms, student: Model, teacher: Model, shared: simct
             ours = hidden_rows(student, group)
         with place.autocast(teacher.device):
             theirs = hidden_rows(teacher, group, teacher=True)
-        found |= positions(group, row_statistics(terms, student, ours, teacher, theirs, shared, group, forward))
+        found |= positions(
+            group, row_statistics(terms, student, ours, teacher, theirs, shared, group, forward)
+        )
         if spent is not None:
             spent(group)
     return found

@@ -42,8 +42,12 @@ class Support:
 
 def support(shared: Shared, mode: str, student_device, teacher_device) -> Support:
     """O as tensors."""
-    return Support(torch.tensor(shared.student + shared.student_eos, device=student_device),
-                   torch.tensor(shared.teacher + shared.teacher_eos, device=teacher_device), len(shared.student), mode == "simct-released")
+    return Support(
+        torch.tensor(shared.student + shared.student_eos, device=student_device),
+        torch.tensor(shared.teacher + shared.teacher_eos, device=teacher_device),
+        len(shared.student),
+        mode == "simct-released",
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ def units(rollouts: list[Rollout]) -> Units:
     for r in rollouts:
         for u in r.taught_units:
             kinds.append(u.exact)
-            for side, (start, size, ids) in enumerate(((u.start, u.size, r.ids), (u.teacher_start, u.teacher_size, r.teacher_ids))):
+            for side, (start, size, ids) in enumerate(
+                ((u.start, u.size, r.ids), (u.teacher_start, u.teacher_size, r.teacher_ids))
+            ):
                 first[side].append(at[side])
                 token[side].append(ids[start])
                 if not u.exact:
@@ -83,19 +89,40 @@ def units(rollouts: list[Rollout]) -> Units:
     tensor = lambda values: torch.tensor(values, dtype=torch.long)
     kinds = torch.tensor(kinds, dtype=torch.bool)
     both = lambda sides: tuple(map(tensor, sides))
-    return Units(both(first), kinds.nonzero()[:, 0], (~kinds).nonzero()[:, 0], both(row), both(span), both(found), both(token))
+    return Units(
+        both(first),
+        kinds.nonzero()[:, 0],
+        (~kinds).nonzero()[:, 0],
+        both(row),
+        both(span),
+        both(found),
+        both(token),
+    )
 
 
-def head_rows(rollouts: list[Rollout], columns: int, vocabulary: int, teacher: bool, whole: bool = False) -> float:
+def head_rows(
+    rollouts: list[Rollout], columns: int, vocabulary: int, teacher: bool, whole: bool = False
+) -> float:
     """Rows of its head that a model runs forward for the loss, in rows of the whole vocabulary; ``whole``: for ``statistics``."""
     exact = sum(u.exact for r in rollouts for u in r.taught_units)
-    spans = [u.teacher_size if teacher else u.size for r in rollouts for u in r.taught_units if not u.exact]
+    spans = [
+        u.teacher_size if teacher else u.size
+        for r in rollouts
+        for u in r.taught_units
+        if not u.exact
+    ]
     return (exact if whole else exact * columns / vocabulary) + len(spans) + sum(spans)
 
 
 def weighted(
-    terms: Terms, shared: Support, of: Units, student_ND: torch.Tensor, student_head: Head, teacher_ME: torch.Tensor,
-    teacher_head: Head, weight_U: torch.Tensor,
+    terms: Terms,
+    shared: Support,
+    of: Units,
+    student_ND: torch.Tensor,
+    student_head: Head,
+    teacher_ME: torch.Tensor,
+    teacher_head: Head,
+    weight_U: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Σ_u weight_u · D(q_S, q_T) with its gradient, and the detached values D_u [U], nats.
 
@@ -103,13 +130,35 @@ def weighted(
     No table of rows × vocabulary outlives its chunk. The tokens of spans are projected twice by the student, as a span's score
     needs all of them before its gradient is known.
     """
-    return _Weighted.apply(student_ND, student_head.weight_VD, student_head.bias_V, weight_U, teacher_ME.detach(), student_head,
-                           teacher_head, terms, shared, of)
+    return _Weighted.apply(
+        student_ND,
+        student_head.weight_VD,
+        student_head.bias_V,
+        weight_U,
+        teacher_ME.detach(),
+        student_head,
+        teacher_head,
+        terms,
+        shared,
+        of,
+    )
 
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_ND, weight_VD, bias_V, weight_U, teacher_ME, student_head, teacher_head, terms, shared, of):
+    def forward(
+        ctx,
+        student_ND,
+        weight_VD,
+        bias_V,
+        weight_U,
+        teacher_ME,
+        student_head,
+        teacher_head,
+        terms,
+        shared,
+        of,
+    ):
         device = student_ND.device
         into = _Gradients(ctx.needs_input_grad[:3], student_ND, student_head, terms)
         weight_U = weight_U.to(device, torch.float32)
@@ -121,9 +170,18 @@ class _Weighted(torch.autograd.Function):
             rows = of.first[0][part].to(device)
             logits = few_ours.logits(student_ND[rows]).div_(terms.temperature)
             student_logp, share = _events(logits, shared)
-            teacher_logp = _events(few_theirs.logits(_at(teacher_ME, of.first[1][part])).div_(terms.temperature), shared)[0].to(device)
+            teacher_logp = _events(
+                few_theirs.logits(_at(teacher_ME, of.first[1][part])).div_(terms.temperature),
+                shared,
+            )[0].to(device)
             value_U[part], gradient = _compare(terms, student_logp, teacher_logp)
-            into.add(rows, _spread(gradient, share, shared), logits, weight_U[part.to(device)], shared.student)
+            into.add(
+                rows,
+                _spread(gradient, share, shared),
+                logits,
+                weight_U[part.to(device)],
+                shared.student,
+            )
 
         if len(of.spans):
             student_P = _span_scores(terms, shared, ours, student_ND, of, 0)
@@ -142,9 +200,14 @@ class _Weighted(torch.autograd.Function):
                 teacher_base = there if shared.raw else torch.log_softmax(there, -1)
                 teacher_scores = _events(teacher_base[:, shared.teacher], shared)[0].to(device)
                 value_U[which], gradient = _compare(
-                    terms, torch.cat([student_scores, student_P[part, None].to(device)], 1), torch.cat([teacher_scores, teacher_P[part, None]], 1))
+                    terms,
+                    torch.cat([student_scores, student_P[part, None].to(device)], 1),
+                    torch.cat([teacher_scores, teacher_P[part, None]], 1),
+                )
                 pull_P[part] = gradient[:, -1]
-                table = torch.zeros_like(logits).index_add_(1, shared.student, _spread(gradient[:, :-1], share, shared))
+                table = torch.zeros_like(logits).index_add_(
+                    1, shared.student, _spread(gradient[:, :-1], share, shared)
+                )
                 if not shared.raw:
                     table -= base.exp() * table.sum(-1, keepdim=True)
                 into.add(rows, table, logits, weight_U[which.to(device)])
@@ -153,10 +216,20 @@ class _Weighted(torch.autograd.Function):
                 rows, spans, ids = (x[0][part].to(device) for x in (of.row, of.span, of.id))
                 logits = ours.logits(student_ND[rows]).div_(terms.temperature)
                 table = torch.zeros_like(logits) if shared.raw else torch.softmax(logits, -1).neg_()
-                table.scatter_add_(1, ids[:, None], torch.ones_like(ids, dtype=torch.float32)[:, None])
-                into.add(rows, table.mul_(pull_P[spans, None]), logits, weight_U[of.spans.to(device)[spans]])
+                table.scatter_add_(
+                    1, ids[:, None], torch.ones_like(ids, dtype=torch.float32)[:, None]
+                )
+                into.add(
+                    rows,
+                    table.mul_(pull_P[spans, None]),
+                    logits,
+                    weight_U[of.spans.to(device)[spans]],
+                )
 
-        ctx.grads, ctx.dtypes = into.found, (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.grads, ctx.dtypes = (
+            into.found,
+            (weight_VD.dtype, None if bias_V is None else bias_V.dtype),
+        )
         ctx.mark_non_differentiable(value_U)
         return (weight_U * value_U).sum(), value_U, None
 
@@ -164,9 +237,12 @@ class _Weighted(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         hidden, weight, bias = ctx.grads
         ctx.grads = None
-        return (hidden if hidden is None else hidden.mul_(grad_loss),
-                weight if weight is None else weight.mul_(grad_loss).to(ctx.dtypes[0]),
-                bias if bias is None else bias.mul_(grad_loss).to(ctx.dtypes[1]), *[None] * 7)
+        return (
+            hidden if hidden is None else hidden.mul_(grad_loss),
+            weight if weight is None else weight.mul_(grad_loss).to(ctx.dtypes[0]),
+            bias if bias is None else bias.mul_(grad_loss).to(ctx.dtypes[1]),
+            *[None] * 7,
+        )
 
 
 class _Gradients:
@@ -175,8 +251,10 @@ class _Gradients:
     def __init__(self, needs, hidden_ND: torch.Tensor, head: Head, terms: Terms):
         self.hidden_ND, self.head, self.terms = hidden_ND, head, terms
         self.weight_VD = head.weight_VD.detach().to(terms.dtype)
-        self.found = tuple(torch.zeros_like(t, dtype=torch.float32) if need else None
-                           for need, t in zip(needs, (hidden_ND, head.weight_VD, head.bias_V)))
+        self.found = tuple(
+            torch.zeros_like(t, dtype=torch.float32) if need else None
+            for need, t in zip(needs, (hidden_ND, head.weight_VD, head.bias_V))
+        )
 
     def add(self, rows, table, logits, weight, ids=None) -> None:
         """``table``: gradient of a unit's value to its tempered ``logits``, [rows, V], or on the columns ``ids`` alone."""
@@ -185,10 +263,16 @@ class _Gradients:
             return
         if self.head.softcap is not None:  # d softcap·tanh(z/softcap) / dz
             table = table * (1 - (logits * (self.terms.temperature / self.head.softcap)).square())
-        table = (table * (weight[:, None] * (self.head.scale / self.terms.temperature))).to(self.terms.dtype)
+        table = (table * (weight[:, None] * (self.head.scale / self.terms.temperature))).to(
+            self.terms.dtype
+        )
         with torch.autocast(table.device.type, enabled=False):
             if hidden is not None:
-                hidden.index_add_(0, rows, (table @ (self.weight_VD if ids is None else self.weight_VD[ids])).float())
+                hidden.index_add_(
+                    0,
+                    rows,
+                    (table @ (self.weight_VD if ids is None else self.weight_VD[ids])).float(),
+                )
             if head_weight is not None:
                 added = (table.T @ self.hidden_ND[rows].to(self.terms.dtype)).float()
                 head_weight.add_(added) if ids is None else head_weight.index_add_(0, ids, added)
@@ -208,13 +292,19 @@ def _at(hidden, rows):
 
 def _rows(head: Head, ids: torch.Tensor) -> Head:
     """The head on some ids only."""
-    return replace(head, weight_VD=head.weight_VD[ids], bias_V=None if head.bias_V is None else head.bias_V[ids])
+    return replace(
+        head,
+        weight_VD=head.weight_VD[ids],
+        bias_V=None if head.bias_V is None else head.bias_V[ids],
+    )
 
 
 def _events(scores: torch.Tensor, shared: Support) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores [., O + e] → [., O + 1], the end-of-sequence ids as one event, and the share [., e] of it that each id has."""
     ends = scores[:, shared.common :]
-    return torch.cat([scores[:, : shared.common], torch.logsumexp(ends, -1, keepdim=True)], 1), torch.softmax(ends, -1)
+    return torch.cat(
+        [scores[:, : shared.common], torch.logsumexp(ends, -1, keepdim=True)], 1
+    ), torch.softmax(ends, -1)
 
 
 def _spread(gradient: torch.Tensor, share: torch.Tensor, shared: Support) -> torch.Tensor:
@@ -224,13 +314,18 @@ def _spread(gradient: torch.Tensor, share: torch.Tensor, shared: Support) -> tor
 
 def _compare(terms: Terms, student_scores, teacher_scores):
     """D(q_S, q_T) per row and its gradient to the student's scores."""
-    student_logq, teacher_logq = torch.log_softmax(student_scores, -1), torch.log_softmax(teacher_scores, -1)
+    student_logq, teacher_logq = (
+        torch.log_softmax(student_scores, -1),
+        torch.log_softmax(teacher_scores, -1),
+    )
     spare = (torch.empty_like(student_logq) for _ in range(2))
     return value_and_gradient(terms.name, terms.beta, student_logq, teacher_logq, *spare)
 
 
 @torch.no_grad()
-def _span_scores(terms: Terms, shared: Support, head: Head, hidden, of: Units, side: int) -> torch.Tensor:
+def _span_scores(
+    terms: Terms, shared: Support, head: Head, hidden, of: Units, side: int
+) -> torch.Tensor:
     """Mean score of each span's own tokens under a model, [P]."""
     device = hidden.device
     total = torch.zeros(len(of.spans), device=device)
@@ -243,40 +338,74 @@ def _span_scores(terms: Terms, shared: Support, head: Head, hidden, of: Units, s
 
 
 @torch.no_grad()
-def statistics(terms: Terms, shared: Support, of: Units, student_ND: torch.Tensor, student_head: Head, teacher_ME: torch.Tensor,
-               teacher_head: Head, forward: bool = False) -> dict[str, torch.Tensor]:
+def statistics(
+    terms: Terms,
+    shared: Support,
+    of: Units,
+    student_ND: torch.Tensor,
+    student_head: Head,
+    teacher_ME: torch.Tensor,
+    teacher_head: Head,
+    forward: bool = False,
+) -> dict[str, torch.Tensor]:
     """As ``divergence.statistics``, per unit, each [U] float32: ``divergence`` and ``entropy`` on the unit's support, the score of
     the text of the unit under each model (mean log-probability of its tokens: ``student_logp``, ``teacher_logp``), each model's mass on
     O where the unit begins (``student_mass``, ``teacher_mass``), and if asked for KL(q_T‖q_S), ``forward_kl``."""
     device, raw = student_ND.device, shared.raw
     plain = replace(shared, raw=False)
-    heads, hiddens = (student_head.to(terms.dtype), teacher_head.to(terms.dtype)), (student_ND, teacher_ME)
+    heads, hiddens = (
+        (student_head.to(terms.dtype), teacher_head.to(terms.dtype)),
+        (student_ND, teacher_ME),
+    )
     ids = (shared.student, shared.teacher)
     count = len(of.token[0])
     place = torch.full((count,), -1, dtype=torch.long)
     place[of.spans] = torch.arange(len(of.spans))
-    spans = [_span_scores(terms, plain, head, hidden, of, side).to(device) for side, (head, hidden) in enumerate(zip(heads, hiddens))]
-    scored = [_span_scores(terms, shared, head, hidden, of, side).to(device) for side, (head, hidden) in enumerate(zip(heads, hiddens))] if raw else spans
-    names = ("divergence", "entropy", "student_logp", "teacher_logp", "student_mass", "teacher_mass") + (("forward_kl",) if forward else ())
+    spans = [
+        _span_scores(terms, plain, head, hidden, of, side).to(device)
+        for side, (head, hidden) in enumerate(zip(heads, hiddens))
+    ]
+    scored = (
+        [
+            _span_scores(terms, shared, head, hidden, of, side).to(device)
+            for side, (head, hidden) in enumerate(zip(heads, hiddens))
+        ]
+        if raw
+        else spans
+    )
+    names = (
+        "divergence",
+        "entropy",
+        "student_logp",
+        "teacher_logp",
+        "student_mass",
+        "teacher_mass",
+    ) + (("forward_kl",) if forward else ())
     found = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
     for part in torch.arange(count).split(chunk(terms, max(len(head.weight_VD) for head in heads))):
         is_span = (place[part] >= 0).to(device)
         tables = []
         for side, name in enumerate(("student", "teacher")):
-            logits = heads[side].logits(_at(hiddens[side], of.first[side][part])).div_(terms.temperature)
+            logits = (
+                heads[side].logits(_at(hiddens[side], of.first[side][part])).div_(terms.temperature)
+            )
             logp = torch.log_softmax(logits, -1)
             token = logp.gather(1, of.token[side][part, None].to(logp.device))[:, 0].to(device)
             events = _events(logp[:, ids[side]], shared)[0].to(device)
             found[f"{name}_mass"][part] = torch.logsumexp(events, -1).exp()
             if raw:
-                events = torch.where(is_span[:, None], _events(logits[:, ids[side]], shared)[0].to(device), events)
+                events = torch.where(
+                    is_span[:, None], _events(logits[:, ids[side]], shared)[0].to(device), events
+                )
             if len(of.spans):
                 at = place[part].clamp(min=0).to(device)
                 token = torch.where(is_span, spans[side][at], token)
                 own = torch.where(is_span, scored[side][at], -torch.inf)
                 events = torch.cat([events, own[:, None]], 1)
             found[f"{name}_logp"][part] = token
-            tables.append(torch.log_softmax(events, -1).clamp_(min=-1e30))  # a unit that is no span has no such entry
+            tables.append(
+                torch.log_softmax(events, -1).clamp_(min=-1e30)
+            )  # a unit that is no span has no such entry
         student, teacher = tables
         found["entropy"][part] = -(student.exp() * student).sum(-1)
         found["divergence"][part] = per_token(terms.name, terms.beta, student, teacher)

@@ -17,15 +17,24 @@ from .errors import UserError
 
 PROJECT = "prefix-distill"
 FILE = "trackers.json"  # {name: {id, at}} in the run folder
-EVALUATION = {"finish_rate": "finish_rate", "mean_tokens": "mean_tokens", "kl_prefix": "kl_prefix_nats", "kl_tail": "kl_tail_nats",
-              "sampler_kl": "sampler_kl_nats", "kl": "kl_nats", "accuracy": "accuracy"}
+EVALUATION = {
+    "finish_rate": "finish_rate",
+    "mean_tokens": "mean_tokens",
+    "kl_prefix": "kl_prefix_nats",
+    "kl_tail": "kl_tail_nats",
+    "sampler_kl": "sampler_kl_nats",
+    "kl": "kl_nats",
+    "accuracy": "accuracy",
+}
 
 
 def check(config: Config) -> None:
     """UserError where the package of a tracker is missing."""
     for name in configuration.parse_trackers(config.trackers.to):
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report-to {name}: the package {name} is not installed; pip install \"prefix-distill[{name}]\", or leave it out")
+            raise UserError(
+                f'--report-to {name}: the package {name} is not installed; pip install "prefix-distill[{name}]", or leave it out'
+            )
 
 
 class Trackers:
@@ -46,10 +55,16 @@ class Trackers:
             try:
                 self.told = self.folder.read_json(FILE)
             except UserError:
-                self.warn(f"{FILE} cannot be read: --report-to begins a new run in place of the one that it named")
+                self.warn(
+                    f"{FILE} cannot be read: --report-to begins a new run in place of the one that it named"
+                )
         for name in list(self.open):
             with self._harmless(name):
-                self.open[name] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}[name](self)
+                self.open[name] = {
+                    "tensorboard": _TensorBoard,
+                    "wandb": _Wandb,
+                    "trackio": _Trackio,
+                }[name](self)
         return self
 
     def __exit__(self, kind, *_):
@@ -96,12 +111,18 @@ class Trackers:
                 yield
         except Exception as error:  # whatever another's package raises
             self.open.pop(name, None)
-            self.warn(f"--report-to {name} is off from here on: {type(error).__name__}: {' '.join(str(error).split())[:300]}; metrics.jsonl has all of it")
+            self.warn(
+                f"--report-to {name} is off from here on: {type(error).__name__}: {' '.join(str(error).split())[:300]}; metrics.jsonl has all of it"
+            )
 
 
 def numbers(row: dict) -> dict[str, float]:
     """The numbers of a row of metrics.jsonl but its step."""
-    return {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+    return {
+        name: value
+        for name, value in row.items()
+        if name != "step" and isinstance(value, (int, float))
+    }
 
 
 def measured(kind: str, row: dict) -> dict[str, float]:
@@ -110,7 +131,11 @@ def measured(kind: str, row: dict) -> dict[str, float]:
     for key, name in EVALUATION.items():
         value = row.get(key)
         if isinstance(value, dict):
-            found |= {f"{kind}/{name}": value["value"], f"{kind}/{name}_low": value["low"], f"{kind}/{name}_high": value["high"]}
+            found |= {
+                f"{kind}/{name}": value["value"],
+                f"{kind}/{name}_low": value["low"],
+                f"{kind}/{name}_high": value["high"],
+            }
         elif value is not None:
             found[f"{kind}/{name}"] = value
     return found
@@ -122,7 +147,11 @@ class _TensorBoard:
     def __init__(self, run: Trackers):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path, self.metrics, self.writer = run.folder.path / "tensorboard", run.folder.path / "metrics.jsonl", None
+        self.path, self.metrics, self.writer = (
+            run.folder.path / "tensorboard",
+            run.folder.path / "metrics.jsonl",
+            None,
+        )
         self.text = f"run {run.name}\n\n```json\n{json.dumps(run.settings, indent=1)}\n```"
         self.make = SummaryWriter
 
@@ -134,7 +163,9 @@ class _TensorBoard:
             self.writer = self.make(str(self.path), purge_step=step)
             if new:
                 self.writer.add_text("config", self.text, step)
-            for row in read_rows(self.metrics)[0] if late else ():  # dropped with what is measured after it
+            for row in (
+                read_rows(self.metrics)[0] if late else ()
+            ):  # dropped with what is measured after it
                 if row.get("step") == step:
                     self._scalars(step, numbers(row))
         self._scalars(step, values)
@@ -156,8 +187,14 @@ class _Wandb:
         import wandb
 
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), name=run.name, id=run.id("wandb"), resume="allow", dir=str(run.folder.path),
-            config=run.settings, settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True))
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.name,
+            id=run.id("wandb"),
+            resume="allow",
+            dir=str(run.folder.path),
+            config=run.settings,
+            settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True),
+        )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -174,7 +211,12 @@ class _Trackio:
     def __init__(self, run: Trackers):
         import trackio
 
-        self.run = trackio.init(project=PROJECT, name=f"{run.name}-{run.id('trackio')}", config=run.settings, resume="allow")
+        self.run = trackio.init(
+            project=PROJECT,
+            name=f"{run.name}-{run.id('trackio')}",
+            config=run.settings,
+            resume="allow",
+        )
         self.finish = trackio.finish
 
     def log(self, step: int, late: int, values: dict) -> None:

@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 from .errors import UserError
 
 WINDOWS = ("first", "middle", "last", "random", "scattered", "highest-kl", "highest-entropy")
-SELECTIONS = ("soft-or", "overconfident", "entropy-sample", "entropy", "divergence", "random", "bottom")
+SELECTIONS = (
+    "soft-or",
+    "overconfident",
+    "entropy-sample",
+    "entropy",
+    "divergence",
+    "random",
+    "bottom",
+)
 QUADRANTS = tuple(f"{h} entropy, {d} divergence" for h in ("high", "low") for d in ("high", "low"))
 CLIPPED = 0.98  # quantile of the batch's entropies at which TIP clips them
 MODERATE = (0.25, 0.30, 0.10)  # (w_min, τ, s) of PW-OPSD
@@ -31,7 +39,9 @@ class Window:
         """The token statistic that ranks (``divergence.statistics``), if any."""
         return {"highest-kl": "divergence", "highest-entropy": "entropy"}.get(self.kind)
 
-    def positions(self, tokens: int, key: tuple, values: list[float] | None = None) -> tuple[int, ...]:
+    def positions(
+        self, tokens: int, key: tuple, values: list[float] | None = None
+    ) -> tuple[int, ...]:
         """Taught positions of a rollout of ``tokens`` tokens, ascending; ``key`` seeds the random kinds, ``values`` rank."""
         size = min(self.size, tokens)
         if self.statistic:
@@ -52,8 +62,10 @@ def parse_window(text: str) -> Window | None:
         return None
     if kind in WINDOWS and re.fullmatch(r"0*[1-9]\d{0,17}", size, re.ASCII):
         return Window(kind, int(size))
-    raise UserError(f"window '{text}': --window must be all, or one of {', '.join(WINDOWS)} with a number of at least 1 token, "
-                    "such as first:24")
+    raise UserError(
+        f"window '{text}': --window must be all, or one of {', '.join(WINDOWS)} with a number of at least 1 token, "
+        "such as first:24"
+    )
 
 
 def keep(window: Window | None, rollouts: list, key: tuple, statistics: dict | None = None) -> list:
@@ -62,8 +74,20 @@ def keep(window: Window | None, rollouts: list, key: tuple, statistics: dict | N
         return rollouts
     kept = []
     for r in rollouts:
-        values = [statistics[r.prompt, r.sample][window.statistic][t] for t in r.taught] if window.statistic else None
-        kept.append(replace(r, kept=tuple(r.taught[i] for i in window.positions(len(r.taught), (*key, r.prompt, r.sample), values))))
+        values = (
+            [statistics[r.prompt, r.sample][window.statistic][t] for t in r.taught]
+            if window.statistic
+            else None
+        )
+        kept.append(
+            replace(
+                r,
+                kept=tuple(
+                    r.taught[i]
+                    for i in window.positions(len(r.taught), (*key, r.prompt, r.sample), values)
+                ),
+            )
+        )
     return kept
 
 
@@ -76,8 +100,10 @@ class Scale:
 
     def scaled(self, entropy: float, divergence: float) -> tuple[float, float]:
         """(ĥ, δ̂): min-max over the batch; 0 where all its values are equal."""
-        return tuple(0.0 if low == high else (min(value, high) - low) / (high - low)
-                     for value, (low, high) in ((entropy, self.entropy), (divergence, self.divergence)))
+        return tuple(
+            0.0 if low == high else (min(value, high) - low) / (high - low)
+            for value, (low, high) in ((entropy, self.entropy), (divergence, self.divergence))
+        )
 
 
 def scale(entropies: list[float], divergences: list[float]) -> Scale:
@@ -85,7 +111,9 @@ def scale(entropies: list[float], divergences: list[float]) -> Scale:
 
     Entropies are clipped at their 98th percentile, linear between order statistics.
     """
-    return Scale((min(entropies), quantile(entropies, CLIPPED)), (min(divergences), max(divergences)))
+    return Scale(
+        (min(entropies), quantile(entropies, CLIPPED)), (min(divergences), max(divergences))
+    )
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -119,8 +147,13 @@ class Selection:
         """Does it need token statistics?"""
         return self.kind != "random"
 
-    def choose(self, positions: tuple[int, ...], key: tuple, facts: dict[str, dict[int, float]] | None = None,
-               at: Scale | None = None) -> tuple[int, ...]:
+    def choose(
+        self,
+        positions: tuple[int, ...],
+        key: tuple,
+        facts: dict[str, dict[int, float]] | None = None,
+        at: Scale | None = None,
+    ) -> tuple[int, ...]:
         """The kept ones of a rollout's ``positions``, ascending; ``facts``: statistic → position → nats."""
         count = min(len(positions), max(1, math.floor(self.share * len(positions) + 1e-9)))
         rng = random.Random("/".join(map(str, ("select", self.kind, *key))))
@@ -129,11 +162,20 @@ class Selection:
         scores = {}
         for t in positions:
             entropy, divergence = at.scaled(facts["entropy"][t], facts["divergence"][t])
-            union = 1 - (1 - entropy) * (1 - divergence)  # ĥ + δ̂ − ĥ·δ̂, exactly 1 where ĥ is: a tie is a tie
-            scores[t] = {"soft-or": union, "entropy": entropy, "divergence": divergence, "bottom": -union}.get(self.kind, 0.0)
+            union = 1 - (1 - entropy) * (
+                1 - divergence
+            )  # ĥ + δ̂ − ĥ·δ̂, exactly 1 where ĥ is: a tie is a tie
+            scores[t] = {
+                "soft-or": union,
+                "entropy": entropy,
+                "divergence": divergence,
+                "bottom": -union,
+            }.get(self.kind, 0.0)
             if self.kind == "overconfident":
                 scores[t] = facts["forward_kl"][t] * (1 - entropy)
-            if self.kind == "entropy-sample":  # the largest log(u)/h are a draw ∝ h without replacement
+            if (
+                self.kind == "entropy-sample"
+            ):  # the largest log(u)/h are a draw ∝ h without replacement
                 weight, draw = min(facts["entropy"][t], at.entropy[1]), math.log(1 - rng.random())
                 scores[t] = draw / weight if weight > 0 else -math.inf
         return tuple(sorted(sorted(positions, key=lambda t: (-scores[t], t))[:count]))
@@ -146,19 +188,36 @@ def parse_selection(kind: str, share: float) -> Selection | None:
     if kind not in SELECTIONS:
         raise UserError(f"select '{kind}': --select must be all or one of {', '.join(SELECTIONS)}")
     if not 0 < share <= 1:
-        raise UserError(f"keep {share}: --keep must be a share of the tokens above 0 and at most 1, such as 0.5")
+        raise UserError(
+            f"keep {share}: --keep must be a share of the tokens above 0 and at most 1, such as 0.5"
+        )
     return Selection(kind, share)
 
 
-def choose(selection: Selection | None, rollouts: list, key: tuple, facts: dict | None = None, at: Scale | None = None) -> list:
+def choose(
+    selection: Selection | None,
+    rollouts: list,
+    key: tuple,
+    facts: dict | None = None,
+    at: Scale | None = None,
+) -> list:
     """The same ``Rollout``s with fewer taught positions. ``facts``: (prompt, sample) → statistic → position → nats."""
     if selection is None:
         return rollouts
-    return [replace(r, kept=selection.choose(r.taught, (*key, r.prompt, r.sample), facts and facts[r.prompt, r.sample], at))
-            for r in rollouts]
+    return [
+        replace(
+            r,
+            kept=selection.choose(
+                r.taught, (*key, r.prompt, r.sample), facts and facts[r.prompt, r.sample], at
+            ),
+        )
+        for r in rollouts
+    ]
 
 
-def quadrants(entropies: list[float], divergences: list[float], borders: tuple[float, float] | None = None) -> dict:
+def quadrants(
+    entropies: list[float], divergences: list[float], borders: tuple[float, float] | None = None
+) -> dict:
     """The four quadrants of TIP: high or low entropy of S × high or low reverse KL.
 
     → {"borders": [entropy, divergence] (nats; those given, else the medians; above is high), "quadrants": name → {"tokens":
@@ -167,12 +226,22 @@ def quadrants(entropies: list[float], divergences: list[float], borders: tuple[f
     borders = borders or (quantile(entropies, 0.5), quantile(divergences, 0.5))
     groups: dict[str, list[float]] = {name: [] for name in QUADRANTS}
     for entropy, divergence in zip(entropies, divergences):
-        level = ["high" if value > border else "low" for value, border in zip((entropy, divergence), borders)]
+        level = [
+            "high" if value > border else "low"
+            for value, border in zip((entropy, divergence), borders)
+        ]
         groups[f"{level[0]} entropy, {level[1]} divergence"].append(divergence)
     total = math.fsum(divergences)
-    return {"borders": list(borders), "quadrants": {
-        name: {"tokens": len(group) / len(divergences), "divergence": math.fsum(group) / total if total else 0.0}
-        for name, group in groups.items()}}
+    return {
+        "borders": list(borders),
+        "quadrants": {
+            name: {
+                "tokens": len(group) / len(divergences),
+                "divergence": math.fsum(group) / total if total else 0.0,
+            }
+            for name, group in groups.items()
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -208,13 +277,23 @@ def parse_position_weight(text: str) -> PositionWeight | None:
         found = [float(number) for number in numbers.split(",")]
     except ValueError:
         found = []
-    if kind == "sigmoid" and len(found) == 3 and all(map(math.isfinite, found)) and 0 <= found[0] <= 1 and found[2] > 0:
+    if (
+        kind == "sigmoid"
+        and len(found) == 3
+        and all(map(math.isfinite, found))
+        and 0 <= found[0] <= 1
+        and found[2] > 0
+    ):
         return PositionWeight(*found)
-    raise UserError(f"position weight '{text}': --position-weight must be uniform, moderate, decreasing or sigmoid:w,τ,s with a least "
-                    "weight w from 0 to 1, a turning point τ and a width s above 0, such as sigmoid:0.25,0.3,0.1")
+    raise UserError(
+        f"position weight '{text}': --position-weight must be uniform, moderate, decreasing or sigmoid:w,τ,s with a least "
+        "weight w from 0 to 1, a turning point τ and a width s above 0, such as sigmoid:0.25,0.3,0.1"
+    )
 
 
-def token_weights(rollouts: list, reduction: str, position: PositionWeight | None = None) -> tuple[dict[tuple[int, int], list[float]], float]:
+def token_weights(
+    rollouts: list, reduction: str, position: PositionWeight | None = None
+) -> tuple[dict[tuple[int, int], list[float]], float]:
     """(prompt, sample) → undivided weight of each taught token, and this rank's share of the divisor.
 
     With m taught tokens in a rollout (``Rollout.counted``): ``token``: weight 1, divisor Σ m; ``sequence``: weight 1/m, divisor the number of
@@ -225,6 +304,8 @@ def token_weights(rollouts: list, reduction: str, position: PositionWeight | Non
     weights = {}
     for r in rollouts:
         each = 1 / r.counted if reduction == "sequence" and r.taught else 1.0
-        weights[r.prompt, r.sample] = [each if position is None else each * position.at(t, len(r.ids)) for t in r.taught]
+        weights[r.prompt, r.sample] = [
+            each if position is None else each * position.at(t, len(r.ids)) for t in r.taught
+        ]
     share = sum(r.counted for r in rollouts) if reduction == "token" else len(rollouts)
     return weights, float(share)

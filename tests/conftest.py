@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: two busy processes must not spin at barriers
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch: two busy processes must not spin at barriers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
@@ -13,7 +15,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM, GenerationConfig, GPT2Config, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
@@ -34,25 +42,57 @@ def byte_tokenizer(eos: str = "<e>") -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<p>", "<e>", "<u>", "<a>"])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<p>", eos_token=eos, chat_template=TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<p>", eos_token=eos, chat_template=TEMPLATE
+    )
 
 
 def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int = 2):
     """A network small enough for a test, of a real architecture."""
-    common = dict(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
-                  max_position_embeddings=256, pad_token_id=256, eos_token_id=257, bos_token_id=None)
+    common = dict(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=256,
+        eos_token_id=257,
+        bos_token_id=None,
+    )
     if kind == "llama":
-        return LlamaConfig(**common, intermediate_size=2 * width, num_key_value_heads=2, tie_word_embeddings=False)
+        return LlamaConfig(
+            **common, intermediate_size=2 * width, num_key_value_heads=2, tie_word_embeddings=False
+        )
     if kind == "qwen3":
-        return Qwen3Config(**common, intermediate_size=2 * width, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
+        return Qwen3Config(
+            **common,
+            intermediate_size=2 * width,
+            num_key_value_heads=2,
+            head_dim=16,
+            tie_word_embeddings=True,
+        )
     if kind == "gemma3":
-        return Gemma3TextConfig(**common, intermediate_size=2 * width, num_key_value_heads=2, head_dim=8, sliding_window=8,
-                                layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=20.0)
+        return Gemma3TextConfig(
+            **common,
+            intermediate_size=2 * width,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            final_logit_softcapping=20.0,
+        )
     if kind == "neox":
         return GPTNeoXConfig(**common, intermediate_size=4 * width)
     if kind == "gpt2":
-        return GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=4, n_positions=256, bos_token_id=None,
-                          eos_token_id=257)
+        return GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=width,
+            n_layer=layers,
+            n_head=4,
+            n_positions=256,
+            bos_token_id=None,
+            eos_token_id=257,
+        )
     raise ValueError(kind)
 
 
@@ -63,14 +103,18 @@ def tiny_net(kind: str, seed: int = 0, scale: float = 1.0, **shape):
     with torch.no_grad():
         for name, p in net.named_parameters():
             if p.dim() >= 2:
-                p.copy_(torch.randn_like(p) * scale * (0.2 if "embed" in name or "wte" in name else 0.3))
+                p.copy_(
+                    torch.randn_like(p) * scale * (0.2 if "embed" in name or "wte" in name else 0.3)
+                )
     return net.eval()
 
 
 def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **shape):
     """Writes a loadable tiny model folder and returns its path as text."""
     net = tiny_net(kind, seed, **shape)
-    net.generation_config = GenerationConfig(eos_token_id=257, pad_token_id=256, temperature=0.3, top_k=7, do_sample=True)
+    net.generation_config = GenerationConfig(
+        eos_token_id=257, pad_token_id=256, temperature=0.3, top_k=7, do_sample=True
+    )
     net.save_pretrained(folder)
     byte_tokenizer(eos).save_pretrained(folder)
     return str(folder)
@@ -78,8 +122,14 @@ def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **sh
 
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that two workers end together."""
-    longest = ("test_commands_run_in_order", "test_four_updates", "test_two_ranks_are_one", "test_two_kills", "test_a_comparison_goes_on",
-               "test_gpus_starts_three_ranks")
+    longest = (
+        "test_commands_run_in_order",
+        "test_four_updates",
+        "test_two_ranks_are_one",
+        "test_two_kills",
+        "test_a_comparison_goes_on",
+        "test_gpus_starts_three_ranks",
+    )
     items.sort(key=lambda item: not item.name.startswith(longest))
 
 
@@ -87,22 +137,35 @@ def pytest_collection_modifyitems(items):
 def pair(tmp_path_factory):
     """(student, teacher): paths of two tiny Llamas of different size with one tokenizer."""
     root = tmp_path_factory.mktemp("pair")
-    return save_tiny(root / "student", seed=1), save_tiny(root / "teacher", seed=2, width=48, layers=3)
+    return save_tiny(root / "student", seed=1), save_tiny(
+        root / "teacher", seed=2, width=48, layers=3
+    )
 
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory):
     """A small JSONL data set of sums with answers; prompts of different lengths."""
     file = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [{"question": f"{'what is ' if i % 3 == 0 else ''}{i}+{i * i}?", "answer": f"#### {i + i * i}"} for i in range(40)]
+    rows = [
+        {
+            "question": f"{'what is ' if i % 3 == 0 else ''}{i}+{i * i}?",
+            "answer": f"#### {i + i * i}",
+        }
+        for i in range(40)
+    ]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(file)
 
 
 def command(*arguments, **options):
     """Runs `prefix-distill …` in a process of its own; CompletedProcess with text output."""
-    return subprocess.run([sys.executable, "-m", "prefix_distill", *map(str, arguments)], capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "prefix_distill", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
 
 
 def invoke(*arguments):

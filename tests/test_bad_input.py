@@ -55,24 +55,53 @@ def broken(tmp_path_factory, pair):
     for name, (text, _) in ARMS.items():
         (root / f"arms {name}.yaml").write_text(text)
     for name, (suffix, content, _) in DATASETS.items():
-        (root / f"{name}{suffix}").write_bytes(content if isinstance(content, bytes) else content.encode())
+        (root / f"{name}{suffix}").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     return root
 
 
 BAD = {
     "missing data file": (["--dataset", "{root}/nowhere.jsonl"], "no such file"),
-    "wrong column": (["--prompt-column", "problem"], "no column 'problem'; it has question, answer"),
+    "wrong column": (
+        ["--prompt-column", "problem"],
+        "no column 'problem'; it has question, answer",
+    ),
     "prefix 0": (["--prefix", "0"], "prefix length 0: --prefix must be at least 1 token"),
     "prefix grammar": (["--prefix", "lots"], "prefix 'lots'"),
     "prefix beyond positions": (["--prefix", "500"], "256 positions"),
-    "different tokenizers": (["--teacher", "{root}/other", "--cross-tokenizer", "off"], "tokenizers differ on 1 ids"),
-    "unknown cross-tokenizer": (["--cross-tokenizer", "gold"], "must be one of strict, simct, simct-released, off"),
-    "lower-case teacher": (["--teacher", "{root}/lower-case"], "its tokenizer makes another text of 'Two words, 2 Words.'"),
-    "head too small": (["--teacher", "{root}/few-rows"], "ids up to 260, but its head has only 260 rows"),
-    "sampled across tokenizers": (["--teacher", "{root}/other", "--estimator", "sampled"], "units are compared on all shared tokens"),
-    "clip across tokenizers": (["--teacher", "{root}/other", "--clip", "1", "--divergence", "forward-kl"], "the clip is of one vocabulary"),
-    "teacher's eos across tokenizers": (["--teacher", "{root}/other", "--eos", "teacher"], "its ids are not the student's"),
-    "ranked text across tokenizers": (["--teacher", "{root}/other", "--off-policy", "sft", "--select", "soft-or"], "text without units"),
+    "different tokenizers": (
+        ["--teacher", "{root}/other", "--cross-tokenizer", "off"],
+        "tokenizers differ on 1 ids",
+    ),
+    "unknown cross-tokenizer": (
+        ["--cross-tokenizer", "gold"],
+        "must be one of strict, simct, simct-released, off",
+    ),
+    "lower-case teacher": (
+        ["--teacher", "{root}/lower-case"],
+        "its tokenizer makes another text of 'Two words, 2 Words.'",
+    ),
+    "head too small": (
+        ["--teacher", "{root}/few-rows"],
+        "ids up to 260, but its head has only 260 rows",
+    ),
+    "sampled across tokenizers": (
+        ["--teacher", "{root}/other", "--estimator", "sampled"],
+        "units are compared on all shared tokens",
+    ),
+    "clip across tokenizers": (
+        ["--teacher", "{root}/other", "--clip", "1", "--divergence", "forward-kl"],
+        "the clip is of one vocabulary",
+    ),
+    "teacher's eos across tokenizers": (
+        ["--teacher", "{root}/other", "--eos", "teacher"],
+        "its ids are not the student's",
+    ),
+    "ranked text across tokenizers": (
+        ["--teacher", "{root}/other", "--off-policy", "sft", "--select", "soft-or"],
+        "text without units",
+    ),
     "no EOS": (["--student", "{root}/no-eos"], "end-of-sequence"),
     "NaN weights": (["--student", "{root}/nan"], "model.layers.1.mlp.up_proj.weight holds NaN"),
     "out in use": (["--out", "{root}/full"], "not empty"),
@@ -85,37 +114,70 @@ BAD = {
     "estimator without K": (["--estimator", "top-k:0"], "must be full, sampled or top-k:K"),
     "a schedule cut short": (["--prefix", "linear:4"], "prefix 'linear:4': --prefix must be"),
     "a staircase that never rises": (["--prefix", "staircase:4:4:0"], "rises every '0' updates"),
-    "window without K": (["--window", "last"], "window 'last': --window must be all, or one of first"),
+    "window without K": (
+        ["--window", "last"],
+        "window 'last': --window must be all, or one of first",
+    ),
     "off-policy share": (["--off-policy", "sft:1.5"], "off-policy 'sft:1.5'"),
-    "sampled forward KL": (["--estimator", "sampled", "--divergence", "forward-kl"], "--estimator sampled with --divergence forward-kl"),
-    "steps of an embedded task": (["--dataset", "lab:choice:31-32"], "steps must lie between 1 and 30"),
+    "sampled forward KL": (
+        ["--estimator", "sampled", "--divergence", "forward-kl"],
+        "--estimator sampled with --divergence forward-kl",
+    ),
+    "steps of an embedded task": (
+        ["--dataset", "lab:choice:31-32"],
+        "steps must lie between 1 and 30",
+    ),
     "range of steps": (["--dataset", "lab:choice:many"], "expected a range such as 20-25"),
     "unknown role": (["--student", "lab:tied/student-wide"], "no model 'tied' 'student-wide'"),
     "set without value": (["--set", "train.steps"], "expected section.key=value"),
     "unknown flag": (["--stepz", "3"], "No such option: --stepz"),
     "not a number": (["--steps", "many"], "Invalid value for '--steps'"),
-    "steps beyond counting": (["--steps", "1" + "0" * 30], "train.steps: expected a number below 2^63"),
+    "steps beyond counting": (
+        ["--steps", "1" + "0" * 30],
+        "train.steps: expected a number below 2^63",
+    ),
     "negative steps": (["--steps", "-1"], "train.steps -1: expected a finite number at least 0"),
     "digits beyond text": (["--prefix", "9" * 5000], "prefix '999"),
     "window beyond counting": (["--window", "first:" + "9" * 5000], "window 'first:999"),
     "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "estimator 'top-k:999"),
     "warm-up beyond counting": (["--warmup", "9" * 5000], "warmup '999"),
-    "learning rate of no float": (["--set", "schedule.lr=1" + "0" * 400], "schedule.lr: expected a number below 2^63"),
-    "set of a list": (["--set", "train.steps=[1, 2]"], "train.steps: expected a whole number, got [1, 2]; change --steps"),
+    "learning rate of no float": (
+        ["--set", "schedule.lr=1" + "0" * 400],
+        "schedule.lr: expected a number below 2^63",
+    ),
+    "set of a list": (
+        ["--set", "train.steps=[1, 2]"],
+        "train.steps: expected a whole number, got [1, 2]; change --steps",
+    ),
     "set of a date": (["--set", "train.steps=2020-13-45"], "the value is not valid YAML"),
     "set of a section": (["--set", "train=5"], "unknown setting 'train'"),
-    "set of a yes": (["--set", "train.steps=yes"], "train.steps: expected a whole number, got True"),
+    "set of a yes": (
+        ["--set", "train.steps=yes"],
+        "train.steps: expected a whole number, got True",
+    ),
     "no batch": (["--batch-size", "0"], "train.batch_size 0: expected a finite number at least 1"),
     "no samples": (["--samples", "0"], "rollout.samples 0"),
     "nothing kept": (["--top-p", "0"], "rollout.top_p 0: expected a number above 0"),
     "loss at no temperature": (["--kl-temperature", "0"], "divergence.temperature 0"),
     "infinite clip": (["--grad-clip", "inf"], "train.grad_clip inf"),
     "teacher is the student": (["--teacher", "self"], "have nothing to teach"),
-    "template without solution": (["--privileged-column", "answer", "--privileged-template", "{{problem}}"], "it has no {solution}"),
-    "no privileged column": (["--privileged-column", "hint"], "no column 'hint'; it has question, answer; change --privileged-column"),
+    "template without solution": (
+        ["--privileged-column", "answer", "--privileged-template", "{{problem}}"],
+        "it has no {solution}",
+    ),
+    "no privileged column": (
+        ["--privileged-column", "hint"],
+        "no column 'hint'; it has question, answer; change --privileged-column",
+    ),
     "column that is no record": (["--prompt-column", "question.text"], "row 0 has no prompt text"),
-    "thinking without a switch": (["--student-thinking", "on"], "its chat template has no thinking switch"),
-    "every prompt too long": (["--max-prompt-tokens", "2"], "prompts are longer than --max-prompt-tokens 2"),
+    "thinking without a switch": (
+        ["--student-thinking", "on"],
+        "its chat template has no thinking switch",
+    ),
+    "every prompt too long": (
+        ["--max-prompt-tokens", "2"],
+        "prompts are longer than --max-prompt-tokens 2",
+    ),
     "responses beyond positions": (["--max-new-tokens", "5000", "--prefix", "8"], "256 positions"),
     "device without driver": (["--device", "cuda:99"], "device 'cuda:99': not available here"),
     "device of no kind": (["--device", "cuda:x"], "device 'cuda:x': not available here"),
@@ -124,47 +186,103 @@ BAD = {
     "dtype": (["--dtype", "float16"], "--dtype must be one of auto, float32, bfloat16"),
     "out is a file": (["--out", "{root}/a-file"], "it is a file; name a folder"),
     "out below a file": (["--out", "{root}/a-file/out"], "cannot be written (Not a directory)"),
-    "out of no name": (["--set", 'checkpoint.out="a\\0b"'], "cannot be written (embedded null byte)"),
+    "out of no name": (
+        ["--set", 'checkpoint.out="a\\0b"'],
+        "cannot be written (embedded null byte)",
+    ),
     "out in /proc": (["--out", "/proc/out"], "cannot be written (No such file or directory)"),
     "out too long": (["--out", "x" * 5000], "cannot be written (File name too long)"),
-    "missing config": (["--config", "{root}/nowhere.yaml"], "cannot be read as UTF-8 text (FileNotFoundError); check its path"),
-    "config is a folder": (["--config", "{root}/full"], "cannot be read as UTF-8 text (IsADirectoryError)"),
-    "dataset is a folder": (["--dataset", "{root}/folder.jsonl"], "it is a folder; name a file in it"),
+    "missing config": (
+        ["--config", "{root}/nowhere.yaml"],
+        "cannot be read as UTF-8 text (FileNotFoundError); check its path",
+    ),
+    "config is a folder": (
+        ["--config", "{root}/full"],
+        "cannot be read as UTF-8 text (IsADirectoryError)",
+    ),
+    "dataset is a folder": (
+        ["--dataset", "{root}/folder.jsonl"],
+        "it is a folder; name a file in it",
+    ),
     "dataset name too long": (["--dataset", "x" * 5000], "cannot be a path"),
-    "dataset of another kind": (["--dataset", "{root}/bad.gguf"], "expected one of .jsonl, .json, .csv, .parquet"),
+    "dataset of another kind": (
+        ["--dataset", "{root}/bad.gguf"],
+        "expected one of .jsonl, .json, .csv, .parquet",
+    ),
     "preset misspelt": (["--dataset", "gms8k"], "neither a file nor a preset; did you mean gsm8k?"),
-    "more rows than there are": (["--dataset", "{questions}#41"], "it has 40 rows, expected at least the 41 behind #"),
+    "more rows than there are": (
+        ["--dataset", "{questions}#41"],
+        "it has 40 rows, expected at least the 41 behind #",
+    ),
     "no number of rows": (["--dataset", "{questions}#all"], "expected a number of rows behind #"),
     "weight of nothing": (["--dataset", "{questions}:0,{questions}:1"], "with a weight above 0"),
-    "streaming of JSON": (["--dataset", "{root}/json of a record.json", "--streaming"], "a .json file is one document"),
-    "prompt template without a prompt": (["--prompt-template", "Q:"], "expected {prompt} in it once"),
-    "prompt template of no column": (["--prompt-template", "{{level}} {{prompt}}"], "row 0 has no 'level' for --prompt-template"),
-    "more examples than rows": (["--few-shot", "41"], "has 36 rows with a solution that are not evaluated"),
+    "streaming of JSON": (
+        ["--dataset", "{root}/json of a record.json", "--streaming"],
+        "a .json file is one document",
+    ),
+    "prompt template without a prompt": (
+        ["--prompt-template", "Q:"],
+        "expected {prompt} in it once",
+    ),
+    "prompt template of no column": (
+        ["--prompt-template", "{{level}} {{prompt}}"],
+        "row 0 has no 'level' for --prompt-template",
+    ),
+    "more examples than rows": (
+        ["--few-shot", "41"],
+        "has 36 rows with a solution that are not evaluated",
+    ),
     "every row an example": (["--few-shot", "36"], "no row is left to be taught"),
     "negative examples": (["--few-shot", "-1"], "data.few_shot -1"),
-    "eval of examples alone": (["eval", "--model", "{student}", "--dataset", "{questions}#5", "--few-shot", "5"], "has no other row to evaluate"),
+    "eval of examples alone": (
+        ["eval", "--model", "{student}", "--dataset", "{questions}#5", "--few-shot", "5"],
+        "has no other row to evaluate",
+    ),
     "unknown task": (["--dataset", "lab:chess"], "unknown task 'chess'"),
     "model is a file": (["--student", "{root}/a-file"], "no such folder; check the path"),
     "model without config": (["--student", "{root}/full"], "the folder has no config.json"),
     "hub id of nobody": (["--student", "nobody/nothing-of-this-name"], "cannot be loaded (OSError"),
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
-    "eval of a negative limit": (["eval", "--limit", "-1"], "evaluate.problems -1: expected a finite number at least 0"),
+    "eval of a negative limit": (
+        ["eval", "--limit", "-1"],
+        "evaluate.problems -1: expected a finite number at least 0",
+    ),
     "eval without samples": (["eval", "--samples", "0"], "evaluate.rollouts 0"),
-    "eval into a missing folder": (["eval", "--out", "{root}/nowhere/e.jsonl"], "its folder does not exist; make it first"),
+    "eval into a missing folder": (
+        ["eval", "--out", "{root}/nowhere/e.jsonl"],
+        "its folder does not exist; make it first",
+    ),
     "eval over a file": (["eval", "--out", "{root}/a-file"], "the file exists; name another"),
-    "eval below a file": (["eval", "--out", "{root}/a-file/e.jsonl"], "its folder does not exist; make it first"),
+    "eval below a file": (
+        ["eval", "--out", "{root}/a-file/e.jsonl"],
+        "its folder does not exist; make it first",
+    ),
     "eval into /proc": (["eval", "--out", "/proc/e.jsonl"], "cannot be written"),
-    "eval without a GPU": (["eval", "--model", "{student}", "--dataset", "{questions}", "--device", "cuda:99"], "device 'cuda:99'"),
-    "eval on more ranks than a batch has prompts": (["eval", "--model", "{student}", "--dataset", "{questions}", "--gpus", "64"],
-                                                    "GPUs are visible here; lower it, or use --device cpu"),
-    "eval of small head": (["eval", "--model", "{root}/few-rows", "--dataset", "{questions}"], "ids up to 260, but its head has only 260 rows"),
-    "probe of no problems": (["probe", "--problems", "0", "--out", "out"], "expected at least 1 prompt"),
+    "eval without a GPU": (
+        ["eval", "--model", "{student}", "--dataset", "{questions}", "--device", "cuda:99"],
+        "device 'cuda:99'",
+    ),
+    "eval on more ranks than a batch has prompts": (
+        ["eval", "--model", "{student}", "--dataset", "{questions}", "--gpus", "64"],
+        "GPUs are visible here; lower it, or use --device cpu",
+    ),
+    "eval of small head": (
+        ["eval", "--model", "{root}/few-rows", "--dataset", "{questions}"],
+        "ids up to 260, but its head has only 260 rows",
+    ),
+    "probe of no problems": (
+        ["probe", "--problems", "0", "--out", "out"],
+        "expected at least 1 prompt",
+    ),
     "probe into /proc": (["probe", "--out", "/proc/out"], "cannot be written"),
     "probe without out": (["probe"], "Missing option '--out'"),
     "report on an empty folder": (["report", ".", "--out", "out"], "no finished run in it"),
     "report on nothing": (["report", "nowhere", "--out", "out"], "no finished run in it"),
     "demo in use": (["demo", "--out", "{root}/full"], "not empty"),
-    "compare without a file": (["compare", "{root}/nowhere.yaml", "--out", "out"], "FileNotFoundError"),
+    "compare without a file": (
+        ["compare", "{root}/nowhere.yaml", "--out", "out"],
+        "FileNotFoundError",
+    ),
     "unknown command": (["distil"], "No such command 'distil'"),
 }
 
@@ -178,23 +296,49 @@ CONFIGS = {  # name: (text, message)
     "section of a list": ("train: [steps]\n", "section 'train' must hold keys, got ['steps']"),
     "unclosed": ("train: {steps: 5\n", "not valid YAML"),
     "tabs": ("train:\n\tsteps: 5\n", "not valid YAML"),
-    "section twice": ("train: {steps: 5}\nschedule: {lr: 1e-3}\ntrain: {batch_size: 2}\n", "the key 'train' is there twice"),
+    "section twice": (
+        "train: {steps: 5}\nschedule: {lr: 1e-3}\ntrain: {batch_size: 2}\n",
+        "the key 'train' is there twice",
+    ),
     "key twice": ("train:\n  steps: 5\n  steps: 6\n", "the key 'steps' is there twice"),
-    "python object": ("train: !!python/object/apply:os.system ['touch marker']\n", "could not determine a constructor for the tag"),
-    "aliases of aliases": ("a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
-                           "section 'a' must hold keys"),
-    "merges of merges": ("a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 9)}]}}\n"
-                                                   for a, b in zip("abcdefgh", "bcdefghi")), "more than 10,000 keys in one mapping"),
+    "python object": (
+        "train: !!python/object/apply:os.system ['touch marker']\n",
+        "could not determine a constructor for the tag",
+    ),
+    "aliases of aliases": (
+        "a: &a [x]\n"
+        + "".join(
+            f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
+        ),
+        "section 'a' must hold keys",
+    ),
+    "merges of merges": (
+        "a: &a {x: 1}\n"
+        + "".join(
+            f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 9)}]}}\n"
+            for a, b in zip("abcdefgh", "bcdefghi")
+        ),
+        "more than 10,000 keys in one mapping",
+    ),
     "an alias of itself": ("train: &a {steps: *a}\n", "train.steps: expected a whole number"),
     "deep": ("[" * 2000, "not valid YAML"),
     "nan": ("schedule: {lr: .nan}\n", "schedule.lr nan: expected a finite number"),
     "infinity": ("schedule: {lr: .inf}\n", "schedule.lr inf: expected a finite number"),
     "yes for a number": ("train: {steps: yes}\n", "train.steps: expected a whole number, got True"),
-    "number for a yes": ("extrapolation: {reset: 1}\n", "extrapolation.reset: expected true or false, got 1"),
-    "number in words": ("train: {steps: five}\n", "train.steps: expected a whole number, got 'five'; change --steps"),
+    "number for a yes": (
+        "extrapolation: {reset: 1}\n",
+        "extrapolation.reset: expected true or false, got 1",
+    ),
+    "number in words": (
+        "train: {steps: five}\n",
+        "train.steps: expected a whole number, got 'five'; change --steps",
+    ),
     "fraction": ("train: {steps: 2.5}\n", "train.steps: expected a whole number, got 2.5"),
     "null": ("train: {steps: null}\n", "train.steps: expected a whole number, got None"),
-    "a date": ("schedule: {prefix: 2020-01-01}\n", "schedule.prefix: expected text, got datetime.date(2020, 1, 1)"),
+    "a date": (
+        "schedule: {prefix: 2020-01-01}\n",
+        "schedule.prefix: expected text, got datetime.date(2020, 1, 1)",
+    ),
     "no date": ("schedule: {prefix: 2020-13-45}\n", "not valid YAML (month must be in 1..12)"),
     "key of a list": ("train: {[1]: 2}\n", "unhashable key"),
     "key of a number": ("5: {6: 7}\n", "unknown setting '5.6'"),
@@ -211,36 +355,82 @@ ARMS = {  # of `compare`: name: (text, message)
     "no arm": ("arms: {}\n", "it names no arm"),
     "unknown key": ("arms: {a: {}}\nseed: 3\n", "unknown key 'seed'; known are base, seeds"),
     "seeds of text": ("arms: {a: {}}\nseeds: many\n", "expected a list of different whole numbers"),
-    "a seed twice": ("arms: {a: {}}\nseeds: [1, 1]\n", "expected a list of different whole numbers"),
+    "a seed twice": (
+        "arms: {a: {}}\nseeds: [1, 1]\n",
+        "expected a list of different whole numbers",
+    ),
     "arm of a number": ("arms: {a: 5}\n", "arm 'a' must hold keys, got 5"),
     "arm twice": ("arms:\n  a: {}\n  a: {}\n", "the key 'a' is there twice"),
     "arm of no folder": ("arms: {../a: {}}\n", "'../a' cannot name a folder"),
     "arm of a wrong setting": ("arms: {a: {train: {stepz: 3}}}\n", "unknown setting 'train.stepz'"),
-    "arm named by a number": ("arms: {5: {}}\n", "'5' cannot name a folder; call the arm otherwise"),
-    "start from nobody": ("arms: {a: {start: b}}\n", "arm 'a' starts from 'b'; name an arm of this file"),
+    "arm named by a number": (
+        "arms: {5: {}}\n",
+        "'5' cannot name a folder; call the arm otherwise",
+    ),
+    "start from nobody": (
+        "arms: {a: {start: b}}\n",
+        "arm 'a' starts from 'b'; name an arm of this file",
+    ),
     "start from a list": ("arms: {a: {start: [b]}}\n", "arm 'a' starts from '['b']'"),
-    "reference to nobody": ("arms: {a: {}}\nreference: b\n", "the reference 'b' is none of its arms (a)"),
-    "reference to a list": ("arms: {a: {}}\nreference: [a]\n", "the reference '['a']' is none of its arms (a)"),
-    "tune two": ("arms: {a: {}}\ntune: {schedule.lr: [1e-4], train.steps: [1]}\n", "tune must hold one setting"),
+    "reference to nobody": (
+        "arms: {a: {}}\nreference: b\n",
+        "the reference 'b' is none of its arms (a)",
+    ),
+    "reference to a list": (
+        "arms: {a: {}}\nreference: [a]\n",
+        "the reference '['a']' is none of its arms (a)",
+    ),
+    "tune two": (
+        "arms: {a: {}}\ntune: {schedule.lr: [1e-4], train.steps: [1]}\n",
+        "tune must hold one setting",
+    ),
     "tune a number": ("arms: {a: {}}\ntune: 5\n", "tune must hold keys, got 5"),
 }
 
 DATASETS = {  # name: (suffix, content, message)
-    "words": (".csv", "words,more\na,b\n", "no prompt column (messages, prompt, question, problem, instruction, query, input) among words, more"),
+    "words": (
+        ".csv",
+        "words,more\na,b\n",
+        "no prompt column (messages, prompt, question, problem, instruction, query, input) among words, more",
+    ),
     "empty": (".jsonl", "", "it has no rows"),
     "blank lines": (".jsonl", "\n\n", "it has no rows"),
-    "null prompt": (".jsonl", LINE + '{"question": null}\n', "row 1 has no prompt text (got 'None')"),
-    "missing prompt": (".jsonl", LINE + '{"other": "x"}\n', "row 1 has no prompt text (got 'None')"),
-    "number for a prompt": (".jsonl", LINE + '{"question": 5}\n', "row 1 has no prompt text (got '5')"),
-    "record for a prompt": (".jsonl", LINE + '{"question": {"x": 1}}\n', "row 1 has no prompt text"),
+    "null prompt": (
+        ".jsonl",
+        LINE + '{"question": null}\n',
+        "row 1 has no prompt text (got 'None')",
+    ),
+    "missing prompt": (
+        ".jsonl",
+        LINE + '{"other": "x"}\n',
+        "row 1 has no prompt text (got 'None')",
+    ),
+    "number for a prompt": (
+        ".jsonl",
+        LINE + '{"question": 5}\n',
+        "row 1 has no prompt text (got '5')",
+    ),
+    "record for a prompt": (
+        ".jsonl",
+        LINE + '{"question": {"x": 1}}\n',
+        "row 1 has no prompt text",
+    ),
     "list for a prompt": (".jsonl", LINE + '{"question": ["x"]}\n', "row 1 has no prompt text"),
     "spaces for a prompt": (".jsonl", LINE + '{"question": " \\n "}\n', "row 1 has no prompt text"),
     "torn line": (".jsonl", LINE + '{"ques', "not readable as jsonl (ValueError: line 2, column 2"),
     "text": (".jsonl", "hello world\n", "line 1, column 1: Expecting value"),
     "lists for rows": (".jsonl", '["a"]\n["b"]\n', "row 0: expected an object"),
-    "deep": (".jsonl", '{"question": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "not readable as jsonl (RecursionError"),
+    "deep": (
+        ".jsonl",
+        '{"question": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
+        "not readable as jsonl (RecursionError",
+    ),
     "half a character": (".jsonl", '{"question": "\\ud800"}\n', "half of a surrogate pair"),
-    "half an answer": (".jsonl", '{"question": "a", "answer": "\\udfff"}\n', "half of a surrogate pair"),
+    "half an answer": (
+        ".jsonl",
+        '{"question": "a", "answer": "\\udfff"}\n',
+        "half of a surrogate pair",
+    ),
     "no UTF-8": (".jsonl", b'{"question": "\xff\xfe"}\n', "UnicodeDecodeError"),
     "utf-16": (".jsonl", LINE.encode("utf-16"), "UnicodeDecodeError"),
     "json of null": (".json", "null", "row 0: expected an object"),
@@ -249,7 +439,11 @@ DATASETS = {  # name: (suffix, content, message)
     "json of nothing": (".json", "[]", "it has no rows"),
     "json of a record": (".json", '{"data": [{"question": "a"}]}', "no prompt column"),
     "torn json": (".json", '[{"question": "a"}, {"ques', "not readable as json"),
-    "broken quotes": (".csv", 'question,answer\n"a,b\nc,d\n', "not readable as csv (Error: unexpected end of data)"),
+    "broken quotes": (
+        ".csv",
+        'question,answer\n"a,b\nc,d\n',
+        "not readable as csv (Error: unexpected end of data)",
+    ),
     "too many cells": (".csv", "question,answer\na,b,c\n", "line 2: expected 2 cells, got 3"),
     "too few cells": (".csv", "question,answer\na,b\nc\n", "line 3: expected 2 cells, got 1"),
     "empty cell": (".csv", "question,answer\n,2\n", "row 0 has no prompt text"),
@@ -262,26 +456,68 @@ DATASETS = {  # name: (suffix, content, message)
     "text for gzip": (".jsonl.gz", "hello", "BadGzipFile"),
     "torn gzip": (".jsonl.gz", __import__("gzip").compress(LINE.encode() * 1000)[:-20], "EOFError"),
     "no messages": (".jsonl", '{"messages": []}\n', "row 0 has no prompt text (got '[]')"),
-    "answer alone": (".jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', "row 0 has no prompt text"),
-    "message without content": (".jsonl", '{"messages": [{"role": "user"}]}\n', "row 0 has no prompt text"),
-    "message of null": (".jsonl", '{"messages": [{"role": "user", "content": null}]}\n', "row 0 has no prompt text"),
-    "message of nothing": (".jsonl", '{"messages": [{"role": "user", "content": ""}]}\n', "row 0 has no prompt text"),
-    "unknown role": (".jsonl", '{"messages": [{"role": "martian", "content": "a"}]}\n', "row 0 has the roles martian before its answer"),
-    "role of a number": (".jsonl", '{"messages": [{"role": 5, "content": "a"}]}\n', "row 0 has the roles 5 before its answer"),
-    "no user last": (".jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}\n',
-                     "row 0 has the roles user, system before its answer"),
+    "answer alone": (
+        ".jsonl",
+        '{"messages": [{"role": "assistant", "content": "a"}]}\n',
+        "row 0 has no prompt text",
+    ),
+    "message without content": (
+        ".jsonl",
+        '{"messages": [{"role": "user"}]}\n',
+        "row 0 has no prompt text",
+    ),
+    "message of null": (
+        ".jsonl",
+        '{"messages": [{"role": "user", "content": null}]}\n',
+        "row 0 has no prompt text",
+    ),
+    "message of nothing": (
+        ".jsonl",
+        '{"messages": [{"role": "user", "content": ""}]}\n',
+        "row 0 has no prompt text",
+    ),
+    "unknown role": (
+        ".jsonl",
+        '{"messages": [{"role": "martian", "content": "a"}]}\n',
+        "row 0 has the roles martian before its answer",
+    ),
+    "role of a number": (
+        ".jsonl",
+        '{"messages": [{"role": 5, "content": "a"}]}\n',
+        "row 0 has the roles 5 before its answer",
+    ),
+    "no user last": (
+        ".jsonl",
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}\n',
+        "row 0 has the roles user, system before its answer",
+    ),
 }
 
 ENVIRONMENTS = {  # name: (variables, message)
-    "world of words": ({"WORLD_SIZE": "two"}, "environment WORLD_SIZE='two': expected a whole number from 1"),
+    "world of words": (
+        {"WORLD_SIZE": "two"},
+        "environment WORLD_SIZE='two': expected a whole number from 1",
+    ),
     "no world": ({"WORLD_SIZE": "0"}, "environment WORLD_SIZE='0'"),
     "negative world": ({"WORLD_SIZE": "-2"}, "environment WORLD_SIZE='-2'"),
     "empty world": ({"WORLD_SIZE": ""}, "environment WORLD_SIZE=''"),
-    "world without rank": ({"WORLD_SIZE": "2"}, "RANK is not set; start the ranks with --gpus or torchrun"),
+    "world without rank": (
+        {"WORLD_SIZE": "2"},
+        "RANK is not set; start the ranks with --gpus or torchrun",
+    ),
     "world without master": ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set"),
-    "world without port": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
-    "port of words": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "environment MASTER_PORT='http'"),
-    "rank beyond world": ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "environment RANK='5'"),
+    "world without port": (
+        {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"},
+        "MASTER_PORT is not set",
+    ),
+    "port of words": (
+        {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"},
+        "environment MASTER_PORT='http'",
+    ),
+    "rank beyond world": (
+        {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        "environment RANK='5'",
+    ),
     "rank alone": ({"RANK": "1"}, "environment RANK='1': expected a whole number from 0 to 0"),
     "rank of words": ({"RANK": "first"}, "environment RANK='first'"),
     "local rank": ({"LOCAL_RANK": "x"}, "environment LOCAL_RANK='x'"),
@@ -290,14 +526,20 @@ ENVIRONMENTS = {  # name: (variables, message)
 
 def edit(name, **keys):
     """Changes keys of a JSON file of a folder; ... removes one."""
+
     def change(folder):
         tree = json.loads((folder / name).read_text()) | keys
-        (folder / name).write_text(json.dumps({key: value for key, value in tree.items() if value is not ...}))
+        (folder / name).write_text(
+            json.dumps({key: value for key, value in tree.items() if value is not ...})
+        )
+
     return change
 
 
 def put(name, content):
-    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda folder: (folder / name).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
 
 
 def weights(change):
@@ -305,6 +547,7 @@ def weights(change):
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
     return rewrite
 
 
@@ -323,13 +566,17 @@ def pickled(name):
         (folder / "model.safetensors").unlink()
         with open(folder / name, "wb") as file:
             pickle.dump(Pickled(folder.parent / "marker"), file)
+
     return change
 
 
 def shards_of_pickle(folder):
     names = list(load_file(folder / "model.safetensors"))
     pickled("x.bin")(folder)
-    put("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "x.bin")}))(folder)
+    put(
+        "model.safetensors.index.json",
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "x.bin")}),
+    )(folder)
 
 
 def named_pickle(folder):
@@ -341,18 +588,34 @@ def code(name, **keys):
     def change(folder):
         edit(name, **keys)(folder)
         put("mine.py", f"open({str(folder.parent / 'marker')!r}, 'w')\n")(folder)
+
     return change
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
 MODELS = {  # name: (what is done to a good folder, message)
     "pickle alone": (pickled("pytorch_model.bin"), "no file named model.safetensors found"),
-    "shards of pickle": (shards_of_pickle, "model.safetensors.index.json names x.bin; expected .safetensors files only"),
+    "shards of pickle": (
+        shards_of_pickle,
+        "model.safetensors.index.json names x.bin; expected .safetensors files only",
+    ),
     "pickle by name": (named_pickle, "it is neither a safetensors file"),
-    "own model code": (code("config.json", model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}),
-                       "read that code, then add --trust-remote-code to run it"),
-    "own tokenizer code": (code("tokenizer_config.json", tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.T", None]}),
-                           "read that code, then add --trust-remote-code to run it"),
+    "own model code": (
+        code(
+            "config.json",
+            model_type="mine",
+            auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"},
+        ),
+        "read that code, then add --trust-remote-code to run it",
+    ),
+    "own tokenizer code": (
+        code(
+            "tokenizer_config.json",
+            tokenizer_class="Mine",
+            auto_map={"AutoTokenizer": ["mine.T", None]},
+        ),
+        "read that code, then add --trust-remote-code to run it",
+    ),
     "config of no JSON": (put("config.json", "{"), "is not a valid JSON file"),
     "config of a list": (put("config.json", "[]"), "cannot be loaded (TypeError"),
     "config of null": (put("config.json", "null"), "cannot be loaded (TypeError"),
@@ -360,50 +623,151 @@ MODELS = {  # name: (what is done to a good folder, message)
     "deep config": (put("config.json", "[" * 100_000), "cannot be loaded (RecursionError"),
     "config of nothing": (put("config.json", "{}"), "Should have a `model_type` key"),
     "unknown architecture": (edit("config.json", model_type="nonsense"), "model type `nonsense`"),
-    "another architecture": (edit("config.json", model_type="bert"), "its files lack the weight bert."),
-    "no layer": (edit("config.json", num_hidden_layers=0), "num_hidden_layers 0; expected at least 1 and at most 1000"),
-    "negative layers": (edit("config.json", num_hidden_layers=-1), "num_hidden_layers -1; expected at least 1"),
-    "layers in words": (edit("config.json", num_hidden_layers="two"), "expected int, got str (value: 'two')"),
-    "ten million layers": (edit("config.json", num_hidden_layers=10**7), "num_hidden_layers 10000000; expected at least 1 and at most 1000"),
-    "a layer more": (edit("config.json", num_hidden_layers=3), "lack the weight model.layers.2.input_layernorm.weight that its config.json asks for (9"),
+    "another architecture": (
+        edit("config.json", model_type="bert"),
+        "its files lack the weight bert.",
+    ),
+    "no layer": (
+        edit("config.json", num_hidden_layers=0),
+        "num_hidden_layers 0; expected at least 1 and at most 1000",
+    ),
+    "negative layers": (
+        edit("config.json", num_hidden_layers=-1),
+        "num_hidden_layers -1; expected at least 1",
+    ),
+    "layers in words": (
+        edit("config.json", num_hidden_layers="two"),
+        "expected int, got str (value: 'two')",
+    ),
+    "ten million layers": (
+        edit("config.json", num_hidden_layers=10**7),
+        "num_hidden_layers 10000000; expected at least 1 and at most 1000",
+    ),
+    "a layer more": (
+        edit("config.json", num_hidden_layers=3),
+        "lack the weight model.layers.2.input_layernorm.weight that its config.json asks for (9",
+    ),
     "no width": (edit("config.json", hidden_size=0), "hidden_size 0; expected at least 1"),
     "absurd width": (edit("config.json", hidden_size=10**19), "cannot be loaded"),
-    "unknown width": (edit("config.json", hidden_size=...), "has shape [260, 32], but its config.json asks for [260, 4096]"),
-    "width of null": (edit("config.json", hidden_size=None), "'hidden_size' expected int, got NoneType"),
-    "heads that do not divide": (edit("config.json", num_attention_heads=3), "is not a multiple of the number of attention heads"),
-    "a larger vocabulary": (edit("config.json", vocab_size=300), "has shape [260, 32], but its config.json asks for [300, 32] (2 such weights)"),
+    "unknown width": (
+        edit("config.json", hidden_size=...),
+        "has shape [260, 32], but its config.json asks for [260, 4096]",
+    ),
+    "width of null": (
+        edit("config.json", hidden_size=None),
+        "'hidden_size' expected int, got NoneType",
+    ),
+    "heads that do not divide": (
+        edit("config.json", num_attention_heads=3),
+        "is not a multiple of the number of attention heads",
+    ),
+    "a larger vocabulary": (
+        edit("config.json", vocab_size=300),
+        "has shape [260, 32], but its config.json asks for [300, 32] (2 such weights)",
+    ),
     "absurd vocabulary": (edit("config.json", vocab_size=10**15), "cannot be loaded"),
-    "no positions": (edit("config.json", max_position_embeddings=0), "max_position_embeddings 0; expected at least 1"),
-    "unknown activation": (edit("config.json", hidden_act="import os"), "cannot be loaded (KeyError: 'import os')"),
+    "no positions": (
+        edit("config.json", max_position_embeddings=0),
+        "max_position_embeddings 0; expected at least 1",
+    ),
+    "unknown activation": (
+        edit("config.json", hidden_act="import os"),
+        "cannot be loaded (KeyError: 'import os')",
+    ),
     "unknown dtype": (edit("config.json", dtype="float9000"), "float9000"),
-    "missing weight": (weights(lambda t: t.pop(UP)), f"its files lack the weight {UP} that its config.json asks for (1 such weights)"),
-    "weight of another shape": (weights(lambda t: t.update({UP: torch.zeros(3, 3)})), f"weight {UP} has shape [3, 3], but its config.json asks for [64, 32]"),
-    "no weight": (weights(lambda t: t.clear()), "its files lack the weight lm_head.weight that its config.json asks for (21 such weights)"),
-    "torn weights": (lambda folder: os.truncate(folder / "model.safetensors", 9000), "SafetensorError"),
-    "weights of text": (put("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"), "SafetensorError"),
+    "missing weight": (
+        weights(lambda t: t.pop(UP)),
+        f"its files lack the weight {UP} that its config.json asks for (1 such weights)",
+    ),
+    "weight of another shape": (
+        weights(lambda t: t.update({UP: torch.zeros(3, 3)})),
+        f"weight {UP} has shape [3, 3], but its config.json asks for [64, 32]",
+    ),
+    "no weight": (
+        weights(lambda t: t.clear()),
+        "its files lack the weight lm_head.weight that its config.json asks for (21 such weights)",
+    ),
+    "torn weights": (
+        lambda folder: os.truncate(folder / "model.safetensors", 9000),
+        "SafetensorError",
+    ),
+    "weights of text": (
+        put(
+            "model.safetensors",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        ),
+        "SafetensorError",
+    ),
     "weights of nothing": (put("model.safetensors", b""), "SafetensorError"),
     "absurd header": (put("model.safetensors", b"\xff" * 8 + b"{}"), "header too large"),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded (ValueError"),
+    "no tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        "cannot be loaded (ValueError",
+    ),
     "tokenizer of no JSON": (put("tokenizer.json", "{"), "cannot be loaded (JSONDecodeError"),
     "tokenizer of a list": (put("tokenizer.json", "[]"), "cannot be loaded (TypeError"),
-    "tokenizer of nothing": (put("tokenizer.json", "{}"), "cannot be loaded (KeyError: 'added_tokens')"),
+    "tokenizer of nothing": (
+        put("tokenizer.json", "{}"),
+        "cannot be loaded (KeyError: 'added_tokens')",
+    ),
     "settings of a list": (put("tokenizer_config.json", "[]"), "cannot be loaded"),
-    "tokenizer without vocabulary": (lambda folder: put("tokenizer.json", json.dumps(
-        (tree := json.loads((folder / "tokenizer.json").read_text())) | {"model": tree["model"] | {"vocab": {}}}))(folder), "tokenizers: not one token of"),
+    "tokenizer without vocabulary": (
+        lambda folder: put(
+            "tokenizer.json",
+            json.dumps(
+                (tree := json.loads((folder / "tokenizer.json").read_text()))
+                | {"model": tree["model"] | {"vocab": {}}}
+            ),
+        )(folder),
+        "tokenizers: not one token of",
+    ),
     "tokenizer without model": (edit("tokenizer.json", model=None), "ModelUntagged"),
-    "unknown end of sequence": (edit("tokenizer_config.json", eos_token="<nope>"), "end-of-sequence id 260; expected an id of its vocabulary, 0 to 259"),
-    "end outside of the vocabulary": (edit("generation_config.json", eos_token_id=99999), "end-of-sequence id 99999; expected an id of its vocabulary"),
+    "unknown end of sequence": (
+        edit("tokenizer_config.json", eos_token="<nope>"),
+        "end-of-sequence id 260; expected an id of its vocabulary, 0 to 259",
+    ),
+    "end outside of the vocabulary": (
+        edit("generation_config.json", eos_token_id=99999),
+        "end-of-sequence id 99999; expected an id of its vocabulary",
+    ),
     "negative end": (edit("generation_config.json", eos_token_id=-1), "end-of-sequence id -1"),
     "end in words": (edit("generation_config.json", eos_token_id="x"), "end-of-sequence id 'x'"),
-    "ends of a kind": (edit("generation_config.json", eos_token_id=[257, [1]]), "end-of-sequence id [1]"),
-    "end of a fraction": (edit("generation_config.json", eos_token_id=2.5), "end-of-sequence id 2.5"),
-    "generation config of no JSON": (put("generation_config.json", "{"), "is not a valid JSON file"),
-    "template that raises": (put("chat_template.jinja", "{{ raise_exception('no user') }}"), "its chat template refuses prompt"),
-    "template of a wrong syntax": (put("chat_template.jinja", "{% for %}"), "its chat template refuses prompt"),
-    "template that reaches inside": (put("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), "access to attribute '__class__'"),
-    "template that imports": (put("chat_template.jinja", "{{ cycler.__init__.__globals__.os.system('touch marker') }}"), "access to attribute '__init__'"),
-    "template without end": (put("chat_template.jinja", "{% for i in range(10**12) %}x{% endfor %}"), "Range too big"),
-    "template of itself": (put("chat_template.jinja", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "maximum recursion depth"),
+    "ends of a kind": (
+        edit("generation_config.json", eos_token_id=[257, [1]]),
+        "end-of-sequence id [1]",
+    ),
+    "end of a fraction": (
+        edit("generation_config.json", eos_token_id=2.5),
+        "end-of-sequence id 2.5",
+    ),
+    "generation config of no JSON": (
+        put("generation_config.json", "{"),
+        "is not a valid JSON file",
+    ),
+    "template that raises": (
+        put("chat_template.jinja", "{{ raise_exception('no user') }}"),
+        "its chat template refuses prompt",
+    ),
+    "template of a wrong syntax": (
+        put("chat_template.jinja", "{% for %}"),
+        "its chat template refuses prompt",
+    ),
+    "template that reaches inside": (
+        put("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+        "access to attribute '__class__'",
+    ),
+    "template that imports": (
+        put("chat_template.jinja", "{{ cycler.__init__.__globals__.os.system('touch marker') }}"),
+        "access to attribute '__init__'",
+    ),
+    "template without end": (
+        put("chat_template.jinja", "{% for i in range(10**12) %}x{% endfor %}"),
+        "Range too big",
+    ),
+    "template of itself": (
+        put("chat_template.jinja", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        "maximum recursion depth",
+    ),
 }
 
 
@@ -414,26 +778,70 @@ def checkpoints(change):
 RUNS = {  # name: (what is done to a good run folder, message of --resume)
     "settings of no YAML": (put("config.yaml", "train: {"), "config.yaml: not valid YAML"),
     "settings of nothing": (put("config.yaml", ""), "its config.yaml is damaged"),
-    "settings of bytes": (put("config.yaml", b"\xff\xfe"), "config.yaml: cannot be read as UTF-8 text"),
-    "unknown settings": (put("config.yaml", "train: {steps: 2, stepz: 3}\nschedule: {lr_schedule: linear}\n"), "unknown setting 'train.stepz'"),
-    "settings of a wrong type": (put("config.yaml", "train: {steps: two}\nschedule: {lr_schedule: linear}\n"), "train.steps: expected a whole number"),
+    "settings of bytes": (
+        put("config.yaml", b"\xff\xfe"),
+        "config.yaml: cannot be read as UTF-8 text",
+    ),
+    "unknown settings": (
+        put("config.yaml", "train: {steps: 2, stepz: 3}\nschedule: {lr_schedule: linear}\n"),
+        "unknown setting 'train.stepz'",
+    ),
+    "settings of a wrong type": (
+        put("config.yaml", "train: {steps: two}\nschedule: {lr_schedule: linear}\n"),
+        "train.steps: expected a whole number",
+    ),
     "state of a list": (checkpoints(put("state.json", "[]")), "no intact checkpoint in it"),
     "state of no JSON": (checkpoints(put("state.json", "{")), "no intact checkpoint in it"),
-    "state of a wrong kind": (checkpoints(edit("state.json", sha256=5)), "no intact checkpoint in it"),
+    "state of a wrong kind": (
+        checkpoints(edit("state.json", sha256=5)),
+        "no intact checkpoint in it",
+    ),
     "facts of a list": (checkpoints(edit("state.json", facts=[])), "no intact checkpoint in it"),
-    "no state": (checkpoints(lambda step: (step / "state.json").unlink()), "no intact checkpoint in it"),
-    "format of the future": (checkpoints(edit("state.json", format=99)), "format 99, this version reads 1; resume with the version that wrote it"),
-    "torn checkpoints": (checkpoints(lambda step: os.truncate(step / "student.safetensors", 100)), "no intact checkpoint in it"),
-    "no student": (checkpoints(lambda step: (step / "student.safetensors").unlink()), "no intact checkpoint in it"),
-    "weights of another model": (checkpoints(lambda step: edit("state.json", sha256={
-        "optimizer.safetensors": json.loads((step / "state.json").read_text())["sha256"]["optimizer.safetensors"]})(step)), "are not those of"),
-    "no measurements": (lambda folder: (folder / "before.json").unlink(), "before.json cannot be read"),
+    "no state": (
+        checkpoints(lambda step: (step / "state.json").unlink()),
+        "no intact checkpoint in it",
+    ),
+    "format of the future": (
+        checkpoints(edit("state.json", format=99)),
+        "format 99, this version reads 1; resume with the version that wrote it",
+    ),
+    "torn checkpoints": (
+        checkpoints(lambda step: os.truncate(step / "student.safetensors", 100)),
+        "no intact checkpoint in it",
+    ),
+    "no student": (
+        checkpoints(lambda step: (step / "student.safetensors").unlink()),
+        "no intact checkpoint in it",
+    ),
+    "weights of another model": (
+        checkpoints(
+            lambda step: edit(
+                "state.json",
+                sha256={
+                    "optimizer.safetensors": json.loads((step / "state.json").read_text())[
+                        "sha256"
+                    ]["optimizer.safetensors"]
+                },
+            )(step)
+        ),
+        "are not those of",
+    ),
+    "no measurements": (
+        lambda folder: (folder / "before.json").unlink(),
+        "before.json cannot be read",
+    ),
     "measurements of nothing": (put("before.json", "{}"), "before.json is not what a run writes"),
 }
 
 
-TOGETHER = ("prefix beyond positions", "responses beyond positions", "different tokenizers", "lower-case teacher", "head too small",
-            "tokenizer without vocabulary")  # exit code 3
+TOGETHER = (
+    "prefix beyond positions",
+    "responses beyond positions",
+    "different tokenizers",
+    "lower-case teacher",
+    "head too small",
+    "tokenizer without vocabulary",
+)  # exit code 3
 
 
 def refused(message, root, *arguments, expected=2):
@@ -442,15 +850,30 @@ def refused(message, root, *arguments, expected=2):
     code, out, err = invoke(*arguments)
     assert code == expected and out == "", (code, out, err)
     lines = err.splitlines()
-    assert len([line for line in lines if line.startswith("error: ")]) == 1 and lines[-1].startswith("error: ") and message in lines[-1], err
+    assert (
+        len([line for line in lines if line.startswith("error: ")]) == 1
+        and lines[-1].startswith("error: ")
+        and message in lines[-1]
+    ), err
     assert "Traceback" not in err and len(lines[-1]) < 1100
     assert sorted(root.rglob("*")) == before and not (root / "marker").exists()
     return lines
 
 
 def flags(pair, questions, **changes):
-    values = {"student": pair[0], "teacher": pair[1], "dataset": questions, "out": "out", "steps": "1", "device": "cpu"} | changes
-    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    values = {
+        "student": pair[0],
+        "teacher": pair[1],
+        "dataset": questions,
+        "out": "out",
+        "steps": "1",
+        "device": "cpu",
+    } | changes
+    return [
+        text
+        for name, value in values.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 @pytest.fixture
@@ -467,7 +890,9 @@ def test_flags(case, broken, pair, questions, here):
     given, message = BAD[case]
     given = [text.format(root=broken, student=pair[0], questions=questions) for text in given]
     if given[0].startswith("--"):
-        command = ["run", *given] if "--resume" in given else ["run", *flags(pair, questions), *given]
+        command = (
+            ["run", *given] if "--resume" in given else ["run", *flags(pair, questions), *given]
+        )
     else:
         command = given
     assert len(refused(message, here, *command, expected=3 if case in TOGETHER else 2)) == 1
@@ -476,18 +901,43 @@ def test_flags(case, broken, pair, questions, here):
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_config_files(case, broken, here):
-    assert len(refused(CONFIGS[case][1], here, "run", "--config", broken / f"{case}.yaml", "--out", "out")) == 1
+    assert (
+        len(
+            refused(
+                CONFIGS[case][1], here, "run", "--config", broken / f"{case}.yaml", "--out", "out"
+            )
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("case", ARMS)
 def test_arms_files(case, broken, here):
-    assert len(refused(ARMS[case][1], here, "compare", broken / f"arms {case}.yaml", "--out", "out")) == 1
+    assert (
+        len(refused(ARMS[case][1], here, "compare", broken / f"arms {case}.yaml", "--out", "out"))
+        == 1
+    )
 
 
 @pytest.mark.parametrize("case", DATASETS)
 def test_datasets(case, broken, pair, here, capfd):
     suffix, _, message = DATASETS[case]
-    assert len(refused(message, here, "eval", "--model", pair[0], "--dataset", broken / f"{case}{suffix}", "--device", "cpu")) == 1
+    assert (
+        len(
+            refused(
+                message,
+                here,
+                "eval",
+                "--model",
+                pair[0],
+                "--dataset",
+                broken / f"{case}{suffix}",
+                "--device",
+                "cpu",
+            )
+        )
+        == 1
+    )
     assert capfd.readouterr().err == ""  # a library's own words
 
 
@@ -507,7 +957,18 @@ def test_models(case, pair, questions, here, capfd):
     shutil.copytree(pair[0], here / "model")
     change(here / "model")
     capfd.readouterr()
-    assert len(refused(message, here, "run", *flags(pair, questions, student=here / "model"), expected=3 if case in TOGETHER else 2)) == 1
+    assert (
+        len(
+            refused(
+                message,
+                here,
+                "run",
+                *flags(pair, questions, student=here / "model"),
+                expected=3 if case in TOGETHER else 2,
+            )
+        )
+        == 1
+    )
     assert capfd.readouterr().err == ""
 
 
@@ -515,12 +976,29 @@ def test_models(case, pair, questions, here, capfd):
 def finished(pair, questions, tmp_path_factory):
     """A run of one update, made with secrets in the environment and under umask 027."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    secrets = {"HF_TOKEN": "hf_SECRETSECRET", "WANDB_API_KEY": "SECRETKEY42", "OPENAI_API_KEY": "sk-SECRET"}
+    secrets = {
+        "HF_TOKEN": "hf_SECRETSECRET",
+        "WANDB_API_KEY": "SECRETKEY42",
+        "OPENAI_API_KEY": "sk-SECRET",
+    }
     old, kept = os.umask(0o027), dict(os.environ)
     try:
         os.environ.update(secrets)
-        code, _, err = invoke("run", *flags(pair, questions, out=out, prefix="4", max_new_tokens="8", batch_size="1", samples="2",
-                                            eval_samples="2", kl_prompts="2", save_every="1"))
+        code, _, err = invoke(
+            "run",
+            *flags(
+                pair,
+                questions,
+                out=out,
+                prefix="4",
+                max_new_tokens="8",
+                batch_size="1",
+                samples="2",
+                eval_samples="2",
+                kl_prompts="2",
+                save_every="1",
+            ),
+        )
     finally:
         os.umask(old)
         os.environ.clear()
@@ -534,14 +1012,24 @@ def test_run_folders(case, finished, here):
     change, message = RUNS[case]
     shutil.copytree(finished[0], here / "run")
     change(here / "run")
-    refused(message, here, "run", "--resume", "--out", here / "run", "--steps", "2")  # notes and what is passed over come before it
+    refused(
+        message, here, "run", "--resume", "--out", here / "run", "--steps", "2"
+    )  # notes and what is passed over come before it
 
 
-@pytest.mark.parametrize("case, change", {
-    "run.json of a number": put("run.json", "5"), "run.json of a wrong result": edit("run.json", result=5), "no settings": lambda folder: (
-        folder / "config.yaml").unlink(), "settings of no YAML": put("config.yaml", "{"), "scores of numbers": put("scores.jsonl", '{"step": 1}\n'),
-    "measurements of a list": put("after.json", "[]"), "run.json of no JSON": put("run.json", "{"),
-}.items(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "case, change",
+    {
+        "run.json of a number": put("run.json", "5"),
+        "run.json of a wrong result": edit("run.json", result=5),
+        "no settings": lambda folder: (folder / "config.yaml").unlink(),
+        "settings of no YAML": put("config.yaml", "{"),
+        "scores of numbers": put("scores.jsonl", '{"step": 1}\n'),
+        "measurements of a list": put("after.json", "[]"),
+        "run.json of no JSON": put("run.json", "{"),
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_reports_on_damaged_runs(case, change, finished, here):
     shutil.copytree(finished[0], here / "run")
     change(here / "run")
@@ -555,7 +1043,11 @@ def test_files_are_as_private_as_the_umask_and_hold_no_secret(finished):
     for file in files:
         assert stat.S_IMODE(file.stat().st_mode) == (0o750 if file.is_dir() else 0o640), file
         content = b"" if file.is_dir() else file.read_bytes()
-        assert not [name for name, value in secrets.items() if value.encode() in content or name.encode() in content], file
+        assert not [
+            name
+            for name, value in secrets.items()
+            if value.encode() in content or name.encode() in content
+        ], file
 
 
 def test_code_that_is_asked_for_runs(pair, questions, here):
@@ -569,9 +1061,24 @@ def test_code_that_is_asked_for_runs(pair, questions, here):
 def test_nothing_but_the_line_in_a_process_of_its_own(pair, questions, here):
     shutil.copytree(pair[0], here / "model")
     MODELS["missing weight"][0](here / "model")
-    done = subprocess.run([sys.executable, "-m", "prefix_distill", "run", *flags(pair, questions, student=here / "model")],
-                          capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: model ") and done.stderr.count("\n") == 1, done.stderr
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "prefix_distill",
+            "run",
+            *flags(pair, questions, student=here / "model"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.startswith("error: model ")
+        and done.stderr.count("\n") == 1
+    ), done.stderr
 
 
 def test_the_table_has_no_case_twice():

@@ -9,7 +9,9 @@ from conftest import command, invoke, last_json
 
 
 def test_help_is_fast_and_imports_no_torch():
-    assert min(_seconds("--help") for _ in range(5)) < 0.5  # the best of five: the machine may be busy
+    assert (
+        min(_seconds("--help") for _ in range(5)) < 0.5
+    )  # the best of five: the machine may be busy
     import subprocess
     import sys
 
@@ -25,14 +27,30 @@ def _seconds(*arguments):
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = command("run", "--prefix", "0", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: prefix length 0: ")
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.startswith("error: prefix length 0: ")
+    )
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_dry_run_checks_everything_and_writes_nothing(pair, questions, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, out, _ = invoke("run", "--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--prefix", "50%",
-                       "--max-new-tokens", "40", "--dry-run")
+    _, out, _ = invoke(
+        "run",
+        "--student",
+        pair[0],
+        "--teacher",
+        pair[1],
+        "--dataset",
+        questions,
+        "--prefix",
+        "50%",
+        "--max-new-tokens",
+        "40",
+        "--dry-run",
+    )
     document = last_json(out)
     assert document["dry_run"] and document["config"]["rollout"]["max_new_tokens"] == 40
     assert document["flops_per_update"]["prefix"] < document["flops_per_update"]["full"]
@@ -42,18 +60,49 @@ def test_dry_run_checks_everything_and_writes_nothing(pair, questions, tmp_path,
 def test_file_flag_and_set_override_in_that_order(pair, questions, tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"models: {{student: {pair[0]}, teacher: {pair[1]}}}\ndata: {{dataset: {questions}}}\n"
-        "train: {steps: 7, batch_size: 2}\nschedule: {lr: 1e-3}\nrollout: {max_new_tokens: 40}\n")
-    _, out, _ = invoke("run", "--config", tmp_path / "run.yaml", "--steps", "8", "--batch-size", "3", "--set",
-                       "train.batch_size=4", "--dry-run")
+        "train: {steps: 7, batch_size: 2}\nschedule: {lr: 1e-3}\nrollout: {max_new_tokens: 40}\n"
+    )
+    _, out, _ = invoke(
+        "run",
+        "--config",
+        tmp_path / "run.yaml",
+        "--steps",
+        "8",
+        "--batch-size",
+        "3",
+        "--set",
+        "train.batch_size=4",
+        "--dry-run",
+    )
     config = last_json(out)["config"]
-    assert (config["train"]["steps"], config["train"]["batch_size"], config["schedule"]["lr"]) == (8, 4, 1e-3)
+    assert (config["train"]["steps"], config["train"]["batch_size"], config["schedule"]["lr"]) == (
+        8,
+        4,
+        1e-3,
+    )
 
 
 def test_eval_counts_pass_at_k_and_writes_examples(pair, questions, tmp_path):
-    _, out, _ = invoke("eval", "--model", pair[0], "--dataset", questions, "--samples", "3", "--limit", "5",
-                       "--max-new-tokens", "16", "--out", tmp_path / "examples.jsonl")
+    _, out, _ = invoke(
+        "eval",
+        "--model",
+        pair[0],
+        "--dataset",
+        questions,
+        "--samples",
+        "3",
+        "--limit",
+        "5",
+        "--max-new-tokens",
+        "16",
+        "--out",
+        tmp_path / "examples.jsonl",
+    )
     document = last_json(out)
-    assert document["accuracy"].keys() == {"value", "n", "low", "high"} and document["accuracy"]["n"] == 5
+    assert (
+        document["accuracy"].keys() == {"value", "n", "low", "high"}
+        and document["accuracy"]["n"] == 5
+    )
     assert document["pass_at_k"]["value"] >= document["accuracy"]["value"]
     rows = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
     assert len(rows) == 5 and all(len(r["responses"]) == 3 for r in rows)

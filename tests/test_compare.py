@@ -11,12 +11,30 @@ from prefix_distill.checkpoint import RunFolder
 from prefix_distill.errors import UserError
 
 TREE = {
-    "base": {"rollout": {"max_new_tokens": 24, "samples": 2}, "train": {"steps": 2, "batch_size": 2},
-             "evaluate": {"problems": 6, "every": 1, "kl_prompts": 3, "tail_every": 0}, "checkpoint": {"save_every": 1}},
-    "seeds": [0, 1], "reference": "full",
-    "tune": {"schedule.lr": [1e-4, 1e-3], "seed": 7, "base": {"evaluate": {"split": "validation", "every": 0}}},
-    "also": {"longer": {"data": {"dataset": "lab:choice:28-30"}, "evaluate": {"problems": 5}, "rollout": {"max_new_tokens": 24}}},
-    "arms": {"full": {"schedule": {"prefix": "full"}}, "warm": {"start": "full", "schedule": {"prefix": "8"}}},
+    "base": {
+        "rollout": {"max_new_tokens": 24, "samples": 2},
+        "train": {"steps": 2, "batch_size": 2},
+        "evaluate": {"problems": 6, "every": 1, "kl_prompts": 3, "tail_every": 0},
+        "checkpoint": {"save_every": 1},
+    },
+    "seeds": [0, 1],
+    "reference": "full",
+    "tune": {
+        "schedule.lr": [1e-4, 1e-3],
+        "seed": 7,
+        "base": {"evaluate": {"split": "validation", "every": 0}},
+    },
+    "also": {
+        "longer": {
+            "data": {"dataset": "lab:choice:28-30"},
+            "evaluate": {"problems": 5},
+            "rollout": {"max_new_tokens": 24},
+        }
+    },
+    "arms": {
+        "full": {"schedule": {"prefix": "full"}},
+        "warm": {"start": "full", "schedule": {"prefix": "8"}},
+    },
 }
 
 
@@ -33,13 +51,23 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     whole = last_json(out)
     assert [row["arm"] for row in whole["arms"]] == ["full", "warm"] and whole["runs"] == 4
     full, warm = whole["arms"]
-    assert full["answers"] == 12 and set(full["also"]) == {"longer"} and set(full["cost_ratios"]) == {"1.0", "0.95", "0.9", "0.5"}
+    assert (
+        full["answers"] == 12
+        and set(full["also"]) == {"longer"}
+        and set(full["cost_ratios"]) == {"1.0", "0.95", "0.9", "0.5"}
+    )
     assert warm["flops_useful"] > full["flops_useful"]  # it has paid for its start, too
     chosen = yaml.safe_load((tmp_path / "whole/warm/seed-0/config.yaml").read_text())
     assert chosen["models"]["student"] == str(tmp_path / "whole/full/seed-0/model")
-    merits = {value: json.loads((tmp_path / f"whole/full/tune-{value}/run.json").read_text())["result"]["accuracy_after"]["value"]
-              for value in (1e-4, 1e-3)}
-    taken = yaml.safe_load((tmp_path / "whole/full/seed-0/config.yaml").read_text())["schedule"]["lr"]
+    merits = {
+        value: json.loads((tmp_path / f"whole/full/tune-{value}/run.json").read_text())["result"][
+            "accuracy_after"
+        ]["value"]
+        for value in (1e-4, 1e-3)
+    }
+    taken = yaml.safe_load((tmp_path / "whole/full/seed-0/config.yaml").read_text())["schedule"][
+        "lr"
+    ]
     assert merits[taken] == max(merits.values())
     tuned = yaml.safe_load((tmp_path / "whole/full/tune-0.001/config.yaml").read_text())
     assert tuned["runtime"]["seed"] == 7 and tuned["evaluate"]["split"] == "validation"
@@ -58,7 +86,9 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     code, _, _ = invoke("compare", file, "--out", tmp_path / "cut")
     assert code == 130
     code, out, err = invoke("compare", file, "--out", tmp_path / "cut")
-    assert code == 0 and "goes on" in err and len(calls) == 18 + 1  # 9 runs of 2 updates and the one cut short: nothing finished is run again
+    assert (
+        code == 0 and "goes on" in err and len(calls) == 18 + 1
+    )  # 9 runs of 2 updates and the one cut short: nothing finished is run again
     same = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     assert same(last_json(out)["arms"]) == same(whole["arms"])
     before = len(calls)
@@ -72,21 +102,35 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
     arms = compare.read(write(tmp_path))
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / compare.FILE).write_text(json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms)))))
+    (folder / compare.FILE).write_text(
+        json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms))))
+    )
     with RunFolder(folder).alone(), pytest.raises(UserError, match="another process"):
         compare.compare(arms, folder, None, print)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"arm": {}}, "unknown key 'arm'"), ({"arms": {}}, "names no arm"), ({"arms": []}, "arms must hold keys"),
-    ({"seeds": [0, 0]}, "different whole numbers"), ({"seeds": [True]}, "different whole numbers"), ({"seeds": 3}, "different whole"),
-    ({"reference": "none"}, "'none' is none of its arms"), ({"arms": {"full": {"start": "no"}}}, "starts from 'no'"),
-    ({"arms": {"full": {"schedule": {"prefxi": "8"}}}}, "did you mean schedule.prefix"),
-    ({"arms": {"full": {"schedule": {"prefix": "0"}}}}, "prefix length 0"), ({"arms": {"full": {"schedule": 3}}}, "must hold keys"),
-    ({"arms": {"../x": {}}, "reference": None}, "cannot name a folder"), ({"tune": {"schedule.lr": 1e-4}}, "list of values"),
-    ({"tune": {"schedule.lr": [1e-4], "train.steps": [3]}}, "one setting"), ({"tune": {"schedule.lr": ["x"]}}, "schedule.lr: expected"),
-    ({"also": {"longer": {"data": {"dataset": 3.5, "x": 1}}}}, "data.x"), ({"arms": {"full": {}, "b": None}}, "must hold keys"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"arm": {}}, "unknown key 'arm'"),
+        ({"arms": {}}, "names no arm"),
+        ({"arms": []}, "arms must hold keys"),
+        ({"seeds": [0, 0]}, "different whole numbers"),
+        ({"seeds": [True]}, "different whole numbers"),
+        ({"seeds": 3}, "different whole"),
+        ({"reference": "none"}, "'none' is none of its arms"),
+        ({"arms": {"full": {"start": "no"}}}, "starts from 'no'"),
+        ({"arms": {"full": {"schedule": {"prefxi": "8"}}}}, "did you mean schedule.prefix"),
+        ({"arms": {"full": {"schedule": {"prefix": "0"}}}}, "prefix length 0"),
+        ({"arms": {"full": {"schedule": 3}}}, "must hold keys"),
+        ({"arms": {"../x": {}}, "reference": None}, "cannot name a folder"),
+        ({"tune": {"schedule.lr": 1e-4}}, "list of values"),
+        ({"tune": {"schedule.lr": [1e-4], "train.steps": [3]}}, "one setting"),
+        ({"tune": {"schedule.lr": ["x"]}}, "schedule.lr: expected"),
+        ({"also": {"longer": {"data": {"dataset": 3.5, "x": 1}}}}, "data.x"),
+        ({"arms": {"full": {}, "b": None}}, "must hold keys"),
+    ],
+)
 def test_a_wrong_arms_file_is_refused_in_one_line(tmp_path, changes, said):
     code, out, err = invoke("compare", write(tmp_path, TREE | changes), "--out", tmp_path / "out")
     assert code == 2 and said in err and len(err.strip().splitlines()) == 1 and not out, err

@@ -9,15 +9,26 @@ from prefix_distill.errors import UserError
 from prefix_distill.schedule import parse_prefix, warmup_steps
 
 
-@pytest.mark.parametrize("text, limit, length", [
-    ("512", 2048, 512), ("25%", 2048, 512), ("12.5%", 192, 24), ("full", 2048, 2048), ("1%", 10, 1), ("100%", 10, 10), (" 8 ", 8, 8),
-])
+@pytest.mark.parametrize(
+    "text, limit, length",
+    [
+        ("512", 2048, 512),
+        ("25%", 2048, 512),
+        ("12.5%", 192, 24),
+        ("full", 2048, 2048),
+        ("1%", 10, 1),
+        ("100%", 10, 10),
+        (" 8 ", 8, 8),
+    ],
+)
 def test_prefix_grammar(text, limit, length):
     schedule = parse_prefix(text, limit)
     assert [schedule.length(step) for step in (0, 1, 1000)] == [length] * 3
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "0%", "101%", "half", "", "9", "linear:1:256", "1e3", "%"])
+@pytest.mark.parametrize(
+    "text", ["0", "-3", "0%", "101%", "half", "", "9", "linear:1:256", "1e3", "%"]
+)
 def test_prefixes_that_are_refused(text):
     with pytest.raises(UserError, match="prefix"):
         parse_prefix(text, 8)
@@ -32,8 +43,20 @@ def test_any_text_is_a_length_in_range_or_one_line(text, limit):
         assert "prefix" in str(error)
 
 
-@given(st.dictionaries(st.sampled_from([*config.options(), "train.stepz", "x"]), st.one_of(
-    st.none(), st.booleans(), st.integers(-5, 5), st.floats(), st.text(max_size=6), st.lists(st.integers(), max_size=2)), max_size=4))
+@given(
+    st.dictionaries(
+        st.sampled_from([*config.options(), "train.stepz", "x"]),
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(-5, 5),
+            st.floats(),
+            st.text(max_size=6),
+            st.lists(st.integers(), max_size=2),
+        ),
+        max_size=4,
+    )
+)
 @settings(max_examples=300, deadline=None)
 def test_any_settings_are_accepted_whole_or_refused_in_one_line(values):
     try:
@@ -42,7 +65,9 @@ def test_any_settings_are_accepted_whole_or_refused_in_one_line(values):
         assert str(error)
     else:
         for path, value in values.items():
-            assert config.get(built, path) in (value, str(value)) or (type(value) is bool and config.get(built, path) == ("on" if value else "off"))
+            assert config.get(built, path) in (value, str(value)) or (
+                type(value) is bool and config.get(built, path) == ("on" if value else "off")
+            )
 
 
 def test_warmup_is_updates_or_a_share():
@@ -53,26 +78,47 @@ def test_warmup_is_updates_or_a_share():
 
 def test_a_number_is_never_bent_into_another():
     assert config.build({"schedule.lr": 1, "schedule.prefix": 16}).schedule.prefix == "16"
-    for path, value in (("train.steps", 2.5), ("train.steps", True), ("train.steps", "5"), ("models.trust_remote_code", 1)):
+    for path, value in (
+        ("train.steps", 2.5),
+        ("train.steps", True),
+        ("train.steps", "5"),
+        ("models.trust_remote_code", 1),
+    ):
         with pytest.raises(UserError, match=f"{path}: expected"):
             config.build({path: value})
 
 
 def test_on_and_off_are_words_also_in_yaml(tmp_path):
-    (tmp_path / "run.yaml").write_text("data: {student_thinking: off, teacher_thinking: on}\nmodels: {cross_tokenizer: off}\n")
-    built = config.build(config.read_yaml(str(tmp_path / "run.yaml")) | config.read_assignments(["data.student_thinking=on"]))
-    assert (built.data.student_thinking, built.data.teacher_thinking, built.models.cross_tokenizer) == ("on", "on", "off")
+    (tmp_path / "run.yaml").write_text(
+        "data: {student_thinking: off, teacher_thinking: on}\nmodels: {cross_tokenizer: off}\n"
+    )
+    built = config.build(
+        config.read_yaml(str(tmp_path / "run.yaml"))
+        | config.read_assignments(["data.student_thinking=on"])
+    )
+    assert (
+        built.data.student_thinking,
+        built.data.teacher_thinking,
+        built.models.cross_tokenizer,
+    ) == ("on", "on", "off")
     with pytest.raises(UserError, match="runtime.dtype: expected text, got True"):
         config.build({"runtime.dtype": True})
 
 
 def test_every_flag_is_declared_once_with_a_help_text():
     flags = [field.metadata["flag"] for field in config.options().values()]
-    assert len(set(flags)) == len(flags) and all(field.metadata["help"].endswith((".", ")")) for field in config.options().values())
+    assert len(set(flags)) == len(flags) and all(
+        field.metadata["help"].endswith((".", ")")) for field in config.options().values()
+    )
 
 
 def test_version_is_said_once_and_the_same():
     import tomllib
     from pathlib import Path
 
-    assert tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"] == __version__
+    assert (
+        tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+            "version"
+        ]
+        == __version__
+    )

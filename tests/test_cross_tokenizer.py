@@ -34,14 +34,44 @@ module.{name} = counted
 main()
 """
 MODES = ["strict", "simct", "simct-released"]
-SMALL = ["--student", "lab:choice/student-merged", "--batch-size", "3", "--samples", "2", "--micro-batch-size", "4", "--prefix", "24",
-         "--eval-samples", "6", "--kl-prompts", "4", "--check-samples", "0", "--lr", "4e-4", "--warmup", "0"]
+SMALL = [
+    "--student",
+    "lab:choice/student-merged",
+    "--batch-size",
+    "3",
+    "--samples",
+    "2",
+    "--micro-batch-size",
+    "4",
+    "--prefix",
+    "24",
+    "--eval-samples",
+    "6",
+    "--kl-prompts",
+    "4",
+    "--check-samples",
+    "0",
+    "--lr",
+    "4e-4",
+    "--warmup",
+    "0",
+]
 
 
 def prepared(student="student-merged", **changes):
-    values = {"models.student": f"lab:choice/{student}", "train.batch_size": 3, "rollout.samples": 2, "train.micro_batch_size": 4,
-              "schedule.prefix": "40", "evaluate.problems": 4, "evaluate.kl_prompts": 2, "runtime.device": "cpu"}
-    return preflight.prepare(configuration.build(values | {k.replace("__", "."): v for k, v in changes.items()}))
+    values = {
+        "models.student": f"lab:choice/{student}",
+        "train.batch_size": 3,
+        "rollout.samples": 2,
+        "train.micro_batch_size": 4,
+        "schedule.prefix": "40",
+        "evaluate.problems": 4,
+        "evaluate.kl_prompts": 2,
+        "runtime.device": "cpu",
+    }
+    return preflight.prepare(
+        configuration.build(values | {k.replace("__", "."): v for k, v in changes.items()})
+    )
 
 
 def gradient(run, micro=4):
@@ -49,21 +79,38 @@ def gradient(run, micro=4):
     run.config = configuration.replace(run.config, train={"micro_batch_size": micro})
     run.student.net.requires_grad_(True).zero_grad()
     clock, ledger = Clock(run.place.device), Ledger()
-    drawn = train.sample(run, run.student, data.batch(run.train_prompts, 0, 3, 0), 0, 40, Ledger(), clock)
+    drawn = train.sample(
+        run, run.student, data.batch(run.train_prompts, 0, 3, 0), 0, 40, Ledger(), clock
+    )
     rollouts, reading = train.select(run, drawn, 0, ledger, clock)
     weights, divisor = token_weights(rollouts, "token", run.position)
-    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading)
-    return {n: p.grad.clone() for n, p in run.student.net.named_parameters()}, rollouts, values, divisor
+    values, _ = train._accumulate(
+        run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
+    )
+    return (
+        {n: p.grad.clone() for n, p in run.student.net.named_parameters()},
+        rollouts,
+        values,
+        divisor,
+    )
 
 
 def rows(net, prompt, ids, head):
     """Logits for each of the ids, in plain transformers, of the ids the head may speak about."""
-    return net(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, : head]
+    return net(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, :head]
 
 
-@pytest.mark.parametrize("mode, chosen", [
-    *((mode, {}) for mode in MODES), ("simct", {"weights__select": "soft-or", "weights__keep": 0.4, "weights__position": "moderate"}),
-    ("strict", {"weights__window": "last:7"})])
+@pytest.mark.parametrize(
+    "mode, chosen",
+    [
+        *((mode, {}) for mode in MODES),
+        (
+            "simct",
+            {"weights__select": "soft-or", "weights__keep": 0.4, "weights__position": "moderate"},
+        ),
+        ("strict", {"weights__window": "last:7"}),
+    ],
+)
 def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
     """Rows, shift and divisor on both sides: autograd through plain forwards, one rollout at a time; any micro-batch."""
     run = prepared(models__cross_tokenizer=mode, **chosen)
@@ -81,8 +128,19 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
         with torch.no_grad():
             theirs = pick(rows(teacher, r.teacher_prompt, r.teacher_ids, 18), True)
         eye = lambda n: Head(torch.eye(n))
-        found = by_the_book(Terms("reverse-kl"), run.alignment.shared, [r], ours, eye(26), theirs, eye(18), mode == "simct-released")
-        torch.testing.assert_close(torch.tensor(values[r.prompt, r.sample]), found.detach(), rtol=1e-4, atol=1e-5)
+        found = by_the_book(
+            Terms("reverse-kl"),
+            run.alignment.shared,
+            [r],
+            ours,
+            eye(26),
+            theirs,
+            eye(18),
+            mode == "simct-released",
+        )
+        torch.testing.assert_close(
+            torch.tensor(values[r.prompt, r.sample]), found.detach(), rtol=1e-4, atol=1e-5
+        )
         weight = [1.0 if run.position is None else run.position.at(t, len(r.ids)) for t in r.taught]
         total = total + (torch.tensor(weight) * found).sum() / divisor
     total.backward()
@@ -97,7 +155,9 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
     assert run.alignment is None
     side = [Bytes(m.tokenizer, m.name) for m in (run.student, run.teacher)]
     clock = Clock(run.place.device)
-    drawn = train.sample(run, run.student, data.batch(run.train_prompts, 0, 3, 0), 0, 192, Ledger(), clock)
+    drawn = train.sample(
+        run, run.student, data.batch(run.train_prompts, 0, 3, 0), 0, 192, Ledger(), clock
+    )
     assert all(r.finished for r in drawn)
     found = []
     for alignment in (None, Alignment("simct", *side, (1,), (1,))):
@@ -105,26 +165,41 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
         if alignment is not None:
             others = tuple(i for i in range(18) if i != 1)
             alignment.__dict__["shared"] = Shared(others, others, (1,), (1,))
-            run.alignment, run.shared = alignment, simct.support(alignment.shared, "simct", "cpu", "cpu")
+            run.alignment, run.shared = (
+                alignment,
+                simct.support(alignment.shared, "simct", "cpu", "cpu"),
+            )
             rollouts = run.aligned(drawn)
-            assert all(r.teacher_ids == r.ids and r.taught == tuple(range(len(r.ids))) for r in rollouts)
+            assert all(
+                r.teacher_ids == r.ids and r.taught == tuple(range(len(r.ids))) for r in rollouts
+            )
         run.student.net.requires_grad_(True).zero_grad()
         weights, divisor = token_weights(rollouts, "token")
         train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, Ledger(), clock)
         found.append({n: p.grad.clone() for n, p in run.student.net.named_parameters()})
     for name, plain in found[0].items():
-        assert (found[1][name] - plain).abs().max() <= 1e-6 * max(p.abs().max() for p in found[0].values()), name
+        assert (found[1][name] - plain).abs().max() <= 1e-6 * max(
+            p.abs().max() for p in found[0].values()
+        ), name
 
 
 def test_prompts_are_each_models_own_and_text_is_the_same():
     run = prepared()
     _, rollouts, _, _ = gradient(run)
     for r in rollouts:
-        shown = [m.tokenizer.decode(ids) for m, ids in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))]
+        shown = [
+            m.tokenizer.decode(ids)
+            for m, ids in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+        ]
         assert shown[0] == shown[1]
         last = r.units[-1]
-        texts = [m.tokenizer.decode(ids[:end], skip_special_tokens=True) for m, ids, end in (
-            (run.student, r.ids, last.start + last.size), (run.teacher, r.teacher_ids, last.teacher_start + last.teacher_size))]
+        texts = [
+            m.tokenizer.decode(ids[:end], skip_special_tokens=True)
+            for m, ids, end in (
+                (run.student, r.ids, last.start + last.size),
+                (run.teacher, r.teacher_ids, last.teacher_start + last.teacher_size),
+            )
+        ]
         assert texts[0] == texts[1] and texts[0]
     assert any(r.student_prompt != r.teacher_prompt for r in rollouts)
     # a teacher with few positions reads as far as it can
@@ -146,9 +221,14 @@ def test_the_ledger_is_torchs_own_count(mode):
     of = simct.units(group)
 
     def loss():
-        simct.weighted(run.terms, run.shared, of, hidden, student, there, teacher, torch.ones(len(of.token[0])))[0].backward()
+        simct.weighted(
+            run.terms, run.shared, of, hidden, student, there, teacher, torch.ones(len(of.token[0]))
+        )[0].backward()
 
-    ours, theirs = (scoring.head_rows(m, group, run.shared, side) for m, side in ((run.student, False), (run.teacher, True)))
+    ours, theirs = (
+        scoring.head_rows(m, group, run.shared, side)
+        for m, side in ((run.student, False), (run.teacher, True))
+    )
     again = run.student_shape.output(sum(u.size for u in group[0].taught_units if not u.exact))
     expected = 3 * run.student_shape.output(ours) + again + run.teacher_shape.output(theirs)
     assert counted(loss) == pytest.approx(expected, rel=1e-6)
@@ -160,7 +240,9 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
     run = prepared(rollout__off_policy=loss, models__cross_tokenizer="simct")
     text = run.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids + [1]
     prompts = data.batch(run.train_prompts, 0, 3, 0)
-    texts = {(p.prompt.index, s): {"ids": text, "finished": True} for p in prompts for s in range(2)}
+    texts = {
+        (p.prompt.index, s): {"ids": text, "finished": True} for p in prompts for s in range(2)
+    }
     drawn = train.sample(run, run.student, prompts, 0, 40, Ledger(), Clock(run.place.device), texts)
     encoded = (*run.student.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids, 1)
     for r in drawn:
@@ -168,49 +250,114 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
         if loss == "sft":
             assert r.taught == tuple(range(len(encoded)))
         else:
-            assert r.teacher_ids == tuple(text) and sum(u.size for u in r.units) == len(r.ids) and any(not u.exact for u in r.taught_units)
+            assert (
+                r.teacher_ids == tuple(text)
+                and sum(u.size for u in r.units) == len(r.ids)
+                and any(not u.exact for u in r.taught_units)
+            )
     short = train.sample(run, run.student, prompts, 0, 4, Ledger(), Clock(run.place.device), texts)
     assert all(r.ids == encoded[:4] and not r.finished for r in short)
 
 
 def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
     """SimCT with selection and EffOPD, killed -9 before the third of four updates; coverage in the rows and in the evaluations."""
-    flags = [*SMALL, "--cross-tokenizer", "simct", "--lr-schedule", "constant", "--select", "soft-or", "--keep", "0.5", "--extrapolate", "effopd",
-             "--extrapolate-score", "heldout-kl", "--extrapolate-problems", "4", "--steps", "4", "--save-every", "2"]
+    flags = [
+        *SMALL,
+        "--cross-tokenizer",
+        "simct",
+        "--lr-schedule",
+        "constant",
+        "--select",
+        "soft-or",
+        "--keep",
+        "0.5",
+        "--extrapolate",
+        "effopd",
+        "--extrapolate-score",
+        "heldout-kl",
+        "--extrapolate-problems",
+        "4",
+        "--steps",
+        "4",
+        "--save-every",
+        "2",
+    ]
     code, out, err = invoke("run", *flags, "--out", tmp_path / "whole")
     assert code == 0, err
-    assert "units of text are compared (--cross-tokenizer simct)" in err and "of the tokens of the student's own answers " in err
+    assert (
+        "units of text are compared (--cross-tokenizer simct)" in err
+        and "of the tokens of the student's own answers " in err
+    )
     assert "warning: of the student's probability " in err and "simct compares the spans" in err
     whole = last_json(out)
-    killed = subprocess.run([sys.executable, "-c", KILLED.format(module="train", name="_update", at=3), "run", *flags, "--out", str(tmp_path / "parts")],
-                            capture_output=True)
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            KILLED.format(module="train", name="_update", at=3),
+            "run",
+            *flags,
+            "--out",
+            str(tmp_path / "parts"),
+        ],
+        capture_output=True,
+    )
     assert killed.returncode == -9
     code, out, err = invoke("run", "--resume", "--out", tmp_path / "parts")
     assert code == 0 and last_json(out)["resumed_from"] == 2, err
-    read = lambda name: [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
-                         for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    read = lambda name: [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+        for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
     assert read("parts") == read("whole") and len(read("whole")) == 4
     for row in read("whole"):
-        assert sum(row[f"alignment/{name}_share"] for name in ("exact", "span", "dropped")) == pytest.approx(1)
+        assert sum(
+            row[f"alignment/{name}_share"] for name in ("exact", "span", "dropped")
+        ) == pytest.approx(1)
         assert row["alignment/span_share"] > 0.02
-    one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "parts"))
+    one, two = (
+        load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "parts")
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert [x["scores"] for x in last_json(out)["extrapolations"]] == [x["scores"] for x in whole["extrapolations"]]
+    assert [x["scores"] for x in last_json(out)["extrapolations"]] == [
+        x["scores"] for x in whole["extrapolations"]
+    ]
     found = whole["evaluations"][0]["alignment"]
-    assert 0 < found["student_mass"] < 1 and 0.9 < found["teacher_mass"] <= 1 and found["kl_spans"] > 0
+    assert (
+        0 < found["student_mass"] < 1 and 0.9 < found["teacher_mass"] <= 1 and found["kl_spans"] > 0
+    )
     assert "alignment" in whole["seconds"]["by_phase"]
 
 
 def test_nothing_in_common_stops_with_a_reason(tmp_path):
-    code, out, err = invoke("run", *SMALL, "--prefix", "1", "--steps", "1", "--out", tmp_path / "run")
-    assert code == 1 and out == "" and "no unit of text is common" in err and "lengthen --prefix" in err
+    code, out, err = invoke(
+        "run", *SMALL, "--prefix", "1", "--steps", "1", "--out", tmp_path / "run"
+    )
+    assert (
+        code == 1
+        and out == ""
+        and "no unit of text is common" in err
+        and "lengthen --prefix" in err
+    )
 
 
 def test_a_probe_across_tokenizers(tmp_path):
     """The teacher's start goes to the student as text, and the other way round."""
-    code, out, err = invoke("probe", "--student", "lab:choice/student-merged", "--dataset", "lab:choice:4-8", "--problems", "16", "--out", tmp_path / "probe")
+    code, out, err = invoke(
+        "probe",
+        "--student",
+        "lab:choice/student-merged",
+        "--dataset",
+        "lab:choice:4-8",
+        "--problems",
+        "16",
+        "--out",
+        tmp_path / "probe",
+    )
     assert code == 0, err
     document = last_json(out)
     lifted, decayed = document["teacher_prefix_curve"], document["teacher_decay_curve"]
-    assert decayed[0]["value"] > 0.7 and max(row["value"] for row in lifted) > lifted[0]["value"] + 0.2
+    assert (
+        decayed[0]["value"] > 0.7 and max(row["value"] for row in lifted) > lifted[0]["value"] + 0.2
+    )
     assert document["teacher_tokens"] < 150  # in the student's tokens

@@ -42,17 +42,32 @@ def write(folder, suffix, rows=ROWS):
 def test_every_format_reads_the_same(tmp_path, suffix):
     found = data.load(write(tmp_path, suffix), split="train")
     assert [(p.index, p.messages[-1]["content"], p.answer) for p in found.prompts] == [
-        (i, f"{i}+1?", str(i + 1)) for i in range(6)]
+        (i, f"{i}+1?", str(i + 1)) for i in range(6)
+    ]
     assert found.answered
 
 
-@pytest.mark.parametrize("row, prompt, answer", [
-    ({"prompt": "a", "solution": "b"}, "a", "b"),
-    ({"problem": "a"}, "a", None),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "a", "b"),
-    ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}], "answer": 3}, "a", "3"),
-    ({"instruction": "a", "final_answer": 2.5}, "a", "2.5"),
-])
+@pytest.mark.parametrize(
+    "row, prompt, answer",
+    [
+        ({"prompt": "a", "solution": "b"}, "a", "b"),
+        ({"problem": "a"}, "a", None),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "a",
+            "b",
+        ),
+        (
+            {
+                "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+                "answer": 3,
+            },
+            "a",
+            "3",
+        ),
+        ({"instruction": "a", "final_answer": 2.5}, "a", "2.5"),
+    ],
+)
 def test_usual_columns(tmp_path, row, prompt, answer):
     (found,) = data.load(write(tmp_path, ".jsonl", [row]), split="train").prompts
     assert found.messages[-1] == {"role": "user", "content": prompt} and found.answer == answer
@@ -60,8 +75,14 @@ def test_usual_columns(tmp_path, row, prompt, answer):
 
 def test_given_columns_reach_into_records_and_text_is_added(tmp_path):
     file = write(tmp_path, ".jsonl", [{"doc": {"q": "a", "gold": "b"}, "question": "not this"}])
-    (found,) = data.load(file, split="train", prompt_column="doc.q", answer_column="doc.gold", system="s",
-                         instruction="think").prompts
+    (found,) = data.load(
+        file,
+        split="train",
+        prompt_column="doc.q",
+        answer_column="doc.gold",
+        system="s",
+        instruction="think",
+    ).prompts
     assert [m["content"] for m in found.messages] == ["s", "a\n\nthink"] and found.answer == "b"
 
 
@@ -74,11 +95,14 @@ def test_nothing_is_left_in_the_cache(tmp_path, monkeypatch):
     assert not list((tmp_path / "scratch").iterdir())
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([{"question": "  "}], "row 0 has no prompt text"),
-    ([{"question": None, "x": 1}], "row 0 has no prompt text"),
-    ([{"words": "a"}], "no prompt column"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"question": "  "}], "row 0 has no prompt text"),
+        ([{"question": None, "x": 1}], "row 0 has no prompt text"),
+        ([{"words": "a"}], "no prompt column"),
+    ],
+)
 def test_bad_rows(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         data.load(write(tmp_path, ".jsonl", rows), split="train")
@@ -91,12 +115,18 @@ def student(pair):
 
 def test_templates(student):
     prompt = data.Prompt(0, ({"role": "user", "content": "hi"},), None)
-    chat, plain = (student.tokenizer.decode(data.render(student, prompt.messages, t)) for t in ("auto", "plain"))
+    chat, plain = (
+        student.tokenizer.decode(data.render(student, prompt.messages, t))
+        for t in ("auto", "plain")
+    )
     assert (chat, plain) == ("<u>hi<a>", "hi")
 
 
 def test_long_prompts_are_dropped_and_counted_never_cut(student):
-    prompts = [data.Prompt(i, ({"role": "user", "content": "x" * n},), None) for i, n in enumerate([3, 50, 8, 9])]
+    prompts = [
+        data.Prompt(i, ({"role": "user", "content": "x" * n},), None)
+        for i, n in enumerate([3, 50, 8, 9])
+    ]
     config = build({"data.max_prompt_tokens": 10})
     kept, dropped = data.render_all(prompts, student, student, config)
     assert [len(r.student_ids) for r in kept] == [5, 10] and dropped == 2
@@ -116,7 +146,9 @@ def test_every_epoch_is_a_permutation_and_steps_are_arithmetic():
 def test_held_out_rows_are_disjoint_from_training(tmp_path):
     whole = data.load(write(tmp_path, ".jsonl"), split="train")
     taught, held = data.hold_out(whole, 2, seed=0)
-    assert len(held.prompts) == 2 and {p.index for p in taught.prompts} | {p.index for p in held.prompts} == set(range(6))
+    assert len(held.prompts) == 2 and {p.index for p in taught.prompts} | {
+        p.index for p in held.prompts
+    } == set(range(6))
     assert len(taught.prompts) == 4
 
 
@@ -129,11 +161,21 @@ def questions_of(prompts):
     return [p.messages[-1]["content"] for p in prompts]
 
 
-@pytest.mark.parametrize("text, found", [
-    ("gsm8k", [("gsm8k", 1)]), ("lab:choice:20-25", [("lab:choice:20-25", 1)]), ("C:\\x.jsonl", [("C:\\x.jsonl", 1)]), ("a/b", [("a/b", 1)]),
-    ("gsm8k:3,extra.jsonl:1", [("gsm8k", 3), ("extra.jsonl", 1)]), ("lab:choice:20-25:2, C:\\x.jsonl", [("lab:choice:20-25", 2), ("C:\\x.jsonl", 1)]),
-    ("gsm8k=C:\\x.jsonl#10:0.5,org/name:1.5", [("gsm8k=C:\\x.jsonl#10", Fraction(1, 2)), ("org/name", Fraction(3, 2))]),
-])
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("gsm8k", [("gsm8k", 1)]),
+        ("lab:choice:20-25", [("lab:choice:20-25", 1)]),
+        ("C:\\x.jsonl", [("C:\\x.jsonl", 1)]),
+        ("a/b", [("a/b", 1)]),
+        ("gsm8k:3,extra.jsonl:1", [("gsm8k", 3), ("extra.jsonl", 1)]),
+        ("lab:choice:20-25:2, C:\\x.jsonl", [("lab:choice:20-25", 2), ("C:\\x.jsonl", 1)]),
+        (
+            "gsm8k=C:\\x.jsonl#10:0.5,org/name:1.5",
+            [("gsm8k=C:\\x.jsonl#10", Fraction(1, 2)), ("org/name", Fraction(3, 2))],
+        ),
+    ],
+)
 def test_names_and_weights(text, found):
     assert data.sources(text) == found
 
@@ -158,11 +200,21 @@ def test_a_file_whose_name_has_the_marks_is_that_file(tmp_path, monkeypatch):
 def test_so_many_rows_by_seed(tmp_path):
     file = lines(tmp_path / "x.jsonl", [{"question": f"q{i}"} for i in range(50)])
     some = [[p.index for p in data.load(f"{file}#20", seed=seed).prompts] for seed in (0, 0, 1)]
-    assert some[0] == some[1] != some[2] and all(len(set(rows)) == 20 and rows == sorted(rows) for rows in some)
-    assert [p.index for p in data.load(f"{file}#20", seed=0, limit=5, evaluated=True).prompts] == some[0][:5]
-    assert data.load(f"{file}#20", seed=3).notes == (f"dataset {file}#20: 20 of 50 rows, drawn by --seed 3",)
+    assert some[0] == some[1] != some[2] and all(
+        len(set(rows)) == 20 and rows == sorted(rows) for rows in some
+    )
+    assert [
+        p.index for p in data.load(f"{file}#20", seed=0, limit=5, evaluated=True).prompts
+    ] == some[0][:5]
+    assert data.load(f"{file}#20", seed=3).notes == (
+        f"dataset {file}#20: 20 of 50 rows, drawn by --seed 3",
+    )
     assert questions_of(data.load(f"{file}#50").prompts) == [f"q{i}" for i in range(50)]
-    assert len(data.load("lab:choice#7").prompts) == len(data.load("lab:choice:20-25#7", split="test").prompts) == 7
+    assert (
+        len(data.load("lab:choice#7").prompts)
+        == len(data.load("lab:choice:20-25#7", split="test").prompts)
+        == 7
+    )
     for streaming in (False, True):
         with pytest.raises(UserError, match="it has 50 rows, expected at least the 51 behind #"):
             data.load(f"{file}#51", streaming=streaming)
@@ -171,11 +223,23 @@ def test_so_many_rows_by_seed(tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".parquet"])
 def test_streamed_rows_are_the_files_in_a_drawn_order(tmp_path, suffix):
     file = write(tmp_path, suffix, [{"question": f"q{i}", "answer": str(i)} for i in range(40)])
-    orders = [[(p.index, *questions_of([p]), p.answer) for p in data.load(file, streaming=True, seed=seed).prompts] for seed in (0, 0, 1)]
+    orders = [
+        [
+            (p.index, *questions_of([p]), p.answer)
+            for p in data.load(file, streaming=True, seed=seed).prompts
+        ]
+        for seed in (0, 0, 1)
+    ]
     assert orders[0] == orders[1] != orders[2]
-    assert sorted(row[1:] for row in orders[0]) == sorted((f"q{i}", str(i)) for i in range(40)) and [row[0] for row in orders[0]] == list(range(40))
+    assert sorted(row[1:] for row in orders[0]) == sorted(
+        (f"q{i}", str(i)) for i in range(40)
+    ) and [row[0] for row in orders[0]] == list(range(40))
     first = data.load(file, streaming=True, limit=5, evaluated=True).prompts
-    assert questions_of(first) == questions_of(data.load(file, limit=5, evaluated=True).prompts) == [f"q{i}" for i in range(5)]
+    assert (
+        questions_of(first)
+        == questions_of(data.load(file, limit=5, evaluated=True).prompts)
+        == [f"q{i}" for i in range(5)]
+    )
     assert len({*questions_of(data.load(f"{file}#6", streaming=True).prompts)}) == 6
 
 
@@ -188,23 +252,33 @@ def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path):
     stream = data.load(str(file), streaming=True).prompts
     taken = list(itertools.islice(stream, 90))
     assert len({p.messages[0]["content"] for p in taken}) == 90
-    with pytest.raises(UserError, match=f"not readable as jsonl .ValueError: line {data.BUFFER + 101}"):
+    with pytest.raises(
+        UserError, match=f"not readable as jsonl .ValueError: line {data.BUFFER + 101}"
+    ):
         list(stream)
     with pytest.raises(UserError, match="not readable as jsonl"):
         data.load(str(file))
 
 
 def test_columns_of_a_stream_are_those_of_its_first_rows_together(tmp_path):
-    file = lines(tmp_path / "x.jsonl", [{"question": f"q{i}"} | ({"answer": str(i)} if i == 7 else {}) for i in range(9)])
+    file = lines(
+        tmp_path / "x.jsonl",
+        [{"question": f"q{i}"} | ({"answer": str(i)} if i == 7 else {}) for i in range(9)],
+    )
     for seed in range(3):
         found = data.load(file, streaming=True, seed=seed).prompts
-        assert {(p.messages[0]["content"], p.answer) for p in found} == {(f"q{i}", "7" if i == 7 else None) for i in range(9)}
+        assert {(p.messages[0]["content"], p.answer) for p in found} == {
+            (f"q{i}", "7" if i == 7 else None) for i in range(9)
+        }
 
 
 def test_what_cannot_be_streamed(tmp_path):
     with pytest.raises(UserError, match="a .json file is one document"):
         data.load(write(tmp_path, ".json"), streaming=True)
-    for name, content, message in (("none.csv", b"question\n", "it has no rows"), ("torn.parquet", b"PAR1xxxxPAR1", "not readable as parquet")):
+    for name, content, message in (
+        ("none.csv", b"question\n", "it has no rows"),
+        ("torn.parquet", b"PAR1xxxxPAR1", "not readable as parquet"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             data.load(str(tmp_path / name), streaming=True)
@@ -212,12 +286,19 @@ def test_what_cannot_be_streamed(tmp_path):
 
 def test_template_and_instruction_around_the_problem(tmp_path):
     file = lines(tmp_path / "x.jsonl", [{"question": "a {b}?", "doc": {"level": 3}, "why": "so"}])
-    load = lambda template: data.load(file, prompt_template=template, instruction="Box it.", system="s", privileged_column="why").prompts[0]
+    load = lambda template: data.load(
+        file, prompt_template=template, instruction="Box it.", system="s", privileged_column="why"
+    ).prompts[0]
     prompt = load("L{doc.level} {{x}} \\boxed{} Q: {prompt} A:")
-    assert [m["content"] for m in prompt.messages] == ["s", "L3 {x} \\boxed{} Q: a {b}?\n\nBox it. A:"]
+    assert [m["content"] for m in prompt.messages] == [
+        "s",
+        "L3 {x} \\boxed{} Q: a {b}?\n\nBox it. A:",
+    ]
     *_, shown = data.teacher_messages(prompt, "P {problem} S {solution} E")
     assert shown["content"] == "L3 {x} \\boxed{} Q: P a {b}? S so E\n\nBox it. A:"
-    with pytest.raises(UserError, match="row 0 has no 'level' for --prompt-template; it has question, doc, why"):
+    with pytest.raises(
+        UserError, match="row 0 has no 'level' for --prompt-template; it has question, doc, why"
+    ):
         load("{level} {prompt}")
     for template in ("no field", "{prompt} {prompt}"):
         with pytest.raises(UserError, match="expected {prompt} in it once"):
@@ -226,7 +307,10 @@ def test_template_and_instruction_around_the_problem(tmp_path):
 
 def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_path):
     """As alternating turns where there is a chat template; a base model without one reads blocks of text."""
-    file = lines(tmp_path / "x.jsonl", [{"question": f"q{i}?", "answer": f"#### {i}", "solution": f"since {i}"} for i in range(9)])
+    file = lines(
+        tmp_path / "x.jsonl",
+        [{"question": f"q{i}?", "answer": f"#### {i}", "solution": f"since {i}"} for i in range(9)],
+    )
     base = models.load(student.name, device=torch.device("cpu"), dtype=torch.float32)
     base.tokenizer = byte_tokenizer()
     base.tokenizer.chat_template = None
@@ -235,21 +319,42 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
         whole = data.load(file, worked=True, prompt_template=template, system="s")
         rest, turns = data.examples(whole, 2, seed=0, evaluated=whole.prompts[:3])
         used = [int(turn["content"].removeprefix("since ")) for turn in turns[1::2]]
-        assert min(used) >= 3 and [p.index for p in rest.prompts] == [i for i in range(9) if i not in used]
+        assert min(used) >= 3 and [p.index for p in rest.prompts] == [
+            i for i in range(9) if i not in used
+        ]
         assert data.examples(whole, 2, seed=0, evaluated=whole.prompts[:3])[1] == turns
         [first, *_] = data.behind(rest, turns).prompts
         q = lambda i: f"{'' if template is None else 'Q: '}q{i}?{last}"
-        text = lambda model: model.tokenizer.decode(data.render(model, first.messages, "auto", glue=data.glue(config.data)))
-        assert text(student) == "<u>s" + "".join(f"<u>{q(i)}<u>since {i}<e>" for i in used) + f"<u>{q(0)}<a>"
+        text = lambda model: model.tokenizer.decode(
+            data.render(model, first.messages, "auto", glue=data.glue(config.data))
+        )
+        assert (
+            text(student)
+            == "<u>s" + "".join(f"<u>{q(i)}<u>since {i}<e>" for i in used) + f"<u>{q(0)}<a>"
+        )
         assert text(base) == "s\n\n" + "".join(f"{q(i)}{middle}since {i}\n\n" for i in used) + q(0)
-    with pytest.raises(UserError, match="--few-shot 7: dataset .* has 6 rows with a solution that are not evaluated"):
+    with pytest.raises(
+        UserError,
+        match="--few-shot 7: dataset .* has 6 rows with a solution that are not evaluated",
+    ):
         data.examples(whole, 7, seed=0, evaluated=whole.prompts[:3])
-    unsolved = data.load(lines(tmp_path / "y.jsonl", [{"question": "q", "answer": None}, {"question": "r", "answer": "1"}]), worked=True)
+    unsolved = data.load(
+        lines(
+            tmp_path / "y.jsonl",
+            [{"question": "q", "answer": None}, {"question": "r", "answer": "1"}],
+        ),
+        worked=True,
+    )
     with pytest.raises(UserError, match="has 1 rows with a solution"):
         data.examples(unsolved, 2, seed=0)
 
 
-WEIGHTS = [[Fraction(3), Fraction(1)], [Fraction(1)] * 3, [Fraction(1, 2), Fraction(3, 10), Fraction(7)], [Fraction(1), Fraction(999)]]
+WEIGHTS = [
+    [Fraction(3), Fraction(1)],
+    [Fraction(1)] * 3,
+    [Fraction(1, 2), Fraction(3, 10), Fraction(7)],
+    [Fraction(1), Fraction(999)],
+]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -264,40 +369,93 @@ def test_shares_of_the_stream_are_the_weights_at_every_length(weights):
 def test_a_mixed_stream_holds_each_sets_own_stream():
     parts, weights = [list("abcdefg"), list("XYZ")], WEIGHTS[0]
     stream = data.mixed(parts, weights, 80, seed=5)
-    assert stream[:30] == data.mixed(parts, weights, 30, seed=5)  # a longer run begins as a shorter one
+    assert stream[:30] == data.mixed(
+        parts, weights, 30, seed=5
+    )  # a longer run begins as a shorter one
     for part in parts:
         own = [item for item in stream if item in part]
         assert own == data.batch(part, 0, len(own), seed=5)
 
 
 def test_joined_sets_hold_every_prompt_once():
-    sets = [data.PromptSet(name, tuple(data.Prompt(i * 2 + k, (), None) for i in range(n)), answer_format=form, max_new_tokens=9)
-            for k, (name, n, form) in enumerate([("a", 6, "hash"), ("b", 2, None)])]
+    sets = [
+        data.PromptSet(
+            name,
+            tuple(data.Prompt(i * 2 + k, (), None) for i in range(n)),
+            answer_format=form,
+            max_new_tokens=9,
+        )
+        for k, (name, n, form) in enumerate([("a", 6, "hash"), ("b", 2, None)])
+    ]
     found = data.joined(sets, [Fraction(1), Fraction(1)])
     assert [p.index for p in found.prompts] == [0, 1, 2, 3, 4, 6, 8, 10]
-    assert (found.name, found.answer_format, found.max_new_tokens) == ("a, b", None, 9) and data.joined(sets[:1], [Fraction(1)]) is sets[0]
+    assert (found.name, found.answer_format, found.max_new_tokens) == (
+        "a, b",
+        None,
+        9,
+    ) and data.joined(sets[:1], [Fraction(1)]) is sets[0]
 
 
 def rows_of(folder):
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture
 def mixture(pair, tmp_path):
-    gsm8k = lines(tmp_path / "g.jsonl", [{"question": f"{i}+1?", "answer": f"{i} and 1.\n#### {i + 1}"} for i in range(20)])
-    more = lines(tmp_path / "m.jsonl", [{"problem": "x" * 300 if i == 5 else f"{i}-1?", "solution": str(i - 1)} for i in range(30)])
-    return {"--student": pair[0], "--teacher": pair[1], "--dataset": f"gsm8k={gsm8k}#18:3,{more}:1", "--eval-dataset": f"{more}#3", "--eval-samples": "2",
-            "--kl-prompts": "2", "--prefix": "3", "--max-new-tokens": "4", "--batch-size": "4", "--samples": "1", "--device": "cpu", "--instruction": "",
-            "--lr-schedule": "constant", "--few-shot": "1", "--max-prompt-tokens": "200", "--answer-format": "hash", "--tail-every": "0"}
+    gsm8k = lines(
+        tmp_path / "g.jsonl",
+        [{"question": f"{i}+1?", "answer": f"{i} and 1.\n#### {i + 1}"} for i in range(20)],
+    )
+    more = lines(
+        tmp_path / "m.jsonl",
+        [
+            {"problem": "x" * 300 if i == 5 else f"{i}-1?", "solution": str(i - 1)}
+            for i in range(30)
+        ],
+    )
+    return {
+        "--student": pair[0],
+        "--teacher": pair[1],
+        "--dataset": f"gsm8k={gsm8k}#18:3,{more}:1",
+        "--eval-dataset": f"{more}#3",
+        "--eval-samples": "2",
+        "--kl-prompts": "2",
+        "--prefix": "3",
+        "--max-new-tokens": "4",
+        "--batch-size": "4",
+        "--samples": "1",
+        "--device": "cpu",
+        "--instruction": "",
+        "--lr-schedule": "constant",
+        "--few-shot": "1",
+        "--max-prompt-tokens": "200",
+        "--answer-format": "hash",
+        "--tail-every": "0",
+    }
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_longer_run_begins_with_the_prompts_of_a_shorter_one(mixture, streaming):
     paths = {field.metadata["flag"]: path for path, field in options().items()}
-    values = {paths[flag]: int(value) if value.isdecimal() and flag != "--prefix" else value for flag, value in mixture.items()}
-    short, long = (preflight.prepare(build(values | {"data.streaming": streaming, "train.steps": steps})) for steps in (3, 20))
+    values = {
+        paths[flag]: int(value) if value.isdecimal() and flag != "--prefix" else value
+        for flag, value in mixture.items()
+    }
+    short, long = (
+        preflight.prepare(build(values | {"data.streaming": streaming, "train.steps": steps}))
+        for steps in (3, 20)
+    )
     assert long.train_prompts[:12] == short.train_prompts and len(long.train_prompts) == 80
-    sets = [["problem" if "-" in text else "question" for text in questions_of(r.prompt for r in run.train_prompts)] for run in (short, long)]
+    sets = [
+        [
+            "problem" if "-" in text else "question"
+            for text in questions_of(r.prompt for r in run.train_prompts)
+        ]
+        for run in (short, long)
+    ]
     assert [names.count("problem") for names in sets] == [3, 20]
     prompts = [r.prompt for r in long.train_prompts] + [p for p, _ in long.problems]
     [shown] = {p.messages[0]["content"] for p in prompts}
@@ -312,41 +470,144 @@ def test_a_mixed_run_goes_on_as_it_would_have(mixture, tmp_path):
         assert code == 0, err
     code, _, err = invoke("run", "--resume", "--steps", "3", "--out", tmp_path / "parts")
     assert code == 0, err
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole") and len(rows_of(tmp_path / "whole")) == 3
+    assert (
+        rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+        and len(rows_of(tmp_path / "whole")) == 3
+    )
     notes = "\n".join(json.loads((tmp_path / "whole/run.json").read_text())["notes"])
-    for text in ("license: MIT; grade-school", "#18: 18 rows, drawn by --seed 0", "streamed, row by row", "9 of gsm8k=", "(75.0%; 9 different ones)",
-                 "few-shot: 1 of gsm8k="):
+    for text in (
+        "license: MIT; grade-school",
+        "#18: 18 rows, drawn by --seed 0",
+        "streamed, row by row",
+        "9 of gsm8k=",
+        "(75.0%; 9 different ones)",
+        "few-shot: 1 of gsm8k=",
+    ):
         assert text in notes
 
 
 def test_dropped_prompts_are_counted_by_set(pair, tmp_path):
-    files = [lines(tmp_path / f"{name}.jsonl", [{"question": "x" * (300 if i < dropped else 3)} for i in range(12)]) for name, dropped in (("a", 4), ("b", 7))]
-    code, _, err = invoke("run", "--student", pair[0], "--teacher", pair[1], "--dataset", ",".join(files), "--eval-dataset", "lab:choice", "--eval-samples", "2",
-                          "--max-new-tokens", "8", "--max-prompt-tokens", "100", "--steps", "50", "--dry-run", "--device", "cpu")
-    assert code == 0 and f"11 ({files[0]} 4, {files[1]} 7) training and 0 held-out prompts exceed" in err, err
+    files = [
+        lines(
+            tmp_path / f"{name}.jsonl",
+            [{"question": "x" * (300 if i < dropped else 3)} for i in range(12)],
+        )
+        for name, dropped in (("a", 4), ("b", 7))
+    ]
+    code, _, err = invoke(
+        "run",
+        "--student",
+        pair[0],
+        "--teacher",
+        pair[1],
+        "--dataset",
+        ",".join(files),
+        "--eval-dataset",
+        "lab:choice",
+        "--eval-samples",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--max-prompt-tokens",
+        "100",
+        "--steps",
+        "50",
+        "--dry-run",
+        "--device",
+        "cpu",
+    )
+    assert (
+        code == 0
+        and f"11 ({files[0]} 4, {files[1]} 7) training and 0 held-out prompts exceed" in err
+    ), err
 
 
 def test_eval_takes_presets_samples_and_examples(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    gsm8k = lines(tmp_path / "g.jsonl", [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(20)])
-    code, out, err = invoke("eval", "--model", pair[0], "--dataset", f"gsm8k={gsm8k}#5", "--few-shot", "2", "--instruction", "", "--max-new-tokens", "2",
-                            "--device", "cpu", "--out", "e.jsonl", "--template", "plain", "--answer-format", "hash")
-    assert code == 0 and last_json(out)["accuracy"]["n"] == 3 and "license: MIT" in err and "5 of 20 rows" in err, err
+    gsm8k = lines(
+        tmp_path / "g.jsonl",
+        [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(20)],
+    )
+    code, out, err = invoke(
+        "eval",
+        "--model",
+        pair[0],
+        "--dataset",
+        f"gsm8k={gsm8k}#5",
+        "--few-shot",
+        "2",
+        "--instruction",
+        "",
+        "--max-new-tokens",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        "e.jsonl",
+        "--template",
+        "plain",
+        "--answer-format",
+        "hash",
+    )
+    assert (
+        code == 0
+        and last_json(out)["accuracy"]["n"] == 3
+        and "license: MIT" in err
+        and "5 of 20 rows" in err
+    ), err
     records = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
     assert [r["reference"] for r in records] == [f"#### {r['problem'] + 1}" for r in records]
-    code, out, err = invoke("eval", "--model", pair[0], "--dataset", "lab:choice", "--few-shot", "1", "--limit", "2", "--max-new-tokens", "2", "--device", "cpu",
-                            "--out", "f.jsonl")
-    assert code == 0 and last_json(out)["accuracy"]["n"] == 2 and "few-shot: 1 of lab:choice, split train with" in err, err
+    code, out, err = invoke(
+        "eval",
+        "--model",
+        pair[0],
+        "--dataset",
+        "lab:choice",
+        "--few-shot",
+        "1",
+        "--limit",
+        "2",
+        "--max-new-tokens",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        "f.jsonl",
+    )
+    assert (
+        code == 0
+        and last_json(out)["accuracy"]["n"] == 2
+        and "few-shot: 1 of lab:choice, split train with" in err
+    ), err
 
 
 def test_a_preset_is_evaluated_on_its_test_split_unless_that_is_taught(pair, tmp_path):
     for split in ("train", "test"):
-        lines(tmp_path / f"{split}.jsonl", [{"problem": f"{split} {i}", "solution": f"\\boxed{{{i}}}"} for i in range(20)])
-    values = {"models.student": pair[0], "models.teacher": pair[1], "data.dataset": f"math={tmp_path}", "runtime.device": "cpu", "data.instruction": "",
-              "rollout.max_new_tokens": 8, "evaluate.problems": 4, "evaluate.kl_prompts": 1, "train.steps": 3}
-    split_of = lambda run: [{text.split()[0] for text in questions_of(found)} for found in ([r.prompt for r in run.train_prompts], [p for p, _ in run.problems])]
+        lines(
+            tmp_path / f"{split}.jsonl",
+            [{"problem": f"{split} {i}", "solution": f"\\boxed{{{i}}}"} for i in range(20)],
+        )
+    values = {
+        "models.student": pair[0],
+        "models.teacher": pair[1],
+        "data.dataset": f"math={tmp_path}",
+        "runtime.device": "cpu",
+        "data.instruction": "",
+        "rollout.max_new_tokens": 8,
+        "evaluate.problems": 4,
+        "evaluate.kl_prompts": 1,
+        "train.steps": 3,
+    }
+    split_of = lambda run: [
+        {text.split()[0] for text in questions_of(found)}
+        for found in ([r.prompt for r in run.train_prompts], [p for p, _ in run.problems])
+    ]
     run = preflight.prepare(build(values))
-    assert split_of(run) == [{"train"}, {"test"}] and [p.index for p, _ in run.problems] == [0, 5, 10, 15] and run.answer_format == "boxed"
+    assert (
+        split_of(run) == [{"train"}, {"test"}]
+        and [p.index for p, _ in run.problems] == [0, 5, 10, 15]
+        and run.answer_format == "boxed"
+    )
     run = preflight.prepare(build(values | {"data.split": "test"}))
     assert split_of(run) == [{"test"}, {"test"}] and len(run.problems) == 2
     assert not {p.index for p, _ in run.problems} & {r.prompt.index for r in run.train_prompts}

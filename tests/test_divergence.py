@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prefix_distill.divergence import Head, Terms, per_token, statistics, value_and_gradient, weighted
+from prefix_distill.divergence import (
+    Head,
+    Terms,
+    per_token,
+    statistics,
+    value_and_gradient,
+    weighted,
+)
 
 NAMES = [("reverse-kl", None), ("forward-kl", None), ("jsd", 0.5), ("jsd", 0.1)]
 
@@ -18,18 +25,27 @@ def logp(*probabilities):
 def test_closed_forms_on_three_tokens_in_both_directions():
     student, teacher = (0.7, 0.2, 0.1), (0.25, 0.25, 0.5)
     kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q))
-    assert per_token("reverse-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(kl(student, teacher), 1e-12)
-    assert per_token("forward-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(kl(teacher, student), 1e-12)
+    assert per_token("reverse-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(
+        kl(student, teacher), 1e-12
+    )
+    assert per_token("forward-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(
+        kl(teacher, student), 1e-12
+    )
     mixture = [0.3 * t + 0.7 * s for s, t in zip(student, teacher)]
     assert per_token("jsd", 0.3, logp(*student), logp(*teacher)).item() == pytest.approx(
-        0.3 * kl(teacher, mixture) + 0.7 * kl(student, mixture), 1e-12)
+        0.3 * kl(teacher, mixture) + 0.7 * kl(student, mixture), 1e-12
+    )
 
 
 def test_jsd_tends_to_the_named_kl_at_both_ends():
     student, teacher = logp(0.7, 0.2, 0.1), logp(0.25, 0.25, 0.5)
     low, high = (per_token("jsd", b, student, teacher).item() for b in (1e-6, 1 - 1e-6))
-    assert low / 1e-6 == pytest.approx(per_token("forward-kl", None, student, teacher).item(), rel=1e-4)
-    assert high / 1e-6 == pytest.approx(per_token("reverse-kl", None, student, teacher).item(), rel=1e-4)
+    assert low / 1e-6 == pytest.approx(
+        per_token("forward-kl", None, student, teacher).item(), rel=1e-4
+    )
+    assert high / 1e-6 == pytest.approx(
+        per_token("reverse-kl", None, student, teacher).item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("name, beta", NAMES)
@@ -46,8 +62,14 @@ def test_identical_models_have_no_divergence_and_no_gradient(name, beta):
 def test_never_negative_on_far_apart_models(name, beta):
     torch.manual_seed(0)
     heads = [Head(torch.randn(1000, 16) * 4) for _ in range(2)]
-    found = statistics(Terms(name, beta), torch.randn(64, 16), heads[0], torch.randn(64, 16), heads[1],
-                       torch.zeros(64, dtype=torch.long))
+    found = statistics(
+        Terms(name, beta),
+        torch.randn(64, 16),
+        heads[0],
+        torch.randn(64, 16),
+        heads[1],
+        torch.zeros(64, dtype=torch.long),
+    )
     assert found["divergence"].min() >= -1e-6
 
 
@@ -70,9 +92,15 @@ def naive(name, beta, hidden, weight, bias, head, teacher_logits, token_weights,
 
 
 @pytest.mark.parametrize("name, beta", NAMES)
-@pytest.mark.parametrize("scale, softcap, temperature, bias", [
-    (1.0, None, 1.0, False), (1.0, 5.0, 1.0, False), (0.25, None, 2.0, True), (2.0, 3.0, 0.7, True),
-])
+@pytest.mark.parametrize(
+    "scale, softcap, temperature, bias",
+    [
+        (1.0, None, 1.0, False),
+        (1.0, 5.0, 1.0, False),
+        (0.25, None, 2.0, True),
+        (2.0, 3.0, 0.7, True),
+    ],
+)
 def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, temperature, bias):
     torch.manual_seed(1)
     n, d, e, v = 37, 12, 20, 203
@@ -82,28 +110,50 @@ def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, te
     token_weight = torch.rand(n)
     head = Head(weight, bias_v, scale, softcap)
     tables = 3 + (name == "jsd") + (softcap is not None)
-    terms = Terms(name, beta, temperature, memory_bytes=4 * v * tables * 10)  # 10 rows a chunk: four chunks, the last uneven
+    terms = Terms(
+        name, beta, temperature, memory_bytes=4 * v * tables * 10
+    )  # 10 rows a chunk: four chunks, the last uneven
     assert terms.chunk(v, softcap is not None) == 10
     inputs = [hidden, weight] + ([bias_v] if bias else [])
-    want, want_values = naive(name, beta, hidden, weight, bias_v, head, teacher_hidden @ teacher_head.weight_VD.T * 0.5,
-                              token_weight, temperature)
+    want, want_values = naive(
+        name,
+        beta,
+        hidden,
+        weight,
+        bias_v,
+        head,
+        teacher_hidden @ teacher_head.weight_VD.T * 0.5,
+        token_weight,
+        temperature,
+    )
     want_grads = torch.autograd.grad(want * 3, inputs)
     loss, values, _ = weighted(terms, hidden, head, teacher_hidden, teacher_head, token_weight)
     grads = torch.autograd.grad(loss * 3, inputs)
     torch.testing.assert_close(values, want_values.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     for got, expected in zip(grads, want_grads):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5 * expected.abs().max().item())
+        torch.testing.assert_close(
+            got, expected, rtol=1e-5, atol=2e-5 * expected.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("name, beta", NAMES)
 def test_gradient_matches_finite_differences(name, beta):
     """The logit gradient by hand against central differences in float64 (an identity head makes hidden rows logits)."""
     torch.manual_seed(2)
-    student, teacher = torch.randn(4, 6, dtype=torch.float64), F.log_softmax(torch.randn(4, 6, dtype=torch.float64), -1)
+    student, teacher = (
+        torch.randn(4, 6, dtype=torch.float64),
+        F.log_softmax(torch.randn(4, 6, dtype=torch.float64), -1),
+    )
     value = lambda z: per_token(name, beta, F.log_softmax(z, -1), teacher)
-    values, by_hand = value_and_gradient(name, beta, F.log_softmax(student, -1), teacher.clone(), torch.empty_like(teacher),
-                                         torch.empty_like(teacher))
+    values, by_hand = value_and_gradient(
+        name,
+        beta,
+        F.log_softmax(student, -1),
+        teacher.clone(),
+        torch.empty_like(teacher),
+        torch.empty_like(teacher),
+    )
     torch.testing.assert_close(values, value(student))
     for k in range(6):
         step = torch.zeros(6, dtype=torch.float64)
@@ -137,17 +187,26 @@ def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, be
     loss, values, _ = weighted(terms, hidden, Head(weight), teacher, teacher_head, token_weight)
     torch.testing.assert_close(values.double(), want.detach(), rtol=1e-5, atol=1e-6)
     for got, expected in zip(torch.autograd.grad(loss, [hidden, weight]), want_grads):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-    _, full, _ = weighted(Terms(name, beta), hidden, Head(weight), teacher, teacher_head, token_weight)
+        torch.testing.assert_close(
+            got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+        )
+    _, full, _ = weighted(
+        Terms(name, beta), hidden, Head(weight), teacher, teacher_head, token_weight
+    )
     assert (values <= full + 1e-6).all()  # bucketing never adds divergence
-    found = statistics(terms, hidden, Head(weight), teacher, teacher_head, torch.zeros(n, dtype=torch.long))
+    found = statistics(
+        terms, hidden, Head(weight), teacher, teacher_head, torch.zeros(n, dtype=torch.long)
+    )
     torch.testing.assert_close(found["divergence"], values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, beta", NAMES)
 def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, beta):
     torch.manual_seed(6)
-    hidden, head = torch.randn(4, 5, requires_grad=True), Head(torch.randn(11, 5, requires_grad=True))
+    hidden, head = (
+        torch.randn(4, 5, requires_grad=True),
+        Head(torch.randn(11, 5, requires_grad=True)),
+    )
     teacher, teacher_head = torch.randn(4, 5), Head(torch.randn(11, 5))
     for k in (11, 1000):
         results = []
@@ -160,11 +219,15 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, beta):
 def test_a_frozen_head_gets_no_gradient_and_a_cut_head_only_inside_its_support():
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
     teacher = Head(torch.randn(12, 4)[:8])
-    loss, *_ = weighted(Terms("reverse-kl"), hidden, Head(weight[:8]), torch.randn(6, 4), teacher, torch.ones(6))
+    loss, *_ = weighted(
+        Terms("reverse-kl"), hidden, Head(weight[:8]), torch.randn(6, 4), teacher, torch.ones(6)
+    )
     loss.backward()
     assert weight.grad[:8].abs().min() > 0 and weight.grad[8:].abs().max() == 0
     frozen = Head(torch.randn(8, 4))
-    loss, *_ = weighted(Terms("reverse-kl"), hidden, frozen, torch.randn(6, 4), teacher, torch.ones(6))
+    loss, *_ = weighted(
+        Terms("reverse-kl"), hidden, frozen, torch.randn(6, 4), teacher, torch.ones(6)
+    )
     loss.backward()
     assert frozen.weight_VD.grad is None
 
@@ -174,7 +237,14 @@ def test_no_vocabulary_table_outlives_its_chunk():
     n, v, d = 512, 4000, 8
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     head = Head(weight)
-    loss, *_ = weighted(Terms("reverse-kl", memory_bytes=8 * 4 * v * 16), hidden, head, torch.randn(n, d), head, torch.ones(n))
+    loss, *_ = weighted(
+        Terms("reverse-kl", memory_bytes=8 * 4 * v * 16),
+        hidden,
+        head,
+        torch.randn(n, d),
+        head,
+        torch.ones(n),
+    )
     kept = [g.numel() for g in loss.grad_fn.grads if g is not None]
     assert max(kept) == v * d < n * v
 
@@ -184,8 +254,18 @@ def test_statistics_are_the_tables_own_numbers():
     student, teacher = torch.randn(9, 5), torch.randn(9, 5)
     heads = Head(torch.randn(30, 5)), Head(torch.randn(30, 5))
     token = torch.arange(9)
-    found = statistics(Terms("reverse-kl", memory_bytes=8 * 4 * 30 * 2), student, heads[0], teacher, heads[1], token)
-    s, t = (torch.distributions.Categorical(logits=h @ head.weight_VD.T) for h, head in zip((student, teacher), heads))
+    found = statistics(
+        Terms("reverse-kl", memory_bytes=8 * 4 * 30 * 2),
+        student,
+        heads[0],
+        teacher,
+        heads[1],
+        token,
+    )
+    s, t = (
+        torch.distributions.Categorical(logits=h @ head.weight_VD.T)
+        for h, head in zip((student, teacher), heads)
+    )
     torch.testing.assert_close(found["entropy"], s.entropy())
     torch.testing.assert_close(found["student_logp"], s.log_prob(token))
     torch.testing.assert_close(found["teacher_logp"], t.log_prob(token))
@@ -202,8 +282,14 @@ def test_gpu_equals_cpu(name, beta):
     for device in ("cpu", "cuda"):
         hidden, weight, teacher, teacher_weight = (x.to(device) for x in made)
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-        loss, *_ = weighted(Terms(name, beta), hidden, Head(weight), teacher, Head(teacher_weight),
-                           torch.full((64,), 1 / 64, device=device))
+        loss, *_ = weighted(
+            Terms(name, beta),
+            hidden,
+            Head(weight),
+            teacher,
+            Head(teacher_weight),
+            torch.full((64,), 1 / 64, device=device),
+        )
         loss.backward()
         grads.append((loss.item(), hidden.grad.cpu(), weight.grad.cpu()))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
@@ -215,7 +301,10 @@ def exact_case(seed=0):
     """One context (its student and teacher rows) seen V times, each time with another realised token."""
     torch.manual_seed(seed)
     vocabulary = 40
-    student, teacher = Head(torch.randn(vocabulary, 8), torch.randn(vocabulary)), Head(torch.randn(vocabulary, 12), softcap=6.0)
+    student, teacher = (
+        Head(torch.randn(vocabulary, 8), torch.randn(vocabulary)),
+        Head(torch.randn(vocabulary, 12), softcap=6.0),
+    )
     return vocabulary, student, teacher, torch.randn(1, 8), torch.randn(1, 12)
 
 
@@ -224,15 +313,33 @@ def test_the_sampled_gradient_is_the_exact_one_in_expectation(ratio):
     """Σ_v q(v) ∇loss(v) = ∇KL(S‖T) at a fixed context: q = S, and any other q with the importance ratio."""
     vocabulary, student, teacher, hidden, theirs = exact_case()
     logp = F.log_softmax(student.logits(hidden.clone()), -1)[0]
-    sampler = F.log_softmax(student.logits(hidden.clone()) / 0.6, -1)[0] if ratio else logp  # a sharpened sampler
+    sampler = (
+        F.log_softmax(student.logits(hidden.clone()) / 0.6, -1)[0] if ratio else logp
+    )  # a sharpened sampler
     gradients, means = [], []
     for terms, rows, weight, more in (
         (Terms("reverse-kl"), 1, torch.ones(1), ()),
-        (Terms("reverse-kl", sampled=True), vocabulary, sampler.exp(), (torch.arange(vocabulary), sampler if ratio else None)),
+        (
+            Terms("reverse-kl", sampled=True),
+            vocabulary,
+            sampler.exp(),
+            (torch.arange(vocabulary), sampler if ratio else None),
+        ),
     ):
         own = hidden.clone().requires_grad_(True)
-        table, bias = student.weight_VD.clone().requires_grad_(True), student.bias_V.clone().requires_grad_(True)
-        loss, values, _ = weighted(terms, own.expand(rows, -1), Head(table, bias), theirs.expand(rows, -1), teacher, weight, *more)
+        table, bias = (
+            student.weight_VD.clone().requires_grad_(True),
+            student.bias_V.clone().requires_grad_(True),
+        )
+        loss, values, _ = weighted(
+            terms,
+            own.expand(rows, -1),
+            Head(table, bias),
+            theirs.expand(rows, -1),
+            teacher,
+            weight,
+            *more,
+        )
         loss.backward()
         gradients.append((own.grad, table.grad, bias.grad))
         means.append((weight * values).sum().item())
@@ -246,9 +353,20 @@ def test_without_the_ratio_another_sampler_biases_the_gradient():
     vocabulary, student, teacher, hidden, theirs = exact_case()
     q = F.softmax(student.logits(hidden.clone()) / 0.6, -1)[0]
     found = []
-    for terms, rows, weight in ((Terms("reverse-kl"), 1, torch.ones(1)), (Terms("reverse-kl", sampled=True), vocabulary, q)):
+    for terms, rows, weight in (
+        (Terms("reverse-kl"), 1, torch.ones(1)),
+        (Terms("reverse-kl", sampled=True), vocabulary, q),
+    ):
         own = hidden.clone().requires_grad_(True)
-        weighted(terms, own.expand(rows, -1), student, theirs.expand(rows, -1), teacher, weight, torch.arange(vocabulary))[0].backward()
+        weighted(
+            terms,
+            own.expand(rows, -1),
+            student,
+            theirs.expand(rows, -1),
+            teacher,
+            weight,
+            torch.arange(vocabulary),
+        )[0].backward()
         found.append(own.grad)
     assert (found[0] - found[1]).norm() > 0.05 * found[0].norm()
 
@@ -260,15 +378,27 @@ def test_sampled_and_cross_entropy_against_autograd(softcap):
     hidden, theirs = torch.randn(9, 8), torch.randn(9, 12)
     weight, teacher = torch.rand(9), Head(torch.randn(30, 12))
     table, token, drawn = torch.randn(30, 8), torch.randint(30, (9,)), -torch.rand(9) * 3
-    for terms in (Terms("reverse-kl", sampled=True), Terms("cross-entropy"),
-                  Terms("reverse-kl", sampled=True, memory_bytes=1), Terms("cross-entropy", memory_bytes=1)):
+    for terms in (
+        Terms("reverse-kl", sampled=True),
+        Terms("cross-entropy"),
+        Terms("reverse-kl", sampled=True, memory_bytes=1),
+        Terms("cross-entropy", memory_bytes=1),
+    ):
         sides = []
         for fused in (True, False):
             own, head = hidden.clone().requires_grad_(True), table.clone().requires_grad_(True)
             if fused:
                 text = terms.name == "cross-entropy"
-                loss, values, _ = weighted(terms, own, Head(head, softcap=softcap), None if text else theirs, teacher, weight, token,
-                                        None if text else drawn)
+                loss, values, _ = weighted(
+                    terms,
+                    own,
+                    Head(head, softcap=softcap),
+                    None if text else theirs,
+                    teacher,
+                    weight,
+                    token,
+                    None if text else drawn,
+                )
             else:
                 logits = own @ head.T
                 logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -276,8 +406,14 @@ def test_sampled_and_cross_entropy_against_autograd(softcap):
                 if terms.name == "cross-entropy":
                     values, loss = -logp, -(weight * logp).sum()
                 else:
-                    advantage = (teacher.logits(theirs).log_softmax(-1).gather(1, token[:, None])[:, 0] - logp).detach()
-                    values, loss = -advantage, -(weight * (logp.detach() - drawn).exp() * advantage * logp).sum()
+                    advantage = (
+                        teacher.logits(theirs).log_softmax(-1).gather(1, token[:, None])[:, 0]
+                        - logp
+                    ).detach()
+                    values, loss = (
+                        -advantage,
+                        -(weight * (logp.detach() - drawn).exp() * advantage * logp).sum(),
+                    )
             loss.backward()
             sides.append((values.detach(), own.grad, head.grad))
         for one, other in zip(*sides):
@@ -290,11 +426,15 @@ def test_entry_wise_clip_by_hand():
     teacher, student = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
     logits = student.log().requires_grad_()
     eye = Head(torch.eye(3))
-    loss, values, clipped = weighted(Terms("forward-kl", clip=0.1), logits, eye, teacher.log(), eye, torch.ones(1))
+    loss, values, clipped = weighted(
+        Terms("forward-kl", clip=0.1), logits, eye, teacher.log(), eye, torch.ones(1)
+    )
     loss.backward()
     assert values.item() == pytest.approx(0.1 - math.log(2) / 4) and values.item() < 0
     assert clipped.item() == pytest.approx(0.5)
-    torch.testing.assert_close(logits.grad, torch.tensor([[0.25 * 0.5, 0.25 * 0.5 - 0.25, 0.5 * 0.5 - 0.25]]))
+    torch.testing.assert_close(
+        logits.grad, torch.tensor([[0.25 * 0.5, 0.25 * 0.5 - 0.25, 0.5 * 0.5 - 0.25]])
+    )
 
 
 @pytest.mark.parametrize("clip", [1e-3, 0.05, 10.0])
@@ -302,15 +442,22 @@ def test_entry_wise_clip_by_hand():
 def test_clip_is_autograds_of_the_clipped_sum(clip, temperature):
     torch.manual_seed(0)
     n, d, v = 7, 6, 50
-    hidden, table, teacher, head = (torch.randn(n, d).requires_grad_(), torch.randn(v, d).requires_grad_(), torch.randn(n, 5),
-                                    torch.randn(v, 5))
+    hidden, table, teacher, head = (
+        torch.randn(n, d).requires_grad_(),
+        torch.randn(v, d).requires_grad_(),
+        torch.randn(n, 5),
+        torch.randn(v, 5),
+    )
     weight = torch.rand(n)
     terms = Terms("forward-kl", temperature=temperature, clip=clip, memory_bytes=3 * 4 * v * 4)
     loss, values, clipped = weighted(terms, hidden, Head(table), teacher, Head(head), weight)
     loss.backward()
     found = hidden.grad.clone(), table.grad.clone()
     hidden.grad = table.grad = None
-    s, t = ((rows @ matrix.T / temperature).log_softmax(-1) for rows, matrix in ((hidden, table), (teacher, head)))
+    s, t = (
+        (rows @ matrix.T / temperature).log_softmax(-1)
+        for rows, matrix in ((hidden, table), (teacher, head))
+    )
     entries = t.exp() * (t - s)
     expected = entries.clamp(max=clip).sum(-1)
     (expected * weight).sum().backward()

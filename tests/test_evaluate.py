@@ -20,23 +20,41 @@ def test_interval_is_the_normal_one_for_many_problems():
     found = evaluate.interval(values)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
     assert found["value"] == pytest.approx(0.3) and found["n"] == 1000
-    assert found["low"] == pytest.approx(0.3 - half, abs=0.005) and found["high"] == pytest.approx(0.3 + half, abs=0.005)
+    assert found["low"] == pytest.approx(0.3 - half, abs=0.005) and found["high"] == pytest.approx(
+        0.3 + half, abs=0.005
+    )
     assert evaluate.interval(values) == found
 
 
 def test_interval_of_all_right_or_all_wrong_is_wilsons():
     # Wilson's bounds at p = 1 and p = 0 are n/(n + z²) and z²/(n + z²)
     z2 = 1.96**2
-    assert evaluate.interval([1.0] * 50) == {"value": 1.0, "n": 50, "low": pytest.approx(50 / (50 + z2)), "high": 1.0}
-    assert evaluate.interval([0.0] * 50) == {"value": 0.0, "n": 50, "low": 0.0, "high": pytest.approx(z2 / (50 + z2))}
+    assert evaluate.interval([1.0] * 50) == {
+        "value": 1.0,
+        "n": 50,
+        "low": pytest.approx(50 / (50 + z2)),
+        "high": 1.0,
+    }
+    assert evaluate.interval([0.0] * 50) == {
+        "value": 0.0,
+        "n": 50,
+        "low": 0.0,
+        "high": pytest.approx(z2 / (50 + z2)),
+    }
 
 
 def test_token_mean_weighs_tokens_and_draws_rollouts():
     values = [[1.0] * 10, [3.0] * 30]
     found = evaluate.token_mean(values)
     assert found["value"] == pytest.approx(2.5) and found["n"] == 40
-    assert (found["low"], found["high"]) == (1.0, 3.0)  # two rollouts: a resample may hold either one alone
-    assert evaluate.split_mean(values, 10) == (2.0, 3.0) and evaluate.split_mean([[1.0]], 1) == (1.0, None)
+    assert (found["low"], found["high"]) == (
+        1.0,
+        3.0,
+    )  # two rollouts: a resample may hold either one alone
+    assert evaluate.split_mean(values, 10) == (2.0, 3.0) and evaluate.split_mean([[1.0]], 1) == (
+        1.0,
+        None,
+    )
 
 
 def test_repetition_is_a_loop_not_a_reuse():
@@ -60,22 +78,41 @@ def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
             self.student_ids = self.teacher_ids = ids
 
     rendered = [Row(tuple(range(5, 8 + 4 * i))) for i in range(4)]
-    fixed = evaluate.fixed_rollouts(models[0], rendered, Sampler(frozenset({257}), 256, 260, 3), 9, PLACE)
+    fixed = evaluate.fixed_rollouts(
+        models[0], rendered, Sampler(frozenset({257}), 256, 260, 3), 9, PLACE
+    )
     assert [r.prompt for r in fixed] == [0, 1, 2, 3]
-    found = [facts["divergence"] for facts in evaluate.held_out_facts(*models, None, fixed, PLACE, rows=3)]
+    found = [
+        facts["divergence"]
+        for facts in evaluate.held_out_facts(*models, None, fixed, PLACE, rows=3)
+    ]
     for rollout, values in zip(fixed, found):
         ids = torch.tensor([rollout.student_prompt + rollout.ids])
         with torch.no_grad():
-            s, t = (m.net(ids).logits[0, len(rollout.student_prompt) - 1 : -1].log_softmax(-1) for m in models)
-        torch.testing.assert_close(torch.tensor(values), (s.exp() * (s - t)).sum(-1), rtol=1e-4, atol=1e-6)
+            s, t = (
+                m.net(ids).logits[0, len(rollout.student_prompt) - 1 : -1].log_softmax(-1)
+                for m in models
+            )
+        torch.testing.assert_close(
+            torch.tensor(values), (s.exp() * (s - t)).sum(-1), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_average_and_pass_at_k(models):
     """Graded by what was sampled: a problem whose reference is one of its own answers is right for those samples."""
     sampler = Sampler(frozenset({257}), 256, 260, 3)
     run = lambda references: evaluate.evaluate(
-        models[0], [(Prompt(i, ({"role": "user", "content": "x"},), r), (4, 5, 6)) for i, r in enumerate(references)], sampler,
-        samples=3, max_new_tokens=2, answer_format="exact", place=PLACE)
+        models[0],
+        [
+            (Prompt(i, ({"role": "user", "content": "x"},), r), (4, 5, 6))
+            for i, r in enumerate(references)
+        ],
+        sampler,
+        samples=3,
+        max_new_tokens=2,
+        answer_format="exact",
+        place=PLACE,
+    )
     texts = [[r["text"] for r in record["responses"]] for record in run(["none", "none"]).records]
     assert texts[0] != texts[1]  # the same prompt twice draws differently
     score = run([texts[0][0], "none"])
@@ -92,14 +129,36 @@ def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
     from prefix_distill import evaluate as module
     from prefix_distill.rollout import Response
 
-    graded, problems = [], [(SimpleNamespace(index=i, messages=[{"content": "?"}], answer=str(i)), (1, 2)) for i in range(5)]
-    monkeypatch.setattr(module, "generate", lambda model, requests, *_: [Response((r.key[1],), True) for r in requests])
-    monkeypatch.setattr(module.answers, "correct", lambda text, gold, form: graded.append(gold) or text == gold)
-    model, said = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: str(ids[0]))), []
+    graded, problems = (
+        [],
+        [
+            (SimpleNamespace(index=i, messages=[{"content": "?"}], answer=str(i)), (1, 2))
+            for i in range(5)
+        ],
+    )
+    monkeypatch.setattr(
+        module,
+        "generate",
+        lambda model, requests, *_: [Response((r.key[1],), True) for r in requests],
+    )
+    monkeypatch.setattr(
+        module.answers, "correct", lambda text, gold, form: graded.append(gold) or text == gold
+    )
+    model, said = (
+        SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: str(ids[0]))),
+        [],
+    )
 
     def scored(rank, gather):
-        return module.evaluate(model, problems, None, samples=1, max_new_tokens=4, answer_format="auto",
-                               place=SimpleNamespace(rank=rank, world=2, gather=gather))
+        return module.evaluate(
+            model,
+            problems,
+            None,
+            samples=1,
+            max_new_tokens=4,
+            answer_format="auto",
+            place=SimpleNamespace(rank=rank, world=2, gather=gather),
+        )
 
     for rank, own in ((0, ["0", "2", "4"]), (1, ["1", "3"])):
         graded.clear()

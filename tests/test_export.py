@@ -31,9 +31,40 @@ def run(pair, questions, tmp_path_factory):
     student = root / "student"
     shutil.copytree(pair[0], student)
     AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(student)
-    code, _, err = invoke("run", "--student", student, "--teacher", pair[1], "--dataset", questions, "--steps", "2", "--prefix", "auto:4:4",
-                          "--max-new-tokens", "16", "--batch-size", "2", "--samples", "2", "--eval-samples", "4", "--kl-prompts", "2", "--eval-every",
-                          "1", "--save-every", "1", "--lr", "1e-3", "--instruction", INSTRUCTION, "--gradient-checkpointing", "--out", root / "run")
+    code, _, err = invoke(
+        "run",
+        "--student",
+        student,
+        "--teacher",
+        pair[1],
+        "--dataset",
+        questions,
+        "--steps",
+        "2",
+        "--prefix",
+        "auto:4:4",
+        "--max-new-tokens",
+        "16",
+        "--batch-size",
+        "2",
+        "--samples",
+        "2",
+        "--eval-samples",
+        "4",
+        "--kl-prompts",
+        "2",
+        "--eval-every",
+        "1",
+        "--save-every",
+        "1",
+        "--lr",
+        "1e-3",
+        "--instruction",
+        INSTRUCTION,
+        "--gradient-checkpointing",
+        "--out",
+        root / "run",
+    )
     assert code == 0, err
     return root / "run"
 
@@ -41,16 +72,26 @@ def run(pair, questions, tmp_path_factory):
 def test_the_card_says_what_was_done_and_how_to_do_it_again(run, pair, questions):
     text = (run / "model/README.md").read_text(encoding="utf-8")
     found = ModelCard(text)
-    assert found.data.library_name == "transformers" and "prefix-distill" in found.data.tags and found.data.get("base_model") is None
+    assert (
+        found.data.library_name == "transformers"
+        and "prefix-distill" in found.data.tags
+        and found.data.get("base_model") is None
+    )
     result = json.loads((run / "run.json").read_text())["result"]
     for score in (result["accuracy_before"], result["accuracy_after"]):
         assert f"{score['value']:.1%} [{score['low']:.1%}, {score['high']:.1%}] of 4" in text
     for kl in (result["kl_before"], result["kl_after"]):
         assert f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}], n = {kl['n']}" in text
-    assert f"torch {torch.__version__}" in text and f"| tokens taught | {result['tokens']:,} |" in text
+    assert (
+        f"torch {torch.__version__}" in text and f"| tokens taught | {result['tokens']:,} |" in text
+    )
     from prefix_distill.display import flops_text
 
-    for value in (result["flops"]["useful"], result["flops"]["executed"], result["full_rollout_cost"]):
+    for value in (
+        result["flops"]["useful"],
+        result["flops"]["executed"],
+        result["full_rollout_cost"],
+    ):
         assert flops_text(value) in text
     for name in (str(run.parent / "student"), pair[1], questions):
         text = text.replace(name, "")
@@ -59,9 +100,18 @@ def test_the_card_says_what_was_done_and_how_to_do_it_again(run, pair, questions
 
 
 def test_the_command_in_the_card_is_the_run(run):
-    [(_, command)] = re.findall(r"^(`{4,})sh\n(.*?)\n\1$", (run / "model/README.md").read_text(encoding="utf-8"), re.S | re.M)
+    [(_, command)] = re.findall(
+        r"^(`{4,})sh\n(.*?)\n\1$",
+        (run / "model/README.md").read_text(encoding="utf-8"),
+        re.S | re.M,
+    )
     assert command.startswith("prefix-distill run ")
-    shell = subprocess.run(["sh", "-c", f"set -- {command}\nprintf '%s\\0' \"$@\""], capture_output=True, text=True, check=True)
+    shell = subprocess.run(
+        ["sh", "-c", f"set -- {command}\nprintf '%s\\0' \"$@\""],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     code, out, err = invoke(*shell.stdout.split("\0")[1:-1], "--dry-run")
     assert code == 0, err
     again, saved = last_json(out)["config"], yaml.safe_load((run / "config.yaml").read_text())
@@ -69,59 +119,136 @@ def test_the_command_in_the_card_is_the_run(run):
     assert again == saved and saved["data"]["instruction"] == INSTRUCTION
 
 
-@pytest.mark.parametrize("name, found", [
-    ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"), ("openai/gsm8k#1000", "openai/gsm8k"), ("lab:choice/student", None), ("self", None), (None, None),
-    ("models/x.gguf", None), ("data/train.jsonl", None), ("/home/me/model", None), ("./model", None), ("gsm8k", "openai/gsm8k"), ("tests/conftest.py", None)])
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("openai/gsm8k#1000", "openai/gsm8k"),
+        ("lab:choice/student", None),
+        ("self", None),
+        (None, None),
+        ("models/x.gguf", None),
+        ("data/train.jsonl", None),
+        ("/home/me/model", None),
+        ("./model", None),
+        ("gsm8k", "openai/gsm8k"),
+        ("tests/conftest.py", None),
+    ],
+)
 def test_only_hub_names_enter_the_front_matter(name, found, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     assert card.hub_id(name) == found
 
 
 def test_front_matter_of_hub_models():
-    config = configuration.build({"models.student": "Qwen/Qwen3-0.6B", "models.teacher": "Qwen/Qwen3-8B", "data.dataset": "openai/gsm8k",
-                                  "trackers.name": "a: name"})
+    config = configuration.build(
+        {
+            "models.student": "Qwen/Qwen3-0.6B",
+            "models.teacher": "Qwen/Qwen3-8B",
+            "data.dataset": "openai/gsm8k",
+            "trackers.name": "a: name",
+        }
+    )
     found = ModelCard(card.of_checkpoint(config, 25)).data.to_dict()
-    assert found == {"base_model": "Qwen/Qwen3-0.6B", "base_model_relation": "finetune", "teacher": "Qwen/Qwen3-8B", "datasets": ["openai/gsm8k"],
-                     "library_name": "transformers", "pipeline_tag": "text-generation", "tags": card.TAGS}
+    assert found == {
+        "base_model": "Qwen/Qwen3-0.6B",
+        "base_model_relation": "finetune",
+        "teacher": "Qwen/Qwen3-8B",
+        "datasets": ["openai/gsm8k"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": card.TAGS,
+    }
 
 
-@pytest.mark.parametrize("which, dtype", [("model", "auto"), ("model", "float16"), ("best", "bfloat16"), ("1", "auto")])
+@pytest.mark.parametrize(
+    "which, dtype", [("model", "auto"), ("model", "float16"), ("best", "bfloat16"), ("1", "auto")]
+)
 def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
-    code, out, err = invoke("export", run, "--which", which, "--dtype", dtype, "--out", tmp_path / "deep/out")
+    code, out, err = invoke(
+        "export", run, "--which", which, "--dtype", dtype, "--out", tmp_path / "deep/out"
+    )
     assert code == 0, err
     document, folder = last_json(out), tmp_path / "deep/out"
     kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     net = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    assert net.dtype == kind and document["dtype"] == str(kind)[6:] and document["parameters"] == sum(p.numel() for p in net.parameters())
-    held = load_file(run / ("checkpoints/step-00000001/student.safetensors" if which == "1" else f"{which}/model.safetensors"))
+    assert (
+        net.dtype == kind
+        and document["dtype"] == str(kind)[6:]
+        and document["parameters"] == sum(p.numel() for p in net.parameters())
+    )
+    held = load_file(
+        run
+        / (
+            "checkpoints/step-00000001/student.safetensors"
+            if which == "1"
+            else f"{which}/model.safetensors"
+        )
+    )
     exported = load_file(folder / "model.safetensors")
-    assert held.keys() == exported.keys() and all(torch.equal(exported[name], t.to(kind)) for name, t in held.items())
-    assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(run / "model").chat_template
+    assert held.keys() == exported.keys() and all(
+        torch.equal(exported[name], t.to(kind)) for name, t in held.items()
+    )
+    assert (
+        AutoTokenizer.from_pretrained(folder).chat_template
+        == AutoTokenizer.from_pretrained(run / "model").chat_template
+    )
     assert GenerationConfig.from_pretrained(folder).temperature == 0.3
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert text == (run / which / "README.md").read_text(encoding="utf-8") if which != "1" else "after 1 updates" in text
+    assert (
+        text == (run / which / "README.md").read_text(encoding="utf-8")
+        if which != "1"
+        else "after 1 updates" in text
+    )
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--out", "used"], "error: --out used: it exists and is not an empty folder; name another"),
-    (["--out", "new", "--which", "worst"], "it has no worst; --which can be model, best, 1, 2"),
-    (["--out", "new", "--which", "77"], "it has no 77; --which can be model, best, 1, 2"),
-    (["--out", "new", "--dtype", "int8"], "error: --dtype int8: expected one of auto, float32, bfloat16, float16"),
-    (["--out", "new", "--gguf", "q4_k_m"], "error: --gguf q4_k_m: expected one of f32, f16, bf16, q8_0; llama.cpp's llama-quantize makes the smaller"),
-    (["--out", "new", "--gguf", "f16"], 'llama.cpp\'s converter is not installed; pip install "prefix-distill[export-gguf]"'),
-    (["--out", "new", "--push-to-hub", "nobody"], "error: --push-to-hub 'nobody': expected USER/NAME"),
-    (["--out", "new", "--hub-public"], "error: --hub-public: nothing is pushed"),
-    ([], "error: --out: name the folder to write"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--out", "used"],
+            "error: --out used: it exists and is not an empty folder; name another",
+        ),
+        (["--out", "new", "--which", "worst"], "it has no worst; --which can be model, best, 1, 2"),
+        (["--out", "new", "--which", "77"], "it has no 77; --which can be model, best, 1, 2"),
+        (
+            ["--out", "new", "--dtype", "int8"],
+            "error: --dtype int8: expected one of auto, float32, bfloat16, float16",
+        ),
+        (
+            ["--out", "new", "--gguf", "q4_k_m"],
+            "error: --gguf q4_k_m: expected one of f32, f16, bf16, q8_0; llama.cpp's llama-quantize makes the smaller",
+        ),
+        (
+            ["--out", "new", "--gguf", "f16"],
+            'llama.cpp\'s converter is not installed; pip install "prefix-distill[export-gguf]"',
+        ),
+        (
+            ["--out", "new", "--push-to-hub", "nobody"],
+            "error: --push-to-hub 'nobody': expected USER/NAME",
+        ),
+        (["--out", "new", "--hub-public"], "error: --hub-public: nothing is pushed"),
+        ([], "error: --out: name the folder to write"),
+    ],
+)
 def test_bad_exports_are_one_line(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "used").mkdir()
     (tmp_path / "used/file").touch()
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "llama" in name else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if "llama" in name else find(name, *rest),
+    )
     code, out, err = invoke("export", run, *arguments)
-    assert code == 2 and out == "" and message in err.splitlines()[-1] and not (tmp_path / "new").exists()
+    assert (
+        code == 2
+        and out == ""
+        and message in err.splitlines()[-1]
+        and not (tmp_path / "new").exists()
+    )
 
 
 def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
@@ -129,8 +256,14 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
     with torch.no_grad():
         net.model.norm.weight[3] = 1e5
     net.save_pretrained(tmp_path / "big")
-    code, _, err = invoke("export", tmp_path / "big", "--dtype", "float16", "--out", tmp_path / "out")
-    assert code == 2 and "it cannot hold the weight model.norm.weight; use bfloat16 or float32" in err and not (tmp_path / "out").exists()
+    code, _, err = invoke(
+        "export", tmp_path / "big", "--dtype", "float16", "--out", tmp_path / "out"
+    )
+    assert (
+        code == 2
+        and "it cannot hold the weight model.norm.weight; use bfloat16 or float32" in err
+        and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.fixture
@@ -144,10 +277,21 @@ def hub(monkeypatch):
             calls.append((self.path, self.headers.get("Authorization"), body))
             answer = {"url": f"{url}/me/student"}
             if "preupload" in self.path:
-                answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]}
+                answer = {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in json.loads(body)["files"]
+                    ]
+                }
             if "/commit/" in self.path:
-                answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{url}/me/student/commit/{'0' * 40}"}
-            self.send_response(200 if self.headers.get("Authorization") == "Bearer hf_secret" else 401)
+                answer = {
+                    "success": True,
+                    "commitOid": "0" * 40,
+                    "commitUrl": f"{url}/me/student/commit/{'0' * 40}",
+                }
+            self.send_response(
+                200 if self.headers.get("Authorization") == "Bearer hf_secret" else 401
+            )
             content = json.dumps(answer).encode()
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
@@ -176,19 +320,39 @@ def test_what_is_pushed_is_the_folder(run, hub, monkeypatch):
     code, out, err = invoke("export", run, "--which", "best", "--push-to-hub", "me/student")
     assert code == 0 and last_json(out)["pushed"].endswith("me/student"), err
     made = json.loads(next(body for path, _, body in hub if path.endswith("repos/create")))
-    assert made.get("visibility", made.get("private")) in ("private", True) and (made["organization"], made["name"]) == ("me", "student")
-    lines = [json.loads(line) for line in next(body for path, _, body in hub if "/commit/" in path).splitlines()]
-    files = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+    assert made.get("visibility", made.get("private")) in ("private", True) and (
+        made["organization"],
+        made["name"],
+    ) == ("me", "student")
+    lines = [
+        json.loads(line)
+        for line in next(body for path, _, body in hub if "/commit/" in path).splitlines()
+    ]
+    files = {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"])
+        for line in lines
+        if line["key"] == "file"
+    }
     assert files == {file.name: file.read_bytes() for file in (run / "best").iterdir()}
 
 
 def test_a_push_that_fails_is_said_when_all_is_saved(run, hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    code, out, err = invoke("export", run, "--out", tmp_path / "it s", "--push-to-hub", "me/student", "--hub-public")
+    code, out, err = invoke(
+        "export", run, "--out", tmp_path / "it s", "--push-to-hub", "me/student", "--hub-public"
+    )
     last = err.splitlines()[-1]
-    assert code == 1 and last_json(out)["pushed"] is None and (tmp_path / "it s/model.safetensors").is_file()
-    assert last.startswith("error: --push-to-hub me/student: failed (") and "hf_wrong" not in out + err
-    assert last.endswith(f"prefix-distill export '{tmp_path / 'it s'}' --push-to-hub me/student --hub-public")
+    assert (
+        code == 1
+        and last_json(out)["pushed"] is None
+        and (tmp_path / "it s/model.safetensors").is_file()
+    )
+    assert (
+        last.startswith("error: --push-to-hub me/student: failed (") and "hf_wrong" not in out + err
+    )
+    assert last.endswith(
+        f"prefix-distill export '{tmp_path / 'it s'}' --push-to-hub me/student --hub-public"
+    )
     made = json.loads(next(body for path, _, body in hub if path.endswith("repos/create")))
     assert made.get("visibility", made.get("private")) in ("public", False)
 
@@ -196,11 +360,42 @@ def test_a_push_that_fails_is_said_when_all_is_saved(run, hub, tmp_path, monkeyp
 def test_a_run_pushes_its_model_when_it_has_ended(pair, questions, tmp_path, hub, monkeypatch):
     """Also where the hub cannot be reached."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    flags = ["run", "--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--steps", "1", "--prefix", "4", "--max-new-tokens", "8",
-             "--batch-size", "2", "--samples", "1", "--eval-samples", "2", "--kl-prompts", "2", "--tail-every", "0", "--push-to-hub", "me/student"]
+    flags = [
+        "run",
+        "--student",
+        pair[0],
+        "--teacher",
+        pair[1],
+        "--dataset",
+        questions,
+        "--steps",
+        "1",
+        "--prefix",
+        "4",
+        "--max-new-tokens",
+        "8",
+        "--batch-size",
+        "2",
+        "--samples",
+        "1",
+        "--eval-samples",
+        "2",
+        "--kl-prompts",
+        "2",
+        "--tail-every",
+        "0",
+        "--push-to-hub",
+        "me/student",
+    ]
     code, out, err = invoke(*flags, "--out", tmp_path / "one")
-    assert code == 0 and last_json(out)["pushed"].endswith("me/student") and any("/commit/" in path for path, *_ in hub), err
+    assert (
+        code == 0
+        and last_json(out)["pushed"].endswith("me/student")
+        and any("/commit/" in path for path, *_ in hub)
+    ), err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     code, out, err = invoke("run", "--resume", "--out", tmp_path / "one")
     assert code == 1 and last_json(out)["steps"] == 1 and last_json(out)["pushed"] is None
-    assert err.splitlines()[-1].endswith(f"prefix-distill export {tmp_path / 'one/model'} --push-to-hub me/student")
+    assert err.splitlines()[-1].endswith(
+        f"prefix-distill export {tmp_path / 'one/model'} --push-to-hub me/student"
+    )

@@ -37,9 +37,13 @@ def some(seed: int = 0) -> tuple[dict, dict]:
     """Random parameters of several shapes, and an anchor nearby whose differences are not exact numbers."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"matrix": (7, 5), "vector": (11,), "experts": (3, 4, 2), "scalar": ()}
-    draw = lambda scale: {name: torch.randn(shape, generator=generator) * scale for name, shape in shapes.items()}
+    draw = lambda scale: {
+        name: torch.randn(shape, generator=generator) * scale for name, shape in shapes.items()
+    }
     start, step = draw(1.0), draw(1e-3)
-    return {name: Parameter(w) for name, w in start.items()}, {name: start[name] - step[name] for name in shapes}
+    return {name: Parameter(w) for name, w in start.items()}, {
+        name: start[name] - step[name] for name in shapes
+    }
 
 
 def scores(*values: float):
@@ -49,7 +53,10 @@ def scores(*values: float):
 
 
 def same_bits(one: dict, other: dict) -> bool:
-    return all(torch.equal(one[name].detach().view(torch.int32), other[name].detach().view(torch.int32)) for name in one)
+    return all(
+        torch.equal(one[name].detach().view(torch.int32), other[name].detach().view(torch.int32))
+        for name in one
+    )
 
 
 # The search
@@ -62,7 +69,9 @@ def test_search_by_hand_takes_two_and_stops_at_the_third():
 
 
 def test_an_equal_score_is_not_accepted():
-    found, points, end = search(1.0, 0.0, lambda w: -abs(w - 4.0))  # 1, 3, 5: 3 and 5 are equally far
+    found, points, end = search(
+        1.0, 0.0, lambda w: -abs(w - 4.0)
+    )  # 1, 3, 5: 3 and 5 are equally far
     assert points == [1.0, 3.0, 5.0] and (found.k, end) == (1, 3.0)
     found, points, end = search(1.0, 0.0, lambda w: 7.0)
     assert points == [1.0, 3.0] and (found.k, found.scores, end) == (0, [7.0, 7.0], 1.0)
@@ -70,7 +79,11 @@ def test_an_equal_score_is_not_accepted():
 
 def test_five_candidates_at_most_in_equal_steps():
     found, points, end = search(1.0, 2.0, lambda w: -w)
-    assert points == [1.0, -1.0, -3.0, -5.0, -7.0, -9.0] and (found.k, end, len(found.scores)) == (5, -9.0, 6)
+    assert points == [1.0, -1.0, -3.0, -5.0, -7.0, -9.0] and (found.k, end, len(found.scores)) == (
+        5,
+        -9.0,
+        6,
+    )
 
 
 def test_a_later_better_candidate_is_not_looked_for():
@@ -78,8 +91,16 @@ def test_a_later_better_candidate_is_not_looked_for():
     assert points == [1.0, 3.0] and (found.k, end) == (0, 1.0)
 
 
-@pytest.mark.parametrize("values, k", [((math.nan, 1.0), 0), ((1.0, math.nan), 0), ((1.0, 2.0, math.nan), 1),
-                                       ((math.nan, math.nan), 0), ((-math.inf, 0.0, math.inf, math.inf), 2)])
+@pytest.mark.parametrize(
+    "values, k",
+    [
+        ((math.nan, 1.0), 0),
+        ((1.0, math.nan), 0),
+        ((1.0, 2.0, math.nan), 1),
+        ((math.nan, math.nan), 0),
+        ((-math.inf, 0.0, math.inf, math.inf), 2),
+    ],
+)
 def test_nan_is_never_accepted(values, k):
     parameters, anchor = some()
     found = extrapolate(parameters, anchor, "effopd", scores(*values), ())
@@ -109,8 +130,13 @@ def test_the_anchor_moves_also_when_nothing_is_accepted():
 def test_the_accepted_point_is_the_formula_bit_for_bit(seed, k):
     parameters, anchor = some(seed)
     start = snapshot(parameters)
-    wanted = {name: start[name] + 2 * k * (start[name] - anchor[name]) if k else start[name] for name in start}
-    found = extrapolate(parameters, anchor, "effopd", scores(*range(k + 1), *([0] if k < 5 else [])), ())
+    wanted = {
+        name: start[name] + 2 * k * (start[name] - anchor[name]) if k else start[name]
+        for name in start
+    }
+    found = extrapolate(
+        parameters, anchor, "effopd", scores(*range(k + 1), *([0] if k < 5 else [])), ()
+    )
     assert found.k == k and same_bits(parameters, wanted) and same_bits(anchor, wanted)
 
 
@@ -126,14 +152,18 @@ def test_every_candidate_is_computed_afresh():
     extrapolate(parameters, anchor, "effopd", score, ())
     assert len(seen) == 6 and same_bits(seen[0], start)
     for k in range(1, 6):
-        assert same_bits(seen[k], {name: start[name] + 2 * k * (start[name] - old[name]) for name in start}), k
+        assert same_bits(
+            seen[k], {name: start[name] + 2 * k * (start[name] - old[name]) for name in start}
+        ), k
 
 
 @pytest.mark.parametrize("fails_at", range(6))
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_weights_are_restored_when_the_score_fails(fails_at, error):
     parameters, anchor = some(5)
-    parameters["vector"].data[:3] = torch.tensor([-0.0, 1e-42, math.inf])  # signs, subnormals and infinities come back too
+    parameters["vector"].data[:3] = torch.tensor(
+        [-0.0, 1e-42, math.inf]
+    )  # signs, subnormals and infinities come back too
     start, old, calls = snapshot(parameters), {name: a.clone() for name, a in anchor.items()}, []
 
     def score() -> float:
@@ -152,14 +182,26 @@ def test_snapshots_are_independent_float32_copies():
     copies = snapshot(parameters)
     for name, p in parameters.items():
         copy = copies[name]
-        assert torch.equal(copy, p.detach().float()) and copy.dtype == torch.float32 and copy.device.type == "cpu"
-        assert not copy.requires_grad and copy.untyped_storage().data_ptr() != p.untyped_storage().data_ptr()
+        assert (
+            torch.equal(copy, p.detach().float())
+            and copy.dtype == torch.float32
+            and copy.device.type == "cpu"
+        )
+        assert (
+            not copy.requires_grad
+            and copy.untyped_storage().data_ptr() != p.untyped_storage().data_ptr()
+        )
 
 
 def test_other_dtypes_are_refused_before_anything_is_touched():
-    parameters = {"a": Parameter(torch.ones(2)), "b": Parameter(torch.ones(2, dtype=torch.bfloat16))}
+    parameters = {
+        "a": Parameter(torch.ones(2)),
+        "b": Parameter(torch.ones(2, dtype=torch.bfloat16)),
+    }
     with pytest.raises(ValueError, match="b is torch.bfloat16"):
-        extrapolate(parameters, {name: torch.zeros(2) for name in parameters}, "always-1", scores(), ())
+        extrapolate(
+            parameters, {name: torch.zeros(2) for name in parameters}, "always-1", scores(), ()
+        )
     assert torch.equal(parameters["a"].detach(), torch.ones(2))
 
 
@@ -172,7 +214,10 @@ def test_a_gpu_gives_the_same_bits():
     assert all(a.is_pinned() for a in held.values())
     for k in (3, 0, 5):
         values = [*range(k + 1), *([0] if k < 5 else [])]
-        found = [extrapolate(*side, "effopd", scores(*values), ()) for side in ((here, held), (parameters, anchor))]
+        found = [
+            extrapolate(*side, "effopd", scores(*values), ())
+            for side in ((here, held), (parameters, anchor))
+        ]
         assert found[0] == found[1] and found[0].k == k
         assert same_bits(snapshot(here), parameters) and same_bits(held, anchor)
         with torch.no_grad():
@@ -215,14 +260,24 @@ def test_due_at_powers_of_two():
 # Which parameters
 
 
-ATTENTION = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight"]
+ATTENTION = [
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+]
 GATED = ["mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]
 BOTH = lambda *layers: [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
 MOVED = {
     "llama": ("model.layers", ATTENTION + GATED),
     "qwen3": ("model.layers", ATTENTION + GATED),
     "gemma3": ("model.layers", ATTENTION + GATED),
-    "neox": ("gpt_neox.layers", BOTH("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
+    "neox": (
+        "gpt_neox.layers",
+        BOTH(
+            "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+        ),
+    ),
     "gpt2": ("transformer.h", BOTH("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
 }
 
@@ -241,9 +296,18 @@ def test_linear_layers_of_the_decoder_move_and_nothing_else(kind):
 def test_fused_experts_move_and_their_router_does_not():
     from transformers import AutoModelForCausalLM, MixtralConfig
 
-    net = AutoModelForCausalLM.from_config(MixtralConfig(
-        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=3, num_experts_per_tok=2))
+    net = AutoModelForCausalLM.from_config(
+        MixtralConfig(
+            vocab_size=60,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+        )
+    )
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", *ATTENTION]
     assert set(moved(net, "attention-mlp")) == {f"model.layers.0.{name}" for name in names}
 
@@ -280,7 +344,9 @@ def test_a_real_network_goes_through_a_search():
     net = tiny_net("qwen3").requires_grad_(True)
     parameters = moved(net, "attention-mlp")
     anchor, ids = snapshot(parameters), torch.arange(20)[None]
-    rest = {name: p.detach().clone() for name, p in net.named_parameters() if name not in parameters}
+    rest = {
+        name: p.detach().clone() for name, p in net.named_parameters() if name not in parameters
+    }
     net(ids, labels=ids).loss.backward()
     with torch.no_grad():
         for p in parameters.values():
@@ -304,21 +370,41 @@ def test_effective_rank_in_closed_form():
     rotation = torch.linalg.qr(torch.randn(4, 4))[0]
     p = [8 / 15, 4 / 15, 2 / 15, 1 / 15]  # of singular values 8, 4, 2, 1, not of their squares
     entropy = -sum(x * math.log(x) for x in p)
-    assert effective_rank(rotation @ torch.diag(torch.tensor([8.0, 4, 2, 1]))) == pytest.approx(math.exp(entropy), rel=1e-5)
+    assert effective_rank(rotation @ torch.diag(torch.tensor([8.0, 4, 2, 1]))) == pytest.approx(
+        math.exp(entropy), rel=1e-5
+    )
 
 
 def test_diagnostics_by_hand():
-    delta = {"m": torch.eye(2) * 3, "v": torch.tensor([3.0, 4.0]), "z": torch.zeros(2, 2), "e": torch.ones(2, 2, 2)}
-    final = {"m": torch.tensor([[1.0, 1], [1, 1]]), "v": torch.tensor([-3.0, -4.0]), "z": torch.ones(2, 2),
-             "e": torch.zeros(2, 2, 2)}
+    delta = {
+        "m": torch.eye(2) * 3,
+        "v": torch.tensor([3.0, 4.0]),
+        "z": torch.zeros(2, 2),
+        "e": torch.ones(2, 2, 2),
+    }
+    final = {
+        "m": torch.tensor([[1.0, 1], [1, 1]]),
+        "v": torch.tensor([-3.0, -4.0]),
+        "z": torch.ones(2, 2),
+        "e": torch.zeros(2, 2, 2),
+    }
     table = diagnose(delta, final)
-    assert table["m"] == pytest.approx({"norm": math.sqrt(18), "effective_rank": 2.0, "cosine": 6 / (math.sqrt(18) * 2)})
+    assert table["m"] == pytest.approx(
+        {"norm": math.sqrt(18), "effective_rank": 2.0, "cosine": 6 / (math.sqrt(18) * 2)}
+    )
     assert table["v"] == pytest.approx({"norm": 5.0, "effective_rank": None, "cosine": -1.0})
     assert table["z"] == {"norm": 0.0, "effective_rank": 0.0, "cosine": None}
-    assert table["e"] == pytest.approx({"norm": math.sqrt(8), "effective_rank": None, "cosine": None})
+    assert table["e"] == pytest.approx(
+        {"norm": math.sqrt(8), "effective_rank": None, "cosine": None}
+    )
     whole, other = (torch.cat([x.flatten() for x in side.values()]) for side in (delta, final))
-    assert table["all"]["norm"] == pytest.approx(whole.norm().item()) and table["all"]["effective_rank"] is None
-    assert table["all"]["cosine"] == pytest.approx(torch.cosine_similarity(whole, other, dim=0).item())
+    assert (
+        table["all"]["norm"] == pytest.approx(whole.norm().item())
+        and table["all"]["effective_rank"] is None
+    )
+    assert table["all"]["cosine"] == pytest.approx(
+        torch.cosine_similarity(whole, other, dim=0).item()
+    )
     assert diagnose({}, {}) == {"all": {"norm": 0.0, "effective_rank": None, "cosine": None}}
 
 
@@ -330,7 +416,9 @@ def trained(pair, questions, folder, **changes):
     from prefix_distill.checkpoint import RunFolder
     from test_train import Silent, prepared
 
-    run = prepared(pair, questions, train__steps=1, schedule__warmup="0", schedule__lr=1e-2, **changes)
+    run = prepared(
+        pair, questions, train__steps=1, schedule__warmup="0", schedule__lr=1e-2, **changes
+    )
     first = {name: p.detach().clone() for name, p in run.student.net.named_parameters()}
     files = RunFolder(folder)
     files.create({})
@@ -342,19 +430,41 @@ def trained(pair, questions, folder, **changes):
 def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tmp_path):
     """One update, then k = 1: attention and MLP matrices at W + 2Δ, everything else at W, the moments as without it."""
     plain, first, _, state = trained(pair, questions, tmp_path / "plain")
-    run, _, result, further = trained(pair, questions, tmp_path / "further", extrapolation__kind="always-1")
+    run, _, result, further = trained(
+        pair, questions, tmp_path / "further", extrapolation__kind="always-1"
+    )
     names = set(moved(run.student.net, "attention-mlp"))
     assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"} < names
-    assert not names & {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"}
+    assert not names & {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+    }
     for name, p in plain.student.net.named_parameters():
         got = further["student"][name]
-        assert torch.equal(got, p + 2 * (p - first[name])) if name in names else torch.equal(got, p), name
-        assert torch.equal(further["anchor"][name], got) if name in names else name not in further["anchor"]
+        assert (
+            torch.equal(got, p + 2 * (p - first[name])) if name in names else torch.equal(got, p)
+        ), name
+        assert (
+            torch.equal(further["anchor"][name], got)
+            if name in names
+            else name not in further["anchor"]
+        )
     assert state["optimizer"].keys() == further["optimizer"].keys()
-    assert all(torch.equal(state["optimizer"][key], further["optimizer"][key]) for key in state["optimizer"])
+    assert all(
+        torch.equal(state["optimizer"][key], further["optimizer"][key])
+        for key in state["optimizer"]
+    )
     assert result["extrapolations"] == [{"step": 1, "k": 1, "scores": [], "flops": 0.0}]
-    everything, _, _, forgotten = trained(pair, questions, tmp_path / "all", extrapolation__kind="always-1",
-                                          extrapolation__modules="all", extrapolation__reset=True)
+    everything, _, _, forgotten = trained(
+        pair,
+        questions,
+        tmp_path / "all",
+        extrapolation__kind="always-1",
+        extrapolation__modules="all",
+        extrapolation__reset=True,
+    )
     for name, p in plain.student.net.named_parameters():
         assert torch.equal(forgotten["student"][name], p + 2 * (p - first[name])), name
     assert not forgotten["optimizer"]
@@ -369,21 +479,41 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
     from prefix_distill.runtime import seed_of
     from test_train import prepared
 
-    run = prepared(pair, questions, extrapolation__kind="effopd", extrapolation__score="heldout-kl", extrapolation__problems=6)
+    run = prepared(
+        pair,
+        questions,
+        extrapolation__kind="effopd",
+        extrapolation__score="heldout-kl",
+        extrapolation__problems=6,
+    )
     ledger = Ledger()
     scores = [monitor.candidate_score(run, run.student, 12, ledger) for _ in range(2)]
     assert scores[0] == scores[1] and set(ledger.useful) == {"extrapolation"}
-    assert len(run.extrapolation_prompts) == 6 and run.extrapolation_prompts[0] not in run.train_prompts
+    assert (
+        len(run.extrapolation_prompts) == 6
+        and run.extrapolation_prompts[0] not in run.train_prompts
+    )
     sampler = replace(run.eval_sampler, seed=seed_of(0, "extrapolation"))
     kl = []
-    for r in evaluate.fixed_rollouts(run.student, run.extrapolation_prompts, sampler, 12, run.place):
-        s, t = (m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].log_softmax(-1)
-                for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt)))
+    for r in evaluate.fixed_rollouts(
+        run.student, run.extrapolation_prompts, sampler, 12, run.place
+    ):
+        s, t = (
+            m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].log_softmax(-1)
+            for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+        )
         kl += F.kl_div(t, s, reduction="none", log_target=True).sum(-1).tolist()
     assert scores[0] == pytest.approx(-sum(kl) / len(kl), rel=1e-4)
-    graded = prepared(("lab:choice/teacher", "lab:choice/teacher"), "lab:choice", extrapolation__kind="effopd",
-                      extrapolation__problems=20, rollout__max_new_tokens=192)
-    assert monitor.candidate_score(graded, graded.student, 12, Ledger()) >= 0.8  # full answers, whatever the prefix
+    graded = prepared(
+        ("lab:choice/teacher", "lab:choice/teacher"),
+        "lab:choice",
+        extrapolation__kind="effopd",
+        extrapolation__problems=20,
+        rollout__max_new_tokens=192,
+    )
+    assert (
+        monitor.candidate_score(graded, graded.student, 12, Ledger()) >= 0.8
+    )  # full answers, whatever the prefix
 
 
 def test_prompts_without_answers_cannot_be_graded(pair, tmp_path):

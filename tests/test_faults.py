@@ -38,12 +38,22 @@ def whole(pair, questions, tmp_path_factory):
 
 
 def six(pair, questions, **changes):
-    return prepared(pair, questions, **{"train.steps": 6, "evaluate.every": 2, "checkpoint.save_every": 3, "schedule.lr": 1e-3} | changes)
+    return prepared(
+        pair,
+        questions,
+        **{"train.steps": 6, "evaluate.every": 2, "checkpoint.save_every": 3, "schedule.lr": 1e-3}
+        | changes,
+    )
 
 
 def assert_ends_like(whole, folder, result):
     assert rows(folder) == rows(whole[0])
-    for file in ("checkpoints/step-00000006/optimizer.safetensors", "model/model.safetensors", "best/model.safetensors", "scores.jsonl"):
+    for file in (
+        "checkpoints/step-00000006/optimizer.safetensors",
+        "model/model.safetensors",
+        "best/model.safetensors",
+        "scores.jsonl",
+    ):
         assert (folder / file).read_bytes() == (whole[0] / file).read_bytes(), file
     for key in ("accuracy_after", "kl_after", "tokens", "flops", "best"):
         assert result[key] == whole[1][key], key
@@ -57,19 +67,31 @@ def small_disk(tmp_path):
     """A tmpfs of 1 MB, where this machine lets us mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", folder], capture_output=True) if shutil.which("mount") else None
+    done = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", folder], capture_output=True
+        )
+        if shutil.which("mount")
+        else None
+    )
     if done is None or done.returncode:
         pytest.skip("cannot mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(pair, questions, small_disk, whole):
+def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
+    pair, questions, small_disk, whole
+):
     out = small_disk / "run"
     code, said, err = invoke(*flags(pair, questions, out))
     assert code == 1 and said == "" and "Traceback" not in err
     last = err.splitlines()[-1]
-    assert last.startswith("error: ") and "cannot be written" in last and "step-00000003 is the last good state" in last
+    assert (
+        last.startswith("error: ")
+        and "cannot be written" in last
+        and "step-00000003 is the last good state" in last
+    )
     assert not list(out.rglob("*.partial"))
     subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
     code, said, err = invoke("run", "--resume", "--out", out)
@@ -77,14 +99,20 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(pair, quest
     alone = small_disk.parent / "alone"
     assert invoke(*flags(pair, questions, alone))[0] == 0
     assert rows(out) == rows(alone)
-    assert (out / "model/model.safetensors").read_bytes() == (alone / "model/model.safetensors").read_bytes()
+    assert (out / "model/model.safetensors").read_bytes() == (
+        alone / "model/model.safetensors"
+    ).read_bytes()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     code, said, err = invoke("run", "--resume", "--out", out, "--steps", "8")
     assert code == 2 and "cannot be written (Read-only file system)" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name, limit", [("best", 100_000), ("checkpoints/step-00000003", 200_000), ("model", 0)])
-def test_what_cannot_be_written_leaves_what_was_there(pair, questions, tmp_path, whole, monkeypatch, name, limit):
+@pytest.mark.parametrize(
+    "name, limit", [("best", 100_000), ("checkpoints/step-00000003", 200_000), ("model", 0)]
+)
+def test_what_cannot_be_written_leaves_what_was_there(
+    pair, questions, tmp_path, whole, monkeypatch, name, limit
+):
     """A file-size limit stands for the full disk: at the best student, at a checkpoint, at the end."""
     run, folder, plain = six(pair, questions), tmp_path / "run", RunFolder.save_model
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -122,7 +150,11 @@ def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
     out = tmp_path / "run"
     with RunFolder(out).alone():
         code, said, err = invoke(*flags(pair, questions, out))
-        assert code == 2 and "another process is working in it" in err.splitlines()[-1] and os.listdir(out) == [".lock"]
+        assert (
+            code == 2
+            and "another process is working in it" in err.splitlines()[-1]
+            and os.listdir(out) == [".lock"]
+        )
     shutil.copytree(whole[0], out, dirs_exist_ok=True)
     with RunFolder(out).alone():
         code, said, err = invoke("run", "--resume", "--out", out)
@@ -138,14 +170,35 @@ def poison(model, name):
         dict(model.net.named_parameters())[name].view(-1)[5] = float("nan")
 
 
-@pytest.mark.parametrize("what, match, saved", [
-    ("teacher's weight", "update 3: the divergence of .*: the teacher's weight model.norm.weight is not finite; nothing was changed, the "
-                         "state after update 2 is saved", 2),
-    ("teacher's logits", "update 3: the divergence of .*: the teacher's hidden states there are not finite; nothing was changed", 2),
-    ("gradient", "update 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; nothing was changed", 2),
-    ("student's weight", "after update 2 the student's weight lm_head.weight is not finite; it is not saved, step-00000000 is the last good state", 0),
-])
-def test_numbers_that_are_not_finite_are_named_before_they_do_harm(pair, questions, tmp_path, monkeypatch, what, match, saved):
+@pytest.mark.parametrize(
+    "what, match, saved",
+    [
+        (
+            "teacher's weight",
+            "update 3: the divergence of .*: the teacher's weight model.norm.weight is not finite; nothing was changed, the "
+            "state after update 2 is saved",
+            2,
+        ),
+        (
+            "teacher's logits",
+            "update 3: the divergence of .*: the teacher's hidden states there are not finite; nothing was changed",
+            2,
+        ),
+        (
+            "gradient",
+            "update 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; nothing was changed",
+            2,
+        ),
+        (
+            "student's weight",
+            "after update 2 the student's weight lm_head.weight is not finite; it is not saved, step-00000000 is the last good state",
+            0,
+        ),
+    ],
+)
+def test_numbers_that_are_not_finite_are_named_before_they_do_harm(
+    pair, questions, tmp_path, monkeypatch, what, match, saved
+):
     run, plain = six(pair, questions, **{"evaluate.every": 0}), train._accumulate
     hidden_rows = scoring.hidden_rows
 
@@ -156,11 +209,18 @@ def test_numbers_that_are_not_finite_are_named_before_they_do_harm(pair, questio
             if what == "student's weight":
                 poison(run.student, "lm_head.weight")
             if what == "teacher's logits":
-                monkeypatch.setattr(scoring, "hidden_rows", lambda model, rollouts, teacher=False: hidden_rows(
-                    model, rollouts, teacher) * (float("inf") if teacher else 1))
+                monkeypatch.setattr(
+                    scoring,
+                    "hidden_rows",
+                    lambda model, rollouts, teacher=False: (
+                        hidden_rows(model, rollouts, teacher) * (float("inf") if teacher else 1)
+                    ),
+                )
         found = plain(run, *rest)
         if run.optimizer_steps == 2 and what == "gradient":
-            dict(run.student.net.named_parameters())["model.layers.1.mlp.up_proj.weight"].grad[1, 2] = float("inf")
+            dict(run.student.net.named_parameters())["model.layers.1.mlp.up_proj.weight"].grad[
+                1, 2
+            ] = float("inf")
         run.optimizer_steps += 1
         return found
 
@@ -169,7 +229,9 @@ def test_numbers_that_are_not_finite_are_named_before_they_do_harm(pair, questio
     with pytest.raises(Stopped, match=match):
         run_in(tmp_path / "run", run)
     assert sorted(os.listdir(tmp_path / "run/checkpoints"))[-1] == f"step-{saved:08d}"
-    for tensor in load_file(tmp_path / f"run/checkpoints/step-{saved:08d}/student.safetensors").values():
+    for tensor in load_file(
+        tmp_path / f"run/checkpoints/step-{saved:08d}/student.safetensors"
+    ).values():
         assert torch.isfinite(tensor).all()
     assert len(rows(tmp_path / "run")) == 2
 
@@ -193,7 +255,9 @@ def shortage(monkeypatch, where, most):
 
         def hidden_rows(model, rollouts, teacher=False):
             if len(rollouts) > most and torch.is_grad_enabled() is (where == "training"):
-                raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to")
+                raise RuntimeError(
+                    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"
+                )
             return plain(model, rollouts, teacher)
 
         monkeypatch.setattr(scoring, "hidden_rows", hidden_rows)
@@ -206,12 +270,24 @@ def plenty(pair, questions, tmp_path_factory):
     return folder, run_in(folder, six(pair, questions, **{"rollout.rows": 8}))
 
 
-@pytest.mark.parametrize("where, said", [
-    ("training", ["--micro-batch-size 4 becomes 2", "--micro-batch-size 2 becomes 1"]),
-    ("scoring", ["--micro-batch-size 4 becomes 2", "--micro-batch-size 2 becomes 1"]),
-    ("generation", ["--generation-rows 8 becomes 4", "--generation-rows 4 becomes 2", "--generation-rows 2 becomes 1"]),
-])
-def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(pair, questions, tmp_path, plenty, monkeypatch, where, said):
+@pytest.mark.parametrize(
+    "where, said",
+    [
+        ("training", ["--micro-batch-size 4 becomes 2", "--micro-batch-size 2 becomes 1"]),
+        ("scoring", ["--micro-batch-size 4 becomes 2", "--micro-batch-size 2 becomes 1"]),
+        (
+            "generation",
+            [
+                "--generation-rows 8 becomes 4",
+                "--generation-rows 4 becomes 2",
+                "--generation-rows 2 becomes 1",
+            ],
+        ),
+    ],
+)
+def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(
+    pair, questions, tmp_path, plenty, monkeypatch, where, said
+):
     settings, (folder, plain) = {"rollout.rows": 8}, plenty
     shortage(monkeypatch, where, 1)
     report = Silent()
@@ -223,45 +299,85 @@ def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(pair, q
             if not key.startswith("flops/"):
                 assert other[key] == pytest.approx(row[key], rel=1e-4), key
     assert result["accuracy_after"] == plain["accuracy_after"] and result["flops"]["executed"] > 0
-    for (name, one), other in zip(load_file(folder / "model/model.safetensors").items(),
-                                  load_file(tmp_path / "short/model/model.safetensors").values()):
+    for (name, one), other in zip(
+        load_file(folder / "model/model.safetensors").items(),
+        load_file(tmp_path / "short/model/model.safetensors").values(),
+    ):
         torch.testing.assert_close(other, one, rtol=0, atol=1e-5, msg=name)
     # what was learnt about the memory survives an interruption: no further shortage is met
     shutil.rmtree(tmp_path / "short/checkpoints/step-00000006")
     report = Silent()
     again = run_in(tmp_path / "short", six(pair, questions, **settings), report, resume=True)
-    assert again["resumed_from"] == 3 and not any("ran out of memory" in text for text in report.warnings)
+    assert again["resumed_from"] == 3 and not any(
+        "ran out of memory" in text for text in report.warnings
+    )
 
 
 def test_memory_that_is_short_in_the_reading_that_selects(pair, tmp_path, monkeypatch):
     """Where both models' one reading does not fit, the tokens are selected from readings of their own; the ledger keeps the loss."""
     file = tmp_path / "even.jsonl"
-    file.write_text("".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50)))
-    settings = {"weights.select": "soft-or", "train.micro_batch_size": 10, "train.steps": 2, "schedule.prefix": "4"}
+    file.write_text(
+        "".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50))
+    )
+    settings = {
+        "weights.select": "soft-or",
+        "train.micro_batch_size": 10,
+        "train.steps": 2,
+        "schedule.prefix": "4",
+    }
     plain = run_in(tmp_path / "plain", prepared(pair, str(file), **settings))
     shortage(monkeypatch, "training", 5)
     report = Silent()
     short = run_in(tmp_path / "short", prepared(pair, str(file), **settings), report)
-    assert [text.split("; ")[1].split(",")[0] for text in report.warnings if "ran out" in text] == ["--micro-batch-size 10 becomes 5"]
-    assert short["flops"]["by_phase"]["selection"]["useful"] > plain["flops"]["by_phase"]["selection"]["useful"]
-    one, other = (load_file(tmp_path / name / "model/model.safetensors") for name in ("plain", "short"))
+    assert [text.split("; ")[1].split(",")[0] for text in report.warnings if "ran out" in text] == [
+        "--micro-batch-size 10 becomes 5"
+    ]
+    assert (
+        short["flops"]["by_phase"]["selection"]["useful"]
+        > plain["flops"]["by_phase"]["selection"]["useful"]
+    )
+    one, other = (
+        load_file(tmp_path / name / "model/model.safetensors") for name in ("plain", "short")
+    )
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["training", "generation"])
-def test_when_not_even_one_rollout_fits_the_run_stops(pair, questions, tmp_path, monkeypatch, where):
+def test_when_not_even_one_rollout_fits_the_run_stops(
+    pair, questions, tmp_path, monkeypatch, where
+):
     run = six(pair, questions)
     shortage(monkeypatch, where, 0)
-    with pytest.raises(MemoryShortage, match="cpu has no memory for one rollout at a time; use --gradient-checkpointing") as stop:
+    with pytest.raises(
+        MemoryShortage,
+        match="cpu has no memory for one rollout at a time; use --gradient-checkpointing",
+    ) as stop:
         run_in(tmp_path / "run", run)
     assert stop.value.exit_code == 4
 
 
 def test_an_evaluation_without_memory_is_one_line(pair, questions, tmp_path, monkeypatch):
     shortage(monkeypatch, "generation", 0)
-    code, out, err = invoke("eval", "--model", pair[0], "--dataset", questions, "--limit", "3", "--max-new-tokens", "8", "--out", tmp_path / "x.jsonl")
-    assert code == 4 and out == "" and err.splitlines()[-1].startswith("error: out of memory") and not list(tmp_path.iterdir())
+    code, out, err = invoke(
+        "eval",
+        "--model",
+        pair[0],
+        "--dataset",
+        questions,
+        "--limit",
+        "3",
+        "--max-new-tokens",
+        "8",
+        "--out",
+        tmp_path / "x.jsonl",
+    )
+    assert (
+        code == 4
+        and out == ""
+        and err.splitlines()[-1].startswith("error: out of memory")
+        and not list(tmp_path.iterdir())
+    )
 
 
 # ── signals
@@ -269,10 +385,14 @@ def test_an_evaluation_without_memory_is_one_line(pair, questions, tmp_path, mon
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["update", "evaluation"])
-def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(pair, questions, tmp_path, whole, number, moment):
+def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(
+    pair, questions, tmp_path, whole, number, moment
+):
     class Sends(Silent):
         def row(self, row, *_):
-            if moment == "update" and row["step"] == 4:  # before the evaluation after update 4, which is left to the resumed run
+            if (
+                moment == "update" and row["step"] == 4
+            ):  # before the evaluation after update 4, which is left to the resumed run
                 os.kill(os.getpid(), number)
 
         def evaluation(self, row):
@@ -280,13 +400,23 @@ def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(pair, questio
                 os.kill(os.getpid(), number)
 
     former = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=rf"interrupted \({number.name}\) after update 4, with the state saved: prefix-distill run --resume "
-                                          f"--out {tmp_path / 'run'} goes on") as stop, Interrupt() as interrupt:
+    with (
+        pytest.raises(
+            Interrupted,
+            match=rf"interrupted \({number.name}\) after update 4, with the state saved: prefix-distill run --resume "
+            f"--out {tmp_path / 'run'} goes on",
+        ) as stop,
+        Interrupt() as interrupt,
+    ):
         run_in(tmp_path / "run", six(pair, questions), Sends(), interrupt=interrupt)
     assert stop.value.exit_code == 128 + number and signal.getsignal(number) is former
-    evaluated = json.loads((tmp_path / "run/checkpoints/step-00000004/state.json").read_text())["facts"]["evaluations"]
+    evaluated = json.loads((tmp_path / "run/checkpoints/step-00000004/state.json").read_text())[
+        "facts"
+    ]["evaluations"]
     assert evaluated[-1]["step"] == (2 if moment == "update" else 4)
-    assert_ends_like(whole, tmp_path / "run", run_in(tmp_path / "run", six(pair, questions), resume=True))
+    assert_ends_like(
+        whole, tmp_path / "run", run_in(tmp_path / "run", six(pair, questions), resume=True)
+    )
 
 
 def test_what_was_ignored_stays_ignored():
@@ -317,8 +447,19 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(pair, questions, tmp_pat
 
 def test_a_closed_terminal_saves_and_its_silence_stops_nothing(pair, questions, tmp_path):
     """In a process of its own: the reader of stderr has gone before the first update; SIGHUP comes some updates later."""
-    process = subprocess.Popen([sys.executable, "-m", "prefix_distill", *flags(pair, questions, tmp_path / "run"), "--steps", "100000"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "prefix_distill",
+            *flags(pair, questions, tmp_path / "run"),
+            "--steps",
+            "100000",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stderr.readline()
     process.stderr.close()
     while not (tmp_path / "run/metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 3:
@@ -343,16 +484,34 @@ def test_a_student_that_never_ends_is_stopped_at_the_cap(pair, questions, tmp_pa
     net.generation_config.eos_token_id = 257
     net.save_pretrained(student)
     byte_tokenizer().save_pretrained(student)
-    result = run_in(tmp_path / "run", prepared((str(student), pair[1]), questions, **{"schedule.prefix": "full", "train.steps": 2}))
-    assert all(row["rollout/finished_share"] < 0.2 and row["rollout/taught_tokens"] <= 10 * 32 for row in rows(tmp_path / "run"))
+    result = run_in(
+        tmp_path / "run",
+        prepared(
+            (str(student), pair[1]), questions, **{"schedule.prefix": "full", "train.steps": 2}
+        ),
+    )
+    assert all(
+        row["rollout/finished_share"] < 0.2 and row["rollout/taught_tokens"] <= 10 * 32
+        for row in rows(tmp_path / "run")
+    )
     assert result["steps"] == 2
 
 
 def test_a_prompt_of_a_million_characters_is_dropped_and_counted(pair, tmp_path):
     file = tmp_path / "long.jsonl"
-    file.write_text("".join(json.dumps({"question": "word " * 200_000 if i == 7 else f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(30)))
+    file.write_text(
+        "".join(
+            json.dumps({"question": "word " * 200_000 if i == 7 else f"{i}+{i}?", "answer": "1"})
+            + "\n"
+            for i in range(30)
+        )
+    )
     start = time.monotonic()
     run = prepared(pair, str(file))
     assert time.monotonic() - start < 30
-    assert any("1 training and 0 held-out prompts exceed" in text or "0 training and 1 held-out prompts exceed" in text for text in run.warnings)
+    assert any(
+        "1 training and 0 held-out prompts exceed" in text
+        or "0 training and 1 held-out prompts exceed" in text
+        for text in run.warnings
+    )
     assert run_in(tmp_path / "run", run)["steps"] == 4

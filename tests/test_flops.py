@@ -12,8 +12,15 @@ from prefix_distill.models import Model
 from prefix_distill.rollout import Request, Rollout, Sampler, generate
 
 KINDS = ["llama", "qwen3", "gemma3", "neox", "gpt2"]
-DECODING = pytest.mark.parametrize("model", ["qwen3", "gemma3", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("llama", "neox", "gpt2"))],
-                                   indirect=True)
+DECODING = pytest.mark.parametrize(
+    "model",
+    [
+        "qwen3",
+        "gemma3",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("llama", "neox", "gpt2")),
+    ],
+    indirect=True,
+)
 
 
 @pytest.fixture(params=KINDS)
@@ -32,10 +39,16 @@ def counted(work) -> float:
 @DECODING
 @pytest.mark.parametrize("samples", [1, 3])
 def test_generation_as_executed(model, samples):
-    requests = [Request(tuple(range(5, 5 + n)), (0, n, s)) for n in (9, 14, 20) for s in range(samples)]
+    requests = [
+        Request(tuple(range(5, 5 + n)), (0, n, s)) for n in (9, 14, 20) for s in range(samples)
+    ]
     sampler = Sampler(frozenset({257}), 256, 260, 0)
     ledger = Ledger()
-    real = counted(lambda: generate(model, requests, 40, sampler, lambda reads: ledger.generation(shape(model), reads)))
+    real = counted(
+        lambda: generate(
+            model, requests, 40, sampler, lambda reads: ledger.generation(shape(model), reads)
+        )
+    )
     assert ledger.total("executed") == pytest.approx(real, rel=0.02)
     assert ledger.useful["student_prefill"] < ledger.executed["student_prefill"]
 
@@ -48,11 +61,18 @@ def test_rows_that_have_ended_leave_the_batch(model):
     early = {token for r in free[1:] for token in r.ids[:20]} - set(free[0].ids)
     sampler = Sampler(frozenset(early), 256, 260, 3)
     ledger, heard = Ledger(), []
-    real = counted(lambda: heard.extend(generate(model, requests, 80, sampler,
-                                                 lambda reads: ledger.generation(shape(model), reads))))
+    real = counted(
+        lambda: heard.extend(
+            generate(
+                model, requests, 80, sampler, lambda reads: ledger.generation(shape(model), reads)
+            )
+        )
+    )
     lengths = [len(r.ids) for r in heard]
     assert lengths[0] > 64 and sum(n <= 32 for n in lengths) >= 3
-    assert [r.ids for r in heard] == [f.ids[:n] for f, n in zip(free, lengths)]  # leaving changes nobody's draw
+    assert [r.ids for r in heard] == [
+        f.ids[:n] for f, n in zip(free, lengths)
+    ]  # leaving changes nobody's draw
     assert ledger.total("executed") == pytest.approx(real, rel=0.02)
 
 
@@ -84,11 +104,21 @@ def test_scoring_and_update_as_executed(model, samples):
         rows = scoring.hidden_rows(model, group)
         teacher = torch.zeros(len(rows), 1)
         from prefix_distill.divergence import Head
-        loss, *_ = weighted(Terms("reverse-kl"), rows, model.head(), teacher, Head(torch.zeros(260, 1)), torch.ones(len(rows)))
+
+        loss, *_ = weighted(
+            Terms("reverse-kl"),
+            rows,
+            model.head(),
+            teacher,
+            Head(torch.zeros(260, 1)),
+            torch.ones(len(rows)),
+        )
         loss.backward()
 
     one.forward("update", shape(model), reads, passes=3)
-    teacher_head = 2 * 260 * sum(len(r.ids) for r in group)  # the stand-in teacher's one-column head
+    teacher_head = (
+        2 * 260 * sum(len(r.ids) for r in group)
+    )  # the stand-in teacher's one-column head
     assert one.executed["update"] == pytest.approx(counted(update) - teacher_head, rel=0.02)
 
 
@@ -112,7 +142,9 @@ def test_useful_counts_real_tokens_and_causal_pairs():
     ledger.generation(cost, [(3, [4]), (5, [1])])
     full = lambda n: n * (n + 1) // 2
     sliding = lambda n: sum(min(i, 4) for i in range(1, n + 1))
-    assert ledger.useful["student_prefill"] == 2 * (2000 * 4 + 100) + 32 * (full(3) + sliding(3) + full(5) + sliding(5))
+    assert ledger.useful["student_prefill"] == 2 * (2000 * 4 + 100) + 32 * (
+        full(3) + sliding(3) + full(5) + sliding(5)
+    )
     # row 1 decodes 3 more tokens at positions 4, 5, 6; row 2 none
     assert ledger.useful["student_decode"] == 3 * 2100 + 32 * ((4 + 5 + 6) + (4 + 4 + 4))
     assert ledger.executed["student_decode"] == 2 * (3 * 2100 + 32 * ((6 + 7 + 8) + (4 + 4 + 4)))
@@ -126,8 +158,12 @@ def test_a_shared_prompt_is_paid_for_once():
     assert shared.total() == pytest.approx(repeated.total() - again)
     shared.generation(cost, [(40, [8, 8, 5])])
     repeated.generation(cost, [(40, [8]), (40, [8]), (40, [5])])
-    again = 2 * (cost.linear(39) + cost.causal(0, 39))  # the last token of the prompt is every row's own
-    assert shared.useful["student_prefill"] == pytest.approx(repeated.useful["student_prefill"] - again)
+    again = 2 * (
+        cost.linear(39) + cost.causal(0, 39)
+    )  # the last token of the prompt is every row's own
+    assert shared.useful["student_prefill"] == pytest.approx(
+        repeated.useful["student_prefill"] - again
+    )
     assert shared.useful["student_decode"] == repeated.useful["student_decode"]
 
 
@@ -139,7 +175,9 @@ def test_cost_of_a_batch_is_the_sum_of_its_rows_and_evaluation_stays_outside():
         rows.forward("score", cost, [read])
     whole.generation(cost, [(3, [5]), (9, [1]), (40, [8])])
     whole.forward("score", cost, [(3, [5]), (9, [1]), (40, [8])])
-    assert rows.total() == pytest.approx(whole.total()) and rows.total("executed") < whole.total("executed")
+    assert rows.total() == pytest.approx(whole.total()) and rows.total("executed") < whole.total(
+        "executed"
+    )
     before = whole.total()
     whole.add("evaluation", 1e9, 1e9)
     assert whole.total() == before and whole.summary()["by_phase"]["evaluation"]["useful"] == 1e9
@@ -151,4 +189,6 @@ def test_update_cost_is_what_the_ledger_says_for_such_an_update():
     ledger.generation(student, [(4, [7] * 3), (6, [7] * 3)])
     ledger.forward("t", teacher, [(5, [7])] * 3 + [(7, [7])] * 3)
     ledger.forward("s", student, [(4, [7] * 2), (4, [7]), (6, [7] * 2), (6, [7])], passes=3)
-    assert update_cost(student, teacher, [(4, 5), (6, 7)], 3, 7.2, (9, 1, 2)) == pytest.approx(ledger.total())
+    assert update_cost(student, teacher, [(4, 5), (6, 7)], 3, 7.2, (9, 1, 2)) == pytest.approx(
+        ledger.total()
+    )

@@ -19,10 +19,50 @@ import yaml
 from conftest import invoke, last_json, save_tiny
 
 FOLDER = Path(__file__).parent / "format-1"
-FLAGS = ["--student", "student", "--teacher", "teacher", "--dataset", "sums.jsonl", "--steps", "6", "--prefix", "auto:6:3", "--max-new-tokens", "16",
-         "--batch-size", "2", "--samples", "2", "--micro-batch-size", "3", "--eval-samples", "2", "--kl-prompts", "2", "--eval-every", "2",
-         "--save-every", "3", "--select", "soft-or", "--extrapolate", "effopd", "--extrapolate-score", "heldout-kl", "--extrapolate-problems", "2",
-         "--lr", "1e-3", "--device", "cpu", "--dtype", "float32", "--out", "run"]
+FLAGS = [
+    "--student",
+    "student",
+    "--teacher",
+    "teacher",
+    "--dataset",
+    "sums.jsonl",
+    "--steps",
+    "6",
+    "--prefix",
+    "auto:6:3",
+    "--max-new-tokens",
+    "16",
+    "--batch-size",
+    "2",
+    "--samples",
+    "2",
+    "--micro-batch-size",
+    "3",
+    "--eval-samples",
+    "2",
+    "--kl-prompts",
+    "2",
+    "--eval-every",
+    "2",
+    "--save-every",
+    "3",
+    "--select",
+    "soft-or",
+    "--extrapolate",
+    "effopd",
+    "--extrapolate-score",
+    "heldout-kl",
+    "--extrapolate-problems",
+    "2",
+    "--lr",
+    "1e-3",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--out",
+    "run",
+]
 
 
 def rows(folder) -> list[dict]:
@@ -36,10 +76,22 @@ def write(folder: Path) -> None:
     os.chdir(folder)
     save_tiny("student", seed=1, width=8, layers=1)
     save_tiny("teacher", seed=2, width=8, layers=1)
-    Path("sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+{i * i}?", "answer": f"#### {i + i * i}"}) + "\n" for i in range(20)))
+    Path("sums.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"{i}+{i * i}?", "answer": f"#### {i + i * i}"}) + "\n"
+            for i in range(20)
+        )
+    )
     code, _, err = invoke("run", *FLAGS)
     assert code == 0, err
-    Path("expected.json").write_text(json.dumps([{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(Path("run"))[4:]]))
+    Path("expected.json").write_text(
+        json.dumps(
+            [
+                {k: v for k, v in row.items() if not k.startswith("time/")}
+                for row in rows(Path("run"))[4:]
+            ]
+        )
+    )
     shutil.rmtree("run")
     plain = display.Display.row
 
@@ -66,38 +118,61 @@ def test_a_committed_folder_goes_on(copied):
     assert code == 0 and last_json(out)["resumed_from"] == 4, err
     found = rows(copied / "run")
     assert found[:4] == before and [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
-    for row, wanted in zip(found[4:], json.loads((copied / "expected.json").read_text()), strict=True):
+    for row, wanted in zip(
+        found[4:], json.loads((copied / "expected.json").read_text()), strict=True
+    ):
         for key, value in wanted.items():
-            assert row[key] == pytest.approx(value, rel=1e-3), key  # another machine may round otherwise
-    assert last_json(out)["best"]["step"] in (0, 2, 4, 6) and (copied / "run/model/model.safetensors").exists()
+            assert row[key] == pytest.approx(value, rel=1e-3), (
+                key
+            )  # another machine may round otherwise
+    assert (
+        last_json(out)["best"]["step"] in (0, 2, 4, 6)
+        and (copied / "run/model/model.safetensors").exists()
+    )
 
 
 def test_a_moved_folder_goes_on_and_names_nothing_of_its_old_place(copied, monkeypatch):
     (copied / "elsewhere").mkdir()
     (copied / "run").rename(copied / "elsewhere/moved")
     code, out, err = invoke("run", "--resume", "--out", "elsewhere/moved", "--steps", "7")
-    assert code == 0 and last_json(out)["out"] == "elsewhere/moved" and last_json(out)["steps"] == 7, err
+    assert (
+        code == 0 and last_json(out)["out"] == "elsewhere/moved" and last_json(out)["steps"] == 7
+    ), err
     assert not (copied / "run").exists()
     for file in (copied / "elsewhere/moved").rglob("*.*"):
         if file.suffix in (".json", ".jsonl", ".yaml"):
             text = file.read_text()
             assert str(copied) not in text and "elsewhere" not in text, file
-    assert "out" not in yaml.safe_load((copied / "elsewhere/moved/config.yaml").read_text())["checkpoint"]
+    assert (
+        "out"
+        not in yaml.safe_load((copied / "elsewhere/moved/config.yaml").read_text())["checkpoint"]
+    )
     code, out, err = invoke("report", "elsewhere/moved", "--out", "report")
     assert code == 0 and last_json(out)["runs"] == 1, err
 
 
-@pytest.mark.parametrize("where, message", [
-    ("run.json", "run folder run: format 2, this version reads 1; go on with the version that wrote it (run.json names it)"),
-    ("checkpoints/step-00000004/state.json", "format 2, this version reads 1; resume with the version that wrote it"),
-])
+@pytest.mark.parametrize(
+    "where, message",
+    [
+        (
+            "run.json",
+            "run folder run: format 2, this version reads 1; go on with the version that wrote it (run.json names it)",
+        ),
+        (
+            "checkpoints/step-00000004/state.json",
+            "format 2, this version reads 1; resume with the version that wrote it",
+        ),
+    ],
+)
 def test_a_format_that_is_not_known_is_refused_and_left_alone(copied, where, message):
     document = json.loads((copied / "run" / where).read_text())
     (copied / "run" / where).write_text(json.dumps(document | {"format": 2}))
     before = {file: file.read_bytes() for file in (copied / "run").rglob("*") if file.is_file()}
     code, out, err = invoke("run", "--resume", "--out", "run")
     assert code == 2 and out == "" and message in err.splitlines()[-1], err
-    assert before == {file: file.read_bytes() for file in (copied / "run").rglob("*") if file.is_file()}
+    assert before == {
+        file: file.read_bytes() for file in (copied / "run").rglob("*") if file.is_file()
+    }
 
 
 if __name__ == "__main__":

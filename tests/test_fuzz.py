@@ -15,18 +15,61 @@ from prefix_distill.errors import UserError
 from prefix_distill.schedule import parse_prefix
 
 PLAIN = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.just(10**400), st.floats(), st.text(max_size=8), st.dates(), st.binary(max_size=4)),
-    lambda inside: st.one_of(st.lists(inside, max_size=3), st.dictionaries(st.one_of(st.text(max_size=5), st.integers()), inside, max_size=3)),
-    max_leaves=8)
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.just(10**400),
+        st.floats(),
+        st.text(max_size=8),
+        st.dates(),
+        st.binary(max_size=4),
+    ),
+    lambda inside: st.one_of(
+        st.lists(inside, max_size=3),
+        st.dictionaries(st.one_of(st.text(max_size=5), st.integers()), inside, max_size=3),
+    ),
+    max_leaves=8,
+)
 SECTIONS = sorted({path.split(".")[0] for path in config.options()})
 KEYS = sorted({path.split(".")[1] for path in config.options()})
-LATEX = st.lists(st.sampled_from([
-    *"0123456789+-*/^_=(){}[]<>!,.%$ xyz\\\n", "\\frac", "\\boxed{", "\\sqrt", "####", "\\begin{matrix}", "\\end{matrix}", "&", "\\text{", "\\pi",
-    "\\infty", "\\left(", "\\cup", "\\int", "\\sum_{k=1}^{n}", "^{", "}", "1e9", "²", "٣", "\x00", "\ud800"]), max_size=30).map("".join)
+LATEX = st.lists(
+    st.sampled_from(
+        [
+            *"0123456789+-*/^_=(){}[]<>!,.%$ xyz\\\n",
+            "\\frac",
+            "\\boxed{",
+            "\\sqrt",
+            "####",
+            "\\begin{matrix}",
+            "\\end{matrix}",
+            "&",
+            "\\text{",
+            "\\pi",
+            "\\infty",
+            "\\left(",
+            "\\cup",
+            "\\int",
+            "\\sum_{k=1}^{n}",
+            "^{",
+            "}",
+            "1e9",
+            "²",
+            "٣",
+            "\x00",
+            "\ud800",
+        ]
+    ),
+    max_size=30,
+).map("".join)
 
 
 def quick(count):
-    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return settings(
+        max_examples=count,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
 
 
 def one_line(error: UserError) -> None:
@@ -43,7 +86,12 @@ def loads(file) -> None:
         assert isinstance(found, config.Config)
 
 
-@given(text=st.one_of(st.text(max_size=60), st.text("train:{}[]&*<!|>-? \n\t'\"#%@`,0x1e9.~", max_size=40).map(lambda t: "train: " + t)))
+@given(
+    text=st.one_of(
+        st.text(max_size=60),
+        st.text("train:{}[]&*<!|>-? \n\t'\"#%@`,0x1e9.~", max_size=40).map(lambda t: "train: " + t),
+    )
+)
 @quick(250)
 def test_any_text_is_a_config_or_one_line(text, tmp_path):
     (tmp_path / "c.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -57,11 +105,18 @@ def test_any_bytes_are_a_config_or_one_line(content, tmp_path):
     loads(tmp_path / "c.yaml")
 
 
-@given(tree=st.dictionaries(st.one_of(st.sampled_from(SECTIONS), st.text(max_size=3)), st.one_of(
-    PLAIN, st.dictionaries(st.sampled_from(KEYS), PLAIN, max_size=3)), max_size=3))
+@given(
+    tree=st.dictionaries(
+        st.one_of(st.sampled_from(SECTIONS), st.text(max_size=3)),
+        st.one_of(PLAIN, st.dictionaries(st.sampled_from(KEYS), PLAIN, max_size=3)),
+        max_size=3,
+    )
+)
 @quick(200)
 def test_any_tree_is_a_config_or_one_line(tree, tmp_path):
-    (tmp_path / "c.yaml").write_text(yaml.dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    (tmp_path / "c.yaml").write_text(
+        yaml.dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass"
+    )
     loads(tmp_path / "c.yaml")
 
 
@@ -74,9 +129,36 @@ def test_any_value_of_any_key_is_taken_or_one_line(path, value):
         one_line(error)
 
 
-@given(text=st.one_of(st.text(max_size=20), st.lists(st.sampled_from([
-    "linear", "staircase", "auto", "full", ":", "%", "0", "1", "25", "-", "+", ".", " ", "9" * 30, "٣", "e"]), max_size=8).map("".join)),
-    limit=st.integers(1, 4096), step=st.integers(0, 10**9))
+@given(
+    text=st.one_of(
+        st.text(max_size=20),
+        st.lists(
+            st.sampled_from(
+                [
+                    "linear",
+                    "staircase",
+                    "auto",
+                    "full",
+                    ":",
+                    "%",
+                    "0",
+                    "1",
+                    "25",
+                    "-",
+                    "+",
+                    ".",
+                    " ",
+                    "9" * 30,
+                    "٣",
+                    "e",
+                ]
+            ),
+            max_size=8,
+        ).map("".join),
+    ),
+    limit=st.integers(1, 4096),
+    step=st.integers(0, 10**9),
+)
 @quick(500)
 def test_any_prefix_is_lengths_in_range_or_one_line(text, limit, step):
     try:
@@ -95,42 +177,79 @@ def reads(file, **columns) -> None:
     else:
         assert found.prompts
         for prompt in found.prompts:
-            assert prompt.messages[-1]["content"].strip() and all(isinstance(m["content"], str) for m in prompt.messages)
+            assert prompt.messages[-1]["content"].strip() and all(
+                isinstance(m["content"], str) for m in prompt.messages
+            )
             assert prompt.answer is None or isinstance(prompt.answer, str)
             f"{prompt}".encode()
 
 
-CELL = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.dictionaries(
-    st.sampled_from(["role", "content"]), st.one_of(st.none(), st.integers(), st.sampled_from(["user", "assistant", "", "a"])), max_size=2), max_size=3))
-ROWS = st.lists(st.dictionaries(st.sampled_from(["question", "messages", "answer", "x", ""]), CELL, max_size=3), max_size=4)
+CELL = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["role", "content"]),
+            st.one_of(st.none(), st.integers(), st.sampled_from(["user", "assistant", "", "a"])),
+            max_size=2,
+        ),
+        max_size=3,
+    ),
+)
+ROWS = st.lists(
+    st.dictionaries(st.sampled_from(["question", "messages", "answer", "x", ""]), CELL, max_size=3),
+    max_size=4,
+)
 
 
-@given(rows=ROWS, suffix=st.sampled_from([".jsonl", ".json"]), column=st.sampled_from([None, "x", "x.y", "", ".", "messages"]))
+@given(
+    rows=ROWS,
+    suffix=st.sampled_from([".jsonl", ".json"]),
+    column=st.sampled_from([None, "x", "x.y", "", ".", "messages"]),
+)
 @quick(300)
 def test_any_rows_of_json_are_prompts_or_one_line(rows, suffix, column, tmp_path):
     import json
 
-    text = json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    text = (
+        json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    )
     (tmp_path / f"d{suffix}").write_text(text)
     reads(tmp_path / f"d{suffix}", prompt_column=column)
 
 
-@given(text=st.one_of(st.text(max_size=60), st.text('question,answer\n\r";a1', max_size=30).map(lambda t: "question,answer\n" + t),
-                      st.text('{"question":[] a1.\n\\}', max_size=30).map(lambda t: '{"question": "a"}\n' + t)), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))
+@given(
+    text=st.one_of(
+        st.text(max_size=60),
+        st.text('question,answer\n\r";a1', max_size=30).map(lambda t: "question,answer\n" + t),
+        st.text('{"question":[] a1.\n\\}', max_size=30).map(lambda t: '{"question": "a"}\n' + t),
+    ),
+    suffix=st.sampled_from([".jsonl", ".json", ".csv"]),
+)
 @quick(300)
 def test_any_text_is_prompts_or_one_line(text, suffix, tmp_path):
     (tmp_path / f"d{suffix}").write_bytes(text.encode("utf-8", "surrogatepass"))
     reads(tmp_path / f"d{suffix}")
 
 
-@given(content=st.binary(max_size=40), suffix=st.sampled_from([".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.gz"]))
+@given(
+    content=st.binary(max_size=40),
+    suffix=st.sampled_from([".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.gz"]),
+)
 @quick(150)
 def test_any_bytes_are_prompts_or_one_line(content, suffix, tmp_path):
     (tmp_path / f"d{suffix}").write_bytes(content)
     reads(tmp_path / f"d{suffix}")
 
 
-@given(response=st.text(max_size=40), gold=st.text(max_size=20), form=st.sampled_from(["auto", "boxed", "hash", "last-number", "exact"]))
+@given(
+    response=st.text(max_size=40),
+    gold=st.text(max_size=20),
+    form=st.sampled_from(["auto", "boxed", "hash", "last-number", "exact"]),
+)
 @quick(150)
 def test_any_text_is_right_or_wrong(response, gold, form):
     assert correct(response, gold, form) in (True, False)
@@ -144,8 +263,17 @@ def test_any_latex_is_right_or_wrong_in_time(response, gold):
     assert time.monotonic() - start < answers.SECONDS + 20  # and a new worker on a busy machine
 
 
-@pytest.mark.parametrize("text", [
-    "9^{9^{9^{9}}}", "9**9**9**9", "((10!)!)!", r"\binom{10^{9}}{10^{8}}", "{" * 900 + "1" + "}" * 900], ids=lambda text: text[:12])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9^{9^{9^{9}}}",
+        "9**9**9**9",
+        "((10!)!)!",
+        r"\binom{10^{9}}{10^{8}}",
+        "{" * 900 + "1" + "}" * 900,
+    ],
+    ids=lambda text: text[:12],
+)
 def test_what_takes_too_long_is_unequal(text, monkeypatch):
     monkeypatch.setattr(answers, "SECONDS", 1)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)]
@@ -162,11 +290,26 @@ def test_what_takes_too_long_is_unequal(text, monkeypatch):
     assert correct("#### x+7", "7+x")  # with a new worker
 
 
-@pytest.mark.parametrize("text", [
-    "{" * 10_000 + "1" + "}" * 10_000, r"\frac{1}{" * 10_000 + "1" + "}" * 10_000, r"\sqrt{" * 10_000, "(" * 10_000 + "1" + ")" * 10_000,
-    r"\begin{pmatrix}" + r"\\".join(["&".join("1" * 300)] * 300) + r"\end{pmatrix}", "1+" * 500_000 + "1", "x" * 10**6, "9" * 10**6,
-    "\\boxed{" * 100_000, "####" * 250_000, "-$" * 500_000, "1," * 500_000, "\\boxed{" + "{" * 10**6, "#### " + " " * 10**6,
-], ids=lambda text: text[:12])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 10_000 + "1" + "}" * 10_000,
+        r"\frac{1}{" * 10_000 + "1" + "}" * 10_000,
+        r"\sqrt{" * 10_000,
+        "(" * 10_000 + "1" + ")" * 10_000,
+        r"\begin{pmatrix}" + r"\\".join(["&".join("1" * 300)] * 300) + r"\end{pmatrix}",
+        "1+" * 500_000 + "1",
+        "x" * 10**6,
+        "9" * 10**6,
+        "\\boxed{" * 100_000,
+        "####" * 250_000,
+        "-$" * 500_000,
+        "1," * 500_000,
+        "\\boxed{" + "{" * 10**6,
+        "#### " + " " * 10**6,
+    ],
+    ids=lambda text: text[:12],
+)
 @pytest.mark.parametrize("form", ["#### %s", "\\boxed{%s}"])
 def test_what_is_too_long_is_answered_at_once(text, form):
     start = time.monotonic()
@@ -177,12 +320,19 @@ def test_what_is_too_long_is_answered_at_once(text, form):
 
 def test_numbers_of_any_length_are_compared():
     digits = "1" * 100_000
-    assert correct(f"#### 00{digits}", digits) and not correct(f"#### {digits}2", digits) and correct("#### 000", "0")
+    assert (
+        correct(f"#### 00{digits}", digits)
+        and not correct(f"#### {digits}2", digits)
+        and correct("#### 000", "0")
+    )
 
 
 def test_answers_are_compared_in_any_thread():
     found = []
-    threads = [threading.Thread(target=lambda i=i: found.append(correct(rf"\boxed{{x+{i}}}", f"{i}+x"))) for i in range(3)]
+    threads = [
+        threading.Thread(target=lambda i=i: found.append(correct(rf"\boxed{{x+{i}}}", f"{i}+x")))
+        for i in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

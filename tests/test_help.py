@@ -21,38 +21,65 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "prefix_distill/help"
 PAGES = {file.stem: file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.md"))}
 GROUP = typer.main.get_command(cli.app)
-LINES = [(name, line) for name, page in PAGES.items() for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines()]
+LINES = [
+    (name, line)
+    for name, page in PAGES.items()
+    for block in re.findall(r"```sh\n(.*?)```", page, re.S)
+    for line in block.splitlines()
+]
 
 
 def test_help_lists_the_pages_prints_one_and_names_the_nearest():
     assert {"exit-codes", "machines", "methods", "migration", "recipes"} <= PAGES.keys()
     code, out, err = invoke("help")
-    assert code == 0 and err == "" and [line.split()[2] for line in out.splitlines()] == sorted(PAGES)
+    assert (
+        code == 0 and err == "" and [line.split()[2] for line in out.splitlines()] == sorted(PAGES)
+    )
     for name, page in PAGES.items():
         assert invoke("help", name) == (0, page, "")
-    for wrong, said in (("exit-code", "did you mean exit-codes?"), ("zzz", "there are exit-codes, machines")):
+    for wrong, said in (
+        ("exit-code", "did you mean exit-codes?"),
+        ("zzz", "there are exit-codes, machines"),
+    ):
         code, out, err = invoke("help", wrong)
         assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_and_command_that_a_page_names_exists(name):
-    flags = {flag for sub in GROUP.commands.values() for p in sub.params for flag in p.opts} | {flag for p in GROUP.params for flag in p.opts}
-    flags |= {"--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port", "--help"}  # torchrun's, click's
+    flags = {flag for sub in GROUP.commands.values() for p in sub.params for flag in p.opts} | {
+        flag for p in GROUP.params for flag in p.opts
+    }
+    flags |= {
+        "--nnodes",
+        "--node-rank",
+        "--nproc-per-node",
+        "--master-addr",
+        "--master-port",
+        "--help",
+    }  # torchrun's, click's
     text = PAGES[name].replace("--learning_rate", "")  # of another tool, and said so
     if name == "migration":
         text = re.sub(r"prefix-distill run --model_name_or_path.*", "", text)
     wrong = [flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text) if flag not in flags]
-    assert wrong == [] and set(re.findall(r"prefix-distill ([a-z]+)", PAGES[name])) <= GROUP.commands.keys() | {"help"}
+    assert wrong == [] and set(
+        re.findall(r"prefix-distill ([a-z]+)", PAGES[name])
+    ) <= GROUP.commands.keys() | {"help"}
 
 
 @pytest.mark.parametrize("name, line", LINES)
 def test_every_command_of_a_page_parses_and_is_a_valid_run(name, line):
     program, sub, *words = shlex.split(line)
     assert program == "prefix-distill"
-    given = GROUP.commands[sub].make_context(sub, cli._understood(GROUP, [sub, *words], False)[1:]).params
-    configuration.build({k.replace("__", "."): v for k, v in given.items() if "__" in k and v is not None} | (
-        {"train.batch_size": 8} if sub == "probe" else {}))
+    given = (
+        GROUP.commands[sub]
+        .make_context(sub, cli._understood(GROUP, [sub, *words], False)[1:])
+        .params
+    )
+    configuration.build(
+        {k.replace("__", "."): v for k, v in given.items() if "__" in k and v is not None}
+        | ({"train.batch_size": 8} if sub == "probe" else {})
+    )
 
 
 def test_methods_quotes_the_committed_results():
@@ -60,54 +87,128 @@ def test_methods_quotes_the_committed_results():
     page, quoted = PAGES["methods"], 0
     for file, block in re.findall(r"Evidence \(`([\w-]+)\.json`\):\n\n((?:- .*\n)+)", page):
         claims = json.loads((ROOT / f"tests/benchmarks/results/{file}.json").read_text())["claims"]
-        known = {f"- {c['claim']}: `{c['better']}` against `{c['worse']}` {100 * c['value']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], "
-                 f"{c['verdict']}" for c in claims if c.get("unit") != "times"}
+        known = {
+            f"- {c['claim']}: `{c['better']}` against `{c['worse']}` {100 * c['value']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], "
+            f"{c['verdict']}"
+            for c in claims
+            if c.get("unit") != "times"
+        }
         assert set(block.splitlines()) <= known, file
         quoted += len(block.splitlines())
     assert quoted > 25 and quoted == len(re.findall(r"against `", page))
     for section in page.split("\n## ")[1:]:
-        assert "Evidence (" in section or "No experiment of ours" in section, section.splitlines()[0]
-    flags = {field.metadata["flag"] for path, field in configuration.options("schedule.prefix", "rollout", "divergence", "weights", "extrapolation",
-                                                                            "adapter").items()}
+        assert "Evidence (" in section or "No experiment of ours" in section, section.splitlines()[
+            0
+        ]
+    flags = {
+        field.metadata["flag"]
+        for path, field in configuration.options(
+            "schedule.prefix", "rollout", "divergence", "weights", "extrapolation", "adapter"
+        ).items()
+    }
     flags -= {"--max-new-tokens", "--off-policy", "--generation-rows", "--extrapolate-problems"}
     assert [flag for flag in sorted(flags) if flag not in page] == []
 
 
-def test_the_page_on_exit_codes_lists_what_commands_end_with(pair, questions, tmp_path, monkeypatch):
+def test_the_page_on_exit_codes_lists_what_commands_end_with(
+    pair, questions, tmp_path, monkeypatch
+):
     """Each code provoked by its own cause."""
     from test_faults import shortage
 
     from prefix_distill.display import Display
 
-    flags = ["run", "--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--prefix", "4", "--max-new-tokens", "8", "--steps", "2",
-             "--batch-size", "1", "--samples", "1", "--eval-samples", "0", "--kl-prompts", "1", "--check-samples", "0", "--save-every", "0"]
-    seen = {0: invoke("help")[0], 2: invoke("run", "--prefix", "0")[0], 1: invoke(*flags, "--lr", "1e38", "--out", tmp_path / "1")[0],
-            3: invoke(*flags, "--max-new-tokens", "500", "--out", tmp_path / "3")[0]}
+    flags = [
+        "run",
+        "--student",
+        pair[0],
+        "--teacher",
+        pair[1],
+        "--dataset",
+        questions,
+        "--prefix",
+        "4",
+        "--max-new-tokens",
+        "8",
+        "--steps",
+        "2",
+        "--batch-size",
+        "1",
+        "--samples",
+        "1",
+        "--eval-samples",
+        "0",
+        "--kl-prompts",
+        "1",
+        "--check-samples",
+        "0",
+        "--save-every",
+        "0",
+    ]
+    seen = {
+        0: invoke("help")[0],
+        2: invoke("run", "--prefix", "0")[0],
+        1: invoke(*flags, "--lr", "1e38", "--out", tmp_path / "1")[0],
+        3: invoke(*flags, "--max-new-tokens", "500", "--out", tmp_path / "3")[0],
+    }
     with monkeypatch.context() as patch:
         patch.setattr(Display, "row", lambda *_: signal.raise_signal(signal.SIGINT))
         seen[130] = invoke(*flags, "--out", tmp_path / "130")[0]
     with monkeypatch.context() as patch:
         shortage(patch, "generation", 0)
-        seen[4] = invoke("eval", "--model", pair[0], "--dataset", questions, "--limit", "2", "--max-new-tokens", "8", "--out", tmp_path / "4")[0]
+        seen[4] = invoke(
+            "eval",
+            "--model",
+            pair[0],
+            "--dataset",
+            questions,
+            "--limit",
+            "2",
+            "--max-new-tokens",
+            "8",
+            "--out",
+            tmp_path / "4",
+        )[0]
     assert seen == {code: code for code in seen}
-    assert {int(code) for code in re.findall(r"^\| (\d+) \|", PAGES["exit-codes"], re.M)} == seen.keys()
+    assert {
+        int(code) for code in re.findall(r"^\| (\d+) \|", PAGES["exit-codes"], re.M)
+    } == seen.keys()
     assert all(f"{code} " in " ".join(invoke("--help")[1].split()) for code in seen)
 
 
 def test_env_is_one_document_without_secrets_or_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, value in {"HF_TOKEN": "hf_SECRET", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "/home/somebody"}.items():
+    for name, value in {
+        "HF_TOKEN": "hf_SECRET",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "/home/somebody",
+    }.items():
         monkeypatch.setenv(name, value)
     code, out, err = invoke("env")
     document = last_json(out)
     assert code == 0 and len(out.splitlines()) == 1
-    assert {row["device"] for row in document["devices"]} >= {"cpu"} and document["devices"][0]["memory_bytes"] > 1 << 28
-    assert document["threads"]["OMP_NUM_THREADS"] == "1" and document["packages"]["torch"] != "not installed"
+    assert {row["device"] for row in document["devices"]} >= {"cpu"} and document["devices"][0][
+        "memory_bytes"
+    ] > 1 << 28
+    assert (
+        document["threads"]["OMP_NUM_THREADS"] == "1"
+        and document["packages"]["torch"] != "not installed"
+    )
     import getpass
     import platform
 
     text = out + err
-    for private in ("SECRET", "somebody", str(Path.home()), str(tmp_path), platform.node(), sys.prefix, str(ROOT), f'"{getpass.getuser()}"'):
+    for private in (
+        "SECRET",
+        "somebody",
+        str(Path.home()),
+        str(tmp_path),
+        platform.node(),
+        sys.prefix,
+        str(ROOT),
+        f'"{getpass.getuser()}"',
+    ):
         assert private not in text, private
     for name in document:
         assert f"{name}: " in err
@@ -119,8 +220,15 @@ def test_env_knows_every_package_that_can_be_asked_for():
     from prefix_distill.runtime import PACKAGES
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for name, lines in project["optional-dependencies"].items() if name != "test" for line in lines]
-    assert {re.match(r"[\w-]+", line)[0] for line in project["dependencies"] + extras} <= set(PACKAGES)
+    extras = [
+        line
+        for name, lines in project["optional-dependencies"].items()
+        if name != "test"
+        for line in lines
+    ]
+    assert {re.match(r"[\w-]+", line)[0] for line in project["dependencies"] + extras} <= set(
+        PACKAGES
+    )
 
 
 BOXES = re.compile("[\u2500-\u259f\x1b]")  # lines, blocks, escapes
@@ -132,9 +240,15 @@ def _in_a_terminal(environment: dict, code: str) -> str:
 
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as screen:
-        clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "PREFIX_DISTILL_PLAIN")}
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.DEVNULL,
-                                   env={**clean, "TERM": "xterm", "COLUMNS": "100", **environment})
+        clean = {
+            k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "PREFIX_DISTILL_PLAIN")
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stderr=theirs,
+            stdout=subprocess.DEVNULL,
+            env={**clean, "TERM": "xterm", "COLUMNS": "100", **environment},
+        )
         os.close(theirs)
         seen = b""
         try:
@@ -162,7 +276,11 @@ show(table)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("environment", [{"PREFIX_DISTILL_PLAIN": "1"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}, {}], ids=["plain", "NO_COLOR", "dumb", "bars"])
+@pytest.mark.parametrize(
+    "environment",
+    [{"PREFIX_DISTILL_PLAIN": "1"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}, {}],
+    ids=["plain", "NO_COLOR", "dumb", "bars"],
+)
 def test_plain_mode_has_no_bars_boxes_or_colours(environment):
     seen = _in_a_terminal(environment, SHOWN).replace("\r\n", "\n")
     if not environment:
@@ -180,13 +298,19 @@ def test_plain_is_a_flag_before_and_behind_the_command(tmp_path, monkeypatch):
         with mock.patch.dict(os.environ):
             os.environ.pop("PREFIX_DISTILL_PLAIN", None)
             assert invoke(*words)[0] == 0 and os.environ["PREFIX_DISTILL_PLAIN"] == "1"
-    assert invoke("help", "machines", "--", "--plain")[0] == 2  # behind -- it is a word like any other
+    assert (
+        invoke("help", "machines", "--", "--plain")[0] == 2
+    )  # behind -- it is a word like any other
 
 
 def test_a_shell_is_offered_the_values_that_an_option_has(monkeypatch):
     """bash's protocol, as typer's --show-completion sets it up."""
     monkeypatch.setenv("_PREFIX_DISTILL_COMPLETE", "complete_bash")
-    for words, values in (("run --eos ", {"student", "teacher", "union"}), ("check --eos te", {"teacher"}), ("run --lr-sch", {"--lr-schedule"})):
+    for words, values in (
+        ("run --eos ", {"student", "teacher", "union"}),
+        ("check --eos te", {"teacher"}),
+        ("run --lr-sch", {"--lr-schedule"}),
+    ):
         monkeypatch.setenv("COMP_WORDS", f"prefix-distill {words}")
         monkeypatch.setenv("COMP_CWORD", str(len(words.split(" "))))
         assert set(invoke()[1].split()) >= values, words
@@ -196,7 +320,9 @@ def test_a_shell_is_offered_the_values_that_an_option_has(monkeypatch):
 def test_what_a_stream_cannot_encode_is_replaced(monkeypatch):
     """A pipe in a Windows code page: help has Σ, κ and →."""
     written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True))
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True)
+    )
     monkeypatch.setattr(sys, "argv", ["prefix-distill", "run", "--help"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -22,7 +22,9 @@ def test_splits_are_disjoint_plentiful_and_repeatable(name):
     for split, found in sets.items():
         assert len(set(found)) == len(found) and all(p.split == split for p in found)
     prompts = [{p.prompt for p in found} for found in sets.values()]
-    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    assert (
+        not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    )
     assert task.problems(name, "test", 50, seed=3) == task.problems(name, "test", 50, seed=3)
     assert task.problems(name, "test", 50, seed=3) != task.problems(name, "test", 50, seed=4)
 
@@ -42,7 +44,11 @@ def test_traces_are_long_and_prompts_short(name):
     for problem in task.problems(name, "test", 20):
         prompt = data.render(model, ({"role": "user", "content": problem.prompt},), "chat")
         trace = model.tokenizer(problem.solution, add_special_tokens=False).input_ids
-        assert len(prompt) <= 14 and 120 <= len(trace) < task.MAX_NEW_TOKENS and len(trace) >= 8 * len(prompt)
+        assert (
+            len(prompt) <= 14
+            and 120 <= len(trace) < task.MAX_NEW_TOKENS
+            and len(trace) >= 8 * len(prompt)
+        )
         assert model.tokenizer.decode(trace) == problem.solution
 
 
@@ -59,8 +65,19 @@ def test_everything_shipped_fits_in_4_mb():
 @pytest.mark.parametrize("name, role", PAIRS)
 def test_shipped_models_meet_their_bands(name, role, tmp_path):
     """At temperature 1 on 60 held-out problems; the bands have room for the interval's width."""
-    _, out, _ = invoke("eval", "--model", f"lab:{name}/{role}", "--dataset", f"lab:{name}", "--limit", "60",
-                       "--generation-rows", "60", "--out", tmp_path / "e.jsonl")
+    _, out, _ = invoke(
+        "eval",
+        "--model",
+        f"lab:{name}/{role}",
+        "--dataset",
+        f"lab:{name}",
+        "--limit",
+        "60",
+        "--generation-rows",
+        "60",
+        "--out",
+        tmp_path / "e.jsonl",
+    )
     found = last_json(out)
     low, high = build.BANDS[role]
     assert found["accuracy"]["high"] >= low and found["accuracy"]["low"] <= high
@@ -77,7 +94,9 @@ def test_told_models_write_the_solution_they_are_given(role):
 @pytest.mark.long
 def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = invoke("run", "--steps", "5", "--prefix", "16", "--eval-samples", "40", "--out", "X")
+    code, out, err = invoke(
+        "run", "--steps", "5", "--prefix", "16", "--eval-samples", "40", "--out", "X"
+    )
     assert code == 0 and err.count("it comes from the embedded laboratory") == 3
     document = last_json(out)
     assert document["steps"] == 5 and document["flops"]["useful"] < document["flops"]["executed"]
@@ -93,7 +112,11 @@ def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
 
 
 def test_stages_with_told_problems_draw_for_them_and_others_do_not():
-    p, plain, told = task.Problem("choice", 41, 73, 3), build.Stage(1, 1, 1.0, 0.5), build.Stage(1, 1, 1.0, 1.0, told=0.5)
+    p, plain, told = (
+        task.Problem("choice", 41, 73, 3),
+        build.Stage(1, 1, 1.0, 0.5),
+        build.Stage(1, 1, 1.0, 1.0, told=0.5),
+    )
     rng, same = random.Random(0), random.Random(0)
     for _ in range(20):
         expected = p.short_cut(same) if same.random() < 0.5 else p.solution
@@ -111,6 +134,9 @@ def test_rebuilding_trains_the_same_net_twice(tmp_path):
         build.save(model, tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
-    assert models.load(str(tmp_path / "a"), device=torch.device("cpu"), dtype=torch.float32).eos == {1}
+    assert models.load(
+        str(tmp_path / "a"), device=torch.device("cpu"), dtype=torch.float32
+    ).eos == {1}
     assert json.loads((tmp_path / "a/tokenizer.json").read_text()) == json.loads(
-        (task.model_path("choice", "teacher") / "tokenizer.json").read_text())
+        (task.model_path("choice", "teacher") / "tokenizer.json").read_text()
+    )

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs"
+)
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 UPDATES = """
@@ -67,7 +69,12 @@ def test_peak_does_not_grow_with_accumulation_samples_or_vocabulary_beyond_the_c
     """240 taught tokens a micro-batch. At V = 60,000 one table of them is 55 MiB; the head's own gradients, 15 MiB each, are
     the only thing that may grow with the vocabulary."""
     small, accumulated, samples, large, budget = growths(
-        {}, {"accumulated": 12}, {"samples": 16}, {"vocabulary": 60_000}, {"vocabulary": 60_000, "chunk": 256})
+        {},
+        {"accumulated": 12},
+        {"samples": 16},
+        {"vocabulary": 60_000},
+        {"vocabulary": 60_000, "chunk": 256},
+    )
     assert accumulated < small + 12 and samples < small + 12
     assert large < small + 4 * 15 + 15
     assert budget > large + 100  # the budget is what bounds it
@@ -75,9 +82,24 @@ def test_peak_does_not_grow_with_accumulation_samples_or_vocabulary_beyond_the_c
 
 def test_the_fused_loss_needs_a_fraction_of_the_naive_ones_memory():
     """1,024 rows × 20,000: 80 MiB a table. (The README's figures are at 4,096 × 151,936.)"""
+
     def extra(arm):
-        done = subprocess.run([sys.executable, BENCHMARKS / "divergence.py", "--child", arm, "reverse-kl", "1024", "--vocabulary",
-                               "20000", "--width", "32"], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                BENCHMARKS / "divergence.py",
+                "--child",
+                arm,
+                "reverse-kl",
+                "1024",
+                "--vocabulary",
+                "20000",
+                "--width",
+                "32",
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -19,15 +19,28 @@ from test_train import Silent, prepared
 def gradient(run, folder, prefix=12):
     files = RunFolder(folder)
     files.path.mkdir(exist_ok=True)
-    student, clock, progress = run.student.net.requires_grad_(True), Clock(run.place.device), Progress()
+    student, clock, progress = (
+        run.student.net.requires_grad_(True),
+        Clock(run.place.device),
+        Progress(),
+    )
     student.zero_grad()
     texts = train._teacher_texts(run, files, progress, clock)
     prompts = data.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
     ledger = Ledger()
     rollouts = train.sample(run, run.student, prompts, 0, prefix, ledger, clock, texts)
     weights, share = token_weights(rollouts, run.config.divergence.reduction)
-    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock)
-    return rollouts, values, {n: p.grad.clone() for n, p in student.named_parameters()}, texts, progress.ledger, ledger
+    values, _ = train._accumulate(
+        run, train.StudentLoss(run), rollouts, weights, share, ledger, clock
+    )
+    return (
+        rollouts,
+        values,
+        {n: p.grad.clone() for n, p in student.named_parameters()},
+        texts,
+        progress.ledger,
+        ledger,
+    )
 
 
 def reference(run, rollouts, loss_of):
@@ -35,9 +48,13 @@ def reference(run, rollouts, loss_of):
     student.zero_grad()
     losses, count = [], 0
     for r in rollouts:
-        logits = student(torch.tensor([r.student_prompt + r.ids])).logits[0, len(r.student_prompt) - 1 : -1]
+        logits = student(torch.tensor([r.student_prompt + r.ids])).logits[
+            0, len(r.student_prompt) - 1 : -1
+        ]
         with torch.no_grad():
-            theirs = run.teacher.net(torch.tensor([r.teacher_prompt + r.ids])).logits[0, len(r.teacher_prompt) - 1 : -1]
+            theirs = run.teacher.net(torch.tensor([r.teacher_prompt + r.ids])).logits[
+                0, len(r.teacher_prompt) - 1 : -1
+            ]
         losses.append(loss_of(r, logits.log_softmax(-1), theirs.log_softmax(-1)).sum())
         count += len(r.ids)
     (sum(losses) / count).backward()
@@ -56,41 +73,75 @@ def reverse_kl(r, s, t):
     return (s.exp() * (s - t)).sum(-1)
 
 
-@pytest.mark.parametrize("off, divergence, own, theirs", [
-    ("sft", "reverse-kl", None, nll), ("divergence", "forward-kl", None, forward_kl), ("divergence", "reverse-kl", None, reverse_kl),
-    ("sft:0.4", "reverse-kl", reverse_kl, nll), ("divergence:0.4", "forward-kl", forward_kl, forward_kl),
-])
-def test_gradient_of_every_arm_against_autograd(pair, questions, tmp_path, off, divergence, own, theirs):
+@pytest.mark.parametrize(
+    "off, divergence, own, theirs",
+    [
+        ("sft", "reverse-kl", None, nll),
+        ("divergence", "forward-kl", None, forward_kl),
+        ("divergence", "reverse-kl", None, reverse_kl),
+        ("sft:0.4", "reverse-kl", reverse_kl, nll),
+        ("divergence:0.4", "forward-kl", forward_kl, forward_kl),
+    ],
+)
+def test_gradient_of_every_arm_against_autograd(
+    pair, questions, tmp_path, off, divergence, own, theirs
+):
     run = prepared(pair, questions, rollout__off_policy=off, divergence__name=divergence)
     rollouts, values, found, *_ = gradient(run, tmp_path / "run")
     foreign = [r for r in rollouts if r.off_policy]
     assert len(foreign) == (4 if "0.4" in off else 10)
     expected = reference(run, rollouts, lambda r, s, t: (theirs if r.off_policy else own)(r, s, t))
     for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * max(1e-6, expected[name].abs().max().item()))
+        torch.testing.assert_close(
+            found[name],
+            expected[name],
+            rtol=1e-4,
+            atol=1e-5 * max(1e-6, expected[name].abs().max().item()),
+        )
 
 
-def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(pair, questions, tmp_path, monkeypatch):
+def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
+    pair, questions, tmp_path, monkeypatch
+):
     run = prepared(pair, questions, rollout__off_policy="sft")
     rollouts, _, _, texts, spent, update = gradient(run, tmp_path / "run", prefix=5)
-    assert all(r.off_policy and len(r.ids) <= 5 and r.ids == tuple(texts[p.prompt.index, r.sample]["ids"][:5])
-               for p, r in zip((data.batch(run.train_prompts, 0, 5, 0)[r.prompt] for r in rollouts), rollouts))
+    assert all(
+        r.off_policy
+        and len(r.ids) <= 5
+        and r.ids == tuple(texts[p.prompt.index, r.sample]["ids"][:5])
+        for p, r in zip(
+            (data.batch(run.train_prompts, 0, 5, 0)[r.prompt] for r in rollouts), rollouts
+        )
+    )
     # it is what the teacher samples: the same draw from its own distribution, prompt by prompt
     from prefix_distill.rollout import Request, generate
 
     first = data.batch(run.train_prompts, 0, 5, 0)[0]
-    alone = generate(run.teacher, [Request(first.teacher_ids, ("teacher-text", first.prompt.index, 1))], 12, run.text_sampler)
+    alone = generate(
+        run.teacher,
+        [Request(first.teacher_ids, ("teacher-text", first.prompt.index, 1))],
+        12,
+        run.text_sampler,
+    )
     assert texts[first.prompt.index, 1]["ids"] == list(alone[0].ids)
     assert set(spent.useful) == set(off_policy.PHASES) and all(spent.useful.values())
     assert "teacher_score" not in update.useful  # nothing is scored for a cross-entropy
     again = Progress()
-    monkeypatch.setattr(off_policy, "generate", None)  # a second call that wrote anything would fail
-    assert train._teacher_texts(run, RunFolder(tmp_path / "run"), again, Clock(run.place.device)) == texts
+    monkeypatch.setattr(
+        off_policy, "generate", None
+    )  # a second call that wrote anything would fail
+    assert (
+        train._teacher_texts(run, RunFolder(tmp_path / "run"), again, Clock(run.place.device))
+        == texts
+    )
     assert again.ledger == spent
 
 
 def test_a_longer_run_writes_only_what_is_missing(pair, questions, tmp_path):
-    short, longer = (prepared(pair, questions, rollout__off_policy="divergence", train__steps=steps) for steps in (1, 3))
+    short, longer = (
+        prepared(pair, questions, rollout__off_policy="divergence", train__steps=steps)
+        for steps in (1, 3)
+    )
     files = RunFolder(tmp_path / "run")
     files.path.mkdir()
     first = train._teacher_texts(short, files, Progress(), Clock(short.place.device))
@@ -102,27 +153,51 @@ def test_a_longer_run_writes_only_what_is_missing(pair, questions, tmp_path):
 
 
 def test_a_whole_sft_run_learns_the_text(pair, questions, tmp_path):
-    run = prepared(pair, questions, rollout__off_policy="sft", schedule__prefix="full", train__steps=12, schedule__lr=3e-3,
-                   train__batch_size=2)
+    run = prepared(
+        pair,
+        questions,
+        rollout__off_policy="sft",
+        schedule__prefix="full",
+        train__steps=12,
+        schedule__lr=3e-3,
+        train__batch_size=2,
+    )
     files = RunFolder(tmp_path / "run")
     files.create({})
     files.write_json("run.json", {})
     result = train.train(run, files, Silent(), False)
     rows = [json.loads(line) for line in (files.path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["loss/teacher_text_nats"] < rows[0]["loss/teacher_text_nats"] and rows[0]["loss/reverse_kl_nats"] is None
-    assert result["flops"]["by_phase"].keys() == {"evaluation", "teacher_prefill", "teacher_decode", "student_update"}
+    assert (
+        rows[-1]["loss/teacher_text_nats"] < rows[0]["loss/teacher_text_nats"]
+        and rows[0]["loss/reverse_kl_nats"] is None
+    )
+    assert result["flops"]["by_phase"].keys() == {
+        "evaluation",
+        "teacher_prefill",
+        "teacher_decode",
+        "student_update",
+    }
 
 
-@pytest.mark.parametrize("changes, named", [
-    ({"divergence.estimator": "sampled", "divergence.name": "forward-kl"}, "--divergence forward-kl"),
-    ({"divergence.estimator": "sampled", "divergence.name": "jsd:0.5"}, "--divergence jsd:0.5"),
-    ({"divergence.estimator": "sampled", "divergence.temperature": 2.0}, "--kl-temperature 2"),
-    ({"divergence.estimator": "sampled", "rollout.temperature": 0.0}, "--temperature 0"),
-    ({"divergence.estimator": "sampled", "rollout.off_policy": "divergence:0.5"}, "--off-policy divergence:0.5"),
-    ({"rollout.off_policy": "sft", "divergence.name": "forward-kl"}, "--divergence forward-kl"),
-    ({"rollout.off_policy": "sft", "divergence.estimator": "top-k:5"}, "--estimator top-k:5"),
-    ({"rollout.off_policy": "sft", "divergence.temperature": 2.0}, "--kl-temperature 2.0"),
-])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (
+            {"divergence.estimator": "sampled", "divergence.name": "forward-kl"},
+            "--divergence forward-kl",
+        ),
+        ({"divergence.estimator": "sampled", "divergence.name": "jsd:0.5"}, "--divergence jsd:0.5"),
+        ({"divergence.estimator": "sampled", "divergence.temperature": 2.0}, "--kl-temperature 2"),
+        ({"divergence.estimator": "sampled", "rollout.temperature": 0.0}, "--temperature 0"),
+        (
+            {"divergence.estimator": "sampled", "rollout.off_policy": "divergence:0.5"},
+            "--off-policy divergence:0.5",
+        ),
+        ({"rollout.off_policy": "sft", "divergence.name": "forward-kl"}, "--divergence forward-kl"),
+        ({"rollout.off_policy": "sft", "divergence.estimator": "top-k:5"}, "--estimator top-k:5"),
+        ({"rollout.off_policy": "sft", "divergence.temperature": 2.0}, "--kl-temperature 2.0"),
+    ],
+)
 def test_combinations_without_a_meaning_are_refused_by_name(changes, named):
     with pytest.raises(UserError, match=named):
         configuration.build(changes)

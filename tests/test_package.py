@@ -23,7 +23,12 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def built(kind: str, source: Path, folder: Path) -> Path:
-    done = subprocess.run([sys.executable, "-c", BUILD, f"build_{kind}", str(folder)], cwd=source, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, f"build_{kind}", str(folder)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return folder / done.stdout.strip().splitlines()[-1]
 
@@ -36,24 +41,41 @@ def source(tmp_path_factory):
     if version(setuptools.__version__) < (77, 0):
         pytest.skip("pyproject.toml asks for setuptools 77")
     folder = tmp_path_factory.mktemp("source") / "checkout"
-    shutil.copytree(ROOT / "prefix_distill", folder / "prefix_distill", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "prefix_distill",
+        folder / "prefix_distill",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
 
 
 def contents(source: Path) -> set[str]:
-    return {str(file.relative_to(source)) for file in (source / "prefix_distill").rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(source))
+        for file in (source / "prefix_distill").rglob("*")
+        if file.is_file()
+    }
 
 
 def test_the_wheel_has_every_module_and_data_file(source, tmp_path):
     expected = contents(source)
     with zipfile.ZipFile(built("wheel", source, tmp_path)) as wheel:
         found = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("METADATA"))).decode()
-        scripts = wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
-    assert found == expected and len([name for name in found if name.endswith(".safetensors")]) == 10
-    assert "prefix-distill = prefix_distill.cli:main" in scripts and "License-File: LICENSE" in metadata
+        metadata = wheel.read(
+            next(name for name in wheel.namelist() if name.endswith("METADATA"))
+        ).decode()
+        scripts = wheel.read(
+            next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+        ).decode()
+    assert (
+        found == expected and len([name for name in found if name.endswith(".safetensors")]) == 10
+    )
+    assert (
+        "prefix-distill = prefix_distill.cli:main" in scripts
+        and "License-File: LICENSE" in metadata
+    )
 
 
 @pytest.mark.long
@@ -65,24 +87,75 @@ def test_wheel_and_sdist_install_into_an_empty_environment_and_run_from_anywhere
     assert contents(unpacked) == contents(source) and (unpacked / "LICENSE").is_file()
     for name, tree in (("from-wheel", source), ("from-sdist", unpacked)):
         wheel = built("wheel", tree, tmp_path)
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / name)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / name)], check=True
+        )
         python = tmp_path / name / ("Scripts" if os.name == "nt" else "bin") / "python"
-        purelib = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True)
+        purelib = subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         own = Path(purelib.stdout.strip())
         (own / "dependencies.pth").write_text("\n".join(site.getsitepackages()), encoding="utf-8")
-        subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "--python",
+                str(python),
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--no-index",
+                str(wheel),
+            ],
+            check=True,
+        )
         outside = tmp_path / f"{name}-work"
         outside.mkdir()
         clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
         def run(*words):
-            done = subprocess.run([str(python.with_name("prefix-distill")), *words], cwd=outside, env=clean, capture_output=True, text=True)
+            done = subprocess.run(
+                [str(python.with_name("prefix-distill")), *words],
+                cwd=outside,
+                env=clean,
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        where = subprocess.run([python, "-c", "import prefix_distill; print(prefix_distill.__file__)"], cwd=outside, env=clean,
-                               capture_output=True, text=True, check=True)
+        where = subprocess.run(
+            [python, "-c", "import prefix_distill; print(prefix_distill.__file__)"],
+            cwd=outside,
+            env=clean,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert Path(where.stdout.strip()).is_relative_to(own)
-        assert "--seed" in run("demo", "--help") and run("help", "recipes") == (ROOT / "prefix_distill/help/recipes.md").read_text(encoding="utf-8")
-        document = last_json(run("run", "--prefix", "4", "--steps", "1", "--batch-size", "2", "--eval-samples", "2", "--kl-prompts", "2", "--out", "first"))
+        assert "--seed" in run("demo", "--help") and run("help", "recipes") == (
+            ROOT / "prefix_distill/help/recipes.md"
+        ).read_text(encoding="utf-8")
+        document = last_json(
+            run(
+                "run",
+                "--prefix",
+                "4",
+                "--steps",
+                "1",
+                "--batch-size",
+                "2",
+                "--eval-samples",
+                "2",
+                "--kl-prompts",
+                "2",
+                "--out",
+                "first",
+            )
+        )
         assert document["steps"] == 1 and (outside / "first/model/model.safetensors").is_file()

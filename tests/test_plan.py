@@ -26,16 +26,31 @@ class Held(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self.sizes:
+            if (
+                isinstance(t, torch.Tensor)
+                and (key := t.untyped_storage()._cdata) not in self.sizes
+            ):
                 self.sizes[key] = t.untyped_storage().nbytes()
-                weakref.finalize(t.untyped_storage(), lambda key=key: setattr(self, "now", self.now - self.sizes.pop(key)))
+                weakref.finalize(
+                    t.untyped_storage(),
+                    lambda key=key: setattr(self, "now", self.now - self.sizes.pop(key)),
+                )
                 self.now += self.sizes[key]
                 self.peak = max(self.peak, self.now)
         return out
 
 
 def case(**more):
-    given = dict(prompts=((9, 9), (14, 14)), samples=2, prefix=6, limit=12, micro=4, rows=4, problems=4, contexts=2)
+    given = dict(
+        prompts=((9, 9), (14, 14)),
+        samples=2,
+        prefix=6,
+        limit=12,
+        micro=4,
+        rows=4,
+        problems=4,
+        contexts=2,
+    )
     return forecast.Case(Terms("reverse-kl", memory_bytes=1 << 16), torch.float32, **given | more)
 
 
@@ -43,37 +58,87 @@ def case(**more):
 def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
     """A student's micro-batch, forward and backward: prompts read once, grouped heads, sliding windows, a soft-cap, tied weights."""
     group = case().rollouts(6)
-    real = Model("m", tiny_net(kind, width=64).requires_grad_(True), None, None, frozenset(), shares_prompts=True)
+    real = Model(
+        "m",
+        tiny_net(kind, width=64).requires_grad_(True),
+        None,
+        None,
+        frozenset(),
+        shares_prompts=True,
+    )
     real = models.recompute(real) if recomputes else real
     known = [*real.net.parameters(), *real.net.buffers()]
     teacher_NE, head = torch.zeros(24, 64), forecast.Head(torch.zeros(260, 64))
     for p in real.net.parameters():
         p.grad = torch.zeros_like(p)
-    with Held([*known, *(p.grad for p in real.net.parameters()), teacher_NE, head.weight_VD]) as held:
+    with Held(
+        [*known, *(p.grad for p in real.net.parameters()), teacher_NE, head.weight_VD]
+    ) as held:
         rows = scoring.hidden_rows(real, group)
-        loss, values, _ = weighted(case().terms, rows, real.head(), teacher_NE, head, torch.ones(24), scoring.tokens(group))
+        loss, values, _ = weighted(
+            case().terms, rows, real.head(), teacher_NE, head, torch.ones(24), scoring.tokens(group)
+        )
         loss.backward()
     ghost = forecast.sketch("m", tiny_config(kind, width=64), torch.float32, recomputes=recomputes)
     ghost.net.requires_grad_(True)
-    found = forecast.updating(ghost, group, case().terms, forecast.Head(forecast.ghost((260, 64))), False, True)
+    found = forecast.updating(
+        ghost, group, case().terms, forecast.Head(forecast.ghost((260, 64))), False, True
+    )
     assert max(found.values()) == pytest.approx(held.peak, rel=0.01)
 
 
 @pytest.mark.long
 def test_an_adapter_and_checkpointing_need_less():
-    pair = forecast.Pair(tiny_config("llama", vocabulary=4000, width=256, layers=3), tiny_config("llama", vocabulary=4000, width=256, layers=3))
-    plain, recomputed, adapted, itself = (pair.forecast(case(prefix=40, limit=40, problems=0, contexts=0, **more)) for more in (
-        {}, {"recomputes": True}, {"adapter": Adapter(rank=4)}, {"adapter": Adapter(rank=4), "own": True}))
-    assert recomputed["phases"]["student_update"] < plain["phases"]["student_update"] and recomputed["weights"] == plain["weights"]
-    pairs = 3 * 4 * ((256 + 256) * 2 + (256 + 128) * 2 + (256 + 512) * 3)  # layers · rank · (in + out) of q, o; k, v; gate, up, down
+    pair = forecast.Pair(
+        tiny_config("llama", vocabulary=4000, width=256, layers=3),
+        tiny_config("llama", vocabulary=4000, width=256, layers=3),
+    )
+    plain, recomputed, adapted, itself = (
+        pair.forecast(case(prefix=40, limit=40, problems=0, contexts=0, **more))
+        for more in (
+            {},
+            {"recomputes": True},
+            {"adapter": Adapter(rank=4)},
+            {"adapter": Adapter(rank=4), "own": True},
+        )
+    )
+    assert (
+        recomputed["phases"]["student_update"] < plain["phases"]["student_update"]
+        and recomputed["weights"] == plain["weights"]
+    )
+    pairs = (
+        3 * 4 * ((256 + 256) * 2 + (256 + 128) * 2 + (256 + 512) * 3)
+    )  # layers · rank · (in + out) of q, o; k, v; gate, up, down
     assert adapted["weights"]["AdamW's moments"] == 8 * pairs and adapted["gradients"] == 4 * pairs
     assert "teacher" in adapted["weights"] and "teacher" not in itself["weights"]
 
 
 @pytest.mark.long
 def test_times_by_the_rates_of_a_run_and_cards(pair, questions, tmp_path):
-    given = ["--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--prefix", "linear:2:1", "--max-new-tokens", 8, "--steps", 3,
-             "--batch-size", 4, "--eval-samples", 2, "--kl-prompts", 2, "--tail-every", 0, "--dtype", "float32"]
+    given = [
+        "--student",
+        pair[0],
+        "--teacher",
+        pair[1],
+        "--dataset",
+        questions,
+        "--prefix",
+        "linear:2:1",
+        "--max-new-tokens",
+        8,
+        "--steps",
+        3,
+        "--batch-size",
+        4,
+        "--eval-samples",
+        2,
+        "--kl-prompts",
+        2,
+        "--tail-every",
+        0,
+        "--dtype",
+        "float32",
+    ]
     code, out, err = invoke("run", *given, "--out", tmp_path / "run")
     assert code == 0, err
     code, out, err = invoke("plan", *given, "--prefixes", "full", "--from-run", tmp_path / "run")
@@ -82,31 +147,67 @@ def test_times_by_the_rates_of_a_run_and_cards(pair, questions, tmp_path):
     row, full = document["prefixes"]
     assert row["tokens"] == [2, 4] and full["tokens"] == [8, 8]
     rates = document["rate"]["flops_per_second"]
-    assert full["seconds"] == pytest.approx(sum(f["useful"] / rates[p] for p, f in full["flops"].items())) and full["seconds"] > row["seconds"] > 0
+    assert (
+        full["seconds"]
+        == pytest.approx(sum(f["useful"] / rates[p] for p, f in full["flops"].items()))
+        and full["seconds"] > row["seconds"] > 0
+    )
     cards = {(c["card_gb"], c["method"], c["gradient_checkpointing"]) for c in document["cards"]}
     assert len(cards) == 16 and all(c["fits"] and c["micro_batch"] == 16 for c in document["cards"])
     assert "GiB" in err and "16 GB" in err
 
 
-@pytest.mark.parametrize("given, words", [
-    (["--student", "/nowhere"], "no such folder"), (["--prompt-tokens", "0"], "--prompt-tokens 0"), (["--device-tflops", "nan"], "--device-tflops nan"),
-    (["--device-tflops", "1", "--measure"], "keep one"), (["--from-run", "/nowhere"], "--from-run /nowhere"), (["--prefixes", "9x"], "prefix '9x'"),
-])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["--student", "/nowhere"], "no such folder"),
+        (["--prompt-tokens", "0"], "--prompt-tokens 0"),
+        (["--device-tflops", "nan"], "--device-tflops nan"),
+        (["--device-tflops", "1", "--measure"], "keep one"),
+        (["--from-run", "/nowhere"], "--from-run /nowhere"),
+        (["--prefixes", "9x"], "prefix '9x'"),
+    ],
+)
 def test_bad_input_is_one_line(given, words):
     code, out, err = invoke("plan", *given)
     assert code == 2 and out == "" and words in err and len(err.strip().splitlines()) == 1
 
 
 def test_flops_are_what_a_dry_run_says(pair, questions):
-    given = ["--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--eval-dataset", questions, "--prefix", 4, "--max-new-tokens", 8,
-             "--steps", 1, "--dtype", "float32"]
+    given = [
+        "--student",
+        pair[0],
+        "--teacher",
+        pair[1],
+        "--dataset",
+        questions,
+        "--eval-dataset",
+        questions,
+        "--prefix",
+        4,
+        "--max-new-tokens",
+        8,
+        "--steps",
+        1,
+        "--dtype",
+        "float32",
+    ]
     code, out, err = invoke("run", *given, "--dry-run")
     assert code == 0, err
     priced = last_json(out)["flops_per_update"]
     from prefix_distill import plan
 
-    config = build({"models.student": pair[0], "models.teacher": pair[1], "data.dataset": questions, "train.steps": 1, "schedule.prefix": "4",
-                    "rollout.max_new_tokens": 8, "runtime.dtype": "float32"})
+    config = build(
+        {
+            "models.student": pair[0],
+            "models.teacher": pair[1],
+            "data.dataset": questions,
+            "train.steps": 1,
+            "schedule.prefix": "4",
+            "rollout.max_new_tokens": 8,
+            "runtime.dtype": "float32",
+        }
+    )
     (folders, configs) = zip(*(plan.read_config(path) for path in pair))
     prompts, _, support = plan._prompts(config, folders, pair, configs, 260)
     shapes = [plan.flops.shape(forecast.sketch("m", c, torch.float32), support) for c in configs]
@@ -116,10 +217,21 @@ def test_flops_are_what_a_dry_run_says(pair, questions):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", [{}, {"recomputes": True}, {"adapter": Adapter(rank=4)}, {"micro": 1, "prefix": 60, "limit": 60}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"recomputes": True},
+        {"adapter": Adapter(rank=4)},
+        {"micro": 1, "prefix": 60, "limit": 60},
+    ],
+)
 def test_two_depths_tell_what_all_layers_take(more, monkeypatch):
     """Twelve layers from a straight line through small depths, against a trace of all twelve."""
-    gemma = Gemma3TextConfig(**tiny_config("gemma3", vocabulary=600).to_dict() | {"num_hidden_layers": 12, "layer_types": None, "sliding_window_pattern": 2})
+    gemma = Gemma3TextConfig(
+        **tiny_config("gemma3", vocabulary=600).to_dict()
+        | {"num_hidden_layers": 12, "layer_types": None, "sliding_window_pattern": 2}
+    )
     configs = [tiny_config("qwen3", vocabulary=600, width=64, layers=12), gemma]
     settled = case(**{"prefix": 24, "limit": 40, "problems": 4, "rows": 8} | more)
     short = forecast.Pair(*configs).forecast(settled)
@@ -134,28 +246,71 @@ def test_two_depths_tell_what_all_layers_take(more, monkeypatch):
 @pytest.mark.long
 def test_a_pair_of_1_5_and_7_billion_by_hand(tmp_path, monkeypatch):
     """Qwen2.5's shapes, from two config.json files: weights, moments, the decoding copy and the KV cache of 64 answers of 2,048 tokens."""
-    small = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-             "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 32_768,
-             "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
-    large = small | {"hidden_size": 3584, "intermediate_size": 18_944, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
-                     "tie_word_embeddings": False}
+    small = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+    }
+    large = small | {
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152_064,
+        "tie_word_embeddings": False,
+    }
     for name, config in (("small", small), ("large", large)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    code, out, err = invoke("plan", "--student", tmp_path / "small", "--teacher", tmp_path / "large", "--prompt-tokens", 200, "--prefix", 256,
-                            "--prefixes", 256, "--max-new-tokens", 2048, "--micro-batch-size", 4, "--kl-prompts", 1, "--device-tflops", 100)
+    code, out, err = invoke(
+        "plan",
+        "--student",
+        tmp_path / "small",
+        "--teacher",
+        tmp_path / "large",
+        "--prompt-tokens",
+        200,
+        "--prefix",
+        256,
+        "--prefixes",
+        256,
+        "--max-new-tokens",
+        2048,
+        "--micro-batch-size",
+        4,
+        "--kl-prompts",
+        1,
+        "--device-tflops",
+        100,
+    )
     assert code == 0, err
     document = last_json(out)
     layer = lambda d, f, kv: d * d + d + 2 * (d * kv + kv) + d * d + 3 * d * f + 2 * d
-    parameters = [28 * layer(1536, 8960, 256) + 151_936 * 1536 + 1536, 28 * layer(3584, 18_944, 512) + 2 * 152_064 * 3584 + 3584]
+    parameters = [
+        28 * layer(1536, 8960, 256) + 151_936 * 1536 + 1536,
+        28 * layer(3584, 18_944, 512) + 2 * 152_064 * 3584 + 3584,
+    ]
     assert [document[role]["parameters"] for role in ("student", "teacher")] == parameters
     [row] = document["prefixes"]
     memory = row["memory"]
-    assert memory["weights"]["AdamW's moments"] == 8 * parameters[0] and memory["gradients"] == 4 * parameters[0]
+    assert (
+        memory["weights"]["AdamW's moments"] == 8 * parameters[0]
+        and memory["gradients"] == 4 * parameters[0]
+    )
     assert memory["weights"]["student"] == pytest.approx(4 * parameters[0], rel=1e-4)
     assert memory["weights"]["decoding copy"] == pytest.approx(2 * parameters[0], rel=1e-4)
     assert memory["weights"]["teacher"] == pytest.approx(2 * parameters[1], rel=1e-4)
-    cache = 64 * (200 + 2048) * 28 * 2 * 256 * 2  # answers · tokens · layers · (K, V) · width · bytes
+    cache = (
+        64 * (200 + 2048) * 28 * 2 * 256 * 2
+    )  # answers · tokens · layers · (K, V) · width · bytes
     logits = 64 * 151_936 * 4
     assert cache + 2 * logits < memory["phases"]["evaluation"] < cache + 6 * logits + cache / 28
     per_token = 2 * (28 * (layer(1536, 8960, 256) - 2 * 1536 - 1536 - 512) + 151_936 * 1536)
@@ -168,11 +323,21 @@ def test_a_pair_of_1_5_and_7_billion_by_hand(tmp_path, monkeypatch):
 def test_a_data_set_needs_tokenizers(questions, tmp_path):
     for name in ("a", "b"):
         tiny_config("llama").save_pretrained(tmp_path / name)
-    code, out, err = invoke("plan", "--student", tmp_path / "a", "--teacher", tmp_path / "b", "--dataset", questions)
-    assert code == 2 and out == "" and "has no readable tokenizer" in err.splitlines()[-1] and "--prompt-tokens" in err
+    code, out, err = invoke(
+        "plan", "--student", tmp_path / "a", "--teacher", tmp_path / "b", "--dataset", questions
+    )
+    assert (
+        code == 2
+        and out == ""
+        and "has no readable tokenizer" in err.splitlines()[-1]
+        and "--prompt-tokens" in err
+    )
 
 
-@pytest.mark.parametrize("kind, more", [("llama", {}), ("gpt2", {"prefix": 100, "limit": 150, "rows": 64, "problems": 64})])
+@pytest.mark.parametrize(
+    "kind, more",
+    [("llama", {}), ("gpt2", {"prefix": 100, "limit": 150, "rows": 64, "problems": 64})],
+)
 def test_the_plain_bound_is_one(kind, more):
     """What a run's check takes for small models in place of a forecast is above the forecast, and not by orders of magnitude for these."""
     settled, config = case(**more), tiny_config(kind, vocabulary=900, width=48)

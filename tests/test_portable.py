@@ -18,9 +18,23 @@ from prefix_distill.models import is_path
 from prefix_distill.weights import token_weights
 
 
-@pytest.mark.parametrize("name, local", {
-    "C:\\models\\x": True, "C:/models/x": True, ".\\x": True, "\\\\server\\x": True, "models\\x": True, "./x": True, "~/x": True, "/x": True,
-    "org/name": False, "gpt2": False, "lab:choice/student": False, "org/name#1000": False}.items())
+@pytest.mark.parametrize(
+    "name, local",
+    {
+        "C:\\models\\x": True,
+        "C:/models/x": True,
+        ".\\x": True,
+        "\\\\server\\x": True,
+        "models\\x": True,
+        "./x": True,
+        "~/x": True,
+        "/x": True,
+        "org/name": False,
+        "gpt2": False,
+        "lab:choice/student": False,
+        "org/name#1000": False,
+    }.items(),
+)
 def test_a_path_of_any_system_is_not_asked_of_the_hub(name, local):
     assert is_path(name) is local
     if local:
@@ -39,32 +53,80 @@ class Doubles(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves((args, kwargs, out))):
+        if any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.float64
+            for x in tree_leaves((args, kwargs, out))
+        ):
             frame = sys._getframe(1)
             while frame is not None and "prefix_distill" not in frame.f_code.co_filename:
                 frame = frame.f_back
-            self.seen.add("?" if frame is None else f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_qualname}")
+            self.seen.add(
+                "?"
+                if frame is None
+                else f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_qualname}"
+            )
         return out
 
 
-@pytest.mark.parametrize("more", [
-    {"weights.select": "soft-or", "weights.position": "moderate"},
-    {"divergence.name": "jsd:0.5", "divergence.estimator": "top-k:8", "weights.window": "highest-kl:4", "rollout.top_p": 0.9, "rollout.temperature": 0.7},
-    pytest.param({"divergence.estimator": "sampled", "runtime.dtype": "bfloat16", "train.grad_clip": 0.0}, marks=pytest.mark.long),
-])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"weights.select": "soft-or", "weights.position": "moderate"},
+        {
+            "divergence.name": "jsd:0.5",
+            "divergence.estimator": "top-k:8",
+            "weights.window": "highest-kl:4",
+            "rollout.top_p": 0.9,
+            "rollout.temperature": 0.7,
+        },
+        pytest.param(
+            {
+                "divergence.estimator": "sampled",
+                "runtime.dtype": "bfloat16",
+                "train.grad_clip": 0.0,
+            },
+            marks=pytest.mark.long,
+        ),
+    ],
+)
 def test_no_float64_reaches_a_device(pair, questions, more):
     """Apple's GPU has none. An update uses it in one place: the weights of tokens, on the host, before they become float32."""
-    run = preflight.prepare(configuration.build({
-        "models.student": pair[0], "models.teacher": pair[1], "data.dataset": questions, "schedule.prefix": "6", "rollout.max_new_tokens": 6,
-        "rollout.samples": 2, "train.batch_size": 2, "train.steps": 1, "evaluate.problems": 0, "evaluate.kl_prompts": 1, "runtime.device": "cpu", **more}))
+    run = preflight.prepare(
+        configuration.build(
+            {
+                "models.student": pair[0],
+                "models.teacher": pair[1],
+                "data.dataset": questions,
+                "schedule.prefix": "6",
+                "rollout.max_new_tokens": 6,
+                "rollout.samples": 2,
+                "train.batch_size": 2,
+                "train.steps": 1,
+                "evaluate.problems": 0,
+                "evaluate.kl_prompts": 1,
+                "runtime.device": "cpu",
+                **more,
+            }
+        )
+    )
     clock, ledger = runtime.Clock(run.place.device), Ledger()
     run.student.net.requires_grad_(True)
     optimizer = train._optimizer(run.student.trained.values(), run.config)
     with Doubles() as watch:
-        drawn = train.sample(run, models.decoder(run.student, run.place.dtype), data.batch(run.train_prompts, 0, 2, 0), 0, 6, ledger, clock)
+        drawn = train.sample(
+            run,
+            models.decoder(run.student, run.place.dtype),
+            data.batch(run.train_prompts, 0, 2, 0),
+            0,
+            6,
+            ledger,
+            clock,
+        )
         rollouts, reading = train.select(run, drawn, 0, ledger, clock)
         weights, divisor = token_weights(rollouts, "token", run.position)
-        train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading)
+        train._accumulate(
+            run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
+        )
         norm = train._update(run, None, optimizer, {}, train.Progress(taught_prefix=6), 1e-3)
     assert norm > 0 and watch.seen == {"train._gather_gradients"}
 
@@ -74,7 +136,9 @@ def test_the_clock_waits_for_apples_gpu():
         runtime.Clock(torch.device("mps")).now()
         runtime.Clock(torch.device("cpu")).now()
     assert wait.call_count == 1
-    with pytest.raises(UserError, match="2 ranks run on this machine and need a GPU each; use --device cpu"):
+    with pytest.raises(
+        UserError, match="2 ranks run on this machine and need a GPU each; use --device cpu"
+    ):
         runtime._device("mps", 0, 2, [])
 
 
@@ -89,17 +153,45 @@ def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
     score = {"value": 0.5, "low": 0.4, "high": 0.6}
     rows = [{"flops_useful": 1e9 * i, "accuracy": score} for i in range(3)]
     curve = [{"tokens": 4, **score}]
-    probed = {"by_position": [{"from": 0, "to": 4, "kl": 1.0, "entropy": 2.0}], "teacher_prefix_curve": curve, "teacher_decay_curve": curve,
-              "recommended_prefix": "4", "quadrants": {"borders": (0.5, 0.5), "quadrants": {"high entropy, high divergence": {"tokens": 0.25, "divergence": 0.5}}}}
-    for name, draw in (("demo", lambda file: show.draw([{"name": n, "prefix": 24, "evaluations": rows} for n in ("prefix", "full")], 0.9, file)),
-                       ("probe", lambda file: probe.draw(probed, file))):
-        with mock.patch.object(pyplot, "close"), mock.patch("matplotlib.figure.Figure.savefig"):  # the figure itself is looked at
+    probed = {
+        "by_position": [{"from": 0, "to": 4, "kl": 1.0, "entropy": 2.0}],
+        "teacher_prefix_curve": curve,
+        "teacher_decay_curve": curve,
+        "recommended_prefix": "4",
+        "quadrants": {
+            "borders": (0.5, 0.5),
+            "quadrants": {"high entropy, high divergence": {"tokens": 0.25, "divergence": 0.5}},
+        },
+    }
+    for name, draw in (
+        (
+            "demo",
+            lambda file: show.draw(
+                [{"name": n, "prefix": 24, "evaluations": rows} for n in ("prefix", "full")],
+                0.9,
+                file,
+            ),
+        ),
+        ("probe", lambda file: probe.draw(probed, file)),
+    ):
+        with (
+            mock.patch.object(pyplot, "close"),
+            mock.patch("matplotlib.figure.Figure.savefig"),
+        ):  # the figure itself is looked at
             draw(tmp_path / f"{name}.png")
         pictures[name] = pyplot.gcf()
     for name, figure in pictures.items():
         for axes in figure.axes:
-            styles = [(line.get_marker(), line.get_linestyle()) for line in axes.get_lines() if line.get_marker() not in ("None", None, "|", "_")]
+            styles = [
+                (line.get_marker(), line.get_linestyle())
+                for line in axes.get_lines()
+                if line.get_marker() not in ("None", None, "|", "_")
+            ]
             assert len(set(styles)) == len(styles), (name, styles)
             assert name != "report" or len(styles) == 12
-            assert {line.get_color() for line in axes.get_lines()} <= {*report.COLOURS, "#555555", "black"}, name
+            assert {line.get_color() for line in axes.get_lines()} <= {
+                *report.COLOURS,
+                "#555555",
+                "black",
+            }, name
         pyplot.close(figure)

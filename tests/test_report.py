@@ -21,19 +21,45 @@ def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):
     """A run folder as the tool writes it: ``curve`` of accuracies (right for the first problems), linear ``cost``."""
     folder.mkdir(parents=True)
     rights = [[1.0] * round(a * N) + [0.0] * (N - round(a * N)) for a in curve]
-    evaluations = [{
-        "step": 5 * i, "accuracy": {"value": sum(right) / N, "n": N, "low": 0.0, "high": 1.0}, "kl": {"value": 1.0 - a / 2, "n": 9,
-        "low": 0, "high": 1}, "kl_prefix": 0.5, "kl_tail": 0.2, "finish_rate": 1.0, "mean_tokens": 50.0, "flops_useful": cost * i,
-        "flops_executed": 2 * cost * i, "seconds": seconds * i,
-        "quadrants": quadrants([0, 0, 1, 1], [0.0, 3.0, 0.0, 1.0 + i], (0.5, 0.5))} for i, (a, right) in enumerate(zip(curve, rights))]
-    result = {"evaluations": evaluations, "prefix": prefix, "full_rollout_cost": 9 * cost, "prefix_decisions": [],
-              "extrapolations": [{"step": 8, "k": 2, "scores": [0.25, 0.5, 0.75, 0.75], "flops": 3e9}]}
+    evaluations = [
+        {
+            "step": 5 * i,
+            "accuracy": {"value": sum(right) / N, "n": N, "low": 0.0, "high": 1.0},
+            "kl": {"value": 1.0 - a / 2, "n": 9, "low": 0, "high": 1},
+            "kl_prefix": 0.5,
+            "kl_tail": 0.2,
+            "finish_rate": 1.0,
+            "mean_tokens": 50.0,
+            "flops_useful": cost * i,
+            "flops_executed": 2 * cost * i,
+            "seconds": seconds * i,
+            "quadrants": quadrants([0, 0, 1, 1], [0.0, 3.0, 0.0, 1.0 + i], (0.5, 0.5)),
+        }
+        for i, (a, right) in enumerate(zip(curve, rights))
+    ]
+    result = {
+        "evaluations": evaluations,
+        "prefix": prefix,
+        "full_rollout_cost": 9 * cost,
+        "prefix_decisions": [],
+        "extrapolations": [{"step": 8, "k": 2, "scores": [0.25, 0.5, 0.75, 0.75], "flops": 3e9}],
+    }
     (folder / "run.json").write_text(json.dumps({"seed": seed, "result": result}))
-    tree = configuration.as_dict(configuration.build({"models.student": student, "rollout.max_new_tokens": 10, "runtime.seed": seed}))
+    tree = configuration.as_dict(
+        configuration.build(
+            {"models.student": student, "rollout.max_new_tokens": 10, "runtime.seed": seed}
+        )
+    )
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    (folder / "scores.jsonl").write_text("".join(json.dumps({"step": 5 * i, "right": r}) + "\n" for i, r in enumerate(rights)))
-    (folder / "before.json").write_text(json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.8, 0.6], [1.0, 2.0]]}))
-    (folder / "after.json").write_text(json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.5, 0.1], [1.0, 2.0]]}))
+    (folder / "scores.jsonl").write_text(
+        "".join(json.dumps({"step": 5 * i, "right": r}) + "\n" for i, r in enumerate(rights))
+    )
+    (folder / "before.json").write_text(
+        json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.8, 0.6], [1.0, 2.0]]})
+    )
+    (folder / "after.json").write_text(
+        json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.5, 0.1], [1.0, 2.0]]})
+    )
     return folder
 
 
@@ -57,29 +83,44 @@ def test_first_cost_by_hand():
 def test_summary_by_hand(arms):
     rows = {row["arm"]: row for row in report.summary(report.collect([arms]), "full")}
     short = rows["short"]
-    assert short["accuracy"] == pytest.approx(0.9) and short["answers"] == 2 * N and short["before"] == pytest.approx(0.2)
+    assert (
+        short["accuracy"] == pytest.approx(0.9)
+        and short["answers"] == 2 * N
+        and short["before"] == pytest.approx(0.2)
+    )
     assert (short["flops_useful"], short["flops_executed"], short["seconds"]) == (3.0, 6.0, 9.0)
     # full reaches its final 80 % at 20, the short prefix reaches 80 % at 1; half of the gain (50 %) at 10 and 0.5
-    assert short["cost_ratios"][1.0]["value"] == pytest.approx(20) and short["cost_ratios"][0.5]["value"] == pytest.approx(20)
+    assert short["cost_ratios"][1.0]["value"] == pytest.approx(20) and short["cost_ratios"][0.5][
+        "value"
+    ] == pytest.approx(20)
     assert short["difference"] == pytest.approx(0.1) and short["difference_low"] > 0
     own = rows["full"]["cost_ratios"][1.0]  # every draw of a curve reaches its own end
     assert [own[key] for key in ("value", "low", "high", "reached")] == pytest.approx([1] * 4)
-    assert rows["bad"]["cost_ratios"][1.0]["value"] is None and rows["bad"]["cost_ratios"][1.0]["reached"] == 0
+    assert (
+        rows["bad"]["cost_ratios"][1.0]["value"] is None
+        and rows["bad"]["cost_ratios"][1.0]["reached"] == 0
+    )
     assert "not reached" in report.cells(rows["bad"])[-1]
     # beyond the longest prefix of an arm that truncates (4): tokens 0.5 and 0.1
     assert short["kl_beyond"] == pytest.approx(0.3)
-    assert (short["kl_tail_before"], short["kl_tail"]) == pytest.approx((0.7, 0.3))  # both beyond its own last prefix
+    assert (short["kl_tail_before"], short["kl_tail"]) == pytest.approx(
+        (0.7, 0.3)
+    )  # both beyond its own last prefix
 
 
 def test_intervals_cover_problems_and_seeds_and_pairing_narrows_differences(tmp_path):
-    for seed, (low, high) in enumerate([(0.3, 0.5), (0.7, 0.9), (0.5, 0.7)]):  # the seed matters more than the problems
+    for seed, (low, high) in enumerate(
+        [(0.3, 0.5), (0.7, 0.9), (0.5, 0.7)]
+    ):  # the seed matters more than the problems
         write_run(tmp_path / "a" / f"seed-{seed}", seed, [0.1, low], 1.0)
         write_run(tmp_path / "b" / f"seed-{seed}", seed, [0.1, high], 1.0)
     runs = report.collect([tmp_path])
     rows = {row["arm"]: row for row in report.summary(runs, "a")}
     assert rows["a"]["high"] - rows["a"]["low"] > 0.2  # three seeds 0.3, 0.7, 0.5
     assert rows["b"]["difference"] == pytest.approx(0.2, abs=1e-9)
-    assert rows["b"]["difference_high"] - rows["b"]["difference_low"] < 0.12  # the same draws on both sides
+    assert (
+        rows["b"]["difference_high"] - rows["b"]["difference_low"] < 0.12
+    )  # the same draws on both sides
     drawn = report.Resampled(report.by_arm(runs))
     assert drawn.paired and (drawn.problems.sum(1) - 1).abs().max() < 1e-9
     # with one seed it is the ordinary bootstrap of a share: ± 1.96 √(p(1−p)/n)
@@ -91,9 +132,13 @@ def test_intervals_cover_problems_and_seeds_and_pairing_narrows_differences(tmp_
 def test_arms_on_other_problems_are_not_compared(tmp_path):
     write_run(tmp_path / "a", 0, [0.1, 0.5], 1.0)
     other = write_run(tmp_path / "b", 0, [0.1, 0.5], 1.0)
-    (other / "scores.jsonl").write_text("".join(json.dumps({"step": 5 * i, "right": [1.0, 0.0]}) + "\n" for i in range(2)))
+    (other / "scores.jsonl").write_text(
+        "".join(json.dumps({"step": 5 * i, "right": [1.0, 0.0]}) + "\n" for i in range(2))
+    )
     rows = report.summary(report.collect([tmp_path]), "a")
-    assert all((row["low"], row["high"]) == (0.0, 1.0) and row["cost_ratios"] == {} for row in rows)  # each run's own interval
+    assert all(
+        (row["low"], row["high"]) == (0.0, 1.0) and row["cost_ratios"] == {} for row in rows
+    )  # each run's own interval
 
 
 def test_equal_names_in_two_folders_stay_apart(arms, tmp_path):
@@ -106,11 +151,19 @@ def test_equal_names_in_two_folders_stay_apart(arms, tmp_path):
 
 
 def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
-    write_run(arms / "warmed" / "seed-0", 0, [0.8, 0.9], 1.0, student=str(arms / "full" / "seed-0" / "model"))
+    write_run(
+        arms / "warmed" / "seed-0",
+        0,
+        [0.8, 0.9],
+        1.0,
+        student=str(arms / "full" / "seed-0" / "model"),
+    )
     warmed = next(run for run in report.collect([arms]) if run.arm == "warmed")
     assert warmed.cost(warmed.evaluations[-1]) == (31.0, 62.0, 12.0)
     # a comparison says so itself, also where its folder has been moved and the student's path leads nowhere
-    (arms / "arms.json").write_text(json.dumps({"arms": {"full": {}, "warmed": {}}, "seeds": [0], "start": {"warmed": "full"}}))
+    (arms / "arms.json").write_text(
+        json.dumps({"arms": {"full": {}, "warmed": {}}, "seeds": [0], "start": {"warmed": "full"}})
+    )
     moved = arms.rename(arms.with_name("moved"))
     assert [run.cost(run.evaluations[-1])[0] for run in report.collect([moved])] == [30.0, 31.0]
 
@@ -121,16 +174,25 @@ def test_page_is_self_contained_and_escaped(arms, tmp_path):
     code, out, err = invoke("report", arms, "--out", tmp_path / "out", "--title", "a & <b>")
     assert code == 0, err
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;script&gt;" in page and "<title>a &amp; &lt;b&gt;</title>" in page
+    assert (
+        "<script" not in page
+        and "&lt;script&gt;alert(1)&lt;script&gt;" in page
+        and "<title>a &amp; &lt;b&gt;</title>" in page
+    )
     assert not re.search(r"https?://|src=\"(?!data:)|href=", page)
     assert page.count("data:image/png;base64,") == 4
-    assert "<td>full</td><td>25% / 25% → 25% / 57%</td><td>25% / 0% → 25% / 0%</td><td>25% / 75% → 25% / 43%</td>" in page
+    assert (
+        "<td>full</td><td>25% / 25% → 25% / 57%</td><td>25% / 0% → 25% / 0%</td><td>25% / 75% → 25% / 43%</td>"
+        in page
+    )
     assert "<td>8</td><td>2</td><td>0.25 → 0.5 → 0.75 → 0.75</td><td>3 GFLOP</td>" in page
     with open(tmp_path / "out" / "report.csv") as handle:
         rows = list(csv.DictReader(handle))
     assert len(rows) == 4 * 7 and {row["arm"] for row in rows} >= {"full", "short", "bad"}
     assert last_json(out)["runs"] == 7
-    assert (tmp_path / "out" / "report.md").read_text().startswith("| arm |") and (tmp_path / "out" / "report.png").stat().st_size > 5000
+    assert (tmp_path / "out" / "report.md").read_text().startswith("| arm |") and (
+        tmp_path / "out" / "report.png"
+    ).stat().st_size > 5000
 
 
 def test_wrong_folders_and_references_are_named(arms, tmp_path):
@@ -142,4 +204,8 @@ def test_wrong_folders_and_references_are_named(arms, tmp_path):
     with pytest.raises(UserError, match="no finished run"):
         report.collect([unfinished])
     code, _, err = invoke("report", arms, "--out", tmp_path / "out", "--reference", "fulll")
-    assert code == 2 and "no such arm; there are bad, full, short" in err and len(err.splitlines()) == 1
+    assert (
+        code == 2
+        and "no such arm; there are bad, full, short" in err
+        and len(err.splitlines()) == 1
+    )

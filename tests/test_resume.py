@@ -16,14 +16,46 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
 def flags(pair, questions, out):
-    return ["run", "--student", pair[0], "--teacher", pair[1], "--dataset", questions, "--steps", "6", "--prefix", "12",
-            "--max-new-tokens", "32", "--batch-size", "4", "--samples", "2", "--micro-batch-size", "3", "--eval-samples", "4",
-            "--eval-every", "2", "--save-every", "3", "--check-samples", "0", "--lr", "1e-3", "--out", str(out)]
+    return [
+        "run",
+        "--student",
+        pair[0],
+        "--teacher",
+        pair[1],
+        "--dataset",
+        questions,
+        "--steps",
+        "6",
+        "--prefix",
+        "12",
+        "--max-new-tokens",
+        "32",
+        "--batch-size",
+        "4",
+        "--samples",
+        "2",
+        "--micro-batch-size",
+        "3",
+        "--eval-samples",
+        "4",
+        "--eval-every",
+        "2",
+        "--save-every",
+        "3",
+        "--check-samples",
+        "0",
+        "--lr",
+        "1e-3",
+        "--out",
+        str(out),
+    ]
 
 
 def rows(out: Path) -> list[dict]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +69,33 @@ def whole(pair, questions, tmp_path_factory):
 def test_two_kills_at_random_moments_leave_nothing_different(tmp_path):
     """Also inside a checkpoint's write, inside the best model's, and before there is a checkpoint; everything that keeps state is on.
     `tests/benchmarks/soak.py` with its 50 kills is the long form."""
-    done = subprocess.run([sys.executable, BENCHMARKS / "soak.py", "--times", "2", "--seed", "1", "--out", tmp_path], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "soak.py", "--times", "2", "--seed", "1", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     document = last_json(done.stdout)
-    assert document["kills"] >= 2 and document["differing"] == [] and len(document["resumed_from"]) == document["runs"]
+    assert (
+        document["kills"] >= 2
+        and document["differing"] == []
+        and len(document["resumed_from"]) == document["runs"]
+    )
     result = json.loads((tmp_path / "whole/run.json").read_text())["result"]
-    assert result["best"]["step"] > 0 and any(x["k"] for x in result["extrapolations"]) and result["prefix_decisions"] and result["tail_probes"]
+    assert (
+        result["best"]["step"] > 0
+        and any(x["k"] for x in result["extrapolations"])
+        and result["prefix_decisions"]
+        and result["tail_probes"]
+    )
 
 
 def test_optimizer_state_is_complete(whole):
     student = load_file(whole[0] / "checkpoints/step-00000006/student.safetensors")
     moments = load_file(whole[0] / "checkpoints/step-00000006/optimizer.safetensors")
-    assert {f"{k}/{name}" for k in ("exp_avg", "exp_avg_sq", "step") for name in student} == set(moments)
+    assert {f"{k}/{name}" for k in ("exp_avg", "exp_avg_sq", "step") for name in student} == set(
+        moments
+    )
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", "optimizer.safetensors", "state.json"])
@@ -60,17 +107,25 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, name, da
     shutil.copytree(whole[0], out)
     newest = out / "checkpoints/step-00000006" / name
     data = bytearray(newest.read_bytes())
-    place = data.index(b'"tokens": ') + 10 if name == "state.json" else len(data) // 2  # a digit of a count: still JSON
+    place = (
+        data.index(b'"tokens": ') + 10 if name == "state.json" else len(data) // 2
+    )  # a digit of a count: still JSON
     data[place] ^= 1
     newest.write_bytes(data if damage == "a byte" else data[: len(data) // 3])
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "torn')
     code, said, err = invoke("run", "--resume", "--out", out)
-    assert code == 0 and "step-00000006 is damaged" in err and (name == "state.json" and damage == "cut" or "checksum" in err)
+    assert (
+        code == 0
+        and "step-00000006 is damaged" in err
+        and (name == "state.json" and damage == "cut" or "checksum" in err)
+    )
     assert "metrics.jsonl: 1 line cut short by the interruption is dropped" in err
     assert last_json(said)["resumed_from"] == 3
     assert rows(out) == rows(whole[0])
-    assert (out / "model/model.safetensors").read_bytes() == (whole[0] / "model/model.safetensors").read_bytes()
+    assert (out / "model/model.safetensors").read_bytes() == (
+        whole[0] / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_other_settings_are_refused_on_resume(whole):
@@ -95,11 +150,17 @@ def test_what_lengthens_or_mends_a_run_is_said_and_kept(whole, tmp_path, monkeyp
 
     monkeypatch.setattr(display.Display, "row", row)
     code, _, err = invoke("run", "--resume", "--out", out, "--steps", "8", "--lr", "5e-4")
-    assert code == 130 and "schedule.lr was 0.001 and is 0.0005 from here on" in err and "6 updates become 8" in err
+    assert (
+        code == 130
+        and "schedule.lr was 0.001 and is 0.0005 from here on" in err
+        and "6 updates become 8" in err
+    )
     monkeypatch.undo()
     code, said, err = invoke("run", "--resume", "--out", out)
     assert code == 0 and (last_json(said)["resumed_from"], last_json(said)["steps"]) == (7, 8), err
-    assert [r["step"] for r in rows(out)] == list(range(1, 9)) and rows(out)[6]["optimizer/learning_rate"] < 5e-4
+    assert [r["step"] for r in rows(out)] == list(range(1, 9)) and rows(out)[6][
+        "optimizer/learning_rate"
+    ] < 5e-4
 
 
 def test_a_used_folder_is_refused_without_resume(whole, pair, questions):
@@ -115,24 +176,50 @@ SETTINGS = {
     "a window by divergence": {"weights.window": "highest-kl:4"},
     "sampled off the policy": {"divergence.estimator": "sampled", "rollout.temperature": 0.8},
     "selection, extrapolation, between two triggers": {
-        "weights.select": "soft-or", "weights.position": "moderate", "extrapolation.kind": "effopd", "extrapolation.score": "heldout-kl",
-        "extrapolation.problems": 4, "extrapolation.diagnostics": True, "train.steps": 9},
+        "weights.select": "soft-or",
+        "weights.position": "moderate",
+        "extrapolation.kind": "effopd",
+        "extrapolation.score": "heldout-kl",
+        "extrapolation.problems": 4,
+        "extrapolation.diagnostics": True,
+        "train.steps": 9,
+    },
     "random candidates, all weights, moments forgotten": {
-        "weights.select": "entropy-sample", "weights.keep": 0.2, "extrapolation.kind": "random", "extrapolation.modules": "all",
-        "extrapolation.reset": True, "train.steps": 9},
+        "weights.select": "entropy-sample",
+        "weights.keep": 0.2,
+        "extrapolation.kind": "random",
+        "extrapolation.modules": "all",
+        "extrapolation.reset": True,
+        "train.steps": 9,
+    },
     "an averaged teacher of its own": {
-        "models.teacher": "self", "models.teacher_ema": 0.9, "data.privileged_column": "answer", "divergence.name": "forward-kl",
-        "data.privileged_template": "{problem} {solution}", "divergence.clip": 0.05},
+        "models.teacher": "self",
+        "models.teacher_ema": 0.9,
+        "data.privileged_column": "answer",
+        "divergence.name": "forward-kl",
+        "data.privileged_template": "{problem} {solution}",
+        "divergence.clip": 0.05,
+    },
     "tail probes": {"evaluate.every": 0, "evaluate.tail_every": 2, "evaluate.tail_prompts": 3},
 }
 
 
-RARELY = ("random candidates, all weights, moments forgotten", "an averaged teacher of its own", "tail probes",
-          "staircase", "a window by divergence", "sampled off the policy")  # the last three are functions of (seed, step) alone
+RARELY = (
+    "random candidates, all weights, moments forgotten",
+    "an averaged teacher of its own",
+    "tail probes",
+    "staircase",
+    "a window by divergence",
+    "sampled off the policy",
+)  # the last three are functions of (seed, step) alone
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in RARELY)) for name in SETTINGS])
-def test_resume_is_exact_inside_every_schedule_and_method(pair, questions, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in RARELY)) for name in SETTINGS]
+)
+def test_resume_is_exact_inside_every_schedule_and_method(
+    pair, questions, tmp_path, monkeypatch, name
+):
     from test_train import Silent, prepared
 
     from prefix_distill import train
@@ -149,7 +236,11 @@ def test_resume_is_exact_inside_every_schedule_and_method(pair, questions, tmp_p
 
         calls.clear()
         monkeypatch.setattr(train, "_update", update)
-        run = prepared(pair, questions, **{"train.steps": 6, "checkpoint.save_every": 4, "schedule.lr": 1e-3} | SETTINGS[name])
+        run = prepared(
+            pair,
+            questions,
+            **{"train.steps": 6, "checkpoint.save_every": 4, "schedule.lr": 1e-3} | SETTINGS[name],
+        )
         files = RunFolder(folder)
         if not resume:
             files.create({})
@@ -162,21 +253,48 @@ def test_resume_is_exact_inside_every_schedule_and_method(pair, questions, tmp_p
     again = go(tmp_path / "cut", resume=True)
     assert again["resumed_from"] == (8 if "auto" in name else 4)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-    for file in ("model/model.safetensors", "scores.jsonl", "teacher-text.json", "displacement.json"):
+    for file in (
+        "model/model.safetensors",
+        "scores.jsonl",
+        "teacher-text.json",
+        "displacement.json",
+    ):
         if (tmp_path / "whole" / file).exists():
-            assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
-    for key in ("accuracy_after", "kl_after", "tokens", "flops", "full_rollout_cost", "prefix", "prefix_decisions", "tail_probes", "best",
-                "extrapolations"):
+            assert (tmp_path / "cut" / file).read_bytes() == (
+                tmp_path / "whole" / file
+            ).read_bytes(), file
+    for key in (
+        "accuracy_after",
+        "kl_after",
+        "tokens",
+        "flops",
+        "full_rollout_cost",
+        "prefix",
+        "prefix_decisions",
+        "tail_probes",
+        "best",
+        "extrapolations",
+    ):
         assert again[key] == whole[key], key
     lengths = [row["rollout/prefix_tokens"] for row in rows(tmp_path / "whole")]
     if name == "auto, having grown":
         assert whole["prefix_decisions"] and lengths[0] < lengths[-1]
     if name == "tail probes":
-        assert [row["step"] for row in whole["tail_probes"]] == [2, 4] and whole["best"]["step"] in (0, 2, 4, 6)
+        assert [row["step"] for row in whole["tail_probes"]] == [2, 4] and whole["best"][
+            "step"
+        ] in (0, 2, 4, 6)
     if "triggers" in name:
-        assert [x["step"] for x in whole["extrapolations"]] == [1, 2, 4, 8] and not (tmp_path / "whole/displacements").exists()
-        assert whole["flops"]["by_phase"]["extrapolation"]["useful"] == sum(x["flops"] for x in whole["extrapolations"]) > 0
+        assert [x["step"] for x in whole["extrapolations"]] == [1, 2, 4, 8] and not (
+            tmp_path / "whole/displacements"
+        ).exists()
+        assert (
+            whole["flops"]["by_phase"]["extrapolation"]["useful"]
+            == sum(x["flops"] for x in whole["extrapolations"])
+            > 0
+        )
         table = json.loads((tmp_path / "whole/displacement.json").read_text())
-        assert [row["step"] for row in table] == [1, 2, 4, 8] and all(-1 <= row["modules"]["all"]["cosine"] <= 1 for row in table)
+        assert [row["step"] for row in table] == [1, 2, 4, 8] and all(
+            -1 <= row["modules"]["all"]["cosine"] <= 1 for row in table
+        )
     if name == "the teacher's text":
         assert {"teacher_prefill", "teacher_decode"} < whole["flops"]["by_phase"].keys()

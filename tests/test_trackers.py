@@ -14,7 +14,22 @@ from prefix_distill.errors import Stopped
 from test_resume import flags
 
 
-SMALL = ["--batch-size", "2", "--samples", "1", "--eval-samples", "2", "--kl-prompts", "2", "--max-new-tokens", "12", "--prefix", "6", "--check-samples", "0"]
+SMALL = [
+    "--batch-size",
+    "2",
+    "--samples",
+    "1",
+    "--eval-samples",
+    "2",
+    "--kl-prompts",
+    "2",
+    "--max-new-tokens",
+    "12",
+    "--prefix",
+    "6",
+    "--check-samples",
+    "0",
+]
 
 
 def lines(out):
@@ -27,7 +42,10 @@ def read(folder) -> dict[str, list]:
 
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     found.Reload()
-    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
 
 
 def wanted(out) -> dict[str, list]:
@@ -39,8 +57,14 @@ def wanted(out) -> dict[str, list]:
                 found.setdefault(name, []).append((row["step"], value))
     result = json.loads((out / "run.json").read_text())["result"]
     for row in result["evaluations"]:
-        for name, value in (("accuracy", row["accuracy"]["value"]), ("accuracy_high", row["accuracy"]["high"]), ("kl_nats", row["kl"]["value"]),
-                            ("kl_nats_low", row["kl"]["low"]), ("finish_rate", row["finish_rate"]), ("mean_tokens", row["mean_tokens"])):
+        for name, value in (
+            ("accuracy", row["accuracy"]["value"]),
+            ("accuracy_high", row["accuracy"]["high"]),
+            ("kl_nats", row["kl"]["value"]),
+            ("kl_nats_low", row["kl"]["low"]),
+            ("finish_rate", row["finish_rate"]),
+            ("mean_tokens", row["mean_tokens"]),
+        ):
             found.setdefault(f"evaluation/{name}", []).append((row["step"], value))
     for row in result["tail_probes"]:
         found.setdefault("tail_probe/kl_nats", []).append((row["step"], row["kl"]))
@@ -65,7 +89,11 @@ def interrupted_twice(pair, questions, out, monkeypatch, *more):
 
     monkeypatch.setattr(train, "_update", fails)
     code, _, err = invoke(*flags(pair, questions, out), *SMALL, *more)
-    assert code == 1 and "as full disks do" in err and [r["step"] for r in lines(out)] == [1, 2, 3, 4, 5], err
+    assert (
+        code == 1
+        and "as full disks do" in err
+        and [r["step"] for r in lines(out)] == [1, 2, 3, 4, 5]
+    ), err
     first = lines(out)
     monkeypatch.setattr(train, "_update", update)
     monkeypatch.setattr(display.Display, "row", sends)
@@ -78,12 +106,16 @@ def interrupted_twice(pair, questions, out, monkeypatch, *more):
 
 def test_tensorboard_holds_what_the_run_folder_holds(pair, questions, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    interrupted_twice(pair, questions, out, monkeypatch, "--report-to", "tensorboard", "--run-name", "one")
+    interrupted_twice(
+        pair, questions, out, monkeypatch, "--report-to", "tensorboard", "--run-name", "one"
+    )
     assert len(list((out / "tensorboard").iterdir())) == 3
     found, expected = read(out / "tensorboard"), wanted(out)
     for tag in expected:  # TensorBoard's scalars are float32
         assert found[tag] == [(step, numpy.float32(value)) for step, value in expected[tag]], tag
-    assert expected.keys() <= found.keys() and all(tag.startswith("evaluation/") for tag in found.keys() - expected.keys())
+    assert expected.keys() <= found.keys() and all(
+        tag.startswith("evaluation/") for tag in found.keys() - expected.keys()
+    )
     assert [step for step, _ in found["evaluation/accuracy"]] == [0, 2, 4, 6]
 
 
@@ -98,10 +130,26 @@ def test_a_tracker_that_fails_is_off_and_the_run_goes_on(pair, questions, tmp_pa
         plain(self, name, value, step, **more)
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", add_scalar)
-    code, out, err = invoke(*flags(pair, questions, tmp_path / "run"), *SMALL, "--report-to", "tensorboard", "--steps", "4", "--eval-every", "0")
+    code, out, err = invoke(
+        *flags(pair, questions, tmp_path / "run"),
+        *SMALL,
+        "--report-to",
+        "tensorboard",
+        "--steps",
+        "4",
+        "--eval-every",
+        "0",
+    )
     assert code == 0 and last_json(out)["steps"] == 4
-    assert err.count("warning: --report-to tensorboard is off from here on: OSError: [Errno 28] No space left on device") == 1
-    assert {step for values in read(tmp_path / "run/tensorboard").values() for step, _ in values} <= {0, 1, 2}
+    assert (
+        err.count(
+            "warning: --report-to tensorboard is off from here on: OSError: [Errno 28] No space left on device"
+        )
+        == 1
+    )
+    assert {
+        step for values in read(tmp_path / "run/tensorboard").values() for step, _ in values
+    } <= {0, 1, 2}
 
 
 def wandb_rows(out) -> list[dict]:
@@ -121,7 +169,12 @@ def wandb_rows(out) -> list[dict]:
             if kind in (1, 4):  # whole, or its last part
                 record, whole = Record.FromString(whole), b""
                 if record.WhichOneof("record_type") == "history":
-                    found.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+                    found.append(
+                        {
+                            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                            for item in record.history.item
+                        }
+                    )
     return found
 
 
@@ -138,11 +191,18 @@ def test_the_others_hold_every_number_once(pair, questions, tmp_path, monkeypatc
     """Offline. They keep the first values of steps that are done again."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
-    settings = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_CONFIG_DIR": str(tmp_path), "WANDB_CACHE_DIR": str(tmp_path)}
+    settings = {
+        "WANDB_MODE": "offline",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "WANDB_CONFIG_DIR": str(tmp_path),
+        "WANDB_CACHE_DIR": str(tmp_path),
+    }
     for key, value in settings.items():
         monkeypatch.setenv(key, value)
     with monkeypatch.context() as inner:
-        interrupted_twice(pair, questions, tmp_path / "run", inner, "--report-to", name, "--run-name", "one")
+        interrupted_twice(
+            pair, questions, tmp_path / "run", inner, "--report-to", name, "--run-name", "one"
+        )
     rows = {"wandb": wandb_rows, "trackio": trackio_rows}[name](tmp_path / "run")
     for tag, values in wanted(tmp_path / "run").items():
         found = [(row["step"], row[tag]) for row in rows if tag in row]
@@ -152,9 +212,27 @@ def test_the_others_hold_every_number_once(pair, questions, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_missing_package_is_named_before_anything_is_loaded(pair, questions, tmp_path, monkeypatch, name):
+def test_a_missing_package_is_named_before_anything_is_loaded(
+    pair, questions, tmp_path, monkeypatch, name
+):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *rest: None if wanted == name else find(wanted, *rest))
-    code, out, err = invoke("run", "--student", "no/model", "--report-to", f"tensorboard,{name}", "--out", tmp_path / "run")
-    assert code == 2 and out == "" and err.splitlines()[-1].endswith(f'pip install "prefix-distill[{name}]", or leave it out')
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda wanted, *rest: None if wanted == name else find(wanted, *rest),
+    )
+    code, out, err = invoke(
+        "run",
+        "--student",
+        "no/model",
+        "--report-to",
+        f"tensorboard,{name}",
+        "--out",
+        tmp_path / "run",
+    )
+    assert (
+        code == 2
+        and out == ""
+        and err.splitlines()[-1].endswith(f'pip install "prefix-distill[{name}]", or leave it out')
+    )
     assert not (tmp_path / "run").exists()

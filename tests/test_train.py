@@ -37,11 +37,22 @@ class Silent:
 
 def prepared(pair, questions, **changes):
     values = {
-        "models.student": pair[0], "models.teacher": pair[1], "data.dataset": questions, "schedule.prefix": "12",
-        "rollout.max_new_tokens": 32, "rollout.samples": 2, "train.batch_size": 5, "train.micro_batch_size": 4,
-        "train.steps": 4, "evaluate.problems": 4, "evaluate.kl_prompts": 4, "runtime.dtype": "float32",
+        "models.student": pair[0],
+        "models.teacher": pair[1],
+        "data.dataset": questions,
+        "schedule.prefix": "12",
+        "rollout.max_new_tokens": 32,
+        "rollout.samples": 2,
+        "train.batch_size": 5,
+        "train.micro_batch_size": 4,
+        "train.steps": 4,
+        "evaluate.problems": 4,
+        "evaluate.kl_prompts": 4,
+        "runtime.dtype": "float32",
     }
-    return preflight.prepare(configuration.build(values | {k.replace("__", "."): v for k, v in changes.items()}))
+    return preflight.prepare(
+        configuration.build(values | {k.replace("__", "."): v for k, v in changes.items()})
+    )
 
 
 def update_gradient(run, micro=None, batches=None):
@@ -54,19 +65,25 @@ def update_gradient(run, micro=None, batches=None):
     clock, ledger = Clock(run.place.device), Ledger()
     rollouts = train.sample(run, run.student, prompts, 0, run.prefix.length(0), ledger, clock)
     weights, share = token_weights(rollouts, run.config.divergence.reduction)
-    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock)
+    values, _ = train._accumulate(
+        run, train.StudentLoss(run), rollouts, weights, share, ledger, clock
+    )
     return {name: p.grad.clone() for name, p in run.student.trained.items()}, rollouts, values
 
 
 def assert_same(left, right, tolerance=1e-5):
     for name in left:
         scale = right[name].abs().max().item()
-        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance * max(scale, 1e-6), msg=name)
+        torch.testing.assert_close(
+            left[name], right[name], rtol=tolerance, atol=tolerance * max(scale, 1e-6), msg=name
+        )
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
 @pytest.mark.parametrize("divergence", ["reverse-kl", "jsd:0.5"])
-def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(pair, questions, reduction, divergence):
+def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(
+    pair, questions, reduction, divergence
+):
     run = prepared(pair, questions, divergence__reduction=reduction, divergence__name=divergence)
     whole, rollouts, values = update_gradient(run, micro=10)
     for micro in (1, 3, 4):
@@ -79,16 +96,29 @@ def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(pair
     net.zero_grad()
     losses = []
     for r in rollouts:
-        s = net(torch.tensor([r.student_prompt + r.ids])).logits[0, len(r.student_prompt) - 1 : -1].log_softmax(-1)
+        s = (
+            net(torch.tensor([r.student_prompt + r.ids]))
+            .logits[0, len(r.student_prompt) - 1 : -1]
+            .log_softmax(-1)
+        )
         with torch.no_grad():
-            t = teacher(torch.tensor([r.teacher_prompt + r.ids])).logits[0, len(r.teacher_prompt) - 1 : -1].log_softmax(-1)
+            t = (
+                teacher(torch.tensor([r.teacher_prompt + r.ids]))
+                .logits[0, len(r.teacher_prompt) - 1 : -1]
+                .log_softmax(-1)
+            )
         kl = lambda p, q: F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
         m = torch.log((s.exp() + t.exp()) / 2)
         per_token = kl(s, t) if divergence == "reverse-kl" else (kl(t, m) + kl(s, m)) / 2
-        torch.testing.assert_close(per_token, torch.tensor(values[r.prompt, r.sample]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            per_token, torch.tensor(values[r.prompt, r.sample]), rtol=1e-4, atol=1e-6
+        )
         losses.append(per_token)
-    loss = {"token": torch.cat(losses).mean(), "sequence": torch.stack([x.mean() for x in losses]).mean(),
-            "sum": torch.stack([x.sum() for x in losses]).mean()}[reduction]
+    loss = {
+        "token": torch.cat(losses).mean(),
+        "sequence": torch.stack([x.mean() for x in losses]).mean(),
+        "sum": torch.stack([x.sum() for x in losses]).mean(),
+    }[reduction]
     loss.backward()
     assert_same(whole, {name: p.grad for name, p in net.named_parameters()})
 
@@ -108,7 +138,12 @@ def test_prompts_of_different_length_on_both_sides(pair, questions, tmp_path):
         m.net(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         for m, prompt in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
     )
-    torch.testing.assert_close((s.exp() * (s - t)).sum(-1).detach(), torch.tensor(values[r.prompt, r.sample]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        (s.exp() * (s - t)).sum(-1).detach(),
+        torch.tensor(values[r.prompt, r.sample]),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_forced_start_is_read_by_both_and_never_taught(pair, questions):
@@ -116,7 +151,10 @@ def test_forced_start_is_read_by_both_and_never_taught(pair, questions):
     begin = tuple(run.student.tokenizer("<think>", add_special_tokens=False).input_ids)
     assert len(begin) == 7
     _, rollouts, values = update_gradient(run)
-    assert all(r.student_prompt[-7:] == begin == r.teacher_prompt[-7:] and len(r.ids) <= 12 for r in rollouts)
+    assert all(
+        r.student_prompt[-7:] == begin == r.teacher_prompt[-7:] and len(r.ids) <= 12
+        for r in rollouts
+    )
     assert all(len(values[r.prompt, r.sample]) == len(r.ids) for r in rollouts)
 
 
@@ -130,7 +168,11 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair, questions):
 def test_dropout_never_fires(tmp_path, questions, pair):
     folder = tmp_path / "student"
     save_tiny(folder, "gpt2", seed=4)
-    config = json.loads((folder / "config.json").read_text()) | {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "resid_pdrop": 0.5,
+        "attn_pdrop": 0.5,
+        "embd_pdrop": 0.5,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     run = prepared((str(folder), pair[1]), questions)
     assert_same(update_gradient(run, micro=10)[0], update_gradient(run, micro=10)[0], 1e-7)
@@ -146,7 +188,10 @@ def test_padded_vocabularies_are_cut_to_the_real_ids(tmp_path, questions, pair):
     byte_tokenizer().save_pretrained(wide)
     padded = prepared((str(wide), pair[1]), questions)
     assert any("cut to the real ids" in note for note in padded.notes)
-    (want, rollouts, values), (got, same, padded_values) = update_gradient(plain), update_gradient(padded)
+    (want, rollouts, values), (got, same, padded_values) = (
+        update_gradient(plain),
+        update_gradient(padded),
+    )
     assert same == rollouts
     for key in values:
         assert padded_values[key] == pytest.approx(values[key], abs=1e-6)
@@ -184,16 +229,24 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
         models.save(run.student, tmp_path / str(on))
         decoding = models.decoder(run.student, torch.float32)
         widths = []
-        decoding.net.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True)
-        drawn = train.sample(run, decoding, run.train_prompts[:2], 0, 8, Ledger(), Clock(run.place.device))
-        assert (run.student.recomputes, set(widths)) == (on, {1}) and not any(m.training for m in run.student.net.modules())
+        decoding.net.register_forward_pre_hook(
+            lambda m, a, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True
+        )
+        drawn = train.sample(
+            run, decoding, run.train_prompts[:2], 0, 8, Ledger(), Clock(run.place.device)
+        )
+        assert (run.student.recomputes, set(widths)) == (on, {1}) and not any(
+            m.training for m in run.student.net.modules()
+        )
         found[on] = gradient, sum(kept), (tmp_path / str(on) / "config.json").read_text(), drawn
     assert_same(found[True][0], found[False][0])
     assert found[True][1] < found[False][1] / 3
     assert found[True][2:] == found[False][2:]
 
 
-def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(pair, questions, tmp_path):
+def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(
+    pair, questions, tmp_path
+):
     run = prepared(pair, questions)
     folder = RunFolder(tmp_path / "run")
     folder.create({})
@@ -201,7 +254,9 @@ def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(pair, 
         run.teacher.net.model.embed_tokens.weight[:] = float("nan")
     before = {n: p.detach().clone() for n, p in run.student.net.named_parameters()}
     folder.write_json("run.json", {})
-    with pytest.raises(Stopped, match="update 1: .* the teacher's weight model.embed_tokens.weight is not finite"):
+    with pytest.raises(
+        Stopped, match="update 1: .* the teacher's weight model.embed_tokens.weight is not finite"
+    ):
         train.train(run, folder, Silent(), False)
     step, tensors, _ = folder.latest(lambda text: None)
     assert step == 0
@@ -218,9 +273,16 @@ def test_a_run_writes_what_plain_transformers_loads(pair, questions, tmp_path):
     net = AutoModelForCausalLM.from_pretrained(folder.model)
     for (name, p), q in zip(run.student.net.named_parameters(), net.parameters()):
         assert torch.equal(p, q), name
-    original, saved = GenerationConfig.from_pretrained(pair[0]), GenerationConfig.from_pretrained(folder.model)
-    assert saved.to_diff_dict() | {"transformers_version": 0} == original.to_diff_dict() | {"transformers_version": 0}
-    assert AutoTokenizer.from_pretrained(folder.model).chat_template == byte_tokenizer().chat_template
+    original, saved = (
+        GenerationConfig.from_pretrained(pair[0]),
+        GenerationConfig.from_pretrained(folder.model),
+    )
+    assert saved.to_diff_dict() | {"transformers_version": 0} == original.to_diff_dict() | {
+        "transformers_version": 0
+    }
+    assert (
+        AutoTokenizer.from_pretrained(folder.model).chat_template == byte_tokenizer().chat_template
+    )
     assert net.config.use_cache == AutoModelForCausalLM.from_pretrained(pair[0]).config.use_cache
     assert not list(folder.path.rglob("*.bin")) and not list(folder.path.rglob("*.pt"))
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
@@ -233,7 +295,14 @@ def test_a_run_writes_what_plain_transformers_loads(pair, questions, tmp_path):
 
 def test_the_student_comes_closer_to_its_teacher(pair, questions, tmp_path):
     """30 updates: the mean reverse KL on fixed held-out contexts falls by more than two standard errors, paired."""
-    run = prepared(pair, questions, train__steps=30, schedule__lr=3e-3, evaluate__kl_prompts=4, schedule__prefix="full")
+    run = prepared(
+        pair,
+        questions,
+        train__steps=30,
+        schedule__lr=3e-3,
+        evaluate__kl_prompts=4,
+        schedule__prefix="full",
+    )
     folder = RunFolder(tmp_path / "run")
     folder.create({})
     folder.write_json("run.json", {})
@@ -246,7 +315,10 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
     measured = {}
     for dtype in ("float32", "bfloat16"):
         run = prepared(pair, questions, runtime__dtype=dtype, schedule__lr=1e-3)
-        assert run.teacher.net.dtype == getattr(torch, dtype) and run.student.net.dtype == torch.float32
+        assert (
+            run.teacher.net.dtype == getattr(torch, dtype)
+            and run.student.net.dtype == torch.float32
+        )
         folder = RunFolder(tmp_path / dtype)
         folder.create({})
         folder.write_json("run.json", {})
@@ -259,7 +331,9 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
             next(run.student.net.parameters()).mul_(1.5)
         models.refresh(decoding, run.student)
         for own, master in zip(decoding.net.parameters(), run.student.net.parameters()):
-            assert (own is master) == (dtype == "float32") and torch.equal(own, master.to(own.dtype))
+            assert (own is master) == (dtype == "float32") and torch.equal(
+                own, master.to(own.dtype)
+            )
     assert measured["bfloat16"] == pytest.approx(measured["float32"], rel=0.03)
 
 
@@ -275,7 +349,9 @@ def test_gpu_update_equals_cpu(pair, questions):
             rollouts = update_gradient(run)[1]
             run.student.net.zero_grad()
         weights, share = token_weights(rollouts, "token")
-        train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, Ledger(), Clock(run.place.device))
+        train._accumulate(
+            run, train.StudentLoss(run), rollouts, weights, share, Ledger(), Clock(run.place.device)
+        )
         gradients.append({n: p.grad.cpu() for n, p in run.student.net.named_parameters()})
     assert_same(gradients[1], gradients[0], 1e-3)
 
@@ -283,9 +359,19 @@ def test_gpu_update_equals_cpu(pair, questions):
 def test_full_rollout_cost_uses_the_measured_length(pair, questions):
     run = prepared(pair, questions)
     measured = lambda *points: [{"step": step, "mean_tokens": length} for step, length in points]
-    assert [monitor._length_at(measured((0, 10), (2, 30), (4, 20)), s) for s in range(5)] == [10, 20, 30, 25, 20]
-    flat, longer = (monitor.Progress(step=4, evaluations=measured((0, n), (4, n))) for n in (12, 24))
-    assert 1.2 < monitor.full_cost(run, longer, range(4)) / monitor.full_cost(run, flat, range(4)) < 2
+    assert [monitor._length_at(measured((0, 10), (2, 30), (4, 20)), s) for s in range(5)] == [
+        10,
+        20,
+        30,
+        25,
+        20,
+    ]
+    flat, longer = (
+        monitor.Progress(step=4, evaluations=measured((0, n), (4, n))) for n in (12, 24)
+    )
+    assert (
+        1.2 < monitor.full_cost(run, longer, range(4)) / monitor.full_cost(run, flat, range(4)) < 2
+    )
 
 
 def test_tail_warning_needs_a_paired_rise():
@@ -297,13 +383,21 @@ def test_tail_warning_needs_a_paired_rise():
     text = monitor.tail_warning(before, found(0.6, hurt), 2)
     assert "rose by 0.4" in text and "90% → 60%" in text and "little left to teach" in text
     assert monitor.tail_warning(before, before, 2) is None
-    assert monitor.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None  # nothing beyond the prefix
+    assert (
+        monitor.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None
+    )  # nothing beyond the prefix
 
 
 def test_learning_rate_schedules():
     from prefix_distill.schedule import learning_rate
 
-    rates = lambda name, warmup: [learning_rate(k, peak=1.0, schedule=name, warmup=warmup, steps=10) for k in range(10)]
+    rates = lambda name, warmup: [
+        learning_rate(k, peak=1.0, schedule=name, warmup=warmup, steps=10) for k in range(10)
+    ]
     assert rates("constant", 0) == [1.0] * 10
-    assert rates("linear", 2)[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates("linear", 2)[9] == pytest.approx(1 / 8)
-    assert rates("cosine", 0)[5] == pytest.approx(0.5) and rates("cosine", 0)[9] == pytest.approx((1 + math.cos(0.9 * math.pi)) / 2)
+    assert rates("linear", 2)[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates("linear", 2)[
+        9
+    ] == pytest.approx(1 / 8)
+    assert rates("cosine", 0)[5] == pytest.approx(0.5) and rates("cosine", 0)[9] == pytest.approx(
+        (1 + math.cos(0.9 * math.pi)) / 2
+    )

@@ -23,10 +23,16 @@ from prefix_distill.runtime import Clock
 from prefix_distill.weights import token_weights
 
 pytestmark = [
-    pytest.mark.bench, pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed"),
+    pytest.mark.bench,
+    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed"),
 ]
 
-DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd:0.5": 0.5, "jsd:0.3": 0.3}  # ours: TRL's beta
+DIVERGENCES = {
+    "reverse-kl": 1.0,
+    "forward-kl": 0.0,
+    "jsd:0.5": 0.5,
+    "jsd:0.3": 0.3,
+}  # ours: TRL's beta
 PROMPTS, SAMPLES, CAP = 5, 2, 12
 
 
@@ -34,27 +40,51 @@ PROMPTS, SAMPLES, CAP = 5, 2, 12
 def pair_of(request, tmp_path_factory):
     """(student, teacher) of one architecture and different size, as folders."""
     root = tmp_path_factory.mktemp(request.param)
-    return (save_tiny(root / "student", request.param, seed=1),
-            save_tiny(root / "teacher", request.param, seed=2, width=48, layers=3))
+    return (
+        save_tiny(root / "student", request.param, seed=1),
+        save_tiny(root / "teacher", request.param, seed=2, width=48, layers=3),
+    )
 
 
 def ours(pair, questions, divergence):
     """(loss, gradient by parameter, rollouts) of one update, by way of the training loop's own functions."""
-    run = preflight.prepare(configuration.build({
-        "models.student": pair[0], "models.teacher": pair[1], "data.dataset": questions, "schedule.prefix": str(CAP),
-        "rollout.max_new_tokens": CAP, "rollout.samples": SAMPLES, "train.batch_size": PROMPTS,
-        "train.micro_batch_size": 4, "train.steps": 1, "evaluate.problems": 0, "evaluate.kl_prompts": 1,
-        "runtime.dtype": "float32", "runtime.device": "cpu", "divergence.name": divergence,
-        "divergence.reduction": "token",
-    }))
+    run = preflight.prepare(
+        configuration.build(
+            {
+                "models.student": pair[0],
+                "models.teacher": pair[1],
+                "data.dataset": questions,
+                "schedule.prefix": str(CAP),
+                "rollout.max_new_tokens": CAP,
+                "rollout.samples": SAMPLES,
+                "train.batch_size": PROMPTS,
+                "train.micro_batch_size": 4,
+                "train.steps": 1,
+                "evaluate.problems": 0,
+                "evaluate.kl_prompts": 1,
+                "runtime.dtype": "float32",
+                "runtime.device": "cpu",
+                "divergence.name": divergence,
+                "divergence.reduction": "token",
+            }
+        )
+    )
     run.student.net.requires_grad_(True)
     clock, ledger = Clock(run.place.device), Ledger()
     prompts = data.batch(run.train_prompts, 0, PROMPTS, 0)
     sampled = train.sample(run, run.student, prompts, 0, CAP, ledger, clock)
-    rollouts = [dataclasses.replace(r, ids=(cut := r.ids[: CAP - i]), teacher_ids=cut) for i, r in enumerate(sampled)]
-    assert len({len(r.student_prompt) for r in rollouts}) > 1 and len({len(r.ids) for r in rollouts}) > 5
+    rollouts = [
+        dataclasses.replace(r, ids=(cut := r.ids[: CAP - i]), teacher_ids=cut)
+        for i, r in enumerate(sampled)
+    ]
+    assert (
+        len({len(r.student_prompt) for r in rollouts}) > 1
+        and len({len(r.ids) for r in rollouts}) > 5
+    )
     weights, divisor = token_weights(rollouts, "token")
-    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock)
+    values, _ = train._accumulate(
+        run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock
+    )
     loss = train._facts(run, rollouts, values, {}, weights, divisor, 0)["loss"]
     return loss, {name: p.grad for name, p in run.student.net.named_parameters()}, rollouts
 
@@ -66,19 +96,32 @@ def theirs(pair, rollouts, beta, folder):
     from trl.trainer.utils import pad
 
     trainer = DistillationTrainer(
-        model=pair[0], teacher_model=pair[1], train_dataset=Dataset.from_list([{"prompt": "?"}] * len(rollouts)),
-        args=DistillationConfig(output_dir=str(folder), beta=beta, use_cpu=True, bf16=False,
-                                gradient_checkpointing=False, report_to="none"),
+        model=pair[0],
+        teacher_model=pair[1],
+        train_dataset=Dataset.from_list([{"prompt": "?"}] * len(rollouts)),
+        args=DistillationConfig(
+            output_dir=str(folder),
+            beta=beta,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+        ),
     )
     trainer.model.train()
     tokens, loss = torch.tensor(sum(len(r.ids) for r in rollouts)), 0.0
     for half in (rollouts[::2], rollouts[1::2]):
-        sides = {"prompt": ([r.student_prompt for r in half], "left"), "completion": ([r.ids for r in half], "right")}
+        sides = {
+            "prompt": ([r.student_prompt for r in half], "left"),
+            "completion": ([r.ids for r in half], "right"),
+        }
         inputs = {"num_items_in_batch": tokens}
         for name, (rows, side) in sides.items():
             rows = [torch.tensor(ids) for ids in rows]
             inputs[f"{name}_ids"] = pad(rows, padding_value=256, padding_side=side)
-            inputs[f"{name}_mask"] = pad([torch.ones_like(r) for r in rows], padding_value=0, padding_side=side)
+            inputs[f"{name}_mask"] = pad(
+                [torch.ones_like(r) for r in rows], padding_value=0, padding_side=side
+            )
         part = trainer.compute_loss(trainer.model, inputs)
         part.backward()
         loss += part.item()
@@ -100,7 +143,10 @@ def test_another_beta_is_told_apart(pair_of, questions, tmp_path):
     loss, gradient, rollouts = ours(pair_of, questions, "jsd:0.3")
     trl_loss, trl_gradient = theirs(pair_of, rollouts, 0.7, tmp_path)
     assert abs(loss - trl_loss) > 1e-4 * trl_loss
-    assert all((gradient[name] - want).abs().max() > 1e-3 * want.abs().max() for name, want in trl_gradient.items())
+    assert all(
+        (gradient[name] - want).abs().max() > 1e-3 * want.abs().max()
+        for name, want in trl_gradient.items()
+    )
 
 
 def uld(strategy: str, hybrid: bool = False):
@@ -111,13 +157,27 @@ def uld(strategy: str, hybrid: bool = False):
 
     vocabularies = {"+": 0, "</s>": 1, "4": 2, "2": 3, "x": 4}, {"+": 0, "</s>": 1, "42": 2}
     tokenizers = [SimpleNamespace(get_vocab=lambda v=v: v) for v in vocabularies]
-    config = GOLDConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", use_uld_loss=True, uld_token_merge_strategy=strategy,
-                        uld_use_hybrid_loss=hybrid, uld_skip_student_eos=True, uld_skip_teacher_eos=True)
+    config = GOLDConfig(
+        output_dir="unused",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        use_uld_loss=True,
+        uld_token_merge_strategy=strategy,
+        uld_use_hybrid_loss=hybrid,
+        uld_skip_student_eos=True,
+        uld_skip_teacher_eos=True,
+    )
     loss = ULDLoss(config, *tokenizers, device=torch.device("cpu"))
     rows = [torch.tensor([ids]) for ids in ([0, 2, 3, 1], [0, 2, 1])]
     labels = [torch.cat([torch.full((1, 1), -100), row[:, 1:]], 1) for row in rows]
-    offsets = torch.tensor([[[0, 0], [0, 1], [1, 2], [2, 2]]]), torch.tensor([[[0, 0], [0, 2], [2, 2]]])
-    return lambda student, teacher: loss(student[None], teacher[None], *labels, *rows, *offsets).item()
+    offsets = (
+        torch.tensor([[[0, 0], [0, 1], [1, 2], [2, 2]]]),
+        torch.tensor([[[0, 0], [0, 2], [2, 2]]]),
+    )
+    return lambda student, teacher: loss(
+        student[None], teacher[None], *labels, *rows, *offsets
+    ).item()
 
 
 def test_a_group_of_tokens_by_hand_ours_and_golds():
@@ -129,16 +189,35 @@ def test_a_group_of_tokens_by_hand_ours_and_golds():
     """
     log = lambda *p: torch.tensor(p).log()
     other = log(0.2, 0.2, 0.2, 0.2, 0.2)
-    student = torch.stack([log(1 / 8, 1 / 8, 1 / 2, 1 / 8, 1 / 8), log(1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 2), other, other])
-    teacher = torch.stack([log(1 / 4, 1 / 4, 1 / 2), log(1 / 3, 1 / 3, 1 / 3), log(1 / 3, 1 / 3, 1 / 3)])
+    student = torch.stack(
+        [
+            log(1 / 8, 1 / 8, 1 / 2, 1 / 8, 1 / 8),
+            log(1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 2),
+            other,
+            other,
+        ]
+    )
+    teacher = torch.stack(
+        [log(1 / 4, 1 / 4, 1 / 2), log(1 / 3, 1 / 3, 1 / 3), log(1 / 3, 1 / 3, 1 / 3)]
+    )
     assert uld("bayesian")(student, teacher) == pytest.approx(3 / 4, abs=1e-6)
     r = Rollout(0, 0, (0,), (0,), (2, 3, 1), (2, 1), True, units=(Unit(0, 2, 0, 1),), spans=True)
     shared = simct.support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
-    _, values, _ = simct.weighted(Terms("reverse-kl"), shared, simct.units([r]), student[:2], Head(torch.eye(5)), teacher[:1],
-                                  Head(torch.eye(3)), torch.ones(1))
+    _, values, _ = simct.weighted(
+        Terms("reverse-kl"),
+        shared,
+        simct.units([r]),
+        student[:2],
+        Head(torch.eye(5)),
+        teacher[:1],
+        Head(torch.eye(3)),
+        torch.ones(1),
+    )
     assert values.item() == pytest.approx(0, abs=1e-6)
 
     # GOLD's default strategy reads logits one position late: what predicts the first token has no say at all
     late, changed = uld("observed"), teacher.clone()
     changed[0] = log(0.98, 0.01, 0.01)
-    assert late(student, teacher) == late(student, changed) and uld("bayesian")(student, teacher) != uld("bayesian")(student, changed)
+    assert late(student, teacher) == late(student, changed) and uld("bayesian")(
+        student, teacher
+    ) != uld("bayesian")(student, changed)

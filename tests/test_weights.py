@@ -15,7 +15,17 @@ from prefix_distill.flops import Ledger
 from prefix_distill.runtime import Clock
 from prefix_distill.rollout import Rollout
 from prefix_distill.weights import (
-    SELECTIONS, WINDOWS, Selection, Window, choose, parse_position_weight, parse_selection, parse_window, quadrants, quantile, scale,
+    SELECTIONS,
+    WINDOWS,
+    Selection,
+    Window,
+    choose,
+    parse_position_weight,
+    parse_selection,
+    parse_window,
+    quadrants,
+    quantile,
+    scale,
     token_weights,
 )
 from test_train import assert_same, prepared, update_gradient
@@ -25,16 +35,30 @@ def test_windows_by_hand():
     values = [0.1, 0.9, 0.9, 0.0, 0.5, 0.9]
     at = lambda kind, size=2: Window(kind, size).positions(6, (0, 0), values)
     assert at("first") == (0, 1) and at("middle") == (2, 3) and at("last") == (4, 5)
-    assert at("highest-kl") == (1, 2) and at("highest-kl", 3) == (1, 2, 5)  # ties go to the earlier token
+    assert at("highest-kl") == (1, 2) and at("highest-kl", 3) == (
+        1,
+        2,
+        5,
+    )  # ties go to the earlier token
     assert at("highest-entropy", 4) == (1, 2, 4, 5)
     assert Window("middle", 3).positions(6, (0,)) == (1, 2, 3)
 
 
-@given(strategies.sampled_from(WINDOWS), strategies.integers(1, 30), strategies.integers(1, 25), strategies.integers(0, 9))
+@given(
+    strategies.sampled_from(WINDOWS),
+    strategies.integers(1, 30),
+    strategies.integers(1, 25),
+    strategies.integers(0, 9),
+)
 def test_every_window_is_k_distinct_ascending_positions(kind, size, tokens, key):
     values = [((t * 37 + key) % 11) / 11 for t in range(tokens)]
     kept = Window(kind, size).positions(tokens, (0, key), values)
-    assert len(kept) == min(size, tokens) and list(kept) == sorted(set(kept)) and 0 <= kept[0] and kept[-1] < tokens
+    assert (
+        len(kept) == min(size, tokens)
+        and list(kept) == sorted(set(kept))
+        and 0 <= kept[0]
+        and kept[-1] < tokens
+    )
     assert kept == Window(kind, size).positions(tokens, (0, key), values)
     if kind in ("first", "middle", "last", "random"):
         assert kept[-1] - kept[0] == len(kept) - 1
@@ -44,47 +68,80 @@ def test_random_windows_cover_the_rollout_evenly():
     counts = [0] * 10
     for key in range(4000):
         counts[Window("random", 3).positions(10, (0, key))[0]] += 1
-    assert all(abs(n - 500) < 90 for n in counts[:8]) and counts[8:] == [0, 0]  # 4 standard deviations of a binomial are 84
+    assert all(abs(n - 500) < 90 for n in counts[:8]) and counts[8:] == [
+        0,
+        0,
+    ]  # 4 standard deviations of a binomial are 84
 
 
-@pytest.mark.parametrize("text", ["", "first", "first:0", "first:x", "top:3", "all:3", "first:²", "highest-kl:-1"])
+@pytest.mark.parametrize(
+    "text", ["", "first", "first:0", "first:x", "top:3", "all:3", "first:²", "highest-kl:-1"]
+)
 def test_other_windows_are_refused(text):
     with pytest.raises(UserError, match="--window"):
         parse_window(text)
 
 
-@pytest.mark.parametrize("window", ["middle:4", "last:5", "scattered:3", "highest-kl:4", "highest-entropy:2", "first:3"])
+@pytest.mark.parametrize(
+    "window", ["middle:4", "last:5", "scattered:3", "highest-kl:4", "highest-entropy:2", "first:3"]
+)
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduction):
-    run = prepared(pair, questions, weights__window=window, schedule__prefix="full", divergence__reduction=reduction)
+    run = prepared(
+        pair,
+        questions,
+        weights__window=window,
+        schedule__prefix="full",
+        divergence__reduction=reduction,
+    )
     student, teacher = run.student.net.requires_grad_(True), run.teacher.net
     student.zero_grad()
     prompts = data.batch(run.train_prompts, 0, 5, 0)
     clock, ledger = Clock(run.place.device), Ledger()
-    rollouts, _ = train.select(run, train.sample(run, run.student, prompts, 0, 32, ledger, clock), 0, ledger, clock)
+    rollouts, _ = train.select(
+        run, train.sample(run, run.student, prompts, 0, 32, ledger, clock), 0, ledger, clock
+    )
     assert {len(r.taught) for r in rollouts} == {run.window.size}
     weights, share = token_weights(rollouts, reduction)
-    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock)
+    values, _ = train._accumulate(
+        run, train.StudentLoss(run), rollouts, weights, share, ledger, clock
+    )
     fused = {name: p.grad.clone() for name, p in student.named_parameters()}
 
     student.zero_grad()  # independent reference: every rollout alone, full logits, autograd
     losses, count = [], 0
     for r in rollouts:
-        s = student(torch.tensor([r.student_prompt + r.ids])).logits[0, len(r.student_prompt) - 1 : -1].log_softmax(-1)
+        s = (
+            student(torch.tensor([r.student_prompt + r.ids]))
+            .logits[0, len(r.student_prompt) - 1 : -1]
+            .log_softmax(-1)
+        )
         with torch.no_grad():
-            t = teacher(torch.tensor([r.teacher_prompt + r.ids])).logits[0, len(r.teacher_prompt) - 1 : -1].log_softmax(-1)
+            t = (
+                teacher(torch.tensor([r.teacher_prompt + r.ids]))
+                .logits[0, len(r.teacher_prompt) - 1 : -1]
+                .log_softmax(-1)
+            )
         kl = F.kl_div(t, s, reduction="none", log_target=True).sum(-1)
         if run.window.kind == "highest-kl":
             assert set(r.taught) == set(kl.topk(4).indices.tolist())
         if run.window.kind == "highest-entropy":
             assert set(r.taught) == set((-(s.exp() * s).sum(-1)).topk(2).indices.tolist())
         kept = kl[list(r.taught)]
-        torch.testing.assert_close(torch.tensor(values[r.prompt, r.sample]), kept.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(values[r.prompt, r.sample]), kept.detach(), rtol=1e-4, atol=1e-6
+        )
         losses.append(kept.sum() if reduction == "token" else kept.mean())
         count += len(kept)
     (sum(losses) / (count if reduction == "token" else len(rollouts))).backward()
     for name, p in student.named_parameters():
-        torch.testing.assert_close(fused[name], p.grad, rtol=1e-4, atol=1e-5 * max(p.grad.abs().max().item(), 1e-6), msg=name)
+        torch.testing.assert_close(
+            fused[name],
+            p.grad,
+            rtol=1e-4,
+            atol=1e-5 * max(p.grad.abs().max().item(), 1e-6),
+            msg=name,
+        )
 
 
 def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, questions):
@@ -93,10 +150,14 @@ def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, q
     clock = Clock(run.place.device)
     whole = train.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
     kept, _ = train.select(run, whole, 0, Ledger(), clock)
-    truncated = [r.__class__(**{**r.__dict__, "ids": r.ids[:3], "teacher_ids": r.ids[:3]}) for r in whole]
+    truncated = [
+        r.__class__(**{**r.__dict__, "ids": r.ids[:3], "teacher_ids": r.ids[:3]}) for r in whole
+    ]
     assert scoring.sequences(kept) == scoring.sequences(truncated)
     assert scoring.reads(kept, False) == scoring.reads(truncated, False)
-    torch.testing.assert_close(scoring.hidden_rows(run.student, kept), scoring.hidden_rows(run.student, truncated))
+    torch.testing.assert_close(
+        scoring.hidden_rows(run.student, kept), scoring.hidden_rows(run.student, truncated)
+    )
 
 
 def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
@@ -105,25 +166,47 @@ def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
     clock, ledger, plain = Clock(run.place.device), Ledger(), Ledger()
     rollouts = train.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
     train.select(run, rollouts, 0, ledger, clock)
-    groups = scoring.micro_batches(rollouts, run.config.train.micro_batch_size, run.student.reads_once)
+    groups = scoring.micro_batches(
+        rollouts, run.config.train.micro_batch_size, run.student.reads_once
+    )
     for group in groups:
         plain.forward("selection", run.student_shape, scoring.reads(group, run.student.reads_once))
-        plain.forward("selection", run.teacher_shape, scoring.reads(group, run.teacher.reads_once, teacher=True))
+        plain.forward(
+            "selection",
+            run.teacher_shape,
+            scoring.reads(group, run.teacher.reads_once, teacher=True),
+        )
     assert ledger.useful == plain.useful and set(ledger.useful) == {"selection"}
 
 
 def test_statistics_of_one_rollout_do_not_depend_on_the_batch(pair, questions):
     run = prepared(pair, questions)
-    rollouts = train.sample(run, run.student, data.batch(run.train_prompts, 0, 5, 0), 0, 20, Ledger(), Clock(run.place.device))
-    both = [scoring.token_statistics(Terms("reverse-kl"), run.student, run.teacher, run.shared, rollouts, run.place, rows)
-            for rows in (1, 10)]
+    rollouts = train.sample(
+        run,
+        run.student,
+        data.batch(run.train_prompts, 0, 5, 0),
+        0,
+        20,
+        Ledger(),
+        Clock(run.place.device),
+    )
+    both = [
+        scoring.token_statistics(
+            Terms("reverse-kl"), run.student, run.teacher, run.shared, rollouts, run.place, rows
+        )
+        for rows in (1, 10)
+    ]
     for key in both[0]:
         for name in both[0][key]:
             assert both[0][key][name] == pytest.approx(both[1][key][name], abs=1e-5), name
 
 
 # Six tokens by hand: entropies and reverse KLs of one rollout; the batch's other rollout sets the ends of the scale.
-ENTROPY, DIVERGENCE, FORWARD = [0.0, 1.0, 2.0, 4.0, 1.0, 0.0], [0.0, 0.3, 0.1, 0.0, 0.3, 0.6], [0.1, 0.4, 0.1, 9.0, 0.5, 0.2]
+ENTROPY, DIVERGENCE, FORWARD = (
+    [0.0, 1.0, 2.0, 4.0, 1.0, 0.0],
+    [0.0, 0.3, 0.1, 0.0, 0.3, 0.6],
+    [0.1, 0.4, 0.1, 9.0, 0.5, 0.2],
+)
 
 
 def six(kind: str, share: float) -> tuple[int, ...]:
@@ -132,19 +215,35 @@ def six(kind: str, share: float) -> tuple[int, ...]:
     entropies, divergences = ENTROPY + [2.0] * 94, DIVERGENCE + [0.5] * 94
     at = scale(entropies, divergences)
     assert at.entropy == (0.0, 2.0) and at.divergence == (0.0, 0.6)
-    facts = {name: dict(enumerate(values)) for name, values in
-             (("entropy", ENTROPY), ("divergence", DIVERGENCE), ("forward_kl", FORWARD))}
+    facts = {
+        name: dict(enumerate(values))
+        for name, values in (
+            ("entropy", ENTROPY),
+            ("divergence", DIVERGENCE),
+            ("forward_kl", FORWARD),
+        )
+    }
     return Selection(kind, share).choose(tuple(range(6)), (0, 0, 0, 0), facts, at)
 
 
-@pytest.mark.parametrize("kind, share, kept", [
-    ("soft-or", 0.5, (2, 3, 5)), ("soft-or", 0.34, (2, 3)), ("soft-or", 0.67, (1, 2, 3, 5)), ("soft-or", 0.1, (2,)),
-    ("bottom", 0.5, (0, 1, 4)), ("bottom", 0.34, (0, 1)),
-    ("entropy", 0.5, (1, 2, 3)), ("entropy", 0.67, (1, 2, 3, 4)),
-    ("divergence", 0.34, (1, 5)), ("divergence", 0.5, (1, 4, 5)),
-    ("overconfident", 0.5, (1, 4, 5)),  # KL(T‖S)(1 − ĥ) = 0.1, 0.2, 0, 0, 0.25, 0.2
-    ("overconfident", 0.2, (4,)), ("overconfident", 0.34, (1, 4)),
-])
+@pytest.mark.parametrize(
+    "kind, share, kept",
+    [
+        ("soft-or", 0.5, (2, 3, 5)),
+        ("soft-or", 0.34, (2, 3)),
+        ("soft-or", 0.67, (1, 2, 3, 5)),
+        ("soft-or", 0.1, (2,)),
+        ("bottom", 0.5, (0, 1, 4)),
+        ("bottom", 0.34, (0, 1)),
+        ("entropy", 0.5, (1, 2, 3)),
+        ("entropy", 0.67, (1, 2, 3, 4)),
+        ("divergence", 0.34, (1, 5)),
+        ("divergence", 0.5, (1, 4, 5)),
+        ("overconfident", 0.5, (1, 4, 5)),  # KL(T‖S)(1 − ĥ) = 0.1, 0.2, 0, 0, 0.25, 0.2
+        ("overconfident", 0.2, (4,)),
+        ("overconfident", 0.34, (1, 4)),
+    ],
+)
 def test_importance_of_six_tokens_by_hand(kind, share, kept):
     assert six(kind, share) == kept
 
@@ -163,7 +262,10 @@ def test_all_clipped_entropies_score_the_same_and_the_earliest_goes_first(diverg
     tokens = tuple(range(len(divergences)))
     facts = {"entropy": dict.fromkeys(tokens, 2.0), "divergence": dict(enumerate(divergences))}
     at = scale([0.0, *[1.5] * 3], [0.0, 1.0])
-    assert Selection("soft-or", 0.5).choose(tokens, (0,), facts, at) == tokens[: max(1, len(tokens) // 2)]
+    assert (
+        Selection("soft-or", 0.5).choose(tokens, (0,), facts, at)
+        == tokens[: max(1, len(tokens) // 2)]
+    )
 
 
 @given(strategies.lists(strategies.floats(0, 9), min_size=1, max_size=40), strategies.floats(0, 1))
@@ -172,26 +274,51 @@ def test_quantile_is_torchs(values, share):
     assert quantile(values, share) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@given(strategies.sampled_from(SELECTIONS), strategies.sampled_from([0.1, 0.2, 0.5, 1.0]), strategies.integers(0, 9),
-       strategies.lists(strategies.integers(1, 12), min_size=1, max_size=5))
+@given(
+    strategies.sampled_from(SELECTIONS),
+    strategies.sampled_from([0.1, 0.2, 0.5, 1.0]),
+    strategies.integers(0, 9),
+    strategies.lists(strategies.integers(1, 12), min_size=1, max_size=5),
+)
 def test_a_share_of_every_rollout_whatever_the_order_of_rollouts(kind, share, key, lengths):
-    rollouts = [Rollout(i, 0, (1,), (1,), tuple(range(m)), tuple(range(m)), False) for i, m in enumerate(lengths)]
-    facts = {(r.prompt, 0): {name: {t: ((r.prompt * 7 + t * (3 + n) + key) % 11) / 11 for t in r.taught}
-                             for n, name in enumerate(("entropy", "divergence", "forward_kl"))} for r in rollouts}
+    rollouts = [
+        Rollout(i, 0, (1,), (1,), tuple(range(m)), tuple(range(m)), False)
+        for i, m in enumerate(lengths)
+    ]
+    facts = {
+        (r.prompt, 0): {
+            name: {t: ((r.prompt * 7 + t * (3 + n) + key) % 11) / 11 for t in r.taught}
+            for n, name in enumerate(("entropy", "divergence", "forward_kl"))
+        }
+        for r in rollouts
+    }
 
     def chosen(rollouts):
-        at = scale(*([v for r in rollouts for v in facts[r.prompt, 0][name].values()] for name in ("entropy", "divergence")))
-        return {r.prompt: r.taught for r in choose(Selection(kind, share), rollouts, (0, key), facts, at)}
+        at = scale(
+            *(
+                [v for r in rollouts for v in facts[r.prompt, 0][name].values()]
+                for name in ("entropy", "divergence")
+            )
+        )
+        return {
+            r.prompt: r.taught
+            for r in choose(Selection(kind, share), rollouts, (0, key), facts, at)
+        }
 
     kept = chosen(rollouts)
     assert kept == chosen(rollouts[::-1])
-    assert [len(kept[r.prompt]) for r in rollouts] == [max(1, math.floor(share * m + 1e-9)) for m in lengths]
+    assert [len(kept[r.prompt]) for r in rollouts] == [
+        max(1, math.floor(share * m + 1e-9)) for m in lengths
+    ]
     if share == 1:
         assert kept == {r.prompt: r.taught for r in rollouts}
 
 
 def test_entropy_sample_draws_by_entropy_without_replacement():
-    facts = {"entropy": {0: 1.0, 1: 3.0, 2: 0.0, 3: 4.0}, "divergence": dict.fromkeys(range(4), 0.0)}
+    facts = {
+        "entropy": {0: 1.0, 1: 3.0, 2: 0.0, 3: 4.0},
+        "divergence": dict.fromkeys(range(4), 0.0),
+    }
     at, n = scale([0.0, 1.0, 3.0, 4.0] + [4.0] * 96, [0.0]), 4000
     first, pairs = [0] * 4, {}
     for key in range(n):
@@ -199,15 +326,23 @@ def test_entropy_sample_draws_by_entropy_without_replacement():
         first[t] += 1
         kept = Selection("entropy-sample", 0.5).choose((0, 1, 2, 3), (0, key), facts, at)
         pairs[kept] = pairs.get(kept, 0) + 1
-        assert Selection("entropy-sample", 0.75).choose((0, 1, 2, 3), (0, key), facts, at) == (0, 1, 3)
+        assert Selection("entropy-sample", 0.75).choose((0, 1, 2, 3), (0, key), facts, at) == (
+            0,
+            1,
+            3,
+        )
     p = [1 / 8, 3 / 8, 0, 4 / 8]
-    assert first[2] == 0 and all(abs(c - n * q) < 5 * math.sqrt(n * q * (1 - q)) + 1e-9 for c, q in zip(first, p))
+    assert first[2] == 0 and all(
+        abs(c - n * q) < 5 * math.sqrt(n * q * (1 - q)) + 1e-9 for c, q in zip(first, p)
+    )
     for a, b in ((0, 1), (0, 3), (1, 3)):  # a first and then b, or b first and then a
         q = p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b])
         assert abs(pairs[a, b] - n * q) < 5 * math.sqrt(n * q * (1 - q))
 
 
-@pytest.mark.parametrize("kind, share", [("topmost", 0.5), ("soft-or", 0.0), ("soft-or", 1.5), ("random", math.nan)])
+@pytest.mark.parametrize(
+    "kind, share", [("topmost", 0.5), ("soft-or", 0.0), ("soft-or", 1.5), ("random", math.nan)]
+)
 def test_other_selections_are_refused(kind, share):
     with pytest.raises(UserError, match="--select|--keep"):
         parse_selection(kind, share)
@@ -217,32 +352,58 @@ def chosen_by_reference(run, rollouts, kind, keep) -> dict:
     """Full logits of every rollout alone, numpy-like by-the-book scores over the whole batch."""
     rows = []
     for r in rollouts:
-        s, t = (m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].double().log_softmax(-1)
-                for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt)))
-        rows.append((-(s.exp() * s).sum(-1), (s.exp() * (s - t)).sum(-1), (t.exp() * (t - s)).sum(-1)))
+        s, t = (
+            m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].double().log_softmax(-1)
+            for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+        )
+        rows.append(
+            (-(s.exp() * s).sum(-1), (s.exp() * (s - t)).sum(-1), (t.exp() * (t - s)).sum(-1))
+        )
     h, d = (torch.cat([row[i] for row in rows]) for i in (0, 1))
     top = torch.quantile(h, 0.98)
     kept = {}
     for r, (entropy, divergence, forward) in zip(rollouts, rows):
         hat = (entropy.clamp(max=top) - h.min()) / (top - h.min())
         delta = (divergence - d.min()) / (d.max() - d.min())
-        score = {"soft-or": hat + delta - hat * delta, "bottom": -(hat + delta - hat * delta), "entropy": hat, "divergence": delta,
-                 "overconfident": forward * (1 - hat)}[kind]
+        score = {
+            "soft-or": hat + delta - hat * delta,
+            "bottom": -(hat + delta - hat * delta),
+            "entropy": hat,
+            "divergence": delta,
+            "overconfident": forward * (1 - hat),
+        }[kind]
         order = sorted(range(len(r.ids)), key=lambda t: (-round(score[t].item(), 9), t))
         kept[r.prompt, r.sample] = tuple(sorted(order[: max(1, int(keep * len(r.ids)))]))
     return kept
 
 
 def selected_gradient(run, micro, window=None):
-    run.config = run.config.__class__(**{**run.config.__dict__, "train": run.config.train.__class__(
-        **{**run.config.train.__dict__, "micro_batch_size": micro})})
+    run.config = run.config.__class__(
+        **{
+            **run.config.__dict__,
+            "train": run.config.train.__class__(
+                **{**run.config.train.__dict__, "micro_batch_size": micro}
+            ),
+        }
+    )
     run.student.net.requires_grad_(True).zero_grad()
     clock, ledger = Clock(run.place.device), Ledger()
-    drawn = train.sample(run, run.student, data.batch(run.train_prompts, 0, 5, 0), 0, 12, Ledger(), clock)
+    drawn = train.sample(
+        run, run.student, data.batch(run.train_prompts, 0, 5, 0), 0, 12, Ledger(), clock
+    )
     rollouts, reading = train.select(run, drawn, 0, ledger, clock)
     weights, share = token_weights(rollouts, "token", run.position)
-    values, _ = train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock, reading)
-    return {n: p.grad.clone() for n, p in run.student.net.named_parameters()}, drawn, rollouts, values, reading, ledger
+    values, _ = train._accumulate(
+        run, train.StudentLoss(run), rollouts, weights, share, ledger, clock, reading
+    )
+    return (
+        {n: p.grad.clone() for n, p in run.student.net.named_parameters()},
+        drawn,
+        rollouts,
+        values,
+        reading,
+        ledger,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -251,19 +412,25 @@ def even(pair, tmp_path_factory):
     import json
 
     file = tmp_path_factory.mktemp("even") / "q.jsonl"
-    file.write_text("".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50)))
+    file.write_text(
+        "".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50))
+    )
     return str(file)
 
 
 @pytest.mark.parametrize("kind", ["soft-or", "overconfident", "entropy", "divergence", "bottom"])
 def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, even, kind):
     run = prepared(pair, even, weights__select=kind, weights__keep=0.5, rollout__eos="teacher")
-    run.sampler = run.sampler.__class__(**{**run.sampler.__dict__, "eos": frozenset({-1})})  # no rollout ends early
+    run.sampler = run.sampler.__class__(
+        **{**run.sampler.__dict__, "eos": frozenset({-1})}
+    )  # no rollout ends early
     once, drawn, kept, values, reading, ledger = selected_gradient(run, 10)
     assert reading is not None
     expected = chosen_by_reference(run, drawn, kind, 0.5)
     assert {key: r.taught for r in kept for key in [(r.prompt, r.sample)]} == expected
-    head = (run.student_shape.output(1) + run.teacher_shape.output(1)) * sum(len(r.ids) for r in drawn)
+    head = (run.student_shape.output(1) + run.teacher_shape.output(1)) * sum(
+        len(r.ids) for r in drawn
+    )
     assert ledger.useful["selection"] == head == ledger.executed["selection"]
     for micro in (1, 4):
         twice, _, again, _, none, more = selected_gradient(run, micro)
@@ -273,11 +440,21 @@ def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, ev
     student.zero_grad()
     losses = []
     for r in kept:
-        s = student(torch.tensor([r.student_prompt + r.ids])).logits[0, len(r.student_prompt) - 1 : -1].log_softmax(-1)
+        s = (
+            student(torch.tensor([r.student_prompt + r.ids]))
+            .logits[0, len(r.student_prompt) - 1 : -1]
+            .log_softmax(-1)
+        )
         with torch.no_grad():
-            t = teacher(torch.tensor([r.teacher_prompt + r.ids])).logits[0, len(r.teacher_prompt) - 1 : -1].log_softmax(-1)
+            t = (
+                teacher(torch.tensor([r.teacher_prompt + r.ids]))
+                .logits[0, len(r.teacher_prompt) - 1 : -1]
+                .log_softmax(-1)
+            )
         losses.append(F.kl_div(t, s, reduction="none", log_target=True).sum(-1)[list(r.taught)])
-        torch.testing.assert_close(torch.tensor(values[r.prompt, r.sample]), losses[-1].detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(values[r.prompt, r.sample]), losses[-1].detach(), rtol=1e-4, atol=1e-6
+        )
     torch.cat(losses).mean().backward()
     assert_same(once, {n: p.grad for n, p in student.named_parameters()}, 1e-4)
 
@@ -288,24 +465,37 @@ def test_keeping_all_is_no_selection_and_a_window_leaves_the_choice(pair, questi
     whole, drawn, kept, *_ = selected_gradient(run, 4)
     assert drawn == rollouts and [r.taught for r in kept] == [r.taught for r in rollouts]
     assert_same(whole, plain)
-    for window, inside in (("last:4", lambda r: range(len(r.ids) - 4, len(r.ids))), ("highest-kl:4", None)):
-        run = prepared(pair, questions, weights__select="divergence", weights__window=window, weights__keep=0.5)
+    for window, inside in (
+        ("last:4", lambda r: range(len(r.ids) - 4, len(r.ids))),
+        ("highest-kl:4", None),
+    ):
+        run = prepared(
+            pair, questions, weights__select="divergence", weights__window=window, weights__keep=0.5
+        )
         _, drawn, kept, *_ = selected_gradient(run, 4)
         assert {len(r.taught) for r in kept} == {2}
         if inside:
             assert all(set(r.taught) <= set(inside(r)) for r in kept)
         else:  # the two largest of the four largest
-            assert {key: r.taught for r in kept for key in [(r.prompt, r.sample)]} == chosen_by_reference(run, drawn, "divergence", 2 / 12)
+            assert {
+                key: r.taught for r in kept for key in [(r.prompt, r.sample)]
+            } == chosen_by_reference(run, drawn, "divergence", 2 / 12)
 
 
 def test_quadrants_by_hand():
     found = quadrants([0, 0, 1, 1], [0.0, 3.0, 0.0, 1.0])
     assert found["borders"] == [0.5, 0.5]
     assert found["quadrants"] == {
-        "high entropy, high divergence": {"tokens": 0.25, "divergence": 0.25}, "high entropy, low divergence": {"tokens": 0.25, "divergence": 0},
-        "low entropy, high divergence": {"tokens": 0.25, "divergence": 0.75}, "low entropy, low divergence": {"tokens": 0.25, "divergence": 0}}
+        "high entropy, high divergence": {"tokens": 0.25, "divergence": 0.25},
+        "high entropy, low divergence": {"tokens": 0.25, "divergence": 0},
+        "low entropy, high divergence": {"tokens": 0.25, "divergence": 0.75},
+        "low entropy, low divergence": {"tokens": 0.25, "divergence": 0},
+    }
     moved = quadrants([0, 0, 1, 1], [0.0, 3.0, 0.0, 1.0], (2.0, 2.0))["quadrants"]
-    assert moved["low entropy, high divergence"]["tokens"] == 0.25 and moved["high entropy, high divergence"]["tokens"] == 0
+    assert (
+        moved["low entropy, high divergence"]["tokens"] == 0.25
+        and moved["high entropy, high divergence"]["tokens"] == 0
+    )
 
 
 def test_position_weights_by_hand():
@@ -317,19 +507,41 @@ def test_position_weights_by_hand():
     assert sum(moderate.at(t, 1000) for t in range(1000)) / 1000 == pytest.approx(0.771, abs=5e-4)
     for t in range(7):
         assert mirrored.at(t, 7) == pytest.approx(moderate.at(6 - t, 7))
-    assert parse_position_weight("sigmoid:0.25,0.3,0.1") == moderate and parse_position_weight("uniform") is None
-    assert parse_position_weight("sigmoid:1,0.3,0.1").at(0, 9) == 1 and parse_position_weight("sigmoid:0,1,1e-9").at(0, 9) == 0
-    for text in ("", "steep", "sigmoid:1,2", "sigmoid:2,0.3,0.1", "sigmoid:0,0.3,0", "sigmoid:nan,0,1", "uniform:1"):
+    assert (
+        parse_position_weight("sigmoid:0.25,0.3,0.1") == moderate
+        and parse_position_weight("uniform") is None
+    )
+    assert (
+        parse_position_weight("sigmoid:1,0.3,0.1").at(0, 9) == 1
+        and parse_position_weight("sigmoid:0,1,1e-9").at(0, 9) == 0
+    )
+    for text in (
+        "",
+        "steep",
+        "sigmoid:1,2",
+        "sigmoid:2,0.3,0.1",
+        "sigmoid:0,0.3,0",
+        "sigmoid:nan,0,1",
+        "uniform:1",
+    ):
         with pytest.raises(UserError, match="--position-weight"):
             parse_position_weight(text)
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
 def test_position_weights_multiply_and_do_not_renormalise(pair, questions, reduction):
-    run = prepared(pair, questions, weights__position="moderate", divergence__reduction=reduction, weights__window="last:5")
+    run = prepared(
+        pair,
+        questions,
+        weights__position="moderate",
+        divergence__reduction=reduction,
+        weights__window="last:5",
+    )
     run.student.net.requires_grad_(True).zero_grad()
     clock, ledger = Clock(run.place.device), Ledger()
-    drawn = train.sample(run, run.student, data.batch(run.train_prompts, 0, 5, 0), 0, 12, ledger, clock)
+    drawn = train.sample(
+        run, run.student, data.batch(run.train_prompts, 0, 5, 0), 0, 12, ledger, clock
+    )
     rollouts, _ = train.select(run, drawn, 0, ledger, clock)
     weights, share = token_weights(rollouts, reduction, run.position)
     _, plain_share = token_weights(rollouts, reduction)
@@ -339,13 +551,18 @@ def test_position_weights_multiply_and_do_not_renormalise(pair, questions, reduc
     run.student.net.zero_grad()
     losses = []
     for r in rollouts:
-        s, t = (m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].log_softmax(-1)
-                for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt)))
+        s, t = (
+            m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].log_softmax(-1)
+            for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+        )
         kl, m = F.kl_div(t, s, reduction="none", log_target=True).sum(-1), len(r.ids)
         u = (torch.arange(m) + 0.5) / m
         row = ((0.25 + 0.75 * torch.sigmoid((u - 0.3) / 0.1)) * kl)[-5:]
         losses.append(row)
-    loss = {"token": torch.cat(losses).mean(), "sequence": torch.stack([x.mean() for x in losses]).mean(),
-            "sum": torch.stack([x.sum() for x in losses]).mean()}[reduction]
+    loss = {
+        "token": torch.cat(losses).mean(),
+        "sequence": torch.stack([x.mean() for x in losses]).mean(),
+        "sum": torch.stack([x.sum() for x in losses]).mean(),
+    }[reduction]
     loss.backward()
     assert_same(fused, {n: p.grad for n, p in run.student.net.named_parameters()}, 1e-4)

@@ -24,13 +24,34 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from .task import MAX_STEPS, MODELS, STEPS, TASKS, Problem, model_path, problems
 
-PAD, END, USER, ASSISTANT, UNKNOWN = SPECIALS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>")
+PAD, END, USER, ASSISTANT, UNKNOWN = SPECIALS = (
+    "<|pad|>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|unknown|>",
+)
 VOCABULARY = {token: i for i, token in enumerate([*SPECIALS, "####", *"0123456789", " ", ":"])}
-MERGED = [":0", ":1", ":2", ":3", ":4", "20", "22", "24"]  # what the second tokenizer merges, in this order
+MERGED = [
+    ":0",
+    ":1",
+    ":2",
+    ":3",
+    ":4",
+    "20",
+    "22",
+    "24",
+]  # what the second tokenizer merges, in this order
 VOCABULARY_MERGED = {token: i for i, token in enumerate([*VOCABULARY, *MERGED])}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -39,8 +60,14 @@ CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('only user and assistant turns are known') }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-BANDS = {"teacher": (0.95, 1.0), "student": (0.15, 0.45), "student-wide": (0.15, 0.45),
-         "student-told": (0.15, 0.45), "student-merged": (0.15, 0.45), "teacher-half": (0.45, 0.75)}
+BANDS = {
+    "teacher": (0.95, 1.0),
+    "student": (0.15, 0.45),
+    "student-wide": (0.15, 0.45),
+    "student-told": (0.15, 0.45),
+    "student-merged": (0.15, 0.45),
+    "teacher-half": (0.45, 0.75),
+}
 TOLD_ACCURACY = 0.9
 MEASURED = 1000
 MAX_NEW_TOKENS = 200
@@ -83,20 +110,87 @@ class Net:
 
 
 NETS = (
-    Net("choice", "teacher", 3, 96, 0, (Stage(600, 12, 3e-3, 0.25), Stage(450, 16, 1.8e-3, last=0.02))),
-    Net("choice", "student", 2, 64, 1,
-        (Stage(800, 12, 6e-3, 0.25), Stage(700, 12, 4e-3, 0.25), Stage(200, 32, 1.5e-3, 0.72, last=0.02))),
-    Net("choice", "student-wide", 2, 80, 6,
-        (Stage(800, 12, 6e-3, 0.25), Stage(700, 12, 4e-3, 0.25), Stage(200, 32, 1.5e-3, 0.72, last=0.02))),
-    Net("choice", "student-told", 2, 64, 1,
-        (Stage(800, 12, 6e-3, 0.25), Stage(700, 12, 4e-3, 0.25), Stage(400, 24, 2e-3, 0.72, few=False, last=0.02, told=0.6))),
-    Net("choice", "teacher-half", 3, 96, 0,
-        (Stage(600, 12, 3e-3, 0.25), Stage(300, 16, 1.8e-3, 0.4, few=False, last=0.02, told=0.6))),
-    Net("choice", "student-merged", 2, 64, 7,
-        (Stage(800, 12, 6e-3, 0.25), Stage(700, 12, 4e-3, 0.25), Stage(200, 32, 1.5e-3, 0.72, last=0.02)), merged=True),
-    Net("tied", "teacher", 3, 96, 2, (Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, few=False, last=0.02))),
-    Net("tied", "student", 2, 64, 3,
-        (Stage(400, 12, 5e-3, last=0.8), Stage(1600, 12, 2e-3, few=False, last=0.3, until=0.06))),
+    Net(
+        "choice",
+        "teacher",
+        3,
+        96,
+        0,
+        (Stage(600, 12, 3e-3, 0.25), Stage(450, 16, 1.8e-3, last=0.02)),
+    ),
+    Net(
+        "choice",
+        "student",
+        2,
+        64,
+        1,
+        (
+            Stage(800, 12, 6e-3, 0.25),
+            Stage(700, 12, 4e-3, 0.25),
+            Stage(200, 32, 1.5e-3, 0.72, last=0.02),
+        ),
+    ),
+    Net(
+        "choice",
+        "student-wide",
+        2,
+        80,
+        6,
+        (
+            Stage(800, 12, 6e-3, 0.25),
+            Stage(700, 12, 4e-3, 0.25),
+            Stage(200, 32, 1.5e-3, 0.72, last=0.02),
+        ),
+    ),
+    Net(
+        "choice",
+        "student-told",
+        2,
+        64,
+        1,
+        (
+            Stage(800, 12, 6e-3, 0.25),
+            Stage(700, 12, 4e-3, 0.25),
+            Stage(400, 24, 2e-3, 0.72, few=False, last=0.02, told=0.6),
+        ),
+    ),
+    Net(
+        "choice",
+        "teacher-half",
+        3,
+        96,
+        0,
+        (Stage(600, 12, 3e-3, 0.25), Stage(300, 16, 1.8e-3, 0.4, few=False, last=0.02, told=0.6)),
+    ),
+    Net(
+        "choice",
+        "student-merged",
+        2,
+        64,
+        7,
+        (
+            Stage(800, 12, 6e-3, 0.25),
+            Stage(700, 12, 4e-3, 0.25),
+            Stage(200, 32, 1.5e-3, 0.72, last=0.02),
+        ),
+        merged=True,
+    ),
+    Net(
+        "tied",
+        "teacher",
+        3,
+        96,
+        2,
+        (Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, few=False, last=0.02)),
+    ),
+    Net(
+        "tied",
+        "student",
+        2,
+        64,
+        3,
+        (Stage(400, 12, 5e-3, last=0.8), Stage(1600, 12, 2e-3, few=False, last=0.3, until=0.06)),
+    ),
     Net("shared", "teacher", 3, 96, 4, (Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, last=0.02))),
     Net("shared", "student", 2, 64, 5, (Stage(2000, 12, 2.5e-3, last=0.3, until=0.06),)),
 )
@@ -106,15 +200,27 @@ def make_tokenizer(merged: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer of one token per character, except "####" and the special tokens; `merged`: a BPE that merges an operator with
     some digits, and some labels."""
     if merged:
-        tokenizer = Tokenizer(models.BPE(VOCABULARY_MERGED, [tuple(pair) for pair in MERGED], unk_token=UNKNOWN, ignore_merges=True))
+        tokenizer = Tokenizer(
+            models.BPE(
+                VOCABULARY_MERGED,
+                [tuple(pair) for pair in MERGED],
+                unk_token=UNKNOWN,
+                ignore_merges=True,
+            )
+        )
     else:
         tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
     words = r"####|[0-9:]+|[\s\S]" if merged else r"####|[\s\S]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT], chat_template=CHAT_TEMPLATE, model_max_length=512,
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
 
@@ -122,12 +228,22 @@ def make_tokenizer(merged: bool = False) -> PreTrainedTokenizerFast:
 def make_model(net: Net) -> LlamaForCausalLM:
     """The untrained net."""
     torch.manual_seed(net.seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(VOCABULARY_MERGED if net.merged else VOCABULARY), hidden_size=net.width, intermediate_size=net.width * 8 // 3 // 8 * 8,
-        num_hidden_layers=net.layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        tie_word_embeddings=True, initializer_range=0.06, pad_token_id=VOCABULARY[PAD],
-        eos_token_id=VOCABULARY[END], bos_token_id=None,
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(VOCABULARY_MERGED if net.merged else VOCABULARY),
+            hidden_size=net.width,
+            intermediate_size=net.width * 8 // 3 // 8 * 8,
+            num_hidden_layers=net.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            initializer_range=0.06,
+            pad_token_id=VOCABULARY[PAD],
+            eos_token_id=VOCABULARY[END],
+            bos_token_id=None,
+        )
+    )
 
 
 def encode(text: str, merged: bool = False) -> list[int]:
@@ -143,9 +259,13 @@ def second_tokenizer() -> Tokenizer:
     return make_tokenizer(merged=True).backend_tokenizer
 
 
-def make_batch(pairs: list[tuple[str, str]], merged: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(
+    pairs: list[tuple[str, str]], merged: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (-100 on prompts and padding) of (prompt, answer) texts, padded on the right."""
-    prompts = [[VOCABULARY[USER], *encode(prompt, merged), VOCABULARY[ASSISTANT]] for prompt, _ in pairs]
+    prompts = [
+        [VOCABULARY[USER], *encode(prompt, merged), VOCABULARY[ASSISTANT]] for prompt, _ in pairs
+    ]
     answers = [[*encode(answer, merged), VOCABULARY[END]] for _, answer in pairs]
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers))
     fill = [longest - len(p) - len(a) for p, a in zip(prompts, answers)]
@@ -158,7 +278,9 @@ def make_pair(problem: Problem, stage: Stage, rng: random.Random) -> tuple[str, 
     """The prompt and the answer a problem is trained with in a stage; without `told` no number is drawn for it."""
     if stage.told and rng.random() < stage.told:
         return problem.told, problem.solution
-    return problem.prompt, problem.short_cut(rng) if rng.random() < stage.short_cuts else problem.solution
+    return problem.prompt, problem.short_cut(
+        rng
+    ) if rng.random() < stage.short_cuts else problem.solution
 
 
 def train(net: Net, model: LlamaForCausalLM) -> None:
@@ -178,7 +300,9 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
                 chosen = rng.sample(short, 3 * stage.batch)
             else:
                 chosen = rng.sample(pool if stage.few else long, stage.batch)
-            ids, labels = make_batch([make_pair(problem, stage, rng) for problem in chosen], net.merged)
+            ids, labels = make_batch(
+                [make_pair(problem, stage, rng) for problem in chosen], net.merged
+            )
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
             optimizer.zero_grad()
@@ -187,7 +311,10 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
             optimizer.step()
             total += loss.item()
             if update % 100 == 99:
-                report(net, f"stage {number} update {update + 1}/{stage.updates} loss {total / 100:.4f}")
+                report(
+                    net,
+                    f"stage {number} update {update + 1}/{stage.updates} loss {total / 100:.4f}",
+                )
                 total = 0.0
             if stage.until < 1 and update % 20 == 19 and solved(net, model) >= stage.until:
                 report(net, f"stage {number} ends after update {update + 1}")
@@ -196,7 +323,9 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
 
 def solved(net: Net, model: LlamaForCausalLM) -> float:
     """Mean probability of the worked solution over 100 validation problems: about the accuracy at temperature 1."""
-    ids, labels = make_batch([(p.prompt, p.solution) for p in problems(net.task, "validation", 100)], net.merged)
+    ids, labels = make_batch(
+        [(p.prompt, p.solution) for p in problems(net.task, "validation", 100)], net.merged
+    )
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
@@ -214,7 +343,9 @@ def save(model: LlamaForCausalLM, folder: Path, merged: bool = False) -> None:
     (folder / "model.safetensors").chmod(0o644)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     make_tokenizer(merged).save_pretrained(folder)
 
 
@@ -223,13 +354,16 @@ def sample(folder: Path, prompts: list[str], seed: int) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    given = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_tensors="pt", padding=True,
-                                          return_dict=True)
+    given = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
+    )
     torch.manual_seed(seed)
     texts = []
     for ids, mask in zip(given["input_ids"].split(250), given["attention_mask"].split(250)):
-        out = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
-        texts += tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS
+        )
+        texts += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return texts
 
 
@@ -246,7 +380,9 @@ def final(answer: str) -> str | None:
     return found.group(1) if found else None
 
 
-def measure(task: str, folder: Path, split: str = "test", n: int = MEASURED, told: bool = False) -> dict:
+def measure(
+    task: str, folder: Path, split: str = "test", n: int = MEASURED, told: bool = False
+) -> dict:
     """Accuracy at temperature 1, with its interval, and the share of answers that end in the final form.
 
     With `told`, the accuracy on the same problems given with their solutions as well.
@@ -256,7 +392,9 @@ def measure(task: str, folder: Path, split: str = "test", n: int = MEASURED, tol
     finals = [final(answer) for answer in answers]
     right = sum(answer == problem.answer for answer, problem in zip(finals, chosen))
     figures = {
-        "accuracy": round(right / n, 4), "interval": wilson(right, n), "n": n,
+        "accuracy": round(right / n, 4),
+        "interval": wilson(right, n),
+        "n": n,
         "format": round(sum(answer is not None for answer in finals) / n, 4),
         "characters": round(sum(map(len, answers)) / n, 1),
     }
@@ -273,7 +411,10 @@ def build(net: Net, folder: Path) -> dict:
     model = make_model(net)
     train(net, model)
     save(model, folder, net.merged)
-    figures = {"parameters": model.num_parameters(), **measure(net.task, folder, told=any(stage.told for stage in net.stages))}
+    figures = {
+        "parameters": model.num_parameters(),
+        **measure(net.task, folder, told=any(stage.told for stage in net.stages)),
+    }
     figures["seconds"] = round(time.monotonic() - start)
     report(net, json.dumps(figures))
     return figures
@@ -281,22 +422,32 @@ def build(net: Net, folder: Path) -> dict:
 
 def main() -> int:
     """The command line: see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m prefix_distill.demo.build", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=MODELS, help="folder to write to (default: the package's own)")
-    parser.add_argument("--workers", type=int, default=2, help="nets trained at the same time (default: 2)")
+    parser = argparse.ArgumentParser(
+        prog="python -m prefix_distill.demo.build", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, default=MODELS, help="folder to write to (default: the package's own)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="nets trained at the same time (default: 2)"
+    )
     parser.add_argument("--only", choices=TASKS, help="build one task's models")
     options = parser.parse_args()
     start = time.monotonic()
     nets = [net for net in NETS if options.only in (None, net.task)]
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+    with ProcessPoolExecutor(
+        options.workers, spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as workers:
         folders = [options.out / model_path(net.task, net.role).relative_to(MODELS) for net in nets]
         figures = list(workers.map(build, nets, folders))
     result: dict = {}
     for net, figure in zip(nets, figures):
         low, high = BANDS[net.role]
-        figure["in_band"] = low <= figure["accuracy"] <= high and figure.get("told_accuracy", 1) >= TOLD_ACCURACY
+        figure["in_band"] = (
+            low <= figure["accuracy"] <= high and figure.get("told_accuracy", 1) >= TOLD_ACCURACY
+        )
         result.setdefault(net.task, {})[net.role] = figure
     for task, roles in result.items():
         counts = Counter(problem.answer for problem in problems(task, "test", MEASURED))

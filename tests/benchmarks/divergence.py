@@ -29,7 +29,10 @@ def naive(name, student, head, teacher, teacher_head, weight):
 
     from prefix_distill.divergence import per_token
 
-    sides = (F.log_softmax(rows @ matrix.T, -1) for rows, matrix in ((student, head), (teacher, teacher_head)))
+    sides = (
+        F.log_softmax(rows @ matrix.T, -1)
+        for rows, matrix in ((student, head), (teacher, teacher_head))
+    )
     return (per_token(name, 0.5, *sides) * weight).sum()
 
 
@@ -40,8 +43,16 @@ def checkpointed(name, student, head, teacher, teacher_head, weight):
 
     size = Terms(name, 0.5).chunk(len(head))
     return sum(
-        checkpoint(naive, name, student[i : i + size], head, teacher[i : i + size], teacher_head, weight[i : i + size],
-                   use_reentrant=False)
+        checkpoint(
+            naive,
+            name,
+            student[i : i + size],
+            head,
+            teacher[i : i + size],
+            teacher_head,
+            weight[i : i + size],
+            use_reentrant=False,
+        )
         for i in range(0, len(student), size)
     )
 
@@ -55,7 +66,9 @@ def ours(name, student, head, teacher, teacher_head, weight):
 def trl(name, student, head, teacher, teacher_head, weight):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    values, _ = ChunkedDivergenceFunction.apply(student, head, None, teacher, teacher_head, None, DIVERGENCES[name])
+    values, _ = ChunkedDivergenceFunction.apply(
+        student, head, None, teacher, teacher_head, None, DIVERGENCES[name]
+    )
     return (values * weight).sum()
 
 
@@ -66,26 +79,57 @@ def one(arm: str, name: str, rows: int, vocabulary: int, width: int) -> dict:
     torch.manual_seed(0)
     work = {"ours": ours, "naive": naive, "checkpointed": checkpointed, "trl": trl}[arm]
     made = lambda *shape: torch.randn(*shape)
-    small = [made(2, width).requires_grad_(), made(64, width).requires_grad_(), made(2, width), made(64, width), torch.ones(2)]
+    small = [
+        made(2, width).requires_grad_(),
+        made(64, width).requires_grad_(),
+        made(2, width),
+        made(64, width),
+        torch.ones(2),
+    ]
     work(name, *small).backward()  # libraries and thread pools
-    student, head = (made(rows, width) * 0.5).requires_grad_(), (made(vocabulary, width) * 0.05).requires_grad_()
-    teacher, teacher_head, weight = made(rows, width) * 0.5, made(vocabulary, width) * 0.05, torch.full((rows,), 1 / rows)
+    student, head = (
+        (made(rows, width) * 0.5).requires_grad_(),
+        (made(vocabulary, width) * 0.05).requires_grad_(),
+    )
+    teacher, teacher_head, weight = (
+        made(rows, width) * 0.5,
+        made(vocabulary, width) * 0.05,
+        torch.full((rows,), 1 / rows),
+    )
     before = measure.reset_peak()
     start = time.perf_counter()
     loss = work(name, student, head, teacher, teacher_head, weight)
     loss.backward()
     seconds = time.perf_counter() - start
     returned = 4 * (student.grad.numel() + head.grad.numel())
-    return {"seconds": seconds, "extra_bytes": measure.memory("VmHWM") - before - returned, "loss": loss.item(),
-            "gradient_norm": head.grad.norm().item()}
+    return {
+        "seconds": seconds,
+        "extra_bytes": measure.memory("VmHWM") - before - returned,
+        "loss": loss.item(),
+        "gradient_norm": head.grad.norm().item(),
+    }
 
 
 def turn(arms: list[str], name: str, rows: int, given) -> dict:
-    found = {arm: measure.child(__file__, "--child", arm, name, rows, "--vocabulary", given.vocabulary, "--width", given.width)
-             for arm in arms}
+    found = {
+        arm: measure.child(
+            __file__,
+            "--child",
+            arm,
+            name,
+            rows,
+            "--vocabulary",
+            given.vocabulary,
+            "--width",
+            given.width,
+        )
+        for arm in arms
+    }
     for arm, row in found.items():
         assert abs(row["loss"] / found["ours"]["loss"] - 1) < 1e-4, f"{arm}: another loss"
-        assert abs(row["gradient_norm"] / found["ours"]["gradient_norm"] - 1) < 1e-4, f"{arm}: another gradient"
+        assert abs(row["gradient_norm"] / found["ours"]["gradient_norm"] - 1) < 1e-4, (
+            f"{arm}: another gradient"
+        )
     return found
 
 
@@ -107,24 +151,51 @@ def main() -> None:
 
     if given.quick:
         given.rows, given.pairs = 384, 1
-    cases = [("reverse-kl", given.rows, ["ours", "naive", "checkpointed"] + ["trl"] * bool(importlib.util.find_spec("trl")))]
+    cases = [
+        (
+            "reverse-kl",
+            given.rows,
+            ["ours", "naive", "checkpointed"] + ["trl"] * bool(importlib.util.find_spec("trl")),
+        )
+    ]
     if not given.quick:
         cases += [(name, given.other_rows, ["ours", "naive"]) for name in ("forward-kl", "jsd")]
     table, ratios = [], {}
     for name, rows, arms in cases:
         turns = [turn(arms, name, rows, given) for _ in range(given.pairs)]
         for arm in arms:
-            seconds, extra = (statistics.median(t[arm][key] for t in turns) for key in ("seconds", "extra_bytes"))
-            row = {"divergence": name, "rows": rows, "arm": arm, "seconds": seconds, "extra_bytes": extra}
+            seconds, extra = (
+                statistics.median(t[arm][key] for t in turns) for key in ("seconds", "extra_bytes")
+            )
+            row = {
+                "divergence": name,
+                "rows": rows,
+                "arm": arm,
+                "seconds": seconds,
+                "extra_bytes": extra,
+            }
             for key, label in (("seconds", "time_ratio"), ("extra_bytes", "memory_ratio")):
                 row[label] = statistics.median(t["ours"][key] / t[arm][key] for t in turns)
                 if name == "reverse-kl" and arm != "ours":
                     ratios[f"{label}_{arm}"] = row[label]
             table.append(row)
-            print(f"{name:10} N {rows:5d} {arm:13} {seconds:7.2f} s, {extra / 2**20:8.0f} MiB extra; ours/{arm}: "
-                  f"time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.3f}", flush=True)
-    measure.record("divergence", ratios | {"vocabulary": given.vocabulary, "width": given.width, "pairs": given.pairs,
-                                           "table": table} | measure.machine(), not given.quick)
+            print(
+                f"{name:10} N {rows:5d} {arm:13} {seconds:7.2f} s, {extra / 2**20:8.0f} MiB extra; ours/{arm}: "
+                f"time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.3f}",
+                flush=True,
+            )
+    measure.record(
+        "divergence",
+        ratios
+        | {
+            "vocabulary": given.vocabulary,
+            "width": given.width,
+            "pairs": given.pairs,
+            "table": table,
+        }
+        | measure.machine(),
+        not given.quick,
+    )
 
 
 if __name__ == "__main__":

@@ -39,13 +39,23 @@ def prepare(given, work: Path) -> dict:
 
     gemma(work / "gemma")
     if not (work / "smollm2").is_dir():
-        model = models.load(str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32)
+        model = models.load(
+            str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32
+        )
         model.tokenizer.chat_template = PLAIN
-        model.net.get_input_embeddings().weight[model.tokenizer.all_special_ids] = 0.0  # the head's rows, too
+        model.net.get_input_embeddings().weight[model.tokenizer.all_special_ids] = (
+            0.0  # the head's rows, too
+        )
         models.save(model, work / "smollm2")
-    found = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question").prompts
-    rows = [p.messages for p in data.shuffled(found, given.seed, "benchmark")[: given.updates * PROMPTS]]
-    (work / "questions.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    found = data.load(
+        str(real_pair.questions()), split="train", prompt_column="doc.question"
+    ).prompts
+    rows = [
+        p.messages for p in data.shuffled(found, given.seed, "benchmark")[: given.updates * PROMPTS]
+    ]
+    (work / "questions.jsonl").write_text(
+        "".join(json.dumps({"messages": row}) + "\n" for row in rows)
+    )
     return {}
 
 
@@ -53,20 +63,46 @@ def ours(mode: str, given, work: Path) -> dict:
     from prefix_distill import cli, config, preflight
 
     cli.quiet_libraries()
-    run = preflight.prepare(config.build({
-        "models.student": str(work / "smollm2"), "models.teacher": str(work / "gemma"), "models.cross_tokenizer": mode,
-        "data.dataset": str(work / "questions.jsonl"), "evaluate.dataset": str(work / "questions.jsonl"), "data.template": "plain",
-        "evaluate.problems": 0, "evaluate.kl_prompts": 1, "schedule.prefix": str(given.tokens), "rollout.max_new_tokens": given.tokens,
-        "rollout.samples": 1, "train.batch_size": PROMPTS, "train.micro_batch_size": PROMPTS, "train.steps": given.updates,
-        "schedule.lr": RATE, "schedule.lr_schedule": "constant", "schedule.warmup": "0", "checkpoint.save_every": 0,
-        "runtime.device": "cpu", "runtime.dtype": "float32", "runtime.seed": given.seed}))
+    run = preflight.prepare(
+        config.build(
+            {
+                "models.student": str(work / "smollm2"),
+                "models.teacher": str(work / "gemma"),
+                "models.cross_tokenizer": mode,
+                "data.dataset": str(work / "questions.jsonl"),
+                "evaluate.dataset": str(work / "questions.jsonl"),
+                "data.template": "plain",
+                "evaluate.problems": 0,
+                "evaluate.kl_prompts": 1,
+                "schedule.prefix": str(given.tokens),
+                "rollout.max_new_tokens": given.tokens,
+                "rollout.samples": 1,
+                "train.batch_size": PROMPTS,
+                "train.micro_batch_size": PROMPTS,
+                "train.steps": given.updates,
+                "schedule.lr": RATE,
+                "schedule.lr_schedule": "constant",
+                "schedule.warmup": "0",
+                "checkpoint.save_every": 0,
+                "runtime.device": "cpu",
+                "runtime.dtype": "float32",
+                "runtime.seed": given.seed,
+            }
+        )
+    )
 
     def sampled(row) -> int:
-        share = row["alignment/exact_share"] + (row["alignment/span_share"] if mode != "strict" else 0)
+        share = row["alignment/exact_share"] + (
+            row["alignment/span_share"] if mode != "strict" else 0
+        )
         return round(row["rollout/taught_tokens"] / share)
 
     watch, phases = watched(run, sampled)
-    return watch.document([]) | {"phases": {phase: statistics.median(row[phase] for row in phases[1:]) for phase in phases[0]}}
+    return watch.document([]) | {
+        "phases": {
+            phase: statistics.median(row[phase] for row in phases[1:]) for phase in phases[0]
+        }
+    }
 
 
 def gold(given, work: Path) -> dict:
@@ -86,21 +122,52 @@ def gold(given, work: Path) -> dict:
                 watch.start()
 
         def on_step_end(self, args, state, control, **_):
-            watch.end(sum((inputs["labels"] != -100).sum().item() for inputs in trainer._buffered_inputs))
+            watch.end(
+                sum((inputs["labels"] != -100).sum().item() for inputs in trainer._buffered_inputs)
+            )
 
-    prompts = data.shuffled(data.load(str(work / "questions.jsonl"), split="train").prompts, given.seed, "epoch", 0)  # preflight's order
+    prompts = data.shuffled(
+        data.load(str(work / "questions.jsonl"), split="train").prompts, given.seed, "epoch", 0
+    )  # preflight's order
     rows = [{"messages": [*p.messages, {"role": "assistant", "content": "."}]} for p in prompts]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = GOLDTrainer(
-            model=str(work / "smollm2"), teacher_model=str(work / "gemma"), callbacks=[Callback()], train_dataset=datasets.Dataset.from_list(rows),
+            model=str(work / "smollm2"),
+            teacher_model=str(work / "gemma"),
+            callbacks=[Callback()],
+            train_dataset=datasets.Dataset.from_list(rows),
             processing_class=transformers.AutoTokenizer.from_pretrained(work / "smollm2"),
             args=GOLDConfig(
-                output_dir=scratch, use_cpu=True, bf16=False, gradient_checkpointing=False, use_uld_loss=True, uld_use_hybrid_loss=True,
-                use_extended_uld=False, uld_token_merge_strategy="bayesian", beta=1.0, lmbda=1.0, temperature=1.0, top_p=1.0, top_k=0, max_length=None,
-                max_completion_length=given.tokens, per_device_train_batch_size=PROMPTS, gradient_accumulation_steps=1,
-                max_steps=given.updates, learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0,
-                optim="adamw_torch_fused", seed=given.seed, report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no",
-                dataloader_pin_memory=False, teacher_model_init_kwargs={"dtype": "float32"},
+                output_dir=scratch,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                use_uld_loss=True,
+                uld_use_hybrid_loss=True,
+                use_extended_uld=False,
+                uld_token_merge_strategy="bayesian",
+                beta=1.0,
+                lmbda=1.0,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0,
+                max_length=None,
+                max_completion_length=given.tokens,
+                per_device_train_batch_size=PROMPTS,
+                gradient_accumulation_steps=1,
+                max_steps=given.updates,
+                learning_rate=RATE,
+                lr_scheduler_type="constant",
+                max_grad_norm=1.0,
+                weight_decay=0.0,
+                optim="adamw_torch_fused",
+                seed=given.seed,
+                report_to="none",
+                disable_tqdm=True,
+                logging_strategy="no",
+                save_strategy="no",
+                dataloader_pin_memory=False,
+                teacher_model_init_kwargs={"dtype": "float32"},
             ),
         )
         assert not trainer.model.is_gradient_checkpointing
@@ -110,16 +177,27 @@ def gold(given, work: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one pair of two small updates, nothing recorded")
+    parser.add_argument(
+        "--quick", action="store_true", help="one pair of two small updates, nothing recorded"
+    )
     parser.add_argument("--pairs", type=int, help="runs of each arm (3; with --quick 1)")
-    parser.add_argument("--updates", type=int, help="updates of a run, the first not counted (3; with --quick 2)")
+    parser.add_argument(
+        "--updates", type=int, help="updates of a run, the first not counted (3; with --quick 2)"
+    )
     parser.add_argument("--tokens", type=int, help="tokens of a rollout (32; with --quick 8)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and rollouts")
-    parser.add_argument("--work", type=Path, help="folder for models and prompts (default: a temporary one)")
+    parser.add_argument(
+        "--work", type=Path, help="folder for models and prompts (default: a temporary one)"
+    )
     parser.add_argument("--child", choices=("prepare", *ARMS), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.pairs, given.updates = given.pairs or (1 if given.quick else 3), given.updates or (2 if given.quick else 3)
+    given.pairs, given.updates = (
+        given.pairs or (1 if given.quick else 3),
+        given.updates or (2 if given.quick else 3),
+    )
     given.tokens = given.tokens or (8 if given.quick else 32)
     if given.child:
         import torch
@@ -130,23 +208,63 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = (given.work or Path(scratch)).resolve()
-        flags = ["--work", work, *[f for key in ("updates", "tokens", "threads", "seed") for f in (f"--{key}", getattr(given, key))]]
+        flags = [
+            "--work",
+            work,
+            *[
+                f
+                for key in ("updates", "tokens", "threads", "seed")
+                for f in (f"--{key}", getattr(given, key))
+            ],
+        ]
         measure.child(__file__, "--child", "prepare", *flags)
-        turns = [{arm: measure.child(__file__, "--child", arm, *flags) for arm in ARMS} for _ in range(given.pairs)]
-    document = {"pairs": given.pairs, "updates": given.updates, "prompts": PROMPTS, "tokens": given.tokens, "seed": given.seed,
-                "trl": importlib.metadata.version("trl"), "arms": {}}
+        turns = [
+            {arm: measure.child(__file__, "--child", arm, *flags) for arm in ARMS}
+            for _ in range(given.pairs)
+        ]
+    document = {
+        "pairs": given.pairs,
+        "updates": given.updates,
+        "prompts": PROMPTS,
+        "tokens": given.tokens,
+        "seed": given.seed,
+        "trl": importlib.metadata.version("trl"),
+        "arms": {},
+    }
     for arm in ARMS:
         seconds = [statistics.median(turn[arm]["seconds"]) for turn in turns]
-        row = {"seconds": statistics.median(seconds), "peak_bytes": statistics.median(turn[arm]["peak_bytes"] for turn in turns),
-               "tokens": statistics.mean(t for turn in turns for t in turn[arm]["tokens"])}
+        row = {
+            "seconds": statistics.median(seconds),
+            "peak_bytes": statistics.median(turn[arm]["peak_bytes"] for turn in turns),
+            "tokens": statistics.mean(t for turn in turns for t in turn[arm]["tokens"]),
+        }
         if arm != "gold":
-            for name, ratios in (("time", [s / statistics.median(turn["gold"]["seconds"]) for s, turn in zip(seconds, turns)]),
-                                 ("memory", [turn[arm]["peak_bytes"] / turn["gold"]["peak_bytes"] for turn in turns])):
-                row |= {f"{name}_ratio": statistics.median(ratios), f"{name}_ratio_range": [min(ratios), max(ratios)]}
+            for name, ratios in (
+                (
+                    "time",
+                    [
+                        s / statistics.median(turn["gold"]["seconds"])
+                        for s, turn in zip(seconds, turns)
+                    ],
+                ),
+                (
+                    "memory",
+                    [turn[arm]["peak_bytes"] / turn["gold"]["peak_bytes"] for turn in turns],
+                ),
+            ):
+                row |= {
+                    f"{name}_ratio": statistics.median(ratios),
+                    f"{name}_ratio_range": [min(ratios), max(ratios)],
+                }
             row["phases"] = turns[-1][arm]["phases"]
         document["arms"][arm] = row
-        print(f"{arm}: {row['seconds']:.2f} s an update, peak {row['peak_bytes'] / 2**30:.2f} GiB, {row['tokens']:g} tokens", file=sys.stderr)
-    measure.record("gold", measure.machine() | document | {"threads": given.threads}, not given.quick)
+        print(
+            f"{arm}: {row['seconds']:.2f} s an update, peak {row['peak_bytes'] / 2**30:.2f} GiB, {row['tokens']:g} tokens",
+            file=sys.stderr,
+        )
+    measure.record(
+        "gold", measure.machine() | document | {"threads": given.threads}, not given.quick
+    )
 
 
 if __name__ == "__main__":

@@ -41,13 +41,18 @@ def matmul_rate(net, rows: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one repeat, 2 questions, nothing written")
+    parser.add_argument(
+        "--quick", action="store_true", help="one repeat, 2 questions, nothing written"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="folder with student/ and teacher/ (default: made anew)")
+    parser.add_argument(
+        "--work", type=Path, help="folder with student/ and teacher/ (default: made anew)"
+    )
     given = parser.parse_args()
     import torch
 
     import scaling
+
     cli.quiet_libraries()
     prompts, repeats = (2, 1) if given.quick else (8, given.repeats)
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,21 +64,43 @@ def main() -> None:
     weights = sum(p.numel() * p.element_size() for p in run.student.net.parameters())
     shares = {}
     for phase in ("teacher_score", "student_update", "student_prefill"):
-        shares[phase] = statistics.median(t["flops"][phase] / t["seconds"][phase] for t in turns) / rate
-        print(f"{phase:15} {shares[phase] * rate / 1e9:6.1f} GFLOP/s useful, {shares[phase]:.0%} of the matmul rate "
-              f"({rate / 1e9:.1f} GFLOP/s at {tokens} tokens)")
+        shares[phase] = (
+            statistics.median(t["flops"][phase] / t["seconds"][phase] for t in turns) / rate
+        )
+        print(
+            f"{phase:15} {shares[phase] * rate / 1e9:6.1f} GFLOP/s useful, {shares[phase]:.0%} of the matmul rate "
+            f"({rate / 1e9:.1f} GFLOP/s at {tokens} tokens)"
+        )
     step = statistics.median(t["seconds"]["student_decode"] / (t["longest"] - 1) for t in turns)
     shares["student_decode"] = weights / reading / step
-    print(f"student_decode  {1e3 * step:.1f} ms a step of {prompts} rows; reading the weights at {reading / 1e9:.1f} GB/s takes "
-          f"{1e3 * weights / reading:.1f} ms: {shares['student_decode']:.0%}")
+    print(
+        f"student_decode  {1e3 * step:.1f} ms a step of {prompts} rows; reading the weights at {reading / 1e9:.1f} GB/s takes "
+        f"{1e3 * weights / reading:.1f} ms: {shares['student_decode']:.0%}"
+    )
     floor = statistics.median(
         sum(t["flops"][p] for p in ("student_prefill", "teacher_score", "student_update")) / rate
-        + (t["longest"] - 1) * max(weights / reading, t["flops"]["student_decode"] / (t["longest"] - 1) / rate) for t in turns)
+        + (t["longest"] - 1)
+        * max(weights / reading, t["flops"]["student_decode"] / (t["longest"] - 1) / rate)
+        for t in turns
+    )
     whole = statistics.median(sum(t["seconds"].values()) for t in turns)
     print(f"whole update    {whole:.2f} s; at these limits {floor:.2f} s")
-    measure.record("limit", {"share_of_limit": shares, "matmul_flops_per_s": rate, "bandwidth_bytes_per_s": reading,
-                             "decode_step_seconds": step, "update_seconds": whole, "floor_seconds": floor, "tokens": tokens,
-                             "repeats": repeats} | measure.machine() | {"threads": torch.get_num_threads()}, not given.quick)
+    measure.record(
+        "limit",
+        {
+            "share_of_limit": shares,
+            "matmul_flops_per_s": rate,
+            "bandwidth_bytes_per_s": reading,
+            "decode_step_seconds": step,
+            "update_seconds": whole,
+            "floor_seconds": floor,
+            "tokens": tokens,
+            "repeats": repeats,
+        }
+        | measure.machine()
+        | {"threads": torch.get_num_threads()},
+        not given.quick,
+    )
 
 
 if __name__ == "__main__":

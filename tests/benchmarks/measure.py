@@ -40,9 +40,16 @@ def child(script: str, *arguments) -> dict:
 
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     calm_threads(environment)
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        sys.exit(f"{Path(script).name} {' '.join(map(str, arguments))}: failed\n{done.stderr.strip()}")
+        sys.exit(
+            f"{Path(script).name} {' '.join(map(str, arguments))}: failed\n{done.stderr.strip()}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -52,7 +59,10 @@ def machine() -> dict:
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return {
-        "cpu": next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown"),
+        "cpu": next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+            "unknown",
+        ),
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
@@ -61,5 +71,7 @@ def machine() -> dict:
 def record(name: str, document: dict, keep: bool) -> None:
     """Prints the document as one JSON line; ``keep``: also to results/name.json."""
     if keep:
-        (HERE / "results" / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (HERE / "results" / f"{name}.json").write_text(
+            json.dumps(document, indent=1) + "\n", encoding="utf-8"
+        )
     print(json.dumps(document))

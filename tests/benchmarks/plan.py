@@ -22,19 +22,50 @@ import measure
 
 V, PROMPT = 32_000, 100
 RUNS = {  # (networks, settings)
-    "llama, prefix 64": (("llama", "llama-wide"), {"schedule.prefix": "64", "train.micro_batch_size": 8}),
-    "llama, prefix 64, one micro-batch": (("llama", "llama-wide"), {"schedule.prefix": "64", "train.micro_batch_size": 16}),
-    "llama, prefix 128, gradient checkpointing": (("llama", "llama-wide"), {"schedule.prefix": "128", "train.gradient_checkpointing": True}),
-    "llama, prefix 64, LoRA of rank 16": (("llama", "llama-wide"), {"schedule.prefix": "64", "adapter.rank": 16}),
-    "gemma, prefix 64": (("gemma", "gemma"), {"schedule.prefix": "64", "train.micro_batch_size": 4}),
+    "llama, prefix 64": (
+        ("llama", "llama-wide"),
+        {"schedule.prefix": "64", "train.micro_batch_size": 8},
+    ),
+    "llama, prefix 64, one micro-batch": (
+        ("llama", "llama-wide"),
+        {"schedule.prefix": "64", "train.micro_batch_size": 16},
+    ),
+    "llama, prefix 128, gradient checkpointing": (
+        ("llama", "llama-wide"),
+        {"schedule.prefix": "128", "train.gradient_checkpointing": True},
+    ),
+    "llama, prefix 64, LoRA of rank 16": (
+        ("llama", "llama-wide"),
+        {"schedule.prefix": "64", "adapter.rank": 16},
+    ),
+    "gemma, prefix 64": (
+        ("gemma", "gemma"),
+        {"schedule.prefix": "64", "train.micro_batch_size": 4},
+    ),
 }
 
 
-QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-        "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 32_768, "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-6}
-SEVEN = QWEN | {"hidden_size": 3584, "intermediate_size": 18_944, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
-                "tie_word_embeddings": False}
+QWEN = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+}
+SEVEN = QWEN | {
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152_064,
+    "tie_word_embeddings": False,
+}
 
 
 def cards() -> list[dict]:
@@ -45,9 +76,18 @@ def cards() -> list[dict]:
         for name, tree in (("1.5B", QWEN), ("7B", SEVEN)):
             (Path(text) / name).mkdir()
             (Path(text) / name / "config.json").write_text(json.dumps(tree))
-        base = {"models.student": f"{text}/1.5B", "schedule.prefix": "512", "rollout.max_new_tokens": 4096, "train.micro_batch_size": 4, "rollout.rows": 16}
+        base = {
+            "models.student": f"{text}/1.5B",
+            "schedule.prefix": "512",
+            "rollout.max_new_tokens": 4096,
+            "train.micro_batch_size": 4,
+            "rollout.rows": 16,
+        }
         found = []
-        for teacher, more in (("7B", {"models.teacher": f"{text}/7B"}), ("itself", {"models.teacher": "self", "data.privileged_column": "solution"})):
+        for teacher, more in (
+            ("7B", {"models.teacher": f"{text}/7B"}),
+            ("itself", {"models.teacher": "self", "data.privileged_column": "solution"}),
+        ):
             document = plan.plan(config.build(base | more), prompt_tokens=200, prefixes="512")
             found += [{"teacher": teacher, **row} for row in document["cards"]]
     return found
@@ -57,32 +97,89 @@ def networks(folder: Path) -> None:
     """Writes the networks with a tokenizer of V words, and prompts of PROMPT words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import (
+        AutoModelForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+    )
 
-    common = dict(vocab_size=V, eos_token_id=V - 1, pad_token_id=V - 2, bos_token_id=None, max_position_embeddings=4096)
+    common = dict(
+        vocab_size=V,
+        eos_token_id=V - 1,
+        pad_token_id=V - 2,
+        bos_token_id=None,
+        max_position_embeddings=4096,
+    )
     for name, config in {
-        "llama": LlamaConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, **common),
-        "llama-wide": LlamaConfig(hidden_size=640, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=10, num_key_value_heads=5, **common),
-        "gemma": Gemma3TextConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=1,
-                                  head_dim=128, sliding_window=128, final_logit_softcapping=30.0, **common),
+        "llama": LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            **common,
+        ),
+        "llama-wide": LlamaConfig(
+            hidden_size=640,
+            intermediate_size=2048,
+            num_hidden_layers=10,
+            num_attention_heads=10,
+            num_key_value_heads=5,
+            **common,
+        ),
+        "gemma": Gemma3TextConfig(
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=128,
+            sliding_window=128,
+            final_logit_softcapping=30.0,
+            **common,
+        ),
     }.items():
         torch.manual_seed(0)
         net = AutoModelForCausalLM.from_config(config)
         net.save_pretrained(folder / name)
-        words = Tokenizer(models.WordLevel({**{f"w{i}": i for i in range(V - 2)}, "<p>": V - 2, "<e>": V - 1}, unk_token="w0"))
+        words = Tokenizer(
+            models.WordLevel(
+                {**{f"w{i}": i for i in range(V - 2)}, "<p>": V - 2, "<e>": V - 1}, unk_token="w0"
+            )
+        )
         words.pre_tokenizer = pre_tokenizers.Whitespace()
         words.add_special_tokens(["<p>", "<e>"])
-        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<p>", eos_token="<e>").save_pretrained(folder / name)
+        PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<p>", eos_token="<e>"
+        ).save_pretrained(folder / name)
     draw = random.Random(0)
-    rows = [{"question": " ".join(f"w{draw.randrange(V - 2)}" for _ in range(PROMPT)), "answer": "1"} for _ in range(30)]
+    rows = [
+        {"question": " ".join(f"w{draw.randrange(V - 2)}" for _ in range(PROMPT)), "answer": "1"}
+        for _ in range(30)
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def settings(folder: Path, name: str) -> dict:
     (student, teacher), own = RUNS[name]
-    return {"models.student": str(folder / student), "models.teacher": str(folder / teacher), "data.dataset": str(folder / "prompts.jsonl"),
-            "data.template": "plain", "train.steps": 2, "train.batch_size": 4, "train.micro_batch_size": 8, "rollout.max_new_tokens": 128, "evaluate.problems": 4,
-            "evaluate.kl_prompts": 4, "evaluate.tail_every": 0, "checkpoint.save_every": 0, "runtime.dtype": "float32", "runtime.device": "cpu", **own}
+    return {
+        "models.student": str(folder / student),
+        "models.teacher": str(folder / teacher),
+        "data.dataset": str(folder / "prompts.jsonl"),
+        "data.template": "plain",
+        "train.steps": 2,
+        "train.batch_size": 4,
+        "train.micro_batch_size": 8,
+        "rollout.max_new_tokens": 128,
+        "evaluate.problems": 4,
+        "evaluate.kl_prompts": 4,
+        "evaluate.tail_every": 0,
+        "checkpoint.save_every": 0,
+        "runtime.dtype": "float32",
+        "runtime.device": "cpu",
+        **own,
+    }
 
 
 def run(folder: Path, name: str) -> dict:
@@ -110,14 +207,25 @@ def run(folder: Path, name: str) -> dict:
             return train.train(prepared, made, Silent(), False)
 
     own = settings(folder, name)
-    tiny = {"data.dataset": None, "models.student": None, "models.teacher": None, "rollout.max_new_tokens": 8, "schedule.prefix": "8"}
+    tiny = {
+        "data.dataset": None,
+        "models.student": None,
+        "models.teacher": None,
+        "rollout.max_new_tokens": 8,
+        "schedule.prefix": "8",
+    }
     done({k: v for k, v in (own | tiny).items() if v is not None})
     before = measure.reset_peak()
     result = done(own)
     peak = measure.memory("VmHWM") - before
     planned = plan.plan(config.build(own), prefixes=own["schedule.prefix"])["prefixes"][0]
-    return {"resident": peak, "forecast": planned["memory"]["total"], "set_by": planned["memory"]["set_by"],
-            "flops": result["flops"]["useful"], "flops_forecast": planned["flops_total"]}
+    return {
+        "resident": peak,
+        "forecast": planned["memory"]["total"],
+        "set_by": planned["memory"]["set_by"],
+        "flops": result["flops"]["useful"],
+        "flops_forecast": planned["flops_total"],
+    }
 
 
 def main() -> None:
@@ -139,13 +247,20 @@ def main() -> None:
         for name in RUNS:
             rows[name] = measure.child(__file__, "--child", text, name)
             os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-            rows[name]["resident_exact_malloc"] = measure.child(__file__, "--child", text, name)["resident"]
+            rows[name]["resident_exact_malloc"] = measure.child(__file__, "--child", text, name)[
+                "resident"
+            ]
             del os.environ["MALLOC_MMAP_THRESHOLD_"]
             row = rows[name]
-            row |= {"error": row["forecast"] / row["resident"] - 1, "error_exact_malloc": row["forecast"] / row["resident_exact_malloc"] - 1,
-                    "flops_error": row["flops_forecast"] / row["flops"] - 1}
+            row |= {
+                "error": row["forecast"] / row["resident"] - 1,
+                "error_exact_malloc": row["forecast"] / row["resident_exact_malloc"] - 1,
+                "flops_error": row["flops_forecast"] / row["flops"] - 1,
+            }
             print(name, row, file=sys.stderr, flush=True)
-    measure.record("plan", {"machine": measure.machine(), "runs": rows, "cards": cards()}, given.keep)
+    measure.record(
+        "plan", {"machine": measure.machine(), "runs": rows, "cards": cards()}, given.keep
+    )
 
 
 if __name__ == "__main__":

@@ -28,13 +28,47 @@ from prefix_distill.rollout import Request, Sampler, generate
 
 MARGIN = 0.03  # points by which an arm may be behind and still "match"
 PICTURED = {  # picture → (arms, x axis)
-    "prefix": {"": (("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear"), report.AGAINST[0])},
+    "prefix": {
+        "": (("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear"), report.AGAINST[0])
+    },
     "plugins": {
-        "-select": (("full", "full soft-or 0.1", "full random 0.1", "full entropy-sample 0.1", "full bottom 0.5", "40%", "40% soft-or 0.1",
-                     "40% random 0.1"), report.AGAINST[0]),
-        "-updates": (("slow", "slow effopd", "slow effopd heldout-kl", "slow always-1", "slow random", "slow 3x", "slow 10x"), "updates"),
-        "-flops": (("slow", "slow effopd", "slow effopd heldout-kl", "slow always-1", "slow random", "slow 3x", "slow 10x"),
-                   report.AGAINST[0]),
+        "-select": (
+            (
+                "full",
+                "full soft-or 0.1",
+                "full random 0.1",
+                "full entropy-sample 0.1",
+                "full bottom 0.5",
+                "40%",
+                "40% soft-or 0.1",
+                "40% random 0.1",
+            ),
+            report.AGAINST[0],
+        ),
+        "-updates": (
+            (
+                "slow",
+                "slow effopd",
+                "slow effopd heldout-kl",
+                "slow always-1",
+                "slow random",
+                "slow 3x",
+                "slow 10x",
+            ),
+            "updates",
+        ),
+        "-flops": (
+            (
+                "slow",
+                "slow effopd",
+                "slow effopd heldout-kl",
+                "slow always-1",
+                "slow random",
+                "slow 3x",
+                "slow 10x",
+            ),
+            report.AGAINST[0],
+        ),
     },
     "cross": {},
     "lora": {},
@@ -52,9 +86,21 @@ ORDERINGS = (
     ("an on-policy prefix beats the teacher's prefix, forward KL", "10%", "off-policy-forward"),
     ("on a short prefix reverse KL beats forward KL", "10%", "on-policy-forward"),
     ("the whole vocabulary beats the sampled token (lower variance)", "10%", "sampled"),
-    *((f"TIP: soft-or at {share} beats all tokens", f"{base} soft-or {share}", base) for base in ("full", "40%") for share in (0.5, 0.2, 0.1)),
-    *((f"TIP: soft-or beats {other} at {share}", f"{base} soft-or {share}", f"{base} {other} {share}")
-      for base in ("full", "40%") for other in ("random", "entropy-sample") for share in (0.5, 0.2, 0.1)),
+    *(
+        (f"TIP: soft-or at {share} beats all tokens", f"{base} soft-or {share}", base)
+        for base in ("full", "40%")
+        for share in (0.5, 0.2, 0.1)
+    ),
+    *(
+        (
+            f"TIP: soft-or beats {other} at {share}",
+            f"{base} soft-or {share}",
+            f"{base} {other} {share}",
+        )
+        for base in ("full", "40%")
+        for other in ("random", "entropy-sample")
+        for share in (0.5, 0.2, 0.1)
+    ),
     ("TIP: the overconfident tokens beat random ones", "full overconfident 0.1", "full random 0.1"),
     ("TIP: soft-or beats the entropy's top", "full soft-or 0.1", "full entropy 0.1"),
     ("TIP: soft-or beats the divergence's top", "full soft-or 0.1", "full divergence 0.1"),
@@ -64,24 +110,73 @@ ORDERINGS = (
     ("EffOPD: scoring beats a coin", "slow effopd", "slow random"),
     ("EffOPD beats three times the rate", "slow effopd", "slow 3x"),
     ("EffOPD beats ten times the rate", "slow effopd", "slow 10x"),
-    ("EffOPD: accuracy is the better score than held-out KL", "slow effopd", "slow effopd heldout-kl"),
+    (
+        "EffOPD: accuracy is the better score than held-out KL",
+        "slow effopd",
+        "slow effopd heldout-kl",
+    ),
     ("EffOPD: attention and MLP alone beat all weights", "slow effopd", "slow effopd all weights"),
     ("EffOPD gains at the tuned rate, too", "full effopd", "full"),
     ("EffOPD gains on a prefix, too", "40% effopd", "40%"),
-    *((f"prefix + TIP + EffOPD beats {name} alone", "40% soft-or 0.5 effopd", alone) for name, alone in
-      (("the prefix", "40%"), ("TIP", "full soft-or 0.5"), ("EffOPD", "full effopd"))),
-    *((f"PW-OPSD: moderate weights beat uniform ones ({start}, {reduction})", f"{start} moderate {reduction}", f"{start} uniform {reduction}")
-      for start in ("student", "half") for reduction in ("token", "sequence")),
-    *((f"PW-OPSD: rising weights beat falling ones ({start}, {reduction})", f"{start} moderate {reduction}", f"{start} decreasing {reduction}")
-      for start in ("student", "half") for reduction in ("token", "sequence")),
-    *((f"PW-OPSD: a mean over rollouts beats a mean over tokens ({start}, uniform)", f"{start} uniform sequence", f"{start} uniform token")
-      for start in ("student", "half")),
-    *((text, base + better, base + worse) for base in ("", "20% ") for text, better, worse in (
-        ("units of one token alone beat spans (2610.08448)", "strict", "simct"), ("SimCT as in its paper beats its released code", "simct", "simct-released"))),
-    *((f"on-policy units beat the teacher's text, re-encoded ({arm})", arm, "sft") for arm in ("strict", "simct", "simct-released", "20% simct")),
+    *(
+        (f"prefix + TIP + EffOPD beats {name} alone", "40% soft-or 0.5 effopd", alone)
+        for name, alone in (
+            ("the prefix", "40%"),
+            ("TIP", "full soft-or 0.5"),
+            ("EffOPD", "full effopd"),
+        )
+    ),
+    *(
+        (
+            f"PW-OPSD: moderate weights beat uniform ones ({start}, {reduction})",
+            f"{start} moderate {reduction}",
+            f"{start} uniform {reduction}",
+        )
+        for start in ("student", "half")
+        for reduction in ("token", "sequence")
+    ),
+    *(
+        (
+            f"PW-OPSD: rising weights beat falling ones ({start}, {reduction})",
+            f"{start} moderate {reduction}",
+            f"{start} decreasing {reduction}",
+        )
+        for start in ("student", "half")
+        for reduction in ("token", "sequence")
+    ),
+    *(
+        (
+            f"PW-OPSD: a mean over rollouts beats a mean over tokens ({start}, uniform)",
+            f"{start} uniform sequence",
+            f"{start} uniform token",
+        )
+        for start in ("student", "half")
+    ),
+    *(
+        (text, base + better, base + worse)
+        for base in ("", "20% ")
+        for text, better, worse in (
+            ("units of one token alone beat spans (2610.08448)", "strict", "simct"),
+            ("SimCT as in its paper beats its released code", "simct", "simct-released"),
+        )
+    ),
+    *(
+        (f"on-policy units beat the teacher's text, re-encoded ({arm})", arm, "sft")
+        for arm in ("strict", "simct", "simct-released", "20% simct")
+    ),
     ("a prefix of SimCT's units beats full rollouts of them", "20% simct", "simct"),
-    *((f"all weights beat a LoRA adapter of rank {rank}", "all weights", f"LoRA {rank}") for rank in (2, 8, 32)),
-    *((f"OPSD: the entry-wise clip helps ({start})", f"{start} uniform token clipped", f"{start} uniform token") for start in ("student", "half")),
+    *(
+        (f"all weights beat a LoRA adapter of rank {rank}", "all weights", f"LoRA {rank}")
+        for rank in (2, 8, 32)
+    ),
+    *(
+        (
+            f"OPSD: the entry-wise clip helps ({start})",
+            f"{start} uniform token clipped",
+            f"{start} uniform token",
+        )
+        for start in ("student", "half")
+    ),
 )
 
 
@@ -92,13 +187,22 @@ def verdict(low: float, high: float) -> str:
 def difference(curves, better: str, worse: str) -> dict:
     """Final accuracy of one arm minus another's, with the paired interval."""
     low, high = report.interval(curves[better][2][:, -1] - curves[worse][2][:, -1])
-    return {"value": (curves[better][1][-1] - curves[worse][1][-1]).item(), "low": low, "high": high}
+    return {
+        "value": (curves[better][1][-1] - curves[worse][1][-1]).item(),
+        "low": low,
+        "high": high,
+    }
 
 
 def gain(curve) -> dict:
     """An arm's final accuracy minus its first, with the paired interval."""
     low, high = report.interval(curve[2][:, -1] - curve[2][:, 0])
-    return {"value": (curve[1][-1] - curve[1][0]).item(), "low": low, "high": high, "verdict": verdict(low, high)}
+    return {
+        "value": (curve[1][-1] - curve[1][0]).item(),
+        "low": low,
+        "high": high,
+        "verdict": verdict(low, high),
+    }
 
 
 def speed_up(drawn: report.Resampled, arm: str, reference: str, what: str) -> dict:
@@ -107,60 +211,153 @@ def speed_up(drawn: report.Resampled, arm: str, reference: str, what: str) -> di
 
     def one(accuracies, costs) -> float:
         wanted = accuracies[0][0] + 0.9 * (accuracies[0][-1] - accuracies[0][0])
-        needed = [report.first_cost(cost, accuracy, wanted) for accuracy, cost in zip(accuracies, costs)]
-        return needed[0] / needed[1] if 0 < needed[1] < math.inf else 0.0  # a reference that gains nothing has no cost to beat
+        needed = [
+            report.first_cost(cost, accuracy, wanted) for accuracy, cost in zip(accuracies, costs)
+        ]
+        return (
+            needed[0] / needed[1] if 0 < needed[1] < math.inf else 0.0
+        )  # a reference that gains nothing has no cost to beat
 
     steps = [[float(step) for step in side[0]] for side in sides]
-    draws = torch.tensor([
-        one((ref, own), steps if what == "updates" else (ref_cost, own_cost))
-        for ref, own, ref_cost, own_cost in zip(*(sides[i][j].tolist() for j in (2, 4) for i in (0, 1)))])
+    draws = torch.tensor(
+        [
+            one((ref, own), steps if what == "updates" else (ref_cost, own_cost))
+            for ref, own, ref_cost, own_cost in zip(
+                *(sides[i][j].tolist() for j in (2, 4) for i in (0, 1))
+            )
+        ]
+    )
     low, high = report.interval(draws)
-    value = one([side[1].tolist() for side in sides], steps if what == "updates" else [side[3].tolist() for side in sides])
-    return {"value": value, "low": low, "high": high, "verdict": "reproduced" if low >= 3 else "reversed" if high < 1 else "not reproduced"}
+    value = one(
+        [side[1].tolist() for side in sides],
+        steps if what == "updates" else [side[3].tolist() for side in sides],
+    )
+    return {
+        "value": value,
+        "low": low,
+        "high": high,
+        "verdict": "reproduced" if low >= 3 else "reversed" if high < 1 else "not reproduced",
+    }
 
 
-def claims(drawn: report.Resampled, rows: dict[str, dict], longer: dict[str, list[list[float]]]) -> list[dict]:
+def claims(
+    drawn: report.Resampled, rows: dict[str, dict], longer: dict[str, list[list[float]]]
+) -> list[dict]:
     """Every published ordering whose arms were run. ``longer``: arm → seed → right or wrong per longer problem."""
     found, curves = [], {arm: drawn.curve(arm) for arm in drawn.arms}
     for text, better, worse in ORDERINGS:
         if better in curves and worse in curves:
             gap = difference(curves, better, worse)
-            found.append({"claim": text, "better": better, "worse": worse, **gap, "verdict": verdict(gap["low"], gap["high"])})
-    found += [{"claim": f"EffOPD reaches 90 % of the run without it in a third of its {what}", "better": "slow effopd", "worse": "slow",
-               **speed_up(drawn, "slow effopd", "slow", what), "unit": "times"} for what in ("updates", "useful FLOPs") if "slow effopd" in rows]
-    found += [{"claim": f"OPSD raises the accuracy of what it starts from ({start})", "better": arm, "worse": "untrained", **gain(curves[arm])}
-              for start in ("student", "half") if (arm := f"{start} uniform token") in curves]
+            found.append(
+                {
+                    "claim": text,
+                    "better": better,
+                    "worse": worse,
+                    **gap,
+                    "verdict": verdict(gap["low"], gap["high"]),
+                }
+            )
+    found += [
+        {
+            "claim": f"EffOPD reaches 90 % of the run without it in a third of its {what}",
+            "better": "slow effopd",
+            "worse": "slow",
+            **speed_up(drawn, "slow effopd", "slow", what),
+            "unit": "times",
+        }
+        for what in ("updates", "useful FLOPs")
+        if "slow effopd" in rows
+    ]
+    found += [
+        {
+            "claim": f"OPSD raises the accuracy of what it starts from ({start})",
+            "better": arm,
+            "worse": "untrained",
+            **gain(curves[arm]),
+        }
+        for start in ("student", "half")
+        if (arm := f"{start} uniform token") in curves
+    ]
     constant = [arm for arm in rows if arm.endswith("%") and arm[:-1].isdigit() and "5%" in rows]
     best = max(constant, key=lambda arm: rows[arm]["accuracy"], default=None)
     if "full" in rows and constant:
         gap = difference(curves, best, "full")
-        found.append({"claim": f"the best constant prefix matches full rollouts (within {MARGIN:.0%})", "better": best, "worse": "full",
-                      **gap, "verdict": verdict(gap["low"] + MARGIN, gap["high"] + MARGIN)})
-        ratio = max((rows[arm]["cost_ratios"][0.95] | {"arm": arm} for arm in constant), key=lambda r: r["value"] or 0)
-        found.append({"claim": "a prefix reaches 95 % of full rollouts' gain at half the cost or less", "better": ratio["arm"],
-                      "worse": "full", **{k: ratio[k] for k in ("value", "low", "high")}, "unit": "times",
-                      "verdict": verdict(ratio["low"] - 2, ratio["high"] - 2)})
+        found.append(
+            {
+                "claim": f"the best constant prefix matches full rollouts (within {MARGIN:.0%})",
+                "better": best,
+                "worse": "full",
+                **gap,
+                "verdict": verdict(gap["low"] + MARGIN, gap["high"] + MARGIN),
+            }
+        )
+        ratio = max(
+            (rows[arm]["cost_ratios"][0.95] | {"arm": arm} for arm in constant),
+            key=lambda r: r["value"] or 0,
+        )
+        found.append(
+            {
+                "claim": "a prefix reaches 95 % of full rollouts' gain at half the cost or less",
+                "better": ratio["arm"],
+                "worse": "full",
+                **{k: ratio[k] for k in ("value", "low", "high")},
+                "unit": "times",
+                "verdict": verdict(ratio["low"] - 2, ratio["high"] - 2),
+            }
+        )
     if "auto" in rows and constant:
         gap = difference(curves, "auto", best)
-        found.append({"claim": f"auto is within {MARGIN:.0%} of the best constant prefix", "better": "auto", "worse": best, **gap,
-                      "verdict": verdict(gap["value"] + MARGIN, gap["value"] + MARGIN)})
+        found.append(
+            {
+                "claim": f"auto is within {MARGIN:.0%} of the best constant prefix",
+                "better": "auto",
+                "worse": best,
+                **gap,
+                "verdict": verdict(gap["value"] + MARGIN, gap["value"] + MARGIN),
+            }
+        )
         ratio = rows["auto"]["flops_useful"] / rows[best]["flops_useful"]
-        found.append({"claim": "auto costs at most 1.5 times the best constant prefix", "better": "auto", "worse": best,
-                      "value": ratio, "low": ratio, "high": ratio, "unit": "times", "verdict": verdict(1.5 - ratio, 1.5 - ratio)})
+        found.append(
+            {
+                "claim": "auto costs at most 1.5 times the best constant prefix",
+                "better": "auto",
+                "worse": best,
+                "value": ratio,
+                "low": ratio,
+                "high": ratio,
+                "unit": "times",
+                "verdict": verdict(1.5 - ratio, 1.5 - ratio),
+            }
+        )
     for arm in ("5%", "10%", "full"):
         if longer and arm in longer:
-            gaps = torch.tensor(longer["untrained"]) - torch.tensor(longer[arm])  # [seeds, problems]
-            low, high = report.interval(torch.einsum("rk,kp,rp->r", drawn.seeds, gaps.double(), drawn.problems))
-            found.append({"claim": "distillation hurts problems longer than any trained on (2602.15260: short prefixes, weak students)",
-                          "better": "untrained", "worse": arm, "value": gaps.double().mean().item(), "low": low, "high": high,
-                          "verdict": verdict(low, high)})
+            gaps = torch.tensor(longer["untrained"]) - torch.tensor(
+                longer[arm]
+            )  # [seeds, problems]
+            low, high = report.interval(
+                torch.einsum("rk,kp,rp->r", drawn.seeds, gaps.double(), drawn.problems)
+            )
+            found.append(
+                {
+                    "claim": "distillation hurts problems longer than any trained on (2602.15260: short prefixes, weak students)",
+                    "better": "untrained",
+                    "worse": arm,
+                    "value": gaps.double().mean().item(),
+                    "low": low,
+                    "high": high,
+                    "verdict": verdict(low, high),
+                }
+            )
     return found
 
 
 def right(file: Path) -> list[float]:
     """Share of right answers per problem in a file of `eval`'s."""
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    return [sum(r["correct"] for r in record["responses"]) / len(record["responses"]) for record in records]
+    return [
+        sum(r["correct"] for r in record["responses"]) / len(record["responses"])
+        for record in records
+    ]
 
 
 def untrained(arms: compare.Arms, rows: list[dict]) -> tuple[dict, dict[str, list[list[float]]]]:
@@ -171,8 +368,16 @@ def untrained(arms: compare.Arms, rows: list[dict]) -> tuple[dict, dict[str, lis
         for seed in arms.seeds:
             with tempfile.TemporaryDirectory() as scratch:
                 file = Path(scratch) / "answers.jsonl"
-                preflight.evaluate_model(configuration.build(also | {
-                    "models.student": arms.base["models.student"], "runtime.seed": seed, "checkpoint.out": str(file)}))
+                preflight.evaluate_model(
+                    configuration.build(
+                        also
+                        | {
+                            "models.student": arms.base["models.student"],
+                            "runtime.seed": seed,
+                            "checkpoint.out": str(file),
+                        }
+                    )
+                )
                 answers.setdefault(name, []).append(right(file))
     means = {name: sum(map(sum, seeds)) / sum(map(len, seeds)) for name, seeds in answers.items()}
     return {"arm": "untrained", "accuracy": rows[0]["before"], "also": means}, answers
@@ -188,8 +393,14 @@ def saving(arms: compare.Arms, rows: list[dict]) -> dict | None:
     prompts = run.train_prompts[: run.config.train.batch_size]
     cost = lambda tokens: run.update_cost(prompts, tokens)
     lengths = [len(p.student_ids) for p in prompts]
-    return {"prompt_tokens": sum(lengths) / len(lengths), "full_tokens": full, "of_one_token": cost(full) / cost(1),
-            "per_update": {row["arm"]: cost(full) / cost(row["prefix"]) for row in rows if row["prefix"] < full}}
+    return {
+        "prompt_tokens": sum(lengths) / len(lengths),
+        "full_tokens": full,
+        "of_one_token": cost(full) / cost(1),
+        "per_update": {
+            row["arm"]: cost(full) / cost(row["prefix"]) for row in rows if row["prefix"] < full
+        },
+    }
 
 
 def extrapolations(runs: list[report.Finished]) -> dict:
@@ -198,12 +409,26 @@ def extrapolations(runs: list[report.Finished]) -> dict:
     found = {}
     for arm, group in report.by_arm(runs).items():
         if any(run.result["extrapolations"] for run in group):
-            spent = [run.result["flops"]["by_phase"].get("extrapolation", {"useful": 0.0})["useful"] / run.result["flops"]["useful"]
-                     for run in group]
-            found[arm] = {"k": [[x["k"] for x in run.result["extrapolations"]] for run in group], "share": sum(spent) / len(spent)}
-            tables = [json.loads((run.path / "displacement.json").read_text()) for run in group if (run.path / "displacement.json").exists()]
+            spent = [
+                run.result["flops"]["by_phase"].get("extrapolation", {"useful": 0.0})["useful"]
+                / run.result["flops"]["useful"]
+                for run in group
+            ]
+            found[arm] = {
+                "k": [[x["k"] for x in run.result["extrapolations"]] for run in group],
+                "share": sum(spent) / len(spent),
+            }
+            tables = [
+                json.loads((run.path / "displacement.json").read_text())
+                for run in group
+                if (run.path / "displacement.json").exists()
+            ]
             if tables:
-                found[arm]["cosine"] = {rows[0]["step"]: sum(row["modules"]["all"]["cosine"] for row in rows) / len(rows) for rows in zip(*tables)}
+                found[arm]["cosine"] = {
+                    rows[0]["step"]: sum(row["modules"]["all"]["cosine"] for row in rows)
+                    / len(rows)
+                    for rows in zip(*tables)
+                }
     return found
 
 
@@ -212,13 +437,25 @@ def canonical(runs: list[report.Finished], arms: compare.Arms) -> dict[str, floa
     student's, too."""
     found, base = {}, configuration.build(arms.base)
     problems = data.load(base.evaluate.dataset, split="test", limit=100).prompts
-    folders = {"untrained": base.models.student} | {arm: str(group[0].path / "model") for arm, group in report.by_arm(runs).items()}
+    folders = {"untrained": base.models.student} | {
+        arm: str(group[0].path / "model") for arm, group in report.by_arm(runs).items()
+    }
     for arm, folder in folders.items():
         model = models.load(folder, device=torch.device("cpu"), dtype=torch.float32)
-        requests = [Request(tuple(data.render(model, p.messages, "chat")), ("canonical", i)) for i, p in enumerate(problems)]
-        sampler = Sampler(model.eos, model.tokenizer.pad_token_id, len(model.tokenizer), 0, rows=len(requests))
-        answers = [r.ids[:-1] if r.finished else r.ids for r in generate(model, requests, 192, sampler)]
-        own = [tuple(model.tokenizer(model.tokenizer.decode(ids), add_special_tokens=False).input_ids) for ids in answers]
+        requests = [
+            Request(tuple(data.render(model, p.messages, "chat")), ("canonical", i))
+            for i, p in enumerate(problems)
+        ]
+        sampler = Sampler(
+            model.eos, model.tokenizer.pad_token_id, len(model.tokenizer), 0, rows=len(requests)
+        )
+        answers = [
+            r.ids[:-1] if r.finished else r.ids for r in generate(model, requests, 192, sampler)
+        ]
+        own = [
+            tuple(model.tokenizer(model.tokenizer.decode(ids), add_special_tokens=False).input_ids)
+            for ids in answers
+        ]
         found[arm] = sum(map(tuple.__eq__, answers, own)) / len(answers)
     return found
 
@@ -231,7 +468,9 @@ def arms_text(name: str, work: Path) -> str:
     import real_pair
     from scaling import pair
 
-    return text.replace("$PAIR/", f"{pair(work)}/").replace("{dataset: $QUESTIONS", f"{{dataset: {real_pair.questions()}")
+    return text.replace("$PAIR/", f"{pair(work)}/").replace(
+        "{dataset: $QUESTIONS", f"{{dataset: {real_pair.questions()}"
+    )
 
 
 def quick(text: str) -> str:
@@ -241,8 +480,22 @@ def quick(text: str) -> str:
     tree["base"]["train"]["steps"] = 2
     evaluate = tree["base"]["evaluate"]
     evaluate |= {"problems": min(20, evaluate["problems"]), "every": 1, "kl_prompts": 4}
-    tree["arms"] = {arm: {k: v for k, v in keys.items() if k != "train"} for arm, keys in tree["arms"].items()
-                    if arm in ("full", "sft", "10%", "auto", "full soft-or 0.5", "slow", "slow effopd", "student uniform token", "simct")}
+    tree["arms"] = {
+        arm: {k: v for k, v in keys.items() if k != "train"}
+        for arm, keys in tree["arms"].items()
+        if arm
+        in (
+            "full",
+            "sft",
+            "10%",
+            "auto",
+            "full soft-or 0.5",
+            "slow",
+            "slow effopd",
+            "student uniform token",
+            "simct",
+        )
+    }
     return yaml.safe_dump(tree)
 
 
@@ -250,8 +503,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arms", default="prefix", help="name of a file in tests/benchmarks/arms")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--work", type=Path, help="folder for the real pair (default: a temporary one)")
-    parser.add_argument("--quick", action="store_true", help="two updates, one seed, nothing recorded")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the real pair (default: a temporary one)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two updates, one seed, nothing recorded"
+    )
     given = parser.parse_args()
     cli.quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
@@ -266,22 +523,43 @@ def main() -> None:
         before, answers = untrained(arms, rows)
         named = {row["arm"]: row for row in [before, *rows]}
         drawn = report.Resampled(report.by_arm(runs)) if all(run.right for run in runs) else None
-        longer = {arm: [right(run.path / "also-longer.jsonl") for run in group] for arm, group in report.by_arm(runs).items()
-                  } | {"untrained": answers["longer"]} if "longer" in arms.also else {}
+        longer = (
+            {
+                arm: [right(run.path / "also-longer.jsonl") for run in group]
+                for arm, group in report.by_arm(runs).items()
+            }
+            | {"untrained": answers["longer"]}
+            if "longer" in arms.also
+            else {}
+        )
         if not given.quick:
             report.write_csv(runs, HERE / "results" / f"{given.arms}.csv")
             for end, (pictured, against) in PICTURED.get(given.arms, PICTURED["prefix"]).items():
                 figure = report.draw(runs, "", [arm for arm in pictured if arm in named], against)
                 (HERE / "results" / f"{given.arms}{end}.png").write_bytes(report.png(figure))
-        document = {"arms_file": given.arms, "machine": machine(), "summary": list(named.values()), "saving": saving(arms, rows),
-                    "claims": claims(drawn, named, longer) if drawn and drawn.paired else [],
-                    "extrapolations": extrapolations(runs),
-                    "decisions": {f"{run.arm} seed {run.seed}": [d["reason"] for d in run.result["prefix_decisions"]]
-                                  for run in runs if run.result["prefix_decisions"]}}
+        document = {
+            "arms_file": given.arms,
+            "machine": machine(),
+            "summary": list(named.values()),
+            "saving": saving(arms, rows),
+            "claims": claims(drawn, named, longer) if drawn and drawn.paired else [],
+            "extrapolations": extrapolations(runs),
+            "decisions": {
+                f"{run.arm} seed {run.seed}": [d["reason"] for d in run.result["prefix_decisions"]]
+                for run in runs
+                if run.result["prefix_decisions"]
+            },
+        }
         if given.arms == "cross" and not given.quick:
             document["canonical"] = canonical(runs, arms)
-            first = [run.result["evaluations"][0]["alignment"] for run in runs if run.arm == arms.reference]
-            document["alignment"] = {name: sum(row[name] for row in first) / len(first) for name in first[0]}
+            first = [
+                run.result["evaluations"][0]["alignment"]
+                for run in runs
+                if run.arm == arms.reference
+            ]
+            document["alignment"] = {
+                name: sum(row[name] for row in first) / len(first) for name in first[0]
+            }
         record(given.arms, document, not given.quick)
 
 

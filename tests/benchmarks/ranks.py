@@ -22,9 +22,21 @@ import measure
 import scaling
 
 CASES = {
-    "laboratory": {"train.batch_size": 32, "rollout.samples": 4, "train.micro_batch_size": 32, "schedule.prefix": "48", "train.steps": 8},
-    "SmolLM2": {"train.batch_size": 4, "rollout.samples": 4, "train.micro_batch_size": 4, "schedule.prefix": "32", "rollout.max_new_tokens": 48,
-                "train.steps": 3},
+    "laboratory": {
+        "train.batch_size": 32,
+        "rollout.samples": 4,
+        "train.micro_batch_size": 32,
+        "schedule.prefix": "48",
+        "train.steps": 8,
+    },
+    "SmolLM2": {
+        "train.batch_size": 4,
+        "rollout.samples": 4,
+        "train.micro_batch_size": 4,
+        "schedule.prefix": "32",
+        "rollout.max_new_tokens": 48,
+        "train.steps": 3,
+    },
 }
 
 
@@ -39,6 +51,7 @@ class Watch:
 
     def note(self, *_): ...
     def warn(self, *_): ...
+
     own = tail = evaluation = note
 
 
@@ -61,21 +74,48 @@ def rank(values: str) -> None:
         if run.place.first:
             seconds = [after - before for before, after in zip(watch.ends, watch.ends[1:])]
             phases = {k: v / len(watch.ends) for k, v in result["seconds"]["by_phase"].items()}
-            print(json.dumps({"seconds": seconds, "phases": phases, "tokens": result["tokens"] // len(watch.ends), "kl_after": result["kl_after"]["value"]}))
+            print(
+                json.dumps(
+                    {
+                        "seconds": seconds,
+                        "phases": phases,
+                        "tokens": result["tokens"] // len(watch.ends),
+                        "kl_after": result["kl_after"]["value"],
+                    }
+                )
+            )
         run.place.wait()
 
 
 def timed(ranks: int, values: dict) -> dict:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__, "--rank",
-                           json.dumps(values)], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            __file__,
+            "--rank",
+            json.dumps(values),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=None, help="keeps the SmolLM2 pair for the next call")
+    parser.add_argument(
+        "--work", type=Path, default=None, help="keeps the SmolLM2 pair for the next call"
+    )
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank:
@@ -83,24 +123,50 @@ def main() -> None:
     table = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, values in list(CASES.items())[: 1 if given.quick else None]:
-            values = {"evaluate.problems": 0, "evaluate.kl_prompts": 2, "runtime.device": "cpu", "runtime.dtype": "float32",
-                      "checkpoint.save_every": 0} | values
+            values = {
+                "evaluate.problems": 0,
+                "evaluate.kl_prompts": 2,
+                "runtime.device": "cpu",
+                "runtime.dtype": "float32",
+                "checkpoint.save_every": 0,
+            } | values
             if name == "SmolLM2":
                 pair = scaling.pair(given.work or Path(scratch))
-                values |= {"models.student": str(pair / "student"), "models.teacher": str(pair / "teacher"),
-                           "data.dataset": str(scaling.real_pair.questions()), "data.prompt_column": "doc.question"}
+                values |= {
+                    "models.student": str(pair / "student"),
+                    "models.teacher": str(pair / "teacher"),
+                    "data.dataset": str(scaling.real_pair.questions()),
+                    "data.prompt_column": "doc.question",
+                }
             found = {1: [], 2: []}
             for _ in range(1 if given.quick else given.turns):
                 for ranks in found:
                     found[ranks].append(timed(ranks, values))
                     print(name, ranks, found[ranks][-1], file=sys.stderr, flush=True)
-            alone, both = (statistics.median(s for turn in found[ranks] for s in turn["seconds"]) for ranks in (1, 2))
-            per_turn = [statistics.median(a["seconds"]) / statistics.median(b["seconds"]) for a, b in zip(found[1], found[2])]
-            table.append({"case": name, "seconds_1_rank": alone, "seconds_2_ranks": both, "throughput": alone / both,
-                          "throughput_low": min(per_turn), "throughput_high": max(per_turn), "tokens_an_update": found[1][0]["tokens"],
-                          "updates": len(found[1][0]["seconds"]) * len(found[1]),
-                          "phases": {str(ranks): found[ranks][-1]["phases"] for ranks in found},
-                          "kl_gap": max(abs(a["kl_after"] - b["kl_after"]) for a, b in zip(found[1], found[2]))})
+            alone, both = (
+                statistics.median(s for turn in found[ranks] for s in turn["seconds"])
+                for ranks in (1, 2)
+            )
+            per_turn = [
+                statistics.median(a["seconds"]) / statistics.median(b["seconds"])
+                for a, b in zip(found[1], found[2])
+            ]
+            table.append(
+                {
+                    "case": name,
+                    "seconds_1_rank": alone,
+                    "seconds_2_ranks": both,
+                    "throughput": alone / both,
+                    "throughput_low": min(per_turn),
+                    "throughput_high": max(per_turn),
+                    "tokens_an_update": found[1][0]["tokens"],
+                    "updates": len(found[1][0]["seconds"]) * len(found[1]),
+                    "phases": {str(ranks): found[ranks][-1]["phases"] for ranks in found},
+                    "kl_gap": max(
+                        abs(a["kl_after"] - b["kl_after"]) for a, b in zip(found[1], found[2])
+                    ),
+                }
+            )
     measure.record("ranks", {"table": table, "target": 1.6} | measure.machine(), not given.quick)
 
 

@@ -24,10 +24,16 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", default=None, help="folder for the student and the run (default: a temporary one)")
-    parser.add_argument("--quick", action="store_true", help="a small run of the same kind, not recorded")
+    parser.add_argument(
+        "--out", default=None, help="folder for the student and the run (default: a temporary one)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a small run of the same kind, not recorded"
+    )
     arguments = parser.parse_args()
-    steps, rollouts, prefix, longest, held_out, every = (4, 4, 16, 20, 6, 0) if arguments.quick else (40, 8, 64, 128, 16, 10)
+    steps, rollouts, prefix, longest, held_out, every = (
+        (4, 4, 16, 20, 6, 0) if arguments.quick else (40, 8, 64, 128, 16, 10)
+    )
     out = Path(arguments.out or tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
     student, teacher = out / "student", real_pair.teacher()
@@ -36,29 +42,99 @@ def main() -> None:
     if not student.is_dir():
         real_pair.make_student(student, teacher)
     done = subprocess.run(
-        [sys.executable, "-m", "prefix_distill", "run", "--student", student, "--teacher", teacher,
-         "--dataset", real_pair.questions(), "--prompt-column", "doc.question", "--answer-column", "doc.answer",
-         "--steps", str(steps), "--batch-size", str(rollouts), "--samples", "1", "--micro-batch-size", str(rollouts),
-         "--prefix", str(prefix), "--max-new-tokens", str(longest), "--eval-samples", "0", "--kl-prompts", str(held_out),
-         "--eval-every", str(every), "--save-every", "20", "--lr", "2e-4" if arguments.quick else "1e-4",
-         "--warmup", "0", "--seed", "0", "--out", out / "run"],
-        stdout=subprocess.PIPE, text=True, check=True)
+        [
+            sys.executable,
+            "-m",
+            "prefix_distill",
+            "run",
+            "--student",
+            student,
+            "--teacher",
+            teacher,
+            "--dataset",
+            real_pair.questions(),
+            "--prompt-column",
+            "doc.question",
+            "--answer-column",
+            "doc.answer",
+            "--steps",
+            str(steps),
+            "--batch-size",
+            str(rollouts),
+            "--samples",
+            "1",
+            "--micro-batch-size",
+            str(rollouts),
+            "--prefix",
+            str(prefix),
+            "--max-new-tokens",
+            str(longest),
+            "--eval-samples",
+            "0",
+            "--kl-prompts",
+            str(held_out),
+            "--eval-every",
+            str(every),
+            "--save-every",
+            "20",
+            "--lr",
+            "2e-4" if arguments.quick else "1e-4",
+            "--warmup",
+            "0",
+            "--seed",
+            "0",
+            "--out",
+            out / "run",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     result = json.loads(done.stdout.splitlines()[-1])
-    rows = [{
-        "update": e["step"], "kl": e["kl"]["value"], "kl_low": e["kl"]["low"], "kl_high": e["kl"]["high"],
-        "kl_prefix": e["kl_prefix"], "kl_tail": e["kl_tail"], "mean_tokens": e["mean_tokens"], "finish_rate": e["finish_rate"],
-        "flops_useful": e["flops_useful"], "flops_executed": e["flops_executed"],
-    } for e in result["evaluations"]]
+    rows = [
+        {
+            "update": e["step"],
+            "kl": e["kl"]["value"],
+            "kl_low": e["kl"]["low"],
+            "kl_high": e["kl"]["high"],
+            "kl_prefix": e["kl_prefix"],
+            "kl_tail": e["kl_tail"],
+            "mean_tokens": e["mean_tokens"],
+            "finish_rate": e["finish_rate"],
+            "flops_useful": e["flops_useful"],
+            "flops_executed": e["flops_executed"],
+        }
+        for e in result["evaluations"]
+    ]
     if not arguments.quick:
         with open(HERE / "results" / "real.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
     for row in rows:
-        print(f"update {row['update']:3d}: held-out reverse KL {row['kl']:.3f} [{row['kl_low']:.3f}, {row['kl_high']:.3f}] nats, "
-              f"inside the prefix {row['kl_prefix']:.3f}, beyond {row['kl_tail']:.3f}, {row['flops_useful'] / 1e12:.1f} TFLOP")
-    print(json.dumps({k: result[k] for k in ("steps", "kl_before", "kl_after", "tokens", "full_rollout_cost", "seconds")}
-                     | {"flops_useful": result["flops"]["useful"], "flops_executed": result["flops"]["executed"]}))
+        print(
+            f"update {row['update']:3d}: held-out reverse KL {row['kl']:.3f} [{row['kl_low']:.3f}, {row['kl_high']:.3f}] nats, "
+            f"inside the prefix {row['kl_prefix']:.3f}, beyond {row['kl_tail']:.3f}, {row['flops_useful'] / 1e12:.1f} TFLOP"
+        )
+    print(
+        json.dumps(
+            {
+                k: result[k]
+                for k in (
+                    "steps",
+                    "kl_before",
+                    "kl_after",
+                    "tokens",
+                    "full_rollout_cost",
+                    "seconds",
+                )
+            }
+            | {
+                "flops_useful": result["flops"]["useful"],
+                "flops_executed": result["flops"]["executed"],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

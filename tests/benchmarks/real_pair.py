@@ -17,7 +17,9 @@ def packaged(package: str, file: str) -> Path:
     """A file inside an installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise SystemExit(f"package {package} is not installed; see the top of {Path(__file__).name}")
+        raise SystemExit(
+            f"package {package} is not installed; see the top of {Path(__file__).name}"
+        )
     return Path(spec.submodule_search_locations[0]) / file
 
 
@@ -35,7 +37,9 @@ def copy_teacher(folder: Path) -> Path:
 
     from prefix_distill import models
 
-    models.save(models.load(str(teacher()), device=torch.device("cpu"), dtype=torch.float32), folder)
+    models.save(
+        models.load(str(teacher()), device=torch.device("cpu"), dtype=torch.float32), folder
+    )
     return folder
 
 
@@ -60,5 +64,12 @@ def make_student(folder: Path, source: Path | None = None) -> Path:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    print(json.dumps({"student": str(make_student(target / "student")), "teacher": str(teacher()),
-                      "dataset": str(questions())}))
+    print(
+        json.dumps(
+            {
+                "student": str(make_student(target / "student")),
+                "teacher": str(teacher()),
+                "dataset": str(questions()),
+            }
+        )
+    )

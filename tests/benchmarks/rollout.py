@@ -34,9 +34,13 @@ def load(work: Path):
 
     from prefix_distill import data, models, scoring
 
-    model = models.load(str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32)
+    model = models.load(
+        str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32
+    )
     model.shares_prompts = scoring.check_sharing(model) is None
-    prompts = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question", limit=8).prompts
+    prompts = data.load(
+        str(real_pair.questions()), split="train", prompt_column="doc.question", limit=8
+    ).prompts
     return model, [tuple(data.render(model, p.messages, "auto")) for p in prompts]
 
 
@@ -49,7 +53,9 @@ def ours(model, rows, tokens, turn):
 
     decoding, clock = decoder(model, torch.float32), Clock(torch.device("cpu"))
     sampler = Sampler(frozenset({UNWRITTEN}), 2, model.net.config.vocab_size, turn)
-    made = generate(decoding, [Request(ids, (0, i)) for i, ids in enumerate(rows)], tokens, sampler, None, clock)
+    made = generate(
+        decoding, [Request(ids, (0, i)) for i, ids in enumerate(rows)], tokens, sampler, None, clock
+    )
     assert all(len(r.ids) == tokens for r in made)
     return clock.seconds["student_prefill"], clock.seconds["student_decode"]
 
@@ -58,8 +64,10 @@ def padded(rows):
     import torch
 
     width = max(map(len, rows))
-    return (torch.tensor([[2] * (width - len(r)) + list(r) for r in rows]),
-            torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]))
+    return (
+        torch.tensor([[2] * (width - len(r)) + list(r) for r in rows]),
+        torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
+    )
 
 
 def naive(model, rows, tokens, turn):
@@ -73,9 +81,14 @@ def naive(model, rows, tokens, turn):
     torch.manual_seed(turn)
     split = _Split(Clock(torch.device("cpu")))
     start = time.perf_counter()
-    out = model.net.generate(input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([split]),
-                             generation_config=GenerationConfig(max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=2,
-                                                                eos_token_id=UNWRITTEN))
+    out = model.net.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        logits_processor=LogitsProcessorList([split]),
+        generation_config=GenerationConfig(
+            max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=2, eos_token_id=UNWRITTEN
+        ),
+    )
     assert out.shape[1] == ids.shape[1] + tokens
     return split.prefilled - start, time.perf_counter() - split.prefilled
 
@@ -87,14 +100,24 @@ def bare(model, rows, tokens, turn):
     torch.manual_seed(turn)
     start = time.perf_counter()
     with torch.inference_mode():
-        out = model.net(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True,
-                        logits_to_keep=1)
+        out = model.net(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
         first = time.perf_counter()
         for _ in range(tokens - 1):
             token = torch.multinomial(out.logits[:, -1].softmax(-1), 1)
             mask = torch.cat([mask, torch.ones_like(token)], 1)
-            out = model.net(input_ids=token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                            past_key_values=out.past_key_values, use_cache=True)
+            out = model.net(
+                input_ids=token,
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
         torch.multinomial(out.logits[:, -1].softmax(-1), 1)
     return first - start, time.perf_counter() - first
 
@@ -110,25 +133,49 @@ def compiled(model, rows, tokens) -> dict:
     ids, mask = padded(rows)
     width = ids.shape[1]
     for name in ("static", "compiled"):
-        step, seconds = net.forward if name == "static" else torch.compile(net.forward, dynamic=False), []
+        step, seconds = (
+            net.forward if name == "static" else torch.compile(net.forward, dynamic=False),
+            [],
+        )
         cache = StaticCache(config=net.config, max_cache_len=width + tokens)
-        out = net(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache,
-                  use_cache=True, logits_to_keep=1)
-        seen = torch.cat([mask.bool(), torch.zeros(len(rows), tokens, dtype=torch.bool)], 1)[:, None, None]
+        out = net(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        seen = torch.cat([mask.bool(), torch.zeros(len(rows), tokens, dtype=torch.bool)], 1)[
+            :, None, None
+        ]
         for i in range(tokens - 1):
             start = time.perf_counter()
             seen[..., width + i] = True
-            out = step(input_ids=torch.multinomial(out.logits[:, -1].softmax(-1), 1), attention_mask=seen,
-                       position_ids=seen.sum(-1)[:, 0] - 1, past_key_values=cache, use_cache=True)
+            out = step(
+                input_ids=torch.multinomial(out.logits[:, -1].softmax(-1), 1),
+                attention_mask=seen,
+                position_ids=seen.sum(-1)[:, 0] - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
             seconds.append(time.perf_counter() - start)
-        found[name] = {"first_step_seconds": seconds[0], "step_seconds": statistics.median(seconds[1:])}
-        print(f"8 prompts × 1  {name}: first step {seconds[0]:.1f} s, then {1e3 * found[name]['step_seconds']:.1f} ms a step", flush=True)
+        found[name] = {
+            "first_step_seconds": seconds[0],
+            "step_seconds": statistics.median(seconds[1:]),
+        }
+        print(
+            f"8 prompts × 1  {name}: first step {seconds[0]:.1f} s, then {1e3 * found[name]['step_seconds']:.1f} ms a step",
+            flush=True,
+        )
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="two cases, one turn, 16 tokens, nothing written")
+    parser.add_argument(
+        "--quick", action="store_true", help="two cases, one turn, 16 tokens, nothing written"
+    )
     parser.add_argument("--pairs", type=int, default=2, help="turns of all arms")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--work", type=Path, help="folder for the pair (default: a temporary one)")
@@ -150,18 +197,43 @@ def main() -> None:
     with torch.no_grad():
         for name, (count, samples) in cases.items():
             rows = [ids for ids in prompts[:count] for _ in range(samples)]
-            turns = [{arm: work(model, rows, given.tokens, i) for arm, work in arms.items()} for i in range(given.pairs)]
+            turns = [
+                {arm: work(model, rows, given.tokens, i) for arm, work in arms.items()}
+                for i in range(given.pairs)
+            ]
             for arm in arms:
                 prefill, decode = (statistics.median(t[arm][k] for t in turns) for k in (0, 1))
                 ratio = statistics.median(sum(t["ours"]) / sum(t[arm]) for t in turns)
-                table.append({"case": name, "arm": arm, "prefill_seconds": prefill, "decode_seconds": decode,
-                              "step_seconds": decode / (given.tokens - 1), "ours_over_it": ratio})
-                print(f"{name}  {arm:5}  prefill {prefill:6.2f} s, decode {decode:6.2f} s, {1e3 * decode / (given.tokens - 1):6.1f} "
-                      f"ms a step (floor {1e3 * floor:.0f}); ours/{arm} in total {ratio:.2f}", flush=True)
+                table.append(
+                    {
+                        "case": name,
+                        "arm": arm,
+                        "prefill_seconds": prefill,
+                        "decode_seconds": decode,
+                        "step_seconds": decode / (given.tokens - 1),
+                        "ours_over_it": ratio,
+                    }
+                )
+                print(
+                    f"{name}  {arm:5}  prefill {prefill:6.2f} s, decode {decode:6.2f} s, {1e3 * decode / (given.tokens - 1):6.1f} "
+                    f"ms a step (floor {1e3 * floor:.0f}); ours/{arm} in total {ratio:.2f}",
+                    flush=True,
+                )
         static = None if given.quick else compiled(model, prompts, given.tokens)
-    measure.record("rollout", {"table": table, "static_cache": static, "tokens": given.tokens, "pairs": given.pairs, "weight_bytes": weights,
-                               "bandwidth_bytes_per_s": bandwidth, "floor_step_seconds": floor} | measure.machine(),
-                   not given.quick)
+    measure.record(
+        "rollout",
+        {
+            "table": table,
+            "static_cache": static,
+            "tokens": given.tokens,
+            "pairs": given.pairs,
+            "weight_bytes": weights,
+            "bandwidth_bytes_per_s": bandwidth,
+            "floor_step_seconds": floor,
+        }
+        | measure.machine(),
+        not given.quick,
+    )
 
 
 if __name__ == "__main__":

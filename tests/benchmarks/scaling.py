@@ -28,7 +28,9 @@ def pair(work: Path) -> Path:
 
     if not ((work / "student").is_dir() and (work / "teacher").is_dir()):
         work.mkdir(parents=True, exist_ok=True)
-        model = models.load(str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32)
+        model = models.load(
+            str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32
+        )
         model.tokenizer.eos_token = UNWRITTEN
         model.generation_config.eos_token_id = model.tokenizer.eos_token_id
         models.save(model, work / "teacher")
@@ -40,12 +42,25 @@ def prepare(folder: Path, prefix: int, prompts: int, samples: int):
     """A Run on the pair."""
     from prefix_distill import config, preflight
 
-    return preflight.prepare(config.build({
-        "models.student": str(folder / "student"), "models.teacher": str(folder / "teacher"),
-        "data.dataset": str(real_pair.questions()), "data.prompt_column": "doc.question", "schedule.prefix": str(prefix),
-        "rollout.max_new_tokens": prefix, "rollout.samples": samples, "train.batch_size": prompts, "train.steps": 8,
-        "evaluate.problems": 0, "evaluate.kl_prompts": 1, "runtime.device": "cpu", "runtime.dtype": "float32",
-    }))
+    return preflight.prepare(
+        config.build(
+            {
+                "models.student": str(folder / "student"),
+                "models.teacher": str(folder / "teacher"),
+                "data.dataset": str(real_pair.questions()),
+                "data.prompt_column": "doc.question",
+                "schedule.prefix": str(prefix),
+                "rollout.max_new_tokens": prefix,
+                "rollout.samples": samples,
+                "train.batch_size": prompts,
+                "train.steps": 8,
+                "evaluate.problems": 0,
+                "evaluate.kl_prompts": 1,
+                "runtime.device": "cpu",
+                "runtime.dtype": "float32",
+            }
+        )
+    )
 
 
 def update(run, step: int) -> dict:
@@ -63,10 +78,16 @@ def update(run, step: int) -> dict:
     weights, divisor = token_weights(rollouts, "token")
     train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock)
     run.student.net.zero_grad(set_to_none=True)
-    groups = scoring.micro_batches(rollouts, run.config.train.micro_batch_size, run.student.reads_once)
-    return {"seconds": dict(clock.seconds), "flops": dict(ledger.useful), "longest": max(len(r.ids) for r in rollouts),
-            "executed": dict(ledger.executed),
-            "micro_batches": [scoring.reads(group, run.student.reads_once) for group in groups]}
+    groups = scoring.micro_batches(
+        rollouts, run.config.train.micro_batch_size, run.student.reads_once
+    )
+    return {
+        "seconds": dict(clock.seconds),
+        "flops": dict(ledger.useful),
+        "longest": max(len(r.ids) for r in rollouts),
+        "executed": dict(ledger.executed),
+        "micro_batches": [scoring.reads(group, run.student.reads_once) for group in groups],
+    }
 
 
 def main() -> None:
@@ -77,7 +98,9 @@ def main() -> None:
     from prefix_distill import config
 
     cli.quiet_libraries()
-    prefixes, samples, fixed = ([16, 32], [1, 4], 16) if given.quick else ([16, 64, 128, 256, 512], [1, 2, 4, 8], 64)
+    prefixes, samples, fixed = (
+        ([16, 32], [1, 4], 16) if given.quick else ([16, 64, 128, 256, 512], [1, 2, 4, 8], 64)
+    )
     with tempfile.TemporaryDirectory() as scratch:
         run = prepare(pair(given.work or Path(scratch)), max(prefixes), 2, 1)
     table = []
@@ -90,11 +113,23 @@ def main() -> None:
         run.student.shares_prompts = run.teacher.shares_prompts = shared
         found = update(run, 1)
         seconds = sum(found["seconds"].values())
-        table.append({"prefix": prefix, "samples": count, "shared": shared, "seconds": seconds, "over_repeated": None,
-                      "flops_useful": sum(found["flops"].values()), "by_phase": found["seconds"]})
-        print(f"prefix {prefix:3d}, 2 × {count} rollouts, prompts read {'once      ' if shared else 'every time'}: {seconds:6.2f} s, "
-              f"{sum(found['flops'].values()) / 1e12:.3f} TFLOP useful "
-              f"({', '.join(f'{k} {v:.2f} s' for k, v in found['seconds'].items())})", flush=True)
+        table.append(
+            {
+                "prefix": prefix,
+                "samples": count,
+                "shared": shared,
+                "seconds": seconds,
+                "over_repeated": None,
+                "flops_useful": sum(found["flops"].values()),
+                "by_phase": found["seconds"],
+            }
+        )
+        print(
+            f"prefix {prefix:3d}, 2 × {count} rollouts, prompts read {'once      ' if shared else 'every time'}: {seconds:6.2f} s, "
+            f"{sum(found['flops'].values()) / 1e12:.3f} TFLOP useful "
+            f"({', '.join(f'{k} {v:.2f} s' for k, v in found['seconds'].items())})",
+            flush=True,
+        )
         return seconds
 
     one(8, 1, True)

@@ -31,23 +31,56 @@ def work(arm: str, student, head, teacher, teacher_head):
     if arm == "naive":
         from divergence import naive
 
-        return naive("reverse-kl", student, head, teacher, teacher_head, torch.full((len(student),), 1 / len(student)))
+        return naive(
+            "reverse-kl",
+            student,
+            head,
+            teacher,
+            teacher_head,
+            torch.full((len(student),), 1 / len(student)),
+        )
     terms, rows = divergence.Terms("reverse-kl"), torch.arange(len(student))
     if arm != "all":
-        facts = divergence.statistics(terms, student.detach(), divergence.Head(head), teacher, divergence.Head(teacher_head),
-                                      torch.zeros_like(rows))
+        facts = divergence.statistics(
+            terms,
+            student.detach(),
+            divergence.Head(head),
+            teacher,
+            divergence.Head(teacher_head),
+            torch.zeros_like(rows),
+        )
         lists = {name: facts[name].tolist() for name in ("entropy", "divergence")}
         starts = range(0, len(student), ROLLOUT)
         ids = tuple(range(ROLLOUT))
-        rollouts = [Rollout(i, 0, (0,), (0,), ids[: len(student) - start], ids[: len(student) - start], False)
-                    for i, start in enumerate(starts)]
-        at = {(i, 0): {name: dict(enumerate(values[start : start + ROLLOUT])) for name, values in lists.items()}
-              for i, start in enumerate(starts)}
-        kept = weights.choose(weights.Selection("soft-or", float(arm)), rollouts, (0,), at,
-                              weights.scale(lists["entropy"], lists["divergence"]))
+        rollouts = [
+            Rollout(
+                i, 0, (0,), (0,), ids[: len(student) - start], ids[: len(student) - start], False
+            )
+            for i, start in enumerate(starts)
+        ]
+        at = {
+            (i, 0): {
+                name: dict(enumerate(values[start : start + ROLLOUT]))
+                for name, values in lists.items()
+            }
+            for i, start in enumerate(starts)
+        }
+        kept = weights.choose(
+            weights.Selection("soft-or", float(arm)),
+            rollouts,
+            (0,),
+            at,
+            weights.scale(lists["entropy"], lists["divergence"]),
+        )
         rows = torch.tensor([start + t for start, r in zip(starts, kept) for t in r.taught])
-    return divergence.weighted(terms, student[rows], divergence.Head(head), teacher[rows], divergence.Head(teacher_head),
-                               torch.full((len(rows),), 1 / len(rows)))[0]
+    return divergence.weighted(
+        terms,
+        student[rows],
+        divergence.Head(head),
+        teacher[rows],
+        divergence.Head(teacher_head),
+        torch.full((len(rows),), 1 / len(rows)),
+    )[0]
 
 
 def one(arm: str, rows: int, vocabulary: int, width: int) -> dict:
@@ -56,8 +89,17 @@ def one(arm: str, rows: int, vocabulary: int, width: int) -> dict:
 
     torch.manual_seed(0)
     made = torch.randn
-    work(arm, made(2, width).requires_grad_(), made(64, width).requires_grad_(), made(2, width), made(64, width)).backward()
-    student, head = (made(rows, width) * 0.5).requires_grad_(), (made(vocabulary, width) * 0.05).requires_grad_()
+    work(
+        arm,
+        made(2, width).requires_grad_(),
+        made(64, width).requires_grad_(),
+        made(2, width),
+        made(64, width),
+    ).backward()
+    student, head = (
+        (made(rows, width) * 0.5).requires_grad_(),
+        (made(vocabulary, width) * 0.05).requires_grad_(),
+    )
     teacher, teacher_head = made(rows, width) * 0.5, made(vocabulary, width) * 0.05
     before = measure.reset_peak()
     start = time.perf_counter()
@@ -65,7 +107,11 @@ def one(arm: str, rows: int, vocabulary: int, width: int) -> dict:
     loss.backward()
     seconds = time.perf_counter() - start
     returned = 4 * (student.grad.numel() + head.grad.numel())
-    return {"seconds": seconds, "extra_bytes": measure.memory("VmHWM") - before - returned, "loss": loss.item()}
+    return {
+        "seconds": seconds,
+        "extra_bytes": measure.memory("VmHWM") - before - returned,
+        "loss": loss.item(),
+    }
 
 
 def main() -> None:
@@ -82,22 +128,54 @@ def main() -> None:
         return
     if given.quick:
         given.rows, given.pairs = 256, 1
-    turns = [{arm: measure.child(__file__, "--child", arm, "--rows", given.rows, "--vocabulary", given.vocabulary, "--width",
-                                 given.width) for arm in ARMS} for _ in range(given.pairs)]
+    turns = [
+        {
+            arm: measure.child(
+                __file__,
+                "--child",
+                arm,
+                "--rows",
+                given.rows,
+                "--vocabulary",
+                given.vocabulary,
+                "--width",
+                given.width,
+            )
+            for arm in ARMS
+        }
+        for _ in range(given.pairs)
+    ]
     for turn in turns:
         assert abs(turn["all"]["loss"] / turn["naive"]["loss"] - 1) < 1e-4, "another loss"
     table = []
     for arm in ARMS:
-        row = {"arm": arm} | {key: statistics.median(t[arm][key] for t in turns) for key in ("seconds", "extra_bytes")}
+        row = {"arm": arm} | {
+            key: statistics.median(t[arm][key] for t in turns) for key in ("seconds", "extra_bytes")
+        }
         for other in ("all", "naive"):
             for key, label in (("seconds", "time"), ("extra_bytes", "memory")):
-                row[f"{label}_over_{other}"] = statistics.median(t[arm][key] / t[other][key] for t in turns)
+                row[f"{label}_over_{other}"] = statistics.median(
+                    t[arm][key] / t[other][key] for t in turns
+                )
         table.append(row)
-        print(f"{arm:6} {row['seconds']:6.1f} s, {row['extra_bytes'] / 2**20:6.0f} MiB extra; over all tokens: time "
-              f"{row['time_over_all']:.2f}, memory {row['memory_over_all']:.2f}; over naive: time {row['time_over_naive']:.2f}, memory "
-              f"{row['memory_over_naive']:.3f}", flush=True)
-    measure.record("selection", {"rows": given.rows, "vocabulary": given.vocabulary, "width": given.width, "pairs": given.pairs,
-                                 "table": table} | measure.machine(), not given.quick)
+        print(
+            f"{arm:6} {row['seconds']:6.1f} s, {row['extra_bytes'] / 2**20:6.0f} MiB extra; over all tokens: time "
+            f"{row['time_over_all']:.2f}, memory {row['memory_over_all']:.2f}; over naive: time {row['time_over_naive']:.2f}, memory "
+            f"{row['memory_over_naive']:.3f}",
+            flush=True,
+        )
+    measure.record(
+        "selection",
+        {
+            "rows": given.rows,
+            "vocabulary": given.vocabulary,
+            "width": given.width,
+            "pairs": given.pairs,
+            "table": table,
+        }
+        | measure.machine(),
+        not given.quick,
+    )
 
 
 if __name__ == "__main__":

@@ -24,11 +24,59 @@ from pathlib import Path
 
 from prefix_distill import cli
 
-KINDS = ("any moment", "inside a checkpoint's write", "before the first checkpoint", "any moment", "inside the best model's write")
-FLAGS = ["--dataset", "lab:choice:1-3", "--steps", "12", "--prefix", "auto:6:3", "--max-new-tokens", "32", "--batch-size", "4", "--samples", "2",
-         "--micro-batch-size", "3", "--eval-samples", "8", "--kl-prompts", "4", "--eval-every", "3", "--tail-every", "2", "--tail-prompts", "2",
-         "--save-every", "2", "--lr", "2e-4", "--warmup", "0", "--select", "soft-or", "--extrapolate", "effopd", "--extrapolate-score",
-         "heldout-kl", "--extrapolate-problems", "4", "--check-samples", "0", "--device", "cpu", "--dtype", "float32"]
+KINDS = (
+    "any moment",
+    "inside a checkpoint's write",
+    "before the first checkpoint",
+    "any moment",
+    "inside the best model's write",
+)
+FLAGS = [
+    "--dataset",
+    "lab:choice:1-3",
+    "--steps",
+    "12",
+    "--prefix",
+    "auto:6:3",
+    "--max-new-tokens",
+    "32",
+    "--batch-size",
+    "4",
+    "--samples",
+    "2",
+    "--micro-batch-size",
+    "3",
+    "--eval-samples",
+    "8",
+    "--kl-prompts",
+    "4",
+    "--eval-every",
+    "3",
+    "--tail-every",
+    "2",
+    "--tail-prompts",
+    "2",
+    "--save-every",
+    "2",
+    "--lr",
+    "2e-4",
+    "--warmup",
+    "0",
+    "--select",
+    "soft-or",
+    "--extrapolate",
+    "effopd",
+    "--extrapolate-score",
+    "heldout-kl",
+    "--extrapolate-problems",
+    "4",
+    "--check-samples",
+    "0",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+]
 PATIENCE = 300  # seconds
 
 
@@ -39,7 +87,15 @@ class Process:
         self.gpus, self.ended = gpus, None
         with open(Path(flags[-1]).with_suffix(".log"), "a") as log:
             if gpus > 1:
-                command = [sys.executable, "-m", "prefix_distill", "run", *flags, "--gpus", str(gpus)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "prefix_distill",
+                    "run",
+                    *flags,
+                    "--gpus",
+                    str(gpus),
+                ]
                 self.pid = subprocess.Popen(command, stdout=log, stderr=log).pid
                 return
             self.pid = os.fork()
@@ -66,7 +122,10 @@ class Process:
     def kill(self, out: Path, kind: str, rng: random.Random, whole: float) -> bool:
         """Kills it at a moment of that kind (``whole``: seconds of a run) → whether it was still running."""
         begun, wanted, count = time.monotonic(), rng.uniform(0, whole), rng.randint(1, 4)
-        watched = {"inside a checkpoint's write": "checkpoints/.partial", "inside the best model's write": ".best.partial"}.get(kind)
+        watched = {
+            "inside a checkpoint's write": "checkpoints/.partial",
+            "inside the best model's write": ".best.partial",
+        }.get(kind)
         seen, there = 0, False
         while self.code() is None and time.monotonic() - begun < PATIENCE:
             if kind == "any moment" and time.monotonic() - begun > wanted:
@@ -97,7 +156,12 @@ def contents(out: Path) -> dict[str, object]:
         if file.is_dir() or name == ".lock":
             continue
         if file.suffix in (".json", ".jsonl") and file.parent.name not in ("model", "best"):
-            found[name] = [timeless(json.loads(line)) for line in ([file.read_text()] if file.suffix == ".json" else file.read_text().splitlines())]
+            found[name] = [
+                timeless(json.loads(line))
+                for line in (
+                    [file.read_text()] if file.suffix == ".json" else file.read_text().splitlines()
+                )
+            ]
         else:
             found[name] = file.read_bytes()
     return found
@@ -105,8 +169,17 @@ def contents(out: Path) -> dict[str, object]:
 
 def timeless(tree):
     if isinstance(tree, dict):
-        return {k: timeless(v) for k, v in tree.items() if not k.startswith("time/") and k not in ("seconds", "resumed_from", "sha256", "facts_sha256")}
-    return [timeless(x) for x in tree if not (isinstance(x, dict) and x.get("name") == "memory")] if isinstance(tree, list) else tree
+        return {
+            k: timeless(v)
+            for k, v in tree.items()
+            if not k.startswith("time/")
+            and k not in ("seconds", "resumed_from", "sha256", "facts_sha256")
+        }
+    return (
+        [timeless(x) for x in tree if not (isinstance(x, dict) and x.get("name") == "memory")]
+        if isinstance(tree, list)
+        else tree
+    )
 
 
 def soak(times: int, gpus: int, seed: int, folder: Path) -> dict:
@@ -115,7 +188,9 @@ def soak(times: int, gpus: int, seed: int, folder: Path) -> dict:
     whole = folder / "whole"
     started = time.monotonic()
     if code := Process(gpus, *FLAGS, "--out", str(whole)).code(wait=True):
-        raise SystemExit(f"the undisturbed run ended with {code}: {whole.with_suffix('.log').read_text()[-2000:]}")
+        raise SystemExit(
+            f"the undisturbed run ended with {code}: {whole.with_suffix('.log').read_text()[-2000:]}"
+        )
     seconds, wanted = time.monotonic() - started, contents(whole)
     kills, twice, late, differing, resumed_from = dict.fromkeys(KINDS, 0), 0, 0, [], []
     number = 0
@@ -126,28 +201,66 @@ def soak(times: int, gpus: int, seed: int, folder: Path) -> dict:
             late += 1  # it had ended
         else:
             kills[kind] += 1
-        again = ["--resume", "--out", str(out)] if (out / "config.yaml").exists() else [*FLAGS, "--out", str(out)]
-        if rng.random() < 1 / 3 and "--resume" in again and Process(gpus, *again).kill(out, "any moment", rng, seconds / 2):
+        again = (
+            ["--resume", "--out", str(out)]
+            if (out / "config.yaml").exists()
+            else [*FLAGS, "--out", str(out)]
+        )
+        if (
+            rng.random() < 1 / 3
+            and "--resume" in again
+            and Process(gpus, *again).kill(out, "any moment", rng, seconds / 2)
+        ):
             kills["any moment"] += 1
             twice += 1
         code = Process(gpus, *again).code(wait=True)
         if code:
-            differing.append({"run": number, "kind": kind, "exit": code, "said": out.with_suffix(".log").read_text()[-300:]})
+            differing.append(
+                {
+                    "run": number,
+                    "kind": kind,
+                    "exit": code,
+                    "said": out.with_suffix(".log").read_text()[-300:],
+                }
+            )
         else:
             found = contents(out)
-            if names := [name for name in sorted(wanted.keys() | found.keys()) if found.get(name) != wanted.get(name)]:
+            if names := [
+                name
+                for name in sorted(wanted.keys() | found.keys())
+                if found.get(name) != wanted.get(name)
+            ]:
                 differing.append({"run": number, "kind": kind, "files": names})
-            resumed_from.append(json.loads((out / "run.json").read_text())["result"]["resumed_from"])
+            resumed_from.append(
+                json.loads((out / "run.json").read_text())["result"]["resumed_from"]
+            )
         if not differing or differing[-1]["run"] != number:
             shutil.rmtree(out)
-        print(f"{sum(kills.values())} of {times} kills, {len(differing)} differ, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    return {"kills": sum(kills.values()), "by_kind": kills, "killed_twice": twice, "ended_before_the_kill": late, "runs": number, "gpus": gpus,
-            "seed": seed, "resumed_from": sorted(resumed_from, key=str), "differing": differing, "seconds_of_a_run": seconds,
-            "files_compared": len(wanted), "seconds": time.monotonic() - begun}
+        print(
+            f"{sum(kills.values())} of {times} kills, {len(differing)} differ, {time.monotonic() - begun:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    return {
+        "kills": sum(kills.values()),
+        "by_kind": kills,
+        "killed_twice": twice,
+        "ended_before_the_kill": late,
+        "runs": number,
+        "gpus": gpus,
+        "seed": seed,
+        "resumed_from": sorted(resumed_from, key=str),
+        "differing": differing,
+        "seconds_of_a_run": seconds,
+        "files_compared": len(wanted),
+        "seconds": time.monotonic() - begun,
+    }
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -156,7 +269,11 @@ if __name__ == "__main__":
     cli.calm_threads(os.environ)
     if given.gpus == 1:  # what a fork should not have to import; it must not compute
         cli.quiet_libraries()
-        for name in ("prefix_distill.train", "prefix_distill.display", "transformers.models.llama.modeling_llama"):
+        for name in (
+            "prefix_distill.train",
+            "prefix_distill.display",
+            "transformers.models.llama.modeling_llama",
+        ):
             importlib.import_module(name)
     with tempfile.TemporaryDirectory() as scratch:
         document = soak(given.times, given.gpus, given.seed, given.out or Path(scratch))

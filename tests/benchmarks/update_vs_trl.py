@@ -81,9 +81,15 @@ class Watch:
         import torch
 
         seconds = [after - before for before, after in zip(self.ends, self.ends[1:])]
-        return {"seconds": seconds[1:], "warm_up_seconds": seconds[0], "tokens": self.tokens[1:],
-                "peak_bytes": self.peak, "resident_before_bytes": self.resident, "threads": torch.get_num_threads(),
-                "prompts": prompts}
+        return {
+            "seconds": seconds[1:],
+            "warm_up_seconds": seconds[0],
+            "tokens": self.tokens[1:],
+            "peak_bytes": self.peak,
+            "resident_before_bytes": self.resident,
+            "threads": torch.get_num_threads(),
+            "prompts": prompts,
+        }
 
 
 def make_pair(name: str, folder: Path) -> None:
@@ -116,7 +122,9 @@ def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
         found = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question")
     tokenizer, rows = AutoTokenizer.from_pretrained(folder / "student"), []
     for prompt in data.shuffled(found.prompts, given.seed, "benchmark"):
-        ids = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            list(prompt.messages), add_generation_prompt=True, return_dict=False
+        )
         if len(ids) >= case.shortest:
             rows.append(json.dumps({"messages": prompt.messages}))
         if len(rows) == given.updates * case.prompts:
@@ -147,8 +155,13 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
     class Report:
         def row(self, row, *_):
             watch.end(tokens(row))
-            phases.append({key[5:-2]: row[key] for key in row if key.startswith("time/") and key.endswith("_s")
-                           and not key.endswith("_per_s")})
+            phases.append(
+                {
+                    key[5:-2]: row[key]
+                    for key in row
+                    if key.startswith("time/") and key.endswith("_s") and not key.endswith("_per_s")
+                }
+            )
 
         def note(self, *_): ...
         def warn(self, *_): ...
@@ -167,20 +180,45 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
     from prefix_distill import cli, config, data, preflight
 
     cli.quiet_libraries()
-    run = preflight.prepare(config.build({
-        "models.student": str(folder / "student"), "models.teacher": str(folder / "teacher"), "data.dataset": str(file),
-        "evaluate.dataset": str(file), "evaluate.problems": 0, "evaluate.kl_prompts": 1,
-        "schedule.prefix": str(case.tokens), "rollout.max_new_tokens": case.tokens, "rollout.samples": case.samples,
-        "train.batch_size": case.prompts,
-        "train.micro_batch_size": case.micro_batch, "train.steps": given.updates, "schedule.lr": RATE,
-        "schedule.lr_schedule": "constant", "schedule.warmup": "0", "checkpoint.save_every": 0, "runtime.device": "cpu",
-        "runtime.dtype": given.dtype, "runtime.seed": given.seed,
-    }))
+    run = preflight.prepare(
+        config.build(
+            {
+                "models.student": str(folder / "student"),
+                "models.teacher": str(folder / "teacher"),
+                "data.dataset": str(file),
+                "evaluate.dataset": str(file),
+                "evaluate.problems": 0,
+                "evaluate.kl_prompts": 1,
+                "schedule.prefix": str(case.tokens),
+                "rollout.max_new_tokens": case.tokens,
+                "rollout.samples": case.samples,
+                "train.batch_size": case.prompts,
+                "train.micro_batch_size": case.micro_batch,
+                "train.steps": given.updates,
+                "schedule.lr": RATE,
+                "schedule.lr_schedule": "constant",
+                "schedule.warmup": "0",
+                "checkpoint.save_every": 0,
+                "runtime.device": "cpu",
+                "runtime.dtype": given.dtype,
+                "runtime.seed": given.seed,
+            }
+        )
+    )
     watch, phases = watched(run, lambda row: row["rollout/taught_tokens"])
-    return watch.document([
-        [list(p.student_ids) for p in data.batch(run.train_prompts, step, case.prompts, given.seed)]
-        for step in range(given.updates)
-    ]) | {"phases": {phase: statistics.median(row[phase] for row in phases[1:]) for phase in phases[0]}}
+    return watch.document(
+        [
+            [
+                list(p.student_ids)
+                for p in data.batch(run.train_prompts, step, case.prompts, given.seed)
+            ]
+            for step in range(given.updates)
+        ]
+    ) | {
+        "phases": {
+            phase: statistics.median(row[phase] for row in phases[1:]) for phase in phases[0]
+        }
+    }
 
 
 def trl(case: Case, given, folder: Path, file: Path) -> dict:
@@ -203,36 +241,70 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
         def on_step_end(self, args, state, control, **_):
             watch.end(state.num_input_tokens_seen)  # prompts and responses, so far
 
-    prompts = data.shuffled(data.load(str(file), split="train").prompts, given.seed, "epoch", 0)  # preflight's order
+    prompts = data.shuffled(
+        data.load(str(file), split="train").prompts, given.seed, "epoch", 0
+    )  # preflight's order
     rows = [{"prompt": list(p.messages)} for p in prompts for _ in range(case.samples)]
     rollouts = case.prompts * case.samples
     with tempfile.TemporaryDirectory() as scratch:
         trainer = DistillationTrainer(
-            model=str(folder / "student"), teacher_model=str(folder / "teacher"), callbacks=[Callback()],
+            model=str(folder / "student"),
+            teacher_model=str(folder / "teacher"),
+            callbacks=[Callback()],
             train_dataset=datasets.Dataset.from_list(rows),
             args=DistillationConfig(
-                output_dir=scratch, use_cpu=True, bf16=given.dtype == "bfloat16", gradient_checkpointing=False,
-                teacher_model_init_kwargs={"dtype": given.dtype}, disable_dropout=True, beta=1.0, temperature=1.0,
-                max_completion_length=case.tokens, per_device_train_batch_size=case.micro_batch,
-                gradient_accumulation_steps=rollouts // case.micro_batch, max_steps=given.updates,
-                shuffle_dataset=False, learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=1.0,
-                weight_decay=0.0, optim="adamw_torch_fused", seed=given.seed, report_to="none", disable_tqdm=True,
-                logging_strategy="no", save_strategy="no", dataloader_pin_memory=False,
+                output_dir=scratch,
+                use_cpu=True,
+                bf16=given.dtype == "bfloat16",
+                gradient_checkpointing=False,
+                teacher_model_init_kwargs={"dtype": given.dtype},
+                disable_dropout=True,
+                beta=1.0,
+                temperature=1.0,
+                max_completion_length=case.tokens,
+                per_device_train_batch_size=case.micro_batch,
+                gradient_accumulation_steps=rollouts // case.micro_batch,
+                max_steps=given.updates,
+                shuffle_dataset=False,
+                learning_rate=RATE,
+                lr_scheduler_type="constant",
+                max_grad_norm=1.0,
+                weight_decay=0.0,
+                optim="adamw_torch_fused",
+                seed=given.seed,
+                report_to="none",
+                disable_tqdm=True,
+                logging_strategy="no",
+                save_strategy="no",
+                dataloader_pin_memory=False,
             ),
         )
         assert not trainer.model.is_gradient_checkpointing
         trainer.train()
     ids, _, _ = trainer._tokenize_prompts([row["prompt"] for row in rows])
-    read = [sum(map(len, ids[step * rollouts : (step + 1) * rollouts])) for step in range(given.updates)]
-    watch.tokens = [seen - before - prompt for seen, before, prompt in zip(watch.tokens, [0, *watch.tokens], read)]
+    read = [
+        sum(map(len, ids[step * rollouts : (step + 1) * rollouts])) for step in range(given.updates)
+    ]
+    watch.tokens = [
+        seen - before - prompt
+        for seen, before, prompt in zip(watch.tokens, [0, *watch.tokens], read)
+    ]
     firsts = ids[:: case.samples]
-    return watch.document([firsts[step * case.prompts : (step + 1) * case.prompts] for step in range(given.updates)])
+    return watch.document(
+        [firsts[step * case.prompts : (step + 1) * case.prompts] for step in range(given.updates)]
+    )
 
 
 def child(arm: str, name: str, given, work: Path) -> dict:
     """Runs one arm in a process of its own → its document."""
-    flags = [f for key in ("updates", "threads", "seed", "dtype") for f in (f"--{key}", getattr(given, key))]
-    return measure.child(__file__, "--child", arm, name, "--work", work, *flags, *["--quick"] * given.quick)
+    flags = [
+        f
+        for key in ("updates", "threads", "seed", "dtype")
+        for f in (f"--{key}", getattr(given, key))
+    ]
+    return measure.child(
+        __file__, "--child", arm, name, "--work", work, *flags, *["--quick"] * given.quick
+    )
 
 
 def compare(name: str, given, work: Path) -> dict:
@@ -245,44 +317,74 @@ def compare(name: str, given, work: Path) -> dict:
             sys.exit(f"{name}: the two arms read different prompt ids")
         pairs.append(pair)
         lengths = [len(ids) for step in left["prompts"] for ids in step]
-        print(f"{name}, pair {turn + 1}: ours {statistics.median(left['seconds']):.2f} s, "
-              f"TRL {statistics.median(right['seconds']):.2f} s an update; prompts of "
-              f"{min(lengths)} to {max(lengths)} tokens; of ours: "
-              f"{', '.join(f'{phase} {s:.2f} s' for phase, s in left['phases'].items())}", file=sys.stderr, flush=True)
+        print(
+            f"{name}, pair {turn + 1}: ours {statistics.median(left['seconds']):.2f} s, "
+            f"TRL {statistics.median(right['seconds']):.2f} s an update; prompts of "
+            f"{min(lengths)} to {max(lengths)} tokens; of ours: "
+            f"{', '.join(f'{phase} {s:.2f} s' for phase, s in left['phases'].items())}",
+            file=sys.stderr,
+            flush=True,
+        )
     seconds = [[statistics.median(document["seconds"]) for document in pair] for pair in pairs]
     peaks = [[document["peak_bytes"] for document in pair] for pair in pairs]
     times, memories = ([a / b for a, b in rows] for rows in (seconds, peaks))
-    row = {"name": name, "time_ratio": statistics.median(times), "memory_ratio": statistics.median(memories),
-           "time_ratio_range": [min(times), max(times)], "memory_ratio_range": [min(memories), max(memories)]}
+    row = {
+        "name": name,
+        "time_ratio": statistics.median(times),
+        "memory_ratio": statistics.median(memories),
+        "time_ratio_range": [min(times), max(times)],
+        "memory_ratio_range": [min(memories), max(memories)],
+    }
     for i, arm in enumerate(("ours", "trl")):
-        row |= {f"{arm}_seconds": statistics.median(s[i] for s in seconds),
-                f"{arm}_peak_bytes": statistics.median(p[i] for p in peaks),
-                f"{arm}_resident_before_bytes": statistics.median(p[i]["resident_before_bytes"] for p in pairs),
-                f"{arm}_tokens": statistics.mean(t for p in pairs for t in p[i]["tokens"])}
+        row |= {
+            f"{arm}_seconds": statistics.median(s[i] for s in seconds),
+            f"{arm}_peak_bytes": statistics.median(p[i] for p in peaks),
+            f"{arm}_resident_before_bytes": statistics.median(
+                p[i]["resident_before_bytes"] for p in pairs
+            ),
+            f"{arm}_tokens": statistics.mean(t for p in pairs for t in p[i]["tokens"]),
+        }
     return row | {"threads": pairs[0][0]["threads"], "prompt_tokens": [min(lengths), max(lengths)]}
 
 
 def show(rows: list[dict]) -> None:
-    print(f"{'case':12} {'ours s':>8} {'TRL s':>8} {'time ratio':>22} {'ours peak':>10} {'TRL peak':>10} "
-          f"{'memory ratio':>13}  tokens")
+    print(
+        f"{'case':12} {'ours s':>8} {'TRL s':>8} {'time ratio':>22} {'ours peak':>10} {'TRL peak':>10} "
+        f"{'memory ratio':>13}  tokens"
+    )
     for r in rows:
         ratio = f"{r['time_ratio']:.3f} [{r['time_ratio_range'][0]:.3f}, {r['time_ratio_range'][1]:.3f}]"
         tokens = " / TRL ".join(dict.fromkeys(f"{r[f'{arm}_tokens']:g}" for arm in ("ours", "trl")))
-        print(f"{r['name']:12} {r['ours_seconds']:8.3f} {r['trl_seconds']:8.3f} {ratio:>22} "
-              f"{r['ours_peak_bytes'] / 2**30:6.2f} GiB {r['trl_peak_bytes'] / 2**30:6.2f} GiB "
-              f"{r['memory_ratio']:13.3f}  {tokens}")
+        print(
+            f"{r['name']:12} {r['ours_seconds']:8.3f} {r['trl_seconds']:8.3f} {ratio:>22} "
+            f"{r['ours_peak_bytes'] / 2**30:6.2f} GiB {r['trl_peak_bytes'] / 2**30:6.2f} GiB "
+            f"{r['memory_ratio']:13.3f}  {tokens}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one pair of two small updates, nothing written")
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; with --quick: embedded and smollm2-g4")
+    parser.add_argument(
+        "--quick", action="store_true", help="one pair of two small updates, nothing written"
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        help="default: all; with --quick: embedded and smollm2-g4",
+    )
     parser.add_argument("--pairs", type=int, help="runs of each arm (3; with --quick 1)")
     parser.add_argument("--updates", type=int, help="updates of a run, the first not counted (2)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of both arms")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of both arms"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and rollouts")
-    parser.add_argument("--work", type=Path, help="folder for the pairs and prompts (default: a temporary one)")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the pairs and prompts (default: a temporary one)"
+    )
     parser.add_argument("--child", nargs=2, metavar=("ARM", "CASE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
@@ -302,15 +404,27 @@ def main() -> None:
 
         torch.set_num_threads(given.threads)
         arms = {"prepare": prepare, "ours": ours, "trl": trl}
-        print(json.dumps(arms[arm](case, given, given.work / case.pair, given.work / f"{name}.jsonl")))
+        print(
+            json.dumps(arms[arm](case, given, given.work / case.pair, given.work / f"{name}.jsonl"))
+        )
         return
     names = given.cases or (["embedded", "smollm2-g4"] if given.quick else list(CASES))
     with tempfile.TemporaryDirectory() as scratch:
         rows = [compare(name, given, (given.work or Path(scratch)).resolve()) for name in names]
     show(rows)
-    document = {"cases": rows, "pairs": given.pairs, "updates": given.updates, "dtype": given.dtype, "seed": given.seed,
-                "trl": importlib.metadata.version("trl")}
-    measure.record("update_vs_trl", measure.machine() | document | {"threads": rows[0]["threads"]}, not given.quick)
+    document = {
+        "cases": rows,
+        "pairs": given.pairs,
+        "updates": given.updates,
+        "dtype": given.dtype,
+        "seed": given.seed,
+        "trl": importlib.metadata.version("trl"),
+    }
+    measure.record(
+        "update_vs_trl",
+        measure.machine() | document | {"threads": rows[0]["threads"]},
+        not given.quick,
+    )
 
 
 if __name__ == "__main__":
