@@ -38,7 +38,7 @@ def with_options(*sections: str):
         ]
         made = []
         for path, field in configuration.options(*sections).items():
-            kind = field.type if isinstance(field.type, type) else field.type.__args__[0]
+            kind = configuration.value_type(field.type)
             shown = field.metadata["shown"] or (
                 str(field.default) if field.default is not None else "none"
             )
@@ -46,7 +46,7 @@ def with_options(*sections: str):
                 field.metadata["flag"],
                 help=field.metadata["help"],
                 show_default=shown,
-                autocompletion=_completion(path),
+                autocompletion=_completion(configuration.choices(field.type)),
             )
             made.append(
                 inspect.Parameter(
@@ -71,12 +71,13 @@ def with_options(*sections: str):
     return decorate
 
 
-def _completion(path: str):
-    """What a shell offers behind the flag of an option with a few fixed values; None for others."""
-    values = dict(configuration.CHOICES).get(path)
-    return values and (
-        lambda incomplete: [value for value in values if value.startswith(incomplete)]
-    )
+def _completion(values: tuple[str, ...]):
+    """Return the shell completion of an option that has only ``values``; None without them."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete if values else None
 
 
 ConfigFile = Annotated[

@@ -9,9 +9,9 @@ import math
 import re
 import reprlib
 import sys
-import types
 import typing
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .errors import UserError
 from .schedule import parse_off_policy, parse_prefix, warmup_steps
@@ -21,29 +21,15 @@ SELF = "self"  # --teacher self: the student's own initial weights
 LARGEST = 1 << 16  # characters of a settings file
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 TRACKERS = ("tensorboard", "wandb", "trackio")
-DIVERGENCES = "reverse-kl, forward-kl or jsd:β with 0 < β < 1"
-CHOICES = (  # options that have only these values
-    ("models.cross_tokenizer", ("strict", "simct", "simct-released", "off")),
-    ("data.template", ("auto", "chat", "plain")),
-    ("schedule.lr_schedule", ("constant", "linear", "cosine")),
-    ("data.student_thinking", ("auto", "on", "off")),
-    ("data.teacher_thinking", ("auto", "on", "off")),
-    ("extrapolation.kind", ("none", "effopd", "always-1", "random")),
-    ("extrapolation.score", ("accuracy", "heldout-kl")),
-    ("extrapolation.modules", ("attention-mlp", "all")),
-    ("rollout.eos", ("student", "teacher", "union")),
-    ("divergence.reduction", ("token", "sequence", "sum")),
-    ("evaluate.answer_format", ("auto", "boxed", "hash", "last-number", "choice", "exact")),
-    ("models.student_quantize", ("none", "nf4", "int8")),
-    ("models.teacher_quantize", ("none", "nf4", "int8")),
-    ("runtime.dtype", ("auto", "float32", "bfloat16")),
-    ("runtime.head_dtype", ("auto", "float32", "bfloat16")),
-)
 
 
-def option(default, flag: str, help: str, shown: str | None = None):
-    """A config field with its command-line flag and its help (which states the unit)."""
-    return field(default=default, metadata={"flag": flag, "help": help, "shown": shown})
+def option(default: object, flag: str, help: str, shown: str | None = None, **limits: float):
+    """Declare a config field: its flag, its help (with the unit), its default in words, its limits.
+
+    ``low`` and ``high`` are the smallest and the largest number; ``above`` is smaller than every number.
+    A ``Literal`` type lists the only values of an option.
+    """
+    return field(default=default, metadata={"flag": flag, "help": help, "shown": shown, **limits})
 
 
 @dataclass(frozen=True)
@@ -67,20 +53,22 @@ class Models:
         "With --teacher self: after every update the teacher becomes "
         "α·teacher + (1−α)·student, 0 < α < 1.",
         "none: the teacher stays as it is",
+        above=0,
+        high=1,
     )
-    cross_tokenizer: str = option(
+    cross_tokenizer: Literal["strict", "simct", "simct-released", "off"] = option(
         "strict",
         "--cross-tokenizer",
         "Where the tokenizers differ, units of text are compared: strict (units of "
         "one token on each side), simct (all), simct-released (as its authors' code), or off (refuse).",
     )
-    student_quantize: str = option(
+    student_quantize: Literal["none", "nf4", "int8"] = option(
         "none",
         "--student-quantize",
         "Student's frozen linear layers in 4 or 8 bits (bitsandbytes), with --lora: none, "
         "nf4 or int8.",
     )
-    teacher_quantize: str = option(
+    teacher_quantize: Literal["none", "nf4", "int8"] = option(
         "none", "--teacher-quantize", "Teacher's linear layers, likewise: none, nf4 or int8."
     )
     trust_remote_code: bool = option(
@@ -96,9 +84,11 @@ class Adapter:
         "Rank of a LoRA adapter: it alone trains, the student's own weights stay as they are, in the "
         "compute dtype.",
         "none: all weights train",
+        low=1,
+        high=4096,
     )
     alpha: float | None = option(
-        None, "--lora-alpha", "α: the adapter counts α/rank.", "twice the rank"
+        None, "--lora-alpha", "α: the adapter counts α/rank.", "twice the rank", above=0
     )
     targets: str = option(
         "all-linear",
@@ -155,13 +145,13 @@ class Data:
         "Teacher's user turn with {problem} and {solution} in it; --instruction follows it.",
         "the embedded task's, else as in data.py",
     )
-    student_thinking: str = option(
+    student_thinking: Literal["auto", "on", "off"] = option(
         "auto",
         "--student-thinking",
         "Thinking switch of the student's chat template: on, off, or auto "
         "(what the template does by itself).",
     )
-    teacher_thinking: str = option(
+    teacher_thinking: Literal["auto", "on", "off"] = option(
         "auto",
         "--teacher-thinking",
         "Thinking switch of the teacher's chat template: on, off or auto.",
@@ -180,12 +170,13 @@ class Data:
         0,
         "--few-shot",
         "Training rows with their solutions shown before every prompt, drawn by --seed and not taught.",
+        low=0,
     )
-    template: str = option(
+    template: Literal["auto", "chat", "plain"] = option(
         "auto", "--template", "Prompt format: chat, plain, or auto (chat where a template exists)."
     )
     max_prompt_tokens: int = option(
-        1024, "--max-prompt-tokens", "Longer prompts are dropped and counted (tokens)."
+        1024, "--max-prompt-tokens", "Longer prompts are dropped and counted (tokens).", low=1
     )
 
 
@@ -198,8 +189,8 @@ class Schedule:
         "linear:L0:d (L0 + d·k at update k), staircase:L0:dH:every, auto (grows when its newest tokens have no "
         "more to teach).",
     )
-    lr: float = option(5e-5, "--lr", "Peak learning rate of AdamW.")
-    lr_schedule: str = option(
+    lr: float = option(5e-5, "--lr", "Peak learning rate of AdamW.", above=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = option(
         "linear", "--lr-schedule", "After warm-up: constant, linear or cosine, ending at 0."
     )
     warmup: str = option("5%", "--warmup", "Linear warm-up: updates (20) or a share of them (5%).")
@@ -207,19 +198,22 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Sampling:
-    samples: int = option(4, "--samples", "Rollouts per prompt.")
+    samples: int = option(4, "--samples", "Rollouts per prompt.", low=1)
     temperature: float = option(
-        1.0, "--temperature", "Sampling temperature (0 is greedy); not the loss's."
+        1.0, "--temperature", "Sampling temperature (0 is greedy); not the loss's.", low=0
     )
-    top_p: float = option(1.0, "--top-p", "Nucleus mass kept when sampling (1 keeps all).")
-    top_k: int = option(0, "--top-k", "Most likely tokens kept when sampling (0 keeps all).")
+    top_p: float = option(
+        1.0, "--top-p", "Nucleus mass kept when sampling (1 keeps all).", above=0, high=1
+    )
+    top_k: int = option(0, "--top-k", "Most likely tokens kept when sampling (0 keeps all).", low=0)
     max_new_tokens: int | None = option(
         None,
         "--max-new-tokens",
         "Longest full response (tokens).",
         "the embedded task's, else what the models' positions allow, at most 2048",
+        low=1,
     )
-    eos: str = option(
+    eos: Literal["student", "teacher", "union"] = option(
         "union",
         "--eos",
         "Whose end-of-sequence ids stop a rollout: student, teacher or union (of "
@@ -234,7 +228,7 @@ class Sampling:
         "Rollouts the teacher writes in the student's place: none, sft "
         "(cross-entropy on them) or divergence (--divergence on them); :0.5 for that share of them.",
     )
-    rows: int = option(64, "--generation-rows", "Rollouts per generate call, per rank.")
+    rows: int = option(64, "--generation-rows", "Rollouts per generate call, per rank.", low=1)
 
 
 @dataclass(frozen=True)
@@ -252,15 +246,16 @@ class Divergence:
         "and one bucket with the rest of the mass; sampled: the sampled token alone (reverse-kl).",
     )
     temperature: float = option(
-        1.0, "--kl-temperature", "Temperature of both distributions in the loss."
+        1.0, "--kl-temperature", "Temperature of both distributions in the loss.", above=0
     )
     clip: float | None = option(
         None,
         "--clip",
         "κ: with forward-kl, Σ_v min(T(log T − log S), κ): the most that one vocabulary "
         "entry may add (nats).",
+        above=0,
     )
-    reduction: str = option(
+    reduction: Literal["token", "sequence", "sum"] = option(
         "token",
         "--reduction",
         "token: mean over taught tokens; sequence: mean over rollouts of "
@@ -283,7 +278,12 @@ class Weights:
         "entropy-sample, entropy, divergence, random or bottom.",
     )
     keep: float | None = option(
-        None, "--keep", "Share of every rollout's tokens that --select keeps.", "0.5"
+        None,
+        "--keep",
+        "Share of every rollout's tokens that --select keeps.",
+        "0.5",
+        above=0,
+        high=1,
     )
     position: str = option(
         "uniform",
@@ -295,28 +295,34 @@ class Weights:
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = option(100, "--steps", "Updates.")
-    batch_size: int = option(8, "--batch-size", "Prompts per update, over all ranks.")
-    micro_batch_size: int = option(8, "--micro-batch-size", "Rollouts per forward pass, per rank.")
+    steps: int = option(100, "--steps", "Updates.", low=0)
+    batch_size: int = option(8, "--batch-size", "Prompts per update, over all ranks.", low=1)
+    micro_batch_size: int = option(
+        8, "--micro-batch-size", "Rollouts per forward pass, per rank.", low=1
+    )
     gradient_checkpointing: bool = option(
         False,
         "--gradient-checkpointing",
         "Keep only each layer's input in training and run "
         "the layer again in backward: less memory, more time.",
     )
-    weight_decay: float = option(0.0, "--weight-decay", "AdamW weight decay, on matrices only.")
-    grad_clip: float = option(1.0, "--grad-clip", "Largest gradient norm (0 turns clipping off).")
+    weight_decay: float = option(
+        0.0, "--weight-decay", "AdamW weight decay, on matrices only.", low=0
+    )
+    grad_clip: float = option(
+        1.0, "--grad-clip", "Largest gradient norm (0 turns clipping off).", low=0
+    )
 
 
 @dataclass(frozen=True)
 class Extrapolation:
-    kind: str = option(
+    kind: Literal["none", "effopd", "always-1", "random"] = option(
         "none",
         "--extrapolate",
         "After updates 1, 2, 4, 8, …, try points further along the way since the last such "
         "update: none, effopd (go on while --extrapolate-score rises), always-1 or random (controls).",
     )
-    score: str = option(
+    score: Literal["accuracy", "heldout-kl"] = option(
         "accuracy",
         "--extrapolate-score",
         "accuracy (of one full answer a problem), or heldout-kl (minus the reverse KL "
@@ -326,8 +332,9 @@ class Extrapolation:
         50,
         "--extrapolate-problems",
         "Fixed training prompts that are scored, with the same seeds for every candidate.",
+        low=1,
     )
-    modules: str = option(
+    modules: Literal["attention-mlp", "all"] = option(
         "attention-mlp",
         "--extrapolate-modules",
         "What moves: attention-mlp (linear layers of the trunk) or all.",
@@ -356,29 +363,36 @@ class Evaluation:
         "the preset's, else test",
     )
     problems: int = option(
-        200, "--eval-samples", "Held-out problems evaluated before, during and after (0: none)."
+        200,
+        "--eval-samples",
+        "Held-out problems evaluated before, during and after (0: none).",
+        low=0,
     )
-    rollouts: int = option(1, "--eval-rollouts", "Answers sampled per held-out problem.")
+    rollouts: int = option(1, "--eval-rollouts", "Answers sampled per held-out problem.", low=1)
     every: int = option(
-        0, "--eval-every", "Updates between evaluations (0: only before and after)."
+        0, "--eval-every", "Updates between evaluations (0: only before and after).", low=0
     )
     temperature: float = option(
-        1.0, "--eval-temperature", "Sampling temperature of evaluation (0 is greedy)."
+        1.0, "--eval-temperature", "Sampling temperature of evaluation (0 is greedy).", low=0
     )
     kl_prompts: int = option(
-        32, "--kl-prompts", "Held-out prompts whose full-length rollouts measure the KL."
+        32, "--kl-prompts", "Held-out prompts whose full-length rollouts measure the KL.", low=1
     )
     tail_every: int = option(
-        25, "--tail-every", "Updates between tail probes, small looks beyond the prefix (0: none)."
+        25,
+        "--tail-every",
+        "Updates between tail probes, small looks beyond the prefix (0: none).",
+        low=0,
     )
-    tail_prompts: int = option(8, "--tail-prompts", "Held-out prompts of a tail probe.")
+    tail_prompts: int = option(8, "--tail-prompts", "Held-out prompts of a tail probe.", low=1)
     check_samples: int = option(
         8,
         "--check-samples",
         "Held-out problems that student and teacher answer before the run, where that takes less "
         "than some 15 seconds (0: none).",
+        low=0,
     )
-    answer_format: str = option(
+    answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"] = option(
         "auto",
         "--answer-format",
         "Where an answer is read: auto (as the data set says, else boxed, hash or the last "
@@ -388,12 +402,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Runtime:
-    dtype: str = option(
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
         "--dtype",
         "Compute: auto, float32 or bfloat16 (student master weights stay float32).",
     )
-    head_dtype: str = option(
+    head_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "--head-dtype", "Matmuls of the output head: auto (as --dtype), float32, bfloat16."
     )
     device: str = option("auto", "--device", "Student's device: auto, cpu, cuda, cuda:1, mps.")
@@ -410,6 +424,7 @@ class Runtime:
         "With --teacher-device auto: how much of each GPU (without one: of main "
         "memory) the teacher may fill (GiB).",
         "half of what is free",
+        low=0,
     )
     gpus: int | None = option(
         None,
@@ -417,18 +432,23 @@ class Runtime:
         "Ranks that are started on this machine, each on a GPU of its own (with --device cpu: "
         "as processes).",
         "1, or what a launcher such as torchrun starts",
+        low=1,
     )
     rank_timeout: int = option(
-        1800, "--rank-timeout", "How long ranks wait for each other before the run stops (seconds)."
+        1800,
+        "--rank-timeout",
+        "How long ranks wait for each other before the run stops (seconds).",
+        low=1,
     )
     check_ranks_every: int = option(
         50,
         "--check-ranks-every",
         "Updates between comparisons of all ranks' weights (0: only before checkpoints).",
+        low=0,
     )
     seed: int = option(0, "--seed", "Seed of prompts, rollouts and evaluation.")
     head_memory_mb: int = option(
-        256, "--head-memory-mb", "Memory budget of the loss's vocabulary-sized chunk (MiB)."
+        256, "--head-memory-mb", "Memory budget of the loss's vocabulary-sized chunk (MiB).", low=1
     )
 
 
@@ -436,7 +456,7 @@ class Runtime:
 class Checkpoint:
     out: str | None = option(None, "--out", "Run folder.", "runs/<time>")
     save_every: int = option(
-        25, "--save-every", "Updates between checkpoints (0: only at the end)."
+        25, "--save-every", "Updates between checkpoints (0: only at the end).", low=0
     )
 
 
@@ -615,12 +635,11 @@ def read_assignments(assignments: list[str]) -> dict[str, object]:
     return values
 
 
-def _typed(path: str, value: object, kind) -> object:
+def _typed(path: str, value: object, kind: object) -> object:
     """``value`` as the declared type; an int is a float, a number is text where text is due, nothing else is bent."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and type(None) in kinds:
+    if value is None and type(None) in typing.get_args(kind):
         return None
-    base = kinds[0]
+    base = value_type(kind)
     if base is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         try:
             value = float(value)
@@ -634,10 +653,10 @@ def _typed(path: str, value: object, kind) -> object:
         value = float(value)
     if base is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
-    if isinstance(value, bool) and (word := "on" if value else "off") in dict(CHOICES).get(
-        path, ()
-    ):  # YAML 1.1 reads on and off as true and false
-        value = word
+    if isinstance(value, bool):  # YAML 1.1 reads on and off as true and false
+        word = "on" if value else "off"
+        if word in choices(kind):
+            value = word
     if type(value) is not base:
         raise UserError(
             f"{path}: expected {NAMES[base]}, got {reprlib.repr(value)}; change {flag(path)}"
@@ -645,69 +664,38 @@ def _typed(path: str, value: object, kind) -> object:
     return value
 
 
+def choices(kind: object) -> tuple[str, ...]:
+    """Return the values that the type of an option lists; empty when it is no ``Literal``."""
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def value_type(kind: object) -> type:
+    """Return int, float, str or bool: the type of an option, without None."""
+    if choices(kind):
+        return str
+    return kind if isinstance(kind, type) else typing.get_args(kind)[0]
+
+
+def _check_value(path: str, value: object, declared: dataclasses.Field) -> None:
+    """Raise UserError unless ``value`` is None or within the limits of its option."""
+    allowed = choices(declared.type)
+    if allowed and value not in allowed:
+        raise UserError(f"{path} '{value}': {flag(path)} must be one of {', '.join(allowed)}")
+    if not isinstance(value, (int, float)):
+        return
+    limits = declared.metadata
+    too_low = value < limits.get("low", -math.inf) or value <= limits.get("above", -math.inf)
+    too_high = value > limits.get("high", math.inf)
+    if too_low or too_high or not math.isfinite(value):
+        words = {"low": "at least", "above": "above", "high": "at most"}
+        bounds = " and ".join(f"{words[name]} {limits[name]}" for name in words if name in limits)
+        raise UserError(f"{path} {value}: expected a finite number {bounds}; change {flag(path)}")
+
+
 def check(config: Config) -> None:
     """Every rule a value alone can break. Raises UserError with expected, got, what to do."""
-    for path, low, high in (
-        ("schedule.lr", 0, None),
-        ("rollout.temperature", 0, None),
-        ("rollout.top_p", 0, 1),
-        ("divergence.temperature", 0, None),
-        ("train.weight_decay", 0, None),
-        ("train.grad_clip", 0, None),
-        ("evaluate.temperature", 0, None),
-        ("rollout.top_k", 0, None),
-        ("evaluate.problems", 0, None),
-        ("evaluate.every", 0, None),
-        ("evaluate.check_samples", 0, None),
-        ("evaluate.kl_prompts", 1, None),
-        ("checkpoint.save_every", 0, None),
-        ("train.steps", 0, None),
-        ("train.batch_size", 1, None),
-        ("train.micro_batch_size", 1, None),
-        ("rollout.samples", 1, None),
-        ("rollout.rows", 1, None),
-        ("rollout.max_new_tokens", 1, None),
-        ("data.max_prompt_tokens", 1, None),
-        ("data.few_shot", 0, None),
-        ("extrapolation.problems", 1, None),
-        ("divergence.clip", 0, None),
-        ("models.teacher_ema", 0, 1),
-        ("adapter.rank", 1, 4096),
-        ("adapter.alpha", 0, None),
-        ("runtime.teacher_memory", 0, None),
-        ("weights.keep", 0, 1),
-        ("evaluate.rollouts", 1, None),
-        ("evaluate.tail_every", 0, None),
-        ("evaluate.tail_prompts", 1, None),
-        ("runtime.head_memory_mb", 1, None),
-        ("runtime.gpus", 1, None),
-        ("runtime.rank_timeout", 1, None),
-        ("runtime.check_ranks_every", 0, None),
-    ):
-        value = get(config, path)
-        if value is None:
-            continue
-        bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-        if not math.isfinite(value) or value < low or (high is not None and value > high):
-            raise UserError(
-                f"{path} {value}: expected a finite number {bound}; change {flag(path)}"
-            )
-    for path in (
-        "schedule.lr",
-        "rollout.top_p",
-        "divergence.temperature",
-        "divergence.clip",
-        "weights.keep",
-        "models.teacher_ema",
-        "adapter.alpha",
-    ):
-        if get(config, path) == 0:
-            raise UserError(f"{path} 0: expected a number above 0; change {flag(path)}")
-    for path, allowed in CHOICES:
-        if get(config, path) not in allowed:
-            raise UserError(
-                f"{path} '{get(config, path)}': {flag(path)} must be one of {', '.join(allowed)}"
-            )
+    for path, declared in options().items():
+        _check_value(path, get(config, path), declared)
     if (config.runtime.gpus or 1) > config.train.batch_size:
         raise UserError(
             f"--batch-size {config.train.batch_size}: {config.runtime.gpus} ranks need at least one prompt each; raise it"
@@ -874,7 +862,9 @@ def parse_divergence(text: str) -> tuple[str, float | None]:
         if value in (0, 1):
             instead = "forward-kl" if value == 0 else "reverse-kl"
             raise UserError(f"divergence '{text}': the JSD vanishes at β = {beta}; use {instead}")
-    raise UserError(f"divergence '{text}': --divergence must be {DIVERGENCES}")
+    raise UserError(
+        f"divergence '{text}': --divergence must be reverse-kl, forward-kl or jsd:β with 0 < β < 1"
+    )
 
 
 def parse_estimator(text: str) -> tuple[str, int | None]:

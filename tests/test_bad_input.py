@@ -157,7 +157,10 @@ BAD = {
     ),
     "no batch": (["--batch-size", "0"], "train.batch_size 0: expected a finite number at least 1"),
     "no samples": (["--samples", "0"], "rollout.samples 0"),
-    "nothing kept": (["--top-p", "0"], "rollout.top_p 0: expected a number above 0"),
+    "nothing kept": (
+        ["--top-p", "0"],
+        "rollout.top_p 0.0: expected a finite number above 0 and at most 1",
+    ),
     "loss at no temperature": (["--kl-temperature", "0"], "divergence.temperature 0"),
     "infinite clip": (["--grad-clip", "inf"], "train.grad_clip inf"),
     "teacher is the student": (["--teacher", "self"], "have nothing to teach"),

@@ -112,6 +112,29 @@ def test_every_flag_is_declared_once_with_a_help_text():
     )
 
 
+def test_every_limit_of_an_option_is_checked_and_no_other_is_declared():
+    """A value just outside each limit is refused, in words that name the limit and the flag."""
+    bounds = {"low": ("at least", -1), "above": ("above", 0), "high": ("at most", 1)}
+    checked = 0
+    for path, field in config.options().items():
+        limits = field.metadata.keys() - {"flag", "help", "shown"}
+        for name in limits:
+            word, step = bounds[name]
+            limit = field.metadata[name]
+            with pytest.raises(
+                UserError, match=f"{path} .*{word} {limit}.*{field.metadata['flag']}"
+            ):
+                config.build({path: limit + step})
+            checked += 1
+        if config.choices(field.type):
+            with pytest.raises(UserError, match=f"{path} 'no such value': .* must be one of"):
+                config.build({path: "no such value"})
+            assert limits == set()
+        elif config.value_type(field.type) is float:
+            assert limits, f"{path}: nan would be accepted"
+    assert checked > 35
+
+
 def test_version_is_said_once_and_the_same():
     import tomllib
     from pathlib import Path

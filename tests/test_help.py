@@ -314,7 +314,6 @@ def test_a_shell_is_offered_the_values_that_an_option_has(monkeypatch):
         monkeypatch.setenv("COMP_WORDS", f"prefix-distill {words}")
         monkeypatch.setenv("COMP_CWORD", str(len(words.split(" "))))
         assert set(invoke()[1].split()) >= values, words
-    assert {path for path, _ in configuration.CHOICES} <= configuration.options().keys()
 
 
 def test_what_a_stream_cannot_encode_is_replaced(monkeypatch):

@@ -822,16 +822,17 @@ def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
 
 def test_the_methods_table_names_every_value_that_an_option_has():
     """Of options with a few fixed values whose rows list them."""
-    from prefix_distill.config import CHOICES, flag
+    from prefix_distill.config import choices, options
 
     groups, found = [], 0
     for row in README.split("## Methods")[1].split("\n## ")[0].splitlines():
         if row.startswith("| ") and row[2] != "|":
             groups.append("")
         groups[-1:] = [groups[-1] + row] if groups and row.startswith("|") else groups[-1:]
-    for path, values in CHOICES:
-        for rows in (rows for rows in groups if f"`{flag(path)} " in rows):
-            found += 1
+    for path, field in options().items():
+        values = choices(field.type)
+        for rows in (rows for rows in groups if f"`{field.metadata['flag']} " in rows):
+            found += bool(values)
             assert [
                 value for value in values if value not in rows and value not in ("none", "auto")
             ] == [], path

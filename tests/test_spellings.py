@@ -211,10 +211,9 @@ def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
         "weights.position": "moderate",
         "rollout.top_p": 0.5,
     }
-    fixed = dict(configuration.CHOICES)
     for path, field in configuration.options().items():
-        kind = field.type if isinstance(field.type, type) else field.type.__args__[0]
-        fit = [value for value in fixed.get(path, ()) if value != field.default]
+        kind = configuration.value_type(field.type)
+        fit = [value for value in configuration.choices(field.type) if value != field.default]
         value = others.get(path) or (
             fit[-1] if fit else {bool: True, int: 3, float: 0.5, str: "some text"}[kind]
         )
