@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from typing import Annotated, Optional
+from typing import Annotated, Optional, TypedDict
 
 import typer
 
@@ -26,9 +26,20 @@ app = typer.Typer(
 )
 
 
-def with_options(*sections: str):
-    """Gives a command one flag per config option of ``sections`` or single keys (all when none is named), as declared in
-    config.py."""
+class Wording(TypedDict, total=False):
+    """What a command says of a config option in words of its own."""
+
+    flag: str
+    help: str
+    shown: str  # the default, in words
+
+
+def with_options(*sections: str, reworded: dict[str, Wording] | None = None):
+    """Give a command one flag per config option: of sections, of single keys, of all by default.
+
+    ``reworded`` adds single keys, each with its own flag, help or default in words.
+    """
+    reworded = reworded or {}
 
     def decorate(function):
         own = [
@@ -37,14 +48,13 @@ def with_options(*sections: str):
             if p.kind is not p.VAR_KEYWORD
         ]
         made = []
-        for path, field in configuration.options(*sections).items():
+        for path, field in configuration.options(*sections, *reworded).items():
             kind = configuration.value_type(field.type)
-            shown = field.metadata["shown"] or (
-                str(field.default) if field.default is not None else "none"
-            )
+            words = {**field.metadata, **reworded.get(path, {})}
+            shown = words["shown"] or (str(field.default) if field.default is not None else "none")
             text = typer.Option(
-                field.metadata["flag"],
-                help=field.metadata["help"],
+                words["flag"],
+                help=words["help"],
                 show_default=shown,
                 autocompletion=_completion(configuration.choices(field.type)),
             )
@@ -431,143 +441,72 @@ def plan(
 
 
 @app.command("eval")
+@with_options(
+    "data.prompt_column",
+    "data.answer_column",
+    "data.system",
+    "data.instruction",
+    "data.prompt_template",
+    "data.template",
+    "rollout.top_p",
+    "rollout.top_k",
+    "rollout.max_new_tokens",
+    "rollout.rows",
+    "evaluate.answer_format",
+    "runtime.gpus",
+    "runtime.seed",
+    reworded={
+        "models.student": {
+            "flag": "--model",
+            "help": "Hub id, folder, .gguf file or lab:TASK/ROLE.",
+        },
+        "models.trust_remote_code": {"flag": "--trust-remote-code/--no-trust-remote-code"},
+        "data.dataset": {
+            "help": "As for run: file, hub id, lab:TASK, a preset (gsm8k, …), name#1000."
+        },
+        "data.split": {"shown": "the preset's, else test"},
+        "data.streaming": {"help": "Read only the rows that are evaluated."},
+        "data.student_thinking": {
+            "flag": "--thinking",
+            "help": "Thinking switch of the chat template: auto, on or off.",
+        },
+        "data.few_shot": {
+            "help": "Rows that are not evaluated, shown with their solutions before every problem."
+        },
+        "rollout.begin": {"help": "Text forced at the start of every response."},
+        "evaluate.problems": {
+            "flag": "--limit",
+            "help": "Problems evaluated, from the first (0: all).",
+            "shown": "200; all of name#N",
+        },
+        "evaluate.rollouts": {
+            "flag": "--samples",
+            "help": "Answers sampled per problem (k of avg@k and pass@k).",
+        },
+        "evaluate.temperature": {
+            "flag": "--temperature",
+            "help": "Sampling temperature (0 is greedy).",
+        },
+        "runtime.dtype": {"help": "Compute: auto, float32 or bfloat16."},
+        "runtime.device": {"help": "auto, cpu, cuda, cuda:1, mps."},
+    },
+)
 def evaluate_command(
-    model: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Hub id, folder, .gguf file or lab:TASK/ROLE.", show_default="the embedded student"
-        ),
-    ] = None,
-    dataset: Annotated[
-        Optional[str],
-        typer.Option(
-            help="As for run: file, hub id, lab:TASK, a preset (gsm8k, …), name#1000.",
-            show_default="the embedded task",
-        ),
-    ] = None,
-    split: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Split of a hub or embedded data set.", show_default="the preset's, else test"
-        ),
-    ] = None,
-    prompt_column: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Column with the prompt.", show_default="the preset's, else found by name"
-        ),
-    ] = None,
-    answer_column: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Column with the answer.", show_default="the preset's, else found by name"
-        ),
-    ] = None,
-    streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read only the rows that are evaluated.")
-    ] = False,
-    system: Annotated[
-        Optional[str], typer.Option(help="System message put before every prompt.")
-    ] = None,
-    instruction: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Text appended to every prompt after a blank line.", show_default="the preset's"
-        ),
-    ] = None,
-    prompt_template: Annotated[
-        Optional[str],
-        typer.Option(help="User's turn with {prompt}, and {COLUMN}s of its row, in it."),
-    ] = None,
-    few_shot: Annotated[
-        int,
-        typer.Option(
-            help="Rows that are not evaluated, shown with their solutions before every problem."
-        ),
-    ] = 0,
-    template: Annotated[str, typer.Option(help="Prompt format: chat, plain or auto.")] = "auto",
-    thinking: Annotated[
-        str, typer.Option(help="Thinking switch of the chat template: auto, on or off.")
-    ] = "auto",
-    begin: Annotated[
-        Optional[str], typer.Option(help="Text forced at the start of every response.")
-    ] = None,
-    samples: Annotated[
-        int, typer.Option(help="Answers sampled per problem (k of avg@k and pass@k).")
-    ] = 1,
-    limit: Annotated[
-        Optional[int],
-        typer.Option(
-            help="Problems evaluated, from the first (0: all).", show_default="200; all of name#N"
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        Optional[int],
-        typer.Option(
-            help="Longest response (tokens).",
-            show_default="the embedded task's, else 2048 where positions allow",
-        ),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature (0 is greedy).")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus mass kept (1 keeps all).")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Most likely tokens kept (0 keeps all).")] = 0,
-    answer_format: Annotated[
-        str,
-        typer.Option(help="auto, boxed, hash (#### 42), last-number, choice (a letter) or exact."),
-    ] = "auto",
-    rows: Annotated[
-        int, typer.Option("--generation-rows", help="Responses per generate call.")
-    ] = 64,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    gpus: Annotated[
-        Optional[int],
-        typer.Option(help="Ranks that are started on this machine.", show_default="1"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampled answers.")] = 0,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Run model code that comes with a hub repository.")
-    ] = False,
     out: Annotated[
         Optional[str],
         typer.Option(help="File for the per-problem JSONL.", show_default="eval-<time>.jsonl"),
     ] = None,
+    **flags,
 ):
     """Measure a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
     from datetime import datetime
 
-    config = configuration.build(
-        {
-            "data.dataset": dataset,
-            "data.split": split,
-            "data.prompt_column": prompt_column,
-            "data.answer_column": answer_column,
-            "data.system": system,
-            "data.instruction": instruction,
-            "data.streaming": streaming,
-            "data.prompt_template": prompt_template,
-            "data.few_shot": few_shot,
-            "data.template": template,
-            "data.student_thinking": thinking,
-            "rollout.begin": begin,
-            "rollout.max_new_tokens": max_new_tokens,
-            "rollout.top_p": top_p,
-            "rollout.top_k": top_k,
-            "rollout.rows": rows,
-            "evaluate.rollouts": samples,
-            "evaluate.problems": (0 if "#" in (dataset or "") else 200) if limit is None else limit,
-            "evaluate.temperature": temperature,
-            "evaluate.answer_format": answer_format,
-            "runtime.dtype": dtype,
-            "runtime.device": device,
-            "runtime.gpus": gpus,
-            "train.batch_size": max(1, gpus or 1),
-            "runtime.seed": seed,
-            "models.student": model,
-            "models.trust_remote_code": trust_remote_code,
-            "checkpoint.out": out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl",
-        }
-    )
+    values = flags["flags"]
+    if "#" in values.get("data.dataset", ""):
+        values.setdefault("evaluate.problems", 0)  # name#N says how many
+    values["train.batch_size"] = max(1, values.get("runtime.gpus", 1))  # a prompt for every rank
+    values["checkpoint.out"] = out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    config = configuration.build(values)
     _start_ranks(config.runtime)
     quiet_libraries()
     from .preflight import evaluate_model
@@ -612,6 +551,7 @@ def demo(
     "rollout.eos",
     "rollout.begin",
     "rollout.rows",
+    "evaluate.answer_format",
     "runtime",
 )
 def probe(
@@ -620,10 +560,6 @@ def probe(
         int,
         typer.Option(help="Training prompts that are probed, from the first of the shuffled ones."),
     ] = 100,
-    answer_format: Annotated[
-        str,
-        typer.Option(help="auto, boxed, hash (#### 42), last-number, choice (a letter) or exact."),
-    ] = "auto",
     **flags,
 ):
     """Before training: where the teacher disagrees, whether a prefix will do, and how long it should be."""
@@ -642,7 +578,6 @@ def probe(
             "train.batch_size": problems,
             "evaluate.problems": 0,
             "evaluate.kl_prompts": 1,
-            "evaluate.answer_format": answer_format,
             "checkpoint.out": out,
         }
     )
@@ -710,6 +645,15 @@ def report(
 
 
 @app.command("export")
+@with_options(
+    "models.trust_remote_code",
+    "export.public",
+    reworded={
+        "export.push": {
+            "help": "Hub repository, USER/NAME, that gets the folder; private if it is made here."
+        },
+    },
+)
 def export_command(
     source: Annotated[
         str,
@@ -741,29 +685,14 @@ def export_command(
             show_default="none",
         ),
     ] = None,
-    push_to_hub: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Hub repository, USER/NAME, that gets the folder; private if it is made here.",
-            show_default="none",
-        ),
-    ] = None,
-    hub_public: Annotated[
-        bool,
-        typer.Option("--hub-public", help="A repository that is made for --push-to-hub is public."),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run model code that comes with a hub repository."
-        ),
-    ] = False,
+    **flags,
 ):
     """A run's student, or any model, as a folder of its own: in another dtype, as GGUF, on the hub."""
     from pathlib import Path
 
-    configuration.check_repository(push_to_hub, hub_public)
-    if out is None and (push_to_hub is None or dtype != "auto" or gguf is not None):
+    config = configuration.build(flags["flags"])
+    repository = config.export.push
+    if out is None and (repository is None or dtype != "auto" or gguf is not None):
         raise UserError(
             "--out: name the folder to write; without it a folder can only be pushed as it is (--push-to-hub)"
         )
@@ -779,12 +708,14 @@ def export_command(
         document = {"out": str(folder)}
     else:
         folder = Path(out)
-        document = exporting.export(source, which, folder, dtype, gguf, trust_remote_code)
+        document = exporting.export(
+            source, which, folder, dtype, gguf, config.models.trust_remote_code
+        )
         if gguf is not None:
             _note(
                 f"smaller types are llama.cpp's to make: llama-quantize {document['gguf']} Q4_K_M"
             )
-    _print_pushed(document, folder, push_to_hub, hub_public)
+    _print_pushed(document, folder, repository, config.export.public)
 
 
 @app.command("env")

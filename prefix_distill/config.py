@@ -1,6 +1,7 @@
 """What a run is: one frozen section per consuming file, every default, every check and its message.
 
-Each option is declared once, here. Its command-line flag, its help and its YAML key come from this declaration.
+Each option is declared once, here. Its flag, its help, its YAML key and its limits come from this
+declaration, in every command.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 def option(default: object, flag: str, help: str, shown: str | None = None, **limits: float):
     """Declare a config field: its flag, its help (with the unit), its default in words, its limits.
 
-    ``low`` and ``high`` are the smallest and the largest number; ``above`` is smaller than every number.
+    ``low`` and ``high`` are the smallest and the largest number; every number exceeds ``above``.
     A ``Literal`` type lists the only values of an option.
     """
     return field(default=default, metadata={"flag": flag, "help": help, "shown": shown, **limits})
@@ -677,7 +678,7 @@ def value_type(kind: object) -> type:
 
 
 def _check_value(path: str, value: object, declared: dataclasses.Field) -> None:
-    """Raise UserError unless ``value`` is None or within the limits of its option."""
+    """Raise UserError unless ``value`` is None, or what its option allows."""
     allowed = choices(declared.type)
     if allowed and value not in allowed:
         raise UserError(f"{path} '{value}': {flag(path)} must be one of {', '.join(allowed)}")
@@ -693,7 +694,7 @@ def _check_value(path: str, value: object, declared: dataclasses.Field) -> None:
 
 
 def check(config: Config) -> None:
-    """Every rule a value alone can break. Raises UserError with expected, got, what to do."""
+    """Raise UserError where a value, or several together, break a rule."""
     for path, declared in options().items():
         _check_value(path, get(config, path), declared)
     if (config.runtime.gpus or 1) > config.train.batch_size:

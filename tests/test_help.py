@@ -316,6 +316,34 @@ def test_a_shell_is_offered_the_values_that_an_option_has(monkeypatch):
         assert set(invoke()[1].split()) >= values, words
 
 
+def test_eval_and_export_take_their_flags_from_the_options_of_run():
+    flags = {
+        name: {
+            parameter.opts[0]: parameter.name.replace("__", ".")
+            for parameter in GROUP.commands[name].params
+            if "__" in parameter.name
+        }
+        for name in ("eval", "export")
+    }
+    renamed = {
+        "--model": "models.student",
+        "--thinking": "data.student_thinking",
+        "--limit": "evaluate.problems",
+        "--samples": "evaluate.rollouts",
+        "--temperature": "evaluate.temperature",
+    }
+    same = (
+        "--dataset --split --prompt-column --answer-column --streaming --system --instruction "
+        "--prompt-template --few-shot --template --begin --max-new-tokens --top-p --top-k "
+        "--answer-format --generation-rows --dtype --device --gpus --seed --trust-remote-code"
+    )
+    paths = {configuration.flag(path): path for path in configuration.options()}
+    assert flags["eval"] == renamed | {flag: paths[flag] for flag in same.split()}
+    assert flags["export"] == {
+        flag: paths[flag] for flag in ("--trust-remote-code", "--push-to-hub", "--hub-public")
+    }
+
+
 def test_what_a_stream_cannot_encode_is_replaced(monkeypatch):
     """A pipe in a Windows code page: help has Σ, κ and →."""
     written = io.BytesIO()
