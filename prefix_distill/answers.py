@@ -2,7 +2,6 @@
 
 import json
 import re
-import select
 import subprocess
 import sys
 import threading
@@ -81,62 +80,60 @@ def _last_boxed(text: str) -> str | None:
 def _equal(answer: str, wanted: str) -> bool:
     """math-verify's equality; what it cannot parse is unequal.
 
-    It runs in a process of its own, which is ended where it takes too long: math-verify limits its time by SIGALRM, which is
-    the main thread's alone, waits for arithmetic in C and would take the caller's alarm away.
+    It runs in a process of its own, which ends itself where it takes too long: math-verify limits its time by SIGALRM, which
+    is the main thread's alone, waits for arithmetic in C and would take the caller's alarm away.
+    A multiprocessing worker would import the caller's ``__main__``, often with torch, and
+    could not start where that is not guarded.
     """
     with _lock:
+        verdict = b""
         try:
-            if (
-                _worker and _worker[0].poll() is not None
-            ):  # something has ended it since the last answer
+            if _worker and _worker[0].poll() is not None:  # killed since the last answer
                 _stop()
             if not _worker:
-                _worker.append(
-                    subprocess.Popen(
-                        [sys.executable, "-P", __file__],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.DEVNULL,
-                        start_new_session=True,
-                    )
-                )  # Ctrl-C is for us alone
-                if _line(START) != "ready":
-                    raise RuntimeError(
-                        "math-verify could not be loaded: pip install 'math-verify[antlr4_13_2]'"
-                    )
-            _worker[0].stdin.write(json.dumps([answer, wanted]).encode() + b"\n")
+                _start()
+            _worker[0].stdin.write(json.dumps([answer, wanted, SECONDS]).encode() + b"\n")
             _worker[0].stdin.flush()
-            verdict = _line(SECONDS)
-        except BaseException:
-            _stop()
-            raise
-        if verdict is None:
-            _stop()
-        return verdict == "True"
+            verdict = _worker[0].stdout.readline().strip()
+        finally:
+            if not verdict:  # too late, killed, or interrupted
+                _stop()
+        return verdict == b"True"
 
 
-def _line(seconds: float) -> str | None:
-    """The worker's next line; None where none comes in time."""
-    ready, _, _ = select.select([_worker[0].stdout], [], [], seconds)
-    return _worker[0].stdout.readline().decode().strip() or None if ready else None
+def _start() -> None:
+    worker = subprocess.Popen(
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # the worker gets no Ctrl-C
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # nor on Windows
+    )
+    _worker.append(worker)
+    if worker.stdout.readline().strip() != b"ready":
+        raise RuntimeError(
+            "math-verify could not be loaded: pip install 'math-verify[antlr4_13_2]'"
+        )
 
 
 def _stop() -> None:
     while _worker:
-        worker = _worker.pop()
-        worker.kill()
-        worker.wait()
-        worker.stdin.close()
-        worker.stdout.close()
+        with _worker.pop() as worker:
+            worker.kill()
 
 
 def _serve() -> None:
-    """The worker: a line [answer, wanted] in, a line True or False out, until its input ends."""
+    """Read lines [answer, wanted, seconds], write lines True or False, until the input ends."""
     import contextlib
+    import faulthandler
     import logging
 
+    # faulthandler's timer thread needs no GIL: it also ends arithmetic in C, on any system.
+    faulthandler.dump_traceback_later(START, exit=True)
     from math_verify import parse, verify
 
+    faulthandler.cancel_dump_traceback_later()
     logging.disable()
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource  # not on Windows
@@ -144,11 +141,13 @@ def _serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     print("ready", flush=True)
     for line in sys.stdin:
-        answer, wanted = json.loads(line)
+        answer, wanted, seconds = json.loads(line)
+        faulthandler.dump_traceback_later(seconds, exit=True)
         try:
             same = verify(parse(f"${wanted}$"), parse(f"${answer}$"))
         except Exception:
             same = False
+        faulthandler.cancel_dump_traceback_later()
         print(bool(same), flush=True)
 
 

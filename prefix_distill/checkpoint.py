@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .errors import Stopped, UserError
@@ -56,25 +57,18 @@ class RunFolder:
         UserError where another one holds it, or the folder cannot be made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / LOCK, "wb")
+            # A new lock object each time: a second call in this process is refused, too.
+            held = FileLock(self.path / LOCK, timeout=0).acquire()
+        except Timeout:
+            raise UserError(
+                f"--out {self.path}: another process is working in it; "
+                "wait for it, stop it, or name another folder"
+            ) from None
         except OSError as error:
             raise UserError(
                 f"--out {self.path}: cannot be written ({error.strerror}); name another folder"
             ) from None
-        with handle:
-            try:
-                if os.name == "nt":
-                    import msvcrt
-
-                    msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-                else:
-                    import fcntl
-
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"--out {self.path}: another process is working in it; wait for it, stop it, or name another folder"
-                ) from None
+        with held:
             yield
 
     @contextlib.contextmanager

@@ -3,12 +3,13 @@
 import base64
 import csv
 import dataclasses
-import html
 import io
 import math
+from importlib.resources import files
 from pathlib import Path
 
 import torch
+from jinja2 import Environment, StrictUndefined
 
 from .checkpoint import RunFolder, read_rows
 from .compare import FILE as ARMS
@@ -549,89 +550,38 @@ def png(figure) -> bytes:
 
 
 def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, title: str) -> str:
-    """One self-contained HTML page: no script, nothing from a network, every text escaped."""
-    text = html.escape
-    head = "".join(f"<th>{text(h)}</th>" for h in HEADINGS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{text(c)}</td>" for c in cells(row)) + "</tr>"
-        for row in summary_rows
+    """Return one self-contained HTML page: no script, no network, every text escaped."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    also = sorted({name for row in summary_rows for name in row["also"]})
-    extra = (
-        ""
-        if not also
-        else (
-            "<h2>Other problems</h2><table><tr><th>arm</th>"
-            + "".join(f"<th>{text(n)}</th>" for n in also)
-            + "</tr>"
-            + "".join(
-                f"<tr><td>{text(row['arm'])}</td>"
-                + "".join(
-                    f"<td>{row['also'][n]:.1%}</td>"
-                    if row["also"].get(n) is not None
-                    else "<td>–</td>"
-                    for n in also
-                )
-                + "</tr>"
-                for row in summary_rows
-            )
-            + "</table>"
-        )
-    )
-    pictures = "".join(
-        f'<p><img alt="against {text(against)}" src="data:image/png;base64,'
-        f'{base64.b64encode(png(draw(runs, title, against=against))).decode()}"></p>'
-        for against in AGAINST
-    )
-    settings = "".join(
-        f"<tr><td>{text(str(run.path))}</td><td>{text(run.arm)}</td><td>{run.seed}</td>"
-        f"<td>{text(_settings(run))}</td></tr>"
-        for run in runs
-    )
-    said = lambda key, word: "".join(
-        f"<li>{text(run.arm)}, seed {run.seed}: {text(d[word])}</li>"
-        for run in runs
-        for d in run.result.get(key, [])
-    )
-    growth, warnings = said("prefix_decisions", "reason"), said("warnings", "text")
-    triggers = "".join(
-        f"<tr><td>{text(run.arm)}</td><td>{run.seed}</td><td>{x['step']}</td><td>{x['k']}</td><td>"
-        f"{' → '.join(f'{s:.4g}' for s in x['scores']) or '–'}</td><td>{flops_text(x['flops'])}</td></tr>"
-        for run in runs
-        for x in run.result.get("extrapolations", [])
-    )
-    corners = "".join(
-        f"<tr><td>{text(arm)}</td>"
-        + "".join(f"<td>{cell}</td>" for cell in quadrant_cells(group))
-        + "</tr>"
-        for arm, group in by_arm(runs).items()
-        if all("quadrants" in row for run in group for row in run.evaluations)
-    )
-    against = f" Costs are compared with {text(reference)}." if reference else ""
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title><style>body{{font:15px/1.5 system-ui,sans-serif;"
-        "max-width:72rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;font-size:13px}td,th{border-bottom:1px solid #ccc;"
-        "padding:.25rem .6rem;text-align:right;vertical-align:top}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-        f"</style><h1>{text(title)}</h1><p>{len(runs)} runs, {len(summary_rows)} arms. Means over seeds; 95 % intervals by a bootstrap over "
-        f"seeds and problems, paired between arms.{against}</p><table><tr>{head}</tr>{body}</table>"
-        f"{pictures}{extra}"
-        + (
-            "<h2>Entropy × divergence</h2><p>Share of the tokens / share of the reverse KL on the fixed contexts, before → after; the borders "
-            "are the untrained student's medians.</p><table><tr><th>arm</th>"
-            + "".join(f"<th>{text(name)}</th>" for name in QUADRANTS)
-            + f"</tr>{corners}</table>"
-            if corners
-            else ""
-        )
-        + (
-            f"<h2>Extrapolations</h2><table><tr><th>arm</th><th>seed</th><th>after update</th><th>accepted k</th><th>scores</th>"
-            f"<th>cost</th></tr>{triggers}</table>"
-            if triggers
-            else ""
-        )
-        + (f"<h2>Growth of the prefix</h2><ul>{growth}</ul>" if growth else "")
-        + (f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "")
-        + f"<h2>Runs</h2><table><tr><th>folder</th><th>arm</th><th>seed</th><th>settings</th></tr>{settings}</table></html>\n"
+    template = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+
+    def facts(key: str) -> list[tuple[Finished, dict]]:
+        return [(run, fact) for run in runs for fact in run.result.get(key, [])]
+
+    def picture(against: str) -> str:
+        return base64.b64encode(png(draw(runs, title, against=against))).decode()
+
+    def has_quadrants(group: list[Finished]) -> bool:
+        return all("quadrants" in row for run in group for row in run.evaluations)
+
+    return environment.from_string(template).render(
+        title=title,
+        runs=runs,
+        summary=summary_rows,
+        reference=reference,
+        headings=HEADINGS,
+        cells=cells,
+        pictures={against: picture(against) for against in AGAINST},
+        also=sorted({name for row in summary_rows for name in row["also"]}),
+        quadrants={arm: group for arm, group in by_arm(runs).items() if has_quadrants(group)},
+        quadrant_names=QUADRANTS,
+        quadrant_cells=quadrant_cells,
+        extrapolations=facts("extrapolations"),
+        growth=facts("prefix_decisions"),
+        warnings=facts("warnings"),
+        flops_text=flops_text,
+        settings=_settings,
     )
 
 

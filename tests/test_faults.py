@@ -17,7 +17,7 @@ from conftest import byte_tokenizer, invoke, last_json, tiny_net
 from prefix_distill import config as configuration
 from prefix_distill import rollout, scoring, train
 from prefix_distill.checkpoint import RunFolder
-from prefix_distill.errors import Interrupted, MemoryShortage, Stopped
+from prefix_distill.errors import Interrupted, MemoryShortage, Stopped, UserError
 from prefix_distill.runtime import Interrupt
 from test_resume import flags, rows
 from test_train import Silent, prepared
@@ -160,6 +160,27 @@ def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
         code, said, err = invoke("run", "--resume", "--out", out)
         assert code == 2 and "another process is working in it" in err.splitlines()[-1]
     assert rows(out) == rows(whole[0])
+
+
+HOLDER = """
+import sys, time
+from prefix_distill.checkpoint import RunFolder
+with RunFolder(sys.argv[1]).alone():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_process_frees_the_folder(tmp_path):
+    out = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process"), RunFolder(out).alone():
+            pass
+        holder.kill()
+    with RunFolder(out).alone():
+        assert (out / ".lock").is_file()
 
 
 # ── numbers

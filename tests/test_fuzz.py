@@ -1,6 +1,9 @@
 """Whatever is written in a settings file, a data set or an answer ends in a value or in one clear line, soon."""
 
+import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -345,3 +348,22 @@ def test_a_comparer_that_was_killed_is_replaced():
     answers._worker[0].kill()
     answers._worker[0].wait()
     assert correct("#### x+1001", "1001+x")
+
+
+def test_a_comparer_ends_itself_when_its_command_cannot():
+    """The command may have been killed: the time limit is the worker's own."""
+    worker = subprocess.Popen(
+        [sys.executable, "-P", answers.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with worker:
+        for row in (["x+1", "1+x", 30], ["((10!)!)!", "3", 1]):
+            worker.stdin.write(json.dumps(row).encode() + b"\n")
+        worker.stdin.flush()
+        try:
+            assert worker.wait(timeout=60) == 1
+        finally:
+            worker.kill()
+        assert worker.stdout.read().split() == [b"ready", b"True"]
