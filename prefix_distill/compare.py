@@ -58,10 +58,10 @@ def read(path: str) -> Arms:
     if not arms:
         raise UserError(f"arms file {path}: it names no arm; give at least one under 'arms'")
     start = {
-        name: arm.pop("start")
-        for name, arm in arms.items()
-        if isinstance(arm, dict) and "start" in arm
+        name: arm["start"] for name, arm in arms.items() if isinstance(arm, dict) and "start" in arm
     }
+    for name in start:  # aliased arms are one object: copy, so that each keeps its start
+        arms[name] = {key: value for key, value in arms[name].items() if key != "start"}
     for name, from_arm in start.items():
         if not isinstance(from_arm, str) or from_arm not in arms or from_arm in start:
             raise UserError(

@@ -6,6 +6,7 @@ declaration, in every command.
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import reprlib
@@ -19,7 +20,8 @@ from .schedule import parse_off_policy, parse_prefix, warmup_steps
 from .weights import parse_position_weight, parse_selection, parse_window
 
 SELF = "self"  # --teacher self: the student's own initial weights
-LARGEST = 1 << 16  # characters of a settings file
+LARGEST = 1 << 16  # characters of a settings file, and nodes that its YAML expands to
+MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -543,7 +545,11 @@ def build(values: dict[str, object]) -> Config:
 
 
 def read_tree(path: str) -> dict:
-    """A YAML file that holds keys. UserError on a missing or damaged file, on a key given twice and on more than LARGEST characters."""
+    """Return the keys of a YAML file.
+
+    UserError: the file is missing or damaged, gives a key twice, or has more than LARGEST
+    characters or expanded nodes.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(LARGEST + 1)
@@ -570,30 +576,19 @@ def read_tree(path: str) -> dict:
 
 
 def _yaml(text: str):
-    """Plain values of a YAML text. ValueError where it is not YAML, names other types, gives a key twice, or merges more keys
-    than a file can hold (aliases of aliases)."""
+    """Return the plain values of a YAML text.
+
+    ValueError: it is not YAML, names other types, gives a key twice, contains itself, or expands to
+    more than LARGEST nodes.
+    """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def flatten_mapping(self, node):
-            seen = set()
-            for key, _ in (
-                node.value if not hasattr(node, "checked") else ()
-            ):  # an alias comes here again, merged
-                if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    raise ValueError(
-                        f"the key {key.value[:80]!r} is there twice, again in line {key.start_mark.line + 1}"
-                    )
-                seen.add(
-                    key.value if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None
-                )
-            node.checked = True
-            super().flatten_mapping(node)
-            if len(node.value) > 10_000:
-                raise ValueError("more than 10,000 keys in one mapping")
-
     try:
-        return yaml.load(text, Loader)
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is None:
+            return None
+        _expand(root, {})
+        return yaml.constructor.SafeConstructor().construct_document(root)
     except (
         yaml.YAMLError,
         OverflowError,
@@ -603,6 +598,68 @@ def _yaml(text: str):
         TypeError,
     ) as error:
         raise ValueError(str(error)) from None
+
+
+def _expand(node, sizes: dict) -> int:
+    """Check the keys of a composed YAML node, resolve its merge keys, and return its expanded size.
+
+    The size is a number of nodes. An alias or a merged mapping counts every time it is used: nine
+    lines of aliases of aliases can expand to 10^9 nodes. ``sizes`` remembers finished nodes, so
+    each is visited once. None in it marks a node whose children are being counted.
+    """
+    if node in sizes:
+        if sizes[node] is None:
+            raise ValueError(f"the anchor in line {node.start_mark.line + 1} contains itself")
+        return sizes[node]
+    sizes[node] = None
+    children = [] if node.id == "scalar" else node.value
+    if node.id == "mapping":
+        children = itertools.chain.from_iterable(node.value)
+    size = 1
+    for child in children:
+        size += _expand(child, sizes)
+        if size > LARGEST:
+            raise ValueError(f"its aliases and merge keys expand to more than {LARGEST:,} nodes")
+    if node.id == "mapping":
+        _check_keys(node)
+        _merge(node)
+    sizes[node] = size
+    return size
+
+
+def _check_keys(mapping) -> None:
+    """Raise ValueError if a mapping node gives a key twice; several merge keys are allowed."""
+    seen = set()
+    for key, _ in mapping.value:
+        if key.id != "scalar" or key.tag == MERGE:
+            continue
+        if key.value in seen:
+            raise ValueError(
+                f"the key {key.value[:80]!r} is there twice, again in line {key.start_mark.line + 1}"
+            )
+        seen.add(key.value)
+
+
+def _merge(mapping) -> None:
+    """Replace the merge keys of a mapping node by the pairs of the mappings that they name.
+
+    The merge keys of those mappings must be resolved already. PyYAML is not left to do this: in a
+    list of mappings the first must win, but in PyYAML 6.0.4 the last one can.
+    """
+    merged, own = [], []
+    for key, value in mapping.value:
+        if key.tag != MERGE:
+            own.append((key, value))
+            continue
+        sources = value.value if value.id == "sequence" else [value]
+        for source in reversed(sources):  # of equal keys the last pair counts
+            if source.id != "mapping":
+                line = key.start_mark.line + 1
+                raise ValueError(
+                    f"the merge key in line {line} needs a mapping or a list of mappings"
+                )
+            merged += source.value
+    mapping.value = merged + own
 
 
 def flatten(path: str, tree: dict) -> dict[str, object]:

@@ -313,7 +313,7 @@ CONFIGS = {  # name: (text, message)
         + "".join(
             f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
         ),
-        "section 'a' must hold keys",
+        "its aliases and merge keys expand to more than 65,536 nodes",
     ),
     "merges of merges": (
         "a: &a {x: 1}\n"
@@ -321,9 +321,26 @@ CONFIGS = {  # name: (text, message)
             f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 9)}]}}\n"
             for a, b in zip("abcdefgh", "bcdefghi")
         ),
-        "more than 10,000 keys in one mapping",
+        "its aliases and merge keys expand to more than 65,536 nodes",
     ),
-    "an alias of itself": ("train: &a {steps: *a}\n", "train.steps: expected a whole number"),
+    "many merges of many keys": (
+        f"a: &a {{{', '.join(f'k{i}: 1' for i in range(300))}}}\n"
+        + "".join(f"b{i}: {{<<: *a}}\n" for i in range(300)),
+        "its aliases and merge keys expand to more than 65,536 nodes",
+    ),
+    "an alias of itself": ("train: &a {steps: *a}\n", "the anchor in line 1 contains itself"),
+    "a merge of itself": (
+        "# train\ntrain: &a {<<: *a, steps: 5}\n",
+        "the anchor in line 2 contains itself",
+    ),
+    "a merge of a number": (
+        "train: {<<: 5}\n",
+        "the merge key in line 1 needs a mapping or a list of mappings",
+    ),
+    "key twice beside a merge": (
+        "a: &a {steps: 5}\ntrain: {<<: *a, steps: 6, steps: 7}\n",
+        "the key 'steps' is there twice, again in line 2",
+    ),
     "deep": ("[" * 2000, "not valid YAML"),
     "nan": ("schedule: {lr: .nan}\n", "schedule.lr nan: expected a finite number"),
     "infinity": ("schedule: {lr: .inf}\n", "schedule.lr inf: expected a finite number"),

@@ -44,6 +44,21 @@ def write(folder, tree=TREE, **changes):
     return file
 
 
+def test_arms_that_share_an_alias_start_from_the_same_arm(tmp_path):
+    file = tmp_path / "arms.yaml"
+    file.write_text(
+        "arms:\n"
+        "  full: {}\n"
+        "  warm: &warm {start: full, schedule: {prefix: 8}}\n"
+        "  alias: *warm\n"
+        "  merged: {<<: *warm, schedule: {prefix: 16}}\n"
+    )
+    arms = compare.read(str(file))
+    assert arms.start == {"warm": "full", "alias": "full", "merged": "full"}
+    assert arms.arms["alias"] == arms.arms["warm"] == {"schedule.prefix": 8}
+    assert arms.arms["merged"] == {"schedule.prefix": 16}
+
+
 def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monkeypatch):
     file = write(tmp_path)
     code, out, err = invoke("compare", file, "--out", tmp_path / "whole")

@@ -88,6 +88,51 @@ def test_a_number_is_never_bent_into_another():
             config.build({path: value})
 
 
+def read_yaml_text(folder, text: str) -> dict:
+    (folder / "run.yaml").write_text(text)
+    return config.read_tree(str(folder / "run.yaml"))
+
+
+def test_anchors_and_merge_keys(tmp_path):
+    tree = read_yaml_text(
+        tmp_path,
+        """
+short: &short {steps: 5, batch_size: 2}
+wide: &wide {steps: 9, micro_batch_size: 4}
+alias: *short
+merged: {<<: *short, samples: 1}
+own key wins: {steps: 7, <<: *short}
+first mapping wins: &both {<<: [*short, *wide]}
+merged twice: {<<: *both, grad_clip: 0.5}
+literal: {"<<": 1}
+""",
+    )
+    assert tree["alias"] == tree["short"] == {"steps": 5, "batch_size": 2}
+    assert tree["merged"] == {"steps": 5, "batch_size": 2, "samples": 1}
+    assert tree["own key wins"] == {"steps": 7, "batch_size": 2}
+    assert tree["first mapping wins"] == {"steps": 5, "batch_size": 2, "micro_batch_size": 4}
+    assert tree["merged twice"] == tree["first mapping wins"] | {"grad_clip": 0.5}
+    assert tree["literal"] == {"<<": 1}
+
+
+def test_nodes_count_as_often_as_aliases_expand_them(tmp_path):
+    def text(size: int) -> str:  # expands to 4 + 12·(size + 1) nodes
+        items = ",".join(["x"] * size)
+        aliases = ", ".join(["*a"] * 11)
+        return f"a: &a [{items}]\nb: [{aliases}]\n"
+
+    largest = (config.LARGEST - 4) // 12 - 1
+    tree = read_yaml_text(tmp_path, text(largest))
+    assert tree["b"] == [["x"] * largest] * 11
+    with pytest.raises(UserError, match="expand to more than 65,536 nodes"):
+        read_yaml_text(tmp_path, text(largest + 1))
+
+
+def test_a_full_file_without_aliases_is_below_the_limit_of_nodes(tmp_path):
+    keys = ",".join(f"k{number}" for number in range(10_000))
+    assert len(read_yaml_text(tmp_path, f"{{{keys}}}")) == 10_000
+
+
 def test_on_and_off_are_words_also_in_yaml(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "data: {student_thinking: off, teacher_thinking: on}\nmodels: {cross_tokenizer: off}\n"
