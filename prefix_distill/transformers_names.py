@@ -1,8 +1,8 @@
 """The names that the installed transformers uses where versions 5.0 to 6 differ.
 
-During version 5 the KV cache's name changed from ``past_key_values`` to ``cache``, and gradient checkpointing became
-activation checkpointing. Signatures and attributes decide, not version numbers: code that comes with a model may be older
-than the library.
+During version 5 the KV cache's name changed from ``past_key_values`` to ``cache``, and gradient
+checkpointing became activation checkpointing. Signatures and attributes decide, not version
+numbers: code that comes with a model may be older than the library.
 """
 
 import inspect
@@ -17,7 +17,7 @@ CACHE_NAMES = ("cache", "past_key_values")  # the newer first: where both work, 
 def name_cache_argument(function: Callable) -> str:
     """Return the name of the argument by which ``function`` takes a KV cache.
 
-    A function that lists neither name passes its arguments on, and gets the name that ``generate`` takes.
+    A function that lists neither name passes its arguments on; it gets the name for ``generate``.
     """
     parameters = inspect.signature(function).parameters
     for name in CACHE_NAMES:
@@ -31,7 +31,8 @@ def name_generate_cache_argument(
 ) -> str:
     """Return the name of the argument by which ``generate`` takes a KV cache.
 
-    ``generate`` lists no model arguments. The library's own ``prepare``, to which it passes them on, lists the cache.
+    ``generate`` lists no model arguments. The library's ``prepare``, which receives them from it,
+    lists the cache.
     """
     parameters = inspect.signature(prepare).parameters
     if "cache" in parameters:

@@ -1,4 +1,4 @@
-"""The names of the KV cache and of gradient checkpointing, with functions and networks of every style of transformers 5."""
+"""The names of the KV cache and of checkpointing, old and new, and in the installed library."""
 
 import inspect
 import logging
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import tiny_net
 from transformers import GenerationMixin
 
-from conftest import tiny_net
 from prefix_distill import models
 from prefix_distill import transformers_names as names
 from prefix_distill.flops import STRETCH
