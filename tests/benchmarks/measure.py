@@ -36,9 +36,9 @@ def fastest(work, seconds: float = 1.0) -> float:
 
 
 def without_checkpointing(arguments: type) -> dict:
-    """Return the option that keeps gradient checkpointing off in ``arguments``, a class of transformers' training arguments.
+    """Return the option that keeps gradient checkpointing off in ``arguments``.
 
-    Its older name warns where the class has the newer one.
+    ``arguments`` is a class of training arguments. Where it has the newer name, the older one warns.
     """
     fields = {field.name for field in dataclasses.fields(arguments)}
     if "activation_checkpointing" in fields:
