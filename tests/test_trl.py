@@ -157,6 +157,7 @@ def test_another_beta_is_told_apart(pair_of, questions, tmp_path):
 def uld(strategy: str, hybrid: bool = False):
     """GOLD's loss on "42" after one prompt token, as a function of both models' logits [tokens read, vocabulary]. The student's
     tokens are "4", "2", the teacher's "42"; both end there."""
+    import measure
     from trl.experimental.gold import GOLDConfig
     from trl.experimental.gold.gold_trainer import ULDLoss
 
@@ -172,6 +173,7 @@ def uld(strategy: str, hybrid: bool = False):
         uld_use_hybrid_loss=hybrid,
         uld_skip_student_eos=True,
         uld_skip_teacher_eos=True,
+        **measure.without_checkpointing(GOLDConfig),
     )
     loss = ULDLoss(config, *tokenizers, device=torch.device("cpu"))
     rows = [torch.tensor([ids]) for ids in ([0, 2, 3, 1], [0, 2, 1])]
