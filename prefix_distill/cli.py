@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from typing import Annotated, Optional, TypedDict
 
 import typer
@@ -821,17 +822,25 @@ def _finish(prepared, document: dict) -> None:
 def quiet_libraries() -> None:
     """Imports the heavy libraries with their own chatter off."""
     import logging
-    import warnings
 
     import transformers
 
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers"
-    )  # said by peft's use of it
-
+    hide_deprecations()  # once more: the import may have put filters before ours
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def hide_deprecations() -> None:
+    """Hide FutureWarning and DeprecationWarning, about which a user can do nothing.
+
+    They name a library's old names, which another library or this package uses. Python's own
+    ``-W``, ``-X dev`` and ``PYTHONWARNINGS`` still show them or make them errors.
+    """
+    if sys.warnoptions:
+        return
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
 
 
 def calm_threads(environment) -> None:
@@ -882,6 +891,7 @@ def _understood(group, arguments: list[str], say: bool) -> list[str]:
 def main(alone: bool = True) -> None:
     """Runs the command; bad input ends with one line on stderr and exit code 2. Not ``alone``: the launcher speaks for its ranks."""
     calm_threads(os.environ)
+    hide_deprecations()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(
             stream, io.TextIOWrapper

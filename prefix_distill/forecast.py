@@ -26,6 +26,7 @@ from .divergence import Head, Terms, statistics, weighted
 from .errors import UserError
 from .models import Model, recompute
 from .rollout import Rollout
+from .transformers_names import name_cache_argument
 
 FULL_DEPTH = 3  # up to so many layers a network is measured whole
 PLACED = (
@@ -539,13 +540,14 @@ def generating(
 
 def _draw(model: Model, rows: int, mask, width: int, cache, support: int | None) -> None:
     """A step of ``generate`` and the draw from its logits (rollout.py)."""
+    cache_argument = {name_cache_argument(model.net.forward): cache}
     out = model.net(
         input_ids=torch.zeros(rows, width, dtype=torch.long),
         attention_mask=mask,
-        past_key_values=cache,
         use_cache=True,
         position_ids=(mask.cumsum(-1) - 1).clamp_(min=0)[:, -width:],
         logits_to_keep=1,
+        **cache_argument,
     )
     scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
     race = torch.empty(rows, support or scores.shape[1])

@@ -17,6 +17,7 @@ from .demo.task import model_path
 from .divergence import Head
 from .errors import UserError
 from .runtime import memory_free
+from .transformers_names import enable_checkpointing, name_cache_argument, read_cache
 
 FEW_ROWS, LARGE_WEIGHT = (
     64,
@@ -99,15 +100,17 @@ class Model:
         """(final hidden states of ``ids_BT``, the KV cache after them). ``mask_BT`` covers what is in the cache, too; its
         zeros, padding on the left, have no position."""
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
+        decoder = self.net.get_decoder()
+        cache_argument = {name_cache_argument(decoder.forward): cache}
         with self.form():
-            out = self.net.get_decoder()(
+            out = decoder(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 position_ids=positions_BT,
-                past_key_values=cache,
                 use_cache=True,
+                **cache_argument,
             )
-        return out.last_hidden_state.to(self.device), out.past_key_values
+        return out.last_hidden_state.to(self.device), read_cache(out)
 
     def form(self):
         """Around everything that runs ``net``: without the adapter, where this is the network without it."""
@@ -129,12 +132,8 @@ class Model:
 
 def recompute(model: Model) -> Model:
     """``model`` with gradient checkpointing. UserError where the architecture has none."""
-    net = model.net  # transformers renamed the method during version 5
-    enable = (
-        getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
-    )
     try:
-        enable({"use_reentrant": False})
+        enable_checkpointing(model.net)
     except ValueError:
         raise UserError(
             f"model {model.name}: its architecture has no gradient checkpointing; leave --gradient-checkpointing out"

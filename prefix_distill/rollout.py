@@ -15,6 +15,7 @@ from transformers import (
 
 from .flops import STRETCH
 from .runtime import Clock, seed_of
+from .transformers_names import name_generate_cache_argument, read_cache
 
 
 @dataclass(frozen=True)
@@ -286,13 +287,14 @@ def _call(
         processors = sampler.processors(race)
         if split is not None:
             processors.insert(0, split)
+        cache_argument = {name_generate_cache_argument(): cache}
         with model.form():
             out = net.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
-                past_key_values=cache,
                 generation_config=settings,
                 logits_processor=processors,
+                **cache_argument,
             )
         new = out.sequences[:, ids_BT.shape[1] :].tolist()
         going = [row for row, tokens in enumerate(new) if not sampler.eos.intersection(tokens)]
@@ -302,7 +304,7 @@ def _call(
             for row, taken in zip(alive, torch.stack(race.taken, 1).tolist()):
                 chances[row] += taken
             race.taken.clear()
-        alive, cache = [alive[row] for row in going], out.past_key_values
+        alive, cache = [alive[row] for row in going], read_cache(out)
         ids_BT, mask_BT = (
             out.sequences,
             torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), len(new[0]))], 1),

@@ -169,7 +169,10 @@ def command(*arguments, **options):
 
 
 def invoke(*arguments):
-    """Runs `prefix-distill …` in this process, as main() would: (exit code, stdout, stderr). Quicker than a process."""
+    """Runs `prefix-distill …` in this process, as main() would: (exit code, stdout, stderr). Quicker than a process.
+
+    As under ``python -W``, the command leaves it to pytest which warnings are errors.
+    """
     import contextlib
     import io
     from unittest import mock
@@ -177,7 +180,8 @@ def invoke(*arguments):
     from prefix_distill import cli
 
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", ["prefix-distill", *map(str, arguments)]):
+    argv = mock.patch.object(sys, "argv", ["prefix-distill", *map(str, arguments)])
+    with argv, mock.patch.object(sys, "warnoptions", ["default"]):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 cli.main()

@@ -7,6 +7,8 @@ and its β means what ours does. Needs ``pip install "torch==2.13.0" -e ".[bench
 
 import dataclasses
 import importlib.util
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,8 @@ from prefix_distill.flops import Ledger
 from prefix_distill.rollout import Rollout, Unit
 from prefix_distill.runtime import Clock
 from prefix_distill.weights import token_weights
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
 pytestmark = [
     pytest.mark.bench,
@@ -91,6 +95,7 @@ def ours(pair, questions, divergence):
 
 def theirs(pair, rollouts, beta, folder):
     """(loss, gradient by parameter) of the same update in TRL, in two micro-batches, as its trainer prepares them."""
+    import measure
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
     from trl.trainer.utils import pad
@@ -104,7 +109,7 @@ def theirs(pair, rollouts, beta, folder):
             beta=beta,
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
+            **measure.without_checkpointing(DistillationConfig),
             report_to="none",
         ),
     )
@@ -152,6 +157,7 @@ def test_another_beta_is_told_apart(pair_of, questions, tmp_path):
 def uld(strategy: str, hybrid: bool = False):
     """GOLD's loss on "42" after one prompt token, as a function of both models' logits [tokens read, vocabulary]. The student's
     tokens are "4", "2", the teacher's "42"; both end there."""
+    import measure
     from trl.experimental.gold import GOLDConfig
     from trl.experimental.gold.gold_trainer import ULDLoss
 
@@ -167,6 +173,7 @@ def uld(strategy: str, hybrid: bool = False):
         uld_use_hybrid_loss=hybrid,
         uld_skip_student_eos=True,
         uld_skip_teacher_eos=True,
+        **measure.without_checkpointing(GOLDConfig),
     )
     loss = ULDLoss(config, *tokenizers, device=torch.device("cpu"))
     rows = [torch.tensor([ids]) for ids in ([0, 2, 3, 1], [0, 2, 1])]

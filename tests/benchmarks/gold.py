@@ -141,7 +141,7 @@ def gold(given, work: Path) -> dict:
                 output_dir=scratch,
                 use_cpu=True,
                 bf16=False,
-                gradient_checkpointing=False,
+                **measure.without_checkpointing(GOLDConfig),
                 use_uld_loss=True,
                 uld_use_hybrid_loss=True,
                 use_extended_uld=False,
@@ -170,7 +170,7 @@ def gold(given, work: Path) -> dict:
                 teacher_model_init_kwargs={"dtype": "float32"},
             ),
         )
-        assert not trainer.model.is_gradient_checkpointing
+        assert not measure.checkpoints(trainer.model)
         trainer.train()
     return watch.document([])
 

@@ -1,5 +1,6 @@
 """What the benchmarks share: peak memory, the machine's limits, alternating children, results."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -32,6 +33,22 @@ def fastest(work, seconds: float = 1.0) -> float:
         work()
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def without_checkpointing(arguments: type) -> dict:
+    """Return the option that keeps gradient checkpointing off in ``arguments``.
+
+    ``arguments`` is a class of training arguments. Where it has the newer name, the older one warns.
+    """
+    fields = {field.name for field in dataclasses.fields(arguments)}
+    if "activation_checkpointing" in fields:
+        return {"activation_checkpointing": False}
+    return {"gradient_checkpointing": False}
+
+
+def checkpoints(net) -> bool:
+    """Does a layer of ``net`` keep only its input for backward?"""
+    return any(getattr(module, "gradient_checkpointing", False) for module in net.modules())
 
 
 def child(script: str, *arguments) -> dict:

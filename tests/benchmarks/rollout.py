@@ -96,8 +96,11 @@ def naive(model, rows, tokens, turn):
 def bare(model, rows, tokens, turn):
     import torch
 
+    from prefix_distill.transformers_names import name_cache_argument, read_cache
+
     ids, mask = padded(rows)
     torch.manual_seed(turn)
+    cache_name = name_cache_argument(model.net.forward)
     start = time.perf_counter()
     with torch.inference_mode():
         out = model.net(
@@ -115,8 +118,8 @@ def bare(model, rows, tokens, turn):
                 input_ids=token,
                 attention_mask=mask,
                 position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=out.past_key_values,
                 use_cache=True,
+                **{cache_name: read_cache(out)},
             )
         torch.multinomial(out.logits[:, -1].softmax(-1), 1)
     return first - start, time.perf_counter() - first
@@ -128,6 +131,7 @@ def compiled(model, rows, tokens) -> dict:
     from transformers import StaticCache
 
     from prefix_distill.models import decoder
+    from prefix_distill.transformers_names import name_cache_argument
 
     net, found = decoder(model, torch.float32).net, {}
     ids, mask = padded(rows)
@@ -138,13 +142,14 @@ def compiled(model, rows, tokens) -> dict:
             [],
         )
         cache = StaticCache(config=net.config, max_cache_len=width + tokens)
+        cache_argument = {name_cache_argument(net.forward): cache}
         out = net(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument,
         )
         seen = torch.cat([mask.bool(), torch.zeros(len(rows), tokens, dtype=torch.bool)], 1)[
             :, None, None
@@ -156,8 +161,8 @@ def compiled(model, rows, tokens) -> dict:
                 input_ids=torch.multinomial(out.logits[:, -1].softmax(-1), 1),
                 attention_mask=seen,
                 position_ids=seen.sum(-1)[:, 0] - 1,
-                past_key_values=cache,
                 use_cache=True,
+                **cache_argument,
             )
             seconds.append(time.perf_counter() - start)
         found[name] = {

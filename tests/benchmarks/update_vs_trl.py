@@ -256,7 +256,7 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
                 output_dir=scratch,
                 use_cpu=True,
                 bf16=given.dtype == "bfloat16",
-                gradient_checkpointing=False,
+                **measure.without_checkpointing(DistillationConfig),
                 teacher_model_init_kwargs={"dtype": given.dtype},
                 disable_dropout=True,
                 beta=1.0,
@@ -279,7 +279,7 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
                 dataloader_pin_memory=False,
             ),
         )
-        assert not trainer.model.is_gradient_checkpointing
+        assert not measure.checkpoints(trainer.model)
         trainer.train()
     ids, _, _ = trainer._tokenize_prompts([row["prompt"] for row in rows])
     read = [
