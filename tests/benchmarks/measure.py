@@ -1,4 +1,4 @@
-"""What the benchmarks share: peak memory, the machine's limits, alternating children, results."""
+"""What the benchmarks share: silent reporter, peak memory, limits of the machine, children, results."""
 
 import importlib.metadata
 import json
@@ -9,6 +9,20 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+
+
+class Silent:
+    """A reporter (``prefix_distill.display.Reporter``) that shows nothing.
+
+    A benchmark overrides the methods whose calls it measures.
+    """
+
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def own(self, text: str) -> None: ...
+    def row(self, row: dict, useful: float, full: float) -> None: ...
+    def evaluation(self, row: dict) -> None: ...
+    def tail(self, row: dict) -> None: ...
 
 
 def memory(field: str) -> int:

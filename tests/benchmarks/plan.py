@@ -194,17 +194,13 @@ def run(folder: Path, name: str) -> dict:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
 
-    class Silent:
-        def __getattr__(self, name):
-            return lambda *_: None
-
     def done(values: dict) -> dict:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             made = RunFolder(Path(out) / "run")
             prepared = preflight.prepare(config.build(values | {"checkpoint.out": str(made.path)}))
             made.path.mkdir()
             made.create(config.as_dict(prepared.config), {})
-            return train.train(prepared, made, Silent(), False)
+            return train.train(prepared, made, measure.Silent(), False)
 
     own = settings(folder, name)
     tiny = {

@@ -152,8 +152,8 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
             if step == 0:  # the last thing before the first update
                 watch.start()
 
-    class Report:
-        def row(self, row, *_):
+    class Report(measure.Silent):
+        def row(self, row: dict, useful: float, full: float) -> None:
             watch.end(tokens(row))
             phases.append(
                 {
@@ -162,10 +162,6 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
                     if key.startswith("time/") and key.endswith("_s") and not key.endswith("_per_s")
                 }
             )
-
-        def note(self, *_): ...
-        def warn(self, *_): ...
-        def evaluation(self, *_): ...
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Folder(Path(scratch) / "run")
