@@ -1,6 +1,7 @@
-"""What the benchmarks share: silent reporter, peak memory, limits of the machine, children, results."""
+"""What the benchmarks share: silent reporter, memory, machine, children, results."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,6 +24,16 @@ class Silent:
     def row(self, row: dict, useful: float, full: float) -> None: ...
     def evaluation(self, row: dict) -> None: ...
     def tail(self, row: dict) -> None: ...
+
+
+def require(package: str, install: str) -> None:
+    """Exit with code 2 and one line where ``package`` cannot be imported.
+
+    The tests skip a benchmark that ends so.
+    """
+    if importlib.util.find_spec(package) is None:
+        print(f"the package {package} is not installed: {install}", file=sys.stderr)
+        sys.exit(2)
 
 
 def memory(field: str) -> int:
@@ -60,6 +71,9 @@ def child(script: str, *arguments) -> dict:
         capture_output=True,
         text=True,
     )
+    if done.returncode == 2:  # the child has said in one line what is missing or wrong
+        print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
+        sys.exit(2)
     if done.returncode:
         sys.exit(
             f"{Path(script).name} {' '.join(map(str, arguments))}: failed\n{done.stderr.strip()}"

@@ -28,7 +28,6 @@ real_pair.py needs.
 import argparse
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import os
 import statistics
@@ -383,9 +382,7 @@ def main() -> None:
     )
     parser.add_argument("--child", nargs=2, metavar=("ARM", "CASE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if importlib.util.find_spec("trl") is None:
-        print('trl is not installed: pip install "torch==2.13.0" -e ".[bench]"', file=sys.stderr)
-        sys.exit(2)
+    measure.require("trl", 'pip install "torch==2.13.0" -e ".[bench]"')
     given.pairs = given.pairs or (1 if given.quick else 3)
     given.updates = given.updates or 2
     if given.updates < 2:
