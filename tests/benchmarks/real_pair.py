@@ -1,4 +1,4 @@
-"""Makes the real pair from an installed package: python tests/benchmarks/real_pair.py FOLDER [--quick]
+"""Makes the real pair from an installed package: real_pair.py FOLDER, or real_pair.py --quick
 
 Writes FOLDER/student: SmolLM2-135M-Instruct (from its GGUF file) with layers 9–18 removed, 99 M parameters, untrained
 since. Prints one JSON line: the student, the teacher's GGUF file and GSM8K's test questions, as `prefix-distill run` takes
