@@ -235,7 +235,7 @@ def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
     """Opens the run folder, shows progress, trains; the result document."""
     from . import runtime
     from .checks import document
-    from .display import Display
+    from .display import Display, Reporter
     from .trackers import Trackers
     from .train import train
 
@@ -271,12 +271,10 @@ def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
                 "on a file system that they share"
             )
         display = Display(prepared.config.train.steps, label, place.first)
-        with (
-            Trackers(display, folder, prepared.config)
-            if place.first
-            else contextlib.nullcontext(display) as report,
-            display,
-        ):
+        reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(display)
+        if place.first:
+            reporter = Trackers(display, folder, prepared.config)
+        with reporter as report, display:
             return train(prepared, folder, report, resume, interrupt)
 
 

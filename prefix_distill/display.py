@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+from typing import Protocol
 
 
 def tell(text: str) -> None:
@@ -52,6 +53,34 @@ def share_text(score: dict | None) -> str:
     if score is None:
         return "–"
     return f"{score['value']:.1%} [{score['low']:.1%}, {score['high']:.1%}] of {score['n']}"
+
+
+class Reporter(Protocol):
+    """What training tells while it runs. Every rank has a reporter and calls it at the same points.
+
+    The parameters are positional only, so that an implementation may name or merge them as it likes.
+    """
+
+    def note(self, text: str, /) -> None:
+        """Show progress in words."""
+
+    def warn(self, text: str, /) -> None:
+        """Show a warning that every rank gives."""
+
+    def own(self, text: str, /) -> None:
+        """Show a warning that only this rank gives."""
+
+    def row(self, row: dict, useful: float, full: float, /) -> None:
+        """Show one update: its metrics row and the useful FLOPs so far.
+
+        ``full``: the useful FLOPs of as many updates with full rollouts.
+        """
+
+    def evaluation(self, row: dict, /) -> None:
+        """Show one evaluation: its row in ``Progress.evaluations``."""
+
+    def tail(self, row: dict, /) -> None:
+        """Show one tail probe: its row in ``Progress.tail_probes``."""
 
 
 class Display:

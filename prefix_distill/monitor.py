@@ -8,6 +8,7 @@ from .alignment import census, shares
 from .card import card
 from .checkpoint import RunFolder
 from .checks import FIRST_TOKEN
+from .display import Reporter
 from .errors import Stopped, UserError
 from .flops import Ledger
 from .models import Model
@@ -53,7 +54,13 @@ class Monitor:
     the rollouts it drew from held-out prompts: the fixed contexts of every later comparison."""
 
     def __init__(
-        self, run: Run, decoding: Model, progress: Progress, clock: Clock, folder: RunFolder, report
+        self,
+        run: Run,
+        decoding: Model,
+        progress: Progress,
+        clock: Clock,
+        folder: RunFolder,
+        report: Reporter,
     ):
         self.run, self.decoding, self.progress, self.clock, self.folder, self.report = (
             run,

@@ -10,9 +10,11 @@ import json
 import os
 import secrets
 import sys
+from typing import Self
 
 from . import config as configuration
 from .config import Config
+from .display import Reporter
 from .errors import UserError
 
 PROJECT = "prefix-distill"
@@ -38,11 +40,11 @@ def check(config: Config) -> None:
 
 
 class Trackers:
-    """Passes on what a run reports (see train.train) to its display, and numbers to the trackers that ``config`` names. Where one of
+    """Passes on what a run reports (see display.Reporter) to its display, and numbers to the trackers that ``config`` names. Where one of
     these fails, it is off from then on, with a warning: no tracker ends a run. Use as a context: leaving it flushes and closes.
     ``folder``: the run's checkpoint.RunFolder."""
 
-    def __init__(self, display, folder, config: Config):
+    def __init__(self, display: Reporter, folder, config: Config):
         self.display, self.folder, self.told = display, folder, {}
         self.note, self.warn, self.own = display.note, display.warn, display.own
         self.settings = configuration.as_dict(config)
@@ -50,7 +52,7 @@ class Trackers:
         self.name = config.trackers.name or folder.path.absolute().name
         self.open = dict.fromkeys(configuration.parse_trackers(config.trackers.to))
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.open and (self.folder.path / FILE).is_file():
             try:
                 self.told = self.folder.read_json(FILE)

@@ -12,7 +12,7 @@ from . import data, extrapolation, off_policy, scoring, simct
 from .alignment import census, shares
 from .card import card
 from .checkpoint import RunFolder
-from .display import flops_text
+from .display import Reporter, flops_text
 from .divergence import Terms, weighted
 from .errors import Interrupted, Stopped, UserError
 from .flops import Ledger
@@ -91,12 +91,15 @@ def _terms(run: Run, rollouts: list[Rollout]) -> Terms:
 
 
 def train(
-    run: Run, folder: RunFolder, report, resume: bool, interrupt: Interrupt = Interrupt()
+    run: Run,
+    folder: RunFolder,
+    report: Reporter,
+    resume: bool,
+    interrupt: Interrupt = Interrupt(),
 ) -> dict:
     """Runs every update that is left, evaluates before and after, saves the model; returns the result document.
 
-    ``report`` shows progress on every rank: ``note(text)``, ``warn(text)``, ``evaluation(row)``, ``tail(row)`` and ``row(metrics,
-    useful FLOPs so far, useful FLOPs of as many updates with full rollouts)``; ``own(text)`` is what one rank alone has to say.
+    Every rank calls its ``report``.
     Interrupted, with the state saved, after the update (or the evaluation) in which ``interrupt`` was asked to stop.
     """
     config, place = run.config, run.place
@@ -780,7 +783,7 @@ def _extrapolate(
     anchor,
     progress: Progress,
     clock: Clock,
-    report,
+    report: Reporter,
 ) -> None:
     """The search after an update at which one is due; a row in ``progress.extrapolations``, a ledger row of its own."""
     settings, ledger = run.config.extrapolation, Ledger()
@@ -888,7 +891,9 @@ def _save_checkpoint(run: Run, folder: RunFolder, optimizer, anchor, progress: P
     run.place.wait()
 
 
-def _restore(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, report) -> int:
+def _restore(
+    run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, report: Reporter
+) -> int:
     """Weights, optimizer moments, anchor, averaged teacher and progress of the newest checkpoint; metric rows are rewound to it."""
     place = run.place
     step, tensors, facts = folder.latest(report.warn if place.first else lambda text: None)

@@ -17,13 +17,14 @@ from conftest import byte_tokenizer, invoke, last_json, tiny_net
 from prefix_distill import config as configuration
 from prefix_distill import rollout, scoring, train
 from prefix_distill.checkpoint import RunFolder
+from prefix_distill.display import Reporter
 from prefix_distill.errors import Interrupted, MemoryShortage, Stopped, UserError
 from prefix_distill.runtime import Interrupt
 from test_resume import flags, rows
 from test_train import Silent, prepared
 
 
-def run_in(folder, run, report=None, resume=False, **more):
+def run_in(folder, run, report: Reporter | None = None, resume=False, **more):
     files = RunFolder(folder)
     if not resume:
         files.create(configuration.as_dict(run.config))

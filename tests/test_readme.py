@@ -5,7 +5,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import typer
 from conftest import command, invoke, last_json
 from prefix_distill import spellings
 from prefix_distill import cli
+from test_benchmarks import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +26,11 @@ COMMANDS = [
 INSTALL = [line for line in COMMANDS if line.startswith(("python3 -m venv", "pip ", "pytest "))]
 OURS = [line for line in COMMANDS if line.startswith("prefix-distill ")]
 LONG = [line for line in COMMANDS if line.startswith("python ")]
+UNLISTED = [
+    f"python tests/benchmarks/{name}.py"
+    for name in PROGRAMS
+    if not any(f"/{name}.py" in line for line in LONG)
+]
 
 
 def test_every_command_is_of_a_kind_that_is_executed():
@@ -128,10 +133,10 @@ def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
             assert Path("runs/report/report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("line", LONG)
-def test_long_experiments_start(line, monkeypatch, capsys):
-    """In full they take up to an hour; `real.py --quick` runs in test_real.py, the other `--quick` under -m long, the
-    rebuild's steps in test_laboratory.py. In this process, as importing torch again and again takes longest."""
+@pytest.mark.parametrize("line", LONG + UNLISTED)
+def test_long_experiments_start_and_benchmarks_offer_quick(line, monkeypatch, capsys):
+    """In full they take up to an hour; test_benchmarks.py runs each `--quick` under -m long, test_laboratory.py the
+    rebuild's steps. In this process, as importing torch again and again takes longest."""
     script, *flags = shlex.split(line)[1:]
     run = runpy.run_path
     if script == "-m":
@@ -143,57 +148,7 @@ def test_long_experiments_start(line, monkeypatch, capsys):
         run(script, run_name="__main__")
     said = capsys.readouterr().out
     assert stop.value.code == 0 and all(flag in said for flag in flags if flag.startswith("--"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "name, arms",
-    [
-        ("prefix", {"full", "sft", "10%", "auto"}),
-        ("plugins", {"full", "full soft-or 0.5", "slow", "slow effopd", "student uniform token"}),
-        ("cross", {"strict", "simct", "sft"}),
-    ],
-)
-def test_the_grids_run(name, arms):
-    before = {file: file.read_bytes() for file in RESULTS.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "tests/benchmarks/prefix.py", "--quick", "--arms", name],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    document = last_json(done.stdout)
-    assert {row["arm"] for row in document["summary"]} == {"untrained", *arms}
-    assert len(document["claims"]) >= 2 and (
-        name != "plugins" or document["extrapolations"]["slow effopd"]["k"]
-    )
-    assert before == {file: file.read_bytes() for file in RESULTS.iterdir()}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "name", ["update_vs_trl", "divergence", "rollout", "scaling", "limit", "selection"]
-)
-def test_the_performance_benchmarks_run(name, tmp_path_factory):
-    """--quick answers, changes no result, and its last line carries what the table is made of."""
-    work = tmp_path_factory.getbasetemp() / "pair"
-    before = {file: file.read_bytes() for file in RESULTS.iterdir()}
-    shared = (
-        []
-        if name in ("divergence", "selection")
-        else ["--work", str(work / "smollm2" if name != "update_vs_trl" else work)]
-    )
-    done = subprocess.run(
-        [sys.executable, f"tests/benchmarks/{name}.py", "--quick", *shared],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    expected = {"update_vs_trl": "cases", "limit": "share_of_limit"}.get(name, "table")
-    assert last_json(done.stdout)[expected]
-    assert before == {file: file.read_bytes() for file in RESULTS.iterdir()}
+    assert "--quick" in said or Path(script).parent != Path("tests/benchmarks")
 
 
 def percent(score: dict) -> str:

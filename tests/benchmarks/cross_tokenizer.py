@@ -107,10 +107,18 @@ def main() -> None:
         "--quick", action="store_true", help="a small run of the same kind, not recorded"
     )
     arguments = parser.parse_args()
+    if arguments.quick and arguments.out is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            measure_modes(arguments, Path(scratch))
+    else:
+        measure_modes(arguments, Path(arguments.out or tempfile.mkdtemp()))
+
+
+def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
+    """Make the pair, distil it in each mode and record the document."""
     steps, rows, prefix, longest, held_out = (
         (2, 2, 16, 24, 2) if arguments.quick else (24, 8, 48, 96, 16)
     )
-    out = Path(arguments.out or tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
     teacher, student = gemma(out / "gemma"), out / "smollm2"
     if not (student / "config.json").is_file():

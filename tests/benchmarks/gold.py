@@ -194,6 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--child", choices=("prepare", *ARMS), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    measure.require("trl", 'pip install "torch==2.13.0" -e ".[bench]"')
     given.pairs, given.updates = (
         given.pairs or (1 if given.quick else 3),
         given.updates or (2 if given.quick else 3),

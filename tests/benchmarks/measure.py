@@ -1,7 +1,8 @@
-"""What the benchmarks share: peak memory, the machine's limits, alternating children, results."""
+"""What the benchmarks share: silent reporter, memory, machine, children, results."""
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,30 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+
+
+class Silent:
+    """A reporter (``prefix_distill.display.Reporter``) that shows nothing.
+
+    A benchmark overrides the methods whose calls it measures.
+    """
+
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def own(self, text: str) -> None: ...
+    def row(self, row: dict, useful: float, full: float) -> None: ...
+    def evaluation(self, row: dict) -> None: ...
+    def tail(self, row: dict) -> None: ...
+
+
+def require(package: str, install: str) -> None:
+    """Exit with code 2 and one line where ``package`` cannot be imported.
+
+    The tests skip a benchmark that ends so.
+    """
+    if importlib.util.find_spec(package) is None:
+        print(f"the package {package} is not installed: {install}", file=sys.stderr)
+        sys.exit(2)
 
 
 def memory(field: str) -> int:
@@ -63,6 +88,9 @@ def child(script: str, *arguments) -> dict:
         capture_output=True,
         text=True,
     )
+    if done.returncode == 2:  # the child has said in one line what is missing or wrong
+        print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
+        sys.exit(2)
     if done.returncode:
         sys.exit(
             f"{Path(script).name} {' '.join(map(str, arguments))}: failed\n{done.stderr.strip()}"

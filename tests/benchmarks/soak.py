@@ -1,12 +1,12 @@
 """kill -9 again and again: does an interrupted run end bit for bit like one that nothing disturbed? 50 kills take about 8 minutes.
 
-    python tests/benchmarks/soak.py [--times 50] [--gpus 1] [--seed 0] [--out FOLDER]
+    python tests/benchmarks/soak.py [--times 50] [--gpus 1] [--seed 0] [--out FOLDER] [--quick]
 
 The run has everything that keeps state: an adaptive prefix, TIP, EffOPD (its anchor lies between two triggers), evaluations, a
 best student, tail probes. Kills take turns among KINDS; one in three resumed runs is killed once more. Compared with the
 undisturbed run: weights, moments, anchor, state, metric rows, scores, texts, the model and the best one, the result; also that
 nothing unfinished is left. Every process is a fork of one that has only imported (with --gpus 2: a process, whose launcher is
-killed). Prints one JSON line last; exit code 1 where anything differed. Linux.
+killed). Prints one JSON line last; exit code 1 where anything differed. ``--quick``: two kills. Linux.
 """
 
 import argparse
@@ -261,11 +261,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--times", type=int, default=50)
+    parser.add_argument("--quick", action="store_true", help="two kills")
+    parser.add_argument("--times", type=int, help="kills (50; with --quick 2)")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    given.times = given.times or (2 if given.quick else 50)
     cli.calm_threads(os.environ)
     if given.gpus == 1:  # what a fork should not have to import; it must not compute
         cli.quiet_libraries()

@@ -28,7 +28,6 @@ real_pair.py needs.
 import argparse
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import os
 import statistics
@@ -152,8 +151,8 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
             if step == 0:  # the last thing before the first update
                 watch.start()
 
-    class Report:
-        def row(self, row, *_):
+    class Report(measure.Silent):
+        def row(self, row: dict, useful: float, full: float) -> None:
             watch.end(tokens(row))
             phases.append(
                 {
@@ -162,10 +161,6 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
                     if key.startswith("time/") and key.endswith("_s") and not key.endswith("_per_s")
                 }
             )
-
-        def note(self, *_): ...
-        def warn(self, *_): ...
-        def evaluation(self, *_): ...
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Folder(Path(scratch) / "run")
@@ -387,9 +382,7 @@ def main() -> None:
     )
     parser.add_argument("--child", nargs=2, metavar=("ARM", "CASE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if importlib.util.find_spec("trl") is None:
-        print('trl is not installed: pip install "torch==2.13.0" -e ".[bench]"', file=sys.stderr)
-        sys.exit(2)
+    measure.require("trl", 'pip install "torch==2.13.0" -e ".[bench]"')
     given.pairs = given.pairs or (1 if given.quick else 3)
     given.updates = given.updates or 2
     if given.updates < 2:

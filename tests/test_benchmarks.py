@@ -1,0 +1,107 @@
+"""The benchmarks: each answers with --quick, and leaves the recorded results alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import last_json
+from test_train import prepared
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "tests/benchmarks"
+RESULTS = BENCHMARKS / "results"
+PROGRAMS = sorted(
+    file.stem
+    for file in BENCHMARKS.glob("*.py")
+    if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
+)
+COMMANDS = [
+    *([name] for name in PROGRAMS),
+    ["prefix", "--arms", "plugins"],
+    ["prefix", "--arms", "cross"],
+]
+GRIDS = {  # arms file → arms that --quick keeps
+    "prefix": {"full", "sft", "10%", "auto"},
+    "plugins": {"full", "full soft-or 0.5", "slow", "slow effopd", "student uniform token"},
+    "cross": {"strict", "simct", "sft"},
+}
+TABLES = {  # program → the key of its document that its table in the README is made of
+    "cross_tokenizer": "modes",
+    "divergence": "table",
+    "gold": "arms",
+    "limit": "share_of_limit",
+    "plan": "runs",
+    "prefix": "summary",
+    "ranks": "table",
+    "rollout": "table",
+    "scaling": "table",
+    "selection": "table",
+    "soak": "resumed_from",
+    "update_vs_trl": "cases",
+}
+# Reading the GGUF file takes longest, so these share its folder.
+WORK = {"limit": "smollm2", "rollout": "smollm2", "scaling": "smollm2", "update_vs_trl": "."}
+
+
+def test_a_watched_run_reports_every_update(pair, questions, monkeypatch):
+    """`update_vs_trl.py` and `gold.py` time our updates with it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import update_vs_trl
+
+    watch, phases = update_vs_trl.watched(
+        prepared(pair, questions, train__steps=2), lambda row: row["rollout/taught_tokens"]
+    )
+    assert len(watch.tokens) == len(phases) == 2
+    assert all(tokens > 0 for tokens in watch.tokens)
+    assert all(row["student_update"] > 0 for row in phases)
+
+
+def test_a_missing_package_is_named_in_one_line():
+    """`test_quick_answers` skips a program that ends so."""
+    code = "import measure; measure.require('no_such', 'pip install it')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "the package no_such is not installed: pip install it\n"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_quick_answers(command, tmp_path_factory):
+    """The last line is JSON and holds what the table is made of; no recorded result changes."""
+    name, *flags = command
+    if name in WORK:
+        flags += ["--work", str(tmp_path_factory.getbasetemp() / "pair" / WORK[name])]
+    before = recorded()
+    done = subprocess.run(
+        [sys.executable, f"tests/benchmarks/{name}.py", "--quick", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert recorded() == before
+    last = (done.stderr.splitlines() or [""])[-1]
+    if done.returncode == 2 and "is not installed" in last:
+        pytest.skip(last)
+    assert done.returncode == 0, done.stderr
+    document = last_json(done.stdout)
+    if name in TABLES:
+        assert document[TABLES[name]]
+    if name == "prefix":
+        assert_has_its_arms(document)
+
+
+def recorded() -> dict[str, bytes]:
+    """The recorded results by file name."""
+    return {file.name: file.read_bytes() for file in RESULTS.iterdir()}
+
+
+def assert_has_its_arms(document: dict) -> None:
+    """Every arm that --quick keeps has a row, and the claims about them were judged."""
+    grid = document["arms_file"]
+    assert {row["arm"] for row in document["summary"]} == {"untrained", *GRIDS[grid]}
+    assert len(document["claims"]) >= 2
+    if grid == "plugins":
+        assert document["extrapolations"]["slow effopd"]["k"]
