@@ -1,6 +1,6 @@
 """`python -m prefix_distill …`."""
 
-from prefix_distill.cli import main
+from .cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -16,9 +16,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
-    Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -177,7 +177,7 @@ def invoke(*arguments):
     import io
     from unittest import mock
 
-    from prefix_distill import cli
+    from prefix_distill.cli import main as cli
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = mock.patch.object(sys, "argv", ["prefix-distill", *map(str, arguments)])

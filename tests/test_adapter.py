@@ -6,22 +6,23 @@ import shutil
 
 import pytest
 import torch
+from conftest import invoke, last_json, save_tiny
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_self_distillation import SELF, trained
+from test_train import Silent, assert_same, prepared, update_gradient
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import invoke, last_json, save_tiny
-from prefix_distill import config as configuration
-from prefix_distill import models, scoring, train
-from prefix_distill.checkpoint import RunFolder
+from prefix_distill.config import sections as configuration
+from prefix_distill.engine import models, scoring
+from prefix_distill.engine.device import Clock
+from prefix_distill.engine.sampling import Request, generate
 from prefix_distill.errors import UserError
-from prefix_distill.flops import Ledger, shape
-from prefix_distill.rollout import Request, generate
-from prefix_distill.runtime import Clock
-from prefix_distill.train import StudentLoss
-from test_self_distillation import SELF, trained
-from test_train import Silent, assert_same, prepared, update_gradient
+from prefix_distill.maths.flops import Ledger, shape
+from prefix_distill.training import session as train
+from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.session import StudentLoss
 
 IDS = torch.arange(3, 40)[None]
 
@@ -239,7 +240,7 @@ def test_cost_as_executed(pair, questions):
     ledger.forward("update", run.student_shape, reads, passes=3)
     net = run.student.net.config
     width, kv = net.hidden_size, net.num_key_value_heads * net.head_dim
-    from prefix_distill.flops import linear_tokens
+    from prefix_distill.maths.flops import linear_tokens
 
     unneeded = 2 * (width * width + 2 * width * kv) * linear_tokens(reads)[1]
     real = counter.get_total_flops() - run.teacher_shape.output(len(weight_N))

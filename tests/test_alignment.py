@@ -12,6 +12,7 @@ import torch
 from conftest import byte_tokenizer, tiny_net
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_simct import by_the_book
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -21,16 +22,16 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from test_simct import by_the_book
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from prefix_distill import scoring, simct
-from prefix_distill.alignment import Alignment, Bytes, census, match, shares
-from prefix_distill.demo import build
-from prefix_distill.divergence import Head, Terms
+from prefix_distill.engine import scoring
+from prefix_distill.engine.alignment import Alignment, Bytes, census, match, shares
+from prefix_distill.engine.models import Model
+from prefix_distill.engine.sampling import Rollout, Unit
 from prefix_distill.errors import UserError
-from prefix_distill.models import Model
-from prefix_distill.rollout import Rollout, Unit
+from prefix_distill.lab import build
+from prefix_distill.maths import simct
+from prefix_distill.maths.divergence import Head, Terms
 
 CORPUS = [
     "the happy cat is now happier than 42 cats; 42+17=59 and 345*12=4140",

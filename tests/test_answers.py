@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefix_distill.answers import correct, extract, reference
+from prefix_distill.prompts.answers import correct, extract, reference
 
 
 @pytest.mark.parametrize(

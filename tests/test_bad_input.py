@@ -12,10 +12,9 @@ import tempfile
 
 import pytest
 import torch
+from conftest import byte_tokenizer, invoke, save_tiny, tiny_net
 from safetensors.torch import load_file, save_file
 from tokenizers.normalizers import Lowercase
-
-from conftest import byte_tokenizer, invoke, save_tiny, tiny_net
 
 LINE = '{"question": "1+1?", "answer": "2"}\n'
 

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from conftest import byte_tokenizer, invoke, last_json, save_tiny, tiny_net
+from test_train import prepared
 from transformers import GenerationConfig
 
-from conftest import byte_tokenizer, invoke, last_json, save_tiny, tiny_net
-from prefix_distill import checks, models
-from test_train import prepared
+from prefix_distill.engine import models
+from prefix_distill.planning import checks
 
 NAMES = [
     "vocabulary",

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import yaml
-
 from conftest import invoke, last_json
-from prefix_distill import compare
-from prefix_distill.checkpoint import RunFolder
+
 from prefix_distill.errors import UserError
+from prefix_distill.results import compare
+from prefix_distill.training.folder import RunFolder
 
 TREE = {
     "base": {
@@ -87,7 +87,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     tuned = yaml.safe_load((tmp_path / "whole/full/tune-0.001/config.yaml").read_text())
     assert tuned["runtime"]["seed"] == 7 and tuned["evaluate"]["split"] == "validation"
 
-    from prefix_distill import train
+    from prefix_distill.training import session as train
 
     plain, calls = train._update, []
 

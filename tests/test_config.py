@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_distill import __version__, config
+from prefix_distill import __version__
+from prefix_distill.config import sections as config
 from prefix_distill.errors import UserError
-from prefix_distill.schedule import parse_prefix, warmup_steps
+from prefix_distill.maths.schedule import parse_prefix, warmup_steps
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,22 @@ from test_flops import counted
 from test_simct import by_the_book
 from test_train import assert_same
 
-from prefix_distill import config as configuration
-from prefix_distill import data, preflight, scoring, simct, train
-from prefix_distill.alignment import Alignment, Bytes, Shared
-from prefix_distill.divergence import Head, Terms
-from prefix_distill.flops import Ledger
-from prefix_distill.runtime import Clock
-from prefix_distill.weights import token_weights
+from prefix_distill.config import sections as configuration
+from prefix_distill.engine import scoring
+from prefix_distill.engine.alignment import Alignment, Bytes, Shared
+from prefix_distill.engine.device import Clock
+from prefix_distill.maths import simct
+from prefix_distill.maths.divergence import Head, Terms
+from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.weights import token_weights
+from prefix_distill.prompts import load as data
+from prefix_distill.training import prepare as preflight
+from prefix_distill.training import session as train
 
 KILLED = """
 import os, signal, sys
-from prefix_distill import {module} as module
-from prefix_distill.cli import main
+import prefix_distill.{module} as module
+from prefix_distill.cli.main import main
 plain, calls = module.{name}, []
 def counted(*arguments, **options):
     calls.append(1)
@@ -294,7 +298,7 @@ def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
         [
             sys.executable,
             "-c",
-            KILLED.format(module="train", name="_update", at=3),
+            KILLED.format(module="training.session", name="_update", at=3),
             "run",
             *flags,
             "--out",

@@ -8,11 +8,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-
 from conftest import byte_tokenizer, invoke, last_json
-from prefix_distill import data, models, preflight
-from prefix_distill.config import build, options
+
+from prefix_distill.config.sections import build, options
+from prefix_distill.engine import models
 from prefix_distill.errors import UserError
+from prefix_distill.prompts import load as data
+from prefix_distill.training import prepare as preflight
 
 ROWS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
 

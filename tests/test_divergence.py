@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prefix_distill.divergence import (
+from prefix_distill.maths.divergence import (
     Head,
     Terms,
     per_token,

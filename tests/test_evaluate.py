@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-
 from conftest import tiny_net
-from prefix_distill import evaluate
-from prefix_distill.data import Prompt
-from prefix_distill.models import Model
-from prefix_distill.rollout import Sampler
-from prefix_distill.runtime import Place
+
+from prefix_distill.engine import evaluate
+from prefix_distill.engine.device import Place
+from prefix_distill.engine.models import Model
+from prefix_distill.engine.sampling import Sampler
+from prefix_distill.prompts.load import Prompt
 
 PLACE = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
 
@@ -126,8 +126,8 @@ def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
     """The comparison has a time limit, so two ranks could come to two verdicts: only the rank that sampled an answer grades it."""
     from types import SimpleNamespace
 
-    from prefix_distill import evaluate as module
-    from prefix_distill.rollout import Response
+    from prefix_distill.engine import evaluate as module
+    from prefix_distill.engine.sampling import Response
 
     graded, problems = (
         [],

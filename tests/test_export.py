@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import invoke, last_json, save_tiny
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conftest import invoke, last_json, save_tiny
-from prefix_distill import card
-from prefix_distill import config as configuration
+from prefix_distill.config import sections as configuration
+from prefix_distill.training import card
 
 INSTRUCTION = "Answer in 'one' line;\n```no $HOME``` | \"quotes\" --and flags"
 

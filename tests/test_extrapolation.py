@@ -6,12 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import tiny_net
 from hypothesis import given, strategies
 from torch.nn import Linear, Parameter
 
-from conftest import tiny_net
 from prefix_distill.errors import UserError
-from prefix_distill.extrapolation import diagnose, due, effective_rank, extrapolate, moved, snapshot
+from prefix_distill.maths.extrapolation import (
+    diagnose,
+    due,
+    effective_rank,
+    extrapolate,
+    moved,
+    snapshot,
+)
 
 
 def line(weight: float, anchor: float):
@@ -412,9 +419,10 @@ def test_diagnostics_by_hand():
 
 
 def trained(pair, questions, folder, **changes):
-    from prefix_distill import train
-    from prefix_distill.checkpoint import RunFolder
     from test_train import Silent, prepared
+
+    from prefix_distill.training import session as train
+    from prefix_distill.training.folder import RunFolder
 
     run = prepared(
         pair, questions, train__steps=1, schedule__warmup="0", schedule__lr=1e-2, **changes
@@ -473,11 +481,12 @@ def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tm
 def test_scores_are_paired_and_are_what_they_say(pair, questions):
     """heldout-kl: full logits of fresh rollouts read alone. accuracy: evaluation's grading. Same prompts, same draws every time."""
     import torch.nn.functional as F
-
-    from prefix_distill import evaluate, monitor
-    from prefix_distill.flops import Ledger
-    from prefix_distill.runtime import seed_of
     from test_train import prepared
+
+    from prefix_distill.engine import evaluate
+    from prefix_distill.engine.device import seed_of
+    from prefix_distill.maths.flops import Ledger
+    from prefix_distill.training import monitor
 
     run = prepared(
         pair,

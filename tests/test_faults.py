@@ -11,17 +11,19 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from conftest import byte_tokenizer, invoke, last_json, tiny_net
-from prefix_distill import config as configuration
-from prefix_distill import rollout, scoring, train
-from prefix_distill.checkpoint import RunFolder
-from prefix_distill.display import Reporter
-from prefix_distill.errors import Interrupted, MemoryShortage, Stopped, UserError
-from prefix_distill.runtime import Interrupt
+from safetensors.torch import load_file
 from test_resume import flags, rows
 from test_train import Silent, prepared
+
+from prefix_distill.config import sections as configuration
+from prefix_distill.display import Reporter
+from prefix_distill.engine import sampling as rollout
+from prefix_distill.engine import scoring
+from prefix_distill.engine.device import Interrupt
+from prefix_distill.errors import Interrupted, MemoryShortage, Stopped, UserError
+from prefix_distill.training import session as train
+from prefix_distill.training.folder import RunFolder
 
 
 def run_in(folder, run, report: Reporter | None = None, resume=False, **more):

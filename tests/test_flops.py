@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from conftest import tiny_net
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import tiny_net
-from prefix_distill import models, scoring
-from prefix_distill.divergence import Terms, weighted
-from prefix_distill.flops import Ledger, Shape, shape, update_cost
-from prefix_distill.models import Model
-from prefix_distill.rollout import Request, Rollout, Sampler, generate
+from prefix_distill.engine import models, scoring
+from prefix_distill.engine.models import Model
+from prefix_distill.engine.sampling import Request, Rollout, Sampler, generate
+from prefix_distill.maths.divergence import Terms, weighted
+from prefix_distill.maths.flops import Ledger, Shape, shape, update_cost
 
 KINDS = ["llama", "qwen3", "gemma3", "neox", "gpt2"]
 DECODING = pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_scoring_and_update_as_executed(model, samples):
     def update():
         rows = scoring.hidden_rows(model, group)
         teacher = torch.zeros(len(rows), 1)
-        from prefix_distill.divergence import Head
+        from prefix_distill.maths.divergence import Head
 
         loss, *_ = weighted(
             Terms("reverse-kl"),

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from conftest import invoke, last_json, save_tiny
 
 FOLDER = Path(__file__).parent / "format-1"

@@ -12,10 +12,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefix_distill import answers, config, data
-from prefix_distill.answers import correct, extract, reference
+from prefix_distill.config import sections as config
 from prefix_distill.errors import UserError
-from prefix_distill.schedule import parse_prefix
+from prefix_distill.maths.schedule import parse_prefix
+from prefix_distill.prompts import answers
+from prefix_distill.prompts import load as data
+from prefix_distill.prompts.answers import correct, extract, reference
 
 PLAIN = st.recursive(
     st.one_of(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import typer
-
 from conftest import invoke, last_json
-from prefix_distill import cli
-from prefix_distill import config as configuration
+
+from prefix_distill.cli import main as cli
+from prefix_distill.config import sections as configuration
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "prefix_distill/help"
@@ -217,7 +217,7 @@ def test_env_is_one_document_without_secrets_or_paths(tmp_path, monkeypatch):
 def test_env_knows_every_package_that_can_be_asked_for():
     import tomllib
 
-    from prefix_distill.runtime import PACKAGES
+    from prefix_distill.engine.device import PACKAGES
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [

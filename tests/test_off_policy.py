@@ -4,16 +4,18 @@ import json
 
 import pytest
 import torch
-
-from prefix_distill import config as configuration
-from prefix_distill import data, off_policy, train
-from prefix_distill.checkpoint import RunFolder
-from prefix_distill.errors import UserError
-from prefix_distill.flops import Ledger
-from prefix_distill.monitor import Progress
-from prefix_distill.runtime import Clock
-from prefix_distill.weights import token_weights
 from test_train import Silent, prepared
+
+from prefix_distill.config import sections as configuration
+from prefix_distill.engine.device import Clock
+from prefix_distill.errors import UserError
+from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.weights import token_weights
+from prefix_distill.prompts import load as data
+from prefix_distill.training import session as train
+from prefix_distill.training import teacher_text as off_policy
+from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.monitor import Progress
 
 
 def gradient(run, folder, prefix=12):
@@ -114,7 +116,7 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
         )
     )
     # it is what the teacher samples: the same draw from its own distribution, prompt by prompt
-    from prefix_distill.rollout import Request, generate
+    from prefix_distill.engine.sampling import Request, generate
 
     first = data.batch(run.train_prompts, 0, 5, 0)[0]
     alone = generate(

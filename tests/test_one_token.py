@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prefix_distill import monitor, train
-from prefix_distill.config import build
-from prefix_distill.divergence import Terms
-from prefix_distill.flops import Ledger, Shape
-from prefix_distill.models import Model
-from prefix_distill.rollout import Rollout
-from prefix_distill.runtime import Clock, Place
-from prefix_distill.weights import token_weights
+from prefix_distill.config.sections import build
+from prefix_distill.engine.device import Clock, Place
+from prefix_distill.engine.models import Model
+from prefix_distill.engine.sampling import Rollout
+from prefix_distill.maths.divergence import Terms
+from prefix_distill.maths.flops import Ledger, Shape
+from prefix_distill.maths.weights import token_weights
+from prefix_distill.training import monitor
+from prefix_distill.training import session as train
 
 
 class Bigram(torch.nn.Module):

@@ -5,15 +5,16 @@ import weakref
 
 import pytest
 import torch
+from conftest import invoke, last_json, tiny_config, tiny_net
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma3TextConfig
 
-from conftest import invoke, last_json, tiny_config, tiny_net
-from prefix_distill import forecast, models, scoring
-from prefix_distill.config import Adapter, build
-from prefix_distill.divergence import Terms, weighted
-from prefix_distill.models import Model
+from prefix_distill.config.sections import Adapter, build
+from prefix_distill.engine import models, scoring
+from prefix_distill.engine.models import Model
+from prefix_distill.maths.divergence import Terms, weighted
+from prefix_distill.planning import forecast
 
 
 class Held(TorchDispatchMode):
@@ -195,7 +196,7 @@ def test_flops_are_what_a_dry_run_says(pair, questions):
     code, out, err = invoke("run", *given, "--dry-run")
     assert code == 0, err
     priced = last_json(out)["flops_per_update"]
-    from prefix_distill import plan
+    from prefix_distill.planning import plan
 
     config = build(
         {

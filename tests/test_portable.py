@@ -9,13 +9,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prefix_distill import config as configuration
-from prefix_distill import data, models, preflight, probe, report, runtime, train
-from prefix_distill.demo import show
+from prefix_distill.config import sections as configuration
+from prefix_distill.engine import device as runtime
+from prefix_distill.engine import models
+from prefix_distill.engine.models import is_path
 from prefix_distill.errors import UserError
-from prefix_distill.flops import Ledger
-from prefix_distill.models import is_path
-from prefix_distill.weights import token_weights
+from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.weights import token_weights
+from prefix_distill.planning import probe
+from prefix_distill.prompts import load as data
+from prefix_distill.results import demo as show
+from prefix_distill.results import summary as report
+from prefix_distill.training import prepare as preflight
+from prefix_distill.training import session as train
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from prefix_distill import answers, data
 from prefix_distill.errors import UserError
-from prefix_distill.presets import BOXED, LETTER, PRESETS
+from prefix_distill.prompts import answers
+from prefix_distill.prompts import load as data
+from prefix_distill.prompts.presets import BOXED, LETTER, PRESETS
 
 WRAPPED = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "

@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
-
 from conftest import invoke, last_json
-from prefix_distill import probe
+
+from prefix_distill.planning import probe
 
 
 def curve(*points):

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import invoke, last_json
 from safetensors.torch import load_file, save_file
 
-from conftest import invoke, last_json
-from prefix_distill import cli, preflight, runtime, scoring, train
-from prefix_distill import config as configuration
-from prefix_distill import probe as probing
-from prefix_distill.checkpoint import RunFolder
+from prefix_distill.cli import main as cli
+from prefix_distill.config import sections as configuration
+from prefix_distill.engine import device as runtime
+from prefix_distill.engine import scoring
 from prefix_distill.errors import Stopped
+from prefix_distill.planning import probe as probing
+from prefix_distill.training import prepare as preflight
+from prefix_distill.training import session as train
+from prefix_distill.training.folder import RunFolder
 
 BASE = {
     "train.steps": 3,

@@ -7,12 +7,12 @@ import re
 
 import pytest
 import yaml
-
 from conftest import invoke, last_json
-from prefix_distill import config as configuration
-from prefix_distill import report
+
+from prefix_distill.config import sections as configuration
 from prefix_distill.errors import UserError
-from prefix_distill.weights import quadrants
+from prefix_distill.maths.weights import quadrants
+from prefix_distill.results import summary as report
 
 N = 400
 

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-
 from conftest import invoke, last_json
+from safetensors.torch import load_file
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -222,8 +221,8 @@ def test_resume_is_exact_inside_every_schedule_and_method(
 ):
     from test_train import Silent, prepared
 
-    from prefix_distill import train
-    from prefix_distill.checkpoint import RunFolder
+    from prefix_distill.training import session as train
+    from prefix_distill.training.folder import RunFolder
 
     plain, calls = train._update, []
 

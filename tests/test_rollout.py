@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-
 from conftest import tiny_net
-from prefix_distill import models, rollout, scoring
-from prefix_distill.models import Model
-from prefix_distill.rollout import Request, Rollout, Sampler, generate
-from prefix_distill.runtime import seed_of
+
+from prefix_distill.engine import models, scoring
+from prefix_distill.engine import sampling as rollout
+from prefix_distill.engine.device import seed_of
+from prefix_distill.engine.models import Model
+from prefix_distill.engine.sampling import Request, Rollout, Sampler, generate
 
 EOS = frozenset({257})
 

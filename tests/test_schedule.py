@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, strategies
 
 from prefix_distill.errors import UserError
-from prefix_distill.schedule import PATIENCE, OffPolicy, parse_off_policy, parse_prefix
+from prefix_distill.maths.schedule import PATIENCE, OffPolicy, parse_off_policy, parse_prefix
 
 
 @pytest.mark.parametrize(

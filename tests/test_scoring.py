@@ -4,13 +4,14 @@ import importlib.util
 
 import pytest
 import torch
+from conftest import byte_tokenizer, tiny_net
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
-from conftest import byte_tokenizer, tiny_net
-from prefix_distill import data, scoring
-from prefix_distill.flops import linear_tokens
-from prefix_distill.models import Model
-from prefix_distill.rollout import Rollout
+from prefix_distill.engine import scoring
+from prefix_distill.engine.models import Model
+from prefix_distill.engine.sampling import Rollout
+from prefix_distill.maths.flops import linear_tokens
+from prefix_distill.prompts import load as data
 
 missing = [
     name

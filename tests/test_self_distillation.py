@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-
 from conftest import byte_tokenizer, invoke, save_tiny
-from prefix_distill import config as configuration
-from prefix_distill import data, models, train
-from prefix_distill.checkpoint import RunFolder
-from prefix_distill.errors import UserError
 from test_train import Silent, prepared, update_gradient
+
+from prefix_distill.config import sections as configuration
+from prefix_distill.engine import models
+from prefix_distill.errors import UserError
+from prefix_distill.prompts import load as data
+from prefix_distill.training import session as train
+from prefix_distill.training.folder import RunFolder
 
 SELF = {
     "models__teacher": "self",

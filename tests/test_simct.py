@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from prefix_distill import simct
-from prefix_distill.alignment import Shared
-from prefix_distill.divergence import Head, Terms, per_token, weighted
-from prefix_distill.rollout import Rollout, Unit
+from prefix_distill.engine.alignment import Shared
+from prefix_distill.engine.sampling import Rollout, Unit
+from prefix_distill.maths import simct
+from prefix_distill.maths.divergence import Head, Terms, per_token, weighted
 
 D, E, V, W = 6, 5, 17, 23
 SHARED = Shared((0, 2, 3, 5, 7, 11), (1, 4, 0, 9, 20, 8), (15, 16), (22,))

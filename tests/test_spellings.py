@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import typer
-
 from conftest import invoke
-from prefix_distill import cli, spellings
-from prefix_distill import config as configuration
+
+from prefix_distill.cli import main as cli
+from prefix_distill.cli import spellings
+from prefix_distill.config import sections as configuration
 from prefix_distill.errors import UserError
 
 PAGE = (Path(cli.__file__).parent / "help/migration.md").read_text(encoding="utf-8")

@@ -7,12 +7,12 @@ import signal
 
 import numpy
 import pytest
-
 from conftest import invoke, last_json
-from prefix_distill import display, train
-from prefix_distill.errors import Stopped
 from test_resume import flags
 
+from prefix_distill import display
+from prefix_distill.errors import Stopped
+from prefix_distill.training import session as train
 
 SMALL = [
     "--batch-size",

@@ -6,16 +6,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import byte_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from conftest import byte_tokenizer, save_tiny
-from prefix_distill import config as configuration
-from prefix_distill import data, models, monitor, preflight, scoring, train
-from prefix_distill.checkpoint import RunFolder
+from prefix_distill.config import sections as configuration
+from prefix_distill.engine import models, scoring
+from prefix_distill.engine.device import Clock
 from prefix_distill.errors import Stopped
-from prefix_distill.flops import Ledger
-from prefix_distill.runtime import Clock
-from prefix_distill.weights import token_weights
+from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.weights import token_weights
+from prefix_distill.prompts import load as data
+from prefix_distill.training import monitor
+from prefix_distill.training import prepare as preflight
+from prefix_distill.training import session as train
+from prefix_distill.training.folder import RunFolder
 
 
 class Silent:
@@ -389,7 +393,7 @@ def test_tail_warning_needs_a_paired_rise():
 
 
 def test_learning_rate_schedules():
-    from prefix_distill.schedule import learning_rate
+    from prefix_distill.maths.schedule import learning_rate
 
     rates = lambda name, warmup: [
         learning_rate(k, peak=1.0, schedule=name, warmup=warmup, steps=10) for k in range(10)

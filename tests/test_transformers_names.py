@@ -10,10 +10,10 @@ import torch
 from conftest import tiny_net
 from transformers import GenerationMixin
 
-from prefix_distill import models
-from prefix_distill import transformers_names as names
-from prefix_distill.flops import STRETCH
-from prefix_distill.rollout import Request, Sampler, generate
+from prefix_distill.engine import models
+from prefix_distill.engine import transformers_names as names
+from prefix_distill.engine.sampling import Request, Sampler, generate
+from prefix_distill.maths.flops import STRETCH
 
 KINDS = ("llama", "qwen3", "gemma3", "neox", "gpt2")
 

@@ -13,16 +13,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from conftest import save_tiny
-from prefix_distill import config as configuration
-from prefix_distill import data, preflight, simct, train
-from prefix_distill.alignment import Shared
-from prefix_distill.divergence import Head, Terms
-from prefix_distill.flops import Ledger
-from prefix_distill.rollout import Rollout, Unit
-from prefix_distill.runtime import Clock
-from prefix_distill.weights import token_weights
+
+from prefix_distill.config import sections as configuration
+from prefix_distill.engine.alignment import Shared
+from prefix_distill.engine.device import Clock
+from prefix_distill.engine.sampling import Rollout, Unit
+from prefix_distill.maths import simct
+from prefix_distill.maths.divergence import Head, Terms
+from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.weights import token_weights
+from prefix_distill.prompts import load as data
+from prefix_distill.training import prepare as preflight
+from prefix_distill.training import session as train
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies
+from test_train import assert_same, prepared, update_gradient
 
-from prefix_distill import data, scoring, train
-from prefix_distill.divergence import Terms
+from prefix_distill.engine import scoring
+from prefix_distill.engine.device import Clock
+from prefix_distill.engine.sampling import Rollout
 from prefix_distill.errors import UserError
-from prefix_distill.flops import Ledger
-from prefix_distill.runtime import Clock
-from prefix_distill.rollout import Rollout
-from prefix_distill.weights import (
+from prefix_distill.maths.divergence import Terms
+from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.weights import (
     SELECTIONS,
     WINDOWS,
     Selection,
@@ -28,7 +29,8 @@ from prefix_distill.weights import (
     scale,
     token_weights,
 )
-from test_train import assert_same, prepared, update_gradient
+from prefix_distill.prompts import load as data
+from prefix_distill.training import session as train
 
 
 def test_windows_by_hand():

@@ -23,9 +23,10 @@ import real_pair
 import torch
 from measure import machine, record
 
-from prefix_distill import data, models, scoring
-from prefix_distill.alignment import match
-from prefix_distill.rollout import Request, Rollout, Sampler, generate
+from prefix_distill.engine import models, scoring
+from prefix_distill.engine.alignment import match
+from prefix_distill.engine.sampling import Request, Rollout, Sampler, generate
+from prefix_distill.prompts import load as data
 
 COLUMNS = (
     "--prompt-column",

@@ -27,7 +27,7 @@ DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd": 0.5}  # TRL's beta
 def naive(name, student, head, teacher, teacher_head, weight):
     import torch.nn.functional as F
 
-    from prefix_distill.divergence import per_token
+    from prefix_distill.maths.divergence import per_token
 
     sides = (
         F.log_softmax(rows @ matrix.T, -1)
@@ -39,7 +39,7 @@ def naive(name, student, head, teacher, teacher_head, weight):
 def checkpointed(name, student, head, teacher, teacher_head, weight):
     from torch.utils.checkpoint import checkpoint
 
-    from prefix_distill.divergence import Terms
+    from prefix_distill.maths.divergence import Terms
 
     size = Terms(name, 0.5).chunk(len(head))
     return sum(
@@ -58,7 +58,7 @@ def checkpointed(name, student, head, teacher, teacher_head, weight):
 
 
 def ours(name, student, head, teacher, teacher_head, weight):
-    from prefix_distill.divergence import Head, Terms, weighted
+    from prefix_distill.maths.divergence import Head, Terms, weighted
 
     return weighted(Terms(name, 0.5), student, Head(head), teacher, Head(teacher_head), weight)[0]
 

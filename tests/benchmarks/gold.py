@@ -35,7 +35,8 @@ def prepare(given, work: Path) -> dict:
     """Saves both models and the questions, none twice."""
     import torch
 
-    from prefix_distill import data, models
+    from prefix_distill.engine import models
+    from prefix_distill.prompts import load as data
 
     gemma(work / "gemma")
     if not (work / "smollm2").is_dir():
@@ -60,7 +61,9 @@ def prepare(given, work: Path) -> dict:
 
 
 def ours(mode: str, given, work: Path) -> dict:
-    from prefix_distill import cli, config, preflight
+    from prefix_distill.cli import main as cli
+    from prefix_distill.config import sections as config
+    from prefix_distill.training import prepare as preflight
 
     cli.quiet_libraries()
     run = preflight.prepare(
@@ -110,7 +113,7 @@ def gold(given, work: Path) -> dict:
     import transformers
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
-    from prefix_distill import data
+    from prefix_distill.prompts import load as data
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

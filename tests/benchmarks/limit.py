@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 
 import measure
-from prefix_distill import cli
+
+from prefix_distill.cli import main as cli
 
 
 def bandwidth() -> float:
@@ -49,9 +50,8 @@ def main() -> None:
         "--work", type=Path, help="folder with student/ and teacher/ (default: made anew)"
     )
     given = parser.parse_args()
-    import torch
-
     import scaling
+    import torch
 
     cli.quiet_libraries()
     prompts, repeats = (2, 1) if given.quick else (8, given.repeats)

@@ -81,7 +81,8 @@ SEVEN = QWEN | {
 
 def cards() -> list[dict]:
     """`prefix-distill plan` of the pair, and of the student that is its own teacher."""
-    from prefix_distill import config, plan
+    from prefix_distill.config import sections as config
+    from prefix_distill.planning import plan
 
     with tempfile.TemporaryDirectory() as text:
         for name, tree in (("1.5B", QWEN), ("7B", SEVEN)):
@@ -200,8 +201,11 @@ def run(folder: Path, name: str) -> dict:
     import torch
     import transformers
 
-    from prefix_distill import config, plan, preflight, train
-    from prefix_distill.checkpoint import RunFolder
+    from prefix_distill.config import sections as config
+    from prefix_distill.planning import plan
+    from prefix_distill.training import prepare as preflight
+    from prefix_distill.training import session as train
+    from prefix_distill.training.folder import RunFolder
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

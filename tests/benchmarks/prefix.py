@@ -22,9 +22,14 @@ import torch
 import yaml
 from measure import HERE, machine, record
 
-from prefix_distill import cli, compare, data, models, preflight, report
-from prefix_distill import config as configuration
-from prefix_distill.rollout import Request, Sampler, generate
+from prefix_distill.cli import main as cli
+from prefix_distill.config import sections as configuration
+from prefix_distill.engine import models
+from prefix_distill.engine.sampling import Request, Sampler, generate
+from prefix_distill.prompts import load as data
+from prefix_distill.results import compare
+from prefix_distill.results import summary as report
+from prefix_distill.training import prepare as preflight
 
 MARGIN = 0.03  # points by which an arm may be behind and still "match"
 PICTURED = {  # picture → (arms, x axis)

@@ -54,8 +54,11 @@ def rank(values: str) -> None:
     """One rank of one run: seconds of each update but the first, on stdout of rank 0."""
     import torch
 
-    from prefix_distill import cli, config, preflight, train
-    from prefix_distill.checkpoint import RunFolder
+    from prefix_distill.cli import main as cli
+    from prefix_distill.config import sections as config
+    from prefix_distill.training import prepare as preflight
+    from prefix_distill.training import session as train
+    from prefix_distill.training.folder import RunFolder
 
     torch.set_num_threads(1)
     cli.quiet_libraries()

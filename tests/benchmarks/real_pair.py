@@ -39,7 +39,7 @@ def copy_teacher(folder: Path) -> Path:
     """The teacher as a folder, which loads in a second; its GGUF file takes a minute."""
     import torch
 
-    from prefix_distill import models
+    from prefix_distill.engine import models
 
     models.save(
         models.load(str(teacher()), device=torch.device("cpu"), dtype=torch.float32), folder
@@ -51,7 +51,7 @@ def make_student(folder: Path, source: Path | None = None) -> Path:
     """The teacher (or its copy at ``source``, which loads faster than the GGUF file) without its middle layers, as a folder."""
     import torch
 
-    from prefix_distill import models
+    from prefix_distill.engine import models
 
     model = models.load(str(source or teacher()), device=torch.device("cpu"), dtype=torch.float32)
     layers = [layer for i, layer in enumerate(model.net.model.layers) if i not in DROPPED]

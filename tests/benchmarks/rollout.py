@@ -23,7 +23,8 @@ from pathlib import Path
 import measure
 import real_pair
 import scaling
-from prefix_distill import cli
+
+from prefix_distill.cli import main as cli
 
 CASES = {"8 prompts × 1": (8, 1), "2 prompts × 4": (2, 4), "8 prompts × 4": (8, 4)}
 UNWRITTEN = 5  # <file_sep>
@@ -32,7 +33,8 @@ UNWRITTEN = 5  # <file_sep>
 def load(work: Path):
     import torch
 
-    from prefix_distill import data, models, scoring
+    from prefix_distill.engine import models, scoring
+    from prefix_distill.prompts import load as data
 
     model = models.load(
         str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32
@@ -47,9 +49,9 @@ def load(work: Path):
 def ours(model, rows, tokens, turn):
     import torch
 
-    from prefix_distill.models import decoder
-    from prefix_distill.rollout import Request, Sampler, generate
-    from prefix_distill.runtime import Clock
+    from prefix_distill.engine.device import Clock
+    from prefix_distill.engine.models import decoder
+    from prefix_distill.engine.sampling import Request, Sampler, generate
 
     decoding, clock = decoder(model, torch.float32), Clock(torch.device("cpu"))
     sampler = Sampler(frozenset({UNWRITTEN}), 2, model.net.config.vocab_size, turn)
@@ -74,8 +76,8 @@ def naive(model, rows, tokens, turn):
     import torch
     from transformers import GenerationConfig, LogitsProcessorList
 
-    from prefix_distill.rollout import _Split
-    from prefix_distill.runtime import Clock
+    from prefix_distill.engine.device import Clock
+    from prefix_distill.engine.sampling import _Split
 
     ids, mask = padded(rows)
     torch.manual_seed(turn)
@@ -96,7 +98,7 @@ def naive(model, rows, tokens, turn):
 def bare(model, rows, tokens, turn):
     import torch
 
-    from prefix_distill.transformers_names import name_cache_argument, read_cache
+    from prefix_distill.engine.transformers_names import name_cache_argument, read_cache
 
     ids, mask = padded(rows)
     torch.manual_seed(turn)
@@ -130,8 +132,8 @@ def compiled(model, rows, tokens) -> dict:
     import torch
     from transformers import StaticCache
 
-    from prefix_distill.models import decoder
-    from prefix_distill.transformers_names import name_cache_argument
+    from prefix_distill.engine.models import decoder
+    from prefix_distill.engine.transformers_names import name_cache_argument
 
     net, found = decoder(model, torch.float32).net, {}
     ids, mask = padded(rows)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import measure
 import real_pair
-from prefix_distill import cli
+
+from prefix_distill.cli import main as cli
 
 UNWRITTEN = "<gh_stars>"  # as end of sequence: every rollout reaches the prefix
 
@@ -24,7 +25,7 @@ def pair(work: Path) -> Path:
     """work/teacher and work/student, made if they are not there."""
     import torch
 
-    from prefix_distill import models
+    from prefix_distill.engine import models
 
     if not ((work / "student").is_dir() and (work / "teacher").is_dir()):
         work.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,8 @@ def pair(work: Path) -> Path:
 
 def prepare(folder: Path, prefix: int, prompts: int, samples: int):
     """A Run on the pair."""
-    from prefix_distill import config, preflight
+    from prefix_distill.config import sections as config
+    from prefix_distill.training import prepare as preflight
 
     return preflight.prepare(
         config.build(
@@ -65,10 +67,12 @@ def prepare(folder: Path, prefix: int, prompts: int, samples: int):
 
 def update(run, step: int) -> dict:
     """One update's rollouts and gradient, timed by phase (no optimizer step: every update is of the same student)."""
-    from prefix_distill import data, models, scoring, train
-    from prefix_distill.flops import Ledger
-    from prefix_distill.runtime import Clock
-    from prefix_distill.weights import token_weights
+    from prefix_distill.engine import models, scoring
+    from prefix_distill.engine.device import Clock
+    from prefix_distill.maths.flops import Ledger
+    from prefix_distill.maths.weights import token_weights
+    from prefix_distill.prompts import load as data
+    from prefix_distill.training import session as train
 
     run.student.net.requires_grad_(True)
     ledger, clock = Ledger(), Clock(run.place.device)
@@ -95,7 +99,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small prefixes, nothing written")
     parser.add_argument("--work", type=Path, help="folder for the pair (default: a temporary one)")
     given = parser.parse_args()
-    from prefix_distill import config
+    from prefix_distill.config import sections as config
 
     cli.quiet_libraries()
     prefixes, samples, fixed = (
@@ -106,7 +110,7 @@ def main() -> None:
     table = []
 
     def one(prefix: int, count: int, shared: bool) -> float:
-        from prefix_distill.schedule import parse_prefix
+        from prefix_distill.maths.schedule import parse_prefix
 
         run.config = config.replace(run.config, rollout={"samples": count})
         run.prefix = parse_prefix(str(prefix), prefix)

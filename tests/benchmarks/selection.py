@@ -25,8 +25,8 @@ def work(arm: str, student, head, teacher, teacher_head):
     """Mean reverse KL over the kept tokens (all of them in the first two arms)."""
     import torch
 
-    from prefix_distill import divergence, weights
-    from prefix_distill.rollout import Rollout
+    from prefix_distill.engine.sampling import Rollout
+    from prefix_distill.maths import divergence, weights
 
     if arm == "naive":
         from divergence import naive

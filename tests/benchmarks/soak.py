@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from prefix_distill import cli
+from prefix_distill.cli import main as cli
 
 KINDS = (
     "any moment",
@@ -272,7 +272,7 @@ if __name__ == "__main__":
     if given.gpus == 1:  # what a fork should not have to import; it must not compute
         cli.quiet_libraries()
         for name in (
-            "prefix_distill.train",
+            "prefix_distill.training.session",
             "prefix_distill.display",
             "transformers.models.llama.modeling_llama",
         ):

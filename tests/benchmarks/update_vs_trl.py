@@ -95,7 +95,7 @@ def make_pair(name: str, folder: Path) -> None:
     """Saves a pair as folder/teacher and folder/student."""
     import torch
 
-    from prefix_distill import models
+    from prefix_distill.engine import models
 
     if name == "smollm2":
         scaling.pair(folder)
@@ -110,10 +110,10 @@ def make_pair(name: str, folder: Path) -> None:
 
 def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
     """Writes the questions of all updates, none twice."""
+    import real_pair
     from transformers import AutoTokenizer
 
-    import real_pair
-    from prefix_distill import data
+    from prefix_distill.prompts import load as data
 
     if case.pair == "embedded":
         found = data.load("lab:choice", split="train")
@@ -140,8 +140,8 @@ def prepare(case: Case, given, folder: Path, file: Path) -> dict:
 
 def watched(run, tokens) -> tuple[Watch, list[dict]]:
     """Trains a prepared run → its Watch (``tokens(row)`` of every update) and the seconds of every update by phase."""
-    from prefix_distill import train
-    from prefix_distill.checkpoint import RunFolder
+    from prefix_distill.training import session as train
+    from prefix_distill.training.folder import RunFolder
 
     watch, phases = Watch(), []
 
@@ -172,7 +172,10 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
 
 def ours(case: Case, given, folder: Path, file: Path) -> dict:
     """Runs our updates."""
-    from prefix_distill import cli, config, data, preflight
+    from prefix_distill.cli import main as cli
+    from prefix_distill.config import sections as config
+    from prefix_distill.prompts import load as data
+    from prefix_distill.training import prepare as preflight
 
     cli.quiet_libraries()
     run = preflight.prepare(
@@ -222,7 +225,7 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
     import transformers
     from trl import DistillationConfig, DistillationTrainer
 
-    from prefix_distill import data
+    from prefix_distill.prompts import load as data
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

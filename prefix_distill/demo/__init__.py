@@ -1,1 +1,0 @@
-"""The laboratory: three small tasks with models that ship inside the package."""

@@ -1,0 +1,1 @@
+"""Models at work on this machine: loading, sampling, alignment, scoring, evaluation."""

@@ -1,0 +1,346 @@
+"""Sample responses with plain ``generate`` and a KV cache."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..maths.flops import STRETCH
+from .device import Clock, seed_of
+from .transformers_names import name_generate_cache_argument, read_cache
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to sample: its prompt ids and the key that seeds it, e.g. (step, prompt slot, sample)."""
+
+    ids: tuple[int, ...]
+    key: tuple
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was sampled: response ids (EOS included if it was sampled), whether EOS ended it, and the log-probability of each
+    id where it was drawn, if the sampler records it.
+
+    A row cut at the cap is not finished: its last id is an ordinary taught token, never taken for EOS.
+    """
+
+    ids: tuple[int, ...]
+    finished: bool
+    logp: tuple[float, ...] | None = None
+
+
+class Unit(NamedTuple):
+    """Text between two boundaries that both tokenizations of a response share: ``size`` of the student's tokens from position
+    ``start`` on, ``teacher_size`` of the teacher's from ``teacher_start`` on."""
+
+    start: int
+    size: int
+    teacher_start: int
+    teacher_size: int
+
+    @property
+    def exact(self) -> bool:
+        """One token on each side."""
+        return self.size == self.teacher_size == 1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A response between both models' prompts, with its place in the update.
+
+    ``prompt``: slot of the prompt in the update's global batch; ``sample``: 0 … G − 1. ``teacher_ids`` are the response
+    in the teacher's tokens (the same ids where the tokenizers match). ``kept``: positions that are taught, ascending (None:
+    all). ``off_policy``: the teacher wrote it. ``sampler_logp``: log-probability of each id where it was drawn, if recorded.
+
+    ``units``: where the tokenizers differ, the units of the response (None: every token is its own). What is taught then is
+    units, each named by its first position: those of one token on each side, and with ``spans`` the others.
+    """
+
+    prompt: int
+    sample: int
+    student_prompt: tuple[int, ...]
+    teacher_prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+    finished: bool
+    kept: tuple[int, ...] | None = None
+    off_policy: bool = False
+    sampler_logp: tuple[float, ...] | None = None
+    units: tuple[Unit, ...] | None = None
+    spans: bool = False
+
+    @property
+    def taught(self) -> tuple[int, ...]:
+        """Positions of the response that are taught, ascending."""
+        if self.kept is not None:
+            return self.kept
+        if self.units is None:
+            return tuple(range(len(self.ids)))
+        return tuple(u.start for u in self.units if u.exact or self.spans)
+
+    @property
+    def taught_units(self) -> tuple[Unit, ...]:
+        """The units that are taught; tokens as units of one where the tokenizers match."""
+        if self.units is None:
+            return tuple(Unit(t, 1, t, 1) for t in self.taught)
+        taught = set(self.taught)
+        return tuple(u for u in self.units if u.start in taught)
+
+    @property
+    def counted(self) -> int:
+        """Response tokens that the loss is averaged over: all of them, or those of what was chosen."""
+        return len(self.ids) if self.kept is None else sum(u.size for u in self.taught_units)
+
+    def rows(self, teacher: bool = False) -> list[int]:
+        """Positions of the tokens that the loss looks at, ascending, in the student's tokens or in the teacher's."""
+        if self.units is None:
+            return list(self.taught)
+        sides = [
+            (u.teacher_start, u.teacher_size) if teacher else (u.start, u.size)
+            for u in self.taught_units
+        ]
+        return [t for start, size in sides for t in range(start, start + size)]
+
+    def extent(self, teacher: bool = False) -> int:
+        """Tokens up to the last taught one: no model needs to read further. At least 1."""
+        if self.units is None and self.kept is None:
+            return len(self.ids)
+        return max(self.rows(teacher), default=0) + 1
+
+
+class _Race(LogitsProcessor):
+    """Exact softmax sampling under greedy decoding, by an exponential race.
+
+    argmax_v (log p_v − log e_v), e_v ~ Exp(1), is distributed as p (the Gumbel-max trick). Each row draws its own e from a
+    generator seeded by (seed, key), one vocabulary-sized draw per position, so a draw depends on (seed, step, prompt,
+    sample, position) and on nothing else: batching, padding and restarts cannot change it. Ids from ``support`` on
+    (padding rows of the head) are never drawn. With ``record``, ``taken`` collects log p of what was drawn, a tensor [rows]
+    a position.
+    """
+
+    def __init__(
+        self, keys: list[tuple], seed: int, support: int, device: torch.device, record: bool = False
+    ):
+        self.generators = [torch.Generator(device).manual_seed(seed_of(seed, *key)) for key in keys]
+        self.support, self.record, self.taken = support, record, []
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows go on."""
+        self.generators = [self.generators[row] for row in rows]
+
+    def __call__(self, input_ids, scores):
+        race = torch.empty(len(scores), self.support, dtype=torch.float32, device=scores.device)
+        for row, generator in zip(race, self.generators):
+            row.uniform_(generator=generator)
+        logp = scores[:, : self.support].float().log_softmax(-1) if self.record else None
+        # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below one grid step
+        scores[:, : self.support] -= race.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
+        scores[:, self.support :] = -torch.inf
+        if logp is not None:
+            self.taken.append(logp.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
+        return scores
+
+
+class _Support(LogitsProcessor):
+    """Padding rows of the head have no token: they are never sampled (the race sees to it where it comes first)."""
+
+    def __init__(self, support: int):
+        self.support = support
+
+    def __call__(self, input_ids, scores):
+        scores[:, self.support :] = -torch.inf
+        return scores
+
+
+class _Split(LogitsProcessor):
+    """Notes when the first logits arrive: the end of the prefill."""
+
+    def __init__(self, clock: Clock):
+        self.clock, self.prefilled = clock, None
+
+    def __call__(self, input_ids, scores):
+        if self.prefilled is None:
+            self.prefilled = self.clock.now()
+        return scores
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How responses are drawn. Every field that shapes a sample is here; the model's own generation config has no say."""
+
+    eos: frozenset[int]
+    pad: int
+    support: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rows: int = 64
+    record: bool = (
+        False  # keep the log-probability of every draw, as the warped and tempered logits give it
+    )
+
+    @property
+    def on_policy(self) -> bool:
+        """Do samples follow the student's own distribution?"""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+
+    def race(self, keys: list[tuple], device: torch.device) -> _Race | None:
+        """The rows' own noise; None when nothing is drawn."""
+        return (
+            None
+            if self.temperature == 0
+            else _Race(keys, self.seed, self.support, device, self.record)
+        )
+
+    def processors(self, race: _Race | None) -> LogitsProcessorList:
+        """What shapes the logits, in HF's order: temperature, top-k, top-p, then the race; only what is needed."""
+        steps = LogitsProcessorList()
+        if race is None or self.top_k or self.top_p < 1:
+            steps.append(_Support(self.support))
+        if race is None:
+            return steps
+        if self.temperature != 1:
+            steps.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            steps.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            steps.append(TopPLogitsWarper(self.top_p))
+        steps.append(race)
+        return steps
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    requests: list[Request],
+    cap: int,
+    sampler: Sampler,
+    spent=None,
+    clock: Clock | None = None,
+) -> list[Response]:
+    """Samples up to ``cap`` tokens for every request, in the order given.
+
+    Rows are sorted by prompt length, rows with the same prompt together, and left-padded in calls of at most
+    ``sampler.rows``. A prompt of several rows is prefilled once if ``model.shares_prompts``. ``spent(reads)`` is told, call
+    by call, what was run (``Ledger.generation``); ``clock`` gets the seconds of both phases.
+    """
+    responses: list[Response | None] = [None] * len(requests)
+    first = {}
+    for i, request in enumerate(requests):
+        first.setdefault(request.ids, i)
+    order = sorted(
+        range(len(requests)), key=lambda i: (len(requests[i].ids), first[requests[i].ids], i)
+    )
+    for start in range(0, len(order), sampler.rows):
+        chosen = order[start : start + sampler.rows]
+        batch = [requests[i] for i in chosen]
+        shared, reads = model.shares_prompts and len(batch[0].ids) > 1, {}
+        for i, response in zip(chosen, _call(model, batch, cap, sampler, clock)):
+            responses[i] = response
+            ids = requests[i].ids
+            reads.setdefault(ids if shared else i, (len(ids), []))[1].append(len(response.ids))
+        if spent is not None:
+            spent(list(reads.values()))
+    return responses
+
+
+def _call(
+    model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock | None
+) -> list[Response]:
+    """One batch: prefill, then stretches of ``generate`` between which rows that have ended leave it."""
+    net, width = model.net, max(len(r.ids) for r in batch)
+    ids_BT = torch.tensor([[sampler.pad] * (width - len(r.ids)) + list(r.ids) for r in batch]).to(
+        model.device
+    )
+    mask_BT = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch]).to(
+        model.device
+    )
+    race = sampler.race([r.key for r in batch], model.device)
+    split = _Split(clock) if clock is not None else None
+    if clock is not None:
+        start = clock.now()
+    cache = _shared_prefill(model, batch, ids_BT, mask_BT)
+    drawn: list[list[int]] = [[] for _ in batch]
+    chances: list[list[float]] = [[] for _ in batch]
+    alive = list(range(len(batch)))
+    while alive and len(drawn[alive[0]]) < cap:
+        settings = GenerationConfig(
+            max_new_tokens=min(STRETCH, cap - len(drawn[alive[0]])),
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=sorted(sampler.eos),
+            pad_token_id=sampler.pad,
+            return_dict_in_generate=True,
+        )
+        processors = sampler.processors(race)
+        if split is not None:
+            processors.insert(0, split)
+        cache_argument = {name_generate_cache_argument(): cache}
+        with model.form():
+            out = net.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                generation_config=settings,
+                logits_processor=processors,
+                **cache_argument,
+            )
+        new = out.sequences[:, ids_BT.shape[1] :].tolist()
+        going = [row for row, tokens in enumerate(new) if not sampler.eos.intersection(tokens)]
+        for row, tokens in zip(alive, new):
+            drawn[row] += tokens
+        if sampler.record:
+            for row, taken in zip(alive, torch.stack(race.taken, 1).tolist()):
+                chances[row] += taken
+            race.taken.clear()
+        alive, cache = [alive[row] for row in going], read_cache(out)
+        ids_BT, mask_BT = (
+            out.sequences,
+            torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), len(new[0]))], 1),
+        )
+        if alive and len(going) < len(new):
+            kept = torch.tensor(going, device=model.device)
+            ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
+            cache.batch_select_indices(kept)
+            if race is not None:
+                race.keep(going)
+    if clock is not None:
+        clock.add("student_prefill", split.prefilled - start)
+        clock.add("student_decode", clock.now() - split.prefilled)
+    ended = [_until_eos(row, sampler.eos) for row in drawn]
+    if not sampler.record:
+        return ended
+    return [replace(r, logp=tuple(chance[: len(r.ids)])) for r, chance in zip(ended, chances)]
+
+
+def _shared_prefill(model, batch: list[Request], ids_BT, mask_BT):
+    """The KV cache of all prompts but for their last tokens, every distinct prompt read once; None (``generate`` prefills)
+    where nothing would be saved or the model does not allow it."""
+    distinct = list(dict.fromkeys(r.ids for r in batch))
+    if not model.shares_prompts or len(distinct) == len(batch) or len(distinct[0]) < 2:
+        return None
+    rows = [next(i for i, r in enumerate(batch) if r.ids == ids) for ids in distinct]
+    _, cache = model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])
+    cache.batch_select_indices(
+        torch.tensor([distinct.index(r.ids) for r in batch], device=ids_BT.device)
+    )
+    return cache
+
+
+def _until_eos(row: list[int], eos: frozenset[int]) -> Response:
+    """Cuts after the first EOS, by position; the only place that decides where a response ends."""
+    for position, token in enumerate(row):
+        if token in eos:
+            return Response(tuple(row[: position + 1]), True)
+    return Response(tuple(row), False)

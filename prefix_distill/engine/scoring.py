@@ -1,0 +1,274 @@
+"""Both models read the rollouts → for every taught token one hidden row per model. The only causal shift in the code."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..maths import simct
+from ..maths.divergence import Terms, statistics
+from ..maths.flops import linear_tokens
+from .device import Place
+from .models import Model
+from .sampling import Rollout
+
+PADDING = 0.1  # largest share of padding among the tokens a micro-batch runs
+
+
+def sequences(
+    rollouts: list[Rollout], teacher: bool = False
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The prompt and the part of the response that a model reads, per rollout.
+
+    The last taught token is not read, nor what follows: nothing that is taught is predicted from it.
+    """
+    return (
+        [r.teacher_prompt if teacher else r.student_prompt for r in rollouts],
+        [(r.teacher_ids if teacher else r.ids)[: r.extent(teacher) - 1] for r in rollouts],
+    )
+
+
+def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) -> torch.Tensor:
+    """Hidden rows [N, D] that predict the taught response tokens, rollout by rollout, token by token.
+
+    Row for response token t is the hidden state at position t − 1: the shift. A prompt that several rollouts answer is
+    read once where the model allows it: its KV cache is repeated for them, gradients add up in it.
+    """
+    prompts, responses = sequences(rollouts, teacher)
+    if model.reads_once and len(set(prompts)) < len(prompts):
+        hidden_BTD, first = _behind_shared_prompts(model, prompts, responses), [0] * len(prompts)
+    else:
+        ids_BT = right_padded([p + r for p, r in zip(prompts, responses)])
+        hidden_BTD, first = (
+            model.trunk(to_device(ids_BT, model.device)),
+            [len(p) - 1 for p in prompts],
+        )
+    taught_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.bool)
+    for row, start, rollout in zip(taught_BT, first, rollouts):
+        row[start + torch.tensor(rollout.rows(teacher), dtype=torch.long)] = True
+    return hidden_BTD[to_device(taught_BT, model.device)]
+
+
+def _behind_shared_prompts(model: Model, prompts, responses) -> torch.Tensor:
+    """Hidden states [B, 1 + T, D]: the prompt's last one, then those of the response. Every distinct prompt is read once.
+
+    Prompts are padded on the left and responses on the right, so nothing lies between them and sliding windows count
+    right; what a response's padding sees, nobody sees.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    width = max(map(len, distinct))
+    ids_UT = torch.tensor([(0,) * (width - len(p)) + p for p in distinct])
+    mask_UT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct])
+    ids_UT, mask_UT = to_device(ids_UT, model.device), to_device(mask_UT, model.device)
+    which_B = to_device(torch.tensor([distinct.index(p) for p in prompts]), model.device)
+    hidden_UTD, cache = model.trunk_cached(ids_UT, mask_UT)
+    last_B1D = hidden_UTD[which_B, -1:]
+    ids_BT = to_device(right_padded(responses), model.device)
+    if not ids_BT.shape[1]:
+        return last_B1D
+    cache.batch_select_indices(which_B)
+    mask_BT = torch.cat([mask_UT[which_B], torch.ones_like(ids_BT)], 1)
+    return torch.cat([last_B1D, model.trunk_cached(ids_BT, mask_BT, cache)[0]], 1)
+
+
+def right_padded(rows: list[tuple[int, ...]]) -> torch.Tensor:
+    """Ids [B, T] on the CPU, zeros to the right of short rows."""
+    width = max(map(len, rows))
+    return torch.tensor([row + (0,) * (width - len(row)) for row in rows], dtype=torch.long).view(
+        len(rows), width
+    )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on ``device`` that does not wait for it."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
+
+
+def tokens(rollouts: list[Rollout]) -> torch.Tensor:
+    """The realised taught tokens [N], in the order of ``hidden_rows``."""
+    return torch.tensor([r.ids[t] for r in rollouts for t in r.taught])
+
+
+@torch.no_grad()
+def check_sharing(model: Model) -> str | None:
+    """None when responses read behind a shared prompt get the hidden states they get alone; else why they do not.
+
+    Two prompts and five responses of different lengths, in the model's own dtype.
+    """
+    ids = (sorted(model.tokenizer.get_vocab().values()) * 40)[:40]
+    made = [
+        (tuple(ids[:p]), tuple(ids[p : p + n]))
+        for p, n in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9))
+    ]
+    group = [
+        Rollout(i, 0, prompt, prompt, response, response, False)
+        for i, (prompt, response) in enumerate(made)
+    ]
+    alone = [hidden_rows(replace(model, shares_prompts=False), [r]) for r in group]
+    try:
+        together = hidden_rows(replace(model, shares_prompts=True), group)
+    except Exception as error:  # an architecture may lack the cache, the mask or the positions, and say so in any way
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    alone = torch.cat(alone).float()
+    gap = ((together.float() - alone).norm() / alone.norm()).item()
+    allowed = 1e-5 if model.net.dtype == torch.float32 else 0.03
+    return (
+        None
+        if gap <= allowed
+        else f"hidden states behind a shared prompt differ by {gap:.1g} of their norm"
+    )
+
+
+def head_rows(
+    model: Model,
+    rollouts: list[Rollout],
+    shared: simct.Support | None,
+    teacher: bool,
+    whole: bool = False,
+) -> float:
+    """Rows that the model's head projects once for the loss on ``rollouts``, in rows of its whole vocabulary (what the ledger
+    counts); ``whole``: for statistics."""
+    if shared is None:
+        return sum(len(r.taught) for r in rollouts)
+    return simct.head_rows(
+        rollouts, len(shared.teacher if teacher else shared.student), model.support, teacher, whole
+    )
+
+
+def reads(
+    rollouts: list[Rollout], shared: bool, teacher: bool = False
+) -> list[tuple[int, list[int]]]:
+    """(prompt length, lengths of the responses behind it, up to the last taught token) for every prompt that is read, in
+    tokens: each distinct one once when ``shared``, else one per rollout. What the ledger counts."""
+    behind: dict = {}
+    for i, r in enumerate(rollouts):
+        prompt = r.teacher_prompt if teacher else r.student_prompt
+        behind.setdefault(prompt if shared else (i, prompt), (len(prompt), []))[1].append(
+            r.extent(teacher)
+        )
+    return list(behind.values())
+
+
+def micro_batches(rollouts: list[Rollout], size: int, shared: bool) -> list[list[Rollout]]:
+    """Rollouts in groups of at most ``size`` with at most a tenth of padding in the student's linear layers.
+
+    Two orders are tried, and the one that runs fewer tokens is taken: the samples of a prompt together (worth it when it
+    is read once for them, ``shared``), or all rollouts by length. Nothing here depends on more than the rollouts.
+    """
+    by_prompt = sorted(
+        rollouts, key=lambda r: (-len(r.student_prompt), r.prompt, -r.extent(), r.sample)
+    )
+    by_length = sorted(
+        rollouts, key=lambda r: (-len(r.student_prompt) - r.extent(), r.prompt, r.sample)
+    )
+    plans = [_split(order, size, shared) for order in (by_prompt, by_length)]
+    return min(
+        plans, key=lambda groups: sum(linear_tokens(reads(group, shared))[1] for group in groups)
+    )
+
+
+def _split(order: list[Rollout], size: int, shared: bool) -> list[list[Rollout]]:
+    groups: list[list[Rollout]] = []
+    for rollout in order:
+        if groups and len(groups[-1]) < size:
+            useful, executed = linear_tokens(reads([*groups[-1], rollout], shared))
+            if useful >= (1 - PADDING) * executed:
+                groups[-1].append(rollout)
+                continue
+        groups.append([rollout])
+    return groups
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Both models' hidden rows of rollouts that were read before their tokens were chosen: the student's [N, D] with their
+    graph, the teacher's [N, E], for all taught tokens of ``rollouts``, in their order."""
+
+    rollouts: list[Rollout]
+    student_ND: torch.Tensor
+    teacher_NE: torch.Tensor
+
+    def only(self, kept: list[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of the tokens that are still taught; ``kept``: the same rollouts in the same order."""
+        found = []
+        for teacher, hidden in ((False, self.student_ND), (True, self.teacher_NE)):
+            rows, start = [], 0
+            for before, after in zip(self.rollouts, kept):
+                place = {t: start + i for i, t in enumerate(before.rows(teacher))}
+                rows += [place[t] for t in after.rows(teacher)]
+                start += len(place)
+            found.append(hidden[to_device(torch.tensor(rows, dtype=torch.long), hidden.device)])
+        return tuple(found)
+
+
+def positions(
+    rollouts: list[Rollout], facts: dict[str, torch.Tensor]
+) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
+    """Statistics per row → (prompt, sample) → name → position → number."""
+    parts = {
+        name: values.split([len(r.taught) for r in rollouts]) for name, values in facts.items()
+    }
+    return {
+        (r.prompt, r.sample): {
+            name: dict(zip(r.taught, split[i].tolist())) for name, split in parts.items()
+        }
+        for i, r in enumerate(rollouts)
+    }
+
+
+def row_statistics(
+    terms: Terms,
+    student: Model,
+    student_ND: torch.Tensor,
+    teacher: Model,
+    teacher_NE: torch.Tensor,
+    shared: simct.Support | None,
+    rollouts: list[Rollout],
+    forward: bool,
+) -> dict[str, torch.Tensor]:
+    """``divergence.statistics`` of hidden rows that were read; across tokenizers (``shared``) ``simct.statistics``, per unit."""
+    if shared is None:
+        return statistics(
+            terms, student_ND, student.head(), teacher_NE, teacher.head(), tokens(rollouts), forward
+        )
+    return simct.statistics(
+        terms,
+        shared,
+        simct.units(rollouts),
+        student_ND,
+        student.head(),
+        teacher_NE,
+        teacher.head(),
+        forward,
+    )
+
+
+@torch.no_grad()
+def token_statistics(
+    terms: Terms,
+    student: Model,
+    teacher: Model,
+    shared: simct.Support | None,
+    rollouts: list[Rollout],
+    place: Place,
+    rows: int,
+    spent=None,
+    forward: bool = False,
+) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
+    """``row_statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) → name → position → number, for
+    the taught tokens (units). ``spent(group)`` is told what both models read."""
+    found = {}
+    for group in micro_batches(rollouts, rows, student.reads_once):
+        with place.autocast(student.device):
+            ours = hidden_rows(student, group)
+        with place.autocast(teacher.device):
+            theirs = hidden_rows(teacher, group, teacher=True)
+        found |= positions(
+            group, row_statistics(terms, student, ours, teacher, theirs, shared, group, forward)
+        )
+        if spent is not None:
+            spent(group)
+    return found

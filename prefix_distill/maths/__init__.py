@@ -1,0 +1,1 @@
+"""The mathematics: divergences, weights, schedules, FLOPs, intervals. Imports torch at most."""

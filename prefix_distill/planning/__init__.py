@@ -1,0 +1,1 @@
+"""Before anything is spent: checks, memory forecast, plan, probe."""

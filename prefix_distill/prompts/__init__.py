@@ -1,0 +1,1 @@
+"""Prompts and answers: data sets, chat templates, the prompt stream, the grader."""

@@ -1,0 +1,1 @@
+"""After runs: evaluation, comparison, report, export."""

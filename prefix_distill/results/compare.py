@@ -1,0 +1,244 @@
+"""Arms × seeds from one file: which settings reach which accuracy, at what cost. Resumable; one run at a time.
+
+base: {models: {…}, train: {steps: 30}}        sections as in `run --config`, for every arm
+seeds: [0, 1, 2]
+arms:
+  full: {schedule: {prefix: full}}              what differs from base
+  warmed: {start: warm-up, schedule: {…}}       starts from what another arm ended with, at the same seed; its cost is added
+reference: full                                 the arm whose accuracy the others have to reach
+tune:                                           optional: each arm takes the best of these values, on one seed of its own
+  schedule.lr: [2e-4, 4e-4]
+  seed: 1000
+  base: {evaluate: {split: validation}}         what differs from base while tuning
+also:                                           optional: data sets that every final student answers, too
+  longer: {data: {dataset: problems.jsonl}, evaluate: {problems: 500}}
+"""
+
+import dataclasses
+import json
+import reprlib
+from pathlib import Path
+
+from ..config import sections as configuration
+from ..errors import UserError
+from ..training.folder import RunFolder
+
+KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
+FILE = "arms.json"  # in the comparison's folder: what was asked for, so that a resumed comparison cannot mix two
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """A checked arms file. Settings are ``{"section.key": value}``."""
+
+    base: dict
+    seeds: tuple[int, ...]
+    arms: dict[str, dict]
+    start: dict[str, str]
+    reference: str | None
+    tuned: str | None
+    values: tuple
+    tune_seed: int
+    tune_base: dict
+    also: dict[str, dict]
+
+    def settings(self, arm: str, seed: int) -> dict:
+        """Everything that arm sets, but for a tuned value and a start."""
+        return self.base | self.arms[arm] | {"runtime.seed": seed}
+
+
+def read(path: str) -> Arms:
+    """An arms file. UserError on an unknown key, an arm that does not exist, or settings that no run would accept."""
+    tree = configuration.read_tree(path)
+    if unknown := [key for key in tree if key not in KEYS]:
+        raise UserError(
+            f"arms file {path}: unknown key '{unknown[0]}'; known are {', '.join(KEYS)}"
+        )
+    arms = _mapping(path, "arms", tree.get("arms"))
+    if not arms:
+        raise UserError(f"arms file {path}: it names no arm; give at least one under 'arms'")
+    start = {
+        name: arm["start"] for name, arm in arms.items() if isinstance(arm, dict) and "start" in arm
+    }
+    for name in start:  # aliased arms are one object: copy, so that each keeps its start
+        arms[name] = {key: value for key, value in arms[name].items() if key != "start"}
+    for name, from_arm in start.items():
+        if not isinstance(from_arm, str) or from_arm not in arms or from_arm in start:
+            raise UserError(
+                f"arms file {path}: arm '{name}' starts from '{from_arm}'; name an arm of this file that has no "
+                "start of its own"
+            )
+    seeds = tree.get("seeds", [0])
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or any(type(seed) is not int for seed in seeds)
+        or len(set(seeds)) < len(seeds)
+    ):
+        raise UserError(
+            f"arms file {path}: seeds {reprlib.repr(seeds)}; expected a list of different whole numbers, such as [0, 1, 2]"
+        )
+    tune = dict(_mapping(path, "tune", tree.get("tune") or {}))
+    tune_seed, tune_base = (
+        tune.pop("seed", 1000),
+        configuration.flatten(path, _mapping(path, "tune.base", tune.pop("base", {}))),
+    )
+    if (
+        len(tune) > 1
+        or any(not isinstance(values, list) or not values for values in tune.values())
+        or type(tune_seed) is not int
+    ):
+        raise UserError(
+            f"arms file {path}: tune must hold one setting with a list of values (schedule.lr: [1e-4, 2e-4]), and "
+            "may hold seed and base"
+        )
+    reference = tree.get("reference")
+    if reference is not None and (not isinstance(reference, str) or reference not in arms):
+        raise UserError(
+            f"arms file {path}: the reference '{reference}' is none of its arms ({', '.join(map(str, arms))})"
+        )
+    found = Arms(
+        configuration.flatten(path, _mapping(path, "base", tree.get("base") or {})),
+        tuple(seeds),
+        {
+            name: configuration.flatten(path, _mapping(path, f"arm '{name}'", arm))
+            for name, arm in arms.items()
+        },
+        start,
+        reference,
+        next(iter(tune), None),
+        tuple(next(iter(tune.values()), ())),
+        tune_seed,
+        tune_base,
+        {
+            name: configuration.flatten(path, _mapping(path, f"also '{name}'", also))
+            for name, also in _mapping(path, "also", tree.get("also") or {}).items()
+        },
+    )
+    for name in found.arms:
+        if not isinstance(name, str) or not name or name != Path(name).name or name.startswith("."):
+            raise UserError(
+                f"arms file {path}: '{name}' cannot name a folder; call the arm otherwise"
+            )
+        for value in found.values or (None,):
+            extra = {} if value is None else {found.tuned: value}
+            configuration.build(found.settings(name, 0) | extra)
+            configuration.build(found.settings(name, 0) | found.tune_base | extra)
+    for name, also in found.also.items():
+        configuration.build(also)
+    if any(
+        key.startswith("export.")
+        for keys in (found.base, found.tune_base, *found.arms.values())
+        for key in keys
+    ):
+        raise UserError(
+            f"arms file {path}: a comparison pushes nothing to the hub; leave export out, and push the best with "
+            "`prefix-distill export`"
+        )
+    return found
+
+
+def _mapping(path: str, what: str, value) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"arms file {path}: {what} must hold keys, got {reprlib.repr(value)}")
+    return value
+
+
+def compare(arms: Arms, out: Path, train_in, say) -> list[Path]:
+    """Runs what is not there yet → the folders of the final runs, arm by arm, seed by seed.
+
+    ``out``/ARM/seed-N is an ordinary run folder; tuning runs are ``out``/ARM/tune-VALUE. ``train_in`` is the command's own
+    way of running a prepared run; ``say`` prints a line. A finished run is taken as it is, an interrupted one goes on.
+    """
+    folder = RunFolder(out)
+    asked = json.loads(json.dumps(dataclasses.asdict(arms)))
+    if (out / FILE).is_file():
+        if folder.read_json(FILE) != asked:
+            raise UserError(
+                f"--out {out}: it holds another comparison (see its {FILE}); go on with the arms file it was made "
+                "from, or name another folder"
+            )
+    else:
+        folder.refuse_if_used()
+    with folder.alone():
+        if not (out / FILE).is_file():
+            folder.write_json(FILE, asked)
+        jobs = _Jobs(arms, out, train_in, say)
+        return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
+
+
+class _Jobs:
+    def __init__(self, arms: Arms, out: Path, train_in, say):
+        self.arms, self.out, self.train_in, self.say = arms, out, train_in, say
+        self.best: dict[str, object] = {}
+
+    def run(self, arm: str, seed: int) -> Path:
+        """The final run of an arm at a seed, with its tuned value."""
+        arms, path = self.arms, self.out / arm / f"seed-{seed}"
+        settings = arms.settings(arm, seed)
+        if arms.tuned:
+            settings[arms.tuned] = self._tuned(arm)
+        self._one(path, arm, seed, settings)
+        for name, also in arms.also.items():
+            self._also(path, name, also, seed)
+        return path
+
+    def _tuned(self, arm: str):
+        """The value with the highest accuracy on the tuning problems (held-out KL where there are no answers); the first of
+        equals."""
+        if arm not in self.best:
+            arms, merits = self.arms, []
+            for value in arms.values:
+                settings = (
+                    arms.settings(arm, arms.tune_seed)
+                    | arms.tune_base
+                    | {arms.tuned: value, "runtime.seed": arms.tune_seed}
+                )
+                result = self._one(self.out / arm / f"tune-{value}", arm, arms.tune_seed, settings)
+                last = result["evaluations"][-1]
+                merits.append(
+                    last["accuracy"]["value"] if last["accuracy"] else -last["kl"]["value"]
+                )
+            self.best[arm] = (
+                arms.values[merits.index(max(merits))] if len(arms.values) > 1 else arms.values[0]
+            )
+            self.say(
+                f"{arm}: {arms.tuned} {self.best[arm]} of "
+                + ", ".join(f"{value} ({merit:.4g})" for value, merit in zip(arms.values, merits))
+            )
+        return self.best[arm]
+
+    def _one(self, path: Path, arm: str, seed: int, settings: dict) -> dict:
+        from ..training import prepare as preflight
+
+        folder = RunFolder(path)
+        if (path / "run.json").is_file() and "result" in (done := folder.read_json("run.json")):
+            return done["result"]
+        start = self.arms.start.get(arm)
+        if start is not None:
+            settings = settings | {"models.student": str(self.run(start, seed) / "model")}
+        settings = settings | {"checkpoint.out": str(path)}
+        resume = (path / "config.yaml").is_file()
+        self.say(f"{path}: {'goes on' if resume else 'starts'}")
+        run = preflight.prepare(configuration.build(settings))
+        return self.train_in(run, folder, resume, f"{arm} seed {seed}:")
+
+    def _also(self, path: Path, name: str, settings: dict, seed: int) -> None:
+        from ..training.prepare import evaluate_model
+
+        file = path / f"also-{name}.json"
+        if file.is_file():
+            return
+        rows = path / f"also-{name}.jsonl"
+        rows.unlink(missing_ok=True)
+        _, _, document = evaluate_model(
+            configuration.build(
+                settings
+                | {
+                    "models.student": str(path / "model"),
+                    "runtime.seed": seed,
+                    "checkpoint.out": str(rows),
+                }
+            )
+        )
+        RunFolder(path).write_json(file.name, document)

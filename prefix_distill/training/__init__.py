@@ -1,0 +1,1 @@
+"""The training run: preparation, the loop, one update, checkpoints, the run folder."""

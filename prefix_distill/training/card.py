@@ -1,0 +1,233 @@
+"""model/README.md: what the model is made of, how, with what results at what cost, and the command that makes it again.
+
+Nothing in it depends on when or where the run took place but its hardware and versions: an interrupted run writes the same card.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from ..config import sections as configuration
+from ..config.sections import Config
+from ..display import flops_text, share_text
+from ..engine.device import description
+from ..engine.models import LAB
+from ..prompts.load import FORMATS
+from ..prompts.presets import PRESETS
+
+TAGS = ["prefix-distill", "knowledge-distillation", "on-policy-distillation"]
+METHODS = (
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.targets",
+    "models.student_quantize",
+    "models.teacher_quantize",
+    "models.teacher_ema",
+    "models.cross_tokenizer",
+    "rollout.off_policy",
+    "rollout.begin",
+    "divergence.clip",
+    "divergence.temperature",
+    "weights.window",
+    "weights.select",
+    "weights.keep",
+    "weights.position",
+    "extrapolation.kind",
+)  # named where they differ from the default
+ELSEWHERE = ("checkpoint.out", "trackers", "export")  # settings that change no model
+
+
+def hub_id(name: str | None) -> str | None:
+    """``name`` where it is a hub repository's or a preset's, without what selects rows of it; None for a file, a folder, lab:… and self."""
+    name = (name or "").partition("#")[0]
+    if name in PRESETS:
+        return PRESETS[name].hub
+    if (
+        not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
+        or name.startswith(LAB)
+        or name.endswith((".gguf", *FORMATS))
+        or Path(name).exists()
+    ):
+        return None
+    return name
+
+
+def command(config: Config) -> str:
+    """`prefix-distill run` with every setting that differs from its default, quoted for a shell; a line for each."""
+    words = []
+    for path, field in configuration.options().items():
+        value = configuration.get(config, path)
+        if value == field.default or path.startswith(ELSEWHERE):
+            continue
+        flag = field.metadata["flag"]
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words.append(f"{flag} {shlex.quote(str(value))}")
+    return " \\\n  ".join(["prefix-distill run", *words])
+
+
+def card(run, progress, row: dict, full: float | None = None) -> str:
+    """The card of the student after ``row["step"]`` updates.
+
+    ``run``: preflight.Run; ``progress``: monitor.Progress; ``row``: step, accuracy, kl and what else was measured of this student;
+    ``full``: useful FLOPs of as many updates with full rollouts.
+    """
+    config = run.config
+    models, first = config.models, progress.evaluations[0]
+    teacher = (
+        "itself, behind a prompt that shows more"
+        if models.teacher == configuration.SELF
+        else f"`{models.teacher}`"
+    )
+    problems = (
+        _code(config.evaluate.dataset)
+        if config.evaluate.dataset
+        else f"held-out problems of {_code(config.data.dataset)}"
+    )
+    rows = (
+        [("accuracy", share_text(first["accuracy"]), share_text(row["accuracy"]))]
+        if first["accuracy"]
+        else []
+    )
+    rows += [("reverse KL to the teacher, nats per token", _kl(first["kl"]), _kl(row["kl"]))]
+    if "finish_rate" in row:
+        rows += [
+            ("answers that end", f"{first['finish_rate']:.1%}", f"{row['finish_rate']:.1%}"),
+            (
+                "mean tokens of an answer",
+                f"{first['mean_tokens']:.0f}",
+                f"{row['mean_tokens']:.0f}",
+            ),
+        ]
+    spent = progress.ledger.summary()
+    cost = [
+        ("useful", spent["useful"]),
+        ("executed (with padding and repeated work)", spent["executed"]),
+    ]
+    cost += [] if full is None else [("useful, of as many updates with full rollouts", full)]
+    facts = description()
+    hardware = ", ".join(facts["gpus"]) or f"{facts['machine']} CPU, {facts['threads']} threads"
+    warnings = [*run.warnings, *(w["text"] for w in progress.warnings if w["step"] <= row["step"])]
+    parts = [
+        *_top(config, row["step"]),
+        f"Student `{models.student}`, teacher {teacher}, prompts of `{config.data.dataset}`; made with prefix-distill {facts['prefix_distill']}. "
+        f"The license is the base model's{'' if hub_id(models.student) else ', whose name or folder the command below has'}.",
+        "## Method",
+        f"The {'student' if run.off_policy is None else 'student (or the teacher, where `--off-policy` says so)'} writes the first tokens of "
+        "answers, the teacher scores each of them, and the loss is taken on them alone (prefix distillation, "
+        "[arXiv 2602.15260](https://arxiv.org/abs/2602.15260)).",
+        _table(
+            ("setting", "value"),
+            [
+                ("updates", f"{row['step']} of {config.train.steps}"),
+                (
+                    "prompts × rollouts an update",
+                    f"{config.train.batch_size} × {config.rollout.samples}",
+                ),
+                (
+                    "prefix",
+                    f"{_code(config.schedule.prefix)}: {run.prefix.length(0)} tokens at first, {progress.taught_prefix} at last, of at most "
+                    f"{config.rollout.max_new_tokens}",
+                ),
+                (
+                    "divergence",
+                    f"{_code(config.divergence.name)}, estimator {_code(config.divergence.estimator)}, per {_code(config.divergence.reduction)}",
+                ),
+                (
+                    "peak learning rate",
+                    f"{config.schedule.lr:g}, {_code(config.schedule.lr_schedule)}, warm-up {config.schedule.warmup}",
+                ),
+                (
+                    "sampling",
+                    f"temperature {config.rollout.temperature:g}, top-p {config.rollout.top_p:g}, top-k {config.rollout.top_k}",
+                ),
+                *(
+                    (_code(configuration.flag(path)), _code(str(configuration.get(config, path))))
+                    for path in METHODS
+                    if configuration.get(config, path) != configuration.options()[path].default
+                ),
+                ("tokens taught", f"{progress.tokens:,}"),
+                ("seed", str(config.runtime.seed)),
+            ],
+        ),
+        *(
+            f"- {_line(d['reason'])} (after update {d['step']})"
+            for d in progress.decisions
+            if d["step"] <= row["step"]
+        ),
+        "## Results",
+        f"On {problems}; 95 % intervals by bootstrap; of the KL, n counts tokens of fixed answers of the untrained student.",
+        _table(("", "before", f"after {row['step']} updates"), rows),
+        "## Cost",
+        _table(("training FLOPs", ""), [(name, flops_text(value)) for name, value in cost]),
+        f"{hardware}; {run.place.world} rank{'s' * (run.place.world > 1)}, {str(run.place.dtype)[6:]}; torch {facts['torch']}, transformers "
+        f"{facts['transformers']}, Python {facts['python']}.",
+    ]
+    if warnings:
+        parts += [
+            "## Warnings of the run",
+            "\n".join(f"- {_line(text)}" for text in dict.fromkeys(warnings)),
+        ]
+    return "\n\n".join([*parts, "## How to reproduce", _fenced(command(config))]) + "\n"
+
+
+def of_checkpoint(config: Config, step: int) -> str:
+    """The card of a student in the middle of its run."""
+    return (
+        "\n\n".join(
+            [
+                *_top(config, step),
+                f"The state after update {step} of {config.train.steps} of this run, made with prefix-distill:",
+                _fenced(command(config)),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _top(config: Config, step: int) -> list[str]:
+    """Front matter and title. Several base models would say that they were merged, so the teacher has a key of its own."""
+    base, data = hub_id(config.models.student), hub_id(config.data.dataset)
+    adapted = config.adapter.rank is not None and not config.adapter.merge
+    front = ModelCardData(
+        base_model=base,
+        base_model_relation=("adapter" if adapted else "finetune") if base else None,
+        teacher=hub_id(config.models.teacher),
+        datasets=[data] if data else None,
+        library_name="peft" if adapted else "transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+    )
+    name = Path(config.models.student).name.removesuffix(".gguf")
+    return [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {_line(config.trackers.name or f'{name} after {step} updates of on-policy distillation')}",
+    ]
+
+
+def _kl(found: dict) -> str:
+    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}], n = {found['n']}"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _code(text: str) -> str:
+    return f"`{_line(text).replace('`', chr(39))}`"
+
+
+def _table(heading: tuple, rows: list[tuple]) -> str:
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+        for row in [heading, ["---"] * len(heading), *rows]
+    )
+
+
+def _fenced(text: str) -> str:
+    """A code block, whatever is in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}sh\n{text}\n{fence}"
