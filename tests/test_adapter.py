@@ -14,15 +14,17 @@ from test_train import Silent, assert_same, prepared, update_gradient
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefix_distill.config import sections as configuration
-from prefix_distill.engine import models, scoring
+from prefix_distill import config as configuration
+from prefix_distill.engine import loading, scoring
 from prefix_distill.engine.device import Clock
+from prefix_distill.engine.models import adapter, decoder, shape
 from prefix_distill.engine.sampling import Request, generate
 from prefix_distill.errors import UserError
-from prefix_distill.maths.flops import Ledger, shape
+from prefix_distill.maths.flops import Ledger
 from prefix_distill.training import session as train
+from prefix_distill.training import update
 from prefix_distill.training.folder import RunFolder
-from prefix_distill.training.session import StudentLoss
+from prefix_distill.training.update import StudentLoss
 
 IDS = torch.arange(3, 40)[None]
 
@@ -52,7 +54,7 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
     }
     stir(run.student.net)
     full = prepared(pair, questions)
-    full.student.net.load_state_dict(models.adapter.merged(run.student.net))
+    full.student.net.load_state_dict(adapter.merged(run.student.net))
     ours, rollouts, values = update_gradient(run, micro=3)
     theirs, again, _ = update_gradient(full, micro=10)
     assert [r.ids for r in rollouts] == [r.ids for r in again]
@@ -85,7 +87,7 @@ def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_pa
         PeftModel.from_pretrained(base, tmp_path / "run/adapter"),
         AutoModelForCausalLM.from_pretrained(tmp_path / "run/adapter"),
         AutoModelForCausalLM.from_pretrained(tmp_path / "run/model"),
-        models.load(
+        loading.load_model(
             str(tmp_path / "run/adapter"), device=torch.device("cpu"), dtype=torch.float32
         ).net,
     ):
@@ -227,7 +229,7 @@ def test_cost_as_executed(pair, questions):
     run.student.net.set_attn_implementation(
         "eager"
     )  # torch does not count the CPU's fused attention
-    rollouts = train.sample(
+    rollouts = update.sample(
         run, run.student, run.train_prompts[:3], 0, 12, Ledger(), Clock(run.place.device)
     )[:4]
     ledger, loss = Ledger(), StudentLoss(run)
@@ -313,7 +315,9 @@ def test_settings_that_do_not_go_together(flags, code, message, tmp_path):
 
 
 def test_broken_adapters_are_named(pair, tmp_path):
-    load = lambda: models.load(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+    load = lambda: loading.load_model(
+        str(tmp_path), device=torch.device("cpu"), dtype=torch.float32
+    )
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no base model"):
         load()
@@ -355,7 +359,7 @@ def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
     assert_same(ours, theirs, 1e-6)
     requests = [Request(r.teacher_ids, ("x", i)) for i, r in enumerate(whole.train_prompts[:3])]
     written = [
-        generate(models.decoder(run.teacher, torch.float32), requests, 12, run.text_sampler)
+        generate(decoder(run.teacher, torch.float32), requests, 12, run.text_sampler)
         for run in (spread, whole)
     ]
     assert written[0] == written[1]  # it writes, too
@@ -395,7 +399,7 @@ def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, clos
     assert layer.weight.numel() * layer.weight.element_size() <= 64 * 128 * (
         0.5 if bits == "nf4" else 1
     )
-    plain = shape(models.load(student, device=torch.device("cpu"), dtype=torch.float32))
+    plain = shape(loading.load_model(student, device=torch.device("cpu"), dtype=torch.float32))
     assert run.teacher_shape == plain and run.student_shape.frozen == plain.trunk
     result = trained(run, tmp_path / "run")
     assert result["steps"] == 4 and all(

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from prefix_distill.engine import scoring
 from prefix_distill.engine.alignment import Alignment, Bytes, census, match, shares
 from prefix_distill.engine.models import Model
-from prefix_distill.engine.sampling import Rollout, Unit
+from prefix_distill.engine.rollout import Rollout, Unit
 from prefix_distill.errors import UserError
 from prefix_distill.lab import build
 from prefix_distill.maths import simct
@@ -512,10 +512,10 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
             scoring.hidden_rows(student, rollouts),
             scoring.hidden_rows(teacher, rollouts, teacher=True),
         )
-        of = simct.units(rollouts)
+        of = scoring.units_of(rollouts)
         loss, values, _ = simct.weighted(
             Terms("reverse-kl", memory_bytes=8 << 20),
-            simct.support(pair.shared, "simct", "cpu", "cpu"),
+            scoring.shared_support(pair.shared, "simct", "cpu", "cpu"),
             of,
             hidden,
             student.head(),

@@ -8,8 +8,10 @@ from conftest import byte_tokenizer, invoke, last_json, save_tiny, tiny_net
 from test_train import prepared
 from transformers import GenerationConfig
 
-from prefix_distill.engine import models
+from prefix_distill.engine import loading
 from prefix_distill.planning import checks
+from prefix_distill.planning.checks import FEW
+from prefix_distill.training.run import describe_checks
 
 NAMES = [
     "vocabulary",
@@ -50,7 +52,7 @@ def test_a_sound_pair_passes_what_was_broken_below(sound, pair, questions):
         "prompts"
     ]
     assert all(check.found for check in sound.values()) and json.dumps(
-        checks.document(list(sound.values()))
+        describe_checks(list(sound.values()))
     )
     lab = examined(pair, questions, 8, **LAB)
     assert list(lab) == NAMES and all(check.status == "ok" for check in lab.values()), lab
@@ -97,7 +99,7 @@ def test_prompts_are_shown_as_each_model_reads_them(pair, questions, tmp_path):
 def test_the_first_token_s_probability_is_the_teacher_s(pair, questions):
     run = prepared(pair, questions)
     chances = []
-    for r in run.train_prompts[: checks.FEW]:
+    for r in run.train_prompts[:FEW]:
         token = run.student.net(torch.tensor([r.student_ids])).logits[0, -1].argmax()
         chances.append(
             run.teacher.net(torch.tensor([r.teacher_ids])).logits[0, -1].softmax(-1)[token].item()
@@ -176,14 +178,14 @@ def test_a_pad_that_is_the_end_is_no_trouble_and_said(pair, questions, tmp_path)
 
 def test_a_head_that_is_not_the_model_s_is_refused(pair, questions, tmp_path, monkeypatch):
     """A network that scales its logits in a way the config does not tell."""
-    plain = models.load
+    plain = loading.load_model
 
     def load(name, **given):
         model = plain(name, **given)
         model.net.lm_head.register_forward_hook(lambda module, inputs, out: 1.5 * out)
         return model
 
-    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(loading, "load_model", load)
     code, out, err = invoke(
         "run",
         "--student",
@@ -204,7 +206,7 @@ def test_a_head_that_is_not_the_model_s_is_refused(pair, questions, tmp_path, mo
 
 def test_a_model_that_is_not_itself_twice_is_refused(pair, questions, tmp_path, monkeypatch):
     """Noise in a layer, as dropout would be: a loss of 0 against itself is not to be had."""
-    plain = models.load
+    plain = loading.load_model
 
     def load(name, **given):
         model = plain(name, **given)
@@ -214,8 +216,8 @@ def test_a_model_that_is_not_itself_twice_is_refused(pair, questions, tmp_path, 
             )
         return model
 
-    monkeypatch.setattr(models, "load", load)
-    monkeypatch.setattr(models, "check_head", lambda model: 0.0)  # would meet the same noise first
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(loading, "check_head", lambda model: 0.0)  # would meet the same noise first
     code, out, err = invoke(
         "run",
         "--student",
@@ -327,7 +329,7 @@ def test_memory_against_what_is_free(
     assert (got, found["status"]) == (code, status) and words in found["found"], (found, err)
     if "needed_bytes" in found["facts"]:
         facts = found["facts"]
-        count = models.count(student)
+        count = loading.count(student)
         assert (
             facts["fixed_bytes"] == pytest.approx(12 * count, rel=0.01)
             and facts["needed_bytes"] > facts["fixed_bytes"]

@@ -8,6 +8,7 @@ from conftest import invoke, last_json
 
 from prefix_distill.errors import UserError
 from prefix_distill.results import compare
+from prefix_distill.results.compare import FILE
 from prefix_distill.training.folder import RunFolder
 
 TREE = {
@@ -88,8 +89,9 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     assert tuned["runtime"]["seed"] == 7 and tuned["evaluate"]["split"] == "validation"
 
     from prefix_distill.training import session as train
+    from prefix_distill.training.update import apply_update
 
-    plain, calls = train._update, []
+    plain, calls = apply_update, []
 
     def update(*arguments):
         calls.append(1)
@@ -97,7 +99,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(train, "_update", update)
+    monkeypatch.setattr(train, "apply_update", update)
     code, _, _ = invoke("compare", file, "--out", tmp_path / "cut")
     assert code == 130
     code, out, err = invoke("compare", file, "--out", tmp_path / "cut")
@@ -117,9 +119,7 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
     arms = compare.read(write(tmp_path))
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / compare.FILE).write_text(
-        json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms))))
-    )
+    (folder / FILE).write_text(json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms)))))
     with RunFolder(folder).alone(), pytest.raises(UserError, match="another process"):
         compare.compare(arms, folder, None, print)
 

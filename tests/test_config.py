@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_distill import __version__
-from prefix_distill.config import sections as config
+from prefix_distill import __version__, config
 from prefix_distill.errors import UserError
 from prefix_distill.maths.schedule import parse_prefix, warmup_steps
 

@@ -12,7 +12,7 @@ from test_flops import counted
 from test_simct import by_the_book
 from test_train import assert_same
 
-from prefix_distill.config import sections as configuration
+from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
 from prefix_distill.engine.alignment import Alignment, Bytes, Shared
 from prefix_distill.engine.device import Clock
@@ -20,9 +20,10 @@ from prefix_distill.maths import simct
 from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.flops import Ledger
 from prefix_distill.maths.weights import token_weights
-from prefix_distill.prompts import load as data
+from prefix_distill.prompts import stream
 from prefix_distill.training import prepare as preflight
-from prefix_distill.training import session as train
+from prefix_distill.training import update
+from prefix_distill.training.update import StudentLoss
 
 KILLED = """
 import os, signal, sys
@@ -83,13 +84,13 @@ def gradient(run, micro=4):
     run.config = configuration.replace(run.config, train={"micro_batch_size": micro})
     run.student.net.requires_grad_(True).zero_grad()
     clock, ledger = Clock(run.place.device), Ledger()
-    drawn = train.sample(
-        run, run.student, data.batch(run.train_prompts, 0, 3, 0), 0, 40, Ledger(), clock
+    drawn = update.sample(
+        run, run.student, stream.batch(run.train_prompts, 0, 3, 0), 0, 40, Ledger(), clock
     )
-    rollouts, reading = train.select(run, drawn, 0, ledger, clock)
+    rollouts, reading = update.select(run, drawn, 0, ledger, clock)
     weights, divisor = token_weights(rollouts, "token", run.position)
-    values, _ = train._accumulate(
-        run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
+    values, _ = update.accumulate_gradients(
+        run, StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
     )
     return (
         {n: p.grad.clone() for n, p in run.student.net.named_parameters()},
@@ -159,8 +160,8 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
     assert run.alignment is None
     side = [Bytes(m.tokenizer, m.name) for m in (run.student, run.teacher)]
     clock = Clock(run.place.device)
-    drawn = train.sample(
-        run, run.student, data.batch(run.train_prompts, 0, 3, 0), 0, 192, Ledger(), clock
+    drawn = update.sample(
+        run, run.student, stream.batch(run.train_prompts, 0, 3, 0), 0, 192, Ledger(), clock
     )
     assert all(r.finished for r in drawn)
     found = []
@@ -171,7 +172,7 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
             alignment.__dict__["shared"] = Shared(others, others, (1,), (1,))
             run.alignment, run.shared = (
                 alignment,
-                simct.support(alignment.shared, "simct", "cpu", "cpu"),
+                scoring.shared_support(alignment.shared, "simct", "cpu", "cpu"),
             )
             rollouts = run.aligned(drawn)
             assert all(
@@ -179,7 +180,9 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
             )
         run.student.net.requires_grad_(True).zero_grad()
         weights, divisor = token_weights(rollouts, "token")
-        train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, Ledger(), clock)
+        update.accumulate_gradients(
+            run, StudentLoss(run), rollouts, weights, divisor, Ledger(), clock
+        )
         found.append({n: p.grad.clone() for n, p in run.student.net.named_parameters()})
     for name, plain in found[0].items():
         assert (found[1][name] - plain).abs().max() <= 1e-6 * max(
@@ -222,7 +225,7 @@ def test_the_ledger_is_torchs_own_count(mode):
     student, teacher = (m.head() for m in (run.student, run.teacher))
     hidden = torch.randn(len(group[0].rows()), 64, requires_grad=True)
     there = torch.randn(len(group[0].rows(teacher=True)), 96)
-    of = simct.units(group)
+    of = scoring.units_of(group)
 
     def loss():
         simct.weighted(
@@ -243,11 +246,13 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
     """sft: every token of the re-encoded text; divergence: its units, against the tokens that the teacher wrote."""
     run = prepared(rollout__off_policy=loss, models__cross_tokenizer="simct")
     text = run.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids + [1]
-    prompts = data.batch(run.train_prompts, 0, 3, 0)
+    prompts = stream.batch(run.train_prompts, 0, 3, 0)
     texts = {
         (p.prompt.index, s): {"ids": text, "finished": True} for p in prompts for s in range(2)
     }
-    drawn = train.sample(run, run.student, prompts, 0, 40, Ledger(), Clock(run.place.device), texts)
+    drawn = update.sample(
+        run, run.student, prompts, 0, 40, Ledger(), Clock(run.place.device), texts
+    )
     encoded = (*run.student.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids, 1)
     for r in drawn:
         assert r.off_policy and r.ids == encoded and r.finished
@@ -259,7 +264,7 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
                 and sum(u.size for u in r.units) == len(r.ids)
                 and any(not u.exact for u in r.taught_units)
             )
-    short = train.sample(run, run.student, prompts, 0, 4, Ledger(), Clock(run.place.device), texts)
+    short = update.sample(run, run.student, prompts, 0, 4, Ledger(), Clock(run.place.device), texts)
     assert all(r.ids == encoded[:4] and not r.finished for r in short)
 
 
@@ -298,7 +303,7 @@ def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
         [
             sys.executable,
             "-c",
-            KILLED.format(module="training.session", name="_update", at=3),
+            KILLED.format(module="training.session", name="apply_update", at=3),
             "run",
             *flags,
             "--out",

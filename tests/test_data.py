@@ -10,10 +10,15 @@ import pytest
 import torch
 from conftest import byte_tokenizer, invoke, last_json
 
-from prefix_distill.config.sections import build, options
-from prefix_distill.engine import models
+from prefix_distill.config import build, options
+from prefix_distill.engine import loading
 from prefix_distill.errors import UserError
-from prefix_distill.prompts import load as data
+from prefix_distill.prompts import sources, templates
+from prefix_distill.prompts import stream as prompt_stream
+from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.prompt import Prompt, PromptSet
+from prefix_distill.prompts.rows import BUFFER
+from prefix_distill.prompts.stream import behind, examples, hold_out, joined, mixed, shares, slots
 from prefix_distill.training import prepare as preflight
 
 ROWS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
@@ -42,7 +47,7 @@ def write(folder, suffix, rows=ROWS):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet"])
 def test_every_format_reads_the_same(tmp_path, suffix):
-    found = data.load(write(tmp_path, suffix), split="train")
+    found = load_prompts(write(tmp_path, suffix), split="train")
     assert [(p.index, p.messages[-1]["content"], p.answer) for p in found.prompts] == [
         (i, f"{i}+1?", str(i + 1)) for i in range(6)
     ]
@@ -71,13 +76,13 @@ def test_every_format_reads_the_same(tmp_path, suffix):
     ],
 )
 def test_usual_columns(tmp_path, row, prompt, answer):
-    (found,) = data.load(write(tmp_path, ".jsonl", [row]), split="train").prompts
+    (found,) = load_prompts(write(tmp_path, ".jsonl", [row]), split="train").prompts
     assert found.messages[-1] == {"role": "user", "content": prompt} and found.answer == answer
 
 
 def test_given_columns_reach_into_records_and_text_is_added(tmp_path):
     file = write(tmp_path, ".jsonl", [{"doc": {"q": "a", "gold": "b"}, "question": "not this"}])
-    (found,) = data.load(
+    (found,) = load_prompts(
         file,
         split="train",
         prompt_column="doc.q",
@@ -93,7 +98,7 @@ def test_nothing_is_left_in_the_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
-    data.load(write(tmp_path, ".jsonl"), split="train")
+    load_prompts(write(tmp_path, ".jsonl"), split="train")
     assert not list((tmp_path / "scratch").iterdir())
 
 
@@ -107,18 +112,18 @@ def test_nothing_is_left_in_the_cache(tmp_path, monkeypatch):
 )
 def test_bad_rows(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
-        data.load(write(tmp_path, ".jsonl", rows), split="train")
+        load_prompts(write(tmp_path, ".jsonl", rows), split="train")
 
 
 @pytest.fixture(scope="module")
 def student(pair):
-    return models.load(pair[0], device=torch.device("cpu"), dtype=torch.float32)
+    return loading.load_model(pair[0], device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_templates(student):
-    prompt = data.Prompt(0, ({"role": "user", "content": "hi"},), None)
+    prompt = Prompt(0, ({"role": "user", "content": "hi"},), None)
     chat, plain = (
-        student.tokenizer.decode(data.render(student, prompt.messages, t))
+        student.tokenizer.decode(templates.render(student, prompt.messages, t))
         for t in ("auto", "plain")
     )
     assert (chat, plain) == ("<u>hi<a>", "hi")
@@ -126,28 +131,28 @@ def test_templates(student):
 
 def test_long_prompts_are_dropped_and_counted_never_cut(student):
     prompts = [
-        data.Prompt(i, ({"role": "user", "content": "x" * n},), None)
+        Prompt(i, ({"role": "user", "content": "x" * n},), None)
         for i, n in enumerate([3, 50, 8, 9])
     ]
     config = build({"data.max_prompt_tokens": 10})
-    kept, dropped = data.render_all(prompts, student, student, config)
+    kept, dropped = templates.render_all(prompts, student, student, config)
     assert [len(r.student_ids) for r in kept] == [5, 10] and dropped == 2
     with pytest.raises(UserError, match="all 1 prompts are longer"):
-        data.render_all(prompts[1:2], student, student, config)
+        templates.render_all(prompts[1:2], student, student, config)
 
 
 def test_every_epoch_is_a_permutation_and_steps_are_arithmetic():
-    stream = [data.batch(list(range(7)), step, 3, seed=0) for step in range(14)]
+    stream = [prompt_stream.batch(list(range(7)), step, 3, seed=0) for step in range(14)]
     flat = [p for batch in stream for p in batch]
     epochs = [flat[i : i + 7] for i in range(0, 42, 7)]
     assert all(sorted(e) == list(range(7)) for e in epochs) and len({tuple(e) for e in epochs}) == 6
-    assert data.batch(list(range(7)), 9, 3, seed=0) == stream[9]
-    assert data.batch(list(range(7)), 9, 3, seed=1) != stream[9]
+    assert prompt_stream.batch(list(range(7)), 9, 3, seed=0) == stream[9]
+    assert prompt_stream.batch(list(range(7)), 9, 3, seed=1) != stream[9]
 
 
 def test_held_out_rows_are_disjoint_from_training(tmp_path):
-    whole = data.load(write(tmp_path, ".jsonl"), split="train")
-    taught, held = data.hold_out(whole, 2, seed=0)
+    whole = load_prompts(write(tmp_path, ".jsonl"), split="train")
+    taught, held = hold_out(whole, 2, seed=0)
     assert len(held.prompts) == 2 and {p.index for p in taught.prompts} | {
         p.index for p in held.prompts
     } == set(range(6))
@@ -179,47 +184,47 @@ def questions_of(prompts):
     ],
 )
 def test_names_and_weights(text, found):
-    assert data.sources(text) == found
+    assert sources.sources(text) == found
 
 
 @pytest.mark.parametrize("text", ["a,", ",", "a:0,b", "a,,b", "a:1,:2"])
 def test_weights_that_are_refused(text):
     with pytest.raises(UserError, match="expected data sets and their weights such as"):
-        data.sources(text)
+        sources.sources(text)
 
 
 def test_a_file_whose_name_has_the_marks_is_that_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a:2,b.jsonl", "x=y.jsonl", "gsm8k=z.jsonl"):
         lines(tmp_path / name, ROWS)
-        [(found, weight)] = data.sources(name)
-        assert len(data.load(found).prompts) == 6 and weight == 1
+        [(found, weight)] = sources.sources(name)
+        assert len(load_prompts(found).prompts) == 6 and weight == 1
     lines(tmp_path / "a.jsonl#3", ROWS)
     with pytest.raises(UserError, match="expected one of .jsonl"):
-        data.load("a.jsonl#3")
+        load_prompts("a.jsonl#3")
 
 
 def test_so_many_rows_by_seed(tmp_path):
     file = lines(tmp_path / "x.jsonl", [{"question": f"q{i}"} for i in range(50)])
-    some = [[p.index for p in data.load(f"{file}#20", seed=seed).prompts] for seed in (0, 0, 1)]
+    some = [[p.index for p in load_prompts(f"{file}#20", seed=seed).prompts] for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2] and all(
         len(set(rows)) == 20 and rows == sorted(rows) for rows in some
     )
     assert [
-        p.index for p in data.load(f"{file}#20", seed=0, limit=5, evaluated=True).prompts
+        p.index for p in load_prompts(f"{file}#20", seed=0, limit=5, evaluated=True).prompts
     ] == some[0][:5]
-    assert data.load(f"{file}#20", seed=3).notes == (
+    assert load_prompts(f"{file}#20", seed=3).notes == (
         f"dataset {file}#20: 20 of 50 rows, drawn by --seed 3",
     )
-    assert questions_of(data.load(f"{file}#50").prompts) == [f"q{i}" for i in range(50)]
+    assert questions_of(load_prompts(f"{file}#50").prompts) == [f"q{i}" for i in range(50)]
     assert (
-        len(data.load("lab:choice#7").prompts)
-        == len(data.load("lab:choice:20-25#7", split="test").prompts)
+        len(load_prompts("lab:choice#7").prompts)
+        == len(load_prompts("lab:choice:20-25#7", split="test").prompts)
         == 7
     )
     for streaming in (False, True):
         with pytest.raises(UserError, match="it has 50 rows, expected at least the 51 behind #"):
-            data.load(f"{file}#51", streaming=streaming)
+            load_prompts(f"{file}#51", streaming=streaming)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".parquet"])
@@ -228,7 +233,7 @@ def test_streamed_rows_are_the_files_in_a_drawn_order(tmp_path, suffix):
     orders = [
         [
             (p.index, *questions_of([p]), p.answer)
-            for p in data.load(file, streaming=True, seed=seed).prompts
+            for p in load_prompts(file, streaming=True, seed=seed).prompts
         ]
         for seed in (0, 0, 1)
     ]
@@ -236,30 +241,28 @@ def test_streamed_rows_are_the_files_in_a_drawn_order(tmp_path, suffix):
     assert sorted(row[1:] for row in orders[0]) == sorted(
         (f"q{i}", str(i)) for i in range(40)
     ) and [row[0] for row in orders[0]] == list(range(40))
-    first = data.load(file, streaming=True, limit=5, evaluated=True).prompts
+    first = load_prompts(file, streaming=True, limit=5, evaluated=True).prompts
     assert (
         questions_of(first)
-        == questions_of(data.load(file, limit=5, evaluated=True).prompts)
+        == questions_of(load_prompts(file, limit=5, evaluated=True).prompts)
         == [f"q{i}" for i in range(5)]
     )
-    assert len({*questions_of(data.load(f"{file}#6", streaming=True).prompts)}) == 6
+    assert len({*questions_of(load_prompts(f"{file}#6", streaming=True).prompts)}) == 6
 
 
 def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path):
     """A damaged line beyond the buffer and the rows that are taken is never met; who goes on meets it, in one line."""
     file = tmp_path / "x.jsonl"
-    lines(file, [{"question": f"q{i}"} for i in range(data.BUFFER + 100)])
+    lines(file, [{"question": f"q{i}"} for i in range(BUFFER + 100)])
     with open(file, "a") as handle:
         handle.write('{"ques\n')
-    stream = data.load(str(file), streaming=True).prompts
+    stream = load_prompts(str(file), streaming=True).prompts
     taken = list(itertools.islice(stream, 90))
     assert len({p.messages[0]["content"] for p in taken}) == 90
-    with pytest.raises(
-        UserError, match=f"not readable as jsonl .ValueError: line {data.BUFFER + 101}"
-    ):
+    with pytest.raises(UserError, match=f"not readable as jsonl .ValueError: line {BUFFER + 101}"):
         list(stream)
     with pytest.raises(UserError, match="not readable as jsonl"):
-        data.load(str(file))
+        load_prompts(str(file))
 
 
 def test_columns_of_a_stream_are_those_of_its_first_rows_together(tmp_path):
@@ -268,7 +271,7 @@ def test_columns_of_a_stream_are_those_of_its_first_rows_together(tmp_path):
         [{"question": f"q{i}"} | ({"answer": str(i)} if i == 7 else {}) for i in range(9)],
     )
     for seed in range(3):
-        found = data.load(file, streaming=True, seed=seed).prompts
+        found = load_prompts(file, streaming=True, seed=seed).prompts
         assert {(p.messages[0]["content"], p.answer) for p in found} == {
             (f"q{i}", "7" if i == 7 else None) for i in range(9)
         }
@@ -276,19 +279,19 @@ def test_columns_of_a_stream_are_those_of_its_first_rows_together(tmp_path):
 
 def test_what_cannot_be_streamed(tmp_path):
     with pytest.raises(UserError, match="a .json file is one document"):
-        data.load(write(tmp_path, ".json"), streaming=True)
+        load_prompts(write(tmp_path, ".json"), streaming=True)
     for name, content, message in (
         ("none.csv", b"question\n", "it has no rows"),
         ("torn.parquet", b"PAR1xxxxPAR1", "not readable as parquet"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
-            data.load(str(tmp_path / name), streaming=True)
+            load_prompts(str(tmp_path / name), streaming=True)
 
 
 def test_template_and_instruction_around_the_problem(tmp_path):
     file = lines(tmp_path / "x.jsonl", [{"question": "a {b}?", "doc": {"level": 3}, "why": "so"}])
-    load = lambda template: data.load(
+    load = lambda template: load_prompts(
         file, prompt_template=template, instruction="Box it.", system="s", privileged_column="why"
     ).prompts[0]
     prompt = load("L{doc.level} {{x}} \\boxed{} Q: {prompt} A:")
@@ -296,7 +299,7 @@ def test_template_and_instruction_around_the_problem(tmp_path):
         "s",
         "L3 {x} \\boxed{} Q: a {b}?\n\nBox it. A:",
     ]
-    *_, shown = data.teacher_messages(prompt, "P {problem} S {solution} E")
+    *_, shown = templates.teacher_messages(prompt, "P {problem} S {solution} E")
     assert shown["content"] == "L3 {x} \\boxed{} Q: P a {b}? S so E\n\nBox it. A:"
     with pytest.raises(
         UserError, match="row 0 has no 'level' for --prompt-template; it has question, doc, why"
@@ -313,22 +316,22 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
         tmp_path / "x.jsonl",
         [{"question": f"q{i}?", "answer": f"#### {i}", "solution": f"since {i}"} for i in range(9)],
     )
-    base = models.load(student.name, device=torch.device("cpu"), dtype=torch.float32)
+    base = loading.load_model(student.name, device=torch.device("cpu"), dtype=torch.float32)
     base.tokenizer = byte_tokenizer()
     base.tokenizer.chat_template = None
     for template, middle, last in ((None, "\n\n", ""), ("Q: {prompt} A:", " ", " A:")):
         config = build({"data.prompt_template": template})
-        whole = data.load(file, worked=True, prompt_template=template, system="s")
-        rest, turns = data.examples(whole, 2, seed=0, evaluated=whole.prompts[:3])
+        whole = load_prompts(file, worked=True, prompt_template=template, system="s")
+        rest, turns = examples(whole, 2, seed=0, evaluated=whole.prompts[:3])
         used = [int(turn["content"].removeprefix("since ")) for turn in turns[1::2]]
         assert min(used) >= 3 and [p.index for p in rest.prompts] == [
             i for i in range(9) if i not in used
         ]
-        assert data.examples(whole, 2, seed=0, evaluated=whole.prompts[:3])[1] == turns
-        [first, *_] = data.behind(rest, turns).prompts
+        assert examples(whole, 2, seed=0, evaluated=whole.prompts[:3])[1] == turns
+        [first, *_] = behind(rest, turns).prompts
         q = lambda i: f"{'' if template is None else 'Q: '}q{i}?{last}"
         text = lambda model: model.tokenizer.decode(
-            data.render(model, first.messages, "auto", glue=data.glue(config.data))
+            templates.render(model, first.messages, "auto", glue=templates.glue(config.data))
         )
         assert (
             text(student)
@@ -339,8 +342,8 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
         UserError,
         match="--few-shot 7: dataset .* has 6 rows with a solution that are not evaluated",
     ):
-        data.examples(whole, 7, seed=0, evaluated=whole.prompts[:3])
-    unsolved = data.load(
+        examples(whole, 7, seed=0, evaluated=whole.prompts[:3])
+    unsolved = load_prompts(
         lines(
             tmp_path / "y.jsonl",
             [{"question": "q", "answer": None}, {"question": "r", "answer": "1"}],
@@ -348,7 +351,7 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
         worked=True,
     )
     with pytest.raises(UserError, match="has 1 rows with a solution"):
-        data.examples(unsolved, 2, seed=0)
+        examples(unsolved, 2, seed=0)
 
 
 WEIGHTS = [
@@ -361,41 +364,39 @@ WEIGHTS = [
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_shares_of_the_stream_are_the_weights_at_every_length(weights):
-    taken = list(itertools.islice(data.slots(weights), 300))
+    taken = list(itertools.islice(slots(weights), 300))
     for length in range(1, 301):
         for k, weight in enumerate(weights):
             assert abs(taken[:length].count(k) - length * weight / sum(weights)) < 1
-    assert data.shares(weights, 300) == [taken.count(k) for k in range(len(weights))]
+    assert shares(weights, 300) == [taken.count(k) for k in range(len(weights))]
 
 
 def test_a_mixed_stream_holds_each_sets_own_stream():
     parts, weights = [list("abcdefg"), list("XYZ")], WEIGHTS[0]
-    stream = data.mixed(parts, weights, 80, seed=5)
-    assert stream[:30] == data.mixed(
-        parts, weights, 30, seed=5
-    )  # a longer run begins as a shorter one
+    stream = mixed(parts, weights, 80, seed=5)
+    assert stream[:30] == mixed(parts, weights, 30, seed=5)  # a longer run begins as a shorter one
     for part in parts:
         own = [item for item in stream if item in part]
-        assert own == data.batch(part, 0, len(own), seed=5)
+        assert own == prompt_stream.batch(part, 0, len(own), seed=5)
 
 
 def test_joined_sets_hold_every_prompt_once():
     sets = [
-        data.PromptSet(
+        PromptSet(
             name,
-            tuple(data.Prompt(i * 2 + k, (), None) for i in range(n)),
+            tuple(Prompt(i * 2 + k, (), None) for i in range(n)),
             answer_format=form,
             max_new_tokens=9,
         )
         for k, (name, n, form) in enumerate([("a", 6, "hash"), ("b", 2, None)])
     ]
-    found = data.joined(sets, [Fraction(1), Fraction(1)])
+    found = joined(sets, [Fraction(1), Fraction(1)])
     assert [p.index for p in found.prompts] == [0, 1, 2, 3, 4, 6, 8, 10]
     assert (found.name, found.answer_format, found.max_new_tokens) == (
         "a, b",
         None,
         9,
-    ) and data.joined(sets[:1], [Fraction(1)]) is sets[0]
+    ) and joined(sets[:1], [Fraction(1)]) is sets[0]
 
 
 def rows_of(folder):

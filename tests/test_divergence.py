@@ -6,14 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prefix_distill.maths.divergence import (
-    Head,
-    Terms,
-    per_token,
-    statistics,
-    value_and_gradient,
-    weighted,
-)
+from prefix_distill.maths.divergence import Head, Terms, per_token, value_and_gradient
+from prefix_distill.maths.fused import statistics, weighted
 
 NAMES = [("reverse-kl", None), ("forward-kl", None), ("jsd", 0.5), ("jsd", 0.1)]
 

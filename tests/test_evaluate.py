@@ -7,35 +7,36 @@ import torch
 from conftest import tiny_net
 
 from prefix_distill.engine import evaluate
-from prefix_distill.engine.device import Place
 from prefix_distill.engine.models import Model
+from prefix_distill.engine.ranks import Place
 from prefix_distill.engine.sampling import Sampler
-from prefix_distill.prompts.load import Prompt
+from prefix_distill.maths import intervals
+from prefix_distill.prompts.prompt import Prompt
 
 PLACE = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
 
 
 def test_interval_is_the_normal_one_for_many_problems():
     values = [1.0] * 300 + [0.0] * 700
-    found = evaluate.interval(values)
+    found = intervals.interval(values)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
     assert found["value"] == pytest.approx(0.3) and found["n"] == 1000
     assert found["low"] == pytest.approx(0.3 - half, abs=0.005) and found["high"] == pytest.approx(
         0.3 + half, abs=0.005
     )
-    assert evaluate.interval(values) == found
+    assert intervals.interval(values) == found
 
 
 def test_interval_of_all_right_or_all_wrong_is_wilsons():
     # Wilson's bounds at p = 1 and p = 0 are n/(n + z²) and z²/(n + z²)
     z2 = 1.96**2
-    assert evaluate.interval([1.0] * 50) == {
+    assert intervals.interval([1.0] * 50) == {
         "value": 1.0,
         "n": 50,
         "low": pytest.approx(50 / (50 + z2)),
         "high": 1.0,
     }
-    assert evaluate.interval([0.0] * 50) == {
+    assert intervals.interval([0.0] * 50) == {
         "value": 0.0,
         "n": 50,
         "low": 0.0,
@@ -45,13 +46,13 @@ def test_interval_of_all_right_or_all_wrong_is_wilsons():
 
 def test_token_mean_weighs_tokens_and_draws_rollouts():
     values = [[1.0] * 10, [3.0] * 30]
-    found = evaluate.token_mean(values)
+    found = intervals.token_mean(values)
     assert found["value"] == pytest.approx(2.5) and found["n"] == 40
     assert (found["low"], found["high"]) == (
         1.0,
         3.0,
     )  # two rollouts: a resample may hold either one alone
-    assert evaluate.split_mean(values, 10) == (2.0, 3.0) and evaluate.split_mean([[1.0]], 1) == (
+    assert intervals.split_mean(values, 10) == (2.0, 3.0) and intervals.split_mean([[1.0]], 1) == (
         1.0,
         None,
     )

@@ -18,8 +18,9 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from prefix_distill.config import sections as configuration
+from prefix_distill import config as configuration
 from prefix_distill.training import card
+from prefix_distill.training.card import TAGS
 
 INSTRUCTION = "Answer in 'one' line;\n```no $HOME``` | \"quotes\" --and flags"
 
@@ -157,7 +158,7 @@ def test_front_matter_of_hub_models():
         "datasets": ["openai/gsm8k"],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": card.TAGS,
+        "tags": TAGS,
     }
 
 

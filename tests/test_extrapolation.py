@@ -10,15 +10,9 @@ from conftest import tiny_net
 from hypothesis import given, strategies
 from torch.nn import Linear, Parameter
 
+from prefix_distill.engine.models import moved
 from prefix_distill.errors import UserError
-from prefix_distill.maths.extrapolation import (
-    diagnose,
-    due,
-    effective_rank,
-    extrapolate,
-    moved,
-    snapshot,
-)
+from prefix_distill.maths.extrapolation import diagnose, due, effective_rank, extrapolate, snapshot
 
 
 def line(weight: float, anchor: float):
@@ -484,8 +478,8 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
     from test_train import prepared
 
     from prefix_distill.engine import evaluate
-    from prefix_distill.engine.device import seed_of
     from prefix_distill.maths.flops import Ledger
+    from prefix_distill.maths.seeds import seed_of
     from prefix_distill.training import monitor
 
     run = prepared(

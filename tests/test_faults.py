@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from test_resume import flags, rows
 from test_train import Silent, prepared
 
-from prefix_distill.config import sections as configuration
+from prefix_distill import config as configuration
 from prefix_distill.display import Reporter
 from prefix_distill.engine import sampling as rollout
 from prefix_distill.engine import scoring
-from prefix_distill.engine.device import Interrupt
+from prefix_distill.engine.ranks import Interrupt
 from prefix_distill.errors import Interrupted, MemoryShortage, Stopped, UserError
 from prefix_distill.training import session as train
+from prefix_distill.training import update
 from prefix_distill.training.folder import RunFolder
 
 
@@ -223,7 +224,7 @@ def poison(model, name):
 def test_numbers_that_are_not_finite_are_named_before_they_do_harm(
     pair, questions, tmp_path, monkeypatch, what, match, saved
 ):
-    run, plain = six(pair, questions, **{"evaluate.every": 0}), train._accumulate
+    run, plain = six(pair, questions, **{"evaluate.every": 0}), update.accumulate_gradients
     hidden_rows = scoring.hidden_rows
 
     def accumulate(run, *rest):
@@ -249,7 +250,7 @@ def test_numbers_that_are_not_finite_are_named_before_they_do_harm(
         return found
 
     run.optimizer_steps = 0
-    monkeypatch.setattr(train, "_accumulate", accumulate)
+    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
     with pytest.raises(Stopped, match=match):
         run_in(tmp_path / "run", run)
     assert sorted(os.listdir(tmp_path / "run/checkpoints"))[-1] == f"step-{saved:08d}"

@@ -5,11 +5,13 @@ import torch
 from conftest import tiny_net
 from torch.utils.flop_counter import FlopCounterMode
 
-from prefix_distill.engine import models, scoring
-from prefix_distill.engine.models import Model
-from prefix_distill.engine.sampling import Request, Rollout, Sampler, generate
-from prefix_distill.maths.divergence import Terms, weighted
-from prefix_distill.maths.flops import Ledger, Shape, shape, update_cost
+from prefix_distill.engine import scoring
+from prefix_distill.engine.models import Model, recompute, shape
+from prefix_distill.engine.rollout import Rollout
+from prefix_distill.engine.sampling import Request, Sampler, generate
+from prefix_distill.maths.divergence import Terms
+from prefix_distill.maths.flops import Ledger, Shape, update_cost
+from prefix_distill.maths.fused import weighted
 
 KINDS = ["llama", "qwen3", "gemma3", "neox", "gpt2"]
 DECODING = pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_scoring_and_update_as_executed(model, samples):
 def test_recomputed_layers_are_executed_once_more_at_most(model):
     """Gradient checkpointing against torch's count: never less than was run, and at most one matmul a layer more."""
     group, one, plain = rollouts(1), Ledger(), Ledger()
-    model = models.recompute(model)
+    model = recompute(model)
     model.net.requires_grad_(True)
     reads = scoring.reads(group, model.reads_once)
     one.forward("update", shape(model), reads, passes=3, recomputed=True)

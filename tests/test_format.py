@@ -69,7 +69,7 @@ def rows(folder) -> list[dict]:
 
 
 def write(folder: Path) -> None:
-    from prefix_distill import display
+    from prefix_distill.display import Display
 
     folder.mkdir()
     os.chdir(folder)
@@ -92,14 +92,14 @@ def write(folder: Path) -> None:
         )
     )
     shutil.rmtree("run")
-    plain = display.Display.row
+    plain = Display.row
 
     def row(self, row, *rest):
         plain(self, row, *rest)
         if row["step"] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    display.Display.row = row
+    Display.row = row
     code, _, err = invoke("run", *FLAGS)
     assert code == 143, err
 

@@ -12,12 +12,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefix_distill.config import sections as config
+from prefix_distill import config
 from prefix_distill.errors import UserError
 from prefix_distill.maths.schedule import parse_prefix
 from prefix_distill.prompts import answers
-from prefix_distill.prompts import load as data
-from prefix_distill.prompts.answers import correct, extract, reference
+from prefix_distill.prompts.answers import SECONDS, correct, extract, reference
+from prefix_distill.prompts.load import load_prompts
 
 PLAIN = st.recursive(
     st.one_of(
@@ -176,7 +176,7 @@ def test_any_prefix_is_lengths_in_range_or_one_line(text, limit, step):
 
 def reads(file, **columns) -> None:
     try:
-        found = data.load(str(file), split="train", **columns)
+        found = load_prompts(str(file), split="train", **columns)
     except UserError as error:
         one_line(error)
     else:
@@ -265,7 +265,7 @@ def test_any_text_is_right_or_wrong(response, gold, form):
 def test_any_latex_is_right_or_wrong_in_time(response, gold):
     start = time.monotonic()
     assert correct(f"\\boxed{{{response}}}", gold) in (True, False)
-    assert time.monotonic() - start < answers.SECONDS + 20  # and a new worker on a busy machine
+    assert time.monotonic() - start < SECONDS + 20  # and a new worker on a busy machine
 
 
 @pytest.mark.parametrize(

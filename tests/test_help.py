@@ -14,13 +14,14 @@ import pytest
 import typer
 from conftest import invoke, last_json
 
+from prefix_distill import config as configuration
+from prefix_distill.cli import app
 from prefix_distill.cli import main as cli
-from prefix_distill.config import sections as configuration
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "prefix_distill/help"
 PAGES = {file.stem: file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.md"))}
-GROUP = typer.main.get_command(cli.app)
+GROUP = typer.main.get_command(app.app)
 LINES = [
     (name, line)
     for name, page in PAGES.items()

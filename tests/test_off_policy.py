@@ -6,16 +6,18 @@ import pytest
 import torch
 from test_train import Silent, prepared
 
-from prefix_distill.config import sections as configuration
+from prefix_distill import config as configuration
 from prefix_distill.engine.device import Clock
 from prefix_distill.errors import UserError
 from prefix_distill.maths.flops import Ledger
 from prefix_distill.maths.weights import token_weights
-from prefix_distill.prompts import load as data
+from prefix_distill.prompts import stream
 from prefix_distill.training import session as train
 from prefix_distill.training import teacher_text as off_policy
 from prefix_distill.training.folder import RunFolder
-from prefix_distill.training.monitor import Progress
+from prefix_distill.training.state import Progress
+from prefix_distill.training.teacher_text import FILE, PHASES
+from prefix_distill.training.update import StudentLoss, accumulate_gradients, sample
 
 
 def gradient(run, folder, prefix=12):
@@ -28,13 +30,11 @@ def gradient(run, folder, prefix=12):
     )
     student.zero_grad()
     texts = train._teacher_texts(run, files, progress, clock)
-    prompts = data.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
+    prompts = stream.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
     ledger = Ledger()
-    rollouts = train.sample(run, run.student, prompts, 0, prefix, ledger, clock, texts)
+    rollouts = sample(run, run.student, prompts, 0, prefix, ledger, clock, texts)
     weights, share = token_weights(rollouts, run.config.divergence.reduction)
-    values, _ = train._accumulate(
-        run, train.StudentLoss(run), rollouts, weights, share, ledger, clock
-    )
+    values, _ = accumulate_gradients(run, StudentLoss(run), rollouts, weights, share, ledger, clock)
     return (
         rollouts,
         values,
@@ -112,13 +112,13 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
         and len(r.ids) <= 5
         and r.ids == tuple(texts[p.prompt.index, r.sample]["ids"][:5])
         for p, r in zip(
-            (data.batch(run.train_prompts, 0, 5, 0)[r.prompt] for r in rollouts), rollouts
+            (stream.batch(run.train_prompts, 0, 5, 0)[r.prompt] for r in rollouts), rollouts
         )
     )
     # it is what the teacher samples: the same draw from its own distribution, prompt by prompt
     from prefix_distill.engine.sampling import Request, generate
 
-    first = data.batch(run.train_prompts, 0, 5, 0)[0]
+    first = stream.batch(run.train_prompts, 0, 5, 0)[0]
     alone = generate(
         run.teacher,
         [Request(first.teacher_ids, ("teacher-text", first.prompt.index, 1))],
@@ -126,7 +126,7 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
         run.text_sampler,
     )
     assert texts[first.prompt.index, 1]["ids"] == list(alone[0].ids)
-    assert set(spent.useful) == set(off_policy.PHASES) and all(spent.useful.values())
+    assert set(spent.useful) == set(PHASES) and all(spent.useful.values())
     assert "teacher_score" not in update.useful  # nothing is scored for a cross-entropy
     again = Progress()
     monkeypatch.setattr(
@@ -150,7 +150,7 @@ def test_a_longer_run_writes_only_what_is_missing(pair, questions, tmp_path):
     paid = Progress()
     both = train._teacher_texts(longer, files, paid, Clock(short.place.device))
     assert first.items() <= both.items() and len(both) > len(first)
-    kept = json.loads((files.path / off_policy.FILE).read_text())
+    kept = json.loads((files.path / FILE).read_text())
     assert kept["ledger"]["useful"] == paid.ledger.useful and len(kept["texts"]) == len(both)
 
 

@@ -6,15 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prefix_distill.config.sections import build
-from prefix_distill.engine.device import Clock, Place
+from prefix_distill.config import build
+from prefix_distill.engine.device import Clock
 from prefix_distill.engine.models import Model
-from prefix_distill.engine.sampling import Rollout
+from prefix_distill.engine.ranks import Place
+from prefix_distill.engine.rollout import Rollout
 from prefix_distill.maths.divergence import Terms
 from prefix_distill.maths.flops import Ledger, Shape
 from prefix_distill.maths.weights import token_weights
-from prefix_distill.training import monitor
-from prefix_distill.training import session as train
+from prefix_distill.training import metrics, update
+from prefix_distill.training.state import Progress
+from prefix_distill.training.update import StudentLoss
 
 
 class Bigram(torch.nn.Module):
@@ -67,8 +69,8 @@ def test_loss_gradient_and_new_weight_by_hand():
     weights, divisor = token_weights(rollouts, "token")
     assert divisor == 2
 
-    values, _ = train._accumulate(
-        run, train.StudentLoss(run), rollouts, weights, divisor, Ledger(), Clock(place.device)
+    values, _ = update.accumulate_gradients(
+        run, StudentLoss(run), rollouts, weights, divisor, Ledger(), Clock(place.device)
     )
 
     # KL(uniform ‖ T) = ln 1/3 − mean ln T: (1/3) ln(32/27) after 0 and (1/3) ln 2 after 1
@@ -85,10 +87,10 @@ def test_loss_gradient_and_new_weight_by_hand():
     torch.testing.assert_close(student.net.out.weight.grad, by_hand, atol=1e-7, rtol=1e-6)
     assert teacher.net.out.weight.grad is None
 
-    optimizer = train._optimizer(student.net.parameters(), run.config)
-    facts = train._facts(run, rollouts, values, {}, weights, divisor, 0)
+    optimizer = update.make_optimizer(student.net.parameters(), run.config)
+    facts = metrics.update_facts(run, rollouts, values, {}, weights, divisor, 0)
     assert facts["loss"] == pytest.approx(math.log(64 / 27) / 6, abs=1e-6)
-    train._update(run, None, optimizer, {}, monitor.Progress(), 0.1)
+    update.apply_update(run, None, optimizer, {}, Progress(), 0.1)
     # AdamW's first step: −lr · g / (|g| + ε); the gradient norm is below 1, so nothing is clipped
     expected = torch.tensor([[-0.1 * g / (abs(g) + 1e-8) for g in row] for row in by_hand.tolist()])
     torch.testing.assert_close(student.net.out.weight.detach(), expected, atol=1e-6, rtol=1e-5)

@@ -10,11 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma3TextConfig
 
-from prefix_distill.config.sections import Adapter, build
-from prefix_distill.engine import models, scoring
-from prefix_distill.engine.models import Model
-from prefix_distill.maths.divergence import Terms, weighted
-from prefix_distill.planning import forecast
+from prefix_distill.config import Adapter, build
+from prefix_distill.engine import scoring
+from prefix_distill.engine.models import Model, recompute
+from prefix_distill.maths.divergence import Terms
+from prefix_distill.maths.fused import weighted
+from prefix_distill.planning import forecast, ghosts
+from prefix_distill.planning.forecast import Case, Head, Pair
 
 
 class Held(TorchDispatchMode):
@@ -52,7 +54,7 @@ def case(**more):
         problems=4,
         contexts=2,
     )
-    return forecast.Case(Terms("reverse-kl", memory_bytes=1 << 16), torch.float32, **given | more)
+    return Case(Terms("reverse-kl", memory_bytes=1 << 16), torch.float32, **given | more)
 
 
 @pytest.mark.parametrize("kind, recomputes", [("qwen3", False), ("gemma3", False), ("llama", True)])
@@ -67,9 +69,9 @@ def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
         frozenset(),
         shares_prompts=True,
     )
-    real = models.recompute(real) if recomputes else real
+    real = recompute(real) if recomputes else real
     known = [*real.net.parameters(), *real.net.buffers()]
-    teacher_NE, head = torch.zeros(24, 64), forecast.Head(torch.zeros(260, 64))
+    teacher_NE, head = torch.zeros(24, 64), Head(torch.zeros(260, 64))
     for p in real.net.parameters():
         p.grad = torch.zeros_like(p)
     with Held(
@@ -80,17 +82,17 @@ def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
             case().terms, rows, real.head(), teacher_NE, head, torch.ones(24), scoring.tokens(group)
         )
         loss.backward()
-    ghost = forecast.sketch("m", tiny_config(kind, width=64), torch.float32, recomputes=recomputes)
+    ghost = ghosts.sketch("m", tiny_config(kind, width=64), torch.float32, recomputes=recomputes)
     ghost.net.requires_grad_(True)
     found = forecast.updating(
-        ghost, group, case().terms, forecast.Head(forecast.ghost((260, 64))), False, True
+        ghost, group, case().terms, Head(ghosts.ghost((260, 64))), False, True
     )
     assert max(found.values()) == pytest.approx(held.peak, rel=0.01)
 
 
 @pytest.mark.long
 def test_an_adapter_and_checkpointing_need_less():
-    pair = forecast.Pair(
+    pair = Pair(
         tiny_config("llama", vocabulary=4000, width=256, layers=3),
         tiny_config("llama", vocabulary=4000, width=256, layers=3),
     )
@@ -211,7 +213,7 @@ def test_flops_are_what_a_dry_run_says(pair, questions):
     )
     (folders, configs) = zip(*(plan.read_config(path) for path in pair))
     prompts, _, support = plan._prompts(config, folders, pair, configs, 260)
-    shapes = [plan.flops.shape(forecast.sketch("m", c, torch.float32), support) for c in configs]
+    shapes = [plan.flops.shape(ghosts.sketch("m", c, torch.float32), support) for c in configs]
     for length, name in ((4, "prefix"), (8, "full")):
         ledger = plan._whole(config, shapes, prompts, plan.parse_prefix(str(length), 8))
         assert ledger.total() == pytest.approx(priced[name], rel=1e-6)
@@ -235,10 +237,10 @@ def test_two_depths_tell_what_all_layers_take(more, monkeypatch):
     )
     configs = [tiny_config("qwen3", vocabulary=600, width=64, layers=12), gemma]
     settled = case(**{"prefix": 24, "limit": 40, "problems": 4, "rows": 8} | more)
-    short = forecast.Pair(*configs).forecast(settled)
-    assert all(len(forecast.depths(c)) == 2 for c in configs)
+    short = Pair(*configs).forecast(settled)
+    assert all(len(ghosts.depths(c)) == 2 for c in configs)
     monkeypatch.setattr(forecast, "depths", lambda config: (12,))
-    whole = forecast.Pair(*configs).forecast(settled)
+    whole = Pair(*configs).forecast(settled)
     assert short["weights"] == whole["weights"]
     for phase, size in whole["phases"].items():
         assert short["phases"][phase] == pytest.approx(size, rel=0.02), phase
@@ -342,6 +344,6 @@ def test_a_data_set_needs_tokenizers(questions, tmp_path):
 def test_the_plain_bound_is_one(kind, more):
     """What a run's check takes for small models in place of a forecast is above the forecast, and not by orders of magnitude for these."""
     settled, config = case(**more), tiny_config(kind, vocabulary=900, width=48)
-    found = forecast.Pair(config, config).forecast(settled)["total"]
-    model = forecast.sketch("m", config, torch.float32)
+    found = Pair(config, config).forecast(settled)["total"]
+    model = ghosts.sketch("m", config, torch.float32)
     assert found < forecast.at_most(model, model, settled) < 100 * found

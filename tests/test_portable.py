@@ -9,19 +9,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prefix_distill.config import sections as configuration
-from prefix_distill.engine import device as runtime
-from prefix_distill.engine import models
-from prefix_distill.engine.models import is_path
+from prefix_distill import config as configuration
+from prefix_distill.engine import loading
+from prefix_distill.engine.device import Clock, choose_device
+from prefix_distill.engine.models import decoder
 from prefix_distill.errors import UserError
 from prefix_distill.maths.flops import Ledger
 from prefix_distill.maths.weights import token_weights
-from prefix_distill.planning import probe
-from prefix_distill.prompts import load as data
-from prefix_distill.results import demo as show
-from prefix_distill.results import summary as report
+from prefix_distill.prompts import stream
+from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.sources import is_path
+from prefix_distill.results import plots, runs
+from prefix_distill.results.plots import COLOURS
 from prefix_distill.training import prepare as preflight
-from prefix_distill.training import session as train
+from prefix_distill.training import update
+from prefix_distill.training.session import Progress
+from prefix_distill.training.update import StudentLoss
 
 
 @pytest.mark.parametrize(
@@ -45,9 +48,9 @@ def test_a_path_of_any_system_is_not_asked_of_the_hub(name, local):
     assert is_path(name) is local
     if local:
         with pytest.raises(UserError, match="no such folder; check the path"):
-            models.locate(name)
+            loading.locate(name)
         with pytest.raises(UserError, match="no such file; check the path"):
-            data.load(name, split="train")
+            load_prompts(name, split="train")
 
 
 class Doubles(TorchDispatchMode):
@@ -115,37 +118,37 @@ def test_no_float64_reaches_a_device(pair, questions, more):
             }
         )
     )
-    clock, ledger = runtime.Clock(run.place.device), Ledger()
+    clock, ledger = Clock(run.place.device), Ledger()
     run.student.net.requires_grad_(True)
-    optimizer = train._optimizer(run.student.trained.values(), run.config)
+    optimizer = update.make_optimizer(run.student.trained.values(), run.config)
     with Doubles() as watch:
-        drawn = train.sample(
+        drawn = update.sample(
             run,
-            models.decoder(run.student, run.place.dtype),
-            data.batch(run.train_prompts, 0, 2, 0),
+            decoder(run.student, run.place.dtype),
+            stream.batch(run.train_prompts, 0, 2, 0),
             0,
             6,
             ledger,
             clock,
         )
-        rollouts, reading = train.select(run, drawn, 0, ledger, clock)
+        rollouts, reading = update.select(run, drawn, 0, ledger, clock)
         weights, divisor = token_weights(rollouts, "token", run.position)
-        train._accumulate(
-            run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
+        update.accumulate_gradients(
+            run, StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
         )
-        norm = train._update(run, None, optimizer, {}, train.Progress(taught_prefix=6), 1e-3)
+        norm = update.apply_update(run, None, optimizer, {}, Progress(taught_prefix=6), 1e-3)
     assert norm > 0 and watch.seen == {"train._gather_gradients"}
 
 
 def test_the_clock_waits_for_apples_gpu():
     with mock.patch("torch.mps.synchronize") as wait:
-        runtime.Clock(torch.device("mps")).now()
-        runtime.Clock(torch.device("cpu")).now()
+        Clock(torch.device("mps")).now()
+        Clock(torch.device("cpu")).now()
     assert wait.call_count == 1
     with pytest.raises(
         UserError, match="2 ranks run on this machine and need a GPU each; use --device cpu"
     ):
-        runtime._device("mps", 0, 2, [])
+        choose_device("mps", 0, 2, [])
 
 
 def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
@@ -155,7 +158,7 @@ def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
 
     for i in range(12):
         write_run(tmp_path / f"{i:02}" / "seed-0", 0, [0.2, 0.5 + i / 100], 10.0)
-    pictures = {"report": report.draw(report.collect([tmp_path]))}
+    pictures = {"report": plots.draw_report(runs.collect([tmp_path]))}
     score = {"value": 0.5, "low": 0.4, "high": 0.6}
     rows = [{"flops_useful": 1e9 * i, "accuracy": score} for i in range(3)]
     curve = [{"tokens": 4, **score}]
@@ -172,13 +175,13 @@ def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
     for name, draw in (
         (
             "demo",
-            lambda file: show.draw(
+            lambda file: plots.draw_demo(
                 [{"name": n, "prefix": 24, "evaluations": rows} for n in ("prefix", "full")],
                 0.9,
                 file,
             ),
         ),
-        ("probe", lambda file: probe.draw(probed, file)),
+        ("probe", lambda file: plots.draw_probe(probed, file)),
     ):
         with (
             mock.patch.object(pyplot, "close"),
@@ -196,7 +199,7 @@ def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
             assert len(set(styles)) == len(styles), (name, styles)
             assert name != "report" or len(styles) == 12
             assert {line.get_color() for line in axes.get_lines()} <= {
-                *report.COLOURS,
+                *COLOURS,
                 "#555555",
                 "black",
             }, name

@@ -7,7 +7,7 @@ import pytest
 
 from prefix_distill.errors import UserError
 from prefix_distill.prompts import answers
-from prefix_distill.prompts import load as data
+from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.presets import BOXED, LETTER, PRESETS
 
 WRAPPED = (
@@ -133,7 +133,7 @@ def table(folder, name, rows=None):
 def test_a_row_of_its_schema(name, tmp_path):
     """What the model is asked, what it is graded against, and that its form of an answer is the one that is read."""
     _, question, final, example = SCHEMAS[name]
-    found = data.load(table(tmp_path, name), worked=True)
+    found = load_prompts(table(tmp_path, name), worked=True)
     [prompt] = found.prompts
     instruction = {"mmlu-pro": LETTER, "openthoughts3": None}.get(name, BOXED)
     assert prompt.messages == (
@@ -179,7 +179,7 @@ def test_options_of_gpqa_are_drawn_by_the_seed(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     found = [
-        data.load(f"gpqa={tmp_path / 'gpqa.csv'}", seed=seed, worked=True) for seed in (0, 0, 1)
+        load_prompts(f"gpqa={tmp_path / 'gpqa.csv'}", seed=seed, worked=True) for seed in (0, 0, 1)
     ]
     assert (
         found[0].prompts == found[1].prompts != found[2].prompts
@@ -197,7 +197,7 @@ def test_options_of_gpqa_are_drawn_by_the_seed(tmp_path):
     assert (
         min(counts) >= 6 and sum(counts) == 60
     )  # a uniform letter falls below with probability 0.2 %
-    some = data.load(f"gpqa={tmp_path / 'gpqa.csv'}#10", seed=0).prompts
+    some = load_prompts(f"gpqa={tmp_path / 'gpqa.csv'}#10", seed=0).prompts
     assert all(
         p.messages == found[0].prompts[p.index].messages for p in some
     )  # a row's order is its own
@@ -207,12 +207,12 @@ def test_what_is_given_wins(tmp_path):
     given = table(
         tmp_path, "gsm8k", [{"question": "not this", "q": "this", "answer": "#### 1", "gold": "2"}]
     )
-    found = data.load(given, prompt_column="q", answer_column="gold", instruction="Be brief.")
+    found = load_prompts(given, prompt_column="q", answer_column="gold", instruction="Be brief.")
     assert (found.prompts[0].messages[0]["content"], found.prompts[0].answer) == (
         "this\n\nBe brief.",
         "2",
     )
-    assert data.load(given, instruction="").prompts[0].messages[0]["content"] == "not this"
+    assert load_prompts(given, instruction="").prompts[0].messages[0]["content"] == "not this"
     assert "prompt q, answer gold" in found.notes[0] and "'Be brief.'" in found.notes[0]
 
 
@@ -223,7 +223,7 @@ def test_a_conversation_without_a_boxed_answer_has_no_reference(tmp_path):
             {"from": "gpt", "value": "print(42)"},
         ]
     }
-    [prompt] = data.load(table(tmp_path, "openthoughts3", [row]), worked=True).prompts
+    [prompt] = load_prompts(table(tmp_path, "openthoughts3", [row]), worked=True).prompts
     assert prompt.answer is None and prompt.worked == "print(42)"
 
 
@@ -232,7 +232,7 @@ def test_dapo_as_its_authors_publish_it(tmp_path):
         "prompt": [{"role": "user", "content": WRAPPED}],
         "reward_model": {"ground_truth": "42", "style": "rule"},
     }
-    [prompt] = data.load(table(tmp_path, "dapo-math-17k", [row])).prompts
+    [prompt] = load_prompts(table(tmp_path, "dapo-math-17k", [row])).prompts
     assert prompt.messages[0]["content"] == f"What is 6·7?\n\n{BOXED}" and prompt.answer == "42"
 
 
@@ -265,21 +265,21 @@ def test_a_copy_of_the_repository(tmp_path):
         ({"split": "test"}, "main test", test),
         ({"streaming": True}, "main train", train),
     ):
-        found = data.load(name, instruction="", **options)
+        found = load_prompts(name, instruction="", **options)
         assert [p.messages[0]["content"] for p in found.prompts] == [
             text
         ] and found.elsewhere == elsewhere
     with pytest.raises(UserError, match="the folder does not hold split validation"):
-        data.load(name, split="validation")
+        load_prompts(name, split="validation")
 
 
 def test_evaluated_rows_of_a_sorted_set_are_spread_over_it(tmp_path):
     rows = [SCHEMAS["mmlu-pro"][0] | {"question": f"q{i}"} for i in range(10)]
-    found = data.load(table(tmp_path, "mmlu-pro", rows), limit=4, evaluated=True)
+    found = load_prompts(table(tmp_path, "mmlu-pro", rows), limit=4, evaluated=True)
     assert [p.index for p in found.prompts] == [0, 2, 5, 7]
     assert [
         p.index
-        for p in data.load(
+        for p in load_prompts(
             table(tmp_path, "mmlu-pro", rows), limit=4, evaluated=True, streaming=True
         ).prompts
     ] == [0, 1, 2, 3]
@@ -329,7 +329,7 @@ def test_letters(text, letter):
 def test_names_that_are_refused(name, message, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)  # the user's may hold it
     with pytest.raises(UserError, match="dataset") as error:
-        data.load(name)
+        load_prompts(name)
     assert (
         message in str(error.value)
         and "\n" not in str(error.value)
@@ -365,5 +365,5 @@ def test_names_that_are_refused(name, message, tmp_path, monkeypatch):
 )
 def test_tables_of_another_schema_are_refused(name, row, message, tmp_path):
     with pytest.raises(UserError) as error:
-        data.load(f"{name}={write(tmp_path / 'rows.jsonl', [row])}")
+        load_prompts(f"{name}={write(tmp_path / 'rows.jsonl', [row])}")
     assert message in str(error.value)

@@ -16,15 +16,19 @@ import torch
 from conftest import invoke, last_json
 from safetensors.torch import load_file, save_file
 
-from prefix_distill.cli import main as cli
-from prefix_distill.config import sections as configuration
-from prefix_distill.engine import device as runtime
+from prefix_distill import config as configuration
+from prefix_distill.cli import quiet
 from prefix_distill.engine import scoring
+from prefix_distill.engine.ranks import Place
 from prefix_distill.errors import Stopped
 from prefix_distill.planning import probe as probing
+from prefix_distill.results import evaluation
 from prefix_distill.training import prepare as preflight
+from prefix_distill.training import session
 from prefix_distill.training import session as train
+from prefix_distill.training import update as update_module
 from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.update import apply_update
 
 BASE = {
     "train.steps": 3,
@@ -102,7 +106,7 @@ CUT = dict.fromkeys(
 
 @contextlib.contextmanager
 def only_even_prompts_are_taught():
-    plain = train.select
+    plain = update_module.select
 
     def select(run, rollouts, step, ledger, clock):
         kept = [r if r.prompt % 2 == 0 else train.dataclasses.replace(r, kept=()) for r in rollouts]
@@ -129,7 +133,7 @@ def no_room_for_two_on_rank_1():
 
 @contextlib.contextmanager
 def a_bit_flips_on_rank_1():
-    plain = train._update
+    plain = apply_update
 
     def update(run, *rest):
         norm = plain(run, *rest)
@@ -139,30 +143,30 @@ def a_bit_flips_on_rank_1():
                 weight[2, 3] = weight[2, 3].nextafter(torch.tensor(9.0))
         return norm
 
-    train._update = update
+    train.apply_update = update
     yield
-    train._update = plain
+    train.apply_update = plain
 
 
 @contextlib.contextmanager
 def first_gradient_in(file):
-    plain = train._update
+    plain = apply_update
 
     def update(run, folder, optimizer, anchor, progress, rate):
         if progress.step == 0 and run.place.first:
             save_file({name: p.grad.clone() for name, p in run.student.trained.items()}, file)
         return plain(run, folder, optimizer, anchor, progress, rate)
 
-    train._update = update
+    train.apply_update = update
     yield
-    train._update = plain
+    train.apply_update = plain
 
 
 def go(values, out, trick=contextlib.nullcontext) -> dict:
     """`run`, in this process, which may be a rank; what its first update's gradient was is kept beside its folder."""
     out.parent.mkdir(exist_ok=True)
     with trick(), first_gradient_in(out.with_suffix(".gradient")):
-        return cli.train_in(
+        return session.train_in(
             preflight.prepare(configuration.build(BASE | values | {"checkpoint.out": str(out)})),
             RunFolder(out),
         )
@@ -171,7 +175,7 @@ def go(values, out, trick=contextlib.nullcontext) -> dict:
 def looks(given, out) -> dict:
     """What `eval` and `probe` find."""
     common = {k: v for k, v in (BASE | given).items() if not k.startswith("train.")}
-    _, _, found = preflight.evaluate_model(
+    _, _, found = evaluation.evaluate_model(
         configuration.build(
             common
             | {
@@ -369,7 +373,7 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
 def main() -> None:
     """A rank of the test above."""
     given, cases, folder = json.loads(Path(sys.argv[1]).read_text())
-    cli.quiet_libraries()
+    quiet.quiet_libraries()
     out = Path(folder) / "2"
     for name, case in cases.items():
         go(
@@ -604,9 +608,7 @@ def test_two_gpus_are_one(pair, questions, tmp_path):
 
 
 def test_fingerprints_see_one_bit():
-    place = runtime.Place(
-        torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ()
-    )
+    place = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ())
     weights = {"a": torch.randn(5, 7), "b": torch.randn(3).bfloat16()}
     flipped = weights | {"b": weights["b"].clone()}
     flipped["b"].view(torch.int16)[1] ^= 1
@@ -616,7 +618,7 @@ def test_fingerprints_see_one_bit():
         object.__setattr__(
             place, "gather", lambda value: sums.setdefault("own", value) and [value, sums["other"]]
         )
-        probe = runtime.Place(
+        probe = Place(
             torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ()
         )
         object.__setattr__(

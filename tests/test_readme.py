@@ -13,13 +13,12 @@ import typer
 from conftest import command, invoke, last_json
 from test_benchmarks import PROGRAMS
 
-from prefix_distill.cli import main as cli
-from prefix_distill.cli import spellings
+from prefix_distill.cli import app, spellings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "tests/benchmarks/results"
-GROUP = typer.main.get_command(cli.app)
+GROUP = typer.main.get_command(app.app)
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
 ]
@@ -738,7 +737,8 @@ def test_modules_and_flags_it_names_exist():
 
 def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
     """`--flag value` (default) in README and pages is config.py's; --help prints that default and that help for every option of `run`."""
-    from prefix_distill.config.sections import _typed, flag, options
+    from prefix_distill.config import flag, options
+    from prefix_distill.config.files import _typed
 
     defaults = {flag(path): (path, field) for path, field in options().items()}
     stated = re.findall(r"`(--[a-z-]+) ([^`]+)` \((?:the )?default\)", README)
@@ -777,7 +777,7 @@ def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
 
 def test_the_methods_table_names_every_value_that_an_option_has():
     """Of options with a few fixed values whose rows list them."""
-    from prefix_distill.config.sections import choices, options
+    from prefix_distill.config import choices, options
 
     groups, found = [], 0
     for row in README.split("## Methods")[1].split("\n## ")[0].splitlines():

@@ -9,10 +9,12 @@ import pytest
 import yaml
 from conftest import invoke, last_json
 
-from prefix_distill.config import sections as configuration
+from prefix_distill import config as configuration
 from prefix_distill.errors import UserError
 from prefix_distill.maths.weights import quadrants
 from prefix_distill.results import summary as report
+from prefix_distill.results.runs import by_arm, collect
+from prefix_distill.results.summary import Resampled
 
 N = 400
 
@@ -81,7 +83,7 @@ def test_first_cost_by_hand():
 
 
 def test_summary_by_hand(arms):
-    rows = {row["arm"]: row for row in report.summary(report.collect([arms]), "full")}
+    rows = {row["arm"]: row for row in report.summary(collect([arms]), "full")}
     short = rows["short"]
     assert (
         short["accuracy"] == pytest.approx(0.9)
@@ -114,17 +116,17 @@ def test_intervals_cover_problems_and_seeds_and_pairing_narrows_differences(tmp_
     ):  # the seed matters more than the problems
         write_run(tmp_path / "a" / f"seed-{seed}", seed, [0.1, low], 1.0)
         write_run(tmp_path / "b" / f"seed-{seed}", seed, [0.1, high], 1.0)
-    runs = report.collect([tmp_path])
+    runs = collect([tmp_path])
     rows = {row["arm"]: row for row in report.summary(runs, "a")}
     assert rows["a"]["high"] - rows["a"]["low"] > 0.2  # three seeds 0.3, 0.7, 0.5
     assert rows["b"]["difference"] == pytest.approx(0.2, abs=1e-9)
     assert (
         rows["b"]["difference_high"] - rows["b"]["difference_low"] < 0.12
     )  # the same draws on both sides
-    drawn = report.Resampled(report.by_arm(runs))
+    drawn = Resampled(by_arm(runs))
     assert drawn.paired and (drawn.problems.sum(1) - 1).abs().max() < 1e-9
     # with one seed it is the ordinary bootstrap of a share: ± 1.96 √(p(1−p)/n)
-    one = report.Resampled({"a": report.by_arm(runs)["a"][:1]})
+    one = Resampled({"a": by_arm(runs)["a"][:1]})
     low, high = report.interval(one.curve("a")[2][:, -1])
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / N), rel=0.1)
 
@@ -135,7 +137,7 @@ def test_arms_on_other_problems_are_not_compared(tmp_path):
     (other / "scores.jsonl").write_text(
         "".join(json.dumps({"step": 5 * i, "right": [1.0, 0.0]}) + "\n" for i in range(2))
     )
-    rows = report.summary(report.collect([tmp_path]), "a")
+    rows = report.summary(collect([tmp_path]), "a")
     assert all(
         (row["low"], row["high"]) == (0.0, 1.0) and row["cost_ratios"] == {} for row in rows
     )  # each run's own interval
@@ -145,9 +147,9 @@ def test_equal_names_in_two_folders_stay_apart(arms, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, accuracy in ((one, 0.4), (two, 0.6)):
         write_run(folder / "a" / "seed-0", 0, [0.1, accuracy], 1.0)
-    rows = {row["arm"]: row["accuracy"] for row in report.summary(report.collect([one, two]), None)}
+    rows = {row["arm"]: row["accuracy"] for row in report.summary(collect([one, two]), None)}
     assert rows == {"one/a": pytest.approx(0.4), "two/a": pytest.approx(0.6)}
-    assert {run.arm for run in report.collect([one])} == {"a"}
+    assert {run.arm for run in collect([one])} == {"a"}
 
 
 def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
@@ -158,14 +160,14 @@ def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
         1.0,
         student=str(arms / "full" / "seed-0" / "model"),
     )
-    warmed = next(run for run in report.collect([arms]) if run.arm == "warmed")
+    warmed = next(run for run in collect([arms]) if run.arm == "warmed")
     assert warmed.cost(warmed.evaluations[-1]) == (31.0, 62.0, 12.0)
     # a comparison says so itself, also where its folder has been moved and the student's path leads nowhere
     (arms / "arms.json").write_text(
         json.dumps({"arms": {"full": {}, "warmed": {}}, "seeds": [0], "start": {"warmed": "full"}})
     )
     moved = arms.rename(arms.with_name("moved"))
-    assert [run.cost(run.evaluations[-1])[0] for run in report.collect([moved])] == [30.0, 31.0]
+    assert [run.cost(run.evaluations[-1])[0] for run in collect([moved])] == [30.0, 31.0]
 
 
 def test_page_is_self_contained_and_escaped(arms, tmp_path):
@@ -197,12 +199,12 @@ def test_page_is_self_contained_and_escaped(arms, tmp_path):
 
 def test_wrong_folders_and_references_are_named(arms, tmp_path):
     with pytest.raises(UserError, match="no finished run"):
-        report.collect([tmp_path / "nowhere"])
+        collect([tmp_path / "nowhere"])
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "run.json").write_text('{"seed": 0}')
     with pytest.raises(UserError, match="no finished run"):
-        report.collect([unfinished])
+        collect([unfinished])
     code, _, err = invoke("report", arms, "--out", tmp_path / "out", "--reference", "fulll")
     assert (
         code == 2

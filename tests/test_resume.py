@@ -136,18 +136,18 @@ def test_what_lengthens_or_mends_a_run_is_said_and_kept(whole, tmp_path, monkeyp
     """Six updates become eight at another rate; interrupted at seven, the run goes on to eight without being told again."""
     import shutil
 
-    from prefix_distill import display
+    from prefix_distill.display import Display
 
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
-    plain = display.Display.row
+    plain = Display.row
 
     def row(self, row, *rest):
         plain(self, row, *rest)
         if row["step"] == 7:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(display.Display, "row", row)
+    monkeypatch.setattr(Display, "row", row)
     code, _, err = invoke("run", "--resume", "--out", out, "--steps", "8", "--lr", "5e-4")
     assert (
         code == 130
@@ -223,8 +223,9 @@ def test_resume_is_exact_inside_every_schedule_and_method(
 
     from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder
+    from prefix_distill.training.update import apply_update
 
-    plain, calls = train._update, []
+    plain, calls = apply_update, []
 
     def go(folder, resume=False, fails_at=None):
         def update(*arguments):
@@ -234,7 +235,7 @@ def test_resume_is_exact_inside_every_schedule_and_method(
             return plain(*arguments)
 
         calls.clear()
-        monkeypatch.setattr(train, "_update", update)
+        monkeypatch.setattr(train, "apply_update", update)
         run = prepared(
             pair,
             questions,

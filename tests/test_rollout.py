@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import tiny_net
 
-from prefix_distill.engine import models, scoring
 from prefix_distill.engine import sampling as rollout
-from prefix_distill.engine.device import seed_of
-from prefix_distill.engine.models import Model
-from prefix_distill.engine.sampling import Request, Rollout, Sampler, generate
+from prefix_distill.engine import scoring
+from prefix_distill.engine.models import Model, _ColumnsFirst, decoder
+from prefix_distill.engine.rollout import Rollout
+from prefix_distill.engine.sampling import Request, Response, Sampler, generate
+from prefix_distill.maths.seeds import seed_of
 
 EOS = frozenset({257})
 
@@ -110,15 +111,13 @@ def test_padding_rows_of_the_head_are_never_drawn(model):
 
 
 def test_eos_ends_a_response_wherever_it_is_and_a_cut_is_not_an_end():
-    assert rollout._until_eos([4, 257, 256, 256], EOS) == rollout.Response((4, 257), True)
-    assert rollout._until_eos([4, 5, 6, 257], EOS) == rollout.Response(
+    assert rollout._until_eos([4, 257, 256, 256], EOS) == Response((4, 257), True)
+    assert rollout._until_eos([4, 5, 6, 257], EOS) == Response(
         (4, 5, 6, 257), True
     )  # EOS exactly at the cap
-    assert rollout._until_eos([4, 5, 6, 7], EOS) == rollout.Response((4, 5, 6, 7), False)
+    assert rollout._until_eos([4, 5, 6, 7], EOS) == Response((4, 5, 6, 7), False)
     # pad == eos: by position, not by id
-    assert rollout._until_eos([4, 256, 256, 256], frozenset({256})) == rollout.Response(
-        (4, 256), True
-    )
+    assert rollout._until_eos([4, 256, 256, 256], frozenset({256})) == Response((4, 256), True)
 
 
 def test_generation_stops_rows_at_their_own_eos(model):
@@ -160,9 +159,9 @@ def test_the_decoding_network_is_the_student_behind_other_matmuls():
     student = Model(
         "m", tiny_net("llama", width=256).requires_grad_(True), None, None, EOS, shares_prompts=True
     )
-    decoding = models.decoder(student, torch.float32)
+    decoding = decoder(student, torch.float32)
     assert decoding.net is not student.net and any(
-        type(m) is models._ColumnsFirst for m in decoding.net.modules()
+        type(m) is _ColumnsFirst for m in decoding.net.modules()
     )
     assert all(
         a is b for a, b in zip(student.net.parameters(), decoding.net.parameters(), strict=True)
@@ -190,7 +189,7 @@ def test_recorded_log_probabilities_are_those_of_the_draw(model, shape):
         model, requests(), 40, sampler(record=True, eos=frozenset(range(0, 260, 9)), **shape)
     )
     assert generate(model, requests(), 40, sampler(eos=frozenset(range(0, 260, 9)), **shape)) == [
-        rollout.Response(r.ids, r.finished) for r in drawn
+        Response(r.ids, r.finished) for r in drawn
     ]
     assert len({len(r.ids) for r in drawn}) > 2
     for request, response in zip(requests(), drawn):

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from prefix_distill.engine import scoring
 from prefix_distill.engine.models import Model
-from prefix_distill.engine.sampling import Rollout
+from prefix_distill.engine.rollout import Rollout
 from prefix_distill.maths.flops import linear_tokens
-from prefix_distill.prompts import load as data
+from prefix_distill.prompts.load import load_prompts
 
 missing = [
     name
@@ -140,7 +140,7 @@ def test_padding_of_real_prompts_stays_under_a_tenth():
 
     file = real_pair.teacher()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    prompts = data.load(
+    prompts = load_prompts(
         str(real_pair.questions()), split="test", prompt_column="doc.question"
     ).prompts[:80]
     lengths = [

@@ -7,10 +7,12 @@ import torch
 from conftest import byte_tokenizer, invoke, save_tiny
 from test_train import Silent, prepared, update_gradient
 
-from prefix_distill.config import sections as configuration
-from prefix_distill.engine import models
+from prefix_distill import config as configuration
+from prefix_distill.engine import loading
 from prefix_distill.errors import UserError
-from prefix_distill.prompts import load as data
+from prefix_distill.prompts import templates
+from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.templates import PRIVILEGED
 from prefix_distill.training import session as train
 from prefix_distill.training.folder import RunFolder
 
@@ -29,7 +31,7 @@ def test_the_privileged_prompt_and_the_students(pair, tmp_path):
         {"q": "b?", "doc": {"why": "so"}, "answer": "2"},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts = data.load(
+    prompts = load_prompts(
         str(file),
         split="train",
         prompt_column="q",
@@ -44,8 +46,8 @@ def test_the_privileged_prompt_and_the_students(pair, tmp_path):
             "data.privileged_template": "P {problem} S {solution} E",
         }
     )
-    model = models.load(pair[0], device=torch.device("cpu"), dtype=torch.float32)
-    kept, _ = data.render_all(prompts, model, model, config)
+    model = loading.load_model(pair[0], device=torch.device("cpu"), dtype=torch.float32)
+    kept, _ = templates.render_all(prompts, model, model, config)
     assert [model.tokenizer.decode(r.student_ids) for r in kept] == [
         "<u>a {solution}?\n\nThink.<a>",
         "<u>b?\n\nThink.<a>",
@@ -54,7 +56,7 @@ def test_the_privileged_prompt_and_the_students(pair, tmp_path):
         "<u>P a {solution}? S since {problem} = 1 E\n\nThink.<a>",
         "<u>P b? S so E\n\nThink.<a>",
     ]
-    (shown,) = data.teacher_messages(prompts[1], data.PRIVILEGED)
+    (shown,) = templates.teacher_messages(prompts[1], PRIVILEGED)
     assert (
         shown["content"].startswith("b?\n\n")
         and "\nso\n" in shown["content"]
@@ -79,11 +81,11 @@ def test_rows_without_it_are_named(tmp_path, row, message):
         )
     )
     with pytest.raises(UserError, match=message):
-        data.load(str(file), split="train", privileged_column="answer")
+        load_prompts(str(file), split="train", privileged_column="answer")
     with pytest.raises(UserError, match="no column 'why'; it has question, answer"):
-        data.load(str(file), split="train", privileged_column="why")
+        load_prompts(str(file), split="train", privileged_column="why")
     with pytest.raises(UserError, match="it has solution"):
-        data.load("lab:choice", split="train", privileged_column="answer")
+        load_prompts("lab:choice", split="train", privileged_column="answer")
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
+from prefix_distill.engine import scoring
 from prefix_distill.engine.alignment import Shared
-from prefix_distill.engine.sampling import Rollout, Unit
+from prefix_distill.engine.rollout import Rollout, Unit
 from prefix_distill.maths import simct
-from prefix_distill.maths.divergence import Head, Terms, per_token, weighted
+from prefix_distill.maths.divergence import Head, Terms, per_token
+from prefix_distill.maths.fused import weighted
 
 D, E, V, W = 6, 5, 17, 23
 SHARED = Shared((0, 2, 3, 5, 7, 11), (1, 4, 0, 9, 20, 8), (15, 16), (22,))
@@ -119,7 +121,7 @@ def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
     """Whole chunks and chunks of one row, units split over chunks; hidden rows, head and bias."""
     rollouts = [dataclasses.replace(r, spans=mode != "strict") for r in ROLLOUTS]
     student_ND, student_head, teacher_ME, teacher_head = case(rollouts, **shape)
-    of, raw = simct.units(rollouts), mode == "simct-released"
+    of, raw = scoring.units_of(rollouts), mode == "simct-released"
     weight = torch.rand(sum(len(r.taught) for r in rollouts), dtype=torch.float64)
     expected = by_the_book(
         terms, SHARED, rollouts, student_ND, student_head, teacher_ME, teacher_head, raw
@@ -140,7 +142,7 @@ def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
         bias_V=None if teacher_head.bias_V is None else single(teacher_head.bias_V),
     )
     hidden, there = single(student_ND), single(teacher_ME)
-    shared = simct.support(SHARED, mode, "cpu", "cpu")
+    shared = scoring.shared_support(SHARED, mode, "cpu", "cpu")
     loss, values, _ = simct.weighted(terms, shared, of, hidden, ours, there, theirs, weight)
     torch.testing.assert_close(values.double(), expected.detach(), rtol=2e-5, atol=2e-6)
     (3 * loss).backward()
@@ -177,8 +179,8 @@ def test_statistics_are_scores_of_the_units_text_and_mass_on_the_shared_tokens()
     )
     facts = simct.statistics(
         Terms("reverse-kl", memory_bytes=1500),
-        simct.support(SHARED, "simct", "cpu", "cpu"),
-        simct.units(rollouts),
+        scoring.shared_support(SHARED, "simct", "cpu", "cpu"),
+        scoring.units_of(rollouts),
         student_ND,
         student_head,
         teacher_ME,
@@ -208,7 +210,7 @@ def test_a_span_worked_by_hand():
         [log(1 / 8, 1 / 8, 1 / 2, 1 / 8, 1 / 8), log(1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 2)]
     )  # + end "4" "2" other
     r = Rollout(0, 0, (1,), (1,), (2, 3), (2,), False, units=(Unit(0, 2, 0, 1),), spans=True)
-    shared = simct.support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
+    shared = scoring.shared_support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
     for teacher, expected in (
         (log(1 / 4, 1 / 4, 1 / 2), 0.0),
         (log(1 / 4, 1 / 4, 1 / 4, 1 / 4), math.log(3) - 1.5 * math.log(2)),
@@ -217,7 +219,7 @@ def test_a_span_worked_by_hand():
         _, values, _ = simct.weighted(
             Terms("reverse-kl"),
             shared,
-            simct.units([r]),
+            scoring.units_of([r]),
             student,
             Head(torch.eye(5)),
             teacher,
@@ -244,8 +246,8 @@ def test_all_ids_shared_is_the_plain_reverse_kl():
             weighted(Terms(name, beta), hidden, head, teacher_ME, teacher_head, weight)[:2],
             simct.weighted(
                 Terms(name, beta),
-                simct.support(same, "simct", "cpu", "cpu"),
-                simct.units(rollouts),
+                scoring.shared_support(same, "simct", "cpu", "cpu"),
+                scoring.units_of(rollouts),
                 hidden,
                 head,
                 teacher_ME,
@@ -267,8 +269,8 @@ def test_bfloat16_heads_are_close_to_float32():
         hidden, weight = single(student_ND), single(student_head.weight_VD)
         loss, _, _ = simct.weighted(
             Terms("reverse-kl", dtype=dtype),
-            simct.support(SHARED, "simct", "cpu", "cpu"),
-            simct.units(rollouts),
+            scoring.shared_support(SHARED, "simct", "cpu", "cpu"),
+            scoring.units_of(rollouts),
             hidden,
             Head(weight),
             single(teacher_ME),
@@ -292,11 +294,11 @@ def test_a_gpu_gives_what_the_cpu_gives(mode):
         hidden, weight, there, other = map(
             put, (student_ND, student_head.weight_VD, teacher_ME, teacher_head.weight_VD)
         )
-        shared = simct.support(SHARED, mode, device, device)
+        shared = scoring.shared_support(SHARED, mode, device, device)
         loss, values, _ = simct.weighted(
             Terms("reverse-kl", memory_bytes=2500),
             shared,
-            simct.units(ROLLOUTS),
+            scoring.units_of(ROLLOUTS),
             hidden,
             Head(weight),
             there,
@@ -307,7 +309,7 @@ def test_a_gpu_gives_what_the_cpu_gives(mode):
         facts = simct.statistics(
             Terms("reverse-kl"),
             shared,
-            simct.units(ROLLOUTS),
+            scoring.units_of(ROLLOUTS),
             hidden,
             Head(weight),
             there,
@@ -322,8 +324,8 @@ def test_nothing_to_teach_gives_zero_and_no_gradient():
     student_ND, student_head, teacher_ME, teacher_head = case([rollout([])])
     loss, values, _ = simct.weighted(
         Terms("reverse-kl"),
-        simct.support(SHARED, "simct", "cpu", "cpu"),
-        simct.units([rollout([])]),
+        scoring.shared_support(SHARED, "simct", "cpu", "cpu"),
+        scoring.units_of([rollout([])]),
         student_ND.float(),
         student_head.to(torch.float32),
         teacher_ME.float(),

@@ -9,13 +9,15 @@ import pytest
 import typer
 from conftest import invoke
 
+from prefix_distill import config as configuration
+from prefix_distill.cli import app, spellings
 from prefix_distill.cli import main as cli
-from prefix_distill.cli import spellings
-from prefix_distill.config import sections as configuration
+from prefix_distill.cli.spellings import BATCH, CONVERTED, LORA, RENAMED, RESUME
+from prefix_distill.config import files
 from prefix_distill.errors import UserError
 
 PAGE = (Path(cli.__file__).parent / "help/migration.md").read_text(encoding="utf-8")
-GROUP = typer.main.get_command(cli.app)
+GROUP = typer.main.get_command(app.app)
 
 
 def understood(*words: str, command: str = "run") -> list[str]:
@@ -227,10 +229,9 @@ def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
             ["--" + flag[2:].replace("-", "_"), *words],
         ):
             found = settings(*given)
-            assert (
-                set(found) == {path}
-                and configuration._typed(path, found[path], field.type) == value
-            ), path
+            assert set(found) == {path} and files._typed(path, found[path], field.type) == value, (
+                path
+            )
 
 
 @pytest.mark.parametrize(
@@ -275,11 +276,11 @@ def test_beta_is_the_divergence_that_was_compared_with_trl():
 
 def test_the_page_has_every_name_with_its_counterpart():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.M))
-    for name, flag in spellings.RENAMED.items():
+    for name, flag in RENAMED.items():
         assert rows[name].startswith(f"`{flag}`"), name
-    for name, (_, text) in spellings.CONVERTED.items():
+    for name, (_, text) in CONVERTED.items():
         assert rows[name] == text, name
-    assert {*spellings.BATCH, spellings.RESUME, spellings.LORA} < rows.keys()
+    assert {*BATCH, RESUME, LORA} < rows.keys()
     text = " ".join(PAGE.split())
     for hint, names in spellings._HINTS.items():
         assert f"- {' '.join(f'`{name}`' for name in names.split())}: {hint}" in text, hint

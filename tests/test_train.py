@@ -9,17 +9,21 @@ import torch.nn.functional as F
 from conftest import byte_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from prefix_distill.config import sections as configuration
-from prefix_distill.engine import models, scoring
+from prefix_distill import config as configuration
+from prefix_distill.engine import scoring
 from prefix_distill.engine.device import Clock
+from prefix_distill.engine.models import decoder, refresh
+from prefix_distill.engine.saving import save_model
 from prefix_distill.errors import Stopped
 from prefix_distill.maths.flops import Ledger
 from prefix_distill.maths.weights import token_weights
-from prefix_distill.prompts import load as data
-from prefix_distill.training import monitor
+from prefix_distill.prompts import stream
+from prefix_distill.training import metrics, update
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training import session as train
 from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.state import Progress
+from prefix_distill.training.update import StudentLoss
 
 
 class Silent:
@@ -65,12 +69,12 @@ def update_gradient(run, micro=None, batches=None):
     if run.student.adapter is None:
         run.student.net.requires_grad_(True)
     run.student.net.zero_grad()
-    prompts = data.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
+    prompts = stream.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
     clock, ledger = Clock(run.place.device), Ledger()
-    rollouts = train.sample(run, run.student, prompts, 0, run.prefix.length(0), ledger, clock)
+    rollouts = update.sample(run, run.student, prompts, 0, run.prefix.length(0), ledger, clock)
     weights, share = token_weights(rollouts, run.config.divergence.reduction)
-    values, _ = train._accumulate(
-        run, train.StudentLoss(run), rollouts, weights, share, ledger, clock
+    values, _ = update.accumulate_gradients(
+        run, StudentLoss(run), rollouts, weights, share, ledger, clock
     )
     return {name: p.grad.clone() for name, p in run.student.trained.items()}, rollouts, values
 
@@ -230,13 +234,13 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             scoring.hidden_rows(run.student, rollouts[:1]).sum().backward()
-        models.save(run.student, tmp_path / str(on))
-        decoding = models.decoder(run.student, torch.float32)
+        save_model(run.student, tmp_path / str(on))
+        decoding = decoder(run.student, torch.float32)
         widths = []
         decoding.net.register_forward_pre_hook(
             lambda m, a, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True
         )
-        drawn = train.sample(
+        drawn = update.sample(
             run, decoding, run.train_prompts[:2], 0, 8, Ledger(), Clock(run.place.device)
         )
         assert (run.student.recomputes, set(widths)) == (on, {1}) and not any(
@@ -330,10 +334,10 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
         measured[dtype] = [result["kl_before"]["value"], result["kl_after"]["value"]]
         gap = result["sampler_kl"]
         assert gap is None if dtype == "float32" else 0 < gap < 0.01 * result["kl_after"]["value"]
-        decoding = models.decoder(run.student, run.place.dtype)
+        decoding = decoder(run.student, run.place.dtype)
         with torch.no_grad():
             next(run.student.net.parameters()).mul_(1.5)
-        models.refresh(decoding, run.student)
+        refresh(decoding, run.student)
         for own, master in zip(decoding.net.parameters(), run.student.net.parameters()):
             assert (own is master) == (dtype == "float32") and torch.equal(
                 own, master.to(own.dtype)
@@ -353,8 +357,8 @@ def test_gpu_update_equals_cpu(pair, questions):
             rollouts = update_gradient(run)[1]
             run.student.net.zero_grad()
         weights, share = token_weights(rollouts, "token")
-        train._accumulate(
-            run, train.StudentLoss(run), rollouts, weights, share, Ledger(), Clock(run.place.device)
+        update.accumulate_gradients(
+            run, StudentLoss(run), rollouts, weights, share, Ledger(), Clock(run.place.device)
         )
         gradients.append({n: p.grad.cpu() for n, p in run.student.net.named_parameters()})
     assert_same(gradients[1], gradients[0], 1e-3)
@@ -363,18 +367,16 @@ def test_gpu_update_equals_cpu(pair, questions):
 def test_full_rollout_cost_uses_the_measured_length(pair, questions):
     run = prepared(pair, questions)
     measured = lambda *points: [{"step": step, "mean_tokens": length} for step, length in points]
-    assert [monitor._length_at(measured((0, 10), (2, 30), (4, 20)), s) for s in range(5)] == [
+    assert [metrics._length_at(measured((0, 10), (2, 30), (4, 20)), s) for s in range(5)] == [
         10,
         20,
         30,
         25,
         20,
     ]
-    flat, longer = (
-        monitor.Progress(step=4, evaluations=measured((0, n), (4, n))) for n in (12, 24)
-    )
+    flat, longer = (Progress(step=4, evaluations=measured((0, n), (4, n))) for n in (12, 24))
     assert (
-        1.2 < monitor.full_cost(run, longer, range(4)) / monitor.full_cost(run, flat, range(4)) < 2
+        1.2 < metrics.full_cost(run, longer, range(4)) / metrics.full_cost(run, flat, range(4)) < 2
     )
 
 
@@ -384,11 +386,11 @@ def test_tail_warning_needs_a_paired_rise():
 
     before = found(0.9, [[1.0, 1.0, 0.1, 0.1 + i / 100] for i in range(8)])
     hurt = [[0.01, 0.01, 0.5, 0.5 + i / 100] for i in range(8)]
-    text = monitor.tail_warning(before, found(0.6, hurt), 2)
+    text = metrics.tail_warning(before, found(0.6, hurt), 2)
     assert "rose by 0.4" in text and "90% → 60%" in text and "little left to teach" in text
-    assert monitor.tail_warning(before, before, 2) is None
+    assert metrics.tail_warning(before, before, 2) is None
     assert (
-        monitor.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None
+        metrics.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None
     )  # nothing beyond the prefix
 
 

@@ -10,8 +10,8 @@ import torch
 from conftest import tiny_net
 from transformers import GenerationMixin
 
-from prefix_distill.engine import models
 from prefix_distill.engine import transformers_names as names
+from prefix_distill.engine.models import Model, recompute
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.maths.flops import STRETCH
 
@@ -135,7 +135,7 @@ def silence():
 @pytest.fixture(params=KINDS)
 def model(request):
     """A tiny model of the installed transformers."""
-    return models.Model(request.param, tiny_net(request.param), None, None, frozenset({257}))
+    return Model(request.param, tiny_net(request.param), None, None, frozenset({257}))
 
 
 def test_the_installed_forward_continues_a_cache(model, silence):
@@ -170,6 +170,6 @@ def test_the_installed_generate_takes_and_returns_the_cache(model, silence):
 
 
 def test_the_installed_checkpointing_is_enabled(model, silence):
-    recomputing = models.recompute(model)
+    recomputing = recompute(model)
     layers = [m for m in model.net.modules() if getattr(m, "gradient_checkpointing", False)]
     assert recomputing.recomputes and len(layers) >= model.config.num_hidden_layers

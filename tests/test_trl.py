@@ -15,17 +15,19 @@ import pytest
 import torch
 from conftest import save_tiny
 
-from prefix_distill.config import sections as configuration
+from prefix_distill import config as configuration
+from prefix_distill.engine import scoring
 from prefix_distill.engine.alignment import Shared
 from prefix_distill.engine.device import Clock
-from prefix_distill.engine.sampling import Rollout, Unit
+from prefix_distill.engine.rollout import Rollout, Unit
 from prefix_distill.maths import simct
 from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.flops import Ledger
 from prefix_distill.maths.weights import token_weights
-from prefix_distill.prompts import load as data
+from prefix_distill.prompts import stream
+from prefix_distill.training import metrics, update
 from prefix_distill.training import prepare as preflight
-from prefix_distill.training import session as train
+from prefix_distill.training.update import StudentLoss
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
@@ -78,8 +80,8 @@ def ours(pair, questions, divergence):
     )
     run.student.net.requires_grad_(True)
     clock, ledger = Clock(run.place.device), Ledger()
-    prompts = data.batch(run.train_prompts, 0, PROMPTS, 0)
-    sampled = train.sample(run, run.student, prompts, 0, CAP, ledger, clock)
+    prompts = stream.batch(run.train_prompts, 0, PROMPTS, 0)
+    sampled = update.sample(run, run.student, prompts, 0, CAP, ledger, clock)
     rollouts = [
         dataclasses.replace(r, ids=(cut := r.ids[: CAP - i]), teacher_ids=cut)
         for i, r in enumerate(sampled)
@@ -89,10 +91,10 @@ def ours(pair, questions, divergence):
         and len({len(r.ids) for r in rollouts}) > 5
     )
     weights, divisor = token_weights(rollouts, "token")
-    values, _ = train._accumulate(
-        run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock
+    values, _ = update.accumulate_gradients(
+        run, StudentLoss(run), rollouts, weights, divisor, ledger, clock
     )
-    loss = train._facts(run, rollouts, values, {}, weights, divisor, 0)["loss"]
+    loss = metrics.update_facts(run, rollouts, values, {}, weights, divisor, 0)["loss"]
     return loss, {name: p.grad for name, p in run.student.net.named_parameters()}, rollouts
 
 
@@ -212,11 +214,11 @@ def test_a_group_of_tokens_by_hand_ours_and_golds():
     )
     assert uld("bayesian")(student, teacher) == pytest.approx(3 / 4, abs=1e-6)
     r = Rollout(0, 0, (0,), (0,), (2, 3, 1), (2, 1), True, units=(Unit(0, 2, 0, 1),), spans=True)
-    shared = simct.support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
+    shared = scoring.shared_support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
     _, values, _ = simct.weighted(
         Terms("reverse-kl"),
         shared,
-        simct.units([r]),
+        scoring.units_of([r]),
         student[:2],
         Head(torch.eye(5)),
         teacher[:1],

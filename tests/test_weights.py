@@ -11,10 +11,11 @@ from test_train import assert_same, prepared, update_gradient
 
 from prefix_distill.engine import scoring
 from prefix_distill.engine.device import Clock
-from prefix_distill.engine.sampling import Rollout
+from prefix_distill.engine.rollout import Rollout
 from prefix_distill.errors import UserError
 from prefix_distill.maths.divergence import Terms
 from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.intervals import quantile
 from prefix_distill.maths.weights import (
     SELECTIONS,
     WINDOWS,
@@ -25,12 +26,12 @@ from prefix_distill.maths.weights import (
     parse_selection,
     parse_window,
     quadrants,
-    quantile,
     scale,
     token_weights,
 )
-from prefix_distill.prompts import load as data
-from prefix_distill.training import session as train
+from prefix_distill.prompts import stream
+from prefix_distill.training import update
+from prefix_distill.training.update import StudentLoss
 
 
 def test_windows_by_hand():
@@ -98,15 +99,15 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
     )
     student, teacher = run.student.net.requires_grad_(True), run.teacher.net
     student.zero_grad()
-    prompts = data.batch(run.train_prompts, 0, 5, 0)
+    prompts = stream.batch(run.train_prompts, 0, 5, 0)
     clock, ledger = Clock(run.place.device), Ledger()
-    rollouts, _ = train.select(
-        run, train.sample(run, run.student, prompts, 0, 32, ledger, clock), 0, ledger, clock
+    rollouts, _ = update.select(
+        run, update.sample(run, run.student, prompts, 0, 32, ledger, clock), 0, ledger, clock
     )
     assert {len(r.taught) for r in rollouts} == {run.window.size}
     weights, share = token_weights(rollouts, reduction)
-    values, _ = train._accumulate(
-        run, train.StudentLoss(run), rollouts, weights, share, ledger, clock
+    values, _ = update.accumulate_gradients(
+        run, StudentLoss(run), rollouts, weights, share, ledger, clock
     )
     fused = {name: p.grad.clone() for name, p in student.named_parameters()}
 
@@ -148,10 +149,10 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
 
 def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, questions):
     run = prepared(pair, questions, weights__window="first:3", schedule__prefix="full")
-    prompts = data.batch(run.train_prompts, 0, 5, 0)
+    prompts = stream.batch(run.train_prompts, 0, 5, 0)
     clock = Clock(run.place.device)
-    whole = train.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
-    kept, _ = train.select(run, whole, 0, Ledger(), clock)
+    whole = update.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
+    kept, _ = update.select(run, whole, 0, Ledger(), clock)
     truncated = [
         r.__class__(**{**r.__dict__, "ids": r.ids[:3], "teacher_ids": r.ids[:3]}) for r in whole
     ]
@@ -164,10 +165,10 @@ def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, q
 
 def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
     run = prepared(pair, questions, weights__window="highest-kl:4", schedule__prefix="full")
-    prompts = data.batch(run.train_prompts, 0, 5, 0)
+    prompts = stream.batch(run.train_prompts, 0, 5, 0)
     clock, ledger, plain = Clock(run.place.device), Ledger(), Ledger()
-    rollouts = train.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
-    train.select(run, rollouts, 0, ledger, clock)
+    rollouts = update.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
+    update.select(run, rollouts, 0, ledger, clock)
     groups = scoring.micro_batches(
         rollouts, run.config.train.micro_batch_size, run.student.reads_once
     )
@@ -183,10 +184,10 @@ def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
 
 def test_statistics_of_one_rollout_do_not_depend_on_the_batch(pair, questions):
     run = prepared(pair, questions)
-    rollouts = train.sample(
+    rollouts = update.sample(
         run,
         run.student,
-        data.batch(run.train_prompts, 0, 5, 0),
+        stream.batch(run.train_prompts, 0, 5, 0),
         0,
         20,
         Ledger(),
@@ -390,13 +391,13 @@ def selected_gradient(run, micro, window=None):
     )
     run.student.net.requires_grad_(True).zero_grad()
     clock, ledger = Clock(run.place.device), Ledger()
-    drawn = train.sample(
-        run, run.student, data.batch(run.train_prompts, 0, 5, 0), 0, 12, Ledger(), clock
+    drawn = update.sample(
+        run, run.student, stream.batch(run.train_prompts, 0, 5, 0), 0, 12, Ledger(), clock
     )
-    rollouts, reading = train.select(run, drawn, 0, ledger, clock)
+    rollouts, reading = update.select(run, drawn, 0, ledger, clock)
     weights, share = token_weights(rollouts, "token", run.position)
-    values, _ = train._accumulate(
-        run, train.StudentLoss(run), rollouts, weights, share, ledger, clock, reading
+    values, _ = update.accumulate_gradients(
+        run, StudentLoss(run), rollouts, weights, share, ledger, clock, reading
     )
     return (
         {n: p.grad.clone() for n, p in run.student.net.named_parameters()},
@@ -541,14 +542,14 @@ def test_position_weights_multiply_and_do_not_renormalise(pair, questions, reduc
     )
     run.student.net.requires_grad_(True).zero_grad()
     clock, ledger = Clock(run.place.device), Ledger()
-    drawn = train.sample(
-        run, run.student, data.batch(run.train_prompts, 0, 5, 0), 0, 12, ledger, clock
+    drawn = update.sample(
+        run, run.student, stream.batch(run.train_prompts, 0, 5, 0), 0, 12, ledger, clock
     )
-    rollouts, _ = train.select(run, drawn, 0, ledger, clock)
+    rollouts, _ = update.select(run, drawn, 0, ledger, clock)
     weights, share = token_weights(rollouts, reduction, run.position)
     _, plain_share = token_weights(rollouts, reduction)
     assert share == plain_share
-    train._accumulate(run, train.StudentLoss(run), rollouts, weights, share, ledger, clock)
+    update.accumulate_gradients(run, StudentLoss(run), rollouts, weights, share, ledger, clock)
     fused = {n: p.grad.clone() for n, p in run.student.net.named_parameters()}
     run.student.net.zero_grad()
     losses = []

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..display import tell
 from ..errors import AT_ONCE, UserError
 
-RANK = "from prefix_distill.cli.launch import rank; rank()"  # what every rank's Python runs
+RANK = "from prefix_distill.cli.rank import rank; rank()"  # what every rank's Python runs
 LOOK = 0.2  # seconds between a rank's looks at its launcher
 SOON = 2  # seconds: a rank that was killed later than another one complained was killed by torch's launcher, which waits 30 s
 
@@ -171,24 +171,3 @@ def leave_word(message: str, code: int) -> None:
                 }
             )
         )
-
-
-def rank() -> None:
-    """One rank of ``launch``: passes its launcher's signal on to itself, and ends when the launcher has gone."""
-    from .main import main
-
-    wish, launcher = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
-    wish.with_name(f"{os.getpid()}.pid").touch()
-
-    def watch() -> None:
-        passed = False
-        while True:
-            time.sleep(LOOK)
-            if os.getppid() != launcher:
-                os._exit(1)
-            if not passed and wish.exists():
-                passed = True
-                os.kill(os.getpid(), int(wish.read_text()))
-
-    threading.Thread(target=watch, daemon=True).start()
-    main(alone=False)

@@ -1,1 +1,39 @@
 """What a run is: its options, the rules between them, and the files they come from."""
+
+from .files import LARGEST, build, flatten, read_assignments, read_tree, read_yaml
+from .rules import parse_divergence, parse_estimator, parse_trackers, selected
+from .sections import (
+    SELF,
+    Adapter,
+    Config,
+    as_dict,
+    choices,
+    flag,
+    get,
+    options,
+    replace,
+    value_type,
+)
+
+__all__ = [
+    "LARGEST",
+    "SELF",
+    "Adapter",
+    "Config",
+    "as_dict",
+    "build",
+    "choices",
+    "flag",
+    "flatten",
+    "get",
+    "options",
+    "parse_divergence",
+    "parse_estimator",
+    "parse_trackers",
+    "read_assignments",
+    "read_tree",
+    "read_yaml",
+    "replace",
+    "selected",
+    "value_type",
+]

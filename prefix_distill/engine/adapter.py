@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from .device import seed_of
+from ..maths.seeds import seed_of
 
 FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"  # peft's for the one adapter

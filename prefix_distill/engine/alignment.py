@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from tokenizers import Tokenizer
 
 from ..errors import UserError
-from .models import check_rows
-from .sampling import Rollout, Unit
+from .loading import check_rows
+from .rollout import Rollout, Unit
 
 PROBES = (
     "Two words, 2 Words.",

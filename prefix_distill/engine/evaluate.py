@@ -3,53 +3,16 @@
 Evaluation has fixed prompts and seeds of its own and never sees the prefix cap.
 """
 
-import math
 from dataclasses import dataclass
 
-import torch
-
 from ..maths.divergence import Terms
+from ..maths.intervals import interval
 from ..prompts import answers
 from . import scoring
-from .device import Place, seed_of
 from .models import Model
-from .sampling import Request, Rollout, Sampler, generate
-
-RESAMPLES = 2_000
-
-
-def interval(values: list[float], seed: int = 0) -> dict:
-    """{value, n, low, high}: mean over problems with a 95 % percentile-bootstrap interval (2,000 seeded resamples).
-
-    When all values are equal the bootstrap has no width; the ends then are Wilson's, at z = 1.96, for shares (0 or 1).
-    """
-    n = len(values)
-    data = torch.tensor(values, dtype=torch.float64)
-    mean = data.mean().item()
-    if data.min() == data.max():
-        if mean in (0.0, 1.0):
-            edge = 1.96**2 / (n + 1.96**2)
-            return {
-                "value": mean,
-                "n": n,
-                "low": mean * (1 - edge),
-                "high": mean + (1 - mean) * edge,
-            }
-        return {"value": mean, "n": n, "low": mean, "high": mean}
-    generator = torch.Generator().manual_seed(seed)
-    means = (
-        torch.stack(
-            [data[torch.randint(n, (n,), generator=generator)].mean() for _ in range(RESAMPLES)]
-        )
-        .sort()
-        .values
-    )
-    return {
-        "value": mean,
-        "n": n,
-        "low": means[int(0.025 * RESAMPLES)].item(),
-        "high": means[int(0.975 * RESAMPLES) - 1].item(),
-    }
+from .ranks import Place
+from .rollout import Rollout
+from .sampling import Request, Sampler, generate
 
 
 def repeats(ids: tuple[int, ...]) -> bool:
@@ -200,34 +163,3 @@ def held_out_facts(
         }
         for r in rollouts
     ]
-
-
-def known(values: list[list[float | None]]) -> list[float]:
-    """All numbers of some rollouts, one after another."""
-    return [v for row in values for v in row if v is not None]
-
-
-def token_mean(values: list[list[float | None]], seed: int = 0) -> dict:
-    """{value, n, low, high} of nats per token; n counts tokens, the bootstrap draws whole rollouts (their tokens are
-    not independent). Rollouts without a number are left out."""
-    rows = [row for row in (known([row]) for row in values) if row]
-    sums = torch.tensor([[sum(row), len(row)] for row in rows], dtype=torch.float64)
-    value = (sums[:, 0].sum() / sums[:, 1].sum()).item()
-    generator = torch.Generator().manual_seed(seed_of(seed, "token_mean"))
-    draws = []
-    for _ in range(RESAMPLES):
-        drawn = sums[torch.randint(len(sums), (len(sums),), generator=generator)].sum(0)
-        draws.append((drawn[0] / drawn[1]).item())
-    draws.sort()
-    return {
-        "value": value,
-        "n": int(sums[:, 1].sum()),
-        "low": draws[int(0.025 * RESAMPLES)],
-        "high": draws[int(0.975 * RESAMPLES) - 1],
-    }
-
-
-def split_mean(values: list[list[float | None]], prefix: int) -> tuple[float | None, float | None]:
-    """Mean nats per token (inside the first ``prefix`` tokens, beyond them); None where there is none."""
-    head, tail = known([row[:prefix] for row in values]), known([row[prefix:] for row in values])
-    return tuple(math.fsum(part) / len(part) if part else None for part in (head, tail))

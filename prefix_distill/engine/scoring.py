@@ -5,13 +5,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..maths import simct
-from ..maths.divergence import Terms, statistics
+from ..maths.divergence import Terms
 from ..maths.flops import linear_tokens
-from .device import Place
+from ..maths.fused import statistics
+from ..maths.simct import Support, Units
+from .alignment import Shared
 from .models import Model
-from .sampling import Rollout
+from .ranks import Place
+from .rollout import Rollout
 
 PADDING = 0.1  # largest share of padding among the tokens a micro-batch runs
+FIRST_TOKEN = 0.01  # probability of the student's first token under the teacher, below which prompts may not match
 
 
 def sequences(
@@ -125,7 +129,7 @@ def check_sharing(model: Model) -> str | None:
 def head_rows(
     model: Model,
     rollouts: list[Rollout],
-    shared: simct.Support | None,
+    shared: Support | None,
     teacher: bool,
     whole: bool = False,
 ) -> float:
@@ -133,7 +137,7 @@ def head_rows(
     counts); ``whole``: for statistics."""
     if shared is None:
         return sum(len(r.taught) for r in rollouts)
-    return simct.head_rows(
+    return unit_head_rows(
         rollouts, len(shared.teacher if teacher else shared.student), model.support, teacher, whole
     )
 
@@ -225,7 +229,7 @@ def row_statistics(
     student_ND: torch.Tensor,
     teacher: Model,
     teacher_NE: torch.Tensor,
-    shared: simct.Support | None,
+    shared: Support | None,
     rollouts: list[Rollout],
     forward: bool,
 ) -> dict[str, torch.Tensor]:
@@ -237,7 +241,7 @@ def row_statistics(
     return simct.statistics(
         terms,
         shared,
-        simct.units(rollouts),
+        units_of(rollouts),
         student_ND,
         student.head(),
         teacher_NE,
@@ -251,7 +255,7 @@ def token_statistics(
     terms: Terms,
     student: Model,
     teacher: Model,
-    shared: simct.Support | None,
+    shared: Support | None,
     rollouts: list[Rollout],
     place: Place,
     rows: int,
@@ -272,3 +276,59 @@ def token_statistics(
         if spent is not None:
             spent(group)
     return found
+
+
+def shared_support(shared: Shared, mode: str, student_device, teacher_device) -> Support:
+    """O as tensors."""
+    return Support(
+        torch.tensor(shared.student + shared.student_eos, device=student_device),
+        torch.tensor(shared.teacher + shared.teacher_eos, device=teacher_device),
+        len(shared.student),
+        mode == "simct-released",
+    )
+
+
+def units_of(rollouts: list[Rollout]) -> Units:
+    """The taught units of ``rollouts``, rollout by rollout."""
+    first, token, row, span, found = ([], []), ([], []), ([], []), ([], []), ([], [])
+    kinds, at, spans = [], [0, 0], 0
+    for r in rollouts:
+        for u in r.taught_units:
+            kinds.append(u.exact)
+            for side, (start, size, ids) in enumerate(
+                ((u.start, u.size, r.ids), (u.teacher_start, u.teacher_size, r.teacher_ids))
+            ):
+                first[side].append(at[side])
+                token[side].append(ids[start])
+                if not u.exact:
+                    row[side].extend(range(at[side], at[side] + size))
+                    span[side].extend([spans] * size)
+                    found[side].extend(ids[start : start + size])
+                at[side] += size
+            spans += not u.exact
+    tensor = lambda values: torch.tensor(values, dtype=torch.long)
+    kinds = torch.tensor(kinds, dtype=torch.bool)
+    both = lambda sides: tuple(map(tensor, sides))
+    return Units(
+        both(first),
+        kinds.nonzero()[:, 0],
+        (~kinds).nonzero()[:, 0],
+        both(row),
+        both(span),
+        both(found),
+        both(token),
+    )
+
+
+def unit_head_rows(
+    rollouts: list[Rollout], columns: int, vocabulary: int, teacher: bool, whole: bool = False
+) -> float:
+    """Rows of its head that a model runs forward for the loss, in rows of the whole vocabulary; ``whole``: for ``statistics``."""
+    exact = sum(u.exact for r in rollouts for u in r.taught_units)
+    spans = [
+        u.teacher_size if teacher else u.size
+        for r in rollouts
+        for u in r.taught_units
+        if not u.exact
+    ]
+    return (exact if whole else exact * columns / vocabulary) + len(spans) + sum(spans)

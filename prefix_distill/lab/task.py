@@ -44,6 +44,7 @@ MAX_NEW_TOKENS = 192  # the longest worked solution has 6 tokens a step and 4 at
 MODELS = Path(__file__).parent / "models"
 _facts = random.Random(7)
 FACTS = tuple(_facts.randrange(100) for _ in range(MAX_STEPS + 1))
+LAB = "lab:"  # lab:choice/student is the embedded student of the task `choice`
 
 
 def add(a: int, b: int) -> int:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..errors import UserError
-
 KINDS = ("none", "effopd", "always-1", "random")
 MODULES = ("attention-mlp", "all")
 CANDIDATES = 5
@@ -33,41 +31,6 @@ class Found:
 def due(t: int) -> bool:
     """Whether the search follows update ``t`` (1 is the first): at powers of two."""
     return t > 0 and t & (t - 1) == 0
-
-
-def moved(net: torch.nn.Module, modules: str) -> dict[str, Parameter]:
-    """The parameters of a causal LM that are extrapolated, by their names in ``net.named_parameters()`` and in that order.
-
-    ``attention-mlp`` (the authors' choice): weights and biases of the decoder's linear layers, fused experts among them; no
-    embedding, output head (even where it lies inside the decoder, or is tied) or norm. ``all``: every parameter. Of both: what
-    trains (of a LoRA adapter: its factors, one by one). UserError where the model has none of them.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    if modules not in MODULES:
-        raise ValueError(f"modules {modules!r}: one of {', '.join(MODULES)}")
-    if modules == "all":
-        found = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    else:
-        ends = (net.get_input_embeddings(), net.get_output_embeddings())
-        left = {id(p) for module in ends if module is not None for p in module.parameters()}
-        linear = set()
-        for name, module in net.get_decoder().named_modules():
-            own = list(module.parameters(recurse=False))
-            experts = name.endswith("experts") and any(p.dim() == 3 for p in own)
-            if experts or isinstance(module, (torch.nn.Linear, Conv1D)):
-                linear |= {id(p) for p in own}
-        found = {
-            name: p
-            for name, p in net.named_parameters()
-            if id(p) in linear - left and p.requires_grad
-        }
-    if not found:
-        raise UserError(
-            f"{type(net).__name__} has no linear layer inside its decoder, so there is nothing to extrapolate; "
-            "use --extrapolate none"
-        )
-    return found
 
 
 @torch.no_grad()

@@ -6,8 +6,6 @@ lookups, norms, activations, softmax, the optimizer, sampling.
 
 from dataclasses import dataclass, field
 
-import torch
-
 STRETCH = 32  # tokens decoded before rows that have ended leave the batch
 OUTSIDE = ("evaluation",)  # phases that are reported but are no part of the totals
 
@@ -57,48 +55,6 @@ def _visible(past: int, queries: int, window: int | None) -> float:
         return queries * past + queries * (queries + 1) / 2
     growing = max(0, window - past)
     return growing * past + growing * (growing + 1) / 2 + (queries - growing) * window
-
-
-def shape(model, support: int | None = None) -> Shape:
-    """Reads a Model's Shape from its modules and its config."""
-    from transformers.pytorch_utils import Conv1D
-
-    config, net = model.config, model.net
-    share = 1.0
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if experts:
-        share = getattr(config, "num_experts_per_tok", experts) / experts
-    trunk = adapted = 0.0
-    for name, module in net.get_decoder().named_modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)):
-            # a quantised weight is packed: its features count, not its elements
-            size = (
-                module.in_features * module.out_features
-                if isinstance(module, torch.nn.Linear)
-                else module.weight.numel()
-            )
-            if ".lora_" in name:
-                adapted += 0 if model.adapter_off else size
-            else:
-                trunk += size * (share if ".experts." in f".{name}." else 1.0)
-        elif name.endswith(
-            "experts"
-        ):  # fused experts keep their matrices as [experts, in, out] parameters
-            trunk += share * sum(
-                p.numel() for p in module.parameters(recurse=False) if p.dim() == 3
-            )
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    window = getattr(config, "sliding_window", None)
-    everywhere = (
-        "sliding_attention" if window else "full_attention"
-    )  # without types, a window holds in every layer
-    kinds = getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers
-    attention = tuple((width, window if kind == "sliding_attention" else None) for kind in kinds)
-    rows, columns = net.get_output_embeddings().weight.shape
-    frozen = None if model.adapter is None or model.adapter_off else round(trunk)
-    return Shape(round(trunk + adapted), min(rows, support or rows) * columns, attention, frozen)
 
 
 @dataclass

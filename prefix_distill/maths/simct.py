@@ -18,8 +18,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..engine.alignment import Shared
-from ..engine.sampling import Rollout
 from .divergence import Head, Terms, per_token, value_and_gradient
 
 TABLES = 6  # vocabulary-sized float32 tables that are alive at once
@@ -40,16 +38,6 @@ class Support:
         return self.common + 1
 
 
-def support(shared: Shared, mode: str, student_device, teacher_device) -> Support:
-    """O as tensors."""
-    return Support(
-        torch.tensor(shared.student + shared.student_eos, device=student_device),
-        torch.tensor(shared.teacher + shared.teacher_eos, device=teacher_device),
-        len(shared.student),
-        mode == "simct-released",
-    )
-
-
 @dataclass(frozen=True)
 class Units:
     """The taught units of a micro-batch as rows of both models' hidden states, in the order of ``scoring.hidden_rows``.
@@ -66,52 +54,6 @@ class Units:
     span: tuple[torch.Tensor, torch.Tensor]
     id: tuple[torch.Tensor, torch.Tensor]
     token: tuple[torch.Tensor, torch.Tensor]
-
-
-def units(rollouts: list[Rollout]) -> Units:
-    """The taught units of ``rollouts``, rollout by rollout."""
-    first, token, row, span, found = ([], []), ([], []), ([], []), ([], []), ([], [])
-    kinds, at, spans = [], [0, 0], 0
-    for r in rollouts:
-        for u in r.taught_units:
-            kinds.append(u.exact)
-            for side, (start, size, ids) in enumerate(
-                ((u.start, u.size, r.ids), (u.teacher_start, u.teacher_size, r.teacher_ids))
-            ):
-                first[side].append(at[side])
-                token[side].append(ids[start])
-                if not u.exact:
-                    row[side].extend(range(at[side], at[side] + size))
-                    span[side].extend([spans] * size)
-                    found[side].extend(ids[start : start + size])
-                at[side] += size
-            spans += not u.exact
-    tensor = lambda values: torch.tensor(values, dtype=torch.long)
-    kinds = torch.tensor(kinds, dtype=torch.bool)
-    both = lambda sides: tuple(map(tensor, sides))
-    return Units(
-        both(first),
-        kinds.nonzero()[:, 0],
-        (~kinds).nonzero()[:, 0],
-        both(row),
-        both(span),
-        both(found),
-        both(token),
-    )
-
-
-def head_rows(
-    rollouts: list[Rollout], columns: int, vocabulary: int, teacher: bool, whole: bool = False
-) -> float:
-    """Rows of its head that a model runs forward for the loss, in rows of the whole vocabulary; ``whole``: for ``statistics``."""
-    exact = sum(u.exact for r in rollouts for u in r.taught_units)
-    spans = [
-        u.teacher_size if teacher else u.size
-        for r in rollouts
-        for u in r.taught_units
-        if not u.exact
-    ]
-    return (exact if whole else exact * columns / vocabulary) + len(spans) + sum(spans)
 
 
 def weighted(

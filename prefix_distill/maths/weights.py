@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
+from .intervals import quantile
 
 WINDOWS = ("first", "middle", "last", "random", "scattered", "highest-kl", "highest-entropy")
 SELECTIONS = (
@@ -114,15 +115,6 @@ def scale(entropies: list[float], divergences: list[float]) -> Scale:
     return Scale(
         (min(entropies), quantile(entropies, CLIPPED)), (min(divergences), max(divergences))
     )
-
-
-def quantile(values: list[float], share: float) -> float:
-    """The ``share`` quantile, linear between order statistics."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 @dataclass(frozen=True)

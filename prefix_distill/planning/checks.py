@@ -5,22 +5,26 @@
 
 import math
 import statistics
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
-from ..engine import device as runtime
-from ..engine import evaluate, models, scoring
-from ..engine.device import Clock, seed_of
-from ..engine.sampling import Request, Rollout, generate
+from ..engine import evaluate, loading, scoring
+from ..engine.device import Clock, memory_free
+from ..engine.models import decoder
+from ..engine.rollout import Rollout
+from ..engine.sampling import Request, generate
+from ..engine.scoring import FIRST_TOKEN
 from ..errors import UserError
 from ..maths.divergence import Terms
-from ..training.prepare import Run, named
+from ..maths.seeds import seed_of
+from ..training.pair import named
+from ..training.run import Check, Run
 from . import forecast
+from .forecast import Pair
 
 FEW = 4  # prompts that are looked at
 LAST = 6  # ids of a prompt's end that are shown
-FIRST_TOKEN = 0.01  # probability of the student's first token under the teacher, below which prompts may not match
 ZERO = 1e-6  # nats: the most that a model may be away from itself
 SECONDS = 15.0  # the most that sampled answers may take, where no number of them was asked for
 SHAPING = (
@@ -34,16 +38,6 @@ SHAPING = (
     "do_sample",
     "num_beams",
 )
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question. ``status``: ok, warning or error; ``found``: the answer in words; ``facts``: in numbers."""
-
-    name: str
-    status: str
-    found: str
-    facts: dict = field(default_factory=dict)
 
 
 def examine(run: Run, samples: int, limit: float | None = SECONDS) -> list[Check]:
@@ -64,14 +58,6 @@ def examine(run: Run, samples: int, limit: float | None = SECONDS) -> list[Check
     if samples and run.config.evaluate.problems:
         found.append(_teacher(run, min(samples, len(run.kl_prompts)), limit))
     return found
-
-
-def document(checks: list[Check]) -> dict:
-    """As JSON: {ok, checks}."""
-    return {
-        "ok": not any(check.status == "error" for check in checks),
-        "checks": [asdict(check) for check in checks],
-    }
 
 
 def _sides(run: Run):
@@ -226,7 +212,7 @@ def _padding(run: Run) -> Check:
 
 
 def _head(run: Run) -> Check:
-    gaps = {role: models.check_head(model) for role, model in _sides(run)}
+    gaps = {role: loading.check_head(model) for role, model in _sides(run)}
     return Check(
         "head",
         "ok",
@@ -321,7 +307,7 @@ def _context(run: Run) -> Check:
 def _memory(run: Run) -> Check:
     """What the run will need beside the weights, which are loaded, against what is free."""
     place, config = run.place, run.config
-    free = runtime.memory_free(place.device)
+    free = memory_free(place.device)
     case = forecast.case(
         config,
         place.dtype,
@@ -364,7 +350,7 @@ def _memory(run: Run) -> Check:
             "memory", "ok", f"not forecast with {few[0]}; {gib(free)} free on {place.device}", facts
         )
     try:
-        found = forecast.Pair(run.student.net.config, run.teacher.net.config).forecast(case)
+        found = Pair(run.student.net.config, run.teacher.net.config).forecast(case)
     except UserError as error:
         return Check("memory", "ok", f"not forecast: {error}", facts)
     loaded = sum(found["weights"].get(role, 0) for role in ("student", "teacher"))
@@ -409,7 +395,7 @@ def _teacher(run: Run, count: int, limit: float | None) -> Check:
     sides = [
         (
             role,
-            models.decoder(model, run.place.dtype),
+            decoder(model, run.place.dtype),
             ids,
             replace(
                 sampler,

@@ -12,18 +12,22 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from ..config import sections as configuration
-from ..config.sections import SELF, Adapter, Config
+from .. import config as configuration
+from ..config import SELF, Adapter, Config
 from ..display import flops_text
-from ..engine import models
-from ..engine.models import Model
+from ..engine import loading
+from ..engine.models import Model, shape
 from ..errors import UserError
 from ..maths import flops
 from ..maths.flops import Ledger
 from ..maths.schedule import parse_prefix
-from ..prompts import load as data
-from ..training import prepare as preflight
-from .forecast import Pair, case, sketch
+from ..prompts import stream, templates
+from ..prompts.load import load_prompts
+from ..prompts.templates import PRIVILEGED
+from ..training.pair import fill_in
+from ..training.problems import LONGEST
+from .forecast import Pair, case
+from .ghosts import sketch
 
 CARDS = (
     16,
@@ -39,14 +43,14 @@ PROMPTS = 256  # prompts of the data set that are rendered for their lengths
 
 def read_config(name: str, trust_remote_code: bool = False):
     """A model's config, from a folder (config.json is enough), hub id or ``lab:TASK/ROLE``; no weight is touched. UserError else."""
-    folder, extra = models.locate(name)
+    folder, extra = loading.locate(name)
     if extra:
         raise UserError(
             f"model {name}: a plan reads config.json, which an adapter or a .gguf file has not; name the base model"
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        models.check_config(name, folder, config)
+        loading.check_config(name, folder, config)
         return folder, config
     except UserError:
         raise
@@ -78,7 +82,7 @@ def plan(
             "--device-tflops, --measure, --from-run: each gives the rate by itself; keep one"
         )
     given = config.data.dataset is not None or config.models.student is None
-    config, notes = preflight.fill_in(config)
+    config, notes = fill_in(config)
     own, trust = config.models.teacher == SELF, config.models.trust_remote_code
     names = config.models.student, config.models.student if own else config.models.teacher
     (folder, student), (teacher_folder, teacher) = (read_config(name, trust) for name in names)
@@ -108,9 +112,7 @@ def plan(
     )
     longest = max(map(max, prompts))
     room = None if positions is None else positions - longest
-    limit = (
-        config.rollout.max_new_tokens or limit or min(preflight.LONGEST, room or preflight.LONGEST)
-    )
+    limit = config.rollout.max_new_tokens or limit or min(LONGEST, room or LONGEST)
     if room is not None and limit > room:
         raise UserError(
             f"{limit} response tokens after a prompt of {longest}: the models have {positions} positions; lower --max-new-tokens to "
@@ -126,7 +128,7 @@ def plan(
     pair = Pair(student, teacher, names)
     adapter = config.adapter if config.adapter.rank else None
     nets = sketch(names[0], student, torch.float32, None, adapter), sketch(names[1], teacher, dtype)
-    shapes = [flops.shape(net, support) for net in nets]
+    shapes = [shape(net, support) for net in nets]
     rate = _rate(config, nets[0], dtype, tflops, measure, from_run)
     rows = []
     for text, schedule in schedules.items():
@@ -172,7 +174,7 @@ def _prompts(config: Config, folders, names, texts, support: int):
         k: getattr(config.data, k)
         for k in ("prompt_column", "answer_column", "system", "instruction", "privileged_column")
     }
-    found = data.load(config.data.dataset, split=config.data.split, **columns)
+    found = load_prompts(config.data.dataset, split=config.data.split, **columns)
     nets = []
     for folder, name in zip(folders, names):
         try:
@@ -187,11 +189,11 @@ def _prompts(config: Config, folders, names, texts, support: int):
         nets.append(Model(name, None, tokenizer, None, frozenset()))
     if config.data.privileged_column is not None and config.data.privileged_template is None:
         config = configuration.replace(
-            config, data={"privileged_template": found.privileged_template or data.PRIVILEGED}
+            config, data={"privileged_template": found.privileged_template or PRIVILEGED}
         )
     wanted = min(PROMPTS, max(1, config.train.steps * config.train.batch_size))
-    kept, _ = data.render_all(
-        data.shuffled(found.prompts, config.runtime.seed, "epoch", 0), *nets, config, wanted
+    kept, _ = templates.render_all(
+        stream.shuffled(found.prompts, config.runtime.seed, "epoch", 0), *nets, config, wanted
     )
     ids = [max(n.tokenizer.get_vocab().values()) + 1 for n in nets]
     return (
@@ -253,7 +255,8 @@ def _rate(config: Config, student: Model, dtype, tflops, measure, from_run) -> d
 def _measured(config: Config, student: Model, dtype) -> dict:
     """FLOP/s of the student's own matmuls on this machine: a micro-batch's tokens through one feed-forward matrix, forward. What
     a device does at best; decoding, which reads all weights for few rows, stays far below."""
-    from ..engine.device import Clock, place
+    from ..engine.device import Clock
+    from ..engine.ranks import place
 
     where = place(
         configuration.replace(config, runtime={"dtype": str(dtype)[6:], "gpus": None}).runtime,

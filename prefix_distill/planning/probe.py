@@ -3,16 +3,17 @@ student's does to the teacher, and from these a prefix length."""
 
 import dataclasses
 import math
-from pathlib import Path
 
 from ..engine import evaluate
 from ..engine.device import Clock
 from ..engine.models import Model, decoder
-from ..engine.sampling import Request, Rollout, generate
+from ..engine.rollout import Rollout
+from ..engine.sampling import Request, generate
+from ..maths import intervals
 from ..maths.flops import Ledger
 from ..maths.weights import quadrants
 from ..prompts import answers
-from ..training.prepare import Run
+from ..training.run import Run
 
 SHARES = (
     0.025,
@@ -126,8 +127,8 @@ def probe(run: Run, say=lambda text: None) -> dict:
         merged.merge(part)
     kl = [row["divergence"] for row in facts]
     held = {
-        n: math.fsum(evaluate.known([row[:n] for row in kl]))
-        / max(1e-12, math.fsum(evaluate.known(kl)))
+        n: math.fsum(intervals.known([row[:n] for row in kl]))
+        / max(1e-12, math.fsum(intervals.known(kl)))
         for n in tried
     }
     recommended, reason = recommend(lifted if graded else None, decayed[0], held, length)
@@ -142,14 +143,14 @@ def probe(run: Run, say=lambda text: None) -> dict:
         "prompt_tokens": sum(lengths) / len(lengths),
         "student_tokens": own_length,
         "teacher_tokens": length,
-        "kl": evaluate.token_mean(kl),
+        "kl": intervals.token_mean(kl),
         "kl_share": {
             f"first_{round(100 * share)}_percent": _share(kl, share) for share in (0.1, 0.25, 0.5)
         },
         "kl_share_by_tokens": {str(n): share for n, share in held.items()},
         "by_position": _bins(facts),
         "quadrants": quadrants(
-            *(evaluate.known([row[name] for row in facts]) for name in ("entropy", "divergence"))
+            *(intervals.known([row[name] for row in facts]) for name in ("entropy", "divergence"))
         ),
         "teacher_prefix_curve": [_public(row) for row in lifted],
         "teacher_decay_curve": [_public(row) for row in decayed],
@@ -175,7 +176,7 @@ def recommend(lifted: list[dict] | None, teacher: dict, held: dict[int, float], 
         )
     own = lifted[0]
     gap = teacher["value"] - own["value"]
-    paired = evaluate.interval([t - s for t, s in zip(teacher["right"], own["right"])])
+    paired = intervals.interval([t - s for t, s in zip(teacher["right"], own["right"])])
     if paired["low"] <= 0:
         return None, (
             f"the teacher is not better than the student on these problems: {teacher['value']:.1%} against "
@@ -221,7 +222,7 @@ def _graded(run: Run, written: list[tuple], tokens: int, model: Model) -> dict |
     ]
     return {
         "tokens": tokens,
-        **evaluate.interval(right),
+        **intervals.interval(right),
         "finish_rate": sum(f for _, f in written) / len(written),
         "right": right,
     }
@@ -233,8 +234,8 @@ def _public(row: dict | None) -> dict | None:
 
 def _share(values: list[list[float | None]], share: float) -> float:
     """Share of all KL that lies in the first ``share`` of every rollout."""
-    first = math.fsum(evaluate.known([row[: math.ceil(share * len(row))] for row in values]))
-    return first / max(1e-12, math.fsum(evaluate.known(values)))
+    first = math.fsum(intervals.known([row[: math.ceil(share * len(row))] for row in values]))
+    return first / max(1e-12, math.fsum(intervals.known(values)))
 
 
 def _bins(facts: list[dict]) -> list[dict]:
@@ -244,7 +245,7 @@ def _bins(facts: list[dict]) -> list[dict]:
     found = []
     for start in range(0, longest, size):
         kl, entropy = (
-            evaluate.known([row[name][start : start + size] for row in facts])
+            intervals.known([row[name][start : start + size] for row in facts])
             for name in ("divergence", "entropy")
         )
         if kl:
@@ -298,87 +299,3 @@ def corner_table(document: dict):
     for name, share in found["quadrants"].items():
         made.add_row(name, f"{share['tokens']:.0%}", f"{share['divergence']:.0%}")
     return made
-
-
-def draw_quadrants(axes, found: dict) -> None:
-    """The four quadrants as shares of the tokens and of the divergence."""
-    borders = found["borders"]
-    for name, share in found["quadrants"].items():
-        x, y = ("high divergence" in name), name.startswith("high")
-        axes.text(
-            x + 0.5,
-            y + 0.5,
-            f"{share['tokens']:.0%} of tokens\n{share['divergence']:.0%} of KL",
-            ha="center",
-            va="center",
-            fontsize=8,
-        )
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(
-        xlim=(0, 2),
-        ylim=(0, 2),
-        xticks=(0.5, 1.5),
-        yticks=(0.5, 1.5),
-        xlabel=f"reverse KL (border {borders[1]:.2g} nats)",
-        ylabel=f"entropy (border {borders[0]:.2g} nats)",
-    )
-    axes.set_xticklabels(("low", "high"))
-    axes.set_yticklabels(("low", "high"), rotation=90, va="center")
-
-
-def draw(document: dict, file: Path) -> None:
-    """KL and entropy by position, and both curves, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right, corner) = pyplot.subplots(
-        1, 3, figsize=(13, 4), dpi=150, width_ratios=(5, 5, 3)
-    )
-    bins = document["by_position"]
-    middle = [(b["from"] + b["to"]) / 2 for b in bins]
-    left.plot(
-        middle, [b["kl"] for b in bins], "o-", markersize=3, color="#0072B2", label="reverse KL"
-    )
-    left.plot(
-        middle,
-        [b["entropy"] for b in bins],
-        "s--",
-        markersize=3,
-        color="#D55E00",
-        label="student's entropy",
-    )
-    left.set_xlabel("position in the student's answer (tokens)")
-    left.set_ylabel("nats per token")
-    for curve, label, style, colour in (
-        ("teacher_prefix_curve", "student, after the teacher's first N tokens", "o-", "#0072B2"),
-        ("teacher_decay_curve", "teacher, after the student's first N tokens", "s--", "#D55E00"),
-    ):
-        rows = [row for row in document[curve] if row is not None]
-        x, y = [row["tokens"] for row in rows], [100 * row["value"] for row in rows]
-        right.errorbar(
-            x,
-            y,
-            [
-                [100 * (row["value"] - row["low"]) for row in rows],
-                [100 * (row["high"] - row["value"]) for row in rows],
-            ],
-            fmt=style,
-            color=colour,
-            markersize=4,
-            capsize=2,
-            label=label,
-        )
-    right.set_xlabel("N, tokens the other model writes first")
-    right.set_ylabel("accuracy (%)")
-    right.set_ylim(0, 105)
-    draw_quadrants(corner, document["quadrants"])
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"recommended prefix: {document['recommended_prefix']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(file)
-    pyplot.close(figure)

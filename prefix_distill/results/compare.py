@@ -19,7 +19,7 @@ import json
 import reprlib
 from pathlib import Path
 
-from ..config import sections as configuration
+from .. import config as configuration
 from ..errors import UserError
 from ..training.folder import RunFolder
 
@@ -224,7 +224,7 @@ class _Jobs:
         return self.train_in(run, folder, resume, f"{arm} seed {seed}:")
 
     def _also(self, path: Path, name: str, settings: dict, seed: int) -> None:
-        from ..training.prepare import evaluate_model
+        from .evaluation import evaluate_model
 
         file = path / f"also-{name}.json"
         if file.is_file():

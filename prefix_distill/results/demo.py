@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from ..config import sections as configuration
+from .. import config as configuration
 from ..display import flops_text, share_text
 from ..engine.evaluate import evaluate
 from ..training.folder import RunFolder
 from ..training.prepare import prepare
+from .plots import draw_demo
 
 UPDATES, PROMPTS, RATE, PREFIX = 30, 16, 4e-4, 24
 PROBLEMS, EVERY = 200, 10
 ARMS = (("prefix", str(PREFIX)), ("full", "full"))
-COLOURS = {"prefix": "#0072B2", "full": "#D55E00"}  # Okabe and Ito's, distinct to every eye
 
 
 def demonstrate(folder: Path, seed: int, train_in) -> tuple:
@@ -66,7 +66,8 @@ def demonstrate(folder: Path, seed: int, train_in) -> tuple:
         )
     student = arms[0]["evaluations"][0]
     picture = folder / "accuracy-against-flops.png"
-    draw(arms, teacher.accuracy["value"], picture)
+    title = f"{UPDATES} updates of {PROMPTS} rollouts, evaluated every {EVERY}"
+    draw_demo(arms, teacher.accuracy["value"], title, picture)
     document = {
         "teacher": teacher.accuracy,
         "student": student["accuracy"],
@@ -123,50 +124,3 @@ def _table(arms: list[dict], student: dict, teacher):
         f"{teacher.mean_tokens:.0f}",
     )
     return table
-
-
-def draw(arms: list[dict], teacher: float, file: Path) -> None:
-    """Accuracy against useful FLOPs, one line per arm with 95 % intervals, the teacher as a level."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
-    axes.axhline(100 * teacher, color="#555555", linestyle=":", linewidth=1)
-    axes.text(
-        1,
-        100 * teacher + 1,
-        "teacher",
-        transform=axes.get_yaxis_transform(),
-        ha="right",
-        va="bottom",
-        color="#555555",
-    )
-    for arm in arms:
-        colour = COLOURS[arm["name"]]
-        x = [row["flops_useful"] / 1e9 for row in arm["evaluations"]]
-        y, low, high = (
-            [100 * row["accuracy"][key] for row in arm["evaluations"]]
-            for key in ("value", "low", "high")
-        )
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(
-            x,
-            y,
-            marker="o" if arm["name"] == "prefix" else "s",
-            color=colour,
-            linestyle="-" if arm["name"] == "prefix" else "--",
-            label=f"{arm['name']} rollouts"
-            if arm["name"] == "full"
-            else f"prefix of {arm['prefix']} tokens",
-        )
-    axes.set_xlabel("useful training FLOPs (billions)")
-    axes.set_ylabel("accuracy on held-out problems (%)")
-    axes.set_title(f"{UPDATES} updates of {PROMPTS} rollouts, evaluated every {EVERY}", fontsize=10)
-    axes.set_ylim(0, 106)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
-    figure.tight_layout()
-    figure.savefig(file)
-    pyplot.close(figure)

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ..config import sections as configuration
-from ..engine import adapter, models
+from .. import config as configuration
+from ..engine import loading
+from ..engine.adapter import FILE
 from ..engine.models import Model
+from ..engine.saving import save_model
 from ..errors import Stopped, UserError
 from ..training import card
 from ..training.folder import RunFolder
@@ -47,7 +49,7 @@ def export(
             )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        models.save(model, out, text, merged=model.adapter is not None)
+        save_model(model, out, text, merged=model.adapter is not None)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error}); name another folder"
@@ -85,7 +87,7 @@ def folder_of(source: str, which: str = "model") -> Path | None:
 
 
 def _is_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", adapter.FILE))
+    return any((folder / name).is_file() for name in ("config.json", FILE))
 
 
 def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str | None]:
@@ -98,7 +100,7 @@ def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str 
         config = configuration.build(configuration.read_yaml(str(path / "config.yaml")))
         model = _read(config.models.student, config.models.trust_remote_code, torch.float32)
         if config.adapter.rank is not None:
-            model = models.with_adapter(model, config.adapter, 0)
+            model = loading.with_adapter(model, config.adapter, 0)
         tensors = folder.student(int(step))
         weights = dict(model.net.named_parameters()) if model.adapter is None else model.trained
         if {name: t.shape for name, t in tensors.items()} != {
@@ -120,7 +122,7 @@ def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str 
 
 
 def _read(name: str, trust_remote_code: bool, dtype="auto") -> Model:
-    return models.load(
+    return loading.load_model(
         name, device=torch.device("cpu"), dtype=dtype, trust_remote_code=trust_remote_code
     )
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from ..config import sections as configuration
-from ..config.sections import Config
+from .. import config as configuration
+from ..config import Config
 from ..display import flops_text, share_text
 from ..engine.device import description
-from ..engine.models import LAB
-from ..prompts.load import FORMATS
+from ..lab.task import LAB
 from ..prompts.presets import PRESETS
+from ..prompts.sources import FORMATS
 
 TAGS = ["prefix-distill", "knowledge-distillation", "on-policy-distillation"]
 METHODS = (

@@ -18,8 +18,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..engine.models import replace_folder, save, sync
 from ..errors import Stopped, UserError
+from ..files import read_rows, replace_folder, sha256_of, sync, write_atomically, write_rows
 
 FORMAT = 1  # of the folder and of its checkpoints; a reader refuses what it does not know
 KEPT = 2  # checkpoints on disk: the newest and one to fall back on
@@ -140,7 +140,7 @@ class RunFolder:
             for section, keys in config.items()
         }
         with self._writing("config.yaml"):
-            _write(
+            write_atomically(
                 self.path / "config.yaml",
                 yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
             )
@@ -148,13 +148,17 @@ class RunFolder:
     def write_json(self, name: str, tree) -> None:
         """``name`` ← ``tree`` as JSON."""
         with self._writing(name):
-            _write(self.path / name, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(
+                self.path / name, json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+            )
 
     def save_model(self, name: str, model, card: str | None = None, merged: bool = False) -> None:
         """The folder ``name`` ← a model that transformers loads, with its ``card`` (of one with an adapter: the adapter, or both
         ``merged``)."""
         with self._writing(name):
-            save(model, self.path / name, card, merged)
+            from ..engine.saving import save_model
+
+            save_model(model, self.path / name, card, merged)
 
     def read_json(self, name: str):
         """The JSON file ``name``; UserError when it is missing or damaged."""
@@ -178,7 +182,7 @@ class RunFolder:
         file = self.path / name
         with self._writing(name):
             file.parent.mkdir(exist_ok=True)
-            _write(file, serialised({k: v.contiguous() for k, v in tensors.items()}))
+            write_atomically(file, serialised({k: v.contiguous() for k, v in tensors.items()}))
 
     def read_tensors(self, name: str):
         """(file, tensors) of every file of tensors in the folder ``name``, by name, one at a time."""
@@ -247,8 +251,8 @@ class RunFolder:
                 for name, state in tensors.items():
                     file = scratch / f"{name}.safetensors"
                     save_file({k: v.detach().contiguous() for k, v in state.items()}, file)
-                    sums[file.name] = _digest(file)
-                _write(
+                    sums[file.name] = sha256_of(file)
+                write_atomically(
                     scratch / "state.json",
                     json.dumps(
                         {
@@ -313,7 +317,7 @@ def _intact(folder: Path) -> tuple[int, dict[str, dict], dict]:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     _check_known(folder, state)
     for name, digest in state["sha256"].items():
-        if _digest(folder / name) != digest:
+        if sha256_of(folder / name) != digest:
             raise ValueError(f"{name} does not match its checksum")
     if not isinstance(state["facts"], dict) or state["facts_sha256"] != _digest_of(
         state["step"], state["facts"]
@@ -323,41 +327,5 @@ def _intact(folder: Path) -> tuple[int, dict[str, dict], dict]:
     return state["step"], tensors, state["facts"]
 
 
-def read_rows(file: Path) -> tuple[list[dict], int]:
-    """(the rows of a file of JSON lines, how many lines are torn); ([], 0) when it is missing."""
-    rows, torn = [], 0
-    for line in (
-        file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-    ):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            torn += 1
-    return [row for row in rows if isinstance(row, dict)], torn
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    """``file`` ← one JSON line per row, atomically."""
-    _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def _digest_of(step: int, facts: dict) -> str:
     return hashlib.sha256(json.dumps([step, facts]).encode()).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _write(file: Path, content: str | bytes) -> None:
-    scratch = file.with_name(f".{file.name}.partial")
-    try:
-        with open(scratch, "wb") as handle:
-            handle.write(content.encode() if isinstance(content, str) else content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(scratch, file)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise

@@ -5,49 +5,30 @@ import math
 
 from ..display import Reporter
 from ..engine import evaluate, scoring
-from ..engine.alignment import census, shares
-from ..engine.device import Clock, seed_of
+from ..engine.device import Clock
 from ..engine.models import Model
-from ..engine.sampling import Rollout, Unit
+from ..engine.rollout import Rollout, Unit
+from ..engine.scoring import FIRST_TOKEN
 from ..errors import Stopped, UserError
+from ..maths import intervals
 from ..maths.flops import Ledger
+from ..maths.seeds import seed_of
 from ..maths.weights import quadrants
-from ..planning.checks import FIRST_TOKEN
-from ..prompts import load as data
+from ..prompts.prompt import Rendered
 from .card import card
 from .folder import RunFolder
-from .prepare import Run
+from .metrics import (
+    alignment_facts,
+    divergence_by_token,
+    ending_facts,
+    mean_probability,
+    merge,
+    tail_warning,
+)
+from .run import Run
+from .state import Progress
 
 SHARED_MASS = 0.95  # mean probability on the shared tokens, across tokenizers, below which a loss on them misses too much
-
-
-@dataclasses.dataclass
-class Progress:
-    """What the checkpoint carries beside tensors; all of it plain numbers."""
-
-    step: int = 0
-    ledger: Ledger = dataclasses.field(default_factory=Ledger)
-    seconds: dict = dataclasses.field(default_factory=dict)
-    tokens: int = 0
-    prefix: dict = dataclasses.field(default_factory=dict)  # the state of the prefix schedule
-    taught_prefix: int = 0  # prefix length of the last update (before any: of the first)
-    decisions: list = dataclasses.field(
-        default_factory=list
-    )  # {step, reason} of every growth of the prefix
-    evaluations: list = dataclasses.field(
-        default_factory=list
-    )  # a row per evaluation, the untrained student's first
-    tail_probes: list = dataclasses.field(default_factory=list)
-    extrapolations: list = dataclasses.field(default_factory=list)  # a row per trigger
-    warnings: list = dataclasses.field(default_factory=list)  # {step, text}: the tail is being hurt
-    best: dict | None = None
-    fitted: dict = dataclasses.field(
-        default_factory=dict
-    )  # micro_batch_size and rows, where memory made them smaller
-
-    def training_seconds(self) -> float:
-        """Wall time but for evaluations."""
-        return math.fsum(v for phase, v in self.seconds.items() if phase != "evaluation")
 
 
 class Monitor:
@@ -166,16 +147,16 @@ class Monitor:
         to these prompts end, drawn with the seeds of the untrained student's. A ledger row of its own, inside the totals."""
         run, ledger, count = self.run, Ledger(), self.run.config.evaluate.tail_prompts
         with self.clock.phase("tail_probe"):
-            values = _by_token(
+            values = divergence_by_token(
                 self.fixed[:count], self._facts(self.fixed[:count], ledger, "tail_probe")
             )
             full = self._full_rollouts(run.kl_prompts[:count], ledger, "tail_probe")
         merge(run, self.progress, ledger)
-        found = {"step": self.progress.step, "kl_by_token": values, **_endings(full)}
-        head, tail = evaluate.split_mean(values, self.progress.taught_prefix)
+        found = {"step": self.progress.step, "kl_by_token": values, **ending_facts(full)}
+        head, tail = intervals.split_mean(values, self.progress.taught_prefix)
         row = {
             "step": self.progress.step,
-            "kl": evaluate.token_mean(values)["value"],
+            "kl": intervals.token_mean(values)["value"],
             "kl_prefix": head,
             "kl_tail": tail,
             "finish_rate": found["finish_rate"],
@@ -184,7 +165,7 @@ class Monitor:
         self.progress.tail_probes.append(row)
         self.report.tail(row)
         self._warn(
-            {"kl_by_token": self.before["kl_by_token"][:count], **_endings(self.fixed[:count])},
+            {"kl_by_token": self.before["kl_by_token"][:count], **ending_facts(self.fixed[:count])},
             found,
         )
         self._keep_best(row["step"], None, values)
@@ -203,7 +184,7 @@ class Monitor:
         run, progress, ledger = self.run, self.progress, Ledger()
         with self.clock.phase("evaluation"):
             facts = self._facts(self.fixed, ledger, "evaluation")
-            values = _by_token(self.fixed, facts)
+            values = divergence_by_token(self.fixed, facts)
             gap = self._sampler_gap(ledger)
             score = None
             if run.problems:
@@ -227,34 +208,34 @@ class Monitor:
                     "answers": len(run.problems) * run.config.evaluate.rollouts,
                 }
             else:
-                endings = _endings(
+                endings = ending_facts(
                     full or self._full_rollouts(run.kl_prompts, ledger, "evaluation")
                 )
         merge(run, progress, ledger)
-        head, tail = evaluate.split_mean(values, progress.taught_prefix)
+        head, tail = intervals.split_mean(values, progress.taught_prefix)
         borders = progress.evaluations[0]["quadrants"]["borders"] if progress.evaluations else None
         row = {
             "step": progress.step,
             "accuracy": score and score.accuracy,
-            "kl": evaluate.token_mean(values),
+            "kl": intervals.token_mean(values),
             "kl_prefix": head,
             "kl_tail": tail,
             "sampler_kl": gap,
             **endings,
             "quadrants": quadrants(
                 *(
-                    evaluate.known([row[name] for row in facts])
+                    intervals.known([row[name] for row in facts])
                     for name in ("entropy", "divergence")
                 ),
                 borders,
             ),
-            "teacher_first_token": _mean_probability([row["teacher_logp"][0] for row in facts]),
+            "teacher_first_token": mean_probability([row["teacher_logp"][0] for row in facts]),
             "flops_useful": progress.ledger.total(),
             "flops_executed": progress.ledger.total("executed"),
             "seconds": progress.training_seconds(),
         }
         if run.alignment is not None:
-            row["alignment"] = _alignment(self.fixed, facts)
+            row["alignment"] = alignment_facts(self.fixed, facts)
         if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
             progress.evaluations.append(row)
             if run.place.first and score and score.accuracy:
@@ -308,11 +289,9 @@ class Monitor:
                 ),
             ),
         )
-        return evaluate.token_mean([facts["divergence"] for facts in found])["value"]
+        return intervals.token_mean([facts["divergence"] for facts in found])["value"]
 
-    def _full_rollouts(
-        self, prompts: list[data.Rendered], ledger: Ledger, phase: str
-    ) -> list[Rollout]:
+    def _full_rollouts(self, prompts: list[Rendered], ledger: Ledger, phase: str) -> list[Rollout]:
         run = self.run
         return run.fit(
             "rows",
@@ -336,13 +315,13 @@ class Monitor:
         if settings.every and accuracy:
             merit = accuracy["value"]
         else:
-            merit = -evaluate.token_mean(values[: settings.tail_prompts])["value"]
+            merit = -intervals.token_mean(values[: settings.tail_prompts])["value"]
         if progress.best is None or merit > progress.best["merit"]:
             progress.best = {
                 "step": step,
                 "merit": merit,
                 "accuracy": accuracy,
-                "kl": evaluate.token_mean(values),
+                "kl": intervals.token_mean(values),
             }
             if self.run.place.first:
                 self.folder.save_model(
@@ -395,119 +374,9 @@ def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> f
             run.counts_both(spent, phase),
         ),
     )
-    values = evaluate.known([row["divergence"] for row in facts])
+    values = intervals.known([row["divergence"] for row in facts])
     return -math.fsum(values) / len(values)
-
-
-def merge(run: Run, progress: Progress, ledger: Ledger) -> None:
-    """Adds every rank's ledger to the run's."""
-    for other in run.place.gather(ledger):
-        progress.ledger.merge(other)
 
 
 def _spent_on(run: Run, ledger: Ledger, phase: str):
     return lambda reads: ledger.generation(run.student_shape, reads, phase, phase)
-
-
-def _by_token(rollouts: list[Rollout], facts: list[dict]) -> list[list[float | None]]:
-    """The divergence at each token; across tokenizers, of the units of one token on each side, which every mode knows."""
-    values = [list(row["divergence"]) for row in facts]
-    for r, row in zip(rollouts, values):
-        for u in r.units or ():
-            if not u.exact:
-                row[u.start] = None
-    return values
-
-
-def _alignment(rollouts: list[Rollout], facts: list[dict]) -> dict:
-    """Coverage of the fixed contexts: shares of tokens, mean mass of both models on the shared tokens where a unit begins, and the
-    mean divergence of spans (None without any)."""
-    mean = lambda values: math.fsum(values) / len(values) if values else None
-    spans = [
-        row["divergence"][u.start]
-        for r, row in zip(rollouts, facts)
-        for u in r.taught_units
-        if not u.exact
-    ]
-    return {
-        **shares([census(rollouts)]),
-        "kl_spans": mean(spans),
-        **{
-            name: mean(evaluate.known([row[name] for row in facts]))
-            for name in ("student_mass", "teacher_mass")
-        },
-    }
-
-
-def _mean_probability(logp: list[float | None]) -> float:
-    found = evaluate.known([logp])
-    return math.fsum(map(math.exp, found)) / len(found) if found else 0.0
-
-
-def _endings(rollouts: list[Rollout]) -> dict:
-    count = len(rollouts)
-    return {
-        "finish_rate": sum(r.finished for r in rollouts) / count,
-        "mean_tokens": sum(len(r.ids) for r in rollouts) / count,
-        "answers": count,
-    }
-
-
-def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
-    """One line when training has hurt what lies beyond the prefix: its KL on the fixed contexts rose by more than two
-    standard errors (paired by rollout), or answers end less often (by more than 5 points and two standard errors); else
-    None."""
-    tails = [
-        [evaluate.known([row[prefix:]]) for row in pair]
-        for pair in zip(found["kl_by_token"], before["kl_by_token"])
-    ]
-    gaps = [math.fsum(new) / len(new) - math.fsum(old) / len(old) for new, old in tails if new]
-    said = []
-    if len(gaps) > 1:
-        mean = math.fsum(gaps) / len(gaps)
-        error = math.sqrt(math.fsum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1) / len(gaps))
-        if mean > 2 * error and mean > 1e-3:
-            said.append(f"the KL beyond the prefix rose by {mean:.3g} ± {error:.1g} nats per token")
-    noise = math.sqrt(
-        sum(
-            side["finish_rate"] * (1 - side["finish_rate"]) / side["answers"]
-            for side in (before, found)
-        )
-    )
-    if before["finish_rate"] - found["finish_rate"] > max(0.05, 2 * noise):
-        said.append(
-            f"answers end less often ({before['finish_rate']:.0%} → {found['finish_rate']:.0%})"
-        )
-    if not said:
-        return None
-    head_before, _ = evaluate.split_mean(before["kl_by_token"], prefix)
-    head_after, _ = evaluate.split_mean(found["kl_by_token"], prefix)
-    exhausted = (
-        f"; the prefix has little left to teach ({head_before:.2g} → {head_after:.2g} nats)"
-        if (head_after < 0.1 * head_before)
-        else ""
-    )
-    return (
-        f"after update {found['step']} the tail is being hurt: {' and '.join(said)}{exhausted}; "
-        "lengthen --prefix, lower --lr or stop earlier"
-    )
-
-
-def full_cost(run: Run, progress: Progress, steps: range) -> float:
-    """Useful FLOPs the updates in ``steps`` would have cost with full rollouts of the then-current student.
-
-    Its full length is measured at every evaluation and taken as linear in between; after the last, as constant.
-    """
-    config, total = run.config, 0.0
-    for step in steps:
-        prompts = data.batch(run.train_prompts, step, config.train.batch_size, config.runtime.seed)
-        total += run.update_cost(prompts, _length_at(progress.evaluations, step))
-    return total
-
-
-def _length_at(evaluations: list[dict], step: int) -> float:
-    points = [(row["step"], row["mean_tokens"]) for row in evaluations]
-    for (left, low), (right, high) in zip(points, points[1:]):
-        if left <= step < right:
-            return low + (high - low) * (step - left) / (right - left)
-    return points[-1][1]

@@ -1,9 +1,10 @@
 """Text that the teacher wrote, in place of the student's own: what on-policy distillation is compared with."""
 
 from ..engine.models import Model
-from ..engine.sampling import Request, Rollout, generate
+from ..engine.rollout import Rollout
+from ..engine.sampling import Request, generate
 from ..maths.flops import Ledger
-from ..prompts.load import Rendered
+from ..prompts.prompt import Rendered
 
 FILE = "teacher-text.json"
 PHASES = ("teacher_prefill", "teacher_decode")

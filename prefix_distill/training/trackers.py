@@ -12,8 +12,8 @@ import secrets
 import sys
 from typing import Self
 
-from ..config import sections as configuration
-from ..config.sections import Config
+from .. import config as configuration
+from ..config import Config
 from ..display import Reporter
 from ..errors import UserError
 
@@ -158,7 +158,7 @@ class _TensorBoard:
         self.make = SummaryWriter
 
     def log(self, step: int, late: int, values: dict) -> None:
-        from .folder import read_rows
+        from ..files import read_rows
 
         if self.writer is None:  # the first that a run says tells where it goes on
             new = step == 0 or not self.path.exists()

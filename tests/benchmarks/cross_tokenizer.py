@@ -23,10 +23,15 @@ import real_pair
 import torch
 from measure import machine, record
 
-from prefix_distill.engine import models, scoring
+from prefix_distill.engine import loading, scoring
 from prefix_distill.engine.alignment import match
-from prefix_distill.engine.sampling import Request, Rollout, Sampler, generate
-from prefix_distill.prompts import load as data
+from prefix_distill.engine.models import Model
+from prefix_distill.engine.rollout import Rollout
+from prefix_distill.engine.sampling import Request, Sampler, generate
+from prefix_distill.engine.saving import save_model
+from prefix_distill.prompts import stream, templates
+from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.prompt import Prompt
 
 COLUMNS = (
     "--prompt-column",
@@ -59,18 +64,18 @@ def gemma(folder: Path) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / name
         file.write_bytes(b"".join(parts))
-        models.save(load(file), folder)
+        save_model(load(file), folder)
     return folder
 
 
-def load(name) -> models.Model:
-    return models.load(str(name), device=torch.device("cpu"), dtype=torch.float32)
+def load(name) -> Model:
+    return loading.load_model(str(name), device=torch.device("cpu"), dtype=torch.float32)
 
 
 @torch.no_grad()
-def teacher_texts(teacher: models.Model, prompts: list[data.Prompt], tokens: int) -> list[Rollout]:
+def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Rollout]:
     """What the teacher writes to held-out questions, in its own tokens."""
-    ids = [tuple(data.render(teacher, p.messages, "plain")) for p in prompts]
+    ids = [tuple(templates.render(teacher, p.messages, "plain")) for p in prompts]
     sampler = Sampler(teacher.eos, min(teacher.eos), teacher.support, 7)
     drawn = generate(teacher, [Request(i, ("text", n)) for n, i in enumerate(ids)], tokens, sampler)
     return [
@@ -80,12 +85,12 @@ def teacher_texts(teacher: models.Model, prompts: list[data.Prompt], tokens: int
 
 @torch.no_grad()
 def likelihood(
-    student: models.Model, prompts: list[data.Prompt], texts: list[tuple[int, ...]], size: int
+    student: Model, prompts: list[Prompt], texts: list[tuple[int, ...]], size: int
 ) -> float:
     """Log-likelihood of texts (in the student's tokens) under the student, nats per byte of ``size`` bytes."""
     total = 0.0
     for prompt, ids in zip(prompts, texts):
-        given = tuple(data.render(student, prompt.messages, "plain"))
+        given = tuple(templates.render(student, prompt.messages, "plain"))
         hidden = scoring.hidden_rows(student, [Rollout(0, 0, given, given, ids, ids, False)])
         total += (
             student.head()
@@ -123,7 +128,7 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     teacher, student = gemma(out / "gemma"), out / "smollm2"
     if not (student / "config.json").is_file():
-        models.save(load(real_pair.teacher()), student)
+        save_model(load(real_pair.teacher()), student)
     found = {}
     for mode in arguments.modes:
         if not (out / mode / "model").is_dir():
@@ -173,14 +178,14 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
                 check=True,
             )
         found[mode] = summary(out / mode)
-    prompts = data.load(
+    prompts = load_prompts(
         str(real_pair.questions()),
         split="train",
         prompt_column="doc.question",
         answer_column="doc.answer",
         instruction="Answer:",
     )
-    held = data.hold_out(prompts, held_out, 0)[1].prompts  # those that the runs held out, too
+    held = stream.hold_out(prompts, held_out, 0)[1].prompts  # those that the runs held out, too
     sides = load(student), load(teacher)
     aligned, _ = match(*sides, "simct")
     texts = [r for r in teacher_texts(sides[1], held, longest)]

@@ -58,7 +58,8 @@ def checkpointed(name, student, head, teacher, teacher_head, weight):
 
 
 def ours(name, student, head, teacher, teacher_head, weight):
-    from prefix_distill.maths.divergence import Head, Terms, weighted
+    from prefix_distill.maths.divergence import Head, Terms
+    from prefix_distill.maths.fused import weighted
 
     return weighted(Terms(name, 0.5), student, Head(head), teacher, Head(teacher_head), weight)[0]
 

@@ -35,24 +35,27 @@ def prepare(given, work: Path) -> dict:
     """Saves both models and the questions, none twice."""
     import torch
 
-    from prefix_distill.engine import models
-    from prefix_distill.prompts import load as data
+    from prefix_distill.engine import loading
+    from prefix_distill.engine.saving import save_model
+    from prefix_distill.prompts import stream
+    from prefix_distill.prompts.load import load_prompts
 
     gemma(work / "gemma")
     if not (work / "smollm2").is_dir():
-        model = models.load(
+        model = loading.load_model(
             str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32
         )
         model.tokenizer.chat_template = PLAIN
         model.net.get_input_embeddings().weight[model.tokenizer.all_special_ids] = (
             0.0  # the head's rows, too
         )
-        models.save(model, work / "smollm2")
-    found = data.load(
+        save_model(model, work / "smollm2")
+    found = load_prompts(
         str(real_pair.questions()), split="train", prompt_column="doc.question"
     ).prompts
     rows = [
-        p.messages for p in data.shuffled(found, given.seed, "benchmark")[: given.updates * PROMPTS]
+        p.messages
+        for p in stream.shuffled(found, given.seed, "benchmark")[: given.updates * PROMPTS]
     ]
     (work / "questions.jsonl").write_text(
         "".join(json.dumps({"messages": row}) + "\n" for row in rows)
@@ -61,11 +64,11 @@ def prepare(given, work: Path) -> dict:
 
 
 def ours(mode: str, given, work: Path) -> dict:
-    from prefix_distill.cli import main as cli
-    from prefix_distill.config import sections as config
+    from prefix_distill import config
+    from prefix_distill.cli import quiet
     from prefix_distill.training import prepare as preflight
 
-    cli.quiet_libraries()
+    quiet.quiet_libraries()
     run = preflight.prepare(
         config.build(
             {
@@ -113,7 +116,8 @@ def gold(given, work: Path) -> dict:
     import transformers
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
-    from prefix_distill.prompts import load as data
+    from prefix_distill.prompts import stream
+    from prefix_distill.prompts.load import load_prompts
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -129,8 +133,8 @@ def gold(given, work: Path) -> dict:
                 sum((inputs["labels"] != -100).sum().item() for inputs in trainer._buffered_inputs)
             )
 
-    prompts = data.shuffled(
-        data.load(str(work / "questions.jsonl"), split="train").prompts, given.seed, "epoch", 0
+    prompts = stream.shuffled(
+        load_prompts(str(work / "questions.jsonl"), split="train").prompts, given.seed, "epoch", 0
     )  # preflight's order
     rows = [{"messages": [*p.messages, {"role": "assistant", "content": "."}]} for p in prompts]
     with tempfile.TemporaryDirectory() as scratch:

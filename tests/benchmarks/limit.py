@@ -18,7 +18,7 @@ from pathlib import Path
 
 import measure
 
-from prefix_distill.cli import main as cli
+from prefix_distill.cli import quiet
 
 
 def bandwidth() -> float:
@@ -53,7 +53,7 @@ def main() -> None:
     import scaling
     import torch
 
-    cli.quiet_libraries()
+    quiet.quiet_libraries()
     prompts, repeats = (2, 1) if given.quick else (8, given.repeats)
     with tempfile.TemporaryDirectory() as scratch:
         folder = scaling.pair(given.work or Path(scratch))
@@ -104,5 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.calm_threads(os.environ)
+    quiet.calm_threads(os.environ)
     main()

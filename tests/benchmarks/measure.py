@@ -78,7 +78,7 @@ def checkpoints(net) -> bool:
 
 def child(script: str, *arguments) -> dict:
     """Runs ``script`` in a process of its own → its last line, a JSON document. Every arm has the thread settings of our CLI."""
-    from prefix_distill.cli.main import calm_threads
+    from prefix_distill.cli.quiet import calm_threads
 
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     calm_threads(environment)

@@ -81,7 +81,7 @@ SEVEN = QWEN | {
 
 def cards() -> list[dict]:
     """`prefix-distill plan` of the pair, and of the student that is its own teacher."""
-    from prefix_distill.config import sections as config
+    from prefix_distill import config as configuration
     from prefix_distill.planning import plan
 
     with tempfile.TemporaryDirectory() as text:
@@ -100,7 +100,9 @@ def cards() -> list[dict]:
             ("7B", {"models.teacher": f"{text}/7B"}),
             ("itself", {"models.teacher": "self", "data.privileged_column": "solution"}),
         ):
-            document = plan.plan(config.build(base | more), prompt_tokens=200, prefixes="512")
+            document = plan.plan(
+                configuration.build(base | more), prompt_tokens=200, prefixes="512"
+            )
             found += [{"teacher": teacher, **row} for row in document["cards"]]
     return found
 
@@ -201,7 +203,7 @@ def run(folder: Path, name: str) -> dict:
     import torch
     import transformers
 
-    from prefix_distill.config import sections as config
+    from prefix_distill import config as configuration
     from prefix_distill.planning import plan
     from prefix_distill.training import prepare as preflight
     from prefix_distill.training import session as train
@@ -214,9 +216,11 @@ def run(folder: Path, name: str) -> dict:
     def done(values: dict) -> dict:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             made = RunFolder(Path(out) / "run")
-            prepared = preflight.prepare(config.build(values | {"checkpoint.out": str(made.path)}))
+            prepared = preflight.prepare(
+                configuration.build(values | {"checkpoint.out": str(made.path)})
+            )
             made.path.mkdir()
-            made.create(config.as_dict(prepared.config), {})
+            made.create(configuration.as_dict(prepared.config), {})
             return train.train(prepared, made, measure.Silent(), False)
 
     own = settings(folder, name)
@@ -231,7 +235,7 @@ def run(folder: Path, name: str) -> dict:
     before = measure.reset_peak()
     result = done(own)
     peak = measure.memory("VmHWM") - before
-    planned = plan.plan(config.build(own), prefixes=own["schedule.prefix"])["prefixes"][0]
+    planned = plan.plan(configuration.build(own), prefixes=own["schedule.prefix"])["prefixes"][0]
     return {
         "resident": peak,
         "forecast": planned["memory"]["total"],

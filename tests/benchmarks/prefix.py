@@ -22,20 +22,23 @@ import torch
 import yaml
 from measure import HERE, machine, record
 
-from prefix_distill.cli import main as cli
-from prefix_distill.config import sections as configuration
-from prefix_distill.engine import models
+from prefix_distill import config as configuration
+from prefix_distill.cli import quiet
+from prefix_distill.engine import loading
 from prefix_distill.engine.sampling import Request, Sampler, generate
-from prefix_distill.prompts import load as data
-from prefix_distill.results import compare
+from prefix_distill.prompts import templates
+from prefix_distill.prompts.load import load_prompts
+from prefix_distill.results import compare, evaluation, plots
 from prefix_distill.results import summary as report
+from prefix_distill.results.compare import Arms
+from prefix_distill.results.runs import AGAINST, Finished, by_arm, collect, write_csv
+from prefix_distill.results.summary import Resampled
 from prefix_distill.training import prepare as preflight
+from prefix_distill.training import session
 
 MARGIN = 0.03  # points by which an arm may be behind and still "match"
 PICTURED = {  # picture → (arms, x axis)
-    "prefix": {
-        "": (("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear"), report.AGAINST[0])
-    },
+    "prefix": {"": (("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear"), AGAINST[0])},
     "plugins": {
         "-select": (
             (
@@ -48,7 +51,7 @@ PICTURED = {  # picture → (arms, x axis)
                 "40% soft-or 0.1",
                 "40% random 0.1",
             ),
-            report.AGAINST[0],
+            AGAINST[0],
         ),
         "-updates": (
             (
@@ -72,7 +75,7 @@ PICTURED = {  # picture → (arms, x axis)
                 "slow 3x",
                 "slow 10x",
             ),
-            report.AGAINST[0],
+            AGAINST[0],
         ),
     },
     "cross": {},
@@ -210,7 +213,7 @@ def gain(curve) -> dict:
     }
 
 
-def speed_up(drawn: report.Resampled, arm: str, reference: str, what: str) -> dict:
+def speed_up(drawn: Resampled, arm: str, reference: str, what: str) -> dict:
     """How many times fewer updates or useful FLOPs an arm needs to 90 % of the reference's gain; three is the published figure."""
     sides = [drawn.curve(name) for name in (reference, arm)]
 
@@ -246,7 +249,7 @@ def speed_up(drawn: report.Resampled, arm: str, reference: str, what: str) -> di
 
 
 def claims(
-    drawn: report.Resampled, rows: dict[str, dict], longer: dict[str, list[list[float]]]
+    drawn: Resampled, rows: dict[str, dict], longer: dict[str, list[list[float]]]
 ) -> list[dict]:
     """Every published ordering whose arms were run. ``longer``: arm → seed → right or wrong per longer problem."""
     found, curves = [], {arm: drawn.curve(arm) for arm in drawn.arms}
@@ -365,7 +368,7 @@ def right(file: Path) -> list[float]:
     ]
 
 
-def untrained(arms: compare.Arms, rows: list[dict]) -> tuple[dict, dict[str, list[list[float]]]]:
+def untrained(arms: Arms, rows: list[dict]) -> tuple[dict, dict[str, list[list[float]]]]:
     """The student as it is: on the test problems (any arm's first evaluation) and on the other ones → (row, data set → seed →
     right or wrong per problem)."""
     answers: dict[str, list[list[float]]] = {}
@@ -373,7 +376,7 @@ def untrained(arms: compare.Arms, rows: list[dict]) -> tuple[dict, dict[str, lis
         for seed in arms.seeds:
             with tempfile.TemporaryDirectory() as scratch:
                 file = Path(scratch) / "answers.jsonl"
-                preflight.evaluate_model(
+                evaluation.evaluate_model(
                     configuration.build(
                         also
                         | {
@@ -388,7 +391,7 @@ def untrained(arms: compare.Arms, rows: list[dict]) -> tuple[dict, dict[str, lis
     return {"arm": "untrained", "accuracy": rows[0]["before"], "also": means}, answers
 
 
-def saving(arms: compare.Arms, rows: list[dict]) -> dict | None:
+def saving(arms: Arms, rows: list[dict]) -> dict | None:
     """Useful FLOPs of an update with full rollouts over one with the arm's prefix, by the ledger, at the trained students' mean
     full length: what prompt and trace lengths allow at equal updates. None without a reference."""
     if arms.reference is None:
@@ -408,11 +411,11 @@ def saving(arms: compare.Arms, rows: list[dict]) -> dict | None:
     }
 
 
-def extrapolations(runs: list[report.Finished]) -> dict:
+def extrapolations(runs: list[Finished]) -> dict:
     """Arm → the accepted k of every trigger, seed by seed, the candidates' mean share of the useful FLOPs, and where it was measured,
     the cosine of the displacement at a trigger with the final one, the mean over seeds."""
     found = {}
-    for arm, group in report.by_arm(runs).items():
+    for arm, group in by_arm(runs).items():
         if any(run.result["extrapolations"] for run in group):
             spent = [
                 run.result["flops"]["by_phase"].get("extrapolation", {"useful": 0.0})["useful"]
@@ -437,18 +440,18 @@ def extrapolations(runs: list[report.Finished]) -> dict:
     return found
 
 
-def canonical(runs: list[report.Finished], arms: compare.Arms) -> dict[str, float]:
+def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
     """Arm → share of 100 sampled answers (first seed) that are in the very tokens the student's tokenizer writes them in; the untrained
     student's, too."""
     found, base = {}, configuration.build(arms.base)
-    problems = data.load(base.evaluate.dataset, split="test", limit=100).prompts
+    problems = load_prompts(base.evaluate.dataset, split="test", limit=100).prompts
     folders = {"untrained": base.models.student} | {
-        arm: str(group[0].path / "model") for arm, group in report.by_arm(runs).items()
+        arm: str(group[0].path / "model") for arm, group in by_arm(runs).items()
     }
     for arm, folder in folders.items():
-        model = models.load(folder, device=torch.device("cpu"), dtype=torch.float32)
+        model = loading.load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
         requests = [
-            Request(tuple(data.render(model, p.messages, "chat")), ("canonical", i))
+            Request(tuple(templates.render(model, p.messages, "chat")), ("canonical", i))
             for i, p in enumerate(problems)
         ]
         sampler = Sampler(
@@ -515,33 +518,35 @@ def main() -> None:
         "--quick", action="store_true", help="two updates, one seed, nothing recorded"
     )
     given = parser.parse_args()
-    cli.quiet_libraries()
+    quiet.quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         text = arms_text(given.arms, given.work or Path(scratch) / "pair")
         file = Path(scratch) / f"{given.arms}.yaml"
         file.write_text(quick(text) if given.quick else text)
         out = Path(scratch) / "out" if given.quick else given.out or Path("runs") / given.arms
         arms = compare.read(str(file))
-        compare.compare(arms, out, cli.train_in, lambda text: print(text, file=sys.stderr))
-        runs = report.collect([out])
+        compare.compare(arms, out, session.train_in, lambda text: print(text, file=sys.stderr))
+        runs = collect([out])
         rows = report.summary(runs, arms.reference)
         before, answers = untrained(arms, rows)
         named = {row["arm"]: row for row in [before, *rows]}
-        drawn = report.Resampled(report.by_arm(runs)) if all(run.right for run in runs) else None
+        drawn = Resampled(by_arm(runs)) if all(run.right for run in runs) else None
         longer = (
             {
                 arm: [right(run.path / "also-longer.jsonl") for run in group]
-                for arm, group in report.by_arm(runs).items()
+                for arm, group in by_arm(runs).items()
             }
             | {"untrained": answers["longer"]}
             if "longer" in arms.also
             else {}
         )
         if not given.quick:
-            report.write_csv(runs, HERE / "results" / f"{given.arms}.csv")
+            write_csv(runs, HERE / "results" / f"{given.arms}.csv")
             for end, (pictured, against) in PICTURED.get(given.arms, PICTURED["prefix"]).items():
-                figure = report.draw(runs, "", [arm for arm in pictured if arm in named], against)
-                (HERE / "results" / f"{given.arms}{end}.png").write_bytes(report.png(figure))
+                figure = plots.draw_report(
+                    runs, "", [arm for arm in pictured if arm in named], against
+                )
+                (HERE / "results" / f"{given.arms}{end}.png").write_bytes(plots.png(figure))
         document = {
             "arms_file": given.arms,
             "machine": machine(),

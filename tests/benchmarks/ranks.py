@@ -54,14 +54,14 @@ def rank(values: str) -> None:
     """One rank of one run: seconds of each update but the first, on stdout of rank 0."""
     import torch
 
-    from prefix_distill.cli import main as cli
-    from prefix_distill.config import sections as config
+    from prefix_distill import config
+    from prefix_distill.cli import quiet
     from prefix_distill.training import prepare as preflight
     from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder
 
     torch.set_num_threads(1)
-    cli.quiet_libraries()
+    quiet.quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         run, watch = preflight.prepare(config.build(json.loads(values))), Watch()
         folder = RunFolder(run.place.gather(scratch)[0] + "/run")

@@ -39,10 +39,11 @@ def copy_teacher(folder: Path) -> Path:
     """The teacher as a folder, which loads in a second; its GGUF file takes a minute."""
     import torch
 
-    from prefix_distill.engine import models
+    from prefix_distill.engine import loading
+    from prefix_distill.engine.saving import save_model
 
-    models.save(
-        models.load(str(teacher()), device=torch.device("cpu"), dtype=torch.float32), folder
+    save_model(
+        loading.load_model(str(teacher()), device=torch.device("cpu"), dtype=torch.float32), folder
     )
     return folder
 
@@ -51,9 +52,12 @@ def make_student(folder: Path, source: Path | None = None) -> Path:
     """The teacher (or its copy at ``source``, which loads faster than the GGUF file) without its middle layers, as a folder."""
     import torch
 
-    from prefix_distill.engine import models
+    from prefix_distill.engine import loading
+    from prefix_distill.engine.saving import save_model
 
-    model = models.load(str(source or teacher()), device=torch.device("cpu"), dtype=torch.float32)
+    model = loading.load_model(
+        str(source or teacher()), device=torch.device("cpu"), dtype=torch.float32
+    )
     layers = [layer for i, layer in enumerate(model.net.model.layers) if i not in DROPPED]
     model.net.model.layers = torch.nn.ModuleList(layers)
     for i, layer in enumerate(layers):
@@ -61,7 +65,7 @@ def make_student(folder: Path, source: Path | None = None) -> Path:
     model.net.config.num_hidden_layers = len(layers)
     if getattr(model.net.config, "layer_types", None):
         model.net.config.layer_types = model.net.config.layer_types[: len(layers)]
-    models.save(model, folder)
+    save_model(model, folder)
     return folder
 
 

@@ -24,7 +24,7 @@ import measure
 import real_pair
 import scaling
 
-from prefix_distill.cli import main as cli
+from prefix_distill.cli import quiet
 
 CASES = {"8 prompts × 1": (8, 1), "2 prompts × 4": (2, 4), "8 prompts × 4": (8, 4)}
 UNWRITTEN = 5  # <file_sep>
@@ -33,17 +33,18 @@ UNWRITTEN = 5  # <file_sep>
 def load(work: Path):
     import torch
 
-    from prefix_distill.engine import models, scoring
-    from prefix_distill.prompts import load as data
+    from prefix_distill.engine import loading, scoring
+    from prefix_distill.prompts import templates
+    from prefix_distill.prompts.load import load_prompts
 
-    model = models.load(
+    model = loading.load_model(
         str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32
     )
     model.shares_prompts = scoring.check_sharing(model) is None
-    prompts = data.load(
+    prompts = load_prompts(
         str(real_pair.questions()), split="train", prompt_column="doc.question", limit=8
     ).prompts
-    return model, [tuple(data.render(model, p.messages, "auto")) for p in prompts]
+    return model, [tuple(templates.render(model, p.messages, "auto")) for p in prompts]
 
 
 def ours(model, rows, tokens, turn):
@@ -194,7 +195,7 @@ def main() -> None:
     import limit
     import torch
 
-    cli.quiet_libraries()
+    quiet.quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         model, prompts = load(given.work or Path(scratch))
     weights = sum(p.numel() * p.element_size() for p in model.net.parameters())
@@ -244,5 +245,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.calm_threads(os.environ)
+    quiet.calm_threads(os.environ)
     main()

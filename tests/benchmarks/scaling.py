@@ -16,7 +16,7 @@ from pathlib import Path
 import measure
 import real_pair
 
-from prefix_distill.cli import main as cli
+from prefix_distill.cli import quiet
 
 UNWRITTEN = "<gh_stars>"  # as end of sequence: every rollout reaches the prefix
 
@@ -25,23 +25,24 @@ def pair(work: Path) -> Path:
     """work/teacher and work/student, made if they are not there."""
     import torch
 
-    from prefix_distill.engine import models
+    from prefix_distill.engine import loading
+    from prefix_distill.engine.saving import save_model
 
     if not ((work / "student").is_dir() and (work / "teacher").is_dir()):
         work.mkdir(parents=True, exist_ok=True)
-        model = models.load(
+        model = loading.load_model(
             str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32
         )
         model.tokenizer.eos_token = UNWRITTEN
         model.generation_config.eos_token_id = model.tokenizer.eos_token_id
-        models.save(model, work / "teacher")
+        save_model(model, work / "teacher")
         real_pair.make_student(work / "student", work / "teacher")
     return work
 
 
 def prepare(folder: Path, prefix: int, prompts: int, samples: int):
     """A Run on the pair."""
-    from prefix_distill.config import sections as config
+    from prefix_distill import config
     from prefix_distill.training import prepare as preflight
 
     return preflight.prepare(
@@ -67,20 +68,21 @@ def prepare(folder: Path, prefix: int, prompts: int, samples: int):
 
 def update(run, step: int) -> dict:
     """One update's rollouts and gradient, timed by phase (no optimizer step: every update is of the same student)."""
-    from prefix_distill.engine import models, scoring
+    from prefix_distill.engine import scoring
     from prefix_distill.engine.device import Clock
+    from prefix_distill.engine.models import decoder
     from prefix_distill.maths.flops import Ledger
     from prefix_distill.maths.weights import token_weights
-    from prefix_distill.prompts import load as data
-    from prefix_distill.training import session as train
+    from prefix_distill.prompts import stream
+    from prefix_distill.training.update import StudentLoss, accumulate_gradients, sample
 
     run.student.net.requires_grad_(True)
     ledger, clock = Ledger(), Clock(run.place.device)
-    prompts = data.batch(run.train_prompts, step, run.config.train.batch_size, 0)
-    decoding = models.decoder(run.student, run.place.dtype)
-    rollouts = train.sample(run, decoding, prompts, step, run.prefix.length(0), ledger, clock)
+    prompts = stream.batch(run.train_prompts, step, run.config.train.batch_size, 0)
+    decoding = decoder(run.student, run.place.dtype)
+    rollouts = sample(run, decoding, prompts, step, run.prefix.length(0), ledger, clock)
     weights, divisor = token_weights(rollouts, "token")
-    train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, ledger, clock)
+    accumulate_gradients(run, StudentLoss(run), rollouts, weights, divisor, ledger, clock)
     run.student.net.zero_grad(set_to_none=True)
     groups = scoring.micro_batches(
         rollouts, run.config.train.micro_batch_size, run.student.reads_once
@@ -99,9 +101,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small prefixes, nothing written")
     parser.add_argument("--work", type=Path, help="folder for the pair (default: a temporary one)")
     given = parser.parse_args()
-    from prefix_distill.config import sections as config
+    from prefix_distill import config
 
-    cli.quiet_libraries()
+    quiet.quiet_libraries()
     prefixes, samples, fixed = (
         ([16, 32], [1, 4], 16) if given.quick else ([16, 64, 128, 256, 512], [1, 2, 4, 8], 64)
     )
@@ -148,5 +150,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.calm_threads(os.environ)
+    quiet.calm_threads(os.environ)
     main()

@@ -25,8 +25,10 @@ def work(arm: str, student, head, teacher, teacher_head):
     """Mean reverse KL over the kept tokens (all of them in the first two arms)."""
     import torch
 
-    from prefix_distill.engine.sampling import Rollout
-    from prefix_distill.maths import divergence, weights
+    from prefix_distill.engine.rollout import Rollout
+    from prefix_distill.maths import fused, weights
+    from prefix_distill.maths.divergence import Head, Terms
+    from prefix_distill.maths.weights import Selection
 
     if arm == "naive":
         from divergence import naive
@@ -39,14 +41,14 @@ def work(arm: str, student, head, teacher, teacher_head):
             teacher_head,
             torch.full((len(student),), 1 / len(student)),
         )
-    terms, rows = divergence.Terms("reverse-kl"), torch.arange(len(student))
+    terms, rows = Terms("reverse-kl"), torch.arange(len(student))
     if arm != "all":
-        facts = divergence.statistics(
+        facts = fused.statistics(
             terms,
             student.detach(),
-            divergence.Head(head),
+            Head(head),
             teacher,
-            divergence.Head(teacher_head),
+            Head(teacher_head),
             torch.zeros_like(rows),
         )
         lists = {name: facts[name].tolist() for name in ("entropy", "divergence")}
@@ -66,19 +68,19 @@ def work(arm: str, student, head, teacher, teacher_head):
             for i, start in enumerate(starts)
         }
         kept = weights.choose(
-            weights.Selection("soft-or", float(arm)),
+            Selection("soft-or", float(arm)),
             rollouts,
             (0,),
             at,
             weights.scale(lists["entropy"], lists["divergence"]),
         )
         rows = torch.tensor([start + t for start, r in zip(starts, kept) for t in r.taught])
-    return divergence.weighted(
+    return fused.weighted(
         terms,
         student[rows],
-        divergence.Head(head),
+        Head(head),
         teacher[rows],
-        divergence.Head(teacher_head),
+        Head(teacher_head),
         torch.full((len(rows),), 1 / len(rows)),
     )[0]
 

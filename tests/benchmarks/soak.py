@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from prefix_distill.cli import main as cli
+from prefix_distill.cli import quiet
 
 KINDS = (
     "any moment",
@@ -268,9 +269,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     given.times = given.times or (2 if given.quick else 50)
-    cli.calm_threads(os.environ)
+    quiet.calm_threads(os.environ)
     if given.gpus == 1:  # what a fork should not have to import; it must not compute
-        cli.quiet_libraries()
+        quiet.quiet_libraries()
         for name in (
             "prefix_distill.training.session",
             "prefix_distill.display",

@@ -95,17 +95,20 @@ def make_pair(name: str, folder: Path) -> None:
     """Saves a pair as folder/teacher and folder/student."""
     import torch
 
-    from prefix_distill.engine import models
+    from prefix_distill.engine import loading
+    from prefix_distill.engine.saving import save_model
 
     if name == "smollm2":
         scaling.pair(folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
     for role in ("teacher", "student"):
-        model = models.load(f"lab:choice/{role}", device=torch.device("cpu"), dtype=torch.float32)
+        model = loading.load_model(
+            f"lab:choice/{role}", device=torch.device("cpu"), dtype=torch.float32
+        )
         model.tokenizer.eos_token = "<|unknown|>"
         model.generation_config.eos_token_id = model.tokenizer.eos_token_id
-        models.save(model, folder / role)
+        save_model(model, folder / role)
 
 
 def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
@@ -113,14 +116,17 @@ def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
     import real_pair
     from transformers import AutoTokenizer
 
-    from prefix_distill.prompts import load as data
+    from prefix_distill.prompts import stream
+    from prefix_distill.prompts.load import load_prompts
 
     if case.pair == "embedded":
-        found = data.load("lab:choice", split="train")
+        found = load_prompts("lab:choice", split="train")
     else:
-        found = data.load(str(real_pair.questions()), split="train", prompt_column="doc.question")
+        found = load_prompts(
+            str(real_pair.questions()), split="train", prompt_column="doc.question"
+        )
     tokenizer, rows = AutoTokenizer.from_pretrained(folder / "student"), []
-    for prompt in data.shuffled(found.prompts, given.seed, "benchmark"):
+    for prompt in stream.shuffled(found.prompts, given.seed, "benchmark"):
         ids = tokenizer.apply_chat_template(
             list(prompt.messages), add_generation_prompt=True, return_dict=False
         )
@@ -172,12 +178,12 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
 
 def ours(case: Case, given, folder: Path, file: Path) -> dict:
     """Runs our updates."""
-    from prefix_distill.cli import main as cli
-    from prefix_distill.config import sections as config
-    from prefix_distill.prompts import load as data
+    from prefix_distill import config
+    from prefix_distill.cli import quiet
+    from prefix_distill.prompts import stream
     from prefix_distill.training import prepare as preflight
 
-    cli.quiet_libraries()
+    quiet.quiet_libraries()
     run = preflight.prepare(
         config.build(
             {
@@ -208,7 +214,7 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
         [
             [
                 list(p.student_ids)
-                for p in data.batch(run.train_prompts, step, case.prompts, given.seed)
+                for p in stream.batch(run.train_prompts, step, case.prompts, given.seed)
             ]
             for step in range(given.updates)
         ]
@@ -225,7 +231,8 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
     import transformers
     from trl import DistillationConfig, DistillationTrainer
 
-    from prefix_distill.prompts import load as data
+    from prefix_distill.prompts import stream
+    from prefix_distill.prompts.load import load_prompts
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -239,8 +246,8 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
         def on_step_end(self, args, state, control, **_):
             watch.end(state.num_input_tokens_seen)  # prompts and responses, so far
 
-    prompts = data.shuffled(
-        data.load(str(file), split="train").prompts, given.seed, "epoch", 0
+    prompts = stream.shuffled(
+        load_prompts(str(file), split="train").prompts, given.seed, "epoch", 0
     )  # preflight's order
     rows = [{"prompt": list(p.messages)} for p in prompts for _ in range(case.samples)]
     rollouts = case.prompts * case.samples

@@ -1,0 +1,97 @@
+"""The Typer app and what every command shares: notes, results, ranks, failures."""
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import display
+from ..display import tell
+
+COMMANDS = (
+    *("run", "check", "plan", "eval", "demo", "probe", "compare", "report", "export"),
+    *("env", "help"),
+)
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands in the order in which ``--help`` lists them."""
+
+    def list_commands(self, ctx) -> list[str]:
+        return sorted(self.commands, key=COMMANDS.index)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Distil a large reasoning model into a small one, on-policy, from prefixes of the student's own answers.",
+    epilog="Exit codes: 0 done, 1 stopped in good order, 2 bad input, 3 a check before the run, 4 out of memory, 130 interrupted "
+    "(prefix-distill help exit-codes). More pages: prefix-distill help.",
+)
+
+
+@app.callback()
+def program(
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="No bars, boxes or colours, tables as lines: for screen readers and logs (also: "
+            "PREFIX_DISTILL_PLAIN=1, NO_COLOR=1, TERM=dumb).",
+        ),
+    ] = False,
+):
+    if plain:
+        os.environ["PREFIX_DISTILL_PLAIN"] = "1"  # ranks hear of it, too
+    if display.plain() or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
+
+
+def say(prepared, text: str) -> None:
+    if prepared.place.first:
+        note(text)
+
+
+def note(text: str) -> None:
+    """A line on stderr, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        tell(text)
+
+
+def finish(prepared, document: dict) -> None:
+    if prepared.place.first:
+        print(json.dumps(document))
+
+
+def start_ranks(runtime) -> None:
+    """With --gpus, unless this process is a rank already: runs the command as so many ranks, and ends with their exit code."""
+    from . import launch
+
+    if (runtime.gpus or 1) == 1 or launch.launched():
+        return
+    launch.check(runtime.gpus, runtime.device)
+    code, message = launch.launch(runtime.gpus, sys.argv[1:])
+    if message is not None:
+        fail(message, code)
+    sys.exit(code)
+
+
+def fail(message: str, code: int, alone: bool = True) -> None:
+    """Ends the command with one line, from the launcher where there is one that speaks for its ranks (not ``alone``)."""
+    message = " ".join(message.split())
+    if len(message) > 1000:
+        message = f"{message[:600]} … {message[-300:]}"
+    rank = os.environ.get("RANK", "0")
+    if not message.startswith("rank ") and rank != "0" and alone:
+        message = f"rank {rank}: {message}"
+    if alone:
+        tell(message if code >= 128 else f"error: {message}")
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from .launch import leave_word
+
+        leave_word(message, code)
+    sys.exit(code)

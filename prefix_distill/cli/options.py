@@ -1,0 +1,79 @@
+"""Config options become command-line flags."""
+
+import inspect
+from typing import Annotated, Optional, TypedDict
+
+import typer
+
+from .. import config as configuration
+
+ConfigFile = Annotated[
+    Optional[str], typer.Option("--config", help="YAML file of sections; flags override it.")
+]
+Assignments = Annotated[
+    list[str], typer.Option("--set", help="section.key=value; overrides flags and file.")
+]
+
+
+class Wording(TypedDict, total=False):
+    """What a command says of a config option in words of its own."""
+
+    flag: str
+    help: str
+    shown: str  # the default, in words
+
+
+def with_options(*sections: str, reworded: dict[str, Wording] | None = None):
+    """Give a command one flag per config option: of sections, of single keys, of all by default.
+
+    ``reworded`` adds single keys, each with its own flag, help or default in words.
+    """
+    reworded = reworded or {}
+
+    def decorate(function):
+        own = [
+            p
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
+        made = []
+        for path, field in configuration.options(*sections, *reworded).items():
+            kind = configuration.value_type(field.type)
+            words = {**field.metadata, **reworded.get(path, {})}
+            shown = words["shown"] or (str(field.default) if field.default is not None else "none")
+            text = typer.Option(
+                words["flag"],
+                help=words["help"],
+                show_default=shown,
+                autocompletion=_completion(configuration.choices(field.type)),
+            )
+            made.append(
+                inspect.Parameter(
+                    path.replace(".", "__"),
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[Optional[kind], text],
+                )
+            )
+
+        def command(**given):
+            passed = {k: given.pop(k) for k in [p.name for p in own]}
+            return function(
+                **passed, flags={k.replace("__", "."): v for k, v in given.items() if v is not None}
+            )
+
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__signature__ = inspect.Signature([*own, *made])
+        command.__annotations__ = {p.name: p.annotation for p in [*own, *made]}
+        return command
+
+    return decorate
+
+
+def _completion(values: tuple[str, ...]):
+    """Return the shell completion of an option that has only ``values``; None without them."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete if values else None

@@ -1,0 +1,211 @@
+"""Settings from YAML files and ``--set``, with the nearest known key for an unknown one."""
+
+import dataclasses
+import difflib
+import itertools
+import reprlib
+import typing
+
+from ..errors import UserError
+from .rules import check
+from .sections import NAMES, Config, choices, flag, options, value_type
+
+LARGEST = 1 << 16  # characters of a settings file, and nodes that its YAML expands to
+MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
+
+
+def build(values: dict[str, object]) -> Config:
+    """``{"train.steps": 5, …}`` over the defaults → a checked Config. UserError names a bad key or value."""
+    known = options()
+    sections: dict[str, dict] = {section.name: {} for section in dataclasses.fields(Config)}
+    for path, value in values.items():
+        if path not in known:
+            path = path[:80]
+            near = difflib.get_close_matches(path, known, 1, 0.4)
+            hint = (
+                f"; did you mean {near[0]}?" if near else f"; known sections: {', '.join(sections)}"
+            )
+            raise UserError(f"unknown setting '{path}'{hint}")
+        section, key = path.split(".")
+        sections[section][key] = _typed(path, value, known[path].type)
+    config = Config(**{s.name: s.type(**sections[s.name]) for s in dataclasses.fields(Config)})
+    check(config)
+    return config
+
+
+def read_tree(path: str) -> dict:
+    """Return the keys of a YAML file.
+
+    UserError: the file is missing or damaged, gives a key twice, or has more than LARGEST
+    characters or expanded nodes.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"config file {path}: cannot be read as UTF-8 text ({type(error).__name__}); check its path"
+        ) from None
+    if len(text) > LARGEST:
+        raise UserError(
+            f"config file {path}: it has more than {LARGEST:,} characters; settings fit in far fewer"
+        )
+    try:
+        tree = _yaml(text)
+    except ValueError as error:
+        raise UserError(
+            f"config file {path}: not valid YAML ({' '.join(str(error).split())[:300]}); repair it"
+        ) from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"config file {path}: expected sections such as 'train: {{steps: 5}}', got {type(tree).__name__}"
+        )
+    return tree
+
+
+def _yaml(text: str):
+    """Return the plain values of a YAML text.
+
+    ValueError: it is not YAML, names other types, gives a key twice, contains itself, or expands to
+    more than LARGEST nodes.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is None:
+            return None
+        _expand(root, {})
+        return yaml.constructor.SafeConstructor().construct_document(root)
+    except (
+        yaml.YAMLError,
+        OverflowError,
+        RecursionError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:
+        raise ValueError(str(error)) from None
+
+
+def _expand(node, sizes: dict) -> int:
+    """Check the keys of a composed YAML node, resolve its merge keys, and return its expanded size.
+
+    The size is a number of nodes. An alias or a merged mapping counts every time it is used: nine
+    lines of aliases of aliases can expand to 10^9 nodes. ``sizes`` remembers finished nodes, so
+    each is visited once. None in it marks a node whose children are being counted.
+    """
+    if node in sizes:
+        if sizes[node] is None:
+            raise ValueError(f"the anchor in line {node.start_mark.line + 1} contains itself")
+        return sizes[node]
+    sizes[node] = None
+    children = [] if node.id == "scalar" else node.value
+    if node.id == "mapping":
+        children = itertools.chain.from_iterable(node.value)
+    size = 1
+    for child in children:
+        size += _expand(child, sizes)
+        if size > LARGEST:
+            raise ValueError(f"its aliases and merge keys expand to more than {LARGEST:,} nodes")
+    if node.id == "mapping":
+        _check_keys(node)
+        _merge(node)
+    sizes[node] = size
+    return size
+
+
+def _check_keys(mapping) -> None:
+    """Raise ValueError if a mapping node gives a key twice; several merge keys are allowed."""
+    seen = set()
+    for key, _ in mapping.value:
+        if key.id != "scalar" or key.tag == MERGE:
+            continue
+        if key.value in seen:
+            raise ValueError(
+                f"the key {key.value[:80]!r} is there twice, again in line {key.start_mark.line + 1}"
+            )
+        seen.add(key.value)
+
+
+def _merge(mapping) -> None:
+    """Replace the merge keys of a mapping node by the pairs of the mappings that they name.
+
+    The merge keys of those mappings must be resolved already. PyYAML is not left to do this: in a
+    list of mappings the first must win, but in PyYAML 6.0.4 the last one can.
+    """
+    merged, own = [], []
+    for key, value in mapping.value:
+        if key.tag != MERGE:
+            own.append((key, value))
+            continue
+        sources = value.value if value.id == "sequence" else [value]
+        for source in reversed(sources):  # of equal keys the last pair counts
+            if source.id != "mapping":
+                line = key.start_mark.line + 1
+                raise ValueError(
+                    f"the merge key in line {line} needs a mapping or a list of mappings"
+                )
+            merged += source.value
+    mapping.value = merged + own
+
+
+def flatten(path: str, tree: dict) -> dict[str, object]:
+    """Sections with keys → ``{"section.key": value}``. UserError on a wrong shape."""
+    values = {}
+    for section, keys in tree.items():
+        if not isinstance(keys, dict):
+            raise UserError(
+                f"config file {path}: section {reprlib.repr(section)} must hold keys, got {reprlib.repr(keys)}"
+            )
+        values.update({f"{section}.{key}": value for key, value in keys.items()})
+    return values
+
+
+def read_yaml(path: str) -> dict[str, object]:
+    """A YAML file of sections → ``{"section.key": value}``. UserError on a missing file or a wrong shape."""
+    return flatten(path, read_tree(path))
+
+
+def read_assignments(assignments: list[str]) -> dict[str, object]:
+    """``["train.steps=5"]`` → ``{"train.steps": 5}``; the value is read as YAML."""
+    values = {}
+    for text in assignments:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: expected section.key=value, such as train.steps=5")
+        try:
+            values[path.strip()] = _yaml(value)
+        except ValueError:
+            raise UserError(f"--set {text}: the value is not valid YAML; quote it") from None
+    return values
+
+
+def _typed(path: str, value: object, kind: object) -> object:
+    """``value`` as the declared type; an int is a float, a number is text where text is due, nothing else is bent."""
+    if value is None and type(None) in typing.get_args(kind):
+        return None
+    base = value_type(kind)
+    if base is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise UserError(
+            f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; give a smaller one"
+        )
+    if base is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if base is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, bool):  # YAML 1.1 reads on and off as true and false
+        word = "on" if value else "off"
+        if word in choices(kind):
+            value = word
+    if type(value) is not base:
+        raise UserError(
+            f"{path}: expected {NAMES[base]}, got {reprlib.repr(value)}; change {flag(path)}"
+        )
+    return value

@@ -1,0 +1,113 @@
+"""Evaluate one model: the work of ``prefix-distill eval``."""
+
+import contextlib
+import os
+import tempfile
+
+import torch
+
+from ..config import Config
+from ..engine import loading
+from ..engine.device import Clock
+from ..engine.models import decoder
+from ..engine.ranks import Place, place
+from ..engine.sampling import Sampler
+from ..errors import UserError
+from ..lab.task import LAB
+from ..maths.seeds import seed_of
+from ..prompts import templates
+from ..training.pair import TASK
+from ..training.problems import load_eval_problems, settle_max_new_tokens
+
+
+def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
+    """One model on one data set, as `prefix-distill eval` → (place, notes, result document); writes the examples file."""
+    from pathlib import Path
+
+    from .. import files
+    from ..engine.evaluate import evaluate
+
+    name, notes = config.models.student, []
+    if name is None:
+        name = f"{LAB}{TASK}/student"
+        notes.append(f"model {name}: none was given, so it comes from the embedded laboratory")
+    dataset = config.data.dataset
+    if dataset is None:
+        dataset = LAB + TASK
+        notes.append(f"dataset {dataset}: none was given, so it comes from the embedded laboratory")
+    out = Path(config.checkpoint.out)
+    if os.path.exists(out):
+        raise UserError(f"--out {out}: the file exists; name another")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: its folder does not exist; make it first")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            out.lstat()
+        tempfile.TemporaryFile(dir=out.absolute().parent).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--out {out}: cannot be written ({getattr(error, 'strerror', error)}); name another file"
+        ) from None
+    prompts = load_eval_problems(config, dataset, notes)
+    model = loading.load_model(
+        name,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        trust_remote_code=config.models.trust_remote_code,
+    )
+    loading.check_rows(model)
+    where = place(config.runtime, lambda: model.parameters)
+    notes.extend(where.reasons)
+    model.net.to(where.device, where.dtype)
+    begin = templates.begin_ids(model, config.rollout.begin)
+    form = config.data.template, config.data.student_thinking
+    problems = [
+        (
+            p,
+            tuple(templates.render(model, p.messages, *form, p.index, templates.glue(config.data)))
+            + begin,
+        )
+        for p in prompts.prompts
+    ]
+    config = settle_max_new_tokens(
+        config, model, model, max(len(ids) for _, ids in problems), prompts.max_new_tokens, notes
+    )
+    pad = model.tokenizer.pad_token_id
+    sampler = Sampler(
+        model.eos,
+        min(model.eos) if pad is None else pad,
+        max(model.tokenizer.get_vocab().values()) + 1,
+        seed_of(config.runtime.seed, "evaluation"),
+        config.evaluate.temperature,
+        config.rollout.top_p,
+        config.rollout.top_k,
+        config.rollout.rows,
+    )
+    answer_format = config.evaluate.answer_format
+    if answer_format == "auto" and prompts.answer_format:
+        answer_format = prompts.answer_format
+    clock = Clock(where.device)
+    with clock.phase("evaluation"):
+        score = evaluate(
+            decoder(model, where.dtype),
+            problems,
+            sampler,
+            samples=config.evaluate.rollouts,
+            max_new_tokens=config.rollout.max_new_tokens,
+            answer_format=answer_format,
+            place=where,
+        )
+    if where.first:
+        files.write_rows(out, score.records)
+    return (
+        where,
+        notes,
+        {
+            "model": name,
+            "dataset": dataset,
+            **score.summary(),
+            "samples": config.evaluate.rollouts,
+            "seconds": clock.seconds["evaluation"],
+            "examples": str(out),
+        },
+    )

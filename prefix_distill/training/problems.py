@@ -1,0 +1,252 @@
+"""Training prompts, held-out problems and their lengths."""
+
+import dataclasses
+import itertools
+
+from .. import config as configuration
+from ..config import Config
+from ..engine.models import Model
+from ..errors import UserError
+from ..prompts import sources, templates
+from ..prompts import stream as prompt_stream
+from ..prompts.load import load_prompts
+from ..prompts.prompt import PromptSet
+from ..prompts.stream import examples, hold_out, joined, mixed, shares, shuffled
+
+LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positions allow it
+
+
+def load_prompt_sets(config: Config, notes: list[str]):
+    """(training sets, their weights, held-out prompts): disjoint, every prompt behind the same examples."""
+    seed, few_shot, wanted = (
+        config.runtime.seed,
+        config.data.few_shot,
+        max(config.evaluate.problems, config.evaluate.kl_prompts),
+    )
+    names, weights = zip(*sources.sources(config.data.dataset))
+    sets = [
+        load_prompts(
+            name,
+            split=config.data.split,
+            worked=few_shot > 0 and k == 0,
+            part=(k, len(names)),
+            **_form(config),
+        )
+        for k, name in enumerate(names)
+    ]
+    notes.extend(note for s in sets for note in s.notes)
+    if config.evaluate.dataset is not None:
+        held = _evaluated(config, config.evaluate.dataset, config.evaluate.split, wanted, notes)
+    else:
+        parts = []
+        for k, count in enumerate(shares(weights, wanted)):
+            sets[k], part = _held_out(
+                config, sets[k], count, (k, len(names)), len(names) > 1, notes
+            )
+            parts.append(part)
+        held = joined(parts, weights)
+    if few_shot:
+        sets[0], turns = examples(sets[0], few_shot, seed, held.prompts)
+        notes.append(
+            f"few-shot: {few_shot} of {sets[0].name} with solutions before every prompt, of training and evaluation; they are neither taught nor "
+            "evaluated"
+        )
+        sets, held = (
+            [prompt_stream.behind(s, turns) for s in sets],
+            prompt_stream.behind(held, turns),
+        )
+    if empty := [s for s in sets if not s.streamed and not s.prompts]:
+        raise UserError(
+            f"dataset {empty[0].name}: no row is left to be taught; give --eval-dataset, lower --few-shot, or add rows"
+        )
+    return sets, weights, held
+
+
+def _form(config: Config) -> dict:
+    """How rows become prompts, for ``data.load``."""
+    return {
+        k: getattr(config.data, k)
+        for k in (
+            "prompt_column",
+            "answer_column",
+            "system",
+            "instruction",
+            "privileged_column",
+            "prompt_template",
+            "streaming",
+        )
+    } | {"seed": config.runtime.seed}
+
+
+def _evaluated(
+    config: Config, text: str, split: str | None, limit: int | None, notes: list[str], **further
+) -> PromptSet:
+    """The prompts of ``--eval-dataset``: ``limit`` in all (None: every one), spread over several sets by weight."""
+    names, weights = zip(*sources.sources(text))
+    counts = [None] * len(names) if limit is None else shares(weights, limit)
+    sets = [
+        load_prompts(
+            name,
+            split=split,
+            limit=count,
+            evaluated=True,
+            part=(k, len(names)),
+            **_form(config),
+            **further,
+        )
+        for k, (name, count) in enumerate(zip(names, counts))
+        if count != 0
+    ]
+    notes.extend(note for s in sets for note in s.notes)
+    return joined(
+        [dataclasses.replace(s, prompts=tuple(s.prompts)) for s in sets],
+        [w for w, c in zip(weights, counts) if c != 0],
+    )
+
+
+def _held_out(
+    config: Config,
+    train: PromptSet,
+    count: int,
+    part: tuple[int, int],
+    several: bool,
+    notes: list[str],
+):
+    """(the training set without them, ``count`` held-out prompts): of its own test split, where it has one, else rows of it."""
+    if count == 0:
+        return train, dataclasses.replace(train, prompts=())
+    if "test" in train.elsewhere:
+        name, split = train.elsewhere["test"]
+        held = load_prompts(
+            name,
+            split=config.evaluate.split or split,
+            limit=count,
+            evaluated=True,
+            part=part,
+            **_form(config),
+        )
+        notes.extend(note for note in held.notes if note not in train.notes)
+        return train, dataclasses.replace(held, prompts=tuple(held.prompts))
+    of = f" of {train.name}" if several else ""
+    if train.streamed:
+        notes.append(
+            f"the first {count} rows{of} of the stream held out for evaluation: no --eval-dataset was given"
+        )
+        return hold_out(train, count, config.runtime.seed)
+    total = len(train.prompts)
+    count = min(count, max(1, total // 10))
+    if total < 2:
+        raise UserError(
+            f"dataset {train.name}: one row cannot be both taught and held out; give --eval-dataset"
+        )
+    notes.append(
+        f"{count} of {total} rows{of} held out for evaluation: no --eval-dataset was given"
+    )
+    return hold_out(train, count, config.runtime.seed)
+
+
+def load_training_prompts(
+    sets,
+    weights,
+    needed: int,
+    fixed: int,
+    student: Model,
+    teacher: Model,
+    config: Config,
+    notes: list[str],
+):
+    """(``needed`` prompts of the run's stream, or all there are of one set; the ``fixed`` ones on which candidates are scored; how many
+    of each set were dropped)."""
+    seed, kept, dropped = config.runtime.seed, [], []
+    for s, count in zip(sets, shares(weights, needed + fixed)):
+        order = s.prompts if s.streamed else shuffled(s.prompts, seed, "epoch", 0)
+        found = templates.render_all(order, student, teacher, config, count) if count else ([], 0)
+        kept.append(found[0])
+        dropped.append(found[1])
+    stream = kept[0] if len(sets) == 1 else mixed(kept, weights, needed + fixed, seed)
+    if len(sets) > 1:
+        notes.append(
+            "training prompts: "
+            + ", ".join(
+                f"{count} of {s.name} ({float(weight / sum(weights)):.1%}; {min(count, len(part))} different ones)"
+                for s, part, weight, count in zip(sets, kept, weights, shares(weights, needed))
+            )
+        )
+    last = list({r.prompt.index: r for r in stream}.values())
+    return stream[:needed], last[max(0, len(last) - fixed) :] if fixed else [], dropped
+
+
+def count_by_set(sets, dropped: list[int]) -> str:
+    """Of how many sets how many: 3, or 3 (a.jsonl 1, b.jsonl 2)."""
+    each = (
+        f" ({', '.join(f'{s.name} {n}' for s, n in zip(sets, dropped))})" if len(sets) > 1 else ""
+    )
+    return f"{sum(dropped)}{each}"
+
+
+def settle_max_new_tokens(
+    config: Config, student: Model, teacher: Model, prompt: int, task_limit, notes
+) -> Config:
+    """Settles --max-new-tokens and checks it, with the longest prompt, against both models' positions."""
+    positions = min((m.positions for m in (student, teacher) if m.positions), default=None)
+    room = None if positions is None else positions - prompt
+    given = config.rollout.max_new_tokens
+    number = int(config.schedule.prefix) if config.schedule.prefix.isdecimal() else 1
+    if given is None:
+        given = max(task_limit or min(LONGEST, room or LONGEST), number)
+        why = (
+            "what the embedded task needs"
+            if task_limit
+            else "the default, as far as the models' positions allow"
+        )
+        notes.append(f"max-new-tokens {given}: {why}")
+    if room is not None and given > room:
+        raise UserError(
+            f"{given} response tokens after a prompt of {prompt}: the models have {positions} positions; lower "
+            f"{'--prefix' if number == given else '--max-new-tokens'} to {max(room, 0)} or --max-prompt-tokens"
+        )
+    return configuration.replace(config, rollout={"max_new_tokens": given})
+
+
+def load_eval_problems(config: Config, dataset: str, notes: list[str]) -> PromptSet:
+    """The problems of `prefix-distill eval`, behind their examples: rows of the first set's own training split, else of the set itself,
+    which are not evaluated then."""
+    few_shot, limit, split = (
+        config.data.few_shot,
+        config.evaluate.problems or None,
+        config.data.split,
+    )
+    if not few_shot:
+        return _evaluated(config, dataset, split, limit, notes)
+    names = [name for name, _ in sources.sources(dataset)]
+    apart = load_prompts(
+        names[0], split=split, limit=1, evaluated=True, **_form(config)
+    ).elsewhere.get("examples")
+    if apart is not None:
+        prompts = _evaluated(config, dataset, split, limit, notes)
+        _, turns = examples(
+            load_prompts(apart[0], split=apart[1], worked=True, **_form(config)),
+            few_shot,
+            config.runtime.seed,
+            prompts.prompts,
+        )
+    elif len(names) > 1:
+        raise UserError(
+            f"--few-shot {few_shot}: dataset {names[0]} has no split apart from the one that is evaluated; evaluate one set at a time"
+        )
+    else:
+        whole = load_prompts(names[0], split=split, evaluated=True, worked=True, **_form(config))
+        notes.extend(whole.notes)
+        prompts, turns = examples(whole, few_shot, config.runtime.seed)
+        prompts = dataclasses.replace(
+            prompts, prompts=tuple(itertools.islice(prompts.prompts, limit))
+        )
+        if not prompts.prompts:
+            raise UserError(
+                f"--few-shot {few_shot}: dataset {names[0]} has no other row to evaluate; lower it"
+            )
+    notes.append(
+        f"few-shot: {few_shot} of {apart[0] + ', split ' + apart[1] if apart else names[0]} with solutions before every problem; they are not "
+        "evaluated"
+    )
+    return prompt_stream.behind(prompts, turns)
