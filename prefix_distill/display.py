@@ -1,4 +1,5 @@
-"""What a person sees while it works: a live line on a terminal, plain lines in a pipe; always on stderr."""
+"""What a person sees while it works: a live line on a terminal, plain lines in a pipe; always on
+stderr."""
 
 import contextlib
 import os
@@ -11,7 +12,9 @@ def tell(text: str) -> None:
     """A line on stderr, as long as anyone reads it."""
     try:
         print(text, file=sys.stderr, flush=True)
-    except OSError:  # the terminal or the pipe has gone; what is left in its buffer must not fail again at the end
+    except OSError:
+        # the terminal or the pipe has gone; what is left in its buffer must not fail again at the
+        # end
         sys.stderr = open(os.devnull, "w")
 
 
@@ -24,7 +27,8 @@ def plain() -> bool:
 
 
 def show(*tables, width: int | None = None) -> None:
-    """rich tables on stderr; where ``plain``, a line "column: value" for every cell, behind a line with the row's first one."""
+    """rich tables on stderr; where ``plain``, a line "column: value" for every cell, behind a
+    line with the row's first one."""
     if not plain():
         from rich.console import Console
 
@@ -58,7 +62,8 @@ def share_text(score: dict | None) -> str:
 class Reporter(Protocol):
     """What training tells while it runs. Every rank has a reporter and calls it at the same points.
 
-    The parameters are positional only, so that an implementation may name or merge them as it likes.
+    The parameters are positional only, so that an implementation may name or merge them as it
+    likes.
     """
 
     def note(self, text: str, /) -> None:
@@ -84,8 +89,8 @@ class Reporter(Protocol):
 
 
 class Display:
-    """Progress of one run; in a pipe, about fifty lines however long it is. Nothing where not ``shown`` (other ranks). A terminal or
-    a pipe that has gone does not stop the run."""
+    """Progress of one run; in a pipe, about fifty lines however long it is. Nothing where not
+    ``shown`` (other ranks). A terminal or a pipe that has gone does not stop the run."""
 
     def __init__(self, steps: int, label: str = "", shown: bool = True):
         from rich.console import Console
@@ -135,7 +140,8 @@ class Display:
         self._line(f"warning: {text}", everywhere=True)
 
     def row(self, row: dict, useful: float, full: float) -> None:
-        """One update: its metrics row, useful FLOPs so far, and what as many updates cost with full rollouts."""
+        """One update: its metrics row, useful FLOPs so far, and what as many updates cost with
+        full rollouts."""
         self.seen += 1
         divergence = next(
             v
@@ -149,8 +155,9 @@ class Display:
         )
         share = row["rollout/finished_share"]
         text = (
-            f"KL {divergence:.4f} nats, prefix {row['rollout/prefix_tokens']}, finished inside {share:.0%}, {speeds}, "
-            f"{flops_text(useful)} useful (full rollouts: {flops_text(full)})"
+            f"KL {divergence:.4f} nats, prefix {row['rollout/prefix_tokens']}, finished inside "
+            f"{share:.0%}, {speeds}, {flops_text(useful)} useful (full rollouts: "
+            f"{flops_text(full)})"
         )
         if self.bar:
             with contextlib.suppress(OSError):
@@ -169,8 +176,9 @@ class Display:
         if row["sampler_kl"] is not None:
             tail += f", sampler off the student by {row['sampler_kl']:.2g} nats"
         self._line(
-            f"{self.label} after update {row['step']}: accuracy {share_text(row['accuracy'])}, {row['finish_rate']:.0%} "
-            f"end, {row['mean_tokens']:.0f} tokens, held-out reverse KL {row['kl']['value']:.4f} nats{tail}".strip()
+            f"{self.label} after update {row['step']}: accuracy {share_text(row['accuracy'])}, "
+            f"{row['finish_rate']:.0%} end, {row['mean_tokens']:.0f} tokens, held-out reverse KL "
+            f"{row['kl']['value']:.4f} nats{tail}".strip()
         )
 
     def tail(self, row: dict) -> None:
@@ -181,8 +189,8 @@ class Display:
             else f"{row['kl_tail']:.4f} nats beyond the prefix"
         )
         self._line(
-            f"{self.label} tail probe after update {row['step']}: {tail}, {row['finish_rate']:.0%} of full answers end, "
-            f"{row['mean_tokens']:.0f} tokens".strip()
+            f"{self.label} tail probe after update {row['step']}: {tail}, {row['finish_rate']:.0%} "
+            f"of full answers end, {row['mean_tokens']:.0f} tokens".strip()
         )
 
     def _line(self, text: str, everywhere: bool = False) -> None:

@@ -28,7 +28,8 @@ class MemoryShortage(Stopped):
 
 
 class Interrupted(Stopped):
-    """A run that was asked to stop and has saved its state. Exit code: 128 and the signal's number, as a shell has it."""
+    """A run that was asked to stop and has saved its state. Exit code: 128 and the signal's
+    number, as a shell has it."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)

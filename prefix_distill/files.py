@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def replace_folder(scratch: Path, folder: Path) -> None:
-    """Puts ``scratch`` in ``folder``'s place; a reader sees the old folder or the new one, never a half-written one."""
+    """Puts ``scratch`` in ``folder``'s place; a reader sees the old folder or the new one, never
+    a half-written one."""
     import shutil
 
     umask = os.umask(0)

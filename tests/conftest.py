@@ -1,4 +1,5 @@
-"""Shared real models: tiny random networks made in seconds, and the SmolLM2 pair for tests marked ``real``."""
+"""Shared real models: tiny random networks made in seconds, and the SmolLM2 pair for tests
+marked ``real``."""
 
 import os
 
@@ -30,8 +31,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
 
 TEMPLATE = (
-    "{% for m in messages %}<u>{{ m.content }}{% if m.role == 'assistant' %}<e>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<a>{% endif %}"
+    "{% for m in messages %}<u>{{ m.content }}{% if m.role == 'assistant' %}<e>{% endif %}{% "
+    "endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 
 
@@ -97,7 +98,8 @@ def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int =
 
 
 def tiny_net(kind: str, seed: int = 0, scale: float = 1.0, **shape):
-    """A random network whose logits are spread enough for its distribution to be far from uniform."""
+    """A random network whose logits are spread enough for its distribution to be far from
+    uniform."""
     torch.manual_seed(seed)
     net = AutoModelForCausalLM.from_config(tiny_config(kind, **shape))
     with torch.no_grad():
@@ -169,7 +171,8 @@ def command(*arguments, **options):
 
 
 def invoke(*arguments):
-    """Runs `prefix-distill …` in this process, as main() would: (exit code, stdout, stderr). Quicker than a process.
+    """Runs `prefix-distill …` in this process, as main() would: (exit code, stdout, stderr).
+    Quicker than a process.
 
     As under ``python -W``, the command leaves it to pytest which warnings are errors.
     """

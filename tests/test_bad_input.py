@@ -1,5 +1,5 @@
-"""Bad input of every kind: one line on stderr (expected, got, what to do), exit code 2 (3 where each part is fine and they do not go
-together), nothing on stdout, nothing left behind."""
+"""Bad input of every kind: one line on stderr (expected, got, what to do), exit code 2 (3 where
+each part is fine and they do not go together), nothing on stdout, nothing left behind."""
 
 import json
 import os
@@ -410,7 +410,8 @@ DATASETS = {  # name: (suffix, content, message)
     "words": (
         ".csv",
         "words,more\na,b\n",
-        "no prompt column (messages, prompt, question, problem, instruction, query, input) among words, more",
+        "no prompt column (messages, prompt, question, problem, instruction, query, input) among "
+        "words, more",
     ),
     "empty": (".jsonl", "", "it has no rows"),
     "blank lines": (".jsonl", "\n\n", "it has no rows"),

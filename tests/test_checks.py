@@ -1,4 +1,5 @@
-"""Preflight: for every check a pair in order and one with that fault alone; exit codes; what a run keeps."""
+"""Preflight: for every check a pair in order and one with that fault alone; exit codes; what a
+run keeps."""
 
 import json
 
@@ -305,7 +306,8 @@ def test_prompts_against_the_context(sound, pair, questions, tmp_path):
 def test_memory_against_what_is_free(
     pair, questions, tmp_path, monkeypatch, free, status, code, words
 ):
-    """A network of 100,000 numbers: 12 bytes of moments and gradients for each must fit, the activations of a batch may have to be halved."""
+    """A network of 100,000 numbers: 12 bytes of moments and gradients for each must fit, the
+    activations of a batch may have to be halved."""
     student = save_tiny(tmp_path / "student", seed=1, width=64, layers=3)
     monkeypatch.setattr(checks.runtime, "memory_free", lambda device: free)
     got, out, err = invoke(
@@ -427,7 +429,8 @@ def test_a_run_keeps_what_was_found_and_check_writes_nothing(
 
 
 def test_across_tokenizers_each_model_reads_its_own_ids(pair, questions):
-    """The merged student has ids that the teacher has not; its first token is looked up by its bytes."""
+    """The merged student has ids that the teacher has not; its first token is looked up by its
+    bytes."""
     found = examined(pair, questions, 4, **LAB | {"models__student": "lab:choice/student-merged"})
     assert (
         list(found) == NAMES

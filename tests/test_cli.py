@@ -1,4 +1,5 @@
-"""The command line: one JSON document last on stdout, settings in their order (test_bad_input.py has what is refused)."""
+"""The command line: one JSON document last on stdout, settings in their order (test_bad_input.py
+has what is refused)."""
 
 import json
 import time
@@ -14,7 +15,10 @@ def test_help_is_fast_and_imports_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, prefix_distill.cli; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    code = (
+        "import sys, prefix_distill.cli; assert not {'torch', 'transformers', 'datasets'} & "
+        "set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

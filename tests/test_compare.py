@@ -1,4 +1,5 @@
-"""Several arms from one file: resumable, alone in its folder, and honest about what each arm has cost."""
+"""Several arms from one file: resumable, alone in its folder, and honest about what each arm has
+cost."""
 
 import json
 

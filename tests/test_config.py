@@ -1,4 +1,5 @@
-"""Settings: the grammar of --prefix, types, nearest keys; whatever is typed ends in a value or in one clear line."""
+"""Settings: the grammar of --prefix, types, nearest keys; whatever is typed ends in a value or
+in one clear line."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,5 @@
-"""Whole updates and runs of a pair with different tokenizers: the laboratory's, whose student merges what its teacher does not."""
+"""Whole updates and runs of a pair with different tokenizers: the laboratory's, whose student
+merges what its teacher does not."""
 
 import json
 import subprocess
@@ -117,7 +118,8 @@ def rows(net, prompt, ids, head):
     ],
 )
 def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
-    """Rows, shift and divisor on both sides: autograd through plain forwards, one rollout at a time; any micro-batch."""
+    """Rows, shift and divisor on both sides: autograd through plain forwards, one rollout at a
+    time; any micro-batch."""
     run = prepared(models__cross_tokenizer=mode, **chosen)
     got, rollouts, values, divisor = gradient(run)
     student, teacher = run.student.net, run.teacher.net
@@ -155,7 +157,8 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
 
 
 def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
-    """Canonical rollouts that end by themselves, O = all ids: every parameter's gradient to 1e-6 of the largest."""
+    """Canonical rollouts that end by themselves, O = all ids: every parameter's gradient to 1e-6
+    of the largest."""
     run = prepared("student", schedule__prefix="full", rollout__temperature=0.0)
     assert run.alignment is None
     side = [Bytes(m.tokenizer, m.name) for m in (run.student, run.teacher)]
@@ -243,7 +246,8 @@ def test_the_ledger_is_torchs_own_count(mode):
 
 @pytest.mark.parametrize("loss", ["sft", "divergence"])
 def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
-    """sft: every token of the re-encoded text; divergence: its units, against the tokens that the teacher wrote."""
+    """sft: every token of the re-encoded text; divergence: its units, against the tokens that
+    the teacher wrote."""
     run = prepared(rollout__off_policy=loss, models__cross_tokenizer="simct")
     text = run.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids + [1]
     prompts = stream.batch(run.train_prompts, 0, 3, 0)
@@ -269,7 +273,8 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
 
 
 def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
-    """SimCT with selection and EffOPD, killed -9 before the third of four updates; coverage in the rows and in the evaluations."""
+    """SimCT with selection and EffOPD, killed -9 before the third of four updates; coverage in
+    the rows and in the evaluations."""
     flags = [
         *SMALL,
         "--cross-tokenizer",

@@ -1,4 +1,5 @@
-"""Prompt sets: every format, every usual column, each model's own template, and which prompt comes when."""
+"""Prompt sets: every format, every usual column, each model's own template, and which prompt
+comes when."""
 
 import csv
 import gzip
@@ -251,7 +252,8 @@ def test_streamed_rows_are_the_files_in_a_drawn_order(tmp_path, suffix):
 
 
 def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path):
-    """A damaged line beyond the buffer and the rows that are taken is never met; who goes on meets it, in one line."""
+    """A damaged line beyond the buffer and the rows that are taken is never met; who goes on
+    meets it, in one line."""
     file = tmp_path / "x.jsonl"
     lines(file, [{"question": f"q{i}"} for i in range(BUFFER + 100)])
     with open(file, "a") as handle:
@@ -311,7 +313,8 @@ def test_template_and_instruction_around_the_problem(tmp_path):
 
 
 def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_path):
-    """As alternating turns where there is a chat template; a base model without one reads blocks of text."""
+    """As alternating turns where there is a chat template; a base model without one reads blocks
+    of text."""
     file = lines(
         tmp_path / "x.jsonl",
         [{"question": f"q{i}?", "answer": f"#### {i}", "solution": f"since {i}"} for i in range(9)],
@@ -466,7 +469,8 @@ def test_a_longer_run_begins_with_the_prompts_of_a_shorter_one(mixture, streamin
 
 
 def test_a_mixed_run_goes_on_as_it_would_have(mixture, tmp_path):
-    """One update and two more are three: streamed rows are read again and the same ones come. Notes say what was chosen."""
+    """One update and two more are three: streamed rows are read again and the same ones come.
+    Notes say what was chosen."""
     flags = [text for pair in mixture.items() for text in pair] + ["--streaming"]
     for steps, folder in (("3", "whole"), ("1", "parts")):
         code, _, err = invoke("run", *flags, "--steps", steps, "--out", tmp_path / folder)

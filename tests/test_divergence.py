@@ -1,4 +1,5 @@
-"""The fused divergence against closed forms, finite differences and a naive full-logits reference."""
+"""The fused divergence against closed forms, finite differences and a naive full-logits
+reference."""
 
 import math
 
@@ -133,7 +134,8 @@ def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, te
 
 @pytest.mark.parametrize("name, beta", NAMES)
 def test_gradient_matches_finite_differences(name, beta):
-    """The logit gradient by hand against central differences in float64 (an identity head makes hidden rows logits)."""
+    """The logit gradient by hand against central differences in float64 (an identity head makes
+    hidden rows logits)."""
     torch.manual_seed(2)
     student, teacher = (
         torch.randn(4, 6, dtype=torch.float64),
@@ -292,7 +294,8 @@ def test_gpu_equals_cpu(name, beta):
 
 
 def exact_case(seed=0):
-    """One context (its student and teacher rows) seen V times, each time with another realised token."""
+    """One context (its student and teacher rows) seen V times, each time with another realised
+    token."""
     torch.manual_seed(seed)
     vocabulary = 40
     student, teacher = (
@@ -304,7 +307,8 @@ def exact_case(seed=0):
 
 @pytest.mark.parametrize("ratio", [False, True])
 def test_the_sampled_gradient_is_the_exact_one_in_expectation(ratio):
-    """Σ_v q(v) ∇loss(v) = ∇KL(S‖T) at a fixed context: q = S, and any other q with the importance ratio."""
+    """Σ_v q(v) ∇loss(v) = ∇KL(S‖T) at a fixed context: q = S, and any other q with the
+    importance ratio."""
     vocabulary, student, teacher, hidden, theirs = exact_case()
     logp = F.log_softmax(student.logits(hidden.clone()), -1)[0]
     sampler = (
@@ -367,7 +371,8 @@ def test_without_the_ratio_another_sampler_biases_the_gradient():
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_sampled_and_cross_entropy_against_autograd(softcap):
-    """The policy-gradient loss −ρ·A·log S(y) and −log S(y), written down naively; also in chunks of one row."""
+    """The policy-gradient loss −ρ·A·log S(y) and −log S(y), written down naively; also in chunks
+    of one row."""
     torch.manual_seed(1)
     hidden, theirs = torch.randn(9, 8), torch.randn(9, 12)
     weight, teacher = torch.rand(9), Head(torch.randn(30, 12))
@@ -415,8 +420,8 @@ def test_sampled_and_cross_entropy_against_autograd(softcap):
 
 
 def test_entry_wise_clip_by_hand():
-    """T = (1/2, 1/4, 1/4), S = (1/4, 1/4, 1/2), κ = 0.1: the first entry's ½ ln 2 is cut to κ, the others are 0 and −¼ ln 2, so the
-    value is negative; U holds the last two, Q_U = 1/2."""
+    """T = (1/2, 1/4, 1/4), S = (1/4, 1/4, 1/2), κ = 0.1: the first entry's ½ ln 2 is cut to κ, the
+    others are 0 and −¼ ln 2, so the value is negative; U holds the last two, Q_U = 1/2."""
     teacher, student = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
     logits = student.log().requires_grad_()
     eye = Head(torch.eye(3))

@@ -1,4 +1,5 @@
-"""Evaluation: intervals against theory, repetition, held-out KL against a naive loop, pairing by seed."""
+"""Evaluation: intervals against theory, repetition, held-out KL against a naive loop, pairing by
+seed."""
 
 import math
 
@@ -100,7 +101,8 @@ def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
 
 
 def test_average_and_pass_at_k(models):
-    """Graded by what was sampled: a problem whose reference is one of its own answers is right for those samples."""
+    """Graded by what was sampled: a problem whose reference is one of its own answers is right
+    for those samples."""
     sampler = Sampler(frozenset({257}), 256, 260, 3)
     run = lambda references: evaluate.evaluate(
         models[0],
@@ -124,7 +126,8 @@ def test_average_and_pass_at_k(models):
 
 
 def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
-    """The comparison has a time limit, so two ranks could come to two verdicts: only the rank that sampled an answer grades it."""
+    """The comparison has a time limit, so two ranks could come to two verdicts: only the rank
+    that sampled an answer grades it."""
     from types import SimpleNamespace
 
     from prefix_distill.engine import evaluate as module

@@ -1,4 +1,5 @@
-"""Outputs that travel: the card, what export writes, what is pushed; read by transformers' and the hub's own libraries."""
+"""Outputs that travel: the card, what export writes, what is pushed; read by transformers' and
+the hub's own libraries."""
 
 import base64
 import importlib.util
@@ -27,7 +28,8 @@ INSTRUCTION = "Answer in 'one' line;\n```no $HOME``` | \"quotes\" --and flags"
 
 @pytest.fixture(scope="module")
 def run(pair, questions, tmp_path_factory):
-    """Two updates of a student that is stored in bfloat16, with a best one and a checkpoint after each."""
+    """Two updates of a student that is stored in bfloat16, with a best one and a checkpoint
+    after each."""
     root = tmp_path_factory.mktemp("export")
     student = root / "student"
     shutil.copytree(pair[0], student)
@@ -219,7 +221,8 @@ def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
         ),
         (
             ["--out", "new", "--gguf", "q4_k_m"],
-            "error: --gguf q4_k_m: expected one of f32, f16, bf16, q8_0; llama.cpp's llama-quantize makes the smaller",
+            "error: --gguf q4_k_m: expected one of f32, f16, bf16, q8_0; llama.cpp's "
+            "llama-quantize makes the smaller",
         ),
         (
             ["--out", "new", "--gguf", "f16"],
@@ -269,7 +272,8 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub on this machine that takes everything and keeps what it was told: [(method and path, authorization, body)]."""
+    """A hub on this machine that takes everything and keeps what it was told: [(method and path,
+    authorization, body)]."""
     calls = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,5 @@
-"""Extrapolation: which points the search looks at, which it accepts, and that the weights are exact whatever happens."""
+"""Extrapolation: which points the search looks at, which it accepts, and that the weights are
+exact whatever happens."""
 
 import math
 from collections import Counter
@@ -21,7 +22,8 @@ def line(weight: float, anchor: float):
 
 
 def search(weight: float, anchor: float, value, kind: str = "effopd", key: tuple = (0,)):
-    """(what was found, points scored, the final point) of a search on a line with the score ``value(w)``."""
+    """(what was found, points scored, the final point) of a search on a line with the score
+    ``value(w)``."""
     parameters, held = line(weight, anchor)
     points = []
 
@@ -35,7 +37,8 @@ def search(weight: float, anchor: float, value, kind: str = "effopd", key: tuple
 
 
 def some(seed: int = 0) -> tuple[dict, dict]:
-    """Random parameters of several shapes, and an anchor nearby whose differences are not exact numbers."""
+    """Random parameters of several shapes, and an anchor nearby whose differences are not exact
+    numbers."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"matrix": (7, 5), "vector": (11,), "experts": (3, 4, 2), "scalar": ()}
     draw = lambda scale: {
@@ -430,7 +433,8 @@ def trained(pair, questions, folder, **changes):
 
 
 def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tmp_path):
-    """One update, then k = 1: attention and MLP matrices at W + 2Δ, everything else at W, the moments as without it."""
+    """One update, then k = 1: attention and MLP matrices at W + 2Δ, everything else at W, the
+    moments as without it."""
     plain, first, _, state = trained(pair, questions, tmp_path / "plain")
     run, _, result, further = trained(
         pair, questions, tmp_path / "further", extrapolation__kind="always-1"
@@ -473,7 +477,8 @@ def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tm
 
 
 def test_scores_are_paired_and_are_what_they_say(pair, questions):
-    """heldout-kl: full logits of fresh rollouts read alone. accuracy: evaluation's grading. Same prompts, same draws every time."""
+    """heldout-kl: full logits of fresh rollouts read alone. accuracy: evaluation's grading. Same
+    prompts, same draws every time."""
     import torch.nn.functional as F
     from test_train import prepared
 

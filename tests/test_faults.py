@@ -1,4 +1,5 @@
-"""What goes wrong in a long run: disks, numbers, memory, signals, two runs at once. One line, and nothing is lost."""
+"""What goes wrong in a long run: disks, numbers, memory, signals, two runs at once. One line,
+and nothing is lost."""
 
 import json
 import os
@@ -117,7 +118,8 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
 def test_what_cannot_be_written_leaves_what_was_there(
     pair, questions, tmp_path, whole, monkeypatch, name, limit
 ):
-    """A file-size limit stands for the full disk: at the best student, at a checkpoint, at the end."""
+    """A file-size limit stands for the full disk: at the best student, at a checkpoint, at the
+    end."""
     run, folder, plain = six(pair, questions), tmp_path / "run", RunFolder.save_model
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -200,23 +202,26 @@ def poison(model, name):
     [
         (
             "teacher's weight",
-            "update 3: the divergence of .*: the teacher's weight model.norm.weight is not finite; nothing was changed, the "
-            "state after update 2 is saved",
+            "update 3: the divergence of .*: the teacher's weight model.norm.weight is not finite; "
+            "nothing was changed, the state after update 2 is saved",
             2,
         ),
         (
             "teacher's logits",
-            "update 3: the divergence of .*: the teacher's hidden states there are not finite; nothing was changed",
+            "update 3: the divergence of .*: the teacher's hidden states there are not finite; "
+            "nothing was changed",
             2,
         ),
         (
             "gradient",
-            "update 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; nothing was changed",
+            "update 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; nothing "
+            "was changed",
             2,
         ),
         (
             "student's weight",
-            "after update 2 the student's weight lm_head.weight is not finite; it is not saved, step-00000000 is the last good state",
+            "after update 2 the student's weight lm_head.weight is not finite; it is not saved, "
+            "step-00000000 is the last good state",
             0,
         ),
     ],
@@ -265,7 +270,8 @@ def test_numbers_that_are_not_finite_are_named_before_they_do_harm(
 
 
 def shortage(monkeypatch, where, most):
-    """No room for more than ``most`` rollouts at once: in a forward of training, in one of scoring, or in a generation."""
+    """No room for more than ``most`` rollouts at once: in a forward of training, in one of
+    scoring, or in a generation."""
     if where == "generation":
         plain = rollout._call
 
@@ -281,7 +287,8 @@ def shortage(monkeypatch, where, most):
         def hidden_rows(model, rollouts, teacher=False):
             if len(rollouts) > most and torch.is_grad_enabled() is (where == "training"):
                 raise RuntimeError(
-                    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"
+                    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate "
+                    "memory: you tried to"
                 )
             return plain(model, rollouts, teacher)
 
@@ -339,7 +346,8 @@ def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(
 
 
 def test_memory_that_is_short_in_the_reading_that_selects(pair, tmp_path, monkeypatch):
-    """Where both models' one reading does not fit, the tokens are selected from readings of their own; the ledger keeps the loss."""
+    """Where both models' one reading does not fit, the tokens are selected from readings of
+    their own; the ledger keeps the loss."""
     file = tmp_path / "even.jsonl"
     file.write_text(
         "".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50))
@@ -471,7 +479,8 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(pair, questions, tmp_pat
 
 
 def test_a_closed_terminal_saves_and_its_silence_stops_nothing(pair, questions, tmp_path):
-    """In a process of its own: the reader of stderr has gone before the first update; SIGHUP comes some updates later."""
+    """In a process of its own: the reader of stderr has gone before the first update; SIGHUP
+    comes some updates later."""
     process = subprocess.Popen(
         [
             sys.executable,

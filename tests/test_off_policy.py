@@ -1,4 +1,5 @@
-"""The teacher's text in the student's place: written once, cut at the prefix, taught with the right loss, paid for."""
+"""The teacher's text in the student's place: written once, cut at the prefix, taught with the
+right loss, paid for."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""One prompt, two tokens, a vocabulary of three: loss, gradient and new weights, worked out by hand."""
+"""One prompt, two tokens, a vocabulary of three: loss, gradient and new weights, worked out by
+hand."""
 
 import math
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from prefix_distill.training.update import StudentLoss
 
 
 class Bigram(torch.nn.Module):
-    """hidden = one-hot of the token read; logits = its column of the head: after token c, logit k is W[k, c]."""
+    """hidden = one-hot of the token read; logits = its column of the head: after token c, logit
+    k is W[k, c]."""
 
     def __init__(self, columns):
         super().__init__()
@@ -40,7 +42,8 @@ class Bigram(torch.nn.Module):
 
 
 def test_loss_gradient_and_new_weight_by_hand():
-    # student uniform after every token; teacher after token 0: (1/2, 1/4, 1/4), after token 1: (1/6, 4/6, 1/6)
+    # student uniform after every token; teacher after token 0: (1/2, 1/4, 1/4), after token 1:
+    # (1/6, 4/6, 1/6)
     student = Model("s", Bigram([[0.0] * 3] * 3), None, None, frozenset())
     teacher = Model(
         "t",

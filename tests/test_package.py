@@ -1,4 +1,5 @@
-"""What is installed: the wheel and the sdist carry every module and data file, and run outside the checkout."""
+"""What is installed: the wheel and the sdist carry every module and data file, and run outside
+the checkout."""
 
 import os
 import re
@@ -14,7 +15,10 @@ import pytest
 from conftest import last_json
 
 ROOT = Path(__file__).parents[1]
-BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"  # pyproject.toml's backend
+BUILD = (
+    "import sys; from setuptools import build_meta; print(getattr(build_meta, "
+    "sys.argv[1])(sys.argv[2]))"
+)  # pyproject.toml's backend
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -79,7 +83,8 @@ def test_the_wheel_has_every_module_and_data_file(source, tmp_path):
 
 @pytest.mark.long
 def test_wheel_and_sdist_install_into_an_empty_environment_and_run_from_anywhere(source, tmp_path):
-    """The dependencies come from this environment by a .pth file, so that nothing is downloaded; the package does not."""
+    """The dependencies come from this environment by a .pth file, so that nothing is downloaded;
+    the package does not."""
     with tarfile.open(built("sdist", source, tmp_path)) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     [unpacked] = (tmp_path / "unpacked").iterdir()

@@ -1,4 +1,5 @@
-"""`prefix-distill plan` and the memory forecast: against tensors that hold numbers, real runs' ledgers, and closed forms."""
+"""`prefix-distill plan` and the memory forecast: against tensors that hold numbers, real runs'
+ledgers, and closed forms."""
 
 import json
 import weakref
@@ -59,7 +60,8 @@ def case(**more):
 
 @pytest.mark.parametrize("kind, recomputes", [("qwen3", False), ("gemma3", False), ("llama", True)])
 def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
-    """A student's micro-batch, forward and backward: prompts read once, grouped heads, sliding windows, a soft-cap, tied weights."""
+    """A student's micro-batch, forward and backward: prompts read once, grouped heads, sliding
+    windows, a soft-cap, tied weights."""
     group = case().rollouts(6)
     real = Model(
         "m",
@@ -248,7 +250,8 @@ def test_two_depths_tell_what_all_layers_take(more, monkeypatch):
 
 @pytest.mark.long
 def test_a_pair_of_1_5_and_7_billion_by_hand(tmp_path, monkeypatch):
-    """Qwen2.5's shapes, from two config.json files: weights, moments, the decoding copy and the KV cache of 64 answers of 2,048 tokens."""
+    """Qwen2.5's shapes, from two config.json files: weights, moments, the decoding copy and the
+    KV cache of 64 answers of 2,048 tokens."""
     small = {
         "model_type": "qwen2",
         "architectures": ["Qwen2ForCausalLM"],
@@ -342,7 +345,8 @@ def test_a_data_set_needs_tokenizers(questions, tmp_path):
     [("llama", {}), ("gpt2", {"prefix": 100, "limit": 150, "rows": 64, "problems": 64})],
 )
 def test_the_plain_bound_is_one(kind, more):
-    """What a run's check takes for small models in place of a forecast is above the forecast, and not by orders of magnitude for these."""
+    """What a run's check takes for small models in place of a forecast is above the forecast,
+    and not by orders of magnitude for these."""
     settled, config = case(**more), tiny_config(kind, vocabulary=900, width=48)
     found = Pair(config, config).forecast(settled)["total"]
     model = ghosts.sketch("m", config, torch.float32)

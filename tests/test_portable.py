@@ -1,4 +1,5 @@
-"""Other systems and eyes: paths of Windows, Apple's GPU by construction, pictures without colour."""
+"""Other systems and eyes: paths of Windows, Apple's GPU by construction, pictures without
+colour."""
 
 import sys
 from pathlib import Path
@@ -99,7 +100,8 @@ class Doubles(TorchDispatchMode):
     ],
 )
 def test_no_float64_reaches_a_device(pair, questions, more):
-    """Apple's GPU has none. An update uses it in one place: the weights of tokens, on the host, before they become float32."""
+    """Apple's GPU has none. An update uses it in one place: the weights of tokens, on the host,
+    before they become float32."""
     run = preflight.prepare(
         configuration.build(
             {
@@ -152,7 +154,8 @@ def test_the_clock_waits_for_apples_gpu():
 
 
 def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
-    """In marker or line style, also where markers come again; colours are Okabe and Ito's, whose lightness differs, too."""
+    """In marker or line style, also where markers come again; colours are Okabe and Ito's, whose
+    lightness differs, too."""
     from matplotlib import pyplot
     from test_report import write_run
 

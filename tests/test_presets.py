@@ -1,4 +1,5 @@
-"""Presets: a table of each one's own schema becomes the prompt, the reference and the grade that are expected; flags win; places and typos."""
+"""Presets: a table of each one's own schema becomes the prompt, the reference and the grade that
+are expected; flags win; places and typos."""
 
 import csv
 import json
@@ -14,7 +15,9 @@ WRAPPED = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "
     'where $Answer is the answer to the problem.\n\nWhat is 6·7?\n\nRemember to put your answer on its own line after "Answer:".'
 )
-SCHEMAS = {  # preset: (a row as the hub has it, the user's turn without the instruction, final answer, what is shown as an example)
+# preset: (a row as the hub has it, the user's turn without the instruction, final answer, what is
+# shown as an example)
+SCHEMAS = {
     "gsm8k": (
         {"question": "6 times 7?", "answer": "It is 6*7=<<6*7=42>>42.\n#### 42"},
         "6 times 7?",
@@ -131,7 +134,8 @@ def table(folder, name, rows=None):
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_row_of_its_schema(name, tmp_path):
-    """What the model is asked, what it is graded against, and that its form of an answer is the one that is read."""
+    """What the model is asked, what it is graded against, and that its form of an answer is the
+    one that is read."""
     _, question, final, example = SCHEMAS[name]
     found = load_prompts(table(tmp_path, name), worked=True)
     [prompt] = found.prompts
@@ -237,7 +241,8 @@ def test_dapo_as_its_authors_publish_it(tmp_path):
 
 
 def test_a_copy_of_the_repository(tmp_path):
-    """A folder has the splits and the configuration of the hub's: the datasets library reads them."""
+    """A folder has the splits and the configuration of the hub's: the datasets library reads
+    them."""
     for config in ("main", "socratic"):
         (tmp_path / config).mkdir()
         for split in ("train", "test"):

@@ -1,4 +1,5 @@
-"""Two and three gloo ranks are one: same rollouts, same rows, same decisions, same weights to 1e-5; and nothing hangs."""
+"""Two and three gloo ranks are one: same rollouts, same rows, same decisions, same weights to
+1e-5; and nothing hangs."""
 
 import contextlib
 import json
@@ -46,7 +47,9 @@ BASE = {
 }
 CASES = {  # uneven shards everywhere: 5 prompts on 2 or 3 ranks
     "plain": {},
-    "decisions": {  # an adaptive prefix, a ranked window, importance over the global batch, candidates in shards, the teacher's text, probes
+    # an adaptive prefix, a ranked window, importance over the global batch, candidates in shards,
+    # the teacher's text, probes
+    "decisions": {
         "weights.select": "soft-or",
         "weights.keep": 0.5,
         "extrapolation.kind": "effopd",
@@ -163,7 +166,8 @@ def first_gradient_in(file):
 
 
 def go(values, out, trick=contextlib.nullcontext) -> dict:
-    """`run`, in this process, which may be a rank; what its first update's gradient was is kept beside its folder."""
+    """`run`, in this process, which may be a rank; what its first update's gradient was is kept
+    beside its folder."""
     out.parent.mkdir(exist_ok=True)
     with trick(), first_gradient_in(out.with_suffix(".gradient")):
         return session.train_in(
@@ -355,16 +359,16 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
     ]
     assert spent[1]["executed"] > spent[0]["executed"]
     assert (
-        "rank 1: cpu ran out of memory; --micro-batch-size 2 becomes 1, the mathematics stays the same"
-        in done.stderr
+        "rank 1: cpu ran out of memory; --micro-batch-size 2 becomes 1, the mathematics stays the "
+        "same" in done.stderr
     )
 
     # weights that drift apart are found, and never saved
     for rank in "01":
         said = (tmp_path / f"2/stopped-{rank}").read_text()
         assert (
-            "after update 2 the weights of rank 1 are not those of rank 0 (the first: model.layers.1.mlp.up_proj.weight)"
-            in said
+            "after update 2 the weights of rank 1 are not those of rank 0 (the first: "
+            "model.layers.1.mlp.up_proj.weight)" in said
         )
         assert "step-00000000 is the last good state" in said
     assert [file.name for file in (tmp_path / "2/drift/checkpoints").iterdir()] == ["step-00000000"]
@@ -398,7 +402,8 @@ def main() -> None:
 
 
 def test_gpus_starts_three_ranks_and_a_run_goes_on_with_another_number(pair, questions, tmp_path):
-    """--gpus 3, stopped by Ctrl-C after some update, goes on alone and ends as an uninterrupted run does."""
+    """--gpus 3, stopped by Ctrl-C after some update, goes on alone and ends as an uninterrupted
+    run does."""
     more = ["--steps", "12", "--eval-every", "5"]
     process = subprocess.Popen(
         [
@@ -421,8 +426,8 @@ def test_gpus_starts_three_ranks_and_a_run_goes_on_with_another_number(pair, que
     assert (
         last
         == (
-            f"interrupted (SIGINT) after update {done}, with the state saved: prefix-distill run --resume --out {tmp_path / '3'} "
-            "goes on from there"
+            f"interrupted (SIGINT) after update {done}, with the state saved: prefix-distill run "
+            f"--resume --out {tmp_path / '3'} goes on from there"
         )
         and 2 <= done < 12
     )

@@ -1,4 +1,5 @@
-"""README.md: every command runs, every table is what the committed results say, and CI does what it tells people to do."""
+"""README.md: every command runs, every table is what the committed results say, and CI does what
+it tells people to do."""
 
 import csv
 import json
@@ -55,8 +56,8 @@ def test_ci_installs_and_tests_as_the_readme_says():
     ids=["most", "all"],
 )
 def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
-    """The demo, the first run on the embedded models, and what follows, exactly as printed. Probe, comparison, report and ranks have
-    tests of their own and run here with -m long."""
+    """The demo, the first run on the embedded models, and what follows, exactly as printed. Probe,
+    comparison, report and ranks have tests of their own and run here with -m long."""
     monkeypatch.chdir(tmp_path)
     Path("arms.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
     for line in OURS:
@@ -134,8 +135,9 @@ def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
 
 @pytest.mark.parametrize("line", LONG + UNLISTED)
 def test_long_experiments_start_and_benchmarks_offer_quick(line, monkeypatch, capsys):
-    """In full they take up to an hour; test_benchmarks.py runs each `--quick` under -m long, test_laboratory.py the
-    rebuild's steps. In this process, as importing torch again and again takes longest."""
+    """In full they take up to an hour; test_benchmarks.py runs each `--quick` under -m long,
+    test_laboratory.py the rebuild's steps. In this process, as importing torch again and again
+    takes longest."""
     script, *flags = shlex.split(line)[1:]
     run = runpy.run_path
     if script == "-m":
@@ -157,14 +159,16 @@ def percent(score: dict) -> str:
 def demo_table() -> str:
     found = json.loads((RESULTS / "demo.json").read_text())
     rows = [
-        "| | accuracy, 200 held-out problems [95 %] | useful FLOPs | training time | mean tokens of an answer |",
+        "| | accuracy, 200 held-out problems [95 %] | useful FLOPs | training time | mean tokens "
+        "of an answer |",
         "|---|--:|--:|--:|--:|",
-        f"| student, untrained | {percent(found['student'])} | | | {found['arms'][0]['evaluations'][0]['mean_tokens']:.0f} |",
+        f"| student, untrained | {percent(found['student'])} | | | "
+        f"{found['arms'][0]['evaluations'][0]['mean_tokens']:.0f} |",
     ]
     for arm, name in zip(found["arms"], ("24-token prefix", "full rollouts")):
         rows.append(
-            f"| {name} | {percent(arm['accuracy'])} | {arm['flops_useful'] / 1e9:.1f} G | {arm['seconds']:.0f} s | "
-            f"{arm['mean_tokens']:.0f} |"
+            f"| {name} | {percent(arm['accuracy'])} | {arm['flops_useful'] / 1e9:.1f} G | "
+            f"{arm['seconds']:.0f} s | {arm['mean_tokens']:.0f} |"
         )
     return "\n".join([*rows, f"| teacher | {percent(found['teacher'])} | | | |"])
 
@@ -184,8 +188,9 @@ def ratio(found: dict) -> str:
 
 def prefix_table() -> str:
     rows = [
-        "| arm | accuracy [95 %] | longer problems | useful FLOPs | training time | KL beyond its prefix, before → after | full's cost ÷ "
-        "its own, to half of full's gain | to 90 % | to all |",
+        "| arm | accuracy [95 %] | longer problems | useful FLOPs | training time | KL beyond its "
+        "prefix, before → after | full's cost ÷ its own, to half of full's gain | to 90 % | to all "
+        "|",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in result("prefix")["summary"]:
@@ -195,7 +200,8 @@ def prefix_table() -> str:
             continue
         tail = "" if r["kl_tail"] is None else f"{r['kl_tail_before']:.3f} → {r['kl_tail']:.3f}"
         rows.append(
-            f"| `{r['arm']}` | {points(r)} | {longer} | {r['flops_useful'] / 1e9:.1f} G | {r['seconds']:.0f} s | {tail} | "
+            f"| `{r['arm']}` | {points(r)} | {longer} | {r['flops_useful'] / 1e9:.1f} G | "
+            f"{r['seconds']:.0f} s | {tail} | "
             f"{' | '.join(ratio(r['cost_ratios'][share]) for share in ('0.5', '0.9', '1.0'))} |"
         )
     return "\n".join(rows)
@@ -208,8 +214,10 @@ def bound_sentence() -> str:
         for arm in ("5%", "10%", "20%", "40%")
     )
     return (
-        f"Prompts have {found['prompt_tokens']:.0f} tokens and full answers {found['full_tokens']:.0f}, so an update with full rollouts costs, "
-        f"by the ledger, {each} the FLOPs of one with the prefix; {found['of_one_token']:.0f} times those of one with a single token."
+        f"Prompts have {found['prompt_tokens']:.0f} tokens and full answers "
+        f"{found['full_tokens']:.0f}, so an update with full rollouts costs, by the ledger, {each} "
+        f"the FLOPs of one with the prefix; {found['of_one_token']:.0f} times those of one with a "
+        "single token."
     )
 
 
@@ -279,7 +287,8 @@ def select_table() -> str:
 def effopd_table() -> str:
     found = result("plugins")
     rows = [
-        "| arm | accuracy [95 %] | useful FLOPs | of them candidates | accepted k after updates 1, 2, 4, 8, 16 (three seeds) |",
+        "| arm | accuracy [95 %] | useful FLOPs | of them candidates | accepted k after updates 1, "
+        "2, 4, 8, 16 (three seeds) |",
         "|---|--:|--:|--:|---|",
     ]
     for r in found["summary"]:
@@ -288,7 +297,8 @@ def effopd_table() -> str:
             tail = (
                 " | "
                 if more is None
-                else f"{more['share']:.0%} | {' · '.join(' '.join(map(str, ks)) for ks in more['k'])}"
+                else f"{more['share']:.0%} | "
+                f"{' · '.join(' '.join(map(str, ks)) for ks in more['k'])}"
             )
             rows.append(
                 f"| `{r['arm']}` | {points(r)} | {r['flops_useful'] / 1e9:.1f} G | {tail} |"
@@ -314,7 +324,8 @@ def opsd_table() -> str:
                 )
             ]
             rows.append(
-                f"| {name}, {reduction} | {cells[0]['before']:.1%} | {' | '.join(points(c) if c else '' for c in cells)} |"
+                f"| {name}, {reduction} | {cells[0]['before']:.1%} | "
+                f"{' | '.join(points(c) if c else '' for c in cells)} |"
             )
     return "\n".join(rows)
 
@@ -322,14 +333,16 @@ def opsd_table() -> str:
 def selection_table() -> str:
     names = {"naive": "all, full logits", "all": "all, our loss in chunks"}
     rows = [
-        "| taught | seconds | extra memory | time, to our loss on all | memory, to our loss on all | memory, to full logits |",
+        "| taught | seconds | extra memory | time, to our loss on all | memory, to our loss on all "
+        "| memory, to full logits |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for r in result("selection")["table"]:
         name = names.get(r["arm"]) or f"`soft-or`, {r['arm']}"
         rows.append(
-            f"| {name} | {r['seconds']:.1f} | {r['extra_bytes'] / 2**20:,.0f} MiB | {r['time_over_all']:.2f} | {r['memory_over_all']:.2f} | "
-            f"{r['memory_over_naive']:.3f} |"
+            f"| {name} | {r['seconds']:.1f} | {r['extra_bytes'] / 2**20:,.0f} MiB | "
+            f"{r['time_over_all']:.2f} | {r['memory_over_all']:.2f} | {r['memory_over_naive']:.3f} "
+            "|"
         )
     return "\n".join(rows)
 
@@ -357,7 +370,8 @@ def cards_table() -> str:
     found = result("plan")["cards"]
     sizes = sorted({r["card_gb"] for r in found})
     rows = [
-        f"| teacher | what trains | memory at 4 rollouts a micro-batch | {' | '.join(f'{size} GB' for size in sizes)} |",
+        "| teacher | what trains | memory at 4 rollouts a micro-batch | "
+        f"{' | '.join(f'{size} GB' for size in sizes)} |",
         "|---|---|--:|" + "--:|" * len(sizes),
     ]
     for key in dict.fromkeys(
@@ -370,19 +384,22 @@ def cards_table() -> str:
         }
         cells = [str(mine[size]["micro_batch"] or "–") for size in sizes]
         rows.append(
-            f"| {key[0]} | {key[1]}{', gradient checkpointing' * key[2]} | {mine[sizes[0]]['total'] / 1e9:.1f} GB | {' | '.join(cells)} |"
+            f"| {key[0]} | {key[1]}{', gradient checkpointing' * key[2]} | "
+            f"{mine[sizes[0]]['total'] / 1e9:.1f} GB | {' | '.join(cells)} |"
         )
     return "\n".join(rows)
 
 
 def plan_table() -> str:
     rows = [
-        "| run | measured | with exact malloc | forecast | off by | by, with exact malloc | FLOPs off by |",
+        "| run | measured | with exact malloc | forecast | off by | by, with exact malloc | FLOPs "
+        "off by |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, r in result("plan")["runs"].items():
         rows.append(
-            f"| {name} | {r['resident'] / 1e6:,.0f} MB | {r['resident_exact_malloc'] / 1e6:,.0f} MB | {r['forecast'] / 1e6:,.0f} MB | {r['error']:+.1%} | "
+            f"| {name} | {r['resident'] / 1e6:,.0f} MB | {r['resident_exact_malloc'] / 1e6:,.0f} "
+            f"MB | {r['forecast'] / 1e6:,.0f} MB | {r['error']:+.1%} | "
             f"{r['error_exact_malloc']:+.1%} | {r['flops_error']:+.1%} |"
         )
     return "\n".join(rows)
@@ -391,7 +408,8 @@ def plan_table() -> str:
 def cross_table() -> str:
     found = result("cross")
     rows = [
-        "| arm | accuracy [95 %] | useful FLOPs | tokens of an answer | answers in the tokenizer's own tokens |",
+        "| arm | accuracy [95 %] | useful FLOPs | tokens of an answer | answers in the tokenizer's "
+        "own tokens |",
         "|---|--:|--:|--:|--:|",
     ]
     for r in found["summary"]:
@@ -410,22 +428,25 @@ def cross_claims() -> str:
 
 def real_cross_table() -> str:
     rows = [
-        "| | KL of 1:1 units, before → after [95 %] | KL of spans | log-likelihood of the teacher's text, per byte | alignment, share of an update |",
+        "| | KL of 1:1 units, before → after [95 %] | KL of spans | log-likelihood of the "
+        "teacher's text, per byte | alignment, share of an update |",
         "|---|--:|--:|--:|--:|",
     ]
     for mode, r in result("cross_tokenizer")["modes"].items():
         after, text = r["kl_after"], r["log_likelihood_per_byte"]
         rows.append(
-            f"| `{mode}` | {r['kl_before']['value']:.3f} → {after['value']:.3f} [{after['low']:.3f}, {after['high']:.3f}] | "
-            f"{r['alignment_before']['kl_spans']:.2f} → {r['alignment_after']['kl_spans']:.2f} | {text['before']:.3f} → {text['after']:.3f} | "
-            f"{r['alignment_share']:.3%} |"
+            f"| `{mode}` | {r['kl_before']['value']:.3f} → {after['value']:.3f} "
+            f"[{after['low']:.3f}, {after['high']:.3f}] | {r['alignment_before']['kl_spans']:.2f} "
+            f"→ {r['alignment_after']['kl_spans']:.2f} | {text['before']:.3f} → "
+            f"{text['after']:.3f} | {r['alignment_share']:.3%} |"
         )
     return "\n".join(rows)
 
 
 def gold_table() -> str:
     rows = [
-        "| update | seconds | peak memory | tokens sampled | time, ours / GOLD | memory, ours / GOLD |",
+        "| update | seconds | peak memory | tokens sampled | time, ours / GOLD | memory, ours / "
+        "GOLD |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for arm, r in result("gold")["arms"].items():
@@ -433,20 +454,22 @@ def gold_table() -> str:
             " | "
             if arm == "gold"
             else (
-                f"{r['time_ratio']:.2f} [{r['time_ratio_range'][0]:.2f}, {r['time_ratio_range'][1]:.2f}] | "
-                f"{r['memory_ratio']:.2f}"
+                f"{r['time_ratio']:.2f} [{r['time_ratio_range'][0]:.2f}, "
+                f"{r['time_ratio_range'][1]:.2f}] | {r['memory_ratio']:.2f}"
             )
         )
         name = "GOLD" if arm == "gold" else f"ours, `{arm}`"
         rows.append(
-            f"| {name} | {r['seconds']:.1f} | {r['peak_bytes'] / 2**30:.2f} GiB | {r['tokens']:.0f} | {ratios} |"
+            f"| {name} | {r['seconds']:.1f} | {r['peak_bytes'] / 2**30:.2f} GiB | "
+            f"{r['tokens']:.0f} | {ratios} |"
         )
     return "\n".join(rows)
 
 
 def auto_table() -> str:
     rows = [
-        "| student | best constant prefix | `auto` | difference, points | FLOPs of `auto` ÷ the constant's |",
+        "| student | best constant prefix | `auto` | difference, points | FLOPs of `auto` ÷ the "
+        "constant's |",
         "|---|--:|--:|--:|--:|",
     ]
     for name, student in (("prefix", "0.09 M"), ("prefix-wide", "0.14 M")):
@@ -457,8 +480,9 @@ def auto_table() -> str:
             for text in ("auto is within", "auto costs")
         )
         rows.append(
-            f"| {student} | `{close['worse']}`: {points(arms[close['worse']])} | {points(arms['auto'])} | {100 * close['value']:+.1f} "
-            f"[{100 * close['low']:+.1f}, {100 * close['high']:+.1f}] | {cost['value']:.2f} |"
+            f"| {student} | `{close['worse']}`: {points(arms[close['worse']])} | "
+            f"{points(arms['auto'])} | {100 * close['value']:+.1f} [{100 * close['low']:+.1f}, "
+            f"{100 * close['high']:+.1f}] | {cost['value']:.2f} |"
         )
     return "\n".join(rows)
 
@@ -470,7 +494,8 @@ def real_grid_table() -> str:
     for arm in dict.fromkeys(r["arm"] for r in found):
         first, *_, last = [r for r in found if r["arm"] == arm]
         rows.append(
-            f"| `{arm}` | {float(first['kl']):.3f} → {float(last['kl']):.3f} | {float(last['flops_useful']) / 1e12:.1f} T |"
+            f"| `{arm}` | {float(first['kl']):.3f} → {float(last['kl']):.3f} | "
+            f"{float(last['flops_useful']) / 1e12:.1f} T |"
         )
     return "\n".join(rows)
 
@@ -483,8 +508,9 @@ def real_table() -> str:
     with open(RESULTS / "real.csv") as file:
         for r in csv.DictReader(file):
             rows.append(
-                f"| {r['update']} | {float(r['kl']):.3f} [{float(r['kl_low']):.3f}, {float(r['kl_high']):.3f}] | "
-                f"{float(r['kl_prefix']):.3f} | {float(r['kl_tail']):.3f} | {float(r['flops_useful']) / 1e12:.1f} T |"
+                f"| {r['update']} | {float(r['kl']):.3f} [{float(r['kl_low']):.3f}, "
+                f"{float(r['kl_high']):.3f}] | {float(r['kl_prefix']):.3f} | "
+                f"{float(r['kl_tail']):.3f} | {float(r['flops_useful']) / 1e12:.1f} T |"
             )
     return "\n".join(rows)
 
@@ -501,8 +527,9 @@ def update_table() -> str:
     for r in result("update_vs_trl")["cases"]:
         low, high = r["time_ratio_range"]
         rows.append(
-            f"| `{r['name']}` | {r['ours_seconds']:.3g} s, {r['ours_peak_bytes'] / 2**30:.2f} GiB | {r['trl_seconds']:.3g} s, "
-            f"{r['trl_peak_bytes'] / 2**30:.2f} GiB | {r['time_ratio']:.2f} [{low:.2f}, {high:.2f}] | {r['memory_ratio']:.2f} |"
+            f"| `{r['name']}` | {r['ours_seconds']:.3g} s, {r['ours_peak_bytes'] / 2**30:.2f} GiB "
+            f"| {r['trl_seconds']:.3g} s, {r['trl_peak_bytes'] / 2**30:.2f} GiB | "
+            f"{r['time_ratio']:.2f} [{low:.2f}, {high:.2f}] | {r['memory_ratio']:.2f} |"
         )
     return "\n".join(rows)
 
@@ -519,7 +546,8 @@ def divergence_table() -> str:
             else f" | {r['time_ratio']:.2f} | {r['memory_ratio']:.3f} "
         )
         rows.append(
-            f"| {r['divergence']}, {r['arm']} | {r['rows']:,} | {r['seconds']:.1f} | {r['extra_bytes'] / 2**20:,.0f} MiB{ratios}|"
+            f"| {r['divergence']}, {r['arm']} | {r['rows']:,} | {r['seconds']:.1f} | "
+            f"{r['extra_bytes'] / 2**20:,.0f} MiB{ratios}|"
         )
     return "\n".join(rows)
 
@@ -532,7 +560,8 @@ def rollout_table() -> str:
     for r in result("rollout")["table"]:
         ratio = "" if r["arm"] == "ours" else f"{r['ours_over_it']:.2f}"
         rows.append(
-            f"| {r['case']}, {r['arm']} | {r['prefill_seconds']:.2f} s | {1e3 * r['step_seconds']:.0f} ms | {ratio} |"
+            f"| {r['case']}, {r['arm']} | {r['prefill_seconds']:.2f} s | "
+            f"{1e3 * r['step_seconds']:.0f} ms | {ratio} |"
         )
     return "\n".join(rows)
 
@@ -546,7 +575,8 @@ def scaling_table() -> str:
         if r["shared"]:
             ratio = f"{r['over_repeated']:.2f}" if r["over_repeated"] else ""
             rows.append(
-                f"| {r['prefix']} | {r['samples']} | {r['seconds']:.1f} | {r['flops_useful'] / 1e12:.2f} T | {ratio} |"
+                f"| {r['prefix']} | {r['samples']} | {r['seconds']:.1f} | "
+                f"{r['flops_useful'] / 1e12:.2f} T | {ratio} |"
             )
     return "\n".join(rows)
 
@@ -588,9 +618,11 @@ def soak_sentence() -> str:
     assert found["differing"] == [] and found["kills"] >= 50 and found["gpus"] == 1
     kinds = found["by_kind"]
     return (
-        f"`python tests/benchmarks/soak.py` killed runs {found['kills']} times with `kill -9`: {kinds['any moment']} at any moment, "
-        f"{kinds[CHECKPOINT]} inside a checkpoint's write, {kinds[BEST]} inside the best model's, {kinds[BEFORE]} before there was a checkpoint; all "
-        f"{found['runs']} ended with the same {found['files_compared']} files as an undisturbed run, times aside."
+        f"`python tests/benchmarks/soak.py` killed runs {found['kills']} times with `kill -9`: "
+        f"{kinds['any moment']} at any moment, {kinds[CHECKPOINT]} inside a checkpoint's write, "
+        f"{kinds[BEST]} inside the best model's, {kinds[BEFORE]} before there was a checkpoint; "
+        f"all {found['runs']} ended with the same {found['files_compared']} files as an "
+        "undisturbed run, times aside."
     )
 
 
@@ -700,17 +732,18 @@ def test_sentences_across_tokenizers_say_what_was_recorded():
     text, found = " ".join(README.split()), result("cross_tokenizer")["modes"]["strict"]
     shares = found["alignment_before"]
     assert (
-        f"{shares['exact_share']:.0%} of the tokens of the student's answers align one to one, {shares['span_share']:.0%} in spans"
+        f"{shares['exact_share']:.0%} of the tokens of the student's answers align one to one, "
+        f"{shares['span_share']:.0%} in spans"
     ) in text
     assert (
-        f"{shares['student_mass']:.0%} of the student's probability and {shares['teacher_mass']:.0%} of the teacher's"
-        in text
+        f"{shares['student_mass']:.0%} of the student's probability and "
+        f"{shares['teacher_mass']:.0%} of the teacher's" in text
     )
     lab = result("cross")["alignment"]
     assert f"student's tokens {lab['exact_share'] * 100:.0f} % align one to one" in text
     assert (
-        f"{100 - lab['student_mass'] * 100:.0f} % of its probability is on tokens that the teacher does not have"
-        in text
+        f"{100 - lab['student_mass'] * 100:.0f} % of its probability is on tokens that the teacher "
+        "does not have" in text
     )
     assert all(
         mode["alignment_share"] < 0.03 for mode in result("cross_tokenizer")["modes"].values()
@@ -736,7 +769,8 @@ def test_modules_and_flags_it_names_exist():
 
 
 def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
-    """`--flag value` (default) in README and pages is config.py's; --help prints that default and that help for every option of `run`."""
+    """`--flag value` (default) in README and pages is config.py's; --help prints that default
+    and that help for every option of `run`."""
     from prefix_distill.config import flag, options
     from prefix_distill.config.files import _typed
 

@@ -1,4 +1,5 @@
-"""Real models, real prompts: SmolLM2-135M-Instruct from its GGUF file teaches itself without its middle layers."""
+"""Real models, real prompts: SmolLM2-135M-Instruct from its GGUF file teaches itself without its
+middle layers."""
 
 import importlib.util
 import json
@@ -23,8 +24,8 @@ pytestmark = [
 
 
 def test_four_updates_bring_it_closer_and_the_result_loads_in_plain_transformers(tmp_path):
-    """Four updates of 4 rollouts × 16 tokens without warm-up: the paired mean KL on fixed contexts falls by more than two
-    standard errors. One test, so that workers do not make the pair twice."""
+    """Four updates of 4 rollouts × 16 tokens without warm-up: the paired mean KL on fixed contexts
+    falls by more than two standard errors. One test, so that workers do not make the pair twice."""
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "real.py", "--quick", "--out", tmp_path],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""From run folders to tables: means, paired intervals, costs to reach an accuracy; and a page that carries everything in it."""
+"""From run folders to tables: means, paired intervals, costs to reach an accuracy; and a page
+that carries everything in it."""
 
 import csv
 import json
@@ -20,7 +21,8 @@ N = 400
 
 
 def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):
-    """A run folder as the tool writes it: ``curve`` of accuracies (right for the first problems), linear ``cost``."""
+    """A run folder as the tool writes it: ``curve`` of accuracies (right for the first
+    problems), linear ``cost``."""
     folder.mkdir(parents=True)
     rights = [[1.0] * round(a * N) + [0.0] * (N - round(a * N)) for a in curve]
     evaluations = [
@@ -91,7 +93,8 @@ def test_summary_by_hand(arms):
         and short["before"] == pytest.approx(0.2)
     )
     assert (short["flops_useful"], short["flops_executed"], short["seconds"]) == (3.0, 6.0, 9.0)
-    # full reaches its final 80 % at 20, the short prefix reaches 80 % at 1; half of the gain (50 %) at 10 and 0.5
+    # full reaches its final 80 % at 20, the short prefix reaches 80 % at 1; half of the gain (50 %)
+    # at 10 and 0.5
     assert short["cost_ratios"][1.0]["value"] == pytest.approx(20) and short["cost_ratios"][0.5][
         "value"
     ] == pytest.approx(20)
@@ -162,7 +165,8 @@ def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
     )
     warmed = next(run for run in collect([arms]) if run.arm == "warmed")
     assert warmed.cost(warmed.evaluations[-1]) == (31.0, 62.0, 12.0)
-    # a comparison says so itself, also where its folder has been moved and the student's path leads nowhere
+    # a comparison says so itself, also where its folder has been moved and the student's path leads
+    # nowhere
     (arms / "arms.json").write_text(
         json.dumps({"arms": {"full": {}, "warmed": {}}, "seeds": [0], "start": {"warmed": "full"}})
     )
@@ -184,8 +188,8 @@ def test_page_is_self_contained_and_escaped(arms, tmp_path):
     assert not re.search(r"https?://|src=\"(?!data:)|href=", page)
     assert page.count("data:image/png;base64,") == 4
     assert (
-        "<td>full</td><td>25% / 25% → 25% / 57%</td><td>25% / 0% → 25% / 0%</td><td>25% / 75% → 25% / 43%</td>"
-        in page
+        "<td>full</td><td>25% / 25% → 25% / 57%</td><td>25% / 0% → 25% / 0%</td><td>25% / 75% → "
+        "25% / 43%</td>" in page
     )
     assert "<td>8</td><td>2</td><td>0.25 → 0.5 → 0.75 → 0.75</td><td>3 GFLOP</td>" in page
     with open(tmp_path / "out" / "report.csv") as handle:

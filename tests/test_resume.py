@@ -1,4 +1,5 @@
-"""An interrupted run ends like one that nothing disturbed: bit for bit, in weights, moments, metric rows and decisions."""
+"""An interrupted run ends like one that nothing disturbed: bit for bit, in weights, moments,
+metric rows and decisions."""
 
 import json
 import os
@@ -66,8 +67,9 @@ def whole(pair, questions, tmp_path_factory):
 
 
 def test_two_kills_at_random_moments_leave_nothing_different(tmp_path):
-    """Also inside a checkpoint's write, inside the best model's, and before there is a checkpoint; everything that keeps state is on.
-    `tests/benchmarks/soak.py` with its 50 kills is the long form."""
+    """Also inside a checkpoint's write, inside the best model's, and before there is a checkpoint;
+    everything that keeps state is on. `tests/benchmarks/soak.py` with its 50 kills is the long
+    form."""
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "soak.py", "--times", "2", "--seed", "1", "--out", tmp_path],
         capture_output=True,
@@ -133,7 +135,8 @@ def test_other_settings_are_refused_on_resume(whole):
 
 
 def test_what_lengthens_or_mends_a_run_is_said_and_kept(whole, tmp_path, monkeypatch):
-    """Six updates become eight at another rate; interrupted at seven, the run goes on to eight without being told again."""
+    """Six updates become eight at another rate; interrupted at seven, the run goes on to eight
+    without being told again."""
     import shutil
 
     from prefix_distill.display import Display

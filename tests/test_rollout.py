@@ -1,4 +1,5 @@
-"""Sampling: the right distribution, the right place to stop, and the same draw however it is batched."""
+"""Sampling: the right distribution, the right place to stop, and the same draw however it is
+batched."""
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_duplicate_prompts_draw_differently(model):
 
 
 def test_sampler_and_scorer_agree_on_every_log_probability(model):
-    """Left-padded, cached decoding against one right-padded forward, in float32; and the race replayed by hand."""
+    """Left-padded, cached decoding against one right-padded forward, in float32; and the race
+    replayed by hand."""
     drawn = generate(model, requests(), 12, sampler())
     rows = [
         Rollout(i, 0, r.ids, r.ids, d.ids, d.ids, d.finished)
@@ -70,7 +72,8 @@ def test_sampler_and_scorer_agree_on_every_log_probability(model):
 
 
 def test_frequencies_are_the_softmax():
-    """20,000 draws by the race against the distribution: chi-square with 3 degrees of freedom, 99.9 % point 16.3."""
+    """20,000 draws by the race against the distribution: chi-square with 3 degrees of freedom,
+    99.9 % point 16.3."""
     logits, n = torch.tensor([1.0, 0.0, -1.0, -2.0]), 20_000
     race = rollout._Race([(0, i, 0) for i in range(n)], 0, 4, torch.device("cpu"))
     counts = torch.bincount(race(None, logits.repeat(n, 1)).argmax(-1), minlength=4).double()
@@ -121,7 +124,8 @@ def test_eos_ends_a_response_wherever_it_is_and_a_cut_is_not_an_end():
 
 
 def test_generation_stops_rows_at_their_own_eos(model):
-    """Every id that the model can emit is EOS but one: most rows end at once, at their first EOS, EOS included."""
+    """Every id that the model can emit is EOS but one: most rows end at once, at their first
+    EOS, EOS included."""
     drawn = generate(model, requests(), 12, sampler(eos=frozenset(range(260)) - {7}))
     assert all(r.finished and r.ids[-1] != 7 and set(r.ids[:-1]) <= {7} for r in drawn)
 
@@ -155,7 +159,8 @@ def test_the_ledger_hears_the_lengths_that_were_run(model):
 
 
 def test_the_decoding_network_is_the_student_behind_other_matmuls():
-    """The same parameters, the same log-probabilities, the same draws; a step of the optimizer reaches it by itself."""
+    """The same parameters, the same log-probabilities, the same draws; a step of the optimizer
+    reaches it by itself."""
     student = Model(
         "m", tiny_net("llama", width=256).requires_grad_(True), None, None, EOS, shares_prompts=True
     )
@@ -184,7 +189,8 @@ def test_the_decoding_network_is_the_student_behind_other_matmuls():
     "shape", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}]
 )
 def test_recorded_log_probabilities_are_those_of_the_draw(model, shape):
-    """Against one forward per token, warped by hand; rows that end early leave the batch in between."""
+    """Against one forward per token, warped by hand; rows that end early leave the batch in
+    between."""
     drawn = generate(
         model, requests(), 40, sampler(record=True, eos=frozenset(range(0, 260, 9)), **shape)
     )

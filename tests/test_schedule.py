@@ -93,8 +93,9 @@ def test_auto_waits_while_the_signal_falls_and_grows_when_it_is_exhausted():
         1.0 - 0.03 * k for k in range(25)
     ]  # 0.12 within PATIENCE updates: more than a tenth of the first 4's mean
     assert grow(falling)[2] == []
-    # halving for ever: the first 4 average 0.469; after update 12 the last-but-one 4 (2^-4 … 2^-7) exceed the last 4 (2^-8 …
-    # 2^-11) by 0.0275, less than a tenth of that; one update earlier by 0.0549
+    # halving for ever: the first 4 average 0.469; after update 12 the last-but-one 4 (2^-4 … 2^-7)
+    # exceed the last 4 (2^-8 … 2^-11) by 0.0275, less than a tenth of that; one update earlier by
+    # 0.0549
     assert grow([2.0**-k for k in range(40)])[2][0][0] == 12
     assert (
         grow([0.0] * 10)[2] and grow([None] * 10)[2]

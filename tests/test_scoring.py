@@ -1,4 +1,5 @@
-"""Reading a prompt once for all its samples: the same rows and gradients as reading it every time, and little padding."""
+"""Reading a prompt once for all its samples: the same rows and gradients as reading it every
+time, and little padding."""
 
 import importlib.util
 
@@ -21,7 +22,8 @@ missing = [
 
 
 def rollouts(shapes, width=256):
-    """(prompt length, response lengths) → rollouts; prompts and responses of all lengths differ from their first token."""
+    """(prompt length, response lengths) → rollouts; prompts and responses of all lengths differ
+    from their first token."""
     made = []
     for slot, (prompt, responses) in enumerate(shapes):
         ids = tuple((7 * slot + 3 * i) % width for i in range(prompt))
@@ -31,7 +33,8 @@ def rollouts(shapes, width=256):
     return made
 
 
-# the tiny gemma3's window is 8: prompts and responses shorter and longer than it, one of a single token
+# the tiny gemma3's window is 8: prompts and responses shorter and longer than it, one of a single
+# token
 GROUP = [(19, (14, 3, 25)), (5, (9, 1)), (30, (12,)), (8, (8, 8))]
 
 
@@ -131,7 +134,8 @@ def test_micro_batches_hold_every_rollout_once_with_little_padding(shared):
 @pytest.mark.real
 @pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 def test_padding_of_real_prompts_stays_under_a_tenth():
-    """GSM8K's questions under SmolLM2's tokenizer and template, in updates of 8 prompts × 1 and × 4 at a prefix of 64."""
+    """GSM8K's questions under SmolLM2's tokenizer and template, in updates of 8 prompts × 1 and
+    × 4 at a prefix of 64."""
     import sys
     from pathlib import Path
 

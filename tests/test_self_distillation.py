@@ -1,4 +1,5 @@
-"""A student that teaches itself: what only the teacher's prompt shows, whose weights it has, and its first token's logits."""
+"""A student that teaches itself: what only the teacher's prompt shows, whose weights it has, and
+its first token's logits."""
 
 import json
 
@@ -120,8 +121,9 @@ def test_settings_that_contradict_each_other(flags, message, tmp_path):
 
 
 def test_values_are_those_of_the_initial_weights_behind_the_privileged_prompt(pair, questions):
-    """Every token's forward KL, the first one's too, equals full logits of two rows read alone: prompts of different lengths on
-    both sides, both models' rows of different lengths among themselves."""
+    """Every token's forward KL, the first one's too, equals full logits of two rows read alone:
+    prompts of different lengths on both sides, both models' rows of different lengths among
+    themselves."""
     run = prepared((pair[0], "self"), questions, divergence__name="forward-kl", **SELF)
     assert run.teacher.net is not run.student.net
     _, rollouts, values = update_gradient(run, micro=10)
@@ -170,7 +172,8 @@ def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):
 
 
 def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeypatch):
-    """t ← 0.75·t + 0.25·s after every update; the teacher of update 2 is no longer the initial one."""
+    """t ← 0.75·t + 0.25·s after every update; the teacher of update 2 is no longer the initial
+    one."""
     seen, plain = [], train.average
 
     def watched(teacher, student, share):
@@ -224,7 +227,8 @@ def test_thinking_is_switched_on_each_side(pair, tmp_path):
 
 
 def test_a_teacher_that_makes_no_use_of_it_is_reported(pair, questions):
-    """A random network does not know what a solution is; the embedded one that was trained on such prompts does."""
+    """A random network does not know what a solution is; the embedded one that was trained on
+    such prompts does."""
     told = prepared(
         ("lab:choice/student-told", "self"),
         "lab:choice",

@@ -66,7 +66,8 @@ def logits(head, hidden):
 def by_the_book(
     terms, shared, rollouts, student_ND, student_head, teacher_ME, teacher_head, raw=False
 ):
-    """Values of all taught units [U], one unit at a time, with autograd through whatever needs it."""
+    """Values of all taught units [U], one unit at a time, with autograd through whatever needs
+    it."""
     found, row, there = [], 0, 0
     for r in rollouts:
         for u in r.taught_units:
@@ -199,11 +200,13 @@ def test_statistics_are_scores_of_the_units_text_and_mass_on_the_shared_tokens()
 
 
 def test_a_span_worked_by_hand():
-    """ "4", "2" against "42": one term for two tokens. Logits are the hidden rows (identity heads), so all is arithmetic.
+    """ "4", "2" against "42": one term for two tokens. Logits are the hidden rows (identity heads),
+     so all is arithmetic.
 
-    O = {"+"}, and end-of-sequence. Student: p("+") = 1/8, p(end) = 1/8, p("4") = 1/2 where the span begins, then p("2") = 1/8:
-    the span scores log sqrt(1/2 · 1/8) = log 1/4. q_S ∝ (1/8, 1/8, 1/4) = (1/4, 1/4, 1/2). Teacher: p = (1/4, 1/4) and "42" 1/2.
-    So both agree, and KL = 0; with p_T("42") = 1/4 and 1/4 elsewhere, q_T = (1/3, 1/3, 1/3) and KL = log 3 − (3/2) log 2.
+    O = {"+"}, and end-of-sequence. Student: p("+") = 1/8, p(end) = 1/8, p("4") = 1/2 where the span
+    begins, then p("2") = 1/8: the span scores log sqrt(1/2 · 1/8) = log 1/4. q_S ∝ (1/8, 1/8, 1/4)
+    = (1/4, 1/4, 1/2). Teacher: p = (1/4, 1/4) and "42" 1/2. So both agree, and KL = 0; with
+    p_T("42") = 1/4 and 1/4 elsewhere, q_T = (1/3, 1/3, 1/3) and KL = log 3 − (3/2) log 2.
     """
     log = lambda *p: torch.tensor([p]).log()
     student = torch.cat(

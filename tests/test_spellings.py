@@ -1,4 +1,5 @@
-"""Other tools' names on our command line: each is understood as what it means there, or refused with what to use instead."""
+"""Other tools' names on our command line: each is understood as what it means there, or refused
+with what to use instead."""
 
 import ast
 import importlib.util
@@ -41,7 +42,8 @@ def settings(*words: str) -> dict:
         "--learning_rate 1e-4": {"schedule.lr": 1e-4},
         "--learning_rate=1e-4 --seed=3": {"schedule.lr": 1e-4, "runtime.seed": 3},
         "--learning-rate 1e-4 --batch_size 2": {"schedule.lr": 1e-4, "train.batch_size": 2},
-        "--output_dir runs/x --model_name_or_path a/b --teacher_model_name_or_path c/d --dataset_name e/f": {
+        "--output_dir runs/x --model_name_or_path a/b --teacher_model_name_or_path c/d "
+        "--dataset_name e/f": {
             "checkpoint.out": "runs/x",
             "models.student": "a/b",
             "models.teacher": "c/d",
@@ -96,7 +98,8 @@ def settings(*words: str) -> dict:
             "resume": True,
         },
         "--resume_from_checkpoint None": {},
-        "--optim adamw_torch --adam_beta2 0.999 --adam_epsilon 1e-08 --fp16 False --deepspeed none --logging_steps 1 --do_train": {},
+        "--optim adamw_torch --adam_beta2 0.999 --adam_epsilon 1e-08 --fp16 False --deepspeed none "
+        "--logging_steps 1 --do_train": {},
         "--use_peft --lora_r 32 --lora_alpha 64 --lora_target_modules q_proj v_proj --seed 1": {
             "adapter.rank": 32,
             "adapter.alpha": 64.0,
@@ -139,14 +142,18 @@ def test_a_name_sets_what_it_means(words, expected):
         "--lr_scheduler_type polynomial": "use --lr-schedule",
         "--eval_strategy epoch": "use --eval-every with a number",
         "--learning_rate 1e-4 --lr 2e-4": "--learning_rate and --lr both set --lr",
-        "--batch_size 4 --per_device_train_batch_size 4": "--batch-size and --per_device_train_batch_size 4 both set --batch-size",
+        "--batch_size 4 --per_device_train_batch_size 4": "--batch-size and "
+        "--per_device_train_batch_size 4 both "
+        "set --batch-size",
         "--per_device_train_batch_size 0": "expected a whole number of at least 1",
         "--gradient_accumulation_steps x": "expected a whole number",
-        "--out runs/x --resume_from_checkpoint runs/x/checkpoint-500": "a run goes on in its own folder",
+        "--out runs/x --resume_from_checkpoint runs/x/checkpoint-500": "a run goes on in its own "
+        "folder",
         "--output_dir": "expected a value",
         "--bf16 maybe": "expected True or False",
         "--beta much": "expected a number",
-        "--fp16 --num_train_epochs 2": "--fp16 True: use --dtype bfloat16 or float32; --num_train_epochs 2: use --steps",
+        "--fp16 --num_train_epochs 2": "--fp16 True: use --dtype bfloat16 or float32; "
+        "--num_train_epochs 2: use --steps",
     }.items(),
 )
 def test_what_has_no_counterpart_is_refused_in_one_line(words, message):
@@ -192,7 +199,8 @@ def test_what_was_understood_is_said_once():
         "run", "--learning_rate", "1e-4", "--max_steps", "3", "--batch_size", "2", "--prefix", "0"
     )
     assert code == 2 and err.splitlines()[0] == (
-        "understood: --learning_rate 1e-4 as --lr 1e-4; --max_steps 3 as --steps 3 (prefix-distill help migration)"
+        "understood: --learning_rate 1e-4 as --lr 1e-4; --max_steps 3 as --steps 3 (prefix-distill "
+        "help migration)"
     )
     assert len(err.splitlines()) == 2 and invoke("run", "--batch_size", "2", "--prefix", "0")[
         2
@@ -200,7 +208,8 @@ def test_what_was_understood_is_said_once():
 
 
 def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
-    """A valid other value for every option there is, as --set and as --flag and --flag_with_underscores."""
+    """A valid other value for every option there is, as --set and as --flag and
+    --flag_with_underscores."""
     others = {
         "models.teacher_ema": 0.5,
         "weights.keep": 0.25,

@@ -1,4 +1,5 @@
-"""Trackers: every number of metrics.jsonl and every evaluation, once, whatever was interrupted; none of them ends a run."""
+"""Trackers: every number of metrics.jsonl and every evaluation, once, whatever was interrupted;
+none of them ends a run."""
 
 import importlib.util
 import json
@@ -73,8 +74,8 @@ def wanted(out) -> dict[str, list]:
 
 
 def interrupted_twice(pair, questions, out, monkeypatch, *more):
-    """Stopped in update 6, with 4 and 5 after the checkpoint; they are done again at another rate, as far as a Ctrl-C after update 4
-    that leaves the evaluation out; then to the end."""
+    """Stopped in update 6, with 4 and 5 after the checkpoint; they are done again at another rate,
+    as far as a Ctrl-C after update 4 that leaves the evaluation out; then to the end."""
     update, row, calls = apply_update, Display.row, []
 
     def fails(*arguments):
@@ -144,7 +145,8 @@ def test_a_tracker_that_fails_is_off_and_the_run_goes_on(pair, questions, tmp_pa
     assert code == 0 and last_json(out)["steps"] == 4
     assert (
         err.count(
-            "warning: --report-to tensorboard is off from here on: OSError: [Errno 28] No space left on device"
+            "warning: --report-to tensorboard is off from here on: OSError: [Errno 28] No space "
+            "left on device"
         )
         == 1
     )
@@ -154,8 +156,8 @@ def test_a_tracker_that_fails_is_off_and_the_run_goes_on(pair, questions, tmp_pa
 
 
 def wandb_rows(out) -> list[dict]:
-    """The history rows of the run's offline files: logs of 32 KiB blocks, each record with a header of CRC, length and kind, that hold
-    wandb's own messages."""
+    """The history rows of the run's offline files: logs of 32 KiB blocks, each record with a header
+    of CRC, length and kind, that hold wandb's own messages."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = []

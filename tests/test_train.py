@@ -1,4 +1,5 @@
-"""The update: neither padding nor micro-batches nor ranks may change its mathematics; what a run writes and refuses."""
+"""The update: neither padding nor micro-batches nor ranks may change its mathematics; what a run
+writes and refuses."""
 
 import json
 import math
@@ -99,7 +100,8 @@ def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(
         assert again == rollouts
         assert_same(split, whole)
         assert values_split.keys() == values.keys()
-    # independent reference: each rollout alone, unpadded, both prompts in full, full logits, autograd
+    # independent reference: each rollout alone, unpadded, both prompts in full, full logits,
+    # autograd
     net, teacher = run.student.net, run.teacher.net
     net.zero_grad()
     losses = []
@@ -187,7 +189,8 @@ def test_dropout_never_fires(tmp_path, questions, pair):
 
 
 def test_padded_vocabularies_are_cut_to_the_real_ids(tmp_path, questions, pair):
-    """The same student with 40 more rows in its head: same rollouts, same values, no gradient for the padding rows."""
+    """The same student with 40 more rows in its head: same rollouts, same values, no gradient
+    for the padding rows."""
     plain = prepared(pair, questions)
     wide = tmp_path / "wide"
     net = AutoModelForCausalLM.from_pretrained(pair[0])
@@ -221,7 +224,8 @@ def test_end_of_sequence_sets_and_their_choice(pair, questions, tmp_path):
 
 
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, tmp_path):
-    """Same gradient, fewer bytes kept for backward, a KV cache in every decoding step, no trace in the saved folder."""
+    """Same gradient, fewer bytes kept for backward, a KV cache in every decoding step, no trace
+    in the saved folder."""
     found = {}
     for on in (False, True):
         run = prepared(pair, questions, train__gradient_checkpointing=on)
@@ -302,7 +306,8 @@ def test_a_run_writes_what_plain_transformers_loads(pair, questions, tmp_path):
 
 
 def test_the_student_comes_closer_to_its_teacher(pair, questions, tmp_path):
-    """30 updates: the mean reverse KL on fixed held-out contexts falls by more than two standard errors, paired."""
+    """30 updates: the mean reverse KL on fixed held-out contexts falls by more than two standard
+    errors, paired."""
     run = prepared(
         pair,
         questions,
@@ -319,7 +324,8 @@ def test_the_student_comes_closer_to_its_teacher(pair, questions, tmp_path):
 
 
 def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions, tmp_path):
-    """Same run in both dtypes: the copy follows the masters, and the measured KL agrees to bfloat16's resolution."""
+    """Same run in both dtypes: the copy follows the masters, and the measured KL agrees to
+    bfloat16's resolution."""
     measured = {}
     for dtype in ("float32", "bfloat16"):
         run = prepared(pair, questions, runtime__dtype=dtype, schedule__lr=1e-3)

@@ -1,8 +1,10 @@
-"""Golden parity: one update on the same weights, prompts and completions has TRL's loss and TRL's gradient.
+"""Golden parity: one update on the same weights, prompts and completions has TRL's loss and TRL's
+gradient.
 
 TRL 1.16 computes its side itself: left-padded prompts and right-padded completions go through
-``DistillationTrainer.compute_loss``. It divides by the completion tokens of the whole update, our reduction ``token``,
-and its β means what ours does. Needs ``pip install "torch==2.13.0" -e ".[bench]"``.
+``DistillationTrainer.compute_loss``. It divides by the completion tokens of the whole update, our
+reduction ``token``, and its β means what ours does. Needs ``pip install "torch==2.13.0" -e
+".[bench]"``.
 """
 
 import dataclasses
@@ -56,7 +58,8 @@ def pair_of(request, tmp_path_factory):
 
 
 def ours(pair, questions, divergence):
-    """(loss, gradient by parameter, rollouts) of one update, by way of the training loop's own functions."""
+    """(loss, gradient by parameter, rollouts) of one update, by way of the training loop's own
+    functions."""
     run = preflight.prepare(
         configuration.build(
             {
@@ -99,7 +102,8 @@ def ours(pair, questions, divergence):
 
 
 def theirs(pair, rollouts, beta, folder):
-    """(loss, gradient by parameter) of the same update in TRL, in two micro-batches, as its trainer prepares them."""
+    """(loss, gradient by parameter) of the same update in TRL, in two micro-batches, as its
+    trainer prepares them."""
     import measure
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
@@ -160,8 +164,8 @@ def test_another_beta_is_told_apart(pair_of, questions, tmp_path):
 
 
 def uld(strategy: str, hybrid: bool = False):
-    """GOLD's loss on "42" after one prompt token, as a function of both models' logits [tokens read, vocabulary]. The student's
-    tokens are "4", "2", the teacher's "42"; both end there."""
+    """GOLD's loss on "42" after one prompt token, as a function of both models' logits [tokens
+    read, vocabulary]. The student's tokens are "4", "2", the teacher's "42"; both end there."""
     import measure
     from trl.experimental.gold import GOLDConfig
     from trl.experimental.gold.gold_trainer import ULDLoss
@@ -193,11 +197,13 @@ def uld(strategy: str, hybrid: bool = False):
 
 
 def test_a_group_of_tokens_by_hand_ours_and_golds():
-    """The case of test_simct: after the prompt the student gives "4" 1/2, then "2" 1/8; the teacher gives "42" 1/2.
+    """The case of test_simct: after the prompt the student gives "4" 1/2, then "2" 1/8; the teacher
+    gives "42" 1/2.
 
-    Ours: on {"+", end, span} the student scores (1/8, 1/8, sqrt(1/2 · 1/8) = 1/4) and the teacher (1/4, 1/4, 1/2): both are
-    q = (1/4, 1/4, 1/2), so 0. GOLD ("bayesian") merges the student's distributions to 1/2 · (1/8, 1/8, 1/8, 1/8, 1/2), sorts both
-    and takes the L1 distance: |1/4 − 1/2| + 2·|1/16 − 1/4| + 2·(1/16) = 3/4.
+    Ours: on {"+", end, span} the student scores (1/8, 1/8, sqrt(1/2 · 1/8) = 1/4) and the teacher
+    (1/4, 1/4, 1/2): both are q = (1/4, 1/4, 1/2), so 0. GOLD ("bayesian") merges the student's
+    distributions to 1/2 · (1/8, 1/8, 1/8, 1/8, 1/2), sorts both and takes the L1 distance: |1/4 −
+    1/2| + 2·|1/16 − 1/4| + 2·(1/16) = 3/4.
     """
     log = lambda *p: torch.tensor(p).log()
     other = log(0.2, 0.2, 0.2, 0.2, 0.2)
@@ -227,7 +233,8 @@ def test_a_group_of_tokens_by_hand_ours_and_golds():
     )
     assert values.item() == pytest.approx(0, abs=1e-6)
 
-    # GOLD's default strategy reads logits one position late: what predicts the first token has no say at all
+    # GOLD's default strategy reads logits one position late: what predicts the first token has no
+    # say at all
     late, changed = uld("observed"), teacher.clone()
     changed[0] = log(0.98, 0.01, 0.01)
     assert late(student, teacher) == late(student, changed) and uld("bayesian")(

@@ -1,5 +1,5 @@
-"""Windows, importance and position: which tokens of a rollout are taught, how much each counts, and that teaching them is
-teaching those and no others."""
+"""Windows, importance and position: which tokens of a rollout are taught, how much each counts, and
+that teaching them is teaching those and no others."""
 
 import math
 
@@ -204,7 +204,8 @@ def test_statistics_of_one_rollout_do_not_depend_on_the_batch(pair, questions):
             assert both[0][key][name] == pytest.approx(both[1][key][name], abs=1e-5), name
 
 
-# Six tokens by hand: entropies and reverse KLs of one rollout; the batch's other rollout sets the ends of the scale.
+# Six tokens by hand: entropies and reverse KLs of one rollout; the batch's other rollout sets the
+# ends of the scale.
 ENTROPY, DIVERGENCE, FORWARD = (
     [0.0, 1.0, 2.0, 4.0, 1.0, 0.0],
     [0.0, 0.3, 0.1, 0.0, 0.3, 0.6],
@@ -213,8 +214,8 @@ ENTROPY, DIVERGENCE, FORWARD = (
 
 
 def six(kind: str, share: float) -> tuple[int, ...]:
-    """With h ≤ 2 after the clip (98 of 100 entropies are 2 or less) and δ ≤ 0.6: ĥ = 0, ½, 1, 1, ½, 0 and δ̂ = 0, ½, ⅙, 0, ½, 1,
-    so soft-or is 0, ¾, 1, 1, ¾, 1."""
+    """With h ≤ 2 after the clip (98 of 100 entropies are 2 or less) and δ ≤ 0.6: ĥ = 0, ½, 1, 1, ½,
+    0 and δ̂ = 0, ½, ⅙, 0, ½, 1, so soft-or is 0, ¾, 1, 1, ¾, 1."""
     entropies, divergences = ENTROPY + [2.0] * 94, DIVERGENCE + [0.5] * 94
     at = scale(entropies, divergences)
     assert at.entropy == (0.0, 2.0) and at.divergence == (0.0, 0.6)
@@ -502,7 +503,8 @@ def test_quadrants_by_hand():
 
 
 def test_position_weights_by_hand():
-    """moderate: u = (j − ½)/m; at u = τ = 0.3 the sigmoid is ½, so w = 0.25 + 0.75/2; its mean over a long rollout is 0.771."""
+    """moderate: u = (j − ½)/m; at u = τ = 0.3 the sigmoid is ½, so w = 0.25 + 0.75/2; its mean
+    over a long rollout is 0.771."""
     moderate, mirrored = parse_position_weight("moderate"), parse_position_weight("decreasing")
     assert moderate.at(1, 5) == pytest.approx(0.25 + 0.75 / 2)
     assert moderate.at(0, 2) == pytest.approx(0.25 + 0.75 / (1 + math.exp(0.5)))

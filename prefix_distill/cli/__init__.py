@@ -1,1 +1,2 @@
-"""Commands: parse, build, call one function, print, exit. Only this folder writes to stdout or exits."""
+"""Commands: parse, build, call one function, print, exit. Only this folder writes to stdout or
+exits."""

@@ -28,9 +28,11 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Distil a large reasoning model into a small one, on-policy, from prefixes of the student's own answers.",
-    epilog="Exit codes: 0 done, 1 stopped in good order, 2 bad input, 3 a check before the run, 4 out of memory, 130 interrupted "
-    "(prefix-distill help exit-codes). More pages: prefix-distill help.",
+    help="Distil a large reasoning model into a small one, on-policy, from prefixes of the "
+    "student's own answers.",
+    epilog="Exit codes: 0 done, 1 stopped in good order, 2 bad input, 3 a check before the run, 4 "
+    "out of memory, 130 interrupted (prefix-distill help exit-codes). More pages: "
+    "prefix-distill help.",
 )
 
 
@@ -68,7 +70,8 @@ def finish(prepared, document: dict) -> None:
 
 
 def start_ranks(runtime) -> None:
-    """With --gpus, unless this process is a rank already: runs the command as so many ranks, and ends with their exit code."""
+    """With --gpus, unless this process is a rank already: runs the command as so many ranks, and
+    ends with their exit code."""
     from . import launch
 
     if (runtime.gpus or 1) == 1 or launch.launched():
@@ -81,7 +84,8 @@ def start_ranks(runtime) -> None:
 
 
 def fail(message: str, code: int, alone: bool = True) -> None:
-    """Ends the command with one line, from the launcher where there is one that speaks for its ranks (not ``alone``)."""
+    """Ends the command with one line, from the launcher where there is one that speaks for its
+    ranks (not ``alone``)."""
     message = " ".join(message.split())
     if len(message) > 1000:
         message = f"{message[:600]} … {message[-300:]}"

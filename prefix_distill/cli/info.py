@@ -12,7 +12,8 @@ from .app import app
 
 @app.command("env")
 def environment():
-    """Versions, devices, precisions and threads, for a bug report. No host name, no user, no path, no secret."""
+    """Versions, devices, precisions and threads, for a bug report. No host name, no user, no
+    path, no secret."""
     from ..engine import device as runtime
 
     document = runtime.environment()
@@ -37,7 +38,8 @@ def help_command(
         Optional[str], typer.Argument(metavar="[TOPIC]", help="A page; none: the list of them.")
     ] = None,
 ):
-    """A page of documentation, in Markdown, on stdout: recipes, methods, migration, machines, exit-codes."""
+    """A page of documentation, in Markdown, on stdout: recipes, methods, migration, machines,
+    exit-codes."""
     import difflib
     from importlib.resources import files
 
@@ -49,7 +51,8 @@ def help_command(
     if topic is None:
         for name in sorted(pages):
             print(
-                f"prefix-distill help {name:12} {pages[name].read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
+                f"prefix-distill help {name:12} "
+                f"{pages[name].read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
             )
         return
     if topic not in pages:

@@ -1,6 +1,8 @@
-"""`--gpus N`: N ranks of the same command on this machine by torch's elastic launcher, with one voice for errors and signals.
+"""`--gpus N`: N ranks of the same command on this machine by torch's elastic launcher, with one
+voice for errors and signals.
 
-torchrun and `accelerate launch` start ranks as well, on several machines too; then nothing here runs.
+torchrun and `accelerate launch` start ranks as well, on several machines too; then nothing here
+runs.
 """
 
 import contextlib
@@ -20,7 +22,9 @@ from ..errors import AT_ONCE, UserError
 
 RANK = "from prefix_distill.cli.rank import rank; rank()"  # what every rank's Python runs
 LOOK = 0.2  # seconds between a rank's looks at its launcher
-SOON = 2  # seconds: a rank that was killed later than another one complained was killed by torch's launcher, which waits 30 s
+# seconds: a rank that was killed later than another one complained was killed by torch's launcher,
+# which waits 30 s
+SOON = 2
 
 
 def launched() -> bool:
@@ -34,20 +38,24 @@ def check(count: int, device: str) -> None:
 
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(
-            f"--gpus {count} with --device {device}: every rank needs a GPU of its own; use auto, cuda or cpu"
+            f"--gpus {count} with --device {device}: every rank needs a GPU of its own; use auto, "
+            "cuda or cpu"
         )
     gpus = torch.cuda.device_count()
     if device != "cpu" and gpus < count:
         raise UserError(
-            f"--gpus {count}: {gpus} GPUs are visible here; lower it, or use --device cpu for {count} processes on the CPU"
+            f"--gpus {count}: {gpus} GPUs are visible here; lower it, or use --device cpu for "
+            f"{count} processes on the CPU"
         )
 
 
 def launch(count: int, arguments: list[str]) -> tuple[int, str | None]:
-    """Runs ``prefix-distill ARGUMENTS`` on ``count`` ranks → (exit code, what went wrong, on one line, or None).
+    """Runs ``prefix-distill ARGUMENTS`` on ``count`` ranks → (exit code, what went wrong, on one
+    line, or None).
 
-    Ctrl-C and SIGTERM are passed on once, as a wish to save and stop; a second one ends all ranks at once. A rank never
-    outlives this process. When a rank fails, torch's launcher stops the others.
+    Ctrl-C and SIGTERM are passed on once, as a wish to save and stop; a second one ends all ranks
+    at once. A rank never outlives this process. When a rank fails, torch's launcher stops the
+    others.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -122,8 +130,8 @@ def launch(count: int, arguments: list[str]) -> tuple[int, str | None]:
 
 
 def _outcome(error: BaseException | None, asked: int | None) -> tuple[int, str | None]:
-    """The exit code and message of the rank that failed by itself: one that was killed, or the first that has something to say.
-    ``asked``: the signal that was passed on."""
+    """The exit code and message of the rank that failed by itself: one that was killed, or the
+    first that has something to say. ``asked``: the signal that was passed on."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if error is None:
@@ -140,8 +148,9 @@ def _outcome(error: BaseException | None, asked: int | None) -> tuple[int, str |
     if killed and not (spoken and spoken[0][0] < killed[0][1].timestamp - SOON):
         rank, failure = killed[0]
         return 1, (
-            f"rank {rank} was ended by signal {-failure.exitcode} ({signal.Signals(-failure.exitcode).name}); the others were "
-            "stopped, --resume goes on from the newest checkpoint"
+            f"rank {rank} was ended by signal {-failure.exitcode} "
+            f"({signal.Signals(-failure.exitcode).name}); the others were stopped, --resume goes "
+            "on from the newest checkpoint"
         )
     if not spoken:
         if asked is not None:

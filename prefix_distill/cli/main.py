@@ -38,7 +38,8 @@ def _understood(group, arguments: list[str], say: bool) -> list[str]:
 
 
 def main(alone: bool = True) -> None:
-    """Runs the command; bad input ends with one line on stderr and exit code 2. Not ``alone``: the launcher speaks for its ranks."""
+    """Runs the command; bad input ends with one line on stderr and exit code 2. Not ``alone``:
+    the launcher speaks for its ranks."""
     calm_threads(os.environ)
     hide_deprecations()
     for stream in (sys.stdout, sys.stderr):
@@ -63,7 +64,8 @@ def main(alone: bool = True) -> None:
     except Exception as error:
         if _out_of_memory(error):
             fail(
-                "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype bfloat16",
+                "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype "
+                "bfloat16",
                 4,
                 alone,
             )

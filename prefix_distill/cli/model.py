@@ -14,7 +14,8 @@ from .quiet import quiet_libraries
 
 
 def print_pushed(document: dict, folder, repository: str | None, public: bool) -> None:
-    """The result document, with the address that ``folder`` was pushed to, if it was to be; a push that failed is said after it."""
+    """The result document, with the address that ``folder`` was pushed to, if it was to be; a
+    push that failed is said after it."""
     from ..results.export import push
 
     failed, url = None, None
@@ -149,14 +150,16 @@ def export_command(
     ] = None,
     **flags,
 ):
-    """A run's student, or any model, as a folder of its own: in another dtype, as GGUF, on the hub."""
+    """A run's student, or any model, as a folder of its own: in another dtype, as GGUF, on the
+    hub."""
     from pathlib import Path
 
     config = configuration.build(flags["flags"])
     repository = config.export.push
     if out is None and (repository is None or dtype != "auto" or gguf is not None):
         raise UserError(
-            "--out: name the folder to write; without it a folder can only be pushed as it is (--push-to-hub)"
+            "--out: name the folder to write; without it a folder can only be pushed as it is "
+            "(--push-to-hub)"
         )
     quiet_libraries()
     from ..results import export as exporting
@@ -165,7 +168,8 @@ def export_command(
         folder = exporting.folder_of(source, which)
         if folder is None:
             raise UserError(
-                f"export {source}: no run folder and no model folder; check the path, or name a folder with --out"
+                f"export {source}: no run folder and no model folder; check the path, or name a "
+                "folder with --out"
             )
         document = {"out": str(folder)}
     else:

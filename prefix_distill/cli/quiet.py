@@ -29,7 +29,8 @@ def hide_deprecations() -> None:
 
 
 def calm_threads(environment) -> None:
-    """How OpenMP's threads wait, where nothing else is set; before torch is imported. Long spinning at
-    barriers slows torch down when another process is busy; sleeping at once makes every small matmul wait for a wake-up."""
+    """How OpenMP's threads wait, where nothing else is set; before torch is imported. Long spinning
+    at barriers slows torch down when another process is busy; sleeping at once makes every small
+    matmul wait for a wake-up."""
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("GOMP_SPINCOUNT", "20000")  # some tens of microseconds

@@ -10,7 +10,8 @@ from .launch import LOOK
 
 
 def rank() -> None:
-    """One rank of ``launch``: passes its launcher's signal on to itself, and ends when the launcher has gone."""
+    """One rank of ``launch``: passes its launcher's signal on to itself, and ends when the
+    launcher has gone."""
     from .main import main
 
     wish, launcher = Path(sys.argv.pop(1)), int(sys.argv.pop(1))

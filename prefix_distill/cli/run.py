@@ -78,7 +78,8 @@ def run(
 @app.command()
 @with_options()
 def check(config_file: ConfigFile = None, assignments: Assignments = [], **flags):
-    """Before training: do student, teacher, prompts, sampling and this device go together? Takes what run takes, writes nothing."""
+    """Before training: do student, teacher, prompts, sampling and this device go together? Takes
+    what run takes, writes nothing."""
     values = (
         (configuration.read_yaml(config_file) if config_file else {})
         | flags["flags"]
@@ -111,7 +112,8 @@ def check(config_file: ConfigFile = None, assignments: Assignments = [], **flags
         for role in ("student", "teacher"):
             last = " ".join(f"{token!r}={i}" for i, token in shown[role]["last"])
             tell(
-                f"the {role}'s prompt, {shown[role]['ids']} ids, the last ones {last}:\n{shown[role]['text']}"
+                f"the {role}'s prompt, {shown[role]['ids']} ids, the last ones {last}:\n"
+                f"{shown[role]['text']}"
             )
         for text in prepared.notes:
             tell(text)
@@ -124,7 +126,8 @@ def check(config_file: ConfigFile = None, assignments: Assignments = [], **flags
 
 
 def _examine(prepared, samples: int, limit: float | None = None) -> None:
-    """Asks the models (``checks.examine``). Warnings join the run's; PreflightError, the first error."""
+    """Asks the models (``checks.examine``). Warnings join the run's; PreflightError, the first
+    error."""
     from ..planning import checks
 
     prepared.checks = checks.examine(prepared, samples, *([] if limit is None else [limit]))
@@ -200,7 +203,8 @@ def plan(
     ] = None,
     **flags,
 ):
-    """What a run would need, from config files alone: memory, FLOPs, time, and which cards it fits. Nothing is downloaded or written."""
+    """What a run would need, from config files alone: memory, FLOPs, time, and which cards it
+    fits. Nothing is downloaded or written."""
     values = configuration.read_yaml(config_file) if config_file else {}
     config = configuration.build(
         values | flags["flags"] | configuration.read_assignments(assignments)

@@ -1,7 +1,9 @@
-"""Names of transformers' and TRL's command lines → our flags, so that a line written for them is understood or refused by name.
+"""Names of transformers' and TRL's command lines → our flags, so that a line written for them is
+understood or refused by name.
 
-A name stands for what it means there (transformers 5, TRL 1.16): the same setting under another name, a conversion of its value, or one line
-that says what to use instead. `prefix-distill help migration` shows the table.
+A name stands for what it means there (transformers 5, TRL 1.16): the same setting under another
+name, a conversion of its value, or one line that says what to use instead. `prefix-distill help
+migration` shows the table.
 """
 
 import fnmatch
@@ -67,8 +69,9 @@ def _beta(text: str) -> list[str]:
 def _lmbda(text: str) -> list[str]:
     if (own := _number("lmbda", text)) != 1:
         raise UserError(
-            f"--lmbda {text}: there the other batches have the data set's answers; here the teacher writes them: use "
-            f"--off-policy divergence:{1 - own:g} for that share of the rollouts"
+            f"--lmbda {text}: there the other batches have the data set's answers; here the "
+            f"teacher writes them: use --off-policy divergence:{1 - own:g} for that share of the "
+            "rollouts"
         )
     return ["--off-policy", "none"]
 
@@ -87,7 +90,8 @@ def _schedule(text: str) -> list[str]:
     }
     if text not in kinds:
         raise UserError(
-            f"--lr_scheduler_type {text[:40]}: expected {', '.join(kinds)}; use --lr-schedule with one of its values"
+            f"--lr_scheduler_type {text[:40]}: expected {', '.join(kinds)}; use --lr-schedule with "
+            "one of its values"
         )
     return ["--lr-schedule", kinds[text]]
 
@@ -201,36 +205,89 @@ ALREADY = {  # what is so here anyway; another value is refused with the hint of
 }
 _HINTS = {
     "use --steps: E epochs of N prompts are E·N / --batch-size updates": "num_train_epochs",
-    "use --off-policy divergence:0.5 (the run's divergence on the teacher's text) or sft (cross-entropy), with the share of rollouts": "seq_kd",
-    "use --max-prompt-tokens for the prompt and --max-new-tokens for the response": "max_length truncation_mode vllm_max_model_length",
-    "use --generation-rows, which holds for every call of generate": "per_device_eval_batch_size auto_find_batch_size generation_batch_size",
+    "use --off-policy divergence:0.5 (the run's divergence on the teacher's text) or sft "
+    "(cross-entropy), with the share of rollouts": "seq_kd",
+    "use --max-prompt-tokens for the prompt and --max-new-tokens for the response": "max_length "
+    "truncation_mode "
+    "vllm_max_model_length",
+    "use --generation-rows, which holds for every call of generate": "per_device_eval_batch_size "
+    "auto_find_batch_size "
+    "generation_batch_size",
     "use --dtype bfloat16 or float32": "fp16 tf32 half_precision_backend *_full_eval",
     "use --plain": "disable_tqdm",
-    "use --seed, which settles prompts, rollouts and evaluation alike": "data_seed full_determinism",
-    "use --student-thinking, --teacher-thinking and --template": "chat_template_kwargs chat_template_path",
-    "sampling has --temperature, --top-p and --top-k only": "min_p repetition_penalty generation_kwargs",
+    "use --seed, which settles prompts, rollouts and evaluation alike": "data_seed "
+    "full_determinism",
+    "use --student-thinking, --teacher-thinking and --template": "chat_template_kwargs "
+    "chat_template_path",
+    "sampling has --temperature, --top-p and --top-k only": "min_p repetition_penalty "
+    "generation_kwargs",
     "download that revision and give its folder": "model_revision teacher_model_revision",
-    "a preset (gsm8k, math, …) knows its own; else give a local file": "dataset_config dataset_kwargs dataset_num_proc",
+    "a preset (gsm8k, math, …) knows its own; else give a local file": "dataset_config "
+    "dataset_kwargs "
+    "dataset_num_proc",
     "use --prompt-column": "dataset_text_field",
-    "give the settings in config.json, or prepare the model folder": "model_init_kwargs teacher_model_init_kwargs attn_implementation",
-    "an adapter is plain LoRA of --lora, --lora-alpha and --lora-targets, without dropout; leave it out": "lora_* use_rslora use_dora",
-    "--student-quantize and --teacher-quantize have nf4 (with nested constants) and int8; leave it out": "bnb_* use_bnb_nested_quant",
-    "every update is a row of metrics.jsonl and every evaluation is in scores.jsonl; leave it out": "log_* logging_* num_completions_to_print skip_memory_metrics include_num_input_tokens_seen include_for_metrics",
+    "give the settings in config.json, or prepare the model folder": "model_init_kwargs "
+    "teacher_model_init_kwargs "
+    "attn_implementation",
+    "an adapter is plain LoRA of --lora, --lora-alpha and --lora-targets, without dropout; leave "
+    "it out": "lora_* use_rslora use_dora",
+    "--student-quantize and --teacher-quantize have nf4 (with nested constants) and int8; leave it "
+    "out": "bnb_* use_bnb_nested_quant",
+    "every update is a row of metrics.jsonl and every evaluation is in scores.jsonl; leave it out": "log_* "
+    "logging_* "
+    "num_completions_to_print "
+    "skip_memory_metrics "
+    "include_num_input_tokens_seen "
+    "include_for_metrics",
     "the run is named by its folder, --out": "run_name project trackio_*",
-    "a run evaluates before, after and every --eval-every updates, with --eval-samples problems; leave it out": "do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names",
-    "a run keeps its newest two checkpoints, and its best student in best/; leave it out": "save_* load_best_model_at_end metric_for_best_model greater_is_better enable_jit_checkpoint overwrite_output_dir",
-    "--resume goes on with the same prompts in the same order; leave it out": "ignore_data_skip restore_callback_states_from_checkpoint",
-    "the optimizer is AdamW (0.9, 0.999, 1e-8), fused, in float32; leave it out": "optim optim_* adam_* lr_scheduler_kwargs",
-    "dropout is off in both models, as in evaluation; leave it out": "disable_dropout neftune_noise_alpha label_smoothing_factor",
-    "the loss is fused and in chunks (--head-memory-mb) anyway; leave it out": "use_liger_* liger_kernel_config loss_type router_aux_loss_coef",
-    "responses are sampled by transformers' generate with a KV cache; leave it out": "use_vllm vllm_* cache_implementation use_cache use_transformers_paged",
-    "each rank holds both models (DDP); leave it out": "deepspeed fsdp* ddp_* parallelism_config accelerator_config ds3_* local_rank",
-    "recomputing is by layer, not re-entrant; leave it out": "gradient_checkpointing_kwargs activation_checkpointing_kwargs activation_offloading",
-    "prompts are shuffled by --seed, and never packed; leave it out": "shuffle_dataset packing* eval_packing padding_free pad_to_multiple_of train_sampling_strategy group_by_length length_column_name "
-    "remove_unused_columns completion_only_loss assistant_only_loss dataloader_* average_tokens_across_devices",
+    "a run evaluates before, after and every --eval-every updates, with --eval-samples problems; "
+    "leave it out": "do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names",
+    "a run keeps its newest two checkpoints, and its best student in best/; leave it out": "save_* "
+    "load_best_model_at_end "
+    "metric_for_best_model "
+    "greater_is_better "
+    "enable_jit_checkpoint "
+    "overwrite_output_dir",
+    "--resume goes on with the same prompts in the same order; leave it out": "ignore_data_skip "
+    "restore_callback_states_from_checkpoint",
+    "the optimizer is AdamW (0.9, 0.999, 1e-8), fused, in float32; leave it out": "optim optim_* "
+    "adam_* "
+    "lr_scheduler_kwargs",
+    "dropout is off in both models, as in evaluation; leave it out": "disable_dropout "
+    "neftune_noise_alpha "
+    "label_smoothing_factor",
+    "the loss is fused and in chunks (--head-memory-mb) anyway; leave it out": "use_liger_* "
+    "liger_kernel_config "
+    "loss_type "
+    "router_aux_loss_coef",
+    "responses are sampled by transformers' generate with a KV cache; leave it out": "use_vllm "
+    "vllm_* "
+    "cache_implementation "
+    "use_cache "
+    "use_transformers_paged",
+    "each rank holds both models (DDP); leave it out": "deepspeed fsdp* ddp_* parallelism_config "
+    "accelerator_config ds3_* local_rank",
+    "recomputing is by layer, not re-entrant; leave it out": "gradient_checkpointing_kwargs "
+    "activation_checkpointing_kwargs "
+    "activation_offloading",
+    "prompts are shuffled by --seed, and never packed; leave it out": "shuffle_dataset packing* "
+    "eval_packing padding_free "
+    "pad_to_multiple_of "
+    "train_sampling_strategy "
+    "group_by_length "
+    "length_column_name "
+    "remove_unused_columns "
+    "completion_only_loss "
+    "assistant_only_loss "
+    "dataloader_* "
+    "average_tokens_across_devices",
     "special tokens come from the model's folder; leave it out": "eos_token pad_token",
-    "there is nothing here that it could change; leave it out": "do_train debug torch_compile* torch_empty_cache_steps ignore_bias_buffers max_tool_calling_iterations",
-    "name the repository with --push-to-hub USER/NAME, which keeps it private without --hub-public": "push_to_hub hub_*",
+    "there is nothing here that it could change; leave it out": "do_train debug torch_compile* "
+    "torch_empty_cache_steps "
+    "ignore_bias_buffers "
+    "max_tool_calling_iterations",
+    "name the repository with --push-to-hub USER/NAME, which keeps it private without --hub-public": "push_to_hub "
+    "hub_*",
 }
 REFUSED = {name: hint for hint, names in _HINTS.items() for name in names.split()}
 
@@ -258,12 +315,15 @@ def known(name: str) -> bool:
 def translate(
     arguments: list[str], valued: set[str], switches: dict[str, str | None], world: int = 1
 ) -> tuple[list[str], list[str]]:
-    """The arguments of one command → (the same in our flags, ["--learning_rate 1e-4 as --lr 1e-4", …] for what was another tool's).
+    """The arguments of one command → (the same in our flags, ["--learning_rate 1e-4 as --lr 1e-4",
+    …] for what was another tool's).
 
-    ``valued``: the command's flags that take a value; ``switches``: those that take none → their config key, if they have one.
-    Our flags may be written with underscores, and our switches with True or False behind them. A name that neither we nor the
-    tables know, or whose flag this command has not, is left for the parser to refuse. ``world``: ranks, where --gpus does not say it.
-    UserError, one line for all: refused names, a value that cannot be converted, two names for one flag.
+    ``valued``: the command's flags that take a value; ``switches``: those that take none → their
+    config key, if they have one. Our flags may be written with underscores, and our switches with
+    True or False behind them. A name that neither we nor the tables know, or whose flag this
+    command has not, is left for the parser to refuse. ``world``: ranks, where --gpus does not say
+    it. UserError, one line for all: refused names, a value that cannot be converted, two names for
+    one flag.
     """
     made, said, wrong, given, apart = [], [], [], {}, {}
     rest = list(arguments)
@@ -382,7 +442,8 @@ def _value(made: list[str], flag: str) -> str | None:
 
 
 def _batch(batch: dict, put, made: list[str], said: list[str], world: int) -> None:
-    """Prompts per update over all ranks, and how many are read at once: there they are two factors of one number."""
+    """Prompts per update over all ranks, and how many are read at once: there they are two
+    factors of one number."""
     sizes = {}
     for name, default in BATCH.items():
         spelled, value = batch.get(name, ("", str(default)))
@@ -396,8 +457,8 @@ def _batch(batch: dict, put, made: list[str], said: list[str], world: int) -> No
     put(["--batch-size", str(each * turns * ranks)], names)
     put(["--micro-batch-size", str(each)], names)
     said.append(
-        f"{names} as --batch-size {each * turns * ranks} --micro-batch-size {each} ({ranks} rank{'s' * (ranks > 1)}; every prompt has "
-        "--samples rollouts)"
+        f"{names} as --batch-size {each * turns * ranks} --micro-batch-size {each} ({ranks} "
+        f"rank{'s' * (ranks > 1)}; every prompt has --samples rollouts)"
     )
 
 
@@ -413,7 +474,8 @@ def _resume(spelled: str, value: str, made: list[str], said: list[str]) -> None:
             words = ["--resume", "--out", value]
         elif value.rstrip("/\\") != out.rstrip("/\\"):
             raise UserError(
-                f"{spelled}: a run goes on in its own folder, from its newest whole checkpoint; use --resume --out with that folder"
+                f"{spelled}: a run goes on in its own folder, from its newest whole checkpoint; "
+                "use --resume --out with that folder"
             )
     if "--resume" not in made:
         made.extend(words)

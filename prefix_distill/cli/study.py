@@ -23,7 +23,8 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, rollouts and evaluation.")] = 0,
 ):
-    """Three minutes, offline: distil the embedded pair with a prefix and with full rollouts, side by side."""
+    """Three minutes, offline: distil the embedded pair with a prefix and with full rollouts,
+    side by side."""
     from datetime import datetime
     from pathlib import Path
 
@@ -60,14 +61,16 @@ def probe(
     ] = 100,
     **flags,
 ):
-    """Before training: where the teacher disagrees, whether a prefix will do, and how long it should be."""
+    """Before training: where the teacher disagrees, whether a prefix will do, and how long it
+    should be."""
     from pathlib import Path
 
     from ..training.folder import RunFolder
 
     if problems < 1:
         raise UserError(
-            f"--problems {problems}: expected at least 1 prompt; some tens give an accuracy worth looking at"
+            f"--problems {problems}: expected at least 1 prompt; some tens give an accuracy worth "
+            "looking at"
         )
     config = configuration.build(
         flags["flags"]
@@ -113,7 +116,8 @@ def compare(
         str, typer.Option(help="Folder of the comparison; a second call goes on in it.")
     ],
 ):
-    """Run several arms × seeds from one file, one after another, and report accuracy against cost."""
+    """Run several arms × seeds from one file, one after another, and report accuracy against
+    cost."""
     from pathlib import Path
 
     from ..results import compare as comparison

@@ -15,7 +15,8 @@ MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
 
 
 def build(values: dict[str, object]) -> Config:
-    """``{"train.steps": 5, …}`` over the defaults → a checked Config. UserError names a bad key or value."""
+    """``{"train.steps": 5, …}`` over the defaults → a checked Config. UserError names a bad key
+    or value."""
     known = options()
     sections: dict[str, dict] = {section.name: {} for section in dataclasses.fields(Config)}
     for path, value in values.items():
@@ -44,11 +45,13 @@ def read_tree(path: str) -> dict:
             text = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"config file {path}: cannot be read as UTF-8 text ({type(error).__name__}); check its path"
+            f"config file {path}: cannot be read as UTF-8 text ({type(error).__name__}); check its "
+            "path"
         ) from None
     if len(text) > LARGEST:
         raise UserError(
-            f"config file {path}: it has more than {LARGEST:,} characters; settings fit in far fewer"
+            f"config file {path}: it has more than {LARGEST:,} characters; settings fit in far "
+            "fewer"
         )
     try:
         tree = _yaml(text)
@@ -59,7 +62,8 @@ def read_tree(path: str) -> dict:
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(
-            f"config file {path}: expected sections such as 'train: {{steps: 5}}', got {type(tree).__name__}"
+            f"config file {path}: expected sections such as 'train: {{steps: 5}}', got "
+            f"{type(tree).__name__}"
         )
     return tree
 
@@ -124,7 +128,8 @@ def _check_keys(mapping) -> None:
             continue
         if key.value in seen:
             raise ValueError(
-                f"the key {key.value[:80]!r} is there twice, again in line {key.start_mark.line + 1}"
+                f"the key {key.value[:80]!r} is there twice, again in line "
+                f"{key.start_mark.line + 1}"
             )
         seen.add(key.value)
 
@@ -157,14 +162,16 @@ def flatten(path: str, tree: dict) -> dict[str, object]:
     for section, keys in tree.items():
         if not isinstance(keys, dict):
             raise UserError(
-                f"config file {path}: section {reprlib.repr(section)} must hold keys, got {reprlib.repr(keys)}"
+                f"config file {path}: section {reprlib.repr(section)} must hold keys, got "
+                f"{reprlib.repr(keys)}"
             )
         values.update({f"{section}.{key}": value for key, value in keys.items()})
     return values
 
 
 def read_yaml(path: str) -> dict[str, object]:
-    """A YAML file of sections → ``{"section.key": value}``. UserError on a missing file or a wrong shape."""
+    """A YAML file of sections → ``{"section.key": value}``. UserError on a missing file or a
+    wrong shape."""
     return flatten(path, read_tree(path))
 
 
@@ -183,7 +190,8 @@ def read_assignments(assignments: list[str]) -> dict[str, object]:
 
 
 def _typed(path: str, value: object, kind: object) -> object:
-    """``value`` as the declared type; an int is a float, a number is text where text is due, nothing else is bent."""
+    """``value`` as the declared type; an int is a float, a number is text where text is due,
+    nothing else is bent."""
     if value is None and type(None) in typing.get_args(kind):
         return None
     base = value_type(kind)
@@ -194,7 +202,8 @@ def _typed(path: str, value: object, kind: object) -> object:
             pass
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise UserError(
-            f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; give a smaller one"
+            f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; give a "
+            "smaller one"
         )
     if base is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

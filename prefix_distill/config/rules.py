@@ -33,7 +33,8 @@ def check(config: Config) -> None:
         _check_value(path, get(config, path), declared)
     if (config.runtime.gpus or 1) > config.train.batch_size:
         raise UserError(
-            f"--batch-size {config.train.batch_size}: {config.runtime.gpus} ranks need at least one prompt each; raise it"
+            f"--batch-size {config.train.batch_size}: {config.runtime.gpus} ranks need at least "
+            "one prompt each; raise it"
         )
     name, _ = parse_divergence(config.divergence.name)
     estimator, _ = parse_estimator(config.divergence.estimator)
@@ -43,7 +44,8 @@ def check(config: Config) -> None:
             (
                 name != "reverse-kl",
                 f"--divergence {config.divergence.name}",
-                "the student's own tokens estimate the reverse KL only: use reverse-kl, or --estimator full",
+                "the student's own tokens estimate the reverse KL only: use reverse-kl, or "
+                "--estimator full",
             ),
             (
                 config.divergence.temperature != 1,
@@ -53,7 +55,8 @@ def check(config: Config) -> None:
             (
                 config.rollout.temperature == 0,
                 "--temperature 0",
-                "a greedy token is no sample of the student's distribution: use 1, or --estimator full",
+                "a greedy token is no sample of the student's distribution: use 1, or --estimator "
+                "full",
             ),
             (
                 off_policy is not None and off_policy.loss == "divergence",
@@ -72,14 +75,16 @@ def check(config: Config) -> None:
         ):
             if get(config, path) != options()[path].default:
                 raise UserError(
-                    f"{flag(path)} {get(config, path)} with --off-policy sft: every rollout is the teacher's and has "
-                    "the cross-entropy as its loss; leave it out, or use --off-policy divergence"
+                    f"{flag(path)} {get(config, path)} with --off-policy sft: every rollout is the "
+                    "teacher's and has the cross-entropy as its loss; leave it out, or use "
+                    "--off-policy divergence"
                 )
     if config.divergence.clip is not None and (name != "forward-kl" or estimator != "full"):
         raise UserError(
-            f"--clip {config.divergence.clip:g} with --divergence {config.divergence.name} --estimator "
-            f"{config.divergence.estimator}: the entry-wise clip is of the forward KL over the whole vocabulary; "
-            "use --divergence forward-kl --estimator full, or leave it out"
+            f"--clip {config.divergence.clip:g} with --divergence {config.divergence.name} "
+            f"--estimator {config.divergence.estimator}: the entry-wise clip is of the forward KL "
+            "over the whole vocabulary; use --divergence forward-kl --estimator full, or leave it "
+            "out"
         )
     _check_teacher(config)
     if (
@@ -87,7 +92,8 @@ def check(config: Config) -> None:
         and config.data.prompt_template.count("{prompt}") != 1
     ):
         raise UserError(
-            f"--prompt-template {config.data.prompt_template[:60]!r}: expected {{prompt}} in it once; put it where the prompt belongs"
+            f"--prompt-template {config.data.prompt_template[:60]!r}: expected {{prompt}} in it "
+            "once; put it where the prompt belongs"
         )
     for path in (
         ("adapter.alpha", "adapter.targets", "adapter.merge") if config.adapter.rank is None else ()
@@ -98,7 +104,8 @@ def check(config: Config) -> None:
         config.adapter.rank is None or config.adapter.merge
     ):
         raise UserError(
-            f"--student-quantize {config.models.student_quantize}: weights of so few bits do not train and take no adapter in; "
+            f"--student-quantize {config.models.student_quantize}: weights of so few bits do not "
+            "train and take no adapter in; "
             + (
                 "leave --lora-merge out, and merge into the full weights later"
                 if config.adapter.merge
@@ -107,7 +114,8 @@ def check(config: Config) -> None:
         )
     if config.runtime.teacher_memory is not None and config.runtime.teacher_device != "auto":
         raise UserError(
-            f"--teacher-memory {config.runtime.teacher_memory:g}: it limits --teacher-device auto; add that, or leave it out"
+            f"--teacher-memory {config.runtime.teacher_memory:g}: it limits --teacher-device auto; "
+            "add that, or leave it out"
         )
     for wrong, got in (
         ((config.runtime.gpus or 1) > 1, "--gpus"),
@@ -116,11 +124,13 @@ def check(config: Config) -> None:
     ):
         if wrong and config.runtime.teacher_device == "auto":
             raise UserError(
-                f"--teacher-device auto with {got}: it spreads one teacher with weights of its own over all GPUs; leave one of them out"
+                f"--teacher-device auto with {got}: it spreads one teacher with weights of its own "
+                "over all GPUs; leave one of them out"
             )
     if config.weights.keep is not None and config.weights.select == "all":
         raise UserError(
-            f"--keep {config.weights.keep:g}: it is the share that --select keeps; add --select soft-or, or leave it out"
+            f"--keep {config.weights.keep:g}: it is the share that --select keeps; add --select "
+            "soft-or, or leave it out"
         )
     parse_selection(config.weights.select, selected(config))
     parse_position_weight(config.weights.position)
@@ -128,7 +138,8 @@ def check(config: Config) -> None:
         for path in ("extrapolation.score", "extrapolation.problems", "extrapolation.reset"):
             if get(config, path) != options()[path].default:
                 raise UserError(
-                    f"{flag(path)} {get(config, path)}: nothing is extrapolated; add --extrapolate effopd, or leave it out"
+                    f"{flag(path)} {get(config, path)}: nothing is extrapolated; add --extrapolate "
+                    "effopd, or leave it out"
                 )
     parse_window(config.weights.window)
     parse_trackers(config.trackers.to)
@@ -141,18 +152,20 @@ def _check_teacher(config: Config) -> None:
     models, data = config.models, config.data
     if models.teacher_ema is not None and (models.teacher != SELF or models.teacher_ema == 1):
         raise UserError(
-            f"--teacher-ema {models.teacher_ema:g} with --teacher {models.teacher}: it averages the student into a copy of "
-            "itself; use --teacher self and a number below 1, such as 0.999, or leave it out"
+            f"--teacher-ema {models.teacher_ema:g} with --teacher {models.teacher}: it averages "
+            "the student into a copy of itself; use --teacher self and a number below 1, such as "
+            "0.999, or leave it out"
         )
     if models.teacher_ema is not None and models.teacher_quantize != "none":
         raise UserError(
-            f"--teacher-ema {models.teacher_ema:g} with --teacher-quantize {models.teacher_quantize}: an average needs its weights in "
-            "float32; leave one of them out"
+            f"--teacher-ema {models.teacher_ema:g} with --teacher-quantize "
+            f"{models.teacher_quantize}: an average needs its weights in float32; leave one of "
+            "them out"
         )
     if models.teacher_ema is not None and config.adapter.rank is not None:
         raise UserError(
-            f"--teacher-ema {models.teacher_ema:g} with --lora: its teacher is the student without the adapter, which does not move; "
-            "leave one of them out"
+            f"--teacher-ema {models.teacher_ema:g} with --lora: its teacher is the student without "
+            "the adapter, which does not move; leave one of them out"
         )
     if (
         models.teacher == SELF
@@ -160,20 +173,21 @@ def _check_teacher(config: Config) -> None:
         and data.teacher_thinking == data.student_thinking
     ):
         raise UserError(
-            "--teacher self: the student's own weights behind the same prompt have nothing to teach; name what the teacher "
-            "alone sees with --privileged-column, such as solution"
+            "--teacher self: the student's own weights behind the same prompt have nothing to "
+            "teach; name what the teacher alone sees with --privileged-column, such as solution"
         )
     if data.privileged_template is not None:
         if data.privileged_column is None:
             raise UserError(
-                "--privileged-template: it needs what the teacher alone sees; name it with --privileged-column"
+                "--privileged-template: it needs what the teacher alone sees; name it with "
+                "--privileged-column"
             )
         if missing := [
             name for name in ("{problem}", "{solution}") if name not in data.privileged_template
         ]:
             raise UserError(
-                f"--privileged-template {data.privileged_template[:60]!r}: it has no {missing[0]}; put it where the "
-                f"{missing[0][1:-1]} belongs"
+                f"--privileged-template {data.privileged_template[:60]!r}: it has no {missing[0]}; "
+                f"put it where the {missing[0][1:-1]} belongs"
             )
 
 
@@ -203,14 +217,16 @@ def parse_divergence(text: str) -> tuple[str, float | None]:
 
 
 def parse_estimator(text: str) -> tuple[str, int | None]:
-    """``full`` → ("full", None), ``sampled`` → ("sampled", None), ``top-k:64`` → ("top-k", 64). UserError otherwise."""
+    """``full`` → ("full", None), ``sampled`` → ("sampled", None), ``top-k:64`` → ("top-k", 64).
+    UserError otherwise."""
     name, _, size = text.partition(":")
     if text in ("full", "sampled"):
         return text, None
     if name == "top-k" and re.fullmatch(r"0*[1-9]\d{0,17}", size, re.ASCII):
         return name, int(size)
     raise UserError(
-        f"estimator '{text}': --estimator must be full, sampled or top-k:K with K at least 1, such as top-k:64"
+        f"estimator '{text}': --estimator must be full, sampled or top-k:K with K at least 1, such "
+        "as top-k:64"
     )
 
 
@@ -221,13 +237,15 @@ def parse_trackers(text: str) -> tuple[str, ...]:
         return ()
     if unknown := [name for name in names if name not in TRACKERS]:
         raise UserError(
-            f"--report-to {text!r}: expected none, or some of {', '.join(TRACKERS)} with commas, got {unknown[0]!r}"
+            f"--report-to {text!r}: expected none, or some of {', '.join(TRACKERS)} with commas, "
+            f"got {unknown[0]!r}"
         )
     return names
 
 
 def check_repository(name: str | None, public: bool) -> None:
-    """UserError unless ``name`` can be a hub repository's, or is None and nothing is to be public."""
+    """UserError unless ``name`` can be a hub repository's, or is None and nothing is to be
+    public."""
     if name is None and public:
         raise UserError(
             "--hub-public: nothing is pushed; add --push-to-hub USER/NAME, or leave it out"
@@ -236,5 +254,6 @@ def check_repository(name: str | None, public: bool) -> None:
         r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name, re.ASCII
     ):
         raise UserError(
-            f"--push-to-hub {name[:80]!r}: expected USER/NAME of letters, digits, '-', '_' and '.', such as me/my-student"
+            f"--push-to-hub {name[:80]!r}: expected USER/NAME of letters, digits, '-', '_' and "
+            "'.', such as me/my-student"
         )

@@ -46,8 +46,8 @@ class Models:
     cross_tokenizer: Literal["strict", "simct", "simct-released", "off"] = option(
         "strict",
         "--cross-tokenizer",
-        "Where the tokenizers differ, units of text are compared: strict (units of "
-        "one token on each side), simct (all), simct-released (as its authors' code), or off (refuse).",
+        "Where the tokenizers differ, units of text are compared: strict (units of one token on "
+        "each side), simct (all), simct-released (as its authors' code), or off (refuse).",
     )
     student_quantize: Literal["none", "nf4", "int8"] = option(
         "none",
@@ -68,8 +68,8 @@ class Adapter:
     rank: int | None = option(
         None,
         "--lora",
-        "Rank of a LoRA adapter: it alone trains, the student's own weights stay as they are, in the "
-        "compute dtype.",
+        "Rank of a LoRA adapter: it alone trains, the student's own weights stay as they are, in "
+        "the compute dtype.",
         "none: all weights train",
         low=1,
         high=4096,
@@ -95,9 +95,9 @@ class Data:
     dataset: str | None = option(
         None,
         "--dataset",
-        "Training prompts: .jsonl/.json/.csv/.parquet file, hub id, lab:TASK, a preset (gsm8k, math, …; "
-        "gsm8k=FILE: a copy of its form); name#1000: so many of its rows, by --seed; several with weights: "
-        "gsm8k:3,more.jsonl:1.",
+        "Training prompts: .jsonl/.json/.csv/.parquet file, hub id, lab:TASK, a preset (gsm8k, "
+        "math, …; gsm8k=FILE: a copy of its form); name#1000: so many of its rows, by --seed; "
+        "several with weights: gsm8k:3,more.jsonl:1.",
         "the embedded task",
     )
     split: str | None = option(
@@ -156,7 +156,8 @@ class Data:
     few_shot: int = option(
         0,
         "--few-shot",
-        "Training rows with their solutions shown before every prompt, drawn by --seed and not taught.",
+        "Training rows with their solutions shown before every prompt, drawn by --seed and not "
+        "taught.",
         low=0,
     )
     template: Literal["auto", "chat", "plain"] = option(
@@ -172,8 +173,8 @@ class Schedule:
     prefix: str = option(
         "25%",
         "--prefix",
-        "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full, "
-        "linear:L0:d (L0 + d·k at update k), staircase:L0:dH:every, auto (grows when its newest tokens have no "
+        "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full, linear:L0:d (L0 "
+        "+ d·k at update k), staircase:L0:dH:every, auto (grows when its newest tokens have no "
         "more to teach).",
     )
     lr: float = option(5e-5, "--lr", "Peak learning rate of AdamW.", above=0)
@@ -212,8 +213,8 @@ class Sampling:
     off_policy: str = option(
         "none",
         "--off-policy",
-        "Rollouts the teacher writes in the student's place: none, sft "
-        "(cross-entropy on them) or divergence (--divergence on them); :0.5 for that share of them.",
+        "Rollouts the teacher writes in the student's place: none, sft (cross-entropy on them) or "
+        "divergence (--divergence on them); :0.5 for that share of them.",
     )
     rows: int = option(64, "--generation-rows", "Rollouts per generate call, per rank.", low=1)
 
@@ -306,8 +307,8 @@ class Extrapolation:
     kind: Literal["none", "effopd", "always-1", "random"] = option(
         "none",
         "--extrapolate",
-        "After updates 1, 2, 4, 8, …, try points further along the way since the last such "
-        "update: none, effopd (go on while --extrapolate-score rises), always-1 or random (controls).",
+        "After updates 1, 2, 4, 8, …, try points further along the way since the last such update: "
+        "none, effopd (go on while --extrapolate-score rises), always-1 or random (controls).",
     )
     score: Literal["accuracy", "heldout-kl"] = option(
         "accuracy",
@@ -330,8 +331,8 @@ class Extrapolation:
     diagnostics: bool = option(
         False,
         "--extrapolate-diagnostics",
-        "Norm, effective rank and cosine with the final one of every "
-        "displacement, module by module (keeps copies of the weights in the run folder until the end).",
+        "Norm, effective rank and cosine with the final one of every displacement, module by "
+        "module (keeps copies of the weights in the run folder until the end).",
     )
 
 
@@ -452,8 +453,8 @@ class Trackers:
     to: str = option(
         "none",
         "--report-to",
-        "Where metrics and evaluations go beside metrics.jsonl: none, tensorboard, wandb, trackio; several "
-        "with commas.",
+        "Where metrics and evaluations go beside metrics.jsonl: none, tensorboard, wandb, trackio; "
+        "several with commas.",
     )
     name: str | None = option(
         None,
@@ -533,7 +534,8 @@ def flag(path: str) -> str:
 
 
 def replace(config: Config, **sections: dict) -> Config:
-    """A copy with some keys of some sections changed: ``replace(config, rollout={"max_new_tokens": 64})``."""
+    """A copy with some keys of some sections changed: ``replace(config,
+    rollout={"max_new_tokens": 64})``."""
     return dataclasses.replace(
         config,
         **{

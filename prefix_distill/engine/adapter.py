@@ -1,6 +1,8 @@
-"""LoRA through peft: the student's own weights stay as they are, a low-rank correction of its linear layers is trained.
+"""LoRA through peft: the student's own weights stay as they are, a low-rank correction of its
+linear layers is trained.
 
-W x + (α/r)·B A x,   A [r, in] random, B [out, r] zero, both float32                       [LoRA, arXiv 2106.09685, eq. 3]
+W x + (α/r)·B A x,   A [r, in] random, B [out, r] zero, both float32                       [LoRA,
+                     arXiv 2106.09685, eq. 3]
 """
 
 import contextlib
@@ -27,10 +29,12 @@ def _peft():
 
 
 def attach(net: torch.nn.Module, settings, seed: int, base: str):
-    """Puts a fresh adapter into ``net``'s target layers → peft's wrapper of the same network. Nothing else trains.
+    """Puts a fresh adapter into ``net``'s target layers → peft's wrapper of the same network.
+    Nothing else trains.
 
-    ``settings``: the ``adapter`` section; ``base``: the model that the adapter's files will name. A is drawn by ``seed``, whatever
-    has been drawn before. UserError where peft finds no target layer.
+    ``settings``: the ``adapter`` section; ``base``: the model that the adapter's files will name. A
+    is drawn by ``seed``, whatever has been drawn before. UserError where peft finds no target
+    layer.
     """
     peft = _peft()
     targets = (
@@ -52,8 +56,8 @@ def attach(net: torch.nn.Module, settings, seed: int, base: str):
             wrapper = peft.get_peft_model(net, config)
     except ValueError as error:
         raise UserError(
-            f"--lora-targets {settings.targets}: {' '.join(str(error).split())[:200]}; use all-linear, or names of linear layers "
-            "such as q_proj,v_proj"
+            f"--lora-targets {settings.targets}: {' '.join(str(error).split())[:200]}; use "
+            "all-linear, or names of linear layers such as q_proj,v_proj"
         ) from None
     wrapper.peft_config[NAME].base_model_name_or_path = base
     return wrapper
@@ -80,8 +84,8 @@ def _layers(net) -> list[torch.nn.Module]:
 
 @torch.no_grad()
 def merged(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of the network without adapter that computes what ``net`` computes with it: W + (α/r)·B A, in W's dtype. ``net``
-    itself is not touched."""
+    """The state dict of the network without adapter that computes what ``net`` computes with it: W
+    + (α/r)·B A, in W's dtype. ``net`` itself is not touched."""
     deltas = {
         id(layer.get_base_layer().weight): layer.get_delta_weight(NAME) for layer in _layers(net)
     }
@@ -100,7 +104,8 @@ def merged(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def base_of(folder: Path) -> str:
-    """The model that the adapter in ``folder`` was trained on. UserError where its files are not peft's, or are pickled."""
+    """The model that the adapter in ``folder`` was trained on. UserError where its files are not
+    peft's, or are pickled."""
     try:
         base = json.loads((folder / FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -111,13 +116,15 @@ def base_of(folder: Path) -> str:
         )
     if not (folder / WEIGHTS).is_file():
         raise UserError(
-            f"model {folder}: it has no {WEIGHTS}; expected an adapter in peft's format as safetensors"
+            f"model {folder}: it has no {WEIGHTS}; expected an adapter in peft's format as "
+            "safetensors"
         )
     return base
 
 
 def applied(net: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """``net`` with the adapter in ``folder`` added to its weights, for good. UserError where they do not fit each other."""
+    """``net`` with the adapter in ``folder`` added to its weights, for good. UserError where
+    they do not fit each other."""
     peft = _peft()
     try:
         return peft.PeftModel.from_pretrained(net, str(folder)).merge_and_unload()

@@ -1,9 +1,12 @@
-"""Two tokenizations of one text → units of text that both models have an opinion on, and the tokens they share. In bytes.
+"""Two tokenizations of one text → units of text that both models have an opinion on, and the tokens
+they share. In bytes.
 
-    common boundaries = byte ends shared by both tokenizations ;  a unit = the text between two consecutive ones
-    shared vocabulary O = pairs of ids with the same bytes, and end-of-sequence with end-of-sequence
+    common boundaries = byte ends shared by both tokenizations ;  a unit = the text between two
+    consecutive ones shared vocabulary O = pairs of ids with the same bytes, and end-of-sequence
+    with end-of-sequence
 
-Source: SimCT, arXiv 2605.07711. Bytes make the alignment exact where a character is split between tokens.
+Source: SimCT, arXiv 2605.07711. Bytes make the alignment exact where a character is split between
+tokens.
 """
 
 import functools
@@ -27,8 +30,8 @@ PROBES = (
 
 
 def _alphabet() -> dict[str, int]:
-    """The 256 characters that byte-level tokenizers write bytes with (GPT-2): printable Latin-1 stands for itself, the rest
-    for 256, 257, …"""
+    """The 256 characters that byte-level tokenizers write bytes with (GPT-2): printable Latin-1
+    stands for itself, the rest for 256, 257, …"""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -38,18 +41,21 @@ ALPHABET = _alphabet()
 
 
 class Bytes:
-    """A tokenizer in bytes: what every id stands for, and its tokenization of a text that goes on from a prompt.
+    """A tokenizer in bytes: what every id stands for, and its tokenization of a text that goes on
+    from a prompt.
 
-    ``table[id]``: the bytes of an id; None for special tokens and ids without text. ``encode`` puts no space or special token in
-    front, and takes the text of a special token as text. UserError for a tokenizer that cannot be read this way.
+    ``table[id]``: the bytes of an id; None for special tokens and ids without text. ``encode`` puts
+    no space or special token in front, and takes the text of a special token as text. UserError for
+    a tokenizer that cannot be read this way.
     """
 
     def __init__(self, tokenizer, name: str):
         core = getattr(tokenizer, "backend_tokenizer", None)
         if core is None:
             raise UserError(
-                f"model {name}: its tokenizer has no fast form (tokenizer.json), so its tokens cannot be aligned with "
-                "another tokenizer's; convert it, or choose a pair with one tokenizer"
+                f"model {name}: its tokenizer has no fast form (tokenizer.json), so its tokens "
+                "cannot be aligned with another tokenizer's; convert it, or choose a pair with one "
+                "tokenizer"
             )
         spec = json.loads(core.to_str())
         self.name, special = (
@@ -79,7 +85,8 @@ class Bytes:
         self.core.encode_special_tokens = True
 
     def _meaning(self, spec: dict):
-        """token → bytes, as the tokenizer's own decoder puts text together. UserError for one that loses bytes."""
+        """token → bytes, as the tokenizer's own decoder puts text together. UserError for one
+        that loses bytes."""
         model, stages = spec["model"], _stages(spec["decoder"], "decoders")
         kinds = {stage["type"] for stage in stages}
         lossy = (
@@ -89,8 +96,9 @@ class Bytes:
         )
         if lossy or kinds - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
             raise UserError(
-                f"model {self.name}: its tokenizer ({model['type']}, decoder {', '.join(sorted(kinds)) or 'none'}) does not keep "
-                "the bytes of a text, so it cannot be aligned with another; choose a pair with one tokenizer"
+                f"model {self.name}: its tokenizer ({model['type']}, decoder "
+                f"{', '.join(sorted(kinds)) or 'none'}) does not keep the bytes of a text, so it "
+                "cannot be aligned with another; choose a pair with one tokenizer"
             )
         if "ByteLevel" in kinds:
             return lambda token: (
@@ -119,7 +127,8 @@ class Bytes:
         return tuple(self.core.encode(text, add_special_tokens=False).ids)
 
     def read(self, ids) -> tuple[bytes, list[int]]:
-        """The bytes of ``ids`` up to the first without any, and where each of these ids ends in them."""
+        """The bytes of ``ids`` up to the first without any, and where each of these ids ends in
+        them."""
         data, ends = bytearray(), []
         for i in ids:
             piece = self.table[i] if i < len(self.table) else None
@@ -130,7 +139,8 @@ class Bytes:
         return bytes(data), ends
 
     def canonical(self) -> dict[bytes, int]:
-        """bytes → id. Of several ids with the same bytes, the one that ``encode`` gives, else one that is no byte fallback."""
+        """bytes → id. Of several ids with the same bytes, the one that ``encode`` gives, else
+        one that is no byte fallback."""
         groups: dict[bytes, list[int]] = {}
         for i, piece in enumerate(self.table):
             if piece is not None:
@@ -148,8 +158,8 @@ class Bytes:
         return min(ids, key=lambda i: (i in self.fallback, i))
 
     def changes(self) -> str | None:
-        """A plain text that the tokenizer makes another text of (it lower-cases, say); None where it does not. One that ends at a
-        character it has no token for is not another text."""
+        """A plain text that the tokenizer makes another text of (it lower-cases, say); None where
+        it does not. One that ends at a character it has no token for is not another text."""
         return next(
             (
                 text
@@ -204,8 +214,8 @@ def _valid(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Shared:
-    """O as two lists of ids of equal length, without end-of-sequence, and each side's end-of-sequence ids, which are one event:
-    a turn that ends."""
+    """O as two lists of ids of equal length, without end-of-sequence, and each side's
+    end-of-sequence ids, which are one event: a turn that ends."""
 
     student: tuple[int, ...]
     teacher: tuple[int, ...]
@@ -215,9 +225,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Student and teacher with different tokenizers. ``mode``: strict (units of one token on each side), simct (all units) or
-    simct-released (neighbouring units that are not 1:1 are one, as in the authors' code). ``student_eos``, ``teacher_eos``: ids that
-    end a turn, the one that is put at the end of a text first; ``positions``: the teacher's, in tokens (None: unlimited)."""
+    """Student and teacher with different tokenizers. ``mode``: strict (units of one token on each
+    side), simct (all units) or simct-released (neighbouring units that are not 1:1 are one, as in
+    the authors' code). ``student_eos``, ``teacher_eos``: ids that end a turn, the one that is put
+    at the end of a text first; ``positions``: the teacher's, in tokens (None: unlimited)."""
 
     mode: str
     student: Bytes
@@ -244,8 +255,8 @@ class Alignment:
         )
 
     def rollout(self, rollout: Rollout) -> Rollout:
-        """The same rollout as both models read it: with the teacher's tokens of its text, and those of its units for which the
-        teacher has positions."""
+        """The same rollout as both models read it: with the teacher's tokens of its text, and those
+        of its units for which the teacher has positions."""
         teacher_ids, units = self.align(rollout.ids, rollout.finished)
         if self.positions is not None:
             room = self.positions - len(rollout.teacher_prompt)
@@ -255,12 +266,13 @@ class Alignment:
     def align(
         self, ids: tuple[int, ...], finished: bool, written: tuple[int, ...] | None = None
     ) -> tuple[tuple[int, ...], tuple[Unit, ...]]:
-        """(the teacher's ids of the text of the student's ``ids``, the units); with ``written``, these are the teacher's ids of the
-        same text, without end-of-sequence.
+        """(the teacher's ids of the text of the student's ``ids``, the units); with ``written``,
+        these are the teacher's ids of the same text, without end-of-sequence.
 
-        The last unit is kept where end-of-sequence closes both sides. Where the text was cut, the unit at its end is dropped: more
-        text could have been tokenized otherwise. As cut counts a text from where it stops being valid UTF-8 (a character cut in
-        two), from a special token on, and from where the teacher's tokenizer does not give it back (it normalises).
+        The last unit is kept where end-of-sequence closes both sides. Where the text was cut, the
+        unit at its end is dropped: more text could have been tokenized otherwise. As cut counts a
+        text from where it stops being valid UTF-8 (a character cut in two), from a special token
+        on, and from where the teacher's tokenizer does not give it back (it normalises).
         """
         body = ids[:-1] if finished else ids
         data, ends = self.student.read(body)
@@ -300,7 +312,8 @@ class Alignment:
         return teacher_ids[: len(others)], tuple(units)
 
     def to_student(self, ids: tuple[int, ...], finished: bool) -> tuple[int, ...]:
-        """The student's tokens of a text that the teacher wrote. Of a text that was cut, without the last token."""
+        """The student's tokens of a text that the teacher wrote. Of a text that was cut, without
+        the last token."""
         body = ids[:-1] if finished else ids
         data, ends = self.teacher.read(body)
         text = _valid(data)
@@ -310,11 +323,13 @@ class Alignment:
 
 
 def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
-    """How two ``Model``s' tokens compare, and why; sets the ``support`` of both heads, the leading ids they may speak about.
+    """How two ``Model``s' tokens compare, and why; sets the ``support`` of both heads, the leading
+    ids they may speak about.
 
-    None: id by id, on the ids both have; the token → id maps are equal, or every id with text stands for the same bytes on both
-    sides and some special ones are named differently or missing. Else an Alignment. UserError where a head has too few rows,
-    where the tokenizers differ and ``mode`` is off, and for a tokenizer that changes plain text.
+    None: id by id, on the ids both have; the token → id maps are equal, or every id with text
+    stands for the same bytes on both sides and some special ones are named differently or missing.
+    Else an Alignment. UserError where a head has too few rows, where the tokenizers differ and
+    ``mode`` is off, and for a tokenizer that changes plain text.
     """
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     real = [max(vocabulary.values()) + 1 for vocabulary in (ours, theirs)]
@@ -326,7 +341,8 @@ def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
         if rows == real:
             return None, f"vocabulary {real[0]:,}: equal on both sides"
         return None, (
-            f"vocabulary {real[0]:,}: both heads cut to the real ids (student {rows[0]:,} rows, teacher {rows[1]:,})"
+            f"vocabulary {real[0]:,}: both heads cut to the real ids (student {rows[0]:,} rows, "
+            f"teacher {rows[1]:,})"
         )
     names = [{i: token for token, i in vocabulary.items()} for vocabulary in (ours, theirs)]
     differ = [
@@ -345,19 +361,22 @@ def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
     ):
         student.support = teacher.support = both
         return None, (
-            f"vocabulary {both:,}: all {sum(piece is not None for piece in sides[0].table):,} ids with text stand for the same bytes "
-            f"on both sides, {len(differ)} special ids differ by name (student / teacher: {shown}) and are compared by id"
+            f"vocabulary {both:,}: all {sum(piece is not None for piece in sides[0].table):,} ids "
+            f"with text stand for the same bytes on both sides, {len(differ)} special ids differ "
+            f"by name (student / teacher: {shown}) and are compared by id"
         )
     if mode == "off":
         raise UserError(
-            f"tokenizers differ on {len(differ)} ids (student / teacher: {shown}) and --cross-tokenizer is off; choose a pair "
-            "with one tokenizer, or --cross-tokenizer strict, simct or simct-released"
+            f"tokenizers differ on {len(differ)} ids (student / teacher: {shown}) and "
+            "--cross-tokenizer is off; choose a pair with one tokenizer, or --cross-tokenizer "
+            "strict, simct or simct-released"
         )
     for side in sides:
         if (text := side.changes()) is not None:
             raise UserError(
-                f"model {side.name}: its tokenizer makes another text of {text!r} ({_valid(side.read(side.encode(text))[0])!r}), "
-                "so it cannot be aligned with another; choose a pair with one tokenizer"
+                f"model {side.name}: its tokenizer makes another text of {text!r} "
+                f"({_valid(side.read(side.encode(text))[0])!r}), so it cannot be aligned with "
+                "another; choose a pair with one tokenizer"
             )
     student.support, teacher.support = real
     ends = (
@@ -368,16 +387,19 @@ def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
     common = len(found.shared.student)
     if not common:
         raise UserError(
-            f"tokenizers: not one token of {student.name} has the bytes of one of {teacher.name}; choose another pair"
+            f"tokenizers: not one token of {student.name} has the bytes of one of {teacher.name}; "
+            "choose another pair"
         )
     return found, (
-        f"tokenizers differ on {len(differ):,} ids (student / teacher: {shown}): units of text are compared (--cross-tokenizer {mode}); "
-        f"{common:,} tokens are shared, of the student's {real[0]:,} and the teacher's {real[1]:,}"
+        f"tokenizers differ on {len(differ):,} ids (student / teacher: {shown}): units of text are "
+        f"compared (--cross-tokenizer {mode}); {common:,} tokens are shared, of the student's "
+        f"{real[0]:,} and the teacher's {real[1]:,}"
     )
 
 
 def _same_text(ours: Bytes, theirs: Bytes, both: int) -> bool:
-    """Does every id below ``both`` stand for the same bytes, none beyond it for any, and is plain text tokenized alike?"""
+    """Does every id below ``both`` stand for the same bytes, none beyond it for any, and is
+    plain text tokenized alike?"""
     return (
         ours.table[:both] == theirs.table[:both]
         and not any(ours.table[both:] + theirs.table[both:])
@@ -393,8 +415,8 @@ def _common(a: bytes, b: bytes) -> int:
 
 
 def census(rollouts) -> dict[str, int]:
-    """The students' tokens of rollouts with units: in units of one token on each side (``exact``), in other units (``span``), in none
-    (``dropped``), together (``tokens``)."""
+    """The students' tokens of rollouts with units: in units of one token on each side (``exact``),
+    in other units (``span``), in none (``dropped``), together (``tokens``)."""
     found = {"tokens": 0, "exact": 0, "span": 0, "dropped": 0}
     for r in rollouts:
         if r.units is not None:

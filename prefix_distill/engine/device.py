@@ -56,7 +56,8 @@ def choose_device(text: str, local_rank: int, sharing: int, reasons: list[str]) 
     """``sharing``: ranks of this machine that need a device each."""
     if sharing > 1 and text.startswith("cuda:"):
         raise UserError(
-            f"device '{text}': {sharing} ranks run on this machine and need a GPU each; use cuda or auto"
+            f"device '{text}': {sharing} ranks run on this machine and need a GPU each; use cuda "
+            "or auto"
         )
     if text == "cuda" and torch.cuda.is_available():
         text = f"cuda:{local_rank}"
@@ -70,14 +71,16 @@ def choose_device(text: str, local_rank: int, sharing: int, reasons: list[str]) 
         reasons.append(f"device {text}: {why}")
     if sharing > 1 and text == "mps":
         raise UserError(
-            f"device 'mps': {sharing} ranks run on this machine and need a GPU each; use --device cpu"
+            f"device 'mps': {sharing} ranks run on this machine and need a GPU each; use --device "
+            "cpu"
         )
     try:
         device = torch.device(text)
         torch.zeros(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
         raise UserError(
-            f"device '{text}': not available here ({(str(error).splitlines() or [''])[0][:200]}); use cpu or auto"
+            f"device '{text}': not available here ({(str(error).splitlines() or [''])[0][:200]}); "
+            "use cpu or auto"
         ) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -94,11 +97,13 @@ def best_dtype(device: torch.device, count: Callable[[], int]) -> tuple[torch.dt
         if parameters >= SMALL_MODEL:
             return (
                 torch.bfloat16,
-                f"bfloat16: the CPU has AMX tiles and the student {parameters / 1e6:.0f} M parameters",
+                f"bfloat16: the CPU has AMX tiles and the student {parameters / 1e6:.0f} M "
+                "parameters",
             )
         return (
             torch.float32,
-            f"float32: a student of {parameters / 1e6:.2f} M parameters gains nothing from bfloat16 on a CPU",
+            f"float32: a student of {parameters / 1e6:.2f} M parameters gains nothing from "
+            "bfloat16 on a CPU",
         )
     return torch.float32, f"float32: {device.type} without fast bfloat16"
 
@@ -177,8 +182,9 @@ THREADS = (
 
 
 def environment() -> dict:
-    """What a bug report needs: versions, devices with memory (bytes), precisions, threads. Of the environment's variables only those of
-    THREADS that are short and plain; no host name, no user, no path."""
+    """What a bug report needs: versions, devices with memory (bytes), precisions, threads. Of the
+    environment's variables only those of THREADS that are short and plain; no host name, no user,
+    no path."""
     from importlib import metadata
 
     def version(name: str) -> str | None:
@@ -211,7 +217,8 @@ def environment() -> dict:
 
 
 def _devices() -> list[dict]:
-    """Every device with its memory and what --dtype auto takes there for a student of a billion parameters."""
+    """Every device with its memory and what --dtype auto takes there for a student of a billion
+    parameters."""
     found = [{"device": "cpu", "name": platform.machine(), "memory_bytes": _main_memory()}]
     for i in range(torch.cuda.device_count()):
         found.append(

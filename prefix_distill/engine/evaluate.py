@@ -1,4 +1,5 @@
-"""Sample, grade, measure: accuracy with intervals, pass@k, length, endings, repetition; and the held-out KL.
+"""Sample, grade, measure: accuracy with intervals, pass@k, length, endings, repetition; and the
+held-out KL.
 
 Evaluation has fixed prompts and seeds of its own and never sees the prefix cap.
 """
@@ -16,7 +17,8 @@ from .sampling import Request, Sampler, generate
 
 
 def repeats(ids: tuple[int, ...]) -> bool:
-    """Is the response caught in a loop: do more than half of its 4-grams of tokens occur earlier in it?"""
+    """Is the response caught in a loop: do more than half of its 4-grams of tokens occur earlier
+    in it?"""
     grams = [ids[i : i + 4] for i in range(len(ids) - 3)]
     return bool(grams) and len(set(grams)) < len(grams) / 2
 
@@ -62,10 +64,11 @@ def evaluate(
 ) -> Score:
     """Samples ``samples`` full answers per problem and grades them.
 
-    ``problems``: (Prompt, prompt ids) pairs. Draws are seeded by (seed, problem, sample) alone, so every evaluation of a
-    run, and of two models, is paired. accuracy: avg@k over problems; pass_at_k: share with at least one right answer;
-    both None when a problem has no reference. Sharded over ranks, grading too (its time limit must not make ranks disagree),
-    gathered in problem order.
+    ``problems``: (Prompt, prompt ids) pairs. Draws are seeded by (seed, problem, sample) alone, so
+    every evaluation of a run, and of two models, is paired. accuracy: avg@k over problems;
+    pass_at_k: share with at least one right answer; both None when a problem has no reference.
+    Sharded over ranks, grading too (its time limit must not make ranks disagree), gathered in
+    problem order.
     """
     mine = [(i, s) for i in range(len(problems)) for s in range(samples)][place.rank :: place.world]
     requests = [Request(tuple(problems[i][1]), ("evaluate", i, s)) for i, s in mine]
@@ -122,7 +125,8 @@ def _share(rows: list[dict], key: str) -> float:
 def fixed_rollouts(
     student: Model, rendered: list, sampler: Sampler, max_new_tokens: int, place: Place, spent=None
 ) -> list[Rollout]:
-    """Full-length rollouts of held-out prompts: the fixed contexts on which a run measures its KL before and after."""
+    """Full-length rollouts of held-out prompts: the fixed contexts on which a run measures its
+    KL before and after."""
     requests = [Request(r.student_ids, ("held-out", i)) for i, r in enumerate(rendered)]
     mine = requests[place.rank :: place.world]
     responses = generate(student, mine, max_new_tokens, sampler, spent) if mine else []
@@ -143,8 +147,9 @@ def held_out_facts(
     rows: int,
     spent=None,
 ) -> list[dict[str, list[float | None]]]:
-    """``scoring.row_statistics`` (reverse KL(S‖T), temperature 1) of fixed rollouts → per rollout: name → a number per token; across
-    tokenizers (``shared``) at the first token of each unit that is taught, None elsewhere. Sharded over ranks."""
+    """``scoring.row_statistics`` (reverse KL(S‖T), temperature 1) of fixed rollouts → per rollout:
+    name → a number per token; across tokenizers (``shared``) at the first token of each unit that
+    is taught, None elsewhere. Sharded over ranks."""
     found = scoring.token_statistics(
         Terms("reverse-kl", dtype=place.head_dtype),
         student,

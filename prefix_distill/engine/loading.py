@@ -30,24 +30,25 @@ def load_model(
     quantize: str = "none",
     spread: int | None = None,
 ) -> Model:
-    """Loads a model by hub id, folder (with weights, or a LoRA adapter), ``.gguf`` file or ``lab:TASK/ROLE``; dropout off, nothing
-    trainable yet.
+    """Loads a model by hub id, folder (with weights, or a LoRA adapter), ``.gguf`` file or
+    ``lab:TASK/ROLE``; dropout off, nothing trainable yet.
 
-    ``quantize``: ``nf4`` or ``int8``, the linear layers but the head in so many bits (bitsandbytes, through transformers). ``spread``:
-    bytes of each GPU (without one: of main memory) that it may fill; layers that do not fit stay in main memory, or on disk, and come
-    when they are needed (accelerate). The head stays on ``device``.
+    ``quantize``: ``nf4`` or ``int8``, the linear layers but the head in so many bits (bitsandbytes,
+    through transformers). ``spread``: bytes of each GPU (without one: of main memory) that it may
+    fill; layers that do not fit stay in main memory, or on disk, and come when they are needed
+    (accelerate). The head stays on ``device``.
 
-    ``dtype``: "auto" for that of the files. Reads safetensors (or GGUF) only, never pickle, and runs no code of the folder's unless
-    asked to. UserError when it is missing or unreadable, lacks a weight that its config.json asks for, has no end-of-sequence id or
-    has non-finite weights.
+    ``dtype``: "auto" for that of the files. Reads safetensors (or GGUF) only, never pickle, and
+    runs no code of the folder's unless asked to. UserError when it is missing or unreadable, lacks
+    a weight that its config.json asks for, has no end-of-sequence id or has non-finite weights.
     """
     folder, extra = locate(name)
     if extra == ADAPTER and quantize == "none" and spread is None:
         return _with_adapter(name, Path(folder), device, dtype, trust_remote_code)
     if extra and (quantize != "none" or spread is not None):
         raise UserError(
-            f"model {name}: an adapter or a .gguf file can be neither quantised nor spread; export it to a folder of weights first "
-            "(prefix-distill export)"
+            f"model {name}: an adapter or a .gguf file can be neither quantised nor spread; export "
+            "it to a folder of weights first (prefix-distill export)"
         )
     gguf = {k: v for k, v in extra.items() if k == "gguf_file"}
     scratch = None if spread is None else tempfile.TemporaryDirectory(prefix="prefix-distill-")
@@ -99,18 +100,20 @@ def load_model(
         if "trust_remote_code" in str(error):
             hint = "read that code, then add --trust-remote-code to run it"
         raise UserError(
-            f"model {name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {hint}"
+            f"model {name}: cannot be loaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); {hint}"
         ) from None
     if wrong := sorted(found["mismatched_keys"]):
         key, held, due = wrong[0]
         raise UserError(
-            f"model {name}: weight {key} has shape {list(held)}, but its config.json asks for {list(due)} ({len(wrong)} such "
-            "weights); use the config.json that came with the weights"
+            f"model {name}: weight {key} has shape {list(held)}, but its config.json asks for "
+            f"{list(due)} ({len(wrong)} such weights); use the config.json that came with the "
+            "weights"
         )
     if missing := sorted(found["missing_keys"]):
         raise UserError(
-            f"model {name}: its files lack the weight {missing[0]} that its config.json asks for ({len(missing)} such weights); "
-            "use a complete copy"
+            f"model {name}: its files lack the weight {missing[0]} that its config.json asks for "
+            f"({len(missing)} such weights); use a complete copy"
         )
     generation_config, net.generation_config = net.generation_config, GenerationConfig()
     net = net if quantize != "none" or spread is not None else net.to(device)
@@ -125,8 +128,8 @@ def load_model(
     )
     if not model.eos:
         raise UserError(
-            f"model {name}: neither its generation config nor its tokenizer names an end-of-sequence token; "
-            "set eos_token in tokenizer_config.json"
+            f"model {name}: neither its generation config nor its tokenizer names an "
+            "end-of-sequence token; set eos_token in tokenizer_config.json"
         )
     for key, weight in net.named_parameters():
         if not weight.is_meta and not torch.isfinite(weight).all():
@@ -153,7 +156,8 @@ def _bits(quantize: str, dtype: torch.dtype):
 def _spread(
     config, device: torch.device, dtype: torch.dtype, limit: int, trust_remote_code: bool
 ) -> dict:
-    """Which part of the network goes where: accelerate's plan, with the head on ``device``, whose weights the loss reads itself."""
+    """Which part of the network goes where: accelerate's plan, with the head on ``device``,
+    whose weights the loss reads itself."""
     from accelerate import infer_auto_device_map
 
     logging.getLogger("accelerate").setLevel(
@@ -183,7 +187,8 @@ def _spread(
 
 
 def _apart(places: dict, net: torch.nn.Module, name: str) -> None:
-    """Gives the module ``name`` an entry of its own in a device map: what holds it is replaced by its parts."""
+    """Gives the module ``name`` an entry of its own in a device map: what holds it is replaced
+    by its parts."""
     while name not in places:
         holder = max(
             (key for key in places if not key or f"{name}.".startswith(f"{key}.")), key=len
@@ -220,17 +225,19 @@ def count(name: str, trust_remote_code: bool = False) -> int:
             )
     except Exception as error:  # as in load
         raise UserError(
-            f"model {name}: its config cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}); give a hub id "
-            "or a folder with config.json"
+            f"model {name}: its config cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); give a hub id or a folder with config.json"
         ) from None
 
 
 def _with_adapter(name: str, folder: Path, device, dtype, trust_remote_code: bool) -> Model:
-    """A folder with an adapter in peft's format: its base model with the adapter added to the weights."""
+    """A folder with an adapter in peft's format: its base model with the adapter added to the
+    weights."""
     base = adapter.base_of(folder)
     if (Path(base) / FILE).is_file():
         raise UserError(
-            f"model {name}: its base model {base} is an adapter itself; merge that first (prefix-distill export)"
+            f"model {name}: its base model {base} is an adapter itself; merge that first "
+            "(prefix-distill export)"
         )
     as_stored = dtype == "auto"
     model = load_model(
@@ -248,10 +255,12 @@ def _with_adapter(name: str, folder: Path, device, dtype, trust_remote_code: boo
 
 
 def with_adapter(model: Model, settings, seed: int) -> Model:
-    """``model`` with a LoRA adapter that trains (``adapter.attach``), its weights in their dtype."""
+    """``model`` with a LoRA adapter that trains (``adapter.attach``), its weights in their
+    dtype."""
     if (Path(model.name) / FILE).is_file():
         raise UserError(
-            f"--lora with --student {model.name}: it is an adapter itself; merge it first (prefix-distill export)"
+            f"--lora with --student {model.name}: it is an adapter itself; merge it first "
+            "(prefix-distill export)"
         )
     base = (
         model.name
@@ -265,8 +274,8 @@ def with_adapter(model: Model, settings, seed: int) -> Model:
 
 
 def locate(name: str) -> tuple[str, dict]:
-    """(folder or hub id, what ``from_pretrained`` needs besides; ADAPTER for a folder that holds an adapter). UserError where a path
-    leads nowhere."""
+    """(folder or hub id, what ``from_pretrained`` needs besides; ADAPTER for a folder that holds an
+    adapter). UserError where a path leads nowhere."""
     if name.startswith(LAB):
         task, _, role = name[len(LAB) :].partition("/")
         try:
@@ -288,7 +297,8 @@ def locate(name: str) -> tuple[str, dict]:
             return str(path), ADAPTER
         if not (path / "config.json").is_file():
             raise UserError(
-                f"model {name}: the folder has no config.json; give a folder written by save_pretrained"
+                f"model {name}: the folder has no config.json; give a folder written by "
+                "save_pretrained"
             )
     elif is_path(name) or name.count("/") > 1:
         raise UserError(f"model {name}: no such folder; check the path")
@@ -307,15 +317,17 @@ def check_config(name: str, folder: str, config) -> None:
         value = getattr(text, key, None)
         if isinstance(value, int) and not 1 <= value <= (most or value):
             raise UserError(
-                f"model {name}: its config.json has {key} {value}; expected at least 1{f' and at most {most}' if most else ''}; "
-                "use the config.json that came with the weights"
+                f"model {name}: its config.json has {key} {value}; expected at least "
+                f"1{f' and at most {most}' if most else ''}; use the config.json that came with "
+                "the weights"
             )
     index = Path(folder) / "model.safetensors.index.json"
     if index.is_file():
         for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
             if not file.endswith(".safetensors"):
                 raise UserError(
-                    f"model {name}: {index.name} names {file}; expected .safetensors files only; convert the weights"
+                    f"model {name}: {index.name} names {file}; expected .safetensors files only; "
+                    "convert the weights"
                 )
     if (Path(folder) / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(
@@ -332,8 +344,8 @@ def _eos(name: str, generation_config, tokenizer, rows: int) -> frozenset[int]:
     }
     if wrong := [i for i in ids if type(i) is not int or not 0 <= i < rows]:
         raise UserError(
-            f"model {name}: end-of-sequence id {wrong[0]}; expected an id of its vocabulary, 0 to {rows - 1}; repair eos_token_id in "
-            "generation_config.json"
+            f"model {name}: end-of-sequence id {wrong[0]}; expected an id of its vocabulary, 0 to "
+            f"{rows - 1}; repair eos_token_id in generation_config.json"
         )
     return frozenset(ids)
 
@@ -346,14 +358,15 @@ def check_rows(model: Model) -> None:
     )
     if rows < ids:
         raise UserError(
-            f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has only {rows} rows; "
-            "resize the model's embeddings or use its own tokenizer"
+            f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has "
+            f"only {rows} rows; resize the model's embeddings or use its own tokenizer"
         )
 
 
 @torch.no_grad()
 def check_head(model: Model) -> float:
-    """Refuses a model whose logits are not head(trunk): the loss would teach another distribution → how far they are (nats)."""
+    """Refuses a model whose logits are not head(trunk): the loss would teach another
+    distribution → how far they are (nats)."""
     ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
     ours = model.head().logits(model.trunk(ids)[0])
     with model.form():
@@ -365,12 +378,13 @@ def check_head(model: Model) -> float:
     own = own.to(ours.device)
     if not torch.isfinite(own).all():
         raise UserError(
-            f"model {model.name}: its logits hold NaN or infinity; use an intact copy or --dtype float32"
+            f"model {model.name}: its logits hold NaN or infinity; use an intact copy or --dtype "
+            "float32"
         )
     gap = (torch.log_softmax(ours, -1) - torch.log_softmax(own, -1)).abs().max().item()
     if gap > (1e-3 if model.net.dtype == torch.float32 else 0.25):
         raise UserError(
-            f"model {model.name}: its logits are not its output head applied to its hidden states (log-probabilities "
-            f"differ by {gap:.2g} nats); this architecture is not supported"
+            f"model {model.name}: its logits are not its output head applied to its hidden states "
+            f"(log-probabilities differ by {gap:.2g} nats); this architecture is not supported"
         )
     return gap

@@ -23,15 +23,18 @@ FEW_ROWS, LARGE_WEIGHT = (
 
 @dataclass
 class Model:
-    """A causal language model in two parts, trunk and head, so that the head can run on taught rows only.
+    """A causal language model in two parts, trunk and head, so that the head can run on taught rows
+    only.
 
-    ``generation_config`` is the one that came with the weights and is saved with them; the network's own is blank, so
-    that no sampling field of it can shape a rollout. ``eos``: ids that end a turn. ``shares_prompts``: several responses may
-    be read behind one reading of their prompt, because that was shown to be exact (``check_sharing``). ``recomputes``: a
-    training step keeps only each layer's input and runs the layer again in backward (gradient checkpointing). ``support``: the
-    head speaks about so many leading ids (None: all). ``adapter``: peft's wrapper of ``net`` where a LoRA adapter trains in it;
-    ``adapter_off``: this is the network without it. ``home``: the head's device, where the layers are spread over several places
-    (``scratch``: a folder that must live as long).
+    ``generation_config`` is the one that came with the weights and is saved with them; the
+    network's own is blank, so that no sampling field of it can shape a rollout. ``eos``: ids that
+    end a turn. ``shares_prompts``: several responses may be read behind one reading of their
+    prompt, because that was shown to be exact (``check_sharing``). ``recomputes``: a training step
+    keeps only each layer's input and runs the layer again in backward (gradient checkpointing).
+    ``support``: the head speaks about so many leading ids (None: all). ``adapter``: peft's wrapper
+    of ``net`` where a LoRA adapter trains in it; ``adapter_off``: this is the network without it.
+    ``home``: the head's device, where the layers are spread over several places (``scratch``: a
+    folder that must live as long).
     """
 
     name: str
@@ -68,17 +71,19 @@ class Model:
 
     @property
     def positions(self) -> int | None:
-        """Longest sequence (prompt + response) the model has positions for, in tokens; None when unlimited."""
+        """Longest sequence (prompt + response) the model has positions for, in tokens; None when
+        unlimited."""
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def reads_once(self) -> bool:
-        """Is a prompt read once for all its samples in scoring and training? (A layer that writes the cache cannot run twice.)"""
+        """Is a prompt read once for all its samples in scoring and training? (A layer that
+        writes the cache cannot run twice.)"""
         return self.shares_prompts and not self.recomputes
 
     def trunk(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [B, T, D], after the last norm. No mask: causal attention keeps what lies to the right of a
-        row's end (padding) from its tokens."""
+        """Final hidden states [B, T, D], after the last norm. No mask: causal attention keeps what
+        lies to the right of a row's end (padding) from its tokens."""
         with (
             self.form(),
             _recomputing(self.net)
@@ -90,8 +95,8 @@ class Model:
             )
 
     def trunk_cached(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache=None):
-        """(final hidden states of ``ids_BT``, the KV cache after them). ``mask_BT`` covers what is in the cache, too; its
-        zeros, padding on the left, have no position."""
+        """(final hidden states of ``ids_BT``, the KV cache after them). ``mask_BT`` covers what is
+        in the cache, too; its zeros, padding on the left, have no position."""
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
         decoder = self.net.get_decoder()
         cache_argument = {name_cache_argument(decoder.forward): cache}
@@ -106,7 +111,8 @@ class Model:
         return out.last_hidden_state.to(self.device), read_cache(out)
 
     def form(self):
-        """Around everything that runs ``net``: without the adapter, where this is the network without it."""
+        """Around everything that runs ``net``: without the adapter, where this is the network
+        without it."""
         return adapter.without(self.net) if self.adapter_off else contextlib.nullcontext()
 
     def head(self) -> Head:
@@ -129,14 +135,16 @@ def recompute(model: Model) -> Model:
         enable_checkpointing(model.net)
     except ValueError:
         raise UserError(
-            f"model {model.name}: its architecture has no gradient checkpointing; leave --gradient-checkpointing out"
+            f"model {model.name}: its architecture has no gradient checkpointing; leave "
+            "--gradient-checkpointing out"
         ) from None
     return replace(model, recomputes=True)
 
 
 @contextlib.contextmanager
 def _recomputing(net):
-    """Transformers recomputes a layer only while its own ``training`` flag is up; those of its parts (dropout) stay down."""
+    """Transformers recomputes a layer only while its own ``training`` flag is up; those of its
+    parts (dropout) stay down."""
     layers = [
         module for module in net.modules() if getattr(module, "gradient_checkpointing", False)
     ]
@@ -150,8 +158,9 @@ def _recomputing(net):
 
 
 class _ColumnsFirst(torch.nn.Linear):
-    """The same linear layer, as W·xᵀ where x has few rows: for x·Wᵀ the CPU's float32 matmul re-packs all weights first,
-    which tells at the few rows of a decoding step (against the ``naive`` arm of ``tests/benchmarks/rollout.py``)."""
+    """The same linear layer, as W·xᵀ where x has few rows: for x·Wᵀ the CPU's float32 matmul
+    re-packs all weights first, which tells at the few rows of a decoding step (against the
+    ``naive`` arm of ``tests/benchmarks/rollout.py``)."""
 
     def forward(self, x):
         rows = x.flatten(0, -2)
@@ -164,8 +173,9 @@ class _ColumnsFirst(torch.nn.Linear):
 def decoder(model: Model, dtype: torch.dtype) -> Model:
     """The network that samples: ``model`` itself, with what makes decoding faster.
 
-    In another ``dtype``: a copy in it (decoding from float32 weights under autocast casts every weight at every token);
-    ``refresh`` brings it up to date. In float32 on a CPU: the same parameters behind other matmuls. Else the model.
+    In another ``dtype``: a copy in it (decoding from float32 weights under autocast casts every
+    weight at every token); ``refresh`` brings it up to date. In float32 on a CPU: the same
+    parameters behind other matmuls. Else the model.
     """
     if model.home is not None or getattr(model.net, "is_quantized", False):
         return model
@@ -195,17 +205,20 @@ def refresh(decoding: Model, student: Model) -> None:
 
 @torch.no_grad()
 def average(teacher: Model, student: Model, share: float) -> None:
-    """teacher ← share·teacher + (1 − share)·student, weight by weight (an exponential moving average of the student)."""
+    """teacher ← share·teacher + (1 − share)·student, weight by weight (an exponential moving
+    average of the student)."""
     for mean, p in zip(teacher.net.parameters(), student.net.parameters()):
         mean.lerp_(p.to(mean.device), 1 - share)
 
 
 def moved(net: torch.nn.Module, modules: str) -> dict[str, Parameter]:
-    """The parameters of a causal LM that are extrapolated, by their names in ``net.named_parameters()`` and in that order.
+    """The parameters of a causal LM that are extrapolated, by their names in
+    ``net.named_parameters()`` and in that order.
 
-    ``attention-mlp`` (the authors' choice): weights and biases of the decoder's linear layers, fused experts among them; no
-    embedding, output head (even where it lies inside the decoder, or is tied) or norm. ``all``: every parameter. Of both: what
-    trains (of a LoRA adapter: its factors, one by one). UserError where the model has none of them.
+    ``attention-mlp`` (the authors' choice): weights and biases of the decoder's linear layers,
+    fused experts among them; no embedding, output head (even where it lies inside the decoder, or
+    is tied) or norm. ``all``: every parameter. Of both: what trains (of a LoRA adapter: its
+    factors, one by one). UserError where the model has none of them.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -229,8 +242,8 @@ def moved(net: torch.nn.Module, modules: str) -> dict[str, Parameter]:
         }
     if not found:
         raise UserError(
-            f"{type(net).__name__} has no linear layer inside its decoder, so there is nothing to extrapolate; "
-            "use --extrapolate none"
+            f"{type(net).__name__} has no linear layer inside its decoder, so there is nothing to "
+            "extrapolate; use --extrapolate none"
         )
     return found
 

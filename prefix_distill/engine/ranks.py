@@ -17,8 +17,8 @@ from .device import best_dtype, choose_device
 
 
 class Interrupt:
-    """Ctrl-C, SIGTERM and a closed terminal as a wish: the first signal is noted in ``asked``, a second one acts at once, as without
-    this. What was ignored before (nohup) stays ignored."""
+    """Ctrl-C, SIGTERM and a closed terminal as a wish: the first signal is noted in ``asked``, a
+    second one acts at once, as without this. What was ignored before (nohup) stays ignored."""
 
     def __init__(self):
         self.asked: signal.Signals | None = None
@@ -47,8 +47,8 @@ class Interrupt:
 
 @dataclass(frozen=True)
 class Place:
-    """Devices, dtypes and ranks of a command, with the reasons of automatic choices. ``store``: where several ranks note how
-    often they have met."""
+    """Devices, dtypes and ranks of a command, with the reasons of automatic choices. ``store``:
+    where several ranks note how often they have met."""
 
     device: torch.device
     teacher_device: torch.device
@@ -88,8 +88,8 @@ class Place:
         self.gather(None)
 
     def differing(self, tensors: dict[str, torch.Tensor]) -> tuple[int, str] | None:
-        """(rank, name) of the first tensor whose bits are not rank 0's; None when all ranks hold the same. Compared: the sum of the
-        bits of each tensor, read as whole numbers."""
+        """(rank, name) of the first tensor whose bits are not rank 0's; None when all ranks hold
+        the same. Compared: the sum of the bits of each tensor, read as whole numbers."""
         if self.world == 1:
             return None
         words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -112,7 +112,8 @@ class Place:
 
     @contextlib.contextmanager
     def meeting(self):
-        """Around what all ranks do together. Stopped names the ranks that did not come, if this fails."""
+        """Around what all ranks do together. Stopped names the ranks that did not come, if this
+        fails."""
         if self.world == 1:
             yield
             return
@@ -126,8 +127,9 @@ class Place:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise Stopped(
-                f"rank {self.rank} of {self.world}: {self._absent(met)} ({(str(error).splitlines() or [''])[0][:160]}); "
-                "--resume goes on from the newest checkpoint, --rank-timeout waits longer"
+                f"rank {self.rank} of {self.world}: {self._absent(met)} "
+                f"({(str(error).splitlines() or [''])[0][:160]}); --resume goes on from the newest "
+                "checkpoint, --rank-timeout waits longer"
             ) from None
 
     def _absent(self, met: int | None) -> str:
@@ -147,8 +149,8 @@ def _meetings(rank: int) -> str:
 
 
 def place(runtime, parameters: Callable[[], int]) -> Place:
-    """Resolves the ``runtime`` section for a student of ``parameters()`` parameters. UserError on a missing device or on a launcher
-    that started another number of ranks than ``gpus``."""
+    """Resolves the ``runtime`` section for a student of ``parameters()`` parameters. UserError on a
+    missing device or on a launcher that started another number of ranks than ``gpus``."""
     reasons = []
     world = _counted("WORLD_SIZE", 1, 1)
     rank, local, here = (
@@ -162,13 +164,14 @@ def place(runtime, parameters: Callable[[], int]) -> Place:
         ]
     ):
         raise UserError(
-            f"environment WORLD_SIZE={world}: {missing[0]} is not set; start the ranks with --gpus or torchrun, or unset WORLD_SIZE"
+            f"environment WORLD_SIZE={world}: {missing[0]} is not set; start the ranks with --gpus "
+            "or torchrun, or unset WORLD_SIZE"
         )
     _counted("MASTER_PORT", 0, 0, 65536)
     if runtime.gpus is not None and runtime.gpus != here:
         raise UserError(
-            f"--gpus {runtime.gpus}: {here} rank{'s run' if here > 1 else ' runs'} on this machine; leave it out under another "
-            "launcher and in `compare`"
+            f"--gpus {runtime.gpus}: {here} rank{'s run' if here > 1 else ' runs'} on this "
+            "machine; leave it out under another launcher and in `compare`"
         )
     device = choose_device(runtime.device, local, here, reasons)
     teacher_device = (
@@ -194,7 +197,8 @@ def place(runtime, parameters: Callable[[], int]) -> Place:
 
 @functools.cache  # a second run in the same process finds the group there
 def _join(rank: int, world: int, gpu: bool, timeout: timedelta) -> dist.Store:
-    """Meets the other ranks. What they tell each other goes over gloo, gradients on GPUs over NCCL."""
+    """Meets the other ranks. What they tell each other goes over gloo, gradients on GPUs over
+    NCCL."""
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
         dist.init_process_group(
@@ -206,8 +210,9 @@ def _join(rank: int, world: int, gpu: bool, timeout: timedelta) -> dist.Store:
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"rank {rank} of {world}: cannot meet the others ({(str(error).splitlines() or [''])[0][:160]}); start all ranks "
-            "with one launcher (--gpus, torchrun, accelerate launch), the same --master-addr and --master-port"
+            f"rank {rank} of {world}: cannot meet the others "
+            f"({(str(error).splitlines() or [''])[0][:160]}); start all ranks with one launcher "
+            "(--gpus, torchrun, accelerate launch), the same --master-addr and --master-port"
         ) from None
     return dist.PrefixStore("prefix-distill", store)
 
@@ -217,7 +222,7 @@ def _counted(name: str, default: int, low: int, end: int = 1 << 31) -> int:
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or not low <= int(text) < end:
         raise UserError(
-            f"environment {name}={text[:40]!r}: expected a whole number from {low} to {end - 1}; start the ranks with torchrun, "
-            f"or unset {name}"
+            f"environment {name}={text[:40]!r}: expected a whole number from {low} to {end - 1}; "
+            f"start the ranks with torchrun, or unset {name}"
         )
     return int(text)

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """Text between two boundaries that both tokenizations of a response share: ``size`` of the student's tokens from position
-    ``start`` on, ``teacher_size`` of the teacher's from ``teacher_start`` on."""
+    """Text between two boundaries that both tokenizations of a response share: ``size`` of the
+    student's tokens from position ``start`` on, ``teacher_size`` of the teacher's from
+    ``teacher_start`` on."""
 
     start: int
     size: int
@@ -23,12 +24,14 @@ class Unit(NamedTuple):
 class Rollout:
     """A response between both models' prompts, with its place in the update.
 
-    ``prompt``: slot of the prompt in the update's global batch; ``sample``: 0 … G − 1. ``teacher_ids`` are the response
-    in the teacher's tokens (the same ids where the tokenizers match). ``kept``: positions that are taught, ascending (None:
-    all). ``off_policy``: the teacher wrote it. ``sampler_logp``: log-probability of each id where it was drawn, if recorded.
+    ``prompt``: slot of the prompt in the update's global batch; ``sample``: 0 … G − 1.
+    ``teacher_ids`` are the response in the teacher's tokens (the same ids where the tokenizers
+    match). ``kept``: positions that are taught, ascending (None: all). ``off_policy``: the teacher
+    wrote it. ``sampler_logp``: log-probability of each id where it was drawn, if recorded.
 
-    ``units``: where the tokenizers differ, the units of the response (None: every token is its own). What is taught then is
-    units, each named by its first position: those of one token on each side, and with ``spans`` the others.
+    ``units``: where the tokenizers differ, the units of the response (None: every token is its
+    own). What is taught then is units, each named by its first position: those of one token on each
+    side, and with ``spans`` the others.
     """
 
     prompt: int
@@ -63,11 +66,13 @@ class Rollout:
 
     @property
     def counted(self) -> int:
-        """Response tokens that the loss is averaged over: all of them, or those of what was chosen."""
+        """Response tokens that the loss is averaged over: all of them, or those of what was
+        chosen."""
         return len(self.ids) if self.kept is None else sum(u.size for u in self.taught_units)
 
     def rows(self, teacher: bool = False) -> list[int]:
-        """Positions of the tokens that the loss looks at, ascending, in the student's tokens or in the teacher's."""
+        """Positions of the tokens that the loss looks at, ascending, in the student's tokens or
+        in the teacher's."""
         if self.units is None:
             return list(self.taught)
         sides = [

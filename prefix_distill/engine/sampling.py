@@ -20,7 +20,8 @@ from .transformers_names import name_generate_cache_argument, read_cache
 
 @dataclass(frozen=True)
 class Request:
-    """One row to sample: its prompt ids and the key that seeds it, e.g. (step, prompt slot, sample)."""
+    """One row to sample: its prompt ids and the key that seeds it, e.g. (step, prompt slot,
+    sample)."""
 
     ids: tuple[int, ...]
     key: tuple
@@ -28,10 +29,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """What was sampled: response ids (EOS included if it was sampled), whether EOS ended it, and the log-probability of each
-    id where it was drawn, if the sampler records it.
+    """What was sampled: response ids (EOS included if it was sampled), whether EOS ended it, and
+    the log-probability of each id where it was drawn, if the sampler records it.
 
-    A row cut at the cap is not finished: its last id is an ordinary taught token, never taken for EOS.
+    A row cut at the cap is not finished: its last id is an ordinary taught token, never taken for
+    EOS.
     """
 
     ids: tuple[int, ...]
@@ -42,11 +44,12 @@ class Response:
 class _Race(LogitsProcessor):
     """Exact softmax sampling under greedy decoding, by an exponential race.
 
-    argmax_v (log p_v − log e_v), e_v ~ Exp(1), is distributed as p (the Gumbel-max trick). Each row draws its own e from a
-    generator seeded by (seed, key), one vocabulary-sized draw per position, so a draw depends on (seed, step, prompt,
-    sample, position) and on nothing else: batching, padding and restarts cannot change it. Ids from ``support`` on
-    (padding rows of the head) are never drawn. With ``record``, ``taken`` collects log p of what was drawn, a tensor [rows]
-    a position.
+    argmax_v (log p_v − log e_v), e_v ~ Exp(1), is distributed as p (the Gumbel-max trick). Each row
+    draws its own e from a generator seeded by (seed, key), one vocabulary-sized draw per position,
+    so a draw depends on (seed, step, prompt, sample, position) and on nothing else: batching,
+    padding and restarts cannot change it. Ids from ``support`` on (padding rows of the head) are
+    never drawn. With ``record``, ``taken`` collects log p of what was drawn, a tensor [rows] a
+    position.
     """
 
     def __init__(
@@ -64,7 +67,8 @@ class _Race(LogitsProcessor):
         for row, generator in zip(race, self.generators):
             row.uniform_(generator=generator)
         logp = scores[:, : self.support].float().log_softmax(-1) if self.record else None
-        # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below one grid step
+        # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below
+        # one grid step
         scores[:, : self.support] -= race.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
         scores[:, self.support :] = -torch.inf
         if logp is not None:
@@ -73,7 +77,8 @@ class _Race(LogitsProcessor):
 
 
 class _Support(LogitsProcessor):
-    """Padding rows of the head have no token: they are never sampled (the race sees to it where it comes first)."""
+    """Padding rows of the head have no token: they are never sampled (the race sees to it where
+    it comes first)."""
 
     def __init__(self, support: int):
         self.support = support
@@ -97,7 +102,8 @@ class _Split(LogitsProcessor):
 
 @dataclass(frozen=True)
 class Sampler:
-    """How responses are drawn. Every field that shapes a sample is here; the model's own generation config has no say."""
+    """How responses are drawn. Every field that shapes a sample is here; the model's own
+    generation config has no say."""
 
     eos: frozenset[int]
     pad: int
@@ -125,7 +131,8 @@ class Sampler:
         )
 
     def processors(self, race: _Race | None) -> LogitsProcessorList:
-        """What shapes the logits, in HF's order: temperature, top-k, top-p, then the race; only what is needed."""
+        """What shapes the logits, in HF's order: temperature, top-k, top-p, then the race; only
+        what is needed."""
         steps = LogitsProcessorList()
         if race is None or self.top_k or self.top_p < 1:
             steps.append(_Support(self.support))
@@ -152,9 +159,10 @@ def generate(
 ) -> list[Response]:
     """Samples up to ``cap`` tokens for every request, in the order given.
 
-    Rows are sorted by prompt length, rows with the same prompt together, and left-padded in calls of at most
-    ``sampler.rows``. A prompt of several rows is prefilled once if ``model.shares_prompts``. ``spent(reads)`` is told, call
-    by call, what was run (``Ledger.generation``); ``clock`` gets the seconds of both phases.
+    Rows are sorted by prompt length, rows with the same prompt together, and left-padded in calls
+    of at most ``sampler.rows``. A prompt of several rows is prefilled once if
+    ``model.shares_prompts``. ``spent(reads)`` is told, call by call, what was run
+    (``Ledger.generation``); ``clock`` gets the seconds of both phases.
     """
     responses: list[Response | None] = [None] * len(requests)
     first = {}
@@ -179,7 +187,8 @@ def generate(
 def _call(
     model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock | None
 ) -> list[Response]:
-    """One batch: prefill, then stretches of ``generate`` between which rows that have ended leave it."""
+    """One batch: prefill, then stretches of ``generate`` between which rows that have ended
+    leave it."""
     net, width = model.net, max(len(r.ids) for r in batch)
     ids_BT = torch.tensor([[sampler.pad] * (width - len(r.ids)) + list(r.ids) for r in batch]).to(
         model.device
@@ -246,8 +255,8 @@ def _call(
 
 
 def _shared_prefill(model, batch: list[Request], ids_BT, mask_BT):
-    """The KV cache of all prompts but for their last tokens, every distinct prompt read once; None (``generate`` prefills)
-    where nothing would be saved or the model does not allow it."""
+    """The KV cache of all prompts but for their last tokens, every distinct prompt read once; None
+    (``generate`` prefills) where nothing would be saved or the model does not allow it."""
     distinct = list(dict.fromkeys(r.ids for r in batch))
     if not model.shares_prompts or len(distinct) == len(batch) or len(distinct[0]) < 2:
         return None

@@ -8,10 +8,11 @@ from .models import Model
 
 
 def save_model(model: Model, folder: Path, card: str | None = None, merged: bool = False) -> None:
-    """Writes config, generation config, weights (safetensors), tokenizer and chat template, as they came, and ``card`` as
-    README.md, atomically.
+    """Writes config, generation config, weights (safetensors), tokenizer and chat template, as they
+    came, and ``card`` as README.md, atomically.
 
-    The weights are the float32 master weights. Of a model with an adapter: the adapter alone in peft's format, or ``merged``.
+    The weights are the float32 master weights. Of a model with an adapter: the adapter alone in
+    peft's format, or ``merged``.
     """
     import shutil
 

@@ -1,4 +1,5 @@
-"""Both models read the rollouts → for every taught token one hidden row per model. The only causal shift in the code."""
+"""Both models read the rollouts → for every taught token one hidden row per model. The only
+causal shift in the code."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ from .ranks import Place
 from .rollout import Rollout
 
 PADDING = 0.1  # largest share of padding among the tokens a micro-batch runs
-FIRST_TOKEN = 0.01  # probability of the student's first token under the teacher, below which prompts may not match
+# probability of the student's first token under the teacher, below which prompts may not match
+FIRST_TOKEN = 0.01
 
 
 def sequences(
@@ -23,7 +25,8 @@ def sequences(
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """The prompt and the part of the response that a model reads, per rollout.
 
-    The last taught token is not read, nor what follows: nothing that is taught is predicted from it.
+    The last taught token is not read, nor what follows: nothing that is taught is predicted from
+    it.
     """
     return (
         [r.teacher_prompt if teacher else r.student_prompt for r in rollouts],
@@ -32,10 +35,12 @@ def sequences(
 
 
 def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) -> torch.Tensor:
-    """Hidden rows [N, D] that predict the taught response tokens, rollout by rollout, token by token.
+    """Hidden rows [N, D] that predict the taught response tokens, rollout by rollout, token by
+    token.
 
-    Row for response token t is the hidden state at position t − 1: the shift. A prompt that several rollouts answer is
-    read once where the model allows it: its KV cache is repeated for them, gradients add up in it.
+    Row for response token t is the hidden state at position t − 1: the shift. A prompt that several
+    rollouts answer is read once where the model allows it: its KV cache is repeated for them,
+    gradients add up in it.
     """
     prompts, responses = sequences(rollouts, teacher)
     if model.reads_once and len(set(prompts)) < len(prompts):
@@ -53,10 +58,11 @@ def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) ->
 
 
 def _behind_shared_prompts(model: Model, prompts, responses) -> torch.Tensor:
-    """Hidden states [B, 1 + T, D]: the prompt's last one, then those of the response. Every distinct prompt is read once.
+    """Hidden states [B, 1 + T, D]: the prompt's last one, then those of the response. Every
+    distinct prompt is read once.
 
-    Prompts are padded on the left and responses on the right, so nothing lies between them and sliding windows count
-    right; what a response's padding sees, nobody sees.
+    Prompts are padded on the left and responses on the right, so nothing lies between them and
+    sliding windows count right; what a response's padding sees, nobody sees.
     """
     distinct = list(dict.fromkeys(prompts))
     width = max(map(len, distinct))
@@ -98,7 +104,8 @@ def tokens(rollouts: list[Rollout]) -> torch.Tensor:
 
 @torch.no_grad()
 def check_sharing(model: Model) -> str | None:
-    """None when responses read behind a shared prompt get the hidden states they get alone; else why they do not.
+    """None when responses read behind a shared prompt get the hidden states they get alone; else
+    why they do not.
 
     Two prompts and five responses of different lengths, in the model's own dtype.
     """
@@ -114,7 +121,8 @@ def check_sharing(model: Model) -> str | None:
     alone = [hidden_rows(replace(model, shares_prompts=False), [r]) for r in group]
     try:
         together = hidden_rows(replace(model, shares_prompts=True), group)
-    except Exception as error:  # an architecture may lack the cache, the mask or the positions, and say so in any way
+    except Exception as error:
+        # an architecture may lack the cache, the mask or the positions, and say so in any way
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
     alone = torch.cat(alone).float()
     gap = ((together.float() - alone).norm() / alone.norm()).item()
@@ -133,8 +141,8 @@ def head_rows(
     teacher: bool,
     whole: bool = False,
 ) -> float:
-    """Rows that the model's head projects once for the loss on ``rollouts``, in rows of its whole vocabulary (what the ledger
-    counts); ``whole``: for statistics."""
+    """Rows that the model's head projects once for the loss on ``rollouts``, in rows of its whole
+    vocabulary (what the ledger counts); ``whole``: for statistics."""
     if shared is None:
         return sum(len(r.taught) for r in rollouts)
     return unit_head_rows(
@@ -145,8 +153,9 @@ def head_rows(
 def reads(
     rollouts: list[Rollout], shared: bool, teacher: bool = False
 ) -> list[tuple[int, list[int]]]:
-    """(prompt length, lengths of the responses behind it, up to the last taught token) for every prompt that is read, in
-    tokens: each distinct one once when ``shared``, else one per rollout. What the ledger counts."""
+    """(prompt length, lengths of the responses behind it, up to the last taught token) for every
+    prompt that is read, in tokens: each distinct one once when ``shared``, else one per rollout.
+    What the ledger counts."""
     behind: dict = {}
     for i, r in enumerate(rollouts):
         prompt = r.teacher_prompt if teacher else r.student_prompt
@@ -157,10 +166,12 @@ def reads(
 
 
 def micro_batches(rollouts: list[Rollout], size: int, shared: bool) -> list[list[Rollout]]:
-    """Rollouts in groups of at most ``size`` with at most a tenth of padding in the student's linear layers.
+    """Rollouts in groups of at most ``size`` with at most a tenth of padding in the student's
+    linear layers.
 
-    Two orders are tried, and the one that runs fewer tokens is taken: the samples of a prompt together (worth it when it
-    is read once for them, ``shared``), or all rollouts by length. Nothing here depends on more than the rollouts.
+    Two orders are tried, and the one that runs fewer tokens is taken: the samples of a prompt
+    together (worth it when it is read once for them, ``shared``), or all rollouts by length.
+    Nothing here depends on more than the rollouts.
     """
     by_prompt = sorted(
         rollouts, key=lambda r: (-len(r.student_prompt), r.prompt, -r.extent(), r.sample)
@@ -188,15 +199,17 @@ def _split(order: list[Rollout], size: int, shared: bool) -> list[list[Rollout]]
 
 @dataclass(frozen=True)
 class Reading:
-    """Both models' hidden rows of rollouts that were read before their tokens were chosen: the student's [N, D] with their
-    graph, the teacher's [N, E], for all taught tokens of ``rollouts``, in their order."""
+    """Both models' hidden rows of rollouts that were read before their tokens were chosen: the
+    student's [N, D] with their graph, the teacher's [N, E], for all taught tokens of ``rollouts``,
+    in their order."""
 
     rollouts: list[Rollout]
     student_ND: torch.Tensor
     teacher_NE: torch.Tensor
 
     def only(self, kept: list[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of the tokens that are still taught; ``kept``: the same rollouts in the same order."""
+        """The rows of the tokens that are still taught; ``kept``: the same rollouts in the same
+        order."""
         found = []
         for teacher, hidden in ((False, self.student_ND), (True, self.teacher_NE)):
             rows, start = [], 0
@@ -233,7 +246,8 @@ def row_statistics(
     rollouts: list[Rollout],
     forward: bool,
 ) -> dict[str, torch.Tensor]:
-    """``divergence.statistics`` of hidden rows that were read; across tokenizers (``shared``) ``simct.statistics``, per unit."""
+    """``divergence.statistics`` of hidden rows that were read; across tokenizers (``shared``)
+    ``simct.statistics``, per unit."""
     if shared is None:
         return statistics(
             terms, student_ND, student.head(), teacher_NE, teacher.head(), tokens(rollouts), forward
@@ -262,8 +276,9 @@ def token_statistics(
     spent=None,
     forward: bool = False,
 ) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
-    """``row_statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) → name → position → number, for
-    the taught tokens (units). ``spent(group)`` is told what both models read."""
+    """``row_statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) →
+    name → position → number, for the taught tokens (units). ``spent(group)`` is told what both
+    models read."""
     found = {}
     for group in micro_batches(rollouts, rows, student.reads_once):
         with place.autocast(student.device):
@@ -323,7 +338,8 @@ def units_of(rollouts: list[Rollout]) -> Units:
 def unit_head_rows(
     rollouts: list[Rollout], columns: int, vocabulary: int, teacher: bool, whole: bool = False
 ) -> float:
-    """Rows of its head that a model runs forward for the loss, in rows of the whole vocabulary; ``whole``: for ``statistics``."""
+    """Rows of its head that a model runs forward for the loss, in rows of the whole vocabulary;
+    ``whole``: for ``statistics``."""
     exact = sum(u.exact for r in rollouts for u in r.taught_units)
     spans = [
         u.teacher_size if teacher else u.size

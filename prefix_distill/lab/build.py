@@ -1,9 +1,10 @@
 """Rebuilds the laboratory's tokenizer and models from nothing: python -m prefix_distill.lab.build
 
-Every net is a small Llama trained on the final solution of the task's training problems by cross-entropy on the
-answer's tokens; worker processes of one thread each train one net at a time. Progress goes to stderr. The last
-line, on stdout, is one JSON object with the accuracies measured on test problems after the weights were rounded to
-float16 and loaded again. The exit status is 1 if one of them misses its band.
+Every net is a small Llama trained on the final solution of the task's training problems by
+cross-entropy on the answer's tokens; worker processes of one thread each train one net at a time.
+Progress goes to stderr. The last line, on stdout, is one JSON object with the accuracies measured
+on test problems after the weights were rounded to float16 and loaded again. The exit status is 1 if
+one of them misses its band.
 """
 
 import argparse
@@ -75,15 +76,16 @@ MAX_NEW_TOKENS = 200
 
 @dataclass(frozen=True)
 class Stage:
-    """`updates` AdamW steps on `batch` problems; lr falls linearly to `last` * lr; a share of them are short-cuts.
+    """`updates` AdamW steps on `batch` problems; lr falls linearly to `last` * lr; a share of them
+    are short-cuts.
 
-    The share `told` of the problems is given together with the worked solution, which is then the answer as well: the
-    share of short-cuts is one of the other problems.
+    The share `told` of the problems is given together with the worked solution, which is then the
+    answer as well: the share of short-cuts is one of the other problems.
 
-    With `few`, problems have any number of steps, and every other update takes three times as many of at most five,
-    which teaches the first and the last step sooner than long problems do. Without it, they have as many steps as the
-    task's test problems, so that the labels long problems begin with are met more often. The stage ends early once
-    `solved` reaches `until`.
+    With `few`, problems have any number of steps, and every other update takes three times as many
+    of at most five, which teaches the first and the last step sooner than long problems do. Without
+    it, they have as many steps as the task's test problems, so that the labels long problems begin
+    with are met more often. The stage ends early once `solved` reaches `until`.
     """
 
     updates: int
@@ -98,7 +100,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Net:
-    """One net of the laboratory and how it is trained. `merged`: its tokens are those of the second tokenizer."""
+    """One net of the laboratory and how it is trained. `merged`: its tokens are those of the
+    second tokenizer."""
 
     task: str
     role: str
@@ -197,8 +200,8 @@ NETS = (
 
 
 def make_tokenizer(merged: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token per character, except "####" and the special tokens; `merged`: a BPE that merges an operator with
-    some digits, and some labels."""
+    """A tokenizer of one token per character, except "####" and the special tokens; `merged`: a BPE
+    that merges an operator with some digits, and some labels."""
     if merged:
         tokenizer = Tokenizer(
             models.BPE(
@@ -262,7 +265,8 @@ def second_tokenizer() -> Tokenizer:
 def make_batch(
     pairs: list[tuple[str, str]], merged: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels (-100 on prompts and padding) of (prompt, answer) texts, padded on the right."""
+    """Token ids and labels (-100 on prompts and padding) of (prompt, answer) texts, padded on
+    the right."""
     prompts = [
         [VOCABULARY[USER], *encode(prompt, merged), VOCABULARY[ASSISTANT]] for prompt, _ in pairs
     ]
@@ -275,7 +279,8 @@ def make_batch(
 
 
 def make_pair(problem: Problem, stage: Stage, rng: random.Random) -> tuple[str, str]:
-    """The prompt and the answer a problem is trained with in a stage; without `told` no number is drawn for it."""
+    """The prompt and the answer a problem is trained with in a stage; without `told` no number
+    is drawn for it."""
     if stage.told and rng.random() < stage.told:
         return problem.told, problem.solution
     return problem.prompt, problem.short_cut(
@@ -322,7 +327,8 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
 
 
 def solved(net: Net, model: LlamaForCausalLM) -> float:
-    """Mean probability of the worked solution over 100 validation problems: about the accuracy at temperature 1."""
+    """Mean probability of the worked solution over 100 validation problems: about the accuracy
+    at temperature 1."""
     ids, labels = make_batch(
         [(p.prompt, p.solution) for p in problems(net.task, "validation", 100)], net.merged
     )
@@ -350,7 +356,8 @@ def save(model: LlamaForCausalLM, folder: Path, merged: bool = False) -> None:
 
 
 def sample(folder: Path, prompts: list[str], seed: int) -> list[str]:
-    """One sampled answer (temperature 1, no truncation) to every prompt, special tokens left out."""
+    """One sampled answer (temperature 1, no truncation) to every prompt, special tokens left
+    out."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -383,7 +390,8 @@ def final(answer: str) -> str | None:
 def measure(
     task: str, folder: Path, split: str = "test", n: int = MEASURED, told: bool = False
 ) -> dict:
-    """Accuracy at temperature 1, with its interval, and the share of answers that end in the final form.
+    """Accuracy at temperature 1, with its interval, and the share of answers that end in the final
+    form.
 
     With `told`, the accuracy on the same problems given with their solutions as well.
     """

@@ -1,19 +1,23 @@
 """The laboratory's tasks: chains of two-digit terms, every problem made by arithmetic.
 
-A problem has two given terms and `steps` further terms to write. Terms are added digit by digit without carrying
-(a "+" below: 47 + 85 = 22), and the labels count down to 01:
+A problem has two given terms and `steps` further terms to write. Terms are added digit by digit
+without carrying (a "+" below: 47 + 85 = 22), and the labels count down to 01:
 
     prompt    "28:41 27:73"                     the given terms, labelled steps+2 and steps+1
-    solution  "26:14 25:87 ... 01:05 ####05"    one labelled term per step; the last one is the answer
+    solution  "26:14 25:87 ... 01:05 ####05"    one labelled term per step; the last one is the
+                                                answer
 
     choice  x[t] = x[t-1] + x[t-2]
-    shared  x[t] = x[t-2] + FACTS[units digit of the label]    ten facts, each used about every tenth step
-    tied    x[t] = x[t-2] + FACTS[label]                       every fact used once, the late ones only late
+    shared  x[t] = x[t-2] + FACTS[units digit of the label]    ten facts, each used about every
+                                                               tenth step
+    tied    x[t] = x[t-2] + FACTS[label]                       every fact used once, the late ones
+            only late
 
-`shared` and `tied` differ only in how a fact is looked up. A short-cut (only `choice` is trained on any) writes none
-or one of the steps and then the final answer, so it has to guess it. Two `choice` nets (student-told, teacher-half)
-also know problems that are told: the worked solution stands before the prompt, and is then written once more. A third
-(student-merged) reads and writes with a tokenizer of its own, which merges an operator with some digits, and some labels.
+`shared` and `tied` differ only in how a fact is looked up. A short-cut (only `choice` is trained on
+any) writes none or one of the steps and then the final answer, so it has to guess it. Two `choice`
+nets (student-told, teacher-half) also know problems that are told: the worked solution stands
+before the prompt, and is then written once more. A third (student-merged) reads and writes with a
+tokenizer of its own, which merges an operator with some digits, and some labels.
 
 The split of a problem follows from its defining numbers alone, so the splits share no problem.
 """
@@ -112,8 +116,9 @@ def problems(
 ) -> list[Problem]:
     """`n` distinct problems of one split, the same ones for the same arguments.
 
-    `steps` lists the numbers of steps to draw from (each 1-30; default: the task's own range). Raises ValueError for
-    an unknown task or split, for steps out of range and for more problems than the split is sure to hold.
+    `steps` lists the numbers of steps to draw from (each 1-30; default: the task's own range).
+    Raises ValueError for an unknown task or split, for steps out of range and for more problems
+    than the split is sure to hold.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
@@ -136,7 +141,8 @@ def problems(
 
 
 def model_path(task: str, role: str) -> Path:
-    """Folder of the shipped teacher or student of a task. Raises ValueError for an unknown task or role."""
+    """Folder of the shipped teacher or student of a task. Raises ValueError for an unknown task
+    or role."""
     if role not in ROLES.get(task, ()):
         known = ", ".join(f"{task}/{role}" for task, roles in ROLES.items() for role in roles)
         raise ValueError(f"no model {task!r} {role!r}: there are {known}")

@@ -1,7 +1,8 @@
 """How far the student is from the teacher, token by token: fused with both output heads, in chunks.
 
-Axes: N taught tokens, D student width, E teacher width, V the shared support (vocabulary ids both models own).
-All logarithms are natural; all values are nats. Matmuls run in ``dtype``; from the logits on everything is float32.
+Axes: N taught tokens, D student width, E teacher width, V the shared support (vocabulary ids both
+models own). All logarithms are natural; all values are nats. Matmuls run in ``dtype``; from the
+logits on everything is float32.
 """
 
 import math
@@ -14,8 +15,9 @@ import torch
 class Head:
     """A model's output head, cut to the support.
 
-    logits = softcap·tanh(z/softcap) with z = scale·(hidden·weightᵀ + bias); no softcap when ``softcap`` is None.
-    ``weight_VD`` may be a slice of a trainable (also tied) parameter: its gradient flows back through the slice.
+    logits = softcap·tanh(z/softcap) with z = scale·(hidden·weightᵀ + bias); no softcap when
+    ``softcap`` is None. ``weight_VD`` may be a slice of a trainable (also tied) parameter: its
+    gradient flows back through the slice.
     """
 
     weight_VD: torch.Tensor
@@ -28,8 +30,10 @@ class Head:
         return replace(self, weight_VD=self.weight_VD.detach().to(dtype))
 
     def logits(self, hidden_ND: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 logits [N, V] of hidden rows, into ``out`` if given; the matmul runs in the weight's dtype."""
-        # autocast off: the matmul runs in the dtype that was asked for, whatever the caller's context
+        """float32 logits [N, V] of hidden rows, into ``out`` if given; the matmul runs in the
+        weight's dtype."""
+        # autocast off: the matmul runs in the dtype that was asked for, whatever the caller's
+        # context
         with torch.autocast(hidden_ND.device.type, enabled=False):
             hidden_ND = hidden_ND.to(self.weight_VD.dtype)
             if hidden_ND.dtype == torch.float32:
@@ -54,9 +58,11 @@ def per_token(
 ) -> torch.Tensor:
     """Divergence per row of two log-probability tables [N, V] → [N], nats, unreduced.
 
-    reverse-kl  KL(S‖T) = Σ S (log S − log T)                                   [MiniLLM, arXiv 2306.08543, eq. 1]
+    reverse-kl  KL(S‖T) = Σ S (log S − log T)                                   [MiniLLM, arXiv
+                                                                                2306.08543, eq. 1]
     forward-kl  KL(T‖S) = Σ T (log T − log S)
-    jsd         β KL(T‖m) + (1−β) KL(S‖m),  m = β T + (1−β) S,  0 < β < 1           [GKD, arXiv 2306.13649, eq. 3]
+    jsd         β KL(T‖m) + (1−β) KL(S‖m),  m = β T + (1−β) S,  0 < β < 1           [GKD, arXiv
+                2306.13649, eq. 3]
     """
     if name == "reverse-kl":
         return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
@@ -76,7 +82,8 @@ def value_and_gradient(
     spare: torch.Tensor,
     spare_too: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``per_token`` [N] and its gradient with respect to the student's logits [N, V], by hand, in the tables given.
+    """``per_token`` [N] and its gradient with respect to the student's logits [N, V], by hand, in
+    the tables given.
 
     reverse-kl  S_k (log S_k − log T_k − KL(S‖T)) ;  forward-kl  S_k − T_k ;
     jsd         (1−β) S_k (log(S_k/m_k) − KL(S‖m))
@@ -105,14 +112,16 @@ def value_and_gradient(
 
 @dataclass(frozen=True)
 class Terms:
-    """What the loss measures: divergence, its temperature, the matmul dtype and the chunk's memory budget.
+    """What the loss measures: divergence, its temperature, the matmul dtype and the chunk's memory
+    budget.
 
-    ``name``: a divergence of ``per_token``, or cross-entropy, −log S of the realised token (no teacher).
-    ``sampled``: the reverse KL from the realised token alone (``_at_token``).
+    ``name``: a divergence of ``per_token``, or cross-entropy, −log S of the realised token (no
+    teacher). ``sampled``: the reverse KL from the realised token alone (``_at_token``).
 
-    ``top_k``: on the teacher's k most likely tokens and one bucket with the rest of the mass on both sides, which keeps it
-    a divergence between distributions (never above the full one); None is the whole vocabulary.
-    ``clip``: κ, the most that one vocabulary entry may add to the forward KL (``_clipped``); None is no clip.
+    ``top_k``: on the teacher's k most likely tokens and one bucket with the rest of the mass on
+    both sides, which keeps it a divergence between distributions (never above the full one); None
+    is the whole vocabulary. ``clip``: κ, the most that one vocabulary entry may add to the forward
+    KL (``_clipped``); None is no clip.
     """
 
     name: str
@@ -134,12 +143,12 @@ class Terms:
         return self.top_k is not None and self.top_k < vocabulary
 
     def chunk(self, vocabulary: int, softcap: bool = False) -> int:
-        """Rows per chunk: as many as ``memory_bytes`` holds of what is alive at once, float32 tables [rows, V]: both
-        log-probabilities and one to work in, one more for each of the JSD, a top-k and a soft-cap, half a one for bfloat16, a
-        quarter for a clip.
+        """Rows per chunk: as many as ``memory_bytes`` holds of what is alive at once, float32
+        tables [rows, V]: both log-probabilities and one to work in, one more for each of the JSD, a
+        top-k and a soft-cap, half a one for bfloat16, a quarter for a clip.
 
-        More rows read both heads fewer times and add into the head's gradient fewer times; beyond some hundreds of rows
-        the matmuls are compute-bound and nothing is gained.
+        More rows read both heads fewer times and add into the head's gradient fewer times; beyond
+        some hundreds of rows the matmuls are compute-bound and nothing is gained.
         """
         tables = (
             3

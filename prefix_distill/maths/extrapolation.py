@@ -1,8 +1,10 @@
-"""Further along the way the updates went: EffOPD (arXiv 2605.11739) and two controls that go without looking.
+"""Further along the way the updates went: EffOPD (arXiv 2605.11739) and two controls that go
+without looking.
 
-With the anchor θ₀ first, after update t = 1, 2, 4, 8, …, W the weights and Δ = W − anchor: the candidates W + 2k·Δ,
-k = 1, 2, …, 5, are scored in turn, and each is accepted while its score is above that of the one accepted before (W's
-first). The last accepted point becomes the weights, and the next anchor, also where that is W itself.
+With the anchor θ₀ first, after update t = 1, 2, 4, 8, …, W the weights and Δ = W − anchor: the
+candidates W + 2k·Δ, k = 1, 2, …, 5, are scored in turn, and each is accepted while its score is
+above that of the one accepted before (W's first). The last accepted point becomes the weights, and
+the next anchor, also where that is W itself.
 """
 
 import math
@@ -21,8 +23,8 @@ CANDIDATES = 5
 
 @dataclass(frozen=True)
 class Found:
-    """The accepted point W + 2k·Δ (``k`` = 0: W), and score(W) with those of the candidates that were scored, in order
-    (``effopd`` alone scores)."""
+    """The accepted point W + 2k·Δ (``k`` = 0: W), and score(W) with those of the candidates that
+    were scored, in order (``effopd`` alone scores)."""
 
     k: int
     scores: list[float] = field(default_factory=list)
@@ -50,15 +52,17 @@ def extrapolate(
     score: Callable[[], float],
     key: tuple,
 ) -> Found:
-    """One search (see the module) from the parameters' values W, in place; ``anchor`` is the last one's ``snapshot``.
+    """One search (see the module) from the parameters' values W, in place; ``anchor`` is the last
+    one's ``snapshot``.
 
-    ``effopd``: ``score()`` judges the parameters as they are, higher is better; an equal one or nan is not accepted.
-    ``always-1``: k = 1. ``none``: k = 0, only the anchor moves. ``random``: each k is accepted with probability 1/2, by a
-    generator seeded with ``key``.
+    ``effopd``: ``score()`` judges the parameters as they are, higher is better; an equal one or nan
+    is not accepted. ``always-1``: k = 1. ``none``: k = 0, only the anchor moves. ``random``: each k
+    is accepted with probability 1/2, by a generator seeded with ``key``.
 
-    Afterwards parameters and anchor hold the accepted point: W bit for bit (k = 0), or W + 2k·(W − anchor) in float32, the
-    difference, product and sum rounded in turn. If ``score`` raises, the parameters are W and the anchor is as it was.
-    ValueError for parameters that are not float32. Costs a copy of W on the CPU and one tensor more on the GPU.
+    Afterwards parameters and anchor hold the accepted point: W bit for bit (k = 0), or W + 2k·(W −
+    anchor) in float32, the difference, product and sum rounded in turn. If ``score`` raises, the
+    parameters are W and the anchor is as it was. ValueError for parameters that are not float32.
+    Costs a copy of W on the CPU and one tensor more on the GPU.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
@@ -100,14 +104,16 @@ def _write(parameters: dict, start: dict, anchor: dict, k: int) -> None:
 
 
 def _draw(key: tuple) -> int:
-    """How many of the candidates are accepted before the first refusal, each with probability 1/2."""
+    """How many of the candidates are accepted before the first refusal, each with probability
+    1/2."""
     rng = random.Random("/".join(map(str, ("extrapolate", *key))))
     return next((k for k in range(CANDIDATES) if rng.random() < 0.5), CANDIDATES)
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """exp(−Σ p·ln p) with p = σ/Σσ over the singular values σ: from 1 to the smaller side of ``matrix`` [m, n]; 0 where it is
-    zero, nan where it is not finite. Roy & Vetterli, EUSIPCO 2007."""
+    """exp(−Σ p·ln p) with p = σ/Σσ over the singular values σ: from 1 to the smaller side of
+    ``matrix`` [m, n]; 0 where it is zero, nan where it is not finite. Roy & Vetterli, EUSIPCO 2007.
+    """
     matrix = matrix.detach().float()
     if not matrix.isfinite().all():
         return math.nan
@@ -119,8 +125,9 @@ def effective_rank(matrix: Tensor) -> float:
 
 @torch.no_grad()
 def diagnose(delta: dict[str, Tensor], final: dict[str, Tensor]) -> dict[str, dict]:
-    """Displacements by name → ``norm`` ‖Δ‖₂, ``effective_rank`` (matrices, else None), ``cosine`` of Δ with ``final`` (None
-    where either is zero); under ``all`` the norm and cosine of all tensors as one vector. Sums in float64."""
+    """Displacements by name → ``norm`` ‖Δ‖₂, ``effective_rank`` (matrices, else None), ``cosine``
+    of Δ with ``final`` (None where either is zero); under ``all`` the norm and cosine of all
+    tensors as one vector. Sums in float64."""
     table, squares, others, inner = {}, 0.0, 0.0, 0.0
     for name, d in delta.items():
         f = final[name].to(d.device)

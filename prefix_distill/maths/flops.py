@@ -1,7 +1,8 @@
-"""The FLOP ledger: matmul FLOPs by phase, useful (real tokens, causal pairs) and executed (with padding and rectangles).
+"""The FLOP ledger: matmul FLOPs by phase, useful (real tokens, causal pairs) and executed (with
+padding and rectangles).
 
-One multiply-add is 2 FLOPs. Counted: linear layers, attention's two products, the output head. Not counted: embedding
-lookups, norms, activations, softmax, the optimizer, sampling.
+One multiply-add is 2 FLOPs. Counted: linear layers, attention's two products, the output head. Not
+counted: embedding lookups, norms, activations, softmax, the optimizer, sampling.
 """
 
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ OUTSIDE = ("evaluation",)  # phases that are reported but are no part of the tot
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model costs. ``trunk``: matmul parameters per token, head excluded (MoE: active experts); ``head``: D·V;
-    ``attention``: per layer (heads·head_dim, sliding window in tokens or None); ``frozen``: how many of the trunk's, with the head,
-    do not train (behind a LoRA adapter), so that no gradient of theirs is computed in a training step; None: all train."""
+    """What a model costs. ``trunk``: matmul parameters per token, head excluded (MoE: active
+    experts); ``head``: D·V; ``attention``: per layer (heads·head_dim, sliding window in tokens or
+    None); ``frozen``: how many of the trunk's, with the head, do not train (behind a LoRA adapter),
+    so that no gradient of theirs is computed in a training step; None: all train."""
 
     trunk: int
     head: int
@@ -34,15 +36,15 @@ class Shape:
         return 2.0 * self.head * rows
 
     def causal(self, past: int, queries: int) -> float:
-        """Attention FLOPs of ``queries`` tokens after ``past`` cached ones: 4·A·c for a query that sees c keys (itself
-        included), c capped by the layer's window."""
+        """Attention FLOPs of ``queries`` tokens after ``past`` cached ones: 4·A·c for a query that
+        sees c keys (itself included), c capped by the layer's window."""
         return sum(
             4.0 * width * _visible(past, queries, window) for width, window in self.attention
         )
 
     def rectangle(self, queries: int, past: int = 0) -> float:
-        """Attention FLOPs as run: every query against every key, ``past`` ones from a cache included, of which a sliding
-        layer holds one less than its window."""
+        """Attention FLOPs as run: every query against every key, ``past`` ones from a cache
+        included, of which a sliding layer holds one less than its window."""
         return sum(
             4.0 * width * queries * ((past if window is None else min(past, window - 1)) + queries)
             for width, window in self.attention
@@ -98,11 +100,12 @@ class Ledger:
         prefill: str = "student_prefill",
         decode: str = "student_decode",
     ) -> None:
-        """One batch of responses; ``reads``: (prompt length, lengths of the responses to it). The head runs once per row
-        after the prefill, then once per decoded token.
+        """One batch of responses; ``reads``: (prompt length, lengths of the responses to it). The
+        head runs once per row after the prefill, then once per decoded token.
 
-        A prompt with several responses is prefilled once, but for its last token, which every row runs. Executed: every
-        row is padded to the longest prompt and stays in the batch until its stretch of tokens ends or all rows have ended.
+        A prompt with several responses is prefilled once, but for its last token, which every row
+        runs. Executed: every row is padded to the longest prompt and stays in the batch until its
+        stretch of tokens ends or all rows have ended.
         """
         rows = [(p, n) for p, lengths in reads for n in lengths]
         width, steps, shared = (
@@ -144,14 +147,17 @@ class Ledger:
         recomputed: bool = False,
         taught: float | None = None,
     ) -> None:
-        """One forward over prompts + responses with the head on taught rows; a response's last token is not read.
+        """One forward over prompts + responses with the head on taught rows; a response's last
+        token is not read.
 
-        ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is read once. ``taught``: rows
-        that the head projects (None: one for every response token; 0: none). ``passes`` 3 is
-        a training step: forward, input gradient, weight gradient of every matmul that trains (attention's products: forward and two
-        gradients; the first layer's frozen matmuls count an input gradient that nobody needs). ``idle``: run only to keep step with other ranks, so executed and of no use.
-        ``recomputed``: the layers run once more in backward (gradient checkpointing), which is executed and of no use; an
-        upper bound, as torch leaves a layer as soon as it has what backward needs (without its last matmul, often).
+        ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is
+        read once. ``taught``: rows that the head projects (None: one for every response token; 0:
+        none). ``passes`` 3 is a training step: forward, input gradient, weight gradient of every
+        matmul that trains (attention's products: forward and two gradients; the first layer's
+        frozen matmuls count an input gradient that nobody needs). ``idle``: run only to keep step
+        with other ranks, so executed and of no use. ``recomputed``: the layers run once more in
+        backward (gradient checkpointing), which is executed and of no use; an upper bound, as torch
+        leaves a layer as soon as it has what backward needs (without its last matmul, often).
         """
         rows = [(p, n) for p, lengths in reads for n in lengths]
         linear, executed_linear = linear_tokens(reads)
@@ -201,9 +207,10 @@ def update_ledger(
 ) -> Ledger:
     """FLOPs of one update: generation, scoring, training.
 
-    ``prompts``: their lengths for (student, teacher); ``samples`` rollouts each, all of ``response`` tokens (a mean, rounded);
-    ``behind``: how many responses follow one reading of their prompt in generation, scoring and training. Across tokenizers,
-    ``teacher_tokens`` of the teacher's make one of the student's, and the loss reads the shares ``heads`` of both heads.
+    ``prompts``: their lengths for (student, teacher); ``samples`` rollouts each, all of
+    ``response`` tokens (a mean, rounded); ``behind``: how many responses follow one reading of
+    their prompt in generation, scoring and training. Across tokenizers, ``teacher_tokens`` of the
+    teacher's make one of the student's, and the loss reads the shares ``heads`` of both heads.
     """
     ledger, lengths = Ledger(), [max(1, round(response * ratio)) for ratio in (1, teacher_tokens)]
     rows = [len(prompts) * samples * length * share for length, share in zip(lengths, heads)]

@@ -17,14 +17,16 @@ def weighted(
     token_N: torch.Tensor | None = None,
     sampler_logp_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Σ_n weight_n · D(S_n, T_n) with its gradient, the detached values D_n [N] (nats), and with a clip the teacher's mass
-    on clipped entries [N].
+    """Σ_n weight_n · D(S_n, T_n) with its gradient, the detached values D_n [N] (nats), and with a
+    clip the teacher's mass on clipped entries [N].
 
-    S = softmax(student logits / temperature), T likewise; ``weight_N`` is already divided (by the taught tokens of the
-    whole update, say) and is not renormalised. The gradient to the hidden rows, the head's weight and its bias is
-    computed in the same pass from closed forms, so no [N, V] table outlives its chunk and nothing is projected again.
-    No gradient reaches the teacher. A frozen head gets none computed. ``token_N``: the realised tokens, for the sampled
-    estimator and the cross-entropy; ``sampler_logp_N``: their log-probability where they were drawn, for the former's ratio.
+    S = softmax(student logits / temperature), T likewise; ``weight_N`` is already divided (by the
+    taught tokens of the whole update, say) and is not renormalised. The gradient to the hidden
+    rows, the head's weight and its bias is computed in the same pass from closed forms, so no [N,
+    V] table outlives its chunk and nothing is projected again. No gradient reaches the teacher. A
+    frozen head gets none computed. ``token_N``: the realised tokens, for the sampled estimator and
+    the cross-entropy; ``sampler_logp_N``: their log-probability where they were drawn, for the
+    former's ratio.
 
     Source: losses of arXiv 2306.13649 and 2602.15260; the fusion is ours.
     """
@@ -149,10 +151,15 @@ def _log_softmax(logits, temperature, out):
 
 
 def _clipped(clip: float, student_logp, teacher_logp, spare):
-    """As ``value_and_gradient``, for the forward KL clipped entry by entry, and the teacher's mass on clipped entries [N].
+    """As ``value_and_gradient``, for the forward KL clipped entry by entry, and the teacher's mass
+    on clipped entries [N].
 
-    value Σ_v min(T_v (log T_v − log S_v), κ), which may be negative; gradient S_k·Q_U − T_k·1[k ∈ U] with U the entries that
-    are not clipped and Q_U the teacher's mass on them.                                             [OPSD, arXiv 2601.18734]
+    value Σ_v min(T_v (log T_v − log S_v), κ), which may be negative; gradient S_k·Q_U − T_k·1[k ∈
+    U] with U the entries that
+    are not clipped and Q_U the teacher's mass on
+                                                                                                    them.                                             [OPSD,
+                                                                                                    arXiv
+                                                                                                    2601.18734]
     """
     term = torch.sub(teacher_logp, student_logp, out=spare)
     teacher = teacher_logp.exp_()
@@ -163,8 +170,8 @@ def _clipped(clip: float, student_logp, teacher_logp, spare):
 
 
 def _on_top(terms, student_logp, teacher_logp, work):
-    """Log-probabilities [N, k + 1] of the teacher's k most likely tokens and of all others together (the tail), for the
-    student and the teacher, and which tokens they are."""
+    """Log-probabilities [N, k + 1] of the teacher's k most likely tokens and of all others together
+    (the tail), for the student and the teacher, and which tokens they are."""
     top_NK = teacher_logp.topk(terms.top_k, -1).indices
     sides = []
     for logp_NV in (student_logp, teacher_logp):
@@ -176,8 +183,8 @@ def _on_top(terms, student_logp, teacher_logp, work):
 
 
 def _value_and_gradient_on_top(terms, student_logp, teacher_logp, work):
-    """As ``value_and_gradient``, on the buckets: a token in the tail has the share of the bucket's gradient that it has of
-    the bucket's mass."""
+    """As ``value_and_gradient``, on the buckets: a token in the tail has the share of the bucket's
+    gradient that it has of the bucket's mass."""
     student, teacher, top_NK = _on_top(terms, student_logp, teacher_logp, work)
     share = student_logp.sub_(student[:, -1:]).exp_()
     value, gradient = value_and_gradient(
@@ -194,11 +201,14 @@ def _value_and_gradient_on_top(terms, student_logp, teacher_logp, work):
 def _at_token(terms, student_logp, teacher_logp, token_N, sampler_logp_N):
     """As ``value_and_gradient``, from the realised token y alone.
 
-    sampled        value log S(y) − log T(y), an unbiased estimate of KL(S‖T) for y ~ S; the policy gradient's loss
-                   −ρ·A·log S(y) with advantage A = log T(y) − log S(y), both ρ and A held fixed, has the gradient
-                   ρ·(log S(y) − log T(y))·(1[k = y] − S_k), with ρ = S(y)/q(y) where y was drawn from q (1 if unknown)
-                   [arXiv 2602.15260; MiniLLM, arXiv 2306.08543]
-    cross-entropy  value −log S(y), gradient S_k − 1[k = y]                      [SeqKD, arXiv 1606.07947]
+    sampled        value log S(y) − log T(y), an unbiased estimate of KL(S‖T) for y ~ S; the policy
+                   gradient's loss
+                   −ρ·A·log S(y) with advantage A = log T(y) − log S(y), both ρ and A held fixed,
+                   has the gradient ρ·(log S(y) − log T(y))·(1[k = y] − S_k), with ρ = S(y)/q(y)
+                   where y was drawn from q (1 if unknown) [arXiv 2602.15260; MiniLLM, arXiv
+                   2306.08543]
+    cross-entropy  value −log S(y), gradient S_k − 1[k = y]                      [SeqKD, arXiv
+                                                                                 1606.07947]
     """
     token_N1 = token_N[:, None]
     own = student_logp.gather(1, token_N1)
@@ -231,8 +241,9 @@ def statistics(
     token_N: torch.Tensor,
     forward: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Per-token facts without gradient, each [N] float32: ``divergence``, ``entropy`` of S (nats), the log-probability of the
-    realised token ``token_N`` under each model (``student_logp``, ``teacher_logp``), and if asked for KL(T‖S), ``forward_kl``."""
+    """Per-token facts without gradient, each [N] float32: ``divergence``, ``entropy`` of S (nats),
+    the log-probability of the realised token ``token_N`` under each model (``student_logp``,
+    ``teacher_logp``), and if asked for KL(T‖S), ``forward_kl``."""
     device, support = student_ND.device, len(student_head.weight_VD)
     names = ("divergence", "entropy", "student_logp", "teacher_logp") + (
         ("forward_kl",) if forward else ()

@@ -8,9 +8,11 @@ RESAMPLES = 2_000
 
 
 def interval(values: list[float], seed: int = 0) -> dict:
-    """{value, n, low, high}: mean over problems with a 95 % percentile-bootstrap interval (2,000 seeded resamples).
+    """{value, n, low, high}: mean over problems with a 95 % percentile-bootstrap interval (2,000
+    seeded resamples).
 
-    When all values are equal the bootstrap has no width; the ends then are Wilson's, at z = 1.96, for shares (0 or 1).
+    When all values are equal the bootstrap has no width; the ends then are Wilson's, at z = 1.96,
+    for shares (0 or 1).
     """
     import torch  # here, so that report and --help do without it
 
@@ -49,8 +51,8 @@ def known(values: list[list[float | None]]) -> list[float]:
 
 
 def token_mean(values: list[list[float | None]], seed: int = 0) -> dict:
-    """{value, n, low, high} of nats per token; n counts tokens, the bootstrap draws whole rollouts (their tokens are
-    not independent). Rollouts without a number are left out."""
+    """{value, n, low, high} of nats per token; n counts tokens, the bootstrap draws whole rollouts
+    (their tokens are not independent). Rollouts without a number are left out."""
     import torch  # here, so that report and --help do without it
 
     rows = [row for row in (known([row]) for row in values) if row]
@@ -71,7 +73,8 @@ def token_mean(values: list[list[float | None]], seed: int = 0) -> dict:
 
 
 def split_mean(values: list[list[float | None]], prefix: int) -> tuple[float | None, float | None]:
-    """Mean nats per token (inside the first ``prefix`` tokens, beyond them); None where there is none."""
+    """Mean nats per token (inside the first ``prefix`` tokens, beyond them); None where there is
+    none."""
     head, tail = known([row[:prefix] for row in values]), known([row[prefix:] for row in values])
     return tuple(math.fsum(part) / len(part) if part else None for part in (head, tail))
 

@@ -1,4 +1,5 @@
-"""Step → number: how long the prefix is, which rollouts are the teacher's, how high the learning rate is."""
+"""Step → number: how long the prefix is, which rollouts are the teacher's, how high the learning
+rate is."""
 
 import math
 import random
@@ -8,25 +9,31 @@ from dataclasses import dataclass
 from ..errors import UserError
 
 GRAMMAR = (
-    "at least 1 token (512), a percentage of --max-new-tokens (25%), 'full', linear:L0:d, staircase:L0:dH:every "
-    "or auto[:L0:dH]"
+    "at least 1 token (512), a percentage of --max-new-tokens (25%), 'full', linear:L0:d, "
+    "staircase:L0:dH:every or auto[:L0:dH]"
 )
 PATIENCE = 4  # updates whose mean stands for the signal of a window in `auto`
-STOPPED = 0.1  # share of a window's first signal that it must still lose within PATIENCE updates to count as improving
+# share of a window's first signal that it must still lose within PATIENCE updates to count as
+# improving
+STOPPED = 0.1
 REACHED = 0.25  # share of rollouts that must fill the prefix for `auto` to grow it
 
 
 @dataclass(frozen=True)
 class PrefixSchedule:
-    """A prefix length L_k for every step k = 0, 1, 2, …, in tokens, clamped to [1, T_max] (T_max is ``limit``).
+    """A prefix length L_k for every step k = 0, 1, 2, …, in tokens, clamped to [1, T_max] (T_max is
+    ``limit``).
 
-    constant    L_k = L0                                       arXiv 2602.15260; as a fraction ρ·T_max, arXiv 2605.31490
+    constant    L_k = L0                                       arXiv 2602.15260; as a fraction
+                ρ·T_max, arXiv 2605.31490
     linear      L_k = L0 + d·k                                 arXiv 2602.15260 (L0 = 1, d = 256)
     staircase   L_k = L0 + ΔH·⌊k/Δk⌋                           arXiv 2605.31490
-    auto        L doubles (or grows by ΔH) when its newest window has stopped improving; never shrinks; after arXiv 2607.29494
+    auto        L doubles (or grows by ΔH) when its newest window has stopped improving; never
+                shrinks; after arXiv 2607.29494
 
-    ``rise`` is d or ΔH in tokens (0: `auto` doubles), ``every`` is Δk in updates. Only ``auto`` has a state: a plain dictionary that belongs to
-    the run (and its checkpoint), starts as {} and is changed by ``observe`` alone.
+    ``rise`` is d or ΔH in tokens (0: `auto` doubles), ``every`` is Δk in updates. Only ``auto`` has
+    a state: a plain dictionary that belongs to the run (and its checkpoint), starts as {} and is
+    changed by ``observe`` alone.
     """
 
     text: str
@@ -51,13 +58,15 @@ class PrefixSchedule:
         return (state or {}).get("window", 0)
 
     def observe(self, step: int, state: dict, signal: float | None, reached: float) -> str | None:
-        """`auto` looks at update ``step`` and may grow → its reason, or None; other schedules look at nothing.
+        """`auto` looks at update ``step`` and may grow → its reason, or None; other schedules look
+        at nothing.
 
-        ``signal``: mean divergence in the newest window, what the last growth added, of this update's rollouts, nats per token (None where
-        no rollout entered it); ``reached``: share of rollouts that filled the prefix. With a and b the means of the signal
-        over the last-but-one and the last 4 updates and s over the first 4 since the window opened, it has stopped improving
-        when a − b ≤ s/10, and L grows if at least a quarter of the last 4 updates' rollouts reached L. The numbers are the
-        global update's, so every rank decides alike.
+        ``signal``: mean divergence in the newest window, what the last growth added, of this
+        update's rollouts, nats per token (None where no rollout entered it); ``reached``: share of
+        rollouts that filled the prefix. With a and b the means of the signal over the last-but-one
+        and the last 4 updates and s over the first 4 since the window opened, it has stopped
+        improving when a − b ≤ s/10, and L grows if at least a quarter of the last 4 updates'
+        rollouts reached L. The numbers are the global update's, so every rank decides alike.
         """
         if self.kind != "auto" or self.length(step, state) >= self.limit:
             return None
@@ -75,9 +84,10 @@ class PrefixSchedule:
         opened, old = self.window(state), self.length(step, state)
         state.update(length=min(old + (self.rise or old), self.limit), window=old, seen=[])
         return (
-            f"after update {step + 1} the prefix grows from {old} to {state['length']} tokens: over means of {PATIENCE} updates "
-            f"the divergence of tokens {opened} to {old} began at {first:.3g} nats, was {before:.3g} and is {last:.3g}, and "
-            f"{filled:.0%} of the rollouts fill the prefix"
+            f"after update {step + 1} the prefix grows from {old} to {state['length']} tokens: "
+            f"over means of {PATIENCE} updates the divergence of tokens {opened} to {old} began at "
+            f"{first:.3g} nats, was {before:.3g} and is {last:.3g}, and {filled:.0%} of the "
+            "rollouts fill the prefix"
         )
 
 
@@ -87,10 +97,11 @@ def _mean(values: list) -> float:
 
 
 def parse_prefix(text: str, limit: int) -> PrefixSchedule:
-    """``512`` | ``25%`` | ``full`` | ``linear:L0:d`` | ``staircase:L0:dH:every`` | ``auto[:L0:dH]`` → PrefixSchedule.
+    """``512`` | ``25%`` | ``full`` | ``linear:L0:d`` | ``staircase:L0:dH:every`` | ``auto[:L0:dH]``
+    → PrefixSchedule.
 
-    ``limit``: T_max in tokens. Every length may be a percentage of it. ``auto`` alone starts at 10% and doubles. UserError on
-    anything else.
+    ``limit``: T_max in tokens. Every length may be a percentage of it. ``auto`` alone starts at 10%
+    and doubles. UserError on anything else.
     """
     text = str(text).strip()
     kind, *parts = text.split(":")
@@ -110,7 +121,8 @@ def parse_prefix(text: str, limit: int) -> PrefixSchedule:
     if kind == "staircase" and len(parts) == 3:
         if not re.fullmatch(r"[1-9]\d{0,17}", parts[2], re.ASCII):
             raise UserError(
-                f"prefix '{text}': the staircase rises every {parts[2]!r} updates; give a number of at least 1"
+                f"prefix '{text}': the staircase rises every {parts[2]!r} updates; give a number "
+                "of at least 1"
             )
         return PrefixSchedule(
             text,
@@ -148,22 +160,24 @@ def _tokens(text: str, part: str, limit: int) -> int:
 
 @dataclass(frozen=True)
 class OffPolicy:
-    """A share λ of the rollouts is the teacher's: the loss on them is ``sft`` (cross-entropy; SeqKD, arXiv 1606.07947) or
-    the run's ``divergence`` (GKD's mixture, arXiv 2306.13649). They are cut at the prefix like all others."""
+    """A share λ of the rollouts is the teacher's: the loss on them is ``sft`` (cross-entropy;
+    SeqKD, arXiv 1606.07947) or the run's ``divergence`` (GKD's mixture, arXiv 2306.13649). They are
+    cut at the prefix like all others."""
 
     loss: str
     share: float
 
     def rows(self, step: int, rollouts: int, seed: int) -> frozenset[int]:
-        """Which of an update's rollouts (numbered over the global batch) are the teacher's: drawn by seed, and over all
-        updates as near to the share as whole rollouts allow."""
+        """Which of an update's rollouts (numbered over the global batch) are the teacher's: drawn
+        by seed, and over all updates as near to the share as whole rollouts allow."""
         upto = lambda k: math.floor(round(self.share * rollouts * k, 9))
         rng = random.Random(f"{seed}/off-policy/{step}")
         return frozenset(rng.sample(range(rollouts), upto(step + 1) - upto(step)))
 
 
 def parse_off_policy(text: str) -> OffPolicy | None:
-    """``none`` → None; ``sft`` | ``divergence``, with ``:λ`` for a share of the rollouts (1 without) → OffPolicy."""
+    """``none`` → None; ``sft`` | ``divergence``, with ``:λ`` for a share of the rollouts (1
+    without) → OffPolicy."""
     if text == "none":
         return None
     loss, colon, share = text.partition(":")
@@ -174,8 +188,8 @@ def parse_off_policy(text: str) -> OffPolicy | None:
     if loss in ("sft", "divergence") and 0 < value <= 1:
         return OffPolicy(loss, value)
     raise UserError(
-        f"off-policy '{text}': --off-policy must be none, sft or divergence, the last two with an optional share of "
-        "the rollouts above 0 and at most 1, such as divergence:0.5"
+        f"off-policy '{text}': --off-policy must be none, sft or divergence, the last two with an "
+        "optional share of the rollouts above 0 and at most 1, such as divergence:0.5"
     )
 
 
@@ -196,7 +210,8 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: 
     """Learning rate of update ``step`` (0-based).
 
     Warm-up: peak·(step + 1)/(warmup + 1). Then with progress u = (step − warmup)/(steps − warmup):
-    ``constant`` peak; ``linear`` peak·(1 − u); ``cosine`` peak·(1 + cos πu)/2. The last update still moves (u < 1).
+    ``constant`` peak; ``linear`` peak·(1 − u); ``cosine`` peak·(1 + cos πu)/2. The last update
+    still moves (u < 1).
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

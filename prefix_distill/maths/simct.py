@@ -1,17 +1,21 @@
-"""The divergence on units of text, for two models with different tokenizers: fused with both output heads, in chunks.
+"""The divergence on units of text, for two models with different tokenizers: fused with both output
+heads, in chunks.
 
-Axes: N rows of the student, M rows of the teacher, U units, V and W the vocabularies, O the shared support: pairs of tokens with
-the same bytes and end-of-sequence. All logarithms are natural; all values are nats.
+Axes: N rows of the student, M rows of the teacher, U units, V and W the vocabularies, O the shared
+support: pairs of tokens with the same bytes and end-of-sequence. All logarithms are natural; all
+values are nats.
 
     unit of one token on each side   scores of a model = its log p(o | prefix), o ∈ O
-    any other unit (span)            the same where the span begins, and one more: the span itself, (1/n) Σ log p(token | its
+    any other unit (span)            the same where the span begins, and one more: the span itself,
+                                     (1/n) Σ log p(token | its
                                      prefix) over the model's own n tokens of it
     q = softmax(scores) ;  loss of a unit = D(q_S, q_T), the teacher's scores held fixed
 
-``strict`` has units of the first kind only. ``simct-released`` has raw logits in place of log p, as the authors' code.
+``strict`` has units of the first kind only. ``simct-released`` has raw logits in place of log p, as
+the authors' code.
 
-Source: SimCT, arXiv 2605.07711; the fusion is ours. On units of the first kind the rest of both vocabularies cancels, so only the
-rows of O of both heads are read.
+Source: SimCT, arXiv 2605.07711; the fusion is ours. On units of the first kind the rest of both
+vocabularies cancels, so only the rows of O of both heads are read.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +29,8 @@ TABLES = 6  # vocabulary-sized float32 tables that are alive at once
 
 @dataclass(frozen=True)
 class Support:
-    """O on the models' devices: ids [O + e], end-of-sequence last (all its ids are one event). ``raw``: simct-released."""
+    """O on the models' devices: ids [O + e], end-of-sequence last (all its ids are one event).
+    ``raw``: simct-released."""
 
     student: torch.Tensor
     teacher: torch.Tensor
@@ -40,11 +45,13 @@ class Support:
 
 @dataclass(frozen=True)
 class Units:
-    """The taught units of a micro-batch as rows of both models' hidden states, in the order of ``scoring.hidden_rows``.
+    """The taught units of a micro-batch as rows of both models' hidden states, in the order of
+    ``scoring.hidden_rows``.
 
-    ``first``: the row that predicts a unit's first token, [U] for each side; ``exact``, ``spans``: which units are which. The
-    tokens of the spans, [K]: their ``row``, the ``span`` they are part of (0 … len(spans) − 1) and their id, for each side.
-    ``token``: the first token of every unit, [U].
+    ``first``: the row that predicts a unit's first token, [U] for each side; ``exact``, ``spans``:
+    which units are which. The tokens of the spans, [K]: their ``row``, the ``span`` they are part
+    of (0 … len(spans) − 1) and their id, for each side. ``token``: the first token of every unit,
+    [U].
     """
 
     first: tuple[torch.Tensor, torch.Tensor]
@@ -68,9 +75,10 @@ def weighted(
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Σ_u weight_u · D(q_S, q_T) with its gradient, and the detached values D_u [U], nats.
 
-    As ``divergence.weighted``: closed forms in the forward pass, ``weight_U`` is divided already, no gradient reaches the teacher.
-    No table of rows × vocabulary outlives its chunk. The tokens of spans are projected twice by the student, as a span's score
-    needs all of them before its gradient is known.
+    As ``divergence.weighted``: closed forms in the forward pass, ``weight_U`` is divided already,
+    no gradient reaches the teacher. No table of rows × vocabulary outlives its chunk. The tokens of
+    spans are projected twice by the student, as a span's score needs all of them before its
+    gradient is known.
     """
     return _Weighted.apply(
         student_ND,
@@ -199,7 +207,8 @@ class _Gradients:
         )
 
     def add(self, rows, table, logits, weight, ids=None) -> None:
-        """``table``: gradient of a unit's value to its tempered ``logits``, [rows, V], or on the columns ``ids`` alone."""
+        """``table``: gradient of a unit's value to its tempered ``logits``, [rows, V], or on the
+        columns ``ids`` alone."""
         hidden, head_weight, bias = self.found
         if hidden is None and head_weight is None and bias is None:
             return
@@ -242,7 +251,8 @@ def _rows(head: Head, ids: torch.Tensor) -> Head:
 
 
 def _events(scores: torch.Tensor, shared: Support) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores [., O + e] → [., O + 1], the end-of-sequence ids as one event, and the share [., e] of it that each id has."""
+    """Scores [., O + e] → [., O + 1], the end-of-sequence ids as one event, and the share [., e]
+    of it that each id has."""
     ends = scores[:, shared.common :]
     return torch.cat(
         [scores[:, : shared.common], torch.logsumexp(ends, -1, keepdim=True)], 1
@@ -290,9 +300,10 @@ def statistics(
     teacher_head: Head,
     forward: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """As ``divergence.statistics``, per unit, each [U] float32: ``divergence`` and ``entropy`` on the unit's support, the score of
-    the text of the unit under each model (mean log-probability of its tokens: ``student_logp``, ``teacher_logp``), each model's mass on
-    O where the unit begins (``student_mass``, ``teacher_mass``), and if asked for KL(q_T‖q_S), ``forward_kl``."""
+    """As ``divergence.statistics``, per unit, each [U] float32: ``divergence`` and ``entropy`` on
+    the unit's support, the score of the text of the unit under each model (mean log-probability of
+    its tokens: ``student_logp``, ``teacher_logp``), each model's mass on O where the unit begins
+    (``student_mass``, ``teacher_mass``), and if asked for KL(q_T‖q_S), ``forward_kl``."""
     device, raw = student_ND.device, shared.raw
     plain = replace(shared, raw=False)
     heads, hiddens = (

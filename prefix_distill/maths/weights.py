@@ -1,4 +1,5 @@
-"""Which tokens of a rollout are taught, how much each one counts, and the one number the update is divided by."""
+"""Which tokens of a rollout are taught, how much each one counts, and the one number the update
+is divided by."""
 
 import math
 import random
@@ -25,11 +26,13 @@ MODERATE = (0.25, 0.30, 0.10)  # (w_min, τ, s) of PW-OPSD
 
 @dataclass(frozen=True)
 class Window:
-    """K taught tokens of every rollout (all where it has no more): the ablation of the prefix at equal K.
+    """K taught tokens of every rollout (all where it has no more): the ablation of the prefix at
+    equal K.
 
-    first, middle, last, random: K tokens in a row (random: anywhere); scattered: K anywhere; highest-kl, highest-entropy: the
-    K with the largest reverse KL(S‖T), or entropy of S, ties to the earlier one. The sampling is not shortened by a window;
-    `--prefix K` is the truncation that saves it. Both models read up to the last taught token. After arXiv 2602.15260.
+    first, middle, last, random: K tokens in a row (random: anywhere); scattered: K anywhere;
+    highest-kl, highest-entropy: the K with the largest reverse KL(S‖T), or entropy of S, ties to
+    the earlier one. The sampling is not shortened by a window; `--prefix K` is the truncation that
+    saves it. Both models read up to the last taught token. After arXiv 2602.15260.
     """
 
     kind: str
@@ -43,7 +46,8 @@ class Window:
     def positions(
         self, tokens: int, key: tuple, values: list[float] | None = None
     ) -> tuple[int, ...]:
-        """Taught positions of a rollout of ``tokens`` tokens, ascending; ``key`` seeds the random kinds, ``values`` rank."""
+        """Taught positions of a rollout of ``tokens`` tokens, ascending; ``key`` seeds the
+        random kinds, ``values`` rank."""
         size = min(self.size, tokens)
         if self.statistic:
             return tuple(sorted(sorted(range(tokens), key=lambda t: (-values[t], t))[:size]))
@@ -64,13 +68,14 @@ def parse_window(text: str) -> Window | None:
     if kind in WINDOWS and re.fullmatch(r"0*[1-9]\d{0,17}", size, re.ASCII):
         return Window(kind, int(size))
     raise UserError(
-        f"window '{text}': --window must be all, or one of {', '.join(WINDOWS)} with a number of at least 1 token, "
-        "such as first:24"
+        f"window '{text}': --window must be all, or one of {', '.join(WINDOWS)} with a number of "
+        "at least 1 token, such as first:24"
     )
 
 
 def keep(window: Window | None, rollouts: list, key: tuple, statistics: dict | None = None) -> list:
-    """The same ``Rollout``s with the positions that are taught; ``statistics`` as ``scoring.token_statistics`` gives them."""
+    """The same ``Rollout``s with the positions that are taught; ``statistics`` as
+    ``scoring.token_statistics`` gives them."""
     if window is None:
         return rollouts
     kept = []
@@ -94,7 +99,8 @@ def keep(window: Window | None, rollouts: list, key: tuple, statistics: dict | N
 
 @dataclass(frozen=True)
 class Scale:
-    """Ends of a global batch's entropies (the upper one after the clip) and divergences, which map them to [0, 1]."""
+    """Ends of a global batch's entropies (the upper one after the clip) and divergences, which
+    map them to [0, 1]."""
 
     entropy: tuple[float, float]
     divergence: tuple[float, float]
@@ -119,16 +125,21 @@ def scale(entropies: list[float], divergences: list[float]) -> Scale:
 
 @dataclass(frozen=True)
 class Selection:
-    """Token selection by importance, TIP (arXiv 2604.14084): ⌊ρm⌋ of a rollout's m tokens are taught, at least 1.
+    """Token selection by importance, TIP (arXiv 2604.14084): ⌊ρm⌋ of a rollout's m tokens are
+    taught, at least 1.
 
-    With h the entropy of S, clipped at the 98th percentile of the global batch, ĥ and δ̂ the min-max of h and of the reverse
-    KL(S‖T) over it:
+    With h the entropy of S, clipped at the 98th percentile of the global batch, ĥ and δ̂ the
+    min-max of h and of the reverse KL(S‖T) over it:
 
-        soft-or          s = ĥ + δ̂ − ĥ·δ̂, the largest              overconfident    s = KL(T‖S)·(1 − ĥ), the largest
-        entropy-sample   drawn ∝ h without replacement              entropy, divergence   the largest ĥ, δ̂
-        random           drawn evenly                               bottom           the smallest s of soft-or
+        soft-or          s = ĥ + δ̂ − ĥ·δ̂, the largest              overconfident    s = KL(T‖S)·(1
+                         − ĥ), the largest
+        entropy-sample   drawn ∝ h without replacement              entropy, divergence   the
+                         largest ĥ, δ̂
+        random           drawn evenly                               bottom           the smallest s
+                         of soft-or
 
-    Equal scores go to the earlier token. The draws are seeded per rollout. Whole vocabulary, temperature 1. ``share`` is ρ.
+    Equal scores go to the earlier token. The draws are seeded per rollout. Whole vocabulary,
+    temperature 1. ``share`` is ρ.
     """
 
     kind: str
@@ -146,7 +157,8 @@ class Selection:
         facts: dict[str, dict[int, float]] | None = None,
         at: Scale | None = None,
     ) -> tuple[int, ...]:
-        """The kept ones of a rollout's ``positions``, ascending; ``facts``: statistic → position → nats."""
+        """The kept ones of a rollout's ``positions``, ascending; ``facts``: statistic → position
+        → nats."""
         count = min(len(positions), max(1, math.floor(self.share * len(positions) + 1e-9)))
         rng = random.Random("/".join(map(str, ("select", self.kind, *key))))
         if not self.ranks:
@@ -193,7 +205,8 @@ def choose(
     facts: dict | None = None,
     at: Scale | None = None,
 ) -> list:
-    """The same ``Rollout``s with fewer taught positions. ``facts``: (prompt, sample) → statistic → position → nats."""
+    """The same ``Rollout``s with fewer taught positions. ``facts``: (prompt, sample) → statistic
+    → position → nats."""
     if selection is None:
         return rollouts
     return [
@@ -212,8 +225,9 @@ def quadrants(
 ) -> dict:
     """The four quadrants of TIP: high or low entropy of S × high or low reverse KL.
 
-    → {"borders": [entropy, divergence] (nats; those given, else the medians; above is high), "quadrants": name → {"tokens":
-    share of the tokens, "divergence": share of all divergence}}; "low entropy, high divergence" is the overconfident one.
+    → {"borders": [entropy, divergence] (nats; those given, else the medians; above is high),
+    "quadrants": name → {"tokens": share of the tokens, "divergence": share of all divergence}};
+    "low entropy, high divergence" is the overconfident one.
     """
     borders = borders or (quantile(entropies, 0.5), quantile(divergences, 0.5))
     groups: dict[str, list[float]] = {name: [] for name in QUADRANTS}
@@ -238,7 +252,8 @@ def quadrants(
 
 @dataclass(frozen=True)
 class PositionWeight:
-    """How much a token counts by its place in the rollout (PW-OPSD, arXiv 2605.21606): of m tokens, token j = 1 … m has
+    """How much a token counts by its place in the rollout (PW-OPSD, arXiv 2605.21606): of m tokens,
+    token j = 1 … m has
 
         u = (j − 1/2)/m ,   w = w_min + (1 − w_min)·σ((u − τ)/s)
 
@@ -259,7 +274,8 @@ class PositionWeight:
 
 
 def parse_position_weight(text: str) -> PositionWeight | None:
-    """``uniform`` → None; ``moderate`` (0.25, 0.30, 0.10); ``decreasing``, its mirror image; ``sigmoid:w,τ,s``. UserError otherwise."""
+    """``uniform`` → None; ``moderate`` (0.25, 0.30, 0.10); ``decreasing``, its mirror image;
+    ``sigmoid:w,τ,s``. UserError otherwise."""
     if text == "uniform":
         return None
     if text in ("moderate", "decreasing"):
@@ -278,19 +294,22 @@ def parse_position_weight(text: str) -> PositionWeight | None:
     ):
         return PositionWeight(*found)
     raise UserError(
-        f"position weight '{text}': --position-weight must be uniform, moderate, decreasing or sigmoid:w,τ,s with a least "
-        "weight w from 0 to 1, a turning point τ and a width s above 0, such as sigmoid:0.25,0.3,0.1"
+        f"position weight '{text}': --position-weight must be uniform, moderate, decreasing or "
+        "sigmoid:w,τ,s with a least weight w from 0 to 1, a turning point τ and a width s above 0, "
+        "such as sigmoid:0.25,0.3,0.1"
     )
 
 
 def token_weights(
     rollouts: list, reduction: str, position: PositionWeight | None = None
 ) -> tuple[dict[tuple[int, int], list[float]], float]:
-    """(prompt, sample) → undivided weight of each taught token, and this rank's share of the divisor.
+    """(prompt, sample) → undivided weight of each taught token, and this rank's share of the
+    divisor.
 
-    With m taught tokens in a rollout (``Rollout.counted``): ``token``: weight 1, divisor Σ m; ``sequence``: weight 1/m, divisor the number of
-    rollouts; ``sum``: weight 1, divisor the number of rollouts (the gradient grows with the prefix); each times the
-    ``position`` weight in the whole rollout, if any. The update divides by the sum of shares over all ranks, so neither
+    With m taught tokens in a rollout (``Rollout.counted``): ``token``: weight 1, divisor Σ m;
+    ``sequence``: weight 1/m, divisor the number of rollouts; ``sum``: weight 1, divisor the number
+    of rollouts (the gradient grows with the prefix); each times the ``position`` weight in the
+    whole rollout, if any. The update divides by the sum of shares over all ranks, so neither
     micro-batches nor ranks change it.
     """
     weights = {}

@@ -1,6 +1,8 @@
-"""Before a GPU-hour is spent: do student, teacher, prompts, sampling and device go together? What only the models can answer.
+"""Before a GPU-hour is spent: do student, teacher, prompts, sampling and device go together? What
+only the models can answer.
 
-``preflight.prepare`` has refused what is impossible by then; here both models are asked, in some seconds.
+``preflight.prepare`` has refused what is impossible by then; here both models are asked, in some
+seconds.
 """
 
 import math
@@ -41,8 +43,9 @@ SHAPING = (
 
 
 def examine(run: Run, samples: int, limit: float | None = SECONDS) -> list[Check]:
-    """All checks, in the order of a token's way. ``samples``: held-out problems that both models answer (0: none), left out where that
-    would take more than ``limit`` seconds. Every rank gets the same list."""
+    """All checks, in the order of a token's way. ``samples``: held-out problems that both models
+    answer (0: none), left out where that would take more than ``limit`` seconds. Every rank gets
+    the same list."""
     found = [
         _vocabulary(run),
         _prompts(run),
@@ -119,7 +122,8 @@ def _prompts(run: Run) -> Check:
         return Check(
             "prompts",
             "warning",
-            f"the {doubled[0]}'s prompt begins with two {dict(_sides(run))[doubled[0]].tokenizer.bos_token!r}: its chat template writes one, "
+            f"the {doubled[0]}'s prompt begins with two "
+            f"{dict(_sides(run))[doubled[0]].tokenizer.bos_token!r}: its chat template writes one, "
             "and its tokenizer adds one",
             facts,
         )
@@ -127,12 +131,13 @@ def _prompts(run: Run) -> Check:
         return Check(
             "prompts",
             "warning",
-            "the student's first tokens are none of the teacher's: do both prompts ask for the same form of answer?",
+            "the student's first tokens are none of the teacher's: do both prompts ask for the "
+            "same form of answer?",
             facts,
         )
     text = (
-        f"{len(ids['student'])} and {len(ids['teacher'])} ids of the first prompt; the teacher gives the student's most likely first token "
-        f"a probability of {chance:.2g}"
+        f"{len(ids['student'])} and {len(ids['teacher'])} ids of the first prompt; the teacher "
+        f"gives the student's most likely first token a probability of {chance:.2g}"
     )
     if chance < FIRST_TOKEN:
         return Check(
@@ -163,8 +168,8 @@ def _templates(run: Run) -> Check:
         return Check(
             "templates",
             "warning",
-            f"the student reads {ours['form']} prompts, the teacher {theirs['form']} ones; --template plain makes them "
-            "alike",
+            f"the student reads {ours['form']} prompts, the teacher {theirs['form']} ones; "
+            "--template plain makes them alike",
             facts,
         )
     if (
@@ -176,7 +181,10 @@ def _templates(run: Run) -> Check:
         )
         text = f"thinking: student {ours['thinking']}, teacher {theirs['thinking']}"
         if ours["thinking_switch"] != theirs["thinking_switch"]:
-            text += f"; the {which}'s template has a thinking switch, the {other}'s has none: --{which}-thinking on or off settles what it writes first"
+            text += (
+                f"; the {which}'s template has a thinking switch, the {other}'s has none: "
+                f"--{which}-thinking on or off settles what it writes first"
+            )
         return Check("templates", "warning", text, facts)
     return Check("templates", "ok", f"both {ours['form']}, thinking {ours['thinking']}", facts)
 
@@ -185,13 +193,16 @@ def _ends(run: Run) -> Check:
     facts = {role: sorted(model.eos) for role, model in _sides(run)} | {
         "rollouts_stop_at": sorted(run.sampler.eos)
     }
-    text = f"student {named(run.student, run.student.eos)}; teacher {named(run.teacher, run.teacher.eos)}"
+    text = (
+        f"student {named(run.student, run.student.eos)}; teacher "
+        f"{named(run.teacher, run.teacher.eos)}"
+    )
     if run.alignment is None and run.student.eos != run.teacher.eos:
         return Check(
             "end of text",
             "warning",
-            f"{text}; rollouts stop at the {run.config.rollout.eos}'s: whose end the student should learn is "
-            "--eos student, teacher or union",
+            f"{text}; rollouts stop at the {run.config.rollout.eos}'s: whose end the student "
+            "should learn is --eos student, teacher or union",
             facts,
         )
     return Check("end of text", "ok", text, facts)
@@ -203,8 +214,8 @@ def _padding(run: Run) -> Check:
     return Check(
         "padding",
         "ok",
-        f"the {' and the '.join(same)} {'pads with an' if same else ''} end-of-text id or none: a response ends by position, "
-        "so its end is taught all the same"
+        f"the {' and the '.join(same)} {'pads with an' if same else ''} end-of-text id or none: a "
+        "response ends by position, so its end is taught all the same"
         if same
         else "an id of its own on both sides",
         facts,
@@ -244,8 +255,9 @@ def _itself(run: Run) -> Check:
         return Check(
             "itself",
             "error",
-            f"the {worst} read twice differs from itself by {facts[worst]:.2g} nats per token; expected 0: something in it is random "
-            "(dropout, noise); use another copy, or --dtype float32",
+            f"the {worst} read twice differs from itself by {facts[worst]:.2g} nats per token; "
+            "expected 0: something in it is random (dropout, noise); use another copy, or --dtype "
+            "float32",
             facts,
         )
     return Check(
@@ -271,7 +283,10 @@ def _sampling(run: Run) -> Check:
         "eos": sorted(sampler.eos),
         "ignored": own,
     }
-    text = f"temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k {sampler.top_k or 'off'}"
+    text = (
+        f"temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k "
+        f"{sampler.top_k or 'off'}"
+    )
     ignored = "; ".join(
         f"the {role}'s own {', '.join(f'{k} {v}' for k, v in found.items())}"
         for role, found in own.items()
@@ -298,8 +313,8 @@ def _context(run: Run) -> Check:
     return Check(
         "context",
         "ok",
-        f"prompts of {lengths[0]} to {lengths[-1]} ids (median {facts['median']}) and up to {facts['max_new_tokens']} of an answer, "
-        f"in {room or 'any number of'} positions",
+        f"prompts of {lengths[0]} to {lengths[-1]} ids (median {facts['median']}) and up to "
+        f"{facts['max_new_tokens']} of an answer, in {room or 'any number of'} positions",
         facts,
     )
 
@@ -364,28 +379,32 @@ def _memory(run: Run) -> Check:
         "set_by": found["set_by"],
         "phases": found["phases"],
     }
-    text = f"{gib(needed)} beside the loaded weights, most in {found['set_by']}; {gib(free)} free on {place.device}"
+    text = (
+        f"{gib(needed)} beside the loaded weights, most in {found['set_by']}; {gib(free)} "
+        f"free on {place.device}"
+    )
     if fixed > free:
         return Check(
             "memory",
             "error",
-            f"{text}: optimizer, gradients and copies alone take {gib(fixed)}, whatever the batch; use --lora 16, a smaller "
-            "model, or --teacher-device for the teacher",
+            f"{text}: optimizer, gradients and copies alone take {gib(fixed)}, whatever the batch; "
+            "use --lora 16, a smaller model, or --teacher-device for the teacher",
             facts,
         )
     if needed > free:
         return Check(
             "memory",
             "warning",
-            f"{text}: batches will be halved until they fit; lower --micro-batch-size or --generation-rows, or use "
-            "--gradient-checkpointing",
+            f"{text}: batches will be halved until they fit; lower --micro-batch-size or "
+            "--generation-rows, or use --gradient-checkpointing",
             facts,
         )
     return Check("memory", "ok", text, facts)
 
 
 def _teacher(run: Run, count: int, limit: float | None) -> Check:
-    """Full answers of both models to held-out problems, with the same seeds: who is right, and who can end a turn."""
+    """Full answers of both models to held-out problems, with the same seeds: who is right, and
+    who can end a turn."""
     name, cap = "teacher", run.config.rollout.max_new_tokens
     rendered = run.kl_prompts[:count]
     sides = [
@@ -423,8 +442,8 @@ def _teacher(run: Run, count: int, limit: float | None) -> Check:
             return Check(
                 name,
                 "ok",
-                f"not sampled: {count} answers of up to {cap} tokens of each model may take {expected:.0f} s; `prefix-distill check` "
-                "does it, --check-samples sets how many",
+                f"not sampled: {count} answers of up to {cap} tokens of each model may take "
+                f"{expected:.0f} s; `prefix-distill check` does it, --check-samples sets how many",
                 {"expected_seconds": expected},
             )
     facts, text = {}, []
@@ -456,15 +475,16 @@ def _teacher(run: Run, count: int, limit: float | None) -> Check:
         return Check(
             name,
             "warning",
-            f"{text}: the teacher never ends a turn within {cap} tokens, so the student will unlearn it; longer --max-new-tokens, or "
-            "another --eos",
+            f"{text}: the teacher never ends a turn within {cap} tokens, so the student will "
+            "unlearn it; longer --max-new-tokens, or another --eos",
             facts,
         )
     if ours["right"] is not None and theirs["right"] <= ours["right"]:
         return Check(
             name,
             "warning",
-            f"{text}: on this small sample the teacher is not better than the student; what should it teach?",
+            f"{text}: on this small sample the teacher is not better than the student; what should "
+            "it teach?",
             facts,
         )
     return Check(name, "ok", text, facts)

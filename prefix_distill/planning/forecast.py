@@ -1,12 +1,13 @@
 """How much memory a run will need, phase by phase, from its configs alone.
 
-No weight is read or downloaded. The networks are built from their configs of ghosts (tensors without numbers), the same code that
-trains reads the same rollouts with them, and every tensor it keeps is counted while it lives. Whole numbers (ids, masks) are real, so
-that everything that depends on them goes the way it will go. Layers repeat: deep networks are measured at two small depths, and the
-rest is a straight line through them.
+No weight is read or downloaded. The networks are built from their configs of ghosts (tensors
+without numbers), the same code that trains reads the same rollouts with them, and every tensor it
+keeps is counted while it lives. Whole numbers (ids, masks) are real, so that everything that
+depends on them goes the way it will go. Layers repeat: deep networks are measured at two small
+depths, and the rest is a straight line through them.
 
-Counted: what tensors hold. Not counted: the CUDA context (some hundred MiB), what cuBLAS, cuDNN and oneDNN work in, and what an
-allocator rounds up or keeps for later.
+Counted: what tensors hold. Not counted: the CUDA context (some hundred MiB), what cuBLAS, cuDNN and
+oneDNN work in, and what an allocator rounds up or keeps for later.
 """
 
 from collections.abc import Callable
@@ -28,10 +29,11 @@ from .ghosts import Live, depths, ghost, sketch, storage_of
 
 @dataclass(frozen=True)
 class Case:
-    """What sets the memory of one rank. ``prompts``: (student's, teacher's) lengths of the prompts of an update; ``prefix`` and ``limit``:
-    longest rollout in training and in evaluation; ``problems``: answers of an evaluation; ``contexts``: its rollouts that both models
-    read; ``own``: the teacher is the student's initial weights; ``averaged``: it follows the student, in float32; ``apart``: it has a device of
-    its own; ``text``: it writes rollouts."""
+    """What sets the memory of one rank. ``prompts``: (student's, teacher's) lengths of the prompts
+    of an update; ``prefix`` and ``limit``: longest rollout in training and in evaluation;
+    ``problems``: answers of an evaluation; ``contexts``: its rollouts that both models read;
+    ``own``: the teacher is the student's initial weights; ``averaged``: it follows the student, in
+    float32; ``apart``: it has a device of its own; ``text``: it writes rollouts."""
 
     terms: Terms
     dtype: torch.dtype
@@ -62,7 +64,8 @@ class Case:
 
 
 class Pair:
-    """Student and teacher as their configs describe them (the teacher's None: it is the student); what was built is kept."""
+    """Student and teacher as their configs describe them (the teacher's None: it is the
+    student); what was built is kept."""
 
     def __init__(self, student, teacher=None, names=("student", "teacher")):
         self.configs, self.names = (student, teacher or student), names
@@ -83,7 +86,8 @@ class Pair:
     def measured(
         self, role: int, settings, what: tuple, work: Callable[[Model], dict[str, float]]
     ) -> dict[str, float]:
-        """What ``work`` finds in the model, from two depths where its layers repeat; ``what`` names it, so that it is done once."""
+        """What ``work`` finds in the model, from two depths where its layers repeat; ``what``
+        names it, so that it is done once."""
         if (role, settings, what) not in self.found:
             self.found[role, settings, what] = self._measured(role, settings, work)
         return self.found[role, settings, what]
@@ -103,8 +107,9 @@ class Pair:
             IndexError,
         ) as error:  # its way depends on numbers
             raise UserError(
-                f"model {self.names[role]}: its memory cannot be forecast, as what it computes depends on its weights "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+                f"model {self.names[role]}: its memory cannot be forecast, as what it computes "
+                f"depends on its weights ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:160]})"
             ) from None
         if len(at) == 1:
             return found[0]
@@ -115,7 +120,8 @@ class Pair:
         }
 
     def forecast(self, case: Case) -> dict:
-        """{total, set_by, weights: {component: bytes}, phases: {phase: bytes beyond the weights}, teacher_device: bytes or None}."""
+        """{total, set_by, weights: {component: bytes}, phases: {phase: bytes beyond the
+        weights}, teacher_device: bytes or None}."""
         full, size = case.adapter is None, case.dtype.itemsize
         held = (torch.float32 if full else case.dtype, case.adapter, False)
         trains = (held[0], case.adapter, case.recomputes)
@@ -226,7 +232,8 @@ def _sizes(group: list[Rollout]) -> tuple:
 
 
 def weights(model: Model) -> dict[str, float]:
-    """Bytes of a network's parameters and buffers, and how many numbers of them train with an adapter."""
+    """Bytes of a network's parameters and buffers, and how many numbers of them train with an
+    adapter."""
     tensors = [*model.net.parameters(), *model.net.buffers()]
     return {
         "all": sum(storage_of(t).nbytes() for t in tensors),
@@ -241,7 +248,8 @@ def _live(model: Model, *known: torch.Tensor) -> Live:
 def reading(
     model: Model, rollouts: list[Rollout], teacher: bool, autocast: bool
 ) -> dict[str, float]:
-    """Bytes while a model reads rollouts without gradient (``peak``), and of the hidden rows that stay (``rows``)."""
+    """Bytes while a model reads rollouts without gradient (``peak``), and of the hidden rows
+    that stay (``rows``)."""
     live = _live(model)
     with torch.no_grad(), live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -259,8 +267,10 @@ def updating(
     autocast: bool,
     accumulated: bool,
 ) -> dict[str, float]:
-    """Bytes while the student reads a micro-batch (``read``), while the loss is taken (``loss``) and gradients flow (``backward``), and when
-    they are there (``end``): each of them is a straight line in the depth, their maximum is not. ``accumulated``: they are there already, and not counted."""
+    """Bytes while the student reads a micro-batch (``read``), while the loss is taken (``loss``)
+    and gradients flow (``backward``), and when they are there (``end``): each of them is a straight
+    line in the depth, their maximum is not. ``accumulated``: they are there already, and not
+    counted."""
     trained = list(model.trained.values())
     for p in trained:
         p.grad = ghost(p.shape) if accumulated else None
@@ -293,7 +303,8 @@ def updating(
 def generating(
     model: Model, prompts: list[int], samples: int, rows: int, new: int, support: int | None
 ) -> dict[str, float]:
-    """Bytes of one generate call of ``rows`` responses, the longest prompt first: the prefill, and the last of ``new`` tokens."""
+    """Bytes of one generate call of ``rows`` responses, the longest prompt first: the prefill,
+    and the last of ``new`` tokens."""
     count, width = rows, prompts[0]
     shared = model.shares_prompts and samples > 1 and width > 1
     begin, end = _live(model), _live(model)
@@ -397,8 +408,9 @@ def case(
     world: int = 1,
     support: int | None = None,
 ) -> Case:
-    """The ``Case`` of a config. ``prompts``: (student's, teacher's) lengths, of which an update is made of the longest; ``prefix``: the
-    longest of the run; ``world``: ranks that share the update."""
+    """The ``Case`` of a config. ``prompts``: (student's, teacher's) lengths, of which an update is
+    made of the longest; ``prefix``: the longest of the run; ``world``: ranks that share the update.
+    """
     share = -(-config.train.batch_size // world)
     longest = sorted(prompts, key=sum, reverse=True)[:share]
     return Case(
@@ -423,11 +435,13 @@ def case(
 
 
 def at_most(student: Model, teacher: Model, case: Case) -> int:
-    """Bytes that a run surely stays below, by plain arithmetic: where that is free, a ``forecast`` is not worth its seconds.
+    """Bytes that a run surely stays below, by plain arithmetic: where that is free, a ``forecast``
+    is not worth its seconds.
 
-    Weights, gradients, moments and a copy of the student's, twice the teacher's; per token 40 widths, 10 of the feed-forward's and three
-    rows of an attention mask, in float32: of every layer for a micro-batch that trains, of one for what is generated or read, with the KV
-    cache of all; the loss's chunk, four head-sized tables and the logits of every row."""
+    Weights, gradients, moments and a copy of the student's, twice the teacher's; per token 40
+    widths, 10 of the feed-forward's and three rows of an attention mask, in float32: of every layer
+    for a micro-batch that trains, of one for what is generated or read, with the KV cache of all;
+    the loss's chunk, four head-sized tables and the logits of every row."""
     tokens, total = (
         max(sum(p) for p in case.prompts) + max(case.prefix, case.limit),
         2 * case.terms.memory_bytes,

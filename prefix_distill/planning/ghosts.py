@@ -33,7 +33,8 @@ POINTWISE = (
 
 
 class Ghost(torch.Tensor):
-    """A float tensor of the CPU without its numbers: ``meta`` has its shape, and stands for its storage."""
+    """A float tensor of the CPU without its numbers: ``meta`` has its shape, and stands for its
+    storage."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -52,8 +53,9 @@ class Ghost(torch.Tensor):
 
 
 class Live(TorchDispatchMode):
-    """Inside it every float tensor is a ghost, whole numbers are real, and the bytes of the storages that are made are counted while
-    they live. ``known``: what was there before and stays."""
+    """Inside it every float tensor is a ghost, whole numbers are real, and the bytes of the
+    storages that are made are counted while they live. ``known``: what was there before and stays.
+    """
 
     def __init__(self, known=()):
         super().__init__()
@@ -132,8 +134,8 @@ def _places(indices):
 
 
 def _pointwise(args) -> torch.Tensor | None:
-    """What a function of one or two operands makes of them number by number (its meta kernel, in Python, takes a hundred times as
-    long); None where neither operand has the result's shape."""
+    """What a function of one or two operands makes of them number by number (its meta kernel, in
+    Python, takes a hundred times as long); None where neither operand has the result's shape."""
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
     largest = max(tensors, key=torch.Tensor.numel)
     if torch.broadcast_shapes(*(t.shape for t in tensors)) != largest.shape:
@@ -156,7 +158,8 @@ def sketch(
     adapter: Adapter | None = None,
     recomputes: bool = False,
 ) -> Model:
-    """The network that ``config`` describes, of its first ``layers`` layers, weights in ``dtype``, adapters in float32; of ghosts."""
+    """The network that ``config`` describes, of its first ``layers`` layers, weights in
+    ``dtype``, adapters in float32; of ghosts."""
     from transformers import AutoModelForCausalLM
 
     if layers is not None:
@@ -197,7 +200,8 @@ def shortened(config, layers: int):
 
 
 def depths(config) -> tuple[int, ...]:
-    """At which depths a network is measured: two, where the rest of it repeats what lies between them; else its own."""
+    """At which depths a network is measured: two, where the rest of it repeats what lies between
+    them; else its own."""
     text = config.get_text_config(decoder=True)
     depth = text.num_hidden_layers
     patterns = [v for v in vars(text).values() if isinstance(v, list) and len(v) == depth]

@@ -1,7 +1,8 @@
-"""`prefix-distill plan`: what a run would need, from config files alone. Memory by phase (forecast.py), FLOPs, time at a known rate.
+"""`prefix-distill plan`: what a run would need, from config files alone. Memory by phase
+(forecast.py), FLOPs, time at a known rate.
 
-FLOPs are useful ones, as in the ledger of a run whose rollouts all reach the prefix: an upper bound, as rollouts that end early cost less.
-Evaluations and tail probes are outside of them.
+FLOPs are useful ones, as in the ledger of a run whose rollouts all reach the prefix: an upper
+bound, as rollouts that end early cost less. Evaluations and tail probes are outside of them.
 """
 
 import dataclasses
@@ -35,18 +36,22 @@ CARDS = (
     48,
     80,
 )  # GB (10⁹ bytes, as cards are sold; their drivers leave about this many GiB less a few per cent)
-RESERVED = 1.0  # GB of a card that are not for tensors: CUDA context, libraries' workspaces, the allocator's rounding
+# GB of a card that are not for tensors: CUDA context, libraries' workspaces, the allocator's
+# rounding
+RESERVED = 1.0
 USUAL = ("25%", "50%", "full")
 LORA = Adapter(rank=64)  # what the cards' LoRA columns stand for where the config has none
 PROMPTS = 256  # prompts of the data set that are rendered for their lengths
 
 
 def read_config(name: str, trust_remote_code: bool = False):
-    """A model's config, from a folder (config.json is enough), hub id or ``lab:TASK/ROLE``; no weight is touched. UserError else."""
+    """A model's config, from a folder (config.json is enough), hub id or ``lab:TASK/ROLE``; no
+    weight is touched. UserError else."""
     folder, extra = loading.locate(name)
     if extra:
         raise UserError(
-            f"model {name}: a plan reads config.json, which an adapter or a .gguf file has not; name the base model"
+            f"model {name}: a plan reads config.json, which an adapter or a .gguf file has not; "
+            "name the base model"
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -56,8 +61,8 @@ def read_config(name: str, trust_remote_code: bool = False):
         raise
     except Exception as error:  # as in models.load
         raise UserError(
-            f"model {name}: its config cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}); give a hub id or "
-            "a folder with config.json"
+            f"model {name}: its config cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); give a hub id or a folder with config.json"
         ) from None
 
 
@@ -69,8 +74,9 @@ def plan(
     measure: bool = False,
     from_run: str | None = None,
 ) -> dict:
-    """The document of `prefix-distill plan`. ``prompt_tokens``: the prompts' length instead of a data set's; ``prefixes``: lengths beside
-    the config's, by commas; ``tflops``, ``measure``, ``from_run``: where the rate comes from (none: no time is given)."""
+    """The document of `prefix-distill plan`. ``prompt_tokens``: the prompts' length instead of a
+    data set's; ``prefixes``: lengths beside the config's, by commas; ``tflops``, ``measure``,
+    ``from_run``: where the rate comes from (none: no time is given)."""
     for value, flag, what in (
         (prompt_tokens, "--prompt-tokens", "1 token"),
         (tflops, "--device-tflops", "a rate above 0, such as 100"),
@@ -99,7 +105,8 @@ def plan(
     if prompt_tokens is None and given:
         prompts, limit, support = _prompts(config, (folder, teacher_folder), names, texts, support)
         notes.append(
-            f"prompts: {len(prompts)} of {config.data.dataset}, {sum(p for p, _ in prompts) / len(prompts):.0f} tokens on average"
+            f"prompts: {len(prompts)} of {config.data.dataset}, "
+            f"{sum(p for p, _ in prompts) / len(prompts):.0f} tokens on average"
         )
     else:
         prompts, limit = [(prompt_tokens or 256,) * 2], None
@@ -115,8 +122,8 @@ def plan(
     limit = config.rollout.max_new_tokens or limit or min(LONGEST, room or LONGEST)
     if room is not None and limit > room:
         raise UserError(
-            f"{limit} response tokens after a prompt of {longest}: the models have {positions} positions; lower --max-new-tokens to "
-            f"{max(0, room)} or the prompts"
+            f"{limit} response tokens after a prompt of {longest}: the models have {positions} "
+            f"positions; lower --max-new-tokens to {max(0, room)} or the prompts"
         )
     config = configuration.replace(config, rollout={"max_new_tokens": limit})
     wanted = [
@@ -169,7 +176,8 @@ def plan(
 
 
 def _prompts(config: Config, folders, names, texts, support: int):
-    """(student's, teacher's) prompt lengths of the data set, the task's longest answer, and the support that the tokenizers leave."""
+    """(student's, teacher's) prompt lengths of the data set, the task's longest answer, and the
+    support that the tokenizers leave."""
     columns = {
         k: getattr(config.data, k)
         for k in ("prompt_column", "answer_column", "system", "instruction", "privileged_column")
@@ -183,8 +191,8 @@ def _prompts(config: Config, folders, names, texts, support: int):
             )
         except Exception as error:  # as in models.load
             raise UserError(
-                f"model {name}: it has no readable tokenizer ({type(error).__name__}), so the prompts' lengths are unknown; give "
-                "--prompt-tokens in place of --dataset"
+                f"model {name}: it has no readable tokenizer ({type(error).__name__}), so the "
+                "prompts' lengths are unknown; give --prompt-tokens in place of --dataset"
             ) from None
         nets.append(Model(name, None, tokenizer, None, frozenset()))
     if config.data.privileged_column is not None and config.data.privileged_template is None:
@@ -204,7 +212,8 @@ def _prompts(config: Config, folders, names, texts, support: int):
 
 
 def _whole(config: Config, shapes, prompts, schedule) -> Ledger:
-    """FLOPs of all updates; every rollout is as long as the prefix lets it be. The prompts come in turn."""
+    """FLOPs of all updates; every rollout is as long as the prefix lets it be. The prompts come
+    in turn."""
     size, samples, micro = (
         config.train.batch_size,
         config.rollout.samples,
@@ -243,7 +252,8 @@ def _rate(config: Config, student: Model, dtype, tflops, measure, from_run) -> d
         optimizer = sum(row["time/optimizer_s"] for row in rows) / len(rows)
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         raise UserError(
-            f"--from-run {from_run}: it has no metrics.jsonl with a row of an update; name the folder of a run that has trained"
+            f"--from-run {from_run}: it has no metrics.jsonl with a row of an update; name the "
+            "folder of a run that has trained"
         ) from None
     return {
         "source": f"measured in {from_run}",
@@ -253,8 +263,9 @@ def _rate(config: Config, student: Model, dtype, tflops, measure, from_run) -> d
 
 
 def _measured(config: Config, student: Model, dtype) -> dict:
-    """FLOP/s of the student's own matmuls on this machine: a micro-batch's tokens through one feed-forward matrix, forward. What
-    a device does at best; decoding, which reads all weights for few rows, stays far below."""
+    """FLOP/s of the student's own matmuls on this machine: a micro-batch's tokens through one
+    feed-forward matrix, forward. What a device does at best; decoding, which reads all weights for
+    few rows, stays far below."""
     from ..engine.device import Clock
     from ..engine.ranks import place
 
@@ -275,7 +286,8 @@ def _measured(config: Config, student: Model, dtype) -> dict:
         x @ w
         best = min(best, clock.now() - begun)
     return {
-        "source": f"one matmul of {tokens} × {width} × {inner} in {str(dtype)[6:]} on {where.device}, the best of a second: times are lower bounds",
+        "source": f"one matmul of {tokens} × {width} × {inner} in {str(dtype)[6:]} on "
+        f"{where.device}, the best of a second: times are lower bounds",
         "flops_per_second": 2.0 * tokens * width * inner / best,
     }
 
@@ -302,9 +314,10 @@ def _cards(
     support: int,
     notes: list[str],
 ) -> list[dict]:
-    """What fits on the known cards, for all weights or an adapter, with or without gradient checkpointing: ``fits`` with the config's
-    micro-batch; ``micro_batch``: about the largest that does, by a straight line through two forecasts (None: not even one rollout);
-    ``set_by``: the phase that takes the most."""
+    """What fits on the known cards, for all weights or an adapter, with or without gradient
+    checkpointing: ``fits`` with the config's micro-batch; ``micro_batch``: about the largest that
+    does, by a straight line through two forecasts (None: not even one rollout); ``set_by``: the
+    phase that takes the most."""
     rollouts, found = config.train.batch_size * config.rollout.samples, []
     adapters = [None, config.adapter if config.adapter.rank else LORA]
     for adapter in adapters:
@@ -332,7 +345,8 @@ def _cards(
                 ]
             except UserError as error:
                 notes.append(
-                    f"{'LoRA' if adapter else 'all weights'}{', gradient checkpointing' if recomputes else ''}: not forecast ({error})"
+                    f"{'LoRA' if adapter else 'all weights'}{', gradient checkpointing' if recomputes else ''}: "
+                    f"not forecast ({error})"
                 )
                 continue
             totals = [m["total"] for m in made]
@@ -393,7 +407,8 @@ def tables(document: dict) -> list:
     second = Table(
         "component",
         "GiB",
-        title=f"memory, --prefix {document['prefixes'][0]['prefix']}, micro-batches of {document['micro_batch_size']}",
+        title=f"memory, --prefix {document['prefixes'][0]['prefix']}, micro-batches of "
+        f"{document['micro_batch_size']}",
     )
     for name, size in memory["weights"].items():
         second.add_row(name, gib(size))

@@ -1,5 +1,5 @@
-"""Where is the signal? Before anything is trained: divergence by position, what a teacher's prefix does for the student, what the
-student's does to the teacher, and from these a prefix length."""
+"""Where is the signal? Before anything is trained: divergence by position, what a teacher's prefix
+does for the student, what the student's does to the teacher, and from these a prefix length."""
 
 import dataclasses
 import math
@@ -33,17 +33,22 @@ BINS = 24
 def probe(run: Run, say=lambda text: None) -> dict:
     """The document of `prefix-distill probe` for the run's training prompts.
 
-    by_position          reverse KL(S‖T) and entropy of S (nats per token), in bins of the student's own full rollouts
+    by_position          reverse KL(S‖T) and entropy of S (nats per token), in bins of the student's
+                         own full rollouts
     kl_share             share of each rollout's KL in its first 10, 25 and 50 %, over all rollouts
-    quadrants            entropy × divergence of the student's tokens, above or below their medians (``weights.quadrants``)
-    teacher_prefix_curve student's accuracy when the teacher writes the first N tokens   [after arXiv 2602.15260]
+    quadrants            entropy × divergence of the student's tokens, above or below their medians
+                         (``weights.quadrants``)
+    teacher_prefix_curve student's accuracy when the teacher writes the first N tokens   [after
+                                                                                         arXiv
+                                                                                         2602.15260]
     teacher_decay_curve  teacher's accuracy when the student writes the first N tokens
     recommended_prefix   tokens, "full", or None where there is nothing to recommend
 
-    Where answers can be graded, the recommended prefix is the shortest of those tried, up to half of the teacher's mean
-    length, with which a teacher-written prefix closes 80 % of the gap in accuracy. That tells a wrong start, which a
-    prefix can mend, from a missing skill, which the rest of the answer keeps needing. Otherwise it is the shortest whose
-    tokens hold 80 % of the KL. ``expected_saving`` is an update's useful FLOPs with full rollouts over those with the prefix.
+    Where answers can be graded, the recommended prefix is the shortest of those tried, up to half
+    of the teacher's mean length, with which a teacher-written prefix closes 80 % of the gap in
+    accuracy. That tells a wrong start, which a prefix can mend, from a missing skill, which the
+    rest of the answer keeps needing. Otherwise it is the shortest whose tokens hold 80 % of the KL.
+    ``expected_saving`` is an update's useful FLOPs with full rollouts over those with the prefix.
     """
     prompts, cap = run.train_prompts, run.config.rollout.max_new_tokens
     ledger, clock = Ledger(), Clock(run.place.device)
@@ -160,42 +165,44 @@ def probe(run: Run, say=lambda text: None) -> dict:
 
 
 def recommend(lifted: list[dict] | None, teacher: dict, held: dict[int, float], length: float):
-    """(recommended prefix, reason). ``lifted``: the teacher-prefix curve, None without answers; ``teacher``: its own accuracy;
-    ``held``: N → share of the KL in the first N tokens."""
+    """(recommended prefix, reason). ``lifted``: the teacher-prefix curve, None without answers;
+    ``teacher``: its own accuracy; ``held``: N → share of the KL in the first N tokens."""
     half = length / 2
     if lifted is None:
         for n, share in sorted(held.items()):
             if share >= HELD and n <= half:
                 return n, (
-                    f"the first {n} tokens hold {share:.0%} of the divergence of the student's full answers (there are no "
-                    "reference answers, so accuracy was not probed)"
+                    f"the first {n} tokens hold {share:.0%} of the divergence of the student's "
+                    "full answers (there are no reference answers, so accuracy was not probed)"
                 )
         return "full", (
-            f"a prefix will not do: the divergence is spread over the whole answer; its first half holds "
-            f"{max(held.values(), default=0):.0%} (there are no reference answers, so accuracy was not probed)"
+            "a prefix will not do: the divergence is spread over the whole answer; its first half "
+            f"holds {max(held.values(), default=0):.0%} (there are no reference answers, so "
+            "accuracy was not probed)"
         )
     own = lifted[0]
     gap = teacher["value"] - own["value"]
     paired = intervals.interval([t - s for t, s in zip(teacher["right"], own["right"])])
     if paired["low"] <= 0:
         return None, (
-            f"the teacher is not better than the student on these problems: {teacher['value']:.1%} against "
-            f"{own['value']:.1%} (difference {gap:+.1%} [{paired['low']:+.1%}, {paired['high']:+.1%}]); there is nothing to "
-            "recommend, take another teacher or other problems"
+            f"the teacher is not better than the student on these problems: {teacher['value']:.1%} "
+            f"against {own['value']:.1%} (difference {gap:+.1%} [{paired['low']:+.1%}, "
+            f"{paired['high']:+.1%}]); there is nothing to recommend, take another teacher or "
+            "other problems"
         )
     recovered = [(row["tokens"], (row["value"] - own["value"]) / gap) for row in lifted[1:]]
     for n, share in recovered:
         if share >= RECOVERED and n <= half + 0.5:
             return n, (
-                f"when the teacher writes the first {n} of its {length:.0f} tokens, the student's accuracy rises from "
-                f"{own['value']:.1%} by {share:.0%} of the gap to the teacher's {teacher['value']:.1%}: what the student lacks "
-                "is decided there"
+                f"when the teacher writes the first {n} of its {length:.0f} tokens, the student's "
+                f"accuracy rises from {own['value']:.1%} by {share:.0%} of the gap to the "
+                f"teacher's {teacher['value']:.1%}: what the student lacks is decided there"
             )
     n, share = recovered[-1]
     return "full", (
-        f"a prefix will not do: even when the teacher writes the first {n} of its {length:.0f} tokens, the student makes "
-        f"up only {share:.0%} of the gap between {own['value']:.1%} and {teacher['value']:.1%}; what it lacks is needed all "
-        "along the answer"
+        f"a prefix will not do: even when the teacher writes the first {n} of its {length:.0f} "
+        f"tokens, the student makes up only {share:.0%} of the gap between {own['value']:.1%} and "
+        f"{teacher['value']:.1%}; what it lacks is needed all along the answer"
     )
 
 
@@ -212,7 +219,8 @@ def _facts(run: Run, rollouts: list[Rollout], ledger: Ledger) -> list[dict]:
 
 
 def _graded(run: Run, written: list[tuple], tokens: int, model: Model) -> dict | None:
-    """Accuracy of texts in ``model``'s tokens with its interval, the number of given tokens, and right or wrong per prompt; None without references."""
+    """Accuracy of texts in ``model``'s tokens with its interval, the number of given tokens, and
+    right or wrong per prompt; None without references."""
     golds = [p.prompt.answer for p in run.train_prompts]
     if None in golds:
         return None
@@ -292,7 +300,8 @@ def corner_table(document: dict):
 
     found = document["quadrants"]
     made = Table(
-        title=f"the student's tokens; high: entropy above {found['borders'][0]:.2g}, KL above {found['borders'][1]:.2g} nats (medians)"
+        title=f"the student's tokens; high: entropy above {found['borders'][0]:.2g}, KL above "
+        f"{found['borders'][1]:.2g} nats (medians)"
     )
     for heading in ("quadrant", "share of the tokens", "share of the KL"):
         made.add_column(heading, justify="left" if heading == "quadrant" else "right")

@@ -21,8 +21,10 @@ _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
 def extract(text: str, form: str = "auto") -> str | None:
     r"""The final answer in a response, or None.
 
-    ``boxed``: content of the last \boxed{…}; ``hash``: what follows the last ``####``; ``last-number``: the last number;
-    ``choice``: the letter in that box, else behind the last "answer is" or "Answer:"; ``exact``: the whole text, stripped; ``auto``: boxed, else hash, else last number.
+    ``boxed``: content of the last \boxed{…}; ``hash``: what follows the last ``####``;
+    ``last-number``: the last number; ``choice``: the letter in that box, else behind the last
+    "answer is" or "Answer:"; ``exact``: the whole text, stripped; ``auto``: boxed, else hash, else
+    last number.
     """
     if form == "exact":
         return text.strip()
@@ -41,7 +43,8 @@ def extract(text: str, form: str = "auto") -> str | None:
 
 
 def reference(text: str) -> str:
-    """The final answer in a reference: boxed, else after ``####``, else the text itself (it may be words)."""
+    """The final answer in a reference: boxed, else after ``####``, else the text itself (it may
+    be words)."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
@@ -50,8 +53,9 @@ def reference(text: str) -> str:
 
 
 def correct(response: str, gold: str, form: str = "auto") -> bool:
-    """Does the response's final answer equal the reference's? Text equality, else math-verify's symbolic equality, which ends
-    after SECONDS and takes nothing longer than LONGEST. Any text is answered, in any thread."""
+    """Does the response's final answer equal the reference's? Text equality, else math-verify's
+    symbolic equality, which ends after SECONDS and takes nothing longer than LONGEST. Any text is
+    answered, in any thread."""
     answer = extract(response, form)
     if answer is None:
         return False
@@ -79,10 +83,10 @@ def _last_boxed(text: str) -> str | None:
 def _equal(answer: str, wanted: str) -> bool:
     """math-verify's equality; what it cannot parse is unequal.
 
-    It runs in a process of its own, which ends itself where it takes too long: math-verify limits its time by SIGALRM, which
-    is the main thread's alone, waits for arithmetic in C and would take the caller's alarm away.
-    A multiprocessing worker would import the caller's ``__main__``, often with torch, and
-    could not start where that is not guarded.
+    It runs in a process of its own, which ends itself where it takes too long: math-verify limits
+    its time by SIGALRM, which is the main thread's alone, waits for arithmetic in C and would take
+    the caller's alarm away. A multiprocessing worker would import the caller's ``__main__``, often
+    with torch, and could not start where that is not guarded.
     """
     with _lock:
         verdict = b""

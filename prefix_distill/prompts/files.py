@@ -25,7 +25,8 @@ def open_rows(source: Source, split: str, streaming: bool):
         there = path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"dataset {name[:200]!r}: cannot be a path ({error.__class__.__name__}); give a file or a hub id"
+            f"dataset {name[:200]!r}: cannot be a path ({error.__class__.__name__}); give a file "
+            "or a hub id"
         ) from None
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if there and path.is_dir() and preset is not None:
@@ -59,8 +60,8 @@ def open_rows(source: Source, split: str, streaming: bool):
 
 def _unreadable(name: str, suffix: str, error: Exception) -> UserError:
     return UserError(
-        f"dataset {name}: not readable as {suffix[1:]} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
-        "repair the file"
+        f"dataset {name}: not readable as {suffix[1:]} ({type(error).__name__}: "
+        f"{' '.join(str(error).split())[:200]}); repair the file"
     )
 
 
@@ -91,16 +92,17 @@ def _library(source: Source, split: str, streaming: bool, folder: str | None = N
         why = (str(error).strip().splitlines() or [""])[0][:200]
         if folder is not None:
             raise UserError(
-                f"dataset {source.text}: the folder does not hold split {split} of it ({type(error).__name__}: {why}); name a file in it, "
-                "or change --split"
+                f"dataset {source.text}: the folder does not hold split {split} of it "
+                f"({type(error).__name__}: {why}); name a file in it, or change --split"
             ) from None
         if preset is not None:
             raise UserError(
-                f"dataset {source.text}: the hub gave no {name} ({type(error).__name__}: {why}); check the network, or give a copy as "
-                f"{source.name.split('=')[0]}=FOLDER"
+                f"dataset {source.text}: the hub gave no {name} ({type(error).__name__}: {why}); "
+                f"check the network, or give a copy as {source.name.split('=')[0]}=FOLDER"
             ) from None
         raise UserError(
-            f"dataset {name}: not a local file, and the hub gave none ({type(error).__name__}: {why})"
+            f"dataset {name}: not a local file, and the hub gave none ({type(error).__name__}: "
+            f"{why})"
         ) from None
 
 
@@ -110,8 +112,8 @@ def _streamed(name: str, path: Path, suffix: str):
 
     if suffix == ".json":
         raise UserError(
-            f"dataset {name}: a .json file is one document, which --streaming cannot read row by row; write it as .jsonl, or leave "
-            "--streaming out"
+            f"dataset {name}: a .json file is one document, which --streaming cannot read row by "
+            "row; write it as .jsonl, or leave --streaming out"
         )
     return IterableDataset.from_generator(partial(_read, name, path, suffix))
 
@@ -140,12 +142,14 @@ def iterate_rows(name: str, rows):
     except Exception as error:  # the hub client and the readers of formats raise many kinds
         why = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(
-            f"dataset {name}: reading it stopped ({type(error).__name__}: {why}); check the network or the file"
+            f"dataset {name}: reading it stopped ({type(error).__name__}: {why}); check the "
+            "network or the file"
         ) from None
 
 
 def _quietly(*what, **options):
-    """``load_dataset`` into memory: the Arrow copy leaves nothing behind. ValueError on what it cannot read."""
+    """``load_dataset`` into memory: the Arrow copy leaves nothing behind. ValueError on what it
+    cannot read."""
     from datasets import load_dataset
     from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 

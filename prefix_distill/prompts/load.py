@@ -30,14 +30,17 @@ def load_prompts(
     worked: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> PromptSet:
-    """Reads a ``.jsonl/.json/.csv/.parquet`` file (the first three also ``.gz``; UTF-8), a hub data set, a preset, ``lab:TASK`` or ``lab:TASK:20-25``
-    (of so many steps), or ``#N`` rows of one, drawn by ``seed``.
+    """Reads a ``.jsonl/.json/.csv/.parquet`` file (the first three also ``.gz``; UTF-8), a hub data
+    set, a preset, ``lab:TASK`` or ``lab:TASK:20-25`` (of so many steps), or ``#N`` rows of one,
+    drawn by ``seed``.
 
-    Columns are found by the usual names, are the preset's, or given (``doc.question`` reaches into a record). ``evaluated``: the split
-    to evaluate on and, of ``limit`` prompts, the first (of a preset that is sorted by subject: evenly spaced ones). ``streaming``: rows are
-    read as they are asked for, drawn from a buffer of BUFFER by ``seed``; evaluated ones in their order. ``worked``: with what each
-    shows as an example. ``part``: (set, number of sets). UserError on a missing file, a missing column, an empty set, a row without a
-    prompt or without what ``privileged_column`` should hold, and on fewer rows than are asked for.
+    Columns are found by the usual names, are the preset's, or given (``doc.question`` reaches into
+    a record). ``evaluated``: the split to evaluate on and, of ``limit`` prompts, the first (of a
+    preset that is sorted by subject: evenly spaced ones). ``streaming``: rows are read as they are
+    asked for, drawn from a buffer of BUFFER by ``seed``; evaluated ones in their order. ``worked``:
+    with what each shows as an example. ``part``: (set, number of sets). UserError on a missing
+    file, a missing column, an empty set, a row without a prompt or without what
+    ``privileged_column`` should hold, and on fewer rows than are asked for.
     """
     source = parse_source(name)
     preset = source.preset
@@ -63,7 +66,8 @@ def load_prompts(
     if source.place.startswith(LAB):
         if privileged_column not in (None, "solution"):
             raise UserError(
-                f"dataset {name}: no column '{privileged_column}'; it has solution; change --privileged-column"
+                f"dataset {name}: no column '{privileged_column}'; it has solution; change "
+                "--privileged-column"
             )
         rows, streaming = (
             _embedded(
@@ -126,8 +130,8 @@ def load_prompts(
 def _enough(source: Source, there: int) -> None:
     if there < source.count:
         raise UserError(
-            f"dataset {source.text}: it has {there:,} rows, expected at least the {source.count:,} behind #; ask for fewer, or leave "
-            "#… out"
+            f"dataset {source.text}: it has {there:,} rows, expected at least the {source.count:,} "
+            "behind #; ask for fewer, or leave #… out"
         )
 
 

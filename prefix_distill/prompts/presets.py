@@ -1,4 +1,5 @@
-"""Data sets by short name: where each one is, what its columns hold, how its answers are written and read, and its license.
+"""Data sets by short name: where each one is, what its columns hold, how its answers are written
+and read, and its license.
 
 Ids, configurations, splits, columns and licenses are what their cards state.
 """
@@ -12,11 +13,13 @@ LETTER = r"Reason step by step, and put the letter of your answer within \boxed{
 
 @dataclass(frozen=True)
 class Preset:
-    """A data set on the hub. ``split``, ``test``, ``examples``: what is trained on, evaluated on and shown by --few-shot, where nothing
-    else is asked for. ``solution``: the column with a worked solution, if it is not ``answer``. ``options``: the column that lists the
-    options of a question whose ``answer`` is a letter; ``wrong``: the columns of the wrong options, where ``answer`` holds the right
-    one's text and their order is drawn. ``answer`` None: the last turn of a conversation, where it boxes an answer. ``cut`` and
-    ``solution_cut``: patterns of what is removed from prompt and solution. ``sorted``: rows of a subject stand together."""
+    """A data set on the hub. ``split``, ``test``, ``examples``: what is trained on, evaluated on
+    and shown by --few-shot, where nothing else is asked for. ``solution``: the column with a worked
+    solution, if it is not ``answer``. ``options``: the column that lists the options of a question
+    whose ``answer`` is a letter; ``wrong``: the columns of the wrong options, where ``answer``
+    holds the right one's text and their order is drawn. ``answer`` None: the last turn of a
+    conversation, where it boxes an answer. ``cut`` and ``solution_cut``: patterns of what is
+    removed from prompt and solution. ``sorted``: rows of a subject stand together."""
 
     hub: str
     split: str
@@ -126,7 +129,8 @@ PRESETS = {
         "question",
         "final_answer",
         "MIT",
-        "hard mathematics with three R1 solutions each, a 2 GB download: --streaming reads what the run needs",
+        "hard mathematics with three R1 solutions each, a 2 GB download: --streaming reads what "
+        "the run needs",
         solution="r1_solution_1",
     ),
     "openthoughts3": Preset(
@@ -136,7 +140,8 @@ PRESETS = {
         "conversations",
         None,
         "Apache-2.0",
-        "mathematics, code and science with QwQ-32B solutions, 28 GB: --streaming reads what the run needs; what boxes no answer is not graded",
+        "mathematics, code and science with QwQ-32B solutions, 28 GB: --streaming reads what the "
+        "run needs; what boxes no answer is not graded",
         instruction=None,
     ),
     "dapo-math-17k": Preset(

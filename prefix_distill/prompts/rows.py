@@ -33,7 +33,8 @@ BUFFER = 1_000  # rows of a streamed set among which the next one is drawn
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How a row of a data set becomes a prompt; what is None is the preset's, or found by ``columns``."""
+    """How a row of a data set becomes a prompt; what is None is the preset's, or found by
+    ``columns``."""
 
     source: Source
     prompt_column: str | None
@@ -99,8 +100,9 @@ class RowFormat:
             isinstance(privileged, str) and privileged.strip()
         ):
             raise UserError(
-                f"dataset {name}: row {index} has no text in '{self.privileged_column}' (got {str(privileged)[:60]!r}); remove or "
-                "repair the row, or change --privileged-column"
+                f"dataset {name}: row {index} has no text in '{self.privileged_column}' (got "
+                f"{str(privileged)[:60]!r}); remove or repair the row, or change "
+                "--privileged-column"
             )
         answer = None if answer is None else str(answer)
         around = self._around(index, row)
@@ -119,15 +121,16 @@ class RowFormat:
         ):
             if HALF.search(text):
                 raise UserError(
-                    f"dataset {name}: row {index} has half of a surrogate pair in {text[:60]!r}; repair the row"
+                    f"dataset {name}: row {index} has half of a surrogate pair in {text[:60]!r}; "
+                    "repair the row"
                 )
         return Prompt(
             index * self.part[1] + self.part[0], tuple(messages), answer, privileged, around, worked
         )
 
     def _choice(self, index: int, row: dict, question: str, answer) -> tuple[str, str]:
-        """The question with its options A, B, …, and the right one's letter. Where wrong ones are given, the order is drawn by the
-        seed and the row."""
+        """The question with its options A, B, …, and the right one's letter. Where wrong ones are
+        given, the order is drawn by the seed and the row."""
         preset = self.source.preset
         if preset.wrong:
             options = shuffled(
@@ -143,7 +146,8 @@ class RowFormat:
         ):
             raise UserError(
                 f"dataset {self.source.text}: row {index} has no options of text in "
-                f"'{preset.options or ', '.join(preset.wrong)}' (got {str(options)[:60]!r}); repair the row"
+                f"'{preset.options or ', '.join(preset.wrong)}' (got {str(options)[:60]!r}); "
+                "repair the row"
             )
         return "\n".join(
             [
@@ -154,7 +158,8 @@ class RowFormat:
         ), answer
 
     def _around(self, index: int, row: dict) -> tuple[str, str]:
-        """What stands before and after the problem: the template with this row's fields, the instruction before its end."""
+        """What stands before and after the problem: the template with this row's fields, the
+        instruction before its end."""
         closing = f"\n\n{self.instruction}" if self.instruction else ""
         if self.template is None:
             return "", closing
@@ -165,8 +170,8 @@ class RowFormat:
             value = _reach(row, match[1])
             if value is None:
                 raise UserError(
-                    f"dataset {self.source.text}: row {index} has no '{match[1]}' for --prompt-template; it has {', '.join(row)} "
-                    "(a brace itself is written twice)"
+                    f"dataset {self.source.text}: row {index} has no '{match[1]}' for "
+                    f"--prompt-template; it has {', '.join(row)} (a brace itself is written twice)"
                 )
             return str(value)
 
@@ -174,7 +179,8 @@ class RowFormat:
         return before, closing + after
 
     def _solution(self, row: dict, closing: str | None, answer: str | None) -> str | None:
-        """What this row shows as an example: its solution; under an instruction to box the answer, with the answer boxed."""
+        """What this row shows as an example: its solution; under an instruction to box the
+        answer, with the answer boxed."""
         preset, text = self.source.preset, None
         if preset is not None and preset.solution:
             text = _reach(row, preset.solution)
@@ -212,17 +218,21 @@ class RowFormat:
             )
             where += "" if source.local else f", split {split}"
             notes.append(
-                f"dataset {source.name}: {where}; prompt {self.prompt_column}, answer {self.answer_column or 'boxed in the last turn'}, "
-                f"read as {preset.answer_format}; instruction {self.instruction or 'none'!r}; license: {preset.license}; {preset.note}"
+                f"dataset {source.name}: {where}; prompt {self.prompt_column}, answer "
+                f"{self.answer_column or 'boxed in the last turn'}, read as "
+                f"{preset.answer_format}; instruction {self.instruction or 'none'!r}; license: "
+                f"{preset.license}; {preset.note}"
             )
         if source.count is not None:
             notes.append(
-                f"dataset {source.text}: {source.count:,} {'rows' if there is None else f'of {there:,} rows'}, drawn by --seed {self.seed}"
+                f"dataset {source.text}: {source.count:,} "
+                f"{'rows' if there is None else f'of {there:,} rows'}, drawn by --seed {self.seed}"
             )
         if there is None:
             notes.append(
-                f"dataset {source.text}: streamed, row by row as they are needed, drawn by --seed {self.seed} from a buffer of {BUFFER:,} "
-                "rows (evaluated ones: the first, in their order)"
+                f"dataset {source.text}: streamed, row by row as they are needed, drawn by --seed "
+                f"{self.seed} from a buffer of {BUFFER:,} rows (evaluated ones: the first, in "
+                "their order)"
                 + (
                     "; its subjects stand one after another"
                     if preset is not None and preset.sorted
@@ -252,13 +262,15 @@ def _column(
             return column
     if required:
         raise UserError(
-            f"dataset {name}: no prompt column ({', '.join(usual)}) among {', '.join(row)}; name it with {flag}"
+            f"dataset {name}: no prompt column ({', '.join(usual)}) among {', '.join(row)}; name "
+            f"it with {flag}"
         )
     return None
 
 
 def _messages(name: str, index: int, value) -> tuple[list[dict], str | None]:
-    """Text or a list of chat messages → messages ending with the user's turn, and a closing assistant turn as answer."""
+    """Text or a list of chat messages → messages ending with the user's turn, and a closing
+    assistant turn as answer."""
     answer = None
     if isinstance(value, str) and value.strip():
         messages = [{"role": "user", "content": value}]
@@ -287,14 +299,16 @@ def _messages(name: str, index: int, value) -> tuple[list[dict], str | None]:
         or not messages[-1]["content"].strip()
     ):
         raise UserError(
-            f"dataset {name}: row {index} has no prompt text (got {str(value)[:60]!r}); remove or repair the row"
+            f"dataset {name}: row {index} has no prompt text (got {str(value)[:60]!r}); remove or "
+            "repair the row"
         )
     if not all(m["role"] in ROLES for m in messages) or messages[-1]["role"] not in (
         "user",
         "tool",
     ):
         raise UserError(
-            f"dataset {name}: row {index} has the roles {', '.join(str(m['role'])[:20] for m in messages[:9])} before its answer; "
-            f"expected some of {', '.join(ROLES)}, the user's last; repair the row"
+            f"dataset {name}: row {index} has the roles "
+            f"{', '.join(str(m['role'])[:20] for m in messages[:9])} before its answer; expected "
+            f"some of {', '.join(ROLES)}, the user's last; repair the row"
         )
     return messages, answer

@@ -19,7 +19,8 @@ def is_path(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """One data set, as named: ``place`` is a file, a folder, a hub id or lab:TASK; ``count`` the rows of name#count."""
+    """One data set, as named: ``place`` is a file, a folder, a hub id or lab:TASK; ``count`` the
+    rows of name#count."""
 
     text: str
     name: str
@@ -34,8 +35,9 @@ class Source:
 
 
 def sources(text: str) -> list[tuple[str, Fraction]]:
-    """``gsm8k:3,more.jsonl#100:1`` → [("gsm8k", 3), ("more.jsonl#100", 1)]. The weight (1 where none is given) follows the last colon;
-    one data set alone has none, so that lab:TASK:20-25 and C:\\x.jsonl stay what they are. UserError on an empty name or weight 0."""
+    """``gsm8k:3,more.jsonl#100:1`` → [("gsm8k", 3), ("more.jsonl#100", 1)]. The weight (1 where
+    none is given) follows the last colon; one data set alone has none, so that lab:TASK:20-25 and
+    C:\\x.jsonl stay what they are. UserError on an empty name or weight 0."""
     if "," not in text or _there(text):
         return [(text, Fraction(1))]
     found = []
@@ -43,8 +45,8 @@ def sources(text: str) -> list[tuple[str, Fraction]]:
         match = re.fullmatch(r"([^:\s].*?)(?::([0-9]{1,6}(?:\.[0-9]{1,6})?))?", part.strip(), re.S)
         if match is None or Fraction(match[2] or 1) == 0:
             raise UserError(
-                f"dataset {text[:200]}: expected data sets and their weights such as gsm8k:3,more.jsonl:1, got '{part.strip()[:80]}'; "
-                "name one, with a weight above 0"
+                f"dataset {text[:200]}: expected data sets and their weights such as "
+                f"gsm8k:3,more.jsonl:1, got '{part.strip()[:80]}'; name one, with a weight above 0"
             )
         found.append((match[1], Fraction(match[2] or 1)))
     return found
@@ -57,14 +59,16 @@ def parse_source(text: str) -> Source:
         name, digits = text, None
     elif not re.fullmatch("[0-9]{1,12}", digits) or int(digits) == 0 or not name:
         raise UserError(
-            f"dataset {text[:200]}: expected a number of rows behind #, such as {name[:80] or 'gsm8k'}#1000, got '{digits[:80]}'"
+            f"dataset {text[:200]}: expected a number of rows behind #, such as "
+            f"{name[:80] or 'gsm8k'}#1000, got '{digits[:80]}'"
         )
     short, given, place = name.partition("=")
     if given and not _there(name) and not re.search(r"[/\\]", short):
         if short.lower() not in PRESETS or not place or place.startswith(LAB):
             near = nearest(short)
             raise UserError(
-                f"dataset {text[:200]}: expected PRESET=PLACE such as gsm8k=my.jsonl, a file, folder or hub id; "
+                f"dataset {text[:200]}: expected PRESET=PLACE such as gsm8k=my.jsonl, a file, "
+                "folder or hub id; "
                 + (
                     f"did you mean {near}?"
                     if near and near != short.lower()

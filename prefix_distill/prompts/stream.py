@@ -20,7 +20,8 @@ def shuffled(items, *key) -> list:
 def batch(rendered: list[Rendered], step: int, size: int, seed: int) -> list[Rendered]:
     """The prompts of update ``step``: ``size`` slots of an endless stream, by arithmetic alone.
 
-    Epoch 0 takes ``rendered`` as it stands (already shuffled); every later epoch is a permutation of its own.
+    Epoch 0 takes ``rendered`` as it stands (already shuffled); every later epoch is a permutation
+    of its own.
     """
     first, last = step * size // len(rendered), ((step + 1) * size - 1) // len(rendered)
     epochs = {0: rendered} | {
@@ -31,7 +32,8 @@ def batch(rendered: list[Rendered], step: int, size: int, seed: int) -> list[Ren
 
 
 def slots(weights: list[Fraction]) -> Iterator[int]:
-    """Which set each slot of an endless stream belongs to: the one that is furthest behind its share, the first of equals."""
+    """Which set each slot of an endless stream belongs to: the one that is furthest behind its
+    share, the first of equals."""
     given, total = [0] * len(weights), sum(weights)
     while True:
         behind = [
@@ -48,7 +50,8 @@ def shares(weights: list[Fraction], count: int) -> list[int]:
 
 
 def mixed(parts: list[list], weights: list[Fraction], count: int, seed: int) -> list:
-    """``count`` slots of the stream; what is used up comes again, in a permutation of its own, as in ``batch``."""
+    """``count`` slots of the stream; what is used up comes again, in a permutation of its own,
+    as in ``batch``."""
 
     def endless(part: list):
         yield from part
@@ -60,7 +63,8 @@ def mixed(parts: list[list], weights: list[Fraction], count: int, seed: int) -> 
 
 
 def joined(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
-    """Every prompt of ``sets`` once, in the stream's order as far as they last. What they do not agree on is None."""
+    """Every prompt of ``sets`` once, in the stream's order as far as they last. What they do not
+    agree on is None."""
     if len(sets) == 1:
         return sets[0]
     left, order = [list(reversed(s.prompts)) for s in sets], []
@@ -76,7 +80,8 @@ def joined(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
 
 
 def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, PromptSet]:
-    """(training set, held-out set of ``count`` prompts), disjoint, drawn by seed; of a streamed set the first ``count``."""
+    """(training set, held-out set of ``count`` prompts), disjoint, drawn by seed; of a streamed
+    set the first ``count``."""
     if prompts.streamed:
         return prompts, replace(prompts, prompts=tuple(itertools.islice(prompts.prompts, count)))
     held = set(shuffled(range(len(prompts.prompts)), seed, "held-out")[:count])
@@ -90,8 +95,9 @@ def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, Prom
 def examples(
     prompts: PromptSet, count: int, seed: int, evaluated: tuple[Prompt, ...] = ()
 ) -> tuple[PromptSet, tuple[dict, ...]]:
-    """(the set without them, the turns of ``count`` of its prompts with their solutions), drawn by seed; of a streamed set the first. None
-    has the problem of an ``evaluated`` one. UserError where too few have a solution."""
+    """(the set without them, the turns of ``count`` of its prompts with their solutions), drawn by
+    seed; of a streamed set the first. None has the problem of an ``evaluated`` one. UserError where
+    too few have a solution."""
     unseen = {p.messages[-1]["content"] for p in evaluated}
     drawn = (
         prompts.prompts if prompts.streamed else iter(shuffled(prompts.prompts, seed, "few-shot"))
@@ -104,8 +110,8 @@ def examples(
     )
     if len(shown) < count:
         raise UserError(
-            f"--few-shot {count}: dataset {prompts.name} has {len(shown)} rows with a solution that are not evaluated; lower it, or name "
-            "the solutions with --answer-column"
+            f"--few-shot {count}: dataset {prompts.name} has {len(shown)} rows with a solution "
+            "that are not evaluated; lower it, or name the solutions with --answer-column"
         )
     if not prompts.streamed:
         taken = {p.index for p in shown}

@@ -6,9 +6,18 @@ from typing import Any, Protocol
 from ..errors import UserError
 from .prompt import Prompt, Rendered
 
-PRIVILEGED = (  # the teacher's user turn where it is shown a reference solution, after arXiv 2601.18734; ours in wording
-    "{problem}\n\nA reference solution of this problem, between the two lines:\n-----\n{solution}\n-----\n\nRead it until you "
-    "understand why it is right. Then solve the problem yourself, step by step and in your own words, without mentioning it."
+# the teacher's user turn where it is shown a reference solution, after arXiv 2601.18734; ours in
+# wording
+PRIVILEGED = (
+    "{problem}\n"
+    "\n"
+    "A reference solution of this problem, between the two lines:\n"
+    "-----\n"
+    "{solution}\n"
+    "-----\n"
+    "\n"
+    "Read it until you understand why it is right. Then solve the problem yourself, step by step "
+    "and in your own words, without mentioning it."
 )
 
 
@@ -27,11 +36,12 @@ def render(
     index: int | None = None,
     glue: str = "\n\n",
 ) -> list[int]:
-    """Prompt ids in the model's own chat template (with its generation prompt), or as plain text (with its BOS): the messages with an empty
-    line between them, and ``glue`` before an answer.
+    """Prompt ids in the model's own chat template (with its generation prompt), or as plain text
+    (with its BOS): the messages with an empty line between them, and ``glue`` before an answer.
 
-    ``thinking``: on or off sets the template's enable_thinking, auto leaves it alone. UserError when ``template`` is 'chat' and
-    the tokenizer has none, when the template has no such switch, or when it refuses the messages (of prompt ``index``).
+    ``thinking``: on or off sets the template's enable_thinking, auto leaves it alone. UserError
+    when ``template`` is 'chat' and the tokenizer has none, when the template has no such switch, or
+    when it refuses the messages (of prompt ``index``).
     """
     tokenizer = model.tokenizer
     if template == "chat" and not tokenizer.chat_template:
@@ -41,8 +51,8 @@ def render(
     chat = template != "plain" and tokenizer.chat_template
     if thinking != "auto" and "enable_thinking" not in (chat or ""):
         raise UserError(
-            f"model {model.name}: its chat template has no thinking switch (enable_thinking); leave --student-thinking and "
-            "--teacher-thinking at auto for it"
+            f"model {model.name}: its chat template has no thinking switch (enable_thinking); "
+            "leave --student-thinking and --teacher-thinking at auto for it"
         )
     if not chat:
         text = messages[0]["content"]
@@ -58,20 +68,20 @@ def render(
         )
     except Exception as error:  # jinja's TemplateError, or what the template raises itself
         raise UserError(
-            f"model {model.name}: its chat template refuses prompt {index} ({str(error)[:200] or type(error).__name__}); "
-            "drop --system or use --template plain"
+            f"model {model.name}: its chat template refuses prompt {index} "
+            f"({str(error)[:200] or type(error).__name__}); drop --system or use --template plain"
         ) from None
 
 
 def glue(settings) -> str:
-    """What stands between a question and its answer in plain text: a template such as "Question: {prompt}\\nAnswer:" ends with the answer's
-    name."""
+    """What stands between a question and its answer in plain text: a template such as "Question:
+    {prompt}\\nAnswer:" ends with the answer's name."""
     return "\n\n" if settings.prompt_template is None else " "
 
 
 def teacher_messages(prompt: Prompt, template: str) -> tuple[dict, ...]:
-    """The messages that the teacher reads: with something privileged, the problem in its last turn is ``template`` with the problem and
-    the solution put in."""
+    """The messages that the teacher reads: with something privileged, the problem in its last turn
+    is ``template`` with the problem and the solution put in."""
     if prompt.privileged is None:
         return prompt.messages
     last, (before, after) = prompt.messages[-1], prompt.around
@@ -86,10 +96,11 @@ def teacher_messages(prompt: Prompt, template: str) -> tuple[dict, ...]:
 def render_all(
     prompts, student: Reader, teacher: Reader, config, limit: int | None = None
 ) -> tuple[list[Rendered], int]:
-    """Renders for both models, with the forced ``--begin`` text at the end, until ``limit`` prompts are kept.
+    """Renders for both models, with the forced ``--begin`` text at the end, until ``limit`` prompts
+    are kept.
 
-    Drops what exceeds ``max_prompt_tokens`` on either side. Returns the kept ones and how many were dropped. UserError
-    when nothing is left.
+    Drops what exceeds ``max_prompt_tokens`` on either side. Returns the kept ones and how many were
+    dropped. UserError when nothing is left.
     """
     begin = [begin_ids(model, config.rollout.begin) for model in (student, teacher)]
     settings = config.data
@@ -113,7 +124,8 @@ def render_all(
             kept.append(Rendered(prompt, ids[0] + begin[0], ids[1] + begin[1]))
     if not kept and not dropped:
         raise UserError(
-            "dataset: no row is left to be taught or evaluated; give one with more rows, or --eval-dataset"
+            "dataset: no row is left to be taught or evaluated; give one with more rows, or "
+            "--eval-dataset"
         )
     if not kept:
         raise UserError(

@@ -1,16 +1,20 @@
-"""Arms × seeds from one file: which settings reach which accuracy, at what cost. Resumable; one run at a time.
+"""Arms × seeds from one file: which settings reach which accuracy, at what cost. Resumable; one run
+at a time.
 
 base: {models: {…}, train: {steps: 30}}        sections as in `run --config`, for every arm
 seeds: [0, 1, 2]
 arms:
   full: {schedule: {prefix: full}}              what differs from base
-  warmed: {start: warm-up, schedule: {…}}       starts from what another arm ended with, at the same seed; its cost is added
+  warmed: {start: warm-up, schedule: {…}}       starts from what another arm ended with, at the same
+                                                seed; its cost is added
 reference: full                                 the arm whose accuracy the others have to reach
-tune:                                           optional: each arm takes the best of these values, on one seed of its own
+tune:                                           optional: each arm takes the best of these values,
+                                                on one seed of its own
   schedule.lr: [2e-4, 4e-4]
   seed: 1000
   base: {evaluate: {split: validation}}         what differs from base while tuning
-also:                                           optional: data sets that every final student answers, too
+also:                                           optional: data sets that every final student
+                                                answers, too
   longer: {data: {dataset: problems.jsonl}, evaluate: {problems: 500}}
 """
 
@@ -24,7 +28,8 @@ from ..errors import UserError
 from ..training.folder import RunFolder
 
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
-FILE = "arms.json"  # in the comparison's folder: what was asked for, so that a resumed comparison cannot mix two
+# in the comparison's folder: what was asked for, so that a resumed comparison cannot mix two
+FILE = "arms.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Arms:
 
 
 def read(path: str) -> Arms:
-    """An arms file. UserError on an unknown key, an arm that does not exist, or settings that no run would accept."""
+    """An arms file. UserError on an unknown key, an arm that does not exist, or settings that no
+    run would accept."""
     tree = configuration.read_tree(path)
     if unknown := [key for key in tree if key not in KEYS]:
         raise UserError(
@@ -65,8 +71,8 @@ def read(path: str) -> Arms:
     for name, from_arm in start.items():
         if not isinstance(from_arm, str) or from_arm not in arms or from_arm in start:
             raise UserError(
-                f"arms file {path}: arm '{name}' starts from '{from_arm}'; name an arm of this file that has no "
-                "start of its own"
+                f"arms file {path}: arm '{name}' starts from '{from_arm}'; name an arm of this "
+                "file that has no start of its own"
             )
     seeds = tree.get("seeds", [0])
     if (
@@ -76,7 +82,8 @@ def read(path: str) -> Arms:
         or len(set(seeds)) < len(seeds)
     ):
         raise UserError(
-            f"arms file {path}: seeds {reprlib.repr(seeds)}; expected a list of different whole numbers, such as [0, 1, 2]"
+            f"arms file {path}: seeds {reprlib.repr(seeds)}; expected a list of different whole "
+            "numbers, such as [0, 1, 2]"
         )
     tune = dict(_mapping(path, "tune", tree.get("tune") or {}))
     tune_seed, tune_base = (
@@ -89,13 +96,14 @@ def read(path: str) -> Arms:
         or type(tune_seed) is not int
     ):
         raise UserError(
-            f"arms file {path}: tune must hold one setting with a list of values (schedule.lr: [1e-4, 2e-4]), and "
-            "may hold seed and base"
+            f"arms file {path}: tune must hold one setting with a list of values (schedule.lr: "
+            "[1e-4, 2e-4]), and may hold seed and base"
         )
     reference = tree.get("reference")
     if reference is not None and (not isinstance(reference, str) or reference not in arms):
         raise UserError(
-            f"arms file {path}: the reference '{reference}' is none of its arms ({', '.join(map(str, arms))})"
+            f"arms file {path}: the reference '{reference}' is none of its arms "
+            f"({', '.join(map(str, arms))})"
         )
     found = Arms(
         configuration.flatten(path, _mapping(path, "base", tree.get("base") or {})),
@@ -132,8 +140,8 @@ def read(path: str) -> Arms:
         for key in keys
     ):
         raise UserError(
-            f"arms file {path}: a comparison pushes nothing to the hub; leave export out, and push the best with "
-            "`prefix-distill export`"
+            f"arms file {path}: a comparison pushes nothing to the hub; leave export out, and push "
+            "the best with `prefix-distill export`"
         )
     return found
 
@@ -147,16 +155,17 @@ def _mapping(path: str, what: str, value) -> dict:
 def compare(arms: Arms, out: Path, train_in, say) -> list[Path]:
     """Runs what is not there yet → the folders of the final runs, arm by arm, seed by seed.
 
-    ``out``/ARM/seed-N is an ordinary run folder; tuning runs are ``out``/ARM/tune-VALUE. ``train_in`` is the command's own
-    way of running a prepared run; ``say`` prints a line. A finished run is taken as it is, an interrupted one goes on.
+    ``out``/ARM/seed-N is an ordinary run folder; tuning runs are ``out``/ARM/tune-VALUE.
+    ``train_in`` is the command's own way of running a prepared run; ``say`` prints a line. A
+    finished run is taken as it is, an interrupted one goes on.
     """
     folder = RunFolder(out)
     asked = json.loads(json.dumps(dataclasses.asdict(arms)))
     if (out / FILE).is_file():
         if folder.read_json(FILE) != asked:
             raise UserError(
-                f"--out {out}: it holds another comparison (see its {FILE}); go on with the arms file it was made "
-                "from, or name another folder"
+                f"--out {out}: it holds another comparison (see its {FILE}); go on with the arms "
+                "file it was made from, or name another folder"
             )
     else:
         folder.refuse_if_used()
@@ -184,8 +193,8 @@ class _Jobs:
         return path
 
     def _tuned(self, arm: str):
-        """The value with the highest accuracy on the tuning problems (held-out KL where there are no answers); the first of
-        equals."""
+        """The value with the highest accuracy on the tuning problems (held-out KL where there are
+        no answers); the first of equals."""
         if arm not in self.best:
             arms, merits = self.arms, []
             for value in arms.values:

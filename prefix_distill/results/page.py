@@ -50,7 +50,8 @@ def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, 
 
 
 def quadrant_cells(group: list[Finished]) -> list[str]:
-    """The quadrants of an arm's fixed contexts before and after, means over seeds, under QUADRANTS."""
+    """The quadrants of an arm's fixed contexts before and after, means over seeds, under
+    QUADRANTS."""
 
     def mean(place: int, name: str, key: str) -> float:
         return math.fsum(

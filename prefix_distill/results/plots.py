@@ -104,7 +104,8 @@ def draw_probe(document: dict, file: Path) -> None:
 
 
 def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
-    """Accuracy against useful FLOPs, one line per arm with 95 % intervals, the teacher as a level."""
+    """Accuracy against useful FLOPs, one line per arm with 95 % intervals, the teacher as a
+    level."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,8 +154,8 @@ def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
 def draw_report(
     runs: list[Finished], title: str = "", only: list[str] | None = None, against: str = AGAINST[0]
 ):
-    """Accuracy (or, without answers, held-out KL) against a cost: a matplotlib figure, a line an arm, means over seeds with 95 %
-    intervals where they can be drawn."""
+    """Accuracy (or, without answers, held-out KL) against a cost: a matplotlib figure, a line an
+    arm, means over seeds with 95 % intervals where they can be drawn."""
     import matplotlib
 
     matplotlib.use("Agg")

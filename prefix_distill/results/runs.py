@@ -40,9 +40,9 @@ AGAINST = (
 
 @dataclasses.dataclass
 class Finished:
-    """One finished run. ``right``: update → share of right answers per problem; ``kl_before`` and ``kl_after``: reverse KL per token
-    of the fixed contexts; ``offset``: what the run it started from had
-    cost (useful, executed, seconds)."""
+    """One finished run. ``right``: update → share of right answers per problem; ``kl_before`` and
+    ``kl_after``: reverse KL per token of the fixed contexts; ``offset``: what the run it started
+    from had cost (useful, executed, seconds)."""
 
     arm: str
     seed: int
@@ -60,7 +60,8 @@ class Finished:
         return self.result["evaluations"]
 
     def cost(self, row: dict) -> tuple[float, float, float]:
-        """(useful FLOPs, executed FLOPs, seconds) of training up to an evaluation, with what the run started from."""
+        """(useful FLOPs, executed FLOPs, seconds) of training up to an evaluation, with what the
+        run started from."""
         return tuple(
             a + b
             for a, b in zip(
@@ -74,10 +75,11 @@ class Finished:
 
 
 def collect(paths: list[Path]) -> list[Finished]:
-    """The finished runs in these folders: run folders, or folders of them (a comparison's; its tuning runs are left out).
+    """The finished runs in these folders: run folders, or folders of them (a comparison's; its
+    tuning runs are left out).
 
-    Where two folders have the same arm at the same seed, arms are named after their folder, too. UserError where a path holds
-    no finished run.
+    Where two folders have the same arm at the same seed, arms are named after their folder, too.
+    UserError where a path holds no finished run.
     """
     found: dict[Path, Finished] = {}
     roots: dict[Path, Path] = {}
@@ -86,7 +88,8 @@ def collect(paths: list[Path]) -> list[Finished]:
         runs = [run for folder in inside if (run := _finished(folder, path)) is not None]
         if not runs:
             raise UserError(
-                f"{path}: no finished run in it (a folder with run.json and a result); run or resume one first"
+                f"{path}: no finished run in it (a folder with run.json and a result); run or "
+                "resume one first"
             )
         found |= {run.path.resolve(): run for run in runs}
         roots |= {run.path.resolve(): path for run in runs}
@@ -101,7 +104,8 @@ def collect(paths: list[Path]) -> list[Finished]:
 
 
 def _inside(path: Path) -> list[Path]:
-    """Run folders below a folder; of a comparison, the final runs in the order of its arms and seeds."""
+    """Run folders below a folder; of a comparison, the final runs in the order of its arms and
+    seeds."""
     if (path / ARMS).is_file():
         asked = RunFolder(path).read_json(ARMS)
         folders = [path / arm / f"seed-{seed}" for arm in asked["arms"] for seed in asked["seeds"]]
@@ -110,8 +114,8 @@ def _inside(path: Path) -> list[Path]:
 
 
 def _origin(run: Finished, root: Path) -> Path:
-    """The folder of the run that this one started from: as its comparison says (which may have been moved since), else where
-    its student was read from."""
+    """The folder of the run that this one started from: as its comparison says (which may have been
+    moved since), else where its student was read from."""
     start = (
         RunFolder(root).read_json(ARMS)["start"].get(run.arm) if (root / ARMS).is_file() else None
     )
@@ -164,7 +168,8 @@ def _finished(folder: Path, root: Path) -> Finished | None:
         yaml.YAMLError,
     ) as error:
         raise UserError(
-            f"{folder}: its files are damaged ({type(error).__name__}: {str(error)[:100]}); leave it out, or run it again"
+            f"{folder}: its files are damaged ({type(error).__name__}: {str(error)[:100]}); leave "
+            "it out, or run it again"
         ) from None
     return found
 
@@ -188,7 +193,8 @@ def common_tail(runs: list[Finished]) -> int:
 
 
 def rows(runs: list[Finished]) -> list[dict]:
-    """A row per run and evaluation, as in the CSV. ``kl_beyond``: reverse KL beyond the common tail, after the last update."""
+    """A row per run and evaluation, as in the CSV. ``kl_beyond``: reverse KL beyond the common
+    tail, after the last update."""
     tail, found = common_tail(runs), []
     for run in runs:
         for row in run.evaluations:

@@ -14,8 +14,9 @@ SHARES = (1.0, 0.95, 0.9, 0.5)  # of the reference's gain, for which the cost is
 
 
 class Resampled:
-    """Two-level bootstrap, 2,000 seeded draws of seeds and of problems, the same draw for every arm: differences and ratios
-    between arms are paired. Only problems are drawn where there is one seed. Arms must share problems and seeds to be paired."""
+    """Two-level bootstrap, 2,000 seeded draws of seeds and of problems, the same draw for every
+    arm: differences and ratios between arms are paired. Only problems are drawn where there is one
+    seed. Arms must share problems and seeds to be paired."""
 
     def __init__(self, arms: dict[str, list[Finished]]):
         self.arms = arms
@@ -50,7 +51,8 @@ class Resampled:
     def curve(
         self, arm: str
     ) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(updates E, mean accuracy [E], its draws [R, E], mean useful FLOPs [E], their draws [R, E])."""
+        """(updates E, mean accuracy [E], its draws [R, E], mean useful FLOPs [E], their draws
+        [R, E])."""
         runs = self.arms[arm]
         steps = sorted(set.intersection(*(set(run.right) for run in runs)))
         right = torch.tensor(
@@ -71,7 +73,8 @@ def interval(draws: torch.Tensor) -> tuple[float, float]:
 
 
 def first_cost(cost: list[float], accuracy: list[float], wanted: float) -> float:
-    """Cost at which accuracy first reaches ``wanted``, linear between evaluations; inf where it never does."""
+    """Cost at which accuracy first reaches ``wanted``, linear between evaluations; inf where it
+    never does."""
     wanted -= 1e-12  # a curve reaches its own end, however that was rounded
     if accuracy[0] >= wanted:
         return cost[0]
@@ -83,10 +86,10 @@ def first_cost(cost: list[float], accuracy: list[float], wanted: float) -> float
 
 
 def summary(runs: list[Finished], reference: str | None) -> list[dict]:
-    """A row per arm: means over its seeds; accuracy with an interval over problems and seeds (over problems, where arms do not
-    share both and an arm has one seed; None otherwise); and, for shares of the reference's
-    gain, reference's useful FLOPs ÷ the arm's to reach it: the ratio, its paired interval, and the share of draws that reach it
-    (a draw that does not counts as a ratio of 0)."""
+    """A row per arm: means over its seeds; accuracy with an interval over problems and seeds (over
+    problems, where arms do not share both and an arm has one seed; None otherwise); and, for shares
+    of the reference's gain, reference's useful FLOPs ÷ the arm's to reach it: the ratio, its paired
+    interval, and the share of draws that reach it (a draw that does not counts as a ratio of 0)."""
     arms, tail = by_arm(runs), common_tail(runs)
     drawn = Resampled(arms) if all(run.right for run in runs) else None
     curves = {arm: drawn.curve(arm) for arm in arms} if drawn and drawn.paired else {}
@@ -215,7 +218,8 @@ def cells(row: dict) -> list[str]:
 
 
 def ratio_text(ratio: dict | None) -> str:
-    """A cost ratio with its interval; what share of the draws reaches the accuracy at all where not every one does."""
+    """A cost ratio with its interval; what share of the draws reaches the accuracy at all where
+    not every one does."""
     if ratio is None:
         return "–"
     reached = "" if ratio["reached"] == 1 else f", reached in {ratio['reached']:.0%} of draws"

@@ -1,6 +1,8 @@
-"""model/README.md: what the model is made of, how, with what results at what cost, and the command that makes it again.
+"""model/README.md: what the model is made of, how, with what results at what cost, and the command
+that makes it again.
 
-Nothing in it depends on when or where the run took place but its hardware and versions: an interrupted run writes the same card.
+Nothing in it depends on when or where the run took place but its hardware and versions: an
+interrupted run writes the same card.
 """
 
 import re
@@ -40,7 +42,8 @@ ELSEWHERE = ("checkpoint.out", "trackers", "export")  # settings that change no 
 
 
 def hub_id(name: str | None) -> str | None:
-    """``name`` where it is a hub repository's or a preset's, without what selects rows of it; None for a file, a folder, lab:… and self."""
+    """``name`` where it is a hub repository's or a preset's, without what selects rows of it;
+    None for a file, a folder, lab:… and self."""
     name = (name or "").partition("#")[0]
     if name in PRESETS:
         return PRESETS[name].hub
@@ -55,7 +58,8 @@ def hub_id(name: str | None) -> str | None:
 
 
 def command(config: Config) -> str:
-    """`prefix-distill run` with every setting that differs from its default, quoted for a shell; a line for each."""
+    """`prefix-distill run` with every setting that differs from its default, quoted for a shell;
+    a line for each."""
     words = []
     for path, field in configuration.options().items():
         value = configuration.get(config, path)
@@ -72,8 +76,8 @@ def command(config: Config) -> str:
 def card(run, progress, row: dict, full: float | None = None) -> str:
     """The card of the student after ``row["step"]`` updates.
 
-    ``run``: preflight.Run; ``progress``: monitor.Progress; ``row``: step, accuracy, kl and what else was measured of this student;
-    ``full``: useful FLOPs of as many updates with full rollouts.
+    ``run``: preflight.Run; ``progress``: monitor.Progress; ``row``: step, accuracy, kl and what
+    else was measured of this student; ``full``: useful FLOPs of as many updates with full rollouts.
     """
     config = run.config
     models, first = config.models, progress.evaluations[0]
@@ -113,12 +117,15 @@ def card(run, progress, row: dict, full: float | None = None) -> str:
     warnings = [*run.warnings, *(w["text"] for w in progress.warnings if w["step"] <= row["step"])]
     parts = [
         *_top(config, row["step"]),
-        f"Student `{models.student}`, teacher {teacher}, prompts of `{config.data.dataset}`; made with prefix-distill {facts['prefix_distill']}. "
-        f"The license is the base model's{'' if hub_id(models.student) else ', whose name or folder the command below has'}.",
+        f"Student `{models.student}`, teacher {teacher}, prompts of `{config.data.dataset}`; made "
+        f"with prefix-distill {facts['prefix_distill']}. The license is the base "
+        f"model's{'' if hub_id(models.student) else ', whose name or folder the command below has'}.",
         "## Method",
-        f"The {'student' if run.off_policy is None else 'student (or the teacher, where `--off-policy` says so)'} writes the first tokens of "
-        "answers, the teacher scores each of them, and the loss is taken on them alone (prefix distillation, "
-        "[arXiv 2602.15260](https://arxiv.org/abs/2602.15260)).",
+        "The "
+        f"{'student' if run.off_policy is None else 'student (or the teacher, where `--off-policy` says so)'} "
+        "writes the first tokens of answers, the teacher scores each of them, and the loss is "
+        "taken on them alone (prefix distillation, [arXiv "
+        "2602.15260](https://arxiv.org/abs/2602.15260)).",
         _table(
             ("setting", "value"),
             [
@@ -129,20 +136,24 @@ def card(run, progress, row: dict, full: float | None = None) -> str:
                 ),
                 (
                     "prefix",
-                    f"{_code(config.schedule.prefix)}: {run.prefix.length(0)} tokens at first, {progress.taught_prefix} at last, of at most "
-                    f"{config.rollout.max_new_tokens}",
+                    f"{_code(config.schedule.prefix)}: {run.prefix.length(0)} tokens at first, "
+                    f"{progress.taught_prefix} at last, of at most {config.rollout.max_new_tokens}",
                 ),
                 (
                     "divergence",
-                    f"{_code(config.divergence.name)}, estimator {_code(config.divergence.estimator)}, per {_code(config.divergence.reduction)}",
+                    f"{_code(config.divergence.name)}, estimator "
+                    f"{_code(config.divergence.estimator)}, per "
+                    f"{_code(config.divergence.reduction)}",
                 ),
                 (
                     "peak learning rate",
-                    f"{config.schedule.lr:g}, {_code(config.schedule.lr_schedule)}, warm-up {config.schedule.warmup}",
+                    f"{config.schedule.lr:g}, {_code(config.schedule.lr_schedule)}, warm-up "
+                    f"{config.schedule.warmup}",
                 ),
                 (
                     "sampling",
-                    f"temperature {config.rollout.temperature:g}, top-p {config.rollout.top_p:g}, top-k {config.rollout.top_k}",
+                    f"temperature {config.rollout.temperature:g}, top-p {config.rollout.top_p:g}, "
+                    f"top-k {config.rollout.top_k}",
                 ),
                 *(
                     (_code(configuration.flag(path)), _code(str(configuration.get(config, path))))
@@ -159,11 +170,13 @@ def card(run, progress, row: dict, full: float | None = None) -> str:
             if d["step"] <= row["step"]
         ),
         "## Results",
-        f"On {problems}; 95 % intervals by bootstrap; of the KL, n counts tokens of fixed answers of the untrained student.",
+        f"On {problems}; 95 % intervals by bootstrap; of the KL, n counts tokens of fixed answers "
+        "of the untrained student.",
         _table(("", "before", f"after {row['step']} updates"), rows),
         "## Cost",
         _table(("training FLOPs", ""), [(name, flops_text(value)) for name, value in cost]),
-        f"{hardware}; {run.place.world} rank{'s' * (run.place.world > 1)}, {str(run.place.dtype)[6:]}; torch {facts['torch']}, transformers "
+        f"{hardware}; {run.place.world} rank{'s' * (run.place.world > 1)}, "
+        f"{str(run.place.dtype)[6:]}; torch {facts['torch']}, transformers "
         f"{facts['transformers']}, Python {facts['python']}.",
     ]
     if warnings:
@@ -180,7 +193,8 @@ def of_checkpoint(config: Config, step: int) -> str:
         "\n\n".join(
             [
                 *_top(config, step),
-                f"The state after update {step} of {config.train.steps} of this run, made with prefix-distill:",
+                f"The state after update {step} of {config.train.steps} of this run, made with "
+                "prefix-distill:",
                 _fenced(command(config)),
             ]
         )
@@ -189,7 +203,8 @@ def of_checkpoint(config: Config, step: int) -> str:
 
 
 def _top(config: Config, step: int) -> list[str]:
-    """Front matter and title. Several base models would say that they were merged, so the teacher has a key of its own."""
+    """Front matter and title. Several base models would say that they were merged, so the
+    teacher has a key of its own."""
     base, data = hub_id(config.models.student), hub_id(config.data.dataset)
     adapted = config.adapter.rank is not None and not config.adapter.merge
     front = ModelCardData(
@@ -204,7 +219,8 @@ def _top(config: Config, step: int) -> list[str]:
     name = Path(config.models.student).name.removesuffix(".gguf")
     return [
         f"---\n{front.to_yaml()}\n---",
-        f"# {_line(config.trackers.name or f'{name} after {step} updates of on-policy distillation')}",
+        "# "
+        f"{_line(config.trackers.name or f'{name} after {step} updates of on-policy distillation')}",
     ]
 
 

@@ -1,8 +1,10 @@
-"""The run folder: resolved config, provenance, metric rows, atomic checkpoints. safetensors and JSON only.
+"""The run folder: resolved config, provenance, metric rows, atomic checkpoints. safetensors and
+JSON only.
 
-    config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json  displacement.json
-    checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and anchor, teacher where a run has them)
-    model/  best/  examples-before.jsonl  examples-after.jsonl  .lock
+    config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json
+    displacement.json checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and
+    anchor, teacher where a run has them) model/  best/  examples-before.jsonl  examples-after.jsonl
+    .lock
 
 No file holds the folder's own path: it can be moved. Files get the user's umask.
 """
@@ -34,8 +36,9 @@ DAMAGE = (
 
 
 class RunFolder:
-    """Reads and writes one run's files. Every write of more than a line is atomic: scratch file, fsync, rename. What the disk
-    refuses is Stopped, with what is safe: nothing half-written takes the place of something whole."""
+    """Reads and writes one run's files. Every write of more than a line is atomic: scratch file,
+    fsync, rename. What the disk refuses is Stopped, with what is safe: nothing half-written takes
+    the place of something whole."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -53,8 +56,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def alone(self):
-        """Makes the folder; one process works in it at a time. The system frees the lock when the process ends, however it ends.
-        UserError where another one holds it, or the folder cannot be made."""
+        """Makes the folder; one process works in it at a time. The system frees the lock when the
+        process ends, however it ends. UserError where another one holds it, or the folder cannot be
+        made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # A new lock object each time: a second call in this process is refused, too.
@@ -80,7 +84,8 @@ class RunFolder:
             yield
         except (OSError, SafetensorError) as error:
             raise Stopped(
-                f"{self.path / name} cannot be written ({getattr(error, 'strerror', None) or error}); {self.newest}"
+                f"{self.path / name} cannot be written "
+                f"({getattr(error, 'strerror', None) or error}); {self.newest}"
                 + (": mend the disk, then --resume" if self.started else "")
             ) from None
 
@@ -106,7 +111,8 @@ class RunFolder:
             file.name not in unborn for file in self.path.iterdir()
         ):
             raise UserError(
-                f"--out {self.path}: the folder is not empty; add --resume to continue it, or name another"
+                f"--out {self.path}: the folder is not empty; add --resume to continue it, or name "
+                "another"
             )
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -125,7 +131,8 @@ class RunFolder:
             ) from None
 
     def create(self, config: dict, facts: dict = {}) -> None:
-        """Makes the folder: run.json with ``facts``, then config.yaml. UserError when it is used or cannot be made."""
+        """Makes the folder: run.json with ``facts``, then config.yaml. UserError when it is used
+        or cannot be made."""
         self.refuse_if_used()
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("run.json", {"format": FORMAT, **facts})
@@ -153,8 +160,8 @@ class RunFolder:
             )
 
     def save_model(self, name: str, model, card: str | None = None, merged: bool = False) -> None:
-        """The folder ``name`` ← a model that transformers loads, with its ``card`` (of one with an adapter: the adapter, or both
-        ``merged``)."""
+        """The folder ``name`` ← a model that transformers loads, with its ``card`` (of one with an
+        adapter: the adapter, or both ``merged``)."""
         with self._writing(name):
             from ..engine.saving import save_model
 
@@ -166,8 +173,8 @@ class RunFolder:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"run folder {self.path}: {name} cannot be read ({type(error).__name__}); start anew "
-                "with another --out"
+                f"run folder {self.path}: {name} cannot be read ({type(error).__name__}); start "
+                "anew with another --out"
             ) from None
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
@@ -185,7 +192,8 @@ class RunFolder:
             write_atomically(file, serialised({k: v.contiguous() for k, v in tensors.items()}))
 
     def read_tensors(self, name: str):
-        """(file, tensors) of every file of tensors in the folder ``name``, by name, one at a time."""
+        """(file, tensors) of every file of tensors in the folder ``name``, by name, one at a
+        time."""
         from safetensors.torch import load_file
 
         for file in sorted((self.path / name).glob("*.safetensors")):
@@ -201,15 +209,17 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def check_format(self) -> None:
-        """UserError where the folder or its newest checkpoint was written in a format that this version does not know."""
+        """UserError where the folder or its newest checkpoint was written in a format that this
+        version does not know."""
         document = self.read_json("run.json")
         found = (
             document.get("format", 1) if isinstance(document, dict) else None
         )  # the first format did not say so
         if found != FORMAT:
             raise UserError(
-                f"run folder {self.path}: format {found!r}, this version reads {FORMAT}; go on with the version that wrote it "
-                "(run.json names it), or start anew with another --out"
+                f"run folder {self.path}: format {found!r}, this version reads {FORMAT}; go on "
+                "with the version that wrote it (run.json names it), or start anew with another "
+                "--out"
             )
         for newest in self._checkpoints()[:1]:
             with contextlib.suppress(
@@ -220,23 +230,26 @@ class RunFolder:
                 )
 
     def rewind(self, name: str, step: int, warn, whole: bool = False) -> None:
-        """Drops what was appended to ``name`` beyond ``step`` completed updates, and torn lines; ``warn`` is told of these, and, of
-        a file that should hold the ``whole`` run, of rows that are missing."""
+        """Drops what was appended to ``name`` beyond ``step`` completed updates, and torn lines;
+        ``warn`` is told of these, and, of a file that should hold the ``whole`` run, of rows that
+        are missing."""
         rows, torn = read_rows(self.path / name)
         rows = [row for row in rows if isinstance(row.get("step"), int)]
         if torn:
             warn(
-                f"{name}: {torn} line{'s' * (torn > 1)} cut short by the interruption {'are' if torn > 1 else 'is'} dropped"
+                f"{name}: {torn} line{'s' * (torn > 1)} cut short by the interruption "
+                f"{'are' if torn > 1 else 'is'} dropped"
             )
         if whole and (missing := set(range(1, step + 1)) - {row["step"] for row in rows}):
             warn(
-                f"{name}: the rows of {len(missing)} earlier updates are missing (the first: {min(missing)}); the run itself does not need them"
+                f"{name}: the rows of {len(missing)} earlier updates are missing (the first: "
+                f"{min(missing)}); the run itself does not need them"
             )
         self.write_rows(name, [row for row in rows if row["step"] <= step])
 
     def save(self, step: int, tensors: dict[str, dict], facts: dict) -> None:
-        """Checkpoint after ``step`` updates: named state dicts of tensors, plus plain facts, with checksums. The rows up to it reach
-        the disk before it does."""
+        """Checkpoint after ``step`` updates: named state dicts of tensors, plus plain facts, with
+        checksums. The rows up to it reach the disk before it does."""
         from safetensors.torch import save_file
 
         parent = self.path / "checkpoints"
@@ -271,21 +284,23 @@ class RunFolder:
                 shutil.rmtree(old)
 
     def latest(self, warn) -> tuple[int, dict[str, dict], dict]:
-        """(step, tensors, facts) of the newest intact checkpoint; a damaged one is named through ``warn`` and passed
-        over. UserError when there is none."""
+        """(step, tensors, facts) of the newest intact checkpoint; a damaged one is named through
+        ``warn`` and passed over. UserError when there is none."""
         for folder in self._checkpoints():
             try:
                 return _intact(folder)
             except DAMAGE as error:
                 warn(
-                    f"checkpoint {folder.name} is damaged ({error}); falling back on the one before it"
+                    f"checkpoint {folder.name} is damaged ({error}); falling back on the one "
+                    "before it"
                 )
         raise UserError(
             f"--resume {self.path}: no intact checkpoint in it; start anew with another --out"
         )
 
     def student(self, step: int) -> dict:
-        """The student's weights in the checkpoint after ``step`` updates. UserError when it is damaged."""
+        """The student's weights in the checkpoint after ``step`` updates. UserError when it is
+        damaged."""
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         try:
             return _intact(folder)[1]["student"]
@@ -306,7 +321,8 @@ class RunFolder:
 def _check_known(folder: Path, state: dict) -> None:
     if state["format"] != FORMAT:
         raise UserError(
-            f"checkpoint {folder}: format {state['format']}, this version reads {FORMAT}; resume with the version that wrote it"
+            f"checkpoint {folder}: format {state['format']}, this version reads {FORMAT}; resume "
+            "with the version that wrote it"
         )
 
 

@@ -21,7 +21,8 @@ def merge(run: Run, progress: Progress, ledger: Ledger) -> None:
 
 
 def divergence_by_token(rollouts: list[Rollout], facts: list[dict]) -> list[list[float | None]]:
-    """The divergence at each token; across tokenizers, of the units of one token on each side, which every mode knows."""
+    """The divergence at each token; across tokenizers, of the units of one token on each side,
+    which every mode knows."""
     values = [list(row["divergence"]) for row in facts]
     for r, row in zip(rollouts, values):
         for u in r.units or ():
@@ -31,8 +32,8 @@ def divergence_by_token(rollouts: list[Rollout], facts: list[dict]) -> list[list
 
 
 def alignment_facts(rollouts: list[Rollout], facts: list[dict]) -> dict:
-    """Coverage of the fixed contexts: shares of tokens, mean mass of both models on the shared tokens where a unit begins, and the
-    mean divergence of spans (None without any)."""
+    """Coverage of the fixed contexts: shares of tokens, mean mass of both models on the shared
+    tokens where a unit begins, and the mean divergence of spans (None without any)."""
     mean = lambda values: math.fsum(values) / len(values) if values else None
     spans = [
         row["divergence"][u.start]
@@ -65,9 +66,9 @@ def ending_facts(rollouts: list[Rollout]) -> dict:
 
 
 def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
-    """One line when training has hurt what lies beyond the prefix: its KL on the fixed contexts rose by more than two
-    standard errors (paired by rollout), or answers end less often (by more than 5 points and two standard errors); else
-    None."""
+    """One line when training has hurt what lies beyond the prefix: its KL on the fixed contexts
+    rose by more than two standard errors (paired by rollout), or answers end less often (by more
+    than 5 points and two standard errors); else None."""
     tails = [
         [intervals.known([row[prefix:]]) for row in pair]
         for pair in zip(found["kl_by_token"], before["kl_by_token"])
@@ -105,9 +106,11 @@ def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
 
 
 def full_cost(run: Run, progress: Progress, steps: range) -> float:
-    """Useful FLOPs the updates in ``steps`` would have cost with full rollouts of the then-current student.
+    """Useful FLOPs the updates in ``steps`` would have cost with full rollouts of the then-current
+    student.
 
-    Its full length is measured at every evaluation and taken as linear in between; after the last, as constant.
+    Its full length is measured at every evaluation and taken as linear in between; after the last,
+    as constant.
     """
     config, total = run.config, 0.0
     for step in steps:
@@ -127,10 +130,12 @@ def _length_at(evaluations: list[dict], step: int) -> float:
 
 
 def update_facts(run: Run, rollouts, values, clipped, weights, divisor, newest: int) -> dict:
-    """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot change them.
+    """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot
+    change them.
 
-    Means of the loss's values per token (None where there is none): over all taught tokens (those of the teacher's text apart
-    when their loss is another one), over the first tokens, over those from position ``newest`` on; and of the clipped mass.
+    Means of the loss's values per token (None where there is none): over all taught tokens (those
+    of the teacher's text apart when their loss is another one), over the first tokens, over those
+    from position ``newest`` on; and of the clipped mass.
     """
     apart = run.text_terms is not run.terms
 

@@ -1,4 +1,5 @@
-"""What a run looks at beside its loss: evaluations, the tail beyond the prefix, the best student, the cost of full rollouts."""
+"""What a run looks at beside its loss: evaluations, the tail beyond the prefix, the best
+student, the cost of full rollouts."""
 
 import dataclasses
 import math
@@ -28,12 +29,15 @@ from .metrics import (
 from .run import Run
 from .state import Progress
 
-SHARED_MASS = 0.95  # mean probability on the shared tokens, across tokenizers, below which a loss on them misses too much
+# mean probability on the shared tokens, across tokenizers, below which a loss on them misses too
+# much
+SHARED_MASS = 0.95
 
 
 class Monitor:
-    """Measures the student of one run. ``before``: what the untrained student's measurement found, kept in before.json with
-    the rollouts it drew from held-out prompts: the fixed contexts of every later comparison."""
+    """Measures the student of one run. ``before``: what the untrained student's measurement found,
+    kept in before.json with the rollouts it drew from held-out prompts: the fixed contexts of every
+    later comparison."""
 
     def __init__(
         self,
@@ -67,16 +71,19 @@ class Monitor:
             for u in r.taught_units
         ):
             raise Stopped(
-                "no token of the student's answers to held-out prompts has a counterpart in the teacher's tokenization; choose another pair"
+                "no token of the student's answers to held-out prompts has a counterpart in the "
+                "teacher's tokenization; choose another pair"
             )
         merge(self.run, self.progress, ledger)
         found = self._measure(self.fixed)
         self.report.evaluation(self.progress.evaluations[-1])
         first = found["teacher_first_token"]
         (self.report.warn if first < FIRST_TOKEN else self.report.note)(
-            f"the teacher gives the first tokens of the student's answers a mean probability of {first:.2g}"
+            "the teacher gives the first tokens of the student's answers a mean probability of "
+            f"{first:.2g}"
             + (
-                "; do both prompts ask for the same form of answer (--template, --student-thinking, --teacher-thinking, --begin)?"
+                "; do both prompts ask for the same form of answer (--template, "
+                "--student-thinking, --teacher-thinking, --begin)?"
                 if first < FIRST_TOKEN
                 else ""
             )
@@ -91,13 +98,14 @@ class Monitor:
 
     def _say_coverage(self, found: dict) -> None:
         self.report.note(
-            f"of the tokens of the student's own answers {found['exact_share']:.1%} align one to one, {found['span_share']:.1%} in spans, "
-            f"{found['dropped_share']:.1%} not at all"
+            f"of the tokens of the student's own answers {found['exact_share']:.1%} align one to "
+            f"one, {found['span_share']:.1%} in spans, {found['dropped_share']:.1%} not at all"
         )
         if min(found["student_mass"], found["teacher_mass"]) < SHARED_MASS:
             self.report.warn(
-                f"of the student's probability {found['student_mass']:.1%} is on tokens that the teacher has, too, and of the teacher's "
-                f"{found['teacher_mass']:.1%} on the student's: choices among the others are not compared; simct compares the spans "
+                f"of the student's probability {found['student_mass']:.1%} is on tokens that the "
+                f"teacher has, too, and of the teacher's {found['teacher_mass']:.1%} on the "
+                "student's: choices among the others are not compared; simct compares the spans "
                 "that were written, --off-policy sft needs no comparison"
             )
 
@@ -118,7 +126,8 @@ class Monitor:
             ]
         except (KeyError, TypeError, AttributeError):
             raise UserError(
-                f"run folder {self.folder.path}: before.json is not what a run writes; start anew with another --out"
+                f"run folder {self.folder.path}: before.json is not what a run writes; start anew "
+                "with another --out"
             ) from None
 
     def evaluate(self) -> dict:
@@ -129,7 +138,8 @@ class Monitor:
         return found
 
     def look(self) -> None:
-        """An evaluation or a tail probe where one is due after this update and has not been made."""
+        """An evaluation or a tail probe where one is due after this update and has not been
+        made."""
         settings, step = self.run.config.evaluate, self.progress.step
         evaluated = self.progress.evaluations[-1]["step"]
         if settings.every and step % settings.every == 0:
@@ -143,8 +153,9 @@ class Monitor:
             self.probe_tail()
 
     def probe_tail(self) -> dict:
-        """A small look beyond the prefix: reverse KL on the first few fixed contexts, and how the student's own full answers
-        to these prompts end, drawn with the seeds of the untrained student's. A ledger row of its own, inside the totals."""
+        """A small look beyond the prefix: reverse KL on the first few fixed contexts, and how the
+        student's own full answers to these prompts end, drawn with the seeds of the untrained
+        student's. A ledger row of its own, inside the totals."""
         run, ledger, count = self.run, Ledger(), self.run.config.evaluate.tail_prompts
         with self.clock.phase("tail_probe"):
             values = divergence_by_token(
@@ -177,9 +188,11 @@ class Monitor:
             self.report.warn(text)
 
     def _measure(self, full: list[Rollout] | None) -> dict:
-        """Accuracy on the held-out problems and reverse KL on the fixed contexts, now; keeps the best student.
+        """Accuracy on the held-out problems and reverse KL on the fixed contexts, now; keeps the
+        best student.
 
-        Where no problem is evaluated, the length and endings of full answers come from ``full``, drawn now if None.
+        Where no problem is evaluated, the length and endings of full answers come from ``full``,
+        drawn now if None.
         """
         run, progress, ledger = self.run, self.progress, Ledger()
         with self.clock.phase("evaluation"):
@@ -262,8 +275,9 @@ class Monitor:
         )
 
     def _sampler_gap(self, ledger: Ledger) -> float | None:
-        """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a copy in another dtype: how
-        far from on-policy that makes them. None where the student itself samples."""
+        """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a
+        copy in another dtype: how far from on-policy that makes them. None where the student itself
+        samples."""
         run = self.run
         if self.decoding.net.dtype == run.student.net.dtype:
             return None
@@ -307,8 +321,8 @@ class Monitor:
         )
 
     def _keep_best(self, step: int, accuracy: dict | None, values: list[list[float]]) -> None:
-        """Keeps the best student seen so far in best/: by accuracy where it is evaluated during the run, else by the reverse
-        KL on the fixed contexts of the tail probe."""
+        """Keeps the best student seen so far in best/: by accuracy where it is evaluated during the
+        run, else by the reverse KL on the fixed contexts of the tail probe."""
         settings, progress = self.run.config.evaluate, self.progress
         if not settings.every and not settings.tail_every:
             return
@@ -330,8 +344,9 @@ class Monitor:
 
 
 def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> float:
-    """How good the student is on the fixed prompts, higher is better: the share of right full answers, or minus the mean
-    reverse KL (nats per token) of fresh rollouts of ``prefix`` tokens. The seeds are the same for every candidate and trigger."""
+    """How good the student is on the fixed prompts, higher is better: the share of right full
+    answers, or minus the mean reverse KL (nats per token) of fresh rollouts of ``prefix`` tokens.
+    The seeds are the same for every candidate and trigger."""
     prompts, phase = run.extrapolation_prompts, "extrapolation"
     sampler = lambda: dataclasses.replace(
         run.eval_sampler, seed=seed_of(run.config.runtime.seed, phase)

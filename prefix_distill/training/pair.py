@@ -21,7 +21,8 @@ TASK = "choice"  # the embedded default: lab:choice and its pair
 
 
 def fill_in(config: Config) -> tuple[Config, list[str]]:
-    """Puts the embedded pair and its task where no student, teacher or data set is given, and says so."""
+    """Puts the embedded pair and its task where no student, teacher or data set is given, and
+    says so."""
     notes = []
     own = config.models.teacher == configuration.SELF
     for section, key, value in (
@@ -45,20 +46,23 @@ def as_preflight_error():
 
 
 def spread_limit(config: Config, where: Place, notes: list[str]) -> int | None:
-    """Bytes of each device that --teacher-device auto may fill; None where the teacher is in one place."""
+    """Bytes of each device that --teacher-device auto may fill; None where the teacher is in one
+    place."""
     if config.runtime.teacher_device != "auto":
         return None
     if where.world > 1:
         raise UserError(
-            f"--teacher-device auto with {where.world} ranks: it spreads one teacher over all GPUs; start one rank, or leave it out"
+            f"--teacher-device auto with {where.world} ranks: it spreads one teacher over all "
+            "GPUs; start one rank, or leave it out"
         )
     if config.runtime.teacher_memory is not None:
         limit = int(config.runtime.teacher_memory * 2**30)
     else:
         limit = (memory_free(where.device) or 8 << 30) // 2
     notes.append(
-        f"teacher's layers spread over {'all GPUs' if where.device.type == 'cuda' else where.device.type}, up to {limit / 2**30:.3g} GiB of each, "
-        "then main memory, then disk"
+        "teacher's layers spread over "
+        f"{'all GPUs' if where.device.type == 'cuda' else where.device.type}, up to "
+        f"{limit / 2**30:.3g} GiB of each, then main memory, then disk"
     )
     return limit
 
@@ -92,7 +96,8 @@ def check_alignment(config: Config, notes: list[str]) -> Config:
         (
             off_policy is not None and off_policy.loss == "sft" and ranked,
             "--off-policy sft with a ranked selection",
-            "text without units cannot be ranked: use random, a window by position, or --off-policy divergence",
+            "text without units cannot be ranked: use random, a window by position, or "
+            "--off-policy divergence",
         ),
     ):
         if wrong:
@@ -104,7 +109,8 @@ def check_alignment(config: Config, notes: list[str]) -> Config:
 def measure_coverage(
     alignment: Alignment, rendered: list[Rendered], notes: list[str], warnings: list[str]
 ) -> float:
-    """Says how the text of some prompts aligns → the teacher's tokens per token of the student's in it."""
+    """Says how the text of some prompts aligns → the teacher's tokens per token of the student's
+    in it."""
     contents = [r.prompt.messages[-1]["content"] for r in rendered[:64]]
     texts = [alignment.student.encode(content) for content in contents]
     share = shares(
@@ -118,12 +124,14 @@ def measure_coverage(
     )
     if share["exact_share"] < 0.5:
         warnings.append(
-            f"only {share['exact_share']:.0%} of the student's tokens have a counterpart of the same bytes in the teacher's tokenization: "
-            "little can be taught by --cross-tokenizer strict"
+            f"only {share['exact_share']:.0%} of the student's tokens have a counterpart of the "
+            "same bytes in the teacher's tokenization: little can be taught by --cross-tokenizer "
+            "strict"
         )
     notes.append(
-        f"in the text of {len(texts)} prompts {share['exact_share']:.1%} of the student's tokens align one to one, "
-        f"{share['span_share']:.1%} in spans, {share['dropped_share']:.1%} not at all (the end of each text counts as cut)"
+        f"in the text of {len(texts)} prompts {share['exact_share']:.1%} of the student's tokens "
+        f"align one to one, {share['span_share']:.1%} in spans, {share['dropped_share']:.1%} not "
+        "at all (the end of each text counts as cut)"
     )
     return sum(len(alignment.teacher.encode(content)) for content in contents) / max(
         1, sum(map(len, texts))
@@ -133,8 +141,8 @@ def measure_coverage(
 def describe_privileged_text(
     teacher: Model, rendered: list[Rendered], where: Place, warnings: list[str]
 ) -> str:
-    """Does what the teacher alone sees help it? Its log-probability of that very text as the answer, behind its own prompt and
-    behind the student's, nats per token."""
+    """Does what the teacher alone sees help it? Its log-probability of that very text as the
+    answer, behind its own prompt and behind the student's, nats per token."""
     found = []
     for ids in ("teacher_ids", "student_ids"):
         reads = []
@@ -152,12 +160,13 @@ def describe_privileged_text(
         found.append(sum(values) / len(values))
     if found[0] <= found[1]:
         warnings.append(
-            "the teacher makes no use of what --privileged-column shows it: it finds that text no more likely for having it "
-            f"in its prompt ({found[0]:.3g} nats per token against {found[1]:.3g})"
+            "the teacher makes no use of what --privileged-column shows it: it finds that text no "
+            f"more likely for having it in its prompt ({found[0]:.3g} nats per token against "
+            f"{found[1]:.3g})"
         )
     return (
-        f"privileged prompt: of what it is shown, the teacher's log-probability is {found[0]:.3g} nats per token behind its own prompt, "
-        f"{found[1]:.3g} behind the student's"
+        f"privileged prompt: of what it is shown, the teacher's log-probability is {found[0]:.3g} "
+        f"nats per token behind its own prompt, {found[1]:.3g} behind the student's"
     )
 
 

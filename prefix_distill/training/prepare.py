@@ -34,7 +34,8 @@ from .run import Run
 
 
 def prepare(config: Config) -> Run:
-    """Config → Run. UserError, one line, on anything that would make the run wrong or impossible."""
+    """Config → Run. UserError, one line, on anything that would make the run wrong or
+    impossible."""
     trackers.check(config)
     config, notes = fill_in(config)
     warnings = []
@@ -69,8 +70,8 @@ def prepare(config: Config) -> Run:
         student = loading.with_adapter(student, config.adapter, config.runtime.seed)
         count = sum(p.numel() for p in student.trained.values())
         notes.append(
-            f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {count:,} parameters train, {student.parameters - count:,} "
-            f"stay as they are, in {str(where.dtype)[6:]}"
+            f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {count:,} parameters "
+            f"train, {student.parameters - count:,} stay as they are, in {str(where.dtype)[6:]}"
         )
     few = config.models.teacher_quantize
     if (
@@ -96,7 +97,8 @@ def prepare(config: Config) -> Run:
             if teacher.adapter_off
             else "teacher self: a copy of the student's initial weights, "
             + (
-                f"in float32, that follows the student by 1 − {config.models.teacher_ema:g} an update"
+                f"in float32, that follows the student by 1 − {config.models.teacher_ema:g} an "
+                "update"
                 if averaged
                 else "frozen"
             )
@@ -121,7 +123,8 @@ def prepare(config: Config) -> Run:
         student = recompute(student)
         if student.shares_prompts and config.rollout.samples > 1:
             notes.append(
-                "in training the student reads a prompt again for each of its samples: --gradient-checkpointing"
+                "in training the student reads a prompt again for each of its samples: "
+                "--gradient-checkpointing"
             )
 
     if config.data.privileged_column is not None and config.data.privileged_template is None:
@@ -141,20 +144,22 @@ def prepare(config: Config) -> Run:
         and any(p.prompt.answer is None for p in extrapolation_prompts)
     ):
         raise UserError(
-            f"dataset {config.data.dataset}: a prompt has no reference answer, so candidates cannot be graded; name the "
-            "column with --answer-column, or use --extrapolate-score heldout-kl"
+            f"dataset {config.data.dataset}: a prompt has no reference answer, so candidates "
+            "cannot be graded; name the column with --answer-column, or use --extrapolate-score "
+            "heldout-kl"
         )
     if len(extrapolation_prompts) < fixed:
         warnings.append(
-            f"--extrapolate-problems {fixed}: only {len(extrapolation_prompts)} training prompts are there to be scored"
+            f"--extrapolate-problems {fixed}: only {len(extrapolation_prompts)} training prompts "
+            "are there to be scored"
         )
     if config.data.privileged_column is not None:
         notes.append(describe_privileged_text(teacher, train_prompts[:4], where, warnings))
     problems, dropped_held = templates.render_all(held_out.prompts, student, teacher, config)
     if sum(dropped) + dropped_held:
         warnings.append(
-            f"{count_by_set(train_sets, dropped)} training and {dropped_held} held-out prompts exceed --max-prompt-tokens "
-            f"{config.data.max_prompt_tokens} and were dropped"
+            f"{count_by_set(train_sets, dropped)} training and {dropped_held} held-out prompts "
+            f"exceed --max-prompt-tokens {config.data.max_prompt_tokens} and were dropped"
         )
     longest = max(
         max(len(r.student_ids), len(r.teacher_ids))
@@ -176,8 +181,9 @@ def prepare(config: Config) -> Run:
         teacher_tokens = measure_coverage(alignment, train_prompts, notes, warnings)
     elif student.eos != teacher.eos:
         warnings.append(
-            f"end-of-sequence ids differ: student {named(student, student.eos)}, teacher {named(teacher, teacher.eos)}; "
-            f"rollouts stop at the {rollout.eos}'s (--eos student|teacher|union)"
+            f"end-of-sequence ids differ: student {named(student, student.eos)}, teacher "
+            f"{named(teacher, teacher.eos)}; rollouts stop at the {rollout.eos}'s (--eos "
+            "student|teacher|union)"
         )
     pad = student.tokenizer.pad_token_id
     sampler = Sampler(
@@ -192,8 +198,9 @@ def prepare(config: Config) -> Run:
     )
     if not sampler.on_policy:
         warnings.append(
-            f"sampling at temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, top-k {rollout.top_k} "
-            "is off-policy for the divergence: contexts come from another distribution than the student's"
+            f"sampling at temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, top-k "
+            f"{rollout.top_k} is off-policy for the divergence: contexts come from another "
+            "distribution than the student's"
         )
     eval_sampler = Sampler(
         eos,
@@ -205,7 +212,8 @@ def prepare(config: Config) -> Run:
     )
     if where.world > config.train.batch_size:
         raise UserError(
-            f"--batch-size {config.train.batch_size}: {where.world} ranks need at least one prompt each; raise it"
+            f"--batch-size {config.train.batch_size}: {where.world} ranks need at least one prompt "
+            "each; raise it"
         )
     name, beta = configuration.parse_divergence(divergence.name)
     estimator, top_k = configuration.parse_estimator(divergence.estimator)
@@ -234,8 +242,8 @@ def prepare(config: Config) -> Run:
         else simct.chunk(terms, columns)
     )
     notes.append(
-        f"loss in chunks of {rows:,} rows: what --head-memory-mb {config.runtime.head_memory_mb} holds of its float32 "
-        f"tables of {columns:,} columns"
+        f"loss in chunks of {rows:,} rows: what --head-memory-mb {config.runtime.head_memory_mb} "
+        f"holds of its float32 tables of {columns:,} columns"
     )
     answer_format = config.evaluate.answer_format
     if answer_format == "auto" and held_out.answer_format:
@@ -276,7 +284,8 @@ def prepare(config: Config) -> Run:
 def _text_sampler(
     sampler: Sampler, teacher: Model, alignment: Alignment | None, seed: int
 ) -> Sampler:
-    """How the teacher writes: as the student does, with ids of its own where the tokenizers differ."""
+    """How the teacher writes: as the student does, with ids of its own where the tokenizers
+    differ."""
     sampler = dataclasses.replace(sampler, seed=seed_of(seed, "teacher-text"))
     if alignment is None:
         return sampler

@@ -17,7 +17,8 @@ LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positio
 
 
 def load_prompt_sets(config: Config, notes: list[str]):
-    """(training sets, their weights, held-out prompts): disjoint, every prompt behind the same examples."""
+    """(training sets, their weights, held-out prompts): disjoint, every prompt behind the same
+    examples."""
     seed, few_shot, wanted = (
         config.runtime.seed,
         config.data.few_shot,
@@ -48,8 +49,8 @@ def load_prompt_sets(config: Config, notes: list[str]):
     if few_shot:
         sets[0], turns = examples(sets[0], few_shot, seed, held.prompts)
         notes.append(
-            f"few-shot: {few_shot} of {sets[0].name} with solutions before every prompt, of training and evaluation; they are neither taught nor "
-            "evaluated"
+            f"few-shot: {few_shot} of {sets[0].name} with solutions before every prompt, of "
+            "training and evaluation; they are neither taught nor evaluated"
         )
         sets, held = (
             [prompt_stream.behind(s, turns) for s in sets],
@@ -57,7 +58,8 @@ def load_prompt_sets(config: Config, notes: list[str]):
         )
     if empty := [s for s in sets if not s.streamed and not s.prompts]:
         raise UserError(
-            f"dataset {empty[0].name}: no row is left to be taught; give --eval-dataset, lower --few-shot, or add rows"
+            f"dataset {empty[0].name}: no row is left to be taught; give --eval-dataset, lower "
+            "--few-shot, or add rows"
         )
     return sets, weights, held
 
@@ -81,7 +83,8 @@ def _form(config: Config) -> dict:
 def _evaluated(
     config: Config, text: str, split: str | None, limit: int | None, notes: list[str], **further
 ) -> PromptSet:
-    """The prompts of ``--eval-dataset``: ``limit`` in all (None: every one), spread over several sets by weight."""
+    """The prompts of ``--eval-dataset``: ``limit`` in all (None: every one), spread over several
+    sets by weight."""
     names, weights = zip(*sources.sources(text))
     counts = [None] * len(names) if limit is None else shares(weights, limit)
     sets = [
@@ -112,7 +115,8 @@ def _held_out(
     several: bool,
     notes: list[str],
 ):
-    """(the training set without them, ``count`` held-out prompts): of its own test split, where it has one, else rows of it."""
+    """(the training set without them, ``count`` held-out prompts): of its own test split, where
+    it has one, else rows of it."""
     if count == 0:
         return train, dataclasses.replace(train, prompts=())
     if "test" in train.elsewhere:
@@ -130,7 +134,8 @@ def _held_out(
     of = f" of {train.name}" if several else ""
     if train.streamed:
         notes.append(
-            f"the first {count} rows{of} of the stream held out for evaluation: no --eval-dataset was given"
+            f"the first {count} rows{of} of the stream held out for evaluation: no --eval-dataset "
+            "was given"
         )
         return hold_out(train, count, config.runtime.seed)
     total = len(train.prompts)
@@ -155,8 +160,8 @@ def load_training_prompts(
     config: Config,
     notes: list[str],
 ):
-    """(``needed`` prompts of the run's stream, or all there are of one set; the ``fixed`` ones on which candidates are scored; how many
-    of each set were dropped)."""
+    """(``needed`` prompts of the run's stream, or all there are of one set; the ``fixed`` ones on
+    which candidates are scored; how many of each set were dropped)."""
     seed, kept, dropped = config.runtime.seed, [], []
     for s, count in zip(sets, shares(weights, needed + fixed)):
         order = s.prompts if s.streamed else shuffled(s.prompts, seed, "epoch", 0)
@@ -168,7 +173,8 @@ def load_training_prompts(
         notes.append(
             "training prompts: "
             + ", ".join(
-                f"{count} of {s.name} ({float(weight / sum(weights)):.1%}; {min(count, len(part))} different ones)"
+                f"{count} of {s.name} ({float(weight / sum(weights)):.1%}; {min(count, len(part))} "
+                "different ones)"
                 for s, part, weight, count in zip(sets, kept, weights, shares(weights, needed))
             )
         )
@@ -187,7 +193,8 @@ def count_by_set(sets, dropped: list[int]) -> str:
 def settle_max_new_tokens(
     config: Config, student: Model, teacher: Model, prompt: int, task_limit, notes
 ) -> Config:
-    """Settles --max-new-tokens and checks it, with the longest prompt, against both models' positions."""
+    """Settles --max-new-tokens and checks it, with the longest prompt, against both models'
+    positions."""
     positions = min((m.positions for m in (student, teacher) if m.positions), default=None)
     room = None if positions is None else positions - prompt
     given = config.rollout.max_new_tokens
@@ -202,15 +209,16 @@ def settle_max_new_tokens(
         notes.append(f"max-new-tokens {given}: {why}")
     if room is not None and given > room:
         raise UserError(
-            f"{given} response tokens after a prompt of {prompt}: the models have {positions} positions; lower "
-            f"{'--prefix' if number == given else '--max-new-tokens'} to {max(room, 0)} or --max-prompt-tokens"
+            f"{given} response tokens after a prompt of {prompt}: the models have {positions} "
+            f"positions; lower {'--prefix' if number == given else '--max-new-tokens'} to "
+            f"{max(room, 0)} or --max-prompt-tokens"
         )
     return configuration.replace(config, rollout={"max_new_tokens": given})
 
 
 def load_eval_problems(config: Config, dataset: str, notes: list[str]) -> PromptSet:
-    """The problems of `prefix-distill eval`, behind their examples: rows of the first set's own training split, else of the set itself,
-    which are not evaluated then."""
+    """The problems of `prefix-distill eval`, behind their examples: rows of the first set's own
+    training split, else of the set itself, which are not evaluated then."""
     few_shot, limit, split = (
         config.data.few_shot,
         config.evaluate.problems or None,
@@ -232,7 +240,8 @@ def load_eval_problems(config: Config, dataset: str, notes: list[str]) -> Prompt
         )
     elif len(names) > 1:
         raise UserError(
-            f"--few-shot {few_shot}: dataset {names[0]} has no split apart from the one that is evaluated; evaluate one set at a time"
+            f"--few-shot {few_shot}: dataset {names[0]} has no split apart from the one that is "
+            "evaluated; evaluate one set at a time"
         )
     else:
         whole = load_prompts(names[0], split=split, evaluated=True, worked=True, **_form(config))
@@ -246,7 +255,7 @@ def load_eval_problems(config: Config, dataset: str, notes: list[str]) -> Prompt
                 f"--few-shot {few_shot}: dataset {names[0]} has no other row to evaluate; lower it"
             )
     notes.append(
-        f"few-shot: {few_shot} of {apart[0] + ', split ' + apart[1] if apart else names[0]} with solutions before every problem; they are not "
-        "evaluated"
+        f"few-shot: {few_shot} of {apart[0] + ', split ' + apart[1] if apart else names[0]} with "
+        "solutions before every problem; they are not evaluated"
     )
     return prompt_stream.behind(prompts, turns)

@@ -7,8 +7,8 @@ from ..errors import UserError
 
 
 def resume_settings(values: dict) -> tuple[dict, list[str]]:
-    """The settings of the run in --out. What is given now may lengthen it, save at other times, spread its work otherwise, or mend what
-    stopped it (rate, precision, device), which is said."""
+    """The settings of the run in --out. What is given now may lengthen it, save at other times,
+    spread its work otherwise, or mend what stopped it (rate, precision, device), which is said."""
     from pathlib import Path
 
     out = values.get("checkpoint.out")
@@ -31,7 +31,8 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
         saved["runtime.gpus"] = None  # another launcher has settled it
     if not {"train.steps", "schedule.lr_schedule"} <= saved.keys():
         raise UserError(
-            f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); start anew with another --out"
+            f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); "
+            "start anew with another --out"
         )
     notes: list[str] = []
     free = {
@@ -60,17 +61,18 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
             configuration.build({path: value})  # raises, with the nearest known key
         if path in remedies and value != saved.get(path):
             notes.append(
-                f"{path} was {saved.get(path)!r} and is {value!r} from here on: the rest differs from a run that had it from the start"
+                f"{path} was {saved.get(path)!r} and is {value!r} from here on: the rest differs "
+                "from a run that had it from the start"
             )
         elif path not in free and value != saved.get(path):
             raise UserError(
-                f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; leave it out, or start anew "
-                "with another --out"
+                f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; leave it out, or "
+                "start anew with another --out"
             )
     steps, schedule = values.get("train.steps", saved["train.steps"]), saved["schedule.lr_schedule"]
     if steps != saved["train.steps"] and schedule != "constant":
         notes.append(
-            f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is stretched over all of them, "
-            "so the rest differs from a run planned this long"
+            f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is "
+            "stretched over all of them, so the rest differs from a run planned this long"
         )
     return saved | values, notes

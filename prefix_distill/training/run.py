@@ -27,7 +27,8 @@ from ..prompts.prompt import Rendered
 
 @dataclass(frozen=True)
 class Check:
-    """One question. ``status``: ok, warning or error; ``found``: the answer in words; ``facts``: in numbers."""
+    """One question. ``status``: ok, warning or error; ``found``: the answer in words; ``facts``:
+    in numbers."""
 
     name: str
     status: str
@@ -45,13 +46,15 @@ def describe_checks(checks: list[Check]) -> dict:
 
 @dataclass
 class Run:
-    """Everything the loop works with. ``notes``: automatic choices with their reasons; ``warnings``: what may go wrong.
-    ``text_terms`` and ``text_sampler``: the loss on, and the sampling of, responses that the teacher writes.
-    ``say``: where ``halve`` is told. ``fitted``: what it has set, for the checkpoint.
-    ``extrapolation_prompts``: the fixed ones on which candidates are scored ([] where none is). ``alignment`` and ``shared``: where
-    the tokenizers differ, how texts are aligned and which tokens both models share; ``teacher_tokens``: how many of the teacher's
-    make one of the student's, in the prompts' text. ``tokenizers``: how the vocabularies compare; ``checks``: what the models answered
-    (``checks.Check``), if they were asked."""
+    """Everything the loop works with. ``notes``: automatic choices with their reasons;
+    ``warnings``: what may go wrong. ``text_terms`` and ``text_sampler``: the loss on, and the
+    sampling of, responses that the teacher writes. ``say``: where ``halve`` is told. ``fitted``:
+    what it has set, for the checkpoint. ``extrapolation_prompts``: the fixed ones on which
+    candidates are scored ([] where none is). ``alignment`` and ``shared``: where the tokenizers
+    differ, how texts are aligned and which tokens both models share; ``teacher_tokens``: how many
+    of the teacher's make one of the student's, in the prompts' text. ``tokenizers``: how the
+    vocabularies compare; ``checks``: what the models answered (``checks.Check``), if they were
+    asked."""
 
     config: Config
     place: Place
@@ -85,7 +88,8 @@ class Run:
     fitted: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def fit(self, what: str, ledger: Ledger, work):
-        """``work(ledger)`` of this rank; where memory runs out, again with half of ``what`` (see ``halve``) until it fits."""
+        """``work(ledger)`` of this rank; where memory runs out, again with half of ``what`` (see
+        ``halve``) until it fits."""
         while True:
             spent = Ledger()
             try:
@@ -100,7 +104,8 @@ class Run:
             self.halve(what)
 
     def attempt(self, ledger: Ledger, work):
-        """``work(ledger)`` of every rank. Where one runs out of memory: None, and half the micro-batch for all from now on."""
+        """``work(ledger)`` of every rank. Where one runs out of memory: None, and half the
+        micro-batch for all from now on."""
         spent, found, enough = Ledger(), None, True
         try:
             found = work(spent)
@@ -116,8 +121,8 @@ class Run:
         self.halve("micro_batch_size")
 
     def halve(self, what: str) -> None:
-        """Half as many rollouts at once from now on, in training (``micro_batch_size``) or in generation (``rows``). The mathematics
-        stays. MemoryShortage when it was one."""
+        """Half as many rollouts at once from now on, in training (``micro_batch_size``) or in
+        generation (``rows``). The mathematics stays. MemoryShortage when it was one."""
         section, flag = {
             "micro_batch_size": ("train", "--micro-batch-size"),
             "rows": ("rollout", "--generation-rows"),
@@ -126,12 +131,14 @@ class Run:
         size = getattr(getattr(self.config, section), what)
         if size == 1:
             raise MemoryShortage(
-                f"rank {self.place.rank}: {place} has no memory for one rollout at a time; use --gradient-checkpointing, a lower "
-                "--head-memory-mb, shorter answers (--prefix, --max-new-tokens) or a smaller model"
+                f"rank {self.place.rank}: {place} has no memory for one rollout at a time; use "
+                "--gradient-checkpointing, a lower --head-memory-mb, shorter answers (--prefix, "
+                "--max-new-tokens) or a smaller model"
             )
         self.use(**{what: size // 2})
         self.say(
-            f"rank {self.place.rank}: {place} ran out of memory; {flag} {size} becomes {size // 2}, the mathematics stays the same"
+            f"rank {self.place.rank}: {place} ran out of memory; {flag} {size} becomes "
+            f"{size // 2}, the mathematics stays the same"
         )
         if place.type in ("cuda", "mps"):
             getattr(torch, place.type).empty_cache()
@@ -149,7 +156,8 @@ class Run:
         )
 
     def counts_both(self, ledger: Ledger, phase: str):
-        """A function that adds one reading of a group of rollouts by student and teacher, heads included, to ``phase``."""
+        """A function that adds one reading of a group of rollouts by student and teacher, heads
+        included, to ``phase``."""
 
         def spent(group: list[Rollout]) -> None:
             for model, shape, teacher in (
@@ -166,7 +174,8 @@ class Run:
         return spent
 
     def aligned(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """The same rollouts with the teacher's tokens of their texts and the units, where the tokenizers differ."""
+        """The same rollouts with the teacher's tokens of their texts and the units, where the
+        tokenizers differ."""
         return rollouts if self.alignment is None else [self.alignment.rollout(r) for r in rollouts]
 
     def update_cost(self, prompts: list[Rendered], response: float) -> float:

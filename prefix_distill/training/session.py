@@ -50,10 +50,11 @@ def train(
     resume: bool,
     interrupt: Interrupt = Interrupt(),
 ) -> dict:
-    """Runs every update that is left, evaluates before and after, saves the model; returns the result document.
+    """Runs every update that is left, evaluates before and after, saves the model; returns the
+    result document.
 
-    Every rank calls its ``report``.
-    Interrupted, with the state saved, after the update (or the evaluation) in which ``interrupt`` was asked to stop.
+    Every rank calls its ``report``. Interrupted, with the state saved, after the update (or the
+    evaluation) in which ``interrupt`` was asked to stop.
     """
     config, place = run.config, run.place
     run.say = report.own
@@ -129,8 +130,9 @@ def train(
         )
         if reading is None and "selection" in ledger.useful and not said:
             report.note(
-                "tokens are selected from a reading of their own, which the ledger counts as `selection`: the rollouts do not fit "
-                "one micro-batch (--micro-batch-size, and at most a tenth of padding)"
+                "tokens are selected from a reading of their own, which the ledger counts as "
+                "`selection`: the rollouts do not fit one micro-batch (--micro-batch-size, and at "
+                "most a tenth of padding)"
             )
             said = True
         rate = learning_rate(
@@ -218,7 +220,8 @@ def _teacher_texts(run: Run, folder: RunFolder, progress: Progress, clock: Clock
 def _refuse_non_finite(
     run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, rollouts, values
 ) -> None:
-    """Stopped, on every rank, where a token's divergence is NaN or infinite on any: with what is at fault, and the last good state."""
+    """Stopped, on every rank, where a token's divergence is NaN or infinite on any: with what is
+    at fault, and the last good state."""
     wrong = next(
         (
             (r, t, v)
@@ -234,8 +237,8 @@ def _refuse_non_finite(
             run.place.gather(
                 wrong
                 and (
-                    f"the divergence of prompt slot {wrong[0].prompt}, sample {wrong[0].sample}, token {wrong[1]} is {wrong[2]}: "
-                    f"{find_non_finite(run, wrong[0])} not finite"
+                    f"the divergence of prompt slot {wrong[0].prompt}, sample {wrong[0].sample}, "
+                    f"token {wrong[1]} is {wrong[2]}: {find_non_finite(run, wrong[0])} not finite"
                 )
             ),
         ),
@@ -256,7 +259,8 @@ def _extrapolate(
     clock: Clock,
     report: Reporter,
 ) -> None:
-    """The search after an update at which one is due; a row in ``progress.extrapolations``, a ledger row of its own."""
+    """The search after an update at which one is due; a row in ``progress.extrapolations``, a
+    ledger row of its own."""
     settings, ledger = run.config.extrapolation, Ledger()
     before, seconds = (
         progress.ledger.useful.get("extrapolation", 0.0),
@@ -294,8 +298,8 @@ def _extrapolate(
             else ""
         )
         report.note(
-            f"after update {progress.step}: W + {2 * found.k}Δ is taken (k = {found.k}{scores}; {flops_text(row['flops'])}, "
-            f"{clock.seconds['extrapolation'] - seconds:.1f} s)"
+            f"after update {progress.step}: W + {2 * found.k}Δ is taken (k = {found.k}{scores}; "
+            f"{flops_text(row['flops'])}, {clock.seconds['extrapolation'] - seconds:.1f} s)"
         )
 
 
@@ -349,8 +353,8 @@ def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
         place.wait()
         if not folder.made:
             raise UserError(
-                f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on several machines it must be "
-                "on a file system that they share"
+                f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on "
+                "several machines it must be on a file system that they share"
             )
         display = Display(prepared.config.train.steps, label, place.first)
         reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(display)

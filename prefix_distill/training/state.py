@@ -45,12 +45,14 @@ class Progress:
 def stop_run(
     run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, reason: str
 ) -> None:
-    """Ends the run before an update that would do harm, with the state so far saved if it is good."""
+    """Ends the run before an update that would do harm, with the state so far saved if it is
+    good."""
     optimizer.zero_grad(set_to_none=True)
     save_checkpoint(run, folder, optimizer, anchor, progress)  # or Stopped, with the state that is
     raise Stopped(
-        f"update {progress.step + 1}: {reason}; nothing was changed, the state after update {progress.step} is saved in "
-        f"{folder.path}: lower --lr or use --dtype float32, then --resume"
+        f"update {progress.step + 1}: {reason}; nothing was changed, the state after update "
+        f"{progress.step} is saved in {folder.path}: lower --lr or use --dtype float32, then "
+        "--resume"
     )
 
 
@@ -62,8 +64,8 @@ def stop_if_asked(
     if asked is not None:
         save_checkpoint(run, folder, optimizer, anchor, progress)
         raise Interrupted(
-            f"interrupted ({asked.name}) after update {progress.step}, with the state saved: prefix-distill run --resume "
-            f"--out {folder.path} goes on from there",
+            f"interrupted ({asked.name}) after update {progress.step}, with the state saved: "
+            f"prefix-distill run --resume --out {folder.path} goes on from there",
             asked,
         )
 
@@ -74,8 +76,9 @@ def compare_ranks(run: Run, folder: RunFolder, progress: Progress) -> None:
     if differing is not None:
         rank, name = differing
         raise Stopped(
-            f"after update {progress.step} the weights of rank {rank} are not those of rank 0 (the first: {name}); nothing of this "
-            f"is saved, {folder.newest}: check that machine, then --resume"
+            f"after update {progress.step} the weights of rank {rank} are not those of rank 0 (the "
+            f"first: {name}); nothing of this is saved, {folder.newest}: check that machine, then "
+            "--resume"
         )
 
 
@@ -85,8 +88,8 @@ def save_checkpoint(run: Run, folder: RunFolder, optimizer, anchor, progress: Pr
     names = {p: name for name, p in run.student.trained.items()}
     if bad := next((name for p, name in names.items() if not torch.isfinite(p).all()), None):
         raise Stopped(
-            f"after update {progress.step} the student's weight {bad} is not finite; it is not saved, {folder.newest}: lower --lr "
-            "or use --dtype float32, then --resume"
+            f"after update {progress.step} the student's weight {bad} is not finite; it is not "
+            f"saved, {folder.newest}: lower --lr or use --dtype float32, then --resume"
         )
     if run.place.first:
         moments = {
@@ -106,7 +109,8 @@ def save_checkpoint(run: Run, folder: RunFolder, optimizer, anchor, progress: Pr
 def restore_checkpoint(
     run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, report: Reporter
 ) -> int:
-    """Weights, optimizer moments, anchor, averaged teacher and progress of the newest checkpoint; metric rows are rewound to it."""
+    """Weights, optimizer moments, anchor, averaged teacher and progress of the newest
+    checkpoint; metric rows are rewound to it."""
     place = run.place
     step, tensors, facts = folder.latest(report.warn if place.first else lambda text: None)
     shapes = [
@@ -115,8 +119,8 @@ def restore_checkpoint(
     ]
     if shapes[0] != shapes[1] or "optimizer" not in tensors:
         raise UserError(
-            f"--resume {folder.path}: the weights of its checkpoint are not those of {run.student.name}; put that model back, or "
-            "start anew with another --out"
+            f"--resume {folder.path}: the weights of its checkpoint are not those of "
+            f"{run.student.name}; put that model back, or start anew with another --out"
         )
     with torch.no_grad():
         for name, p in run.student.trained.items():
@@ -152,7 +156,8 @@ def restore_checkpoint(
     report.note(f"resumed after update {step}")
     if was != place.world:
         (report.note if place.dtype == torch.float32 else report.warn)(
-            f"{was} rank{'s' * (was > 1)} before, {place.world} now: the same prompts, seeds and decisions; sums are rounded in another order"
+            f"{was} rank{'s' * (was > 1)} before, {place.world} now: the same prompts, seeds and "
+            "decisions; sums are rounded in another order"
             + (
                 ""
                 if place.dtype == torch.float32

@@ -1,4 +1,5 @@
-"""Text that the teacher wrote, in place of the student's own: what on-policy distillation is compared with."""
+"""Text that the teacher wrote, in place of the student's own: what on-policy distillation is
+compared with."""
 
 from ..engine.models import Model
 from ..engine.rollout import Rollout
@@ -13,10 +14,12 @@ PHASES = ("teacher_prefill", "teacher_decode")
 def teacher_texts(
     run, wanted: list[tuple[Rendered, int]], cap: int, teacher: Model, folder, ledger: Ledger
 ) -> dict[tuple[int, int], dict]:
-    """(prompt index, sample) → {"ids", "finished"}: what the teacher writes to each wanted prompt, up to ``cap`` tokens.
+    """(prompt index, sample) → {"ids", "finished"}: what the teacher writes to each wanted prompt,
+    up to ``cap`` tokens.
 
-    Written once and kept in the run folder with its FLOPs (rows of their own in ``ledger``, inside the totals); read back
-    from there by a resumed run. A draw depends on (seed, prompt, sample) alone. Sharded over ranks.
+    Written once and kept in the run folder with its FLOPs (rows of their own in ``ledger``, inside
+    the totals); read back from there by a resumed run. A draw depends on (seed, prompt, sample)
+    alone. Sharded over ranks.
     """
     place = run.place
     kept = (
@@ -88,8 +91,9 @@ def rollout(
     alignment=None,
     units: bool = False,
 ) -> Rollout:
-    """The first ``prefix`` tokens of a teacher's text as a rollout. With an ``alignment``: the first student's tokens of it, as the
-    student's tokenizer reads it, and with ``units`` aligned with the tokens that the teacher wrote."""
+    """The first ``prefix`` tokens of a teacher's text as a rollout. With an ``alignment``: the
+    first student's tokens of it, as the student's tokenizer reads it, and with ``units`` aligned
+    with the tokens that the teacher wrote."""
     written, finished = tuple(text["ids"]), text["finished"]
     whole = written if alignment is None else alignment.to_student(written, finished)
     ids = whole[:prefix]

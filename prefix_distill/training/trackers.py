@@ -1,7 +1,9 @@
-"""Metrics and evaluations on their way to TensorBoard, Weights & Biases or Trackio, from rank 0. metrics.jsonl stays the record.
+"""Metrics and evaluations on their way to TensorBoard, Weights & Biases or Trackio, from rank 0.
+metrics.jsonl stays the record.
 
-A resumed run goes on in the same place, and what it does again is not there twice: TensorBoard's reader drops all from the first
-repeated step on and gets it anew; of the others, which cannot drop, trackers.json keeps the id and how far they have been told.
+A resumed run goes on in the same place, and what it does again is not there twice: TensorBoard's
+reader drops all from the first repeated step on and gets it anew; of the others, which cannot drop,
+trackers.json keeps the id and how far they have been told.
 """
 
 import contextlib
@@ -40,9 +42,10 @@ def check(config: Config) -> None:
 
 
 class Trackers:
-    """Passes on what a run reports (see display.Reporter) to its display, and numbers to the trackers that ``config`` names. Where one of
-    these fails, it is off from then on, with a warning: no tracker ends a run. Use as a context: leaving it flushes and closes.
-    ``folder``: the run's checkpoint.RunFolder."""
+    """Passes on what a run reports (see display.Reporter) to its display, and numbers to the
+    trackers that ``config`` names. Where one of these fails, it is off from then on, with a
+    warning: no tracker ends a run. Use as a context: leaving it flushes and closes. ``folder``: the
+    run's checkpoint.RunFolder."""
 
     def __init__(self, display: Reporter, folder, config: Config):
         self.display, self.folder, self.told = display, folder, {}
@@ -58,7 +61,8 @@ class Trackers:
                 self.told = self.folder.read_json(FILE)
             except UserError:
                 self.warn(
-                    f"{FILE} cannot be read: --report-to begins a new run in place of the one that it named"
+                    f"{FILE} cannot be read: --report-to begins a new run in place of the one that "
+                    "it named"
                 )
         for name in list(self.open):
             with self._harmless(name):
@@ -80,7 +84,8 @@ class Trackers:
         self._send(row["step"], 0, numbers(row))
 
     def evaluation(self, row: dict) -> None:
-        """One evaluation: evaluation/accuracy, evaluation/kl_nats, … and the ends of their intervals."""
+        """One evaluation: evaluation/accuracy, evaluation/kl_nats, … and the ends of their
+        intervals."""
         self.display.evaluation(row)
         self._send(row["step"], 1, measured("evaluation", row))
 
@@ -114,7 +119,8 @@ class Trackers:
         except Exception as error:  # whatever another's package raises
             self.open.pop(name, None)
             self.warn(
-                f"--report-to {name} is off from here on: {type(error).__name__}: {' '.join(str(error).split())[:300]}; metrics.jsonl has all of it"
+                f"--report-to {name} is off from here on: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}; metrics.jsonl has all of it"
             )
 
 
@@ -183,7 +189,8 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Files in the run folder's wandb/; project from WANDB_PROJECT, else PROJECT. The axis is the step that each row holds."""
+    """Files in the run folder's wandb/; project from WANDB_PROJECT, else PROJECT. The axis is
+    the step that each row holds."""
 
     def __init__(self, run: Trackers):
         import wandb

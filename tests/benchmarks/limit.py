@@ -1,13 +1,15 @@
-"""How far scoring, update and decoding are from what this machine can do. About 3 minutes on 2 cores.
+"""How far scoring, update and decoding are from what this machine can do. About 3 minutes on 2
+cores.
 
     python tests/benchmarks/limit.py [--quick] [--work FOLDER]
 
-Measured first: the matmul rate at the model's own shapes (every linear layer of the student with the tokens of one
-micro-batch, forward, fastest of several passes over all layers) and the memory bandwidth (reading 256 MB). Then, on
-SmolLM2-135M-Instruct → its 20-layer student, float32, 8 GSM8K questions with 64-token responses in micro-batches of 8:
-teacher scoring, student update and decoding. Share of the limit = the ledger's useful FLOPs per second over the rate; for
-decoding, the bytes of all weights over the bandwidth, over the time of a step. Medians of ``--repeats``; ``--quick``: one
-repeat, 2 questions, nothing written.
+Measured first: the matmul rate at the model's own shapes (every linear layer of the student with
+the tokens of one micro-batch, forward, fastest of several passes over all layers) and the memory
+bandwidth (reading 256 MB). Then, on SmolLM2-135M-Instruct → its 20-layer student, float32, 8 GSM8K
+questions with 64-token responses in micro-batches of 8: teacher scoring, student update and
+decoding. Share of the limit = the ledger's useful FLOPs per second over the rate; for decoding, the
+bytes of all weights over the bandwidth, over the time of a step. Medians of ``--repeats``;
+``--quick``: one repeat, 2 questions, nothing written.
 """
 
 import argparse
@@ -30,7 +32,8 @@ def bandwidth() -> float:
 
 
 def matmul_rate(net, rows: int) -> float:
-    """FLOPs per second of all linear layers of the trunk, one after the other, on ``rows`` tokens in float32."""
+    """FLOPs per second of all linear layers of the trunk, one after the other, on ``rows``
+    tokens in float32."""
     import torch
 
     linears = [m for m in net.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
@@ -68,14 +71,15 @@ def main() -> None:
             statistics.median(t["flops"][phase] / t["seconds"][phase] for t in turns) / rate
         )
         print(
-            f"{phase:15} {shares[phase] * rate / 1e9:6.1f} GFLOP/s useful, {shares[phase]:.0%} of the matmul rate "
-            f"({rate / 1e9:.1f} GFLOP/s at {tokens} tokens)"
+            f"{phase:15} {shares[phase] * rate / 1e9:6.1f} GFLOP/s useful, {shares[phase]:.0%} of "
+            f"the matmul rate ({rate / 1e9:.1f} GFLOP/s at {tokens} tokens)"
         )
     step = statistics.median(t["seconds"]["student_decode"] / (t["longest"] - 1) for t in turns)
     shares["student_decode"] = weights / reading / step
     print(
-        f"student_decode  {1e3 * step:.1f} ms a step of {prompts} rows; reading the weights at {reading / 1e9:.1f} GB/s takes "
-        f"{1e3 * weights / reading:.1f} ms: {shares['student_decode']:.0%}"
+        f"student_decode  {1e3 * step:.1f} ms a step of {prompts} rows; reading the weights at "
+        f"{reading / 1e9:.1f} GB/s takes {1e3 * weights / reading:.1f} ms: "
+        f"{shares['student_decode']:.0%}"
     )
     floor = statistics.median(
         sum(t["flops"][p] for p in ("student_prefill", "teacher_score", "student_update")) / rate

@@ -50,7 +50,8 @@ def reset_peak() -> int:
 
 
 def fastest(work, seconds: float = 1.0) -> float:
-    """Seconds of the fastest of several calls of ``work`` (after one that is not counted): a limit, not an average."""
+    """Seconds of the fastest of several calls of ``work`` (after one that is not counted): a
+    limit, not an average."""
     work()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -63,7 +64,8 @@ def fastest(work, seconds: float = 1.0) -> float:
 def without_checkpointing(arguments: type) -> dict:
     """Return the option that keeps gradient checkpointing off in ``arguments``.
 
-    ``arguments`` is a class of training arguments. Where it has the newer name, the older one warns.
+    ``arguments`` is a class of training arguments. Where it has the newer name, the older one
+    warns.
     """
     fields = {field.name for field in dataclasses.fields(arguments)}
     if "activation_checkpointing" in fields:
@@ -77,7 +79,8 @@ def checkpoints(net) -> bool:
 
 
 def child(script: str, *arguments) -> dict:
-    """Runs ``script`` in a process of its own → its last line, a JSON document. Every arm has the thread settings of our CLI."""
+    """Runs ``script`` in a process of its own → its last line, a JSON document. Every arm has
+    the thread settings of our CLI."""
     from prefix_distill.cli.quiet import calm_threads
 
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}

@@ -1,13 +1,17 @@
-"""The forecast of `prefix-distill plan` beside what real runs on this machine took: resident memory at its highest, and the ledger.
+"""The forecast of `prefix-distill plan` beside what real runs on this machine took: resident memory
+at its highest, and the ledger.
 
-Networks of 58 to 93 M random parameters from configs, two updates each, in processes of their own. Measured is VmHWM less what the process held
-after a tiny run of the same kind (interpreter, libraries, their scratch). glibc keeps freed memory for later and so takes more
-than tensors hold; ``exact_malloc`` is the same run with MALLOC_MMAP_THRESHOLD_=65536, which gives every larger block back at once.
+Networks of 58 to 93 M random parameters from configs, two updates each, in processes of their own.
+Measured is VmHWM less what the process held after a tiny run of the same kind (interpreter,
+libraries, their scratch). glibc keeps freed memory for later and so takes more than tensors hold;
+``exact_malloc`` is the same run with MALLOC_MMAP_THRESHOLD_=65536, which gives every larger block
+back at once.
 
     python tests/benchmarks/plan.py [--keep] [--cards] [--quick]
 
-The document's ``cards``: what the cards hold of a student of 1.5 and a teacher of 7 billion parameters (the shapes of Qwen2.5's configs), 200-token
-prompts, prefixes of 512, answers of at most 4,096. ``--quick``: one run with short answers, no cards, nothing written.
+The document's ``cards``: what the cards hold of a student of 1.5 and a teacher of 7 billion
+parameters (the shapes of Qwen2.5's configs), 200-token prompts, prefixes of 512, answers of at most
+4,096. ``--quick``: one run with short answers, no cards, nothing written.
 """
 
 import argparse
@@ -199,7 +203,8 @@ def settings(folder: Path, name: str) -> dict:
 
 
 def run(folder: Path, name: str) -> dict:
-    """In a process of its own: peak resident bytes of the run less what is there before, its ledger's total, and the forecast."""
+    """In a process of its own: peak resident bytes of the run less what is there before, its
+    ledger's total, and the forecast."""
     import torch
     import transformers
 

@@ -1,14 +1,17 @@
-"""How much prefix is enough? The grids of tests/benchmarks/arms/: accuracy against FLOPs, and the published orderings one by one.
+"""How much prefix is enough? The grids of tests/benchmarks/arms/: accuracy against FLOPs, and the
+published orderings one by one.
 
     python tests/benchmarks/prefix.py [--arms prefix] [--out runs/prefix] [--quick]
 
-Runs (or goes on with) `prefix-distill compare tests/benchmarks/arms/ARMS.yaml --out OUT` and records results/ARMS.csv (a row per
-arm, seed and evaluation), ARMS.json (means, paired intervals, costs, claims) and ARMS.png; prints one JSON line last. `prefix` is the
-choice-of-method task, `prefix-shared` and `prefix-tied` the other two, `prefix-wide` another student on the first,
-`prefix-real` SmolLM2 by held-out KL (needs what real_pair.py needs; ``--work`` keeps the pair), `plugins` token selection,
-extrapolation and self-distillation with their controls, `cross` a student with another tokenizer than its teacher, `lora` adapters
-of three ranks. On 2 cores `prefix` takes about 90
-minutes on one of them, the others less. ``--quick``: two updates, one seed, one rate, 20 problems, nothing recorded.
+Runs (or goes on with) `prefix-distill compare tests/benchmarks/arms/ARMS.yaml --out OUT` and
+records results/ARMS.csv (a row per arm, seed and evaluation), ARMS.json (means, paired intervals,
+costs, claims) and ARMS.png; prints one JSON line last. `prefix` is the choice-of-method task,
+`prefix-shared` and `prefix-tied` the other two, `prefix-wide` another student on the first,
+`prefix-real` SmolLM2 by held-out KL (needs what real_pair.py needs; ``--work`` keeps the pair),
+`plugins` token selection, extrapolation and self-distillation with their controls, `cross` a
+student with another tokenizer than its teacher, `lora` adapters of three ranks. On 2 cores `prefix`
+takes about 90 minutes on one of them, the others less. ``--quick``: two updates, one seed, one
+rate, 20 problems, nothing recorded.
 """
 
 import argparse
@@ -214,7 +217,8 @@ def gain(curve) -> dict:
 
 
 def speed_up(drawn: Resampled, arm: str, reference: str, what: str) -> dict:
-    """How many times fewer updates or useful FLOPs an arm needs to 90 % of the reference's gain; three is the published figure."""
+    """How many times fewer updates or useful FLOPs an arm needs to 90 % of the reference's gain;
+    three is the published figure."""
     sides = [drawn.curve(name) for name in (reference, arm)]
 
     def one(accuracies, costs) -> float:
@@ -251,7 +255,8 @@ def speed_up(drawn: Resampled, arm: str, reference: str, what: str) -> dict:
 def claims(
     drawn: Resampled, rows: dict[str, dict], longer: dict[str, list[list[float]]]
 ) -> list[dict]:
-    """Every published ordering whose arms were run. ``longer``: arm → seed → right or wrong per longer problem."""
+    """Every published ordering whose arms were run. ``longer``: arm → seed → right or wrong per
+    longer problem."""
     found, curves = [], {arm: drawn.curve(arm) for arm in drawn.arms}
     for text, better, worse in ORDERINGS:
         if better in curves and worse in curves:
@@ -347,7 +352,8 @@ def claims(
             )
             found.append(
                 {
-                    "claim": "distillation hurts problems longer than any trained on (2602.15260: short prefixes, weak students)",
+                    "claim": "distillation hurts problems longer than any trained on (2602.15260: "
+                    "short prefixes, weak students)",
                     "better": "untrained",
                     "worse": arm,
                     "value": gaps.double().mean().item(),
@@ -369,8 +375,8 @@ def right(file: Path) -> list[float]:
 
 
 def untrained(arms: Arms, rows: list[dict]) -> tuple[dict, dict[str, list[list[float]]]]:
-    """The student as it is: on the test problems (any arm's first evaluation) and on the other ones → (row, data set → seed →
-    right or wrong per problem)."""
+    """The student as it is: on the test problems (any arm's first evaluation) and on the other ones
+    → (row, data set → seed → right or wrong per problem)."""
     answers: dict[str, list[list[float]]] = {}
     for name, also in arms.also.items():
         for seed in arms.seeds:
@@ -392,8 +398,9 @@ def untrained(arms: Arms, rows: list[dict]) -> tuple[dict, dict[str, list[list[f
 
 
 def saving(arms: Arms, rows: list[dict]) -> dict | None:
-    """Useful FLOPs of an update with full rollouts over one with the arm's prefix, by the ledger, at the trained students' mean
-    full length: what prompt and trace lengths allow at equal updates. None without a reference."""
+    """Useful FLOPs of an update with full rollouts over one with the arm's prefix, by the ledger,
+    at the trained students' mean full length: what prompt and trace lengths allow at equal updates.
+    None without a reference."""
     if arms.reference is None:
         return None
     run = preflight.prepare(configuration.build(arms.settings(arms.reference, arms.seeds[0])))
@@ -412,8 +419,9 @@ def saving(arms: Arms, rows: list[dict]) -> dict | None:
 
 
 def extrapolations(runs: list[Finished]) -> dict:
-    """Arm → the accepted k of every trigger, seed by seed, the candidates' mean share of the useful FLOPs, and where it was measured,
-    the cosine of the displacement at a trigger with the final one, the mean over seeds."""
+    """Arm → the accepted k of every trigger, seed by seed, the candidates' mean share of the useful
+    FLOPs, and where it was measured, the cosine of the displacement at a trigger with the final
+    one, the mean over seeds."""
     found = {}
     for arm, group in by_arm(runs).items():
         if any(run.result["extrapolations"] for run in group):
@@ -441,8 +449,8 @@ def extrapolations(runs: list[Finished]) -> dict:
 
 
 def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
-    """Arm → share of 100 sampled answers (first seed) that are in the very tokens the student's tokenizer writes them in; the untrained
-    student's, too."""
+    """Arm → share of 100 sampled answers (first seed) that are in the very tokens the student's
+    tokenizer writes them in; the untrained student's, too."""
     found, base = {}, configuration.build(arms.base)
     problems = load_prompts(base.evaluate.dataset, split="test", limit=100).prompts
     folders = {"untrained": base.models.student} | {

@@ -1,11 +1,14 @@
-"""Updates on two ranks against one, one thread each, the same global batch. About 8 minutes on 2 cores.
+"""Updates on two ranks against one, one thread each, the same global batch. About 8 minutes on 2
+cores.
 
     python tests/benchmarks/ranks.py [--quick] [--turns 2] [--work FOLDER]
 
-Cases: the laboratory's pair (128 rollouts of 48 tokens an update), and SmolLM2-135M-Instruct → its 20-layer student (16 rollouts of
-32 tokens; an end-of-sequence id that is not written, so that all runs do the same work). Wall time from one update's end to the next,
-first update left out, no evaluation in between; gloo on CPUs, everything else as `prefix-distill run` has it. The target is 1.6 times
-the throughput. ``--quick``: the laboratory alone, one turn, nothing written. Prints one JSON line last.
+Cases: the laboratory's pair (128 rollouts of 48 tokens an update), and SmolLM2-135M-Instruct → its
+20-layer student (16 rollouts of 32 tokens; an end-of-sequence id that is not written, so that all
+runs do the same work). Wall time from one update's end to the next, first update left out, no
+evaluation in between; gloo on CPUs, everything else as `prefix-distill run` has it. The target is
+1.6 times the throughput. ``--quick``: the laboratory alone, one turn, nothing written. Prints one
+JSON line last.
 """
 
 import argparse

@@ -1,11 +1,13 @@
-"""The real pair, recorded: SmolLM2-135M-Instruct teaches itself without its middle layers. About 40 minutes on 2 cores.
+"""The real pair, recorded: SmolLM2-135M-Instruct teaches itself without its middle layers. About 40
+minutes on 2 cores.
 
     python tests/benchmarks/real.py [--out FOLDER] [--quick]
 
-Distils on GSM8K's questions: 40 updates of 8 rollouts of up to 64 tokens, full-vocabulary reverse KL, AdamW at 1e-4 falling
-linearly. Held out: 16 questions, 128-token rollouts of the untrained student (the fixed contexts). Writes
-tests/benchmarks/results/real.csv (one row per evaluation) and prints one JSON line last. ``--quick``: 4 updates of 4
-rollouts of 16 tokens at 2e-4, the teacher from a copy of its GGUF file as a folder (which loads in a second instead of a minute), nothing
+Distils on GSM8K's questions: 40 updates of 8 rollouts of up to 64 tokens, full-vocabulary reverse
+KL, AdamW at 1e-4 falling linearly. Held out: 16 questions, 128-token rollouts of the untrained
+student (the fixed contexts). Writes tests/benchmarks/results/real.csv (one row per evaluation) and
+prints one JSON line last. ``--quick``: 4 updates of 4 rollouts of 16 tokens at 2e-4, the teacher
+from a copy of its GGUF file as a folder (which loads in a second instead of a minute), nothing
 written but the run folder. Set-up: see real_pair.py.
 """
 
@@ -121,8 +123,9 @@ def measure_pair(arguments: argparse.Namespace, out: Path) -> None:
             writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
     for row in rows:
         print(
-            f"update {row['update']:3d}: held-out reverse KL {row['kl']:.3f} [{row['kl_low']:.3f}, {row['kl_high']:.3f}] nats, "
-            f"inside the prefix {row['kl_prefix']:.3f}, beyond {row['kl_tail']:.3f}, {row['flops_useful'] / 1e12:.1f} TFLOP"
+            f"update {row['update']:3d}: held-out reverse KL {row['kl']:.3f} [{row['kl_low']:.3f}, "
+            f"{row['kl_high']:.3f}] nats, inside the prefix {row['kl_prefix']:.3f}, beyond "
+            f"{row['kl_tail']:.3f}, {row['flops_useful'] / 1e12:.1f} TFLOP"
         )
     print(
         json.dumps(

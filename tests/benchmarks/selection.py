@@ -1,13 +1,16 @@
-"""What selecting tokens costs and saves at the output head: time and extra memory of the reverse KL on a share of the tokens.
+"""What selecting tokens costs and saves at the output head: time and extra memory of the reverse KL
+on a share of the tokens.
 
-    python tests/benchmarks/selection.py [--quick] [--rows 1024] [--vocabulary 151936] [--width 1024] [--pairs 3]
+    python tests/benchmarks/selection.py [--quick] [--rows 1024] [--vocabulary 151936] [--width
+    1024] [--pairs 3]
 
-One fixed problem, float32, gradients to hidden rows and the student's head, in rollouts of 128 tokens. Arms: ``naive`` (full logits
-of all tokens, autograd) and ``all`` (our loss, in chunks), both without a selection; ``0.5``, ``0.2``, ``0.1``: statistics of all tokens in
-chunks without gradient, soft-or, then our loss on the kept tokens. Each arm runs in a process of its own, in turn, ``--pairs``
-times; times are of one call after a small one, ratios are taken within a turn and their median is shown. Extra memory: the
-highest resident set during the call, less what was resident before it and the two gradients it returns. ``--quick``: 256
-rows, one turn, nothing written.
+One fixed problem, float32, gradients to hidden rows and the student's head, in rollouts of 128
+tokens. Arms: ``naive`` (full logits of all tokens, autograd) and ``all`` (our loss, in chunks),
+both without a selection; ``0.5``, ``0.2``, ``0.1``: statistics of all tokens in chunks without
+gradient, soft-or, then our loss on the kept tokens. Each arm runs in a process of its own, in turn,
+``--pairs`` times; times are of one call after a small one, ratios are taken within a turn and their
+median is shown. Extra memory: the highest resident set during the call, less what was resident
+before it and the two gradients it returns. ``--quick``: 256 rows, one turn, nothing written.
 """
 
 import argparse
@@ -161,9 +164,9 @@ def main() -> None:
                 )
         table.append(row)
         print(
-            f"{arm:6} {row['seconds']:6.1f} s, {row['extra_bytes'] / 2**20:6.0f} MiB extra; over all tokens: time "
-            f"{row['time_over_all']:.2f}, memory {row['memory_over_all']:.2f}; over naive: time {row['time_over_naive']:.2f}, memory "
-            f"{row['memory_over_naive']:.3f}",
+            f"{arm:6} {row['seconds']:6.1f} s, {row['extra_bytes'] / 2**20:6.0f} MiB extra; over "
+            f"all tokens: time {row['time_over_all']:.2f}, memory {row['memory_over_all']:.2f}; "
+            f"over naive: time {row['time_over_naive']:.2f}, memory {row['memory_over_naive']:.3f}",
             flush=True,
         )
     measure.record(

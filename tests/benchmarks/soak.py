@@ -1,12 +1,15 @@
-"""kill -9 again and again: does an interrupted run end bit for bit like one that nothing disturbed? 50 kills take about 8 minutes.
+"""kill -9 again and again: does an interrupted run end bit for bit like one that nothing disturbed?
+50 kills take about 8 minutes.
 
     python tests/benchmarks/soak.py [--times 50] [--gpus 1] [--seed 0] [--out FOLDER] [--quick]
 
-The run has everything that keeps state: an adaptive prefix, TIP, EffOPD (its anchor lies between two triggers), evaluations, a
-best student, tail probes. Kills take turns among KINDS; one in three resumed runs is killed once more. Compared with the
-undisturbed run: weights, moments, anchor, state, metric rows, scores, texts, the model and the best one, the result; also that
-nothing unfinished is left. Every process is a fork of one that has only imported (with --gpus 2: a process, whose launcher is
-killed). Prints one JSON line last; exit code 1 where anything differed. ``--quick``: two kills. Linux.
+The run has everything that keeps state: an adaptive prefix, TIP, EffOPD (its anchor lies between
+two triggers), evaluations, a best student, tail probes. Kills take turns among KINDS; one in three
+resumed runs is killed once more. Compared with the undisturbed run: weights, moments, anchor,
+state, metric rows, scores, texts, the model and the best one, the result; also that nothing
+unfinished is left. Every process is a fork of one that has only imported (with --gpus 2: a process,
+whose launcher is killed). Prints one JSON line last; exit code 1 where anything differed.
+``--quick``: two kills. Linux.
 """
 
 import argparse
@@ -82,7 +85,8 @@ PATIENCE = 300  # seconds
 
 
 class Process:
-    """`prefix-distill run FLAGS` in a process of its own. What it says goes to the file .log beside its folder."""
+    """`prefix-distill run FLAGS` in a process of its own. What it says goes to the file .log
+    beside its folder."""
 
     def __init__(self, gpus: int, *flags):
         self.gpus, self.ended = gpus, None
@@ -121,7 +125,8 @@ class Process:
         return self.ended
 
     def kill(self, out: Path, kind: str, rng: random.Random, whole: float) -> bool:
-        """Kills it at a moment of that kind (``whole``: seconds of a run) → whether it was still running."""
+        """Kills it at a moment of that kind (``whole``: seconds of a run) → whether it was still
+        running."""
         begun, wanted, count = time.monotonic(), rng.uniform(0, whole), rng.randint(1, 4)
         watched = {
             "inside a checkpoint's write": "checkpoints/.partial",
@@ -150,7 +155,8 @@ class Process:
 
 
 def contents(out: Path) -> dict[str, object]:
-    """All that must be the same, by name; times, paths and how much memory was free are left out."""
+    """All that must be the same, by name; times, paths and how much memory was free are left
+    out."""
     found: dict[str, object] = {}
     for file in sorted(out.rglob("*")):
         name = str(file.relative_to(out))
@@ -190,7 +196,8 @@ def soak(times: int, gpus: int, seed: int, folder: Path) -> dict:
     started = time.monotonic()
     if code := Process(gpus, *FLAGS, "--out", str(whole)).code(wait=True):
         raise SystemExit(
-            f"the undisturbed run ended with {code}: {whole.with_suffix('.log').read_text()[-2000:]}"
+            f"the undisturbed run ended with {code}: "
+            f"{whole.with_suffix('.log').read_text()[-2000:]}"
         )
     seconds, wanted = time.monotonic() - started, contents(whole)
     kills, twice, late, differing, resumed_from = dict.fromkeys(KINDS, 0), 0, 0, [], []
@@ -238,7 +245,8 @@ def soak(times: int, gpus: int, seed: int, folder: Path) -> dict:
         if not differing or differing[-1]["run"] != number:
             shutil.rmtree(out)
         print(
-            f"{sum(kills.values())} of {times} kills, {len(differing)} differ, {time.monotonic() - begun:.0f} s",
+            f"{sum(kills.values())} of {times} kills, {len(differing)} differ, "
+            f"{time.monotonic() - begun:.0f} s",
             file=sys.stderr,
             flush=True,
         )

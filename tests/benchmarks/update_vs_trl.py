@@ -1,28 +1,34 @@
-"""A whole update, ours against TRL's DistillationTrainer: seconds and peak memory. About 12 minutes on 2 cores.
+"""A whole update, ours against TRL's DistillationTrainer: seconds and peak memory. About 12 minutes
+on 2 cores.
 
-    python tests/benchmarks/update_vs_trl.py [--quick] [--cases smollm2-g4] [--pairs 3] [--updates 2] [--dtype bfloat16]
+    python tests/benchmarks/update_vs_trl.py [--quick] [--cases smollm2-g4] [--pairs 3] [--updates
+    2] [--dtype bfloat16]
 
-Both arms teach the same student from the same teacher on the same prompt ids (compared), with as many rollouts per
-update of as many tokens in the same micro-batch: sample at temperature 1, full-vocabulary reverse KL, gradient norm
-clipped to 1, AdamW, no gradient checkpointing (TRL's default is to checkpoint). The pair's folders name an
-end-of-sequence token that the student hardly ever writes (`embedded`: once in 10,000 tokens), so that both arms sample
-up to the cap; the tokens counted are printed.
+Both arms teach the same student from the same teacher on the same prompt ids (compared), with as
+many rollouts per update of as many tokens in the same micro-batch: sample at temperature 1,
+full-vocabulary reverse KL, gradient norm clipped to 1, AdamW, no gradient checkpointing (TRL's
+default is to checkpoint). The pair's folders name an end-of-sequence token that the student hardly
+ever writes (`embedded`: once in 10,000 tokens), so that both arms sample up to the cap; the tokens
+counted are printed.
 
-    smollm2-g1  SmolLM2-135M-Instruct teaches its 20-layer cut; 8 GSM8K questions, 1 rollout each of 64 tokens
-    smollm2-g4  the same pair; 2 questions of at least 64 tokens, 4 rollouts each of 32 tokens
-    embedded    the laboratory's `choice` pair (0.3 M and 0.1 M parameters); 4 problems, 4 rollouts each of 24 tokens
+    smollm2-g1  SmolLM2-135M-Instruct teaches its 20-layer cut; 8 GSM8K questions, 1 rollout each of
+    64 tokens smollm2-g4  the same pair; 2 questions of at least 64 tokens, 4 rollouts each of 32
+    tokens
+    embedded    the laboratory's `choice` pair (0.3 M and 0.1 M parameters); 4 problems, 4 rollouts
+                each of 24 tokens
 
-Every arm runs in a process of its own, ours and TRL's in turn (A B A B). The first update is warm-up. Seconds: from the
-end of one update to the end of the next, median of the counted ones (`embedded` counts ten times as many). Peak: the
-highest resident set from the first update's start to the last one's end (``clear_refs``, then ``VmHWM``: Linux only);
-interpreter, libraries and weights are in it, loading is not. Ratios are ours over TRL's within a pair, below 1 where
-ours needs less; shown: the median over pairs [lowest, highest]. Where our seconds went is printed beside them, by
-phase.
+Every arm runs in a process of its own, ours and TRL's in turn (A B A B). The first update is
+warm-up. Seconds: from the end of one update to the end of the next, median of the counted ones
+(`embedded` counts ten times as many). Peak: the highest resident set from the first update's start
+to the last one's end (``clear_refs``, then ``VmHWM``: Linux only); interpreter, libraries and
+weights are in it, loading is not. Ratios are ours over TRL's within a pair, below 1 where ours
+needs less; shown: the median over pairs [lowest, highest]. Where our seconds went is printed beside
+them, by phase.
 
-Prints one JSON line last and writes it to tests/benchmarks/results/update_vs_trl.json. ``--quick``: one pair of two
-updates, `embedded` and `smollm2-g4` with 16 tokens, two to three minutes (reading the GGUF file takes one), nothing
-written. ``--work FOLDER`` keeps the pairs for the next call. Needs pip install "torch==2.13.0" -e ".[bench]" and what
-real_pair.py needs.
+Prints one JSON line last and writes it to tests/benchmarks/results/update_vs_trl.json. ``--quick``:
+one pair of two updates, `embedded` and `smollm2-g4` with 16 tokens, two to three minutes (reading
+the GGUF file takes one), nothing written. ``--work FOLDER`` keeps the pairs for the next call.
+Needs pip install "torch==2.13.0" -e ".[bench]" and what real_pair.py needs.
 """
 
 import argparse
@@ -44,8 +50,9 @@ RATE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The shape of an update: prompts × samples rollouts of ``tokens``. ``shortest``: tokens of a prompt, at least;
-    ``counted``: updates counted where one is asked for (more where they are short)."""
+    """The shape of an update: prompts × samples rollouts of ``tokens``. ``shortest``: tokens of a
+    prompt, at least; ``counted``: updates counted where one is asked for (more where they are
+    short)."""
 
     pair: str
     prompts: int
@@ -145,7 +152,8 @@ def prepare(case: Case, given, folder: Path, file: Path) -> dict:
 
 
 def watched(run, tokens) -> tuple[Watch, list[dict]]:
-    """Trains a prepared run → its Watch (``tokens(row)`` of every update) and the seconds of every update by phase."""
+    """Trains a prepared run → its Watch (``tokens(row)`` of every update) and the seconds of
+    every update by phase."""
     from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder
 
@@ -226,7 +234,8 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
 
 
 def trl(case: Case, given, folder: Path, file: Path) -> dict:
-    """Runs TRL's updates. It draws one rollout per row, so a prompt's row is repeated for each of its samples."""
+    """Runs TRL's updates. It draws one rollout per row, so a prompt's row is repeated for each
+    of its samples."""
     import datasets
     import transformers
     from trl import DistillationConfig, DistillationTrainer
@@ -354,11 +363,14 @@ def compare(name: str, given, work: Path) -> dict:
 
 def show(rows: list[dict]) -> None:
     print(
-        f"{'case':12} {'ours s':>8} {'TRL s':>8} {'time ratio':>22} {'ours peak':>10} {'TRL peak':>10} "
-        f"{'memory ratio':>13}  tokens"
+        f"{'case':12} {'ours s':>8} {'TRL s':>8} {'time ratio':>22} {'ours peak':>10} "
+        f"{'TRL peak':>10} {'memory ratio':>13}  tokens"
     )
     for r in rows:
-        ratio = f"{r['time_ratio']:.3f} [{r['time_ratio_range'][0]:.3f}, {r['time_ratio_range'][1]:.3f}]"
+        ratio = (
+            f"{r['time_ratio']:.3f} [{r['time_ratio_range'][0]:.3f}, "
+            f"{r['time_ratio_range'][1]:.3f}]"
+        )
         tokens = " / TRL ".join(dict.fromkeys(f"{r[f'{arm}_tokens']:g}" for arm in ("ours", "trl")))
         print(
             f"{r['name']:12} {r['ours_seconds']:8.3f} {r['trl_seconds']:8.3f} {ratio:>22} "
