@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, name, da
     assert (
         code == 0
         and "step-00000006 is damaged" in err
-        and (name == "state.json" and damage == "cut" or "checksum" in err)
+        and ((name == "state.json" and damage == "cut") or "checksum" in err)
     )
     assert "metrics.jsonl: 1 line cut short by the interruption is dropped" in err
     assert last_json(said)["resumed_from"] == 3

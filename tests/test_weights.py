@@ -59,7 +59,7 @@ def test_every_window_is_k_distinct_ascending_positions(kind, size, tokens, key)
     assert (
         len(kept) == min(size, tokens)
         and list(kept) == sorted(set(kept))
-        and 0 <= kept[0]
+        and kept[0] >= 0
         and kept[-1] < tokens
     )
     assert kept == Window(kind, size).positions(tokens, (0, key), values)

@@ -1,7 +1,7 @@
 """The commands env and help."""
 
 import json
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -35,7 +35,7 @@ def environment():
 @app.command("help")
 def help_command(
     topic: Annotated[
-        Optional[str], typer.Argument(metavar="[TOPIC]", help="A page; none: the list of them.")
+        str | None, typer.Argument(metavar="[TOPIC]", help="A page; none: the list of them.")
     ] = None,
 ):
     """A page of documentation, in Markdown, on stdout: recipes, methods, migration, machines,

@@ -1,7 +1,7 @@
 """The commands eval and export."""
 
 import json
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -82,7 +82,7 @@ def print_pushed(document: dict, folder, repository: str | None, public: bool) -
 )
 def evaluate_command(
     out: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="File for the per-problem JSONL.", show_default="eval-<time>.jsonl"),
     ] = None,
     **flags,
@@ -126,7 +126,7 @@ def export_command(
         ),
     ],
     out: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="Folder for the model; only to push a folder as it is, it can be left out.",
             show_default="none",
@@ -142,7 +142,7 @@ def export_command(
         str, typer.Option(help="Weights as auto (as they are), float32, bfloat16 or float16.")
     ] = "auto",
     gguf: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="Write a GGUF file for llama.cpp, too: f32, f16, bf16 or q8_0.",
             show_default="none",

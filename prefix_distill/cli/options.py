@@ -1,14 +1,14 @@
 """Config options become command-line flags."""
 
 import inspect
-from typing import Annotated, Optional, TypedDict
+from typing import Annotated, TypedDict
 
 import typer
 
 from .. import config as configuration
 
 ConfigFile = Annotated[
-    Optional[str], typer.Option("--config", help="YAML file of sections; flags override it.")
+    str | None, typer.Option("--config", help="YAML file of sections; flags override it.")
 ]
 Assignments = Annotated[
     list[str], typer.Option("--set", help="section.key=value; overrides flags and file.")
@@ -52,7 +52,7 @@ def with_options(*sections: str, reworded: dict[str, Wording] | None = None):
                     path.replace(".", "__"),
                     inspect.Parameter.KEYWORD_ONLY,
                     default=None,
-                    annotation=Annotated[Optional[kind], text],
+                    annotation=Annotated[kind | None, text],
                 )
             )
 

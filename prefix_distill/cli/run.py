@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -176,18 +176,18 @@ def plan(
     config_file: ConfigFile = None,
     assignments: Assignments = [],
     prompt_tokens: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(help="Length of every prompt (tokens), where no data set is to be read."),
     ] = None,
     prefixes: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="Prefix schedules beside --prefix, by commas: 64,25%,full.",
             show_default="25%,50%,full",
         ),
     ] = None,
     device_tflops: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(help="Sustained rate of the device (10^12 FLOP/s), for times."),
     ] = None,
     measure: Annotated[
@@ -198,7 +198,7 @@ def plan(
         ),
     ] = False,
     from_run: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="Run folder whose measured rates, phase by phase, give the times."),
     ] = None,
     **flags,

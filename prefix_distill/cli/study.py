@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ from .quiet import quiet_libraries
 @app.command()
 def demo(
     out: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="Folder for runs and picture.", show_default="runs/demo-<time>"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, rollouts and evaluation.")] = 0,
@@ -141,7 +141,7 @@ def report(
         str, typer.Option(help="Folder for report.html, report.md, report.csv and report.png.")
     ],
     reference: Annotated[
-        Optional[str], typer.Option(help="Arm whose accuracy the others have to reach.")
+        str | None, typer.Option(help="Arm whose accuracy the others have to reach.")
     ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Prefix distillation",
 ):

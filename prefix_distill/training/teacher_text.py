@@ -100,7 +100,7 @@ def rollout(
     finished = (
         finished
         and len(whole) <= prefix
-        and (alignment is None or bool(whole) and whole[-1] in alignment.student_eos)
+        and (alignment is None or (bool(whole) and whole[-1] in alignment.student_eos))
     )
     theirs, found = ids, None
     if alignment is not None and units:
