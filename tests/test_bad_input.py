@@ -12,7 +12,7 @@ import tempfile
 
 import pytest
 import torch
-from conftest import byte_tokenizer, invoke, save_tiny, tiny_net
+from helpers import byte_tokenizer, invoke, save_tiny, tiny_net
 from safetensors.torch import load_file, save_file
 from tokenizers.normalizers import Lowercase
 

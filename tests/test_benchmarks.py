@@ -2,20 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import last_json
-from test_train import prepared
+from helpers import BENCHMARKS, PROGRAMS, ROOT, last_json, prepared
 
-ROOT = Path(__file__).parents[1]
-BENCHMARKS = ROOT / "tests/benchmarks"
 RESULTS = BENCHMARKS / "results"
-PROGRAMS = sorted(
-    file.stem
-    for file in BENCHMARKS.glob("*.py")
-    if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
-)
 COMMANDS = [
     *([name] for name in PROGRAMS),
     ["prefix", "--arms", "plugins"],
@@ -46,7 +37,6 @@ WORK = {"limit": "smollm2", "rollout": "smollm2", "scaling": "smollm2", "update_
 
 def test_a_watched_run_reports_every_update(pair, questions, monkeypatch):
     """`update_vs_trl.py` and `gold.py` time our updates with it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     import update_vs_trl
 
     watch, phases = update_vs_trl.watched(

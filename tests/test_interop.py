@@ -5,7 +5,7 @@ import importlib.util
 import json
 
 import pytest
-from conftest import invoke, last_json, save_tiny
+from helpers import invoke, last_json, save_tiny
 
 from prefix_distill import config as configuration
 from prefix_distill.lab import task

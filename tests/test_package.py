@@ -12,9 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import last_json
+from helpers import ROOT, last_json
 
-ROOT = Path(__file__).parents[1]
 BUILD = (
     "import sys; from setuptools import build_meta; print(getattr(build_meta, "
     "sys.argv[1])(sys.argv[2]))"

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import write_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -157,7 +158,6 @@ def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
     """In marker or line style, also where markers come again; colours are Okabe and Ito's, whose
     lightness differs, too."""
     from matplotlib import pyplot
-    from test_report import write_run
 
     for i in range(12):
         write_run(tmp_path / f"{i:02}" / "seed-0", 0, [0.2, 0.5 + i / 100], 10.0)

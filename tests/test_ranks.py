@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import invoke, last_json
+from helpers import ROOT, invoke, last_json
 from safetensors.torch import load_file, save_file
 
 from prefix_distill import config as configuration
@@ -509,7 +509,7 @@ def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
 @pytest.mark.long
 def test_two_launches_with_node_ranks_of_their_own(pair, questions, tmp_path):
     """README's line for two machines, on loopback: one torchrun each, meeting at one address."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [line] = [line for line in readme.splitlines() if line.startswith("torchrun --nnodes")]
     launch = shlex.split(line.split(" run ")[0])[1:]
     with socket.socket() as free:

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import command, invoke, last_json
-from test_benchmarks import PROGRAMS
+from helpers import BENCHMARKS, PROGRAMS, ROOT, command, invoke, last_json
 
 from prefix_distill.cli import app, spellings
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = ROOT / "tests/benchmarks/results"
+RESULTS = BENCHMARKS / "results"
 GROUP = typer.main.get_command(app.app)
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
@@ -143,7 +141,6 @@ def test_long_experiments_start_and_benchmarks_offer_quick(line, monkeypatch, ca
     if script == "-m":
         (script, *flags), run = flags, runpy.run_module
     monkeypatch.setattr(sys, "argv", [script, *flags, "--help"])
-    monkeypatch.syspath_prepend(ROOT / "tests/benchmarks")
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
         run(script, run_name="__main__")

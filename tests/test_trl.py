@@ -9,13 +9,11 @@ reduction ``token``, and its β means what ours does. Needs ``pip install "torch
 
 import dataclasses
 import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import save_tiny
+from helpers import DIVERGENCES, save_tiny
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
@@ -31,19 +29,11 @@ from prefix_distill.training import metrics, update
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training.update import StudentLoss
 
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-
 pytestmark = [
     pytest.mark.bench,
     pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed"),
 ]
 
-DIVERGENCES = {
-    "reverse-kl": 1.0,
-    "forward-kl": 0.0,
-    "jsd:0.5": 0.5,
-    "jsd:0.3": 0.3,
-}  # ours: TRL's beta
 PROMPTS, SAMPLES, CAP = 5, 2, 12
 
 

@@ -5,7 +5,7 @@ import json
 import time
 
 import pytest
-from conftest import command, invoke, last_json
+from helpers import command, invoke, last_json
 
 
 def test_help_is_fast_and_imports_no_torch():

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import invoke, last_json
+from helpers import ROOT, invoke, last_json, shortage
 
 from prefix_distill import config as configuration
 from prefix_distill.cli import app
 from prefix_distill.cli import main as cli
 
-ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "prefix_distill/help"
 PAGES = {file.stem: file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.md"))}
 GROUP = typer.main.get_command(app.app)
@@ -117,7 +116,6 @@ def test_the_page_on_exit_codes_lists_what_commands_end_with(
     pair, questions, tmp_path, monkeypatch
 ):
     """Each code provoked by its own cause."""
-    from test_faults import shortage
 
     from prefix_distill.display import Display
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import command
+from helpers import command
 
 SMALL = ("--prefix", 4, "--batch-size", 2, "--eval-samples", 2, "--kl-prompts", 2)
 LIBRARY = """

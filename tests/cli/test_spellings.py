@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import invoke
+from helpers import DIVERGENCES, ROOT, invoke
 
 from prefix_distill import config as configuration
 from prefix_distill.cli import app, spellings
@@ -17,7 +17,7 @@ from prefix_distill.cli.spellings import BATCH, CONVERTED, LORA, RENAMED, RESUME
 from prefix_distill.config import files
 from prefix_distill.errors import UserError
 
-PAGE = (Path(cli.__file__).parent / "help/migration.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "prefix_distill/help/migration.md").read_text(encoding="utf-8")
 GROUP = typer.main.get_command(app.app)
 
 
@@ -277,7 +277,6 @@ def test_every_field_of_theirs_is_known(package, file, name):
 
 def test_beta_is_the_divergence_that_was_compared_with_trl():
     """test_trl.py computes each of these on both sides and finds one loss and one gradient."""
-    from test_trl import DIVERGENCES
 
     for divergence, beta in DIVERGENCES.items():
         assert settings("--beta", str(beta)) == {"divergence.name": divergence}

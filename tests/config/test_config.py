@@ -2,6 +2,7 @@
 in one clear line."""
 
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -183,11 +184,5 @@ def test_every_limit_of_an_option_is_checked_and_no_other_is_declared():
 
 def test_version_is_said_once_and_the_same():
     import tomllib
-    from pathlib import Path
 
-    assert (
-        tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
-            "version"
-        ]
-        == __version__
-    )
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__

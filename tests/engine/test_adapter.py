@@ -6,11 +6,19 @@ import shutil
 
 import pytest
 import torch
-from conftest import invoke, last_json, save_tiny
+from helpers import (
+    SELF,
+    Silent,
+    assert_same,
+    invoke,
+    last_json,
+    prepared,
+    save_tiny,
+    trained,
+    update_gradient,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_self_distillation import SELF, trained
-from test_train import Silent, assert_same, prepared, update_gradient
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

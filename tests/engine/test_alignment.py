@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_net
+from helpers import by_the_book, byte_tokenizer, tiny_net
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_simct import by_the_book
 from tokenizers import (
     AddedToken,
     Tokenizer,

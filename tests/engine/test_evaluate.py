@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_net
+from helpers import tiny_net
 
 from prefix_distill.engine import evaluate
 from prefix_distill.engine.models import Model

@@ -3,7 +3,7 @@ batched."""
 
 import pytest
 import torch
-from conftest import tiny_net
+from helpers import tiny_net
 
 from prefix_distill.engine import sampling as rollout
 from prefix_distill.engine import scoring

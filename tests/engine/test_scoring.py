@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_net
+from helpers import byte_tokenizer, tiny_net
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from prefix_distill.engine import scoring
@@ -136,10 +136,6 @@ def test_micro_batches_hold_every_rollout_once_with_little_padding(shared):
 def test_padding_of_real_prompts_stays_under_a_tenth():
     """GSM8K's questions under SmolLM2's tokenizer and template, in updates of 8 prompts × 1 and
     × 4 at a prefix of 64."""
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
     import real_pair
 
     file = real_pair.teacher()

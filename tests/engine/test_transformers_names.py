@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import tiny_net
+from helpers import tiny_net
 from transformers import GenerationMixin
 
 from prefix_distill.engine import transformers_names as names

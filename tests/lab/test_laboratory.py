@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import invoke, last_json
+from helpers import invoke, last_json
 
 from prefix_distill.engine import loading
 from prefix_distill.lab import build, task

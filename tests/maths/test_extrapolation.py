@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_net
+from helpers import Silent, prepared, tiny_net
 from hypothesis import given, strategies
 from torch.nn import Linear, Parameter
 
@@ -416,7 +416,6 @@ def test_diagnostics_by_hand():
 
 
 def trained(pair, questions, folder, **changes):
-    from test_train import Silent, prepared
 
     from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder
@@ -480,7 +479,6 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
     """heldout-kl: full logits of fresh rollouts read alone. accuracy: evaluation's grading. Same
     prompts, same draws every time."""
     import torch.nn.functional as F
-    from test_train import prepared
 
     from prefix_distill.engine import evaluate
     from prefix_distill.maths.flops import Ledger
@@ -526,8 +524,6 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
 
 def test_prompts_without_answers_cannot_be_graded(pair, tmp_path):
     import json
-
-    from test_train import prepared
 
     file = tmp_path / "q.jsonl"
     file.write_text("".join(json.dumps({"question": f"{i}?"}) + "\n" for i in range(60)))

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_net
-from torch.utils.flop_counter import FlopCounterMode
+from helpers import counted, tiny_net
 
 from prefix_distill.engine import scoring
 from prefix_distill.engine.models import Model, recompute, shape
@@ -30,12 +29,6 @@ def model(request):
     net = tiny_net(request.param, width=64)
     net.config._attn_implementation = "eager"
     return Model("m", net, None, None, frozenset({257}), shares_prompts=True)
-
-
-def counted(work) -> float:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 @DECODING

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from helpers import by_the_book, head_logits
 
 from prefix_distill.engine import scoring
 from prefix_distill.engine.alignment import Shared
 from prefix_distill.engine.rollout import Rollout, Unit
 from prefix_distill.maths import simct
-from prefix_distill.maths.divergence import Head, Terms, per_token
+from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.fused import weighted
 
 D, E, V, W = 6, 5, 17, 23
@@ -55,56 +56,6 @@ def case(rollouts, softcap=None, scale=1.0, bias=False, seed=0):
         for size, width in ((V, D), (W, E))
     ]
     return draw(n, D).requires_grad_(), heads[0], draw(m, E).requires_grad_(), heads[1]
-
-
-def logits(head, hidden):
-    """The head's logits, by the book."""
-    z = head.scale * (hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V))
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-
-
-def by_the_book(
-    terms, shared, rollouts, student_ND, student_head, teacher_ME, teacher_head, raw=False
-):
-    """Values of all taught units [U], one unit at a time, with autograd through whatever needs
-    it."""
-    found, row, there = [], 0, 0
-    for r in rollouts:
-        for u in r.taught_units:
-            scores = []
-            for hidden, head, at, start, size, ids, common, ends in (
-                (
-                    student_ND,
-                    student_head,
-                    row,
-                    u.start,
-                    u.size,
-                    r.ids,
-                    shared.student,
-                    shared.student_eos,
-                ),
-                (
-                    teacher_ME,
-                    teacher_head,
-                    there,
-                    u.teacher_start,
-                    u.teacher_size,
-                    r.teacher_ids,
-                    shared.teacher,
-                    shared.teacher_eos,
-                ),
-            ):
-                z = logits(head, hidden[at : at + size]) / terms.temperature
-                z = z if raw else z.log_softmax(-1)
-                own = [z[0, list(common)], z[0, list(ends)].logsumexp(0, keepdim=True)]
-                if not u.exact:
-                    own.append(
-                        torch.stack([z[i, ids[start + i]] for i in range(size)]).mean()[None]
-                    )
-                scores.append(torch.cat(own).log_softmax(-1)[None])
-            found.append(per_token(terms.name, terms.beta, scores[0], scores[1].detach())[0])
-            row, there = row + u.size, there + u.teacher_size
-    return torch.stack(found)
 
 
 @pytest.mark.parametrize("mode", ["strict", "simct", "simct-released"])
@@ -190,7 +141,7 @@ def test_statistics_are_scores_of_the_units_text_and_mass_on_the_shared_tokens()
     at, n = 0, 0
     for r in rollouts:
         for u in r.taught_units:
-            logp = logits(student_head, student_ND[at : at + u.size]).log_softmax(-1)
+            logp = head_logits(student_head, student_ND[at : at + u.size]).log_softmax(-1)
             mean = sum(logp[i, r.ids[u.start + i]] for i in range(u.size)) / u.size
             assert facts["student_logp"][n].item() == pytest.approx(mean.item(), abs=1e-5)
             assert facts["student_mass"][n].item() == pytest.approx(

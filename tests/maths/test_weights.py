@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_same, prepared, update_gradient
 from hypothesis import given, strategies
-from test_train import assert_same, prepared, update_gradient
 
 from prefix_distill.engine import scoring
 from prefix_distill.engine.device import Clock

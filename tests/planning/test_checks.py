@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import byte_tokenizer, invoke, last_json, save_tiny, tiny_net
-from test_train import prepared
+from helpers import byte_tokenizer, invoke, last_json, prepared, save_tiny, tiny_net
 from transformers import GenerationConfig
 
 from prefix_distill.engine import loading

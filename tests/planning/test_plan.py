@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import invoke, last_json, tiny_config, tiny_net
+from helpers import invoke, last_json, tiny_config, tiny_net
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma3TextConfig

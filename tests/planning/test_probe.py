@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import invoke, last_json
+from helpers import invoke, last_json
 
 from prefix_distill.planning import probe
 

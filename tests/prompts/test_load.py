@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import byte_tokenizer, invoke, last_json
+from helpers import byte_tokenizer, invoke, last_json
 
 from prefix_distill.config import build, options
 from prefix_distill.engine import loading

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import yaml
-from conftest import invoke, last_json
+from helpers import BENCHMARKS, invoke, last_json
 
 from prefix_distill.errors import UserError
 from prefix_distill.results import compare
@@ -154,9 +154,8 @@ def test_a_wrong_arms_file_is_refused_in_one_line(tmp_path, changes, said):
 
 
 def test_the_committed_arms_files_are_valid():
-    from pathlib import Path
 
-    files = sorted(Path("tests/benchmarks/arms").glob("*.yaml"))
+    files = sorted((BENCHMARKS / "arms").glob("*.yaml"))
     assert len(files) >= 3
     for file in files:
         assert compare.read(str(file)).arms

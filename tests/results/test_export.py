@@ -9,12 +9,11 @@ import shutil
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import invoke, last_json, save_tiny
+from helpers import ROOT, invoke, last_json, save_tiny
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -139,7 +138,7 @@ def test_the_command_in_the_card_is_the_run(run):
     ],
 )
 def test_only_hub_names_enter_the_front_matter(name, found, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     assert card.hub_id(name) == found
 
 

@@ -7,64 +7,12 @@ import math
 import re
 
 import pytest
-import yaml
-from conftest import invoke, last_json
+from helpers import PROBLEMS, invoke, last_json, write_run
 
-from prefix_distill import config as configuration
 from prefix_distill.errors import UserError
-from prefix_distill.maths.weights import quadrants
 from prefix_distill.results import summary as report
 from prefix_distill.results.runs import by_arm, collect
 from prefix_distill.results.summary import Resampled
-
-N = 400
-
-
-def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):
-    """A run folder as the tool writes it: ``curve`` of accuracies (right for the first
-    problems), linear ``cost``."""
-    folder.mkdir(parents=True)
-    rights = [[1.0] * round(a * N) + [0.0] * (N - round(a * N)) for a in curve]
-    evaluations = [
-        {
-            "step": 5 * i,
-            "accuracy": {"value": sum(right) / N, "n": N, "low": 0.0, "high": 1.0},
-            "kl": {"value": 1.0 - a / 2, "n": 9, "low": 0, "high": 1},
-            "kl_prefix": 0.5,
-            "kl_tail": 0.2,
-            "finish_rate": 1.0,
-            "mean_tokens": 50.0,
-            "flops_useful": cost * i,
-            "flops_executed": 2 * cost * i,
-            "seconds": seconds * i,
-            "quadrants": quadrants([0, 0, 1, 1], [0.0, 3.0, 0.0, 1.0 + i], (0.5, 0.5)),
-        }
-        for i, (a, right) in enumerate(zip(curve, rights))
-    ]
-    result = {
-        "evaluations": evaluations,
-        "prefix": prefix,
-        "full_rollout_cost": 9 * cost,
-        "prefix_decisions": [],
-        "extrapolations": [{"step": 8, "k": 2, "scores": [0.25, 0.5, 0.75, 0.75], "flops": 3e9}],
-    }
-    (folder / "run.json").write_text(json.dumps({"seed": seed, "result": result}))
-    tree = configuration.as_dict(
-        configuration.build(
-            {"models.student": student, "rollout.max_new_tokens": 10, "runtime.seed": seed}
-        )
-    )
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    (folder / "scores.jsonl").write_text(
-        "".join(json.dumps({"step": 5 * i, "right": r}) + "\n" for i, r in enumerate(rights))
-    )
-    (folder / "before.json").write_text(
-        json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.8, 0.6], [1.0, 2.0]]})
-    )
-    (folder / "after.json").write_text(
-        json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.5, 0.1], [1.0, 2.0]]})
-    )
-    return folder
 
 
 @pytest.fixture
@@ -89,7 +37,7 @@ def test_summary_by_hand(arms):
     short = rows["short"]
     assert (
         short["accuracy"] == pytest.approx(0.9)
-        and short["answers"] == 2 * N
+        and short["answers"] == 2 * PROBLEMS
         and short["before"] == pytest.approx(0.2)
     )
     assert (short["flops_useful"], short["flops_executed"], short["seconds"]) == (3.0, 6.0, 9.0)
@@ -131,7 +79,7 @@ def test_intervals_cover_problems_and_seeds_and_pairing_narrows_differences(tmp_
     # with one seed it is the ordinary bootstrap of a share: ± 1.96 √(p(1−p)/n)
     one = Resampled({"a": by_arm(runs)["a"][:1]})
     low, high = report.interval(one.curve("a")[2][:, -1])
-    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / N), rel=0.1)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / PROBLEMS), rel=0.1)
 
 
 def test_arms_on_other_problems_are_not_compared(tmp_path):

@@ -7,11 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import invoke, last_json
+from helpers import assert_same, by_the_book, counted, invoke, last_json
 from safetensors.torch import load_file
-from test_flops import counted
-from test_simct import by_the_book
-from test_train import assert_same
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring

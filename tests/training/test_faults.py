@@ -12,14 +12,21 @@ import time
 
 import pytest
 import torch
-from conftest import byte_tokenizer, invoke, last_json, tiny_net
+from helpers import (
+    Silent,
+    byte_tokenizer,
+    flags,
+    invoke,
+    last_json,
+    prepared,
+    rows,
+    shortage,
+    tiny_net,
+)
 from safetensors.torch import load_file
-from test_resume import flags, rows
-from test_train import Silent, prepared
 
 from prefix_distill import config as configuration
 from prefix_distill.display import Reporter
-from prefix_distill.engine import sampling as rollout
 from prefix_distill.engine import scoring
 from prefix_distill.engine.ranks import Interrupt
 from prefix_distill.errors import Interrupted, MemoryShortage, Stopped, UserError
@@ -267,32 +274,6 @@ def test_numbers_that_are_not_finite_are_named_before_they_do_harm(
 
 
 # ── memory
-
-
-def shortage(monkeypatch, where, most):
-    """No room for more than ``most`` rollouts at once: in a forward of training, in one of
-    scoring, or in a generation."""
-    if where == "generation":
-        plain = rollout._call
-
-        def call(model, batch, *rest):
-            if len(batch) > most:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return plain(model, batch, *rest)
-
-        monkeypatch.setattr(rollout, "_call", call)
-    else:
-        plain = scoring.hidden_rows
-
-        def hidden_rows(model, rollouts, teacher=False):
-            if len(rollouts) > most and torch.is_grad_enabled() is (where == "training"):
-                raise RuntimeError(
-                    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate "
-                    "memory: you tried to"
-                )
-            return plain(model, rollouts, teacher)
-
-        monkeypatch.setattr(scoring, "hidden_rows", hidden_rows)
 
 
 @pytest.fixture(scope="module")

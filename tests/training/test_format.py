@@ -1,8 +1,9 @@
 """Run folders outlive the version that wrote them: tests/format-1 was written by 0.1.0 and is
 resumed by every later one, or refused.
 
-    python tests/test_format.py FOLDER      writes such a folder with the version at hand (for the
-                                            next format)
+    PYTHONPATH=tests python tests/training/test_format.py FOLDER
+
+writes such a folder with the version at hand, for the next format.
 
 It holds two tiny models, their data and an interrupted run in which everything keeps state: TIP,
 EffOPD, an adaptive prefix, a best student; and what its last two updates were, when it was written.
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import invoke, last_json, save_tiny
+from helpers import TESTS, invoke, last_json, save_tiny
 
-FOLDER = Path(__file__).parent / "format-1"
+FOLDER = TESTS / "format-1"
 FLAGS = [
     "--student",
     "student",

@@ -2,55 +2,76 @@
 and what not."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import BENCHMARKS, TESTS
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs"
 )
-BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 UPDATES = """
 import json, os, sys
-sys.path[:0] = [{tests!r}, {benchmarks!r}]
 import measure, torch
-from conftest import tiny_net
-from prefix_distill import train
+from helpers import tiny_net
 from prefix_distill.config import build
-from prefix_distill.divergence import Terms
-from prefix_distill.flops import Ledger, shape
-from prefix_distill.models import Model
-from prefix_distill.rollout import Rollout
-from prefix_distill.runtime import Clock, Place
-from prefix_distill.weights import token_weights
+from prefix_distill.engine.device import Clock
+from prefix_distill.engine.models import Model, shape
+from prefix_distill.engine.ranks import Place
+from prefix_distill.engine.rollout import Rollout
+from prefix_distill.maths.divergence import Terms
+from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.weights import token_weights
+from prefix_distill.training.update import StudentLoss, accumulate_gradients
 from types import SimpleNamespace
+
+def load(seed, vocabulary):
+    net = tiny_net("llama", seed, vocabulary=vocabulary, width=64, layers=4)
+    return Model("m", net, None, None, frozenset(), True)
 
 def peak(samples=4, accumulated=1, vocabulary=300, chunk=4):
     torch.set_num_threads(1)
-    student, teacher = (Model("m", tiny_net("llama", seed, vocabulary=vocabulary, width=64, layers=4), None, None, frozenset(), True)
-                        for seed in (1, 2))
+    student, teacher = load(1, vocabulary), load(2, vocabulary)
     student.net.requires_grad_(True)
     cpu = torch.device("cpu")
-    run = SimpleNamespace(student=student, teacher=teacher, place=Place(cpu, cpu, torch.float32, torch.float32, 0, 1, ()),
-                          shared=None, alignment=None, terms=Terms("reverse-kl", memory_bytes=chunk << 20),
-                          config=build({{"train.micro_batch_size": 4}}), student_shape=shape(student), teacher_shape=shape(teacher),
-                          attempt=lambda ledger, work: work(ledger))
+    run = SimpleNamespace(
+        student=student,
+        teacher=teacher,
+        place=Place(cpu, cpu, torch.float32, torch.float32, 0, 1, ()),
+        shared=None,
+        alignment=None,
+        terms=Terms("reverse-kl", memory_bytes=chunk << 20),
+        config=build({"train.micro_batch_size": 4}),
+        student_shape=shape(student),
+        teacher_shape=shape(teacher),
+        attempt=lambda ledger, work: work(ledger),
+    )
 
     def step(prompts, samples):
-        rollouts = [Rollout(p, s, *[tuple(range(9, 69))] * 2, *[tuple(range(100 + s, 160 + s))] * 2, False)
-                    for p in range(prompts) for s in range(samples)]
+        prompt = tuple(range(9, 69))
+        rollouts = [
+            Rollout(
+                p, s, prompt, prompt,
+                *[tuple(range(100 + s, 160 + s))] * 2, False,
+            )
+            for p in range(prompts)
+            for s in range(samples)
+        ]
         weights, divisor = token_weights(rollouts, "token")
-        train._accumulate(run, train.StudentLoss(run), rollouts, weights, divisor, Ledger(), Clock(cpu))
+        accumulate_gradients(
+            run, StudentLoss(run), rollouts, weights, divisor, Ledger(), Clock(cpu)
+        )
 
     step(1, 4)  # gradients exist, libraries are warm
     before = measure.reset_peak()
     step(accumulated, samples)
     return measure.memory("VmHWM") - before
 
-for given in {given}:  # each in a process of its own, forked from one that has only imported
+for given in json.loads(sys.argv[1]):  # each in a process forked from one that only imported
     if not os.fork():
         print(json.dumps(peak(**given)), flush=True)
         os._exit(0)
@@ -61,8 +82,13 @@ for given in {given}:  # each in a process of its own, forked from one that has 
 def growths(*given: dict) -> list[float]:
     """MiB that an update's gradient adds to the resident set at its highest, for each of the
     ``given`` settings."""
-    code = UPDATES.format(tests=str(Path(__file__).parent), benchmarks=str(BENCHMARKS), given=given)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    paths = [str(TESTS), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", UPDATES, json.dumps(given)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) / 2**20 for line in done.stdout.splitlines()]
 

@@ -6,56 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import invoke, last_json
+from helpers import BENCHMARKS, Silent, flags, invoke, last_json, prepared, rows
 from safetensors.torch import load_file
-
-BENCHMARKS = Path(__file__).parent / "benchmarks"
-
-
-def flags(pair, questions, out):
-    return [
-        "run",
-        "--student",
-        pair[0],
-        "--teacher",
-        pair[1],
-        "--dataset",
-        questions,
-        "--steps",
-        "6",
-        "--prefix",
-        "12",
-        "--max-new-tokens",
-        "32",
-        "--batch-size",
-        "4",
-        "--samples",
-        "2",
-        "--micro-batch-size",
-        "3",
-        "--eval-samples",
-        "4",
-        "--eval-every",
-        "2",
-        "--save-every",
-        "3",
-        "--check-samples",
-        "0",
-        "--lr",
-        "1e-3",
-        "--out",
-        str(out),
-    ]
-
-
-def rows(out: Path) -> list[dict]:
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +176,6 @@ RARELY = (
 def test_resume_is_exact_inside_every_schedule_and_method(
     pair, questions, tmp_path, monkeypatch, name
 ):
-    from test_train import Silent, prepared
 
     from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder

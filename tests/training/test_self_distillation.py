@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import byte_tokenizer, invoke, save_tiny
-from test_train import Silent, prepared, update_gradient
+from helpers import SELF, byte_tokenizer, invoke, prepared, save_tiny, trained, update_gradient
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import loading
@@ -15,13 +14,6 @@ from prefix_distill.prompts import templates
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.templates import PRIVILEGED
 from prefix_distill.training import session as train
-from prefix_distill.training.folder import RunFolder
-
-SELF = {
-    "models__teacher": "self",
-    "data__privileged_column": "answer",
-    "data__privileged_template": "{problem} Solution: {solution}",
-}
 
 
 def test_the_privileged_prompt_and_the_students(pair, tmp_path):
@@ -144,13 +136,6 @@ def test_values_are_those_of_the_initial_weights_behind_the_privileged_prompt(pa
             atol=1e-6,
         )
         assert values[r.prompt, r.sample][0] > 1e-3
-
-
-def trained(run, folder):
-    files = RunFolder(folder)
-    files.create({})
-    files.write_json("run.json", {})
-    return train.train(run, files, Silent(), False)
 
 
 def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import byte_tokenizer, save_tiny
+from helpers import Silent, assert_same, byte_tokenizer, prepared, save_tiny, update_gradient
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prefix_distill import config as configuration
@@ -18,74 +18,11 @@ from prefix_distill.engine.saving import save_model
 from prefix_distill.errors import Stopped
 from prefix_distill.maths.flops import Ledger
 from prefix_distill.maths.weights import token_weights
-from prefix_distill.prompts import stream
 from prefix_distill.training import metrics, update
-from prefix_distill.training import prepare as preflight
 from prefix_distill.training import session as train
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.state import Progress
 from prefix_distill.training.update import StudentLoss
-
-
-class Silent:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self):
-        self.warnings = []
-
-    def warn(self, text):
-        self.warnings.append(text)
-
-    own = warn
-
-    def note(self, *_): ...
-    def row(self, *_): ...
-    def tail(self, *_): ...
-    def evaluation(self, *_): ...
-
-
-def prepared(pair, questions, **changes):
-    values = {
-        "models.student": pair[0],
-        "models.teacher": pair[1],
-        "data.dataset": questions,
-        "schedule.prefix": "12",
-        "rollout.max_new_tokens": 32,
-        "rollout.samples": 2,
-        "train.batch_size": 5,
-        "train.micro_batch_size": 4,
-        "train.steps": 4,
-        "evaluate.problems": 4,
-        "evaluate.kl_prompts": 4,
-        "runtime.dtype": "float32",
-    }
-    return preflight.prepare(
-        configuration.build(values | {k.replace("__", "."): v for k, v in changes.items()})
-    )
-
-
-def update_gradient(run, micro=None, batches=None):
-    """Gradient of update 0 and its per-token values; ``batches`` replaces the micro-batching."""
-    run.config = configuration.replace(run.config, train={"micro_batch_size": micro or 4})
-    if run.student.adapter is None:
-        run.student.net.requires_grad_(True)
-    run.student.net.zero_grad()
-    prompts = stream.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
-    clock, ledger = Clock(run.place.device), Ledger()
-    rollouts = update.sample(run, run.student, prompts, 0, run.prefix.length(0), ledger, clock)
-    weights, share = token_weights(rollouts, run.config.divergence.reduction)
-    values, _ = update.accumulate_gradients(
-        run, StudentLoss(run), rollouts, weights, share, ledger, clock
-    )
-    return {name: p.grad.clone() for name, p in run.student.trained.items()}, rollouts, values
-
-
-def assert_same(left, right, tolerance=1e-5):
-    for name in left:
-        scale = right[name].abs().max().item()
-        torch.testing.assert_close(
-            left[name], right[name], rtol=tolerance, atol=tolerance * max(scale, 1e-6), msg=name
-        )
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])

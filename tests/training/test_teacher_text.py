@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_train import Silent, prepared
+from helpers import Silent, prepared
 
 from prefix_distill import config as configuration
 from prefix_distill.engine.device import Clock

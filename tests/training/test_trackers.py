@@ -8,8 +8,7 @@ import signal
 
 import numpy
 import pytest
-from conftest import invoke, last_json
-from test_resume import flags
+from helpers import flags, invoke, last_json
 
 from prefix_distill.display import Display
 from prefix_distill.errors import Stopped

@@ -1,0 +1,431 @@
+"""What several tests share: tiny real models, commands in this or another process, and updates
+written out.
+
+Models are random networks made in seconds. No test module imports another one; what two of them
+need stands here.
+"""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from prefix_distill import config as configuration
+from prefix_distill.engine import sampling, scoring
+from prefix_distill.engine.device import Clock
+from prefix_distill.maths.divergence import per_token
+from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.weights import quadrants, token_weights
+from prefix_distill.prompts import stream
+from prefix_distill.training import prepare as preflight
+from prefix_distill.training import session as train
+from prefix_distill.training import update
+from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.update import StudentLoss
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+BENCHMARKS = TESTS / "benchmarks"
+# the benchmarks that are programs
+PROGRAMS = sorted(
+    file.stem
+    for file in BENCHMARKS.glob("*.py")
+    if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
+)
+
+TEMPLATE = (
+    "{% for m in messages %}<u>{{ m.content }}{% if m.role == 'assistant' %}<e>{% endif %}{% "
+    "endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+# our name of a divergence: TRL's beta
+DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd:0.5": 0.5, "jsd:0.3": 0.3}
+
+# a student that teaches itself, with the answer in the teacher's prompt
+SELF = {
+    "models__teacher": "self",
+    "data__privileged_column": "answer",
+    "data__privileged_template": "{problem} Solution: {solution}",
+}
+
+# held-out problems of the run that `write_run` writes
+PROBLEMS = 400
+
+
+def byte_tokenizer(eos: str = "<e>") -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: 256 bytes and the specials <p> <e> <u> <a>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<p>", "<e>", "<u>", "<a>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<p>", eos_token=eos, chat_template=TEMPLATE
+    )
+
+
+def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int = 2):
+    """A network small enough for a test, of a real architecture."""
+    common = dict(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=256,
+        eos_token_id=257,
+        bos_token_id=None,
+    )
+    if kind == "llama":
+        return LlamaConfig(
+            **common, intermediate_size=2 * width, num_key_value_heads=2, tie_word_embeddings=False
+        )
+    if kind == "qwen3":
+        return Qwen3Config(
+            **common,
+            intermediate_size=2 * width,
+            num_key_value_heads=2,
+            head_dim=16,
+            tie_word_embeddings=True,
+        )
+    if kind == "gemma3":
+        return Gemma3TextConfig(
+            **common,
+            intermediate_size=2 * width,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            final_logit_softcapping=20.0,
+        )
+    if kind == "neox":
+        return GPTNeoXConfig(**common, intermediate_size=4 * width)
+    if kind == "gpt2":
+        return GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=width,
+            n_layer=layers,
+            n_head=4,
+            n_positions=256,
+            bos_token_id=None,
+            eos_token_id=257,
+        )
+    raise ValueError(kind)
+
+
+def tiny_net(kind: str, seed: int = 0, scale: float = 1.0, **shape):
+    """A random network whose logits are spread enough for its distribution to be far from
+    uniform."""
+    torch.manual_seed(seed)
+    net = AutoModelForCausalLM.from_config(tiny_config(kind, **shape))
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if p.dim() >= 2:
+                p.copy_(
+                    torch.randn_like(p) * scale * (0.2 if "embed" in name or "wte" in name else 0.3)
+                )
+    return net.eval()
+
+
+def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **shape):
+    """Writes a loadable tiny model folder and returns its path as text."""
+    net = tiny_net(kind, seed, **shape)
+    net.generation_config = GenerationConfig(
+        eos_token_id=257, pad_token_id=256, temperature=0.3, top_k=7, do_sample=True
+    )
+    net.save_pretrained(folder)
+    byte_tokenizer(eos).save_pretrained(folder)
+    return str(folder)
+
+
+def command(*arguments, **options):
+    """Runs `prefix-distill …` in a process of its own; CompletedProcess with text output."""
+    return subprocess.run(
+        [sys.executable, "-m", "prefix_distill", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+
+
+def invoke(*arguments):
+    """Runs `prefix-distill …` in this process, as main() would: (exit code, stdout, stderr).
+    Quicker than a process.
+
+    As under ``python -W``, the command leaves it to pytest which warnings are errors.
+    """
+    from prefix_distill.cli import main as cli
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = mock.patch.object(sys, "argv", ["prefix-distill", *map(str, arguments)])
+    with argv, mock.patch.object(sys, "warnoptions", ["default"]):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+            except SystemExit as stop:
+                code = stop.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def last_json(text: str) -> dict:
+    """The JSON document on the last line of stdout."""
+    return json.loads(text.strip().splitlines()[-1])
+
+
+class Silent:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    own = warn
+
+    def note(self, *_): ...
+    def row(self, *_): ...
+    def tail(self, *_): ...
+    def evaluation(self, *_): ...
+
+
+def prepared(pair, questions, **changes):
+    values = {
+        "models.student": pair[0],
+        "models.teacher": pair[1],
+        "data.dataset": questions,
+        "schedule.prefix": "12",
+        "rollout.max_new_tokens": 32,
+        "rollout.samples": 2,
+        "train.batch_size": 5,
+        "train.micro_batch_size": 4,
+        "train.steps": 4,
+        "evaluate.problems": 4,
+        "evaluate.kl_prompts": 4,
+        "runtime.dtype": "float32",
+    }
+    return preflight.prepare(
+        configuration.build(values | {k.replace("__", "."): v for k, v in changes.items()})
+    )
+
+
+def trained(run, folder):
+    files = RunFolder(folder)
+    files.create({})
+    files.write_json("run.json", {})
+    return train.train(run, files, Silent(), False)
+
+
+def update_gradient(run, micro=None):
+    """Return the gradient of update 0, its rollouts and its per-token values."""
+    run.config = configuration.replace(run.config, train={"micro_batch_size": micro or 4})
+    if run.student.adapter is None:
+        run.student.net.requires_grad_(True)
+    run.student.net.zero_grad()
+    prompts = stream.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
+    clock, ledger = Clock(run.place.device), Ledger()
+    rollouts = update.sample(run, run.student, prompts, 0, run.prefix.length(0), ledger, clock)
+    weights, share = token_weights(rollouts, run.config.divergence.reduction)
+    values, _ = update.accumulate_gradients(
+        run, StudentLoss(run), rollouts, weights, share, ledger, clock
+    )
+    return {name: p.grad.clone() for name, p in run.student.trained.items()}, rollouts, values
+
+
+def assert_same(left, right, tolerance=1e-5):
+    for name in left:
+        scale = right[name].abs().max().item()
+        torch.testing.assert_close(
+            left[name], right[name], rtol=tolerance, atol=tolerance * max(scale, 1e-6), msg=name
+        )
+
+
+def counted(work) -> float:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def shortage(monkeypatch, where, most):
+    """No room for more than ``most`` rollouts at once: in a forward of training, in one of
+    scoring, or in a generation."""
+    if where == "generation":
+        plain = sampling._call
+
+        def call(model, batch, *rest):
+            if len(batch) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(model, batch, *rest)
+
+        monkeypatch.setattr(sampling, "_call", call)
+    else:
+        plain = scoring.hidden_rows
+
+        def hidden_rows(model, rollouts, teacher=False):
+            if len(rollouts) > most and torch.is_grad_enabled() is (where == "training"):
+                raise RuntimeError(
+                    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate "
+                    "memory: you tried to"
+                )
+            return plain(model, rollouts, teacher)
+
+        monkeypatch.setattr(scoring, "hidden_rows", hidden_rows)
+
+
+def flags(pair, questions, out):
+    return [
+        "run",
+        "--student",
+        pair[0],
+        "--teacher",
+        pair[1],
+        "--dataset",
+        questions,
+        "--steps",
+        "6",
+        "--prefix",
+        "12",
+        "--max-new-tokens",
+        "32",
+        "--batch-size",
+        "4",
+        "--samples",
+        "2",
+        "--micro-batch-size",
+        "3",
+        "--eval-samples",
+        "4",
+        "--eval-every",
+        "2",
+        "--save-every",
+        "3",
+        "--check-samples",
+        "0",
+        "--lr",
+        "1e-3",
+        "--out",
+        str(out),
+    ]
+
+
+def rows(out: Path) -> list[dict]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines
+    ]
+
+
+def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):
+    """A run folder as the tool writes it: ``curve`` of accuracies (right for the first
+    problems), linear ``cost``."""
+    folder.mkdir(parents=True)
+    rights = [[1.0] * round(a * PROBLEMS) + [0.0] * (PROBLEMS - round(a * PROBLEMS)) for a in curve]
+    evaluations = [
+        {
+            "step": 5 * i,
+            "accuracy": {"value": sum(right) / PROBLEMS, "n": PROBLEMS, "low": 0.0, "high": 1.0},
+            "kl": {"value": 1.0 - a / 2, "n": 9, "low": 0, "high": 1},
+            "kl_prefix": 0.5,
+            "kl_tail": 0.2,
+            "finish_rate": 1.0,
+            "mean_tokens": 50.0,
+            "flops_useful": cost * i,
+            "flops_executed": 2 * cost * i,
+            "seconds": seconds * i,
+            "quadrants": quadrants([0, 0, 1, 1], [0.0, 3.0, 0.0, 1.0 + i], (0.5, 0.5)),
+        }
+        for i, (a, right) in enumerate(zip(curve, rights))
+    ]
+    result = {
+        "evaluations": evaluations,
+        "prefix": prefix,
+        "full_rollout_cost": 9 * cost,
+        "prefix_decisions": [],
+        "extrapolations": [{"step": 8, "k": 2, "scores": [0.25, 0.5, 0.75, 0.75], "flops": 3e9}],
+    }
+    (folder / "run.json").write_text(json.dumps({"seed": seed, "result": result}))
+    tree = configuration.as_dict(
+        configuration.build(
+            {"models.student": student, "rollout.max_new_tokens": 10, "runtime.seed": seed}
+        )
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "scores.jsonl").write_text(
+        "".join(json.dumps({"step": 5 * i, "right": r}) + "\n" for i, r in enumerate(rights))
+    )
+    (folder / "before.json").write_text(
+        json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.8, 0.6], [1.0, 2.0]]})
+    )
+    (folder / "after.json").write_text(
+        json.dumps({"kl_by_token": [[1.0, 1.0, 1.0, 1.0, 0.5, 0.1], [1.0, 2.0]]})
+    )
+    return folder
+
+
+def head_logits(head, hidden):
+    """The head's logits, by the book."""
+    z = head.scale * (hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V))
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def by_the_book(
+    terms, shared, rollouts, student_ND, student_head, teacher_ME, teacher_head, raw=False
+):
+    """Values of all taught units [U], one unit at a time, with autograd through whatever needs
+    it."""
+    found, row, there = [], 0, 0
+    for r in rollouts:
+        for u in r.taught_units:
+            scores = []
+            for hidden, head, at, start, size, ids, common, ends in (
+                (
+                    student_ND,
+                    student_head,
+                    row,
+                    u.start,
+                    u.size,
+                    r.ids,
+                    shared.student,
+                    shared.student_eos,
+                ),
+                (
+                    teacher_ME,
+                    teacher_head,
+                    there,
+                    u.teacher_start,
+                    u.teacher_size,
+                    r.teacher_ids,
+                    shared.teacher,
+                    shared.teacher_eos,
+                ),
+            ):
+                z = head_logits(head, hidden[at : at + size]) / terms.temperature
+                z = z if raw else z.log_softmax(-1)
+                own = [z[0, list(common)], z[0, list(ends)].logsumexp(0, keepdim=True)]
+                if not u.exact:
+                    own.append(
+                        torch.stack([z[i, ids[start + i]] for i in range(size)]).mean()[None]
+                    )
+                scores.append(torch.cat(own).log_softmax(-1)[None])
+            found.append(per_token(terms.name, terms.beta, scores[0], scores[1].detach())[0])
+            row, there = row + u.size, there + u.teacher_size
+    return torch.stack(found)
