@@ -56,6 +56,8 @@ TEMPLATE = (
     "endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 
+# the exact divergences, each with its beta
+NAMES_AND_BETAS = [("reverse-kl", None), ("forward-kl", None), ("jsd", 0.5), ("jsd", 0.1)]
 # our name of a divergence: TRL's beta
 DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd:0.5": 0.5, "jsd:0.3": 0.3}
 
