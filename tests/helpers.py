@@ -86,16 +86,16 @@ def byte_tokenizer(eos: str = "<e>") -> PreTrainedTokenizerFast:
 
 def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int = 2):
     """A network small enough for a test, of a real architecture."""
-    common = dict(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=256,
-        eos_token_id=257,
-        bos_token_id=None,
-    )
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "pad_token_id": 256,
+        "eos_token_id": 257,
+        "bos_token_id": None,
+    }
     if kind == "llama":
         return LlamaConfig(
             **common, intermediate_size=2 * width, num_key_value_heads=2, tie_word_embeddings=False
@@ -179,12 +179,13 @@ def invoke(*arguments):
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = mock.patch.object(sys, "argv", ["prefix-distill", *map(str, arguments)])
-    with argv, mock.patch.object(sys, "warnoptions", ["default"]):
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.main()
-            except SystemExit as stop:
-                code = stop.code or 0
+    warning_options = mock.patch.object(sys, "warnoptions", ["default"])
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with argv, warning_options, streams[0], streams[1]:
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
     return code, out.getvalue(), err.getvalue()
 
 
@@ -336,7 +337,7 @@ def rows(out: Path) -> list[dict]:
     ]
 
 
-def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):
+def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  # noqa: PLR0913  what tests of the report vary
     """A run folder as the tool writes it: ``curve`` of accuracies (right for the first
     problems), linear ``cost``."""
     folder.mkdir(parents=True)
@@ -355,7 +356,7 @@ def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):
             "seconds": seconds * i,
             "quadrants": quadrants([0, 0, 1, 1], [0.0, 3.0, 0.0, 1.0 + i], (0.5, 0.5)),
         }
-        for i, (a, right) in enumerate(zip(curve, rights))
+        for i, (a, right) in enumerate(zip(curve, rights, strict=True))
     ]
     result = {
         "evaluations": evaluations,
@@ -389,7 +390,7 @@ def head_logits(head, hidden):
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def by_the_book(
+def by_the_book(  # noqa: PLR0913  the operands of the formula
     terms, shared, rollouts, student_ND, student_head, teacher_ME, teacher_head, raw=False
 ):
     """Values of all taught units [U], one unit at a time, with autograd through whatever needs

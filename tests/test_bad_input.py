@@ -310,7 +310,8 @@ CONFIGS = {  # name: (text, message)
     "aliases of aliases": (
         "a: &a [x]\n"
         + "".join(
-            f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
+            f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n"
+            for a, b in zip("abcdefgh", "bcdefghi", strict=True)
         ),
         "its aliases and merge keys expand to more than 65,536 nodes",
     ),
@@ -318,7 +319,7 @@ CONFIGS = {  # name: (text, message)
         "a: &a {x: 1}\n"
         + "".join(
             f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 9)}]}}\n"
-            for a, b in zip("abcdefgh", "bcdefghi")
+            for a, b in zip("abcdefgh", "bcdefghi", strict=True)
         ),
         "its aliases and merge keys expand to more than 65,536 nodes",
     ),

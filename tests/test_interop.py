@@ -152,7 +152,7 @@ def test_llama_cpp_answers_as_transformers_do(tmp_path):
     )["choices"][0]
     tokens = found["logprobs"]["content"]
     assert [token["id"] for token in tokens] == ids and found["text"] == tokenizer.decode(ids)
-    for token, row in zip(tokens, logp):
+    for token, row in zip(tokens, logp, strict=True):
         for other in token["top_logprobs"]:
             assert other["logprob"] == pytest.approx(row[other["id"]].item(), abs=0.02)
     said = server.handle_chat_completions(

@@ -121,7 +121,7 @@ def test_wheel_and_sdist_install_into_an_empty_environment_and_run_from_anywhere
         outside.mkdir()
         clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
-        def run(*words):
+        def run(*words, python=python, outside=outside, clean=clean):
             done = subprocess.run(
                 [str(python.with_name("prefix-distill")), *words],
                 cwd=outside,

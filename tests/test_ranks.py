@@ -2,6 +2,7 @@
 1e-5; and nothing hangs."""
 
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ from helpers import ROOT, invoke, last_json
 from safetensors.torch import load_file, save_file
 
 from prefix_distill import config as configuration
-from prefix_distill.cli import quiet
+from prefix_distill.cli import launch, quiet
 from prefix_distill.engine import scoring
 from prefix_distill.engine.ranks import Place
 from prefix_distill.errors import Stopped
@@ -155,10 +156,10 @@ def a_bit_flips_on_rank_1():
 def first_gradient_in(file):
     plain = apply_update
 
-    def update(run, folder, optimizer, anchor, progress, rate):
+    def update(run, folder, optimizer, anchor, progress, *rest):
         if progress.step == 0 and run.place.first:
             save_file({name: p.grad.clone() for name, p in run.student.trained.items()}, file)
-        return plain(run, folder, optimizer, anchor, progress, rate)
+        return plain(run, folder, optimizer, anchor, progress, *rest)
 
     train.apply_update = update
     yield
@@ -451,9 +452,10 @@ def pid_of(rank: int, out) -> int:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().decode().split("\0")
-                if any("launch import rank" in word for word in words) and str(out) in words:
-                    if f"RANK={rank}" in (entry / "environ").read_bytes().decode().split("\0"):
-                        return int(entry.name)
+                variables = (entry / "environ").read_bytes().decode().split("\0")
+                started = launch.RANK in words and str(out) in words
+                if started and f"RANK={rank}" in variables:
+                    return int(entry.name)
     raise LookupError(rank)
 
 
@@ -606,7 +608,10 @@ def test_two_gpus_are_one(pair, questions, tmp_path):
     for name, more in (("1", []), ("2", ["--gpus", "2"])):
         given = flags(pair, questions, tmp_path / name, "--dtype", "float32", *more)
         code, _, err = invoke(
-            *["cuda" if before == "--device" else word for before, word in zip(["", *given], given)]
+            *[
+                "cuda" if before == "--device" else word
+                for before, word in itertools.pairwise(["", *given])
+            ]
         )
         assert code == 0, err
     assert_same(tmp_path / "1", tmp_path / "2", "no room", 1e-3)
@@ -619,16 +624,20 @@ def test_fingerprints_see_one_bit():
     flipped["b"].view(torch.int16)[1] ^= 1
     found = []
     for other in (weights, flipped):
-        sums = {}
-        object.__setattr__(
-            place, "gather", lambda value: sums.setdefault("own", value) and [value, sums["other"]]
-        )
+        sent = []
+
+        def send(value, sent=sent):
+            sent.append(value)
+            return [value]
+
+        def receive(value, sent=sent):
+            return [value, *sent]
+
         probe = Place(
             torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ()
         )
-        object.__setattr__(
-            probe, "gather", lambda value: sums.__setitem__("other", value) or [value]
-        )
+        object.__setattr__(probe, "gather", send)
+        object.__setattr__(place, "gather", receive)
         probe.differing(other)
         found.append(place.differing(weights))
     assert found == [None, (1, "b")]

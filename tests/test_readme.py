@@ -39,7 +39,7 @@ def test_ci_installs_and_tests_as_the_readme_says():
     script = (ROOT / ".ci/run").read_text()
     block = next(b for b in re.findall(r"```sh\n(.*?)```", README, re.S) if "pytest" in b)
     for line in block.splitlines():
-        words = [w for w in shlex.split(line)]
+        words = shlex.split(line)
         mine = next(
             shlex.split(x)
             for x in script.splitlines()
@@ -162,7 +162,7 @@ def demo_table() -> str:
         f"| student, untrained | {percent(found['student'])} | | | "
         f"{found['arms'][0]['evaluations'][0]['mean_tokens']:.0f} |",
     ]
-    for arm, name in zip(found["arms"], ("24-token prefix", "full rollouts")):
+    for arm, name in zip(found["arms"], ("24-token prefix", "full rollouts"), strict=True):
         rows.append(
             f"| {name} | {percent(arm['accuracy'])} | {arm['flops_useful'] / 1e9:.1f} G | "
             f"{arm['seconds']:.0f} s | {arm['mean_tokens']:.0f} |"
@@ -799,7 +799,7 @@ def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
         ), (name, value)
     shown = {parameter.opts[0]: parameter for parameter in GROUP.commands["run"].params}
     text = "".join(invoke("run", "--help")[1].split())
-    for name, (path, field) in defaults.items():
+    for name, (_, field) in defaults.items():
         assert "".join(f"{field.metadata['help']}[default:(".split()) in text, name
         assert shown[name].show_default == (
             field.metadata["shown"] or (str(field.default) if field.default is not None else "none")

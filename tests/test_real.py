@@ -37,7 +37,9 @@ def test_four_updates_bring_it_closer_and_the_result_loads_in_plain_transformers
         json.loads((folder / name).read_text())["kl_by_token"]
         for name in ("before.json", "after.json")
     )
-    falls = [math.fsum(b) / len(b) - math.fsum(a) / len(a) for b, a in zip(before, after)]
+    falls = [
+        math.fsum(b) / len(b) - math.fsum(a) / len(a) for b, a in zip(before, after, strict=True)
+    ]
     mean = math.fsum(falls) / len(falls)
     error = math.sqrt(math.fsum((f - mean) ** 2 for f in falls) / (len(falls) - 1) / len(falls))
     assert mean > 2 * error, (mean, error)

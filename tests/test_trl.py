@@ -195,7 +195,10 @@ def test_a_group_of_tokens_by_hand_ours_and_golds():
     distributions to 1/2 · (1/8, 1/8, 1/8, 1/8, 1/2), sorts both and takes the L1 distance: |1/4 −
     1/2| + 2·|1/16 − 1/4| + 2·(1/16) = 3/4.
     """
-    log = lambda *p: torch.tensor(p).log()
+
+    def log(*p):
+        return torch.tensor(p).log()
+
     other = log(0.2, 0.2, 0.2, 0.2, 0.2)
     student = torch.stack(
         [

@@ -82,7 +82,8 @@ def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Ro
     sampler = Sampler(teacher.eos, min(teacher.eos), teacher.support, 7)
     drawn = generate(teacher, [Request(i, ("text", n)) for n, i in enumerate(ids)], tokens, sampler)
     return [
-        Rollout(n, 0, i, i, r.ids, r.ids, r.finished) for n, (i, r) in enumerate(zip(ids, drawn))
+        Rollout(n, 0, i, i, r.ids, r.ids, r.finished)
+        for n, (i, r) in enumerate(zip(ids, drawn, strict=True))
     ]
 
 
@@ -93,7 +94,7 @@ def likelihood(
     """Log-likelihood of texts (in the student's tokens) under the student, nats per byte of
     ``size`` bytes."""
     total = 0.0
-    for prompt, ids in zip(prompts, texts):
+    for prompt, ids in zip(prompts, texts, strict=True):
         given = tuple(templates.render(student, prompt.messages, "plain"))
         hidden = scoring.hidden_rows(student, [Rollout(0, 0, given, given, ids, ids, False)])
         total += (
@@ -192,7 +193,7 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
     held = stream.hold_out(prompts, held_out, 0)[1].prompts  # those that the runs held out, too
     sides = load(student), load(teacher)
     aligned, _ = match(*sides, "simct")
-    texts = [r for r in teacher_texts(sides[1], held, longest)]
+    texts = teacher_texts(sides[1], held, longest)
     ours = [aligned.to_student(r.ids, r.finished) for r in texts]
     size = sum(len(aligned.student.read(ids)[0]) for ids in ours)
     before = likelihood(sides[0], held, ours, size)

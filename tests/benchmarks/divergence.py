@@ -29,7 +29,7 @@ import measure
 DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd": 0.5}  # TRL's beta
 
 
-def naive(name, student, head, teacher, teacher_head, weight):
+def naive(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula
     import torch.nn.functional as F
 
     from prefix_distill.maths.divergence import per_token
@@ -41,7 +41,7 @@ def naive(name, student, head, teacher, teacher_head, weight):
     return (per_token(name, 0.5, *sides) * weight).sum()
 
 
-def checkpointed(name, student, head, teacher, teacher_head, weight):
+def checkpointed(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula
     from torch.utils.checkpoint import checkpoint
 
     from prefix_distill.maths.divergence import Terms
@@ -62,14 +62,14 @@ def checkpointed(name, student, head, teacher, teacher_head, weight):
     )
 
 
-def ours(name, student, head, teacher, teacher_head, weight):
+def ours(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula
     from prefix_distill.maths.divergence import Head, Terms
     from prefix_distill.maths.fused import weighted
 
     return weighted(Terms(name, 0.5), student, Head(head), teacher, Head(teacher_head), weight)[0]
 
 
-def trl(name, student, head, teacher, teacher_head, weight):
+def trl(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     values, _ = ChunkedDivergenceFunction.apply(
@@ -84,22 +84,21 @@ def one(arm: str, name: str, rows: int, vocabulary: int, width: int) -> dict:
 
     torch.manual_seed(0)
     work = {"ours": ours, "naive": naive, "checkpointed": checkpointed, "trl": trl}[arm]
-    made = lambda *shape: torch.randn(*shape)
     small = [
-        made(2, width).requires_grad_(),
-        made(64, width).requires_grad_(),
-        made(2, width),
-        made(64, width),
+        torch.randn(2, width).requires_grad_(),
+        torch.randn(64, width).requires_grad_(),
+        torch.randn(2, width),
+        torch.randn(64, width),
         torch.ones(2),
     ]
     work(name, *small).backward()  # libraries and thread pools
     student, head = (
-        (made(rows, width) * 0.5).requires_grad_(),
-        (made(vocabulary, width) * 0.05).requires_grad_(),
+        (torch.randn(rows, width) * 0.5).requires_grad_(),
+        (torch.randn(vocabulary, width) * 0.05).requires_grad_(),
     )
     teacher, teacher_head, weight = (
-        made(rows, width) * 0.5,
-        made(vocabulary, width) * 0.05,
+        torch.randn(rows, width) * 0.5,
+        torch.randn(vocabulary, width) * 0.05,
         torch.full((rows,), 1 / rows),
     )
     before = measure.reset_peak()

@@ -256,7 +256,7 @@ def main() -> None:
                     "time",
                     [
                         s / statistics.median(turn["gold"]["seconds"])
-                        for s, turn in zip(seconds, turns)
+                        for s, turn in zip(seconds, turns, strict=True)
                     ],
                 ),
                 (

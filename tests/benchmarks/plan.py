@@ -122,13 +122,13 @@ def networks(folder: Path, wanted: set[str]) -> None:
         PreTrainedTokenizerFast,
     )
 
-    common = dict(
-        vocab_size=V,
-        eos_token_id=V - 1,
-        pad_token_id=V - 2,
-        bos_token_id=None,
-        max_position_embeddings=4096,
-    )
+    common = {
+        "vocab_size": V,
+        "eos_token_id": V - 1,
+        "pad_token_id": V - 2,
+        "bos_token_id": None,
+        "max_position_embeddings": 4096,
+    }
     for name, config in {
         "llama": LlamaConfig(
             hidden_size=512,

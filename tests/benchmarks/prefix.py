@@ -224,7 +224,8 @@ def speed_up(drawn: Resampled, arm: str, reference: str, what: str) -> dict:
     def one(accuracies, costs) -> float:
         wanted = accuracies[0][0] + 0.9 * (accuracies[0][-1] - accuracies[0][0])
         needed = [
-            report.first_cost(cost, accuracy, wanted) for accuracy, cost in zip(accuracies, costs)
+            report.first_cost(cost, accuracy, wanted)
+            for accuracy, cost in zip(accuracies, costs, strict=True)
         ]
         return (
             needed[0] / needed[1] if 0 < needed[1] < math.inf else 0.0
@@ -235,7 +236,7 @@ def speed_up(drawn: Resampled, arm: str, reference: str, what: str) -> dict:
         [
             one((ref, own), steps if what == "updates" else (ref_cost, own_cost))
             for ref, own, ref_cost, own_cost in zip(
-                *(sides[i][j].tolist() for j in (2, 4) for i in (0, 1))
+                *(sides[i][j].tolist() for j in (2, 4) for i in (0, 1)), strict=True
             )
         ]
     )
@@ -406,7 +407,10 @@ def saving(arms: Arms, rows: list[dict]) -> dict | None:
     run = preflight.prepare(configuration.build(arms.settings(arms.reference, arms.seeds[0])))
     full = next(row["mean_tokens"] for row in rows if row["arm"] == arms.reference)
     prompts = run.train_prompts[: run.config.train.batch_size]
-    cost = lambda tokens: run.update_cost(prompts, tokens)
+
+    def cost(tokens):
+        return run.update_cost(prompts, tokens)
+
     lengths = [len(p.student_ids) for p in prompts]
     return {
         "prompt_tokens": sum(lengths) / len(lengths),
@@ -443,7 +447,7 @@ def extrapolations(runs: list[Finished]) -> dict:
                 found[arm]["cosine"] = {
                     rows[0]["step"]: sum(row["modules"]["all"]["cosine"] for row in rows)
                     / len(rows)
-                    for rows in zip(*tables)
+                    for rows in zip(*tables, strict=True)
                 }
     return found
 

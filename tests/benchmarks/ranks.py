@@ -12,6 +12,7 @@ JSON line last.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -73,7 +74,7 @@ def rank(values: str) -> None:
         run.place.wait()
         result = train.train(run, folder, watch, False)
         if run.place.first:
-            seconds = [after - before for before, after in zip(watch.ends, watch.ends[1:])]
+            seconds = [after - before for before, after in itertools.pairwise(watch.ends)]
             phases = {k: v / len(watch.ends) for k, v in result["seconds"]["by_phase"].items()}
             print(
                 json.dumps(
@@ -150,7 +151,7 @@ def main() -> None:
             )
             per_turn = [
                 statistics.median(a["seconds"]) / statistics.median(b["seconds"])
-                for a, b in zip(found[1], found[2])
+                for a, b in zip(found[1], found[2], strict=True)
             ]
             table.append(
                 {
@@ -164,7 +165,8 @@ def main() -> None:
                     "updates": len(found[1][0]["seconds"]) * len(found[1]),
                     "phases": {str(ranks): found[ranks][-1]["phases"] for ranks in found},
                     "kl_gap": max(
-                        abs(a["kl_after"] - b["kl_after"]) for a, b in zip(found[1], found[2])
+                        abs(a["kl_after"] - b["kl_after"])
+                        for a, b in zip(found[1], found[2], strict=True)
                     ),
                 }
             )

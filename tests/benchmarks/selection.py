@@ -77,7 +77,9 @@ def work(arm: str, student, head, teacher, teacher_head):
             at,
             weights.scale(lists["entropy"], lists["divergence"]),
         )
-        rows = torch.tensor([start + t for start, r in zip(starts, kept) for t in r.taught])
+        rows = torch.tensor(
+            [start + t for start, r in zip(starts, kept, strict=True) for t in r.taught]
+        )
     return fused.weighted(
         terms,
         student[rows],

@@ -34,6 +34,7 @@ Needs pip install "torch==2.13.0" -e ".[bench]" and what real_pair.py needs.
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import statistics
@@ -86,7 +87,7 @@ class Watch:
         """What an arm prints; ``prompts``: the ids of every update's prompts."""
         import torch
 
-        seconds = [after - before for before, after in zip(self.ends, self.ends[1:])]
+        seconds = [after - before for before, after in itertools.pairwise(self.ends)]
         return {
             "seconds": seconds[1:],
             "warm_up_seconds": seconds[0],
@@ -301,7 +302,7 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
     ]
     watch.tokens = [
         seen - before - prompt
-        for seen, before, prompt in zip(watch.tokens, [0, *watch.tokens], read)
+        for seen, before, prompt in zip(watch.tokens, [0, *watch.tokens[:-1]], read, strict=True)
     ]
     firsts = ids[:: case.samples]
     return watch.document(

@@ -268,7 +268,12 @@ table = Table(title="arms")
 for name in ("arm", "accuracy", "cost"):
     table.add_column(name)
 table.add_row("full", "90.5% [86.0%, 94.5%]", "1 G")
-row = {"step": 1, "loss/reverse_kl_nats": 0.5, "rollout/prefix_tokens": 8, "rollout/finished_share": 0.0}
+row = {
+    "step": 1,
+    "loss/reverse_kl_nats": 0.5,
+    "rollout/prefix_tokens": 8,
+    "rollout/finished_share": 0.0,
+}
 with Display(2, "run:") as display:
     display.row(row, 1e9, 2e9)
     display.note("a note")

@@ -148,7 +148,7 @@ def test_on_and_off_are_words_also_in_yaml(tmp_path):
         built.data.teacher_thinking,
         built.models.cross_tokenizer,
     ) == ("on", "on", "off")
-    with pytest.raises(UserError, match="runtime.dtype: expected text, got True"):
+    with pytest.raises(UserError, match=r"runtime\.dtype: expected text, got True"):
         config.build({"runtime.dtype": True})
 
 

@@ -64,7 +64,7 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
     stir(run.student.net)
     full = prepared(pair, questions)
     full.student.net.load_state_dict(adapter.merged(run.student.net))
-    ours, rollouts, values = update_gradient(run, micro=3)
+    ours, rollouts, _ = update_gradient(run, micro=3)
     theirs, again, _ = update_gradient(full, micro=10)
     assert [r.ids for r in rollouts] == [r.ids for r in again]
     expected, s = {}, 6 / 4
@@ -210,7 +210,10 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
     )
     copy = prepared((pair[0], "self"), questions, divergence__name="forward-kl", **SELF)
     assert run.teacher.net is run.student.net and run.teacher.adapter_off
-    rows = lambda model: scoring.hidden_rows(model, made, teacher=True)
+
+    def rows(model):
+        return scoring.hidden_rows(model, made, teacher=True)
+
     _, made, values = update_gradient(run)
     _, _, same = update_gradient(copy)
     for key in values:
@@ -326,9 +329,9 @@ def test_settings_that_do_not_go_together(flags, code, message, tmp_path):
 
 
 def test_broken_adapters_are_named(pair, tmp_path):
-    load = lambda: loading.load_model(
-        str(tmp_path), device=torch.device("cpu"), dtype=torch.float32
-    )
+    def load():
+        loading.load_model(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no base model"):
         load()

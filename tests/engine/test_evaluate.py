@@ -88,7 +88,7 @@ def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
         facts["divergence"]
         for facts in evaluate.held_out_facts(*models, None, fixed, PLACE, rows=3)
     ]
-    for rollout, values in zip(fixed, found):
+    for rollout, values in zip(fixed, found, strict=True):
         ids = torch.tensor([rollout.student_prompt + rollout.ids])
         with torch.no_grad():
             s, t = (
@@ -104,18 +104,20 @@ def test_average_and_pass_at_k(models):
     """Graded by what was sampled: a problem whose reference is one of its own answers is right
     for those samples."""
     sampler = Sampler(frozenset({257}), 256, 260, 3)
-    run = lambda references: evaluate.evaluate(
-        models[0],
-        [
-            (Prompt(i, ({"role": "user", "content": "x"},), r), (4, 5, 6))
-            for i, r in enumerate(references)
-        ],
-        sampler,
-        samples=3,
-        max_new_tokens=2,
-        answer_format="exact",
-        place=PLACE,
-    )
+
+    def run(references):
+        messages = ({"role": "user", "content": "x"},)
+        problems = [(Prompt(i, messages, r), (4, 5, 6)) for i, r in enumerate(references)]
+        return evaluate.evaluate(
+            models[0],
+            problems,
+            sampler,
+            samples=3,
+            max_new_tokens=2,
+            answer_format="exact",
+            place=PLACE,
+        )
+
     texts = [[r["text"] for r in record["responses"]] for record in run(["none", "none"]).records]
     assert texts[0] != texts[1]  # the same prompt twice draws differently
     score = run([texts[0][0], "none"])

@@ -54,12 +54,12 @@ def test_sampler_and_scorer_agree_on_every_log_probability(model):
     drawn = generate(model, requests(), 12, sampler())
     rows = [
         Rollout(i, 0, r.ids, r.ids, d.ids, d.ids, d.finished)
-        for i, (r, d) in enumerate(zip(requests(), drawn))
+        for i, (r, d) in enumerate(zip(requests(), drawn, strict=True))
     ]
     with torch.no_grad():
         scored = model.head().logits(scoring.hidden_rows(model, rows)).log_softmax(-1)
     position = 0
-    for request, response in zip(requests(), drawn):
+    for request, response in zip(requests(), drawn, strict=True):
         generator = torch.Generator().manual_seed(seed_of(5, *request.key))
         ids = list(request.ids)
         for token in response.ids:
@@ -88,7 +88,7 @@ def test_greedy_rows_leave_the_batch_when_they_have_ended(model):
     early = next(t for t in free[0].ids[:30] if any(t not in r.ids for r in free[1:]))
     heard = generate(model, requests(), 70, sampler(temperature=0.0, eos=frozenset({early})))
     assert len({len(r.ids) > 32 for r in heard}) == 2  # some end in the first stretch, some go on
-    for r, f in zip(heard, free):
+    for r, f in zip(heard, free, strict=True):
         assert r.ids == f.ids[: len(r.ids)]
 
 
@@ -198,10 +198,10 @@ def test_recorded_log_probabilities_are_those_of_the_draw(model, shape):
         Response(r.ids, r.finished) for r in drawn
     ]
     assert len({len(r.ids) for r in drawn}) > 2
-    for request, response in zip(requests(), drawn):
+    for request, response in zip(requests(), drawn, strict=True):
         assert len(response.logp) == len(response.ids)
         ids = list(request.ids)
-        for token, found in zip(response.ids, response.logp):
+        for token, found in zip(response.ids, response.logp, strict=True):
             logits = model.net(torch.tensor([ids]), use_cache=False).logits[
                 0, -1
             ].detach() / shape.get("temperature", 1.0)

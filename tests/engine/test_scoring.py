@@ -65,7 +65,11 @@ def test_a_shared_prompt_gives_the_rows_and_gradients_of_a_repeated_one(kind, at
     for name, gradient in want.items():
         scale = gradient.abs().max().item()
         torch.testing.assert_close(
-            got[name], gradient, rtol=0, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}"
+            got[name],
+            gradient,
+            rtol=0,
+            atol=1e-5 * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 

@@ -93,7 +93,7 @@ def test_shipped_models_meet_their_bands(name, role, tmp_path):
 def test_told_models_write_the_solution_they_are_given(role):
     problems = task.problems("choice", "test", 60)
     answers = build.sample(task.model_path("choice", role), [p.told for p in problems], 0)
-    assert sum(answer == p.solution for p, answer in zip(problems, answers)) >= 51
+    assert sum(answer == p.solution for p, answer in zip(problems, answers, strict=True)) >= 51
 
 
 @pytest.mark.long

@@ -16,14 +16,17 @@ def logp(*probabilities):
 
 def test_closed_forms_on_three_tokens_in_both_directions():
     student, teacher = (0.7, 0.2, 0.1), (0.25, 0.25, 0.5)
-    kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q))
+
+    def kl(p, q):
+        return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
     assert per_token("reverse-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(
         kl(student, teacher), 1e-12
     )
     assert per_token("forward-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(
         kl(teacher, student), 1e-12
     )
-    mixture = [0.3 * t + 0.7 * s for s, t in zip(student, teacher)]
+    mixture = [0.3 * t + 0.7 * s for s, t in zip(student, teacher, strict=True)]
     assert per_token("jsd", 0.3, logp(*student), logp(*teacher)).item() == pytest.approx(
         0.3 * kl(teacher, mixture) + 0.7 * kl(student, mixture), 1e-12
     )
@@ -49,7 +52,10 @@ def test_gradient_matches_finite_differences(name, beta):
         torch.randn(4, 6, dtype=torch.float64),
         F.log_softmax(torch.randn(4, 6, dtype=torch.float64), -1),
     )
-    value = lambda z: per_token(name, beta, F.log_softmax(z, -1), teacher)
+
+    def value(logits):
+        return per_token(name, beta, F.log_softmax(logits, -1), teacher)
+
     values, by_hand = value_and_gradient(
         name,
         beta,

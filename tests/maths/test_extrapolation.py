@@ -41,9 +41,12 @@ def some(seed: int = 0) -> tuple[dict, dict]:
     numbers."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"matrix": (7, 5), "vector": (11,), "experts": (3, 4, 2), "scalar": ()}
-    draw = lambda scale: {
-        name: torch.randn(shape, generator=generator) * scale for name, shape in shapes.items()
-    }
+
+    def draw(scale):
+        return {
+            name: torch.randn(shape, generator=generator) * scale for name, shape in shapes.items()
+        }
+
     start, step = draw(1.0), draw(1e-3)
     return {name: Parameter(w) for name, w in start.items()}, {
         name: start[name] - step[name] for name in shapes
@@ -202,7 +205,7 @@ def test_other_dtypes_are_refused_before_anything_is_touched():
         "a": Parameter(torch.ones(2)),
         "b": Parameter(torch.ones(2, dtype=torch.bfloat16)),
     }
-    with pytest.raises(ValueError, match="b is torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"b is torch\.bfloat16"):
         extrapolate(
             parameters, {name: torch.zeros(2) for name in parameters}, "always-1", scores(), ()
         )
@@ -250,7 +253,9 @@ def test_random_accepts_each_with_probability_one_half():
 
 
 def test_random_is_decided_by_its_key():
-    draws = lambda seed: [search(1.0, 0.0, None, "random", (seed, t))[0].k for t in range(40)]
+    def draws(seed):
+        return [search(1.0, 0.0, None, "random", (seed, t))[0].k for t in range(40)]
+
     assert draws(0) == draws(0) != draws(1)
 
 
@@ -271,18 +276,26 @@ ATTENTION = [
     "self_attn.o_proj.weight",
 ]
 GATED = ["mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]
-BOTH = lambda *layers: [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+
+
+def weights_and_biases(*layers):
+    return [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+
+
 MOVED = {
     "llama": ("model.layers", ATTENTION + GATED),
     "qwen3": ("model.layers", ATTENTION + GATED),
     "gemma3": ("model.layers", ATTENTION + GATED),
     "neox": (
         "gpt_neox.layers",
-        BOTH(
+        weights_and_biases(
             "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
         ),
     ),
-    "gpt2": ("transformer.h", BOTH("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+    "gpt2": (
+        "transformer.h",
+        weights_and_biases("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    ),
 }
 
 
@@ -327,9 +340,14 @@ class Whole(torch.nn.Module):
         if tied:
             self.head.weight = self.embed.weight
 
-    get_decoder = lambda self: self
-    get_input_embeddings = lambda self: self.embed
-    get_output_embeddings = lambda self: self.head
+    def get_decoder(self):
+        return self
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -355,7 +373,10 @@ def test_a_real_network_goes_through_a_search():
     with torch.no_grad():
         for p in parameters.values():
             p -= 1e-3 * p.grad
-    score = lambda: -net(ids, labels=ids).loss.item()
+
+    def score():
+        return -net(ids, labels=ids).loss.item()
+
     found = extrapolate(parameters, anchor, "effopd", score, ())
     assert found.k > 0 and score() == found.scores[found.k] == max(found.scores)
     assert same_bits(anchor, parameters) and same_bits(rest, dict(net.named_parameters()))
@@ -462,7 +483,7 @@ def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tm
         for key in state["optimizer"]
     )
     assert result["extrapolations"] == [{"step": 1, "k": 1, "scores": [], "flops": 0.0}]
-    everything, _, _, forgotten = trained(
+    _, _, _, forgotten = trained(
         pair,
         questions,
         tmp_path / "all",

@@ -67,7 +67,7 @@ def test_rows_that_have_ended_leave_the_batch(model):
     lengths = [len(r.ids) for r in heard]
     assert lengths[0] > 64 and sum(n <= 32 for n in lengths) >= 3
     assert [r.ids for r in heard] == [
-        f.ids[:n] for f, n in zip(free, lengths)
+        f.ids[:n] for f, n in zip(free, lengths, strict=True)
     ]  # leaving changes nobody's draw
     assert ledger.total("executed") == pytest.approx(real, rel=0.02)
 
@@ -137,8 +137,13 @@ def test_recomputed_layers_are_executed_once_more_at_most(model):
 def test_useful_counts_real_tokens_and_causal_pairs():
     cost, ledger = Shape(1000, 50, ((8, None), (8, 4))), Ledger()
     ledger.generation(cost, [(3, [4]), (5, [1])])
-    full = lambda n: n * (n + 1) // 2
-    sliding = lambda n: sum(min(i, 4) for i in range(1, n + 1))
+
+    def full(n):
+        return n * (n + 1) // 2
+
+    def sliding(n):
+        return sum(min(i, 4) for i in range(1, n + 1))
+
     assert ledger.useful["student_prefill"] == 2 * (2000 * 4 + 100) + 32 * (
         full(3) + sliding(3) + full(5) + sliding(5)
     )

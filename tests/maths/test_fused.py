@@ -36,14 +36,17 @@ def test_never_negative_on_far_apart_models(name, beta):
     assert found["divergence"].min() >= -1e-6
 
 
-def naive(name, beta, hidden, weight, bias, head, teacher_logits, token_weights, temperature):
+def naive(name, beta, hidden, weight, bias, head, teacher_logits, token_weights, temperature):  # noqa: PLR0913  the operands of the formula
     """Full float32 logits, autograd, torch's own kl_div."""
     logits = hidden @ weight.T + (0 if bias is None else bias)
     logits = logits * head.scale
     if head.softcap:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     s, t = (F.log_softmax(x / temperature, -1) for x in (logits, teacher_logits))
-    kl = lambda p, q: F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+    def kl(p, q):
+        return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
     if name == "reverse-kl":
         values = kl(s, t)
     elif name == "forward-kl":
@@ -64,7 +67,7 @@ def naive(name, beta, hidden, weight, bias, head, teacher_logits, token_weights,
         (2.0, 3.0, 0.7, True),
     ],
 )
-def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, temperature, bias):
+def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, temperature, bias):  # noqa: PLR0913  fixtures and parameters of one test
     torch.manual_seed(1)
     n, d, e, v = 37, 12, 20, 203
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
@@ -94,7 +97,7 @@ def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, te
     grads = torch.autograd.grad(loss * 3, inputs)
     torch.testing.assert_close(values, want_values.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    for got, expected in zip(grads, want_grads):
+    for got, expected in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(
             got, expected, rtol=1e-5, atol=2e-5 * expected.abs().max().item()
         )
@@ -124,7 +127,7 @@ def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, be
     terms = Terms(name, beta, memory_bytes=4 * v * 5 * 4, top_k=k)
     loss, values, _ = weighted(terms, hidden, Head(weight), teacher, teacher_head, token_weight)
     torch.testing.assert_close(values.double(), want.detach(), rtol=1e-5, atol=1e-6)
-    for got, expected in zip(torch.autograd.grad(loss, [hidden, weight]), want_grads):
+    for got, expected in zip(torch.autograd.grad(loss, [hidden, weight]), want_grads, strict=True):
         torch.testing.assert_close(
             got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
         )
@@ -151,7 +154,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, beta):
         for terms in (Terms(name, beta), Terms(name, beta, top_k=k)):
             loss, values, _ = weighted(terms, hidden, head, teacher, teacher_head, torch.ones(4))
             results.append((loss, values, *torch.autograd.grad(loss, [hidden, head.weight_VD])))
-        assert all(torch.equal(a, b) for a, b in zip(*results))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_frozen_head_gets_no_gradient_and_a_cut_head_only_inside_its_support():
@@ -202,7 +205,7 @@ def test_statistics_are_the_tables_own_numbers():
     )
     s, t = (
         torch.distributions.Categorical(logits=h @ head.weight_VD.T)
-        for h, head in zip((student, teacher), heads)
+        for h, head in zip((student, teacher), heads, strict=True)
     )
     torch.testing.assert_close(found["entropy"], s.entropy())
     torch.testing.assert_close(found["student_logp"], s.log_prob(token))
@@ -285,7 +288,7 @@ def test_the_sampled_gradient_is_the_exact_one_in_expectation(ratio):
         means.append((weight * values).sum().item())
     if not ratio:
         assert means[1] == pytest.approx(means[0], abs=1e-5)  # the estimate's mean is the KL
-    for one, other in zip(*gradients):
+    for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
 
 
@@ -357,7 +360,7 @@ def test_sampled_and_cross_entropy_against_autograd(softcap):
                     )
             loss.backward()
             sides.append((values.detach(), own.grad, head.grad))
-        for one, other in zip(*sides):
+        for one, other in zip(*sides, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 

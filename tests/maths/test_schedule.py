@@ -102,7 +102,7 @@ def test_auto_waits_while_the_signal_falls_and_grows_when_it_is_exhausted():
     )  # nothing in the window: nothing to wait for
 
 
-def test_auto_needs_rollouts_that_reach_the_end_of_the_prefix_never_shrinks_and_stops_at_the_limit():
+def test_auto_needs_rollouts_that_reach_the_prefixs_end_never_shrinks_and_stops_at_the_limit():
     assert grow([1.0] * 50, filled=0.2)[2] == []
     schedule, state, said = grow([1.0] * 400, limit=22)
     assert schedule.length(400, state) == 22 and [step for step, _ in said] == [8, 16, 24]

@@ -41,10 +41,18 @@ ROLLOUTS = [
 ]
 
 
+def single(tensor, device="cpu"):
+    """Return a copy of the leaf in float32."""
+    return tensor.detach().float().to(device).requires_grad_(tensor.requires_grad)
+
+
 def case(rollouts, softcap=None, scale=1.0, bias=False, seed=0):
     """(student rows, student head, teacher rows, teacher head) in float64, for these rollouts."""
     torch.manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
     n, m = (sum(len(r.rows(teacher)) for r in rollouts) for teacher in (False, True))
     heads = [
         Head(
@@ -82,7 +90,6 @@ def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
         t for t in (student_ND, student_head.weight_VD, student_head.bias_V) if t is not None
     ]
     gradients = torch.autograd.grad((weight * expected).sum(), trained)
-    single = lambda t: t.detach().float().requires_grad_(t.requires_grad)
     ours = dataclasses.replace(
         student_head,
         weight_VD=single(student_head.weight_VD),
@@ -100,7 +107,7 @@ def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
     (3 * loss).backward()
     assert there.grad is None and theirs.weight_VD.grad is None
     for got, want in zip(
-        [t for t in (hidden, ours.weight_VD, ours.bias_V) if t is not None], gradients
+        [t for t in (hidden, ours.weight_VD, ours.bias_V) if t is not None], gradients, strict=True
     ):
         torch.testing.assert_close(got.grad.double(), 3 * want, rtol=2e-5, atol=3e-6)
     if terms.temperature == 1:
@@ -159,7 +166,10 @@ def test_a_span_worked_by_hand():
     = (1/4, 1/4, 1/2). Teacher: p = (1/4, 1/4) and "42" 1/2. So both agree, and KL = 0; with
     p_T("42") = 1/4 and 1/4 elsewhere, q_T = (1/3, 1/3, 1/3) and KL = log 3 − (3/2) log 2.
     """
-    log = lambda *p: torch.tensor([p]).log()
+
+    def log(*p):
+        return torch.tensor([p]).log()
+
     student = torch.cat(
         [log(1 / 8, 1 / 8, 1 / 2, 1 / 8, 1 / 8), log(1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 2)]
     )  # + end "4" "2" other
@@ -210,14 +220,13 @@ def test_all_ids_shared_is_the_plain_reverse_kl():
             )[:2],
         ):
             results.append((made[1], *torch.autograd.grad(made[0], (hidden, head.weight_VD))))
-        for plain, units in zip(*results):
+        for plain, units in zip(*results, strict=True):
             torch.testing.assert_close(units, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_heads_are_close_to_float32():
     rollouts = ROLLOUTS
     student_ND, student_head, teacher_ME, teacher_head = case(rollouts)
-    single = lambda t: t.detach().float().requires_grad_(t.requires_grad)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight = single(student_ND), single(student_head.weight_VD)
@@ -233,7 +242,7 @@ def test_bfloat16_heads_are_close_to_float32():
         )
         loss.backward()
         found.append((loss.detach(), hidden.grad, weight.grad))
-    for full, half in zip(*found):
+    for full, half in zip(*found, strict=True):
         assert (half - full).norm() < 0.03 * full.norm()
 
 
@@ -244,9 +253,9 @@ def test_a_gpu_gives_what_the_cpu_gives(mode):
     student_ND, student_head, teacher_ME, teacher_head = case(ROLLOUTS)
     found = []
     for device in ("cpu", "cuda"):
-        put = lambda t: t.detach().float().to(device).requires_grad_(t.requires_grad)
-        hidden, weight, there, other = map(
-            put, (student_ND, student_head.weight_VD, teacher_ME, teacher_head.weight_VD)
+        hidden, weight, there, other = (
+            single(t, device)
+            for t in (student_ND, student_head.weight_VD, teacher_ME, teacher_head.weight_VD)
         )
         shared = scoring.shared_support(SHARED, mode, device, device)
         loss, values, _ = simct.weighted(
@@ -270,7 +279,7 @@ def test_a_gpu_gives_what_the_cpu_gives(mode):
             Head(other),
         )
         found.append([t.cpu() for t in (values, hidden.grad, weight.grad, *facts.values())])
-    for cpu, gpu in zip(*found):
+    for cpu, gpu in zip(*found, strict=True):
         torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-5)
 
 

@@ -36,7 +36,10 @@ from prefix_distill.training.update import StudentLoss
 
 def test_windows_by_hand():
     values = [0.1, 0.9, 0.9, 0.0, 0.5, 0.9]
-    at = lambda kind, size=2: Window(kind, size).positions(6, (0, 0), values)
+
+    def at(kind, size=2):
+        return Window(kind, size).positions(6, (0, 0), values)
+
     assert at("first") == (0, 1) and at("middle") == (2, 3) and at("last") == (4, 5)
     assert at("highest-kl") == (1, 2) and at("highest-kl", 3) == (
         1,
@@ -337,7 +340,8 @@ def test_entropy_sample_draws_by_entropy_without_replacement():
         )
     p = [1 / 8, 3 / 8, 0, 4 / 8]
     assert first[2] == 0 and all(
-        abs(c - n * q) < 5 * math.sqrt(n * q * (1 - q)) + 1e-9 for c, q in zip(first, p)
+        abs(c - n * q) < 5 * math.sqrt(n * q * (1 - q)) + 1e-9
+        for c, q in zip(first, p, strict=True)
     )
     for a, b in ((0, 1), (0, 3), (1, 3)):  # a first and then b, or b first and then a
         q = p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b])
@@ -348,7 +352,7 @@ def test_entropy_sample_draws_by_entropy_without_replacement():
     "kind, share", [("topmost", 0.5), ("soft-or", 0.0), ("soft-or", 1.5), ("random", math.nan)]
 )
 def test_other_selections_are_refused(kind, share):
-    with pytest.raises(UserError, match="--select|--keep"):
+    with pytest.raises(UserError, match=r"--select|--keep"):
         parse_selection(kind, share)
 
 
@@ -366,7 +370,7 @@ def chosen_by_reference(run, rollouts, kind, keep) -> dict:
     h, d = (torch.cat([row[i] for row in rows]) for i in (0, 1))
     top = torch.quantile(h, 0.98)
     kept = {}
-    for r, (entropy, divergence, forward) in zip(rollouts, rows):
+    for r, (entropy, divergence, forward) in zip(rollouts, rows, strict=True):
         hat = (entropy.clamp(max=top) - h.min()) / (top - h.min())
         delta = (divergence - d.min()) / (d.max() - d.min())
         score = {

@@ -302,7 +302,7 @@ def test_prompts_against_the_context(sound, pair, questions, tmp_path):
         (1 << 20, "error", 4, "alone take"),
     ],
 )
-def test_memory_against_what_is_free(
+def test_memory_against_what_is_free(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, monkeypatch, free, status, code, words
 ):
     """A network of 100,000 numbers: 12 bytes of moments and gradients for each must fit, the

@@ -45,16 +45,16 @@ class Held(TorchDispatchMode):
 
 
 def case(**more):
-    given = dict(
-        prompts=((9, 9), (14, 14)),
-        samples=2,
-        prefix=6,
-        limit=12,
-        micro=4,
-        rows=4,
-        problems=4,
-        contexts=2,
-    )
+    given = {
+        "prompts": ((9, 9), (14, 14)),
+        "samples": 2,
+        "prefix": 6,
+        "limit": 12,
+        "micro": 4,
+        "rows": 4,
+        "problems": 4,
+        "contexts": 2,
+    }
     return Case(Terms("reverse-kl", memory_bytes=1 << 16), torch.float32, **given | more)
 
 
@@ -80,7 +80,7 @@ def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
         [*known, *(p.grad for p in real.net.parameters()), teacher_NE, head.weight_VD]
     ) as held:
         rows = scoring.hidden_rows(real, group)
-        loss, values, _ = weighted(
+        loss, _, _ = weighted(
             case().terms, rows, real.head(), teacher_NE, head, torch.ones(24), scoring.tokens(group)
         )
         loss.backward()
@@ -213,7 +213,7 @@ def test_flops_are_what_a_dry_run_says(pair, questions):
             "runtime.dtype": "float32",
         }
     )
-    (folders, configs) = zip(*(plan.read_config(path) for path in pair))
+    (folders, configs) = zip(*(plan.read_config(path) for path in pair), strict=True)
     prompts, _, support = plan._prompts(config, folders, pair, configs, 260)
     shapes = [plan.flops.shape(ghosts.sketch("m", c, torch.float32), support) for c in configs]
     for length, name in ((4, "prefix"), (8, "full")):
@@ -299,7 +299,10 @@ def test_a_pair_of_1_5_and_7_billion_by_hand(tmp_path, monkeypatch):
     )
     assert code == 0, err
     document = last_json(out)
-    layer = lambda d, f, kv: d * d + d + 2 * (d * kv + kv) + d * d + 3 * d * f + 2 * d
+
+    def layer(d, f, kv):
+        return d * d + d + 2 * (d * kv + kv) + d * d + 3 * d * f + 2 * d
+
     parameters = [
         28 * layer(1536, 8960, 256) + 151_936 * 1536 + 1536,
         28 * layer(3584, 18_944, 512) + 2 * 152_064 * 3584 + 3584,

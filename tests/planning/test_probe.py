@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from helpers import invoke, last_json
@@ -97,7 +98,7 @@ def test_without_answers_it_goes_by_the_divergence(pair, questions, tmp_path):
     prompts.write_text(
         "".join(
             json.dumps({"question": json.loads(line)["question"]}) + "\n"
-            for line in open(questions)
+            for line in Path(questions).read_text().splitlines()
         )
     )
     code, out, err = invoke(

@@ -12,8 +12,9 @@ from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.presets import BOXED, LETTER, PRESETS
 
 WRAPPED = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "
-    'where $Answer is the answer to the problem.\n\nWhat is 6·7?\n\nRemember to put your answer on its own line after "Answer:".'
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    'What is 6·7?\n\nRemember to put your answer on its own line after "Answer:".'
 )
 # preset: (a row as the hub has it, the user's turn without the instruction, final answer, what is
 # shown as an example)

@@ -107,7 +107,10 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     assert (
         code == 0 and "goes on" in err and len(calls) == 18 + 1
     )  # 9 runs of 2 updates and the one cut short: nothing finished is run again
-    same = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    def same(rows):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
     assert same(last_json(out)["arms"]) == same(whole["arms"])
     before = len(calls)
     assert invoke("compare", file, "--out", tmp_path / "cut")[0] == 0 and len(calls) == before

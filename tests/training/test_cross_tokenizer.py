@@ -127,19 +127,17 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
     student.zero_grad()
     total = 0.0
     for r in rollouts:
-        pick = lambda z, teacher: z[r.rows(teacher)]
-        ours = pick(rows(student, r.student_prompt, r.ids, 26), False)
+        ours = rows(student, r.student_prompt, r.ids, 26)[r.rows(False)]
         with torch.no_grad():
-            theirs = pick(rows(teacher, r.teacher_prompt, r.teacher_ids, 18), True)
-        eye = lambda n: Head(torch.eye(n))
+            theirs = rows(teacher, r.teacher_prompt, r.teacher_ids, 18)[r.rows(True)]
         found = by_the_book(
             Terms("reverse-kl"),
             run.alignment.shared,
             [r],
             ours,
-            eye(26),
+            Head(torch.eye(26)),
             theirs,
-            eye(18),
+            Head(torch.eye(18)),
             mode == "simct-released",
         )
         torch.testing.assert_close(
@@ -246,7 +244,8 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
     """sft: every token of the re-encoded text; divergence: its units, against the tokens that
     the teacher wrote."""
     run = prepared(rollout__off_policy=loss, models__cross_tokenizer="simct")
-    text = run.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids + [1]
+    written = run.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids
+    text = [*written, 1]
     prompts = stream.batch(run.train_prompts, 0, 3, 0)
     texts = {
         (p.prompt.index, s): {"ids": text, "finished": True} for p in prompts for s in range(2)
@@ -316,10 +315,13 @@ def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
     assert killed.returncode == -9
     code, out, err = invoke("run", "--resume", "--out", tmp_path / "parts")
     assert code == 0 and last_json(out)["resumed_from"] == 2, err
-    read = lambda name: [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
-        for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-    ]
+
+    def read(name):
+        return [
+            {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+
     assert read("parts") == read("whole") and len(read("whole")) == 4
     for row in read("whole"):
         assert sum(

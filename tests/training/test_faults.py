@@ -122,7 +122,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
 @pytest.mark.parametrize(
     "name, limit", [("best", 100_000), ("checkpoints/step-00000003", 200_000), ("model", 0)]
 )
-def test_what_cannot_be_written_leaves_what_was_there(
+def test_what_cannot_be_written_leaves_what_was_there(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, whole, monkeypatch, name, limit
 ):
     """A file-size limit stands for the full disk: at the best student, at a checkpoint, at the
@@ -162,7 +162,7 @@ def test_a_folder_deleted_under_the_run(pair, questions, tmp_path):
 def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
     out = tmp_path / "run"
     with RunFolder(out).alone():
-        code, said, err = invoke(*flags(pair, questions, out))
+        code, _, err = invoke(*flags(pair, questions, out))
         assert (
             code == 2
             and "another process is working in it" in err.splitlines()[-1]
@@ -170,7 +170,7 @@ def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
         )
     shutil.copytree(whole[0], out, dirs_exist_ok=True)
     with RunFolder(out).alone():
-        code, said, err = invoke("run", "--resume", "--out", out)
+        code, _, err = invoke("run", "--resume", "--out", out)
         assert code == 2 and "another process is working in it" in err.splitlines()[-1]
     assert rows(out) == rows(whole[0])
 
@@ -233,7 +233,7 @@ def poison(model, name):
         ),
     ],
 )
-def test_numbers_that_are_not_finite_are_named_before_they_do_harm(
+def test_numbers_that_are_not_finite_are_named_before_they_do_harm(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, monkeypatch, what, match, saved
 ):
     run, plain = six(pair, questions, **{"evaluate.every": 0}), update.accumulate_gradients
@@ -298,7 +298,7 @@ def plenty(pair, questions, tmp_path_factory):
         ),
     ],
 )
-def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(
+def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, plenty, monkeypatch, where, said
 ):
     settings, (folder, plain) = {"rollout.rows": 8}, plenty
@@ -315,6 +315,7 @@ def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(
     for (name, one), other in zip(
         load_file(folder / "model/model.safetensors").items(),
         load_file(tmp_path / "short/model/model.safetensors").values(),
+        strict=True,
     ):
         torch.testing.assert_close(other, one, rtol=0, atol=1e-5, msg=name)
     # what was learnt about the memory survives an interruption: no further shortage is met
@@ -399,7 +400,7 @@ def test_an_evaluation_without_memory_is_one_line(pair, questions, tmp_path, mon
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["update", "evaluation"])
-def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(
+def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, whole, number, moment
 ):
     class Sends(Silent):
@@ -417,8 +418,8 @@ def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(
     with (
         pytest.raises(
             Interrupted,
-            match=rf"interrupted \({number.name}\) after update 4, with the state saved: prefix-distill run --resume "
-            f"--out {tmp_path / 'run'} goes on",
+            match=rf"interrupted \({number.name}\) after update 4, with the state saved: "
+            f"prefix-distill run --resume --out {tmp_path / 'run'} goes on",
         ) as stop,
         Interrupt() as interrupt,
     ):

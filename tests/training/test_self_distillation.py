@@ -103,7 +103,7 @@ def test_rows_without_it_are_named(tmp_path, row, message):
     ],
 )
 def test_settings_that_contradict_each_other(flags, message, tmp_path):
-    code, out, err = invoke("run", *flags, "--out", tmp_path / "run")
+    code, _, err = invoke("run", *flags, "--out", tmp_path / "run")
     assert (
         code == 2
         and message in err
@@ -173,8 +173,8 @@ def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeyp
     trained(run, tmp_path / "run")
     assert len(seen) == 4
     for step in seen:
-        expected = [0.75 * t + 0.25 * s for t, s in zip(expected, step)]
-    for got, want in zip(run.teacher.net.parameters(), expected):
+        expected = [0.75 * t + 0.25 * s for t, s in zip(expected, step, strict=True)]
+    for got, want in zip(run.teacher.net.parameters(), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
         assert not got.requires_grad
 

@@ -54,7 +54,10 @@ def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(
                 .logits[0, len(r.teacher_prompt) - 1 : -1]
                 .log_softmax(-1)
             )
-        kl = lambda p, q: F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+        def kl(p, q):
+            return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
         m = torch.log((s.exp() + t.exp()) / 2)
         per_token = kl(s, t) if divergence == "reverse-kl" else (kl(t, m) + kl(s, m)) / 2
         torch.testing.assert_close(
@@ -78,7 +81,7 @@ def test_prompts_of_different_length_on_both_sides(pair, questions, tmp_path):
     tokenizer.chat_template = "Q: {% for m in messages %}{{ m.content }}{% endfor %} A: "
     tokenizer.save_pretrained(teacher)
     run = prepared((pair[0], str(teacher)), questions)
-    whole, rollouts, values = update_gradient(run, micro=3)
+    _, rollouts, values = update_gradient(run, micro=3)
     assert all(len(r.teacher_prompt) == len(r.student_prompt) + 5 for r in rollouts)
     r = rollouts[3]
     s, t = (
@@ -169,7 +172,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
         gradient, rollouts, _ = update_gradient(run)
         kept = []
 
-        def keep(tensor):
+        def keep(tensor, kept=kept):
             kept.append(tensor.numel() * tensor.element_size())
             return tensor
 
@@ -178,9 +181,11 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
         save_model(run.student, tmp_path / str(on))
         decoding = decoder(run.student, torch.float32)
         widths = []
-        decoding.net.register_forward_pre_hook(
-            lambda m, a, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True
-        )
+
+        def measure(module, positional, named, widths=widths):
+            widths.append(named["input_ids"].shape[1])
+
+        decoding.net.register_forward_pre_hook(measure, with_kwargs=True)
         drawn = update.sample(
             run, decoding, run.train_prompts[:2], 0, 8, Ledger(), Clock(run.place.device)
         )
@@ -204,7 +209,8 @@ def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(
     before = {n: p.detach().clone() for n, p in run.student.net.named_parameters()}
     folder.write_json("run.json", {})
     with pytest.raises(
-        Stopped, match="update 1: .* the teacher's weight model.embed_tokens.weight is not finite"
+        Stopped,
+        match=r"update 1: .* the teacher's weight model\.embed_tokens\.weight is not finite",
     ):
         train.train(run, folder, Silent(), False)
     step, tensors, _ = folder.latest(lambda text: None)
@@ -220,7 +226,7 @@ def test_a_run_writes_what_plain_transformers_loads(pair, questions, tmp_path):
     folder.write_json("run.json", {})
     result = train.train(run, folder, Silent(), False)
     net = AutoModelForCausalLM.from_pretrained(folder.model)
-    for (name, p), q in zip(run.student.net.named_parameters(), net.parameters()):
+    for (name, p), q in zip(run.student.net.named_parameters(), net.parameters(), strict=True):
         assert torch.equal(p, q), name
     original, saved = (
         GenerationConfig.from_pretrained(pair[0]),
@@ -281,7 +287,9 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
         with torch.no_grad():
             next(run.student.net.parameters()).mul_(1.5)
         refresh(decoding, run.student)
-        for own, master in zip(decoding.net.parameters(), run.student.net.parameters()):
+        for own, master in zip(
+            decoding.net.parameters(), run.student.net.parameters(), strict=True
+        ):
             assert (own is master) == (dtype == "float32") and torch.equal(
                 own, master.to(own.dtype)
             )
@@ -309,7 +317,10 @@ def test_gpu_update_equals_cpu(pair, questions):
 
 def test_full_rollout_cost_uses_the_measured_length(pair, questions):
     run = prepared(pair, questions)
-    measured = lambda *points: [{"step": step, "mean_tokens": length} for step, length in points]
+
+    def measured(*points):
+        return [{"step": step, "mean_tokens": length} for step, length in points]
+
     assert [metrics._length_at(measured((0, 10), (2, 30), (4, 20)), s) for s in range(5)] == [
         10,
         20,
@@ -340,9 +351,11 @@ def test_tail_warning_needs_a_paired_rise():
 def test_learning_rate_schedules():
     from prefix_distill.maths.schedule import learning_rate
 
-    rates = lambda name, warmup: [
-        learning_rate(k, peak=1.0, schedule=name, warmup=warmup, steps=10) for k in range(10)
-    ]
+    def rates(name, warmup):
+        return [
+            learning_rate(k, peak=1.0, schedule=name, warmup=warmup, steps=10) for k in range(10)
+        ]
+
     assert rates("constant", 0) == [1.0] * 10
     assert rates("linear", 2)[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates("linear", 2)[
         9

@@ -86,11 +86,11 @@ def reverse_kl(r, s, t):
         ("divergence:0.4", "forward-kl", forward_kl, forward_kl),
     ],
 )
-def test_gradient_of_every_arm_against_autograd(
+def test_gradient_of_every_arm_against_autograd(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, off, divergence, own, theirs
 ):
     run = prepared(pair, questions, rollout__off_policy=off, divergence__name=divergence)
-    rollouts, values, found, *_ = gradient(run, tmp_path / "run")
+    rollouts, _, found, *_ = gradient(run, tmp_path / "run")
     foreign = [r for r in rollouts if r.off_policy]
     assert len(foreign) == (4 if "0.4" in off else 10)
     expected = reference(run, rollouts, lambda r, s, t: (theirs if r.off_policy else own)(r, s, t))
@@ -113,7 +113,9 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
         and len(r.ids) <= 5
         and r.ids == tuple(texts[p.prompt.index, r.sample]["ids"][:5])
         for p, r in zip(
-            (stream.batch(run.train_prompts, 0, 5, 0)[r.prompt] for r in rollouts), rollouts
+            (stream.batch(run.train_prompts, 0, 5, 0)[r.prompt] for r in rollouts),
+            rollouts,
+            strict=True,
         )
     )
     # it is what the teacher samples: the same draw from its own distribution, prompt by prompt
