@@ -751,7 +751,7 @@ def test_sentences_across_tokenizers_say_what_was_recorded():
 
 
 def test_modules_and_flags_it_names_exist():
-    for name in re.findall(r"`(\w+\.py)`", README):
+    for name in re.findall(r"`([\w/]+\.py)`", README):
         assert any(
             (ROOT / folder / name).exists() for folder in ("prefix_distill", "", "tests/benchmarks")
         ), name
