@@ -1,5 +1,5 @@
 """`prefix-distill plan`: what a run would need, from config files alone. Memory by phase
-(forecast.py), FLOPs, time at a known rate.
+(planning/forecast.py), FLOPs, time at a known rate.
 
 FLOPs are useful ones, as in the ledger of a run whose rollouts all reach the prefix: an upper
 bound, as rollouts that end early cost less. Evaluations and tail probes are outside of them.
