@@ -2,30 +2,9 @@
 has what is refused)."""
 
 import json
-import time
 
 import pytest
 from helpers import command, invoke, last_json
-
-
-def test_help_is_fast_and_imports_no_torch():
-    assert (
-        min(_seconds("--help") for _ in range(5)) < 0.5
-    )  # the best of five: the machine may be busy
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, prefix_distill.cli; assert not {'torch', 'transformers', 'datasets'} & "
-        "set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def _seconds(*arguments):
-    start = time.perf_counter()
-    assert command(*arguments).returncode == 0
-    return time.perf_counter() - start
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):

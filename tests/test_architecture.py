@@ -1,0 +1,392 @@
+"""The structure of the package and of its tests: which wing may import which, what stays light,
+and how large a file or a function may be.
+
+Every list of exceptions below may only become shorter: a test fails when an entry is missing, and
+also when an entry is no longer needed.
+"""
+
+import ast
+import functools
+import importlib.util
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from helpers import ROOT, TESTS, write_run
+
+from prefix_distill.cli.main import app
+
+PACKAGE = ROOT / "prefix_distill"
+
+# from the top down; a wing imports from the lines below its own, never from above or beside it
+WINGS = (
+    ("cli",),
+    ("planning",),
+    ("results",),
+    ("training",),
+    ("engine",),
+    ("prompts", "config"),
+    ("maths",),
+    ("lab",),
+    ("errors", "display", "files"),
+)
+LEVEL = {wing: level for level, wings in enumerate(WINGS) for wing in wings}
+# the package itself and `python -m prefix_distill` stand above all wings
+ENTRANCES = ("", "__main__")
+
+MOST_LINES = 400
+MOST_LINES_OF_A_FUNCTION = 60
+MOST_SUPPRESSIONS = {"noqa": 0, "type: ignore": 0}
+
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+
+# what may write to stdout or exit outside of cli/, and why
+PRINTS = {
+    "lab.build": "a program of its own: python -m prefix_distill.lab.build",
+    "prompts.answers": "the grading worker's answers go through its own stdout",
+}
+
+COMMANDS = sorted(typer.main.get_command(app).commands)
+# the formatter, the linter and the type checker, as .ci/run calls them
+CHECKS = [
+    line
+    for line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    if line.startswith(("ruff ", "mypy "))
+]
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """Return the syntax tree of every module of the package by its dotted name ("" is the root)."""
+    trees = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+        trees[name.removesuffix("__init__").rstrip(".")] = parse(file)
+    return trees
+
+
+def split(name: str) -> list[str]:
+    return name.split(".") if name else []
+
+
+def package_of(module: str) -> list[str]:
+    """Return the package that a module's relative imports start from."""
+    parts = split(module)
+    if PACKAGE.joinpath(*parts, "__init__.py").is_file():
+        return parts
+    return parts[:-1]
+
+
+def imported_names(tree: ast.Module, package: list[str]) -> Iterator[str]:
+    """Yield the dotted name of everything that a module imports from the package.
+
+    Names start below ``prefix_distill``. Imports inside functions count.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = ["prefix_distill", *package[: len(package) - node.level + 1]]
+            base += split(node.module or "")
+            names = [".".join([*base, alias.name]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "prefix_distill":
+                yield ".".join(rest)
+
+
+@functools.cache
+def imports(module: str) -> frozenset[str]:
+    """Return the modules of the package that a module imports."""
+    targets = set()
+    for name in imported_names(modules()[module], package_of(module)):
+        targets.add(name if name in modules() else name.rpartition(".")[0])
+    return frozenset(targets - {""})
+
+
+def wing_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def outside_packages(tree: ast.Module) -> Iterator[str]:
+    """Yield the name of every package that a module imports absolutely."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0]
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yield the name and the number of lines of every function, its decorators included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            yield node.name, (node.end_lineno or node.lineno) - first + 1
+
+
+# Imports
+
+
+def test_every_module_has_a_wing():
+    for name in modules():
+        assert name in ENTRANCES or wing_of(name) in LEVEL, name
+
+
+def test_the_reader_of_imports_sees_every_form():
+    tree = ast.parse(
+        "import torch, prefix_distill.a.b\n"
+        "from prefix_distill.c import d\n"
+        "from . import e\n"
+        "def f():\n    from ..g import h\n"
+        "from .. import i\n"
+    )
+    names = set(imported_names(tree, ["wing", "part"]))
+    assert names == {"a.b", "c.d", "wing.part.e", "wing.g.h", "wing.i"}
+    assert {"errors", "config"} <= imports("cli.main") | imports("cli.run")
+
+
+def test_no_import_goes_up_or_sideways():
+    wrong = []
+    for name in modules():
+        if name in ENTRANCES:
+            continue
+        here = wing_of(name)
+        for target in imports(name):
+            there = wing_of(target)
+            if here != there and LEVEL[here] >= LEVEL.get(there, 0):
+                wrong.append(f"{name} imports {target}")
+    assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        for target in sorted(imports(name)):
+            visit(target, (*path, name))
+        done.add(name)
+
+    for name in modules():
+        visit(name, ())
+
+
+def test_the_mathematics_imports_torch_at_most():
+    for name, tree in modules().items():
+        if wing_of(name) != "maths":
+            continue
+        for package in outside_packages(tree):
+            assert package == "torch" or package in sys.stdlib_module_names, (name, package)
+
+
+def test_no_test_imports_another_one():
+    """What two of them need stands in helpers.py."""
+    for file in TESTS.rglob("*.py"):
+        for package in outside_packages(parse(file)):
+            assert not package.startswith("test_") and package != "conftest", (file.name, package)
+
+
+def test_tests_lie_in_the_folder_of_their_wing():
+    folders = {file.parent.name for file in TESTS.glob("*/test_*.py")}
+    assert folders <= LEVEL.keys()
+    names = [file.name for file in TESTS.rglob("test_*.py")]
+    assert len(set(names)) == len(names), "pytest needs names that differ"
+
+
+# What stays light
+
+
+def speaks(node: ast.AST) -> bool:
+    """Return whether a node writes to stdout or ends the process."""
+    if isinstance(node, ast.Attribute):
+        return ast.unparse(node) == "sys.stdout"
+    if isinstance(node, ast.Name):
+        return node.id == "SystemExit"
+    if not isinstance(node, ast.Call):
+        return False
+    called = ast.unparse(node.func)
+    to_a_file = any(keyword.arg == "file" for keyword in node.keywords)
+    return called in ("sys.exit", "exit", "quit", "os._exit", "typer.echo") or (
+        called == "print" and not to_a_file
+    )
+
+
+def test_only_the_commands_print_or_exit():
+    speakers = {
+        name
+        for name, tree in modules().items()
+        if wing_of(name) != "cli" and any(speaks(node) for node in ast.walk(tree))
+    }
+    assert speakers == set(PRINTS)
+
+
+def run_without_torch(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python code where importing torch, transformers or datasets fails."""
+    without = "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'datasets']))"
+    return subprocess.run(
+        [sys.executable, "-c", f"{without}\n{code}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_without_torch_means_that_importing_it_fails():
+    assert "ModuleNotFoundError" in run_without_torch("import torch").stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["results.runs", "results.summary", "results.page", "cli.launch", "config"]
+)
+def test_these_modules_import_no_torch(module):
+    done = run_without_torch(f"import prefix_distill.{module}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_help_answers_without_torch():
+    code = (
+        "import contextlib, io\n"
+        "from prefix_distill.cli.main import main\n"
+        "for name in sys.argv[1:]:\n"
+        "    sys.argv = ['prefix-distill', *name.split(), '--help']\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as text:\n"
+        "        try:\n"
+        "            main()\n"
+        "        except SystemExit as end:\n"
+        "            assert not end.code, (name, end.code)\n"
+        "    assert 'Usage' in text.getvalue(), name\n"
+    )
+    done = run_without_torch(code, "", *COMMANDS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_report_answers_without_torch(tmp_path):
+    write_run(tmp_path / "run", 0, [0.2, 0.5], 10.0)
+    code = "from prefix_distill.cli.main import main; main()"
+    done = run_without_torch(
+        code, "report", str(tmp_path / "run"), "--out", str(tmp_path / "report")
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report/report.html").is_file()
+
+
+def test_help_takes_less_than_half_a_second():
+    """A slow or busy machine may take twice as long as it needs to import the libraries."""
+
+    def seconds(*arguments: str) -> float:
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
+        return time.perf_counter() - begun
+
+    best = min(seconds("-m", "prefix_distill", "--help") for _ in range(5))
+    libraries = min(seconds("-c", "import typer, rich.table, yaml") for _ in range(5))
+    assert best < max(0.5, 2 * libraries)
+
+
+# Sizes
+
+
+def test_files_are_at_most_400_lines():
+    too_long = set()
+    for file in PACKAGE.rglob("*.py"):
+        if len(file.read_text(encoding="utf-8").splitlines()) > MOST_LINES:
+            too_long.add(file.relative_to(PACKAGE).as_posix())
+    assert too_long == set(LONG_FILES)
+
+
+def test_functions_are_at_most_60_lines():
+    too_long = set()
+    for module, tree in modules().items():
+        for function, lines in functions(tree):
+            if lines > MOST_LINES_OF_A_FUNCTION:
+                too_long.add(f"{module}.{function}")
+    assert too_long == set(LONG_FUNCTIONS)
+
+
+# The linter and the type checker
+
+
+@functools.cache
+def comments() -> list[tuple[str, str]]:
+    """Return every comment of the package and the tests, behind its file and line."""
+    texts = []
+    for file in [ROOT / "prefix_distill.py", *PACKAGE.rglob("*.py"), *TESTS.rglob("*.py")]:
+        text = file.read_text(encoding="utf-8")
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                where = f"{file.relative_to(ROOT).as_posix()}:{token.start[0]}"
+                texts.append((where, token.string))
+    return texts
+
+
+# `noqa: CODE  reason` and `type: ignore[code]  # reason`
+FORMS = {
+    "noqa": r"# noqa: [A-Z]+\d+(, ?[A-Z]+\d+)* +\S.{9,}",
+    "type: ignore": r"# type: ignore\[[a-z-]+(, ?[a-z-]+)*\] +# \S.{9,}",
+}
+
+
+@pytest.mark.parametrize("kind", MOST_SUPPRESSIONS)
+def test_suppressions_state_a_code_and_a_reason_and_their_number_only_falls(kind):
+    suppressions = [
+        (where, text)
+        for where, text in comments()
+        if re.search(rf"#\s*{kind}", text, re.IGNORECASE)
+    ]
+    assert [where for where, text in suppressions if not re.search(FORMS[kind], text)] == []
+    assert len(suppressions) == MOST_SUPPRESSIONS[kind], "lower the number here, never raise it"
+
+
+def test_no_comment_switches_a_tool_off_for_more_than_a_line():
+    switches = re.compile(r"#\s*(ruff|flake8|mypy|fmt|isort|pylint):", re.IGNORECASE)
+    assert [where for where, text in comments() if switches.match(text)] == []
+
+
+def test_ci_checks_the_whole_repository():
+    assert CHECKS == [
+        "ruff format --check .",
+        "ruff check .",
+        "mypy prefix_distill tests/benchmarks",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(line, marks=[pytest.mark.long] * line.startswith("mypy")) for line in CHECKS],
+)
+def test_formatter_linter_and_type_checker_are_green(line):
+    """Where they are installed, so that a run of the tests finds what .ci/run would refuse."""
+    tool, *arguments = shlex.split(line)
+    if importlib.util.find_spec(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", tool, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"RUFF_OUTPUT_FORMAT": "concise"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
