@@ -1,5 +1,5 @@
-"""What several tests share: tiny real models, commands in this or another process, and updates
-written out.
+"""What several tests share: tiny real models, commands in this or another process, updates
+written out, run folders.
 
 Models are random networks made in seconds. No test module imports another one; what two of them
 need stands here.
@@ -10,9 +10,12 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -29,6 +32,7 @@ from transformers import (
 )
 
 from prefix_distill import config as configuration
+from prefix_distill.cli import main as cli
 from prefix_distill.engine import sampling, scoring
 from prefix_distill.engine.device import Clock
 from prefix_distill.maths.divergence import per_token
@@ -73,7 +77,7 @@ PROBLEMS = 400
 
 
 def byte_tokenizer(eos: str = "<e>") -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: 256 bytes and the specials <p> <e> <u> <a>."""
+    """Make a byte-level tokenizer without merges: 256 bytes and the specials <p> <e> <u> <a>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,8 +89,8 @@ def byte_tokenizer(eos: str = "<e>") -> PreTrainedTokenizerFast:
 
 
 def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int = 2):
-    """A network small enough for a test, of a real architecture."""
-    common = {
+    """Describe a network of a real architecture that is small enough for a test."""
+    common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -134,21 +138,19 @@ def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int =
 
 
 def tiny_net(kind: str, seed: int = 0, scale: float = 1.0, **shape):
-    """A random network whose logits are spread enough for its distribution to be far from
-    uniform."""
+    """Make a random network whose logits are spread: its distribution is far from uniform."""
     torch.manual_seed(seed)
     net = AutoModelForCausalLM.from_config(tiny_config(kind, **shape))
     with torch.no_grad():
         for name, p in net.named_parameters():
             if p.dim() >= 2:
-                p.copy_(
-                    torch.randn_like(p) * scale * (0.2 if "embed" in name or "wte" in name else 0.3)
-                )
+                spread = 0.2 if "embed" in name or "wte" in name else 0.3
+                p.copy_(torch.randn_like(p) * scale * spread)
     return net.eval()
 
 
-def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **shape):
-    """Writes a loadable tiny model folder and returns its path as text."""
+def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **shape) -> str:
+    """Write a loadable folder of a tiny model and return its path."""
     net = tiny_net(kind, seed, **shape)
     net.generation_config = GenerationConfig(
         eos_token_id=257, pad_token_id=256, temperature=0.3, top_k=7, do_sample=True
@@ -158,8 +160,8 @@ def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **sh
     return str(folder)
 
 
-def command(*arguments, **options):
-    """Runs `prefix-distill …` in a process of its own; CompletedProcess with text output."""
+def command(*arguments, **options) -> subprocess.CompletedProcess[str]:
+    """Run `prefix-distill …` in another process."""
     return subprocess.run(
         [sys.executable, "-m", "prefix_distill", *map(str, arguments)],
         capture_output=True,
@@ -169,15 +171,14 @@ def command(*arguments, **options):
     )
 
 
-def invoke(*arguments):
-    """Runs `prefix-distill …` in this process, as main() would: (exit code, stdout, stderr).
-    Quicker than a process.
+def invoke(*arguments) -> tuple[int | str, str, str]:
+    """Run `prefix-distill …` in this process → (exit code, stdout, stderr).
 
-    As under ``python -W``, the command leaves it to pytest which warnings are errors.
+    Quicker than another process. As under ``python -W``, the command leaves it to pytest which
+    warnings are errors.
     """
-    from prefix_distill.cli import main as cli
-
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err = io.StringIO(), io.StringIO()
+    code: int | str = 0
     argv = mock.patch.object(sys, "argv", ["prefix-distill", *map(str, arguments)])
     warning_options = mock.patch.object(sys, "warnoptions", ["default"])
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
@@ -190,12 +191,12 @@ def invoke(*arguments):
 
 
 def last_json(text: str) -> dict:
-    """The JSON document on the last line of stdout."""
+    """Return the JSON document on the last line of stdout."""
     return json.loads(text.strip().splitlines()[-1])
 
 
 class Silent:
-    """A reporter that keeps what it is told."""
+    """A reporter that keeps the warnings and prints nothing."""
 
     def __init__(self):
         self.warnings = []
@@ -212,6 +213,7 @@ class Silent:
 
 
 def prepared(pair, questions, **changes):
+    """Return the run of a small configuration; ``changes`` are options, with __ for the dot."""
     values = {
         "models.student": pair[0],
         "models.teacher": pair[1],
@@ -231,7 +233,8 @@ def prepared(pair, questions, **changes):
     )
 
 
-def trained(run, folder):
+def trained(run, folder) -> dict:
+    """Train a prepared run in a new folder and return its result."""
     files = RunFolder(folder)
     files.create({})
     files.write_json("run.json", {})
@@ -254,7 +257,8 @@ def update_gradient(run, micro=None):
     return {name: p.grad.clone() for name, p in run.student.trained.items()}, rollouts, values
 
 
-def assert_same(left, right, tolerance=1e-5):
+def assert_same(left, right, tolerance=1e-5) -> None:
+    """Compare tensors by name, to a tolerance relative to the largest number of each."""
     for name in left:
         scale = right[name].abs().max().item()
         torch.testing.assert_close(
@@ -262,26 +266,29 @@ def assert_same(left, right, tolerance=1e-5):
         )
 
 
-def counted(work) -> float:
+def counted(work: Callable[[], object]) -> float:
+    """Do the work and return the FLOPs that torch counts."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
 
-def shortage(monkeypatch, where, most):
-    """No room for more than ``most`` rollouts at once: in a forward of training, in one of
-    scoring, or in a generation."""
+def shortage(monkeypatch: pytest.MonkeyPatch, where: str, most: int) -> None:
+    """Run out of memory where more than ``most`` rollouts are computed at once.
+
+    ``where``: in a forward pass of "training", in one of "scoring", or in a "generation".
+    """
     if where == "generation":
-        plain = sampling._call
+        call_model = sampling._call
 
         def call(model, batch, *rest):
             if len(batch) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return plain(model, batch, *rest)
+            return call_model(model, batch, *rest)
 
         monkeypatch.setattr(sampling, "_call", call)
     else:
-        plain = scoring.hidden_rows
+        compute_rows = scoring.hidden_rows
 
         def hidden_rows(model, rollouts, teacher=False):
             if len(rollouts) > most and torch.is_grad_enabled() is (where == "training"):
@@ -289,12 +296,13 @@ def shortage(monkeypatch, where, most):
                     "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate "
                     "memory: you tried to"
                 )
-            return plain(model, rollouts, teacher)
+            return compute_rows(model, rollouts, teacher)
 
         monkeypatch.setattr(scoring, "hidden_rows", hidden_rows)
 
 
-def flags(pair, questions, out):
+def flags(pair, questions, out) -> list[str]:
+    """Return the command line of a run of six updates with evaluations and checkpoints."""
     return [
         "run",
         "--student",
@@ -331,6 +339,7 @@ def flags(pair, questions, out):
 
 
 def rows(out: Path) -> list[dict]:
+    """Return the metrics of a run folder without times, which differ from run to run."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines
@@ -338,8 +347,11 @@ def rows(out: Path) -> list[dict]:
 
 
 def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  # noqa: PLR0913  what tests of the report vary
-    """A run folder as the tool writes it: ``curve`` of accuracies (right for the first
-    problems), linear ``cost``."""
+    """Write a run folder as the tool does.
+
+    Its accuracies follow ``curve`` (the first problems are the right ones); every evaluation adds
+    ``cost`` FLOPs and ``seconds``.
+    """
     folder.mkdir(parents=True)
     rights = [[1.0] * round(a * PROBLEMS) + [0.0] * (PROBLEMS - round(a * PROBLEMS)) for a in curve]
     evaluations = [
@@ -385,7 +397,7 @@ def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  #
 
 
 def head_logits(head, hidden):
-    """The head's logits, by the book."""
+    """Return the head's logits, by the formula."""
     z = head.scale * (hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V))
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
@@ -393,8 +405,7 @@ def head_logits(head, hidden):
 def by_the_book(  # noqa: PLR0913  the operands of the formula
     terms, shared, rollouts, student_ND, student_head, teacher_ME, teacher_head, raw=False
 ):
-    """Values of all taught units [U], one unit at a time, with autograd through whatever needs
-    it."""
+    """Return the values of all taught units [U], one unit at a time, differentiable."""
     found, row, there = [], 0, 0
     for r in rollouts:
         for u in r.taught_units:

@@ -21,6 +21,7 @@ import random
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import measure
 
@@ -122,7 +123,7 @@ def networks(folder: Path, wanted: set[str]) -> None:
         PreTrainedTokenizerFast,
     )
 
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": V,
         "eos_token_id": V - 1,
         "pad_token_id": V - 2,
