@@ -15,7 +15,7 @@ def tell(text: str) -> None:
     except OSError:
         # the terminal or the pipe has gone; what is left in its buffer must not fail again at the
         # end
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
 
 
 def plain() -> bool:
@@ -38,9 +38,9 @@ def show(*tables, width: int | None = None) -> None:
         if table.title:
             tell(f"{table.title}")
         names = [str(column.header) for column in table.columns]
-        for first, *cells in zip(*(column.cells for column in table.columns)):
+        for first, *cells in zip(*(column.cells for column in table.columns), strict=True):
             tell(f"{names[0]}: {first}" if names[0] else f"{first}")
-            for name, cell in zip(names[1:], cells):
+            for name, cell in zip(names[1:], cells, strict=True):
                 tell(f"  {name}: {cell or '–'}")
 
 
