@@ -48,7 +48,7 @@ class Interrupt:
 @dataclass(frozen=True)
 class Place:
     """Devices, dtypes and ranks of a command, with the reasons of automatic choices. ``store``:
-    where several ranks note how often they have met."""
+    where several ranks note how often they have met; None for one rank alone."""
 
     device: torch.device
     teacher_device: torch.device
@@ -104,7 +104,7 @@ class Place:
             (
                 (rank, name)
                 for rank, found in enumerate(others, 1)
-                for name, own, other in zip(tensors, first, found)
+                for name, own, other in zip(tensors, first, found, strict=True)
                 if own != other
             ),
             None,
@@ -114,7 +114,7 @@ class Place:
     def meeting(self):
         """Around what all ranks do together. Stopped names the ranks that did not come, if this
         fails."""
-        if self.world == 1:
+        if self.store is None:
             yield
             return
         met = None
@@ -127,16 +127,20 @@ class Place:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise Stopped(
-                f"rank {self.rank} of {self.world}: {self._absent(met)} "
+                f"rank {self.rank} of {self.world}: {self._absent(self.store, met)} "
                 f"({(str(error).splitlines() or [''])[0][:160]}); --resume goes on from the newest "
                 "checkpoint, --rank-timeout waits longer"
             ) from None
 
-    def _absent(self, met: int | None) -> str:
+    def _absent(self, store: dist.Store, met: int | None) -> str:
+        """Which ranks did not come to a meeting, in words; ``met``: meetings of this rank."""
+        out_of_reach = "the launcher or the first machine was lost"
+        if met is None:
+            return out_of_reach
         try:
-            late = [rank for rank in range(self.world) if self.store.add(_meetings(rank), 0) < met]
-        except (RuntimeError, TypeError):  # the store itself is out of reach
-            return "the launcher or the first machine was lost"
+            late = [rank for rank in range(self.world) if store.add(_meetings(rank), 0) < met]
+        except RuntimeError:
+            return out_of_reach
         return (
             f"rank {', '.join(map(str, late))} did not come, or was lost"
             if late
@@ -151,7 +155,7 @@ def _meetings(rank: int) -> str:
 def place(runtime, parameters: Callable[[], int]) -> Place:
     """Resolves the ``runtime`` section for a student of ``parameters()`` parameters. UserError on a
     missing device or on a launcher that started another number of ranks than ``gpus``."""
-    reasons = []
+    reasons: list[str] = []
     world = _counted("WORLD_SIZE", 1, 1)
     rank, local, here = (
         _counted("RANK", 0, 0, world),
