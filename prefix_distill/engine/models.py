@@ -83,6 +83,13 @@ class Model:
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
     @property
+    def vocabulary(self) -> int:
+        """How many ids the head speaks about."""
+        if self.support is not None:
+            return self.support
+        return len(self.net.get_output_embeddings().weight)
+
+    @property
     def positions(self) -> int | None:
         """Longest sequence (prompt + response) the model has positions for, in tokens; None when
         unlimited."""
