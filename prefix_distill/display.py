@@ -5,7 +5,10 @@ import contextlib
 import os
 import sys
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def tell(text: str) -> None:
@@ -26,7 +29,7 @@ def plain() -> bool:
     )
 
 
-def show(*tables, width: int | None = None) -> None:
+def show(*tables: "Table", width: int | None = None) -> None:
     """rich tables on stderr; where ``plain``, a line "column: value" for every cell, behind a
     line with the row's first one."""
     if not plain():
@@ -120,12 +123,12 @@ class Display:
             )
             self.task = self.bar.add_task(label or "distilling", total=steps)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.bar:
             self.bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
 
