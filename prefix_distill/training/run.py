@@ -191,6 +191,12 @@ class Run:
 
         return spent
 
+    def counts_generation(
+        self, ledger: Ledger, phase: str
+    ) -> Callable[[list[tuple[int, list[int]]]], None]:
+        """A function that adds one batch of the student's responses to ``phase``."""
+        return lambda reads: ledger.generation(self.student_shape, reads, phase, phase)
+
     def loss_terms(self, rollouts: list[Rollout]) -> Terms:
         """The loss of a micro-batch: all of its rollouts are the student's or all are the
         teacher's."""
