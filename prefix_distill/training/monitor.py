@@ -203,9 +203,8 @@ class Monitor:
                     "answers": len(run.problems) * run.config.evaluate.rollouts,
                 }
             else:
-                endings = ending_facts(
-                    full or self._full_rollouts(run.kl_prompts, ledger, "evaluation")
-                )
+                drawn = full or self._full_rollouts(run.kl_prompts, ledger, "evaluation")
+                endings = ending_facts(drawn)
         merge(run, progress, ledger)
         accuracy = None if score is None else score.accuracy
         row = self._evaluation_row(facts, values, accuracy, gap, endings)
