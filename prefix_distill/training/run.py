@@ -197,24 +197,6 @@ class Run:
         """A function that adds one batch of the student's responses to ``phase``."""
         return lambda reads: ledger.generation(self.student_shape, reads, phase, phase)
 
-    def loss_terms(self, rollouts: list[Rollout]) -> Terms:
-        """The loss of a micro-batch: all of its rollouts are the student's or all are the
-        teacher's."""
-        return self.text_terms if rollouts[0].off_policy else self.terms
-
-    def micro_batches(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        """This rank's micro-batches; the student's own rollouts and the teacher's have different
-        losses, so they do not mix."""
-        return [
-            group
-            for side in (False, True)
-            for group in scoring.micro_batches(
-                [r for r in rollouts if r.off_policy is side],
-                self.config.train.micro_batch_size,
-                self.student.reads_once,
-            )
-        ]
-
     def aligned(self, rollouts: list[Rollout]) -> list[Rollout]:
         """The same rollouts with the teacher's tokens of their texts and the units, where the
         tokenizers differ."""

@@ -1,4 +1,4 @@
-"""Token statistics: both models read the rollouts before their tokens are chosen."""
+"""Micro-batches, their losses, and the token statistics by which tokens are chosen."""
 
 import torch
 
@@ -22,8 +22,8 @@ def measure_tokens(
 
     It can where every rank's rollouts are one micro-batch and the teacher is what teaches.
     """
-    groups = run.micro_batches(rollouts)
-    by_teacher = run.loss_terms(rollouts).taught_by == "teacher"
+    groups = split_micro_batches(run, rollouts)
+    by_teacher = choose_terms(run, rollouts).taught_by == "teacher"
     if max(run.place.gather(len(groups) if by_teacher else 2)) == 1:
         [group] = groups
         found = run.attempt(ledger, lambda spent: _read_once(run, group, spent, clock))
@@ -45,6 +45,26 @@ def measure_tokens(
                 _needs_forward_kl(run),
             ),
         ), None
+
+
+def choose_terms(run: Run, rollouts: list[Rollout]) -> Terms:
+    """Return the loss of a micro-batch: all of its rollouts are the student's or all are the
+    teacher's."""
+    return run.text_terms if rollouts[0].off_policy else run.terms
+
+
+def split_micro_batches(run: Run, rollouts: list[Rollout]) -> list[list[Rollout]]:
+    """Return this rank's micro-batches; the student's own rollouts and the teacher's have
+    different losses, so they do not mix."""
+    return [
+        group
+        for side in (False, True)
+        for group in scoring.micro_batches(
+            [r for r in rollouts if r.off_policy is side],
+            run.config.train.micro_batch_size,
+            run.student.reads_once,
+        )
+    ]
 
 
 def read_teacher(run: Run, rollouts: list[Rollout], clock: Clock) -> torch.Tensor:

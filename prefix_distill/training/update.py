@@ -24,7 +24,7 @@ from ..prompts.prompt import Rendered
 from . import teacher_text as off_policy
 from .folder import RunFolder
 from .run import Run
-from .selection import measure_tokens, read_teacher
+from .selection import choose_terms, measure_tokens, read_teacher, split_micro_batches
 from .state import Progress, stop_run
 from .teacher_text import TeacherText
 
@@ -56,7 +56,7 @@ class StudentLoss(torch.nn.Module):
         if student_ND is None:
             with run.place.autocast(run.place.device):
                 student_ND = scoring.hidden_rows(run.student, rollouts)
-        terms, heads = run.loss_terms(rollouts), (run.student.head(), run.teacher.head())
+        terms, heads = choose_terms(run, rollouts), (run.student.head(), run.teacher.head())
         if run.shared is not None and teacher_NE is not None and rollouts[0].units is not None:
             return simct.weighted(
                 terms,
@@ -259,7 +259,7 @@ def _gather_gradients(  # noqa: PLR0913  becomes a method of `Update`, which wil
     """This rank's part of ``accumulate_gradients``."""
     named = {(r.prompt, r.sample): r for r in rollouts}
     groups = (
-        run.micro_batches(rollouts)
+        split_micro_batches(run, rollouts)
         if reading is None
         else [[named[r.prompt, r.sample] for r in reading.rollouts]]
     )
@@ -274,7 +274,7 @@ def _gather_gradients(  # noqa: PLR0913  becomes a method of `Update`, which wil
         read, student_ND, teacher_NE = group, None, None
         if reading is not None:
             read, (student_ND, teacher_NE) = reading.rollouts, reading.only(group)
-        elif run.loss_terms(group).taught_by == "teacher":
+        elif choose_terms(run, group).taught_by == "teacher":
             teacher_NE = read_teacher(run, group, clock)
         if teacher_NE is not None:
             ledger.forward(
