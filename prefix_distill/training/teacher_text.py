@@ -101,11 +101,17 @@ def _write_texts(
             "sample": sample,
             "ids": list(r.ids),
             "finished": r.finished,
-            "text": teacher.tokenizer.decode(r.ids),
+            "text": _decode(teacher, r.ids),
         }
         for (index, sample), r in zip(mine, drawn, strict=True)
     ]
     return written, spent
+
+
+def _decode(model: Model, ids: tuple[int, ...]) -> str:
+    """The text of ``ids``, special tokens included."""
+    text: str = model.tokenizer.decode(list(ids))  # type: ignore[assignment]  # one sequence has one text
+    return text
 
 
 def rollout(
