@@ -97,6 +97,7 @@ def card(run: Run, progress: Progress, row: dict, full: float | None = None) -> 
 
 
 def _introduction(config: Config, version: str) -> str:
+    """Name the models, the data and the license."""
     models = config.models
     teacher = (
         "itself, behind a prompt that shows more"
@@ -111,7 +112,7 @@ def _introduction(config: Config, version: str) -> str:
 
 
 def _method(run: Run, progress: Progress, step: int) -> list[str]:
-    """Who writes, who scores, every setting of the method, and how the prefix grew."""
+    """Describe who writes, who scores, the settings of the method, and how the prefix grew."""
     config = run.config
     writer = (
         "student"
@@ -165,7 +166,7 @@ def _method(run: Run, progress: Progress, step: int) -> list[str]:
 
 
 def _results(config: Config, first: dict, row: dict) -> list[str]:
-    """What was measured before (``first``) and after."""
+    """Describe what was measured before (``first``) and after."""
     problems = (
         _code(config.evaluate.dataset)
         if config.evaluate.dataset
@@ -193,7 +194,7 @@ def _results(config: Config, first: dict, row: dict) -> list[str]:
 
 
 def _cost(run: Run, progress: Progress, facts: dict, full: float | None) -> list[str]:
-    """FLOPs, hardware and versions."""
+    """List FLOPs, hardware and versions."""
     spent = progress.ledger.summary()
     cost = [
         ("useful", spent["useful"]),
@@ -212,6 +213,7 @@ def _cost(run: Run, progress: Progress, facts: dict, full: float | None) -> list
 
 
 def _warnings(run: Run, progress: Progress, step: int) -> list[str]:
+    """List the warnings up to ``step``, each once."""
     warnings = [*run.warnings, *(w["text"] for w in progress.warnings if w["step"] <= step)]
     if not warnings:
         return []

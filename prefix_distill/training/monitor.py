@@ -216,7 +216,7 @@ class Monitor:
         return {**row, "kl_by_token": values, "records": score.records if score else []}
 
     def _score(self, ledger: Ledger) -> Score:
-        """Samples and grades full answers to the held-out problems."""
+        """Sample and grade full answers to the held-out problems."""
         run = self.run
         return run.fit(
             "rows",
@@ -241,7 +241,7 @@ class Monitor:
         gap: float | None,
         endings: dict,
     ) -> dict:
-        """What an evaluation has found, as ``Progress.evaluations`` keeps it."""
+        """Return what an evaluation has measured, as ``Progress.evaluations`` keeps it."""
         progress = self.progress
         head, tail = intervals.split_mean(values, progress.taught_prefix)
         borders = progress.evaluations[0]["quadrants"]["borders"] if progress.evaluations else None
@@ -335,7 +335,7 @@ class Monitor:
 
 
 def _read_rollout(row: dict[str, Any]) -> Rollout:
-    """A fixed context as before.json keeps it, where tuples are lists."""
+    """Return a fixed context from its row in before.json, where tuples are lists."""
     fields: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in row.items()
     }
@@ -384,7 +384,7 @@ def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> f
 
 
 def _measure_contexts(run: Run, contexts: list[Rollout], ledger: Ledger, phase: str) -> list[Facts]:
-    """Token statistics of both models on given rollouts."""
+    """Return the token statistics of both models on given rollouts."""
     return run.fit(
         "micro_batch_size",
         ledger,

@@ -67,7 +67,7 @@ def load_prompt_sets(
 
 
 def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
-    """The names of several data sets and their weights."""
+    """Split ``a:3,b:1`` into the names of data sets and their weights."""
     named = sources.sources(text)
     return [name for name, _ in named], [weight for _, weight in named]
 

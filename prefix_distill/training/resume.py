@@ -31,9 +31,9 @@ REMEDIES = (
 
 
 def resume_settings(values: dict) -> tuple[dict, list[str]]:
-    """The settings of the run in --out, and notes. What is given now may lengthen it, save at other
-    times, spread its work otherwise, or mend what stopped it (rate, precision, device), which is
-    said."""
+    """Return the settings of the run in --out, and notes. What is given now may lengthen it, save
+    at other times, spread its work otherwise, or mend what stopped it (rate, precision, device),
+    which is said."""
     out = values.get("checkpoint.out")
     if out is None:
         raise UserError("--resume: name the run folder with --out")
@@ -59,7 +59,7 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
 
 
 def _read_saved_settings(out: str) -> dict:
-    """The settings in the folder's config.yaml. UserError where there is none, or it is damaged."""
+    """Read the folder's config.yaml. UserError where there is none, or it is damaged."""
     from .folder import RunFolder
 
     saved_file = Path(out) / "config.yaml"
@@ -74,7 +74,7 @@ def _read_saved_settings(out: str) -> dict:
 
 
 def _check_changes(out: str, saved: dict, values: dict) -> list[str]:
-    """Notes on remedies; UserError where ``values`` change what a run cannot change."""
+    """Return notes on remedies; UserError where ``values`` change what a run cannot change."""
     notes = []
     free = {*FREE, *configuration.options("trackers", "export")}
     for path, value in values.items():

@@ -194,7 +194,7 @@ class Run:
     def counts_generation(
         self, ledger: Ledger, phase: str
     ) -> Callable[[list[tuple[int, list[int]]]], None]:
-        """A function that adds one batch of the student's responses to ``phase``."""
+        """Return a function that adds one batch of the student's responses to ``phase``."""
         return lambda reads: ledger.generation(self.student_shape, reads, phase, phase)
 
     def aligned(self, rollouts: list[Rollout]) -> list[Rollout]:
@@ -222,7 +222,7 @@ class Run:
         )
 
     def _head_shares(self) -> tuple[float, float]:
-        """The shares of both heads' rows that the loss compares: all where the tokenizers
+        """Return the shares of both heads' rows that the loss compares: all where the tokenizers
         match."""
         if self.shared is None:
             return 1.0, 1.0

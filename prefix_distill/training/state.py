@@ -94,8 +94,8 @@ def refuse_non_finite(  # noqa: PLR0913  becomes a method of `Session`, which wi
     rollouts: list[Rollout],
     values: dict[tuple[int, int], list[float]],
 ) -> None:
-    """Stopped, on every rank, where a token's divergence is NaN or infinite on any: with what is
-    at fault, and the last good state."""
+    """Raise Stopped on every rank where a token's divergence is NaN or infinite on any; name the
+    cause and the last good state."""
     reasons = run.place.gather(_describe_non_finite(run, rollouts, values))
     reason = next(filter(None, reasons), None)
     if reason is not None:
@@ -105,7 +105,7 @@ def refuse_non_finite(  # noqa: PLR0913  becomes a method of `Session`, which wi
 def _describe_non_finite(
     run: Run, rollouts: list[Rollout], values: dict[tuple[int, int], list[float]]
 ) -> str | None:
-    """This rank's first divergence that is not finite, in words."""
+    """Describe this rank's first divergence that is not finite."""
     for r in rollouts:
         for token, value in zip(r.taught, values[r.prompt, r.sample], strict=True):
             if not math.isfinite(value):
@@ -241,7 +241,7 @@ def _restore_tensors(
     anchor: Tensors,
     tensors: dict[str, Tensors],
 ) -> None:
-    """Copies a checkpoint's tensors to where the run has them."""
+    """Copy a checkpoint's tensors to where the run has them."""
     for name, p in run.student.trained.items():
         p.copy_(tensors["student"][name])
         found = {

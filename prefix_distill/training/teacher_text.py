@@ -75,7 +75,7 @@ def teacher_texts(  # noqa: PLR0913  becomes a method of `Session`, which will o
 def _write_texts(
     run: Run, missing: dict[tuple[int, int], Rendered], cap: int, teacher: Model
 ) -> tuple[list[TeacherText], Ledger]:
-    """This rank's part of the ``missing`` texts, and what they cost."""
+    """Write this rank's part of the ``missing`` texts; return them with what they cost."""
     prompts = sorted({index for index, _ in missing})
     # a prompt is read on one rank for all its samples
     whose = {index: i % run.place.world for i, index in enumerate(prompts)}
@@ -109,7 +109,7 @@ def _write_texts(
 
 
 def _decode(model: Model, ids: tuple[int, ...]) -> str:
-    """The text of ``ids``, special tokens included."""
+    """Return the text of ``ids``, special tokens included."""
     text: str = model.tokenizer.decode(list(ids))  # type: ignore[assignment]  # one sequence has one text
     return text
 
@@ -117,7 +117,7 @@ def _decode(model: Model, ids: tuple[int, ...]) -> str:
 def rollout(
     run: Run, key: tuple[int, int], rendered: Rendered, text: TeacherText, prefix: int
 ) -> Rollout:
-    """The first ``prefix`` tokens of a teacher's text as the rollout of ``key``, (slot, sample).
+    """Return a teacher's text, cut to ``prefix`` tokens, as the rollout of ``key``, (slot, sample).
 
     Across tokenizers: the first student's tokens of it, as the student's tokenizer reads it, and,
     where the teacher's divergence is the loss, aligned with the tokens that the teacher wrote.

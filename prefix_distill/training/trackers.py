@@ -49,13 +49,13 @@ def check(config: Config) -> None:
 
 
 class Tracker(Protocol):
-    """Where numbers go."""
+    """Receives the numbers of a run."""
 
     def log(self, step: int, late: int, values: dict[str, float]) -> None:
-        """Passes on the numbers of an update (``late`` 0) or of what is measured after it (1)."""
+        """Pass on the numbers of an update (``late`` 0) or of what is measured after it (1)."""
 
     def close(self, well: bool) -> None:
-        """Flushes; ``well``: the run has not failed."""
+        """Flush and close; ``well``: the run has not failed."""
 
 
 class Trackers:

@@ -80,6 +80,7 @@ class StudentLoss(torch.nn.Module):
         )
 
     def _touch_parameters(self) -> torch.Tensor:
+        """Return a zero loss that touches every parameter, so that DDP all-reduces."""
         run = self.run
         with run.place.autocast(run.place.device):
             hidden_ND = run.student.trunk(
@@ -93,7 +94,7 @@ class StudentLoss(torch.nn.Module):
 
 
 def _sampler_logp(rollouts: list[Rollout]) -> torch.Tensor | None:
-    """Log-probability of each taught token where it was drawn, if the sampler recorded it."""
+    """Return the log-probability of each taught token where it was drawn, if it was recorded."""
     logp: list[float] = []
     for r in rollouts:
         if r.sampler_logp is None:
@@ -160,7 +161,7 @@ def sample(  # noqa: PLR0913  becomes a method of `Update`, which will own these
 def _assign_writers(
     run: Run, step: int, prompts: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(slot, sample) of this rank's rollouts: of all of them, and of those that the student
+    """Return (slot, sample) of all of this rank's rollouts, and of those that the student
     writes."""
     samples = run.config.rollout.samples
     slots = range(run.place.rank, prompts, run.place.world)
@@ -299,7 +300,7 @@ def _gather_gradients(  # noqa: PLR0913  becomes a method of `Update`, which wil
 def _without_all_reduce(
     loss_module: torch.nn.Module,
 ) -> contextlib.AbstractContextManager[None]:
-    """While a rank gathers its gradients, DDP leaves them alone."""
+    """Keep DDP from reducing while a rank gathers its gradients."""
     if isinstance(loss_module, DistributedDataParallel):
         return loss_module.no_sync()
     return contextlib.nullcontext()
@@ -308,7 +309,8 @@ def _without_all_reduce(
 def _count_student_update(
     run: Run, group: list[Rollout], read: list[Rollout], ledger: Ledger
 ) -> None:
-    """``read``: the same rollouts, with the tokens that were taught when the student read them."""
+    """Add a micro-batch to the ledger. ``read``: the same rollouts, with the tokens that were
+    taught when the student read them."""
     shared = None if group[0].units is None else run.shared
     ledger.forward(
         "student_update",
