@@ -18,6 +18,8 @@ from ..engine.device import description
 from ..lab.task import LAB
 from ..prompts.presets import PRESETS
 from ..prompts.sources import FORMATS
+from .run import Run, settled
+from .state import Progress
 
 TAGS = ["prefix-distill", "knowledge-distillation", "on-policy-distillation"]
 METHODS = (
@@ -73,30 +75,107 @@ def command(config: Config) -> str:
     return " \\\n  ".join(["prefix-distill run", *words])
 
 
-def card(run, progress, row: dict, full: float | None = None) -> str:
+def card(run: Run, progress: Progress, row: dict, full: float | None = None) -> str:
     """The card of the student after ``row["step"]`` updates.
 
-    ``run``: preflight.Run; ``progress``: monitor.Progress; ``row``: step, accuracy, kl and what
-    else was measured of this student; ``full``: useful FLOPs of as many updates with full rollouts.
+    ``row``: step, accuracy, kl and what else was measured of this student; ``full``: useful FLOPs
+    of as many updates with full rollouts.
     """
     config = run.config
-    models, first = config.models, progress.evaluations[0]
+    facts = description()
+    parts = [
+        *_top(config, row["step"]),
+        _introduction(config, facts["prefix_distill"]),
+        *_method(run, progress, row["step"]),
+        *_results(config, progress.evaluations[0], row),
+        *_cost(run, progress, facts, full),
+        *_warnings(run, progress, row["step"]),
+        "## How to reproduce",
+        _fenced(command(config)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _introduction(config: Config, version: str) -> str:
+    """Name the models, the data and the license."""
+    models = config.models
     teacher = (
         "itself, behind a prompt that shows more"
         if models.teacher == configuration.SELF
         else f"`{models.teacher}`"
     )
+    elsewhere = "" if hub_id(models.student) else ", whose name or folder the command below has"
+    return (
+        f"Student `{models.student}`, teacher {teacher}, prompts of `{config.data.dataset}`; made "
+        f"with prefix-distill {version}. The license is the base model's{elsewhere}."
+    )
+
+
+def _method(run: Run, progress: Progress, step: int) -> list[str]:
+    """Describe who writes, who scores, the settings of the method, and how the prefix grew."""
+    config = run.config
+    writer = (
+        "student"
+        if run.off_policy is None
+        else "student (or the teacher, where `--off-policy` says so)"
+    )
+    settings = [
+        ("updates", f"{step} of {config.train.steps}"),
+        ("prompts × rollouts an update", f"{config.train.batch_size} × {config.rollout.samples}"),
+        (
+            "prefix",
+            f"{_code(config.schedule.prefix)}: {run.prefix.length(0)} tokens at first, "
+            f"{progress.taught_prefix} at last, of at most {config.rollout.max_new_tokens}",
+        ),
+        (
+            "divergence",
+            f"{_code(config.divergence.name)}, estimator "
+            f"{_code(config.divergence.estimator)}, per "
+            f"{_code(config.divergence.reduction)}",
+        ),
+        (
+            "peak learning rate",
+            f"{config.schedule.lr:g}, {_code(config.schedule.lr_schedule)}, warm-up "
+            f"{config.schedule.warmup}",
+        ),
+        (
+            "sampling",
+            f"temperature {config.rollout.temperature:g}, top-p {config.rollout.top_p:g}, "
+            f"top-k {config.rollout.top_k}",
+        ),
+        *(
+            (_code(configuration.flag(path)), _code(str(configuration.get(config, path))))
+            for path in METHODS
+            if configuration.get(config, path) != configuration.options()[path].default
+        ),
+        ("tokens taught", f"{progress.tokens:,}"),
+        ("seed", str(config.runtime.seed)),
+    ]
+    return [
+        "## Method",
+        f"The {writer} writes the first tokens of answers, the teacher scores each of them, and "
+        "the loss is taken on them alone (prefix distillation, [arXiv "
+        "2602.15260](https://arxiv.org/abs/2602.15260)).",
+        _table(("setting", "value"), settings),
+        *(
+            f"- {_line(d['reason'])} (after update {d['step']})"
+            for d in progress.decisions
+            if d["step"] <= step
+        ),
+    ]
+
+
+def _results(config: Config, first: dict, row: dict) -> list[str]:
+    """Describe what was measured before (``first``) and after."""
     problems = (
         _code(config.evaluate.dataset)
         if config.evaluate.dataset
-        else f"held-out problems of {_code(config.data.dataset)}"
+        else f"held-out problems of {_code(settled(config.data.dataset, '--dataset'))}"
     )
-    rows = (
-        [("accuracy", share_text(first["accuracy"]), share_text(row["accuracy"]))]
-        if first["accuracy"]
-        else []
-    )
-    rows += [("reverse KL to the teacher, nats per token", _kl(first["kl"]), _kl(row["kl"]))]
+    rows = []
+    if first["accuracy"]:
+        rows.append(("accuracy", share_text(first["accuracy"]), share_text(row["accuracy"])))
+    rows.append(("reverse KL to the teacher, nats per token", _kl(first["kl"]), _kl(row["kl"])))
     if "finish_rate" in row:
         rows += [
             ("answers that end", f"{first['finish_rate']:.1%}", f"{row['finish_rate']:.1%}"),
@@ -106,85 +185,40 @@ def card(run, progress, row: dict, full: float | None = None) -> str:
                 f"{row['mean_tokens']:.0f}",
             ),
         ]
+    return [
+        "## Results",
+        f"On {problems}; 95 % intervals by bootstrap; of the KL, n counts tokens of fixed answers "
+        "of the untrained student.",
+        _table(("", "before", f"after {row['step']} updates"), rows),
+    ]
+
+
+def _cost(run: Run, progress: Progress, facts: dict, full: float | None) -> list[str]:
+    """List FLOPs, hardware and versions."""
     spent = progress.ledger.summary()
     cost = [
         ("useful", spent["useful"]),
         ("executed (with padding and repeated work)", spent["executed"]),
     ]
-    cost += [] if full is None else [("useful, of as many updates with full rollouts", full)]
-    facts = description()
+    if full is not None:
+        cost.append(("useful, of as many updates with full rollouts", full))
     hardware = ", ".join(facts["gpus"]) or f"{facts['machine']} CPU, {facts['threads']} threads"
-    warnings = [*run.warnings, *(w["text"] for w in progress.warnings if w["step"] <= row["step"])]
-    parts = [
-        *_top(config, row["step"]),
-        f"Student `{models.student}`, teacher {teacher}, prompts of `{config.data.dataset}`; made "
-        f"with prefix-distill {facts['prefix_distill']}. The license is the base "
-        f"model's{'' if hub_id(models.student) else ', whose name or folder the command below has'}.",
-        "## Method",
-        "The "
-        f"{'student' if run.off_policy is None else 'student (or the teacher, where `--off-policy` says so)'} "
-        "writes the first tokens of answers, the teacher scores each of them, and the loss is "
-        "taken on them alone (prefix distillation, [arXiv "
-        "2602.15260](https://arxiv.org/abs/2602.15260)).",
-        _table(
-            ("setting", "value"),
-            [
-                ("updates", f"{row['step']} of {config.train.steps}"),
-                (
-                    "prompts × rollouts an update",
-                    f"{config.train.batch_size} × {config.rollout.samples}",
-                ),
-                (
-                    "prefix",
-                    f"{_code(config.schedule.prefix)}: {run.prefix.length(0)} tokens at first, "
-                    f"{progress.taught_prefix} at last, of at most {config.rollout.max_new_tokens}",
-                ),
-                (
-                    "divergence",
-                    f"{_code(config.divergence.name)}, estimator "
-                    f"{_code(config.divergence.estimator)}, per "
-                    f"{_code(config.divergence.reduction)}",
-                ),
-                (
-                    "peak learning rate",
-                    f"{config.schedule.lr:g}, {_code(config.schedule.lr_schedule)}, warm-up "
-                    f"{config.schedule.warmup}",
-                ),
-                (
-                    "sampling",
-                    f"temperature {config.rollout.temperature:g}, top-p {config.rollout.top_p:g}, "
-                    f"top-k {config.rollout.top_k}",
-                ),
-                *(
-                    (_code(configuration.flag(path)), _code(str(configuration.get(config, path))))
-                    for path in METHODS
-                    if configuration.get(config, path) != configuration.options()[path].default
-                ),
-                ("tokens taught", f"{progress.tokens:,}"),
-                ("seed", str(config.runtime.seed)),
-            ],
-        ),
-        *(
-            f"- {_line(d['reason'])} (after update {d['step']})"
-            for d in progress.decisions
-            if d["step"] <= row["step"]
-        ),
-        "## Results",
-        f"On {problems}; 95 % intervals by bootstrap; of the KL, n counts tokens of fixed answers "
-        "of the untrained student.",
-        _table(("", "before", f"after {row['step']} updates"), rows),
+    return [
         "## Cost",
         _table(("training FLOPs", ""), [(name, flops_text(value)) for name, value in cost]),
         f"{hardware}; {run.place.world} rank{'s' * (run.place.world > 1)}, "
         f"{str(run.place.dtype)[6:]}; torch {facts['torch']}, transformers "
         f"{facts['transformers']}, Python {facts['python']}.",
     ]
-    if warnings:
-        parts += [
-            "## Warnings of the run",
-            "\n".join(f"- {_line(text)}" for text in dict.fromkeys(warnings)),
-        ]
-    return "\n\n".join([*parts, "## How to reproduce", _fenced(command(config))]) + "\n"
+
+
+def _warnings(run: Run, progress: Progress, step: int) -> list[str]:
+    """List the warnings up to ``step``, each once."""
+    warnings = [*run.warnings, *(w["text"] for w in progress.warnings if w["step"] <= step)]
+    if not warnings:
+        return []
+    lines = [f"- {_line(text)}" for text in dict.fromkeys(warnings)]
+    return ["## Warnings of the run", "\n".join(lines)]
 
 
 def of_checkpoint(config: Config, step: int) -> str:
@@ -216,12 +250,9 @@ def _top(config: Config, step: int) -> list[str]:
         pipeline_tag="text-generation",
         tags=TAGS,
     )
-    name = Path(config.models.student).name.removesuffix(".gguf")
-    return [
-        f"---\n{front.to_yaml()}\n---",
-        "# "
-        f"{_line(config.trackers.name or f'{name} after {step} updates of on-policy distillation')}",
-    ]
+    name = Path(settled(config.models.student, "--student")).name.removesuffix(".gguf")
+    title = config.trackers.name or f"{name} after {step} updates of on-policy distillation"
+    return [f"---\n{front.to_yaml()}\n---", f"# {_line(title)}"]
 
 
 def _kl(found: dict) -> str:

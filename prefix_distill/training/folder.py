@@ -130,12 +130,12 @@ class RunFolder:
                 f"--out {self.path}: cannot be written ({why}); name another folder"
             ) from None
 
-    def create(self, config: dict, facts: dict = {}) -> None:
+    def create(self, config: dict, facts: dict | None = None) -> None:
         """Makes the folder: run.json with ``facts``, then config.yaml. UserError when it is used
         or cannot be made."""
         self.refuse_if_used()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write_json("run.json", {"format": FORMAT, **facts})
+        self.write_json("run.json", {"format": FORMAT, **(facts or {})})
         self.write_config(config)
 
     def write_config(self, config: dict) -> None:

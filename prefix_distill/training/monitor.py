@@ -3,12 +3,15 @@ student, the cost of full rollouts."""
 
 import dataclasses
 import math
+from typing import Any
 
 from ..display import Reporter
 from ..engine import evaluate, scoring
 from ..engine.device import Clock
+from ..engine.evaluate import Score
 from ..engine.models import Model
 from ..engine.rollout import Rollout, Unit
+from ..engine.sampling import Sampler
 from ..engine.scoring import FIRST_TOKEN
 from ..errors import Stopped, UserError
 from ..maths import intervals
@@ -33,13 +36,16 @@ from .state import Progress
 # much
 SHARED_MASS = 0.95
 
+TokenValues = list[list[float | None]]  # rollout by rollout
+Facts = dict[str, list[float | None]]  # of a fixed rollout: statistic → a number per token
+
 
 class Monitor:
     """Measures the student of one run. ``before``: what the untrained student's measurement found,
     kept in before.json with the rollouts it drew from held-out prompts: the fixed contexts of every
     later comparison."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  takes what `Session` will own, and then `Session` alone
         self,
         run: Run,
         decoding: Model,
@@ -48,14 +54,12 @@ class Monitor:
         folder: RunFolder,
         report: Reporter,
     ):
-        self.run, self.decoding, self.progress, self.clock, self.folder, self.report = (
-            run,
-            decoding,
-            progress,
-            clock,
-            folder,
-            report,
-        )
+        self.run = run
+        self.decoding = decoding
+        self.progress = progress
+        self.clock = clock
+        self.folder = folder
+        self.report = report
         self.before: dict = {}
         self.fixed: list[Rollout] = []
 
@@ -78,16 +82,17 @@ class Monitor:
         found = self._measure(self.fixed)
         self.report.evaluation(self.progress.evaluations[-1])
         first = found["teacher_first_token"]
-        (self.report.warn if first < FIRST_TOKEN else self.report.note)(
+        text = (
             "the teacher gives the first tokens of the student's answers a mean probability of "
             f"{first:.2g}"
-            + (
-                "; do both prompts ask for the same form of answer (--template, "
-                "--student-thinking, --teacher-thinking, --begin)?"
-                if first < FIRST_TOKEN
-                else ""
-            )
         )
+        if first < FIRST_TOKEN:
+            self.report.warn(
+                f"{text}; do both prompts ask for the same form of answer (--template, "
+                "--student-thinking, --teacher-thinking, --begin)?"
+            )
+        else:
+            self.report.note(text)
         if self.run.alignment is not None:
             self._say_coverage(found["alignment"])
         records = found.pop("records")
@@ -112,18 +117,8 @@ class Monitor:
     def resume(self) -> None:
         """Takes the fixed contexts and what was measured on them from before.json."""
         self.before = self.folder.read_json("before.json")
-        plain = lambda name, v: (
-            tuple(Unit(*u) for u in v)
-            if name == "units" and v
-            else tuple(v)
-            if isinstance(v, list)
-            else v
-        )
         try:
-            self.fixed = [
-                Rollout(**{k: plain(k, v) for k, v in row.items()})
-                for row in self.before["rollouts"]
-            ]
+            self.fixed = [_read_rollout(row) for row in self.before["rollouts"]]
         except (KeyError, TypeError, AttributeError):
             raise UserError(
                 f"run folder {self.folder.path}: before.json is not what a run writes; start anew "
@@ -158,9 +153,9 @@ class Monitor:
         student's. A ledger row of its own, inside the totals."""
         run, ledger, count = self.run, Ledger(), self.run.config.evaluate.tail_prompts
         with self.clock.phase("tail_probe"):
-            values = divergence_by_token(
-                self.fixed[:count], self._facts(self.fixed[:count], ledger, "tail_probe")
-            )
+            contexts = self.fixed[:count]
+            facts = _measure_contexts(run, contexts, ledger, "tail_probe")
+            values = divergence_by_token(contexts, facts)
             full = self._full_rollouts(run.kl_prompts[:count], ledger, "tail_probe")
         merge(run, self.progress, ledger)
         found = {"step": self.progress.step, "kl_by_token": values, **ending_facts(full)}
@@ -176,7 +171,7 @@ class Monitor:
         self.progress.tail_probes.append(row)
         self.report.tail(row)
         self._warn(
-            {"kl_by_token": self.before["kl_by_token"][:count], **ending_facts(self.fixed[:count])},
+            {"kl_by_token": self.before["kl_by_token"][:count], **ending_facts(contexts)},
             found,
         )
         self._keep_best(row["step"], None, values)
@@ -196,83 +191,79 @@ class Monitor:
         """
         run, progress, ledger = self.run, self.progress, Ledger()
         with self.clock.phase("evaluation"):
-            facts = self._facts(self.fixed, ledger, "evaluation")
+            facts = _measure_contexts(self.run, self.fixed, ledger, "evaluation")
             values = divergence_by_token(self.fixed, facts)
             gap = self._sampler_gap(ledger)
             score = None
             if run.problems:
-                score = run.fit(
-                    "rows",
-                    ledger,
-                    lambda spent: evaluate.evaluate(
-                        self.decoding,
-                        run.problems,
-                        run.eval_sampler,
-                        samples=run.config.evaluate.rollouts,
-                        place=run.place,
-                        max_new_tokens=run.config.rollout.max_new_tokens,
-                        answer_format=run.answer_format,
-                        spent=_spent_on(run, spent, "evaluation"),
-                    ),
-                )
+                score = self._score(ledger)
                 endings = {
                     "finish_rate": score.finish_rate,
                     "mean_tokens": score.mean_tokens,
                     "answers": len(run.problems) * run.config.evaluate.rollouts,
                 }
             else:
-                endings = ending_facts(
-                    full or self._full_rollouts(run.kl_prompts, ledger, "evaluation")
-                )
+                drawn = full or self._full_rollouts(run.kl_prompts, ledger, "evaluation")
+                endings = ending_facts(drawn)
         merge(run, progress, ledger)
+        accuracy = None if score is None else score.accuracy
+        row = self._evaluation_row(facts, values, accuracy, gap, endings)
+        if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
+            progress.evaluations.append(row)
+            if run.place.first and score is not None and score.accuracy:
+                self.folder.append("scores.jsonl", {"step": progress.step, "right": score.right()})
+        self._keep_best(progress.step, accuracy, values)
+        return {**row, "kl_by_token": values, "records": score.records if score else []}
+
+    def _score(self, ledger: Ledger) -> Score:
+        """Sample and grade full answers to the held-out problems."""
+        run = self.run
+        return run.fit(
+            "rows",
+            ledger,
+            lambda spent: evaluate.evaluate(
+                self.decoding,
+                run.problems,
+                run.eval_sampler,
+                samples=run.config.evaluate.rollouts,
+                place=run.place,
+                max_new_tokens=run.max_new_tokens,
+                answer_format=run.answer_format,
+                spent=run.counts_generation(spent, "evaluation"),
+            ),
+        )
+
+    def _evaluation_row(
+        self,
+        facts: list[Facts],
+        values: TokenValues,
+        accuracy: dict | None,
+        gap: float | None,
+        endings: dict,
+    ) -> dict:
+        """Return what an evaluation has measured, as ``Progress.evaluations`` keeps it."""
+        progress = self.progress
         head, tail = intervals.split_mean(values, progress.taught_prefix)
         borders = progress.evaluations[0]["quadrants"]["borders"] if progress.evaluations else None
+        entropies = intervals.known([row["entropy"] for row in facts])
+        divergences = intervals.known([row["divergence"] for row in facts])
         row = {
             "step": progress.step,
-            "accuracy": score and score.accuracy,
+            "accuracy": accuracy,
             "kl": intervals.token_mean(values),
             "kl_prefix": head,
             "kl_tail": tail,
             "sampler_kl": gap,
             **endings,
-            "quadrants": quadrants(
-                *(
-                    intervals.known([row[name] for row in facts])
-                    for name in ("entropy", "divergence")
-                ),
-                borders,
-            ),
+            "quadrants": quadrants(entropies, divergences, borders),
             "teacher_first_token": mean_probability([row["teacher_logp"][0] for row in facts]),
             "flops_useful": progress.ledger.total(),
             "flops_executed": progress.ledger.total("executed"),
             "seconds": progress.training_seconds(),
         }
-        if run.alignment is not None:
+        if self.run.alignment is not None:
             row["alignment"] = alignment_facts(self.fixed, facts)
-        if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
-            progress.evaluations.append(row)
-            if run.place.first and score and score.accuracy:
-                self.folder.append("scores.jsonl", {"step": progress.step, "right": score.right()})
-        self._keep_best(progress.step, row["accuracy"], values)
-        return {**row, "kl_by_token": values, "records": score.records if score else []}
-
-    def _facts(
-        self, contexts: list[Rollout], ledger: Ledger, phase: str
-    ) -> list[dict[str, list[float]]]:
-        run = self.run
-        return run.fit(
-            "micro_batch_size",
-            ledger,
-            lambda spent: evaluate.held_out_facts(
-                run.student,
-                run.teacher,
-                run.shared,
-                contexts,
-                run.place,
-                run.config.train.micro_batch_size,
-                run.counts_both(spent, phase),
-            ),
-        )
+        return row
 
     def _sampler_gap(self, ledger: Ledger) -> float | None:
         """KL(sampler‖student) in nats per token on the fixed contexts, where rollouts come from a
@@ -314,13 +305,13 @@ class Monitor:
                 self.decoding,
                 prompts,
                 run.eval_sampler,
-                run.config.rollout.max_new_tokens,
+                run.max_new_tokens,
                 run.place,
-                _spent_on(run, spent, phase),
+                run.counts_generation(spent, phase),
             ),
         )
 
-    def _keep_best(self, step: int, accuracy: dict | None, values: list[list[float]]) -> None:
+    def _keep_best(self, step: int, accuracy: dict | None, values: TokenValues) -> None:
         """Keeps the best student seen so far in best/: by accuracy where it is evaluated during the
         run, else by the reverse KL on the fixed contexts of the tail probe."""
         settings, progress = self.run.config.evaluate, self.progress
@@ -343,14 +334,25 @@ class Monitor:
                 )
 
 
+def _read_rollout(row: dict[str, Any]) -> Rollout:
+    """Return a fixed context from its row in before.json, where tuples are lists."""
+    fields: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in row.items()
+    }
+    if fields.get("units"):
+        fields["units"] = tuple(Unit(*u) for u in fields["units"])
+    return Rollout(**fields)
+
+
 def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> float:
     """How good the student is on the fixed prompts, higher is better: the share of right full
     answers, or minus the mean reverse KL (nats per token) of fresh rollouts of ``prefix`` tokens.
     The seeds are the same for every candidate and trigger."""
     prompts, phase = run.extrapolation_prompts, "extrapolation"
-    sampler = lambda: dataclasses.replace(
-        run.eval_sampler, seed=seed_of(run.config.runtime.seed, phase)
-    )
+
+    def sampler() -> Sampler:  # its rows shrink where memory runs out
+        return dataclasses.replace(run.eval_sampler, seed=seed_of(run.config.runtime.seed, phase))
+
     if run.config.extrapolation.score == "accuracy":
         right = run.fit(
             "rows",
@@ -361,8 +363,8 @@ def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> f
                 sampler(),
                 samples=1,
                 place=run.place,
-                spent=_spent_on(run, spent, phase),
-                max_new_tokens=run.config.rollout.max_new_tokens,
+                spent=run.counts_generation(spent, phase),
+                max_new_tokens=run.max_new_tokens,
                 answer_format=run.answer_format,
             ),
         ).right()
@@ -372,26 +374,27 @@ def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> f
             "rows",
             ledger,
             lambda spent: evaluate.fixed_rollouts(
-                decoding, prompts, sampler(), prefix, run.place, _spent_on(run, spent, phase)
+                decoding, prompts, sampler(), prefix, run.place, run.counts_generation(spent, phase)
             ),
         )
     )
-    facts = run.fit(
+    facts = _measure_contexts(run, rollouts, ledger, phase)
+    values = intervals.known([row["divergence"] for row in facts])
+    return -math.fsum(values) / len(values)
+
+
+def _measure_contexts(run: Run, contexts: list[Rollout], ledger: Ledger, phase: str) -> list[Facts]:
+    """Return the token statistics of both models on given rollouts."""
+    return run.fit(
         "micro_batch_size",
         ledger,
         lambda spent: evaluate.held_out_facts(
             run.student,
             run.teacher,
             run.shared,
-            rollouts,
+            contexts,
             run.place,
             run.config.train.micro_batch_size,
             run.counts_both(spent, phase),
         ),
     )
-    values = intervals.known([row["divergence"] for row in facts])
-    return -math.fsum(values) / len(values)
-
-
-def _spent_on(run: Run, ledger: Ledger, phase: str):
-    return lambda reads: ledger.generation(run.student_shape, reads, phase, phase)

@@ -1,29 +1,43 @@
 """Settings of a run that is resumed."""
 
 import os
+from pathlib import Path
 
 from .. import config as configuration
 from ..errors import UserError
 
+# what may lengthen a run, save it at other times or spread its work otherwise
+FREE = (
+    "train.steps",
+    "checkpoint.save_every",
+    "checkpoint.out",
+    "runtime.gpus",
+    "runtime.rank_timeout",
+    "runtime.check_ranks_every",
+    "train.micro_batch_size",
+    "rollout.rows",
+)
+# what may mend a run that stopped; the rest of it differs, which is said
+REMEDIES = (
+    "schedule.lr",
+    "train.grad_clip",
+    "runtime.dtype",
+    "runtime.head_dtype",
+    "runtime.head_memory_mb",
+    "runtime.device",
+    "runtime.teacher_device",
+    "train.gradient_checkpointing",
+)
+
 
 def resume_settings(values: dict) -> tuple[dict, list[str]]:
-    """The settings of the run in --out. What is given now may lengthen it, save at other times,
-    spread its work otherwise, or mend what stopped it (rate, precision, device), which is said."""
-    from pathlib import Path
-
+    """Return the settings of the run in --out, and notes. What is given now may lengthen it, save
+    at other times, spread its work otherwise, or mend what stopped it (rate, precision, device),
+    which is said."""
     out = values.get("checkpoint.out")
     if out is None:
         raise UserError("--resume: name the run folder with --out")
-    saved_file = Path(str(out)) / "config.yaml"
-    if not saved_file.is_file():
-        raise UserError(
-            f"--resume {out}: no config.yaml in it; name the folder of a run, or drop --resume"
-        )
-    from .folder import RunFolder
-
-    RunFolder(saved_file.parent).check_format()
-    saved = configuration.read_yaml(str(saved_file))
-    configuration.build(saved)
+    saved = _read_saved_settings(str(out))
     if "runtime.gpus" not in values and os.environ.get("LOCAL_WORLD_SIZE") not in (
         None,
         str(saved.get("runtime.gpus")),
@@ -34,32 +48,39 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
             f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); "
             "start anew with another --out"
         )
-    notes: list[str] = []
-    free = {
-        "train.steps",
-        "checkpoint.save_every",
-        "checkpoint.out",
-        "runtime.gpus",
-        "runtime.rank_timeout",
-        "runtime.check_ranks_every",
-        "train.micro_batch_size",
-        "rollout.rows",
-        *configuration.options("trackers", "export"),
-    }
-    remedies = {
-        "schedule.lr",
-        "train.grad_clip",
-        "runtime.dtype",
-        "runtime.head_dtype",
-        "runtime.head_memory_mb",
-        "runtime.device",
-        "runtime.teacher_device",
-        "train.gradient_checkpointing",
-    }
+    notes = _check_changes(str(out), saved, values)
+    steps, schedule = values.get("train.steps", saved["train.steps"]), saved["schedule.lr_schedule"]
+    if steps != saved["train.steps"] and schedule != "constant":
+        notes.append(
+            f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is "
+            "stretched over all of them, so the rest differs from a run planned this long"
+        )
+    return saved | values, notes
+
+
+def _read_saved_settings(out: str) -> dict:
+    """Read the folder's config.yaml. UserError where there is none, or it is damaged."""
+    from .folder import RunFolder
+
+    saved_file = Path(out) / "config.yaml"
+    if not saved_file.is_file():
+        raise UserError(
+            f"--resume {out}: no config.yaml in it; name the folder of a run, or drop --resume"
+        )
+    RunFolder(saved_file.parent).check_format()
+    saved = configuration.read_yaml(str(saved_file))
+    configuration.build(saved)
+    return saved
+
+
+def _check_changes(out: str, saved: dict, values: dict) -> list[str]:
+    """Return notes on remedies; UserError where ``values`` change what a run cannot change."""
+    notes = []
+    free = {*FREE, *configuration.options("trackers", "export")}
     for path, value in values.items():
         if path not in configuration.options():
             configuration.build({path: value})  # raises, with the nearest known key
-        if path in remedies and value != saved.get(path):
+        if path in REMEDIES and value != saved.get(path):
             notes.append(
                 f"{path} was {saved.get(path)!r} and is {value!r} from here on: the rest differs "
                 "from a run that had it from the start"
@@ -69,10 +90,4 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
                 f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; leave it out, or "
                 "start anew with another --out"
             )
-    steps, schedule = values.get("train.steps", saved["train.steps"]), saved["schedule.lr_schedule"]
-    if steps != saved["train.steps"] and schedule != "constant":
-        notes.append(
-            f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is "
-            "stretched over all of them, so the rest differs from a run planned this long"
-        )
-    return saved | values, notes
+    return notes

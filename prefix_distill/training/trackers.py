@@ -12,12 +12,18 @@ import json
 import os
 import secrets
 import sys
-from typing import Self
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol, Self
 
 from .. import config as configuration
 from ..config import Config
 from ..display import Reporter
 from ..errors import UserError
+from ..files import read_rows
+from .folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 PROJECT = "prefix-distill"
 FILE = "trackers.json"  # {name: {id, at}} in the run folder
@@ -37,26 +43,40 @@ def check(config: Config) -> None:
     for name in configuration.parse_trackers(config.trackers.to):
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f'--report-to {name}: the package {name} is not installed; pip install "prefix-distill[{name}]", or leave it out'
+                f"--report-to {name}: the package {name} is not installed; "
+                f'pip install "prefix-distill[{name}]", or leave it out'
             )
+
+
+class Tracker(Protocol):
+    """Receives the numbers of a run."""
+
+    def log(self, step: int, late: int, values: dict[str, float]) -> None:
+        """Pass on the numbers of an update (``late`` 0) or of what is measured after it (1)."""
+
+    def close(self, well: bool) -> None:
+        """Flush and close; ``well``: the run has not failed."""
 
 
 class Trackers:
     """Passes on what a run reports (see display.Reporter) to its display, and numbers to the
     trackers that ``config`` names. Where one of these fails, it is off from then on, with a
     warning: no tracker ends a run. Use as a context: leaving it flushes and closes. ``folder``: the
-    run's checkpoint.RunFolder."""
+    run's folder."""
 
-    def __init__(self, display: Reporter, folder, config: Config):
-        self.display, self.folder, self.told = display, folder, {}
+    def __init__(self, display: Reporter, folder: RunFolder, config: Config):
+        self.display = display
+        self.folder = folder
+        self.told: dict[str, dict] = {}
         self.note, self.warn, self.own = display.note, display.warn, display.own
         self.settings = configuration.as_dict(config)
         self.settings["checkpoint"].pop("out")
         self.name = config.trackers.name or folder.path.absolute().name
-        self.open = dict.fromkeys(configuration.parse_trackers(config.trackers.to))
+        self.names = configuration.parse_trackers(config.trackers.to)
+        self.open: dict[str, Tracker] = {}
 
     def __enter__(self) -> Self:
-        if self.open and (self.folder.path / FILE).is_file():
+        if self.names and (self.folder.path / FILE).is_file():
             try:
                 self.told = self.folder.read_json(FILE)
             except UserError:
@@ -64,16 +84,19 @@ class Trackers:
                     f"{FILE} cannot be read: --report-to begins a new run in place of the one that "
                     "it named"
                 )
-        for name in list(self.open):
+        for name in self.names:
             with self._harmless(name):
-                self.open[name] = {
-                    "tensorboard": _TensorBoard,
-                    "wandb": _Wandb,
-                    "trackio": _Trackio,
-                }[name](self)
+                self.open[name] = self._start(name)
         return self
 
-    def __exit__(self, kind, *_):
+    def _start(self, name: str) -> Tracker:
+        if name == "tensorboard":
+            return _TensorBoard(self)
+        if name == "wandb":
+            return _Wandb(self)
+        return _Trackio(self)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for name in list(self.open):
             with self._harmless(name):
                 self.open.pop(name).close(kind is None)
@@ -100,7 +123,7 @@ class Trackers:
         self.folder.write_json(FILE, self.told)
         return self.told[name]["id"]
 
-    def _send(self, step: int, late: int, values: dict) -> None:
+    def _send(self, step: int, late: int, values: dict[str, float]) -> None:
         """``late``: 0 for an update's row, 1 for what is measured after it."""
         for name, tracker in list(self.open.items()):
             with self._harmless(name):
@@ -112,7 +135,7 @@ class Trackers:
                     self.folder.write_json(FILE, self.told)
 
     @contextlib.contextmanager
-    def _harmless(self, name: str):
+    def _harmless(self, name: str) -> Iterator[None]:
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is the result's
                 yield
@@ -135,7 +158,7 @@ def numbers(row: dict) -> dict[str, float]:
 
 def measured(kind: str, row: dict) -> dict[str, float]:
     """The numbers of an evaluation or a tail probe; of what has an interval, its ends, too."""
-    found = {}
+    found: dict[str, float] = {}
     for key, name in EVALUATION.items():
         value = row.get(key)
         if isinstance(value, dict):
@@ -155,37 +178,37 @@ class _TensorBoard:
     def __init__(self, run: Trackers):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path, self.metrics, self.writer = (
-            run.folder.path / "tensorboard",
-            run.folder.path / "metrics.jsonl",
-            None,
-        )
+        self.path = run.folder.path / "tensorboard"
+        self.metrics = run.folder.path / "metrics.jsonl"
+        self.writer: SummaryWriter | None = None
         self.text = f"run {run.name}\n\n```json\n{json.dumps(run.settings, indent=1)}\n```"
         self.make = SummaryWriter
 
-    def log(self, step: int, late: int, values: dict) -> None:
-        from ..files import read_rows
-
+    def log(self, step: int, late: int, values: dict[str, float]) -> None:
         if self.writer is None:  # the first that a run says tells where it goes on
-            new = step == 0 or not self.path.exists()
-            self.writer = self.make(str(self.path), purge_step=step)
-            if new:
-                self.writer.add_text("config", self.text, step)
-            for row in (
-                read_rows(self.metrics)[0] if late else ()
-            ):  # dropped with what is measured after it
-                if row.get("step") == step:
-                    self._scalars(step, numbers(row))
-        self._scalars(step, values)
+            self.writer = self._begin(step, late)
+        _add_scalars(self.writer, step, values)
         self.writer.flush()
 
-    def _scalars(self, step: int, values: dict) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+    def _begin(self, step: int, late: int) -> "SummaryWriter":
+        new = step == 0 or not self.path.exists()
+        writer = self.make(str(self.path), purge_step=step)
+        if new:
+            writer.add_text("config", self.text, step)
+        if late:  # the update's own row is dropped with what is measured after it
+            for row in read_rows(self.metrics)[0]:
+                if row.get("step") == step:
+                    _add_scalars(writer, step, numbers(row))
+        return writer
 
     def close(self, well: bool) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _add_scalars(writer: "SummaryWriter", step: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
 
 
 class _Wandb:
@@ -207,7 +230,7 @@ class _Wandb:
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, late: int, values: dict) -> None:
+    def log(self, step: int, late: int, values: dict[str, float]) -> None:
         self.run.log({"step": step, **values})
 
     def close(self, well: bool) -> None:
@@ -228,7 +251,7 @@ class _Trackio:
         )
         self.finish = trackio.finish
 
-    def log(self, step: int, late: int, values: dict) -> None:
+    def log(self, step: int, late: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
     def close(self, well: bool) -> None:
