@@ -28,7 +28,7 @@ class Reader(Protocol):
     tokenizer: Any
 
 
-def render(
+def render(  # noqa: PLR0913  one rendering has six independent settings
     model: Reader,
     messages: tuple[dict, ...],
     template: str,
@@ -104,7 +104,8 @@ def render_all(
     """
     begin = [begin_ids(model, config.rollout.begin) for model in (student, teacher)]
     settings = config.data
-    kept, dropped = [], 0
+    kept: list[Rendered] = []
+    dropped = 0
     for prompt in prompts:
         if limit is not None and len(kept) == limit:
             break
