@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import inspect
-import math
+from typing import Any
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import config as configuration
-from ..display import Reporter, flops_text
-from ..engine.device import Clock
+from ..display import Display, Reporter, flops_text
+from ..engine.device import Clock, description
 from ..engine.models import Model, average, decoder, moved, refresh
 from ..engine.ranks import Interrupt
 from ..errors import UserError
@@ -23,20 +24,22 @@ from .card import card
 from .folder import RunFolder
 from .metrics import full_cost, merge, metrics_row, result_document, update_facts
 from .monitor import Monitor, candidate_score
-from .run import Run
+from .run import Run, describe_checks
 from .state import (
     Progress,
+    Tensors,
     compare_ranks,
+    refuse_non_finite,
     restore_checkpoint,
     save_checkpoint,
     stop_if_asked,
-    stop_run,
 )
+from .teacher_text import TeacherText
+from .trackers import Trackers
 from .update import (
     StudentLoss,
     accumulate_gradients,
     apply_update,
-    find_non_finite,
     make_optimizer,
     sample,
     select,
@@ -48,7 +51,7 @@ def train(
     folder: RunFolder,
     report: Reporter,
     resume: bool,
-    interrupt: Interrupt = Interrupt(),
+    interrupt: Interrupt | None = None,
 ) -> dict:
     """Runs every update that is left, evaluates before and after, saves the model; returns the
     result document.
@@ -57,6 +60,7 @@ def train(
     evaluation) in which ``interrupt`` was asked to stop.
     """
     config, place = run.config, run.place
+    interrupt = interrupt or Interrupt()
     run.say = report.own
     student = run.student.net
     if run.student.adapter is None:
@@ -93,15 +97,14 @@ def train(
     else:
         monitor.start()
     texts = _teacher_texts(run, folder, progress, clock)
-    loss_module = StudentLoss(run)
+    loss_module: torch.nn.Module = StudentLoss(run)
     if place.world > 1:
         known = inspect.signature(DistributedDataParallel).parameters  # torch renamed it
         buffers = (
             "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         )  # they never change
-        loss_module = DistributedDataParallel(
-            loss_module, gradient_as_bucket_view=True, **{buffers: False}
-        )
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+        loss_module = DistributedDataParallel(loss_module, **options)
     if not resume:
         save_checkpoint(run, folder, optimizer, anchor, progress)
     if resume and progress.step < config.train.steps:
@@ -124,7 +127,7 @@ def train(
         values, clipped = accumulate_gradients(
             run, loss_module, rollouts, weights, divisor, ledger, clock, reading
         )
-        _refuse_non_finite(run, folder, optimizer, anchor, progress, rollouts, values)
+        refuse_non_finite(run, folder, optimizer, anchor, progress, rollouts, values)
         facts = update_facts(
             run, rollouts, values, clipped, weights, divisor, run.prefix.window(progress.prefix)
         )
@@ -194,7 +197,9 @@ def train(
     return {"out": str(folder.path), **result}
 
 
-def _teacher_texts(run: Run, folder: RunFolder, progress: Progress, clock: Clock) -> dict | None:
+def _teacher_texts(
+    run: Run, folder: RunFolder, progress: Progress, clock: Clock
+) -> dict[tuple[int, int], TeacherText] | None:
     """What the teacher writes for the updates that are left, if it writes at all."""
     if run.off_policy is None:
         return None
@@ -217,44 +222,13 @@ def _teacher_texts(run: Run, folder: RunFolder, progress: Progress, clock: Clock
         )
 
 
-def _refuse_non_finite(
-    run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, rollouts, values
-) -> None:
-    """Stopped, on every rank, where a token's divergence is NaN or infinite on any: with what is
-    at fault, and the last good state."""
-    wrong = next(
-        (
-            (r, t, v)
-            for r in rollouts
-            for t, v in zip(r.taught, values[r.prompt, r.sample])
-            if not math.isfinite(v)
-        ),
-        None,
-    )
-    found = next(
-        filter(
-            None,
-            run.place.gather(
-                wrong
-                and (
-                    f"the divergence of prompt slot {wrong[0].prompt}, sample {wrong[0].sample}, "
-                    f"token {wrong[1]} is {wrong[2]}: {find_non_finite(run, wrong[0])} not finite"
-                )
-            ),
-        ),
-        None,
-    )
-    if found is not None:
-        stop_run(run, folder, optimizer, anchor, progress, found)
-
-
-def _extrapolate(
+def _extrapolate(  # noqa: PLR0913  becomes a method of `Session`, which will own these
     run: Run,
     folder: RunFolder,
     decoding: Model,
-    optimizer,
-    moving,
-    anchor,
+    optimizer: torch.optim.Optimizer,
+    moving: dict[str, torch.nn.Parameter],
+    anchor: Tensors,
     progress: Progress,
     clock: Clock,
     report: Reporter,
@@ -262,10 +236,8 @@ def _extrapolate(
     """The search after an update at which one is due; a row in ``progress.extrapolations``, a
     ledger row of its own."""
     settings, ledger = run.config.extrapolation, Ledger()
-    before, seconds = (
-        progress.ledger.useful.get("extrapolation", 0.0),
-        clock.seconds.get("extrapolation", 0.0),
-    )
+    before = progress.ledger.useful.get("extrapolation", 0.0)
+    seconds = clock.seconds.get("extrapolation", 0.0)
     if settings.diagnostics and run.place.first:
         folder.write_tensors(
             f"displacements/step-{progress.step:08d}.safetensors",
@@ -284,13 +256,10 @@ def _extrapolate(
     if settings.reset:
         for p in moving.values():
             optimizer.state.pop(p, None)
-    row = {
-        "step": progress.step,
-        "k": found.k,
-        "scores": found.scores,
-        "flops": progress.ledger.useful.get("extrapolation", 0.0) - before,
-    }
-    progress.extrapolations.append(row)
+    cost = progress.ledger.useful.get("extrapolation", 0.0) - before
+    progress.extrapolations.append(
+        {"step": progress.step, "k": found.k, "scores": found.scores, "flops": cost}
+    )
     if settings.kind != "none":
         scores = (
             f", {settings.score} " + " → ".join(f"{s:.4g}" for s in found.scores)
@@ -299,11 +268,11 @@ def _extrapolate(
         )
         report.note(
             f"after update {progress.step}: W + {2 * found.k}Δ is taken (k = {found.k}{scores}; "
-            f"{flops_text(row['flops'])}, {clock.seconds['extrapolation'] - seconds:.1f} s)"
+            f"{flops_text(cost)}, {clock.seconds['extrapolation'] - seconds:.1f} s)"
         )
 
 
-def _diagnose(folder: RunFolder, moving, initial) -> None:
+def _diagnose(folder: RunFolder, moving: dict[str, torch.nn.Parameter], initial: Tensors) -> None:
     """displacement.json from the displacements that were kept; they go."""
     final = {name: p.detach().cpu() - initial[name] for name, p in moving.items()}
     rows = [
@@ -317,14 +286,8 @@ def _diagnose(folder: RunFolder, moving, initial) -> None:
     folder.remove("displacements")
 
 
-def train_in(prepared, folder, resume: bool = False, label: str = "") -> dict:
+def train_in(prepared: Run, folder: RunFolder, resume: bool = False, label: str = "") -> dict:
     """Opens the run folder, shows progress, trains; the result document."""
-    from ..display import Display, Reporter
-    from ..engine.device import description
-    from ..engine.ranks import Interrupt
-    from .run import describe_checks
-    from .trackers import Trackers
-
     place = prepared.place
     with (
         folder.alone() if place.first else contextlib.nullcontext(),

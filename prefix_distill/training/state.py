@@ -2,15 +2,20 @@
 
 import dataclasses
 import math
+from typing import NoReturn
 
 import torch
 
 from ..display import Reporter
+from ..engine import scoring
 from ..engine.ranks import Interrupt
+from ..engine.rollout import Rollout
 from ..errors import Interrupted, Stopped, UserError
 from ..maths.flops import Ledger
 from .folder import RunFolder
 from .run import Run
+
+Tensors = dict[str, torch.Tensor]  # by the parameter's name
 
 
 @dataclasses.dataclass
@@ -42,9 +47,14 @@ class Progress:
         return math.fsum(v for phase, v in self.seconds.items() if phase != "evaluation")
 
 
-def stop_run(
-    run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, reason: str
-) -> None:
+def stop_run(  # noqa: PLR0913  becomes a method of `Session`, which will own these
+    run: Run,
+    folder: RunFolder,
+    optimizer: torch.optim.Optimizer,
+    anchor: Tensors,
+    progress: Progress,
+    reason: str,
+) -> NoReturn:
     """Ends the run before an update that would do harm, with the state so far saved if it is
     good."""
     optimizer.zero_grad(set_to_none=True)
@@ -56,8 +66,13 @@ def stop_run(
     )
 
 
-def stop_if_asked(
-    run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, interrupt: Interrupt
+def stop_if_asked(  # noqa: PLR0913  becomes a method of `Session`, which will own these
+    run: Run,
+    folder: RunFolder,
+    optimizer: torch.optim.Optimizer,
+    anchor: Tensors,
+    progress: Progress,
+    interrupt: Interrupt,
 ) -> None:
     """A safe point: if any rank was asked to stop, all save and are Interrupted."""
     asked = next(filter(None, run.place.gather(interrupt.asked)), None)
@@ -70,9 +85,60 @@ def stop_if_asked(
         )
 
 
+def refuse_non_finite(  # noqa: PLR0913  becomes a method of `Session`, which will own these
+    run: Run,
+    folder: RunFolder,
+    optimizer: torch.optim.Optimizer,
+    anchor: Tensors,
+    progress: Progress,
+    rollouts: list[Rollout],
+    values: dict[tuple[int, int], list[float]],
+) -> None:
+    """Stopped, on every rank, where a token's divergence is NaN or infinite on any: with what is
+    at fault, and the last good state."""
+    reasons = run.place.gather(_describe_non_finite(run, rollouts, values))
+    reason = next(filter(None, reasons), None)
+    if reason is not None:
+        stop_run(run, folder, optimizer, anchor, progress, reason)
+
+
+def _describe_non_finite(
+    run: Run, rollouts: list[Rollout], values: dict[tuple[int, int], list[float]]
+) -> str | None:
+    """This rank's first divergence that is not finite, in words."""
+    for r in rollouts:
+        for token, value in zip(r.taught, values[r.prompt, r.sample], strict=True):
+            if not math.isfinite(value):
+                return (
+                    f"the divergence of prompt slot {r.prompt}, sample {r.sample}, "
+                    f"token {token} is {value}: {_find_non_finite(run, r)} not finite"
+                )
+    return None
+
+
+@torch.no_grad()
+def _find_non_finite(run: Run, rollout: Rollout) -> str:
+    """Where in the two networks the first number that is not finite appears."""
+    both = (("teacher", run.teacher, True), ("student", run.student, False))
+    for role, model, _ in both:
+        if name := next(
+            (name for name, p in model.net.named_parameters() if not torch.isfinite(p).all()), None
+        ):
+            return f"the {role}'s weight {name} is"
+    for role, model, teacher in both:
+        with run.place.autocast(model.device):
+            hidden_ND = scoring.hidden_rows(model, [rollout], teacher)
+        if not torch.isfinite(hidden_ND).all():
+            return f"the {role}'s hidden states there are"
+        if not torch.isfinite(model.head().to(run.place.head_dtype).logits(hidden_ND)).all():
+            return f"the {role}'s logits there are"
+    return "it is"
+
+
 def compare_ranks(run: Run, folder: RunFolder, progress: Progress) -> None:
     """Stopped where the ranks' weights differ."""
-    differing = run.place.differing(run.student.trained)
+    trained: Tensors = dict(run.student.trained)
+    differing = run.place.differing(trained)
     if differing is not None:
         rank, name = differing
         raise Stopped(
@@ -82,10 +148,16 @@ def compare_ranks(run: Run, folder: RunFolder, progress: Progress) -> None:
         )
 
 
-def save_checkpoint(run: Run, folder: RunFolder, optimizer, anchor, progress: Progress) -> None:
+def save_checkpoint(
+    run: Run,
+    folder: RunFolder,
+    optimizer: torch.optim.Optimizer,
+    anchor: Tensors,
+    progress: Progress,
+) -> None:
     """Saves the state, if it is finite and the same on all ranks; else Stopped."""
     compare_ranks(run, folder, progress)
-    names = {p: name for name, p in run.student.trained.items()}
+    names: dict[torch.Tensor, str] = {p: name for name, p in run.student.trained.items()}
     if bad := next((name for p, name in names.items() if not torch.isfinite(p).all()), None):
         raise Stopped(
             f"after update {progress.step} the student's weight {bad} is not finite; it is not "
@@ -97,7 +169,10 @@ def save_checkpoint(run: Run, folder: RunFolder, optimizer, anchor, progress: Pr
             for p, state in optimizer.state.items()
             for key, value in state.items()
         }
-        tensors = {"student": {name: p for p, name in names.items()}, "optimizer": moments}
+        tensors: dict[str, Tensors] = {
+            "student": {name: p for p, name in names.items()},
+            "optimizer": moments,
+        }
         if anchor:
             tensors["anchor"] = anchor
         if run.config.models.teacher_ema is not None:
@@ -106,8 +181,13 @@ def save_checkpoint(run: Run, folder: RunFolder, optimizer, anchor, progress: Pr
     run.place.wait()
 
 
-def restore_checkpoint(
-    run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, report: Reporter
+def restore_checkpoint(  # noqa: PLR0913  becomes a method of `Session`, which will own these
+    run: Run,
+    folder: RunFolder,
+    optimizer: torch.optim.Optimizer,
+    anchor: Tensors,
+    progress: Progress,
+    report: Reporter,
 ) -> int:
     """Weights, optimizer moments, anchor, averaged teacher and progress of the newest
     checkpoint; metric rows are rewound to it."""
@@ -122,20 +202,7 @@ def restore_checkpoint(
             f"--resume {folder.path}: the weights of its checkpoint are not those of "
             f"{run.student.name}; put that model back, or start anew with another --out"
         )
-    with torch.no_grad():
-        for name, p in run.student.trained.items():
-            p.copy_(tensors["student"][name])
-            found = {
-                key.split("/", 1)[0]: value
-                for key, value in tensors["optimizer"].items()
-                if key.split("/", 1)[1] == name
-            }
-            if found:
-                optimizer.state[p] = {k: v.to(p.device) for k, v in found.items()}
-        for name, p in run.teacher.net.named_parameters() if "teacher" in tensors else ():
-            p.copy_(tensors["teacher"][name])
-        for name, t in anchor.items():
-            t.copy_(tensors["anchor"][name])
+    _restore_tensors(run, optimizer, anchor, tensors)
     for key, value in facts.items():
         setattr(progress, key, Ledger(**value) if key == "ledger" else value)
     run.use(
@@ -155,13 +222,37 @@ def restore_checkpoint(
     place.wait()
     report.note(f"resumed after update {step}")
     if was != place.world:
-        (report.note if place.dtype == torch.float32 else report.warn)(
+        text = (
             f"{was} rank{'s' * (was > 1)} before, {place.world} now: the same prompts, seeds and "
             "decisions; sums are rounded in another order"
-            + (
-                ""
-                if place.dtype == torch.float32
-                else f", and in {str(place.dtype)[6:]} that can change which tokens are sampled"
-            )
         )
+        if place.dtype == torch.float32:
+            report.note(text)
+        else:
+            name = str(place.dtype)[6:]
+            report.warn(f"{text}, and in {name} that can change which tokens are sampled")
     return step
+
+
+@torch.no_grad()
+def _restore_tensors(
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    anchor: Tensors,
+    tensors: dict[str, Tensors],
+) -> None:
+    """Copies a checkpoint's tensors to where the run has them."""
+    for name, p in run.student.trained.items():
+        p.copy_(tensors["student"][name])
+        found = {
+            key.split("/", 1)[0]: value
+            for key, value in tensors["optimizer"].items()
+            if key.split("/", 1)[1] == name
+        }
+        if found:
+            optimizer.state[p] = {k: v.to(p.device) for k, v in found.items()}
+    if "teacher" in tensors:
+        for name, p in run.teacher.net.named_parameters():
+            p.copy_(tensors["teacher"][name])
+    for name, t in anchor.items():
+        t.copy_(tensors["anchor"][name])

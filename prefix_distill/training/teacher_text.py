@@ -1,99 +1,122 @@
 """Text that the teacher wrote, in place of the student's own: what on-policy distillation is
 compared with."""
 
+from typing import TypedDict
+
 from ..engine.models import Model
 from ..engine.rollout import Rollout
 from ..engine.sampling import Request, generate
 from ..maths.flops import Ledger
 from ..prompts.prompt import Rendered
+from .folder import RunFolder
+from .run import Run
 
 FILE = "teacher-text.json"
 PHASES = ("teacher_prefill", "teacher_decode")
 
 
-def teacher_texts(
-    run, wanted: list[tuple[Rendered, int]], cap: int, teacher: Model, folder, ledger: Ledger
-) -> dict[tuple[int, int], dict]:
-    """(prompt index, sample) → {"ids", "finished"}: what the teacher writes to each wanted prompt,
-    up to ``cap`` tokens.
+class TeacherText(TypedDict):
+    """What the teacher wrote to a prompt (its index), up to some number of tokens."""
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    finished: bool
+    text: str
+
+
+def teacher_texts(  # noqa: PLR0913  becomes a method of `Session`, which will own these
+    run: Run,
+    wanted: list[tuple[Rendered, int]],
+    cap: int,
+    teacher: Model,
+    folder: RunFolder,
+    ledger: Ledger,
+) -> dict[tuple[int, int], TeacherText]:
+    """(prompt index, sample) → what the teacher writes to each wanted prompt, up to ``cap`` tokens.
 
     Written once and kept in the run folder with its FLOPs (rows of their own in ``ledger``, inside
     the totals); read back from there by a resumed run. A draw depends on (seed, prompt, sample)
     alone. Sharded over ranks.
     """
     place = run.place
-    kept = (
-        folder.read_json(FILE)
-        if (folder.path / FILE).is_file()
-        else {"texts": [], "ledger": {"useful": {}, "executed": {}}}
-    )
+    kept: list[TeacherText] = []
+    total = Ledger()
+    if (folder.path / FILE).is_file():
+        document = folder.read_json(FILE)
+        kept, total = document["texts"], Ledger(**document["ledger"])
     place.wait()  # every rank has looked before the first one writes
-    texts = {(row["prompt"], row["sample"]): row for row in kept["texts"]}
+    texts = {(row["prompt"], row["sample"]): row for row in kept}
     missing = {}
     for rendered, sample in wanted:
         have = texts.get((rendered.prompt.index, sample))
         if have is None or not (have["finished"] or len(have["ids"]) >= cap):
             missing[rendered.prompt.index, sample] = rendered
     if missing:
-        spent, prompts = Ledger(), sorted({index for index, _ in missing})
-        whose = {
-            index: i % place.world for i, index in enumerate(prompts)
-        }  # a prompt is read on one rank for all its samples
-        mine = [key for key in missing if whose[key[0]] == place.rank]
-        requests = [Request(missing[key].teacher_ids, ("teacher-text", *key)) for key in mine]
-        drawn = (
-            run.fit(
-                "rows",
-                spent,
-                lambda ledger: generate(
-                    teacher,
-                    requests,
-                    cap,
-                    run.text_sampler,
-                    lambda reads: ledger.generation(run.teacher_shape, reads, *PHASES),
-                ),
-            )
-            if mine
-            else []
-        )
-        for part in place.gather([(*key, r.ids, r.finished) for key, r in zip(mine, drawn)]):
-            for index, sample, ids, finished in part:
-                texts[index, sample] = {
-                    "prompt": index,
-                    "sample": sample,
-                    "ids": list(ids),
-                    "finished": finished,
-                    "text": teacher.tokenizer.decode(ids),
-                }
-        total = Ledger(**kept["ledger"])
+        written, spent = _write_texts(run, missing, cap, teacher)
+        for part in place.gather(written):
+            texts |= {(row["prompt"], row["sample"]): row for row in part}
         for other in place.gather(spent):
             total.merge(other)
-        kept = {
-            "texts": [texts[key] for key in sorted(texts)],
-            "ledger": {"useful": total.useful, "executed": total.executed},
-        }
         if place.first:
-            folder.write_json(FILE, kept)
-    for kind in (
-        "useful",
-        "executed",
-    ):  # set, not added: the file holds what these texts cost, however often a run resumes
-        getattr(ledger, kind).update(kept["ledger"][kind])
+            folder.write_json(
+                FILE,
+                {
+                    "texts": [texts[key] for key in sorted(texts)],
+                    "ledger": {"useful": total.useful, "executed": total.executed},
+                },
+            )
+    # set, not added: the file holds what these texts cost, however often a run resumes
+    ledger.useful.update(total.useful)
+    ledger.executed.update(total.executed)
     return texts
 
 
+def _write_texts(
+    run: Run, missing: dict[tuple[int, int], Rendered], cap: int, teacher: Model
+) -> tuple[list[TeacherText], Ledger]:
+    """This rank's part of the ``missing`` texts, and what they cost."""
+    prompts = sorted({index for index, _ in missing})
+    # a prompt is read on one rank for all its samples
+    whose = {index: i % run.place.world for i, index in enumerate(prompts)}
+    mine = [key for key in missing if whose[key[0]] == run.place.rank]
+    spent = Ledger()
+    if not mine:
+        return [], spent
+    requests = [Request(missing[key].teacher_ids, ("teacher-text", *key)) for key in mine]
+    drawn = run.fit(
+        "rows",
+        spent,
+        lambda ledger: generate(
+            teacher,
+            requests,
+            cap,
+            run.text_sampler,
+            lambda reads: ledger.generation(run.teacher_shape, reads, *PHASES),
+        ),
+    )
+    written: list[TeacherText] = [
+        {
+            "prompt": index,
+            "sample": sample,
+            "ids": list(r.ids),
+            "finished": r.finished,
+            "text": teacher.tokenizer.decode(r.ids),
+        }
+        for (index, sample), r in zip(mine, drawn, strict=True)
+    ]
+    return written, spent
+
+
 def rollout(
-    slot: int,
-    sample: int,
-    rendered: Rendered,
-    text: dict,
-    prefix: int,
-    alignment=None,
-    units: bool = False,
+    run: Run, key: tuple[int, int], rendered: Rendered, text: TeacherText, prefix: int
 ) -> Rollout:
-    """The first ``prefix`` tokens of a teacher's text as a rollout. With an ``alignment``: the
-    first student's tokens of it, as the student's tokenizer reads it, and with ``units`` aligned
-    with the tokens that the teacher wrote."""
+    """The first ``prefix`` tokens of a teacher's text as the rollout of ``key``, (slot, sample).
+
+    Across tokenizers: the first student's tokens of it, as the student's tokenizer reads it, and,
+    where the teacher's divergence is the loss, aligned with the tokens that the teacher wrote.
+    """
+    alignment = run.alignment
     written, finished = tuple(text["ids"]), text["finished"]
     whole = written if alignment is None else alignment.to_student(written, finished)
     ids = whole[:prefix]
@@ -103,10 +126,11 @@ def rollout(
         and (alignment is None or (bool(whole) and whole[-1] in alignment.student_eos))
     )
     theirs, found = ids, None
-    if alignment is not None and units:
+    if alignment is not None and run.text_terms.taught_by == "teacher":
         theirs, found = alignment.align(
             ids, finished, written[:-1] if text["finished"] else written
         )
+    slot, sample = key
     return Rollout(
         slot,
         sample,

@@ -1,19 +1,22 @@
 """One update: sample, select, accumulate gradients, step."""
 
 import contextlib
+import functools
 import math
+from collections.abc import Iterable
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from ..config import Config
 from ..engine import scoring
 from ..engine.device import Clock
 from ..engine.models import Model
 from ..engine.rollout import Rollout
-from ..engine.sampling import Request, generate
+from ..engine.sampling import Request, Response, generate
 from ..engine.scoring import Reading
 from ..errors import Stopped
 from ..maths import simct
-from ..maths.divergence import Terms
 from ..maths.flops import Ledger
 from ..maths.fused import weighted
 from ..maths.weights import choose, keep, scale
@@ -21,7 +24,12 @@ from ..prompts.prompt import Rendered
 from . import teacher_text as off_policy
 from .folder import RunFolder
 from .run import Run
+from .selection import measure_tokens, read_teacher
 from .state import Progress, stop_run
+from .teacher_text import TeacherText
+
+# (prompt, sample) → a number per taught token
+PerToken = dict[tuple[int, int], list[float]]
 
 
 class StudentLoss(torch.nn.Module):
@@ -38,29 +46,18 @@ class StudentLoss(torch.nn.Module):
         teacher_NE: torch.Tensor | None = None,
         weight_N: torch.Tensor | None = None,
         student_ND: torch.Tensor | None = None,
-    ):
-        """``student_ND``: the rows, where they have been read already. ``rollouts`` None: nothing
-        is taught, but every weight takes part, so that DDP adds up what the ranks have gathered."""
-        run, drawn = self.run, None
-        if rollouts is None:
-            with run.place.autocast(run.place.device):
-                hidden_ND = run.student.trunk(
-                    torch.zeros(1, 1, dtype=torch.long, device=run.place.device)
-                )[0]
-            head = run.student.head()
-            return (
-                0
-                * torch.nn.functional.linear(
-                    hidden_ND.to(head.weight_VD.dtype), head.weight_VD, head.bias_V
-                ).sum()
-            )
-        if rollouts[0].sampler_logp is not None:
-            drawn = torch.tensor([r.sampler_logp[t] for r in rollouts for t in r.taught])
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """``student_ND``: the rows, where they have been read already. ``teacher_NE``: None where
+        the loss needs no teacher. ``rollouts`` None: nothing is taught, but every weight takes
+        part, so that DDP adds up what the ranks have gathered."""
+        run = self.run
+        if rollouts is None or weight_N is None:
+            return self._touch_parameters()
         if student_ND is None:
             with run.place.autocast(run.place.device):
                 student_ND = scoring.hidden_rows(run.student, rollouts)
-        terms, heads = _terms(run, rollouts), (run.student.head(), run.teacher.head())
-        if rollouts[0].units is not None and terms.taught_by == "teacher":
+        terms, heads = run.loss_terms(rollouts), (run.student.head(), run.teacher.head())
+        if run.shared is not None and teacher_NE is not None and rollouts[0].units is not None:
             return simct.weighted(
                 terms,
                 run.shared,
@@ -79,16 +76,33 @@ class StudentLoss(torch.nn.Module):
             heads[1],
             weight_N.to(student_ND.device),
             scoring.tokens(rollouts),
-            drawn,
+            _sampler_logp(rollouts),
         )
 
+    def _touch_parameters(self) -> torch.Tensor:
+        run = self.run
+        with run.place.autocast(run.place.device):
+            hidden_ND = run.student.trunk(
+                torch.zeros(1, 1, dtype=torch.long, device=run.place.device)
+            )[0]
+        head = run.student.head()
+        logits_NV = torch.nn.functional.linear(
+            hidden_ND.to(head.weight_VD.dtype), head.weight_VD, head.bias_V
+        )
+        return 0 * logits_NV.sum()
 
-def _terms(run: Run, rollouts: list[Rollout]) -> Terms:
-    """The loss of a micro-batch: all of its rollouts are the student's or all are the teacher's."""
-    return run.text_terms if rollouts[0].off_policy else run.terms
+
+def _sampler_logp(rollouts: list[Rollout]) -> torch.Tensor | None:
+    """Log-probability of each taught token where it was drawn, if the sampler recorded it."""
+    logp: list[float] = []
+    for r in rollouts:
+        if r.sampler_logp is None:
+            return None
+        logp += [r.sampler_logp[t] for t in r.taught]
+    return torch.tensor(logp)
 
 
-def sample(
+def sample(  # noqa: PLR0913  becomes a method of `Update`, which will own these
     run: Run,
     decoding: Model,
     prompts: list[Rendered],
@@ -96,7 +110,7 @@ def sample(
     prefix: int,
     ledger: Ledger,
     clock: Clock,
-    texts: dict | None = None,
+    texts: dict[tuple[int, int], TeacherText] | None = None,
 ) -> list[Rollout]:
     """This rank's rollouts of the update, prompt by prompt with its G samples; sampling stops at
     ``prefix`` or EOS.
@@ -105,32 +119,14 @@ def sample(
     its text), cut at ``prefix``. Across tokenizers they have units; Stopped where no rollout of any
     rank has one.
     """
-    samples = run.config.rollout.samples
-    slots = range(run.place.rank, len(prompts), run.place.world)
-    teachers = (
-        run.off_policy.rows(step, len(prompts) * samples, run.config.runtime.seed)
-        if run.off_policy
-        else ()
-    )
-    places = [(slot, s) for slot in slots for s in range(samples)]
-    own = [(slot, s) for slot, s in places if slot * samples + s not in teachers]
+    places, own = _assign_writers(run, step, len(prompts))
     requests = [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in own]
-    responses = (
-        run.fit(
-            "rows",
-            ledger,
-            lambda spent: generate(
-                decoding,
-                requests,
-                prefix,
-                run.sampler,
-                lambda reads: spent.generation(run.student_shape, reads),
-                clock,
-            ),
-        )
-        if own
-        else []
-    )
+
+    def draw(spent: Ledger) -> list[Response]:
+        count = functools.partial(spent.generation, run.student_shape)
+        return generate(decoding, requests, prefix, run.sampler, count, clock)
+
+    responses = run.fit("rows", ledger, draw) if own else []
     drawn = [
         Rollout(
             slot,
@@ -142,29 +138,37 @@ def sample(
             r.finished,
             sampler_logp=r.logp,
         )
-        for (slot, s), r in zip(own, responses)
+        for (slot, s), r in zip(own, responses, strict=True)
     ]
+    texts = texts or {}
     with clock.phase("alignment") if run.alignment is not None else contextlib.nullcontext():
         found = {(r.prompt, r.sample): r for r in run.aligned(drawn)}
-        rollouts = [
-            found.get((slot, s))
-            or off_policy.rollout(
-                slot,
-                s,
-                prompts[slot],
-                texts[prompts[slot].prompt.index, s],
-                prefix,
-                run.alignment,
-                run.text_terms.taught_by == "teacher",
-            )
-            for slot, s in places
-        ]
+        for slot, s in places:
+            if (slot, s) not in found:
+                prompt = prompts[slot]
+                text = texts[prompt.prompt.index, s]
+                found[slot, s] = off_policy.rollout(run, (slot, s), prompt, text, prefix)
+    rollouts = [found[place] for place in places]
     if run.alignment is not None and not run.place.total(sum(len(r.taught) for r in rollouts)):
         raise Stopped(
             f"update {step + 1}: no unit of text is common to both tokenizations of its rollouts, "
             "so there is nothing to teach; lengthen --prefix"
         )
     return rollouts
+
+
+def _assign_writers(
+    run: Run, step: int, prompts: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(slot, sample) of this rank's rollouts: of all of them, and of those that the student
+    writes."""
+    samples = run.config.rollout.samples
+    slots = range(run.place.rank, prompts, run.place.world)
+    teachers: frozenset[int] = frozenset()
+    if run.off_policy:
+        teachers = run.off_policy.rows(step, prompts * samples, run.config.runtime.seed)
+    places = [(slot, s) for slot in slots for s in range(samples)]
+    return places, [(slot, s) for slot, s in places if slot * samples + s not in teachers]
 
 
 def select(
@@ -185,7 +189,7 @@ def select(
         rollouts = keep(window, rollouts, key)
     if not ranked and (selection is None or not selection.ranks):
         return choose(selection, rollouts, key), None
-    facts, reading = _token_facts(run, rollouts, ledger, clock)
+    facts, reading = measure_tokens(run, rollouts, ledger, clock)
     if ranked:
         rollouts = keep(window, rollouts, key, facts)
     at = None
@@ -196,103 +200,22 @@ def select(
                 for name in ("entropy", "divergence")
             ]
         )
-        at = (
-            scale(*([v for part in parts for v in part[i]] for i in (0, 1)))
-            if any(part[0] for part in parts)
-            else None
-        )
+        if any(part[0] for part in parts):
+            entropies, divergences = ([v for part in parts for v in part[i]] for i in (0, 1))
+            at = scale(entropies, divergences)
     return choose(selection, rollouts, key, facts, at), reading
 
 
-def _token_facts(
-    run: Run, rollouts: list[Rollout], ledger: Ledger, clock: Clock
-) -> tuple[dict, Reading | None]:
-    """``scoring.token_statistics`` of this rank's rollouts, and the reading they come from where
-    it can be taught from."""
-    groups = _micro_batches(run, rollouts)
-    terms = Terms("reverse-kl", dtype=run.place.head_dtype, memory_bytes=run.terms.memory_bytes)
-    forward = run.selection is not None and run.selection.kind == "overconfident"
-
-    def read_once(ledger: Ledger) -> tuple[dict, Reading]:
-        [group] = groups
-        with clock.phase("student_update"), run.place.autocast(run.place.device):
-            student_ND = scoring.hidden_rows(run.student, group)
-        with (
-            clock.phase("teacher_score"),
-            torch.no_grad(),
-            run.place.autocast(run.place.teacher_device),
-        ):
-            teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
-        with clock.phase("selection"):
-            facts = scoring.row_statistics(
-                terms,
-                run.student,
-                student_ND.detach(),
-                run.teacher,
-                teacher_NE,
-                run.shared,
-                group,
-                forward,
-            )
-        for model, shape, teacher in (
-            (run.student, run.student_shape, False),
-            (run.teacher, run.teacher_shape, True),
-        ):
-            ledger.add(
-                "selection",
-                *[shape.output(scoring.head_rows(model, group, run.shared, teacher, whole=True))]
-                * 2,
-            )
-        return scoring.positions(group, facts), Reading(group, student_ND, teacher_NE)
-
-    once = (
-        max(run.place.gather(len(groups) if _terms(run, rollouts).taught_by == "teacher" else 2))
-        == 1
-    )
-    if once and (found := run.attempt(ledger, read_once)) is not None:
-        return found
-    with clock.phase("selection"):
-        return run.fit(
-            "micro_batch_size",
-            ledger,
-            lambda spent: scoring.token_statistics(
-                terms,
-                run.student,
-                run.teacher,
-                run.shared,
-                rollouts,
-                run.place,
-                run.config.train.micro_batch_size,
-                run.counts_both(spent, "selection"),
-                forward,
-            ),
-        ), None
-
-
-def _micro_batches(run: Run, rollouts: list[Rollout]) -> list[list[Rollout]]:
-    """This rank's micro-batches; the student's own rollouts and the teacher's have different
-    losses, so they do not mix."""
-    return [
-        group
-        for side in (False, True)
-        for group in scoring.micro_batches(
-            [r for r in rollouts if r.off_policy is side],
-            run.config.train.micro_batch_size,
-            run.student.reads_once,
-        )
-    ]
-
-
-def accumulate_gradients(
+def accumulate_gradients(  # noqa: PLR0913  becomes a method of `Update`, which will own these
     run: Run,
-    loss_module,
-    rollouts,
-    weights,
-    divisor,
-    ledger,
-    clock,
+    loss_module: torch.nn.Module,
+    rollouts: list[Rollout],
+    weights: PerToken,
+    divisor: float,
+    ledger: Ledger,
+    clock: Clock,
     reading: Reading | None = None,
-) -> tuple[dict[tuple, list[float]], dict[tuple, list[float]]]:
+) -> tuple[PerToken, PerToken]:
     """Gradients of the whole update, micro-batch by micro-batch → (prompt, sample) → per-token
     divergence, nats; and with --clip, → the teacher's mass on clipped entries.
 
@@ -302,17 +225,12 @@ def accumulate_gradients(
     in a turn that teaches nothing. With a ``reading``, nothing is read again. Where memory runs out
     on any rank, all start anew with half the micro-batch.
     """
-    while True:
-        found = run.attempt(
-            ledger,
-            lambda spent: _gather_gradients(
-                run, loss_module, rollouts, weights, divisor, spent, clock, reading
-            ),
-        )
-        if found is not None:
-            break
+    gather = functools.partial(_gather_gradients, run, loss_module, rollouts, weights, divisor)
+    found = run.attempt(ledger, functools.partial(gather, clock=clock, reading=reading))
+    while found is None:
         loss_module.zero_grad(set_to_none=True)
         reading = None
+        found = run.attempt(ledger, functools.partial(gather, clock=clock, reading=None))
     if run.place.world > 1:
         with clock.phase("student_update"), run.place.meeting():
             loss_module(None).backward()
@@ -328,34 +246,36 @@ def accumulate_gradients(
     return found
 
 
-def _gather_gradients(
-    run: Run, loss_module, rollouts, weights, divisor, ledger, clock, reading
-) -> tuple[dict[tuple, list[float]], dict[tuple, list[float]]]:
-    """This rank's part of ``_accumulate``."""
-    place, once = run.place, run.student.reads_once
+def _gather_gradients(  # noqa: PLR0913  becomes a method of `Update`, which will own these
+    run: Run,
+    loss_module: torch.nn.Module,
+    rollouts: list[Rollout],
+    weights: PerToken,
+    divisor: float,
+    ledger: Ledger,
+    clock: Clock,
+    reading: Reading | None,
+) -> tuple[PerToken, PerToken]:
+    """This rank's part of ``accumulate_gradients``."""
     named = {(r.prompt, r.sample): r for r in rollouts}
     groups = (
-        _micro_batches(run, rollouts)
+        run.micro_batches(rollouts)
         if reading is None
         else [[named[r.prompt, r.sample] for r in reading.rollouts]]
     )
-    values, clipped = {}, {}
+    values: PerToken = {}
+    clipped: PerToken = {}
     for group in groups:
         lengths = [len(r.taught) for r in group]
         weight_N = torch.tensor(
             [w for r in group for w in weights[r.prompt, r.sample]], dtype=torch.float64
         )
-        weight_N = (weight_N * (place.world / divisor)).float()
+        weight_N = (weight_N * (run.place.world / divisor)).float()
         read, student_ND, teacher_NE = group, None, None
         if reading is not None:
             read, (student_ND, teacher_NE) = reading.rollouts, reading.only(group)
-        elif _terms(run, group).taught_by == "teacher":
-            with (
-                clock.phase("teacher_score"),
-                torch.no_grad(),
-                place.autocast(place.teacher_device),
-            ):
-                teacher_NE = scoring.hidden_rows(run.teacher, group, teacher=True)
+        elif run.loss_terms(group).taught_by == "teacher":
+            teacher_NE = read_teacher(run, group, clock)
         if teacher_NE is not None:
             ledger.forward(
                 "teacher_score",
@@ -363,74 +283,74 @@ def _gather_gradients(
                 scoring.reads(read, run.teacher.reads_once, teacher=True),
                 taught=scoring.head_rows(run.teacher, group, run.shared, teacher=True),
             )
-        with (
-            clock.phase("student_update"),
-            contextlib.nullcontext() if place.world == 1 else loss_module.no_sync(),
-        ):
+        with clock.phase("student_update"), _without_all_reduce(loss_module):
             loss, value_N, clipped_N = loss_module(group, teacher_NE, weight_N, student_ND)
             loss.backward()
-        shared = None if group[0].units is None else run.shared
-        ledger.forward(
-            "student_update",
-            run.student_shape,
-            scoring.reads(read, once),
-            passes=3,
-            recomputed=run.student.recomputes,
-            taught=scoring.head_rows(run.student, group, shared, teacher=False),
-        )
-        if shared is not None:  # tokens of spans are projected once more
-            again = run.student_shape.output(
-                sum(u.size for r in group for u in r.taught_units if not u.exact)
-            )
-            ledger.add("student_update", again, again)
+        _count_student_update(run, group, read, ledger)
         for found, column in ((values, value_N), (clipped, clipped_N)):
             if column is not None:
                 found |= {
                     (r.prompt, r.sample): part.tolist()
-                    for r, part in zip(group, column.split(lengths))
+                    for r, part in zip(group, column.split(lengths), strict=True)
                 }
     return values, clipped
 
 
-@torch.no_grad()
-def find_non_finite(run: Run, rollout: Rollout) -> str:
-    """Where in the two networks the first number that is not finite appears."""
-    both = (("teacher", run.teacher, True), ("student", run.student, False))
-    for role, model, _ in both:
-        if name := next(
-            (name for name, p in model.net.named_parameters() if not torch.isfinite(p).all()), None
-        ):
-            return f"the {role}'s weight {name} is"
-    for role, model, teacher in both:
-        with run.place.autocast(model.device):
-            hidden_ND = scoring.hidden_rows(model, [rollout], teacher)
-        if not torch.isfinite(hidden_ND).all():
-            return f"the {role}'s hidden states there are"
-        if not torch.isfinite(model.head().to(run.place.head_dtype).logits(hidden_ND)).all():
-            return f"the {role}'s logits there are"
-    return "it is"
+def _without_all_reduce(
+    loss_module: torch.nn.Module,
+) -> contextlib.AbstractContextManager[None]:
+    """While a rank gathers its gradients, DDP leaves them alone."""
+    if isinstance(loss_module, DistributedDataParallel):
+        return loss_module.no_sync()
+    return contextlib.nullcontext()
 
 
-def apply_update(
-    run: Run, folder: RunFolder, optimizer, anchor, progress: Progress, rate: float
+def _count_student_update(
+    run: Run, group: list[Rollout], read: list[Rollout], ledger: Ledger
+) -> None:
+    """``read``: the same rollouts, with the tokens that were taught when the student read them."""
+    shared = None if group[0].units is None else run.shared
+    ledger.forward(
+        "student_update",
+        run.student_shape,
+        scoring.reads(read, run.student.reads_once),
+        passes=3,
+        recomputed=run.student.recomputes,
+        taught=scoring.head_rows(run.student, group, shared, teacher=False),
+    )
+    if shared is not None:  # tokens of spans are projected once more
+        again = run.student_shape.output(
+            sum(u.size for r in group for u in r.taught_units if not u.exact)
+        )
+        ledger.add("student_update", again, again)
+
+
+def apply_update(  # noqa: PLR0913  becomes a method of `Session`, which will own these
+    run: Run,
+    folder: RunFolder,
+    optimizer: torch.optim.Optimizer,
+    anchor: dict[str, torch.Tensor],
+    progress: Progress,
+    rate: float,
 ) -> float:
     """Clip, check, step. A gradient that is not finite stops the run before it reaches a weight."""
-    named = list(run.student.trained.items())
-    if progress.step == 0 and (missing := [name for name, p in named if p.grad is None]):
+    trained = run.student.trained
+    gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+    if missing := [name for name in trained if name not in gradients]:
         raise Stopped(
-            f"update 1: parameter {missing[0]} received no gradient; this architecture is not "
-            "supported"
+            f"update {progress.step + 1}: parameter {missing[0]} received no gradient; this "
+            "architecture is not supported"
         )
-    norm = torch.nn.utils.get_total_norm([p.grad for _, p in named]).item()
+    norm = torch.nn.utils.get_total_norm(list(gradients.values())).item()
     if not math.isfinite(norm):
         bad = next(
-            (f"gradient of {name}" for name, p in named if not torch.isfinite(p.grad).all()),
+            (f"gradient of {name}" for name, g in gradients.items() if not torch.isfinite(g).all()),
             "gradient's norm",
         )
         stop_run(run, folder, optimizer, anchor, progress, f"the {bad} is not finite")
     if run.config.train.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(
-            [p for _, p in named], run.config.train.grad_clip, torch.tensor(norm)
+            list(trained.values()), run.config.train.grad_clip, torch.tensor(norm)
         )
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -439,7 +359,7 @@ def apply_update(
     return norm
 
 
-def make_optimizer(trained, config) -> torch.optim.AdamW:
+def make_optimizer(trained: Iterable[torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
     """AdamW in float32, fused: one pass over weight, gradient and moments, without temporaries.
     Weight decay on matrices, none on norms and biases."""
     parameters = list(trained)
