@@ -192,7 +192,7 @@ def sketch(  # noqa: PLR0913  a config and five independent settings of its netw
     model = Model(
         name,
         net,
-        None,
+        None,  # type: ignore[arg-type]  # a sketch reads no text
         GenerationConfig(),
         frozenset(),
         shares_prompts=True,

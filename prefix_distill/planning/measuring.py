@@ -96,9 +96,9 @@ def generating(
             del hidden
             cache.batch_select_indices(torch.arange(count) // samples)
             _draw(model, count, mask[torch.arange(count) // samples], 1, cache)
+            del cache
         else:
             _draw(model, count, mask[torch.arange(count) // samples], width, None)
-        cache = None
     with end:
         ids = torch.zeros(1, max(1, width + new - 2), dtype=torch.long)
         hidden, cache = model.trunk_cached(ids, torch.ones_like(ids))

@@ -43,7 +43,7 @@ def examine_prompts(run: Run) -> Check:
     ids = {"student": first.student_ids, "teacher": first.teacher_ids}
     facts: dict[str, object] = {
         role: {
-            "text": model.tokenizer.decode(ids[role]),
+            "text": model.tokenizer.decode(list(ids[role])),
             "ids": len(ids[role]),
             "last": [[i, model.tokenizer.convert_ids_to_tokens(i)] for i in ids[role][-LAST:]],
         }

@@ -24,8 +24,11 @@ PRIVILEGED = (
 class Reader(Protocol):
     """What rendering needs of a model: the name that messages use, and a tokenizer."""
 
-    name: str
-    tokenizer: Any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 def render(  # noqa: PLR0913  one rendering has six independent settings
