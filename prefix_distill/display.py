@@ -5,7 +5,10 @@ import contextlib
 import os
 import sys
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def tell(text: str) -> None:
@@ -15,7 +18,7 @@ def tell(text: str) -> None:
     except OSError:
         # the terminal or the pipe has gone; what is left in its buffer must not fail again at the
         # end
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
 
 
 def plain() -> bool:
@@ -26,7 +29,7 @@ def plain() -> bool:
     )
 
 
-def show(*tables, width: int | None = None) -> None:
+def show(*tables: "Table", width: int | None = None) -> None:
     """rich tables on stderr; where ``plain``, a line "column: value" for every cell, behind a
     line with the row's first one."""
     if not plain():
@@ -38,9 +41,9 @@ def show(*tables, width: int | None = None) -> None:
         if table.title:
             tell(f"{table.title}")
         names = [str(column.header) for column in table.columns]
-        for first, *cells in zip(*(column.cells for column in table.columns)):
+        for first, *cells in zip(*(column.cells for column in table.columns), strict=True):
             tell(f"{names[0]}: {first}" if names[0] else f"{first}")
-            for name, cell in zip(names[1:], cells):
+            for name, cell in zip(names[1:], cells, strict=True):
                 tell(f"  {name}: {cell or '–'}")
 
 
@@ -120,12 +123,12 @@ class Display:
             )
             self.task = self.bar.add_task(label or "distilling", total=steps)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.bar:
             self.bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
 

@@ -7,18 +7,29 @@ W x + (α/r)·B A x,   A [r, in] random, B [out, r] zero, both float32          
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
+from .. import config as configuration
 from ..errors import UserError
 from ..maths.seeds import seed_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from .transformers_names import CausalLM
 
 FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"  # peft's for the one adapter
 
 
-def _peft():
+def _peft() -> ModuleType:
     try:
         import peft
     except ImportError:
@@ -28,7 +39,9 @@ def _peft():
     return peft
 
 
-def attach(net: torch.nn.Module, settings, seed: int, base: str):
+def attach(
+    net: PreTrainedModel, settings: configuration.Adapter, seed: int, base: str
+) -> "PeftModel":
     """Puts a fresh adapter into ``net``'s target layers → peft's wrapper of the same network.
     Nothing else trains.
 
@@ -36,6 +49,8 @@ def attach(net: torch.nn.Module, settings, seed: int, base: str):
     is drawn by ``seed``, whatever has been drawn before. UserError where peft finds no target
     layer.
     """
+    if settings.rank is None:
+        raise ValueError("the adapter section has no rank: there is no adapter to attach")
     peft = _peft()
     targets = (
         settings.targets
@@ -64,7 +79,7 @@ def attach(net: torch.nn.Module, settings, seed: int, base: str):
 
 
 @contextlib.contextmanager
-def without(net: torch.nn.Module):
+def without(net: torch.nn.Module) -> Iterator[None]:
     """``net`` as it was before an adapter came, while this lasts."""
     layers = _layers(net)
     for layer in layers:
@@ -76,7 +91,7 @@ def without(net: torch.nn.Module):
             layer.enable_adapters(True)
 
 
-def _layers(net) -> list[torch.nn.Module]:
+def _layers(net: torch.nn.Module) -> "list[BaseTunerLayer]":
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
@@ -86,9 +101,10 @@ def _layers(net) -> list[torch.nn.Module]:
 def merged(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of the network without adapter that computes what ``net`` computes with it: W
     + (α/r)·B A, in W's dtype. ``net`` itself is not touched."""
-    deltas = {
-        id(layer.get_base_layer().weight): layer.get_delta_weight(NAME) for layer in _layers(net)
-    }
+    deltas = {}
+    for layer in _layers(net):
+        delta = layer.get_delta_weight(NAME)  # type: ignore[attr-defined]  # every LoRA layer has it
+        deltas[id(layer.get_base_layer().weight)] = delta
     state = {}
     for name, tensor in net.state_dict(keep_vars=True).items():
         if ".lora_" in name:
@@ -122,7 +138,7 @@ def base_of(folder: Path) -> str:
     return base
 
 
-def applied(net: torch.nn.Module, folder: Path) -> torch.nn.Module:
+def applied(net: "CausalLM", folder: Path) -> "CausalLM":
     """``net`` with the adapter in ``folder`` added to its weights, for good. UserError where
     they do not fit each other."""
     peft = _peft()

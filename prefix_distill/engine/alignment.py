@@ -1,215 +1,23 @@
 """Two tokenizations of one text → units of text that both models have an opinion on, and the tokens
 they share. In bytes.
 
-    common boundaries = byte ends shared by both tokenizations ;  a unit = the text between two
-    consecutive ones shared vocabulary O = pairs of ids with the same bytes, and end-of-sequence
-    with end-of-sequence
+    common boundaries = byte ends shared by both tokenizations
+    a unit = the text between two consecutive common boundaries
+    shared vocabulary O = pairs of ids with the same bytes, and end-of-sequence with end-of-sequence
 
 Source: SimCT, arXiv 2605.07711. Bytes make the alignment exact where a character is split between
 tokens.
 """
 
 import functools
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-
-from tokenizers import Tokenizer
 
 from ..errors import UserError
 from .loading import check_rows
+from .models import Model
 from .rollout import Rollout, Unit
-
-PROBES = (
-    "Two words, 2 Words.",
-    " leading",
-    "double  space",
-    "line\nline\n\n\tline",
-    "(3+4)*5 = 35\\boxed{x_1^2}",
-    "naïve Ångström café",
-)
-
-
-def _alphabet() -> dict[str, int]:
-    """The 256 characters that byte-level tokenizers write bytes with (GPT-2): printable Latin-1
-    stands for itself, the rest for 256, 257, …"""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-ALPHABET = _alphabet()
-
-
-class Bytes:
-    """A tokenizer in bytes: what every id stands for, and its tokenization of a text that goes on
-    from a prompt.
-
-    ``table[id]``: the bytes of an id; None for special tokens and ids without text. ``encode`` puts
-    no space or special token in front, and takes the text of a special token as text. UserError for
-    a tokenizer that cannot be read this way.
-    """
-
-    def __init__(self, tokenizer, name: str):
-        core = getattr(tokenizer, "backend_tokenizer", None)
-        if core is None:
-            raise UserError(
-                f"model {name}: its tokenizer has no fast form (tokenizer.json), so its tokens "
-                "cannot be aligned with another tokenizer's; convert it, or choose a pair with one "
-                "tokenizer"
-            )
-        spec = json.loads(core.to_str())
-        self.name, special = (
-            name,
-            {a["id"] for a in spec["added_tokens"] if a["special"]}
-            | set(tokenizer.all_special_ids),
-        )
-        added = {a["id"] for a in spec["added_tokens"]}
-        meaning, own = self._meaning(spec), core.get_vocab(with_added_tokens=False)
-        vocabulary = core.get_vocab(with_added_tokens=True)
-        self.table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
-        for token, i in vocabulary.items():
-            if i not in special:
-                self.table[i] = (meaning(token) if token in own else token.encode()) or None
-        unknown = spec["model"].get("unk_token")
-        if isinstance(unknown, str) and unknown in vocabulary:
-            self.table[vocabulary[unknown]] = None
-        self.fallback = {
-            i
-            for token, i in vocabulary.items()
-            if i not in added and _fallback_byte(token) is not None
-        }
-        spec |= {"post_processor": None, "truncation": None, "padding": None}
-        for stage in ("normalizer", "pre_tokenizer"):
-            spec[stage] = _without_prefix(spec[stage])
-        self.core = Tokenizer.from_str(json.dumps(spec))
-        self.core.encode_special_tokens = True
-
-    def _meaning(self, spec: dict):
-        """token → bytes, as the tokenizer's own decoder puts text together. UserError for one
-        that loses bytes."""
-        model, stages = spec["model"], _stages(spec["decoder"], "decoders")
-        kinds = {stage["type"] for stage in stages}
-        lossy = (
-            model["type"] == "WordPiece"
-            or model.get("end_of_word_suffix")
-            or model.get("continuing_subword_prefix")
-        )
-        if lossy or kinds - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
-            raise UserError(
-                f"model {self.name}: its tokenizer ({model['type']}, decoder "
-                f"{', '.join(sorted(kinds)) or 'none'}) does not keep the bytes of a text, so it "
-                "cannot be aligned with another; choose a pair with one tokenizer"
-            )
-        if "ByteLevel" in kinds:
-            return lambda token: (
-                bytes(ALPHABET[c] for c in token)
-                if all(c in ALPHABET for c in token)
-                else token.encode()
-            )
-        spaces = [stage["replacement"] for stage in stages if stage["type"] == "Metaspace"]
-        swaps = [(space, " ") for space in spaces] + [
-            (stage["pattern"].get("String"), stage["content"])
-            for stage in stages
-            if stage["type"] == "Replace"
-        ]
-
-        def text(token: str) -> bytes:
-            if "ByteFallback" in kinds and (byte := _fallback_byte(token)) is not None:
-                return bytes([byte])
-            for old, new in swaps:
-                token = token.replace(old, new) if old else token
-            return token.encode()
-
-        return text
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of ``text`` as the continuation of something."""
-        return tuple(self.core.encode(text, add_special_tokens=False).ids)
-
-    def read(self, ids) -> tuple[bytes, list[int]]:
-        """The bytes of ``ids`` up to the first without any, and where each of these ids ends in
-        them."""
-        data, ends = bytearray(), []
-        for i in ids:
-            piece = self.table[i] if i < len(self.table) else None
-            if piece is None:
-                break
-            data += piece
-            ends.append(len(data))
-        return bytes(data), ends
-
-    def canonical(self) -> dict[bytes, int]:
-        """bytes → id. Of several ids with the same bytes, the one that ``encode`` gives, else
-        one that is no byte fallback."""
-        groups: dict[bytes, list[int]] = {}
-        for i, piece in enumerate(self.table):
-            if piece is not None:
-                groups.setdefault(piece, []).append(i)
-        return {
-            piece: ids[0] if len(ids) == 1 else self._own(piece, ids)
-            for piece, ids in groups.items()
-        }
-
-    def _own(self, piece: bytes, ids: list[int]) -> int:
-        text = _valid(piece)
-        found = self.encode(text) if len(text.encode()) == len(piece) else ()
-        if len(found) == 1 and found[0] in ids:
-            return found[0]
-        return min(ids, key=lambda i: (i in self.fallback, i))
-
-    def changes(self) -> str | None:
-        """A plain text that the tokenizer makes another text of (it lower-cases, say); None where
-        it does not. One that ends at a character it has no token for is not another text."""
-        return next(
-            (
-                text
-                for text in PROBES
-                if not text.encode().startswith(self.read(self.encode(text))[0])
-            ),
-            None,
-        )
-
-
-def _stages(part: dict | None, name: str) -> list[dict]:
-    """The stages of a decoder, normalizer or pre-tokenizer, sequences opened."""
-    if part is None:
-        return []
-    return (
-        [stage for inner in part[name] for stage in _stages(inner, name)]
-        if part["type"] == "Sequence"
-        else [part]
-    )
-
-
-def _without_prefix(part: dict | None) -> dict | None:
-    """The same stage, but nothing is put in front of a text."""
-    if part is None or part["type"] == "Prepend":
-        return None
-    if part["type"] == "Sequence":
-        inner = next(key for key in ("normalizers", "pretokenizers") if key in part)
-        stages = [stage for stage in map(_without_prefix, part[inner]) if stage is not None]
-        return part | {inner: stages} if stages else None
-    if part["type"] == "Metaspace":
-        return part | {"prepend_scheme": "never"}
-    return part | {"add_prefix_space": False} if "add_prefix_space" in part else part
-
-
-def _fallback_byte(token: str) -> int | None:
-    """0x41 for "<0x41>"."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return int(token[3:5], 16)
-        except ValueError:
-            return None
-    return None
-
-
-def _valid(data: bytes) -> str:
-    """The longest start of ``data`` that is valid UTF-8."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        return data[: error.start].decode()
+from .token_bytes import PROBES, Bytes, decode_valid
 
 
 @dataclass(frozen=True)
@@ -249,7 +57,8 @@ class Alignment:
             and theirs[piece] not in self.teacher_eos
         )
         return Shared(
-            *(tuple(pair[side] for pair in pairs) for side in (0, 1)),
+            tuple(student_id for student_id, _ in pairs),
+            tuple(teacher_id for _, teacher_id in pairs),
             self.student_eos,
             self.teacher_eos,
         )
@@ -276,7 +85,7 @@ class Alignment:
         """
         body = ids[:-1] if finished else ids
         data, ends = self.student.read(body)
-        text = _valid(data)
+        text = decode_valid(data)
         teacher_ids = self.teacher.encode(text) if written is None else written
         theirs, their_ends = self.teacher.read(teacher_ids)
         same = _common(text.encode(), theirs)
@@ -289,7 +98,8 @@ class Alignment:
         ours, others = (
             {end: i + 1 for i, end in enumerate(side) if end <= same} for side in (ends, their_ends)
         )
-        units, start = [], (0, 0)
+        units: list[Unit] = []
+        start = (0, 0)
         for end in sorted(ours.keys() & others.keys()):
             unit = Unit(start[0], ours[end] - start[0], start[1], others[end] - start[1])
             start = (ours[end], others[end])
@@ -316,13 +126,13 @@ class Alignment:
         the last token."""
         body = ids[:-1] if finished else ids
         data, ends = self.teacher.read(body)
-        text = _valid(data)
+        text = decode_valid(data)
         if finished and len(ends) == len(body) and len(text.encode()) == len(data):
             return (*self.student.encode(text), self.student_eos[0])
         return self.student.encode(text)[:-1]
 
 
-def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
+def match(student: Model, teacher: Model, mode: str) -> tuple[Alignment | None, str]:
     """How two ``Model``s' tokens compare, and why; sets the ``support`` of both heads, the leading
     ids they may speak about.
 
@@ -344,14 +154,7 @@ def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
             f"vocabulary {real[0]:,}: both heads cut to the real ids (student {rows[0]:,} rows, "
             f"teacher {rows[1]:,})"
         )
-    names = [{i: token for token, i in vocabulary.items()} for vocabulary in (ours, theirs)]
-    differ = [
-        i for i in sorted(names[0].keys() | names[1].keys()) if names[0].get(i) != names[1].get(i)
-    ]
-    shown = ", ".join(
-        f"id {i} " + " / ".join(repr(side[i]) if i in side else "none" for side in names)
-        for i in differ[:3]
-    )
+    differing, shown = _list_differing_ids(ours, theirs)
     sides = Bytes(student.tokenizer, student.name), Bytes(teacher.tokenizer, teacher.name)
     both = min(real)
     if (
@@ -362,28 +165,21 @@ def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
         student.support = teacher.support = both
         return None, (
             f"vocabulary {both:,}: all {sum(piece is not None for piece in sides[0].table):,} ids "
-            f"with text stand for the same bytes on both sides, {len(differ)} special ids differ "
+            f"with text stand for the same bytes on both sides, {differing} special ids differ "
             f"by name (student / teacher: {shown}) and are compared by id"
         )
     if mode == "off":
         raise UserError(
-            f"tokenizers differ on {len(differ)} ids (student / teacher: {shown}) and "
+            f"tokenizers differ on {differing} ids (student / teacher: {shown}) and "
             "--cross-tokenizer is off; choose a pair with one tokenizer, or --cross-tokenizer "
             "strict, simct or simct-released"
         )
     for side in sides:
-        if (text := side.changes()) is not None:
-            raise UserError(
-                f"model {side.name}: its tokenizer makes another text of {text!r} "
-                f"({_valid(side.read(side.encode(text))[0])!r}), so it cannot be aligned with "
-                "another; choose a pair with one tokenizer"
-            )
+        _check_plain_text(side)
     student.support, teacher.support = real
-    ends = (
-        sorted(model.eos, key=lambda i: (i != model.tokenizer.eos_token_id, i))
-        for model in (student, teacher)
+    found = Alignment(
+        mode, *sides, _order_eos(student), _order_eos(teacher), positions=teacher.positions
     )
-    found = Alignment(mode, *sides, *map(tuple, ends), teacher.positions)
     common = len(found.shared.student)
     if not common:
         raise UserError(
@@ -391,10 +187,39 @@ def match(student, teacher, mode: str) -> tuple[Alignment | None, str]:
             "choose another pair"
         )
     return found, (
-        f"tokenizers differ on {len(differ):,} ids (student / teacher: {shown}): units of text are "
+        f"tokenizers differ on {differing:,} ids (student / teacher: {shown}): units of text are "
         f"compared (--cross-tokenizer {mode}); {common:,} tokens are shared, of the student's "
         f"{real[0]:,} and the teacher's {real[1]:,}"
     )
+
+
+def _list_differing_ids(ours: dict[str, int], theirs: dict[str, int]) -> tuple[int, str]:
+    """How many ids have another token on the other side or none there, and the first three in
+    words."""
+    names = [{i: token for token, i in vocabulary.items()} for vocabulary in (ours, theirs)]
+    differ = [
+        i for i in sorted(names[0].keys() | names[1].keys()) if names[0].get(i) != names[1].get(i)
+    ]
+    shown = ", ".join(
+        f"id {i} " + " / ".join(repr(side[i]) if i in side else "none" for side in names)
+        for i in differ[:3]
+    )
+    return len(differ), shown
+
+
+def _check_plain_text(side: Bytes) -> None:
+    """Refuses a tokenizer that changes plain text."""
+    if (text := side.changes()) is not None:
+        raise UserError(
+            f"model {side.name}: its tokenizer makes another text of {text!r} "
+            f"({decode_valid(side.read(side.encode(text))[0])!r}), so it cannot be aligned with "
+            "another; choose a pair with one tokenizer"
+        )
+
+
+def _order_eos(model: Model) -> tuple[int, ...]:
+    """The ids that end a turn: the tokenizer's own first, then ascending."""
+    return tuple(sorted(model.eos, key=lambda i: (i != model.tokenizer.eos_token_id, i)))
 
 
 def _same_text(ours: Bytes, theirs: Bytes, both: int) -> bool:
@@ -411,20 +236,21 @@ def _common(a: bytes, b: bytes) -> int:
     """Length of the common start of two byte strings."""
     if a == b:
         return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    pairs = zip(a, b, strict=False)  # one may be longer: what they share ends with the shorter one
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def census(rollouts) -> dict[str, int]:
+def census(rollouts: Iterable[Rollout]) -> dict[str, int]:
     """The students' tokens of rollouts with units: in units of one token on each side (``exact``),
     in other units (``span``), in none (``dropped``), together (``tokens``)."""
     found = {"tokens": 0, "exact": 0, "span": 0, "dropped": 0}
     for r in rollouts:
         if r.units is not None:
             exact, all_units = sum(u.exact for u in r.units), sum(u.size for u in r.units)
-            for name, count in zip(
-                found, (len(r.ids), exact, all_units - exact, len(r.ids) - all_units)
-            ):
-                found[name] += count
+            found["tokens"] += len(r.ids)
+            found["exact"] += exact
+            found["span"] += all_units - exact
+            found["dropped"] += len(r.ids) - all_units
     return found
 
 

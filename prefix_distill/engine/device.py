@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[None]:
         start = self.now()
         yield
         self.add(name, self.now() - start)
@@ -219,27 +219,30 @@ def environment() -> dict:
 def _devices() -> list[dict]:
     """Every device with its memory and what --dtype auto takes there for a student of a billion
     parameters."""
-    found = [{"device": "cpu", "name": platform.machine(), "memory_bytes": _main_memory()}]
+    known: dict[str, dict[str, str | int | None]] = {
+        "cpu": {"name": platform.machine(), "memory_bytes": _main_memory()}
+    }
     for i in range(torch.cuda.device_count()):
-        found.append(
+        known[f"cuda:{i}"] = {
+            "name": torch.cuda.get_device_name(i),
+            "memory_bytes": torch.cuda.mem_get_info(i)[1],
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(i))),
+        }
+    if torch.backends.mps.is_available():
+        known["mps"] = {"name": "Apple", "memory_bytes": torch.mps.recommended_max_memory()}
+    rows = []
+    for name, facts in known.items():
+        device = torch.device(name)
+        dtype, _ = best_dtype(device, lambda: 10**9)
+        rows.append(
             {
-                "device": f"cuda:{i}",
-                "name": torch.cuda.get_device_name(i),
-                "memory_bytes": torch.cuda.mem_get_info(i)[1],
-                "capability": ".".join(map(str, torch.cuda.get_device_capability(i))),
+                "device": name,
+                **facts,
+                "free_bytes": memory_free(device),
+                "dtype_auto": str(dtype).removeprefix("torch."),
             }
         )
-    if torch.backends.mps.is_available():
-        found.append(
-            {"device": "mps", "name": "Apple", "memory_bytes": torch.mps.recommended_max_memory()}
-        )
-    for row in found:
-        device = torch.device(row["device"])
-        row |= {
-            "free_bytes": memory_free(device),
-            "dtype_auto": str(best_dtype(device, lambda: 10**9)[0]).removeprefix("torch."),
-        }
-    return found
+    return rows
 
 
 def _main_memory() -> int | None:

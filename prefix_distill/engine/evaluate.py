@@ -4,16 +4,21 @@ held-out KL.
 Evaluation has fixed prompts and seeds of its own and never sees the prefix cap.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..maths.divergence import Terms
 from ..maths.intervals import interval
+from ..maths.simct import Support
 from ..prompts import answers
+from ..prompts.prompt import Prompt, Rendered
 from . import scoring
 from .models import Model
 from .ranks import Place
 from .rollout import Rollout
-from .sampling import Request, Sampler, generate
+from .sampling import Reads, Request, Response, Sampler, generate
+
+Problem = tuple[Prompt, tuple[int, ...]]  # with the ids of the prompt
 
 
 def repeats(ids: tuple[int, ...]) -> bool:
@@ -51,16 +56,16 @@ class Score:
         }
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913  what is sampled and how it is graded, mostly by keyword
     model: Model,
-    problems: list[tuple],
+    problems: list[Problem],
     sampler: Sampler,
     *,
     samples: int,
     max_new_tokens: int,
     answer_format: str,
     place: Place,
-    spent=None,
+    spent: Callable[[list[Reads]], None] | None = None,
 ) -> Score:
     """Samples ``samples`` full answers per problem and grades them.
 
@@ -73,22 +78,10 @@ def evaluate(
     mine = [(i, s) for i in range(len(problems)) for s in range(samples)][place.rank :: place.world]
     requests = [Request(tuple(problems[i][1]), ("evaluate", i, s)) for i, s in mine]
     responses = generate(model, requests, max_new_tokens, sampler, spent) if mine else []
-    graded = []
-    for (i, s), r in zip(mine, responses):
-        text, gold = model.tokenizer.decode(r.ids, skip_special_tokens=True), problems[i][0].answer
-        graded.append(
-            (
-                i,
-                s,
-                {
-                    "text": text,
-                    "tokens": len(r.ids),
-                    "finished": r.finished,
-                    "repeats": repeats(r.ids),
-                    "correct": None if gold is None else answers.correct(text, gold, answer_format),
-                },
-            )
-        )
+    graded = [
+        (i, s, _grade(model, response, problems[i][0].answer, answer_format))
+        for (i, s), response in zip(mine, responses, strict=True)
+    ]
     records = [
         {
             "problem": prompt.index,
@@ -118,12 +111,35 @@ def evaluate(
     )
 
 
+def decode(model: Model, ids: Sequence[int]) -> str:
+    """The text of a response, without special tokens."""
+    text: str = model.tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[assignment]  # one sequence has one text
+    return text
+
+
+def _grade(model: Model, response: Response, gold: str | None, answer_format: str) -> dict:
+    """The record of a response; ``correct`` is None without a reference."""
+    text = decode(model, response.ids)
+    return {
+        "text": text,
+        "tokens": len(response.ids),
+        "finished": response.finished,
+        "repeats": repeats(response.ids),
+        "correct": None if gold is None else answers.correct(text, gold, answer_format),
+    }
+
+
 def _share(rows: list[dict], key: str) -> float:
     return sum(r[key] for r in rows) / len(rows)
 
 
-def fixed_rollouts(
-    student: Model, rendered: list, sampler: Sampler, max_new_tokens: int, place: Place, spent=None
+def fixed_rollouts(  # noqa: PLR0913  what is sampled, and a listener
+    student: Model,
+    rendered: list[Rendered],
+    sampler: Sampler,
+    max_new_tokens: int,
+    place: Place,
+    spent: Callable[[list[Reads]], None] | None = None,
 ) -> list[Rollout]:
     """Full-length rollouts of held-out prompts: the fixed contexts on which a run measures its
     KL before and after."""
@@ -134,18 +150,18 @@ def fixed_rollouts(
     drawn = [parts[i % place.world][i // place.world] for i in range(len(rendered))]
     return [
         Rollout(i, 0, r.student_ids, r.teacher_ids, ids, ids, finished)
-        for i, (r, (ids, finished)) in enumerate(zip(rendered, drawn))
+        for i, (r, (ids, finished)) in enumerate(zip(rendered, drawn, strict=True))
     ]
 
 
-def held_out_facts(
+def held_out_facts(  # noqa: PLR0913  both models, what they read, and a listener
     student: Model,
     teacher: Model,
-    shared,
+    shared: Support | None,
     rollouts: list[Rollout],
     place: Place,
     rows: int,
-    spent=None,
+    spent: Callable[[list[Rollout]], None] | None = None,
 ) -> list[dict[str, list[float | None]]]:
     """``scoring.row_statistics`` (reverse KL(S‖T), temperature 1) of fixed rollouts → per rollout:
     name → a number per token; across tokenizers (``shared``) at the first token of each unit that

@@ -1,31 +1,44 @@
 """Load a model: hub id, folder, adapter, GGUF file or embedded model."""
 
+import contextlib
 import json
-import logging
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
+from .. import config as configuration
 from ..errors import UserError
 from ..lab.task import LAB, model_path
 from ..prompts.sources import is_path
 from . import adapter
 from .adapter import FILE
-from .device import memory_free
 from .models import Model
+from .placement import make_quantization, plan_spread
+
+if TYPE_CHECKING:
+    from .transformers_names import CausalLM
 
 ADAPTER = {"adapter": True}
 MOST_LAYERS = 1000  # the deepest published language models have some hundred
 
 
-def load_model(
+def load_model(  # noqa: PLR0913  how one model is loaded, all by keyword
     name: str,
     *,
     device: torch.device,
-    dtype: torch.dtype | str,
+    dtype: torch.dtype | Literal["auto"],
     trust_remote_code: bool = False,
     quantize: str = "none",
     spread: int | None = None,
@@ -51,8 +64,8 @@ def load_model(
             "it to a folder of weights first (prefix-distill export)"
         )
     gguf = {k: v for k, v in extra.items() if k == "gguf_file"}
-    scratch = None if spread is None else tempfile.TemporaryDirectory(prefix="prefix-distill-")
-    try:
+    scratch = None
+    with _explain_failure(name, _name_package(bool(gguf), quantize, spread)):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **gguf
         )
@@ -60,34 +73,57 @@ def load_model(
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             check_config(name, folder, config)
         if quantize != "none":
-            extra = {"quantization_config": _bits(quantize, dtype), "device_map": {"": device}}
-        if spread is not None:
             extra = {
-                "device_map": _spread(config, device, dtype, spread, trust_remote_code),
+                "quantization_config": make_quantization(quantize, dtype),
+                "device_map": {"": device},
+            }
+        if spread is not None:
+            scratch = tempfile.TemporaryDirectory(prefix="prefix-distill-")
+            extra = {
+                "device_map": plan_spread(config, device, dtype, spread, trust_remote_code),
                 "offload_folder": scratch.name,
             }
-        net, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if gguf else True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **extra,
-        )  # what is ignored there is refused below, by name
-    except ImportError as error:
-        name_of = (
-            "gguf"
-            if gguf
-            else "quantize"
-            if quantize != "none"
-            else "spread"
-            if spread is not None
-            else None
+        net, loading_info = _read_weights(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )
+    _check_complete(name, loading_info)
+    placed = quantize != "none" or spread is not None
+    model = _make_model(name, net if placed else net.to(device), tokenizer)
+    _check_finite(model)
+    if spread is None:
+        return model
+    return replace(model, home=device, scratch=scratch)
+
+
+def _read_weights(folder: str, **options: Any) -> tuple["CausalLM", dict[str, Any]]:
+    """(the network, which weights its files lack or hold in another shape)."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        use_safetensors=None if "gguf_file" in options else True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # what is ignored here is refused later, by name
+        **options,
+    )  # type: ignore[return-value]  # with output_loading_info, it returns a pair
+
+
+def _name_package(gguf: bool, quantize: str, spread: int | None) -> str | None:
+    """The optional dependencies of this package that such a load needs."""
+    if gguf:
+        return "gguf"
+    if quantize != "none":
+        return "quantize"
+    return None if spread is None else "spread"
+
+
+@contextlib.contextmanager
+def _explain_failure(name: str, package: str | None) -> Iterator[None]:
+    """Turns what the libraries raise on a model's files into a UserError."""
+    try:
+        yield
+    except ImportError as error:
         hint = (
-            f'pip install "prefix-distill[{name_of}]"'
-            if name_of
+            f'pip install "prefix-distill[{package}]"'
+            if package
             else str(error).strip().splitlines()[0]
         )
         raise UserError(f"model {name}: a package is missing; {hint}") from None
@@ -103,106 +139,50 @@ def load_model(
             f"model {name}: cannot be loaded ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); {hint}"
         ) from None
-    if wrong := sorted(found["mismatched_keys"]):
+
+
+def _check_complete(name: str, loading_info: dict[str, Any]) -> None:
+    """Refuses files that lack a weight, or hold one in another shape."""
+    if wrong := sorted(loading_info["mismatched_keys"]):
         key, held, due = wrong[0]
         raise UserError(
             f"model {name}: weight {key} has shape {list(held)}, but its config.json asks for "
             f"{list(due)} ({len(wrong)} such weights); use the config.json that came with the "
             "weights"
         )
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise UserError(
             f"model {name}: its files lack the weight {missing[0]} that its config.json asks for "
             f"({len(missing)} such weights); use a complete copy"
         )
+
+
+def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) -> Model:
+    """The Model of a network just loaded: nothing trains, and generation is as the sampler has
+    it. UserError where no token ends a turn."""
     generation_config, net.generation_config = net.generation_config, GenerationConfig()
-    net = net if quantize != "none" or spread is not None else net.to(device)
     model = Model(
         name,
         net.eval().requires_grad_(False),
         tokenizer,
         generation_config,
         _eos(name, generation_config, tokenizer, len(net.get_output_embeddings().weight)),
-        home=None if spread is None else device,
-        scratch=scratch,
     )
     if not model.eos:
         raise UserError(
             f"model {name}: neither its generation config nor its tokenizer names an "
             "end-of-sequence token; set eos_token in tokenizer_config.json"
         )
-    for key, weight in net.named_parameters():
-        if not weight.is_meta and not torch.isfinite(weight).all():
-            raise UserError(f"model {name}: weight {key} holds NaN or infinity; use an intact copy")
     return model
 
 
-def _bits(quantize: str, dtype: torch.dtype):
-    from transformers import BitsAndBytesConfig
-
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it says at every layer that it casts
-    if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _spread(
-    config, device: torch.device, dtype: torch.dtype, limit: int, trust_remote_code: bool
-) -> dict:
-    """Which part of the network goes where: accelerate's plan, with the head on ``device``,
-    whose weights the loss reads itself."""
-    from accelerate import infer_auto_device_map
-
-    logging.getLogger("accelerate").setLevel(
-        logging.ERROR
-    )  # that some weights are on disk is what was asked for
-    with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    net.tie_weights()
-    head = net.get_output_embeddings()
-    gpu = device.type == "cuda"
-    own = device.index or 0 if gpu else device.type
-    limits = dict.fromkeys(
-        range(torch.cuda.device_count()) if gpu else [own], limit
-    )  # in this order they are filled
-    limits.setdefault("cpu", (memory_free(torch.device("cpu")) or 1 << 40) // 2)
-    limits[own] = max(0, limits[own] - head.weight.numel() * dtype.itemsize)
-    found = infer_auto_device_map(
-        net, limits, no_split_module_classes=list(net._no_split_modules or ()), dtype=dtype
-    )
-    for name, module in list(net.named_modules()):  # the head, and what is tied to it
-        if any(p is head.weight for p in module.parameters(recurse=False)):
-            _apart(found, net, name)
-            found[name] = own
-    return found
-
-
-def _apart(places: dict, net: torch.nn.Module, name: str) -> None:
-    """Gives the module ``name`` an entry of its own in a device map: what holds it is replaced
-    by its parts."""
-    while name not in places:
-        holder = max(
-            (key for key in places if not key or f"{name}.".startswith(f"{key}.")), key=len
-        )
-        place, inside = places.pop(holder), net.get_submodule(holder)
-        parts = [
-            part
-            for part, _ in (
-                *inside.named_children(),
-                *inside.named_parameters(recurse=False),
-                *inside.named_buffers(recurse=False),
+def _check_finite(model: Model) -> None:
+    """Refuses weights that hold NaN or infinity."""
+    for key, weight in model.net.named_parameters():
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise UserError(
+                f"model {model.name}: weight {key} holds NaN or infinity; use an intact copy"
             )
-        ]
-        places |= {f"{holder}.{part}".lstrip("."): place for part in parts}
 
 
 def count(name: str, trust_remote_code: bool = False) -> int:
@@ -230,7 +210,13 @@ def count(name: str, trust_remote_code: bool = False) -> int:
         ) from None
 
 
-def _with_adapter(name: str, folder: Path, device, dtype, trust_remote_code: bool) -> Model:
+def _with_adapter(
+    name: str,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"],
+    trust_remote_code: bool,
+) -> Model:
     """A folder with an adapter in peft's format: its base model with the adapter added to the
     weights."""
     base = adapter.base_of(folder)
@@ -239,22 +225,21 @@ def _with_adapter(name: str, folder: Path, device, dtype, trust_remote_code: boo
             f"model {name}: its base model {base} is an adapter itself; merge that first "
             "(prefix-distill export)"
         )
-    as_stored = dtype == "auto"
     model = load_model(
         base,
         device=torch.device("cpu"),
-        dtype=dtype if as_stored else torch.float32,
+        dtype="auto" if dtype == "auto" else torch.float32,
         trust_remote_code=trust_remote_code,
     )
     net = adapter.applied(model.net, folder)
-    model.net = net.to(device, net.dtype if as_stored else dtype).eval().requires_grad_(False)
+    model.net = net.to(device, net.dtype if dtype == "auto" else dtype).eval().requires_grad_(False)
     model.name = name
     if (folder / "tokenizer_config.json").is_file():
         model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model
 
 
-def with_adapter(model: Model, settings, seed: int) -> Model:
+def with_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Model:
     """``model`` with a LoRA adapter that trains (``adapter.attach``), its weights in their
     dtype."""
     if (Path(model.name) / FILE).is_file():
@@ -305,7 +290,7 @@ def locate(name: str) -> tuple[str, dict]:
     return str(path) if path.is_dir() else name, {}
 
 
-def check_config(name: str, folder: str, config) -> None:
+def check_config(name: str, folder: str, config: PreTrainedConfig) -> None:
     """Refuses what transformers would build, read or replace without a word."""
     text = config.get_text_config(decoder=True)
     for key, most in (
@@ -335,7 +320,9 @@ def check_config(name: str, folder: str, config) -> None:
         )  # from_pretrained below falls back on config.json when this is damaged
 
 
-def _eos(name: str, generation_config, tokenizer, rows: int) -> frozenset[int]:
+def _eos(
+    name: str, generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> frozenset[int]:
     ids = generation_config.eos_token_id
     ids = {
         i if type(i) is int else repr(i)

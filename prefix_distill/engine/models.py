@@ -2,11 +2,20 @@
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import Parameter
-from transformers import GenerationConfig
+from transformers import (
+    Cache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import UserError
 from ..maths.divergence import Head
@@ -15,10 +24,14 @@ from ..maths.flops import Shape
 from . import adapter
 from .transformers_names import enable_checkpointing, name_cache_argument, read_cache
 
-FEW_ROWS, LARGE_WEIGHT = (
-    64,
-    1 << 16,
-)  # rows up to which, and elements from which, a linear layer runs columns first
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from .transformers_names import CausalLM
+
+
+FEW_ROWS = 64  # rows up to which a linear layer runs columns first
+LARGE_WEIGHT = 1 << 16  # elements of the weight from which it does
 
 
 @dataclass
@@ -38,20 +51,20 @@ class Model:
     """
 
     name: str
-    net: torch.nn.Module
-    tokenizer: object
+    net: "CausalLM"
+    tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig
     eos: frozenset[int]
     shares_prompts: bool = False
     recomputes: bool = False
     support: int | None = None
-    adapter: object | None = None
+    adapter: "PeftModel | None" = None
     adapter_off: bool = False
     home: torch.device | None = None
-    scratch: object | None = None
+    scratch: TemporaryDirectory[str] | None = None
 
     @property
-    def config(self):
+    def config(self) -> PreTrainedConfig:
         """The text model's config (inside a multimodal one, too)."""
         return self.net.config.get_text_config(decoder=True)
 
@@ -68,6 +81,13 @@ class Model:
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """What an update changes, by name."""
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids the head speaks about."""
+        if self.support is not None:
+            return self.support
+        return len(self.net.get_output_embeddings().weight)
 
     @property
     def positions(self) -> int | None:
@@ -94,7 +114,9 @@ class Model:
                 self.device
             )
 
-    def trunk_cached(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache=None):
+    def trunk_cached(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache | None = None
+    ) -> tuple[torch.Tensor, Cache]:
         """(final hidden states of ``ids_BT``, the KV cache after them). ``mask_BT`` covers what is
         in the cache, too; its zeros, padding on the left, have no position."""
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
@@ -110,7 +132,7 @@ class Model:
             )
         return out.last_hidden_state.to(self.device), read_cache(out)
 
-    def form(self):
+    def form(self) -> contextlib.AbstractContextManager[None]:
         """Around everything that runs ``net``: without the adapter, where this is the network
         without it."""
         return adapter.without(self.net) if self.adapter_off else contextlib.nullcontext()
@@ -142,7 +164,7 @@ def recompute(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def _recomputing(net):
+def _recomputing(net: torch.nn.Module) -> Iterator[None]:
     """Transformers recomputes a layer only while its own ``training`` flag is up; those of its
     parts (dropout) stay down."""
     layers = [
@@ -162,7 +184,7 @@ class _ColumnsFirst(torch.nn.Linear):
     re-packs all weights first, which tells at the few rows of a decoding step (against the
     ``naive`` arm of ``tests/benchmarks/rollout.py``)."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)
         if not 1 < len(rows) <= FEW_ROWS:
             return super().forward(x)
@@ -207,11 +229,11 @@ def refresh(decoding: Model, student: Model) -> None:
 def average(teacher: Model, student: Model, share: float) -> None:
     """teacher ← share·teacher + (1 − share)·student, weight by weight (an exponential moving
     average of the student)."""
-    for mean, p in zip(teacher.net.parameters(), student.net.parameters()):
+    for mean, p in zip(teacher.net.parameters(), student.net.parameters(), strict=True):
         mean.lerp_(p.to(mean.device), 1 - share)
 
 
-def moved(net: torch.nn.Module, modules: str) -> dict[str, Parameter]:
+def moved(net: PreTrainedModel, modules: str) -> dict[str, Parameter]:
     """The parameters of a causal LM that are extrapolated, by their names in
     ``net.named_parameters()`` and in that order.
 
@@ -248,7 +270,7 @@ def moved(net: torch.nn.Module, modules: str) -> dict[str, Parameter]:
     return found
 
 
-def shape(model, support: int | None = None) -> Shape:
+def shape(model: Model, support: int | None = None) -> Shape:
     """Reads a Model's Shape from its modules and its config."""
     from transformers.pytorch_utils import Conv1D
 

@@ -5,13 +5,16 @@ import functools
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
+from .. import config as configuration
 from ..errors import Stopped, UserError
 from .device import best_dtype, choose_device
 
@@ -20,10 +23,10 @@ class Interrupt:
     """Ctrl-C, SIGTERM and a closed terminal as a wish: the first signal is noted in ``asked``, a
     second one acts at once, as without this. What was ignored before (nohup) stays ignored."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked: signal.Signals | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         numbers = [
             getattr(signal, name)
             for name in ("SIGINT", "SIGTERM", "SIGHUP")
@@ -36,11 +39,11 @@ class Interrupt:
         }
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.former.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number)
         self.__exit__()
 
@@ -48,7 +51,7 @@ class Interrupt:
 @dataclass(frozen=True)
 class Place:
     """Devices, dtypes and ranks of a command, with the reasons of automatic choices. ``store``:
-    where several ranks note how often they have met."""
+    where several ranks note how often they have met; None for one rank alone."""
 
     device: torch.device
     teacher_device: torch.device
@@ -64,7 +67,7 @@ class Place:
         """Is this the rank that writes and prints?"""
         return self.rank == 0
 
-    def autocast(self, device: torch.device):
+    def autocast(self, device: torch.device) -> torch.autocast:
         """bfloat16 autocast on ``device`` when that is the compute dtype; nothing in float32."""
         return torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
@@ -74,7 +77,7 @@ class Place:
         """The sum of ``value`` over all ranks (float64; the same number on every rank)."""
         return sum(self.gather(value))
 
-    def gather(self, value) -> list:
+    def gather(self, value: object) -> list:
         """[value of rank 0, value of rank 1, …] on every rank; ``value`` is any plain object."""
         if self.world == 1:
             return [value]
@@ -104,17 +107,17 @@ class Place:
             (
                 (rank, name)
                 for rank, found in enumerate(others, 1)
-                for name, own, other in zip(tensors, first, found)
+                for name, own, other in zip(tensors, first, found, strict=True)
                 if own != other
             ),
             None,
         )
 
     @contextlib.contextmanager
-    def meeting(self):
+    def meeting(self) -> Iterator[None]:
         """Around what all ranks do together. Stopped names the ranks that did not come, if this
         fails."""
-        if self.world == 1:
+        if self.store is None:
             yield
             return
         met = None
@@ -127,16 +130,20 @@ class Place:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise Stopped(
-                f"rank {self.rank} of {self.world}: {self._absent(met)} "
+                f"rank {self.rank} of {self.world}: {self._absent(self.store, met)} "
                 f"({(str(error).splitlines() or [''])[0][:160]}); --resume goes on from the newest "
                 "checkpoint, --rank-timeout waits longer"
             ) from None
 
-    def _absent(self, met: int | None) -> str:
+    def _absent(self, store: dist.Store, met: int | None) -> str:
+        """Which ranks did not come to a meeting, in words; ``met``: meetings of this rank."""
+        out_of_reach = "the launcher or the first machine was lost"
+        if met is None:
+            return out_of_reach
         try:
-            late = [rank for rank in range(self.world) if self.store.add(_meetings(rank), 0) < met]
-        except (RuntimeError, TypeError):  # the store itself is out of reach
-            return "the launcher or the first machine was lost"
+            late = [rank for rank in range(self.world) if store.add(_meetings(rank), 0) < met]
+        except RuntimeError:
+            return out_of_reach
         return (
             f"rank {', '.join(map(str, late))} did not come, or was lost"
             if late
@@ -148,10 +155,10 @@ def _meetings(rank: int) -> str:
     return f"prefix-distill/meetings/{rank}"
 
 
-def place(runtime, parameters: Callable[[], int]) -> Place:
+def place(runtime: configuration.Runtime, parameters: Callable[[], int]) -> Place:
     """Resolves the ``runtime`` section for a student of ``parameters()`` parameters. UserError on a
     missing device or on a launcher that started another number of ranks than ``gpus``."""
-    reasons = []
+    reasons: list[str] = []
     world = _counted("WORLD_SIZE", 1, 1)
     rank, local, here = (
         _counted("RANK", 0, 0, world),

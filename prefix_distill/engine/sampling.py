@@ -1,9 +1,11 @@
 """Sample responses with plain ``generate`` and a KV cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -15,7 +17,10 @@ from transformers import (
 from ..maths.flops import STRETCH
 from ..maths.seeds import seed_of
 from .device import Clock
+from .models import Model
 from .transformers_names import name_generate_cache_argument, read_cache
+
+Reads = tuple[int, list[int]]  # length of a prompt, lengths of the responses behind it; tokens
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,16 @@ class _Race(LogitsProcessor):
         self, keys: list[tuple], seed: int, support: int, device: torch.device, record: bool = False
     ):
         self.generators = [torch.Generator(device).manual_seed(seed_of(seed, *key)) for key in keys]
-        self.support, self.record, self.taken = support, record, []
+        self.support, self.record = support, record
+        self.taken: list[torch.Tensor] = []
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on."""
         self.generators = [self.generators[row] for row in rows]
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         race = torch.empty(len(scores), self.support, dtype=torch.float32, device=scores.device)
-        for row, generator in zip(race, self.generators):
+        for row, generator in zip(race, self.generators, strict=True):
             row.uniform_(generator=generator)
         logp = scores[:, : self.support].float().log_softmax(-1) if self.record else None
         # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below
@@ -83,21 +89,29 @@ class _Support(LogitsProcessor):
     def __init__(self, support: int):
         self.support = support
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores[:, self.support :] = -torch.inf
         return scores
 
 
 class _Split(LogitsProcessor):
-    """Notes when the first logits arrive: the end of the prefill."""
+    """Notes when the first logits arrive: the end of the prefill, which begins now."""
 
     def __init__(self, clock: Clock):
-        self.clock, self.prefilled = clock, None
+        self.clock, self.started = clock, clock.now()
+        self.prefilled: float | None = None
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.prefilled is None:
             self.prefilled = self.clock.now()
         return scores
+
+    def book(self) -> None:
+        """Adds the seconds of both phases to the clock; decoding ends now."""
+        ended = self.clock.now()
+        prefilled = ended if self.prefilled is None else self.prefilled
+        self.clock.add("student_prefill", prefilled - self.started)
+        self.clock.add("student_decode", ended - prefilled)
 
 
 @dataclass(frozen=True)
@@ -147,14 +161,26 @@ class Sampler:
         steps.append(race)
         return steps
 
+    def settings(self, tokens: int) -> GenerationConfig:
+        """What ``generate`` needs to know to draw at most ``tokens`` more tokens a row."""
+        return GenerationConfig(
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=sorted(self.eos),
+            pad_token_id=self.pad,
+            return_dict_in_generate=True,
+        )
+
 
 @torch.inference_mode()
-def generate(
-    model,
+def generate(  # noqa: PLR0913  what is sampled, and two optional listeners
+    model: Model,
     requests: list[Request],
     cap: int,
     sampler: Sampler,
-    spent=None,
+    spent: Callable[[list[Reads]], None] | None = None,
     clock: Clock | None = None,
 ) -> list[Response]:
     """Samples up to ``cap`` tokens for every request, in the order given.
@@ -164,8 +190,8 @@ def generate(
     ``model.shares_prompts``. ``spent(reads)`` is told, call by call, what was run
     (``Ledger.generation``); ``clock`` gets the seconds of both phases.
     """
-    responses: list[Response | None] = [None] * len(requests)
-    first = {}
+    responses: dict[int, Response] = {}
+    first: dict[tuple[int, ...], int] = {}
     for i, request in enumerate(requests):
         first.setdefault(request.ids, i)
     order = sorted(
@@ -174,52 +200,37 @@ def generate(
     for start in range(0, len(order), sampler.rows):
         chosen = order[start : start + sampler.rows]
         batch = [requests[i] for i in chosen]
-        shared, reads = model.shares_prompts and len(batch[0].ids) > 1, {}
-        for i, response in zip(chosen, _call(model, batch, cap, sampler, clock)):
+        shared = model.shares_prompts and len(batch[0].ids) > 1
+        reads: dict[tuple[int, ...] | int, Reads] = {}
+        for i, response in zip(chosen, _call(model, batch, cap, sampler, clock), strict=True):
             responses[i] = response
             ids = requests[i].ids
             reads.setdefault(ids if shared else i, (len(ids), []))[1].append(len(response.ids))
         if spent is not None:
             spent(list(reads.values()))
-    return responses
+    return [responses[i] for i in range(len(requests))]
 
 
 def _call(
-    model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock | None
+    model: Model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock | None
 ) -> list[Response]:
     """One batch: prefill, then stretches of ``generate`` between which rows that have ended
     leave it."""
-    net, width = model.net, max(len(r.ids) for r in batch)
-    ids_BT = torch.tensor([[sampler.pad] * (width - len(r.ids)) + list(r.ids) for r in batch]).to(
-        model.device
-    )
-    mask_BT = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch]).to(
-        model.device
-    )
+    ids_BT, mask_BT = _left_padded(batch, sampler.pad, model.device)
     race = sampler.race([r.key for r in batch], model.device)
     split = _Split(clock) if clock is not None else None
-    if clock is not None:
-        start = clock.now()
     cache = _shared_prefill(model, batch, ids_BT, mask_BT)
     drawn: list[list[int]] = [[] for _ in batch]
     chances: list[list[float]] = [[] for _ in batch]
     alive = list(range(len(batch)))
     while alive and len(drawn[alive[0]]) < cap:
-        settings = GenerationConfig(
-            max_new_tokens=min(STRETCH, cap - len(drawn[alive[0]])),
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=sorted(sampler.eos),
-            pad_token_id=sampler.pad,
-            return_dict_in_generate=True,
-        )
+        settings = sampler.settings(min(STRETCH, cap - len(drawn[alive[0]])))
         processors = sampler.processors(race)
         if split is not None:
             processors.insert(0, split)
         cache_argument = {name_generate_cache_argument(): cache}
         with model.form():
-            out = net.generate(
+            out = model.net.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=settings,
@@ -228,10 +239,10 @@ def _call(
             )
         new = out.sequences[:, ids_BT.shape[1] :].tolist()
         going = [row for row, tokens in enumerate(new) if not sampler.eos.intersection(tokens)]
-        for row, tokens in zip(alive, new):
+        for row, tokens in zip(alive, new, strict=True):
             drawn[row] += tokens
-        if sampler.record:
-            for row, taken in zip(alive, torch.stack(race.taken, 1).tolist()):
+        if race is not None and race.record:
+            for row, taken in zip(alive, torch.stack(race.taken, 1).tolist(), strict=True):
                 chances[row] += taken
             race.taken.clear()
         alive, cache = [alive[row] for row in going], read_cache(out)
@@ -245,16 +256,30 @@ def _call(
             cache.batch_select_indices(kept)
             if race is not None:
                 race.keep(going)
-    if clock is not None:
-        clock.add("student_prefill", split.prefilled - start)
-        clock.add("student_decode", clock.now() - split.prefilled)
+    if split is not None:
+        split.book()
     ended = [_until_eos(row, sampler.eos) for row in drawn]
-    if not sampler.record:
+    if race is None or not race.record:
         return ended
-    return [replace(r, logp=tuple(chance[: len(r.ids)])) for r, chance in zip(ended, chances)]
+    return [
+        replace(r, logp=tuple(chance[: len(r.ids)]))
+        for r, chance in zip(ended, chances, strict=True)
+    ]
 
 
-def _shared_prefill(model, batch: list[Request], ids_BT, mask_BT):
+def _left_padded(
+    batch: list[Request], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [B, T], mask [B, T]) of the prompts, with ``pad`` to the left of short ones."""
+    width = max(len(r.ids) for r in batch)
+    ids_BT = torch.tensor([[pad] * (width - len(r.ids)) + list(r.ids) for r in batch])
+    mask_BT = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch])
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def _shared_prefill(
+    model: Model, batch: list[Request], ids_BT: torch.Tensor, mask_BT: torch.Tensor
+) -> Cache | None:
     """The KV cache of all prompts but for their last tokens, every distinct prompt read once; None
     (``generate`` prefills) where nothing would be saved or the model does not allow it."""
     distinct = list(dict.fromkeys(r.ids for r in batch))

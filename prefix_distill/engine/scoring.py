@@ -1,7 +1,8 @@
 """Both models read the rollouts → for every taught token one hidden row per model. The only
 causal shift in the code."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -46,18 +47,20 @@ def hidden_rows(model: Model, rollouts: list[Rollout], teacher: bool = False) ->
     if model.reads_once and len(set(prompts)) < len(prompts):
         hidden_BTD, first = _behind_shared_prompts(model, prompts, responses), [0] * len(prompts)
     else:
-        ids_BT = right_padded([p + r for p, r in zip(prompts, responses)])
+        ids_BT = right_padded([p + r for p, r in zip(prompts, responses, strict=True)])
         hidden_BTD, first = (
             model.trunk(to_device(ids_BT, model.device)),
             [len(p) - 1 for p in prompts],
         )
     taught_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.bool)
-    for row, start, rollout in zip(taught_BT, first, rollouts):
+    for row, start, rollout in zip(taught_BT, first, rollouts, strict=True):
         row[start + torch.tensor(rollout.rows(teacher), dtype=torch.long)] = True
     return hidden_BTD[to_device(taught_BT, model.device)]
 
 
-def _behind_shared_prompts(model: Model, prompts, responses) -> torch.Tensor:
+def _behind_shared_prompts(
+    model: Model, prompts: list[tuple[int, ...]], responses: list[tuple[int, ...]]
+) -> torch.Tensor:
     """Hidden states [B, 1 + T, D]: the prompt's last one, then those of the response. Every
     distinct prompt is read once.
 
@@ -118,13 +121,13 @@ def check_sharing(model: Model) -> str | None:
         Rollout(i, 0, prompt, prompt, response, response, False)
         for i, (prompt, response) in enumerate(made)
     ]
-    alone = [hidden_rows(replace(model, shares_prompts=False), [r]) for r in group]
+    apart = [hidden_rows(replace(model, shares_prompts=False), [r]) for r in group]
     try:
         together = hidden_rows(replace(model, shares_prompts=True), group)
     except Exception as error:
         # an architecture may lack the cache, the mask or the positions, and say so in any way
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-    alone = torch.cat(alone).float()
+    alone = torch.cat(apart).float()
     gap = ((together.float() - alone).norm() / alone.norm()).item()
     allowed = 1e-5 if model.net.dtype == torch.float32 else 0.03
     return (
@@ -145,9 +148,8 @@ def head_rows(
     vocabulary (what the ledger counts); ``whole``: for statistics."""
     if shared is None:
         return sum(len(r.taught) for r in rollouts)
-    return unit_head_rows(
-        rollouts, len(shared.teacher if teacher else shared.student), model.support, teacher, whole
-    )
+    columns = len(shared.teacher if teacher else shared.student)
+    return unit_head_rows(rollouts, columns, model.vocabulary, teacher, whole)
 
 
 def reads(
@@ -210,15 +212,20 @@ class Reading:
     def only(self, kept: list[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of the tokens that are still taught; ``kept``: the same rollouts in the same
         order."""
-        found = []
-        for teacher, hidden in ((False, self.student_ND), (True, self.teacher_NE)):
-            rows, start = [], 0
-            for before, after in zip(self.rollouts, kept):
-                place = {t: start + i for i, t in enumerate(before.rows(teacher))}
-                rows += [place[t] for t in after.rows(teacher)]
-                start += len(place)
-            found.append(hidden[to_device(torch.tensor(rows, dtype=torch.long), hidden.device)])
-        return tuple(found)
+        return (
+            self._only(kept, self.student_ND, teacher=False),
+            self._only(kept, self.teacher_NE, teacher=True),
+        )
+
+    def _only(self, kept: list[Rollout], hidden: torch.Tensor, teacher: bool) -> torch.Tensor:
+        """The rows of one model."""
+        rows: list[int] = []
+        start = 0
+        for before, after in zip(self.rollouts, kept, strict=True):
+            place = {t: start + i for i, t in enumerate(before.rows(teacher))}
+            rows += [place[t] for t in after.rows(teacher)]
+            start += len(place)
+        return hidden[to_device(torch.tensor(rows, dtype=torch.long), hidden.device)]
 
 
 def positions(
@@ -230,13 +237,14 @@ def positions(
     }
     return {
         (r.prompt, r.sample): {
-            name: dict(zip(r.taught, split[i].tolist())) for name, split in parts.items()
+            name: dict(zip(r.taught, split[i].tolist(), strict=True))
+            for name, split in parts.items()
         }
         for i, r in enumerate(rollouts)
     }
 
 
-def row_statistics(
+def row_statistics(  # noqa: PLR0913  both models, each with what it read
     terms: Terms,
     student: Model,
     student_ND: torch.Tensor,
@@ -265,7 +273,7 @@ def row_statistics(
 
 
 @torch.no_grad()
-def token_statistics(
+def token_statistics(  # noqa: PLR0913  both models, what they read, and a listener
     terms: Terms,
     student: Model,
     teacher: Model,
@@ -273,13 +281,13 @@ def token_statistics(
     rollouts: list[Rollout],
     place: Place,
     rows: int,
-    spent=None,
+    spent: Callable[[list[Rollout]], None] | None = None,
     forward: bool = False,
 ) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
     """``row_statistics`` of this rank's rollouts, ``rows`` of them at a time → (prompt, sample) →
     name → position → number, for the taught tokens (units). ``spent(group)`` is told what both
     models read."""
-    found = {}
+    found: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
     for group in micro_batches(rollouts, rows, student.reads_once):
         with place.autocast(student.device):
             ours = hidden_rows(student, group)
@@ -293,7 +301,9 @@ def token_statistics(
     return found
 
 
-def shared_support(shared: Shared, mode: str, student_device, teacher_device) -> Support:
+def shared_support(
+    shared: Shared, mode: str, student_device: torch.device, teacher_device: torch.device
+) -> Support:
     """O as tensors."""
     return Support(
         torch.tensor(shared.student + shared.student_eos, device=student_device),
@@ -303,36 +313,65 @@ def shared_support(shared: Shared, mode: str, student_device, teacher_device) ->
     )
 
 
+@dataclass
+class _UnitRows:
+    """One model's part of ``Units`` while it is put together: where its units begin, the first
+    token of each, and of the tokens of spans their row, span and id."""
+
+    first: list[int] = field(default_factory=list)
+    token: list[int] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
+    span: list[int] = field(default_factory=list)
+    id: list[int] = field(default_factory=list)
+    rows: int = 0
+
+    def add_exact(self, ids: tuple[int, ...]) -> None:
+        """Adds a unit of one token."""
+        self.first.append(self.rows)
+        self.token.append(ids[0])
+        self.rows += 1
+
+    def add_span(self, ids: tuple[int, ...], span: int) -> None:
+        """Adds the span with the number ``span``."""
+        self.first.append(self.rows)
+        self.token.append(ids[0])
+        self.row.extend(range(self.rows, self.rows + len(ids)))
+        self.span.extend([span] * len(ids))
+        self.id.extend(ids)
+        self.rows += len(ids)
+
+
 def units_of(rollouts: list[Rollout]) -> Units:
     """The taught units of ``rollouts``, rollout by rollout."""
-    first, token, row, span, found = ([], []), ([], []), ([], []), ([], []), ([], [])
-    kinds, at, spans = [], [0, 0], 0
+    student, teacher = _UnitRows(), _UnitRows()
+    kinds: list[bool] = []
+    spans = 0
     for r in rollouts:
         for u in r.taught_units:
+            ours = r.ids[u.start : u.start + u.size]
+            theirs = r.teacher_ids[u.teacher_start : u.teacher_start + u.teacher_size]
             kinds.append(u.exact)
-            for side, (start, size, ids) in enumerate(
-                ((u.start, u.size, r.ids), (u.teacher_start, u.teacher_size, r.teacher_ids))
-            ):
-                first[side].append(at[side])
-                token[side].append(ids[start])
-                if not u.exact:
-                    row[side].extend(range(at[side], at[side] + size))
-                    span[side].extend([spans] * size)
-                    found[side].extend(ids[start : start + size])
-                at[side] += size
-            spans += not u.exact
-    tensor = lambda values: torch.tensor(values, dtype=torch.long)
-    kinds = torch.tensor(kinds, dtype=torch.bool)
-    both = lambda sides: tuple(map(tensor, sides))
+            if u.exact:
+                student.add_exact(ours)
+                teacher.add_exact(theirs)
+            else:
+                student.add_span(ours, spans)
+                teacher.add_span(theirs, spans)
+                spans += 1
+    exact = torch.tensor(kinds, dtype=torch.bool)
     return Units(
-        both(first),
-        kinds.nonzero()[:, 0],
-        (~kinds).nonzero()[:, 0],
-        both(row),
-        both(span),
-        both(found),
-        both(token),
+        _both(student.first, teacher.first),
+        exact.nonzero()[:, 0],
+        (~exact).nonzero()[:, 0],
+        _both(student.row, teacher.row),
+        _both(student.span, teacher.span),
+        _both(student.id, teacher.id),
+        _both(student.token, teacher.token),
     )
+
+
+def _both(student: list[int], teacher: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(student, dtype=torch.long), torch.tensor(teacher, dtype=torch.long)
 
 
 def unit_head_rows(

@@ -7,9 +7,18 @@ numbers: code that comes with a model may be older than the library.
 
 import inspect
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
 
-import torch
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin, PreTrainedModel
+
+if TYPE_CHECKING:
+    import torch
+
+    class CausalLM(PreTrainedModel, GenerationMixin):
+        """What ``AutoModelForCausalLM`` makes; the library has no public name for it."""
+
+        def to(self, *args: torch.device | torch.dtype) -> Self: ...  # type: ignore[override]  # its own type is lost in functools.wraps
+
 
 CACHE_NAMES = ("cache", "past_key_values")  # the newer first: where both work, the older one warns
 
@@ -40,7 +49,7 @@ def name_generate_cache_argument(
     return "past_key_values"
 
 
-def read_cache(output: object) -> object:
+def read_cache(output: object) -> Cache:
     """Return the KV cache in the output of ``forward`` or ``generate``."""
     for name in CACHE_NAMES:
         if hasattr(output, name):
@@ -48,10 +57,10 @@ def read_cache(output: object) -> object:
     raise AttributeError(f"{type(output).__name__} has none of {', '.join(CACHE_NAMES)}")
 
 
-def enable_checkpointing(net: torch.nn.Module) -> None:
+def enable_checkpointing(net: PreTrainedModel) -> None:
     """Turn on gradient checkpointing in ``net``; ValueError where its architecture has none."""
+    settings = {"use_reentrant": False}  # re-entrant checkpointing needs inputs with a gradient
     if hasattr(net, "activation_checkpointing_enable"):
-        enable = net.activation_checkpointing_enable
+        net.activation_checkpointing_enable(settings)
     else:
-        enable = net.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # re-entrant checkpointing needs inputs that take a gradient
+        net.gradient_checkpointing_enable(settings)
