@@ -94,9 +94,10 @@ def plan(  # noqa: PLR0913  each is an option of the command line
             f"prompts: {len(prompts)} of {config.data.dataset}, {mean:.0f} tokens on average"
         )
     else:
-        prompts, wanted = [(prompt_tokens or 256, prompt_tokens or 256)], None
+        length, wanted = prompt_tokens or 256, None
+        prompts = [(length, length)]
         why = "" if prompt_tokens else ", as none were given (--prompt-tokens, --dataset)"
-        notes.append(f"prompts: of {prompts[0][0]} tokens each{why}")
+        notes.append(f"prompts: of {length} tokens each{why}")
     limit = _longest_response(config, wanted, max(map(max, prompts)), configs)
     config = configuration.replace(config, rollout={"max_new_tokens": limit})
     schedules = _schedules(config, prefixes, limit)

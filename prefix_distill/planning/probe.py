@@ -263,7 +263,7 @@ def _facts(run: Run, own: list[Written], ledger: Ledger) -> list[dict]:
 def _graded(run: Run, written: list[Written], tokens: int, model: Model, golds: list[str]) -> dict:
     """Accuracy of texts in ``model``'s tokens with its interval, the number of given tokens, and
     right or wrong per prompt."""
-    texts = [str(model.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids, _ in written]
+    texts = [evaluate.decode(model, ids) for ids, _ in written]
     right = [
         float(answers.correct(text, gold, run.answer_format))
         for text, gold in zip(texts, golds, strict=True)

@@ -61,19 +61,18 @@ def load_prompts(  # noqa: PLR0913  each is an option of the command line
         worked,
         part,
     )
-    if streaming and not source.place.startswith(LAB):
-        rows = open_rows(source, split, streaming=True)
-        return _stream(form, rows, split, limit, evaluated)
-    if not source.place.startswith(LAB):
-        rows = open_rows(source, split, streaming=False)
-    elif privileged_column in (None, "solution"):
+    if source.place.startswith(LAB):
+        if privileged_column not in (None, "solution"):
+            raise UserError(
+                f"dataset {name}: no column '{privileged_column}'; it has solution; change "
+                "--privileged-column"
+            )
         most = limit if source.count is None else None
         rows = _embedded(name, source.place[len(LAB) :], split, most)
-    else:
-        raise UserError(
-            f"dataset {name}: no column '{privileged_column}'; it has solution; change "
-            "--privileged-column"
-        )
+        return _select(form, rows, split, limit, evaluated)
+    rows = open_rows(source, split, streaming)
+    if streaming:
+        return _stream(form, rows, split, limit, evaluated)
     return _select(form, rows, split, limit, evaluated)
 
 
