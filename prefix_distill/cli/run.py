@@ -211,7 +211,7 @@ def plan(
     )
     quiet_libraries()
     from ..planning import plan as planning
-    from ..planning.plan import tables
+    from ..planning.tables import tables
 
     document = planning.plan(config, prompt_tokens, prefixes, device_tflops, measure, from_run)
     for text in document["notes"]:

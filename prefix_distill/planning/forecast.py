@@ -11,68 +11,30 @@ oneDNN work in, and what an allocator rounds up or keeps for later.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-import torch._meta_registrations  # shapes of what has no meta kernel in C++
 
-from ..config import SELF, Adapter, Config, parse_divergence, parse_estimator
 from ..engine import scoring
 from ..engine.models import Model
 from ..engine.rollout import Rollout
-from ..engine.transformers_names import name_cache_argument
 from ..errors import UserError
-from ..maths.divergence import Head, Terms
-from ..maths.fused import statistics, weighted
-from .ghosts import Live, depths, ghost, sketch, storage_of
-
-
-@dataclass(frozen=True)
-class Case:
-    """What sets the memory of one rank. ``prompts``: (student's, teacher's) lengths of the prompts
-    of an update; ``prefix`` and ``limit``: longest rollout in training and in evaluation;
-    ``problems``: answers of an evaluation; ``contexts``: its rollouts that both models read;
-    ``own``: the teacher is the student's initial weights; ``averaged``: it follows the student, in
-    float32; ``apart``: it has a device of its own; ``text``: it writes rollouts."""
-
-    terms: Terms
-    dtype: torch.dtype
-    prompts: tuple[tuple[int, int], ...]
-    samples: int
-    prefix: int
-    limit: int
-    micro: int
-    rows: int
-    problems: int = 0
-    contexts: int = 0
-    adapter: Adapter | None = None
-    recomputes: bool = False
-    own: bool = False
-    averaged: bool = False
-    apart: bool = False
-    text: bool = False
-    support: int | None = None
-
-    def rollouts(self, length: int, prompts=None, samples: int | None = None) -> list[Rollout]:
-        """An update's rollouts, each of ``length`` tokens; prompts that differ in their ids."""
-        response = (0,) * length
-        return [
-            Rollout(i, s, (i,) * p, (i,) * t, response, response, False)
-            for i, (p, t) in enumerate(prompts or self.prompts)
-            for s in range(samples or self.samples)
-        ]
+from . import measuring
+from .case import Case, Settings
+from .ghosts import depths, sketch
 
 
 class Pair:
     """Student and teacher as their configs describe them (the teacher's None: it is the
     student); what was built is kept."""
 
-    def __init__(self, student, teacher=None, names=("student", "teacher")):
+    def __init__(self, student, teacher=None, names: tuple[str, str] = ("student", "teacher")):
         self.configs, self.names = (student, teacher or student), names
-        self.built, self.found = {}, {}
+        self.built: dict[tuple[int, Settings, int | None], Model] = {}
+        self.found: dict[tuple[int, Settings, tuple], dict[str, float]] = {}
 
-    def model(self, role: int, *settings, layers: int | None = None) -> Model:
-        """One of them, of ghosts. ``settings``: dtype, adapter, recomputes."""
+    def model(self, role: int, settings: Settings, layers: int | None = None) -> Model:
+        """One of them, of ghosts."""
         key = (role, settings, layers)
         if key not in self.built:
             dtype, adapter, recomputes = settings
@@ -84,7 +46,7 @@ class Pair:
         return self.built[key]
 
     def measured(
-        self, role: int, settings, what: tuple, work: Callable[[Model], dict[str, float]]
+        self, role: int, settings: Settings, what: tuple, work: Callable[[Model], dict[str, float]]
     ) -> dict[str, float]:
         """What ``work`` finds in the model, from two depths where its layers repeat; ``what``
         names it, so that it is done once."""
@@ -93,11 +55,11 @@ class Pair:
         return self.found[role, settings, what]
 
     def _measured(
-        self, role: int, settings, work: Callable[[Model], dict[str, float]]
+        self, role: int, settings: Settings, work: Callable[[Model], dict[str, float]]
     ) -> dict[str, float]:
         at = depths(self.configs[role])
         try:
-            found = [work(self.model(role, *settings, layers=k)) for k in at]
+            found = [work(self.model(role, settings, k)) for k in at]
         except (
             RuntimeError,
             NotImplementedError,
@@ -122,315 +84,129 @@ class Pair:
     def forecast(self, case: Case) -> dict:
         """{total, set_by, weights: {component: bytes}, phases: {phase: bytes beyond the
         weights}, teacher_device: bytes or None}."""
-        full, size = case.adapter is None, case.dtype.itemsize
-        held = (torch.float32 if full else case.dtype, case.adapter, False)
-        trains = (held[0], case.adapter, case.recomputes)
-        decodes = (case.dtype, case.adapter, False)
-        theirs = (torch.float32 if case.averaged else case.dtype, None, False)
-        student, teacher = (
-            self.measured(0, held, ("weights",), weights),
-            self.measured(1, theirs, ("weights",), weights),
-        )
-        trainable = student["trainable"]
+        kept, gradients = self._weigh(case)
+        phases = self._training_phases(case, gradients) | self._evaluation_phases(case)
+        if case.text:
+            prompts = [t for _, t in case.prompts]
+            phases["teacher_text"] = self._generate(case, 1, prompts, case.samples, case.prefix)
+        there = None
+        if case.apart:
+            group, _ = _largest_group(case)
+            score = self._read(case, 1, group)["peak"]
+            there = kept.pop("teacher", 0) + max(score, phases.pop("teacher_text", 0))
+            phases.pop("teacher_score")
+        set_by = max(phases, key=lambda phase: phases[phase])
+        return {
+            "total": round(sum(kept.values()) + phases[set_by]),
+            "set_by": set_by,
+            "weights": _rounded(kept),
+            "gradients": round(gradients),
+            "phases": _rounded(phases),
+            "teacher_device": None if there is None else round(there),
+        }
+
+    def _weigh(self, case: Case) -> tuple[dict[str, float], float]:
+        """(component → bytes that are held all the time, bytes of the gradients)."""
+        student = self.measured(0, case.student, ("weights",), measuring.weights)
+        teacher = self.measured(1, case.teacher, ("weights",), measuring.weights)
+        trainable, full = student["trainable"], case.adapter is None
         kept = {"student": student["all"], "AdamW's moments": 8 * trainable}
         if full and case.dtype != torch.float32:
-            kept["decoding copy"] = trainable * size
+            kept["decoding copy"] = trainable * case.dtype.itemsize
         if full or not case.own:
             kept["teacher"] = teacher["all"]
-        gradients = 4 * trainable
-        autocast, support = case.dtype == torch.bfloat16, case.support
+        return kept, 4 * trainable
 
-        def read(role, settings, group):
-            return self.measured(
-                role,
-                settings,
-                ("read", _sizes(group), autocast),
-                lambda m: reading(m, group, role == 1, autocast),
-            )
-
-        def generate(role, settings, prompts, samples, new):
-            rows = min(case.rows, samples * len(prompts))
-            prompts = sorted(prompts, reverse=True)[: -(-rows // samples)]
-            return max(
-                self.measured(
-                    role,
-                    settings,
-                    ("generate", tuple(prompts), samples, rows, new, support),
-                    lambda m: generating(m, prompts, samples, rows, new, support),
-                ).values()
-            )
-
-        groups = scoring.micro_batches(case.rollouts(case.prefix), case.micro, not case.recomputes)
-        group = max(groups, key=lambda g: sum(len(r.student_prompt) + len(r.ids) for r in g))
-        nets = [
-            replace(
-                self.model(role, *settings, layers=depths(self.configs[role])[0]), support=support
-            )
-            for role, settings in ((0, held), (1, theirs))
-        ]
-        score = read(1, theirs, group)
+    def _training_phases(self, case: Case, gradients: float) -> dict[str, float]:
+        """Phase of an update → bytes beyond the weights."""
+        group, accumulated = _largest_group(case)
+        score = self._read(case, 1, group)
+        _, teacher = self._shallow(case)
         update = self.measured(
             0,
-            trains,
-            ("update", _sizes(group), case.terms, support, len(groups) > 1, autocast),
-            lambda m: updating(
-                replace(m, support=support),
+            case.training,
+            ("update", _sizes(group), case.terms, case.support, accumulated, case.autocast),
+            lambda m: measuring.updating(
+                replace(m, support=case.support),
                 group,
                 case.terms,
-                nets[1].head(),
-                autocast,
-                len(groups) > 1,
+                teacher.head(),
+                case.autocast,
+                accumulated,
             ),
         )
-        before = gradients if len(groups) > 1 else 0
-        phases = {
-            "generation": generate(
-                0, decodes, [p for p, _ in case.prompts], case.samples, case.prefix
-            ),
+        before = gradients if accumulated else 0
+        prompts = [p for p, _ in case.prompts]
+        return {
+            "generation": self._generate(case, 0, prompts, case.samples, case.prefix),
             "teacher_score": before + score["peak"],
             "student_update": before + score["rows"] + max(update.values()),
             "optimizer": gradients,
         }
+
+    def _evaluation_phases(self, case: Case) -> dict[str, float]:
+        """Phase of an evaluation, where the run has it → bytes beyond the weights."""
+        phases = {}
         longest = max(case.prompts)
         if case.problems:
-            phases["evaluation"] = generate(0, decodes, [longest[0]] * case.problems, 1, case.limit)
+            prompts = [longest[0]] * case.problems
+            phases["evaluation"] = self._generate(case, 0, prompts, 1, case.limit)
         if case.contexts:
             group = case.rollouts(case.limit, [longest] * min(case.contexts, case.micro), 1)
-            ours, other = read(0, held, group), read(1, theirs, group)
+            ours, other = self._read(case, 0, group), self._read(case, 1, group)
+            tables = measuring.comparing(self._shallow(case), case.terms.dtype, group)
             phases["evaluation, both models"] = max(
                 ours["peak"],
                 ours["rows"] + other["peak"],
-                ours["rows"] + other["rows"] + comparing(nets, case.terms.dtype, group),
+                ours["rows"] + other["rows"] + tables,
             )
-        if case.text:
-            phases["teacher_text"] = generate(
-                1, theirs, [t for _, t in case.prompts], case.samples, case.prefix
-            )
-        there = (
-            kept.pop("teacher", 0) + max(score["peak"], phases.pop("teacher_text", 0))
-            if case.apart
-            else None
+        return phases
+
+    def _shallow(self, case: Case) -> list[Model]:
+        """Student and teacher with few layers: for their heads."""
+        return [
+            replace(self.model(role, settings, depths(self.configs[role])[0]), support=case.support)
+            for role, settings in ((0, case.student), (1, case.teacher))
+        ]
+
+    def _read(self, case: Case, role: int, group: list[Rollout]) -> dict[str, float]:
+        """Bytes while a model reads ``group``, as ``measuring.reading`` gives them."""
+        return self.measured(
+            role,
+            case.teacher if role else case.student,
+            ("read", _sizes(group), case.autocast),
+            lambda m: measuring.reading(m, group, role == 1, case.autocast),
         )
-        if case.apart:
-            phases.pop("teacher_score")
-        set_by = max(phases, key=phases.get)
-        whole = lambda tree: {name: round(value) for name, value in tree.items()}
-        return {
-            "total": round(sum(kept.values()) + phases[set_by]),
-            "set_by": set_by,
-            "weights": whole(kept),
-            "gradients": round(gradients),
-            "phases": whole(phases),
-            "teacher_device": there and round(there),
-        }
+
+    def _generate(self, case: Case, role: int, prompts: list[int], samples: int, new: int) -> float:
+        """The most bytes while a model writes ``samples`` responses to each prompt."""
+        rows = min(case.rows, samples * len(prompts))
+        first = sorted(prompts, reverse=True)[: -(-rows // samples)]
+        found = self.measured(
+            role,
+            case.teacher if role else case.decoding,
+            ("generate", tuple(first), samples, rows, new, case.support),
+            lambda m: measuring.generating(
+                replace(m, support=case.support), first, samples, rows, new
+            ),
+        )
+        return max(found.values())
+
+
+def _largest_group(case: Case) -> tuple[list[Rollout], bool]:
+    """(the micro-batch of an update with the most tokens, whether there are others)."""
+    groups = scoring.micro_batches(case.rollouts(case.prefix), case.micro, not case.recomputes)
+    largest = max(groups, key=lambda g: sum(len(r.student_prompt) + len(r.ids) for r in g))
+    return largest, len(groups) > 1
+
+
+def _rounded(tree: dict[str, float]) -> dict[str, int]:
+    return {name: round(value) for name, value in tree.items()}
 
 
 def _sizes(group: list[Rollout]) -> tuple:
     return tuple(
         (r.prompt, len(r.student_prompt), len(r.teacher_prompt), len(r.ids)) for r in group
-    )
-
-
-def weights(model: Model) -> dict[str, float]:
-    """Bytes of a network's parameters and buffers, and how many numbers of them train with an
-    adapter."""
-    tensors = [*model.net.parameters(), *model.net.buffers()]
-    return {
-        "all": sum(storage_of(t).nbytes() for t in tensors),
-        "trainable": sum(t.numel() for t in tensors if t.requires_grad),
-    }
-
-
-def _live(model: Model, *known: torch.Tensor) -> Live:
-    return Live([*model.net.parameters(), *model.net.buffers(), *known])
-
-
-def reading(
-    model: Model, rollouts: list[Rollout], teacher: bool, autocast: bool
-) -> dict[str, float]:
-    """Bytes while a model reads rollouts without gradient (``peak``), and of the hidden rows
-    that stay (``rows``)."""
-    live = _live(model)
-    with torch.no_grad(), live:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            rows = scoring.hidden_rows(model, rollouts, teacher)
-        peak, kept = live.highest(), live.now
-        del rows
-    return {"peak": peak, "rows": kept}
-
-
-def updating(
-    model: Model,
-    rollouts: list[Rollout],
-    terms: Terms,
-    teacher: Head,
-    autocast: bool,
-    accumulated: bool,
-) -> dict[str, float]:
-    """Bytes while the student reads a micro-batch (``read``), while the loss is taken (``loss``)
-    and gradients flow (``backward``), and when they are there (``end``): each of them is a straight
-    line in the depth, their maximum is not. ``accumulated``: they are there already, and not
-    counted."""
-    trained = list(model.trained.values())
-    for p in trained:
-        p.grad = ghost(p.shape) if accumulated else None
-    live = _live(model, *(p.grad for p in trained if accumulated))
-    count = sum(len(r.taught) for r in rollouts)
-    teacher_NE = ghost((count, teacher.weight_VD.shape[1]))
-    live.known |= {storage_of(t)._cdata for t in (teacher_NE, teacher.weight_VD)}
-    with live:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            student_ND = scoring.hidden_rows(model, rollouts)
-        read = live.highest()
-        loss, value_N, _ = weighted(
-            terms,
-            student_ND,
-            model.head(),
-            teacher_NE,
-            teacher,
-            torch.ones(count),
-            scoring.tokens(rollouts),
-        )
-        loss_peak = live.highest()
-        loss.backward()
-        backward, end = live.highest(), live.now
-    for p in trained:
-        p.grad = None
-    return {"read": read, "loss": loss_peak, "backward": backward, "end": end}
-
-
-@torch.no_grad()
-def generating(
-    model: Model, prompts: list[int], samples: int, rows: int, new: int, support: int | None
-) -> dict[str, float]:
-    """Bytes of one generate call of ``rows`` responses, the longest prompt first: the prefill,
-    and the last of ``new`` tokens."""
-    count, width = rows, prompts[0]
-    shared = model.shares_prompts and samples > 1 and width > 1
-    begin, end = _live(model), _live(model)
-    mask = torch.tensor([[0] * (width - p) + [1] * p for p in prompts])
-    with begin:
-        if shared:
-            hidden, cache = model.trunk_cached(torch.zeros_like(mask)[:, :-1], mask[:, :-1])
-            del hidden
-            cache.batch_select_indices(torch.arange(count) // samples)
-            _draw(model, count, mask[torch.arange(count) // samples], 1, cache, support)
-        else:
-            _draw(model, count, mask[torch.arange(count) // samples], width, None, support)
-        cache = None
-    with end:
-        ids = torch.zeros(1, max(1, width + new - 2), dtype=torch.long)
-        hidden, cache = model.trunk_cached(ids, torch.ones_like(ids))
-        del hidden
-        cache.batch_select_indices(torch.zeros(count, dtype=torch.long))
-        end.highest()
-        _draw(
-            model,
-            count,
-            torch.cat(
-                [
-                    mask[torch.arange(count) // samples],
-                    torch.ones(count, ids.shape[1] + 1 - width, dtype=torch.long),
-                ],
-                1,
-            ),
-            1,
-            cache,
-            support,
-        )
-        last = end.highest()
-        del cache
-    return {"prefill": begin.peak, "last token": last}
-
-
-def _draw(model: Model, rows: int, mask, width: int, cache, support: int | None) -> None:
-    """A step of ``generate`` and the draw from its logits (rollout.py)."""
-    cache_argument = {name_cache_argument(model.net.forward): cache}
-    out = model.net(
-        input_ids=torch.zeros(rows, width, dtype=torch.long),
-        attention_mask=mask,
-        use_cache=True,
-        position_ids=(mask.cumsum(-1) - 1).clamp_(min=0)[:, -width:],
-        logits_to_keep=1,
-        **cache_argument,
-    )
-    scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
-    race = torch.empty(rows, support or scores.shape[1])
-    scores[:, : race.shape[1]] -= race.neg_().log1p_()
-    scores.argmax(-1)
-
-
-@torch.no_grad()
-def comparing(models: list[Model], dtype: torch.dtype, rollouts: list[Rollout]) -> int:
-    """Bytes of the tables in which both models' hidden rows are compared, beside these rows."""
-    heads = [m.head() for m in models]
-    count = sum(len(r.taught) for r in rollouts)
-    rows = [ghost((count, h.weight_VD.shape[1])) for h in heads]
-    live = Live([*rows, *(h.weight_VD for h in heads)])
-    with live:
-        statistics(
-            Terms("reverse-kl", dtype=dtype),
-            rows[0],
-            heads[0],
-            rows[1],
-            heads[1],
-            scoring.tokens(rollouts),
-        )
-    return live.peak
-
-
-def terms(config: Config, head_dtype: torch.dtype) -> Terms:
-    """The loss that a config asks for."""
-    (name, beta), (estimator, top_k), wanted = (
-        parse_divergence(config.divergence.name),
-        parse_estimator(config.divergence.estimator),
-        config.divergence,
-    )
-    return Terms(
-        name,
-        beta,
-        wanted.temperature,
-        head_dtype,
-        config.runtime.head_memory_mb << 20,
-        top_k,
-        estimator == "sampled",
-        wanted.clip,
-    )
-
-
-def case(
-    config: Config,
-    dtype: torch.dtype,
-    head_dtype: torch.dtype,
-    prompts,
-    prefix: int,
-    limit: int,
-    world: int = 1,
-    support: int | None = None,
-) -> Case:
-    """The ``Case`` of a config. ``prompts``: (student's, teacher's) lengths, of which an update is
-    made of the longest; ``prefix``: the longest of the run; ``world``: ranks that share the update.
-    """
-    share = -(-config.train.batch_size // world)
-    longest = sorted(prompts, key=sum, reverse=True)[:share]
-    return Case(
-        terms(config, head_dtype),
-        dtype,
-        tuple(longest[i % len(longest)] for i in range(share)),
-        config.rollout.samples,
-        prefix,
-        limit,
-        config.train.micro_batch_size,
-        config.rollout.rows,
-        -(-config.evaluate.problems * config.evaluate.rollouts // world),
-        -(-config.evaluate.kl_prompts // world),
-        config.adapter if config.adapter.rank else None,
-        config.train.gradient_checkpointing,
-        config.models.teacher == SELF,
-        config.models.teacher_ema is not None,
-        config.runtime.teacher_device not in (None, config.runtime.device),
-        config.rollout.off_policy != "none",
-        support,
     )
 
 

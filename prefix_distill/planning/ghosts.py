@@ -36,18 +36,24 @@ class Ghost(torch.Tensor):
     """A float tensor of the CPU without its numbers: ``meta`` has its shape, and stands for its
     storage."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    meta: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way to switch it off
 
     @staticmethod
     def __new__(cls, meta: torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(
-            cls, meta.shape, meta.stride(), meta.storage_offset(), dtype=meta.dtype, device="cpu"
+            cls,
+            meta.shape,
+            meta.stride(),
+            meta.storage_offset(),
+            dtype=meta.dtype,
+            device=torch.device("cpu"),
         )
         made.meta = meta
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch's stub has it as a function that is switched off
         with Live():
             return function(*args, **(kwargs or {}))
 
@@ -150,7 +156,7 @@ def ghost(shape, dtype: torch.dtype = torch.float32) -> Ghost:
     return Ghost(torch.empty(shape, dtype=dtype, device="meta"))
 
 
-def sketch(
+def sketch(  # noqa: PLR0913  a config and five independent settings of its network
     name: str,
     config,
     dtype: torch.dtype,
@@ -160,7 +166,7 @@ def sketch(
 ) -> Model:
     """The network that ``config`` describes, of its first ``layers`` layers, weights in
     ``dtype``, adapters in float32; of ghosts."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if layers is not None:
         config = shortened(config, layers)
@@ -183,7 +189,15 @@ def sketch(
                 if t is not None:
                     tensors[key] = made[id(t)]
     del first
-    model = Model(name, net, None, None, frozenset(), shares_prompts=True, adapter=wrapper)
+    model = Model(
+        name,
+        net,
+        None,  # type: ignore[arg-type]  # a sketch reads no text
+        GenerationConfig(),
+        frozenset(),
+        shares_prompts=True,
+        adapter=wrapper,
+    )
     return recompute(model) if recomputes else model
 
 

@@ -5,46 +5,47 @@ FLOPs are useful ones, as in the ledger of a run whose rollouts all reach the pr
 bound, as rollouts that end early cost less. Evaluations and tail probes are outside of them.
 """
 
-import dataclasses
-import json
 import math
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from .. import config as configuration
-from ..config import SELF, Adapter, Config
-from ..display import flops_text
+from ..config import SELF, Config
 from ..engine import loading
 from ..engine.models import Model, shape
 from ..errors import UserError
 from ..maths import flops
-from ..maths.flops import Ledger
-from ..maths.schedule import parse_prefix
+from ..maths.flops import Ledger, Shape
+from ..maths.schedule import PrefixSchedule, parse_prefix
 from ..prompts import stream, templates
 from ..prompts.load import load_prompts
 from ..prompts.templates import PRIVILEGED
 from ..training.pair import fill_in
 from ..training.problems import LONGEST
-from .forecast import Pair, case
+from ..training.run import settled
+from .cards import fit_cards
+from .case import case
+from .forecast import Pair
 from .ghosts import sketch
+from .rate import estimate_seconds, measure_rate, read_rate
 
-CARDS = (
-    16,
-    24,
-    48,
-    80,
-)  # GB (10⁹ bytes, as cards are sold; their drivers leave about this many GiB less a few per cent)
-# GB of a card that are not for tensors: CUDA context, libraries' workspaces, the allocator's
-# rounding
-RESERVED = 1.0
 USUAL = ("25%", "50%", "full")
-LORA = Adapter(rank=64)  # what the cards' LoRA columns stand for where the config has none
 PROMPTS = 256  # prompts of the data set that are rendered for their lengths
 
 
-def read_config(name: str, trust_remote_code: bool = False):
+@dataclass(frozen=True)
+class Reader:
+    """A model of which only the tokenizer is there."""
+
+    name: str
+    tokenizer: Any
+
+
+def read_config(name: str, trust_remote_code: bool = False) -> tuple[str, PreTrainedConfig]:
     """A model's config, from a folder (config.json is enough), hub id or ``lab:TASK/ROLE``; no
     weight is touched. UserError else."""
     folder, extra = loading.locate(name)
@@ -66,7 +67,7 @@ def read_config(name: str, trust_remote_code: bool = False):
         ) from None
 
 
-def plan(
+def plan(  # noqa: PLR0913  each is an option of the command line
     config: Config,
     prompt_tokens: int | None = None,
     prefixes: str | None = None,
@@ -77,114 +78,168 @@ def plan(
     """The document of `prefix-distill plan`. ``prompt_tokens``: the prompts' length instead of a
     data set's; ``prefixes``: lengths beside the config's, by commas; ``tflops``, ``measure``,
     ``from_run``: where the rate comes from (none: no time is given)."""
-    for value, flag, what in (
-        (prompt_tokens, "--prompt-tokens", "1 token"),
-        (tflops, "--device-tflops", "a rate above 0, such as 100"),
-    ):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{flag} {value}: expected at least {what}; change it")
-    if sum((tflops is not None, measure, from_run is not None)) > 1:
-        raise UserError(
-            "--device-tflops, --measure, --from-run: each gives the rate by itself; keep one"
-        )
+    _check_above_zero("--prompt-tokens", prompt_tokens, "1 token")
+    _check_rate(tflops, measure, from_run)
     given = config.data.dataset is not None or config.models.student is None
     config, notes = fill_in(config)
-    own, trust = config.models.teacher == SELF, config.models.trust_remote_code
-    names = config.models.student, config.models.student if own else config.models.teacher
-    (folder, student), (teacher_folder, teacher) = (read_config(name, trust) for name in names)
-    texts = [c.get_text_config(decoder=True) for c in (student, teacher)]
-    dtype = (
-        torch.bfloat16 if config.runtime.dtype == "auto" else getattr(torch, config.runtime.dtype)
-    )
-    if config.runtime.dtype == "auto":
-        notes.append("dtype bfloat16: what --dtype auto takes on a GPU")
-    head_dtype = (
-        dtype if config.runtime.head_dtype == "auto" else getattr(torch, config.runtime.head_dtype)
-    )
-    support = min(t.vocab_size for t in texts)
+    names = _names(config)
+    read = [read_config(name, config.models.trust_remote_code) for name in names]
+    folders, configs = [folder for folder, _ in read], [found for _, found in read]
+    dtype, head_dtype = _dtypes(config, notes)
+    support = min(c.get_text_config(decoder=True).vocab_size for c in configs)
     if prompt_tokens is None and given:
-        prompts, limit, support = _prompts(config, (folder, teacher_folder), names, texts, support)
+        prompts, wanted, support = _prompts(config, folders, names, support)
+        mean = sum(p for p, _ in prompts) / len(prompts)
         notes.append(
-            f"prompts: {len(prompts)} of {config.data.dataset}, "
-            f"{sum(p for p, _ in prompts) / len(prompts):.0f} tokens on average"
+            f"prompts: {len(prompts)} of {config.data.dataset}, {mean:.0f} tokens on average"
         )
     else:
-        prompts, limit = [(prompt_tokens or 256,) * 2], None
-        notes.append(
-            f"prompts: of {prompts[0][0]} tokens each"
-            + ("" if prompt_tokens else ", as none were given (--prompt-tokens, --dataset)")
-        )
-    positions = min(
-        (p for t in texts if (p := getattr(t, "max_position_embeddings", None))), default=None
-    )
-    longest = max(map(max, prompts))
-    room = None if positions is None else positions - longest
-    limit = config.rollout.max_new_tokens or limit or min(LONGEST, room or LONGEST)
-    if room is not None and limit > room:
-        raise UserError(
-            f"{limit} response tokens after a prompt of {longest}: the models have {positions} "
-            f"positions; lower --max-new-tokens to {max(0, room)} or the prompts"
-        )
+        length, wanted = prompt_tokens or 256, None
+        prompts = [(length, length)]
+        why = "" if prompt_tokens else ", as none were given (--prompt-tokens, --dataset)"
+        notes.append(f"prompts: of {length} tokens each{why}")
+    limit = _longest_response(config, wanted, max(map(max, prompts)), configs)
     config = configuration.replace(config, rollout={"max_new_tokens": limit})
-    wanted = [
-        config.schedule.prefix,
-        *(USUAL if prefixes is None else [p.strip() for p in prefixes.split(",")]),
-    ]
-    schedules = {text: parse_prefix(text, limit) for text in dict.fromkeys(wanted)}
-
-    pair = Pair(student, teacher, names)
+    schedules = _schedules(config, prefixes, limit)
     adapter = config.adapter if config.adapter.rank else None
-    nets = sketch(names[0], student, torch.float32, None, adapter), sketch(names[1], teacher, dtype)
+    nets = (
+        sketch(names[0], configs[0], torch.float32, None, adapter),
+        sketch(names[1], configs[1], dtype),
+    )
+    rate = _choose_rate(config, nets[0], dtype, tflops, measure, from_run)
+    pair = Pair(configs[0], configs[1], names)
+    needs = case(config, dtype, head_dtype, prompts, limit, limit, support=support)
     shapes = [shape(net, support) for net in nets]
-    rate = _rate(config, nets[0], dtype, tflops, measure, from_run)
     rows = []
     for text, schedule in schedules.items():
-        ledger = _whole(config, shapes, prompts, schedule)
-        tokens = schedule.longest(config.train.steps or 1)
-        memory = pair.forecast(
-            case(config, dtype, head_dtype, prompts, tokens, limit, support=support)
-        )
-        seconds = rate and _seconds(ledger, rate)
-        rows.append(
-            {
-                "prefix": text,
-                "tokens": [schedule.length(0), tokens],
-                "flops": ledger.summary()["by_phase"],
-                "flops_total": ledger.total(),
-                "flops_per_update": ledger.total() / max(1, config.train.steps),
-                "seconds": seconds,
-                "memory": memory,
-            }
-        )
+        low, high = schedule.length(0), schedule.longest(config.train.steps or 1)
+        cost = _cost(_whole(config, shapes, prompts, schedule), config.train.steps, rate)
+        memory = pair.forecast(replace(needs, prefix=high))
+        rows.append({"prefix": text, "tokens": [low, high], **cost, "memory": memory})
+    first = replace(needs, prefix=rows[0]["tokens"][1])
     return {
-        "student": {"name": names[0], "parameters": nets[0].parameters},
-        "teacher": {"name": names[1], "parameters": nets[1].parameters},
-        "method": f"LoRA of rank {adapter.rank}" if adapter else "all weights",
+        **_describe(config, nets, dtype, support),
+        "rate": rate,
+        "prefixes": rows,
+        "cards": fit_cards(pair, config, first, notes),
+        "notes": notes,
+    }
+
+
+def _describe(config: Config, nets: tuple[Model, Model], dtype: torch.dtype, support: int) -> dict:
+    """What is planned."""
+    student, teacher = nets
+    rank = config.adapter.rank
+    return {
+        "student": {"name": student.name, "parameters": student.parameters},
+        "teacher": {"name": teacher.name, "parameters": teacher.parameters},
+        "method": f"LoRA of rank {rank}" if rank else "all weights",
         "dtype": str(dtype)[6:],
         "support": support,
         "updates": config.train.steps,
         "rollouts_per_update": config.train.batch_size * config.rollout.samples,
         "micro_batch_size": config.train.micro_batch_size,
-        "max_new_tokens": limit,
-        "rate": rate,
-        "prefixes": rows,
-        "cards": _cards(
-            pair, config, dtype, head_dtype, prompts, rows[0]["tokens"][1], limit, support, notes
-        ),
-        "notes": notes,
+        "max_new_tokens": config.rollout.max_new_tokens,
     }
 
 
-def _prompts(config: Config, folders, names, texts, support: int):
+def _check_above_zero(flag: str, value: float | None, what: str) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise UserError(f"{flag} {value}: expected at least {what}; change it")
+
+
+def _check_rate(tflops: float | None, measure: bool, from_run: str | None) -> None:
+    """UserError on a rate that is none, and on two of them."""
+    _check_above_zero("--device-tflops", tflops, "a rate above 0, such as 100")
+    if sum((tflops is not None, measure, from_run is not None)) > 1:
+        raise UserError(
+            "--device-tflops, --measure, --from-run: each gives the rate by itself; keep one"
+        )
+
+
+def _names(config: Config) -> tuple[str, str]:
+    """The student's name and the teacher's."""
+    student = settled(config.models.student, "--student")
+    teacher = settled(config.models.teacher, "--teacher")
+    return student, student if teacher == SELF else teacher
+
+
+def _dtypes(config: Config, notes: list[str]) -> tuple[torch.dtype, torch.dtype]:
+    """The compute dtype and the heads'."""
+    runtime = config.runtime
+    if runtime.dtype == "auto":
+        dtype = torch.bfloat16
+        notes.append("dtype bfloat16: what --dtype auto takes on a GPU")
+    else:
+        dtype = getattr(torch, runtime.dtype)
+    return dtype, dtype if runtime.head_dtype == "auto" else getattr(torch, runtime.head_dtype)
+
+
+def _longest_response(
+    config: Config, wanted: int | None, longest: int, configs: Sequence[PreTrainedConfig]
+) -> int:
+    """--max-new-tokens, or else ``wanted``, or what the models' positions leave behind the
+    ``longest`` prompt. UserError where they leave less than was asked for."""
+    texts = [c.get_text_config(decoder=True) for c in configs]
+    positions = min(
+        (p for t in texts if (p := getattr(t, "max_position_embeddings", None))), default=None
+    )
+    room = None if positions is None else positions - longest
+    limit = config.rollout.max_new_tokens or wanted or min(LONGEST, room or LONGEST)
+    if room is not None and limit > room:
+        raise UserError(
+            f"{limit} response tokens after a prompt of {longest}: the models have {positions} "
+            f"positions; lower --max-new-tokens to {max(0, room)} or the prompts"
+        )
+    return limit
+
+
+def _schedules(config: Config, prefixes: str | None, limit: int) -> dict[str, PrefixSchedule]:
+    """Text → schedule: the config's own prefix first."""
+    others = USUAL if prefixes is None else [p.strip() for p in prefixes.split(",")]
+    wanted = dict.fromkeys([config.schedule.prefix, *others])
+    return {text: parse_prefix(text, limit) for text in wanted}
+
+
+def _choose_rate(  # noqa: PLR0913  three options, and what one of them runs
+    config: Config,
+    student: Model,
+    dtype: torch.dtype,
+    tflops: float | None,
+    measure: bool,
+    from_run: str | None,
+) -> dict | None:
+    """{source, FLOP/s (all, or by phase)}; None where no rate is known."""
+    if tflops is not None:
+        return {"source": f"--device-tflops {tflops:g}", "flops_per_second": tflops * 1e12}
+    if measure:
+        return measure_rate(config, student, dtype)
+    return None if from_run is None else read_rate(from_run)
+
+
+def _cost(ledger: Ledger, updates: int, rate: dict | None) -> dict:
+    """FLOPs of a run with ``ledger``, and the seconds that they take."""
+    return {
+        "flops": ledger.summary()["by_phase"],
+        "flops_total": ledger.total(),
+        "flops_per_update": ledger.total() / max(1, updates),
+        "seconds": None if rate is None else estimate_seconds(ledger, rate),
+    }
+
+
+def _prompts(
+    config: Config, folders: Sequence[str], names: Sequence[str], support: int
+) -> tuple[list[tuple[int, int]], int | None, int]:
     """(student's, teacher's) prompt lengths of the data set, the task's longest answer, and the
     support that the tokenizers leave."""
     columns = {
         k: getattr(config.data, k)
         for k in ("prompt_column", "answer_column", "system", "instruction", "privileged_column")
     }
-    found = load_prompts(config.data.dataset, split=config.data.split, **columns)
-    nets = []
-    for folder, name in zip(folders, names):
+    dataset = settled(config.data.dataset, "--dataset")
+    found = load_prompts(dataset, split=config.data.split, **columns)
+    readers = []
+    for folder, name in zip(folders, names, strict=True):
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=config.models.trust_remote_code
@@ -194,16 +249,16 @@ def _prompts(config: Config, folders, names, texts, support: int):
                 f"model {name}: it has no readable tokenizer ({type(error).__name__}), so the "
                 "prompts' lengths are unknown; give --prompt-tokens in place of --dataset"
             ) from None
-        nets.append(Model(name, None, tokenizer, None, frozenset()))
+        readers.append(Reader(name, tokenizer))
     if config.data.privileged_column is not None and config.data.privileged_template is None:
         config = configuration.replace(
             config, data={"privileged_template": found.privileged_template or PRIVILEGED}
         )
     wanted = min(PROMPTS, max(1, config.train.steps * config.train.batch_size))
-    kept, _ = templates.render_all(
-        stream.shuffled(found.prompts, config.runtime.seed, "epoch", 0), *nets, config, wanted
-    )
-    ids = [max(n.tokenizer.get_vocab().values()) + 1 for n in nets]
+    order = stream.shuffled(found.prompts, config.runtime.seed, "epoch", 0)
+    student, teacher = readers
+    kept, _ = templates.render_all(order, student, teacher, config, wanted)
+    ids = [max(reader.tokenizer.get_vocab().values()) + 1 for reader in readers]
     return (
         [(len(r.student_ids), len(r.teacher_ids)) for r in kept],
         found.max_new_tokens,
@@ -211,229 +266,21 @@ def _prompts(config: Config, folders, names, texts, support: int):
     )
 
 
-def _whole(config: Config, shapes, prompts, schedule) -> Ledger:
+def _whole(
+    config: Config,
+    shapes: Sequence[Shape],
+    prompts: list[tuple[int, int]],
+    schedule: PrefixSchedule,
+) -> Ledger:
     """FLOPs of all updates; every rollout is as long as the prefix lets it be. The prompts come
     in turn."""
-    size, samples, micro = (
-        config.train.batch_size,
-        config.rollout.samples,
-        config.train.micro_batch_size,
-    )
-    behind, ledger = (samples, micro, 1 if config.train.gradient_checkpointing else micro), Ledger()
+    size, samples = config.train.batch_size, config.rollout.samples
+    micro = config.train.micro_batch_size
+    behind = samples, micro, 1 if config.train.gradient_checkpointing else micro
+    student, teacher = shapes
+    ledger = Ledger()
     for step in range(config.train.steps):
         chosen = [prompts[(step * size + i) % len(prompts)] for i in range(size)]
-        ledger.merge(flops.update_ledger(*shapes, chosen, samples, schedule.length(step), behind))
+        length = schedule.length(step)
+        ledger.merge(flops.update_ledger(student, teacher, chosen, samples, length, behind))
     return ledger
-
-
-def _rate(config: Config, student: Model, dtype, tflops, measure, from_run) -> dict | None:
-    """{source, FLOP/s (all, or by phase)}; None where no rate is known."""
-    if tflops is not None:
-        return {"source": f"--device-tflops {tflops:g}", "flops_per_second": tflops * 1e12}
-    if measure:
-        return _measured(config, student, dtype)
-    if from_run is None:
-        return None
-    try:
-        rows = [
-            json.loads(line)
-            for line in (Path(from_run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        phases = [
-            key[len("flops/") :]
-            for key in rows[-1]
-            if key.startswith("flops/") and not key.endswith("_total")
-        ]
-        found = {
-            p: rows[-1][f"flops/{p}"] / seconds
-            for p in phases
-            if (seconds := sum(row.get(f"time/{p}_s", 0) for row in rows))
-        }
-        optimizer = sum(row["time/optimizer_s"] for row in rows) / len(rows)
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        raise UserError(
-            f"--from-run {from_run}: it has no metrics.jsonl with a row of an update; name the "
-            "folder of a run that has trained"
-        ) from None
-    return {
-        "source": f"measured in {from_run}",
-        "flops_per_second": found,
-        "optimizer_seconds": optimizer,
-    }
-
-
-def _measured(config: Config, student: Model, dtype) -> dict:
-    """FLOP/s of the student's own matmuls on this machine: a micro-batch's tokens through one
-    feed-forward matrix, forward. What a device does at best; decoding, which reads all weights for
-    few rows, stays far below."""
-    from ..engine.device import Clock
-    from ..engine.ranks import place
-
-    where = place(
-        configuration.replace(config, runtime={"dtype": str(dtype)[6:], "gpus": None}).runtime,
-        lambda: 0,
-    )
-    width = student.config.hidden_size
-    inner = getattr(student.config, "intermediate_size", None) or 4 * width
-    tokens, clock = 64 * config.train.micro_batch_size, Clock(where.device)
-    x, w = (
-        torch.randn(tokens, width, device=where.device, dtype=dtype),
-        torch.randn(width, inner, device=where.device, dtype=dtype),
-    )
-    x @ w
-    best, start = math.inf, clock.now()
-    while (begun := clock.now()) - start < 1:
-        x @ w
-        best = min(best, clock.now() - begun)
-    return {
-        "source": f"one matmul of {tokens} × {width} × {inner} in {str(dtype)[6:]} on "
-        f"{where.device}, the best of a second: times are lower bounds",
-        "flops_per_second": 2.0 * tokens * width * inner / best,
-    }
-
-
-def _seconds(ledger: Ledger, rate: dict) -> float:
-    speed = rate["flops_per_second"]
-    if not isinstance(speed, dict):
-        return ledger.total() / speed
-    if missing := [p for p in ledger.useful if p not in speed]:
-        raise UserError(
-            f"--from-run: that run has no rate of {missing[0]}; name one that sampled and trained"
-        )
-    return sum(f / speed[p] for p, f in ledger.useful.items())
-
-
-def _cards(
-    pair: Pair,
-    config: Config,
-    dtype,
-    head_dtype,
-    prompts,
-    prefix: int,
-    limit: int,
-    support: int,
-    notes: list[str],
-) -> list[dict]:
-    """What fits on the known cards, for all weights or an adapter, with or without gradient
-    checkpointing: ``fits`` with the config's micro-batch; ``micro_batch``: about the largest that
-    does, by a straight line through two forecasts (None: not even one rollout); ``set_by``: the
-    phase that takes the most."""
-    rollouts, found = config.train.batch_size * config.rollout.samples, []
-    adapters = [None, config.adapter if config.adapter.rank else LORA]
-    for adapter in adapters:
-        for recomputes in (False, True):
-            settled = configuration.replace(
-                config,
-                adapter=dataclasses.asdict(adapter or Adapter()),
-                train={"gradient_checkpointing": recomputes},
-            )
-            sizes = sorted({1, min(rollouts, config.train.micro_batch_size)})
-            try:
-                made = [
-                    pair.forecast(
-                        case(
-                            configuration.replace(settled, train={"micro_batch_size": m}),
-                            dtype,
-                            head_dtype,
-                            prompts,
-                            prefix,
-                            limit,
-                            support=support,
-                        )
-                    )
-                    for m in sizes
-                ]
-            except UserError as error:
-                notes.append(
-                    f"{'LoRA' if adapter else 'all weights'}{', gradient checkpointing' if recomputes else ''}: "
-                    f"not forecast ({error})"
-                )
-                continue
-            totals = [m["total"] for m in made]
-            slope = (totals[-1] - totals[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else 0.0
-            for card in CARDS:
-                free = (card - RESERVED) * 1e9
-                most = (
-                    rollouts
-                    if not slope
-                    else min(rollouts, math.floor(1 + (free - totals[0]) / slope))
-                )
-                found.append(
-                    {
-                        "card_gb": card,
-                        "method": f"LoRA of rank {adapter.rank}" if adapter else "all weights",
-                        "gradient_checkpointing": recomputes,
-                        "fits": totals[-1] <= free,
-                        "total": totals[-1],
-                        "set_by": made[-1]["set_by"],
-                        "micro_batch": most if totals[0] <= free else None,
-                    }
-                )
-    return found
-
-
-def tables(document: dict) -> list:
-    """The plan as rich tables: prefixes, components, cards."""
-    from rich.table import Table
-
-    gib = lambda n: f"{n / 2**30:.3g}"
-    first = Table(
-        "prefix",
-        "tokens",
-        "FLOPs an update",
-        "in all",
-        "time",
-        "memory, GiB",
-        "set by",
-        title=f"{document['method']}, {document['updates']} updates",
-    )
-    for row in document["prefixes"]:
-        low, high = row["tokens"]
-        seconds = row["seconds"]
-        first.add_row(
-            row["prefix"],
-            str(low) if low == high else f"{low}–{high}",
-            flops_text(row["flops_per_update"]),
-            flops_text(row["flops_total"]),
-            "–"
-            if seconds is None
-            else f"{seconds / 3600:.3g} h"
-            if seconds >= 3600
-            else f"{seconds:.3g} s",
-            gib(row["memory"]["total"]),
-            row["memory"]["set_by"],
-        )
-    memory = document["prefixes"][0]["memory"]
-    second = Table(
-        "component",
-        "GiB",
-        title=f"memory, --prefix {document['prefixes'][0]['prefix']}, micro-batches of "
-        f"{document['micro_batch_size']}",
-    )
-    for name, size in memory["weights"].items():
-        second.add_row(name, gib(size))
-    for name, size in memory["phases"].items():
-        second.add_row(f"while in {name}, beside these", gib(size))
-    if memory["teacher_device"] is not None:
-        second.add_row("the teacher's device", gib(memory["teacher_device"]))
-    third = Table(
-        "",
-        "needs, GiB",
-        *(f"{card} GB" for card in CARDS),
-        title="largest micro-batch that fits (rollouts)",
-    )
-    methods = dict.fromkeys(
-        (row["method"], row["gradient_checkpointing"]) for row in document["cards"]
-    )
-    for method, recomputes in methods:
-        rows = [
-            r
-            for r in document["cards"]
-            if (r["method"], r["gradient_checkpointing"]) == (method, recomputes)
-        ]
-        third.add_row(
-            method + (", gradient checkpointing" if recomputes else ""),
-            gib(rows[0]["total"]),
-            *("does not fit" if r["micro_batch"] is None else str(r["micro_batch"]) for r in rows),
-        )
-    return [first, second, third]

@@ -3,6 +3,7 @@ does for the student, what the student's does to the teacher, and from these a p
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 from ..engine import evaluate
 from ..engine.device import Clock
@@ -29,8 +30,10 @@ RECOVERED = (
 HELD = 0.8  # of the divergence: what it must hold where there are no answers to grade
 BINS = 24
 
+Written = tuple[tuple[int, ...], bool]  # ids of an answer, and whether it ended
 
-def probe(run: Run, say=lambda text: None) -> dict:
+
+def probe(run: Run, say: Callable[[str], None] = lambda text: None) -> dict:
     """The document of `prefix-distill probe` for the run's training prompts.
 
     by_position          reverse KL(S‖T) and entropy of S (nats per token), in bins of the student's
@@ -50,103 +53,29 @@ def probe(run: Run, say=lambda text: None) -> dict:
     rest of the answer keeps needing. Otherwise it is the shortest whose tokens hold 80 % of the KL.
     ``expected_saving`` is an update's useful FLOPs with full rollouts over those with the prefix.
     """
-    prompts, cap = run.train_prompts, run.config.rollout.max_new_tokens
-    ledger, clock = Ledger(), Clock(run.place.device)
-    student, teacher = decoder(run.student, run.place.dtype), decoder(run.teacher, run.place.dtype)
-    other = run.text_sampler  # the teacher's ids, where it has its own
-    samplers = (
-        run.eval_sampler,
-        dataclasses.replace(run.eval_sampler, eos=other.eos, support=other.support, pad=other.pad),
-    )
-    sides = {
-        "student": (student, run.student_shape, "student_ids", samplers[0]),
-        "teacher": (teacher, run.teacher_shape, "teacher_ids", samplers[1]),
-    }
-
-    def write(side: str, given: list[tuple[int, ...]], key) -> list[tuple[tuple[int, ...], bool]]:
-        """Full answers that ``side`` goes on to from the given starts; sharded over ranks."""
-        model, shape, ids, sampler = sides[side]
-        open_ends = [
-            i
-            for i, start in enumerate(given)
-            if len(start) < cap and not sampler.eos.intersection(start)
-        ]
-        mine = open_ends[run.place.rank :: run.place.world]
-        drawn: dict[int, tuple] = {}
-        by_room: dict[int, list[int]] = {}
-        for i in mine:
-            by_room.setdefault(cap - len(given[i]), []).append(i)
-        for room, rows in by_room.items():
-            requests = [
-                Request(getattr(prompts[i], ids) + given[i], ("probe", side, key, i)) for i in rows
-            ]
-            responses = generate(
-                model,
-                requests,
-                room,
-                sampler,
-                lambda reads: ledger.generation(shape, reads, f"{side}_prefill", f"{side}_decode"),
-            )
-            drawn |= {i: (given[i] + r.ids, r.finished) for i, r in zip(rows, responses)}
-        merged = {i: row for part in run.place.gather(drawn) for i, row in part.items()}
-        return [
-            merged.get(i, (start, bool(sampler.eos.intersection(start))))
-            for i, start in enumerate(given)
-        ]
-
-    nothing = [()] * len(prompts)
+    prompts, clock = run.train_prompts, Clock(run.place.device)
+    writer = Writer(run)
+    nothing: list[tuple[int, ...]] = [()] * len(prompts)
     with clock.phase("probe"):
         say(f"{len(prompts)} prompts: both models answer in full")
-        own, expert = write("student", nothing, 0), write("teacher", nothing, 0)
-        expert_ids = [
-            ids if run.alignment is None else run.alignment.to_student(ids, done)
-            for ids, done in expert
-        ]
-        length = sum(map(len, expert_ids)) / len(expert)
-        own_length = sum(len(ids) for ids, _ in own) / len(own)
+        own, expert = writer.write("student", nothing, 0), writer.write("teacher", nothing, 0)
+        length = sum(map(len, _as_students(run, expert))) / len(expert)
         tried = sorted({max(1, round(share * length)) for share in SHARES})
-        rollouts = [
-            Rollout(i, 0, p.student_ids, p.teacher_ids, ids, ids, finished)
-            for i, (p, (ids, finished)) in enumerate(zip(prompts, own))
-        ]
-        rollouts = run.aligned(rollouts)
-        facts = _facts(run, rollouts, ledger)
-        graded = all(p.prompt.answer is not None for p in prompts)
-        lifted, decayed = (
-            [_graded(run, own, 0, run.student)],
-            [_graded(run, expert, 0, run.teacher)],
-        )
-        for n in tried if graded else ():
-            say(f"the teacher writes {n} tokens, the student goes on; and the other way round")
-            lifted.append(
-                _graded(run, write("student", [ids[:n] for ids in expert_ids], n), n, run.student)
-            )
-            starts = [(ids[:n], done and len(ids) <= n) for ids, done in own]
-            starts = [
-                ids if run.alignment is None else run.alignment.align(ids, done)[0]
-                for ids, done in starts
-            ]
-            decayed.append(_graded(run, write("teacher", starts, n), n, run.teacher))
-    merged = Ledger()
-    for part in run.place.gather(ledger):
-        merged.merge(part)
+        facts = _facts(run, own, writer.ledger)
+        lifted, decayed = _curves(writer, own, expert, tried, say)
     kl = [row["divergence"] for row in facts]
-    held = {
-        n: math.fsum(intervals.known([row[:n] for row in kl]))
-        / max(1e-12, math.fsum(intervals.known(kl)))
-        for n in tried
-    }
-    recommended, reason = recommend(lifted if graded else None, decayed[0], held, length)
-    cost = lambda tokens: run.update_cost(prompts, tokens)
-    chosen = length if not isinstance(recommended, int) else recommended
+    held = {n: _share_of_first(kl, n) for n in tried}
+    teacher = None if decayed is None else decayed[0]
+    recommended, reason = recommend(lifted, teacher, held, length)
+    chosen = recommended if isinstance(recommended, int) else length
     lengths = [len(p.student_ids) for p in prompts]
     return {
         "recommended_prefix": recommended,
         "reason": reason,
-        "expected_saving": cost(length) / cost(chosen),
+        "expected_saving": run.update_cost(prompts, length) / run.update_cost(prompts, chosen),
         "prompts": len(prompts),
         "prompt_tokens": sum(lengths) / len(lengths),
-        "student_tokens": own_length,
+        "student_tokens": sum(len(ids) for ids, _ in own) / len(own),
         "teacher_tokens": length,
         "kl": intervals.token_mean(kl),
         "kl_share": {
@@ -155,20 +84,126 @@ def probe(run: Run, say=lambda text: None) -> dict:
         "kl_share_by_tokens": {str(n): share for n, share in held.items()},
         "by_position": _bins(facts),
         "quadrants": quadrants(
-            *(intervals.known([row[name] for row in facts]) for name in ("entropy", "divergence"))
+            intervals.known([row["entropy"] for row in facts]),
+            intervals.known([row["divergence"] for row in facts]),
         ),
-        "teacher_prefix_curve": [_public(row) for row in lifted],
-        "teacher_decay_curve": [_public(row) for row in decayed],
-        "flops": merged.summary(),
+        "teacher_prefix_curve": _public(lifted),
+        "teacher_decay_curve": _public(decayed),
+        "flops": writer.flops().summary(),
         "seconds": clock.seconds["probe"],
     }
 
 
-def recommend(lifted: list[dict] | None, teacher: dict, held: dict[int, float], length: float):
+class Writer:
+    """Writes full answers of both models to the run's training prompts; ``ledger``: what they
+    cost."""
+
+    def __init__(self, run: Run):
+        self.run, self.ledger = run, Ledger()
+        sampler, text = run.eval_sampler, run.text_sampler  # the teacher's ids, where it has others
+        theirs = dataclasses.replace(sampler, eos=text.eos, support=text.support, pad=text.pad)
+        student = decoder(run.student, run.place.dtype)
+        teacher = decoder(run.teacher, run.place.dtype)
+        self.sides = {
+            "student": (student, run.student_shape, "student_ids", sampler),
+            "teacher": (teacher, run.teacher_shape, "teacher_ids", theirs),
+        }
+
+    def write(self, side: str, given: Sequence[tuple[int, ...]], key: int) -> list[Written]:
+        """Full answers that ``side`` goes on to from the given starts; sharded over ranks."""
+        place, cap = self.run.place, self.run.prefix.limit
+        sampler = self.sides[side][3]
+        open_ends = [
+            i
+            for i, start in enumerate(given)
+            if len(start) < cap and not sampler.eos.intersection(start)
+        ]
+        by_room: dict[int, list[int]] = {}
+        for i in open_ends[place.rank :: place.world]:
+            by_room.setdefault(cap - len(given[i]), []).append(i)
+        drawn: dict[int, Written] = {}
+        for room, rows in by_room.items():
+            drawn |= self._go_on(side, given, rows, room, key)
+        merged = {i: row for part in place.gather(drawn) for i, row in part.items()}
+        return [
+            merged.get(i, (start, bool(sampler.eos.intersection(start))))
+            for i, start in enumerate(given)
+        ]
+
+    def _go_on(
+        self, side: str, given: Sequence[tuple[int, ...]], rows: list[int], room: int, key: int
+    ) -> dict[int, Written]:
+        """Row → its start and what ``side`` goes on to write, up to ``room`` tokens."""
+        model, shape, ids, sampler = self.sides[side]
+        prompts = self.run.train_prompts
+        requests = [
+            Request(getattr(prompts[i], ids) + given[i], ("probe", side, key, i)) for i in rows
+        ]
+        responses = generate(
+            model,
+            requests,
+            room,
+            sampler,
+            lambda reads: self.ledger.generation(shape, reads, f"{side}_prefill", f"{side}_decode"),
+        )
+        return {i: (given[i] + r.ids, r.finished) for i, r in zip(rows, responses, strict=True)}
+
+    def flops(self) -> Ledger:
+        """The ledgers of all ranks, merged."""
+        merged = Ledger()
+        for part in self.run.place.gather(self.ledger):
+            merged.merge(part)
+        return merged
+
+
+def _as_students(run: Run, written: list[Written]) -> list[tuple[int, ...]]:
+    """The teacher's texts in the student's tokens."""
+    if run.alignment is None:
+        return [ids for ids, _ in written]
+    return [run.alignment.to_student(ids, done) for ids, done in written]
+
+
+def _as_teachers(run: Run, written: list[Written]) -> list[tuple[int, ...]]:
+    """The student's texts in the teacher's tokens."""
+    if run.alignment is None:
+        return [ids for ids, _ in written]
+    return [run.alignment.align(ids, done)[0] for ids, done in written]
+
+
+def _curves(
+    writer: Writer,
+    own: list[Written],
+    expert: list[Written],
+    tried: list[int],
+    say: Callable[[str], None],
+) -> tuple[list[dict], list[dict]] | tuple[None, None]:
+    """(the student's accuracy behind N tokens of the teacher's, the teacher's behind N of the
+    student's), for 0 and every N ``tried``; both None where a prompt has no reference answer."""
+    run = writer.run
+    golds = [p.prompt.answer for p in run.train_prompts if p.prompt.answer is not None]
+    if len(golds) < len(run.train_prompts):
+        return None, None
+    lifted = [_graded(run, own, 0, run.student, golds)]
+    decayed = [_graded(run, expert, 0, run.teacher, golds)]
+    expert_ids = _as_students(run, expert)
+    for n in tried:
+        say(f"the teacher writes {n} tokens, the student goes on; and the other way round")
+        written = writer.write("student", [ids[:n] for ids in expert_ids], n)
+        lifted.append(_graded(run, written, n, run.student, golds))
+        starts = _as_teachers(run, [(ids[:n], done and len(ids) <= n) for ids, done in own])
+        written = writer.write("teacher", starts, n)
+        decayed.append(_graded(run, written, n, run.teacher, golds))
+    return lifted, decayed
+
+
+def recommend(
+    lifted: list[dict] | None, teacher: dict | None, held: dict[int, float], length: float
+) -> tuple[int | str | None, str]:
     """(recommended prefix, reason). ``lifted``: the teacher-prefix curve, None without answers;
-    ``teacher``: its own accuracy; ``held``: N → share of the KL in the first N tokens."""
+    ``teacher``: its own accuracy, None without answers; ``held``: N → share of the KL in the
+    first N tokens."""
     half = length / 2
-    if lifted is None:
+    if lifted is None or teacher is None:
         for n, share in sorted(held.items()):
             if share >= HELD and n <= half:
                 return n, (
@@ -182,7 +217,9 @@ def recommend(lifted: list[dict] | None, teacher: dict, held: dict[int, float], 
         )
     own = lifted[0]
     gap = teacher["value"] - own["value"]
-    paired = intervals.interval([t - s for t, s in zip(teacher["right"], own["right"])])
+    paired = intervals.interval(
+        [t - s for t, s in zip(teacher["right"], own["right"], strict=True)]
+    )
     if paired["low"] <= 0:
         return None, (
             f"the teacher is not better than the student on these problems: {teacher['value']:.1%} "
@@ -206,27 +243,30 @@ def recommend(lifted: list[dict] | None, teacher: dict, held: dict[int, float], 
     )
 
 
-def _facts(run: Run, rollouts: list[Rollout], ledger: Ledger) -> list[dict]:
+def _facts(run: Run, own: list[Written], ledger: Ledger) -> list[dict]:
+    """``evaluate.held_out_facts`` of the student's own answers."""
+    rollouts = [
+        Rollout(i, 0, p.student_ids, p.teacher_ids, ids, ids, finished)
+        for i, (p, (ids, finished)) in enumerate(zip(run.train_prompts, own, strict=True))
+    ]
     return evaluate.held_out_facts(
         run.student,
         run.teacher,
         run.shared,
-        rollouts,
+        run.aligned(rollouts),
         run.place,
         run.config.train.micro_batch_size,
         run.counts_both(ledger, "scoring"),
     )
 
 
-def _graded(run: Run, written: list[tuple], tokens: int, model: Model) -> dict | None:
+def _graded(run: Run, written: list[Written], tokens: int, model: Model, golds: list[str]) -> dict:
     """Accuracy of texts in ``model``'s tokens with its interval, the number of given tokens, and
-    right or wrong per prompt; None without references."""
-    golds = [p.prompt.answer for p in run.train_prompts]
-    if None in golds:
-        return None
-    texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in written]
+    right or wrong per prompt."""
+    texts = [evaluate.decode(model, ids) for ids, _ in written]
     right = [
-        float(answers.correct(text, gold, run.answer_format)) for text, gold in zip(texts, golds)
+        float(answers.correct(text, gold, run.answer_format))
+        for text, gold in zip(texts, golds, strict=True)
     ]
     return {
         "tokens": tokens,
@@ -236,8 +276,17 @@ def _graded(run: Run, written: list[tuple], tokens: int, model: Model) -> dict |
     }
 
 
-def _public(row: dict | None) -> dict | None:
-    return row and {k: v for k, v in row.items() if k != "right"}
+def _public(curve: list[dict] | None) -> list[dict | None]:
+    """A curve as the document has it: without the prompts' own answers, [None] without a curve."""
+    if curve is None:
+        return [None]
+    return [{k: v for k, v in row.items() if k != "right"} for row in curve]
+
+
+def _share_of_first(values: list[list[float | None]], tokens: int) -> float:
+    """Share of all KL that lies in the first ``tokens`` of every rollout."""
+    first = math.fsum(intervals.known([row[:tokens] for row in values]))
+    return first / max(1e-12, math.fsum(intervals.known(values)))
 
 
 def _share(values: list[list[float | None]], share: float) -> float:
@@ -276,7 +325,8 @@ def table(document: dict):
     made = Table(title=f"recommended --prefix: {document['recommended_prefix']}")
     for heading in ("first tokens", "share of the KL", "student goes on", "teacher goes on"):
         made.add_column(heading, justify="right")
-    for lifted, decayed in zip(document["teacher_prefix_curve"], document["teacher_decay_curve"]):
+    curves = document["teacher_prefix_curve"], document["teacher_decay_curve"]
+    for lifted, decayed in zip(*curves, strict=True):
         if lifted is not None:
             n = lifted["tokens"]
             share = "–" if n == 0 else f"{document['kl_share_by_tokens'][str(n)]:.0%}"

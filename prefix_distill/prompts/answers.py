@@ -10,7 +10,8 @@ from functools import lru_cache
 LONGEST = 2000  # characters of an answer that is compared as an expression
 SECONDS = 5  # a comparison may take; what takes longer is unequal
 START = 120  # seconds that loading math-verify may take on a busy machine
-_lock, _worker = threading.Lock(), []
+_lock = threading.Lock()
+_worker: list[subprocess.Popen[bytes]] = []  # none or one, for all threads
 _BRACE = re.compile("[{}]")
 _HASH = re.compile(r"####\s*([^\n]+)")
 _LETTER = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\{)?\(?([A-Z])(?=$|[).:}])")
@@ -29,16 +30,16 @@ def extract(text: str, form: str = "auto") -> str | None:
     if form == "exact":
         return text.strip()
     if form == "choice":
-        found = _LETTER.match(_last_boxed(text) or "") or next(
-            iter(list(_CHOICE.finditer(text))[-1:]), None
-        )
-        return found[1] if found else None
+        choices = list(_CHOICE.finditer(text))
+        last = choices[-1] if choices else None
+        letter = _LETTER.match(_last_boxed(text) or "") or last
+        return letter[1] if letter else None
     if form in ("boxed", "auto") and (answer := _last_boxed(text)) is not None:
         return answer
-    if form in ("hash", "auto") and (found := _HASH.findall(text)):
-        return found[-1].strip()
-    if form in ("last-number", "auto") and (found := _NUMBER.findall(text)):
-        return found[-1].replace(",", "").replace("$", "").rstrip("%")
+    if form in ("hash", "auto") and (hashes := _HASH.findall(text)):
+        return hashes[-1].strip()
+    if form in ("last-number", "auto") and (numbers := _NUMBER.findall(text)):
+        return numbers[-1].replace(",", "").replace("$", "").rstrip("%")
     return None
 
 
@@ -95,9 +96,7 @@ def _equal(answer: str, wanted: str) -> bool:
                 _stop()
             if not _worker:
                 _start()
-            _worker[0].stdin.write(json.dumps([answer, wanted, SECONDS]).encode() + b"\n")
-            _worker[0].stdin.flush()
-            verdict = _worker[0].stdout.readline().strip()
+            verdict = _ask(_worker[0], json.dumps([answer, wanted, SECONDS]).encode() + b"\n")
         finally:
             if not verdict:  # too late, killed, or interrupted
                 _stop()
@@ -114,10 +113,18 @@ def _start() -> None:
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # nor on Windows
     )
     _worker.append(worker)
-    if worker.stdout.readline().strip() != b"ready":
+    if _ask(worker, b"") != b"ready":  # it reports this unasked
         raise RuntimeError(
             "math-verify could not be loaded: pip install 'math-verify[antlr4_13_2]'"
         )
+
+
+def _ask(worker: subprocess.Popen[bytes], request: bytes) -> bytes:
+    """Write ``request`` and return the worker's next line, stripped; empty where it has ended."""
+    assert worker.stdin is not None and worker.stdout is not None  # ``_start`` asks for two pipes
+    worker.stdin.write(request)
+    worker.stdin.flush()
+    return worker.stdout.readline().strip()
 
 
 def _stop() -> None:

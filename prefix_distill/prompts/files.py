@@ -78,15 +78,16 @@ def _library(source: Source, split: str, streaming: bool, folder: str | None = N
 
     disable_progress_bar()
     preset, name = source.preset, source.place
+    config = None if preset is None else preset.config
     try:
         if folder is not None:
-            config = preset.config if preset.config in get_dataset_config_names(folder) else None
-            return (
-                load_dataset(folder, config, split=split, streaming=True)
-                if streaming
-                else _quietly(folder, name=config, split=split)
-            )
-        config = preset.config if preset is not None and name == preset.hub else None
+            if config not in get_dataset_config_names(folder):
+                config = None
+            if streaming:
+                return load_dataset(folder, config, split=split, streaming=True)
+            return _quietly(folder, name=config, split=split)
+        if preset is None or name != preset.hub:
+            config = None
         return load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises many kinds
         why = (str(error).strip().splitlines() or [""])[0][:200]
@@ -209,4 +210,4 @@ def _table(file):
                 f"line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}"
             )
         if cells:
-            yield {column: cell or None for column, cell in zip(columns, cells)}
+            yield {column: cell or None for column, cell in zip(columns, cells, strict=True)}

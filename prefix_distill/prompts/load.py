@@ -2,18 +2,23 @@
 
 import itertools
 import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..lab import task
 from ..lab.task import LAB, MAX_NEW_TOKENS
 from .files import iterate_rows, open_rows
-from .prompt import PromptSet
+from .prompt import Prompt, PromptSet
 from .rows import BUFFER, RowFormat
 from .sources import Source, parse_source
 from .stream import shuffled
 
+if TYPE_CHECKING:  # the import takes a second, and a plain file does not need it
+    from datasets import Dataset, IterableDataset
 
-def load_prompts(
+
+def load_prompts(  # noqa: PLR0913  each is an option of the command line
     name: str,
     *,
     split: str | None = None,
@@ -43,14 +48,7 @@ def load_prompts(
     ``privileged_column`` should hold, and on fewer rows than are asked for.
     """
     source = parse_source(name)
-    preset = source.preset
-    split = split or (
-        ("test" if evaluated else "train")
-        if preset is None
-        else preset.test
-        if evaluated
-        else preset.split
-    )
+    split = split or _default_split(source, evaluated)
     form = RowFormat(
         source,
         prompt_column,
@@ -69,68 +67,83 @@ def load_prompts(
                 f"dataset {name}: no column '{privileged_column}'; it has solution; change "
                 "--privileged-column"
             )
-        rows, streaming = (
-            _embedded(
-                name, source.place[len(LAB) :], split, limit if source.count is None else None
-            ),
-            False,
-        )
-    else:
-        rows = open_rows(source, split, streaming)
+        most = limit if source.count is None else None
+        rows = _embedded(name, source.place[len(LAB) :], split, most)
+        return _select(form, rows, split, limit, evaluated)
+    rows = open_rows(source, split, streaming)
     if streaming:
-        reading = iterate_rows(
-            name,
-            rows
-            if evaluated and source.count is None
-            else rows.shuffle(seed=seed, buffer_size=BUFFER),
-        )
-        seen = list(
-            itertools.islice(iterate_rows(name, rows), BUFFER)
-            if source.local
-            else itertools.islice(reading, 1)
-        )
-        if not seen:
-            raise UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
-        form = form.columns(
-            {key: value for row in reversed(seen) for key, value in row.items()}
-        )  # in a file, a row may lack one
-        prompts = (
-            form.prompt(index, row)
-            for index, row in enumerate(reading if source.local else itertools.chain(seen, reading))
-        )
-        if source.count is not None:
-            prompts = tuple(itertools.islice(prompts, source.count))
-            _enough(source, len(prompts))
-            prompts = prompts[:limit]
-        elif limit is not None:
-            prompts = tuple(itertools.islice(prompts, limit))
+        return _stream(form, rows, split, limit, evaluated)
+    return _select(form, rows, split, limit, evaluated)
+
+
+def _default_split(source: Source, evaluated: bool) -> str:
+    """The preset's split, or the usual name of one."""
+    if source.preset is None:
+        return "test" if evaluated else "train"
+    return source.preset.test if evaluated else source.preset.split
+
+
+def _stream(
+    form: RowFormat, rows: "IterableDataset", split: str, limit: int | None, evaluated: bool
+) -> PromptSet:
+    """A set whose rows are read as they are asked for; those of a known number at once."""
+    source = form.source
+    in_order = evaluated and source.count is None
+    drawn = rows if in_order else rows.shuffle(seed=form.seed, buffer_size=BUFFER)
+    reading: Iterator[dict] = iterate_rows(source.text, drawn)
+    if source.local:
+        seen = list(itertools.islice(iterate_rows(source.text, rows), BUFFER))
     else:
-        if len(rows) == 0:
-            raise UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
-        form = form.columns(rows[0])
-        order = range(len(rows))
-        if source.count is not None:
-            _enough(source, len(rows))
-            order = sorted(shuffled(order, seed, "sample")[: source.count])
-        if limit is not None and limit < len(order):
-            order = (
-                [order[i * len(order) // limit] for i in range(limit)]
-                if evaluated and preset and preset.sorted
-                else order[:limit]
-            )
-        prompts = tuple(form.prompt(index, rows[index]) for index in order)
-    return PromptSet(
-        name,
-        prompts,
-        **_task(source, split),
-        notes=form.notes(split, None if streaming else len(rows)),
-    )
+        seen = list(itertools.islice(reading, 1))
+        reading = itertools.chain(seen, reading)
+    _refuse_empty(source, len(seen))
+    # in a file, a row may lack a column
+    form = form.columns({key: value for row in reversed(seen) for key, value in row.items()})
+    prompts: Iterator[Prompt] = (form.prompt(index, row) for index, row in enumerate(reading))
+    first: tuple[Prompt, ...] | Iterator[Prompt] = prompts
+    if source.count is not None:
+        counted = tuple(itertools.islice(prompts, source.count))
+        _refuse_fewer(source, source.count, len(counted))
+        first = counted[:limit]
+    elif limit is not None:
+        first = tuple(itertools.islice(prompts, limit))
+    return PromptSet(source.text, first, **_task(source, split), notes=form.notes(split, None))
 
 
-def _enough(source: Source, there: int) -> None:
-    if there < source.count:
+def _select(
+    form: RowFormat,
+    rows: "list[dict] | Dataset",
+    split: str,
+    limit: int | None,
+    evaluated: bool,
+) -> PromptSet:
+    """A set of all rows, or of those that name#count and ``limit`` choose."""
+    source = form.source
+    _refuse_empty(source, len(rows))
+    form = form.columns(rows[0])
+    order: Sequence[int] = range(len(rows))
+    if source.count is not None:
+        _refuse_fewer(source, source.count, len(rows))
+        order = sorted(shuffled(order, form.seed, "sample")[: source.count])
+    if limit is not None and limit < len(order):
+        if evaluated and source.preset is not None and source.preset.sorted:
+            order = [order[i * len(order) // limit] for i in range(limit)]
+        else:
+            order = order[:limit]
+    prompts = tuple(form.prompt(index, rows[index]) for index in order)
+    notes = form.notes(split, len(rows))
+    return PromptSet(source.text, prompts, **_task(source, split), notes=notes)
+
+
+def _refuse_empty(source: Source, there: int) -> None:
+    if there == 0:
+        raise UserError(f"dataset {source.text}: it has no rows; give one with at least one prompt")
+
+
+def _refuse_fewer(source: Source, count: int, there: int) -> None:
+    if there < count:
         raise UserError(
-            f"dataset {source.text}: it has {there:,} rows, expected at least the {source.count:,} "
+            f"dataset {source.text}: it has {there:,} rows, expected at least the {count:,} "
             "behind #; ask for fewer, or leave #… out"
         )
 

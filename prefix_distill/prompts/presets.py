@@ -153,7 +153,8 @@ PRESETS = {
         "none stated (its source BytedTsinghua-SIA/DAPO-Math-17k: Apache-2.0)",
         "each problem once; answers are whole numbers",
         config="all",
-        cut=r"^Solve the following math problem step by step\. The last line of your response should be of the form Answer: [^\n]*\n\n"
+        cut=r"^Solve the following math problem step by step\. The last line of your response "
+        r"should be of the form Answer: [^\n]*\n\n"
         r"|\n\nRemember to put your answer on its own line after \"Answer:\"\.\s*$",
     ),
 }

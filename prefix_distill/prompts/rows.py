@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from ..errors import UserError
 from ..lab.task import LAB
 from . import answers
+from .presets import Preset
 from .prompt import Prompt
 from .sources import Source
 from .stream import shuffled
@@ -62,27 +63,23 @@ class RowFormat:
                     (instruction, preset.instruction),
                 )
             )
-        prompt = _column(name, first, prompt, PROMPT_COLUMNS, "--prompt-column", required=True)
-        answer = _column(
-            name,
-            first,
-            answer,
-            ANSWER_COLUMNS if preset is None else (),
-            "--answer-column",
-            required=False,
-        )
-        if self.privileged_column is not None:
-            _column(name, first, self.privileged_column, (), "--privileged-column", required=True)
+        prompt = _column(name, first, prompt, PROMPT_COLUMNS, "--prompt-column")
+        if prompt is None:
+            raise UserError(
+                f"dataset {name}: no prompt column ({', '.join(PROMPT_COLUMNS)}) among "
+                f"{', '.join(first)}; name it with --prompt-column"
+            )
+        usual = ANSWER_COLUMNS if preset is None else ()
+        answer = _column(name, first, answer, usual, "--answer-column")
+        _column(name, first, self.privileged_column, (), "--privileged-column")
         return replace(self, prompt_column=prompt, answer_column=answer, instruction=instruction)
 
     def prompt(self, index: int, row: dict) -> Prompt:
         """Row ``index`` as a prompt. UserError where it is none."""
         name, preset = self.source.text, self.source.preset
-        value, answer = _reach(row, self.prompt_column), None
-        if self.answer_column is not None:
-            answer = _reach(row, self.answer_column)
+        value, answer = _reach(row, self.prompt_column), _reach(row, self.answer_column)
         if preset is not None and isinstance(value, str) and (preset.options or preset.wrong):
-            value, answer = self._choice(index, row, value, answer)
+            value, answer = self._choice(preset, index, row, value)
         messages, closing = _messages(name, index, value)
         if preset is not None and preset.cut:
             messages[-1] = {
@@ -95,7 +92,7 @@ class RowFormat:
                 if preset is None or answers.extract(str(closing), "boxed") is not None
                 else None
             )
-        privileged = None if self.privileged_column is None else _reach(row, self.privileged_column)
+        privileged = _reach(row, self.privileged_column)
         if self.privileged_column is not None and not (
             isinstance(privileged, str) and privileged.strip()
         ):
@@ -128,10 +125,12 @@ class RowFormat:
             index * self.part[1] + self.part[0], tuple(messages), answer, privileged, around, worked
         )
 
-    def _choice(self, index: int, row: dict, question: str, answer) -> tuple[str, str]:
+    def _choice(
+        self, preset: Preset, index: int, row: dict, question: str
+    ) -> tuple[str, str | None]:
         """The question with its options A, B, …, and the right one's letter. Where wrong ones are
         given, the order is drawn by the seed and the row."""
-        preset = self.source.preset
+        answer = _reach(row, self.answer_column)
         if preset.wrong:
             options = shuffled(
                 [answer, *(row.get(column) for column in preset.wrong)], self.seed, "options", index
@@ -242,15 +241,20 @@ class RowFormat:
         return tuple(notes)
 
 
-def _reach(row, column: str):
+def _reach(row, column: str | None):
+    """What ``column`` (``doc.question`` reaches into a record) holds, or None."""
+    if column is None:
+        return None
     for key in column.split("."):
         row = row.get(key) if isinstance(row, dict) else None
     return row
 
 
 def _column(
-    name: str, row: dict, given: str | None, usual: tuple[str, ...], flag: str, required: bool
+    name: str, row: dict, given: str | None, usual: tuple[str, ...], flag: str
 ) -> str | None:
+    """The column that is ``given``, else the first of the ``usual`` ones that ``row`` has.
+    UserError where the row lacks the given one."""
     if given is not None:
         if _reach(row, given) is None and given.split(".")[0] not in row:
             raise UserError(
@@ -260,11 +264,6 @@ def _column(
     for column in usual:
         if column in row:
             return column
-    if required:
-        raise UserError(
-            f"dataset {name}: no prompt column ({', '.join(usual)}) among {', '.join(row)}; name "
-            f"it with {flag}"
-        )
     return None
 
 

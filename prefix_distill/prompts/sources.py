@@ -55,13 +55,16 @@ def sources(text: str) -> list[tuple[str, Fraction]]:
 def parse_source(text: str) -> Source:
     """``name``, ``name#1000``, ``preset=place`` or ``preset=place#1000``."""
     name, mark, digits = text.rpartition("#")
+    count = None
     if not mark or _there(text) or re.search(r"[/\\.]", digits):
-        name, digits = text, None
+        name = text
     elif not re.fullmatch("[0-9]{1,12}", digits) or int(digits) == 0 or not name:
         raise UserError(
             f"dataset {text[:200]}: expected a number of rows behind #, such as "
             f"{name[:80] or 'gsm8k'}#1000, got '{digits[:80]}'"
         )
+    else:
+        count = int(digits)
     short, given, place = name.partition("=")
     if given and not _there(name) and not re.search(r"[/\\]", short):
         if short.lower() not in PRESETS or not place or place.startswith(LAB):
@@ -83,7 +86,7 @@ def parse_source(text: str) -> Source:
         name,
         name if preset is None else place or preset.hub,
         preset,
-        None if digits is None else int(digits),
+        count,
     )
 
 

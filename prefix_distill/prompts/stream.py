@@ -2,15 +2,18 @@
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from typing import TypeVar
 
 from ..errors import UserError
 from .prompt import Prompt, PromptSet, Rendered
 
+T = TypeVar("T")
 
-def shuffled(items, *key) -> list:
+
+def shuffled(items: Iterable[T], *key: object) -> list[T]:
     """A seeded permutation of ``items``."""
     order = list(items)
     random.Random("/".join(map(str, key))).shuffle(order)
@@ -37,7 +40,8 @@ def slots(weights: list[Fraction]) -> Iterator[int]:
     given, total = [0] * len(weights), sum(weights)
     while True:
         behind = [
-            weight * (sum(given) + 1) / total - count for weight, count in zip(weights, given)
+            weight * (sum(given) + 1) / total - count
+            for weight, count in zip(weights, given, strict=True)
         ]
         given[behind.index(max(behind))] += 1
         yield behind.index(max(behind))
@@ -67,16 +71,25 @@ def joined(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
     agree on is None."""
     if len(sets) == 1:
         return sets[0]
-    left, order = [list(reversed(s.prompts)) for s in sets], []
+    left = [list(s.prompts)[::-1] for s in sets]
+    order: list[Prompt] = []
     for k in slots(weights):
         if not any(left):
             break
         order += [left[k].pop()] if left[k] else []
-    agreed = {
-        what: values.pop() if len(values := {getattr(s, what) for s in sets}) == 1 else None
-        for what in ("answer_format", "max_new_tokens", "privileged_template")
-    }
-    return PromptSet(", ".join(s.name for s in sets), tuple(order), **agreed)
+    return PromptSet(
+        ", ".join(s.name for s in sets),
+        tuple(order),
+        answer_format=_agreed(s.answer_format for s in sets),
+        max_new_tokens=_agreed(s.max_new_tokens for s in sets),
+        privileged_template=_agreed(s.privileged_template for s in sets),
+    )
+
+
+def _agreed(values: Iterable[T]) -> T | None:
+    """The value that all of ``values`` are, or None."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else None
 
 
 def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, PromptSet]:
@@ -84,12 +97,11 @@ def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, Prom
     set the first ``count``."""
     if prompts.streamed:
         return prompts, replace(prompts, prompts=tuple(itertools.islice(prompts.prompts, count)))
-    held = set(shuffled(range(len(prompts.prompts)), seed, "held-out")[:count])
-    parts = [
-        tuple(p for i, p in enumerate(prompts.prompts) if (i in held) is inside)
-        for inside in (False, True)
-    ]
-    return tuple(replace(prompts, prompts=part) for part in parts)
+    every = tuple(prompts.prompts)
+    held = set(shuffled(range(len(every)), seed, "held-out")[:count])
+    taught = tuple(p for i, p in enumerate(every) if i not in held)
+    apart = tuple(p for i, p in enumerate(every) if i in held)
+    return replace(prompts, prompts=taught), replace(prompts, prompts=apart)
 
 
 def examples(

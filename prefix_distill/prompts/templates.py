@@ -24,11 +24,14 @@ PRIVILEGED = (
 class Reader(Protocol):
     """What rendering needs of a model: the name that messages use, and a tokenizer."""
 
-    name: str
-    tokenizer: Any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
-def render(
+def render(  # noqa: PLR0913  one rendering has six independent settings
     model: Reader,
     messages: tuple[dict, ...],
     template: str,
@@ -104,7 +107,8 @@ def render_all(
     """
     begin = [begin_ids(model, config.rollout.begin) for model in (student, teacher)]
     settings = config.data
-    kept, dropped = [], 0
+    kept: list[Rendered] = []
+    dropped = 0
     for prompt in prompts:
         if limit is not None and len(kept) == limit:
             break

@@ -9,7 +9,7 @@ from helpers import byte_tokenizer, invoke, last_json, prepared, save_tiny, tiny
 from transformers import GenerationConfig
 
 from prefix_distill.engine import loading
-from prefix_distill.planning import checks
+from prefix_distill.planning import checks, text_checks
 from prefix_distill.planning.checks import FEW
 from prefix_distill.training.run import describe_checks
 
@@ -104,7 +104,7 @@ def test_the_first_token_s_probability_is_the_teacher_s(pair, questions):
         chances.append(
             run.teacher.net(torch.tensor([r.teacher_ids])).logits[0, -1].softmax(-1)[token].item()
         )
-    found = checks._prompts(run)
+    found = text_checks.examine_prompts(run)
     assert found.facts["first_token_probability"] == pytest.approx(
         sum(chances) / len(chances), rel=1e-4
     )
@@ -308,7 +308,7 @@ def test_memory_against_what_is_free(  # noqa: PLR0913  fixtures and parameters 
     """A network of 100,000 numbers: 12 bytes of moments and gradients for each must fit, the
     activations of a batch may have to be halved."""
     student = save_tiny(tmp_path / "student", seed=1, width=64, layers=3)
-    monkeypatch.setattr(checks.runtime, "memory_free", lambda device: free)
+    monkeypatch.setattr(checks, "memory_free", lambda device: free)
     got, out, err = invoke(
         "check",
         "--student",

@@ -14,10 +14,11 @@ from transformers import Gemma3TextConfig
 from prefix_distill.config import Adapter, build
 from prefix_distill.engine import scoring
 from prefix_distill.engine.models import Model, recompute
-from prefix_distill.maths.divergence import Terms
+from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.fused import weighted
-from prefix_distill.planning import forecast, ghosts
-from prefix_distill.planning.forecast import Case, Head, Pair
+from prefix_distill.planning import forecast, ghosts, measuring
+from prefix_distill.planning.case import Case
+from prefix_distill.planning.forecast import Pair
 
 
 class Held(TorchDispatchMode):
@@ -86,7 +87,7 @@ def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
         loss.backward()
     ghost = ghosts.sketch("m", tiny_config(kind, width=64), torch.float32, recomputes=recomputes)
     ghost.net.requires_grad_(True)
-    found = forecast.updating(
+    found = measuring.updating(
         ghost, group, case().terms, Head(ghosts.ghost((260, 64))), False, True
     )
     assert max(found.values()) == pytest.approx(held.peak, rel=0.01)
@@ -214,8 +215,8 @@ def test_flops_are_what_a_dry_run_says(pair, questions):
         }
     )
     (folders, configs) = zip(*(plan.read_config(path) for path in pair), strict=True)
-    prompts, _, support = plan._prompts(config, folders, pair, configs, 260)
-    shapes = [plan.flops.shape(ghosts.sketch("m", c, torch.float32), support) for c in configs]
+    prompts, _, support = plan._prompts(config, folders, pair, 260)
+    shapes = [plan.shape(ghosts.sketch("m", c, torch.float32), support) for c in configs]
     for length, name in ((4, "prefix"), (8, "full")):
         ledger = plan._whole(config, shapes, prompts, plan.parse_prefix(str(length), 8))
         assert ledger.total() == pytest.approx(priced[name], rel=1e-6)
