@@ -7,13 +7,11 @@ import math
 import re
 
 import pytest
-import torch
 import yaml
 from conftest import invoke, last_json
 
 from prefix_distill import config as configuration
 from prefix_distill.errors import UserError
-from prefix_distill.maths.seeds import seed_of
 from prefix_distill.maths.weights import quadrants
 from prefix_distill.results import summary as report
 from prefix_distill.results.runs import by_arm, collect
@@ -137,9 +135,13 @@ def test_intervals_cover_problems_and_seeds_and_pairing_narrows_differences(tmp_
 
 
 def test_draws_are_those_of_torch(arms):
+    import torch
+
+    from prefix_distill.maths.seeds import seed_of
+
     drawn = Resampled(by_arm(collect([arms])))
     generator = torch.Generator().manual_seed(seed_of("report"))
-    for shares, count in ((drawn.problems, N), (drawn.seeds, 2)):
+    for shares, count in ((drawn.problems, 400), (drawn.seeds, 2)):
         for share in shares:
             items = torch.randint(count, (count,), generator=generator)
             assert (share == items.bincount(minlength=count).double().numpy() / count).all()

@@ -11,7 +11,7 @@ import typer
 from conftest import invoke
 
 from prefix_distill import config as configuration
-from prefix_distill.cli import app, spellings
+from prefix_distill.cli import app, spelling_tables, spellings
 from prefix_distill.cli import main as cli
 from prefix_distill.cli.spellings import BATCH, CONVERTED, LORA, RENAMED, RESUME
 from prefix_distill.config import files
@@ -291,5 +291,5 @@ def test_the_page_has_every_name_with_its_counterpart():
         assert rows[name] == text, name
     assert {*BATCH, RESUME, LORA} < rows.keys()
     text = " ".join(PAGE.split())
-    for hint, names in spellings._HINTS.items():
+    for hint, names in spelling_tables.HINTS.items():
         assert f"- {' '.join(f'`{name}`' for name in names.split())}: {hint}" in text, hint
