@@ -14,12 +14,12 @@ import typer
 from conftest import command, invoke, last_json
 from test_benchmarks import PROGRAMS
 
-from prefix_distill.cli import app, spellings
+from prefix_distill.cli import main, spellings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "tests/benchmarks/results"
-GROUP = typer.main.get_command(app.app)
+GROUP = typer.main.get_command(main.app)
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
 ]

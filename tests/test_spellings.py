@@ -10,19 +10,19 @@ import pytest
 import typer
 from conftest import invoke
 
+import prefix_distill
 from prefix_distill import config as configuration
-from prefix_distill.cli import app, spelling_tables, spellings
-from prefix_distill.cli import main as cli
+from prefix_distill.cli import main, spelling_tables, spellings
 from prefix_distill.cli.spellings import BATCH, CONVERTED, LORA, RENAMED, RESUME
 from prefix_distill.config import files
 from prefix_distill.errors import UserError
 
-PAGE = (Path(cli.__file__).parent / "help/migration.md").read_text(encoding="utf-8")
-GROUP = typer.main.get_command(app.app)
+PAGE = (Path(prefix_distill.__file__).parent / "help/migration.md").read_text(encoding="utf-8")
+GROUP = typer.main.get_command(main.app)
 
 
 def understood(*words: str, command: str = "run") -> list[str]:
-    return cli._understood(GROUP, [command, *words], False)[1:]
+    return main._understood(GROUP, [command, *words], False)[1:]
 
 
 def settings(*words: str) -> dict:
@@ -180,7 +180,7 @@ def test_values_are_no_names():
         "--learning_rate",
         "--begin=--beta",
     ]
-    assert cli._understood(GROUP, ["report", "a", "--", "--beta"], False) == [
+    assert main._understood(GROUP, ["report", "a", "--", "--beta"], False) == [
         "report",
         "a",
         "--",

