@@ -22,7 +22,7 @@ GROUP = typer.main.get_command(main.app)
 
 
 def understood(*words: str, command: str = "run") -> list[str]:
-    return main._understood(GROUP, [command, *words], False)[1:]
+    return main.translate_arguments(GROUP, [command, *words])[0][1:]
 
 
 def settings(*words: str) -> dict:
@@ -180,7 +180,7 @@ def test_values_are_no_names():
         "--learning_rate",
         "--begin=--beta",
     ]
-    assert main._understood(GROUP, ["report", "a", "--", "--beta"], False) == [
+    assert main.translate_arguments(GROUP, ["report", "a", "--", "--beta"])[0] == [
         "report",
         "a",
         "--",
