@@ -110,10 +110,7 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
     found = []
     for arm, group in arms.items():
         last = [run.evaluations[-1] for run in group]
-        costs = [run.cost(row) for run, row in zip(group, last)]
-        mean = lambda values: (
-            math.fsum(values) / len(values) if None not in (values := list(values)) else None
-        )
+        costs = [run.cost(row) for run, row in zip(group, last, strict=True)]
         row = {
             "arm": arm,
             "seeds": len(group),
@@ -161,8 +158,20 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
     return found
 
 
-def _ratio(reference, arm, share: float) -> dict:
-    def one(ref_accuracy, ref_cost, accuracy, cost):
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean; None where a value is missing."""
+    known: list[float] = []
+    for value in values:
+        if value is None:
+            return None
+        known.append(value)
+    return math.fsum(known) / len(known)
+
+
+def _ratio(reference: Curve, arm: Curve, share: float) -> dict:
+    def one(
+        ref_accuracy: list[float], ref_cost: list[float], accuracy: list[float], cost: list[float]
+    ) -> float:
         wanted = ref_accuracy[0] + share * (ref_accuracy[-1] - ref_accuracy[0])
         own = first_cost(cost, accuracy, wanted)
         return first_cost(ref_cost, ref_accuracy, wanted) / own if 0 < own < math.inf else 0.0
@@ -242,7 +251,10 @@ def ratio_text(ratio: dict | None) -> str:
 
 def markdown(summary_rows: list[dict]) -> str:
     """The summary as a Markdown table."""
-    clean = lambda text: text.replace("|", "\\|").replace("\n", " ")
+
+    def clean(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "--:|" * (len(HEADINGS) - 1)]
     return (
         "\n".join(
