@@ -1,8 +1,10 @@
 """Numbers of an update: metrics row, ledger, result."""
 
+import itertools
 import math
 
 from ..engine.alignment import census, shares
+from ..engine.device import Clock
 from ..engine.rollout import Rollout
 from ..maths import intervals
 from ..maths.flops import Ledger
@@ -24,7 +26,7 @@ def divergence_by_token(rollouts: list[Rollout], facts: list[dict]) -> list[list
     """The divergence at each token; across tokenizers, of the units of one token on each side,
     which every mode knows."""
     values = [list(row["divergence"]) for row in facts]
-    for r, row in zip(rollouts, values):
+    for r, row in zip(rollouts, values, strict=True):
         for u in r.units or ():
             if not u.exact:
                 row[u.start] = None
@@ -34,21 +36,24 @@ def divergence_by_token(rollouts: list[Rollout], facts: list[dict]) -> list[list
 def alignment_facts(rollouts: list[Rollout], facts: list[dict]) -> dict:
     """Coverage of the fixed contexts: shares of tokens, mean mass of both models on the shared
     tokens where a unit begins, and the mean divergence of spans (None without any)."""
-    mean = lambda values: math.fsum(values) / len(values) if values else None
     spans = [
         row["divergence"][u.start]
-        for r, row in zip(rollouts, facts)
+        for r, row in zip(rollouts, facts, strict=True)
         for u in r.taught_units
         if not u.exact
     ]
     return {
         **shares([census(rollouts)]),
-        "kl_spans": mean(spans),
+        "kl_spans": _plain_mean(spans),
         **{
-            name: mean(intervals.known([row[name] for row in facts]))
+            name: _plain_mean(intervals.known([row[name] for row in facts]))
             for name in ("student_mass", "teacher_mass")
         },
     }
+
+
+def _plain_mean(values: list[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def mean_probability(logp: list[float | None]) -> float:
@@ -71,7 +76,7 @@ def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
     than 5 points and two standard errors); else None."""
     tails = [
         [intervals.known([row[prefix:]]) for row in pair]
-        for pair in zip(found["kl_by_token"], before["kl_by_token"])
+        for pair in zip(found["kl_by_token"], before["kl_by_token"], strict=True)
     ]
     gaps = [math.fsum(new) / len(new) - math.fsum(old) / len(old) for new, old in tails if new]
     said = []
@@ -94,11 +99,12 @@ def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
         return None
     head_before, _ = intervals.split_mean(before["kl_by_token"], prefix)
     head_after, _ = intervals.split_mean(found["kl_by_token"], prefix)
-    exhausted = (
-        f"; the prefix has little left to teach ({head_before:.2g} → {head_after:.2g} nats)"
-        if (head_after < 0.1 * head_before)
-        else ""
-    )
+    exhausted = ""
+    # Across tokenizers no unit of one token may lie inside the prefix: then both means are None.
+    if head_before is not None and head_after is not None and head_after < 0.1 * head_before:
+        exhausted = (
+            f"; the prefix has little left to teach ({head_before:.2g} → {head_after:.2g} nats)"
+        )
     return (
         f"after update {found['step']} the tail is being hurt: {' and '.join(said)}{exhausted}; "
         "lengthen --prefix, lower --lr or stop earlier"
@@ -123,13 +129,21 @@ def full_cost(run: Run, progress: Progress, steps: range) -> float:
 
 def _length_at(evaluations: list[dict], step: int) -> float:
     points = [(row["step"], row["mean_tokens"]) for row in evaluations]
-    for (left, low), (right, high) in zip(points, points[1:]):
+    for (left, low), (right, high) in itertools.pairwise(points):
         if left <= step < right:
             return low + (high - low) * (step - left) / (right - left)
     return points[-1][1]
 
 
-def update_facts(run: Run, rollouts, values, clipped, weights, divisor, newest: int) -> dict:
+def update_facts(  # noqa: PLR0913  the numbers of one update, which `Update` will hold
+    run: Run,
+    rollouts: list[Rollout],
+    values: dict[tuple[int, int], list[float]],
+    clipped: dict[tuple[int, int], list[float]],
+    weights: dict[tuple[int, int], list[float]],
+    divisor: float,
+    newest: int,
+) -> dict:
     """The update's numbers over all ranks, summed in (prompt, sample) order so that ranks cannot
     change them.
 
@@ -142,7 +156,7 @@ def update_facts(run: Run, rollouts, values, clipped, weights, divisor, newest: 
     def sums(r: Rollout) -> tuple:
         """A rollout's place, its weighted sum, then (sum, count) of each mean."""
         value, text = values[r.prompt, r.sample], apart and r.off_policy
-        own = [] if text else list(zip(r.taught, value))
+        own = [] if text else list(zip(r.taught, value, strict=True))
         parts = (
             [v for _, v in own],
             value if text else [],
@@ -152,18 +166,16 @@ def update_facts(run: Run, rollouts, values, clipped, weights, divisor, newest: 
         )
         return (
             (r.prompt, r.sample),
-            math.fsum(w * v for w, v in zip(weights[r.prompt, r.sample], value)),
+            math.fsum(w * v for w, v in zip(weights[r.prompt, r.sample], value, strict=True)),
             r.finished,
             len(r.rows()),
             *((math.fsum(part), len(part)) for part in parts),
         )
 
     rows = sorted(row for part in run.place.gather([sums(r) for r in rollouts]) for row in part)
-    columns = list(zip(*rows))
-    mean = {
-        name: _mean(column)
-        for name, column in zip(("divergence", "text", "head", "newest", "clipped"), columns[4:])
-    }
+    columns = list(zip(*rows, strict=True))
+    names = ("divergence", "text", "head", "newest", "clipped")
+    mean = {name: _mean(column) for name, column in zip(names, columns[4:], strict=True)}
     finished = sum(columns[2]) / len(rows)
     counts = run.place.gather(census(rollouts)) if run.alignment is not None else []
     return {
@@ -181,8 +193,15 @@ def _mean(column: tuple[tuple[float, int], ...]) -> float | None:
     return math.fsum(total for total, _ in column) / count if count else None
 
 
-def metrics_row(
-    run: Run, progress: Progress, facts, prefix, rate, norm, clock, spent_before
+def metrics_row(  # noqa: PLR0913  the numbers of one update, which `Update` will hold
+    run: Run,
+    progress: Progress,
+    facts: dict,
+    prefix: int,
+    rate: float,
+    norm: float,
+    clock: Clock,
+    spent_before: dict[str, float],
 ) -> dict:
     seconds = {
         k: v - spent_before.get(k, 0.0) for k, v in clock.seconds.items() if k != "evaluation"
@@ -223,7 +242,9 @@ def metrics_row(
     return row
 
 
-def result_document(run: Run, folder: RunFolder, progress: Progress, resumed_from, clock) -> dict:
+def result_document(
+    run: Run, folder: RunFolder, progress: Progress, resumed_from: int | None, clock: Clock
+) -> dict:
     first, last = progress.evaluations[0], progress.evaluations[-1]
     return {
         "steps": progress.step,

@@ -30,7 +30,7 @@ from .pair import (
     spread_limit,
 )
 from .problems import count_by_set, load_prompt_sets, load_training_prompts, settle_max_new_tokens
-from .run import Run
+from .run import Run, settled
 
 
 def prepare(config: Config) -> Run:
@@ -38,15 +38,17 @@ def prepare(config: Config) -> Run:
     impossible."""
     trackers.check(config)
     config, notes = fill_in(config)
-    warnings = []
+    student_name = settled(config.models.student, "--student")
+    teacher_name = settled(config.models.teacher, "--teacher")
+    warnings: list[str] = []
     train_sets, weights, held_out = load_prompt_sets(config, notes)
 
     trust = config.models.trust_remote_code
     adapted = config.adapter.rank is not None
     if adapted:
-        where = place(config.runtime, lambda: loading.count(config.models.student, trust))
+        where = place(config.runtime, lambda: loading.count(student_name, trust))
         student = loading.load_model(
-            config.models.student,
+            student_name,
             device=where.device,
             dtype=where.dtype,
             trust_remote_code=trust,
@@ -54,7 +56,7 @@ def prepare(config: Config) -> Run:
         )
     else:
         student = loading.load_model(
-            config.models.student,
+            student_name,
             device=torch.device("cpu"),
             dtype=torch.float32,
             trust_remote_code=trust,
@@ -83,7 +85,7 @@ def prepare(config: Config) -> Run:
         teacher = dataclasses.replace(student, adapter_off=True)
     else:
         teacher = loading.load_model(
-            config.models.student if own else config.models.teacher,
+            student_name if own else teacher_name,
             device=where.teacher_device,
             dtype=torch.float32 if averaged else where.dtype,
             trust_remote_code=trust,
@@ -169,7 +171,8 @@ def prepare(config: Config) -> Run:
         config = settle_max_new_tokens(
             config, student, teacher, longest, held_out.max_new_tokens, notes
         )
-    prefix = parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens)
+    longest_response = settled(config.rollout.max_new_tokens, "--max-new-tokens")
+    prefix = parse_prefix(config.schedule.prefix, longest_response)
 
     rollout, divergence = config.rollout, config.divergence
     eos = {"student": student.eos, "teacher": teacher.eos, "union": student.eos | teacher.eos}[
@@ -186,10 +189,11 @@ def prepare(config: Config) -> Run:
             "student|teacher|union)"
         )
     pad = student.tokenizer.pad_token_id
+    support = settled(student.support, "the student's support")
     sampler = Sampler(
         eos,
         min(eos) if pad is None else pad,
-        student.support,
+        support,
         config.runtime.seed,
         rollout.temperature,
         rollout.top_p,
@@ -205,7 +209,7 @@ def prepare(config: Config) -> Run:
     eval_sampler = Sampler(
         eos,
         sampler.pad,
-        student.support,
+        support,
         seed_of(config.runtime.seed, "evaluation"),
         config.evaluate.temperature,
         rows=rollout.rows,
@@ -235,7 +239,7 @@ def prepare(config: Config) -> Run:
     same = (
         where.dtype == student.net.dtype
     )  # rollouts come from the student itself, not from a copy in another dtype
-    columns = student.support if shared is None else shared.columns
+    columns = support if shared is None else shared.columns
     rows = (
         terms.chunk(columns, student.head().softcap is not None)
         if shared is None
@@ -245,7 +249,7 @@ def prepare(config: Config) -> Run:
         f"loss in chunks of {rows:,} rows: what --head-memory-mb {config.runtime.head_memory_mb} "
         f"holds of its float32 tables of {columns:,} columns"
     )
-    answer_format = config.evaluate.answer_format
+    answer_format: str = config.evaluate.answer_format
     if answer_format == "auto" and held_out.answer_format:
         answer_format = held_out.answer_format
     return Run(
@@ -272,7 +276,7 @@ def prepare(config: Config) -> Run:
         extrapolation_prompts,
         [(r.prompt, r.student_ids) for r in problems[: config.evaluate.problems]],
         answer_format,
-        models.shape(student, student.support),
+        models.shape(student, support),
         models.shape(teacher, teacher.support),
         notes,
         warnings,
@@ -293,6 +297,6 @@ def _text_sampler(
     return dataclasses.replace(
         sampler,
         eos=teacher.eos,
-        support=teacher.support,
+        support=settled(teacher.support, "the teacher's support"),
         pad=min(teacher.eos) if pad is None else pad,
     )

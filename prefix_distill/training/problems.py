@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from fractions import Fraction
 
 from .. import config as configuration
 from ..config import Config
@@ -10,13 +11,16 @@ from ..errors import UserError
 from ..prompts import sources, templates
 from ..prompts import stream as prompt_stream
 from ..prompts.load import load_prompts
-from ..prompts.prompt import PromptSet
+from ..prompts.prompt import PromptSet, Rendered
 from ..prompts.stream import examples, hold_out, joined, mixed, shares, shuffled
+from .run import settled
 
 LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positions allow it
 
 
-def load_prompt_sets(config: Config, notes: list[str]):
+def load_prompt_sets(
+    config: Config, notes: list[str]
+) -> tuple[list[PromptSet], list[Fraction], PromptSet]:
     """(training sets, their weights, held-out prompts): disjoint, every prompt behind the same
     examples."""
     seed, few_shot, wanted = (
@@ -24,7 +28,7 @@ def load_prompt_sets(config: Config, notes: list[str]):
         config.data.few_shot,
         max(config.evaluate.problems, config.evaluate.kl_prompts),
     )
-    names, weights = zip(*sources.sources(config.data.dataset))
+    names, weights = _name_sets(settled(config.data.dataset, "--dataset"))
     sets = [
         load_prompts(
             name,
@@ -41,13 +45,11 @@ def load_prompt_sets(config: Config, notes: list[str]):
     else:
         parts = []
         for k, count in enumerate(shares(weights, wanted)):
-            sets[k], part = _held_out(
-                config, sets[k], count, (k, len(names)), len(names) > 1, notes
-            )
+            sets[k], part = _held_out(config, sets[k], count, (k, len(names)), notes)
             parts.append(part)
         held = joined(parts, weights)
     if few_shot:
-        sets[0], turns = examples(sets[0], few_shot, seed, held.prompts)
+        sets[0], turns = examples(sets[0], few_shot, seed, tuple(held.prompts))
         notes.append(
             f"few-shot: {few_shot} of {sets[0].name} with solutions before every prompt, of "
             "training and evaluation; they are neither taught nor evaluated"
@@ -64,8 +66,14 @@ def load_prompt_sets(config: Config, notes: list[str]):
     return sets, weights, held
 
 
+def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
+    """The names of several data sets and their weights."""
+    named = sources.sources(text)
+    return [name for name, _ in named], [weight for _, weight in named]
+
+
 def _form(config: Config) -> dict:
-    """How rows become prompts, for ``data.load``."""
+    """How rows become prompts, for ``load_prompts``."""
     return {
         k: getattr(config.data, k)
         for k in (
@@ -85,8 +93,10 @@ def _evaluated(
 ) -> PromptSet:
     """The prompts of ``--eval-dataset``: ``limit`` in all (None: every one), spread over several
     sets by weight."""
-    names, weights = zip(*sources.sources(text))
-    counts = [None] * len(names) if limit is None else shares(weights, limit)
+    names, weights = _name_sets(text)
+    counts: list[int | None] = [None] * len(names)
+    if limit is not None:
+        counts = list(shares(weights, limit))
     sets = [
         load_prompts(
             name,
@@ -97,13 +107,13 @@ def _evaluated(
             **_form(config),
             **further,
         )
-        for k, (name, count) in enumerate(zip(names, counts))
+        for k, (name, count) in enumerate(zip(names, counts, strict=True))
         if count != 0
     ]
     notes.extend(note for s in sets for note in s.notes)
     return joined(
         [dataclasses.replace(s, prompts=tuple(s.prompts)) for s in sets],
-        [w for w, c in zip(weights, counts) if c != 0],
+        [w for w, c in zip(weights, counts, strict=True) if c != 0],
     )
 
 
@@ -112,9 +122,8 @@ def _held_out(
     train: PromptSet,
     count: int,
     part: tuple[int, int],
-    several: bool,
     notes: list[str],
-):
+) -> tuple[PromptSet, PromptSet]:
     """(the training set without them, ``count`` held-out prompts): of its own test split, where
     it has one, else rows of it."""
     if count == 0:
@@ -131,8 +140,8 @@ def _held_out(
         )
         notes.extend(note for note in held.notes if note not in train.notes)
         return train, dataclasses.replace(held, prompts=tuple(held.prompts))
-    of = f" of {train.name}" if several else ""
-    if train.streamed:
+    of = f" of {train.name}" if part[1] > 1 else ""
+    if not isinstance(train.prompts, tuple):  # streamed
         notes.append(
             f"the first {count} rows{of} of the stream held out for evaluation: no --eval-dataset "
             "was given"
@@ -150,20 +159,22 @@ def _held_out(
     return hold_out(train, count, config.runtime.seed)
 
 
-def load_training_prompts(
-    sets,
-    weights,
+def load_training_prompts(  # noqa: PLR0913  prepare's values, which `Pair` and `Problems` will hold
+    sets: list[PromptSet],
+    weights: list[Fraction],
     needed: int,
     fixed: int,
     student: Model,
     teacher: Model,
     config: Config,
     notes: list[str],
-):
+) -> tuple[list[Rendered], list[Rendered], list[int]]:
     """(``needed`` prompts of the run's stream, or all there are of one set; the ``fixed`` ones on
     which candidates are scored; how many of each set were dropped)."""
-    seed, kept, dropped = config.runtime.seed, [], []
-    for s, count in zip(sets, shares(weights, needed + fixed)):
+    seed = config.runtime.seed
+    kept: list[list[Rendered]] = []
+    dropped: list[int] = []
+    for s, count in zip(sets, shares(weights, needed + fixed), strict=True):
         order = s.prompts if s.streamed else shuffled(s.prompts, seed, "epoch", 0)
         found = templates.render_all(order, student, teacher, config, count) if count else ([], 0)
         kept.append(found[0])
@@ -175,23 +186,32 @@ def load_training_prompts(
             + ", ".join(
                 f"{count} of {s.name} ({float(weight / sum(weights)):.1%}; {min(count, len(part))} "
                 "different ones)"
-                for s, part, weight, count in zip(sets, kept, weights, shares(weights, needed))
+                for s, part, weight, count in zip(
+                    sets, kept, weights, shares(weights, needed), strict=True
+                )
             )
         )
     last = list({r.prompt.index: r for r in stream}.values())
     return stream[:needed], last[max(0, len(last) - fixed) :] if fixed else [], dropped
 
 
-def count_by_set(sets, dropped: list[int]) -> str:
+def count_by_set(sets: list[PromptSet], dropped: list[int]) -> str:
     """Of how many sets how many: 3, or 3 (a.jsonl 1, b.jsonl 2)."""
     each = (
-        f" ({', '.join(f'{s.name} {n}' for s, n in zip(sets, dropped))})" if len(sets) > 1 else ""
+        f" ({', '.join(f'{s.name} {n}' for s, n in zip(sets, dropped, strict=True))})"
+        if len(sets) > 1
+        else ""
     )
     return f"{sum(dropped)}{each}"
 
 
-def settle_max_new_tokens(
-    config: Config, student: Model, teacher: Model, prompt: int, task_limit, notes
+def settle_max_new_tokens(  # noqa: PLR0913  `Pair` will hold both models
+    config: Config,
+    student: Model,
+    teacher: Model,
+    prompt: int,
+    task_limit: int | None,
+    notes: list[str],
 ) -> Config:
     """Settles --max-new-tokens and checks it, with the longest prompt, against both models'
     positions."""
@@ -236,7 +256,7 @@ def load_eval_problems(config: Config, dataset: str, notes: list[str]) -> Prompt
             load_prompts(apart[0], split=apart[1], worked=True, **_form(config)),
             few_shot,
             config.runtime.seed,
-            prompts.prompts,
+            tuple(prompts.prompts),
         )
     elif len(names) > 1:
         raise UserError(

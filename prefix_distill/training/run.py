@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,16 @@ from ..maths.schedule import OffPolicy, PrefixSchedule
 from ..maths.simct import Support
 from ..maths.weights import PositionWeight, Selection, Window
 from ..prompts.prompt import Rendered
+
+T = TypeVar("T")
+
+
+def settled(value: T | None, name: str) -> T:
+    """Return ``value``, which has no default but is set before a run starts; ValueError where it
+    is still missing."""
+    if value is None:
+        raise ValueError(f"{name} is not settled yet")
+    return value
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,12 @@ class Run:
     say: Callable[[str], None] = lambda text: None
     fitted: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def fit(self, what: str, ledger: Ledger, work):
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest response, in tokens."""
+        return settled(self.config.rollout.max_new_tokens, "--max-new-tokens")
+
+    def fit(self, what: str, ledger: Ledger, work: Callable[[Ledger], T]) -> T:
         """``work(ledger)`` of this rank; where memory runs out, again with half of ``what`` (see
         ``halve``) until it fits."""
         while True:
@@ -103,10 +119,11 @@ class Run:
             ledger.waste(spent)
             self.halve(what)
 
-    def attempt(self, ledger: Ledger, work):
+    def attempt(self, ledger: Ledger, work: Callable[[Ledger], T]) -> T | None:
         """``work(ledger)`` of every rank. Where one runs out of memory: None, and half the
         micro-batch for all from now on."""
-        spent, found, enough = Ledger(), None, True
+        spent, enough = Ledger(), True
+        found: T | None = None
         try:
             found = work(spent)
         except Exception as error:
@@ -119,6 +136,7 @@ class Run:
         del found
         ledger.waste(spent)
         self.halve("micro_batch_size")
+        return None
 
     def halve(self, what: str) -> None:
         """Half as many rollouts at once from now on, in training (``micro_batch_size``) or in
@@ -155,7 +173,7 @@ class Run:
             for sampler in (self.sampler, self.text_sampler, self.eval_sampler)
         )
 
-    def counts_both(self, ledger: Ledger, phase: str):
+    def counts_both(self, ledger: Ledger, phase: str) -> Callable[[list[Rollout]], None]:
         """A function that adds one reading of a group of rollouts by student and teacher, heads
         included, to ``phase``."""
 
@@ -194,13 +212,14 @@ class Run:
             response,
             behind,
             self.teacher_tokens,
-            (1.0, 1.0)
-            if self.shared is None
-            else tuple(
-                len(ids) / model.support
-                for ids, model in (
-                    (self.shared.student, self.student),
-                    (self.shared.teacher, self.teacher),
-                )
-            ),
+            self._head_shares(),
         )
+
+    def _head_shares(self) -> tuple[float, float]:
+        """The shares of both heads' rows that the loss compares: all where the tokenizers
+        match."""
+        if self.shared is None:
+            return 1.0, 1.0
+        student = settled(self.student.support, "the student's support")
+        teacher = settled(self.teacher.support, "the teacher's support")
+        return len(self.shared.student) / student, len(self.shared.teacher) / teacher
