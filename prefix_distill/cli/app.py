@@ -3,12 +3,16 @@
 import json
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import display
+from ..config import Config
 from ..display import tell
+
+if TYPE_CHECKING:
+    from ..training.run import Run
 
 COMMANDS = (
     *("run", "check", "plan", "eval", "demo", "probe", "compare", "report", "export"),
@@ -19,7 +23,7 @@ COMMANDS = (
 class Commands(typer.core.TyperGroup):
     """The commands in the order in which ``--help`` lists them."""
 
-    def list_commands(self, ctx) -> list[str]:
+    def list_commands(self, ctx: object) -> list[str]:
         return sorted(self.commands, key=COMMANDS.index)
 
 
@@ -46,14 +50,14 @@ def program(
             "PREFIX_DISTILL_PLAIN=1, NO_COLOR=1, TERM=dumb).",
         ),
     ] = False,
-):
+) -> None:
     if plain:
         os.environ["PREFIX_DISTILL_PLAIN"] = "1"  # ranks hear of it, too
     if display.plain() or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
 
 
-def say(prepared, text: str) -> None:
+def say(prepared: "Run", text: str) -> None:
     if prepared.place.first:
         note(text)
 
@@ -64,28 +68,29 @@ def note(text: str) -> None:
         tell(text)
 
 
-def finish(prepared, document: dict) -> None:
+def finish(prepared: "Run", document: dict) -> None:
     if prepared.place.first:
         print(json.dumps(document))
 
 
-def start_ranks(runtime) -> None:
-    """With --gpus, unless this process is a rank already: runs the command as so many ranks, and
-    ends with their exit code."""
+def start_ranks(config: Config) -> None:
+    """With --gpus, unless this process is a rank already: run the command as so many ranks, and
+    end it. UserError where a rank has no device, RanksFailed where one of them failed."""
     from . import launch
 
-    if (runtime.gpus or 1) == 1 or launch.launched():
+    runtime = config.runtime
+    if runtime.gpus is None or runtime.gpus == 1 or launch.launched():
         return
     launch.check(runtime.gpus, runtime.device)
-    code, message = launch.launch(runtime.gpus, sys.argv[1:])
-    if message is not None:
-        fail(message, code)
-    sys.exit(code)
+    launch.launch(runtime.gpus, sys.argv[1:])
+    raise typer.Exit
 
 
-def fail(message: str, code: int, alone: bool = True) -> None:
-    """Ends the command with one line, from the launcher where there is one that speaks for its
-    ranks (not ``alone``)."""
+def tell_failure(message: str, code: int, alone: bool) -> int:
+    """Print why the command ends, on one line, and return its exit code.
+
+    Not ``alone``: the launcher prints the line for its ranks.
+    """
     message = " ".join(message.split())
     if len(message) > 1000:
         message = f"{message[:600]} … {message[-300:]}"
@@ -98,4 +103,4 @@ def fail(message: str, code: int, alone: bool = True) -> None:
         from .launch import leave_word
 
         leave_word(message, code)
-    sys.exit(code)
+    return code

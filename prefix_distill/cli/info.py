@@ -11,7 +11,7 @@ from .app import app
 
 
 @app.command("env")
-def environment():
+def environment() -> None:
     """Versions, devices, precisions and threads, for a bug report. No host name, no user, no
     path, no secret."""
     from ..engine import device as runtime
@@ -37,7 +37,7 @@ def help_command(
     topic: Annotated[
         str | None, typer.Argument(metavar="[TOPIC]", help="A page; none: the list of them.")
     ] = None,
-):
+) -> None:
     """A page of documentation, in Markdown, on stdout: recipes, methods, migration, machines,
     exit-codes."""
     import difflib

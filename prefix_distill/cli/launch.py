@@ -15,10 +15,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from ..display import tell
-from ..errors import AT_ONCE, UserError
+from ..errors import AT_ONCE, Stopped, UserError
 
 RANK = "from prefix_distill.cli.rank import rank; rank()"  # what every rank's Python runs
 LOOK = 0.2  # seconds between a rank's looks at its launcher
@@ -49,84 +51,98 @@ def check(count: int, device: str) -> None:
         )
 
 
-def launch(count: int, arguments: list[str]) -> tuple[int, str | None]:
-    """Runs ``prefix-distill ARGUMENTS`` on ``count`` ranks → (exit code, what went wrong, on one
-    line, or None).
+class RanksFailed(Stopped):
+    """A rank failed. The message and the exit code are that rank's."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.exit_code = code
+
+
+def launch(count: int, arguments: list[str]) -> None:
+    """Run ``prefix-distill ARGUMENTS`` on ``count`` ranks; RanksFailed where one of them fails.
 
     Ctrl-C and SIGTERM are passed on once, as a wish to save and stop; a second one ends all ranks
     at once. A rank never outlives this process. When a rank fails, torch's launcher stops the
     others.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed").setLevel(
-        logging.CRITICAL
-    )  # the ranks' own words are enough
+    # the ranks' own words are enough
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
     )
-    outcome: list = []
     with tempfile.TemporaryDirectory(prefix="prefix-distill-") as scratch:
         wish = Path(scratch) / "signal"
-        config = LaunchConfig(
-            1,
-            1,
-            count,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            run_id="prefix-distill",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=scratch),
-        )
+        with _signals_passed_on(wish):
+            error = _run_ranks(count, wish, arguments)
+        asked = int(wish.read_text()) if wish.exists() else None
+        code, message = _outcome(error, asked)
+    if message is not None:
+        raise RanksFailed(message, code)
 
-        def work() -> (
-            None
-        ):  # in a thread, where torch's launcher leaves this process's signal handlers alone
-            try:
-                elastic_launch(config, sys.executable)(
-                    "-c", RANK, str(wish), str(os.getpid()), *arguments
-                )
-            except BaseException as error:
-                outcome.append(error)
 
-        def pass_on(number, frame) -> None:
-            if not wish.exists():
-                half = wish.with_suffix(".partial")
-                half.write_text(str(int(number)))
-                os.replace(half, wish)
-                return
-            for file in wish.parent.glob("*.pid"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(
-                        int(file.stem), getattr(signal, "SIGKILL", signal.SIGTERM)
-                    )  # Windows has one way
-            shutil.rmtree(scratch, ignore_errors=True)
-            tell(AT_ONCE)
-            os._exit(128 + number)
+def _run_ranks(count: int, wish: Path, arguments: list[str]) -> BaseException | None:
+    """Run the ranks by torch's launcher and return what it raised."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        numbers = [
-            getattr(signal, name)
-            for name in ("SIGINT", "SIGTERM", "SIGHUP")
-            if hasattr(signal, name)
-        ]
-        former = {
-            n: signal.signal(n, pass_on)
-            for n in numbers
-            if signal.getsignal(n) is not signal.SIG_IGN
-        }
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="prefix-distill",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(wish.parent)),
+    )
+    start = elastic_launch(config, sys.executable)
+    errors: list[BaseException] = []
+
+    def work() -> None:
         try:
-            thread = threading.Thread(target=work, daemon=True)
-            thread.start()
-            while thread.is_alive():
-                thread.join(LOOK)
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-        return _outcome(
-            outcome[0] if outcome else None, int(wish.read_text()) if wish.exists() else None
-        )
+            start("-c", RANK, str(wish), str(os.getpid()), *arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    # in a thread, where torch's launcher leaves this process's signal handlers alone
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK)
+    return errors[0] if errors else None
+
+
+@contextlib.contextmanager
+def _signals_passed_on(wish: Path) -> Iterator[None]:
+    """Write the first signal to ``wish``, where the ranks look for it; a second one ends all."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if not wish.exists():
+            half = wish.with_suffix(".partial")
+            half.write_text(str(int(number)))
+            os.replace(half, wish)
+            return
+        for file in wish.parent.glob("*.pid"):
+            with contextlib.suppress(ProcessLookupError):
+                # Windows has one way
+                os.kill(int(file.stem), getattr(signal, "SIGKILL", signal.SIGTERM))
+        shutil.rmtree(wish.parent, ignore_errors=True)
+        tell(AT_ONCE)
+        os._exit(128 + number)
+
+    numbers = [
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    ]
+    former = {
+        n: signal.signal(n, pass_on) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _outcome(error: BaseException | None, asked: int | None) -> tuple[int, str | None]:
@@ -161,10 +177,10 @@ def _outcome(error: BaseException | None, asked: int | None) -> tuple[int, str |
     everywhere = (
         len({f.message for _, _, f in spoken}) == 1 and len(spoken) == len(error.failures) > 1
     )
-    named = failure.message.startswith("rank ") or rank == 0 or everywhere
-    return failure.error_file_data[
-        "code"
-    ], failure.message if named else f"rank {rank}: {failure.message}"
+    message = failure.message
+    if not (message.startswith("rank ") or rank == 0 or everywhere):
+        message = f"rank {rank}: {message}"
+    return failure.error_file_data["code"], message
 
 
 def leave_word(message: str, code: int) -> None:

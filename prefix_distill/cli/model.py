@@ -1,6 +1,7 @@
 """The commands eval and export."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ from .options import with_options
 from .quiet import quiet_libraries
 
 
-def print_pushed(document: dict, folder, repository: str | None, public: bool) -> None:
+def print_pushed(document: dict, folder: Path, repository: str | None, public: bool) -> None:
     """The result document, with the address that ``folder`` was pushed to, if it was to be; a
     push that failed is said after it."""
     from ..results.export import push
@@ -85,8 +86,8 @@ def evaluate_command(
         str | None,
         typer.Option(help="File for the per-problem JSONL.", show_default="eval-<time>.jsonl"),
     ] = None,
-    **flags,
-):
+    **flags: dict,
+) -> None:
     """Measure a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
     from datetime import datetime
 
@@ -96,7 +97,7 @@ def evaluate_command(
     values["train.batch_size"] = max(1, values.get("runtime.gpus", 1))  # a prompt for every rank
     values["checkpoint.out"] = out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
     config = configuration.build(values)
-    start_ranks(config.runtime)
+    start_ranks(config)
     quiet_libraries()
     from ..results.evaluation import evaluate_model
 
@@ -148,12 +149,10 @@ def export_command(
             show_default="none",
         ),
     ] = None,
-    **flags,
-):
+    **flags: dict,
+) -> None:
     """A run's student, or any model, as a folder of its own: in another dtype, as GGUF, on the
     hub."""
-    from pathlib import Path
-
     config = configuration.build(flags["flags"])
     repository = config.export.push
     if out is None and (repository is None or dtype != "auto" or gguf is not None):
@@ -165,12 +164,7 @@ def export_command(
     from ..results import export as exporting
 
     if out is None:
-        folder = exporting.folder_of(source, which)
-        if folder is None:
-            raise UserError(
-                f"export {source}: no run folder and no model folder; check the path, or name a "
-                "folder with --out"
-            )
+        folder = _existing_folder(source, which)
         document = {"out": str(folder)}
     else:
         folder = Path(out)
@@ -180,3 +174,16 @@ def export_command(
         if gguf is not None:
             note(f"smaller types are llama.cpp's to make: llama-quantize {document['gguf']} Q4_K_M")
     print_pushed(document, folder, repository, config.export.public)
+
+
+def _existing_folder(source: str, which: str) -> Path:
+    """Return the model folder that ``source`` is or holds. UserError where there is none."""
+    from ..results.export import folder_of
+
+    folder = folder_of(source, which)
+    if folder is None:
+        raise UserError(
+            f"export {source}: no run folder and no model folder; check the path, or name a "
+            "folder with --out"
+        )
+    return folder

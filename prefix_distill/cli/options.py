@@ -1,6 +1,7 @@
 """Config options become command-line flags."""
 
 import inspect
+from collections.abc import Callable
 from typing import Annotated, TypedDict
 
 import typer
@@ -11,7 +12,7 @@ ConfigFile = Annotated[
     str | None, typer.Option("--config", help="YAML file of sections; flags override it.")
 ]
 Assignments = Annotated[
-    list[str], typer.Option("--set", help="section.key=value; overrides flags and file.")
+    list[str] | None, typer.Option("--set", help="section.key=value; overrides flags and file.")
 ]
 
 
@@ -23,14 +24,16 @@ class Wording(TypedDict, total=False):
     shown: str  # the default, in words
 
 
-def with_options(*sections: str, reworded: dict[str, Wording] | None = None):
+def with_options(
+    *sections: str, reworded: dict[str, Wording] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one flag per config option: of sections, of single keys, of all by default.
 
     ``reworded`` adds single keys, each with its own flag, help or default in words.
     """
     reworded = reworded or {}
 
-    def decorate(function):
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = [
             p
             for p in inspect.signature(function).parameters.values()
@@ -56,21 +59,21 @@ def with_options(*sections: str, reworded: dict[str, Wording] | None = None):
                 )
             )
 
-        def command(**given):
-            passed = {k: given.pop(k) for k in [p.name for p in own]}
-            return function(
-                **passed, flags={k.replace("__", "."): v for k, v in given.items() if v is not None}
-            )
+        def command(**given: object) -> None:
+            passed = {p.name: given.pop(p.name) for p in own}
+            flags = {k.replace("__", "."): v for k, v in given.items() if v is not None}
+            function(**passed, flags=flags)
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__signature__ = inspect.Signature([*own, *made])
-        command.__annotations__ = {p.name: p.annotation for p in [*own, *made]}
+        signature = inspect.Signature([*own, *made])
+        command.__signature__ = signature  # type: ignore[attr-defined]  # what inspect looks for
+        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
         return command
 
     return decorate
 
 
-def _completion(values: tuple[str, ...]):
+def _completion(values: tuple[str, ...]) -> Callable[[str], list[str]] | None:
     """Return the shell completion of an option that has only ``values``; None without them."""
 
     def complete(incomplete: str) -> list[str]:

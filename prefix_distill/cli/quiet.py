@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import MutableMapping
 
 
 def quiet_libraries() -> None:
@@ -28,7 +29,7 @@ def hide_deprecations() -> None:
         warnings.simplefilter("ignore", category)
 
 
-def calm_threads(environment) -> None:
+def calm_threads(environment: MutableMapping[str, str]) -> None:
     """How OpenMP's threads wait, where nothing else is set; before torch is imported. Long spinning
     at barriers slows torch down when another process is busy; sleeping at once makes every small
     matmul wait for a wake-up."""

@@ -3,7 +3,8 @@
 import json
 import math
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,50 +18,53 @@ from .model import print_pushed
 from .options import Assignments, ConfigFile, with_options
 from .quiet import quiet_libraries
 
+if TYPE_CHECKING:
+    from ..training.run import Run
+
 
 @app.command()
 @with_options()
 def run(
     config_file: ConfigFile = None,
-    assignments: Assignments = [],
+    assignments: Assignments = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out exactly where it stopped.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")
     ] = False,
-    **flags,
-):
+    **flags: dict,
+) -> None:
     """Distil: the student writes a prefix, the teacher scores it, the student learns from it."""
     from datetime import datetime
-    from pathlib import Path
 
     flags = flags["flags"]
     values = configuration.read_yaml(config_file) if config_file else {}
-    values |= flags | configuration.read_assignments(assignments)
+    values |= flags | configuration.read_assignments(assignments or [])
     if resume:
         values, notes = resume_settings(values)
         for text in notes:
             note(text)
-    elif values.get("checkpoint.out") is None:
-        values["checkpoint.out"] = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     config = configuration.build(values)
+    out = config.checkpoint.out
+    if out is None:
+        out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+        config = configuration.replace(config, checkpoint={"out": out})
 
     from ..training.folder import RunFolder
 
-    folder = RunFolder(Path(config.checkpoint.out))
+    folder = RunFolder(Path(out))
     if not resume:
         folder.refuse_if_used()
-    start_ranks(config.runtime)
+    start_ranks(config)
     quiet_libraries()
     from ..training import prepare as preflight
 
     prepared = preflight.prepare(config)
     if not resume:
         _examine(prepared, config.evaluate.check_samples)
-    folder = RunFolder(
-        Path(prepared.place.gather(config.checkpoint.out)[0])
-    )  # the default holds the time, which ranks may not share
+    # the default holds the time, which ranks may not share
+    folder = RunFolder(Path(prepared.place.gather(out)[0]))
     for text in prepared.notes:
         say(prepared, text)
     for text in prepared.warnings:
@@ -77,16 +81,16 @@ def run(
 
 @app.command()
 @with_options()
-def check(config_file: ConfigFile = None, assignments: Assignments = [], **flags):
+def check(config_file: ConfigFile = None, assignments: Assignments = None, **flags: dict) -> None:
     """Before training: do student, teacher, prompts, sampling and this device go together? Takes
     what run takes, writes nothing."""
     values = (
         (configuration.read_yaml(config_file) if config_file else {})
         | flags["flags"]
-        | configuration.read_assignments(assignments)
+        | configuration.read_assignments(assignments or [])
     )
     config = configuration.build(values)
-    start_ranks(config.runtime)
+    start_ranks(config)
     quiet_libraries()
     from ..training import prepare as preflight
     from ..training.run import describe_checks
@@ -110,10 +114,10 @@ def check(config_file: ConfigFile = None, assignments: Assignments = [], **flags
         display.show(table, width=None if sys.stderr.isatty() else 200)
         shown = next(row for row in prepared.checks if row.name == "prompts").facts
         for role in ("student", "teacher"):
-            last = " ".join(f"{token!r}={i}" for i, token in shown[role]["last"])
+            prompt = shown[role]
+            last = " ".join(f"{token!r}={i}" for i, token in prompt["last"])
             tell(
-                f"the {role}'s prompt, {shown[role]['ids']} ids, the last ones {last}:\n"
-                f"{shown[role]['text']}"
+                f"the {role}'s prompt, {prompt['ids']} ids, the last ones {last}:\n{prompt['text']}"
             )
         for text in prepared.notes:
             tell(text)
@@ -125,7 +129,7 @@ def check(config_file: ConfigFile = None, assignments: Assignments = [], **flags
         raise failed
 
 
-def _examine(prepared, samples: int, limit: float | None = None) -> None:
+def _examine(prepared: "Run", samples: int, limit: float | None = None) -> None:
     """Asks the models (``checks.examine``). Warnings join the run's; PreflightError, the first
     error."""
     from ..planning import checks
@@ -141,7 +145,7 @@ def _examine(prepared, samples: int, limit: float | None = None) -> None:
             prepared.warnings.append(f"{check.name}: {check.found}")
 
 
-def _plan(prepared) -> dict:
+def _plan(prepared: "Run") -> dict:
     from ..training.run import describe_checks
 
     config = prepared.config
@@ -172,9 +176,9 @@ def _plan(prepared) -> dict:
 
 @app.command()
 @with_options()
-def plan(
+def plan(  # noqa: PLR0913  each parameter is a flag
     config_file: ConfigFile = None,
-    assignments: Assignments = [],
+    assignments: Assignments = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(help="Length of every prompt (tokens), where no data set is to be read."),
@@ -201,13 +205,13 @@ def plan(
         str | None,
         typer.Option(help="Run folder whose measured rates, phase by phase, give the times."),
     ] = None,
-    **flags,
-):
+    **flags: dict,
+) -> None:
     """What a run would need, from config files alone: memory, FLOPs, time, and which cards it
     fits. Nothing is downloaded or written."""
     values = configuration.read_yaml(config_file) if config_file else {}
     config = configuration.build(
-        values | flags["flags"] | configuration.read_assignments(assignments)
+        values | flags["flags"] | configuration.read_assignments(assignments or [])
     )
     quiet_libraries()
     from ..planning import plan as planning

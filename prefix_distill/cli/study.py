@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,11 +23,10 @@ def demo(
         typer.Option(help="Folder for runs and picture.", show_default="runs/demo-<time>"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, rollouts and evaluation.")] = 0,
-):
+) -> None:
     """Three minutes, offline: distil the embedded pair with a prefix and with full rollouts,
     side by side."""
     from datetime import datetime
-    from pathlib import Path
 
     from ..training.folder import RunFolder
 
@@ -59,12 +59,10 @@ def probe(
         int,
         typer.Option(help="Training prompts that are probed, from the first of the shuffled ones."),
     ] = 100,
-    **flags,
-):
+    **flags: dict,
+) -> None:
     """Before training: where the teacher disagrees, whether a prefix will do, and how long it
     should be."""
-    from pathlib import Path
-
     from ..training.folder import RunFolder
 
     if problems < 1:
@@ -84,7 +82,7 @@ def probe(
     )
     folder = RunFolder(Path(out))
     folder.refuse_if_used()
-    start_ranks(config.runtime)
+    start_ranks(config)
     quiet_libraries()
     from ..planning import probe as probing
     from ..planning.probe import corner_table
@@ -115,11 +113,9 @@ def compare(
     out: Annotated[
         str, typer.Option(help="Folder of the comparison; a second call goes on in it.")
     ],
-):
+) -> None:
     """Run several arms × seeds from one file, one after another, and report accuracy against
     cost."""
-    from pathlib import Path
-
     from ..results import compare as comparison
     from ..results.compare import read
 
@@ -144,14 +140,12 @@ def report(
         str | None, typer.Option(help="Arm whose accuracy the others have to reach.")
     ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Prefix distillation",
-):
+) -> None:
     """Tables, picture and one self-contained page from any set of run folders."""
-    from pathlib import Path
-
     _report([Path(folder) for folder in folders], reference, Path(out), title)
 
 
-def _report(folders, reference, out, title: str) -> None:
+def _report(folders: list[Path], reference: str | None, out: Path, title: str) -> None:
     from ..results import page, plots
     from ..results import summary as reporting
     from ..results.runs import by_arm, collect, write_csv

@@ -21,6 +21,7 @@ also:                                           optional: data sets that every f
 import dataclasses
 import json
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import config as configuration
@@ -30,6 +31,7 @@ from ..training.folder import RunFolder
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
 # in the comparison's folder: what was asked for, so that a resumed comparison cannot mix two
 FILE = "arms.json"
+TrainIn = Callable[..., dict]  # training.session.train_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +65,54 @@ def read(path: str) -> Arms:
     arms = _mapping(path, "arms", tree.get("arms"))
     if not arms:
         raise UserError(f"arms file {path}: it names no arm; give at least one under 'arms'")
+    start = _starts(path, arms)
+    for name in start:  # aliased arms are one object: copy, so that each keeps its start
+        arms[name] = {key: value for key, value in arms[name].items() if key != "start"}
+    seeds = _seeds(path, tree)
+    tune, tune_seed, tune_base = _tuning(path, tree)
+    reference = tree.get("reference")
+    if reference is not None and (not isinstance(reference, str) or reference not in arms):
+        raise UserError(
+            f"arms file {path}: the reference '{reference}' is none of its arms "
+            f"({', '.join(map(str, arms))})"
+        )
+    read_arms = Arms(
+        base=configuration.flatten(path, _mapping(path, "base", tree.get("base") or {})),
+        seeds=seeds,
+        arms={
+            name: configuration.flatten(path, _mapping(path, f"arm '{name}'", arm))
+            for name, arm in arms.items()
+        },
+        start=start,
+        reference=reference,
+        tuned=next(iter(tune), None),
+        values=tuple(next(iter(tune.values()), ())),
+        tune_seed=tune_seed,
+        tune_base=tune_base,
+        also={
+            name: configuration.flatten(path, _mapping(path, f"also '{name}'", also))
+            for name, also in _mapping(path, "also", tree.get("also") or {}).items()
+        },
+    )
+    _check(path, read_arms)
+    return read_arms
+
+
+def _starts(path: str, arms: dict) -> dict[str, str]:
+    """Return the arm that each arm with a start begins from."""
     start = {
         name: arm["start"] for name, arm in arms.items() if isinstance(arm, dict) and "start" in arm
     }
-    for name in start:  # aliased arms are one object: copy, so that each keeps its start
-        arms[name] = {key: value for key, value in arms[name].items() if key != "start"}
     for name, from_arm in start.items():
         if not isinstance(from_arm, str) or from_arm not in arms or from_arm in start:
             raise UserError(
                 f"arms file {path}: arm '{name}' starts from '{from_arm}'; name an arm of this "
                 "file that has no start of its own"
             )
+    return start
+
+
+def _seeds(path: str, tree: dict) -> tuple[int, ...]:
     seeds = tree.get("seeds", [0])
     if (
         not isinstance(seeds, list)
@@ -85,74 +124,57 @@ def read(path: str) -> Arms:
             f"arms file {path}: seeds {reprlib.repr(seeds)}; expected a list of different whole "
             "numbers, such as [0, 1, 2]"
         )
+    return tuple(seeds)
+
+
+def _tuning(path: str, tree: dict) -> tuple[dict[str, list], int, dict]:
+    """Return the tuned setting with its values, the seed, and what differs from base."""
     tune = dict(_mapping(path, "tune", tree.get("tune") or {}))
-    tune_seed, tune_base = (
-        tune.pop("seed", 1000),
-        configuration.flatten(path, _mapping(path, "tune.base", tune.pop("base", {}))),
-    )
+    seed = tune.pop("seed", 1000)
+    base = configuration.flatten(path, _mapping(path, "tune.base", tune.pop("base", {})))
     if (
         len(tune) > 1
         or any(not isinstance(values, list) or not values for values in tune.values())
-        or type(tune_seed) is not int
+        or type(seed) is not int
     ):
         raise UserError(
             f"arms file {path}: tune must hold one setting with a list of values (schedule.lr: "
             "[1e-4, 2e-4]), and may hold seed and base"
         )
-    reference = tree.get("reference")
-    if reference is not None and (not isinstance(reference, str) or reference not in arms):
-        raise UserError(
-            f"arms file {path}: the reference '{reference}' is none of its arms "
-            f"({', '.join(map(str, arms))})"
-        )
-    found = Arms(
-        configuration.flatten(path, _mapping(path, "base", tree.get("base") or {})),
-        tuple(seeds),
-        {
-            name: configuration.flatten(path, _mapping(path, f"arm '{name}'", arm))
-            for name, arm in arms.items()
-        },
-        start,
-        reference,
-        next(iter(tune), None),
-        tuple(next(iter(tune.values()), ())),
-        tune_seed,
-        tune_base,
-        {
-            name: configuration.flatten(path, _mapping(path, f"also '{name}'", also))
-            for name, also in _mapping(path, "also", tree.get("also") or {}).items()
-        },
-    )
-    for name in found.arms:
+    return tune, seed, base
+
+
+def _check(path: str, arms: Arms) -> None:
+    """UserError unless every arm names a folder and every run of it would be accepted."""
+    for name in arms.arms:
         if not isinstance(name, str) or not name or name != Path(name).name or name.startswith("."):
             raise UserError(
                 f"arms file {path}: '{name}' cannot name a folder; call the arm otherwise"
             )
-        for value in found.values or (None,):
-            extra = {} if value is None else {found.tuned: value}
-            configuration.build(found.settings(name, 0) | extra)
-            configuration.build(found.settings(name, 0) | found.tune_base | extra)
-    for name, also in found.also.items():
+        for value in arms.values or (None,):
+            extra = {} if value is None else {arms.tuned: value}
+            configuration.build(arms.settings(name, 0) | extra)
+            configuration.build(arms.settings(name, 0) | arms.tune_base | extra)
+    for also in arms.also.values():
         configuration.build(also)
     if any(
         key.startswith("export.")
-        for keys in (found.base, found.tune_base, *found.arms.values())
+        for keys in (arms.base, arms.tune_base, *arms.arms.values())
         for key in keys
     ):
         raise UserError(
             f"arms file {path}: a comparison pushes nothing to the hub; leave export out, and push "
             "the best with `prefix-distill export`"
         )
-    return found
 
 
-def _mapping(path: str, what: str, value) -> dict:
+def _mapping(path: str, what: str, value: object) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"arms file {path}: {what} must hold keys, got {reprlib.repr(value)}")
     return value
 
 
-def compare(arms: Arms, out: Path, train_in, say) -> list[Path]:
+def compare(arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]) -> list[Path]:
     """Runs what is not there yet → the folders of the final runs, arm by arm, seed by seed.
 
     ``out``/ARM/seed-N is an ordinary run folder; tuning runs are ``out``/ARM/tune-VALUE.
@@ -177,7 +199,7 @@ def compare(arms: Arms, out: Path, train_in, say) -> list[Path]:
 
 
 class _Jobs:
-    def __init__(self, arms: Arms, out: Path, train_in, say):
+    def __init__(self, arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]):
         self.arms, self.out, self.train_in, self.say = arms, out, train_in, say
         self.best: dict[str, object] = {}
 
@@ -192,7 +214,7 @@ class _Jobs:
             self._also(path, name, also, seed)
         return path
 
-    def _tuned(self, arm: str):
+    def _tuned(self, arm: str) -> object:
         """The value with the highest accuracy on the tuning problems (held-out KL where there are
         no answers); the first of equals."""
         if arm not in self.best:
@@ -213,7 +235,10 @@ class _Jobs:
             )
             self.say(
                 f"{arm}: {arms.tuned} {self.best[arm]} of "
-                + ", ".join(f"{value} ({merit:.4g})" for value, merit in zip(arms.values, merits))
+                + ", ".join(
+                    f"{value} ({merit:.4g})"
+                    for value, merit in zip(arms.values, merits, strict=True)
+                )
             )
         return self.best[arm]
 

@@ -2,76 +2,41 @@
 updates, side by side."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import config as configuration
 from ..display import flops_text, share_text
 from ..engine.evaluate import evaluate
 from ..training.folder import RunFolder
 from ..training.prepare import prepare
+from ..training.run import Run
+from .compare import TrainIn
 from .plots import draw_demo
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 UPDATES, PROMPTS, RATE, PREFIX = 30, 16, 4e-4, 24
 PROBLEMS, EVERY = 200, 10
 ARMS = (("prefix", str(PREFIX)), ("full", "full"))
 
 
-def demonstrate(folder: Path, seed: int, train_in) -> tuple:
+def demonstrate(folder: Path, seed: int, train_in: TrainIn) -> tuple["Table", dict]:
     """Runs both arms in ``folder`` through ``train_in(run, run_folder, label=…)`` → (table,
     result document)."""
-    arms, teacher = [], None
+    arms: list[dict] = []
     for name, prefix in ARMS:
-        run = prepare(
-            configuration.build(
-                {
-                    "schedule.prefix": prefix,
-                    "schedule.lr": RATE,
-                    "schedule.warmup": "0",
-                    "train.steps": UPDATES,
-                    "train.batch_size": PROMPTS,
-                    "train.micro_batch_size": PROMPTS,
-                    "rollout.samples": 1,
-                    "rollout.rows": PROBLEMS,
-                    "evaluate.problems": PROBLEMS,
-                    "evaluate.every": EVERY,
-                    "checkpoint.save_every": 0,
-                    "runtime.seed": seed,
-                    "checkpoint.out": str(folder / name),
-                }
-            )
-        )
-        if teacher is None:
-            teacher = evaluate(
-                run.teacher,
-                run.problems,
-                run.eval_sampler,
-                samples=1,
-                place=run.place,
-                max_new_tokens=run.config.rollout.max_new_tokens,
-                answer_format=run.answer_format,
-            )
+        run = _prepare(folder / name, prefix, seed)
+        if not arms:
+            teacher = _evaluate_teacher(run)
         result = train_in(run, RunFolder(folder / name), label=f"{name} arm:")
-        last, phases = result["evaluations"][-1], result["seconds"]["by_phase"]
-        arms.append(
-            {
-                "name": name,
-                "prefix": run.prefix.length(0),
-                "updates": result["steps"],
-                "accuracy": last["accuracy"],
-                "flops_useful": result["flops"]["useful"],
-                "flops_executed": result["flops"]["executed"],
-                "seconds": sum(v for phase, v in phases.items() if phase != "evaluation"),
-                "finish_rate": last["finish_rate"],
-                "mean_tokens": last["mean_tokens"],
-                "tokens_taught": result["tokens"],
-                "evaluations": result["evaluations"],
-            }
-        )
+        arms.append(_describe(name, run, result))
     student = arms[0]["evaluations"][0]
     picture = folder / "accuracy-against-flops.png"
     title = f"{UPDATES} updates of {PROMPTS} rollouts, evaluated every {EVERY}"
-    draw_demo(arms, teacher.accuracy["value"], title, picture)
+    draw_demo(arms, teacher["accuracy"]["value"], title, picture)
     document = {
-        "teacher": teacher.accuracy,
+        "teacher": teacher["accuracy"],
         "student": student["accuracy"],
         "arms": arms,
         "picture": str(picture),
@@ -80,7 +45,60 @@ def demonstrate(folder: Path, seed: int, train_in) -> tuple:
     return _table(arms, student, teacher), document
 
 
-def _table(arms: list[dict], student: dict, teacher):
+def _prepare(folder: Path, prefix: str, seed: int) -> Run:
+    return prepare(
+        configuration.build(
+            {
+                "schedule.prefix": prefix,
+                "schedule.lr": RATE,
+                "schedule.warmup": "0",
+                "train.steps": UPDATES,
+                "train.batch_size": PROMPTS,
+                "train.micro_batch_size": PROMPTS,
+                "rollout.samples": 1,
+                "rollout.rows": PROBLEMS,
+                "evaluate.problems": PROBLEMS,
+                "evaluate.every": EVERY,
+                "checkpoint.save_every": 0,
+                "runtime.seed": seed,
+                "checkpoint.out": str(folder),
+            }
+        )
+    )
+
+
+def _evaluate_teacher(run: Run) -> dict:
+    """Return the teacher's score on the held-out problems, as in JSON."""
+    return evaluate(
+        run.teacher,
+        run.problems,
+        run.eval_sampler,
+        samples=1,
+        place=run.place,
+        max_new_tokens=run.config.rollout.max_new_tokens,
+        answer_format=run.answer_format,
+    ).summary()
+
+
+def _describe(name: str, run: Run, result: dict) -> dict:
+    """Return the facts of a finished arm."""
+    last, phases = result["evaluations"][-1], result["seconds"]["by_phase"]
+    return {
+        "name": name,
+        "prefix": run.prefix.length(0),
+        "updates": result["steps"],
+        "accuracy": last["accuracy"],
+        "flops_useful": result["flops"]["useful"],
+        "flops_executed": result["flops"]["executed"],
+        "seconds": sum(v for phase, v in phases.items() if phase != "evaluation"),
+        "finish_rate": last["finish_rate"],
+        "mean_tokens": last["mean_tokens"],
+        "tokens_taught": result["tokens"],
+        "evaluations": result["evaluations"],
+    }
+
+
+def _table(arms: list[dict], student: dict, teacher: dict) -> "Table":
     from rich.table import Table
 
     table = Table(
@@ -119,10 +137,10 @@ def _table(arms: list[dict], student: dict, teacher):
     table.add_row(
         "teacher",
         "–",
-        share_text(teacher.accuracy),
+        share_text(teacher["accuracy"]),
         "–",
         "–",
-        f"{teacher.finish_rate:.0%}",
-        f"{teacher.mean_tokens:.0f}",
+        f"{teacher['finish_rate']:.0%}",
+        f"{teacher['mean_tokens']:.0f}",
     )
     return table

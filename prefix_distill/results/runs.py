@@ -50,8 +50,8 @@ class Finished:
     config: dict
     result: dict
     right: dict[int, list[float]]
-    kl_before: list[list[float]]
-    kl_after: list[list[float]]
+    kl_before: list[list[float | None]]
+    kl_after: list[list[float | None]]
     also: dict[str, dict]
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
@@ -62,11 +62,11 @@ class Finished:
     def cost(self, row: dict) -> tuple[float, float, float]:
         """(useful FLOPs, executed FLOPs, seconds) of training up to an evaluation, with what the
         run started from."""
-        return tuple(
-            a + b
-            for a, b in zip(
-                self.offset, (row["flops_useful"], row["flops_executed"], row["seconds"])
-            )
+        useful, executed, seconds = self.offset
+        return (
+            useful + row["flops_useful"],
+            executed + row["flops_executed"],
+            seconds + row["seconds"],
         )
 
     def spent(self, against: str) -> list[float]:
@@ -144,20 +144,19 @@ def _finished(folder: Path, root: Path) -> Finished | None:
             for p in sorted(folder.glob("also-*.json"))
         }
         found = Finished(
-            arm,
-            document["seed"],
-            folder,
-            config,
-            document["result"],
-            right,
-            *(files.read_json(name)["kl_by_token"] for name in ("before.json", "after.json")),
-            also,
+            arm=arm,
+            seed=document["seed"],
+            path=folder,
+            config=config,
+            result=document["result"],
+            right=right,
+            kl_before=files.read_json("before.json")["kl_by_token"],
+            kl_after=files.read_json("after.json")["kl_by_token"],
+            also=also,
         )
-        (
-            config["models"]["student"],
-            found.evaluations[-1]["step"],
-            found.cost(found.evaluations[-1]),
-        )
+        # what the report reads of every run
+        _ = config["models"]["student"], found.evaluations[-1]["step"]
+        found.cost(found.evaluations[-1])
     except (
         OSError,
         ValueError,

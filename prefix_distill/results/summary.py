@@ -1,8 +1,10 @@
 """Run folders become a table: accuracy and cost, arm by arm."""
 
 import math
+from collections.abc import Iterable, Sequence
 
-import torch
+import numpy
+from numpy.typing import NDArray
 
 from ..display import flops_text
 from ..maths.intervals import split_mean
@@ -13,14 +15,37 @@ RESAMPLES = 2_000
 SHARES = (1.0, 0.95, 0.9, 0.5)  # of the reference's gain, for which the cost is given
 
 
+Numbers = NDArray[numpy.floating]
+# (updates E, mean accuracy [E], its draws [R, E], mean useful FLOPs [E], their draws [R, E])
+Curve = tuple[list[int], Numbers, Numbers, Numbers, Numbers]
+
+
+def draw_weights(random: numpy.random.RandomState, count: int) -> Numbers:
+    """Draw ``count`` items with replacement, RESAMPLES times → how often each item comes, as a
+    share of the draw [R, count].
+
+    The items are ``torch.randint(count, (count,), generator=...)`` of torch's CPU generator with
+    the same seed: both take a 32-bit word of MT19937 modulo ``count``. Reports that were computed
+    with torch keep their numbers.
+    """
+    shares = numpy.empty((RESAMPLES, count))
+    for draw in shares:
+        words = random.randint(1 << 32, size=count, dtype=numpy.uint32)
+        draw[:] = numpy.bincount(words % count, minlength=count)
+    shares /= count
+    return shares
+
+
 class Resampled:
     """Two-level bootstrap, 2,000 seeded draws of seeds and of problems, the same draw for every
     arm: differences and ratios between arms are paired. Only problems are drawn where there is one
-    seed. Arms must share problems and seeds to be paired."""
+    seed. Arms must share problems and seeds to be paired.
+
+    Written by hand: scipy's bootstrap does not draw seeds × problems in pairs.
+    """
 
     def __init__(self, arms: dict[str, list[Finished]]):
         self.arms = arms
-        generator = torch.Generator().manual_seed(seed_of("report"))
         counts = {
             len(run.right[step]) for runs in arms.values() for run in runs for step in run.right
         }
@@ -29,50 +54,39 @@ class Resampled:
         if not self.paired:
             return
         self.n, self.k = counts.pop(), len(seeds.pop())
-        self.problems = (
-            torch.stack(
-                [
-                    torch.randint(self.n, (self.n,), generator=generator).bincount(minlength=self.n)
-                    for _ in range(RESAMPLES)
-                ]
-            ).double()
-            / self.n
-        )
-        self.seeds = (
-            torch.stack(
-                [
-                    torch.randint(self.k, (self.k,), generator=generator).bincount(minlength=self.k)
-                    for _ in range(RESAMPLES)
-                ]
-            ).double()
-            / self.k
-        )
+        # torch's generator, whose draws these are, takes the low 32 bits of a seed
+        random = numpy.random.RandomState(seed_of("report") & 0xFFFFFFFF)
+        self.problems = draw_weights(random, self.n)
+        self.seeds = draw_weights(random, self.k)
 
-    def curve(
-        self, arm: str
-    ) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(updates E, mean accuracy [E], its draws [R, E], mean useful FLOPs [E], their draws
-        [R, E])."""
+    def curve(self, arm: str) -> Curve:
+        """Return the accuracy and the useful FLOPs of an arm at its updates, with their draws."""
         runs = self.arms[arm]
         steps = sorted(set.intersection(*(set(run.right) for run in runs)))
-        right = torch.tensor(
-            [[run.right[step] for step in steps] for run in runs], dtype=torch.float64
+        right = numpy.array(
+            [[run.right[step] for step in steps] for run in runs], dtype=numpy.float64
         )  # [K, E, P]
-        cost = torch.tensor(
+        cost = numpy.array(
             [[run.cost(row)[0] for row in run.evaluations if row["step"] in steps] for run in runs],
-            dtype=torch.float64,
+            dtype=numpy.float64,
         )  # [K, E]
-        drawn = torch.einsum("rk,kep,rp->re", self.seeds, right, self.problems)
-        return steps, right.mean((0, 2)), drawn, cost.mean(0), self.seeds @ cost
+        return steps, right.mean((0, 2)), self.resample(right), cost.mean(0), self.seeds @ cost
+
+    def resample(self, values: Numbers) -> Numbers:
+        """Return the draws [R, E] of the mean over seeds and problems of ``values`` [K, E, P]."""
+        draws = numpy.zeros((RESAMPLES, values.shape[1]))
+        for weight, of_seed in zip(self.seeds.T, values, strict=True):
+            draws += weight[:, None] * (self.problems @ of_seed.T)
+        return draws
 
 
-def interval(draws: torch.Tensor) -> tuple[float, float]:
+def interval(draws: Numbers) -> tuple[float, float]:
     """2.5 and 97.5 percentiles of draws."""
-    ordered = draws.sort().values
+    ordered = numpy.sort(draws)
     return ordered[int(0.025 * len(ordered))].item(), ordered[int(0.975 * len(ordered)) - 1].item()
 
 
-def first_cost(cost: list[float], accuracy: list[float], wanted: float) -> float:
+def first_cost(cost: Sequence[float], accuracy: Sequence[float], wanted: float) -> float:
     """Cost at which accuracy first reaches ``wanted``, linear between evaluations; inf where it
     never does."""
     wanted -= 1e-12  # a curve reaches its own end, however that was rounded
@@ -96,10 +110,7 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
     found = []
     for arm, group in arms.items():
         last = [run.evaluations[-1] for run in group]
-        costs = [run.cost(row) for run, row in zip(group, last)]
-        mean = lambda values: (
-            math.fsum(values) / len(values) if None not in (values := list(values)) else None
-        )
+        costs = [run.cost(row) for run, row in zip(group, last, strict=True)]
         row = {
             "arm": arm,
             "seeds": len(group),
@@ -147,31 +158,41 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
     return found
 
 
-def _ratio(reference, arm, share: float) -> dict:
-    def one(ref_accuracy, ref_cost, accuracy, cost):
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean; None where a value is missing."""
+    known: list[float] = []
+    for value in values:
+        if value is None:
+            return None
+        known.append(value)
+    return math.fsum(known) / len(known)
+
+
+def _ratio(reference: Curve, arm: Curve, share: float) -> dict:
+    def one(
+        ref_accuracy: list[float], ref_cost: list[float], accuracy: list[float], cost: list[float]
+    ) -> float:
         wanted = ref_accuracy[0] + share * (ref_accuracy[-1] - ref_accuracy[0])
         own = first_cost(cost, accuracy, wanted)
         return first_cost(ref_cost, ref_accuracy, wanted) / own if 0 < own < math.inf else 0.0
 
     _, ref, ref_draws, ref_cost, ref_cost_draws = reference
     _, own, own_draws, own_cost, own_cost_draws = arm
-    draws = torch.tensor(
-        [
-            one(*lists)
-            for lists in zip(
-                ref_draws.tolist(),
-                ref_cost_draws.tolist(),
-                own_draws.tolist(),
-                own_cost_draws.tolist(),
-            )
-        ]
+    paired = zip(
+        ref_draws.tolist(),
+        ref_cost_draws.tolist(),
+        own_draws.tolist(),
+        own_cost_draws.tolist(),
+        strict=True,
     )
+    # float32, as in every report so far
+    draws = numpy.array([one(*lists) for lists in paired], dtype=numpy.float32)
     low, high = interval(draws)
     return {
         "value": one(ref.tolist(), ref_cost.tolist(), own.tolist(), own_cost.tolist()) or None,
         "low": low,
         "high": high,
-        "reached": (draws > 0).double().mean().item(),
+        "reached": (draws > 0).mean().item(),
     }
 
 
@@ -230,7 +251,10 @@ def ratio_text(ratio: dict | None) -> str:
 
 def markdown(summary_rows: list[dict]) -> str:
     """The summary as a Markdown table."""
-    clean = lambda text: text.replace("|", "\\|").replace("\n", " ")
+
+    def clean(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "--:|" * (len(HEADINGS) - 1)]
     return (
         "\n".join(

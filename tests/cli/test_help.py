@@ -73,7 +73,7 @@ def test_every_command_of_a_page_parses_and_is_a_valid_run(name, line):
     assert program == "prefix-distill"
     given = (
         GROUP.commands[sub]
-        .make_context(sub, main._understood(GROUP, [sub, *words], False)[1:])
+        .make_context(sub, main.translate_arguments(GROUP, [sub, *words])[0][1:])
         .params
     )
     configuration.build(

@@ -11,7 +11,7 @@ import typer
 from helpers import DIVERGENCES, ROOT, invoke
 
 from prefix_distill import config as configuration
-from prefix_distill.cli import main, spellings
+from prefix_distill.cli import main, spelling_tables, spellings
 from prefix_distill.cli.spellings import BATCH, CONVERTED, LORA, RENAMED, RESUME
 from prefix_distill.config import files
 from prefix_distill.errors import UserError
@@ -21,7 +21,7 @@ GROUP = typer.main.get_command(main.app)
 
 
 def understood(*words: str, command: str = "run") -> list[str]:
-    return main._understood(GROUP, [command, *words], False)[1:]
+    return main.translate_arguments(GROUP, [command, *words])[0][1:]
 
 
 def settings(*words: str) -> dict:
@@ -179,7 +179,7 @@ def test_values_are_no_names():
         "--learning_rate",
         "--begin=--beta",
     ]
-    assert main._understood(GROUP, ["report", "a", "--", "--beta"], False) == [
+    assert main.translate_arguments(GROUP, ["report", "a", "--", "--beta"])[0] == [
         "report",
         "a",
         "--",
@@ -289,5 +289,5 @@ def test_the_page_has_every_name_with_its_counterpart():
         assert rows[name] == text, name
     assert {*BATCH, RESUME, LORA} < rows.keys()
     text = " ".join(PAGE.split())
-    for hint, names in spellings._HINTS.items():
+    for hint, names in spelling_tables.HINTS.items():
         assert f"- {' '.join(f'`{name}`' for name in names.split())}: {hint}" in text, hint

@@ -75,11 +75,24 @@ def test_intervals_cover_problems_and_seeds_and_pairing_narrows_differences(tmp_
         rows["b"]["difference_high"] - rows["b"]["difference_low"] < 0.12
     )  # the same draws on both sides
     drawn = Resampled(by_arm(runs))
-    assert drawn.paired and (drawn.problems.sum(1) - 1).abs().max() < 1e-9
+    assert drawn.paired and abs(drawn.problems.sum(1) - 1).max() < 1e-9
     # with one seed it is the ordinary bootstrap of a share: ± 1.96 √(p(1−p)/n)
     one = Resampled({"a": by_arm(runs)["a"][:1]})
     low, high = report.interval(one.curve("a")[2][:, -1])
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / PROBLEMS), rel=0.1)
+
+
+def test_draws_are_those_of_torch(arms):
+    import torch
+
+    from prefix_distill.maths.seeds import seed_of
+
+    drawn = Resampled(by_arm(collect([arms])))
+    generator = torch.Generator().manual_seed(seed_of("report"))
+    for shares, count in ((drawn.problems, 400), (drawn.seeds, 2)):
+        for share in shares:
+            items = torch.randint(count, (count,), generator=generator)
+            assert (share == items.bincount(minlength=count).double().numpy() / count).all()
 
 
 def test_arms_on_other_problems_are_not_compared(tmp_path):

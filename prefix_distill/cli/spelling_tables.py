@@ -1,0 +1,283 @@
+"""The tables of spellings: transformers' and TRL's names, and what they are here."""
+
+import math
+from collections.abc import Callable
+
+from ..errors import UserError
+
+# as HfArgumentParser reads them
+TRUE = ("true", "yes", "1", "t", "y")
+FALSE = ("false", "no", "0", "f", "n")
+OFF = ("false", "no", "none", "null", "")  # nothing that has no counterpart here is on
+RENAMED = {
+    "output_dir": "--out",
+    "model_name_or_path": "--student",
+    "teacher_model_name_or_path": "--teacher",
+    "dataset_name": "--dataset",
+    "dataset_train_split": "--split",
+    "dataset_test_split": "--eval-split",
+    "learning_rate": "--lr",
+    "max_steps": "--steps",
+    "max_grad_norm": "--grad-clip",
+    "max_completion_length": "--max-new-tokens",
+    "max_prompt_length": "--max-prompt-tokens",
+    "num_generations": "--samples",
+    "eval_steps": "--eval-every",
+    "save_steps": "--save-every",
+    "ddp_timeout": "--rank-timeout",
+    "torch_dtype": "--dtype",
+    "lora_r": "--lora",
+    "lora_target_modules": "--lora-targets",
+}
+BATCH = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+}  # defaults of transformers
+RESUME, LORA = "resume_from_checkpoint", "use_peft"
+LISTS = ("lora_target_modules", "report_to")  # several words there, one with commas here
+
+
+def read_switch(name: str, text: str) -> bool:
+    """Return the truth value of a switch. UserError on any other text."""
+    if text.lower() not in (*TRUE, *FALSE):
+        raise UserError(f"--{name} {text[:40]}: expected True or False")
+    return text.lower() in TRUE
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"--{name} {text[:40]}: expected a number")
+    return value
+
+
+def _beta(text: str) -> list[str]:
+    ends = {0.0: "forward-kl", 1.0: "reverse-kl"}
+    return ["--divergence", ends.get(_number("beta", text), f"jsd:{text}")]
+
+
+def _lmbda(text: str) -> list[str]:
+    if (own := _number("lmbda", text)) != 1:
+        raise UserError(
+            f"--lmbda {text}: there the other batches have the data set's answers; here the "
+            f"teacher writes them: use --off-policy divergence:{1 - own:g} for that share of the "
+            "rollouts"
+        )
+    return ["--off-policy", "none"]
+
+
+def _warmup(text: str) -> list[str]:
+    value = _number("warmup_steps", text)
+    return ["--warmup", f"{100 * value:g}%" if 0 < value < 1 else f"{value:g}"]
+
+
+def _schedule(text: str) -> list[str]:
+    kinds = {
+        "linear": "linear",
+        "cosine": "cosine",
+        "constant": "constant",
+        "constant_with_warmup": "constant",
+    }
+    if text not in kinds:
+        raise UserError(
+            f"--lr_scheduler_type {text[:40]}: expected {', '.join(kinds)}; use --lr-schedule with "
+            "one of its values"
+        )
+    return ["--lr-schedule", kinds[text]]
+
+
+def _strategy(name: str, flag: str) -> Callable[[str], list[str]]:
+    def convert(text: str) -> list[str]:
+        if text == "no":
+            return [flag, "0"]
+        if text != "steps":
+            raise UserError(f"--{name} {text[:40]}: use {flag} with a number of updates")
+        return []
+
+    return convert
+
+
+CONVERTED: dict[str, tuple[Callable[[str], list[str]], str]] = {
+    "beta": (
+        _beta,
+        "`--divergence jsd:β`, the same β and mixture; 0: `forward-kl`, 1: `reverse-kl`",
+    ),
+    "lmbda": (_lmbda, "1: `--off-policy none`; below 1 refused, see `--off-policy divergence:0.5`"),
+    "warmup_steps": (_warmup, "`--warmup 20`; below 1 a share, as `--warmup 5%`"),
+    "warmup_ratio": (
+        lambda text: ["--warmup", f"{100 * _number('warmup_ratio', text):g}%"],
+        "`--warmup 5%` for 0.05",
+    ),
+    "lr_scheduler_type": (
+        _schedule,
+        "`--lr-schedule linear`, `cosine` or `constant` (also for `constant_with_warmup`)",
+    ),
+    "bf16": (
+        lambda text: ["--dtype", "bfloat16" if read_switch("bf16", text) else "float32"],
+        "`--dtype bfloat16`, False: `--dtype float32`",
+    ),
+    "use_cpu": (
+        lambda text: ["--device", "cpu" if read_switch("use_cpu", text) else "auto"],
+        "`--device cpu`, False: `--device auto`",
+    ),
+    "activation_checkpointing": (
+        lambda text: (
+            ["--gradient-checkpointing"]
+            if read_switch("activation_checkpointing", text)
+            else ["--set", "train.gradient_checkpointing=false"]
+        ),
+        "`--gradient-checkpointing`",
+    ),
+    "dataset_streaming": (
+        lambda text: (
+            ["--streaming"]
+            if read_switch("dataset_streaming", text)
+            else ["--set", "data.streaming=false"]
+        ),
+        "`--streaming`",
+    ),
+    "load_in_4bit": (
+        lambda text: ["--student-quantize", "nf4" if read_switch("load_in_4bit", text) else "none"],
+        "`--student-quantize nf4`",
+    ),
+    "load_in_8bit": (
+        lambda text: [
+            "--student-quantize",
+            "int8" if read_switch("load_in_8bit", text) else "none",
+        ],
+        "`--student-quantize int8`",
+    ),
+    "eval_strategy": (
+        _strategy("eval_strategy", "--eval-every"),
+        "no: `--eval-every 0`; steps: see `eval_steps`",
+    ),
+    "save_strategy": (
+        _strategy("save_strategy", "--save-every"),
+        "no: `--save-every 0`; steps: see `save_steps`",
+    ),
+}
+SWITCHES = (
+    "bf16",
+    "use_cpu",
+    "activation_checkpointing",
+    "dataset_streaming",
+    "load_in_4bit",
+    "load_in_8bit",
+    LORA,
+)  # may stand without a value
+ALREADY = {  # what is so here anyway; another value is refused with the hint of REFUSED
+    "do_train": ("true",),
+    "shuffle_dataset": ("true",),
+    "disable_dropout": ("true",),
+    "optim": ("adamw_torch", "adamw_torch_fused"),
+    "adam_beta1": ("0.9",),
+    "adam_beta2": ("0.999",),
+    "adam_epsilon": ("1e-8",),
+    "logging_strategy": ("steps",),
+    "logging_steps": ("1",),
+    "logging_first_step": ("true",),
+    "eval_on_start": ("true",),
+    "save_total_limit": ("2",),
+    "repetition_penalty": ("1",),
+    "model_revision": ("main",),
+    "teacher_model_revision": ("main",),
+    "train_sampling_strategy": ("random",),
+    "average_tokens_across_devices": ("true",),
+    "remove_unused_columns": ("true", "false"),
+    "local_rank": ("-1",),
+    "do_eval": ("true",),
+    "ds3_gather_for_generation": ("true", "false"),
+    "logging_nan_inf_filter": ("false",),
+    "lora_dropout": ("0",),
+    "lora_task_type": ("causal_lm",),
+    "bnb_4bit_quant_type": ("nf4",),
+    "use_bnb_nested_quant": ("true",),
+    "label_smoothing_factor": ("0",),
+    "min_p": ("0", "none"),
+    "eval_delay": ("0",),
+}
+HINTS = {
+    "use --steps: E epochs of N prompts are E·N / --batch-size updates": "num_train_epochs",
+    "use --off-policy divergence:0.5 (the run's divergence on the teacher's text) or sft "
+    "(cross-entropy), with the share of rollouts": "seq_kd",
+    "use --max-prompt-tokens for the prompt and --max-new-tokens for the response": (
+        "max_length truncation_mode vllm_max_model_length"
+    ),
+    "use --generation-rows, which holds for every call of generate": (
+        "per_device_eval_batch_size auto_find_batch_size generation_batch_size"
+    ),
+    "use --dtype bfloat16 or float32": "fp16 tf32 half_precision_backend *_full_eval",
+    "use --plain": "disable_tqdm",
+    "use --seed, which settles prompts, rollouts and evaluation alike": (
+        "data_seed full_determinism"
+    ),
+    "use --student-thinking, --teacher-thinking and --template": (
+        "chat_template_kwargs chat_template_path"
+    ),
+    "sampling has --temperature, --top-p and --top-k only": (
+        "min_p repetition_penalty generation_kwargs"
+    ),
+    "download that revision and give its folder": "model_revision teacher_model_revision",
+    "a preset (gsm8k, math, …) knows its own; else give a local file": (
+        "dataset_config dataset_kwargs dataset_num_proc"
+    ),
+    "use --prompt-column": "dataset_text_field",
+    "give the settings in config.json, or prepare the model folder": (
+        "model_init_kwargs teacher_model_init_kwargs attn_implementation"
+    ),
+    "an adapter is plain LoRA of --lora, --lora-alpha and --lora-targets, without dropout; leave "
+    "it out": "lora_* use_rslora use_dora",
+    "--student-quantize and --teacher-quantize have nf4 (with nested constants) and int8; leave "
+    "it out": "bnb_* use_bnb_nested_quant",
+    "every update is a row of metrics.jsonl and every evaluation is in scores.jsonl; leave it "
+    "out": (
+        "log_* logging_* num_completions_to_print skip_memory_metrics "
+        "include_num_input_tokens_seen include_for_metrics"
+    ),
+    "the run is named by its folder, --out": "run_name project trackio_*",
+    "a run evaluates before, after and every --eval-every updates, with --eval-samples problems; "
+    "leave it out": (
+        "do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names"
+    ),
+    "a run keeps its newest two checkpoints, and its best student in best/; leave it out": (
+        "save_* load_best_model_at_end metric_for_best_model greater_is_better "
+        "enable_jit_checkpoint overwrite_output_dir"
+    ),
+    "--resume goes on with the same prompts in the same order; leave it out": (
+        "ignore_data_skip restore_callback_states_from_checkpoint"
+    ),
+    "the optimizer is AdamW (0.9, 0.999, 1e-8), fused, in float32; leave it out": (
+        "optim optim_* adam_* lr_scheduler_kwargs"
+    ),
+    "dropout is off in both models, as in evaluation; leave it out": (
+        "disable_dropout neftune_noise_alpha label_smoothing_factor"
+    ),
+    "the loss is fused and in chunks (--head-memory-mb) anyway; leave it out": (
+        "use_liger_* liger_kernel_config loss_type router_aux_loss_coef"
+    ),
+    "responses are sampled by transformers' generate with a KV cache; leave it out": (
+        "use_vllm vllm_* cache_implementation use_cache use_transformers_paged"
+    ),
+    "each rank holds both models (DDP); leave it out": (
+        "deepspeed fsdp* ddp_* parallelism_config accelerator_config ds3_* local_rank"
+    ),
+    "recomputing is by layer, not re-entrant; leave it out": (
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs activation_offloading"
+    ),
+    "prompts are shuffled by --seed, and never packed; leave it out": (
+        "shuffle_dataset packing* eval_packing padding_free pad_to_multiple_of "
+        "train_sampling_strategy group_by_length length_column_name remove_unused_columns "
+        "completion_only_loss assistant_only_loss dataloader_* average_tokens_across_devices"
+    ),
+    "special tokens come from the model's folder; leave it out": "eos_token pad_token",
+    "there is nothing here that it could change; leave it out": (
+        "do_train debug torch_compile* torch_empty_cache_steps ignore_bias_buffers "
+        "max_tool_calling_iterations"
+    ),
+    "name the repository with --push-to-hub USER/NAME, which keeps it private without "
+    "--hub-public": "push_to_hub hub_*",
+}
+REFUSED = {name: hint for hint, names in HINTS.items() for name in names.split()}
