@@ -186,7 +186,13 @@ class Run:
             micro if self.teacher.reads_once else 1,
             micro if self.student.reads_once else 1,
         )
-        return flops.update_cost(
+        heads = 1.0, 1.0
+        if self.shared is not None:
+            heads = (
+                len(self.shared.student) / self.student.support,
+                len(self.shared.teacher) / self.teacher.support,
+            )
+        ledger = flops.update_ledger(
             self.student_shape,
             self.teacher_shape,
             [(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
@@ -194,13 +200,6 @@ class Run:
             response,
             behind,
             self.teacher_tokens,
-            (1.0, 1.0)
-            if self.shared is None
-            else tuple(
-                len(ids) / model.support
-                for ids, model in (
-                    (self.shared.student, self.student),
-                    (self.shared.teacher, self.teacher),
-                )
-            ),
+            heads,
         )
+        return ledger.total()
