@@ -1,6 +1,6 @@
 """A rollout: a prompt, the sampled response, and which of its tokens are taught."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -46,6 +46,10 @@ class Rollout:
     sampler_logp: tuple[float, ...] | None = None
     units: tuple[Unit, ...] | None = None
     spans: bool = False
+
+    def keep(self, positions: tuple[int, ...]) -> "Rollout":
+        """Return the same rollout with other taught positions."""
+        return replace(self, kept=positions)
 
     @property
     def taught(self) -> tuple[int, ...]:

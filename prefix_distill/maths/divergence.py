@@ -39,10 +39,7 @@ class Head:
             if hidden_ND.dtype == torch.float32:
                 raw_NV = torch.mm(hidden_ND, self.weight_VD.T, out=out)
             else:
-                exact = (
-                    {"out_dtype": torch.float32} if hidden_ND.device.type == "cuda" else {}
-                )  # float32 sums, unrounded
-                raw_NV = torch.mm(hidden_ND, self.weight_VD.T, **exact)
+                raw_NV = self._half_product(hidden_ND)
                 raw_NV = raw_NV.float() if out is None else out.copy_(raw_NV)
         if self.bias_V is not None:
             raw_NV += self.bias_V.float()
@@ -52,29 +49,55 @@ class Head:
             raw_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return raw_NV
 
+    def _half_product(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Multiply in 16 bits; on CUDA the float32 sums come back unrounded."""
+        if hidden_ND.device.type == "cuda":
+            return torch.mm(hidden_ND, self.weight_VD.T, out_dtype=torch.float32)
+        return torch.mm(hidden_ND, self.weight_VD.T)
+
+    def slope(
+        self, logits_NV: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Return d softcap·tanh(z/softcap)/dz at the logits, in ``out`` if given; None without a
+        softcap."""
+        if self.softcap is None:
+            return None
+        return torch.div(logits_NV, self.softcap, out=out).square_().neg_().add_(1)
+
+
+def _checked_beta(name: str, beta: float | None) -> float:
+    """Return the β of the JSD. ValueError: ``name`` has no formula here, or its β is missing."""
+    if name != "jsd" or beta is None:
+        raise ValueError(
+            f"divergence {name!r} with β = {beta}: expected reverse-kl, forward-kl, or jsd with "
+            "its β"
+        )
+    return beta
+
 
 def per_token(
     name: str, beta: float | None, student_logp: torch.Tensor, teacher_logp: torch.Tensor
 ) -> torch.Tensor:
     """Divergence per row of two log-probability tables [N, V] → [N], nats, unreduced.
 
-    reverse-kl  KL(S‖T) = Σ S (log S − log T)                                   [MiniLLM, arXiv
-                                                                                2306.08543, eq. 1]
+    reverse-kl  KL(S‖T) = Σ S (log S − log T)                     [MiniLLM, arXiv 2306.08543, eq. 1]
     forward-kl  KL(T‖S) = Σ T (log T − log S)
-    jsd         β KL(T‖m) + (1−β) KL(S‖m),  m = β T + (1−β) S,  0 < β < 1           [GKD, arXiv
-                2306.13649, eq. 3]
+    jsd         β KL(T‖m) + (1−β) KL(S‖m),  m = β T + (1−β) S     [GKD, arXiv 2306.13649, eq. 3]
+
+    with 0 < β < 1. ValueError for another name, and for a JSD without its β.
     """
     if name == "reverse-kl":
         return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
     if name == "forward-kl":
         return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1)
+    beta = _checked_beta(name, beta)
     mixture_logp = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
     return beta * (teacher_logp.exp() * (teacher_logp - mixture_logp)).sum(-1) + (1 - beta) * (
         student_logp.exp() * (student_logp - mixture_logp)
     ).sum(-1)
 
 
-def value_and_gradient(
+def value_and_gradient(  # noqa: PLR0913  the operands of one formula and its work tables
     name: str,
     beta: float | None,
     student_logp: torch.Tensor,
@@ -89,6 +112,7 @@ def value_and_gradient(
     jsd         (1−β) S_k (log(S_k/m_k) − KL(S‖m))
 
     All tables are overwritten (``spare_too`` serves the JSD alone); the gradient is one of them.
+    ValueError as in ``per_token``.
     """
     if name == "reverse-kl":
         gap, student = teacher_logp.neg_().add_(student_logp), student_logp.exp_()
@@ -97,6 +121,7 @@ def value_and_gradient(
     if name == "forward-kl":
         gap, teacher = torch.sub(teacher_logp, student_logp, out=spare), teacher_logp.exp_()
         return gap.mul_(teacher).sum(-1), student_logp.exp_().sub_(teacher)
+    beta = _checked_beta(name, beta)
     mixture_logp = torch.logaddexp(
         torch.add(teacher_logp, math.log(beta), out=spare),
         torch.add(student_logp, math.log1p(-beta), out=spare_too),
@@ -105,8 +130,9 @@ def value_and_gradient(
     gap = torch.sub(teacher_logp, mixture_logp, out=spare_too)
     teacher_side = gap.mul_(teacher_logp.exp_()).sum(-1)
     gap, student = torch.sub(student_logp, mixture_logp, out=spare), student_logp.exp_()
-    student_side = torch.mul(student, gap, out=spare_too).sum(-1)
-    gradient = spare_too.addcmul_(student, student_side[:, None], value=-1).mul_(1 - beta)
+    product = torch.mul(student, gap, out=spare_too)
+    student_side = product.sum(-1)
+    gradient = product.addcmul_(student, student_side[:, None], value=-1).mul_(1 - beta)
     return beta * teacher_side + (1 - beta) * student_side, gradient
 
 
@@ -138,9 +164,16 @@ class Terms:
         """``teacher``, or ``text`` for the cross-entropy."""
         return "text" if self.name == "cross-entropy" else "teacher"
 
-    def partial(self, vocabulary: int) -> bool:
-        """Does ``top_k`` leave a tail?"""
-        return self.top_k is not None and self.top_k < vocabulary
+    @property
+    def by_token(self) -> bool:
+        """Does the loss look at the realised tokens alone?"""
+        return self.sampled or self.taught_by == "text"
+
+    def top(self, vocabulary: int) -> int | None:
+        """Return ``top_k`` if it leaves a tail, else None: the whole vocabulary."""
+        if self.top_k is None or self.top_k >= vocabulary:
+            return None
+        return self.top_k
 
     def chunk(self, vocabulary: int, softcap: bool = False) -> int:
         """Rows per chunk: as many as ``memory_bytes`` holds of what is alive at once, float32

@@ -50,7 +50,7 @@ def extrapolate(
     anchor: dict[str, Tensor],
     kind: str,
     score: Callable[[], float],
-    key: tuple,
+    key: tuple[object, ...],
 ) -> Found:
     """One search (see the module) from the parameters' values W, in place; ``anchor`` is the last
     one's ``snapshot``.
@@ -70,7 +70,8 @@ def extrapolate(
         if p.dtype != torch.float32:
             raise ValueError(f"{name} is {p.dtype}: only float32 master weights are extrapolated")
     start = snapshot(parameters)
-    at, best, scores = 0, 0, []
+    at = best = 0
+    scores: list[float] = []
     try:
         if kind == "effopd":
             scores.append(score())
@@ -93,7 +94,9 @@ def extrapolate(
     return Found(best, scores)
 
 
-def _write(parameters: dict, start: dict, anchor: dict, k: int) -> None:
+def _write(
+    parameters: dict[str, Parameter], start: dict[str, Tensor], anchor: dict[str, Tensor], k: int
+) -> None:
     """parameters = start + 2k·(start − anchor), one tensor at a time."""
     for name, p in parameters.items():
         p.copy_(start[name], non_blocking=True)
@@ -103,7 +106,7 @@ def _write(parameters: dict, start: dict, anchor: dict, k: int) -> None:
             p.add_(delta.mul_(2 * k))
 
 
-def _draw(key: tuple) -> int:
+def _draw(key: tuple[object, ...]) -> int:
     """How many of the candidates are accepted before the first refusal, each with probability
     1/2."""
     rng = random.Random("/".join(map(str, ("extrapolate", *key))))
@@ -120,15 +123,18 @@ def effective_rank(matrix: Tensor) -> float:
     values = torch.linalg.svdvals(matrix).double()
     if not values.any():
         return 0.0
-    return torch.special.entr(values / values.sum()).sum().exp().item()
+    return float(torch.special.entr(values / values.sum()).sum().exp().item())
 
 
 @torch.no_grad()
-def diagnose(delta: dict[str, Tensor], final: dict[str, Tensor]) -> dict[str, dict]:
+def diagnose(
+    delta: dict[str, Tensor], final: dict[str, Tensor]
+) -> dict[str, dict[str, float | None]]:
     """Displacements by name → ``norm`` ‖Δ‖₂, ``effective_rank`` (matrices, else None), ``cosine``
     of Δ with ``final`` (None where either is zero); under ``all`` the norm and cosine of all
     tensors as one vector. Sums in float64."""
-    table, squares, others, inner = {}, 0.0, 0.0, 0.0
+    table: dict[str, dict[str, float | None]] = {}
+    squares = others = inner = 0.0
     for name, d in delta.items():
         f = final[name].to(d.device)
         norm, other = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (d, f))

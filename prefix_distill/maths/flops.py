@@ -6,6 +6,7 @@ counted: embedding lookups, norms, activations, softmax, the optimizer, sampling
 """
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 STRETCH = 32  # tokens decoded before rows that have ended leave the batch
 OUTSIDE = ("evaluation",)  # phases that are reported but are no part of the totals
@@ -59,6 +60,19 @@ def _visible(past: int, queries: int, window: int | None) -> float:
     return growing * past + growing * (growing + 1) / 2 + (queries - growing) * window
 
 
+class Cost(TypedDict):
+    """FLOPs of one phase."""
+
+    useful: float
+    executed: float
+
+
+class Summary(Cost):
+    """FLOPs of all phases of training, and of each phase."""
+
+    by_phase: dict[str, Cost]
+
+
 @dataclass
 class Ledger:
     """FLOPs by phase, useful and executed. Phases are an open list of names."""
@@ -81,9 +95,10 @@ class Ledger:
 
     def total(self, kind: str = "useful") -> float:
         """Sum over the phases of training."""
-        return sum(v for phase, v in getattr(self, kind).items() if phase not in OUTSIDE)
+        phases: dict[str, float] = getattr(self, kind)
+        return sum(v for phase, v in phases.items() if phase not in OUTSIDE)
 
-    def summary(self) -> dict:
+    def summary(self) -> Summary:
         """{useful, executed, by_phase: {phase: {useful, executed}}}"""
         return {
             "useful": self.total("useful"),
@@ -137,7 +152,7 @@ class Ledger:
             ),
         )
 
-    def forward(
+    def forward(  # noqa: PLR0913  the switches of one formula
         self,
         phase: str,
         shape: Shape,
@@ -195,7 +210,7 @@ def linear_tokens(reads: list[tuple[int, list[int]]]) -> tuple[int, int]:
     return useful, len(rows) * max(p + n for p, n in rows)
 
 
-def update_ledger(
+def update_ledger(  # noqa: PLR0913  the operands of one formula
     student: Shape,
     teacher: Shape,
     prompts: list[tuple[int, int]],
@@ -212,10 +227,14 @@ def update_ledger(
     their prompt in generation, scoring and training. Across tokenizers, ``teacher_tokens`` of the
     teacher's make one of the student's, and the loss reads the shares ``heads`` of both heads.
     """
-    ledger, lengths = Ledger(), [max(1, round(response * ratio)) for ratio in (1, teacher_tokens)]
-    rows = [len(prompts) * samples * length * share for length, share in zip(lengths, heads)]
+    ledger = Ledger()
+    lengths = [max(1, round(response * ratio)) for ratio in (1, teacher_tokens)]
+    rows = [
+        len(prompts) * samples * length * share
+        for length, share in zip(lengths, heads, strict=True)
+    ]
 
-    def reads(side, phase):
+    def reads(side: int, phase: int) -> list[tuple[int, list[int]]]:
         each = min(behind[phase], samples)
         return [
             (p[side], [lengths[side]] * min(each, samples - start))
@@ -227,8 +246,3 @@ def update_ledger(
     ledger.forward("teacher_score", teacher, reads(1, 1), taught=rows[1])
     ledger.forward("student_update", student, reads(0, 2), passes=3, taught=rows[0])
     return ledger
-
-
-def update_cost(*update, **more) -> float:
-    """Useful FLOPs of one update (see ``update_ledger``)."""
-    return update_ledger(*update, **more).total()

@@ -1,22 +1,26 @@
 """The weighted divergence, fused with both output heads and computed in chunks of rows."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .divergence import Head, Terms, per_token, value_and_gradient
 
 
-def weighted(
+def weighted(  # noqa: PLR0913  the operands of one formula
     terms: Terms,
-    student_ND: torch.Tensor,
+    student_ND: Tensor,
     student_head: Head,
-    teacher_NE: torch.Tensor | None,
+    teacher_NE: Tensor | None,
     teacher_head: Head,
-    weight_N: torch.Tensor,
-    token_N: torch.Tensor | None = None,
-    sampler_logp_N: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    weight_N: Tensor,
+    token_N: Tensor | None = None,
+    sampler_logp_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Σ_n weight_n · D(S_n, T_n) with its gradient, the detached values D_n [N] (nats), and with a
     clip the teacher's mass on clipped entries [N].
 
@@ -28,9 +32,11 @@ def weighted(
     the cross-entropy; ``sampler_logp_N``: their log-probability where they were drawn, for the
     former's ratio.
 
+    ValueError: the sampled estimator and the cross-entropy need ``token_N``.
+
     Source: losses of arXiv 2306.13649 and 2602.15260; the fusion is ours.
     """
-    return _Weighted.apply(
+    result: tuple[Tensor, Tensor, Tensor | None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
         student_ND,
         student_head.weight_VD,
         student_head.bias_V,
@@ -42,28 +48,61 @@ def weighted(
         token_N,
         sampler_logp_N,
     )
+    return result
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The float32 work tables [rows, V] of one chunk, all overwritten in place.
+
+    ``spare`` serves the JSD alone, ``slope`` a soft-cap alone.
+    """
+
+    work: Tensor
+    student_logp: Tensor
+    teacher_logp: Tensor
+    spare: Tensor | None
+    slope: Tensor | None
+
+    @classmethod
+    def allocate(
+        cls, rows: int, support: int, jsd: bool, softcap: bool, device: torch.device
+    ) -> "_Tables":
+        """Make the tables that the divergence and the student's head need."""
+        make = partial(torch.empty, rows, support, device=device)
+        return cls(make(), make(), make(), make() if jsd else None, make() if softcap else None)
+
+    def first(self, rows: int) -> "_Tables":
+        """Return the first rows of every table: the last chunk may be shorter."""
+        return _Tables(
+            self.work[:rows],
+            self.student_logp[:rows],
+            self.teacher_logp[:rows],
+            None if self.spare is None else self.spare[:rows],
+            None if self.slope is None else self.slope[:rows],
+        )
 
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        student_ND,
-        weight_VD,
-        bias_V,
-        weight_N,
-        teacher_NE,
-        student_head,
-        teacher_head,
-        terms,
-        token_N,
-        sampler_logp_N,
-    ):
+    def forward(  # noqa: PLR0913  autograd takes every operand as an argument of its own
+        ctx: Any,  # it takes attributes of any name
+        student_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        weight_N: Tensor,
+        teacher_NE: Tensor | None,
+        student_head: Head,
+        teacher_head: Head,
+        terms: Terms,
+        token_N: Tensor | None,
+        sampler_logp_N: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         device, support, cap = student_ND.device, len(weight_VD), student_head.softcap
         grad_hidden = torch.zeros_like(student_ND) if need_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias else None
+        grad_weight = _float32_zeros(weight_VD, need_weight)
+        grad_bias = _float32_zeros(bias_V, need_bias)
         student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
         row_weight = weight_N[:, None].to(device, torch.float32) * (
             student_head.scale / terms.temperature
@@ -71,58 +110,33 @@ class _Weighted(torch.autograd.Function):
         value_N = torch.empty(len(student_ND), dtype=torch.float32, device=device)
         clipped_N = None if terms.clip is None else torch.empty_like(value_N)
         size = max(1, min(terms.chunk(support, cap is not None), len(student_ND)))
-        table = lambda wanted=True: torch.empty(size, support, device=device) if wanted else None
-        buffers = table(), table(), table(), table(terms.name == "jsd"), table(cap is not None)
+        buffers = _Tables.allocate(size, support, terms.name == "jsd", cap is not None, device)
         for start in range(0, len(student_ND), size):
             rows = slice(start, start + size)
             hidden = student_ND[rows].to(terms.dtype)
-            work, student_logp, teacher_logp, spare, slope = (
-                b if b is None else b[: len(hidden)] for b in buffers
-            )
-            logits = student_head.logits(hidden, work)
-            if cap is not None:
-                torch.div(logits, cap, out=slope).square_().neg_().add_(
-                    1
-                )  # d softcap·tanh(z/softcap) / dz
-            _log_softmax(logits, terms.temperature, student_logp)
-            if (
-                teacher_NE is not None
-            ):  # it may sit on another device with its head: its rows come over as logits
-                there = teacher_NE.device == device
-                logits = teacher_head.logits(teacher_NE[rows], work if there else None)
-                _log_softmax(
-                    logits if there else work.copy_(logits), terms.temperature, teacher_logp
+            tables = buffers.first(len(hidden))
+            logits = student_head.logits(hidden, tables.work)
+            slope = student_head.slope(logits, tables.slope)
+            _log_softmax(logits, terms.temperature, tables.student_logp)
+            if teacher_NE is not None:
+                _read_teacher(
+                    terms, teacher_head, teacher_NE[rows], tables.work, tables.teacher_logp
                 )
-            if terms.sampled or terms.taught_by == "text":
-                drawn = (
-                    sampler_logp_N if sampler_logp_N is None else sampler_logp_N[rows].to(device)
-                )
-                value_N[rows], grad = _at_token(
-                    terms, student_logp, teacher_logp, token_N[rows].to(device), drawn
-                )
-            elif terms.clip is not None:
-                value_N[rows], grad, clipped_N[rows] = _clipped(
-                    terms.clip, student_logp, teacher_logp, work
-                )
-            elif terms.partial(support):
-                value_N[rows], grad = _value_and_gradient_on_top(
-                    terms, student_logp, teacher_logp, work
-                )
+            if clipped_N is None or terms.by_token:
+                value_N[rows], grad = _compare(terms, tables, rows, token_N, sampler_logp_N)
             else:
-                value_N[rows], grad = value_and_gradient(
-                    terms.name, terms.beta, student_logp, teacher_logp, work, spare
-                )
+                value_N[rows], grad, clipped_N[rows] = _clipped(terms, tables)
             if not (need_hidden or need_weight or need_bias):
                 continue
-            if cap is not None:
+            if slope is not None:
                 grad *= slope
-            if need_bias:
+            if grad_bias is not None:
                 grad_bias.addmv_(grad.T, row_weight[rows, 0])
             grad = grad.to(terms.dtype)
             with torch.autocast(device.type, enabled=False):
-                if need_hidden:
+                if grad_hidden is not None:
                     grad_hidden[rows] = (grad @ student_head.weight_VD).float() * row_weight[rows]
-                if need_weight:
+                if grad_weight is not None:
                     _add_outer(
                         grad_weight, grad, (hidden.float() * row_weight[rows]).to(terms.dtype)
                     )
@@ -132,7 +146,8 @@ class _Weighted(torch.autograd.Function):
         return (weight_N.to(device, torch.float32) * value_N).sum(), value_N, clipped_N
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        grad_loss = grad_outputs[0]
         hidden, weight, bias = ctx.grads
         ctx.grads = None
         if hidden is not None:
@@ -144,24 +159,70 @@ class _Weighted(torch.autograd.Function):
         return hidden, weight, bias, *[None] * 7
 
 
-def _log_softmax(logits, temperature, out):
+def _float32_zeros(like: Tensor | None, needed: bool) -> Tensor | None:
+    """Return float32 zeros of the same shape for a gradient, or None if none is needed."""
+    if like is None or not needed:
+        return None
+    return torch.zeros_like(like, dtype=torch.float32)
+
+
+def _read_teacher(terms: Terms, head: Head, hidden_NE: Tensor, work: Tensor, out: Tensor) -> None:
+    """Write the teacher's log-probabilities [N, V] into ``out``.
+
+    The teacher may sit on another device with its head: its rows come over as logits.
+    """
+    if hidden_NE.device == work.device:
+        logits = head.logits(hidden_NE, work)
+    else:
+        logits = work.copy_(head.logits(hidden_NE))
+    _log_softmax(logits, terms.temperature, out)
+
+
+def _compare(
+    terms: Terms,
+    tables: _Tables,
+    rows: slice,
+    token_N: Tensor | None,
+    sampler_logp_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the values [N] of a chunk and their gradient to the student's tempered logits [N, V].
+
+    ``rows``: where the chunk lies in ``token_N`` and ``sampler_logp_N``.
+    """
+    student_logp, teacher_logp, work = tables.student_logp, tables.teacher_logp, tables.work
+    if terms.by_token:
+        if token_N is None:
+            raise ValueError(
+                "the sampled estimator and the cross-entropy need the realised tokens: give token_N"
+            )
+        token = token_N[rows].to(work.device)
+        drawn = None if sampler_logp_N is None else sampler_logp_N[rows].to(work.device)
+        return _at_token(terms, student_logp, teacher_logp, token, drawn)
+    if (top_k := terms.top(work.shape[1])) is not None:
+        return _value_and_gradient_on_top(terms, top_k, student_logp, teacher_logp, work)
+    return value_and_gradient(
+        terms.name, terms.beta, student_logp, teacher_logp, work, tables.spare
+    )
+
+
+def _log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """Write the log-probabilities at ``temperature`` into ``out``; ``logits`` are overwritten."""
     if temperature != 1:
         logits /= temperature
     return torch.log_softmax(logits, -1, out=out)
 
 
-def _clipped(clip: float, student_logp, teacher_logp, spare):
+def _clipped(terms: Terms, tables: _Tables) -> tuple[Tensor, Tensor, Tensor]:
     """As ``value_and_gradient``, for the forward KL clipped entry by entry, and the teacher's mass
     on clipped entries [N].
 
-    value Σ_v min(T_v (log T_v − log S_v), κ), which may be negative; gradient S_k·Q_U − T_k·1[k ∈
-    U] with U the entries that
-    are not clipped and Q_U the teacher's mass on
-                                                                                                    them.                                             [OPSD,
-                                                                                                    arXiv
-                                                                                                    2601.18734]
+    value Σ_v min(T_v (log T_v − log S_v), κ), which may be negative; gradient
+    S_k·Q_U − T_k·1[k ∈ U] with U the entries that are not clipped and Q_U the teacher's mass on
+    them. Source: OPSD, arXiv 2601.18734.
     """
-    term = torch.sub(teacher_logp, student_logp, out=spare)
+    clip = math.inf if terms.clip is None else terms.clip
+    student_logp, teacher_logp = tables.student_logp, tables.teacher_logp
+    term = torch.sub(teacher_logp, student_logp, out=tables.work)
     teacher = teacher_logp.exp_()
     free = term.mul_(teacher) <= clip
     value = term.clamp_(max=clip).sum(-1)
@@ -169,23 +230,30 @@ def _clipped(clip: float, student_logp, teacher_logp, spare):
     return value, student_logp.exp_().mul_(mass[:, None]).sub_(teacher), 1 - mass
 
 
-def _on_top(terms, student_logp, teacher_logp, work):
+def _on_top(
+    top_k: int, student_logp: Tensor, teacher_logp: Tensor, work: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [N, k + 1] of the teacher's k most likely tokens and of all others together
     (the tail), for the student and the teacher, and which tokens they are."""
-    top_NK = teacher_logp.topk(terms.top_k, -1).indices
-    sides = []
-    for logp_NV in (student_logp, teacher_logp):
-        tail = torch.logsumexp(
-            work.copy_(logp_NV).scatter_(1, top_NK, -torch.inf), -1, keepdim=True
-        )
-        sides.append(torch.cat([logp_NV.gather(1, top_NK), tail], -1))
-    return *sides, top_NK
+    top_NK = teacher_logp.topk(top_k, -1).indices
+    student, teacher = (_bucketed(logp, top_NK, work) for logp in (student_logp, teacher_logp))
+    return student, teacher, top_NK
 
 
-def _value_and_gradient_on_top(terms, student_logp, teacher_logp, work):
+def _bucketed(logp_NV: Tensor, top_NK: Tensor, work: Tensor) -> Tensor:
+    """Return the log-probabilities [N, k + 1] of the tokens ``top_NK`` and of all others
+    together."""
+    others = work.copy_(logp_NV).scatter_(1, top_NK, -torch.inf)
+    tail = torch.logsumexp(others, -1, keepdim=True)
+    return torch.cat([logp_NV.gather(1, top_NK), tail], -1)
+
+
+def _value_and_gradient_on_top(
+    terms: Terms, top_k: int, student_logp: Tensor, teacher_logp: Tensor, work: Tensor
+) -> tuple[Tensor, Tensor]:
     """As ``value_and_gradient``, on the buckets: a token in the tail has the share of the bucket's
     gradient that it has of the bucket's mass."""
-    student, teacher, top_NK = _on_top(terms, student_logp, teacher_logp, work)
+    student, teacher, top_NK = _on_top(top_k, student_logp, teacher_logp, work)
     share = student_logp.sub_(student[:, -1:]).exp_()
     value, gradient = value_and_gradient(
         terms.name,
@@ -198,17 +266,21 @@ def _value_and_gradient_on_top(terms, student_logp, teacher_logp, work):
     return value, share.mul_(gradient[:, -1:]).scatter_(1, top_NK, gradient[:, :-1])
 
 
-def _at_token(terms, student_logp, teacher_logp, token_N, sampler_logp_N):
+def _at_token(
+    terms: Terms,
+    student_logp: Tensor,
+    teacher_logp: Tensor,
+    token_N: Tensor,
+    sampler_logp_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """As ``value_and_gradient``, from the realised token y alone.
 
-    sampled        value log S(y) − log T(y), an unbiased estimate of KL(S‖T) for y ~ S; the policy
-                   gradient's loss
-                   −ρ·A·log S(y) with advantage A = log T(y) − log S(y), both ρ and A held fixed,
-                   has the gradient ρ·(log S(y) − log T(y))·(1[k = y] − S_k), with ρ = S(y)/q(y)
-                   where y was drawn from q (1 if unknown) [arXiv 2602.15260; MiniLLM, arXiv
-                   2306.08543]
-    cross-entropy  value −log S(y), gradient S_k − 1[k = y]                      [SeqKD, arXiv
-                                                                                 1606.07947]
+    sampled        value log S(y) − log T(y), an unbiased estimate of KL(S‖T) for y ~ S. The policy
+                   gradient's loss −ρ·A·log S(y) with advantage A = log T(y) − log S(y), both ρ and
+                   A held fixed, has the gradient ρ·(log S(y) − log T(y))·(1[k = y] − S_k), with
+                   ρ = S(y)/q(y) where y was drawn from q (1 if unknown). Source: arXiv 2602.15260;
+                   MiniLLM, arXiv 2306.08543.
+    cross-entropy  value −log S(y), gradient S_k − 1[k = y]. Source: SeqKD, arXiv 1606.07947.
     """
     token_N1 = token_N[:, None]
     own = student_logp.gather(1, token_N1)
@@ -222,25 +294,26 @@ def _at_token(terms, student_logp, teacher_logp, token_N, sampler_logp_N):
     return value[:, 0], gradient.mul_(factor)
 
 
-def _add_outer(total_VD, grad_NV, hidden_ND):
+def _add_outer(total_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
     """total += gradᵀ · hidden with float32 sums and no second [V, D] table."""
     if grad_NV.dtype == torch.float32:
         torch.addmm(total_VD, grad_NV.T, hidden_ND, out=total_VD)
         return
-    for part, columns in zip(total_VD.split(1 << 14), grad_NV.split(1 << 14, -1)):
+    parts, columns_of_parts = total_VD.split(1 << 14), grad_NV.split(1 << 14, -1)
+    for part, columns in zip(parts, columns_of_parts, strict=True):
         part += columns.T @ hidden_ND
 
 
 @torch.no_grad()
-def statistics(
+def statistics(  # noqa: PLR0913  the operands of one formula
     terms: Terms,
-    student_ND: torch.Tensor,
+    student_ND: Tensor,
     student_head: Head,
-    teacher_NE: torch.Tensor,
+    teacher_NE: Tensor,
     teacher_head: Head,
-    token_N: torch.Tensor,
+    token_N: Tensor,
     forward: bool = False,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Per-token facts without gradient, each [N] float32: ``divergence``, ``entropy`` of S (nats),
     the log-probability of the realised token ``token_N`` under each model (``student_logp``,
     ``teacher_logp``), and if asked for KL(T‖S), ``forward_kl``."""
@@ -251,6 +324,7 @@ def statistics(
     found = {
         name: torch.empty(len(student_ND), dtype=torch.float32, device=device) for name in names
     }
+    top_k = terms.top(support)
     four = math.ceil(support * 4 / 3)  # as many tables are alive, where ``chunk`` counts three
     size = max(1, min(terms.chunk(four, student_head.softcap is not None), len(student_ND)))
     tables = [torch.empty(size, support, device=device) for _ in range(4)]
@@ -259,18 +333,16 @@ def statistics(
         rows = slice(start, min(start + size, len(student_ND)))
         student_logp, teacher_logp, work, spare = (t[: rows.stop - rows.start] for t in tables)
         _log_softmax(student_head.logits(student_ND[rows], work), terms.temperature, student_logp)
-        there = teacher_NE.device == device  # else its rows come over as logits
-        logits = teacher_head.logits(teacher_NE[rows], work if there else None)
-        _log_softmax(logits if there else work.copy_(logits), terms.temperature, teacher_logp)
+        _read_teacher(terms, teacher_head, teacher_NE[rows], work, teacher_logp)
         token = token_N[rows, None].to(device)
         found["student_logp"][rows], found["teacher_logp"][rows] = (
             t.gather(1, token)[:, 0] for t in (student_logp, teacher_logp)
         )
         student = torch.exp(student_logp, out=work)
         found["entropy"][rows] = torch.mul(student, student_logp, out=spare).sum(-1).neg_()
-        if terms.partial(support):
+        if top_k is not None:
             found["divergence"][rows] = per_token(
-                terms.name, terms.beta, *_on_top(terms, student_logp, teacher_logp, spare)[:2]
+                terms.name, terms.beta, *_on_top(top_k, student_logp, teacher_logp, spare)[:2]
             )
         elif terms.name != "reverse-kl":
             found["divergence"][rows] = per_token(

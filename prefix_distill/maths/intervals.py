@@ -1,13 +1,14 @@
 """Quantiles, means and bootstrap intervals."""
 
 import math
+from collections.abc import Sequence
 
 from .seeds import seed_of
 
 RESAMPLES = 2_000
 
 
-def interval(values: list[float], seed: int = 0) -> dict:
+def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     """{value, n, low, high}: mean over problems with a 95 % percentile-bootstrap interval (2,000
     seeded resamples).
 
@@ -45,12 +46,12 @@ def interval(values: list[float], seed: int = 0) -> dict:
     }
 
 
-def known(values: list[list[float | None]]) -> list[float]:
+def known(values: Sequence[Sequence[float | None]]) -> list[float]:
     """All numbers of some rollouts, one after another."""
     return [v for row in values for v in row if v is not None]
 
 
-def token_mean(values: list[list[float | None]], seed: int = 0) -> dict:
+def token_mean(values: Sequence[Sequence[float | None]], seed: int = 0) -> dict[str, float]:
     """{value, n, low, high} of nats per token; n counts tokens, the bootstrap draws whole rollouts
     (their tokens are not independent). Rollouts without a number are left out."""
     import torch  # here, so that report and --help do without it
@@ -72,14 +73,20 @@ def token_mean(values: list[list[float | None]], seed: int = 0) -> dict:
     }
 
 
-def split_mean(values: list[list[float | None]], prefix: int) -> tuple[float | None, float | None]:
+def split_mean(
+    values: Sequence[Sequence[float | None]], prefix: int
+) -> tuple[float | None, float | None]:
     """Mean nats per token (inside the first ``prefix`` tokens, beyond them); None where there is
     none."""
     head, tail = known([row[:prefix] for row in values]), known([row[prefix:] for row in values])
-    return tuple(math.fsum(part) / len(part) if part else None for part in (head, tail))
+    return _mean(head), _mean(tail)
 
 
-def quantile(values: list[float], share: float) -> float:
+def _mean(values: list[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def quantile(values: Sequence[float], share: float) -> float:
     """The ``share`` quantile, linear between order statistics."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)

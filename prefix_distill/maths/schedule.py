@@ -5,6 +5,7 @@ import math
 import random
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UserError
 
@@ -43,21 +44,25 @@ class PrefixSchedule:
     rise: int = 0
     every: int = 1
 
-    def length(self, step: int, state: dict | None = None) -> int:
+    def length(self, step: int, state: dict[str, Any] | None = None) -> int:
         """Tokens the student may write at update ``step``."""
         if self.kind == "auto":
-            return (state or {}).get("length", self.start)
+            length: int = (state or {}).get("length", self.start)
+            return length
         return max(1, min(self.start + self.rise * (step // self.every), self.limit))
 
     def longest(self, steps: int) -> int:
         """An upper bound of the lengths of updates 0 … ``steps`` − 1."""
         return self.limit if self.kind == "auto" else self.length(max(0, steps - 1))
 
-    def window(self, state: dict | None = None) -> int:
+    def window(self, state: dict[str, Any] | None = None) -> int:
         """First position of the newest window: what the last growth added (0 before any)."""
-        return (state or {}).get("window", 0)
+        window: int = (state or {}).get("window", 0)
+        return window
 
-    def observe(self, step: int, state: dict, signal: float | None, reached: float) -> str | None:
+    def observe(
+        self, step: int, state: dict[str, Any], signal: float | None, reached: float
+    ) -> str | None:
         """`auto` looks at update ``step`` and may grow → its reason, or None; other schedules look
         at nothing.
 
@@ -70,7 +75,7 @@ class PrefixSchedule:
         """
         if self.kind != "auto" or self.length(step, state) >= self.limit:
             return None
-        seen = state.setdefault("seen", [])
+        seen: list[list[float | None]] = state.setdefault("seen", [])
         seen.append([signal, reached])
         if len(seen) < 2 * PATIENCE:
             return None
@@ -91,9 +96,9 @@ class PrefixSchedule:
         )
 
 
-def _mean(values: list) -> float:
-    values = [v for v in values if v is not None]
-    return math.fsum(values) / len(values) if values else 0.0
+def _mean(values: list[float | None]) -> float:
+    numbers = [v for v in values if v is not None]
+    return math.fsum(numbers) / len(numbers) if numbers else 0.0
 
 
 def parse_prefix(text: str, limit: int) -> PrefixSchedule:
@@ -170,9 +175,9 @@ class OffPolicy:
     def rows(self, step: int, rollouts: int, seed: int) -> frozenset[int]:
         """Which of an update's rollouts (numbered over the global batch) are the teacher's: drawn
         by seed, and over all updates as near to the share as whole rollouts allow."""
-        upto = lambda k: math.floor(round(self.share * rollouts * k, 9))
+        before, after = (math.floor(round(self.share * rollouts * k, 9)) for k in (step, step + 1))
         rng = random.Random(f"{seed}/off-policy/{step}")
-        return frozenset(rng.sample(range(rollouts), upto(step + 1) - upto(step)))
+        return frozenset(rng.sample(range(rollouts), after - before))
 
 
 def parse_off_policy(text: str) -> OffPolicy | None:

@@ -4,7 +4,9 @@ is divided by."""
 import math
 import random
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self, TypedDict, TypeVar
 
 from ..errors import UserError
 from .intervals import quantile
@@ -22,6 +24,36 @@ SELECTIONS = (
 QUADRANTS = tuple(f"{h} entropy, {d} divergence" for h in ("high", "low") for d in ("high", "low"))
 CLIPPED = 0.98  # quantile of the batch's entropies at which TIP clips them
 MODERATE = (0.25, 0.30, 0.10)  # (w_min, τ, s) of PW-OPSD
+
+
+Facts = dict[tuple[int, int], dict[str, dict[int, float]]]
+"""(prompt, sample) → statistic → position → nats, as ``scoring.token_statistics`` gives them."""
+
+
+class Taught(Protocol):
+    """What is read here of a ``Rollout``."""
+
+    @property
+    def prompt(self) -> int: ...
+
+    @property
+    def sample(self) -> int: ...
+
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def taught(self) -> tuple[int, ...]: ...
+
+    @property
+    def counted(self) -> int: ...
+
+    def keep(self, positions: tuple[int, ...]) -> Self:
+        """Return the same rollout with other taught positions."""
+        ...
+
+
+R = TypeVar("R", bound=Taught)
 
 
 @dataclass(frozen=True)
@@ -44,7 +76,7 @@ class Window:
         return {"highest-kl": "divergence", "highest-entropy": "entropy"}.get(self.kind)
 
     def positions(
-        self, tokens: int, key: tuple, values: list[float] | None = None
+        self, tokens: int, key: tuple[object, ...], values: Sequence[float] = ()
     ) -> tuple[int, ...]:
         """Taught positions of a rollout of ``tokens`` tokens, ascending; ``key`` seeds the
         random kinds, ``values`` rank."""
@@ -55,8 +87,8 @@ class Window:
         if self.kind == "scattered":
             return tuple(sorted(rng.sample(range(tokens), size)))
         free = tokens - size
-        start = {"first": 0, "middle": free // 2, "last": free}.get(self.kind)
-        start = rng.randint(0, free) if start is None else start
+        fixed = {"first": 0, "middle": free // 2, "last": free}.get(self.kind)
+        start = rng.randint(0, free) if fixed is None else fixed
         return tuple(range(start, start + size))
 
 
@@ -73,27 +105,24 @@ def parse_window(text: str) -> Window | None:
     )
 
 
-def keep(window: Window | None, rollouts: list, key: tuple, statistics: dict | None = None) -> list:
-    """The same ``Rollout``s with the positions that are taught; ``statistics`` as
-    ``scoring.token_statistics`` gives them."""
+def keep(
+    window: Window | None,
+    rollouts: list[R],
+    key: tuple[object, ...],
+    statistics: Facts | None = None,
+) -> list[R]:
+    """The same ``Rollout``s with the positions that are taught; ``statistics`` where the window
+    ranks."""
     if window is None:
         return rollouts
     kept = []
     for r in rollouts:
-        values = (
-            [statistics[r.prompt, r.sample][window.statistic][t] for t in r.taught]
-            if window.statistic
-            else None
-        )
-        kept.append(
-            replace(
-                r,
-                kept=tuple(
-                    r.taught[i]
-                    for i in window.positions(len(r.taught), (*key, r.prompt, r.sample), values)
-                ),
-            )
-        )
+        values: list[float] = []
+        if window.statistic:
+            of_rollout = (statistics or {})[r.prompt, r.sample][window.statistic]
+            values = [of_rollout[t] for t in r.taught]
+        chosen = window.positions(len(r.taught), (*key, r.prompt, r.sample), values)
+        kept.append(r.keep(tuple(r.taught[i] for i in chosen)))
     return kept
 
 
@@ -107,10 +136,12 @@ class Scale:
 
     def scaled(self, entropy: float, divergence: float) -> tuple[float, float]:
         """(ĥ, δ̂): min-max over the batch; 0 where all its values are equal."""
-        return tuple(
-            0.0 if low == high else (min(value, high) - low) / (high - low)
-            for value, (low, high) in ((entropy, self.entropy), (divergence, self.divergence))
-        )
+        return _scaled(entropy, self.entropy), _scaled(divergence, self.divergence)
+
+
+def _scaled(value: float, ends: tuple[float, float]) -> float:
+    low, high = ends
+    return 0.0 if low == high else (min(value, high) - low) / (high - low)
 
 
 def scale(entropies: list[float], divergences: list[float]) -> Scale:
@@ -131,12 +162,12 @@ class Selection:
     With h the entropy of S, clipped at the 98th percentile of the global batch, ĥ and δ̂ the
     min-max of h and of the reverse KL(S‖T) over it:
 
-        soft-or          s = ĥ + δ̂ − ĥ·δ̂, the largest              overconfident    s = KL(T‖S)·(1
-                         − ĥ), the largest
-        entropy-sample   drawn ∝ h without replacement              entropy, divergence   the
-                         largest ĥ, δ̂
-        random           drawn evenly                               bottom           the smallest s
-                         of soft-or
+        soft-or               the largest s = ĥ + δ̂ − ĥ·δ̂
+        overconfident         the largest s = KL(T‖S)·(1 − ĥ)
+        entropy-sample        drawn ∝ h without replacement
+        entropy, divergence   the largest ĥ, δ̂
+        random                drawn evenly
+        bottom                the smallest s of soft-or
 
     Equal scores go to the earlier token. The draws are seeded per rollout. Whole vocabulary,
     temperature 1. ``share`` is ρ.
@@ -153,22 +184,25 @@ class Selection:
     def choose(
         self,
         positions: tuple[int, ...],
-        key: tuple,
+        key: tuple[object, ...],
         facts: dict[str, dict[int, float]] | None = None,
         at: Scale | None = None,
     ) -> tuple[int, ...]:
         """The kept ones of a rollout's ``positions``, ascending; ``facts``: statistic → position
-        → nats."""
+        → nats. ValueError: a selection that ranks has no ``facts`` or no scale ``at``."""
         count = min(len(positions), max(1, math.floor(self.share * len(positions) + 1e-9)))
         rng = random.Random("/".join(map(str, ("select", self.kind, *key))))
         if not self.ranks:
             return tuple(sorted(rng.sample(positions, count)))
-        scores = {}
+        if facts is None or at is None:
+            raise ValueError(
+                f"selection {self.kind!r} ranks tokens: give their statistics and scale"
+            )
+        scores: dict[int, float] = {}
         for t in positions:
             entropy, divergence = at.scaled(facts["entropy"][t], facts["divergence"][t])
-            union = 1 - (1 - entropy) * (
-                1 - divergence
-            )  # ĥ + δ̂ − ĥ·δ̂, exactly 1 where ĥ is: a tie is a tie
+            # ĥ + δ̂ − ĥ·δ̂, exactly 1 where ĥ is: a tie is a tie
+            union = 1 - (1 - entropy) * (1 - divergence)
             scores[t] = {
                 "soft-or": union,
                 "entropy": entropy,
@@ -177,9 +211,8 @@ class Selection:
             }.get(self.kind, 0.0)
             if self.kind == "overconfident":
                 scores[t] = facts["forward_kl"][t] * (1 - entropy)
-            if (
-                self.kind == "entropy-sample"
-            ):  # the largest log(u)/h are a draw ∝ h without replacement
+            # the largest log(u)/h are a draw ∝ h without replacement
+            if self.kind == "entropy-sample":
                 weight, draw = min(facts["entropy"][t], at.entropy[1]), math.log(1 - rng.random())
                 scores[t] = draw / weight if weight > 0 else -math.inf
         return tuple(sorted(sorted(positions, key=lambda t: (-scores[t], t))[:count]))
@@ -200,29 +233,42 @@ def parse_selection(kind: str, share: float) -> Selection | None:
 
 def choose(
     selection: Selection | None,
-    rollouts: list,
-    key: tuple,
-    facts: dict | None = None,
+    rollouts: list[R],
+    key: tuple[object, ...],
+    facts: Facts | None = None,
     at: Scale | None = None,
-) -> list:
-    """The same ``Rollout``s with fewer taught positions. ``facts``: (prompt, sample) → statistic
-    → position → nats."""
+) -> list[R]:
+    """The same ``Rollout``s with fewer taught positions; ``facts`` and ``at`` where the selection
+    ranks."""
     if selection is None:
         return rollouts
-    return [
-        replace(
-            r,
-            kept=selection.choose(
-                r.taught, (*key, r.prompt, r.sample), facts and facts[r.prompt, r.sample], at
-            ),
-        )
-        for r in rollouts
-    ]
+    chosen = []
+    for r in rollouts:
+        of_rollout = None if facts is None else facts[r.prompt, r.sample]
+        positions = selection.choose(r.taught, (*key, r.prompt, r.sample), of_rollout, at)
+        chosen.append(r.keep(positions))
+    return chosen
+
+
+class Quadrant(TypedDict):
+    """Shares of one quadrant in all tokens and in all divergence."""
+
+    tokens: float
+    divergence: float
+
+
+class Quadrants(TypedDict):
+    """What ``quadrants`` returns."""
+
+    borders: list[float]
+    quadrants: dict[str, Quadrant]
 
 
 def quadrants(
-    entropies: list[float], divergences: list[float], borders: tuple[float, float] | None = None
-) -> dict:
+    entropies: Sequence[float],
+    divergences: Sequence[float],
+    borders: Sequence[float] | None = None,
+) -> Quadrants:
     """The four quadrants of TIP: high or low entropy of S × high or low reverse KL.
 
     → {"borders": [entropy, divergence] (nats; those given, else the medians; above is high),
@@ -231,10 +277,10 @@ def quadrants(
     """
     borders = borders or (quantile(entropies, 0.5), quantile(divergences, 0.5))
     groups: dict[str, list[float]] = {name: [] for name in QUADRANTS}
-    for entropy, divergence in zip(entropies, divergences):
+    for entropy, divergence in zip(entropies, divergences, strict=True):
         level = [
             "high" if value > border else "low"
-            for value, border in zip((entropy, divergence), borders)
+            for value, border in zip((entropy, divergence), borders, strict=True)
         ]
         groups[f"{level[0]} entropy, {level[1]} divergence"].append(divergence)
     total = math.fsum(divergences)
@@ -279,7 +325,7 @@ def parse_position_weight(text: str) -> PositionWeight | None:
     if text == "uniform":
         return None
     if text in ("moderate", "decreasing"):
-        return PositionWeight(*MODERATE, text == "decreasing")
+        return PositionWeight(*MODERATE, mirrored=text == "decreasing")
     kind, _, numbers = text.partition(":")
     try:
         found = [float(number) for number in numbers.split(",")]
@@ -292,7 +338,8 @@ def parse_position_weight(text: str) -> PositionWeight | None:
         and 0 <= found[0] <= 1
         and found[2] > 0
     ):
-        return PositionWeight(*found)
+        least, turn, width = found
+        return PositionWeight(least, turn, width)
     raise UserError(
         f"position weight '{text}': --position-weight must be uniform, moderate, decreasing or "
         "sigmoid:w,τ,s with a least weight w from 0 to 1, a turning point τ and a width s above 0, "
@@ -301,7 +348,7 @@ def parse_position_weight(text: str) -> PositionWeight | None:
 
 
 def token_weights(
-    rollouts: list, reduction: str, position: PositionWeight | None = None
+    rollouts: Sequence[Taught], reduction: str, position: PositionWeight | None = None
 ) -> tuple[dict[tuple[int, int], list[float]], float]:
     """(prompt, sample) → undivided weight of each taught token, and this rank's share of the
     divisor.

@@ -210,7 +210,7 @@ class Run:
             micro if self.teacher.reads_once else 1,
             micro if self.student.reads_once else 1,
         )
-        return flops.update_cost(
+        ledger = flops.update_ledger(
             self.student_shape,
             self.teacher_shape,
             [(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
@@ -220,6 +220,7 @@ class Run:
             self.teacher_tokens,
             self._head_shares(),
         )
+        return ledger.total()
 
     def _head_shares(self) -> tuple[float, float]:
         """Return the shares of both heads' rows that the loss compares: all where the tokenizers

@@ -9,7 +9,7 @@ from prefix_distill.engine.models import Model, recompute, shape
 from prefix_distill.engine.rollout import Rollout
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.maths.divergence import Terms
-from prefix_distill.maths.flops import Ledger, Shape, update_cost
+from prefix_distill.maths.flops import Ledger, Shape, update_ledger
 from prefix_distill.maths.fused import weighted
 
 KINDS = ["llama", "qwen3", "gemma3", "neox", "gpt2"]
@@ -191,6 +191,5 @@ def test_update_cost_is_what_the_ledger_says_for_such_an_update():
     ledger.generation(student, [(4, [7] * 3), (6, [7] * 3)])
     ledger.forward("t", teacher, [(5, [7])] * 3 + [(7, [7])] * 3)
     ledger.forward("s", student, [(4, [7] * 2), (4, [7]), (6, [7] * 2), (6, [7])], passes=3)
-    assert update_cost(student, teacher, [(4, 5), (6, 7)], 3, 7.2, (9, 1, 2)) == pytest.approx(
-        ledger.total()
-    )
+    update = update_ledger(student, teacher, [(4, 5), (6, 7)], 3, 7.2, (9, 1, 2))
+    assert update.total() == pytest.approx(ledger.total())
