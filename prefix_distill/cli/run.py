@@ -150,7 +150,7 @@ def _plan(prepared: "Run") -> dict:
 
     config = prepared.config
     prompts = prepared.train_prompts[: config.train.batch_size]
-    lengths = {"prefix": prepared.prefix.length(0), "full": config.rollout.max_new_tokens}
+    lengths = {"prefix": prepared.prefix.length(0), "full": prepared.max_new_tokens}
     beside = [
         flag
         for flag, on in (

@@ -75,7 +75,7 @@ def _evaluate_teacher(run: Run) -> dict:
         run.eval_sampler,
         samples=1,
         place=run.place,
-        max_new_tokens=run.config.rollout.max_new_tokens,
+        max_new_tokens=run.max_new_tokens,
         answer_format=run.answer_format,
     ).summary()
 

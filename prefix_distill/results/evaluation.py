@@ -22,6 +22,7 @@ from ..prompts import templates
 from ..prompts.prompt import Prompt, PromptSet
 from ..training.pair import TASK
 from ..training.problems import load_eval_problems, settle_max_new_tokens
+from ..training.run import settled
 
 
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
@@ -55,7 +56,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
             problems,
             _sampler(config, model),
             samples=config.evaluate.rollouts,
-            max_new_tokens=config.rollout.max_new_tokens,
+            max_new_tokens=settled(config.rollout.max_new_tokens, "--max-new-tokens"),
             answer_format=answer_format,
             place=where,
         )
