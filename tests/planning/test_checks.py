@@ -308,7 +308,7 @@ def test_memory_against_what_is_free(  # noqa: PLR0913  fixtures and parameters 
     """A network of 100,000 numbers: 12 bytes of moments and gradients for each must fit, the
     activations of a batch may have to be halved."""
     student = save_tiny(tmp_path / "student", seed=1, width=64, layers=3)
-    monkeypatch.setattr(checks.runtime, "memory_free", lambda device: free)
+    monkeypatch.setattr(checks, "memory_free", lambda device: free)
     got, out, err = invoke(
         "check",
         "--student",
