@@ -56,7 +56,7 @@ PRINTS = {
     "prompts.answers": "the grading worker's answers go through its own stdout",
 }
 
-COMMANDS = sorted(typer.main.get_command(app).commands)
+COMMANDS = sorted(typer.main.get_group(app).commands)
 # the formatter, the linter and the type checker, as .ci/run calls them
 CHECKS = [
     line

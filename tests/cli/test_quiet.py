@@ -11,11 +11,11 @@ from helpers import command
 SMALL = ("--prefix", 4, "--batch-size", 2, "--eval-samples", 2, "--kl-prompts", 2)
 LIBRARY = """
 import sys, warnings
-from prefix_distill import cli
+from prefix_distill.cli.main import main
 
 sys.argv = ["prefix-distill", "help", "exit-codes"]
 try:
-    cli.main()
+    main()
 finally:
     warnings.warn_explicit("an old name", {category}, "library.py", 1)
 """

@@ -13,7 +13,7 @@ from transformers import Gemma3TextConfig
 
 from prefix_distill.config import Adapter, build
 from prefix_distill.engine import scoring
-from prefix_distill.engine.models import Model, recompute
+from prefix_distill.engine.models import Model, recompute, shape
 from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.fused import weighted
 from prefix_distill.planning import forecast, ghosts, measuring
@@ -216,7 +216,7 @@ def test_flops_are_what_a_dry_run_says(pair, questions):
     )
     (folders, configs) = zip(*(plan.read_config(path) for path in pair), strict=True)
     prompts, _, support = plan._prompts(config, folders, pair, 260)
-    shapes = [plan.shape(ghosts.sketch("m", c, torch.float32), support) for c in configs]
+    shapes = [shape(ghosts.sketch("m", c, torch.float32), support) for c in configs]
     for length, name in ((4, "prefix"), (8, "full")):
         ledger = plan._whole(config, shapes, prompts, plan.parse_prefix(str(length), 8))
         assert ledger.total() == pytest.approx(priced[name], rel=1e-6)

@@ -177,7 +177,7 @@ def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
 
 HOLDER = """
 import sys, time
-from prefix_distill.checkpoint import RunFolder
+from prefix_distill.training.folder import RunFolder
 with RunFolder(sys.argv[1]).alone():
     print("held", flush=True)
     time.sleep(600)
