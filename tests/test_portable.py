@@ -140,7 +140,7 @@ def test_no_float64_reaches_a_device(pair, questions, more):
             run, StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
         )
         norm = update.apply_update(run, None, optimizer, {}, Progress(taught_prefix=6), 1e-3)
-    assert norm > 0 and watch.seen == {"train._gather_gradients"}
+    assert norm > 0 and watch.seen == {"update._gather_gradients"}
 
 
 def test_the_clock_waits_for_apples_gpu():
@@ -181,6 +181,7 @@ def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
             lambda file: plots.draw_demo(
                 [{"name": n, "prefix": 24, "evaluations": rows} for n in ("prefix", "full")],
                 0.9,
+                "a title",
                 file,
             ),
         ),
