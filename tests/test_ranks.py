@@ -30,7 +30,6 @@ from prefix_distill.training import session
 from prefix_distill.training import session as train
 from prefix_distill.training import update as update_module
 from prefix_distill.training.folder import RunFolder
-from prefix_distill.training.update import apply_update
 
 BASE = {
     "train.steps": 3,
@@ -137,7 +136,7 @@ def no_room_for_two_on_rank_1():
 
 @contextlib.contextmanager
 def a_bit_flips_on_rank_1():
-    plain = apply_update
+    plain = train.apply_update
 
     def update(run, *rest):
         norm = plain(run, *rest)
@@ -154,7 +153,7 @@ def a_bit_flips_on_rank_1():
 
 @contextlib.contextmanager
 def first_gradient_in(file):
-    plain = apply_update
+    plain = train.apply_update
 
     def update(run, folder, optimizer, anchor, progress, *rest):
         if progress.step == 0 and run.place.first:
