@@ -1,6 +1,7 @@
 """What a run is: its options, the rules between them, and the files they come from."""
 
 from .files import LARGEST, build, flatten, read_assignments, read_tree, read_yaml
+from .options import choices, value_type
 from .rules import parse_divergence, parse_estimator, parse_trackers, selected
 from .sections import (
     SELF,
@@ -8,12 +9,10 @@ from .sections import (
     Config,
     Runtime,
     as_dict,
-    choices,
     flag,
     get,
     options,
     replace,
-    value_type,
 )
 
 __all__ = [

@@ -1,14 +1,20 @@
 """Settings from YAML files and ``--set``, with the nearest known key for an unknown one."""
 
-import dataclasses
+import contextlib
 import difflib
 import itertools
 import reprlib
 import typing
+from collections.abc import Iterable
+from typing import Any
 
 from ..errors import UserError
+from .options import NAMES, choices, value_type
 from .rules import check
-from .sections import NAMES, Config, choices, flag, options, value_type
+from .sections import SECTIONS, Config, flag, options
+
+if typing.TYPE_CHECKING:
+    import yaml
 
 LARGEST = 1 << 16  # characters of a settings file, and nodes that its YAML expands to
 MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
@@ -18,7 +24,7 @@ def build(values: dict[str, object]) -> Config:
     """``{"train.steps": 5, …}`` over the defaults → a checked Config. UserError names a bad key
     or value."""
     known = options()
-    sections: dict[str, dict] = {section.name: {} for section in dataclasses.fields(Config)}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for path, value in values.items():
         if path not in known:
             path = path[:80]
@@ -29,12 +35,12 @@ def build(values: dict[str, object]) -> Config:
             raise UserError(f"unknown setting '{path}'{hint}")
         section, key = path.split(".")
         sections[section][key] = _typed(path, value, known[path].type)
-    config = Config(**{s.name: s.type(**sections[s.name]) for s in dataclasses.fields(Config)})
+    config = Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
     check(config)
     return config
 
 
-def read_tree(path: str) -> dict:
+def read_tree(path: str) -> dict[Any, Any]:
     """Return the keys of a YAML file.
 
     UserError: the file is missing or damaged, gives a key twice, or has more than LARGEST
@@ -68,7 +74,7 @@ def read_tree(path: str) -> dict:
     return tree
 
 
-def _yaml(text: str):
+def _yaml(text: str) -> Any:
     """Return the plain values of a YAML text.
 
     ValueError: it is not YAML, names other types, gives a key twice, contains itself, or expands to
@@ -93,34 +99,39 @@ def _yaml(text: str):
         raise ValueError(str(error)) from None
 
 
-def _expand(node, sizes: dict) -> int:
+def _expand(node: "yaml.Node", sizes: dict["yaml.Node", int | None]) -> int:
     """Check the keys of a composed YAML node, resolve its merge keys, and return its expanded size.
 
     The size is a number of nodes. An alias or a merged mapping counts every time it is used: nine
     lines of aliases of aliases can expand to 10^9 nodes. ``sizes`` remembers finished nodes, so
     each is visited once. None in it marks a node whose children are being counted.
     """
+    import yaml
+
     if node in sizes:
-        if sizes[node] is None:
+        known = sizes[node]
+        if known is None:
             raise ValueError(f"the anchor in line {node.start_mark.line + 1} contains itself")
-        return sizes[node]
+        return known
     sizes[node] = None
-    children = [] if node.id == "scalar" else node.value
-    if node.id == "mapping":
+    children: Iterable[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    if isinstance(node, yaml.MappingNode):
         children = itertools.chain.from_iterable(node.value)
     size = 1
     for child in children:
         size += _expand(child, sizes)
         if size > LARGEST:
             raise ValueError(f"its aliases and merge keys expand to more than {LARGEST:,} nodes")
-    if node.id == "mapping":
+    if isinstance(node, yaml.MappingNode):
         _check_keys(node)
         _merge(node)
     sizes[node] = size
     return size
 
 
-def _check_keys(mapping) -> None:
+def _check_keys(mapping: "yaml.MappingNode") -> None:
     """Raise ValueError if a mapping node gives a key twice; several merge keys are allowed."""
     seen = set()
     for key, _ in mapping.value:
@@ -134,13 +145,14 @@ def _check_keys(mapping) -> None:
         seen.add(key.value)
 
 
-def _merge(mapping) -> None:
+def _merge(mapping: "yaml.MappingNode") -> None:
     """Replace the merge keys of a mapping node by the pairs of the mappings that they name.
 
     The merge keys of those mappings must be resolved already. PyYAML is not left to do this: in a
     list of mappings the first must win, but in PyYAML 6.0.4 the last one can.
     """
-    merged, own = [], []
+    merged: list[tuple[yaml.Node, yaml.Node]] = []
+    own: list[tuple[yaml.Node, yaml.Node]] = []
     for key, value in mapping.value:
         if key.tag != MERGE:
             own.append((key, value))
@@ -156,7 +168,7 @@ def _merge(mapping) -> None:
     mapping.value = merged + own
 
 
-def flatten(path: str, tree: dict) -> dict[str, object]:
+def flatten(path: str, tree: dict[Any, Any]) -> dict[str, object]:
     """Sections with keys → ``{"section.key": value}``. UserError on a wrong shape."""
     values = {}
     for section, keys in tree.items():
@@ -196,10 +208,8 @@ def _typed(path: str, value: object, kind: object) -> object:
         return None
     base = value_type(kind)
     if base is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise UserError(
             f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; give a "

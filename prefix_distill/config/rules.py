@@ -4,14 +4,16 @@ import dataclasses
 import math
 import re
 import sys
+from typing import Any
 
 from ..errors import UserError
-from ..maths.schedule import parse_off_policy, parse_prefix, warmup_steps
+from ..maths.schedule import OffPolicy, parse_off_policy, parse_prefix, warmup_steps
 from ..maths.weights import parse_position_weight, parse_selection, parse_window
-from .sections import SELF, TRACKERS, Config, choices, flag, get, options
+from .options import choices
+from .sections import SELF, TRACKERS, Config, flag, get, options
 
 
-def _check_value(path: str, value: object, declared: dataclasses.Field) -> None:
+def _check_value(path: str, value: object, declared: dataclasses.Field[Any]) -> None:
     """Raise UserError unless ``value`` is None, or what its option allows."""
     allowed = choices(declared.type)
     if allowed and value not in allowed:
@@ -36,36 +38,27 @@ def check(config: Config) -> None:
             f"--batch-size {config.train.batch_size}: {config.runtime.gpus} ranks need at least "
             "one prompt each; raise it"
         )
+    _check_loss(config)
+    _check_teacher(config)
+    _check_prompt_template(config)
+    _check_adapter(config)
+    _check_teacher_device(config)
+    _check_selection(config)
+    _check_extrapolation(config)
+    parse_window(config.weights.window)
+    parse_trackers(config.trackers.to)
+    check_repository(config.export.push, config.export.public)
+    parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens or sys.maxsize)
+    warmup_steps(config.schedule.warmup, config.train.steps)
+
+
+def _check_loss(config: Config) -> None:
+    """Raise UserError where divergence, estimator, clip and off-policy loss do not go together."""
     name, _ = parse_divergence(config.divergence.name)
     estimator, _ = parse_estimator(config.divergence.estimator)
     off_policy = parse_off_policy(config.rollout.off_policy)
     if estimator == "sampled":
-        for wrong, got, instead in (
-            (
-                name != "reverse-kl",
-                f"--divergence {config.divergence.name}",
-                "the student's own tokens estimate the reverse KL only: use reverse-kl, or "
-                "--estimator full",
-            ),
-            (
-                config.divergence.temperature != 1,
-                f"--kl-temperature {config.divergence.temperature:g}",
-                "it teaches the student's distribution as it is: use 1, or --estimator full",
-            ),
-            (
-                config.rollout.temperature == 0,
-                "--temperature 0",
-                "a greedy token is no sample of the student's distribution: use 1, or --estimator "
-                "full",
-            ),
-            (
-                off_policy is not None and off_policy.loss == "divergence",
-                f"--off-policy {config.rollout.off_policy}",
-                "the tokens must be the student's own: use --estimator full",
-            ),
-        ):
-            if wrong:
-                raise UserError(f"--estimator sampled with {got}: {instead}")
+        _check_sampled(config, name, off_policy)
     if off_policy is not None and off_policy == parse_off_policy("sft"):
         for path in (
             "divergence.name",
@@ -86,7 +79,38 @@ def check(config: Config) -> None:
             "over the whole vocabulary; use --divergence forward-kl --estimator full, or leave it "
             "out"
         )
-    _check_teacher(config)
+
+
+def _check_sampled(config: Config, name: str, off_policy: OffPolicy | None) -> None:
+    """Raise UserError where ``--estimator sampled`` estimates nothing."""
+    for wrong, got, instead in (
+        (
+            name != "reverse-kl",
+            f"--divergence {config.divergence.name}",
+            "the student's own tokens estimate the reverse KL only: use reverse-kl, or "
+            "--estimator full",
+        ),
+        (
+            config.divergence.temperature != 1,
+            f"--kl-temperature {config.divergence.temperature:g}",
+            "it teaches the student's distribution as it is: use 1, or --estimator full",
+        ),
+        (
+            config.rollout.temperature == 0,
+            "--temperature 0",
+            "a greedy token is no sample of the student's distribution: use 1, or --estimator full",
+        ),
+        (
+            off_policy is not None and off_policy.loss == "divergence",
+            f"--off-policy {config.rollout.off_policy}",
+            "the tokens must be the student's own: use --estimator full",
+        ),
+    ):
+        if wrong:
+            raise UserError(f"--estimator sampled with {got}: {instead}")
+
+
+def _check_prompt_template(config: Config) -> None:
     if (
         config.data.prompt_template is not None
         and config.data.prompt_template.count("{prompt}") != 1
@@ -95,6 +119,10 @@ def check(config: Config) -> None:
             f"--prompt-template {config.data.prompt_template[:60]!r}: expected {{prompt}} in it "
             "once; put it where the prompt belongs"
         )
+
+
+def _check_adapter(config: Config) -> None:
+    """Raise UserError where an option needs a LoRA adapter, or cannot go with its merge."""
     for path in (
         ("adapter.alpha", "adapter.targets", "adapter.merge") if config.adapter.rank is None else ()
     ):
@@ -112,6 +140,9 @@ def check(config: Config) -> None:
                 else "add --lora 16"
             )
         )
+
+
+def _check_teacher_device(config: Config) -> None:
     if config.runtime.teacher_memory is not None and config.runtime.teacher_device != "auto":
         raise UserError(
             f"--teacher-memory {config.runtime.teacher_memory:g}: it limits --teacher-device auto; "
@@ -127,6 +158,9 @@ def check(config: Config) -> None:
                 f"--teacher-device auto with {got}: it spreads one teacher with weights of its own "
                 "over all GPUs; leave one of them out"
             )
+
+
+def _check_selection(config: Config) -> None:
     if config.weights.keep is not None and config.weights.select == "all":
         raise UserError(
             f"--keep {config.weights.keep:g}: it is the share that --select keeps; add --select "
@@ -134,6 +168,9 @@ def check(config: Config) -> None:
         )
     parse_selection(config.weights.select, selected(config))
     parse_position_weight(config.weights.position)
+
+
+def _check_extrapolation(config: Config) -> None:
     if config.extrapolation.kind == "none":
         for path in ("extrapolation.score", "extrapolation.problems", "extrapolation.reset"):
             if get(config, path) != options()[path].default:
@@ -141,11 +178,6 @@ def check(config: Config) -> None:
                     f"{flag(path)} {get(config, path)}: nothing is extrapolated; add --extrapolate "
                     "effopd, or leave it out"
                 )
-    parse_window(config.weights.window)
-    parse_trackers(config.trackers.to)
-    check_repository(config.export.push, config.export.public)
-    parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens or sys.maxsize)
-    warmup_steps(config.schedule.warmup, config.train.steps)
 
 
 def _check_teacher(config: Config) -> None:

@@ -18,49 +18,27 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, LlamaForCausalLM
 
+from .nets import (
+    ASSISTANT,
+    END,
+    NETS,
+    PAD,
+    USER,
+    VOCABULARY,
+    Net,
+    Stage,
+    encode,
+    make_model,
+    make_tokenizer,
+)
 from .task import MAX_STEPS, MODELS, STEPS, TASKS, Problem, model_path, problems
 
-PAD, END, USER, ASSISTANT, UNKNOWN = SPECIALS = (
-    "<|pad|>",
-    "<|end|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|unknown|>",
-)
-VOCABULARY = {token: i for i, token in enumerate([*SPECIALS, "####", *"0123456789", " ", ":"])}
-MERGED = [
-    ":0",
-    ":1",
-    ":2",
-    ":3",
-    ":4",
-    "20",
-    "22",
-    "24",
-]  # what the second tokenizer merges, in this order
-VOCABULARY_MERGED = {token: i for i, token in enumerate([*VOCABULARY, *MERGED])}
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
-    "{% else %}{{ raise_exception('only user and assistant turns are known') }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 BANDS = {
     "teacher": (0.95, 1.0),
     "student": (0.15, 0.45),
@@ -74,194 +52,6 @@ MEASURED = 1000
 MAX_NEW_TOKENS = 200
 
 
-@dataclass(frozen=True)
-class Stage:
-    """`updates` AdamW steps on `batch` problems; lr falls linearly to `last` * lr; a share of them
-    are short-cuts.
-
-    The share `told` of the problems is given together with the worked solution, which is then the
-    answer as well: the share of short-cuts is one of the other problems.
-
-    With `few`, problems have any number of steps, and every other update takes three times as many
-    of at most five, which teaches the first and the last step sooner than long problems do. Without
-    it, they have as many steps as the task's test problems, so that the labels long problems begin
-    with are met more often. The stage ends early once `solved` reaches `until`.
-    """
-
-    updates: int
-    batch: int
-    lr: float
-    short_cuts: float = 0.0
-    few: bool = True
-    last: float = 0.05
-    until: float = 1.0
-    told: float = 0.0
-
-
-@dataclass(frozen=True)
-class Net:
-    """One net of the laboratory and how it is trained. `merged`: its tokens are those of the
-    second tokenizer."""
-
-    task: str
-    role: str
-    layers: int
-    width: int
-    seed: int
-    stages: tuple[Stage, ...]
-    merged: bool = False
-
-
-NETS = (
-    Net(
-        "choice",
-        "teacher",
-        3,
-        96,
-        0,
-        (Stage(600, 12, 3e-3, 0.25), Stage(450, 16, 1.8e-3, last=0.02)),
-    ),
-    Net(
-        "choice",
-        "student",
-        2,
-        64,
-        1,
-        (
-            Stage(800, 12, 6e-3, 0.25),
-            Stage(700, 12, 4e-3, 0.25),
-            Stage(200, 32, 1.5e-3, 0.72, last=0.02),
-        ),
-    ),
-    Net(
-        "choice",
-        "student-wide",
-        2,
-        80,
-        6,
-        (
-            Stage(800, 12, 6e-3, 0.25),
-            Stage(700, 12, 4e-3, 0.25),
-            Stage(200, 32, 1.5e-3, 0.72, last=0.02),
-        ),
-    ),
-    Net(
-        "choice",
-        "student-told",
-        2,
-        64,
-        1,
-        (
-            Stage(800, 12, 6e-3, 0.25),
-            Stage(700, 12, 4e-3, 0.25),
-            Stage(400, 24, 2e-3, 0.72, few=False, last=0.02, told=0.6),
-        ),
-    ),
-    Net(
-        "choice",
-        "teacher-half",
-        3,
-        96,
-        0,
-        (Stage(600, 12, 3e-3, 0.25), Stage(300, 16, 1.8e-3, 0.4, few=False, last=0.02, told=0.6)),
-    ),
-    Net(
-        "choice",
-        "student-merged",
-        2,
-        64,
-        7,
-        (
-            Stage(800, 12, 6e-3, 0.25),
-            Stage(700, 12, 4e-3, 0.25),
-            Stage(200, 32, 1.5e-3, 0.72, last=0.02),
-        ),
-        merged=True,
-    ),
-    Net(
-        "tied",
-        "teacher",
-        3,
-        96,
-        2,
-        (Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, few=False, last=0.02)),
-    ),
-    Net(
-        "tied",
-        "student",
-        2,
-        64,
-        3,
-        (Stage(400, 12, 5e-3, last=0.8), Stage(1600, 12, 2e-3, few=False, last=0.3, until=0.06)),
-    ),
-    Net("shared", "teacher", 3, 96, 4, (Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, last=0.02))),
-    Net("shared", "student", 2, 64, 5, (Stage(2000, 12, 2.5e-3, last=0.3, until=0.06),)),
-)
-
-
-def make_tokenizer(merged: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token per character, except "####" and the special tokens; `merged`: a BPE
-    that merges an operator with some digits, and some labels."""
-    if merged:
-        tokenizer = Tokenizer(
-            models.BPE(
-                VOCABULARY_MERGED,
-                [tuple(pair) for pair in MERGED],
-                unk_token=UNKNOWN,
-                ignore_merges=True,
-            )
-        )
-    else:
-        tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
-    words = r"####|[0-9:]+|[\s\S]" if merged else r"####|[\s\S]"
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def make_model(net: Net) -> LlamaForCausalLM:
-    """The untrained net."""
-    torch.manual_seed(net.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(VOCABULARY_MERGED if net.merged else VOCABULARY),
-            hidden_size=net.width,
-            intermediate_size=net.width * 8 // 3 // 8 * 8,
-            num_hidden_layers=net.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            initializer_range=0.06,
-            pad_token_id=VOCABULARY[PAD],
-            eos_token_id=VOCABULARY[END],
-            bos_token_id=None,
-        )
-    )
-
-
-def encode(text: str, merged: bool = False) -> list[int]:
-    """Token ids of plain task text."""
-    if merged:
-        return second_tokenizer().encode(text).ids
-    return [VOCABULARY[token] for token in re.findall("####|.", text)]
-
-
-@cache
-def second_tokenizer() -> Tokenizer:
-    """The second tokenizer's core."""
-    return make_tokenizer(merged=True).backend_tokenizer
-
-
 def make_batch(
     pairs: list[tuple[str, str]], merged: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,10 +61,12 @@ def make_batch(
         [VOCABULARY[USER], *encode(prompt, merged), VOCABULARY[ASSISTANT]] for prompt, _ in pairs
     ]
     answers = [[*encode(answer, merged), VOCABULARY[END]] for _, answer in pairs]
-    longest = max(len(p) + len(a) for p, a in zip(prompts, answers))
-    fill = [longest - len(p) - len(a) for p, a in zip(prompts, answers)]
-    ids = [p + a + [VOCABULARY[PAD]] * n for p, a, n in zip(prompts, answers, fill)]
-    labels = [[-100] * len(p) + a + [-100] * n for p, a, n in zip(prompts, answers, fill)]
+    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    fill = [longest - len(p) - len(a) for p, a in zip(prompts, answers, strict=True)]
+    ids = [p + a + [VOCABULARY[PAD]] * n for p, a, n in zip(prompts, answers, fill, strict=True)]
+    labels = [
+        [-100] * len(p) + a + [-100] * n for p, a, n in zip(prompts, answers, fill, strict=True)
+    ]
     return torch.tensor(ids), torch.tensor(labels)
 
 
@@ -361,12 +153,13 @@ def sample(folder: Path, prompts: list[str], seed: int) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    given = tokenizer.apply_chat_template(
+    given: BatchEncoding = tokenizer.apply_chat_template(  # type: ignore[assignment]  # return_dict decides
         chats, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
     )
     torch.manual_seed(seed)
     texts = []
-    for ids, mask in zip(given["input_ids"].split(250), given["attention_mask"].split(250)):
+    parts = given["input_ids"].split(250), given["attention_mask"].split(250)
+    for ids, mask in zip(*parts, strict=True):
         out = model.generate(
             ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS
         )
@@ -398,7 +191,7 @@ def measure(
     chosen = problems(task, split, n)
     answers = sample(folder, [problem.prompt for problem in chosen], 0)
     finals = [final(answer) for answer in answers]
-    right = sum(answer == problem.answer for answer, problem in zip(finals, chosen))
+    right = sum(answer == problem.answer for answer, problem in zip(finals, chosen, strict=True))
     figures = {
         "accuracy": round(right / n, 4),
         "interval": wilson(right, n),
@@ -408,7 +201,9 @@ def measure(
     }
     if told:
         answers = sample(folder, [problem.told for problem in chosen], 0)
-        right = sum(final(answer) == problem.answer for answer, problem in zip(answers, chosen))
+        right = sum(
+            final(answer) == problem.answer for answer, problem in zip(answers, chosen, strict=True)
+        )
         figures["told_accuracy"] = round(right / n, 4)
     return figures
 
@@ -451,7 +246,7 @@ def main() -> int:
         folders = [options.out / model_path(net.task, net.role).relative_to(MODELS) for net in nets]
         figures = list(workers.map(build, nets, folders))
     result: dict = {}
-    for net, figure in zip(nets, figures):
+    for net, figure in zip(nets, figures, strict=True):
         low, high = BANDS[net.role]
         figure["in_band"] = (
             low <= figure["accuracy"] <= high and figure.get("told_accuracy", 1) >= TOLD_ACCURACY
