@@ -10,8 +10,63 @@ from .. import config as configuration
 from ..display import tell
 from ..errors import Stopped, UserError
 from .app import app, note, start_ranks
-from .options import with_options
+from .options import Wording, with_options
 from .quiet import quiet_libraries
+
+EVAL_OPTIONS = (
+    "data.prompt_column",
+    "data.answer_column",
+    "data.system",
+    "data.instruction",
+    "data.prompt_template",
+    "data.template",
+    "rollout.top_p",
+    "rollout.top_k",
+    "rollout.max_new_tokens",
+    "rollout.rows",
+    "evaluate.answer_format",
+    "runtime.gpus",
+    "runtime.seed",
+)
+# what an option means or is called in eval, where run has it otherwise
+EVAL_WORDING: dict[str, Wording] = {
+    "models.student": {
+        "flag": "--model",
+        "help": "Hub id, folder, .gguf file or lab:TASK/ROLE.",
+    },
+    "models.trust_remote_code": {"flag": "--trust-remote-code/--no-trust-remote-code"},
+    "data.dataset": {"help": "As for run: file, hub id, lab:TASK, a preset (gsm8k, …), name#1000."},
+    "data.split": {"shown": "the preset's, else test"},
+    "data.streaming": {"help": "Read only the rows that are evaluated."},
+    "data.student_thinking": {
+        "flag": "--thinking",
+        "help": "Thinking switch of the chat template: auto, on or off.",
+    },
+    "data.few_shot": {
+        "help": "Rows that are not evaluated, shown with their solutions before every problem."
+    },
+    "rollout.begin": {"help": "Text forced at the start of every response."},
+    "evaluate.problems": {
+        "flag": "--limit",
+        "help": "Problems evaluated, from the first (0: all).",
+        "shown": "200; all of name#N",
+    },
+    "evaluate.rollouts": {
+        "flag": "--samples",
+        "help": "Answers sampled per problem (k of avg@k and pass@k).",
+    },
+    "evaluate.temperature": {
+        "flag": "--temperature",
+        "help": "Sampling temperature (0 is greedy).",
+    },
+    "runtime.dtype": {"help": "Compute: auto, float32 or bfloat16."},
+    "runtime.device": {"help": "auto, cpu, cuda, cuda:1, mps."},
+}
+EXPORT_WORDING: dict[str, Wording] = {
+    "export.push": {
+        "help": "Hub repository, USER/NAME, that gets the folder; private if it is made here."
+    },
+}
 
 
 def print_pushed(document: dict, folder: Path, repository: str | None, public: bool) -> None:
@@ -31,56 +86,7 @@ def print_pushed(document: dict, folder: Path, repository: str | None, public: b
 
 
 @app.command("eval")
-@with_options(
-    "data.prompt_column",
-    "data.answer_column",
-    "data.system",
-    "data.instruction",
-    "data.prompt_template",
-    "data.template",
-    "rollout.top_p",
-    "rollout.top_k",
-    "rollout.max_new_tokens",
-    "rollout.rows",
-    "evaluate.answer_format",
-    "runtime.gpus",
-    "runtime.seed",
-    reworded={
-        "models.student": {
-            "flag": "--model",
-            "help": "Hub id, folder, .gguf file or lab:TASK/ROLE.",
-        },
-        "models.trust_remote_code": {"flag": "--trust-remote-code/--no-trust-remote-code"},
-        "data.dataset": {
-            "help": "As for run: file, hub id, lab:TASK, a preset (gsm8k, …), name#1000."
-        },
-        "data.split": {"shown": "the preset's, else test"},
-        "data.streaming": {"help": "Read only the rows that are evaluated."},
-        "data.student_thinking": {
-            "flag": "--thinking",
-            "help": "Thinking switch of the chat template: auto, on or off.",
-        },
-        "data.few_shot": {
-            "help": "Rows that are not evaluated, shown with their solutions before every problem."
-        },
-        "rollout.begin": {"help": "Text forced at the start of every response."},
-        "evaluate.problems": {
-            "flag": "--limit",
-            "help": "Problems evaluated, from the first (0: all).",
-            "shown": "200; all of name#N",
-        },
-        "evaluate.rollouts": {
-            "flag": "--samples",
-            "help": "Answers sampled per problem (k of avg@k and pass@k).",
-        },
-        "evaluate.temperature": {
-            "flag": "--temperature",
-            "help": "Sampling temperature (0 is greedy).",
-        },
-        "runtime.dtype": {"help": "Compute: auto, float32 or bfloat16."},
-        "runtime.device": {"help": "auto, cpu, cuda, cuda:1, mps."},
-    },
-)
+@with_options(*EVAL_OPTIONS, reworded=EVAL_WORDING)
 def evaluate_command(
     out: Annotated[
         str | None,
@@ -109,15 +115,7 @@ def evaluate_command(
 
 
 @app.command("export")
-@with_options(
-    "models.trust_remote_code",
-    "export.public",
-    reworded={
-        "export.push": {
-            "help": "Hub repository, USER/NAME, that gets the folder; private if it is made here."
-        },
-    },
-)
+@with_options("models.trust_remote_code", "export.public", reworded=EXPORT_WORDING)
 def export_command(
     source: Annotated[
         str,
@@ -168,11 +166,10 @@ def export_command(
         document = {"out": str(folder)}
     else:
         folder = Path(out)
-        document = exporting.export(
-            source, which, folder, dtype, gguf, config.models.trust_remote_code
-        )
-        if gguf is not None:
-            note(f"smaller types are llama.cpp's to make: llama-quantize {document['gguf']} Q4_K_M")
+        trust_code = config.models.trust_remote_code
+        document = exporting.export(source, which, folder, dtype, gguf, trust_code)
+    if gguf is not None:
+        note(f"smaller types are llama.cpp's to make: llama-quantize {document['gguf']} Q4_K_M")
     print_pushed(document, folder, repository, config.export.public)
 
 
