@@ -35,6 +35,7 @@ from prefix_distill.engine.saving import save_model
 from prefix_distill.prompts import stream, templates
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.prompt import Prompt
+from prefix_distill.training.run import settled
 
 COLUMNS = (
     "--prompt-column",
@@ -79,7 +80,8 @@ def load(name) -> Model:
 def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Rollout]:
     """What the teacher writes to held-out questions, in its own tokens."""
     ids = [tuple(templates.render(teacher, p.messages, "plain")) for p in prompts]
-    sampler = Sampler(teacher.eos, min(teacher.eos), teacher.support, 7)
+    support = settled(teacher.support, "the teacher's support")
+    sampler = Sampler(teacher.eos, min(teacher.eos), support, 7)
     drawn = generate(teacher, [Request(i, ("text", n)) for n, i in enumerate(ids)], tokens, sampler)
     return [
         Rollout(n, 0, i, i, r.ids, r.ids, r.finished)
@@ -191,9 +193,12 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
         answer_column="doc.answer",
         instruction="Answer:",
     )
-    held = stream.hold_out(prompts, held_out, 0)[1].prompts  # those that the runs held out, too
+    _, apart = stream.hold_out(prompts, held_out, 0)  # those that the runs held out, too
+    held = list(apart.prompts)
     sides = load(student), load(teacher)
-    aligned, _ = match(*sides, "simct")
+    aligned, reason = match(*sides, "simct")
+    if aligned is None:
+        raise SystemExit(f"expected two tokenizers that differ; got: {reason}")
     texts = teacher_texts(sides[1], held, longest)
     ours = [aligned.to_student(r.ids, r.finished) for r in texts]
     size = sum(len(aligned.student.read(ids)[0]) for ids in ours)

@@ -106,12 +106,12 @@ def one(arm: str, name: str, rows: int, vocabulary: int, width: int) -> dict:
     loss = work(name, student, head, teacher, teacher_head, weight)
     loss.backward()
     seconds = time.perf_counter() - start
-    returned = 4 * (student.grad.numel() + head.grad.numel())
+    returned = 4 * (measure.gradient(student).numel() + measure.gradient(head).numel())
     return {
         "seconds": seconds,
         "extra_bytes": measure.memory("VmHWM") - before - returned,
         "loss": loss.item(),
-        "gradient_norm": head.grad.norm().item(),
+        "gradient_norm": measure.gradient(head).norm().item(),
     }
 
 

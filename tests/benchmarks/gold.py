@@ -50,9 +50,8 @@ def prepare(given, work: Path) -> dict:
             str(real_pair.teacher()), device=torch.device("cpu"), dtype=torch.float32
         )
         model.tokenizer.chat_template = PLAIN
-        model.net.get_input_embeddings().weight[model.tokenizer.all_special_ids] = (
-            0.0  # the head's rows, too
-        )
+        embeddings = model.net.get_input_embeddings().get_parameter("weight")
+        embeddings[model.tokenizer.all_special_ids] = 0.0  # the head's rows, too
         save_model(model, work / "smollm2")
     found = load_prompts(
         str(real_pair.questions()), split="train", prompt_column="doc.question"
@@ -133,9 +132,8 @@ def gold(given, work: Path) -> dict:
                 watch.start()
 
         def on_step_end(self, args, state, control, **_):
-            watch.end(
-                sum((inputs["labels"] != -100).sum().item() for inputs in trainer._buffered_inputs)
-            )
+            buffered: list[dict] = trainer._buffered_inputs  # type: ignore[assignment]  # TRL sets None at first, and fills it before the step
+            watch.end(sum((inputs["labels"] != -100).sum().item() for inputs in buffered))
 
     prompts = stream.shuffled(
         load_prompts(str(work / "questions.jsonl"), split="train").prompts, given.seed, "epoch", 0

@@ -8,7 +8,12 @@ import os
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a benchmark's parent process need not import torch
+    import torch
 
 HERE = Path(__file__).parent
 
@@ -27,14 +32,23 @@ class Silent:
     def tail(self, row: dict) -> None: ...
 
 
-def require(package: str, install: str) -> None:
-    """Exit with code 2 and one line where ``package`` cannot be imported.
+def require(package: str, install: str) -> ModuleSpec:
+    """Return where ``package`` is installed, or exit with code 2 and one line.
 
     The tests skip a benchmark that ends so.
     """
-    if importlib.util.find_spec(package) is None:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
         print(f"the package {package} is not installed: {install}", file=sys.stderr)
         sys.exit(2)
+    return spec
+
+
+def gradient(leaf: "torch.Tensor") -> "torch.Tensor":
+    """Return the gradient that a backward pass has left in ``leaf``; ValueError without one."""
+    if leaf.grad is None:
+        raise ValueError("the backward pass left no gradient in a tensor that was to get one")
+    return leaf.grad
 
 
 def memory(field: str) -> int:

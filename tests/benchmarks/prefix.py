@@ -39,9 +39,10 @@ from prefix_distill.results.runs import AGAINST, Finished, by_arm, collect, writ
 from prefix_distill.results.summary import Resampled
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training import session
+from prefix_distill.training.run import settled
 
 MARGIN = 0.03  # points by which an arm may be behind and still "match"
-PICTURED = {  # picture → (arms, x axis)
+PICTURED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {  # picture → (arms, x axis)
     "prefix": {"": (("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear"), AGAINST[0])},
     "plugins": {
         "-select": (
@@ -233,12 +234,12 @@ def speed_up(drawn: Resampled, arm: str, reference: str, what: str) -> dict:
         )  # a reference that gains nothing has no cost to beat
 
     steps = [[float(step) for step in side[0]] for side in sides]
+    accuracy_draws = [side[2].tolist() for side in sides]
+    cost_draws = [side[4].tolist() for side in sides]
     draws = numpy.array(
         [
             one((ref, own), steps if what == "updates" else (ref_cost, own_cost))
-            for ref, own, ref_cost, own_cost in zip(
-                *(sides[i][j].tolist() for j in (2, 4) for i in (0, 1)), strict=True
-            )
+            for ref, own, ref_cost, own_cost in zip(*accuracy_draws, *cost_draws, strict=True)
         ],
         dtype=numpy.float32,
     )
@@ -296,7 +297,7 @@ def claims(
     ]
     constant = [arm for arm in rows if arm.endswith("%") and arm[:-1].isdigit() and "5%" in rows]
     best = max(constant, key=lambda arm: rows[arm]["accuracy"], default=None)
-    if "full" in rows and constant:
+    if "full" in rows and best is not None:
         gap = difference(curves, best, "full")
         found.append(
             {
@@ -321,7 +322,7 @@ def claims(
                 "verdict": verdict(ratio["low"] - 2, ratio["high"] - 2),
             }
         )
-    if "auto" in rows and constant:
+    if "auto" in rows and best is not None:
         gap = difference(curves, "auto", best)
         found.append(
             {
@@ -455,8 +456,9 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
     """Arm → share of 100 sampled answers (first seed) that are in the very tokens the student's
     tokenizer writes them in; the untrained student's, too."""
     found, base = {}, configuration.build(arms.base)
-    problems = load_prompts(base.evaluate.dataset, split="test", limit=100).prompts
-    folders = {"untrained": base.models.student} | {
+    dataset = settled(base.evaluate.dataset, "--eval-dataset")
+    problems = load_prompts(dataset, split="test", limit=100).prompts
+    folders = {"untrained": settled(base.models.student, "--student")} | {
         arm: str(group[0].path / "model") for arm, group in by_arm(runs).items()
     }
     for arm, folder in folders.items():
@@ -471,10 +473,8 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
         answers = [
             r.ids[:-1] if r.finished else r.ids for r in generate(model, requests, 192, sampler)
         ]
-        own = [
-            tuple(model.tokenizer(model.tokenizer.decode(ids), add_special_tokens=False).input_ids)
-            for ids in answers
-        ]
+        texts = [model.tokenizer.decode(list(ids)) for ids in answers]
+        own = [tuple(model.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
         found[arm] = sum(map(tuple.__eq__, answers, own)) / len(answers)
     return found
 
@@ -585,4 +585,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -140,7 +140,7 @@ def main() -> None:
                     "data.dataset": str(scaling.real_pair.questions()),
                     "data.prompt_column": "doc.question",
                 }
-            found = {1: [], 2: []}
+            found: dict[int, list[dict]] = {1: [], 2: []}
             for _ in range(1 if given.quick else given.turns):
                 for ranks in found:
                     found[ranks].append(timed(ranks, values))

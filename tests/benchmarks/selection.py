@@ -113,7 +113,7 @@ def one(arm: str, rows: int, vocabulary: int, width: int) -> dict:
     loss = work(arm, student, head, teacher, teacher_head)
     loss.backward()
     seconds = time.perf_counter() - start
-    returned = 4 * (student.grad.numel() + head.grad.numel())
+    returned = 4 * (measure.gradient(student).numel() + measure.gradient(head).numel())
     return {
         "seconds": seconds,
         "extra_bytes": measure.memory("VmHWM") - before - returned,

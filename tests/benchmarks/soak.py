@@ -89,7 +89,8 @@ class Process:
     beside its folder."""
 
     def __init__(self, gpus: int, *flags):
-        self.gpus, self.ended = gpus, None
+        self.gpus = gpus
+        self.ended: int | None = None
         with open(Path(flags[-1]).with_suffix(".log"), "a") as log:
             if gpus > 1:
                 command = [
@@ -113,7 +114,11 @@ class Process:
                 cli.main()
             except SystemExit as end:
                 sys.stdout.flush()
-                os._exit(end.code or 0)
+                status = end.code or 0
+                if isinstance(status, str):  # Python writes a text to stderr and exits with 1
+                    print(status, file=sys.stderr, flush=True)
+                    status = 1
+                os._exit(status)
             finally:
                 os._exit(70)
 

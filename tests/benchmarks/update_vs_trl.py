@@ -76,7 +76,8 @@ class Watch:
 
     def start(self) -> None:
         self.resident, self.peak = measure.reset_peak(), 0
-        self.ends, self.tokens = [time.perf_counter()], []
+        self.ends = [time.perf_counter()]
+        self.tokens: list[int] = []
 
     def end(self, tokens: int) -> None:
         self.ends.append(time.perf_counter())
