@@ -132,7 +132,8 @@ def gold(given, work: Path) -> dict:
                 watch.start()
 
         def on_step_end(self, args, state, control, **_):
-            buffered: list[dict] = trainer._buffered_inputs  # type: ignore[assignment]  # TRL sets None at first, and fills it before the step
+            # TRL gives the attribute the type None, and fills it before the step
+            buffered: list[dict] = vars(trainer)["_buffered_inputs"]
             watch.end(sum((inputs["labels"] != -100).sum().item() for inputs in buffered))
 
     prompts = stream.shuffled(
