@@ -140,6 +140,7 @@ def test_long_experiments_start_and_benchmarks_offer_quick(line, monkeypatch, ca
     run = runpy.run_path
     if script == "-m":
         (script, *flags), run = flags, runpy.run_module
+        monkeypatch.delitem(sys.modules, script, raising=False)  # another test may have imported it
     monkeypatch.setattr(sys, "argv", [script, *flags, "--help"])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:

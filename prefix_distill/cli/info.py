@@ -14,9 +14,9 @@ from .app import app
 def environment() -> None:
     """Versions, devices, precisions and threads, for a bug report. No host name, no user, no
     path, no secret."""
-    from ..engine import device as runtime
+    from ..engine import device
 
-    document = runtime.environment()
+    document = device.environment()
     for name, value in document.items():
         for line in (
             value if isinstance(value, list) and value and isinstance(value[0], dict) else [value]

@@ -58,9 +58,9 @@ def run(
         folder.refuse_if_used()
     start_ranks(config)
     quiet_libraries()
-    from ..training import prepare as preflight
+    from ..training.prepare import prepare
 
-    prepared = preflight.prepare(config)
+    prepared = prepare(config)
     if not resume:
         _examine(prepared, config.evaluate.check_samples)
     # the default holds the time, which ranks may not share
@@ -92,10 +92,10 @@ def check(config_file: ConfigFile = None, assignments: Assignments = None, **fla
     config = configuration.build(values)
     start_ranks(config)
     quiet_libraries()
-    from ..training import prepare as preflight
+    from ..training.prepare import prepare
     from ..training.run import describe_checks
 
-    prepared = preflight.prepare(config)
+    prepared = prepare(config)
     failed = None
     try:
         _examine(prepared, config.evaluate.check_samples, math.inf)

@@ -87,9 +87,9 @@ def probe(
     from ..planning import probe as probing
     from ..planning.probe import corner_table
     from ..results import plots
-    from ..training import prepare as preflight
+    from ..training.prepare import prepare
 
-    prepared = preflight.prepare(config)
+    prepared = prepare(config)
     for text in prepared.notes + [f"warning: {text}" for text in prepared.warnings]:
         say(prepared, text)
     document = probing.probe(prepared, lambda text: say(prepared, text))

@@ -126,7 +126,7 @@ class Data:
         None,
         "--privileged-template",
         "Teacher's user turn with {problem} and {solution} in it; --instruction follows it.",
-        "the embedded task's, else as in data.py",
+        "the embedded task's, else a built-in one",
     )
     student_thinking: Literal["auto", "on", "off"] = option(
         "auto",

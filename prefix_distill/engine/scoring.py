@@ -254,7 +254,7 @@ def row_statistics(  # noqa: PLR0913  both models, each with what it read
     rollouts: list[Rollout],
     forward: bool,
 ) -> dict[str, torch.Tensor]:
-    """``divergence.statistics`` of hidden rows that were read; across tokenizers (``shared``)
+    """``fused.statistics`` of hidden rows that were read; across tokenizers (``shared``)
     ``simct.statistics``, per unit."""
     if shared is None:
         return statistics(

@@ -42,7 +42,7 @@ def weighted(  # noqa: PLR0913  the operands of one formula
 ) -> tuple[Tensor, Tensor, None]:
     """Σ_u weight_u · D(q_S, q_T) with its gradient, and the detached values D_u [U], nats.
 
-    As ``divergence.weighted``: closed forms in the forward pass, ``weight_U`` is divided already,
+    As ``fused.weighted``: closed forms in the forward pass, ``weight_U`` is divided already,
     no gradient reaches the teacher. No table of rows × vocabulary outlives its chunk. The tokens of
     spans are projected twice by the student, as a span's score needs all of them before its
     gradient is known.
@@ -317,7 +317,7 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     teacher_head: Head,
     forward: bool = False,
 ) -> dict[str, Tensor]:
-    """As ``divergence.statistics``, per unit, each [U] float32: ``divergence`` and ``entropy`` on
+    """As ``fused.statistics``, per unit, each [U] float32: ``divergence`` and ``entropy`` on
     the unit's support, the score of the text of the unit under each model (mean log-probability of
     its tokens: ``student_logp``, ``teacher_logp``), each model's mass on O where the unit begins
     (``student_mass``, ``teacher_mass``), and if asked for KL(q_T‖q_S), ``forward_kl``."""

@@ -72,7 +72,7 @@ class Window:
 
     @property
     def statistic(self) -> str | None:
-        """The token statistic that ranks (``divergence.statistics``), if any."""
+        """The token statistic that ranks (``fused.statistics``), if any."""
         return {"highest-kl": "divergence", "highest-entropy": "entropy"}.get(self.kind)
 
     def positions(

@@ -1,7 +1,7 @@
 """Before a GPU-hour is spent: do student, teacher, prompts, sampling and device go together? What
 only the models can answer.
 
-``preflight.prepare`` has refused what is impossible by then; here both models are asked, in some
+``training.prepare`` has refused what is impossible by then; here both models are asked, in some
 seconds.
 """
 

@@ -243,7 +243,7 @@ class _Jobs:
         return self.best[arm]
 
     def _one(self, path: Path, arm: str, seed: int, settings: dict) -> dict:
-        from ..training import prepare as preflight
+        from ..training.prepare import prepare
 
         folder = RunFolder(path)
         if (path / "run.json").is_file() and "result" in (done := folder.read_json("run.json")):
@@ -254,7 +254,7 @@ class _Jobs:
         settings = settings | {"checkpoint.out": str(path)}
         resume = (path / "config.yaml").is_file()
         self.say(f"{path}: {'goes on' if resume else 'starts'}")
-        run = preflight.prepare(configuration.build(settings))
+        run = prepare(configuration.build(settings))
         return self.train_in(run, folder, resume, f"{arm} seed {seed}:")
 
     def _also(self, path: Path, name: str, settings: dict, seed: int) -> None:

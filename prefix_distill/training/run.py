@@ -64,7 +64,7 @@ class Run:
     candidates are scored ([] where none is). ``alignment`` and ``shared``: where the tokenizers
     differ, how texts are aligned and which tokens both models share; ``teacher_tokens``: how many
     of the teacher's make one of the student's, in the prompts' text. ``tokenizers``: how the
-    vocabularies compare; ``checks``: what the models answered (``checks.Check``), if they were
+    vocabularies compare; ``checks``: what the models answered (``Check``), if they were
     asked."""
 
     config: Config

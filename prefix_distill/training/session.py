@@ -19,7 +19,7 @@ from ..maths.flops import Ledger
 from ..maths.schedule import learning_rate, warmup_steps
 from ..maths.weights import token_weights
 from ..prompts import stream
-from . import teacher_text as off_policy
+from . import teacher_text
 from .card import card
 from .folder import RunFolder
 from .metrics import full_cost, merge, metrics_row, result_document, update_facts
@@ -212,7 +212,7 @@ def _teacher_texts(
             rendered, sample = prompts[row // samples], row % samples
             wanted[rendered.prompt.index, sample] = (rendered, sample)
     with clock.phase("teacher_text"):
-        return off_policy.teacher_texts(
+        return teacher_text.teacher_texts(
             run,
             list(wanted.values()),
             run.prefix.longest(config.train.steps),

@@ -21,7 +21,7 @@ from ..maths.flops import Ledger
 from ..maths.fused import weighted
 from ..maths.weights import choose, keep, scale
 from ..prompts.prompt import Rendered
-from . import teacher_text as off_policy
+from . import teacher_text
 from .folder import RunFolder
 from .run import Run
 from .selection import choose_terms, measure_tokens, read_teacher, split_micro_batches
@@ -148,7 +148,7 @@ def sample(  # noqa: PLR0913  becomes a method of `Update`, which will own these
             if (slot, s) not in found:
                 prompt = prompts[slot]
                 text = texts[prompt.prompt.index, s]
-                found[slot, s] = off_policy.rollout(run, (slot, s), prompt, text, prefix)
+                found[slot, s] = teacher_text.rollout(run, (slot, s), prompt, text, prefix)
     rollouts = [found[place] for place in places]
     if run.alignment is not None and not run.place.total(sum(len(r.taught) for r in rollouts)):
         raise Stopped(
