@@ -63,25 +63,24 @@ def share_text(score: dict | None) -> str:
 
 
 class Reporter(Protocol):
-    """What training tells while it runs. Every rank has a reporter and calls it at the same points.
+    """Receives the progress of a training run; every rank calls its reporter at the same points.
 
-    The parameters are positional only, so that an implementation may name or merge them as it
-    likes.
+    The parameters are positional-only, so that an implementation may rename or combine them.
     """
 
     def note(self, text: str, /) -> None:
-        """Show progress in words."""
+        """Show a progress note."""
 
     def warn(self, text: str, /) -> None:
-        """Show a warning that every rank gives."""
+        """Show a warning that every rank reports."""
 
     def own(self, text: str, /) -> None:
-        """Show a warning that only this rank gives."""
+        """Show a warning that only this rank reports."""
 
     def row(self, row: dict, useful: float, full: float, /) -> None:
         """Show one update: its metrics row and the useful FLOPs so far.
 
-        ``full``: the useful FLOPs of as many updates with full rollouts.
+        ``full``: the useful FLOPs that as many updates with full rollouts would take.
         """
 
     def evaluation(self, row: dict, /) -> None:

@@ -1,8 +1,6 @@
-"""What several tests share: tiny real models, commands in this or another process, updates
-written out, run folders.
+"""Helpers of several tests: tiny random models, commands, single updates, run folders.
 
-Models are random networks made in seconds. No test module imports another one; what two of them
-need stands here.
+No test module imports another one; code that two of them need belongs here.
 """
 
 import contextlib
@@ -62,17 +60,17 @@ TEMPLATE = (
 
 # the exact divergences, each with its beta
 NAMES_AND_BETAS = [("reverse-kl", None), ("forward-kl", None), ("jsd", 0.5), ("jsd", 0.1)]
-# our name of a divergence: TRL's beta
+# our name of a divergence → TRL's beta
 DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd:0.5": 0.5, "jsd:0.3": 0.3}
 
-# a student that teaches itself, with the answer in the teacher's prompt
+# self-distillation: the teacher's prompt holds the answer
 SELF = {
     "models__teacher": "self",
     "data__privileged_column": "answer",
     "data__privileged_template": "{problem} Solution: {solution}",
 }
 
-# held-out problems of the run that `write_run` writes
+# number of held-out problems in the run of `write_run`
 PROBLEMS = 400
 
 
@@ -89,7 +87,7 @@ def byte_tokenizer(eos: str = "<e>") -> PreTrainedTokenizerFast:
 
 
 def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int = 2):
-    """Describe a network of a real architecture that is small enough for a test."""
+    """Return the config of a real architecture that is small enough for a test."""
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -138,7 +136,7 @@ def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int =
 
 
 def tiny_net(kind: str, seed: int = 0, scale: float = 1.0, **shape):
-    """Make a random network whose logits are spread: its distribution is far from uniform."""
+    """Make a random network with spread logits, so that its distribution is far from uniform."""
     torch.manual_seed(seed)
     net = AutoModelForCausalLM.from_config(tiny_config(kind, **shape))
     with torch.no_grad():
@@ -150,7 +148,7 @@ def tiny_net(kind: str, seed: int = 0, scale: float = 1.0, **shape):
 
 
 def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **shape) -> str:
-    """Write a loadable folder of a tiny model and return its path."""
+    """Save a tiny model in a folder that can be loaded, and return its path."""
     net = tiny_net(kind, seed, **shape)
     net.generation_config = GenerationConfig(
         eos_token_id=257, pad_token_id=256, temperature=0.3, top_k=7, do_sample=True
@@ -174,8 +172,8 @@ def command(*arguments, **options) -> subprocess.CompletedProcess[str]:
 def invoke(*arguments) -> tuple[int | str, str, str]:
     """Run `prefix-distill …` in this process → (exit code, stdout, stderr).
 
-    Quicker than another process. As under ``python -W``, the command leaves it to pytest which
-    warnings are errors.
+    This is faster than a new process. ``sys.warnoptions`` is set as by ``python -W``, so that
+    pytest decides which warnings are errors.
     """
     out, err = io.StringIO(), io.StringIO()
     code: int | str = 0
@@ -234,7 +232,7 @@ def prepared(pair, questions, **changes):
 
 
 def trained(run, folder) -> dict:
-    """Train a prepared run in a new folder and return its result."""
+    """Train a prepared run in a new folder and return its result document."""
     files = RunFolder(folder)
     files.create({})
     files.write_json("run.json", {})
@@ -242,7 +240,7 @@ def trained(run, folder) -> dict:
 
 
 def update_gradient(run, micro=None):
-    """Return the gradient of update 0, its rollouts and its per-token values."""
+    """Return update 0's gradient, rollouts and per-token values."""
     run.config = configuration.replace(run.config, train={"micro_batch_size": micro or 4})
     if run.student.adapter is None:
         run.student.net.requires_grad_(True)
@@ -267,16 +265,16 @@ def assert_same(left, right, tolerance=1e-5) -> None:
 
 
 def counted(work: Callable[[], object]) -> float:
-    """Do the work and return the FLOPs that torch counts."""
+    """Run ``work`` and return the FLOPs that torch counts."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
 
 def shortage(monkeypatch: pytest.MonkeyPatch, where: str, most: int) -> None:
-    """Run out of memory where more than ``most`` rollouts are computed at once.
+    """Simulate running out of memory for more than ``most`` rollouts at once.
 
-    ``where``: in a forward pass of "training", in one of "scoring", or in a "generation".
+    ``where``: "training" or "scoring" (a forward pass with or without gradients), or "generation".
     """
     if where == "generation":
         call_model = sampling._call
@@ -302,7 +300,7 @@ def shortage(monkeypatch: pytest.MonkeyPatch, where: str, most: int) -> None:
 
 
 def flags(pair, questions, out) -> list[str]:
-    """Return the command line of a run of six updates with evaluations and checkpoints."""
+    """Return the command line of a run: six updates, with evaluations and checkpoints."""
     return [
         "run",
         "--student",
@@ -346,11 +344,11 @@ def rows(out: Path) -> list[dict]:
     ]
 
 
-def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  # noqa: PLR0913  what tests of the report vary
+def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  # noqa: PLR0913  the tests of the report vary these
     """Write a run folder as the tool does.
 
-    Its accuracies follow ``curve`` (the first problems are the right ones); every evaluation adds
-    ``cost`` FLOPs and ``seconds``.
+    Its accuracies follow ``curve``, and the first problems are the correct ones. Every evaluation
+    adds ``cost`` FLOPs and ``seconds``.
     """
     folder.mkdir(parents=True)
     rights = [[1.0] * round(a * PROBLEMS) + [0.0] * (PROBLEMS - round(a * PROBLEMS)) for a in curve]
@@ -397,7 +395,7 @@ def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  #
 
 
 def head_logits(head, hidden):
-    """Return the head's logits, by the formula."""
+    """Return the head's logits, computed from the formula."""
     z = head.scale * (hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V))
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
@@ -405,7 +403,7 @@ def head_logits(head, hidden):
 def by_the_book(  # noqa: PLR0913  the operands of the formula
     terms, shared, rollouts, student_ND, student_head, teacher_ME, teacher_head, raw=False
 ):
-    """Return the values of all taught units [U], one unit at a time, differentiable."""
+    """Return the differentiable values [U] of all taught units, computed one unit at a time."""
     found, row, there = [], 0, 0
     for r in rollouts:
         for u in r.taught_units:

@@ -1,8 +1,8 @@
-"""The structure of the package and of its tests: which wing may import which, what stays light,
-and how large a file or a function may be.
+"""Test the architecture: which wing may import which, what stays light, and how large a file or a
+function may be. A wing is a subpackage, or one of the modules beside them.
 
-Every list of exceptions below may only become shorter: a test fails when an entry is missing, and
-also when an entry is no longer needed.
+Every list of exceptions below may only shrink: a test fails when an entry is missing, and also when
+an entry is no longer needed.
 """
 
 import ast
@@ -27,7 +27,7 @@ from prefix_distill.cli.main import app
 
 PACKAGE = ROOT / "prefix_distill"
 
-# from the top down; a wing imports from the lines below its own, never from above or beside it
+# from top to bottom; a wing may import only from wings on lower lines
 WINGS = (
     ("cli",),
     ("planning",),
@@ -40,7 +40,7 @@ WINGS = (
     ("errors", "display", "files"),
 )
 LEVEL = {wing: level for level, wings in enumerate(WINGS) for wing in wings}
-# the package itself and `python -m prefix_distill` stand above all wings
+# the package itself and `python -m prefix_distill` are above all wings
 ENTRANCES = ("", "__main__")
 
 MOST_LINES = 400
@@ -50,13 +50,13 @@ MOST_SUPPRESSIONS = {"noqa": 58, "type: ignore": 12}
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
     "training.prepare.prepare": "becomes Run's constructor from Pair, Problems and Method",
-    "training.session.train": "becomes Session.train, a page of named steps",
+    "training.session.train": "becomes Session.train, a short list of named steps",
 }
 
-# what may write to stdout or exit outside of cli/, and why
+# modules outside of cli/ that may write to stdout or exit, and why
 PRINTS = {
-    "lab.build": "a program of its own: python -m prefix_distill.lab.build",
-    "prompts.answers": "the grading worker's answers go through its own stdout",
+    "lab.build": "a separate program: python -m prefix_distill.lab.build",
+    "prompts.answers": "the grading worker sends its answers through stdout",
 }
 
 COMMANDS = sorted(typer.main.get_group(app).commands)
@@ -130,7 +130,7 @@ def wing_of(module: str) -> str:
 
 
 def outside_packages(tree: ast.Module) -> Iterator[str]:
-    """Yield the name of every package that a module imports absolutely."""
+    """Yield the top-level name of every absolute import of a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -140,7 +140,7 @@ def outside_packages(tree: ast.Module) -> Iterator[str]:
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Yield the name and the number of lines of every function, its decorators included."""
+    """Yield the name and the number of lines of every function, including its decorators."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
@@ -205,7 +205,7 @@ def test_the_mathematics_imports_torch_at_most():
 
 
 def test_no_test_imports_another_one():
-    """What two of them need stands in helpers.py."""
+    """Code that several tests share belongs in helpers.py."""
     for file in TESTS.rglob("*.py"):
         for package in outside_packages(parse(file)):
             assert not package.startswith("test_") and package != "conftest", (file.name, package)
@@ -215,10 +215,10 @@ def test_tests_lie_in_the_folder_of_their_wing():
     folders = {file.parent.name for file in TESTS.glob("*/test_*.py")}
     assert folders <= LEVEL.keys()
     names = [file.name for file in TESTS.rglob("test_*.py")]
-    assert len(set(names)) == len(names), "pytest needs names that differ"
+    assert len(set(names)) == len(names), "pytest needs unique file names"
 
 
-# What stays light
+# Output and light imports
 
 
 def speaks(node: ast.AST) -> bool:
@@ -297,7 +297,7 @@ def test_report_answers_without_torch(tmp_path):
 
 
 def test_help_takes_less_than_half_a_second():
-    """A slow or busy machine may take twice as long as it needs to import the libraries."""
+    """On a slow or busy machine the limit is twice the time of importing the libraries."""
 
     def seconds(*arguments: str) -> float:
         begun = time.perf_counter()
@@ -334,7 +334,7 @@ def test_functions_are_at_most_60_lines():
 
 @functools.cache
 def comments() -> list[tuple[str, str]]:
-    """Return every comment of the package and the tests, behind its file and line."""
+    """Return (file:line, text) of every comment of the package and the tests."""
     texts = []
     for file in [ROOT / "prefix_distill.py", *PACKAGE.rglob("*.py"), *TESTS.rglob("*.py")]:
         text = file.read_text(encoding="utf-8")
@@ -360,7 +360,7 @@ def test_suppressions_state_a_code_and_a_reason_and_their_number_only_falls(kind
         if re.search(rf"#\s*{kind}", text, re.IGNORECASE)
     ]
     assert [where for where, text in suppressions if not re.search(FORMS[kind], text)] == []
-    assert len(suppressions) == MOST_SUPPRESSIONS[kind], "lower the number here, never raise it"
+    assert len(suppressions) == MOST_SUPPRESSIONS[kind], "only lower this number"
 
 
 def test_no_comment_switches_a_tool_off_for_more_than_a_line():
@@ -381,7 +381,7 @@ def test_ci_checks_the_whole_repository():
     [pytest.param(line, marks=[pytest.mark.long] * line.startswith("mypy")) for line in CHECKS],
 )
 def test_formatter_linter_and_type_checker_are_green(line):
-    """Where they are installed, so that a run of the tests finds what .ci/run would refuse."""
+    """Run each installed tool, so that the tests find what .ci/run would reject."""
     tool, *arguments = shlex.split(line)
     if importlib.util.find_spec(tool) is None:
         pytest.skip(f"{tool} is not installed")

@@ -1,4 +1,4 @@
-"""The benchmarks: each answers with --quick, and leaves the recorded results alone."""
+"""Every benchmark runs with --quick and leaves the recorded results unchanged."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ GRIDS = {  # arms file → arms that --quick keeps
     "plugins": {"full", "full soft-or 0.5", "slow", "slow effopd", "student uniform token"},
     "cross": {"strict", "simct", "sft"},
 }
-TABLES = {  # program → the key of its document that its table in the README is made of
+TABLES = {  # program → key of its document that holds the README's table
     "cross_tokenizer": "modes",
     "divergence": "table",
     "gold": "arms",
@@ -31,12 +31,12 @@ TABLES = {  # program → the key of its document that its table in the README i
     "soak": "resumed_from",
     "update_vs_trl": "cases",
 }
-# Reading the GGUF file takes longest, so these share its folder.
+# Loading the GGUF file takes longest, so these share its folder.
 WORK = {"limit": "smollm2", "rollout": "smollm2", "scaling": "smollm2", "update_vs_trl": "."}
 
 
 def test_a_watched_run_reports_every_update(pair, questions, monkeypatch):
-    """`update_vs_trl.py` and `gold.py` time our updates with it."""
+    """`update_vs_trl.py` and `gold.py` time our updates with `watched`."""
     import update_vs_trl
 
     watch, phases = update_vs_trl.watched(
@@ -48,7 +48,7 @@ def test_a_watched_run_reports_every_update(pair, questions, monkeypatch):
 
 
 def test_a_missing_package_is_named_in_one_line():
-    """`test_quick_answers` skips a program that ends so."""
+    """`test_quick_answers` skips a program that exits this way."""
     code = "import measure; measure.require('no_such', 'pip install it')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True
@@ -60,7 +60,7 @@ def test_a_missing_package_is_named_in_one_line():
 @pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_quick_answers(command, tmp_path_factory):
-    """The last line is JSON and holds what the table is made of; no recorded result changes."""
+    """The last line is JSON with the table's data; no recorded result changes."""
     name, *flags = command
     if name in WORK:
         flags += ["--work", str(tmp_path_factory.getbasetemp() / "pair" / WORK[name])]
@@ -84,12 +84,12 @@ def test_quick_answers(command, tmp_path_factory):
 
 
 def recorded() -> dict[str, bytes]:
-    """The recorded results by file name."""
+    """Return file name → content of the recorded results."""
     return {file.name: file.read_bytes() for file in RESULTS.iterdir()}
 
 
 def assert_has_its_arms(document: dict) -> None:
-    """Every arm that --quick keeps has a row, and the claims about them were judged."""
+    """Check that every arm of --quick has a row and that its claims were evaluated."""
     grid = document["arms_file"]
     assert {row["arm"] for row in document["summary"]} == {"untrained", *GRIDS[grid]}
     assert len(document["claims"]) >= 2

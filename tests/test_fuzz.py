@@ -354,7 +354,7 @@ def test_a_comparer_that_was_killed_is_replaced():
 
 
 def test_a_comparer_ends_itself_when_its_command_cannot():
-    """The command may have been killed: the time limit is the worker's own."""
+    """The command may be killed, so the worker enforces its own time limit."""
     worker = subprocess.Popen(
         [sys.executable, "-P", answers.__file__],
         stdin=subprocess.PIPE,

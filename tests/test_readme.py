@@ -133,9 +133,9 @@ def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
 
 @pytest.mark.parametrize("line", LONG + UNLISTED)
 def test_long_experiments_start_and_benchmarks_offer_quick(line, monkeypatch, capsys):
-    """In full they take up to an hour; test_benchmarks.py runs each `--quick` under -m long,
-    test_laboratory.py the rebuild's steps. In this process, as importing torch again and again
-    takes longest."""
+    """Full runs take up to an hour. test_benchmarks.py runs each `--quick` under -m long, and
+    test_laboratory.py runs the steps of the rebuild. They start in this process, because importing
+    torch repeatedly takes longest."""
     script, *flags = shlex.split(line)[1:]
     run = runpy.run_path
     if script == "-m":

@@ -1,2 +1,4 @@
-"""Commands: parse, build, call one function, print, exit. Only this folder writes to stdout or
-exits."""
+"""The commands: each parses its flags, builds a config, calls one function and prints the result.
+
+Only this package writes to stdout or exits.
+"""

@@ -1,4 +1,4 @@
-"""The Typer app and what every command shares: notes, results, ranks, failures."""
+"""The Typer app, and what all commands share: notes, results, ranks and error messages."""
 
 import json
 import os
@@ -21,7 +21,7 @@ COMMANDS = (
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands in the order in which ``--help`` lists them."""
+    """The commands, listed by ``--help`` in the order of COMMANDS."""
 
     def list_commands(self, ctx: object) -> list[str]:
         return sorted(self.commands, key=COMMANDS.index)
@@ -74,8 +74,10 @@ def finish(prepared: "Run", document: dict) -> None:
 
 
 def start_ranks(config: Config) -> None:
-    """With --gpus, unless this process is a rank already: run the command as so many ranks, and
-    end it. UserError where a rank has no device, RanksFailed where one of them failed."""
+    """Run the command on --gpus ranks and exit; return if one rank is enough or this is a rank.
+
+    UserError: a rank has no device. RanksFailed: a rank failed.
+    """
     from . import launch
 
     runtime = config.runtime
@@ -87,9 +89,9 @@ def start_ranks(config: Config) -> None:
 
 
 def tell_failure(message: str, code: int, alone: bool) -> int:
-    """Print why the command ends, on one line, and return its exit code.
+    """Print why the command failed, on one line, and return its exit code.
 
-    Not ``alone``: the launcher prints the line for its ranks.
+    With ``alone`` false this process is a rank: its launcher prints the line.
     """
     message = " ".join(message.split())
     if len(message) > 1000:

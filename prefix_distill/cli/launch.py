@@ -60,11 +60,10 @@ class RanksFailed(Stopped):
 
 
 def launch(count: int, arguments: list[str]) -> None:
-    """Run ``prefix-distill ARGUMENTS`` on ``count`` ranks; RanksFailed where one of them fails.
+    """Run ``prefix-distill ARGUMENTS`` on ``count`` ranks; raise RanksFailed if one of them fails.
 
-    Ctrl-C and SIGTERM are passed on once, as a wish to save and stop; a second one ends all ranks
-    at once. A rank never outlives this process. When a rank fails, torch's launcher stops the
-    others.
+    The first Ctrl-C or SIGTERM asks the ranks to save and stop; a second one kills them. No rank
+    outlives this process. When a rank fails, torch's launcher stops the others.
     """
     # the ranks' own words are enough
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
@@ -83,7 +82,7 @@ def launch(count: int, arguments: list[str]) -> None:
 
 
 def _run_ranks(count: int, wish: Path, arguments: list[str]) -> BaseException | None:
-    """Run the ranks by torch's launcher and return what it raised."""
+    """Run the ranks with torch's launcher; return the exception it raised, or None."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -116,7 +115,7 @@ def _run_ranks(count: int, wish: Path, arguments: list[str]) -> BaseException | 
 
 @contextlib.contextmanager
 def _signals_passed_on(wish: Path) -> Iterator[None]:
-    """Write the first signal to ``wish``, where the ranks look for it; a second one ends all."""
+    """Write the first signal to the file ``wish`` for the ranks; kill the ranks at the second."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         if not wish.exists():

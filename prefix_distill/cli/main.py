@@ -15,7 +15,8 @@ from .quiet import calm_threads, hide_deprecations
 def main(alone: bool = True) -> None:
     """Run the command and exit; bad input ends with one line on stderr and exit code 2.
 
-    Not ``alone``: the launcher prints that line for its ranks. Nothing else exits.
+    With ``alone`` false this process is a rank: its launcher prints that line. No other function
+    ends the process.
     """
     calm_threads(os.environ)
     hide_deprecations()
@@ -27,7 +28,7 @@ def main(alone: bool = True) -> None:
 
 
 def run_command(arguments: list[str], alone: bool) -> int | None:
-    """Run a command and return its exit code (None: 0)."""
+    """Run a command and return its exit code; None means 0."""
     try:
         group = typer.main.get_group(app)
         words, translated = translate_arguments(group, arguments)
@@ -57,7 +58,7 @@ def run_command(arguments: list[str], alone: bool) -> int | None:
 def translate_arguments(
     group: typer.core.TyperGroup, arguments: list[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the arguments in our own flags, --plain first; and what was in another tool's."""
+    """Return the arguments in our own flags, --plain first, and a note on each translated one."""
     name = next((word for word in arguments if not word.startswith("-")), "")
     if name not in group.commands:
         return arguments, []

@@ -28,7 +28,7 @@ EVAL_OPTIONS = (
     "runtime.gpus",
     "runtime.seed",
 )
-# what an option means or is called in eval, where run has it otherwise
+# flags, help and defaults of eval that differ from those of run
 EVAL_WORDING: dict[str, Wording] = {
     "models.student": {
         "flag": "--model",
@@ -99,8 +99,8 @@ def evaluate_command(
 
     values = flags["flags"]
     if "#" in values.get("data.dataset", ""):
-        values.setdefault("evaluate.problems", 0)  # name#N says how many
-    values["train.batch_size"] = max(1, values.get("runtime.gpus", 1))  # a prompt for every rank
+        values.setdefault("evaluate.problems", 0)  # N in name#N is the number of problems
+    values["train.batch_size"] = max(1, values.get("runtime.gpus", 1))  # one prompt per rank
     values["checkpoint.out"] = out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
     config = configuration.build(values)
     start_ranks(config)
@@ -174,7 +174,7 @@ def export_command(
 
 
 def _existing_folder(source: str, which: str) -> Path:
-    """Return the model folder that ``source`` is or holds. UserError where there is none."""
+    """Return the model folder at or inside ``source``; raise UserError if there is none."""
     from ..results.export import folder_of
 
     folder = folder_of(source, which)

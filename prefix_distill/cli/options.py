@@ -17,7 +17,7 @@ Assignments = Annotated[
 
 
 class Wording(TypedDict, total=False):
-    """What a command says of a config option in words of its own."""
+    """A command's own flag, help text or shown default for a config option."""
 
     flag: str
     help: str
@@ -27,9 +27,10 @@ class Wording(TypedDict, total=False):
 def with_options(
     *sections: str, reworded: dict[str, Wording] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag per config option: of sections, of single keys, of all by default.
+    """Add one flag per config option to a command.
 
-    ``reworded`` adds single keys, each with its own flag, help or default in words.
+    ``sections``: sections or single options; default: all options. ``reworded`` adds single options
+    with their own flag, help or shown default.
     """
     reworded = reworded or {}
 
@@ -66,7 +67,7 @@ def with_options(
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         signature = inspect.Signature([*own, *made])
-        command.__signature__ = signature  # type: ignore[attr-defined]  # what inspect looks for
+        command.__signature__ = signature  # type: ignore[attr-defined]  # inspect.signature reads it
         command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
         return command
 
@@ -74,7 +75,7 @@ def with_options(
 
 
 def _completion(values: tuple[str, ...]) -> Callable[[str], list[str]] | None:
-    """Return the shell completion of an option that has only ``values``; None without them."""
+    """Return the shell completion of an option limited to ``values``; None if there are none."""
 
     def complete(incomplete: str) -> list[str]:
         return [value for value in values if value.startswith(incomplete)]

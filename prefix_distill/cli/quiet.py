@@ -1,4 +1,4 @@
-"""Keep libraries quiet: waiting threads, deprecation warnings, progress bars."""
+"""Quiet the libraries: spinning threads, deprecation warnings, progress bars."""
 
 import sys
 import warnings
@@ -11,17 +11,17 @@ def quiet_libraries() -> None:
 
     import transformers
 
-    hide_deprecations()  # once more: the import may have put filters before ours
+    hide_deprecations()  # again: the import may add filters before ours
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def hide_deprecations() -> None:
-    """Hide FutureWarning and DeprecationWarning, about which a user can do nothing.
+    """Hide FutureWarning and DeprecationWarning, which a user cannot act on.
 
-    They name a library's old names, which another library or this package uses. Python's own
-    ``-W``, ``-X dev`` and ``PYTHONWARNINGS`` still show them or make them errors.
+    They report uses of old names by this package or by a library. Python's own ``-W``, ``-X dev``
+    and ``PYTHONWARNINGS`` still show them or turn them into errors.
     """
     if sys.warnoptions:
         return

@@ -1,4 +1,4 @@
-"""What each rank of ``--gpus N`` runs."""
+"""The program that each rank of ``--gpus N`` runs."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The tables of spellings: transformers' and TRL's names, and what they are here."""
+"""Tables that map option names of transformers and TRL to ours."""
 
 import math
 from collections.abc import Callable
@@ -38,7 +38,7 @@ LISTS = ("lora_target_modules", "report_to")  # several words there, one with co
 
 
 def read_switch(name: str, text: str) -> bool:
-    """Return the truth value of a switch. UserError on any other text."""
+    """Return the value of a switch; raise UserError if it is neither true nor false."""
     if text.lower() not in (*TRUE, *FALSE):
         raise UserError(f"--{name} {text[:40]}: expected True or False")
     return text.lower() in TRUE

@@ -90,11 +90,11 @@ def translate(
 
 @dataclass(kw_only=True)
 class _Line:
-    """A command line while it is translated.
+    """A command line during its translation.
 
-    ``rest``: the words to come; ``made``: the words in our flags; ``said``: what was another
-    tool's; ``wrong``: what is refused; ``given``: flag → the spelling that set it; ``apart``: what
-    only the whole line settles, name → (spelling, value).
+    ``rest``: words not read yet; ``made``: words in our flags; ``said``: what was translated;
+    ``wrong``: what was rejected; ``given``: flag → the spelling that set it; ``apart``: options
+    that depend on the whole line, name → (spelling, value).
     """
 
     valued: set[str]
@@ -107,7 +107,7 @@ class _Line:
     apart: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def translate_word(self) -> None:
-        """Translate the next word, with the values that belong to it."""
+        """Translate the next word together with its values."""
         word = self.rest.pop(0)
         flag = word.partition("=")[0]
         name, own = flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")
@@ -132,7 +132,7 @@ class _Line:
         self.made.extend(words)
 
     def put_valued(self, own: str, name: str, word: str) -> None:
-        """Put one of our flags that takes a value."""
+        """Append one of our flags that takes a value."""
         _, equals, value = word.partition("=")
         words = [f"{own}={value}"] if equals else [own, *self.rest[:1]]
         del self.rest[: 0 if equals else 1]
@@ -140,7 +140,7 @@ class _Line:
         self.put(words, own)
 
     def put_switch(self, own: str, name: str, word: str) -> None:
-        """Put one of our switches, which may have True or False behind it."""
+        """Append one of our switches; True or False may follow it."""
         _, equals, value = word.partition("=")
         if not equals and self.rest and self.rest[0] in ("True", "False", "true", "false"):
             equals, value = "=", self.rest.pop(0)
@@ -152,14 +152,14 @@ class _Line:
             self.made += ["--set", f"{self.switches[own]}=false"]
 
     def take_list(self, name: str) -> str:
-        """Take the further words of a list, with commas."""
+        """Return the remaining words of a list, each after a comma."""
         words = ""
         while name in LISTS and self.rest and not self.rest[0].startswith("-"):
             words += f",{self.rest.pop(0)}"
         return words
 
     def translate_other(self, flag: str, name: str, word: str) -> None:
-        """Translate another tool's name and its value."""
+        """Translate another tool's option and its value."""
         _, equals, value = word.partition("=")
         verbatim = [word]
         if not equals and self.rest and not self.rest[0].startswith("--"):
@@ -192,7 +192,7 @@ class _Line:
         self.said.append(f"{spelled} as {' '.join(words) or 'what is so anyway'}")
 
     def convert(self, name: str, value: str, spelled: str) -> list[str]:
-        """Return another tool's setting in our words; none where it is so anyway."""
+        """Return another tool's option in our flags; an empty list if it is already the default."""
         if name in CONVERTED:
             return CONVERTED[name][0](value)
         target = RENAMED.get(name)
@@ -254,7 +254,7 @@ class _Line:
         self.said.append(f"{spelled} as {' '.join(words)}")
 
     def settle_lora(self) -> None:
-        """True: an adapter, of rank 16 where no rank is given."""
+        """Translate the LoRA switch: True adds an adapter, of rank 16 unless --lora is given."""
         if LORA not in self.apart:
             return
         spelled, value = self.apart[LORA]

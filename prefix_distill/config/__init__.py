@@ -1,4 +1,4 @@
-"""What a run is: its options, the rules between them, and the files they come from."""
+"""The configuration of a run: its options, the rules between them, and YAML files."""
 
 from .files import LARGEST, build, flatten, read_assignments, read_tree, read_yaml
 from .options import choices, value_type

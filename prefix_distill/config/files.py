@@ -1,4 +1,4 @@
-"""Settings from YAML files and ``--set``, with the nearest known key for an unknown one."""
+"""Read settings from YAML files and ``--set``; suggest the nearest known key for an unknown one."""
 
 import contextlib
 import difflib
@@ -16,7 +16,7 @@ from .sections import SECTIONS, Config, flag, options
 if typing.TYPE_CHECKING:
     import yaml
 
-LARGEST = 1 << 16  # characters of a settings file, and nodes that its YAML expands to
+LARGEST = 1 << 16  # limit on the characters of a YAML file and on its expanded nodes
 MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
 
 
@@ -41,10 +41,10 @@ def build(values: dict[str, object]) -> Config:
 
 
 def read_tree(path: str) -> dict[Any, Any]:
-    """Return the keys of a YAML file.
+    """Read a YAML file and return its keys.
 
-    UserError: the file is missing or damaged, gives a key twice, or has more than LARGEST
-    characters or expanded nodes.
+    UserError: the file is missing or damaged, repeats a key, or has more than LARGEST characters or
+    expanded nodes.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -77,8 +77,8 @@ def read_tree(path: str) -> dict[Any, Any]:
 def _yaml(text: str) -> Any:
     """Return the plain values of a YAML text.
 
-    ValueError: it is not YAML, names other types, gives a key twice, contains itself, or expands to
-    more than LARGEST nodes.
+    ValueError: the text is not YAML, uses other types, repeats a key, contains itself, or expands
+    to more than LARGEST nodes.
     """
     import yaml
 
@@ -146,10 +146,10 @@ def _check_keys(mapping: "yaml.MappingNode") -> None:
 
 
 def _merge(mapping: "yaml.MappingNode") -> None:
-    """Replace the merge keys of a mapping node by the pairs of the mappings that they name.
+    """Replace a mapping node's merge keys by the pairs of the mappings they name.
 
-    The merge keys of those mappings must be resolved already. PyYAML is not left to do this: in a
-    list of mappings the first must win, but in PyYAML 6.0.4 the last one can.
+    The merge keys of those mappings must already be resolved. In a list of mappings the first must
+    win. PyYAML 6.0.4 can let the last one win, so this function merges instead.
     """
     merged: list[tuple[yaml.Node, yaml.Node]] = []
     own: list[tuple[yaml.Node, yaml.Node]] = []
@@ -158,7 +158,7 @@ def _merge(mapping: "yaml.MappingNode") -> None:
             own.append((key, value))
             continue
         sources = value.value if value.id == "sequence" else [value]
-        for source in reversed(sources):  # of equal keys the last pair counts
+        for source in reversed(sources):  # the last of equal keys wins
             if source.id != "mapping":
                 line = key.start_mark.line + 1
                 raise ValueError(

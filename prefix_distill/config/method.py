@@ -1,4 +1,4 @@
-"""The options of the method: rollouts, loss, weights of tokens, updates, extrapolation."""
+"""The options of the method: rollouts, loss, token weights, updates, extrapolation."""
 
 from dataclasses import dataclass
 from typing import Literal

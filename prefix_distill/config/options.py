@@ -1,4 +1,4 @@
-"""How an option is declared: its default, flag, help and limits, and what its type allows."""
+"""Declare options: default, flag, help, limits and allowed values."""
 
 import typing
 from dataclasses import field
@@ -9,21 +9,21 @@ T = TypeVar("T")
 
 
 def option(default: T, flag: str, help: str, shown: str | None = None, **limits: float) -> T:
-    """Declare a config field: its flag, its help (with the unit), its default in words, its limits.
+    """Declare a config field: its flag, help text (with the unit), shown default and limits.
 
-    ``low`` and ``high`` are the smallest and the largest number; every number exceeds ``above``.
-    A ``Literal`` type lists the only values of an option.
+    ``low`` and ``high`` are inclusive limits; ``above`` is an exclusive lower limit. A ``Literal``
+    type lists the allowed values of an option.
     """
     return field(default=default, metadata={"flag": flag, "help": help, "shown": shown, **limits})
 
 
 def choices(kind: object) -> tuple[str, ...]:
-    """Return the values that the type of an option lists; empty when it is no ``Literal``."""
+    """Return the values of a ``Literal`` type; an empty tuple for any other type."""
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
 def value_type(kind: object) -> type:
-    """Return int, float, str or bool: the type of an option, without None."""
+    """Return the type of an option's values, without None: int, float, str or bool."""
     if choices(kind):
         return str
     if isinstance(kind, type):

@@ -1,4 +1,4 @@
-"""What two options may not be together, and options whose text has a grammar."""
+"""Check options and their combinations; parse options whose text has a grammar."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from .sections import SELF, TRACKERS, Config, flag, get, options
 
 
 def _check_value(path: str, value: object, declared: dataclasses.Field[Any]) -> None:
-    """Raise UserError unless ``value`` is None, or what its option allows."""
+    """Raise UserError unless ``value`` is None or allowed by its option."""
     allowed = choices(declared.type)
     if allowed and value not in allowed:
         raise UserError(f"{path} '{value}': {flag(path)} must be one of {', '.join(allowed)}")
@@ -30,7 +30,7 @@ def _check_value(path: str, value: object, declared: dataclasses.Field[Any]) -> 
 
 
 def check(config: Config) -> None:
-    """Raise UserError where a value, or several together, break a rule."""
+    """Raise UserError if an option or a combination of options breaks a rule."""
     for path, declared in options().items():
         _check_value(path, get(config, path), declared)
     if (config.runtime.gpus or 1) > config.train.batch_size:
@@ -53,7 +53,7 @@ def check(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    """Raise UserError where divergence, estimator, clip and off-policy loss do not go together."""
+    """Raise UserError if divergence, estimator, clip and off-policy loss are incompatible."""
     name, _ = parse_divergence(config.divergence.name)
     estimator, _ = parse_estimator(config.divergence.estimator)
     off_policy = parse_off_policy(config.rollout.off_policy)
@@ -82,7 +82,7 @@ def _check_loss(config: Config) -> None:
 
 
 def _check_sampled(config: Config, name: str, off_policy: OffPolicy | None) -> None:
-    """Raise UserError where ``--estimator sampled`` estimates nothing."""
+    """Raise UserError if ``--estimator sampled`` is incompatible with another option."""
     for wrong, got, instead in (
         (
             name != "reverse-kl",
@@ -122,7 +122,7 @@ def _check_prompt_template(config: Config) -> None:
 
 
 def _check_adapter(config: Config) -> None:
-    """Raise UserError where an option needs a LoRA adapter, or cannot go with its merge."""
+    """Raise UserError if an option needs a LoRA adapter, or conflicts with merging it."""
     for path in (
         ("adapter.alpha", "adapter.targets", "adapter.merge") if config.adapter.rank is None else ()
     ):

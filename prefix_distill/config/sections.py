@@ -1,4 +1,4 @@
-"""Every option once, one frozen section per part of the program: default, help and limits.
+"""All options: one frozen section per part of the program, with default, help and limits.
 
 The sections of the method are in ``method``.
 """

@@ -1,1 +1,1 @@
-"""Models at work on this machine: loading, sampling, alignment, scoring, evaluation."""
+"""Run models on this machine: load, sample, align, score, evaluate."""

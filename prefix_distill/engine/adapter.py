@@ -50,7 +50,7 @@ def attach(
     layer.
     """
     if settings.rank is None:
-        raise ValueError("the adapter section has no rank: there is no adapter to attach")
+        raise ValueError("adapter.rank is None: set a rank to attach an adapter")
     peft = _peft()
     targets = (
         settings.targets
@@ -103,7 +103,7 @@ def merged(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     + (α/r)·B A, in W's dtype. ``net`` itself is not touched."""
     deltas = {}
     for layer in _layers(net):
-        delta = layer.get_delta_weight(NAME)  # type: ignore[attr-defined]  # every LoRA layer has it
+        delta = layer.get_delta_weight(NAME)  # type: ignore[attr-defined]  # every LoRA layer has this method
         deltas[id(layer.get_base_layer().weight)] = delta
     state = {}
     for name, tensor in net.state_dict(keep_vars=True).items():

@@ -1,9 +1,8 @@
-"""Two tokenizations of one text → units of text that both models have an opinion on, and the tokens
-they share. In bytes.
+"""Align two tokenizations of one text by bytes: units of text, and the shared vocabulary.
 
     common boundaries = byte ends shared by both tokenizations
     a unit = the text between two consecutive common boundaries
-    shared vocabulary O = pairs of ids with the same bytes, and end-of-sequence with end-of-sequence
+    shared vocabulary O = pairs of ids with the same bytes, and EOS with EOS
 
 Source: SimCT, arXiv 2605.07711. Bytes make the alignment exact where a character is split between
 tokens.
@@ -194,8 +193,7 @@ def match(student: Model, teacher: Model, mode: str) -> tuple[Alignment | None, 
 
 
 def _list_differing_ids(ours: dict[str, int], theirs: dict[str, int]) -> tuple[int, str]:
-    """How many ids have another token on the other side or none there, and the first three in
-    words."""
+    """Return how many ids differ between two vocabularies, and describe the first three."""
     names = [{i: token for token, i in vocabulary.items()} for vocabulary in (ours, theirs)]
     differ = [
         i for i in sorted(names[0].keys() | names[1].keys()) if names[0].get(i) != names[1].get(i)
@@ -208,7 +206,7 @@ def _list_differing_ids(ours: dict[str, int], theirs: dict[str, int]) -> tuple[i
 
 
 def _check_plain_text(side: Bytes) -> None:
-    """Refuses a tokenizer that changes plain text."""
+    """Raise UserError if a tokenizer changes plain text."""
     if (text := side.changes()) is not None:
         raise UserError(
             f"model {side.name}: its tokenizer makes another text of {text!r} "
@@ -218,7 +216,7 @@ def _check_plain_text(side: Bytes) -> None:
 
 
 def _order_eos(model: Model) -> tuple[int, ...]:
-    """The ids that end a turn: the tokenizer's own first, then ascending."""
+    """Return the EOS ids: the tokenizer's own first, the others ascending."""
     return tuple(sorted(model.eos, key=lambda i: (i != model.tokenizer.eos_token_id, i)))
 
 
@@ -236,7 +234,7 @@ def _common(a: bytes, b: bytes) -> int:
     """Length of the common start of two byte strings."""
     if a == b:
         return len(a)
-    pairs = zip(a, b, strict=False)  # one may be longer: what they share ends with the shorter one
+    pairs = zip(a, b, strict=False)  # one may be longer
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 

@@ -18,7 +18,7 @@ from .ranks import Place
 from .rollout import Rollout
 from .sampling import Reads, Request, Response, Sampler, generate
 
-Problem = tuple[Prompt, tuple[int, ...]]  # with the ids of the prompt
+Problem = tuple[Prompt, tuple[int, ...]]  # a prompt and its token ids
 
 
 def repeats(ids: tuple[int, ...]) -> bool:
@@ -56,7 +56,7 @@ class Score:
         }
 
 
-def evaluate(  # noqa: PLR0913  what is sampled and how it is graded, mostly by keyword
+def evaluate(  # noqa: PLR0913  sampling and grading arguments, mostly by keyword
     model: Model,
     problems: list[Problem],
     sampler: Sampler,
@@ -112,13 +112,13 @@ def evaluate(  # noqa: PLR0913  what is sampled and how it is graded, mostly by 
 
 
 def decode(model: Model, ids: Sequence[int]) -> str:
-    """The text of a response, without special tokens."""
-    text: str = model.tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[assignment]  # one sequence has one text
+    """Return the text of a response, without special tokens."""
+    text: str = model.tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[assignment]  # a str for one sequence
     return text
 
 
 def _grade(model: Model, response: Response, gold: str | None, answer_format: str) -> dict:
-    """The record of a response; ``correct`` is None without a reference."""
+    """Return the record of a response; ``correct`` is None without a reference answer."""
     text = decode(model, response.ids)
     return {
         "text": text,
@@ -133,7 +133,7 @@ def _share(rows: list[dict], key: str) -> float:
     return sum(r[key] for r in rows) / len(rows)
 
 
-def fixed_rollouts(  # noqa: PLR0913  what is sampled, and a listener
+def fixed_rollouts(  # noqa: PLR0913  sampling arguments and a callback
     student: Model,
     rendered: list[Rendered],
     sampler: Sampler,
@@ -154,7 +154,7 @@ def fixed_rollouts(  # noqa: PLR0913  what is sampled, and a listener
     ]
 
 
-def held_out_facts(  # noqa: PLR0913  both models, what they read, and a listener
+def held_out_facts(  # noqa: PLR0913  both models, their inputs and a callback
     student: Model,
     teacher: Model,
     shared: Support | None,

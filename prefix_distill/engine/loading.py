@@ -34,7 +34,7 @@ ADAPTER = {"adapter": True}
 MOST_LAYERS = 1000  # the deepest published language models have some hundred
 
 
-def load_model(  # noqa: PLR0913  how one model is loaded, all by keyword
+def load_model(  # noqa: PLR0913  loading options of one model, all by keyword
     name: str,
     *,
     device: torch.device,
@@ -96,18 +96,18 @@ def load_model(  # noqa: PLR0913  how one model is loaded, all by keyword
 
 
 def _read_weights(folder: str, **options: Any) -> tuple["CausalLM", dict[str, Any]]:
-    """(the network, which weights its files lack or hold in another shape)."""
+    """Return the network and its loading info, which lists missing and mismatched weights."""
     return AutoModelForCausalLM.from_pretrained(
         folder,
         use_safetensors=None if "gguf_file" in options else True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # what is ignored here is refused later, by name
+        ignore_mismatched_sizes=True,  # _check_complete reports them by name
         **options,
     )  # type: ignore[return-value]  # with output_loading_info, it returns a pair
 
 
 def _name_package(gguf: bool, quantize: str, spread: int | None) -> str | None:
-    """The optional dependencies of this package that such a load needs."""
+    """Return the extra of this package that the load needs, or None."""
     if gguf:
         return "gguf"
     if quantize != "none":
@@ -117,7 +117,7 @@ def _name_package(gguf: bool, quantize: str, spread: int | None) -> str | None:
 
 @contextlib.contextmanager
 def _explain_failure(name: str, package: str | None) -> Iterator[None]:
-    """Turns what the libraries raise on a model's files into a UserError."""
+    """Turn the libraries' exceptions for a model's files into UserError."""
     try:
         yield
     except ImportError as error:
@@ -142,7 +142,7 @@ def _explain_failure(name: str, package: str | None) -> Iterator[None]:
 
 
 def _check_complete(name: str, loading_info: dict[str, Any]) -> None:
-    """Refuses files that lack a weight, or hold one in another shape."""
+    """Raise UserError if a weight is missing or has the wrong shape."""
     if wrong := sorted(loading_info["mismatched_keys"]):
         key, held, due = wrong[0]
         raise UserError(
@@ -158,8 +158,8 @@ def _check_complete(name: str, loading_info: dict[str, Any]) -> None:
 
 
 def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) -> Model:
-    """The Model of a network just loaded: nothing trains, and generation is as the sampler has
-    it. UserError where no token ends a turn."""
+    """Return the frozen Model of a loaded network; the sampler's settings replace its generation
+    config. UserError: the model has no EOS token."""
     generation_config, net.generation_config = net.generation_config, GenerationConfig()
     model = Model(
         name,
@@ -177,7 +177,7 @@ def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) 
 
 
 def _check_finite(model: Model) -> None:
-    """Refuses weights that hold NaN or infinity."""
+    """Raise UserError if a weight contains NaN or infinity."""
     for key, weight in model.net.named_parameters():
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise UserError(

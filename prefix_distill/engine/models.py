@@ -1,4 +1,4 @@
-"""A network with its tokenizer and what the loss needs of both."""
+"""A network with its tokenizer, and what the loss needs from both."""
 
 import contextlib
 import copy
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .transformers_names import CausalLM
 
 
-FEW_ROWS = 64  # rows up to which a linear layer runs columns first
-LARGE_WEIGHT = 1 << 16  # elements of the weight from which it does
+FEW_ROWS = 64  # most rows for which a linear layer runs columns first
+LARGE_WEIGHT = 1 << 16  # fewest weight elements for which it does
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Model:
 
     @property
     def vocabulary(self) -> int:
-        """How many ids the head speaks about."""
+        """Return the number of ids that the head computes logits for."""
         if self.support is not None:
             return self.support
         return len(self.net.get_output_embeddings().weight)

@@ -1,4 +1,4 @@
-"""In how many bits a model's weights are kept, and on which devices."""
+"""Quantize a model's weights and place them on devices."""
 
 import logging
 from typing import Literal
@@ -10,7 +10,7 @@ from .device import memory_free
 
 
 def make_quantization(quantize: str, dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:
-    """The setting of transformers for linear layers in ``nf4`` or ``int8`` (bitsandbytes)."""
+    """Return the bitsandbytes config for linear layers in ``nf4`` or ``int8``."""
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # it says at every layer that it casts

@@ -51,7 +51,7 @@ class Interrupt:
 @dataclass(frozen=True)
 class Place:
     """Devices, dtypes and ranks of a command, with the reasons of automatic choices. ``store``:
-    where several ranks note how often they have met; None for one rank alone."""
+    counts each rank's collectives; None for one rank."""
 
     device: torch.device
     teacher_device: torch.device
@@ -136,7 +136,7 @@ class Place:
             ) from None
 
     def _absent(self, store: dist.Store, met: int | None) -> str:
-        """Which ranks did not come to a meeting, in words; ``met``: meetings of this rank."""
+        """Name the ranks that missed a collective; ``met``: this rank's collectives so far."""
         out_of_reach = "the launcher or the first machine was lost"
         if met is None:
             return out_of_reach

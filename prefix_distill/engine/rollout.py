@@ -48,7 +48,7 @@ class Rollout:
     spans: bool = False
 
     def keep(self, positions: tuple[int, ...]) -> "Rollout":
-        """Return the same rollout with other taught positions."""
+        """Return the rollout with other taught positions."""
         return replace(self, kept=positions)
 
     @property

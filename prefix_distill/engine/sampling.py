@@ -20,7 +20,7 @@ from .device import Clock
 from .models import Model
 from .transformers_names import name_generate_cache_argument, read_cache
 
-Reads = tuple[int, list[int]]  # length of a prompt, lengths of the responses behind it; tokens
+Reads = tuple[int, list[int]]  # tokens: length of a prompt, lengths of its responses
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _Support(LogitsProcessor):
 
 
 class _Split(LogitsProcessor):
-    """Notes when the first logits arrive: the end of the prefill, which begins now."""
+    """Times prefill and decoding: prefill starts now and ends with the first logits."""
 
     def __init__(self, clock: Clock):
         self.clock, self.started = clock, clock.now()
@@ -107,7 +107,7 @@ class _Split(LogitsProcessor):
         return scores
 
     def book(self) -> None:
-        """Adds the seconds of both phases to the clock; decoding ends now."""
+        """Add the seconds of both phases to the clock; decoding ends now."""
         ended = self.clock.now()
         prefilled = ended if self.prefilled is None else self.prefilled
         self.clock.add("student_prefill", prefilled - self.started)
@@ -162,7 +162,7 @@ class Sampler:
         return steps
 
     def settings(self, tokens: int) -> GenerationConfig:
-        """What ``generate`` needs to know to draw at most ``tokens`` more tokens a row."""
+        """Return the generation config for at most ``tokens`` new tokens per row."""
         return GenerationConfig(
             max_new_tokens=tokens,
             do_sample=False,
@@ -175,7 +175,7 @@ class Sampler:
 
 
 @torch.inference_mode()
-def generate(  # noqa: PLR0913  what is sampled, and two optional listeners
+def generate(  # noqa: PLR0913  sampling arguments and two optional callbacks
     model: Model,
     requests: list[Request],
     cap: int,
@@ -270,7 +270,7 @@ def _call(
 def _left_padded(
     batch: list[Request], pad: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids [B, T], mask [B, T]) of the prompts, with ``pad`` to the left of short ones."""
+    """Return (ids [B, T], mask [B, T]) of the prompts, left-padded with ``pad``."""
     width = max(len(r.ids) for r in batch)
     ids_BT = torch.tensor([[pad] * (width - len(r.ids)) + list(r.ids) for r in batch])
     mask_BT = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch])

@@ -218,7 +218,7 @@ class Reading:
         )
 
     def _only(self, kept: list[Rollout], hidden: torch.Tensor, teacher: bool) -> torch.Tensor:
-        """The rows of one model."""
+        """Return one model's rows of ``hidden`` for the tokens taught in ``kept``."""
         rows: list[int] = []
         start = 0
         for before, after in zip(self.rollouts, kept, strict=True):
@@ -244,7 +244,7 @@ def positions(
     }
 
 
-def row_statistics(  # noqa: PLR0913  both models, each with what it read
+def row_statistics(  # noqa: PLR0913  both models with their inputs
     terms: Terms,
     student: Model,
     student_ND: torch.Tensor,
@@ -273,7 +273,7 @@ def row_statistics(  # noqa: PLR0913  both models, each with what it read
 
 
 @torch.no_grad()
-def token_statistics(  # noqa: PLR0913  both models, what they read, and a listener
+def token_statistics(  # noqa: PLR0913  both models, their inputs and a callback
     terms: Terms,
     student: Model,
     teacher: Model,
@@ -315,8 +315,8 @@ def shared_support(
 
 @dataclass
 class _UnitRows:
-    """One model's part of ``Units`` while it is put together: where its units begin, the first
-    token of each, and of the tokens of spans their row, span and id."""
+    """One model's part of ``Units`` during its construction: the first row and token of every unit,
+    and row, span and id of every token in a span."""
 
     first: list[int] = field(default_factory=list)
     token: list[int] = field(default_factory=list)
@@ -326,13 +326,13 @@ class _UnitRows:
     rows: int = 0
 
     def add_exact(self, ids: tuple[int, ...]) -> None:
-        """Adds a unit of one token."""
+        """Add a unit of one token."""
         self.first.append(self.rows)
         self.token.append(ids[0])
         self.rows += 1
 
     def add_span(self, ids: tuple[int, ...], span: int) -> None:
-        """Adds the span with the number ``span``."""
+        """Add the tokens of span number ``span``."""
         self.first.append(self.rows)
         self.token.append(ids[0])
         self.row.extend(range(self.rows, self.rows + len(ids)))

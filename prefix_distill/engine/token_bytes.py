@@ -1,5 +1,4 @@
-"""A tokenizer in bytes: what each of its ids stands for, and how it tokenizes the continuation of a
-text."""
+"""A tokenizer in bytes: the bytes of each id, and how it tokenizes a text's continuation."""
 
 import json
 from collections.abc import Callable, Iterable

@@ -1,8 +1,8 @@
-"""The names that the installed transformers uses where versions 5.0 to 6 differ.
+"""Names in transformers that differ between versions 5.0 and 6.
 
 During version 5 the KV cache's name changed from ``past_key_values`` to ``cache``, and gradient
-checkpointing became activation checkpointing. Signatures and attributes decide, not version
-numbers: code that comes with a model may be older than the library.
+checkpointing became activation checkpointing. This module checks signatures and attributes, not
+version numbers: code that comes with a model may be older than the library.
 """
 
 import inspect
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     import torch
 
     class CausalLM(PreTrainedModel, GenerationMixin):
-        """What ``AutoModelForCausalLM`` makes; the library has no public name for it."""
+        """The return type of ``AutoModelForCausalLM``; the library has no public name for it."""
 
-        def to(self, *args: torch.device | torch.dtype) -> Self: ...  # type: ignore[override]  # its own type is lost in functools.wraps
+        def to(self, *args: torch.device | torch.dtype) -> Self: ...  # type: ignore[override]  # functools.wraps hides the type
 
 
-CACHE_NAMES = ("cache", "past_key_values")  # the newer first: where both work, the older one warns
+CACHE_NAMES = ("cache", "past_key_values")  # newer first: if both work, the older one warns
 
 
 def name_cache_argument(function: Callable) -> str:
-    """Return the name of the argument by which ``function`` takes a KV cache.
+    """Return the name of ``function``'s argument for the KV cache.
 
-    A function that lists neither name passes its arguments on; it gets the name for ``generate``.
+    A function without either name forwards its arguments, so this returns ``generate``'s name.
     """
     parameters = inspect.signature(function).parameters
     for name in CACHE_NAMES:
@@ -38,10 +38,10 @@ def name_cache_argument(function: Callable) -> str:
 def name_generate_cache_argument(
     prepare: Callable = GenerationMixin.prepare_inputs_for_generation,
 ) -> str:
-    """Return the name of the argument by which ``generate`` takes a KV cache.
+    """Return the name of ``generate``'s argument for the KV cache.
 
-    ``generate`` lists no model arguments. The library's ``prepare``, which receives them from it,
-    lists the cache.
+    The signature of ``generate`` lists no model arguments, so this inspects the library's
+    ``prepare``, which receives them.
     """
     parameters = inspect.signature(prepare).parameters
     if "cache" in parameters:
@@ -58,8 +58,8 @@ def read_cache(output: object) -> Cache:
 
 
 def enable_checkpointing(net: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing in ``net``; ValueError where its architecture has none."""
-    settings = {"use_reentrant": False}  # re-entrant checkpointing needs inputs with a gradient
+    """Turn on gradient checkpointing; raise ValueError if the architecture does not support it."""
+    settings = {"use_reentrant": False}  # reentrant mode needs inputs that require a gradient
     if hasattr(net, "activation_checkpointing_enable"):
         net.activation_checkpointing_enable(settings)
     else:

@@ -153,7 +153,7 @@ def sample(folder: Path, prompts: list[str], seed: int) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    given: BatchEncoding = tokenizer.apply_chat_template(  # type: ignore[assignment]  # return_dict decides
+    given: BatchEncoding = tokenizer.apply_chat_template(  # type: ignore[assignment]  # return_dict=True sets the type
         chats, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
     )
     torch.manual_seed(seed)

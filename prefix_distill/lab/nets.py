@@ -1,4 +1,4 @@
-"""The laboratory's tokenizers and networks: what they are, and the stages they are trained in."""
+"""The laboratory's tokenizers and networks: their shapes and training stages."""
 
 import re
 from dataclasses import dataclass

@@ -1,1 +1,4 @@
-"""The mathematics: divergences, weights, schedules, FLOPs, intervals. Imports torch at most."""
+"""The mathematics: divergences, weights, schedules, FLOPs, intervals.
+
+The only third-party import is torch.
+"""

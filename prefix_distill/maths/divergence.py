@@ -50,7 +50,7 @@ class Head:
         return raw_NV
 
     def _half_product(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Multiply in 16 bits; on CUDA the float32 sums come back unrounded."""
+        """Multiply in 16 bits; on CUDA, return the float32 sums unrounded."""
         if hidden_ND.device.type == "cuda":
             return torch.mm(hidden_ND, self.weight_VD.T, out_dtype=torch.float32)
         return torch.mm(hidden_ND, self.weight_VD.T)
@@ -58,15 +58,15 @@ class Head:
     def slope(
         self, logits_NV: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Return d softcap·tanh(z/softcap)/dz at the logits, in ``out`` if given; None without a
-        softcap."""
+        """Return the derivative of softcap·tanh(z/softcap) at the logits, in ``out`` if given; None
+        without a softcap."""
         if self.softcap is None:
             return None
         return torch.div(logits_NV, self.softcap, out=out).square_().neg_().add_(1)
 
 
 def _checked_beta(name: str, beta: float | None) -> float:
-    """Return the β of the JSD. ValueError: ``name`` has no formula here, or its β is missing."""
+    """Return the β of the JSD; raise ValueError for another name or a missing β."""
     if name != "jsd" or beta is None:
         raise ValueError(
             f"divergence {name!r} with β = {beta}: expected reverse-kl, forward-kl, or jsd with "
@@ -84,7 +84,7 @@ def per_token(
     forward-kl  KL(T‖S) = Σ T (log T − log S)
     jsd         β KL(T‖m) + (1−β) KL(S‖m),  m = β T + (1−β) S     [GKD, arXiv 2306.13649, eq. 3]
 
-    with 0 < β < 1. ValueError for another name, and for a JSD without its β.
+    with 0 < β < 1. ValueError: the name is unknown, or the JSD has no β.
     """
     if name == "reverse-kl":
         return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
@@ -166,11 +166,11 @@ class Terms:
 
     @property
     def by_token(self) -> bool:
-        """Does the loss look at the realised tokens alone?"""
+        """Return whether the loss compares the realised tokens alone."""
         return self.sampled or self.taught_by == "text"
 
     def top(self, vocabulary: int) -> int | None:
-        """Return ``top_k`` if it leaves a tail, else None: the whole vocabulary."""
+        """Return ``top_k``, or None if it covers the whole vocabulary."""
         if self.top_k is None or self.top_k >= vocabulary:
             return None
         return self.top_k

@@ -32,11 +32,11 @@ def weighted(  # noqa: PLR0913  the operands of one formula
     the cross-entropy; ``sampler_logp_N``: their log-probability where they were drawn, for the
     former's ratio.
 
-    ValueError: the sampled estimator and the cross-entropy need ``token_N``.
+    ValueError: ``token_N`` is None for the sampled estimator or the cross-entropy.
 
     Source: losses of arXiv 2306.13649 and 2602.15260; the fusion is ours.
     """
-    result: tuple[Tensor, Tensor, Tensor | None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
+    result: tuple[Tensor, Tensor, Tensor | None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch leaves apply unannotated
         student_ND,
         student_head.weight_VD,
         student_head.bias_V,
@@ -55,7 +55,7 @@ def weighted(  # noqa: PLR0913  the operands of one formula
 class _Tables:
     """The float32 work tables [rows, V] of one chunk, all overwritten in place.
 
-    ``spare`` serves the JSD alone, ``slope`` a soft-cap alone.
+    Only the JSD uses ``spare``; only a soft-cap uses ``slope``.
     """
 
     work: Tensor
@@ -68,12 +68,12 @@ class _Tables:
     def allocate(
         cls, rows: int, support: int, jsd: bool, softcap: bool, device: torch.device
     ) -> "_Tables":
-        """Make the tables that the divergence and the student's head need."""
+        """Allocate the tables that the divergence and the student's head need."""
         make = partial(torch.empty, rows, support, device=device)
         return cls(make(), make(), make(), make() if jsd else None, make() if softcap else None)
 
     def first(self, rows: int) -> "_Tables":
-        """Return the first rows of every table: the last chunk may be shorter."""
+        """Return the first ``rows`` rows of every table, for a last chunk that may be shorter."""
         return _Tables(
             self.work[:rows],
             self.student_logp[:rows],
@@ -85,8 +85,8 @@ class _Tables:
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913  autograd takes every operand as an argument of its own
-        ctx: Any,  # it takes attributes of any name
+    def forward(  # noqa: PLR0913  autograd takes each operand as its own argument
+        ctx: Any,  # holds arbitrary attributes
         student_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
@@ -160,7 +160,7 @@ class _Weighted(torch.autograd.Function):
 
 
 def _float32_zeros(like: Tensor | None, needed: bool) -> Tensor | None:
-    """Return float32 zeros of the same shape for a gradient, or None if none is needed."""
+    """Return float32 zeros of the same shape for a gradient, or None if it is not needed."""
     if like is None or not needed:
         return None
     return torch.zeros_like(like, dtype=torch.float32)
@@ -169,7 +169,7 @@ def _float32_zeros(like: Tensor | None, needed: bool) -> Tensor | None:
 def _read_teacher(terms: Terms, head: Head, hidden_NE: Tensor, work: Tensor, out: Tensor) -> None:
     """Write the teacher's log-probabilities [N, V] into ``out``.
 
-    The teacher may sit on another device with its head: its rows come over as logits.
+    If the teacher is on another device, its head runs there and the logits are copied.
     """
     if hidden_NE.device == work.device:
         logits = head.logits(hidden_NE, work)
@@ -185,15 +185,16 @@ def _compare(
     token_N: Tensor | None,
     sampler_logp_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the values [N] of a chunk and their gradient to the student's tempered logits [N, V].
+    """Return the values [N] of a chunk and their gradient [N, V] to the student's
+    logits/temperature.
 
-    ``rows``: where the chunk lies in ``token_N`` and ``sampler_logp_N``.
+    ``rows``: the chunk's slice of ``token_N`` and ``sampler_logp_N``.
     """
     student_logp, teacher_logp, work = tables.student_logp, tables.teacher_logp, tables.work
     if terms.by_token:
         if token_N is None:
             raise ValueError(
-                "the sampled estimator and the cross-entropy need the realised tokens: give token_N"
+                "the sampled estimator and the cross-entropy need the realised tokens: pass token_N"
             )
         token = token_N[rows].to(work.device)
         drawn = None if sampler_logp_N is None else sampler_logp_N[rows].to(work.device)
@@ -206,7 +207,7 @@ def _compare(
 
 
 def _log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """Write the log-probabilities at ``temperature`` into ``out``; ``logits`` are overwritten."""
+    """Write the log-probabilities at ``temperature`` into ``out``; overwrite ``logits``."""
     if temperature != 1:
         logits /= temperature
     return torch.log_softmax(logits, -1, out=out)
@@ -241,8 +242,7 @@ def _on_top(
 
 
 def _bucketed(logp_NV: Tensor, top_NK: Tensor, work: Tensor) -> Tensor:
-    """Return the log-probabilities [N, k + 1] of the tokens ``top_NK`` and of all others
-    together."""
+    """Return the log-probabilities [N, k + 1] of the tokens ``top_NK`` and of the tail."""
     others = work.copy_(logp_NV).scatter_(1, top_NK, -torch.inf)
     tail = torch.logsumexp(others, -1, keepdim=True)
     return torch.cat([logp_NV.gather(1, top_NK), tail], -1)

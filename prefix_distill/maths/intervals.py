@@ -15,7 +15,7 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     When all values are equal the bootstrap has no width; the ends then are Wilson's, at z = 1.96,
     for shares (0 or 1).
     """
-    import torch  # here, so that report and --help do without it
+    import torch  # here: report and --help run without torch
 
     n = len(values)
     data = torch.tensor(values, dtype=torch.float64)
@@ -54,7 +54,7 @@ def known(values: Sequence[Sequence[float | None]]) -> list[float]:
 def token_mean(values: Sequence[Sequence[float | None]], seed: int = 0) -> dict[str, float]:
     """{value, n, low, high} of nats per token; n counts tokens, the bootstrap draws whole rollouts
     (their tokens are not independent). Rollouts without a number are left out."""
-    import torch  # here, so that report and --help do without it
+    import torch  # here: report and --help run without torch
 
     rows = [row for row in (known([row]) for row in values) if row]
     sums = torch.tensor([[sum(row), len(row)] for row in rows], dtype=torch.float64)

@@ -47,7 +47,7 @@ def weighted(  # noqa: PLR0913  the operands of one formula
     spans are projected twice by the student, as a span's score needs all of them before its
     gradient is known.
     """
-    result: tuple[Tensor, Tensor, None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
+    result: tuple[Tensor, Tensor, None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch leaves apply unannotated
         student_ND,
         student_head.weight_VD,
         student_head.bias_V,
@@ -64,8 +64,8 @@ def weighted(  # noqa: PLR0913  the operands of one formula
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913  autograd takes every operand as an argument of its own
-        ctx: Any,  # it takes attributes of any name
+    def forward(  # noqa: PLR0913  autograd takes each operand as its own argument
+        ctx: Any,  # holds arbitrary attributes
         student_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
@@ -119,7 +119,7 @@ class _Weighted(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class _Pass:
-    """One forward pass: its operands, and the values and gradients that it fills, unit by unit."""
+    """The operands of one forward pass, and the values and gradients that it fills."""
 
     terms: Terms
     shared: Support
@@ -138,11 +138,11 @@ class _Pass:
 
     @property
     def rows(self) -> int:
-        """Rows per chunk of whole vocabularies."""
+        """Return the rows per chunk of full-vocabulary logits."""
         return chunk(self.terms, max(len(self.ours.weight_VD), len(self.theirs.weight_VD)))
 
     def teach_exact_units(self) -> None:
-        """Compare the units of one token on each side, on the rows of O of both heads."""
+        """Compare the units of one token per side, using both heads' rows in O."""
         terms, shared, of = self.terms, self.shared, self.of
         few_ours, few_theirs = _rows(self.ours, shared.student), _rows(self.theirs, shared.teacher)
         for part in of.exact.split(chunk(terms, shared.columns)):
@@ -165,8 +165,11 @@ class _Pass:
             )
 
     def teach_spans(self) -> Tensor:
-        """Compare the spans where they begin; return the gradient to the score of each span, [P],
-        divided by its number of the student's tokens."""
+        """Compare the spans at their first tokens.
+
+        Return the gradient [P] to each span's score, divided by the span's number of student
+        tokens.
+        """
         terms, shared, of, device = self.terms, self.shared, self.of, self.device
         student_P = span_scores(terms, shared, self.ours, self.student_ND, of, 0)
         teacher_P = span_scores(terms, shared, self.theirs, self.teacher_ME, of, 1).to(device)
@@ -198,8 +201,10 @@ class _Pass:
         return pull_P / size_P
 
     def teach_span_tokens(self, pull_P: Tensor) -> None:
-        """Add the gradients of the spans' scores to every token of the spans; ``pull_P`` as
-        ``teach_spans`` returns it."""
+        """Add the gradients of the spans' scores to the tokens of the spans.
+
+        ``pull_P``: the result of ``teach_spans``.
+        """
         terms, shared, of, device = self.terms, self.shared, self.of, self.device
         for part in torch.arange(len(of.row[0])).split(self.rows):
             rows, spans, ids = (x[0][part].to(device) for x in (of.row, of.span, of.id))
@@ -261,7 +266,7 @@ class _Gradients:
 
 
 def _add_at(total: Tensor, ids: Tensor | None, added: Tensor) -> None:
-    """Add to the rows ``ids`` of ``total``, or to all rows."""
+    """Add ``added`` to the rows ``ids`` of ``total``; None: to all rows."""
     if ids is None:
         total.add_(added)
     else:
@@ -294,8 +299,8 @@ def _compare(terms: Terms, student_scores: Tensor, teacher_scores: Tensor) -> tu
 
 @dataclass(frozen=True, kw_only=True)
 class _Side:
-    """One model as ``statistics`` reads it, and the mean scores [P] of the spans' own tokens under
-    it: log-probabilities (``span_logp``) and what the loss compares (``span_score``)."""
+    """One model's operands of ``statistics``, and the mean scores [P] of the spans' own tokens:
+    log-probabilities (``span_logp``) and what the loss compares (``span_score``)."""
 
     head: Head
     hidden: Tensor
@@ -367,8 +372,8 @@ def statistics(  # noqa: PLR0913  the operands of one formula
 def _read_units(
     terms: Terms, shared: Support, side: _Side, part: Tensor, span: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a model's mass on O [u], the score of the text [u] and log q [u, O + 1 and the span]
-    of the units ``part``; ``span``: which span each is, −1 for none."""
+    """Return a model's mass on O [u], the text's score [u] and log q [u, O + 1 and the span] for
+    the units ``part``; ``span``: the span number of each unit, −1 for none."""
     device = side.span_logp.device
     is_span = (span >= 0).to(device)
     logits = side.head.logits(rows_at(side.hidden, side.first[part])).div_(terms.temperature)
@@ -384,5 +389,5 @@ def _read_units(
         token = torch.where(is_span, side.span_logp[at], token)
         own = torch.where(is_span, side.span_score[at], -torch.inf)
         events = torch.cat([events, own[:, None]], 1)
-    # a unit that is no span has no such entry: −inf would make 0·∞
+    # exact units have no span entry; its −inf would give 0·∞
     return mass, token, torch.log_softmax(events, -1).clamp_(min=-1e30)

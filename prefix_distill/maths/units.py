@@ -1,6 +1,6 @@
-"""Units of text that two tokenizers share, and what both models' heads say of them.
+"""Units of text that two tokenizers share, and how both models' heads score them.
 
-``simct`` names the axes and has the formulas.
+``simct`` defines the axes and the formulas.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def chunk(terms: Terms, columns: int) -> int:
 
 
 def rows_at(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Return some rows of hidden states; the row numbers may be on another device."""
+    """Return the given rows of hidden states; ``rows`` may be on another device."""
     return hidden[rows.to(hidden.device)]
 
 

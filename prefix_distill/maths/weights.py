@@ -27,11 +27,11 @@ MODERATE = (0.25, 0.30, 0.10)  # (w_min, τ, s) of PW-OPSD
 
 
 Facts = dict[tuple[int, int], dict[str, dict[int, float]]]
-"""(prompt, sample) → statistic → position → nats, as ``scoring.token_statistics`` gives them."""
+"""(prompt, sample) → statistic → position → nats, as ``scoring.token_statistics`` returns."""
 
 
 class Taught(Protocol):
-    """What is read here of a ``Rollout``."""
+    """The part of a ``Rollout`` that this module uses."""
 
     @property
     def prompt(self) -> int: ...
@@ -49,7 +49,7 @@ class Taught(Protocol):
     def counted(self) -> int: ...
 
     def keep(self, positions: tuple[int, ...]) -> Self:
-        """Return the same rollout with other taught positions."""
+        """Return the rollout with other taught positions."""
         ...
 
 
@@ -111,8 +111,8 @@ def keep(
     key: tuple[object, ...],
     statistics: Facts | None = None,
 ) -> list[R]:
-    """The same ``Rollout``s with the positions that are taught; ``statistics`` where the window
-    ranks."""
+    """Return the rollouts with only the window's positions taught; ``statistics``: needed if the
+    window ranks tokens."""
     if window is None:
         return rollouts
     kept = []
@@ -188,16 +188,14 @@ class Selection:
         facts: dict[str, dict[int, float]] | None = None,
         at: Scale | None = None,
     ) -> tuple[int, ...]:
-        """The kept ones of a rollout's ``positions``, ascending; ``facts``: statistic → position
-        → nats. ValueError: a selection that ranks has no ``facts`` or no scale ``at``."""
+        """Return the selected ``positions``, ascending; ``facts``: statistic → position → nats.
+        ValueError: the selection ranks tokens, but ``facts`` or ``at`` is None."""
         count = min(len(positions), max(1, math.floor(self.share * len(positions) + 1e-9)))
         rng = random.Random("/".join(map(str, ("select", self.kind, *key))))
         if not self.ranks:
             return tuple(sorted(rng.sample(positions, count)))
         if facts is None or at is None:
-            raise ValueError(
-                f"selection {self.kind!r} ranks tokens: give their statistics and scale"
-            )
+            raise ValueError(f"selection {self.kind!r} ranks tokens: pass facts and at")
         scores: dict[int, float] = {}
         for t in positions:
             entropy, divergence = at.scaled(facts["entropy"][t], facts["divergence"][t])
@@ -238,8 +236,8 @@ def choose(
     facts: Facts | None = None,
     at: Scale | None = None,
 ) -> list[R]:
-    """The same ``Rollout``s with fewer taught positions; ``facts`` and ``at`` where the selection
-    ranks."""
+    """Return the rollouts with only the selected positions taught; ``facts``, ``at``: needed if the
+    selection ranks tokens."""
     if selection is None:
         return rollouts
     chosen = []
@@ -251,14 +249,14 @@ def choose(
 
 
 class Quadrant(TypedDict):
-    """Shares of one quadrant in all tokens and in all divergence."""
+    """One quadrant's share of all tokens and of the total divergence."""
 
     tokens: float
     divergence: float
 
 
 class Quadrants(TypedDict):
-    """What ``quadrants`` returns."""
+    """The result of ``quadrants``."""
 
     borders: list[float]
     quadrants: dict[str, Quadrant]

@@ -1,1 +1,1 @@
-"""Before anything is spent: checks, memory forecast, plan, probe."""
+"""Before a run: checks, memory forecast, plan, probe."""

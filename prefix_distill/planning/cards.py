@@ -1,4 +1,4 @@
-"""Which cards (GPUs) a planned run fits."""
+"""Find the cards (GPUs) that a planned run fits."""
 
 import math
 from dataclasses import replace
@@ -17,10 +17,13 @@ LORA = Adapter(rank=64)  # what the cards' LoRA columns stand for where the conf
 
 
 def fit_cards(pair: Pair, config: Config, case: Case, notes: list[str]) -> list[dict]:
-    """What fits on the known cards, for all weights or an adapter, with or without gradient
-    checkpointing: ``fits`` with the config's micro-batch; ``micro_batch``: about the largest that
-    does, by a straight line through two forecasts (None: not even one rollout); ``set_by``: the
-    phase that takes the most. ``notes`` gets what cannot be forecast."""
+    """Return how the run fits the known cards: full training or LoRA, each with and without
+    gradient checkpointing.
+
+    ``fits``: whether the config's micro-batch fits. ``micro_batch``: the estimated largest that
+    fits, linear between two forecasts; None if not even one rollout fits. ``set_by``: the phase
+    with the most memory. A note is added to ``notes`` for each method that cannot be forecast.
+    """
     rollouts = config.train.batch_size * config.rollout.samples
     sizes = sorted({1, min(rollouts, config.train.micro_batch_size)})
     found = []
@@ -52,8 +55,8 @@ def fit_cards(pair: Pair, config: Config, case: Case, notes: list[str]) -> list[
 
 
 def _find_largest(sizes: list[int], totals: list[int], free: float, rollouts: int) -> int | None:
-    """The largest micro-batch of up to ``rollouts`` that takes ``free`` bytes; ``totals``: the
-    bytes of ``sizes``."""
+    """Return the largest micro-batch of up to ``rollouts`` that fits in ``free`` bytes, or None.
+    ``totals``: the bytes of ``sizes``."""
     if totals[0] > free:
         return None
     slope = (totals[-1] - totals[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""What sets the memory of a run, as its config and its prompts give it."""
+"""The settings and lengths that determine the memory of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ..config import SELF, Adapter, Config, parse_divergence, parse_estimator
 from ..engine.rollout import Rollout
 from ..maths.divergence import Terms
 
-Settings = tuple[torch.dtype, Adapter | None, bool]  # of a network: dtype, adapter, recomputes
+Settings = tuple[torch.dtype, Adapter | None, bool]  # a network: dtype, adapter, recomputes
 
 
 @dataclass(frozen=True)
@@ -54,27 +54,27 @@ class Case:
 
     @property
     def trained_dtype(self) -> torch.dtype:
-        """Of the student's weights: all of them train in float32."""
+        """Return the dtype of the student's weights: float32 if all of them train."""
         return torch.float32 if self.adapter is None else self.dtype
 
     @property
     def student(self) -> Settings:
-        """The student as it is loaded and evaluated."""
+        """Return the settings of the student when loaded and evaluated."""
         return self.trained_dtype, self.adapter, False
 
     @property
     def training(self) -> Settings:
-        """The student in an update."""
+        """Return the settings of the student in an update."""
         return self.trained_dtype, self.adapter, self.recomputes
 
     @property
     def decoding(self) -> Settings:
-        """The student that samples."""
+        """Return the settings of the student when it samples."""
         return self.dtype, self.adapter, False
 
     @property
     def teacher(self) -> Settings:
-        """The teacher, in whatever it does."""
+        """Return the settings of the teacher in every phase."""
         return torch.float32 if self.averaged else self.dtype, None, False
 
     @property
@@ -99,7 +99,7 @@ def terms(config: Config, head_dtype: torch.dtype) -> Terms:
     )
 
 
-def case(  # noqa: PLR0913  a run has these in its Run, a plan has none of it
+def case(  # noqa: PLR0913  a plan has no Run that holds these
     config: Config,
     dtype: torch.dtype,
     head_dtype: torch.dtype,

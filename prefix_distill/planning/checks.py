@@ -24,7 +24,7 @@ from .case import case
 from .forecast import Pair, at_most
 from .text_checks import FEW, sides
 
-Writer = tuple[str, Model, str, Sampler]  # name, network, which ids of a Rendered are its prompt
+Writer = tuple[str, Model, str, Sampler]  # role, model, field of Rendered with its prompt, sampler
 
 ZERO = 1e-6  # nats: the most that a model may be away from itself
 SECONDS = 15.0  # the most that sampled answers may take, where no number of them was asked for
@@ -180,7 +180,7 @@ def _memory(run: Run) -> Check:
 
 
 def _unforeseen(run: Run) -> str | None:
-    """What this run has that a forecast does not know, if anything."""
+    """Return a feature of this run that the forecast does not cover, or None."""
     models, runtime = run.config.models, run.config.runtime
     if models.student_quantize != "none":
         return "--student-quantize"
@@ -194,7 +194,7 @@ def _unforeseen(run: Run) -> str | None:
 
 
 def _compare_memory(found: dict, free: int, facts: dict, device: torch.device) -> Check:
-    """A forecast (``Pair.forecast``) against the ``free`` bytes of ``device``."""
+    """Compare a forecast (``Pair.forecast``) with the ``free`` bytes of ``device``."""
     loaded = sum(found["weights"].get(role, 0) for role in ("student", "teacher"))
     needed = found["total"] - loaded
     fixed = sum(found["weights"].values()) - loaded + found["gradients"]
@@ -289,7 +289,7 @@ def _teacher(run: Run, count: int, limit: float | None) -> Check:
 
 
 def _writers(run: Run) -> list[Writer]:
-    """Both models as they write answers to be graded."""
+    """Return both models with the samplers of the answers to grade."""
     writers = (
         ("student", run.student, "student_ids", run.sampler),
         ("teacher", run.teacher, "teacher_ids", run.text_sampler),
@@ -315,7 +315,7 @@ def _writers(run: Run) -> list[Writer]:
 def _answer_problems(
     run: Run, writers: list[Writer], rendered: list[Rendered]
 ) -> dict[str, evaluate.Score]:
-    """One graded answer of each model to every problem."""
+    """Sample and grade one answer of each model to every problem."""
     return {
         role: evaluate.evaluate(
             model,
@@ -331,7 +331,7 @@ def _answer_problems(
 
 
 def _expected_seconds(run: Run, writers: list[Writer], rendered: list[Rendered]) -> float:
-    """How long full answers would take, from a trial with a few tokens; the slowest rank's."""
+    """Estimate the seconds of full answers on the slowest rank, from a trial with a few tokens."""
     cap = run.prefix.limit
     clock, short = Clock(run.place.device), min(8, cap)
     for _, model, ids, sampler in writers:

@@ -106,7 +106,7 @@ class Pair:
         }
 
     def _weigh(self, case: Case) -> tuple[dict[str, float], float]:
-        """(component → bytes that are held all the time, bytes of the gradients)."""
+        """Return (component → bytes held all the time, bytes of the gradients)."""
         student = self.measured(0, case.student, ("weights",), measuring.weights)
         teacher = self.measured(1, case.teacher, ("weights",), measuring.weights)
         trainable, full = student["trainable"], case.adapter is None
@@ -118,7 +118,7 @@ class Pair:
         return kept, 4 * trainable
 
     def _training_phases(self, case: Case, gradients: float) -> dict[str, float]:
-        """Phase of an update → bytes beyond the weights."""
+        """Return phase of an update → bytes beyond the weights."""
         group, accumulated = _largest_group(case)
         score = self._read(case, 1, group)
         _, teacher = self._shallow(case)
@@ -145,7 +145,7 @@ class Pair:
         }
 
     def _evaluation_phases(self, case: Case) -> dict[str, float]:
-        """Phase of an evaluation, where the run has it → bytes beyond the weights."""
+        """Return phase of an evaluation, if the run has it → bytes beyond the weights."""
         phases = {}
         longest = max(case.prompts)
         if case.problems:
@@ -163,14 +163,14 @@ class Pair:
         return phases
 
     def _shallow(self, case: Case) -> list[Model]:
-        """Student and teacher with few layers: for their heads."""
+        """Return student and teacher with few layers; only their heads are used."""
         return [
             replace(self.model(role, settings, depths(self.configs[role])[0]), support=case.support)
             for role, settings in ((0, case.student), (1, case.teacher))
         ]
 
     def _read(self, case: Case, role: int, group: list[Rollout]) -> dict[str, float]:
-        """Bytes while a model reads ``group``, as ``measuring.reading`` gives them."""
+        """Return the bytes of a forward pass over ``group``, as ``measuring.reading`` does."""
         return self.measured(
             role,
             case.teacher if role else case.student,
@@ -179,7 +179,7 @@ class Pair:
         )
 
     def _generate(self, case: Case, role: int, prompts: list[int], samples: int, new: int) -> float:
-        """The most bytes while a model writes ``samples`` responses to each prompt."""
+        """Return the peak bytes while a model samples ``samples`` responses to each prompt."""
         rows = min(case.rows, samples * len(prompts))
         first = sorted(prompts, reverse=True)[: -(-rows // samples)]
         found = self.measured(
@@ -194,7 +194,7 @@ class Pair:
 
 
 def _largest_group(case: Case) -> tuple[list[Rollout], bool]:
-    """(the micro-batch of an update with the most tokens, whether there are others)."""
+    """Return (the micro-batch of an update with the most tokens, whether there are others)."""
     groups = scoring.micro_batches(case.rollouts(case.prefix), case.micro, not case.recomputes)
     largest = max(groups, key=lambda g: sum(len(r.student_prompt) + len(r.ids) for r in g))
     return largest, len(groups) > 1

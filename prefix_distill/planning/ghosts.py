@@ -37,7 +37,7 @@ class Ghost(torch.Tensor):
     storage."""
 
     meta: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way to switch it off
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's idiom to disable it
 
     @staticmethod
     def __new__(cls, meta: torch.Tensor):
@@ -53,7 +53,7 @@ class Ghost(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch's stub has it as a function that is switched off
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch's stub declares it disabled
         with Live():
             return function(*args, **(kwargs or {}))
 
@@ -192,7 +192,7 @@ def sketch(  # noqa: PLR0913  a config and five independent settings of its netw
     model = Model(
         name,
         net,
-        None,  # type: ignore[arg-type]  # a sketch reads no text
+        None,  # type: ignore[arg-type]  # a sketch needs no tokenizer
         GenerationConfig(),
         frozenset(),
         shares_prompts=True,

@@ -1,4 +1,4 @@
-"""Bytes that one piece of an update's work takes, counted while it runs on ghosts."""
+"""Measure the bytes of each part of an update by running it on shape-only tensors."""
 
 import torch
 
@@ -39,7 +39,7 @@ def reading(
     return {"peak": peak, "rows": kept}
 
 
-def updating(  # noqa: PLR0913  an update has these operands
+def updating(  # noqa: PLR0913  the operands of one update
     model: Model,
     rollouts: list[Rollout],
     terms: Terms,
@@ -62,7 +62,7 @@ def updating(  # noqa: PLR0913  an update has these operands
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             student_ND = scoring.hidden_rows(model, rollouts)
         read = live.highest()
-        # the values have a name as in an update: what is named lives, and is counted
+        # bound to a name, as in an update, so that the values stay alive and count
         loss, _value_N, _ = weighted(
             terms,
             student_ND,

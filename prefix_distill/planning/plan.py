@@ -39,7 +39,7 @@ PROMPTS = 256  # prompts of the data set that are rendered for their lengths
 
 @dataclass(frozen=True)
 class Reader:
-    """A model of which only the tokenizer is there."""
+    """A model reduced to its name and tokenizer."""
 
     name: str
     tokenizer: Any
@@ -96,8 +96,8 @@ def plan(  # noqa: PLR0913  each is an option of the command line
     else:
         length, wanted = prompt_tokens or 256, None
         prompts = [(length, length)]
-        why = "" if prompt_tokens else ", as none were given (--prompt-tokens, --dataset)"
-        notes.append(f"prompts: of {length} tokens each{why}")
+        why = "" if prompt_tokens else " (assumed; set --prompt-tokens or --dataset)"
+        notes.append(f"prompts: {length} tokens each{why}")
     limit = _longest_response(config, wanted, max(map(max, prompts)), configs)
     config = configuration.replace(config, rollout={"max_new_tokens": limit})
     schedules = _schedules(config, prefixes, limit)
@@ -127,7 +127,7 @@ def plan(  # noqa: PLR0913  each is an option of the command line
 
 
 def _describe(config: Config, nets: tuple[Model, Model], dtype: torch.dtype, support: int) -> dict:
-    """What is planned."""
+    """Return the models, method and sizes of the planned run."""
     student, teacher = nets
     rank = config.adapter.rank
     return {
@@ -149,7 +149,7 @@ def _check_above_zero(flag: str, value: float | None, what: str) -> None:
 
 
 def _check_rate(tflops: float | None, measure: bool, from_run: str | None) -> None:
-    """UserError on a rate that is none, and on two of them."""
+    """Raise UserError if the rate is invalid or given twice."""
     _check_above_zero("--device-tflops", tflops, "a rate above 0, such as 100")
     if sum((tflops is not None, measure, from_run is not None)) > 1:
         raise UserError(
@@ -158,14 +158,14 @@ def _check_rate(tflops: float | None, measure: bool, from_run: str | None) -> No
 
 
 def _names(config: Config) -> tuple[str, str]:
-    """The student's name and the teacher's."""
+    """Return the names of the student and the teacher."""
     student = settled(config.models.student, "--student")
     teacher = settled(config.models.teacher, "--teacher")
     return student, student if teacher == SELF else teacher
 
 
 def _dtypes(config: Config, notes: list[str]) -> tuple[torch.dtype, torch.dtype]:
-    """The compute dtype and the heads'."""
+    """Return the compute dtype and the dtype of the heads."""
     runtime = config.runtime
     if runtime.dtype == "auto":
         dtype = torch.bfloat16
@@ -178,8 +178,8 @@ def _dtypes(config: Config, notes: list[str]) -> tuple[torch.dtype, torch.dtype]
 def _longest_response(
     config: Config, wanted: int | None, longest: int, configs: Sequence[PreTrainedConfig]
 ) -> int:
-    """--max-new-tokens, or else ``wanted``, or what the models' positions leave behind the
-    ``longest`` prompt. UserError where they leave less than was asked for."""
+    """Return the longest response in tokens: --max-new-tokens, else ``wanted``, else what fits
+    after the ``longest`` prompt. UserError: the models' positions do not suffice."""
     texts = [c.get_text_config(decoder=True) for c in configs]
     positions = min(
         (p for t in texts if (p := getattr(t, "max_position_embeddings", None))), default=None
@@ -195,13 +195,13 @@ def _longest_response(
 
 
 def _schedules(config: Config, prefixes: str | None, limit: int) -> dict[str, PrefixSchedule]:
-    """Text → schedule: the config's own prefix first."""
+    """Return prefix option → schedule, the config's own prefix first."""
     others = USUAL if prefixes is None else [p.strip() for p in prefixes.split(",")]
     wanted = dict.fromkeys([config.schedule.prefix, *others])
     return {text: parse_prefix(text, limit) for text in wanted}
 
 
-def _choose_rate(  # noqa: PLR0913  three options, and what one of them runs
+def _choose_rate(  # noqa: PLR0913  three options and the operands of --measure
     config: Config,
     student: Model,
     dtype: torch.dtype,
@@ -218,7 +218,7 @@ def _choose_rate(  # noqa: PLR0913  three options, and what one of them runs
 
 
 def _cost(ledger: Ledger, updates: int, rate: dict | None) -> dict:
-    """FLOPs of a run with ``ledger``, and the seconds that they take."""
+    """Return the FLOPs of a run with ``ledger``, and its seconds at ``rate``."""
     return {
         "flops": ledger.summary()["by_phase"],
         "flops_total": ledger.total(),

@@ -30,7 +30,7 @@ RECOVERED = (
 HELD = 0.8  # of the divergence: what it must hold where there are no answers to grade
 BINS = 24
 
-Written = tuple[tuple[int, ...], bool]  # ids of an answer, and whether it ended
+Written = tuple[tuple[int, ...], bool]  # ids of an answer, and whether it finished
 
 
 def probe(run: Run, say: Callable[[str], None] = lambda text: None) -> dict:
@@ -95,12 +95,12 @@ def probe(run: Run, say: Callable[[str], None] = lambda text: None) -> dict:
 
 
 class Writer:
-    """Writes full answers of both models to the run's training prompts; ``ledger``: what they
-    cost."""
+    """Samples full answers of both models to the run's training prompts; ``ledger`` counts their
+    FLOPs."""
 
     def __init__(self, run: Run):
         self.run, self.ledger = run, Ledger()
-        sampler, text = run.eval_sampler, run.text_sampler  # the teacher's ids, where it has others
+        sampler, text = run.eval_sampler, run.text_sampler  # text: the teacher's ids
         theirs = dataclasses.replace(sampler, eos=text.eos, support=text.support, pad=text.pad)
         student = decoder(run.student, run.place.dtype)
         teacher = decoder(run.teacher, run.place.dtype)
@@ -133,7 +133,8 @@ class Writer:
     def _go_on(
         self, side: str, given: Sequence[tuple[int, ...]], rows: list[int], room: int, key: int
     ) -> dict[int, Written]:
-        """Row → its start and what ``side`` goes on to write, up to ``room`` tokens."""
+        """Continue ``given`` on the ``rows`` with model ``side``, by up to ``room`` tokens → by
+        row."""
         model, shape, ids, sampler = self.sides[side]
         prompts = self.run.train_prompts
         requests = [
@@ -149,7 +150,7 @@ class Writer:
         return {i: (given[i] + r.ids, r.finished) for i, r in zip(rows, responses, strict=True)}
 
     def flops(self) -> Ledger:
-        """The ledgers of all ranks, merged."""
+        """Return the merged ledgers of all ranks."""
         merged = Ledger()
         for part in self.run.place.gather(self.ledger):
             merged.merge(part)
@@ -157,14 +158,14 @@ class Writer:
 
 
 def _as_students(run: Run, written: list[Written]) -> list[tuple[int, ...]]:
-    """The teacher's texts in the student's tokens."""
+    """Return the teacher's texts in the student's tokens."""
     if run.alignment is None:
         return [ids for ids, _ in written]
     return [run.alignment.to_student(ids, done) for ids, done in written]
 
 
 def _as_teachers(run: Run, written: list[Written]) -> list[tuple[int, ...]]:
-    """The student's texts in the teacher's tokens."""
+    """Return the student's texts in the teacher's tokens."""
     if run.alignment is None:
         return [ids for ids, _ in written]
     return [run.alignment.align(ids, done)[0] for ids, done in written]
@@ -177,8 +178,11 @@ def _curves(
     tried: list[int],
     say: Callable[[str], None],
 ) -> tuple[list[dict], list[dict]] | tuple[None, None]:
-    """(the student's accuracy behind N tokens of the teacher's, the teacher's behind N of the
-    student's), for 0 and every N ``tried``; both None where a prompt has no reference answer."""
+    """Return the student's accuracy after N teacher tokens, and the teacher's after N student
+    tokens.
+
+    N is 0 and every number ``tried``. Both are None if a prompt has no reference answer.
+    """
     run = writer.run
     golds = [p.prompt.answer for p in run.train_prompts if p.prompt.answer is not None]
     if len(golds) < len(run.train_prompts):
@@ -199,9 +203,11 @@ def _curves(
 def recommend(
     lifted: list[dict] | None, teacher: dict | None, held: dict[int, float], length: float
 ) -> tuple[int | str | None, str]:
-    """(recommended prefix, reason). ``lifted``: the teacher-prefix curve, None without answers;
-    ``teacher``: its own accuracy, None without answers; ``held``: N → share of the KL in the
-    first N tokens."""
+    """Return (recommended prefix, reason).
+
+    ``lifted``: the student's accuracy after N teacher tokens; ``teacher``: the teacher's own
+    accuracy; both None without answers. ``held``: N → share of the KL in the first N tokens.
+    """
     half = length / 2
     if lifted is None or teacher is None:
         for n, share in sorted(held.items()):
@@ -244,7 +250,7 @@ def recommend(
 
 
 def _facts(run: Run, own: list[Written], ledger: Ledger) -> list[dict]:
-    """``evaluate.held_out_facts`` of the student's own answers."""
+    """Return ``evaluate.held_out_facts`` of the student's own answers."""
     rollouts = [
         Rollout(i, 0, p.student_ids, p.teacher_ids, ids, ids, finished)
         for i, (p, (ids, finished)) in enumerate(zip(run.train_prompts, own, strict=True))
@@ -261,8 +267,8 @@ def _facts(run: Run, own: list[Written], ledger: Ledger) -> list[dict]:
 
 
 def _graded(run: Run, written: list[Written], tokens: int, model: Model, golds: list[str]) -> dict:
-    """Accuracy of texts in ``model``'s tokens with its interval, the number of given tokens, and
-    right or wrong per prompt."""
+    """Return the accuracy of texts in ``model``'s tokens, with interval and per-prompt results;
+    ``tokens``: the given tokens."""
     texts = [evaluate.decode(model, ids) for ids, _ in written]
     right = [
         float(answers.correct(text, gold, run.answer_format))
@@ -277,14 +283,14 @@ def _graded(run: Run, written: list[Written], tokens: int, model: Model, golds: 
 
 
 def _public(curve: list[dict] | None) -> list[dict | None]:
-    """A curve as the document has it: without the prompts' own answers, [None] without a curve."""
+    """Return a curve as the document shows it: without per-prompt results; [None] if it is None."""
     if curve is None:
         return [None]
     return [{k: v for k, v in row.items() if k != "right"} for row in curve]
 
 
 def _share_of_first(values: list[list[float | None]], tokens: int) -> float:
-    """Share of all KL that lies in the first ``tokens`` of every rollout."""
+    """Return the share of the total KL in the first ``tokens`` of every rollout."""
     first = math.fsum(intervals.known([row[:tokens] for row in values]))
     return first / max(1e-12, math.fsum(intervals.known(values)))
 

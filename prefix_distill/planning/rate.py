@@ -1,4 +1,4 @@
-"""How fast a device computes, and so how long a planned run takes."""
+"""A device's FLOPs per second, and the time that a planned run takes."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from ..maths.flops import Ledger
 
 
 def read_rate(from_run: str | Path) -> dict:
-    """The rates that a run measured, phase by phase: {source, flops_per_second,
+    """Return the rates that a run measured, by phase: {source, flops_per_second,
     optimizer_seconds}."""
     try:
         rows = [
@@ -72,7 +72,7 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
 
 
 def estimate_seconds(ledger: Ledger, rate: dict) -> float:
-    """How long the ledger's work takes at a rate. UserError where the rate lacks a phase."""
+    """Return the seconds of the ledger's work at a rate. UserError: the rate lacks a phase."""
     speed = rate["flops_per_second"]
     if not isinstance(speed, dict):
         return ledger.total() / speed

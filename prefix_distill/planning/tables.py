@@ -12,7 +12,7 @@ def tables(document: dict) -> list[Table]:
 
 
 def _tabulate_prefixes(document: dict) -> Table:
-    """FLOPs, time and memory of every prefix."""
+    """Return the table of FLOPs, time and memory by prefix."""
     table = Table(
         "prefix",
         "tokens",
@@ -39,7 +39,7 @@ def _tabulate_prefixes(document: dict) -> Table:
 
 
 def _tabulate_memory(document: dict) -> Table:
-    """What takes memory with the config's own prefix."""
+    """Return the table of memory by component and phase, for the config's own prefix."""
     memory = document["prefixes"][0]["memory"]
     table = Table(
         "component",
@@ -57,7 +57,7 @@ def _tabulate_memory(document: dict) -> Table:
 
 
 def _tabulate_cards(document: dict) -> Table:
-    """Whether and with which micro-batch the run fits each card."""
+    """Return the table of the largest micro-batch that fits on each card."""
     table = Table(
         "",
         "needs, GiB",

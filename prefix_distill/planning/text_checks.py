@@ -1,4 +1,4 @@
-"""What a run reads and writes as text: vocabularies, prompts, templates, ends and lengths."""
+"""Check what a run reads and writes as text: vocabularies, prompts, templates, EOS and lengths."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ LAST = 6  # ids of a prompt's end that are shown
 
 
 def sides(run: Run) -> tuple[tuple[str, Model], tuple[str, Model]]:
-    """Both models with their names."""
+    """Return both models with their roles."""
     return ("student", run.student), ("teacher", run.teacher)
 
 
@@ -92,12 +92,12 @@ def examine_prompts(run: Run) -> Check:
 
 @torch.no_grad()
 def _first_token_probabilities(run: Run) -> list[float]:
-    """P_T of the student's most likely first token, for some prompts; those whose token the
-    teacher does not have are left out."""
+    """Return the teacher's probability of the student's most likely first token, for some prompts.
+    Tokens that the teacher lacks are left out."""
     shared = None
     if run.shared is not None:
         student, teacher = run.shared.student.tolist(), run.shared.teacher.tolist()
-        # behind the shared tokens stand each side's ids of end-of-sequence, as many as it has
+        # each side's EOS ids follow the shared tokens, and their numbers may differ
         shared = dict(zip(student, teacher, strict=False))
     chances = []
     for r in run.train_prompts[:FEW]:
@@ -111,7 +111,7 @@ def _first_token_probabilities(run: Run) -> list[float]:
 
 
 def _first_token_distribution(run: Run, model: Model, prompt: tuple[int, ...]) -> torch.Tensor:
-    """A model's distribution [V] of the first token after ``prompt``, on the CPU."""
+    """Return a model's distribution [V] over the first token after ``prompt``, on the CPU."""
     row = Rollout(0, 0, prompt, prompt, prompt[:1], prompt[:1], False)
     with run.place.autocast(model.device):
         hidden_ND = scoring.hidden_rows(model, [row])

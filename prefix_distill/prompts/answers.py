@@ -11,7 +11,7 @@ LONGEST = 2000  # characters of an answer that is compared as an expression
 SECONDS = 5  # a comparison may take; what takes longer is unequal
 START = 120  # seconds that loading math-verify may take on a busy machine
 _lock = threading.Lock()
-_worker: list[subprocess.Popen[bytes]] = []  # none or one, for all threads
+_worker: list[subprocess.Popen[bytes]] = []  # at most one, shared by all threads
 _BRACE = re.compile("[{}]")
 _HASH = re.compile(r"####\s*([^\n]+)")
 _LETTER = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\{)?\(?([A-Z])(?=$|[).:}])")
@@ -82,23 +82,23 @@ def _last_boxed(text: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _equal(answer: str, wanted: str) -> bool:
-    """math-verify's equality; what it cannot parse is unequal.
+    """Return whether math-verify finds both answers equal; False if it cannot parse one.
 
-    It runs in a process of its own, which ends itself where it takes too long: math-verify limits
-    its time by SIGALRM, which is the main thread's alone, waits for arithmetic in C and would take
-    the caller's alarm away. A multiprocessing worker would import the caller's ``__main__``, often
-    with torch, and could not start where that is not guarded.
+    math-verify runs in a separate process that enforces its own time limit. Its built-in limit uses
+    SIGALRM, which needs the main thread, waits for C arithmetic and replaces the caller's alarm. A
+    multiprocessing worker would import the caller's ``__main__``, often with torch, and would fail
+    if that is unguarded.
     """
     with _lock:
         verdict = b""
         try:
-            if _worker and _worker[0].poll() is not None:  # killed since the last answer
+            if _worker and _worker[0].poll() is not None:  # it was killed after its last answer
                 _stop()
             if not _worker:
                 _start()
             verdict = _ask(_worker[0], json.dumps([answer, wanted, SECONDS]).encode() + b"\n")
         finally:
-            if not verdict:  # too late, killed, or interrupted
+            if not verdict:  # timed out, killed or interrupted
                 _stop()
         return verdict == b"True"
 
@@ -109,19 +109,19 @@ def _start() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # the worker gets no Ctrl-C
-        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # nor on Windows
+        start_new_session=True,  # shield the worker from Ctrl-C
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
     )
     _worker.append(worker)
-    if _ask(worker, b"") != b"ready":  # it reports this unasked
+    if _ask(worker, b"") != b"ready":  # the worker sends this first
         raise RuntimeError(
             "math-verify could not be loaded: pip install 'math-verify[antlr4_13_2]'"
         )
 
 
 def _ask(worker: subprocess.Popen[bytes], request: bytes) -> bytes:
-    """Write ``request`` and return the worker's next line, stripped; empty where it has ended."""
-    assert worker.stdin is not None and worker.stdout is not None  # ``_start`` asks for two pipes
+    """Send ``request`` and return the worker's next line, stripped; empty if it has ended."""
+    assert worker.stdin is not None and worker.stdout is not None  # ``_start`` opens both pipes
     worker.stdin.write(request)
     worker.stdin.flush()
     return worker.stdout.readline().strip()
@@ -134,12 +134,12 @@ def _stop() -> None:
 
 
 def _serve() -> None:
-    """Read lines [answer, wanted, seconds], write lines True or False, until the input ends."""
+    """Read lines [answer, wanted, seconds] and write True or False for each."""
     import contextlib
     import faulthandler
     import logging
 
-    # faulthandler's timer thread needs no GIL: it also ends arithmetic in C, on any system.
+    # faulthandler's timer thread needs no GIL, so it also stops C arithmetic, on any system
     faulthandler.dump_traceback_later(START, exit=True)
     from math_verify import parse, verify
 

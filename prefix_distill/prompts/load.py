@@ -77,7 +77,7 @@ def load_prompts(  # noqa: PLR0913  each is an option of the command line
 
 
 def _default_split(source: Source, evaluated: bool) -> str:
-    """The preset's split, or the usual name of one."""
+    """Return the preset's split, or the usual train or test."""
     if source.preset is None:
         return "test" if evaluated else "train"
     return source.preset.test if evaluated else source.preset.split
@@ -86,7 +86,8 @@ def _default_split(source: Source, evaluated: bool) -> str:
 def _stream(
     form: RowFormat, rows: "IterableDataset", split: str, limit: int | None, evaluated: bool
 ) -> PromptSet:
-    """A set whose rows are read as they are asked for; those of a known number at once."""
+    """Return a set whose rows are read on demand; a set with a known number of rows is read at
+    once."""
     source = form.source
     in_order = evaluated and source.count is None
     drawn = rows if in_order else rows.shuffle(seed=form.seed, buffer_size=BUFFER)
@@ -97,7 +98,7 @@ def _stream(
         seen = list(itertools.islice(reading, 1))
         reading = itertools.chain(seen, reading)
     _refuse_empty(source, len(seen))
-    # in a file, a row may lack a column
+    # a row of a file may lack a column
     form = form.columns({key: value for row in reversed(seen) for key, value in row.items()})
     prompts: Iterator[Prompt] = (form.prompt(index, row) for index, row in enumerate(reading))
     first: tuple[Prompt, ...] | Iterator[Prompt] = prompts
@@ -117,7 +118,7 @@ def _select(
     limit: int | None,
     evaluated: bool,
 ) -> PromptSet:
-    """A set of all rows, or of those that name#count and ``limit`` choose."""
+    """Return the set of all rows, or of those that name#count and ``limit`` select."""
     source = form.source
     _refuse_empty(source, len(rows))
     form = form.columns(rows[0])

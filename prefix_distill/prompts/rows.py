@@ -1,4 +1,4 @@
-"""A row of a data set becomes a prompt."""
+"""Turn a row of a data set into a prompt."""
 
 import re
 from dataclasses import dataclass, replace
@@ -242,7 +242,7 @@ class RowFormat:
 
 
 def _reach(row, column: str | None):
-    """What ``column`` (``doc.question`` reaches into a record) holds, or None."""
+    """Return the value of ``column`` or None; ``doc.question`` reads a nested record."""
     if column is None:
         return None
     for key in column.split("."):
@@ -253,8 +253,8 @@ def _reach(row, column: str | None):
 def _column(
     name: str, row: dict, given: str | None, usual: tuple[str, ...], flag: str
 ) -> str | None:
-    """The column that is ``given``, else the first of the ``usual`` ones that ``row`` has.
-    UserError where the row lacks the given one."""
+    """Return ``given``, else the first of the ``usual`` columns in ``row``, else None. UserError:
+    the row lacks the given column."""
     if given is not None:
         if _reach(row, given) is None and given.split(".")[0] not in row:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Which prompt is taught at which step."""
+"""The prompts of each step, and the held-out split."""
 
 import itertools
 import random
@@ -87,7 +87,7 @@ def joined(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
 
 
 def _agreed(values: Iterable[T]) -> T | None:
-    """The value that all of ``values`` are, or None."""
+    """Return the value that all ``values`` share, or None."""
     different = set(values)
     return different.pop() if len(different) == 1 else None
 

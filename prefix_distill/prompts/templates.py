@@ -1,4 +1,4 @@
-"""Chat templates: a prompt's messages become token ids."""
+"""Chat templates: turn a prompt's messages into token ids."""
 
 import re
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ PRIVILEGED = (
 
 
 class Reader(Protocol):
-    """What rendering needs of a model: the name that messages use, and a tokenizer."""
+    """The part of a model that rendering uses: its name, for messages, and its tokenizer."""
 
     @property
     def name(self) -> str: ...

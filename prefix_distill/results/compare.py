@@ -66,7 +66,7 @@ def read(path: str) -> Arms:
     if not arms:
         raise UserError(f"arms file {path}: it names no arm; give at least one under 'arms'")
     start = _starts(path, arms)
-    for name in start:  # aliased arms are one object: copy, so that each keeps its start
+    for name in start:  # aliased arms are one object; copy it so that each arm keeps its start
         arms[name] = {key: value for key, value in arms[name].items() if key != "start"}
     seeds = _seeds(path, tree)
     tune, tune_seed, tune_base = _tuning(path, tree)
@@ -99,7 +99,7 @@ def read(path: str) -> Arms:
 
 
 def _starts(path: str, arms: dict) -> dict[str, str]:
-    """Return the arm that each arm with a start begins from."""
+    """Return arm → the arm that it starts from."""
     start = {
         name: arm["start"] for name, arm in arms.items() if isinstance(arm, dict) and "start" in arm
     }
@@ -128,7 +128,7 @@ def _seeds(path: str, tree: dict) -> tuple[int, ...]:
 
 
 def _tuning(path: str, tree: dict) -> tuple[dict[str, list], int, dict]:
-    """Return the tuned setting with its values, the seed, and what differs from base."""
+    """Return the tuned option with its values, the seed, and the changes to base."""
     tune = dict(_mapping(path, "tune", tree.get("tune") or {}))
     seed = tune.pop("seed", 1000)
     base = configuration.flatten(path, _mapping(path, "tune.base", tune.pop("base", {})))
@@ -145,7 +145,7 @@ def _tuning(path: str, tree: dict) -> tuple[dict[str, list], int, dict]:
 
 
 def _check(path: str, arms: Arms) -> None:
-    """UserError unless every arm names a folder and every run of it would be accepted."""
+    """Raise UserError unless every arm can name a folder and all of its settings are valid."""
     for name in arms.arms:
         if not isinstance(name, str) or not name or name != Path(name).name or name.startswith("."):
             raise UserError(

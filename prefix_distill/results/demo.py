@@ -68,7 +68,7 @@ def _prepare(folder: Path, prefix: str, seed: int) -> Run:
 
 
 def _evaluate_teacher(run: Run) -> dict:
-    """Return the teacher's score on the held-out problems, as in JSON."""
+    """Return the teacher's score on the held-out problems as JSON values."""
     return evaluate(
         run.teacher,
         run.problems,
@@ -81,7 +81,7 @@ def _evaluate_teacher(run: Run) -> dict:
 
 
 def _describe(name: str, run: Run, result: dict) -> dict:
-    """Return the facts of a finished arm."""
+    """Return the settings, costs and results of a finished arm."""
     last, phases = result["evaluations"][-1], result["seconds"]["by_phase"]
     return {
         "name": name,

@@ -74,7 +74,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
 
 
 def _fill_in(config: Config, notes: list[str]) -> tuple[str, str]:
-    """Return the names of the model and the data set; what is not given comes from the embedded
+    """Return the names of the model and the data set; a missing one is taken from the embedded
     laboratory."""
     name, dataset = config.models.student, config.data.dataset
     if name is None:
@@ -87,7 +87,7 @@ def _fill_in(config: Config, notes: list[str]) -> tuple[str, str]:
 
 
 def _examples_file(name: str | None) -> Path:
-    """Return the file for the per-problem records. UserError unless it can be written."""
+    """Return the file for the per-problem records; raise UserError if it cannot be written."""
     if name is None:
         raise UserError("--out: name the file for the per-problem JSONL")
     out = Path(name)

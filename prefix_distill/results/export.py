@@ -109,7 +109,9 @@ def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str 
         config = configuration.build(configuration.read_yaml(str(path / "config.yaml")))
         student = config.models.student
         if student is None:
-            raise UserError(f"run folder {source}: its config.yaml is damaged (no models.student)")
+            raise UserError(
+                f"run folder {source}: its config.yaml has no models.student; use an intact copy"
+            )
         model = _read(student, config.models.trust_remote_code, torch.float32)
         if config.adapter.rank is not None:
             model = loading.with_adapter(model, config.adapter, 0)

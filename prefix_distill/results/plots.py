@@ -1,4 +1,4 @@
-"""Every picture."""
+"""Draw every plot."""
 
 import io
 import math
@@ -152,7 +152,7 @@ def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
 
 def _means(rows: list[list[float]]) -> list[float]:
     """Return the mean of each column, over seeds."""
-    # strict=False: a resumed run may be longer than the other seeds; as far as all of them go
+    # strict=False: a resumed run may be longer than the other seeds; use the common length
     return [math.fsum(column) / len(column) for column in zip(*rows, strict=False)]
 
 

@@ -154,7 +154,7 @@ def _finished(folder: Path, root: Path) -> Finished | None:
             kl_after=files.read_json("after.json")["kl_by_token"],
             also=also,
         )
-        # what the report reads of every run
+        # fail here if a field that the report needs is missing
         _ = config["models"]["student"], found.evaluations[-1]["step"]
         found.cost(found.evaluations[-1])
     except (

@@ -1,4 +1,4 @@
-"""Run folders become a table: accuracy and cost, arm by arm."""
+"""Turn run folders into a table: accuracy and cost of each arm."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,12 +21,12 @@ Curve = tuple[list[int], Numbers, Numbers, Numbers, Numbers]
 
 
 def draw_weights(random: numpy.random.RandomState, count: int) -> Numbers:
-    """Draw ``count`` items with replacement, RESAMPLES times → how often each item comes, as a
-    share of the draw [R, count].
+    """Draw ``count`` items with replacement, RESAMPLES times; return each item's share of a draw
+    [R, count].
 
-    The items are ``torch.randint(count, (count,), generator=...)`` of torch's CPU generator with
-    the same seed: both take a 32-bit word of MT19937 modulo ``count``. Reports that were computed
-    with torch keep their numbers.
+    The draws equal ``torch.randint(count, (count,), generator=...)`` on the CPU with the same seed:
+    both take a 32-bit word of MT19937 modulo ``count``. Reports computed with torch keep their
+    numbers.
     """
     shares = numpy.empty((RESAMPLES, count))
     for draw in shares:
@@ -37,11 +37,11 @@ def draw_weights(random: numpy.random.RandomState, count: int) -> Numbers:
 
 
 class Resampled:
-    """Two-level bootstrap, 2,000 seeded draws of seeds and of problems, the same draw for every
-    arm: differences and ratios between arms are paired. Only problems are drawn where there is one
-    seed. Arms must share problems and seeds to be paired.
+    """Two-level bootstrap: 2,000 seeded draws of seeds and of problems; with one seed, of problems
+    only.
 
-    Written by hand: scipy's bootstrap does not draw seeds × problems in pairs.
+    All arms share the draws, so differences and ratios between arms are paired. Paired arms need
+    the same problems and seeds. scipy's bootstrap does not draw seeds × problems in pairs.
     """
 
     def __init__(self, arms: dict[str, list[Finished]]):
@@ -54,13 +54,13 @@ class Resampled:
         if not self.paired:
             return
         self.n, self.k = counts.pop(), len(seeds.pop())
-        # torch's generator, whose draws these are, takes the low 32 bits of a seed
+        # torch's generator also uses only the low 32 bits of a seed
         random = numpy.random.RandomState(seed_of("report") & 0xFFFFFFFF)
         self.problems = draw_weights(random, self.n)
         self.seeds = draw_weights(random, self.k)
 
     def curve(self, arm: str) -> Curve:
-        """Return the accuracy and the useful FLOPs of an arm at its updates, with their draws."""
+        """Return an arm's steps, accuracy with draws, and useful FLOPs with draws."""
         runs = self.arms[arm]
         steps = sorted(set.intersection(*(set(run.right) for run in runs)))
         right = numpy.array(
@@ -159,7 +159,7 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean; None where a value is missing."""
+    """Return the mean, or None if a value is missing."""
     known: list[float] = []
     for value in values:
         if value is None:
@@ -185,7 +185,7 @@ def _ratio(reference: Curve, arm: Curve, share: float) -> dict:
         own_cost_draws.tolist(),
         strict=True,
     )
-    # float32, as in every report so far
+    # float32 reproduces the numbers of earlier reports
     draws = numpy.array([one(*lists) for lists in paired], dtype=numpy.float32)
     low, high = interval(draws)
     return {

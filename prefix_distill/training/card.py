@@ -76,10 +76,10 @@ def command(config: Config) -> str:
 
 
 def card(run: Run, progress: Progress, row: dict, full: float | None = None) -> str:
-    """The card of the student after ``row["step"]`` updates.
+    """Return the model card of the student after ``row["step"]`` updates.
 
-    ``row``: step, accuracy, kl and what else was measured of this student; ``full``: useful FLOPs
-    of as many updates with full rollouts.
+    ``row``: step, accuracy, KL and other measurements of this student; ``full``: useful FLOPs that
+    as many updates with full rollouts would take.
     """
     config = run.config
     facts = description()
@@ -112,7 +112,7 @@ def _introduction(config: Config, version: str) -> str:
 
 
 def _method(run: Run, progress: Progress, step: int) -> list[str]:
-    """Describe who writes, who scores, the settings of the method, and how the prefix grew."""
+    """Describe who samples, who scores, the settings of the method, and how the prefix grew."""
     config = run.config
     writer = (
         "student"
@@ -166,7 +166,7 @@ def _method(run: Run, progress: Progress, step: int) -> list[str]:
 
 
 def _results(config: Config, first: dict, row: dict) -> list[str]:
-    """Describe what was measured before (``first``) and after."""
+    """Describe the measurements before training (``first``) and now (``row``)."""
     problems = (
         _code(config.evaluate.dataset)
         if config.evaluate.dataset

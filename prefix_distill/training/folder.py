@@ -61,7 +61,7 @@ class RunFolder:
         made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # A new lock object each time: a second call in this process is refused, too.
+            # A new lock object each time, so that a second call in this process fails too.
             held = FileLock(self.path / LOCK, timeout=0).acquire()
         except Timeout:
             raise UserError(

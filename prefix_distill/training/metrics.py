@@ -100,7 +100,7 @@ def tail_warning(before: dict, found: dict, prefix: int) -> str | None:
     head_before, _ = intervals.split_mean(before["kl_by_token"], prefix)
     head_after, _ = intervals.split_mean(found["kl_by_token"], prefix)
     exhausted = ""
-    # Across tokenizers no unit of one token may lie inside the prefix: then both means are None.
+    # Across tokenizers the prefix can lack units of one token; then both means are None.
     if head_before is not None and head_after is not None and head_after < 0.1 * head_before:
         exhausted = (
             f"; the prefix has little left to teach ({head_before:.2g} → {head_after:.2g} nats)"

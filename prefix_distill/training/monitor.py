@@ -37,7 +37,7 @@ from .state import Progress
 SHARED_MASS = 0.95
 
 TokenValues = list[list[float | None]]  # rollout by rollout
-Facts = dict[str, list[float | None]]  # of a fixed rollout: statistic → a number per token
+Facts = dict[str, list[float | None]]  # one fixed rollout: statistic → one number per token
 
 
 class Monitor:
@@ -45,7 +45,7 @@ class Monitor:
     kept in before.json with the rollouts it drew from held-out prompts: the fixed contexts of every
     later comparison."""
 
-    def __init__(  # noqa: PLR0913  takes what `Session` will own, and then `Session` alone
+    def __init__(  # noqa: PLR0913  `Session` will own these
         self,
         run: Run,
         decoding: Model,
@@ -241,7 +241,7 @@ class Monitor:
         gap: float | None,
         endings: dict,
     ) -> dict:
-        """Return what an evaluation has measured, as ``Progress.evaluations`` keeps it."""
+        """Return the row of an evaluation for ``Progress.evaluations``."""
         progress = self.progress
         head, tail = intervals.split_mean(values, progress.taught_prefix)
         borders = progress.evaluations[0]["quadrants"]["borders"] if progress.evaluations else None
@@ -335,7 +335,7 @@ class Monitor:
 
 
 def _read_rollout(row: dict[str, Any]) -> Rollout:
-    """Return a fixed context from its row in before.json, where tuples are lists."""
+    """Return a fixed context from its row in before.json, which stores tuples as lists."""
     fields: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in row.items()
     }
@@ -350,7 +350,7 @@ def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> f
     The seeds are the same for every candidate and trigger."""
     prompts, phase = run.extrapolation_prompts, "extrapolation"
 
-    def sampler() -> Sampler:  # its rows shrink where memory runs out
+    def sampler() -> Sampler:  # running out of memory lowers its rows
         return dataclasses.replace(run.eval_sampler, seed=seed_of(run.config.runtime.seed, phase))
 
     if run.config.extrapolation.score == "accuracy":
@@ -384,7 +384,7 @@ def candidate_score(run: Run, decoding: Model, prefix: int, ledger: Ledger) -> f
 
 
 def _measure_contexts(run: Run, contexts: list[Rollout], ledger: Ledger, phase: str) -> list[Facts]:
-    """Return the token statistics of both models on given rollouts."""
+    """Return both models' token statistics on the rollouts ``contexts``."""
     return run.fit(
         "micro_batch_size",
         ledger,

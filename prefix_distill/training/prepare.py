@@ -1,4 +1,4 @@
-"""Config to Run: load what a run needs and refuse what cannot work, before anything is written."""
+"""Turn a Config into a Run: load what it needs and reject what cannot work, before any write."""
 
 import dataclasses
 

@@ -67,13 +67,13 @@ def load_prompt_sets(
 
 
 def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
-    """Split ``a:3,b:1`` into the names of data sets and their weights."""
+    """Split ``a:3,b:1`` into data set names and weights."""
     named = sources.sources(text)
     return [name for name, _ in named], [weight for _, weight in named]
 
 
 def _form(config: Config) -> dict:
-    """How rows become prompts, for ``load_prompts``."""
+    """Return the options of ``load_prompts`` that turn rows into prompts."""
     return {
         k: getattr(config.data, k)
         for k in (

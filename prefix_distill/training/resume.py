@@ -1,4 +1,4 @@
-"""Settings of a run that is resumed."""
+"""Settings of a resumed run."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from .. import config as configuration
 from ..errors import UserError
 
-# what may lengthen a run, save it at other times or spread its work otherwise
+# options that a resumed run may change: length, saving, parallelism
 FREE = (
     "train.steps",
     "checkpoint.save_every",
@@ -17,7 +17,7 @@ FREE = (
     "train.micro_batch_size",
     "rollout.rows",
 )
-# what may mend a run that stopped; the rest of it differs, which is said
+# options that can fix a stopped run; they change its result, so each change is reported
 REMEDIES = (
     "schedule.lr",
     "train.grad_clip",
@@ -31,9 +31,11 @@ REMEDIES = (
 
 
 def resume_settings(values: dict) -> tuple[dict, list[str]]:
-    """Return the settings of the run in --out, and notes. What is given now may lengthen it, save
-    at other times, spread its work otherwise, or mend what stopped it (rate, precision, device),
-    which is said."""
+    """Return the settings of the run in --out, and notes.
+
+    A resumed run may change length, saving and parallelism. It may also change rate, dtype or
+    device, which the notes report.
+    """
     out = values.get("checkpoint.out")
     if out is None:
         raise UserError("--resume: name the run folder with --out")
@@ -59,7 +61,7 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
 
 
 def _read_saved_settings(out: str) -> dict:
-    """Read the folder's config.yaml. UserError where there is none, or it is damaged."""
+    """Read the folder's config.yaml. UserError: it is missing or damaged."""
     from .folder import RunFolder
 
     saved_file = Path(out) / "config.yaml"
@@ -74,7 +76,7 @@ def _read_saved_settings(out: str) -> dict:
 
 
 def _check_changes(out: str, saved: dict, values: dict) -> list[str]:
-    """Return notes on remedies; UserError where ``values`` change what a run cannot change."""
+    """Return a note on each changed remedy; raise UserError for a change that is not allowed."""
     notes = []
     free = {*FREE, *configuration.options("trackers", "export")}
     for path, value in values.items():

@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 
 def settled(value: T | None, name: str) -> T:
-    """Return ``value``, which has no default but is set before a run starts; ValueError where it
-    is still missing."""
+    """Return ``value``, which has no default but is set before a run starts. ValueError: it is
+    None."""
     if value is None:
-        raise ValueError(f"{name} is not settled yet")
+        raise ValueError(f"{name} is None: expected a value before the run starts")
     return value
 
 
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def max_new_tokens(self) -> int:
-        """The longest response, in tokens."""
+        """Return the longest response in tokens."""
         return settled(self.config.rollout.max_new_tokens, "--max-new-tokens")
 
     def fit(self, what: str, ledger: Ledger, work: Callable[[Ledger], T]) -> T:
@@ -194,7 +194,7 @@ class Run:
     def counts_generation(
         self, ledger: Ledger, phase: str
     ) -> Callable[[list[tuple[int, list[int]]]], None]:
-        """Return a function that adds one batch of the student's responses to ``phase``."""
+        """Return a callback that adds the FLOPs of a batch of student responses to ``phase``."""
         return lambda reads: ledger.generation(self.student_shape, reads, phase, phase)
 
     def aligned(self, rollouts: list[Rollout]) -> list[Rollout]:
@@ -223,8 +223,7 @@ class Run:
         return ledger.total()
 
     def _head_shares(self) -> tuple[float, float]:
-        """Return the shares of both heads' rows that the loss compares: all where the tokenizers
-        match."""
+        """Return the share of each head's rows that the loss compares; 1 for one tokenizer."""
         if self.shared is None:
             return 1.0, 1.0
         student = settled(self.student.support, "the student's support")

@@ -1,4 +1,4 @@
-"""Micro-batches, their losses, and the token statistics by which tokens are chosen."""
+"""Micro-batches, their losses, and the token statistics that selection uses."""
 
 import torch
 
@@ -17,10 +17,11 @@ TokenFacts = dict[tuple[int, int], dict[str, dict[int, float]]]
 def measure_tokens(
     run: Run, rollouts: list[Rollout], ledger: Ledger, clock: Clock
 ) -> tuple[TokenFacts, Reading | None]:
-    """Return ``scoring.token_statistics`` of this rank's rollouts, and the reading they come from
-    where it can be taught from.
+    """Return ``scoring.token_statistics`` of this rank's rollouts, and the forward pass if
+    reusable.
 
-    It can where every rank's rollouts are one micro-batch and the teacher is what teaches.
+    The loss can reuse the forward pass if every rank has one micro-batch and the teacher's
+    divergence is the loss.
     """
     groups = split_micro_batches(run, rollouts)
     by_teacher = choose_terms(run, rollouts).taught_by == "teacher"
@@ -48,14 +49,13 @@ def measure_tokens(
 
 
 def choose_terms(run: Run, rollouts: list[Rollout]) -> Terms:
-    """Return the loss of a micro-batch: all of its rollouts are the student's or all are the
-    teacher's."""
+    """Return the loss of a micro-batch, whose rollouts all come from one model."""
     return run.text_terms if rollouts[0].off_policy else run.terms
 
 
 def split_micro_batches(run: Run, rollouts: list[Rollout]) -> list[list[Rollout]]:
-    """Return this rank's micro-batches; the student's own rollouts and the teacher's have
-    different losses, so they do not mix."""
+    """Return this rank's micro-batches; student and teacher rollouts have different losses and are
+    never mixed."""
     return [
         group
         for side in (False, True)
@@ -80,8 +80,7 @@ def read_teacher(run: Run, rollouts: list[Rollout], clock: Clock) -> torch.Tenso
 def _read_once(
     run: Run, group: list[Rollout], ledger: Ledger, clock: Clock
 ) -> tuple[TokenFacts, Reading]:
-    """Read one micro-batch, the student with its graph; the loss is taken from this very
-    reading."""
+    """Run the forward passes of one micro-batch, with the student's graph; the loss reuses them."""
     with clock.phase("student_update"), run.place.autocast(run.place.device):
         student_ND = scoring.hidden_rows(run.student, group)
     teacher_NE = read_teacher(run, group, clock)
@@ -106,7 +105,7 @@ def _read_once(
 
 
 def _ranking_terms(run: Run) -> Terms:
-    """The divergence that ranks tokens, whatever the loss is."""
+    """Return the divergence that ranks tokens, independent of the loss."""
     return Terms("reverse-kl", dtype=run.place.head_dtype, memory_bytes=run.terms.memory_bytes)
 
 

@@ -1,4 +1,4 @@
-"""The training loop of on-policy prefix distillation (arXiv 2602.15260), one update a turn."""
+"""The training loop of on-policy prefix distillation (arXiv 2602.15260): one update per turn."""
 
 import contextlib
 import dataclasses
@@ -53,11 +53,10 @@ def train(
     resume: bool,
     interrupt: Interrupt | None = None,
 ) -> dict:
-    """Runs every update that is left, evaluates before and after, saves the model; returns the
-    result document.
+    """Run the remaining updates with evaluations, save the model and return the result document.
 
-    Every rank calls its ``report``. Interrupted, with the state saved, after the update (or the
-    evaluation) in which ``interrupt`` was asked to stop.
+    Every rank calls its ``report``. Interrupted: ``interrupt`` was asked to stop; the current
+    update or evaluation is finished and the state is saved.
     """
     config, place = run.config, run.place
     interrupt = interrupt or Interrupt()

@@ -15,7 +15,7 @@ from ..maths.flops import Ledger
 from .folder import RunFolder
 from .run import Run
 
-Tensors = dict[str, torch.Tensor]  # by the parameter's name
+Tensors = dict[str, torch.Tensor]  # parameter name → tensor
 
 
 @dataclasses.dataclass
@@ -94,8 +94,8 @@ def refuse_non_finite(  # noqa: PLR0913  becomes a method of `Session`, which wi
     rollouts: list[Rollout],
     values: dict[tuple[int, int], list[float]],
 ) -> None:
-    """Raise Stopped on every rank where a token's divergence is NaN or infinite on any; name the
-    cause and the last good state."""
+    """Raise Stopped on all ranks if any rank has a non-finite token divergence; name the cause and
+    the last intact state."""
     reasons = run.place.gather(_describe_non_finite(run, rollouts, values))
     reason = next(filter(None, reasons), None)
     if reason is not None:
@@ -105,7 +105,7 @@ def refuse_non_finite(  # noqa: PLR0913  becomes a method of `Session`, which wi
 def _describe_non_finite(
     run: Run, rollouts: list[Rollout], values: dict[tuple[int, int], list[float]]
 ) -> str | None:
-    """Describe this rank's first divergence that is not finite."""
+    """Describe this rank's first non-finite divergence; None if all are finite."""
     for r in rollouts:
         for token, value in zip(r.taught, values[r.prompt, r.sample], strict=True):
             if not math.isfinite(value):
@@ -241,7 +241,7 @@ def _restore_tensors(
     anchor: Tensors,
     tensors: dict[str, Tensors],
 ) -> None:
-    """Copy a checkpoint's tensors to where the run has them."""
+    """Copy a checkpoint's tensors into the run's networks, optimizer and anchor."""
     for name, p in run.student.trained.items():
         p.copy_(tensors["student"][name])
         found = {

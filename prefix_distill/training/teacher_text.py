@@ -16,7 +16,7 @@ PHASES = ("teacher_prefill", "teacher_decode")
 
 
 class TeacherText(TypedDict):
-    """What the teacher wrote to a prompt (its index), up to some number of tokens."""
+    """A text that the teacher sampled for a prompt (its index), up to some number of tokens."""
 
     prompt: int
     sample: int
@@ -33,11 +33,12 @@ def teacher_texts(  # noqa: PLR0913  becomes a method of `Session`, which will o
     folder: RunFolder,
     ledger: Ledger,
 ) -> dict[tuple[int, int], TeacherText]:
-    """(prompt index, sample) → what the teacher writes to each wanted prompt, up to ``cap`` tokens.
+    """Return (prompt index, sample) → the teacher's text for each wanted prompt, up to ``cap``
+    tokens.
 
-    Written once and kept in the run folder with its FLOPs (rows of their own in ``ledger``, inside
-    the totals); read back from there by a resumed run. A draw depends on (seed, prompt, sample)
-    alone. Sharded over ranks.
+    The texts are sampled once, over all ranks, and kept in the run folder with their FLOPs; a
+    resumed run reads them. The FLOPs are separate rows of ``ledger``, included in the totals. A
+    sample depends on (seed, prompt, sample) alone.
     """
     place = run.place
     kept: list[TeacherText] = []
@@ -75,7 +76,7 @@ def teacher_texts(  # noqa: PLR0913  becomes a method of `Session`, which will o
 def _write_texts(
     run: Run, missing: dict[tuple[int, int], Rendered], cap: int, teacher: Model
 ) -> tuple[list[TeacherText], Ledger]:
-    """Write this rank's part of the ``missing`` texts; return them with what they cost."""
+    """Sample this rank's part of the ``missing`` texts; return them and their FLOPs."""
     prompts = sorted({index for index, _ in missing})
     # a prompt is read on one rank for all its samples
     whose = {index: i % run.place.world for i, index in enumerate(prompts)}
@@ -110,7 +111,7 @@ def _write_texts(
 
 def _decode(model: Model, ids: tuple[int, ...]) -> str:
     """Return the text of ``ids``, special tokens included."""
-    text: str = model.tokenizer.decode(list(ids))  # type: ignore[assignment]  # one sequence has one text
+    text: str = model.tokenizer.decode(list(ids))  # type: ignore[assignment]  # a str for one sequence
     return text
 
 
@@ -119,8 +120,8 @@ def rollout(
 ) -> Rollout:
     """Return a teacher's text, cut to ``prefix`` tokens, as the rollout of ``key``, (slot, sample).
 
-    Across tokenizers: the first student's tokens of it, as the student's tokenizer reads it, and,
-    where the teacher's divergence is the loss, aligned with the tokens that the teacher wrote.
+    Across tokenizers the student's tokenizer encodes the text before the cut. If the loss is the
+    teacher's divergence, the rollout is also aligned with the teacher's own tokens.
     """
     alignment = run.alignment
     written, finished = tuple(text["ids"]), text["finished"]

@@ -52,17 +52,18 @@ class Tracker(Protocol):
     """Receives the numbers of a run."""
 
     def log(self, step: int, late: int, values: dict[str, float]) -> None:
-        """Pass on the numbers of an update (``late`` 0) or of what is measured after it (1)."""
+        """Record the numbers of an update (``late`` 0) or of measurements after it (1)."""
 
     def close(self, well: bool) -> None:
-        """Flush and close; ``well``: the run has not failed."""
+        """Flush and close; ``well``: whether the run succeeded."""
 
 
 class Trackers:
-    """Passes on what a run reports (see display.Reporter) to its display, and numbers to the
-    trackers that ``config`` names. Where one of these fails, it is off from then on, with a
-    warning: no tracker ends a run. Use as a context: leaving it flushes and closes. ``folder``: the
-    run's folder."""
+    """Passes reports of a run (see display.Reporter) to its display, and numbers to trackers.
+
+    ``config`` names the trackers; ``folder``: the run folder. A tracker that raises is disabled
+    with a warning; training continues. Use as a context manager: leaving it flushes and closes.
+    """
 
     def __init__(self, display: Reporter, folder: RunFolder, config: Config):
         self.display = display
@@ -195,7 +196,7 @@ class _TensorBoard:
         writer = self.make(str(self.path), purge_step=step)
         if new:
             writer.add_text("config", self.text, step)
-        if late:  # the update's own row is dropped with what is measured after it
+        if late:  # purge_step also drops the update's own row; write it again
             for row in read_rows(self.metrics)[0]:
                 if row.get("step") == step:
                     _add_scalars(writer, step, numbers(row))

@@ -28,7 +28,7 @@ from .selection import choose_terms, measure_tokens, read_teacher, split_micro_b
 from .state import Progress, stop_run
 from .teacher_text import TeacherText
 
-# (prompt, sample) → a number per taught token
+# (prompt, sample) → one number per taught token
 PerToken = dict[tuple[int, int], list[float]]
 
 
@@ -47,9 +47,12 @@ class StudentLoss(torch.nn.Module):
         weight_N: torch.Tensor | None = None,
         student_ND: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """``student_ND``: the rows, where they have been read already. ``teacher_NE``: None where
-        the loss needs no teacher. ``rollouts`` None: nothing is taught, but every weight takes
-        part, so that DDP adds up what the ranks have gathered."""
+        """Return the loss and its values; a zero loss that touches every parameter if ``rollouts``
+        is None.
+
+        ``student_ND``: hidden rows of an earlier forward pass. ``teacher_NE``: None if the loss
+        needs no teacher.
+        """
         run = self.run
         if rollouts is None or weight_N is None:
             return self._touch_parameters()
@@ -94,7 +97,7 @@ class StudentLoss(torch.nn.Module):
 
 
 def _sampler_logp(rollouts: list[Rollout]) -> torch.Tensor | None:
-    """Return the log-probability of each taught token where it was drawn, if it was recorded."""
+    """Return the log-probability of each taught token when it was sampled; None if not recorded."""
     logp: list[float] = []
     for r in rollouts:
         if r.sampler_logp is None:
@@ -161,8 +164,7 @@ def sample(  # noqa: PLR0913  becomes a method of `Update`, which will own these
 def _assign_writers(
     run: Run, step: int, prompts: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return (slot, sample) of all of this rank's rollouts, and of those that the student
-    writes."""
+    """Return (slot, sample) of all rollouts of this rank, and of those that the student samples."""
     samples = run.config.rollout.samples
     slots = range(run.place.rank, prompts, run.place.world)
     teachers: frozenset[int] = frozenset()
@@ -257,7 +259,7 @@ def _gather_gradients(  # noqa: PLR0913  becomes a method of `Update`, which wil
     clock: Clock,
     reading: Reading | None,
 ) -> tuple[PerToken, PerToken]:
-    """This rank's part of ``accumulate_gradients``."""
+    """Accumulate the gradients of this rank; see ``accumulate_gradients``."""
     named = {(r.prompt, r.sample): r for r in rollouts}
     groups = (
         split_micro_batches(run, rollouts)
@@ -300,7 +302,7 @@ def _gather_gradients(  # noqa: PLR0913  becomes a method of `Update`, which wil
 def _without_all_reduce(
     loss_module: torch.nn.Module,
 ) -> contextlib.AbstractContextManager[None]:
-    """Keep DDP from reducing while a rank gathers its gradients."""
+    """Return a context in which DDP does not all-reduce the gradients."""
     if isinstance(loss_module, DistributedDataParallel):
         return loss_module.no_sync()
     return contextlib.nullcontext()
@@ -309,8 +311,8 @@ def _without_all_reduce(
 def _count_student_update(
     run: Run, group: list[Rollout], read: list[Rollout], ledger: Ledger
 ) -> None:
-    """Add a micro-batch to the ledger. ``read``: the same rollouts, with the tokens that were
-    taught when the student read them."""
+    """Add a micro-batch to the ledger. ``read``: the same rollouts with the tokens that were taught
+    at the forward pass."""
     shared = None if group[0].units is None else run.shared
     ledger.forward(
         "student_update",

@@ -132,7 +132,7 @@ def gold(given, work: Path) -> dict:
                 watch.start()
 
         def on_step_end(self, args, state, control, **_):
-            # TRL gives the attribute the type None, and fills it before the step
+            # TRL declares the attribute as None and sets it before the step
             buffered: list[dict] = vars(trainer)["_buffered_inputs"]
             watch.end(sum((inputs["labels"] != -100).sum().item() for inputs in buffered))
 

@@ -33,9 +33,9 @@ class Silent:
 
 
 def require(package: str, install: str) -> ModuleSpec:
-    """Return where ``package`` is installed, or exit with code 2 and one line.
+    """Return the spec of ``package``; without it, exit with code 2 and one line.
 
-    The tests skip a benchmark that ends so.
+    The tests skip a benchmark that exits this way.
     """
     spec = importlib.util.find_spec(package)
     if spec is None:
@@ -45,9 +45,9 @@ def require(package: str, install: str) -> ModuleSpec:
 
 
 def gradient(leaf: "torch.Tensor") -> "torch.Tensor":
-    """Return the gradient that a backward pass has left in ``leaf``; ValueError without one."""
+    """Return the gradient of ``leaf`` after a backward pass; raise ValueError if there is none."""
     if leaf.grad is None:
-        raise ValueError("the backward pass left no gradient in a tensor that was to get one")
+        raise ValueError("expected a gradient after the backward pass, got None")
     return leaf.grad
 
 
@@ -76,9 +76,9 @@ def fastest(work, seconds: float = 1.0) -> float:
 
 
 def without_checkpointing(arguments: type) -> dict:
-    """Return the option that keeps gradient checkpointing off in ``arguments``.
+    """Return the option that turns gradient checkpointing off.
 
-    ``arguments`` is a class of training arguments. Where it has the newer name, the older one
+    ``arguments``: a class of training arguments. If it has the newer option name, the older one
     warns.
     """
     fields = {field.name for field in dataclasses.fields(arguments)}
@@ -88,7 +88,7 @@ def without_checkpointing(arguments: type) -> dict:
 
 
 def checkpoints(net) -> bool:
-    """Does a layer of ``net`` keep only its input for backward?"""
+    """Return whether a layer of ``net`` uses gradient checkpointing."""
     return any(getattr(module, "gradient_checkpointing", False) for module in net.modules())
 
 
@@ -105,7 +105,7 @@ def child(script: str, *arguments) -> dict:
         capture_output=True,
         text=True,
     )
-    if done.returncode == 2:  # the child has said in one line what is missing or wrong
+    if done.returncode == 2:  # the child printed what is missing or wrong as one line
         print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
         sys.exit(2)
     if done.returncode:

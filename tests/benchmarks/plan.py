@@ -113,7 +113,7 @@ def cards() -> list[dict]:
 
 
 def networks(folder: Path, wanted: set[str]) -> None:
-    """Writes the ``wanted`` networks with a tokenizer of V words, and prompts of PROMPT words."""
+    """Write the ``wanted`` networks with a tokenizer of V words, and prompts of PROMPT words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--cards", action="store_true", help="renew the cards alone")
     given = parser.parse_args()
     if given.quick and (given.keep or given.cards):
-        parser.error("--quick writes nothing and leaves out the cards: without --keep and --cards")
+        parser.error("--quick writes nothing and skips the cards; drop --keep and --cards")
     if given.child:
         print(json.dumps(run(Path(given.child[0]), given.child[1])))
         return

@@ -45,7 +45,7 @@ CASES = {
 
 
 class Watch(measure.Silent):
-    """A reporter that keeps the time at which each update ended."""
+    """A reporter that records when each update ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import measure
 
-INSTALL = "the first lines of real_pair.py and cross_tokenizer.py in tests/benchmarks say how"
+INSTALL = "see the first lines of real_pair.py and cross_tokenizer.py in tests/benchmarks"
 DROPPED = range(9, 19)
 
 
@@ -22,7 +22,9 @@ def packaged(package: str, file: str) -> Path:
     """A file inside an installed package, found without importing it."""
     folders = measure.require(package, INSTALL).submodule_search_locations
     if not folders:
-        raise SystemExit(f"{package} is a single module, which holds no {file}: {INSTALL}")
+        raise SystemExit(
+            f"expected {file} in the package {package}, but it is a single module: {INSTALL}"
+        )
     return Path(folders[0]) / file
 
 
@@ -73,7 +75,7 @@ def make_student(folder: Path, source: Path | None = None) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path, nargs="?", help="where the student goes")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder for the student")
     parser.add_argument("--quick", action="store_true", help="write to a temporary folder")
     given = parser.parse_args()
     if (given.folder is None) != given.quick:

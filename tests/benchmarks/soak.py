@@ -115,7 +115,7 @@ class Process:
             except SystemExit as end:
                 sys.stdout.flush()
                 status = end.code or 0
-                if isinstance(status, str):  # Python writes a text to stderr and exits with 1
+                if isinstance(status, str):  # Python prints a str to stderr and exits with 1
                     print(status, file=sys.stderr, flush=True)
                     status = 1
                 os._exit(status)

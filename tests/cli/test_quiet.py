@@ -1,4 +1,4 @@
-"""What commands leave out of stderr: the deprecation warnings of the libraries they use."""
+"""Commands hide the deprecation warnings of their libraries."""
 
 import importlib.util
 import os
@@ -26,12 +26,12 @@ if importlib.util.find_spec("peft") is not None:
 
 @pytest.fixture(scope="module")
 def given(pair, questions):
-    """The options that name both models and the data set."""
+    """Return the options that name both models and the data set."""
     return "--student", pair[0], "--teacher", pair[1], "--dataset", questions
 
 
 def run_quietly(*arguments, **environment) -> None:
-    """Run a command that must succeed without the word ``Warning`` on stderr."""
+    """Run a command; assert that it succeeds without ``Warning`` on stderr."""
     done = command(*arguments, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
@@ -56,13 +56,13 @@ def test_probe_is_quiet(given, tmp_path):
 
 
 def test_run_calls_no_deprecated_name(given, tmp_path):
-    """What is asked of Python stops at the first warning, so there is none to hide."""
+    """With this PYTHONWARNINGS, Python raises at the first warning and the command hides none."""
     options = (*SMALL, "--gradient-checkpointing", "--steps", 1, "--out", tmp_path / "run")
     run_quietly("run", *given, *options, PYTHONWARNINGS="error::FutureWarning")
 
 
 def warn_after_command(category: str, *flags: str) -> subprocess.CompletedProcess:
-    """Run a command in a Python with ``flags``, and let a library warn in the same process."""
+    """Run a command in a Python with ``flags``, then warn as a library in the same process."""
     return subprocess.run(
         [sys.executable, *flags, "-c", LIBRARY.format(category=category)],
         capture_output=True,

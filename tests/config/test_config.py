@@ -160,7 +160,7 @@ def test_every_flag_is_declared_once_with_a_help_text():
 
 
 def test_every_limit_of_an_option_is_checked_and_no_other_is_declared():
-    """A value just outside each limit is refused, in words that name the limit and the flag."""
+    """A value just outside each limit raises an error that names the limit and the flag."""
     bounds = {"low": ("at least", -1), "above": ("above", 0), "high": ("at most", 1)}
     checked = 0
     for path, field in config.options().items():

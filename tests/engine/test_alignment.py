@@ -486,7 +486,7 @@ def test_the_teachers_text_in_the_students_tokens(text, size):
 
 
 def read_alone(net, prompt, ids):
-    """Return the trunk's rows for the ids, behind their prompt, in plain transformers."""
+    """Return the trunk's rows for the ids after their prompt, from plain transformers."""
     hidden = net.base_model(torch.tensor([prompt + ids])).last_hidden_state
     return hidden[0, len(prompt) - 1 : -1]
 

@@ -1,4 +1,4 @@
-"""The names of the KV cache and of checkpointing, old and new, and in the installed library."""
+"""The names of the KV cache and of checkpointing: old, new, and in the installed library."""
 
 import inspect
 import logging
@@ -19,7 +19,7 @@ KINDS = ("llama", "qwen3", "gemma3", "neox", "gpt2")
 
 
 class Mute:
-    """A network without layers, whose methods note the call."""
+    """A network without layers that records the calls of its methods."""
 
     def __init__(self):
         self.calls = []
@@ -59,15 +59,15 @@ class BothOutput(NewOutput):
 
 
 def old_forward(input_ids, past_key_values=None, use_cache=None):
-    """As in transformers 5.0."""
+    """The signature of transformers 5.0."""
 
 
 def new_forward(input_ids, cache=None, use_cache=None, **kwargs):
-    """As in transformers 5.24."""
+    """The signature of transformers 5.24."""
 
 
 def both_forward(input_ids, past_key_values=None, cache=None):
-    """A function that still takes the old name."""
+    """A signature that still has the old name."""
 
 
 def test_the_cache_argument_is_the_one_that_the_signature_lists():
@@ -112,7 +112,7 @@ def test_checkpointing_is_enabled_by_the_newest_method(net, method):
 
 @pytest.fixture
 def silence():
-    """Fail a test in which Python warns or transformers' logger does."""
+    """Fail the test if Python or transformers' logger warns."""
     said = []
 
     class Listener(logging.Handler):
@@ -121,7 +121,7 @@ def silence():
 
     logger, listener = logging.getLogger("transformers"), Listener(logging.WARNING)
     level = logger.level
-    logging.Logger.warning_once.cache_clear()  # an earlier test may have used up a message
+    logging.Logger.warning_once.cache_clear()  # repeat messages of earlier tests
     logger.addHandler(listener)
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings(record=True) as caught:
@@ -134,7 +134,7 @@ def silence():
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    """A tiny model of the installed transformers."""
+    """Return a tiny model of the installed transformers."""
     return Model(request.param, tiny_net(request.param), None, None, frozenset({257}))
 
 
@@ -162,7 +162,7 @@ def test_the_installed_forward_with_a_head_takes_the_cache(model, silence):
 
 
 def test_the_installed_generate_takes_and_returns_the_cache(model, silence):
-    """Three stretches of generate, each with the cache of the one before."""
+    """Three calls of generate, each with the cache of the previous one."""
     requests = [Request((65, 66, 67), (0, row)) for row in range(2)]
     sampler = Sampler(eos=frozenset({257}), pad=256, support=256, seed=1, temperature=0)
     first, second = generate(model, requests, 2 * STRETCH + 3, sampler)

@@ -42,7 +42,7 @@ ROLLOUTS = [
 
 
 def single(tensor, device="cpu"):
-    """Return a copy of the leaf in float32."""
+    """Return a float32 leaf with the same values."""
     return tensor.detach().float().to(device).requires_grad_(tensor.requires_grad)
 
 

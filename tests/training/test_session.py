@@ -346,7 +346,7 @@ def test_tail_warning_needs_a_paired_rise():
     assert (
         metrics.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None
     )  # nothing beyond the prefix
-    # across tokenizers the prefix may hold no unit of one token
+    # across tokenizers the prefix can lack units of one token
     spans = found(0.9, [[None, None, 0.1, 0.1 + i / 100] for i in range(8)])
     hurt = [[None, None, 0.5, 0.5 + i / 100] for i in range(8)]
     text = metrics.tail_warning(spans, found(0.9, hurt), 2)
