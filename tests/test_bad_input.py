@@ -337,6 +337,10 @@ CONFIGS = {  # name: (text, message)
         "train: {<<: 5}\n",
         "the merge key in line 1 needs a mapping or a list of mappings",
     ),
+    "two merge keys": (
+        "a: &a {steps: 5}\nb: &b {steps: 6}\ntrain: {<<: *a, <<: *b}\n",
+        "the merge key '<<' is there twice, again in line 3; merge a list: <<: [*a, *b]",
+    ),
     "key twice beside a merge": (
         "a: &a {steps: 5}\ntrain: {<<: *a, steps: 6, steps: 7}\n",
         "the key 'steps' is there twice, again in line 2",

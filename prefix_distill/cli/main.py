@@ -3,12 +3,13 @@
 import io
 import os
 import sys
+from typing import cast
 
 import typer
 
 from ..errors import AT_ONCE, Stopped, UserError
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
-from .app import app, note, tell_failure
+from .app import Commands, app, note, tell_failure
 from .quiet import calm_threads, hide_deprecations
 
 
@@ -30,7 +31,8 @@ def main(alone: bool = True) -> None:
 def run_command(arguments: list[str], alone: bool) -> int | None:
     """Run a command and return its exit code; None means 0."""
     try:
-        group = typer.main.get_group(app)
+        # get_group would leave shell completion out
+        group = cast(Commands, typer.main.get_command(app))
         words, translated = translate_arguments(group, arguments)
         if translated and alone:
             note(f"understood: {'; '.join(translated)} (prefix-distill help migration)")

@@ -132,10 +132,19 @@ def _expand(node: "yaml.Node", sizes: dict["yaml.Node", int | None]) -> int:
 
 
 def _check_keys(mapping: "yaml.MappingNode") -> None:
-    """Raise ValueError if a mapping node gives a key twice; several merge keys are allowed."""
+    """Raise ValueError if a mapping node gives a key or the merge key twice."""
     seen = set()
+    merges = False
     for key, _ in mapping.value:
-        if key.id != "scalar" or key.tag == MERGE:
+        if key.tag == MERGE:
+            if merges:  # versions of PyYAML differ in which of the two wins
+                raise ValueError(
+                    f"the merge key '<<' is there twice, again in line {key.start_mark.line + 1}; "
+                    "merge a list: <<: [*a, *b]"
+                )
+            merges = True
+            continue
+        if key.id != "scalar":
             continue
         if key.value in seen:
             raise ValueError(

@@ -124,7 +124,7 @@ def generating(
 
 
 def _draw(model: Model, rows: int, mask: torch.Tensor, width: int, cache) -> None:
-    """A step of ``generate`` and the draw from its logits (rollout.py)."""
+    """A step of ``generate`` and the draw from its logits (engine/sampling.py)."""
     cache_argument = {name_cache_argument(model.net.forward): cache}
     out = model.net(
         input_ids=torch.zeros(rows, width, dtype=torch.long),

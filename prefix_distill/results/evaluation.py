@@ -49,12 +49,13 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     answer_format: str = config.evaluate.answer_format
     if answer_format == "auto" and prompts.answer_format:
         answer_format = prompts.answer_format
+    sampler = _sampler(config, model)
     clock = Clock(where.device)
     with clock.phase("evaluation"):
         score = evaluate(
             decoder(model, where.dtype),
             problems,
-            _sampler(config, model),
+            sampler,
             samples=config.evaluate.rollouts,
             max_new_tokens=settled(config.rollout.max_new_tokens, "--max-new-tokens"),
             answer_format=answer_format,
