@@ -13,7 +13,7 @@ COMMANDS = [
     ["prefix", "--arms", "cross"],
 ]
 GRIDS = {  # arms file → arms that --quick keeps
-    "prefix": {"full", "sft", "10%", "auto"},
+    "prefix": {"full", "sft", "5%", "10%", "auto"},
     "plugins": {"full", "full soft-or 0.5", "slow", "slow effopd", "student uniform token"},
     "cross": {"strict", "simct", "sft"},
 }

@@ -506,12 +506,14 @@ def quick(text: str) -> str:
         in (
             "full",
             "sft",
+            "5%",
             "10%",
             "auto",
             "full soft-or 0.5",
             "slow",
             "slow effopd",
             "student uniform token",
+            "strict",
             "simct",
         )
     }
