@@ -190,7 +190,7 @@ BAD = {
     "out below a file": (["--out", "{root}/a-file/out"], "cannot be written (Not a directory)"),
     "out of no name": (
         ["--set", 'checkpoint.out="a\\0b"'],
-        "cannot be written (embedded null byte)",
+        "checkpoint.out: expected Unicode text without NUL",
     ),
     "out in /proc": (["--out", "/proc/out"], "cannot be written (No such file or directory)"),
     "out too long": (["--out", "x" * 5000], "cannot be written (File name too long)"),
@@ -348,6 +348,15 @@ CONFIGS = {  # name: (text, message)
     "deep": ("[" * 2000, "not valid YAML"),
     "nan": ("schedule: {lr: .nan}\n", "schedule.lr nan: expected a finite number"),
     "infinity": ("schedule: {lr: .inf}\n", "schedule.lr inf: expected a finite number"),
+    "an empty integer": ("train: {steps: !!int ''}\n", "not valid YAML"),
+    "half a character": (
+        'data: {prompt_column: "\\ud800"}\n',
+        "data.prompt_column: expected Unicode text without NUL, got '\\ud800'",
+    ),
+    "a NUL in text": (
+        'rollout: {begin: "a\\0b"}\n',
+        "rollout.begin: expected Unicode text without NUL, got 'a\\x00b'",
+    ),
     "yes for a number": ("train: {steps: yes}\n", "train.steps: expected a whole number, got True"),
     "number for a yes": (
         "extrapolation: {reset: 1}\n",
@@ -386,6 +395,21 @@ ARMS = {  # of `compare`: name: (text, message)
     "arm of a number": ("arms: {a: 5}\n", "arm 'a' must hold keys, got 5"),
     "arm twice": ("arms:\n  a: {}\n  a: {}\n", "the key 'a' is there twice"),
     "arm of no folder": ("arms: {../a: {}}\n", "'../a' cannot name a folder"),
+    "arm of a NUL": ('arms: {"a\\0": {}}\n', "cannot name a folder"),
+    "arm of half a character": ('arms: {"\\ud800": {}}\n', "cannot name a folder"),
+    "arm of 300 characters": (f"arms: {{{'a' * 300}: {{}}}}\n", "cannot name a folder"),
+    "also of no file": (
+        "arms: {a: {}}\nalso: {b/c: {}}\n",
+        "also 'b/c' cannot name a file; call it otherwise",
+    ),
+    "a seed too large": (
+        f"arms: {{a: {{}}}}\nseeds: [1{'0' * 23}]\n",
+        "runtime.seed: expected a number below 2^63",
+    ),
+    "tune to nothing": (
+        "arms: {a: {}}\ntune: {schedule.lr: [null]}\n",
+        "schedule.lr: expected a number, got None",
+    ),
     "arm of a wrong setting": ("arms: {a: {train: {stepz: 3}}}\n", "unknown setting 'train.stepz'"),
     "arm named by a number": (
         "arms: {5: {}}\n",

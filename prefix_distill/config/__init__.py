@@ -1,6 +1,6 @@
 """The configuration of a run: its options, the rules between them, and YAML files."""
 
-from .files import LARGEST, build, flatten, read_assignments, read_tree, read_yaml
+from .files import LARGEST, build, flatten, is_text, read_assignments, read_tree, read_yaml
 from .options import choices, value_type
 from .rules import parse_divergence, parse_estimator, parse_trackers, selected
 from .sections import (
@@ -27,6 +27,7 @@ __all__ = [
     "flag",
     "flatten",
     "get",
+    "is_text",
     "options",
     "parse_divergence",
     "parse_estimator",

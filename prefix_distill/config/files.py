@@ -93,6 +93,7 @@ def _yaml(text: str) -> Any:
         OverflowError,
         RecursionError,
         AttributeError,
+        IndexError,
         KeyError,
         TypeError,
     ) as error:
@@ -236,4 +237,21 @@ def _typed(path: str, value: object, kind: object) -> object:
         raise UserError(
             f"{path}: expected {NAMES[base]}, got {reprlib.repr(value)}; change {flag(path)}"
         )
+    if isinstance(value, str) and not is_text(value):
+        raise UserError(
+            f"{path}: expected Unicode text without NUL, got {reprlib.repr(value)}; change "
+            f"{flag(path)}"
+        )
     return value
+
+
+def is_text(value: str) -> bool:
+    """Return whether files, file names and tokenizers can hold ``value``.
+
+    Half of a surrogate pair has no UTF-8 form: Python makes it from bytes that are not UTF-8.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value

@@ -30,6 +30,7 @@ from ..training.folder import RunFolder
 
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
 # in the comparison's folder: what was asked for, so that a resumed comparison cannot mix two
+LONGEST_NAME = 100  # characters of an arm; the names of its files add some
 FILE = "arms.json"
 TrainIn = Callable[..., dict]  # training.session.train_in
 
@@ -144,18 +145,36 @@ def _tuning(path: str, tree: dict) -> tuple[dict[str, list], int, dict]:
     return tune, seed, base
 
 
+def _names_a_file(name: object) -> bool:
+    """Return whether ``name`` can be a file's or a folder's name on any system."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= LONGEST_NAME
+        and name == Path(name).name
+        and not name.startswith(".")
+        and configuration.is_text(name)
+    )
+
+
 def _check(path: str, arms: Arms) -> None:
     """Raise UserError unless every arm can name a folder and all of its settings are valid."""
+    tuned = [{arms.tuned: value} for value in arms.values] or [{}]
     for name in arms.arms:
-        if not isinstance(name, str) or not name or name != Path(name).name or name.startswith("."):
+        if not _names_a_file(name):
             raise UserError(
-                f"arms file {path}: '{name}' cannot name a folder; call the arm otherwise"
+                f"arms file {path}: {reprlib.repr(str(name))} cannot name a folder; call the "
+                "arm otherwise"
             )
-        for value in arms.values or (None,):
-            extra = {} if value is None else {arms.tuned: value}
+        for extra in tuned:
             configuration.build(arms.settings(name, 0) | extra)
             configuration.build(arms.settings(name, 0) | arms.tune_base | extra)
-    for also in arms.also.values():
+    for seed in (*arms.seeds, arms.tune_seed):
+        configuration.build({"runtime.seed": seed})
+    for name, also in arms.also.items():
+        if not _names_a_file(name):
+            raise UserError(
+                f"arms file {path}: also {reprlib.repr(name)} cannot name a file; call it otherwise"
+            )
         configuration.build(also)
     if any(
         key.startswith("export.")
