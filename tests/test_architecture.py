@@ -297,16 +297,15 @@ def test_report_answers_without_torch(tmp_path):
 
 
 def test_help_takes_less_than_half_a_second():
-    """On a slow or busy machine the limit is twice the time of importing the libraries."""
+    """The best of five runs counts, because the machine may be busy."""
 
-    def seconds(*arguments: str) -> float:
+    def seconds() -> float:
         begun = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
+        command = [sys.executable, "-m", "prefix_distill", "--help"]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
         return time.perf_counter() - begun
 
-    best = min(seconds("-m", "prefix_distill", "--help") for _ in range(5))
-    libraries = min(seconds("-c", "import typer, rich.table, yaml") for _ in range(5))
-    assert best < max(0.5, 2 * libraries)
+    assert min(seconds() for _ in range(5)) < 0.5
 
 
 # Sizes

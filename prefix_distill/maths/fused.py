@@ -147,16 +147,24 @@ class _Weighted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        grad_loss = grad_outputs[0]
-        hidden, weight, bias = ctx.grads
-        ctx.grads = None
-        if hidden is not None:
-            hidden = hidden.mul_(grad_loss)
-        if weight is not None:
-            weight = weight.mul_(grad_loss).to(ctx.dtypes[0])
-        if bias is not None:
-            bias = bias.mul_(grad_loss).to(ctx.dtypes[1])
-        return hidden, weight, bias, *[None] * 7
+        return *scale_gradients(ctx, grad_outputs[0]), *[None] * 7
+
+
+def scale_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients that the forward pass left in ``ctx.grads``, times ``grad_loss``.
+
+    They are those to the hidden rows, the head's weight and its bias; the last two take the dtypes
+    in ``ctx.dtypes``. ``ctx`` gives its references up, so that each is freed as soon as possible.
+    """
+    hidden, weight, bias = ctx.grads
+    ctx.grads = None
+    if hidden is not None:
+        hidden = hidden.mul_(grad_loss)
+    if weight is not None:
+        weight = weight.mul_(grad_loss).to(ctx.dtypes[0])
+    if bias is not None:
+        bias = bias.mul_(grad_loss).to(ctx.dtypes[1])
+    return hidden, weight, bias
 
 
 def _float32_zeros(like: Tensor | None, needed: bool) -> Tensor | None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .divergence import Head, Terms, per_token, value_and_gradient
+from .fused import scale_gradients
 from .units import Support, Units, chunk, events_of, rows_at, span_scores
 
 __all__ = ["Support", "Units", "chunk", "statistics", "weighted"]
@@ -105,16 +106,7 @@ class _Weighted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        grad_loss = grad_outputs[0]
-        hidden, weight, bias = ctx.grads
-        ctx.grads = None
-        if hidden is not None:
-            hidden = hidden.mul_(grad_loss)
-        if weight is not None:
-            weight = weight.mul_(grad_loss).to(ctx.dtypes[0])
-        if bias is not None:
-            bias = bias.mul_(grad_loss).to(ctx.dtypes[1])
-        return hidden, weight, bias, *[None] * 7
+        return *scale_gradients(ctx, grad_outputs[0]), *[None] * 7
 
 
 @dataclass(frozen=True, kw_only=True)
