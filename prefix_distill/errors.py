@@ -34,3 +34,9 @@ class Interrupted(Stopped):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message; empty if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""

@@ -242,17 +242,19 @@ def trained(run, folder) -> dict:
 def update_gradient(run, micro=None):
     """Return update 0's gradient, rollouts and per-token values."""
     run.config = configuration.replace(run.config, train={"micro_batch_size": micro or 4})
-    if run.student.adapter is None:
-        run.student.net.requires_grad_(True)
-    run.student.net.zero_grad()
-    prompts = stream.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
+    if run.pair.student.adapter is None:
+        run.pair.student.net.requires_grad_(True)
+    run.pair.student.net.zero_grad()
+    prompts = stream.batch(run.problems.train, 0, run.config.train.batch_size, 0)
     clock, ledger = Clock(run.place.device), Ledger()
-    rollouts = update.sample(run, run.student, prompts, 0, run.prefix.length(0), ledger, clock)
+    rollouts = update.sample(
+        run, run.pair.student, prompts, 0, run.method.prefix.length(0), ledger, clock
+    )
     weights, share = token_weights(rollouts, run.config.divergence.reduction)
     values, _ = update.accumulate_gradients(
         run, StudentLoss(run), rollouts, weights, share, ledger, clock
     )
-    return {name: p.grad.clone() for name, p in run.student.trained.items()}, rollouts, values
+    return {name: p.grad.clone() for name, p in run.pair.student.trained.items()}, rollouts, values
 
 
 def assert_same(left, right, tolerance=1e-5) -> None:

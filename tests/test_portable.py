@@ -122,20 +122,20 @@ def test_no_float64_reaches_a_device(pair, questions, more):
         )
     )
     clock, ledger = Clock(run.place.device), Ledger()
-    run.student.net.requires_grad_(True)
-    optimizer = update.make_optimizer(run.student.trained.values(), run.config)
+    run.pair.student.net.requires_grad_(True)
+    optimizer = update.make_optimizer(run.pair.student.trained.values(), run.config)
     with Doubles() as watch:
         drawn = update.sample(
             run,
-            decoder(run.student, run.place.dtype),
-            stream.batch(run.train_prompts, 0, 2, 0),
+            decoder(run.pair.student, run.place.dtype),
+            stream.batch(run.problems.train, 0, 2, 0),
             0,
             6,
             ledger,
             clock,
         )
         rollouts, reading = update.select(run, drawn, 0, ledger, clock)
-        weights, divisor = token_weights(rollouts, "token", run.position)
+        weights, divisor = token_weights(rollouts, "token", run.method.position)
         update.accumulate_gradients(
             run, StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
         )

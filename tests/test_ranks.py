@@ -142,7 +142,7 @@ def a_bit_flips_on_rank_1():
         norm = plain(run, *rest)
         if run.place.rank == 1:
             with torch.no_grad():
-                weight = run.student.net.model.layers[1].mlp.up_proj.weight
+                weight = run.pair.student.net.model.layers[1].mlp.up_proj.weight
                 weight[2, 3] = weight[2, 3].nextafter(torch.tensor(9.0))
         return norm
 
@@ -157,7 +157,7 @@ def first_gradient_in(file):
 
     def update(run, folder, optimizer, anchor, progress, *rest):
         if progress.step == 0 and run.place.first:
-            save_file({name: p.grad.clone() for name, p in run.student.trained.items()}, file)
+            save_file({name: p.grad.clone() for name, p in run.pair.student.trained.items()}, file)
         return plain(run, folder, optimizer, anchor, progress, *rest)
 
     train.apply_update = update

@@ -71,10 +71,10 @@ def ours(pair, questions, divergence):
             }
         )
     )
-    run.student.net.requires_grad_(True)
+    run.pair.student.net.requires_grad_(True)
     clock, ledger = Clock(run.place.device), Ledger()
-    prompts = stream.batch(run.train_prompts, 0, PROMPTS, 0)
-    sampled = update.sample(run, run.student, prompts, 0, CAP, ledger, clock)
+    prompts = stream.batch(run.problems.train, 0, PROMPTS, 0)
+    sampled = update.sample(run, run.pair.student, prompts, 0, CAP, ledger, clock)
     rollouts = [
         dataclasses.replace(r, ids=(cut := r.ids[: CAP - i]), teacher_ids=cut)
         for i, r in enumerate(sampled)
@@ -88,7 +88,7 @@ def ours(pair, questions, divergence):
         run, StudentLoss(run), rollouts, weights, divisor, ledger, clock
     )
     loss = metrics.update_facts(run, rollouts, values, {}, weights, divisor, 0)["loss"]
-    return loss, {name: p.grad for name, p in run.student.net.named_parameters()}, rollouts
+    return loss, {name: p.grad for name, p in run.pair.student.net.named_parameters()}, rollouts
 
 
 def theirs(pair, rollouts, beta, folder):

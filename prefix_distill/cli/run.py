@@ -65,9 +65,9 @@ def run(
         _examine(prepared, config.evaluate.check_samples)
     # the default holds the time, which ranks may not share
     folder = RunFolder(Path(prepared.place.gather(out)[0]))
-    for text in prepared.notes:
+    for text in prepared.notes.lines:
         say(prepared, text)
-    for text in prepared.warnings:
+    for text in prepared.notes.warnings:
         say(prepared, f"warning: {text}")
     if dry_run:
         finish(prepared, _plan(prepared))
@@ -119,11 +119,12 @@ def check(config_file: ConfigFile = None, assignments: Assignments = None, **fla
             tell(
                 f"the {role}'s prompt, {prompt['ids']} ids, the last ones {last}:\n{prompt['text']}"
             )
-        for text in prepared.notes:
+        for text in prepared.notes.lines:
             tell(text)
     finish(
         prepared,
-        describe_checks(prepared.checks) | {"notes": prepared.notes, "warnings": prepared.warnings},
+        describe_checks(prepared.checks)
+        | {"notes": prepared.notes.lines, "warnings": prepared.notes.warnings},
     )
     if failed is not None:
         raise failed
@@ -134,7 +135,7 @@ def _examine(prepared: "Run", samples: int, limit: float | None = None) -> None:
     error."""
     from ..planning import checks
 
-    prepared.checks = checks.examine(prepared, samples, *([] if limit is None else [limit]))
+    prepared.checks.extend(checks.examine(prepared, samples, *([] if limit is None else [limit])))
     for check in prepared.checks:
         if check.status == "error":
             raise (MemoryShortage if check.name == "memory" else PreflightError)(
@@ -142,21 +143,21 @@ def _examine(prepared: "Run", samples: int, limit: float | None = None) -> None:
             )
         known = ("sampling", "end of text")  # these the preparation has said
         if check.status == "warning" and check.name not in known:
-            prepared.warnings.append(f"{check.name}: {check.found}")
+            prepared.notes.warnings.append(f"{check.name}: {check.found}")
 
 
 def _plan(prepared: "Run") -> dict:
     from ..training.run import describe_checks
 
     config = prepared.config
-    prompts = prepared.train_prompts[: config.train.batch_size]
-    lengths = {"prefix": prepared.prefix.length(0), "full": prepared.max_new_tokens}
+    prompts = prepared.problems.train[: config.train.batch_size]
+    lengths = {"prefix": prepared.method.prefix.length(0), "full": prepared.max_new_tokens}
     beside = [
         flag
         for flag, on in (
-            ("--select", prepared.selection),
-            ("--extrapolate", prepared.extrapolation_prompts),
-            ("--off-policy", prepared.off_policy),
+            ("--select", prepared.method.selection),
+            ("--extrapolate", prepared.problems.extrapolation),
+            ("--off-policy", prepared.method.off_policy),
             ("--tail-every", config.evaluate.tail_every),
         )
         if on
@@ -165,8 +166,8 @@ def _plan(prepared: "Run") -> dict:
         "dry_run": True,
         "checks": describe_checks(prepared.checks)["checks"],
         "config": configuration.as_dict(config),
-        "notes": prepared.notes,
-        "warnings": prepared.warnings,
+        "notes": prepared.notes.lines,
+        "warnings": prepared.notes.warnings,
         "flops_per_update": {
             name: prepared.update_cost(prompts, length) for name, length in lengths.items()
         },

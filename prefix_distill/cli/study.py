@@ -90,7 +90,7 @@ def probe(
     from ..training.prepare import prepare
 
     prepared = prepare(config)
-    for text in prepared.notes + [f"warning: {text}" for text in prepared.warnings]:
+    for text in prepared.notes.lines + [f"warning: {text}" for text in prepared.notes.warnings]:
         say(prepared, text)
     document = probing.probe(prepared, lambda text: say(prepared, text))
     if prepared.place.first:

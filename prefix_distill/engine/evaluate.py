@@ -1,36 +1,37 @@
-"""Sample, grade, measure: accuracy with intervals, pass@k, length, endings, repetition; and the
-held-out KL.
+"""Evaluation: sample and grade full answers, and measure the held-out KL.
 
-Evaluation has fixed prompts and seeds of its own and never sees the prefix cap.
+An evaluation reports accuracy with intervals, pass@k, length, endings and repetition. It has fixed
+prompts and seeds, and the prefix limit does not apply to it.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..maths.divergence import Terms
 from ..maths.intervals import interval
-from ..maths.simct import Support
 from ..prompts import answers
 from ..prompts.prompt import Prompt, Rendered
-from . import scoring
+from .memory import MemoryLimits
+from .meter import Meter
 from .models import Model
-from .ranks import Place
 from .rollout import Rollout
-from .sampling import Reads, Request, Response, Sampler, generate
+from .sampling import GenerationCost, Request, Response, Sampler
+from .scoring import Scorer, TokenFacts
 
 Problem = tuple[Prompt, tuple[int, ...]]  # a prompt and its token ids
+Facts = dict[str, list[float | None]]  # one rollout: statistic → a number per token
 
 
 def repeats(ids: tuple[int, ...]) -> bool:
-    """Is the response caught in a loop: do more than half of its 4-grams of tokens occur earlier
-    in it?"""
+    """Return whether the response loops: more than half of its token 4-grams occur earlier."""
     grams = [ids[i : i + 4] for i in range(len(ids) - 3)]
     return bool(grams) and len(set(grams)) < len(grams) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
-    """An evaluation: aggregates as in the JSON output, and one record per problem."""
+    """The result of an evaluation: aggregates as in the JSON output, one record per problem."""
 
     accuracy: dict | None
     pass_at_k: dict | None
@@ -40,13 +41,14 @@ class Score:
     records: list[dict]
 
     def right(self) -> list[float]:
-        """Share of right answers, problem by problem."""
+        """Return the share of right answers of every problem."""
         return [
             sum(r["correct"] for r in record["responses"]) / len(record["responses"])
             for record in self.records
         ]
 
     def summary(self) -> dict:
+        """Return the aggregates as JSON values."""
         return {
             "accuracy": self.accuracy,
             "pass_at_k": self.pass_at_k,
@@ -56,58 +58,73 @@ class Score:
         }
 
 
-def evaluate(  # noqa: PLR0913  sampling and grading arguments, mostly by keyword
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How problems are sampled and graded: ``samples`` full answers per problem."""
+
+    sampler: Sampler
+    samples: int
+    max_new_tokens: int
+    answer_format: str
+
+
+def evaluate(
     model: Model,
     problems: list[Problem],
-    sampler: Sampler,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    answer_format: str,
-    place: Place,
-    spent: Callable[[list[Reads]], None] | None = None,
+    how: Evaluation,
+    limits: MemoryLimits,
+    cost: GenerationCost,
 ) -> Score:
-    """Samples ``samples`` full answers per problem and grades them.
+    """Sample full answers to every problem, grade them and return the score.
 
-    ``problems``: (Prompt, prompt ids) pairs. Draws are seeded by (seed, problem, sample) alone, so
-    every evaluation of a run, and of two models, is paired. accuracy: avg@k over problems;
-    pass_at_k: share with at least one right answer; both None when a problem has no reference.
-    Sharded over ranks, grading too (its time limit must not make ranks disagree), gathered in
-    problem order.
+    ``problems``: (Prompt, prompt ids) pairs. A sample is seeded by (seed, problem, sample) alone,
+    so all evaluations of a run, and of two models, are paired. accuracy: avg@k over problems;
+    pass_at_k: share of problems with at least one right answer. Both are None if a problem has no
+    reference. Ranks share the problems and grade their own answers, since a grading time limit must
+    not make ranks disagree; records are gathered in problem order.
     """
-    mine = [(i, s) for i in range(len(problems)) for s in range(samples)][place.rank :: place.world]
+    place = limits.place
+    every = [(i, s) for i in range(len(problems)) for s in range(how.samples)]
+    mine = every[place.rank :: place.world]
     requests = [Request(tuple(problems[i][1]), ("evaluate", i, s)) for i, s in mine]
-    responses = generate(model, requests, max_new_tokens, sampler, spent) if mine else []
-    graded = [
-        (i, s, _grade(model, response, problems[i][0].answer, answer_format))
-        for (i, s), response in zip(mine, responses, strict=True)
-    ]
-    records = [
-        {
-            "problem": prompt.index,
-            "prompt": prompt.messages[-1]["content"],
-            "reference": prompt.answer,
-            "responses": [],
-        }
-        for prompt, _ in problems
-    ]
-    for i, _, response in sorted(
-        (row for part in place.gather(graded) for row in part), key=lambda row: row[:2]
-    ):
-        records[i]["responses"].append(response)
-    flat = [r for record in records for r in record["responses"]]
+    responses: list[Response] = []
+    if mine:
+        responses = limits.sample(model, requests, how.max_new_tokens, how.sampler, cost)
+    graded = []
+    for (i, s), response in zip(mine, responses, strict=True):
+        gold = problems[i][0].answer
+        graded.append((i, s, _grade(model, response, gold, how.answer_format)))
+    records = [_empty_record(prompt) for prompt, _ in problems]
+    gathered = itertools.chain.from_iterable(place.gather(graded))
+    for i, _, response_record in sorted(gathered, key=operator.itemgetter(0, 1)):
+        records[i]["responses"].append(response_record)
+    return _score(records)
+
+
+def _empty_record(prompt: Prompt) -> dict:
+    return {
+        "problem": prompt.index,
+        "prompt": prompt.messages[-1]["content"],
+        "reference": prompt.answer,
+        "responses": [],
+    }
+
+
+def _score(records: list[dict]) -> Score:
+    """Return the score of graded records."""
+    responses = [r for record in records for r in record["responses"]]
     accuracy = pass_at_k = None
-    if all(r["correct"] is not None for r in flat):
+    if all(r["correct"] is not None for r in responses):
         right = [[r["correct"] for r in record["responses"]] for record in records]
         accuracy = interval([sum(row) / len(row) for row in right])
         pass_at_k = interval([float(any(row)) for row in right])
     return Score(
-        accuracy,
-        pass_at_k,
-        _share(flat, "finished"),
-        sum(r["tokens"] for r in flat) / len(flat),
-        _share(flat, "repeats"),
-        records,
+        accuracy=accuracy,
+        pass_at_k=pass_at_k,
+        finish_rate=_share(responses, "finished"),
+        mean_tokens=sum(r["tokens"] for r in responses) / len(responses),
+        repetition_rate=_share(responses, "repeats"),
+        records=records,
     )
 
 
@@ -133,54 +150,57 @@ def _share(rows: list[dict], key: str) -> float:
     return sum(r[key] for r in rows) / len(rows)
 
 
-def fixed_rollouts(  # noqa: PLR0913  sampling arguments and a callback
+def fixed_rollouts(
     student: Model,
-    rendered: list[Rendered],
-    sampler: Sampler,
-    max_new_tokens: int,
-    place: Place,
-    spent: Callable[[list[Reads]], None] | None = None,
+    prompts: list[Rendered],
+    how: Evaluation,
+    limits: MemoryLimits,
+    cost: GenerationCost,
 ) -> list[Rollout]:
-    """Full-length rollouts of held-out prompts: the fixed contexts on which a run measures its
-    KL before and after."""
-    requests = [Request(r.student_ids, ("held-out", i)) for i, r in enumerate(rendered)]
+    """Return one full rollout of every held-out prompt.
+
+    They are the fixed contexts on which a run measures its KL before and after.
+    """
+    place = limits.place
+    requests = [Request(p.student_ids, ("held-out", i)) for i, p in enumerate(prompts)]
     mine = requests[place.rank :: place.world]
-    responses = generate(student, mine, max_new_tokens, sampler, spent) if mine else []
+    responses: list[Response] = []
+    if mine:
+        responses = limits.sample(student, mine, how.max_new_tokens, how.sampler, cost)
     parts = place.gather([(r.ids, r.finished) for r in responses])
-    drawn = [parts[i % place.world][i // place.world] for i in range(len(rendered))]
-    return [
-        Rollout(i, 0, r.student_ids, r.teacher_ids, ids, ids, finished)
-        for i, (r, (ids, finished)) in enumerate(zip(rendered, drawn, strict=True))
-    ]
+    rollouts = []
+    for i, prompt in enumerate(prompts):
+        ids, finished = parts[i % place.world][i // place.world]
+        rollout = Rollout(
+            slot=i,
+            sample=0,
+            student_prompt=prompt.student_ids,
+            teacher_prompt=prompt.teacher_ids,
+            ids=ids,
+            teacher_ids=ids,
+            finished=finished,
+        )
+        rollouts.append(rollout)
+    return rollouts
 
 
-def held_out_facts(  # noqa: PLR0913  both models, their inputs and a callback
-    student: Model,
-    teacher: Model,
-    shared: Support | None,
-    rollouts: list[Rollout],
-    place: Place,
-    rows: int,
-    spent: Callable[[list[Rollout]], None] | None = None,
-) -> list[dict[str, list[float | None]]]:
-    """``scoring.row_statistics`` (reverse KL(S‖T), temperature 1) of fixed rollouts → per rollout:
-    name → a number per token; across tokenizers (``shared``) at the first token of each unit that
-    is taught, None elsewhere. Sharded over ranks."""
-    found = scoring.token_statistics(
-        Terms("reverse-kl", dtype=place.head_dtype),
-        student,
-        teacher,
-        shared,
-        rollouts[place.rank :: place.world],
-        place,
-        rows,
-        spent,
-    )
-    merged = {key: row for part in place.gather(found) for key, row in part.items()}
-    return [
-        {
-            name: [values.get(t) for t in range(len(r.ids))]
-            for name, values in merged[r.prompt, r.sample].items()
-        }
-        for r in rollouts
-    ]
+def held_out_facts(
+    scorer: Scorer, rollouts: list[Rollout], limits: MemoryLimits, meter: Meter, phase: str
+) -> list[Facts]:
+    """Return the token statistics of fixed rollouts: name → a number per token, per rollout.
+
+    Across tokenizers the number is at the first token of each taught unit, None elsewhere. Ranks
+    share the rollouts.
+    """
+    place = limits.place
+    mine = rollouts[place.rank :: place.world]
+    merged: TokenFacts = {}
+    for part in place.gather(limits.measure(scorer, mine, meter, phase)):
+        merged |= part
+    facts = []
+    for r in rollouts:
+        of_rollout: Facts = {}
+        for name, values in merged[r.key].items():
+            of_rollout[name] = [values.get(t) for t in range(len(r.ids))]
+        facts.append(of_rollout)
+    return facts

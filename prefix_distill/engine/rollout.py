@@ -1,13 +1,16 @@
-"""A rollout: a prompt, the sampled response, and which of its tokens are taught."""
+"""A rollout: a prompt, the sampled response, and the tokens that the loss compares."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """Text between two boundaries that both tokenizations of a response share: ``size`` of the
-    student's tokens from position ``start`` on, ``teacher_size`` of the teacher's from
-    ``teacher_start`` on."""
+    """Text between two boundaries that both tokenizations of a response share.
+
+    It has ``size`` student tokens from position ``start`` on, and ``teacher_size`` teacher tokens
+    from position ``teacher_start`` on.
+    """
 
     start: int
     size: int
@@ -16,25 +19,62 @@ class Unit(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """One token on each side."""
+        """Return whether the unit is one token on each side."""
         return self.size == self.teacher_size == 1
+
+    @property
+    def student_span(self) -> range:
+        """Return the positions of the student's tokens."""
+        return range(self.start, self.start + self.size)
+
+    @property
+    def teacher_span(self) -> range:
+        """Return the positions of the teacher's tokens."""
+        return range(self.teacher_start, self.teacher_start + self.teacher_size)
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """A response between both models' prompts, with its place in the update.
+class Side:
+    """A rollout in the tokens of one model.
 
-    ``prompt``: slot of the prompt in the update's global batch; ``sample``: 0 … G − 1.
-    ``teacher_ids`` are the response in the teacher's tokens (the same ids where the tokenizers
-    match). ``kept``: positions that are taught, ascending (None: all). ``off_policy``: the teacher
-    wrote it. ``sampler_logp``: log-probability of each id where it was drawn, if recorded.
-
-    ``units``: where the tokenizers differ, the units of the response (None: every token is its
-    own). What is taught then is units, each named by its first position: those of one token on each
-    side, and with ``spans`` the others.
+    ``prompt``: the ids of its prompt; ``ids``: the ids of the response; ``rows``: the response
+    positions that the loss compares, ascending.
     """
 
-    prompt: int
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @property
+    def extent(self) -> int:
+        """Return the number of response tokens up to the last compared one, at least 1."""
+        return max(self.rows, default=0) + 1
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Return the response ids that the forward pass needs.
+
+        The last compared token and everything after it predict no compared token.
+        """
+        return self.ids[: self.extent - 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A response behind both models' prompts.
+
+    ``slot``: the prompt's position in the update's global batch; ``sample``: 0 … G − 1.
+    ``ids``: the response in the student's tokens; ``teacher_ids``: in the teacher's, the same ids
+    if the tokenizers match. ``finished``: the response ends with an EOS token. ``kept``: positions
+    of the taught tokens, ascending; None is all. ``off_policy``: the teacher sampled the response.
+    ``sampler_logp``: the log-probability of each id when it was sampled, if recorded.
+
+    ``units``: the aligned units of the response if the tokenizers differ; None if every token is
+    its own unit. Each unit is named by its first position. Units of one token on each side are
+    taught, and with ``spans`` the longer ones as well.
+    """
+
+    slot: int
     sample: int
     student_prompt: tuple[int, ...]
     teacher_prompt: tuple[int, ...]
@@ -47,22 +87,27 @@ class Rollout:
     units: tuple[Unit, ...] | None = None
     spans: bool = False
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Return (slot, sample), which identifies the rollout within its update."""
+        return self.slot, self.sample
+
     def keep(self, positions: tuple[int, ...]) -> "Rollout":
         """Return the rollout with other taught positions."""
         return replace(self, kept=positions)
 
-    @property
+    @cached_property
     def taught(self) -> tuple[int, ...]:
-        """Positions of the response that are taught, ascending."""
+        """The taught positions of the response, ascending, in the student's tokens."""
         if self.kept is not None:
             return self.kept
         if self.units is None:
             return tuple(range(len(self.ids)))
         return tuple(u.start for u in self.units if u.exact or self.spans)
 
-    @property
+    @cached_property
     def taught_units(self) -> tuple[Unit, ...]:
-        """The units that are taught; tokens as units of one where the tokenizers match."""
+        """The taught units; if the tokenizers match, every taught token is a unit."""
         if self.units is None:
             return tuple(Unit(t, 1, t, 1) for t in self.taught)
         taught = set(self.taught)
@@ -70,23 +115,58 @@ class Rollout:
 
     @property
     def counted(self) -> int:
-        """Response tokens that the loss is averaged over: all of them, or those of what was
-        chosen."""
-        return len(self.ids) if self.kept is None else sum(u.size for u in self.taught_units)
+        """Return the number of tokens that the loss is averaged over.
 
-    def rows(self, teacher: bool = False) -> list[int]:
-        """Positions of the tokens that the loss looks at, ascending, in the student's tokens or
-        in the teacher's."""
-        if self.units is None:
-            return list(self.taught)
-        sides = [
-            (u.teacher_start, u.teacher_size) if teacher else (u.start, u.size)
-            for u in self.taught_units
-        ]
-        return [t for start, size in sides for t in range(start, start + size)]
-
-    def extent(self, teacher: bool = False) -> int:
-        """Tokens up to the last taught one: no model needs to read further. At least 1."""
-        if self.units is None and self.kept is None:
+        These are all response tokens, or those of the kept units.
+        """
+        if self.kept is None:
             return len(self.ids)
-        return max(self.rows(teacher), default=0) + 1
+        return sum(u.size for u in self.taught_units)
+
+    @cached_property
+    def student(self) -> Side:
+        """The rollout as the student reads it."""
+        rows = self.taught
+        if self.units is not None:
+            rows = tuple(t for u in self.taught_units for t in u.student_span)
+        return Side(self.student_prompt, self.ids, rows)
+
+    @cached_property
+    def teacher(self) -> Side:
+        """The rollout as the teacher reads it."""
+        rows = self.taught
+        if self.units is not None:
+            rows = tuple(t for u in self.taught_units for t in u.teacher_span)
+        return Side(self.teacher_prompt, self.teacher_ids, rows)
+
+
+def student_sides(rollouts: list[Rollout]) -> list[Side]:
+    """Return the student's side of each rollout."""
+    return [r.student for r in rollouts]
+
+
+def teacher_sides(rollouts: list[Rollout]) -> list[Side]:
+    """Return the teacher's side of each rollout."""
+    return [r.teacher for r in rollouts]
+
+
+def copy_as_student(rollouts: list[Rollout]) -> list[Rollout]:
+    """Return the rollouts with the student's tokens on both sides, to compare two students."""
+    return [
+        replace(r, teacher_prompt=r.student_prompt, teacher_ids=r.ids, units=None) for r in rollouts
+    ]
+
+
+def rollout_of(
+    slot: int, prompt: tuple[int, ...], ids: tuple[int, ...], finished: bool = False
+) -> Rollout:
+    """Return a rollout that both models read alike: the same prompt and the same response."""
+    return Rollout(
+        slot=slot,
+        sample=0,
+        student_prompt=prompt,
+        teacher_prompt=prompt,
+        ids=ids,
+        teacher_ids=ids,
+        finished=finished,
+    )

@@ -1,7 +1,6 @@
 """Sample responses with plain ``generate`` and a KV cache."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import (
@@ -14,31 +13,33 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..maths.flops import STRETCH
+from ..maths.flops import STRETCH, Shape
 from ..maths.seeds import seed_of
+from .batching import Reads
 from .device import Clock
+from .meter import Meter
 from .models import Model
 from .transformers_names import name_generate_cache_argument, read_cache
-
-Reads = tuple[int, list[int]]  # tokens: length of a prompt, lengths of its responses
 
 
 @dataclass(frozen=True)
 class Request:
-    """One row to sample: its prompt ids and the key that seeds it, e.g. (step, prompt slot,
-    sample)."""
+    """One response to sample: its prompt ids and the key that seeds it.
+
+    A key is, for example, (step, prompt slot, sample).
+    """
 
     ids: tuple[int, ...]
-    key: tuple
+    key: tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class Response:
-    """What was sampled: response ids (EOS included if it was sampled), whether EOS ended it, and
-    the log-probability of each id where it was drawn, if the sampler records it.
+    """A sampled response: its ids, and whether an EOS token ended it.
 
-    A row cut at the cap is not finished: its last id is an ordinary taught token, never taken for
-    EOS.
+    ``ids`` include the EOS token. ``logp``: the log-probability of each id when it was sampled, if
+    the sampler records it. A response that reaches the length limit is not finished: its last id
+    is an ordinary token.
     """
 
     ids: tuple[int, ...]
@@ -46,35 +47,67 @@ class Response:
     logp: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationCost:
+    """Where the cost of sampling is recorded.
+
+    ``shape``: what a token costs in FLOPs; None records none. ``prefill`` and ``decode``: the
+    phases of the ledger; with ``timed`` the clock gets their seconds as well.
+    """
+
+    meter: Meter
+    shape: Shape | None = None
+    prefill: str = "student_prefill"
+    decode: str = "student_decode"
+    timed: bool = False
+
+    @classmethod
+    def in_phase(cls, meter: Meter, shape: Shape, phase: str) -> "GenerationCost":
+        """Return a cost whose FLOPs all belong to one phase."""
+        return cls(meter=meter, shape=shape, prefill=phase, decode=phase)
+
+    def count(self, reads: list[Reads]) -> None:
+        """Add the FLOPs of one batch: (prompt length, lengths of its responses) per prompt."""
+        if self.shape is not None:
+            self.meter.ledger.generation(self.shape, reads, self.prefill, self.decode)
+
+
 class _Race(LogitsProcessor):
     """Exact softmax sampling under greedy decoding, by an exponential race.
 
-    argmax_v (log p_v − log e_v), e_v ~ Exp(1), is distributed as p (the Gumbel-max trick). Each row
-    draws its own e from a generator seeded by (seed, key), one vocabulary-sized draw per position,
-    so a draw depends on (seed, step, prompt, sample, position) and on nothing else: batching,
+    argmax_v (log p_v − log e_v) with e_v ~ Exp(1) is distributed as p (the Gumbel-max trick). Each
+    row draws its own e from a generator seeded by (seed, key), one vocabulary-sized draw per
+    position. A sample therefore depends on (seed, step, prompt, sample, position) alone: batching,
     padding and restarts cannot change it. Ids from ``support`` on (padding rows of the head) are
-    never drawn. With ``record``, ``taken`` collects log p of what was drawn, a tensor [rows] a
+    never sampled. With ``record``, ``taken`` collects log p of the sampled ids, a tensor [rows] per
     position.
     """
 
-    def __init__(
-        self, keys: list[tuple], seed: int, support: int, device: torch.device, record: bool = False
-    ):
-        self.generators = [torch.Generator(device).manual_seed(seed_of(seed, *key)) for key in keys]
-        self.support, self.record = support, record
+    def __init__(self, generators: list[torch.Generator], support: int, record: bool):
+        self.generators = generators
+        self.support = support
+        self.record = record
         self.taken: list[torch.Tensor] = []
 
     def keep(self, rows: list[int]) -> None:
-        """Only these rows go on."""
+        """Continue with these rows alone."""
         self.generators = [self.generators[row] for row in rows]
+
+    def take_recorded(self) -> list[list[float]]:
+        """Return the recorded log-probabilities of every row, and forget them."""
+        recorded: list[list[float]] = torch.stack(self.taken, 1).tolist()
+        self.taken.clear()
+        return recorded
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         race = torch.empty(len(scores), self.support, dtype=torch.float32, device=scores.device)
         for row, generator in zip(race, self.generators, strict=True):
             row.uniform_(generator=generator)
-        logp = scores[:, : self.support].float().log_softmax(-1) if self.record else None
+        logp = None
+        if self.record:
+            logp = scores[:, : self.support].float().log_softmax(-1)
         # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below
-        # one grid step
+        # one grid step.
         scores[:, : self.support] -= race.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
         scores[:, self.support :] = -torch.inf
         if logp is not None:
@@ -83,8 +116,7 @@ class _Race(LogitsProcessor):
 
 
 class _Support(LogitsProcessor):
-    """Padding rows of the head have no token: they are never sampled (the race sees to it where
-    it comes first)."""
+    """Excludes padding rows of the head, which have no token, before other warpers see them."""
 
     def __init__(self, support: int):
         self.support = support
@@ -94,11 +126,12 @@ class _Support(LogitsProcessor):
         return scores
 
 
-class _Split(LogitsProcessor):
+class PhaseTimer(LogitsProcessor):
     """Times prefill and decoding: prefill starts now and ends with the first logits."""
 
     def __init__(self, clock: Clock):
-        self.clock, self.started = clock, clock.now()
+        self.clock = clock
+        self.started = clock.now()
         self.prefilled: float | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -106,18 +139,24 @@ class _Split(LogitsProcessor):
             self.prefilled = self.clock.now()
         return scores
 
-    def book(self) -> None:
+    def stop(self, cost: GenerationCost) -> None:
         """Add the seconds of both phases to the clock; decoding ends now."""
         ended = self.clock.now()
         prefilled = ended if self.prefilled is None else self.prefilled
-        self.clock.add("student_prefill", prefilled - self.started)
-        self.clock.add("student_decode", ended - prefilled)
+        self.clock.add(cost.prefill, prefilled - self.started)
+        self.clock.add(cost.decode, ended - prefilled)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How responses are drawn. Every field that shapes a sample is here; the model's own
-    generation config has no say."""
+    """How responses are sampled.
+
+    Every field that shapes a sample is here; the model's own generation config is not used.
+    ``eos``: ids that end a response; ``pad``: the padding id; ``support``: ids from here on are
+    never sampled; ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 are off; ``rows``: the
+    most responses in one batch; ``record``: keep the log-probability of every sampled id under the
+    warped and tempered logits.
+    """
 
     eos: frozenset[int]
     pad: int
@@ -127,26 +166,27 @@ class Sampler:
     top_p: float = 1.0
     top_k: int = 0
     rows: int = 64
-    record: bool = (
-        False  # keep the log-probability of every draw, as the warped and tempered logits give it
-    )
+    record: bool = False
 
     @property
     def on_policy(self) -> bool:
-        """Do samples follow the student's own distribution?"""
+        """Return whether samples follow the student's own distribution."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
-    def race(self, keys: list[tuple], device: torch.device) -> _Race | None:
-        """The rows' own noise; None when nothing is drawn."""
-        return (
-            None
-            if self.temperature == 0
-            else _Race(keys, self.seed, self.support, device, self.record)
-        )
+    def race(self, keys: list[tuple[object, ...]], device: torch.device) -> _Race | None:
+        """Return the rows' own noise; None if decoding is greedy."""
+        if self.temperature == 0:
+            return None
+        generators = []
+        for key in keys:
+            generators.append(torch.Generator(device).manual_seed(seed_of(self.seed, *key)))
+        return _Race(generators, self.support, self.record)
 
     def processors(self, race: _Race | None) -> LogitsProcessorList:
-        """What shapes the logits, in HF's order: temperature, top-k, top-p, then the race; only
-        what is needed."""
+        """Return what shapes the logits, in HF's order: temperature, top-k, top-p, then the race.
+
+        Processors that change nothing are left out.
+        """
         steps = LogitsProcessorList()
         if race is None or self.top_k or self.top_p < 1:
             steps.append(_Support(self.support))
@@ -175,126 +215,166 @@ class Sampler:
 
 
 @torch.inference_mode()
-def generate(  # noqa: PLR0913  sampling arguments and two optional callbacks
+def generate(
     model: Model,
     requests: list[Request],
-    cap: int,
+    max_new_tokens: int,
     sampler: Sampler,
-    spent: Callable[[list[Reads]], None] | None = None,
-    clock: Clock | None = None,
+    cost: GenerationCost | None = None,
 ) -> list[Response]:
-    """Samples up to ``cap`` tokens for every request, in the order given.
+    """Sample up to ``max_new_tokens`` tokens for every request; return them in the order given.
 
-    Rows are sorted by prompt length, rows with the same prompt together, and left-padded in calls
+    Rows are sorted by prompt length, rows with the same prompt together, and left-padded in batches
     of at most ``sampler.rows``. A prompt of several rows is prefilled once if
-    ``model.shares_prompts``. ``spent(reads)`` is told, call by call, what was run
-    (``Ledger.generation``); ``clock`` gets the seconds of both phases.
+    ``model.shares_prompts``. ``cost`` records the FLOPs of every batch, and the seconds of prefill
+    and decoding.
     """
     responses: dict[int, Response] = {}
-    first: dict[tuple[int, ...], int] = {}
-    for i, request in enumerate(requests):
-        first.setdefault(request.ids, i)
-    order = sorted(
-        range(len(requests)), key=lambda i: (len(requests[i].ids), first[requests[i].ids], i)
-    )
+    order = _order_by_prompt(requests)
     for start in range(0, len(order), sampler.rows):
         chosen = order[start : start + sampler.rows]
-        batch = [requests[i] for i in chosen]
-        shared = model.shares_prompts and len(batch[0].ids) > 1
-        reads: dict[tuple[int, ...] | int, Reads] = {}
-        for i, response in zip(chosen, _call(model, batch, cap, sampler, clock), strict=True):
+        batch = _Batch(model, [requests[i] for i in chosen], sampler)
+        for i, response in zip(chosen, batch.decode(max_new_tokens, cost), strict=True):
             responses[i] = response
-            ids = requests[i].ids
-            reads.setdefault(ids if shared else i, (len(ids), []))[1].append(len(response.ids))
-        if spent is not None:
-            spent(list(reads.values()))
+        if cost is not None:
+            cost.count(_describe_reads(model, requests, {i: responses[i] for i in chosen}))
     return [responses[i] for i in range(len(requests))]
 
 
-def _call(
-    model: Model, batch: list[Request], cap: int, sampler: Sampler, clock: Clock | None
-) -> list[Response]:
-    """One batch: prefill, then stretches of ``generate`` between which rows that have ended
-    leave it."""
-    ids_BT, mask_BT = _left_padded(batch, sampler.pad, model.device)
-    race = sampler.race([r.key for r in batch], model.device)
-    split = _Split(clock) if clock is not None else None
-    cache = _shared_prefill(model, batch, ids_BT, mask_BT)
-    drawn: list[list[int]] = [[] for _ in batch]
-    chances: list[list[float]] = [[] for _ in batch]
-    alive = list(range(len(batch)))
-    while alive and len(drawn[alive[0]]) < cap:
-        settings = sampler.settings(min(STRETCH, cap - len(drawn[alive[0]])))
-        processors = sampler.processors(race)
-        if split is not None:
-            processors.insert(0, split)
-        cache_argument = {name_generate_cache_argument(): cache}
-        with model.form():
-            out = model.net.generate(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                generation_config=settings,
-                logits_processor=processors,
-                **cache_argument,
-            )
-        new = out.sequences[:, ids_BT.shape[1] :].tolist()
-        going = [row for row, tokens in enumerate(new) if not sampler.eos.intersection(tokens)]
+def _order_by_prompt(requests: list[Request]) -> list[int]:
+    """Return the indices of the requests by prompt length, equal prompts together."""
+    first: dict[tuple[int, ...], int] = {}
+    for i, request in enumerate(requests):
+        first.setdefault(request.ids, i)
+
+    def order(i: int) -> tuple[int, int, int]:
+        ids = requests[i].ids
+        return len(ids), first[ids], i
+
+    return sorted(range(len(requests)), key=order)
+
+
+def _describe_reads(
+    model: Model, requests: list[Request], responses: dict[int, Response]
+) -> list[Reads]:
+    """Return (prompt length, lengths of its responses) for every prompt of a batch."""
+    shortest = min(len(requests[i].ids) for i in responses)
+    shared = model.shares_prompts and shortest > 1
+    lengths: dict[object, Reads] = {}
+    for i, response in responses.items():
+        ids = requests[i].ids
+        key: object = ids if shared else i
+        _, of_prompt = lengths.setdefault(key, (len(ids), []))
+        of_prompt.append(len(response.ids))
+    return list(lengths.values())
+
+
+@dataclass
+class _Batch:
+    """One batch of rows during decoding.
+
+    ``generate`` runs in stretches of a fixed number of tokens; rows that have ended leave the batch
+    between two stretches. ``alive``: the rows that are still decoded.
+    """
+
+    model: Model
+    requests: list[Request]
+    sampler: Sampler
+    ids: list[list[int]] = field(default_factory=list)
+    logp: list[list[float]] = field(default_factory=list)
+
+    def decode(self, max_new_tokens: int, cost: GenerationCost | None) -> list[Response]:
+        """Prefill, then decode until every row has ended or reached ``max_new_tokens``."""
+        self.ids = [[] for _ in self.requests]
+        self.logp = [[] for _ in self.requests]
+        ids_BT, mask_BT = self._left_padded()
+        race = self.sampler.race([r.key for r in self.requests], self.model.device)
+        timer = None
+        if cost is not None and cost.timed:
+            timer = PhaseTimer(cost.meter.clock)
+        cache = self._shared_prefill(ids_BT, mask_BT)
+        alive = list(range(len(self.requests)))
+        done = 0
+        while alive and done < max_new_tokens:
+            stretch = min(STRETCH, max_new_tokens - done)
+            processors = self.sampler.processors(race)
+            if timer is not None:
+                processors.insert(0, timer)
+            cache_argument = {name_generate_cache_argument(): cache}
+            with self.model.form():
+                out = self.model.net.generate(
+                    input_ids=ids_BT,
+                    attention_mask=mask_BT,
+                    generation_config=self.sampler.settings(stretch),
+                    logits_processor=processors,
+                    **cache_argument,
+                )
+            new = out.sequences[:, ids_BT.shape[1] :]
+            done += new.shape[1]
+            going = self._append(alive, new.tolist(), race)
+            alive = [alive[row] for row in going]
+            cache = read_cache(out)
+            ids_BT = out.sequences
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(new.shape)], 1)
+            if alive and len(going) < len(new):
+                kept = torch.tensor(going, device=self.model.device)
+                ids_BT = ids_BT[kept]
+                mask_BT = mask_BT[kept]
+                cache.batch_select_indices(kept)
+                if race is not None:
+                    race.keep(going)
+        if timer is not None and cost is not None:
+            timer.stop(cost)
+        return self._responses(race)
+
+    def _append(self, alive: list[int], new: list[list[int]], race: _Race | None) -> list[int]:
+        """Add a stretch of tokens to the rows; return which of them have not ended."""
         for row, tokens in zip(alive, new, strict=True):
-            drawn[row] += tokens
+            self.ids[row] += tokens
         if race is not None and race.record:
-            for row, taken in zip(alive, torch.stack(race.taken, 1).tolist(), strict=True):
-                chances[row] += taken
-            race.taken.clear()
-        alive, cache = [alive[row] for row in going], read_cache(out)
-        ids_BT, mask_BT = (
-            out.sequences,
-            torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), len(new[0]))], 1),
-        )
-        if alive and len(going) < len(new):
-            kept = torch.tensor(going, device=model.device)
-            ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
-            cache.batch_select_indices(kept)
-            if race is not None:
-                race.keep(going)
-    if split is not None:
-        split.book()
-    ended = [_until_eos(row, sampler.eos) for row in drawn]
-    if race is None or not race.record:
-        return ended
-    return [
-        replace(r, logp=tuple(chance[: len(r.ids)]))
-        for r, chance in zip(ended, chances, strict=True)
-    ]
+            for row, recorded in zip(alive, race.take_recorded(), strict=True):
+                self.logp[row] += recorded
+        eos = self.sampler.eos
+        return [row for row, tokens in enumerate(new) if not eos.intersection(tokens)]
 
+    def _responses(self, race: _Race | None) -> list[Response]:
+        responses = [_until_eos(row, self.sampler.eos) for row in self.ids]
+        if race is None or not race.record:
+            return responses
+        recorded = []
+        for response, logp in zip(responses, self.logp, strict=True):
+            recorded.append(replace(response, logp=tuple(logp[: len(response.ids)])))
+        return recorded
 
-def _left_padded(
-    batch: list[Request], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids [B, T], mask [B, T]) of the prompts, left-padded with ``pad``."""
-    width = max(len(r.ids) for r in batch)
-    ids_BT = torch.tensor([[pad] * (width - len(r.ids)) + list(r.ids) for r in batch])
-    mask_BT = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch])
-    return ids_BT.to(device), mask_BT.to(device)
+    def _left_padded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (ids [B, T], mask [B, T]) of the prompts, left-padded."""
+        width = max(len(r.ids) for r in self.requests)
+        ids, mask = [], []
+        for r in self.requests:
+            padding = width - len(r.ids)
+            ids.append([self.sampler.pad] * padding + list(r.ids))
+            mask.append([0] * padding + [1] * len(r.ids))
+        device = self.model.device
+        return torch.tensor(ids).to(device), torch.tensor(mask).to(device)
 
+    def _shared_prefill(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Cache | None:
+        """Return the KV cache of all prompts without their last tokens, each prompt read once.
 
-def _shared_prefill(
-    model: Model, batch: list[Request], ids_BT: torch.Tensor, mask_BT: torch.Tensor
-) -> Cache | None:
-    """The KV cache of all prompts but for their last tokens, every distinct prompt read once; None
-    (``generate`` prefills) where nothing would be saved or the model does not allow it."""
-    distinct = list(dict.fromkeys(r.ids for r in batch))
-    if not model.shares_prompts or len(distinct) == len(batch) or len(distinct[0]) < 2:
-        return None
-    rows = [next(i for i, r in enumerate(batch) if r.ids == ids) for ids in distinct]
-    _, cache = model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])
-    cache.batch_select_indices(
-        torch.tensor([distinct.index(r.ids) for r in batch], device=ids_BT.device)
-    )
-    return cache
+        None (``generate`` prefills) if nothing would be saved or the model does not allow it.
+        """
+        prompts = [r.ids for r in self.requests]
+        distinct = list(dict.fromkeys(prompts))
+        if not self.model.shares_prompts or len(distinct) == len(prompts) or len(distinct[0]) < 2:
+            return None
+        rows = [prompts.index(ids) for ids in distinct]
+        _, cache = self.model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])
+        which = torch.tensor([distinct.index(ids) for ids in prompts], device=ids_BT.device)
+        cache.batch_select_indices(which)
+        return cache
 
 
 def _until_eos(row: list[int], eos: frozenset[int]) -> Response:
-    """Cuts after the first EOS, by position; the only place that decides where a response ends."""
+    """Cut after the first EOS token; the only place that decides where a response ends."""
     for position, token in enumerate(row):
         if token in eos:
             return Response(tuple(row[: position + 1]), True)

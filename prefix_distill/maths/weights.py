@@ -27,17 +27,14 @@ MODERATE = (0.25, 0.30, 0.10)  # (w_min, τ, s) of PW-OPSD
 
 
 Facts = dict[tuple[int, int], dict[str, dict[int, float]]]
-"""(prompt, sample) → statistic → position → nats, as ``scoring.token_statistics`` returns."""
+"""(slot, sample) → statistic → position → nats, as ``Scorer.statistics`` returns."""
 
 
 class Taught(Protocol):
     """The part of a ``Rollout`` that this module uses."""
 
     @property
-    def prompt(self) -> int: ...
-
-    @property
-    def sample(self) -> int: ...
+    def key(self) -> tuple[int, int]: ...
 
     @property
     def ids(self) -> tuple[int, ...]: ...
@@ -119,9 +116,9 @@ def keep(
     for r in rollouts:
         values: list[float] = []
         if window.statistic:
-            of_rollout = (statistics or {})[r.prompt, r.sample][window.statistic]
+            of_rollout = (statistics or {})[r.key][window.statistic]
             values = [of_rollout[t] for t in r.taught]
-        chosen = window.positions(len(r.taught), (*key, r.prompt, r.sample), values)
+        chosen = window.positions(len(r.taught), (*key, *r.key), values)
         kept.append(r.keep(tuple(r.taught[i] for i in chosen)))
     return kept
 
@@ -242,8 +239,8 @@ def choose(
         return rollouts
     chosen = []
     for r in rollouts:
-        of_rollout = None if facts is None else facts[r.prompt, r.sample]
-        positions = selection.choose(r.taught, (*key, r.prompt, r.sample), of_rollout, at)
+        of_rollout = None if facts is None else facts[r.key]
+        positions = selection.choose(r.taught, (*key, *r.key), of_rollout, at)
         chosen.append(r.keep(positions))
     return chosen
 
@@ -360,7 +357,7 @@ def token_weights(
     weights = {}
     for r in rollouts:
         each = 1 / r.counted if reduction == "sequence" and r.taught else 1.0
-        weights[r.prompt, r.sample] = [
+        weights[r.key] = [
             each if position is None else each * position.at(t, len(r.ids)) for t in r.taught
         ]
     share = sum(r.counted for r in rollouts) if reduction == "token" else len(rollouts)

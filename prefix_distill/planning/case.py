@@ -46,11 +46,20 @@ class Case:
     ) -> list[Rollout]:
         """An update's rollouts, each of ``length`` tokens; prompts that differ in their ids."""
         response = (0,) * length
-        return [
-            Rollout(i, s, (i,) * p, (i,) * t, response, response, False)
-            for i, (p, t) in enumerate(prompts or self.prompts)
-            for s in range(samples or self.samples)
-        ]
+        rollouts = []
+        for slot, (student, teacher) in enumerate(prompts or self.prompts):
+            for sample in range(samples or self.samples):
+                rollout = Rollout(
+                    slot=slot,
+                    sample=sample,
+                    student_prompt=(slot,) * student,
+                    teacher_prompt=(slot,) * teacher,
+                    ids=response,
+                    teacher_ids=response,
+                    finished=False,
+                )
+                rollouts.append(rollout)
+        return rollouts
 
     @property
     def trained_dtype(self) -> torch.dtype:

@@ -11,9 +11,10 @@ import torch
 
 from ..engine import evaluate, loading, scoring
 from ..engine.device import Clock, memory_free
+from ..engine.meter import Meter
 from ..engine.models import Model, decoder
-from ..engine.rollout import Rollout
-from ..engine.sampling import Request, Sampler, generate
+from ..engine.rollout import rollout_of
+from ..engine.sampling import GenerationCost, Request, Sampler, generate
 from ..errors import UserError
 from ..maths.divergence import Terms
 from ..maths.seeds import seed_of
@@ -58,7 +59,7 @@ def examine(run: Run, samples: int, limit: float | None = SECONDS) -> list[Check
         _memory(run),
     ]
     if samples and run.config.evaluate.problems:
-        found.append(_teacher(run, min(samples, len(run.kl_prompts)), limit))
+        found.append(_teacher(run, min(samples, len(run.problems.kl)), limit))
     return found
 
 
@@ -76,19 +77,17 @@ def _head(run: Run) -> Check:
 def _itself(run: Run) -> Check:
     """The loss of a model against itself, from two readings: 0, but for noise in its layers."""
     terms = (
-        replace(run.terms, sampled=False)
-        if run.terms.taught_by == "teacher"
+        replace(run.method.terms, sampled=False)
+        if run.method.terms.taught_by == "teacher"
         else Terms("reverse-kl", dtype=run.place.head_dtype)
     )
     facts = {}
     for role, model in sides(run):
-        prompts = [getattr(r, f"{role}_ids") for r in run.train_prompts[:FEW]]
-        rows = [
-            Rollout(i, 0, ids, ids, ids[-FEW:], ids[-FEW:], False) for i, ids in enumerate(prompts)
-        ]
-        values = scoring.token_statistics(
-            terms, model, model, None, rows, run.place, run.config.train.micro_batch_size
-        )
+        prompts = [getattr(r, f"{role}_ids") for r in run.problems.train[:FEW]]
+        rollouts = [rollout_of(i, ids, ids[-FEW:]) for i, ids in enumerate(prompts)]
+        itself = replace(run.pair, student=model, teacher=model, shared_support=None)
+        scorer = scoring.Scorer(pair=itself, terms=terms, place=run.place)
+        values = scorer.measure(rollouts, run.limits.micro_batch_size)
         facts[role] = max(abs(v) for row in values.values() for v in row["divergence"].values())
     worst = max(facts, key=lambda role: facts[role])
     if facts[worst] > ZERO:
@@ -109,7 +108,7 @@ def _itself(run: Run) -> Check:
 
 
 def _sampling(run: Run) -> Check:
-    sampler = run.sampler
+    sampler = run.method.sampler
     own = {
         role: {k: v for k, v in model.generation_config.to_diff_dict().items() if k in SHAPING}
         for role, model in sides(run)
@@ -146,13 +145,13 @@ def _memory(run: Run) -> Check:
         config,
         place.dtype,
         place.head_dtype,
-        [(len(r.student_ids), len(r.teacher_ids)) for r in run.train_prompts],
-        run.prefix.longest(config.train.steps or 1),
-        run.prefix.limit,
+        [(len(r.student_ids), len(r.teacher_ids)) for r in run.problems.train],
+        run.method.prefix.longest(config.train.steps or 1),
+        run.method.prefix.limit,
         place.world,
-        run.student.support,
+        run.pair.student.support,
     )
-    bound = at_most(run.student, run.teacher, needs)
+    bound = at_most(run.pair.student, run.pair.teacher, needs)
     facts = {"free_bytes": free, "at_most_bytes": bound}
     if free is None:
         return Check(
@@ -173,7 +172,7 @@ def _memory(run: Run) -> Check:
         text = f"not forecast with {unknown}; {_gib(free)} free on {place.device}"
         return Check("memory", "ok", text, facts)
     try:
-        found = Pair(run.student.net.config, run.teacher.net.config).forecast(needs)
+        found = Pair(run.pair.student.net.config, run.pair.teacher.net.config).forecast(needs)
     except UserError as error:
         return Check("memory", "ok", f"not forecast: {error}", facts)
     return _compare_memory(found, free, facts, place.device)
@@ -188,7 +187,7 @@ def _unforeseen(run: Run) -> str | None:
         return "--teacher-quantize"
     if runtime.teacher_device == "auto":
         return "--teacher-device auto"
-    if run.alignment is not None:
+    if run.pair.alignment is not None:
         return "different tokenizers"
     return None
 
@@ -234,8 +233,8 @@ def _gib(size: float) -> str:
 def _teacher(run: Run, count: int, limit: float | None) -> Check:
     """Full answers of both models to held-out problems, with the same seeds: who is right, and
     who can end a turn."""
-    name, cap = "teacher", run.prefix.limit
-    rendered = run.kl_prompts[:count]
+    name, cap = "teacher", run.method.prefix.limit
+    rendered = run.problems.kl[:count]
     writers = _writers(run)
     if limit is not None:
         expected = _expected_seconds(run, writers, rendered)
@@ -291,8 +290,8 @@ def _teacher(run: Run, count: int, limit: float | None) -> Check:
 def _writers(run: Run) -> list[Writer]:
     """Return both models with the samplers of the answers to grade."""
     writers = (
-        ("student", run.student, "student_ids", run.sampler),
-        ("teacher", run.teacher, "teacher_ids", run.text_sampler),
+        ("student", run.pair.student, "student_ids", run.method.sampler),
+        ("teacher", run.pair.teacher, "teacher_ids", run.method.text_sampler),
     )
     return [
         (
@@ -316,23 +315,20 @@ def _answer_problems(
     run: Run, writers: list[Writer], rendered: list[Rendered]
 ) -> dict[str, evaluate.Score]:
     """Sample and grade one answer of each model to every problem."""
-    return {
-        role: evaluate.evaluate(
-            model,
-            [(r.prompt, getattr(r, ids)) for r in rendered],
-            sampler,
-            samples=1,
-            max_new_tokens=run.prefix.limit,
-            answer_format=run.answer_format,
-            place=run.place,
+    scores = {}
+    for role, model, ids, sampler in writers:
+        how = replace(
+            run.evaluation, sampler=sampler, samples=1, max_new_tokens=run.method.prefix.limit
         )
-        for role, model, ids, sampler in writers
-    }
+        problems = [(r.prompt, getattr(r, ids)) for r in rendered]
+        cost = GenerationCost(meter=Meter(Clock(run.place.device)))
+        scores[role] = evaluate.evaluate(model, problems, how, run.limits, cost)
+    return scores
 
 
 def _expected_seconds(run: Run, writers: list[Writer], rendered: list[Rendered]) -> float:
     """Estimate the seconds of full answers on the slowest rank, from a trial with a few tokens."""
-    cap = run.prefix.limit
+    cap = run.method.prefix.limit
     clock, short = Clock(run.place.device), min(8, cap)
     for _, model, ids, sampler in writers:
         with clock.phase("trial"):

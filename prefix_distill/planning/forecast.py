@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import torch
 
-from ..engine import scoring
+from ..engine.batching import micro_batches
 from ..engine.models import Model
-from ..engine.rollout import Rollout
+from ..engine.rollout import Rollout, student_sides, teacher_sides
 from ..errors import UserError
 from . import measuring
 from .case import Case, Settings
@@ -171,11 +171,12 @@ class Pair:
 
     def _read(self, case: Case, role: int, group: list[Rollout]) -> dict[str, float]:
         """Return the bytes of a forward pass over ``group``, as ``measuring.reading`` does."""
+        sides = teacher_sides(group) if role else student_sides(group)
         return self.measured(
             role,
             case.teacher if role else case.student,
             ("read", _sizes(group), case.autocast),
-            lambda m: measuring.reading(m, group, role == 1, case.autocast),
+            lambda m: measuring.reading(m, sides, case.autocast),
         )
 
     def _generate(self, case: Case, role: int, prompts: list[int], samples: int, new: int) -> float:
@@ -195,7 +196,7 @@ class Pair:
 
 def _largest_group(case: Case) -> tuple[list[Rollout], bool]:
     """Return (the micro-batch of an update with the most tokens, whether there are others)."""
-    groups = scoring.micro_batches(case.rollouts(case.prefix), case.micro, not case.recomputes)
+    groups = micro_batches(case.rollouts(case.prefix), case.micro, not case.recomputes)
     largest = max(groups, key=lambda g: sum(len(r.student_prompt) + len(r.ids) for r in g))
     return largest, len(groups) > 1
 
@@ -205,9 +206,7 @@ def _rounded(tree: dict[str, float]) -> dict[str, int]:
 
 
 def _sizes(group: list[Rollout]) -> tuple:
-    return tuple(
-        (r.prompt, len(r.student_prompt), len(r.teacher_prompt), len(r.ids)) for r in group
-    )
+    return tuple((r.slot, len(r.student_prompt), len(r.teacher_prompt), len(r.ids)) for r in group)
 
 
 def at_most(student: Model, teacher: Model, case: Case) -> int:

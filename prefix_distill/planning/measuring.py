@@ -4,7 +4,7 @@ import torch
 
 from ..engine import scoring
 from ..engine.models import Model
-from ..engine.rollout import Rollout
+from ..engine.rollout import Rollout, Side, student_sides
 from ..engine.transformers_names import name_cache_argument
 from ..maths.divergence import Head, Terms
 from ..maths.fused import statistics, weighted
@@ -25,15 +25,13 @@ def _live(model: Model, *known: torch.Tensor) -> Live:
     return Live([*model.net.parameters(), *model.net.buffers(), *known])
 
 
-def reading(
-    model: Model, rollouts: list[Rollout], teacher: bool, autocast: bool
-) -> dict[str, float]:
+def reading(model: Model, sides: list[Side], autocast: bool) -> dict[str, float]:
     """Bytes while a model reads rollouts without gradient (``peak``), and of the hidden rows
     that stay (``rows``)."""
     live = _live(model)
     with torch.no_grad(), live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            rows = scoring.hidden_rows(model, rollouts, teacher)
+            rows = scoring.hidden_rows(model, sides)
         peak, kept = live.highest(), live.now
         del rows
     return {"peak": peak, "rows": kept}
@@ -60,7 +58,7 @@ def updating(  # noqa: PLR0913  the operands of one update
     live.known |= {storage_of(t)._cdata for t in (teacher_NE, teacher.weight_VD)}
     with live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            student_ND = scoring.hidden_rows(model, rollouts)
+            student_ND = scoring.hidden_rows(model, student_sides(rollouts))
         read = live.highest()
         # bound to a name, as in an update, so that the values stay alive and count
         loss, _value_N, _ = weighted(

@@ -26,7 +26,7 @@ from ..prompts.load import load_prompts
 from ..prompts.templates import PRIVILEGED
 from ..training.pair import fill_in
 from ..training.problems import LONGEST
-from ..training.run import settled
+from ..training.run import Notes, settled
 from .cards import fit_cards
 from .case import case
 from .forecast import Pair
@@ -81,7 +81,8 @@ def plan(  # noqa: PLR0913  each is an option of the command line
     _check_above_zero("--prompt-tokens", prompt_tokens, "1 token")
     _check_rate(tflops, measure, from_run)
     given = config.data.dataset is not None or config.models.student is None
-    config, notes = fill_in(config)
+    told = Notes()
+    config, notes = fill_in(config, told), told.lines
     names = _names(config)
     read = [read_config(name, config.models.trust_remote_code) for name in names]
     folders, configs = [folder for folder, _ in read], [found for _, found in read]

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 
 from ..engine import evaluate
 from ..engine.device import Clock
+from ..engine.meter import Meter
 from ..engine.models import Model, decoder
 from ..engine.rollout import Rollout
-from ..engine.sampling import Request, generate
+from ..engine.sampling import GenerationCost, Request, generate
+from ..engine.scoring import Scorer
 from ..maths import intervals
 from ..maths.flops import Ledger
 from ..maths.weights import quadrants
@@ -53,7 +55,7 @@ def probe(run: Run, say: Callable[[str], None] = lambda text: None) -> dict:
     rest of the answer keeps needing. Otherwise it is the shortest whose tokens hold 80 % of the KL.
     ``expected_saving`` is an update's useful FLOPs with full rollouts over those with the prefix.
     """
-    prompts, clock = run.train_prompts, Clock(run.place.device)
+    prompts, clock = run.problems.train, Clock(run.place.device)
     writer = Writer(run)
     nothing: list[tuple[int, ...]] = [()] * len(prompts)
     with clock.phase("probe"):
@@ -100,18 +102,19 @@ class Writer:
 
     def __init__(self, run: Run):
         self.run, self.ledger = run, Ledger()
-        sampler, text = run.eval_sampler, run.text_sampler  # text: the teacher's ids
+        self.clock = Clock(run.place.device)
+        sampler, text = run.method.eval_sampler, run.method.text_sampler  # text: the teacher's ids
         theirs = dataclasses.replace(sampler, eos=text.eos, support=text.support, pad=text.pad)
-        student = decoder(run.student, run.place.dtype)
-        teacher = decoder(run.teacher, run.place.dtype)
+        student = decoder(run.pair.student, run.place.dtype)
+        teacher = decoder(run.pair.teacher, run.place.dtype)
         self.sides = {
-            "student": (student, run.student_shape, "student_ids", sampler),
-            "teacher": (teacher, run.teacher_shape, "teacher_ids", theirs),
+            "student": (student, run.pair.student_shape, "student_ids", sampler),
+            "teacher": (teacher, run.pair.teacher_shape, "teacher_ids", theirs),
         }
 
     def write(self, side: str, given: Sequence[tuple[int, ...]], key: int) -> list[Written]:
         """Full answers that ``side`` goes on to from the given starts; sharded over ranks."""
-        place, cap = self.run.place, self.run.prefix.limit
+        place, cap = self.run.place, self.run.method.prefix.limit
         sampler = self.sides[side][3]
         open_ends = [
             i
@@ -136,7 +139,7 @@ class Writer:
         """Continue ``given`` on the ``rows`` with model ``side``, by up to ``room`` tokens → by
         row."""
         model, shape, ids, sampler = self.sides[side]
-        prompts = self.run.train_prompts
+        prompts = self.run.problems.train
         requests = [
             Request(getattr(prompts[i], ids) + given[i], ("probe", side, key, i)) for i in rows
         ]
@@ -145,7 +148,12 @@ class Writer:
             requests,
             room,
             sampler,
-            lambda reads: self.ledger.generation(shape, reads, f"{side}_prefill", f"{side}_decode"),
+            GenerationCost(
+                meter=Meter(self.clock, self.ledger),
+                shape=shape,
+                prefill=f"{side}_prefill",
+                decode=f"{side}_decode",
+            ),
         )
         return {i: (given[i] + r.ids, r.finished) for i, r in zip(rows, responses, strict=True)}
 
@@ -159,16 +167,16 @@ class Writer:
 
 def _as_students(run: Run, written: list[Written]) -> list[tuple[int, ...]]:
     """Return the teacher's texts in the student's tokens."""
-    if run.alignment is None:
+    if run.pair.alignment is None:
         return [ids for ids, _ in written]
-    return [run.alignment.to_student(ids, done) for ids, done in written]
+    return [run.pair.alignment.to_student(ids, done) for ids, done in written]
 
 
 def _as_teachers(run: Run, written: list[Written]) -> list[tuple[int, ...]]:
     """Return the student's texts in the teacher's tokens."""
-    if run.alignment is None:
+    if run.pair.alignment is None:
         return [ids for ids, _ in written]
-    return [run.alignment.align(ids, done)[0] for ids, done in written]
+    return [run.pair.alignment.align(ids, done)[0] for ids, done in written]
 
 
 def _curves(
@@ -184,19 +192,19 @@ def _curves(
     N is 0 and every number ``tried``. Both are None if a prompt has no reference answer.
     """
     run = writer.run
-    golds = [p.prompt.answer for p in run.train_prompts if p.prompt.answer is not None]
-    if len(golds) < len(run.train_prompts):
+    golds = [p.prompt.answer for p in run.problems.train if p.prompt.answer is not None]
+    if len(golds) < len(run.problems.train):
         return None, None
-    lifted = [_graded(run, own, 0, run.student, golds)]
-    decayed = [_graded(run, expert, 0, run.teacher, golds)]
+    lifted = [_graded(run, own, 0, run.pair.student, golds)]
+    decayed = [_graded(run, expert, 0, run.pair.teacher, golds)]
     expert_ids = _as_students(run, expert)
     for n in tried:
         say(f"the teacher writes {n} tokens, the student goes on; and the other way round")
         written = writer.write("student", [ids[:n] for ids in expert_ids], n)
-        lifted.append(_graded(run, written, n, run.student, golds))
+        lifted.append(_graded(run, written, n, run.pair.student, golds))
         starts = _as_teachers(run, [(ids[:n], done and len(ids) <= n) for ids, done in own])
         written = writer.write("teacher", starts, n)
-        decayed.append(_graded(run, written, n, run.teacher, golds))
+        decayed.append(_graded(run, written, n, run.pair.teacher, golds))
     return lifted, decayed
 
 
@@ -251,19 +259,21 @@ def recommend(
 
 def _facts(run: Run, own: list[Written], ledger: Ledger) -> list[dict]:
     """Return ``evaluate.held_out_facts`` of the student's own answers."""
-    rollouts = [
-        Rollout(i, 0, p.student_ids, p.teacher_ids, ids, ids, finished)
-        for i, (p, (ids, finished)) in enumerate(zip(run.train_prompts, own, strict=True))
-    ]
-    return evaluate.held_out_facts(
-        run.student,
-        run.teacher,
-        run.shared,
-        run.aligned(rollouts),
-        run.place,
-        run.config.train.micro_batch_size,
-        run.counts_both(ledger, "scoring"),
-    )
+    rollouts = []
+    for slot, (p, (ids, finished)) in enumerate(zip(run.problems.train, own, strict=True)):
+        rollout = Rollout(
+            slot=slot,
+            sample=0,
+            student_prompt=p.student_ids,
+            teacher_prompt=p.teacher_ids,
+            ids=ids,
+            teacher_ids=ids,
+            finished=finished,
+        )
+        rollouts.append(rollout)
+    scorer = Scorer.reverse_kl(run.pair, run.place)
+    meter = Meter(Clock(run.place.device), ledger)
+    return evaluate.held_out_facts(scorer, run.pair.align(rollouts), run.limits, meter, "scoring")
 
 
 def _graded(run: Run, written: list[Written], tokens: int, model: Model, golds: list[str]) -> dict:
@@ -271,7 +281,7 @@ def _graded(run: Run, written: list[Written], tokens: int, model: Model, golds: 
     ``tokens``: the given tokens."""
     texts = [evaluate.decode(model, ids) for ids, _ in written]
     right = [
-        float(answers.correct(text, gold, run.answer_format))
+        float(answers.correct(text, gold, run.problems.answer_format))
         for text, gold in zip(texts, golds, strict=True)
     ]
     return {

@@ -7,9 +7,9 @@ import torch
 
 from ..engine import scoring
 from ..engine.models import Model
-from ..engine.rollout import Rollout
+from ..engine.rollout import Side
 from ..engine.scoring import FIRST_TOKEN
-from ..training.pair import named
+from ..training.pair import describe_tokens
 from ..training.run import Check, Run
 
 FEW = 4  # prompts that are looked at
@@ -18,14 +18,14 @@ LAST = 6  # ids of a prompt's end that are shown
 
 def sides(run: Run) -> tuple[tuple[str, Model], tuple[str, Model]]:
     """Return both models with their roles."""
-    return ("student", run.student), ("teacher", run.teacher)
+    return ("student", run.pair.student), ("teacher", run.pair.teacher)
 
 
 def examine_vocabulary(run: Run) -> Check:
     return Check(
         "vocabulary",
         "ok",
-        run.tokenizers,
+        run.pair.tokenizers,
         {
             role: {
                 "ids": max(model.tokenizer.get_vocab().values()) + 1,
@@ -39,7 +39,7 @@ def examine_vocabulary(run: Run) -> Check:
 
 def examine_prompts(run: Run) -> Check:
     """Both renderings of a prompt, and P_T of the student's most likely first token."""
-    first = run.train_prompts[0]
+    first = run.problems.train[0]
     ids = {"student": first.student_ids, "teacher": first.teacher_ids}
     facts: dict[str, object] = {
         role: {
@@ -95,14 +95,17 @@ def _first_token_probabilities(run: Run) -> list[float]:
     """Return the teacher's probability of the student's most likely first token, for some prompts.
     Tokens that the teacher lacks are left out."""
     shared = None
-    if run.shared is not None:
-        student, teacher = run.shared.student.tolist(), run.shared.teacher.tolist()
+    if run.pair.shared_support is not None:
+        student, teacher = (
+            run.pair.shared_support.student.tolist(),
+            run.pair.shared_support.teacher.tolist(),
+        )
         # each side's EOS ids follow the shared tokens, and their numbers may differ
         shared = dict(zip(student, teacher, strict=False))
     chances = []
-    for r in run.train_prompts[:FEW]:
-        student_V = _first_token_distribution(run, run.student, r.student_ids)
-        teacher_V = _first_token_distribution(run, run.teacher, r.teacher_ids)
+    for r in run.problems.train[:FEW]:
+        student_V = _first_token_distribution(run, run.pair.student, r.student_ids)
+        teacher_V = _first_token_distribution(run, run.pair.teacher, r.teacher_ids)
         token = int(student_V.argmax())
         counterpart = token if shared is None else shared.get(token)
         if counterpart is not None:
@@ -112,9 +115,9 @@ def _first_token_probabilities(run: Run) -> list[float]:
 
 def _first_token_distribution(run: Run, model: Model, prompt: tuple[int, ...]) -> torch.Tensor:
     """Return a model's distribution [V] over the first token after ``prompt``, on the CPU."""
-    row = Rollout(0, 0, prompt, prompt, prompt[:1], prompt[:1], False)
+    side = Side(prompt, prompt[:1], (0,))
     with run.place.autocast(model.device):
-        hidden_ND = scoring.hidden_rows(model, [row])
+        hidden_ND = scoring.hidden_rows(model, [side])
     logits_ND = model.head().to(run.place.head_dtype).logits(hidden_ND)
     return logits_ND[0].softmax(-1).cpu()
 
@@ -158,13 +161,13 @@ def examine_templates(run: Run) -> Check:
 
 def examine_ends(run: Run) -> Check:
     facts = {role: sorted(model.eos) for role, model in sides(run)} | {
-        "rollouts_stop_at": sorted(run.sampler.eos)
+        "rollouts_stop_at": sorted(run.method.sampler.eos)
     }
     text = (
-        f"student {named(run.student, run.student.eos)}; teacher "
-        f"{named(run.teacher, run.teacher.eos)}"
+        f"student {describe_tokens(run.pair.student, run.pair.student.eos)}; teacher "
+        f"{describe_tokens(run.pair.teacher, run.pair.teacher.eos)}"
     )
-    if run.alignment is None and run.student.eos != run.teacher.eos:
+    if run.pair.alignment is None and run.pair.student.eos != run.pair.teacher.eos:
         return Check(
             "end of text",
             "warning",
@@ -190,7 +193,7 @@ def examine_padding(run: Run) -> Check:
 
 
 def examine_context(run: Run) -> Check:
-    lengths = sorted(max(len(r.student_ids), len(r.teacher_ids)) for r in run.train_prompts)
+    lengths = sorted(max(len(r.student_ids), len(r.teacher_ids)) for r in run.problems.train)
     positions = {role: model.positions for role, model in sides(run)}
     facts = {
         "prompts": len(lengths),

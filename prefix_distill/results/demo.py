@@ -1,12 +1,16 @@
 """`prefix-distill demo`: the embedded pair distilled with a prefix and with full rollouts, same
 updates, side by side."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import config as configuration
 from ..display import flops_text, share_text
+from ..engine.device import Clock
 from ..engine.evaluate import evaluate
+from ..engine.meter import Meter
+from ..engine.sampling import GenerationCost
 from ..training.folder import RunFolder
 from ..training.prepare import prepare
 from ..training.run import Run
@@ -69,15 +73,10 @@ def _prepare(folder: Path, prefix: str, seed: int) -> Run:
 
 def _evaluate_teacher(run: Run) -> dict:
     """Return the teacher's score on the held-out problems as JSON values."""
-    return evaluate(
-        run.teacher,
-        run.problems,
-        run.eval_sampler,
-        samples=1,
-        place=run.place,
-        max_new_tokens=run.max_new_tokens,
-        answer_format=run.answer_format,
-    ).summary()
+    cost = GenerationCost(meter=Meter(Clock(run.place.device)))
+    how = dataclasses.replace(run.evaluation, samples=1)
+    score = evaluate(run.pair.teacher, run.problems.held_out, how, run.limits, cost)
+    return score.summary()
 
 
 def _describe(name: str, run: Run, result: dict) -> dict:
@@ -85,7 +84,7 @@ def _describe(name: str, run: Run, result: dict) -> dict:
     last, phases = result["evaluations"][-1], result["seconds"]["by_phase"]
     return {
         "name": name,
-        "prefix": run.prefix.length(0),
+        "prefix": run.method.prefix.length(0),
         "updates": result["steps"],
         "accuracy": last["accuracy"],
         "flops_useful": result["flops"]["useful"],

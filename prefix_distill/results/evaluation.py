@@ -11,24 +11,28 @@ from .. import files
 from ..config import Config
 from ..engine import loading
 from ..engine.device import Clock
-from ..engine.evaluate import evaluate
+from ..engine.evaluate import Evaluation, evaluate
+from ..engine.memory import MemoryLimits
+from ..engine.meter import Meter
 from ..engine.models import Model, decoder
 from ..engine.ranks import Place, place
-from ..engine.sampling import Sampler
+from ..engine.sampling import GenerationCost, Sampler
 from ..errors import UserError
 from ..lab.task import LAB
 from ..maths.seeds import seed_of
 from ..prompts import templates
 from ..prompts.prompt import Prompt, PromptSet
 from ..training.pair import TASK
-from ..training.problems import load_eval_problems, settle_max_new_tokens
-from ..training.run import settled
+from ..training.prepare import choose_pad
+from ..training.problems import choose_answer_format, settle_max_new_tokens
+from ..training.prompt_sets import load_eval_problems
+from ..training.run import Notes, settled
 
 
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     """One model on one data set, as `prefix-distill eval` → (place, notes, result document);
     writes the examples file."""
-    notes: list[str] = []
+    notes = Notes()
     name, dataset = _fill_in(config, notes)
     out = _examples_file(config.checkpoint.out)
     prompts = load_eval_problems(config, dataset, notes)
@@ -40,26 +44,27 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     )
     loading.check_rows(model)
     where = place(config.runtime, lambda: model.parameters)
-    notes.extend(where.reasons)
+    notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
     problems = _render(config, model, prompts)
-    config = settle_max_new_tokens(
-        config, model, model, max(len(ids) for _, ids in problems), prompts.max_new_tokens, notes
+    longest = max(len(ids) for _, ids in problems)
+    config = settle_max_new_tokens(config, [model], longest, prompts.max_new_tokens, notes)
+    how = Evaluation(
+        sampler=_sampler(config, model),
+        samples=config.evaluate.rollouts,
+        max_new_tokens=settled(config.rollout.max_new_tokens, "--max-new-tokens"),
+        answer_format=choose_answer_format(config, prompts),
     )
-    answer_format: str = config.evaluate.answer_format
-    if answer_format == "auto" and prompts.answer_format:
-        answer_format = prompts.answer_format
-    sampler = _sampler(config, model)
+    limits = MemoryLimits(where, config)
+    limits.report = notes.note
     clock = Clock(where.device)
     with clock.phase("evaluation"):
         score = evaluate(
             decoder(model, where.dtype),
             problems,
-            sampler,
-            samples=config.evaluate.rollouts,
-            max_new_tokens=settled(config.rollout.max_new_tokens, "--max-new-tokens"),
-            answer_format=answer_format,
-            place=where,
+            how,
+            limits,
+            GenerationCost(meter=Meter(clock)),
         )
     if where.first:
         files.write_rows(out, score.records)
@@ -71,19 +76,19 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         "seconds": clock.seconds["evaluation"],
         "examples": str(out),
     }
-    return where, notes, document
+    return where, notes.lines, document
 
 
-def _fill_in(config: Config, notes: list[str]) -> tuple[str, str]:
+def _fill_in(config: Config, notes: Notes) -> tuple[str, str]:
     """Return the names of the model and the data set; a missing one is taken from the embedded
     laboratory."""
     name, dataset = config.models.student, config.data.dataset
     if name is None:
         name = f"{LAB}{TASK}/student"
-        notes.append(f"model {name}: none was given, so it comes from the embedded laboratory")
+        notes.note(f"model {name}: none was given, so it comes from the embedded laboratory")
     if dataset is None:
         dataset = LAB + TASK
-        notes.append(f"dataset {dataset}: none was given, so it comes from the embedded laboratory")
+        notes.note(f"dataset {dataset}: none was given, so it comes from the embedded laboratory")
     return name, dataset
 
 
@@ -122,14 +127,13 @@ def _render(
 
 
 def _sampler(config: Config, model: Model) -> Sampler:
-    pad = model.tokenizer.pad_token_id
     return Sampler(
-        model.eos,
-        min(model.eos) if pad is None else pad,
-        max(model.tokenizer.get_vocab().values()) + 1,
-        seed_of(config.runtime.seed, "evaluation"),
-        config.evaluate.temperature,
-        config.rollout.top_p,
-        config.rollout.top_k,
-        config.rollout.rows,
+        eos=model.eos,
+        pad=choose_pad(model.tokenizer.pad_token_id, model.eos),
+        support=max(model.tokenizer.get_vocab().values()) + 1,
+        seed=seed_of(config.runtime.seed, "evaluation"),
+        temperature=config.evaluate.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        rows=config.rollout.rows,
     )

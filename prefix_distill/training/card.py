@@ -116,7 +116,7 @@ def _method(run: Run, progress: Progress, step: int) -> list[str]:
     config = run.config
     writer = (
         "student"
-        if run.off_policy is None
+        if run.method.off_policy is None
         else "student (or the teacher, where `--off-policy` says so)"
     )
     settings = [
@@ -124,7 +124,7 @@ def _method(run: Run, progress: Progress, step: int) -> list[str]:
         ("prompts × rollouts an update", f"{config.train.batch_size} × {config.rollout.samples}"),
         (
             "prefix",
-            f"{_code(config.schedule.prefix)}: {run.prefix.length(0)} tokens at first, "
+            f"{_code(config.schedule.prefix)}: {run.method.prefix.length(0)} tokens at first, "
             f"{progress.taught_prefix} at last, of at most {config.rollout.max_new_tokens}",
         ),
         (
@@ -214,7 +214,7 @@ def _cost(run: Run, progress: Progress, facts: dict, full: float | None) -> list
 
 def _warnings(run: Run, progress: Progress, step: int) -> list[str]:
     """List the warnings up to ``step``, each once."""
-    warnings = [*run.warnings, *(w["text"] for w in progress.warnings if w["step"] <= step)]
+    warnings = [*run.notes.warnings, *(w["text"] for w in progress.warnings if w["step"] <= step)]
     if not warnings:
         return []
     lines = [f"- {_line(text)}" for text in dict.fromkeys(warnings)]

@@ -1,53 +1,181 @@
-"""Student and teacher: memory, alignment, coverage."""
+"""Load a student and its teacher, and check that they go together."""
 
 import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import torch
 
 from .. import config as configuration
 from ..config import Config
-from ..engine import scoring
-from ..engine.alignment import Alignment, census, shares
+from ..engine import loading, models, scoring
+from ..engine.alignment import match
 from ..engine.device import memory_free
-from ..engine.models import Model
-from ..engine.ranks import Place
-from ..engine.rollout import Rollout
+from ..engine.models import Model, recompute
+from ..engine.pair import Pair
+from ..engine.ranks import Place, place
+from ..engine.units import shared_support
 from ..errors import PreflightError, UserError
 from ..lab.task import LAB
-from ..maths.divergence import Terms
 from ..maths.schedule import parse_off_policy
 from ..maths.weights import parse_window
-from ..prompts.prompt import Rendered
+from .run import Notes, settled
 
 TASK = "choice"  # the embedded default: lab:choice and its pair
 
 
-def fill_in(config: Config) -> tuple[Config, list[str]]:
-    """Puts the embedded pair and its task where no student, teacher or data set is given, and
-    says so."""
-    notes = []
-    own = config.models.teacher == configuration.SELF
-    for section, key, value in (
-        ("models", "student", f"{LAB}{TASK}/student{'-told' if own else ''}"),
+def fill_in(config: Config, notes: Notes) -> Config:
+    """Return the config with the embedded pair and task in place of what is not given."""
+    student = f"{LAB}{TASK}/student"
+    if config.models.teacher == configuration.SELF:
+        student = f"{student}-told"
+    defaults = (
+        ("models", "student", student),
         ("models", "teacher", f"{LAB}{TASK}/teacher"),
         ("data", "dataset", LAB + TASK),
-    ):
+    )
+    for section, key, value in defaults:
         if getattr(getattr(config, section), key) is None:
             config = configuration.replace(config, **{section: {key: value}})
-            notes.append(f"{key} {value}: none was given, so it comes from the embedded laboratory")
-    return config, notes
+            notes.note(f"{key} {value}: none was given, so the embedded laboratory's is used")
+    return config
 
 
 @contextlib.contextmanager
-def as_preflight_error():
-    """What is wrong here is no setting or file by itself: the parts do not go together."""
+def as_preflight_error() -> Iterator[None]:
+    """Re-raise UserError as PreflightError: each part is valid, the combination is not."""
     try:
         yield
     except UserError as error:
         raise PreflightError(str(error)) from None
 
 
-def spread_limit(config: Config, where: Place, notes: list[str]) -> int | None:
-    """Bytes of each device that --teacher-device auto may fill; None where the teacher is in one
-    place."""
+def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
+    """Load both models, join the ranks and compare the tokenizers.
+
+    Return the config with the options that depend on the models, this rank's place, and the pair.
+    UserError: a model cannot be loaded. PreflightError: the models do not go together.
+    """
+    student, where = _load_student(config)
+    notes.note(*where.reasons)
+    if config.adapter.rank is not None:
+        student = _add_adapter(config, student, where, notes)
+    teacher = _load_teacher(config, student, where, notes)
+    with as_preflight_error():
+        alignment, tokenizers = match(student, teacher, config.models.cross_tokenizer)
+    notes.note(tokenizers)
+    support = None
+    if alignment is not None:
+        config = check_alignment(config, notes)
+        support = shared_support(
+            alignment.shared, alignment.mode, where.device, where.teacher_device
+        )
+    _check_forward_pass("student", student, notes)
+    _check_forward_pass("teacher", teacher, notes)
+    if config.train.gradient_checkpointing:
+        student = recompute(student)
+        if student.shares_prompts and config.rollout.samples > 1:
+            notes.note(
+                "the student's training pass reads a prompt once per sample, because of "
+                "--gradient-checkpointing"
+            )
+    pair = Pair(
+        student=student,
+        teacher=teacher,
+        student_shape=models.shape(student, settled(student.support, "the student's support")),
+        teacher_shape=models.shape(teacher, teacher.support),
+        alignment=alignment,
+        shared_support=support,
+        tokenizers=tokenizers,
+    )
+    return config, where, pair
+
+
+def _load_student(config: Config) -> tuple[Model, Place]:
+    """Load the student and join the ranks.
+
+    Without an adapter the weights load in float32 on the CPU first, since the automatic dtype
+    depends on their number.
+    """
+    name = settled(config.models.student, "--student")
+    trust = config.models.trust_remote_code
+    if config.adapter.rank is not None:
+        where = place(config.runtime, lambda: loading.count(name, trust))
+        student = loading.load_model(
+            name,
+            device=where.device,
+            dtype=where.dtype,
+            trust_remote_code=trust,
+            quantize=config.models.student_quantize,
+        )
+        return student, where
+    student = loading.load_model(
+        name, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust
+    )
+    where = place(config.runtime, lambda: student.parameters)
+    student.net.to(where.device)
+    return student, where
+
+
+def _add_adapter(config: Config, student: Model, where: Place, notes: Notes) -> Model:
+    student = loading.with_adapter(student, config.adapter, config.runtime.seed)
+    trained = sum(p.numel() for p in student.trained.values())
+    notes.note(
+        f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {trained:,} parameters "
+        f"train, {student.parameters - trained:,} are frozen in {str(where.dtype)[6:]}"
+    )
+    return student
+
+
+def _load_teacher(config: Config, student: Model, where: Place, notes: Notes) -> Model:
+    """Load the teacher; with ``self`` it is the student, without its adapter if possible."""
+    is_self = config.models.teacher == configuration.SELF
+    if is_self and _can_share_weights(config, where):
+        teacher = dataclasses.replace(student, adapter_off=True)
+        teacher.name = f"{teacher.name} (itself)"
+        notes.note("teacher self: the student without its adapter, no second copy of the weights")
+        return teacher
+    source = config.models.student if is_self else config.models.teacher
+    averaged = config.models.teacher_ema is not None
+    teacher = loading.load_model(
+        settled(source, "--teacher"),
+        device=where.teacher_device,
+        dtype=torch.float32 if averaged else where.dtype,
+        trust_remote_code=config.models.trust_remote_code,
+        quantize=config.models.teacher_quantize,
+        spread=_spread_limit(config, where, notes),
+    )
+    if is_self:
+        teacher.name = f"{teacher.name} (itself)"
+        what = "frozen"
+        if averaged:
+            share = config.models.teacher_ema
+            what = f"in float32; each step moves it by 1 − {share:g} towards the student"
+        notes.note(f"teacher self: a copy of the student's initial weights, {what}")
+    return teacher
+
+
+def _can_share_weights(config: Config, where: Place) -> bool:
+    """Return whether the teacher can be the student's own network with its adapter off."""
+    return (
+        config.adapter.rank is not None
+        and where.device == where.teacher_device
+        and config.models.teacher_quantize in ("none", config.models.student_quantize)
+    )
+
+
+def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
+    """Check the model's output head, and find out whether it can share a prompt's KV cache."""
+    with as_preflight_error():
+        loading.check_head(model)
+    reason = scoring.check_sharing(model)
+    model.shares_prompts = reason is None
+    if reason:
+        notes.note(f"the {role} reads a prompt once per sample: {reason}")
+
+
+def _spread_limit(config: Config, where: Place, notes: Notes) -> int | None:
+    """Return the bytes of each device that --teacher-device auto may fill; None without it."""
     if config.runtime.teacher_device != "auto":
         return None
     if where.world > 1:
@@ -59,117 +187,45 @@ def spread_limit(config: Config, where: Place, notes: list[str]) -> int | None:
         limit = int(config.runtime.teacher_memory * 2**30)
     else:
         limit = (memory_free(where.device) or 8 << 30) // 2
-    notes.append(
-        "teacher's layers spread over "
-        f"{'all GPUs' if where.device.type == 'cuda' else where.device.type}, up to "
-        f"{limit / 2**30:.3g} GiB of each, then main memory, then disk"
+    devices = "all GPUs" if where.device.type == "cuda" else where.device.type
+    notes.note(
+        f"the teacher's layers are spread over {devices}, up to {limit / 2**30:.3g} GiB of each, "
+        "then main memory, then disk"
     )
     return limit
 
 
-def check_alignment(config: Config, notes: list[str]) -> Config:
-    """What a loss on units does not know is refused."""
+def check_alignment(config: Config, notes: Notes) -> Config:
+    """Return the config for different tokenizers; UserError: an option needs one tokenizer."""
     estimator, _ = configuration.parse_estimator(config.divergence.estimator)
-    off_policy, window = (
-        parse_off_policy(config.rollout.off_policy),
-        parse_window(config.weights.window),
-    )
+    off_policy = parse_off_policy(config.rollout.off_policy)
+    window = parse_window(config.weights.window)
     ranked = config.weights.select not in ("all", "random") or (
         window is not None and window.statistic is not None
     )
-    for wrong, got, instead in (
-        (
-            estimator != "full",
+    if estimator != "full":
+        _refuse(
             f"--estimator {config.divergence.estimator}",
-            "units are compared on all shared tokens: use full",
-        ),
-        (
-            config.divergence.clip is not None,
-            "--clip",
-            "the clip is of one vocabulary: leave it out",
-        ),
-        (
-            config.rollout.eos == "teacher",
-            "--eos teacher",
-            "its ids are not the student's: leave it out",
-        ),
-        (
-            off_policy is not None and off_policy.loss == "sft" and ranked,
+            "units are compared on all shared tokens; use --estimator full",
+        )
+    if config.divergence.clip is not None:
+        _refuse("--clip", "the clip needs one vocabulary; leave it out")
+    if config.rollout.eos == "teacher":
+        _refuse("--eos teacher", "the student does not have the teacher's ids; leave it out")
+    if off_policy is not None and off_policy.loss == "sft" and ranked:
+        _refuse(
             "--off-policy sft with a ranked selection",
-            "text without units cannot be ranked: use random, a window by position, or "
+            "text without units cannot be ranked; use random, a window by position, or "
             "--off-policy divergence",
-        ),
-    ):
-        if wrong:
-            raise UserError(f"{got} with different tokenizers: {instead}")
-    notes.append("rollouts stop at the student's end-of-sequence ids: the teacher's are its own")
+        )
+    notes.note("rollouts stop at the student's EOS ids; the teacher has its own")
     return configuration.replace(config, rollout={"eos": "student"})
 
 
-def measure_coverage(
-    alignment: Alignment, rendered: list[Rendered], notes: list[str], warnings: list[str]
-) -> float:
-    """Says how the text of some prompts aligns → the teacher's tokens per token of the student's
-    in it."""
-    contents = [r.prompt.messages[-1]["content"] for r in rendered[:64]]
-    texts = [alignment.student.encode(content) for content in contents]
-    share = shares(
-        [
-            census(
-                alignment.rollout(Rollout(i, 0, (), (), ids, (), False))
-                for i, ids in enumerate(texts)
-                if ids
-            )
-        ]
-    )
-    if share["exact_share"] < 0.5:
-        warnings.append(
-            f"only {share['exact_share']:.0%} of the student's tokens have a counterpart of the "
-            "same bytes in the teacher's tokenization: little can be taught by --cross-tokenizer "
-            "strict"
-        )
-    notes.append(
-        f"in the text of {len(texts)} prompts {share['exact_share']:.1%} of the student's tokens "
-        f"align one to one, {share['span_share']:.1%} in spans, {share['dropped_share']:.1%} not "
-        "at all (the end of each text counts as cut)"
-    )
-    return sum(len(alignment.teacher.encode(content)) for content in contents) / max(
-        1, sum(map(len, texts))
-    )
+def _refuse(got: str, instead: str) -> None:
+    raise UserError(f"{got} with different tokenizers: {instead}")
 
 
-def describe_privileged_text(
-    teacher: Model, rendered: list[Rendered], where: Place, warnings: list[str]
-) -> str:
-    """Does what the teacher alone sees help it? Its log-probability of that very text as the
-    answer, behind its own prompt and behind the student's, nats per token."""
-    found = []
-    for ids in ("teacher_ids", "student_ids"):
-        reads = []
-        for i, r in enumerate(rendered):
-            prompt, text = (
-                getattr(r, ids),
-                tuple(teacher.tokenizer(r.prompt.privileged, add_special_tokens=False).input_ids),
-            )
-            text = text[: max(1, (teacher.positions or len(prompt) + len(text)) - len(prompt))]
-            reads.append(Rollout(i, 0, prompt, prompt, text, text, False))
-        facts = scoring.token_statistics(
-            Terms("reverse-kl", dtype=where.head_dtype), teacher, teacher, None, reads, where, 1
-        )
-        values = [v for row in facts.values() for v in row["teacher_logp"].values()]
-        found.append(sum(values) / len(values))
-    if found[0] <= found[1]:
-        warnings.append(
-            "the teacher makes no use of what --privileged-column shows it: it finds that text no "
-            f"more likely for having it in its prompt ({found[0]:.3g} nats per token against "
-            f"{found[1]:.3g})"
-        )
-    return (
-        f"privileged prompt: of what it is shown, the teacher's log-probability is {found[0]:.3g} "
-        f"nats per token behind its own prompt, {found[1]:.3g} behind the student's"
-    )
-
-
-def named(model: Model, ids) -> str:
-    """Ids with their tokens: ``<|end|> (1)``."""
+def describe_tokens(model: Model, ids: Iterable[int]) -> str:
+    """Return ids with their tokens: ``<|end|> (1)``."""
     return ", ".join(f"{model.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in sorted(ids))

@@ -1,15 +1,12 @@
-"""Turn a Config into a Run: load what it needs and reject what cannot work, before any write."""
+"""Turn a Config into a Run; reject what cannot work before anything is written."""
 
 import dataclasses
 
-import torch
-
 from .. import config as configuration
 from ..config import Config
-from ..engine import loading, models, scoring
-from ..engine.alignment import Alignment, match
-from ..engine.models import Model, recompute
-from ..engine.ranks import place
+from ..engine.memory import MemoryLimits
+from ..engine.pair import Pair
+from ..engine.ranks import Place
 from ..engine.sampling import Sampler
 from ..errors import UserError
 from ..maths import simct
@@ -17,286 +14,151 @@ from ..maths.divergence import Terms
 from ..maths.schedule import parse_off_policy, parse_prefix
 from ..maths.seeds import seed_of
 from ..maths.weights import parse_position_weight, parse_selection, parse_window
-from ..prompts import templates
-from ..prompts.templates import PRIVILEGED
 from . import trackers
-from .pair import (
-    as_preflight_error,
-    check_alignment,
-    describe_privileged_text,
-    fill_in,
-    measure_coverage,
-    named,
-    spread_limit,
-)
-from .problems import count_by_set, load_prompt_sets, load_training_prompts, settle_max_new_tokens
-from .run import Run, settled
+from .pair import fill_in, load_pair
+from .problems import render_problems
+from .prompt_sets import load_prompt_sets
+from .run import Method, Notes, Run, settled
 
 
 def prepare(config: Config) -> Run:
-    """Config → Run. UserError, one line, on anything that would make the run wrong or
-    impossible."""
+    """Load everything that a run needs.
+
+    UserError, one line: an option, a file or a model would make the run wrong or impossible.
+    """
     trackers.check(config)
-    config, notes = fill_in(config)
-    student_name = settled(config.models.student, "--student")
-    teacher_name = settled(config.models.teacher, "--teacher")
-    warnings: list[str] = []
-    train_sets, weights, held_out = load_prompt_sets(config, notes)
+    notes = Notes()
+    config = fill_in(config, notes)
+    sets = load_prompt_sets(config, notes)
+    config, place, pair = load_pair(config, notes)
+    config, problems = render_problems(config, sets, pair, place, notes)
+    method = read_method(config, pair, place, notes)
+    limits = MemoryLimits(place, config)
+    return Run(
+        config=config,
+        place=place,
+        pair=pair,
+        problems=problems,
+        method=method,
+        notes=notes,
+        limits=limits,
+    )
 
-    trust = config.models.trust_remote_code
-    adapted = config.adapter.rank is not None
-    if adapted:
-        where = place(config.runtime, lambda: loading.count(student_name, trust))
-        student = loading.load_model(
-            student_name,
-            device=where.device,
-            dtype=where.dtype,
-            trust_remote_code=trust,
-            quantize=config.models.student_quantize,
-        )
-    else:
-        student = loading.load_model(
-            student_name,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            trust_remote_code=trust,
-        )
-        where = place(config.runtime, lambda: student.parameters)
-        student.net.to(where.device)
-    notes.extend(where.reasons)
-    own, averaged = (
-        config.models.teacher == configuration.SELF,
-        config.models.teacher_ema is not None,
-    )
-    if adapted:
-        student = loading.with_adapter(student, config.adapter, config.runtime.seed)
-        count = sum(p.numel() for p in student.trained.values())
-        notes.append(
-            f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {count:,} parameters "
-            f"train, {student.parameters - count:,} stay as they are, in {str(where.dtype)[6:]}"
-        )
-    few = config.models.teacher_quantize
-    if (
-        own
-        and adapted
-        and where.device == where.teacher_device
-        and few in ("none", config.models.student_quantize)
-    ):
-        teacher = dataclasses.replace(student, adapter_off=True)
-    else:
-        teacher = loading.load_model(
-            student_name if own else teacher_name,
-            device=where.teacher_device,
-            dtype=torch.float32 if averaged else where.dtype,
-            trust_remote_code=trust,
-            quantize=few,
-            spread=spread_limit(config, where, notes),
-        )
-    if own:
-        teacher.name = f"{teacher.name} (itself)"
-        notes.append(
-            "teacher self: the student without its adapter, no second copy of the weights"
-            if teacher.adapter_off
-            else "teacher self: a copy of the student's initial weights, "
-            + (
-                f"in float32, that follows the student by 1 − {config.models.teacher_ema:g} an "
-                "update"
-                if averaged
-                else "frozen"
-            )
-        )
-    with as_preflight_error():
-        alignment, tokenizers = match(student, teacher, config.models.cross_tokenizer)
-    notes.append(tokenizers)
-    shared = None
-    if alignment is not None:
-        config = check_alignment(config, notes)
-        shared = scoring.shared_support(
-            alignment.shared, alignment.mode, where.device, where.teacher_device
-        )
-    for role, model in (("student", student), ("teacher", teacher)):
-        with as_preflight_error():
-            loading.check_head(model)
-        reason = scoring.check_sharing(model)
-        model.shares_prompts = reason is None
-        if reason:
-            notes.append(f"the {role} reads a prompt again for each of its samples: {reason}")
-    if config.train.gradient_checkpointing:
-        student = recompute(student)
-        if student.shares_prompts and config.rollout.samples > 1:
-            notes.append(
-                "in training the student reads a prompt again for each of its samples: "
-                "--gradient-checkpointing"
-            )
 
-    if config.data.privileged_column is not None and config.data.privileged_template is None:
-        forms = {s.privileged_template for s in train_sets}
-        config = configuration.replace(
-            config,
-            data={"privileged_template": (forms.pop() if len(forms) == 1 else None) or PRIVILEGED},
-        )
-    needed = config.train.steps * config.train.batch_size or 1
-    fixed = config.extrapolation.problems if config.extrapolation.kind == "effopd" else 0
-    train_prompts, extrapolation_prompts, dropped = load_training_prompts(
-        train_sets, weights, needed, fixed, student, teacher, config, notes
-    )
-    if (
-        fixed
-        and config.extrapolation.score == "accuracy"
-        and any(p.prompt.answer is None for p in extrapolation_prompts)
-    ):
-        raise UserError(
-            f"dataset {config.data.dataset}: a prompt has no reference answer, so candidates "
-            "cannot be graded; name the column with --answer-column, or use --extrapolate-score "
-            "heldout-kl"
-        )
-    if len(extrapolation_prompts) < fixed:
-        warnings.append(
-            f"--extrapolate-problems {fixed}: only {len(extrapolation_prompts)} training prompts "
-            "are there to be scored"
-        )
-    if config.data.privileged_column is not None:
-        notes.append(describe_privileged_text(teacher, train_prompts[:4], where, warnings))
-    problems, dropped_held = templates.render_all(held_out.prompts, student, teacher, config)
-    if sum(dropped) + dropped_held:
-        warnings.append(
-            f"{count_by_set(train_sets, dropped)} training and {dropped_held} held-out prompts "
-            f"exceed --max-prompt-tokens {config.data.max_prompt_tokens} and were dropped"
-        )
-    longest = max(
-        max(len(r.student_ids), len(r.teacher_ids))
-        for r in train_prompts + extrapolation_prompts + problems
-    )
-    with as_preflight_error():
-        config = settle_max_new_tokens(
-            config, student, teacher, longest, held_out.max_new_tokens, notes
-        )
-    longest_response = settled(config.rollout.max_new_tokens, "--max-new-tokens")
-    prefix = parse_prefix(config.schedule.prefix, longest_response)
-
-    rollout, divergence = config.rollout, config.divergence
-    eos = {"student": student.eos, "teacher": teacher.eos, "union": student.eos | teacher.eos}[
-        rollout.eos
-    ]
-    teacher_tokens = 1.0
-    if alignment is not None:
-        eos = student.eos
-        teacher_tokens = measure_coverage(alignment, train_prompts, notes, warnings)
-    elif student.eos != teacher.eos:
-        warnings.append(
-            f"end-of-sequence ids differ: student {named(student, student.eos)}, teacher "
-            f"{named(teacher, teacher.eos)}; rollouts stop at the {rollout.eos}'s (--eos "
-            "student|teacher|union)"
-        )
-    pad = student.tokenizer.pad_token_id
-    support = settled(student.support, "the student's support")
-    sampler = Sampler(
-        eos,
-        min(eos) if pad is None else pad,
-        support,
-        config.runtime.seed,
-        rollout.temperature,
-        rollout.top_p,
-        rollout.top_k,
-        rollout.rows,
-    )
+def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Method:
+    """Return what is sampled and what is taught."""
+    sampler = _student_sampler(config, pair)
     if not sampler.on_policy:
-        warnings.append(
-            f"sampling at temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, top-k "
-            f"{rollout.top_k} is off-policy for the divergence: contexts come from another "
-            "distribution than the student's"
+        notes.warn(
+            f"sampling at temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k "
+            f"{sampler.top_k} is off-policy: contexts do not follow the student's own "
+            "distribution, which the divergence assumes; use temperature 1, top-p 1, top-k 0"
         )
-    eval_sampler = Sampler(
-        eos,
-        sampler.pad,
-        support,
-        seed_of(config.runtime.seed, "evaluation"),
-        config.evaluate.temperature,
-        rows=rollout.rows,
-    )
-    if where.world > config.train.batch_size:
+    if place.world > config.train.batch_size:
         raise UserError(
-            f"--batch-size {config.train.batch_size}: {where.world} ranks need at least one prompt "
+            f"--batch-size {config.train.batch_size}: {place.world} ranks need at least one prompt "
             "each; raise it"
         )
-    name, beta = configuration.parse_divergence(divergence.name)
-    estimator, top_k = configuration.parse_estimator(divergence.estimator)
-    budget = config.runtime.head_memory_mb << 20
-    terms = Terms(
-        name,
-        beta,
-        divergence.temperature,
-        where.head_dtype,
-        budget,
-        top_k,
-        estimator == "sampled",
-        divergence.clip,
-    )
-    off_policy = parse_off_policy(rollout.off_policy)
+    terms = _loss_terms(config, place)
+    off_policy = parse_off_policy(config.rollout.off_policy)
     text_terms = terms
     if off_policy is not None and off_policy.loss == "sft":
-        text_terms = Terms("cross-entropy", dtype=where.head_dtype, memory_bytes=budget)
-    same = (
-        where.dtype == student.net.dtype
-    )  # rollouts come from the student itself, not from a copy in another dtype
-    columns = support if shared is None else shared.columns
-    rows = (
-        terms.chunk(columns, student.head().softcap is not None)
-        if shared is None
-        else simct.chunk(terms, columns)
-    )
-    notes.append(
-        f"loss in chunks of {rows:,} rows: what --head-memory-mb {config.runtime.head_memory_mb} "
-        f"holds of its float32 tables of {columns:,} columns"
-    )
-    answer_format: str = config.evaluate.answer_format
-    if answer_format == "auto" and held_out.answer_format:
-        answer_format = held_out.answer_format
-    return Run(
-        config,
-        where,
-        student,
-        teacher,
-        alignment,
-        shared,
-        prefix,
-        parse_window(config.weights.window),
-        parse_selection(config.weights.select, configuration.selected(config)),
-        parse_position_weight(config.weights.position),
-        off_policy,
-        terms,
-        text_terms,
-        dataclasses.replace(
-            sampler, record=estimator == "sampled" and not (sampler.on_policy and same)
+        text_terms = Terms("cross-entropy", dtype=terms.dtype, memory_bytes=terms.memory_bytes)
+    notes.note(_describe_chunks(config, pair, terms))
+    # The estimator divides by the probability that a token had when it was sampled. Without a
+    # record that is the student's own, which holds only if the student itself sampled on-policy.
+    same_dtype = place.dtype == pair.student.net.dtype
+    exact = sampler.on_policy and same_dtype
+    return Method(
+        prefix=parse_prefix(
+            config.schedule.prefix, settled(config.rollout.max_new_tokens, "--max-new-tokens")
         ),
-        _text_sampler(sampler, teacher, alignment, config.runtime.seed),
-        eval_sampler,
-        train_prompts,
-        problems[: config.evaluate.kl_prompts],
-        extrapolation_prompts,
-        [(r.prompt, r.student_ids) for r in problems[: config.evaluate.problems]],
-        answer_format,
-        models.shape(student, support),
-        models.shape(teacher, teacher.support),
-        notes,
-        warnings,
-        tokenizers,
-        teacher_tokens,
+        window=parse_window(config.weights.window),
+        selection=parse_selection(config.weights.select, configuration.selected(config)),
+        position=parse_position_weight(config.weights.position),
+        off_policy=off_policy,
+        terms=terms,
+        text_terms=text_terms,
+        sampler=dataclasses.replace(sampler, record=terms.sampled and not exact),
+        text_sampler=_text_sampler(config, pair, sampler),
+        eval_sampler=_eval_sampler(config, sampler),
     )
 
 
-def _text_sampler(
-    sampler: Sampler, teacher: Model, alignment: Alignment | None, seed: int
-) -> Sampler:
-    """How the teacher writes: as the student does, with ids of its own where the tokenizers
-    differ."""
-    sampler = dataclasses.replace(sampler, seed=seed_of(seed, "teacher-text"))
-    if alignment is None:
+def _loss_terms(config: Config, place: Place) -> Terms:
+    name, beta = configuration.parse_divergence(config.divergence.name)
+    estimator, top_k = configuration.parse_estimator(config.divergence.estimator)
+    return Terms(
+        name=name,
+        beta=beta,
+        temperature=config.divergence.temperature,
+        dtype=place.head_dtype,
+        memory_bytes=config.runtime.head_memory_mb << 20,
+        top_k=top_k,
+        sampled=estimator == "sampled",
+        clip=config.divergence.clip,
+    )
+
+
+def _describe_chunks(config: Config, pair: Pair, terms: Terms) -> str:
+    """Describe how many rows the loss handles at once."""
+    if pair.shared_support is None:
+        columns = settled(pair.student.support, "the student's support")
+        rows = terms.chunk(columns, pair.student.head().softcap is not None)
+    else:
+        columns = pair.shared_support.columns
+        rows = simct.chunk(terms, columns)
+    return (
+        f"the loss runs in chunks of {rows:,} rows: --head-memory-mb "
+        f"{config.runtime.head_memory_mb} holds that many float32 tables of {columns:,} columns"
+    )
+
+
+def _student_sampler(config: Config, pair: Pair) -> Sampler:
+    """Return how the student samples its rollouts."""
+    student, teacher, rollout = pair.student, pair.teacher, config.rollout
+    eos = student.eos
+    if pair.alignment is None and rollout.eos == "teacher":
+        eos = teacher.eos
+    elif pair.alignment is None and rollout.eos == "union":
+        eos = student.eos | teacher.eos
+    return Sampler(
+        eos=eos,
+        pad=choose_pad(student.tokenizer.pad_token_id, eos),
+        support=settled(student.support, "the student's support"),
+        seed=config.runtime.seed,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        rows=rollout.rows,
+    )
+
+
+def choose_pad(pad: int | None, eos: frozenset[int]) -> int:
+    """Return the padding id: the tokenizer's own, or an EOS id if it has none."""
+    return min(eos) if pad is None else pad
+
+
+def _eval_sampler(config: Config, sampler: Sampler) -> Sampler:
+    """Return how evaluations sample: with their own seed and temperature, without top-p, top-k."""
+    return dataclasses.replace(
+        sampler,
+        seed=seed_of(config.runtime.seed, "evaluation"),
+        temperature=config.evaluate.temperature,
+        top_p=1.0,
+        top_k=0,
+    )
+
+
+def _text_sampler(config: Config, pair: Pair, sampler: Sampler) -> Sampler:
+    """Return how the teacher samples text: as the student, with its own ids if they differ."""
+    sampler = dataclasses.replace(sampler, seed=seed_of(config.runtime.seed, "teacher-text"))
+    if pair.alignment is None:
         return sampler
-    pad = teacher.tokenizer.pad_token_id
+    teacher = pair.teacher
     return dataclasses.replace(
         sampler,
         eos=teacher.eos,
         support=settled(teacher.support, "the teacher's support"),
-        pad=min(teacher.eos) if pad is None else pad,
+        pad=choose_pad(teacher.tokenizer.pad_token_id, teacher.eos),
     )

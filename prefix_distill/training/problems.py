@@ -1,281 +1,275 @@
-"""Training prompts, held-out problems and their lengths."""
+"""Render prompts for both models, and settle the lengths that depend on them."""
 
 import dataclasses
-import itertools
-from fractions import Fraction
 
 from .. import config as configuration
 from ..config import Config
+from ..engine.alignment import Alignment, census, shares
 from ..engine.models import Model
+from ..engine.pair import Pair
+from ..engine.ranks import Place
+from ..engine.rollout import rollout_of
+from ..engine.scoring import Scorer
 from ..errors import UserError
-from ..prompts import sources, templates
-from ..prompts import stream as prompt_stream
-from ..prompts.load import load_prompts
+from ..prompts import stream, templates
 from ..prompts.prompt import PromptSet, Rendered
-from ..prompts.stream import examples, hold_out, joined, mixed, shares, shuffled
-from .run import settled
+from ..prompts.stream import mixed, shuffled
+from ..prompts.templates import PRIVILEGED
+from .pair import as_preflight_error, describe_tokens
+from .prompt_sets import PromptSets
+from .run import Notes, Problems
 
 LONGEST = 2048  # tokens; the default --max-new-tokens where the models' positions allow it
 
 
-def load_prompt_sets(
-    config: Config, notes: list[str]
-) -> tuple[list[PromptSet], list[Fraction], PromptSet]:
-    """(training sets, their weights, held-out prompts): disjoint, every prompt behind the same
-    examples."""
-    seed, few_shot, wanted = (
-        config.runtime.seed,
-        config.data.few_shot,
-        max(config.evaluate.problems, config.evaluate.kl_prompts),
+def render_problems(
+    config: Config, sets: PromptSets, pair: Pair, place: Place, notes: Notes
+) -> tuple[Config, Problems]:
+    """Render all prompts for both models.
+
+    Return the config with the privileged template and --max-new-tokens set, and the problems.
+    UserError: no prompt is left. PreflightError: the models have too few positions.
+    """
+    config = _settle_privileged_template(config, sets)
+    train, extrapolation, dropped = _render_training_prompts(config, sets, pair, notes)
+    _check_extrapolation_prompts(config, extrapolation, notes)
+    if config.data.privileged_column is not None:
+        _compare_privileged_prompts(pair, train[:4], place, notes)
+    held_out, dropped_held_out = templates.render_all(
+        sets.held_out.prompts, pair.student, pair.teacher, config
     )
-    names, weights = _name_sets(settled(config.data.dataset, "--dataset"))
-    sets = [
-        load_prompts(
-            name,
-            split=config.data.split,
-            worked=few_shot > 0 and k == 0,
-            part=(k, len(names)),
-            **_form(config),
+    if sum(dropped) + dropped_held_out:
+        notes.warn(
+            f"{_count_by_set(sets.train, dropped)} training and {dropped_held_out} held-out "
+            f"prompts exceed --max-prompt-tokens {config.data.max_prompt_tokens} and were dropped"
         )
-        for k, name in enumerate(names)
-    ]
-    notes.extend(note for s in sets for note in s.notes)
-    if config.evaluate.dataset is not None:
-        held = _evaluated(config, config.evaluate.dataset, config.evaluate.split, wanted, notes)
+    longest = 0
+    for r in train + extrapolation + held_out:
+        longest = max(longest, len(r.student_ids), len(r.teacher_ids))
+    with as_preflight_error():
+        config = settle_max_new_tokens(
+            config, [pair.student, pair.teacher], longest, sets.held_out.max_new_tokens, notes
+        )
+    teacher_tokens = 1.0
+    if pair.alignment is not None:
+        teacher_tokens = _measure_coverage(pair.alignment, train, notes)
     else:
-        parts = []
-        for k, count in enumerate(shares(weights, wanted)):
-            sets[k], part = _held_out(config, sets[k], count, (k, len(names)), notes)
-            parts.append(part)
-        held = joined(parts, weights)
-    if few_shot:
-        sets[0], turns = examples(sets[0], few_shot, seed, tuple(held.prompts))
-        notes.append(
-            f"few-shot: {few_shot} of {sets[0].name} with solutions before every prompt, of "
-            "training and evaluation; they are neither taught nor evaluated"
-        )
-        sets, held = (
-            [prompt_stream.behind(s, turns) for s in sets],
-            prompt_stream.behind(held, turns),
-        )
-    if empty := [s for s in sets if not s.streamed and not s.prompts]:
-        raise UserError(
-            f"dataset {empty[0].name}: no row is left to be taught; give --eval-dataset, lower "
-            "--few-shot, or add rows"
-        )
-    return sets, weights, held
-
-
-def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
-    """Split ``a:3,b:1`` into data set names and weights."""
-    named = sources.sources(text)
-    return [name for name, _ in named], [weight for _, weight in named]
-
-
-def _form(config: Config) -> dict:
-    """Return the options of ``load_prompts`` that turn rows into prompts."""
-    return {
-        k: getattr(config.data, k)
-        for k in (
-            "prompt_column",
-            "answer_column",
-            "system",
-            "instruction",
-            "privileged_column",
-            "prompt_template",
-            "streaming",
-        )
-    } | {"seed": config.runtime.seed}
-
-
-def _evaluated(
-    config: Config, text: str, split: str | None, limit: int | None, notes: list[str], **further
-) -> PromptSet:
-    """The prompts of ``--eval-dataset``: ``limit`` in all (None: every one), spread over several
-    sets by weight."""
-    names, weights = _name_sets(text)
-    counts: list[int | None] = [None] * len(names)
-    if limit is not None:
-        counts = list(shares(weights, limit))
-    sets = [
-        load_prompts(
-            name,
-            split=split,
-            limit=count,
-            evaluated=True,
-            part=(k, len(names)),
-            **_form(config),
-            **further,
-        )
-        for k, (name, count) in enumerate(zip(names, counts, strict=True))
-        if count != 0
-    ]
-    notes.extend(note for s in sets for note in s.notes)
-    return joined(
-        [dataclasses.replace(s, prompts=tuple(s.prompts)) for s in sets],
-        [w for w, c in zip(weights, counts, strict=True) if c != 0],
+        _compare_eos(config, pair, notes)
+    problems = Problems(
+        train=train,
+        held_out=[(r.prompt, r.student_ids) for r in held_out[: config.evaluate.problems]],
+        kl=held_out[: config.evaluate.kl_prompts],
+        extrapolation=extrapolation,
+        answer_format=choose_answer_format(config, sets.held_out),
+        teacher_tokens=teacher_tokens,
     )
+    return config, problems
 
 
-def _held_out(
-    config: Config,
-    train: PromptSet,
-    count: int,
-    part: tuple[int, int],
-    notes: list[str],
-) -> tuple[PromptSet, PromptSet]:
-    """(the training set without them, ``count`` held-out prompts): of its own test split, where
-    it has one, else rows of it."""
-    if count == 0:
-        return train, dataclasses.replace(train, prompts=())
-    if "test" in train.elsewhere:
-        name, split = train.elsewhere["test"]
-        held = load_prompts(
-            name,
-            split=config.evaluate.split or split,
-            limit=count,
-            evaluated=True,
-            part=part,
-            **_form(config),
-        )
-        notes.extend(note for note in held.notes if note not in train.notes)
-        return train, dataclasses.replace(held, prompts=tuple(held.prompts))
-    of = f" of {train.name}" if part[1] > 1 else ""
-    if not isinstance(train.prompts, tuple):  # streamed
-        notes.append(
-            f"the first {count} rows{of} of the stream held out for evaluation: no --eval-dataset "
-            "was given"
-        )
-        return hold_out(train, count, config.runtime.seed)
-    total = len(train.prompts)
-    count = min(count, max(1, total // 10))
-    if total < 2:
-        raise UserError(
-            f"dataset {train.name}: one row cannot be both taught and held out; give --eval-dataset"
-        )
-    notes.append(
-        f"{count} of {total} rows{of} held out for evaluation: no --eval-dataset was given"
-    )
-    return hold_out(train, count, config.runtime.seed)
+def choose_answer_format(config: Config, prompts: PromptSet) -> str:
+    """Return how answers are graded: the given format, or the data set's own for ``auto``."""
+    given: str = config.evaluate.answer_format
+    if given == "auto" and prompts.answer_format:
+        return prompts.answer_format
+    return given
 
 
-def load_training_prompts(  # noqa: PLR0913  prepare's values, which `Pair` and `Problems` will hold
-    sets: list[PromptSet],
-    weights: list[Fraction],
-    needed: int,
-    fixed: int,
-    student: Model,
-    teacher: Model,
-    config: Config,
-    notes: list[str],
+def _settle_privileged_template(config: Config, sets: PromptSets) -> Config:
+    """Return the config with a privileged template: the data sets' own, if they have the same."""
+    if config.data.privileged_column is None or config.data.privileged_template is not None:
+        return config
+    own = {s.privileged_template for s in sets.train}
+    template = own.pop() if len(own) == 1 else None
+    return configuration.replace(config, data={"privileged_template": template or PRIVILEGED})
+
+
+def _render_training_prompts(
+    config: Config, sets: PromptSets, pair: Pair, notes: Notes
 ) -> tuple[list[Rendered], list[Rendered], list[int]]:
-    """(``needed`` prompts of the run's stream, or all there are of one set; the ``fixed`` ones on
-    which candidates are scored; how many of each set were dropped)."""
+    """Return (training prompts, extrapolation prompts, how many of each set were dropped).
+
+    The training prompts are those of the run's stream that its updates need, or all there are of
+    one set. The last ones of the stream are kept for extrapolation, if it needs any.
+    """
     seed = config.runtime.seed
+    needed = config.train.steps * config.train.batch_size or 1
+    fixed = _count_extrapolation_prompts(config)
     kept: list[list[Rendered]] = []
     dropped: list[int] = []
-    for s, count in zip(sets, shares(weights, needed + fixed), strict=True):
-        order = s.prompts if s.streamed else shuffled(s.prompts, seed, "epoch", 0)
-        found = templates.render_all(order, student, teacher, config, count) if count else ([], 0)
-        kept.append(found[0])
-        dropped.append(found[1])
-    stream = kept[0] if len(sets) == 1 else mixed(kept, weights, needed + fixed, seed)
-    if len(sets) > 1:
-        notes.append(
-            "training prompts: "
-            + ", ".join(
-                f"{count} of {s.name} ({float(weight / sum(weights)):.1%}; {min(count, len(part))} "
-                "different ones)"
-                for s, part, weight, count in zip(
-                    sets, kept, weights, shares(weights, needed), strict=True
-                )
+    for s, count in zip(sets.train, stream.shares(sets.weights, needed + fixed), strict=True):
+        rendered: list[Rendered] = []
+        dropped_of_set = 0
+        if count:
+            order = s.prompts if s.streamed else shuffled(s.prompts, seed, "epoch", 0)
+            rendered, dropped_of_set = templates.render_all(
+                order, pair.student, pair.teacher, config, count
             )
-        )
-    last = list({r.prompt.index: r for r in stream}.values())
-    return stream[:needed], last[max(0, len(last) - fixed) :] if fixed else [], dropped
+        kept.append(rendered)
+        dropped.append(dropped_of_set)
+    prompts = kept[0]
+    if len(sets.train) > 1:
+        prompts = mixed(kept, sets.weights, needed + fixed, seed)
+        notes.note(_describe_mixture(sets, kept, needed))
+    if not fixed:
+        return prompts[:needed], [], dropped
+    last = list({r.prompt.index: r for r in prompts}.values())
+    return prompts[:needed], last[max(0, len(last) - fixed) :], dropped
 
 
-def count_by_set(sets: list[PromptSet], dropped: list[int]) -> str:
-    """Of how many sets how many: 3, or 3 (a.jsonl 1, b.jsonl 2)."""
-    each = (
-        f" ({', '.join(f'{s.name} {n}' for s, n in zip(sets, dropped, strict=True))})"
-        if len(sets) > 1
-        else ""
-    )
-    return f"{sum(dropped)}{each}"
+def _count_extrapolation_prompts(config: Config) -> int:
+    if config.extrapolation.kind != "effopd":
+        return 0
+    return config.extrapolation.problems
 
 
-def settle_max_new_tokens(  # noqa: PLR0913  `Pair` will hold both models
-    config: Config,
-    student: Model,
-    teacher: Model,
-    prompt: int,
-    task_limit: int | None,
-    notes: list[str],
-) -> Config:
-    """Settles --max-new-tokens and checks it, with the longest prompt, against both models'
-    positions."""
-    positions = min((m.positions for m in (student, teacher) if m.positions), default=None)
-    room = None if positions is None else positions - prompt
-    given = config.rollout.max_new_tokens
-    number = int(config.schedule.prefix) if config.schedule.prefix.isdecimal() else 1
-    if given is None:
-        given = max(task_limit or min(LONGEST, room or LONGEST), number)
-        why = (
-            "what the embedded task needs"
-            if task_limit
-            else "the default, as far as the models' positions allow"
-        )
-        notes.append(f"max-new-tokens {given}: {why}")
-    if room is not None and given > room:
+def _describe_mixture(sets: PromptSets, kept: list[list[Rendered]], needed: int) -> str:
+    """Describe how many training prompts come from each set."""
+    total = sum(sets.weights)
+    counts = stream.shares(sets.weights, needed)
+    parts = []
+    for s, prompts, weight, count in zip(sets.train, kept, sets.weights, counts, strict=True):
+        distinct = min(count, len(prompts))
+        share = float(weight / total)
+        parts.append(f"{count} of {s.name} ({share:.1%}; {distinct} different ones)")
+    return "training prompts: " + ", ".join(parts)
+
+
+def _check_extrapolation_prompts(config: Config, prompts: list[Rendered], notes: Notes) -> None:
+    """UserError: candidates are scored by accuracy and a prompt has no reference answer."""
+    fixed = _count_extrapolation_prompts(config)
+    graded = bool(fixed) and config.extrapolation.score == "accuracy"
+    if graded and any(p.prompt.answer is None for p in prompts):
         raise UserError(
-            f"{given} response tokens after a prompt of {prompt}: the models have {positions} "
-            f"positions; lower {'--prefix' if number == given else '--max-new-tokens'} to "
-            f"{max(room, 0)} or --max-prompt-tokens"
+            f"dataset {config.data.dataset}: a prompt has no reference answer, so candidates "
+            "cannot be graded; name the column with --answer-column, or use --extrapolate-score "
+            "heldout-kl"
+        )
+    if len(prompts) < fixed:
+        notes.warn(
+            f"--extrapolate-problems {fixed}: only {len(prompts)} training prompts are left to "
+            "score candidates on"
+        )
+
+
+def _count_by_set(sets: list[PromptSet], dropped: list[int]) -> str:
+    """Describe how many prompts were dropped: 3, or 3 (a.jsonl 1, b.jsonl 2)."""
+    if len(sets) == 1:
+        return str(sum(dropped))
+    parts = [f"{s.name} {n}" for s, n in zip(sets, dropped, strict=True)]
+    return f"{sum(dropped)} ({', '.join(parts)})"
+
+
+def settle_max_new_tokens(
+    config: Config,
+    readers: list[Model],
+    longest_prompt: int,
+    task_limit: int | None,
+    notes: Notes,
+) -> Config:
+    """Return the config with --max-new-tokens set.
+
+    ``task_limit``: what the data set's answers need, if it says so. UserError: the longest prompt
+    and the longest response exceed a model's positions.
+    """
+    limits = [model.positions for model in readers if model.positions]
+    positions = min(limits, default=None)
+    room = None if positions is None else positions - longest_prompt
+    given = config.rollout.max_new_tokens
+    prefix = 1
+    if config.schedule.prefix.isdecimal():
+        prefix = int(config.schedule.prefix)
+    if given is None:
+        why = "the default, as far as the models' positions allow"
+        given = min(LONGEST, room or LONGEST)
+        if task_limit:
+            why = "what the embedded task needs"
+            given = task_limit
+        given = max(given, prefix)
+        notes.note(f"max-new-tokens {given}: {why}")
+    if room is not None and given > room:
+        flag = "--prefix" if prefix == given else "--max-new-tokens"
+        raise UserError(
+            f"{given} response tokens after a prompt of {longest_prompt}: the models have "
+            f"{positions} positions; lower {flag} to {max(room, 0)} or --max-prompt-tokens"
         )
     return configuration.replace(config, rollout={"max_new_tokens": given})
 
 
-def load_eval_problems(config: Config, dataset: str, notes: list[str]) -> PromptSet:
-    """The problems of `prefix-distill eval`, behind their examples: rows of the first set's own
-    training split, else of the set itself, which are not evaluated then."""
-    few_shot, limit, split = (
-        config.data.few_shot,
-        config.evaluate.problems or None,
-        config.data.split,
+def _compare_eos(config: Config, pair: Pair, notes: Notes) -> None:
+    """Warn if the models end their answers with different tokens."""
+    student, teacher = pair.student, pair.teacher
+    if student.eos != teacher.eos:
+        notes.warn(
+            f"end-of-sequence (EOS) ids differ: student {describe_tokens(student, student.eos)}, "
+            f"teacher {describe_tokens(teacher, teacher.eos)}; rollouts stop at those of "
+            f"--eos {config.rollout.eos}; choose with --eos student|teacher|union"
+        )
+
+
+def _measure_coverage(alignment: Alignment, prompts: list[Rendered], notes: Notes) -> float:
+    """Report how the text of some prompts aligns.
+
+    Return the number of the teacher's tokens per token of the student's.
+    """
+    contents = [r.prompt.messages[-1]["content"] for r in prompts[:64]]
+    texts = [alignment.student.encode(content) for content in contents]
+    aligned = []
+    for i, ids in enumerate(texts):
+        if ids:
+            aligned.append(alignment.rollout(rollout_of(i, (), ids)))
+    share = shares([census(aligned)])
+    if share["exact_share"] < 0.5:
+        notes.warn(
+            f"only {share['exact_share']:.0%} of the student's tokens have a counterpart of the "
+            "same bytes in the teacher's tokenization: --cross-tokenizer strict teaches little"
+        )
+    notes.note(
+        f"in the text of {len(texts)} prompts {share['exact_share']:.1%} of the student's tokens "
+        f"align one to one, {share['span_share']:.1%} in spans, {share['dropped_share']:.1%} not "
+        "at all (the end of each text counts as cut)"
     )
-    if not few_shot:
-        return _evaluated(config, dataset, split, limit, notes)
-    names = [name for name, _ in sources.sources(dataset)]
-    apart = load_prompts(
-        names[0], split=split, limit=1, evaluated=True, **_form(config)
-    ).elsewhere.get("examples")
-    if apart is not None:
-        prompts = _evaluated(config, dataset, split, limit, notes)
-        _, turns = examples(
-            load_prompts(apart[0], split=apart[1], worked=True, **_form(config)),
-            few_shot,
-            config.runtime.seed,
-            tuple(prompts.prompts),
+    teacher_tokens = sum(len(alignment.teacher.encode(content)) for content in contents)
+    return teacher_tokens / max(1, sum(map(len, texts)))
+
+
+def _compare_privileged_prompts(
+    pair: Pair, prompts: list[Rendered], place: Place, notes: Notes
+) -> None:
+    """Report whether the privileged text helps the teacher.
+
+    Measured: the teacher's log-probability of that text as an answer, behind its own prompt and
+    behind the student's, in nats per token.
+    """
+    teacher_logp = _privileged_logp(pair, [(r.teacher_ids, r) for r in prompts], place)
+    student_logp = _privileged_logp(pair, [(r.student_ids, r) for r in prompts], place)
+    if teacher_logp <= student_logp:
+        notes.warn(
+            "the teacher does not use what --privileged-column shows it: seeing the privileged "
+            "text does not raise its log-probability "
+            f"({teacher_logp:.3g} nats per token against {student_logp:.3g})"
         )
-    elif len(names) > 1:
-        raise UserError(
-            f"--few-shot {few_shot}: dataset {names[0]} has no split apart from the one that is "
-            "evaluated; evaluate one set at a time"
-        )
-    else:
-        whole = load_prompts(names[0], split=split, evaluated=True, worked=True, **_form(config))
-        notes.extend(whole.notes)
-        prompts, turns = examples(whole, few_shot, config.runtime.seed)
-        prompts = dataclasses.replace(
-            prompts, prompts=tuple(itertools.islice(prompts.prompts, limit))
-        )
-        if not prompts.prompts:
-            raise UserError(
-                f"--few-shot {few_shot}: dataset {names[0]} has no other row to evaluate; lower it"
-            )
-    notes.append(
-        f"few-shot: {few_shot} of {apart[0] + ', split ' + apart[1] if apart else names[0]} with "
-        "solutions before every problem; they are not evaluated"
+    notes.note(
+        f"privileged prompt: the teacher's log-probability of the privileged text is "
+        f"{teacher_logp:.3g} nats per token behind its own prompt, {student_logp:.3g} behind the "
+        "student's"
     )
-    return prompt_stream.behind(prompts, turns)
+
+
+def _privileged_logp(
+    pair: Pair, prompts: list[tuple[tuple[int, ...], Rendered]], place: Place
+) -> float:
+    """Return the teacher's mean log-probability of the privileged texts behind the given ids."""
+    teacher = pair.teacher
+    rollouts = []
+    for i, (ids, rendered) in enumerate(prompts):
+        text = rendered.prompt.privileged
+        answer = tuple(teacher.tokenizer(text, add_special_tokens=False).input_ids)
+        if teacher.positions is not None:
+            answer = answer[: max(1, teacher.positions - len(ids))]
+        rollouts.append(rollout_of(i, ids, answer))
+    itself = dataclasses.replace(
+        pair, student=teacher, student_shape=pair.teacher_shape, shared_support=None
+    )
+    facts = Scorer.reverse_kl(itself, place).measure(rollouts, 1)
+    values = [v for row in facts.values() for v in row["teacher_logp"].values()]
+    return sum(values) / len(values)

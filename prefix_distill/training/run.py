@@ -1,27 +1,17 @@
-"""Everything the loop works with."""
+"""Run: everything that a training run works with, fixed before its first step."""
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
-import torch
-
-from .. import config as configuration
 from ..config import Config
-from ..engine import scoring
-from ..engine.alignment import Alignment
-from ..engine.device import out_of_memory
-from ..engine.models import Model
+from ..engine.evaluate import Evaluation, Problem
+from ..engine.memory import MemoryLimits
+from ..engine.pair import Pair
 from ..engine.ranks import Place
-from ..engine.rollout import Rollout
 from ..engine.sampling import Sampler
-from ..errors import MemoryShortage
 from ..maths import flops
 from ..maths.divergence import Terms
-from ..maths.flops import Ledger, Shape
 from ..maths.schedule import OffPolicy, PrefixSchedule
-from ..maths.simct import Support
 from ..maths.weights import PositionWeight, Selection, Window
 from ..prompts.prompt import Rendered
 
@@ -29,8 +19,10 @@ T = TypeVar("T")
 
 
 def settled(value: T | None, name: str) -> T:
-    """Return ``value``, which has no default but is set before a run starts. ValueError: it is
-    None."""
+    """Return ``value``, which has no default but is set before a run starts.
+
+    ValueError: it is None.
+    """
     if value is None:
         raise ValueError(f"{name} is None: expected a value before the run starts")
     return value
@@ -38,8 +30,10 @@ def settled(value: T | None, name: str) -> T:
 
 @dataclass(frozen=True)
 class Check:
-    """One question. ``status``: ok, warning or error; ``found``: the answer in words; ``facts``:
-    in numbers."""
+    """The answer to one question about a run before it starts.
+
+    ``status``: ok, warning or error; ``found``: the answer in words; ``facts``: in numbers.
+    """
 
     name: str
     status: str
@@ -48,7 +42,7 @@ class Check:
 
 
 def describe_checks(checks: list[Check]) -> dict:
-    """As JSON: {ok, checks}."""
+    """Return the checks as JSON values: {ok, checks}."""
     return {
         "ok": not any(check.status == "error" for check in checks),
         "checks": [asdict(check) for check in checks],
@@ -56,23 +50,53 @@ def describe_checks(checks: list[Check]) -> dict:
 
 
 @dataclass
-class Run:
-    """Everything the loop works with. ``notes``: automatic choices with their reasons;
-    ``warnings``: what may go wrong. ``text_terms`` and ``text_sampler``: the loss on, and the
-    sampling of, responses that the teacher writes. ``say``: where ``halve`` is told. ``fitted``:
-    what it has set, for the checkpoint. ``extrapolation_prompts``: the fixed ones on which
-    candidates are scored ([] where none is). ``alignment`` and ``shared``: where the tokenizers
-    differ, how texts are aligned and which tokens both models share; ``teacher_tokens``: how many
-    of the teacher's make one of the student's, in the prompts' text. ``tokenizers``: how the
-    vocabularies compare; ``checks``: what the models answered (``Check``), if they were
-    asked."""
+class Notes:
+    """What is reported before a run starts.
 
-    config: Config
-    place: Place
-    student: Model
-    teacher: Model
-    alignment: Alignment | None
-    shared: Support | None
+    ``lines``: automatic choices with their reasons; ``warnings``: what may go wrong.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, *lines: str) -> None:
+        """Add automatic choices with their reasons."""
+        self.lines.extend(lines)
+
+    def warn(self, text: str) -> None:
+        """Add a warning: what was measured, why it matters, what to do."""
+        self.warnings.append(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problems:
+    """The prompts of a run.
+
+    ``train``: the prompts of the updates, in order; ``held_out``: the problems of an evaluation;
+    ``kl``: the prompts of the fixed contexts on which the held-out KL is measured;
+    ``extrapolation``: the fixed prompts on which EffOPD scores candidates, empty without it.
+    ``answer_format``: how answers are graded; ``teacher_tokens``: the number of the teacher's
+    tokens per token of the student's in the prompts' text, 1 if the tokenizers match.
+    """
+
+    train: list[Rendered]
+    held_out: list[Problem]
+    kl: list[Rendered]
+    extrapolation: list[Rendered]
+    answer_format: str
+    teacher_tokens: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is sampled and what is taught.
+
+    ``prefix``: how long rollouts are; ``window``, ``selection``, ``position``: which tokens count,
+    and how much; ``off_policy``: which rollouts the teacher samples. ``terms``: the loss;
+    ``text_terms``: the loss on the teacher's text. ``sampler``, ``text_sampler`` and
+    ``eval_sampler`` sample the student's rollouts, the teacher's text and the evaluations.
+    """
+
     prefix: PrefixSchedule
     window: Window | None
     selection: Selection | None
@@ -83,149 +107,76 @@ class Run:
     sampler: Sampler
     text_sampler: Sampler
     eval_sampler: Sampler
-    train_prompts: list[Rendered]
-    kl_prompts: list[Rendered]
-    extrapolation_prompts: list[Rendered]
-    problems: list[tuple]
-    answer_format: str
-    student_shape: Shape
-    teacher_shape: Shape
-    notes: list[str]
-    warnings: list[str]
-    tokenizers: str = ""
-    teacher_tokens: float = 1.0
-    checks: list = dataclasses.field(default_factory=list)
-    say: Callable[[str], None] = lambda text: None
-    fitted: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ranks_window(self) -> bool:
+        """Return whether the window ranks tokens by a statistic."""
+        return self.window is not None and self.window.statistic is not None
+
+    @property
+    def ranks_selection(self) -> bool:
+        """Return whether the selection ranks tokens by a statistic."""
+        return self.selection is not None and self.selection.ranks
+
+    @property
+    def needs_forward_kl(self) -> bool:
+        """Return whether the selection needs the forward KL of every token."""
+        return self.selection is not None and self.selection.kind == "overconfident"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a training run works with, fixed before its first step.
+
+    ``limits`` is lowered when memory runs out. ``checks``: the answers of the pre-flight checks, if
+    they were made.
+    """
+
+    config: Config
+    place: Place
+    pair: Pair
+    problems: Problems
+    method: Method
+    notes: Notes
+    limits: MemoryLimits
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def max_new_tokens(self) -> int:
         """Return the longest response in tokens."""
         return settled(self.config.rollout.max_new_tokens, "--max-new-tokens")
 
-    def fit(self, what: str, ledger: Ledger, work: Callable[[Ledger], T]) -> T:
-        """``work(ledger)`` of this rank; where memory runs out, again with half of ``what`` (see
-        ``halve``) until it fits."""
-        while True:
-            spent = Ledger()
-            try:
-                found = work(spent)
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-            else:
-                ledger.merge(spent)
-                return found
-            ledger.waste(spent)
-            self.halve(what)
-
-    def attempt(self, ledger: Ledger, work: Callable[[Ledger], T]) -> T | None:
-        """``work(ledger)`` of every rank. Where one runs out of memory: None, and half the
-        micro-batch for all from now on."""
-        spent, enough = Ledger(), True
-        found: T | None = None
-        try:
-            found = work(spent)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            enough = False
-        if all(self.place.gather(enough)):
-            ledger.merge(spent)
-            return found
-        del found
-        ledger.waste(spent)
-        self.halve("micro_batch_size")
-        return None
-
-    def halve(self, what: str) -> None:
-        """Half as many rollouts at once from now on, in training (``micro_batch_size``) or in
-        generation (``rows``). The mathematics stays. MemoryShortage when it was one."""
-        section, flag = {
-            "micro_batch_size": ("train", "--micro-batch-size"),
-            "rows": ("rollout", "--generation-rows"),
-        }[what]
-        place = self.place.device
-        size = getattr(getattr(self.config, section), what)
-        if size == 1:
-            raise MemoryShortage(
-                f"rank {self.place.rank}: {place} has no memory for one rollout at a time; use "
-                "--gradient-checkpointing, a lower --head-memory-mb, shorter answers (--prefix, "
-                "--max-new-tokens) or a smaller model"
-            )
-        self.use(**{what: size // 2})
-        self.say(
-            f"rank {self.place.rank}: {place} ran out of memory; {flag} {size} becomes "
-            f"{size // 2}, the mathematics stays the same"
+    @property
+    def evaluation(self) -> Evaluation:
+        """Return how held-out problems are sampled and graded."""
+        return Evaluation(
+            sampler=self.method.eval_sampler,
+            samples=self.config.evaluate.rollouts,
+            max_new_tokens=self.max_new_tokens,
+            answer_format=self.problems.answer_format,
         )
-        if place.type in ("cuda", "mps"):
-            getattr(torch, place.type).empty_cache()
-
-    def use(self, **sizes: int) -> None:
-        """Sets ``micro_batch_size`` and ``rows``; kept in ``fitted``."""
-        self.fitted |= sizes
-        for what, size in sizes.items():
-            self.config = configuration.replace(
-                self.config, **{"rollout" if what == "rows" else "train": {what: size}}
-            )
-        self.sampler, self.text_sampler, self.eval_sampler = (
-            dataclasses.replace(sampler, rows=self.config.rollout.rows)
-            for sampler in (self.sampler, self.text_sampler, self.eval_sampler)
-        )
-
-    def counts_both(self, ledger: Ledger, phase: str) -> Callable[[list[Rollout]], None]:
-        """A function that adds one reading of a group of rollouts by student and teacher, heads
-        included, to ``phase``."""
-
-        def spent(group: list[Rollout]) -> None:
-            for model, shape, teacher in (
-                (self.student, self.student_shape, False),
-                (self.teacher, self.teacher_shape, True),
-            ):
-                ledger.forward(
-                    phase,
-                    shape,
-                    scoring.reads(group, model.reads_once, teacher=teacher),
-                    taught=scoring.head_rows(model, group, self.shared, teacher, whole=True),
-                )
-
-        return spent
-
-    def counts_generation(
-        self, ledger: Ledger, phase: str
-    ) -> Callable[[list[tuple[int, list[int]]]], None]:
-        """Return a callback that adds the FLOPs of a batch of student responses to ``phase``."""
-        return lambda reads: ledger.generation(self.student_shape, reads, phase, phase)
-
-    def aligned(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """The same rollouts with the teacher's tokens of their texts and the units, where the
-        tokenizers differ."""
-        return rollouts if self.alignment is None else [self.alignment.rollout(r) for r in rollouts]
 
     def update_cost(self, prompts: list[Rendered], response: float) -> float:
-        """Useful FLOPs of an update on these prompts with responses of ``response`` tokens."""
-        samples, micro = self.config.rollout.samples, self.config.train.micro_batch_size
+        """Return the useful FLOPs of an update on these prompts.
+
+        ``response``: the mean length of the responses, in tokens.
+        """
+        pair, samples = self.pair, self.config.rollout.samples
+        micro_batch = self.limits.micro_batch_size
+        # responses behind one reading of their prompt: in generation, scoring and training
         behind = (
-            samples if self.student.shares_prompts else 1,
-            micro if self.teacher.reads_once else 1,
-            micro if self.student.reads_once else 1,
+            samples if pair.student.shares_prompts else 1,
+            micro_batch if pair.teacher.reads_once else 1,
+            micro_batch if pair.student.reads_once else 1,
         )
         ledger = flops.update_ledger(
-            self.student_shape,
-            self.teacher_shape,
+            pair.student_shape,
+            pair.teacher_shape,
             [(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
             samples,
             response,
             behind,
-            self.teacher_tokens,
-            self._head_shares(),
+            self.problems.teacher_tokens,
+            pair.head_shares(),
         )
         return ledger.total()
-
-    def _head_shares(self) -> tuple[float, float]:
-        """Return the share of each head's rows that the loss compares; 1 for one tokenizer."""
-        if self.shared is None:
-            return 1.0, 1.0
-        student = settled(self.student.support, "the student's support")
-        teacher = settled(self.teacher.support, "the teacher's support")
-        return len(self.shared.student) / student, len(self.shared.teacher) / teacher

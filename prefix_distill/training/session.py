@@ -1,326 +1,294 @@
-"""The training loop of on-policy prefix distillation (arXiv 2602.15260): one update per turn."""
+"""Session: the training loop of on-policy prefix distillation (arXiv 2602.15260)."""
 
 import contextlib
 import dataclasses
-import inspect
-from typing import Any
-
-import torch
-from torch.nn.parallel import DistributedDataParallel
+from collections.abc import Iterator
 
 from .. import config as configuration
-from ..display import Display, Reporter, flops_text
-from ..engine.device import Clock, description
-from ..engine.models import Model, average, decoder, moved, refresh
+from ..display import Display, Reporter
+from ..engine.device import description
+from ..engine.models import decoder
 from ..engine.ranks import Interrupt
-from ..errors import UserError
-from ..maths import extrapolation
-from ..maths.flops import Ledger
+from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
-from ..maths.weights import token_weights
-from ..prompts import stream
-from . import teacher_text
 from .card import card
+from .faults import find_non_finite
 from .folder import RunFolder
-from .metrics import full_cost, merge, metrics_row, result_document, update_facts
-from .monitor import Monitor, candidate_score
+from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
+from .monitor import Monitor
+from .optimizer import NonFiniteGradient, step_optimizer
 from .run import Run, describe_checks
-from .state import (
-    Progress,
-    Tensors,
-    compare_ranks,
-    refuse_non_finite,
-    restore_checkpoint,
-    save_checkpoint,
-    stop_if_asked,
-)
-from .teacher_text import TeacherText
+from .search import Search
+from .state import State
+from .teacher_text import TeacherTexts, load_or_sample
 from .trackers import Trackers
-from .update import (
-    StudentLoss,
-    accumulate_gradients,
-    apply_update,
-    make_optimizer,
-    sample,
-    select,
-)
+from .update import TokenLosses, Update
 
 
-def train(
-    run: Run,
-    folder: RunFolder,
-    report: Reporter,
-    resume: bool,
-    interrupt: Interrupt | None = None,
-) -> dict:
-    """Run the remaining updates with evaluations, save the model and return the result document.
+class Session:
+    """Trains one run in its run folder, from the start or from its newest checkpoint.
 
-    Every rank calls its ``report``. Interrupted: ``interrupt`` was asked to stop; the current
-    update or evaluation is finished and the state is saved.
+    Every rank has a session and calls its ``report``. ``state``: what changes; ``monitor``:
+    evaluations and tail probes; ``search``: EffOPD; ``texts``: what the teacher sampled;
+    ``interrupt``: a request to stop.
     """
-    config, place = run.config, run.place
-    interrupt = interrupt or Interrupt()
-    run.say = report.own
-    student = run.student.net
-    if run.student.adapter is None:
-        student.requires_grad_(True)
-    optimizer = make_optimizer(run.student.trained.values(), config)
-    progress = Progress(taught_prefix=run.prefix.length(0))
-    further = config.extrapolation
-    moving = (
-        moved(student, further.modules) if further.kind != "none" or further.diagnostics else {}
-    )
-    anchor, initial = (
-        extrapolation.snapshot(moving),
-        extrapolation.snapshot(moving if further.diagnostics else {}),
-    )
-    resumed_from, said, continued = None, False, resume
-    if resume and not folder.started:
-        report.note(
+
+    def __init__(
+        self,
+        run: Run,
+        folder: RunFolder,
+        report: Reporter,
+        resume: bool = False,
+        interrupt: Interrupt | None = None,
+    ):
+        self.run = run
+        self.folder = folder
+        self.report = report
+        self.resume = resume
+        self.interrupt = interrupt or Interrupt()
+        self.state = State(run, folder, report)
+        self.monitor = Monitor(self.state)
+        self.search = Search(self.state)
+        self.texts: TeacherTexts = {}
+        self.resumed_from: int | None = None
+        self.full_cost = 0.0
+        self.selection_was_noted = False
+
+    def train(self) -> dict:
+        """Run the remaining updates, save the model and return the result document.
+
+        Interrupted: ``interrupt`` was asked to stop; the update or evaluation in progress is
+        finished and the state is saved. Stopped: a number is not finite, or the ranks differ.
+        """
+        self.begin()
+        while self.state.step < self.run.config.train.steps:
+            self.stop_if_asked()
+            update = Update(self.state, self.state.step, self.texts)
+            rollouts = update.select(update.sample())  # who samples, which tokens are taught
+            losses = update.backward(rollouts)  # gradients of all ranks, divided once
+            self.refuse_non_finite(losses)
+            facts = update_facts(update, losses)
+            self.note_selection(update)
+            rate, norm = self.step_optimizer()
+            self.complete(update, facts)
+            self.record(update, facts, metrics_row(update, facts, rate, norm))
+            self.look_around()
+            self.save_if_due()
+        return self.finish()
+
+    # Begin
+
+    def begin(self) -> None:
+        """Restore a checkpoint, or measure the untrained student and save it."""
+        config, place, state = self.run.config, self.run.place, self.state
+        restored = self.resume and self.restore()
+        if self.resume and place.first:
+            # The changes given on this resume hold for the next one as well.
+            self.folder.write_config(dataclasses.asdict(config))
+        if restored:
+            self.monitor.resume()
+        else:
+            self.monitor.start()
+        self.texts = self.load_teacher_texts()
+        if not restored:
+            state.save()
+        elif state.step < config.train.steps:
+            self.monitor.look()  # an evaluation that the interruption left out
+        self.full_cost = full_cost(self.run, state.progress, range(state.step))
+
+    def restore(self) -> bool:
+        """Restore the newest checkpoint; return False if the run has none."""
+        if self.folder.started:
+            self.resumed_from = self.state.restore()
+            return True
+        self.report.note(
             "the run was interrupted before its first checkpoint: it starts from the beginning"
         )
-        resume = False
-        if place.first:
-            folder.rewind("scores.jsonl", -1, report.warn)
-    if resume:
-        resumed_from = restore_checkpoint(run, folder, optimizer, anchor, progress, report)
-    if (
-        continued and place.first
-    ):  # what was given to lengthen or respread it holds for the next resume, too
-        folder.write_config(dataclasses.asdict(config))
-    clock = Clock(place.device, progress.seconds)
-    decoding = decoder(run.student, place.dtype)
-    monitor = Monitor(run, decoding, progress, clock, folder, report)
-    if resume:
-        monitor.resume()
-    else:
-        monitor.start()
-    texts = _teacher_texts(run, folder, progress, clock)
-    loss_module: torch.nn.Module = StudentLoss(run)
-    if place.world > 1:
-        known = inspect.signature(DistributedDataParallel).parameters  # torch renamed it
-        buffers = (
-            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        )  # they never change
-        options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
-        loss_module = DistributedDataParallel(loss_module, **options)
-    if not resume:
-        save_checkpoint(run, folder, optimizer, anchor, progress)
-    if resume and progress.step < config.train.steps:
-        monitor.look()  # an evaluation that the interruption left out
+        if self.run.place.first:
+            self.folder.rewind("scores.jsonl", -1, self.report.warn)
+        return False
 
-    full = full_cost(run, progress, range(progress.step))
-    while progress.step < config.train.steps:
-        stop_if_asked(run, folder, optimizer, anchor, progress, interrupt)
-        step = progress.step
-        spent_before = dict(clock.seconds)
-        ledger = Ledger()
-        prefix = progress.taught_prefix = run.prefix.length(step, progress.prefix)
-        prompts = stream.batch(
-            run.train_prompts, step, config.train.batch_size, config.runtime.seed
-        )
-        rollouts = sample(run, decoding, prompts, step, prefix, ledger, clock, texts)
-        rollouts, reading = select(run, rollouts, step, ledger, clock)
-        weights, share = token_weights(rollouts, config.divergence.reduction, run.position)
-        divisor = place.total(share)
-        values, clipped = accumulate_gradients(
-            run, loss_module, rollouts, weights, divisor, ledger, clock, reading
-        )
-        refuse_non_finite(run, folder, optimizer, anchor, progress, rollouts, values)
-        facts = update_facts(
-            run, rollouts, values, clipped, weights, divisor, run.prefix.window(progress.prefix)
-        )
-        if reading is None and "selection" in ledger.useful and not said:
-            report.note(
-                "tokens are selected from a reading of their own, which the ledger counts as "
-                "`selection`: the rollouts do not fit one micro-batch (--micro-batch-size, and at "
-                "most a tenth of padding)"
+    def load_teacher_texts(self) -> TeacherTexts:
+        """Return what the teacher samples for --off-policy, if anything."""
+        run = self.run
+        if run.method.off_policy is None:
+            return {}
+        longest = run.method.prefix.longest(run.config.train.steps)
+        with self.state.clock.phase("teacher_text"):
+            teacher = decoder(run.pair.teacher, run.place.dtype)
+            return load_or_sample(self.state, teacher, longest)
+
+    # One update
+
+    def stop_if_asked(self) -> None:
+        """Save and raise Interrupted on all ranks if any rank was asked to stop."""
+        asked = next(filter(None, self.run.place.gather(self.interrupt.asked)), None)
+        if asked is not None:
+            self.state.save()
+            raise Interrupted(
+                f"interrupted ({asked.name}) after update {self.state.step}; the state is saved; "
+                f"continue with prefix-distill run --resume --out {self.folder.path}",
+                asked,
             )
-            said = True
+
+    def refuse_non_finite(self, losses: TokenLosses) -> None:
+        """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""
+        reason = None
+        found = losses.describe_non_finite()
+        if found is not None:
+            rollout, where = found
+            reason = f"{where}: {find_non_finite(self.run, rollout)} not finite"
+        reasons = list(filter(None, self.run.place.gather(reason)))
+        if reasons:
+            self.state.stop(reasons[0])
+
+    def note_selection(self, update: Update) -> None:
+        """Report once if selecting tokens takes a forward pass of its own."""
+        separate = update.forward_pass is None and "selection" in update.meter.ledger.useful
+        if separate and not self.selection_was_noted:
+            self.report.note(
+                "token selection needs a forward pass of its own, ledger row `selection`: the "
+                "rollouts do not fit one micro-batch (--micro-batch-size, and at most a tenth of "
+                "padding)"
+            )
+            self.selection_was_noted = True
+
+    def step_optimizer(self) -> tuple[float, float]:
+        """Make the optimizer step; return its learning rate and the gradient's norm."""
+        config, state = self.run.config, self.state
         rate = learning_rate(
-            step,
+            state.step,
             peak=config.schedule.lr,
             schedule=config.schedule.lr_schedule,
             steps=config.train.steps,
             warmup=warmup_steps(config.schedule.warmup, config.train.steps),
         )
-        with clock.phase("optimizer"):
-            norm = apply_update(run, folder, optimizer, anchor, progress, rate)
-        progress.step += 1
-        progress.tokens += int(facts["tokens"])
-        merge(run, progress, ledger)
-        if moving and extrapolation.due(progress.step):
-            _extrapolate(run, folder, decoding, optimizer, moving, anchor, progress, clock, report)
-        with clock.phase("optimizer"):
-            refresh(decoding, run.student)
-            if config.models.teacher_ema is not None:
-                average(run.teacher, run.student, config.models.teacher_ema)
-        if reason := run.prefix.observe(step, progress.prefix, facts["newest"], facts["filled"]):
+        trained = self.run.pair.student.trained
+        with state.clock.phase("optimizer"):
+            try:
+                norm = step_optimizer(state.optimizer, trained, rate, config.train.grad_clip)
+            except NonFiniteGradient as error:
+                state.stop(str(error))
+        return rate, norm
+
+    def complete(self, update: Update, facts: UpdateFacts) -> None:
+        """Count the update, extrapolate if due, and refresh the copies of the student."""
+        state = self.state
+        state.progress.taught_prefix = update.prefix
+        state.progress.step += 1
+        state.progress.tokens += facts.tokens
+        state.count(update.meter)
+        if self.search.is_due:
+            self.search.run()
+        with state.clock.phase("optimizer"):
+            state.refresh_copies()
+
+    def record(self, update: Update, facts: UpdateFacts, row: dict) -> None:
+        """Adapt the prefix schedule, and report the update to the run folder and to ``report``."""
+        state, progress = self.state, self.state.progress
+        reason = self.run.method.prefix.observe(
+            update.step, progress.prefix, facts.newest, facts.filled
+        )
+        if reason:
             progress.decisions.append({"step": progress.step, "reason": reason})
-            report.note(reason)
-        row = metrics_row(run, progress, facts, prefix, rate, norm, clock, spent_before)
-        full += full_cost(run, progress, range(step, step + 1))
-        if place.first:
-            folder.append("metrics.jsonl", row)
-        report.row(row, progress.ledger.total(), full)
-        if (
-            config.runtime.check_ranks_every
-            and progress.step % config.runtime.check_ranks_every == 0
-        ):
-            compare_ranks(run, folder, progress)
-        last = progress.step == config.train.steps
-        if not last:
-            stop_if_asked(run, folder, optimizer, anchor, progress, interrupt)
-            monitor.look()
-        if (
-            config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0
-        ) or last:
-            save_checkpoint(run, folder, optimizer, anchor, progress)
+            self.report.note(reason)
+        self.full_cost += full_cost(self.run, progress, range(update.step, update.step + 1))
+        if self.run.place.first:
+            self.folder.append("metrics.jsonl", row)
+        self.report.row(row, progress.ledger.total(), self.full_cost)
+        every = self.run.config.runtime.check_ranks_every
+        if every and progress.step % every == 0:
+            state.compare_ranks()
 
-    after = monitor.evaluate()
-    if place.first:
-        folder.write_rows("examples-after.jsonl", after.pop("records"))
-        folder.write_json("after.json", after)
-        told = card(
-            run, progress, progress.evaluations[-1], full_cost(run, progress, range(progress.step))
-        )
-        folder.save_model("model", run.student, told, config.adapter.merge)
-        if config.adapter.merge:
-            folder.save_model("adapter", run.student, told)
-        if further.diagnostics:
-            _diagnose(folder, moving, initial)
-    result = result_document(run, folder, progress, resumed_from, clock)
-    if place.first:
-        folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
-    place.wait()
-    return {"out": str(folder.path), **result}
+    @property
+    def is_last(self) -> bool:
+        """Return whether all updates are completed."""
+        return self.state.step == self.run.config.train.steps
 
+    def look_around(self) -> None:
+        """Evaluate or probe the tail if due; the last evaluation belongs to ``finish``."""
+        if not self.is_last:
+            self.stop_if_asked()
+            self.monitor.look()
 
-def _teacher_texts(
-    run: Run, folder: RunFolder, progress: Progress, clock: Clock
-) -> dict[tuple[int, int], TeacherText] | None:
-    """What the teacher writes for the updates that are left, if it writes at all."""
-    if run.off_policy is None:
-        return None
-    config = run.config
-    size, samples, seed = config.train.batch_size, config.rollout.samples, config.runtime.seed
-    wanted = {}
-    for step in range(config.train.steps):
-        prompts = stream.batch(run.train_prompts, step, size, seed)
-        for row in sorted(run.off_policy.rows(step, size * samples, seed)):
-            rendered, sample = prompts[row // samples], row % samples
-            wanted[rendered.prompt.index, sample] = (rendered, sample)
-    with clock.phase("teacher_text"):
-        return teacher_text.teacher_texts(
-            run,
-            list(wanted.values()),
-            run.prefix.longest(config.train.steps),
-            decoder(run.teacher, run.place.dtype),
-            folder,
-            progress.ledger,
-        )
+    def save_if_due(self) -> None:
+        """Write a checkpoint every --save-every updates and after the last one."""
+        every = self.run.config.checkpoint.save_every
+        if self.is_last or (every and self.state.step % every == 0):
+            self.state.save()
+
+    # End
+
+    def finish(self) -> dict:
+        """Evaluate and save the trained model; return the result document."""
+        run, state, folder = self.run, self.state, self.folder
+        after = self.monitor.evaluate()
+        if run.place.first:
+            folder.write_rows("examples-after.jsonl", after.pop("records"))
+            folder.write_json("after.json", after)
+            self.save_model()
+            if run.config.extrapolation.diagnostics:
+                self.search.diagnose()
+        result = result_document(state, self.resumed_from)
+        if run.place.first:
+            folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
+        run.place.wait()
+        return {"out": str(folder.path), **result}
+
+    def save_model(self) -> None:
+        """Save the student in model/, and with --merge-adapter the adapter in adapter/."""
+        run, progress = self.run, self.state.progress
+        cost = full_cost(run, progress, range(progress.step))
+        text = card(run, progress, progress.evaluations[-1], cost)
+        student, merge = run.pair.student, run.config.adapter.merge
+        self.folder.save_model("model", student, text, merge)
+        if merge:
+            self.folder.save_model("adapter", student, text)
 
 
-def _extrapolate(  # noqa: PLR0913  becomes a method of `Session`, which will own these
-    run: Run,
-    folder: RunFolder,
-    decoding: Model,
-    optimizer: torch.optim.Optimizer,
-    moving: dict[str, torch.nn.Parameter],
-    anchor: Tensors,
-    progress: Progress,
-    clock: Clock,
-    report: Reporter,
-) -> None:
-    """The search after an update at which one is due; a row in ``progress.extrapolations``, a
-    ledger row of its own."""
-    settings, ledger = run.config.extrapolation, Ledger()
-    before = progress.ledger.useful.get("extrapolation", 0.0)
-    seconds = clock.seconds.get("extrapolation", 0.0)
-    if settings.diagnostics and run.place.first:
-        folder.write_tensors(
-            f"displacements/step-{progress.step:08d}.safetensors",
-            {name: p.detach() - anchor[name].to(p.device) for name, p in moving.items()},
-        )
-
-    def score() -> float:
-        refresh(decoding, run.student)
-        return candidate_score(run, decoding, progress.taught_prefix, ledger)
-
-    with clock.phase("extrapolation"):
-        found = extrapolation.extrapolate(
-            moving, anchor, settings.kind, score, (run.config.runtime.seed, progress.step)
-        )
-    merge(run, progress, ledger)
-    if settings.reset:
-        for p in moving.values():
-            optimizer.state.pop(p, None)
-    cost = progress.ledger.useful.get("extrapolation", 0.0) - before
-    progress.extrapolations.append(
-        {"step": progress.step, "k": found.k, "scores": found.scores, "flops": cost}
-    )
-    if settings.kind != "none":
-        scores = (
-            f", {settings.score} " + " → ".join(f"{s:.4g}" for s in found.scores)
-            if found.scores
-            else ""
-        )
-        report.note(
-            f"after update {progress.step}: W + {2 * found.k}Δ is taken (k = {found.k}{scores}; "
-            f"{flops_text(cost)}, {clock.seconds['extrapolation'] - seconds:.1f} s)"
-        )
+def train_in(run: Run, folder: RunFolder, resume: bool = False, label: str = "") -> dict:
+    """Open the run folder, train with a progress display and return the result document."""
+    with Interrupt() as interrupt, open_folder(run, folder, resume):
+        display = Display(run.config.train.steps, label, run.place.first)
+        reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(display)
+        if run.place.first:
+            reporter = Trackers(display, folder, run.config)
+        with reporter as report, display:
+            return Session(run, folder, report, resume, interrupt).train()
 
 
-def _diagnose(folder: RunFolder, moving: dict[str, torch.nn.Parameter], initial: Tensors) -> None:
-    """displacement.json from the displacements that were kept; they go."""
-    final = {name: p.detach().cpu() - initial[name] for name, p in moving.items()}
-    rows = [
-        {
-            "step": int(file.stem.removeprefix("step-")),
-            "modules": extrapolation.diagnose(tensors, final),
-        }
-        for file, tensors in folder.read_tensors("displacements")
-    ]
-    folder.write_json("displacement.json", rows)
-    folder.remove("displacements")
+@contextlib.contextmanager
+def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[None]:
+    """Lock the run folder, and create it unless the run resumes.
 
-
-def train_in(prepared: Run, folder: RunFolder, resume: bool = False, label: str = "") -> dict:
-    """Opens the run folder, shows progress, trains; the result document."""
-    place = prepared.place
-    with (
-        folder.alone() if place.first else contextlib.nullcontext(),
-        Interrupt() as interrupt,
-    ):
+    UserError: the folder is used, cannot be written, or is not visible on every rank.
+    """
+    place = run.place
+    lock = folder.alone() if place.first else contextlib.nullcontext()
+    with lock:
         if place.first and not resume:
-            folder.create(
-                configuration.as_dict(prepared.config),
-                {
-                    **description(),
-                    "seed": prepared.config.runtime.seed,
-                    "notes": prepared.notes,
-                    "warnings": prepared.warnings,
-                    "ranks": place.world,
-                    "generation_config": {
-                        name: model.generation_config.to_diff_dict()
-                        for name, model in (
-                            ("student", prepared.student),
-                            ("teacher", prepared.teacher),
-                        )
-                    },
-                },
-            )
-        if place.first and prepared.checks:
-            folder.write_json("preflight.json", describe_checks(prepared.checks))
+            folder.create(configuration.as_dict(run.config), describe_run(run))
+        if place.first and run.checks:
+            folder.write_json("preflight.json", describe_checks(run.checks))
         place.wait()
         if not folder.made:
             raise UserError(
                 f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on "
                 "several machines it must be on a file system that they share"
             )
-        display = Display(prepared.config.train.steps, label, place.first)
-        reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(display)
-        if place.first:
-            reporter = Trackers(display, folder, prepared.config)
-        with reporter as report, display:
-            return train(prepared, folder, report, resume, interrupt)
+        yield
+
+
+def describe_run(run: Run) -> dict:
+    """Return the provenance of a run for run.json: machine, seed, notes, ranks, generation."""
+    configs = {}
+    for role, model in (("student", run.pair.student), ("teacher", run.pair.teacher)):
+        configs[role] = model.generation_config.to_diff_dict()
+    return {
+        **description(),
+        "seed": run.config.runtime.seed,
+        "notes": run.notes.lines,
+        "warnings": run.notes.warnings,
+        "ranks": run.place.world,
+        "generation_config": configs,
+    }

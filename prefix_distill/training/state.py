@@ -1,4 +1,4 @@
-"""Progress of a run: save, restore, stop."""
+"""State: everything that changes while a run trains, and its checkpoints."""
 
 import dataclasses
 import math
@@ -7,12 +7,15 @@ from typing import NoReturn
 import torch
 
 from ..display import Reporter
-from ..engine import scoring
-from ..engine.ranks import Interrupt
-from ..engine.rollout import Rollout
-from ..errors import Interrupted, Stopped, UserError
+from ..engine.device import Clock
+from ..engine.meter import Meter
+from ..engine.models import average, decoder, moved, refresh
+from ..errors import Stopped, UserError
+from ..maths import extrapolation
 from ..maths.flops import Ledger
 from .folder import RunFolder
+from .loss import make_loss
+from .optimizer import make_optimizer
 from .run import Run
 
 Tensors = dict[str, torch.Tensor]  # parameter name → tensor
@@ -20,239 +23,212 @@ Tensors = dict[str, torch.Tensor]  # parameter name → tensor
 
 @dataclasses.dataclass
 class Progress:
-    """What the checkpoint carries beside tensors; all of it plain numbers."""
+    """What a checkpoint carries beside tensors; plain numbers only.
+
+    ``step``: completed updates; ``seconds``: wall time by phase; ``tokens``: taught tokens;
+    ``prefix``: the state of the prefix schedule; ``taught_prefix``: the prefix of the last update,
+    before any of the first; ``decisions``: {step, reason} of every growth of the prefix;
+    ``evaluations``, ``tail_probes``, ``extrapolations``: a row each; ``warnings``: {step, text};
+    ``best``: the best student so far; ``fitted``: memory limits that were lowered.
+    """
 
     step: int = 0
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     seconds: dict = dataclasses.field(default_factory=dict)
     tokens: int = 0
-    prefix: dict = dataclasses.field(default_factory=dict)  # the state of the prefix schedule
-    taught_prefix: int = 0  # prefix length of the last update (before any: of the first)
-    decisions: list = dataclasses.field(
-        default_factory=list
-    )  # {step, reason} of every growth of the prefix
-    evaluations: list = dataclasses.field(
-        default_factory=list
-    )  # a row per evaluation, the untrained student's first
+    prefix: dict = dataclasses.field(default_factory=dict)
+    taught_prefix: int = 0
+    decisions: list = dataclasses.field(default_factory=list)
+    evaluations: list = dataclasses.field(default_factory=list)
     tail_probes: list = dataclasses.field(default_factory=list)
-    extrapolations: list = dataclasses.field(default_factory=list)  # a row per trigger
-    warnings: list = dataclasses.field(default_factory=list)  # {step, text}: the tail is being hurt
+    extrapolations: list = dataclasses.field(default_factory=list)
+    warnings: list = dataclasses.field(default_factory=list)
     best: dict | None = None
-    fitted: dict = dataclasses.field(
-        default_factory=dict
-    )  # micro_batch_size and rows, where memory made them smaller
+    fitted: dict = dataclasses.field(default_factory=dict)
 
     def training_seconds(self) -> float:
-        """Wall time but for evaluations."""
+        """Return the wall time without evaluations."""
         return math.fsum(v for phase, v in self.seconds.items() if phase != "evaluation")
 
 
-def stop_run(  # noqa: PLR0913  becomes a method of `Session`, which will own these
-    run: Run,
-    folder: RunFolder,
-    optimizer: torch.optim.Optimizer,
-    anchor: Tensors,
-    progress: Progress,
-    reason: str,
-) -> NoReturn:
-    """Ends the run before an update that would do harm, with the state so far saved if it is
-    good."""
-    optimizer.zero_grad(set_to_none=True)
-    save_checkpoint(run, folder, optimizer, anchor, progress)  # or Stopped, with the state that is
-    raise Stopped(
-        f"update {progress.step + 1}: {reason}; nothing was changed, the state after update "
-        f"{progress.step} is saved in {folder.path}: lower --lr or use --dtype float32, then "
-        "--resume"
-    )
+class State:
+    """Everything that changes while a run trains, and where it is saved.
 
+    ``decoding``: the copy of the student that samples; ``moving``: the parameters that EffOPD
+    extrapolates; ``anchor``: their values at the last extrapolation; ``initial``: their values
+    before the first update, for diagnostics.
+    """
 
-def stop_if_asked(  # noqa: PLR0913  becomes a method of `Session`, which will own these
-    run: Run,
-    folder: RunFolder,
-    optimizer: torch.optim.Optimizer,
-    anchor: Tensors,
-    progress: Progress,
-    interrupt: Interrupt,
-) -> None:
-    """A safe point: if any rank was asked to stop, all save and are Interrupted."""
-    asked = next(filter(None, run.place.gather(interrupt.asked)), None)
-    if asked is not None:
-        save_checkpoint(run, folder, optimizer, anchor, progress)
-        raise Interrupted(
-            f"interrupted ({asked.name}) after update {progress.step}, with the state saved: "
-            f"prefix-distill run --resume --out {folder.path} goes on from there",
-            asked,
-        )
+    def __init__(self, run: Run, folder: RunFolder, report: Reporter):
+        self.run = run
+        self.folder = folder
+        self.report = report
+        run.limits.report = report.own
+        student = run.pair.student
+        if student.adapter is None:
+            student.net.requires_grad_(True)
+        self.optimizer = make_optimizer(student.trained.values(), run.config)
+        self.progress = Progress(taught_prefix=run.method.prefix.length(0))
+        self.clock = Clock(run.place.device, self.progress.seconds)
+        settings = run.config.extrapolation
+        self.moving: dict[str, torch.nn.Parameter] = {}
+        if settings.kind != "none" or settings.diagnostics:
+            self.moving = moved(student.net, settings.modules)
+        self.anchor = extrapolation.snapshot(self.moving)
+        self.initial: Tensors = {}
+        if settings.diagnostics:
+            self.initial = extrapolation.snapshot(self.moving)
+        self.decoding = decoder(student, run.place.dtype)
+        self.loss = make_loss(run)
 
+    @property
+    def step(self) -> int:
+        """Return the number of completed updates."""
+        return self.progress.step
 
-def refuse_non_finite(  # noqa: PLR0913  becomes a method of `Session`, which will own these
-    run: Run,
-    folder: RunFolder,
-    optimizer: torch.optim.Optimizer,
-    anchor: Tensors,
-    progress: Progress,
-    rollouts: list[Rollout],
-    values: dict[tuple[int, int], list[float]],
-) -> None:
-    """Raise Stopped on all ranks if any rank has a non-finite token divergence; name the cause and
-    the last intact state."""
-    reasons = run.place.gather(_describe_non_finite(run, rollouts, values))
-    reason = next(filter(None, reasons), None)
-    if reason is not None:
-        stop_run(run, folder, optimizer, anchor, progress, reason)
+    def meter(self) -> Meter:
+        """Return the run's clock with an empty ledger, for one piece of work."""
+        return Meter(self.clock)
 
+    def count(self, meter: Meter) -> None:
+        """Add the ledgers of all ranks to the run's."""
+        for ledger in self.run.place.gather(meter.ledger):
+            self.progress.ledger.merge(ledger)
 
-def _describe_non_finite(
-    run: Run, rollouts: list[Rollout], values: dict[tuple[int, int], list[float]]
-) -> str | None:
-    """Describe this rank's first non-finite divergence; None if all are finite."""
-    for r in rollouts:
-        for token, value in zip(r.taught, values[r.prompt, r.sample], strict=True):
-            if not math.isfinite(value):
-                return (
-                    f"the divergence of prompt slot {r.prompt}, sample {r.sample}, "
-                    f"token {token} is {value}: {_find_non_finite(run, r)} not finite"
-                )
-    return None
+    def refresh_copies(self) -> None:
+        """Copy the student's new weights to the sampling copy, and average them into the teacher.
 
+        The teacher changes only with --teacher-ema.
+        """
+        student = self.run.pair.student
+        refresh(self.decoding, student)
+        share = self.run.config.models.teacher_ema
+        if share is not None:
+            average(self.run.pair.teacher, student, share)
 
-@torch.no_grad()
-def _find_non_finite(run: Run, rollout: Rollout) -> str:
-    """Where in the two networks the first number that is not finite appears."""
-    both = (("teacher", run.teacher, True), ("student", run.student, False))
-    for role, model, _ in both:
-        if name := next(
-            (name for name, p in model.net.named_parameters() if not torch.isfinite(p).all()), None
-        ):
-            return f"the {role}'s weight {name} is"
-    for role, model, teacher in both:
-        with run.place.autocast(model.device):
-            hidden_ND = scoring.hidden_rows(model, [rollout], teacher)
-        if not torch.isfinite(hidden_ND).all():
-            return f"the {role}'s hidden states there are"
-        if not torch.isfinite(model.head().to(run.place.head_dtype).logits(hidden_ND)).all():
-            return f"the {role}'s logits there are"
-    return "it is"
+    def compare_ranks(self) -> None:
+        """Raise Stopped on all ranks if their weights differ."""
+        trained: Tensors = dict(self.run.pair.student.trained)
+        differing = self.run.place.differing(trained)
+        if differing is not None:
+            rank, name = differing
+            raise Stopped(
+                f"after update {self.step} the weights of rank {rank} differ from those of rank 0 "
+                f"(first: {name}); this state is not saved, {self.folder.newest}; check that "
+                "machine, then --resume"
+            )
 
-
-def compare_ranks(run: Run, folder: RunFolder, progress: Progress) -> None:
-    """Stopped where the ranks' weights differ."""
-    trained: Tensors = dict(run.student.trained)
-    differing = run.place.differing(trained)
-    if differing is not None:
-        rank, name = differing
+    def stop(self, reason: str) -> NoReturn:
+        """Save the state before an update that would damage it, and raise Stopped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.save()
         raise Stopped(
-            f"after update {progress.step} the weights of rank {rank} are not those of rank 0 (the "
-            f"first: {name}); nothing of this is saved, {folder.newest}: check that machine, then "
+            f"update {self.step + 1}: {reason}; no weight was changed, and the state after update "
+            f"{self.step} is saved in {self.folder.path}; lower --lr or use --dtype float32, then "
             "--resume"
         )
 
+    def save(self) -> None:
+        """Write a checkpoint. Stopped: a weight is not finite, or the ranks differ."""
+        run, progress = self.run, self.progress
+        self.compare_ranks()
+        trained = run.pair.student.trained
+        for name, p in trained.items():
+            if not torch.isfinite(p).all():
+                raise Stopped(
+                    f"after update {self.step} the student's weight {name} is not finite; this "
+                    f"state is not saved, {self.folder.newest}; lower --lr or use --dtype float32, "
+                    "then --resume"
+                )
+        if run.place.first:
+            facts = dataclasses.asdict(progress) | {"fitted": run.limits.lowered}
+            self.folder.save(self.step, self._tensors(), facts)
+        run.place.wait()
 
-def save_checkpoint(
-    run: Run,
-    folder: RunFolder,
-    optimizer: torch.optim.Optimizer,
-    anchor: Tensors,
-    progress: Progress,
-) -> None:
-    """Saves the state, if it is finite and the same on all ranks; else Stopped."""
-    compare_ranks(run, folder, progress)
-    names: dict[torch.Tensor, str] = {p: name for name, p in run.student.trained.items()}
-    if bad := next((name for p, name in names.items() if not torch.isfinite(p).all()), None):
-        raise Stopped(
-            f"after update {progress.step} the student's weight {bad} is not finite; it is not "
-            f"saved, {folder.newest}: lower --lr or use --dtype float32, then --resume"
-        )
-    if run.place.first:
-        moments = {
-            f"{key}/{names[p]}": value
-            for p, state in optimizer.state.items()
-            for key, value in state.items()
-        }
-        tensors: dict[str, Tensors] = {
-            "student": {name: p for p, name in names.items()},
-            "optimizer": moments,
-        }
-        if anchor:
-            tensors["anchor"] = anchor
-        if run.config.models.teacher_ema is not None:
-            tensors["teacher"] = dict(run.teacher.net.named_parameters())
-        folder.save(progress.step, tensors, dataclasses.asdict(progress) | {"fitted": run.fitted})
-    run.place.wait()
+    def _tensors(self) -> dict[str, Tensors]:
+        """Return the tensors of a checkpoint by file."""
+        trained = self.run.pair.student.trained
+        names: dict[torch.Tensor, str] = {p: name for name, p in trained.items()}
+        moments: Tensors = {}
+        for p, state in self.optimizer.state.items():
+            for key, value in state.items():
+                moments[f"{key}/{names[p]}"] = value
+        tensors: dict[str, Tensors] = {"student": dict(trained), "optimizer": moments}
+        if self.anchor:
+            tensors["anchor"] = self.anchor
+        if self.run.config.models.teacher_ema is not None:
+            tensors["teacher"] = dict(self.run.pair.teacher.net.named_parameters())
+        return tensors
 
+    def restore(self) -> int:
+        """Restore the newest intact checkpoint and rewind the metric rows to it; return its step.
 
-def restore_checkpoint(  # noqa: PLR0913  becomes a method of `Session`, which will own these
-    run: Run,
-    folder: RunFolder,
-    optimizer: torch.optim.Optimizer,
-    anchor: Tensors,
-    progress: Progress,
-    report: Reporter,
-) -> int:
-    """Weights, optimizer moments, anchor, averaged teacher and progress of the newest
-    checkpoint; metric rows are rewound to it."""
-    place = run.place
-    step, tensors, facts = folder.latest(report.warn if place.first else lambda text: None)
-    shapes = [
-        {name: p.shape for name, p in named}
-        for named in (run.student.trained.items(), tensors.get("student", {}).items())
-    ]
-    if shapes[0] != shapes[1] or "optimizer" not in tensors:
-        raise UserError(
-            f"--resume {folder.path}: the weights of its checkpoint are not those of "
-            f"{run.student.name}; put that model back, or start anew with another --out"
-        )
-    _restore_tensors(run, optimizer, anchor, tensors)
-    for key, value in facts.items():
-        setattr(progress, key, Ledger(**value) if key == "ledger" else value)
-    run.use(
-        **{
-            what: min(
-                size, getattr(run.config.rollout if what == "rows" else run.config.train, what)
+        UserError: its weights belong to another model.
+        """
+        place, folder, report = self.run.place, self.folder, self.report
+        warn = report.warn if place.first else _ignore
+        step, tensors, facts = folder.latest(warn)
+        self._check_shapes(tensors)
+        self._copy_tensors(tensors)
+        for key, value in facts.items():
+            setattr(self.progress, key, value)
+        self.progress.ledger = Ledger(**facts["ledger"])
+        self.clock.seconds = self.progress.seconds
+        self.run.limits.restore(self.progress.fitted)
+        refresh(self.decoding, self.run.pair.student)
+        ranks_before = folder.read_json("run.json").get("ranks", place.world)
+        place.wait()  # every rank has read before the first one writes
+        if place.first:
+            folder.rewind("metrics.jsonl", step, report.warn, whole=True)
+            folder.rewind("scores.jsonl", self.progress.evaluations[-1]["step"], report.warn)
+            folder.write_json("run.json", {**folder.read_json("run.json"), "ranks": place.world})
+        place.wait()
+        report.note(f"resumed after update {step}")
+        if ranks_before != place.world:
+            self._report_rank_count(ranks_before)
+        return step
+
+    def _check_shapes(self, tensors: dict[str, Tensors]) -> None:
+        """Raise UserError unless a checkpoint's weights fit the student."""
+        student = self.run.pair.student
+        expected = {name: p.shape for name, p in student.trained.items()}
+        got = {name: p.shape for name, p in tensors.get("student", {}).items()}
+        if expected != got or "optimizer" not in tensors:
+            raise UserError(
+                f"--resume {self.folder.path}: the weights of its checkpoint are not those of "
+                f"{student.name}; put that model back, or start anew with another --out"
             )
-            for what, size in progress.fitted.items()
-        }
-    )
-    was = folder.read_json("run.json").get("ranks", place.world)
-    place.wait()  # every rank has read before the first one writes
-    if place.first:
-        folder.rewind("metrics.jsonl", step, report.warn, whole=True)
-        folder.rewind("scores.jsonl", progress.evaluations[-1]["step"], report.warn)
-        folder.write_json("run.json", {**folder.read_json("run.json"), "ranks": place.world})
-    place.wait()
-    report.note(f"resumed after update {step}")
-    if was != place.world:
+
+    @torch.no_grad()
+    def _copy_tensors(self, tensors: dict[str, Tensors]) -> None:
+        """Copy a checkpoint's tensors into the networks, the optimizer and the anchor."""
+        moments: dict[str, Tensors] = {}
+        for key, value in tensors["optimizer"].items():
+            kind, name = key.split("/", 1)
+            moments.setdefault(name, {})[kind] = value
+        for name, p in self.run.pair.student.trained.items():
+            p.copy_(tensors["student"][name])
+            if name in moments:
+                self.optimizer.state[p] = {k: v.to(p.device) for k, v in moments[name].items()}
+        if "teacher" in tensors:
+            for name, p in self.run.pair.teacher.net.named_parameters():
+                p.copy_(tensors["teacher"][name])
+        for name, t in self.anchor.items():
+            t.copy_(tensors["anchor"][name])
+
+    def _report_rank_count(self, before: int) -> None:
+        place = self.run.place
+        ranks = "rank" if before == 1 else "ranks"
         text = (
-            f"{was} rank{'s' * (was > 1)} before, {place.world} now: the same prompts, seeds and "
-            "decisions; sums are rounded in another order"
+            f"{before} {ranks} before, {place.world} now: prompts, seeds and decisions are the "
+            "same; only the order of floating-point sums differs"
         )
         if place.dtype == torch.float32:
-            report.note(text)
+            self.report.note(text)
         else:
             name = str(place.dtype)[6:]
-            report.warn(f"{text}, and in {name} that can change which tokens are sampled")
-    return step
+            self.report.warn(f"{text}, and in {name} that can change which tokens are sampled")
 
 
-@torch.no_grad()
-def _restore_tensors(
-    run: Run,
-    optimizer: torch.optim.Optimizer,
-    anchor: Tensors,
-    tensors: dict[str, Tensors],
-) -> None:
-    """Copy a checkpoint's tensors into the run's networks, optimizer and anchor."""
-    for name, p in run.student.trained.items():
-        p.copy_(tensors["student"][name])
-        found = {
-            key.split("/", 1)[0]: value
-            for key, value in tensors["optimizer"].items()
-            if key.split("/", 1)[1] == name
-        }
-        if found:
-            optimizer.state[p] = {k: v.to(p.device) for k, v in found.items()}
-    if "teacher" in tensors:
-        for name, p in run.teacher.net.named_parameters():
-            p.copy_(tensors["teacher"][name])
-    for name, t in anchor.items():
-        t.copy_(tensors["anchor"][name])
+def _ignore(text: str) -> None:
+    """Report nothing."""

@@ -1,18 +1,19 @@
-"""Text that the teacher wrote, in place of the student's own: what on-policy distillation is
-compared with."""
+"""Text that the teacher sampled, in place of the student's own: the off-policy control."""
 
 from typing import TypedDict
 
 from ..engine.models import Model
+from ..engine.ranks import Place
 from ..engine.rollout import Rollout
-from ..engine.sampling import Request, generate
+from ..engine.sampling import GenerationCost, Request
 from ..maths.flops import Ledger
+from ..prompts import stream
 from ..prompts.prompt import Rendered
 from .folder import RunFolder
 from .run import Run
+from .state import State
 
 FILE = "teacher-text.json"
-PHASES = ("teacher_prefill", "teacher_decode")
 
 
 class TeacherText(TypedDict):
@@ -25,88 +26,111 @@ class TeacherText(TypedDict):
     text: str
 
 
-def teacher_texts(  # noqa: PLR0913  becomes a method of `Session`, which will own these
-    run: Run,
-    wanted: list[tuple[Rendered, int]],
-    cap: int,
-    teacher: Model,
-    folder: RunFolder,
-    ledger: Ledger,
-) -> dict[tuple[int, int], TeacherText]:
-    """Return (prompt index, sample) → the teacher's text for each wanted prompt, up to ``cap``
-    tokens.
+# (prompt index, sample) → its text
+TeacherTexts = dict[tuple[int, int], TeacherText]
 
-    The texts are sampled once, over all ranks, and kept in the run folder with their FLOPs; a
-    resumed run reads them. The FLOPs are separate rows of ``ledger``, included in the totals. A
-    sample depends on (seed, prompt, sample) alone.
+
+class _Kept(TypedDict):
+    """The file of the texts: what was sampled so far, and its FLOPs."""
+
+    texts: list[TeacherText]
+    ledger: dict[str, dict[str, float]]
+
+
+def wanted_texts(run: Run) -> dict[tuple[int, int], Rendered]:
+    """Return (prompt index, sample) → prompt for every teacher text that the run needs."""
+    off_policy = run.method.off_policy
+    if off_policy is None:
+        return {}
+    config = run.config
+    size, samples, seed = config.train.batch_size, config.rollout.samples, config.runtime.seed
+    wanted = {}
+    for step in range(config.train.steps):
+        prompts = stream.batch(run.problems.train, step, size, seed)
+        for row in sorted(off_policy.rows(step, size * samples, seed)):
+            slot, sample = divmod(row, samples)
+            rendered = prompts[slot]
+            wanted[rendered.prompt.index, sample] = rendered
+    return wanted
+
+
+def load_or_sample(state: State, teacher: Model, max_new_tokens: int) -> TeacherTexts:
+    """Return the teacher's text for each wanted prompt, up to ``max_new_tokens`` tokens.
+
+    ``teacher``: the model that samples. The texts are sampled once, over all ranks, and kept in the
+    run folder with their FLOPs; a resumed run reads them. The FLOPs are separate rows of the run's
+    ledger, included in the totals. A sample depends on (seed, prompt, sample) alone.
     """
+    run, folder = state.run, state.folder
     place = run.place
-    kept: list[TeacherText] = []
-    total = Ledger()
-    if (folder.path / FILE).is_file():
-        document = folder.read_json(FILE)
-        kept, total = document["texts"], Ledger(**document["ledger"])
+    texts, total = _read(folder)
     place.wait()  # every rank has looked before the first one writes
-    texts = {(row["prompt"], row["sample"]): row for row in kept}
     missing = {}
-    for rendered, sample in wanted:
-        have = texts.get((rendered.prompt.index, sample))
-        if have is None or not (have["finished"] or len(have["ids"]) >= cap):
-            missing[rendered.prompt.index, sample] = rendered
+    for key, rendered in wanted_texts(run).items():
+        text = texts.get(key)
+        if text is None or not (text["finished"] or len(text["ids"]) >= max_new_tokens):
+            missing[key] = rendered
     if missing:
-        written, spent = _write_texts(run, missing, cap, teacher)
-        for part in place.gather(written):
-            texts |= {(row["prompt"], row["sample"]): row for row in part}
-        for other in place.gather(spent):
-            total.merge(other)
+        sampled, spent = _sample_missing(state, teacher, missing, max_new_tokens)
+        for part in place.gather(sampled):
+            texts |= part
+        for ledger in place.gather(spent):
+            total.merge(ledger)
         if place.first:
-            folder.write_json(
-                FILE,
-                {
-                    "texts": [texts[key] for key in sorted(texts)],
-                    "ledger": {"useful": total.useful, "executed": total.executed},
-                },
-            )
-    # set, not added: the file holds what these texts cost, however often a run resumes
-    ledger.useful.update(total.useful)
-    ledger.executed.update(total.executed)
+            kept: _Kept = {
+                "texts": [texts[key] for key in sorted(texts)],
+                "ledger": {"useful": total.useful, "executed": total.executed},
+            }
+            folder.write_json(FILE, kept)
+    # Set, not added: the file holds what these texts cost, however often a run resumes.
+    state.progress.ledger.useful.update(total.useful)
+    state.progress.ledger.executed.update(total.executed)
     return texts
 
 
-def _write_texts(
-    run: Run, missing: dict[tuple[int, int], Rendered], cap: int, teacher: Model
-) -> tuple[list[TeacherText], Ledger]:
+def _read(folder: RunFolder) -> tuple[TeacherTexts, Ledger]:
+    """Return the texts that a run folder holds, and their FLOPs."""
+    if not (folder.path / FILE).is_file():
+        return {}, Ledger()
+    kept = folder.read_json(FILE)
+    texts = {(row["prompt"], row["sample"]): row for row in kept["texts"]}
+    return texts, Ledger(**kept["ledger"])
+
+
+def _sample_missing(
+    state: State, teacher: Model, missing: dict[tuple[int, int], Rendered], max_new_tokens: int
+) -> tuple[TeacherTexts, Ledger]:
     """Sample this rank's part of the ``missing`` texts; return them and their FLOPs."""
-    prompts = sorted({index for index, _ in missing})
-    # a prompt is read on one rank for all its samples
-    whose = {index: i % run.place.world for i, index in enumerate(prompts)}
-    mine = [key for key in missing if whose[key[0]] == run.place.rank]
-    spent = Ledger()
+    run = state.run
+    meter = state.meter()
+    mine = _share_of_rank(list(missing), run.place)
     if not mine:
-        return [], spent
+        return {}, meter.ledger
     requests = [Request(missing[key].teacher_ids, ("teacher-text", *key)) for key in mine]
-    drawn = run.fit(
-        "rows",
-        spent,
-        lambda ledger: generate(
-            teacher,
-            requests,
-            cap,
-            run.text_sampler,
-            lambda reads: ledger.generation(run.teacher_shape, reads, *PHASES),
-        ),
+    cost = GenerationCost(
+        meter=meter,
+        shape=run.pair.teacher_shape,
+        prefill="teacher_prefill",
+        decode="teacher_decode",
     )
-    written: list[TeacherText] = [
-        {
+    responses = run.limits.sample(teacher, requests, max_new_tokens, run.method.text_sampler, cost)
+    texts: TeacherTexts = {}
+    for (index, sample), response in zip(mine, responses, strict=True):
+        texts[index, sample] = {
             "prompt": index,
             "sample": sample,
-            "ids": list(r.ids),
-            "finished": r.finished,
-            "text": _decode(teacher, r.ids),
+            "ids": list(response.ids),
+            "finished": response.finished,
+            "text": _decode(teacher, response.ids),
         }
-        for (index, sample), r in zip(mine, drawn, strict=True)
-    ]
-    return written, spent
+    return texts, meter.ledger
+
+
+def _share_of_rank(keys: list[tuple[int, int]], place: Place) -> list[tuple[int, int]]:
+    """Return this rank's keys; all samples of a prompt stay on one rank, which reads it once."""
+    prompts = sorted({index for index, _ in keys})
+    rank_of = {index: i % place.world for i, index in enumerate(prompts)}
+    return [key for key in keys if rank_of[key[0]] == place.rank]
 
 
 def _decode(model: Model, ids: tuple[int, ...]) -> str:
@@ -123,30 +147,29 @@ def rollout(
     Across tokenizers the student's tokenizer encodes the text before the cut. If the loss is the
     teacher's divergence, the rollout is also aligned with the teacher's own tokens.
     """
-    alignment = run.alignment
-    written, finished = tuple(text["ids"]), text["finished"]
-    whole = written if alignment is None else alignment.to_student(written, finished)
-    ids = whole[:prefix]
-    finished = (
-        finished
-        and len(whole) <= prefix
-        and (alignment is None or (bool(whole) and whole[-1] in alignment.student_eos))
-    )
-    theirs, found = ids, None
-    if alignment is not None and run.text_terms.taught_by == "teacher":
-        theirs, found = alignment.align(
-            ids, finished, written[:-1] if text["finished"] else written
-        )
+    alignment = run.pair.alignment
     slot, sample = key
+    sampled, ended = tuple(text["ids"]), text["finished"]
+    whole = sampled
+    finished = ended
+    if alignment is not None:
+        whole = alignment.to_student(sampled, ended)
+        finished = ended and bool(whole) and whole[-1] in alignment.student_eos
+    ids = whole[:prefix]
+    finished = finished and len(whole) <= prefix
+    teacher_ids, units = ids, None
+    if alignment is not None and run.method.text_terms.taught_by == "teacher":
+        without_eos = sampled[:-1] if ended else sampled
+        teacher_ids, units = alignment.align(ids, finished, without_eos)
     return Rollout(
-        slot,
-        sample,
-        rendered.student_ids,
-        rendered.teacher_ids,
-        ids,
-        theirs,
-        finished,
+        slot=slot,
+        sample=sample,
+        student_prompt=rendered.student_ids,
+        teacher_prompt=rendered.teacher_ids,
+        ids=ids,
+        teacher_ids=teacher_ids,
+        finished=finished,
         off_policy=True,
-        units=found,
+        units=units,
         spans=alignment is not None and alignment.mode != "strict",
     )

@@ -1,377 +1,398 @@
-"""One update: sample, select, accumulate gradients, step."""
+"""Update: one optimizer step's worth of sampling, scoring and gradients on one rank."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from ..config import Config
 from ..engine import scoring
-from ..engine.device import Clock
-from ..engine.models import Model
-from ..engine.rollout import Rollout
-from ..engine.sampling import Request, Response, generate
-from ..engine.scoring import Reading
+from ..engine.batching import micro_batches, reads
+from ..engine.meter import Meter
+from ..engine.rollout import Rollout, student_sides, teacher_sides
+from ..engine.sampling import GenerationCost, Request
+from ..engine.scoring import ForwardPass, Scorer, TokenFacts
 from ..errors import Stopped
-from ..maths import simct
-from ..maths.flops import Ledger
-from ..maths.fused import weighted
-from ..maths.weights import choose, keep, scale
+from ..maths.divergence import Terms
+from ..maths.weights import Scale, choose, keep, scale, token_weights
+from ..prompts import stream
 from ..prompts.prompt import Rendered
 from . import teacher_text
-from .folder import RunFolder
-from .run import Run
-from .selection import choose_terms, measure_tokens, read_teacher, split_micro_batches
-from .state import Progress, stop_run
-from .teacher_text import TeacherText
+from .loss import choose_terms, without_all_reduce
+from .state import State
+from .teacher_text import TeacherTexts
 
-# (prompt, sample) → one number per taught token
+# (slot, sample) → one number per taught token
 PerToken = dict[tuple[int, int], list[float]]
 
 
-class StudentLoss(torch.nn.Module):
-    """What DDP wraps: the student reads a micro-batch and its weighted divergence from the
-    teacher comes out."""
+@dataclass(kw_only=True)
+class TokenLosses:
+    """What the loss found on this rank's rollouts.
 
-    def __init__(self, run: Run):
-        super().__init__()
-        self.net, self.run = run.student.net, run
+    ``values``: the divergence per taught token, nats; ``clipped``: with --clip, the teacher's mass
+    on clipped entries; ``weights``: the weight per token before the division by ``divisor``, the
+    sum over all ranks.
+    """
 
-    def forward(
+    rollouts: list[Rollout]
+    weights: PerToken
+    divisor: float
+    values: PerToken = field(default_factory=dict)
+    clipped: PerToken = field(default_factory=dict)
+
+    def describe_non_finite(self) -> tuple[Rollout, str] | None:
+        """Return the first rollout with a non-finite divergence, and where it is; None if none."""
+        for r in self.rollouts:
+            for token, value in zip(r.taught, self.values[r.key], strict=True):
+                if not math.isfinite(value):
+                    where = f"prompt slot {r.slot}, sample {r.sample}, token {token}"
+                    return r, f"the divergence of {where} is {value}"
+        return None
+
+
+class Update:
+    """One update: ``sample``, then ``select``, then ``backward``; the optimizer steps afterwards.
+
+    ``prompts``: the prompts of the global batch, by default those of ``step``; ``prefix``: the most
+    tokens that a rollout has, by default what the schedule says; ``meter``: its seconds and FLOPs.
+    """
+
+    def __init__(
         self,
-        rollouts: list[Rollout] | None,
-        teacher_NE: torch.Tensor | None = None,
-        weight_N: torch.Tensor | None = None,
-        student_ND: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the loss and its values; a zero loss that touches every parameter if ``rollouts``
-        is None.
+        state: State,
+        step: int,
+        texts: TeacherTexts | None = None,
+        prompts: list[Rendered] | None = None,
+        prefix: int | None = None,
+    ):
+        run = state.run
+        self.state = state
+        self.run = run
+        self.step = step
+        self.texts = texts or {}
+        if prompts is None:
+            config = run.config
+            prompts = stream.batch(
+                run.problems.train, step, config.train.batch_size, config.runtime.seed
+            )
+        self.prompts = prompts
+        if prefix is None:
+            prefix = run.method.prefix.length(step, state.progress.prefix)
+        self.prefix = prefix
+        self.seconds_before = dict(state.clock.seconds)
+        self.meter = state.meter()
+        # The forward pass of a ranked selection, which the loss reuses if it can.
+        self.forward_pass: ForwardPass | None = None
 
-        ``student_ND``: hidden rows of an earlier forward pass. ``teacher_NE``: None if the loss
-        needs no teacher.
+    # Sampling
+
+    def sample(self) -> list[Rollout]:
+        """Return this rank's rollouts, prompt by prompt with all samples of each.
+
+        The student samples until ``prefix`` tokens or EOS. Rollouts that --off-policy gives to the
+        teacher are its texts, cut at ``prefix``. Stopped: across tokenizers no rollout of any rank
+        has a unit.
+        """
+        keys = self._keys()
+        of_teacher = self._teacher_keys()
+        sampled = self._sample_student([key for key in keys if key not in of_teacher])
+        with self._alignment_phase():
+            rollouts = {r.key: r for r in self.run.pair.align(sampled)}
+            for slot, sample in of_teacher:
+                prompt = self.prompts[slot]
+                text = self.texts[prompt.prompt.index, sample]
+                rollouts[slot, sample] = teacher_text.rollout(
+                    self.run, (slot, sample), prompt, text, self.prefix
+                )
+        mine = [rollouts[key] for key in keys]
+        self._refuse_nothing_taught(mine)
+        return mine
+
+    def _keys(self) -> list[tuple[int, int]]:
+        """Return (slot, sample) of this rank's rollouts: every world-th prompt, all its samples."""
+        place = self.run.place
+        keys = []
+        for slot in range(place.rank, len(self.prompts), place.world):
+            for sample in range(self.run.config.rollout.samples):
+                keys.append((slot, sample))
+        return keys
+
+    def _teacher_keys(self) -> set[tuple[int, int]]:
+        """Return (slot, sample) of this rank's rollouts that the teacher writes."""
+        config, off_policy = self.run.config, self.run.method.off_policy
+        if off_policy is None:
+            return set()
+        samples = config.rollout.samples
+        rows = off_policy.rows(self.step, len(self.prompts) * samples, config.runtime.seed)
+        return {divmod(row, samples) for row in rows}.intersection(self._keys())
+
+    def _sample_student(self, keys: list[tuple[int, int]]) -> list[Rollout]:
+        if not keys:
+            return []
+        requests = []
+        for slot, sample in keys:
+            requests.append(Request(self.prompts[slot].student_ids, (self.step, slot, sample)))
+        cost = GenerationCost(meter=self.meter, shape=self.run.pair.student_shape, timed=True)
+        responses = self.run.limits.sample(
+            self.state.decoding, requests, self.prefix, self.run.method.sampler, cost
+        )
+        rollouts = []
+        for (slot, sample), response in zip(keys, responses, strict=True):
+            prompt = self.prompts[slot]
+            rollout = Rollout(
+                slot=slot,
+                sample=sample,
+                student_prompt=prompt.student_ids,
+                teacher_prompt=prompt.teacher_ids,
+                ids=response.ids,
+                teacher_ids=response.ids,
+                finished=response.finished,
+                sampler_logp=response.logp,
+            )
+            rollouts.append(rollout)
+        return rollouts
+
+    def _alignment_phase(self) -> contextlib.AbstractContextManager[None]:
+        if self.run.pair.alignment is None:
+            return contextlib.nullcontext()
+        return self.meter.phase("alignment")
+
+    def _refuse_nothing_taught(self, rollouts: list[Rollout]) -> None:
+        run = self.run
+        if run.pair.alignment is None:
+            return
+        if not run.place.total(sum(len(r.taught) for r in rollouts)):
+            raise Stopped(
+                f"update {self.step + 1}: the two tokenizations of its rollouts have no unit of "
+                "text in common, so no token can be taught; lengthen --prefix"
+            )
+
+    # Selection
+
+    def select(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Return the rollouts with the taught tokens marked: --window, then --select within it.
+
+        A window or selection that ranks tokens needs a forward pass of both models over every
+        rollout. If every rank's rollouts are one micro-batch, the loss reuses it. Otherwise the
+        taught tokens are read once more (ledger row ``selection``).
+        """
+        method = self.run.method
+        key = (self.run.config.runtime.seed, self.step)
+        if not method.ranks_window:
+            rollouts = keep(method.window, rollouts, key)
+            if not method.ranks_selection:
+                return choose(method.selection, rollouts, key)
+        facts = self._measure_tokens(rollouts)
+        if method.ranks_window:
+            rollouts = keep(method.window, rollouts, key, facts)
+        batch_scale = None
+        if method.ranks_selection:
+            batch_scale = self._batch_scale(rollouts, facts)
+        return choose(method.selection, rollouts, key, facts, batch_scale)
+
+    def _measure_tokens(self, rollouts: list[Rollout]) -> TokenFacts:
+        """Return the statistics that rank tokens; keep the forward pass if the loss can reuse it.
+
+        It can if every rank has one micro-batch and the loss is the teacher's divergence.
         """
         run = self.run
-        if rollouts is None or weight_N is None:
-            return self._touch_parameters()
-        if student_ND is None:
-            with run.place.autocast(run.place.device):
-                student_ND = scoring.hidden_rows(run.student, rollouts)
-        terms, heads = choose_terms(run, rollouts), (run.student.head(), run.teacher.head())
-        if run.shared is not None and teacher_NE is not None and rollouts[0].units is not None:
-            return simct.weighted(
-                terms,
-                run.shared,
-                scoring.units_of(rollouts),
-                student_ND,
-                heads[0],
-                teacher_NE,
-                heads[1],
-                weight_N,
-            )
-        return weighted(
-            terms,
-            student_ND,
-            heads[0],
-            teacher_NE,
-            heads[1],
-            weight_N.to(student_ND.device),
-            scoring.tokens(rollouts),
-            _sampler_logp(rollouts),
+        # The divergence that ranks tokens does not depend on the loss.
+        terms = Terms(
+            "reverse-kl",
+            dtype=run.place.head_dtype,
+            memory_bytes=run.method.terms.memory_bytes,
         )
-
-    def _touch_parameters(self) -> torch.Tensor:
-        """Return a zero loss that touches every parameter, so that DDP all-reduces."""
-        run = self.run
-        with run.place.autocast(run.place.device):
-            hidden_ND = run.student.trunk(
-                torch.zeros(1, 1, dtype=torch.long, device=run.place.device)
-            )[0]
-        head = run.student.head()
-        logits_NV = torch.nn.functional.linear(
-            hidden_ND.to(head.weight_VD.dtype), head.weight_VD, head.bias_V
+        scorer = Scorer(
+            pair=run.pair,
+            terms=terms,
+            place=run.place,
+            forward_kl=run.method.needs_forward_kl,
         )
-        return 0 * logits_NV.sum()
+        groups = self._micro_batches(rollouts)
+        by_teacher = choose_terms(run, rollouts).taught_by == "teacher"
+        if max(run.place.gather(len(groups) if by_teacher else 2)) == 1:
+            measure = functools.partial(self._measure_once, scorer, groups[0])
+            measured = run.limits.attempt(self.meter, measure)
+            if measured is not None:
+                facts, self.forward_pass = measured
+                return facts
+        with self.meter.phase("selection"):
+            return run.limits.measure(scorer, rollouts, self.meter, "selection")
 
+    def _measure_once(
+        self, scorer: Scorer, group: list[Rollout], meter: Meter
+    ) -> tuple[TokenFacts, ForwardPass]:
+        """Measure the tokens of one micro-batch, and keep the student's graph for the loss."""
+        pair = self.run.pair
+        with meter.phase("student_update"):
+            student_ND = scorer.student_rows(group)
+        with meter.phase("teacher_score"):
+            teacher_NE = scorer.teacher_rows(group)
+        forward_pass = ForwardPass(group, student_ND, teacher_NE)
+        with meter.phase("selection"):
+            facts = scorer.statistics(forward_pass)
+        # The update counts the forward passes; selection adds the heads.
+        student_rows, teacher_rows = scoring.statistics_rows(pair, group)
+        for flops in (
+            pair.student_shape.output(student_rows),
+            pair.teacher_shape.output(teacher_rows),
+        ):
+            meter.ledger.add("selection", flops, flops)
+        return facts, forward_pass
 
-def _sampler_logp(rollouts: list[Rollout]) -> torch.Tensor | None:
-    """Return the log-probability of each taught token when it was sampled; None if not recorded."""
-    logp: list[float] = []
-    for r in rollouts:
-        if r.sampler_logp is None:
+    def _batch_scale(self, rollouts: list[Rollout], facts: TokenFacts) -> Scale | None:
+        """Return the ends of all ranks' entropies and divergences; None without any token."""
+        entropies: list[float] = []
+        divergences: list[float] = []
+        for r in rollouts:
+            for t in r.taught:
+                entropies.append(facts[r.key]["entropy"][t])
+                divergences.append(facts[r.key]["divergence"][t])
+        parts = self.run.place.gather((entropies, divergences))
+        all_entropies = [v for part, _ in parts for v in part]
+        if not all_entropies:
             return None
-        logp += [r.sampler_logp[t] for t in r.taught]
-    return torch.tensor(logp)
+        return scale(all_entropies, [v for _, part in parts for v in part])
 
+    def _micro_batches(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
+        """Return this rank's micro-batches.
 
-def sample(  # noqa: PLR0913  becomes a method of `Update`, which will own these
-    run: Run,
-    decoding: Model,
-    prompts: list[Rendered],
-    step: int,
-    prefix: int,
-    ledger: Ledger,
-    clock: Clock,
-    texts: dict[tuple[int, int], TeacherText] | None = None,
-) -> list[Rollout]:
-    """This rank's rollouts of the update, prompt by prompt with its G samples; sampling stops at
-    ``prefix`` or EOS.
+        Rollouts of the student and of the teacher have different losses and are never mixed.
+        """
+        limits, student = self.run.limits, self.run.pair.student
+        groups = []
+        for off_policy in (False, True):
+            same = [r for r in rollouts if r.off_policy is off_policy]
+            groups += micro_batches(same, limits.micro_batch_size, student.reads_once)
+        return groups
 
-    Rollouts that --off-policy gives to the teacher come from ``texts`` ((prompt index, sample) →
-    its text), cut at ``prefix``. Across tokenizers they have units; Stopped where no rollout of any
-    rank has one.
-    """
-    places, own = _assign_writers(run, step, len(prompts))
-    requests = [Request(prompts[slot].student_ids, (step, slot, s)) for slot, s in own]
+    # Gradients
 
-    def draw(spent: Ledger) -> list[Response]:
-        count = functools.partial(spent.generation, run.student_shape)
-        return generate(decoding, requests, prefix, run.sampler, count, clock)
+    def backward(self, rollouts: list[Rollout]) -> TokenLosses:
+        """Accumulate the gradients of the update, micro-batch by micro-batch.
 
-    responses = run.fit("rows", ledger, draw) if own else []
-    drawn = [
-        Rollout(
-            slot,
-            s,
-            prompts[slot].student_ids,
-            prompts[slot].teacher_ids,
-            r.ids,
-            r.ids,
-            r.finished,
-            sampler_logp=r.logp,
+        Every weight is divided by the update's divisor here, once. DDP averages gradients over
+        ranks, so the weights are multiplied by the number of ranks first. Ranks may have different
+        numbers of micro-batches, or none. Each accumulates locally, and one backward pass of a zero
+        loss all-reduces. If memory runs out on any rank, all start again with half the micro-batch.
+        """
+        run, loss = self.run, self.state.loss
+        weights, share = token_weights(
+            rollouts, run.config.divergence.reduction, run.method.position
         )
-        for (slot, s), r in zip(own, responses, strict=True)
-    ]
-    texts = texts or {}
-    with clock.phase("alignment") if run.alignment is not None else contextlib.nullcontext():
-        found = {(r.prompt, r.sample): r for r in run.aligned(drawn)}
-        for slot, s in places:
-            if (slot, s) not in found:
-                prompt = prompts[slot]
-                text = texts[prompt.prompt.index, s]
-                found[slot, s] = teacher_text.rollout(run, (slot, s), prompt, text, prefix)
-    rollouts = [found[place] for place in places]
-    if run.alignment is not None and not run.place.total(sum(len(r.taught) for r in rollouts)):
-        raise Stopped(
-            f"update {step + 1}: no unit of text is common to both tokenizations of its rollouts, "
-            "so there is nothing to teach; lengthen --prefix"
+        divisor = run.place.total(share)
+        losses = None
+        while losses is None:
+            work = functools.partial(self._accumulate, rollouts, weights, divisor)
+            losses = run.limits.attempt(self.meter, work)
+            if losses is None:
+                loss.zero_grad(set_to_none=True)
+                self.forward_pass = None
+        if run.place.world > 1:
+            self._all_reduce()
+        return losses
+
+    def _accumulate(
+        self, rollouts: list[Rollout], weights: PerToken, divisor: float, meter: Meter
+    ) -> TokenLosses:
+        """Accumulate the gradients of this rank; see ``backward``."""
+        losses = TokenLosses(rollouts=rollouts, weights=weights, divisor=divisor)
+        for group in self._groups(rollouts):
+            weight_N = self._weight_tensor(group, losses)
+            read = group
+            student_ND, teacher_NE = None, None
+            if self.forward_pass is not None:
+                read = self.forward_pass.rollouts
+                student_ND, teacher_NE = self.forward_pass.select(group)
+            elif choose_terms(self.run, group).taught_by == "teacher":
+                teacher_NE = self._read_teacher(group, meter)
+            if teacher_NE is not None:
+                self._count_teacher(group, read, meter)
+            with meter.phase("student_update"), without_all_reduce(self.state.loss):
+                total, value_N, clipped_N = self.state.loss(group, teacher_NE, weight_N, student_ND)
+                total.backward()
+            self._count_student(group, read, meter)
+            losses.values.update(_by_rollout(group, value_N))
+            if clipped_N is not None:
+                losses.clipped.update(_by_rollout(group, clipped_N))
+        return losses
+
+    def _groups(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
+        """Return the micro-batches of the loss: the selection's own if its pass is reused."""
+        if self.forward_pass is None:
+            return self._micro_batches(rollouts)
+        by_key = {r.key: r for r in rollouts}
+        return [[by_key[r.key] for r in self.forward_pass.rollouts]]
+
+    def _weight_tensor(self, group: list[Rollout], losses: TokenLosses) -> torch.Tensor:
+        """Return the weights [N] of a micro-batch, divided by the divisor, in float32."""
+        flat = [w for r in group for w in losses.weights[r.key]]
+        weight_N = torch.tensor(flat, dtype=torch.float64)
+        return (weight_N * (self.run.place.world / losses.divisor)).float()
+
+    def _read_teacher(self, group: list[Rollout], meter: Meter) -> torch.Tensor:
+        """Return the teacher's hidden rows [N, E] of the taught tokens."""
+        run = self.run
+        scorer = Scorer(pair=run.pair, terms=run.method.terms, place=run.place)
+        with meter.phase("teacher_score"):
+            return scorer.teacher_rows(group)
+
+    def _count_teacher(self, group: list[Rollout], read: list[Rollout], meter: Meter) -> None:
+        """Add the teacher's forward pass to the ledger."""
+        pair = self.run.pair
+        meter.ledger.forward(
+            "teacher_score",
+            pair.teacher_shape,
+            reads(teacher_sides(read), pair.teacher.reads_once),
+            taught=scoring.teacher_head_rows(pair, group),
         )
-    return rollouts
 
+    def _count_student(self, group: list[Rollout], read: list[Rollout], meter: Meter) -> None:
+        """Add the student's training step to the ledger.
 
-def _assign_writers(
-    run: Run, step: int, prompts: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return (slot, sample) of all rollouts of this rank, and of those that the student samples."""
-    samples = run.config.rollout.samples
-    slots = range(run.place.rank, prompts, run.place.world)
-    teachers: frozenset[int] = frozenset()
-    if run.off_policy:
-        teachers = run.off_policy.rows(step, prompts * samples, run.config.runtime.seed)
-    places = [(slot, s) for slot in slots for s in range(samples)]
-    return places, [(slot, s) for slot, s in places if slot * samples + s not in teachers]
-
-
-def select(
-    run: Run, rollouts: list[Rollout], step: int, ledger: Ledger, clock: Clock
-) -> tuple[list[Rollout], Reading | None]:
-    """Marks the tokens that are taught: --window, and --select among what it leaves.
-
-    What ranks tokens has both models read every rollout first. Where every rank's rollouts are one
-    micro-batch, the loss is taken from that very reading, which is returned; else both read once
-    more what is taught (ledger row ``selection``).
-    """
-    window, selection = run.window, run.selection
-    key, ranked = (
-        (run.config.runtime.seed, step),
-        window is not None and window.statistic is not None,
-    )
-    if not ranked:
-        rollouts = keep(window, rollouts, key)
-    if not ranked and (selection is None or not selection.ranks):
-        return choose(selection, rollouts, key), None
-    facts, reading = measure_tokens(run, rollouts, ledger, clock)
-    if ranked:
-        rollouts = keep(window, rollouts, key, facts)
-    at = None
-    if selection is not None and selection.ranks:
-        parts = run.place.gather(
-            [
-                [facts[r.prompt, r.sample][name][t] for r in rollouts for t in r.taught]
-                for name in ("entropy", "divergence")
-            ]
-        )
-        if any(part[0] for part in parts):
-            entropies, divergences = ([v for part in parts for v in part[i]] for i in (0, 1))
-            at = scale(entropies, divergences)
-    return choose(selection, rollouts, key, facts, at), reading
-
-
-def accumulate_gradients(  # noqa: PLR0913  becomes a method of `Update`, which will own these
-    run: Run,
-    loss_module: torch.nn.Module,
-    rollouts: list[Rollout],
-    weights: PerToken,
-    divisor: float,
-    ledger: Ledger,
-    clock: Clock,
-    reading: Reading | None = None,
-) -> tuple[PerToken, PerToken]:
-    """Gradients of the whole update, micro-batch by micro-batch → (prompt, sample) → per-token
-    divergence, nats; and with --clip, → the teacher's mass on clipped entries.
-
-    The division happens here, once: every weight is divided by the update's divisor. DDP averages
-    gradients over ranks, so the weights are multiplied by the number of ranks first. Ranks may have
-    any number of micro-batches, or none: each gathers its gradients by itself, and they meet once,
-    in a turn that teaches nothing. With a ``reading``, nothing is read again. Where memory runs out
-    on any rank, all start anew with half the micro-batch.
-    """
-    gather = functools.partial(_gather_gradients, run, loss_module, rollouts, weights, divisor)
-    found = run.attempt(ledger, functools.partial(gather, clock=clock, reading=reading))
-    while found is None:
-        loss_module.zero_grad(set_to_none=True)
-        reading = None
-        found = run.attempt(ledger, functools.partial(gather, clock=clock, reading=None))
-    if run.place.world > 1:
-        with clock.phase("student_update"), run.place.meeting():
-            loss_module(None).backward()
-        ledger.forward(
+        ``read``: the same rollouts with the tokens that were taught at the forward pass.
+        """
+        pair = self.run.pair
+        if group[0].units is None:
+            taught: float = sum(len(r.taught) for r in group)
+        else:
+            taught = scoring.student_head_rows(pair, group)
+        meter.ledger.forward(
             "student_update",
-            run.student_shape,
+            pair.student_shape,
+            reads(student_sides(read), pair.student.reads_once),
+            passes=3,
+            recomputed=pair.student.recomputes,
+            taught=taught,
+        )
+        if group[0].units is not None:  # tokens of spans are projected once more
+            in_spans = sum(u.size for r in group for u in r.taught_units if not u.exact)
+            again = pair.student_shape.output(in_spans)
+            meter.ledger.add("student_update", again, again)
+
+    def _all_reduce(self) -> None:
+        """All-reduce the gradients of all ranks, by the backward pass of a zero loss."""
+        pair = self.run.pair
+        with self.meter.phase("student_update"), self.run.place.meeting():
+            self.state.loss(None).backward()
+        self.meter.ledger.forward(
+            "student_update",
+            pair.student_shape,
             [(1, [1])],
             passes=3,
             idle=True,
-            recomputed=run.student.recomputes,
+            recomputed=pair.student.recomputes,
             taught=1,
         )
-    return found
 
 
-def _gather_gradients(  # noqa: PLR0913  becomes a method of `Update`, which will own these
-    run: Run,
-    loss_module: torch.nn.Module,
-    rollouts: list[Rollout],
-    weights: PerToken,
-    divisor: float,
-    ledger: Ledger,
-    clock: Clock,
-    reading: Reading | None,
-) -> tuple[PerToken, PerToken]:
-    """Accumulate the gradients of this rank; see ``accumulate_gradients``."""
-    named = {(r.prompt, r.sample): r for r in rollouts}
-    groups = (
-        split_micro_batches(run, rollouts)
-        if reading is None
-        else [[named[r.prompt, r.sample] for r in reading.rollouts]]
-    )
-    values: PerToken = {}
-    clipped: PerToken = {}
-    for group in groups:
-        lengths = [len(r.taught) for r in group]
-        weight_N = torch.tensor(
-            [w for r in group for w in weights[r.prompt, r.sample]], dtype=torch.float64
-        )
-        weight_N = (weight_N * (run.place.world / divisor)).float()
-        read, student_ND, teacher_NE = group, None, None
-        if reading is not None:
-            read, (student_ND, teacher_NE) = reading.rollouts, reading.only(group)
-        elif choose_terms(run, group).taught_by == "teacher":
-            teacher_NE = read_teacher(run, group, clock)
-        if teacher_NE is not None:
-            ledger.forward(
-                "teacher_score",
-                run.teacher_shape,
-                scoring.reads(read, run.teacher.reads_once, teacher=True),
-                taught=scoring.head_rows(run.teacher, group, run.shared, teacher=True),
-            )
-        with clock.phase("student_update"), _without_all_reduce(loss_module):
-            loss, value_N, clipped_N = loss_module(group, teacher_NE, weight_N, student_ND)
-            loss.backward()
-        _count_student_update(run, group, read, ledger)
-        for found, column in ((values, value_N), (clipped, clipped_N)):
-            if column is not None:
-                found |= {
-                    (r.prompt, r.sample): part.tolist()
-                    for r, part in zip(group, column.split(lengths), strict=True)
-                }
-    return values, clipped
-
-
-def _without_all_reduce(
-    loss_module: torch.nn.Module,
-) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which DDP does not all-reduce the gradients."""
-    if isinstance(loss_module, DistributedDataParallel):
-        return loss_module.no_sync()
-    return contextlib.nullcontext()
-
-
-def _count_student_update(
-    run: Run, group: list[Rollout], read: list[Rollout], ledger: Ledger
-) -> None:
-    """Add a micro-batch to the ledger. ``read``: the same rollouts with the tokens that were taught
-    at the forward pass."""
-    shared = None if group[0].units is None else run.shared
-    ledger.forward(
-        "student_update",
-        run.student_shape,
-        scoring.reads(read, run.student.reads_once),
-        passes=3,
-        recomputed=run.student.recomputes,
-        taught=scoring.head_rows(run.student, group, shared, teacher=False),
-    )
-    if shared is not None:  # tokens of spans are projected once more
-        again = run.student_shape.output(
-            sum(u.size for r in group for u in r.taught_units if not u.exact)
-        )
-        ledger.add("student_update", again, again)
-
-
-def apply_update(  # noqa: PLR0913  becomes a method of `Session`, which will own these
-    run: Run,
-    folder: RunFolder,
-    optimizer: torch.optim.Optimizer,
-    anchor: dict[str, torch.Tensor],
-    progress: Progress,
-    rate: float,
-) -> float:
-    """Clip, check, step. A gradient that is not finite stops the run before it reaches a weight."""
-    trained = run.student.trained
-    gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
-    if missing := [name for name in trained if name not in gradients]:
-        raise Stopped(
-            f"update {progress.step + 1}: parameter {missing[0]} received no gradient; this "
-            "architecture is not supported"
-        )
-    norm = torch.nn.utils.get_total_norm(list(gradients.values())).item()
-    if not math.isfinite(norm):
-        bad = next(
-            (f"gradient of {name}" for name, g in gradients.items() if not torch.isfinite(g).all()),
-            "gradient's norm",
-        )
-        stop_run(run, folder, optimizer, anchor, progress, f"the {bad} is not finite")
-    if run.config.train.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(
-            list(trained.values()), run.config.train.grad_clip, torch.tensor(norm)
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def make_optimizer(trained: Iterable[torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
-    """AdamW in float32, fused: one pass over weight, gradient and moments, without temporaries.
-    Weight decay on matrices, none on norms and biases."""
-    parameters = list(trained)
-    groups = [
-        {
-            "params": [p for p in parameters if p.dim() >= 2],
-            "weight_decay": config.train.weight_decay,
-        },
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.schedule.lr, fused=True)
+def _by_rollout(
+    group: list[Rollout], value_N: torch.Tensor
+) -> Iterator[tuple[tuple[int, int], list[float]]]:
+    """Yield (slot, sample) and the values of its taught tokens, in the order of the rows [N]."""
+    parts = value_N.split([len(r.taught) for r in group])
+    for r, part in zip(group, parts, strict=True):
+        yield r.key, part.tolist()

@@ -63,8 +63,8 @@ def main() -> None:
         run = scaling.prepare(folder, prefix=64, prompts=prompts, samples=1)
     turns = [scaling.update(run, step) for step in range(repeats + 1)][1:]
     tokens = max(sum(p + sum(n) - 1 for p, n in reads) for reads in turns[0]["micro_batches"])
-    rate, reading = matmul_rate(run.student.net, tokens), bandwidth()
-    weights = sum(p.numel() * p.element_size() for p in run.student.net.parameters())
+    rate, reading = matmul_rate(run.pair.student.net, tokens), bandwidth()
+    weights = sum(p.numel() * p.element_size() for p in run.pair.student.net.parameters())
     shares = {}
     for phase in ("teacher_score", "student_update", "student_prefill"):
         shares[phase] = (

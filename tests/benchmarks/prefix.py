@@ -406,7 +406,7 @@ def saving(arms: Arms, rows: list[dict]) -> dict | None:
         return None
     run = preflight.prepare(configuration.build(arms.settings(arms.reference, arms.seeds[0])))
     full = next(row["mean_tokens"] for row in rows if row["arm"] == arms.reference)
-    prompts = run.train_prompts[: run.config.train.batch_size]
+    prompts = run.problems.train[: run.config.train.batch_size]
 
     def cost(tokens):
         return run.update_cost(prompts, tokens)

@@ -79,23 +79,23 @@ def update(run, step: int) -> dict:
     from prefix_distill.prompts import stream
     from prefix_distill.training.update import StudentLoss, accumulate_gradients, sample
 
-    run.student.net.requires_grad_(True)
+    run.pair.student.net.requires_grad_(True)
     ledger, clock = Ledger(), Clock(run.place.device)
-    prompts = stream.batch(run.train_prompts, step, run.config.train.batch_size, 0)
-    decoding = decoder(run.student, run.place.dtype)
-    rollouts = sample(run, decoding, prompts, step, run.prefix.length(0), ledger, clock)
+    prompts = stream.batch(run.problems.train, step, run.config.train.batch_size, 0)
+    decoding = decoder(run.pair.student, run.place.dtype)
+    rollouts = sample(run, decoding, prompts, step, run.method.prefix.length(0), ledger, clock)
     weights, divisor = token_weights(rollouts, "token")
     accumulate_gradients(run, StudentLoss(run), rollouts, weights, divisor, ledger, clock)
-    run.student.net.zero_grad(set_to_none=True)
+    run.pair.student.net.zero_grad(set_to_none=True)
     groups = scoring.micro_batches(
-        rollouts, run.config.train.micro_batch_size, run.student.reads_once
+        rollouts, run.config.train.micro_batch_size, run.pair.student.reads_once
     )
     return {
         "seconds": dict(clock.seconds),
         "flops": dict(ledger.useful),
         "longest": max(len(r.ids) for r in rollouts),
         "executed": dict(ledger.executed),
-        "micro_batches": [scoring.reads(group, run.student.reads_once) for group in groups],
+        "micro_batches": [scoring.reads(group, run.pair.student.reads_once) for group in groups],
     }
 
 
@@ -118,8 +118,8 @@ def main() -> None:
         from prefix_distill.maths.schedule import parse_prefix
 
         run.config = config.replace(run.config, rollout={"samples": count})
-        run.prefix = parse_prefix(str(prefix), prefix)
-        run.student.shares_prompts = run.teacher.shares_prompts = shared
+        run.method.prefix = parse_prefix(str(prefix), prefix)
+        run.pair.student.shares_prompts = run.pair.teacher.shares_prompts = shared
         found = update(run, 1)
         seconds = sum(found["seconds"].values())
         table.append(

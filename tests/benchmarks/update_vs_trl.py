@@ -224,7 +224,7 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
         [
             [
                 list(p.student_ids)
-                for p in stream.batch(run.train_prompts, step, case.prompts, given.seed)
+                for p in stream.batch(run.problems.train, step, case.prompts, given.seed)
             ]
             for step in range(given.updates)
         ]

@@ -58,19 +58,19 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
     """dL/dA = s·Bᵀ G and dL/dB = s·G Aᵀ with G the gradient of the merged weight, from a run in
     which all weights train."""
     run = prepared(pair, questions, adapter__rank=4, adapter__alpha=6, **changes)
-    assert set(run.student.trained) == {
-        name for name, _ in run.student.net.named_parameters() if ".lora_" in name
+    assert set(run.pair.student.trained) == {
+        name for name, _ in run.pair.student.net.named_parameters() if ".lora_" in name
     }
-    stir(run.student.net)
+    stir(run.pair.student.net)
     full = prepared(pair, questions)
-    full.student.net.load_state_dict(adapter.merged(run.student.net))
+    full.student.net.load_state_dict(adapter.merged(run.pair.student.net))
     ours, rollouts, _ = update_gradient(run, micro=3)
     theirs, again, _ = update_gradient(full, micro=10)
     assert [r.ids for r in rollouts] == [r.ids for r in again]
     expected, s = {}, 6 / 4
     for name in ours:
         layer, which = name.split(".lora_")
-        a, b = (run.student.trained[f"{layer}.lora_{x}.default.weight"] for x in "AB")
+        a, b = (run.pair.student.trained[f"{layer}.lora_{x}.default.weight"] for x in "AB")
         gradient = theirs[f"{layer}.weight"]
         expected[name] = (
             s * b.T @ gradient if which.startswith("A") else s * gradient @ a.T
@@ -83,13 +83,13 @@ def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_pa
     transformers, our loader and the merged folder all compute the same."""
     settings = {"adapter__rank": 4, "schedule__lr": 1e-2, "evaluate__every": 2}
     run = prepared(pair, questions, **settings, adapter__merge=True)
-    first = {name: p.detach().clone() for name, p in run.student.net.named_parameters()}
-    initial = logits(run.student.net)
+    first = {name: p.detach().clone() for name, p in run.pair.student.net.named_parameters()}
+    initial = logits(run.pair.student.net)
     assert torch.equal(initial, logits(AutoModelForCausalLM.from_pretrained(pair[0])))  # B is zero
     trained(run, tmp_path / "run")
-    for name, p in run.student.net.named_parameters():
+    for name, p in run.pair.student.net.named_parameters():
         assert torch.equal(p, first[name]) != (".lora_" in name), name
-    expected = logits(run.student.net)
+    expected = logits(run.pair.student.net)
     assert (expected - initial).abs().max() > 0.1
     base = AutoModelForCausalLM.from_pretrained(pair[0])
     for net in (
@@ -104,7 +104,7 @@ def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_pa
     assert AutoTokenizer.from_pretrained(tmp_path / "run/adapter").chat_template
     saved = load_file(tmp_path / "run/best/adapter_model.safetensors")  # kept in mid-run, and small
     assert (
-        len(saved) == len(run.student.trained)
+        len(saved) == len(run.pair.student.trained)
         and not (tmp_path / "run/best/model.safetensors").exists()
     )
     plain = tmp_path / "plain"
@@ -209,7 +209,7 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
         **SELF,
     )
     copy = prepared((pair[0], "self"), questions, divergence__name="forward-kl", **SELF)
-    assert run.teacher.net is run.student.net and run.teacher.adapter_off
+    assert run.pair.teacher.net is run.pair.student.net and run.pair.teacher.adapter_off
 
     def rows(model):
         return scoring.hidden_rows(model, made, teacher=True)
@@ -220,19 +220,19 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
         torch.testing.assert_close(
             torch.tensor(values[key]), torch.tensor(same[key]), rtol=1e-4, atol=1e-6
         )
-    run.student.net.zero_grad()
+    run.pair.student.net.zero_grad()
     trained(run, tmp_path / "run")
     with torch.no_grad():
-        assert torch.equal(rows(run.teacher), rows(copy.teacher)) and not torch.equal(
-            rows(run.student), rows(run.teacher)
+        assert torch.equal(rows(run.pair.teacher), rows(copy.teacher)) and not torch.equal(
+            rows(run.pair.student), rows(run.pair.teacher)
         )
     assert (
-        all(p.requires_grad for p in run.student.trained.values())
-        and len(run.student.trained) == 28
+        all(p.requires_grad for p in run.pair.student.trained.values())
+        and len(run.pair.student.trained) == 28
     )
     assert (
-        run.teacher_shape == shape(copy.student)
-        and run.student_shape.trunk > run.teacher_shape.trunk
+        run.pair.teacher_shape == shape(copy.student)
+        and run.pair.student_shape.trunk > run.pair.teacher_shape.trunk
     )
 
 
@@ -240,26 +240,26 @@ def test_cost_as_executed(pair, questions):
     """The training step against torch's count; the first layer's frozen q, k, v have no input
     gradient, which the ledger does not know."""
     run = prepared(pair, questions, adapter__rank=4)
-    run.student.net.set_attn_implementation(
+    run.pair.student.net.set_attn_implementation(
         "eager"
     )  # torch does not count the CPU's fused attention
     rollouts = update.sample(
-        run, run.student, run.train_prompts[:3], 0, 12, Ledger(), Clock(run.place.device)
+        run, run.pair.student, run.problems.train[:3], 0, 12, Ledger(), Clock(run.place.device)
     )[:4]
     ledger, loss = Ledger(), StudentLoss(run)
     with torch.no_grad():
-        teacher_NE = scoring.hidden_rows(run.teacher, rollouts, teacher=True)
+        teacher_NE = scoring.hidden_rows(run.pair.teacher, rollouts, teacher=True)
     weight_N = torch.ones(sum(len(r.ids) for r in rollouts))
     with FlopCounterMode(display=False) as counter:
         loss(rollouts, teacher_NE, weight_N)[0].backward()
-    reads = scoring.reads(rollouts, run.student.reads_once)
-    ledger.forward("update", run.student_shape, reads, passes=3)
-    net = run.student.net.config
+    reads = scoring.reads(rollouts, run.pair.student.reads_once)
+    ledger.forward("update", run.pair.student_shape, reads, passes=3)
+    net = run.pair.student.net.config
     width, kv = net.hidden_size, net.num_key_value_heads * net.head_dim
     from prefix_distill.maths.flops import linear_tokens
 
     unneeded = 2 * (width * width + 2 * width * kv) * linear_tokens(reads)[1]
-    real = counter.get_total_flops() - run.teacher_shape.output(len(weight_N))
+    real = counter.get_total_flops() - run.pair.teacher_shape.output(len(weight_N))
     assert ledger.executed["update"] - unneeded == pytest.approx(real, rel=0.02)
     full = Ledger()
     full.forward("update", shape(prepared(pair, questions).student), reads, passes=3)
@@ -268,12 +268,12 @@ def test_cost_as_executed(pair, questions):
 
 def test_the_base_is_held_in_the_compute_dtype(pair, questions, tmp_path):
     run = prepared(pair, questions, adapter__rank=2, runtime__dtype="bfloat16", schedule__lr=1e-2)
-    dtypes = {(".lora_" in name): p.dtype for name, p in run.student.net.named_parameters()}
+    dtypes = {(".lora_" in name): p.dtype for name, p in run.pair.student.net.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    before = {name: p.detach().clone() for name, p in run.student.trained.items()}
+    before = {name: p.detach().clone() for name, p in run.pair.student.trained.items()}
     result = trained(run, tmp_path / "run")
     assert result["steps"] == 4 and all(
-        not torch.equal(p, before[name]) for name, p in run.student.trained.items()
+        not torch.equal(p, before[name]) for name, p in run.pair.student.trained.items()
     )
 
 
@@ -373,7 +373,7 @@ def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
     assert_same(ours, theirs, 1e-6)
     requests = [Request(r.teacher_ids, ("x", i)) for i, r in enumerate(whole.train_prompts[:3])]
     written = [
-        generate(decoder(run.teacher, torch.float32), requests, 12, run.text_sampler)
+        generate(decoder(run.pair.teacher, torch.float32), requests, 12, run.method.text_sampler)
         for run in (spread, whole)
     ]
     assert written[0] == written[1]  # it writes, too
@@ -397,7 +397,7 @@ def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, clos
     full = dict(AutoModelForCausalLM.from_pretrained(student).named_modules())
     held = {
         name: module
-        for name, module in run.teacher.net.named_modules()
+        for name, module in run.pair.teacher.net.named_modules()
         if type(module).__name__.startswith("Linear") and "layers" in name
     }
     assert len(held) == 14
@@ -410,15 +410,15 @@ def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, clos
         )
         gap = (few.float() - full[name].weight).norm() / full[name].weight.norm()
         assert 1e-4 < gap < close, (name, gap)
-    layer = run.student.net.model.layers[0].mlp.up_proj.base_layer
+    layer = run.pair.student.net.model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.numel() * layer.weight.element_size() <= 64 * 128 * (
         0.5 if bits == "nf4" else 1
     )
     plain = shape(loading.load_model(student, device=torch.device("cpu"), dtype=torch.float32))
-    assert run.teacher_shape == plain and run.student_shape.frozen == plain.trunk
+    assert run.pair.teacher_shape == plain and run.pair.student_shape.frozen == plain.trunk
     result = trained(run, tmp_path / "run")
     assert result["steps"] == 4 and all(
-        torch.isfinite(p).all() for p in run.student.trained.values()
+        torch.isfinite(p).all() for p in run.pair.student.trained.values()
     )
     assert (tmp_path / "run/model/adapter_model.safetensors").is_file()
 
@@ -444,7 +444,9 @@ def test_on_a_gpu_in_bfloat16_and_in_four_bits(pair, questions, tmp_path):
             schedule__lr=1e-2,
             **changes,
         )
-        assert all(p.dtype == torch.float32 and p.is_cuda for p in run.student.trained.values())
+        assert all(
+            p.dtype == torch.float32 and p.is_cuda for p in run.pair.student.trained.values()
+        )
         result = trained(run, tmp_path / name)
         assert (
             result["steps"] == 4

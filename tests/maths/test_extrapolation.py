@@ -444,7 +444,7 @@ def trained(pair, questions, folder, **changes):
     run = prepared(
         pair, questions, train__steps=1, schedule__warmup="0", schedule__lr=1e-2, **changes
     )
-    first = {name: p.detach().clone() for name, p in run.student.net.named_parameters()}
+    first = {name: p.detach().clone() for name, p in run.pair.student.net.named_parameters()}
     files = RunFolder(folder)
     files.create({})
     files.write_json("run.json", {})
@@ -459,7 +459,7 @@ def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tm
     run, _, result, further = trained(
         pair, questions, tmp_path / "further", extrapolation__kind="always-1"
     )
-    names = set(moved(run.student.net, "attention-mlp"))
+    names = set(moved(run.pair.student.net, "attention-mlp"))
     assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"} < names
     assert not names & {
         "model.embed_tokens.weight",
@@ -514,20 +514,20 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
         extrapolation__problems=6,
     )
     ledger = Ledger()
-    scores = [monitor.candidate_score(run, run.student, 12, ledger) for _ in range(2)]
+    scores = [monitor.candidate_score(run, run.pair.student, 12, ledger) for _ in range(2)]
     assert scores[0] == scores[1] and set(ledger.useful) == {"extrapolation"}
     assert (
-        len(run.extrapolation_prompts) == 6
-        and run.extrapolation_prompts[0] not in run.train_prompts
+        len(run.problems.extrapolation) == 6
+        and run.problems.extrapolation[0] not in run.problems.train
     )
-    sampler = replace(run.eval_sampler, seed=seed_of(0, "extrapolation"))
+    sampler = replace(run.method.eval_sampler, seed=seed_of(0, "extrapolation"))
     kl = []
     for r in evaluate.fixed_rollouts(
-        run.student, run.extrapolation_prompts, sampler, 12, run.place
+        run.pair.student, run.problems.extrapolation, sampler, 12, run.place
     ):
         s, t = (
             m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].log_softmax(-1)
-            for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+            for m, p in ((run.pair.student, r.student_prompt), (run.pair.teacher, r.teacher_prompt))
         )
         kl += F.kl_div(t, s, reduction="none", log_target=True).sum(-1).tolist()
     assert scores[0] == pytest.approx(-sum(kl) / len(kl), rel=1e-4)

@@ -100,14 +100,14 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
         schedule__prefix="full",
         divergence__reduction=reduction,
     )
-    student, teacher = run.student.net.requires_grad_(True), run.teacher.net
+    student, teacher = run.pair.student.net.requires_grad_(True), run.pair.teacher.net
     student.zero_grad()
-    prompts = stream.batch(run.train_prompts, 0, 5, 0)
+    prompts = stream.batch(run.problems.train, 0, 5, 0)
     clock, ledger = Clock(run.place.device), Ledger()
     rollouts, _ = update.select(
-        run, update.sample(run, run.student, prompts, 0, 32, ledger, clock), 0, ledger, clock
+        run, update.sample(run, run.pair.student, prompts, 0, 32, ledger, clock), 0, ledger, clock
     )
-    assert {len(r.taught) for r in rollouts} == {run.window.size}
+    assert {len(r.taught) for r in rollouts} == {run.method.window.size}
     weights, share = token_weights(rollouts, reduction)
     values, _ = update.accumulate_gradients(
         run, StudentLoss(run), rollouts, weights, share, ledger, clock
@@ -129,9 +129,9 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
                 .log_softmax(-1)
             )
         kl = F.kl_div(t, s, reduction="none", log_target=True).sum(-1)
-        if run.window.kind == "highest-kl":
+        if run.method.window.kind == "highest-kl":
             assert set(r.taught) == set(kl.topk(4).indices.tolist())
-        if run.window.kind == "highest-entropy":
+        if run.method.window.kind == "highest-entropy":
             assert set(r.taught) == set((-(s.exp() * s).sum(-1)).topk(2).indices.tolist())
         kept = kl[list(r.taught)]
         torch.testing.assert_close(
@@ -152,9 +152,9 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
 
 def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, questions):
     run = prepared(pair, questions, weights__window="first:3", schedule__prefix="full")
-    prompts = stream.batch(run.train_prompts, 0, 5, 0)
+    prompts = stream.batch(run.problems.train, 0, 5, 0)
     clock = Clock(run.place.device)
-    whole = update.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
+    whole = update.sample(run, run.pair.student, prompts, 0, 32, Ledger(), clock)
     kept, _ = update.select(run, whole, 0, Ledger(), clock)
     truncated = [
         r.__class__(**{**r.__dict__, "ids": r.ids[:3], "teacher_ids": r.ids[:3]}) for r in whole
@@ -162,25 +162,28 @@ def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, q
     assert scoring.sequences(kept) == scoring.sequences(truncated)
     assert scoring.reads(kept, False) == scoring.reads(truncated, False)
     torch.testing.assert_close(
-        scoring.hidden_rows(run.student, kept), scoring.hidden_rows(run.student, truncated)
+        scoring.hidden_rows(run.pair.student, kept),
+        scoring.hidden_rows(run.pair.student, truncated),
     )
 
 
 def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
     run = prepared(pair, questions, weights__window="highest-kl:4", schedule__prefix="full")
-    prompts = stream.batch(run.train_prompts, 0, 5, 0)
+    prompts = stream.batch(run.problems.train, 0, 5, 0)
     clock, ledger, plain = Clock(run.place.device), Ledger(), Ledger()
-    rollouts = update.sample(run, run.student, prompts, 0, 32, Ledger(), clock)
+    rollouts = update.sample(run, run.pair.student, prompts, 0, 32, Ledger(), clock)
     update.select(run, rollouts, 0, ledger, clock)
     groups = scoring.micro_batches(
-        rollouts, run.config.train.micro_batch_size, run.student.reads_once
+        rollouts, run.config.train.micro_batch_size, run.pair.student.reads_once
     )
     for group in groups:
-        plain.forward("selection", run.student_shape, scoring.reads(group, run.student.reads_once))
+        plain.forward(
+            "selection", run.pair.student_shape, scoring.reads(group, run.pair.student.reads_once)
+        )
         plain.forward(
             "selection",
-            run.teacher_shape,
-            scoring.reads(group, run.teacher.reads_once, teacher=True),
+            run.pair.teacher_shape,
+            scoring.reads(group, run.pair.teacher.reads_once, teacher=True),
         )
     assert ledger.useful == plain.useful and set(ledger.useful) == {"selection"}
 
@@ -189,8 +192,8 @@ def test_statistics_of_one_rollout_do_not_depend_on_the_batch(pair, questions):
     run = prepared(pair, questions)
     rollouts = update.sample(
         run,
-        run.student,
-        stream.batch(run.train_prompts, 0, 5, 0),
+        run.pair.student,
+        stream.batch(run.problems.train, 0, 5, 0),
         0,
         20,
         Ledger(),
@@ -198,7 +201,13 @@ def test_statistics_of_one_rollout_do_not_depend_on_the_batch(pair, questions):
     )
     both = [
         scoring.token_statistics(
-            Terms("reverse-kl"), run.student, run.teacher, run.shared, rollouts, run.place, rows
+            Terms("reverse-kl"),
+            run.pair.student,
+            run.pair.teacher,
+            run.pair.shared_support,
+            rollouts,
+            run.place,
+            rows,
         )
         for rows in (1, 10)
     ]
@@ -362,7 +371,7 @@ def chosen_by_reference(run, rollouts, kind, keep) -> dict:
     for r in rollouts:
         s, t = (
             m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].double().log_softmax(-1)
-            for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+            for m, p in ((run.pair.student, r.student_prompt), (run.pair.teacher, r.teacher_prompt))
         )
         rows.append(
             (-(s.exp() * s).sum(-1), (s.exp() * (s - t)).sum(-1), (t.exp() * (t - s)).sum(-1))
@@ -394,18 +403,18 @@ def selected_gradient(run, micro, window=None):
             ),
         }
     )
-    run.student.net.requires_grad_(True).zero_grad()
+    run.pair.student.net.requires_grad_(True).zero_grad()
     clock, ledger = Clock(run.place.device), Ledger()
     drawn = update.sample(
-        run, run.student, stream.batch(run.train_prompts, 0, 5, 0), 0, 12, Ledger(), clock
+        run, run.pair.student, stream.batch(run.problems.train, 0, 5, 0), 0, 12, Ledger(), clock
     )
     rollouts, reading = update.select(run, drawn, 0, ledger, clock)
-    weights, share = token_weights(rollouts, "token", run.position)
+    weights, share = token_weights(rollouts, "token", run.method.position)
     values, _ = update.accumulate_gradients(
         run, StudentLoss(run), rollouts, weights, share, ledger, clock, reading
     )
     return (
-        {n: p.grad.clone() for n, p in run.student.net.named_parameters()},
+        {n: p.grad.clone() for n, p in run.pair.student.net.named_parameters()},
         drawn,
         rollouts,
         values,
@@ -429,14 +438,14 @@ def even(pair, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["soft-or", "overconfident", "entropy", "divergence", "bottom"])
 def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, even, kind):
     run = prepared(pair, even, weights__select=kind, weights__keep=0.5, rollout__eos="teacher")
-    run.sampler = run.sampler.__class__(
-        **{**run.sampler.__dict__, "eos": frozenset({-1})}
+    run.method.sampler = run.method.sampler.__class__(
+        **{**run.method.sampler.__dict__, "eos": frozenset({-1})}
     )  # no rollout ends early
     once, drawn, kept, values, reading, ledger = selected_gradient(run, 10)
     assert reading is not None
     expected = chosen_by_reference(run, drawn, kind, 0.5)
     assert {key: r.taught for r in kept for key in [(r.prompt, r.sample)]} == expected
-    head = (run.student_shape.output(1) + run.teacher_shape.output(1)) * sum(
+    head = (run.pair.student_shape.output(1) + run.pair.teacher_shape.output(1)) * sum(
         len(r.ids) for r in drawn
     )
     assert ledger.useful["selection"] == head == ledger.executed["selection"]
@@ -444,7 +453,7 @@ def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, ev
         twice, _, again, _, none, more = selected_gradient(run, micro)
         assert none is None and again == kept and more.useful["selection"] > 3 * head
         assert_same(twice, once)
-    student, teacher = run.student.net, run.teacher.net
+    student, teacher = run.pair.student.net, run.pair.teacher.net
     student.zero_grad()
     losses = []
     for r in kept:
@@ -546,23 +555,23 @@ def test_position_weights_multiply_and_do_not_renormalise(pair, questions, reduc
         divergence__reduction=reduction,
         weights__window="last:5",
     )
-    run.student.net.requires_grad_(True).zero_grad()
+    run.pair.student.net.requires_grad_(True).zero_grad()
     clock, ledger = Clock(run.place.device), Ledger()
     drawn = update.sample(
-        run, run.student, stream.batch(run.train_prompts, 0, 5, 0), 0, 12, ledger, clock
+        run, run.pair.student, stream.batch(run.problems.train, 0, 5, 0), 0, 12, ledger, clock
     )
     rollouts, _ = update.select(run, drawn, 0, ledger, clock)
-    weights, share = token_weights(rollouts, reduction, run.position)
+    weights, share = token_weights(rollouts, reduction, run.method.position)
     _, plain_share = token_weights(rollouts, reduction)
     assert share == plain_share
     update.accumulate_gradients(run, StudentLoss(run), rollouts, weights, share, ledger, clock)
-    fused = {n: p.grad.clone() for n, p in run.student.net.named_parameters()}
-    run.student.net.zero_grad()
+    fused = {n: p.grad.clone() for n, p in run.pair.student.net.named_parameters()}
+    run.pair.student.net.zero_grad()
     losses = []
     for r in rollouts:
         s, t = (
             m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].log_softmax(-1)
-            for m, p in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+            for m, p in ((run.pair.student, r.student_prompt), (run.pair.teacher, r.teacher_prompt))
         )
         kl, m = F.kl_div(t, s, reduction="none", log_target=True).sum(-1), len(r.ids)
         u = (torch.arange(m) + 0.5) / m
@@ -574,4 +583,4 @@ def test_position_weights_multiply_and_do_not_renormalise(pair, questions, reduc
         "sum": torch.stack([x.sum() for x in losses]).mean(),
     }[reduction]
     loss.backward()
-    assert_same(fused, {n: p.grad for n, p in run.student.net.named_parameters()}, 1e-4)
+    assert_same(fused, {n: p.grad for n, p in run.pair.student.net.named_parameters()}, 1e-4)

@@ -99,10 +99,13 @@ def test_prompts_are_shown_as_each_model_reads_them(pair, questions, tmp_path):
 def test_the_first_token_s_probability_is_the_teacher_s(pair, questions):
     run = prepared(pair, questions)
     chances = []
-    for r in run.train_prompts[:FEW]:
-        token = run.student.net(torch.tensor([r.student_ids])).logits[0, -1].argmax()
+    for r in run.problems.train[:FEW]:
+        token = run.pair.student.net(torch.tensor([r.student_ids])).logits[0, -1].argmax()
         chances.append(
-            run.teacher.net(torch.tensor([r.teacher_ids])).logits[0, -1].softmax(-1)[token].item()
+            run.pair.teacher.net(torch.tensor([r.teacher_ids]))
+            .logits[0, -1]
+            .softmax(-1)[token]
+            .item()
         )
     found = text_checks.examine_prompts(run)
     assert found.facts["first_token_probability"] == pytest.approx(

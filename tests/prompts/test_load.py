@@ -469,7 +469,7 @@ def test_a_longer_run_begins_with_the_prompts_of_a_shorter_one(mixture, streamin
     sets = [
         [
             "problem" if "-" in text else "question"
-            for text in questions_of(r.prompt for r in run.train_prompts)
+            for text in questions_of(r.prompt for r in run.problems.train)
         ]
         for run in (short, long)
     ]
@@ -620,15 +620,20 @@ def test_a_preset_is_evaluated_on_its_test_split_unless_that_is_taught(pair, tmp
     def split_of(run):
         return [
             {text.split()[0] for text in questions_of(found)}
-            for found in ([r.prompt for r in run.train_prompts], [p for p, _ in run.problems])
+            for found in (
+                [r.prompt for r in run.problems.train],
+                [p for p, _ in run.problems.held_out],
+            )
         ]
 
     run = preflight.prepare(build(values))
     assert (
         split_of(run) == [{"train"}, {"test"}]
-        and [p.index for p, _ in run.problems] == [0, 5, 10, 15]
-        and run.answer_format == "boxed"
+        and [p.index for p, _ in run.problems.held_out] == [0, 5, 10, 15]
+        and run.problems.answer_format == "boxed"
     )
     run = preflight.prepare(build(values | {"data.split": "test"}))
-    assert split_of(run) == [{"test"}, {"test"}] and len(run.problems) == 2
-    assert not {p.index for p, _ in run.problems} & {r.prompt.index for r in run.train_prompts}
+    assert split_of(run) == [{"test"}, {"test"}] and len(run.problems.held_out) == 2
+    assert not {p.index for p, _ in run.problems.held_out} & {
+        r.prompt.index for r in run.problems.train
+    }

@@ -80,18 +80,18 @@ def prepared(student="student-merged", **changes):
 def gradient(run, micro=4):
     """One update's gradient → (name → gradient, rollouts as taught, values, divisor)."""
     run.config = configuration.replace(run.config, train={"micro_batch_size": micro})
-    run.student.net.requires_grad_(True).zero_grad()
+    run.pair.student.net.requires_grad_(True).zero_grad()
     clock, ledger = Clock(run.place.device), Ledger()
     drawn = update.sample(
-        run, run.student, stream.batch(run.train_prompts, 0, 3, 0), 0, 40, Ledger(), clock
+        run, run.pair.student, stream.batch(run.problems.train, 0, 3, 0), 0, 40, Ledger(), clock
     )
     rollouts, reading = update.select(run, drawn, 0, ledger, clock)
-    weights, divisor = token_weights(rollouts, "token", run.position)
+    weights, divisor = token_weights(rollouts, "token", run.method.position)
     values, _ = update.accumulate_gradients(
         run, StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
     )
     return (
-        {n: p.grad.clone() for n, p in run.student.net.named_parameters()},
+        {n: p.grad.clone() for n, p in run.pair.student.net.named_parameters()},
         rollouts,
         values,
         divisor,
@@ -119,7 +119,7 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
     time; any micro-batch."""
     run = prepared(models__cross_tokenizer=mode, **chosen)
     got, rollouts, values, divisor = gradient(run)
-    student, teacher = run.student.net, run.teacher.net
+    student, teacher = run.pair.student.net, run.pair.teacher.net
     assert any(not u.exact for r in rollouts for u in r.units)
     assert (mode == "strict") == all(u.exact for r in rollouts for u in r.taught_units)
     if not chosen:
@@ -132,7 +132,7 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
             theirs = rows(teacher, r.teacher_prompt, r.teacher_ids, 18)[r.rows(True)]
         found = by_the_book(
             Terms("reverse-kl"),
-            run.alignment.shared,
+            run.pair.alignment.shared,
             [r],
             ours,
             Head(torch.eye(26)),
@@ -143,7 +143,10 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
         torch.testing.assert_close(
             torch.tensor(values[r.prompt, r.sample]), found.detach(), rtol=1e-4, atol=1e-5
         )
-        weight = [1.0 if run.position is None else run.position.at(t, len(r.ids)) for t in r.taught]
+        weight = [
+            1.0 if run.method.position is None else run.method.position.at(t, len(r.ids))
+            for t in r.taught
+        ]
         total = total + (torch.tensor(weight) * found).sum() / divisor
     total.backward()
     assert_same(got, {n: p.grad for n, p in student.named_parameters()}, 1e-4)
@@ -155,11 +158,11 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
     """Canonical rollouts that end by themselves, O = all ids: every parameter's gradient to 1e-6
     of the largest."""
     run = prepared("student", schedule__prefix="full", rollout__temperature=0.0)
-    assert run.alignment is None
-    side = [Bytes(m.tokenizer, m.name) for m in (run.student, run.teacher)]
+    assert run.pair.alignment is None
+    side = [Bytes(m.tokenizer, m.name) for m in (run.pair.student, run.pair.teacher)]
     clock = Clock(run.place.device)
     drawn = update.sample(
-        run, run.student, stream.batch(run.train_prompts, 0, 3, 0), 0, 192, Ledger(), clock
+        run, run.pair.student, stream.batch(run.problems.train, 0, 3, 0), 0, 192, Ledger(), clock
     )
     assert all(r.finished for r in drawn)
     found = []
@@ -168,20 +171,20 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
         if alignment is not None:
             others = tuple(i for i in range(18) if i != 1)
             alignment.__dict__["shared"] = Shared(others, others, (1,), (1,))
-            run.alignment, run.shared = (
+            run.pair.alignment, run.pair.shared_support = (
                 alignment,
                 scoring.shared_support(alignment.shared, "simct", "cpu", "cpu"),
             )
-            rollouts = run.aligned(drawn)
+            rollouts = run.pair.align(drawn)
             assert all(
                 r.teacher_ids == r.ids and r.taught == tuple(range(len(r.ids))) for r in rollouts
             )
-        run.student.net.requires_grad_(True).zero_grad()
+        run.pair.student.net.requires_grad_(True).zero_grad()
         weights, divisor = token_weights(rollouts, "token")
         update.accumulate_gradients(
             run, StudentLoss(run), rollouts, weights, divisor, Ledger(), clock
         )
-        found.append({n: p.grad.clone() for n, p in run.student.net.named_parameters()})
+        found.append({n: p.grad.clone() for n, p in run.pair.student.net.named_parameters()})
     for name, plain in found[0].items():
         assert (found[1][name] - plain).abs().max() <= 1e-6 * max(
             p.abs().max() for p in found[0].values()
@@ -194,22 +197,27 @@ def test_prompts_are_each_models_own_and_text_is_the_same():
     for r in rollouts:
         shown = [
             m.tokenizer.decode(ids)
-            for m, ids in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+            for m, ids in (
+                (run.pair.student, r.student_prompt),
+                (run.pair.teacher, r.teacher_prompt),
+            )
         ]
         assert shown[0] == shown[1]
         last = r.units[-1]
         texts = [
             m.tokenizer.decode(ids[:end], skip_special_tokens=True)
             for m, ids, end in (
-                (run.student, r.ids, last.start + last.size),
-                (run.teacher, r.teacher_ids, last.teacher_start + last.teacher_size),
+                (run.pair.student, r.ids, last.start + last.size),
+                (run.pair.teacher, r.teacher_ids, last.teacher_start + last.teacher_size),
             )
         ]
         assert texts[0] == texts[1] and texts[0]
     assert any(r.student_prompt != r.teacher_prompt for r in rollouts)
     # a teacher with few positions reads as far as it can
     positions = max(len(r.teacher_prompt) for r in rollouts) + 10
-    short = Alignment("simct", run.alignment.student, run.alignment.teacher, (1,), (1,), positions)
+    short = Alignment(
+        "simct", run.pair.alignment.student, run.pair.alignment.teacher, (1,), (1,), positions
+    )
     for r in map(short.rollout, rollouts):
         assert len(r.teacher_prompt) + r.extent(teacher=True) <= positions and r.units
 
@@ -220,22 +228,31 @@ def test_the_ledger_is_torchs_own_count(mode):
     run = prepared(models__cross_tokenizer=mode)
     _, rollouts, _, _ = gradient(run)
     group = rollouts[:1]
-    student, teacher = (m.head() for m in (run.student, run.teacher))
+    student, teacher = (m.head() for m in (run.pair.student, run.pair.teacher))
     hidden = torch.randn(len(group[0].rows()), 64, requires_grad=True)
     there = torch.randn(len(group[0].rows(teacher=True)), 96)
     of = scoring.units_of(group)
 
     def loss():
         simct.weighted(
-            run.terms, run.shared, of, hidden, student, there, teacher, torch.ones(len(of.token[0]))
+            run.method.terms,
+            run.pair.shared_support,
+            of,
+            hidden,
+            student,
+            there,
+            teacher,
+            torch.ones(len(of.token[0])),
         )[0].backward()
 
     ours, theirs = (
-        scoring.head_rows(m, group, run.shared, side)
-        for m, side in ((run.student, False), (run.teacher, True))
+        scoring.head_rows(m, group, run.pair.shared_support, side)
+        for m, side in ((run.pair.student, False), (run.pair.teacher, True))
     )
-    again = run.student_shape.output(sum(u.size for u in group[0].taught_units if not u.exact))
-    expected = 3 * run.student_shape.output(ours) + again + run.teacher_shape.output(theirs)
+    again = run.pair.student_shape.output(sum(u.size for u in group[0].taught_units if not u.exact))
+    expected = (
+        3 * run.pair.student_shape.output(ours) + again + run.pair.teacher_shape.output(theirs)
+    )
     assert counted(loss) == pytest.approx(expected, rel=1e-6)
 
 
@@ -244,16 +261,19 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
     """sft: every token of the re-encoded text; divergence: its units, against the tokens that
     the teacher wrote."""
     run = prepared(rollout__off_policy=loss, models__cross_tokenizer="simct")
-    written = run.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids
+    written = run.pair.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids
     text = [*written, 1]
-    prompts = stream.batch(run.train_prompts, 0, 3, 0)
+    prompts = stream.batch(run.problems.train, 0, 3, 0)
     texts = {
         (p.prompt.index, s): {"ids": text, "finished": True} for p in prompts for s in range(2)
     }
     drawn = update.sample(
-        run, run.student, prompts, 0, 40, Ledger(), Clock(run.place.device), texts
+        run, run.pair.student, prompts, 0, 40, Ledger(), Clock(run.place.device), texts
     )
-    encoded = (*run.student.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids, 1)
+    encoded = (
+        *run.pair.student.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids,
+        1,
+    )
     for r in drawn:
         assert r.off_policy and r.ids == encoded and r.finished
         if loss == "sft":
@@ -264,7 +284,9 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
                 and sum(u.size for u in r.units) == len(r.ids)
                 and any(not u.exact for u in r.taught_units)
             )
-    short = update.sample(run, run.student, prompts, 0, 4, Ledger(), Clock(run.place.device), texts)
+    short = update.sample(
+        run, run.pair.student, prompts, 0, 4, Ledger(), Clock(run.place.device), texts
+    )
     assert all(r.ids == encoded[:4] and not r.finished for r in short)
 
 

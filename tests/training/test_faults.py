@@ -242,9 +242,9 @@ def test_numbers_that_are_not_finite_are_named_before_they_do_harm(  # noqa: PLR
     def accumulate(run, *rest):
         if run.optimizer_steps == 2:
             if what == "teacher's weight":
-                poison(run.teacher, "model.norm.weight")
+                poison(run.pair.teacher, "model.norm.weight")
             if what == "student's weight":
-                poison(run.student, "lm_head.weight")
+                poison(run.pair.student, "lm_head.weight")
             if what == "teacher's logits":
                 monkeypatch.setattr(
                     scoring,
@@ -255,7 +255,7 @@ def test_numbers_that_are_not_finite_are_named_before_they_do_harm(  # noqa: PLR
                 )
         found = plain(run, *rest)
         if run.optimizer_steps == 2 and what == "gradient":
-            dict(run.student.net.named_parameters())["model.layers.1.mlp.up_proj.weight"].grad[
+            dict(run.pair.student.net.named_parameters())["model.layers.1.mlp.up_proj.weight"].grad[
                 1, 2
             ] = float("inf")
         run.optimizer_steps += 1
@@ -528,6 +528,6 @@ def test_a_prompt_of_a_million_characters_is_dropped_and_counted(pair, tmp_path)
     assert any(
         "1 training and 0 held-out prompts exceed" in text
         or "0 training and 1 held-out prompts exceed" in text
-        for text in run.warnings
+        for text in run.notes.warnings
     )
     assert run_in(tmp_path / "run", run)["steps"] == 4

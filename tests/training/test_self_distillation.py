@@ -117,14 +117,14 @@ def test_values_are_those_of_the_initial_weights_behind_the_privileged_prompt(pa
     prompts of different lengths on both sides, both models' rows of different lengths among
     themselves."""
     run = prepared((pair[0], "self"), questions, divergence__name="forward-kl", **SELF)
-    assert run.teacher.net is not run.student.net
+    assert run.pair.teacher.net is not run.pair.student.net
     _, rollouts, values = update_gradient(run, micro=10)
     assert len({len(r.student_prompt) for r in rollouts}) > 1 and all(
         len(r.teacher_prompt) > len(r.student_prompt) + 10 for r in rollouts
     )
     for r in rollouts:
         s, t = (
-            run.student.net(torch.tensor([prompt + r.ids]))
+            run.pair.student.net(torch.tensor([prompt + r.ids]))
             .logits[0, len(prompt) - 1 : -1]
             .log_softmax(-1)
             for prompt in (r.student_prompt, r.teacher_prompt)
@@ -147,11 +147,11 @@ def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):
         divergence__clip=0.05,
         **SELF,
     )
-    first = {n: p.clone() for n, p in run.student.net.named_parameters()}
+    first = {n: p.clone() for n, p in run.pair.student.net.named_parameters()}
     result = trained(run, tmp_path / "run")
-    for name, p in run.teacher.net.named_parameters():
+    for name, p in run.pair.teacher.net.named_parameters():
         assert torch.equal(p, first[name])
-    assert any(not torch.equal(p, first[n]) for n, p in run.student.net.named_parameters())
+    assert any(not torch.equal(p, first[n]) for n, p in run.pair.student.net.named_parameters())
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < row["loss/clipped_share"] < 1 and result["steps"] == 4
 
@@ -169,12 +169,12 @@ def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeyp
     run = prepared(
         (pair[0], "self"), questions, models__teacher_ema=0.75, schedule__lr=1e-2, **SELF
     )
-    expected = [p.detach().clone() for p in run.student.net.parameters()]
+    expected = [p.detach().clone() for p in run.pair.student.net.parameters()]
     trained(run, tmp_path / "run")
     assert len(seen) == 4
     for step in seen:
         expected = [0.75 * t + 0.25 * s for t, s in zip(expected, step, strict=True)]
-    for got, want in zip(run.teacher.net.parameters(), expected, strict=True):
+    for got, want in zip(run.pair.teacher.net.parameters(), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
         assert not got.requires_grad
 
@@ -201,10 +201,10 @@ def test_thinking_is_switched_on_each_side(pair, tmp_path):
     )
     texts = {
         (
-            run.student.tokenizer.decode(r.student_ids)[-3:],
-            run.student.tokenizer.decode(r.teacher_ids)[-4:],
+            run.pair.student.tokenizer.decode(r.student_ids)[-3:],
+            run.pair.student.tokenizer.decode(r.teacher_ids)[-4:],
         )
-        for r in run.train_prompts
+        for r in run.problems.train
     }
     assert {(s[-2:], t[-3:]) for s, t in texts} == {("[]", "<a>")}
     with pytest.raises(UserError, match="no thinking switch"):
@@ -221,8 +221,8 @@ def test_a_teacher_that_makes_no_use_of_it_is_reported(pair, questions):
         data__privileged_column="solution",
         rollout__max_new_tokens=192,
     )
-    assert not any("makes no use" in text for text in told.warnings)
-    assert any(text.startswith("privileged prompt:") for text in told.notes)
+    assert not any("makes no use" in text for text in told.notes.warnings)
+    assert any(text.startswith("privileged prompt:") for text in told.notes.lines)
     blind = prepared(
         ("lab:choice/student", "self"),
         "lab:choice",
@@ -230,4 +230,4 @@ def test_a_teacher_that_makes_no_use_of_it_is_reported(pair, questions):
         data__privileged_column="solution",
         rollout__max_new_tokens=192,
     )
-    assert any("makes no use" in text for text in blind.warnings)
+    assert any("makes no use" in text for text in blind.notes.warnings)

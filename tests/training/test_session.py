@@ -39,7 +39,7 @@ def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(
         assert values_split.keys() == values.keys()
     # independent reference: each rollout alone, unpadded, both prompts in full, full logits,
     # autograd
-    net, teacher = run.student.net, run.teacher.net
+    net, teacher = run.pair.student.net, run.pair.teacher.net
     net.zero_grad()
     losses = []
     for r in rollouts:
@@ -86,7 +86,10 @@ def test_prompts_of_different_length_on_both_sides(pair, questions, tmp_path):
     r = rollouts[3]
     s, t = (
         m.net(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        for m, prompt in ((run.student, r.student_prompt), (run.teacher, r.teacher_prompt))
+        for m, prompt in (
+            (run.pair.student, r.student_prompt),
+            (run.pair.teacher, r.teacher_prompt),
+        )
     )
     torch.testing.assert_close(
         (s.exp() * (s - t)).sum(-1).detach(),
@@ -98,7 +101,7 @@ def test_prompts_of_different_length_on_both_sides(pair, questions, tmp_path):
 
 def test_forced_start_is_read_by_both_and_never_taught(pair, questions):
     run = prepared(pair, questions, rollout__begin="<think>")
-    begin = tuple(run.student.tokenizer("<think>", add_special_tokens=False).input_ids)
+    begin = tuple(run.pair.student.tokenizer("<think>", add_special_tokens=False).input_ids)
     assert len(begin) == 7
     _, rollouts, values = update_gradient(run)
     assert all(
@@ -159,8 +162,8 @@ def test_end_of_sequence_sets_and_their_choice(pair, questions, tmp_path):
     generation.save_pretrained(teacher)
     for choice, ids in (("student", {257}), ("teacher", {259}), ("union", {257, 259})):
         run = prepared((pair[0], str(teacher)), questions, rollout__eos=choice)
-        assert run.sampler.eos == ids
-        assert any("end-of-sequence ids differ" in text for text in run.warnings)
+        assert run.method.sampler.eos == ids
+        assert any("end-of-sequence ids differ" in text for text in run.notes.warnings)
 
 
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, tmp_path):
@@ -177,9 +180,9 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            scoring.hidden_rows(run.student, rollouts[:1]).sum().backward()
-        save_model(run.student, tmp_path / str(on))
-        decoding = decoder(run.student, torch.float32)
+            scoring.hidden_rows(run.pair.student, rollouts[:1]).sum().backward()
+        save_model(run.pair.student, tmp_path / str(on))
+        decoding = decoder(run.pair.student, torch.float32)
         widths = []
 
         def measure(module, positional, named, widths=widths):
@@ -187,10 +190,10 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
 
         decoding.net.register_forward_pre_hook(measure, with_kwargs=True)
         drawn = update.sample(
-            run, decoding, run.train_prompts[:2], 0, 8, Ledger(), Clock(run.place.device)
+            run, decoding, run.problems.train[:2], 0, 8, Ledger(), Clock(run.place.device)
         )
-        assert (run.student.recomputes, set(widths)) == (on, {1}) and not any(
-            m.training for m in run.student.net.modules()
+        assert (run.pair.student.recomputes, set(widths)) == (on, {1}) and not any(
+            m.training for m in run.pair.student.net.modules()
         )
         found[on] = gradient, sum(kept), (tmp_path / str(on) / "config.json").read_text(), drawn
     assert_same(found[True][0], found[False][0])
@@ -205,8 +208,8 @@ def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(
     folder = RunFolder(tmp_path / "run")
     folder.create({})
     with torch.no_grad():
-        run.teacher.net.model.embed_tokens.weight[:] = float("nan")
-    before = {n: p.detach().clone() for n, p in run.student.net.named_parameters()}
+        run.pair.teacher.net.model.embed_tokens.weight[:] = float("nan")
+    before = {n: p.detach().clone() for n, p in run.pair.student.net.named_parameters()}
     folder.write_json("run.json", {})
     with pytest.raises(
         Stopped,
@@ -215,7 +218,7 @@ def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(
         train.train(run, folder, Silent(), False)
     step, tensors, _ = folder.latest(lambda text: None)
     assert step == 0
-    for name, p in run.student.net.named_parameters():
+    for name, p in run.pair.student.net.named_parameters():
         assert torch.equal(p, before[name]) and torch.equal(tensors["student"][name], before[name])
 
 
@@ -226,7 +229,7 @@ def test_a_run_writes_what_plain_transformers_loads(pair, questions, tmp_path):
     folder.write_json("run.json", {})
     result = train.train(run, folder, Silent(), False)
     net = AutoModelForCausalLM.from_pretrained(folder.model)
-    for (name, p), q in zip(run.student.net.named_parameters(), net.parameters(), strict=True):
+    for (name, p), q in zip(run.pair.student.net.named_parameters(), net.parameters(), strict=True):
         assert torch.equal(p, q), name
     original, saved = (
         GenerationConfig.from_pretrained(pair[0]),
@@ -273,8 +276,8 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
     for dtype in ("float32", "bfloat16"):
         run = prepared(pair, questions, runtime__dtype=dtype, schedule__lr=1e-3)
         assert (
-            run.teacher.net.dtype == getattr(torch, dtype)
-            and run.student.net.dtype == torch.float32
+            run.pair.teacher.net.dtype == getattr(torch, dtype)
+            and run.pair.student.net.dtype == torch.float32
         )
         folder = RunFolder(tmp_path / dtype)
         folder.create({})
@@ -283,12 +286,12 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
         measured[dtype] = [result["kl_before"]["value"], result["kl_after"]["value"]]
         gap = result["sampler_kl"]
         assert gap is None if dtype == "float32" else 0 < gap < 0.01 * result["kl_after"]["value"]
-        decoding = decoder(run.student, run.place.dtype)
+        decoding = decoder(run.pair.student, run.place.dtype)
         with torch.no_grad():
-            next(run.student.net.parameters()).mul_(1.5)
-        refresh(decoding, run.student)
+            next(run.pair.student.net.parameters()).mul_(1.5)
+        refresh(decoding, run.pair.student)
         for own, master in zip(
-            decoding.net.parameters(), run.student.net.parameters(), strict=True
+            decoding.net.parameters(), run.pair.student.net.parameters(), strict=True
         ):
             assert (own is master) == (dtype == "float32") and torch.equal(
                 own, master.to(own.dtype)
@@ -303,15 +306,15 @@ def test_gpu_update_equals_cpu(pair, questions):
     gradients, rollouts = [], None
     for device in ("cpu", "cuda:0"):
         run = prepared(pair, questions, runtime__device=device)
-        run.student.net.requires_grad_(True)
+        run.pair.student.net.requires_grad_(True)
         if rollouts is None:
             rollouts = update_gradient(run)[1]
-            run.student.net.zero_grad()
+            run.pair.student.net.zero_grad()
         weights, share = token_weights(rollouts, "token")
         update.accumulate_gradients(
             run, StudentLoss(run), rollouts, weights, share, Ledger(), Clock(run.place.device)
         )
-        gradients.append({n: p.grad.cpu() for n, p in run.student.net.named_parameters()})
+        gradients.append({n: p.grad.cpu() for n, p in run.pair.student.net.named_parameters()})
     assert_same(gradients[1], gradients[0], 1e-3)
 
 

@@ -25,15 +25,15 @@ def gradient(run, folder, prefix=12):
     files = RunFolder(folder)
     files.path.mkdir(exist_ok=True)
     student, clock, progress = (
-        run.student.net.requires_grad_(True),
+        run.pair.student.net.requires_grad_(True),
         Clock(run.place.device),
         Progress(),
     )
     student.zero_grad()
     texts = train._teacher_texts(run, files, progress, clock)
-    prompts = stream.batch(run.train_prompts, 0, run.config.train.batch_size, 0)
+    prompts = stream.batch(run.problems.train, 0, run.config.train.batch_size, 0)
     ledger = Ledger()
-    rollouts = sample(run, run.student, prompts, 0, prefix, ledger, clock, texts)
+    rollouts = sample(run, run.pair.student, prompts, 0, prefix, ledger, clock, texts)
     weights, share = token_weights(rollouts, run.config.divergence.reduction)
     values, _ = accumulate_gradients(run, StudentLoss(run), rollouts, weights, share, ledger, clock)
     return (
@@ -47,7 +47,7 @@ def gradient(run, folder, prefix=12):
 
 
 def reference(run, rollouts, loss_of):
-    student = run.student.net
+    student = run.pair.student.net
     student.zero_grad()
     losses, count = [], 0
     for r in rollouts:
@@ -55,7 +55,7 @@ def reference(run, rollouts, loss_of):
             0, len(r.student_prompt) - 1 : -1
         ]
         with torch.no_grad():
-            theirs = run.teacher.net(torch.tensor([r.teacher_prompt + r.ids])).logits[
+            theirs = run.pair.teacher.net(torch.tensor([r.teacher_prompt + r.ids])).logits[
                 0, len(r.teacher_prompt) - 1 : -1
             ]
         losses.append(loss_of(r, logits.log_softmax(-1), theirs.log_softmax(-1)).sum())
@@ -113,7 +113,7 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
         and len(r.ids) <= 5
         and r.ids == tuple(texts[p.prompt.index, r.sample]["ids"][:5])
         for p, r in zip(
-            (stream.batch(run.train_prompts, 0, 5, 0)[r.prompt] for r in rollouts),
+            (stream.batch(run.problems.train, 0, 5, 0)[r.prompt] for r in rollouts),
             rollouts,
             strict=True,
         )
@@ -121,12 +121,12 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
     # it is what the teacher samples: the same draw from its own distribution, prompt by prompt
     from prefix_distill.engine.sampling import Request, generate
 
-    first = stream.batch(run.train_prompts, 0, 5, 0)[0]
+    first = stream.batch(run.problems.train, 0, 5, 0)[0]
     alone = generate(
-        run.teacher,
+        run.pair.teacher,
         [Request(first.teacher_ids, ("teacher-text", first.prompt.index, 1))],
         12,
-        run.text_sampler,
+        run.method.text_sampler,
     )
     assert texts[first.prompt.index, 1]["ids"] == list(alone[0].ids)
     assert set(spent.useful) == set(PHASES) and all(spent.useful.values())

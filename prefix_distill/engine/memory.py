@@ -1,0 +1,140 @@
+"""MemoryLimits: how many rollouts fit in memory at once, and what happens when too few do."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from ..config import Config
+from ..errors import MemoryShortage
+from .device import out_of_memory
+from .meter import Meter
+from .models import Model
+from .ranks import Place
+from .rollout import Rollout
+from .sampling import GenerationCost, Request, Response, Sampler, generate
+from .scoring import Scorer, TokenFacts
+
+T = TypeVar("T")
+
+MICRO_BATCH = "micro_batch_size"
+ROWS = "rows"
+FLAGS = {MICRO_BATCH: "--micro-batch-size", ROWS: "--generation-rows"}
+
+
+def _ignore(text: str) -> None:
+    """Report nothing."""
+
+
+class MemoryLimits:
+    """How many rollouts a rank handles at once, in training and in generation.
+
+    When a device runs out of memory, ``fit`` and ``attempt`` halve the limit and repeat the work.
+    The result stays the same, because no number depends on how rollouts are batched.
+    ``micro_batch_size``: rollouts in one forward and backward pass; ``rows``: responses sampled
+    together; ``lowered``: the limits that were halved, which a checkpoint keeps; ``report``: called
+    with one line whenever a limit is halved.
+    """
+
+    def __init__(self, place: Place, config: Config):
+        self.place = place
+        self.micro_batch_size = config.train.micro_batch_size
+        self.rows = config.rollout.rows
+        self.lowered: dict[str, int] = {}
+        self.report: Callable[[str], None] = _ignore
+
+    def restore(self, lowered: dict[str, int]) -> None:
+        """Apply the limits that a checkpoint kept, where they are below the current ones."""
+        for limit, size in lowered.items():
+            self._set(limit, min(size, getattr(self, limit)))
+
+    def fit(self, limit: str, meter: Meter, work: Callable[[Meter], T]) -> T:
+        """Return ``work(meter)`` of this rank; halve ``limit`` until the work fits.
+
+        MemoryShortage: the limit is 1 and memory still runs out.
+        """
+        while True:
+            attempt = meter.attempt()
+            try:
+                result = work(attempt)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            else:
+                meter.accept(attempt)
+                return result
+            # After the except block, so that the traceback no longer holds the tensors.
+            meter.reject(attempt)
+            self.halve(limit)
+
+    def attempt(self, meter: Meter, work: Callable[[Meter], T]) -> T | None:
+        """Return ``work(meter)`` if it fits on every rank.
+
+        If any rank runs out of memory, return None and halve the micro-batch on all ranks.
+        """
+        attempt = meter.attempt()
+        result: T | None = None
+        fits = True
+        try:
+            result = work(attempt)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            fits = False
+        if all(self.place.gather(fits)):
+            meter.accept(attempt)
+            return result
+        del result  # frees its tensors before memory is asked for again
+        meter.reject(attempt)
+        self.halve(MICRO_BATCH)
+        return None
+
+    def sample(
+        self,
+        model: Model,
+        requests: list[Request],
+        max_new_tokens: int,
+        sampler: Sampler,
+        cost: GenerationCost,
+    ) -> list[Response]:
+        """Return the responses of ``generate``; halve ``rows`` until a batch fits."""
+
+        def sample(meter: Meter) -> list[Response]:
+            fitting = dataclasses.replace(sampler, rows=self.rows)
+            counted = dataclasses.replace(cost, meter=meter)
+            return generate(model, requests, max_new_tokens, fitting, counted)
+
+        return self.fit(ROWS, cost.meter, sample)
+
+    def measure(
+        self, scorer: Scorer, rollouts: list[Rollout], meter: Meter, phase: str
+    ) -> TokenFacts:
+        """Return the statistics of ``Scorer.measure``; halve the micro-batch until it fits."""
+
+        def measure(meter: Meter) -> TokenFacts:
+            return scorer.measure(rollouts, self.micro_batch_size, meter.ledger, phase)
+
+        return self.fit(MICRO_BATCH, meter, measure)
+
+    def halve(self, limit: str) -> None:
+        """Halve a limit, report it and release cached memory. MemoryShortage: it is 1."""
+        device = self.place.device
+        size = getattr(self, limit)
+        if size == 1:
+            raise MemoryShortage(
+                f"rank {self.place.rank}: {device} has no memory for one rollout at a time; use "
+                "--gradient-checkpointing, a lower --head-memory-mb, shorter answers (--prefix, "
+                "--max-new-tokens) or a smaller model"
+            )
+        self._set(limit, size // 2)
+        self.report(
+            f"rank {self.place.rank}: {device} ran out of memory; {FLAGS[limit]} was lowered from "
+            f"{size} to {size // 2}, which does not change the result"
+        )
+        if device.type in ("cuda", "mps"):
+            getattr(torch, device.type).empty_cache()
+
+    def _set(self, limit: str, size: int) -> None:
+        setattr(self, limit, size)
+        self.lowered[limit] = size

@@ -1,0 +1,122 @@
+"""The module that DDP wraps: the student's forward pass and the weighted divergence."""
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ..engine import scoring
+from ..engine.rollout import Rollout, student_sides
+from ..engine.units import units_of
+from ..maths import fused, simct
+from ..maths.divergence import Terms
+from .run import Run
+
+# the loss, its value per token [N], and with --clip the clipped mass per token [N]
+Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+class StudentLoss(torch.nn.Module):
+    """Runs the student over a micro-batch and returns its weighted divergence from the teacher."""
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self.net = run.pair.student.net
+        self.run = run
+
+    def forward(
+        self,
+        rollouts: list[Rollout] | None,
+        teacher_NE: torch.Tensor | None = None,
+        weight_N: torch.Tensor | None = None,
+        student_ND: torch.Tensor | None = None,
+    ) -> torch.Tensor | Losses:
+        """Return the loss, its value per token, and the clipped mass per token with --clip.
+
+        ``teacher_NE``: the teacher's hidden rows, None if the loss needs no teacher;
+        ``student_ND``: the student's, if an earlier forward pass is reused. If ``rollouts`` is
+        None, return a zero loss that touches every parameter, so that DDP all-reduces.
+        """
+        run = self.run
+        if rollouts is None or weight_N is None:
+            return self._touch_parameters()
+        pair = run.pair
+        if student_ND is None:
+            with run.place.autocast(run.place.device):
+                student_ND = scoring.hidden_rows(pair.student, student_sides(rollouts))
+        terms = choose_terms(run, rollouts)
+        support = pair.shared_support
+        if support is not None and teacher_NE is not None and rollouts[0].units is not None:
+            return simct.weighted(
+                terms,
+                support,
+                units_of(rollouts),
+                student_ND,
+                pair.student.head(),
+                teacher_NE,
+                pair.teacher.head(),
+                weight_N,
+            )
+        return fused.weighted(
+            terms,
+            student_ND,
+            pair.student.head(),
+            teacher_NE,
+            pair.teacher.head(),
+            weight_N.to(student_ND.device),
+            scoring.tokens(rollouts),
+            _sampler_logp(rollouts),
+        )
+
+    def _touch_parameters(self) -> torch.Tensor:
+        """Return a zero loss that touches every parameter."""
+        run = self.run
+        student = run.pair.student
+        with run.place.autocast(run.place.device):
+            ids_BT = torch.zeros(1, 1, dtype=torch.long, device=run.place.device)
+            hidden_ND = student.trunk(ids_BT)[0]
+        head = student.head()
+        logits_NV = torch.nn.functional.linear(
+            hidden_ND.to(head.weight_VD.dtype), head.weight_VD, head.bias_V
+        )
+        return 0 * logits_NV.sum()
+
+
+def choose_terms(run: Run, rollouts: list[Rollout]) -> Terms:
+    """Return the loss of a micro-batch, whose rollouts all come from one model."""
+    if rollouts[0].off_policy:
+        return run.method.text_terms
+    return run.method.terms
+
+
+def _sampler_logp(rollouts: list[Rollout]) -> torch.Tensor | None:
+    """Return the log-probability of each taught token when it was sampled; None if not recorded."""
+    logp: list[float] = []
+    for r in rollouts:
+        if r.sampler_logp is None:
+            return None
+        logp += [r.sampler_logp[t] for t in r.taught]
+    return torch.tensor(logp)
+
+
+def make_loss(run: Run) -> torch.nn.Module:
+    """Return the student's loss, wrapped in DDP if there are several ranks."""
+    loss = StudentLoss(run)
+    if run.place.world == 1:
+        return loss
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "broadcast_buffers"
+    if "forward_sync_buffers" in known:  # torch renamed it
+        buffers = "forward_sync_buffers"
+    # buffers never change, so they are not broadcast
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+    return DistributedDataParallel(loss, **options)
+
+
+def without_all_reduce(loss: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which DDP does not all-reduce the gradients."""
+    if isinstance(loss, DistributedDataParallel):
+        return loss.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,86 @@
+"""EffOPD within a run: the search along the recent displacement, and its diagnostics."""
+
+import torch
+
+from ..display import flops_text
+from ..engine.models import refresh
+from ..maths import extrapolation
+from .monitor import candidate_score
+from .state import State
+
+
+class Search:
+    """Extrapolates the student's weights when a step is due.
+
+    See ``maths.extrapolation``. A search has a ledger row and a clock phase of its own.
+    """
+
+    def __init__(self, state: State):
+        self.state = state
+        self.settings = state.run.config.extrapolation
+
+    @property
+    def is_due(self) -> bool:
+        """Return whether the step that was just completed is followed by a search."""
+        return bool(self.state.moving) and extrapolation.due(self.state.step)
+
+    def run(self) -> None:
+        """Search once, take the best candidate and add a row to ``Progress.extrapolations``."""
+        state, settings = self.state, self.settings
+        meter = state.meter()
+        flops_before = state.progress.ledger.useful.get("extrapolation", 0.0)
+        seconds_before = state.clock.seconds.get("extrapolation", 0.0)
+        self._keep_displacement()
+
+        def score() -> float:
+            refresh(state.decoding, state.run.pair.student)
+            return candidate_score(state, meter)
+
+        with meter.phase("extrapolation"):
+            taken = extrapolation.extrapolate(
+                state.moving,
+                state.anchor,
+                settings.kind,
+                score,
+                (state.run.config.runtime.seed, state.step),
+            )
+        state.count(meter)
+        if settings.reset:
+            for p in state.moving.values():
+                state.optimizer.state.pop(p, None)
+        flops = state.progress.ledger.useful.get("extrapolation", 0.0) - flops_before
+        row = {"step": state.step, "k": taken.k, "scores": taken.scores, "flops": flops}
+        state.progress.extrapolations.append(row)
+        if settings.kind != "none":
+            seconds = state.clock.seconds["extrapolation"] - seconds_before
+            scores = ""
+            if taken.scores:
+                steps = " → ".join(f"{s:.4g}" for s in taken.scores)
+                scores = f", {settings.score} {steps}"
+            state.report.note(
+                f"after update {state.step}: W + {2 * taken.k}Δ is taken (k = {taken.k}{scores}; "
+                f"{flops_text(flops)}, {seconds:.1f} s)"
+            )
+
+    def _keep_displacement(self) -> None:
+        """Write the displacement since the last search, if diagnostics are on."""
+        state = self.state
+        if not self.settings.diagnostics or not state.run.place.first:
+            return
+        displacement: dict[str, torch.Tensor] = {}
+        for name, p in state.moving.items():
+            displacement[name] = p.detach() - state.anchor[name].to(p.device)
+        state.folder.write_tensors(f"displacements/step-{state.step:08d}.safetensors", displacement)
+
+    def diagnose(self) -> None:
+        """Write displacement.json from the kept displacements, and delete them."""
+        state = self.state
+        final = {}
+        for name, p in state.moving.items():
+            final[name] = p.detach().cpu() - state.initial[name]
+        rows = []
+        for file, tensors in state.folder.read_tensors("displacements"):
+            step = int(file.stem.removeprefix("step-"))
+            rows.append({"step": step, "modules": extrapolation.diagnose(tensors, final)})
+        state.folder.write_json("displacement.json", rows)
+        state.folder.remove("displacements")
