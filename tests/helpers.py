@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,16 +33,18 @@ from transformers import (
 from prefix_distill import config as configuration
 from prefix_distill.cli import main as cli
 from prefix_distill.engine import sampling, scoring
-from prefix_distill.engine.device import Clock
+from prefix_distill.engine.memory import MemoryLimits
+from prefix_distill.engine.ranks import Place
+from prefix_distill.engine.sampling import Sampler
 from prefix_distill.maths.divergence import per_token
-from prefix_distill.maths.flops import Ledger
-from prefix_distill.maths.weights import quadrants, token_weights
-from prefix_distill.prompts import stream
+from prefix_distill.maths.schedule import parse_prefix
+from prefix_distill.maths.weights import quadrants
 from prefix_distill.training import prepare as preflight
-from prefix_distill.training import session as train
-from prefix_distill.training import update
 from prefix_distill.training.folder import RunFolder
-from prefix_distill.training.update import StudentLoss
+from prefix_distill.training.run import Method, Notes, Problems, Run
+from prefix_distill.training.session import Session
+from prefix_distill.training.state import State
+from prefix_distill.training.update import TokenLosses, Update
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -231,30 +234,92 @@ def prepared(pair, questions, **changes):
     )
 
 
-def trained(run, folder) -> dict:
+def trained(run, folder, resume=False) -> dict:
     """Train a prepared run in a new folder and return its result document."""
     files = RunFolder(folder)
-    files.create({})
-    files.write_json("run.json", {})
-    return train.train(run, files, Silent(), False)
+    if not resume:
+        files.create({})
+        files.write_json("run.json", {})
+    return Session(run, files, Silent(), resume).train()
 
 
-def update_gradient(run, micro=None):
+def bare_run(pair, terms, options=None) -> Run:
+    """Return a run of two given models with a loss and no prompts, on the CPU in float32."""
+    cpu = torch.device("cpu")
+    place = Place(cpu, cpu, torch.float32, torch.float32, 0, 1, ())
+    config = configuration.build(options or {})
+    sampler = Sampler(eos=frozenset(), pad=0, support=1, seed=0)
+    method = Method(
+        prefix=parse_prefix("full", 1),
+        window=None,
+        selection=None,
+        position=None,
+        off_policy=None,
+        terms=terms,
+        text_terms=terms,
+        sampler=sampler,
+        text_sampler=sampler,
+        eval_sampler=sampler,
+    )
+    return Run(
+        config=config,
+        place=place,
+        pair=pair,
+        problems=Problems(train=[], held_out=[], kl=[], extrapolation=[], answer_format="auto"),
+        method=method,
+        notes=Notes(),
+        limits=MemoryLimits(place, config),
+    )
+
+
+def state_of(run, folder="unused") -> State:
+    """Return the training state of a run that writes nothing."""
+    return State(run, RunFolder(folder), Silent())
+
+
+@dataclass
+class Done:
+    """What one update sampled, selected and found; ``gradient``: by parameter."""
+
+    update: Update
+    sampled: list
+    rollouts: list
+    losses: TokenLosses
+    gradient: dict
+
+    @property
+    def values(self):
+        return self.losses.values
+
+    @property
+    def ledger(self):
+        return self.update.meter.ledger
+
+
+def one_update(run, micro=None, change=None, **given) -> Done:
+    """Do update 0 but for the optimizer's step.
+
+    ``micro``: the micro-batch; ``change``: a function on the sampled rollouts; ``given``: the
+    prompts, prefix or texts of ``Update``.
+    """
+    if micro is not None:
+        run.limits.micro_batch_size = micro
+    state = state_of(run)
+    state.optimizer.zero_grad()
+    update = Update(state, 0, **given)
+    sampled = update.sample()
+    if change is not None:
+        sampled = change(sampled)
+    rollouts = update.select(sampled)
+    losses = update.backward(rollouts)
+    gradient = {name: p.grad.clone() for name, p in run.pair.student.trained.items()}
+    return Done(update, sampled, rollouts, losses, gradient)
+
+
+def update_gradient(run, micro=4):
     """Return update 0's gradient, rollouts and per-token values."""
-    run.config = configuration.replace(run.config, train={"micro_batch_size": micro or 4})
-    if run.pair.student.adapter is None:
-        run.pair.student.net.requires_grad_(True)
-    run.pair.student.net.zero_grad()
-    prompts = stream.batch(run.problems.train, 0, run.config.train.batch_size, 0)
-    clock, ledger = Clock(run.place.device), Ledger()
-    rollouts = update.sample(
-        run, run.pair.student, prompts, 0, run.method.prefix.length(0), ledger, clock
-    )
-    weights, share = token_weights(rollouts, run.config.divergence.reduction)
-    values, _ = update.accumulate_gradients(
-        run, StudentLoss(run), rollouts, weights, share, ledger, clock
-    )
-    return {name: p.grad.clone() for name, p in run.pair.student.trained.items()}, rollouts, values
+    done = one_update(run, micro)
+    return done.gradient, done.rollouts, done.values
 
 
 def assert_same(left, right, tolerance=1e-5) -> None:
@@ -279,24 +344,24 @@ def shortage(monkeypatch: pytest.MonkeyPatch, where: str, most: int) -> None:
     ``where``: "training" or "scoring" (a forward pass with or without gradients), or "generation".
     """
     if where == "generation":
-        call_model = sampling._call
+        decode_batch = sampling._Batch.decode
 
-        def call(model, batch, *rest):
-            if len(batch) > most:
+        def decode(batch, *rest):
+            if len(batch.requests) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return call_model(model, batch, *rest)
+            return decode_batch(batch, *rest)
 
-        monkeypatch.setattr(sampling, "_call", call)
+        monkeypatch.setattr(sampling._Batch, "decode", decode)
     else:
         compute_rows = scoring.hidden_rows
 
-        def hidden_rows(model, rollouts, teacher=False):
-            if len(rollouts) > most and torch.is_grad_enabled() is (where == "training"):
+        def hidden_rows(model, sides):
+            if len(sides) > most and torch.is_grad_enabled() is (where == "training"):
                 raise RuntimeError(
                     "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate "
                     "memory: you tried to"
                 )
-            return compute_rows(model, rollouts, teacher)
+            return compute_rows(model, sides)
 
         monkeypatch.setattr(scoring, "hidden_rows", hidden_rows)
 

@@ -7,26 +7,21 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import write_run
+from helpers import state_of, write_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import loading
 from prefix_distill.engine.device import Clock, choose_device
-from prefix_distill.engine.models import decoder
 from prefix_distill.errors import UserError
-from prefix_distill.maths.flops import Ledger
-from prefix_distill.maths.weights import token_weights
-from prefix_distill.prompts import stream
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.sources import is_path
 from prefix_distill.results import plots, runs
 from prefix_distill.results.plots import COLOURS
 from prefix_distill.training import prepare as preflight
-from prefix_distill.training import update
-from prefix_distill.training.session import Progress
-from prefix_distill.training.update import StudentLoss
+from prefix_distill.training.optimizer import step_optimizer
+from prefix_distill.training.update import Update
 
 
 @pytest.mark.parametrize(
@@ -121,26 +116,14 @@ def test_no_float64_reaches_a_device(pair, questions, more):
             }
         )
     )
-    clock, ledger = Clock(run.place.device), Ledger()
-    run.pair.student.net.requires_grad_(True)
-    optimizer = update.make_optimizer(run.pair.student.trained.values(), run.config)
+    state = state_of(run)
     with Doubles() as watch:
-        drawn = update.sample(
-            run,
-            decoder(run.pair.student, run.place.dtype),
-            stream.batch(run.problems.train, 0, 2, 0),
-            0,
-            6,
-            ledger,
-            clock,
+        update = Update(state, 0)
+        update.backward(update.select(update.sample()))
+        norm = step_optimizer(
+            state.optimizer, run.pair.student.trained, 1e-3, run.config.train.grad_clip
         )
-        rollouts, reading = update.select(run, drawn, 0, ledger, clock)
-        weights, divisor = token_weights(rollouts, "token", run.method.position)
-        update.accumulate_gradients(
-            run, StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
-        )
-        norm = update.apply_update(run, None, optimizer, {}, Progress(taught_prefix=6), 1e-3)
-    assert norm > 0 and watch.seen == {"update._gather_gradients"}
+    assert norm > 0 and watch.seen == {"update.Update._weight_tensor"}
 
 
 def test_the_clock_waits_for_apples_gpu():

@@ -2,6 +2,7 @@
 1e-5; and nothing hangs."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -27,9 +28,9 @@ from prefix_distill.planning import probe as probing
 from prefix_distill.results import evaluation
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training import session
-from prefix_distill.training import session as train
-from prefix_distill.training import update as update_module
 from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.session import Session
+from prefix_distill.training.update import Update
 
 BASE = {
     "train.steps": 3,
@@ -109,25 +110,25 @@ CUT = dict.fromkeys(
 
 @contextlib.contextmanager
 def only_even_prompts_are_taught():
-    plain = update_module.select
+    plain = Update.select
 
-    def select(run, rollouts, step, ledger, clock):
-        kept = [r if r.prompt % 2 == 0 else train.dataclasses.replace(r, kept=()) for r in rollouts]
-        return plain(run, kept, step, ledger, clock)
+    def select(update, rollouts):
+        kept = [r if r.slot % 2 == 0 else dataclasses.replace(r, kept=()) for r in rollouts]
+        return plain(update, kept)
 
-    train.select = select
+    Update.select = select
     yield
-    train.select = plain
+    Update.select = plain
 
 
 @contextlib.contextmanager
 def no_room_for_two_on_rank_1():
     plain = scoring.hidden_rows
 
-    def hidden_rows(model, rollouts, teacher=False):
-        if os.environ["RANK"] == "1" and torch.is_grad_enabled() and len(rollouts) > 1:
+    def hidden_rows(model, sides):
+        if os.environ["RANK"] == "1" and torch.is_grad_enabled() and len(sides) > 1:
             raise torch.OutOfMemoryError("no room")
-        return plain(model, rollouts, teacher)
+        return plain(model, sides)
 
     scoring.hidden_rows = hidden_rows
     yield
@@ -136,33 +137,35 @@ def no_room_for_two_on_rank_1():
 
 @contextlib.contextmanager
 def a_bit_flips_on_rank_1():
-    plain = train.apply_update
+    plain = Session.step_optimizer
 
-    def update(run, *rest):
-        norm = plain(run, *rest)
+    def step(session):
+        result = plain(session)
+        run = session.run
         if run.place.rank == 1:
             with torch.no_grad():
                 weight = run.pair.student.net.model.layers[1].mlp.up_proj.weight
                 weight[2, 3] = weight[2, 3].nextafter(torch.tensor(9.0))
-        return norm
+        return result
 
-    train.apply_update = update
+    Session.step_optimizer = step
     yield
-    train.apply_update = plain
+    Session.step_optimizer = plain
 
 
 @contextlib.contextmanager
 def first_gradient_in(file):
-    plain = train.apply_update
+    plain = Session.step_optimizer
 
-    def update(run, folder, optimizer, anchor, progress, *rest):
-        if progress.step == 0 and run.place.first:
+    def step(session):
+        run = session.run
+        if session.state.step == 0 and run.place.first:
             save_file({name: p.grad.clone() for name, p in run.pair.student.trained.items()}, file)
-        return plain(run, folder, optimizer, anchor, progress, *rest)
+        return plain(session)
 
-    train.apply_update = update
+    Session.step_optimizer = step
     yield
-    train.apply_update = plain
+    Session.step_optimizer = plain
 
 
 def go(values, out, trick=contextlib.nullcontext) -> dict:
@@ -359,7 +362,7 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
     ]
     assert spent[1]["executed"] > spent[0]["executed"]
     assert (
-        "rank 1: cpu ran out of memory; --micro-batch-size 2 becomes 1, the mathematics stays the "
+        "rank 1: cpu ran out of memory; --micro-batch-size was lowered from 2 to 1, which does not "
         "same" in done.stderr
     )
 

@@ -13,21 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DIVERGENCES, save_tiny
+from helpers import DIVERGENCES, one_update, save_tiny
 
 from prefix_distill import config as configuration
-from prefix_distill.engine import scoring
 from prefix_distill.engine.alignment import Shared
-from prefix_distill.engine.device import Clock
-from prefix_distill.engine.rollout import Rollout, Unit
+from prefix_distill.engine.rollout import Unit, rollout_of
+from prefix_distill.engine.units import shared_support, units_of
 from prefix_distill.maths import simct
 from prefix_distill.maths.divergence import Head, Terms
-from prefix_distill.maths.flops import Ledger
-from prefix_distill.maths.weights import token_weights
-from prefix_distill.prompts import stream
-from prefix_distill.training import metrics, update
 from prefix_distill.training import prepare as preflight
-from prefix_distill.training.update import StudentLoss
+from prefix_distill.training.metrics import update_facts
 
 pytestmark = [
     pytest.mark.bench,
@@ -71,23 +66,21 @@ def ours(pair, questions, divergence):
             }
         )
     )
-    run.pair.student.net.requires_grad_(True)
-    clock, ledger = Clock(run.place.device), Ledger()
-    prompts = stream.batch(run.problems.train, 0, PROMPTS, 0)
-    sampled = update.sample(run, run.pair.student, prompts, 0, CAP, ledger, clock)
-    rollouts = [
-        dataclasses.replace(r, ids=(cut := r.ids[: CAP - i]), teacher_ids=cut)
-        for i, r in enumerate(sampled)
-    ]
+
+    def cut(sampled):
+        rollouts = []
+        for i, r in enumerate(sampled):
+            ids = r.ids[: CAP - i]
+            rollouts.append(dataclasses.replace(r, ids=ids, teacher_ids=ids))
+        return rollouts
+
+    done = one_update(run, change=cut)
+    rollouts = done.rollouts
     assert (
         len({len(r.student_prompt) for r in rollouts}) > 1
         and len({len(r.ids) for r in rollouts}) > 5
     )
-    weights, divisor = token_weights(rollouts, "token")
-    values, _ = update.accumulate_gradients(
-        run, StudentLoss(run), rollouts, weights, divisor, ledger, clock
-    )
-    loss = metrics.update_facts(run, rollouts, values, {}, weights, divisor, 0)["loss"]
+    loss = update_facts(done.update, done.losses).objective
     return loss, {name: p.grad for name, p in run.pair.student.net.named_parameters()}, rollouts
 
 
@@ -212,12 +205,17 @@ def test_a_group_of_tokens_by_hand_ours_and_golds():
         [log(1 / 4, 1 / 4, 1 / 2), log(1 / 3, 1 / 3, 1 / 3), log(1 / 3, 1 / 3, 1 / 3)]
     )
     assert uld("bayesian")(student, teacher) == pytest.approx(3 / 4, abs=1e-6)
-    r = Rollout(0, 0, (0,), (0,), (2, 3, 1), (2, 1), True, units=(Unit(0, 2, 0, 1),), spans=True)
-    shared = scoring.shared_support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
+    r = dataclasses.replace(
+        rollout_of(0, (0,), (2, 3, 1), True),
+        teacher_ids=(2, 1),
+        units=(Unit(0, 2, 0, 1),),
+        spans=True,
+    )
+    shared = shared_support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
     _, values, _ = simct.weighted(
         Terms("reverse-kl"),
         shared,
-        scoring.units_of([r]),
+        units_of([r]),
         student[:2],
         Head(torch.eye(5)),
         teacher[:1],

@@ -29,7 +29,7 @@ from measure import machine, record
 from prefix_distill.engine import loading, scoring
 from prefix_distill.engine.alignment import match
 from prefix_distill.engine.models import Model
-from prefix_distill.engine.rollout import Rollout
+from prefix_distill.engine.rollout import Rollout, rollout_of
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.engine.saving import save_model
 from prefix_distill.prompts import stream, templates
@@ -81,11 +81,10 @@ def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Ro
     """What the teacher writes to held-out questions, in its own tokens."""
     ids = [tuple(templates.render(teacher, p.messages, "plain")) for p in prompts]
     support = settled(teacher.support, "the teacher's support")
-    sampler = Sampler(teacher.eos, min(teacher.eos), support, 7)
+    sampler = Sampler(eos=teacher.eos, pad=min(teacher.eos), support=support, seed=7)
     drawn = generate(teacher, [Request(i, ("text", n)) for n, i in enumerate(ids)], tokens, sampler)
     return [
-        Rollout(n, 0, i, i, r.ids, r.ids, r.finished)
-        for n, (i, r) in enumerate(zip(ids, drawn, strict=True))
+        rollout_of(n, i, r.ids, r.finished) for n, (i, r) in enumerate(zip(ids, drawn, strict=True))
     ]
 
 
@@ -98,7 +97,7 @@ def likelihood(
     total = 0.0
     for prompt, ids in zip(prompts, texts, strict=True):
         given = tuple(templates.render(student, prompt.messages, "plain"))
-        hidden = scoring.hidden_rows(student, [Rollout(0, 0, given, given, ids, ids, False)])
+        hidden = scoring.hidden_rows(student, [rollout_of(0, given, ids).student])
         total += (
             student.head()
             .logits(hidden)

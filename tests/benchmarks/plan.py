@@ -212,8 +212,8 @@ def run(folder: Path, name: str) -> dict:
     from prefix_distill import config as configuration
     from prefix_distill.planning import plan
     from prefix_distill.training import prepare as preflight
-    from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder
+    from prefix_distill.training.session import Session
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -227,7 +227,7 @@ def run(folder: Path, name: str) -> dict:
             )
             made.path.mkdir()
             made.create(configuration.as_dict(prepared.config), {})
-            return train.train(prepared, made, measure.Silent(), False)
+            return Session(prepared, made, measure.Silent()).train()
 
     own = settings(folder, name)
     tiny = {

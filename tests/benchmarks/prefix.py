@@ -468,7 +468,11 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
             for i, p in enumerate(problems)
         ]
         sampler = Sampler(
-            model.eos, model.tokenizer.pad_token_id, len(model.tokenizer), 0, rows=len(requests)
+            eos=model.eos,
+            pad=model.tokenizer.pad_token_id,
+            support=len(model.tokenizer),
+            seed=0,
+            rows=len(requests),
         )
         answers = [
             r.ids[:-1] if r.finished else r.ids for r in generate(model, requests, 192, sampler)

@@ -61,8 +61,8 @@ def rank(values: str) -> None:
     from prefix_distill import config
     from prefix_distill.cli import quiet
     from prefix_distill.training import prepare as preflight
-    from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder
+    from prefix_distill.training.session import Session
 
     torch.set_num_threads(1)
     quiet.quiet_libraries()
@@ -72,7 +72,7 @@ def rank(values: str) -> None:
         if run.place.first:
             folder.create({})
         run.place.wait()
-        result = train.train(run, folder, watch, False)
+        result = Session(run, folder, watch).train()
         if run.place.first:
             seconds = [after - before for before, after in itertools.pairwise(watch.ends)]
             phases = {k: v / len(watch.ends) for k, v in result["seconds"]["by_phase"].items()}

@@ -29,6 +29,8 @@ import real_pair
 import scaling
 
 from prefix_distill.cli import quiet
+from prefix_distill.engine.meter import Meter
+from prefix_distill.engine.sampling import GenerationCost
 
 CASES = {"8 prompts × 1": (8, 1), "2 prompts × 4": (2, 4), "8 prompts × 4": (8, 4)}
 UNWRITTEN = 5  # <file_sep>
@@ -59,9 +61,12 @@ def ours(model, rows, tokens, turn):
     from prefix_distill.engine.sampling import Request, Sampler, generate
 
     decoding, clock = decoder(model, torch.float32), Clock(torch.device("cpu"))
-    sampler = Sampler(frozenset({UNWRITTEN}), 2, model.net.config.vocab_size, turn)
+    sampler = Sampler(
+        eos=frozenset({UNWRITTEN}), pad=2, support=model.net.config.vocab_size, seed=turn
+    )
+    cost = GenerationCost(meter=Meter(clock), timed=True)
     made = generate(
-        decoding, [Request(ids, (0, i)) for i, ids in enumerate(rows)], tokens, sampler, None, clock
+        decoding, [Request(ids, (0, i)) for i, ids in enumerate(rows)], tokens, sampler, cost
     )
     assert all(len(r.ids) == tokens for r in made)
     return clock.seconds["student_prefill"], clock.seconds["student_decode"]
@@ -82,12 +87,12 @@ def naive(model, rows, tokens, turn):
     from transformers import GenerationConfig, LogitsProcessorList
 
     from prefix_distill.engine.device import Clock
-    from prefix_distill.engine.sampling import _Split
+    from prefix_distill.engine.sampling import PhaseTimer
     from prefix_distill.training.run import settled
 
     ids, mask = padded(rows)
     torch.manual_seed(turn)
-    split = _Split(Clock(torch.device("cpu")))
+    split = PhaseTimer(Clock(torch.device("cpu")))
     start = time.perf_counter()
     out = model.net.generate(
         input_ids=ids,

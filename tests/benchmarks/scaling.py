@@ -11,6 +11,7 @@ call.
 """
 
 import argparse
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -71,31 +72,27 @@ def prepare(folder: Path, prefix: int, prompts: int, samples: int):
 def update(run, step: int) -> dict:
     """One update's rollouts and gradient, timed by phase (no optimizer step: every update is of
     the same student)."""
-    from prefix_distill.engine import scoring
-    from prefix_distill.engine.device import Clock
-    from prefix_distill.engine.models import decoder
-    from prefix_distill.maths.flops import Ledger
-    from prefix_distill.maths.weights import token_weights
-    from prefix_distill.prompts import stream
-    from prefix_distill.training.update import StudentLoss, accumulate_gradients, sample
+    from prefix_distill.display import Reporter
+    from prefix_distill.engine.batching import micro_batches, reads
+    from prefix_distill.engine.rollout import student_sides
+    from prefix_distill.training.folder import RunFolder
+    from prefix_distill.training.state import State
+    from prefix_distill.training.update import Update
 
-    run.pair.student.net.requires_grad_(True)
-    ledger, clock = Ledger(), Clock(run.place.device)
-    prompts = stream.batch(run.problems.train, step, run.config.train.batch_size, 0)
-    decoding = decoder(run.pair.student, run.place.dtype)
-    rollouts = sample(run, decoding, prompts, step, run.method.prefix.length(0), ledger, clock)
-    weights, divisor = token_weights(rollouts, "token")
-    accumulate_gradients(run, StudentLoss(run), rollouts, weights, divisor, ledger, clock)
-    run.pair.student.net.zero_grad(set_to_none=True)
-    groups = scoring.micro_batches(
-        rollouts, run.config.train.micro_batch_size, run.pair.student.reads_once
-    )
+    report: Reporter = measure.Silent()
+    state = State(run, RunFolder("unused"), report)
+    work = Update(state, step)
+    rollouts = work.sample()
+    work.backward(rollouts)
+    student = run.pair.student
+    student.net.zero_grad(set_to_none=True)
+    groups = micro_batches(rollouts, run.limits.micro_batch_size, student.reads_once)
     return {
-        "seconds": dict(clock.seconds),
-        "flops": dict(ledger.useful),
+        "seconds": dict(state.clock.seconds),
+        "flops": dict(work.meter.ledger.useful),
         "longest": max(len(r.ids) for r in rollouts),
-        "executed": dict(ledger.executed),
-        "micro_batches": [scoring.reads(group, run.pair.student.reads_once) for group in groups],
+        "executed": dict(work.meter.ledger.executed),
+        "micro_batches": [reads(student_sides(group), student.reads_once) for group in groups],
     }
 
 
@@ -117,10 +114,13 @@ def main() -> None:
     def one(prefix: int, count: int, shared: bool) -> float:
         from prefix_distill.maths.schedule import parse_prefix
 
-        run.config = config.replace(run.config, rollout={"samples": count})
-        run.method.prefix = parse_prefix(str(prefix), prefix)
+        arm = dataclasses.replace(
+            run,
+            config=config.replace(run.config, rollout={"samples": count}),
+            method=dataclasses.replace(run.method, prefix=parse_prefix(str(prefix), prefix)),
+        )
         run.pair.student.shares_prompts = run.pair.teacher.shares_prompts = shared
-        found = update(run, 1)
+        found = update(arm, 1)
         seconds = sum(found["seconds"].values())
         table.append(
             {

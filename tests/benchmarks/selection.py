@@ -28,7 +28,7 @@ def work(arm: str, student, head, teacher, teacher_head):
     """Mean reverse KL over the kept tokens (all of them in the first two arms)."""
     import torch
 
-    from prefix_distill.engine.rollout import Rollout
+    from prefix_distill.engine.rollout import rollout_of
     from prefix_distill.maths import fused, weights
     from prefix_distill.maths.divergence import Head, Terms
     from prefix_distill.maths.weights import Selection
@@ -58,10 +58,7 @@ def work(arm: str, student, head, teacher, teacher_head):
         starts = range(0, len(student), ROLLOUT)
         ids = tuple(range(ROLLOUT))
         rollouts = [
-            Rollout(
-                i, 0, (0,), (0,), ids[: len(student) - start], ids[: len(student) - start], False
-            )
-            for i, start in enumerate(starts)
+            rollout_of(i, (0,), ids[: len(student) - start]) for i, start in enumerate(starts)
         ]
         at = {
             (i, 0): {

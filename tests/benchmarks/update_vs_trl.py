@@ -156,8 +156,8 @@ def prepare(case: Case, given, folder: Path, file: Path) -> dict:
 def watched(run, tokens) -> tuple[Watch, list[dict]]:
     """Trains a prepared run → its Watch (``tokens(row)`` of every update) and the seconds of
     every update by phase."""
-    from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder
+    from prefix_distill.training.session import Session
 
     watch, phases = Watch(), []
 
@@ -182,7 +182,7 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
         out = Folder(Path(scratch) / "run")
         out.create({})
         out.write_json("run.json", {})
-        train.train(run, out, Report(), False)
+        Session(run, out, Report()).train()
     return watch, phases
 
 

@@ -14,6 +14,7 @@ from helpers import (
     last_json,
     prepared,
     save_tiny,
+    state_of,
     trained,
     update_gradient,
 )
@@ -24,15 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import loading, scoring
-from prefix_distill.engine.device import Clock
+from prefix_distill.engine.batching import reads
 from prefix_distill.engine.models import adapter, decoder, shape
+from prefix_distill.engine.rollout import student_sides, teacher_sides
 from prefix_distill.engine.sampling import Request, generate
 from prefix_distill.errors import UserError
 from prefix_distill.maths.flops import Ledger
-from prefix_distill.training import session as train
-from prefix_distill.training import update
 from prefix_distill.training.folder import RunFolder
-from prefix_distill.training.update import StudentLoss
+from prefix_distill.training.session import Session
+from prefix_distill.training.update import StudentLoss, Update
 
 IDS = torch.arange(3, 40)[None]
 
@@ -172,7 +173,7 @@ def test_four_updates_are_two_and_two(pair, questions, tmp_path, changes):
         if not resume:
             files.create({})
             files.write_json("run.json", {})
-        return train.train(run, files, Silent(), resume)
+        return Session(run, files, Silent(), resume).train()
 
     whole = run_in("whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
@@ -212,7 +213,7 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
     assert run.pair.teacher.net is run.pair.student.net and run.pair.teacher.adapter_off
 
     def rows(model):
-        return scoring.hidden_rows(model, made, teacher=True)
+        return scoring.hidden_rows(model, teacher_sides(made))
 
     _, made, values = update_gradient(run)
     _, _, same = update_gradient(copy)
@@ -243,26 +244,24 @@ def test_cost_as_executed(pair, questions):
     run.pair.student.net.set_attn_implementation(
         "eager"
     )  # torch does not count the CPU's fused attention
-    rollouts = update.sample(
-        run, run.pair.student, run.problems.train[:3], 0, 12, Ledger(), Clock(run.place.device)
-    )[:4]
+    rollouts = Update(state_of(run), 0, prompts=run.problems.train[:3]).sample()[:4]
     ledger, loss = Ledger(), StudentLoss(run)
     with torch.no_grad():
-        teacher_NE = scoring.hidden_rows(run.pair.teacher, rollouts, teacher=True)
+        teacher_NE = scoring.hidden_rows(run.pair.teacher, teacher_sides(rollouts))
     weight_N = torch.ones(sum(len(r.ids) for r in rollouts))
     with FlopCounterMode(display=False) as counter:
         loss(rollouts, teacher_NE, weight_N)[0].backward()
-    reads = scoring.reads(rollouts, run.pair.student.reads_once)
-    ledger.forward("update", run.pair.student_shape, reads, passes=3)
+    read = reads(student_sides(rollouts), run.pair.student.reads_once)
+    ledger.forward("update", run.pair.student_shape, read, passes=3)
     net = run.pair.student.net.config
     width, kv = net.hidden_size, net.num_key_value_heads * net.head_dim
     from prefix_distill.maths.flops import linear_tokens
 
-    unneeded = 2 * (width * width + 2 * width * kv) * linear_tokens(reads)[1]
+    unneeded = 2 * (width * width + 2 * width * kv) * linear_tokens(read)[1]
     real = counter.get_total_flops() - run.pair.teacher_shape.output(len(weight_N))
     assert ledger.executed["update"] - unneeded == pytest.approx(real, rel=0.02)
     full = Ledger()
-    full.forward("update", shape(prepared(pair, questions).student), reads, passes=3)
+    full.forward("update", shape(prepared(pair, questions).pair.student), read, passes=3)
     assert ledger.useful["update"] < 0.85 * full.useful["update"]
 
 

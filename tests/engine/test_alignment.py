@@ -1,6 +1,7 @@
 """Two tokenizations of one text: units, the shared vocabulary, and which path a pair takes. On
 real tokenizers of six kinds."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -27,7 +28,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from prefix_distill.engine import scoring
 from prefix_distill.engine.alignment import Alignment, Bytes, census, match, shares
 from prefix_distill.engine.models import Model
-from prefix_distill.engine.rollout import Rollout, Unit
+from prefix_distill.engine.rollout import Rollout, Unit, rollout_of, student_sides, teacher_sides
+from prefix_distill.engine.units import shared_support, units_of
 from prefix_distill.errors import UserError
 from prefix_distill.lab import build
 from prefix_distill.maths import simct
@@ -335,7 +337,22 @@ def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned()
         and max(u.start + u.size for u in units) <= 3
     )
     found = shares(
-        [census([Rollout(0, 0, (), (), (*ids(decomposed), 10**6), teacher_ids, True, units=units)])]
+        [
+            census(
+                [
+                    Rollout(
+                        slot=0,
+                        sample=0,
+                        student_prompt=(),
+                        teacher_prompt=(),
+                        ids=(*ids(decomposed), 10**6),
+                        teacher_ids=teacher_ids,
+                        finished=True,
+                        units=units,
+                    )
+                ]
+            )
+        ]
     )
     assert found["dropped_share"] >= 1 - 3 / 11 - 1e-9 and sum(found.values()) == pytest.approx(1)
 
@@ -511,7 +528,12 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
     for name in REAL:
         pair = Alignment("simct", side, in_bytes(name), (2,), (0,))
         rollouts = [
-            pair.rollout(Rollout(i, 0, *prompts, (*side.encode(t), 2), (), True))
+            pair.rollout(
+                dataclasses.replace(
+                    rollout_of(i, prompts[0], (*side.encode(t), 2), finished=True),
+                    teacher_prompt=prompts[1],
+                )
+            )
             for i, t in enumerate(texts)
         ]
         found = shares([census(rollouts)])
@@ -529,13 +551,13 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
         )
         student.net.requires_grad_(True)
         hidden, there = (
-            scoring.hidden_rows(student, rollouts),
-            scoring.hidden_rows(teacher, rollouts, teacher=True),
+            scoring.hidden_rows(student, student_sides(rollouts)),
+            scoring.hidden_rows(teacher, teacher_sides(rollouts)),
         )
-        of = scoring.units_of(rollouts)
+        of = units_of(rollouts)
         loss, values, _ = simct.weighted(
             Terms("reverse-kl", memory_bytes=8 << 20),
-            scoring.shared_support(pair.shared, "simct", "cpu", "cpu"),
+            shared_support(pair.shared, "simct", "cpu", "cpu"),
             of,
             hidden,
             student.head(),

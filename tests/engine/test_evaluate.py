@@ -7,14 +7,39 @@ import pytest
 import torch
 from helpers import tiny_net
 
-from prefix_distill.engine import evaluate
-from prefix_distill.engine.models import Model
+from prefix_distill import config as configuration
+from prefix_distill.engine import evaluate, memory
+from prefix_distill.engine.device import Clock
+from prefix_distill.engine.memory import MemoryLimits
+from prefix_distill.engine.meter import Meter
+from prefix_distill.engine.models import Model, shape
+from prefix_distill.engine.pair import Pair
 from prefix_distill.engine.ranks import Place
-from prefix_distill.engine.sampling import Sampler
+from prefix_distill.engine.sampling import GenerationCost, Sampler
+from prefix_distill.engine.scoring import Scorer
 from prefix_distill.maths import intervals
 from prefix_distill.prompts.prompt import Prompt
 
 PLACE = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
+
+
+def limits(place=PLACE):
+    return MemoryLimits(place, configuration.build({}))
+
+
+def how(samples, tokens, answer_format="exact"):
+    """Return how ``samples`` answers of up to ``tokens`` tokens are sampled and graded."""
+    return evaluate.Evaluation(
+        sampler=Sampler(eos=frozenset({257}), pad=256, support=260, seed=3),
+        samples=samples,
+        max_new_tokens=tokens,
+        answer_format=answer_format,
+    )
+
+
+def cost():
+    """Return where nothing is counted."""
+    return GenerationCost(meter=Meter(Clock(torch.device("cpu"))))
 
 
 def test_interval_is_the_normal_one_for_many_problems():
@@ -80,14 +105,20 @@ def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
             self.student_ids = self.teacher_ids = ids
 
     rendered = [Row(tuple(range(5, 8 + 4 * i))) for i in range(4)]
-    fixed = evaluate.fixed_rollouts(
-        models[0], rendered, Sampler(frozenset({257}), 256, 260, 3), 9, PLACE
+    fixed = evaluate.fixed_rollouts(models[0], rendered, how(1, 9), limits(), cost())
+    assert [r.slot for r in fixed] == [0, 1, 2, 3]
+    pair = Pair(
+        student=models[0],
+        teacher=models[1],
+        student_shape=shape(models[0]),
+        teacher_shape=shape(models[1]),
     )
-    assert [r.prompt for r in fixed] == [0, 1, 2, 3]
-    found = [
-        facts["divergence"]
-        for facts in evaluate.held_out_facts(*models, None, fixed, PLACE, rows=3)
-    ]
+    scorer = Scorer.reverse_kl(pair, PLACE)
+    few = limits()
+    few.micro_batch_size = 3
+    meter = Meter(Clock(torch.device("cpu")))
+    facts = evaluate.held_out_facts(scorer, fixed, few, meter, "evaluation")
+    found = [row["divergence"] for row in facts]
     for rollout, values in zip(fixed, found, strict=True):
         ids = torch.tensor([rollout.student_prompt + rollout.ids])
         with torch.no_grad():
@@ -103,20 +134,11 @@ def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
 def test_average_and_pass_at_k(models):
     """Graded by what was sampled: a problem whose reference is one of its own answers is right
     for those samples."""
-    sampler = Sampler(frozenset({257}), 256, 260, 3)
 
     def run(references):
         messages = ({"role": "user", "content": "x"},)
         problems = [(Prompt(i, messages, r), (4, 5, 6)) for i, r in enumerate(references)]
-        return evaluate.evaluate(
-            models[0],
-            problems,
-            sampler,
-            samples=3,
-            max_new_tokens=2,
-            answer_format="exact",
-            place=PLACE,
-        )
+        return evaluate.evaluate(models[0], problems, how(3, 2), limits(), cost())
 
     texts = [[r["text"] for r in record["responses"]] for record in run(["none", "none"]).records]
     assert texts[0] != texts[1]  # the same prompt twice draws differently
@@ -143,7 +165,7 @@ def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
         ],
     )
     monkeypatch.setattr(
-        module,
+        memory,
         "generate",
         lambda model, requests, *_: [Response((r.key[1],), True) for r in requests],
     )
@@ -156,15 +178,8 @@ def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
     )
 
     def scored(rank, gather):
-        return module.evaluate(
-            model,
-            problems,
-            None,
-            samples=1,
-            max_new_tokens=4,
-            answer_format="auto",
-            place=SimpleNamespace(rank=rank, world=2, gather=gather),
-        )
+        place = SimpleNamespace(rank=rank, world=2, gather=gather)
+        return module.evaluate(model, problems, how(1, 4, "auto"), limits(place), cost())
 
     for rank, own in ((0, ["0", "2", "4"]), (1, ["1", "3"])):
         graded.clear()

@@ -8,7 +8,7 @@ from helpers import tiny_net
 from prefix_distill.engine import sampling as rollout
 from prefix_distill.engine import scoring
 from prefix_distill.engine.models import Model, _ColumnsFirst, decoder
-from prefix_distill.engine.rollout import Rollout
+from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.engine.sampling import Request, Response, Sampler, generate
 from prefix_distill.maths.seeds import seed_of
 
@@ -53,7 +53,7 @@ def test_sampler_and_scorer_agree_on_every_log_probability(model):
     replayed by hand."""
     drawn = generate(model, requests(), 12, sampler())
     rows = [
-        Rollout(i, 0, r.ids, r.ids, d.ids, d.ids, d.finished)
+        rollout_of(i, r.ids, d.ids).student
         for i, (r, d) in enumerate(zip(requests(), drawn, strict=True))
     ]
     with torch.no_grad():

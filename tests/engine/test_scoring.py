@@ -1,6 +1,7 @@
 """Reading a prompt once for all its samples: the same rows and gradients as reading it every
 time, and little padding."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -9,8 +10,9 @@ from helpers import byte_tokenizer, tiny_net
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from prefix_distill.engine import scoring
+from prefix_distill.engine.batching import micro_batches, reads
 from prefix_distill.engine.models import Model
-from prefix_distill.engine.rollout import Rollout
+from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.maths.flops import linear_tokens
 from prefix_distill.prompts.load import load_prompts
 
@@ -29,7 +31,7 @@ def rollouts(shapes, width=256):
         ids = tuple((7 * slot + 3 * i) % width for i in range(prompt))
         for sample, n in enumerate(responses):
             response = tuple((11 * slot + 5 * sample + 13 * i + 1) % width for i in range(n))
-            made.append(Rollout(slot, sample, ids, ids, response, response, False))
+            made.append(dataclasses.replace(rollout_of(slot, ids, response), sample=sample))
     return made
 
 
@@ -40,7 +42,7 @@ GROUP = [(19, (14, 3, 25)), (5, (9, 1)), (30, (12,)), (8, (8, 8))]
 
 def rows_and_gradients(net, group, shares):
     model = Model("m", net.requires_grad_(True), None, None, frozenset(), shares)
-    rows = scoring.hidden_rows(model, group)
+    rows = scoring.hidden_rows(model, student_sides(group))
     torch.manual_seed(0)
     net.zero_grad()
     (rows * torch.randn_like(rows)).sum().backward()
@@ -76,15 +78,7 @@ def test_a_shared_prompt_gives_the_rows_and_gradients_of_a_repeated_one(kind, at
 def test_responses_behind_one_prompt_do_not_see_each_other():
     net = tiny_net("llama")
     first, second = rollouts([(9, (6, 6))])
-    other = Rollout(
-        0,
-        1,
-        first.student_prompt,
-        first.student_prompt,
-        (1, 2, 3, 4, 5, 6),
-        (1, 2, 3, 4, 5, 6),
-        False,
-    )
+    other = dataclasses.replace(rollout_of(0, first.student_prompt, (1, 2, 3, 4, 5, 6)), sample=1)
     rows = [rows_and_gradients(net, [first, r], True)[0][:6] for r in (second, other)]
     torch.testing.assert_close(rows[0], rows[1])
 
@@ -110,7 +104,7 @@ def test_sharing_is_checked_on_the_model_itself():
 
 
 def padding(groups, shared):
-    counts = [linear_tokens(scoring.reads(group, shared)) for group in groups]
+    counts = [linear_tokens(reads(student_sides(group), shared)) for group in groups]
     return 1 - sum(useful for useful, _ in counts) / sum(executed for _, executed in counts)
 
 
@@ -121,15 +115,13 @@ def test_micro_batches_hold_every_rollout_once_with_little_padding(shared):
     ]
     group = rollouts(shapes)
     for size in (1, 3, 8, 64):
-        groups = scoring.micro_batches(group, size, shared)
-        assert sorted((r.prompt, r.sample) for g in groups for r in g) == sorted(
-            (r.prompt, r.sample) for r in group
-        )
+        groups = micro_batches(group, size, shared)
+        assert sorted(r.key for g in groups for r in g) == sorted(r.key for r in group)
         assert max(map(len, groups)) <= size and padding(groups, shared) <= 0.1
-    assert scoring.micro_batches(group[::-1], 8, shared) == scoring.micro_batches(group, 8, shared)
+    assert micro_batches(group[::-1], 8, shared) == micro_batches(group, 8, shared)
     # samples of a prompt stay together where that saves reading it again
     even = rollouts([(100, [32] * 4), (100, [32] * 4)])
-    assert [{r.prompt for r in g} for g in scoring.micro_batches(even, 4, shared)] in (
+    assert [{r.slot for r in g} for g in micro_batches(even, 4, shared)] in (
         [{0}, {1}],
         [{1}, {0}],
     )
@@ -158,4 +150,4 @@ def test_padding_of_real_prompts_stays_under_a_tenth():
     for samples in (1, 4):
         for start in range(0, 80, 8):
             group = rollouts([(n, [64] * samples) for n in lengths[start : start + 8]])
-            assert padding(scoring.micro_batches(group, 8, samples > 1), samples > 1) <= 0.1
+            assert padding(micro_batches(group, 8, samples > 1), samples > 1) <= 0.1

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Silent, prepared, tiny_net
+from helpers import Silent, prepared, state_of, tiny_net
 from hypothesis import given, strategies
 from torch.nn import Linear, Parameter
 
 from prefix_distill.engine.models import moved
+from prefix_distill.engine.sampling import GenerationCost
 from prefix_distill.errors import UserError
 from prefix_distill.maths.extrapolation import diagnose, due, effective_rank, extrapolate, snapshot
 
@@ -438,8 +439,8 @@ def test_diagnostics_by_hand():
 
 def trained(pair, questions, folder, **changes):
 
-    from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder
+    from prefix_distill.training.session import Session
 
     run = prepared(
         pair, questions, train__steps=1, schedule__warmup="0", schedule__lr=1e-2, **changes
@@ -448,7 +449,7 @@ def trained(pair, questions, folder, **changes):
     files = RunFolder(folder)
     files.create({})
     files.write_json("run.json", {})
-    result = train.train(run, files, Silent(), False)
+    result = Session(run, files, Silent()).train()
     return run, first, result, files.latest(lambda text: None)[1]
 
 
@@ -502,7 +503,6 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
     import torch.nn.functional as F
 
     from prefix_distill.engine import evaluate
-    from prefix_distill.maths.flops import Ledger
     from prefix_distill.maths.seeds import seed_of
     from prefix_distill.training import monitor
 
@@ -513,17 +513,20 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
         extrapolation__score="heldout-kl",
         extrapolation__problems=6,
     )
-    ledger = Ledger()
-    scores = [monitor.candidate_score(run, run.pair.student, 12, ledger) for _ in range(2)]
-    assert scores[0] == scores[1] and set(ledger.useful) == {"extrapolation"}
+    state = state_of(run)
+    meter = state.meter()
+    scores = [monitor.candidate_score(state, meter) for _ in range(2)]
+    assert scores[0] == scores[1] and set(meter.ledger.useful) == {"extrapolation"}
     assert (
         len(run.problems.extrapolation) == 6
         and run.problems.extrapolation[0] not in run.problems.train
     )
     sampler = replace(run.method.eval_sampler, seed=seed_of(0, "extrapolation"))
     kl = []
+    how = replace(run.evaluation, sampler=sampler, max_new_tokens=12)
+    cost = GenerationCost(meter=meter)
     for r in evaluate.fixed_rollouts(
-        run.pair.student, run.problems.extrapolation, sampler, 12, run.place
+        run.pair.student, run.problems.extrapolation, how, run.limits, cost
     ):
         s, t = (
             m.net(torch.tensor([p + r.ids])).logits[0, len(p) - 1 : -1].log_softmax(-1)
@@ -538,9 +541,8 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
         extrapolation__problems=20,
         rollout__max_new_tokens=192,
     )
-    assert (
-        monitor.candidate_score(graded, graded.student, 12, Ledger()) >= 0.8
-    )  # full answers, whatever the prefix
+    state = state_of(graded)  # full answers, whatever the prefix
+    assert monitor.candidate_score(state, state.meter()) >= 0.8
 
 
 def test_prompts_without_answers_cannot_be_graded(pair, tmp_path):

@@ -1,13 +1,18 @@
 """The ledger against torch's own count (eager attention) and against sums written out."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import counted, tiny_net
 
 from prefix_distill.engine import scoring
+from prefix_distill.engine.batching import reads
+from prefix_distill.engine.device import Clock
+from prefix_distill.engine.meter import Meter
 from prefix_distill.engine.models import Model, recompute, shape
-from prefix_distill.engine.rollout import Rollout
-from prefix_distill.engine.sampling import Request, Sampler, generate
+from prefix_distill.engine.rollout import rollout_of, student_sides
+from prefix_distill.engine.sampling import GenerationCost, Request, Sampler, generate
 from prefix_distill.maths.divergence import Terms
 from prefix_distill.maths.flops import Ledger, Shape, update_ledger
 from prefix_distill.maths.fused import weighted
@@ -31,19 +36,20 @@ def model(request):
     return Model("m", net, None, None, frozenset({257}), shares_prompts=True)
 
 
+def cost_in(ledger, shape):
+    """Return where a generation counts its FLOPs: ``ledger``."""
+    return GenerationCost(meter=Meter(Clock(torch.device("cpu")), ledger), shape=shape)
+
+
 @DECODING
 @pytest.mark.parametrize("samples", [1, 3])
 def test_generation_as_executed(model, samples):
     requests = [
         Request(tuple(range(5, 5 + n)), (0, n, s)) for n in (9, 14, 20) for s in range(samples)
     ]
-    sampler = Sampler(frozenset({257}), 256, 260, 0)
+    sampler = Sampler(eos=frozenset({257}), pad=256, support=260, seed=0)
     ledger = Ledger()
-    real = counted(
-        lambda: generate(
-            model, requests, 40, sampler, lambda reads: ledger.generation(shape(model), reads)
-        )
-    )
+    real = counted(lambda: generate(model, requests, 40, sampler, cost_in(ledger, shape(model))))
     assert ledger.total("executed") == pytest.approx(real, rel=0.02)
     assert ledger.useful["student_prefill"] < ledger.executed["student_prefill"]
 
@@ -53,16 +59,14 @@ def test_rows_that_have_ended_leave_the_batch(model):
     """EOS is made of what other rows sample early and row 0 never does: they are gone after a
     stretch, and the count knows."""
     requests = [Request(tuple(range(5, 5 + n)), (0, n, 0)) for n in range(9, 17)]
-    free = generate(model, requests, 80, Sampler(frozenset({257}), 256, 260, 3))
+    free = generate(
+        model, requests, 80, Sampler(eos=frozenset({257}), pad=256, support=260, seed=3)
+    )
     early = {token for r in free[1:] for token in r.ids[:20]} - set(free[0].ids)
-    sampler = Sampler(frozenset(early), 256, 260, 3)
+    sampler = Sampler(eos=frozenset(early), pad=256, support=260, seed=3)
     ledger, heard = Ledger(), []
     real = counted(
-        lambda: heard.extend(
-            generate(
-                model, requests, 80, sampler, lambda reads: ledger.generation(shape(model), reads)
-            )
-        )
+        lambda: heard.extend(generate(model, requests, 80, sampler, cost_in(ledger, shape(model))))
     )
     lengths = [len(r.ids) for r in heard]
     assert lengths[0] > 64 and sum(n <= 32 for n in lengths) >= 3
@@ -77,27 +81,27 @@ def rollouts(samples):
     for i, (p, n) in enumerate([(9, 12), (14, 5), (20, 12)]):
         for s in range(samples):
             prompt, ids = tuple(range(5 + i, 5 + i + p)), tuple(range(30 + s, 30 + n))
-            made.append(Rollout(i, s, prompt, prompt, ids, ids, False))
+            made.append(dataclasses.replace(rollout_of(i, prompt, ids), sample=s))
     return made
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_scoring_and_update_as_executed(model, samples):
     group, one = rollouts(samples), Ledger()
-    reads = scoring.reads(group, True)
+    read = reads(student_sides(group), True)
 
     def score():
         with torch.no_grad():
-            rows = scoring.hidden_rows(model, group)
+            rows = scoring.hidden_rows(model, student_sides(group))
             model.head().logits(rows)
 
-    one.forward("score", shape(model), reads)
+    one.forward("score", shape(model), read)
     assert one.executed["score"] == pytest.approx(counted(score), rel=0.02)
 
     model.net.requires_grad_(True)
 
     def update():
-        rows = scoring.hidden_rows(model, group)
+        rows = scoring.hidden_rows(model, student_sides(group))
         teacher = torch.zeros(len(rows), 1)
         from prefix_distill.maths.divergence import Head
 
@@ -111,7 +115,7 @@ def test_scoring_and_update_as_executed(model, samples):
         )
         loss.backward()
 
-    one.forward("update", shape(model), reads, passes=3)
+    one.forward("update", shape(model), read, passes=3)
     teacher_head = (
         2 * 260 * sum(len(r.ids) for r in group)
     )  # the stand-in teacher's one-column head
@@ -124,11 +128,11 @@ def test_recomputed_layers_are_executed_once_more_at_most(model):
     group, one, plain = rollouts(1), Ledger(), Ledger()
     model = recompute(model)
     model.net.requires_grad_(True)
-    reads = scoring.reads(group, model.reads_once)
-    one.forward("update", shape(model), reads, passes=3, recomputed=True)
-    plain.forward("update", shape(model), reads, passes=3)
-    head = 3 * shape(model).output(sum(n for _, lengths in reads for n in lengths))
-    real = counted(lambda: scoring.hidden_rows(model, group).sum().backward())
+    read = reads(student_sides(group), model.reads_once)
+    one.forward("update", shape(model), read, passes=3, recomputed=True)
+    plain.forward("update", shape(model), read, passes=3)
+    head = 3 * shape(model).output(sum(n for _, lengths in read for n in lengths))
+    real = counted(lambda: scoring.hidden_rows(model, student_sides(group)).sum().backward())
     assert 0.999 < (one.executed["update"] - head) / real < 1.1
     assert real > 1.15 * (plain.executed["update"] - head)
     assert one.useful == plain.useful

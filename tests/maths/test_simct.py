@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import by_the_book, head_logits
 
-from prefix_distill.engine import scoring
 from prefix_distill.engine.alignment import Shared
-from prefix_distill.engine.rollout import Rollout, Unit
+from prefix_distill.engine.rollout import Unit, rollout_of
+from prefix_distill.engine.units import shared_support, units_of
 from prefix_distill.maths import simct
 from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.fused import weighted
@@ -27,9 +27,8 @@ def rollout(units, slot=0, **changes):
         at, there = at + size, there + teacher_size
     ids = tuple(torch.randint(V, (at,), generator=generator).tolist())
     theirs = tuple(torch.randint(W, (there,), generator=generator).tolist())
-    return Rollout(
-        slot, 0, (1,), (1,), ids, theirs, False, **{"units": tuple(made), "spans": True} | changes
-    )
+    plain = dataclasses.replace(rollout_of(slot, (1,), ids), teacher_ids=theirs)
+    return dataclasses.replace(plain, **{"units": tuple(made), "spans": True} | changes)
 
 
 ROLLOUTS = [
@@ -81,7 +80,7 @@ def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
     """Whole chunks and chunks of one row, units split over chunks; hidden rows, head and bias."""
     rollouts = [dataclasses.replace(r, spans=mode != "strict") for r in ROLLOUTS]
     student_ND, student_head, teacher_ME, teacher_head = case(rollouts, **shape)
-    of, raw = scoring.units_of(rollouts), mode == "simct-released"
+    of, raw = units_of(rollouts), mode == "simct-released"
     weight = torch.rand(sum(len(r.taught) for r in rollouts), dtype=torch.float64)
     expected = by_the_book(
         terms, SHARED, rollouts, student_ND, student_head, teacher_ME, teacher_head, raw
@@ -101,7 +100,7 @@ def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
         bias_V=None if teacher_head.bias_V is None else single(teacher_head.bias_V),
     )
     hidden, there = single(student_ND), single(teacher_ME)
-    shared = scoring.shared_support(SHARED, mode, "cpu", "cpu")
+    shared = shared_support(SHARED, mode, "cpu", "cpu")
     loss, values, _ = simct.weighted(terms, shared, of, hidden, ours, there, theirs, weight)
     torch.testing.assert_close(values.double(), expected.detach(), rtol=2e-5, atol=2e-6)
     (3 * loss).backward()
@@ -138,8 +137,8 @@ def test_statistics_are_scores_of_the_units_text_and_mass_on_the_shared_tokens()
     )
     facts = simct.statistics(
         Terms("reverse-kl", memory_bytes=1500),
-        scoring.shared_support(SHARED, "simct", "cpu", "cpu"),
-        scoring.units_of(rollouts),
+        shared_support(SHARED, "simct", "cpu", "cpu"),
+        units_of(rollouts),
         student_ND,
         student_head,
         teacher_ME,
@@ -173,8 +172,10 @@ def test_a_span_worked_by_hand():
     student = torch.cat(
         [log(1 / 8, 1 / 8, 1 / 2, 1 / 8, 1 / 8), log(1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 2)]
     )  # + end "4" "2" other
-    r = Rollout(0, 0, (1,), (1,), (2, 3), (2,), False, units=(Unit(0, 2, 0, 1),), spans=True)
-    shared = scoring.shared_support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
+    r = dataclasses.replace(
+        rollout_of(0, (1,), (2, 3), False), teacher_ids=(2,), units=(Unit(0, 2, 0, 1),), spans=True
+    )
+    shared = shared_support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
     for teacher, expected in (
         (log(1 / 4, 1 / 4, 1 / 2), 0.0),
         (log(1 / 4, 1 / 4, 1 / 4, 1 / 4), math.log(3) - 1.5 * math.log(2)),
@@ -183,7 +184,7 @@ def test_a_span_worked_by_hand():
         _, values, _ = simct.weighted(
             Terms("reverse-kl"),
             shared,
-            scoring.units_of([r]),
+            units_of([r]),
             student,
             Head(torch.eye(5)),
             teacher,
@@ -210,8 +211,8 @@ def test_all_ids_shared_is_the_plain_reverse_kl():
             weighted(Terms(name, beta), hidden, head, teacher_ME, teacher_head, weight)[:2],
             simct.weighted(
                 Terms(name, beta),
-                scoring.shared_support(same, "simct", "cpu", "cpu"),
-                scoring.units_of(rollouts),
+                shared_support(same, "simct", "cpu", "cpu"),
+                units_of(rollouts),
                 hidden,
                 head,
                 teacher_ME,
@@ -232,8 +233,8 @@ def test_bfloat16_heads_are_close_to_float32():
         hidden, weight = single(student_ND), single(student_head.weight_VD)
         loss, _, _ = simct.weighted(
             Terms("reverse-kl", dtype=dtype),
-            scoring.shared_support(SHARED, "simct", "cpu", "cpu"),
-            scoring.units_of(rollouts),
+            shared_support(SHARED, "simct", "cpu", "cpu"),
+            units_of(rollouts),
             hidden,
             Head(weight),
             single(teacher_ME),
@@ -257,11 +258,11 @@ def test_a_gpu_gives_what_the_cpu_gives(mode):
             single(t, device)
             for t in (student_ND, student_head.weight_VD, teacher_ME, teacher_head.weight_VD)
         )
-        shared = scoring.shared_support(SHARED, mode, device, device)
+        shared = shared_support(SHARED, mode, device, device)
         loss, values, _ = simct.weighted(
             Terms("reverse-kl", memory_bytes=2500),
             shared,
-            scoring.units_of(ROLLOUTS),
+            units_of(ROLLOUTS),
             hidden,
             Head(weight),
             there,
@@ -272,7 +273,7 @@ def test_a_gpu_gives_what_the_cpu_gives(mode):
         facts = simct.statistics(
             Terms("reverse-kl"),
             shared,
-            scoring.units_of(ROLLOUTS),
+            units_of(ROLLOUTS),
             hidden,
             Head(weight),
             there,
@@ -287,8 +288,8 @@ def test_nothing_to_teach_gives_zero_and_no_gradient():
     student_ND, student_head, teacher_ME, teacher_head = case([rollout([])])
     loss, values, _ = simct.weighted(
         Terms("reverse-kl"),
-        scoring.shared_support(SHARED, "simct", "cpu", "cpu"),
-        scoring.units_of([rollout([])]),
+        shared_support(SHARED, "simct", "cpu", "cpu"),
+        units_of([rollout([])]),
         student_ND.float(),
         student_head.to(torch.float32),
         teacher_ME.float(),

@@ -1,19 +1,20 @@
 """Windows, importance and position: which tokens of a rollout are taught, how much each counts, and
 that teaching them is teaching those and no others."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, prepared, update_gradient
+from helpers import assert_same, one_update, prepared, state_of, update_gradient
 from hypothesis import given, strategies
 
 from prefix_distill.engine import scoring
-from prefix_distill.engine.device import Clock
-from prefix_distill.engine.rollout import Rollout
+from prefix_distill.engine.batching import micro_batches, reads
+from prefix_distill.engine.rollout import rollout_of, student_sides, teacher_sides
+from prefix_distill.engine.scoring import Scorer
 from prefix_distill.errors import UserError
-from prefix_distill.maths.divergence import Terms
 from prefix_distill.maths.flops import Ledger
 from prefix_distill.maths.intervals import quantile
 from prefix_distill.maths.weights import (
@@ -29,9 +30,7 @@ from prefix_distill.maths.weights import (
     scale,
     token_weights,
 )
-from prefix_distill.prompts import stream
-from prefix_distill.training import update
-from prefix_distill.training.update import StudentLoss
+from prefix_distill.training.update import Update
 
 
 def test_windows_by_hand():
@@ -100,19 +99,10 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
         schedule__prefix="full",
         divergence__reduction=reduction,
     )
-    student, teacher = run.pair.student.net.requires_grad_(True), run.pair.teacher.net
-    student.zero_grad()
-    prompts = stream.batch(run.problems.train, 0, 5, 0)
-    clock, ledger = Clock(run.place.device), Ledger()
-    rollouts, _ = update.select(
-        run, update.sample(run, run.pair.student, prompts, 0, 32, ledger, clock), 0, ledger, clock
-    )
+    student, teacher = run.pair.student.net, run.pair.teacher.net
+    done = one_update(run)
+    rollouts, values, fused = done.rollouts, done.values, done.gradient
     assert {len(r.taught) for r in rollouts} == {run.method.window.size}
-    weights, share = token_weights(rollouts, reduction)
-    values, _ = update.accumulate_gradients(
-        run, StudentLoss(run), rollouts, weights, share, ledger, clock
-    )
-    fused = {name: p.grad.clone() for name, p in student.named_parameters()}
 
     student.zero_grad()  # independent reference: every rollout alone, full logits, autograd
     losses, count = [], 0
@@ -134,9 +124,7 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
         if run.method.window.kind == "highest-entropy":
             assert set(r.taught) == set((-(s.exp() * s).sum(-1)).topk(2).indices.tolist())
         kept = kl[list(r.taught)]
-        torch.testing.assert_close(
-            torch.tensor(values[r.prompt, r.sample]), kept.detach(), rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(torch.tensor(values[r.key]), kept.detach(), rtol=1e-4, atol=1e-6)
         losses.append(kept.sum() if reduction == "token" else kept.mean())
         count += len(kept)
     (sum(losses) / (count if reduction == "token" else len(rollouts))).backward()
@@ -152,65 +140,41 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
 
 def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, questions):
     run = prepared(pair, questions, weights__window="first:3", schedule__prefix="full")
-    prompts = stream.batch(run.problems.train, 0, 5, 0)
-    clock = Clock(run.place.device)
-    whole = update.sample(run, run.pair.student, prompts, 0, 32, Ledger(), clock)
-    kept, _ = update.select(run, whole, 0, Ledger(), clock)
-    truncated = [
-        r.__class__(**{**r.__dict__, "ids": r.ids[:3], "teacher_ids": r.ids[:3]}) for r in whole
-    ]
-    assert scoring.sequences(kept) == scoring.sequences(truncated)
-    assert scoring.reads(kept, False) == scoring.reads(truncated, False)
+    update = Update(state_of(run), 0)
+    whole = update.sample()
+    kept = update.select(whole)
+    truncated = [dataclasses.replace(r, ids=r.ids[:3], teacher_ids=r.ids[:3]) for r in whole]
+    for sides in (student_sides, teacher_sides):
+        left, right = sides(kept), sides(truncated)
+        assert [(s.prompt, s.read) for s in left] == [(s.prompt, s.read) for s in right]
+        assert reads(left, False) == reads(right, False)
     torch.testing.assert_close(
-        scoring.hidden_rows(run.pair.student, kept),
-        scoring.hidden_rows(run.pair.student, truncated),
+        scoring.hidden_rows(run.pair.student, student_sides(kept)),
+        scoring.hidden_rows(run.pair.student, student_sides(truncated)),
     )
 
 
 def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
     run = prepared(pair, questions, weights__window="highest-kl:4", schedule__prefix="full")
-    prompts = stream.batch(run.problems.train, 0, 5, 0)
-    clock, ledger, plain = Clock(run.place.device), Ledger(), Ledger()
-    rollouts = update.sample(run, run.pair.student, prompts, 0, 32, Ledger(), clock)
-    update.select(run, rollouts, 0, ledger, clock)
-    groups = scoring.micro_batches(
-        rollouts, run.config.train.micro_batch_size, run.pair.student.reads_once
-    )
-    for group in groups:
-        plain.forward(
-            "selection", run.pair.student_shape, scoring.reads(group, run.pair.student.reads_once)
-        )
-        plain.forward(
-            "selection",
-            run.pair.teacher_shape,
-            scoring.reads(group, run.pair.teacher.reads_once, teacher=True),
-        )
+    update = Update(state_of(run), 0)
+    rollouts = update.sample()
+    update = Update(state_of(run), 0)
+    update.select(rollouts)
+    ledger, plain = update.meter.ledger, Ledger()
+    student, teacher = run.pair.student, run.pair.teacher
+    for group in micro_batches(rollouts, run.limits.micro_batch_size, student.reads_once):
+        students = reads(student_sides(group), student.reads_once)
+        teachers = reads(teacher_sides(group), teacher.reads_once)
+        plain.forward("selection", run.pair.student_shape, students)
+        plain.forward("selection", run.pair.teacher_shape, teachers)
     assert ledger.useful == plain.useful and set(ledger.useful) == {"selection"}
 
 
 def test_statistics_of_one_rollout_do_not_depend_on_the_batch(pair, questions):
     run = prepared(pair, questions)
-    rollouts = update.sample(
-        run,
-        run.pair.student,
-        stream.batch(run.problems.train, 0, 5, 0),
-        0,
-        20,
-        Ledger(),
-        Clock(run.place.device),
-    )
-    both = [
-        scoring.token_statistics(
-            Terms("reverse-kl"),
-            run.pair.student,
-            run.pair.teacher,
-            run.pair.shared_support,
-            rollouts,
-            run.place,
-            rows,
-        )
-        for rows in (1, 10)
-    ]
+    rollouts = Update(state_of(run), 0, prefix=20).sample()
+    scorer = Scorer.reverse_kl(run.pair, run.place)
+    both = [scorer.measure(rollouts, size) for size in (1, 10)]
     for key in both[0]:
         for name in both[0][key]:
             assert both[0][key][name] == pytest.approx(both[1][key][name], abs=1e-5), name
@@ -297,12 +261,9 @@ def test_quantile_is_torchs(values, share):
     strategies.lists(strategies.integers(1, 12), min_size=1, max_size=5),
 )
 def test_a_share_of_every_rollout_whatever_the_order_of_rollouts(kind, share, key, lengths):
-    rollouts = [
-        Rollout(i, 0, (1,), (1,), tuple(range(m)), tuple(range(m)), False)
-        for i, m in enumerate(lengths)
-    ]
+    rollouts = [rollout_of(i, (1,), tuple(range(m))) for i, m in enumerate(lengths)]
     facts = {
-        (r.prompt, 0): {
+        r.key: {
             name: {t: ((r.prompt * 7 + t * (3 + n) + key) % 11) / 11 for t in r.taught}
             for n, name in enumerate(("entropy", "divergence", "forward_kl"))
         }
@@ -390,37 +351,14 @@ def chosen_by_reference(run, rollouts, kind, keep) -> dict:
             "overconfident": forward * (1 - hat),
         }[kind]
         order = sorted(range(len(r.ids)), key=lambda t: (-round(score[t].item(), 9), t))
-        kept[r.prompt, r.sample] = tuple(sorted(order[: max(1, int(keep * len(r.ids)))]))
+        kept[r.key] = tuple(sorted(order[: max(1, int(keep * len(r.ids)))]))
     return kept
 
 
-def selected_gradient(run, micro, window=None):
-    run.config = run.config.__class__(
-        **{
-            **run.config.__dict__,
-            "train": run.config.train.__class__(
-                **{**run.config.train.__dict__, "micro_batch_size": micro}
-            ),
-        }
-    )
-    run.pair.student.net.requires_grad_(True).zero_grad()
-    clock, ledger = Clock(run.place.device), Ledger()
-    drawn = update.sample(
-        run, run.pair.student, stream.batch(run.problems.train, 0, 5, 0), 0, 12, Ledger(), clock
-    )
-    rollouts, reading = update.select(run, drawn, 0, ledger, clock)
-    weights, share = token_weights(rollouts, "token", run.method.position)
-    values, _ = update.accumulate_gradients(
-        run, StudentLoss(run), rollouts, weights, share, ledger, clock, reading
-    )
-    return (
-        {n: p.grad.clone() for n, p in run.pair.student.net.named_parameters()},
-        drawn,
-        rollouts,
-        values,
-        reading,
-        ledger,
-    )
+def selected_gradient(run, micro):
+    done = one_update(run, micro)
+    reused = done.update.forward_pass
+    return done.gradient, done.sampled, done.rollouts, done.values, reused, done.ledger
 
 
 @pytest.fixture(scope="module")
@@ -438,13 +376,13 @@ def even(pair, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["soft-or", "overconfident", "entropy", "divergence", "bottom"])
 def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, even, kind):
     run = prepared(pair, even, weights__select=kind, weights__keep=0.5, rollout__eos="teacher")
-    run.method.sampler = run.method.sampler.__class__(
-        **{**run.method.sampler.__dict__, "eos": frozenset({-1})}
-    )  # no rollout ends early
+    # no rollout ends early
+    sampler = dataclasses.replace(run.method.sampler, eos=frozenset({-1}))
+    run = dataclasses.replace(run, method=dataclasses.replace(run.method, sampler=sampler))
     once, drawn, kept, values, reading, ledger = selected_gradient(run, 10)
     assert reading is not None
     expected = chosen_by_reference(run, drawn, kind, 0.5)
-    assert {key: r.taught for r in kept for key in [(r.prompt, r.sample)]} == expected
+    assert {key: r.taught for r in kept for key in [r.key]} == expected
     head = (run.pair.student_shape.output(1) + run.pair.teacher_shape.output(1)) * sum(
         len(r.ids) for r in drawn
     )
@@ -470,7 +408,7 @@ def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, ev
             )
         losses.append(F.kl_div(t, s, reduction="none", log_target=True).sum(-1)[list(r.taught)])
         torch.testing.assert_close(
-            torch.tensor(values[r.prompt, r.sample]), losses[-1].detach(), rtol=1e-4, atol=1e-6
+            torch.tensor(values[r.key]), losses[-1].detach(), rtol=1e-4, atol=1e-6
         )
     torch.cat(losses).mean().backward()
     assert_same(once, {n: p.grad for n, p in student.named_parameters()}, 1e-4)
@@ -494,9 +432,9 @@ def test_keeping_all_is_no_selection_and_a_window_leaves_the_choice(pair, questi
         if inside:
             assert all(set(r.taught) <= set(inside(r)) for r in kept)
         else:  # the two largest of the four largest
-            assert {
-                key: r.taught for r in kept for key in [(r.prompt, r.sample)]
-            } == chosen_by_reference(run, drawn, "divergence", 2 / 12)
+            assert {key: r.taught for r in kept for key in [r.key]} == chosen_by_reference(
+                run, drawn, "divergence", 2 / 12
+            )
 
 
 def test_quadrants_by_hand():
@@ -555,17 +493,11 @@ def test_position_weights_multiply_and_do_not_renormalise(pair, questions, reduc
         divergence__reduction=reduction,
         weights__window="last:5",
     )
-    run.pair.student.net.requires_grad_(True).zero_grad()
-    clock, ledger = Clock(run.place.device), Ledger()
-    drawn = update.sample(
-        run, run.pair.student, stream.batch(run.problems.train, 0, 5, 0), 0, 12, ledger, clock
-    )
-    rollouts, _ = update.select(run, drawn, 0, ledger, clock)
-    weights, share = token_weights(rollouts, reduction, run.method.position)
+    done = one_update(run)
+    rollouts, fused = done.rollouts, done.gradient
+    _, share = token_weights(rollouts, reduction, run.method.position)
     _, plain_share = token_weights(rollouts, reduction)
-    assert share == plain_share
-    update.accumulate_gradients(run, StudentLoss(run), rollouts, weights, share, ledger, clock)
-    fused = {n: p.grad.clone() for n, p in run.pair.student.net.named_parameters()}
+    assert share == plain_share == done.losses.divisor
     run.pair.student.net.zero_grad()
     losses = []
     for r in rollouts:

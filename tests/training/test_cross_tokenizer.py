@@ -1,27 +1,25 @@
 """Whole updates and runs of a pair with different tokenizers: the laboratory's, whose student
 merges what its teacher does not."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import assert_same, by_the_book, counted, invoke, last_json
+from helpers import assert_same, by_the_book, counted, invoke, last_json, one_update, state_of
 from safetensors.torch import load_file
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
 from prefix_distill.engine.alignment import Alignment, Bytes, Shared
-from prefix_distill.engine.device import Clock
+from prefix_distill.engine.units import shared_support, units_of
 from prefix_distill.maths import simct
 from prefix_distill.maths.divergence import Head, Terms
-from prefix_distill.maths.flops import Ledger
-from prefix_distill.maths.weights import token_weights
 from prefix_distill.prompts import stream
 from prefix_distill.training import prepare as preflight
-from prefix_distill.training import update
-from prefix_distill.training.update import StudentLoss
+from prefix_distill.training.update import Update
 
 KILLED = """
 import os, signal, sys
@@ -79,23 +77,8 @@ def prepared(student="student-merged", **changes):
 
 def gradient(run, micro=4):
     """One update's gradient → (name → gradient, rollouts as taught, values, divisor)."""
-    run.config = configuration.replace(run.config, train={"micro_batch_size": micro})
-    run.pair.student.net.requires_grad_(True).zero_grad()
-    clock, ledger = Clock(run.place.device), Ledger()
-    drawn = update.sample(
-        run, run.pair.student, stream.batch(run.problems.train, 0, 3, 0), 0, 40, Ledger(), clock
-    )
-    rollouts, reading = update.select(run, drawn, 0, ledger, clock)
-    weights, divisor = token_weights(rollouts, "token", run.method.position)
-    values, _ = update.accumulate_gradients(
-        run, StudentLoss(run), rollouts, weights, divisor, ledger, clock, reading
-    )
-    return (
-        {n: p.grad.clone() for n, p in run.pair.student.net.named_parameters()},
-        rollouts,
-        values,
-        divisor,
-    )
+    done = one_update(run, micro, prefix=40)
+    return done.gradient, done.rollouts, done.values, done.losses.divisor
 
 
 def rows(net, prompt, ids, head):
@@ -141,7 +124,7 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
             mode == "simct-released",
         )
         torch.testing.assert_close(
-            torch.tensor(values[r.prompt, r.sample]), found.detach(), rtol=1e-4, atol=1e-5
+            torch.tensor(values[r.key]), found.detach(), rtol=1e-4, atol=1e-5
         )
         weight = [
             1.0 if run.method.position is None else run.method.position.at(t, len(r.ids))
@@ -160,30 +143,27 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
     run = prepared("student", schedule__prefix="full", rollout__temperature=0.0)
     assert run.pair.alignment is None
     side = [Bytes(m.tokenizer, m.name) for m in (run.pair.student, run.pair.teacher)]
-    clock = Clock(run.place.device)
-    drawn = update.sample(
-        run, run.pair.student, stream.batch(run.problems.train, 0, 3, 0), 0, 192, Ledger(), clock
-    )
+    state = state_of(run)
+    drawn = Update(state, 0, prefix=192).sample()
     assert all(r.finished for r in drawn)
+    others = tuple(i for i in range(18) if i != 1)
+    alignment = Alignment("simct", *side, (1,), (1,))
+    alignment.__dict__["shared"] = Shared(others, others, (1,), (1,))
+    aligned = dataclasses.replace(
+        run.pair,
+        alignment=alignment,
+        shared_support=shared_support(alignment.shared, "simct", "cpu", "cpu"),
+    )
     found = []
-    for alignment in (None, Alignment("simct", *side, (1,), (1,))):
-        rollouts = drawn
-        if alignment is not None:
-            others = tuple(i for i in range(18) if i != 1)
-            alignment.__dict__["shared"] = Shared(others, others, (1,), (1,))
-            run.pair.alignment, run.pair.shared_support = (
-                alignment,
-                scoring.shared_support(alignment.shared, "simct", "cpu", "cpu"),
-            )
-            rollouts = run.pair.align(drawn)
+    for pair in (run.pair, aligned):
+        rollouts = pair.align(drawn)
+        if pair.alignment is not None:
             assert all(
                 r.teacher_ids == r.ids and r.taught == tuple(range(len(r.ids))) for r in rollouts
             )
-        run.pair.student.net.requires_grad_(True).zero_grad()
-        weights, divisor = token_weights(rollouts, "token")
-        update.accumulate_gradients(
-            run, StudentLoss(run), rollouts, weights, divisor, Ledger(), clock
-        )
+        state = state_of(dataclasses.replace(run, pair=pair))
+        state.optimizer.zero_grad()
+        Update(state, 0, prompts=[]).backward(rollouts)
         found.append({n: p.grad.clone() for n, p in run.pair.student.net.named_parameters()})
     for name, plain in found[0].items():
         assert (found[1][name] - plain).abs().max() <= 1e-6 * max(
@@ -219,7 +199,7 @@ def test_prompts_are_each_models_own_and_text_is_the_same():
         "simct", run.pair.alignment.student, run.pair.alignment.teacher, (1,), (1,), positions
     )
     for r in map(short.rollout, rollouts):
-        assert len(r.teacher_prompt) + r.extent(teacher=True) <= positions and r.units
+        assert len(r.teacher_prompt) + r.teacher.extent <= positions and r.units
 
 
 @pytest.mark.parametrize("mode", ["strict", "simct"])
@@ -229,9 +209,9 @@ def test_the_ledger_is_torchs_own_count(mode):
     _, rollouts, _, _ = gradient(run)
     group = rollouts[:1]
     student, teacher = (m.head() for m in (run.pair.student, run.pair.teacher))
-    hidden = torch.randn(len(group[0].rows()), 64, requires_grad=True)
-    there = torch.randn(len(group[0].rows(teacher=True)), 96)
-    of = scoring.units_of(group)
+    hidden = torch.randn(len(group[0].student.rows), 64, requires_grad=True)
+    there = torch.randn(len(group[0].teacher.rows), 96)
+    of = units_of(group)
 
     def loss():
         simct.weighted(
@@ -245,10 +225,8 @@ def test_the_ledger_is_torchs_own_count(mode):
             torch.ones(len(of.token[0])),
         )[0].backward()
 
-    ours, theirs = (
-        scoring.head_rows(m, group, run.pair.shared_support, side)
-        for m, side in ((run.pair.student, False), (run.pair.teacher, True))
-    )
+    ours = scoring.student_head_rows(run.pair, group)
+    theirs = scoring.teacher_head_rows(run.pair, group)
     again = run.pair.student_shape.output(sum(u.size for u in group[0].taught_units if not u.exact))
     expected = (
         3 * run.pair.student_shape.output(ours) + again + run.pair.teacher_shape.output(theirs)
@@ -267,9 +245,7 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
     texts = {
         (p.prompt.index, s): {"ids": text, "finished": True} for p in prompts for s in range(2)
     }
-    drawn = update.sample(
-        run, run.pair.student, prompts, 0, 40, Ledger(), Clock(run.place.device), texts
-    )
+    drawn = Update(state_of(run), 0, texts, prefix=40).sample()
     encoded = (
         *run.pair.student.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids,
         1,
@@ -284,9 +260,7 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
                 and sum(u.size for u in r.units) == len(r.ids)
                 and any(not u.exact for u in r.taught_units)
             )
-    short = update.sample(
-        run, run.pair.student, prompts, 0, 4, Ledger(), Clock(run.place.device), texts
-    )
+    short = Update(state_of(run), 0, texts, prefix=4).sample()
     assert all(r.ids == encoded[:4] and not r.finished for r in short)
 
 

@@ -30,16 +30,16 @@ from prefix_distill.display import Reporter
 from prefix_distill.engine import scoring
 from prefix_distill.engine.ranks import Interrupt
 from prefix_distill.errors import Interrupted, MemoryShortage, Stopped, UserError
-from prefix_distill.training import session as train
-from prefix_distill.training import update
 from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.session import Session
+from prefix_distill.training.update import Update
 
 
 def run_in(folder, run, report: Reporter | None = None, resume=False, **more):
     files = RunFolder(folder)
     if not resume:
         files.create(configuration.as_dict(run.config))
-    return train.train(run, files, report or Silent(), resume, **more)
+    return Session(run, files, report or Silent(), resume, **more).train()
 
 
 @pytest.fixture(scope="module")
@@ -236,33 +236,28 @@ def poison(model, name):
 def test_numbers_that_are_not_finite_are_named_before_they_do_harm(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, monkeypatch, what, match, saved
 ):
-    run, plain = six(pair, questions, **{"evaluate.every": 0}), update.accumulate_gradients
-    hidden_rows = scoring.hidden_rows
+    run = six(pair, questions, **{"evaluate.every": 0})
+    hidden_rows, backward = scoring.hidden_rows, Update.backward
 
-    def accumulate(run, *rest):
-        if run.optimizer_steps == 2:
+    def infinite(model, sides):
+        rows = hidden_rows(model, sides)
+        return rows * float("inf") if model is run.pair.teacher else rows
+
+    def disturbed(update, rollouts):
+        if update.step == 2:
             if what == "teacher's weight":
                 poison(run.pair.teacher, "model.norm.weight")
             if what == "student's weight":
                 poison(run.pair.student, "lm_head.weight")
             if what == "teacher's logits":
-                monkeypatch.setattr(
-                    scoring,
-                    "hidden_rows",
-                    lambda model, rollouts, teacher=False: (
-                        hidden_rows(model, rollouts, teacher) * (float("inf") if teacher else 1)
-                    ),
-                )
-        found = plain(run, *rest)
-        if run.optimizer_steps == 2 and what == "gradient":
-            dict(run.pair.student.net.named_parameters())["model.layers.1.mlp.up_proj.weight"].grad[
-                1, 2
-            ] = float("inf")
-        run.optimizer_steps += 1
-        return found
+                monkeypatch.setattr(scoring, "hidden_rows", infinite)
+        losses = backward(update, rollouts)
+        if update.step == 2 and what == "gradient":
+            weights = dict(run.pair.student.net.named_parameters())
+            weights["model.layers.1.mlp.up_proj.weight"].grad[1, 2] = float("inf")
+        return losses
 
-    run.optimizer_steps = 0
-    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
+    monkeypatch.setattr(Update, "backward", disturbed)
     with pytest.raises(Stopped, match=match):
         run_in(tmp_path / "run", run)
     assert sorted(os.listdir(tmp_path / "run/checkpoints"))[-1] == f"step-{saved:08d}"
@@ -286,14 +281,26 @@ def plenty(pair, questions, tmp_path_factory):
 @pytest.mark.parametrize(
     "where, said",
     [
-        ("training", ["--micro-batch-size 4 becomes 2", "--micro-batch-size 2 becomes 1"]),
-        ("scoring", ["--micro-batch-size 4 becomes 2", "--micro-batch-size 2 becomes 1"]),
+        (
+            "training",
+            [
+                "--micro-batch-size was lowered from 4 to 2",
+                "--micro-batch-size was lowered from 2 to 1",
+            ],
+        ),
+        (
+            "scoring",
+            [
+                "--micro-batch-size was lowered from 4 to 2",
+                "--micro-batch-size was lowered from 2 to 1",
+            ],
+        ),
         (
             "generation",
             [
-                "--generation-rows 8 becomes 4",
-                "--generation-rows 4 becomes 2",
-                "--generation-rows 2 becomes 1",
+                "--generation-rows was lowered from 8 to 4",
+                "--generation-rows was lowered from 4 to 2",
+                "--generation-rows was lowered from 2 to 1",
             ],
         ),
     ],
@@ -345,7 +352,7 @@ def test_memory_that_is_short_in_the_reading_that_selects(pair, tmp_path, monkey
     report = Silent()
     short = run_in(tmp_path / "short", prepared(pair, str(file), **settings), report)
     assert [text.split("; ")[1].split(",")[0] for text in report.warnings if "ran out" in text] == [
-        "--micro-batch-size 10 becomes 5"
+        "--micro-batch-size was lowered from 10 to 5"
     ]
     assert (
         short["flops"]["by_phase"]["selection"]["useful"]

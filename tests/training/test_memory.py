@@ -15,19 +15,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 UPDATES = """
-import json, os, sys
+import dataclasses, json, os, sys
 import measure, torch
 from helpers import tiny_net
-from prefix_distill.config import build
-from prefix_distill.engine.device import Clock
 from prefix_distill.engine.models import Model, shape
-from prefix_distill.engine.ranks import Place
-from prefix_distill.engine.rollout import Rollout
+from prefix_distill.engine.pair import Pair
+from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.maths.divergence import Terms
-from prefix_distill.maths.flops import Ledger
-from prefix_distill.maths.weights import token_weights
-from prefix_distill.training.update import StudentLoss, accumulate_gradients
-from types import SimpleNamespace
+from prefix_distill.training.update import Update
+from helpers import bare_run, state_of
 
 def load(seed, vocabulary):
     net = tiny_net("llama", seed, vocabulary=vocabulary, width=64, layers=4)
@@ -36,35 +32,20 @@ def load(seed, vocabulary):
 def peak(samples=4, accumulated=1, vocabulary=300, chunk=4):
     torch.set_num_threads(1)
     student, teacher = load(1, vocabulary), load(2, vocabulary)
-    student.net.requires_grad_(True)
-    cpu = torch.device("cpu")
-    run = SimpleNamespace(
-        student=student,
-        teacher=teacher,
-        place=Place(cpu, cpu, torch.float32, torch.float32, 0, 1, ()),
-        shared=None,
-        alignment=None,
-        terms=Terms("reverse-kl", memory_bytes=chunk << 20),
-        config=build({"train.micro_batch_size": 4}),
-        student_shape=shape(student),
-        teacher_shape=shape(teacher),
-        attempt=lambda ledger, work: work(ledger),
+    pair = Pair(
+        student=student, teacher=teacher, student_shape=shape(student), teacher_shape=shape(teacher)
     )
+    terms = Terms("reverse-kl", memory_bytes=chunk << 20)
+    state = state_of(bare_run(pair, terms, {"train.micro_batch_size": 4}))
 
     def step(prompts, samples):
         prompt = tuple(range(9, 69))
         rollouts = [
-            Rollout(
-                p, s, prompt, prompt,
-                *[tuple(range(100 + s, 160 + s))] * 2, False,
-            )
+            dataclasses.replace(rollout_of(p, prompt, tuple(range(100 + s, 160 + s))), sample=s)
             for p in range(prompts)
             for s in range(samples)
         ]
-        weights, divisor = token_weights(rollouts, "token")
-        accumulate_gradients(
-            run, StudentLoss(run), rollouts, weights, divisor, Ledger(), Clock(cpu)
-        )
+        Update(state, 0, prompts=[]).backward(rollouts)
 
     step(1, 4)  # gradients exist, libraries are warm
     before = measure.reset_peak()

@@ -6,18 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import bare_run, state_of
 
-from prefix_distill.config import build
-from prefix_distill.engine.device import Clock
 from prefix_distill.engine.models import Model
-from prefix_distill.engine.ranks import Place
-from prefix_distill.engine.rollout import Rollout
+from prefix_distill.engine.pair import Pair
+from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.maths.divergence import Terms
-from prefix_distill.maths.flops import Ledger, Shape
-from prefix_distill.maths.weights import token_weights
-from prefix_distill.training import metrics, update
-from prefix_distill.training.state import Progress
-from prefix_distill.training.update import StudentLoss
+from prefix_distill.maths.flops import Shape
+from prefix_distill.training.metrics import update_facts
+from prefix_distill.training.optimizer import step_optimizer
+from prefix_distill.training.update import Update
 
 
 class Bigram(torch.nn.Module):
@@ -52,33 +50,24 @@ def test_loss_gradient_and_new_weight_by_hand():
         None,
         frozenset(),
     )
-    place = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
-    run = SimpleNamespace(
+    pair = Pair(
         student=student,
         teacher=teacher,
-        place=place,
-        shared=None,
-        alignment=None,
-        terms=(terms := Terms("reverse-kl")),
-        text_terms=terms,
-        config=build({"schedule.lr": 0.1}),
         student_shape=Shape(0, 9, ()),
         teacher_shape=Shape(0, 9, ()),
-        attempt=lambda ledger, work: work(ledger),
     )
-    rollouts = [
-        Rollout(0, 0, (0,), (0,), (1, 2), (1, 2), False)
-    ]  # reads 0, 1; token 2 is predicted and never read
-    weights, divisor = token_weights(rollouts, "token")
-    assert divisor == 2
+    run = bare_run(pair, Terms("reverse-kl"), {"schedule.lr": 0.1})
+    state = state_of(run)
+    # reads 0, 1; token 2 is predicted and never read
+    rollouts = [rollout_of(0, (0,), (1, 2))]
 
-    values, _ = update.accumulate_gradients(
-        run, StudentLoss(run), rollouts, weights, divisor, Ledger(), Clock(place.device)
-    )
+    update = Update(state, 0, prompts=[])
+    losses = update.backward(rollouts)
+    assert losses.divisor == 2
 
     # KL(uniform ‖ T) = ln 1/3 − mean ln T: (1/3) ln(32/27) after 0 and (1/3) ln 2 after 1
     first, second = math.log(32 / 27) / 3, math.log(2) / 3
-    assert values[0, 0] == pytest.approx([first, second], abs=1e-6)
+    assert losses.values[0, 0] == pytest.approx([first, second], abs=1e-6)
 
     # ∂/∂ logit k = S_k (ln S_k − ln T_k − KL) / divisor
     def gradient(t, kl):
@@ -90,10 +79,8 @@ def test_loss_gradient_and_new_weight_by_hand():
     torch.testing.assert_close(student.net.out.weight.grad, by_hand, atol=1e-7, rtol=1e-6)
     assert teacher.net.out.weight.grad is None
 
-    optimizer = update.make_optimizer(student.net.parameters(), run.config)
-    facts = metrics.update_facts(run, rollouts, values, {}, weights, divisor, 0)
-    assert facts["loss"] == pytest.approx(math.log(64 / 27) / 6, abs=1e-6)
-    update.apply_update(run, None, optimizer, {}, Progress(), 0.1)
+    assert update_facts(update, losses).objective == pytest.approx(math.log(64 / 27) / 6, abs=1e-6)
+    step_optimizer(state.optimizer, student.trained, 0.1, run.config.train.grad_clip)
     # AdamW's first step: −lr · g / (|g| + ε); the gradient norm is below 1, so nothing is clipped
     expected = torch.tensor([[-0.1 * g / (abs(g) + 1e-8) for g in row] for row in by_hand.tolist()])
     torch.testing.assert_close(student.net.out.weight.detach(), expected, atol=1e-6, rtol=1e-5)

@@ -179,9 +179,9 @@ def test_resume_is_exact_inside_every_schedule_and_method(
 
     from prefix_distill.training import session as train
     from prefix_distill.training.folder import RunFolder
-    from prefix_distill.training.update import apply_update
+    from prefix_distill.training.session import Session, step_optimizer
 
-    plain, calls = apply_update, []
+    plain, calls = step_optimizer, []
 
     def go(folder, resume=False, fails_at=None):
         def update(*arguments):
@@ -191,7 +191,7 @@ def test_resume_is_exact_inside_every_schedule_and_method(
             return plain(*arguments)
 
         calls.clear()
-        monkeypatch.setattr(train, "apply_update", update)
+        monkeypatch.setattr(train, "step_optimizer", update)
         run = prepared(
             pair,
             questions,
@@ -201,7 +201,7 @@ def test_resume_is_exact_inside_every_schedule_and_method(
         if not resume:
             files.create({})
             files.write_json("run.json", {})
-        return train.train(run, files, Silent(), resume)
+        return Session(run, files, Silent(), resume).train()
 
     whole = go(tmp_path / "whole")
     with pytest.raises(InterruptedError):

@@ -13,7 +13,7 @@ from prefix_distill.errors import UserError
 from prefix_distill.prompts import templates
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.templates import PRIVILEGED
-from prefix_distill.training import session as train
+from prefix_distill.training import state
 
 
 def test_the_privileged_prompt_and_the_students(pair, tmp_path):
@@ -131,11 +131,11 @@ def test_values_are_those_of_the_initial_weights_behind_the_privileged_prompt(pa
         )
         torch.testing.assert_close(
             (t.exp() * (t - s)).sum(-1).detach(),
-            torch.tensor(values[r.prompt, r.sample]),
+            torch.tensor(values[r.key]),
             rtol=1e-4,
             atol=1e-6,
         )
-        assert values[r.prompt, r.sample][0] > 1e-3
+        assert values[r.key][0] > 1e-3
 
 
 def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):
@@ -159,13 +159,13 @@ def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):
 def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeypatch):
     """t ← 0.75·t + 0.25·s after every update; the teacher of update 2 is no longer the initial
     one."""
-    seen, plain = [], train.average
+    seen, plain = [], state.average
 
     def watched(teacher, student, share):
         seen.append([p.detach().clone() for p in student.net.parameters()])
         plain(teacher, student, share)
 
-    monkeypatch.setattr(train, "average", watched)
+    monkeypatch.setattr(state, "average", watched)
     run = prepared(
         (pair[0], "self"), questions, models__teacher_ema=0.75, schedule__lr=1e-2, **SELF
     )

@@ -7,22 +7,28 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Silent, assert_same, byte_tokenizer, prepared, save_tiny, update_gradient
+from helpers import (
+    Silent,
+    assert_same,
+    byte_tokenizer,
+    prepared,
+    save_tiny,
+    state_of,
+    update_gradient,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
-from prefix_distill.engine.device import Clock
 from prefix_distill.engine.models import decoder, refresh
+from prefix_distill.engine.rollout import student_sides
 from prefix_distill.engine.saving import save_model
 from prefix_distill.errors import Stopped
-from prefix_distill.maths.flops import Ledger
-from prefix_distill.maths.weights import token_weights
-from prefix_distill.training import metrics, update
-from prefix_distill.training import session as train
+from prefix_distill.training import metrics
 from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.session import Session
 from prefix_distill.training.state import Progress
-from prefix_distill.training.update import StudentLoss
+from prefix_distill.training.update import Update
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
@@ -60,9 +66,7 @@ def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(
 
         m = torch.log((s.exp() + t.exp()) / 2)
         per_token = kl(s, t) if divergence == "reverse-kl" else (kl(t, m) + kl(s, m)) / 2
-        torch.testing.assert_close(
-            per_token, torch.tensor(values[r.prompt, r.sample]), rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(per_token, torch.tensor(values[r.key]), rtol=1e-4, atol=1e-6)
         losses.append(per_token)
     loss = {
         "token": torch.cat(losses).mean(),
@@ -93,7 +97,7 @@ def test_prompts_of_different_length_on_both_sides(pair, questions, tmp_path):
     )
     torch.testing.assert_close(
         (s.exp() * (s - t)).sum(-1).detach(),
-        torch.tensor(values[r.prompt, r.sample]),
+        torch.tensor(values[r.key]),
         rtol=1e-4,
         atol=1e-6,
     )
@@ -108,7 +112,7 @@ def test_forced_start_is_read_by_both_and_never_taught(pair, questions):
         r.student_prompt[-7:] == begin == r.teacher_prompt[-7:] and len(r.ids) <= 12
         for r in rollouts
     )
-    assert all(len(values[r.prompt, r.sample]) == len(r.ids) for r in rollouts)
+    assert all(len(values[r.key]) == len(r.ids) for r in rollouts)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair, questions):
@@ -180,7 +184,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            scoring.hidden_rows(run.pair.student, rollouts[:1]).sum().backward()
+            scoring.hidden_rows(run.pair.student, student_sides(rollouts[:1])).sum().backward()
         save_model(run.pair.student, tmp_path / str(on))
         decoding = decoder(run.pair.student, torch.float32)
         widths = []
@@ -189,9 +193,9 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
             widths.append(named["input_ids"].shape[1])
 
         decoding.net.register_forward_pre_hook(measure, with_kwargs=True)
-        drawn = update.sample(
-            run, decoding, run.problems.train[:2], 0, 8, Ledger(), Clock(run.place.device)
-        )
+        state = state_of(run)
+        state.decoding = decoding
+        drawn = Update(state, 0, prompts=run.problems.train[:2], prefix=8).sample()
         assert (run.pair.student.recomputes, set(widths)) == (on, {1}) and not any(
             m.training for m in run.pair.student.net.modules()
         )
@@ -215,7 +219,7 @@ def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(
         Stopped,
         match=r"update 1: .* the teacher's weight model\.embed_tokens\.weight is not finite",
     ):
-        train.train(run, folder, Silent(), False)
+        Session(run, folder, Silent()).train()
     step, tensors, _ = folder.latest(lambda text: None)
     assert step == 0
     for name, p in run.pair.student.net.named_parameters():
@@ -227,7 +231,7 @@ def test_a_run_writes_what_plain_transformers_loads(pair, questions, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create(configuration.as_dict(run.config))
     folder.write_json("run.json", {})
-    result = train.train(run, folder, Silent(), False)
+    result = Session(run, folder, Silent()).train()
     net = AutoModelForCausalLM.from_pretrained(folder.model)
     for (name, p), q in zip(run.pair.student.net.named_parameters(), net.parameters(), strict=True):
         assert torch.equal(p, q), name
@@ -265,7 +269,7 @@ def test_the_student_comes_closer_to_its_teacher(pair, questions, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create({})
     folder.write_json("run.json", {})
-    result = train.train(run, folder, Silent(), False)
+    result = Session(run, folder, Silent()).train()
     assert result["kl_after"]["high"] < result["kl_before"]["low"]
 
 
@@ -282,7 +286,7 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
         folder = RunFolder(tmp_path / dtype)
         folder.create({})
         folder.write_json("run.json", {})
-        result = train.train(run, folder, Silent(), False)
+        result = Session(run, folder, Silent()).train()
         measured[dtype] = [result["kl_before"]["value"], result["kl_after"]["value"]]
         gap = result["sampler_kl"]
         assert gap is None if dtype == "float32" else 0 < gap < 0.01 * result["kl_after"]["value"]
@@ -306,14 +310,10 @@ def test_gpu_update_equals_cpu(pair, questions):
     gradients, rollouts = [], None
     for device in ("cpu", "cuda:0"):
         run = prepared(pair, questions, runtime__device=device)
-        run.pair.student.net.requires_grad_(True)
+        state = state_of(run)
         if rollouts is None:
-            rollouts = update_gradient(run)[1]
-            run.pair.student.net.zero_grad()
-        weights, share = token_weights(rollouts, "token")
-        update.accumulate_gradients(
-            run, StudentLoss(run), rollouts, weights, share, Ledger(), Clock(run.place.device)
-        )
+            rollouts = Update(state, 0).sample()
+        Update(state, 0, prompts=[]).backward(rollouts)
         gradients.append({n: p.grad.cpu() for n, p in run.pair.student.net.named_parameters()})
     assert_same(gradients[1], gradients[0], 1e-3)
 

@@ -5,45 +5,29 @@ import json
 
 import pytest
 import torch
-from helpers import Silent, prepared
+from helpers import Silent, one_update, prepared, state_of
 
 from prefix_distill import config as configuration
-from prefix_distill.engine.device import Clock
+from prefix_distill.engine import sampling
 from prefix_distill.errors import UserError
-from prefix_distill.maths.flops import Ledger
-from prefix_distill.maths.weights import token_weights
 from prefix_distill.prompts import stream
-from prefix_distill.training import session as train
-from prefix_distill.training import teacher_text as off_policy
 from prefix_distill.training.folder import RunFolder
-from prefix_distill.training.state import Progress
-from prefix_distill.training.teacher_text import FILE, PHASES
-from prefix_distill.training.update import StudentLoss, accumulate_gradients, sample
+from prefix_distill.training.session import Session
+from prefix_distill.training.teacher_text import FILE, load_or_sample
 
 
 def gradient(run, folder, prefix=12):
-    files = RunFolder(folder)
-    files.path.mkdir(exist_ok=True)
-    student, clock, progress = (
-        run.pair.student.net.requires_grad_(True),
-        Clock(run.place.device),
-        Progress(),
-    )
-    student.zero_grad()
-    texts = train._teacher_texts(run, files, progress, clock)
-    prompts = stream.batch(run.problems.train, 0, run.config.train.batch_size, 0)
-    ledger = Ledger()
-    rollouts = sample(run, run.pair.student, prompts, 0, prefix, ledger, clock, texts)
-    weights, share = token_weights(rollouts, run.config.divergence.reduction)
-    values, _ = accumulate_gradients(run, StudentLoss(run), rollouts, weights, share, ledger, clock)
-    return (
-        rollouts,
-        values,
-        {n: p.grad.clone() for n, p in student.named_parameters()},
-        texts,
-        progress.ledger,
-        ledger,
-    )
+    texts, spent = texts_of(run, folder)
+    done = one_update(run, prefix=prefix, texts=texts)
+    return done.rollouts, done.values, done.gradient, texts, spent, done.ledger
+
+
+def texts_of(run, folder):
+    """Return the teacher's texts, and the run's ledger after they were sampled or read."""
+    RunFolder(folder).path.mkdir(exist_ok=True)
+    state = state_of(run, folder)
+    longest = run.method.prefix.longest(run.config.train.steps)
+    return load_or_sample(state, run.pair.teacher, longest), state.progress.ledger
 
 
 def reference(run, rollouts, loss_of):
@@ -113,7 +97,7 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
         and len(r.ids) <= 5
         and r.ids == tuple(texts[p.prompt.index, r.sample]["ids"][:5])
         for p, r in zip(
-            (stream.batch(run.problems.train, 0, 5, 0)[r.prompt] for r in rollouts),
+            (stream.batch(run.problems.train, 0, 5, 0)[r.slot] for r in rollouts),
             rollouts,
             strict=True,
         )
@@ -129,17 +113,10 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
         run.method.text_sampler,
     )
     assert texts[first.prompt.index, 1]["ids"] == list(alone[0].ids)
-    assert set(spent.useful) == set(PHASES) and all(spent.useful.values())
+    assert set(spent.useful) == {"teacher_prefill", "teacher_decode"} and all(spent.useful.values())
     assert "teacher_score" not in update.useful  # nothing is scored for a cross-entropy
-    again = Progress()
-    monkeypatch.setattr(
-        off_policy, "generate", None
-    )  # a second call that wrote anything would fail
-    assert (
-        train._teacher_texts(run, RunFolder(tmp_path / "run"), again, Clock(run.place.device))
-        == texts
-    )
-    assert again.ledger == spent
+    monkeypatch.setattr(sampling, "_Batch", None)  # a second call that sampled would fail
+    assert texts_of(run, tmp_path / "run") == (texts, spent)
 
 
 def test_a_longer_run_writes_only_what_is_missing(pair, questions, tmp_path):
@@ -147,14 +124,11 @@ def test_a_longer_run_writes_only_what_is_missing(pair, questions, tmp_path):
         prepared(pair, questions, rollout__off_policy="divergence", train__steps=steps)
         for steps in (1, 3)
     )
-    files = RunFolder(tmp_path / "run")
-    files.path.mkdir()
-    first = train._teacher_texts(short, files, Progress(), Clock(short.place.device))
-    paid = Progress()
-    both = train._teacher_texts(longer, files, paid, Clock(short.place.device))
+    first, _ = texts_of(short, tmp_path / "run")
+    both, paid = texts_of(longer, tmp_path / "run")
     assert first.items() <= both.items() and len(both) > len(first)
-    kept = json.loads((files.path / FILE).read_text())
-    assert kept["ledger"]["useful"] == paid.ledger.useful and len(kept["texts"]) == len(both)
+    kept = json.loads((tmp_path / "run" / FILE).read_text())
+    assert kept["ledger"]["useful"] == paid.useful and len(kept["texts"]) == len(both)
 
 
 def test_a_whole_sft_run_learns_the_text(pair, questions, tmp_path):
@@ -170,7 +144,7 @@ def test_a_whole_sft_run_learns_the_text(pair, questions, tmp_path):
     files = RunFolder(tmp_path / "run")
     files.create({})
     files.write_json("run.json", {})
-    result = train.train(run, files, Silent(), False)
+    result = Session(run, files, Silent()).train()
     rows = [json.loads(line) for line in (files.path / "metrics.jsonl").read_text().splitlines()]
     assert (
         rows[-1]["loss/teacher_text_nats"] < rows[0]["loss/teacher_text_nats"]

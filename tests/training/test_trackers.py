@@ -13,7 +13,7 @@ from helpers import flags, invoke, last_json
 from prefix_distill.display import Display
 from prefix_distill.errors import Stopped
 from prefix_distill.training import session as train
-from prefix_distill.training.update import apply_update
+from prefix_distill.training.session import step_optimizer
 
 SMALL = [
     "--batch-size",
@@ -75,7 +75,7 @@ def wanted(out) -> dict[str, list]:
 def interrupted_twice(pair, questions, out, monkeypatch, *more):
     """Stopped in update 6, with 4 and 5 after the checkpoint; they are done again at another rate,
     as far as a Ctrl-C after update 4 that leaves the evaluation out; then to the end."""
-    update, row, calls = apply_update, Display.row, []
+    update, row, calls = step_optimizer, Display.row, []
 
     def fails(*arguments):
         calls.append(1)
@@ -88,7 +88,7 @@ def interrupted_twice(pair, questions, out, monkeypatch, *more):
         if row_["step"] == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train, "apply_update", fails)
+    monkeypatch.setattr(train, "step_optimizer", fails)
     code, _, err = invoke(*flags(pair, questions, out), *SMALL, *more)
     assert (
         code == 1
@@ -96,7 +96,7 @@ def interrupted_twice(pair, questions, out, monkeypatch, *more):
         and [r["step"] for r in lines(out)] == [1, 2, 3, 4, 5]
     ), err
     first = lines(out)
-    monkeypatch.setattr(train, "apply_update", update)
+    monkeypatch.setattr(train, "step_optimizer", update)
     monkeypatch.setattr(Display, "row", sends)
     assert invoke("run", "--resume", "--out", out, "--lr", "5e-4")[0] == 130
     monkeypatch.undo()
