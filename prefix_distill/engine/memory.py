@@ -20,6 +20,16 @@ T = TypeVar("T")
 
 MICRO_BATCH = "micro_batch_size"
 ROWS = "rows"
+REMEDIES = {
+    MICRO_BATCH: (
+        "has no memory for one rollout at a time; use --gradient-checkpointing, a lower "
+        "--head-memory-mb, shorter answers (--prefix, --max-new-tokens) or a smaller model"
+    ),
+    ROWS: (
+        "has no memory for one response at a time; use shorter answers (--prefix, "
+        "--max-new-tokens), shorter prompts (--max-prompt-tokens) or a smaller model"
+    ),
+}
 FLAGS = {MICRO_BATCH: "--micro-batch-size", ROWS: "--generation-rows"}
 
 
@@ -122,11 +132,7 @@ class MemoryLimits:
         device = self.place.device
         size = getattr(self, limit)
         if size == 1:
-            raise MemoryShortage(
-                f"rank {self.place.rank}: {device} has no memory for one rollout at a time; use "
-                "--gradient-checkpointing, a lower --head-memory-mb, shorter answers (--prefix, "
-                "--max-new-tokens) or a smaller model"
-            )
+            raise MemoryShortage(f"rank {self.place.rank}: {device} {REMEDIES[limit]}")
         self._set(limit, size // 2)
         self.report(
             f"rank {self.place.rank}: {device} ran out of memory; {FLAGS[limit]} was lowered from "

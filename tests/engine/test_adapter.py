@@ -32,8 +32,9 @@ from prefix_distill.engine.sampling import Request, generate
 from prefix_distill.errors import UserError
 from prefix_distill.maths.flops import Ledger
 from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.loss import StudentLoss
 from prefix_distill.training.session import Session
-from prefix_distill.training.update import StudentLoss, Update
+from prefix_distill.training.update import Update
 
 IDS = torch.arange(3, 40)[None]
 
@@ -64,7 +65,7 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
     }
     stir(run.pair.student.net)
     full = prepared(pair, questions)
-    full.student.net.load_state_dict(adapter.merged(run.pair.student.net))
+    full.pair.student.net.load_state_dict(adapter.merged(run.pair.student.net))
     ours, rollouts, _ = update_gradient(run, micro=3)
     theirs, again, _ = update_gradient(full, micro=10)
     assert [r.ids for r in rollouts] == [r.ids for r in again]
@@ -359,10 +360,10 @@ def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
         both, questions, runtime__teacher_device="auto", runtime__teacher_memory=limit / 2**30
     )
     whole = prepared(both, questions)
-    places = {name: p.device.type for name, p in spread.teacher.net.named_parameters()}
+    places = {name: p.device.type for name, p in spread.pair.teacher.net.named_parameters()}
     assert (
         "meta" in places.values()
-        and spread.teacher.net.get_output_embeddings().weight.device.type == "cpu"
+        and spread.pair.teacher.net.get_output_embeddings().weight.device.type == "cpu"
     )
     (ours, rollouts, values), (theirs, again, same) = (
         update_gradient(spread),

@@ -7,9 +7,11 @@ from helpers import tiny_net
 
 from prefix_distill.engine import sampling as rollout
 from prefix_distill.engine import scoring
+from prefix_distill.engine.device import Clock
+from prefix_distill.engine.meter import Meter
 from prefix_distill.engine.models import Model, _ColumnsFirst, decoder
 from prefix_distill.engine.rollout import rollout_of
-from prefix_distill.engine.sampling import Request, Response, Sampler, generate
+from prefix_distill.engine.sampling import GenerationCost, Request, Response, Sampler, generate
 from prefix_distill.maths.seeds import seed_of
 
 EOS = frozenset({257})
@@ -75,7 +77,8 @@ def test_frequencies_are_the_softmax():
     """20,000 draws by the race against the distribution: chi-square with 3 degrees of freedom,
     99.9 % point 16.3."""
     logits, n = torch.tensor([1.0, 0.0, -1.0, -2.0]), 20_000
-    race = rollout._Race([(0, i, 0) for i in range(n)], 0, 4, torch.device("cpu"))
+    fair = sampler(seed=0, support=4)
+    race = fair.race([(0, i, 0) for i in range(n)], torch.device("cpu"))
     counts = torch.bincount(race(None, logits.repeat(n, 1)).argmax(-1), minlength=4).double()
     expected = logits.double().softmax(0) * n
     assert ((counts - expected) ** 2 / expected).sum() < 16.3
@@ -145,14 +148,20 @@ def test_the_models_own_generation_config_has_no_say_and_the_cache_is_on(model):
 
 def test_the_ledger_hears_the_lengths_that_were_run(model):
     heard = []
-    drawn = generate(model, requests(), 12, sampler(rows=3), heard.append)
+
+    class Cost(GenerationCost):
+        def count(self, reads):
+            heard.append(reads)
+
+    cost = Cost(meter=Meter(Clock(torch.device("cpu"))))
+    drawn = generate(model, requests(), 12, sampler(rows=3), cost)
     assert sorted(p for reads in heard for p, _ in reads) == sorted(len(r.ids) for r in requests())
     assert sorted(n for reads in heard for _, lengths in reads for n in lengths) == sorted(
         len(r.ids) for r in drawn
     )
     assert len(heard) == 3
     heard.clear()
-    drawn = generate(model, [*requests(2), *requests(2)], 12, sampler(), heard.append)
+    drawn = generate(model, [*requests(2), *requests(2)], 12, sampler(), cost)
     assert heard == [
         [(2, [len(drawn[0].ids), len(drawn[2].ids)]), (5, [len(drawn[1].ids), len(drawn[3].ids)])]
     ]

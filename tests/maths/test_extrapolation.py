@@ -468,7 +468,7 @@ def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tm
         "model.norm.weight",
         "model.layers.0.input_layernorm.weight",
     }
-    for name, p in plain.student.net.named_parameters():
+    for name, p in plain.pair.student.net.named_parameters():
         got = further["student"][name]
         assert (
             torch.equal(got, p + 2 * (p - first[name])) if name in names else torch.equal(got, p)
@@ -492,7 +492,7 @@ def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tm
         extrapolation__modules="all",
         extrapolation__reset=True,
     )
-    for name, p in plain.student.net.named_parameters():
+    for name, p in plain.pair.student.net.named_parameters():
         assert torch.equal(forgotten["student"][name], p + 2 * (p - first[name])), name
     assert not forgotten["optimizer"]
 

@@ -52,7 +52,8 @@ def case(rollouts, softcap=None, scale=1.0, bias=False, seed=0):
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
-    n, m = (sum(len(r.rows(teacher)) for r in rollouts) for teacher in (False, True))
+    n = sum(len(r.student.rows) for r in rollouts)
+    m = sum(len(r.teacher.rows) for r in rollouts)
     heads = [
         Head(
             draw(size, width).requires_grad_(),

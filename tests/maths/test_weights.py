@@ -264,7 +264,7 @@ def test_a_share_of_every_rollout_whatever_the_order_of_rollouts(kind, share, ke
     rollouts = [rollout_of(i, (1,), tuple(range(m))) for i, m in enumerate(lengths)]
     facts = {
         r.key: {
-            name: {t: ((r.prompt * 7 + t * (3 + n) + key) % 11) / 11 for t in r.taught}
+            name: {t: ((r.slot * 7 + t * (3 + n) + key) % 11) / 11 for t in r.taught}
             for n, name in enumerate(("entropy", "divergence", "forward_kl"))
         }
         for r in rollouts
@@ -273,22 +273,21 @@ def test_a_share_of_every_rollout_whatever_the_order_of_rollouts(kind, share, ke
     def chosen(rollouts):
         at = scale(
             *(
-                [v for r in rollouts for v in facts[r.prompt, 0][name].values()]
+                [v for r in rollouts for v in facts[r.key][name].values()]
                 for name in ("entropy", "divergence")
             )
         )
         return {
-            r.prompt: r.taught
-            for r in choose(Selection(kind, share), rollouts, (0, key), facts, at)
+            r.slot: r.taught for r in choose(Selection(kind, share), rollouts, (0, key), facts, at)
         }
 
     kept = chosen(rollouts)
     assert kept == chosen(rollouts[::-1])
-    assert [len(kept[r.prompt]) for r in rollouts] == [
+    assert [len(kept[r.slot]) for r in rollouts] == [
         max(1, math.floor(share * m + 1e-9)) for m in lengths
     ]
     if share == 1:
-        assert kept == {r.prompt: r.taught for r in rollouts}
+        assert kept == {r.slot: r.taught for r in rollouts}
 
 
 def test_entropy_sample_draws_by_entropy_without_replacement():

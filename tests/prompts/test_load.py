@@ -465,7 +465,7 @@ def test_a_longer_run_begins_with_the_prompts_of_a_shorter_one(mixture, streamin
         preflight.prepare(build(values | {"data.streaming": streaming, "train.steps": steps}))
         for steps in (3, 20)
     )
-    assert long.train_prompts[:12] == short.train_prompts and len(long.train_prompts) == 80
+    assert long.problems.train[:12] == short.problems.train and len(long.problems.train) == 80
     sets = [
         [
             "problem" if "-" in text else "question"
@@ -474,9 +474,9 @@ def test_a_longer_run_begins_with_the_prompts_of_a_shorter_one(mixture, streamin
         for run in (short, long)
     ]
     assert [names.count("problem") for names in sets] == [3, 20]
-    prompts = [r.prompt for r in long.train_prompts] + [p for p, _ in long.problems]
+    prompts = [r.prompt for r in long.problems.train] + [p for p, _ in long.problems.held_out]
     [shown] = {p.messages[0]["content"] for p in prompts}
-    assert shown not in questions_of(r.prompt for r in long.train_prompts)
+    assert shown not in questions_of(r.prompt for r in long.problems.train)
 
 
 def test_a_mixed_run_goes_on_as_it_would_have(mixture, tmp_path):

@@ -210,13 +210,13 @@ def poison(model, name):
         (
             "teacher's weight",
             "update 3: the divergence of .*: the teacher's weight model.norm.weight is not finite; "
-            "nothing was changed, the state after update 2 is saved",
+            "no weight was changed, and the state after update 2 is saved",
             2,
         ),
         (
             "teacher's logits",
             "update 3: the divergence of .*: the teacher's hidden states there are not finite; "
-            "nothing was changed",
+            "no weight was changed",
             2,
         ),
         (
@@ -227,7 +227,7 @@ def poison(model, name):
         ),
         (
             "student's weight",
-            "after update 2 the student's weight lm_head.weight is not finite; it is not saved, "
+            "after update 2 the student's weight lm_head.weight is not finite; this state is not saved, "
             "step-00000000 is the last good state",
             0,
         ),
@@ -365,18 +365,42 @@ def test_memory_that_is_short_in_the_reading_that_selects(pair, tmp_path, monkey
         torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["training", "generation"])
-def test_when_not_even_one_rollout_fits_the_run_stops(
-    pair, questions, tmp_path, monkeypatch, where
+@pytest.mark.parametrize(
+    "where, message",
+    [
+        ("training", "for one rollout at a time; use --gradient-checkpointing"),
+        ("generation", "for one response at a time; use shorter answers"),
+    ],
+)
+def test_when_not_even_one_rollout_fits_the_run_stops(  # noqa: PLR0913  fixtures and parameters of one test
+    pair, questions, tmp_path, monkeypatch, where, message
 ):
     run = six(pair, questions)
     shortage(monkeypatch, where, 0)
     with pytest.raises(
         MemoryShortage,
-        match="cpu has no memory for one rollout at a time; use --gradient-checkpointing",
+        match=f"cpu has no memory {message}",
     ) as stop:
         run_in(tmp_path / "run", run)
     assert stop.value.exit_code == 4
+
+
+def test_an_evaluation_halves_its_batch_and_gives_the_same_answers(
+    pair, questions, tmp_path, monkeypatch
+):
+    """Six answers of which only two fit at once: the score and the answers are those of one batch,
+    and the command says what it lowered."""
+    arguments = ("eval", "--model", pair[0], "--dataset", questions, "--limit", "3")
+    arguments = (*arguments, "--samples", "2", "--max-new-tokens", "8")
+    code, plenty, err = invoke(*arguments, "--out", tmp_path / "plenty.jsonl")
+    assert code == 0, err
+    shortage(monkeypatch, "generation", 2)
+    code, short, err = invoke(*arguments, "--out", tmp_path / "short.jsonl")
+    assert code == 0 and "--generation-rows was lowered from 4 to 2" in err, err
+    answers = [(tmp_path / f"{name}.jsonl").read_text() for name in ("plenty", "short")]
+    assert answers[0] == answers[1]
+    for key in ("accuracy", "finish_rate", "mean_tokens"):
+        assert last_json(short)[key] == last_json(plenty)[key]
 
 
 def test_an_evaluation_without_memory_is_one_line(pair, questions, tmp_path, monkeypatch):
@@ -397,7 +421,9 @@ def test_an_evaluation_without_memory_is_one_line(pair, questions, tmp_path, mon
     assert (
         code == 4
         and out == ""
-        and err.splitlines()[-1].startswith("error: out of memory")
+        and err.splitlines()[-1].startswith(
+            "error: rank 0: cpu has no memory for one response at a time"
+        )
         and not list(tmp_path.iterdir())
     )
 
@@ -425,8 +451,8 @@ def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(  # noqa: PLR
     with (
         pytest.raises(
             Interrupted,
-            match=rf"interrupted \({number.name}\) after update 4, with the state saved: "
-            f"prefix-distill run --resume --out {tmp_path / 'run'} goes on",
+            match=rf"interrupted \({number.name}\) after update 4; the state is saved; "
+            f"continue with prefix-distill run --resume --out {tmp_path / 'run'}",
         ) as stop,
         Interrupt() as interrupt,
     ):

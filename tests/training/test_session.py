@@ -24,7 +24,7 @@ from prefix_distill.engine.models import decoder, refresh
 from prefix_distill.engine.rollout import student_sides
 from prefix_distill.engine.saving import save_model
 from prefix_distill.errors import Stopped
-from prefix_distill.training import metrics
+from prefix_distill.training import metrics, tails
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.session import Session
 from prefix_distill.training.state import Progress
@@ -145,7 +145,7 @@ def test_padded_vocabularies_are_cut_to_the_real_ids(tmp_path, questions, pair):
     net.save_pretrained(wide)
     byte_tokenizer().save_pretrained(wide)
     padded = prepared((str(wide), pair[1]), questions)
-    assert any("cut to the real ids" in note for note in padded.notes)
+    assert any("cut to the real ids" in note for note in padded.notes.lines)
     (want, rollouts, values), (got, same, padded_values) = (
         update_gradient(plain),
         update_gradient(padded),
@@ -167,7 +167,7 @@ def test_end_of_sequence_sets_and_their_choice(pair, questions, tmp_path):
     for choice, ids in (("student", {257}), ("teacher", {259}), ("union", {257, 259})):
         run = prepared((pair[0], str(teacher)), questions, rollout__eos=choice)
         assert run.method.sampler.eos == ids
-        assert any("end-of-sequence ids differ" in text for text in run.notes.warnings)
+        assert any("(EOS) ids differ" in text for text in run.notes.warnings)
 
 
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, tmp_path):
@@ -343,16 +343,16 @@ def test_tail_warning_needs_a_paired_rise():
 
     before = found(0.9, [[1.0, 1.0, 0.1, 0.1 + i / 100] for i in range(8)])
     hurt = [[0.01, 0.01, 0.5, 0.5 + i / 100] for i in range(8)]
-    text = metrics.tail_warning(before, found(0.6, hurt), 2)
+    text = tails.tail_warning(before, found(0.6, hurt), 2)
     assert "rose by 0.4" in text and "90% → 60%" in text and "little left to teach" in text
-    assert metrics.tail_warning(before, before, 2) is None
+    assert tails.tail_warning(before, before, 2) is None
     assert (
-        metrics.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None
+        tails.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None
     )  # nothing beyond the prefix
     # across tokenizers the prefix can lack units of one token
     spans = found(0.9, [[None, None, 0.1, 0.1 + i / 100] for i in range(8)])
     hurt = [[None, None, 0.5, 0.5 + i / 100] for i in range(8)]
-    text = metrics.tail_warning(spans, found(0.9, hurt), 2)
+    text = tails.tail_warning(spans, found(0.9, hurt), 2)
     assert "rose by 0.4" in text and "little left to teach" not in text
 
 
