@@ -429,8 +429,8 @@ def test_gpus_starts_three_ranks_and_a_run_goes_on_with_another_number(pair, que
     assert (
         last
         == (
-            f"interrupted (SIGINT) after update {done}; the state is saved; continue with prefix-distill run "
-            f"--resume --out {tmp_path / '3'}"
+            f"interrupted (SIGINT) after update {done}; the state is saved; continue "
+            f"with prefix-distill run --resume --out {tmp_path / '3'}"
         )
         and 2 <= done < 12
     )

@@ -90,9 +90,9 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     assert tuned["runtime"]["seed"] == 7 and tuned["evaluate"]["split"] == "validation"
 
     from prefix_distill.training import session as train
-    from prefix_distill.training.update import apply_update
+    from prefix_distill.training.optimizer import step_optimizer
 
-    plain, calls = apply_update, []
+    plain, calls = step_optimizer, []
 
     def update(*arguments):
         calls.append(1)
@@ -100,7 +100,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(train, "apply_update", update)
+    monkeypatch.setattr(train, "step_optimizer", update)
     code, _, _ = invoke("compare", file, "--out", tmp_path / "cut")
     assert code == 130
     code, out, err = invoke("compare", file, "--out", tmp_path / "cut")

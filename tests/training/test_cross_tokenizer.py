@@ -300,7 +300,7 @@ def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
         [
             sys.executable,
             "-c",
-            KILLED.format(module="training.session", name="apply_update", at=3),
+            KILLED.format(module="training.session", name="step_optimizer", at=3),
             "run",
             *flags,
             "--out",

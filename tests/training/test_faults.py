@@ -227,8 +227,8 @@ def poison(model, name):
         ),
         (
             "student's weight",
-            "after update 2 the student's weight lm_head.weight is not finite; this state is not saved, "
-            "step-00000000 is the last good state",
+            "after update 2 the student's weight lm_head.weight is not finite; this state is not "
+            "saved, step-00000000 is the last good state",
             0,
         ),
     ],
