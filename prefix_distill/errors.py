@@ -34,3 +34,14 @@ class Interrupted(Stopped):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first ``limit`` characters of an exception's message, without line breaks."""
+    return " ".join(str(error).split())[:limit]
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of an exception's message, cut to ``limit`` characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else ""

@@ -13,7 +13,7 @@ from ..engine import loading
 from ..engine.device import Clock
 from ..engine.evaluate import evaluate
 from ..engine.models import Model, decoder
-from ..engine.ranks import Place, place
+from ..engine.ranks import Place, join_ranks
 from ..engine.sampling import Sampler
 from ..errors import UserError
 from ..lab.task import LAB
@@ -39,7 +39,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         trust_remote_code=config.models.trust_remote_code,
     )
     loading.check_rows(model)
-    where = place(config.runtime, lambda: model.parameters)
+    where = join_ranks(config.runtime, lambda: model.parameters)
     notes.extend(where.reasons)
     model.net.to(where.device, where.dtype)
     problems = _render(config, model, prompts)

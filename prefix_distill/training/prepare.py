@@ -9,7 +9,8 @@ from ..config import Config
 from ..engine import loading, models, scoring
 from ..engine.alignment import Alignment, match
 from ..engine.models import Model, recompute
-from ..engine.ranks import place
+from ..engine.placement import Storage
+from ..engine.ranks import join_ranks
 from ..engine.sampling import Sampler
 from ..errors import UserError
 from ..maths import simct
@@ -46,13 +47,13 @@ def prepare(config: Config) -> Run:
     trust = config.models.trust_remote_code
     adapted = config.adapter.rank is not None
     if adapted:
-        where = place(config.runtime, lambda: loading.count(student_name, trust))
+        where = join_ranks(config.runtime, lambda: loading.count(student_name, trust))
         student = loading.load_model(
             student_name,
             device=where.device,
             dtype=where.dtype,
             trust_remote_code=trust,
-            quantize=config.models.student_quantize,
+            storage=Storage(quantize=config.models.student_quantize),
         )
     else:
         student = loading.load_model(
@@ -61,7 +62,7 @@ def prepare(config: Config) -> Run:
             dtype=torch.float32,
             trust_remote_code=trust,
         )
-        where = place(config.runtime, lambda: student.parameters)
+        where = join_ranks(config.runtime, lambda: student.parameters)
         student.net.to(where.device)
     notes.extend(where.reasons)
     own, averaged = (
@@ -89,8 +90,7 @@ def prepare(config: Config) -> Run:
             device=where.teacher_device,
             dtype=torch.float32 if averaged else where.dtype,
             trust_remote_code=trust,
-            quantize=few,
-            spread=spread_limit(config, where, notes),
+            storage=Storage(quantize=few, spread=spread_limit(config, where, notes)),
         )
     if own:
         teacher.name = f"{teacher.name} (itself)"
