@@ -824,6 +824,14 @@ def checkpoints(change):
     return lambda folder: [change(step) for step in (folder / "checkpoints").iterdir()]
 
 
+def folder_in_place_of(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return change
+
+
 RUNS = {  # name: (what is done to a good run folder, message of --resume)
     "settings of no YAML": (put("config.yaml", "train: {"), "config.yaml: not valid YAML"),
     "settings of nothing": (put("config.yaml", ""), "its config.yaml is damaged"),
@@ -880,6 +888,14 @@ RUNS = {  # name: (what is done to a good run folder, message of --resume)
         "before.json cannot be read",
     ),
     "measurements of nothing": (put("before.json", "{}"), "before.json is not what a run writes"),
+    "metrics in a folder": (
+        folder_in_place_of("metrics.jsonl"),
+        "metrics.jsonl cannot be read (Is a directory); remove or repair it, then --resume",
+    ),
+    "scores in a folder": (
+        folder_in_place_of("scores.jsonl"),
+        "scores.jsonl cannot be read (Is a directory); remove or repair it, then --resume",
+    ),
 }
 
 

@@ -370,7 +370,7 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
             "after update 2 the weights of rank 1 are not those of rank 0 (the first: "
             "model.layers.1.mlp.up_proj.weight)" in said
         )
-        assert "step-00000000 is the last good state" in said
+        assert "the newest checkpoint is step-00000000" in said
     assert [file.name for file in (tmp_path / "2/drift/checkpoints").iterdir()] == ["step-00000000"]
 
 

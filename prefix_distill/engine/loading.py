@@ -337,8 +337,8 @@ def _read_eos(
         ids.add(i)
     if not ids:
         raise UserError(
-            f"model {name}: neither its generation config nor its tokenizer names an end-of-sequence "
-            "(EOS) token; set eos_token in tokenizer_config.json"
+            f"model {name}: neither its generation config nor its tokenizer names an "
+            "end-of-sequence (EOS) token; set eos_token in tokenizer_config.json"
         )
     return frozenset(ids)
 
