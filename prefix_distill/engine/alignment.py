@@ -209,15 +209,15 @@ def match(student: Model, teacher: Model, mode: str) -> tuple[Alignment | None, 
         teacher_eos=_order_eos(teacher),
         positions=teacher.positions,
     )
-    shared = len(alignment.shared.student)
-    if not shared:
+    common = len(alignment.shared.student)
+    if not common:
         raise UserError(
             f"tokenizers: no token of {student.name} has the same bytes as a token of "
             f"{teacher.name}; choose another pair"
         )
     return alignment, (
         f"tokenizers differ on {count:,} ids (student / teacher: {examples}): units of text are "
-        f"compared (--cross-tokenizer {mode}); {shared:,} tokens are shared, of the student's "
+        f"compared (--cross-tokenizer {mode}); {common:,} tokens are shared, of the student's "
         f"{student.support:,} and the teacher's {teacher.support:,}"
     )
 

@@ -282,8 +282,8 @@ class RunFolder:
         parent = self.path / "checkpoints"
         scratch = parent / ".partial"
         with self._writing(f"checkpoints/step-{step:08d}"):
-            for rows in self.path.glob("*.jsonl"):
-                sync(rows)
+            for file in self.path.glob("*.jsonl"):
+                sync(file)
             shutil.rmtree(scratch, ignore_errors=True)
             try:
                 scratch.mkdir(parents=True)
