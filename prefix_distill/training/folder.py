@@ -106,7 +106,7 @@ class RunFolder:
             reason = getattr(error, "strerror", None) or error
             message = f"{self.path / name} cannot be written ({reason}); {self.newest}"
             if self.started:
-                message += ": repair the disk, then --resume"
+                message += ": fix the cause, then --resume"
             raise Stopped(message) from None
 
     @property
