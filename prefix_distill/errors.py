@@ -36,7 +36,12 @@ class Interrupted(Stopped):
         self.exit_code = 128 + number
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message; empty if it has none."""
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first ``limit`` characters of an exception's message, without line breaks."""
+    return " ".join(str(error).split())[:limit]
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of an exception's message, cut to ``limit`` characters."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else ""
+    return lines[0][:limit] if lines else ""

@@ -79,7 +79,7 @@ BAD = {
     ),
     "lower-case teacher": (
         ["--teacher", "{root}/lower-case"],
-        "its tokenizer makes another text of 'Two words, 2 Words.'",
+        "its tokenizer changes the text 'Two words, 2 Words.'",
     ),
     "head too small": (
         ["--teacher", "{root}/few-rows"],
@@ -102,7 +102,7 @@ BAD = {
         "text without units",
     ),
     "no EOS": (["--student", "{root}/no-eos"], "end-of-sequence"),
-    "NaN weights": (["--student", "{root}/nan"], "model.layers.1.mlp.up_proj.weight holds NaN"),
+    "NaN weights": (["--student", "{root}/nan"], "model.layers.1.mlp.up_proj.weight contains NaN"),
     "out in use": (["--out", "{root}/full"], "not empty"),
     "unreadable GGUF": (["--student", "{root}/bad.gguf"], "cannot be loaded"),
     "missing model": (["--teacher", "{root}/nowhere"], "no such folder"),
@@ -678,7 +678,7 @@ MODELS = {  # name: (what is done to a good folder, message)
     ),
     "no layer": (
         edit("config.json", num_hidden_layers=0),
-        "num_hidden_layers 0; expected at least 1 and at most 1000",
+        "num_hidden_layers 0; expected at least 1",
     ),
     "negative layers": (
         edit("config.json", num_hidden_layers=-1),
@@ -690,7 +690,7 @@ MODELS = {  # name: (what is done to a good folder, message)
     ),
     "ten million layers": (
         edit("config.json", num_hidden_layers=10**7),
-        "num_hidden_layers 10000000; expected at least 1 and at most 1000",
+        "num_hidden_layers 10000000; expected at most 1000",
     ),
     "a layer more": (
         edit("config.json", num_hidden_layers=3),
@@ -768,26 +768,26 @@ MODELS = {  # name: (what is done to a good folder, message)
                 | {"model": tree["model"] | {"vocab": {}}}
             ),
         )(folder),
-        "tokenizers: not one token of",
+        "tokenizers: no token of",
     ),
     "tokenizer without model": (edit("tokenizer.json", model=None), "ModelUntagged"),
     "unknown end of sequence": (
         edit("tokenizer_config.json", eos_token="<nope>"),
-        "end-of-sequence id 260; expected an id of its vocabulary, 0 to 259",
+        "EOS id 260; expected an id of its vocabulary, 0 to 259",
     ),
     "end outside of the vocabulary": (
         edit("generation_config.json", eos_token_id=99999),
-        "end-of-sequence id 99999; expected an id of its vocabulary",
+        "EOS id 99999; expected an id of its vocabulary",
     ),
-    "negative end": (edit("generation_config.json", eos_token_id=-1), "end-of-sequence id -1"),
-    "end in words": (edit("generation_config.json", eos_token_id="x"), "end-of-sequence id 'x'"),
+    "negative end": (edit("generation_config.json", eos_token_id=-1), "EOS id -1"),
+    "end in words": (edit("generation_config.json", eos_token_id="x"), "EOS id 'x'"),
     "ends of a kind": (
         edit("generation_config.json", eos_token_id=[257, [1]]),
-        "end-of-sequence id [1]",
+        "EOS id [1]",
     ),
     "end of a fraction": (
         edit("generation_config.json", eos_token_id=2.5),
-        "end-of-sequence id 2.5",
+        "EOS id 2.5",
     ),
     "generation config of no JSON": (
         put("generation_config.json", "{"),
@@ -822,6 +822,14 @@ MODELS = {  # name: (what is done to a good folder, message)
 
 def checkpoints(change):
     return lambda folder: [change(step) for step in (folder / "checkpoints").iterdir()]
+
+
+def folder_in_place_of(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return change
 
 
 RUNS = {  # name: (what is done to a good run folder, message of --resume)
@@ -880,6 +888,14 @@ RUNS = {  # name: (what is done to a good run folder, message of --resume)
         "before.json cannot be read",
     ),
     "measurements of nothing": (put("before.json", "{}"), "before.json is not what a run writes"),
+    "metrics in a folder": (
+        folder_in_place_of("metrics.jsonl"),
+        "metrics.jsonl cannot be read (Is a directory); remove or repair it, then --resume",
+    ),
+    "scores in a folder": (
+        folder_in_place_of("scores.jsonl"),
+        "scores.jsonl cannot be read (Is a directory); remove or repair it, then --resume",
+    ),
 }
 
 

@@ -132,7 +132,7 @@ def test_the_clock_waits_for_apples_gpu():
         Clock(torch.device("cpu")).now()
     assert wait.call_count == 1
     with pytest.raises(
-        UserError, match="2 ranks run on this machine and need a GPU each; use --device cpu"
+        UserError, match="2 ranks run on this machine and each needs its own GPU; use --device cpu"
     ):
         choose_device("mps", 0, 2, [])
 

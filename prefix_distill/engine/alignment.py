@@ -1,6 +1,6 @@
 """Align two tokenizations of one text by bytes: units of text, and the shared vocabulary.
 
-    common boundaries = byte ends shared by both tokenizations
+    common boundaries = byte positions where a token ends in both tokenizations
     a unit = the text between two consecutive common boundaries
     shared vocabulary O = pairs of ids with the same bytes, and EOS with EOS
 
@@ -9,7 +9,8 @@ tokens.
 """
 
 import functools
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
@@ -21,8 +22,10 @@ from .token_bytes import PROBES, Bytes, decode_valid
 
 @dataclass(frozen=True)
 class Shared:
-    """O as two lists of ids of equal length, without end-of-sequence, and each side's
-    end-of-sequence ids, which are one event: a turn that ends."""
+    """The shared vocabulary O: paired ids of both sides without EOS, and each side's EOS ids.
+
+    The EOS ids of a side count as one event, the end of the turn.
+    """
 
     student: tuple[int, ...]
     teacher: tuple[int, ...]
@@ -32,10 +35,13 @@ class Shared:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Student and teacher with different tokenizers. ``mode``: strict (units of one token on each
-    side), simct (all units) or simct-released (neighbouring units that are not 1:1 are one, as in
-    the authors' code). ``student_eos``, ``teacher_eos``: ids that end a turn, the one that is put
-    at the end of a text first; ``positions``: the teacher's, in tokens (None: unlimited)."""
+    """The alignment of a student and a teacher with different tokenizers.
+
+    ``mode``: strict (only units of one token on each side), simct (all units) or simct-released
+    (adjacent units that are not 1:1 are merged, as in the authors' code). ``student_eos``,
+    ``teacher_eos``: ids that end a turn; the first one is appended to texts. ``positions``: the
+    teacher's longest sequence in tokens (None: unlimited).
+    """
 
     mode: str
     student: Bytes
@@ -46,25 +52,28 @@ class Alignment:
 
     @functools.cached_property
     def shared(self) -> Shared:
-        """Computed once, ordered by the student's ids."""
-        ours, theirs = self.student.canonical(), self.teacher.canonical()
-        pairs = sorted(
-            (i, theirs[piece])
-            for piece, i in ours.items()
-            if piece in theirs
-            and i not in self.student_eos
-            and theirs[piece] not in self.teacher_eos
-        )
+        """Return the shared vocabulary in the order of the student's ids."""
+        teacher_id_of = self.teacher.canonical()
+        pairs = []
+        for piece, student_id in self.student.canonical().items():
+            teacher_id = teacher_id_of.get(piece)
+            if teacher_id is None or student_id in self.student_eos:
+                continue
+            if teacher_id not in self.teacher_eos:
+                pairs.append((student_id, teacher_id))
+        pairs.sort()
         return Shared(
-            tuple(student_id for student_id, _ in pairs),
-            tuple(teacher_id for _, teacher_id in pairs),
-            self.student_eos,
-            self.teacher_eos,
+            student=tuple(student_id for student_id, _ in pairs),
+            teacher=tuple(teacher_id for _, teacher_id in pairs),
+            student_eos=self.student_eos,
+            teacher_eos=self.teacher_eos,
         )
 
     def rollout(self, rollout: Rollout) -> Rollout:
-        """The same rollout as both models read it: with the teacher's tokens of its text, and those
-        of its units for which the teacher has positions."""
+        """Return the rollout with the teacher's tokens of its text, and with its units.
+
+        Units beyond the teacher's last position are dropped.
+        """
         teacher_ids, units = self.align(rollout.ids, rollout.finished)
         if self.positions is not None:
             room = self.positions - len(rollout.teacher_prompt)
@@ -74,34 +83,47 @@ class Alignment:
     def align(
         self, ids: tuple[int, ...], finished: bool, written: tuple[int, ...] | None = None
     ) -> tuple[tuple[int, ...], tuple[Unit, ...]]:
-        """(the teacher's ids of the text of the student's ``ids``, the units); with ``written``,
-        these are the teacher's ids of the same text, without end-of-sequence.
+        """Return the teacher's ids of the student's text, and the units.
 
-        The last unit is kept where end-of-sequence closes both sides. Where the text was cut, the
-        unit at its end is dropped: more text could have been tokenized otherwise. As cut counts a
-        text from where it stops being valid UTF-8 (a character cut in two), from a special token
-        on, and from where the teacher's tokenizer does not give it back (it normalises).
+        ``written``: the teacher's ids of the same text without EOS, if the teacher wrote it.
+
+        The last unit is kept if EOS closes both sides. If the text is cut, the unit at its end is
+        dropped, because more text could change its tokens. A text counts as cut where it stops
+        being valid UTF-8, at a special token, and where the teacher's tokenizer changes it.
         """
-        body = ids[:-1] if finished else ids
+        body = _without_eos(ids, finished)
         data, ends = self.student.read(body)
         text = decode_valid(data)
-        teacher_ids = self.teacher.encode(text) if written is None else written
-        theirs, their_ends = self.teacher.read(teacher_ids)
-        same = _common(text.encode(), theirs)
-        whole = (
+        teacher_ids = written
+        if teacher_ids is None:
+            teacher_ids = self.teacher.encode(text)
+        teacher_data, teacher_ends = self.teacher.read(teacher_ids)
+        common = _common_length(text.encode(), teacher_data)
+        tokens_until = _count_tokens(ends, common)
+        teacher_tokens_until = _count_tokens(teacher_ends, common)
+        boundaries = sorted(tokens_until.keys() & teacher_tokens_until.keys())
+        units = self._make_units(
+            [(tokens_until[byte], teacher_tokens_until[byte]) for byte in boundaries]
+        )
+        if (
             finished
             and len(ends) == len(body)
-            and same == len(data) == len(theirs)
-            and len(their_ends) == len(teacher_ids)
-        )
-        ours, others = (
-            {end: i + 1 for i, end in enumerate(side) if end <= same} for side in (ends, their_ends)
-        )
+            and len(teacher_ends) == len(teacher_ids)
+            and common == len(data) == len(teacher_data)
+        ):
+            units.append(Unit(len(body), 1, len(teacher_ids), 1))
+            return (*teacher_ids, self.teacher_eos[0]), tuple(units)
+        if boundaries and boundaries[-1] == common:
+            units.pop()
+        return teacher_ids[: len(teacher_tokens_until)], tuple(units)
+
+    def _make_units(self, stops: list[tuple[int, int]]) -> list[Unit]:
+        """Return the units that end after so many tokens of the student and the teacher."""
         units: list[Unit] = []
-        start = (0, 0)
-        for end in sorted(ours.keys() & others.keys()):
-            unit = Unit(start[0], ours[end] - start[0], start[1], others[end] - start[1])
-            start = (ours[end], others[end])
+        start = teacher_start = 0
+        for stop, teacher_stop in stops:
+            unit = Unit(start, stop - start, teacher_start, teacher_stop - teacher_start)
+            start, teacher_start = stop, teacher_stop
             if self.mode == "simct-released" and units and not unit.exact and not units[-1].exact:
                 last = units.pop()
                 unit = Unit(
@@ -111,151 +133,194 @@ class Alignment:
                     last.teacher_size + unit.teacher_size,
                 )
             units.append(unit)
-        if whole:
-            return (*teacher_ids, self.teacher_eos[0]), (
-                *units,
-                Unit(len(body), 1, len(teacher_ids), 1),
-            )
-        if units and ends[start[0] - 1] == same:
-            units.pop()
-        return teacher_ids[: len(others)], tuple(units)
+        return units
 
     def to_student(self, ids: tuple[int, ...], finished: bool) -> tuple[int, ...]:
-        """The student's tokens of a text that the teacher wrote. Of a text that was cut, without
-        the last token."""
-        body = ids[:-1] if finished else ids
+        """Return the student's tokens of a text that the teacher wrote.
+
+        If the text is cut, the last token is left out.
+        """
+        body = _without_eos(ids, finished)
         data, ends = self.teacher.read(body)
         text = decode_valid(data)
+        student_ids = self.student.encode(text)
         if finished and len(ends) == len(body) and len(text.encode()) == len(data):
-            return (*self.student.encode(text), self.student_eos[0])
-        return self.student.encode(text)[:-1]
+            return (*student_ids, self.student_eos[0])
+        return student_ids[:-1]
+
+
+def _without_eos(ids: tuple[int, ...], finished: bool) -> tuple[int, ...]:
+    if finished:
+        return ids[:-1]
+    return ids
+
+
+def _count_tokens(ends: list[int], common: int) -> dict[int, int]:
+    """Return, for each byte where a token ends, how many tokens end there or before."""
+    return {end: count for count, end in enumerate(ends, 1) if end <= common}
 
 
 def match(student: Model, teacher: Model, mode: str) -> tuple[Alignment | None, str]:
-    """How two ``Model``s' tokens compare, and why; sets the ``support`` of both heads, the leading
-    ids they may speak about.
+    """Return how two models' tokens are compared, and why; set the ``support`` of both heads.
 
-    None: id by id, on the ids both have; the token → id maps are equal, or every id with text
-    stands for the same bytes on both sides and some special ones are named differently or missing.
-    Else an Alignment. UserError where a head has too few rows, where the tokenizers differ and
-    ``mode`` is off, and for a tokenizer that changes plain text.
+    None: tokens are compared by id. Either the token → id maps are equal, or every id with text has
+    the same bytes on both sides and only special tokens differ. Otherwise, an Alignment. UserError:
+    a head has too few rows, the tokenizers differ and ``mode`` is off, or a tokenizer changes plain
+    text.
     """
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    real = [max(vocabulary.values()) + 1 for vocabulary in (ours, theirs)]
-    rows = [len(m.net.get_output_embeddings().weight) for m in (student, teacher)]
-    for model in (student, teacher):
-        check_rows(model)
-    if ours == theirs:
-        student.support = teacher.support = real[0]
-        if rows == real:
-            return None, f"vocabulary {real[0]:,}: equal on both sides"
-        return None, (
-            f"vocabulary {real[0]:,}: both heads cut to the real ids (student {rows[0]:,} rows, "
-            f"teacher {rows[1]:,})"
-        )
-    differing, shown = _list_differing_ids(ours, theirs)
-    sides = Bytes(student.tokenizer, student.name), Bytes(teacher.tokenizer, teacher.name)
-    both = min(real)
+    check_rows(student)
+    check_rows(teacher)
+    student_vocabulary = student.tokenizer.get_vocab()
+    teacher_vocabulary = teacher.tokenizer.get_vocab()
+    # a head may have more rows than the tokenizer has ids
+    student.support = max(student_vocabulary.values()) + 1
+    teacher.support = max(teacher_vocabulary.values()) + 1
+    if student_vocabulary == teacher_vocabulary:
+        return None, _describe_equal(student, teacher)
+    count, examples = _list_differing_ids(student_vocabulary, teacher_vocabulary)
+    student_bytes = Bytes(student.tokenizer, student.name)
+    teacher_bytes = Bytes(teacher.tokenizer, teacher.name)
+    smaller = min(student.support, teacher.support)
     if (
-        _same_text(*sides, both)
+        _differ_in_special_tokens(student_bytes, teacher_bytes, smaller)
         and student.eos & teacher.eos
-        and max(student.eos | teacher.eos) < both
+        and max(student.eos | teacher.eos) < smaller
     ):
-        student.support = teacher.support = both
+        student.support = teacher.support = smaller
+        with_text = len(student_bytes.table) - student_bytes.table.count(None)
         return None, (
-            f"vocabulary {both:,}: all {sum(piece is not None for piece in sides[0].table):,} ids "
-            f"with text stand for the same bytes on both sides, {differing} special ids differ "
-            f"by name (student / teacher: {shown}) and are compared by id"
+            f"vocabulary {smaller:,}: all {with_text:,} ids with text have the same bytes on both "
+            f"sides; {count} special ids differ by name (student / teacher: {examples}) and are "
+            "compared by id"
         )
     if mode == "off":
         raise UserError(
-            f"tokenizers differ on {differing} ids (student / teacher: {shown}) and "
+            f"tokenizers differ on {count} ids (student / teacher: {examples}) and "
             "--cross-tokenizer is off; choose a pair with one tokenizer, or --cross-tokenizer "
             "strict, simct or simct-released"
         )
-    for side in sides:
-        _check_plain_text(side)
-    student.support, teacher.support = real
-    found = Alignment(
-        mode, *sides, _order_eos(student), _order_eos(teacher), positions=teacher.positions
+    _check_plain_text(student_bytes)
+    _check_plain_text(teacher_bytes)
+    alignment = Alignment(
+        mode=mode,
+        student=student_bytes,
+        teacher=teacher_bytes,
+        student_eos=_order_eos(student),
+        teacher_eos=_order_eos(teacher),
+        positions=teacher.positions,
     )
-    common = len(found.shared.student)
+    common = len(alignment.shared.student)
     if not common:
         raise UserError(
-            f"tokenizers: not one token of {student.name} has the bytes of one of {teacher.name}; "
-            "choose another pair"
+            f"tokenizers: no token of {student.name} has the same bytes as a token of "
+            f"{teacher.name}; choose another pair"
         )
-    return found, (
-        f"tokenizers differ on {differing:,} ids (student / teacher: {shown}): units of text are "
+    return alignment, (
+        f"tokenizers differ on {count:,} ids (student / teacher: {examples}): units of text are "
         f"compared (--cross-tokenizer {mode}); {common:,} tokens are shared, of the student's "
-        f"{real[0]:,} and the teacher's {real[1]:,}"
+        f"{student.support:,} and the teacher's {teacher.support:,}"
     )
 
 
-def _list_differing_ids(ours: dict[str, int], theirs: dict[str, int]) -> tuple[int, str]:
+def _describe_equal(student: Model, teacher: Model) -> str:
+    """Describe two models with one vocabulary, whose heads are cut to its ids."""
+    ids = student.support
+    student_rows = len(student.net.get_output_embeddings().weight)
+    teacher_rows = len(teacher.net.get_output_embeddings().weight)
+    if student_rows == teacher_rows == ids:
+        return f"vocabulary {ids:,}: equal on both sides"
+    return (
+        f"vocabulary {ids:,}: both heads cut to the real ids (student {student_rows:,} rows, "
+        f"teacher {teacher_rows:,})"
+    )
+
+
+def _list_differing_ids(student: dict[str, int], teacher: dict[str, int]) -> tuple[int, str]:
     """Return how many ids differ between two vocabularies, and describe the first three."""
-    names = [{i: token for token, i in vocabulary.items()} for vocabulary in (ours, theirs)]
-    differ = [
-        i for i in sorted(names[0].keys() | names[1].keys()) if names[0].get(i) != names[1].get(i)
-    ]
-    shown = ", ".join(
-        f"id {i} " + " / ".join(repr(side[i]) if i in side else "none" for side in names)
-        for i in differ[:3]
-    )
-    return len(differ), shown
+    student_tokens = {i: token for token, i in student.items()}
+    teacher_tokens = {i: token for token, i in teacher.items()}
+    differing = []
+    for i in sorted(student_tokens.keys() | teacher_tokens.keys()):
+        if student_tokens.get(i) != teacher_tokens.get(i):
+            differing.append(i)
+    examples = []
+    for i in differing[:3]:
+        here = _describe_token(student_tokens, i)
+        there = _describe_token(teacher_tokens, i)
+        examples.append(f"id {i} {here} / {there}")
+    return len(differing), ", ".join(examples)
+
+
+def _describe_token(tokens: dict[int, str], i: int) -> str:
+    if i in tokens:
+        return repr(tokens[i])
+    return "none"
 
 
 def _check_plain_text(side: Bytes) -> None:
     """Raise UserError if a tokenizer changes plain text."""
-    if (text := side.changes()) is not None:
-        raise UserError(
-            f"model {side.name}: its tokenizer makes another text of {text!r} "
-            f"({decode_valid(side.read(side.encode(text))[0])!r}), so it cannot be aligned with "
-            "another; choose a pair with one tokenizer"
-        )
-
-
-def _order_eos(model: Model) -> tuple[int, ...]:
-    """Return the EOS ids: the tokenizer's own first, the others ascending."""
-    return tuple(sorted(model.eos, key=lambda i: (i != model.tokenizer.eos_token_id, i)))
-
-
-def _same_text(ours: Bytes, theirs: Bytes, both: int) -> bool:
-    """Does every id below ``both`` stand for the same bytes, none beyond it for any, and is
-    plain text tokenized alike?"""
-    return (
-        ours.table[:both] == theirs.table[:both]
-        and not any(ours.table[both:] + theirs.table[both:])
-        and all(ours.encode(text) == theirs.encode(text) for text in PROBES)
+    text = side.find_changed_text()
+    if text is None:
+        return
+    data, _ = side.read(side.encode(text))
+    raise UserError(
+        f"model {side.name}: its tokenizer changes the text {text!r} to {decode_valid(data)!r}, so "
+        "it cannot be aligned with another; choose a pair with one tokenizer"
     )
 
 
-def _common(a: bytes, b: bytes) -> int:
-    """Length of the common start of two byte strings."""
+def _order_eos(model: Model) -> tuple[int, ...]:
+    """Return the EOS ids: first the tokenizer's, then the others in ascending order."""
+    return tuple(sorted(model.eos, key=lambda i: (i != model.tokenizer.eos_token_id, i)))
+
+
+def _differ_in_special_tokens(student: Bytes, teacher: Bytes, ids: int) -> bool:
+    """Return whether two tokenizers differ in special tokens only.
+
+    Ids below ``ids`` then have the same bytes, other ids have none, and plain text has equal ids.
+    """
+    if student.table[:ids] != teacher.table[:ids]:
+        return False
+    if any(student.table[ids:]) or any(teacher.table[ids:]):
+        return False
+    return all(student.encode(text) == teacher.encode(text) for text in PROBES)
+
+
+def _common_length(a: bytes, b: bytes) -> int:
+    """Return the length of the longest common prefix."""
     if a == b:
         return len(a)
-    pairs = zip(a, b, strict=False)  # one may be longer
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):  # one may be longer
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
-def census(rollouts: Iterable[Rollout]) -> dict[str, int]:
-    """The students' tokens of rollouts with units: in units of one token on each side (``exact``),
-    in other units (``span``), in none (``dropped``), together (``tokens``)."""
-    found = {"tokens": 0, "exact": 0, "span": 0, "dropped": 0}
-    for r in rollouts:
-        if r.units is not None:
-            exact, all_units = sum(u.exact for u in r.units), sum(u.size for u in r.units)
-            found["tokens"] += len(r.ids)
-            found["exact"] += exact
-            found["span"] += all_units - exact
-            found["dropped"] += len(r.ids) - all_units
-    return found
+def census(rollouts: Iterable[Rollout]) -> Counter[str]:
+    """Count the student's tokens in rollouts that have units.
+
+    ``exact``: in units of one token on each side; ``span``: in other units; ``dropped``: in no
+    unit; ``tokens``: all of them.
+    """
+    counts = Counter(tokens=0, exact=0, span=0, dropped=0)
+    for rollout in rollouts:
+        if rollout.units is None:
+            continue
+        counts["tokens"] += len(rollout.ids)
+        counts["dropped"] += len(rollout.ids)
+        for unit in rollout.units:
+            kind = "span"
+            if unit.exact:
+                kind = "exact"
+            counts[kind] += unit.size
+            counts["dropped"] -= unit.size
+    return counts
 
 
-def shares(counts: list[dict[str, int]]) -> dict[str, float]:
-    """Censuses → the shares of all tokens: ``exact_share``, ``span_share``, ``dropped_share``."""
-    total = {name: sum(c[name] for c in counts) for name in ("tokens", "exact", "span", "dropped")}
-    return {
-        f"{name}_share": total[name] / max(1, total["tokens"])
-        for name in ("exact", "span", "dropped")
-    }
+def shares(counts: Iterable[Mapping[str, int]]) -> dict[str, float]:
+    """Return the shares of all tokens: ``exact_share``, ``span_share`` and ``dropped_share``."""
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    tokens = max(1, total["tokens"])
+    return {f"{kind}_share": total[kind] / tokens for kind in ("exact", "span", "dropped")}

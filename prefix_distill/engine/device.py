@@ -1,4 +1,4 @@
-"""Device, dtype, clock, memory, and the description of this machine."""
+"""Choose devices and dtypes, time phases, read free memory, and describe this machine."""
 
 import contextlib
 import os
@@ -12,31 +12,32 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
-SMALL_MODEL = (
-    50e6  # parameters; below it bfloat16 autocast costs more on a CPU than its matmuls save
-)
+# parameters; in smaller models, bfloat16 autocast costs a CPU more than its matmuls save
+SMALL_MODEL = 50e6
 
 
 @dataclass
 class Clock:
-    """Seconds per phase, summed; phases are an open list of names."""
+    """Sum the seconds of named phases."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of the ``with`` block to a phase."""
         start = self.now()
         yield
         self.add(name, self.now() - start)
 
     def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a phase."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def now(self) -> float:
-        """Seconds on a monotonic clock, after the device has finished what it was given."""
+        """Return the seconds of a monotonic clock after the device has finished its queue."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
@@ -45,86 +46,98 @@ class Clock:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Did an allocation on a device, or in main memory, fail?"""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and ("can't allocate memory" in str(error) or "MPS backend out of memory" in str(error))
-    )
+    """Return whether an allocation failed, on a device or in main memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    message = str(error)
+    return "can't allocate memory" in message or "MPS backend out of memory" in message
 
 
 def choose_device(text: str, local_rank: int, sharing: int, reasons: list[str]) -> torch.device:
-    """``sharing``: ranks of this machine that need a device each."""
+    """Return the device that ``--device`` names; add the reason of an automatic choice.
+
+    ``sharing``: number of ranks on this machine that need a device each. UserError: the device is
+    not available, or it cannot serve that many ranks.
+    """
     if sharing > 1 and text.startswith("cuda:"):
         raise UserError(
-            f"device '{text}': {sharing} ranks run on this machine and need a GPU each; use cuda "
-            "or auto"
+            f"device '{text}': {sharing} ranks run on this machine and each needs its own GPU; use "
+            "cuda or auto"
         )
-    if text == "cuda" and torch.cuda.is_available():
-        text = f"cuda:{local_rank}"
     if text == "auto":
-        if torch.cuda.is_available():
-            text, why = f"cuda:{local_rank}", "a GPU is visible"
-        elif torch.backends.mps.is_available():
-            text, why = "mps", "Apple's GPU is available"
-        else:
-            text, why = "cpu", "no GPU is visible"
-        reasons.append(f"device {text}: {why}")
+        text, reason = _choose_automatically(local_rank)
+        reasons.append(f"device {text}: {reason}")
+    elif text == "cuda" and torch.cuda.is_available():
+        text = f"cuda:{local_rank}"
     if sharing > 1 and text == "mps":
         raise UserError(
-            f"device 'mps': {sharing} ranks run on this machine and need a GPU each; use --device "
-            "cpu"
+            f"device 'mps': {sharing} ranks run on this machine and each needs its own GPU; use "
+            "--device cpu"
         )
     try:
         device = torch.device(text)
-        torch.zeros(1, device=device).item()  # the meta device has no numbers
+        torch.zeros(1, device=device).item()  # fails on the meta device, which stores no numbers
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
         raise UserError(
-            f"device '{text}': not available here ({(str(error).splitlines() or [''])[0][:200]}); "
-            "use cpu or auto"
+            f"device '{text}': not available here ({first_line(error)}); use cpu or auto"
         ) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
+def _choose_automatically(local_rank: int) -> tuple[str, str]:
+    """Return the name of the fastest kind of device, and why."""
+    if torch.cuda.is_available():
+        return f"cuda:{local_rank}", "a GPU is visible"
+    if torch.backends.mps.is_available():
+        return "mps", "Apple's GPU is available"
+    return "cpu", "no GPU is visible"
+
+
 def best_dtype(device: torch.device, count: Callable[[], int]) -> tuple[torch.dtype, str]:
+    """Return the fastest compute dtype for a model on a device, and why.
+
+    ``count`` returns the model's number of parameters; it is called only if that matters.
+    """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "bfloat16: the GPU supports it"
         return torch.float32, "float32: the GPU has no bfloat16"
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        parameters = count()
-        if parameters >= SMALL_MODEL:
-            return (
-                torch.bfloat16,
-                f"bfloat16: the CPU has AMX tiles and the student {parameters / 1e6:.0f} M "
-                "parameters",
-            )
-        return (
-            torch.float32,
+    if device.type != "cpu" or not torch.cpu._is_amx_tile_supported():
+        return torch.float32, f"float32: {device.type} has no fast bfloat16"
+    parameters = count()
+    if parameters < SMALL_MODEL:
+        return torch.float32, (
             f"float32: a student of {parameters / 1e6:.2f} M parameters gains nothing from "
-            "bfloat16 on a CPU",
+            "bfloat16 on a CPU"
         )
-    return torch.float32, f"float32: {device.type} without fast bfloat16"
+    return torch.bfloat16, (
+        f"bfloat16: the CPU has AMX tiles and the student has {parameters / 1e6:.0f} M parameters"
+    )
 
 
 def memory_free(device: torch.device) -> int | None:
-    """Bytes that can still be had on ``device`` (None: not known)."""
+    """Return the bytes that can still be allocated on ``device``; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    with contextlib.suppress(OSError):  # Linux
-        fields = dict(
-            line.split(":", 1)
-            for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        )
-        return int(fields["MemAvailable"].split()[0]) << 10
+    with contextlib.suppress(OSError):  # only Linux has this file
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) << 10
     return None
 
 
 def description() -> dict:
-    """Versions and hardware for run.json. No host name, no user, no environment variables."""
+    """Return versions and hardware for run.json.
+
+    It contains no host name, no user name and no environment variable.
+    """
     import transformers
 
     from .. import __version__
@@ -182,43 +195,51 @@ THREADS = (
 
 
 def environment() -> dict:
-    """What a bug report needs: versions, devices with memory (bytes), precisions, threads. Of the
-    environment's variables only those of THREADS that are short and plain; no host name, no user,
-    no path."""
-    from importlib import metadata
+    """Return what a bug report needs: versions, devices with memory (bytes), dtypes and threads.
 
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
+    It contains no host name, no user name and no path. It contains the environment variables of
+    THREADS, if their values are short and plain.
+    """
     from .. import __version__
 
     return {
         "prefix_distill": __version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": platform.platform(),
-        "packages": {name: version(name) or "not installed" for name in PACKAGES},
+        "packages": {name: _installed_version(name) for name in PACKAGES},
         "devices": _devices(),
         "cuda": torch.version.cuda,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": {
             "torch": torch.get_num_threads(),
             "cpus": os.cpu_count(),
-            **{
-                name: value
-                for name in THREADS
-                if re.fullmatch(r"[\w,.-]{1,20}", value := os.environ.get(name, ""), re.ASCII)
-            },
+            **_thread_variables(),
         },
         "encoding": sys.getfilesystemencoding(),
     }
 
 
+def _installed_version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        # a damaged installation has metadata without a version
+        return metadata.version(package) or "not installed"
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _thread_variables() -> dict[str, str]:
+    variables = {}
+    for name in THREADS:
+        value = os.environ.get(name, "")
+        if re.fullmatch(r"[\w,.-]{1,20}", value, re.ASCII):
+            variables[name] = value
+    return variables
+
+
 def _devices() -> list[dict]:
-    """Every device with its memory and what --dtype auto takes there for a student of a billion
-    parameters."""
+    """List the devices with their memory and the dtype of --dtype auto for a large student."""
     known: dict[str, dict[str, str | int | None]] = {
         "cpu": {"name": platform.machine(), "memory_bytes": _main_memory()}
     }
@@ -246,7 +267,7 @@ def _devices() -> list[dict]:
 
 
 def _main_memory() -> int | None:
-    """Bytes of main memory, where the system says so."""
+    """Return the bytes of main memory; None where the system does not report them."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf

@@ -1,4 +1,4 @@
-"""Load a model: hub id, folder, adapter, GGUF file or embedded model."""
+"""Load a model from a hub id, a folder, an adapter, a GGUF file or the embedded laboratory."""
 
 import contextlib
 import json
@@ -19,100 +19,105 @@ from transformers import (
 )
 
 from .. import config as configuration
-from ..errors import UserError
+from ..errors import UserError, first_line, one_line
 from ..lab.task import LAB, model_path
 from ..prompts.sources import is_path
 from . import adapter
 from .adapter import FILE
 from .models import Model
-from .placement import make_quantization, plan_spread
+from .placement import PLAIN, Storage, make_quantization, plan_spread
 
 if TYPE_CHECKING:
     from .transformers_names import CausalLM
 
 ADAPTER = {"adapter": True}
-MOST_LAYERS = 1000  # the deepest published language models have some hundred
+MOST_LAYERS = 1000  # published language models have a few hundred at most
+# largest difference in nats between the model's logits and head(trunk)
+LOGIT_TOLERANCE = 1e-3
+LOGIT_TOLERANCE_OF_HALF_PRECISION = 0.25
 
 
-def load_model(  # noqa: PLR0913  loading options of one model, all by keyword
+def load_model(
     name: str,
     *,
     device: torch.device,
     dtype: torch.dtype | Literal["auto"],
     trust_remote_code: bool = False,
-    quantize: str = "none",
-    spread: int | None = None,
+    storage: Storage = PLAIN,
 ) -> Model:
-    """Loads a model by hub id, folder (with weights, or a LoRA adapter), ``.gguf`` file or
-    ``lab:TASK/ROLE``; dropout off, nothing trainable yet.
+    """Load a model by hub id, folder (weights or a LoRA adapter), ``.gguf`` file or
+    ``lab:TASK/ROLE``. Dropout is off and all weights are frozen.
 
-    ``quantize``: ``nf4`` or ``int8``, the linear layers but the head in so many bits (bitsandbytes,
-    through transformers). ``spread``: bytes of each GPU (without one: of main memory) that it may
-    fill; layers that do not fit stay in main memory, or on disk, and come when they are needed
-    (accelerate). The head stays on ``device``.
+    ``dtype``: "auto" for that of the files. It reads safetensors or GGUF, never pickle, and runs no
+    code of the folder without ``trust_remote_code``. ``storage``: quantized, or spread over devices
+    with the head on ``device``.
 
-    ``dtype``: "auto" for that of the files. Reads safetensors (or GGUF) only, never pickle, and
-    runs no code of the folder's unless asked to. UserError when it is missing or unreadable, lacks
-    a weight that its config.json asks for, has no end-of-sequence id or has non-finite weights.
+    UserError: the model is missing or unreadable, lacks a weight that its config.json names, has no
+    EOS id, or has weights that are not finite.
     """
     folder, extra = locate(name)
-    if extra == ADAPTER and quantize == "none" and spread is None:
-        return _with_adapter(name, Path(folder), device, dtype, trust_remote_code)
-    if extra and (quantize != "none" or spread is not None):
+    if extra == ADAPTER and storage == PLAIN:
+        return _load_with_adapter(name, Path(folder), device, dtype, trust_remote_code)
+    if extra and storage != PLAIN:
         raise UserError(
-            f"model {name}: an adapter or a .gguf file can be neither quantised nor spread; export "
-            "it to a folder of weights first (prefix-distill export)"
+            f"model {name}: an adapter or a .gguf file cannot be quantized or spread over devices; "
+            "export it to a folder of weights first (prefix-distill export)"
         )
-    gguf = {k: v for k, v in extra.items() if k == "gguf_file"}
+    gguf = _gguf_argument(extra)
+    package = storage.package
+    if gguf:
+        package = "gguf"
     scratch = None
-    with _explain_failure(name, _name_package(bool(gguf), quantize, spread)):
+    with _explain_failure(name, package):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **gguf
         )
         if not extra:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             check_config(name, folder, config)
-        if quantize != "none":
+        if storage.quantize != "none":
             extra = {
-                "quantization_config": make_quantization(quantize, dtype),
+                "quantization_config": make_quantization(storage.quantize, dtype),
                 "device_map": {"": device},
             }
-        if spread is not None:
+        if storage.spread is not None:
             scratch = tempfile.TemporaryDirectory(prefix="prefix-distill-")
             extra = {
-                "device_map": plan_spread(config, device, dtype, spread, trust_remote_code),
+                "device_map": plan_spread(config, device, dtype, storage.spread, trust_remote_code),
                 "offload_folder": scratch.name,
             }
         net, loading_info = _read_weights(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )
     _check_complete(name, loading_info)
-    placed = quantize != "none" or spread is not None
-    model = _make_model(name, net if placed else net.to(device), tokenizer)
+    if storage == PLAIN:
+        net = net.to(device)
+    model = _make_model(name, net, tokenizer)
     _check_finite(model)
-    if spread is None:
+    if storage.spread is None:
         return model
     return replace(model, home=device, scratch=scratch)
 
 
+def _gguf_argument(extra: dict) -> dict:
+    """Return the argument of ``from_pretrained`` that names a GGUF file, if any."""
+    if "gguf_file" in extra:
+        return {"gguf_file": extra["gguf_file"]}
+    return {}
+
+
 def _read_weights(folder: str, **options: Any) -> tuple["CausalLM", dict[str, Any]]:
     """Return the network and its loading info, which lists missing and mismatched weights."""
+    safetensors_only: bool | None = True
+    if "gguf_file" in options:
+        safetensors_only = None
     return AutoModelForCausalLM.from_pretrained(
         folder,
-        use_safetensors=None if "gguf_file" in options else True,
+        use_safetensors=safetensors_only,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # _check_complete reports them by name
         **options,
     )  # type: ignore[return-value]  # with output_loading_info, it returns a pair
-
-
-def _name_package(gguf: bool, quantize: str, spread: int | None) -> str | None:
-    """Return the extra of this package that the load needs, or None."""
-    if gguf:
-        return "gguf"
-    if quantize != "none":
-        return "quantize"
-    return None if spread is None else "spread"
 
 
 @contextlib.contextmanager
@@ -121,36 +126,33 @@ def _explain_failure(name: str, package: str | None) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        hint = (
-            f'pip install "prefix-distill[{package}]"'
-            if package
-            else str(error).strip().splitlines()[0]
-        )
+        hint = first_line(error)
+        if package is not None:
+            hint = f'pip install "prefix-distill[{package}]"'
         raise UserError(f"model {name}: a package is missing; {hint}") from None
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # from_pretrained raises anything from OSError to struct.error on unreadable files
+    except Exception as error:  # unreadable files raise anything from OSError to struct.error
         hint = "give a hub id, a folder with config.json and safetensors, or a readable .gguf file"
         if "trust_remote_code" in str(error):
             hint = "read that code, then add --trust-remote-code to run it"
         raise UserError(
-            f"model {name}: cannot be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); {hint}"
+            f"model {name}: cannot be loaded ({type(error).__name__}: {one_line(error)}); {hint}"
         ) from None
 
 
 def _check_complete(name: str, loading_info: dict[str, Any]) -> None:
     """Raise UserError if a weight is missing or has the wrong shape."""
-    if wrong := sorted(loading_info["mismatched_keys"]):
-        key, held, due = wrong[0]
+    mismatched = sorted(loading_info["mismatched_keys"])
+    if mismatched:
+        key, in_file, in_config = mismatched[0]
         raise UserError(
-            f"model {name}: weight {key} has shape {list(held)}, but its config.json asks for "
-            f"{list(due)} ({len(wrong)} such weights); use the config.json that came with the "
-            "weights"
+            f"model {name}: weight {key} has shape {list(in_file)}, but its config.json asks for "
+            f"{list(in_config)} ({len(mismatched)} such weights); use the config.json that came "
+            "with the weights"
         )
-    if missing := sorted(loading_info["missing_keys"]):
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
         raise UserError(
             f"model {name}: its files lack the weight {missing[0]} that its config.json asks for "
             f"({len(missing)} such weights); use a complete copy"
@@ -158,22 +160,15 @@ def _check_complete(name: str, loading_info: dict[str, Any]) -> None:
 
 
 def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) -> Model:
-    """Return the frozen Model of a loaded network; the sampler's settings replace its generation
-    config. UserError: the model has no EOS token."""
-    generation_config, net.generation_config = net.generation_config, GenerationConfig()
-    model = Model(
-        name,
-        net.eval().requires_grad_(False),
-        tokenizer,
-        generation_config,
-        _eos(name, generation_config, tokenizer, len(net.get_output_embeddings().weight)),
-    )
-    if not model.eos:
-        raise UserError(
-            f"model {name}: neither its generation config nor its tokenizer names an "
-            "end-of-sequence token; set eos_token in tokenizer_config.json"
-        )
-    return model
+    """Return the frozen Model of a loaded network, whose own generation config becomes blank.
+
+    UserError: the model has no EOS token.
+    """
+    generation_config = net.generation_config
+    net.generation_config = GenerationConfig()
+    vocabulary = len(net.get_output_embeddings().weight)
+    eos = _read_eos(name, generation_config, tokenizer, vocabulary)
+    return Model(name, net.eval().requires_grad_(False), tokenizer, generation_config, eos)
 
 
 def _check_finite(model: Model) -> None:
@@ -181,58 +176,56 @@ def _check_finite(model: Model) -> None:
     for key, weight in model.net.named_parameters():
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise UserError(
-                f"model {model.name}: weight {key} holds NaN or infinity; use an intact copy"
+                f"model {model.name}: weight {key} contains NaN or infinity; use an intact copy"
             )
 
 
 def count(name: str, trust_remote_code: bool = False) -> int:
-    """Parameters of a model, from its config alone."""
+    """Return a model's number of parameters from its config, without its weights."""
     folder, extra = locate(name)
     if extra == ADAPTER:
-        return count(adapter.base_of(Path(folder)), trust_remote_code)
+        return count(adapter.read_base(Path(folder)), trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(
-            folder,
-            trust_remote_code=trust_remote_code,
-            **{k: v for k, v in extra.items() if k == "gguf_file"},
+            folder, trust_remote_code=trust_remote_code, **_gguf_argument(extra)
         )
         with torch.device("meta"):
-            return sum(
-                p.numel()
-                for p in AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code
-                ).parameters()
-            )
-    except Exception as error:  # as in load
+            net = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # unreadable files raise anything, as in _explain_failure
         raise UserError(
-            f"model {name}: its config cannot be read ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); give a hub id or a folder with config.json"
+            f"model {name}: its config cannot be read ({type(error).__name__}: {one_line(error)}); "
+            "give a hub id or a folder with config.json"
         ) from None
+    return sum(p.numel() for p in net.parameters())
 
 
-def _with_adapter(
+def _load_with_adapter(
     name: str,
     folder: Path,
     device: torch.device,
     dtype: torch.dtype | Literal["auto"],
     trust_remote_code: bool,
 ) -> Model:
-    """A folder with an adapter in peft's format: its base model with the adapter added to the
-    weights."""
-    base = adapter.base_of(folder)
+    """Load the base model of an adapter in peft's format and add the adapter to its weights."""
+    base = adapter.read_base(folder)
     if (Path(base) / FILE).is_file():
         raise UserError(
             f"model {name}: its base model {base} is an adapter itself; merge that first "
             "(prefix-distill export)"
         )
+    loaded_dtype: torch.dtype | Literal["auto"] = torch.float32
+    if dtype == "auto":
+        loaded_dtype = "auto"
     model = load_model(
         base,
         device=torch.device("cpu"),
-        dtype="auto" if dtype == "auto" else torch.float32,
+        dtype=loaded_dtype,
         trust_remote_code=trust_remote_code,
     )
-    net = adapter.applied(model.net, folder)
-    model.net = net.to(device, net.dtype if dtype == "auto" else dtype).eval().requires_grad_(False)
+    net = adapter.merge_into(model.net, folder)
+    if dtype != "auto":
+        net = net.to(dtype)
+    model.net = net.to(device).eval().requires_grad_(False)
     model.name = name
     if (folder / "tokenizer_config.json").is_file():
         model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -240,34 +233,34 @@ def _with_adapter(
 
 
 def with_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Model:
-    """``model`` with a LoRA adapter that trains (``adapter.attach``), its weights in their
-    dtype."""
-    if (Path(model.name) / FILE).is_file():
+    """Return ``model`` with a new LoRA adapter that is trained; its weights keep their dtype."""
+    path = Path(model.name).expanduser()
+    if (path / FILE).is_file():
         raise UserError(
             f"--lora with --student {model.name}: it is an adapter itself; merge it first "
             "(prefix-distill export)"
         )
-    base = (
-        model.name
-        if model.name.startswith(LAB) or not Path(model.name).expanduser().exists()
-        else str(Path(model.name).expanduser().absolute())
-    )
-    base = (
-        locate(base)[0] if base.startswith(LAB) else base
-    )  # so that plain transformers finds it, too
+    base = model.name
+    if base.startswith(LAB):
+        base, _ = locate(base)  # the adapter's base must also load in plain transformers
+    elif path.exists():
+        base = str(path.absolute())
     return replace(model, adapter=adapter.attach(model.net, settings, seed, base))
 
 
 def locate(name: str) -> tuple[str, dict]:
-    """(folder or hub id, what ``from_pretrained`` needs besides; ADAPTER for a folder that holds an
-    adapter). UserError where a path leads nowhere."""
+    """Return a model's folder or hub id, and further arguments of ``from_pretrained``.
+
+    Of a folder that contains an adapter, the second value is ADAPTER. UserError: the path does not
+    exist.
+    """
+    path = Path(name).expanduser()
     if name.startswith(LAB):
         task, _, role = name[len(LAB) :].partition("/")
         try:
             return str(model_path(task, role)), {}
         except ValueError as error:
             raise UserError(f"model {name}: {error}") from None
-    path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model {name}: no such file; check the path")
@@ -277,35 +270,35 @@ def locate(name: str) -> tuple[str, dict]:
             "gguf_file": path.name,
             "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True),
         }
-    if path.is_dir():
-        if (path / FILE).is_file() and not (path / "config.json").is_file():
-            return str(path), ADAPTER
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"model {name}: the folder has no config.json; give a folder written by "
-                "save_pretrained"
-            )
-    elif is_path(name) or name.count("/") > 1:
-        raise UserError(f"model {name}: no such folder; check the path")
-    return str(path) if path.is_dir() else name, {}
+    if not path.is_dir():
+        if is_path(name) or name.count("/") > 1:
+            raise UserError(f"model {name}: no such folder; check the path")
+        return name, {}
+    if (path / "config.json").is_file():
+        return str(path), {}
+    if (path / FILE).is_file():
+        return str(path), ADAPTER
+    raise UserError(
+        f"model {name}: the folder has no config.json; give a folder written by save_pretrained"
+    )
 
 
 def check_config(name: str, folder: str, config: PreTrainedConfig) -> None:
-    """Refuses what transformers would build, read or replace without a word."""
+    """Raise UserError for a config or file list that transformers would misread silently."""
     text = config.get_text_config(decoder=True)
-    for key, most in (
-        ("num_hidden_layers", MOST_LAYERS),
-        ("hidden_size", None),
-        ("vocab_size", None),
-        ("max_position_embeddings", None),
-    ):
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
         value = getattr(text, key, None)
-        if isinstance(value, int) and not 1 <= value <= (most or value):
+        if isinstance(value, int) and value < 1:
             raise UserError(
-                f"model {name}: its config.json has {key} {value}; expected at least "
-                f"1{f' and at most {most}' if most else ''}; use the config.json that came with "
-                "the weights"
+                f"model {name}: its config.json has {key} {value}; expected at least 1; use the "
+                "config.json that came with the weights"
             )
+    layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(
+            f"model {name}: its config.json has num_hidden_layers {layers}; expected at most "
+            f"{MOST_LAYERS}; use the config.json that came with the weights"
+        )
     index = Path(folder) / "model.safetensors.index.json"
     if index.is_file():
         for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
@@ -315,34 +308,45 @@ def check_config(name: str, folder: str, config: PreTrainedConfig) -> None:
                     "convert the weights"
                 )
     if (Path(folder) / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(
-            folder
-        )  # from_pretrained below falls back on config.json when this is damaged
+        # loading the model would use config.json instead of a damaged file
+        GenerationConfig.from_pretrained(folder)
 
 
-def _eos(
-    name: str, generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, rows: int
+def _read_eos(
+    name: str,
+    generation_config: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
 ) -> frozenset[int]:
-    ids = generation_config.eos_token_id
-    ids = {
-        i if type(i) is int else repr(i)
-        for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]
-        if i is not None
-    }
-    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < rows]:
+    """Return the EOS ids of the generation config and the tokenizer.
+
+    UserError: there is none, or one is not an id below ``vocabulary``.
+    """
+    configured = generation_config.eos_token_id
+    if not isinstance(configured, list):
+        configured = [configured]
+    ids = set()
+    for i in (*configured, tokenizer.eos_token_id):
+        if i is None:
+            continue
+        if type(i) is not int or not 0 <= i < vocabulary:
+            raise UserError(
+                f"model {name}: EOS id {i!r}; expected an id of its vocabulary, 0 to "
+                f"{vocabulary - 1}; repair eos_token_id in generation_config.json"
+            )
+        ids.add(i)
+    if not ids:
         raise UserError(
-            f"model {name}: end-of-sequence id {wrong[0]}; expected an id of its vocabulary, 0 to "
-            f"{rows - 1}; repair eos_token_id in generation_config.json"
+            f"model {name}: neither its generation config nor its tokenizer names an "
+            "end-of-sequence (EOS) token; set eos_token in tokenizer_config.json"
         )
     return frozenset(ids)
 
 
 def check_rows(model: Model) -> None:
-    """Refuses a tokenizer with more ids than the head has rows."""
-    ids, rows = (
-        max(model.tokenizer.get_vocab().values(), default=-1) + 1,
-        len(model.net.get_output_embeddings().weight),
-    )
+    """Raise UserError if the tokenizer has more ids than the head has rows."""
+    ids = max(model.tokenizer.get_vocab().values(), default=-1) + 1
+    rows = len(model.net.get_output_embeddings().weight)
     if rows < ids:
         raise UserError(
             f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has "
@@ -352,24 +356,26 @@ def check_rows(model: Model) -> None:
 
 @torch.no_grad()
 def check_head(model: Model) -> float:
-    """Refuses a model whose logits are not head(trunk): the loss would teach another
-    distribution → how far they are (nats)."""
+    """Return the largest difference between head(trunk) and the model's logits, in nats.
+
+    UserError: they differ too much, so that the loss would train another distribution, or they are
+    not finite.
+    """
     ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
     ours = model.head().logits(model.trunk(ids)[0])
     with model.form():
-        own = (
-            model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            .logits[0, :, : model.support]
-            .float()
-        )
-    own = own.to(ours.device)
-    if not torch.isfinite(own).all():
+        output = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    theirs = output.logits[0, :, : model.support].float().to(ours.device)
+    if not torch.isfinite(theirs).all():
         raise UserError(
-            f"model {model.name}: its logits hold NaN or infinity; use an intact copy or --dtype "
-            "float32"
+            f"model {model.name}: its logits contain NaN or infinity; use an intact copy or "
+            "--dtype float32"
         )
-    gap = (torch.log_softmax(ours, -1) - torch.log_softmax(own, -1)).abs().max().item()
-    if gap > (1e-3 if model.net.dtype == torch.float32 else 0.25):
+    gap = (torch.log_softmax(ours, -1) - torch.log_softmax(theirs, -1)).abs().max().item()
+    tolerance = LOGIT_TOLERANCE_OF_HALF_PRECISION
+    if model.net.dtype == torch.float32:
+        tolerance = LOGIT_TOLERANCE
+    if gap > tolerance:
         raise UserError(
             f"model {model.name}: its logits are not its output head applied to its hidden states "
             f"(log-probabilities differ by {gap:.2g} nats); this architecture is not supported"

@@ -1,6 +1,7 @@
 """Quantize a model's weights and place them on devices."""
 
 import logging
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -8,12 +9,38 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 
 from .device import memory_free
 
+TERABYTE = 1 << 40
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weights of a loaded model are stored.
+
+    ``quantize``: ``nf4`` or ``int8`` for the linear layers except the head (bitsandbytes).
+    ``spread``: bytes of each GPU (without a GPU: of main memory) that the weights may fill. Layers
+    that do not fit stay in main memory or on disk and are copied when needed (accelerate).
+    """
+
+    quantize: str = "none"
+    spread: int | None = None
+
+    @property
+    def package(self) -> str | None:
+        """Return the extra of this package that it needs, or None."""
+        if self.quantize != "none":
+            return "quantize"
+        if self.spread is not None:
+            return "spread"
+        return None
+
+
+PLAIN = Storage()  # the weights as they are, on one device
+
 
 def make_quantization(quantize: str, dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:
     """Return the bitsandbytes config for linear layers in ``nf4`` or ``int8``."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it says at every layer that it casts
+    # otherwise every layer logs that it casts its input
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -31,50 +58,60 @@ def plan_spread(
     limit: int,
     trust_remote_code: bool,
 ) -> dict[str, int | str]:
-    """Which part of the network goes where: accelerate's plan, with the head on ``device``,
-    whose weights the loss reads itself."""
+    """Return accelerate's device map with at most ``limit`` bytes on each device.
+
+    The head lies on ``device``, because the loss uses its weights directly.
+    """
     from accelerate import infer_auto_device_map
 
-    logging.getLogger("accelerate").setLevel(
-        logging.ERROR
-    )  # that some weights are on disk is what was asked for
+    # otherwise it warns that some weights are on disk, which was requested
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     net.tie_weights()
     head = net.get_output_embeddings()
-    gpu = device.type == "cuda"
-    own = device.index or 0 if gpu else device.type
-    limits = dict.fromkeys(
-        range(torch.cuda.device_count()) if gpu else [own], limit
-    )  # in this order they are filled
-    limits.setdefault("cpu", (memory_free(torch.device("cpu")) or 1 << 40) // 2)
-    limits[own] = max(0, limits[own] - head.weight.nbytes)
-    found = infer_auto_device_map(
+    home, limits = _device_limits(device, limit)
+    limits[home] = max(0, limits[home] - head.weight.nbytes)
+    device_map = infer_auto_device_map(
         net, limits, no_split_module_classes=list(net._no_split_modules or ()), dtype=dtype
     )
-    for name, module in list(net.named_modules()):  # the head, and what is tied to it
+    for name, module in list(net.named_modules()):
+        # also the embedding, if it is tied to the head
         if any(p is head.weight for p in module.parameters(recurse=False)):
-            _apart(found, net, name)
-            found[name] = own
-    return found
+            _split_holder(device_map, net, name)
+            device_map[name] = home
+    return device_map
 
 
-def _apart(places: dict, net: torch.nn.Module, name: str) -> None:
-    """Gives the module ``name`` an entry of its own in a device map: what holds it is replaced
-    by its parts."""
-    while name not in places:
-        holder = max(
-            (key for key in places if not key or f"{name}.".startswith(f"{key}.")), key=len
-        )
-        place, inside = places.pop(holder), net.get_submodule(holder)
-        parts = [
-            part
-            for part, _ in (
-                *inside.named_children(),
-                *inside.named_parameters(recurse=False),
-                *inside.named_buffers(recurse=False),
-            )
-        ]
-        places |= {f"{holder}.{part}".lstrip("."): place for part in parts}
+def _device_limits(device: torch.device, limit: int) -> tuple[int | str, dict[int | str, int]]:
+    """Return ``device`` in accelerate's names, and the bytes of each device in filling order."""
+    home: int | str = device.type
+    limits: dict[int | str, int] = {}
+    if device.type == "cuda":
+        home = device.index or 0
+        for index in range(torch.cuda.device_count()):
+            limits[index] = limit
+    else:
+        limits[home] = limit
+    limits.setdefault("cpu", (memory_free(torch.device("cpu")) or TERABYTE) // 2)
+    return home, limits
+
+
+def _split_holder(device_map: dict, net: torch.nn.Module, name: str) -> None:
+    """Give the module ``name`` an entry of its own in a device map.
+
+    Each entry that contains the module is replaced by entries for its parts.
+    """
+    while name not in device_map:
+        holders = [key for key in device_map if not key or f"{name}.".startswith(f"{key}.")]
+        holder = max(holders, key=len)
+        device = device_map.pop(holder)
+        module = net.get_submodule(holder)
+        for part, _ in (
+            *module.named_children(),
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
+            device_map[f"{holder}.{part}".lstrip(".")] = device

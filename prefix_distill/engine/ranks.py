@@ -1,4 +1,7 @@
-"""Ranks, their collectives, and stop signals. Every sum over ranks goes through this file."""
+"""Join the ranks of a command, run their collectives, and catch stop signals.
+
+Every sum over ranks goes through this module.
+"""
 
 import contextlib
 import functools
@@ -15,28 +18,28 @@ import torch
 import torch.distributed as dist
 
 from .. import config as configuration
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, first_line
 from .device import best_dtype, choose_device
+
+# the integer type that reads a tensor's bits, by bytes of an element
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Interrupt:
-    """Ctrl-C, SIGTERM and a closed terminal as a wish: the first signal is noted in ``asked``, a
-    second one acts at once, as without this. What was ignored before (nohup) stays ignored."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a stop request, stored in ``asked``.
+
+    A second signal has its usual effect. A signal that was ignored before (nohup) stays ignored.
+    """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
 
     def __enter__(self) -> Self:
-        numbers = [
-            getattr(signal, name)
-            for name in ("SIGINT", "SIGTERM", "SIGHUP")
-            if hasattr(signal, name)
-        ]
-        self.former = {
-            n: signal.signal(n, self._note)
-            for n in numbers
-            if signal.getsignal(n) is not signal.SIG_IGN
-        }
+        self.former = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self.former[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,8 +53,10 @@ class Interrupt:
 
 @dataclass(frozen=True)
 class Place:
-    """Devices, dtypes and ranks of a command, with the reasons of automatic choices. ``store``:
-    counts each rank's collectives; None for one rank."""
+    """The devices, dtypes and ranks of a command, with the reasons of automatic choices.
+
+    ``store`` counts each rank's collectives; None for one rank.
+    """
 
     device: torch.device
     teacher_device: torch.device
@@ -64,21 +69,21 @@ class Place:
 
     @property
     def first(self) -> bool:
-        """Is this the rank that writes and prints?"""
+        """Return whether this is the rank that writes and prints."""
         return self.rank == 0
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """bfloat16 autocast on ``device`` when that is the compute dtype; nothing in float32."""
+        """Return bfloat16 autocast on ``device``, disabled if the compute dtype is another."""
         return torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
 
     def total(self, value: float) -> float:
-        """The sum of ``value`` over all ranks (float64; the same number on every rank)."""
+        """Return the sum of ``value`` over all ranks (float64, equal on every rank)."""
         return sum(self.gather(value))
 
     def gather(self, value: object) -> list:
-        """[value of rank 0, value of rank 1, …] on every rank; ``value`` is any plain object."""
+        """Return the values of all ranks, in the order of the ranks; any plain object will do."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
@@ -87,129 +92,144 @@ class Place:
         return values
 
     def wait(self) -> None:
-        """Every rank reaches this line before one goes on."""
+        """Wait until every rank has reached this call."""
         self.gather(None)
 
     def differing(self, tensors: dict[str, torch.Tensor]) -> tuple[int, str] | None:
-        """(rank, name) of the first tensor whose bits are not rank 0's; None when all ranks hold
-        the same. Compared: the sum of the bits of each tensor, read as whole numbers."""
+        """Return rank and name of the first tensor that differs from rank 0's; else None.
+
+        It compares the sum of each tensor's bits, which are read as integers.
+        """
         if self.world == 1:
             return None
-        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-        sums = torch.stack(
-            [
-                t.detach().view(words[t.element_size()]).sum(dtype=torch.int64)
-                for t in tensors.values()
-            ]
-        ).tolist()
-        first, *others = self.gather(sums)
-        return next(
-            (
-                (rank, name)
-                for rank, found in enumerate(others, 1)
-                for name, own, other in zip(tensors, first, found, strict=True)
-                if own != other
-            ),
-            None,
-        )
+        sums = []
+        for tensor in tensors.values():
+            bits = tensor.detach().view(BITS[tensor.element_size()])
+            sums.append(bits.sum(dtype=torch.int64))
+        first, *others = self.gather(torch.stack(sums).tolist())
+        for rank, other in enumerate(others, 1):
+            for name, expected, actual in zip(tensors, first, other, strict=True):
+                if expected != actual:
+                    return rank, name
+        return None
 
     @contextlib.contextmanager
     def meeting(self) -> Iterator[None]:
-        """Around what all ranks do together. Stopped names the ranks that did not come, if this
-        fails."""
+        """Run a collective in the ``with`` block; if it fails, Stopped names the missing ranks."""
         if self.store is None:
             yield
             return
-        met = None
+        count = None
         try:
-            met = self.store.add(_meetings(self.rank), 1)
+            count = self.store.add(_collectives_key(self.rank), 1)
             yield
-        except (
-            RuntimeError
-        ) as error:  # a timeout, a closed connection; gloo's are plain RuntimeErrors
+        except RuntimeError as error:  # gloo raises plain RuntimeErrors for timeouts and lost peers
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise Stopped(
-                f"rank {self.rank} of {self.world}: {self._absent(self.store, met)} "
-                f"({(str(error).splitlines() or [''])[0][:160]}); --resume goes on from the newest "
-                "checkpoint, --rank-timeout waits longer"
+                f"rank {self.rank} of {self.world}: {self._describe_missing(self.store, count)} "
+                f"({first_line(error, 160)}); continue from the newest checkpoint with --resume; "
+                "--rank-timeout sets how long ranks wait"
             ) from None
 
-    def _absent(self, store: dist.Store, met: int | None) -> str:
-        """Name the ranks that missed a collective; ``met``: this rank's collectives so far."""
-        out_of_reach = "the launcher or the first machine was lost"
-        if met is None:
-            return out_of_reach
+    def _describe_missing(self, store: dist.Store, count: int | None) -> str:
+        """Name the ranks that have run fewer collectives than ``count``, which is this rank's."""
+        unreachable = "the launcher or the first machine cannot be reached"
+        if count is None:
+            return unreachable
+        late = []
         try:
-            late = [rank for rank in range(self.world) if store.add(_meetings(rank), 0) < met]
+            for rank in range(self.world):
+                if store.add(_collectives_key(rank), 0) < count:
+                    late.append(str(rank))
         except RuntimeError:
-            return out_of_reach
-        return (
-            f"rank {', '.join(map(str, late))} did not come, or was lost"
-            if late
-            else "a rank was lost while all of them talked"
-        )
+            return unreachable
+        if not late:
+            return "a rank failed during a collective"
+        return f"rank {', '.join(late)} failed or timed out"
 
 
-def _meetings(rank: int) -> str:
-    return f"prefix-distill/meetings/{rank}"
+def _collectives_key(rank: int) -> str:
+    return f"prefix-distill/collectives/{rank}"
 
 
-def place(runtime: configuration.Runtime, parameters: Callable[[], int]) -> Place:
-    """Resolves the ``runtime`` section for a student of ``parameters()`` parameters. UserError on a
-    missing device or on a launcher that started another number of ranks than ``gpus``."""
+def join_ranks(runtime: configuration.Runtime, parameters: Callable[[], int]) -> Place:
+    """Join the other ranks and resolve the ``runtime`` section.
+
+    ``parameters`` returns the student's number of parameters. UserError: a device is missing, or
+    the launcher started another number of ranks than ``gpus``.
+    """
+    world = _read_integer("WORLD_SIZE", 1, 1)
+    rank = _read_integer("RANK", 0, 0, world)
+    local_rank = _read_integer("LOCAL_RANK", 0, 0)
+    local_world = _read_integer("LOCAL_WORLD_SIZE", world, 1)
+    _check_launch(runtime.gpus, world, local_world)
     reasons: list[str] = []
-    world = _counted("WORLD_SIZE", 1, 1)
-    rank, local, here = (
-        _counted("RANK", 0, 0, world),
-        _counted("LOCAL_RANK", 0, 0),
-        _counted("LOCAL_WORLD_SIZE", world, 1),
-    )
-    if world > 1 and (
-        missing := [
-            name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
-        ]
-    ):
-        raise UserError(
-            f"environment WORLD_SIZE={world}: {missing[0]} is not set; start the ranks with --gpus "
-            "or torchrun, or unset WORLD_SIZE"
-        )
-    _counted("MASTER_PORT", 0, 0, 65536)
-    if runtime.gpus is not None and runtime.gpus != here:
-        raise UserError(
-            f"--gpus {runtime.gpus}: {here} rank{'s run' if here > 1 else ' runs'} on this "
-            "machine; leave it out under another launcher and in `compare`"
-        )
-    device = choose_device(runtime.device, local, here, reasons)
-    teacher_device = (
-        device
-        if runtime.teacher_device in (None, "auto")
-        else choose_device(runtime.teacher_device, local, 1, reasons)
-    )
+    device = choose_device(runtime.device, local_rank, local_world, reasons)
+    teacher_device = device
+    if runtime.teacher_device not in (None, "auto"):
+        teacher_device = choose_device(runtime.teacher_device, local_rank, 1, reasons)
     store = None
     if world > 1:
-        store = _join(rank, world, device.type == "cuda", timedelta(seconds=runtime.rank_timeout))
+        timeout = timedelta(seconds=runtime.rank_timeout)
+        store = _join_group(rank, world, device.type, timeout)
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "NCCL"
         reasons.append(
-            f"{world} ranks, this machine's with {torch.get_num_threads()} CPU threads each, by "
-            f"{'NCCL' if device.type == 'cuda' else 'gloo'}"
+            f"{world} ranks over {backend}; each rank on this machine uses "
+            f"{torch.get_num_threads()} CPU threads"
         )
     if runtime.dtype == "auto":
         dtype, reason = best_dtype(device, parameters)
         reasons.append(reason)
     else:
         dtype = getattr(torch, runtime.dtype)
-    head_dtype = dtype if runtime.head_dtype == "auto" else getattr(torch, runtime.head_dtype)
-    return Place(device, teacher_device, dtype, head_dtype, rank, world, tuple(reasons), store)
+    head_dtype = dtype
+    if runtime.head_dtype != "auto":
+        head_dtype = getattr(torch, runtime.head_dtype)
+    return Place(
+        device=device,
+        teacher_device=teacher_device,
+        dtype=dtype,
+        head_dtype=head_dtype,
+        rank=rank,
+        world=world,
+        reasons=tuple(reasons),
+        store=store,
+    )
 
 
-@functools.cache  # a second run in the same process finds the group there
-def _join(rank: int, world: int, gpu: bool, timeout: timedelta) -> dist.Store:
-    """Meets the other ranks. What they tell each other goes over gloo, gradients on GPUs over
-    NCCL."""
+def _check_launch(gpus: int | None, world: int, local_world: int) -> None:
+    """Raise UserError if the launcher's environment is incomplete or contradicts ``--gpus``."""
+    if world > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(
+                    f"environment WORLD_SIZE={world}: {name} is not set; start the ranks with "
+                    "--gpus or torchrun, or unset WORLD_SIZE"
+                )
+    _read_integer("MASTER_PORT", 0, 0, 65536)
+    if gpus is not None and gpus != local_world:
+        ranks = "rank runs"
+        if local_world > 1:
+            ranks = "ranks run"
+        raise UserError(
+            f"--gpus {gpus}: {local_world} {ranks} on this machine; omit --gpus under another "
+            "launcher and in `compare`"
+        )
+
+
+@functools.cache  # a second run in the same process uses the same group
+def _join_group(rank: int, world: int, device_type: str, timeout: timedelta) -> dist.Store:
+    """Initialize the process group: gloo for objects, and NCCL for gradients on GPUs."""
+    backends = "gloo"
+    if device_type == "cuda":
+        backends = "cpu:gloo,cuda:nccl"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            backends,
             store=dist.PrefixStore("group", store),
             rank=rank,
             world_size=world,
@@ -217,15 +237,15 @@ def _join(rank: int, world: int, gpu: bool, timeout: timedelta) -> dist.Store:
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"rank {rank} of {world}: cannot meet the others "
-            f"({(str(error).splitlines() or [''])[0][:160]}); start all ranks with one launcher "
-            "(--gpus, torchrun, accelerate launch), the same --master-addr and --master-port"
+            f"rank {rank} of {world}: cannot connect to the other ranks "
+            f"({first_line(error, 160)}); start all ranks with one launcher (--gpus, torchrun, "
+            "accelerate launch) and the same --master-addr and --master-port"
         ) from None
     return dist.PrefixStore("prefix-distill", store)
 
 
-def _counted(name: str, default: int, low: int, end: int = 1 << 31) -> int:
-    """The whole number in the environment variable ``name``, from ``low`` to below ``end``."""
+def _read_integer(name: str, default: int, low: int, end: int = 1 << 31) -> int:
+    """Return the integer of an environment variable, from ``low`` to below ``end``."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or not low <= int(text) < end:
         raise UserError(

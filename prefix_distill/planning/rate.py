@@ -10,7 +10,7 @@ from .. import config as configuration
 from ..config import Config
 from ..engine.device import Clock
 from ..engine.models import Model
-from ..engine.ranks import place
+from ..engine.ranks import join_ranks
 from ..errors import UserError
 from ..maths.flops import Ledger
 
@@ -50,7 +50,7 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
     """FLOP/s of the student's own matmuls on this machine: a micro-batch's tokens through one
     feed-forward matrix, forward. What a device does at best; decoding, which reads all weights for
     few rows, stays far below."""
-    where = place(
+    where = join_ranks(
         configuration.replace(config, runtime={"dtype": str(dtype)[6:], "gpus": None}).runtime,
         lambda: 0,
     )

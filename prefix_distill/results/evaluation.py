@@ -15,7 +15,7 @@ from ..engine.evaluate import Evaluation, evaluate
 from ..engine.memory import MemoryLimits
 from ..engine.meter import Meter
 from ..engine.models import Model, decoder
-from ..engine.ranks import Place, place
+from ..engine.ranks import Place, join_ranks
 from ..engine.sampling import GenerationCost, Sampler
 from ..errors import UserError
 from ..lab.task import LAB
@@ -43,7 +43,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         trust_remote_code=config.models.trust_remote_code,
     )
     loading.check_rows(model)
-    where = place(config.runtime, lambda: model.parameters)
+    where = join_ranks(config.runtime, lambda: model.parameters)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
     problems = _render(config, model, prompts)

@@ -1,13 +1,14 @@
-"""model/README.md: what the model is made of, how, with what results at what cost, and the command
-that makes it again.
+"""Write the model card, model/README.md: models, method, results, cost and the command.
 
-Nothing in it depends on when or where the run took place but its hardware and versions: an
-interrupted run writes the same card.
+The card does not depend on when or where the run took place, except for hardware and versions. An
+interrupted run therefore writes the same card as an uninterrupted one.
 """
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -22,6 +23,7 @@ from .run import Run, settled
 from .state import Progress
 
 TAGS = ["prefix-distill", "knowledge-distillation", "on-policy-distillation"]
+# settings that the card lists if they differ from their defaults
 METHODS = (
     "adapter.rank",
     "adapter.alpha",
@@ -39,13 +41,16 @@ METHODS = (
     "weights.keep",
     "weights.position",
     "extrapolation.kind",
-)  # named where they differ from the default
-ELSEWHERE = ("checkpoint.out", "trackers", "export")  # settings that change no model
+)
+# settings that do not change the model
+ELSEWHERE = ("checkpoint.out", "trackers", "export")
 
 
 def hub_id(name: str | None) -> str | None:
-    """``name`` where it is a hub repository's or a preset's, without what selects rows of it;
-    None for a file, a folder, lab:… and self."""
+    """Return the hub id of a model or data set, without a row selection (#1000).
+
+    None: ``name`` is a file, a folder, lab:… or self.
+    """
     name = (name or "").partition("#")[0]
     if name in PRESETS:
         return PRESETS[name].hub
@@ -60,19 +65,23 @@ def hub_id(name: str | None) -> str | None:
 
 
 def command(config: Config) -> str:
-    """`prefix-distill run` with every setting that differs from its default, quoted for a shell;
-    a line for each."""
-    words = []
+    """Return the `prefix-distill run` command with the settings that differ from their defaults.
+
+    Each setting is on its own line and quoted for a shell.
+    """
+    words = ["prefix-distill run"]
     for path, field in configuration.options().items():
         value = configuration.get(config, path)
         if value == field.default or path.startswith(ELSEWHERE):
             continue
         flag = field.metadata["flag"]
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
+        if value is True:
+            words.append(flag)
+        elif value is False:
+            words.append(f"--no-{flag[2:]}")
         else:
             words.append(f"{flag} {shlex.quote(str(value))}")
-    return " \\\n  ".join(["prefix-distill run", *words])
+    return " \\\n  ".join(words)
 
 
 def card(run: Run, progress: Progress, row: dict, full: float | None = None) -> str:
@@ -96,99 +105,132 @@ def card(run: Run, progress: Progress, row: dict, full: float | None = None) -> 
     return "\n\n".join(parts) + "\n"
 
 
+def of_checkpoint(config: Config, step: int) -> str:
+    """Return the card of a student in the middle of its run."""
+    parts = [
+        *_top(config, step),
+        f"This is the student after update {step} of {config.train.steps} of the following "
+        "prefix-distill run:",
+        _fenced(command(config)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _top(config: Config, step: int) -> list[str]:
+    """Return front matter and title.
+
+    The teacher has a key of its own, because the hub shows several base models as a merge.
+    """
+    keys: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "teacher": hub_id(config.models.teacher),
+        "tags": TAGS,
+    }
+    relation = "finetune"
+    if config.adapter.rank is not None and not config.adapter.merge:
+        keys["library_name"] = "peft"
+        relation = "adapter"
+    base = hub_id(config.models.student)
+    if base is not None:
+        keys["base_model"] = base
+        keys["base_model_relation"] = relation
+    data = hub_id(config.data.dataset)
+    if data is not None:
+        keys["datasets"] = [data]
+    name = Path(settled(config.models.student, "--student")).name.removesuffix(".gguf")
+    title = config.trackers.name or f"{name} after {step} updates of on-policy distillation"
+    return [f"---\n{ModelCardData(**keys).to_yaml()}\n---", f"# {_line(title)}"]
+
+
 def _introduction(config: Config, version: str) -> str:
     """Name the models, the data and the license."""
     models = config.models
-    teacher = (
-        "itself, behind a prompt that shows more"
-        if models.teacher == configuration.SELF
-        else f"`{models.teacher}`"
-    )
-    elsewhere = "" if hub_id(models.student) else ", whose name or folder the command below has"
-    return (
-        f"Student `{models.student}`, teacher {teacher}, prompts of `{config.data.dataset}`; made "
-        f"with prefix-distill {version}. The license is the base model's{elsewhere}."
-    )
+    teacher = f"`{models.teacher}`"
+    if models.teacher == configuration.SELF:
+        teacher = "the same model with privileged text in its prompt"
+    sentences = [
+        f"The student is `{models.student}`, and the teacher is {teacher}.",
+        f"The prompts are from `{config.data.dataset}`.",
+        f"The student was trained with prefix-distill {version}.",
+        "The license is that of the base model.",
+    ]
+    if hub_id(models.student) is None:
+        sentences.append("The base model is not on the hub; the command below names it.")
+    return " ".join(sentences)
 
 
 def _method(run: Run, progress: Progress, step: int) -> list[str]:
     """Describe who samples, who scores, the settings of the method, and how the prefix grew."""
+    sampling = "The student samples the first tokens of its answers"
+    if run.method.off_policy is not None:
+        sampling = "The student or the teacher (see `--off-policy`) samples the start of an answer"
+    parts = [
+        "## Method",
+        f"{sampling}. The teacher scores each of these tokens, and the loss covers only them "
+        "(prefix distillation, [arXiv 2602.15260](https://arxiv.org/abs/2602.15260)).",
+        _table(("setting", "value"), _settings(run, progress, step)),
+    ]
+    for decision in progress.decisions:
+        if decision["step"] <= step:
+            parts.append(f"- After update {decision['step']}: {_line(decision['reason'])}")
+    return parts
+
+
+def _settings(run: Run, progress: Progress, step: int) -> list[tuple[str, str]]:
+    """List the settings of the method as (setting, value)."""
     config = run.config
-    writer = (
-        "student"
-        if run.method.off_policy is None
-        else "student (or the teacher, where `--off-policy` says so)"
-    )
-    settings = [
+    divergence, rollout, schedule = config.divergence, config.rollout, config.schedule
+    rows = [
         ("updates", f"{step} of {config.train.steps}"),
-        ("prompts × rollouts an update", f"{config.train.batch_size} × {config.rollout.samples}"),
+        ("prompts × rollouts per update", f"{config.train.batch_size} × {rollout.samples}"),
         (
             "prefix",
-            f"{_code(config.schedule.prefix)}: {run.method.prefix.length(0)} tokens at first, "
-            f"{progress.taught_prefix} at last, of at most {config.rollout.max_new_tokens}",
+            f"{_code(schedule.prefix)}: {run.method.prefix.length(0)} tokens in the first update, "
+            f"{progress.taught_prefix} in the last, of at most {rollout.max_new_tokens}",
         ),
         (
             "divergence",
-            f"{_code(config.divergence.name)}, estimator "
-            f"{_code(config.divergence.estimator)}, per "
-            f"{_code(config.divergence.reduction)}",
+            f"{_code(divergence.name)}, estimator {_code(divergence.estimator)}, averaged per "
+            f"{_code(divergence.reduction)}",
         ),
         (
             "peak learning rate",
-            f"{config.schedule.lr:g}, {_code(config.schedule.lr_schedule)}, warm-up "
-            f"{config.schedule.warmup}",
+            f"{schedule.lr:g}, {_code(schedule.lr_schedule)}, warm-up {schedule.warmup}",
         ),
         (
             "sampling",
-            f"temperature {config.rollout.temperature:g}, top-p {config.rollout.top_p:g}, "
-            f"top-k {config.rollout.top_k}",
-        ),
-        *(
-            (_code(configuration.flag(path)), _code(str(configuration.get(config, path))))
-            for path in METHODS
-            if configuration.get(config, path) != configuration.options()[path].default
-        ),
-        ("tokens taught", f"{progress.tokens:,}"),
-        ("seed", str(config.runtime.seed)),
-    ]
-    return [
-        "## Method",
-        f"The {writer} writes the first tokens of answers, the teacher scores each of them, and "
-        "the loss is taken on them alone (prefix distillation, [arXiv "
-        "2602.15260](https://arxiv.org/abs/2602.15260)).",
-        _table(("setting", "value"), settings),
-        *(
-            f"- {_line(d['reason'])} (after update {d['step']})"
-            for d in progress.decisions
-            if d["step"] <= step
+            f"temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, top-k {rollout.top_k}",
         ),
     ]
+    for path in METHODS:
+        value = configuration.get(config, path)
+        if value != configuration.options()[path].default:
+            rows.append((_code(configuration.flag(path)), _code(str(value))))
+    rows.append(("tokens in the loss", f"{progress.tokens:,}"))
+    rows.append(("seed", str(config.runtime.seed)))
+    return rows
 
 
 def _results(config: Config, first: dict, row: dict) -> list[str]:
     """Describe the measurements before training (``first``) and now (``row``)."""
-    problems = (
-        _code(config.evaluate.dataset)
-        if config.evaluate.dataset
-        else f"held-out problems of {_code(settled(config.data.dataset, '--dataset'))}"
-    )
+    if config.evaluate.dataset:
+        problems = _code(config.evaluate.dataset)
+    else:
+        problems = f"held-out problems of {_code(settled(config.data.dataset, '--dataset'))}"
     rows = []
     if first["accuracy"]:
         rows.append(("accuracy", share_text(first["accuracy"]), share_text(row["accuracy"])))
     rows.append(("reverse KL to the teacher, nats per token", _kl(first["kl"]), _kl(row["kl"])))
     if "finish_rate" in row:
-        rows += [
-            ("answers that end", f"{first['finish_rate']:.1%}", f"{row['finish_rate']:.1%}"),
-            (
-                "mean tokens of an answer",
-                f"{first['mean_tokens']:.0f}",
-                f"{row['mean_tokens']:.0f}",
-            ),
-        ]
+        before, after = first["finish_rate"], row["finish_rate"]
+        rows.append(("finished answers", f"{before:.1%}", f"{after:.1%}"))
+        before, after = first["mean_tokens"], row["mean_tokens"]
+        rows.append(("mean tokens per answer", f"{before:.0f}", f"{after:.0f}"))
     return [
         "## Results",
-        f"On {problems}; 95 % intervals by bootstrap; of the KL, n counts tokens of fixed answers "
-        "of the untrained student.",
+        f"Measured on {problems}, with 95 % bootstrap intervals. The KL is measured on fixed "
+        "answers of the untrained student; n is their number of tokens.",
         _table(("", "before", f"after {row['step']} updates"), rows),
     ]
 
@@ -196,67 +238,40 @@ def _results(config: Config, first: dict, row: dict) -> list[str]:
 def _cost(run: Run, progress: Progress, facts: dict, full: float | None) -> list[str]:
     """List FLOPs, hardware and versions."""
     spent = progress.ledger.summary()
-    cost = [
-        ("useful", spent["useful"]),
-        ("executed (with padding and repeated work)", spent["executed"]),
+    rows = [
+        ("useful", flops_text(spent["useful"])),
+        ("executed (with padding and repeated work)", flops_text(spent["executed"])),
     ]
     if full is not None:
-        cost.append(("useful, of as many updates with full rollouts", full))
+        rows.append(("useful, for as many updates with full rollouts", flops_text(full)))
     hardware = ", ".join(facts["gpus"]) or f"{facts['machine']} CPU, {facts['threads']} threads"
+    ranks = "1 rank"
+    if run.place.world > 1:
+        ranks = f"{run.place.world} ranks"
+    dtype = str(run.place.dtype).removeprefix("torch.")
     return [
         "## Cost",
-        _table(("training FLOPs", ""), [(name, flops_text(value)) for name, value in cost]),
-        f"{hardware}; {run.place.world} rank{'s' * (run.place.world > 1)}, "
-        f"{str(run.place.dtype)[6:]}; torch {facts['torch']}, transformers "
+        _table(("training FLOPs", ""), rows),
+        f"{hardware}; {ranks}, {dtype}; torch {facts['torch']}, transformers "
         f"{facts['transformers']}, Python {facts['python']}.",
     ]
 
 
 def _warnings(run: Run, progress: Progress, step: int) -> list[str]:
     """List the warnings up to ``step``, each once."""
-    warnings = [*run.notes.warnings, *(w["text"] for w in progress.warnings if w["step"] <= step)]
-    if not warnings:
+    texts = list(run.notes.warnings)
+    for warning in progress.warnings:
+        if warning["step"] <= step:
+            texts.append(warning["text"])
+    if not texts:
         return []
-    lines = [f"- {_line(text)}" for text in dict.fromkeys(warnings)]
+    lines = [f"- {_line(text)}" for text in dict.fromkeys(texts)]
     return ["## Warnings of the run", "\n".join(lines)]
 
 
-def of_checkpoint(config: Config, step: int) -> str:
-    """The card of a student in the middle of its run."""
-    return (
-        "\n\n".join(
-            [
-                *_top(config, step),
-                f"The state after update {step} of {config.train.steps} of this run, made with "
-                "prefix-distill:",
-                _fenced(command(config)),
-            ]
-        )
-        + "\n"
-    )
-
-
-def _top(config: Config, step: int) -> list[str]:
-    """Front matter and title. Several base models would say that they were merged, so the
-    teacher has a key of its own."""
-    base, data = hub_id(config.models.student), hub_id(config.data.dataset)
-    adapted = config.adapter.rank is not None and not config.adapter.merge
-    front = ModelCardData(
-        base_model=base,
-        base_model_relation=("adapter" if adapted else "finetune") if base else None,
-        teacher=hub_id(config.models.teacher),
-        datasets=[data] if data else None,
-        library_name="peft" if adapted else "transformers",
-        pipeline_tag="text-generation",
-        tags=TAGS,
-    )
-    name = Path(settled(config.models.student, "--student")).name.removesuffix(".gguf")
-    title = config.trackers.name or f"{name} after {step} updates of on-policy distillation"
-    return [f"---\n{front.to_yaml()}\n---", f"# {_line(title)}"]
-
-
-def _kl(found: dict) -> str:
-    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}], n = {found['n']}"
+def _kl(estimate: dict) -> str:
+    low, high = estimate["low"], estimate["high"]
+    return f"{estimate['value']:.4f} [{low:.4f}, {high:.4f}], n = {estimate['n']}"
 
 
 def _line(text: str) -> str:
@@ -264,17 +279,21 @@ def _line(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{_line(text).replace('`', chr(39))}`"
+    text = _line(text).replace("`", "'")
+    return f"`{text}`"
 
 
-def _table(heading: tuple, rows: list[tuple]) -> str:
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
-        for row in [heading, ["---"] * len(heading), *rows]
-    )
+def _table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Return a Markdown table."""
+    lines = []
+    for row in [heading, ("---",) * len(heading), *rows]:
+        cells = " | ".join(cell.replace("|", r"\|") for cell in row)
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
 
 
 def _fenced(text: str) -> str:
-    """A code block, whatever is in it."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    """Return a code block whose fence is longer than any run of backticks in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
     return f"{fence}sh\n{text}\n{fence}"

@@ -1,12 +1,12 @@
-"""The run folder: resolved config, provenance, metric rows, atomic checkpoints. safetensors and
-JSON only.
+"""Read and write a run folder: settings, provenance, metrics and atomic checkpoints.
 
     config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json
     displacement.json checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and
     anchor, teacher where a run has them) model/  best/  examples-before.jsonl  examples-after.jsonl
     .lock
 
-No file holds the folder's own path: it can be moved. Files get the user's umask.
+All files are safetensors, JSON, JSON lines or YAML. No file contains the folder's own path, so the
+folder can be moved. Files have the permissions of the user's umask.
 """
 
 import contextlib
@@ -15,7 +15,10 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -23,287 +26,300 @@ from safetensors import SafetensorError
 from ..errors import Stopped, UserError
 from ..files import read_rows, replace_folder, sha256_of, sync, write_atomically, write_rows
 
-FORMAT = 1  # of the folder and of its checkpoints; a reader refuses what it does not know
-KEPT = 2  # checkpoints on disk: the newest and one to fall back on
+if TYPE_CHECKING:
+    from filelock import AcquireReturnProxy
+    from torch import Tensor
+
+    from ..engine.models import Model
+
+    Tensors = dict[str, Tensor]
+
+FORMAT = 1  # of the folder and of its checkpoints; other formats are rejected
+KEPT = 2  # checkpoints on disk: the newest one, and one to fall back on
 LOCK = ".lock"
-DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-)  # what reading a damaged checkpoint raises
+# what a run that was killed while it was created leaves behind
+LEFT_BEHIND = {LOCK, "run.json", ".run.json.partial", ".config.yaml.partial"}
+# what reading a damaged checkpoint raises
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class RunFolder:
-    """Reads and writes one run's files. Every write of more than a line is atomic: scratch file,
-    fsync, rename. What the disk refuses is Stopped, with what is safe: nothing half-written takes
-    the place of something whole."""
+    """Reads and writes one run's files.
+
+    Every write of more than a line is atomic: scratch file, fsync, rename. Disk errors raise
+    Stopped and name the newest checkpoint.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
     @property
     def made(self) -> bool:
-        """Has a run been created here?"""
+        """Return whether a run has been created here."""
         return (self.path / "config.yaml").is_file()
 
     @property
     def newest(self) -> str:
-        """In words: what there is to go back to."""
-        kept = self._checkpoints()
-        return f"{kept[0].name} is the last good state" if kept else "there is no earlier state"
+        """Name the newest checkpoint, as a clause of a message."""
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint is {checkpoints[0].name}"
 
     @contextlib.contextmanager
-    def alone(self):
-        """Makes the folder; one process works in it at a time. The system frees the lock when the
-        process ends, however it ends. UserError where another one holds it, or the folder cannot be
-        made."""
+    def alone(self) -> Iterator[None]:
+        """Create the folder and lock it, so that one process at a time works in it.
+
+        The system releases the lock when the process ends. UserError: another process holds the
+        lock, or the folder cannot be created.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # A new lock object each time, so that a second call in this process fails too.
-            held = FileLock(self.path / LOCK, timeout=0).acquire()
+            lock = self._acquire_lock()
         except Timeout:
             raise UserError(
-                f"--out {self.path}: another process is working in it; "
-                "wait for it, stop it, or name another folder"
+                f"--out {self.path}: another process is working in it; wait for it, stop it, or "
+                "name another folder"
             ) from None
         except OSError as error:
             raise UserError(
                 f"--out {self.path}: cannot be written ({error.strerror}); name another folder"
             ) from None
-        with held:
+        with lock:
             yield
 
+    def _acquire_lock(self) -> "AcquireReturnProxy":
+        with warnings.catch_warnings():
+            # without flock, the lock is a file that names its process; a user need not know
+            warnings.filterwarnings("ignore", message="flock not supported")
+            # a new lock object, because filelock lets one object acquire its lock twice
+            return FileLock(self.path / LOCK, timeout=0).acquire()
+
     @contextlib.contextmanager
-    def _writing(self, name: str):
-        """What the disk refuses (full, read-only, gone) ends the run in one line."""
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turn disk errors (full, read-only, gone) into Stopped."""
         try:
             if not self.path.is_dir():
                 raise FileNotFoundError(None, "the run folder is gone")
             yield
         except (OSError, SafetensorError) as error:
-            raise Stopped(
-                f"{self.path / name} cannot be written "
-                f"({getattr(error, 'strerror', None) or error}); {self.newest}"
-                + (": mend the disk, then --resume" if self.started else "")
-            ) from None
+            reason = getattr(error, "strerror", None) or error
+            message = f"{self.path / name} cannot be written ({reason}); {self.newest}"
+            if self.started:
+                message += ": fix the cause, then --resume"
+            raise Stopped(message) from None
 
     @property
     def model(self) -> Path:
+        """Return the folder of the final model."""
         return self.path / "model"
 
     @property
     def best(self) -> Path:
+        """Return the folder of the best model so far."""
         return self.path / "best"
 
     def refuse_if_used(self) -> None:
-        """UserError unless the folder is absent or empty, and can be made."""
+        """Raise UserError unless the folder is missing or empty, and can be written."""
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f"--out {self.path}: it is a file; name a folder")
-        unborn = {
-            LOCK,
-            "run.json",
-            ".run.json.partial",
-            ".config.yaml.partial",
-        }  # what a run killed while it was created leaves
-        if os.path.isdir(self.path) and any(
-            file.name not in unborn for file in self.path.iterdir()
-        ):
-            raise UserError(
-                f"--out {self.path}: the folder is not empty; add --resume to continue it, or name "
-                "another"
-            )
+        if os.path.isdir(self.path):
+            for file in self.path.iterdir():
+                if file.name not in LEFT_BEHIND:
+                    raise UserError(
+                        f"--out {self.path}: the folder is not empty; add --resume to continue it, "
+                        "or name another"
+                    )
         try:
             with contextlib.suppress(FileNotFoundError):
                 self.path.lstat()
-            os.rmdir(
-                tempfile.mkdtemp(
-                    dir=next(
-                        p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p)
-                    )
-                )
-            )
+            os.rmdir(tempfile.mkdtemp(dir=self._existing_parent()))
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", error)
+            reason = getattr(error, "strerror", error)
             raise UserError(
-                f"--out {self.path}: cannot be written ({why}); name another folder"
+                f"--out {self.path}: cannot be written ({reason}); name another folder"
             ) from None
 
+    def _existing_parent(self) -> Path:
+        """Return the folder itself, or the nearest parent that exists."""
+        folder = self.path
+        for parent in self.path.absolute().parents:
+            if os.path.exists(folder):
+                break
+            folder = parent
+        return folder
+
     def create(self, config: dict, facts: dict | None = None) -> None:
-        """Makes the folder: run.json with ``facts``, then config.yaml. UserError when it is used
-        or cannot be made."""
+        """Create the folder: run.json with ``facts``, then config.yaml.
+
+        UserError: the folder is used or cannot be created.
+        """
         self.refuse_if_used()
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("run.json", {"format": FORMAT, **(facts or {})})
         self.write_config(config)
 
     def write_config(self, config: dict) -> None:
-        """config.yaml, but for where the folder is."""
+        """Write config.yaml, without the folder's own path."""
         import yaml
 
-        config = {
-            section: {k: v for k, v in keys.items() if (section, k) != ("checkpoint", "out")}
-            for section, keys in config.items()
-        }
+        sections = {name: dict(section) for name, section in config.items()}
+        sections.get("checkpoint", {}).pop("out", None)
         with self._writing("config.yaml"):
             write_atomically(
                 self.path / "config.yaml",
-                yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+                yaml.safe_dump(sections, sort_keys=False, allow_unicode=True),
             )
 
-    def write_json(self, name: str, tree) -> None:
-        """``name`` ← ``tree`` as JSON."""
+    def write_json(self, name: str, tree: object) -> None:
+        """Write ``tree`` as JSON."""
+        text = json.dumps(tree, indent=1, ensure_ascii=False)
         with self._writing(name):
-            write_atomically(
-                self.path / name, json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
-            )
+            write_atomically(self.path / name, f"{text}\n")
 
-    def save_model(self, name: str, model, card: str | None = None, merged: bool = False) -> None:
-        """The folder ``name`` ← a model that transformers loads, with its ``card`` (of one with an
-        adapter: the adapter, or both ``merged``)."""
+    def save_model(
+        self, name: str, model: "Model", card: str | None = None, merged: bool = False
+    ) -> None:
+        """Write a model folder; the arguments are those of ``engine.saving.save_model``."""
         with self._writing(name):
             from ..engine.saving import save_model
 
             save_model(model, self.path / name, card, merged)
 
-    def read_json(self, name: str):
-        """The JSON file ``name``; UserError when it is missing or damaged."""
+    def read_json(self, name: str) -> Any:
+        """Return the content of a JSON file. UserError: it is missing or damaged."""
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"run folder {self.path}: {name} cannot be read ({type(error).__name__}); start "
-                "anew with another --out"
+                "again with another --out"
             ) from None
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
-        """``name`` ← one JSON line per row."""
+        """Write a file of JSON lines."""
         with self._writing(name):
             write_rows(self.path / name, rows)
 
-    def write_tensors(self, name: str, tensors: dict) -> None:
-        """``name`` ← tensors, as safetensors."""
-        from safetensors.torch import save as serialised
+    def write_tensors(self, name: str, tensors: "Tensors") -> None:
+        """Write a safetensors file."""
+        from safetensors.torch import save as serialize
 
         file = self.path / name
         with self._writing(name):
             file.parent.mkdir(exist_ok=True)
-            write_atomically(file, serialised({k: v.contiguous() for k, v in tensors.items()}))
+            write_atomically(file, serialize({k: t.contiguous() for k, t in tensors.items()}))
 
-    def read_tensors(self, name: str):
-        """(file, tensors) of every file of tensors in the folder ``name``, by name, one at a
-        time."""
+    def read_tensors(self, name: str) -> "Iterator[tuple[Path, Tensors]]":
+        """Yield path and tensors of each safetensors file in a subfolder, by name."""
         from safetensors.torch import load_file
 
         for file in sorted((self.path / name).glob("*.safetensors")):
             yield file, load_file(file)
 
     def remove(self, name: str) -> None:
-        """Deletes the folder ``name``."""
+        """Delete a subfolder."""
         shutil.rmtree(self.path / name, ignore_errors=True)
 
     def append(self, name: str, row: dict) -> None:
-        """One more row of the JSON lines ``name``."""
+        """Append one row to a file of JSON lines."""
         with self._writing(name), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def check_format(self) -> None:
-        """UserError where the folder or its newest checkpoint was written in a format that this
-        version does not know."""
+        """Raise UserError if this version cannot read the folder or its newest checkpoint."""
         document = self.read_json("run.json")
-        found = (
-            document.get("format", 1) if isinstance(document, dict) else None
-        )  # the first format did not say so
-        if found != FORMAT:
+        version = None
+        if isinstance(document, dict):
+            version = document.get("format", 1)  # the first version did not write it
+        if version != FORMAT:
             raise UserError(
-                f"run folder {self.path}: format {found!r}, this version reads {FORMAT}; go on "
-                "with the version that wrote it (run.json names it), or start anew with another "
-                "--out"
+                f"run folder {self.path}: format {version!r}, this version reads {FORMAT}; "
+                "continue with the version that wrote it (run.json names it), or start again with "
+                "another --out"
             )
         for newest in self._checkpoints()[:1]:
-            with contextlib.suppress(
-                OSError, ValueError, KeyError, TypeError
-            ):  # a damaged one is passed over later
-                _check_known(
-                    newest, json.loads((newest / "state.json").read_text(encoding="utf-8"))
-                )
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                # a damaged checkpoint is skipped later
+                state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+                _check_checkpoint_format(newest, state)
 
-    def rewind(self, name: str, step: int, warn, whole: bool = False) -> None:
-        """Drops what was appended to ``name`` beyond ``step`` completed updates, and torn lines;
-        ``warn`` is told of these, and, of a file that should hold the ``whole`` run, of rows that
-        are missing."""
-        rows, torn = read_rows(self.path / name)
+    def rewind(
+        self, name: str, step: int, warn: Callable[[str], None], whole: bool = False
+    ) -> None:
+        """Drop torn lines, and rows of updates after ``step``, from a file of JSON lines.
+
+        It warns of torn lines, and of missing rows if the file should contain the ``whole`` run.
+        UserError: the file cannot be read.
+        """
+        try:
+            rows, torn = read_rows(self.path / name)
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path}: {name} cannot be read ({error.strerror}); remove or "
+                "repair it, then --resume"
+            ) from None
         rows = [row for row in rows if isinstance(row.get("step"), int)]
         if torn:
-            warn(
-                f"{name}: {torn} line{'s' * (torn > 1)} cut short by the interruption "
-                f"{'are' if torn > 1 else 'is'} dropped"
-            )
-        if whole and (missing := set(range(1, step + 1)) - {row["step"] for row in rows}):
+            lines = "line"
+            if torn > 1:
+                lines = "lines"
+            warn(f"{name}: dropped {torn} {lines} that the interruption cut short")
+        missing = set(range(1, step + 1)) - {row["step"] for row in rows}
+        if whole and missing:
             warn(
                 f"{name}: the rows of {len(missing)} earlier updates are missing (the first: "
-                f"{min(missing)}); the run itself does not need them"
+                f"{min(missing)}); the run does not need them, but reports lack them"
             )
         self.write_rows(name, [row for row in rows if row["step"] <= step])
 
-    def save(self, step: int, tensors: dict[str, dict], facts: dict) -> None:
-        """Checkpoint after ``step`` updates: named state dicts of tensors, plus plain facts, with
-        checksums. The rows up to it reach the disk before it does."""
-        from safetensors.torch import save_file
+    def save(self, step: int, tensors: "dict[str, Tensors]", facts: dict) -> None:
+        """Write the checkpoint after ``step`` updates, with checksums, and delete older ones.
 
+        ``tensors``: state dicts by name; ``facts``: plain data. All rows of JSON lines reach the
+        disk before the checkpoint does.
+        """
         parent = self.path / "checkpoints"
         scratch = parent / ".partial"
         with self._writing(f"checkpoints/step-{step:08d}"):
-            for rows in self.path.glob("*.jsonl"):
-                sync(rows)
+            for file in self.path.glob("*.jsonl"):
+                sync(file)
             shutil.rmtree(scratch, ignore_errors=True)
             try:
                 scratch.mkdir(parents=True)
-                sums = {}
-                for name, state in tensors.items():
-                    file = scratch / f"{name}.safetensors"
-                    save_file({k: v.detach().contiguous() for k, v in state.items()}, file)
-                    sums[file.name] = sha256_of(file)
-                write_atomically(
-                    scratch / "state.json",
-                    json.dumps(
-                        {
-                            "format": FORMAT,
-                            "step": step,
-                            "sha256": sums,
-                            "facts": facts,
-                            "facts_sha256": _digest_of(step, facts),
-                        }
-                    ),
-                )
+                state = {
+                    "format": FORMAT,
+                    "step": step,
+                    "sha256": _write_state_dicts(scratch, tensors),
+                    "facts": facts,
+                    "facts_sha256": _digest_of(step, facts),
+                }
+                write_atomically(scratch / "state.json", json.dumps(state))
                 replace_folder(scratch, parent / f"step-{step:08d}")
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             for old in self._checkpoints()[KEPT:]:
                 shutil.rmtree(old)
 
-    def latest(self, warn) -> tuple[int, dict[str, dict], dict]:
-        """(step, tensors, facts) of the newest intact checkpoint; a damaged one is named through
-        ``warn`` and passed over. UserError when there is none."""
+    def latest(self, warn: Callable[[str], None]) -> "tuple[int, dict[str, Tensors], dict]":
+        """Return (step, tensors, facts) of the newest intact checkpoint; warn of damaged ones.
+
+        UserError: there is none.
+        """
         for folder in self._checkpoints():
             try:
-                return _intact(folder)
+                return _read_checkpoint(folder)
             except DAMAGE as error:
-                warn(
-                    f"checkpoint {folder.name} is damaged ({error}); falling back on the one "
-                    "before it"
-                )
+                warn(f"checkpoint {folder.name} is damaged ({error}); using the one before it")
         raise UserError(
-            f"--resume {self.path}: no intact checkpoint in it; start anew with another --out"
+            f"--resume {self.path}: no intact checkpoint in it; start again with another --out"
         )
 
-    def student(self, step: int) -> dict:
-        """The student's weights in the checkpoint after ``step`` updates. UserError when it is
-        damaged."""
+    def student(self, step: int) -> "Tensors":
+        """Return the student's weights after ``step`` updates. UserError: they are damaged."""
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         try:
-            return _intact(folder)[1]["student"]
+            return _read_checkpoint(folder)[1]["student"]
         except DAMAGE as error:
             raise UserError(
                 f"checkpoint {folder}: it is damaged ({error}); choose another"
@@ -311,14 +327,15 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Is there a checkpoint, damaged or not?"""
+        """Return whether there is a checkpoint, intact or damaged."""
         return bool(self._checkpoints())
 
     def _checkpoints(self) -> list[Path]:
+        """List the checkpoints, newest first."""
         return sorted((self.path / "checkpoints").glob("step-*"), reverse=True)
 
 
-def _check_known(folder: Path, state: dict) -> None:
+def _check_checkpoint_format(folder: Path, state: dict) -> None:
     if state["format"] != FORMAT:
         raise UserError(
             f"checkpoint {folder}: format {state['format']}, this version reads {FORMAT}; resume "
@@ -326,18 +343,29 @@ def _check_known(folder: Path, state: dict) -> None:
         )
 
 
-def _intact(folder: Path) -> tuple[int, dict[str, dict], dict]:
-    """(step, tensors, facts) of a checkpoint; one of DAMAGE where it is not what was written."""
+def _write_state_dicts(folder: Path, state_dicts: "dict[str, Tensors]") -> dict[str, str]:
+    """Write each state dict to a safetensors file; return the checksums by file name."""
+    from safetensors.torch import save_file
+
+    checksums = {}
+    for name, tensors in state_dicts.items():
+        file = folder / f"{name}.safetensors"
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, file)
+        checksums[file.name] = sha256_of(file)
+    return checksums
+
+
+def _read_checkpoint(folder: Path) -> "tuple[int, dict[str, Tensors], dict]":
+    """Return (step, tensors, facts) of a checkpoint. One of DAMAGE: a checksum does not match."""
     from safetensors.torch import load_file
 
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    _check_known(folder, state)
+    _check_checkpoint_format(folder, state)
     for name, digest in state["sha256"].items():
         if sha256_of(folder / name) != digest:
             raise ValueError(f"{name} does not match its checksum")
-    if not isinstance(state["facts"], dict) or state["facts_sha256"] != _digest_of(
-        state["step"], state["facts"]
-    ):
+    digest = _digest_of(state["step"], state["facts"])
+    if not isinstance(state["facts"], dict) or state["facts_sha256"] != digest:
         raise ValueError("state.json does not match its checksum")
     tensors = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
     return state["step"], tensors, state["facts"]

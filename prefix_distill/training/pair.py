@@ -13,7 +13,8 @@ from ..engine.alignment import match
 from ..engine.device import memory_free
 from ..engine.models import Model, recompute
 from ..engine.pair import Pair
-from ..engine.ranks import Place, place
+from ..engine.placement import Storage
+from ..engine.ranks import Place, join_ranks
 from ..engine.units import shared_support
 from ..errors import PreflightError, UserError
 from ..lab.task import LAB
@@ -100,19 +101,19 @@ def _load_student(config: Config) -> tuple[Model, Place]:
     name = settled(config.models.student, "--student")
     trust = config.models.trust_remote_code
     if config.adapter.rank is not None:
-        where = place(config.runtime, lambda: loading.count(name, trust))
+        where = join_ranks(config.runtime, lambda: loading.count(name, trust))
         student = loading.load_model(
             name,
             device=where.device,
             dtype=where.dtype,
             trust_remote_code=trust,
-            quantize=config.models.student_quantize,
+            storage=Storage(quantize=config.models.student_quantize),
         )
         return student, where
     student = loading.load_model(
         name, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust
     )
-    where = place(config.runtime, lambda: student.parameters)
+    where = join_ranks(config.runtime, lambda: student.parameters)
     student.net.to(where.device)
     return student, where
 
@@ -142,8 +143,9 @@ def _load_teacher(config: Config, student: Model, where: Place, notes: Notes) ->
         device=where.teacher_device,
         dtype=torch.float32 if averaged else where.dtype,
         trust_remote_code=config.models.trust_remote_code,
-        quantize=config.models.teacher_quantize,
-        spread=_spread_limit(config, where, notes),
+        storage=Storage(
+            quantize=config.models.teacher_quantize, spread=_spread_limit(config, where, notes)
+        ),
     )
     if is_self:
         teacher.name = f"{teacher.name} (itself)"

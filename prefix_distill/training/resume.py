@@ -1,4 +1,4 @@
-"""Settings of a resumed run."""
+"""Resolve the settings of a resumed run."""
 
 import os
 from pathlib import Path
@@ -33,41 +33,42 @@ REMEDIES = (
 def resume_settings(values: dict) -> tuple[dict, list[str]]:
     """Return the settings of the run in --out, and notes.
 
-    A resumed run may change length, saving and parallelism. It may also change rate, dtype or
-    device, which the notes report.
+    A resumed run may change length, saving and parallelism. It may also change learning rate, dtype
+    or device, which the notes report. UserError: the folder holds no run, or another setting
+    changes.
     """
     out = values.get("checkpoint.out")
     if out is None:
         raise UserError("--resume: name the run folder with --out")
     saved = _read_saved_settings(str(out))
-    if "runtime.gpus" not in values and os.environ.get("LOCAL_WORLD_SIZE") not in (
-        None,
-        str(saved.get("runtime.gpus")),
-    ):
-        saved["runtime.gpus"] = None  # another launcher has settled it
+    launched = os.environ.get("LOCAL_WORLD_SIZE")
+    if "runtime.gpus" not in values and launched not in (None, str(saved.get("runtime.gpus"))):
+        saved["runtime.gpus"] = None  # another launcher has chosen the number of ranks
     if not {"train.steps", "schedule.lr_schedule"} <= saved.keys():
         raise UserError(
             f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); "
-            "start anew with another --out"
+            "start again with another --out"
         )
     notes = _check_changes(str(out), saved, values)
-    steps, schedule = values.get("train.steps", saved["train.steps"]), saved["schedule.lr_schedule"]
+    steps = values.get("train.steps", saved["train.steps"])
+    schedule = saved["schedule.lr_schedule"]
     if steps != saved["train.steps"] and schedule != "constant":
         notes.append(
-            f"{saved['train.steps']} updates become {steps}: the {schedule} learning rate is "
-            "stretched over all of them, so the rest differs from a run planned this long"
+            f"the run now has {steps} updates instead of {saved['train.steps']}; the {schedule} "
+            "learning rate schedule is stretched to them, so the result will differ from a run "
+            "planned with this length"
         )
     return saved | values, notes
 
 
 def _read_saved_settings(out: str) -> dict:
-    """Read the folder's config.yaml. UserError: it is missing or damaged."""
-    from .folder import RunFolder
+    """Return the settings in the folder's config.yaml. UserError: it is missing or damaged."""
+    from .folder import RunFolder  # its libraries would slow down --help
 
     saved_file = Path(out) / "config.yaml"
     if not saved_file.is_file():
         raise UserError(
-            f"--resume {out}: no config.yaml in it; name the folder of a run, or drop --resume"
+            f"--resume {out}: it has no config.yaml; name the folder of a run, or omit --resume"
         )
     RunFolder(saved_file.parent).check_format()
     saved = configuration.read_yaml(str(saved_file))
@@ -84,12 +85,12 @@ def _check_changes(out: str, saved: dict, values: dict) -> list[str]:
             configuration.build({path: value})  # raises, with the nearest known key
         if path in REMEDIES and value != saved.get(path):
             notes.append(
-                f"{path} was {saved.get(path)!r} and is {value!r} from here on: the rest differs "
-                "from a run that had it from the start"
+                f"{path} changes from {saved.get(path)!r} to {value!r}; the result will differ "
+                "from a run that used it throughout"
             )
         elif path not in free and value != saved.get(path):
             raise UserError(
-                f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; leave it out, or "
-                "start anew with another --out"
+                f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; omit it, or start "
+                "again with another --out"
             )
     return notes

@@ -1,9 +1,8 @@
-"""Metrics and evaluations on their way to TensorBoard, Weights & Biases or Trackio, from rank 0.
-metrics.jsonl stays the record.
+"""Send metrics and evaluations to TensorBoard, Weights & Biases or Trackio, from rank 0.
 
-A resumed run goes on in the same place, and what it does again is not there twice: TensorBoard's
-reader drops all from the first repeated step on and gets it anew; of the others, which cannot drop,
-trackers.json keeps the id and how far they have been told.
+metrics.jsonl remains the complete record. A resumed run continues in the same place and sends
+nothing twice. TensorBoard's reader drops everything from the first repeated step on and receives it
+again. The others cannot rewind, so trackers.json keeps the run's id and the last step sent.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from .. import config as configuration
 from ..config import Config
 from ..display import Reporter
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import read_rows
 from .folder import RunFolder
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 PROJECT = "prefix-distill"
 FILE = "trackers.json"  # {name: {id, at}} in the run folder
+# fields of an evaluation row, and their names in a tracker
 EVALUATION = {
     "finish_rate": "finish_rate",
     "mean_tokens": "mean_tokens",
@@ -39,12 +39,12 @@ EVALUATION = {
 
 
 def check(config: Config) -> None:
-    """UserError where the package of a tracker is missing."""
+    """Raise UserError if the package of a tracker is not installed."""
     for name in configuration.parse_trackers(config.trackers.to):
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"--report-to {name}: the package {name} is not installed; "
-                f'pip install "prefix-distill[{name}]", or leave it out'
+                f'pip install "prefix-distill[{name}]", or omit --report-to'
             )
 
 
@@ -68,8 +68,10 @@ class Trackers:
     def __init__(self, display: Reporter, folder: RunFolder, config: Config):
         self.display = display
         self.folder = folder
-        self.told: dict[str, dict] = {}
-        self.note, self.warn, self.own = display.note, display.warn, display.own
+        self.sent: dict[str, dict] = {}  # the content of trackers.json
+        self.note = display.note
+        self.warn = display.warn
+        self.own = display.own
         self.settings = configuration.as_dict(config)
         self.settings["checkpoint"].pop("out")
         self.name = config.trackers.name or folder.path.absolute().name
@@ -79,14 +81,14 @@ class Trackers:
     def __enter__(self) -> Self:
         if self.names and (self.folder.path / FILE).is_file():
             try:
-                self.told = self.folder.read_json(FILE)
+                self.sent = self.folder.read_json(FILE)
             except UserError:
                 self.warn(
-                    f"{FILE} cannot be read: --report-to begins a new run in place of the one that "
-                    "it named"
+                    f"{FILE} is not valid JSON, so the trackers' run ids are lost; --report-to "
+                    "starts a new run in each tracker"
                 )
         for name in self.names:
-            with self._harmless(name):
+            with self._disabled_on_error(name):
                 self.open[name] = self._start(name)
         return self
 
@@ -99,82 +101,79 @@ class Trackers:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for name in list(self.open):
-            with self._harmless(name):
+            with self._disabled_on_error(name):
                 self.open.pop(name).close(kind is None)
 
     def row(self, row: dict, useful: float, full: float) -> None:
-        """One update's metrics, by their names in metrics.jsonl."""
+        """Send one update's metrics, named as in metrics.jsonl."""
         self.display.row(row, useful, full)
-        self._send(row["step"], 0, numbers(row))
+        self._send(row["step"], 0, row_numbers(row))
 
     def evaluation(self, row: dict) -> None:
-        """One evaluation: evaluation/accuracy, evaluation/kl_nats, … and the ends of their
-        intervals."""
+        """Send one evaluation: evaluation/accuracy, evaluation/kl_nats, … with their intervals."""
         self.display.evaluation(row)
-        self._send(row["step"], 1, measured("evaluation", row))
+        self._send(row["step"], 1, evaluation_numbers("evaluation", row))
 
     def tail(self, row: dict) -> None:
-        """One tail probe: tail_probe/kl_nats, …"""
+        """Send one tail probe: tail_probe/kl_nats, …"""
         self.display.tail(row)
-        self._send(row["step"], 1, measured("tail_probe", row))
+        self._send(row["step"], 1, evaluation_numbers("tail_probe", row))
 
     def id(self, name: str) -> str:
-        """The run's id with a tracker that knows runs by one; kept in the run folder."""
-        self.told.setdefault(name, {"id": secrets.token_hex(4), "at": [-1, 0]})
-        self.folder.write_json(FILE, self.told)
-        return self.told[name]["id"]
+        """Return the run's id in a tracker; the run folder keeps it."""
+        self.sent.setdefault(name, {"id": secrets.token_hex(4), "at": [-1, 0]})
+        self.folder.write_json(FILE, self.sent)
+        return self.sent[name]["id"]
 
     def _send(self, step: int, late: int, values: dict[str, float]) -> None:
-        """``late``: 0 for an update's row, 1 for what is measured after it."""
+        """Send numbers to each tracker that does not have them; see Tracker.log."""
         for name, tracker in list(self.open.items()):
-            with self._harmless(name):
-                if name not in self.told:
+            with self._disabled_on_error(name):
+                if name not in self.sent:
                     tracker.log(step, late, values)
-                elif [step, late] > self.told[name]["at"]:
+                elif [step, late] > self.sent[name]["at"]:
                     tracker.log(step, late, values)
-                    self.told[name]["at"] = [step, late]
-                    self.folder.write_json(FILE, self.told)
+                    self.sent[name]["at"] = [step, late]
+                    self.folder.write_json(FILE, self.sent)
 
     @contextlib.contextmanager
-    def _harmless(self, name: str) -> Iterator[None]:
+    def _disabled_on_error(self, name: str) -> Iterator[None]:
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is the result's
+            with contextlib.redirect_stdout(sys.stderr):  # stdout carries the result only
                 yield
-        except Exception as error:  # whatever another's package raises
+        except Exception as error:  # a tracker's package may raise anything
             self.open.pop(name, None)
             self.warn(
-                f"--report-to {name} is off from here on: {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:300]}; metrics.jsonl has all of it"
+                f"--report-to {name} is disabled: {type(error).__name__}: {one_line(error, 300)}; "
+                "training continues, and metrics.jsonl has all numbers"
             )
 
 
-def numbers(row: dict) -> dict[str, float]:
-    """The numbers of a row of metrics.jsonl but its step."""
-    return {
-        name: value
-        for name, value in row.items()
-        if name != "step" and isinstance(value, (int, float))
-    }
+def row_numbers(row: dict) -> dict[str, float]:
+    """Return the numbers of a row of metrics.jsonl except its step."""
+    numbers = {}
+    for name, value in row.items():
+        if name != "step" and isinstance(value, (int, float)):
+            numbers[name] = value
+    return numbers
 
 
-def measured(kind: str, row: dict) -> dict[str, float]:
-    """The numbers of an evaluation or a tail probe; of what has an interval, its ends, too."""
-    found: dict[str, float] = {}
+def evaluation_numbers(kind: str, row: dict) -> dict[str, float]:
+    """Return the numbers of an evaluation or a tail probe, with the ends of their intervals."""
+    numbers: dict[str, float] = {}
     for key, name in EVALUATION.items():
         value = row.get(key)
         if isinstance(value, dict):
-            found |= {
-                f"{kind}/{name}": value["value"],
-                f"{kind}/{name}_low": value["low"],
-                f"{kind}/{name}_high": value["high"],
-            }
+            numbers[f"{kind}/{name}"] = value["value"]
+            numbers[f"{kind}/{name}_low"] = value["low"]
+            numbers[f"{kind}/{name}_high"] = value["high"]
         elif value is not None:
-            found[f"{kind}/{name}"] = value
-    return found
+            numbers[f"{kind}/{name}"] = value
+    return numbers
 
 
 class _TensorBoard:
-    """Event files in the run folder's tensorboard/."""
+    """Writes event files to tensorboard/ in the run folder."""
 
     def __init__(self, run: Trackers):
         from torch.utils.tensorboard import SummaryWriter
@@ -186,7 +185,7 @@ class _TensorBoard:
         self.make = SummaryWriter
 
     def log(self, step: int, late: int, values: dict[str, float]) -> None:
-        if self.writer is None:  # the first that a run says tells where it goes on
+        if self.writer is None:  # the first step that is sent is the one to rewind to
             self.writer = self._begin(step, late)
         _add_scalars(self.writer, step, values)
         self.writer.flush()
@@ -199,7 +198,7 @@ class _TensorBoard:
         if late:  # purge_step also drops the update's own row; write it again
             for row in read_rows(self.metrics)[0]:
                 if row.get("step") == step:
-                    _add_scalars(writer, step, numbers(row))
+                    _add_scalars(writer, step, row_numbers(row))
         return writer
 
     def close(self, well: bool) -> None:
@@ -213,8 +212,10 @@ def _add_scalars(writer: "SummaryWriter", step: int, values: dict[str, float]) -
 
 
 class _Wandb:
-    """Files in the run folder's wandb/; project from WANDB_PROJECT, else PROJECT. The axis is
-    the step that each row holds."""
+    """Writes files to wandb/ in the run folder.
+
+    The project is WANDB_PROJECT, or else PROJECT. The x-axis is the step that each row contains.
+    """
 
     def __init__(self, run: Trackers):
         import wandb
@@ -235,11 +236,17 @@ class _Wandb:
         self.run.log({"step": step, **values})
 
     def close(self, well: bool) -> None:
-        self.run.finish(0 if well else 1)
+        exit_code = 1
+        if well:
+            exit_code = 0
+        self.run.finish(exit_code)
 
 
 class _Trackio:
-    """Trackio's own folder (TRACKIO_DIR), project PROJECT; the id makes the name one of a kind."""
+    """Writes to Trackio's own folder (TRACKIO_DIR), in the project PROJECT.
+
+    The run's name contains its id, because Trackio identifies runs by name.
+    """
 
     def __init__(self, run: Trackers):
         import trackio

@@ -65,7 +65,7 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
     }
     stir(run.pair.student.net)
     full = prepared(pair, questions)
-    full.pair.student.net.load_state_dict(adapter.merged(run.pair.student.net))
+    full.student.net.load_state_dict(adapter.merge_weights(run.pair.student.net))
     ours, rollouts, _ = update_gradient(run, micro=3)
     theirs, again, _ = update_gradient(full, micro=10)
     assert [r.ids for r in rollouts] == [r.ids for r in again]

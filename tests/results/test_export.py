@@ -85,7 +85,8 @@ def test_the_card_says_what_was_done_and_how_to_do_it_again(run, pair, questions
     for kl in (result["kl_before"], result["kl_after"]):
         assert f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}], n = {kl['n']}" in text
     assert (
-        f"torch {torch.__version__}" in text and f"| tokens taught | {result['tokens']:,} |" in text
+        f"torch {torch.__version__}" in text
+        and f"| tokens in the loss | {result['tokens']:,} |" in text
     )
     from prefix_distill.display import flops_text
 

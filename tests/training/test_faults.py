@@ -1,6 +1,7 @@
 """What goes wrong in a long run: disks, numbers, memory, signals, two runs at once. One line,
 and nothing is lost."""
 
+import errno
 import json
 import os
 import resource
@@ -102,7 +103,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
     assert (
         last.startswith("error: ")
         and "cannot be written" in last
-        and "step-00000003 is the last good state" in last
+        and "the newest checkpoint is step-00000003" in last
     )
     assert not list(out.rglob("*.partial"))
     subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
@@ -196,6 +197,24 @@ def test_a_killed_process_frees_the_folder(tmp_path):
         assert (out / ".lock").is_file()
 
 
+def test_a_file_system_without_flock_needs_no_warning(tmp_path, monkeypatch, recwarn):
+    """The lock is then a file that exists as long as its holder works in the folder."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for _ in range(2):
+        with (
+            RunFolder(tmp_path / "run").alone(),
+            pytest.raises(UserError, match="another process is working in it"),
+            RunFolder(tmp_path / "run").alone(),
+        ):
+            pass
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 # ── numbers
 
 
@@ -228,7 +247,7 @@ def poison(model, name):
         (
             "student's weight",
             "after update 2 the student's weight lm_head.weight is not finite; this state is not "
-            "saved, step-00000000 is the last good state",
+            "saved, the newest checkpoint is step-00000000",
             0,
         ),
     ],

@@ -158,8 +158,8 @@ def test_a_moved_folder_goes_on_and_names_nothing_of_its_old_place(copied, monke
     [
         (
             "run.json",
-            "run folder run: format 2, this version reads 1; go on with the version that wrote it "
-            "(run.json names it)",
+            "run folder run: format 2, this version reads 1; continue with the version that wrote "
+            "it (run.json names it)",
         ),
         (
             "checkpoints/step-00000004/state.json",

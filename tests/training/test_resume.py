@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, name, da
         and "step-00000006 is damaged" in err
         and ((name == "state.json" and damage == "cut") or "checksum" in err)
     )
-    assert "metrics.jsonl: 1 line cut short by the interruption is dropped" in err
+    assert "metrics.jsonl: dropped 1 line that the interruption cut short" in err
     assert last_json(said)["resumed_from"] == 3
     assert rows(out) == rows(whole[0])
     assert (out / "model/model.safetensors").read_bytes() == (
@@ -108,8 +108,8 @@ def test_what_lengthens_or_mends_a_run_is_said_and_kept(whole, tmp_path, monkeyp
     code, _, err = invoke("run", "--resume", "--out", out, "--steps", "8", "--lr", "5e-4")
     assert (
         code == 130
-        and "schedule.lr was 0.001 and is 0.0005 from here on" in err
-        and "6 updates become 8" in err
+        and "schedule.lr changes from 0.001 to 0.0005" in err
+        and "8 updates instead of 6" in err
     )
     monkeypatch.undo()
     code, said, err = invoke("run", "--resume", "--out", out)

@@ -101,7 +101,7 @@ def interrupted_twice(pair, questions, out, monkeypatch, *more):
     assert invoke("run", "--resume", "--out", out, "--lr", "5e-4")[0] == 130
     monkeypatch.undo()
     code, said, err = invoke("run", "--resume", "--out", out)
-    assert code == 0 and last_json(said)["resumed_from"] == 4 and "is off" not in err, err
+    assert code == 0 and last_json(said)["resumed_from"] == 4 and "is disabled" not in err, err
     assert lines(out)[3]["optimizer/learning_rate"] < first[3]["optimizer/learning_rate"]
 
 
@@ -144,7 +144,7 @@ def test_a_tracker_that_fails_is_off_and_the_run_goes_on(pair, questions, tmp_pa
     assert code == 0 and last_json(out)["steps"] == 4
     assert (
         err.count(
-            "warning: --report-to tensorboard is off from here on: OSError: [Errno 28] No space "
+            "warning: --report-to tensorboard is disabled: OSError: [Errno 28] No space "
             "left on device"
         )
         == 1
@@ -235,6 +235,8 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
     assert (
         code == 2
         and out == ""
-        and err.splitlines()[-1].endswith(f'pip install "prefix-distill[{name}]", or leave it out')
+        and err.splitlines()[-1].endswith(
+            f'pip install "prefix-distill[{name}]", or omit --report-to'
+        )
     )
     assert not (tmp_path / "run").exists()
