@@ -1,0 +1,120 @@
+"""The lengths of the prompts that a planned run reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import AutoTokenizer
+
+from .. import config as configuration
+from ..config import Config
+from ..engine.models import Model
+from ..errors import UserError
+from ..prompts.prompt import PromptSet
+from ..prompts.templates import PRIVILEGED
+from ..training.problems import load_prompt_sets, load_training_prompts
+from .case import PromptLengths
+
+SAMPLE = 256  # prompts of the data that are rendered for their lengths
+ASSUMED = 256  # tokens of a prompt if neither a data set nor a length is given
+# the longest prompt that --prompt-tokens takes, in tokens; beyond it a forecast takes minutes
+LONGEST_PROMPT = 1_000_000
+
+
+@dataclass(frozen=True)
+class PlannedPrompts:
+    """Lengths of prompts, the longest response of the task, and the ids that both models have.
+
+    ``task_limit``: in tokens, None if the data does not say.
+    """
+
+    lengths: list[PromptLengths]
+    task_limit: int | None
+    support: int
+
+
+def assume_prompts(length: int | None, models: Sequence[Model], notes: list[str]) -> PlannedPrompts:
+    """Return one prompt of ``length`` tokens; None is an assumed length.
+
+    UserError: the models have no position left for a response.
+    """
+    support = _head_support(models)
+    if length is None:
+        notes.append(f"prompts: {ASSUMED} tokens each (assumed; set --prompt-tokens or --dataset)")
+        return PlannedPrompts([(ASSUMED, ASSUMED)], None, support)
+    if not 1 <= length <= LONGEST_PROMPT:
+        raise UserError(
+            f"--prompt-tokens {length}: expected at least 1 token and at most "
+            f"{LONGEST_PROMPT:,}; change it"
+        )
+    for model in models:
+        if model.positions is not None and length >= model.positions:
+            raise UserError(
+                f"--prompt-tokens {length}: expected at most {model.positions - 1}, because model "
+                f"{model.name} has {model.positions} positions and a response needs one; lower it"
+            )
+    notes.append(f"prompts: {length} tokens each")
+    return PlannedPrompts([(length, length)], None, support)
+
+
+def read_prompts(
+    config: Config, models: Sequence[Model], folders: Sequence[str], notes: list[str]
+) -> PlannedPrompts:
+    """Return the first of the prompts that a run with this config trains on.
+
+    They are loaded, held out, mixed and rendered as in a run. UserError: a model in ``folders`` has
+    no tokenizer.
+    """
+    student, teacher = (
+        _with_tokenizer(model, folder, config.models.trust_remote_code)
+        for model, folder in zip(models, folders, strict=True)
+    )
+    sets, weights, held_out = load_prompt_sets(config, notes)
+    rendered, _, _ = load_training_prompts(
+        sets=sets,
+        weights=weights,
+        needed=min(SAMPLE, max(1, config.train.steps * config.train.batch_size)),
+        fixed=0,
+        student=student,
+        teacher=teacher,
+        config=_choose_privileged_template(config, sets),
+        notes=[],  # they would tell the shares of the sample, not those of the run
+    )
+    lengths = [(len(r.student_ids), len(r.teacher_ids)) for r in rendered]
+    mean = sum(length for length, _ in lengths) / len(lengths)
+    notes.append(f"prompts: {len(lengths)} of {config.data.dataset}, {mean:.0f} tokens on average")
+    support = _head_support(models)
+    student_ids, teacher_ids = _count_ids(student), _count_ids(teacher)
+    if student_ids == teacher_ids:
+        support = min(support, student_ids)
+    return PlannedPrompts(lengths, held_out.max_new_tokens, support)
+
+
+def _head_support(models: Sequence[Model]) -> int:
+    return min(model.config.vocab_size for model in models)
+
+
+def _count_ids(model: Model) -> int:
+    return max(model.tokenizer.get_vocab().values()) + 1
+
+
+def _with_tokenizer(model: Model, folder: str, trust_remote_code: bool) -> Model:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the hub, the disk or the tokenizer's own code fails in any way
+        raise UserError(
+            f"model {model.name}: expected a tokenizer, because --dataset is counted in tokens, "
+            f"but it has no readable tokenizer ({type(error).__name__}); give --prompt-tokens in "
+            "place of --dataset"
+        ) from None
+    return replace(model, tokenizer=tokenizer)
+
+
+def _choose_privileged_template(config: Config, sets: Sequence[PromptSet]) -> Config:
+    """Set the template of the teacher's prompt to the one of the task, if none is given."""
+    if config.data.privileged_column is None or config.data.privileged_template is not None:
+        return config
+    templates = {s.privileged_template for s in sets}
+    template = PRIVILEGED
+    if len(templates) == 1:
+        template = templates.pop() or PRIVILEGED
+    return configuration.replace(config, data={"privileged_template": template})
