@@ -2,26 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from ..engine.models import Model, decoder
 from ..engine.sampling import Request, Sampler, generate
 from ..maths.flops import Ledger, Shape
 from ..training.run import Run
+from .case import Ids
 
-Ids = tuple[int, ...]
 
+@dataclass(frozen=True)
+class Answers:
+    """The ids of one answer per prompt, and whether each ended before the limit."""
 
-class Answer(NamedTuple):
-    """The ids of an answer, and whether it ended before the limit."""
-
-    ids: Ids
-    finished: bool
+    ids: list[Ids]
+    finished: list[bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
-    """A model that answers, with its prompts, and what its tokens cost."""
+class AnsweringModel:
+    """A model that answers, its prompts, what its tokens cost, and how it is sampled."""
 
     role: str
     model: Model
@@ -39,7 +38,7 @@ class Answering:
     def __init__(self, run: Run):
         self.run = run
         self.ledger = Ledger()
-        self.student = Side(
+        self.student = AnsweringModel(
             role="student",
             model=decoder(run.student, run.place.dtype),
             shape=run.student_shape,
@@ -48,7 +47,7 @@ class Answering:
         )
         # The teacher samples as in an evaluation, but in its own ids.
         ids = run.text_sampler
-        self.teacher = Side(
+        self.teacher = AnsweringModel(
             role="teacher",
             model=decoder(run.teacher, run.place.dtype),
             shape=run.teacher_shape,
@@ -56,51 +55,53 @@ class Answering:
             sampler=replace(run.eval_sampler, eos=ids.eos, support=ids.support, pad=ids.pad),
         )
 
-    def answer(self, side: Side) -> list[Answer]:
+    def answer(self, answerer: AnsweringModel) -> Answers:
         """Return a full answer of one model to every prompt; ranks share the work."""
-        return self.continue_from(side, [()] * len(side.prompts), 0)
+        return self.continue_from(answerer, [()] * len(answerer.prompts), 0)
 
-    def continue_from(self, side: Side, starts: Sequence[Ids], key: int) -> list[Answer]:
+    def continue_from(self, answerer: AnsweringModel, starts: Sequence[Ids], key: int) -> Answers:
         """Return full answers of one model that begin with ``starts``; ranks share the work.
 
         A start that has ended or has reached the limit is returned as it is. ``key`` seeds the
         samples together with the role and the prompt.
         """
         place, limit = self.run.place, self.run.prefix.limit
-        eos = side.sampler.eos
-        answers = []
+        answers = Answers(list(starts), [])
         unfinished = []
         for i, start in enumerate(starts):
-            ends = not eos.isdisjoint(start)
-            answers.append(Answer(start, ends))
+            ends = not answerer.sampler.eos.isdisjoint(start)
+            answers.finished.append(ends)
             if len(start) < limit and not ends:
                 unfinished.append(i)
-        by_room: dict[int, list[int]] = {}
+        # A call of ``generate`` has one limit of new tokens, so starts are grouped by length.
+        by_room: dict[int, dict[int, Ids]] = {}
         for i in unfinished[place.rank :: place.world]:
-            by_room.setdefault(limit - len(starts[i]), []).append(i)
-        sampled: dict[int, Answer] = {}
-        for room, indices in by_room.items():
-            starts_of_room = {i: starts[i] for i in indices}
-            sampled |= self._sample(side, starts_of_room, room, key)
+            by_room.setdefault(limit - len(starts[i]), {})[i] = starts[i]
+        sampled: dict[int, tuple[Ids, bool]] = {}
+        for room, group in by_room.items():
+            sampled |= self._sample(answerer, group, room, key)
         for part in place.gather(sampled):
-            for i, answer in part.items():
-                answers[i] = answer
+            for i, (ids, finished) in part.items():
+                answers.ids[i] = ids
+                answers.finished[i] = finished
         return answers
 
-    def _sample(self, side: Side, starts: dict[int, Ids], room: int, key: int) -> dict[int, Answer]:
-        """Continue starts, by the number of their prompt, by up to ``room`` tokens."""
+    def _sample(
+        self, answerer: AnsweringModel, starts: dict[int, Ids], room: int, key: int
+    ) -> dict[int, tuple[Ids, bool]]:
+        """Continue ``starts``, given by the number of their prompt, by up to ``room`` tokens."""
         requests = []
         for i, start in starts.items():
-            requests.append(Request(side.prompts[i] + start, ("probe", side.role, key, i)))
+            requests.append(Request(answerer.prompts[i] + start, ("probe", answerer.role, key, i)))
 
         def count(reads: list[tuple[int, list[int]]]) -> None:
-            prefill, decode = f"{side.role}_prefill", f"{side.role}_decode"
-            self.ledger.generation(side.shape, reads, prefill, decode)
+            prefill, decode = f"{answerer.role}_prefill", f"{answerer.role}_decode"
+            self.ledger.generation(answerer.shape, reads, prefill, decode)
 
-        responses = generate(side.model, requests, room, side.sampler, count)
+        responses = generate(answerer.model, requests, room, answerer.sampler, count)
         answers = {}
         for (i, start), response in zip(starts.items(), responses, strict=True):
-            answers[i] = Answer(start + response.ids, response.finished)
+            answers[i] = (start + response.ids, response.finished)
         return answers
 
     def total_flops(self) -> Ledger:

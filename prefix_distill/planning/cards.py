@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from ..config import Adapter, Config
 from ..errors import UserError
-from .case import Case
+from .case import Case, choose_adapter
 from .forecast import Forecaster
 
 # GB (10⁹ bytes, as cards are sold; drivers leave about this many GiB less a few per cent)
@@ -23,9 +23,7 @@ def fit_cards(forecaster: Forecaster, config: Config, case: Case, notes: list[st
     that fits, linear between two forecasts; None if not even one rollout fits; ``set_by``: the
     phase with the most memory. A method that cannot be forecast adds a note to ``notes``.
     """
-    adapter = LORA
-    if config.adapter.rank:
-        adapter = config.adapter
+    adapter = choose_adapter(config) or LORA
     rollouts = config.train.batch_size * config.rollout.samples
     case = replace(case, micro_batch=min(rollouts, config.train.micro_batch_size))
     rows = []
@@ -56,38 +54,32 @@ def describe_adapter(adapter: Adapter | None) -> str:
 
 def _fit_method(forecaster: Forecaster, case: Case, rollouts: int) -> list[dict]:
     """Return one row per card for one method of training."""
-    sizes = sorted({1, case.micro_batch})
-    forecasts = [forecaster.forecast(replace(case, micro_batch=size)) for size in sizes]
-    bytes_by_size = {}
-    for size, forecast in zip(sizes, forecasts, strict=True):
-        bytes_by_size[size] = forecast["total"]
-    total = forecasts[-1]["total"]
+    single = forecaster.forecast(replace(case, micro_batch=1))["total"]
+    forecast = forecaster.forecast(case)
+    total = forecast["total"]
     rows = []
     for card in CARDS:
         free = (card - RESERVED) * 1e9
+        micro_batch = None
+        if single <= free:
+            # Bytes are taken as linear between one rollout and the config's micro-batch.
+            bytes_per_rollout = (total - single) / max(1, case.micro_batch - 1)
+            micro_batch = _count_fitting(free - single, bytes_per_rollout, rollouts)
         row = {
             "card_gb": card,
             "method": describe_adapter(case.adapter),
             "gradient_checkpointing": case.recomputes,
             "fits": total <= free,
             "total": total,
-            "set_by": forecasts[-1]["set_by"],
-            "micro_batch": _find_largest(bytes_by_size, free, rollouts),
+            "set_by": forecast["set_by"],
+            "micro_batch": micro_batch,
         }
         rows.append(row)
     return rows
 
 
-def _find_largest(bytes_by_size: dict[int, int], free: float, rollouts: int) -> int | None:
-    """Return the largest micro-batch of up to ``rollouts`` that fits in ``free`` bytes, or None.
-
-    ``bytes_by_size``: the bytes of a micro-batch of 1, and of a larger one if there is one.
-    """
-    smallest = bytes_by_size[1]
-    if smallest > free:
-        return None
-    size, largest = max(bytes_by_size.items())
-    if largest == smallest:
-        return rollouts
-    slope = (largest - smallest) / (size - 1)
-    return min(rollouts, math.floor(1 + (free - smallest) / slope))
+def _count_fitting(free: float, bytes_per_rollout: float, most: int) -> int:
+    """Return how many of up to ``most`` rollouts fit, if ``free`` bytes are left beside one."""
+    if not bytes_per_rollout:
+        return most
+    return min(most, math.floor(1 + free / bytes_per_rollout))

@@ -1,7 +1,7 @@
 """The settings and lengths that determine the memory of a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from ..config import SELF, Adapter, Config, parse_divergence, parse_estimator
 from ..engine.rollout import Rollout
 from ..maths.divergence import Terms
 
+Ids = tuple[int, ...]
 PromptLengths = tuple[int, int]  # tokens of a prompt: the student's, the teacher's
 
 
@@ -107,25 +108,29 @@ class Case:
         return self.dtype == torch.bfloat16
 
 
+def make_rollout(slot: int, prompt: Ids, teacher_prompt: Ids, response: Ids) -> Rollout:
+    """Return a rollout whose response has the same ids for both models."""
+    return Rollout(
+        prompt=slot,
+        sample=0,
+        student_prompt=prompt,
+        teacher_prompt=teacher_prompt,
+        ids=response,
+        teacher_ids=response,
+        finished=False,
+    )
+
+
 def make_rollouts(prompts: Sequence[PromptLengths], samples: int, response: int) -> list[Rollout]:
     """Return ``samples`` rollouts of ``response`` tokens for every prompt.
 
     The ids have no meaning, but prompts differ in them, so that no two prompts count as one.
     """
-    ids = (0,) * response
     rollouts = []
     for slot, (student, teacher) in enumerate(prompts):
+        first = make_rollout(slot, (slot,) * student, (slot,) * teacher, (0,) * response)
         for sample in range(samples):
-            rollout = Rollout(
-                prompt=slot,
-                sample=sample,
-                student_prompt=(slot,) * student,
-                teacher_prompt=(slot,) * teacher,
-                ids=ids,
-                teacher_ids=ids,
-                finished=False,
-            )
-            rollouts.append(rollout)
+            rollouts.append(replace(first, sample=sample))
     return rollouts
 
 
@@ -146,6 +151,13 @@ def build_terms(config: Config, head_dtype: torch.dtype) -> Terms:
     )
 
 
+def choose_adapter(config: Config) -> Adapter | None:
+    """Return the LoRA adapter that trains, or None if all weights train."""
+    if config.adapter.rank:
+        return config.adapter
+    return None
+
+
 def build_case(
     config: Config, dtypes: Dtypes, lengths: Lengths, support: int | None, ranks: int = 1
 ) -> Case:
@@ -153,12 +165,10 @@ def build_case(
 
     An update is made of the longest of ``lengths.prompts``, repeated if there are too few.
     """
+    # The rank with the most prompts determines the memory.
     size = _divide_up(config.train.batch_size, ranks)
     longest = sorted(lengths.prompts, key=sum, reverse=True)[:size]
     repeats = _divide_up(size, len(longest))
-    adapter = None
-    if config.adapter.rank:
-        adapter = config.adapter
     return Case(
         terms=build_terms(config, dtypes.head),
         dtype=dtypes.compute,
@@ -170,7 +180,7 @@ def build_case(
         rows=config.rollout.rows,
         answers=_divide_up(config.evaluate.problems * config.evaluate.rollouts, ranks),
         compared=_divide_up(config.evaluate.kl_prompts, ranks),
-        adapter=adapter,
+        adapter=choose_adapter(config),
         recomputes=config.train.gradient_checkpointing,
         starts_as_student=config.models.teacher == SELF,
         follows_student=config.models.teacher_ema is not None,

@@ -19,7 +19,7 @@ from ..maths.seeds import seed_of
 from ..prompts.prompt import Rendered
 from ..training.run import Check, Run
 from . import text_checks
-from .case import Case, Dtypes, Lengths, build_case
+from .case import Case, Dtypes, Ids, Lengths, build_case, make_rollout
 from .forecast import Forecaster, bound_memory
 from .outcomes import SAMPLE, both_models, failed, passed, warned
 
@@ -64,6 +64,10 @@ def examine(run: Run, samples: int, limit: float | None = SECONDS) -> list[Check
 
 
 def _check_head(run: Run) -> Check:
+    """Return the largest difference between a model's logits and its head on its hidden states.
+
+    The loss applies the heads itself. PreflightError: the difference is too large.
+    """
     gaps = {role: loading.check_head(model) for role, model in both_models(run)}
     text = (
         "the output head on the hidden states gives the model's logits, within "
@@ -75,6 +79,7 @@ def _check_head(run: Run) -> Check:
 @torch.no_grad()
 def _check_determinism(run: Run) -> Check:
     """Compare each model with itself: the loss of two identical forward passes must be 0."""
+    # A loss on given text has no teacher, and a sampled one is not 0 for every token.
     terms = Terms("reverse-kl", dtype=run.place.head_dtype)
     if run.terms.taught_by == "teacher":
         terms = replace(run.terms, sampled=False)
@@ -108,26 +113,18 @@ def _prompt_ends(run: Run, role: str) -> list[Rollout]:
     rollouts = []
     for slot, rendered in enumerate(run.train_prompts[:SAMPLE]):
         ids = _prompt_ids(rendered, role)
-        rollout = Rollout(
-            prompt=slot,
-            sample=0,
-            student_prompt=ids,
-            teacher_prompt=ids,
-            ids=ids[-SAMPLE:],
-            teacher_ids=ids[-SAMPLE:],
-            finished=False,
-        )
-        rollouts.append(rollout)
+        rollouts.append(make_rollout(slot, ids, ids, ids[-SAMPLE:]))
     return rollouts
 
 
-def _prompt_ids(rendered: Rendered, role: str) -> tuple[int, ...]:
+def _prompt_ids(rendered: Rendered, role: str) -> Ids:
     if role == "student":
         return rendered.student_ids
     return rendered.teacher_ids
 
 
 def _check_sampling(run: Run) -> Check:
+    """Return how rollouts are sampled, and which settings of the models have no effect."""
     sampler = run.sampler
     ignored = {role: _shaping_fields(model) for role, model in both_models(run)}
     facts = {
@@ -143,6 +140,7 @@ def _check_sampling(run: Run) -> Check:
         f"temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k "
         f"{sampler.top_k or 'off'}"
     )
+    # Users expect the sampling that a model's card recommends, so it is named.
     for role, fields in ignored.items():
         if fields:
             values = ", ".join(f"{key} {value}" for key, value in fields.items())
@@ -173,6 +171,7 @@ def _check_memory(run: Run) -> Check:
         text = f"{needs}; the free memory of {run.place.device} is not known"
         return passed("memory", text, facts)
     free_text = f"{_format_gib(free)} free on {run.place.device}"
+    # A forecast takes seconds, and small models do not need it.
     if bound < free:
         return passed("memory", f"{needs}; {free_text}", facts)
     feature = _unsupported_feature(run)
@@ -215,6 +214,7 @@ def _unsupported_feature(run: Run) -> str | None:
 
 def _compare_memory(forecast: dict, free: int, facts: dict, free_text: str) -> Check:
     """Compare a forecast (``Forecaster.forecast``) with ``free`` bytes."""
+    # Both models are in memory already, so they are not taken from what is free.
     weights = forecast["weights"]
     loaded = weights.get("student", 0) + weights.get("teacher", 0)
     needed = forecast["total"] - loaded
@@ -282,6 +282,7 @@ def _check_teacher(run: Run, problems: list[Rendered], limit: float | None) -> C
         texts.append(_describe_grade(respondent.role, result))
     text = "; ".join(texts)
     student, teacher = facts["student"], facts["teacher"]
+    # The student learns from the teacher that a turn never ends.
     if teacher["finish_rate"] == 0 < student["finish_rate"]:
         text += (
             f"; the teacher never ends a turn within {max_new_tokens} tokens, so the student will "
@@ -337,6 +338,7 @@ def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:
 
 
 def _describe_grade(role: str, result: dict) -> str:
+    """Return the result of ``_grade`` in words."""
     finished = f"{result['finish_rate']:.0%} finished"
     if result["right"] is None:
         return f"{role}: {finished}"
@@ -351,6 +353,7 @@ def _estimate_seconds(run: Run, respondents: list[Respondent], problems: list[Re
         requests = []
         for i, rendered in enumerate(problems):
             requests.append(Request(_prompt_ids(rendered, respondent.role), ("trial", i)))
+        # Without EOS ids, every answer has exactly these tokens.
         endless = replace(respondent.sampler, eos=frozenset())
         with clock.phase("trial"):
             generate(respondent.model, requests, tokens, endless)

@@ -59,6 +59,7 @@ class Forecaster:
             prompts = [teacher for _, teacher in case.prompts]
             phases["teacher_text"] = self._generate(case, TEACHER, prompts, case.prefix)
         teacher_device = None
+        # The teacher's bytes then count on its own device.
         if case.has_own_device:
             group, _ = _largest_micro_batch(case)
             scoring_peak = self._forward(case, TEACHER, group)["peak"]
@@ -82,9 +83,11 @@ class Forecaster:
         teacher = self._measure(TEACHER, case.teacher, ("weights",), measure)
         trainable = student["trainable"]
         all_train = case.adapter is None
+        # Two moments of AdamW and the gradient, in float32.
         weights = {"student": student["all"], "AdamW's moments": 8 * trainable}
         if all_train and case.dtype != torch.float32:
             weights["decoding copy"] = trainable * case.dtype.itemsize
+        # A LoRA student without its adapter is its own teacher and needs no second copy.
         if all_train or not case.starts_as_student:
             weights["teacher"] = teacher["all"]
         return weights, 4 * trainable
@@ -93,6 +96,7 @@ class Forecaster:
         """Return the bytes beyond the weights of every phase of an update."""
         group, accumulates = _largest_micro_batch(case)
         teacher_forward = self._forward(case, TEACHER, group)
+        # The loss needs the teacher's hidden rows and head, not its layers.
         teacher_head = self._shallow(case, TEACHER).head()
         work = MicroBatch(
             rollouts=group, terms=case.terms, accumulates=accumulates, autocast=case.autocast
@@ -105,6 +109,8 @@ class Forecaster:
                 replace(m, support=case.support), teacher_head, work
             ),
         )
+        # The micro-batches of an update run one after another; each finds the gradients of the
+        # earlier ones.
         earlier = 0.0
         if accumulates:
             earlier = gradients
@@ -121,6 +127,7 @@ class Forecaster:
         phases = {}
         longest = max(case.prompts)
         if case.answers:
+            # The longest prompt stands for all prompts of an evaluation.
             single = replace(case, samples=1)
             prompts = [longest[0]] * case.answers
             phases["evaluation"] = self._generate(single, STUDENT, prompts, case.limit)
@@ -135,6 +142,7 @@ class Forecaster:
                 case.terms.dtype,
                 group,
             )
+            # Both models run one after another, and their hidden rows stay for the comparison.
             phases["evaluation, both models"] = max(
                 student["peak"],
                 student["rows"] + teacher["peak"],
@@ -157,6 +165,7 @@ class Forecaster:
         if role == STUDENT:
             settings = case.decoding
         rows = min(case.rows, case.samples * len(prompts))
+        # ``generate`` sorts by length, so the longest prompts meet in one call.
         longest = sorted(prompts, reverse=True)[: -(-rows // case.samples)]
         work = Generation(
             prompts=tuple(longest), samples=case.samples, rows=rows, new_tokens=new_tokens
@@ -200,14 +209,7 @@ class Forecaster:
         try:
             values = [work(self._sketch(role, settings, layers)) for layers in depths]
         # A network that computes with the numbers of its weights fails in any of these ways.
-        except (
-            RuntimeError,
-            NotImplementedError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            IndexError,
-        ) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(
                 f"model {self.names[role]}: expected a network that runs on shape-only tensors, "
                 f"got {type(error).__name__} ({' '.join(str(error).split())[:160]}); its memory "
@@ -215,6 +217,7 @@ class Forecaster:
             ) from None
         if len(depths) == 1:
             return values[0]
+        # Every further layer adds the same number of bytes.
         (low, high), (first, second) = depths, values
         unmeasured = config.get_text_config(decoder=True).num_hidden_layers - low
         total = {}
@@ -233,8 +236,11 @@ def _settings(case: Case, role: str) -> Network:
 def _largest_micro_batch(case: Case) -> tuple[list[Rollout], bool]:
     """Return the micro-batch of an update with the most tokens, and whether there are others."""
     groups = scoring.micro_batches(case.update(), case.micro_batch, not case.recomputes)
-    largest = max(groups, key=lambda g: sum(len(r.student_prompt) + len(r.ids) for r in g))
-    return largest, len(groups) > 1
+    return max(groups, key=_count_tokens), len(groups) > 1
+
+
+def _count_tokens(group: list[Rollout]) -> int:
+    return sum(len(r.student_prompt) + len(r.ids) for r in group)
 
 
 def _describe_sizes(group: list[Rollout]) -> tuple:

@@ -57,7 +57,9 @@ class Ghost(torch.Tensor):
         return ghost
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch's stub declares it disabled
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub declares it disabled
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         with StorageCounter():
             return function(*args, **(kwargs or {}))
 
@@ -74,10 +76,13 @@ class StorageCounter(TorchDispatchMode):
         self.references: dict[int, weakref.ref] = {}
         self.live = 0
         self.peak = 0
-        self.known = {storage_key(t) for t in known}
+        self.known = {storage_of(t)._cdata for t in known}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
+        # A meta tensor cannot tell how many elements a mask selects, but masks are real.
         if function in INDEXED:
             args = (args[0], _masks_to_positions(args[1]), *args[2:])
         ghosts: dict[int, Ghost] = {}  # by the id of their meta tensor
@@ -88,6 +93,7 @@ class StorageCounter(TorchDispatchMode):
 
         _map_tensors(note_ghost, (args, kwargs))
         result = None
+        # An operation with a ghost among its operands runs on meta tensors.
         if ghosts:
             args, kwargs = _map_tensors(_to_meta, (args, kwargs))
             if "device" in kwargs:
@@ -107,7 +113,8 @@ class StorageCounter(TorchDispatchMode):
             return ghosts[id(t)]
         if ghosts or t.is_floating_point():
             t = Ghost(_to_meta(t))
-        storage = _storage(t)
+        # Views share a storage, which counts once; the weak reference tells when it is freed.
+        storage = storage_of(t)
         key, size = storage._cdata, storage.nbytes()
         if key not in self.references and key not in self.known:
             self.references[key] = weakref.ref(storage, lambda _: self._release(key, size))
@@ -126,20 +133,11 @@ class StorageCounter(TorchDispatchMode):
         return peak
 
 
-def _storage(t: torch.Tensor) -> torch.UntypedStorage:
+def storage_of(t: torch.Tensor) -> torch.UntypedStorage:
+    """Return the storage of a tensor or ghost."""
     if isinstance(t, Ghost):
         return t.meta.untyped_storage()
     return t.untyped_storage()
-
-
-def storage_key(t: torch.Tensor) -> int:
-    """Return a number that identifies the storage of a tensor or ghost."""
-    return _storage(t)._cdata
-
-
-def storage_bytes(t: torch.Tensor) -> int:
-    """Return the bytes of the storage of a tensor or ghost."""
-    return _storage(t).nbytes()
 
 
 def _map_tensors(work: Callable, tree: Any) -> Any:
@@ -162,10 +160,7 @@ def _to_meta(t: torch.Tensor) -> torch.Tensor:
 
 
 def _masks_to_positions(indices: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Replace masks by the positions that they select.
-
-    A meta tensor cannot tell how many these are, but masks are real, so it is known.
-    """
+    """Replace masks by the positions that they select."""
     positions: list[torch.Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool:
@@ -246,6 +241,7 @@ def _as_ghost(t: torch.Tensor) -> torch.Tensor:
     ghost = Ghost(t.detach())
     if not isinstance(t, torch.nn.Parameter):
         return ghost
+    # torch.nn.Parameter detaches the tensor; the counter makes the result a ghost again.
     with StorageCounter():
         return torch.nn.Parameter(ghost, t.requires_grad)
 
@@ -277,7 +273,9 @@ def choose_depths(config: PreTrainedConfig) -> tuple[int, ...]:
     text = config.get_text_config(decoder=True)
     depth = text.num_hidden_layers
     period = _layer_period(text)
+    # Both depths leave a whole number of periods to extrapolate.
     first = depth % period + period
+    # Layers that differ from the rest only at the beginning have no period.
     irregular = getattr(text, "first_k_dense_replace", 0) or getattr(text, "mlp_only_layers", None)
     if irregular or depth <= FULL_DEPTH or first + period > max(FULL_DEPTH, depth - 1):
         return (depth,)

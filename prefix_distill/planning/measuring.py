@@ -11,7 +11,7 @@ from ..engine.rollout import Rollout
 from ..engine.transformers_names import name_cache_argument
 from ..maths.divergence import Head, Terms
 from ..maths.fused import statistics, weighted
-from .ghosts import StorageCounter, make_ghost, storage_bytes, storage_key
+from .ghosts import StorageCounter, make_ghost, storage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def measure_weights(model: Model) -> dict[str, float]:
     """Return the bytes of the parameters and buffers, and the number of trained elements."""
     tensors = [*model.net.parameters(), *model.net.buffers()]
     return {
-        "all": sum(storage_bytes(t) for t in tensors),
+        "all": sum(storage_of(t).nbytes() for t in tensors),
         "trainable": sum(t.numel() for t in tensors if t.requires_grad),
     }
 
@@ -75,15 +75,15 @@ def measure_update(model: Model, teacher: Head, work: MicroBatch) -> dict[str, f
     """
     trained = list(model.trained.values())
     gradients: list[torch.Tensor] = []
+    # Later micro-batches find gradients that are held all the time and are counted elsewhere.
     for p in trained:
         p.grad = None
         if work.accumulates:
             p.grad = make_ghost(p.shape)
             gradients.append(p.grad)
-    counter = _count_beside(model, *gradients)
-    count = sum(len(r.taught) for r in work.rollouts)
+    count = len(scoring.tokens(work.rollouts))
     teacher_NE = make_ghost((count, teacher.weight_VD.shape[1]))
-    counter.known |= {storage_key(teacher_NE), storage_key(teacher.weight_VD)}
+    counter = _count_beside(model, *gradients, teacher_NE, teacher.weight_VD)
     with counter:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.autocast):
             student_ND = scoring.hidden_rows(model, work.rollouts)
@@ -111,6 +111,7 @@ def measure_generation(model: Model, work: Generation) -> dict[str, float]:
     """Return the peak bytes of the prefill, and of the step that samples the last token."""
     width = work.prompts[0]
     mask = torch.tensor([[0] * (width - p) + [1] * p for p in work.prompts])
+    # Rows of the same prompt stand together, as ``generate`` orders them.
     prompt_of_row = torch.arange(work.rows) // work.samples
     shares_prompts = model.shares_prompts and work.samples > 1 and width > 1
     prefill = _count_beside(model)
@@ -123,10 +124,12 @@ def measure_generation(model: Model, work: Generation) -> dict[str, float]:
             del cache
         else:
             _sample_token(model, mask[prompt_of_row], width, None)
+    # The cache grows with every token, so the last step needs most.
     last = _count_beside(model)
     with last:
         ids = torch.zeros(1, max(1, width + work.new_tokens - 2), dtype=torch.long)
         cache = model.trunk_cached(ids, torch.ones_like(ids))[1]
+        # Filling the cache with one row and repeating it is faster than sampling all tokens.
         cache.batch_select_indices(torch.zeros(work.rows, dtype=torch.long))
         last.take_peak()
         full_mask = _extend_mask(mask[prompt_of_row], ids.shape[1] + 1)
@@ -154,6 +157,7 @@ def _sample_token(model: Model, mask: torch.Tensor, width: int, cache: Cache | N
         logits_to_keep=1,
         **cache_argument,
     )
+    # ``generate`` copies the logits, and the sampler adds noise of the same size.
     scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
     noise = torch.empty(rows, model.support or scores.shape[1])
     scores[:, : noise.shape[1]] -= noise.neg_().log1p_()
@@ -165,7 +169,7 @@ def measure_comparison(
     student: Head, teacher: Head, dtype: torch.dtype, rollouts: list[Rollout]
 ) -> int:
     """Return the peak bytes of the tables that compare both models, beside their hidden rows."""
-    count = sum(len(r.taught) for r in rollouts)
+    count = len(scoring.tokens(rollouts))
     student_ND = make_ghost((count, student.weight_VD.shape[1]))
     teacher_NE = make_ghost((count, teacher.weight_VD.shape[1]))
     counter = StorageCounter([student_ND, teacher_NE, student.weight_VD, teacher.weight_VD])

@@ -21,7 +21,7 @@ from ..training.pair import fill_in
 from ..training.problems import settle_max_new_tokens
 from ..training.run import settled
 from .cards import describe_adapter, fit_cards
-from .case import Dtypes, Lengths, Network, PromptLengths, build_case
+from .case import Dtypes, Lengths, Network, PromptLengths, build_case, choose_adapter
 from .forecast import Forecaster
 from .ghosts import sketch
 from .prompt_lengths import assume_prompts, read_prompts
@@ -53,15 +53,13 @@ def plan(
     read, or the prompts and responses are longer than the models' positions.
     """
     rate_source.check()
+    # The default data set belongs to the default student; another student needs other prompts.
     has_data = config.data.dataset is not None or config.models.student is None
     config, notes = fill_in(config)
     student, teacher = _read_sources(config)
     dtypes = _choose_dtypes(config, notes)
-    adapter = None
-    if config.adapter.rank:
-        adapter = config.adapter
     nets = [
-        sketch(student.name, student.config, Network(torch.float32, adapter)),
+        sketch(student.name, student.config, Network(torch.float32, choose_adapter(config))),
         sketch(teacher.name, teacher.config, Network(dtypes.compute)),
     ]
     if has_data and prompt_tokens is None:
@@ -91,6 +89,7 @@ def plan(
         cost = _price(count_flops(config, shapes, prompts.lengths, schedule), config, rate)
         memory = forecaster.forecast(replace(case, prefix=tokens[1]))
         rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
+    # The cards are for the config's own prefix.
     case = replace(case, prefix=rows[0]["tokens"][1])
     return {
         **_describe(config, nets, dtypes, prompts.support),

@@ -17,22 +17,22 @@ expected_saving      useful FLOPs of an update with full rollouts over those wit
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import config as configuration
 from ..config import Config
 from ..engine import evaluate
 from ..engine.device import Clock
 from ..engine.models import Model
-from ..engine.rollout import Rollout
 from ..maths import intervals
 from ..maths.flops import Ledger
 from ..maths.weights import quadrants
-from ..prompts import answers
+from ..prompts.answers import correct
 from ..training.pair import fill_in
 from ..training.problems import load_prompt_sets
 from ..training.run import Run, settled
-from .answering import Answer, Answering, Ids
+from .answering import Answering, Answers
+from .case import Ids, make_rollout
 
 # prefix lengths that are tried, as shares of the teacher's mean length
 SHARES = (0.025, 0.05, 0.1, 0.2, 0.35, 0.5)
@@ -70,7 +70,9 @@ def fit_to_data(config: Config) -> tuple[Config, list[str]]:
         return config, []
     filled, _ = fill_in(config)
     sets, _, _ = load_prompt_sets(filled, [])
-    available = sum(len(tuple(s.prompts)) for s in sets)
+    available = 0
+    for s in sets:
+        available += len(tuple(s.prompts))
     wanted = config.train.batch_size
     if wanted <= available:
         return config, []
@@ -94,28 +96,25 @@ def probe(run: Run, say: Callable[[str], None] = _ignore) -> dict:
         say(f"both models answer {len(prompts)} prompts in full")
         student = answering.answer(answering.student)
         teacher = answering.answer(answering.teacher)
-        teacher_texts = _in_student_tokens(run, teacher)
-        length = sum(map(len, teacher_texts)) / len(teacher_texts)
+        length = _mean_length(_in_student_tokens(run, teacher))
         tried = sorted({max(1, round(share * length)) for share in SHARES})
-        facts = _measure_tokens(run, student, answering.ledger)
+        kl, entropy = _measure_tokens(run, student, answering.ledger)
         curves = None
         if all(p.prompt.answer is not None for p in prompts):
             curves = _measure_curves(answering, student, teacher, tried, say)
-    kl = [row["divergence"] for row in facts]
-    entropy = [row["entropy"] for row in facts]
     kl_by_tokens = {n: _share_of_kl(kl, [n] * len(kl)) for n in tried}
     recommended, reason = recommend(curves, kl_by_tokens, length)
+    # Without a prefix of some tokens, the update costs what full rollouts cost.
     response = length
     if isinstance(recommended, int):
         response = recommended
-    student_curve, teacher_curve = _publish(curves)
     return {
         "recommended_prefix": recommended,
         "reason": reason,
         "expected_saving": run.update_cost(prompts, length) / run.update_cost(prompts, response),
         "prompts": len(prompts),
-        "prompt_tokens": sum(len(p.student_ids) for p in prompts) / len(prompts),
-        "student_tokens": sum(len(answer.ids) for answer in student) / len(student),
+        "prompt_tokens": _mean_length(answering.student.prompts),
+        "student_tokens": _mean_length(student.ids),
         "teacher_tokens": length,
         "kl": intervals.token_mean(kl),
         "kl_share": {
@@ -126,42 +125,51 @@ def probe(run: Run, say: Callable[[str], None] = _ignore) -> dict:
         "kl_share_by_tokens": {str(n): share for n, share in kl_by_tokens.items()},
         "by_position": _bin_positions(kl, entropy),
         "quadrants": quadrants(intervals.known(entropy), intervals.known(kl)),
-        "teacher_prefix_curve": student_curve,
-        "teacher_decay_curve": teacher_curve,
+        **_publish(curves),
         "flops": answering.total_flops().summary(),
         "seconds": clock.seconds["probe"],
     }
 
 
-def _in_student_tokens(run: Run, texts: list[Answer]) -> list[Ids]:
+def _mean_length(rows: Sequence[Ids]) -> float:
+    """Return the mean number of ids."""
+    return sum(map(len, rows)) / len(rows)
+
+
+def _in_student_tokens(run: Run, answers: Answers) -> list[Ids]:
     """Return the teacher's answers in the student's tokens."""
     if run.alignment is None:
-        return [answer.ids for answer in texts]
-    return [run.alignment.to_student(answer.ids, answer.finished) for answer in texts]
+        return answers.ids
+    return list(map(run.alignment.to_student, answers.ids, answers.finished))
 
 
-def _in_teacher_tokens(run: Run, texts: list[Answer]) -> list[Ids]:
+def _in_teacher_tokens(run: Run, answers: Answers) -> list[Ids]:
     """Return the student's answers in the teacher's tokens."""
     if run.alignment is None:
-        return [answer.ids for answer in texts]
-    return [run.alignment.align(answer.ids, answer.finished)[0] for answer in texts]
+        return answers.ids
+    texts = []
+    for ids, finished in zip(answers.ids, answers.finished, strict=True):
+        teacher_ids, _ = run.alignment.align(ids, finished)
+        texts.append(teacher_ids)
+    return texts
 
 
-def _measure_tokens(run: Run, texts: list[Answer], ledger: Ledger) -> list[dict]:
-    """Return ``evaluate.held_out_facts`` of the student's answers."""
+def _cut(answers: Answers, tokens: int) -> Answers:
+    """Return the first ``tokens`` of every answer."""
+    cut = Answers([], [])
+    for ids, finished in zip(answers.ids, answers.finished, strict=True):
+        cut.ids.append(ids[:tokens])
+        cut.finished.append(finished and len(ids) <= tokens)
+    return cut
+
+
+def _measure_tokens(run: Run, answers: Answers, ledger: Ledger) -> tuple[Values, Values]:
+    """Return the reverse KL and the entropy of every token of the student's answers."""
     rollouts = []
-    for slot, (prompt, answer) in enumerate(zip(run.train_prompts, texts, strict=True)):
-        rollout = Rollout(
-            prompt=slot,
-            sample=0,
-            student_prompt=prompt.student_ids,
-            teacher_prompt=prompt.teacher_ids,
-            ids=answer.ids,
-            teacher_ids=answer.ids,
-            finished=answer.finished,
-        )
-        rollouts.append(rollout)
-    return evaluate.held_out_facts(
+    for slot, prompt in enumerate(run.train_prompts):
+        rollout = make_rollout(slot, prompt.student_ids, prompt.teacher_ids, answers.ids[slot])
+        rollouts.append(replace(rollout, finished=answers.finished[slot]))
+    facts = evaluate.held_out_facts(
         run.student,
         run.teacher,
         run.shared,
@@ -170,12 +178,18 @@ def _measure_tokens(run: Run, texts: list[Answer], ledger: Ledger) -> list[dict]
         run.config.train.micro_batch_size,
         run.counts_both(ledger, "scoring"),
     )
+    kl: Values = []
+    entropy: Values = []
+    for row in facts:
+        kl.append(row["divergence"])
+        entropy.append(row["entropy"])
+    return kl, entropy
 
 
 def _measure_curves(
     answering: Answering,
-    student: list[Answer],
-    teacher: list[Answer],
+    student: Answers,
+    teacher: Answers,
     tried: list[int],
     say: Callable[[str], None],
 ) -> Curves:
@@ -191,27 +205,26 @@ def _measure_curves(
         starts = [ids[:n] for ids in teacher_texts]
         continued = answering.continue_from(answering.student, starts, n)
         curves.student.append(_grade(run, run.student, continued, n))
-        cut = [Answer(ids[:n], finished and len(ids) <= n) for ids, finished in student]
-        starts = _in_teacher_tokens(run, cut)
+        starts = _in_teacher_tokens(run, _cut(student, n))
         continued = answering.continue_from(answering.teacher, starts, n)
         curves.teacher.append(_grade(run, run.teacher, continued, n))
     return curves
 
 
-def _grade(run: Run, model: Model, texts: list[Answer], tokens: int) -> dict:
+def _grade(run: Run, model: Model, answers: Answers, tokens: int) -> dict:
     """Return the accuracy of answers behind ``tokens`` given tokens, with its interval.
 
     ``right``: 1 or 0 for every prompt. All prompts must have a reference answer.
     """
     right = []
-    for prompt, answer in zip(run.train_prompts, texts, strict=True):
-        text = evaluate.decode(model, answer.ids)
-        gold = settled(prompt.prompt.answer, "the reference answer")
-        right.append(float(answers.correct(text, gold, run.answer_format)))
+    for prompt, ids in zip(run.train_prompts, answers.ids, strict=True):
+        reference = settled(prompt.prompt.answer, "the reference answer")
+        text = evaluate.decode(model, ids)
+        right.append(float(correct(text, reference, run.answer_format)))
     return {
         "tokens": tokens,
         **intervals.interval(right),
-        "finish_rate": sum(answer.finished for answer in texts) / len(texts),
+        "finish_rate": sum(answers.finished) / len(answers.finished),
         "right": right,
     }
 
@@ -252,6 +265,7 @@ def _recommend_by_accuracy(curves: Curves, length: float) -> tuple[int | str | N
     student, teacher = curves.student[0], curves.teacher[0]
     accuracies = f"{student['value']:.1%} and {teacher['value']:.1%}"
     gap = teacher["value"] - student["value"]
+    # Both models answer the same problems, so the interval is that of paired differences.
     pairs = zip(teacher["right"], student["right"], strict=True)
     difference = intervals.interval([t - s for t, s in pairs])
     if difference["low"] <= 0:
@@ -266,6 +280,7 @@ def _recommend_by_accuracy(curves: Curves, length: float) -> tuple[int | str | N
     for point in curves.student[1:]:
         closed[point["tokens"]] = (point["value"] - student["value"]) / gap
     for n, share in closed.items():
+        # The half is rounded up, because the tried lengths are rounded.
         if share >= RECOVERED and n <= length / 2 + 0.5:
             reason = (
                 f"a prefix suffices: if the teacher writes the first {n} of its {length:.0f} "
@@ -280,15 +295,13 @@ def _recommend_by_accuracy(curves: Curves, length: float) -> tuple[int | str | N
     return "full", reason
 
 
-def _publish(curves: Curves | None) -> tuple[list[dict | None], list[dict | None]]:
+def _publish(curves: Curves | None) -> dict[str, list]:
     """Return both curves as the document shows them: without the results per prompt."""
     if curves is None:
-        return [None], [None]
-    return _without_results(curves.student), _without_results(curves.teacher)
-
-
-def _without_results(curve: list[dict]) -> list[dict | None]:
-    return [{key: value for key, value in point.items() if key != "right"} for point in curve]
+        return {"teacher_prefix_curve": [None], "teacher_decay_curve": [None]}
+    for point in curves.student + curves.teacher:
+        del point["right"]
+    return {"teacher_prefix_curve": curves.student, "teacher_decay_curve": curves.teacher}
 
 
 def _shorten(values: Values, share: float) -> list[int]:
@@ -304,10 +317,12 @@ def _share_of_kl(kl: Values, lengths: Sequence[int]) -> float:
 
 def _bin_positions(kl: Values, entropy: Values) -> list[dict]:
     """Return means over bins of positions: {from, to (excluded), tokens, kl, entropy}."""
-    longest = max(len(row) for row in kl)
+    # At most BINS bins of equal size; the last one may be shorter.
+    longest = max(map(len, kl))
     size = max(1, math.ceil(longest / BINS))
     bins = []
     for start in range(0, longest, size):
+        # Across tokenizers only the first token of a taught unit has a value.
         kl_values = intervals.known([row[start : start + size] for row in kl])
         entropy_values = intervals.known([row[start : start + size] for row in entropy])
         if kl_values:

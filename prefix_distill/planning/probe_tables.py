@@ -9,16 +9,19 @@ def tabulate_probe(document: dict) -> list[Table]:
 
 
 def _tabulate_curves(document: dict) -> Table:
+    """Return the table of the KL and of both models' accuracy by prefix length."""
     table = Table(title=f"recommended --prefix: {document['recommended_prefix']}")
     for heading in ("prefix", "share of the KL", "student continues", "teacher continues"):
         table.add_column(heading, justify="right")
     student_curve, teacher_curve = document["teacher_prefix_curve"], document["teacher_decay_curve"]
     shares = {n: f"{share:.0%}" for n, share in document["kl_share_by_tokens"].items()}
+    # Without reference answers there are no curves.
     if student_curve[0] is None:
         for n, share in shares.items():
             table.add_row(n, share, "–", "–")
         return table
     for student, teacher in zip(student_curve, teacher_curve, strict=True):
+        # Behind 0 tokens there is an accuracy, but no share of the KL.
         n = str(student["tokens"])
         table.add_row(n, shares.get(n, "–"), _format_accuracy(student), _format_accuracy(teacher))
     return table
@@ -29,6 +32,7 @@ def _format_accuracy(point: dict) -> str:
 
 
 def _tabulate_quadrants(quadrants: dict) -> Table:
+    """Return the table of the quadrants of entropy and divergence."""
     entropy, kl = quadrants["borders"]
     table = Table(
         title="the student's tokens; high is above the median, which is "

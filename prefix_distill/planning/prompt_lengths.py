@@ -64,10 +64,9 @@ def read_prompts(
     They are loaded, held out, mixed and rendered as in a run. UserError: a model in ``folders`` has
     no tokenizer.
     """
-    student, teacher = (
-        _with_tokenizer(model, folder, config.models.trust_remote_code)
-        for model, folder in zip(models, folders, strict=True)
-    )
+    trust = config.models.trust_remote_code
+    student = _with_tokenizer(models[0], folders[0], trust)
+    teacher = _with_tokenizer(models[1], folders[1], trust)
     sets, weights, held_out = load_prompt_sets(config, notes)
     rendered, _, _ = load_training_prompts(
         sets=sets,
@@ -79,25 +78,31 @@ def read_prompts(
         config=_choose_privileged_template(config, sets),
         notes=[],  # they would tell the shares of the sample, not those of the run
     )
-    lengths = [(len(r.student_ids), len(r.teacher_ids)) for r in rendered]
-    mean = sum(length for length, _ in lengths) / len(lengths)
-    notes.append(f"prompts: {len(lengths)} of {config.data.dataset}, {mean:.0f} tokens on average")
+    student_lengths = [len(r.student_ids) for r in rendered]
+    teacher_lengths = [len(r.teacher_ids) for r in rendered]
+    mean = sum(student_lengths) / len(student_lengths)
+    notes.append(f"prompts: {len(rendered)} of {config.data.dataset}, {mean:.0f} tokens on average")
     support = _head_support(models)
-    student_ids, teacher_ids = _count_ids(student), _count_ids(teacher)
-    if student_ids == teacher_ids:
-        support = min(support, student_ids)
+    # A head may have more rows than there are ids; ids that one model lacks are cut off as well.
+    if _count_ids(student) == _count_ids(teacher):
+        support = min(support, _count_ids(student))
+    lengths = list(zip(student_lengths, teacher_lengths, strict=True))
     return PlannedPrompts(lengths, held_out.max_new_tokens, support)
 
 
 def _head_support(models: Sequence[Model]) -> int:
-    return min(model.config.vocab_size for model in models)
+    """Return the number of ids that both heads have."""
+    student, teacher = models
+    return min(student.config.vocab_size, teacher.config.vocab_size)
 
 
 def _count_ids(model: Model) -> int:
+    """Return the number of ids of a model's tokenizer, unused ones included."""
     return max(model.tokenizer.get_vocab().values()) + 1
 
 
 def _with_tokenizer(model: Model, folder: str, trust_remote_code: bool) -> Model:
+    """Return a sketched model with its tokenizer. UserError: it cannot be read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub, the disk or the tokenizer's own code fails in any way

@@ -102,6 +102,7 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
     x = torch.randn(tokens, width, device=where.device, dtype=dtype)
     w = torch.randn(width, inner, device=where.device, dtype=dtype)
     x @ w  # the first product also loads the kernels
+    # ``clock.now`` waits for the device, so the times are those of whole products.
     clock = Clock(where.device)
     best = math.inf
     start = before = clock.now()

@@ -90,6 +90,7 @@ def _format_gib(size: float) -> str:
 
 
 def _format_seconds(seconds: float | None) -> str:
+    """Return seconds, or hours from one hour on; a dash if no rate is known."""
     if seconds is None:
         return "–"
     if seconds >= 3600:

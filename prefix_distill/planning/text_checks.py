@@ -7,10 +7,10 @@ import torch
 
 from ..engine import scoring
 from ..engine.models import Model
-from ..engine.rollout import Rollout
 from ..engine.scoring import FIRST_TOKEN
 from ..training.pair import named
 from ..training.run import Check, Run
+from .case import Ids, make_rollout
 from .outcomes import SAMPLE, both_models, passed, warned
 
 LAST = 6  # ids at the end of a prompt that are shown
@@ -75,7 +75,7 @@ def check_prompts(run: Run) -> Check:
     return passed("prompts", text, facts)
 
 
-def _describe_prompt(model: Model, ids: tuple[int, ...]) -> dict:
+def _describe_prompt(model: Model, ids: Ids) -> dict:
     """Return a prompt's text, its number of ids, and its last ids with their tokens."""
     last = []
     for i in ids[-LAST:]:
@@ -107,17 +107,10 @@ def _first_token_probabilities(run: Run) -> list[float]:
     return chances
 
 
-def _first_token_distribution(run: Run, model: Model, prompt: tuple[int, ...]) -> torch.Tensor:
+def _first_token_distribution(run: Run, model: Model, prompt: Ids) -> torch.Tensor:
     """Return a model's distribution [V] over the first token after ``prompt``, on the CPU."""
-    rollout = Rollout(
-        prompt=0,
-        sample=0,
-        student_prompt=prompt,
-        teacher_prompt=prompt,
-        ids=prompt[:1],
-        teacher_ids=prompt[:1],
-        finished=False,
-    )
+    # The hidden state that predicts a response's first token does not depend on that token.
+    rollout = make_rollout(0, prompt, prompt, prompt[:1])
     with run.place.autocast(model.device):
         hidden_ND = scoring.hidden_rows(model, [rollout])
     logits_ND = model.head().to(run.place.head_dtype).logits(hidden_ND)
@@ -138,12 +131,12 @@ def check_templates(run: Run) -> Check:
         return warned("templates", text, facts)
     text = f"thinking: student {student['thinking']}, teacher {teacher['thinking']}"
     if student["thinking_switch"] != teacher["thinking_switch"]:
-        role, other = "student", "teacher"
+        role = "student"
         if teacher["thinking_switch"]:
-            role, other = "teacher", "student"
+            role = "teacher"
         text += (
-            f"; the {role}'s chat template has a thinking switch, the {other}'s has none; choose "
-            f"with --{role}-thinking on or off"
+            f"; only the {role}'s chat template has a thinking switch; choose with "
+            f"--{role}-thinking on or off"
         )
         return warned("templates", text, facts)
     if student["thinking"] != teacher["thinking"]:
@@ -153,6 +146,7 @@ def check_templates(run: Run) -> Check:
 
 
 def _describe_template(run: Run, model: Model, thinking: str) -> dict:
+    """Return the kind of a model's prompts, and how its thinking is set."""
     template = model.tokenizer.chat_template
     if run.config.data.template == "plain" or not template:
         return {"form": "plain", "thinking_switch": False, "thinking": thinking}
@@ -171,6 +165,7 @@ def check_eos(run: Run) -> Check:
         f"student {named(run.student, run.student.eos)}; teacher "
         f"{named(run.teacher, run.teacher.eos)}"
     )
+    # Ids of different tokenizers cannot be compared; each model ends a response with its own.
     if run.alignment is None and run.student.eos != run.teacher.eos:
         text += (
             f"; rollouts stop at the EOS ids of --eos {run.config.rollout.eos}; choose with --eos "
