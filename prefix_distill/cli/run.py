@@ -216,10 +216,14 @@ def plan(  # noqa: PLR0913  each parameter is a flag
     )
     quiet_libraries()
     from ..planning import plan as planning
-    from ..planning.tables import tables
+    from ..planning.rate import RateSource
+    from ..planning.tables import tabulate
 
-    document = planning.plan(config, prompt_tokens, prefixes, device_tflops, measure, from_run)
+    rate_source = RateSource(tflops=device_tflops, measure=measure, from_run=from_run)
+    if prefixes is None:
+        prefixes = planning.USUAL_PREFIXES
+    document = planning.plan(config, prompt_tokens, prefixes, rate_source)
     for text in document["notes"]:
         tell(text)
-    display.show(*tables(document), width=None if sys.stderr.isatty() else 140)
+    display.show(*tabulate(document), width=None if sys.stderr.isatty() else 140)
     print(json.dumps(document))

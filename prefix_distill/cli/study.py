@@ -85,19 +85,22 @@ def probe(
     start_ranks(config)
     quiet_libraries()
     from ..planning import probe as probing
-    from ..planning.probe import corner_table
+    from ..planning.probe_tables import tabulate_probe
     from ..results import plots
     from ..training.prepare import prepare
 
+    config, notes = probing.fit_to_data(config)
     prepared = prepare(config)
-    for text in prepared.notes.lines + [f"warning: {text}" for text in prepared.notes.warnings]:
+    for text in (
+        notes + prepared.notes.lines + [f"warning: {text}" for text in prepared.notes.warnings]
+    ):
         say(prepared, text)
     document = probing.probe(prepared, lambda text: say(prepared, text))
     if prepared.place.first:
         folder.create(configuration.as_dict(prepared.config))
         folder.write_json("probe.json", document)
         plots.draw_probe(document, Path(out) / "probe.png")
-        display.show(probing.table(document), corner_table(document))
+        display.show(*tabulate_probe(document))
         say(prepared, document["reason"])
     finish(prepared, document)
 

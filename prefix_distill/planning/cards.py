@@ -5,61 +5,81 @@ from dataclasses import replace
 
 from ..config import Adapter, Config
 from ..errors import UserError
-from .case import Case
-from .forecast import Pair
+from .case import Case, choose_adapter
+from .forecast import Forecaster
 
-# GB (10⁹ bytes, as cards are sold; their drivers leave about this many GiB less a few per cent)
+# GB (10⁹ bytes, as cards are sold; drivers leave about this many GiB less a few per cent)
 CARDS = (16, 24, 48, 80)
-# GB of a card that are not for tensors: CUDA context, libraries' workspaces, the allocator's
-# rounding
+# GB of a card that hold no tensors: CUDA context, workspaces of libraries, rounding by the
+# allocator
 RESERVED = 1.0
-LORA = Adapter(rank=64)  # what the cards' LoRA columns stand for where the config has none
+LORA = Adapter(rank=64)  # the adapter of the LoRA rows if the config has none
 
 
-def fit_cards(pair: Pair, config: Config, case: Case, notes: list[str]) -> list[dict]:
-    """Return how the run fits the known cards: full training or LoRA, each with and without
-    gradient checkpointing.
+def fit_cards(forecaster: Forecaster, config: Config, case: Case, notes: list[str]) -> list[dict]:
+    """Return how the run fits each card: all weights or LoRA, each with and without checkpointing.
 
-    ``fits``: whether the config's micro-batch fits. ``micro_batch``: the estimated largest that
-    fits, linear between two forecasts; None if not even one rollout fits. ``set_by``: the phase
-    with the most memory. A note is added to ``notes`` for each method that cannot be forecast.
+    ``fits``: whether the config's micro-batch fits; ``micro_batch``: an estimate of the largest
+    that fits, linear between two forecasts; None if not even one rollout fits; ``set_by``: the
+    phase with the most memory. A method that cannot be forecast adds a note to ``notes``.
     """
+    adapter = choose_adapter(config) or LORA
     rollouts = config.train.batch_size * config.rollout.samples
-    sizes = sorted({1, min(rollouts, config.train.micro_batch_size)})
-    found = []
-    for adapter in (None, config.adapter if config.adapter.rank else LORA):
+    case = replace(case, micro_batch=min(rollouts, config.train.micro_batch_size))
+    rows = []
+    for adapted in (replace(case, adapter=None), replace(case, adapter=adapter)):
         for recomputes in (False, True):
-            settled = replace(case, adapter=adapter, recomputes=recomputes)
+            method = replace(adapted, recomputes=recomputes)
             try:
-                forecasts = [pair.forecast(replace(settled, micro=m)) for m in sizes]
+                rows += _fit_method(forecaster, method, rollouts)
             except UserError as error:
-                method = "LoRA" if adapter else "all weights"
-                more = ", gradient checkpointing" if recomputes else ""
-                notes.append(f"{method}{more}: not forecast ({error})")
-                continue
-            totals = [forecast["total"] for forecast in forecasts]
-            for card in CARDS:
-                free = (card - RESERVED) * 1e9
-                found.append(
-                    {
-                        "card_gb": card,
-                        "method": f"LoRA of rank {adapter.rank}" if adapter else "all weights",
-                        "gradient_checkpointing": recomputes,
-                        "fits": totals[-1] <= free,
-                        "total": totals[-1],
-                        "set_by": forecasts[-1]["set_by"],
-                        "micro_batch": _find_largest(sizes, totals, free, rollouts),
-                    }
-                )
-    return found
+                notes.append(f"{describe_method(method)}: no forecast ({error})")
+    return rows
 
 
-def _find_largest(sizes: list[int], totals: list[int], free: float, rollouts: int) -> int | None:
-    """Return the largest micro-batch of up to ``rollouts`` that fits in ``free`` bytes, or None.
-    ``totals``: the bytes of ``sizes``."""
-    if totals[0] > free:
-        return None
-    slope = (totals[-1] - totals[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else 0.0
-    if not slope:
-        return rollouts
-    return min(rollouts, math.floor(1 + (free - totals[0]) / slope))
+def describe_method(case: Case) -> str:
+    """Return what trains, and whether gradient checkpointing is on."""
+    name = describe_adapter(case.adapter)
+    if case.recomputes:
+        return f"{name}, gradient checkpointing"
+    return name
+
+
+def describe_adapter(adapter: Adapter | None) -> str:
+    """Return what trains: all weights, or LoRA of some rank."""
+    if adapter is None or not adapter.rank:
+        return "all weights"
+    return f"LoRA of rank {adapter.rank}"
+
+
+def _fit_method(forecaster: Forecaster, case: Case, rollouts: int) -> list[dict]:
+    """Return one row per card for one method of training."""
+    single = forecaster.forecast(replace(case, micro_batch=1))["total"]
+    forecast = forecaster.forecast(case)
+    total = forecast["total"]
+    rows = []
+    for card in CARDS:
+        free = (card - RESERVED) * 1e9
+        micro_batch = None
+        if single <= free:
+            # Bytes are taken as linear between one rollout and the config's micro-batch.
+            bytes_per_rollout = (total - single) / max(1, case.micro_batch - 1)
+            micro_batch = _count_fitting(free - single, bytes_per_rollout, rollouts)
+        row = {
+            "card_gb": card,
+            "method": describe_adapter(case.adapter),
+            "gradient_checkpointing": case.recomputes,
+            "fits": total <= free,
+            "total": total,
+            "set_by": forecast["set_by"],
+            "micro_batch": micro_batch,
+        }
+        rows.append(row)
+    return rows
+
+
+def _count_fitting(free: float, bytes_per_rollout: float, most: int) -> int:
+    """Return how many of up to ``most`` rollouts fit, if ``free`` bytes are left beside one."""
+    if not bytes_per_rollout:
+        return most
+    return min(most, math.floor(1 + free / bytes_per_rollout))

@@ -1,7 +1,8 @@
 """The settings and lengths that determine the memory of a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -9,136 +10,186 @@ from ..config import SELF, Adapter, Config, parse_divergence, parse_estimator
 from ..engine.rollout import Rollout
 from ..maths.divergence import Terms
 
-Settings = tuple[torch.dtype, Adapter | None, bool]  # a network: dtype, adapter, recomputes
+Ids = tuple[int, ...]
+PromptLengths = tuple[int, int]  # tokens of a prompt: the student's, the teacher's
 
 
-@dataclass(frozen=True)
+class Network(NamedTuple):
+    """How a network is loaded. ``recomputes``: with gradient checkpointing."""
+
+    dtype: torch.dtype
+    adapter: Adapter | None = None
+    recomputes: bool = False
+
+
+class Dtypes(NamedTuple):
+    """The dtype of the networks, and that of the output heads in the loss."""
+
+    compute: torch.dtype
+    head: torch.dtype
+
+
+class Lengths(NamedTuple):
+    """Lengths in tokens. ``prefix``: the longest rollout in training; ``limit``: in evaluation."""
+
+    prompts: Sequence[PromptLengths]
+    prefix: int
+    limit: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """What sets the memory of one rank. ``prompts``: (student's, teacher's) lengths of the prompts
-    of an update; ``prefix`` and ``limit``: longest rollout in training and in evaluation;
-    ``problems``: answers of an evaluation; ``contexts``: its rollouts that both models read;
-    ``own``: the teacher is the student's initial weights; ``averaged``: it follows the student, in
-    float32; ``apart``: it has a device of its own; ``text``: it writes rollouts."""
+    """The settings and lengths that determine the memory of one rank.
+
+    ``prompts``: the prompts of an update; ``prefix`` and ``limit``: the longest rollout in training
+    and in evaluation; ``micro_batch``: rollouts in one forward pass; ``rows``: responses sampled
+    together; ``answers``: responses sampled in an evaluation; ``compared``: responses of an
+    evaluation on which both models are compared; ``support``: ids that both models have.
+
+    Of the teacher: ``starts_as_student``: it has the student's initial weights; ``follows_student``
+    (--teacher-ema): its weights are an average in float32; ``has_own_device``: it is not on the
+    student's device; ``samples_text`` (--off-policy): it writes rollouts.
+    """
 
     terms: Terms
     dtype: torch.dtype
-    prompts: tuple[tuple[int, int], ...]
+    prompts: tuple[PromptLengths, ...]
     samples: int
     prefix: int
     limit: int
-    micro: int
+    micro_batch: int
     rows: int
-    problems: int = 0
-    contexts: int = 0
+    answers: int = 0
+    compared: int = 0
     adapter: Adapter | None = None
     recomputes: bool = False
-    own: bool = False
-    averaged: bool = False
-    apart: bool = False
-    text: bool = False
+    starts_as_student: bool = False
+    follows_student: bool = False
+    has_own_device: bool = False
+    samples_text: bool = False
     support: int | None = None
 
-    def rollouts(
-        self,
-        length: int,
-        prompts: Sequence[tuple[int, int]] | None = None,
-        samples: int | None = None,
-    ) -> list[Rollout]:
-        """An update's rollouts, each of ``length`` tokens; prompts that differ in their ids."""
-        response = (0,) * length
-        rollouts = []
-        for slot, (student, teacher) in enumerate(prompts or self.prompts):
-            for sample in range(samples or self.samples):
-                rollout = Rollout(
-                    slot=slot,
-                    sample=sample,
-                    student_prompt=(slot,) * student,
-                    teacher_prompt=(slot,) * teacher,
-                    ids=response,
-                    teacher_ids=response,
-                    finished=False,
-                )
-                rollouts.append(rollout)
-        return rollouts
+    def update(self) -> list[Rollout]:
+        """Return the rollouts of an update, each as long as the prefix."""
+        return make_rollouts(self.prompts, self.samples, self.prefix)
 
     @property
     def trained_dtype(self) -> torch.dtype:
         """Return the dtype of the student's weights: float32 if all of them train."""
-        return torch.float32 if self.adapter is None else self.dtype
+        if self.adapter is None:
+            return torch.float32
+        return self.dtype
 
     @property
-    def student(self) -> Settings:
-        """Return the settings of the student when loaded and evaluated."""
-        return self.trained_dtype, self.adapter, False
+    def student(self) -> Network:
+        """Return the student as loaded and evaluated."""
+        return Network(self.trained_dtype, self.adapter)
 
     @property
-    def training(self) -> Settings:
-        """Return the settings of the student in an update."""
-        return self.trained_dtype, self.adapter, self.recomputes
+    def training(self) -> Network:
+        """Return the student in an update."""
+        return Network(self.trained_dtype, self.adapter, self.recomputes)
 
     @property
-    def decoding(self) -> Settings:
-        """Return the settings of the student when it samples."""
-        return self.dtype, self.adapter, False
+    def decoding(self) -> Network:
+        """Return the student while it samples."""
+        return Network(self.dtype, self.adapter)
 
     @property
-    def teacher(self) -> Settings:
-        """Return the settings of the teacher in every phase."""
-        return torch.float32 if self.averaged else self.dtype, None, False
+    def teacher(self) -> Network:
+        """Return the teacher, the same in every phase."""
+        if self.follows_student:
+            return Network(torch.float32)
+        return Network(self.dtype)
 
     @property
     def autocast(self) -> bool:
+        """Return whether forward passes run in bfloat16 by autocast."""
         return self.dtype == torch.bfloat16
 
 
-def terms(config: Config, head_dtype: torch.dtype) -> Terms:
-    """The loss that a config asks for."""
-    wanted = config.divergence
-    name, beta = parse_divergence(wanted.name)
-    estimator, top_k = parse_estimator(wanted.estimator)
-    return Terms(
-        name,
-        beta,
-        wanted.temperature,
-        head_dtype,
-        config.runtime.head_memory_mb << 20,
-        top_k,
-        estimator == "sampled",
-        wanted.clip,
+def make_rollout(slot: int, prompt: Ids, teacher_prompt: Ids, response: Ids) -> Rollout:
+    """Return a rollout whose response has the same ids for both models."""
+    return Rollout(
+        slot=slot,
+        sample=0,
+        student_prompt=prompt,
+        teacher_prompt=teacher_prompt,
+        ids=response,
+        teacher_ids=response,
+        finished=False,
     )
 
 
-def case(  # noqa: PLR0913  a plan has no Run that holds these
-    config: Config,
-    dtype: torch.dtype,
-    head_dtype: torch.dtype,
-    prompts: Sequence[tuple[int, int]],
-    prefix: int,
-    limit: int,
-    world: int = 1,
-    support: int | None = None,
-) -> Case:
-    """The ``Case`` of a config. ``prompts``: (student's, teacher's) lengths, of which an update is
-    made of the longest; ``prefix``: the longest of the run; ``world``: ranks that share the update.
+def make_rollouts(prompts: Sequence[PromptLengths], samples: int, response: int) -> list[Rollout]:
+    """Return ``samples`` rollouts of ``response`` tokens for every prompt.
+
+    The ids have no meaning, but prompts differ in them, so that no two prompts count as one.
     """
-    share = -(-config.train.batch_size // world)
-    longest = sorted(prompts, key=sum, reverse=True)[:share]
-    return Case(
-        terms(config, head_dtype),
-        dtype,
-        tuple(longest[i % len(longest)] for i in range(share)),
-        config.rollout.samples,
-        prefix,
-        limit,
-        config.train.micro_batch_size,
-        config.rollout.rows,
-        -(-config.evaluate.problems * config.evaluate.rollouts // world),
-        -(-config.evaluate.kl_prompts // world),
-        config.adapter if config.adapter.rank else None,
-        config.train.gradient_checkpointing,
-        config.models.teacher == SELF,
-        config.models.teacher_ema is not None,
-        config.runtime.teacher_device not in (None, config.runtime.device),
-        config.rollout.off_policy != "none",
-        support,
+    rollouts = []
+    for slot, (student, teacher) in enumerate(prompts):
+        first = make_rollout(slot, (slot,) * student, (slot,) * teacher, (0,) * response)
+        for sample in range(samples):
+            rollouts.append(replace(first, sample=sample))
+    return rollouts
+
+
+def build_terms(config: Config, head_dtype: torch.dtype) -> Terms:
+    """Return the loss that a config asks for."""
+    divergence = config.divergence
+    name, beta = parse_divergence(divergence.name)
+    estimator, top_k = parse_estimator(divergence.estimator)
+    return Terms(
+        name=name,
+        beta=beta,
+        temperature=divergence.temperature,
+        dtype=head_dtype,
+        memory_bytes=config.runtime.head_memory_mb << 20,
+        top_k=top_k,
+        sampled=estimator == "sampled",
+        clip=divergence.clip,
     )
+
+
+def choose_adapter(config: Config) -> Adapter | None:
+    """Return the LoRA adapter that trains, or None if all weights train."""
+    if config.adapter.rank:
+        return config.adapter
+    return None
+
+
+def build_case(
+    config: Config, dtypes: Dtypes, lengths: Lengths, support: int | None, ranks: int = 1
+) -> Case:
+    """Return the ``Case`` of one of ``ranks`` ranks.
+
+    An update is made of the longest of ``lengths.prompts``, repeated if there are too few.
+    """
+    # The rank with the most prompts determines the memory.
+    size = _divide_up(config.train.batch_size, ranks)
+    longest = sorted(lengths.prompts, key=sum, reverse=True)[:size]
+    repeats = _divide_up(size, len(longest))
+    return Case(
+        terms=build_terms(config, dtypes.head),
+        dtype=dtypes.compute,
+        prompts=tuple((longest * repeats)[:size]),
+        samples=config.rollout.samples,
+        prefix=lengths.prefix,
+        limit=lengths.limit,
+        micro_batch=config.train.micro_batch_size,
+        rows=config.rollout.rows,
+        answers=_divide_up(config.evaluate.problems * config.evaluate.rollouts, ranks),
+        compared=_divide_up(config.evaluate.kl_prompts, ranks),
+        adapter=choose_adapter(config),
+        recomputes=config.train.gradient_checkpointing,
+        starts_as_student=config.models.teacher == SELF,
+        follows_student=config.models.teacher_ema is not None,
+        has_own_device=config.runtime.teacher_device not in (None, config.runtime.device),
+        samples_text=config.rollout.off_policy != "none",
+        support=support,
+    )
+
+
+def _divide_up(number: int, parts: int) -> int:
+    """Return ``number`` / ``parts``, rounded up."""
+    return -(-number // parts)

@@ -1,34 +1,34 @@
-"""Before a GPU-hour is spent: do student, teacher, prompts, sampling and device go together? What
-only the models can answer.
+"""Check before a run that student, teacher, prompts, sampling and device go together.
 
-``training.prepare`` has refused what is impossible by then; here both models are asked, in some
+``training.prepare`` has already rejected impossible settings; these checks run both models and take
 seconds.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..engine import evaluate, loading, scoring
+from ..engine import evaluate, loading
 from ..engine.device import Clock, memory_free
 from ..engine.meter import Meter
 from ..engine.models import Model, decoder
-from ..engine.rollout import rollout_of
+from ..engine.rollout import Rollout
 from ..engine.sampling import GenerationCost, Request, Sampler, generate
+from ..engine.scoring import Scorer
 from ..errors import UserError
 from ..maths.divergence import Terms
 from ..maths.seeds import seed_of
 from ..prompts.prompt import Rendered
 from ..training.run import Check, Run
 from . import text_checks
-from .case import case
-from .forecast import Pair, at_most
-from .text_checks import FEW, sides
+from .case import Case, Dtypes, Ids, Lengths, build_case, make_rollout
+from .forecast import Forecaster, bound_memory
+from .outcomes import SAMPLE, both_models, failed, passed, warned
 
-Writer = tuple[str, Model, str, Sampler]  # role, model, field of Rendered with its prompt, sampler
-
-ZERO = 1e-6  # nats: the most that a model may be away from itself
-SECONDS = 15.0  # the most that sampled answers may take, where no number of them was asked for
+ZERO = 1e-6  # nats per token: the largest difference between two identical forward passes
+SECONDS = 15.0  # the most time for sampled answers, unless their number was asked for
+TRIAL = 8  # tokens that are sampled to estimate that time
+# fields of a generation config that would shape a response
 SHAPING = (
     "temperature",
     "top_p",
@@ -43,76 +43,86 @@ SHAPING = (
 
 
 def examine(run: Run, samples: int, limit: float | None = SECONDS) -> list[Check]:
-    """All checks, in the order of a token's way. ``samples``: held-out problems that both models
-    answer (0: none), left out where that would take more than ``limit`` seconds. Every rank gets
-    the same list."""
-    found = [
-        text_checks.examine_vocabulary(run),
-        text_checks.examine_prompts(run),
-        text_checks.examine_templates(run),
-        text_checks.examine_ends(run),
-        text_checks.examine_padding(run),
-        _head(run),
-        _itself(run),
-        _sampling(run),
-        text_checks.examine_context(run),
-        _memory(run),
+    """Return the results of all checks; every rank gets the same list.
+
+    ``samples``: held-out problems that both models answer (0: none). They are left out if that
+    would take more than ``limit`` seconds; None is no limit.
+    """
+    checks = [
+        text_checks.check_vocabulary(run),
+        text_checks.check_prompts(run),
+        text_checks.check_templates(run),
+        text_checks.check_eos(run),
+        text_checks.check_padding(run),
+        _check_head(run),
+        _check_determinism(run),
+        _check_sampling(run),
+        text_checks.check_context(run),
+        _check_memory(run),
     ]
     if samples and run.config.evaluate.problems:
-        found.append(_teacher(run, min(samples, len(run.problems.kl)), limit))
-    return found
+        checks.append(_check_teacher(run, run.problems.kl[:samples], limit))
+    return checks
 
 
-def _head(run: Run) -> Check:
-    gaps = {role: loading.check_head(model) for role, model in sides(run)}
-    return Check(
-        "head",
-        "ok",
-        f"head(hidden) is the model's own logits, to {max(gaps.values()):.1g} nats",
-        gaps,
+def _check_head(run: Run) -> Check:
+    """Return the largest difference between a model's logits and its head on its hidden states.
+
+    The loss applies the heads itself. PreflightError: the difference is too large.
+    """
+    gaps = {role: loading.check_head(model) for role, model in both_models(run)}
+    text = (
+        "the output head on the hidden states gives the model's logits, within "
+        f"{max(gaps.values()):.1g} nats"
     )
+    return passed("head", text, gaps)
 
 
 @torch.no_grad()
-def _itself(run: Run) -> Check:
-    """The loss of a model against itself, from two readings: 0, but for noise in its layers."""
-    terms = (
-        replace(run.method.terms, sampled=False)
-        if run.method.terms.taught_by == "teacher"
-        else Terms("reverse-kl", dtype=run.place.head_dtype)
-    )
+def _check_determinism(run: Run) -> Check:
+    """Compare each model with itself: the loss of two identical forward passes must be 0."""
+    # A loss on given text has no teacher, and a sampled one is not 0 for every token.
+    terms = Terms("reverse-kl", dtype=run.place.head_dtype)
+    if run.method.terms.taught_by == "teacher":
+        terms = replace(run.method.terms, sampled=False)
     facts = {}
-    for role, model in sides(run):
-        prompts = [getattr(r, f"{role}_ids") for r in run.problems.train[:FEW]]
-        rollouts = [rollout_of(i, ids, ids[-FEW:]) for i, ids in enumerate(prompts)]
+    for role, model in both_models(run):
         itself = replace(run.pair, student=model, teacher=model, shared_support=None)
-        scorer = scoring.Scorer(pair=itself, terms=terms, place=run.place)
-        values = scorer.measure(rollouts, run.limits.micro_batch_size)
-        facts[role] = max(abs(v) for row in values.values() for v in row["divergence"].values())
+        scorer = Scorer(pair=itself, terms=terms, place=run.place)
+        values = scorer.measure(_prompt_ends(run, role), run.limits.micro_batch_size)
+        gaps = [abs(gap) for row in values.values() for gap in row["divergence"].values()]
+        facts[role] = max(gaps)
     worst = max(facts, key=lambda role: facts[role])
     if facts[worst] > ZERO:
-        return Check(
-            "itself",
-            "error",
-            f"the {worst} read twice differs from itself by {facts[worst]:.2g} nats per token; "
-            "expected 0: something in it is random (dropout, noise); use another copy, or --dtype "
-            "float32",
-            facts,
+        text = (
+            f"the {worst} is not deterministic: two identical passes differ by "
+            f"{facts[worst]:.2g} nats per token, expected 0; remove the dropout or noise from its "
+            "layers, or use --dtype float32"
         )
-    return Check(
-        "itself",
-        "ok",
-        f"each model against itself: {max(facts.values()):.1g} nats per token",
-        facts,
-    )
+        return failed("itself", text, facts)
+    text = f"two identical passes of a model differ by {facts[worst]:.1g} nats per token"
+    return passed("itself", text, facts)
 
 
-def _sampling(run: Run) -> Check:
+def _prompt_ends(run: Run, role: str) -> list[Rollout]:
+    """Return some prompts of a model, each with its own last ids as the response."""
+    rollouts = []
+    for slot, rendered in enumerate(run.problems.train[:SAMPLE]):
+        ids = _prompt_ids(rendered, role)
+        rollouts.append(make_rollout(slot, ids, ids, ids[-SAMPLE:]))
+    return rollouts
+
+
+def _prompt_ids(rendered: Rendered, role: str) -> Ids:
+    if role == "student":
+        return rendered.student_ids
+    return rendered.teacher_ids
+
+
+def _check_sampling(run: Run) -> Check:
+    """Return how rollouts are sampled, and which settings of the models have no effect."""
     sampler = run.method.sampler
-    own = {
-        role: {k: v for k, v in model.generation_config.to_diff_dict().items() if k in SHAPING}
-        for role, model in sides(run)
-    }
+    ignored = {role: _shaping_fields(model) for role, model in both_models(run)}
     facts = {
         "temperature": sampler.temperature,
         "top_p": sampler.top_p,
@@ -120,65 +130,71 @@ def _sampling(run: Run) -> Check:
         "begin": run.config.rollout.begin,
         "max_new_tokens": run.config.rollout.max_new_tokens,
         "eos": sorted(sampler.eos),
-        "ignored": own,
+        "ignored": ignored,
     }
     text = (
         f"temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k "
         f"{sampler.top_k or 'off'}"
     )
-    ignored = "; ".join(
-        f"the {role}'s own {', '.join(f'{k} {v}' for k, v in found.items())}"
-        for role, found in own.items()
-        if found
-    )
-    text += f"; without effect: {ignored}" if ignored else ""
+    # Users expect the sampling that a model's card recommends, so it is named.
+    for role, fields in ignored.items():
+        if fields:
+            values = ", ".join(f"{key} {value}" for key, value in fields.items())
+            text += f"; ignored: {values} from the {role}'s generation config"
     if not sampler.on_policy:
-        return Check("sampling", "warning", f"{text}: off-policy for the divergence", facts)
-    return Check("sampling", "ok", text, facts)
+        text += (
+            "; such rollouts are off-policy for the divergence, which --temperature 1 --top-p 1 "
+            "--top-k 0 avoids"
+        )
+        return warned("sampling", text, facts)
+    return passed("sampling", text, facts)
 
 
-def _memory(run: Run) -> Check:
-    """What the run will need beside the weights, which are loaded, against what is free."""
-    place, config = run.place, run.config
-    free = memory_free(place.device)
-    needs = case(
-        config,
-        place.dtype,
-        place.head_dtype,
-        [(len(r.student_ids), len(r.teacher_ids)) for r in run.problems.train],
-        run.method.prefix.longest(config.train.steps or 1),
-        run.method.prefix.limit,
-        place.world,
-        run.pair.student.support,
-    )
-    bound = at_most(run.pair.student, run.pair.teacher, needs)
+def _shaping_fields(model: Model) -> dict:
+    """Return what the model's own generation config says about sampling."""
+    fields = model.generation_config.to_diff_dict()
+    return {key: value for key, value in fields.items() if key in SHAPING}
+
+
+def _check_memory(run: Run) -> Check:
+    """Compare what the run needs beside the loaded weights with the free memory."""
+    free = memory_free(run.place.device)
+    case = _describe_case(run)
+    bound = bound_memory(run.pair.student, run.pair.teacher, case)
     facts = {"free_bytes": free, "at_most_bytes": bound}
+    needs = f"the run needs less than {_format_gib(bound)} (an upper bound)"
     if free is None:
-        return Check(
-            "memory",
-            "ok",
-            f"what is free on {place.device} is not known; the run needs less than {_gib(bound)}",
-            facts,
-        )
+        text = f"{needs}; the free memory of {run.place.device} is not known"
+        return passed("memory", text, facts)
+    free_text = f"{_format_gib(free)} free on {run.place.device}"
+    # A forecast takes seconds, and small models do not need it.
     if bound < free:
-        return Check(
-            "memory",
-            "ok",
-            f"less than {_gib(bound)} by plain arithmetic, {_gib(free)} free on {place.device}",
-            facts,
-        )
-    unknown = _unforeseen(run)
-    if unknown is not None:
-        text = f"not forecast with {unknown}; {_gib(free)} free on {place.device}"
-        return Check("memory", "ok", text, facts)
+        return passed("memory", f"{needs}; {free_text}", facts)
+    feature = _unsupported_feature(run)
+    if feature is not None:
+        return passed("memory", f"no forecast with {feature}; {free_text}", facts)
     try:
-        found = Pair(run.pair.student.net.config, run.pair.teacher.net.config).forecast(needs)
+        forecaster = Forecaster(run.pair.student.net.config, run.pair.teacher.net.config)
+        forecast = forecaster.forecast(case)
     except UserError as error:
-        return Check("memory", "ok", f"not forecast: {error}", facts)
-    return _compare_memory(found, free, facts, place.device)
+        return passed("memory", f"no forecast: {error}", facts)
+    return _compare_memory(forecast, free, facts, free_text)
 
 
-def _unforeseen(run: Run) -> str | None:
+def _describe_case(run: Run) -> Case:
+    """Return the settings and lengths of the run that determine its memory."""
+    prompts = [(len(r.student_ids), len(r.teacher_ids)) for r in run.problems.train]
+    longest_prefix = run.method.prefix.longest(run.config.train.steps or 1)
+    return build_case(
+        run.config,
+        Dtypes(run.place.dtype, run.place.head_dtype),
+        Lengths(prompts, prefix=longest_prefix, limit=run.method.prefix.limit),
+        run.pair.student.support,
+        run.place.world,
+    )
+
+
+def _unsupported_feature(run: Run) -> str | None:
     """Return a feature of this run that the forecast does not cover, or None."""
     models, runtime = run.config.models, run.config.runtime
     if models.student_quantize != "none":
@@ -192,150 +208,149 @@ def _unforeseen(run: Run) -> str | None:
     return None
 
 
-def _compare_memory(found: dict, free: int, facts: dict, device: torch.device) -> Check:
-    """Compare a forecast (``Pair.forecast``) with the ``free`` bytes of ``device``."""
-    loaded = sum(found["weights"].get(role, 0) for role in ("student", "teacher"))
-    needed = found["total"] - loaded
-    fixed = sum(found["weights"].values()) - loaded + found["gradients"]
+def _compare_memory(forecast: dict, free: int, facts: dict, free_text: str) -> Check:
+    """Compare a forecast (``Forecaster.forecast``) with ``free`` bytes."""
+    # Both models are in memory already, so they are not taken from what is free.
+    weights = forecast["weights"]
+    loaded = weights.get("student", 0) + weights.get("teacher", 0)
+    needed = forecast["total"] - loaded
+    fixed = sum(weights.values()) - loaded + forecast["gradients"]
     facts = facts | {
         "needed_bytes": needed,
         "fixed_bytes": fixed,
-        "set_by": found["set_by"],
-        "phases": found["phases"],
+        "set_by": forecast["set_by"],
+        "phases": forecast["phases"],
     }
     text = (
-        f"{_gib(needed)} beside the loaded weights, most in {found['set_by']}; {_gib(free)} "
-        f"free on {device}"
+        f"the run needs {_format_gib(needed)} beside the loaded weights, most in "
+        f"{forecast['set_by']}; {free_text}"
     )
     if fixed > free:
-        return Check(
-            "memory",
-            "error",
-            f"{text}: optimizer, gradients and copies alone take {_gib(fixed)}, whatever the "
-            "batch; use --lora 16, a smaller model, or --teacher-device for the teacher",
-            facts,
+        text += (
+            f"; optimizer, gradients and copies alone take {_format_gib(fixed)} at any batch size; "
+            "use --lora 16, a smaller model, or --teacher-device for the teacher"
         )
+        return failed("memory", text, facts)
     if needed > free:
-        return Check(
-            "memory",
-            "warning",
-            f"{text}: batches will be halved until they fit; lower --micro-batch-size or "
-            "--generation-rows, or use --gradient-checkpointing",
-            facts,
+        text += (
+            "; batches will be halved until they fit; lower --micro-batch-size or "
+            "--generation-rows, or use --gradient-checkpointing"
         )
-    return Check("memory", "ok", text, facts)
+        return warned("memory", text, facts)
+    return passed("memory", text, facts)
 
 
-def _gib(size: float) -> str:
+def _format_gib(size: float) -> str:
     return f"{size / 2**30:.3g} GiB"
 
 
-def _teacher(run: Run, count: int, limit: float | None) -> Check:
-    """Full answers of both models to held-out problems, with the same seeds: who is right, and
-    who can end a turn."""
-    name, cap = "teacher", run.method.prefix.limit
-    rendered = run.problems.kl[:count]
-    writers = _writers(run)
-    if limit is not None:
-        expected = _expected_seconds(run, writers, rendered)
-        if expected > limit:
-            return Check(
-                name,
-                "ok",
-                f"not sampled: {count} answers of up to {cap} tokens of each model may take "
-                f"{expected:.0f} s; `prefix-distill check` does it, --check-samples sets how many",
-                {"expected_seconds": expected},
-            )
-    scores = _answer_problems(run, writers, rendered)
-    rights = {
-        role: None if score.accuracy is None else round(sum(score.right()))
-        for role, score in scores.items()
-    }
-    facts = {
-        role: {
-            "right": rights[role],
-            "answers": count,
-            "finish_rate": score.finish_rate,
-            "mean_tokens": score.mean_tokens,
-        }
-        for role, score in scores.items()
-    }
-    text = "; ".join(
-        f"{role} "
-        + ("" if rights[role] is None else f"{rights[role]} of {count} right, ")
-        + f"{score.finish_rate:.0%} end"
-        for role, score in scores.items()
-    )
-    ours, theirs = rights["student"], rights["teacher"]
-    never_ends = scores["teacher"].finish_rate == 0 < scores["student"].finish_rate
-    if never_ends:
-        return Check(
-            name,
-            "warning",
-            f"{text}: the teacher never ends a turn within {cap} tokens, so the student will "
-            "unlearn it; longer --max-new-tokens, or another --eos",
-            facts,
-        )
-    if ours is not None and theirs is not None and theirs <= ours:
-        return Check(
-            name,
-            "warning",
-            f"{text}: on this small sample the teacher is not better than the student; what should "
-            "it teach?",
-            facts,
-        )
-    return Check(name, "ok", text, facts)
+@dataclass(frozen=True)
+class Respondent:
+    """A model that answers problems, and how its answers are sampled."""
+
+    role: str
+    model: Model
+    sampler: Sampler
 
 
-def _writers(run: Run) -> list[Writer]:
-    """Return both models with the samplers of the answers to grade."""
-    writers = (
-        ("student", run.pair.student, "student_ids", run.method.sampler),
-        ("teacher", run.pair.teacher, "teacher_ids", run.method.text_sampler),
-    )
-    return [
-        (
-            role,
-            decoder(model, run.place.dtype),
-            ids,
-            replace(
-                sampler,
-                seed=seed_of(run.config.runtime.seed, "preflight"),
-                temperature=run.config.evaluate.temperature,
-                top_p=1.0,
-                top_k=0,
-                record=False,
-            ),
-        )
-        for role, model, ids, sampler in writers
+def _check_teacher(run: Run, problems: list[Rendered], limit: float | None) -> Check:
+    """Compare full answers of both models: who is right, and who ends its turn."""
+    count = len(problems)
+    max_new_tokens = run.method.prefix.limit
+    respondents = [
+        _make_respondent(run, "student", run.pair.student, run.method.sampler),
+        _make_respondent(run, "teacher", run.pair.teacher, run.method.text_sampler),
     ]
-
-
-def _answer_problems(
-    run: Run, writers: list[Writer], rendered: list[Rendered]
-) -> dict[str, evaluate.Score]:
-    """Sample and grade one answer of each model to every problem."""
-    scores = {}
-    for role, model, ids, sampler in writers:
-        how = replace(
-            run.evaluation, sampler=sampler, samples=1, max_new_tokens=run.method.prefix.limit
-        )
-        problems = [(r.prompt, getattr(r, ids)) for r in rendered]
-        cost = GenerationCost(meter=Meter(Clock(run.place.device)))
-        scores[role] = evaluate.evaluate(model, problems, how, run.limits, cost)
-    return scores
-
-
-def _expected_seconds(run: Run, writers: list[Writer], rendered: list[Rendered]) -> float:
-    """Estimate the seconds of full answers on the slowest rank, from a trial with a few tokens."""
-    cap = run.method.prefix.limit
-    clock, short = Clock(run.place.device), min(8, cap)
-    for _, model, ids, sampler in writers:
-        with clock.phase("trial"):
-            generate(
-                model,
-                [Request(getattr(r, ids), ("trial", i)) for i, r in enumerate(rendered)],
-                short,
-                replace(sampler, eos=frozenset()),
+    if limit is not None:
+        seconds = _estimate_seconds(run, respondents, problems)
+        if seconds > limit:
+            text = (
+                f"not sampled: {count} answers of up to {max_new_tokens} tokens from each model "
+                f"may take {seconds:.0f} s, more than {limit:.0f} s; run `prefix-distill check`, "
+                "or lower --check-samples"
             )
-    return max(run.place.gather(clock.seconds["trial"])) * cap / short
+            return passed("teacher", text, {"expected_seconds": seconds})
+    facts = {}
+    texts = []
+    for respondent in respondents:
+        result = _grade(run, respondent, problems)
+        facts[respondent.role] = result
+        texts.append(_describe_grade(respondent.role, result))
+    text = "; ".join(texts)
+    student, teacher = facts["student"], facts["teacher"]
+    # The student learns from the teacher that a turn never ends.
+    if teacher["finish_rate"] == 0 < student["finish_rate"]:
+        text += (
+            f"; the teacher never ends a turn within {max_new_tokens} tokens, so the student will "
+            "stop ending its own; raise --max-new-tokens, or change --eos"
+        )
+        return warned("teacher", text, facts)
+    graded = student["right"] is not None and teacher["right"] is not None
+    if graded and teacher["right"] <= student["right"]:
+        text += (
+            f"; the teacher did not beat the student on these {count} problems; raise "
+            "--check-samples, or use another teacher"
+        )
+        return warned("teacher", text, facts)
+    return passed("teacher", text, facts)
+
+
+def _make_respondent(run: Run, role: str, model: Model, sampler: Sampler) -> Respondent:
+    """Return a model with the sampler of an evaluation."""
+    sampler = replace(
+        sampler,
+        seed=seed_of(run.config.runtime.seed, "preflight"),
+        temperature=run.config.evaluate.temperature,
+        top_p=1.0,
+        top_k=0,
+        record=False,
+    )
+    return Respondent(role, decoder(model, run.place.dtype), sampler)
+
+
+def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:
+    """Sample one answer to every problem and return {right, answers, finish_rate, mean_tokens}.
+
+    ``right`` is None if the problems have no reference answers.
+    """
+    how = replace(
+        run.evaluation,
+        sampler=respondent.sampler,
+        samples=1,
+        max_new_tokens=run.method.prefix.limit,
+    )
+    prompts = [(r.prompt, _prompt_ids(r, respondent.role)) for r in problems]
+    cost = GenerationCost(meter=Meter(Clock(run.place.device)))
+    score = evaluate.evaluate(respondent.model, prompts, how, run.limits, cost)
+    right = None
+    if score.accuracy is not None:
+        right = round(sum(score.right()))
+    return {
+        "right": right,
+        "answers": len(problems),
+        "finish_rate": score.finish_rate,
+        "mean_tokens": score.mean_tokens,
+    }
+
+
+def _describe_grade(role: str, result: dict) -> str:
+    """Return the result of ``_grade`` in words."""
+    finished = f"{result['finish_rate']:.0%} finished"
+    if result["right"] is None:
+        return f"{role}: {finished}"
+    return f"{role}: {result['right']} of {result['answers']} right, {finished}"
+
+
+def _estimate_seconds(run: Run, respondents: list[Respondent], problems: list[Rendered]) -> float:
+    """Estimate the seconds of full answers on the slowest rank, from a trial with few tokens."""
+    clock = Clock(run.place.device)
+    tokens = min(TRIAL, run.method.prefix.limit)
+    for respondent in respondents:
+        requests = []
+        for i, rendered in enumerate(problems):
+            requests.append(Request(_prompt_ids(rendered, respondent.role), ("trial", i)))
+        # Without EOS ids, every answer has exactly these tokens.
+        endless = replace(respondent.sampler, eos=frozenset())
+        with clock.phase("trial"):
+            generate(respondent.model, requests, tokens, endless)
+    return max(run.place.gather(clock.seconds["trial"])) * run.method.prefix.limit / tokens

@@ -1,241 +1,285 @@
-"""How much memory a run will need, phase by phase, from its configs alone.
+"""Forecast how much memory a run needs, phase by phase, from its configs alone.
 
-No weight is read or downloaded. The networks are built from their configs of ghosts (tensors
-without numbers), the same code that trains reads the same rollouts with them, and every tensor it
-keeps is counted while it lives. Whole numbers (ids, masks) are real, so that everything that
-depends on them goes the way it will go. Layers repeat: deep networks are measured at two small
-depths, and the rest is a straight line through them.
+No weight is read or downloaded. The networks are built from their configs as shape-only tensors
+(``ghosts``). The training code runs on them, and every tensor is counted while it lives. Ids and
+masks are real, so data-dependent control flow takes its real path. Deep networks whose layers
+repeat are measured at two small depths and extrapolated linearly.
 
-Counted: what tensors hold. Not counted: the CUDA context (some hundred MiB), what cuBLAS, cuDNN and
-oneDNN work in, and what an allocator rounds up or keeps for later.
+Counted: the bytes of tensors. Not counted: the CUDA context (some hundred MiB), the workspaces of
+cuBLAS, cuDNN and oneDNN, and what an allocator rounds up or caches.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..engine.batching import micro_batches
 from ..engine.models import Model
 from ..engine.rollout import Rollout, student_sides, teacher_sides
 from ..errors import UserError
 from . import measuring
-from .case import Case, Settings
-from .ghosts import depths, sketch
+from .case import Case, Network, make_rollouts
+from .ghosts import choose_depths, sketch
+from .measuring import Generation, MicroBatch
+
+STUDENT = "student"
+TEACHER = "teacher"
+Bytes = dict[str, float]  # by phase or component
 
 
-class Pair:
-    """Student and teacher as their configs describe them (the teacher's None: it is the
-    student); what was built is kept."""
+class Forecaster:
+    """Forecasts the memory of a student and a teacher from their configs.
 
-    def __init__(self, student, teacher=None, names: tuple[str, str] = ("student", "teacher")):
-        self.configs, self.names = (student, teacher or student), names
-        self.built: dict[tuple[int, Settings, int | None], Model] = {}
-        self.found: dict[tuple[int, Settings, tuple], dict[str, float]] = {}
+    ``names``: their names in error messages. Networks and measurements are cached.
+    """
 
-    def model(self, role: int, settings: Settings, layers: int | None = None) -> Model:
-        """One of them, of ghosts."""
-        key = (role, settings, layers)
-        if key not in self.built:
-            dtype, adapter, recomputes = settings
-            self.built[key] = sketch(
-                self.names[role], self.configs[role], dtype, layers, adapter, recomputes
-            )
-            if role == 0 and adapter is None and dtype == torch.float32:
-                self.built[key].net.requires_grad_(True)
-        return self.built[key]
-
-    def measured(
-        self, role: int, settings: Settings, what: tuple, work: Callable[[Model], dict[str, float]]
-    ) -> dict[str, float]:
-        """What ``work`` finds in the model, from two depths where its layers repeat; ``what``
-        names it, so that it is done once."""
-        if (role, settings, what) not in self.found:
-            self.found[role, settings, what] = self._measured(role, settings, work)
-        return self.found[role, settings, what]
-
-    def _measured(
-        self, role: int, settings: Settings, work: Callable[[Model], dict[str, float]]
-    ) -> dict[str, float]:
-        at = depths(self.configs[role])
-        try:
-            found = [work(self.model(role, settings, k)) for k in at]
-        except (
-            RuntimeError,
-            NotImplementedError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            IndexError,
-        ) as error:  # its way depends on numbers
-            raise UserError(
-                f"model {self.names[role]}: its memory cannot be forecast, as what it computes "
-                f"depends on its weights ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:160]})"
-            ) from None
-        if len(at) == 1:
-            return found[0]
-        depth, (low, high) = self.configs[role].get_text_config(decoder=True).num_hidden_layers, at
-        return {
-            name: found[0][name] + (found[1][name] - found[0][name]) / (high - low) * (depth - low)
-            for name in found[0]
-        }
+    def __init__(
+        self,
+        student: PreTrainedConfig,
+        teacher: PreTrainedConfig,
+        names: tuple[str, str] = (STUDENT, TEACHER),
+    ):
+        self.configs = {STUDENT: student, TEACHER: teacher}
+        self.names = {STUDENT: names[0], TEACHER: names[1]}
+        self.networks: dict[tuple[str, Network, int | None], Model] = {}
+        self.measurements: dict[tuple, Bytes] = {}
 
     def forecast(self, case: Case) -> dict:
-        """{total, set_by, weights: {component: bytes}, phases: {phase: bytes beyond the
-        weights}, teacher_device: bytes or None}."""
-        kept, gradients = self._weigh(case)
+        """Return the memory of one rank in bytes.
+
+        {total, set_by: the phase with the most memory, weights: {component: bytes}, gradients,
+        phases: {phase: bytes beyond the weights}, teacher_device: bytes, or None if the teacher is
+        on the student's device}. UserError: a network cannot be sketched.
+        """
+        weights, gradients = self._measure_weights(case)
         phases = self._training_phases(case, gradients) | self._evaluation_phases(case)
-        if case.text:
-            prompts = [t for _, t in case.prompts]
-            phases["teacher_text"] = self._generate(case, 1, prompts, case.samples, case.prefix)
-        there = None
-        if case.apart:
-            group, _ = _largest_group(case)
-            score = self._read(case, 1, group)["peak"]
-            there = kept.pop("teacher", 0) + max(score, phases.pop("teacher_text", 0))
+        if case.samples_text:
+            prompts = [teacher for _, teacher in case.prompts]
+            phases["teacher_text"] = self._generate(case, TEACHER, prompts, case.prefix)
+        teacher_device = None
+        # The teacher's bytes then count on its own device.
+        if case.has_own_device:
+            group, _ = _largest_micro_batch(case)
+            scoring_peak = self._forward(case, TEACHER, group)["peak"]
+            teacher_peak = max(scoring_peak, phases.pop("teacher_text", 0))
+            teacher_device = round(weights.pop("teacher", 0) + teacher_peak)
             phases.pop("teacher_score")
         set_by = max(phases, key=lambda phase: phases[phase])
         return {
-            "total": round(sum(kept.values()) + phases[set_by]),
+            "total": round(sum(weights.values()) + phases[set_by]),
             "set_by": set_by,
-            "weights": _rounded(kept),
+            "weights": _round(weights),
             "gradients": round(gradients),
-            "phases": _rounded(phases),
-            "teacher_device": None if there is None else round(there),
+            "phases": _round(phases),
+            "teacher_device": teacher_device,
         }
 
-    def _weigh(self, case: Case) -> tuple[dict[str, float], float]:
-        """Return (component → bytes held all the time, bytes of the gradients)."""
-        student = self.measured(0, case.student, ("weights",), measuring.weights)
-        teacher = self.measured(1, case.teacher, ("weights",), measuring.weights)
-        trainable, full = student["trainable"], case.adapter is None
-        kept = {"student": student["all"], "AdamW's moments": 8 * trainable}
-        if full and case.dtype != torch.float32:
-            kept["decoding copy"] = trainable * case.dtype.itemsize
-        if full or not case.own:
-            kept["teacher"] = teacher["all"]
-        return kept, 4 * trainable
+    def _measure_weights(self, case: Case) -> tuple[Bytes, float]:
+        """Return the bytes of every component that is held all the time, and of the gradients."""
+        measure = measuring.measure_weights
+        student = self._measure(STUDENT, case.student, ("weights",), measure)
+        teacher = self._measure(TEACHER, case.teacher, ("weights",), measure)
+        trainable = student["trainable"]
+        all_train = case.adapter is None
+        # Two moments of AdamW and the gradient, in float32.
+        weights = {"student": student["all"], "AdamW's moments": 8 * trainable}
+        if all_train and case.dtype != torch.float32:
+            weights["decoding copy"] = trainable * case.dtype.itemsize
+        # A LoRA student without its adapter is its own teacher and needs no second copy.
+        if all_train or not case.starts_as_student:
+            weights["teacher"] = teacher["all"]
+        return weights, 4 * trainable
 
-    def _training_phases(self, case: Case, gradients: float) -> dict[str, float]:
-        """Return phase of an update → bytes beyond the weights."""
-        group, accumulated = _largest_group(case)
-        score = self._read(case, 1, group)
-        _, teacher = self._shallow(case)
-        update = self.measured(
-            0,
+    def _training_phases(self, case: Case, gradients: float) -> Bytes:
+        """Return the bytes beyond the weights of every phase of an update."""
+        group, accumulates = _largest_micro_batch(case)
+        teacher_forward = self._forward(case, TEACHER, group)
+        # The loss needs the teacher's hidden rows and head, not its layers.
+        teacher_head = self._shallow(case, TEACHER).head()
+        work = MicroBatch(
+            rollouts=group, terms=case.terms, accumulates=accumulates, autocast=case.autocast
+        )
+        update = self._measure(
+            STUDENT,
             case.training,
-            ("update", _sizes(group), case.terms, case.support, accumulated, case.autocast),
-            lambda m: measuring.updating(
-                replace(m, support=case.support),
-                group,
-                case.terms,
-                teacher.head(),
-                case.autocast,
-                accumulated,
+            (_describe_sizes(group), case.terms, case.support, accumulates, case.autocast),
+            lambda m: measuring.measure_update(
+                replace(m, support=case.support), teacher_head, work
             ),
         )
-        before = gradients if accumulated else 0
-        prompts = [p for p, _ in case.prompts]
+        # The micro-batches of an update run one after another; each finds the gradients of the
+        # earlier ones.
+        earlier = 0.0
+        if accumulates:
+            earlier = gradients
+        prompts = [student for student, _ in case.prompts]
         return {
-            "generation": self._generate(case, 0, prompts, case.samples, case.prefix),
-            "teacher_score": before + score["peak"],
-            "student_update": before + score["rows"] + max(update.values()),
+            "generation": self._generate(case, STUDENT, prompts, case.prefix),
+            "teacher_score": earlier + teacher_forward["peak"],
+            "student_update": earlier + teacher_forward["rows"] + max(update.values()),
             "optimizer": gradients,
         }
 
-    def _evaluation_phases(self, case: Case) -> dict[str, float]:
-        """Return phase of an evaluation, if the run has it → bytes beyond the weights."""
+    def _evaluation_phases(self, case: Case) -> Bytes:
+        """Return the bytes beyond the weights of every phase of an evaluation that the run has."""
         phases = {}
         longest = max(case.prompts)
-        if case.problems:
-            prompts = [longest[0]] * case.problems
-            phases["evaluation"] = self._generate(case, 0, prompts, 1, case.limit)
-        if case.contexts:
-            group = case.rollouts(case.limit, [longest] * min(case.contexts, case.micro), 1)
-            ours, other = self._read(case, 0, group), self._read(case, 1, group)
-            tables = measuring.comparing(self._shallow(case), case.terms.dtype, group)
+        if case.answers:
+            # The longest prompt stands for all prompts of an evaluation.
+            single = replace(case, samples=1)
+            prompts = [longest[0]] * case.answers
+            phases["evaluation"] = self._generate(single, STUDENT, prompts, case.limit)
+        if case.compared:
+            prompts_together = [longest] * min(case.compared, case.micro_batch)
+            group = make_rollouts(prompts_together, 1, case.limit)
+            student = self._forward(case, STUDENT, group)
+            teacher = self._forward(case, TEACHER, group)
+            tables = measuring.measure_comparison(
+                self._shallow(case, STUDENT).head(),
+                self._shallow(case, TEACHER).head(),
+                case.terms.dtype,
+                group,
+            )
+            # Both models run one after another, and their hidden rows stay for the comparison.
             phases["evaluation, both models"] = max(
-                ours["peak"],
-                ours["rows"] + other["peak"],
-                ours["rows"] + other["rows"] + tables,
+                student["peak"],
+                student["rows"] + teacher["peak"],
+                student["rows"] + teacher["rows"] + tables,
             )
         return phases
 
-    def _shallow(self, case: Case) -> list[Model]:
-        """Return student and teacher with few layers; only their heads are used."""
-        return [
-            replace(self.model(role, settings, depths(self.configs[role])[0]), support=case.support)
-            for role, settings in ((0, case.student), (1, case.teacher))
-        ]
-
-    def _read(self, case: Case, role: int, group: list[Rollout]) -> dict[str, float]:
-        """Return the bytes of a forward pass over ``group``, as ``measuring.reading`` does."""
-        sides = teacher_sides(group) if role else student_sides(group)
-        return self.measured(
+    def _forward(self, case: Case, role: str, group: list[Rollout]) -> Bytes:
+        """Return the bytes of a forward pass over ``group`` (``measuring.measure_forward``)."""
+        sides = student_sides(group) if role == STUDENT else teacher_sides(group)
+        return self._measure(
             role,
-            case.teacher if role else case.student,
-            ("read", _sizes(group), case.autocast),
-            lambda m: measuring.reading(m, sides, case.autocast),
+            _settings(case, role),
+            ("forward", _describe_sizes(group), case.autocast),
+            lambda m: measuring.measure_forward(m, sides, case.autocast),
         )
 
-    def _generate(self, case: Case, role: int, prompts: list[int], samples: int, new: int) -> float:
-        """Return the peak bytes while a model samples ``samples`` responses to each prompt."""
-        rows = min(case.rows, samples * len(prompts))
-        first = sorted(prompts, reverse=True)[: -(-rows // samples)]
-        found = self.measured(
-            role,
-            case.teacher if role else case.decoding,
-            ("generate", tuple(first), samples, rows, new, case.support),
-            lambda m: measuring.generating(
-                replace(m, support=case.support), first, samples, rows, new
-            ),
+    def _generate(self, case: Case, role: str, prompts: list[int], new_tokens: int) -> float:
+        """Return the peak bytes while a model samples ``case.samples`` responses per prompt."""
+        settings = case.teacher
+        if role == STUDENT:
+            settings = case.decoding
+        rows = min(case.rows, case.samples * len(prompts))
+        # ``generate`` sorts by length, so the longest prompts meet in one call.
+        longest = sorted(prompts, reverse=True)[: -(-rows // case.samples)]
+        work = Generation(
+            prompts=tuple(longest), samples=case.samples, rows=rows, new_tokens=new_tokens
         )
-        return max(found.values())
+        peaks = self._measure(
+            role,
+            settings,
+            ("generate", work, case.support),
+            lambda m: measuring.measure_generation(replace(m, support=case.support), work),
+        )
+        return max(peaks.values())
+
+    def _shallow(self, case: Case, role: str) -> Model:
+        """Return a network with few layers, of which only the head is used."""
+        depth = choose_depths(self.configs[role])[0]
+        return replace(self._sketch(role, _settings(case, role), depth), support=case.support)
+
+    def _sketch(self, role: str, settings: Network, layers: int) -> Model:
+        """Return a network of ghosts; the student's weights train unless it has an adapter."""
+        key = (role, settings, layers)
+        if key not in self.networks:
+            model = sketch(self.names[role], self.configs[role], settings, layers)
+            if role == STUDENT and settings.adapter is None and settings.dtype == torch.float32:
+                model.net.requires_grad_(True)
+            self.networks[key] = model
+        return self.networks[key]
+
+    def _measure(
+        self, role: str, settings: Network, what: tuple, work: Callable[[Model], Bytes]
+    ) -> Bytes:
+        """Return ``work(network)`` at the full depth. ``what`` identifies it in the cache."""
+        key = (role, settings, what)
+        if key not in self.measurements:
+            self.measurements[key] = self._extrapolate(role, settings, work)
+        return self.measurements[key]
+
+    def _extrapolate(self, role: str, settings: Network, work: Callable[[Model], Bytes]) -> Bytes:
+        """Return ``work(network)`` at the full depth, from one or two measured depths."""
+        config = self.configs[role]
+        depths = choose_depths(config)
+        try:
+            values = [work(self._sketch(role, settings, layers)) for layers in depths]
+        # A network that computes with the numbers of its weights fails in any of these ways.
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"model {self.names[role]}: expected a network that runs on shape-only tensors, "
+                f"got {type(error).__name__} ({' '.join(str(error).split())[:160]}); its memory "
+                "cannot be forecast"
+            ) from None
+        if len(depths) == 1:
+            return values[0]
+        # Every further layer adds the same number of bytes.
+        (low, high), (first, second) = depths, values
+        unmeasured = config.get_text_config(decoder=True).num_hidden_layers - low
+        total = {}
+        for name, size in first.items():
+            total[name] = size + (second[name] - size) / (high - low) * unmeasured
+        return total
 
 
-def _largest_group(case: Case) -> tuple[list[Rollout], bool]:
-    """Return (the micro-batch of an update with the most tokens, whether there are others)."""
-    groups = micro_batches(case.rollouts(case.prefix), case.micro, not case.recomputes)
-    largest = max(groups, key=lambda g: sum(len(r.student_prompt) + len(r.ids) for r in g))
-    return largest, len(groups) > 1
+def _settings(case: Case, role: str) -> Network:
+    """Return the settings of a model outside of updates and generation."""
+    if role == STUDENT:
+        return case.student
+    return case.teacher
 
 
-def _rounded(tree: dict[str, float]) -> dict[str, int]:
-    return {name: round(value) for name, value in tree.items()}
+def _largest_micro_batch(case: Case) -> tuple[list[Rollout], bool]:
+    """Return the micro-batch of an update with the most tokens, and whether there are others."""
+    groups = micro_batches(case.update(), case.micro_batch, not case.recomputes)
+    return max(groups, key=_count_tokens), len(groups) > 1
 
 
-def _sizes(group: list[Rollout]) -> tuple:
-    return tuple((r.slot, len(r.student_prompt), len(r.teacher_prompt), len(r.ids)) for r in group)
+def _count_tokens(group: list[Rollout]) -> int:
+    return sum(len(r.student_prompt) + len(r.ids) for r in group)
 
 
-def at_most(student: Model, teacher: Model, case: Case) -> int:
-    """Bytes that a run surely stays below, by plain arithmetic: where that is free, a ``forecast``
-    is not worth its seconds.
+def _describe_sizes(group: list[Rollout]) -> tuple:
+    """Return what of a group determines its memory, as a key of the cache."""
+    sizes = []
+    for r in group:
+        sizes.append((r.slot, len(r.student_prompt), len(r.teacher_prompt), len(r.ids)))
+    return tuple(sizes)
 
-    Weights, gradients, moments and a copy of the student's, twice the teacher's; per token 40
-    widths, 10 of the feed-forward's and three rows of an attention mask, in float32: of every layer
-    for a micro-batch that trains, of one for what is generated or read, with the KV cache of all;
-    the loss's chunk, four head-sized tables and the logits of every row."""
-    tokens, total = (
-        max(sum(p) for p in case.prompts) + max(case.prefix, case.limit),
-        2 * case.terms.memory_bytes,
-    )
-    rows = max(case.micro, case.rows)
-    for model, each in ((student, 24), (teacher, 8)):
+
+def _round(sizes: Bytes) -> dict[str, int]:
+    return {name: round(size) for name, size in sizes.items()}
+
+
+def bound_memory(student: Model, teacher: Model, case: Case) -> int:
+    """Return bytes that a run surely stays below, by arithmetic that takes no time.
+
+    Weights, gradients, moments and a copy of the student's weights, and twice the teacher's. Per
+    token 40 widths, 10 feed-forward widths and three rows of an attention mask in float32: of all
+    layers for a micro-batch that trains, of one layer elsewhere, with the KV cache of all. The
+    chunk of the loss twice, four tables of the head's size, and the logits of all rows.
+    """
+    tokens = max(sum(p) for p in case.prompts) + max(case.prefix, case.limit)
+    rows = max(case.micro_batch, case.rows)
+    total = 2 * case.terms.memory_bytes
+    for model, bytes_per_weight in ((student, 24), (teacher, 8)):
         config = model.config
-        layers, inner = (
-            config.num_hidden_layers,
-            getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        )
-        width = max(
-            config.hidden_size,
-            config.num_attention_heads * (getattr(config, "head_dim", None) or 0),
-        )
+        layers = config.num_hidden_layers
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        head_dim = getattr(config, "head_dim", None) or 0
+        width = max(config.hidden_size, config.num_attention_heads * head_dim)
         layer = 40 * width + 10 * inner + 3 * tokens
-        total += each * model.parameters + 4 * tokens * (
-            case.micro * layer * (layers if model is student else 1)
-            + rows * (layer + 2 * layers * width)
-        )
+        trained_layers = 1
+        if model is student:
+            trained_layers = layers
+        in_training = case.micro_batch * layer * trained_layers
+        in_generation = rows * (layer + 2 * layers * width)
+        total += bytes_per_weight * model.parameters
+        total += 4 * tokens * (in_training + in_generation)
         total += 16 * config.vocab_size * (config.hidden_size + rows)
     return total

@@ -1,20 +1,22 @@
-"""Shape-only tensors: the training code runs on them and their storage is counted."""
+"""Ghosts: shape-only tensors. The training code runs on them and their storage is counted."""
 
 import copy
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-import torch._meta_registrations  # shapes of what has no meta kernel in C++
+import torch._meta_registrations  # shapes of operations that have no meta kernel in C++
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
 
-from ..config import Adapter
 from ..engine.adapter import attach
 from ..engine.models import Model, recompute
+from .case import Network
 
-FULL_DEPTH = 3  # up to so many layers a network is measured whole
-PLACED = (
+FULL_DEPTH = 3  # networks of up to this many layers are measured whole
+INDEXED = (
     torch.ops.aten.index.Tensor,
     torch.ops.aten.index_put.default,
     torch.ops.aten.index_put_.default,
@@ -33,15 +35,17 @@ POINTWISE = (
 
 
 class Ghost(torch.Tensor):
-    """A float tensor of the CPU without its numbers: ``meta`` has its shape, and stands for its
-    storage."""
+    """A float tensor on the CPU without numbers; ``meta`` has its shape and stands for its storage.
+
+    An operation on ghosts returns ghosts.
+    """
 
     meta: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's idiom to disable it
 
     @staticmethod
     def __new__(cls, meta: torch.Tensor):
-        made = torch.Tensor._make_wrapper_subclass(
+        ghost = torch.Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
             meta.stride(),
@@ -49,146 +53,163 @@ class Ghost(torch.Tensor):
             dtype=meta.dtype,
             device=torch.device("cpu"),
         )
-        made.meta = meta
-        return made
+        ghost.meta = meta
+        return ghost
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch's stub declares it disabled
-        with Live():
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub declares it disabled
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        with StorageCounter():
             return function(*args, **(kwargs or {}))
 
 
-class Live(TorchDispatchMode):
-    """Inside it every float tensor is a ghost, whole numbers are real, and the bytes of the
-    storages that are made are counted while they live. ``known``: what was there before and stays.
+class StorageCounter(TorchDispatchMode):
+    """Turn new float tensors into ghosts and count the bytes of new storages while they live.
+
+    Tensors of whole numbers stay real. The storages of ``known`` tensors are not counted. ``live``:
+    bytes that are held now.
     """
 
-    def __init__(self, known=()):
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.references: dict[int, weakref.ref] = {}
+        self.live = 0
+        self.peak = 0
         self.known = {storage_of(t)._cdata for t in known}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in PLACED:
-            args = (args[0], _places(args[1]), *args[2:])
-        ghosts: dict[int, Ghost] = {}
-        _each(
-            (args, kwargs),
-            lambda t: ghosts.update({id(t.meta): t}) if isinstance(t, Ghost) else None,
-        )
-        if ghosts:
-            args, kwargs = _each((args, kwargs), _meta)
-            if kwargs and "device" in kwargs:
-                kwargs["device"] = "meta"
-        found = _pointwise(args) if ghosts and function in POINTWISE and not kwargs else None
-        return _each(
-            function(*args, **(kwargs or {})) if found is None else found,
-            lambda t: self._seen(t, ghosts),
-        )
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # A meta tensor cannot tell how many elements a mask selects, but masks are real.
+        if function in INDEXED:
+            args = (args[0], _masks_to_positions(args[1]), *args[2:])
+        ghosts: dict[int, Ghost] = {}  # by the id of their meta tensor
 
-    def _seen(self, t, ghosts):
+        def note_ghost(t: torch.Tensor) -> None:
+            if isinstance(t, Ghost):
+                ghosts[id(t.meta)] = t
+
+        _map_tensors(note_ghost, (args, kwargs))
+        result = None
+        # An operation with a ghost among its operands runs on meta tensors.
+        if ghosts:
+            args, kwargs = _map_tensors(_to_meta, (args, kwargs))
+            if "device" in kwargs:
+                kwargs["device"] = "meta"
+            if function in POINTWISE and not kwargs:
+                result = _apply_pointwise(args)
+        if result is None:
+            result = function(*args, **kwargs)
+        return _map_tensors(lambda t: self._count(t, ghosts), result)
+
+    def _count(self, t: torch.Tensor, ghosts: dict[int, Ghost]) -> torch.Tensor:
+        """Return a result as a ghost if it is a float tensor, and count its storage if it is new.
+
+        A result that is one of the operands is returned as the ghost that it was.
+        """
         if id(t) in ghosts:
             return ghosts[id(t)]
         if ghosts or t.is_floating_point():
-            t = Ghost(t if t.is_meta else _meta(t))
+            t = Ghost(_to_meta(t))
+        # Views share a storage, which counts once; the weak reference tells when it is freed.
         storage = storage_of(t)
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.alive and key not in self.known:
-            self.alive[key] = weakref.ref(storage, lambda _: self._gone(key, size))
-            self.now += size
-            self.peak = max(self.peak, self.now)
+        if key not in self.references and key not in self.known:
+            self.references[key] = weakref.ref(storage, lambda _: self._release(key, size))
+            self.live += size
+            self.peak = max(self.peak, self.live)
         return t
 
-    def _gone(self, key: int, size: int) -> None:
-        del self.alive[key]
-        self.now -= size
+    def _release(self, key: int, size: int) -> None:
+        del self.references[key]
+        self.live -= size
 
-    def highest(self) -> int:
-        """The peak since this was last asked."""
-        peak, self.peak = self.peak, self.now
+    def take_peak(self) -> int:
+        """Return the peak since the last call."""
+        peak = self.peak
+        self.peak = self.live
         return peak
 
 
-def storage_of(t: torch.Tensor):
-    return (t.meta if isinstance(t, Ghost) else t).untyped_storage()
+def storage_of(t: torch.Tensor) -> torch.UntypedStorage:
+    """Return the storage of a tensor or ghost."""
+    if isinstance(t, Ghost):
+        return t.meta.untyped_storage()
+    return t.untyped_storage()
 
 
-def _each(tree, work: Callable):
-    """``tree`` with ``work(tensor)`` for every tensor in it."""
+def _map_tensors(work: Callable, tree: Any) -> Any:
+    """Return ``tree`` with every tensor t replaced by ``work(t)``."""
     if isinstance(tree, torch.Tensor):
         return work(tree)
-    if isinstance(tree, (tuple, list)):
-        return type(tree)([_each(t, work) for t in tree])
-    return {key: _each(t, work) for key, t in tree.items()} if isinstance(tree, dict) else tree
+    if isinstance(tree, tuple | list):
+        return type(tree)([_map_tensors(work, part) for part in tree])
+    if isinstance(tree, dict):
+        return {key: _map_tensors(work, part) for key, part in tree.items()}
+    return tree
 
 
-def _meta(t: torch.Tensor) -> torch.Tensor:
-    return (
-        t.meta
-        if isinstance(t, Ghost)
-        else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-    )
+def _to_meta(t: torch.Tensor) -> torch.Tensor:
+    if isinstance(t, Ghost):
+        return t.meta
+    if t.is_meta:
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def _places(indices):
-    """Masks as the places that they name: how many they are is known, as they are real."""
-    return [
-        part
-        for i in indices
-        for part in (i.nonzero(as_tuple=True) if i is not None and i.dtype == torch.bool else (i,))
-    ]
+def _masks_to_positions(indices: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Replace masks by the positions that they select."""
+    positions: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            positions.extend(index.nonzero(as_tuple=True))
+        else:
+            positions.append(index)
+    return positions
 
 
-def _pointwise(args) -> torch.Tensor | None:
-    """What a function of one or two operands makes of them number by number (its meta kernel, in
-    Python, takes a hundred times as long); None where neither operand has the result's shape."""
+def _apply_pointwise(args: tuple) -> torch.Tensor | None:
+    """Return the result of a pointwise function of one or two operands, as a meta tensor.
+
+    The meta kernels of these functions are written in Python and take a hundred times as long.
+    None: neither operand has the shape of the result.
+    """
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
     largest = max(tensors, key=torch.Tensor.numel)
-    if torch.broadcast_shapes(*(t.shape for t in tensors)) != largest.shape:
+    if torch.broadcast_shapes(*[t.shape for t in tensors]) != largest.shape:
         return None
-    return torch.empty_like(
-        largest, dtype=torch.result_type(*args[:2]) if len(args) > 1 else largest.dtype
-    )
+    dtype = largest.dtype
+    if len(args) > 1:
+        dtype = torch.result_type(*args[:2])
+    return torch.empty_like(largest, dtype=dtype)
 
 
-def ghost(shape, dtype: torch.dtype = torch.float32) -> Ghost:
-    """A float tensor without numbers."""
-    return Ghost(torch.empty(shape, dtype=dtype, device="meta"))
+def make_ghost(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Ghost:
+    """Return a float tensor without numbers."""
+    return Ghost(torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
 
-def sketch(  # noqa: PLR0913  a config and five independent settings of its network
-    name: str,
-    config,
-    dtype: torch.dtype,
-    layers: int | None = None,
-    adapter: Adapter | None = None,
-    recomputes: bool = False,
+def sketch(
+    name: str, config: PreTrainedConfig, settings: Network, layers: int | None = None
 ) -> Model:
-    """The network that ``config`` describes, of its first ``layers`` layers, weights in
-    ``dtype``, adapters in float32; of ghosts."""
+    """Return the network that ``config`` describes, made of ghosts.
+
+    ``layers``: only the first layers; None is all. Adapters are in float32. UserError: the
+    architecture has no gradient checkpointing, or no module that the adapter asks for.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     if layers is not None:
-        config = shortened(config, layers)
+        config = _shorten(config, layers)
+    wrapper = None
     with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
-        wrapper = None if adapter is None else attach(net, adapter, 0, name)
-    made: dict[int, torch.Tensor] = {}
-    first = [
-        *net.parameters(),
-        *net.buffers(),
-    ]  # they stay until all are replaced: a freed one's id would come again
-    for module in net.modules():
-        for tensors in (module._parameters, module._buffers):
-            for key, t in tensors.items():
-                if t is not None and id(t) not in made:
-                    made[id(t)] = Ghost(t.detach())
-                    if isinstance(t, torch.nn.Parameter):
-                        with Live():
-                            made[id(t)] = torch.nn.Parameter(made[id(t)], t.requires_grad)
-                if t is not None:
-                    tensors[key] = made[id(t)]
-    del first
+        net = AutoModelForCausalLM.from_config(config)
+        net = net.to(settings.dtype).eval().requires_grad_(False)
+        if settings.adapter is not None:
+            wrapper = attach(net, settings.adapter, 0, name)
+    _replace_by_ghosts(net)
     model = Model(
         name,
         net,
@@ -198,38 +219,73 @@ def sketch(  # noqa: PLR0913  a config and five independent settings of its netw
         shares_prompts=True,
         adapter=wrapper,
     )
-    return recompute(model) if recomputes else model
+    if settings.recomputes:
+        return recompute(model)
+    return model
 
 
-def shortened(config, layers: int):
-    """A copy of ``config`` with only the first ``layers`` layers."""
+def _replace_by_ghosts(net: torch.nn.Module) -> None:
+    """Replace the parameters and buffers of a network by ghosts; tied ones stay tied."""
+    # Ghosts are looked up by id, and the id of a freed tensor is used again.
+    originals = [*net.parameters(), *net.buffers()]
+    ghosts: dict[int, torch.Tensor] = {id(t): _as_ghost(t) for t in originals}
+    for module in net.modules():
+        by_name: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in by_name:
+            for name, t in tensors.items():
+                if t is not None:
+                    tensors[name] = ghosts[id(t)]
+
+
+def _as_ghost(t: torch.Tensor) -> torch.Tensor:
+    ghost = Ghost(t.detach())
+    if not isinstance(t, torch.nn.Parameter):
+        return ghost
+    # torch.nn.Parameter detaches the tensor; the counter makes the result a ghost again.
+    with StorageCounter():
+        return torch.nn.Parameter(ghost, t.requires_grad)
+
+
+def _shorten(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Return a copy of ``config`` with only the first ``layers`` layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
-    depth = text.num_hidden_layers
-    for key, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == depth:
-            setattr(text, key, value[:layers])
+    for key, pattern in _layer_patterns(text).items():
+        setattr(text, key, pattern[:layers])
     text.num_hidden_layers = layers
     return config
 
 
-def depths(config) -> tuple[int, ...]:
-    """At which depths a network is measured: two, where the rest of it repeats what lies between
-    them; else its own."""
+def _layer_patterns(text: PreTrainedConfig) -> dict[str, list]:
+    """Return the settings that have one value per layer."""
+    patterns = {}
+    for key, value in vars(text).items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            patterns[key] = value
+    return patterns
+
+
+def choose_depths(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Return the numbers of layers at which a network is measured.
+
+    Two small depths if its layers repeat, so that bytes are linear in the depth; else its own.
+    """
     text = config.get_text_config(decoder=True)
     depth = text.num_hidden_layers
-    patterns = [v for v in vars(text).values() if isinstance(v, list) and len(v) == depth]
-    period = next(
-        p
-        for p in range(1, depth + 1)
-        if all(v[i] == v[i % p] for v in patterns for i in range(depth))
-    )
-    period = math.lcm(period, getattr(text, "decoder_sparse_step", None) or 1)
+    period = _layer_period(text)
+    # Both depths leave a whole number of periods to extrapolate.
     first = depth % period + period
-    if (
-        getattr(text, "first_k_dense_replace", 0)
-        or getattr(text, "mlp_only_layers", None)
-        or first + period > max(FULL_DEPTH, depth - 1)
-    ):
+    # Layers that differ from the rest only at the beginning have no period.
+    irregular = getattr(text, "first_k_dense_replace", 0) or getattr(text, "mlp_only_layers", None)
+    if irregular or depth <= FULL_DEPTH or first + period > max(FULL_DEPTH, depth - 1):
         return (depth,)
-    return (first, first + period) if depth > FULL_DEPTH else (depth,)
+    return first, first + period
+
+
+def _layer_period(text: PreTrainedConfig) -> int:
+    """Return after how many layers the kinds of layers repeat."""
+    patterns = list(_layer_patterns(text).values())
+    period = 1
+    while any(pattern[period:] != pattern[:-period] for pattern in patterns):
+        period += 1
+    return math.lcm(period, getattr(text, "decoder_sparse_step", None) or 1)

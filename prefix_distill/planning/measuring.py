@@ -1,6 +1,9 @@
 """Measure the bytes of each part of an update by running it on shape-only tensors."""
 
+from dataclasses import dataclass
+
 import torch
+from transformers import Cache
 
 from ..engine import scoring
 from ..engine.models import Model
@@ -8,12 +11,34 @@ from ..engine.rollout import Rollout, Side, student_sides
 from ..engine.transformers_names import name_cache_argument
 from ..maths.divergence import Head, Terms
 from ..maths.fused import statistics, weighted
-from .ghosts import Live, ghost, storage_of
+from .ghosts import StorageCounter, make_ghost, storage_of
 
 
-def weights(model: Model) -> dict[str, float]:
-    """Bytes of a network's parameters and buffers, and how many numbers of them train with an
-    adapter."""
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """A micro-batch of an update. ``accumulates``: its gradients are added to earlier ones."""
+
+    rollouts: list[Rollout]
+    terms: Terms
+    accumulates: bool
+    autocast: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One call of ``generate``: the first ``rows`` of ``samples`` responses to each prompt.
+
+    ``prompts``: lengths in tokens, the longest first; ``new_tokens``: the longest response.
+    """
+
+    prompts: tuple[int, ...]
+    samples: int
+    rows: int
+    new_tokens: int
+
+
+def measure_weights(model: Model) -> dict[str, float]:
+    """Return the bytes of the parameters and buffers, and the number of trained elements."""
     tensors = [*model.net.parameters(), *model.net.buffers()]
     return {
         "all": sum(storage_of(t).nbytes() for t in tensors),
@@ -21,108 +46,103 @@ def weights(model: Model) -> dict[str, float]:
     }
 
 
-def _live(model: Model, *known: torch.Tensor) -> Live:
-    return Live([*model.net.parameters(), *model.net.buffers(), *known])
+def _count_beside(model: Model, *known: torch.Tensor) -> StorageCounter:
+    """Return a counter of the storages other than the model's and those of ``known``."""
+    return StorageCounter([*model.net.parameters(), *model.net.buffers(), *known])
 
 
-def reading(model: Model, sides: list[Side], autocast: bool) -> dict[str, float]:
-    """Bytes while a model reads rollouts without gradient (``peak``), and of the hidden rows
-    that stay (``rows``)."""
-    live = _live(model)
-    with torch.no_grad(), live:
+def measure_forward(model: Model, sides: list[Side], autocast: bool) -> dict[str, float]:
+    """Return the peak bytes of a forward pass without gradient, and the bytes that it returns."""
+    counter = _count_beside(model)
+    with torch.no_grad(), counter:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            rows = scoring.hidden_rows(model, sides)
-        peak, kept = live.highest(), live.now
-        del rows
+            hidden_ND = scoring.hidden_rows(model, sides)
+        peak, kept = counter.take_peak(), counter.live
+        del hidden_ND
     return {"peak": peak, "rows": kept}
 
 
-def updating(  # noqa: PLR0913  the operands of one update
-    model: Model,
-    rollouts: list[Rollout],
-    terms: Terms,
-    teacher: Head,
-    autocast: bool,
-    accumulated: bool,
-) -> dict[str, float]:
-    """Bytes while the student reads a micro-batch (``read``), while the loss is taken (``loss``)
-    and gradients flow (``backward``), and when they are there (``end``): each of them is a straight
-    line in the depth, their maximum is not. ``accumulated``: they are there already, and not
-    counted."""
+def measure_update(model: Model, teacher: Head, work: MicroBatch) -> dict[str, float]:
+    """Return the peak bytes of each phase of a student's micro-batch, and those at its end.
+
+    Each value is linear in the depth of the network; their maximum is not. Gradients that earlier
+    micro-batches have left are not counted.
+    """
     trained = list(model.trained.values())
+    gradients: list[torch.Tensor] = []
+    # Later micro-batches find gradients that are held all the time and are counted elsewhere.
     for p in trained:
-        p.grad = ghost(p.shape) if accumulated else None
-    live = _live(model, *(p.grad for p in trained if p.grad is not None))
-    count = sum(len(r.taught) for r in rollouts)
-    teacher_NE = ghost((count, teacher.weight_VD.shape[1]))
-    live.known |= {storage_of(t)._cdata for t in (teacher_NE, teacher.weight_VD)}
-    with live:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            student_ND = scoring.hidden_rows(model, student_sides(rollouts))
-        read = live.highest()
-        # bound to a name, as in an update, so that the values stay alive and count
+        p.grad = None
+        if work.accumulates:
+            p.grad = make_ghost(p.shape)
+            gradients.append(p.grad)
+    count = len(scoring.tokens(work.rollouts))
+    teacher_NE = make_ghost((count, teacher.weight_VD.shape[1]))
+    counter = _count_beside(model, *gradients, teacher_NE, teacher.weight_VD)
+    with counter:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.autocast):
+            student_ND = scoring.hidden_rows(model, student_sides(work.rollouts))
+        forward = counter.take_peak()
+        # The values are bound to a name, as in an update: they stay alive and count.
         loss, _value_N, _ = weighted(
-            terms,
+            work.terms,
             student_ND,
             model.head(),
             teacher_NE,
             teacher,
             torch.ones(count),
-            scoring.tokens(rollouts),
+            scoring.tokens(work.rollouts),
         )
-        loss_peak = live.highest()
+        loss_peak = counter.take_peak()
         loss.backward()
-        backward, end = live.highest(), live.now
+        backward, end = counter.take_peak(), counter.live
     for p in trained:
         p.grad = None
-    return {"read": read, "loss": loss_peak, "backward": backward, "end": end}
+    return {"read": forward, "loss": loss_peak, "backward": backward, "end": end}
 
 
 @torch.no_grad()
-def generating(
-    model: Model, prompts: list[int], samples: int, rows: int, new: int
-) -> dict[str, float]:
-    """Bytes of one generate call of ``rows`` responses, the longest prompt first: the prefill,
-    and the last of ``new`` tokens."""
-    count, width = rows, prompts[0]
-    shared = model.shares_prompts and samples > 1 and width > 1
-    begin, end = _live(model), _live(model)
-    mask = torch.tensor([[0] * (width - p) + [1] * p for p in prompts])
-    with begin:
-        if shared:
-            hidden, cache = model.trunk_cached(torch.zeros_like(mask)[:, :-1], mask[:, :-1])
-            del hidden
-            cache.batch_select_indices(torch.arange(count) // samples)
-            _draw(model, count, mask[torch.arange(count) // samples], 1, cache)
+def measure_generation(model: Model, work: Generation) -> dict[str, float]:
+    """Return the peak bytes of the prefill, and of the step that samples the last token."""
+    width = work.prompts[0]
+    mask = torch.tensor([[0] * (width - p) + [1] * p for p in work.prompts])
+    # Rows of the same prompt stand together, as ``generate`` orders them.
+    prompt_of_row = torch.arange(work.rows) // work.samples
+    shares_prompts = model.shares_prompts and work.samples > 1 and width > 1
+    prefill = _count_beside(model)
+    with prefill:
+        if shares_prompts:
+            # The hidden states are freed at once, as in engine/sampling.py.
+            cache = model.trunk_cached(torch.zeros_like(mask)[:, :-1], mask[:, :-1])[1]
+            cache.batch_select_indices(prompt_of_row)
+            _sample_token(model, mask[prompt_of_row], 1, cache)
             del cache
         else:
-            _draw(model, count, mask[torch.arange(count) // samples], width, None)
-    with end:
-        ids = torch.zeros(1, max(1, width + new - 2), dtype=torch.long)
-        hidden, cache = model.trunk_cached(ids, torch.ones_like(ids))
-        del hidden
-        cache.batch_select_indices(torch.zeros(count, dtype=torch.long))
-        end.highest()
-        _draw(
-            model,
-            count,
-            torch.cat(
-                [
-                    mask[torch.arange(count) // samples],
-                    torch.ones(count, ids.shape[1] + 1 - width, dtype=torch.long),
-                ],
-                1,
-            ),
-            1,
-            cache,
-        )
-        last = end.highest()
+            _sample_token(model, mask[prompt_of_row], width, None)
+    # The cache grows with every token, so the last step needs most.
+    last = _count_beside(model)
+    with last:
+        ids = torch.zeros(1, max(1, width + work.new_tokens - 2), dtype=torch.long)
+        cache = model.trunk_cached(ids, torch.ones_like(ids))[1]
+        # Filling the cache with one row and repeating it is faster than sampling all tokens.
+        cache.batch_select_indices(torch.zeros(work.rows, dtype=torch.long))
+        last.take_peak()
+        full_mask = _extend_mask(mask[prompt_of_row], ids.shape[1] + 1)
+        _sample_token(model, full_mask, 1, cache)
+        last_peak = last.take_peak()
         del cache
-    return {"prefill": begin.peak, "last token": last}
+    return {"prefill": prefill.peak, "last token": last_peak}
 
 
-def _draw(model: Model, rows: int, mask: torch.Tensor, width: int, cache) -> None:
-    """A step of ``generate`` and the draw from its logits (engine/sampling.py)."""
+def _extend_mask(mask: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the mask of rows that have grown to ``width`` tokens."""
+    grown = torch.ones(len(mask), width - mask.shape[1], dtype=torch.long)
+    return torch.cat([mask, grown], 1)
+
+
+def _sample_token(model: Model, mask: torch.Tensor, width: int, cache: Cache | None) -> None:
+    """Run the last ``width`` positions of ``mask`` and sample a token (engine/sampling.py)."""
+    rows = len(mask)
     cache_argument = {name_cache_argument(model.net.forward): cache}
     out = model.net(
         input_ids=torch.zeros(rows, width, dtype=torch.long),
@@ -132,26 +152,29 @@ def _draw(model: Model, rows: int, mask: torch.Tensor, width: int, cache) -> Non
         logits_to_keep=1,
         **cache_argument,
     )
+    # ``generate`` copies the logits, and the sampler adds noise of the same size.
     scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
-    race = torch.empty(rows, model.support or scores.shape[1])
-    scores[:, : race.shape[1]] -= race.neg_().log1p_()
+    noise = torch.empty(rows, model.support or scores.shape[1])
+    scores[:, : noise.shape[1]] -= noise.neg_().log1p_()
     scores.argmax(-1)
 
 
 @torch.no_grad()
-def comparing(models: list[Model], dtype: torch.dtype, rollouts: list[Rollout]) -> int:
-    """Bytes of the tables in which both models' hidden rows are compared, beside these rows."""
-    heads = [m.head() for m in models]
-    count = sum(len(r.taught) for r in rollouts)
-    rows = [ghost((count, h.weight_VD.shape[1])) for h in heads]
-    live = Live([*rows, *(h.weight_VD for h in heads)])
-    with live:
+def measure_comparison(
+    student: Head, teacher: Head, dtype: torch.dtype, rollouts: list[Rollout]
+) -> int:
+    """Return the peak bytes of the tables that compare both models, beside their hidden rows."""
+    count = len(scoring.tokens(rollouts))
+    student_ND = make_ghost((count, student.weight_VD.shape[1]))
+    teacher_NE = make_ghost((count, teacher.weight_VD.shape[1]))
+    counter = StorageCounter([student_ND, teacher_NE, student.weight_VD, teacher.weight_VD])
+    with counter:
         statistics(
             Terms("reverse-kl", dtype=dtype),
-            rows[0],
-            heads[0],
-            rows[1],
-            heads[1],
+            student_ND,
+            student,
+            teacher_NE,
+            teacher,
             scoring.tokens(rollouts),
         )
-    return live.peak
+    return counter.peak

@@ -1,19 +1,15 @@
-"""`prefix-distill plan`: what a run would need, from config files alone. Memory by phase
-(planning/forecast.py), FLOPs, time at a known rate.
+"""`prefix-distill plan`: forecast memory by phase, FLOPs and time from config files alone.
 
-FLOPs are useful ones, as in the ledger of a run whose rollouts all reach the prefix: an upper
-bound, as rollouts that end early cost less. Evaluations and tail probes are outside of them.
+FLOPs are useful ones, as in the ledger of a run whose rollouts all reach the prefix. This is an
+upper bound, because rollouts that end early cost less. Evaluations and tail probes are not counted.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from .. import config as configuration
 from ..config import SELF, Config
 from ..engine import loading
 from ..engine.models import Model, shape
@@ -21,121 +17,147 @@ from ..errors import UserError
 from ..maths import flops
 from ..maths.flops import Ledger, Shape
 from ..maths.schedule import PrefixSchedule, parse_prefix
-from ..prompts import stream, templates
-from ..prompts.load import load_prompts
-from ..prompts.templates import PRIVILEGED
 from ..training.pair import fill_in
-from ..training.problems import LONGEST
+from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
-from .cards import fit_cards
-from .case import case
-from .forecast import Pair
+from .cards import describe_adapter, fit_cards
+from .case import Dtypes, Lengths, Network, PromptLengths, build_case, choose_adapter
+from .forecast import Forecaster
 from .ghosts import sketch
-from .rate import estimate_seconds, measure_rate, read_rate
+from .prompt_lengths import assume_prompts, read_prompts
+from .rate import RateSource, estimate_seconds
 
-USUAL = ("25%", "50%", "full")
-PROMPTS = 256  # prompts of the data set that are rendered for their lengths
+USUAL_PREFIXES = "25%,50%,full"
+NO_RATE = RateSource()
 
 
 @dataclass(frozen=True)
-class Reader:
-    """A model reduced to its name and tokenizer."""
+class Source:
+    """A model's name, the folder or hub id of its files, and its config."""
 
     name: str
-    tokenizer: Any
+    folder: str
+    config: PreTrainedConfig
 
 
-def read_config(name: str, trust_remote_code: bool = False) -> tuple[str, PreTrainedConfig]:
-    """A model's config, from a folder (config.json is enough), hub id or ``lab:TASK/ROLE``; no
-    weight is touched. UserError else."""
+def plan(
+    config: Config,
+    prompt_tokens: int | None = None,
+    prefixes: str = USUAL_PREFIXES,
+    rate_source: RateSource = NO_RATE,
+) -> dict:
+    """Return the document of `prefix-distill plan`.
+
+    ``prompt_tokens``: the length of every prompt, in place of a data set's; ``prefixes``: schedules
+    beside the config's own, separated by commas. UserError: an option is invalid, a file cannot be
+    read, or the prompts and responses are longer than the models' positions.
+    """
+    rate_source.check()
+    # The default data set belongs to the default student; another student needs other prompts.
+    has_data = config.data.dataset is not None or config.models.student is None
+    notes = Notes()
+    config = fill_in(config, notes)
+    student, teacher = _read_sources(config)
+    dtypes = _choose_dtypes(config, notes.lines)
+    nets = [
+        sketch(student.name, student.config, Network(torch.float32, choose_adapter(config))),
+        sketch(teacher.name, teacher.config, Network(dtypes.compute)),
+    ]
+    if has_data and prompt_tokens is None:
+        prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes)
+    else:
+        prompts = assume_prompts(prompt_tokens, nets, notes)
+    longest = max(max(lengths) for lengths in prompts.lengths)
+    config = settle_max_new_tokens(config, nets, longest, prompts.task_limit, notes)
+    limit = settled(config.rollout.max_new_tokens, "--max-new-tokens")
+    schedules = _parse_schedules(config, prefixes, limit)
+    rate = rate_source.read(config, nets[0], dtypes.compute)
+    forecaster = Forecaster(student.config, teacher.config, (student.name, teacher.name))
+    case = build_case(
+        config, dtypes, Lengths(prompts.lengths, prefix=limit, limit=limit), prompts.support
+    )
+    shapes = [shape(net, prompts.support) for net in nets]
+    rows = []
+    for text, schedule in schedules.items():
+        tokens = [schedule.length(0), schedule.longest(config.train.steps or 1)]
+        cost = _price(count_flops(config, shapes, prompts.lengths, schedule), config, rate)
+        memory = forecaster.forecast(replace(case, prefix=tokens[1]))
+        rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
+    # The cards are for the config's own prefix.
+    case = replace(case, prefix=rows[0]["tokens"][1])
+    return {
+        **_describe(config, nets, dtypes, prompts.support),
+        "rate": rate,
+        "prefixes": rows,
+        "cards": fit_cards(forecaster, config, case, notes.lines),
+        "notes": notes.lines,
+    }
+
+
+def read_source(name: str, trust_remote_code: bool = False) -> Source:
+    """Read a model's config from a folder, a hub id or ``lab:TASK/ROLE``, without its weights.
+
+    Of a folder, config.json is enough. UserError: there is no config, or it is not supported.
+    """
     folder, extra = loading.locate(name)
     if extra:
         raise UserError(
-            f"model {name}: a plan reads config.json, which an adapter or a .gguf file has not; "
-            "name the base model"
+            f"model {name}: expected a config.json, which an adapter or a .gguf file does not "
+            "have; name the base model"
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         loading.check_config(name, folder, config)
-        return folder, config
     except UserError:
         raise
-    except Exception as error:  # as in models.load
+    except Exception as error:  # the hub, the disk or the model's own code fails in any way
         raise UserError(
             f"model {name}: its config cannot be read ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); give a hub id or a folder with config.json"
         ) from None
+    return Source(name, folder, config)
 
 
-def plan(  # noqa: PLR0913  each is an option of the command line
-    config: Config,
-    prompt_tokens: int | None = None,
-    prefixes: str | None = None,
-    tflops: float | None = None,
-    measure: bool = False,
-    from_run: str | None = None,
-) -> dict:
-    """The document of `prefix-distill plan`. ``prompt_tokens``: the prompts' length instead of a
-    data set's; ``prefixes``: lengths beside the config's, by commas; ``tflops``, ``measure``,
-    ``from_run``: where the rate comes from (none: no time is given)."""
-    _check_above_zero("--prompt-tokens", prompt_tokens, "1 token")
-    _check_rate(tflops, measure, from_run)
-    given = config.data.dataset is not None or config.models.student is None
-    told = Notes()
-    config, notes = fill_in(config, told), told.lines
-    names = _names(config)
-    read = [read_config(name, config.models.trust_remote_code) for name in names]
-    folders, configs = [folder for folder, _ in read], [found for _, found in read]
-    dtype, head_dtype = _dtypes(config, notes)
-    support = min(c.get_text_config(decoder=True).vocab_size for c in configs)
-    if prompt_tokens is None and given:
-        prompts, wanted, support = _prompts(config, folders, names, support)
-        mean = sum(p for p, _ in prompts) / len(prompts)
-        notes.append(
-            f"prompts: {len(prompts)} of {config.data.dataset}, {mean:.0f} tokens on average"
-        )
+def _read_sources(config: Config) -> tuple[Source, Source]:
+    """Return the student and the teacher."""
+    trust = config.models.trust_remote_code
+    student = read_source(settled(config.models.student, "--student"), trust)
+    teacher = settled(config.models.teacher, "--teacher")
+    if teacher == SELF:
+        return student, student
+    return student, read_source(teacher, trust)
+
+
+def _choose_dtypes(config: Config, notes: list[str]) -> Dtypes:
+    """Return the dtype of the networks and of the heads."""
+    runtime = config.runtime
+    if runtime.dtype == "auto":
+        compute = torch.bfloat16
+        notes.append("dtype bfloat16: the choice of --dtype auto on a GPU")
     else:
-        length, wanted = prompt_tokens or 256, None
-        prompts = [(length, length)]
-        why = "" if prompt_tokens else " (assumed; set --prompt-tokens or --dataset)"
-        notes.append(f"prompts: {length} tokens each{why}")
-    limit = _longest_response(config, wanted, max(map(max, prompts)), configs)
-    config = configuration.replace(config, rollout={"max_new_tokens": limit})
-    schedules = _schedules(config, prefixes, limit)
-    adapter = config.adapter if config.adapter.rank else None
-    nets = (
-        sketch(names[0], configs[0], torch.float32, None, adapter),
-        sketch(names[1], configs[1], dtype),
-    )
-    rate = _choose_rate(config, nets[0], dtype, tflops, measure, from_run)
-    pair = Pair(configs[0], configs[1], names)
-    needs = case(config, dtype, head_dtype, prompts, limit, limit, support=support)
-    shapes = [shape(net, support) for net in nets]
-    rows = []
-    for text, schedule in schedules.items():
-        low, high = schedule.length(0), schedule.longest(config.train.steps or 1)
-        cost = _cost(_whole(config, shapes, prompts, schedule), config.train.steps, rate)
-        memory = pair.forecast(replace(needs, prefix=high))
-        rows.append({"prefix": text, "tokens": [low, high], **cost, "memory": memory})
-    first = replace(needs, prefix=rows[0]["tokens"][1])
-    return {
-        **_describe(config, nets, dtype, support),
-        "rate": rate,
-        "prefixes": rows,
-        "cards": fit_cards(pair, config, first, notes),
-        "notes": notes,
-    }
+        compute = getattr(torch, runtime.dtype)
+    if runtime.head_dtype == "auto":
+        return Dtypes(compute, compute)
+    return Dtypes(compute, getattr(torch, runtime.head_dtype))
 
 
-def _describe(config: Config, nets: tuple[Model, Model], dtype: torch.dtype, support: int) -> dict:
+def _parse_schedules(config: Config, prefixes: str, limit: int) -> dict[str, PrefixSchedule]:
+    """Return the schedules by their text, the config's own first."""
+    texts = [config.schedule.prefix, *prefixes.split(",")]
+    schedules = {}
+    for text in texts:
+        schedules[text.strip()] = parse_prefix(text, limit)
+    return schedules
+
+
+def _describe(config: Config, nets: Sequence[Model], dtypes: Dtypes, support: int) -> dict:
     """Return the models, method and sizes of the planned run."""
     student, teacher = nets
-    rank = config.adapter.rank
     return {
         "student": {"name": student.name, "parameters": student.parameters},
         "teacher": {"name": teacher.name, "parameters": teacher.parameters},
-        "method": f"LoRA of rank {rank}" if rank else "all weights",
-        "dtype": str(dtype)[6:],
+        "method": describe_adapter(config.adapter),
+        "dtype": str(dtypes.compute).removeprefix("torch."),
         "support": support,
         "updates": config.train.steps,
         "rollouts_per_update": config.train.batch_size * config.rollout.samples,
@@ -144,144 +166,40 @@ def _describe(config: Config, nets: tuple[Model, Model], dtype: torch.dtype, sup
     }
 
 
-def _check_above_zero(flag: str, value: float | None, what: str) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise UserError(f"{flag} {value}: expected at least {what}; change it")
-
-
-def _check_rate(tflops: float | None, measure: bool, from_run: str | None) -> None:
-    """Raise UserError if the rate is invalid or given twice."""
-    _check_above_zero("--device-tflops", tflops, "a rate above 0, such as 100")
-    if sum((tflops is not None, measure, from_run is not None)) > 1:
-        raise UserError(
-            "--device-tflops, --measure, --from-run: each gives the rate by itself; keep one"
-        )
-
-
-def _names(config: Config) -> tuple[str, str]:
-    """Return the names of the student and the teacher."""
-    student = settled(config.models.student, "--student")
-    teacher = settled(config.models.teacher, "--teacher")
-    return student, student if teacher == SELF else teacher
-
-
-def _dtypes(config: Config, notes: list[str]) -> tuple[torch.dtype, torch.dtype]:
-    """Return the compute dtype and the dtype of the heads."""
-    runtime = config.runtime
-    if runtime.dtype == "auto":
-        dtype = torch.bfloat16
-        notes.append("dtype bfloat16: what --dtype auto takes on a GPU")
-    else:
-        dtype = getattr(torch, runtime.dtype)
-    return dtype, dtype if runtime.head_dtype == "auto" else getattr(torch, runtime.head_dtype)
-
-
-def _longest_response(
-    config: Config, wanted: int | None, longest: int, configs: Sequence[PreTrainedConfig]
-) -> int:
-    """Return the longest response in tokens: --max-new-tokens, else ``wanted``, else what fits
-    after the ``longest`` prompt. UserError: the models' positions do not suffice."""
-    texts = [c.get_text_config(decoder=True) for c in configs]
-    positions = min(
-        (p for t in texts if (p := getattr(t, "max_position_embeddings", None))), default=None
-    )
-    room = None if positions is None else positions - longest
-    limit = config.rollout.max_new_tokens or wanted or min(LONGEST, room or LONGEST)
-    if room is not None and limit > room:
-        raise UserError(
-            f"{limit} response tokens after a prompt of {longest}: the models have {positions} "
-            f"positions; lower --max-new-tokens to {max(0, room)} or the prompts"
-        )
-    return limit
-
-
-def _schedules(config: Config, prefixes: str | None, limit: int) -> dict[str, PrefixSchedule]:
-    """Return prefix option → schedule, the config's own prefix first."""
-    others = USUAL if prefixes is None else [p.strip() for p in prefixes.split(",")]
-    wanted = dict.fromkeys([config.schedule.prefix, *others])
-    return {text: parse_prefix(text, limit) for text in wanted}
-
-
-def _choose_rate(  # noqa: PLR0913  three options and the operands of --measure
-    config: Config,
-    student: Model,
-    dtype: torch.dtype,
-    tflops: float | None,
-    measure: bool,
-    from_run: str | None,
-) -> dict | None:
-    """{source, FLOP/s (all, or by phase)}; None where no rate is known."""
-    if tflops is not None:
-        return {"source": f"--device-tflops {tflops:g}", "flops_per_second": tflops * 1e12}
-    if measure:
-        return measure_rate(config, student, dtype)
-    return None if from_run is None else read_rate(from_run)
-
-
-def _cost(ledger: Ledger, updates: int, rate: dict | None) -> dict:
+def _price(ledger: Ledger, config: Config, rate: dict | None) -> dict:
     """Return the FLOPs of a run with ``ledger``, and its seconds at ``rate``."""
+    seconds = None
+    if rate is not None:
+        seconds = estimate_seconds(ledger, rate)
     return {
         "flops": ledger.summary()["by_phase"],
         "flops_total": ledger.total(),
-        "flops_per_update": ledger.total() / max(1, updates),
-        "seconds": None if rate is None else estimate_seconds(ledger, rate),
+        "flops_per_update": ledger.total() / max(1, config.train.steps),
+        "seconds": seconds,
     }
 
 
-def _prompts(
-    config: Config, folders: Sequence[str], names: Sequence[str], support: int
-) -> tuple[list[tuple[int, int]], int | None, int]:
-    """(student's, teacher's) prompt lengths of the data set, the task's longest answer, and the
-    support that the tokenizers leave."""
-    columns = {
-        k: getattr(config.data, k)
-        for k in ("prompt_column", "answer_column", "system", "instruction", "privileged_column")
-    }
-    dataset = settled(config.data.dataset, "--dataset")
-    found = load_prompts(dataset, split=config.data.split, **columns)
-    readers = []
-    for folder, name in zip(folders, names, strict=True):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=config.models.trust_remote_code
-            )
-        except Exception as error:  # as in models.load
-            raise UserError(
-                f"model {name}: it has no readable tokenizer ({type(error).__name__}), so the "
-                "prompts' lengths are unknown; give --prompt-tokens in place of --dataset"
-            ) from None
-        readers.append(Reader(name, tokenizer))
-    if config.data.privileged_column is not None and config.data.privileged_template is None:
-        config = configuration.replace(
-            config, data={"privileged_template": found.privileged_template or PRIVILEGED}
-        )
-    wanted = min(PROMPTS, max(1, config.train.steps * config.train.batch_size))
-    order = stream.shuffled(found.prompts, config.runtime.seed, "epoch", 0)
-    student, teacher = readers
-    kept, _ = templates.render_all(order, student, teacher, config, wanted)
-    ids = [max(reader.tokenizer.get_vocab().values()) + 1 for reader in readers]
-    return (
-        [(len(r.student_ids), len(r.teacher_ids)) for r in kept],
-        found.max_new_tokens,
-        min(support, *ids) if ids[0] == ids[1] else support,
-    )
-
-
-def _whole(
+def count_flops(
     config: Config,
     shapes: Sequence[Shape],
-    prompts: list[tuple[int, int]],
+    prompts: Sequence[PromptLengths],
     schedule: PrefixSchedule,
 ) -> Ledger:
-    """FLOPs of all updates; every rollout is as long as the prefix lets it be. The prompts come
-    in turn."""
+    """Return the FLOPs of all updates, whose rollouts are all as long as the prefix.
+
+    The prompts are used in turn.
+    """
     size, samples = config.train.batch_size, config.rollout.samples
-    micro = config.train.micro_batch_size
-    behind = samples, micro, 1 if config.train.gradient_checkpointing else micro
+    micro_batch = config.train.micro_batch_size
+    training = micro_batch
+    if config.train.gradient_checkpointing:
+        training = 1
+    # how many responses follow one forward pass of their prompt: generation, scoring, training
+    behind = (samples, micro_batch, training)
     student, teacher = shapes
     ledger = Ledger()
     for step in range(config.train.steps):
-        chosen = [prompts[(step * size + i) % len(prompts)] for i in range(size)]
+        batch = [prompts[(step * size + i) % len(prompts)] for i in range(size)]
         length = schedule.length(step)
-        ledger.merge(flops.update_ledger(student, teacher, chosen, samples, length, behind))
+        ledger.merge(flops.update_ledger(student, teacher, batch, samples, length, behind))
     return ledger

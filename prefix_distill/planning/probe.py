@@ -1,376 +1,331 @@
-"""Where is the signal? Before anything is trained: divergence by position, what a teacher's prefix
-does for the student, what the student's does to the teacher, and from these a prefix length."""
+"""`prefix-distill probe`: measure before training where the student differs from the teacher.
 
-import dataclasses
+Keys of its document:
+
+by_position          reverse KL(S‖T) and entropy of S (nats per token), in bins of the student's own
+                     full rollouts
+kl_share             share of each rollout's KL in its first 10, 25 and 50 %, over all rollouts
+kl_share_by_tokens   share of the KL in the first N tokens, for every prefix length tried
+quadrants            entropy × divergence of the student's tokens, above or below their medians
+                     (``weights.quadrants``)
+teacher_prefix_curve the student's accuracy if the teacher writes the first N tokens (after arXiv
+                     2602.15260)
+teacher_decay_curve  the teacher's accuracy if the student writes the first N tokens
+recommended_prefix   tokens, "full", or None if there is nothing to recommend
+expected_saving      useful FLOPs of an update with full rollouts over those with the prefix
+"""
+
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+from .. import config as configuration
+from ..config import Config
 from ..engine import evaluate
 from ..engine.device import Clock
 from ..engine.meter import Meter
-from ..engine.models import Model, decoder
-from ..engine.rollout import Rollout
-from ..engine.sampling import GenerationCost, Request, generate
+from ..engine.models import Model
 from ..engine.scoring import Scorer
 from ..maths import intervals
-from ..maths.flops import Ledger
 from ..maths.weights import quadrants
-from ..prompts import answers
-from ..training.run import Run
+from ..prompts.answers import correct
+from ..training.pair import fill_in
+from ..training.prompt_sets import load_prompt_sets
+from ..training.run import Notes, Run, settled
+from .answering import Answering, Answers
+from .case import Ids, make_rollout
 
-SHARES = (
-    0.025,
-    0.05,
-    0.1,
-    0.2,
-    0.35,
-    0.5,
-)  # prefix lengths tried, as shares of the teacher's mean length
-RECOVERED = (
-    0.8  # of the gap between student and teacher: what a prefix must close to be recommended
-)
-HELD = 0.8  # of the divergence: what it must hold where there are no answers to grade
+# prefix lengths that are tried, as shares of the teacher's mean length
+SHARES = (0.025, 0.05, 0.1, 0.2, 0.35, 0.5)
+# share of the accuracy gap between student and teacher that a recommended prefix must close
+RECOVERED = 0.8
+# share of the divergence that it must hold if there are no answers to grade
+HELD = 0.8
 BINS = 24
 
-Written = tuple[tuple[int, ...], bool]  # ids of an answer, and whether it finished
+Values = list[list[float | None]]  # nats per token, by rollout
 
 
-def probe(run: Run, say: Callable[[str], None] = lambda text: None) -> dict:
-    """The document of `prefix-distill probe` for the run's training prompts.
+@dataclass(frozen=True)
+class Curves:
+    """Accuracy by the number N of given tokens, one point {tokens, value, …} per N.
 
-    by_position          reverse KL(S‖T) and entropy of S (nats per token), in bins of the student's
-                         own full rollouts
-    kl_share             share of each rollout's KL in its first 10, 25 and 50 %, over all rollouts
-    quadrants            entropy × divergence of the student's tokens, above or below their medians
-                         (``weights.quadrants``)
-    teacher_prefix_curve student's accuracy when the teacher writes the first N tokens   [after
-                                                                                         arXiv
-                                                                                         2602.15260]
-    teacher_decay_curve  teacher's accuracy when the student writes the first N tokens
-    recommended_prefix   tokens, "full", or None where there is nothing to recommend
-
-    Where answers can be graded, the recommended prefix is the shortest of those tried, up to half
-    of the teacher's mean length, with which a teacher-written prefix closes 80 % of the gap in
-    accuracy. That tells a wrong start, which a prefix can mend, from a missing skill, which the
-    rest of the answer keeps needing. Otherwise it is the shortest whose tokens hold 80 % of the KL.
-    ``expected_saving`` is an update's useful FLOPs with full rollouts over those with the prefix.
+    ``student``: of the student behind N teacher tokens; ``teacher``: of the teacher behind N
+    student tokens.
     """
-    prompts, clock = run.problems.train, Clock(run.place.device)
-    writer = Writer(run)
-    nothing: list[tuple[int, ...]] = [()] * len(prompts)
+
+    student: list[dict]
+    teacher: list[dict]
+
+
+def _ignore(text: str) -> None:
+    """Report nothing."""
+
+
+def fit_to_data(config: Config) -> tuple[Config, list[str]]:
+    """Return the config with at most as many prompts as its data sets hold, and a note if fewer.
+
+    Streamed sets have no known size and are left alone.
+    """
+    if config.data.streaming:
+        return config, []
+    notes = Notes()
+    sets = load_prompt_sets(fill_in(config, notes), notes)
+    available = 0
+    for s in sets.train:
+        available += len(tuple(s.prompts))
+    wanted = config.train.batch_size
+    if wanted <= available:
+        return config, []
+    note = f"--problems {wanted}: the data has {available} training prompts; all are probed"
+    return configuration.replace(config, train={"batch_size": available}), [note]
+
+
+def probe(run: Run, say: Callable[[str], None] = _ignore) -> dict:
+    """Return the document of `prefix-distill probe` for the run's training prompts.
+
+    If answers can be graded, the recommended prefix is the shortest of those tried, up to half of
+    the teacher's mean length, with which the student closes 80 % of the gap in accuracy. This tells
+    a wrong start, which a prefix can correct, from a missing skill, which the rest of the answer
+    needs as well. Otherwise it is the shortest prefix whose tokens hold 80 % of the KL. ``say``
+    receives a line per step.
+    """
+    prompts = run.problems.train
+    clock = Clock(run.place.device)
+    answering = Answering(run)
     with clock.phase("probe"):
-        say(f"{len(prompts)} prompts: both models answer in full")
-        own, expert = writer.write("student", nothing, 0), writer.write("teacher", nothing, 0)
-        length = sum(map(len, _as_students(run, expert))) / len(expert)
+        say(f"both models answer {len(prompts)} prompts in full")
+        student = answering.answer(answering.student)
+        teacher = answering.answer(answering.teacher)
+        length = _mean_length(_in_student_tokens(run, teacher))
         tried = sorted({max(1, round(share * length)) for share in SHARES})
-        facts = _facts(run, own, writer.ledger)
-        lifted, decayed = _curves(writer, own, expert, tried, say)
-    kl = [row["divergence"] for row in facts]
-    held = {n: _share_of_first(kl, n) for n in tried}
-    teacher = None if decayed is None else decayed[0]
-    recommended, reason = recommend(lifted, teacher, held, length)
-    chosen = recommended if isinstance(recommended, int) else length
-    lengths = [len(p.student_ids) for p in prompts]
+        kl, entropy = _measure_tokens(run, student, answering.meter)
+        curves = None
+        if all(p.prompt.answer is not None for p in prompts):
+            curves = _measure_curves(answering, student, teacher, tried, say)
+    kl_by_tokens = {n: _share_of_kl(kl, [n] * len(kl)) for n in tried}
+    recommended, reason = recommend(curves, kl_by_tokens, length)
+    # Without a prefix of some tokens, the update costs what full rollouts cost.
+    response = length
+    if isinstance(recommended, int):
+        response = recommended
     return {
         "recommended_prefix": recommended,
         "reason": reason,
-        "expected_saving": run.update_cost(prompts, length) / run.update_cost(prompts, chosen),
+        "expected_saving": run.update_cost(prompts, length) / run.update_cost(prompts, response),
         "prompts": len(prompts),
-        "prompt_tokens": sum(lengths) / len(lengths),
-        "student_tokens": sum(len(ids) for ids, _ in own) / len(own),
+        "prompt_tokens": _mean_length(answering.student.prompts),
+        "student_tokens": _mean_length(student.ids),
         "teacher_tokens": length,
         "kl": intervals.token_mean(kl),
         "kl_share": {
-            f"first_{round(100 * share)}_percent": _share(kl, share) for share in (0.1, 0.25, 0.5)
+            "first_10_percent": _share_of_kl(kl, _shorten(kl, 0.1)),
+            "first_25_percent": _share_of_kl(kl, _shorten(kl, 0.25)),
+            "first_50_percent": _share_of_kl(kl, _shorten(kl, 0.5)),
         },
-        "kl_share_by_tokens": {str(n): share for n, share in held.items()},
-        "by_position": _bins(facts),
-        "quadrants": quadrants(
-            intervals.known([row["entropy"] for row in facts]),
-            intervals.known([row["divergence"] for row in facts]),
-        ),
-        "teacher_prefix_curve": _public(lifted),
-        "teacher_decay_curve": _public(decayed),
-        "flops": writer.flops().summary(),
+        "kl_share_by_tokens": {str(n): share for n, share in kl_by_tokens.items()},
+        "by_position": _bin_positions(kl, entropy),
+        "quadrants": quadrants(intervals.known(entropy), intervals.known(kl)),
+        **_publish(curves),
+        "flops": answering.total_flops().summary(),
         "seconds": clock.seconds["probe"],
     }
 
 
-class Writer:
-    """Samples full answers of both models to the run's training prompts; ``ledger`` counts their
-    FLOPs."""
-
-    def __init__(self, run: Run):
-        self.run, self.ledger = run, Ledger()
-        self.clock = Clock(run.place.device)
-        sampler, text = run.method.eval_sampler, run.method.text_sampler  # text: the teacher's ids
-        theirs = dataclasses.replace(sampler, eos=text.eos, support=text.support, pad=text.pad)
-        student = decoder(run.pair.student, run.place.dtype)
-        teacher = decoder(run.pair.teacher, run.place.dtype)
-        self.sides = {
-            "student": (student, run.pair.student_shape, "student_ids", sampler),
-            "teacher": (teacher, run.pair.teacher_shape, "teacher_ids", theirs),
-        }
-
-    def write(self, side: str, given: Sequence[tuple[int, ...]], key: int) -> list[Written]:
-        """Full answers that ``side`` goes on to from the given starts; sharded over ranks."""
-        place, cap = self.run.place, self.run.method.prefix.limit
-        sampler = self.sides[side][3]
-        open_ends = [
-            i
-            for i, start in enumerate(given)
-            if len(start) < cap and not sampler.eos.intersection(start)
-        ]
-        by_room: dict[int, list[int]] = {}
-        for i in open_ends[place.rank :: place.world]:
-            by_room.setdefault(cap - len(given[i]), []).append(i)
-        drawn: dict[int, Written] = {}
-        for room, rows in by_room.items():
-            drawn |= self._go_on(side, given, rows, room, key)
-        merged = {i: row for part in place.gather(drawn) for i, row in part.items()}
-        return [
-            merged.get(i, (start, bool(sampler.eos.intersection(start))))
-            for i, start in enumerate(given)
-        ]
-
-    def _go_on(
-        self, side: str, given: Sequence[tuple[int, ...]], rows: list[int], room: int, key: int
-    ) -> dict[int, Written]:
-        """Continue ``given`` on the ``rows`` with model ``side``, by up to ``room`` tokens → by
-        row."""
-        model, shape, ids, sampler = self.sides[side]
-        prompts = self.run.problems.train
-        requests = [
-            Request(getattr(prompts[i], ids) + given[i], ("probe", side, key, i)) for i in rows
-        ]
-        responses = generate(
-            model,
-            requests,
-            room,
-            sampler,
-            GenerationCost(
-                meter=Meter(self.clock, self.ledger),
-                shape=shape,
-                prefill=f"{side}_prefill",
-                decode=f"{side}_decode",
-            ),
-        )
-        return {i: (given[i] + r.ids, r.finished) for i, r in zip(rows, responses, strict=True)}
-
-    def flops(self) -> Ledger:
-        """Return the merged ledgers of all ranks."""
-        merged = Ledger()
-        for part in self.run.place.gather(self.ledger):
-            merged.merge(part)
-        return merged
+def _mean_length(rows: Sequence[Ids]) -> float:
+    """Return the mean number of ids."""
+    return sum(map(len, rows)) / len(rows)
 
 
-def _as_students(run: Run, written: list[Written]) -> list[tuple[int, ...]]:
-    """Return the teacher's texts in the student's tokens."""
+def _in_student_tokens(run: Run, answers: Answers) -> list[Ids]:
+    """Return the teacher's answers in the student's tokens."""
     if run.pair.alignment is None:
-        return [ids for ids, _ in written]
-    return [run.pair.alignment.to_student(ids, done) for ids, done in written]
+        return answers.ids
+    return list(map(run.pair.alignment.to_student, answers.ids, answers.finished))
 
 
-def _as_teachers(run: Run, written: list[Written]) -> list[tuple[int, ...]]:
-    """Return the student's texts in the teacher's tokens."""
+def _in_teacher_tokens(run: Run, answers: Answers) -> list[Ids]:
+    """Return the student's answers in the teacher's tokens."""
     if run.pair.alignment is None:
-        return [ids for ids, _ in written]
-    return [run.pair.alignment.align(ids, done)[0] for ids, done in written]
+        return answers.ids
+    texts = []
+    for ids, finished in zip(answers.ids, answers.finished, strict=True):
+        teacher_ids, _ = run.pair.alignment.align(ids, finished)
+        texts.append(teacher_ids)
+    return texts
 
 
-def _curves(
-    writer: Writer,
-    own: list[Written],
-    expert: list[Written],
+def _cut(answers: Answers, tokens: int) -> Answers:
+    """Return the first ``tokens`` of every answer."""
+    cut = Answers([], [])
+    for ids, finished in zip(answers.ids, answers.finished, strict=True):
+        cut.ids.append(ids[:tokens])
+        cut.finished.append(finished and len(ids) <= tokens)
+    return cut
+
+
+def _measure_tokens(run: Run, answers: Answers, meter: Meter) -> tuple[Values, Values]:
+    """Return the reverse KL and the entropy of every token of the student's answers."""
+    rollouts = []
+    for slot, prompt in enumerate(run.problems.train):
+        rollout = make_rollout(slot, prompt.student_ids, prompt.teacher_ids, answers.ids[slot])
+        rollouts.append(replace(rollout, finished=answers.finished[slot]))
+    scorer = Scorer.reverse_kl(run.pair, run.place)
+    facts = evaluate.held_out_facts(scorer, run.pair.align(rollouts), run.limits, meter, "scoring")
+    kl: Values = []
+    entropy: Values = []
+    for row in facts:
+        kl.append(row["divergence"])
+        entropy.append(row["entropy"])
+    return kl, entropy
+
+
+def _measure_curves(
+    answering: Answering,
+    student: Answers,
+    teacher: Answers,
     tried: list[int],
     say: Callable[[str], None],
-) -> tuple[list[dict], list[dict]] | tuple[None, None]:
-    """Return the student's accuracy after N teacher tokens, and the teacher's after N student
-    tokens.
-
-    N is 0 and every number ``tried``. Both are None if a prompt has no reference answer.
-    """
-    run = writer.run
-    golds = [p.prompt.answer for p in run.problems.train if p.prompt.answer is not None]
-    if len(golds) < len(run.problems.train):
-        return None, None
-    lifted = [_graded(run, own, 0, run.pair.student, golds)]
-    decayed = [_graded(run, expert, 0, run.pair.teacher, golds)]
-    expert_ids = _as_students(run, expert)
+) -> Curves:
+    """Return both accuracy curves, at N = 0 and every number ``tried``."""
+    run = answering.run
+    curves = Curves(
+        [_grade(run, run.pair.student, student, 0)],
+        [_grade(run, run.pair.teacher, teacher, 0)],
+    )
+    teacher_texts = _in_student_tokens(run, teacher)
     for n in tried:
-        say(f"the teacher writes {n} tokens, the student goes on; and the other way round")
-        written = writer.write("student", [ids[:n] for ids in expert_ids], n)
-        lifted.append(_graded(run, written, n, run.pair.student, golds))
-        starts = _as_teachers(run, [(ids[:n], done and len(ids) <= n) for ids, done in own])
-        written = writer.write("teacher", starts, n)
-        decayed.append(_graded(run, written, n, run.pair.teacher, golds))
-    return lifted, decayed
+        say(f"each model continues the first {n} tokens of the other's answers")
+        starts = [ids[:n] for ids in teacher_texts]
+        continued = answering.continue_from(answering.student, starts, n)
+        curves.student.append(_grade(run, run.pair.student, continued, n))
+        starts = _in_teacher_tokens(run, _cut(student, n))
+        continued = answering.continue_from(answering.teacher, starts, n)
+        curves.teacher.append(_grade(run, run.pair.teacher, continued, n))
+    return curves
 
 
-def recommend(
-    lifted: list[dict] | None, teacher: dict | None, held: dict[int, float], length: float
-) -> tuple[int | str | None, str]:
-    """Return (recommended prefix, reason).
+def _grade(run: Run, model: Model, answers: Answers, tokens: int) -> dict:
+    """Return the accuracy of answers behind ``tokens`` given tokens, with its interval.
 
-    ``lifted``: the student's accuracy after N teacher tokens; ``teacher``: the teacher's own
-    accuracy; both None without answers. ``held``: N → share of the KL in the first N tokens.
+    ``right``: 1 or 0 for every prompt. All prompts must have a reference answer.
     """
-    half = length / 2
-    if lifted is None or teacher is None:
-        for n, share in sorted(held.items()):
-            if share >= HELD and n <= half:
-                return n, (
-                    f"the first {n} tokens hold {share:.0%} of the divergence of the student's "
-                    "full answers (there are no reference answers, so accuracy was not probed)"
-                )
-        return "full", (
-            "a prefix will not do: the divergence is spread over the whole answer; its first half "
-            f"holds {max(held.values(), default=0):.0%} (there are no reference answers, so "
-            "accuracy was not probed)"
-        )
-    own = lifted[0]
-    gap = teacher["value"] - own["value"]
-    paired = intervals.interval(
-        [t - s for t, s in zip(teacher["right"], own["right"], strict=True)]
-    )
-    if paired["low"] <= 0:
-        return None, (
-            f"the teacher is not better than the student on these problems: {teacher['value']:.1%} "
-            f"against {own['value']:.1%} (difference {gap:+.1%} [{paired['low']:+.1%}, "
-            f"{paired['high']:+.1%}]); there is nothing to recommend, take another teacher or "
-            "other problems"
-        )
-    recovered = [(row["tokens"], (row["value"] - own["value"]) / gap) for row in lifted[1:]]
-    for n, share in recovered:
-        if share >= RECOVERED and n <= half + 0.5:
-            return n, (
-                f"when the teacher writes the first {n} of its {length:.0f} tokens, the student's "
-                f"accuracy rises from {own['value']:.1%} by {share:.0%} of the gap to the "
-                f"teacher's {teacher['value']:.1%}: what the student lacks is decided there"
-            )
-    n, share = recovered[-1]
-    return "full", (
-        f"a prefix will not do: even when the teacher writes the first {n} of its {length:.0f} "
-        f"tokens, the student makes up only {share:.0%} of the gap between {own['value']:.1%} and "
-        f"{teacher['value']:.1%}; what it lacks is needed all along the answer"
-    )
-
-
-def _facts(run: Run, own: list[Written], ledger: Ledger) -> list[dict]:
-    """Return ``evaluate.held_out_facts`` of the student's own answers."""
-    rollouts = []
-    for slot, (p, (ids, finished)) in enumerate(zip(run.problems.train, own, strict=True)):
-        rollout = Rollout(
-            slot=slot,
-            sample=0,
-            student_prompt=p.student_ids,
-            teacher_prompt=p.teacher_ids,
-            ids=ids,
-            teacher_ids=ids,
-            finished=finished,
-        )
-        rollouts.append(rollout)
-    scorer = Scorer.reverse_kl(run.pair, run.place)
-    meter = Meter(Clock(run.place.device), ledger)
-    return evaluate.held_out_facts(scorer, run.pair.align(rollouts), run.limits, meter, "scoring")
-
-
-def _graded(run: Run, written: list[Written], tokens: int, model: Model, golds: list[str]) -> dict:
-    """Return the accuracy of texts in ``model``'s tokens, with interval and per-prompt results;
-    ``tokens``: the given tokens."""
-    texts = [evaluate.decode(model, ids) for ids, _ in written]
-    right = [
-        float(answers.correct(text, gold, run.problems.answer_format))
-        for text, gold in zip(texts, golds, strict=True)
-    ]
+    right = []
+    for prompt, ids in zip(run.problems.train, answers.ids, strict=True):
+        reference = settled(prompt.prompt.answer, "the reference answer")
+        text = evaluate.decode(model, ids)
+        right.append(float(correct(text, reference, run.problems.answer_format)))
     return {
         "tokens": tokens,
         **intervals.interval(right),
-        "finish_rate": sum(f for _, f in written) / len(written),
+        "finish_rate": sum(answers.finished) / len(answers.finished),
         "right": right,
     }
 
 
-def _public(curve: list[dict] | None) -> list[dict | None]:
-    """Return a curve as the document shows it: without per-prompt results; [None] if it is None."""
-    if curve is None:
-        return [None]
-    return [{k: v for k, v in row.items() if k != "right"} for row in curve]
+def recommend(
+    curves: Curves | None, kl_by_tokens: dict[int, float], length: float
+) -> tuple[int | str | None, str]:
+    """Return the recommended prefix and the reason.
+
+    ``curves``: None without reference answers; ``kl_by_tokens``: N → share of the KL in the first N
+    tokens; ``length``: the mean length of the teacher's answers.
+    """
+    if curves is None:
+        return _recommend_by_divergence(kl_by_tokens, length)
+    return _recommend_by_accuracy(curves, length)
 
 
-def _share_of_first(values: list[list[float | None]], tokens: int) -> float:
-    """Return the share of the total KL in the first ``tokens`` of every rollout."""
-    first = math.fsum(intervals.known([row[:tokens] for row in values]))
-    return first / max(1e-12, math.fsum(intervals.known(values)))
-
-
-def _share(values: list[list[float | None]], share: float) -> float:
-    """Share of all KL that lies in the first ``share`` of every rollout."""
-    first = math.fsum(intervals.known([row[: math.ceil(share * len(row))] for row in values]))
-    return first / max(1e-12, math.fsum(intervals.known(values)))
-
-
-def _bins(facts: list[dict]) -> list[dict]:
-    """Means over bins of positions: {from, to (excluded), tokens, kl, entropy}."""
-    longest = max(len(row["divergence"]) for row in facts)
-    size = max(1, math.ceil(longest / BINS))
-    found = []
-    for start in range(0, longest, size):
-        kl, entropy = (
-            intervals.known([row[name][start : start + size] for row in facts])
-            for name in ("divergence", "entropy")
-        )
-        if kl:
-            found.append(
-                {
-                    "from": start,
-                    "to": start + size,
-                    "tokens": len(kl),
-                    "kl": math.fsum(kl) / len(kl),
-                    "entropy": math.fsum(entropy) / len(entropy),
-                }
+def _recommend_by_divergence(
+    kl_by_tokens: dict[int, float], length: float
+) -> tuple[int | str, str]:
+    caveat = "accuracy was not probed, because there are no reference answers"
+    for n, share in sorted(kl_by_tokens.items()):
+        if share >= HELD and n <= length / 2:
+            reason = (
+                f"the first {n} tokens hold {share:.0%} of the divergence of the student's full "
+                f"answers; {caveat}"
             )
-    return found
-
-
-def table(document: dict):
-    """The curves as a rich table."""
-    from rich.table import Table
-
-    made = Table(title=f"recommended --prefix: {document['recommended_prefix']}")
-    for heading in ("first tokens", "share of the KL", "student goes on", "teacher goes on"):
-        made.add_column(heading, justify="right")
-    curves = document["teacher_prefix_curve"], document["teacher_decay_curve"]
-    for lifted, decayed in zip(*curves, strict=True):
-        if lifted is not None:
-            n = lifted["tokens"]
-            share = "–" if n == 0 else f"{document['kl_share_by_tokens'][str(n)]:.0%}"
-            made.add_row(
-                str(n),
-                share,
-                *(
-                    f"{row['value']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
-                    for row in (lifted, decayed)
-                ),
-            )
-    if document["teacher_prefix_curve"][0] is None:
-        for n, share in document["kl_share_by_tokens"].items():
-            made.add_row(n, f"{share:.0%}", "–", "–")
-    return made
-
-
-def corner_table(document: dict):
-    """The quadrants as a rich table."""
-    from rich.table import Table
-
-    found = document["quadrants"]
-    made = Table(
-        title=f"the student's tokens; high: entropy above {found['borders'][0]:.2g}, KL above "
-        f"{found['borders'][1]:.2g} nats (medians)"
+            return n, reason
+    most = max(kl_by_tokens.values(), default=0)
+    reason = (
+        f"no prefix suffices: the first half of the answer holds only {most:.0%} of the "
+        f"divergence; {caveat}"
     )
-    for heading in ("quadrant", "share of the tokens", "share of the KL"):
-        made.add_column(heading, justify="left" if heading == "quadrant" else "right")
-    for name, share in found["quadrants"].items():
-        made.add_row(name, f"{share['tokens']:.0%}", f"{share['divergence']:.0%}")
-    return made
+    return "full", reason
+
+
+def _recommend_by_accuracy(curves: Curves, length: float) -> tuple[int | str | None, str]:
+    student, teacher = curves.student[0], curves.teacher[0]
+    accuracies = f"{student['value']:.1%} and {teacher['value']:.1%}"
+    gap = teacher["value"] - student["value"]
+    # Both models answer the same problems, so the interval is that of paired differences.
+    pairs = zip(teacher["right"], student["right"], strict=True)
+    difference = intervals.interval([t - s for t, s in pairs])
+    if difference["low"] <= 0:
+        reason = (
+            "nothing to recommend: the teacher did not beat the student on these problems; "
+            f"student and teacher reach {accuracies} (difference {gap:+.1%} "
+            f"[{difference['low']:+.1%}, {difference['high']:+.1%}]); use another teacher or other "
+            "problems"
+        )
+        return None, reason
+    closed = {}
+    for point in curves.student[1:]:
+        closed[point["tokens"]] = (point["value"] - student["value"]) / gap
+    for n, share in closed.items():
+        # The half is rounded up, because the tried lengths are rounded.
+        if share >= RECOVERED and n <= length / 2 + 0.5:
+            reason = (
+                f"a prefix suffices: if the teacher writes the first {n} of its {length:.0f} "
+                f"tokens, the student closes {share:.0%} of the accuracy gap between {accuracies}"
+            )
+            return n, reason
+    n, share = list(closed.items())[-1]
+    reason = (
+        f"no prefix suffices: even if the teacher writes the first {n} of its {length:.0f} tokens, "
+        f"the student closes only {share:.0%} of the accuracy gap between {accuracies}"
+    )
+    return "full", reason
+
+
+def _publish(curves: Curves | None) -> dict[str, list]:
+    """Return both curves as the document shows them: without the results per prompt."""
+    if curves is None:
+        return {"teacher_prefix_curve": [None], "teacher_decay_curve": [None]}
+    for point in curves.student + curves.teacher:
+        del point["right"]
+    return {"teacher_prefix_curve": curves.student, "teacher_decay_curve": curves.teacher}
+
+
+def _shorten(values: Values, share: float) -> list[int]:
+    """Return the lengths of the first ``share`` of every rollout, rounded up."""
+    return [math.ceil(share * len(row)) for row in values]
+
+
+def _share_of_kl(kl: Values, lengths: Sequence[int]) -> float:
+    """Return the share of the total KL in the first ``lengths`` tokens of the rollouts."""
+    first = [row[:length] for row, length in zip(kl, lengths, strict=True)]
+    return math.fsum(intervals.known(first)) / max(1e-12, math.fsum(intervals.known(kl)))
+
+
+def _bin_positions(kl: Values, entropy: Values) -> list[dict]:
+    """Return means over bins of positions: {from, to (excluded), tokens, kl, entropy}."""
+    # At most BINS bins of equal size; the last one may be shorter.
+    longest = max(map(len, kl))
+    size = max(1, math.ceil(longest / BINS))
+    bins = []
+    for start in range(0, longest, size):
+        # Across tokenizers only the first token of a taught unit has a value.
+        kl_values = intervals.known([row[start : start + size] for row in kl])
+        entropy_values = intervals.known([row[start : start + size] for row in entropy])
+        if kl_values:
+            row = {
+                "from": start,
+                "to": start + size,
+                "tokens": len(kl_values),
+                "kl": math.fsum(kl_values) / len(kl_values),
+                "entropy": math.fsum(entropy_values) / len(entropy_values),
+            }
+            bins.append(row)
+    return bins

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,57 +16,103 @@ from ..errors import UserError
 from ..maths.flops import Ledger
 
 
+@dataclass(frozen=True)
+class RateSource:
+    """Where the rate of a plan comes from; with none of the three, no time is forecast.
+
+    ``tflops``: given in 10¹² FLOP/s; ``measure``: measured on this machine; ``from_run``: a run
+    folder.
+    """
+
+    tflops: float | None = None
+    measure: bool = False
+    from_run: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError if the rate is not above 0, or is given twice."""
+        if self.tflops is not None and not 0 < self.tflops < math.inf:
+            raise UserError(
+                f"--device-tflops {self.tflops}: expected a rate above 0, such as 100; change it"
+            )
+        if (self.tflops is not None) + self.measure + (self.from_run is not None) > 1:
+            raise UserError(
+                "--device-tflops, --measure, --from-run: expected one source of the rate, got "
+                "several; keep one"
+            )
+
+    def read(self, config: Config, student: Model, dtype: torch.dtype) -> dict | None:
+        """Return {source, flops_per_second: a number, or one per phase}, or None."""
+        if self.tflops is not None:
+            source = f"--device-tflops {self.tflops:g}"
+            return {"source": source, "flops_per_second": self.tflops * 1e12}
+        if self.measure:
+            return measure_rate(config, student, dtype)
+        if self.from_run is not None:
+            return read_rate(self.from_run)
+        return None
+
+
 def read_rate(from_run: str | Path) -> dict:
-    """Return the rates that a run measured, by phase: {source, flops_per_second,
-    optimizer_seconds}."""
+    """Return what a run measured: {source, flops_per_second: by phase, optimizer_seconds}.
+
+    UserError: the folder has no metrics.jsonl with a row of an update.
+    """
     try:
-        rows = [
-            json.loads(line)
-            for line in (Path(from_run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        phases = [
-            key[len("flops/") :]
-            for key in rows[-1]
-            if key.startswith("flops/") and not key.endswith("_total")
-        ]
-        found = {
-            p: rows[-1][f"flops/{p}"] / seconds
-            for p in phases
-            if (seconds := sum(row.get(f"time/{p}_s", 0) for row in rows))
-        }
+        text = (Path(from_run) / "metrics.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+        rates = _divide_by_seconds(rows)
         optimizer = sum(row["time/optimizer_s"] for row in rows) / len(rows)
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise UserError(
-            f"--from-run {from_run}: it has no metrics.jsonl with a row of an update; name the "
-            "folder of a run that has trained"
+            f"--from-run {from_run}: expected metrics.jsonl with a row of an update in it; name "
+            "the folder of a run that has trained"
         ) from None
     return {
         "source": f"measured in {from_run}",
-        "flops_per_second": found,
+        "flops_per_second": rates,
         "optimizer_seconds": optimizer,
     }
 
 
+def _divide_by_seconds(rows: list[dict]) -> dict[str, float]:
+    """Return the FLOP/s of every phase that took time; FLOPs of the last row are cumulative."""
+    rates = {}
+    for key, flops in rows[-1].items():
+        if not key.startswith("flops/") or key.endswith("_total"):
+            continue
+        phase = key.removeprefix("flops/")
+        seconds = sum(row.get(f"time/{phase}_s", 0) for row in rows)
+        if seconds:
+            rates[phase] = flops / seconds
+    return rates
+
+
 def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
-    """FLOP/s of the student's own matmuls on this machine: a micro-batch's tokens through one
-    feed-forward matrix, forward. What a device does at best; decoding, which reads all weights for
-    few rows, stays far below."""
-    where = join_ranks(
-        configuration.replace(config, runtime={"dtype": str(dtype)[6:], "gpus": None}).runtime,
-        lambda: 0,
-    )
+    """Return the FLOP/s of a matrix product of the student on this machine, the best of a second.
+
+    A micro-batch's tokens go forward through one feed-forward matrix. This is an upper bound:
+    decoding reads all weights for few rows, so it stays far below.
+    """
+    dtype_name = str(dtype).removeprefix("torch.")
+    config = configuration.replace(config, runtime={"dtype": dtype_name, "gpus": None})
+    where = join_ranks(config.runtime, lambda: 0)
     width = student.config.hidden_size
     inner = getattr(student.config, "intermediate_size", None) or 4 * width
-    tokens, clock = 64 * config.train.micro_batch_size, Clock(where.device)
+    tokens = 64 * config.train.micro_batch_size
     x = torch.randn(tokens, width, device=where.device, dtype=dtype)
     w = torch.randn(width, inner, device=where.device, dtype=dtype)
-    x @ w
-    best, start = math.inf, clock.now()
-    while (begun := clock.now()) - start < 1:
+    x @ w  # the first product also loads the kernels
+    # ``clock.now`` waits for the device, so the times are those of whole products.
+    clock = Clock(where.device)
+    best = math.inf
+    start = before = clock.now()
+    while before - start < 1:
         x @ w
-        best = min(best, clock.now() - begun)
+        after = clock.now()
+        best = min(best, after - before)
+        before = after
     return {
-        "source": f"one matmul of {tokens} × {width} × {inner} in {str(dtype)[6:]} on "
+        "source": f"one product of {tokens} × {width} × {inner} in {dtype_name} on "
         f"{where.device}, the best of a second: times are lower bounds",
         "flops_per_second": 2.0 * tokens * width * inner / best,
     }
@@ -76,8 +123,12 @@ def estimate_seconds(ledger: Ledger, rate: dict) -> float:
     speed = rate["flops_per_second"]
     if not isinstance(speed, dict):
         return ledger.total() / speed
-    if missing := [p for p in ledger.useful if p not in speed]:
-        raise UserError(
-            f"--from-run: that run has no rate of {missing[0]}; name one that sampled and trained"
-        )
-    return sum(f / speed[p] for p, f in ledger.useful.items())
+    seconds = []
+    for phase, flops in ledger.useful.items():
+        if phase not in speed:
+            raise UserError(
+                f"--from-run: expected the rate of {phase}, got none in that run; name a run that "
+                "sampled and trained"
+            )
+        seconds.append(flops / speed[phase])
+    return sum(seconds)

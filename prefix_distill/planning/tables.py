@@ -6,8 +6,8 @@ from ..display import flops_text
 from .cards import CARDS
 
 
-def tables(document: dict) -> list[Table]:
-    """The plan as rich tables: prefixes, components, cards."""
+def tabulate(document: dict) -> list[Table]:
+    """Return the tables of a plan: prefixes, components, cards."""
     return [_tabulate_prefixes(document), _tabulate_memory(document), _tabulate_cards(document)]
 
 
@@ -16,23 +16,25 @@ def _tabulate_prefixes(document: dict) -> Table:
     table = Table(
         "prefix",
         "tokens",
-        "FLOPs an update",
-        "in all",
+        "FLOPs per update",
+        "FLOPs",
         "time",
         "memory, GiB",
         "set by",
         title=f"{document['method']}, {document['updates']} updates",
     )
     for row in document["prefixes"]:
-        low, high = row["tokens"]
-        tokens = str(low) if low == high else f"{low}–{high}"
+        shortest, longest = row["tokens"]
+        tokens = str(longest)
+        if shortest != longest:
+            tokens = f"{shortest}–{longest}"
         table.add_row(
             row["prefix"],
             tokens,
             flops_text(row["flops_per_update"]),
             flops_text(row["flops_total"]),
-            _duration(row["seconds"]),
-            _gib(row["memory"]["total"]),
+            _format_seconds(row["seconds"]),
+            _format_gib(row["memory"]["total"]),
             row["memory"]["set_by"],
         )
     return table
@@ -40,19 +42,20 @@ def _tabulate_prefixes(document: dict) -> Table:
 
 def _tabulate_memory(document: dict) -> Table:
     """Return the table of memory by component and phase, for the config's own prefix."""
-    memory = document["prefixes"][0]["memory"]
+    first = document["prefixes"][0]
+    memory = first["memory"]
     table = Table(
         "component",
         "GiB",
-        title=f"memory, --prefix {document['prefixes'][0]['prefix']}, micro-batches of "
+        title=f"memory, --prefix {first['prefix']}, micro-batches of "
         f"{document['micro_batch_size']}",
     )
     for name, size in memory["weights"].items():
-        table.add_row(name, _gib(size))
+        table.add_row(name, _format_gib(size))
     for name, size in memory["phases"].items():
-        table.add_row(f"while in {name}, beside these", _gib(size))
+        table.add_row(f"{name} (added in this phase)", _format_gib(size))
     if memory["teacher_device"] is not None:
-        table.add_row("the teacher's device", _gib(memory["teacher_device"]))
+        table.add_row("the teacher's device", _format_gib(memory["teacher_device"]))
     return table
 
 
@@ -61,34 +64,33 @@ def _tabulate_cards(document: dict) -> Table:
     table = Table(
         "",
         "needs, GiB",
-        *(f"{card} GB" for card in CARDS),
+        *[f"{card} GB" for card in CARDS],
         title="largest micro-batch that fits (rollouts)",
     )
-    methods = dict.fromkeys(
-        (row["method"], row["gradient_checkpointing"]) for row in document["cards"]
-    )
-    for method, recomputes in methods:
-        rows = [
-            r
-            for r in document["cards"]
-            if (r["method"], r["gradient_checkpointing"]) == (method, recomputes)
-        ]
-        cells = [
-            "does not fit" if r["micro_batch"] is None else str(r["micro_batch"]) for r in rows
-        ]
-        table.add_row(
-            method + (", gradient checkpointing" if recomputes else ""),
-            _gib(rows[0]["total"]),
-            *cells,
-        )
+    methods: dict[str, list[dict]] = {}
+    for row in document["cards"]:
+        method = row["method"]
+        if row["gradient_checkpointing"]:
+            method += ", gradient checkpointing"
+        methods.setdefault(method, []).append(row)
+    for method, rows in methods.items():
+        cells = [_format_micro_batch(row) for row in rows]
+        table.add_row(method, _format_gib(rows[0]["total"]), *cells)
     return table
 
 
-def _gib(size: float) -> str:
+def _format_micro_batch(row: dict) -> str:
+    if row["micro_batch"] is None:
+        return "does not fit"
+    return str(row["micro_batch"])
+
+
+def _format_gib(size: float) -> str:
     return f"{size / 2**30:.3g}"
 
 
-def _duration(seconds: float | None) -> str:
+def _format_seconds(seconds: float | None) -> str:
+    """Return seconds, or hours from one hour on; a dash if no rate is known."""
     if seconds is None:
         return "–"
     if seconds >= 3600:

@@ -11,110 +11,109 @@ from ..engine.rollout import Side
 from ..engine.scoring import FIRST_TOKEN
 from ..training.pair import describe_tokens
 from ..training.run import Check, Run
+from .case import Ids
+from .outcomes import SAMPLE, both_models, passed, warned
 
-FEW = 4  # prompts that are looked at
-LAST = 6  # ids of a prompt's end that are shown
-
-
-def sides(run: Run) -> tuple[tuple[str, Model], tuple[str, Model]]:
-    """Return both models with their roles."""
-    return ("student", run.pair.student), ("teacher", run.pair.teacher)
+LAST = 6  # ids at the end of a prompt that are shown
+COMPARE_PROMPTS = "check that both prompts ask for the same form of answer"
 
 
-def examine_vocabulary(run: Run) -> Check:
-    return Check(
-        "vocabulary",
-        "ok",
-        run.pair.tokenizers,
-        {
-            role: {
-                "ids": max(model.tokenizer.get_vocab().values()) + 1,
-                "head_rows": len(model.net.get_output_embeddings().weight),
-                "support": model.support,
-            }
-            for role, model in sides(run)
-        },
-    )
-
-
-def examine_prompts(run: Run) -> Check:
-    """Both renderings of a prompt, and P_T of the student's most likely first token."""
-    first = run.problems.train[0]
-    ids = {"student": first.student_ids, "teacher": first.teacher_ids}
-    facts: dict[str, object] = {
-        role: {
-            "text": model.tokenizer.decode(list(ids[role])),
-            "ids": len(ids[role]),
-            "last": [[i, model.tokenizer.convert_ids_to_tokens(i)] for i in ids[role][-LAST:]],
+def check_vocabulary(run: Run) -> Check:
+    """Return how the tokenizers compare, and how many ids each model has."""
+    facts = {}
+    for role, model in both_models(run):
+        facts[role] = {
+            "ids": max(model.tokenizer.get_vocab().values()) + 1,
+            "head_rows": len(model.net.get_output_embeddings().weight),
+            "support": model.support,
         }
-        for role, model in sides(run)
+    return passed("vocabulary", run.pair.tokenizers, facts)
+
+
+def check_prompts(run: Run) -> Check:
+    """Return both renderings of a prompt, and whether the teacher expects the student's answer.
+
+    The teacher's probability of the student's most likely first token is low if the prompts ask for
+    different forms of answer.
+    """
+    first = run.problems.train[0]
+    facts: dict[str, object] = {
+        "student": _describe_prompt(run.pair.student, first.student_ids),
+        "teacher": _describe_prompt(run.pair.teacher, first.teacher_ids),
     }
-    doubled = [
-        role
-        for role, model in sides(run)
-        if len(ids[role]) > 1 and ids[role][0] == ids[role][1] == model.tokenizer.bos_token_id
-    ]
     chances = _first_token_probabilities(run)
-    chance = math.fsum(chances) / len(chances) if chances else None
+    chance = None
+    if chances:
+        chance = math.fsum(chances) / len(chances)
     facts["first_token_probability"] = chance
-    if doubled:
-        return Check(
-            "prompts",
-            "warning",
-            f"the {doubled[0]}'s prompt begins with two "
-            f"{dict(sides(run))[doubled[0]].tokenizer.bos_token!r}: its chat template writes one, "
-            "and its tokenizer adds one",
-            facts,
-        )
+    for role, model, ids in (
+        ("student", run.pair.student, first.student_ids),
+        ("teacher", run.pair.teacher, first.teacher_ids),
+    ):
+        if len(ids) > 1 and ids[0] == ids[1] == model.tokenizer.bos_token_id:
+            text = (
+                f"the {role}'s prompt begins with two {model.tokenizer.bos_token!r}, one from its "
+                "chat template and one from its tokenizer; remove one of them"
+            )
+            return warned("prompts", text, facts)
     if chance is None:
-        return Check(
-            "prompts",
-            "warning",
-            "the student's first tokens are none of the teacher's: do both prompts ask for the "
-            "same form of answer?",
-            facts,
+        text = (
+            "the student's most likely first tokens are not in the teacher's vocabulary; "
+            f"{COMPARE_PROMPTS}"
         )
+        return warned("prompts", text, facts)
     text = (
-        f"{len(ids['student'])} and {len(ids['teacher'])} ids of the first prompt; the teacher "
-        f"gives the student's most likely first token a probability of {chance:.2g}"
+        f"the first prompt has {len(first.student_ids)} ids for the student and "
+        f"{len(first.teacher_ids)} for the teacher; the teacher's probability of the student's "
+        f"most likely first token is {chance:.2g}"
     )
     if chance < FIRST_TOKEN:
-        return Check(
-            "prompts",
-            "warning",
-            text
-            + "; do both prompts ask for the same form of answer (--template, --student-thinking, "
-            "--teacher-thinking, --begin)?",
-            facts,
+        text += (
+            f", below {FIRST_TOKEN}; {COMPARE_PROMPTS} (--template, --student-thinking, "
+            "--teacher-thinking, --begin)"
         )
-    return Check("prompts", "ok", text, facts)
+        return warned("prompts", text, facts)
+    return passed("prompts", text, facts)
+
+
+def _describe_prompt(model: Model, ids: Ids) -> dict:
+    """Return a prompt's text, its number of ids, and its last ids with their tokens."""
+    last = []
+    for i in ids[-LAST:]:
+        last.append([i, model.tokenizer.convert_ids_to_tokens(i)])
+    return {"text": model.tokenizer.decode(list(ids)), "ids": len(ids), "last": last}
 
 
 @torch.no_grad()
 def _first_token_probabilities(run: Run) -> list[float]:
     """Return the teacher's probability of the student's most likely first token, for some prompts.
-    Tokens that the teacher lacks are left out."""
-    shared = None
+
+    Tokens that the teacher does not have are left out.
+    """
+    teacher_of = None
     if run.pair.shared_support is not None:
-        student, teacher = (
+        student_ids, teacher_ids = (
             run.pair.shared_support.student.tolist(),
             run.pair.shared_support.teacher.tolist(),
         )
-        # each side's EOS ids follow the shared tokens, and their numbers may differ
-        shared = dict(zip(student, teacher, strict=False))
+        # The EOS ids of each model follow the shared tokens, and their numbers may differ.
+        teacher_of = dict(zip(student_ids, teacher_ids, strict=False))
     chances = []
-    for r in run.problems.train[:FEW]:
-        student_V = _first_token_distribution(run, run.pair.student, r.student_ids)
-        teacher_V = _first_token_distribution(run, run.pair.teacher, r.teacher_ids)
+    for prompt in run.problems.train[:SAMPLE]:
+        student_V = _first_token_distribution(run, run.pair.student, prompt.student_ids)
+        teacher_V = _first_token_distribution(run, run.pair.teacher, prompt.teacher_ids)
         token = int(student_V.argmax())
-        counterpart = token if shared is None else shared.get(token)
-        if counterpart is not None:
-            chances.append(teacher_V[counterpart].item())
+        if teacher_of is not None:
+            if token not in teacher_of:
+                continue
+            token = teacher_of[token]
+        chances.append(teacher_V[token].item())
     return chances
 
 
-def _first_token_distribution(run: Run, model: Model, prompt: tuple[int, ...]) -> torch.Tensor:
+def _first_token_distribution(run: Run, model: Model, prompt: Ids) -> torch.Tensor:
     """Return a model's distribution [V] over the first token after ``prompt``, on the CPU."""
+    # The hidden state that predicts a response's first token does not depend on that token.
     side = Side(prompt, prompt[:1], (0,))
     with run.place.autocast(model.device):
         hidden_ND = scoring.hidden_rows(model, [side])
@@ -122,92 +121,102 @@ def _first_token_distribution(run: Run, model: Model, prompt: tuple[int, ...]) -
     return logits_ND[0].softmax(-1).cpu()
 
 
-def examine_templates(run: Run) -> Check:
-    settings = run.config.data
-    facts = {}
-    modes = settings.student_thinking, settings.teacher_thinking
-    for (role, model), thinking in zip(sides(run), modes, strict=True):
-        template = None if settings.template == "plain" else model.tokenizer.chat_template
-        facts[role] = {
-            "form": "chat" if template else "plain",
-            "thinking_switch": "enable_thinking" in (template or ""),
-            "thinking": thinking,
-        }
-    ours, theirs = facts.values()
-    if ours["form"] != theirs["form"]:
-        return Check(
-            "templates",
-            "warning",
-            f"the student reads {ours['form']} prompts, the teacher {theirs['form']} ones; "
-            "--template plain makes them alike",
-            facts,
+def check_templates(run: Run) -> Check:
+    """Return whether both models use the same kind of prompt and of thinking."""
+    data = run.config.data
+    student = _describe_template(run, run.pair.student, data.student_thinking)
+    teacher = _describe_template(run, run.pair.teacher, data.teacher_thinking)
+    facts = {"student": student, "teacher": teacher}
+    if student["form"] != teacher["form"]:
+        text = (
+            f"the student gets {student['form']} prompts, the teacher {teacher['form']} prompts; "
+            "use --template plain for both"
         )
-    if (
-        ours["thinking_switch"] != theirs["thinking_switch"]
-        or ours["thinking"] != theirs["thinking"]
-    ):
-        which, other = (
-            ("teacher", "student") if theirs["thinking_switch"] else ("student", "teacher")
+        return warned("templates", text, facts)
+    text = f"thinking: student {student['thinking']}, teacher {teacher['thinking']}"
+    if student["thinking_switch"] != teacher["thinking_switch"]:
+        role = "student"
+        if teacher["thinking_switch"]:
+            role = "teacher"
+        text += (
+            f"; only the {role}'s chat template has a thinking switch; choose with "
+            f"--{role}-thinking on or off"
         )
-        text = f"thinking: student {ours['thinking']}, teacher {theirs['thinking']}"
-        if ours["thinking_switch"] != theirs["thinking_switch"]:
-            text += (
-                f"; the {which}'s template has a thinking switch, the {other}'s has none: "
-                f"--{which}-thinking on or off settles what it writes first"
-            )
-        return Check("templates", "warning", text, facts)
-    return Check("templates", "ok", f"both {ours['form']}, thinking {ours['thinking']}", facts)
+        return warned("templates", text, facts)
+    if student["thinking"] != teacher["thinking"]:
+        text += "; set --student-thinking and --teacher-thinking alike, unless you want this"
+        return warned("templates", text, facts)
+    return passed("templates", f"both {student['form']}, thinking {student['thinking']}", facts)
 
 
-def examine_ends(run: Run) -> Check:
-    facts = {role: sorted(model.eos) for role, model in sides(run)} | {
-        "rollouts_stop_at": sorted(run.method.sampler.eos)
+def _describe_template(run: Run, model: Model, thinking: str) -> dict:
+    """Return the kind of a model's prompts, and how its thinking is set."""
+    template = model.tokenizer.chat_template
+    if run.config.data.template == "plain" or not template:
+        return {"form": "plain", "thinking_switch": False, "thinking": thinking}
+    switch = "enable_thinking" in template
+    return {"form": "chat", "thinking_switch": switch, "thinking": thinking}
+
+
+def check_eos(run: Run) -> Check:
+    """Return whether both models end a response with the same ids."""
+    facts = {
+        "student": sorted(run.pair.student.eos),
+        "teacher": sorted(run.pair.teacher.eos),
+        "rollouts_stop_at": sorted(run.method.sampler.eos),
     }
     text = (
         f"student {describe_tokens(run.pair.student, run.pair.student.eos)}; teacher "
         f"{describe_tokens(run.pair.teacher, run.pair.teacher.eos)}"
     )
+    # Ids of different tokenizers cannot be compared; each model ends a response with its own.
     if run.pair.alignment is None and run.pair.student.eos != run.pair.teacher.eos:
-        return Check(
-            "end of text",
-            "warning",
-            f"{text}; rollouts stop at the {run.config.rollout.eos}'s: whose end the student "
-            "should learn is --eos student, teacher or union",
-            facts,
+        text += (
+            f"; rollouts stop at the EOS ids of --eos {run.config.rollout.eos}; choose with --eos "
+            "student|teacher|union"
         )
-    return Check("end of text", "ok", text, facts)
+        return warned("end of text", text, facts)
+    return passed("end of text", text, facts)
 
 
-def examine_padding(run: Run) -> Check:
-    facts = {role: model.tokenizer.pad_token_id for role, model in sides(run)}
-    same = [role for role, model in sides(run) if facts[role] is None or facts[role] in model.eos]
-    return Check(
-        "padding",
-        "ok",
-        f"the {' and the '.join(same)} {'pads with an' if same else ''} end-of-text id or none: a "
-        "response ends by position, so its end is taught all the same"
-        if same
-        else "an id of its own on both sides",
-        facts,
+def check_padding(run: Run) -> Check:
+    """Return which models have no padding id that differs from their EOS ids."""
+    facts = {}
+    without = []
+    for role, model in both_models(run):
+        pad = model.tokenizer.pad_token_id
+        facts[role] = pad
+        if pad is None or pad in model.eos:
+            without.append(role)
+    if not without:
+        return passed("padding", "both models have a padding id that is not an EOS id", facts)
+    text = (
+        f"no padding id other than an EOS id: {' and '.join(without)}; EOS tokens are still "
+        "taught, because a response ends by position"
     )
+    return passed("padding", text, facts)
 
 
-def examine_context(run: Run) -> Check:
+def check_context(run: Run) -> Check:
+    """Return the lengths of prompts and responses beside the models' positions."""
     lengths = sorted(max(len(r.student_ids), len(r.teacher_ids)) for r in run.problems.train)
-    positions = {role: model.positions for role, model in sides(run)}
+    median = statistics.median_low(lengths)
+    limit = run.config.rollout.max_new_tokens
+    positions = {role: model.positions for role, model in both_models(run)}
     facts = {
         "prompts": len(lengths),
         "shortest": lengths[0],
-        "median": statistics.median_low(lengths),
+        "median": median,
         "longest": lengths[-1],
         "positions": positions,
-        "max_new_tokens": run.config.rollout.max_new_tokens,
+        "max_new_tokens": limit,
     }
-    room = min((p for p in positions.values() if p), default=None)
-    return Check(
-        "context",
-        "ok",
-        f"prompts of {lengths[0]} to {lengths[-1]} ids (median {facts['median']}) and up to "
-        f"{facts['max_new_tokens']} of an answer, in {room or 'any number of'} positions",
-        facts,
+    limits = [p for p in positions.values() if p]
+    room = "no limit on positions"
+    if limits:
+        room = f"{min(limits)} positions"
+    text = (
+        f"prompts of {lengths[0]} to {lengths[-1]} tokens (median {median}), responses of up to "
+        f"{limit}; {room}"
     )
+    return passed("context", text, facts)

@@ -1,6 +1,7 @@
 """Render prompts for both models, and settle the lengths that depend on them."""
 
 import dataclasses
+from dataclasses import dataclass
 
 from .. import config as configuration
 from ..config import Config
@@ -30,8 +31,8 @@ def render_problems(
     Return the config with the privileged template and --max-new-tokens set, and the problems.
     UserError: no prompt is left. PreflightError: the models have too few positions.
     """
-    config = _settle_privileged_template(config, sets)
-    train, extrapolation, dropped = _render_training_prompts(config, sets, pair, notes)
+    config = settle_privileged_template(config, sets)
+    train, extrapolation, dropped = _render_for_run(config, sets, pair, notes)
     _check_extrapolation_prompts(config, extrapolation, notes)
     if config.data.privileged_column is not None:
         _compare_privileged_prompts(pair, train[:4], place, notes)
@@ -74,7 +75,7 @@ def choose_answer_format(config: Config, prompts: PromptSet) -> str:
     return given
 
 
-def _settle_privileged_template(config: Config, sets: PromptSets) -> Config:
+def settle_privileged_template(config: Config, sets: PromptSets) -> Config:
     """Return the config with a privileged template: the data sets' own, if they have the same."""
     if config.data.privileged_column is None or config.data.privileged_template is not None:
         return config
@@ -83,7 +84,7 @@ def _settle_privileged_template(config: Config, sets: PromptSets) -> Config:
     return configuration.replace(config, data={"privileged_template": template or PRIVILEGED})
 
 
-def _render_training_prompts(
+def _render_for_run(
     config: Config, sets: PromptSets, pair: Pair, notes: Notes
 ) -> tuple[list[Rendered], list[Rendered], list[int]]:
     """Return (training prompts, extrapolation prompts, how many of each set were dropped).
@@ -91,29 +92,53 @@ def _render_training_prompts(
     The training prompts are those of the run's stream that its updates need, or all there are of
     one set. The last ones of the stream are kept for extrapolation, if it needs any.
     """
-    seed = config.runtime.seed
     needed = config.train.steps * config.train.batch_size or 1
     fixed = _count_extrapolation_prompts(config)
-    kept: list[list[Rendered]] = []
+    rendered = render_training_prompts(config, sets, (pair.student, pair.teacher), needed + fixed)
+    if len(sets.train) > 1:
+        notes.note(_describe_mixture(sets, rendered.by_set, needed))
+    prompts = rendered.stream
+    if not fixed:
+        return prompts[:needed], [], rendered.dropped
+    last = list({r.prompt.index: r for r in prompts}.values())
+    return prompts[:needed], last[max(0, len(last) - fixed) :], rendered.dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedSets:
+    """Training prompts, rendered for both models.
+
+    ``stream``: in the order of the run; ``by_set``: those of each set; ``dropped``: how many of
+    each set are too long.
+    """
+
+    stream: list[Rendered]
+    by_set: list[list[Rendered]]
+    dropped: list[int]
+
+
+def render_training_prompts(
+    config: Config, sets: PromptSets, models: tuple[Model, Model], count: int
+) -> RenderedSets:
+    """Render the first ``count`` prompts of the run's stream for (student, teacher).
+
+    Of one set, all that there are if it has fewer. UserError: no prompt is left.
+    """
+    seed = config.runtime.seed
+    by_set: list[list[Rendered]] = []
     dropped: list[int] = []
-    for s, count in zip(sets.train, stream.shares(sets.weights, needed + fixed), strict=True):
+    for s, share in zip(sets.train, stream.shares(sets.weights, count), strict=True):
         rendered: list[Rendered] = []
         dropped_of_set = 0
-        if count:
+        if share:
             order = s.prompts if s.streamed else shuffled(s.prompts, seed, "epoch", 0)
-            rendered, dropped_of_set = templates.render_all(
-                order, pair.student, pair.teacher, config, count
-            )
-        kept.append(rendered)
+            rendered, dropped_of_set = templates.render_all(order, *models, config, share)
+        by_set.append(rendered)
         dropped.append(dropped_of_set)
-    prompts = kept[0]
+    prompts = by_set[0]
     if len(sets.train) > 1:
-        prompts = mixed(kept, sets.weights, needed + fixed, seed)
-        notes.note(_describe_mixture(sets, kept, needed))
-    if not fixed:
-        return prompts[:needed], [], dropped
-    last = list({r.prompt.index: r for r in prompts}.values())
-    return prompts[:needed], last[max(0, len(last) - fixed) :], dropped
+        prompts = mixed(by_set, sets.weights, count, seed)
+    return RenderedSets(stream=prompts, by_set=by_set, dropped=dropped)
 
 
 def _count_extrapolation_prompts(config: Config) -> int:

@@ -1,5 +1,5 @@
-"""`prefix-distill plan` and the memory forecast: against tensors that hold numbers, real runs'
-ledgers, and closed forms."""
+"""Test `prefix-distill plan` and the memory forecast against real tensors, the ledgers of real runs
+and closed forms."""
 
 import json
 import weakref
@@ -11,14 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma3TextConfig
 
-from prefix_distill.config import Adapter, build
+from prefix_distill.config import Adapter
 from prefix_distill.engine import scoring
-from prefix_distill.engine.models import Model, recompute, shape
+from prefix_distill.engine.models import Model, recompute
 from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.fused import weighted
 from prefix_distill.planning import forecast, ghosts, measuring
-from prefix_distill.planning.case import Case
-from prefix_distill.planning.forecast import Pair
+from prefix_distill.planning.case import Case, Network
+from prefix_distill.planning.forecast import Forecaster
+from prefix_distill.planning.measuring import MicroBatch
 
 
 class Held(TorchDispatchMode):
@@ -51,19 +52,20 @@ def case(**more):
         "samples": 2,
         "prefix": 6,
         "limit": 12,
-        "micro": 4,
+        "micro_batch": 4,
         "rows": 4,
-        "problems": 4,
-        "contexts": 2,
+        "answers": 4,
+        "compared": 2,
     }
-    return Case(Terms("reverse-kl", memory_bytes=1 << 16), torch.float32, **given | more)
+    terms = Terms("reverse-kl", memory_bytes=1 << 16)
+    return Case(terms=terms, dtype=torch.float32, **given | more)
 
 
 @pytest.mark.parametrize("kind, recomputes", [("qwen3", False), ("gemma3", False), ("llama", True)])
 def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
     """A student's micro-batch, forward and backward: prompts read once, grouped heads, sliding
     windows, a soft-cap, tied weights."""
-    group = case().rollouts(6)
+    group = case().update()
     real = Model(
         "m",
         tiny_net(kind, width=64).requires_grad_(True),
@@ -85,27 +87,27 @@ def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
             case().terms, rows, real.head(), teacher_NE, head, torch.ones(24), scoring.tokens(group)
         )
         loss.backward()
-    ghost = ghosts.sketch("m", tiny_config(kind, width=64), torch.float32, recomputes=recomputes)
+    settings = Network(torch.float32, recomputes=recomputes)
+    ghost = ghosts.sketch("m", tiny_config(kind, width=64), settings)
     ghost.net.requires_grad_(True)
-    found = measuring.updating(
-        ghost, group, case().terms, Head(ghosts.ghost((260, 64))), False, True
-    )
+    work = MicroBatch(rollouts=group, terms=case().terms, accumulates=True, autocast=False)
+    found = measuring.measure_update(ghost, Head(ghosts.make_ghost((260, 64))), work)
     assert max(found.values()) == pytest.approx(held.peak, rel=0.01)
 
 
 @pytest.mark.long
 def test_an_adapter_and_checkpointing_need_less():
-    pair = Pair(
+    forecaster = Forecaster(
         tiny_config("llama", vocabulary=4000, width=256, layers=3),
         tiny_config("llama", vocabulary=4000, width=256, layers=3),
     )
     plain, recomputed, adapted, itself = (
-        pair.forecast(case(prefix=40, limit=40, problems=0, contexts=0, **more))
+        forecaster.forecast(case(prefix=40, limit=40, answers=0, compared=0, **more))
         for more in (
             {},
             {"recomputes": True},
             {"adapter": Adapter(rank=4)},
-            {"adapter": Adapter(rank=4), "own": True},
+            {"adapter": Adapter(rank=4), "starts_as_student": True},
         )
     )
     assert (
@@ -168,6 +170,8 @@ def test_times_by_the_rates_of_a_run_and_cards(pair, questions, tmp_path):
     [
         (["--student", "/nowhere"], "no such folder"),
         (["--prompt-tokens", "0"], "--prompt-tokens 0"),
+        (["--prompt-tokens", "9" * 18], f"--prompt-tokens {'9' * 18}: expected at least 1 token"),
+        (["--prompt-tokens", "600"], "expected at most 511, because model lab:choice/student has"),
         (["--device-tflops", "nan"], "--device-tflops nan"),
         (["--device-tflops", "1", "--measure"], "keep one"),
         (["--from-run", "/nowhere"], "--from-run /nowhere"),
@@ -179,47 +183,36 @@ def test_bad_input_is_one_line(given, words):
     assert code == 2 and out == "" and words in err and len(err.strip().splitlines()) == 1
 
 
-def test_flops_are_what_a_dry_run_says(pair, questions):
-    given = [
-        "--student",
-        pair[0],
-        "--teacher",
-        pair[1],
-        "--dataset",
-        questions,
-        "--eval-dataset",
-        questions,
-        "--prefix",
-        4,
-        "--max-new-tokens",
-        8,
-        "--steps",
-        1,
-        "--dtype",
-        "float32",
-    ]
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--eval-dataset", "{questions}"],
+        ["--prompt-template", "Question number one of many: {{prompt}} Answer:"],
+        ["--few-shot", "2"],
+        ["--dataset", "{questions}:1,{long}:3"],
+    ],
+    ids=["one set", "eval set", "template", "few-shot", "mixture"],
+)
+def test_flops_are_what_a_dry_run_says(pair, questions, tmp_path, more):
+    """The plan and the run read the same prompts."""
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        "".join(
+            json.dumps({"question": "what is " * (i % 7) + f"{i}+1?", "answer": str(i + 1)}) + "\n"
+            for i in range(60)
+        )
+    )
+    given = ["--student", pair[0], "--teacher", pair[1], "--dataset", questions]
+    given += ["--prefix", 4, "--max-new-tokens", 8, "--steps", 1, "--dtype", "float32"]
+    given += [word.format(questions=questions, long=long) for word in more]
     code, out, err = invoke("run", *given, "--dry-run")
     assert code == 0, err
     priced = last_json(out)["flops_per_update"]
-    from prefix_distill.planning import plan
-
-    config = build(
-        {
-            "models.student": pair[0],
-            "models.teacher": pair[1],
-            "data.dataset": questions,
-            "train.steps": 1,
-            "schedule.prefix": "4",
-            "rollout.max_new_tokens": 8,
-            "runtime.dtype": "float32",
-        }
-    )
-    (folders, configs) = zip(*(plan.read_config(path) for path in pair), strict=True)
-    prompts, _, support = plan._prompts(config, folders, pair, 260)
-    shapes = [shape(ghosts.sketch("m", c, torch.float32), support) for c in configs]
-    for length, name in ((4, "prefix"), (8, "full")):
-        ledger = plan._whole(config, shapes, prompts, plan.parse_prefix(str(length), 8))
-        assert ledger.total() == pytest.approx(priced[name], rel=1e-6)
+    code, out, err = invoke("plan", *given, "--prefixes", "full")
+    assert code == 0, err
+    for row, name in zip(last_json(out)["prefixes"], ("prefix", "full"), strict=True):
+        assert row["flops_total"] == pytest.approx(priced[name], rel=1e-6)
 
 
 @pytest.mark.long
@@ -229,7 +222,7 @@ def test_flops_are_what_a_dry_run_says(pair, questions):
         {},
         {"recomputes": True},
         {"adapter": Adapter(rank=4)},
-        {"micro": 1, "prefix": 60, "limit": 60},
+        {"micro_batch": 1, "prefix": 60, "limit": 60},
     ],
 )
 def test_two_depths_tell_what_all_layers_take(more, monkeypatch):
@@ -239,11 +232,11 @@ def test_two_depths_tell_what_all_layers_take(more, monkeypatch):
         | {"num_hidden_layers": 12, "layer_types": None, "sliding_window_pattern": 2}
     )
     configs = [tiny_config("qwen3", vocabulary=600, width=64, layers=12), gemma]
-    settled = case(**{"prefix": 24, "limit": 40, "problems": 4, "rows": 8} | more)
-    short = Pair(*configs).forecast(settled)
-    assert all(len(ghosts.depths(c)) == 2 for c in configs)
-    monkeypatch.setattr(forecast, "depths", lambda config: (12,))
-    whole = Pair(*configs).forecast(settled)
+    settled = case(**{"prefix": 24, "limit": 40, "answers": 4, "rows": 8} | more)
+    short = Forecaster(*configs).forecast(settled)
+    assert all(len(ghosts.choose_depths(c)) == 2 for c in configs)
+    monkeypatch.setattr(forecast, "choose_depths", lambda config: (12,))
+    whole = Forecaster(*configs).forecast(settled)
     assert short["weights"] == whole["weights"]
     for phase, size in whole["phases"].items():
         assert short["phases"][phase] == pytest.approx(size, rel=0.02), phase
@@ -346,12 +339,12 @@ def test_a_data_set_needs_tokenizers(questions, tmp_path):
 
 @pytest.mark.parametrize(
     "kind, more",
-    [("llama", {}), ("gpt2", {"prefix": 100, "limit": 150, "rows": 64, "problems": 64})],
+    [("llama", {}), ("gpt2", {"prefix": 100, "limit": 150, "rows": 64, "answers": 64})],
 )
 def test_the_plain_bound_is_one(kind, more):
     """What a run's check takes for small models in place of a forecast is above the forecast,
     and not by orders of magnitude for these."""
     settled, config = case(**more), tiny_config(kind, vocabulary=900, width=48)
-    found = Pair(config, config).forecast(settled)["total"]
-    model = ghosts.sketch("m", config, torch.float32)
-    assert found < forecast.at_most(model, model, settled) < 100 * found
+    found = Forecaster(config, config).forecast(settled)["total"]
+    model = ghosts.sketch("m", config, Network(torch.float32))
+    assert found < forecast.bound_memory(model, model, settled) < 100 * found

@@ -1,4 +1,4 @@
-"""The probe tells a wrong start from a missing skill, on networks where the answer is known."""
+"""Test the probe: it tells a wrong start from a missing skill where the answer is known."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import pytest
 from helpers import invoke, last_json
 
 from prefix_distill.planning import probe
+from prefix_distill.planning.probe import Curves
 
 
 def curve(*points):
@@ -18,31 +19,27 @@ def curve(*points):
 
 
 def test_recommendations_by_hand():
-    teacher = curve((0, 10))[0]
     held = {5: 0.4, 10: 0.85, 60: 0.9}
-    assert probe.recommend(curve((0, 2), (5, 5), (10, 9), (60, 10)), teacher, held, 100)[0] == 10
-    prefix, reason = probe.recommend(curve((0, 2), (5, 3), (50, 6)), teacher, held, 100)
-    assert (
-        prefix == "full"
-        and reason.startswith("a prefix will not do")
-        and "50% of the gap" in reason
-    )
-    prefix, reason = probe.recommend(curve((0, 10), (5, 10)), teacher, held, 100)
-    assert prefix is None and "not better" in reason
-    assert probe.recommend(None, None, held, 100)[0] == 10
-    assert probe.recommend(None, None, {10: 0.2, 50: 0.5}, 100)[0] == "full"
-    assert (
-        probe.recommend(None, None, {10: 0.2, 60: 0.9}, 100)[0] == "full"
-    )  # more than half of the answer is no prefix
+
+    def recommend(*points):
+        return probe.recommend(Curves(curve(*points), curve((0, 10))), held, 100)
+
+    assert recommend((0, 2), (5, 5), (10, 9), (60, 10))[0] == 10
+    prefix, reason = recommend((0, 2), (5, 3), (50, 6))
+    assert prefix == "full"
+    assert reason.startswith("no prefix suffices") and "only 50% of the accuracy gap" in reason
+    prefix, reason = recommend((0, 10), (5, 10))
+    assert prefix is None and "did not beat the student" in reason
+    assert probe.recommend(None, held, 100)[0] == 10
+    assert probe.recommend(None, {10: 0.2, 50: 0.5}, 100)[0] == "full"
+    # more than half of the answer is no prefix
+    assert probe.recommend(None, {10: 0.2, 60: 0.9}, 100)[0] == "full"
 
 
 def test_shares_and_bins_by_hand():
-    assert probe._share([[3.0, 1.0], [4.0, 0.0]], 0.5) == pytest.approx(7 / 8)
-    facts = [
-        {"divergence": [1.0, 2.0, 3.0], "entropy": [0.1, 0.2, 0.3]},
-        {"divergence": [3.0], "entropy": [0.3]},
-    ]
-    bins = probe._bins(facts)
+    kl = [[3.0, 1.0], [4.0, 0.0]]
+    assert probe._share_of_kl(kl, probe._shorten(kl, 0.5)) == pytest.approx(7 / 8)
+    bins = probe._bin_positions([[1.0, 2.0, 3.0], [3.0]], [[0.1, 0.2, 0.3], [0.3]])
     assert [(b["from"], b["tokens"], b["kl"]) for b in bins] == [
         (0, 2, 2.0),
         (1, 1, 2.0),
@@ -70,9 +67,7 @@ def test_it_knows_where_prefixes_do_not_do(tmp_path, task, problems):
     assert code == 0, err
     found = last_json(out)
     assert found["recommended_prefix"] == "full" and found["reason"] in err
-    assert "a prefix will not do" in found["reason"] and found["expected_saving"] == pytest.approx(
-        1
-    )
+    assert "no prefix suffices" in found["reason"] and found["expected_saving"] == pytest.approx(1)
     assert json.loads((tmp_path / "probe/probe.json").read_text()) == found
     assert (tmp_path / "probe/probe.png").stat().st_size > 5000
     corners = found["quadrants"]["quadrants"].values()
@@ -122,3 +117,24 @@ def test_without_answers_it_goes_by_the_divergence(pair, questions, tmp_path):
         found["recommended_prefix"] == "full" and "no reference answers" in found["reason"]
     )  # two random networks differ everywhere
     assert set(found["teacher_prefix_curve"]) == {None} or found["teacher_prefix_curve"] == [None]
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_no_more_prompts_than_the_data_holds(pair, questions, tmp_path, mixture):
+    """One of the rows is held out."""
+    rows = Path(questions).read_text().splitlines(keepends=True)
+    datasets = []
+    for name, part in (("a", rows[:6]), ("b", rows[6:9])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(part))
+        datasets.append(str(path))
+    dataset, available = datasets[0], 5
+    if mixture:
+        dataset, available = ",".join(datasets), 8
+    given = ["--student", pair[0], "--teacher", pair[1], "--dataset", dataset]
+    given += ["--max-new-tokens", "4", "--problems", "9" * 15, "--out", tmp_path / "out"]
+    code, out, err = invoke("probe", *given)
+    assert code == 0, err
+    assert last_json(out)["prompts"] == available
+    note = f"--problems {'9' * 15}: the data has {available} training prompts; all are probed"
+    assert note in " ".join(err.split())

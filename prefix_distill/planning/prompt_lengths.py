@@ -1,0 +1,106 @@
+"""The lengths of the prompts that a planned run reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import AutoTokenizer
+
+from ..config import Config
+from ..engine.models import Model
+from ..errors import UserError
+from ..training.problems import render_training_prompts, settle_privileged_template
+from ..training.prompt_sets import load_prompt_sets
+from ..training.run import Notes
+from .case import PromptLengths
+
+SAMPLE = 256  # prompts of the data that are rendered for their lengths
+ASSUMED = 256  # tokens of a prompt if neither a data set nor a length is given
+# the longest prompt that --prompt-tokens takes, in tokens; beyond it a forecast takes minutes
+LONGEST_PROMPT = 1_000_000
+
+
+@dataclass(frozen=True)
+class PlannedPrompts:
+    """Lengths of prompts, the longest response of the task, and the ids that both models have.
+
+    ``task_limit``: in tokens, None if the data does not say.
+    """
+
+    lengths: list[PromptLengths]
+    task_limit: int | None
+    support: int
+
+
+def assume_prompts(length: int | None, models: Sequence[Model], notes: Notes) -> PlannedPrompts:
+    """Return one prompt of ``length`` tokens; None is an assumed length.
+
+    UserError: the models have no position left for a response.
+    """
+    support = _head_support(models)
+    if length is None:
+        notes.note(f"prompts: {ASSUMED} tokens each (assumed; set --prompt-tokens or --dataset)")
+        return PlannedPrompts([(ASSUMED, ASSUMED)], None, support)
+    if not 1 <= length <= LONGEST_PROMPT:
+        raise UserError(
+            f"--prompt-tokens {length}: expected at least 1 token and at most "
+            f"{LONGEST_PROMPT:,}; change it"
+        )
+    for model in models:
+        if model.positions is not None and length >= model.positions:
+            raise UserError(
+                f"--prompt-tokens {length}: expected at most {model.positions - 1}, because model "
+                f"{model.name} has {model.positions} positions and a response needs one; lower it"
+            )
+    notes.note(f"prompts: {length} tokens each")
+    return PlannedPrompts([(length, length)], None, support)
+
+
+def read_prompts(
+    config: Config, models: Sequence[Model], folders: Sequence[str], notes: Notes
+) -> PlannedPrompts:
+    """Return the first of the prompts that a run with this config trains on.
+
+    They are loaded, held out, mixed and rendered as in a run. UserError: a model in ``folders`` has
+    no tokenizer.
+    """
+    trust = config.models.trust_remote_code
+    student = _with_tokenizer(models[0], folders[0], trust)
+    teacher = _with_tokenizer(models[1], folders[1], trust)
+    sets = load_prompt_sets(config, notes)
+    config = settle_privileged_template(config, sets)
+    needed = min(SAMPLE, max(1, config.train.steps * config.train.batch_size))
+    rendered = render_training_prompts(config, sets, (student, teacher), needed).stream[:needed]
+    student_lengths = [len(r.student_ids) for r in rendered]
+    teacher_lengths = [len(r.teacher_ids) for r in rendered]
+    mean = sum(student_lengths) / len(student_lengths)
+    notes.note(f"prompts: {len(rendered)} of {config.data.dataset}, {mean:.0f} tokens on average")
+    support = _head_support(models)
+    # A head may have more rows than there are ids; ids that one model lacks are cut off as well.
+    if _count_ids(student) == _count_ids(teacher):
+        support = min(support, _count_ids(student))
+    lengths = list(zip(student_lengths, teacher_lengths, strict=True))
+    return PlannedPrompts(lengths, sets.held_out.max_new_tokens, support)
+
+
+def _head_support(models: Sequence[Model]) -> int:
+    """Return the number of ids that both heads have."""
+    student, teacher = models
+    return min(student.config.vocab_size, teacher.config.vocab_size)
+
+
+def _count_ids(model: Model) -> int:
+    """Return the number of ids of a model's tokenizer, unused ones included."""
+    return max(model.tokenizer.get_vocab().values()) + 1
+
+
+def _with_tokenizer(model: Model, folder: str, trust_remote_code: bool) -> Model:
+    """Return a sketched model with its tokenizer. UserError: it cannot be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the hub, the disk or the tokenizer's own code fails in any way
+        raise UserError(
+            f"model {model.name}: expected a tokenizer, because --dataset is counted in tokens, "
+            f"but it has no readable tokenizer ({type(error).__name__}); give --prompt-tokens in "
+            "place of --dataset"
+        ) from None
+    return replace(model, tokenizer=tokenizer)
