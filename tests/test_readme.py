@@ -769,7 +769,7 @@ def test_modules_and_flags_it_names_exist():
 def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
     """`--flag value` (default) in README and pages is config.py's; --help prints that default
     and that help for every option of `run`."""
-    from prefix_distill.config import flag, options
+    from prefix_distill.config import describe_default, describe_limits, flag, options
     from prefix_distill.config.files import _typed
 
     defaults = {flag(path): (path, field) for path, field in options().items()}
@@ -799,12 +799,12 @@ def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
             == field.default
         ), (name, value)
     shown = {parameter.opts[0]: parameter for parameter in GROUP.commands["run"].params}
-    text = "".join(invoke("run", "--help")[1].split())
+    text = "".join(invoke("run", "--help")[1].replace("│", "").split())
     for name, (_, field) in defaults.items():
-        assert "".join(f"{field.metadata['help']}[default:(".split()) in text, name
-        assert shown[name].show_default == (
-            field.metadata["shown"] or (str(field.default) if field.default is not None else "none")
-        ), name
+        limits, default = describe_limits(field.metadata), describe_default(field)
+        facts = f"[{limits}; default: {default}]" if limits else f"[default: {default}]"
+        assert "".join(f"{field.metadata['help']}{facts}".split()) in text, name
+        assert shown[name].show_default == default, name
 
 
 def test_the_methods_table_names_every_value_that_an_option_has():

@@ -33,7 +33,7 @@ def run_command(arguments: list[str], alone: bool) -> int | None:
     try:
         # get_group would leave shell completion out
         group = cast(Commands, typer.main.get_command(app))
-        words, translated = translate_arguments(group, arguments)
+        words, translated = translate_arguments(group, arguments or ["--help"])
         if translated and alone:
             note(f"understood: {'; '.join(translated)} (prefix-distill help migration)")
         code = group(words, prog_name="prefix-distill", standalone_mode=False)

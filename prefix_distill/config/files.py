@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import UserError
+from .access import SECTIONS, flag, options
 from .options import NAMES, choices, value_type
 from .rules import check
-from .sections import SECTIONS, Config, flag, options
+from .sections import Config
 
 if typing.TYPE_CHECKING:
     import yaml

@@ -9,8 +9,9 @@ from typing import Any
 from ..errors import UserError
 from ..maths.schedule import OffPolicy, parse_off_policy, parse_prefix, warmup_steps
 from ..maths.weights import parse_position_weight, parse_selection, parse_window
-from .options import choices
-from .sections import SELF, TRACKERS, Config, flag, get, options
+from .access import flag, get, options
+from .options import choices, describe_limits
+from .sections import SELF, TRACKERS, Config
 
 
 def _check_value(path: str, value: object, declared: dataclasses.Field[Any]) -> None:
@@ -24,9 +25,10 @@ def _check_value(path: str, value: object, declared: dataclasses.Field[Any]) -> 
     too_low = value < limits.get("low", -math.inf) or value <= limits.get("above", -math.inf)
     too_high = value > limits.get("high", math.inf)
     if too_low or too_high or not math.isfinite(value):
-        words = {"low": "at least", "above": "above", "high": "at most"}
-        bounds = " and ".join(f"{words[name]} {limits[name]}" for name in words if name in limits)
-        raise UserError(f"{path} {value}: expected a finite number {bounds}; change {flag(path)}")
+        raise UserError(
+            f"{path} {value}: expected a finite number {describe_limits(limits)}; change "
+            f"{flag(path)}"
+        )
 
 
 def check(config: Config) -> None:
