@@ -1,6 +1,7 @@
 """Run a command; turn errors into one line on stderr and an exit code."""
 
 import io
+import itertools
 import os
 import sys
 from typing import cast
@@ -11,6 +12,10 @@ from ..errors import AT_ONCE, Stopped, UserError
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, tell_failure
 from .quiet import calm_threads, hide_deprecations
+
+OUT_OF_MEMORY = (
+    "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype bfloat16"
+)
 
 
 def main(alone: bool = True) -> None:
@@ -36,8 +41,11 @@ def run_command(arguments: list[str], alone: bool) -> int | None:
         words, translated = translate_arguments(group, arguments or ["--help"])
         if translated and alone:
             note(f"understood: {'; '.join(translated)} (prefix-distill help migration)")
+        if "--plain" in itertools.takewhile(_is_flag, words):
+            # click handles --help before --plain, so the command would be too late
+            os.environ["PREFIX_DISTILL_PLAIN"] = "1"
         code = group(words, prog_name="prefix-distill", standalone_mode=False)
-        if code == 130:  # what typer makes of Ctrl-C
+        if code == 130:  # typer returns it after Ctrl-C
             raise KeyboardInterrupt
         return code
     except (UserError, Stopped) as error:
@@ -45,13 +53,9 @@ def run_command(arguments: list[str], alone: bool) -> int | None:
     except KeyboardInterrupt:
         return tell_failure(AT_ONCE, 130, alone)
     except Exception as error:
-        if _out_of_memory(error):
-            message = (
-                "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype "
-                "bfloat16"
-            )
-            return tell_failure(message, 4, alone)
-        # click's own complaints about flags have it; anything else is a bug
+        if _is_out_of_memory(error):
+            return tell_failure(OUT_OF_MEMORY, 4, alone)
+        # click's errors about flags have this method; any other exception is a bug
         if not hasattr(error, "format_message"):
             raise
         return tell_failure(error.format_message(), 2, alone)
@@ -61,29 +65,50 @@ def translate_arguments(
     group: typer.core.TyperGroup, arguments: list[str]
 ) -> tuple[list[str], list[str]]:
     """Return the arguments in our own flags, --plain first, and a note on each translated one."""
-    name = next((word for word in arguments if not word.startswith("-")), "")
-    if name not in group.commands:
+    at = len(list(itertools.takewhile(_is_flag, arguments)))
+    if at == len(arguments) or arguments[at] not in group.commands:
         return arguments, []
-    at = arguments.index(name) + 1
+    name = arguments[at]
+    from .spellings import translate
+
+    valued, switches = _flags_of(group, name)
+    words, translated = translate(arguments[at + 1 :], valued, switches, _world_size())
+    # --plain is an option of the program that may also follow the command
+    before = arguments[:at]
+    if words[:1] == ["--plain"]:
+        before.append(words.pop(0))
+    return [*before, name, *words], translated
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-")
+
+
+def _flags_of(group: typer.core.TyperGroup, name: str) -> tuple[set[str], dict[str, str | None]]:
+    """Return a command's flags that take a value, and its switches with their config key."""
     valued: set[str] = set()
     switches: dict[str, str | None] = {"--plain": None, "--help": None}
     for parameter in group.commands[name].params:
-        key = parameter.name or ""
-        for flag in parameter.opts:
-            if flag.startswith("--") and getattr(parameter, "is_flag", False):
-                switches[flag] = key.replace("__", ".") if "__" in key else None
-            elif flag.startswith("--"):
-                valued.add(flag)
-    from .spellings import translate
+        flags = [flag for flag in parameter.opts if _is_flag(flag)]
+        if not getattr(parameter, "is_flag", False):
+            valued.update(flags)
+            continue
+        key = None
+        if parameter.name and "__" in parameter.name:
+            key = parameter.name.replace("__", ".")
+        switches.update(dict.fromkeys(flags, key))
+    return valued, switches
 
+
+def _world_size() -> int:
+    """Return the number of ranks that a launcher has started, or 1."""
     ranks = os.environ.get("WORLD_SIZE", "1")
-    world = int(ranks) if ranks.isdecimal() else 1
-    made, translated = translate(arguments[at:], valued, switches, world)
-    plain = made[:1] == ["--plain"]  # an option of the program, taken behind its command, too
-    return [*arguments[: at - 1], *made[:plain], name, *made[plain:]], translated
+    if not ranks.isdecimal():
+        return 1
+    return int(ranks)
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:
         return False
     from ..engine.device import out_of_memory

@@ -155,3 +155,10 @@ def test_help_uses_the_width_of_the_terminal():
     assert "\x1b[1;36m--student" in text
     lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
     assert max(map(len, lines)) == 93
+
+
+@pytest.mark.parametrize("words", [["--plain", "--help"], ["--help", "--plain"]])
+def test_plain_and_help_may_stand_in_either_order(words, monkeypatch):
+    monkeypatch.setenv("PREFIX_DISTILL_PLAIN", "")
+    code, text, _ = invoke(*words)
+    assert code == 0 and "General options:\n  --plain\n" in text
