@@ -75,7 +75,7 @@ BAD = {
     ),
     "unknown cross-tokenizer": (
         ["--cross-tokenizer", "gold"],
-        "must be one of strict, simct, simct-released, off",
+        "expected one of strict, simct, simct-released, off; change --cross-tokenizer",
     ),
     "lower-case teacher": (
         ["--teacher", "{root}/lower-case"],
@@ -110,7 +110,7 @@ BAD = {
     "negative learning rate": (["--lr", "-1"], "schedule.lr -1.0"),
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
     "unknown divergence": (["--divergence", "kl"], "divergence 'kl'"),
-    "estimator without K": (["--estimator", "top-k:0"], "must be full, sampled or top-k:K"),
+    "estimator without K": (["--estimator", "top-k:0"], "expected full, sampled or top-k:K"),
     "a schedule cut short": (["--prefix", "linear:4"], "prefix 'linear:4': --prefix must be"),
     "a staircase that never rises": (["--prefix", "staircase:4:4:0"], "rises every '0' updates"),
     "window without K": (
@@ -135,7 +135,7 @@ BAD = {
         ["--steps", "1" + "0" * 30],
         "train.steps: expected a number below 2^63",
     ),
-    "negative steps": (["--steps", "-1"], "train.steps -1: expected a finite number at least 0"),
+    "negative steps": (["--steps", "-1"], "train.steps -1: expected a finite number, at least 0"),
     "digits beyond text": (["--prefix", "9" * 5000], "prefix '999"),
     "window beyond counting": (["--window", "first:" + "9" * 5000], "window 'first:999"),
     "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "estimator 'top-k:999"),
@@ -154,15 +154,18 @@ BAD = {
         ["--set", "train.steps=yes"],
         "train.steps: expected a whole number, got True",
     ),
-    "no batch": (["--batch-size", "0"], "train.batch_size 0: expected a finite number at least 1"),
+    "no batch": (["--batch-size", "0"], "train.batch_size 0: expected a finite number, at least 1"),
     "no samples": (["--samples", "0"], "rollout.samples 0"),
     "nothing kept": (
         ["--top-p", "0"],
-        "rollout.top_p 0.0: expected a finite number above 0 and at most 1",
+        "rollout.top_p 0.0: expected a finite number, above 0 and at most 1",
     ),
     "loss at no temperature": (["--kl-temperature", "0"], "divergence.temperature 0"),
     "infinite clip": (["--grad-clip", "inf"], "train.grad_clip inf"),
-    "teacher is the student": (["--teacher", "self"], "have nothing to teach"),
+    "teacher is the student": (
+        ["--teacher", "self"],
+        "the same model with the same prompt, so the loss is zero",
+    ),
     "template without solution": (
         ["--privileged-column", "answer", "--privileged-template", "{{problem}}"],
         "it has no {solution}",
@@ -185,7 +188,7 @@ BAD = {
     "device of no kind": (["--device", "cuda:x"], "device 'cuda:x': not available here"),
     "device without numbers": (["--device", "meta"], "device 'meta': not available here"),
     "teacher's device": (["--teacher-device", "warp"], "device 'warp': not available here"),
-    "dtype": (["--dtype", "float16"], "--dtype must be one of auto, float32, bfloat16"),
+    "dtype": (["--dtype", "float16"], "expected one of auto, float32, bfloat16; change --dtype"),
     "out is a file": (["--out", "{root}/a-file"], "it is a file; name a folder"),
     "out below a file": (["--out", "{root}/a-file/out"], "cannot be written (Not a directory)"),
     "out of no name": (
@@ -224,7 +227,7 @@ BAD = {
     ),
     "prompt template without a prompt": (
         ["--prompt-template", "Q:"],
-        "expected {prompt} in it once",
+        "expected {prompt} in it once, got it 0 times",
     ),
     "prompt template of no column": (
         ["--prompt-template", "{{level}} {{prompt}}"],
@@ -247,7 +250,7 @@ BAD = {
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
     "eval of a negative limit": (
         ["eval", "--limit", "-1"],
-        "evaluate.problems -1: expected a finite number at least 0",
+        "evaluate.problems -1: expected a finite number, at least 0",
     ),
     "eval without samples": (["eval", "--samples", "0"], "evaluate.rollouts 0"),
     "eval into a missing folder": (

@@ -192,7 +192,7 @@ def test_every_limit_of_an_option_is_checked_and_no_other_is_declared():
                 config.build({path: limit + step})
             checked += 1
         if config.choices(field.type):
-            with pytest.raises(UserError, match=f"{path} 'no such value': .* must be one of"):
+            with pytest.raises(UserError, match=f"{path} 'no such value': expected one of"):
                 config.build({path: "no such value"})
             assert limits == set()
         elif config.value_type(field.type) is float:
