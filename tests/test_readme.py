@@ -770,7 +770,7 @@ def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
     """`--flag value` (default) in README and pages is config.py's; --help prints that default
     and that help for every option of `run`."""
     from prefix_distill.config import describe_default, describe_limits, flag, options
-    from prefix_distill.config.files import _typed
+    from prefix_distill.config.files import _convert
 
     defaults = {flag(path): (path, field) for path, field in options().items()}
     stated = re.findall(r"`(--[a-z-]+) ([^`]+)` \((?:the )?default\)", README)
@@ -787,7 +787,7 @@ def test_flags_and_defaults_it_states_are_those_of_the_config_and_of_help():
     for name, value in stated:
         path, field = defaults[name]
         assert (
-            _typed(
+            _convert(
                 path,
                 float(value)
                 if isinstance(field.default, float)
