@@ -1,16 +1,13 @@
 """The commands env and help."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..display import tell
 from ..errors import UserError
 from .app import app
-
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
 
 
 @app.command("env")
@@ -39,34 +36,30 @@ def _describe(entry: object) -> str:
 @app.command("help")
 def help_command(
     topic: Annotated[
-        str | None, typer.Argument(metavar="[TOPIC]", help="Page to print. Omit it to list them.")
+        str | None, typer.Argument(metavar="[TOPIC]", help="A page; none: the list of them.")
     ] = None,
 ) -> None:
-    """Print a page of documentation in Markdown: recipes, methods, migration, machines or
+    """A page of documentation, in Markdown, on stdout: recipes, methods, migration, machines,
     exit-codes."""
     import difflib
-
-    pages = _find_pages()
-    if topic is None:
-        for name, page in pages.items():
-            title = page.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            print(f"prefix-distill help {name:12} {title}")
-        return
-    if topic not in pages:
-        advice = f"choose from {', '.join(pages)}"
-        near = difflib.get_close_matches(topic, pages, 1, 0.4)
-        if near:
-            advice = f"did you mean {near[0]}?"
-        raise UserError(f"help {topic[:80]}: no such page; {advice}")
-    print(pages[topic].read_text(encoding="utf-8"), end="")
-
-
-def _find_pages() -> "dict[str, Traversable]":
-    """Return the files of the pages by name, sorted."""
     from importlib.resources import files
 
-    pages = {}
-    for file in files("prefix_distill").joinpath("help").iterdir():
-        if file.name.endswith(".md"):
-            pages[file.name.removesuffix(".md")] = file
-    return dict(sorted(pages.items()))
+    pages = {
+        file.name.removesuffix(".md"): file
+        for file in files("prefix_distill").joinpath("help").iterdir()
+        if file.name.endswith(".md")
+    }
+    if topic is None:
+        for name in sorted(pages):
+            print(
+                f"prefix-distill help {name:12} "
+                f"{pages[name].read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
+            )
+        return
+    if topic not in pages:
+        near = difflib.get_close_matches(topic, pages, 1, 0.4)
+        raise UserError(
+            f"help {topic[:80]}: no such page; "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(pages))}")
+        )
+    print(pages[topic].read_text(encoding="utf-8"), end="")

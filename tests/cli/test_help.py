@@ -39,7 +39,7 @@ def test_help_lists_the_pages_prints_one_and_names_the_nearest():
         assert invoke("help", name) == (0, page, "")
     for wrong, said in (
         ("exit-code", "did you mean exit-codes?"),
-        ("zzz", "choose from exit-codes, machines"),
+        ("zzz", "there are exit-codes, machines"),
     ):
         code, out, err = invoke("help", wrong)
         assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1

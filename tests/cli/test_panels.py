@@ -92,6 +92,17 @@ def test_help_of_the_program_and_of_other_commands_fits_too(width, monkeypatch):
     assert panels(text)["Commands"] == list(GROUP.list_commands(None))
 
 
+def test_every_option_of_run_has_its_help_limits_and_default():
+    text = "".join(invoke("run", "--help")[1].replace("│", "").split())
+    parameters = {parameter.opts[0]: parameter for parameter in GROUP.commands["run"].params}
+    for path, field in configuration.options().items():
+        limits = configuration.describe_limits(field.metadata)
+        default = f"default: {configuration.describe_default(field)}"
+        facts = "; ".join(filter(None, [limits, default]))
+        assert "".join(f"{field.metadata['help']}[{facts}]".split()) in text, path
+        assert f"default: {parameters[configuration.flag(path)].show_default}" == default
+
+
 def test_limits_and_defaults_stand_behind_the_help():
     text = " ".join(invoke("run", "--help")[1].replace("│", " ").split())
     assert "Rollouts per prompt. [at least 1; default: 4]" in text
