@@ -13,10 +13,6 @@ from . import info, model, run, study  # noqa: F401  importing them registers th
 from .app import Commands, app, note, tell_failure
 from .quiet import calm_threads, hide_deprecations
 
-OUT_OF_MEMORY = (
-    "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype bfloat16"
-)
-
 
 def main(alone: bool = True) -> None:
     """Run the command and exit; bad input ends with one line on stderr and exit code 2.
@@ -38,14 +34,11 @@ def run_command(arguments: list[str], alone: bool) -> int | None:
     try:
         # get_group would leave shell completion out
         group = cast(Commands, typer.main.get_command(app))
-        words, translated = translate_arguments(group, arguments or ["--help"])
+        words, translated = translate_arguments(group, arguments)
         if translated and alone:
             note(f"understood: {'; '.join(translated)} (prefix-distill help migration)")
-        if "--plain" in itertools.takewhile(_is_flag, words):
-            # click handles --help before --plain, so the command would be too late
-            os.environ["PREFIX_DISTILL_PLAIN"] = "1"
         code = group(words, prog_name="prefix-distill", standalone_mode=False)
-        if code == 130:  # typer returns it after Ctrl-C
+        if code == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         return code
     except (UserError, Stopped) as error:
@@ -53,9 +46,13 @@ def run_command(arguments: list[str], alone: bool) -> int | None:
     except KeyboardInterrupt:
         return tell_failure(AT_ONCE, 130, alone)
     except Exception as error:
-        if _is_out_of_memory(error):
-            return tell_failure(OUT_OF_MEMORY, 4, alone)
-        # click's errors about flags have this method; any other exception is a bug
+        if _out_of_memory(error):
+            message = (
+                "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype "
+                "bfloat16"
+            )
+            return tell_failure(message, 4, alone)
+        # click's own complaints about flags have it; anything else is a bug
         if not hasattr(error, "format_message"):
             raise
         return tell_failure(error.format_message(), 2, alone)
@@ -108,7 +105,7 @@ def _world_size() -> int:
     return int(ranks)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:
         return False
     from ..engine.device import out_of_memory

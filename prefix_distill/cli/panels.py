@@ -1,6 +1,8 @@
 """Format ``--help``: one panel of options per topic, as wide as the terminal."""
 
 import io
+import itertools
+import os
 import shutil
 import sys
 import textwrap
@@ -27,6 +29,12 @@ class PanelCommand(typer.core.TyperCommand):
 
 class PanelGroup(typer.core.TyperGroup):
     """A group whose ``--help`` shows its options and commands in panels."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # click answers --help before it reads --plain
+        if "--plain" in itertools.takewhile(lambda word: word.startswith("-"), args):
+            os.environ["PREFIX_DISTILL_PLAIN"] = "1"
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         commands = []

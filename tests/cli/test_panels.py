@@ -111,11 +111,6 @@ def test_limits_and_defaults_stand_behind_the_help():
     assert "[required]" in invoke("probe", "--help")[1]
 
 
-def test_without_arguments_the_program_shows_its_help():
-    assert invoke() == invoke("--help")
-    assert invoke()[0] == 0
-
-
 def test_plain_help_has_the_panels_without_boxes(monkeypatch):
     monkeypatch.setenv("PREFIX_DISTILL_PLAIN", "1")
     monkeypatch.setenv("COLUMNS", "80")
