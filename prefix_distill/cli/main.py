@@ -1,7 +1,6 @@
 """Run a command; turn errors into one line on stderr and an exit code."""
 
 import io
-import itertools
 import os
 import sys
 from typing import cast
@@ -62,10 +61,10 @@ def translate_arguments(
     group: typer.core.TyperGroup, arguments: list[str]
 ) -> tuple[list[str], list[str]]:
     """Return the arguments in our own flags, --plain first, and a note on each translated one."""
-    at = len(list(itertools.takewhile(_is_flag, arguments)))
-    if at == len(arguments) or arguments[at] not in group.commands:
+    name = next((word for word in arguments if not _is_flag(word)), "")
+    if name not in group.commands:
         return arguments, []
-    name = arguments[at]
+    at = arguments.index(name)
     from .spellings import translate
 
     valued, switches = _flags_of(group, name)

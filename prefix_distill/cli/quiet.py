@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 
 
 def quiet_libraries() -> None:
-    """Import the heavy libraries, and switch off their messages and progress bars."""
+    """Imports the heavy libraries with their own chatter off."""
     import logging
 
     import transformers
@@ -20,8 +20,8 @@ def quiet_libraries() -> None:
 def hide_deprecations() -> None:
     """Hide FutureWarning and DeprecationWarning, which a user cannot act on.
 
-    They report that this package or a library uses old names. Python's own ``-W``, ``-X dev`` and
-    ``PYTHONWARNINGS`` still show them or turn them into errors.
+    They report uses of old names by this package or by a library. Python's own ``-W``, ``-X dev``
+    and ``PYTHONWARNINGS`` still show them or turn them into errors.
     """
     if sys.warnoptions:
         return
@@ -30,11 +30,8 @@ def hide_deprecations() -> None:
 
 
 def calm_threads(environment: MutableMapping[str, str]) -> None:
-    """Set how OpenMP's threads wait, unless the environment already does. Call it before the import
-    of torch.
-
-    Threads that spin for long at barriers slow torch down when another process is busy. Threads
-    that sleep at once must be woken for every small matmul.
-    """
+    """How OpenMP's threads wait, where nothing else is set; before torch is imported. Long spinning
+    at barriers slows torch down when another process is busy; sleeping at once makes every small
+    matmul wait for a wake-up."""
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("GOMP_SPINCOUNT", "20000")  # some tens of microseconds
