@@ -75,7 +75,7 @@ BAD = {
     ),
     "unknown cross-tokenizer": (
         ["--cross-tokenizer", "gold"],
-        "must be one of strict, simct, simct-released, off",
+        "expected one of strict, simct, simct-released, off; change --cross-tokenizer",
     ),
     "lower-case teacher": (
         ["--teacher", "{root}/lower-case"],
@@ -110,7 +110,7 @@ BAD = {
     "negative learning rate": (["--lr", "-1"], "schedule.lr -1.0"),
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
     "unknown divergence": (["--divergence", "kl"], "divergence 'kl'"),
-    "estimator without K": (["--estimator", "top-k:0"], "must be full, sampled or top-k:K"),
+    "estimator without K": (["--estimator", "top-k:0"], "expected full, sampled or top-k:K"),
     "a schedule cut short": (["--prefix", "linear:4"], "prefix 'linear:4': --prefix must be"),
     "a staircase that never rises": (["--prefix", "staircase:4:4:0"], "rises every '0' updates"),
     "window without K": (
@@ -135,7 +135,7 @@ BAD = {
         ["--steps", "1" + "0" * 30],
         "train.steps: expected a number below 2^63",
     ),
-    "negative steps": (["--steps", "-1"], "train.steps -1: expected a finite number at least 0"),
+    "negative steps": (["--steps", "-1"], "train.steps -1: expected a finite number, at least 0"),
     "digits beyond text": (["--prefix", "9" * 5000], "prefix '999"),
     "window beyond counting": (["--window", "first:" + "9" * 5000], "window 'first:999"),
     "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "estimator 'top-k:999"),
@@ -154,15 +154,18 @@ BAD = {
         ["--set", "train.steps=yes"],
         "train.steps: expected a whole number, got True",
     ),
-    "no batch": (["--batch-size", "0"], "train.batch_size 0: expected a finite number at least 1"),
+    "no batch": (["--batch-size", "0"], "train.batch_size 0: expected a finite number, at least 1"),
     "no samples": (["--samples", "0"], "rollout.samples 0"),
     "nothing kept": (
         ["--top-p", "0"],
-        "rollout.top_p 0.0: expected a finite number above 0 and at most 1",
+        "rollout.top_p 0.0: expected a finite number, above 0 and at most 1",
     ),
     "loss at no temperature": (["--kl-temperature", "0"], "divergence.temperature 0"),
     "infinite clip": (["--grad-clip", "inf"], "train.grad_clip inf"),
-    "teacher is the student": (["--teacher", "self"], "have nothing to teach"),
+    "teacher is the student": (
+        ["--teacher", "self"],
+        "the same model with the same prompt, so the loss is zero",
+    ),
     "template without solution": (
         ["--privileged-column", "answer", "--privileged-template", "{{problem}}"],
         "it has no {solution}",
@@ -185,7 +188,7 @@ BAD = {
     "device of no kind": (["--device", "cuda:x"], "device 'cuda:x': not available here"),
     "device without numbers": (["--device", "meta"], "device 'meta': not available here"),
     "teacher's device": (["--teacher-device", "warp"], "device 'warp': not available here"),
-    "dtype": (["--dtype", "float16"], "--dtype must be one of auto, float32, bfloat16"),
+    "dtype": (["--dtype", "float16"], "expected one of auto, float32, bfloat16; change --dtype"),
     "out is a file": (["--out", "{root}/a-file"], "it is a file; name a folder"),
     "out below a file": (["--out", "{root}/a-file/out"], "cannot be written (Not a directory)"),
     "out of no name": (
@@ -224,7 +227,7 @@ BAD = {
     ),
     "prompt template without a prompt": (
         ["--prompt-template", "Q:"],
-        "expected {prompt} in it once",
+        "expected {prompt} in it once, got it 0 times",
     ),
     "prompt template of no column": (
         ["--prompt-template", "{{level}} {{prompt}}"],
@@ -247,7 +250,7 @@ BAD = {
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
     "eval of a negative limit": (
         ["eval", "--limit", "-1"],
-        "evaluate.problems -1: expected a finite number at least 0",
+        "evaluate.problems -1: expected a finite number, at least 0",
     ),
     "eval without samples": (["eval", "--samples", "0"], "evaluate.rollouts 0"),
     "eval into a missing folder": (
@@ -300,9 +303,9 @@ CONFIGS = {  # name: (text, message)
     "tabs": ("train:\n\tsteps: 5\n", "not valid YAML"),
     "section twice": (
         "train: {steps: 5}\nschedule: {lr: 1e-3}\ntrain: {batch_size: 2}\n",
-        "the key 'train' is there twice",
+        "the key 'train' is repeated in line 3",
     ),
-    "key twice": ("train:\n  steps: 5\n  steps: 6\n", "the key 'steps' is there twice"),
+    "key twice": ("train:\n  steps: 5\n  steps: 6\n", "the key 'steps' is repeated in line 3"),
     "python object": (
         "train: !!python/object/apply:os.system ['touch marker']\n",
         "could not determine a constructor for the tag",
@@ -339,11 +342,11 @@ CONFIGS = {  # name: (text, message)
     ),
     "two merge keys": (
         "a: &a {steps: 5}\nb: &b {steps: 6}\ntrain: {<<: *a, <<: *b}\n",
-        "the merge key '<<' is there twice, again in line 3; merge a list: <<: [*a, *b]",
+        "the merge key '<<' is repeated in line 3; merge a list: <<: [*a, *b]",
     ),
     "key twice beside a merge": (
         "a: &a {steps: 5}\ntrain: {<<: *a, steps: 6, steps: 7}\n",
-        "the key 'steps' is there twice, again in line 2",
+        "the key 'steps' is repeated in line 2",
     ),
     "deep": ("[" * 2000, "not valid YAML"),
     "nan": ("schedule: {lr: .nan}\n", "schedule.lr nan: expected a finite number"),
@@ -379,7 +382,7 @@ CONFIGS = {  # name: (text, message)
     "utf-16": ("train: {steps: 5}\n".encode("utf-16"), "cannot be read as UTF-8 text"),
     "bytes": (bytes(range(256)), "cannot be read as UTF-8 text"),
     "nul": ("train: {steps: \0}\n", "not valid YAML"),
-    "ten megabytes": ("# a long comment\n" * 600_000, "it has more than 65,536 characters"),
+    "ten megabytes": ("# a long comment\n" * 600_000, "expected at most 65,536 characters"),
     "a long key": (f"train: {{{'x' * 5000}: 1}}\n", "not valid YAML"),
 }
 
@@ -393,7 +396,7 @@ ARMS = {  # of `compare`: name: (text, message)
         "expected a list of different whole numbers",
     ),
     "arm of a number": ("arms: {a: 5}\n", "arm 'a' must hold keys, got 5"),
-    "arm twice": ("arms:\n  a: {}\n  a: {}\n", "the key 'a' is there twice"),
+    "arm twice": ("arms:\n  a: {}\n  a: {}\n", "the key 'a' is repeated in line 3"),
     "arm of no folder": ("arms: {../a: {}}\n", "'../a' cannot name a folder"),
     "arm of a NUL": ('arms: {"a\\0": {}}\n', "cannot name a folder"),
     "arm of half a character": ('arms: {"\\ud800": {}}\n', "cannot name a folder"),

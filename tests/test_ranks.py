@@ -581,7 +581,7 @@ def test_accelerate_starts_ranks_too(pair, questions, tmp_path):
         ),
         (
             ["--gpus", "2", "--device", "cpu", "--batch-size", "1"],
-            "--batch-size 1: 2 ranks need at least one prompt each",
+            "--batch-size 1: expected at least 2 prompts, one for each rank",
         ),
         pytest.param(
             ["--gpus", "2", "--device", "cpu", "--student", "nowhere/at/all"],

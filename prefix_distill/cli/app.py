@@ -10,6 +10,7 @@ import typer
 from .. import display
 from ..config import Config
 from ..display import tell
+from .panels import PanelGroup, PanelTyper
 
 if TYPE_CHECKING:
     from ..training.run import Run
@@ -20,14 +21,14 @@ COMMANDS = (
 )
 
 
-class Commands(typer.core.TyperGroup):
+class Commands(PanelGroup):
     """The commands, listed by ``--help`` in the order of COMMANDS."""
 
     def list_commands(self, ctx: object) -> list[str]:
         return sorted(self.commands, key=COMMANDS.index)
 
 
-app = typer.Typer(
+app = PanelTyper(
     cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -12,24 +12,25 @@ from .app import app
 
 @app.command("env")
 def environment() -> None:
-    """Versions, devices, precisions and threads, for a bug report. No host name, no user, no
-    path, no secret."""
+    """Show versions, devices, dtypes and threads for a bug report. Host name, user, paths and
+    secrets are left out."""
     from ..engine import device
 
     document = device.environment()
     for name, value in document.items():
-        for line in (
-            value if isinstance(value, list) and value and isinstance(value[0], dict) else [value]
-        ):
-            tell(
-                f"{name}: "
-                + (
-                    ", ".join(f"{k} {v}" for k, v in line.items() if v is not None)
-                    if isinstance(line, dict)
-                    else str(line)
-                )
-            )
+        entries = [value]
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            entries = value
+        for entry in entries:
+            tell(f"{name}: {_describe(entry)}")
     print(json.dumps(document))
+
+
+def _describe(entry: object) -> str:
+    """Return a value of the environment on one line; a dict as "key value, key value"."""
+    if not isinstance(entry, dict):
+        return str(entry)
+    return ", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
 
 
 @app.command("help")

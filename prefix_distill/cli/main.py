@@ -61,26 +61,47 @@ def translate_arguments(
     group: typer.core.TyperGroup, arguments: list[str]
 ) -> tuple[list[str], list[str]]:
     """Return the arguments in our own flags, --plain first, and a note on each translated one."""
-    name = next((word for word in arguments if not word.startswith("-")), "")
+    name = next((word for word in arguments if not _is_flag(word)), "")
     if name not in group.commands:
         return arguments, []
-    at = arguments.index(name) + 1
+    at = arguments.index(name)
+    from .spellings import translate
+
+    valued, switches = _flags_of(group, name)
+    words, translated = translate(arguments[at + 1 :], valued, switches, _world_size())
+    # --plain is an option of the program that may also follow the command
+    before = arguments[:at]
+    if words[:1] == ["--plain"]:
+        before.append(words.pop(0))
+    return [*before, name, *words], translated
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-")
+
+
+def _flags_of(group: typer.core.TyperGroup, name: str) -> tuple[set[str], dict[str, str | None]]:
+    """Return a command's flags that take a value, and its switches with their config key."""
     valued: set[str] = set()
     switches: dict[str, str | None] = {"--plain": None, "--help": None}
     for parameter in group.commands[name].params:
-        key = parameter.name or ""
-        for flag in parameter.opts:
-            if flag.startswith("--") and getattr(parameter, "is_flag", False):
-                switches[flag] = key.replace("__", ".") if "__" in key else None
-            elif flag.startswith("--"):
-                valued.add(flag)
-    from .spellings import translate
+        flags = [flag for flag in parameter.opts if _is_flag(flag)]
+        if not getattr(parameter, "is_flag", False):
+            valued.update(flags)
+            continue
+        key = None
+        if parameter.name and "__" in parameter.name:
+            key = parameter.name.replace("__", ".")
+        switches.update(dict.fromkeys(flags, key))
+    return valued, switches
 
+
+def _world_size() -> int:
+    """Return the number of ranks that a launcher has started, or 1."""
     ranks = os.environ.get("WORLD_SIZE", "1")
-    world = int(ranks) if ranks.isdecimal() else 1
-    made, translated = translate(arguments[at:], valued, switches, world)
-    plain = made[:1] == ["--plain"]  # an option of the program, taken behind its command, too
-    return [*arguments[: at - 1], *made[:plain], name, *made[plain:]], translated
+    if not ranks.isdecimal():
+        return 1
+    return int(ranks)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -1,19 +1,32 @@
-"""Config options become command-line flags."""
+"""Turn config options into command-line flags."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import typer
 
 from .. import config as configuration
 
 ConfigFile = Annotated[
-    str | None, typer.Option("--config", help="YAML file of sections; flags override it.")
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="YAML file of sections, such as 'train: {steps: 5}'. Flags override it.",
+    ),
 ]
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", help="section.key=value; overrides flags and file.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one option by its key, such as train.steps=5. It overrides flags and file, and "
+        "may be repeated.",
+    ),
 ]
+METAVARS: dict[type, str | None] = {int: "INT", float: "FLOAT", str: "TEXT", bool: None}
 
 
 class Wording(TypedDict, total=False):
@@ -32,41 +45,26 @@ def with_options(
     ``sections``: sections or single options; default: all options. ``reworded`` adds single options
     with their own flag, help or shown default.
     """
-    reworded = reworded or {}
+    words = reworded or {}
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = [
-            p
-            for p in inspect.signature(function).parameters.values()
-            if p.kind is not p.VAR_KEYWORD
-        ]
-        made = []
-        for path, field in configuration.options(*sections, *reworded).items():
-            kind = configuration.value_type(field.type)
-            words = {**field.metadata, **reworded.get(path, {})}
-            shown = words["shown"] or (str(field.default) if field.default is not None else "none")
-            text = typer.Option(
-                words["flag"],
-                help=words["help"],
-                show_default=shown,
-                autocompletion=_completion(configuration.choices(field.type)),
-            )
-            made.append(
-                inspect.Parameter(
-                    path.replace(".", "__"),
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[kind | None, text],
-                )
-            )
+        parameters = inspect.signature(function).parameters.values()
+        command_parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+        config_parameters = []
+        for path, field in configuration.options(*sections, *words).items():
+            config_parameters.append(_parameter(path, field, words.get(path, {})))
 
         def command(**given: object) -> None:
-            passed = {p.name: given.pop(p.name) for p in own}
-            flags = {k.replace("__", "."): v for k, v in given.items() if v is not None}
+            passed = {p.name: given.pop(p.name) for p in command_parameters}
+            flags = {}
+            for name, value in given.items():
+                if value is not None:
+                    flags[name.replace("__", ".")] = value
             function(**passed, flags=flags)
 
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
-        signature = inspect.Signature([*own, *made])
+        command.__name__ = function.__name__
+        command.__doc__ = function.__doc__
+        signature = inspect.Signature([*command_parameters, *config_parameters])
         command.__signature__ = signature  # type: ignore[attr-defined]  # inspect.signature reads it
         command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
         return command
@@ -74,10 +72,35 @@ def with_options(
     return decorate
 
 
+def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> inspect.Parameter:
+    """Return the parameter of a command that a config option becomes; None is "not given"."""
+    kind = configuration.value_type(field.type)
+    values = configuration.choices(field.type)
+    metavar = METAVARS[kind]
+    if values:
+        metavar = "NAME"
+    option = typer.Option(
+        words.get("flag", field.metadata["flag"]),
+        help=words.get("help", field.metadata["help"]),
+        metavar=metavar,
+        show_default=words.get("shown") or configuration.describe_default(field),
+        autocompletion=_completion(values),
+        rich_help_panel=configuration.topic(path),
+    )
+    return inspect.Parameter(
+        path.replace(".", "__"),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
 def _completion(values: tuple[str, ...]) -> Callable[[str], list[str]] | None:
     """Return the shell completion of an option limited to ``values``; None if there are none."""
+    if not values:
+        return None
 
     def complete(incomplete: str) -> list[str]:
         return [value for value in values if value.startswith(incomplete)]
 
-    return complete if values else None
+    return complete

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 from ..errors import UserError
 
-# as HfArgumentParser reads them
+# what HfArgumentParser takes for true and false
 TRUE = ("true", "yes", "1", "t", "y")
 FALSE = ("false", "no", "0", "f", "n")
-OFF = ("false", "no", "none", "null", "")  # nothing that has no counterpart here is on
+OFF = ("false", "no", "none", "null", "")  # of an option whose feature does not exist here
 RENAMED = {
     "output_dir": "--out",
     "model_name_or_path": "--student",
@@ -29,12 +29,12 @@ RENAMED = {
     "lora_r": "--lora",
     "lora_target_modules": "--lora-targets",
 }
-BATCH = {
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-}  # defaults of transformers
-RESUME, LORA = "resume_from_checkpoint", "use_peft"
+BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # with their defaults
+RESUME = "resume_from_checkpoint"
+LORA = "use_peft"
 LISTS = ("lora_target_modules", "report_to")  # several words there, one with commas here
+
+Convert = Callable[[str], list[str]]  # a value → the words of our command line
 
 
 def read_switch(name: str, text: str) -> bool:
@@ -44,7 +44,7 @@ def read_switch(name: str, text: str) -> bool:
     return text.lower() in TRUE
 
 
-def _number(name: str, text: str) -> float:
+def _read_number(name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -54,27 +54,34 @@ def _number(name: str, text: str) -> float:
     return value
 
 
-def _beta(text: str) -> list[str]:
-    ends = {0.0: "forward-kl", 1.0: "reverse-kl"}
-    return ["--divergence", ends.get(_number("beta", text), f"jsd:{text}")]
+def _convert_beta(text: str) -> list[str]:
+    limits = {0.0: "forward-kl", 1.0: "reverse-kl"}
+    return ["--divergence", limits.get(_read_number("beta", text), f"jsd:{text}")]
 
 
-def _lmbda(text: str) -> list[str]:
-    if (own := _number("lmbda", text)) != 1:
+def _convert_lmbda(text: str) -> list[str]:
+    on_policy = _read_number("lmbda", text)
+    if on_policy != 1:
         raise UserError(
-            f"--lmbda {text}: there the other batches have the data set's answers; here the "
-            f"teacher writes them: use --off-policy divergence:{1 - own:g} for that share of the "
-            "rollouts"
+            f"--lmbda {text}: in TRL, the other batches have the data set's answers; here the "
+            f"teacher samples them. Use --off-policy divergence:{1 - on_policy:g} for that share "
+            "of the rollouts"
         )
     return ["--off-policy", "none"]
 
 
-def _warmup(text: str) -> list[str]:
-    value = _number("warmup_steps", text)
-    return ["--warmup", f"{100 * value:g}%" if 0 < value < 1 else f"{value:g}"]
+def _convert_warmup_steps(text: str) -> list[str]:
+    value = _read_number("warmup_steps", text)
+    if 0 < value < 1:
+        return ["--warmup", f"{100 * value:g}%"]
+    return ["--warmup", f"{value:g}"]
 
 
-def _schedule(text: str) -> list[str]:
+def _convert_warmup_ratio(text: str) -> list[str]:
+    return ["--warmup", f"{100 * _read_number('warmup_ratio', text):g}%"]
+
+
+def _convert_schedule(text: str) -> list[str]:
     kinds = {
         "linear": "linear",
         "cosine": "cosine",
@@ -89,65 +96,72 @@ def _schedule(text: str) -> list[str]:
     return ["--lr-schedule", kinds[text]]
 
 
-def _strategy(name: str, flag: str) -> Callable[[str], list[str]]:
+def _strategy(name: str, flag: str) -> Convert:
+    """Return the conversion of a strategy: ``no`` becomes 0 steps."""
+
     def convert(text: str) -> list[str]:
         if text == "no":
             return [flag, "0"]
         if text != "steps":
-            raise UserError(f"--{name} {text[:40]}: use {flag} with a number of updates")
+            raise UserError(f"--{name} {text[:40]}: use {flag} with a number of steps")
         return []
 
     return convert
 
 
-CONVERTED: dict[str, tuple[Callable[[str], list[str]], str]] = {
+def _switch(name: str, *, on: str, off: str) -> Convert:
+    """Return the conversion of a switch: the words of ``on`` or of ``off``."""
+
+    def convert(text: str) -> list[str]:
+        if read_switch(name, text):
+            return on.split()
+        return off.split()
+
+    return convert
+
+
+# their name → conversion of its value, and the row of `prefix-distill help migration`
+CONVERTED: dict[str, tuple[Convert, str]] = {
     "beta": (
-        _beta,
+        _convert_beta,
         "`--divergence jsd:β`, the same β and mixture; 0: `forward-kl`, 1: `reverse-kl`",
     ),
-    "lmbda": (_lmbda, "1: `--off-policy none`; below 1 refused, see `--off-policy divergence:0.5`"),
-    "warmup_steps": (_warmup, "`--warmup 20`; below 1 a share, as `--warmup 5%`"),
-    "warmup_ratio": (
-        lambda text: ["--warmup", f"{100 * _number('warmup_ratio', text):g}%"],
-        "`--warmup 5%` for 0.05",
+    "lmbda": (
+        _convert_lmbda,
+        "1: `--off-policy none`; below 1 refused, see `--off-policy divergence:0.5`",
     ),
+    "warmup_steps": (_convert_warmup_steps, "`--warmup 20`; below 1 a share, as `--warmup 5%`"),
+    "warmup_ratio": (_convert_warmup_ratio, "`--warmup 5%` for 0.05"),
     "lr_scheduler_type": (
-        _schedule,
+        _convert_schedule,
         "`--lr-schedule linear`, `cosine` or `constant` (also for `constant_with_warmup`)",
     ),
     "bf16": (
-        lambda text: ["--dtype", "bfloat16" if read_switch("bf16", text) else "float32"],
+        _switch("bf16", on="--dtype bfloat16", off="--dtype float32"),
         "`--dtype bfloat16`, False: `--dtype float32`",
     ),
     "use_cpu": (
-        lambda text: ["--device", "cpu" if read_switch("use_cpu", text) else "auto"],
+        _switch("use_cpu", on="--device cpu", off="--device auto"),
         "`--device cpu`, False: `--device auto`",
     ),
     "activation_checkpointing": (
-        lambda text: (
-            ["--gradient-checkpointing"]
-            if read_switch("activation_checkpointing", text)
-            else ["--set", "train.gradient_checkpointing=false"]
+        _switch(
+            "activation_checkpointing",
+            on="--gradient-checkpointing",
+            off="--set train.gradient_checkpointing=false",
         ),
         "`--gradient-checkpointing`",
     ),
     "dataset_streaming": (
-        lambda text: (
-            ["--streaming"]
-            if read_switch("dataset_streaming", text)
-            else ["--set", "data.streaming=false"]
-        ),
+        _switch("dataset_streaming", on="--streaming", off="--set data.streaming=false"),
         "`--streaming`",
     ),
     "load_in_4bit": (
-        lambda text: ["--student-quantize", "nf4" if read_switch("load_in_4bit", text) else "none"],
+        _switch("load_in_4bit", on="--student-quantize nf4", off="--student-quantize none"),
         "`--student-quantize nf4`",
     ),
     "load_in_8bit": (
-        lambda text: [
-            "--student-quantize",
-            "int8" if read_switch("load_in_8bit", text) else "none",
-        ],
+        _switch("load_in_8bit", on="--student-quantize int8", off="--student-quantize none"),
         "`--student-quantize int8`",
     ),
     "eval_strategy": (
@@ -159,7 +173,7 @@ CONVERTED: dict[str, tuple[Callable[[str], list[str]], str]] = {
         "no: `--save-every 0`; steps: see `save_steps`",
     ),
 }
-SWITCHES = (
+SWITCHES = (  # may stand without a value
     "bf16",
     "use_cpu",
     "activation_checkpointing",
@@ -167,8 +181,9 @@ SWITCHES = (
     "load_in_4bit",
     "load_in_8bit",
     LORA,
-)  # may stand without a value
-ALREADY = {  # what is so here anyway; another value is refused with the hint of REFUSED
+)
+# values that are the only ones here; another value is refused with the hint of REFUSED
+ALREADY = {
     "do_train": ("true",),
     "shuffle_dataset": ("true",),
     "disable_dropout": ("true",),
@@ -199,21 +214,20 @@ ALREADY = {  # what is so here anyway; another value is refused with the hint of
     "min_p": ("0", "none"),
     "eval_delay": ("0",),
 }
+# what to use instead of names that have no counterpart
 HINTS = {
-    "use --steps: E epochs of N prompts are E·N / --batch-size updates": "num_train_epochs",
-    "use --off-policy divergence:0.5 (the run's divergence on the teacher's text) or sft "
-    "(cross-entropy), with the share of rollouts": "seq_kd",
+    "use --steps: E epochs of N prompts are E·N / --batch-size steps": "num_train_epochs",
+    "use --off-policy divergence:0.5 (the run's divergence) or sft:0.5 (cross-entropy), with the "
+    "share of rollouts that the teacher samples": "seq_kd",
     "use --max-prompt-tokens for the prompt and --max-new-tokens for the response": (
         "max_length truncation_mode vllm_max_model_length"
     ),
-    "use --generation-rows, which holds for every call of generate": (
+    "use --generation-rows, the rollouts per call of generate": (
         "per_device_eval_batch_size auto_find_batch_size generation_batch_size"
     ),
     "use --dtype bfloat16 or float32": "fp16 tf32 half_precision_backend *_full_eval",
     "use --plain": "disable_tqdm",
-    "use --seed, which settles prompts, rollouts and evaluation alike": (
-        "data_seed full_determinism"
-    ),
+    "use --seed, which seeds prompts, rollouts and evaluation": ("data_seed full_determinism"),
     "use --student-thinking, --teacher-thinking and --template": (
         "chat_template_kwargs chat_template_path"
     ),
@@ -221,63 +235,63 @@ HINTS = {
         "min_p repetition_penalty generation_kwargs"
     ),
     "download that revision and give its folder": "model_revision teacher_model_revision",
-    "a preset (gsm8k, math, …) knows its own; else give a local file": (
+    "a preset (gsm8k, math, …) includes these settings; for other data sets give a local file": (
         "dataset_config dataset_kwargs dataset_num_proc"
     ),
     "use --prompt-column": "dataset_text_field",
-    "give the settings in config.json, or prepare the model folder": (
+    "change these settings in the config.json of a model folder": (
         "model_init_kwargs teacher_model_init_kwargs attn_implementation"
     ),
-    "an adapter is plain LoRA of --lora, --lora-alpha and --lora-targets, without dropout; leave "
+    "an adapter is plain LoRA without dropout, with --lora, --lora-alpha and --lora-targets; leave "
     "it out": "lora_* use_rslora use_dora",
-    "--student-quantize and --teacher-quantize have nf4 (with nested constants) and int8; leave "
-    "it out": "bnb_* use_bnb_nested_quant",
-    "every update is a row of metrics.jsonl and every evaluation is in scores.jsonl; leave it "
+    "--student-quantize and --teacher-quantize take nf4 (with nested constants) or int8; leave it "
+    "out": "bnb_* use_bnb_nested_quant",
+    "metrics.jsonl has a row for every step, and scores.jsonl one for every evaluation; leave it "
     "out": (
         "log_* logging_* num_completions_to_print skip_memory_metrics "
         "include_num_input_tokens_seen include_for_metrics"
     ),
-    "the run is named by its folder, --out": "run_name project trackio_*",
-    "a run evaluates before, after and every --eval-every updates, with --eval-samples problems; "
-    "leave it out": (
-        "do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names"
-    ),
-    "a run keeps its newest two checkpoints, and its best student in best/; leave it out": (
+    "name the run with --run-name, or by its folder, --out": "run_name project trackio_*",
+    "a run evaluates before, after and every --eval-every steps, on --eval-samples problems; leave "
+    "it out": ("do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names"),
+    "a run keeps its two newest checkpoints, and its best student in best/; leave it out": (
         "save_* load_best_model_at_end metric_for_best_model greater_is_better "
         "enable_jit_checkpoint overwrite_output_dir"
     ),
-    "--resume goes on with the same prompts in the same order; leave it out": (
+    "--resume continues with the same prompts in the same order; leave it out": (
         "ignore_data_skip restore_callback_states_from_checkpoint"
     ),
     "the optimizer is AdamW (0.9, 0.999, 1e-8), fused, in float32; leave it out": (
         "optim optim_* adam_* lr_scheduler_kwargs"
     ),
-    "dropout is off in both models, as in evaluation; leave it out": (
+    "dropout is off in both models; leave it out": (
         "disable_dropout neftune_noise_alpha label_smoothing_factor"
     ),
-    "the loss is fused and in chunks (--head-memory-mb) anyway; leave it out": (
+    "the loss is always fused and computed in chunks (--head-memory-mb); leave it out": (
         "use_liger_* liger_kernel_config loss_type router_aux_loss_coef"
     ),
-    "responses are sampled by transformers' generate with a KV cache; leave it out": (
+    "transformers' generate with a KV cache samples the rollouts; leave it out": (
         "use_vllm vllm_* cache_implementation use_cache use_transformers_paged"
     ),
     "each rank holds both models (DDP); leave it out": (
         "deepspeed fsdp* ddp_* parallelism_config accelerator_config ds3_* local_rank"
     ),
-    "recomputing is by layer, not re-entrant; leave it out": (
+    "gradient checkpointing is per layer and not re-entrant; leave it out": (
         "gradient_checkpointing_kwargs activation_checkpointing_kwargs activation_offloading"
     ),
-    "prompts are shuffled by --seed, and never packed; leave it out": (
+    "prompts are shuffled by --seed and never packed; leave it out": (
         "shuffle_dataset packing* eval_packing padding_free pad_to_multiple_of "
         "train_sampling_strategy group_by_length length_column_name remove_unused_columns "
         "completion_only_loss assistant_only_loss dataloader_* average_tokens_across_devices"
     ),
     "special tokens come from the model's folder; leave it out": "eos_token pad_token",
-    "there is nothing here that it could change; leave it out": (
+    "it has no effect here; leave it out": (
         "do_train debug torch_compile* torch_empty_cache_steps ignore_bias_buffers "
         "max_tool_calling_iterations"
     ),
-    "name the repository with --push-to-hub USER/NAME, which keeps it private without "
-    "--hub-public": "push_to_hub hub_*",
+    "use --push-to-hub USER/NAME; a new repository is private, unless --hub-public is given": (
+        "push_to_hub hub_*"
+    ),
 }
+# their name, or a pattern of names → what to use instead
 REFUSED = {name: hint for hint, names in HINTS.items() for name in names.split()}

@@ -1,9 +1,8 @@
-"""Names of transformers' and TRL's command lines → our flags, so that a line written for them is
-understood or refused by name.
+"""Translate option names of transformers and TRL into our flags.
 
-A name stands for what it means there (transformers 5, TRL 1.16): the same setting under another
-name, a conversion of its value, or one line that says what to use instead. `prefix-distill help
-migration` shows the table.
+A name has the meaning that it has there (transformers 5, TRL 1.16). It becomes the same setting
+under another name or with a converted value, or an error that says what to use instead.
+`prefix-distill help migration` shows the table.
 """
 
 import fnmatch
@@ -26,130 +25,143 @@ from .spelling_tables import (
     read_switch,
 )
 
+DEPENDENT = (*BATCH, RESUME, LORA)  # options whose translation depends on the whole line
+
 
 def hint(name: str) -> str | None:
-    """What to use instead of ``name``, where it has no counterpart; None where it is not known."""
-    return REFUSED.get(name) or next(
-        (
-            REFUSED[pattern]
-            for pattern in REFUSED
-            if "*" in pattern and fnmatch.fnmatch(name, pattern)
-        ),
-        None,
-    )
+    """Return what to use instead of a name without counterpart; None for any other name."""
+    if name in REFUSED:
+        return REFUSED[name]
+    for pattern, advice in REFUSED.items():
+        if "*" in pattern and fnmatch.fnmatch(name, pattern):
+            return advice
+    return None
 
 
 def known(name: str) -> bool:
-    """Is ``name`` one of transformers' or TRL's that is understood or refused with a hint?"""
-    return (
-        any(name in names for names in (RENAMED, CONVERTED, BATCH, (RESUME, LORA)))
-        or hint(name) is not None
-    )
+    """Return whether transformers or TRL have this name: it is translated, or refused by hint."""
+    return name in {*RENAMED, *CONVERTED, *DEPENDENT} or hint(name) is not None
 
 
-def _same(value: str, so: str) -> bool:
+def _is_equal(value: str, expected: str) -> bool:
+    """Return whether two values are the same number, the same truth value or the same word."""
     try:
-        return float(value) == float(so)
+        return float(value) == float(expected)
     except ValueError:
-        return value.lower() in {"true": TRUE, "false": FALSE}.get(so, (so,))
+        words = {"true": TRUE, "false": FALSE}.get(expected, (expected,))
+        return value.lower() in words
 
 
-def _value(made: list[str], flag: str) -> str | None:
-    """What ``flag`` was given, last."""
-    found = [
-        made[i + 1] if word == flag else word.partition("=")[2]
-        for i, word in enumerate(made)
-        if (word == flag and i + 1 < len(made)) or word.startswith(f"{flag}=")
-    ]
-    return found[-1] if found else None
+def _last_value(words: list[str], flag: str) -> str | None:
+    """Return the last value that ``words`` give to ``flag``; None if they give none."""
+    value = None
+    for i, word in enumerate(words):
+        if word == flag:
+            value = next(iter(words[i + 1 :]), value)
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def translate(
     arguments: list[str], valued: set[str], switches: dict[str, str | None], world: int = 1
 ) -> tuple[list[str], list[str]]:
-    """The arguments of one command → (the same in our flags, ["--learning_rate 1e-4 as --lr 1e-4",
-    …] for what was another tool's).
+    """Return the arguments of a command in our flags, and a note on each translated option.
 
-    ``valued``: the command's flags that take a value; ``switches``: those that take none → their
-    config key, if they have one. Our flags may be written with underscores, and our switches with
-    True or False behind them. A name that neither we nor the tables know, or whose flag this
-    command has not, is left for the parser to refuse. ``world``: ranks, where --gpus does not say
-    it. UserError, one line for all: refused names, a value that cannot be converted, two names for
-    one flag.
+    ``valued``: the command's flags that take a value. ``switches``: its flags that take none, with
+    their config key, if they have one. Our flags may also have underscores, and our switches may be
+    followed by True or False. Names that are unknown, or whose flag this command does not have, are
+    kept for the parser to reject. ``world``: number of ranks, unless --gpus gives it.
+
+    UserError, one line for all: names without counterpart, a value that cannot be converted, two
+    names for one flag.
     """
     line = _Line(valued=valued, switches=switches, rest=list(arguments))
     while line.rest:
         line.translate_word()
-    if line.wrong:
-        raise UserError("; ".join(line.wrong))
+    if line.errors:
+        raise UserError("; ".join(line.errors))
     line.settle_batch(world)
     line.settle_resume()
     line.settle_lora()
-    return line.made, line.said
+    return line.words, line.notes
 
 
 @dataclass(kw_only=True)
 class _Line:
     """A command line during its translation.
 
-    ``rest``: words not read yet; ``made``: words in our flags; ``said``: what was translated;
-    ``wrong``: what was rejected; ``given``: flag → the spelling that set it; ``apart``: options
-    that depend on the whole line, name → (spelling, value).
+    ``rest``: words not read yet; ``words``: words in our flags; ``notes``: what was translated;
+    ``errors``: what was rejected; ``given``: flag → the spelling that set it; ``dependent``: name →
+    (spelling, value) of the options in DEPENDENT.
     """
 
     valued: set[str]
     switches: dict[str, str | None]
     rest: list[str]
-    made: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     given: dict[str, str] = field(default_factory=dict)
-    apart: dict[str, tuple[str, str]] = field(default_factory=dict)
+    dependent: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def translate_word(self) -> None:
         """Translate the next word together with its values."""
         word = self.rest.pop(0)
-        flag = word.partition("=")[0]
-        name, own = flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")
+        spelling = word.partition("=")[0]
+        name = spelling[2:].replace("-", "_")
+        flag = "--" + spelling[2:].replace("_", "-")
         if word == "--":
-            self.made += [word, *self.rest]
+            self.words += [word, *self.rest]
             self.rest.clear()
         elif not word.startswith("--"):
-            self.made.append(word)
-        elif own in self.valued:
-            self.put_valued(own, name, word)
-        elif own in self.switches:
-            self.put_switch(own, name, word)
-        elif not known(name):
-            self.made.append(word)
+            self.words.append(word)
+        elif flag in self.valued:
+            self.put_valued(flag, name, word)
+        elif flag in self.switches:
+            self.put_switch(flag, name, word)
+        elif known(name):
+            self.translate_option(spelling, name, word)
         else:
-            self.translate_other(flag, name, word)
+            self.words.append(word)
 
-    def put(self, words: list[str], spelled: str) -> None:
+    def put(self, words: list[str], spelling: str) -> None:
+        """Append a flag and its value; raise UserError if another spelling has set the flag."""
         flag = words[0].partition("=")[0]
-        if flag != "--set" and self.given.setdefault(flag, spelled) != spelled:
-            raise UserError(f"{self.given[flag]} and {spelled} both set {flag}; give one of them")
-        self.made.extend(words)
+        if flag != "--set" and self.given.setdefault(flag, spelling) != spelling:
+            raise UserError(f"{self.given[flag]} and {spelling} both set {flag}; give one of them")
+        self.words.extend(words)
 
-    def put_valued(self, own: str, name: str, word: str) -> None:
+    def note(self, spelling: str, words: list[str]) -> None:
+        """Record what an option was translated to."""
+        if words:
+            self.notes.append(f"{spelling} as {' '.join(words)}")
+        else:
+            self.notes.append(f"{spelling}: already the default")
+
+    def put_valued(self, flag: str, name: str, word: str) -> None:
         """Append one of our flags that takes a value."""
         _, equals, value = word.partition("=")
-        words = [f"{own}={value}"] if equals else [own, *self.rest[:1]]
-        del self.rest[: 0 if equals else 1]
+        words = [f"{flag}={value}"]
+        if not equals:
+            words = [flag, *self.rest[:1]]
+            del self.rest[:1]
         words[-1] += self.take_list(name)
-        self.put(words, own)
+        self.put(words, flag)
 
-    def put_switch(self, own: str, name: str, word: str) -> None:
+    def put_switch(self, flag: str, name: str, word: str) -> None:
         """Append one of our switches; True or False may follow it."""
         _, equals, value = word.partition("=")
+        is_on = not equals or read_switch(name, value)
         if not equals and self.rest and self.rest[0] in ("True", "False", "true", "false"):
-            equals, value = "=", self.rest.pop(0)
-        if own == "--plain":
-            self.made.insert(0, own)
-        elif not equals or read_switch(name, value):
-            self.put([own], own)
-        elif self.switches[own] is not None and "--set" in self.valued:
-            self.made += ["--set", f"{self.switches[own]}=false"]
+            is_on = read_switch(name, self.rest.pop(0))
+        key = self.switches[flag]
+        if is_on and flag == "--plain":
+            self.words.insert(0, flag)
+        elif is_on:
+            self.put([flag], flag)
+        elif key is not None and "--set" in self.valued:
+            self.words += ["--set", f"{key}=false"]
 
     def take_list(self, name: str) -> str:
         """Return the remaining words of a list, each after a comma."""
@@ -158,40 +170,41 @@ class _Line:
             words += f",{self.rest.pop(0)}"
         return words
 
-    def translate_other(self, flag: str, name: str, word: str) -> None:
+    def translate_option(self, flag: str, name: str, word: str) -> None:
         """Translate another tool's option and its value."""
-        _, equals, value = word.partition("=")
-        verbatim = [word]
-        if not equals and self.rest and not self.rest[0].startswith("--"):
-            value = self.rest.pop(0)
-            verbatim.append(value)
-            value += self.take_list(name)
-        elif not equals and (
-            name in SWITCHES or name not in {*RENAMED, *CONVERTED, *BATCH, RESUME}
-        ):
-            value = "True"
-        elif not equals:
-            raise UserError(f"{flag}: expected a value; see prefix-distill help migration")
-        spelled = f"{flag} {value}"
-        if name in (*BATCH, RESUME, LORA):
-            if "--resume" in self.switches:
-                self.apart[name] = spelled, value
-            else:
-                self.made += verbatim
+        verbatim, value = self.take_value(flag, name, word)
+        spelling = f"{flag} {value}"
+        if name in DEPENDENT and "--resume" in self.switches:
+            self.dependent[name] = spelling, value
+            return
+        if name in DEPENDENT:
+            self.words += verbatim
             return
         try:
-            words = self.convert(name, value, spelled)
+            words = self.convert(name, value, spelling)
         except UserError as error:
-            self.wrong.append(str(error))
+            self.errors.append(str(error))
             return
         if words and words[0] not in self.valued | self.switches.keys():
-            self.made += verbatim
+            self.words += verbatim
             return
         if words:
             self.put(words, flag)
-        self.said.append(f"{spelled} as {' '.join(words) or 'what is so anyway'}")
+        self.note(spelling, words)
 
-    def convert(self, name: str, value: str, spelled: str) -> list[str]:
+    def take_value(self, flag: str, name: str, word: str) -> tuple[list[str], str]:
+        """Return the words of another tool's option as they were given, and its value."""
+        _, equals, value = word.partition("=")
+        if equals:
+            return [word], value
+        if self.rest and not self.rest[0].startswith("--"):
+            value = self.rest.pop(0)
+            return [word, value], value + self.take_list(name)
+        if name not in SWITCHES and name in {*RENAMED, *CONVERTED, *BATCH, RESUME}:
+            raise UserError(f"{flag}: expected a value; see prefix-distill help migration")
+        return [word], "True"
+
+    def convert(self, name: str, value: str, spelling: str) -> list[str]:
         """Return another tool's option in our flags; an empty list if it is already the default."""
         if name in CONVERTED:
             return CONVERTED[name][0](value)
@@ -201,65 +214,72 @@ class _Line:
         if target is not None and not (name == "max_steps" and value.startswith("-")):
             return [target, value]
         if name in ALREADY:
-            is_so = any(_same(value, so) for so in ALREADY[name])
+            is_default = any(_is_equal(value, only) for only in ALREADY[name])
         else:
-            is_so = value.lower() in OFF
-        if not is_so:
-            raise UserError(f"{spelled}: {hint(name) or hint('num_train_epochs')}")
+            is_default = value.lower() in OFF
+        if not is_default:
+            raise UserError(f"{spelling}: {hint(name) or hint('num_train_epochs')}")
         return []
 
     def settle_batch(self, world: int) -> None:
-        """Prompts per update over all ranks, and how many are read at once: there they are two
-        factors of one number."""
-        batch = {name: self.apart[name] for name in BATCH if name in self.apart}
-        if not batch:
+        """Translate the batch size, which is a product of two numbers there.
+
+        Ours counts the prompts of a step over all ranks: per device × accumulation × ranks.
+        """
+        spellings = [self.dependent[name][0] for name in BATCH if name in self.dependent]
+        if not spellings:
             return
-        sizes = {}
-        for name, default in BATCH.items():
-            spelled, value = batch.get(name, ("", str(default)))
-            if not (value.isascii() and value.isdecimal() and 0 < int(value) < 1 << 31):
-                raise UserError(f"{spelled}: expected a whole number of at least 1")
-            sizes[name] = int(value)
-        each, turns = sizes.values()
-        gpus = _value(self.made, "--gpus")
-        ranks = int(gpus) if gpus and gpus.isdecimal() else world
-        names = " ".join(spelled for spelled, _ in batch.values())
-        self.put(["--batch-size", str(each * turns * ranks)], names)
-        self.put(["--micro-batch-size", str(each)], names)
-        self.said.append(
-            f"{names} as --batch-size {each * turns * ranks} --micro-batch-size {each} ({ranks} "
+        per_device, accumulation = (self.read_batch(name) for name in BATCH)
+        ranks = world
+        gpus = _last_value(self.words, "--gpus")
+        if gpus and gpus.isdecimal():
+            ranks = int(gpus)
+        names = " ".join(spellings)
+        prompts = per_device * accumulation * ranks
+        self.put(["--batch-size", str(prompts)], names)
+        self.put(["--micro-batch-size", str(per_device)], names)
+        self.notes.append(
+            f"{names} as --batch-size {prompts} --micro-batch-size {per_device} ({ranks} "
             f"rank{'s' * (ranks > 1)}; every prompt has --samples rollouts)"
         )
 
+    def read_batch(self, name: str) -> int:
+        """Return one factor of the batch size: the given one, or the default there."""
+        spelling, value = self.dependent.get(name, ("", str(BATCH[name])))
+        is_number = value.isascii() and value.isdecimal()
+        if not (is_number and 0 < int(value) < 1 << 31):
+            raise UserError(f"{spelling}: expected a whole number of at least 1")
+        return int(value)
+
     def settle_resume(self) -> None:
-        """True: the run in --out; a folder: the run in it."""
-        if RESUME not in self.apart:
+        """Translate resuming. True resumes the run in --out; a folder resumes the run in it."""
+        if RESUME not in self.dependent:
             return
-        spelled, value = self.apart[RESUME]
+        spelling, value = self.dependent[RESUME]
         if value.lower() in OFF:
-            self.said.append(f"{spelled} as what is so anyway")
+            self.note(spelling, [])
             return
-        out = _value(self.made, "--out")
         words = ["--resume"]
         if value.lower() not in TRUE:
+            out = _last_value(self.words, "--out")
             if out is None:
-                words = ["--resume", "--out", value]
+                words += ["--out", value]
             elif value.rstrip("/\\") != out.rstrip("/\\"):
                 raise UserError(
-                    f"{spelled}: a run goes on in its own folder, from its newest whole "
+                    f"{spelling}: a run resumes in its own folder, from its newest complete "
                     "checkpoint; use --resume --out with that folder"
                 )
-        if "--resume" not in self.made:
-            self.made.extend(words)
-        self.said.append(f"{spelled} as {' '.join(words)}")
+        if "--resume" not in self.words:
+            self.words += words
+        self.note(spelling, words)
 
     def settle_lora(self) -> None:
-        """Translate the LoRA switch: True adds an adapter, of rank 16 unless --lora is given."""
-        if LORA not in self.apart:
+        """Translate the LoRA switch. True adds an adapter of rank 16 unless --lora is given."""
+        if LORA not in self.dependent:
             return
-        spelled, value = self.apart[LORA]
+        spelling, value = self.dependent[LORA]
         words = []
-        if read_switch(LORA, value) and _value(self.made, "--lora") is None:
+        if read_switch(LORA, value) and _last_value(self.words, "--lora") is None:
             words = ["--lora", "16"]
-        self.made += words
-        self.said.append(f"{spelled} as {' '.join(words) or 'what is so anyway'}")
+        self.words += words
+        self.note(spelling, words)

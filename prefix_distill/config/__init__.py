@@ -1,22 +1,14 @@
 """The configuration of a run: its options, the rules between them, and YAML files."""
 
+from .access import MAIN, as_dict, flag, get, options, replace, topic
 from .files import LARGEST, build, flatten, is_text, read_assignments, read_tree, read_yaml
-from .options import choices, value_type
+from .options import choices, describe_default, describe_limits, value_type
 from .rules import parse_divergence, parse_estimator, parse_trackers, selected
-from .sections import (
-    SELF,
-    Adapter,
-    Config,
-    Runtime,
-    as_dict,
-    flag,
-    get,
-    options,
-    replace,
-)
+from .sections import SELF, Adapter, Config, Runtime
 
 __all__ = [
     "LARGEST",
+    "MAIN",
     "SELF",
     "Adapter",
     "Config",
@@ -24,6 +16,8 @@ __all__ = [
     "as_dict",
     "build",
     "choices",
+    "describe_default",
+    "describe_limits",
     "flag",
     "flatten",
     "get",
@@ -37,5 +31,6 @@ __all__ = [
     "read_yaml",
     "replace",
     "selected",
+    "topic",
     "value_type",
 ]

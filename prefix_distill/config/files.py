@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import UserError
+from .access import SECTIONS, flag, options
 from .options import NAMES, choices, value_type
 from .rules import check
-from .sections import SECTIONS, Config, flag, options
+from .sections import Config
 
 if typing.TYPE_CHECKING:
     import yaml
@@ -21,23 +22,28 @@ MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
 
 
 def build(values: dict[str, object]) -> Config:
-    """``{"train.steps": 5, …}`` over the defaults → a checked Config. UserError names a bad key
-    or value."""
+    """Return a checked Config: ``{"train.steps": 5, …}`` over the defaults.
+
+    UserError: a key is unknown, a value has another type, or an option breaks a rule.
+    """
     known = options()
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for path, value in values.items():
         if path not in known:
-            path = path[:80]
-            near = difflib.get_close_matches(path, known, 1, 0.4)
-            hint = (
-                f"; did you mean {near[0]}?" if near else f"; known sections: {', '.join(sections)}"
-            )
-            raise UserError(f"unknown setting '{path}'{hint}")
+            raise UserError(f"unknown setting '{path[:80]}'; {_suggest(path[:80])}")
         section, key = path.split(".")
-        sections[section][key] = _typed(path, value, known[path].type)
+        sections[section][key] = _convert(path, value, known[path].type)
     config = Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
     check(config)
     return config
+
+
+def _suggest(path: str) -> str:
+    """Return advice for an unknown setting: the nearest known one, or the sections."""
+    near = difflib.get_close_matches(path, options(), 1, 0.4)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"choose a key of these sections: {', '.join(SECTIONS)}"
 
 
 def read_tree(path: str) -> dict[Any, Any]:
@@ -56,16 +62,16 @@ def read_tree(path: str) -> dict[Any, Any]:
         ) from None
     if len(text) > LARGEST:
         raise UserError(
-            f"config file {path}: it has more than {LARGEST:,} characters; settings fit in far "
-            "fewer"
+            f"config file {path}: expected at most {LARGEST:,} characters, got more; keep only "
+            "settings in it"
         )
     try:
-        tree = _yaml(text)
+        tree = _parse_yaml(text)
     except ValueError as error:
-        raise UserError(
-            f"config file {path}: not valid YAML ({' '.join(str(error).split())[:300]}); repair it"
-        ) from None
-    tree = {} if tree is None else tree
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"config file {path}: not valid YAML ({reason}); correct it") from None
+    if tree is None:
+        return {}
     if not isinstance(tree, dict):
         raise UserError(
             f"config file {path}: expected sections such as 'train: {{steps: 5}}', got "
@@ -74,7 +80,7 @@ def read_tree(path: str) -> dict[Any, Any]:
     return tree
 
 
-def _yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     """Return the plain values of a YAML text.
 
     ValueError: the text is not YAML, uses other types, repeats a key, contains itself, or expands
@@ -97,6 +103,7 @@ def _yaml(text: str) -> Any:
         KeyError,
         TypeError,
     ) as error:
+        # all that PyYAML raises for damaged or deep text
         raise ValueError(str(error)) from None
 
 
@@ -133,25 +140,22 @@ def _expand(node: "yaml.Node", sizes: dict["yaml.Node", int | None]) -> int:
 
 
 def _check_keys(mapping: "yaml.MappingNode") -> None:
-    """Raise ValueError if a mapping node gives a key or the merge key twice."""
+    """Raise ValueError if a mapping node repeats a key or the merge key."""
     seen = set()
-    merges = False
+    has_merge_key = False
     for key, _ in mapping.value:
+        line = key.start_mark.line + 1
         if key.tag == MERGE:
-            if merges:  # versions of PyYAML differ in which of the two wins
+            if has_merge_key:  # versions of PyYAML differ in which of the two wins
                 raise ValueError(
-                    f"the merge key '<<' is there twice, again in line {key.start_mark.line + 1}; "
-                    "merge a list: <<: [*a, *b]"
+                    f"the merge key '<<' is repeated in line {line}; merge a list: <<: [*a, *b]"
                 )
-            merges = True
+            has_merge_key = True
             continue
         if key.id != "scalar":
             continue
         if key.value in seen:
-            raise ValueError(
-                f"the key {key.value[:80]!r} is there twice, again in line "
-                f"{key.start_mark.line + 1}"
-            )
+            raise ValueError(f"the key {key.value[:80]!r} is repeated in line {line}")
         seen.add(key.value)
 
 
@@ -162,12 +166,14 @@ def _merge(mapping: "yaml.MappingNode") -> None:
     win. PyYAML 6.0.4 can let the last one win, so this function merges instead.
     """
     merged: list[tuple[yaml.Node, yaml.Node]] = []
-    own: list[tuple[yaml.Node, yaml.Node]] = []
+    pairs: list[tuple[yaml.Node, yaml.Node]] = []
     for key, value in mapping.value:
         if key.tag != MERGE:
-            own.append((key, value))
+            pairs.append((key, value))
             continue
-        sources = value.value if value.id == "sequence" else [value]
+        sources = [value]
+        if value.id == "sequence":
+            sources = value.value
         for source in reversed(sources):  # the last of equal keys wins
             if source.id != "mapping":
                 line = key.start_mark.line + 1
@@ -175,11 +181,14 @@ def _merge(mapping: "yaml.MappingNode") -> None:
                     f"the merge key in line {line} needs a mapping or a list of mappings"
                 )
             merged += source.value
-    mapping.value = merged + own
+    mapping.value = merged + pairs
 
 
 def flatten(path: str, tree: dict[Any, Any]) -> dict[str, object]:
-    """Sections with keys → ``{"section.key": value}``. UserError on a wrong shape."""
+    """Return ``{"section.key": value}`` of sections with keys; ``path`` names the file in errors.
+
+    UserError: a section holds no keys.
+    """
     values = {}
     for section, keys in tree.items():
         if not isinstance(keys, dict):
@@ -187,52 +196,55 @@ def flatten(path: str, tree: dict[Any, Any]) -> dict[str, object]:
                 f"config file {path}: section {reprlib.repr(section)} must hold keys, got "
                 f"{reprlib.repr(keys)}"
             )
-        values.update({f"{section}.{key}": value for key, value in keys.items()})
+        for key, value in keys.items():
+            values[f"{section}.{key}"] = value
     return values
 
 
 def read_yaml(path: str) -> dict[str, object]:
-    """A YAML file of sections → ``{"section.key": value}``. UserError on a missing file or a
-    wrong shape."""
+    """Read a YAML file of sections and return ``{"section.key": value}``.
+
+    UserError: as ``read_tree`` and ``flatten``.
+    """
     return flatten(path, read_tree(path))
 
 
 def read_assignments(assignments: list[str]) -> dict[str, object]:
-    """``["train.steps=5"]`` → ``{"train.steps": 5}``; the value is read as YAML."""
+    """Return ``{"train.steps": 5}`` of ``["train.steps=5"]``; the values are read as YAML.
+
+    UserError: an assignment has no ``=``, or its value is not valid YAML.
+    """
     values = {}
     for text in assignments:
         path, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected section.key=value, such as train.steps=5")
         try:
-            values[path.strip()] = _yaml(value)
+            values[path.strip()] = _parse_yaml(value)
         except ValueError:
             raise UserError(f"--set {text}: the value is not valid YAML; quote it") from None
     return values
 
 
-def _typed(path: str, value: object, kind: object) -> object:
-    """``value`` as the declared type; an int is a float, a number is text where text is due,
-    nothing else is bent."""
+def _convert(path: str, value: object, kind: object) -> object:
+    """Return ``value`` as the declared type of an option.
+
+    A whole number may stand for a float and a number for text, and YAML 1.1's readings of ``1e-4``
+    and ``on`` are undone. UserError: any other type.
+    """
     if value is None and type(None) in typing.get_args(kind):
         return None
-    base = value_type(kind)
-    if base is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise UserError(
-            f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; give a "
-            "smaller one"
+            f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; lower it"
         )
-    if base is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if base is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+    base = value_type(kind)
+    if base is float:
+        value = _to_float(value)
+    elif isinstance(value, bool):
+        value = _to_switch_name(value, kind)
+    elif base is str and isinstance(value, (int, float)):
         value = str(value)
-    if isinstance(value, bool):  # YAML 1.1 reads on and off as true and false
-        word = "on" if value else "off"
-        if word in choices(kind):
-            value = word
     if type(value) is not base:
         raise UserError(
             f"{path}: expected {NAMES[base]}, got {reprlib.repr(value)}; change {flag(path)}"
@@ -245,10 +257,29 @@ def _typed(path: str, value: object, kind: object) -> object:
     return value
 
 
+def _to_float(value: object) -> object:
+    """Return a whole number, or text such as 1e-4, as a float; any other value unchanged."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (int, str)):  # YAML 1.1 reads 1e-4 as text
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _to_switch_name(value: bool, kind: object) -> object:
+    """Return on or off for a truth value if an option has that choice, else the truth value."""
+    name = "on" if value else "off"  # YAML 1.1 reads on and off as true and false
+    if name in choices(kind):
+        return name
+    return value
+
+
 def is_text(value: str) -> bool:
     """Return whether files, file names and tokenizers can hold ``value``.
 
-    Half of a surrogate pair has no UTF-8 form: Python makes it from bytes that are not UTF-8.
+    They cannot hold NUL, or half of a surrogate pair, which has no UTF-8 encoding. Python makes
+    such halves from bytes that are not UTF-8.
     """
     try:
         value.encode()

@@ -1,75 +1,94 @@
-"""The options of the method: rollouts, loss, token weights, updates, extrapolation."""
+"""The options of the method: rollouts, loss, token weights, training, extrapolation."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from .options import option
+from .options import main_option, option
 
 
 @dataclass(frozen=True)
 class Schedule:
-    prefix: str = option(
+    prefix: str = main_option(
         "25%",
         "--prefix",
-        "Response tokens sampled and taught: 512, 25% (of --max-new-tokens), full, linear:L0:d (L0 "
-        "+ d·k at update k), staircase:L0:dH:every, auto (grows when its newest tokens have no "
-        "more to teach).",
+        "Response tokens to sample and train on: 512, 25% (of --max-new-tokens), full, "
+        "linear:L0:d (L0 + d·k at step k), staircase:L0:dH:n (dH more every n steps) or auto "
+        "(grows when its newest tokens stop improving).",
     )
-    lr: float = option(5e-5, "--lr", "Peak learning rate of AdamW.", above=0)
+    lr: float = main_option(5e-5, "--lr", "Peak learning rate of AdamW.", above=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
-        "linear", "--lr-schedule", "After warm-up: constant, linear or cosine, ending at 0."
+        "linear",
+        "--lr-schedule",
+        "Learning rate after warm-up: constant, linear (down to 0) or cosine (down to 0).",
     )
-    warmup: str = option("5%", "--warmup", "Linear warm-up: updates (20) or a share of them (5%).")
+    warmup: str = option(
+        "5%", "--warmup", "Linear warm-up, in steps (20) or as a share of all steps (5%)."
+    )
 
 
 @dataclass(frozen=True)
 class Sampling:
-    samples: int = option(4, "--samples", "Rollouts per prompt.", low=1)
+    samples: int = main_option(4, "--samples", "Rollouts per prompt.", low=1)
     temperature: float = option(
-        1.0, "--temperature", "Sampling temperature (0 is greedy); not the loss's.", low=0
+        1.0,
+        "--temperature",
+        "Sampling temperature of rollouts; 0 is greedy. The loss has its own, --kl-temperature.",
+        low=0,
     )
     top_p: float = option(
-        1.0, "--top-p", "Nucleus mass kept when sampling (1 keeps all).", above=0, high=1
+        1.0,
+        "--top-p",
+        "Probability mass that nucleus sampling keeps; 1 keeps all tokens.",
+        above=0,
+        high=1,
     )
-    top_k: int = option(0, "--top-k", "Most likely tokens kept when sampling (0 keeps all).", low=0)
-    max_new_tokens: int | None = option(
+    top_k: int = option(
+        0, "--top-k", "Number of most likely tokens that sampling keeps; 0 keeps all.", low=0
+    )
+    max_new_tokens: int | None = main_option(
         None,
         "--max-new-tokens",
-        "Longest full response (tokens).",
-        "the embedded task's, else what the models' positions allow, at most 2048",
+        "Longest full response, in tokens.",
+        "the built-in task's, else what the models' positions allow, up to 2048",
         low=1,
     )
     eos: Literal["student", "teacher", "union"] = option(
         "union",
         "--eos",
-        "Whose end-of-sequence ids stop a rollout: student, teacher or union (of "
-        "different tokenizers: the student's).",
+        "Whose end-of-sequence (EOS) tokens stop a rollout: student, teacher or union. With "
+        "different tokenizers, union means the student's.",
     )
     begin: str | None = option(
-        None, "--begin", "Text forced at the start of every response, not taught (a think tag)."
+        None,
+        "--begin",
+        "Text forced at the start of every response, such as a think tag. It is not trained on.",
     )
     off_policy: str = option(
         "none",
         "--off-policy",
-        "Rollouts the teacher writes in the student's place: none, sft (cross-entropy on them) or "
-        "divergence (--divergence on them); :0.5 for that share of them.",
+        "Rollouts that the teacher samples instead of the student: none, sft (trained with "
+        "cross-entropy) or divergence (trained with --divergence). Add a share, such as sft:0.5.",
     )
-    rows: int = option(64, "--generation-rows", "Rollouts per generate call, per rank.", low=1)
+    rows: int = option(
+        64, "--generation-rows", "Rollouts per call of generate, on each rank.", low=1
+    )
 
 
 @dataclass(frozen=True)
 class Divergence:
-    name: str = option(
+    name: str = main_option(
         "reverse-kl",
         "--divergence",
-        "reverse-kl Σ S(log S − log T), forward-kl Σ T(log T − log S), "
-        "jsd:β = β·KL(T‖m) + (1−β)·KL(S‖m), m = βT + (1−β)S; nats per token.",
+        "Loss per token in nats, from student S to teacher T: reverse-kl Σ S(log S − log T), "
+        "forward-kl Σ T(log T − log S), or jsd:β = β·KL(T‖m) + (1 − β)·KL(S‖m) with "
+        "m = βT + (1 − β)S.",
     )
     estimator: str = option(
         "full",
         "--estimator",
-        "full: the whole vocabulary; top-k:K: the teacher's K most likely tokens "
-        "and one bucket with the rest of the mass; sampled: the sampled token alone (reverse-kl).",
+        "How the divergence is computed: full (whole vocabulary), top-k:K (the teacher's K most "
+        "likely tokens and one bucket for the rest) or sampled (the sampled token; reverse-kl "
+        "only).",
     )
     temperature: float = option(
         1.0, "--kl-temperature", "Temperature of both distributions in the loss.", above=0
@@ -77,15 +96,15 @@ class Divergence:
     clip: float | None = option(
         None,
         "--clip",
-        "κ: with forward-kl, Σ_v min(T(log T − log S), κ): the most that one vocabulary "
-        "entry may add (nats).",
+        "With forward-kl, the most that one vocabulary entry may add, in nats: "
+        "Σ_v min(T(log T − log S), κ).",
         above=0,
     )
     reduction: Literal["token", "sequence", "sum"] = option(
         "token",
         "--reduction",
-        "token: mean over taught tokens; sequence: mean over rollouts of "
-        "their token means; sum: sum over tokens, mean over rollouts.",
+        "How token losses are averaged: token (over all trained tokens), sequence (over rollouts, "
+        "each its mean) or sum (over rollouts, each its sum).",
     )
 
 
@@ -94,13 +113,13 @@ class Weights:
     window: str = option(
         "all",
         "--window",
-        "Tokens of a rollout that are taught: all, or K of them: first:K, middle:K, last:K, "
-        "random:K (in a row), scattered:K, highest-kl:K, highest-entropy:K.",
+        "Tokens of a rollout to train on: all, K in a row (first:K, middle:K, last:K, random:K), "
+        "K at random positions (scattered:K), or the K highest (highest-kl:K, highest-entropy:K).",
     )
     select: str = option(
         "all",
         "--select",
-        "Tokens of those that are taught, by importance (TIP): all, soft-or, overconfident, "
+        "Tokens of the window to keep, by importance (TIP): all, soft-or, overconfident, "
         "entropy-sample, entropy, divergence, random or bottom.",
     )
     keep: float | None = option(
@@ -114,29 +133,30 @@ class Weights:
     position: str = option(
         "uniform",
         "--position-weight",
-        "Weight of a token by its place in the rollout: uniform, moderate (rises "
-        "from 0.31 to 1), decreasing (its mirror image) or sigmoid:w,τ,s.",
+        "Weight of a token by its position in the rollout: uniform, moderate (rises from 0.31 to "
+        "1), decreasing (falls from 1 to 0.31) or sigmoid:w,τ,s.",
     )
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = option(100, "--steps", "Updates.", low=0)
-    batch_size: int = option(8, "--batch-size", "Prompts per update, over all ranks.", low=1)
+    steps: int = main_option(100, "--steps", "Steps to train (optimizer updates).", low=0)
+    batch_size: int = main_option(
+        8, "--batch-size", "Prompts per step, over all ranks together.", low=1
+    )
     micro_batch_size: int = option(
-        8, "--micro-batch-size", "Rollouts per forward pass, per rank.", low=1
+        8, "--micro-batch-size", "Rollouts per forward pass, on each rank.", low=1
     )
     gradient_checkpointing: bool = option(
         False,
         "--gradient-checkpointing",
-        "Keep only each layer's input in training and run "
-        "the layer again in backward: less memory, more time.",
+        "Recompute each layer in the backward pass: less memory, more time.",
     )
     weight_decay: float = option(
-        0.0, "--weight-decay", "AdamW weight decay, on matrices only.", low=0
+        0.0, "--weight-decay", "Weight decay of AdamW, on matrices only.", low=0
     )
     grad_clip: float = option(
-        1.0, "--grad-clip", "Largest gradient norm (0 turns clipping off).", low=0
+        1.0, "--grad-clip", "Largest gradient norm; 0 turns clipping off.", low=0
     )
 
 
@@ -145,30 +165,33 @@ class Extrapolation:
     kind: Literal["none", "effopd", "always-1", "random"] = option(
         "none",
         "--extrapolate",
-        "After updates 1, 2, 4, 8, …, try points further along the way since the last such update: "
-        "none, effopd (go on while --extrapolate-score rises), always-1 or random (controls).",
+        "After steps 1, 2, 4, 8, …, extrapolate the weights along their displacement since the "
+        "last such step: none, effopd (while --extrapolate-score rises), always-1 or random (two "
+        "controls that skip the score).",
     )
     score: Literal["accuracy", "heldout-kl"] = option(
         "accuracy",
         "--extrapolate-score",
-        "accuracy (of one full answer a problem), or heldout-kl (minus the reverse KL "
-        "on fresh rollouts of the current prefix).",
+        "Score of a candidate: accuracy (of one full answer per problem) or heldout-kl (minus the "
+        "reverse KL on new rollouts of the current prefix).",
     )
     problems: int = option(
         50,
         "--extrapolate-problems",
-        "Fixed training prompts that are scored, with the same seeds for every candidate.",
+        "Training prompts that are scored. All candidates use the same prompts and seeds.",
         low=1,
     )
     modules: Literal["attention-mlp", "all"] = option(
         "attention-mlp",
         "--extrapolate-modules",
-        "What moves: attention-mlp (linear layers of the trunk) or all.",
+        "Weights to extrapolate: attention-mlp (linear layers of the trunk) or all.",
     )
-    reset: bool = option(False, "--extrapolate-reset", "Forget AdamW's moments of what moved.")
+    reset: bool = option(
+        False, "--extrapolate-reset", "Reset AdamW's moments of the extrapolated weights."
+    )
     diagnostics: bool = option(
         False,
         "--extrapolate-diagnostics",
-        "Norm, effective rank and cosine with the final one of every displacement, module by "
-        "module (keeps copies of the weights in the run folder until the end).",
+        "Record norm, effective rank and cosine to the final displacement, for every module. Keeps "
+        "copies of the weights in the run folder until the run ends.",
     )

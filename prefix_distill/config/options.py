@@ -1,10 +1,12 @@
 """Declare options: default, flag, help, limits and allowed values."""
 
 import typing
-from dataclasses import field
-from typing import Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import Field, field
+from typing import Any, Literal, TypeVar
 
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+LIMITS = {"low": "at least", "above": "above", "high": "at most"}
 T = TypeVar("T")
 
 
@@ -14,12 +16,25 @@ def option(default: T, flag: str, help: str, shown: str | None = None, **limits:
     ``low`` and ``high`` are inclusive limits; ``above`` is an exclusive lower limit. A ``Literal``
     type lists the allowed values of an option.
     """
-    return field(default=default, metadata={"flag": flag, "help": help, "shown": shown, **limits})
+    return field(
+        default=default,
+        metadata={"flag": flag, "help": help, "shown": shown, "main": False, **limits},
+    )
+
+
+def main_option(default: T, flag: str, help: str, shown: str | None = None, **limits: float) -> T:
+    """Declare an option that ``--help`` shows first, among the ones that most users set."""
+    return field(
+        default=default,
+        metadata={"flag": flag, "help": help, "shown": shown, "main": True, **limits},
+    )
 
 
 def choices(kind: object) -> tuple[str, ...]:
     """Return the values of a ``Literal`` type; an empty tuple for any other type."""
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    if typing.get_origin(kind) is not Literal:
+        return ()
+    return typing.get_args(kind)
 
 
 def value_type(kind: object) -> type:
@@ -30,3 +45,20 @@ def value_type(kind: object) -> type:
         return kind
     declared: type = typing.get_args(kind)[0]
     return declared
+
+
+def describe_limits(metadata: Mapping[str, Any]) -> str:
+    """Return the limits of an option in words, such as "above 0 and at most 1"."""
+    return " and ".join(f"{LIMITS[name]} {metadata[name]}" for name in LIMITS if name in metadata)
+
+
+def describe_default(declared: Field[Any]) -> str:
+    """Return the default of an option in words, as ``--help`` shows it."""
+    shown: str | None = declared.metadata["shown"]
+    if shown is not None:
+        return shown
+    if declared.default is None:
+        return "none"
+    if declared.default is False:
+        return "off"
+    return str(declared.default)

@@ -146,7 +146,7 @@ def test_a_name_sets_what_it_means(words, expected):
         "set --batch-size",
         "--per_device_train_batch_size 0": "expected a whole number of at least 1",
         "--gradient_accumulation_steps x": "expected a whole number",
-        "--out runs/x --resume_from_checkpoint runs/x/checkpoint-500": "a run goes on in its own "
+        "--out runs/x --resume_from_checkpoint runs/x/checkpoint-500": "a run resumes in its own "
         "folder",
         "--output_dir": "expected a value",
         "--bf16 maybe": "expected True or False",
@@ -201,9 +201,14 @@ def test_what_was_understood_is_said_once():
         "understood: --learning_rate 1e-4 as --lr 1e-4; --max_steps 3 as --steps 3 (prefix-distill "
         "help migration)"
     )
-    assert len(err.splitlines()) == 2 and invoke("run", "--batch_size", "2", "--prefix", "0")[
-        2
-    ].startswith("error: ")
+    assert len(err.splitlines()) == 2
+    _, _, err = invoke("run", "--do_train", "True", "--prefix", "0")
+    assert err.startswith("understood: --do_train True: already the default (prefix-distill help")
+
+
+def test_our_own_names_are_not_reported():
+    _, _, err = invoke("run", "--batch_size", "2", "--prefix", "0")
+    assert err.startswith("error: ")
 
 
 def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
@@ -237,9 +242,9 @@ def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
             ["--" + flag[2:].replace("-", "_"), *words],
         ):
             found = settings(*given)
-            assert set(found) == {path} and files._typed(path, found[path], field.type) == value, (
-                path
-            )
+            assert (
+                set(found) == {path} and files._convert(path, found[path], field.type) == value
+            ), path
 
 
 @pytest.mark.parametrize(

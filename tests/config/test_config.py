@@ -1,6 +1,8 @@
 """Settings: the grammar of --prefix, types, nearest keys; whatever is typed ends in a value or
 in one clear line."""
 
+import re
+
 import pytest
 from helpers import ROOT
 from hypothesis import given, settings
@@ -159,12 +161,28 @@ def test_every_flag_is_declared_once_with_a_help_text():
     )
 
 
+def test_every_help_text_is_one_or_two_short_sentences_with_all_choices():
+    for path, field in config.options().items():
+        text = field.metadata["help"]
+        assert len(re.findall(r"[.)](?: |$)", text)) >= 1, path
+        assert len(text) <= 240 and len(re.split(r"\. (?=[A-Z])", text)) <= 2, path
+        for choice in config.choices(field.type):
+            assert re.search(rf"(?<![\w-]){choice}(?![\w-])", text), (path, choice)
+
+
+def test_every_option_has_a_topic_and_twelve_are_main_options():
+    topics = [config.topic(path) for path in config.options()]
+    assert topics.count(config.MAIN) == 12
+    assert config.topic("schedule.lr") == config.MAIN
+    assert config.topic("schedule.warmup") == config.topic("train.grad_clip") == "Training"
+
+
 def test_every_limit_of_an_option_is_checked_and_no_other_is_declared():
     """A value just outside each limit raises an error that names the limit and the flag."""
     bounds = {"low": ("at least", -1), "above": ("above", 0), "high": ("at most", 1)}
     checked = 0
     for path, field in config.options().items():
-        limits = field.metadata.keys() - {"flag", "help", "shown"}
+        limits = field.metadata.keys() - {"flag", "help", "shown", "main"}
         for name in limits:
             word, step = bounds[name]
             limit = field.metadata[name]
@@ -174,7 +192,7 @@ def test_every_limit_of_an_option_is_checked_and_no_other_is_declared():
                 config.build({path: limit + step})
             checked += 1
         if config.choices(field.type):
-            with pytest.raises(UserError, match=f"{path} 'no such value': .* must be one of"):
+            with pytest.raises(UserError, match=f"{path} 'no such value': expected one of"):
                 config.build({path: "no such value"})
             assert limits == set()
         elif config.value_type(field.type) is float:

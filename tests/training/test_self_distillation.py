@@ -84,10 +84,13 @@ def test_rows_without_it_are_named(tmp_path, row, message):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--teacher", "self"], "nothing to teach; name what the teacher alone sees"),
+        (["--teacher", "self"], "so the loss is zero; name a column that only the teacher sees"),
         (["--teacher-ema", "0.9"], "use --teacher self"),
         (["--teacher", "self", "--privileged-column", "answer", "--teacher-ema", "1"], "below 1"),
-        (["--privileged-template", "{problem} {solution}"], "needs what the teacher alone sees"),
+        (
+            ["--privileged-template", "{problem} {solution}"],
+            "needs a column that only the teacher sees",
+        ),
         (
             ["--privileged-column", "answer", "--privileged-template", "{problem}"],
             "it has no {solution}",
@@ -98,7 +101,10 @@ def test_rows_without_it_are_named(tmp_path, row, message):
         (["--select", "soft-or", "--keep", "0"], "above 0"),
         (["--select", "best"], "--select must be all or one of"),
         (["--extrapolate-score", "heldout-kl"], "nothing is extrapolated"),
-        (["--extrapolate", "twice"], "--extrapolate must be one of none, effopd"),
+        (
+            ["--extrapolate", "twice"],
+            "expected one of none, effopd, always-1, random; change --extrapolate",
+        ),
         (["--position-weight", "sigmoid:1"], "--position-weight must be"),
     ],
 )

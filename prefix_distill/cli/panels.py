@@ -1,0 +1,164 @@
+"""Format ``--help``: one panel of options per topic, as wide as the terminal."""
+
+import io
+import itertools
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from .. import config as configuration
+from .. import display
+
+PIPE_WIDTH = 100  # columns where stdout is not a terminal
+ARGUMENTS = "Arguments"
+GENERAL_OPTIONS = "General options"  # of the command, not of the config
+
+
+class PanelCommand(typer.core.TyperCommand):
+    """A command whose ``--help`` shows its options in panels."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(format_help(self, ctx, panels_of(self, ctx)))
+
+
+class PanelGroup(typer.core.TyperGroup):
+    """A group whose ``--help`` shows its options and commands in panels."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # click answers --help before it reads --plain
+        if "--plain" in itertools.takewhile(lambda word: word.startswith("-"), args):
+            os.environ["PREFIX_DISTILL_PLAIN"] = "1"
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        commands = []
+        for name in self.list_commands(ctx):
+            commands.append(Row(name=name, text=_join(self.commands[name].help)))
+        panels = panels_of(self, ctx) | {"Commands": commands}
+        formatter.write(format_help(self, ctx, panels))
+
+
+class PanelTyper(typer.Typer):
+    """A Typer app whose commands are PanelCommands."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        return super().command(name, cls=PanelCommand, **settings)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a panel: name and value of an option, its help, and its default and limits."""
+
+    name: str
+    text: str
+    facts: str = ""
+
+
+def panels_of(command: Any, ctx: Any) -> dict[str, list[Row]]:
+    """Return the rows of a command's arguments and options by topic, the main ones first."""
+    panels: dict[str, list[Row]] = {ARGUMENTS: [], configuration.MAIN: [], GENERAL_OPTIONS: []}
+    for parameter in command.get_params(ctx):
+        if isinstance(parameter, typer.core.TyperArgument):
+            topic = ARGUMENTS
+            name = parameter.metavar or str(parameter.name).upper()
+        else:
+            topic = getattr(parameter, "rich_help_panel", None) or GENERAL_OPTIONS
+            name = _name(parameter)
+        row = Row(name=name, text=_join(parameter.help), facts=_facts(parameter))
+        panels.setdefault(topic, []).append(row)
+    return {topic: rows for topic, rows in panels.items() if rows}
+
+
+def _join(text: str | None) -> str:
+    """Return a text on one line."""
+    return " ".join((text or "").split())
+
+
+def _name(option: Any) -> str:
+    """Return the flags of an option and the placeholder of its value."""
+    flags = ", ".join([*option.opts, *option.secondary_opts])
+    if option.is_flag:
+        return flags
+    return f"{flags} {option.metavar or 'VALUE'}"
+
+
+def _facts(parameter: Any) -> str:
+    """Return the limits and the default of a parameter in brackets, or an empty string."""
+    facts = []
+    path = parameter.name.replace("__", ".")
+    if path in configuration.options():
+        facts.append(configuration.describe_limits(configuration.options()[path].metadata))
+    if parameter.required:
+        facts.append("required")
+    elif isinstance(parameter.show_default, str):
+        facts.append(f"default: {parameter.show_default}")
+    elif parameter.default:
+        facts.append(f"default: {parameter.default}")
+    text = "; ".join(filter(None, facts))
+    if not text:
+        return ""
+    return f"[{text}]"
+
+
+def format_help(command: Any, ctx: Any, panels: dict[str, list[Row]]) -> str:
+    """Return the help of a command: usage, description, panels and epilog."""
+    # COLUMNS if it is set, else the terminal's width
+    width = shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
+    paragraphs = [command.get_usage(ctx), _join(command.help), _join(command.epilog)]
+    usage, about, epilog = (_wrap(text, width) for text in paragraphs)
+    if display.plain() or not _can_show_boxes():
+        body = _format_lines(panels, width)
+    else:
+        body = _format_boxes(panels, width)
+    return "\n\n".join(filter(None, [usage, about, body, epilog]))
+
+
+def _wrap(text: str, width: int, indent: str = "") -> str:
+    """Return a text in lines of at most ``width`` columns; flags are not broken at hyphens."""
+    return textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+def _can_show_boxes() -> bool:
+    """Return whether the encoding of stdout has the lines of a box."""
+    return (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+
+
+def _format_lines(panels: dict[str, list[Row]], width: int) -> str:
+    """Return the panels without boxes and colours: a line per option, its help below it."""
+    blocks = []
+    for topic, rows in panels.items():
+        lines = [f"{topic}:"]
+        for row in rows:
+            lines.append(f"  {row.name}")
+            lines.append(_wrap(f"{row.text} {row.facts}", width, " " * 6))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _format_boxes(panels: dict[str, list[Row]], width: int) -> str:
+    """Return the panels as boxes; the help texts of all panels start in one column."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = io.StringIO()
+    console = Console(file=drawn, width=width, force_terminal=sys.stdout.isatty())
+    longest = max(len(row.name) for rows in panels.values() for row in rows)
+    for topic, rows in panels.items():
+        table = Table.grid(padding=(0, 2), expand=True)
+        table.add_column(width=min(longest, width // 3))
+        table.add_column(ratio=1)
+        for row in rows:
+            text = Text.assemble(row.text, " " * bool(row.text), (row.facts, "dim"))
+            table.add_row(Text(row.name, "bold cyan"), text)
+        console.print(Panel(table, title=Text(topic, "bold"), title_align="left"))
+    return drawn.getvalue().rstrip("\n")
