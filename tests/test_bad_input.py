@@ -124,7 +124,7 @@ BAD = {
     ),
     "steps of an embedded task": (
         ["--dataset", "lab:choice:31-32"],
-        "steps must lie between 1 and 30",
+        "the numbers of steps must be between 1 and 30",
     ),
     "range of steps": (["--dataset", "lab:choice:many"], "expected a range such as 20-25"),
     "unknown role": (["--student", "lab:tied/student-wide"], "no model 'tied' 'student-wide'"),
