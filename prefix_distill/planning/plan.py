@@ -23,6 +23,7 @@ from ..maths.flops import Ledger, Shape
 from ..maths.schedule import PrefixSchedule, parse_prefix
 from ..prompts import stream, templates
 from ..prompts.load import load_prompts
+from ..prompts.rows import RowFormat
 from ..prompts.templates import PRIVILEGED
 from ..training.pair import fill_in
 from ..training.problems import LONGEST
@@ -232,12 +233,15 @@ def _prompts(
 ) -> tuple[list[tuple[int, int]], int | None, int]:
     """(student's, teacher's) prompt lengths of the data set, the task's longest answer, and the
     support that the tokenizers leave."""
-    columns = {
-        k: getattr(config.data, k)
-        for k in ("prompt_column", "answer_column", "system", "instruction", "privileged_column")
-    }
+    row_format = RowFormat(
+        prompt_column=config.data.prompt_column,
+        answer_column=config.data.answer_column,
+        privileged_column=config.data.privileged_column,
+        system=config.data.system,
+        instruction=config.data.instruction,
+    )
     dataset = settled(config.data.dataset, "--dataset")
-    found = load_prompts(dataset, split=config.data.split, **columns)
+    found = load_prompts(dataset, row_format, split=config.data.split)
     readers = []
     for folder, name in zip(folders, names, strict=True):
         try:

@@ -10,8 +10,9 @@ from ..engine.models import Model
 from ..errors import UserError
 from ..prompts import sources, templates
 from ..prompts import stream as prompt_stream
-from ..prompts.load import load_prompts
+from ..prompts.load import load_evaluation_prompts, load_prompts
 from ..prompts.prompt import PromptSet, Rendered
+from ..prompts.rows import RowFormat
 from ..prompts.stream import examples, hold_out, joined, mixed, shares, shuffled
 from .run import settled
 
@@ -32,10 +33,9 @@ def load_prompt_sets(
     sets = [
         load_prompts(
             name,
+            dataclasses.replace(row_format(config), worked=few_shot > 0 and k == 0),
             split=config.data.split,
-            worked=few_shot > 0 and k == 0,
             part=(k, len(names)),
-            **_form(config),
         )
         for k, name in enumerate(names)
     ]
@@ -72,24 +72,23 @@ def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
     return [name for name, _ in named], [weight for _, weight in named]
 
 
-def _form(config: Config) -> dict:
-    """Return the options of ``load_prompts`` that turn rows into prompts."""
-    return {
-        k: getattr(config.data, k)
-        for k in (
-            "prompt_column",
-            "answer_column",
-            "system",
-            "instruction",
-            "privileged_column",
-            "prompt_template",
-            "streaming",
-        )
-    } | {"seed": config.runtime.seed}
+def row_format(config: Config) -> RowFormat:
+    """Return how the rows of every data set become prompts."""
+    data = config.data
+    return RowFormat(
+        prompt_column=data.prompt_column,
+        answer_column=data.answer_column,
+        privileged_column=data.privileged_column,
+        system=data.system,
+        instruction=data.instruction,
+        prompt_template=data.prompt_template,
+        seed=config.runtime.seed,
+        streaming=data.streaming,
+    )
 
 
 def _evaluated(
-    config: Config, text: str, split: str | None, limit: int | None, notes: list[str], **further
+    config: Config, text: str, split: str | None, limit: int | None, notes: list[str]
 ) -> PromptSet:
     """The prompts of ``--eval-dataset``: ``limit`` in all (None: every one), spread over several
     sets by weight."""
@@ -98,14 +97,8 @@ def _evaluated(
     if limit is not None:
         counts = list(shares(weights, limit))
     sets = [
-        load_prompts(
-            name,
-            split=split,
-            limit=count,
-            evaluated=True,
-            part=(k, len(names)),
-            **_form(config),
-            **further,
+        load_evaluation_prompts(
+            name, row_format(config), split=split, limit=count, part=(k, len(names))
         )
         for k, (name, count) in enumerate(zip(names, counts, strict=True))
         if count != 0
@@ -130,13 +123,12 @@ def _held_out(
         return train, dataclasses.replace(train, prompts=())
     if "test" in train.elsewhere:
         name, split = train.elsewhere["test"]
-        held = load_prompts(
+        held = load_evaluation_prompts(
             name,
+            row_format(config),
             split=config.evaluate.split or split,
             limit=count,
-            evaluated=True,
             part=part,
-            **_form(config),
         )
         notes.extend(note for note in held.notes if note not in train.notes)
         return train, dataclasses.replace(held, prompts=tuple(held.prompts))
@@ -247,13 +239,14 @@ def load_eval_problems(config: Config, dataset: str, notes: list[str]) -> Prompt
     if not few_shot:
         return _evaluated(config, dataset, split, limit, notes)
     names = [name for name, _ in sources.sources(dataset)]
-    apart = load_prompts(
-        names[0], split=split, limit=1, evaluated=True, **_form(config)
+    with_solutions = dataclasses.replace(row_format(config), worked=True)
+    apart = load_evaluation_prompts(
+        names[0], row_format(config), split=split, limit=1
     ).elsewhere.get("examples")
     if apart is not None:
         prompts = _evaluated(config, dataset, split, limit, notes)
         _, turns = examples(
-            load_prompts(apart[0], split=apart[1], worked=True, **_form(config)),
+            load_prompts(apart[0], with_solutions, split=apart[1]),
             few_shot,
             config.runtime.seed,
             tuple(prompts.prompts),
@@ -264,7 +257,7 @@ def load_eval_problems(config: Config, dataset: str, notes: list[str]) -> Prompt
             "evaluated; evaluate one set at a time"
         )
     else:
-        whole = load_prompts(names[0], split=split, evaluated=True, worked=True, **_form(config))
+        whole = load_evaluation_prompts(names[0], with_solutions, split=split)
         notes.extend(whole.notes)
         prompts, turns = examples(whole, few_shot, config.runtime.seed)
         prompts = dataclasses.replace(

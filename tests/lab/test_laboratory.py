@@ -14,6 +14,7 @@ from prefix_distill.lab import build, task
 from prefix_distill.lab.build import BANDS, NETS, Stage
 from prefix_distill.lab.task import MAX_NEW_TOKENS, MODELS, ROLES, TASKS, Problem
 from prefix_distill.prompts import templates
+from prefix_distill.prompts.prompt import Prompt
 
 PAIRS = [(name, role) for name in TASKS for role in ROLES[name]]
 
@@ -47,7 +48,9 @@ def test_traces_are_long_and_prompts_short(name):
         f"lab:{name}/student", device=torch.device("cpu"), dtype=torch.float32
     )
     for problem in task.problems(name, "test", 20):
-        prompt = templates.render(model, ({"role": "user", "content": problem.prompt},), "chat")
+        prompt = templates.render(
+            model, Prompt(0, ({"role": "user", "content": problem.prompt},), None), "chat"
+        )
         trace = model.tokenizer(problem.solution, add_special_tokens=False).input_ids
         assert (
             len(prompt) <= 14
