@@ -124,7 +124,7 @@ BAD = {
     ),
     "steps of an embedded task": (
         ["--dataset", "lab:choice:31-32"],
-        "steps must lie between 1 and 30",
+        "the numbers of steps must be between 1 and 30",
     ),
     "range of steps": (["--dataset", "lab:choice:many"], "expected a range such as 20-25"),
     "unknown role": (["--student", "lab:tied/student-wide"], "no model 'tied' 'student-wide'"),
@@ -207,9 +207,9 @@ BAD = {
     ),
     "dataset is a folder": (
         ["--dataset", "{root}/folder.jsonl"],
-        "it is a folder; name a file in it",
+        "expected a file, got a folder; name a file in it",
     ),
-    "dataset name too long": (["--dataset", "x" * 5000], "cannot be a path"),
+    "dataset name too long": (["--dataset", "x" * 5000], "not a valid path"),
     "dataset of another kind": (
         ["--dataset", "{root}/bad.gguf"],
         "expected one of .jsonl, .json, .csv, .parquet",
@@ -217,13 +217,16 @@ BAD = {
     "preset misspelt": (["--dataset", "gms8k"], "neither a file nor a preset; did you mean gsm8k?"),
     "more rows than there are": (
         ["--dataset", "{questions}#41"],
-        "it has 40 rows, expected at least the 41 behind #",
+        "expected at least 41 rows, got 40; lower the number after #",
     ),
-    "no number of rows": (["--dataset", "{questions}#all"], "expected a number of rows behind #"),
-    "weight of nothing": (["--dataset", "{questions}:0,{questions}:1"], "with a weight above 0"),
+    "no number of rows": (["--dataset", "{questions}#all"], "expected a number of rows after #"),
+    "weight of nothing": (
+        ["--dataset", "{questions}:0,{questions}:1"],
+        "expected data sets with weights above 0",
+    ),
     "streaming of JSON": (
         ["--dataset", "{root}/json of a record.json", "--streaming"],
-        "a .json file is one document",
+        "--streaming cannot read a .json file row by row",
     ),
     "prompt template without a prompt": (
         ["--prompt-template", "Q:"],
@@ -235,7 +238,7 @@ BAD = {
     ),
     "more examples than rows": (
         ["--few-shot", "41"],
-        "has 36 rows with a solution that are not evaluated",
+        "has 36 rows with a solution outside the evaluation set",
     ),
     "every row an example": (["--few-shot", "36"], "no row is left to be taught"),
     "negative examples": (["--few-shot", "-1"], "data.few_shot -1"),
@@ -477,11 +480,11 @@ DATASETS = {  # name: (suffix, content, message)
         '{"question": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
         "not readable as jsonl (RecursionError",
     ),
-    "half a character": (".jsonl", '{"question": "\\ud800"}\n', "half of a surrogate pair"),
+    "half a character": (".jsonl", '{"question": "\\ud800"}\n', "an unpaired surrogate"),
     "half an answer": (
         ".jsonl",
         '{"question": "a", "answer": "\\udfff"}\n',
-        "half of a surrogate pair",
+        "an unpaired surrogate",
     ),
     "no UTF-8": (".jsonl", b'{"question": "\xff\xfe"}\n', "UnicodeDecodeError"),
     "utf-16": (".jsonl", LINE.encode("utf-16"), "UnicodeDecodeError"),
@@ -500,7 +503,7 @@ DATASETS = {  # name: (suffix, content, message)
     "too few cells": (".csv", "question,answer\na,b\nc\n", "line 3: expected 2 cells, got 1"),
     "empty cell": (".csv", "question,answer\n,2\n", "row 0 has no prompt text"),
     "header alone": (".csv", "question,answer\n", "it has no rows"),
-    "column twice": (".csv", "question,question\na,b\n", "two columns of one name"),
+    "column twice": (".csv", "question,question\na,b\n", "expected distinct column names"),
     "semicolons": (".csv", "question;answer\na;b\n", "no prompt column"),
     "latin-1": (".csv", b"question,answer\nna\xefve,b\n", "UnicodeDecodeError"),
     "text for parquet": (".parquet", "hello", "not readable as parquet"),
@@ -798,11 +801,11 @@ MODELS = {  # name: (what is done to a good folder, message)
     ),
     "template that raises": (
         put("chat_template.jinja", "{{ raise_exception('no user') }}"),
-        "its chat template refuses prompt",
+        "its chat template rejects prompt",
     ),
     "template of a wrong syntax": (
         put("chat_template.jinja", "{% for %}"),
-        "its chat template refuses prompt",
+        "its chat template rejects prompt",
     ),
     "template that reaches inside": (
         put("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"),

@@ -19,6 +19,7 @@ from prefix_distill.maths.schedule import parse_prefix
 from prefix_distill.prompts import answers
 from prefix_distill.prompts.answers import SECONDS, correct, extract, reference
 from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.rows import RowFormat
 
 PLAIN = st.recursive(
     st.one_of(
@@ -177,7 +178,7 @@ def test_any_prefix_is_lengths_in_range_or_one_line(text, limit, step):
 
 def reads(file, **columns) -> None:
     try:
-        found = load_prompts(str(file), split="train", **columns)
+        found = load_prompts(str(file), RowFormat(**columns))
     except UserError as error:
         one_line(error)
     else:

@@ -106,7 +106,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
                 "full",
             ] and all(row["seconds"] > 0 for row in document["prefixes"])
         if ":3,lab:" in line:
-            assert "drawn by --seed" in err and document["steps"] == 2
+            assert "sampled with --seed" in err and document["steps"] == 2
         if "--lora" in line:
             assert (
                 Path("runs/lora/adapter/adapter_model.safetensors").is_file()

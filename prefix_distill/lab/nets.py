@@ -1,7 +1,7 @@
-"""The laboratory's tokenizers and networks: their shapes and training stages."""
+"""The laboratory's tokenizers and networks, with their shapes and training stages."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 
 import torch
@@ -15,10 +15,11 @@ PAD, END, USER, ASSISTANT, UNKNOWN = SPECIALS = (
     "<|assistant|>",
     "<|unknown|>",
 )
-VOCABULARY = {token: i for i, token in enumerate([*SPECIALS, "####", *"0123456789", " ", ":"])}
-# what the second tokenizer merges, in this order
-MERGED = [":0", ":1", ":2", ":3", ":4", "20", "22", "24"]
-VOCABULARY_MERGED = {token: i for i, token in enumerate([*VOCABULARY, *MERGED])}
+TOKENS = (*SPECIALS, "####", *"0123456789", " ", ":")
+# the merges of the second tokenizer, in order
+MERGED = (":0", ":1", ":2", ":3", ":4", "20", "22", "24")
+VOCABULARY = {token: i for i, token in enumerate(TOKENS)}
+VOCABULARY_MERGED = {token: i for i, token in enumerate((*TOKENS, *MERGED))}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
@@ -30,144 +31,144 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Stage:
-    """`updates` AdamW steps on `batch` problems; lr falls linearly to `last` * lr; a share of them
-    are short-cuts.
+    """One stage of a network's training: ``updates`` AdamW steps on ``batch`` problems each.
 
-    The share `told` of the problems is given together with the worked solution, which is then the
-    answer as well: the share of short-cuts is one of the other problems.
-
-    With `few`, problems have any number of steps, and every other update takes three times as many
-    of at most five, which teaches the first and the last step sooner than long problems do. Without
-    it, they have as many steps as the task's test problems, so that the labels long problems begin
-    with are met more often. The stage ends early once `solved` reaches `until`.
+    - ``lr``: the peak learning rate, which falls linearly to ``last`` × ``lr``.
+    - ``short_cuts``: the share of problems whose answer is a short-cut.
+    - ``privileged``: the share of problems whose prompt shows the worked solution. Their answer is
+      that solution; ``short_cuts`` is then the share of the other problems.
+    - ``short_problems``: whether problems have any number of steps and every second update takes
+      three times as many problems of at most five steps. This teaches the first and the last step
+      sooner than long problems do. Otherwise problems have as many steps as the test problems, so
+      that the first labels of long problems occur more often.
+    - ``until``: end the stage early when ``estimate_accuracy`` reaches this value.
     """
 
     updates: int
     batch: int
     lr: float
+    _: KW_ONLY
     short_cuts: float = 0.0
-    few: bool = True
+    short_problems: bool = True
     last: float = 0.05
     until: float = 1.0
-    told: float = 0.0
+    privileged: float = 0.0
 
 
 @dataclass(frozen=True)
 class Net:
-    """One net of the laboratory and how it is trained. `merged`: its tokens are those of the
-    second tokenizer."""
+    """One network of the laboratory: its shape, seed and training.
+
+    ``merged``: whether it uses the second tokenizer.
+    """
 
     task: str
     role: str
+    _: KW_ONLY
     layers: int
     width: int
     seed: int
     stages: tuple[Stage, ...]
     merged: bool = False
 
+    @property
+    def knows_privileged(self) -> bool:
+        """Return whether the network was trained on prompts that show the solution."""
+        return any(stage.privileged > 0 for stage in self.stages)
 
+
+CHOICE_STUDENT = (
+    Stage(800, 12, 6e-3, short_cuts=0.25),
+    Stage(700, 12, 4e-3, short_cuts=0.25),
+    Stage(200, 32, 1.5e-3, short_cuts=0.72, last=0.02),
+)
 NETS = (
     Net(
         "choice",
         "teacher",
-        3,
-        96,
-        0,
-        (Stage(600, 12, 3e-3, 0.25), Stage(450, 16, 1.8e-3, last=0.02)),
+        layers=3,
+        width=96,
+        seed=0,
+        stages=(Stage(600, 12, 3e-3, short_cuts=0.25), Stage(450, 16, 1.8e-3, last=0.02)),
     ),
-    Net(
-        "choice",
-        "student",
-        2,
-        64,
-        1,
-        (
-            Stage(800, 12, 6e-3, 0.25),
-            Stage(700, 12, 4e-3, 0.25),
-            Stage(200, 32, 1.5e-3, 0.72, last=0.02),
-        ),
-    ),
-    Net(
-        "choice",
-        "student-wide",
-        2,
-        80,
-        6,
-        (
-            Stage(800, 12, 6e-3, 0.25),
-            Stage(700, 12, 4e-3, 0.25),
-            Stage(200, 32, 1.5e-3, 0.72, last=0.02),
-        ),
-    ),
+    Net("choice", "student", layers=2, width=64, seed=1, stages=CHOICE_STUDENT),
+    Net("choice", "student-wide", layers=2, width=80, seed=6, stages=CHOICE_STUDENT),
     Net(
         "choice",
         "student-told",
-        2,
-        64,
-        1,
-        (
-            Stage(800, 12, 6e-3, 0.25),
-            Stage(700, 12, 4e-3, 0.25),
-            Stage(400, 24, 2e-3, 0.72, few=False, last=0.02, told=0.6),
+        layers=2,
+        width=64,
+        seed=1,
+        stages=(
+            *CHOICE_STUDENT[:2],
+            Stage(400, 24, 2e-3, short_cuts=0.72, short_problems=False, last=0.02, privileged=0.6),
         ),
     ),
     Net(
         "choice",
         "teacher-half",
-        3,
-        96,
-        0,
-        (Stage(600, 12, 3e-3, 0.25), Stage(300, 16, 1.8e-3, 0.4, few=False, last=0.02, told=0.6)),
-    ),
-    Net(
-        "choice",
-        "student-merged",
-        2,
-        64,
-        7,
-        (
-            Stage(800, 12, 6e-3, 0.25),
-            Stage(700, 12, 4e-3, 0.25),
-            Stage(200, 32, 1.5e-3, 0.72, last=0.02),
+        layers=3,
+        width=96,
+        seed=0,
+        stages=(
+            Stage(600, 12, 3e-3, short_cuts=0.25),
+            Stage(300, 16, 1.8e-3, short_cuts=0.4, short_problems=False, last=0.02, privileged=0.6),
         ),
-        merged=True,
     ),
+    Net("choice", "student-merged", layers=2, width=64, seed=7, stages=CHOICE_STUDENT, merged=True),
     Net(
         "tied",
         "teacher",
-        3,
-        96,
-        2,
-        (Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, few=False, last=0.02)),
+        layers=3,
+        width=96,
+        seed=2,
+        stages=(Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, short_problems=False, last=0.02)),
     ),
     Net(
         "tied",
         "student",
-        2,
-        64,
-        3,
-        (Stage(400, 12, 5e-3, last=0.8), Stage(1600, 12, 2e-3, few=False, last=0.3, until=0.06)),
+        layers=2,
+        width=64,
+        seed=3,
+        stages=(
+            Stage(400, 12, 5e-3, last=0.8),
+            Stage(1600, 12, 2e-3, short_problems=False, last=0.3, until=0.06),
+        ),
     ),
-    Net("shared", "teacher", 3, 96, 4, (Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, last=0.02))),
-    Net("shared", "student", 2, 64, 5, (Stage(2000, 12, 2.5e-3, last=0.3, until=0.06),)),
+    Net(
+        "shared",
+        "teacher",
+        layers=3,
+        width=96,
+        seed=4,
+        stages=(Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, last=0.02)),
+    ),
+    Net(
+        "shared",
+        "student",
+        layers=2,
+        width=64,
+        seed=5,
+        stages=(Stage(2000, 12, 2.5e-3, last=0.3, until=0.06),),
+    ),
 )
 
 
-def make_tokenizer(merged: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token per character, except "####" and the special tokens; `merged`: a BPE
-    that merges an operator with some digits, and some labels."""
+def make_tokenizer(*, merged: bool = False) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per character, except "####" and the special tokens.
+
+    ``merged``: the second tokenizer instead, a BPE that merges some pairs of a colon or digit with
+    a digit (MERGED).
+    """
     if merged:
+        pairs = [(pair[0], pair[1]) for pair in MERGED]
         tokenizer = Tokenizer(
-            models.BPE(
-                VOCABULARY_MERGED,
-                [(pair[0], pair[1]) for pair in MERGED],
-                unk_token=UNKNOWN,
-                ignore_merges=True,
-            )
+            models.BPE(VOCABULARY_MERGED, pairs, unk_token=UNKNOWN, ignore_merges=True)
         )
+        words = r"####|[0-9:]+|[\s\S]"
     else:
         tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
-    words = r"####|[0-9:]+|[\s\S]" if merged else r"####|[\s\S]"
+        words = r"####|[\s\S]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -183,11 +184,14 @@ def make_tokenizer(merged: bool = False) -> PreTrainedTokenizerFast:
 
 
 def make_model(net: Net) -> LlamaForCausalLM:
-    """The untrained net."""
+    """Return the network with its initial weights."""
     torch.manual_seed(net.seed)
+    vocabulary = VOCABULARY
+    if net.merged:
+        vocabulary = VOCABULARY_MERGED
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(VOCABULARY_MERGED if net.merged else VOCABULARY),
+            vocab_size=len(vocabulary),
             hidden_size=net.width,
             intermediate_size=net.width * 8 // 3 // 8 * 8,
             num_hidden_layers=net.layers,
@@ -203,14 +207,13 @@ def make_model(net: Net) -> LlamaForCausalLM:
     )
 
 
-def encode(text: str, merged: bool = False) -> list[int]:
-    """Token ids of plain task text."""
+def encode(text: str, *, merged: bool = False) -> list[int]:
+    """Return the token ids of a problem's text, without special tokens."""
     if merged:
-        return second_tokenizer().encode(text).ids
+        return _second_tokenizer().encode(text).ids
     return [VOCABULARY[token] for token in re.findall("####|.", text)]
 
 
 @cache
-def second_tokenizer() -> Tokenizer:
-    """The second tokenizer's core."""
+def _second_tokenizer() -> Tokenizer:
     return make_tokenizer(merged=True).backend_tokenizer

@@ -1,25 +1,24 @@
-"""The laboratory's tasks: chains of two-digit terms, every problem made by arithmetic.
+"""The laboratory's tasks: chains of two-digit terms.
 
-A problem has two given terms and `steps` further terms to write. Terms are added digit by digit
-without carrying (a "+" below: 47 + 85 = 22), and the labels count down to 01:
+A problem has two given terms and ``steps`` terms to write. Addition is digit by digit without
+carrying (written "+" below: 47 + 85 = 22). Every term has a label; the labels count down to 01:
 
-    prompt    "28:41 27:73"                     the given terms, labelled steps+2 and steps+1
+    prompt    "28:41 27:73"                     the given terms, with labels steps+2 and steps+1
     solution  "26:14 25:87 ... 01:05 ####05"    one labelled term per step; the last one is the
                                                 answer
 
     choice  x[t] = x[t-1] + x[t-2]
     shared  x[t] = x[t-2] + FACTS[units digit of the label]    ten facts, each used about every
                                                                tenth step
-    tied    x[t] = x[t-2] + FACTS[label]                       every fact used once, the late ones
-            only late
+    tied    x[t] = x[t-2] + FACTS[label]                       each fact used once, at one step
 
-`shared` and `tied` differ only in how a fact is looked up. A short-cut (only `choice` is trained on
-any) writes none or one of the steps and then the final answer, so it has to guess it. Two `choice`
-nets (student-told, teacher-half) also know problems that are told: the worked solution stands
-before the prompt, and is then written once more. A third (student-merged) reads and writes with a
-tokenizer of its own, which merges an operator with some digits, and some labels.
+``shared`` and ``tied`` differ only in which fact a step uses. A short-cut writes no step or one
+step and then an answer, so a network must guess that answer. Only ``choice`` is trained with
+short-cuts. Two ``choice`` networks (student-told, teacher-half) are also trained on prompts that
+show the worked solution before the problem; the response repeats it. A third one (student-merged)
+has a different tokenizer, which merges some pairs of characters.
 
-The split of a problem follows from its defining numbers alone, so the splits share no problem.
+The split of a problem depends only on its numbers, so the splits share no problem.
 """
 
 import random
@@ -42,23 +41,34 @@ ROLES = {
     "shared": ("teacher", "student"),
     "tied": ("teacher", "student"),
 }
-STEPS = {"choice": range(20, 31), "shared": range(20, 31), "tied": range(25, 31)}
+# the numbers of steps of a task's problems
+STEPS = {
+    "choice": range(20, 31),
+    "shared": range(20, 31),
+    "tied": range(25, 31),
+}
 MAX_STEPS = 30
-MAX_NEW_TOKENS = 192  # the longest worked solution has 6 tokens a step and 4 at its end
+MAX_NEW_TOKENS = 192  # the longest solution has 6 tokens per step and 4 at its end
+PROBLEMS_PER_STEPS = 900  # every split has at least this many problems of each number of steps
 MODELS = Path(__file__).parent / "models"
-_facts = random.Random(7)
-FACTS = tuple(_facts.randrange(100) for _ in range(MAX_STEPS + 1))
+_rng = random.Random(7)
+FACTS = tuple(_rng.randrange(100) for _ in range(MAX_STEPS + 1))
 LAB = "lab:"  # lab:choice/student is the embedded student of the task `choice`
 
 
 def add(a: int, b: int) -> int:
-    """Sum of two numbers 0-99, digit by digit modulo 10 (no carry)."""
+    """Return the sum of two numbers 0–99, digit by digit modulo 10 (without carrying)."""
     return (a // 10 + b // 10) % 10 * 10 + (a + b) % 10
 
 
-@dataclass(frozen=True)
+def label_term(label: int, term: int) -> str:
+    """Return a term as text, with its label."""
+    return f"{label:02d}:{term:02d}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem: its task, the two given terms (0-99) and the number of steps (1-30)."""
+    """One problem: its task, the two given terms (0–99) and the number of steps (1–30)."""
 
     task: str
     first: int
@@ -67,83 +77,107 @@ class Problem:
 
     @property
     def split(self) -> str:
-        """The split this problem belongs to: about 50% train, 10% validation, 40% test."""
+        """Return the problem's split: about 50 % train, 10 % validation, 40 % test."""
         digit = ((100 * self.first + self.second) * 617 + self.steps * 4111) % 10007 % 10
-        return "train" if digit < 5 else "validation" if digit < 6 else "test"
+        if digit < 5:
+            return "train"
+        if digit < 6:
+            return "validation"
+        return "test"
 
     @property
     def prompt(self) -> str:
-        """The text of the user's turn: the two given terms with their labels."""
-        return f"{self.steps + 2:02d}:{self.first:02d} {self.steps + 1:02d}:{self.second:02d}"
+        """Return the text of the user's turn: the two given terms with their labels."""
+        first = label_term(self.steps + 2, self.first)
+        return f"{first} {label_term(self.steps + 1, self.second)}"
 
     @cached_property
     def terms(self) -> tuple[int, ...]:
-        """The terms to write, in order."""
-        before, last, terms = self.first, self.second, []
+        """Return the terms to write, in order."""
+        before, last = self.first, self.second
+        terms = []
         for label in range(self.steps, 0, -1):
-            change = {"choice": last, "shared": FACTS[label % 10], "tied": FACTS[label]}[self.task]
-            before, last = last, add(before, change)
+            before, last = last, add(before, self._summand(label, last))
             terms.append(last)
         return tuple(terms)
 
+    def _summand(self, label: int, last: int) -> int:
+        """Return what the task adds to the term before the last one."""
+        if self.task == "choice":
+            return last
+        if self.task == "shared":
+            return FACTS[label % 10]
+        return FACTS[label]
+
     @property
     def answer(self) -> str:
-        """The last term, two digits."""
+        """Return the last term as two digits."""
         return f"{self.terms[-1]:02d}"
 
     def worked(self, steps: int) -> str:
-        """The first `steps` terms followed by the final answer."""
-        lines = [f"{self.steps - i:02d}:{term:02d}" for i, term in enumerate(self.terms[:steps])]
-        return " ".join([*lines, f"####{self.answer}"])
+        """Return the first ``steps`` terms, then the final answer."""
+        words = []
+        for i, term in enumerate(self.terms[:steps]):
+            words.append(label_term(self.steps - i, term))
+        words.append(f"####{self.answer}")
+        return " ".join(words)
 
     @property
     def solution(self) -> str:
-        """The worked solution: every term, then the final answer."""
+        """Return the worked solution: every term, then the final answer."""
         return self.worked(self.steps)
 
     @property
-    def told(self) -> str:
-        """The text of a told user's turn: the worked solution and the prompt, one space between."""
+    def privileged_prompt(self) -> str:
+        """Return the text of a user's turn that shows the worked solution before the problem."""
         return f"{self.solution} {self.prompt}"
 
     def short_cut(self, rng: random.Random) -> str:
-        """A short-cut: none or one of the terms (equally likely), then the correct final answer."""
+        """Return a short-cut: no term or one term (equally likely), then the correct answer."""
         return self.worked(rng.randrange(2))
 
 
 def problems(
     task: str, split: str, n: int, seed: int = 0, steps: Sequence[int] | None = None
 ) -> list[Problem]:
-    """`n` distinct problems of one split, the same ones for the same arguments.
+    """Sample ``n`` distinct problems of one split; equal arguments give equal problems.
 
-    `steps` lists the numbers of steps to draw from (each 1-30; default: the task's own range).
-    Raises ValueError for an unknown task or split, for steps out of range and for more problems
-    than the split is sure to hold.
+    ``steps`` lists the numbers of steps to sample from (each 1–30; default: the task's range).
+    Raise ValueError on an unknown task or split, on steps out of range, and if ``n`` exceeds
+    the number of problems that the split is sure to have.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-    steps = STEPS[task] if steps is None else steps
+    if steps is None:
+        steps = STEPS[task]
     if not steps or min(steps) < 1 or max(steps) > MAX_STEPS:
-        raise ValueError(f"steps must lie between 1 and {MAX_STEPS}")
-    if n > 900 * len(set(steps)):
+        raise ValueError(f"the numbers of steps must be between 1 and {MAX_STEPS}")
+    available = PROBLEMS_PER_STEPS * len(set(steps))
+    if n > available:
         raise ValueError(
-            f"at most {900 * len(set(steps))} distinct problems for these steps, asked for {n}"
+            f"expected at most {available} distinct problems with these numbers of steps, got {n}"
         )
     rng = random.Random(f"{task}/{split}/{seed}")
-    found: dict[Problem, None] = {}
-    while len(found) < n:
-        problem = Problem(task, rng.randrange(100), rng.randrange(100), rng.choice(steps))
+    chosen: dict[Problem, None] = {}  # an ordered set
+    while len(chosen) < n:
+        problem = Problem(
+            task=task,
+            first=rng.randrange(100),
+            second=rng.randrange(100),
+            steps=rng.choice(steps),
+        )
         if problem.split == split:
-            found[problem] = None
-    return list(found)
+            chosen[problem] = None
+    return list(chosen)
 
 
 def model_path(task: str, role: str) -> Path:
-    """Folder of the shipped teacher or student of a task. Raises ValueError for an unknown task
-    or role."""
+    """Return the folder of an embedded model. Raise ValueError on an unknown task or role."""
     if role not in ROLES.get(task, ()):
-        known = ", ".join(f"{task}/{role}" for task, roles in ROLES.items() for role in roles)
-        raise ValueError(f"no model {task!r} {role!r}: there are {known}")
+        known = []
+        for other, roles in ROLES.items():
+            known += [f"{other}/{name}" for name in roles]
+        raise ValueError(f"no model {task!r} {role!r}: choose from {', '.join(known)}")
     return MODELS / task / role

@@ -1,4 +1,4 @@
-"""Text → final answer → right or wrong. One grader for run, eval and demo."""
+"""Extract final answers from text and grade them. Training, eval and demo use this grader."""
 
 import json
 import re
@@ -7,11 +7,11 @@ import sys
 import threading
 from functools import lru_cache
 
-LONGEST = 2000  # characters of an answer that is compared as an expression
-SECONDS = 5  # a comparison may take; what takes longer is unequal
+LONGEST = 2000  # characters; longer answers are compared as text only
+SECONDS = 5  # time limit of one comparison; answers that take longer count as unequal
 START = 120  # seconds that loading math-verify may take on a busy machine
 _lock = threading.Lock()
-_worker: list[subprocess.Popen[bytes]] = []  # at most one, shared by all threads
+_worker: list[subprocess.Popen[bytes]] = []  # at most one, used by all threads
 _BRACE = re.compile("[{}]")
 _HASH = re.compile(r"####\s*([^\n]+)")
 _LETTER = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\{)?\(?([A-Z])(?=$|[).:}])")
@@ -19,62 +19,86 @@ _CHOICE = re.compile(r"(?i:answer(?:\s+is)?)\s*:?[\s*]*\(?([A-Z])(?!\w)")
 _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
 
 
-def extract(text: str, form: str = "auto") -> str | None:
-    r"""The final answer in a response, or None.
+def extract(text: str, answer_format: str = "auto") -> str | None:
+    r"""Return the final answer of a response, or None if there is none.
 
-    ``boxed``: content of the last \boxed{…}; ``hash``: what follows the last ``####``;
-    ``last-number``: the last number; ``choice``: the letter in that box, else behind the last
-    "answer is" or "Answer:"; ``exact``: the whole text, stripped; ``auto``: boxed, else hash, else
-    last number.
+    ``answer_format`` is one of:
+
+    - ``boxed``: the content of the last \boxed{…}
+    - ``hash``: the text after the last ``####``
+    - ``last-number``: the last number
+    - ``auto``: the first of these three that occurs
+    - ``choice``: the letter in the last box, else after the last "answer is" or "Answer:"
+    - ``exact``: the whole text without surrounding whitespace
     """
-    if form == "exact":
+    if answer_format == "exact":
         return text.strip()
-    if form == "choice":
-        choices = list(_CHOICE.finditer(text))
-        last = choices[-1] if choices else None
-        letter = _LETTER.match(_last_boxed(text) or "") or last
-        return letter[1] if letter else None
-    if form in ("boxed", "auto") and (answer := _last_boxed(text)) is not None:
-        return answer
-    if form in ("hash", "auto") and (hashes := _HASH.findall(text)):
+    boxed = _last_boxed(text)
+    if answer_format == "choice":
+        return _choice_letter(text, boxed)
+    if answer_format in ("boxed", "auto") and boxed is not None:
+        return boxed
+    hashes = _HASH.findall(text)
+    if answer_format in ("hash", "auto") and hashes:
         return hashes[-1].strip()
-    if form in ("last-number", "auto") and (numbers := _NUMBER.findall(text)):
+    numbers = _NUMBER.findall(text)
+    if answer_format in ("last-number", "auto") and numbers:
         return numbers[-1].replace(",", "").replace("$", "").rstrip("%")
     return None
 
 
+def _choice_letter(text: str, boxed: str | None) -> str | None:
+    match = _LETTER.match(boxed or "")
+    if match is not None:
+        return match[1]
+    letters = _CHOICE.findall(text)
+    if not letters:
+        return None
+    return letters[-1]
+
+
 def reference(text: str) -> str:
-    """The final answer in a reference: boxed, else after ``####``, else the text itself (it may
-    be words)."""
+    """Return the final answer of a reference: boxed, else after ``####``, else the whole text."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
-    found = _HASH.findall(text)
-    return (found[-1] if found else text).strip()
+    hashes = _HASH.findall(text)
+    if hashes:
+        return hashes[-1].strip()
+    return text.strip()
 
 
-def correct(response: str, gold: str, form: str = "auto") -> bool:
-    """Does the response's final answer equal the reference's? Text equality, else math-verify's
-    symbolic equality, which ends after SECONDS and takes nothing longer than LONGEST. Any text is
-    answered, in any thread."""
-    answer = extract(response, form)
+def correct(response: str, gold: str, answer_format: str = "auto") -> bool:
+    """Return whether the final answers of a response and a reference are equal.
+
+    They are equal as text, as whole numbers, or, by math-verify, as expressions. The formats
+    ``exact`` and ``choice`` compare text only. Any text gets an answer, in any thread.
+    """
+    answer = extract(response, answer_format)
     if answer is None:
         return False
     wanted = reference(gold)
-    if answer == wanted or form in ("exact", "choice"):
+    if answer == wanted or answer_format in ("exact", "choice"):
         return answer == wanted
-    if answer.isdecimal() and wanted.isdecimal() and answer.isascii() and wanted.isascii():
+    if _is_whole_number(answer) and _is_whole_number(wanted):
         return answer.lstrip("0") == wanted.lstrip("0")
     return max(len(answer), len(wanted)) <= LONGEST and _equal(answer, wanted)
 
 
+def _is_whole_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
 def _last_boxed(text: str) -> str | None:
     start = text.rfind("\\boxed{")
-    if start < 0 or text.find("}", start) < 0:
+    if start < 0:
         return None
     depth = 0
     for brace in _BRACE.finditer(text, start):
-        depth += 1 if brace[0] == "{" else -1
+        if brace[0] == "{":
+            depth += 1
+        else:
+            depth -= 1
         if depth == 0:
             return text[start + len("\\boxed{") : brace.start()].strip()
     return None
@@ -92,13 +116,13 @@ def _equal(answer: str, wanted: str) -> bool:
     with _lock:
         verdict = b""
         try:
-            if _worker and _worker[0].poll() is not None:  # it was killed after its last answer
+            if _worker and _worker[0].poll() is not None:  # killed since its last answer
                 _stop()
             if not _worker:
                 _start()
             verdict = _ask(_worker[0], json.dumps([answer, wanted, SECONDS]).encode() + b"\n")
         finally:
-            if not verdict:  # timed out, killed or interrupted
+            if not verdict:  # timeout, kill or interrupt
                 _stop()
         return verdict == b"True"
 
@@ -113,9 +137,9 @@ def _start() -> None:
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
     )
     _worker.append(worker)
-    if _ask(worker, b"") != b"ready":  # the worker sends this first
+    if _ask(worker, b"") != b"ready":  # the worker's first line
         raise RuntimeError(
-            "math-verify could not be loaded: pip install 'math-verify[antlr4_13_2]'"
+            "math-verify could not be loaded: run pip install 'math-verify[antlr4_13_2]'"
         )
 
 
@@ -134,19 +158,19 @@ def _stop() -> None:
 
 
 def _serve() -> None:
-    """Read lines [answer, wanted, seconds] and write True or False for each."""
+    """Answer every line [answer, wanted, seconds] of stdin with True or False on stdout."""
     import contextlib
     import faulthandler
     import logging
 
-    # faulthandler's timer thread needs no GIL, so it also stops C arithmetic, on any system
+    # faulthandler's timer needs no GIL, so it also stops arithmetic in C, on every system
     faulthandler.dump_traceback_later(START, exit=True)
     from math_verify import parse, verify
 
     faulthandler.cancel_dump_traceback_later()
     logging.disable()
     with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource  # not on Windows
+        import resource  # absent on Windows
 
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     print("ready", flush=True)

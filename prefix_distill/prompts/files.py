@@ -1,4 +1,4 @@
-"""JSONL, CSV and Parquet files and hub data sets become rows."""
+"""Read the rows of JSONL, JSON, CSV and Parquet files and of data sets on the hub."""
 
 import csv
 import gzip
@@ -6,208 +6,278 @@ import itertools
 import json
 import tempfile
 import zlib
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..errors import UserError
-from .presets import nearest
+from .presets import closest_preset
 from .sources import FORMATS, Source, is_path
+
+if TYPE_CHECKING:  # the import takes a second, and most files do not need it
+    from datasets import Dataset, IterableDataset
+
+Row = dict[str, Any]
 
 UNREADABLE = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error)
 
 
-def open_rows(source: Source, split: str, streaming: bool):
-    """All rows, or, ``streaming``, an IterableDataset of them."""
-    name, preset = source.place, source.preset
+def read_rows(source: Source, split: str) -> "list[Row] | Dataset":
+    """Return all rows of a data set. Raise UserError if it cannot be read."""
+    path = _find_local(source)
+    if path is None:
+        return _load_from_hub(source, split, streaming=False)
+    if path.is_dir():
+        return _load_folder(source, path, split, streaming=False)
+    file_format = _file_format(path)
+    try:
+        if file_format == ".parquet":
+            return _load_into_memory("parquet", data_files=str(path), split="train")
+        with _open(path) as file:
+            if file_format == ".csv":
+                return list(_read_table(file))
+            return _read_objects(file.read())
+    except UNREADABLE as error:
+        raise _unreadable(source, path, error) from None
+
+
+def stream_rows(source: Source, split: str) -> "IterableDataset":
+    """Return a data set that reads its rows on demand.
+
+    Raise UserError if it cannot be read, and for a .json file, which is a single document.
+    """
+    path = _find_local(source)
+    if path is None:
+        return _load_from_hub(source, split, streaming=True)
+    if path.is_dir():
+        return _load_folder(source, path, split, streaming=True)
+    if _file_format(path) == ".json":
+        raise UserError(
+            f"dataset {source.location}: --streaming cannot read a .json file row by row; convert "
+            "it to .jsonl, or omit --streaming"
+        )
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(partial(_stream_file, source, path))
+
+
+def no_rows(name: str) -> UserError:
+    """Return the error for a data set without rows."""
+    return UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
+
+
+def _find_local(source: Source) -> Path | None:
+    """Return the file, or the folder with a copy of a preset; None for a data set on the hub.
+
+    Raise UserError if the name is a path but not that of a readable data set.
+    """
+    name = source.location
     path = Path(name)
     try:
         path = path.expanduser()
-        there = path.exists()
+        exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"dataset {name[:200]!r}: cannot be a path ({error.__class__.__name__}); give a file "
-            "or a hub id"
+            f"dataset {name[:200]!r}: not a valid path ({type(error).__name__}); give a file or a "
+            "hub id"
         ) from None
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if there and path.is_dir() and preset is not None:
-        return _library(source, split, streaming, str(path))
-    if suffix not in FORMATS and not there:
-        if is_path(name):
-            raise UserError(f"dataset {name}: no such file; check the path")
-        if "/" not in name and (near := nearest(name)):
-            raise UserError(f"dataset {name}: neither a file nor a preset; did you mean {near}?")
-        return _library(source, split, streaming)
+    if path.is_dir() and source.preset is not None:
+        return path
+    file_format = _file_format(path)
+    if not exists and file_format not in FORMATS and not is_path(name):
+        close = closest_preset(name)
+        if close is not None and "/" not in name:
+            raise UserError(f"dataset {name}: neither a file nor a preset; did you mean {close}?")
+        return None
     if path.is_dir():
-        raise UserError(f"dataset {name}: it is a folder; name a file in it")
+        raise UserError(f"dataset {name}: expected a file, got a folder; name a file in it")
     if not path.is_file():
         raise UserError(f"dataset {name}: no such file; check the path")
-    if suffix not in FORMATS:
+    if file_format not in FORMATS:
         raise UserError(
-            f"dataset {name}: expected one of {', '.join(FORMATS)} (also .gz), got '{path.suffix}'"
+            f"dataset {name}: expected one of {', '.join(FORMATS)} (also .gz), got "
+            f"'{path.suffix}'; convert the file"
         )
     if path.stat().st_size == 0:
-        raise UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
-    if streaming:
-        return _streamed(name, path, suffix)
-    try:
-        if suffix == ".parquet":
-            return _quietly("parquet", data_files=str(path), split="train")
-        with _opened(path) as file:
-            return list(_table(file)) if suffix == ".csv" else _objects(file.read())
-    except UNREADABLE as error:
-        raise _unreadable(name, suffix, error) from None
+        raise no_rows(name)
+    return path
 
 
-def _unreadable(name: str, suffix: str, error: Exception) -> UserError:
+def _file_format(path: Path) -> str:
+    """Return the suffix of a file without .gz."""
+    if path.suffix == ".gz":
+        return Path(path.stem).suffix
+    return path.suffix
+
+
+def _unreadable(source: Source, path: Path, error: Exception) -> UserError:
+    message = " ".join(str(error).split())[:200]
     return UserError(
-        f"dataset {name}: not readable as {suffix[1:]} ({type(error).__name__}: "
-        f"{' '.join(str(error).split())[:200]}); repair the file"
+        f"dataset {source.location}: not readable as {_file_format(path)[1:]} "
+        f"({type(error).__name__}: {message}); repair the file"
     )
 
 
-def _opened(path: Path):
-    return (gzip.open if path.suffix == ".gz" else open)(
-        path, "rt", encoding="utf-8-sig", newline=""
-    )
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
 
 
-def _library(source: Source, split: str, streaming: bool, folder: str | None = None):
-    """A hub data set, or a folder that holds one, as the datasets library reads it."""
+def _load_folder(source: Source, folder: Path, split: str, *, streaming: bool) -> Any:
+    """Load a folder that holds a copy of a preset's repository."""
     from datasets import get_dataset_config_names, load_dataset
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    preset, name = source.preset, source.place
-    config = None if preset is None else preset.config
+    assert source.preset is not None  # `_find_local` accepts a folder for a preset only
+    config = source.preset.config
     try:
-        if folder is not None:
-            if config not in get_dataset_config_names(folder):
-                config = None
-            if streaming:
-                return load_dataset(folder, config, split=split, streaming=True)
-            return _quietly(folder, name=config, split=split)
-        if preset is None or name != preset.hub:
+        if config not in get_dataset_config_names(str(folder)):
             config = None
-        return load_dataset(name, config, split=split, streaming=streaming)
-    except Exception as error:  # the hub client raises many kinds
-        why = (str(error).strip().splitlines() or [""])[0][:200]
-        if folder is not None:
-            raise UserError(
-                f"dataset {source.text}: the folder does not hold split {split} of it "
-                f"({type(error).__name__}: {why}); name a file in it, or change --split"
-            ) from None
-        if preset is not None:
-            raise UserError(
-                f"dataset {source.text}: the hub gave no {name} ({type(error).__name__}: {why}); "
-                f"check the network, or give a copy as {source.name.split('=')[0]}=FOLDER"
-            ) from None
+        if streaming:
+            return load_dataset(str(folder), config, split=split, streaming=True)
+        return _load_into_memory(str(folder), name=config, split=split)
+    except Exception as error:  # the library raises many types
         raise UserError(
-            f"dataset {name}: not a local file, and the hub gave none ({type(error).__name__}: "
-            f"{why})"
+            f"dataset {source.text}: split {split} cannot be loaded from the folder "
+            f"({_describe(error)}); name a file in it, or change --split"
         ) from None
 
 
-def _streamed(name: str, path: Path, suffix: str):
-    """The rows of a file, one at a time. UserError for .json, which is one document."""
-    from datasets import IterableDataset
+def _load_from_hub(source: Source, split: str, *, streaming: bool) -> Any:
+    """Load a data set from the hub, or from its cache."""
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
 
-    if suffix == ".json":
-        raise UserError(
-            f"dataset {name}: a .json file is one document, which --streaming cannot read row by "
-            "row; write it as .jsonl, or leave --streaming out"
-        )
-    return IterableDataset.from_generator(partial(_read, name, path, suffix))
-
-
-def _read(name: str, path: Path, suffix: str):
+    disable_progress_bar()
+    name, preset = source.location, source.preset
+    config = None
+    if preset is not None and name == preset.hub:
+        config = preset.config
     try:
-        if suffix == ".parquet":
+        return load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # the hub client raises many types
+        reason = _describe(error)
+    if preset is None:
+        raise UserError(
+            f"dataset {name}: neither a local file nor loadable from the hub ({reason}); check "
+            "the name and the network"
+        )
+    raise UserError(
+        f"dataset {source.text}: {name} cannot be loaded from the hub ({reason}); check the "
+        f"network, or give a copy as {source.name.split('=')[0]}=FOLDER"
+    )
+
+
+def _describe(error: Exception) -> str:
+    """Return the type of an exception and the first line of its text."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _stream_file(source: Source, path: Path) -> Iterator[Row]:
+    """Yield the rows of a file, one at a time."""
+    try:
+        if _file_format(path) == ".parquet":
             from pyarrow.parquet import ParquetFile
 
             with ParquetFile(path) as table:
                 for rows in table.iter_batches(batch_size=100):
                     yield from rows.to_pylist()
             return
-        with _opened(path) as file:
-            yield from _table(file) if suffix == ".csv" else _lines(file)
+        with _open(path) as file:
+            if _file_format(path) == ".csv":
+                yield from _read_table(file)
+            else:
+                yield from _read_lines(file)
     except UNREADABLE as error:
-        raise _unreadable(name, suffix, error) from None
+        raise _unreadable(source, path, error) from None
 
 
-def iterate_rows(name: str, rows):
-    """The rows of an IterableDataset; what stops it is one line."""
+def iterate_rows(name: str, rows: "IterableDataset") -> Iterator[Row]:
+    """Yield the rows of a streamed data set; raise UserError if reading fails."""
     try:
         yield from rows
     except UserError:
         raise
-    except Exception as error:  # the hub client and the readers of formats raise many kinds
-        why = (str(error).strip().splitlines() or [""])[0][:200]
+    except Exception as error:  # the hub client and the format readers raise many types
         raise UserError(
-            f"dataset {name}: reading it stopped ({type(error).__name__}: {why}); check the "
-            "network or the file"
+            f"dataset {name}: reading failed ({_describe(error)}); check the network or the file"
         ) from None
 
 
-def _quietly(*what, **options):
-    """``load_dataset`` into memory: the Arrow copy leaves nothing behind. ValueError on what it
-    cannot read."""
+def _load_into_memory(*what: str, **options: Any) -> "Dataset":
+    """Call ``load_dataset`` without leaving an Arrow copy on disk.
+
+    Raise ValueError if the library cannot read the data set.
+    """
     from datasets import load_dataset
     from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
     disable_progress_bar()
-    set_verbosity(CRITICAL)  # what it says of a damaged file is in its exception, too
-    with tempfile.TemporaryDirectory() as scratch:
+    set_verbosity(CRITICAL)  # the exception repeats what the library logs about a damaged file
+    with tempfile.TemporaryDirectory() as cache:
         try:
-            return load_dataset(*what, **options, cache_dir=scratch, keep_in_memory=True)
+            loaded = load_dataset(*what, **options, cache_dir=cache, keep_in_memory=True)
         except Exception as error:
             raise ValueError(str(error.__cause__ or error)) from None
+    return cast("Dataset", loaded)  # a named split gives one Dataset
 
 
-def _objects(text: str) -> list[dict]:
-    """One JSON list of objects, one object, or a line for each."""
+def _read_objects(text: str) -> list[Row]:
+    """Parse one JSON list of objects, one object, or one object per line.
+
+    The first row gets every column of the file, because the columns are detected from it.
+    """
     try:
-        rows = json.loads(text)
+        parsed = json.loads(text)
     except json.JSONDecodeError:
-        rows = list(_lines(text.split("\n")))
-    rows = rows if isinstance(rows, list) else [rows]
-    for number, row in enumerate(rows):
-        _object(number, row)
-    columns = dict.fromkeys(key for row in rows for key in row)
-    return [dict.fromkeys(columns) | row for row in rows[:1]] + rows[
-        1:
-    ]  # the first row stands for what columns there are
+        parsed = list(_read_lines(text.split("\n")))
+    if not isinstance(parsed, list):
+        parsed = [parsed]
+    columns: Row = {}
+    for number, row in enumerate(parsed):
+        _check_object(number, row)
+        columns.update(dict.fromkeys(row))
+    if parsed:
+        parsed[0] = columns | parsed[0]
+    return parsed
 
 
-def _lines(lines):
-    """The objects of JSON lines."""
+def _read_lines(lines: Iterable[str]) -> Iterator[Row]:
+    """Yield the object on each line of JSON text; skip empty lines."""
     count = itertools.count()
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
-        if line.strip():
-            yield _object(next(count), row)
+        _check_object(next(count), row)
+        yield row
 
 
-def _object(number: int, row) -> dict:
+def _check_object(number: int, row: object) -> None:
     if not isinstance(row, dict):
         raise ValueError(
             f'row {number}: expected an object such as {{"prompt": …}}, got {str(row)[:60]!r}'
         )
-    return row
 
 
-def _table(file):
-    """Rows of a CSV file as text; an empty cell is None."""
+def _read_table(file: Iterable[str]) -> Iterator[dict[str, str | None]]:
+    """Yield the rows of CSV text; an empty cell is None."""
     reader = csv.reader(file, strict=True)
     columns = next(reader, [])
     if len(set(columns)) < len(columns):
-        raise ValueError(f"line 1: two columns of one name among {', '.join(columns)}")
+        raise ValueError(f"line 1: expected distinct column names, got {', '.join(columns)}")
     for cells in reader:
-        if cells and len(cells) != len(columns):
+        if not cells:
+            continue
+        if len(cells) != len(columns):
             raise ValueError(
                 f"line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}"
             )
-        if cells:
-            yield {column: cell or None for column, cell in zip(columns, cells, strict=True)}
+        yield {column: cell or None for column, cell in zip(columns, cells, strict=True)}

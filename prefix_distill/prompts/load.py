@@ -2,191 +2,224 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..lab import task
 from ..lab.task import LAB, MAX_NEW_TOKENS
-from .files import iterate_rows, open_rows
+from .files import Row, iterate_rows, no_rows, read_rows, stream_rows
 from .prompt import Prompt, PromptSet
-from .rows import BUFFER, RowFormat
+from .rows import BUFFER, PromptBuilder, RowFormat
 from .sources import Source, parse_source
 from .stream import shuffled
 
 if TYPE_CHECKING:  # the import takes a second, and a plain file does not need it
     from datasets import Dataset, IterableDataset
 
+DEFAULT_FORMAT = RowFormat()
 
-def load_prompts(  # noqa: PLR0913  each is an option of the command line
+
+@dataclass(frozen=True, kw_only=True)
+class _Selection:
+    """The rows to use: the split, the most prompts, and whether the prompts are evaluated."""
+
+    split: str
+    limit: int | None
+    evaluated: bool
+
+
+def load_prompts(
     name: str,
+    row_format: RowFormat = DEFAULT_FORMAT,
     *,
     split: str | None = None,
-    prompt_column: str | None = None,
-    answer_column: str | None = None,
-    system: str | None = None,
-    instruction: str | None = None,
-    limit: int | None = None,
-    privileged_column: str | None = None,
-    prompt_template: str | None = None,
-    seed: int = 0,
-    streaming: bool = False,
-    evaluated: bool = False,
-    worked: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> PromptSet:
-    """Reads a ``.jsonl/.json/.csv/.parquet`` file (the first three also ``.gz``; UTF-8), a hub data
-    set, a preset, ``lab:TASK`` or ``lab:TASK:20-25`` (of so many steps), or ``#N`` rows of one,
-    drawn by ``seed``.
+    """Load the prompts of one data set for training.
 
-    Columns are found by the usual names, are the preset's, or given (``doc.question`` reaches into
-    a record). ``evaluated``: the split to evaluate on and, of ``limit`` prompts, the first (of a
-    preset that is sorted by subject: evenly spaced ones). ``streaming``: rows are read as they are
-    asked for, drawn from a buffer of BUFFER by ``seed``; evaluated ones in their order. ``worked``:
-    with what each shows as an example. ``part``: (set, number of sets). UserError on a missing
-    file, a missing column, an empty set, a row without a prompt or without what
-    ``privileged_column`` should hold, and on fewer rows than are asked for.
+    ``name`` is a ``.jsonl/.json/.csv/.parquet`` file (the first three also ``.gz``; UTF-8), a hub
+    id, a preset, ``lab:TASK`` or ``lab:TASK:20-25`` (problems with 20 to 25 steps). With ``#N`` it
+    is a sample of N rows. ``split`` defaults to the preset's training split, else train. ``part``
+    is (position of the data set, number of data sets), which makes the prompts' indices unique.
+
+    Raise UserError on a missing file or column, an empty data set, a row without a prompt or
+    privileged text, and on fewer than N rows.
     """
     source = parse_source(name)
-    split = split or _default_split(source, evaluated)
-    form = RowFormat(
-        source,
-        prompt_column,
-        answer_column,
-        system,
-        instruction,
-        privileged_column,
-        prompt_template,
-        seed,
-        worked,
-        part,
-    )
-    if source.place.startswith(LAB):
-        if privileged_column not in (None, "solution"):
-            raise UserError(
-                f"dataset {name}: no column '{privileged_column}'; it has solution; change "
-                "--privileged-column"
-            )
-        most = limit if source.count is None else None
-        rows = _embedded(name, source.place[len(LAB) :], split, most)
-        return _select(form, rows, split, limit, evaluated)
-    rows = open_rows(source, split, streaming)
-    if streaming:
-        return _stream(form, rows, split, limit, evaluated)
-    return _select(form, rows, split, limit, evaluated)
+    selection = _Selection(split=split or source.training_split, limit=None, evaluated=False)
+    return _load(source, row_format, selection, part)
 
 
-def _default_split(source: Source, evaluated: bool) -> str:
-    """Return the preset's split, or the usual train or test."""
-    if source.preset is None:
-        return "test" if evaluated else "train"
-    return source.preset.test if evaluated else source.preset.split
-
-
-def _stream(
-    form: RowFormat, rows: "IterableDataset", split: str, limit: int | None, evaluated: bool
+def load_evaluation_prompts(
+    name: str,
+    row_format: RowFormat = DEFAULT_FORMAT,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> PromptSet:
-    """Return a set whose rows are read on demand; a set with a known number of rows is read at
-    once."""
-    source = form.source
-    in_order = evaluated and source.count is None
-    drawn = rows if in_order else rows.shuffle(seed=form.seed, buffer_size=BUFFER)
-    reading: Iterator[dict] = iterate_rows(source.text, drawn)
-    if source.local:
-        seen = list(itertools.islice(iterate_rows(source.text, rows), BUFFER))
+    """Load the first ``limit`` prompts of one data set for evaluation.
+
+    Of a preset that is sorted by subject, load evenly spaced prompts instead. Streamed rows keep
+    their order. ``split`` defaults to the preset's test split, else test. The other arguments and
+    errors are those of ``load_prompts``.
+    """
+    source = parse_source(name)
+    selection = _Selection(split=split or source.test_split, limit=limit, evaluated=True)
+    return _load(source, row_format, selection, part)
+
+
+def _load(
+    source: Source, row_format: RowFormat, selection: _Selection, part: tuple[int, int]
+) -> PromptSet:
+    builder = PromptBuilder(source=source, row_format=row_format, part=part)
+    if source.is_embedded:
+        if row_format.privileged_column not in (None, "solution"):
+            raise UserError(
+                f"dataset {source.text}: no column '{row_format.privileged_column}'; it has "
+                "solution; change --privileged-column"
+            )
+        return _select(builder, _embedded_rows(source, selection), selection)
+    if row_format.streaming:
+        return _stream(builder, stream_rows(source, selection.split), selection)
+    return _select(builder, read_rows(source, selection.split), selection)
+
+
+def _stream(builder: PromptBuilder, rows: "IterableDataset", selection: _Selection) -> PromptSet:
+    """Return a set that reads its rows on demand, or now if the number of rows is known."""
+    source = builder.source
+    order = rows
+    if not selection.evaluated or source.count is not None:
+        order = rows.shuffle(seed=builder.row_format.seed, buffer_size=BUFFER)
+    remaining = iterate_rows(source.text, order)
+    if source.is_file:
+        first_rows = list(itertools.islice(iterate_rows(source.text, rows), BUFFER))
     else:
-        seen = list(itertools.islice(reading, 1))
-        reading = itertools.chain(seen, reading)
-    _refuse_empty(source, len(seen))
-    # a row of a file may lack a column
-    form = form.columns({key: value for row in reversed(seen) for key, value in row.items()})
-    prompts: Iterator[Prompt] = (form.prompt(index, row) for index, row in enumerate(reading))
-    first: tuple[Prompt, ...] | Iterator[Prompt] = prompts
+        # a second pass over the hub would download the rows twice
+        first_rows = list(itertools.islice(remaining, 1))
+        remaining = itertools.chain(first_rows, remaining)
+    if not first_rows:
+        raise no_rows(source.text)
+    columns: Row = {}
+    for row in reversed(first_rows):  # a row of a file may lack a column
+        columns.update(row)
+    builder = builder.detect_columns(columns)
+    prompts: Iterator[Prompt] | tuple[Prompt, ...] = _build_each(builder, remaining)
     if source.count is not None:
         counted = tuple(itertools.islice(prompts, source.count))
-        _refuse_fewer(source, source.count, len(counted))
-        first = counted[:limit]
-    elif limit is not None:
-        first = tuple(itertools.islice(prompts, limit))
-    return PromptSet(source.text, first, **_task(source, split), notes=form.notes(split, None))
+        _check_count(source, len(counted))
+        prompts = counted[: selection.limit]
+    elif selection.limit is not None:
+        prompts = tuple(itertools.islice(prompts, selection.limit))
+    return _make_set(source, selection.split, prompts, builder.notes(selection.split, None))
+
+
+def _build_each(builder: PromptBuilder, rows: Iterable[Row]) -> Iterator[Prompt]:
+    for index, row in enumerate(rows):
+        yield builder.build(index, row)
 
 
 def _select(
-    form: RowFormat,
-    rows: "list[dict] | Dataset",
-    split: str,
-    limit: int | None,
-    evaluated: bool,
+    builder: PromptBuilder, rows: "list[Row] | Dataset", selection: _Selection
 ) -> PromptSet:
-    """Return the set of all rows, or of those that name#count and ``limit`` select."""
-    source = form.source
-    _refuse_empty(source, len(rows))
-    form = form.columns(rows[0])
+    """Return a set of all rows, or of those that name#count and the limit select."""
+    source, limit = builder.source, selection.limit
+    if len(rows) == 0:
+        raise no_rows(source.text)
+    builder = builder.detect_columns(rows[0])
     order: Sequence[int] = range(len(rows))
     if source.count is not None:
-        _refuse_fewer(source, source.count, len(rows))
-        order = sorted(shuffled(order, form.seed, "sample")[: source.count])
+        _check_count(source, len(rows))
+        order = sorted(shuffled(order, builder.row_format.seed, "sample")[: source.count])
     if limit is not None and limit < len(order):
-        if evaluated and source.preset is not None and source.preset.sorted:
+        if source.preset is not None and source.preset.sorted:
             order = [order[i * len(order) // limit] for i in range(limit)]
         else:
             order = order[:limit]
-    prompts = tuple(form.prompt(index, rows[index]) for index in order)
-    notes = form.notes(split, len(rows))
-    return PromptSet(source.text, prompts, **_task(source, split), notes=notes)
+    prompts = tuple(builder.build(index, rows[index]) for index in order)
+    notes = builder.notes(selection.split, len(rows))
+    return _make_set(source, selection.split, prompts, notes)
 
 
-def _refuse_empty(source: Source, there: int) -> None:
-    if there == 0:
-        raise UserError(f"dataset {source.text}: it has no rows; give one with at least one prompt")
-
-
-def _refuse_fewer(source: Source, count: int, there: int) -> None:
-    if there < count:
+def _check_count(source: Source, available: int) -> None:
+    if source.count is not None and available < source.count:
         raise UserError(
-            f"dataset {source.text}: it has {there:,} rows, expected at least the {count:,} "
-            "behind #; ask for fewer, or leave #… out"
+            f"dataset {source.text}: expected at least {source.count:,} rows, got {available:,}; "
+            "lower the number after #, or omit it"
         )
 
 
-def _task(source: Source, split: str) -> dict:
-    """What a PromptSet knows of the task."""
-    if source.place.startswith(LAB):
-        return {
-            "answer_format": "hash",
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "privileged_template": "{solution} {problem}",
-            "elsewhere": {"test": (source.place, "test")}
-            | ({} if split == "train" else {"examples": (source.place, "train")}),
-        }
-    preset = source.preset
-    if preset is None:
-        return {}
-    uses = (
-        {} if source.local else {"test": preset.test, "examples": preset.examples or preset.split}
+def _make_set(
+    source: Source,
+    split: str,
+    prompts: tuple[Prompt, ...] | Iterator[Prompt],
+    notes: tuple[str, ...],
+) -> PromptSet:
+    """Return the prompts with the properties of their task."""
+    if source.is_embedded:
+        elsewhere = {"test": (source.location, "test")}
+        if split != "train":
+            elsewhere["examples"] = (source.location, "train")
+        return PromptSet(
+            source.text,
+            prompts,
+            answer_format="hash",
+            max_new_tokens=MAX_NEW_TOKENS,
+            privileged_template="{solution} {problem}",
+            elsewhere=elsewhere,
+            notes=notes,
+        )
+    answer_format = None
+    if source.preset is not None and source.preset.answer_format != "auto":
+        answer_format = source.preset.answer_format
+    return PromptSet(
+        source.text,
+        prompts,
+        answer_format=answer_format,
+        elsewhere=_other_splits(source, split),
+        notes=notes,
     )
-    return {
-        "answer_format": None if preset.answer_format == "auto" else preset.answer_format,
-        "elsewhere": {use: (source.name, other) for use, other in uses.items() if other != split},
-    }
 
 
-def _embedded(name: str, text: str, split: str, limit: int | None) -> list[dict]:
-    task_name, colon, steps = text.partition(":")
+def _other_splits(source: Source, split: str) -> dict[str, tuple[str, str]]:
+    """Return the preset's splits for testing and for examples, except ``split``."""
+    preset = source.preset
+    if preset is None or source.is_file:
+        return {}
+    uses = {"test": preset.test, "examples": preset.examples or preset.split}
+    return {use: (source.name, other) for use, other in uses.items() if other != split}
+
+
+def _embedded_rows(source: Source, selection: _Selection) -> list[Row]:
+    """Return problems of the embedded laboratory as rows.
+
+    By default 4,000 training problems or 2,000 others, and at most 900 per number of steps.
+    """
+    task_name, colon, steps = source.location[len(LAB) :].partition(":")
+    limit = selection.limit
+    if source.count is not None:
+        limit = None  # sample from all rows first
+    default = 4_000 if selection.split == "train" else 2_000
     try:
         span = None
         if colon:
-            if not re.fullmatch(r"[0-9]{1,2}-[0-9]{1,2}", steps):
-                raise ValueError(f"steps {steps!r}: expected a range such as 20-25")
-            low, high = map(int, steps.split("-"))
-            span = range(low, high + 1)
-        most = {"train": 4_000}.get(split, 2_000)
-        if span is not None and limit is None:
-            most = min(most, 900 * len(span))
-        problems = task.problems(task_name, split, limit or most, steps=span)
+            span = _parse_steps(steps)
+            default = min(default, task.PROBLEMS_PER_STEPS * len(span))
+        problems = task.problems(task_name, selection.split, limit or default, steps=span)
     except ValueError as error:
-        raise UserError(f"dataset {name}: {error}") from None
-    return [
-        {"prompt": problem.prompt, "answer": problem.answer, "solution": problem.solution}
-        for problem in problems
-    ]
+        raise UserError(f"dataset {source.text}: {error}") from None
+    rows = []
+    for problem in problems:
+        rows.append(
+            {"prompt": problem.prompt, "answer": problem.answer, "solution": problem.solution}
+        )
+    return rows
+
+
+def _parse_steps(text: str) -> range:
+    if not re.fullmatch(r"[0-9]{1,2}-[0-9]{1,2}", text):
+        raise ValueError(f"steps {text!r}: expected a range such as 20-25")
+    low, high = text.split("-")
+    return range(int(low), int(high) + 1)

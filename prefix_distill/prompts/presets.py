@@ -1,7 +1,6 @@
-"""Data sets by short name: where each one is, what its columns hold, how its answers are written
-and read, and its license.
+"""Data sets by short name: location, columns, answer format and license.
 
-Ids, configurations, splits, columns and licenses are what their cards state.
+Ids, configurations, splits, columns and licenses are those that the data sets' cards state.
 """
 
 import difflib
@@ -11,15 +10,21 @@ BOXED = r"Reason step by step, and put your final answer within \boxed{}."
 LETTER = r"Reason step by step, and put the letter of your answer within \boxed{}."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A data set on the hub. ``split``, ``test``, ``examples``: what is trained on, evaluated on
-    and shown by --few-shot, where nothing else is asked for. ``solution``: the column with a worked
-    solution, if it is not ``answer``. ``options``: the column that lists the options of a question
-    whose ``answer`` is a letter; ``wrong``: the columns of the wrong options, where ``answer``
-    holds the right one's text and their order is drawn. ``answer`` None: the last turn of a
-    conversation, where it boxes an answer. ``cut`` and ``solution_cut``: patterns of what is
-    removed from prompt and solution. ``sorted``: rows of a subject stand together."""
+    """A data set on the hub.
+
+    - ``split``, ``test``, ``examples``: the default splits for training, evaluation and --few-shot
+      (``examples`` None: ``split``).
+    - ``prompt``, ``answer``: columns. ``answer`` None: the boxed answer in the last turn of a
+      conversation.
+    - ``solution``: the column with a worked solution, if it is not ``answer``.
+    - ``options``: the column that lists the options of a question; ``answer`` is then a letter.
+    - ``wrong``: the columns of the wrong options; ``answer`` is then the text of the right option,
+      and the seed determines the order of the options.
+    - ``cut``, ``solution_cut``: patterns that are removed from the prompt and the solution.
+    - ``sorted``: whether rows of one subject are adjacent.
+    """
 
     hub: str
     split: str
@@ -42,65 +47,65 @@ class Preset:
 
 PRESETS = {
     "gsm8k": Preset(
-        "openai/gsm8k",
-        "train",
-        "test",
-        "question",
-        "answer",
-        "MIT",
-        "grade-school word problems",
+        hub="openai/gsm8k",
+        split="train",
+        test="test",
+        prompt="question",
+        answer="answer",
+        license="MIT",
+        note="grade-school word problems",
         config="main",
         answer_format="auto",
         solution_cut=r"<<[^<>]*>>|\n*####[^\n]*",
     ),
     "math": Preset(
-        "DigitalLearningGmbH/MATH-lighteval",
-        "train",
-        "test",
-        "problem",
-        "solution",
-        "MIT",
-        "competition mathematics, 7 subjects, 5 levels",
+        hub="DigitalLearningGmbH/MATH-lighteval",
+        split="train",
+        test="test",
+        prompt="problem",
+        answer="solution",
+        license="MIT",
+        note="competition mathematics, 7 subjects, 5 levels",
         config="default",
         sorted=True,
     ),
     "math-500": Preset(
-        "HuggingFaceH4/MATH-500",
-        "test",
-        "test",
-        "problem",
-        "answer",
-        "none stated (its source MATH: MIT)",
-        "500 problems of MATH's test split: not to be trained on where it is evaluated",
+        hub="HuggingFaceH4/MATH-500",
+        split="test",
+        test="test",
+        prompt="problem",
+        answer="answer",
+        license="none stated (its source MATH: MIT)",
+        note="500 problems of MATH's test split; do not train on them and evaluate on MATH",
         solution="solution",
     ),
     "aime24": Preset(
-        "HuggingFaceH4/aime_2024",
-        "train",
-        "train",
-        "problem",
-        "answer",
-        "none stated",
-        "30 problems of 2024; answers 0 to 999",
+        hub="HuggingFaceH4/aime_2024",
+        split="train",
+        test="train",
+        prompt="problem",
+        answer="answer",
+        license="none stated",
+        note="30 problems of 2024; answers 0 to 999",
         solution="solution",
     ),
     "aime25": Preset(
-        "math-ai/aime25",
-        "test",
-        "test",
-        "problem",
-        "answer",
-        "none stated",
-        "30 problems of 2025; answers 0 to 999; no solutions",
+        hub="math-ai/aime25",
+        split="test",
+        test="test",
+        prompt="problem",
+        answer="answer",
+        license="none stated",
+        note="30 problems of 2025; answers 0 to 999; no solutions",
     ),
     "gpqa": Preset(
-        "Idavidrein/gpqa",
-        "train",
-        "train",
-        "Question",
-        "Correct Answer",
-        "CC-BY-4.0",
-        "198 graduate-level questions; behind a form on the hub: accept its terms and log in",
+        hub="Idavidrein/gpqa",
+        split="train",
+        test="train",
+        prompt="Question",
+        answer="Correct Answer",
+        license="CC-BY-4.0",
+        note="198 graduate-level questions; accept the terms on the hub and log in first",
         config="gpqa_diamond",
         solution="Explanation",
         wrong=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
@@ -108,13 +113,13 @@ PRESETS = {
         instruction=LETTER,
     ),
     "mmlu-pro": Preset(
-        "TIGER-Lab/MMLU-Pro",
-        "test",
-        "test",
-        "question",
-        "answer",
-        "MIT",
-        "questions of 14 subjects with up to ten options",
+        hub="TIGER-Lab/MMLU-Pro",
+        split="test",
+        test="test",
+        prompt="question",
+        answer="answer",
+        license="MIT",
+        note="questions of 14 subjects with up to ten options",
         examples="validation",
         solution="cot_content",
         options="options",
@@ -123,35 +128,35 @@ PRESETS = {
         sorted=True,
     ),
     "deepmath-103k": Preset(
-        "zwhe99/DeepMath-103K",
-        "train",
-        "train",
-        "question",
-        "final_answer",
-        "MIT",
-        "hard mathematics with three R1 solutions each, a 2 GB download: --streaming reads what "
-        "the run needs",
+        hub="zwhe99/DeepMath-103K",
+        split="train",
+        test="train",
+        prompt="question",
+        answer="final_answer",
+        license="MIT",
+        note="hard mathematics, three R1 solutions per problem; 2 GB, so use --streaming to read "
+        "only the rows that the run needs",
         solution="r1_solution_1",
     ),
     "openthoughts3": Preset(
-        "open-thoughts/OpenThoughts3-1.2M",
-        "train",
-        "train",
-        "conversations",
-        None,
-        "Apache-2.0",
-        "mathematics, code and science with QwQ-32B solutions, 28 GB: --streaming reads what the "
-        "run needs; what boxes no answer is not graded",
+        hub="open-thoughts/OpenThoughts3-1.2M",
+        split="train",
+        test="train",
+        prompt="conversations",
+        answer=None,
+        license="Apache-2.0",
+        note="mathematics, code and science with QwQ-32B solutions; 28 GB, so use --streaming to "
+        "read only the rows that the run needs; prompts without a boxed answer are not graded",
         instruction=None,
     ),
     "dapo-math-17k": Preset(
-        "open-r1/DAPO-Math-17k-Processed",
-        "train",
-        "train",
-        "prompt",
-        "reward_model.ground_truth",
-        "none stated (its source BytedTsinghua-SIA/DAPO-Math-17k: Apache-2.0)",
-        "each problem once; answers are whole numbers",
+        hub="open-r1/DAPO-Math-17k-Processed",
+        split="train",
+        test="train",
+        prompt="prompt",
+        answer="reward_model.ground_truth",
+        license="none stated (its source BytedTsinghua-SIA/DAPO-Math-17k: Apache-2.0)",
+        note="each problem once; answers are whole numbers",
         config="all",
         cut=r"^Solve the following math problem step by step\. The last line of your response "
         r"should be of the form Answer: [^\n]*\n\n"
@@ -160,6 +165,9 @@ PRESETS = {
 }
 
 
-def nearest(name: str, cutoff: float = 0.75) -> str | None:
-    """The preset whose name is most like ``name``, if one is."""
-    return next(iter(difflib.get_close_matches(name.lower(), PRESETS, 1, cutoff)), None)
+def closest_preset(name: str, cutoff: float = 0.75) -> str | None:
+    """Return the preset with the most similar name, or None below a similarity of ``cutoff``."""
+    close = difflib.get_close_matches(name.lower(), PRESETS, 1, cutoff)
+    if not close:
+        return None
+    return close[0]

@@ -1,36 +1,53 @@
 """A prompt, a set of prompts, and a prompt as token ids."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+# {"role": …, "content": …}
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem: chat messages ending with the user's turn, the reference answer if the data has
-    one, and what only the teacher's prompt shows, if anything. ``around``: what stands before and
-    after the problem in that turn (template, instruction). ``worked``: what it shows as an example.
-    ``index``: row (of a streamed set: place in the stream) · number of sets + set, in the order in
-    which they are named."""
+    """One problem as chat messages that end with the user's turn.
+
+    - ``index``: row × (number of data sets) + (position of the data set); in a streamed data set
+      the position in the stream replaces the row.
+    - ``answer``: the reference answer, if the data set has one.
+    - ``privileged``: text that only the teacher's prompt shows.
+    - ``around``: the text before and after the problem in the last turn (template, instruction).
+    - ``worked``: the solution to show when the prompt is a few-shot example.
+    """
 
     index: int
-    messages: tuple[dict, ...]
+    messages: tuple[Message, ...]
     answer: str | None
+    _: KW_ONLY
     privileged: str | None = None
     around: tuple[str, str] = ("", "")
     worked: str | None = None
 
+    @property
+    def problem(self) -> str:
+        """Return the text of the last turn."""
+        return self.messages[-1]["content"]
+
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the data's order; streamed, an iterator over them in a drawn order.
-    ``answer_format``: how the task itself says its answers are written, or None.
-    ``max_new_tokens``: the longest response the task needs (tokens), where it is known.
-    ``privileged_template``: the form in which the task's own networks have met privileged prompts.
-    ``elsewhere``: its other splits by use (test, examples), as (name, split) to load. ``notes``:
-    what was chosen."""
+    """Prompts in the order of the data set, or an iterator over shuffled prompts if streamed.
+
+    - ``answer_format``: how the task formats its answers, or None if it does not specify that.
+    - ``max_new_tokens``: the longest response that the task needs (tokens), if known.
+    - ``privileged_template``: the template that the task's own networks were trained with.
+    - ``elsewhere``: other splits by use ("test", "examples"), as (name, split) to load.
+    - ``notes``: the choices made while loading, for the user.
+    """
 
     name: str
     prompts: tuple[Prompt, ...] | Iterator[Prompt]
+    _: KW_ONLY
     answer_format: str | None = None
     max_new_tokens: int | None = None
     privileged_template: str | None = None
@@ -39,17 +56,13 @@ class PromptSet:
 
     @property
     def streamed(self) -> bool:
+        """Return whether the prompts are an iterator that reads rows on demand."""
         return not isinstance(self.prompts, tuple)
-
-    @property
-    def answered(self) -> bool:
-        """Do all prompts carry a reference answer?"""
-        return all(p.answer is not None for p in self.prompts)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt as ids for both models; their templates and so their lengths may differ."""
+    """A prompt as token ids for both models, whose chat templates and lengths may differ."""
 
     prompt: Prompt
     student_ids: tuple[int, ...]

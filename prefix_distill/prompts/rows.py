@@ -1,13 +1,15 @@
-"""Turn a row of a data set into a prompt."""
+"""Turn the rows of a data set into prompts."""
 
 import re
 from dataclasses import dataclass, replace
+from string import ascii_uppercase
+from typing import Any
 
 from ..errors import UserError
-from ..lab.task import LAB
 from . import answers
+from .files import Row
 from .presets import Preset
-from .prompt import Prompt
+from .prompt import Message, Prompt
 from .sources import Source
 from .stream import shuffled
 
@@ -23,243 +25,310 @@ ANSWER_COLUMNS = (
     "response",
 )
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT = {
-    "human": "user",
-    "gpt": "assistant",
-}  # names of roles where turns are written {"from": …, "value": …}
-HALF = re.compile("[\ud800-\udfff]")  # cannot be written as UTF-8
-FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # of a prompt template
-BUFFER = 1_000  # rows of a streamed set among which the next one is drawn
+# ShareGPT writes a turn as {"from": …, "value": …} and has its own role names
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one has no UTF-8 encoding
+FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # a field or an escaped brace of a prompt template
+BUFFER = 1_000  # rows in the shuffle buffer of a streamed data set
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """How a row of a data set becomes a prompt; what is None is the preset's, or found by
-    ``columns``."""
+    """How rows are read and become prompts.
+
+    - ``prompt_column``, ``answer_column``, ``instruction``: None means the preset's; the columns
+      are else detected by name. ``doc.question`` reads a nested record.
+    - ``privileged_column``: the column with the text that only the teacher sees.
+    - ``system``: the system message.
+    - ``prompt_template``: the user's turn with {prompt} and {COLUMN} fields.
+    - ``seed``: the seed of samples of rows, of the order of streamed rows and of options.
+    - ``streaming``: whether rows are read on demand.
+    - ``worked``: whether prompts keep their solution, to serve as few-shot examples.
+    """
+
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    privileged_column: str | None = None
+    system: str | None = None
+    instruction: str | None = None
+    prompt_template: str | None = None
+    seed: int = 0
+    streaming: bool = False
+    worked: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBuilder:
+    """Builds the prompts of one data set.
+
+    ``part`` is (position of the data set, number of data sets), for the prompts' indices.
+    """
 
     source: Source
-    prompt_column: str | None
-    answer_column: str | None
-    system: str | None
-    instruction: str | None
-    privileged_column: str | None
-    template: str | None
-    seed: int
-    worked: bool
+    row_format: RowFormat
     part: tuple[int, int]
 
-    def columns(self, first: dict) -> "RowFormat":
-        """The same with its columns, which ``first``, a row, must have."""
-        name, preset = self.source.text, self.source.preset
-        if self.source.place.startswith(LAB):
-            return replace(self, prompt_column="prompt", answer_column="answer")
-        prompt, answer, instruction = self.prompt_column, self.answer_column, self.instruction
-        if preset is not None:
-            prompt, answer, instruction = (
-                chosen if given is None else given
-                for given, chosen in (
-                    (prompt, preset.prompt),
-                    (answer, preset.answer),
-                    (instruction, preset.instruction),
-                )
-            )
-        prompt = _column(name, first, prompt, PROMPT_COLUMNS, "--prompt-column")
+    def detect_columns(self, row: Row) -> "PromptBuilder":
+        """Return a builder whose columns are chosen from those of ``row``.
+
+        Raise UserError if ``row`` has no prompt column or lacks a given column.
+        """
+        if self.source.is_embedded:
+            row_format = replace(self.row_format, prompt_column="prompt", answer_column="answer")
+            return replace(self, row_format=row_format)
+        row_format = self.row_format
+        usual_answers: tuple[str, ...] = ANSWER_COLUMNS
+        if self.source.preset is not None:
+            row_format = _apply_preset(row_format, self.source.preset)
+            usual_answers = ()
+        prompt = _choose_column(row_format.prompt_column, row, PROMPT_COLUMNS)
         if prompt is None:
             raise UserError(
-                f"dataset {name}: no prompt column ({', '.join(PROMPT_COLUMNS)}) among "
-                f"{', '.join(first)}; name it with --prompt-column"
+                f"dataset {self.source.text}: no prompt column ({', '.join(PROMPT_COLUMNS)}) among "
+                f"{', '.join(row)}; name it with --prompt-column"
             )
-        usual = ANSWER_COLUMNS if preset is None else ()
-        answer = _column(name, first, answer, usual, "--answer-column")
-        _column(name, first, self.privileged_column, (), "--privileged-column")
-        return replace(self, prompt_column=prompt, answer_column=answer, instruction=instruction)
+        answer = _choose_column(row_format.answer_column, row, usual_answers)
+        self._check_column(prompt, row, "--prompt-column")
+        self._check_column(answer, row, "--answer-column")
+        self._check_column(row_format.privileged_column, row, "--privileged-column")
+        row_format = replace(row_format, prompt_column=prompt, answer_column=answer)
+        return replace(self, row_format=row_format)
 
-    def prompt(self, index: int, row: dict) -> Prompt:
-        """Row ``index`` as a prompt. UserError where it is none."""
-        name, preset = self.source.text, self.source.preset
-        value, answer = _reach(row, self.prompt_column), _reach(row, self.answer_column)
-        if preset is not None and isinstance(value, str) and (preset.options or preset.wrong):
-            value, answer = self._choice(preset, index, row, value)
-        messages, closing = _messages(name, index, value)
-        if preset is not None and preset.cut:
-            messages[-1] = {
-                **messages[-1],
-                "content": re.sub(preset.cut, "", messages[-1]["content"]),
-            }
-        if self.answer_column is None:
-            answer = (
-                closing
-                if preset is None or answers.extract(str(closing), "boxed") is not None
-                else None
-            )
-        privileged = _reach(row, self.privileged_column)
-        if self.privileged_column is not None and not (
-            isinstance(privileged, str) and privileged.strip()
-        ):
-            raise UserError(
-                f"dataset {name}: row {index} has no text in '{self.privileged_column}' (got "
-                f"{str(privileged)[:60]!r}); remove or repair the row, or change "
-                "--privileged-column"
-            )
-        answer = None if answer is None else str(answer)
-        around = self._around(index, row)
-        messages[-1] = {
-            **messages[-1],
-            "content": f"{around[0]}{messages[-1]['content']}{around[1]}",
-        }
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
-        worked = self._solution(row, closing, answer) if self.worked else None
-        for text in (
-            *(m["content"] for m in messages),
-            answer or "",
-            privileged or "",
-            worked or "",
-        ):
-            if HALF.search(text):
-                raise UserError(
-                    f"dataset {name}: row {index} has half of a surrogate pair in {text[:60]!r}; "
-                    "repair the row"
-                )
-        return Prompt(
-            index * self.part[1] + self.part[0], tuple(messages), answer, privileged, around, worked
+    def _check_column(self, column: str | None, row: Row, flag: str) -> None:
+        if column is None or column.split(".")[0] in row:
+            return
+        raise UserError(
+            f"dataset {self.source.text}: no column '{column}'; it has {', '.join(row)}; change "
+            f"{flag}"
         )
 
-    def _choice(
-        self, preset: Preset, index: int, row: dict, question: str
-    ) -> tuple[str, str | None]:
-        """The question with its options A, B, …, and the right one's letter. Where wrong ones are
-        given, the order is drawn by the seed and the row."""
-        answer = _reach(row, self.answer_column)
+    def build(self, index: int, row: Row) -> Prompt:
+        """Return row ``index`` as a prompt. Raise UserError if the row is unusable."""
+        value, answer = self._problem_and_answer(index, row)
+        messages, closing = self._read_messages(index, value)
+        if self.row_format.answer_column is None:
+            answer = self._answer_of_conversation(closing)
+        if answer is not None:
+            answer = str(answer)
+        last = messages.pop()
+        problem = last["content"]
+        if self.source.preset is not None and self.source.preset.cut:
+            problem = re.sub(self.source.preset.cut, "", problem)
+        privileged = self._privileged_text(index, row)
+        before, after = self._text_around(index, row)
+        messages.append({"role": last["role"], "content": f"{before}{problem}{after}"})
+        if self.row_format.system:
+            messages.insert(0, {"role": "system", "content": self.row_format.system})
+        worked = None
+        if self.row_format.worked:
+            worked = self._worked_solution(row, closing, answer)
+        contents = [message["content"] for message in messages]
+        for text in (*contents, answer, privileged, worked):
+            if text is not None and SURROGATE.search(text):
+                raise self._row_error(index, f"has an unpaired surrogate in {text[:60]!r}")
+        position, parts = self.part
+        return Prompt(
+            index * parts + position,
+            tuple(messages),
+            answer,
+            privileged=privileged,
+            around=(before, after),
+            worked=worked,
+        )
+
+    def _problem_and_answer(self, index: int, row: Row) -> tuple[Any, Any]:
+        """Return the values of the prompt and answer columns; with a preset of multiple-choice
+        questions, the question with its options and the right letter."""
+        problem = _reach(row, self.row_format.prompt_column)
+        answer = _reach(row, self.row_format.answer_column)
+        preset = self.source.preset
+        if preset is None or not isinstance(problem, str):
+            return problem, answer
         if preset.wrong:
-            options = shuffled(
-                [answer, *(row.get(column) for column in preset.wrong)], self.seed, "options", index
-            )
-            answer = chr(ord("A") + options.index(answer))
-        else:
+            options = [answer]
+            for column in preset.wrong:
+                options.append(row.get(column))
+            options = shuffled(options, self.row_format.seed, "options", index)
+            answer = ascii_uppercase[options.index(answer)]
+        elif preset.options:
             options = _reach(row, preset.options)
-        if (
-            not isinstance(options, list)
-            or not 2 <= len(options) <= 26
-            or not all(isinstance(o, str) and o.strip() for o in options)
-        ):
-            raise UserError(
-                f"dataset {self.source.text}: row {index} has no options of text in "
-                f"'{preset.options or ', '.join(preset.wrong)}' (got {str(options)[:60]!r}); "
-                "repair the row"
+        else:
+            return problem, answer
+        if not _are_options(options):
+            columns = preset.options or ", ".join(preset.wrong)
+            raise self._row_error(
+                index, f"needs 2 to 26 text options in '{columns}', got {str(options)[:60]!r}"
             )
-        return "\n".join(
-            [
-                question.strip(),
-                "",
-                *(f"{chr(ord('A') + i)}. {o.strip()}" for i, o in enumerate(options)),
-            ]
-        ), answer
+        lines = [problem.strip(), ""]
+        for number, option in enumerate(options):
+            lines.append(f"{ascii_uppercase[number]}. {option.strip()}")
+        return "\n".join(lines), answer
 
-    def _around(self, index: int, row: dict) -> tuple[str, str]:
-        """What stands before and after the problem: the template with this row's fields, the
-        instruction before its end."""
-        closing = f"\n\n{self.instruction}" if self.instruction else ""
-        if self.template is None:
-            return "", closing
+    def _read_messages(self, index: int, value: Any) -> tuple[list[Message], Any]:
+        """Return the messages up to the user's last turn, and the assistant's turn after it.
 
-        def field_of(match) -> str:
-            if not match[1]:
-                return match[0][:1] if match[1] is None else "{}"
-            value = _reach(row, match[1])
-            if value is None:
-                raise UserError(
-                    f"dataset {self.source.text}: row {index} has no '{match[1]}' for "
-                    f"--prompt-template; it has {', '.join(row)} (a brace itself is written twice)"
-                )
-            return str(value)
+        ``value`` is text or a list of chat messages. The assistant's turn is None if there is none.
+        """
+        messages, closing = _as_messages(value), None
+        if messages and messages[-1]["role"] == "assistant":
+            closing = messages.pop()["content"]
+        if not _are_texts(messages):
+            raise self._row_error(index, f"has no prompt text (got {str(value)[:60]!r})")
+        roles = [message["role"] for message in messages]
+        if not all(role in ROLES for role in roles) or roles[-1] not in ("user", "tool"):
+            listed = ", ".join(str(role)[:20] for role in roles[:9])
+            raise self._row_error(
+                index,
+                f"has the roles {listed} before its answer; expected roles among "
+                f"{', '.join(ROLES)}, ending with user or tool",
+            )
+        return messages, closing
 
-        before, after = (FIELD.sub(field_of, text) for text in self.template.split("{prompt}"))
-        return before, closing + after
-
-    def _solution(self, row: dict, closing: str | None, answer: str | None) -> str | None:
-        """What this row shows as an example: its solution; under an instruction to box the
-        answer, with the answer boxed."""
-        preset, text = self.source.preset, None
-        if preset is not None and preset.solution:
-            text = _reach(row, preset.solution)
-        elif self.answer_column not in ("solution", None) and isinstance(row.get("solution"), str):
-            text = row["solution"]
-        text = closing or answer if text is None else text
-        if (
-            text is None
-            or (answer is None and self.answer_column is not None)
-            or not (text := str(text)).strip()
-        ):
+    def _answer_of_conversation(self, closing: Any) -> Any:
+        """Return the assistant's last turn; with a preset, only if it has a boxed answer."""
+        if self.source.preset is not None and answers.extract(str(closing), "boxed") is None:
             return None
-        if (
-            answer is not None
-            and "\\boxed" in (self.instruction or "")
-            and answers.extract(text, "boxed") is None
-        ):
-            final = answers.reference(answer)
-            text = (
-                re.sub(preset.solution_cut, "", text)
-                if preset is not None and preset.solution_cut
-                else text
-            )
-            text = (
-                f"{'' if text.strip() == final else text.strip() + chr(10) * 2}\\boxed{{{final}}}"
+        return closing
+
+    def _privileged_text(self, index: int, row: Row) -> str | None:
+        column = self.row_format.privileged_column
+        if column is None:
+            return None
+        text = _reach(row, column)
+        if not isinstance(text, str) or not text.strip():
+            raise self._row_error(
+                index,
+                f"has no text in '{column}', the --privileged-column (got {str(text)[:60]!r})",
             )
         return text
 
-    def notes(self, split: str, there: int | None) -> tuple[str, ...]:
-        """What was chosen; ``there``: rows of the set, None where it is streamed."""
-        source, preset, notes = self.source, self.source.preset, []
-        if preset is not None:
-            where = source.place + (
-                f" ({preset.config})" if preset.config and source.place == preset.hub else ""
-            )
-            where += "" if source.local else f", split {split}"
-            notes.append(
-                f"dataset {source.name}: {where}; prompt {self.prompt_column}, answer "
-                f"{self.answer_column or 'boxed in the last turn'}, read as "
-                f"{preset.answer_format}; instruction {self.instruction or 'none'!r}; license: "
-                f"{preset.license}; {preset.note}"
-            )
-        if source.count is not None:
-            notes.append(
-                f"dataset {source.text}: {source.count:,} "
-                f"{'rows' if there is None else f'of {there:,} rows'}, drawn by --seed {self.seed}"
-            )
-        if there is None:
-            notes.append(
-                f"dataset {source.text}: streamed, row by row as they are needed, drawn by --seed "
-                f"{self.seed} from a buffer of {BUFFER:,} rows (evaluated ones: the first, in "
-                "their order)"
-                + (
-                    "; its subjects stand one after another"
-                    if preset is not None and preset.sorted
-                    else ""
+    def _text_around(self, index: int, row: Row) -> tuple[str, str]:
+        """Return the text before and after the problem: the filled-in prompt template, with the
+        instruction directly after the problem."""
+        instruction = ""
+        if self.row_format.instruction:
+            instruction = f"\n\n{self.row_format.instruction}"
+        if self.row_format.prompt_template is None:
+            return "", instruction
+        before, after = self.row_format.prompt_template.split("{prompt}")
+        return self._fill(before, index, row), instruction + self._fill(after, index, row)
+
+    def _fill(self, template: str, index: int, row: Row) -> str:
+        """Replace every {COLUMN} of ``template`` by the value in ``row``."""
+
+        def value_of(match: re.Match[str]) -> str:
+            column = match[1]
+            if column is None:
+                return match[0][:1]  # an escaped brace
+            if not column:
+                return "{}"  # as in \boxed{}
+            value = _reach(row, column)
+            if value is None:
+                raise UserError(
+                    f"dataset {self.source.text}: row {index} has no '{column}' for "
+                    f"--prompt-template; it has {', '.join(row)}; write a literal brace twice"
                 )
+            return str(value)
+
+        return FIELD.sub(value_of, template)
+
+    def _worked_solution(self, row: Row, closing: Any, answer: str | None) -> str | None:
+        """Return the solution to show if the row is a few-shot example.
+
+        If the instruction asks for a boxed answer, the solution ends with one.
+        """
+        solution = self._solution_column(row)
+        if solution is None:
+            solution = closing or answer
+        if solution is None or not str(solution).strip():
+            return None
+        if answer is None and self.row_format.answer_column is not None:
+            return None
+        text = str(solution)
+        asks_for_box = "\\boxed" in (self.row_format.instruction or "")
+        if answer is None or not asks_for_box or answers.extract(text, "boxed") is not None:
+            return text
+        if self.source.preset is not None and self.source.preset.solution_cut:
+            text = re.sub(self.source.preset.solution_cut, "", text)
+        text = text.strip()
+        final = answers.reference(answer)
+        if text == final:
+            return f"\\boxed{{{final}}}"
+        return f"{text}\n\n\\boxed{{{final}}}"
+
+    def _solution_column(self, row: Row) -> Any:
+        """Return the preset's solution column, else a column named solution with text, or None."""
+        if self.source.preset is not None and self.source.preset.solution:
+            return _reach(row, self.source.preset.solution)
+        if self.row_format.answer_column in ("solution", None):
+            return None  # the solution is the answer
+        solution = row.get("solution")
+        if isinstance(solution, str):
+            return solution
+        return None
+
+    def _row_error(self, index: int, text: str) -> UserError:
+        return UserError(f"dataset {self.source.text}: row {index} {text}; repair or remove it")
+
+    def notes(self, split: str, available: int | None) -> tuple[str, ...]:
+        """Return what the user should know of the choices made.
+
+        ``available`` is the number of rows in the data set, or None if they are streamed.
+        """
+        source, seed = self.source, self.row_format.seed
+        notes = []
+        if source.preset is not None:
+            notes.append(self._preset_note(source.preset, split))
+        if source.count is not None and available is not None:
+            notes.append(
+                f"dataset {source.text}: {source.count:,} of {available:,} rows, sampled with "
+                f"--seed {seed}"
             )
+        elif source.count is not None:
+            notes.append(
+                f"dataset {source.text}: {source.count:,} rows, sampled with --seed {seed}"
+            )
+        if available is None:
+            note = (
+                f"dataset {source.text}: streamed; a buffer of {BUFFER:,} rows is shuffled with "
+                f"--seed {seed} (evaluation takes the first rows in order)"
+            )
+            if source.preset is not None and source.preset.sorted:
+                note += "; its rows are sorted by subject, so neighboring prompts share one"
+            notes.append(note)
         return tuple(notes)
 
+    def _preset_note(self, preset: Preset, split: str) -> str:
+        source, row_format = self.source, self.row_format
+        location = source.location
+        if preset.config and location == preset.hub:
+            location += f" ({preset.config})"
+        if not source.is_file:
+            location += f", split {split}"
+        answer = "boxed in the last turn"
+        if row_format.answer_column:
+            answer = f"in column {row_format.answer_column}"
+        return (
+            f"dataset {source.name}: {location}; prompt in column {row_format.prompt_column}; "
+            f"answer {answer}, answer format {preset.answer_format}; instruction "
+            f"{row_format.instruction or 'none'!r}; license: {preset.license}; {preset.note}"
+        )
 
-def _reach(row, column: str | None):
-    """Return the value of ``column`` or None; ``doc.question`` reads a nested record."""
-    if column is None:
-        return None
-    for key in column.split("."):
-        row = row.get(key) if isinstance(row, dict) else None
-    return row
+
+def _apply_preset(row_format: RowFormat, preset: Preset) -> RowFormat:
+    """Return the format with the preset's columns and instruction, unless the user gave others."""
+    if row_format.prompt_column is None:
+        row_format = replace(row_format, prompt_column=preset.prompt)
+    if row_format.answer_column is None:
+        row_format = replace(row_format, answer_column=preset.answer)
+    if row_format.instruction is None:
+        row_format = replace(row_format, instruction=preset.instruction)
+    return row_format
 
 
-def _column(
-    name: str, row: dict, given: str | None, usual: tuple[str, ...], flag: str
-) -> str | None:
-    """Return ``given``, else the first of the ``usual`` columns in ``row``, else None. UserError:
-    the row lacks the given column."""
+def _choose_column(given: str | None, row: Row, usual: tuple[str, ...]) -> str | None:
+    """Return ``given``, else the first ``usual`` column that ``row`` has, else None."""
     if given is not None:
-        if _reach(row, given) is None and given.split(".")[0] not in row:
-            raise UserError(
-                f"dataset {name}: no column '{given}'; it has {', '.join(row)}; change {flag}"
-            )
         return given
     for column in usual:
         if column in row:
@@ -267,47 +336,43 @@ def _column(
     return None
 
 
-def _messages(name: str, index: int, value) -> tuple[list[dict], str | None]:
-    """Text or a list of chat messages → messages ending with the user's turn, and a closing
-    assistant turn as answer."""
-    answer = None
-    if isinstance(value, str) and value.strip():
-        messages = [{"role": "user", "content": value}]
-    elif (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(m, dict)
-            and ({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys())
-            for m in value
-        )
-    ):
-        messages = [
-            {"role": m["role"], "content": m["content"]}
-            if "role" in m
-            else {"role": SHAREGPT.get(str(m["from"]), m["from"]), "content": m["value"]}
-            for m in value
-        ]
-        if messages[-1]["role"] == "assistant":
-            answer = messages.pop()["content"]
-    else:
-        messages = []
-    if (
-        not messages
-        or not all(isinstance(m["content"], str) for m in messages)
-        or not messages[-1]["content"].strip()
-    ):
-        raise UserError(
-            f"dataset {name}: row {index} has no prompt text (got {str(value)[:60]!r}); remove or "
-            "repair the row"
-        )
-    if not all(m["role"] in ROLES for m in messages) or messages[-1]["role"] not in (
-        "user",
-        "tool",
-    ):
-        raise UserError(
-            f"dataset {name}: row {index} has the roles "
-            f"{', '.join(str(m['role'])[:20] for m in messages[:9])} before its answer; expected "
-            f"some of {', '.join(ROLES)}, the user's last; repair the row"
-        )
-    return messages, answer
+def _reach(row: Any, column: str | None) -> Any:
+    """Return the value of ``column`` or None; ``doc.question`` reads a nested record."""
+    if column is None:
+        return None
+    for key in column.split("."):
+        if not isinstance(row, dict):
+            return None
+        row = row.get(key)
+    return row
+
+
+def _are_options(options: object) -> bool:
+    if not isinstance(options, list) or not 2 <= len(options) <= len(ascii_uppercase):
+        return False
+    return all(isinstance(option, str) and option.strip() for option in options)
+
+
+def _as_messages(value: object) -> list[dict[str, Any]]:
+    """Return text or a list of chat messages as messages; an empty list if it is neither."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        return []
+    messages = []
+    for turn in value:
+        if turn.keys() >= {"role", "content"}:
+            messages.append({"role": turn["role"], "content": turn["content"]})
+        elif turn.keys() >= {"from", "value"}:
+            role = SHAREGPT_ROLES.get(str(turn["from"]), turn["from"])
+            messages.append({"role": role, "content": turn["value"]})
+        else:
+            return []
+    return messages
+
+
+def _are_texts(messages: list[dict[str, Any]]) -> bool:
+    """Return whether every message is text and the last one is not blank."""
+    if not all(isinstance(message["content"], str) for message in messages):
+        return False
+    return bool(messages) and bool(messages[-1]["content"].strip())

@@ -1,97 +1,132 @@
 """Names of data sets: ``gsm8k``, ``name#1000``, ``a:3,b:1``."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from ..errors import UserError
 from ..lab.task import LAB
-from .presets import PRESETS, Preset, nearest
+from .presets import PRESETS, Preset, closest_preset
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def is_path(name: str) -> bool:
-    """Is it written as a path, of this or another system, and so no hub id?"""
+    """Return whether ``name`` is written as a path of any system, and so is not a hub id."""
     return name.startswith((".", "~", "/", "\\")) or "\\" in name or name[1:3] == ":/"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
-    """One data set, as named: ``place`` is a file, a folder, a hub id or lab:TASK; ``count`` the
-    rows of name#count."""
+    """One data set as the user names it.
+
+    - ``text``: the whole name; ``name``: the same without ``#count``.
+    - ``location``: a file, a folder, a hub id or ``lab:TASK``.
+    - ``count``: the number of rows to sample (``name#count``), or None for all rows.
+    """
 
     text: str
     name: str
-    place: str
+    location: str
     preset: Preset | None
     count: int | None
 
     @property
-    def local(self) -> bool:
-        """Is it a file, which has no splits?"""
-        return _there(self.place, Path.is_file)
+    def is_file(self) -> bool:
+        """Return whether the data set is a local file, which has no splits."""
+        return _exists(self.location, Path.is_file)
+
+    @property
+    def is_embedded(self) -> bool:
+        """Return whether the data set belongs to the embedded laboratory."""
+        return self.location.startswith(LAB)
+
+    @property
+    def training_split(self) -> str:
+        """Return the preset's training split, else train."""
+        if self.preset is None:
+            return "train"
+        return self.preset.split
+
+    @property
+    def test_split(self) -> str:
+        """Return the preset's test split, else test."""
+        if self.preset is None:
+            return "test"
+        return self.preset.test
 
 
 def sources(text: str) -> list[tuple[str, Fraction]]:
-    """``gsm8k:3,more.jsonl#100:1`` → [("gsm8k", 3), ("more.jsonl#100", 1)]. The weight (1 where
-    none is given) follows the last colon; one data set alone has none, so that lab:TASK:20-25 and
-    C:\\x.jsonl stay what they are. UserError on an empty name or weight 0."""
-    if "," not in text or _there(text):
+    """Split data sets and weights: ``gsm8k:3,more.jsonl#100:1`` gives [("gsm8k", 3),
+    ("more.jsonl#100", 1)].
+
+    The weight follows the last colon and defaults to 1. A single data set has no weight, so
+    ``lab:TASK:20-25`` and ``C:\\x.jsonl`` stay whole. Raise UserError on an empty name or weight 0.
+    """
+    if "," not in text or _exists(text):
         return [(text, Fraction(1))]
-    found = []
+    weighted = []
     for part in text.split(","):
         match = re.fullmatch(r"([^:\s].*?)(?::([0-9]{1,6}(?:\.[0-9]{1,6})?))?", part.strip(), re.S)
         if match is None or Fraction(match[2] or 1) == 0:
             raise UserError(
-                f"dataset {text[:200]}: expected data sets and their weights such as "
-                f"gsm8k:3,more.jsonl:1, got '{part.strip()[:80]}'; name one, with a weight above 0"
+                f"dataset {text[:200]}: expected data sets with weights above 0, such as "
+                f"gsm8k:3,more.jsonl:1, got '{part.strip()[:80]}'; correct this entry"
             )
-        found.append((match[1], Fraction(match[2] or 1)))
-    return found
+        weighted.append((match[1], Fraction(match[2] or 1)))
+    return weighted
 
 
 def parse_source(text: str) -> Source:
-    """``name``, ``name#1000``, ``preset=place`` or ``preset=place#1000``."""
+    """Parse ``name``, ``name#1000``, ``preset=location`` or ``preset=location#1000``.
+
+    Raise UserError on a bad row count or an unknown preset.
+    """
+    name, count = _split_count(text)
+    preset_name, location = _split_preset(text, name)
+    preset = PRESETS.get(preset_name.lower())
+    if preset is None:
+        location = name
+    elif not location:
+        location = preset.hub
+    return Source(text=text, name=name, location=location, preset=preset, count=count)
+
+
+def _split_count(text: str) -> tuple[str, int | None]:
+    """Split ``name#1000`` into the name and the number of rows."""
     name, mark, digits = text.rpartition("#")
-    count = None
-    if not mark or _there(text) or re.search(r"[/\\.]", digits):
-        name = text
-    elif not re.fullmatch("[0-9]{1,12}", digits) or int(digits) == 0 or not name:
+    if not mark or _exists(text) or re.search(r"[/\\.]", digits):
+        return text, None
+    if not re.fullmatch("[0-9]{1,12}", digits) or int(digits) == 0 or not name:
         raise UserError(
-            f"dataset {text[:200]}: expected a number of rows behind #, such as "
+            f"dataset {text[:200]}: expected a number of rows after #, such as "
             f"{name[:80] or 'gsm8k'}#1000, got '{digits[:80]}'"
         )
-    else:
-        count = int(digits)
-    short, given, place = name.partition("=")
-    if given and not _there(name) and not re.search(r"[/\\]", short):
-        if short.lower() not in PRESETS or not place or place.startswith(LAB):
-            near = nearest(short)
-            raise UserError(
-                f"dataset {text[:200]}: expected PRESET=PLACE such as gsm8k=my.jsonl, a file, "
-                "folder or hub id; "
-                + (
-                    f"did you mean {near}?"
-                    if near and near != short.lower()
-                    else f"presets are {', '.join(PRESETS)}"
-                )
-            )
-    else:
-        short, place = name, ""
-    preset = PRESETS.get(short.lower())
-    return Source(
-        text,
-        name,
-        name if preset is None else place or preset.hub,
-        preset,
-        count,
+    return name, int(digits)
+
+
+def _split_preset(text: str, name: str) -> tuple[str, str]:
+    """Split ``preset=location``; the location is empty if ``name`` gives none."""
+    preset_name, equals, location = name.partition("=")
+    if not equals or _exists(name) or re.search(r"[/\\]", preset_name):
+        return name, ""
+    if preset_name.lower() in PRESETS and location and not location.startswith(LAB):
+        return preset_name, location
+    advice = f"presets are {', '.join(PRESETS)}"
+    close = closest_preset(preset_name)
+    if close is not None and close != preset_name.lower():
+        advice = f"did you mean {close}?"
+    raise UserError(
+        f"dataset {text[:200]}: expected PRESET=LOCATION such as gsm8k=my.jsonl, where LOCATION is "
+        f"a file, folder or hub id; {advice}"
     )
 
 
-def _there(text: str, what=Path.exists) -> bool:
+def _exists(text: str, test: Callable[[Path], bool] = Path.exists) -> bool:
+    """Return ``test`` of the path, or False if ``text`` is not a valid path."""
     try:
-        return what(Path(text).expanduser())
+        return test(Path(text).expanduser())
     except (OSError, RuntimeError, ValueError):
         return False

@@ -1,160 +1,189 @@
-"""The prompts of each step, and the held-out split."""
+"""The order of prompts: the stream of training prompts, mixtures, the held-out split, few-shot
+examples."""
 
 import itertools
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import TypeVar
 
 from ..errors import UserError
-from .prompt import Prompt, PromptSet, Rendered
+from .prompt import Message, Prompt, PromptSet, Rendered
 
 T = TypeVar("T")
 
 
 def shuffled(items: Iterable[T], *key: object) -> list[T]:
-    """A seeded permutation of ``items``."""
+    """Return ``items`` in a random order that depends only on ``key``."""
     order = list(items)
     random.Random("/".join(map(str, key))).shuffle(order)
     return order
 
 
 def batch(rendered: list[Rendered], step: int, size: int, seed: int) -> list[Rendered]:
-    """The prompts of update ``step``: ``size`` slots of an endless stream, by arithmetic alone.
+    """Return the ``size`` prompts of ``step``: slots step × size, … of an endless stream.
 
-    Epoch 0 takes ``rendered`` as it stands (already shuffled); every later epoch is a permutation
-    of its own.
+    Epoch 0 has the order of ``rendered``, which is already shuffled. Every later epoch is a new
+    permutation. The result depends only on the arguments, so a resumed run gets the same prompts.
     """
-    first, last = step * size // len(rendered), ((step + 1) * size - 1) // len(rendered)
-    epochs = {0: rendered} | {
-        e: shuffled(rendered, seed, "epoch", e) for e in range(max(1, first), last + 1)
-    }
-    slots = (divmod(slot, len(rendered)) for slot in range(step * size, (step + 1) * size))
-    return [epochs[epoch][position] for epoch, position in slots]
+    epochs = {0: rendered}
+    prompts = []
+    for slot in range(step * size, (step + 1) * size):
+        epoch, position = divmod(slot, len(rendered))
+        if epoch not in epochs:
+            epochs[epoch] = shuffled(rendered, seed, "epoch", epoch)
+        prompts.append(epochs[epoch][position])
+    return prompts
 
 
 def slots(weights: list[Fraction]) -> Iterator[int]:
-    """Which set each slot of an endless stream belongs to: the one that is furthest behind its
-    share, the first of equals."""
-    given, total = [0] * len(weights), sum(weights)
-    while True:
-        behind = [
-            weight * (sum(given) + 1) / total - count
-            for weight, count in zip(weights, given, strict=True)
-        ]
-        given[behind.index(max(behind))] += 1
-        yield behind.index(max(behind))
+    """Yield the data set of each slot of an endless stream.
+
+    Each slot goes to the data set that is furthest behind its share: weight / sum(weights) of the
+    slots so far. The first one wins a tie. Fractions keep the shares exact.
+    """
+    total = sum(weights)
+    counts = [0] * len(weights)
+    for length in itertools.count(1):
+        deficits = []
+        for weight, count in zip(weights, counts, strict=True):
+            deficits.append(weight * length / total - count)
+        chosen = deficits.index(max(deficits))
+        counts[chosen] += 1
+        yield chosen
 
 
 def shares(weights: list[Fraction], count: int) -> list[int]:
-    """How many of ``count`` slots belong to each set."""
-    taken = list(itertools.islice(slots(weights), count))
-    return [taken.count(k) for k in range(len(weights))]
+    """Return how many of the first ``count`` slots belong to each data set."""
+    counts = [0] * len(weights)
+    for chosen in itertools.islice(slots(weights), count):
+        counts[chosen] += 1
+    return counts
 
 
-def mixed(parts: list[list], weights: list[Fraction], count: int, seed: int) -> list:
-    """``count`` slots of the stream; what is used up comes again, in a permutation of its own,
-    as in ``batch``."""
+def mixed(parts: list[list[T]], weights: list[Fraction], count: int, seed: int) -> list[T]:
+    """Return the first ``count`` items of the stream that mixes ``parts`` by ``weights``.
 
-    def endless(part: list):
-        yield from part
-        for epoch in itertools.count(1):
-            yield from shuffled(part, seed, "epoch", epoch)
+    A part that is used up repeats in a new permutation, as in ``batch``.
+    """
+    streams = [_repeat(part, seed) for part in parts]
+    items = []
+    for chosen in itertools.islice(slots(weights), count):
+        items.append(next(streams[chosen]))
+    return items
 
-    streams = [endless(part) for part in parts]
-    return [next(streams[k]) for k in itertools.islice(slots(weights), count)]
+
+def _repeat(part: list[T], seed: int) -> Iterator[T]:
+    """Yield ``part``, then permutations of it without end."""
+    yield from part
+    for epoch in itertools.count(1):
+        yield from shuffled(part, seed, "epoch", epoch)
 
 
 def joined(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
-    """Every prompt of ``sets`` once, in the stream's order as far as they last. What they do not
-    agree on is None."""
+    """Return one set with every prompt of ``sets`` once, mixed by ``weights``.
+
+    A property that differs between the sets becomes None.
+    """
     if len(sets) == 1:
         return sets[0]
-    left = [list(s.prompts)[::-1] for s in sets]
-    order: list[Prompt] = []
-    for k in slots(weights):
-        if not any(left):
+    remaining = [deque(part.prompts) for part in sets]
+    order = []
+    for chosen in slots(weights):
+        if not any(remaining):
             break
-        order += [left[k].pop()] if left[k] else []
+        if remaining[chosen]:
+            order.append(remaining[chosen].popleft())
     return PromptSet(
-        ", ".join(s.name for s in sets),
+        ", ".join(part.name for part in sets),
         tuple(order),
-        answer_format=_agreed(s.answer_format for s in sets),
-        max_new_tokens=_agreed(s.max_new_tokens for s in sets),
-        privileged_template=_agreed(s.privileged_template for s in sets),
+        answer_format=_common_value(part.answer_format for part in sets),
+        max_new_tokens=_common_value(part.max_new_tokens for part in sets),
+        privileged_template=_common_value(part.privileged_template for part in sets),
     )
 
 
-def _agreed(values: Iterable[T]) -> T | None:
-    """Return the value that all ``values`` share, or None."""
-    different = set(values)
-    return different.pop() if len(different) == 1 else None
+def _common_value(values: Iterable[T]) -> T | None:
+    """Return the value that all ``values`` equal, or None."""
+    distinct = set(values)
+    if len(distinct) == 1:
+        return distinct.pop()
+    return None
 
 
 def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, PromptSet]:
-    """(training set, held-out set of ``count`` prompts), disjoint, drawn by seed; of a streamed
-    set the first ``count``."""
+    """Split a set into (training set, held-out set of ``count`` prompts).
+
+    The held-out prompts are sampled with ``seed``; those of a streamed set are its first.
+    """
     if prompts.streamed:
         return prompts, replace(prompts, prompts=tuple(itertools.islice(prompts.prompts, count)))
     every = tuple(prompts.prompts)
-    held = set(shuffled(range(len(every)), seed, "held-out")[:count])
-    taught = tuple(p for i, p in enumerate(every) if i not in held)
-    apart = tuple(p for i, p in enumerate(every) if i in held)
-    return replace(prompts, prompts=taught), replace(prompts, prompts=apart)
+    held_positions = set(shuffled(range(len(every)), seed, "held-out")[:count])
+    training = []
+    held_out = []
+    for position, prompt in enumerate(every):
+        if position in held_positions:
+            held_out.append(prompt)
+        else:
+            training.append(prompt)
+    return replace(prompts, prompts=tuple(training)), replace(prompts, prompts=tuple(held_out))
 
 
 def examples(
     prompts: PromptSet, count: int, seed: int, evaluated: tuple[Prompt, ...] = ()
-) -> tuple[PromptSet, tuple[dict, ...]]:
-    """(the set without them, the turns of ``count`` of its prompts with their solutions), drawn by
-    seed; of a streamed set the first. None has the problem of an ``evaluated`` one. UserError where
-    too few have a solution."""
-    unseen = {p.messages[-1]["content"] for p in evaluated}
-    drawn = (
-        prompts.prompts if prompts.streamed else iter(shuffled(prompts.prompts, seed, "few-shot"))
-    )
-    shown = list(
-        itertools.islice(
-            (p for p in drawn if p.worked is not None and p.messages[-1]["content"] not in unseen),
-            count,
-        )
-    )
+) -> tuple[PromptSet, tuple[Message, ...]]:
+    """Return (the set without the examples, the turns of ``count`` prompts with their solutions).
+
+    The examples are sampled with ``seed``; those of a streamed set are its first. No example has
+    the problem of an ``evaluated`` prompt. Raise UserError if too few prompts have a solution.
+    """
+    order: Iterable[Prompt] = prompts.prompts
+    if not prompts.streamed:
+        order = shuffled(prompts.prompts, seed, "few-shot")
+    excluded = {prompt.problem for prompt in evaluated}
+    # islice: a streamed set must not lose a prompt beyond the last example
+    shown = list(itertools.islice(_with_solution(order, excluded), count))
     if len(shown) < count:
         raise UserError(
             f"--few-shot {count}: dataset {prompts.name} has {len(shown)} rows with a solution "
-            "that are not evaluated; lower it, or name the solutions with --answer-column"
+            "outside the evaluation set; lower it, or name the solutions with --answer-column"
         )
     if not prompts.streamed:
-        taken = {p.index for p in shown}
-        prompts = replace(
-            prompts, prompts=tuple(p for p in prompts.prompts if p.index not in taken)
-        )
-    return prompts, tuple(
-        turn
-        for p in shown
-        for turn in (
-            *(m for m in p.messages if m["role"] not in ("system", "developer")),
-            {"role": "assistant", "content": p.worked},
-        )
-    )
+        shown_indices = {prompt.index for prompt in shown}
+        rest = tuple(prompt for prompt in prompts.prompts if prompt.index not in shown_indices)
+        prompts = replace(prompts, prompts=rest)
+    turns: list[Message] = []
+    for prompt in shown:
+        assert prompt.worked is not None  # `_with_solution` requires it
+        turns += itertools.filterfalse(_is_system, prompt.messages)
+        turns.append({"role": "assistant", "content": prompt.worked})
+    return prompts, tuple(turns)
 
 
-def behind(prompts: PromptSet, turns: tuple[dict, ...]) -> PromptSet:
-    """The same prompts with example turns before them, after a system message."""
+def _with_solution(prompts: Iterable[Prompt], excluded: set[str]) -> Iterator[Prompt]:
+    """Yield the prompts that have a solution and whose problem is not ``excluded``."""
+    for prompt in prompts:
+        if prompt.worked is not None and prompt.problem not in excluded:
+            yield prompt
 
-    def put(prompt: Prompt) -> Prompt:
-        first = sum(
-            1
-            for _ in itertools.takewhile(
-                lambda m: m["role"] in ("system", "developer"), prompt.messages
-            )
-        )
-        return replace(
-            prompt, messages=(*prompt.messages[:first], *turns, *prompt.messages[first:])
-        )
 
-    return replace(
-        prompts,
-        prompts=map(put, prompts.prompts) if prompts.streamed else tuple(map(put, prompts.prompts)),
-    )
+def _is_system(message: Message) -> bool:
+    return message["role"] in ("system", "developer")
+
+
+def behind(prompts: PromptSet, turns: tuple[Message, ...]) -> PromptSet:
+    """Return the prompts with example turns inserted after their system messages."""
+    extended = map(partial(_insert, turns), prompts.prompts)
+    if prompts.streamed:
+        return replace(prompts, prompts=extended)
+    return replace(prompts, prompts=tuple(extended))
+
+
+def _insert(turns: tuple[Message, ...], prompt: Prompt) -> Prompt:
+    start = len(list(itertools.takewhile(_is_system, prompt.messages)))
+    messages = (*prompt.messages[:start], *turns, *prompt.messages[start:])
+    return replace(prompt, messages=messages)

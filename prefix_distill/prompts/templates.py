@@ -1,13 +1,15 @@
 """Chat templates: turn a prompt's messages into token ids."""
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ..errors import UserError
-from .prompt import Prompt, Rendered
+from .prompt import Message, Prompt, Rendered
 
-# the teacher's user turn where it is shown a reference solution, after arXiv 2601.18734; ours in
-# wording
+# The teacher's user turn with a reference solution. The method is that of arXiv 2601.18734; the
+# wording is not.
 PRIVILEGED = (
     "{problem}\n"
     "\n"
@@ -31,114 +33,161 @@ class Reader(Protocol):
     def tokenizer(self) -> Any: ...
 
 
-def render(  # noqa: PLR0913  one rendering has six independent settings
-    model: Reader,
-    messages: tuple[dict, ...],
-    template: str,
-    thinking: str = "auto",
-    index: int | None = None,
-    glue: str = "\n\n",
-) -> list[int]:
-    """Prompt ids in the model's own chat template (with its generation prompt), or as plain text
-    (with its BOS): the messages with an empty line between them, and ``glue`` before an answer.
+class Settings(Protocol):
+    """The sections of the configuration that rendering uses."""
 
-    ``thinking``: on or off sets the template's enable_thinking, auto leaves it alone. UserError
-    when ``template`` is 'chat' and the tokenizer has none, when the template has no such switch, or
-    when it refuses the messages (of prompt ``index``).
+    @property
+    def data(self) -> Any: ...
+
+    @property
+    def rollout(self) -> Any: ...
+
+
+def render(
+    model: Reader,
+    prompt: Prompt,
+    template: str,
+    *,
+    thinking: str = "auto",
+    separator: str = "\n\n",
+) -> list[int]:
+    """Return the prompt's token ids, in the model's chat template or as plain text.
+
+    The chat template includes its generation prompt. Plain text starts with the tokenizer's BOS
+    token and has an empty line between messages, but ``separator`` before an assistant's message.
+
+    ``template`` is chat, plain or auto (chat if the tokenizer has a template). ``thinking`` on or
+    off sets the template's ``enable_thinking``; auto does not set it. Raise UserError if the
+    tokenizer has no chat template, if the template has no such switch, or if it rejects the
+    messages.
     """
     tokenizer = model.tokenizer
     if template == "chat" and not tokenizer.chat_template:
         raise UserError(
             f"model {model.name}: its tokenizer has no chat template; use --template plain or auto"
         )
-    chat = template != "plain" and tokenizer.chat_template
-    if thinking != "auto" and "enable_thinking" not in (chat or ""):
+    chat_template = tokenizer.chat_template
+    if template == "plain" or not chat_template:
+        chat_template = ""
+    if thinking != "auto" and "enable_thinking" not in chat_template:
         raise UserError(
             f"model {model.name}: its chat template has no thinking switch (enable_thinking); "
-            "leave --student-thinking and --teacher-thinking at auto for it"
+            "set this model's --student-thinking or --teacher-thinking to auto"
         )
-    if not chat:
-        text = messages[0]["content"]
-        for message in messages[1:]:
-            text += (
-                ("" if text[-1:].isspace() else glue) if message["role"] == "assistant" else "\n\n"
-            ) + message["content"]
-        return tokenizer(text).input_ids
-    switch = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
+    if not chat_template:
+        return tokenizer(_plain_text(prompt.messages, separator)).input_ids
+    switch = {}
+    if thinking != "auto":
+        switch["enable_thinking"] = thinking == "on"
     try:
         return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False, **switch
+            list(prompt.messages), add_generation_prompt=True, return_dict=False, **switch
         )
-    except Exception as error:  # jinja's TemplateError, or what the template raises itself
+    except Exception as error:  # jinja's TemplateError, or any exception that a template raises
         raise UserError(
-            f"model {model.name}: its chat template refuses prompt {index} "
-            f"({str(error)[:200] or type(error).__name__}); drop --system or use --template plain"
+            f"model {model.name}: its chat template rejects prompt {prompt.index} "
+            f"({str(error)[:200] or type(error).__name__}); omit --system or use --template plain"
         ) from None
 
 
-def glue(settings) -> str:
-    """What stands between a question and its answer in plain text: a template such as "Question:
-    {prompt}\\nAnswer:" ends with the answer's name."""
-    return "\n\n" if settings.prompt_template is None else " "
+def _plain_text(messages: tuple[Message, ...], separator: str) -> str:
+    text = messages[0]["content"]
+    for message in messages[1:]:
+        if message["role"] != "assistant":
+            text += "\n\n"
+        elif not text[-1:].isspace():
+            text += separator
+        text += message["content"]
+    return text
 
 
-def teacher_messages(prompt: Prompt, template: str) -> tuple[dict, ...]:
-    """The messages that the teacher reads: with something privileged, the problem in its last turn
-    is ``template`` with the problem and the solution put in."""
+def glue(settings: Any) -> str:
+    """Return the separator between a question and its answer in plain text.
+
+    ``settings`` is the configuration's section ``data``. With a prompt template the separator is a
+    space, because such a template usually ends with "Answer:".
+    """
+    if settings.prompt_template is None:
+        return "\n\n"
+    return " "
+
+
+def teacher_messages(prompt: Prompt, template: str) -> tuple[Message, ...]:
+    """Return the teacher's messages.
+
+    If the prompt has privileged text, ``template`` replaces the problem in the last turn, with
+    {problem} and {solution} filled in.
+    """
     if prompt.privileged is None:
         return prompt.messages
-    last, (before, after) = prompt.messages[-1], prompt.around
+    before, after = prompt.around
     fields = {
-        "{problem}": last["content"][len(before) : len(last["content"]) - len(after)],
+        "{problem}": prompt.problem[len(before) : len(prompt.problem) - len(after)],
         "{solution}": prompt.privileged,
     }
+    # one pass, so that a field's own text is never replaced
     content = re.sub(r"\{problem\}|\{solution\}", lambda match: fields[match[0]], template)
-    return (*prompt.messages[:-1], {**last, "content": f"{before}{content}{after}"})
+    last = prompt.messages[-1] | {"content": f"{before}{content}{after}"}
+    return (*prompt.messages[:-1], last)
 
 
 def render_all(
-    prompts, student: Reader, teacher: Reader, config, limit: int | None = None
+    prompts: Iterable[Prompt],
+    student: Reader,
+    teacher: Reader,
+    config: Settings,
+    limit: int | None = None,
 ) -> tuple[list[Rendered], int]:
-    """Renders for both models, with the forced ``--begin`` text at the end, until ``limit`` prompts
-    are kept.
+    """Render prompts for both models, followed by the text of ``--begin``, until ``limit`` are
+    kept.
 
-    Drops what exceeds ``max_prompt_tokens`` on either side. Returns the kept ones and how many were
-    dropped. UserError when nothing is left.
+    Drop prompts that exceed ``max_prompt_tokens`` for either model. Return the kept prompts and the
+    number of dropped ones. Raise UserError if none is kept.
     """
-    begin = [begin_ids(model, config.rollout.begin) for model in (student, teacher)]
     settings = config.data
+    privileged_template = settings.privileged_template or PRIVILEGED
+    separator = glue(settings)
+    student_begin = begin_ids(student, config.rollout.begin)
+    teacher_begin = begin_ids(teacher, config.rollout.begin)
     kept: list[Rendered] = []
     dropped = 0
     for prompt in prompts:
         if limit is not None and len(kept) == limit:
             break
-        shown = teacher_messages(prompt, settings.privileged_template or PRIVILEGED)
-        ids = [
-            tuple(
-                render(model, messages, settings.template, thinking, prompt.index, glue(settings))
-            )
-            for model, messages, thinking in (
-                (student, prompt.messages, settings.student_thinking),
-                (teacher, shown, settings.teacher_thinking),
-            )
-        ]
-        if max(map(len, ids)) > settings.max_prompt_tokens:
+        student_ids = render(
+            student,
+            prompt,
+            settings.template,
+            thinking=settings.student_thinking,
+            separator=separator,
+        )
+        teacher_ids = render(
+            teacher,
+            replace(prompt, messages=teacher_messages(prompt, privileged_template)),
+            settings.template,
+            thinking=settings.teacher_thinking,
+            separator=separator,
+        )
+        if max(len(student_ids), len(teacher_ids)) > settings.max_prompt_tokens:
             dropped += 1
-        else:
-            kept.append(Rendered(prompt, ids[0] + begin[0], ids[1] + begin[1]))
-    if not kept and not dropped:
-        raise UserError(
-            "dataset: no row is left to be taught or evaluated; give one with more rows, or "
-            "--eval-dataset"
+            continue
+        kept.append(
+            Rendered(prompt, (*student_ids, *student_begin), (*teacher_ids, *teacher_begin))
         )
-    if not kept:
+    if kept:
+        return kept, dropped
+    if not dropped:
         raise UserError(
-            f"dataset: all {dropped} prompts are longer than --max-prompt-tokens "
-            f"{settings.max_prompt_tokens}; raise it"
+            "dataset: no rows are left for training or evaluation; add rows, or give --eval-dataset"
         )
-    return kept, dropped
+    raise UserError(
+        f"dataset: all {dropped} prompts are longer than --max-prompt-tokens "
+        f"{settings.max_prompt_tokens}; raise it"
+    )
 
 
 def begin_ids(model: Reader, text: str | None) -> tuple[int, ...]:
-    """Ids of the forced start of a response (empty for None)."""
-    return tuple(model.tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+    """Return the token ids of a response's forced first text (empty for None)."""
+    if not text:
+        return ()
+    return tuple(model.tokenizer(text, add_special_tokens=False).input_ids)

@@ -118,12 +118,17 @@ def _render(
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
     """Return the problems with their token ids."""
     begin = templates.begin_ids(model, config.rollout.begin)
-    form = config.data.template, config.data.student_thinking
-    glue = templates.glue(config.data)
-    return [
-        (p, tuple(templates.render(model, p.messages, *form, p.index, glue)) + begin)
-        for p in prompts.prompts
-    ]
+    rendered = []
+    for prompt in prompts.prompts:
+        ids = templates.render(
+            model,
+            prompt,
+            config.data.template,
+            thinking=config.data.student_thinking,
+            separator=templates.glue(config.data),
+        )
+        rendered.append((prompt, (*ids, *begin)))
+    return rendered
 
 
 def _sampler(config: Config, model: Model) -> Sampler:

@@ -9,8 +9,9 @@ from ..config import Config
 from ..errors import UserError
 from ..prompts import sources
 from ..prompts import stream as prompt_stream
-from ..prompts.load import load_prompts
+from ..prompts.load import load_evaluation_prompts, load_prompts
 from ..prompts.prompt import PromptSet
+from ..prompts.rows import RowFormat
 from ..prompts.stream import examples, hold_out, joined, shares
 from .run import Notes, settled
 
@@ -39,22 +40,19 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
     train = []
     for k, name in enumerate(names):
         worked = few_shot > 0 and k == 0
-        part = (k, len(names))
-        loaded = load_prompts(
-            name, split=config.data.split, worked=worked, part=part, **_form(config)
-        )
-        train.append(loaded)
+        form = dataclasses.replace(row_format(config), worked=worked)
+        train.append(load_prompts(name, form, split=config.data.split, part=(k, len(names))))
     for loaded in train:
         notes.note(*loaded.notes)
     wanted = max(config.evaluate.problems, config.evaluate.kl_prompts)
     if config.evaluate.dataset is not None:
         split = config.evaluate.split
-        held_out = _evaluated(config, config.evaluate.dataset, split, wanted, notes)
+        held_out = _load_evaluated(config, config.evaluate.dataset, split, wanted, notes)
     else:
         parts = []
         for k, count in enumerate(shares(weights, wanted)):
-            train[k], held = _held_out(config, train[k], count, (k, len(names)), notes)
-            parts.append(held)
+            train[k], part = _hold_out(config, train[k], count, (k, len(names)), notes)
+            parts.append(part)
         held_out = joined(parts, weights)
     if few_shot:
         train[0], turns = examples(train[0], few_shot, config.runtime.seed, tuple(held_out.prompts))
@@ -79,80 +77,73 @@ def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
     return [name for name, _ in named], [weight for _, weight in named]
 
 
-def _form(config: Config) -> dict:
-    """Return the options of ``load_prompts`` that turn rows into prompts."""
-    return {
-        k: getattr(config.data, k)
-        for k in (
-            "prompt_column",
-            "answer_column",
-            "system",
-            "instruction",
-            "privileged_column",
-            "prompt_template",
-            "streaming",
-        )
-    } | {"seed": config.runtime.seed}
+def row_format(config: Config) -> RowFormat:
+    """Return how the rows of every data set become prompts."""
+    data = config.data
+    return RowFormat(
+        prompt_column=data.prompt_column,
+        answer_column=data.answer_column,
+        privileged_column=data.privileged_column,
+        system=data.system,
+        instruction=data.instruction,
+        prompt_template=data.prompt_template,
+        seed=config.runtime.seed,
+        streaming=data.streaming,
+    )
 
 
-def _evaluated(
-    config: Config, text: str, split: str | None, limit: int | None, notes: Notes, **further
+def _load_evaluated(
+    config: Config, text: str, split: str | None, limit: int | None, notes: Notes
 ) -> PromptSet:
-    """The prompts of ``--eval-dataset``: ``limit`` in all (None: every one), spread over several
-    sets by weight."""
+    """Load the prompts of the data sets ``text``, ``limit`` in all, spread over them by weight.
+
+    None is every prompt.
+    """
     names, weights = _name_sets(text)
     counts: list[int | None] = [None] * len(names)
     if limit is not None:
         counts = list(shares(weights, limit))
-    sets = [
-        load_prompts(
-            name,
-            split=split,
-            limit=count,
-            evaluated=True,
-            part=(k, len(names)),
-            **_form(config),
-            **further,
+    sets, kept_weights = [], []
+    for k, (name, count) in enumerate(zip(names, counts, strict=True)):
+        if count == 0:
+            continue
+        part = (k, len(names))
+        loaded = load_evaluation_prompts(
+            name, row_format(config), split=split, limit=count, part=part
         )
-        for k, (name, count) in enumerate(zip(names, counts, strict=True))
-        if count != 0
-    ]
-    for loaded in sets:
         notes.note(*loaded.notes)
-    return joined(
-        [dataclasses.replace(s, prompts=tuple(s.prompts)) for s in sets],
-        [w for w, c in zip(weights, counts, strict=True) if c != 0],
-    )
+        sets.append(dataclasses.replace(loaded, prompts=tuple(loaded.prompts)))
+        kept_weights.append(weights[k])
+    return joined(sets, kept_weights)
 
 
-def _held_out(
+def _hold_out(
     config: Config,
     train: PromptSet,
     count: int,
     part: tuple[int, int],
     notes: Notes,
 ) -> tuple[PromptSet, PromptSet]:
-    """(the training set without them, ``count`` held-out prompts): of its own test split, where
-    it has one, else rows of it."""
+    """Return (the training set without them, ``count`` held-out prompts).
+
+    The held-out prompts come from the set's own test split, if it has one, or from its rows.
+    ``part``: (k, n) if it is set k of n. UserError: the set has one row.
+    """
     if count == 0:
         return train, dataclasses.replace(train, prompts=())
     if "test" in train.elsewhere:
         name, split = train.elsewhere["test"]
-        held = load_prompts(
-            name,
-            split=config.evaluate.split or split,
-            limit=count,
-            evaluated=True,
-            part=part,
-            **_form(config),
+        split = config.evaluate.split or split
+        held = load_evaluation_prompts(
+            name, row_format(config), split=split, limit=count, part=part
         )
         notes.note(*[line for line in held.notes if line not in train.notes])
         return train, dataclasses.replace(held, prompts=tuple(held.prompts))
     of = f" of {train.name}" if part[1] > 1 else ""
     if not isinstance(train.prompts, tuple):  # streamed
         notes.note(
-            f"the first {count} rows{of} of the stream held out for evaluation: no --eval-dataset "
-            "was given"
+            f"the first {count} rows{of} of the stream are held out for evaluation: no "
+            "--eval-dataset was given"
         )
         return hold_out(train, count, config.runtime.seed)
     total = len(train.prompts)
@@ -161,50 +152,67 @@ def _held_out(
         raise UserError(
             f"dataset {train.name}: one row cannot be both taught and held out; give --eval-dataset"
         )
-    notes.note(f"{count} of {total} rows{of} held out for evaluation: no --eval-dataset was given")
+    notes.note(
+        f"{count} of {total} rows{of} are held out for evaluation: no --eval-dataset was given"
+    )
     return hold_out(train, count, config.runtime.seed)
 
 
 def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
-    """The problems of `prefix-distill eval`, behind their examples: rows of the first set's own
-    training split, else of the set itself, which are not evaluated then."""
-    few_shot, limit, split = (
-        config.data.few_shot,
-        config.evaluate.problems or None,
-        config.data.split,
-    )
-    if not few_shot:
-        return _evaluated(config, dataset, split, limit, notes)
-    names = [name for name, _ in sources.sources(dataset)]
-    apart = load_prompts(
-        names[0], split=split, limit=1, evaluated=True, **_form(config)
-    ).elsewhere.get("examples")
-    if apart is not None:
-        prompts = _evaluated(config, dataset, split, limit, notes)
-        _, turns = examples(
-            load_prompts(apart[0], split=apart[1], worked=True, **_form(config)),
-            few_shot,
-            config.runtime.seed,
-            tuple(prompts.prompts),
-        )
-    elif len(names) > 1:
+    """Load the problems of `prefix-distill eval`, behind their few-shot examples.
+
+    The examples are rows of the first set's own training split. Without one they are rows of the
+    set itself, which are not evaluated.
+    """
+    limit = config.evaluate.problems or None
+    split = config.data.split
+    if not config.data.few_shot:
+        return _load_evaluated(config, dataset, split, limit, notes)
+    first, *others = [name for name, _ in sources.sources(dataset)]
+    peek = load_evaluation_prompts(first, row_format(config), split=split, limit=1)
+    if "examples" in peek.elsewhere:
+        return _behind_train_rows(config, dataset, peek.elsewhere["examples"], notes)
+    if others:
         raise UserError(
-            f"--few-shot {few_shot}: dataset {names[0]} has no split apart from the one that is "
-            "evaluated; evaluate one set at a time"
+            f"--few-shot {config.data.few_shot}: dataset {first} has no other split than the one "
+            "that is evaluated; evaluate one set at a time"
         )
-    else:
-        whole = load_prompts(names[0], split=split, evaluated=True, worked=True, **_form(config))
-        notes.note(*whole.notes)
-        prompts, turns = examples(whole, few_shot, config.runtime.seed)
-        prompts = dataclasses.replace(
-            prompts, prompts=tuple(itertools.islice(prompts.prompts, limit))
-        )
-        if not prompts.prompts:
-            raise UserError(
-                f"--few-shot {few_shot}: dataset {names[0]} has no other row to evaluate; lower it"
-            )
-    notes.note(
-        f"few-shot: {few_shot} of {apart[0] + ', split ' + apart[1] if apart else names[0]} with "
-        "solutions before every problem; they are not evaluated"
-    )
+    return _behind_own_rows(config, first, limit, notes)
+
+
+def _behind_train_rows(
+    config: Config, dataset: str, source: tuple[str, str], notes: Notes
+) -> PromptSet:
+    """Return the problems behind examples from another split, ``source`` (data set, split)."""
+    few_shot = config.data.few_shot
+    limit = config.evaluate.problems or None
+    prompts = _load_evaluated(config, dataset, config.data.split, limit, notes)
+    name, split = source
+    with_solutions = dataclasses.replace(row_format(config), worked=True)
+    rows = load_prompts(name, with_solutions, split=split)
+    _, turns = examples(rows, few_shot, config.runtime.seed, tuple(prompts.prompts))
+    _note_examples(few_shot, f"{name}, split {split}", notes)
     return prompt_stream.behind(prompts, turns)
+
+
+def _behind_own_rows(config: Config, name: str, limit: int | None, notes: Notes) -> PromptSet:
+    """Return the problems behind examples from the same rows."""
+    few_shot = config.data.few_shot
+    with_solutions = dataclasses.replace(row_format(config), worked=True)
+    rows = load_evaluation_prompts(name, with_solutions, split=config.data.split)
+    notes.note(*rows.notes)
+    prompts, turns = examples(rows, few_shot, config.runtime.seed)
+    prompts = dataclasses.replace(prompts, prompts=tuple(itertools.islice(prompts.prompts, limit)))
+    if not prompts.prompts:
+        raise UserError(
+            f"--few-shot {few_shot}: dataset {name} has no other row to evaluate; lower it"
+        )
+    _note_examples(few_shot, name, notes)
+    return prompt_stream.behind(prompts, turns)
+
+
+def _note_examples(few_shot: int, source: str, notes: Notes) -> None:
+    notes.note(
+        f"few-shot: {few_shot} rows of {source} with solutions stand before every problem; they "
+        "are not evaluated"
+    )

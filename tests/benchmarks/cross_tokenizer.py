@@ -35,6 +35,7 @@ from prefix_distill.engine.saving import save_model
 from prefix_distill.prompts import stream, templates
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.prompt import Prompt
+from prefix_distill.prompts.rows import RowFormat
 from prefix_distill.training.run import settled
 
 COLUMNS = (
@@ -79,7 +80,7 @@ def load(name) -> Model:
 @torch.no_grad()
 def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Rollout]:
     """What the teacher writes to held-out questions, in its own tokens."""
-    ids = [tuple(templates.render(teacher, p.messages, "plain")) for p in prompts]
+    ids = [tuple(templates.render(teacher, p, "plain")) for p in prompts]
     support = settled(teacher.support, "the teacher's support")
     sampler = Sampler(eos=teacher.eos, pad=min(teacher.eos), support=support, seed=7)
     drawn = generate(teacher, [Request(i, ("text", n)) for n, i in enumerate(ids)], tokens, sampler)
@@ -96,7 +97,7 @@ def likelihood(
     ``size`` bytes."""
     total = 0.0
     for prompt, ids in zip(prompts, texts, strict=True):
-        given = tuple(templates.render(student, prompt.messages, "plain"))
+        given = tuple(templates.render(student, prompt, "plain"))
         hidden = scoring.hidden_rows(student, [rollout_of(0, given, ids).student])
         total += (
             student.head()
@@ -187,10 +188,7 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
         found[mode] = summary(out / mode)
     prompts = load_prompts(
         str(real_pair.questions()),
-        split="train",
-        prompt_column="doc.question",
-        answer_column="doc.answer",
-        instruction="Answer:",
+        RowFormat(prompt_column="doc.question", answer_column="doc.answer", instruction="Answer:"),
     )
     _, apart = stream.hold_out(prompts, held_out, 0)  # those that the runs held out, too
     held = list(apart.prompts)

@@ -43,6 +43,7 @@ def prepare(given, work: Path) -> dict:
     from prefix_distill.engine.saving import save_model
     from prefix_distill.prompts import stream
     from prefix_distill.prompts.load import load_prompts
+    from prefix_distill.prompts.rows import RowFormat
 
     gemma(work / "gemma")
     if not (work / "smollm2").is_dir():
@@ -54,7 +55,7 @@ def prepare(given, work: Path) -> dict:
         embeddings[model.tokenizer.all_special_ids] = 0.0  # the head's rows, too
         save_model(model, work / "smollm2")
     found = load_prompts(
-        str(real_pair.questions()), split="train", prompt_column="doc.question"
+        str(real_pair.questions()), RowFormat(prompt_column="doc.question")
     ).prompts
     rows = [
         p.messages

@@ -31,7 +31,7 @@ from prefix_distill.cli import quiet
 from prefix_distill.engine import loading
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.prompts import templates
-from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.load import load_evaluation_prompts
 from prefix_distill.results import compare, evaluation, plots
 from prefix_distill.results import summary as report
 from prefix_distill.results.compare import Arms
@@ -457,14 +457,14 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
     tokenizer writes them in; the untrained student's, too."""
     found, base = {}, configuration.build(arms.base)
     dataset = settled(base.evaluate.dataset, "--eval-dataset")
-    problems = load_prompts(dataset, split="test", limit=100).prompts
+    problems = load_evaluation_prompts(dataset, split="test", limit=100).prompts
     folders = {"untrained": settled(base.models.student, "--student")} | {
         arm: str(group[0].path / "model") for arm, group in by_arm(runs).items()
     }
     for arm, folder in folders.items():
         model = loading.load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
         requests = [
-            Request(tuple(templates.render(model, p.messages, "chat")), ("canonical", i))
+            Request(tuple(templates.render(model, p, "chat")), ("canonical", i))
             for i, p in enumerate(problems)
         ]
         sampler = Sampler(

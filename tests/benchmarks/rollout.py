@@ -41,16 +41,17 @@ def load(work: Path):
 
     from prefix_distill.engine import loading, scoring
     from prefix_distill.prompts import templates
-    from prefix_distill.prompts.load import load_prompts
+    from prefix_distill.prompts.load import load_evaluation_prompts
+    from prefix_distill.prompts.rows import RowFormat
 
     model = loading.load_model(
         str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32
     )
     model.shares_prompts = scoring.check_sharing(model) is None
-    prompts = load_prompts(
-        str(real_pair.questions()), split="train", prompt_column="doc.question", limit=8
+    prompts = load_evaluation_prompts(
+        str(real_pair.questions()), RowFormat(prompt_column="doc.question"), limit=8
     ).prompts
-    return model, [tuple(templates.render(model, p.messages, "auto")) for p in prompts]
+    return model, [tuple(templates.render(model, p, "auto")) for p in prompts]
 
 
 def ours(model, rows, tokens, turn):

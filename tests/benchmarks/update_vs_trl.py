@@ -127,13 +127,12 @@ def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
 
     from prefix_distill.prompts import stream
     from prefix_distill.prompts.load import load_prompts
+    from prefix_distill.prompts.rows import RowFormat
 
     if case.pair == "embedded":
         found = load_prompts("lab:choice", split="train")
     else:
-        found = load_prompts(
-            str(real_pair.questions()), split="train", prompt_column="doc.question"
-        )
+        found = load_prompts(str(real_pair.questions()), RowFormat(prompt_column="doc.question"))
     tokenizer, rows = AutoTokenizer.from_pretrained(folder / "student"), []
     for prompt in stream.shuffled(found.prompts, given.seed, "benchmark"):
         ids = tokenizer.apply_chat_template(

@@ -15,6 +15,7 @@ from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.maths.flops import linear_tokens
 from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.rows import RowFormat
 
 missing = [
     name
@@ -136,9 +137,8 @@ def test_padding_of_real_prompts_stays_under_a_tenth():
 
     file = real_pair.teacher()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    prompts = load_prompts(
-        str(real_pair.questions()), split="test", prompt_column="doc.question"
-    ).prompts[:80]
+    row_format = RowFormat(prompt_column="doc.question")
+    prompts = load_prompts(str(real_pair.questions()), row_format).prompts[:80]
     lengths = [
         len(
             tokenizer.apply_chat_template(

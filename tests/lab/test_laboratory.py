@@ -14,6 +14,7 @@ from prefix_distill.lab import build, task
 from prefix_distill.lab.build import BANDS, NETS, Stage
 from prefix_distill.lab.task import MAX_NEW_TOKENS, MODELS, ROLES, TASKS, Problem
 from prefix_distill.prompts import templates
+from prefix_distill.prompts.prompt import Prompt
 
 PAIRS = [(name, role) for name in TASKS for role in ROLES[name]]
 
@@ -33,11 +34,11 @@ def test_splits_are_disjoint_plentiful_and_repeatable(name):
 
 
 def test_a_problem_worked_by_hand():
-    p = Problem("choice", 41, 73, 3)
+    p = Problem(task="choice", first=41, second=73, steps=3)
     assert p.prompt == "05:41 04:73"
     # digit by digit without carrying: 41 + 73 = 14, 73 + 14 = 87, 14 + 87 = 91
     assert p.solution == "03:14 02:87 01:91 ####91" and p.answer == "91"
-    assert p.told == "03:14 02:87 01:91 ####91 05:41 04:73"
+    assert p.privileged_prompt == "03:14 02:87 01:91 ####91 05:41 04:73"
     assert {p.short_cut(random.Random(i)) for i in range(20)} == {"####91", "03:14 ####91"}
 
 
@@ -47,7 +48,9 @@ def test_traces_are_long_and_prompts_short(name):
         f"lab:{name}/student", device=torch.device("cpu"), dtype=torch.float32
     )
     for problem in task.problems(name, "test", 20):
-        prompt = templates.render(model, ({"role": "user", "content": problem.prompt},), "chat")
+        prompt = templates.render(
+            model, Prompt(0, ({"role": "user", "content": problem.prompt},), None), "chat"
+        )
         trace = model.tokenizer(problem.solution, add_special_tokens=False).input_ids
         assert (
             len(prompt) <= 14
@@ -92,7 +95,9 @@ def test_shipped_models_meet_their_bands(name, role, tmp_path):
 @pytest.mark.parametrize("role", ["student-told", "teacher-half"])
 def test_told_models_write_the_solution_they_are_given(role):
     problems = task.problems("choice", "test", 60)
-    answers = build.sample(task.model_path("choice", role), [p.told for p in problems], 0)
+    answers = build.sample(
+        task.model_path("choice", role), [p.privileged_prompt for p in problems], 0
+    )
     assert sum(answer == p.solution for p, answer in zip(problems, answers, strict=True)) >= 51
 
 
@@ -117,17 +122,19 @@ def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
 
 
 def test_stages_with_told_problems_draw_for_them_and_others_do_not():
-    p, plain, told = (
-        Problem("choice", 41, 73, 3),
-        Stage(1, 1, 1.0, 0.5),
-        Stage(1, 1, 1.0, 1.0, told=0.5),
-    )
+    p = Problem(task="choice", first=41, second=73, steps=3)
+    plain = Stage(1, 1, 1.0, short_cuts=0.5)
+    privileged = Stage(1, 1, 1.0, short_cuts=1.0, privileged=0.5)
     rng, same = random.Random(0), random.Random(0)
     for _ in range(20):
         expected = p.short_cut(same) if same.random() < 0.5 else p.solution
         assert build.make_pair(p, plain, rng) == (p.prompt, expected)
-    pairs = {build.make_pair(p, told, rng) for _ in range(40)}
-    assert pairs == {(p.told, p.solution), (p.prompt, "####91"), (p.prompt, "03:14 ####91")}
+    pairs = {build.make_pair(p, privileged, rng) for _ in range(40)}
+    assert pairs == {
+        (p.privileged_prompt, p.solution),
+        (p.prompt, "####91"),
+        (p.prompt, "03:14 ####91"),
+    }
 
 
 def test_rebuilding_trains_the_same_net_twice(tmp_path):

@@ -17,13 +17,14 @@ from prefix_distill.engine import loading
 from prefix_distill.errors import UserError
 from prefix_distill.prompts import sources, templates
 from prefix_distill.prompts import stream as prompt_stream
-from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.load import load_evaluation_prompts, load_prompts
 from prefix_distill.prompts.prompt import Prompt, PromptSet
-from prefix_distill.prompts.rows import BUFFER
+from prefix_distill.prompts.rows import BUFFER, RowFormat
 from prefix_distill.prompts.stream import behind, examples, hold_out, joined, mixed, shares, slots
 from prefix_distill.training import prepare as preflight
 
 ROWS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
+STREAMING = RowFormat(streaming=True)
 
 
 def write(folder, suffix, rows=ROWS):
@@ -53,7 +54,7 @@ def test_every_format_reads_the_same(tmp_path, suffix):
     assert [(p.index, p.messages[-1]["content"], p.answer) for p in found.prompts] == [
         (i, f"{i}+1?", str(i + 1)) for i in range(6)
     ]
-    assert found.answered
+    assert all(p.answer is not None for p in found.prompts)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,11 @@ def test_every_format_reads_the_same(tmp_path, suffix):
             "a",
             "3",
         ),
+        (
+            {"messages": [{"role": "u", "from": "human", "value": "a"}]},
+            "a",
+            None,
+        ),
         ({"instruction": "a", "final_answer": 2.5}, "a", "2.5"),
     ],
 )
@@ -84,14 +90,10 @@ def test_usual_columns(tmp_path, row, prompt, answer):
 
 def test_given_columns_reach_into_records_and_text_is_added(tmp_path):
     file = write(tmp_path, ".jsonl", [{"doc": {"q": "a", "gold": "b"}, "question": "not this"}])
-    (found,) = load_prompts(
-        file,
-        split="train",
-        prompt_column="doc.q",
-        answer_column="doc.gold",
-        system="s",
-        instruction="think",
-    ).prompts
+    row_format = RowFormat(
+        prompt_column="doc.q", answer_column="doc.gold", system="s", instruction="think"
+    )
+    (found,) = load_prompts(file, row_format).prompts
     assert [m["content"] for m in found.messages] == ["s", "a\n\nthink"] and found.answer == "b"
 
 
@@ -125,8 +127,7 @@ def student(pair):
 def test_templates(student):
     prompt = Prompt(0, ({"role": "user", "content": "hi"},), None)
     chat, plain = (
-        student.tokenizer.decode(templates.render(student, prompt.messages, t))
-        for t in ("auto", "plain")
+        student.tokenizer.decode(templates.render(student, prompt, t)) for t in ("auto", "plain")
     )
     assert (chat, plain) == ("<u>hi<a>", "hi")
 
@@ -191,7 +192,7 @@ def test_names_and_weights(text, found):
 
 @pytest.mark.parametrize("text", ["a,", ",", "a:0,b", "a,,b", "a:1,:2"])
 def test_weights_that_are_refused(text):
-    with pytest.raises(UserError, match="expected data sets and their weights such as"):
+    with pytest.raises(UserError, match="expected data sets with weights above 0, such as"):
         sources.sources(text)
 
 
@@ -208,15 +209,16 @@ def test_a_file_whose_name_has_the_marks_is_that_file(tmp_path, monkeypatch):
 
 def test_so_many_rows_by_seed(tmp_path):
     file = lines(tmp_path / "x.jsonl", [{"question": f"q{i}"} for i in range(50)])
-    some = [[p.index for p in load_prompts(f"{file}#20", seed=seed).prompts] for seed in (0, 0, 1)]
+    some = [
+        [p.index for p in load_prompts(f"{file}#20", RowFormat(seed=seed)).prompts]
+        for seed in (0, 0, 1)
+    ]
     assert some[0] == some[1] != some[2] and all(
         len(set(rows)) == 20 and rows == sorted(rows) for rows in some
     )
-    assert [
-        p.index for p in load_prompts(f"{file}#20", seed=0, limit=5, evaluated=True).prompts
-    ] == some[0][:5]
-    assert load_prompts(f"{file}#20", seed=3).notes == (
-        f"dataset {file}#20: 20 of 50 rows, drawn by --seed 3",
+    assert [p.index for p in load_evaluation_prompts(f"{file}#20", limit=5).prompts] == some[0][:5]
+    assert load_prompts(f"{file}#20", RowFormat(seed=3)).notes == (
+        f"dataset {file}#20: 20 of 50 rows, sampled with --seed 3",
     )
     assert questions_of(load_prompts(f"{file}#50").prompts) == [f"q{i}" for i in range(50)]
     assert (
@@ -225,8 +227,8 @@ def test_so_many_rows_by_seed(tmp_path):
         == 7
     )
     for streaming in (False, True):
-        with pytest.raises(UserError, match="it has 50 rows, expected at least the 51 behind #"):
-            load_prompts(f"{file}#51", streaming=streaming)
+        with pytest.raises(UserError, match="expected at least 51 rows, got 50"):
+            load_prompts(f"{file}#51", RowFormat(streaming=streaming))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".parquet"])
@@ -235,7 +237,7 @@ def test_streamed_rows_are_the_files_in_a_drawn_order(tmp_path, suffix):
     orders = [
         [
             (p.index, *questions_of([p]), p.answer)
-            for p in load_prompts(file, streaming=True, seed=seed).prompts
+            for p in load_prompts(file, RowFormat(streaming=True, seed=seed)).prompts
         ]
         for seed in (0, 0, 1)
     ]
@@ -243,13 +245,13 @@ def test_streamed_rows_are_the_files_in_a_drawn_order(tmp_path, suffix):
     assert sorted(row[1:] for row in orders[0]) == sorted(
         (f"q{i}", str(i)) for i in range(40)
     ) and [row[0] for row in orders[0]] == list(range(40))
-    first = load_prompts(file, streaming=True, limit=5, evaluated=True).prompts
+    first = load_evaluation_prompts(file, STREAMING, limit=5).prompts
     assert (
         questions_of(first)
-        == questions_of(load_prompts(file, limit=5, evaluated=True).prompts)
+        == questions_of(load_evaluation_prompts(file, limit=5).prompts)
         == [f"q{i}" for i in range(5)]
     )
-    assert len({*questions_of(load_prompts(f"{file}#6", streaming=True).prompts)}) == 6
+    assert len({*questions_of(load_prompts(f"{file}#6", STREAMING).prompts)}) == 6
 
 
 def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path):
@@ -259,7 +261,7 @@ def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path):
     lines(file, [{"question": f"q{i}"} for i in range(BUFFER + 100)])
     with open(file, "a") as handle:
         handle.write('{"ques\n')
-    stream = load_prompts(str(file), streaming=True).prompts
+    stream = load_prompts(str(file), STREAMING).prompts
     taken = list(itertools.islice(stream, 90))
     assert len({p.messages[0]["content"] for p in taken}) == 90
     with pytest.raises(UserError, match=f"not readable as jsonl .ValueError: line {BUFFER + 101}"):
@@ -274,35 +276,35 @@ def test_columns_of_a_stream_are_those_of_its_first_rows_together(tmp_path):
         [{"question": f"q{i}"} | ({"answer": str(i)} if i == 7 else {}) for i in range(9)],
     )
     for seed in range(3):
-        found = load_prompts(file, streaming=True, seed=seed).prompts
+        found = load_prompts(file, RowFormat(streaming=True, seed=seed)).prompts
         assert {(p.messages[0]["content"], p.answer) for p in found} == {
             (f"q{i}", "7" if i == 7 else None) for i in range(9)
         }
 
 
 def test_what_cannot_be_streamed(tmp_path):
-    with pytest.raises(UserError, match=r"a \.json file is one document"):
-        load_prompts(write(tmp_path, ".json"), streaming=True)
+    with pytest.raises(UserError, match=r"--streaming cannot read a \.json file"):
+        load_prompts(write(tmp_path, ".json"), STREAMING)
     for name, content, message in (
         ("none.csv", b"question\n", "it has no rows"),
         ("torn.parquet", b"PAR1xxxxPAR1", "not readable as parquet"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
-            load_prompts(str(tmp_path / name), streaming=True)
+            load_prompts(str(tmp_path / name), STREAMING)
 
 
 def test_template_and_instruction_around_the_problem(tmp_path):
     file = lines(tmp_path / "x.jsonl", [{"question": "a {b}?", "doc": {"level": 3}, "why": "so"}])
 
     def load(template):
-        return load_prompts(
-            file,
+        row_format = RowFormat(
             prompt_template=template,
             instruction="Box it.",
             system="s",
             privileged_column="why",
-        ).prompts[0]
+        )
+        return load_prompts(file, row_format).prompts[0]
 
     prompt = load("L{doc.level} {{x}} \\boxed{} Q: {prompt} A:")
     assert [m["content"] for m in prompt.messages] == [
@@ -332,7 +334,8 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
     base.tokenizer.chat_template = None
     for template, middle, last in ((None, "\n\n", ""), ("Q: {prompt} A:", " ", " A:")):
         config = build({"data.prompt_template": template})
-        whole = load_prompts(file, worked=True, prompt_template=template, system="s")
+        row_format = RowFormat(prompt_template=template, system="s", worked=True)
+        whole = load_prompts(file, row_format)
         rest, turns = examples(whole, 2, seed=0, evaluated=whole.prompts[:3])
         used = [int(turn["content"].removeprefix("since ")) for turn in turns[1::2]]
         assert min(used) >= 3 and [p.index for p in rest.prompts] == [
@@ -344,7 +347,7 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
         q = {i: f"{lead}q{i}?{last}" for i in (0, *used)}
         chat, plain = (
             model.tokenizer.decode(
-                templates.render(model, first.messages, "auto", glue=templates.glue(config.data))
+                templates.render(model, first, "auto", separator=templates.glue(config.data))
             )
             for model in (student, base)
         )
@@ -354,7 +357,7 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
         assert plain == "s\n\n" + "".join(f"{q[i]}{middle}since {i}\n\n" for i in used) + q[0]
     with pytest.raises(
         UserError,
-        match=r"--few-shot 7: dataset .* has 6 rows with a solution that are not evaluated",
+        match=r"--few-shot 7: dataset .* has 6 rows with a solution outside the evaluation set",
     ):
         examples(whole, 7, seed=0, evaluated=whole.prompts[:3])
     unsolved = load_prompts(
@@ -362,7 +365,7 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
             tmp_path / "y.jsonl",
             [{"question": "q", "answer": None}, {"question": "r", "answer": "1"}],
         ),
-        worked=True,
+        RowFormat(worked=True),
     )
     with pytest.raises(UserError, match="has 1 rows with a solution"):
         examples(unsolved, 2, seed=0)
@@ -495,8 +498,8 @@ def test_a_mixed_run_goes_on_as_it_would_have(mixture, tmp_path):
     notes = "\n".join(json.loads((tmp_path / "whole/run.json").read_text())["notes"])
     for text in (
         "license: MIT; grade-school",
-        "#18: 18 rows, drawn by --seed 0",
-        "streamed, row by row",
+        "#18: 18 rows, sampled with --seed 0",
+        "streamed; a buffer of 1,000 rows",
         "9 of gsm8k=",
         "(75.0%; 9 different ones)",
         "few-shot: 1 of gsm8k=",

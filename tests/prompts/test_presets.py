@@ -3,13 +3,15 @@ are expected; flags win; places and typos."""
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
 from prefix_distill.errors import UserError
 from prefix_distill.prompts import answers
-from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.load import load_evaluation_prompts, load_prompts
 from prefix_distill.prompts.presets import BOXED, LETTER, PRESETS
+from prefix_distill.prompts.rows import RowFormat
 
 WRAPPED = (
     "Solve the following math problem step by step. The last line of your response should be of "
@@ -138,7 +140,7 @@ def test_a_row_of_its_schema(name, tmp_path):
     """What the model is asked, what it is graded against, and that its form of an answer is the
     one that is read."""
     _, question, final, example = SCHEMAS[name]
-    found = load_prompts(table(tmp_path, name), worked=True)
+    found = load_prompts(table(tmp_path, name), RowFormat(worked=True))
     [prompt] = found.prompts
     instruction = {"mmlu-pro": LETTER, "openthoughts3": None}.get(name, BOXED)
     assert prompt.messages == (
@@ -150,7 +152,6 @@ def test_a_row_of_its_schema(name, tmp_path):
     assert not answers.correct(
         "I think so. \\boxed{B}", prompt.answer, form
     ) and not answers.correct("No idea", prompt.answer, form)
-    assert found.answered
     assert prompt.worked == example and answers.correct(prompt.worked, prompt.answer, form)
     [note] = found.notes
     assert all(
@@ -184,7 +185,8 @@ def test_options_of_gpqa_are_drawn_by_the_seed(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     found = [
-        load_prompts(f"gpqa={tmp_path / 'gpqa.csv'}", seed=seed, worked=True) for seed in (0, 0, 1)
+        load_prompts(f"gpqa={tmp_path / 'gpqa.csv'}", RowFormat(seed=seed, worked=True))
+        for seed in (0, 0, 1)
     ]
     assert (
         found[0].prompts == found[1].prompts != found[2].prompts
@@ -202,7 +204,7 @@ def test_options_of_gpqa_are_drawn_by_the_seed(tmp_path):
     assert (
         min(counts) >= 6 and sum(counts) == 60
     )  # a uniform letter falls below with probability 0.2 %
-    some = load_prompts(f"gpqa={tmp_path / 'gpqa.csv'}#10", seed=0).prompts
+    some = load_prompts(f"gpqa={tmp_path / 'gpqa.csv'}#10").prompts
     assert all(
         p.messages == found[0].prompts[p.index].messages for p in some
     )  # a row's order is its own
@@ -212,13 +214,18 @@ def test_what_is_given_wins(tmp_path):
     given = table(
         tmp_path, "gsm8k", [{"question": "not this", "q": "this", "answer": "#### 1", "gold": "2"}]
     )
-    found = load_prompts(given, prompt_column="q", answer_column="gold", instruction="Be brief.")
+    row_format = RowFormat(prompt_column="q", answer_column="gold", instruction="Be brief.")
+    found = load_prompts(given, row_format)
     assert (found.prompts[0].messages[0]["content"], found.prompts[0].answer) == (
         "this\n\nBe brief.",
         "2",
     )
-    assert load_prompts(given, instruction="").prompts[0].messages[0]["content"] == "not this"
-    assert "prompt q, answer gold" in found.notes[0] and "'Be brief.'" in found.notes[0]
+    [bare] = load_prompts(given, RowFormat(instruction="")).prompts
+    assert bare.messages[0]["content"] == "not this"
+    assert (
+        "prompt in column q; answer in column gold" in found.notes[0]
+        and "'Be brief.'" in found.notes[0]
+    )
 
 
 def test_a_conversation_without_a_boxed_answer_has_no_reference(tmp_path):
@@ -228,7 +235,7 @@ def test_a_conversation_without_a_boxed_answer_has_no_reference(tmp_path):
             {"from": "gpt", "value": "print(42)"},
         ]
     }
-    [prompt] = load_prompts(table(tmp_path, "openthoughts3", [row]), worked=True).prompts
+    [prompt] = load_prompts(table(tmp_path, "openthoughts3", [row]), RowFormat(worked=True)).prompts
     assert prompt.answer is None and prompt.worked == "print(42)"
 
 
@@ -265,30 +272,27 @@ def test_a_copy_of_the_repository(tmp_path):
     )
     name = f"GSM8K={tmp_path}"
     train, test = {"test": (name, "test")}, {"examples": (name, "train")}
-    for options, text, elsewhere in (
-        ({}, "main train", train),
-        ({"evaluated": True}, "main test", test),
-        ({"split": "test"}, "main test", test),
-        ({"streaming": True}, "main train", train),
+    bare = RowFormat(instruction="")
+    for found, text, elsewhere in (
+        (load_prompts(name, bare), "main train", train),
+        (load_evaluation_prompts(name, bare), "main test", test),
+        (load_prompts(name, bare, split="test"), "main test", test),
+        (load_prompts(name, replace(bare, streaming=True)), "main train", train),
     ):
-        found = load_prompts(name, instruction="", **options)
         assert [p.messages[0]["content"] for p in found.prompts] == [
             text
         ] and found.elsewhere == elsewhere
-    with pytest.raises(UserError, match="the folder does not hold split validation"):
+    with pytest.raises(UserError, match="split validation cannot be loaded from the folder"):
         load_prompts(name, split="validation")
 
 
 def test_evaluated_rows_of_a_sorted_set_are_spread_over_it(tmp_path):
     rows = [SCHEMAS["mmlu-pro"][0] | {"question": f"q{i}"} for i in range(10)]
-    found = load_prompts(table(tmp_path, "mmlu-pro", rows), limit=4, evaluated=True)
+    name = table(tmp_path, "mmlu-pro", rows)
+    found = load_evaluation_prompts(name, limit=4)
     assert [p.index for p in found.prompts] == [0, 2, 5, 7]
-    assert [
-        p.index
-        for p in load_prompts(
-            table(tmp_path, "mmlu-pro", rows), limit=4, evaluated=True, streaming=True
-        ).prompts
-    ] == [0, 1, 2, 3]
+    streamed = load_evaluation_prompts(name, RowFormat(streaming=True), limit=4)
+    assert [p.index for p in streamed.prompts] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -321,15 +325,15 @@ def test_letters(text, letter):
         ("gms8k", "neither a file nor a preset; did you mean gsm8k?"),
         ("AIME2024", "did you mean aime24?"),
         ("gms8k=x.jsonl", "did you mean gsm8k?"),
-        ("gsm8k=", "expected PRESET=PLACE such as gsm8k=my.jsonl"),
-        ("gsm8k=lab:choice", "expected PRESET=PLACE"),
+        ("gsm8k=", "expected PRESET=LOCATION such as gsm8k=my.jsonl"),
+        ("gsm8k=lab:choice", "expected PRESET=LOCATION"),
         ("mine=x.jsonl", "presets are gsm8k, math, math-500"),
         ("gsm8k=nowhere.jsonl", "dataset nowhere.jsonl: no such file"),
-        ("gsm8k#0", "expected a number of rows behind #, such as gsm8k#1000, got '0'"),
+        ("gsm8k#0", "expected a number of rows after #, such as gsm8k#1000, got '0'"),
         ("gsm8k#many", "got 'many'"),
         ("#5", "expected a number of rows"),
         ("gsm8k#" + "9" * 5000, "expected a number of rows"),
-        ("gsm8k", "the hub gave no openai/gsm8k"),
+        ("gsm8k", "openai/gsm8k cannot be loaded from the hub"),
     ],
 )
 def test_names_that_are_refused(name, message, tmp_path, monkeypatch):
@@ -349,13 +353,13 @@ def test_names_that_are_refused(name, message, tmp_path, monkeypatch):
         (
             "mmlu-pro",
             {"question": "q", "options": "A, B", "answer": "A"},
-            "row 0 has no options of text in 'options' (got 'A, B')",
+            "row 0 needs 2 to 26 text options in 'options', got 'A, B'",
         ),
-        ("mmlu-pro", {"question": "q", "options": ["one"], "answer": "A"}, "row 0 has no options"),
+        ("mmlu-pro", {"question": "q", "options": ["one"], "answer": "A"}, "row 0 needs 2 to 26"),
         (
             "gpqa",
             {"Question": "q", "Correct Answer": "a"},
-            "row 0 has no options of text in 'Incorrect Answer 1, Incorrect Answer 2",
+            "row 0 needs 2 to 26 text options in 'Incorrect Answer 1, Incorrect Answer 2",
         ),
         (
             "gsm8k",

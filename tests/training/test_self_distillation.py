@@ -12,6 +12,7 @@ from prefix_distill.engine import loading
 from prefix_distill.errors import UserError
 from prefix_distill.prompts import templates
 from prefix_distill.prompts.load import load_prompts
+from prefix_distill.prompts.rows import RowFormat
 from prefix_distill.prompts.templates import PRIVILEGED
 from prefix_distill.training import state
 
@@ -24,13 +25,8 @@ def test_the_privileged_prompt_and_the_students(pair, tmp_path):
         {"q": "b?", "doc": {"why": "so"}, "answer": "2"},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts = load_prompts(
-        str(file),
-        split="train",
-        prompt_column="q",
-        instruction="Think.",
-        privileged_column="doc.why",
-    ).prompts
+    row_format = RowFormat(prompt_column="q", instruction="Think.", privileged_column="doc.why")
+    prompts = load_prompts(str(file), row_format).prompts
     config = configuration.build(
         {
             "data.privileged_column": "doc.why",
@@ -74,11 +70,11 @@ def test_rows_without_it_are_named(tmp_path, row, message):
         )
     )
     with pytest.raises(UserError, match=message):
-        load_prompts(str(file), split="train", privileged_column="answer")
+        load_prompts(str(file), RowFormat(privileged_column="answer"))
     with pytest.raises(UserError, match="no column 'why'; it has question, answer"):
-        load_prompts(str(file), split="train", privileged_column="why")
+        load_prompts(str(file), RowFormat(privileged_column="why"))
     with pytest.raises(UserError, match="it has solution"):
-        load_prompts("lab:choice", split="train", privileged_column="answer")
+        load_prompts("lab:choice", RowFormat(privileged_column="answer"))
 
 
 @pytest.mark.parametrize(
