@@ -278,8 +278,8 @@ BAD = {
     ),
     "probe into /proc": (["probe", "--out", "/proc/out"], "cannot be written"),
     "probe without out": (["probe"], "Missing option '--out'"),
-    "report on an empty folder": (["report", ".", "--out", "out"], "no finished run in it"),
-    "report on nothing": (["report", "nowhere", "--out", "out"], "no finished run in it"),
+    "report on an empty folder": (["report", ".", "--out", "out"], "no finished run found"),
+    "report on nothing": (["report", "nowhere", "--out", "out"], "no finished run found"),
     "demo in use": (["demo", "--out", "{root}/full"], "not empty"),
     "compare without a file": (
         ["compare", "{root}/nowhere.yaml", "--out", "out"],
