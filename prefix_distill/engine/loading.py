@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -267,9 +268,9 @@ def locate(name: str) -> tuple[str, dict]:
             return str(model_path(task, role)), {}
         except ValueError as error:
             raise UserError(f"model {name}: {error}") from None
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises for ~NOBODY
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"model {name}: no such file; check the path")
         from transformers import GgufConfig
 
@@ -277,7 +278,7 @@ def locate(name: str) -> tuple[str, dict]:
             "gguf_file": path.name,
             "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True),
         }
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         if (path / FILE).is_file() and not (path / "config.json").is_file():
             return str(path), ADAPTER
         if not (path / "config.json").is_file():
@@ -287,7 +288,7 @@ def locate(name: str) -> tuple[str, dict]:
             )
     elif is_path(name) or name.count("/") > 1:
         raise UserError(f"model {name}: no such folder; check the path")
-    return str(path) if path.is_dir() else name, {}
+    return str(path) if os.path.isdir(path) else name, {}
 
 
 def check_config(name: str, folder: str, config: PreTrainedConfig) -> None:
