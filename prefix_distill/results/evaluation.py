@@ -1,4 +1,4 @@
-"""Evaluate one model: the work of ``prefix-distill eval``."""
+"""Evaluate one model, as ``prefix-distill eval`` does."""
 
 import contextlib
 import os
@@ -26,8 +26,10 @@ from ..training.run import settled
 
 
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
-    """One model on one data set, as `prefix-distill eval` → (place, notes, result document);
-    writes the examples file."""
+    """Evaluate one model on one data set, and write the file of per-problem records.
+
+    Return this process's place, the notes and the result document.
+    """
     notes: list[str] = []
     name, dataset = _fill_in(config, notes)
     out = _examples_file(config.checkpoint.out)
@@ -75,50 +77,49 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
 
 
 def _fill_in(config: Config, notes: list[str]) -> tuple[str, str]:
-    """Return the names of the model and the data set; a missing one is taken from the embedded
-    laboratory."""
-    name, dataset = config.models.student, config.data.dataset
+    """Return the names of the model and the data set; by default those of the laboratory."""
+    name = config.models.student
+    dataset = config.data.dataset
     if name is None:
         name = f"{LAB}{TASK}/student"
-        notes.append(f"model {name}: none was given, so it comes from the embedded laboratory")
+        notes.append(f"no model was given: using {name} from the built-in laboratory")
     if dataset is None:
         dataset = LAB + TASK
-        notes.append(f"dataset {dataset}: none was given, so it comes from the embedded laboratory")
+        notes.append(f"no data set was given: using {dataset} from the built-in laboratory")
     return name, dataset
 
 
 def _examples_file(name: str | None) -> Path:
-    """Return the file for the per-problem records; raise UserError if it cannot be written."""
+    """Return the file for the per-problem records. UserError: it exists or cannot be written."""
     if name is None:
-        raise UserError("--out: name the file for the per-problem JSONL")
+        raise UserError("--out: expected a file for the per-problem JSONL; name one")
     out = Path(name)
     if os.path.exists(out):
         raise UserError(f"--out {out}: the file exists; name another")
     if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: its folder does not exist; make it first")
+        raise UserError(f"--out {out}: its folder does not exist; create it first")
     try:
         with contextlib.suppress(FileNotFoundError):
-            out.lstat()
+            out.lstat()  # raises for a name that the system refuses
         tempfile.TemporaryFile(dir=out.absolute().parent).close()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--out {out}: cannot be written ({getattr(error, 'strerror', error)}); name another "
-            "file"
-        ) from None
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"--out {out}: cannot be written ({reason}); name another file") from None
     return out
 
 
 def _render(
     config: Config, model: Model, prompts: PromptSet
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
-    """Return the problems with their token ids."""
+    """Return each problem with the token ids of its prompt."""
     begin = templates.begin_ids(model, config.rollout.begin)
-    form = config.data.template, config.data.student_thinking
     glue = templates.glue(config.data)
-    return [
-        (p, tuple(templates.render(model, p.messages, *form, p.index, glue)) + begin)
-        for p in prompts.prompts
-    ]
+    thinking = config.data.student_thinking
+    problems = []
+    for p in prompts.prompts:
+        ids = templates.render(model, p.messages, config.data.template, thinking, p.index, glue)
+        problems.append((p, tuple(ids) + begin))
+    return problems
 
 
 def _sampler(config: Config, model: Model) -> Sampler:
