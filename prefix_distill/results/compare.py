@@ -24,6 +24,7 @@ import json
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .. import config as configuration
 from ..errors import UserError
@@ -32,27 +33,30 @@ from ..training.folder import RunFolder
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
 LONGEST_NAME = 100  # characters of an arm's name; file names add some to it
 FILE = "arms.json"  # the arms in the comparison's folder: a resumed comparison must have the same
+Settings = dict[str, Any]  # "section.key" → value
 TrainIn = Callable[..., dict]  # training.session.train_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arms:
-    """A checked arms file. Settings are ``{"section.key": value}``."""
+    """A checked arms file."""
 
-    base: dict
+    base: Settings
     seeds: tuple[int, ...]
-    arms: dict[str, dict]
-    start: dict[str, str]
+    arms: dict[str, Settings]
+    start: dict[str, str]  # arm → the arm whose final student it starts from
     reference: str | None
-    tuned: str | None
+    tuned: str | None  # the setting of which each arm uses the best value
     values: tuple
     tune_seed: int
-    tune_base: dict
-    also: dict[str, dict]
+    tune_base: Settings  # what differs from base while tuning
+    also: dict[str, Settings]  # name of another data set → the settings of its evaluation
 
-    def settings(self, arm: str, seed: int) -> dict:
+    def settings(self, arm: str, seed: int) -> Settings:
         """Return an arm's settings, without its tuned value and its start."""
-        return self.base | self.arms[arm] | {"runtime.seed": seed}
+        settings = self.base | self.arms[arm]
+        settings["runtime.seed"] = seed
+        return settings
 
 
 def read(path: str) -> Arms:
@@ -63,44 +67,52 @@ def read(path: str) -> Arms:
     tree = configuration.read_tree(path)
     for key in tree:
         if key not in KEYS:
-            raise UserError(
-                f"arms file {path}: unknown key {reprlib.repr(key)}; expected one of "
-                f"{', '.join(KEYS)}"
-            )
-    arms = _mapping(path, "arms", tree.get("arms"))
+            shown = reprlib.repr(key)
+            raise _error(path, f"unknown key {shown}; expected one of {', '.join(KEYS)}")
+    arms = dict(_mapping(path, "arms", tree.get("arms")))
     if not arms:
-        raise UserError(f"arms file {path}: it names no arm; add at least one under 'arms'")
+        raise _error(path, "it names no arm; add at least one under 'arms'")
     start = _starts(path, arms)
     for name in start:  # aliased arms are one object; copy it so that each arm keeps its start
-        arms[name] = {key: value for key, value in arms[name].items() if key != "start"}
+        arms[name] = dict(arms[name])
+        del arms[name]["start"]
     seeds = _seeds(path, tree)
     tune, tune_seed, tune_base = _tuning(path, tree)
-    also = _mapping(path, "also", tree.get("also") or {})
+    tuned = next(iter(tune), None)
+    values = next(iter(tune.values()), [])
     reference = tree.get("reference")
     if reference is not None and (not isinstance(reference, str) or reference not in arms):
-        raise UserError(
-            f"arms file {path}: the reference '{reference}' is not one of its arms "
-            f"({', '.join(map(str, arms))})"
-        )
+        names = ", ".join(map(str, arms))
+        raise _error(path, f"the reference '{reference}' is not one of its arms ({names})")
+    for name, sections in arms.items():
+        arms[name] = _settings(path, f"arm '{name}'", sections)
+    also = dict(_mapping(path, "also", tree.get("also") or {}))
+    for name, sections in also.items():
+        also[name] = _settings(path, f"also '{name}'", sections)
     read_arms = Arms(
         base=_settings(path, "base", tree.get("base") or {}),
         seeds=seeds,
-        arms={name: _settings(path, f"arm '{name}'", arm) for name, arm in arms.items()},
+        arms=arms,
         start=start,
         reference=reference,
-        tuned=next(iter(tune), None),
-        values=tuple(next(iter(tune.values()), ())),
+        tuned=tuned,
+        values=tuple(values),
         tune_seed=tune_seed,
         tune_base=tune_base,
-        also={name: _settings(path, f"also '{name}'", other) for name, other in also.items()},
+        also=also,
     )
     _check(path, read_arms)
     return read_arms
 
 
-def _settings(path: str, what: str, sections: object) -> dict[str, object]:
-    """Return sections of settings as ``{"section.key": value}``."""
-    return configuration.flatten(path, _mapping(path, what, sections))
+def _error(path: str, text: str) -> UserError:
+    return UserError(f"arms file {path}: {text}")
+
+
+def _settings(path: str, what: str, sections: object) -> Settings:
+    """Return the settings in a mapping of sections."""
+    sections = _mapping(path, what, sections)
+    return configuration.flatten(path, sections)
 
 
 def _starts(path: str, arms: dict) -> dict[str, str]:
@@ -111,25 +123,29 @@ def _starts(path: str, arms: dict) -> dict[str, str]:
             start[name] = arm["start"]
     for name, from_arm in start.items():
         if not isinstance(from_arm, str) or from_arm not in arms or from_arm in start:
-            raise UserError(
-                f"arms file {path}: arm '{name}' starts from '{from_arm}'; expected another arm of "
-                "this file, one without a start"
+            raise _error(
+                path,
+                f"arm '{name}' starts from '{from_arm}'; expected another arm of "
+                "this file, one without a start",
             )
     return start
 
 
 def _seeds(path: str, tree: dict) -> tuple[int, ...]:
+    """Return the seeds of the final runs."""
     seeds = tree.get("seeds", [0])
-    valid = isinstance(seeds, list) and set(map(type, seeds)) == {int}
-    if not valid or len(set(seeds)) < len(seeds):
-        raise UserError(
-            f"arms file {path}: seeds {reprlib.repr(seeds)}; expected a list of different whole "
-            "numbers, such as [0, 1, 2]"
+    # bool is a kind of int, so isinstance would accept true
+    integers = isinstance(seeds, list) and set(map(type, seeds)) == {int}
+    if not integers or len(set(seeds)) < len(seeds):
+        raise _error(
+            path,
+            f"seeds {reprlib.repr(seeds)}; expected a list of different whole "
+            "numbers, such as [0, 1, 2]",
         )
     return tuple(seeds)
 
 
-def _tuning(path: str, tree: dict) -> tuple[dict[str, list], int, dict]:
+def _tuning(path: str, tree: dict) -> tuple[dict[str, list], int, Settings]:
     """Return the tuned setting with its values, the seed of tuning, and the changes to base."""
     tune = dict(_mapping(path, "tune", tree.get("tune") or {}))
     seed = tune.pop("seed", 1000)
@@ -139,9 +155,10 @@ def _tuning(path: str, tree: dict) -> tuple[dict[str, list], int, dict]:
         if not isinstance(values, list) or not values:
             valid = False
     if not valid:
-        raise UserError(
-            f"arms file {path}: expected tune to contain one setting with a list of values "
-            "(schedule.lr: [1e-4, 2e-4]), and optionally seed and base"
+        raise _error(
+            path,
+            "expected tune to contain one setting with a list of values "
+            "(schedule.lr: [1e-4, 2e-4]), and optionally seed and base",
         )
     return tune, seed, base
 
@@ -159,13 +176,13 @@ def _names_a_file(name: object) -> bool:
 
 def _check(path: str, arms: Arms) -> None:
     """Raise UserError unless every arm's name can be a folder's and all settings are valid."""
-    tuned = [{arms.tuned: value} for value in arms.values] or [{}]
+    tuned: list[Settings] = [{}]
+    if arms.tuned is not None:
+        tuned = [{arms.tuned: value} for value in arms.values]
     for name in arms.arms:
         if not _names_a_file(name):
-            raise UserError(
-                f"arms file {path}: a folder cannot have the name {reprlib.repr(str(name))}; "
-                "rename the arm"
-            )
+            shown = reprlib.repr(str(name))
+            raise _error(path, f"a folder cannot have the name {shown}; rename the arm")
         for extra in tuned:
             configuration.build(arms.settings(name, 0) | extra)
             configuration.build(arms.settings(name, 0) | arms.tune_base | extra)
@@ -173,24 +190,22 @@ def _check(path: str, arms: Arms) -> None:
         configuration.build({"runtime.seed": seed})
     for name, also in arms.also.items():
         if not _names_a_file(name):
-            raise UserError(
-                f"arms file {path}: also: a file cannot have the name {reprlib.repr(name)}; "
-                "rename the data set"
-            )
+            shown = reprlib.repr(name)
+            raise _error(path, f"also: a file cannot have the name {shown}; rename the data set")
         configuration.build(also)
     for settings in (arms.base, arms.tune_base, *arms.arms.values()):
         if any(key.startswith("export.") for key in settings):
-            raise UserError(
-                f"arms file {path}: a comparison cannot push to the hub; remove the section "
-                "export, and push one student with `prefix-distill export`"
+            raise _error(
+                path,
+                "a comparison cannot push to the hub; remove the section "
+                "export, and push one student with `prefix-distill export`",
             )
 
 
 def _mapping(path: str, what: str, value: object) -> dict:
+    """Return ``value``; raise UserError unless it is a mapping."""
     if not isinstance(value, dict):
-        raise UserError(
-            f"arms file {path}: expected {what} to contain keys, got {reprlib.repr(value)}"
-        )
+        raise _error(path, f"expected {what} to contain keys, got {reprlib.repr(value)}")
     return value
 
 
@@ -219,12 +234,14 @@ def compare(arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]
 
 
 class _Jobs:
+    """Trains the runs of one comparison, each when it is needed."""
+
     def __init__(self, arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]):
         self.arms = arms
         self.out = out
         self.train_in = train_in
         self.say = say
-        self.best: dict[str, object] = {}
+        self.best: dict[str, object] = {}  # arm → its tuned value
 
     def run(self, arm: str, seed: int) -> Path:
         """Train the final run of an arm with a seed and its tuned value; return its folder."""
@@ -243,10 +260,12 @@ class _Jobs:
         Without graded answers the lowest held-out KL decides.
         """
         if arm not in self.best:
-            merits = [self._merit(arm, value) for value in self.arms.values]
-            self.best[arm] = self.arms.values[merits.index(max(merits))]
-            text = f"{arm}: {self.arms.tuned} {self.best[arm]} is the best of"
-            for value, merit in zip(self.arms.values, merits, strict=True):
+            values = self.arms.values
+            merits = [self._merit(arm, value) for value in values]
+            best = values[merits.index(max(merits))]
+            self.best[arm] = best
+            text = f"{arm}: {self.arms.tuned} {best} is the best of"
+            for value, merit in zip(values, merits, strict=True):
                 text += f" {value} ({merit:.4g})"
             self.say(text)
         return self.best[arm]
@@ -255,14 +274,17 @@ class _Jobs:
         """Train a tuning run, and return its accuracy, or minus its held-out KL."""
         seed = self.arms.tune_seed
         settings = self.arms.settings(arm, seed) | self.arms.tune_base
-        settings |= {str(self.arms.tuned): value, "runtime.seed": seed}
-        result = self._one(self.out / arm / f"tune-{value}", arm, seed, settings)
+        settings[str(self.arms.tuned)] = value
+        settings["runtime.seed"] = seed
+        path = self.out / arm / f"tune-{value}"
+        result = self._one(path, arm, seed, settings)
         last = result["evaluations"][-1]
         if last["accuracy"]:
             return last["accuracy"]["value"]
         return -last["kl"]["value"]
 
-    def _one(self, path: Path, arm: str, seed: int, settings: dict) -> dict:
+    def _one(self, path: Path, arm: str, seed: int, settings: Settings) -> dict:
+        """Train or resume one run, unless it has finished; return its result document."""
         from ..training.prepare import prepare
 
         folder = RunFolder(path)
@@ -271,9 +293,10 @@ class _Jobs:
             if "result" in document:
                 return document["result"]
         start = self.arms.start.get(arm)
+        settings = dict(settings)
+        settings["checkpoint.out"] = str(path)
         if start is not None:
-            settings = settings | {"models.student": str(self.run(start, seed) / "model")}
-        settings = settings | {"checkpoint.out": str(path)}
+            settings["models.student"] = str(self.run(start, seed) / "model")
         resume = (path / "config.yaml").is_file()
         if resume:
             self.say(f"{path}: resuming")
@@ -282,7 +305,8 @@ class _Jobs:
         run = prepare(configuration.build(settings))
         return self.train_in(run, folder, resume, f"{arm} seed {seed}:")
 
-    def _also(self, path: Path, name: str, settings: dict, seed: int) -> None:
+    def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:
+        """Evaluate the final student in ``path`` on another data set, unless that is done."""
         from .evaluation import evaluate_model
 
         file = path / f"also-{name}.json"

@@ -137,13 +137,17 @@ def folder_of(source: str, which: str = "model") -> Path | None:
 
 def _choices(run: Path) -> list[str]:
     """Return what --which can name in a run folder."""
-    choices = [name for name in ("model", "best") if os.path.isdir(run / name)]
+    choices = []
+    for name in ("model", "best"):
+        if os.path.isdir(run / name):
+            choices.append(name)
     for step in sorted((run / "checkpoints").glob("step-*")):
         choices.append(step.name.removeprefix("step-").lstrip("0"))
     return choices
 
 
 def _is_model(folder: Path) -> bool:
+    """Return whether a folder contains a model or an adapter."""
     return os.path.isfile(folder / "config.json") or os.path.isfile(folder / FILE)
 
 

@@ -60,20 +60,31 @@ def _quadrant_rows(runs: list[Finished]) -> dict[str, list[str]]:
     """Return the cells of each arm whose evaluations all have quadrants."""
     rows = {}
     for arm, group in by_arm(runs).items():
-        if all("quadrants" in row for run in group for row in run.evaluations):
+        if all(map(_has_quadrants, group)):
             rows[arm] = [_quadrant_cell(group, name) for name in QUADRANTS]
     return rows
+
+
+def _has_quadrants(run: Finished) -> bool:
+    return all("quadrants" in row for row in run.evaluations)
 
 
 def _quadrant_cell(group: list[Finished], name: str) -> str:
     """Return a quadrant's shares of the tokens and of the divergence, before → after."""
     texts = []
     for evaluation in (0, -1):
-        shares = [run.evaluations[evaluation]["quadrants"]["quadrants"][name] for run in group]
-        tokens = math.fsum(share["tokens"] for share in shares) / len(group)
-        divergence = math.fsum(share["divergence"] for share in shares) / len(group)
-        texts.append(f"{tokens:.0%} / {divergence:.0%}")
+        tokens = []
+        divergences = []
+        for run in group:
+            share = run.evaluations[evaluation]["quadrants"]["quadrants"][name]
+            tokens.append(share["tokens"])
+            divergences.append(share["divergence"])
+        texts.append(f"{_mean(tokens):.0%} / {_mean(divergences):.0%}")
     return " → ".join(texts)
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _settings(run: Finished) -> str:

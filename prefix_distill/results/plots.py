@@ -31,10 +31,14 @@ def draw_quadrants(axes: "Axes", quadrants: dict) -> None:
     """Draw the four quadrants with their shares of the tokens and of the divergence."""
     entropy, divergence = quadrants["borders"]
     for name, share in quadrants["quadrants"].items():
-        column = int("high divergence" in name)
-        row = int(name.startswith("high"))
+        x = 0.5
+        y = 0.5
+        if "high divergence" in name:
+            x = 1.5
+        if name.startswith("high"):
+            y = 1.5
         text = f"{share['tokens']:.0%} of tokens\n{share['divergence']:.0%} of KL"
-        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
+        axes.text(x, y, text, ha="center", va="center", fontsize=8)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(
@@ -61,15 +65,10 @@ def draw_probe(document: dict, file: Path) -> None:
     )
     bins = document["by_position"]
     middle = (_column(bins, "from") + _column(bins, "to")) / 2
-    left.plot(middle, _column(bins, "kl"), "o-", markersize=3, color=BLUE, label="reverse KL")
-    left.plot(
-        middle,
-        _column(bins, "entropy"),
-        "s--",
-        markersize=3,
-        color=ORANGE,
-        label="student's entropy",
-    )
+    divergence = _column(bins, "kl")
+    entropy = _column(bins, "entropy")
+    left.plot(middle, divergence, "o-", color=BLUE, markersize=3, label="reverse KL")
+    left.plot(middle, entropy, "s--", color=ORANGE, markersize=3, label="student's entropy")
     left.set_xlabel("position in the student's answer (tokens)")
     left.set_ylabel("nats per token")
     _draw_accuracies(
@@ -100,12 +99,13 @@ def _draw_accuracies(axes: "Axes", curve: list[dict | None], style: dict[str, An
     points = [point for point in curve if point is not None]
     tokens = _column(points, "tokens")
     value = _column(points, "value")
-    below = value - _column(points, "low")
-    above = _column(points, "high") - value
-    axes.errorbar(tokens, 100 * value, (100 * below, 100 * above), markersize=4, capsize=2, **style)
+    below = 100 * (value - _column(points, "low"))
+    above = 100 * (_column(points, "high") - value)
+    axes.errorbar(tokens, 100 * value, (below, above), markersize=4, capsize=2, **style)
 
 
 def _column(rows: Sequence[dict], key: str) -> numpy.ndarray:
+    """Return the numbers under a key, row by row."""
     return numpy.array([row[key] for row in rows], dtype=numpy.float64)
 
 
@@ -137,10 +137,11 @@ def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
             label = "full rollouts"
         flops = _column(arm["evaluations"], "flops_useful") / 1e9
         accuracies = [row["accuracy"] for row in arm["evaluations"]]
+        value = 100 * _column(accuracies, "value")
         low = 100 * _column(accuracies, "low")
         high = 100 * _column(accuracies, "high")
         axes.fill_between(flops, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.plot(flops, 100 * _column(accuracies, "value"), label=label, **style)
+        axes.plot(flops, value, label=label, **style)
     axes.set_xlabel("useful training FLOPs (billions)")
     axes.set_ylabel("accuracy on held-out problems (%)")
     axes.set_title(title, fontsize=10)
@@ -168,10 +169,10 @@ def draw_report(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    arms = by_arm(runs)
     if only is not None:
-        arms = {arm: group for arm, group in arms.items() if arm in only}
-    graded = all(run.right for group in arms.values() for run in group)
+        runs = [run for run in runs if run.arm in only]
+    arms = by_arm(runs)
+    graded = all(run.right for run in runs)
     resampled = None
     heights = _divergences
     label = "held-out reverse KL (nats per token)"
@@ -212,21 +213,26 @@ def _accuracies(run: Finished) -> dict[int, float]:
     """Return the accuracy in per cent of every evaluation, by its update."""
     accuracies = {}
     for row in run.evaluations:
-        if row["accuracy"] is not None:
-            accuracies[row["step"]] = 100 * row["accuracy"]["value"]
+        accuracy = row["accuracy"]
+        if accuracy is not None:
+            accuracies[row["step"]] = 100 * accuracy["value"]
     return accuracies
 
 
 def _divergences(run: Finished) -> dict[int, float]:
     """Return the held-out KL of every evaluation, by its update."""
-    return {row["step"]: row["kl"]["value"] for row in run.evaluations}
+    divergences = {}
+    for row in run.evaluations:
+        divergences[row["step"]] = row["kl"]["value"]
+    return divergences
 
 
 def _means(steps: list[int], seeds: list[dict[int, float]]) -> list[float]:
     """Return the mean over seeds at each of ``steps``."""
     means = []
     for step in steps:
-        means.append(math.fsum(values[step] for values in seeds) / len(seeds))
+        total = math.fsum(values[step] for values in seeds)
+        means.append(total / len(seeds))
     return means
 
 
@@ -235,9 +241,9 @@ def _draw_band(axes: "Axes", x: list[float], accuracy_draws: Numbers, colour: st
     low = []
     high = []
     for draws in accuracy_draws.T:
-        ends = interval(draws)
-        low.append(100 * ends[0])
-        high.append(100 * ends[1])
+        lower, upper = interval(draws)
+        low.append(100 * lower)
+        high.append(100 * upper)
     axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
 
 

@@ -20,6 +20,7 @@ from .shapes import (
     Evaluation,
     RunFile,
     ScoresRow,
+    TokenValues,
     check,
     read_config,
     read_json,
@@ -77,8 +78,8 @@ class Finished:
     config: dict[str, dict[str, Any]]
     result: dict[str, Any]
     right: dict[int, list[float]]
-    kl_before: list[list[float | None]]
-    kl_after: list[list[float | None]]
+    kl_before: TokenValues
+    kl_after: TokenValues
     also: dict[str, float | None]
     offset: Cost = NO_COST
 
@@ -99,7 +100,8 @@ class Finished:
         axis = AGAINST.index(against)
         spent = {}
         for row in self.evaluations:
-            spent[row["step"]] = (*self.cost(row), row["step"])[axis]
+            step = row["step"]
+            spent[step] = (*self.cost(row), step)[axis]
         return spent
 
 
@@ -126,9 +128,11 @@ def collect(paths: list[Path]) -> list[Finished]:
             start = by_folder[folder]
             run.offset = start.cost(start.evaluations[-1])
     runs = list(by_folder.values())
-    if len({(run.arm, run.seed) for run in runs}) < len(runs):
+    names = {(run.arm, run.seed) for run in runs}
+    if len(names) < len(runs):
         for run in runs:
-            run.arm = f"{run.root.resolve().name}/{run.arm}"
+            folder_name = run.root.resolve().name
+            run.arm = f"{folder_name}/{run.arm}"
     return runs
 
 
@@ -241,8 +245,8 @@ def _check_steps(run: Finished) -> None:
         )
     if not run.right:
         return
-    graded = [row["step"] for row in run.evaluations if row["accuracy"] is not None]
-    if list(run.right) != steps or graded != steps or not all(run.right.values()):
+    complete = list(run.right) == steps and all(run.right.values())
+    if not complete or any(row["accuracy"] is None for row in run.evaluations):
         raise UserError(
             f"{run.path / 'scores.jsonl'}: expected a row with scores for each of the steps "
             f"{reprlib.repr(steps)}, got rows for {reprlib.repr(list(run.right))}; {ADVICE}"
@@ -263,9 +267,11 @@ def _check_quadrants(run: Finished) -> None:
 def by_arm(runs: list[Finished]) -> dict[str, list[Finished]]:
     """Return the runs of each arm, sorted by seed; arms keep their order."""
     arms: dict[str, list[Finished]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
+    for run in runs:
         arms.setdefault(run.arm, []).append(run)
-    return {run.arm: arms[run.arm] for run in runs}
+    for group in arms.values():
+        group.sort(key=lambda run: run.seed)
+    return arms
 
 
 def common_steps(runs: list[Finished]) -> list[int]:
@@ -273,8 +279,10 @@ def common_steps(runs: list[Finished]) -> list[int]:
 
     A resumed run can be longer than the others, and runs can differ in --eval-every.
     """
-    steps = [{row["step"] for row in run.evaluations} for run in runs]
-    return sorted(set.intersection(*steps))
+    common = {row["step"] for row in runs[0].evaluations}
+    for run in runs:
+        common &= {row["step"] for row in run.evaluations}
+    return sorted(common)
 
 
 def common_tail(runs: list[Finished]) -> int:
@@ -293,7 +301,10 @@ def write_csv(runs: list[Finished], file: Path) -> None:
     ``kl_beyond``: reverse KL beyond ``common_tail``, after the last update.
     """
     tail = common_tail(runs)
-    also = sorted({f"also_{name}" for run in runs for name in run.also})
+    other_sets: set[str] = set()
+    for run in runs:
+        other_sets.update(run.also)
+    also = [f"also_{name}" for name in sorted(other_sets)]
     with open(file, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, [*COLUMNS, *also], lineterminator="\n")
         writer.writeheader()

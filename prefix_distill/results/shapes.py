@@ -26,6 +26,9 @@ NAMES = {
 }
 
 
+TokenValues = list[list[float | None]]  # rollout by rollout, a number per token
+
+
 class Mean(TypedDict):
     value: float
 
@@ -101,7 +104,7 @@ class ScoresRow(TypedDict):
 class ContextsFile(TypedDict):
     """before.json and after.json: reverse KL per token of the fixed contexts."""
 
-    kl_by_token: list[list[float | None]]
+    kl_by_token: TokenValues
 
 
 class AlsoFile(TypedDict):

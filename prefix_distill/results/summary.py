@@ -70,18 +70,18 @@ class Resampled:
 
     def __init__(self, arms: dict[str, list[Finished]]):
         self.arms = arms
-        counts: set[int] = set()
+        problem_counts: set[int] = set()
         seeds: set[tuple[int, ...]] = set()
         for runs in arms.values():
             seeds.add(tuple(run.seed for run in runs))
             for run in runs:
-                counts.update(map(len, run.right.values()))
-        self.paired = len(counts) == 1 and len(seeds) == 1
+                problem_counts.update(map(len, run.right.values()))
+        self.paired = len(problem_counts) == 1 and len(seeds) == 1
         if not self.paired:
             return
         # torch's generator also uses only the low 32 bits of a seed
         random = numpy.random.RandomState(seed_of("report") & 0xFFFFFFFF)
-        self.problems = draw_weights(random, counts.pop())
+        self.problems = draw_weights(random, problem_counts.pop())
         self.seeds = draw_weights(random, len(seeds.pop()))
 
     def curve(self, arm: str) -> Curve:
@@ -115,8 +115,9 @@ class Resampled:
 def interval(draws: Numbers) -> tuple[float, float]:
     """Return the 2.5 and 97.5 percentiles of draws."""
     ordered = numpy.sort(draws)
-    count = len(ordered)
-    return ordered[int(0.025 * count)].item(), ordered[int(0.975 * count) - 1].item()
+    low = int(0.025 * len(ordered))
+    high = int(0.975 * len(ordered)) - 1
+    return ordered[low].item(), ordered[high].item()
 
 
 def first_cost(cost: Sequence[float], accuracy: Sequence[float], wanted: float) -> float:
@@ -129,8 +130,10 @@ def first_cost(cost: Sequence[float], accuracy: Sequence[float], wanted: float) 
         return cost[0]
     for i in range(1, len(cost)):
         if accuracy[i] >= wanted:
-            share = (wanted - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
-            return cost[i - 1] + share * (cost[i] - cost[i - 1])
+            before = accuracy[i - 1]
+            spent = cost[i - 1]
+            share = (wanted - before) / (accuracy[i] - before)
+            return spent + share * (cost[i] - spent)
     return math.inf
 
 
@@ -155,7 +158,8 @@ def summary(runs: list[Finished], reference: str | None) -> list[dict]:
     for arm, group in arms.items():
         row = _means(arm, group, tail)
         if arm in curves:
-            row["low"], row["high"] = interval(curves[arm].accuracy_draws[:, -1])
+            last = curves[arm].accuracy_draws[:, -1]
+            row["low"], row["high"] = interval(last)
             if reference is not None:
                 row |= _compare(curves[arm], curves[reference])
         elif len(group) == 1:
@@ -226,16 +230,23 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def _compare(arm: Curve, reference: Curve) -> dict:
     """Return an arm's cost ratios, and its accuracy minus the reference's with the interval."""
-    low, high = interval(arm.accuracy_draws[:, -1] - reference.accuracy_draws[:, -1])
+    # arms can differ in the number of their evaluations, so only the last ones are compared
+    difference = arm.accuracy[-1] - reference.accuracy[-1]
+    difference_draws = arm.accuracy_draws[:, -1] - reference.accuracy_draws[:, -1]
+    low, high = interval(difference_draws)
+    ratios = {}
+    for share in SHARES:
+        ratios[share] = _cost_ratio(reference, arm, share)
     return {
-        "cost_ratios": {share: _cost_ratio(reference, arm, share) for share in SHARES},
-        "difference": (arm.accuracy[-1] - reference.accuracy[-1]).item(),
+        "cost_ratios": ratios,
+        "difference": difference.item(),
         "difference_low": low,
         "difference_high": high,
     }
 
 
 def _cost_ratio(reference: Curve, arm: Curve, share: float) -> dict:
+    """Return the ratio of costs to reach ``share`` of the gain: value, interval, share of draws."""
     # float32 reproduces the numbers of earlier reports
     ratios = numpy.zeros(RESAMPLES, dtype=numpy.float32)
     draws = zip(reference.draws(), arm.draws(), strict=True)
@@ -278,7 +289,7 @@ HEADINGS = (
 
 def cells(row: dict) -> list[str]:
     """Return a summary row as text, under HEADINGS."""
-    ratios = [ratio_text(row["cost_ratios"].get(share)) for share in (0.5, 0.9, 1.0)]
+    ratios = row["cost_ratios"]
     return [
         row["arm"],
         _accuracy_text(row),
@@ -288,23 +299,32 @@ def cells(row: dict) -> list[str]:
         _tail_text(row),
         f"{row['finish_rate']:.0%}",
         f"{row['mean_tokens']:.0f}",
-        *ratios,
+        ratio_text(ratios.get(0.5)),
+        ratio_text(ratios.get(0.9)),
+        ratio_text(ratios.get(1.0)),
     ]
 
 
 def _accuracy_text(row: dict) -> str:
-    if row["accuracy"] is None:
+    """Return an accuracy with its interval and its number of answers."""
+    accuracy = row["accuracy"]
+    low = row["low"]
+    high = row["high"]
+    answers = row["answers"]
+    if accuracy is None:
         return "–"
-    text = f"{row['accuracy']:.1%}"
-    if row["low"] is not None:
-        text += f" [{row['low']:.1%}, {row['high']:.1%}]"
-    return f"{text} of {row['answers']:,}"
+    if low is None:
+        return f"{accuracy:.1%} of {answers:,}"
+    return f"{accuracy:.1%} [{low:.1%}, {high:.1%}] of {answers:,}"
 
 
 def _tail_text(row: dict) -> str:
-    if row["kl_tail"] is None or row["kl_tail_before"] is None:
+    """Return the KL beyond the arm's own prefix, before → after training."""
+    before = row["kl_tail_before"]
+    after = row["kl_tail"]
+    if before is None or after is None:
         return "–"
-    return f"{row['kl_tail_before']:.3g} → {row['kl_tail']:.3g}"
+    return f"{before:.3g} → {after:.3g}"
 
 
 def ratio_text(ratio: dict | None) -> str:
@@ -312,23 +332,27 @@ def ratio_text(ratio: dict | None) -> str:
     is below 100 %."""
     if ratio is None:
         return "–"
-    if ratio["value"] is None:
-        return f"not reached ({ratio['reached']:.0%} of draws)"
-    text = f"{ratio['value']:.1f} × [{ratio['low']:.1f}, {ratio['high']:.1f}]"
-    if ratio["reached"] < 1:
-        text += f", reached in {ratio['reached']:.0%} of draws"
+    value = ratio["value"]
+    reached = ratio["reached"]
+    if value is None:
+        return f"not reached ({reached:.0%} of draws)"
+    text = f"{value:.1f} × [{ratio['low']:.1f}, {ratio['high']:.1f}]"
+    if reached < 1:
+        text += f", reached in {reached:.0%} of draws"
     return text
 
 
 def markdown(summary_rows: list[dict]) -> str:
     """Return the summary as a Markdown table."""
-    lines = [_markdown_line(HEADINGS), "|---|" + "--:|" * (len(HEADINGS) - 1) + "\n"]
+    text = _markdown_line(HEADINGS)
+    text += "|---|" + "--:|" * (len(HEADINGS) - 1) + "\n"
     for row in summary_rows:
-        lines.append(_markdown_line(cells(row)))
-    return "".join(lines)
+        text += _markdown_line(cells(row))
+    return text
 
 
 def _markdown_line(texts: Iterable[str]) -> str:
+    """Return a row of a Markdown table."""
     line = "|"
     for text in texts:
         clean = text.replace("|", "\\|").replace("\n", " ")

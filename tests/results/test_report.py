@@ -97,6 +97,14 @@ def test_draws_are_those_of_torch(arms):
             assert (share == items.bincount(minlength=count).double().numpy() / count).all()
 
 
+def test_arms_with_different_numbers_of_evaluations_are_compared(tmp_path):
+    write_run(tmp_path / "a", 0, [0.2, 0.5, 0.8], 1.0)
+    write_run(tmp_path / "b", 0, [0.2, 0.9], 1.0)
+    rows = {row["arm"]: row for row in report.summary(collect([tmp_path]), "a")}
+    assert rows["b"]["difference"] == pytest.approx(0.1)
+    assert rows["b"]["cost_ratios"][1.0]["value"] == pytest.approx(2 / (0.6 / 0.7))
+
+
 def test_arms_on_other_problems_are_not_compared(tmp_path):
     write_run(tmp_path / "a", 0, [0.1, 0.5], 1.0)
     other = write_run(tmp_path / "b", 0, [0.1, 0.5], 1.0)
