@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
+GREY = "#555555"
 COLOURS = (BLUE, ORANGE, "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "os^vD<>ph*X"
 LINE_STYLES = ("-", "--", "-.", ":")
@@ -25,6 +26,30 @@ DEMO_STYLES: dict[str, dict[str, Any]] = {
     "prefix": {"color": BLUE, "marker": "o", "linestyle": "-"},
     "full": {"color": ORANGE, "marker": "s", "linestyle": "--"},
 }
+
+
+def _subplots(width: float, height: float, **layout: Any) -> tuple["Figure", Any]:
+    """Return a figure of so many inches and its axes; no display is needed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), dpi=150, **layout)
+
+
+def _open_frame(axes: "Axes") -> None:
+    """Remove the top and the right line of the frame."""
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: "Figure", file: Path) -> None:
+    """Save a figure as PNG and close it."""
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(file)
+    pyplot.close(figure)
 
 
 def draw_quadrants(axes: "Axes", quadrants: dict) -> None:
@@ -55,14 +80,7 @@ def draw_quadrants(axes: "Axes", quadrants: dict) -> None:
 
 def draw_probe(document: dict, file: Path) -> None:
     """Save a probe as PNG: KL and entropy by position, both accuracy curves, the quadrants."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right, corner) = pyplot.subplots(
-        1, 3, figsize=(13, 4), dpi=150, width_ratios=(5, 5, 3)
-    )
+    figure, (left, right, corner) = _subplots(13, 4, ncols=3, width_ratios=(5, 5, 3))
     bins = document["by_position"]
     middle = (_column(bins, "from") + _column(bins, "to")) / 2
     divergence = _column(bins, "kl")
@@ -86,12 +104,10 @@ def draw_probe(document: dict, file: Path) -> None:
     right.set_ylim(0, 105)
     draw_quadrants(corner, document["quadrants"])
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+        _open_frame(axes)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"recommended prefix: {document['recommended_prefix']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(file)
-    pyplot.close(figure)
+    _save(figure, file)
 
 
 def _draw_accuracies(axes: "Axes", curve: list[dict | None], style: dict[str, Any]) -> None:
@@ -114,22 +130,11 @@ def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
 
     The bands are 95 % intervals; a dotted line is the teacher's accuracy.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
-    axes.axhline(100 * teacher, color="#555555", linestyle=":", linewidth=1)
-    axes.text(
-        1,
-        100 * teacher + 1,
-        "teacher",
-        transform=axes.get_yaxis_transform(),
-        ha="right",
-        va="bottom",
-        color="#555555",
-    )
+    figure, axes = _subplots(7, 4.2)
+    level = 100 * teacher
+    right_edge = axes.get_yaxis_transform()  # x from 0 to 1, y as data
+    axes.axhline(level, color=GREY, linestyle=":", linewidth=1)
+    axes.text(1, level + 1, "teacher", transform=right_edge, ha="right", va="bottom", color=GREY)
     for arm in arms:
         style = DEMO_STYLES[arm["name"]]
         label = f"prefix of {arm['prefix']} tokens"
@@ -146,11 +151,9 @@ def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
     axes.set_ylabel("accuracy on held-out problems (%)")
     axes.set_title(title, fontsize=10)
     axes.set_ylim(0, 106)
-    axes.spines[["top", "right"]].set_visible(False)
+    _open_frame(axes)
     axes.legend(loc="lower right", frameon=False)
-    figure.tight_layout()
-    figure.savefig(file)
-    pyplot.close(figure)
+    _save(figure, file)
 
 
 def draw_report(
@@ -164,11 +167,6 @@ def draw_report(
     ``only``: the arms to draw (default: all). Bands are 95 % intervals; they need the same problems
     and seeds in all arms. Without graded answers the figure shows held-out KL.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     if only is not None:
         runs = [run for run in runs if run.arm in only]
     arms = by_arm(runs)
@@ -180,7 +178,7 @@ def draw_report(
         resampled = Resampled(arms)
         heights = _accuracies
         label = "accuracy on held-out problems (%)"
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150)
+    figure, axes = _subplots(8, 4.8)
     for i, (arm, group) in enumerate(arms.items()):
         steps = common_steps(group)
         x = _means(steps, [run.spent(against) for run in group])
@@ -202,7 +200,7 @@ def draw_report(
     axes.set_xlabel(against)
     axes.set_ylabel(label)
     axes.set_title(_escape(title), fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+    _open_frame(axes)
     # the names are given, because matplotlib hides a label that starts with "_"
     axes.legend(axes.get_lines(), map(_escape, arms), frameon=False, fontsize=7, ncol=2)
     figure.tight_layout()
