@@ -229,19 +229,19 @@ def compare(arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]
     with folder.alone():
         if not (out / FILE).is_file():
             folder.write_json(FILE, asked)
-        jobs = _Jobs(arms, out, train_in, say)
+        jobs = _Jobs(arms=arms, out=out, train_in=train_in, say=say)
         return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
 
 
+@dataclasses.dataclass(kw_only=True)
 class _Jobs:
     """Trains the runs of one comparison, each when it is needed."""
 
-    def __init__(self, arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]):
-        self.arms = arms
-        self.out = out
-        self.train_in = train_in
-        self.say = say
-        self.best: dict[str, object] = {}  # arm → its tuned value
+    arms: Arms
+    out: Path
+    train_in: TrainIn
+    say: Callable[[str], None]
+    best: dict[str, object] = dataclasses.field(default_factory=dict)  # arm → its tuned value
 
     def run(self, arm: str, seed: int) -> Path:
         """Train the final run of an arm with a seed and its tuned value; return its folder."""
