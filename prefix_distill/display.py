@@ -1,5 +1,4 @@
-"""What a person sees while it works: a live line on a terminal, plain lines in a pipe; always on
-stderr."""
+"""Show progress and tables on stderr: a live line on a terminal, plain lines elsewhere."""
 
 import contextlib
 import os
@@ -8,47 +7,65 @@ import time
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from rich.table import Table
+
+PLAIN_LINES = 50  # progress lines of one run without a terminal, about
 
 
 def tell(text: str) -> None:
-    """A line on stderr, as long as anyone reads it."""
+    """Print a line on stderr; do nothing if stderr is closed."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        # the terminal or the pipe has gone; what is left in its buffer must not fail again at the
-        # end
+        # Python flushes stderr again at exit, and the text in its buffer must not fail then.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
 
 
 def plain() -> bool:
-    """Is text wanted that reads well aloud and in a log: no bars, boxes or colours?"""
-    return (
-        any(os.environ.get(name) for name in ("PREFIX_DISTILL_PLAIN", "NO_COLOR"))
-        or os.environ.get("TERM") == "dumb"
-    )
+    """Return whether to print plain lines: no bars, boxes or colours.
+
+    Screen readers and log files need them.
+    """
+    for name in ("PREFIX_DISTILL_PLAIN", "NO_COLOR"):
+        if os.environ.get(name):
+            return True
+    return os.environ.get("TERM") == "dumb"
 
 
 def show(*tables: "Table", width: int | None = None) -> None:
-    """rich tables on stderr; where ``plain``, a line "column: value" for every cell, behind a
-    line with the row's first one."""
+    """Print rich tables on stderr.
+
+    If ``plain()``, print a line with the first cell of each row, then a line "column: value" for
+    every other cell.
+    """
     if not plain():
         from rich.console import Console
 
-        Console(stderr=True, width=width).print(*tables)
+        console = Console(stderr=True, width=width)
+        with console.capture() as text:
+            console.print(*tables)
+        tell(text.get().removesuffix("\n"))
         return
     for table in tables:
-        if table.title:
-            tell(f"{table.title}")
-        names = [str(column.header) for column in table.columns]
-        for first, *cells in zip(*(column.cells for column in table.columns), strict=True):
-            tell(f"{names[0]}: {first}" if names[0] else f"{first}")
-            for name, cell in zip(names[1:], cells, strict=True):
-                tell(f"  {name}: {cell or '–'}")
+        _tell_table(table)
+
+
+def _tell_table(table: "Table") -> None:
+    if table.title:
+        tell(f"{table.title}")
+    names = [str(column.header) for column in table.columns]
+    for first, *cells in zip(*(column.cells for column in table.columns), strict=True):
+        if names[0]:
+            tell(f"{names[0]}: {first}")
+        else:
+            tell(f"{first}")
+        for name, cell in zip(names[1:], cells, strict=True):
+            tell(f"  {name}: {cell or '–'}")
 
 
 def flops_text(value: float) -> str:
-    """1.5e12 → '1.5 TFLOP'."""
+    """Return a number of FLOPs with its unit: 1.5e12 → "1.5 TFLOP"."""
     for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -56,7 +73,7 @@ def flops_text(value: float) -> str:
 
 
 def share_text(score: dict | None) -> str:
-    """An accuracy with its interval, in per cent."""
+    """Return an accuracy {value, low, high, n} as text, in per cent."""
     if score is None:
         return "–"
     return f"{score['value']:.1%} [{score['low']:.1%}, {score['high']:.1%}] of {score['n']}"
@@ -91,11 +108,29 @@ class Reporter(Protocol):
 
 
 class Display:
-    """Progress of one run; in a pipe, about fifty lines however long it is. Nothing where not
-    ``shown`` (other ranks). A terminal or a pipe that has gone does not stop the run."""
+    """Shows the progress of one run: a ``Reporter``.
+
+    Without a terminal it prints about 50 lines, however long the run is. With ``shown`` false (on
+    all ranks but the first) it shows nothing but this rank's own warnings. A terminal or pipe that
+    closes does not stop the run.
+    """
 
     def __init__(self, steps: int, label: str = "", shown: bool = True):
         from rich.console import Console
+
+        self.steps = steps
+        self.label = label
+        self.shown = shown
+        self.console = Console(stderr=True)
+        self.seen = 0  # updates shown
+        self.plain_every = max(1, steps // PLAIN_LINES)
+        self.started = time.perf_counter()
+        self.bar: Progress | None = None
+        if shown and self.console.is_terminal and not plain():
+            self.bar = self._bar()
+            self.task = self.bar.add_task(label or "distilling", total=steps)
+
+    def _bar(self) -> "Progress":
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -104,23 +139,15 @@ class Display:
             TimeRemainingColumn,
         )
 
-        self.console = Console(stderr=True)
-        self.steps, self.label, self.seen = steps, label, 0
-        self.plain_every = max(1, steps // 50)
-        self.started = time.perf_counter()
-        self.bar = None
-        self.shown = shown
-        if shown and self.console.is_terminal and not plain():
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-                console=self.console,
-                transient=False,
-            )
-            self.task = self.bar.add_task(label or "distilling", total=steps)
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+            transient=False,
+        )
 
     def __enter__(self) -> Self:
         if self.bar:
@@ -132,74 +159,87 @@ class Display:
             self.bar.stop()
 
     def note(self, text: str) -> None:
-        self._line(text)
+        """Show a progress note."""
+        if self.shown:
+            self._print(text)
 
     def warn(self, text: str) -> None:
-        self._line(f"warning: {text}")
+        """Show a warning that every rank reports."""
+        self.note(f"warning: {text}")
 
     def own(self, text: str) -> None:
-        """A warning that only this rank knows of; shown from any rank."""
-        self._line(f"warning: {text}", everywhere=True)
+        """Show a warning that only this rank reports, whichever rank it is."""
+        self._print(f"warning: {text}")
 
     def row(self, row: dict, useful: float, full: float) -> None:
-        """One update: its metrics row, useful FLOPs so far, and what as many updates cost with
-        full rollouts."""
+        """Show one update: its metrics row and the useful FLOPs so far.
+
+        ``full``: the useful FLOPs that as many updates with full rollouts would take.
+        """
         self.seen += 1
-        divergence = next(
-            v
-            for k, v in row.items()
-            if k.startswith("loss/") and k.endswith("_nats") and v is not None
-        )
-        speeds = " ".join(
-            f"{phase} {row[f'time/{phase}_tokens_per_s']:,.0f}/s"
-            for phase in ("student_decode", "teacher_score", "student_update")
-            if f"time/{phase}_tokens_per_s" in row
-        )
-        share = row["rollout/finished_share"]
+        step = row["step"]
         text = (
-            f"KL {divergence:.4f} nats, prefix {row['rollout/prefix_tokens']}, finished inside "
-            f"{share:.0%}, {speeds}, {flops_text(useful)} useful (full rollouts: "
-            f"{flops_text(full)})"
+            f"KL {_divergence(row):.4f} nats, prefix {row['rollout/prefix_tokens']} tokens, "
+            f"{row['rollout/finished_share']:.0%} finished, {_speeds(row)}{flops_text(useful)} "
+            f"useful (full rollouts: {flops_text(full)})"
         )
         if self.bar:
             with contextlib.suppress(OSError):
                 self.bar.update(
-                    self.task, completed=row["step"], description=f"{self.label} {text}".strip()
+                    self.task, completed=step, description=f"{self.label} {text}".strip()
                 )
-        elif row["step"] % self.plain_every == 0 or self.seen == 1 or row["step"] == self.steps:
-            left = (time.perf_counter() - self.started) / self.seen * (self.steps - row["step"])
-            self._line(
-                f"{self.label} step {row['step']}/{self.steps}: {text}, {left:.0f} s left".strip()
-            )
+        elif step % self.plain_every == 0 or self.seen == 1 or step == self.steps:
+            left = (time.perf_counter() - self.started) / self.seen * (self.steps - step)
+            self._labelled(f"step {step}/{self.steps}: {text}, {left:.0f} s left")
 
     def evaluation(self, row: dict) -> None:
-        """One evaluation: accuracy, endings, length, KL on the fixed contexts."""
-        tail = "" if row["kl_tail"] is None else f" (beyond the prefix {row['kl_tail']:.4f})"
-        if row["sampler_kl"] is not None:
-            tail += f", sampler off the student by {row['sampler_kl']:.2g} nats"
-        self._line(
-            f"{self.label} after update {row['step']}: accuracy {share_text(row['accuracy'])}, "
-            f"{row['finish_rate']:.0%} end, {row['mean_tokens']:.0f} tokens, held-out reverse KL "
-            f"{row['kl']['value']:.4f} nats{tail}".strip()
+        """Show one evaluation: accuracy, finish rate, length, and KL on the fixed contexts."""
+        text = (
+            f"after update {row['step']}: accuracy {share_text(row['accuracy'])}, "
+            f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens, held-out reverse "
+            f"KL {row['kl']['value']:.4f} nats"
         )
+        if row["kl_tail"] is not None:
+            text += f" (beyond the prefix {row['kl_tail']:.4f})"
+        if row["sampler_kl"] is not None:
+            text += f", KL of the sampler to the student {row['sampler_kl']:.2g} nats"
+        self._labelled(text)
 
     def tail(self, row: dict) -> None:
-        """One tail probe."""
-        tail = (
-            "nothing beyond the prefix"
-            if row["kl_tail"] is None
-            else f"{row['kl_tail']:.4f} nats beyond the prefix"
-        )
-        self._line(
-            f"{self.label} tail probe after update {row['step']}: {tail}, {row['finish_rate']:.0%} "
-            f"of full answers end, {row['mean_tokens']:.0f} tokens".strip()
+        """Show one tail probe: KL beyond the prefix, and how full answers end."""
+        if row["kl_tail"] is None:
+            tail = "no token beyond the prefix"
+        else:
+            tail = f"KL {row['kl_tail']:.4f} nats beyond the prefix"
+        self._labelled(
+            f"tail probe after update {row['step']}: {tail}, {row['finish_rate']:.0%} of the full "
+            f"answers finished, {row['mean_tokens']:.0f} tokens"
         )
 
-    def _line(self, text: str, everywhere: bool = False) -> None:
-        if not (self.shown or everywhere):
-            return
+    def _labelled(self, text: str) -> None:
+        self.note(f"{self.label} {text}".strip())
+
+    def _print(self, text: str) -> None:
         if self.bar:
             with contextlib.suppress(OSError):
                 self.bar.console.print(text, highlight=False, markup=False)
         else:
             tell(text)
+
+
+def _divergence(row: dict) -> float:
+    """Return the mean divergence of an update, in nats, from its metrics row."""
+    for name, value in row.items():
+        if name.startswith("loss/") and name.endswith("_nats") and value is not None:
+            return value
+    raise ValueError("a metrics row has at least one divergence")
+
+
+def _speeds(row: dict) -> str:
+    """Return the tokens per second of each phase of an update, each followed by a comma."""
+    text = ""
+    for phase in ("student_decode", "teacher_score", "student_update"):
+        speed = row.get(f"time/{phase}_tokens_per_s")
+        if speed is not None:
+            text += f"{phase} {speed:,.0f} tokens/s, "
+    return text

@@ -1,6 +1,6 @@
-"""The ways a command ends early; each message is one line: expected, got, what to do."""
+"""Exceptions that end a command; each message is one line: expected, got, what to do."""
 
-AT_ONCE = "interrupted at once; a run can go on from its newest checkpoint with --resume"
+AT_ONCE = "aborted without saving; --resume continues a run from its last checkpoint"
 
 
 class UserError(Exception):
@@ -10,26 +10,28 @@ class UserError(Exception):
 
 
 class PreflightError(UserError):
-    """Models, prompts or device do not go together, by a check before the run. Exit code 3."""
+    """A check before the run failed: models, prompts and device do not fit together. Exit code 3.
+
+    Each of them is valid by itself.
+    """
 
     exit_code = 3
 
 
 class Stopped(Exception):
-    """A run that had to stop in good order (non-finite numbers, for example). Exit code 1."""
+    """A run stopped with its files intact, at a non-finite loss for example. Exit code 1."""
 
     exit_code = 1
 
 
 class MemoryShortage(Stopped):
-    """A device has not enough memory for the smallest piece of the work. Exit code 4."""
+    """The smallest piece of the work does not fit into a device's memory. Exit code 4."""
 
     exit_code = 4
 
 
 class Interrupted(Stopped):
-    """A run that was asked to stop and has saved its state. Exit code: 128 and the signal's
-    number, as a shell has it."""
+    """A signal stopped the run after it saved its state. Exit code: 128 + the signal's number."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)

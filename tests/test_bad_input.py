@@ -106,6 +106,9 @@ BAD = {
     "out in use": (["--out", "{root}/full"], "not empty"),
     "unreadable GGUF": (["--student", "{root}/bad.gguf"], "cannot be loaded"),
     "missing model": (["--teacher", "{root}/nowhere"], "no such folder"),
+    "model of 400 emoji": (["--teacher", "😀" * 400], "error: model 😀"),
+    "GGUF of 300 characters": (["--teacher", "a" * 300 + ".gguf"], "no such file; check the path"),
+    "model in nobody's folder": (["--student", "~nobody/x"], "no such folder; check the path"),
     "temperature nan": (["--temperature", "nan"], "rollout.temperature nan"),
     "negative learning rate": (["--lr", "-1"], "schedule.lr -1.0"),
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
@@ -258,12 +261,12 @@ BAD = {
     "eval without samples": (["eval", "--samples", "0"], "evaluate.rollouts 0"),
     "eval into a missing folder": (
         ["eval", "--out", "{root}/nowhere/e.jsonl"],
-        "its folder does not exist; make it first",
+        "its folder does not exist; create it first",
     ),
     "eval over a file": (["eval", "--out", "{root}/a-file"], "the file exists; name another"),
     "eval below a file": (
         ["eval", "--out", "{root}/a-file/e.jsonl"],
-        "its folder does not exist; make it first",
+        "its folder does not exist; create it first",
     ),
     "eval into /proc": (["eval", "--out", "/proc/e.jsonl"], "cannot be written"),
     "eval without a GPU": (
@@ -284,8 +287,8 @@ BAD = {
     ),
     "probe into /proc": (["probe", "--out", "/proc/out"], "cannot be written"),
     "probe without out": (["probe"], "Missing option '--out'"),
-    "report on an empty folder": (["report", ".", "--out", "out"], "no finished run in it"),
-    "report on nothing": (["report", "nowhere", "--out", "out"], "no finished run in it"),
+    "report on an empty folder": (["report", ".", "--out", "out"], "no finished run found"),
+    "report on nothing": (["report", "nowhere", "--out", "out"], "no finished run found"),
     "demo in use": (["demo", "--out", "{root}/full"], "not empty"),
     "compare without a file": (
         ["compare", "{root}/nowhere.yaml", "--out", "out"],
@@ -390,23 +393,23 @@ CONFIGS = {  # name: (text, message)
 }
 
 ARMS = {  # of `compare`: name: (text, message)
-    "nothing": ("", "arms must hold keys, got None"),
+    "nothing": ("", "expected arms to contain keys, got None"),
     "no arm": ("arms: {}\n", "it names no arm"),
-    "unknown key": ("arms: {a: {}}\nseed: 3\n", "unknown key 'seed'; known are base, seeds"),
+    "unknown key": ("arms: {a: {}}\nseed: 3\n", "unknown key 'seed'; expected one of base, seeds"),
     "seeds of text": ("arms: {a: {}}\nseeds: many\n", "expected a list of different whole numbers"),
     "a seed twice": (
         "arms: {a: {}}\nseeds: [1, 1]\n",
         "expected a list of different whole numbers",
     ),
-    "arm of a number": ("arms: {a: 5}\n", "arm 'a' must hold keys, got 5"),
+    "arm of a number": ("arms: {a: 5}\n", "expected arm 'a' to contain keys, got 5"),
     "arm twice": ("arms:\n  a: {}\n  a: {}\n", "the key 'a' is repeated in line 3"),
-    "arm of no folder": ("arms: {../a: {}}\n", "'../a' cannot name a folder"),
-    "arm of a NUL": ('arms: {"a\\0": {}}\n', "cannot name a folder"),
-    "arm of half a character": ('arms: {"\\ud800": {}}\n', "cannot name a folder"),
-    "arm of 300 characters": (f"arms: {{{'a' * 300}: {{}}}}\n", "cannot name a folder"),
+    "arm of no folder": ("arms: {../a: {}}\n", "a folder cannot have the name '../a'"),
+    "arm of a NUL": ('arms: {"a\\0": {}}\n', "a folder cannot have the name"),
+    "arm of half a character": ('arms: {"\\ud800": {}}\n', "a folder cannot have the name"),
+    "arm of 300 characters": (f"arms: {{{'a' * 300}: {{}}}}\n", "a folder cannot have the name"),
     "also of no file": (
         "arms: {a: {}}\nalso: {b/c: {}}\n",
-        "also 'b/c' cannot name a file; call it otherwise",
+        "also: a file cannot have the name 'b/c'; rename the data set",
     ),
     "a seed too large": (
         f"arms: {{a: {{}}}}\nseeds: [1{'0' * 23}]\n",
@@ -419,26 +422,26 @@ ARMS = {  # of `compare`: name: (text, message)
     "arm of a wrong setting": ("arms: {a: {train: {stepz: 3}}}\n", "unknown setting 'train.stepz'"),
     "arm named by a number": (
         "arms: {5: {}}\n",
-        "'5' cannot name a folder; call the arm otherwise",
+        "a folder cannot have the name '5'; rename the arm",
     ),
     "start from nobody": (
         "arms: {a: {start: b}}\n",
-        "arm 'a' starts from 'b'; name an arm of this file",
+        "arm 'a' starts from 'b'; expected another arm of this file",
     ),
     "start from a list": ("arms: {a: {start: [b]}}\n", "arm 'a' starts from '['b']'"),
     "reference to nobody": (
         "arms: {a: {}}\nreference: b\n",
-        "the reference 'b' is none of its arms (a)",
+        "the reference 'b' is not one of its arms (a)",
     ),
     "reference to a list": (
         "arms: {a: {}}\nreference: [a]\n",
-        "the reference '['a']' is none of its arms (a)",
+        "the reference '['a']' is not one of its arms (a)",
     ),
     "tune two": (
         "arms: {a: {}}\ntune: {schedule.lr: [1e-4], train.steps: [1]}\n",
-        "tune must hold one setting",
+        "expected tune to contain one setting",
     ),
-    "tune a number": ("arms: {a: {}}\ntune: 5\n", "tune must hold keys, got 5"),
+    "tune a number": ("arms: {a: {}}\ntune: 5\n", "expected tune to contain keys, got 5"),
 }
 
 DATASETS = {  # name: (suffix, content, message)

@@ -166,8 +166,8 @@ def export_command(
         document = {"out": str(folder)}
     else:
         folder = Path(out)
-        trust_code = config.models.trust_remote_code
-        document = exporting.export(source, which, folder, dtype, gguf, trust_code)
+        model = exporting.Source(source, which, config.models.trust_remote_code)
+        document = exporting.export(model, folder, dtype, gguf)
     if gguf is not None:
         note(f"smaller types are llama.cpp's to make: llama-quantize {document['gguf']} Q4_K_M")
     print_pushed(document, folder, repository, config.export.public)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -234,7 +235,7 @@ def _load_with_adapter(
 
 def with_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Model:
     """Return ``model`` with a new LoRA adapter that is trained; its weights keep their dtype."""
-    path = Path(model.name).expanduser()
+    path = Path(os.path.expanduser(model.name))
     if (path / FILE).is_file():
         raise UserError(
             f"--lora with --student {model.name}: it is an adapter itself; merge it first "
@@ -243,7 +244,7 @@ def with_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Mo
     base = model.name
     if base.startswith(LAB):
         base, _ = locate(base)  # the adapter's base must also load in plain transformers
-    elif path.exists():
+    elif os.path.exists(path):
         base = str(path.absolute())
     return replace(model, adapter=adapter.attach(model.net, settings, seed, base))
 
@@ -254,7 +255,7 @@ def locate(name: str) -> tuple[str, dict]:
     Of a folder that contains an adapter, the second value is ADAPTER. UserError: the path does not
     exist.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises for ~NOBODY
     if name.startswith(LAB):
         task, _, role = name[len(LAB) :].partition("/")
         try:
@@ -262,7 +263,7 @@ def locate(name: str) -> tuple[str, dict]:
         except ValueError as error:
             raise UserError(f"model {name}: {error}") from None
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"model {name}: no such file; check the path")
         from transformers import GgufConfig
 
@@ -270,7 +271,7 @@ def locate(name: str) -> tuple[str, dict]:
             "gguf_file": path.name,
             "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True),
         }
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         if is_path(name) or name.count("/") > 1:
             raise UserError(f"model {name}: no such folder; check the path")
         return name, {}

@@ -1,20 +1,21 @@
-"""Arms × seeds from one file: which settings reach which accuracy, at what cost. Resumable; one run
-at a time.
+"""Compare arms over seeds from one file: their accuracy and their cost.
+
+One run trains at a time. A comparison that was interrupted continues with the next call.
 
 base: {models: {…}, train: {steps: 30}}        sections as in `run --config`, for every arm
 seeds: [0, 1, 2]
 arms:
-  full: {schedule: {prefix: full}}              what differs from base
-  warmed: {start: warm-up, schedule: {…}}       starts from what another arm ended with, at the same
-                                                seed; its cost is added
-reference: full                                 the arm whose accuracy the others have to reach
-tune:                                           optional: each arm takes the best of these values,
-                                                on one seed of its own
+  full: {schedule: {prefix: full}}              the settings that differ from base
+  warmed: {start: warm-up, schedule: {…}}       starts from the final student of another arm with
+                                                the same seed; its cost is added
+reference: full                                 the arm whose accuracy the others should reach
+tune:                                           optional: each arm uses the best of these values,
+                                                found with a separate seed
   schedule.lr: [2e-4, 4e-4]
   seed: 1000
-  base: {evaluate: {split: validation}}         what differs from base while tuning
-also:                                           optional: data sets that every final student
-                                                answers, too
+  base: {evaluate: {split: validation}}         the settings that differ from base while tuning
+also:                                           optional: data sets on which every final student is
+                                                evaluated too
   longer: {data: {dataset: problems.jsonl}, evaluate: {problems: 500}}
 """
 
@@ -23,130 +24,147 @@ import json
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .. import config as configuration
 from ..errors import UserError
 from ..training.folder import RunFolder
 
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
-# in the comparison's folder: what was asked for, so that a resumed comparison cannot mix two
-LONGEST_NAME = 100  # characters of an arm; the names of its files add some
-FILE = "arms.json"
+LONGEST_NAME = 100  # characters of an arm's name; file names add some to it
+FILE = "arms.json"  # the arms in the comparison's folder: a resumed comparison must have the same
+Settings = dict[str, Any]  # "section.key" → value
 TrainIn = Callable[..., dict]  # training.session.train_in
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Arms:
-    """A checked arms file. Settings are ``{"section.key": value}``."""
+    """A checked arms file."""
 
-    base: dict
+    base: Settings
     seeds: tuple[int, ...]
-    arms: dict[str, dict]
-    start: dict[str, str]
+    arms: dict[str, Settings]
+    start: dict[str, str]  # arm → the arm whose final student it starts from
     reference: str | None
-    tuned: str | None
+    tuned: str | None  # the setting of which each arm uses the best value
     values: tuple
     tune_seed: int
-    tune_base: dict
-    also: dict[str, dict]
+    tune_base: Settings  # what differs from base while tuning
+    also: dict[str, Settings]  # name of another data set → the settings of its evaluation
 
-    def settings(self, arm: str, seed: int) -> dict:
-        """Everything that arm sets, but for a tuned value and a start."""
-        return self.base | self.arms[arm] | {"runtime.seed": seed}
+    def settings(self, arm: str, seed: int) -> Settings:
+        """Return an arm's settings, without its tuned value and its start."""
+        settings = self.base | self.arms[arm]
+        settings["runtime.seed"] = seed
+        return settings
 
 
 def read(path: str) -> Arms:
-    """An arms file. UserError on an unknown key, an arm that does not exist, or settings that no
-    run would accept."""
+    """Return the arms of a file.
+
+    UserError: a key is unknown, a named arm does not exist, or no run accepts the settings.
+    """
     tree = configuration.read_tree(path)
-    if unknown := [key for key in tree if key not in KEYS]:
-        raise UserError(
-            f"arms file {path}: unknown key '{unknown[0]}'; known are {', '.join(KEYS)}"
-        )
-    arms = _mapping(path, "arms", tree.get("arms"))
+    for key in tree:
+        if key not in KEYS:
+            shown = reprlib.repr(key)
+            raise _error(path, f"unknown key {shown}; expected one of {', '.join(KEYS)}")
+    arms = dict(_mapping(path, "arms", tree.get("arms")))
     if not arms:
-        raise UserError(f"arms file {path}: it names no arm; give at least one under 'arms'")
+        raise _error(path, "it names no arm; add at least one under 'arms'")
     start = _starts(path, arms)
     for name in start:  # aliased arms are one object; copy it so that each arm keeps its start
-        arms[name] = {key: value for key, value in arms[name].items() if key != "start"}
+        arms[name] = dict(arms[name])
+        del arms[name]["start"]
     seeds = _seeds(path, tree)
     tune, tune_seed, tune_base = _tuning(path, tree)
+    tuned = next(iter(tune), None)
+    values = next(iter(tune.values()), [])
     reference = tree.get("reference")
     if reference is not None and (not isinstance(reference, str) or reference not in arms):
-        raise UserError(
-            f"arms file {path}: the reference '{reference}' is none of its arms "
-            f"({', '.join(map(str, arms))})"
-        )
+        names = ", ".join(map(str, arms))
+        raise _error(path, f"the reference '{reference}' is not one of its arms ({names})")
+    for name, sections in arms.items():
+        arms[name] = _settings(path, f"arm '{name}'", sections)
+    also = dict(_mapping(path, "also", tree.get("also") or {}))
+    for name, sections in also.items():
+        also[name] = _settings(path, f"also '{name}'", sections)
     read_arms = Arms(
-        base=configuration.flatten(path, _mapping(path, "base", tree.get("base") or {})),
+        base=_settings(path, "base", tree.get("base") or {}),
         seeds=seeds,
-        arms={
-            name: configuration.flatten(path, _mapping(path, f"arm '{name}'", arm))
-            for name, arm in arms.items()
-        },
+        arms=arms,
         start=start,
         reference=reference,
-        tuned=next(iter(tune), None),
-        values=tuple(next(iter(tune.values()), ())),
+        tuned=tuned,
+        values=tuple(values),
         tune_seed=tune_seed,
         tune_base=tune_base,
-        also={
-            name: configuration.flatten(path, _mapping(path, f"also '{name}'", also))
-            for name, also in _mapping(path, "also", tree.get("also") or {}).items()
-        },
+        also=also,
     )
     _check(path, read_arms)
     return read_arms
 
 
+def _error(path: str, text: str) -> UserError:
+    return UserError(f"arms file {path}: {text}")
+
+
+def _settings(path: str, what: str, sections: object) -> Settings:
+    """Return the settings in a mapping of sections."""
+    sections = _mapping(path, what, sections)
+    return configuration.flatten(path, sections)
+
+
 def _starts(path: str, arms: dict) -> dict[str, str]:
     """Return arm → the arm that it starts from."""
-    start = {
-        name: arm["start"] for name, arm in arms.items() if isinstance(arm, dict) and "start" in arm
-    }
+    start = {}
+    for name, arm in arms.items():
+        if isinstance(arm, dict) and "start" in arm:
+            start[name] = arm["start"]
     for name, from_arm in start.items():
         if not isinstance(from_arm, str) or from_arm not in arms or from_arm in start:
-            raise UserError(
-                f"arms file {path}: arm '{name}' starts from '{from_arm}'; name an arm of this "
-                "file that has no start of its own"
+            raise _error(
+                path,
+                f"arm '{name}' starts from '{from_arm}'; expected another arm of "
+                "this file, one without a start",
             )
     return start
 
 
 def _seeds(path: str, tree: dict) -> tuple[int, ...]:
+    """Return the seeds of the final runs."""
     seeds = tree.get("seeds", [0])
-    if (
-        not isinstance(seeds, list)
-        or not seeds
-        or any(type(seed) is not int for seed in seeds)
-        or len(set(seeds)) < len(seeds)
-    ):
-        raise UserError(
-            f"arms file {path}: seeds {reprlib.repr(seeds)}; expected a list of different whole "
-            "numbers, such as [0, 1, 2]"
+    # bool is a kind of int, so isinstance would accept true
+    integers = isinstance(seeds, list) and set(map(type, seeds)) == {int}
+    if not integers or len(set(seeds)) < len(seeds):
+        raise _error(
+            path,
+            f"seeds {reprlib.repr(seeds)}; expected a list of different whole "
+            "numbers, such as [0, 1, 2]",
         )
     return tuple(seeds)
 
 
-def _tuning(path: str, tree: dict) -> tuple[dict[str, list], int, dict]:
-    """Return the tuned option with its values, the seed, and the changes to base."""
+def _tuning(path: str, tree: dict) -> tuple[dict[str, list], int, Settings]:
+    """Return the tuned setting with its values, the seed of tuning, and the changes to base."""
     tune = dict(_mapping(path, "tune", tree.get("tune") or {}))
     seed = tune.pop("seed", 1000)
-    base = configuration.flatten(path, _mapping(path, "tune.base", tune.pop("base", {})))
-    if (
-        len(tune) > 1
-        or any(not isinstance(values, list) or not values for values in tune.values())
-        or type(seed) is not int
-    ):
-        raise UserError(
-            f"arms file {path}: tune must hold one setting with a list of values (schedule.lr: "
-            "[1e-4, 2e-4]), and may hold seed and base"
+    base = _settings(path, "tune.base", tune.pop("base", {}))
+    valid = len(tune) <= 1 and type(seed) is int
+    for values in tune.values():
+        if not isinstance(values, list) or not values:
+            valid = False
+    if not valid:
+        raise _error(
+            path,
+            "expected tune to contain one setting with a list of values "
+            "(schedule.lr: [1e-4, 2e-4]), and optionally seed and base",
         )
     return tune, seed, base
 
 
 def _names_a_file(name: object) -> bool:
-    """Return whether ``name`` can be a file's or a folder's name on any system."""
+    """Return whether a file or folder on any system can have the name ``name``."""
     return (
         isinstance(name, str)
         and 0 < len(name) <= LONGEST_NAME
@@ -157,14 +175,14 @@ def _names_a_file(name: object) -> bool:
 
 
 def _check(path: str, arms: Arms) -> None:
-    """Raise UserError unless every arm can name a folder and all of its settings are valid."""
-    tuned = [{arms.tuned: value} for value in arms.values] or [{}]
+    """Raise UserError unless every arm's name can be a folder's and all settings are valid."""
+    tuned: list[Settings] = [{}]
+    if arms.tuned is not None:
+        tuned = [{arms.tuned: value} for value in arms.values]
     for name in arms.arms:
         if not _names_a_file(name):
-            raise UserError(
-                f"arms file {path}: {reprlib.repr(str(name))} cannot name a folder; call the "
-                "arm otherwise"
-            )
+            shown = reprlib.repr(str(name))
+            raise _error(path, f"a folder cannot have the name {shown}; rename the arm")
         for extra in tuned:
             configuration.build(arms.settings(name, 0) | extra)
             configuration.build(arms.settings(name, 0) | arms.tune_base | extra)
@@ -172,126 +190,134 @@ def _check(path: str, arms: Arms) -> None:
         configuration.build({"runtime.seed": seed})
     for name, also in arms.also.items():
         if not _names_a_file(name):
-            raise UserError(
-                f"arms file {path}: also {reprlib.repr(name)} cannot name a file; call it otherwise"
-            )
+            shown = reprlib.repr(name)
+            raise _error(path, f"also: a file cannot have the name {shown}; rename the data set")
         configuration.build(also)
-    if any(
-        key.startswith("export.")
-        for keys in (arms.base, arms.tune_base, *arms.arms.values())
-        for key in keys
-    ):
-        raise UserError(
-            f"arms file {path}: a comparison pushes nothing to the hub; leave export out, and push "
-            "the best with `prefix-distill export`"
-        )
+    for settings in (arms.base, arms.tune_base, *arms.arms.values()):
+        if any(key.startswith("export.") for key in settings):
+            raise _error(
+                path,
+                "a comparison cannot push to the hub; remove the section "
+                "export, and push one student with `prefix-distill export`",
+            )
 
 
 def _mapping(path: str, what: str, value: object) -> dict:
+    """Return ``value``; raise UserError unless it is a mapping."""
     if not isinstance(value, dict):
-        raise UserError(f"arms file {path}: {what} must hold keys, got {reprlib.repr(value)}")
+        raise _error(path, f"expected {what} to contain keys, got {reprlib.repr(value)}")
     return value
 
 
 def compare(arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]) -> list[Path]:
-    """Runs what is not there yet → the folders of the final runs, arm by arm, seed by seed.
+    """Train the runs that are missing; return the folders of the final runs, by arm and seed.
 
     ``out``/ARM/seed-N is an ordinary run folder; tuning runs are ``out``/ARM/tune-VALUE.
-    ``train_in`` is the command's own way of running a prepared run; ``say`` prints a line. A
-    finished run is taken as it is, an interrupted one goes on.
+    ``train_in`` trains a prepared run; ``say`` prints a line. Finished runs are kept, and
+    interrupted ones resumed.
     """
     folder = RunFolder(out)
     asked = json.loads(json.dumps(dataclasses.asdict(arms)))
     if (out / FILE).is_file():
         if folder.read_json(FILE) != asked:
             raise UserError(
-                f"--out {out}: it holds another comparison (see its {FILE}); go on with the arms "
-                "file it was made from, or name another folder"
+                f"--out {out}: it contains another comparison (see its {FILE}); use the arms file "
+                "of that comparison, or name another folder"
             )
     else:
         folder.refuse_if_used()
     with folder.alone():
         if not (out / FILE).is_file():
             folder.write_json(FILE, asked)
-        jobs = _Jobs(arms, out, train_in, say)
+        jobs = _Jobs(arms=arms, out=out, train_in=train_in, say=say)
         return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
 
 
+@dataclasses.dataclass(kw_only=True)
 class _Jobs:
-    def __init__(self, arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]):
-        self.arms, self.out, self.train_in, self.say = arms, out, train_in, say
-        self.best: dict[str, object] = {}
+    """Trains the runs of one comparison, each when it is needed."""
+
+    arms: Arms
+    out: Path
+    train_in: TrainIn
+    say: Callable[[str], None]
+    best: dict[str, object] = dataclasses.field(default_factory=dict)  # arm → its tuned value
 
     def run(self, arm: str, seed: int) -> Path:
-        """The final run of an arm at a seed, with its tuned value."""
-        arms, path = self.arms, self.out / arm / f"seed-{seed}"
-        settings = arms.settings(arm, seed)
-        if arms.tuned:
-            settings[arms.tuned] = self._tuned(arm)
+        """Train the final run of an arm with a seed and its tuned value; return its folder."""
+        path = self.out / arm / f"seed-{seed}"
+        settings = self.arms.settings(arm, seed)
+        if self.arms.tuned:
+            settings[self.arms.tuned] = self._tuned(arm)
         self._one(path, arm, seed, settings)
-        for name, also in arms.also.items():
+        for name, also in self.arms.also.items():
             self._also(path, name, also, seed)
         return path
 
     def _tuned(self, arm: str) -> object:
-        """The value with the highest accuracy on the tuning problems (held-out KL where there are
-        no answers); the first of equals."""
+        """Return the value with the highest accuracy on the tuning problems, the first of equals.
+
+        Without graded answers the lowest held-out KL decides.
+        """
         if arm not in self.best:
-            arms, merits = self.arms, []
-            for value in arms.values:
-                settings = (
-                    arms.settings(arm, arms.tune_seed)
-                    | arms.tune_base
-                    | {arms.tuned: value, "runtime.seed": arms.tune_seed}
-                )
-                result = self._one(self.out / arm / f"tune-{value}", arm, arms.tune_seed, settings)
-                last = result["evaluations"][-1]
-                merits.append(
-                    last["accuracy"]["value"] if last["accuracy"] else -last["kl"]["value"]
-                )
-            self.best[arm] = (
-                arms.values[merits.index(max(merits))] if len(arms.values) > 1 else arms.values[0]
-            )
-            self.say(
-                f"{arm}: {arms.tuned} {self.best[arm]} of "
-                + ", ".join(
-                    f"{value} ({merit:.4g})"
-                    for value, merit in zip(arms.values, merits, strict=True)
-                )
-            )
+            values = self.arms.values
+            merits = [self._merit(arm, value) for value in values]
+            best = values[merits.index(max(merits))]
+            self.best[arm] = best
+            text = f"{arm}: {self.arms.tuned} {best} is the best of"
+            for value, merit in zip(values, merits, strict=True):
+                text += f" {value} ({merit:.4g})"
+            self.say(text)
         return self.best[arm]
 
-    def _one(self, path: Path, arm: str, seed: int, settings: dict) -> dict:
+    def _merit(self, arm: str, value: object) -> float:
+        """Train a tuning run, and return its accuracy, or minus its held-out KL."""
+        seed = self.arms.tune_seed
+        settings = self.arms.settings(arm, seed) | self.arms.tune_base
+        settings[str(self.arms.tuned)] = value
+        settings["runtime.seed"] = seed
+        path = self.out / arm / f"tune-{value}"
+        result = self._one(path, arm, seed, settings)
+        last = result["evaluations"][-1]
+        if last["accuracy"]:
+            return last["accuracy"]["value"]
+        return -last["kl"]["value"]
+
+    def _one(self, path: Path, arm: str, seed: int, settings: Settings) -> dict:
+        """Train or resume one run, unless it has finished; return its result document."""
         from ..training.prepare import prepare
 
         folder = RunFolder(path)
-        if (path / "run.json").is_file() and "result" in (done := folder.read_json("run.json")):
-            return done["result"]
+        if (path / "run.json").is_file():
+            document = folder.read_json("run.json")
+            if "result" in document:
+                return document["result"]
         start = self.arms.start.get(arm)
+        settings = dict(settings)
+        settings["checkpoint.out"] = str(path)
         if start is not None:
-            settings = settings | {"models.student": str(self.run(start, seed) / "model")}
-        settings = settings | {"checkpoint.out": str(path)}
+            settings["models.student"] = str(self.run(start, seed) / "model")
         resume = (path / "config.yaml").is_file()
-        self.say(f"{path}: {'goes on' if resume else 'starts'}")
+        if resume:
+            self.say(f"{path}: resuming")
+        else:
+            self.say(f"{path}: starting")
         run = prepare(configuration.build(settings))
         return self.train_in(run, folder, resume, f"{arm} seed {seed}:")
 
-    def _also(self, path: Path, name: str, settings: dict, seed: int) -> None:
+    def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:
+        """Evaluate the final student in ``path`` on another data set, unless that is done."""
         from .evaluation import evaluate_model
 
         file = path / f"also-{name}.json"
         if file.is_file():
             return
-        rows = path / f"also-{name}.jsonl"
-        rows.unlink(missing_ok=True)
-        _, _, document = evaluate_model(
-            configuration.build(
-                settings
-                | {
-                    "models.student": str(path / "model"),
-                    "runtime.seed": seed,
-                    "checkpoint.out": str(rows),
-                }
-            )
-        )
+        records = path / f"also-{name}.jsonl"
+        records.unlink(missing_ok=True)
+        evaluated = settings | {
+            "models.student": str(path / "model"),
+            "runtime.seed": seed,
+            "checkpoint.out": str(records),
+        }
+        _, _, document = evaluate_model(configuration.build(evaluated))
         RunFolder(path).write_json(file.name, document)

@@ -1,5 +1,4 @@
-"""`prefix-distill demo`: the embedded pair distilled with a prefix and with full rollouts, same
-updates, side by side."""
+"""Run ``prefix-distill demo``: distil the built-in pair with a prefix and with full rollouts."""
 
 import dataclasses
 from pathlib import Path
@@ -20,16 +19,22 @@ from .plots import draw_demo
 if TYPE_CHECKING:
     from rich.table import Table
 
-UPDATES, PROMPTS, RATE, PREFIX = 30, 16, 4e-4, 24
-PROBLEMS, EVERY = 200, 10
-ARMS = (("prefix", str(PREFIX)), ("full", "full"))
+UPDATES = 30
+PROMPTS = 16  # per update
+RATE = 4e-4  # learning rate
+PROBLEMS = 200  # held-out
+EVERY = 10  # updates between evaluations
+ARMS = {"prefix": "24", "full": "full"}  # arm → prefix
+COLUMNS = ("prefix", "accuracy", "useful FLOPs", "training time", "finished answers", "mean tokens")
 
 
 def demonstrate(folder: Path, seed: int, train_in: TrainIn) -> tuple["Table", dict]:
-    """Runs both arms in ``folder`` through ``train_in(run, run_folder, label=…)`` → (table,
-    result document)."""
+    """Train both arms in ``folder``, and return the table and the result document.
+
+    ``train_in(run, run_folder, label=…)`` trains a prepared run.
+    """
     arms: list[dict] = []
-    for name, prefix in ARMS:
+    for name, prefix in ARMS.items():
         run = _prepare(folder / name, prefix, seed)
         if not arms:
             teacher = _evaluate_teacher(run)
@@ -81,7 +86,8 @@ def _evaluate_teacher(run: Run) -> dict:
 
 def _describe(name: str, run: Run, result: dict) -> dict:
     """Return the settings, costs and results of a finished arm."""
-    last, phases = result["evaluations"][-1], result["seconds"]["by_phase"]
+    last = result["evaluations"][-1]
+    phases = result["seconds"]["by_phase"]
     return {
         "name": name,
         "prefix": run.method.prefix.length(0),
@@ -101,45 +107,26 @@ def _table(arms: list[dict], student: dict, teacher: dict) -> "Table":
     from rich.table import Table
 
     table = Table(
-        title=f"Same {UPDATES} updates of {PROMPTS} rollouts; accuracy on {PROBLEMS} held-out "
-        "problems, one sample each, 95 % interval"
+        title=f"{UPDATES} updates of {PROMPTS} rollouts in both arms; accuracy on {PROBLEMS} "
+        "held-out problems, one sample each, with 95 % interval"
     )
-    for column in (
-        "",
-        "prefix",
-        "accuracy",
-        "useful FLOPs",
-        "training time",
-        "answers that end",
-        "mean tokens",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row(
-        "student, untrained",
-        "–",
-        share_text(student["accuracy"]),
-        "–",
-        "–",
-        f"{student['finish_rate']:.0%}",
-        f"{student['mean_tokens']:.0f}",
-    )
+    table.add_column("")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    table.add_row("student, untrained", *_cells(student))
     for arm in arms:
-        table.add_row(
-            f"{arm['name']} arm",
-            str(arm["prefix"]),
-            share_text(arm["accuracy"]),
-            flops_text(arm["flops_useful"]),
-            f"{arm['seconds']:.0f} s",
-            f"{arm['finish_rate']:.0%}",
-            f"{arm['mean_tokens']:.0f}",
-        )
-    table.add_row(
-        "teacher",
-        "–",
-        share_text(teacher["accuracy"]),
-        "–",
-        "–",
-        f"{teacher['finish_rate']:.0%}",
-        f"{teacher['mean_tokens']:.0f}",
-    )
+        table.add_row(f"{arm['name']} arm", *_cells(arm))
+    table.add_row("teacher", *_cells(teacher))
     return table
+
+
+def _cells(score: dict) -> list[str]:
+    """Return the cells of a model under COLUMNS; only a trained arm has a prefix and costs."""
+    prefix = flops = seconds = "–"
+    if "prefix" in score:
+        prefix = str(score["prefix"])
+        flops = flops_text(score["flops_useful"])
+        seconds = f"{score['seconds']:.0f} s"
+    finished = f"{score['finish_rate']:.0%}"
+    tokens = f"{score['mean_tokens']:.0f}"
+    return [prefix, share_text(score["accuracy"]), flops, seconds, finished, tokens]

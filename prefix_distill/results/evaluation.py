@@ -1,4 +1,4 @@
-"""Evaluate one model: the work of ``prefix-distill eval``."""
+"""Evaluate one model, as ``prefix-distill eval`` does."""
 
 import contextlib
 import os
@@ -93,30 +93,28 @@ def _fill_in(config: Config, notes: Notes) -> tuple[str, str]:
 
 
 def _examples_file(name: str | None) -> Path:
-    """Return the file for the per-problem records; raise UserError if it cannot be written."""
+    """Return the file for the per-problem records. UserError: it exists or cannot be written."""
     if name is None:
-        raise UserError("--out: name the file for the per-problem JSONL")
+        raise UserError("--out: expected a file for the per-problem JSONL; name one")
     out = Path(name)
     if os.path.exists(out):
         raise UserError(f"--out {out}: the file exists; name another")
     if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: its folder does not exist; make it first")
+        raise UserError(f"--out {out}: its folder does not exist; create it first")
     try:
         with contextlib.suppress(FileNotFoundError):
-            out.lstat()
+            out.lstat()  # raises for a name that the system refuses
         tempfile.TemporaryFile(dir=out.absolute().parent).close()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--out {out}: cannot be written ({getattr(error, 'strerror', error)}); name another "
-            "file"
-        ) from None
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"--out {out}: cannot be written ({reason}); name another file") from None
     return out
 
 
 def _render(
     config: Config, model: Model, prompts: PromptSet
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
-    """Return the problems with their token ids."""
+    """Return each problem with the token ids of its prompt."""
     begin = templates.begin_ids(model, config.rollout.begin)
     rendered = []
     for prompt in prompts.prompts:

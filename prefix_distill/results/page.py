@@ -1,4 +1,4 @@
-"""One self-contained HTML page from run folders."""
+"""Make one self-contained HTML page from run folders."""
 
 import base64
 import math
@@ -6,75 +6,93 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
+from .. import config as configuration
 from ..display import flops_text
 from ..maths.weights import QUADRANTS
 from .plots import draw_report, png
-from .runs import AGAINST, Finished, by_arm
+from .runs import AGAINST, Finished, as_text, by_arm
 from .summary import HEADINGS, cells
 
 
 def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, title: str) -> str:
-    """Return one self-contained HTML page: no script, no network, every text escaped."""
+    """Return one self-contained HTML page: no scripts, no network access, all text escaped."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     template = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-
-    def facts(key: str) -> list[tuple[Finished, dict]]:
-        return [(run, fact) for run in runs for fact in run.result.get(key, [])]
-
-    def picture(against: str) -> str:
-        return base64.b64encode(png(draw_report(runs, title, against=against))).decode()
-
-    def has_quadrants(group: list[Finished]) -> bool:
-        return all("quadrants" in row for run in group for row in run.evaluations)
-
-    return environment.from_string(template).render(
+    pictures = {}
+    for against in AGAINST:
+        picture = png(draw_report(runs, title, against=against))
+        pictures[against] = base64.b64encode(picture).decode()
+    other_sets: set[str] = set()
+    for row in summary_rows:
+        other_sets.update(row["also"])
+    text = environment.from_string(template).render(
         title=title,
         runs=runs,
         summary=summary_rows,
         reference=reference,
         headings=HEADINGS,
         cells=cells,
-        pictures={against: picture(against) for against in AGAINST},
-        also=sorted({name for row in summary_rows for name in row["also"]}),
-        quadrants={arm: group for arm, group in by_arm(runs).items() if has_quadrants(group)},
+        pictures=pictures,
+        also=sorted(other_sets),
+        quadrants=_quadrant_rows(runs),
         quadrant_names=QUADRANTS,
-        quadrant_cells=quadrant_cells,
-        extrapolations=facts("extrapolations"),
-        growth=facts("prefix_decisions"),
-        warnings=facts("warnings"),
+        extrapolations=_entries(runs, "extrapolations"),
+        growth=_entries(runs, "prefix_decisions"),
+        warnings=_entries(runs, "warnings"),
         flops_text=flops_text,
         settings=_settings,
     )
+    return as_text(text)
 
 
-def quadrant_cells(group: list[Finished]) -> list[str]:
-    """The quadrants of an arm's fixed contexts before and after, means over seeds, under
-    QUADRANTS."""
+def _entries(runs: list[Finished], key: str) -> list[tuple[Finished, dict]]:
+    """Return the entries of a list in the runs' results, each with its run."""
+    entries = []
+    for run in runs:
+        for entry in run.result.get(key, []):
+            entries.append((run, entry))
+    return entries
 
-    def mean(place: int, name: str, key: str) -> float:
-        return math.fsum(
-            run.evaluations[place]["quadrants"]["quadrants"][name][key] for run in group
-        ) / len(group)
 
-    return [
-        " → ".join(
-            f"{mean(place, name, 'tokens'):.0%} / {mean(place, name, 'divergence'):.0%}"
-            for place in (0, -1)
-        )
-        for name in QUADRANTS
-    ]
+def _quadrant_rows(runs: list[Finished]) -> dict[str, list[str]]:
+    """Return the cells of each arm whose evaluations all have quadrants."""
+    rows = {}
+    for arm, group in by_arm(runs).items():
+        if all(map(_has_quadrants, group)):
+            rows[arm] = [_quadrant_cell(group, name) for name in QUADRANTS]
+    return rows
+
+
+def _has_quadrants(run: Finished) -> bool:
+    return all("quadrants" in row for row in run.evaluations)
+
+
+def _quadrant_cell(group: list[Finished], name: str) -> str:
+    """Return a quadrant's shares of the tokens and of the divergence, before → after."""
+    texts = []
+    for evaluation in (0, -1):
+        tokens = []
+        divergences = []
+        for run in group:
+            share = run.evaluations[evaluation]["quadrants"]["quadrants"][name]
+            tokens.append(share["tokens"])
+            divergences.append(share["divergence"])
+        texts.append(f"{_mean(tokens):.0%} / {_mean(divergences):.0%}")
+    return " → ".join(texts)
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _settings(run: Finished) -> str:
-    """What differs from the defaults."""
-    from .. import config as configuration
-
+    """Return the settings of a run that differ from the defaults."""
     defaults = configuration.as_dict(configuration.Config())
-    return ", ".join(
-        f"{section}.{key}={value}"
-        for section, keys in run.config.items()
-        for key, value in keys.items()
-        if value != defaults.get(section, {}).get(key) and key != "out"
-    )
+    texts = []
+    for section, values in run.config.items():
+        for key, value in values.items():
+            if value != defaults.get(section, {}).get(key) and key != "out":
+                texts.append(f"{section}.{key}={value}")
+    return ", ".join(texts)

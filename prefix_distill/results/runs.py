@@ -1,14 +1,31 @@
-"""Read run folders."""
+"""Read run folders, and write the evaluations of their runs as CSV."""
 
 import csv
 import dataclasses
+import os
+import reprlib
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from ..config import is_text
 from ..errors import UserError
-from ..files import read_rows
 from ..maths.intervals import split_mean
-from ..training.folder import RunFolder
+from ..maths.weights import QUADRANTS
 from .compare import FILE as ARMS
+from .shapes import (
+    ADVICE,
+    AlsoFile,
+    ArmsFile,
+    ContextsFile,
+    Evaluation,
+    RunFile,
+    ScoresRow,
+    TokenValues,
+    check,
+    read_config,
+    read_json,
+    read_json_lines,
+)
 
 COLUMNS = (
     "arm",
@@ -30,216 +47,302 @@ COLUMNS = (
     "flops_executed",
     "seconds",
 )
-AGAINST = (
-    "useful training FLOPs",
-    "executed training FLOPs",
-    "training time (s)",
-    "updates",
-)  # as in Finished.spent
+# the horizontal axes of the pictures: the fields of Cost, and the number of updates
+AGAINST = ("useful training FLOPs", "executed training FLOPs", "training time (s)", "updates")
 
 
-@dataclasses.dataclass
+class Cost(NamedTuple):
+    """What training cost up to an evaluation."""
+
+    useful: float  # FLOPs
+    executed: float  # FLOPs
+    seconds: float
+
+
+NO_COST = Cost(0.0, 0.0, 0.0)
+
+
+@dataclasses.dataclass(kw_only=True)
 class Finished:
-    """One finished run. ``right``: update → share of right answers per problem; ``kl_before`` and
-    ``kl_after``: reverse KL per token of the fixed contexts; ``offset``: what the run it started
-    from had cost (useful, executed, seconds)."""
+    """A finished run.
+
+    ``root``: the folder it was found in. ``right``: update → share of correct answers of every
+    problem. ``kl_before``, ``kl_after``: reverse KL per token of the fixed contexts. ``also``: name
+    of another data set → accuracy. ``offset``: what the run it started from had cost.
+    """
 
     arm: str
     seed: int
     path: Path
-    config: dict
-    result: dict
+    root: Path
+    config: dict[str, dict[str, Any]]
+    result: dict[str, Any]
     right: dict[int, list[float]]
-    kl_before: list[list[float | None]]
-    kl_after: list[list[float | None]]
-    also: dict[str, dict]
-    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    kl_before: TokenValues
+    kl_after: TokenValues
+    also: dict[str, float | None]
+    offset: Cost = NO_COST
 
     @property
-    def evaluations(self) -> list[dict]:
+    def evaluations(self) -> list[Evaluation]:
         return self.result["evaluations"]
 
-    def cost(self, row: dict) -> tuple[float, float, float]:
-        """(useful FLOPs, executed FLOPs, seconds) of training up to an evaluation, with what the
-        run started from."""
-        useful, executed, seconds = self.offset
-        return (
-            useful + row["flops_useful"],
-            executed + row["flops_executed"],
-            seconds + row["seconds"],
+    def cost(self, row: Evaluation) -> Cost:
+        """Return the cost of training up to an evaluation, including the run it started from."""
+        return Cost(
+            self.offset.useful + row["flops_useful"],
+            self.offset.executed + row["flops_executed"],
+            self.offset.seconds + row["seconds"],
         )
 
-    def spent(self, against: str) -> list[float]:
-        """The x of every evaluation in a picture against one of AGAINST."""
-        return [(*self.cost(row), row["step"])[AGAINST.index(against)] for row in self.evaluations]
+    def spent(self, against: str) -> dict[int, float]:
+        """Return the x of every evaluation, by its update, on one of the axes AGAINST."""
+        axis = AGAINST.index(against)
+        spent = {}
+        for row in self.evaluations:
+            step = row["step"]
+            spent[step] = (*self.cost(row), step)[axis]
+        return spent
 
 
 def collect(paths: list[Path]) -> list[Finished]:
-    """The finished runs in these folders: run folders, or folders of them (a comparison's; its
-    tuning runs are left out).
+    """Return the finished runs in ``paths``: run folders, or folders that contain run folders.
 
-    Where two folders have the same arm at the same seed, arms are named after their folder, too.
-    UserError where a path holds no finished run.
+    Of a comparison the final runs count, not the tuning runs. Where two folders contain the same
+    arm with the same seed, arms are named FOLDER/ARM. UserError: a path contains no finished run,
+    or a file of a run is damaged.
     """
-    found: dict[Path, Finished] = {}
-    roots: dict[Path, Path] = {}
+    by_folder: dict[Path, Finished] = {}
     for path in paths:
-        inside = [path] if (path / "run.json").is_file() else _inside(path)
-        runs = [run for folder in inside if (run := _finished(folder, path)) is not None]
+        runs = _finished_runs(path)
         if not runs:
             raise UserError(
-                f"{path}: no finished run in it (a folder with run.json and a result); run or "
-                "resume one first"
+                f"{path}: no finished run found; expected a folder whose run.json has a result: "
+                "check the path, or finish the run with --resume"
             )
-        found |= {run.path.resolve(): run for run in runs}
-        roots |= {run.path.resolve(): path for run in runs}
-    for where, run in found.items():  # a run that started from another one has cost that one, too
-        origin = found.get(_origin(run, roots[where]))
-        if origin is not None:
-            run.offset = origin.cost(origin.evaluations[-1])
-    if len({(run.arm, run.seed) for run in found.values()}) < len(found):
-        for where, run in found.items():
-            run.arm = f"{roots[where].resolve().name}/{run.arm}"
-    return list(found.values())
+        for run in runs:
+            by_folder[run.path.resolve()] = run
+    for run in by_folder.values():
+        folder = _start(run)
+        if folder in by_folder:
+            start = by_folder[folder]
+            run.offset = start.cost(start.evaluations[-1])
+    runs = list(by_folder.values())
+    names = {(run.arm, run.seed) for run in runs}
+    if len(names) < len(runs):
+        for run in runs:
+            folder_name = run.root.resolve().name
+            run.arm = f"{folder_name}/{run.arm}"
+    return runs
 
 
-def _inside(path: Path) -> list[Path]:
-    """Run folders below a folder; of a comparison, the final runs in the order of its arms and
-    seeds."""
-    if (path / ARMS).is_file():
-        asked = RunFolder(path).read_json(ARMS)
-        folders = [path / arm / f"seed-{seed}" for arm in asked["arms"] for seed in asked["seeds"]]
-        return [folder for folder in folders if (folder / "run.json").is_file()]
-    return sorted(p.parent for p in path.glob("**/run.json"))
+def _finished_runs(path: Path) -> list[Finished]:
+    """Return the finished runs in a run folder, a comparison, or any other folder."""
+    if os.path.isfile(path / "run.json"):
+        folders = [path]
+    elif os.path.isfile(path / ARMS):
+        folders = _final_folders(path)
+    elif os.path.isdir(path):
+        folders = sorted(file.parent for file in path.glob("**/run.json"))
+    else:
+        folders = []
+    runs = []
+    for folder in folders:
+        run = _read_run(folder, path)
+        if run is not None:
+            runs.append(run)
+    return runs
 
 
-def _origin(run: Finished, root: Path) -> Path:
-    """The folder of the run that this one started from: as its comparison says (which may have been
-    moved since), else where its student was read from."""
-    start = (
-        RunFolder(root).read_json(ARMS)["start"].get(run.arm) if (root / ARMS).is_file() else None
-    )
-    if start is not None:
-        return (root / start / f"seed-{run.seed}").resolve()
-    return Path(run.config["models"]["student"]).parent.resolve()
+def _final_folders(comparison: Path) -> list[Path]:
+    """Return the folders of a comparison's final runs, in the order of its arms and seeds."""
+    arms = read_json(comparison / ARMS, ArmsFile)
+    folders = []
+    for arm in arms["arms"]:
+        for seed in arms["seeds"]:
+            folder = comparison / arm / f"seed-{seed}"
+            if os.path.isfile(folder / "run.json"):
+                folders.append(folder)
+    return folders
 
 
-def _finished(folder: Path, root: Path) -> Finished | None:
-    import yaml
+def _start(run: Finished) -> Path | None:
+    """Return the folder of the run that this one started from, if it started from a run.
 
-    files = RunFolder(folder)
-    document = files.read_json("run.json")
-    if not isinstance(document, dict) or "result" not in document:
+    The file of a comparison names the arm, so a comparison can be moved. Otherwise the path of the
+    student decides.
+    """
+    if os.path.isfile(run.root / ARMS):
+        start = read_json(run.root / ARMS, ArmsFile)["start"].get(run.arm)
+        if start is not None:
+            return (run.root / start / f"seed-{run.seed}").resolve()
+    student = run.config["models"]["student"]
+    if not is_text(student):
         return None
-    arm = (
-        folder.parent.name
-        if folder.name.startswith("seed-")
-        else (folder.name if folder == root else str(folder.relative_to(root)))
+    return Path(student).parent.resolve()
+
+
+def _read_run(folder: Path, root: Path) -> Finished | None:
+    """Return the run in ``folder``, or None if it has no result yet."""
+    file = folder / "run.json"
+    document = read_json(file, dict[str, object])
+    if "result" not in document:
+        return None
+    check(document, RunFile, str(file))
+    also = {}
+    for other in sorted(folder.glob("also-*.json")):
+        accuracy = read_json(other, AlsoFile)["accuracy"]
+        also[as_text(other.stem.removeprefix("also-"))] = accuracy and accuracy["value"]
+    run = Finished(
+        arm=_arm_of(folder, root),
+        seed=document["seed"],
+        path=folder,
+        root=root,
+        config=read_config(folder / "config.yaml"),
+        result=document["result"],
+        right=_read_scores(folder / "scores.jsonl"),
+        kl_before=read_json(folder / "before.json", ContextsFile)["kl_by_token"],
+        kl_after=read_json(folder / "after.json", ContextsFile)["kl_by_token"],
+        also=also,
     )
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        right = {row["step"]: row["right"] for row in read_rows(folder / "scores.jsonl")[0]}
-        also = {
-            p.stem.removeprefix("also-"): files.read_json(p.name)
-            for p in sorted(folder.glob("also-*.json"))
-        }
-        found = Finished(
-            arm=arm,
-            seed=document["seed"],
-            path=folder,
-            config=config,
-            result=document["result"],
-            right=right,
-            kl_before=files.read_json("before.json")["kl_by_token"],
-            kl_after=files.read_json("after.json")["kl_by_token"],
-            also=also,
-        )
-        # fail here if a field that the report needs is missing
-        _ = config["models"]["student"], found.evaluations[-1]["step"]
-        found.cost(found.evaluations[-1])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        yaml.YAMLError,
-    ) as error:
+    _check_steps(run)
+    _check_quadrants(run)
+    return run
+
+
+def _arm_of(folder: Path, root: Path) -> str:
+    """Return the arm's name: of ARM/seed-N it is ARM, else the path of the folder inside root."""
+    if folder.name.startswith("seed-"):
+        name = folder.parent.name
+    elif folder == root:
+        name = folder.name
+    else:
+        name = str(folder.relative_to(root))
+    return as_text(name)
+
+
+def as_text(name: str) -> str:
+    """Return a file name, with "?" for every byte that is not UTF-8."""
+    return name.encode(errors="replace").decode()
+
+
+def _read_scores(file: Path) -> dict[int, list[float]]:
+    if not os.path.exists(file):
+        return {}
+    scores = {}
+    for row in read_json_lines(file, ScoresRow):
+        scores[row["step"]] = row["right"]
+    return scores
+
+
+def _check_steps(run: Finished) -> None:
+    """Raise UserError unless evaluations and scores belong to the same, ascending updates."""
+    steps = [row["step"] for row in run.evaluations]
+    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
         raise UserError(
-            f"{folder}: its files are damaged ({type(error).__name__}: {str(error)[:100]}); leave "
-            "it out, or run it again"
-        ) from None
-    return found
+            f"{run.path / 'run.json'}: result.evaluations: expected ascending steps from 0, got "
+            f"{reprlib.repr(steps)}; {ADVICE}"
+        )
+    if not run.right:
+        return
+    complete = list(run.right) == steps and all(run.right.values())
+    if not complete or any(row["accuracy"] is None for row in run.evaluations):
+        raise UserError(
+            f"{run.path / 'scores.jsonl'}: expected a row with scores for each of the steps "
+            f"{reprlib.repr(steps)}, got rows for {reprlib.repr(list(run.right))}; {ADVICE}"
+        )
+
+
+def _check_quadrants(run: Finished) -> None:
+    """Raise UserError unless every evaluation has all quadrants, or has none."""
+    for row in run.evaluations:
+        quadrants = row.get("quadrants")
+        if quadrants is not None and set(quadrants["quadrants"]) != set(QUADRANTS):
+            raise UserError(
+                f"{run.path / 'run.json'}: result.evaluations: step {row['step']}: expected the "
+                f"quadrants {'; '.join(QUADRANTS)}, got {list(quadrants['quadrants'])}; {ADVICE}"
+            )
 
 
 def by_arm(runs: list[Finished]) -> dict[str, list[Finished]]:
-    """Runs by arm in the order met, each arm's by seed."""
+    """Return the runs of each arm, sorted by seed; arms keep their order."""
     arms: dict[str, list[Finished]] = {}
     for run in runs:
         arms.setdefault(run.arm, []).append(run)
-    return {arm: sorted(found, key=lambda run: run.seed) for arm, found in arms.items()}
+    for group in arms.values():
+        group.sort(key=lambda run: run.seed)
+    return arms
+
+
+def common_steps(runs: list[Finished]) -> list[int]:
+    """Return the updates at which all runs were evaluated.
+
+    A resumed run can be longer than the others, and runs can differ in --eval-every.
+    """
+    common = {row["step"] for row in runs[0].evaluations}
+    for run in runs:
+        common &= {row["step"] for row in run.evaluations}
+    return sorted(common)
 
 
 def common_tail(runs: list[Finished]) -> int:
-    """The longest prefix of the arms that truncate: beyond it, no such arm was taught."""
-    short = [
-        run.result["prefix"]
-        for run in runs
-        if run.result["prefix"] < run.config["rollout"]["max_new_tokens"]
-    ]
-    return max(short, default=0)
-
-
-def rows(runs: list[Finished]) -> list[dict]:
-    """A row per run and evaluation, as in the CSV. ``kl_beyond``: reverse KL beyond the common
-    tail, after the last update."""
-    tail, found = common_tail(runs), []
+    """Return the longest prefix of the arms that truncate: none of them was taught beyond it."""
+    longest = 0
     for run in runs:
-        for row in run.evaluations:
-            useful, executed, seconds = run.cost(row)
-            last = row is run.evaluations[-1]
-            accuracy = row["accuracy"] or {"value": None, "low": None, "high": None, "n": 0}
-            found.append(
-                {
-                    "arm": run.arm,
-                    "seed": run.seed,
-                    "update": row["step"],
-                    "accuracy": accuracy["value"],
-                    "low": accuracy["low"],
-                    "high": accuracy["high"],
-                    "n": accuracy["n"],
-                    "lr": run.config["schedule"]["lr"],
-                    "prefix": run.result["prefix"] if last else None,
-                    "kl": row["kl"]["value"],
-                    "kl_prefix": row["kl_prefix"],
-                    "kl_tail": row["kl_tail"],
-                    "kl_beyond": split_mean(run.kl_after, tail)[1] if last else None,
-                    "finish_rate": row["finish_rate"],
-                    "mean_tokens": row["mean_tokens"],
-                    "flops_useful": useful,
-                    "flops_executed": executed,
-                    "seconds": seconds,
-                    **(
-                        {
-                            f"also_{name}": other["accuracy"]["value"]
-                            for name, other in run.also.items()
-                        }
-                        if last
-                        else {}
-                    ),
-                }
-            )
-    return found
+        prefix = run.result["prefix"]
+        if prefix < run.config["rollout"]["max_new_tokens"]:
+            longest = max(longest, prefix)
+    return longest
 
 
 def write_csv(runs: list[Finished], file: Path) -> None:
-    """``rows`` as CSV, with a column of accuracies for every other data set."""
-    also = sorted({f"also_{name}" for run in runs for name in run.also})
+    """Write a row per run and evaluation under COLUMNS, and a column per other data set.
+
+    ``kl_beyond``: reverse KL beyond ``common_tail``, after the last update.
+    """
+    tail = common_tail(runs)
+    other_sets: set[str] = set()
+    for run in runs:
+        other_sets.update(run.also)
+    also = [f"also_{name}" for name in sorted(other_sets)]
     with open(file, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, [*COLUMNS, *also], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-            for row in rows(runs)
-        )
+        for run in runs:
+            for row in run.evaluations:
+                writer.writerow(_csv_row(run, row, tail))
+
+
+def _csv_row(run: Finished, row: Evaluation, tail: int) -> dict[str, object]:
+    """Return an evaluation under COLUMNS; what holds for the whole run is in its last row."""
+    cost = run.cost(row)
+    cells: dict[str, object] = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "update": row["step"],
+        "n": 0,
+        "lr": run.config["schedule"]["lr"],
+        "kl": row["kl"]["value"],
+        "kl_prefix": row["kl_prefix"],
+        "kl_tail": row["kl_tail"],
+        "finish_rate": row["finish_rate"],
+        "mean_tokens": row["mean_tokens"],
+        "flops_useful": cost.useful,
+        "flops_executed": cost.executed,
+        "seconds": cost.seconds,
+    }
+    accuracy = row["accuracy"]
+    if accuracy is not None:
+        cells["accuracy"] = accuracy["value"]
+        cells["low"] = accuracy["low"]
+        cells["high"] = accuracy["high"]
+        cells["n"] = accuracy["n"]
+    if row is run.evaluations[-1]:
+        cells["prefix"] = run.result["prefix"]
+        cells["kl_beyond"] = split_mean(run.kl_after, tail)[1]
+        for name, share in run.also.items():
+            cells[f"also_{name}"] = share
+    for name, value in cells.items():
+        if isinstance(value, float):
+            cells[name] = f"{value:.6g}"
+    return cells

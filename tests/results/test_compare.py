@@ -105,7 +105,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     assert code == 130
     code, out, err = invoke("compare", file, "--out", tmp_path / "cut")
     assert (
-        code == 0 and "goes on" in err and len(calls) == 18 + 1
+        code == 0 and "resuming" in err and len(calls) == 18 + 1
     )  # 9 runs of 2 updates and the one cut short: nothing finished is run again
 
     def same(rows):
@@ -116,7 +116,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     assert invoke("compare", file, "--out", tmp_path / "cut")[0] == 0 and len(calls) == before
 
     code, _, err = invoke("compare", write(tmp_path, seeds=[0]), "--out", tmp_path / "cut")
-    assert code == 2 and "holds another comparison" in err
+    assert code == 2 and "contains another comparison" in err
 
 
 def test_two_processes_do_not_share_a_comparison(tmp_path):
@@ -133,21 +133,21 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
     [
         ({"arm": {}}, "unknown key 'arm'"),
         ({"arms": {}}, "names no arm"),
-        ({"arms": []}, "arms must hold keys"),
+        ({"arms": []}, "expected arms to contain keys"),
         ({"seeds": [0, 0]}, "different whole numbers"),
         ({"seeds": [True]}, "different whole numbers"),
         ({"seeds": 3}, "different whole"),
-        ({"reference": "none"}, "'none' is none of its arms"),
+        ({"reference": "none"}, "'none' is not one of its arms"),
         ({"arms": {"full": {"start": "no"}}}, "starts from 'no'"),
         ({"arms": {"full": {"schedule": {"prefxi": "8"}}}}, "did you mean schedule.prefix"),
         ({"arms": {"full": {"schedule": {"prefix": "0"}}}}, "prefix length 0"),
-        ({"arms": {"full": {"schedule": 3}}}, "must hold keys"),
-        ({"arms": {"../x": {}}, "reference": None}, "cannot name a folder"),
+        ({"arms": {"full": {"schedule": 3}}}, "section 'schedule' must"),
+        ({"arms": {"../x": {}}, "reference": None}, "a folder cannot have the name"),
         ({"tune": {"schedule.lr": 1e-4}}, "list of values"),
         ({"tune": {"schedule.lr": [1e-4], "train.steps": [3]}}, "one setting"),
         ({"tune": {"schedule.lr": ["x"]}}, "schedule.lr: expected"),
         ({"also": {"longer": {"data": {"dataset": 3.5, "x": 1}}}}, "data.x"),
-        ({"arms": {"full": {}, "b": None}}, "must hold keys"),
+        ({"arms": {"full": {}, "b": None}}, "to contain keys, got"),
     ],
 )
 def test_a_wrong_arms_file_is_refused_in_one_line(tmp_path, changes, said):

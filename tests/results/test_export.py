@@ -222,7 +222,7 @@ def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
         (
             ["--out", "new", "--gguf", "q4_k_m"],
             "error: --gguf q4_k_m: expected one of f32, f16, bf16, q8_0; llama.cpp's "
-            "llama-quantize makes the smaller",
+            "llama-quantize makes smaller",
         ),
         (
             ["--out", "new", "--gguf", "f16"],
@@ -234,6 +234,11 @@ def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
         ),
         (["--out", "new", "--hub-public"], "error: --hub-public: nothing is pushed"),
         ([], "error: --out: name the folder to write"),
+        (["--out", "a" * 300], "cannot be written (File name too long); name another folder"),
+        (["--out", "used/file"], "it exists and is not an empty folder; name another"),
+        (["--out", "used/file/x"], "error: --out used/file/x: cannot be written ("),
+        (["--out", "new", "--which", "a" * 300], "aaa; --which can be model, best, 1, 2"),
+        (["--out", "new", "--which", "9" * 5000], "999; --which can be model, best, 1, 2"),
     ],
 )
 def test_bad_exports_are_one_line(run, tmp_path, monkeypatch, arguments, message):
@@ -255,6 +260,15 @@ def test_bad_exports_are_one_line(run, tmp_path, monkeypatch, arguments, message
     )
 
 
+@pytest.mark.parametrize("name", ["😀" * 400, "a" * 300, "~nobody/x"])
+@pytest.mark.parametrize("arguments", [["--out", "new"], ["--push-to-hub", "me/student"]])
+def test_a_model_that_cannot_exist_is_one_line(tmp_path, monkeypatch, name, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke("export", name, *arguments)
+    assert code == 2 and out == "" and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
     net = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "big"))
     with torch.no_grad():
@@ -265,7 +279,7 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
     )
     assert (
         code == 2
-        and "it cannot hold the weight model.norm.weight; use bfloat16 or float32" in err
+        and "the weight model.norm.weight overflows; use bfloat16 or float32" in err
         and not (tmp_path / "out").exists()
     )
 
@@ -353,7 +367,8 @@ def test_a_push_that_fails_is_said_when_all_is_saved(run, hub, tmp_path, monkeyp
         and (tmp_path / "it s/model.safetensors").is_file()
     )
     assert (
-        last.startswith("error: --push-to-hub me/student: failed (") and "hf_wrong" not in out + err
+        last.startswith("error: --push-to-hub me/student: the upload failed (")
+        and "hf_wrong" not in out + err
     )
     assert last.endswith(
         f"prefix-distill export '{tmp_path / 'it s'}' --push-to-hub me/student --hub-public"

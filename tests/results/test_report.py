@@ -4,9 +4,11 @@ that carries everything in it."""
 import csv
 import json
 import math
+import os
 import re
 
 import pytest
+import yaml
 from helpers import PROBLEMS, invoke, last_json, write_run
 
 from prefix_distill.errors import UserError
@@ -95,6 +97,14 @@ def test_draws_are_those_of_torch(arms):
             assert (share == items.bincount(minlength=count).double().numpy() / count).all()
 
 
+def test_arms_with_different_numbers_of_evaluations_are_compared(tmp_path):
+    write_run(tmp_path / "a", 0, [0.2, 0.5, 0.8], 1.0)
+    write_run(tmp_path / "b", 0, [0.2, 0.9], 1.0)
+    rows = {row["arm"]: row for row in report.summary(collect([tmp_path]), "a")}
+    assert rows["b"]["difference"] == pytest.approx(0.1)
+    assert rows["b"]["cost_ratios"][1.0]["value"] == pytest.approx(2 / (0.6 / 0.7))
+
+
 def test_arms_on_other_problems_are_not_compared(tmp_path):
     write_run(tmp_path / "a", 0, [0.1, 0.5], 1.0)
     other = write_run(tmp_path / "b", 0, [0.1, 0.5], 1.0)
@@ -160,6 +170,210 @@ def test_page_is_self_contained_and_escaped(arms, tmp_path):
     assert (tmp_path / "out" / "report.md").read_text().startswith("| arm |") and (
         tmp_path / "out" / "report.png"
     ).stat().st_size > 5000
+
+
+def change(file, path: str, value: object = None) -> None:
+    """Replace the value at ``path`` in a JSON file, or in line 2 of JSON lines; "-" removes it."""
+    lines = file.read_text().splitlines()
+    at = 1 if file.suffix == ".jsonl" else 0
+    tree = json.loads(lines[at])
+    *parents, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
+    node = tree
+    for key in parents:
+        node = node[key]
+    if value == "-":
+        del node[last]
+    else:
+        node[last] = value
+    lines[at] = json.dumps(tree)
+    file.write_text("\n".join(lines) + "\n")
+
+
+WRONG_VALUES = [
+    ("run.json", "result", [], "result: expected an object, got []"),
+    ("run.json", "result", "5", "result: expected an object, got '5'"),
+    ("run.json", "seed", "0", "seed: expected a whole number, got '0'"),
+    ("run.json", "seed", "-", "document: expected the key 'seed', got {"),
+    ("run.json", "result.prefix", "full", "result.prefix: expected a whole number, got 'full'"),
+    ("run.json", "result.prefix", 1 << 70, "result.prefix: expected a whole number, got 118"),
+    ("run.json", "result.full_rollout_cost", None, "expected a finite number, got null"),
+    ("run.json", "result.evaluations", {}, "result.evaluations: expected a list, got {}"),
+    ("run.json", "result.evaluations", [], "expected ascending steps from 0, got []"),
+    ("run.json", "result.evaluations.1", None, "evaluations[1]: expected an object, got null"),
+    ("run.json", "result.evaluations.1", [1], "evaluations[1]: expected an object, got [1]"),
+    ("run.json", "result.evaluations.1.step", 0, "expected ascending steps from 0, got [0, 0,"),
+    ("run.json", "result.evaluations.1.step", True, "[1].step: expected a whole number, got True"),
+    ("run.json", "result.evaluations.1.step", 7, "a row with scores for each of the steps [0, 7"),
+    ("run.json", "result.evaluations.1.accuracy", "-", "[1]: expected the key 'accuracy', got"),
+    ("run.json", "result.evaluations.1.accuracy", None, "a row with scores for each of the steps"),
+    ("run.json", "result.evaluations.1.accuracy", 0.5, "accuracy: expected an object, got 0.5"),
+    (
+        "run.json",
+        "result.evaluations.1.accuracy.low",
+        "0",
+        "low: expected a finite number, got '0'",
+    ),
+    ("run.json", "result.evaluations.1.accuracy.n", 2.5, "n: expected a whole number, got 2.5"),
+    ("run.json", "result.evaluations.0.kl", 1.5, "[0].kl: expected an object, got 1.5"),
+    ("run.json", "result.evaluations.0.kl.value", math.nan, "expected a finite number, got nan"),
+    ("run.json", "result.evaluations.3.kl_tail", [], "kl_tail: expected a finite number, got []"),
+    ("run.json", "result.evaluations.3.seconds", "9", "seconds: expected a finite number, got '9'"),
+    (
+        "run.json",
+        "result.evaluations.3.flops_useful",
+        10**400,
+        "expected a finite number, got 1000",
+    ),
+    ("run.json", "result.evaluations.3.quadrants", [], "quadrants: expected an object, got []"),
+    ("run.json", "result.evaluations.3.quadrants.quadrants", {}, "expected the quadrants high"),
+    ("run.json", "result.prefix_decisions", [3], "prefix_decisions[0]: expected an object, got 3"),
+    ("run.json", "result.warnings", ["text"], "result.warnings[0]: expected an object, got 'text'"),
+    ("run.json", "result.extrapolations.0.scores", ["x"], "scores[0]: expected a number, got 'x'"),
+    ("run.json", "result.extrapolations.0.k", "-", "extrapolations[0]: expected the key 'k', got"),
+    ("scores.jsonl", "step", "5", "scores.jsonl line 2: step: expected a whole number, got '5'"),
+    ("scores.jsonl", "step", 6, "expected a row with scores for each of the steps [0, 5, 10, 15]"),
+    ("scores.jsonl", "right", None, "scores.jsonl line 2: right: expected a list, got null"),
+    ("scores.jsonl", "right", [], "scores.jsonl: expected a row with scores for each of the steps"),
+    ("scores.jsonl", "right.3", "1", "line 2: right[3]: expected a finite number, got '1'"),
+    ("before.json", "kl_by_token", "-", "before.json: document: expected the key 'kl_by_token'"),
+    ("after.json", "kl_by_token", None, "after.json: kl_by_token: expected a list, got null"),
+    ("after.json", "kl_by_token.0", 3, "after.json: kl_by_token[0]: expected a list, got 3"),
+    ("after.json", "kl_by_token.1.1", "2", "kl_by_token[1][1]: expected a finite number, got '2'"),
+    ("also-b.json", "accuracy", [], "also-b.json: accuracy: expected an object, got []"),
+    ("also-b.json", "accuracy.value", "0.5", "accuracy.value: expected a finite number, got '0.5'"),
+]
+
+
+def report_one_line(folder) -> str:
+    """Report a damaged folder, and return the only line that it prints."""
+    code, out, err = invoke("report", folder, "--out", folder.parent / "out")
+    assert code == 2 and not out and len(err.splitlines()) == 1, err
+    return err
+
+
+@pytest.mark.parametrize("name, path, value, message", WRONG_VALUES)
+def test_a_value_of_a_wrong_type_is_named(tmp_path, name, path, value, message):
+    run = write_run(tmp_path / "run", 0, [0.2, 0.5, 0.8, 0.8], 10.0)
+    (run / "also-b.json").write_text('{"accuracy": {"value": 0.5}}')
+    change(run / name, path, value)
+    err = report_one_line(run)
+    assert str(run) in err and message in err, err
+    assert err.endswith("restore the file, or leave this run out\n")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("run.json", '["result"]', "run.json: document: expected an object, got ['result']"),
+        ("run.json", "{", "run.json: expected JSON, got '{' (Expecting property name"),
+        ("run.json", "[" * 100_000, "run.json: expected JSON, got '[[[[[[[[[[["),
+        ("run.json", b"\xff\xfe", "run.json: expected UTF-8 text, got other bytes"),
+        ("scores.jsonl", '{"step": 0, "right": [1.0]}\n{"step": 5, "ri', "line 2: expected JSON"),
+        ("scores.jsonl", '{"step": 0, "right": [1.0]}\nnull\n', "2: document: expected an object"),
+        ("scores.jsonl", "\n", "scores.jsonl line 1: expected JSON, got ''"),
+        ("scores.jsonl", None, "scores.jsonl: cannot be read (Is a directory)"),
+        ("before.json", None, "before.json: cannot be read (Is a directory)"),
+        ("after.json", "null", "after.json: document: expected an object, got null"),
+        ("after.json", '"kl_by_token"', "expected an object, got 'kl_by_token'"),
+        ("also-b.json", "[]", "also-b.json: document: expected an object, got []"),
+        ("config.yaml", "[]", "config.yaml: expected sections"),
+        ("config.yaml", "a: {b: 1}\na: {c: 2}\n", "config.yaml: not valid YAML (the key 'a'"),
+        ("config.yaml", "models: 5\n", "config.yaml: models: expected an object, got 5"),
+        ("config.yaml", "models: {}\n", "config.yaml: models: expected the key 'student'"),
+        ("config.yaml", "1: {}\n", "config.yaml: document: expected text as keys, got 1"),
+        ("config.yaml", "x: !!python/name:os.system\n", "config.yaml: not valid YAML"),
+        ("config.yaml", None, "config.yaml: cannot be read as UTF-8 text (IsADirectoryError)"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    run = write_run(tmp_path / "run", 0, [0.2, 0.5, 0.8, 0.8], 10.0)
+    (run / name).unlink(missing_ok=True)
+    if content is None:
+        (run / name).mkdir()
+    elif isinstance(content, bytes):
+        (run / name).write_bytes(content)
+    else:
+        (run / name).write_text(content)
+    err = report_one_line(run)
+    assert message in err, err
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "before.json", "after.json"])
+def test_a_missing_file_is_named(tmp_path, missing):
+    run = write_run(tmp_path / "run", 0, [0.2, 0.5], 10.0)
+    (run / missing).unlink()
+    assert f"{run / missing}: " in invoke("report", run, "--out", tmp_path / "out")[2]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "arms.json: document: expected an object, got []"),
+        ('{"arms": ["full"], "seeds": [0], "start": {}}', "arms: expected an object, got ['full']"),
+        ('{"arms": {"full": {}}, "seeds": ["0"], "start": {}}', "seeds[0]: expected a whole"),
+        (
+            '{"arms": {"full": {}}, "seeds": [0], "start": {"a": 3}}',
+            "start.a: expected text, got 3",
+        ),
+        ('{"arms": {"full": {}}, "seeds": [0]}', "document: expected the key 'start'"),
+    ],
+)
+def test_a_damaged_list_of_arms_is_named(arms, content, message):
+    (arms / "arms.json").write_text(content)
+    assert message in report_one_line(arms)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "😀" * 400, "a\0b", "nowhere"])
+def test_a_folder_that_cannot_exist_is_named(tmp_path, name):
+    code, out, err = invoke("report", name, "--out", tmp_path / "out")
+    assert code == 2 and not out and len(err.splitlines()) == 1
+    assert "no finished run found; expected a folder whose run.json has a result" in err
+
+
+@pytest.mark.parametrize("student", ["😀" * 400, "a" * 5000, "a\0b", "\ud800", "~nobody/x"])
+def test_any_name_of_a_student_can_be_reported(tmp_path, student):
+    run = write_run(tmp_path / "run", 0, [0.2, 0.5], 10.0)
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["models"]["student"] = student
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert invoke("report", run, "--out", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize("arm", ["$\\bad$", "a$b", "_hidden", "a|b", "😀", os.fsdecode(b"\xff")])
+def test_any_name_of_an_arm_can_be_reported(tmp_path, arm):
+    write_run(tmp_path / "runs" / arm, 0, [0.2, 0.5], 10.0)
+    code, out, err = invoke("report", tmp_path / "runs", "--out", tmp_path / "out", "--title", arm)
+    assert code == 0, err
+    assert last_json(out)["arms"][0]["arm"] == arm.encode(errors="replace").decode()
+
+
+def test_a_data_set_without_answers_has_no_accuracy(arms):
+    for file, value in (("full/seed-0", None), ("full/seed-1", None), ("short/seed-0", 0.5)):
+        accuracy = None if value is None else {"value": value}
+        (arms / file / "also-b.json").write_text(json.dumps({"accuracy": accuracy}))
+    code, out, err = invoke("report", arms, "--out", arms.parent / "out")
+    assert code == 0, err
+    assert [row["also"] for row in last_json(out)["arms"]] == [{}, {"b": None}, {"b": None}]
+
+
+def test_runs_of_an_arm_that_were_evaluated_at_other_steps_are_compared_at_the_common_ones(
+    tmp_path,
+):
+    write_run(tmp_path / "a" / "seed-0", 0, [0.2, 0.5, 0.6], 10.0)
+    write_run(tmp_path / "a" / "seed-1", 1, [0.4, 0.8, 0.7], 10.0)
+    run = tmp_path / "a" / "seed-1"
+    change(run / "run.json", "result.evaluations.1.step", 10)
+    change(run / "run.json", "result.evaluations.2.step", 20)
+    lines = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["step"] *= 2
+    (run / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, err = invoke("report", tmp_path, "--out", tmp_path / "out", "--reference", "a")
+    assert code == 0, err
+    curve = Resampled(by_arm(collect([tmp_path]))).curve("a")
+    assert curve.steps == [0, 10]
+    assert curve.accuracy.tolist() == pytest.approx([0.3, 0.7])
+    assert curve.flops.tolist() == pytest.approx([0, 15])
 
 
 def test_wrong_folders_and_references_are_named(arms, tmp_path):
