@@ -383,7 +383,7 @@ def test_every_other_number_of_the_readme_is_known():
         f"{demo.UPDATES} updates of {demo.PROMPTS} sampled answers",
         f"{parameters / 1e6:.1f} M parameters",
         *example,
-        "label\n01",
+        "two shared CPU cores, seed 0",
         "3 × the rate",
         "16 bytes a parameter",
         "exit code 2",

@@ -15,131 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = RESULTS / "README.md"
 SIGNS = {"reproduced": "+", "not reproduced": "0", "reversed": "−"}
-PICK = tuple[str, str, str]  # results file, better arm, worse arm
-# method → (flag, papers, anchor on the results page, claim in words, the arms that test it)
-METHODS: dict[str, tuple[str, tuple[str, ...], str, str, tuple[PICK, ...]]] = {
-    "full rollouts": (
-        "--prefix full",
-        ("2306.13649",),
-        "prefixes",
-        "better than the teacher's text",
-        (
-            ("prefix", "full", "sft"),
-            ("prefix-shared", "full", "sft"),
-            ("prefix-tied", "full", "sft"),
-        ),
-    ),
-    "prefix": (
-        "--prefix 40%",
-        ("2602.15260",),
-        "where-a-prefix-is-not-enough",
-        "as good as full rollouts",
-        (
-            ("prefix", "40%", "full"),
-            ("prefix-shared", "40%", "full"),
-            ("prefix-tied", "40%", "full"),
-        ),
-    ),
-    "automatic prefix": (
-        "--prefix auto",
-        ("2607.29494",),
-        "the-automatic-prefix",
-        "as good as the best constant one",
-        (("prefix", "auto", "40%"), ("prefix-wide", "auto", "40%"), ("prefix-tied", "auto", "40%")),
-    ),
-    "teacher's prefix": (
-        "--off-policy divergence",
-        ("2602.15260",),
-        "prefixes",
-        "worse than the student's prefix",
-        (
-            ("prefix", "10%", "off-policy-reverse"),
-            ("prefix", "10%", "off-policy-forward"),
-            ("prefix-tied", "10%", "off-policy-reverse"),
-        ),
-    ),
-    "reverse KL": (
-        "--divergence reverse-kl",
-        ("2602.15260",),
-        "prefixes",
-        "better than forward KL on a short prefix",
-        (("prefix", "10%", "on-policy-forward"),),
-    ),
-    "whole vocabulary": (
-        "--estimator full",
-        (),
-        "prefixes",
-        "better than the sampled token",
-        (("prefix", "10%", "sampled"),),
-    ),
-    "window": (
-        "--window first:19",
-        (),
-        "prefixes",
-        "better than the last, random, highest-KL tokens",
-        (
-            ("prefix", "first-19", "last-19"),
-            ("prefix", "first-19", "random-19"),
-            ("prefix", "first-19", "highest-kl-19"),
-        ),
-    ),
-    "token selection": (
-        "--select soft-or",
-        ("2604.14084",),
-        "token-selection",
-        "better than all, than random",
-        (
-            ("plugins", "full soft-or 0.5", "full"),
-            ("plugins", "full soft-or 0.5", "full random 0.5"),
-        ),
-    ),
-    "extrapolation": (
-        "--extrapolate effopd",
-        ("2605.11739",),
-        "extrapolation",
-        "better than none, than 3 × the rate",
-        (("plugins", "slow effopd", "slow"), ("plugins", "slow effopd", "slow 3x")),
-    ),
-    "self-distillation": (
-        "--teacher self",
-        ("2601.18734",),
-        "self-distillation",
-        "better than its start, with `--clip`",
-        (
-            ("plugins", "student uniform token", "untrained"),
-            ("plugins", "student uniform token clipped", "student uniform token"),
-        ),
-    ),
-    "position weight": (
-        "--position-weight moderate",
-        ("2605.21606",),
-        "self-distillation",
-        "better than uniform weights",
-        (
-            ("plugins", "student moderate token", "student uniform token"),
-            ("plugins", "half moderate token", "half uniform token"),
-        ),
-    ),
-    "two tokenizers": (
-        "--cross-tokenizer simct",
-        ("2605.07711",),
-        "different-tokenizers",
-        "worse than one-token units",
-        (("cross", "strict", "simct"), ("cross", "20% strict", "20% simct")),
-    ),
-    "adapter": (
-        "--lora 8",
-        ("2106.09685",),
-        "adapters",
-        "worse than all weights",
-        (("lora", "all weights", "LoRA 8"),),
-    ),
-}
 TASKS = {"choice": "prefix", "shared": "prefix-shared", "tied": "prefix-tied"}
 
 
@@ -215,6 +96,13 @@ def cost_ratio(ratio: dict[str, Any]) -> str:
     return f"{ratio['value']:.1f} [{ratio['low']:.1f}, {ratio['high']:.1f}]"
 
 
+def accuracy_of(arms: dict[str, dict[str, Any]], arm: str) -> str:
+    """Return the accuracy of an arm; nothing if the grid does not have it."""
+    if arm not in arms:
+        return ""
+    return accuracy(arms[arm])
+
+
 def gflops(row: dict[str, Any]) -> str:
     """Return the useful FLOPs in billions; nothing for the untrained student."""
     if row["arm"] == "untrained":
@@ -236,7 +124,7 @@ def machine(name: str) -> str:
     versions = [
         f"{package} {number.removesuffix('+cpu')}" for package, number in facts["versions"].items()
     ]
-    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    threads = f"{facts['threads']} threads".replace("1 threads", "1 thread")
     return f"{facts['cpu']}, {threads}, {', '.join(versions)}"
 
 
@@ -303,7 +191,7 @@ def controls_table() -> str:
     tasks = [by_arm(name) for name in TASKS.values()]
     rows = []
     for arm in by_arm(TASKS["tied"]):
-        cells = [accuracy(arms[arm]) if arm in arms else "" for arms in tasks]
+        cells = [accuracy_of(arms, arm) for arms in tasks]
         rows.append([arm_name(arm), *cells])
     return markdown(f"arm | {' | '.join(f'`{task}`' for task in TASKS)}", rows)
 
@@ -351,7 +239,7 @@ def select_table() -> str:
     rows = []
     for kind in kinds:
         names = [f"{rollouts} {kind}".strip() for rollouts in ("full", "40%")]
-        cells = [accuracy(arms[name]) if name in arms else "" for name in names]
+        cells = [accuracy_of(arms, name) for name in names]
         rows.append([f"`{kind}`" if kind else "all", *cells])
     return markdown("trained tokens | of full rollouts | of a prefix of 40 %", rows)
 
@@ -386,7 +274,7 @@ def self_table() -> str:
         for reduction in ("token", "sequence"):
             names = [f"{start} {weight} {reduction}{more}" for weight, more in columns]
             before = f"{arms[names[0]]['before']:.1%}"
-            cells = [accuracy(arms[arm]) if arm in arms else "" for arm in names]
+            cells = [accuracy_of(arms, arm) for arm in names]
             rows.append([f"{name}, {reduction}", before, *cells])
     header = "start, reduction | before | uniform | moderate | decreasing | uniform, κ = 0.05"
     return markdown(header, rows)
@@ -437,7 +325,9 @@ def cards_table() -> str:
         cases.setdefault(case, {})[row["card_gb"]] = row
     rows = []
     for (teacher, method, checkpointing), by_size in cases.items():
-        trains = f"{method}, gradient checkpointing" if checkpointing else method
+        trains = method
+        if checkpointing:
+            trains = f"{method}, gradient checkpointing"
         total = f"{by_size[sizes[0]]['total'] / 1e9:.1f} GB"
         fits = [str(by_size[size]["micro_batch"] or "–") for size in sizes]
         rows.append([teacher, trains, total, *fits])
@@ -583,7 +473,9 @@ def rollout_table() -> str:
     document = read("rollout")
     rows = []
     for row in document["table"]:
-        ratio = "" if row["arm"] == "ours" else f"{row['ours_over_it']:.2f}"
+        ratio = ""
+        if row["arm"] != "ours":
+            ratio = f"{row['ours_over_it']:.2f}"
         prefill, step = f"{row['prefill_seconds']:.2f} s", f"{1e3 * row['step_seconds']:.0f} ms"
         rows.append([f"{row['case']}, {row['arm']}", prefill, step, ratio])
     header = f"sampling {document['tokens']} tokens | prefill | decoding step | call, ours ÷ it"
@@ -596,7 +488,9 @@ def scaling_table() -> str:
     for row in read("scaling")["table"]:
         if not row["shared"]:
             continue
-        ratio = f"{row['over_repeated']:.2f}" if row["over_repeated"] else ""
+        ratio = ""
+        if row["over_repeated"]:
+            ratio = f"{row['over_repeated']:.2f}"
         rows.append(
             [
                 str(row["prefix"]),
@@ -648,12 +542,16 @@ def ranks_table() -> str:
 
 
 def methods_table() -> str:
-    """Return README.md's table of methods: a sign for each tested claim."""
+    """Return README.md's table of methods: a sign for each claim that methods.yaml names."""
+    methods = yaml.safe_load((HERE / "methods.yaml").read_text(encoding="utf-8"))
     rows = []
-    for name, (flag, papers, anchor, words, picks) in METHODS.items():
-        signs = " ".join(SIGNS[claim(*pick)["verdict"]] for pick in picks)
-        paper = " ".join(f"[{number}]" for number in papers)
-        rows.append([name, f"`{flag}`", paper, f"[{signs}][{anchor}] {words}"])
+    for name, method in methods.items():
+        signs = " ".join(SIGNS[claim(*named)["verdict"]] for named in method["claims"])
+        paper = ""
+        if "paper" in method:
+            paper = f"[{method['paper']}]"
+        finding = f"[{signs}][{method['anchor']}] {method['words']}"
+        rows.append([name, f"`{method['flag']}`", paper, finding])
     return markdown("method | flag | paper | found", rows, left=(0, 1, 2, 3))
 
 
