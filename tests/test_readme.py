@@ -431,10 +431,6 @@ def test_sentences_on_kills_and_tokenizers_say_what_was_recorded():
     assert soak["differing"] == [] and soak["kills"] >= 50 and soak["gpus"] == 1
     modes = result("cross_tokenizer")["modes"].values()
     assert all(mode["alignment_share"] < 0.03 for mode in modes)
-    elsewhere = 1 - result("cross")["alignment"]["student_mass"]
-    assert f"{elsewhere:.0%}".replace("%", " %") + " of the student's" in " ".join(
-        HELP["tokenizers"].split()
-    )
 
 
 # Names
@@ -470,7 +466,6 @@ def test_the_defaults_of_the_flags_that_matter_are_those_of_the_config():
     from prefix_distill.config import flag, options
 
     fields = {flag(path): field for path, field in options().items()}
-    switches = {"none": None, "off": (None, False), "1": None}
     for names, defaults, _ in rows(section(README, "Flags that matter")):
         flags = [name.strip("`").split()[0] for name in names.split(", ")]
         for name, stated in zip(flags, defaults.split(", "), strict=True):
@@ -478,8 +473,8 @@ def test_the_defaults_of_the_flags_that_matter_are_those_of_the_config():
                 continue
             default = fields[name].default
             if stated == "off":
-                assert default in switches["off"], name
-            elif default is not None:
+                assert not default, name
+            elif name != "--gpus":  # None: one process, or what a launcher starts
                 assert stated == str(default), name
 
 
