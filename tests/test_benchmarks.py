@@ -17,7 +17,7 @@ GRIDS = {  # arms file → arms that --quick keeps
     "plugins": {"full", "full soft-or 0.5", "slow", "slow effopd", "student uniform token"},
     "cross": {"strict", "simct", "sft"},
 }
-TABLES = {  # program → key of its document that holds the README's table
+TABLES = {  # program → key of its document that holds its table
     "cross_tokenizer": "modes",
     "divergence": "table",
     "gold": "arms",

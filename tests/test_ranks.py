@@ -512,9 +512,9 @@ def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
 
 @pytest.mark.long
 def test_two_launches_with_node_ranks_of_their_own(pair, questions, tmp_path):
-    """README's line for two machines, on loopback: one torchrun each, meeting at one address."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [line] = [line for line in readme.splitlines() if line.startswith("torchrun --nnodes")]
+    """The command of `help devices` for two machines, on loopback: one torchrun each."""
+    page = (ROOT / "prefix_distill/help/devices.md").read_text(encoding="utf-8")
+    [line] = [line for line in page.splitlines() if line.startswith("torchrun --nnodes")]
     launch = shlex.split(line.split(" run ")[0])[1:]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..display import tell
-from ..errors import UserError
+from . import pages
 from .app import app
 
 
@@ -36,30 +36,12 @@ def _describe(entry: object) -> str:
 @app.command("help")
 def help_command(
     topic: Annotated[
-        str | None, typer.Argument(metavar="[TOPIC]", help="A page; none: the list of them.")
+        str | None, typer.Argument(metavar="[TOPIC]", help="Page to print. Omit it to list them.")
     ] = None,
 ) -> None:
-    """A page of documentation, in Markdown, on stdout: recipes, methods, migration, machines,
-    exit-codes."""
-    import difflib
-    from importlib.resources import files
-
-    pages = {
-        file.name.removesuffix(".md"): file
-        for file in files("prefix_distill").joinpath("help").iterdir()
-        if file.name.endswith(".md")
-    }
+    """Print a page: data, devices, adapters, reliability, methods, tokenizers, speed, recipes,
+    migration or exit-codes."""
     if topic is None:
-        for name in sorted(pages):
-            print(
-                f"prefix-distill help {name:12} "
-                f"{pages[name].read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
-            )
-        return
-    if topic not in pages:
-        near = difflib.get_close_matches(topic, pages, 1, 0.4)
-        raise UserError(
-            f"help {topic[:80]}: no such page; "
-            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(pages))}")
-        )
-    print(pages[topic].read_text(encoding="utf-8"), end="")
+        print(pages.list_topics())
+    else:
+        pages.print_page(topic)

@@ -110,7 +110,7 @@ def compare(
     arms_file: Annotated[
         str,
         typer.Argument(
-            metavar="ARMS.YAML", help="base, seeds, arms, reference, tune, also: see the README."
+            metavar="ARMS.YAML", help="base, seeds, arms, reference, tune, also: see help recipes."
         ),
     ],
     out: Annotated[

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 from helpers import ROOT, command, invoke, last_json, shortage
+from tables import SIGNS
 
 from prefix_distill import config as configuration
 from prefix_distill.cli import main
@@ -21,16 +22,20 @@ from prefix_distill.cli import main
 FOLDER = ROOT / "prefix_distill/help"
 PAGES = {file.stem: file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.md"))}
 GROUP = typer.main.get_command(main.app)
-LINES = [
-    (name, line)
+BLOCKS = [
+    (name, re.sub(r" \\\n +", " ", block))
     for name, page in PAGES.items()
     for block in re.findall(r"```sh\n(.*?)```", page, re.S)
-    for line in block.splitlines()
+]
+LINES = [(name, line) for name, block in BLOCKS for line in block.splitlines()]
+TOPICS = [
+    *("adapters", "data", "devices", "exit-codes", "methods", "migration", "recipes"),
+    *("reliability", "speed", "tokenizers"),
 ]
 
 
 def test_help_lists_the_pages_prints_one_and_names_the_nearest():
-    assert {"exit-codes", "machines", "methods", "migration", "recipes"} <= PAGES.keys()
+    assert sorted(PAGES) == TOPICS
     code, out, err = invoke("help")
     assert (
         code == 0 and err == "" and [line.split()[2] for line in out.splitlines()] == sorted(PAGES)
@@ -39,7 +44,8 @@ def test_help_lists_the_pages_prints_one_and_names_the_nearest():
         assert invoke("help", name) == (0, page, "")
     for wrong, said in (
         ("exit-code", "did you mean exit-codes?"),
-        ("zzz", "there are exit-codes, machines"),
+        ("machines", "no such page; "),
+        ("zzz", "choose from adapters, data, devices"),
     ):
         code, out, err = invoke("help", wrong)
         assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1
@@ -58,7 +64,8 @@ def test_every_flag_and_command_that_a_page_names_exists(name):
         "--master-port",
         "--help",
     }  # torchrun's, click's
-    text = PAGES[name].replace("--learning_rate", "")  # of another tool, and said so
+    text = re.sub(r" \\\n +", " ", PAGES[name])
+    text = text.replace("--learning_rate", "")  # of another tool, and the page says so
     if name == "migration":
         text = re.sub(r"prefix-distill run --model_name_or_path.*", "", text)
     wrong = [flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text) if flag not in flags]
@@ -82,25 +89,24 @@ def test_every_command_of_a_page_parses_and_is_a_valid_run(name, line):
     )
 
 
-def test_methods_quotes_the_committed_results():
-    """Every difference is one of the results', every method has one or says that there is none,
-    and no other number claims anything."""
-    page, quoted = PAGES["methods"], 0
-    for file, block in re.findall(r"Evidence \(`([\w-]+)\.json`\):\n\n((?:- .*\n)+)", page):
+def test_methods_states_what_the_committed_results_found():
+    """Every sign is the verdict of a recorded claim; every method has one or says that there is
+    none; the page repeats no difference."""
+    page, quoted = " ".join(PAGES["methods"].split()), 0
+    line = r"- ([+0−]) ([^`]+): `([^`]+)` against `([^`]+)` \(`([\w-]+)\.json`\)"
+    for sign, words, better, worse, file in re.findall(line, page):
         claims = json.loads((ROOT / f"tests/benchmarks/results/{file}.json").read_text())["claims"]
-        known = {
-            f"- {c['claim']}: `{c['better']}` against `{c['worse']}` {100 * c['value']:+.1f} "
-            f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {c['verdict']}"
-            for c in claims
-            if c.get("unit") != "times"
-        }
-        assert set(block.splitlines()) <= known, file
-        quoted += len(block.splitlines())
-    assert quoted > 25 and quoted == len(re.findall(r"against `", page))
-    for section in page.split("\n## ")[1:]:
-        assert "Evidence (" in section or "No experiment of ours" in section, section.splitlines()[
-            0
+        verdicts = [
+            claim["verdict"]
+            for claim in claims
+            if (claim["claim"], claim["better"], claim["worse"]) == (words, better, worse)
         ]
+        assert [SIGNS[verdict] for verdict in verdicts] == [sign], (words, file)
+        quoted += 1
+    assert quoted > 25 and quoted == page.count("against `")
+    assert not re.search(r"[+-]\d+\.\d", page)
+    for section in PAGES["methods"].split("\n## ")[1:]:
+        assert "Found:" in section or "No experiment of ours" in section, section.splitlines()[0]
     flags = {
         field.metadata["flag"]
         for path, field in configuration.options(
@@ -296,15 +302,32 @@ def test_plain_mode_has_no_bars_boxes_or_colours(environment):
     assert seen.endswith("arms\narm: full\n  accuracy: 90.5% [86.0%, 94.5%]\n  cost: 1 G\n")
 
 
+PAGE_SHOWN = """
+import sys
+sys.stdout = sys.stderr  # the terminal of this test
+sys.argv = ["prefix-distill", "help", "exit-codes"]
+from prefix_distill.cli.main import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_a_page_is_rendered_on_a_terminal_and_markdown_in_plain_mode():
+    rendered = _in_a_terminal({}, PAGE_SHOWN)
+    assert BOXES.search(rendered) and "|--:|" not in rendered and "130" in rendered
+    plain = _in_a_terminal({"NO_COLOR": "1"}, PAGE_SHOWN).replace("\r\n", "\n")
+    assert plain == PAGES["exit-codes"]
+
+
 def test_plain_is_a_flag_before_and_behind_the_command(tmp_path, monkeypatch):
     from unittest import mock
 
-    for words in (["--plain", "help"], ["help", "--plain"], ["help", "machines", "--plain"]):
+    for words in (["--plain", "help"], ["help", "--plain"], ["help", "devices", "--plain"]):
         with mock.patch.dict(os.environ):
             os.environ.pop("PREFIX_DISTILL_PLAIN", None)
             assert invoke(*words)[0] == 0 and os.environ["PREFIX_DISTILL_PLAIN"] == "1"
     assert (
-        invoke("help", "machines", "--", "--plain")[0] == 2
+        invoke("help", "devices", "--", "--plain")[0] == 2
     )  # behind -- it is a word like any other
 
 
