@@ -14,6 +14,7 @@ from transformers import Gemma3TextConfig
 from prefix_distill.config import Adapter
 from prefix_distill.engine import scoring
 from prefix_distill.engine.models import Model, recompute
+from prefix_distill.engine.rollout import student_sides
 from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.fused import weighted
 from prefix_distill.planning import forecast, ghosts, measuring
@@ -82,7 +83,7 @@ def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
     with Held(
         [*known, *(p.grad for p in real.net.parameters()), teacher_NE, head.weight_VD]
     ) as held:
-        rows = scoring.hidden_rows(real, group)
+        rows = scoring.hidden_rows(real, student_sides(group))
         loss, _, _ = weighted(
             case().terms, rows, real.head(), teacher_NE, head, torch.ones(24), scoring.tokens(group)
         )
