@@ -35,6 +35,7 @@ WINGS = (
     ("training",),
     ("engine",),
     ("prompts", "config"),
+    ("plugins",),
     ("maths",),
     ("lab",),
     ("errors", "display", "files"),
@@ -45,7 +46,7 @@ ENTRANCES = ("", "__main__")
 
 MOST_LINES = 400
 MOST_LINES_OF_A_FUNCTION = 60
-MOST_SUPPRESSIONS = {"noqa": 58, "type: ignore": 12}
+MOST_SUPPRESSIONS = {"noqa": 57, "type: ignore": 12}
 
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {

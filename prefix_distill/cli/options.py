@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import typer
 
@@ -14,6 +14,10 @@ ConfigFile = Annotated[
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value; overrides flags and file.")
 ]
+
+
+# options that may be given several times; their values are joined by commas
+REPEATABLE = ("runtime.plugin",)
 
 
 class Wording(TypedDict, total=False):
@@ -42,7 +46,9 @@ def with_options(
         ]
         made = []
         for path, field in configuration.options(*sections, *reworded).items():
-            kind = configuration.value_type(field.type)
+            kind: Any = configuration.value_type(field.type)
+            if path in REPEATABLE:
+                kind = list[str]
             words = {**field.metadata, **reworded.get(path, {})}
             shown = words["shown"] or (str(field.default) if field.default is not None else "none")
             text = typer.Option(
@@ -62,7 +68,12 @@ def with_options(
 
         def command(**given: object) -> None:
             passed = {p.name: given.pop(p.name) for p in own}
-            flags = {k.replace("__", "."): v for k, v in given.items() if v is not None}
+            flags = {}
+            for name, value in given.items():
+                if isinstance(value, list):
+                    value = ",".join(value) or None
+                if value is not None:
+                    flags[name.replace("__", ".")] = value
             function(**passed, flags=flags)
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__

@@ -1,8 +1,18 @@
 """The configuration of a run: its options, the rules between them, and YAML files."""
 
-from .files import LARGEST, build, flatten, is_text, read_assignments, read_tree, read_yaml
+from ..maths.formulas import parse_divergence
+from .files import (
+    LARGEST,
+    assemble,
+    build,
+    flatten,
+    is_text,
+    read_assignments,
+    read_tree,
+    read_yaml,
+)
 from .options import choices, value_type
-from .rules import parse_divergence, parse_estimator, parse_trackers, selected
+from .rules import parse_estimator, parse_trackers, selected
 from .sections import (
     SELF,
     Adapter,
@@ -22,6 +32,7 @@ __all__ = [
     "Config",
     "Runtime",
     "as_dict",
+    "assemble",
     "build",
     "choices",
     "flag",

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import UserError
+from ..plugins import load_plugins
 from .options import NAMES, choices, value_type
 from .rules import check
 from .sections import SECTIONS, Config, flag, options
@@ -21,8 +22,21 @@ MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
 
 
 def build(values: dict[str, object]) -> Config:
-    """``{"train.steps": 5, …}`` over the defaults → a checked Config. UserError names a bad key
-    or value."""
+    """Return a checked Config: ``{"train.steps": 5, …}`` over the defaults. Load its plugins.
+
+    UserError: a key is unknown, or a value, a plugin or a combination of options is invalid.
+    """
+    config = assemble(values)
+    load_plugins(config.runtime.plugin)
+    check(config)
+    return config
+
+
+def assemble(values: dict[str, object]) -> Config:
+    """Return a Config of known keys and values of the right types, without the other checks.
+
+    It runs no code of a plugin. UserError: a key is unknown, or a value has another type.
+    """
     known = options()
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for path, value in values.items():
@@ -35,9 +49,7 @@ def build(values: dict[str, object]) -> Config:
             raise UserError(f"unknown setting '{path}'{hint}")
         section, key = path.split(".")
         sections[section][key] = _typed(path, value, known[path].type)
-    config = Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
-    check(config)
-    return config
+    return Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 
 def read_tree(path: str) -> dict[Any, Any]:

@@ -262,6 +262,12 @@ class Runtime:
         "Updates between comparisons of all ranks' weights (0: only before checkpoints).",
         low=0,
     )
+    plugin: str | None = option(
+        None,
+        "--plugin",
+        "Python file, or installed entry point, that registers a divergence or a prefix schedule; "
+        "several with commas, or give the flag again.",
+    )
     seed: int = option(0, "--seed", "Seed of prompts, rollouts and evaluation.")
     head_memory_mb: int = option(
         256, "--head-memory-mb", "Memory budget of the loss's vocabulary-sized chunk (MiB).", low=1

@@ -110,7 +110,7 @@ class _Weighted(torch.autograd.Function):
         value_N = torch.empty(len(student_ND), dtype=torch.float32, device=device)
         clipped_N = None if terms.clip is None else torch.empty_like(value_N)
         size = max(1, min(terms.chunk(support, cap is not None), len(student_ND)))
-        buffers = _Tables.allocate(size, support, terms.name == "jsd", cap is not None, device)
+        buffers = _Tables.allocate(size, support, terms.needs_two_spares, cap is not None, device)
         for start in range(0, len(student_ND), size):
             rows = slice(start, start + size)
             hidden = student_ND[rows].to(terms.dtype)
@@ -209,9 +209,7 @@ def _compare(
         return _at_token(terms, student_logp, teacher_logp, token, drawn)
     if (top_k := terms.top(work.shape[1])) is not None:
         return _value_and_gradient_on_top(terms, top_k, student_logp, teacher_logp, work)
-    return value_and_gradient(
-        terms.name, terms.beta, student_logp, teacher_logp, work, tables.spare
-    )
+    return value_and_gradient(terms, student_logp, teacher_logp, work, tables.spare)
 
 
 def _log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -263,14 +261,8 @@ def _value_and_gradient_on_top(
     gradient that it has of the bucket's mass."""
     student, teacher, top_NK = _on_top(top_k, student_logp, teacher_logp, work)
     share = student_logp.sub_(student[:, -1:]).exp_()
-    value, gradient = value_and_gradient(
-        terms.name,
-        terms.beta,
-        student,
-        teacher,
-        torch.empty_like(student),
-        torch.empty_like(student),
-    )
+    spare, spare_too = torch.empty_like(student), torch.empty_like(student)
+    value, gradient = value_and_gradient(terms, student, teacher, spare, spare_too)
     return value, share.mul_(gradient[:, -1:]).scatter_(1, top_NK, gradient[:, :-1])
 
 
@@ -350,12 +342,10 @@ def statistics(  # noqa: PLR0913  the operands of one formula
         found["entropy"][rows] = torch.mul(student, student_logp, out=spare).sum(-1).neg_()
         if top_k is not None:
             found["divergence"][rows] = per_token(
-                terms.name, terms.beta, *_on_top(top_k, student_logp, teacher_logp, spare)[:2]
+                terms, *_on_top(top_k, student_logp, teacher_logp, spare)[:2]
             )
         elif terms.name != "reverse-kl":
-            found["divergence"][rows] = per_token(
-                terms.name, terms.beta, student_logp, teacher_logp
-            )
+            found["divergence"][rows] = per_token(terms, student_logp, teacher_logp)
         else:
             found["divergence"][rows] = (
                 torch.sub(student_logp, teacher_logp, out=spare).mul_(student).sum(-1)

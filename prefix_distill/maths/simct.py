@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .divergence import Head, Terms, per_token, value_and_gradient
+from .formulas import forward_kl
 from .fused import scale_gradients
 from .units import Support, Units, chunk, events_of, rows_at, span_scores
 
@@ -286,7 +287,7 @@ def _compare(terms: Terms, student_scores: Tensor, teacher_scores: Tensor) -> tu
         torch.log_softmax(teacher_scores, -1),
     )
     spare, spare_too = torch.empty_like(student_logq), torch.empty_like(student_logq)
-    return value_and_gradient(terms.name, terms.beta, student_logq, teacher_logq, spare, spare_too)
+    return value_and_gradient(terms, student_logq, teacher_logq, spare, spare_too)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,9 +356,9 @@ def statistics(  # noqa: PLR0913  the operands of one formula
             tables.append(scores)
         student, teacher = tables
         found["entropy"][part] = -(student.exp() * student).sum(-1)
-        found["divergence"][part] = per_token(terms.name, terms.beta, student, teacher)
+        found["divergence"][part] = per_token(terms, student, teacher)
         if forward:
-            found["forward_kl"][part] = per_token("forward-kl", None, student, teacher)
+            found["forward_kl"][part] = forward_kl(student, teacher)
     return found
 
 

@@ -85,11 +85,11 @@ class Case:
 def terms(config: Config, head_dtype: torch.dtype) -> Terms:
     """The loss that a config asks for."""
     wanted = config.divergence
-    name, beta = parse_divergence(wanted.name)
+    name, parameters = parse_divergence(wanted.name)
     estimator, top_k = parse_estimator(wanted.estimator)
     return Terms(
         name,
-        beta,
+        parameters,
         wanted.temperature,
         head_dtype,
         config.runtime.head_memory_mb << 20,

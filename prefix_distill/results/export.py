@@ -106,7 +106,8 @@ def _load(source: str, which: str, trust_remote_code: bool) -> tuple[Model, str 
     if step.isdecimal() and (path / "checkpoints" / f"step-{int(step):08d}").is_dir():
         folder = RunFolder(path)
         folder.check_format()
-        config = configuration.build(configuration.read_yaml(str(path / "config.yaml")))
+        # an export needs the models alone, so it runs without the run's plugins
+        config = configuration.assemble(configuration.read_yaml(str(path / "config.yaml")))
         student = config.models.student
         if student is None:
             raise UserError(

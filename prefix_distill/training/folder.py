@@ -167,6 +167,13 @@ class RunFolder:
 
             save_model(model, self.path / name, card, merged)
 
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write ``content`` to ``name``; make its folder."""
+        file = self.path / name
+        with self._writing(name):
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, content)
+
     def read_json(self, name: str):
         """The JSON file ``name``; UserError when it is missing or damaged."""
         try:

@@ -15,6 +15,7 @@ from ..lab.task import LAB
 from ..maths.divergence import Terms
 from ..maths.schedule import parse_off_policy
 from ..maths.weights import parse_window
+from ..plugins import load_plugins
 from ..prompts.prompt import Rendered
 
 TASK = "choice"  # the embedded default: lab:choice and its pair
@@ -33,6 +34,8 @@ def fill_in(config: Config) -> tuple[Config, list[str]]:
         if getattr(getattr(config, section), key) is None:
             config = configuration.replace(config, **{section: {key: value}})
             notes.append(f"{key} {value}: none was given, so it comes from the embedded laboratory")
+    # again: another config may have been built since this one
+    notes += [plugin.describe() for plugin in load_plugins(config.runtime.plugin)]
     return config, notes
 
 

@@ -219,12 +219,12 @@ def prepare(config: Config) -> Run:
             f"--batch-size {config.train.batch_size}: {where.world} ranks need at least one prompt "
             "each; raise it"
         )
-    name, beta = configuration.parse_divergence(divergence.name)
+    name, parameters = configuration.parse_divergence(divergence.name)
     estimator, top_k = configuration.parse_estimator(divergence.estimator)
     budget = config.runtime.head_memory_mb << 20
     terms = Terms(
         name,
-        beta,
+        parameters,
         divergence.temperature,
         where.head_dtype,
         budget,

@@ -6,12 +6,14 @@ from pathlib import Path
 from .. import config as configuration
 from ..errors import UserError
 
-# options that a resumed run may change: length, saving, parallelism
+# options that a resumed run may change: length, saving, parallelism, the path of a plugin (whose
+# content is compared by hash)
 FREE = (
     "train.steps",
     "checkpoint.save_every",
     "checkpoint.out",
     "runtime.gpus",
+    "runtime.plugin",
     "runtime.rank_timeout",
     "runtime.check_ranks_every",
     "train.micro_batch_size",
@@ -39,7 +41,8 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
     out = values.get("checkpoint.out")
     if out is None:
         raise UserError("--resume: name the run folder with --out")
-    saved = _read_saved_settings(str(out))
+    plugin = {"runtime.plugin": values["runtime.plugin"]} if "runtime.plugin" in values else {}
+    saved = _read_saved_settings(str(out), plugin)
     if "runtime.gpus" not in values and os.environ.get("LOCAL_WORLD_SIZE") not in (
         None,
         str(saved.get("runtime.gpus")),
@@ -60,8 +63,9 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
     return saved | values, notes
 
 
-def _read_saved_settings(out: str) -> dict:
-    """Read the folder's config.yaml. UserError: it is missing or damaged."""
+def _read_saved_settings(out: str, plugin: dict) -> dict:
+    """Read the folder's config.yaml, with the path of a ``plugin`` that has moved. UserError: it is
+    missing or damaged."""
     from .folder import RunFolder
 
     saved_file = Path(out) / "config.yaml"
@@ -71,6 +75,7 @@ def _read_saved_settings(out: str) -> dict:
         )
     RunFolder(saved_file.parent).check_format()
     saved = configuration.read_yaml(str(saved_file))
+    saved |= plugin
     configuration.build(saved)
     return saved
 

@@ -18,12 +18,14 @@ from ..maths import extrapolation
 from ..maths.flops import Ledger
 from ..maths.schedule import learning_rate, warmup_steps
 from ..maths.weights import token_weights
+from ..plugins import load_plugins
 from ..prompts import stream
 from . import teacher_text
 from .card import card
 from .folder import RunFolder
 from .metrics import full_cost, merge, metrics_row, result_document, update_facts
 from .monitor import Monitor, candidate_score
+from .plugin_record import record_plugins
 from .run import Run, describe_checks
 from .state import (
     Progress,
@@ -318,9 +320,13 @@ def train_in(prepared: Run, folder: RunFolder, resume: bool = False, label: str 
                 f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on "
                 "several machines it must be on a file system that they share"
             )
+        plugins = load_plugins(prepared.config.runtime.plugin)
+        changes = record_plugins(folder, place, plugins)
         display = Display(prepared.config.train.steps, label, place.first)
         reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(display)
         if place.first:
             reporter = Trackers(display, folder, prepared.config)
         with reporter as report, display:
+            for text in changes:
+                report.warn(text)
             return train(prepared, folder, report, resume, interrupt)
