@@ -27,7 +27,9 @@ def understood(*words: str, command: str = "run") -> list[str]:
 def settings(*words: str) -> dict:
     """What `run` is told by these words: parsed by its own parser, run by nothing."""
     given = GROUP.commands["run"].make_context("run", understood(*words)).params
-    values = {k.replace("__", "."): v for k, v in given.items() if "__" in k and v is not None}
+    values = {
+        k.replace("__", "."): v for k, v in given.items() if "__" in k and v not in (None, ())
+    }
     return (
         values
         | configuration.read_assignments(given["assignments"])
