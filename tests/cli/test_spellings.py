@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from helpers import DIVERGENCES, ROOT, invoke
+from helpers import DIVERGENCES, PLUGINS, ROOT, invoke
 
 from prefix_distill import config as configuration
 from prefix_distill.cli import main, spelling_tables, spellings
@@ -30,6 +30,8 @@ def settings(*words: str) -> dict:
     values = {
         k.replace("__", "."): v for k, v in given.items() if "__" in k and v not in (None, ())
     }
+    if isinstance(values.get("runtime.plugin"), list):  # this flag may be repeated
+        values["runtime.plugin"] = ",".join(values["runtime.plugin"])
     return (
         values
         | configuration.read_assignments(given["assignments"])
@@ -223,6 +225,7 @@ def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
         "weights.select": "soft-or",
         "weights.position": "moderate",
         "rollout.top_p": 0.5,
+        "runtime.plugin": str(PLUGINS / "skew_kl.py"),
     }
     for path, field in configuration.options().items():
         kind = configuration.value_type(field.type)
