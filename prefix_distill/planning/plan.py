@@ -19,7 +19,7 @@ from ..engine import loading
 from ..engine.models import Model, shape
 from ..errors import UserError
 from ..maths import flops
-from ..maths.flops import Ledger, Shape
+from ..maths.flops import Batch, Ledger, Shape
 from ..maths.schedule import PrefixSchedule, parse_prefix
 from ..prompts import stream, templates
 from ..prompts.load import load_prompts
@@ -282,5 +282,6 @@ def _whole(
     for step in range(config.train.steps):
         chosen = [prompts[(step * size + i) % len(prompts)] for i in range(size)]
         length = schedule.length(step)
-        ledger.merge(flops.update_ledger(student, teacher, chosen, samples, length, behind))
+        batch = Batch(prompts=chosen, samples=samples, response=length, behind=behind)
+        ledger.merge(flops.update_ledger(student, teacher, batch))
     return ledger

@@ -15,7 +15,7 @@ from ..engine.sampling import Sampler
 from ..engine.scoring import FIRST_TOKEN
 from ..errors import Stopped, UserError
 from ..maths import intervals
-from ..maths.flops import Ledger
+from ..maths.flops import Ledger, Passes
 from ..maths.seeds import seed_of
 from ..maths.weights import quadrants
 from ..prompts.prompt import Rendered
@@ -290,7 +290,7 @@ class Monitor:
                     "evaluation",
                     run.student_shape,
                     scoring.reads(group, run.student.reads_once),
-                    passes=2,
+                    passes=Passes(count=2),
                 ),
             ),
         )

@@ -19,7 +19,7 @@ from ..engine.sampling import Sampler
 from ..errors import MemoryShortage
 from ..maths import flops
 from ..maths.divergence import Terms
-from ..maths.flops import Ledger, Shape
+from ..maths.flops import Batch, Ledger, Shape
 from ..maths.schedule import OffPolicy, PrefixSchedule
 from ..maths.simct import Support
 from ..maths.weights import PositionWeight, Selection, Window
@@ -210,13 +210,16 @@ class Run:
             micro if self.teacher.reads_once else 1,
             micro if self.student.reads_once else 1,
         )
+        batch = Batch(
+            prompts=[(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
+            samples=samples,
+            response=response,
+            behind=behind,
+        )
         ledger = flops.update_ledger(
             self.student_shape,
             self.teacher_shape,
-            [(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
-            samples,
-            response,
-            behind,
+            batch,
             self.teacher_tokens,
             self._head_shares(),
         )

@@ -17,7 +17,7 @@ from ..engine.sampling import Request, Response, generate
 from ..engine.scoring import Reading
 from ..errors import Stopped
 from ..maths import simct
-from ..maths.flops import Ledger
+from ..maths.flops import Ledger, Passes
 from ..maths.fused import weighted
 from ..maths.weights import choose, keep, scale
 from ..prompts.prompt import Rendered
@@ -241,10 +241,8 @@ def accumulate_gradients(  # noqa: PLR0913  becomes a method of `Update`, which 
             "student_update",
             run.student_shape,
             [(1, [1])],
-            passes=3,
-            idle=True,
-            recomputed=run.student.recomputes,
             taught=1,
+            passes=Passes(count=3, idle=True, recomputed=run.student.recomputes),
         )
     return found
 
@@ -318,9 +316,8 @@ def _count_student_update(
         "student_update",
         run.student_shape,
         scoring.reads(read, run.student.reads_once),
-        passes=3,
-        recomputed=run.student.recomputes,
         taught=scoring.head_rows(run.student, group, shared, teacher=False),
+        passes=Passes(count=3, recomputed=run.student.recomputes),
     )
     if shared is not None:  # tokens of spans are projected once more
         again = run.student_shape.output(

@@ -28,7 +28,7 @@ from prefix_distill.engine.device import Clock
 from prefix_distill.engine.models import adapter, decoder, shape
 from prefix_distill.engine.sampling import Request, generate
 from prefix_distill.errors import UserError
-from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.flops import Ledger, Passes
 from prefix_distill.training import session as train
 from prefix_distill.training import update
 from prefix_distill.training.folder import RunFolder
@@ -253,7 +253,7 @@ def test_cost_as_executed(pair, questions):
     with FlopCounterMode(display=False) as counter:
         loss(rollouts, teacher_NE, weight_N)[0].backward()
     reads = scoring.reads(rollouts, run.student.reads_once)
-    ledger.forward("update", run.student_shape, reads, passes=3)
+    ledger.forward("update", run.student_shape, reads, passes=Passes(count=3))
     net = run.student.net.config
     width, kv = net.hidden_size, net.num_key_value_heads * net.head_dim
     from prefix_distill.maths.flops import linear_tokens
@@ -262,7 +262,7 @@ def test_cost_as_executed(pair, questions):
     real = counter.get_total_flops() - run.teacher_shape.output(len(weight_N))
     assert ledger.executed["update"] - unneeded == pytest.approx(real, rel=0.02)
     full = Ledger()
-    full.forward("update", shape(prepared(pair, questions).student), reads, passes=3)
+    full.forward("update", shape(prepared(pair, questions).student), reads, passes=Passes(count=3))
     assert ledger.useful["update"] < 0.85 * full.useful["update"]
 
 
