@@ -98,7 +98,8 @@ def value_and_gradient(
             return differentiate(divergence, terms.parameters, student_logp, teacher_logp)
         value = divergence.value(student_logp, teacher_logp, *terms.parameters)
         gradient = divergence.gradient(student_logp, teacher_logp, *terms.parameters)
-    return value, gradient
+    # the caller scales the gradient in place
+    return value, gradient.float().contiguous()
 
 
 def differentiate(
@@ -126,12 +127,12 @@ class Terms:
 
     ``name``: a divergence of ``formulas``, or ``cross-entropy``, −log S of the realised token (no
     teacher). ``parameters``: the numbers behind the name, such as the β of the JSD. ``sampled``:
-    the reverse KL from the realised token alone (``fused._at_token``).
+    the reverse KL from the realised token alone (``estimators.at_token``).
 
     ``top_k``: compare the teacher's k most likely tokens and one bucket with the rest of the mass
     of both sides. It stays a divergence between distributions, never above the full one. None:
     the whole vocabulary. ``clip``: κ, the most that one vocabulary entry may add to the forward KL
-    (``fused._clipped``); None: no clip. ``memory_bytes``: budget of the tables of one chunk.
+    (``estimators.clipped``); None: no clip. ``memory_bytes``: budget of the tables of one chunk.
     """
 
     name: str
