@@ -67,7 +67,11 @@ class Registry(Generic[T]):
 
     def entries_of(self, source: str) -> dict[str, T]:
         """Return the entries that ``source`` registered, by name."""
-        return {name: self._entries[name] for name, by in self._sources.items() if by == source}
+        entries = {}
+        for name, entry in self._entries.items():
+            if self._sources[name] == source:
+                entries[name] = entry
+        return entries
 
     def drop(self, source: str) -> None:
         """Forget everything that ``source`` registered."""
@@ -84,15 +88,15 @@ def describe_error(error: BaseException, source: str) -> str:
 
     N is the last line of the file that the traceback passes; left out if it passes none.
     """
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == source
-    ]
-    line = lines[-1] if lines else None
+    line = None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == source:
+            line = frame.lineno
     if isinstance(error, SyntaxError) and error.filename == source:
         line = error.lineno
-    where = source if line is None else f"{source}, line {line}"
+    where = source
+    if line is not None:
+        where = f"{source}, line {line}"
     message = " ".join(str(error).split())[:300]
     if isinstance(error, UserError):
         return f"{where}: {message}"

@@ -251,29 +251,39 @@ def _tokens(text: str, part: str, limit: int) -> int:
 
 @dataclass(frozen=True)
 class OffPolicy:
-    """A share λ of the rollouts is the teacher's: the loss on them is ``sft`` (cross-entropy;
-    SeqKD, arXiv 1606.07947) or the run's ``divergence`` (GKD's mixture, arXiv 2306.13649). They are
-    cut at the prefix like all others."""
+    """Rollouts that the teacher writes: a share λ of all.
+
+    ``loss`` on them: ``sft``, the cross-entropy (SeqKD, arXiv 1606.07947), or ``divergence``, that
+    of the run (GKD's mixture, arXiv 2306.13649). They are cut at the prefix like all others.
+    """
 
     loss: str
     share: float
 
     def rows(self, step: int, rollouts: int, seed: int) -> frozenset[int]:
-        """Which of an update's rollouts (numbered over the global batch) are the teacher's: drawn
-        by seed, and over all updates as near to the share as whole rollouts allow."""
-        before, after = (math.floor(round(self.share * rollouts * k, 9)) for k in (step, step + 1))
+        """Return which of an update's rollouts, numbered over the global batch, are the teacher's.
+
+        They are sampled by ``seed``; over all updates their number is as near to the share as whole
+        rollouts allow.
+        """
+        before = math.floor(round(self.share * rollouts * step, 9))
+        after = math.floor(round(self.share * rollouts * (step + 1), 9))
         rng = random.Random(f"{seed}/off-policy/{step}")
         return frozenset(rng.sample(range(rollouts), after - before))
 
 
 def parse_off_policy(text: str) -> OffPolicy | None:
-    """``none`` → None; ``sft`` | ``divergence``, with ``:λ`` for a share of the rollouts (1
-    without) → OffPolicy."""
+    """Parse ``none`` → None; ``sft`` or ``divergence``, with ``:λ`` for a share → OffPolicy.
+
+    UserError: anything else.
+    """
     if text == "none":
         return None
     loss, colon, share = text.partition(":")
+    if not colon:
+        share = "1"
     try:
-        value = float(share) if colon else 1.0
+        value = float(share)
     except ValueError:
         value = math.nan
     if loss in ("sft", "divergence") and 0 < value <= 1:
@@ -285,11 +295,16 @@ def parse_off_policy(text: str) -> OffPolicy | None:
 
 
 def warmup_steps(text: str, steps: int) -> int:
-    """``20`` (updates) or ``5%`` (of all updates, rounded) → updates of linear warm-up."""
+    """Parse ``20`` (updates) or ``5%`` (of all updates, rounded) → updates of linear warm-up.
+
+    UserError: anything else.
+    """
     text = str(text).strip()
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
-        if float(match[1]) <= 100:
-            return round(steps * float(match[1]) / 100)
+    percentage = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    if percentage:
+        percent = float(percentage[1])
+        if percent <= 100:
+            return round(steps * percent / 100)
     elif re.fullmatch(r"\d{1,18}", text):
         return int(text)
     raise UserError(
@@ -298,11 +313,11 @@ def warmup_steps(text: str, steps: int) -> int:
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: int) -> float:
-    """Learning rate of update ``step`` (0-based).
+    """Return the learning rate of update ``step`` (0-based).
 
     Warm-up: peak·(step + 1)/(warmup + 1). Then with progress u = (step − warmup)/(steps − warmup):
-    ``constant`` peak; ``linear`` peak·(1 − u); ``cosine`` peak·(1 + cos πu)/2. The last update
-    still moves (u < 1).
+    ``constant`` peak; ``linear`` peak·(1 − u); ``cosine`` peak·(1 + cos πu)/2. The rate of the last
+    update is above 0, because u < 1.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
