@@ -11,7 +11,17 @@ import signal
 
 import pytest
 import torch
-from helpers import PLUGINS, byte_tokenizer, command, flags, invoke, last_json, rows, save_tiny
+from helpers import (
+    PLUGINS,
+    ROOT,
+    byte_tokenizer,
+    command,
+    flags,
+    invoke,
+    last_json,
+    rows,
+    save_tiny,
+)
 from safetensors.torch import load_file
 
 from prefix_distill import config as configuration
@@ -56,6 +66,12 @@ def loss_and_gradients(terms, softcap=None):
 @pytest.mark.parametrize("file", sorted(PLUGINS.glob("*.py")), ids=lambda file: file.stem)
 def test_an_example_has_at_most_20_lines(file):
     assert len(file.read_text().splitlines()) <= 20
+
+
+@pytest.mark.parametrize("file", [SKEW, COSINE], ids=lambda file: file.stem)
+def test_the_page_on_plugins_shows_the_example(file):
+    page = (ROOT / "prefix_distill/help/plugins.md").read_text(encoding="utf-8")
+    assert f"```python\n{file.read_text(encoding='utf-8')}```" in page
 
 
 def test_a_run_uses_a_divergence_and_a_schedule_of_its_own(pair, questions, tmp_path):
