@@ -162,12 +162,18 @@ class Ledger:
         ends or all rows have ended.
         """
         lengths = _Lengths(reads)
-        own = int(lengths.is_shared)  # tokens of the prompt that every row runs itself
-        together = shape.linear(lengths.width - own) + shape.rectangle(lengths.width - own)
-        each = shape.linear(own) + shape.rectangle(own, lengths.width - own) + shape.output(1)
+        repeated = int(lengths.is_shared)  # tokens of the prompt that every row runs itself
+        together = shape.linear(lengths.width - repeated) + shape.rectangle(
+            lengths.width - repeated
+        )
+        each = (
+            shape.linear(repeated)
+            + shape.rectangle(repeated, lengths.width - repeated)
+            + shape.output(1)
+        )
         self.add(
             prefill,
-            _prefill(shape, lengths, own),
+            _prefill(shape, lengths, repeated),
             len(lengths.prompts) * together + len(lengths.rows) * each,
         )
         self.add(decode, _decode(shape, lengths), _decode_in_stretches(shape, lengths))
@@ -228,14 +234,14 @@ class _Lengths:
         return max(prompt + response - 1 for prompt, response in self.rows)
 
 
-def _prefill(shape: Shape, lengths: _Lengths, own: int) -> float:
-    """Return the useful FLOPs of a prefill; every row runs the last ``own`` tokens of its prompt
+def _prefill(shape: Shape, lengths: _Lengths, repeated: int) -> float:
+    """Return the useful FLOPs of a prefill; every row runs the last ``repeated`` tokens of its prompt
     and the head."""
     prompts = rows = 0.0
     for prompt in lengths.prompts:
-        prompts += shape.linear(prompt - own) + shape.causal(0, prompt - own)
+        prompts += shape.linear(prompt - repeated) + shape.causal(0, prompt - repeated)
     for prompt, _ in lengths.rows:
-        rows += shape.linear(own) + shape.causal(prompt - own, own) + shape.output(1)
+        rows += shape.linear(repeated) + shape.causal(prompt - repeated, repeated) + shape.output(1)
     return prompts + rows
 
 
