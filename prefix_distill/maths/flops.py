@@ -162,15 +162,11 @@ class Ledger:
         ends or all rows have ended.
         """
         lengths = _Lengths(reads)
-        repeated = int(lengths.is_shared)  # tokens of the prompt that every row runs itself
-        together = shape.linear(lengths.width - repeated) + shape.rectangle(
-            lengths.width - repeated
-        )
-        each = (
-            shape.linear(repeated)
-            + shape.rectangle(repeated, lengths.width - repeated)
-            + shape.output(1)
-        )
+        # tokens of the prompt that every row runs itself, and those that run once for all rows
+        repeated = int(lengths.is_shared)
+        width = lengths.width - repeated
+        together = shape.linear(width) + shape.rectangle(width)
+        each = shape.linear(repeated) + shape.rectangle(repeated, width) + shape.output(1)
         self.add(
             prefill,
             _prefill(shape, lengths, repeated),
@@ -235,8 +231,10 @@ class _Lengths:
 
 
 def _prefill(shape: Shape, lengths: _Lengths, repeated: int) -> float:
-    """Return the useful FLOPs of a prefill; every row runs the last ``repeated`` tokens of its prompt
-    and the head."""
+    """Return the useful FLOPs of a prefill.
+
+    Every row runs the last ``repeated`` tokens of its prompt and the head.
+    """
     prompts = rows = 0.0
     for prompt in lengths.prompts:
         prompts += shape.linear(prompt - repeated) + shape.causal(0, prompt - repeated)
