@@ -9,7 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from helpers import save_tiny
+from helpers import PLUGINS, save_tiny
+
+from prefix_distill.plugins import load_plugins
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -27,6 +29,14 @@ def pytest_collection_modifyitems(items):
         "test_gpus_starts_three_ranks",
     )
     items.sort(key=lambda item: not item.name.startswith(longest))
+
+
+@pytest.fixture
+def registered():
+    """Register what the modules in tests/plugins register, for one test."""
+    load_plugins(",".join(map(str, sorted(PLUGINS.glob("*.py")))))
+    yield
+    load_plugins(None)
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,7 @@ from prefix_distill.training.update import TokenLosses, Update
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 BENCHMARKS = TESTS / "benchmarks"
+PLUGINS = TESTS / "plugins"
 # the benchmarks that are programs
 PROGRAMS = sorted(
     file.stem
@@ -61,8 +62,13 @@ TEMPLATE = (
     "endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 
-# the exact divergences, each with its beta
-NAMES_AND_BETAS = [("reverse-kl", None), ("forward-kl", None), ("jsd", 0.5), ("jsd", 0.1)]
+# the exact divergences, each with its parameters
+NAMES_AND_PARAMETERS: list[tuple[str, tuple[float, ...]]] = [
+    ("reverse-kl", ()),
+    ("forward-kl", ()),
+    ("jsd", (0.5,)),
+    ("jsd", (0.1,)),
+]
 # our name of a divergence → TRL's beta
 DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd:0.5": 0.5, "jsd:0.3": 0.3}
 
@@ -505,6 +511,6 @@ def by_the_book(  # noqa: PLR0913  the operands of the formula
                         torch.stack([z[i, ids[start + i]] for i in range(size)]).mean()[None]
                     )
                 scores.append(torch.cat(own).log_softmax(-1)[None])
-            found.append(per_token(terms.name, terms.beta, scores[0], scores[1].detach())[0])
+            found.append(per_token(terms, scores[0], scores[1].detach())[0])
             row, there = row + u.size, there + u.teacher_size
     return torch.stack(found)

@@ -34,6 +34,7 @@ WINGS = (
     ("training",),
     ("engine",),
     ("prompts", "config"),
+    ("plugins",),
     ("maths",),
     ("lab",),
     ("errors", "display", "files"),

@@ -7,6 +7,7 @@ from typing import cast
 
 import typer
 
+from .. import plugins
 from ..errors import AT_ONCE, Stopped, UserError
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, tell_failure
@@ -51,6 +52,9 @@ def run_command(arguments: list[str], alone: bool) -> int | None:
                 "bfloat16"
             )
             return tell_failure(message, 4, alone)
+        fault = plugins.find_fault(error)
+        if fault is not None:
+            return tell_failure(fault, UserError.exit_code, alone)
         # click's own complaints about flags have it; anything else is a bug
         if not hasattr(error, "format_message"):
             raise

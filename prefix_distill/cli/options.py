@@ -29,6 +29,10 @@ Assignments = Annotated[
 METAVARS: dict[type, str | None] = {int: "INT", float: "FLOAT", str: "TEXT", bool: None}
 
 
+# options that may be given several times; their values are joined by commas
+REPEATABLE = ("runtime.plugin",)
+
+
 class Wording(TypedDict, total=False):
     """A command's own flag, help text or shown default for a config option."""
 
@@ -58,6 +62,8 @@ def with_options(
             passed = {p.name: given.pop(p.name) for p in command_parameters}
             flags = {}
             for name, value in given.items():
+                if isinstance(value, list):
+                    value = ",".join(value) or None
                 if value is not None:
                     flags[name.replace("__", ".")] = value
             function(**passed, flags=flags)
@@ -74,11 +80,13 @@ def with_options(
 
 def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> inspect.Parameter:
     """Return the parameter of a command that a config option becomes; None is "not given"."""
-    kind = configuration.value_type(field.type)
+    kind: Any = configuration.value_type(field.type)
     values = configuration.choices(field.type)
     metavar = METAVARS[kind]
     if values:
         metavar = "NAME"
+    if path in REPEATABLE:
+        kind = list[str]
     option = typer.Option(
         words.get("flag", field.metadata["flag"]),
         help=words.get("help", field.metadata["help"]),

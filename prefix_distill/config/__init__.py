@@ -1,9 +1,19 @@
 """The configuration of a run: its options, the rules between them, and YAML files."""
 
+from ..maths.formulas import parse_divergence
 from .access import MAIN, as_dict, flag, get, options, replace, topic
-from .files import LARGEST, build, flatten, is_text, read_assignments, read_tree, read_yaml
+from .files import (
+    LARGEST,
+    assemble,
+    build,
+    flatten,
+    is_text,
+    read_assignments,
+    read_tree,
+    read_yaml,
+)
 from .options import choices, describe_default, describe_limits, value_type
-from .rules import parse_divergence, parse_estimator, parse_trackers, selected
+from .rules import parse_estimator, parse_trackers, selected
 from .sections import SELF, Adapter, Config, Runtime
 
 __all__ = [
@@ -14,6 +24,7 @@ __all__ = [
     "Config",
     "Runtime",
     "as_dict",
+    "assemble",
     "build",
     "choices",
     "describe_default",

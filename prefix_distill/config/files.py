@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import UserError
+from ..plugins import load_plugins
 from .access import SECTIONS, flag, options
 from .options import NAMES, choices, value_type
 from .rules import check
@@ -22,9 +23,20 @@ MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
 
 
 def build(values: dict[str, object]) -> Config:
-    """Return a checked Config: ``{"train.steps": 5, …}`` over the defaults.
+    """Return a checked Config: ``{"train.steps": 5, …}`` over the defaults. Load its plugins.
 
-    UserError: a key is unknown, a value has another type, or an option breaks a rule.
+    UserError: a key is unknown, or a value, a plugin or a combination of options is invalid.
+    """
+    config = assemble(values)
+    load_plugins(config.runtime.plugin)
+    check(config)
+    return config
+
+
+def assemble(values: dict[str, object]) -> Config:
+    """Return a Config of known keys and values of the right types, without the other checks.
+
+    It runs no code of a plugin. UserError: a key is unknown, or a value has another type.
     """
     known = options()
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
@@ -33,9 +45,7 @@ def build(values: dict[str, object]) -> Config:
             raise UserError(f"unknown setting '{path[:80]}'; {_suggest(path[:80])}")
         section, key = path.split(".")
         sections[section][key] = _convert(path, value, known[path].type)
-    config = Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
-    check(config)
-    return config
+    return Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 
 def _suggest(path: str) -> str:

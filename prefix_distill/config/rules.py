@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import re
-import sys
 from typing import Any
 
 from ..errors import UserError
-from ..maths.schedule import OffPolicy, parse_off_policy, parse_prefix, warmup_steps
+from ..maths.formulas import parse_divergence
+from ..maths.schedule import OffPolicy, check_prefix, parse_off_policy, warmup_steps
 from ..maths.weights import parse_position_weight, parse_selection, parse_window
 from .access import flag, get, options
 from .options import choices, describe_limits
@@ -30,7 +30,7 @@ def check(config: Config) -> None:
     parse_window(config.weights.window)
     parse_trackers(config.trackers.to)
     check_repository(config.export.push, config.export.public)
-    parse_prefix(config.schedule.prefix, config.rollout.max_new_tokens or sys.maxsize)
+    check_prefix(config.schedule.prefix, config.rollout.max_new_tokens)
     warmup_steps(config.schedule.warmup, config.train.steps)
 
 
@@ -254,26 +254,6 @@ def selected(config: Config) -> float:
     if config.weights.keep is None:
         return 0.5
     return config.weights.keep
-
-
-def parse_divergence(text: str) -> tuple[str, float | None]:
-    """``reverse-kl`` | ``forward-kl`` | ``jsd:β`` → (name, β or None). UserError otherwise."""
-    if text in ("reverse-kl", "forward-kl"):
-        return text, None
-    name, _, beta = text.partition(":")
-    if name == "jsd" and beta:
-        try:
-            value = float(beta)
-        except ValueError:
-            value = math.nan
-        if 0 < value < 1:
-            return "jsd", value
-        if value in (0, 1):
-            instead = "forward-kl" if value == 0 else "reverse-kl"
-            raise UserError(f"divergence '{text}': the JSD vanishes at β = {beta}; use {instead}")
-    raise UserError(
-        f"divergence '{text}': --divergence must be reverse-kl, forward-kl or jsd:β with 0 < β < 1"
-    )
 
 
 def parse_estimator(text: str) -> tuple[str, int | None]:

@@ -279,6 +279,12 @@ class Runtime:
         "Steps between comparisons of all ranks' weights; 0 compares only before checkpoints.",
         low=0,
     )
+    plugin: str | None = option(
+        None,
+        "--plugin",
+        "Python file, or installed entry point, that registers a divergence or a prefix schedule; "
+        "several with commas, or give the flag again.",
+    )
     seed: int = option(0, "--seed", "Seed of prompts, rollouts and evaluation.")
     head_memory_mb: int = option(
         256, "--head-memory-mb", "Memory for one chunk of logits in the loss, in MiB.", low=1

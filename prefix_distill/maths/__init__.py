@@ -1,4 +1,4 @@
-"""The mathematics: divergences, weights, schedules, FLOPs, intervals.
+"""The mathematics: divergences, token weights, schedules, FLOPs, intervals.
 
 The only third-party import is torch.
 """

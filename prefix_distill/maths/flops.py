@@ -1,23 +1,31 @@
-"""The FLOP ledger: matmul FLOPs by phase, useful (real tokens, causal pairs) and executed (with
-padding and rectangles).
+"""The FLOP ledger: matmul FLOPs by phase, useful and executed.
 
-One multiply-add is 2 FLOPs. Counted: linear layers, attention's two products, the output head. Not
-counted: embedding lookups, norms, activations, softmax, the optimizer, sampling.
+Useful FLOPs are those of real tokens and causal pairs; executed FLOPs include padding and full
+rectangles of attention. One multiply-add is 2 FLOPs. Counted: linear layers, attention's two
+products, the output head. Not counted: embedding lookups, norms, activations, softmax, divergences,
+the optimizer, sampling.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
 STRETCH = 32  # tokens decoded before rows that have ended leave the batch
 OUTSIDE = ("evaluation",)  # phases that are reported but are no part of the totals
 
+Reads = list[tuple[int, list[int]]]
+"""Prompts that a model reads: (prompt length, lengths of the responses behind it), in tokens."""
+
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model costs. ``trunk``: matmul parameters per token, head excluded (MoE: active
-    experts); ``head``: D·V; ``attention``: per layer (heads·head_dim, sliding window in tokens or
-    None); ``frozen``: how many of the trunk's, with the head, do not train (behind a LoRA adapter),
-    so that no gradient of theirs is computed in a training step; None: all train."""
+    """What a model costs.
+
+    ``trunk``: matmul parameters per token without the head (MoE: active experts). ``head``: D·V.
+    ``attention``: per layer (heads·head_dim, sliding window in tokens or None). ``frozen``: how
+    many parameters of the trunk do not train, as the head does not, behind a LoRA adapter; a
+    training step computes no gradient of theirs. None: all train.
+    """
 
     trunk: int
     head: int
@@ -25,31 +33,41 @@ class Shape:
     frozen: int | None = None
 
     def saved(self, tokens: float, rows: float) -> float:
-        """FLOPs of the weight gradients that a training step does not compute."""
-        return 0.0 if self.frozen is None else 2.0 * (self.frozen * tokens + self.head * rows)
+        """Return the FLOPs of the weight gradients that a training step does not compute."""
+        if self.frozen is None:
+            return 0.0
+        return 2.0 * (self.frozen * tokens + self.head * rows)
 
     def linear(self, tokens: float) -> float:
-        """Trunk FLOPs of ``tokens`` tokens."""
+        """Return the trunk FLOPs of ``tokens`` tokens."""
         return 2.0 * self.trunk * tokens
 
     def output(self, rows: float) -> float:
-        """Head FLOPs of ``rows`` rows."""
+        """Return the head FLOPs of ``rows`` rows."""
         return 2.0 * self.head * rows
 
     def causal(self, past: int, queries: int) -> float:
-        """Attention FLOPs of ``queries`` tokens after ``past`` cached ones: 4·A·c for a query that
-        sees c keys (itself included), c capped by the layer's window."""
-        return sum(
-            4.0 * width * _visible(past, queries, window) for width, window in self.attention
-        )
+        """Return the attention FLOPs of ``queries`` tokens after ``past`` cached ones.
+
+        4·A·c for a query that attends to c keys (itself included); the layer's window limits c.
+        """
+        flops = 0.0
+        for width, window in self.attention:
+            flops += 4.0 * width * _visible(past, queries, window)
+        return flops
 
     def rectangle(self, queries: int, past: int = 0) -> float:
-        """Attention FLOPs as run: every query against every key, ``past`` ones from a cache
-        included, of which a sliding layer holds one less than its window."""
-        return sum(
-            4.0 * width * queries * ((past if window is None else min(past, window - 1)) + queries)
-            for width, window in self.attention
-        )
+        """Return the attention FLOPs as executed: every query against every key.
+
+        ``past``: cached keys; a sliding layer caches one key less than its window.
+        """
+        flops = 0.0
+        for width, window in self.attention:
+            cached = past
+            if window is not None:
+                cached = min(past, window - 1)
+            flops += 4.0 * width * queries * (cached + queries)
+        return flops
 
 
 def _visible(past: int, queries: int, window: int | None) -> float:
@@ -58,6 +76,26 @@ def _visible(past: int, queries: int, window: int | None) -> float:
         return queries * past + queries * (queries + 1) / 2
     growing = max(0, window - past)
     return growing * past + growing * (growing + 1) / 2 + (queries - growing) * window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How often a model computes its layers.
+
+    ``count``: 1 is a forward pass, 3 a training step: forward, input gradient, and weight gradient
+    of every matmul that trains. Attention's products have two gradients. The first layer's frozen
+    matmuls count an input gradient that nothing needs. ``recomputed``: the layers run once more in
+    backward (gradient checkpointing). That is executed and of no use, and an upper bound, because
+    torch leaves a layer as soon as it has what backward needs. ``idle``: the pass runs only because
+    other ranks need it, so it is executed and of no use.
+    """
+
+    count: int = 1
+    recomputed: bool = False
+    idle: bool = False
+
+
+FORWARD = Passes()
 
 
 class Cost(TypedDict):
@@ -89,160 +127,216 @@ class Ledger:
             self.add(phase, other.useful[phase], other.executed[phase])
 
     def waste(self, other: "Ledger") -> None:
-        """Adds work that has to be done again: executed, and of no use."""
+        """Add work that has to be repeated: executed, and of no use."""
         for phase in other.useful:
             self.add(phase, 0.0, other.executed[phase])
 
     def total(self, kind: str = "useful") -> float:
-        """Sum over the phases of training."""
+        """Return the sum over the phases of training, useful or executed."""
         phases: dict[str, float] = getattr(self, kind)
-        return sum(v for phase, v in phases.items() if phase not in OUTSIDE)
+        return sum(flops for phase, flops in phases.items() if phase not in OUTSIDE)
 
     def summary(self) -> Summary:
-        """{useful, executed, by_phase: {phase: {useful, executed}}}"""
+        """Return {useful, executed, by_phase: {phase: {useful, executed}}}."""
+        by_phase: dict[str, Cost] = {}
+        for phase in self.useful:
+            by_phase[phase] = {"useful": self.useful[phase], "executed": self.executed[phase]}
         return {
             "useful": self.total("useful"),
             "executed": self.total("executed"),
-            "by_phase": {
-                p: {"useful": self.useful[p], "executed": self.executed[p]} for p in self.useful
-            },
+            "by_phase": by_phase,
         }
 
     def generation(
         self,
         shape: Shape,
-        reads: list[tuple[int, list[int]]],
+        reads: Reads,
         prefill: str = "student_prefill",
         decode: str = "student_decode",
     ) -> None:
-        """One batch of responses; ``reads``: (prompt length, lengths of the responses to it). The
-        head runs once per row after the prefill, then once per decoded token.
+        """Add one batch of responses.
 
-        A prompt with several responses is prefilled once, but for its last token, which every row
-        runs. Executed: every row is padded to the longest prompt and stays in the batch until its
-        stretch of tokens ends or all rows have ended.
+        The head runs once per row after the prefill, then once per decoded token. A prompt with
+        several responses is prefilled once, but for its last token, which every row runs. Executed:
+        every row is padded to the longest prompt and stays in the batch until its stretch of tokens
+        ends or all rows have ended.
         """
-        rows = [(p, n) for p, lengths in reads for n in lengths]
-        width, steps, shared = (
-            max(p for p, _ in rows),
-            max(n for _, n in rows),
-            len(rows) > len(reads),
-        )
-        common = 1 if shared else 0  # tokens of the prompt that every row runs itself
+        lengths = _Lengths(reads)
+        # tokens of the prompt that every row runs itself, and those that run once for all rows
+        repeated = int(lengths.is_shared)
+        width = lengths.width - repeated
+        together = shape.linear(width) + shape.rectangle(width)
+        each = shape.linear(repeated) + shape.rectangle(repeated, width) + shape.output(1)
         self.add(
             prefill,
-            sum(shape.linear(p - common) + shape.causal(0, p - common) for p, _ in reads)
-            + sum(
-                shape.linear(common) + shape.causal(p - common, common) + shape.output(1)
-                for p, _ in rows
-            ),
-            len(reads) * (shape.linear(width - common) + shape.rectangle(width - common))
-            + len(rows)
-            * (shape.linear(common) + shape.rectangle(common, width - common) + shape.output(1)),
+            _prefill(shape, lengths, repeated),
+            len(lengths.prompts) * together + len(lengths.rows) * each,
         )
-        self.add(
-            decode,
-            sum(
-                shape.linear(n - 1) + shape.output(n - 1) + shape.causal(p, n - 1) for p, n in rows
-            ),
-            sum(
-                sum(n > t - t % STRETCH for _, n in rows)
-                * (shape.linear(1) + shape.output(1) + shape.rectangle(1, width + t - 1))
-                for t in range(1, steps)
-            ),
-        )
+        self.add(decode, _decode(shape, lengths), _decode_in_stretches(shape, lengths))
 
-    def forward(  # noqa: PLR0913  the switches of one formula
+    def forward(
         self,
         phase: str,
         shape: Shape,
-        reads: list[tuple[int, list[int]]],
-        passes: int = 1,
-        idle: bool = False,
-        recomputed: bool = False,
+        reads: Reads,
         taught: float | None = None,
+        passes: Passes = FORWARD,
     ) -> None:
-        """One forward over prompts + responses with the head on taught rows; a response's last
-        token is not read.
+        """Add a forward pass over prompts and responses, with the head on the taught rows.
 
-        ``reads``: (prompt length, lengths of the responses behind it); a prompt with several is
-        read once. ``taught``: rows that the head projects (None: one for every response token; 0:
-        none). ``passes`` 3 is a training step: forward, input gradient, weight gradient of every
-        matmul that trains (attention's products: forward and two gradients; the first layer's
-        frozen matmuls count an input gradient that nobody needs). ``idle``: run only to keep step
-        with other ranks, so executed and of no use. ``recomputed``: the layers run once more in
-        backward (gradient checkpointing), which is executed and of no use; an upper bound, as torch
-        leaves a layer as soon as it has what backward needs (without its last matmul, often).
+        The last token of a response is not read. A prompt with several responses is read once.
+        ``taught``: rows that the head projects; None: one for every response token.
         """
-        rows = [(p, n) for p, lengths in reads for n in lengths]
-        linear, executed_linear = linear_tokens(reads)
-        taught = sum(n for _, n in rows) if taught is None else taught
+        lengths = _Lengths(reads)
+        useful_tokens, executed_tokens = linear_tokens(reads)
+        if taught is None:
+            taught = sum(lengths.responses)
         output = shape.output(taught)
-        saved = [
-            shape.saved(tokens, taught) if passes == 3 else 0.0
-            for tokens in (linear, executed_linear)
-        ]
-        causal = sum(shape.causal(0, p) for p, _ in reads) + sum(
-            shape.causal(p, n - 1) for p, n in rows
-        )
-        width, longest = max(p for p, _ in reads), max(n - 1 for _, n in rows)
-        if len(rows) > len(reads):
-            pairs = len(reads) * shape.rectangle(width) + len(rows) * shape.rectangle(
-                longest, width
-            )
-        else:
-            pairs = len(rows) * shape.rectangle(max(p + n - 1 for p, n in rows))
-        self.add(
-            phase,
-            0.0 if idle else passes * (shape.linear(linear) + causal + output) - saved[0],
-            (passes + recomputed) * (shape.linear(executed_linear) + pairs)
-            + passes * output
-            - saved[1],
-        )
+        useful_saved = executed_saved = 0.0
+        if passes.count == 3:
+            useful_saved = shape.saved(useful_tokens, taught)
+            executed_saved = shape.saved(executed_tokens, taught)
+        useful = 0.0
+        if not passes.idle:
+            layers = shape.linear(useful_tokens) + _causal(shape, lengths)
+            useful = passes.count * (layers + output) - useful_saved
+        layers = shape.linear(executed_tokens) + _rectangles(shape, lengths)
+        executed = (passes.count + passes.recomputed) * layers + passes.count * output
+        self.add(phase, useful, executed - executed_saved)
 
 
-def linear_tokens(reads: list[tuple[int, list[int]]]) -> tuple[int, int]:
-    """Tokens that a forward's linear layers need and run: (useful, executed with padding)."""
-    rows = [(p, n - 1) for p, lengths in reads for n in lengths]
-    useful = sum(p for p, _ in reads) + sum(n for _, n in rows)
-    if len(rows) > len(reads):
-        return useful, len(reads) * max(p for p, _ in reads) + len(rows) * max(n for _, n in rows)
-    return useful, len(rows) * max(p + n for p, n in rows)
+class _Lengths:
+    """The lengths of what a model reads.
+
+    ``prompts``: of every prompt that is read; ``rows``: (prompt, response) of every response.
+    """
+
+    def __init__(self, reads: Reads) -> None:
+        self.prompts: list[int] = []
+        self.responses: list[int] = []
+        self.rows: list[tuple[int, int]] = []
+        for prompt, responses in reads:
+            self.prompts.append(prompt)
+            self.responses += responses
+            for response in responses:
+                self.rows.append((prompt, response))
+        self.width = max(self.prompts)
+        self.longest = max(self.responses)
+        self.is_shared = len(self.rows) > len(self.prompts)
+
+    @property
+    def longest_row(self) -> int:
+        """Return the longest prompt and response that is read; the last token is not."""
+        return max(prompt + response - 1 for prompt, response in self.rows)
 
 
-def update_ledger(  # noqa: PLR0913  the operands of one formula
+def _prefill(shape: Shape, lengths: _Lengths, repeated: int) -> float:
+    """Return the useful FLOPs of a prefill.
+
+    Every row runs the last ``repeated`` tokens of its prompt and the head.
+    """
+    prompts = rows = 0.0
+    for prompt in lengths.prompts:
+        prompts += shape.linear(prompt - repeated) + shape.causal(0, prompt - repeated)
+    for prompt, _ in lengths.rows:
+        rows += shape.linear(repeated) + shape.causal(prompt - repeated, repeated) + shape.output(1)
+    return prompts + rows
+
+
+def _decode(shape: Shape, lengths: _Lengths) -> float:
+    """Return the useful FLOPs of all decoded tokens; the prefill gives the first one."""
+    flops = 0.0
+    for prompt, response in lengths.rows:
+        read = response - 1
+        flops += shape.linear(read) + shape.output(read) + shape.causal(prompt, read)
+    return flops
+
+
+def _decode_in_stretches(shape: Shape, lengths: _Lengths) -> float:
+    """Return the executed FLOPs of decoding."""
+    flops = 0.0
+    for step in range(1, lengths.longest):
+        stretch = step - step % STRETCH
+        running = sum(response > stretch for response in lengths.responses)
+        keys = lengths.width + step - 1
+        flops += running * (shape.linear(1) + shape.output(1) + shape.rectangle(1, keys))
+    return flops
+
+
+def _causal(shape: Shape, lengths: _Lengths) -> float:
+    """Return the useful attention FLOPs of a forward pass."""
+    prompts = rows = 0.0
+    for prompt in lengths.prompts:
+        prompts += shape.causal(0, prompt)
+    for prompt, response in lengths.rows:
+        rows += shape.causal(prompt, response - 1)
+    return prompts + rows
+
+
+def _rectangles(shape: Shape, lengths: _Lengths) -> float:
+    """Return the executed attention FLOPs of a forward pass."""
+    count = len(lengths.rows)
+    if not lengths.is_shared:
+        return count * shape.rectangle(lengths.longest_row)
+    prompts = len(lengths.prompts) * shape.rectangle(lengths.width)
+    return prompts + count * shape.rectangle(lengths.longest - 1, lengths.width)
+
+
+def linear_tokens(reads: Reads) -> tuple[int, int]:
+    """Return the tokens that a forward pass's linear layers need, and run with padding."""
+    lengths = _Lengths(reads)
+    count = len(lengths.rows)
+    useful = sum(lengths.prompts) + sum(lengths.responses) - count
+    if not lengths.is_shared:
+        return useful, count * lengths.longest_row
+    return useful, len(lengths.prompts) * lengths.width + count * (lengths.longest - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The rollouts of an update.
+
+    ``prompts``: their lengths for (student, teacher); ``samples`` rollouts each, all of
+    ``response`` tokens (a mean, rounded). ``behind``: how many responses follow one reading of
+    their prompt in generation, scoring and training.
+    """
+
+    prompts: Sequence[tuple[int, int]]
+    samples: int
+    response: float
+    behind: tuple[int, int, int]
+
+    def reads(self, side: int, phase: int, response: int) -> Reads:
+        """Return what the model ``side`` reads in a phase if responses have ``response`` tokens."""
+        each = min(self.behind[phase], self.samples)
+        reads = []
+        for lengths in self.prompts:
+            for start in range(0, self.samples, each):
+                count = min(each, self.samples - start)
+                reads.append((lengths[side], [response] * count))
+        return reads
+
+
+def update_ledger(
     student: Shape,
     teacher: Shape,
-    prompts: list[tuple[int, int]],
-    samples: int,
-    response: float,
-    behind: tuple[int, int, int],
+    batch: Batch,
     teacher_tokens: float = 1.0,
     heads: tuple[float, float] = (1.0, 1.0),
 ) -> Ledger:
-    """FLOPs of one update: generation, scoring, training.
+    """Return the FLOPs of one update: generation, scoring, training.
 
-    ``prompts``: their lengths for (student, teacher); ``samples`` rollouts each, all of
-    ``response`` tokens (a mean, rounded); ``behind``: how many responses follow one reading of
-    their prompt in generation, scoring and training. Across tokenizers, ``teacher_tokens`` of the
-    teacher's make one of the student's, and the loss reads the shares ``heads`` of both heads.
+    Across tokenizers, ``teacher_tokens`` of the teacher's tokens make one of the student's, and the
+    loss reads the shares ``heads`` of both heads.
     """
     ledger = Ledger()
-    lengths = [max(1, round(response * ratio)) for ratio in (1, teacher_tokens)]
-    rows = [
-        len(prompts) * samples * length * share
-        for length, share in zip(lengths, heads, strict=True)
-    ]
-
-    def reads(side: int, phase: int) -> list[tuple[int, list[int]]]:
-        each = min(behind[phase], samples)
-        return [
-            (p[side], [lengths[side]] * min(each, samples - start))
-            for p in prompts
-            for start in range(0, samples, each)
-        ]
-
-    ledger.generation(student, reads(0, 0))
-    ledger.forward("teacher_score", teacher, reads(1, 1), taught=rows[1])
-    ledger.forward("student_update", student, reads(0, 2), passes=3, taught=rows[0])
+    ours = max(1, round(batch.response))
+    theirs = max(1, round(batch.response * teacher_tokens))
+    rollouts = len(batch.prompts) * batch.samples
+    ledger.generation(student, batch.reads(0, 0, ours))
+    scored = rollouts * theirs * heads[1]
+    ledger.forward("teacher_score", teacher, batch.reads(1, 1, theirs), taught=scored)
+    taught = rollouts * ours * heads[0]
+    training = batch.reads(0, 2, ours)
+    ledger.forward("student_update", student, training, taught, Passes(count=3))
     return ledger

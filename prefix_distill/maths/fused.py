@@ -1,4 +1,7 @@
-"""The weighted divergence, fused with both output heads and computed in chunks of rows."""
+"""The weighted divergence, fused with both output heads and computed in chunks of rows.
+
+Axes as in ``divergence``: N taught tokens, D and E the models' widths, V the shared support.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .divergence import Head, Terms, per_token, value_and_gradient
+from .estimators import at_token, clipped, on_top, value_and_gradient_on_top
 
 
 def weighted(  # noqa: PLR0913  the operands of one formula
@@ -21,27 +25,30 @@ def weighted(  # noqa: PLR0913  the operands of one formula
     token_N: Tensor | None = None,
     sampler_logp_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Σ_n weight_n · D(S_n, T_n) with its gradient, the detached values D_n [N] (nats), and with a
-    clip the teacher's mass on clipped entries [N].
+    """Return Σ_n weight_n · D(S_n, T_n), the detached values D_n [N] in nats, and with a clip the
+    teacher's mass on clipped entries [N].
 
-    S = softmax(student logits / temperature), T likewise; ``weight_N`` is already divided (by the
-    taught tokens of the whole update, say) and is not renormalised. The gradient to the hidden
-    rows, the head's weight and its bias is computed in the same pass from closed forms, so no [N,
-    V] table outlives its chunk and nothing is projected again. No gradient reaches the teacher. A
-    frozen head gets none computed. ``token_N``: the realised tokens, for the sampled estimator and
-    the cross-entropy; ``sampler_logp_N``: their log-probability where they were drawn, for the
-    former's ratio.
+    S = softmax(student logits / temperature), T likewise. ``weight_N`` is already divided, for
+    example by the taught tokens of the whole update, and is not renormalised. The forward pass also
+    computes the gradients to the hidden rows, the head's weight and its bias from closed forms, so
+    no [N, V] table outlives its chunk and nothing is projected again. No gradient reaches the
+    teacher, and a frozen head gets none computed. ``token_N``: the realised tokens, for the sampled
+    estimator and the cross-entropy. ``sampler_logp_N``: their log-probability when they were
+    sampled, for the ratio of the sampled estimator.
 
     ValueError: ``token_N`` is None for the sampled estimator or the cross-entropy.
 
     Source: losses of arXiv 2306.13649 and 2602.15260; the fusion is ours.
     """
+    teacher_rows = None
+    if teacher_NE is not None:
+        teacher_rows = teacher_NE.detach()
     result: tuple[Tensor, Tensor, Tensor | None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch leaves apply unannotated
         student_ND,
         student_head.weight_VD,
         student_head.bias_V,
         weight_N,
-        None if teacher_NE is None else teacher_NE.detach(),
+        teacher_rows,
         student_head,
         teacher_head,
         terms,
@@ -51,36 +58,47 @@ def weighted(  # noqa: PLR0913  the operands of one formula
     return result
 
 
-@dataclass(frozen=True)
 class _Tables:
     """The float32 work tables [rows, V] of one chunk, all overwritten in place.
 
-    Only the JSD uses ``spare``; only a soft-cap uses ``slope``.
+    ``spare``: None unless the divergence needs it; ``slope``: None unless the head has a soft-cap.
     """
 
-    work: Tensor
-    student_logp: Tensor
-    teacher_logp: Tensor
-    spare: Tensor | None
-    slope: Tensor | None
+    def __init__(
+        self,
+        work: Tensor,
+        student_logp: Tensor,
+        teacher_logp: Tensor,
+        spare: Tensor | None = None,
+        slope: Tensor | None = None,
+    ) -> None:
+        self.work, self.student_logp, self.teacher_logp = work, student_logp, teacher_logp
+        self.spare, self.slope = spare, slope
 
     @classmethod
-    def allocate(
-        cls, rows: int, support: int, jsd: bool, softcap: bool, device: torch.device
-    ) -> "_Tables":
-        """Allocate the tables that the divergence and the student's head need."""
-        make = partial(torch.empty, rows, support, device=device)
-        return cls(make(), make(), make(), make() if jsd else None, make() if softcap else None)
+    def allocate(cls, terms: Terms, head: Head, like: Tensor) -> "_Tables":
+        """Allocate the tables that ``terms`` and the student's head need, for a whole chunk.
+
+        ``like``: the student's hidden rows, which give the device and the largest number of rows.
+        """
+        support = len(head.weight_VD)
+        rows = max(1, min(terms.chunk(support, head.softcap is not None), len(like)))
+        make = partial(torch.empty, rows, support, device=like.device)
+        tables = cls(make(), make(), make())
+        if terms.needs_two_spares:
+            tables.spare = make()
+        if head.softcap is not None:
+            tables.slope = make()
+        return tables
 
     def first(self, rows: int) -> "_Tables":
         """Return the first ``rows`` rows of every table, for a last chunk that may be shorter."""
-        return _Tables(
-            self.work[:rows],
-            self.student_logp[:rows],
-            self.teacher_logp[:rows],
-            None if self.spare is None else self.spare[:rows],
-            None if self.slope is None else self.slope[:rows],
-        )
+        tables = _Tables(self.work[:rows], self.student_logp[:rows], self.teacher_logp[:rows])
+        if self.spare is not None:
+            tables.spare = self.spare[:rows]
+        if self.slope is not None:
+            tables.slope = self.slope[:rows]
+        return tables
 
 
 class _Weighted(torch.autograd.Function):
@@ -98,63 +116,142 @@ class _Weighted(torch.autograd.Function):
         token_N: Tensor | None,
         sampler_logp_N: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        device, support, cap = student_ND.device, len(weight_VD), student_head.softcap
-        grad_hidden = torch.zeros_like(student_ND) if need_hidden else None
-        grad_weight = _float32_zeros(weight_VD, need_weight)
-        grad_bias = _float32_zeros(bias_V, need_bias)
-        student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
-        row_weight = weight_N[:, None].to(device, torch.float32) * (
-            student_head.scale / terms.temperature
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        weight_N = weight_N.to(student_ND.device, torch.float32)
+        grad_hidden = None
+        if needs_hidden:
+            grad_hidden = torch.zeros_like(student_ND)
+        update = _Pass(
+            terms=terms,
+            student_ND=student_ND,
+            student_head=student_head.to(terms.dtype),
+            teacher_NE=teacher_NE,
+            teacher_head=teacher_head.to(terms.dtype),
+            token_N=token_N,
+            sampler_logp_N=sampler_logp_N,
+            row_weight=weight_N[:, None] * (student_head.scale / terms.temperature),
+            grad_hidden=grad_hidden,
+            grad_weight=float32_zeros(weight_VD, needs_weight),
+            grad_bias=float32_zeros(bias_V, needs_bias),
         )
-        value_N = torch.empty(len(student_ND), dtype=torch.float32, device=device)
-        clipped_N = None if terms.clip is None else torch.empty_like(value_N)
-        size = max(1, min(terms.chunk(support, cap is not None), len(student_ND)))
-        buffers = _Tables.allocate(size, support, terms.name == "jsd", cap is not None, device)
-        for start in range(0, len(student_ND), size):
-            rows = slice(start, start + size)
-            hidden = student_ND[rows].to(terms.dtype)
-            tables = buffers.first(len(hidden))
-            logits = student_head.logits(hidden, tables.work)
-            slope = student_head.slope(logits, tables.slope)
-            _log_softmax(logits, terms.temperature, tables.student_logp)
-            if teacher_NE is not None:
-                _read_teacher(
-                    terms, teacher_head, teacher_NE[rows], tables.work, tables.teacher_logp
-                )
-            if clipped_N is None or terms.by_token:
-                value_N[rows], grad = _compare(terms, tables, rows, token_N, sampler_logp_N)
-            else:
-                value_N[rows], grad, clipped_N[rows] = _clipped(terms, tables)
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            if slope is not None:
-                grad *= slope
-            if grad_bias is not None:
-                grad_bias.addmv_(grad.T, row_weight[rows, 0])
-            grad = grad.to(terms.dtype)
-            with torch.autocast(device.type, enabled=False):
-                if grad_hidden is not None:
-                    grad_hidden[rows] = (grad @ student_head.weight_VD).float() * row_weight[rows]
-                if grad_weight is not None:
-                    _add_outer(
-                        grad_weight, grad, (hidden.float() * row_weight[rows]).to(terms.dtype)
-                    )
-        ctx.grads = grad_hidden, grad_weight, grad_bias
-        ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        value_N, clipped_N = update.run()
+        ctx.grads = update.grad_hidden, update.grad_weight, update.grad_bias
+        ctx.dtypes = weight_VD.dtype, getattr(bias_V, "dtype", None)
         ctx.mark_non_differentiable(*(t for t in (value_N, clipped_N) if t is not None))
-        return (weight_N.to(device, torch.float32) * value_N).sum(), value_N, clipped_N
+        return (weight_N * value_N).sum(), value_N, clipped_N
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         return *scale_gradients(ctx, grad_outputs[0]), *[None] * 7
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """The operands of one forward pass, and the gradients that it fills; None: not needed.
+
+    ``row_weight`` [N, 1]: the weights times scale/temperature of the student's head.
+    """
+
+    terms: Terms
+    student_ND: Tensor
+    student_head: Head
+    teacher_NE: Tensor | None
+    teacher_head: Head
+    token_N: Tensor | None
+    sampler_logp_N: Tensor | None
+    row_weight: Tensor
+    grad_hidden: Tensor | None
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+
+    @property
+    def needs_gradient(self) -> bool:
+        gradients = self.grad_hidden, self.grad_weight, self.grad_bias
+        return any(gradient is not None for gradient in gradients)
+
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """Return the values [N], and with a clip the teacher's mass on clipped entries [N]."""
+        count, terms = len(self.student_ND), self.terms
+        value_N = torch.empty(count, dtype=torch.float32, device=self.student_ND.device)
+        clipped_N = None
+        if terms.clip is not None:
+            clipped_N = torch.empty_like(value_N)
+        buffers = _Tables.allocate(terms, self.student_head, self.student_ND)
+        size = len(buffers.work)
+        for start in range(0, count, size):
+            rows = slice(start, min(start + size, count))
+            tables = buffers.first(rows.stop - start)
+            hidden = self.student_ND[rows].to(terms.dtype)
+            slope = self._read(rows, hidden, tables)
+            if clipped_N is None or terms.by_token:
+                value_N[rows], grad = self._compare(rows, tables)
+            else:
+                value_N[rows], grad, clipped_N[rows] = clipped(
+                    terms, tables.student_logp, tables.teacher_logp, tables.work
+                )
+            if not self.needs_gradient:
+                continue
+            if slope is not None:
+                grad *= slope
+            self._add_gradients(rows, hidden, grad)
+        return value_N, clipped_N
+
+    def _read(self, rows: slice, hidden: Tensor, tables: _Tables) -> Tensor | None:
+        """Write both models' log-probabilities into ``tables``; return the soft-cap's slope."""
+        logits = self.student_head.logits(hidden, tables.work)
+        slope = self.student_head.slope(logits, tables.slope)
+        _log_softmax(logits, self.terms.temperature, tables.student_logp)
+        if self.teacher_NE is not None:
+            teacher_rows = self.teacher_NE[rows]
+            _read_teacher(
+                self.terms, self.teacher_head, teacher_rows, tables.work, tables.teacher_logp
+            )
+        return slope
+
+    def _compare(self, rows: slice, tables: _Tables) -> tuple[Tensor, Tensor]:
+        """Return the values [n] of a chunk, and their gradient [n, V] to the student's
+        logits/temperature."""
+        terms, work = self.terms, tables.work
+        if terms.by_token:
+            if self.token_N is None:
+                raise ValueError(
+                    "the sampled estimator and the cross-entropy need the realised tokens: pass "
+                    "token_N"
+                )
+            token = self.token_N[rows].to(work.device)
+            sampler_logp = None
+            if self.sampler_logp_N is not None:
+                sampler_logp = self.sampler_logp_N[rows].to(work.device)
+            return at_token(terms, tables.student_logp, tables.teacher_logp, token, sampler_logp)
+        top_k = terms.top(work.shape[1])
+        if top_k is not None:
+            return value_and_gradient_on_top(
+                terms, top_k, tables.student_logp, tables.teacher_logp, work
+            )
+        return value_and_gradient(
+            terms, tables.student_logp, tables.teacher_logp, work, tables.spare
+        )
+
+    def _add_gradients(self, rows: slice, hidden: Tensor, grad: Tensor) -> None:
+        """Add a chunk's gradients; ``grad``: to the logits before soft-cap and scale."""
+        row_weight = self.row_weight[rows]
+        if self.grad_bias is not None:
+            self.grad_bias.addmv_(grad.T, row_weight[:, 0])
+        grad = grad.to(self.terms.dtype)
+        with torch.autocast(grad.device.type, enabled=False):
+            if self.grad_hidden is not None:
+                product = (grad @ self.student_head.weight_VD).float()
+                self.grad_hidden[rows] = product * row_weight
+            if self.grad_weight is not None:
+                weighted_hidden = (hidden.float() * row_weight).to(self.terms.dtype)
+                _add_outer(self.grad_weight, grad, weighted_hidden)
+
+
 def scale_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients that the forward pass left in ``ctx.grads``, times ``grad_loss``.
 
     They are those to the hidden rows, the head's weight and its bias; the last two take the dtypes
-    in ``ctx.dtypes``. ``ctx`` gives its references up, so that each is freed as soon as possible.
+    in ``ctx.dtypes``. ``ctx`` drops its references, so that each is freed as soon as possible.
     """
     hidden, weight, bias = ctx.grads
     ctx.grads = None
@@ -167,7 +264,7 @@ def scale_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     return hidden, weight, bias
 
 
-def _float32_zeros(like: Tensor | None, needed: bool) -> Tensor | None:
+def float32_zeros(like: Tensor | None, needed: bool) -> Tensor | None:
     """Return float32 zeros of the same shape for a gradient, or None if it is not needed."""
     if like is None or not needed:
         return None
@@ -186,34 +283,6 @@ def _read_teacher(terms: Terms, head: Head, hidden_NE: Tensor, work: Tensor, out
     _log_softmax(logits, terms.temperature, out)
 
 
-def _compare(
-    terms: Terms,
-    tables: _Tables,
-    rows: slice,
-    token_N: Tensor | None,
-    sampler_logp_N: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the values [N] of a chunk and their gradient [N, V] to the student's
-    logits/temperature.
-
-    ``rows``: the chunk's slice of ``token_N`` and ``sampler_logp_N``.
-    """
-    student_logp, teacher_logp, work = tables.student_logp, tables.teacher_logp, tables.work
-    if terms.by_token:
-        if token_N is None:
-            raise ValueError(
-                "the sampled estimator and the cross-entropy need the realised tokens: pass token_N"
-            )
-        token = token_N[rows].to(work.device)
-        drawn = None if sampler_logp_N is None else sampler_logp_N[rows].to(work.device)
-        return _at_token(terms, student_logp, teacher_logp, token, drawn)
-    if (top_k := terms.top(work.shape[1])) is not None:
-        return _value_and_gradient_on_top(terms, top_k, student_logp, teacher_logp, work)
-    return value_and_gradient(
-        terms.name, terms.beta, student_logp, teacher_logp, work, tables.spare
-    )
-
-
 def _log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     """Write the log-probabilities at ``temperature`` into ``out``; overwrite ``logits``."""
     if temperature != 1:
@@ -221,89 +290,8 @@ def _log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1, out=out)
 
 
-def _clipped(terms: Terms, tables: _Tables) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``value_and_gradient``, for the forward KL clipped entry by entry, and the teacher's mass
-    on clipped entries [N].
-
-    value Σ_v min(T_v (log T_v − log S_v), κ), which may be negative; gradient
-    S_k·Q_U − T_k·1[k ∈ U] with U the entries that are not clipped and Q_U the teacher's mass on
-    them. Source: OPSD, arXiv 2601.18734.
-    """
-    clip = math.inf if terms.clip is None else terms.clip
-    student_logp, teacher_logp = tables.student_logp, tables.teacher_logp
-    term = torch.sub(teacher_logp, student_logp, out=tables.work)
-    teacher = teacher_logp.exp_()
-    free = term.mul_(teacher) <= clip
-    value = term.clamp_(max=clip).sum(-1)
-    mass = teacher.mul_(free).sum(-1)
-    return value, student_logp.exp_().mul_(mass[:, None]).sub_(teacher), 1 - mass
-
-
-def _on_top(
-    top_k: int, student_logp: Tensor, teacher_logp: Tensor, work: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [N, k + 1] of the teacher's k most likely tokens and of all others together
-    (the tail), for the student and the teacher, and which tokens they are."""
-    top_NK = teacher_logp.topk(top_k, -1).indices
-    student, teacher = (_bucketed(logp, top_NK, work) for logp in (student_logp, teacher_logp))
-    return student, teacher, top_NK
-
-
-def _bucketed(logp_NV: Tensor, top_NK: Tensor, work: Tensor) -> Tensor:
-    """Return the log-probabilities [N, k + 1] of the tokens ``top_NK`` and of the tail."""
-    others = work.copy_(logp_NV).scatter_(1, top_NK, -torch.inf)
-    tail = torch.logsumexp(others, -1, keepdim=True)
-    return torch.cat([logp_NV.gather(1, top_NK), tail], -1)
-
-
-def _value_and_gradient_on_top(
-    terms: Terms, top_k: int, student_logp: Tensor, teacher_logp: Tensor, work: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As ``value_and_gradient``, on the buckets: a token in the tail has the share of the bucket's
-    gradient that it has of the bucket's mass."""
-    student, teacher, top_NK = _on_top(top_k, student_logp, teacher_logp, work)
-    share = student_logp.sub_(student[:, -1:]).exp_()
-    value, gradient = value_and_gradient(
-        terms.name,
-        terms.beta,
-        student,
-        teacher,
-        torch.empty_like(student),
-        torch.empty_like(student),
-    )
-    return value, share.mul_(gradient[:, -1:]).scatter_(1, top_NK, gradient[:, :-1])
-
-
-def _at_token(
-    terms: Terms,
-    student_logp: Tensor,
-    teacher_logp: Tensor,
-    token_N: Tensor,
-    sampler_logp_N: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As ``value_and_gradient``, from the realised token y alone.
-
-    sampled        value log S(y) − log T(y), an unbiased estimate of KL(S‖T) for y ~ S. The policy
-                   gradient's loss −ρ·A·log S(y) with advantage A = log T(y) − log S(y), both ρ and
-                   A held fixed, has the gradient ρ·(log S(y) − log T(y))·(1[k = y] − S_k), with
-                   ρ = S(y)/q(y) where y was drawn from q (1 if unknown). Source: arXiv 2602.15260;
-                   MiniLLM, arXiv 2306.08543.
-    cross-entropy  value −log S(y), gradient S_k − 1[k = y]. Source: SeqKD, arXiv 1606.07947.
-    """
-    token_N1 = token_N[:, None]
-    own = student_logp.gather(1, token_N1)
-    if terms.taught_by == "text":
-        value, factor = -own, -torch.ones_like(own)
-    else:
-        value = own - teacher_logp.gather(1, token_N1)
-        factor = value if sampler_logp_N is None else value * (own - sampler_logp_N[:, None]).exp()
-    gradient = student_logp.exp_().neg_()
-    gradient.scatter_add_(1, token_N1, torch.ones_like(own))
-    return value[:, 0], gradient.mul_(factor)
-
-
 def _add_outer(total_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
-    """total += gradᵀ · hidden with float32 sums and no second [V, D] table."""
+    """Add gradᵀ · hidden to ``total_VD`` with float32 sums and without a second [V, D] table."""
     if grad_NV.dtype == torch.float32:
         torch.addmm(total_VD, grad_NV.T, hidden_ND, out=total_VD)
         return
@@ -322,45 +310,41 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     token_N: Tensor,
     forward: bool = False,
 ) -> dict[str, Tensor]:
-    """Per-token facts without gradient, each [N] float32: ``divergence``, ``entropy`` of S (nats),
-    the log-probability of the realised token ``token_N`` under each model (``student_logp``,
-    ``teacher_logp``), and if asked for KL(T‖S), ``forward_kl``."""
-    device, support = student_ND.device, len(student_head.weight_VD)
-    names = ("divergence", "entropy", "student_logp", "teacher_logp") + (
-        ("forward_kl",) if forward else ()
-    )
-    found = {
-        name: torch.empty(len(student_ND), dtype=torch.float32, device=device) for name in names
-    }
-    top_k = terms.top(support)
+    """Return facts of every token without gradient, each [N] in float32.
+
+    ``divergence`` and ``entropy`` of S (nats), the log-probability of the realised token
+    ``token_N`` under each model (``student_logp``, ``teacher_logp``), and with ``forward`` also
+    KL(T‖S), ``forward_kl``.
+    """
+    count, device, support = len(student_ND), student_ND.device, len(student_head.weight_VD)
+    names = ["divergence", "entropy", "student_logp", "teacher_logp"]
+    if forward:
+        names.append("forward_kl")
+    facts = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
     four = math.ceil(support * 4 / 3)  # as many tables are alive, where ``chunk`` counts three
-    size = max(1, min(terms.chunk(four, student_head.softcap is not None), len(student_ND)))
+    size = max(1, min(terms.chunk(four, student_head.softcap is not None), count))
     tables = [torch.empty(size, support, device=device) for _ in range(4)]
     student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
-    for start in range(0, len(student_ND), size):
-        rows = slice(start, min(start + size, len(student_ND)))
-        student_logp, teacher_logp, work, spare = (t[: rows.stop - rows.start] for t in tables)
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        student_logp, teacher_logp, work, spare = (t[: rows.stop - start] for t in tables)
         _log_softmax(student_head.logits(student_ND[rows], work), terms.temperature, student_logp)
         _read_teacher(terms, teacher_head, teacher_NE[rows], work, teacher_logp)
         token = token_N[rows, None].to(device)
-        found["student_logp"][rows], found["teacher_logp"][rows] = (
-            t.gather(1, token)[:, 0] for t in (student_logp, teacher_logp)
-        )
+        facts["student_logp"][rows] = student_logp.gather(1, token)[:, 0]
+        facts["teacher_logp"][rows] = teacher_logp.gather(1, token)[:, 0]
         student = torch.exp(student_logp, out=work)
-        found["entropy"][rows] = torch.mul(student, student_logp, out=spare).sum(-1).neg_()
+        facts["entropy"][rows] = torch.mul(student, student_logp, out=spare).sum(-1).neg_()
+        top_k = terms.top(support)
         if top_k is not None:
-            found["divergence"][rows] = per_token(
-                terms.name, terms.beta, *_on_top(top_k, student_logp, teacher_logp, spare)[:2]
-            )
-        elif terms.name != "reverse-kl":
-            found["divergence"][rows] = per_token(
-                terms.name, terms.beta, student_logp, teacher_logp
-            )
+            buckets = on_top(top_k, student_logp, teacher_logp, spare)
+            facts["divergence"][rows] = per_token(terms, buckets[0], buckets[1])
+        elif terms.name == "reverse-kl":  # in the tables that exist
+            gap = torch.sub(student_logp, teacher_logp, out=spare)
+            facts["divergence"][rows] = gap.mul_(student).sum(-1)
         else:
-            found["divergence"][rows] = (
-                torch.sub(student_logp, teacher_logp, out=spare).mul_(student).sum(-1)
-            )
+            facts["divergence"][rows] = per_token(terms, student_logp, teacher_logp)
         if forward:
             gap = torch.sub(teacher_logp, student_logp, out=spare)
-            found["forward_kl"][rows] = gap.mul_(torch.exp(teacher_logp, out=work)).sum(-1)
-    return found
+            facts["forward_kl"][rows] = gap.mul_(torch.exp(teacher_logp, out=work)).sum(-1)
+    return facts

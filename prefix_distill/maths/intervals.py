@@ -9,11 +9,10 @@ RESAMPLES = 2_000
 
 
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """{value, n, low, high}: mean over problems with a 95 % percentile-bootstrap interval (2,000
-    seeded resamples).
+    """Return {value, n, low, high}: the mean over problems with a 95 % bootstrap interval.
 
-    When all values are equal the bootstrap has no width; the ends then are Wilson's, at z = 1.96,
-    for shares (0 or 1).
+    The interval is the percentile bootstrap of 2,000 seeded resamples. If all values are equal, it
+    has no width. Its ends are then Wilson's at z = 1.96 if the values are shares of 0 or 1.
     """
     import torch  # here: report and --help run without torch
 
@@ -21,75 +20,80 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     data = torch.tensor(values, dtype=torch.float64)
     mean = data.mean().item()
     if data.min() == data.max():
+        edge = 0.0
         if mean in (0.0, 1.0):
             edge = 1.96**2 / (n + 1.96**2)
-            return {
-                "value": mean,
-                "n": n,
-                "low": mean * (1 - edge),
-                "high": mean + (1 - mean) * edge,
-            }
-        return {"value": mean, "n": n, "low": mean, "high": mean}
+        return _interval(mean, n, mean * (1 - edge), mean + (1 - mean) * edge)
     generator = torch.Generator().manual_seed(seed)
-    means = (
-        torch.stack(
-            [data[torch.randint(n, (n,), generator=generator)].mean() for _ in range(RESAMPLES)]
-        )
-        .sort()
-        .values
-    )
-    return {
-        "value": mean,
-        "n": n,
-        "low": means[int(0.025 * RESAMPLES)].item(),
-        "high": means[int(0.975 * RESAMPLES) - 1].item(),
-    }
+    means = []
+    for _ in range(RESAMPLES):
+        means.append(data[torch.randint(n, (n,), generator=generator)].mean().item())
+    return _interval(mean, n, *_ends(means))
+
+
+def _ends(means: list[float]) -> tuple[float, float]:
+    """Return the 2.5 % and 97.5 % quantiles of RESAMPLES means."""
+    means = sorted(means)
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+
+
+def _interval(value: float, n: int, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "n": n, "low": low, "high": high}
 
 
 def known(values: Sequence[Sequence[float | None]]) -> list[float]:
-    """All numbers of some rollouts, one after another."""
-    return [v for row in values for v in row if v is not None]
+    """Return all numbers of some rollouts, one after another, without the None."""
+    numbers = []
+    for row in values:
+        numbers += [v for v in row if v is not None]
+    return numbers
 
 
 def token_mean(values: Sequence[Sequence[float | None]], seed: int = 0) -> dict[str, float]:
-    """{value, n, low, high} of nats per token; n counts tokens, the bootstrap draws whole rollouts
-    (their tokens are not independent). Rollouts without a number are left out."""
+    """Return {value, n, low, high} of nats per token.
+
+    n counts tokens. The bootstrap resamples whole rollouts, because their tokens are not
+    independent. Rollouts without a number are left out.
+    """
     import torch  # here: report and --help run without torch
 
-    rows = [row for row in (known([row]) for row in values) if row]
-    sums = torch.tensor([[sum(row), len(row)] for row in rows], dtype=torch.float64)
+    rollouts = []
+    for row in values:
+        numbers = known([row])
+        if numbers:
+            rollouts.append([sum(numbers), len(numbers)])
+    sums = torch.tensor(rollouts, dtype=torch.float64)
     value = (sums[:, 0].sum() / sums[:, 1].sum()).item()
     generator = torch.Generator().manual_seed(seed_of(seed, "token_mean"))
-    draws = []
+    means = []
     for _ in range(RESAMPLES):
-        drawn = sums[torch.randint(len(sums), (len(sums),), generator=generator)].sum(0)
-        draws.append((drawn[0] / drawn[1]).item())
-    draws.sort()
-    return {
-        "value": value,
-        "n": int(sums[:, 1].sum()),
-        "low": draws[int(0.025 * RESAMPLES)],
-        "high": draws[int(0.975 * RESAMPLES) - 1],
-    }
+        total, count = sums[torch.randint(len(sums), (len(sums),), generator=generator)].sum(0)
+        means.append((total / count).item())
+    return _interval(value, int(sums[:, 1].sum()), *_ends(means))
 
 
 def split_mean(
     values: Sequence[Sequence[float | None]], prefix: int
 ) -> tuple[float | None, float | None]:
-    """Mean nats per token (inside the first ``prefix`` tokens, beyond them); None where there is
-    none."""
-    head, tail = known([row[:prefix] for row in values]), known([row[prefix:] for row in values])
-    return _mean(head), _mean(tail)
+    """Return the mean nats per token inside the first ``prefix`` tokens, and beyond them.
+
+    None: there is no token.
+    """
+    inside = known([row[:prefix] for row in values])
+    beyond = known([row[prefix:] for row in values])
+    return _mean(inside), _mean(beyond)
 
 
 def _mean(values: list[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+    if not values:
+        return None
+    return math.fsum(values) / len(values)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The ``share`` quantile, linear between order statistics."""
+    """Return the ``share`` quantile, linear between order statistics."""
     ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
+    rank = share * (len(ordered) - 1)
+    below = math.floor(rank)
     above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    return ordered[below] + (rank - below) * (ordered[above] - ordered[below])

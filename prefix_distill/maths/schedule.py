@@ -1,193 +1,289 @@
-"""Step → number: how long the prefix is, which rollouts are the teacher's, how high the learning
-rate is."""
+"""Numbers that depend on the step: the prefix length, the teacher's rollouts, the learning rate."""
 
 import math
 import random
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
+from .registry import BUILT_IN, Registry, registering
 
 GRAMMAR = (
     "at least 1 token (512), a percentage of --max-new-tokens (25%), 'full', linear:L0:d, "
     "staircase:L0:dH:every or auto[:L0:dH]"
 )
-PATIENCE = 4  # updates whose mean stands for the signal of a window in `auto`
+PATIENCE = 4  # updates whose mean is the signal of a window in `auto`
 # share of a window's first signal that it must still lose within PATIENCE updates to count as
 # improving
 STOPPED = 0.1
-REACHED = 0.25  # share of rollouts that must fill the prefix for `auto` to grow it
+REACHED = 0.25  # share of rollouts that must fill the prefix before `auto` grows it
+
+State = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrefixSchedule:
-    """A prefix length L_k for every step k = 0, 1, 2, …, in tokens, clamped to [1, T_max] (T_max is
-    ``limit``).
+    """A prefix length L_k for every step k = 0, 1, 2, …, in tokens, from 1 to T_max (``limit``).
 
-    constant    L_k = L0                                       arXiv 2602.15260; as a fraction
-                ρ·T_max, arXiv 2605.31490
-    linear      L_k = L0 + d·k                                 arXiv 2602.15260 (L0 = 1, d = 256)
-    staircase   L_k = L0 + ΔH·⌊k/Δk⌋                           arXiv 2605.31490
-    auto        L doubles (or grows by ΔH) when its newest window has stopped improving; never
-                shrinks; after arXiv 2607.29494
-
-    ``rise`` is d or ΔH in tokens (0: `auto` doubles), ``every`` is Δk in updates. Only ``auto`` has
-    a state: a plain dictionary that belongs to the run (and its checkpoint), starts as {} and is
-    changed by ``observe`` alone.
+    ``text``: the schedule as given. A schedule may have a state: a dictionary of JSON values that
+    belongs to the run and its checkpoint, starts as {} and is changed by ``observe`` alone.
     """
 
     text: str
-    kind: str
-    start: int
     limit: int
+
+    def length(self, step: int, state: State | None = None) -> int:
+        """Return L_k at update ``step``: the tokens that the student may sample."""
+        raise NotImplementedError
+
+    def longest(self, steps: int) -> int:
+        """Return an upper bound of the lengths of updates 0 … ``steps`` − 1."""
+        return self.limit
+
+    def window(self, state: State | None = None) -> int:
+        """Return the first position of the newest window, which the last growth added; else 0."""
+        if state is None:
+            return 0
+        window: int = state.get("window", 0)
+        return window
+
+    def observe(self, step: int, state: State, signal: float | None, reached: float) -> str | None:
+        """Change ``state`` after update ``step``; return the reason if the prefix changes.
+
+        ``signal``: mean divergence of this update's rollouts in the newest window, nats per token;
+        None if no rollout entered it. ``reached``: share of the rollouts that filled the prefix.
+        Both are of the global update, so every rank decides alike.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steady(PrefixSchedule):
+    """A length that depends on the step alone: L_k = L0 + rise·⌊k/every⌋.
+
+    constant    rise = 0             arXiv 2602.15260; as a fraction ρ·T_max, arXiv 2605.31490
+    linear      rise = d, every = 1  arXiv 2602.15260 (L0 = 1, d = 256)
+    staircase   rise = ΔH            arXiv 2605.31490
+    """
+
+    start: int
     rise: int = 0
     every: int = 1
 
-    def length(self, step: int, state: dict[str, Any] | None = None) -> int:
-        """Tokens the student may write at update ``step``."""
-        if self.kind == "auto":
-            length: int = (state or {}).get("length", self.start)
-            return length
+    def length(self, step: int, state: State | None = None) -> int:
         return max(1, min(self.start + self.rise * (step // self.every), self.limit))
 
     def longest(self, steps: int) -> int:
-        """An upper bound of the lengths of updates 0 … ``steps`` − 1."""
-        return self.limit if self.kind == "auto" else self.length(max(0, steps - 1))
+        return self.length(max(0, steps - 1))
 
-    def window(self, state: dict[str, Any] | None = None) -> int:
-        """First position of the newest window: what the last growth added (0 before any)."""
-        window: int = (state or {}).get("window", 0)
-        return window
 
-    def observe(
-        self, step: int, state: dict[str, Any], signal: float | None, reached: float
-    ) -> str | None:
-        """`auto` looks at update ``step`` and may grow → its reason, or None; other schedules look
-        at nothing.
+@dataclass(frozen=True, kw_only=True)
+class Auto(PrefixSchedule):
+    """A length that doubles, or grows by ``rise``, when its newest window stops improving.
 
-        ``signal``: mean divergence in the newest window, what the last growth added, of this
-        update's rollouts, nats per token (None where no rollout entered it); ``reached``: share of
-        rollouts that filled the prefix. With a and b the means of the signal over the last-but-one
-        and the last 4 updates and s over the first 4 since the window opened, it has stopped
-        improving when a − b ≤ s/10, and L grows if at least a quarter of the last 4 updates'
-        rollouts reached L. The numbers are the global update's, so every rank decides alike.
-        """
-        if self.kind != "auto" or self.length(step, state) >= self.limit:
+    With a and b the means of the signal over the last-but-one and the last 4 updates, and s its
+    mean over the first 4 since the window opened, the window has stopped improving when
+    a − b ≤ s/10. The length then grows if at least a quarter of the last 4 updates' rollouts filled
+    the prefix. It never shrinks. After arXiv 2607.29494.
+    """
+
+    start: int
+    rise: int = 0
+
+    def length(self, step: int, state: State | None = None) -> int:
+        if state is None:
+            return self.start
+        length: int = state.get("length", self.start)
+        return length
+
+    def observe(self, step: int, state: State, signal: float | None, reached: float) -> str | None:
+        old = self.length(step, state)
+        if old >= self.limit:
             return None
         seen: list[list[float | None]] = state.setdefault("seen", [])
         seen.append([signal, reached])
         if len(seen) < 2 * PATIENCE:
             return None
-        first, before, last = (
-            _mean([s for s, _ in part])
-            for part in (seen[:PATIENCE], seen[-2 * PATIENCE : -PATIENCE], seen[-PATIENCE:])
-        )
-        filled = _mean([r for _, r in seen[-PATIENCE:]])
+        signals = [row[0] for row in seen]
+        first = _mean(signals[:PATIENCE])
+        before = _mean(signals[-2 * PATIENCE : -PATIENCE])
+        last = _mean(signals[-PATIENCE:])
+        filled = _mean([row[1] for row in seen[-PATIENCE:]])
         if before - last > STOPPED * first or filled < REACHED:
             return None
-        opened, old = self.window(state), self.length(step, state)
-        state.update(length=min(old + (self.rise or old), self.limit), window=old, seen=[])
+        opened = self.window(state)
+        new = min(old + (self.rise or old), self.limit)
+        state.update(length=new, window=old, seen=[])
         return (
-            f"after update {step + 1} the prefix grows from {old} to {state['length']} tokens: "
-            f"over means of {PATIENCE} updates the divergence of tokens {opened} to {old} began at "
-            f"{first:.3g} nats, was {before:.3g} and is {last:.3g}, and {filled:.0%} of the "
-            "rollouts fill the prefix"
+            f"after update {step + 1} the prefix grows from {old} to {new} tokens: over means of "
+            f"{PATIENCE} updates the divergence of tokens {opened} to {old} began at {first:.3g} "
+            f"nats, was {before:.3g} and is {last:.3g}, and {filled:.0%} of the rollouts fill the "
+            "prefix"
         )
 
 
 def _mean(values: list[float | None]) -> float:
     numbers = [v for v in values if v is not None]
-    return math.fsum(numbers) / len(numbers) if numbers else 0.0
+    if not numbers:
+        return 0.0
+    return math.fsum(numbers) / len(numbers)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A schedule that is asked for: its text, the parts behind its name, and T_max."""
+
+    text: str
+    parts: tuple[str, ...]
+    limit: int
+
+    def tokens(self, part: str) -> int:
+        """Return one length: a number of tokens, or a percentage of T_max."""
+        return _tokens(self.text, part, self.limit)
+
+
+# `full` and plain lengths are no names of this registry
+SCHEDULES: Registry[Callable[[Request], PrefixSchedule]] = Registry(
+    "prefix schedule", reserved=("full", "constant")
+)
+
+
+def _linear(request: Request) -> PrefixSchedule:
+    if len(request.parts) != 2:
+        raise _unknown(request.text)
+    start, rise = map(request.tokens, request.parts)
+    return Steady(text=request.text, limit=request.limit, start=start, rise=rise)
+
+
+def _staircase(request: Request) -> PrefixSchedule:
+    if len(request.parts) != 3:
+        raise _unknown(request.text)
+    start, rise, every = request.parts
+    if not re.fullmatch(r"[1-9]\d{0,17}", every, re.ASCII):
+        raise UserError(
+            f"prefix '{request.text}': the staircase rises every {every!r} updates; give a number "
+            "of at least 1"
+        )
+    return Steady(
+        text=request.text,
+        limit=request.limit,
+        start=request.tokens(start),
+        rise=request.tokens(rise),
+        every=int(every),
+    )
+
+
+def _auto(request: Request) -> PrefixSchedule:
+    if len(request.parts) not in (0, 2):
+        raise _unknown(request.text)
+    start, rise = request.tokens("10%"), 0
+    if request.parts:
+        start, rise = map(request.tokens, request.parts)
+    return Auto(text=request.text, limit=request.limit, start=start, rise=rise)
+
+
+with registering(BUILT_IN):
+    SCHEDULES.add("linear", _linear)
+    SCHEDULES.add("staircase", _staircase)
+    SCHEDULES.add("auto", _auto)
 
 
 def parse_prefix(text: str, limit: int) -> PrefixSchedule:
-    """``512`` | ``25%`` | ``full`` | ``linear:L0:d`` | ``staircase:L0:dH:every`` | ``auto[:L0:dH]``
-    → PrefixSchedule.
+    """Parse ``512``, ``25%``, ``full``, ``linear:L0:d``, ``staircase:L0:dH:every``,
+    ``auto[:L0:dH]`` or a registered ``NAME[:…]`` → PrefixSchedule.
 
     ``limit``: T_max in tokens. Every length may be a percentage of it. ``auto`` alone starts at 10%
-    and doubles. UserError on anything else.
+    and doubles. UserError: anything else.
     """
     text = str(text).strip()
-    kind, *parts = text.split(":")
+    name, *parts = text.split(":")
     if text == "full":
-        return PrefixSchedule(text, "constant", limit, limit)
-    if kind == "auto" and len(parts) in (0, 2):
-        start, rise = (
-            (_tokens(text, part, limit) for part in parts)
-            if parts
-            else (_tokens(text, "10%", limit), 0)
-        )
-        return PrefixSchedule(text, kind, start, limit, rise)
-    if kind == "linear" and len(parts) == 2:
-        return PrefixSchedule(
-            text, kind, _tokens(text, parts[0], limit), limit, _tokens(text, parts[1], limit)
-        )
-    if kind == "staircase" and len(parts) == 3:
-        if not re.fullmatch(r"[1-9]\d{0,17}", parts[2], re.ASCII):
-            raise UserError(
-                f"prefix '{text}': the staircase rises every {parts[2]!r} updates; give a number "
-                "of at least 1"
-            )
-        return PrefixSchedule(
-            text,
-            kind,
-            _tokens(text, parts[0], limit),
-            limit,
-            _tokens(text, parts[1], limit),
-            int(parts[2]),
-        )
+        return Steady(text=text, limit=limit, start=limit)
+    build = SCHEDULES.find(name)
+    if build is not None:
+        return build(Request(text, tuple(parts), limit))
     if parts:
-        raise UserError(f"prefix '{text}': --prefix must be {GRAMMAR}")
-    return PrefixSchedule(text, "constant", _tokens(text, text, limit), limit)
+        raise _unknown(text)
+    return Steady(text=text, limit=limit, start=_tokens(text, text, limit))
+
+
+def check_prefix(text: str, limit: int | None) -> None:
+    """Raise UserError if ``text`` is no prefix schedule; ``limit`` None: T_max is not known yet."""
+    name = text.strip().partition(":")[0]
+    # a user's schedule is built when T_max is known, because it may take it for any purpose
+    if limit is None and name in SCHEDULES.names():
+        return
+    parse_prefix(text, limit or sys.maxsize)
+
+
+def _unknown(text: str) -> UserError:
+    others = ", ".join(SCHEDULES.names())
+    if others:
+        others = f", or one of {others} (--plugin)"
+    return UserError(f"prefix '{text}': --prefix must be {GRAMMAR}{others}")
 
 
 def _tokens(text: str, part: str, limit: int) -> int:
-    """One length of a schedule: tokens or a percentage of ``limit``."""
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", part, re.ASCII):
-        percent = float(match[1])
+    """Return one length of a schedule: tokens, or a percentage of ``limit``."""
+    percentage = re.fullmatch(r"(\d+(?:\.\d+)?)%", part, re.ASCII)
+    if percentage:
+        percent = float(percentage[1])
         if not 0 < percent <= 100:
             raise UserError(
                 f"prefix {text}: a percentage must be above 0% and at most 100% of --max-new-tokens"
             )
         return max(1, round(limit * percent / 100))
     if not re.fullmatch(r"[+-]?\d{1,18}", part, re.ASCII):
-        raise UserError(f"prefix '{text}': --prefix must be {GRAMMAR}")
-    if int(part) < 1:
+        raise _unknown(text)
+    tokens = int(part)
+    if tokens < 1:
         raise UserError(f"prefix length {part}: --prefix must be {GRAMMAR}")
-    if int(part) > limit:
+    if tokens > limit:
         raise UserError(
             f"prefix length {part}: --max-new-tokens is {limit}, so no response reaches it; "
             "lower --prefix, raise --max-new-tokens or use 'full'"
         )
-    return int(part)
+    return tokens
 
 
 @dataclass(frozen=True)
 class OffPolicy:
-    """A share λ of the rollouts is the teacher's: the loss on them is ``sft`` (cross-entropy;
-    SeqKD, arXiv 1606.07947) or the run's ``divergence`` (GKD's mixture, arXiv 2306.13649). They are
-    cut at the prefix like all others."""
+    """Rollouts that the teacher writes: a share λ of all.
+
+    ``loss`` on them: ``sft``, the cross-entropy (SeqKD, arXiv 1606.07947), or ``divergence``, that
+    of the run (GKD's mixture, arXiv 2306.13649). They are cut at the prefix like all others.
+    """
 
     loss: str
     share: float
 
     def rows(self, step: int, rollouts: int, seed: int) -> frozenset[int]:
-        """Which of an update's rollouts (numbered over the global batch) are the teacher's: drawn
-        by seed, and over all updates as near to the share as whole rollouts allow."""
-        before, after = (math.floor(round(self.share * rollouts * k, 9)) for k in (step, step + 1))
+        """Return which of an update's rollouts, numbered over the global batch, are the teacher's.
+
+        They are sampled by ``seed``; over all updates their number is as near to the share as whole
+        rollouts allow.
+        """
+        before = math.floor(round(self.share * rollouts * step, 9))
+        after = math.floor(round(self.share * rollouts * (step + 1), 9))
         rng = random.Random(f"{seed}/off-policy/{step}")
         return frozenset(rng.sample(range(rollouts), after - before))
 
 
 def parse_off_policy(text: str) -> OffPolicy | None:
-    """``none`` → None; ``sft`` | ``divergence``, with ``:λ`` for a share of the rollouts (1
-    without) → OffPolicy."""
+    """Parse ``none`` → None; ``sft`` or ``divergence``, with ``:λ`` for a share → OffPolicy.
+
+    UserError: anything else.
+    """
     if text == "none":
         return None
     loss, colon, share = text.partition(":")
+    if not colon:
+        share = "1"
     try:
-        value = float(share) if colon else 1.0
+        value = float(share)
     except ValueError:
         value = math.nan
     if loss in ("sft", "divergence") and 0 < value <= 1:
@@ -199,11 +295,16 @@ def parse_off_policy(text: str) -> OffPolicy | None:
 
 
 def warmup_steps(text: str, steps: int) -> int:
-    """``20`` (updates) or ``5%`` (of all updates, rounded) → updates of linear warm-up."""
+    """Parse ``20`` (updates) or ``5%`` (of all updates, rounded) → updates of linear warm-up.
+
+    UserError: anything else.
+    """
     text = str(text).strip()
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
-        if float(match[1]) <= 100:
-            return round(steps * float(match[1]) / 100)
+    percentage = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    if percentage:
+        percent = float(percentage[1])
+        if percent <= 100:
+            return round(steps * percent / 100)
     elif re.fullmatch(r"\d{1,18}", text):
         return int(text)
     raise UserError(
@@ -212,11 +313,11 @@ def warmup_steps(text: str, steps: int) -> int:
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: int) -> float:
-    """Learning rate of update ``step`` (0-based).
+    """Return the learning rate of update ``step`` (0-based).
 
     Warm-up: peak·(step + 1)/(warmup + 1). Then with progress u = (step − warmup)/(steps − warmup):
-    ``constant`` peak; ``linear`` peak·(1 − u); ``cosine`` peak·(1 + cos πu)/2. The last update
-    still moves (u < 1).
+    ``constant`` peak; ``linear`` peak·(1 − u); ``cosine`` peak·(1 + cos πu)/2. The rate of the last
+    update is above 0, because u < 1.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

@@ -1,21 +1,20 @@
-"""The divergence on units of text, for two models with different tokenizers: fused with both output
-heads, in chunks.
+"""The divergence on units of text for different tokenizers, fused with both heads, in chunks.
 
-Axes: N rows of the student, M rows of the teacher, U units, V and W the vocabularies, O the shared
-support: pairs of tokens with the same bytes and end-of-sequence. All logarithms are natural; all
-values are nats.
+Axes: N rows of the student, M rows of the teacher, U units, V and W the vocabularies, O the common
+support: pairs of tokens with the same bytes, and EOS. All logarithms are natural; all values are
+nats.
 
-    unit of one token on each side   scores of a model = its log p(o | prefix), o ∈ O
-    any other unit (span)            the same where the span begins, and one more: the span itself,
-                                     (1/n) Σ log p(token | its prefix) over the model's own n
-                                     tokens of it
+    exact unit: one token per side   scores of a model = its log p(o | prefix), o ∈ O
+    span: any other unit             the same at the span's first token, and one more: the span
+                                     itself, (1/n) Σ log p(token | its prefix) over the model's own
+                                     n tokens of it
     q = softmax(scores) ;  loss of a unit = D(q_S, q_T), the teacher's scores held fixed
 
-``strict`` has units of the first kind only. ``simct-released`` has raw logits in place of log p, as
-the authors' code.
+``strict`` has exact units only. ``simct-released`` takes raw logits in place of log p, as the
+authors' code does.
 
-Source: SimCT, arXiv 2605.07711; the fusion is ours. On units of the first kind the rest of both
-vocabularies cancels, so only the rows of O of both heads are read.
+Source: SimCT, arXiv 2605.07711; the fusion is ours. On exact units the rest of both vocabularies
+cancels, so only the rows of O of both heads are read.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor
 
 from .divergence import Head, Terms, per_token, value_and_gradient
-from .fused import scale_gradients
+from .formulas import forward_kl
+from .fused import float32_zeros, scale_gradients
 from .units import Support, Units, chunk, events_of, rows_at, span_scores
 
 __all__ = ["Support", "Units", "chunk", "statistics", "weighted"]
@@ -33,20 +33,20 @@ __all__ = ["Support", "Units", "chunk", "statistics", "weighted"]
 
 def weighted(  # noqa: PLR0913  the operands of one formula
     terms: Terms,
-    shared: Support,
-    of: Units,
+    support: Support,
+    units: Units,
     student_ND: Tensor,
     student_head: Head,
     teacher_ME: Tensor,
     teacher_head: Head,
     weight_U: Tensor,
 ) -> tuple[Tensor, Tensor, None]:
-    """Σ_u weight_u · D(q_S, q_T) with its gradient, and the detached values D_u [U], nats.
+    """Return Σ_u weight_u · D(q_S, q_T), the detached values D_u [U] in nats, and None.
 
-    As ``fused.weighted``: closed forms in the forward pass, ``weight_U`` is divided already,
-    no gradient reaches the teacher. No table of rows × vocabulary outlives its chunk. The tokens of
-    spans are projected twice by the student, as a span's score needs all of them before its
-    gradient is known.
+    As in ``fused.weighted``, the gradients are closed forms in the forward pass, ``weight_U`` is
+    already divided, no gradient reaches the teacher, and no table of rows × vocabulary outlives its
+    chunk. The student's head projects the tokens of spans twice, because the gradient of a span's
+    score needs all of them.
     """
     result: tuple[Tensor, Tensor, None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch leaves apply unannotated
         student_ND,
@@ -57,8 +57,8 @@ def weighted(  # noqa: PLR0913  the operands of one formula
         student_head,
         teacher_head,
         terms,
-        shared,
-        of,
+        support,
+        units,
     )
     return result
 
@@ -75,16 +75,17 @@ class _Weighted(torch.autograd.Function):
         student_head: Head,
         teacher_head: Head,
         terms: Terms,
-        shared: Support,
-        of: Units,
+        support: Support,
+        units: Units,
     ) -> tuple[Tensor, Tensor, None]:
         device = student_ND.device
-        into = _Gradients(ctx.needs_input_grad[:3], student_ND, student_head, terms)
+        needs = ctx.needs_input_grad[:3]
+        into = _Gradients(needs, student_ND, student_head, terms)
         weight_U = weight_U.to(device, torch.float32)
         update = _Pass(
             terms=terms,
-            shared=shared,
-            of=of,
+            support=support,
+            units=units,
             student_ND=student_ND,
             teacher_ME=teacher_ME,
             ours=student_head.to(terms.dtype),
@@ -94,13 +95,11 @@ class _Weighted(torch.autograd.Function):
             into=into,
         )
         update.teach_exact_units()
-        if len(of.spans):
+        if len(units.spans):
             update.teach_span_tokens(update.teach_spans())
 
-        ctx.grads, ctx.dtypes = (
-            into.found,
-            (weight_VD.dtype, None if bias_V is None else bias_V.dtype),
-        )
+        ctx.grads = into.hidden, into.weight, into.bias
+        ctx.dtypes = weight_VD.dtype, getattr(bias_V, "dtype", None)
         ctx.mark_non_differentiable(update.value_U)
         return (weight_U * update.value_U).sum(), update.value_U, None
 
@@ -114,8 +113,8 @@ class _Pass:
     """The operands of one forward pass, and the values and gradients that it fills."""
 
     terms: Terms
-    shared: Support
-    of: Units
+    support: Support
+    units: Units
     student_ND: Tensor
     teacher_ME: Tensor
     ours: Head
@@ -135,26 +134,19 @@ class _Pass:
 
     def teach_exact_units(self) -> None:
         """Compare the units of one token per side, using both heads' rows in O."""
-        terms, shared, of = self.terms, self.shared, self.of
-        few_ours, few_theirs = _rows(self.ours, shared.student), _rows(self.theirs, shared.teacher)
-        for part in of.exact.split(chunk(terms, shared.columns)):
-            rows = of.first[0][part].to(self.device)
-            logits = few_ours.logits(self.student_ND[rows]).div_(terms.temperature)
-            student_logp, share = events_of(logits, shared)
-            teacher_logp = events_of(
-                few_theirs.logits(rows_at(self.teacher_ME, of.first[1][part])).div_(
-                    terms.temperature
-                ),
-                shared,
-            )[0].to(self.device)
-            self.value_U[part], gradient = _compare(terms, student_logp, teacher_logp)
-            self.into.add(
-                rows,
-                _spread(gradient, share, shared),
-                logits,
-                self.weight_U[part.to(self.device)],
-                shared.student,
-            )
+        terms, support, units = self.terms, self.support, self.units
+        ours, theirs = _rows(self.ours, support.student), _rows(self.theirs, support.teacher)
+        for part in units.exact.split(chunk(terms, support.columns)):
+            rows = units.first[0][part].to(self.device)
+            logits = ours.logits(self.student_ND[rows]).div_(terms.temperature)
+            student_logp, share = events_of(logits, support)
+            there = theirs.logits(rows_at(self.teacher_ME, units.first[1][part]))
+            teacher_logp, _ = events_of(there.div_(terms.temperature), support)
+            value, gradient = _compare(terms, student_logp, teacher_logp.to(self.device))
+            self.value_U[part] = value
+            weight = self.weight_U[part.to(self.device)]
+            table = _spread(gradient, share, support)
+            self.into.add(rows, table, logits, weight, support.student)
 
     def teach_spans(self) -> Tensor:
         """Compare the spans at their first tokens.
@@ -162,67 +154,69 @@ class _Pass:
         Return the gradient [P] to each span's score, divided by the span's number of student
         tokens.
         """
-        terms, shared, of, device = self.terms, self.shared, self.of, self.device
-        student_P = span_scores(terms, shared, self.ours, self.student_ND, of, 0)
-        teacher_P = span_scores(terms, shared, self.theirs, self.teacher_ME, of, 1).to(device)
-        size_P = torch.bincount(of.span[0], minlength=len(of.spans)).to(device)
-        pull_P = torch.zeros(len(of.spans), device=device)
-        for part in torch.arange(len(of.spans)).split(self.rows):
-            which = of.spans[part]
-            rows = of.first[0][which].to(device)
+        terms, support, units, device = self.terms, self.support, self.units, self.device
+        student_P = span_scores(terms, support, self.ours, self.student_ND, units, 0)
+        teacher_P = span_scores(terms, support, self.theirs, self.teacher_ME, units, 1).to(device)
+        pull_P = torch.zeros(len(units.spans), device=device)
+        for part in torch.arange(len(units.spans)).split(self.rows):
+            which = units.spans[part]
+            rows = units.first[0][which].to(device)
             logits = self.ours.logits(self.student_ND[rows]).div_(terms.temperature)
-            base = logits if shared.raw else torch.log_softmax(logits, -1)
-            student_scores, share = events_of(base[:, shared.student], shared)
-            there = self.theirs.logits(rows_at(self.teacher_ME, of.first[1][which])).div_(
-                terms.temperature
-            )
-            teacher_base = there if shared.raw else torch.log_softmax(there, -1)
-            teacher_scores = events_of(teacher_base[:, shared.teacher], shared)[0].to(device)
-            self.value_U[which], gradient = _compare(
+            base = self._base(logits)
+            student_scores, share = events_of(base[:, support.student], support)
+            there = self.theirs.logits(rows_at(self.teacher_ME, units.first[1][which]))
+            teacher_base = self._base(there.div_(terms.temperature))
+            teacher_scores, _ = events_of(teacher_base[:, support.teacher], support)
+            value, gradient = _compare(
                 terms,
                 torch.cat([student_scores, student_P[part, None].to(device)], 1),
-                torch.cat([teacher_scores, teacher_P[part, None]], 1),
+                torch.cat([teacher_scores.to(device), teacher_P[part, None]], 1),
             )
+            self.value_U[which] = value
             pull_P[part] = gradient[:, -1]
-            table = torch.zeros_like(logits).index_add_(
-                1, shared.student, _spread(gradient[:, :-1], share, shared)
-            )
-            if not shared.raw:
+            spread = _spread(gradient[:, :-1], share, support)
+            table = torch.zeros_like(logits).index_add_(1, support.student, spread)
+            if not support.raw:
                 table -= base.exp() * table.sum(-1, keepdim=True)
             self.into.add(rows, table, logits, self.weight_U[which.to(device)])
-        return pull_P / size_P
+        return pull_P / units.span_sizes(0, device)
+
+    def _base(self, logits: Tensor) -> Tensor:
+        """Return what the scores are taken from: log p, or the logits themselves."""
+        if self.support.raw:
+            return logits
+        return torch.log_softmax(logits, -1)
 
     def teach_span_tokens(self, pull_P: Tensor) -> None:
         """Add the gradients of the spans' scores to the tokens of the spans.
 
         ``pull_P``: the result of ``teach_spans``.
         """
-        terms, shared, of, device = self.terms, self.shared, self.of, self.device
-        for part in torch.arange(len(of.row[0])).split(self.rows):
-            rows, spans, ids = (x[0][part].to(device) for x in (of.row, of.span, of.id))
-            logits = self.ours.logits(self.student_ND[rows]).div_(terms.temperature)
-            table = torch.zeros_like(logits) if shared.raw else torch.softmax(logits, -1).neg_()
-            table.scatter_add_(1, ids[:, None], torch.ones_like(ids, dtype=torch.float32)[:, None])
-            self.into.add(
-                rows,
-                table.mul_(pull_P[spans, None]),
-                logits,
-                self.weight_U[of.spans.to(device)[spans]],
-            )
+        units, device = self.units, self.device
+        weight_P = self.weight_U[units.spans.to(device)]
+        for part in torch.arange(len(units.row[0])).split(self.rows):
+            rows, spans, ids = units.tokens_at(0, part, device)
+            logits = self.ours.logits(self.student_ND[rows]).div_(self.terms.temperature)
+            if self.support.raw:
+                table = torch.zeros_like(logits)
+            else:
+                table = torch.softmax(logits, -1).neg_()
+            one = torch.ones(len(ids), 1, device=device)
+            table.scatter_add_(1, ids[:, None], one)
+            self.into.add(rows, table.mul_(pull_P[spans, None]), logits, weight_P[spans])
 
 
 class _Gradients:
-    """Adds up the gradients to hidden rows, head and bias, chunk by chunk."""
+    """The gradients to hidden rows, head and bias, summed chunk by chunk; None: not needed."""
 
     def __init__(
         self, needs: tuple[bool, bool, bool], hidden_ND: Tensor, head: Head, terms: Terms
     ) -> None:
         self.hidden_ND, self.head, self.terms = hidden_ND, head, terms
         self.weight_VD = head.weight_VD.detach().to(terms.dtype)
-        self.found = tuple(
-            torch.zeros_like(t, dtype=torch.float32) if need and t is not None else None
-            for need, t in zip(needs, (hidden_ND, head.weight_VD, head.bias_V), strict=True)
-        )
+        self.hidden = float32_zeros(hidden_ND, needs[0])
+        self.weight = float32_zeros(head.weight_VD, needs[1])
+        self.bias = float32_zeros(head.bias_V, needs[2])
 
     def add(
         self,
@@ -232,29 +226,28 @@ class _Gradients:
         weight: Tensor,
         ids: Tensor | None = None,
     ) -> None:
-        """``table``: gradient of a unit's value to its tempered ``logits``, [rows, V], or on the
-        columns ``ids`` alone."""
-        hidden, head_weight, bias = self.found
-        if hidden is None and head_weight is None and bias is None:
+        """Add the gradients of some units.
+
+        ``table``: gradient of a unit's value to its tempered ``logits``, [rows, V], or on the
+        columns ``ids`` alone.
+        """
+        if self.hidden is None and self.weight is None and self.bias is None:
             return
+        temperature, dtype = self.terms.temperature, self.terms.dtype
         if self.head.softcap is not None:  # d softcap·tanh(z/softcap) / dz
-            table = table * (1 - (logits * (self.terms.temperature / self.head.softcap)).square())
-        table = (table * (weight[:, None] * (self.head.scale / self.terms.temperature))).to(
-            self.terms.dtype
-        )
+            table = table * (1 - (logits * (temperature / self.head.softcap)).square())
+        table = (table * (weight[:, None] * (self.head.scale / temperature))).to(dtype)
         with torch.autocast(table.device.type, enabled=False):
-            if hidden is not None:
-                hidden.index_add_(
-                    0,
-                    rows,
-                    (table @ (self.weight_VD if ids is None else self.weight_VD[ids])).float(),
-                )
-            if head_weight is not None:
-                added = (table.T @ self.hidden_ND[rows].to(self.terms.dtype)).float()
-                _add_at(head_weight, ids, added)
-            if bias is not None:
-                added = table.float().sum(0)
-                _add_at(bias, ids, added)
+            if self.hidden is not None:
+                head_rows = self.weight_VD
+                if ids is not None:
+                    head_rows = head_rows[ids]
+                self.hidden.index_add_(0, rows, (table @ head_rows).float())
+            if self.weight is not None:
+                added = (table.T @ self.hidden_ND[rows].to(dtype)).float()
+                _add_at(self.weight, ids, added)
+            if self.bias is not None:
+                _add_at(self.bias, ids, table.float().sum(0))
 
 
 def _add_at(total: Tensor, ids: Tensor | None, added: Tensor) -> None:
@@ -266,33 +259,34 @@ def _add_at(total: Tensor, ids: Tensor | None, added: Tensor) -> None:
 
 
 def _rows(head: Head, ids: Tensor) -> Head:
-    """The head on some ids only."""
-    return replace(
-        head,
-        weight_VD=head.weight_VD[ids],
-        bias_V=None if head.bias_V is None else head.bias_V[ids],
-    )
+    """Return the head on some ids only."""
+    bias = head.bias_V
+    if bias is not None:
+        bias = bias[ids]
+    return replace(head, weight_VD=head.weight_VD[ids], bias_V=bias)
 
 
-def _spread(gradient: Tensor, share: Tensor, shared: Support) -> Tensor:
-    """A gradient to events [., O + 1] → to ids [., O + e]."""
-    return torch.cat([gradient[:, : shared.common], gradient[:, shared.common :] * share], 1)
+def _spread(gradient: Tensor, share: Tensor, support: Support) -> Tensor:
+    """Return a gradient to events [., O + 1] as one to ids [., O + e]."""
+    tokens, end = gradient[:, : support.common], gradient[:, support.common :]
+    return torch.cat([tokens, end * share], 1)
 
 
 def _compare(terms: Terms, student_scores: Tensor, teacher_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """D(q_S, q_T) per row and its gradient to the student's scores."""
-    student_logq, teacher_logq = (
-        torch.log_softmax(student_scores, -1),
-        torch.log_softmax(teacher_scores, -1),
-    )
+    """Return D(q_S, q_T) per row and its gradient to the student's scores."""
+    student_logq = torch.log_softmax(student_scores, -1)
+    teacher_logq = torch.log_softmax(teacher_scores, -1)
     spare, spare_too = torch.empty_like(student_logq), torch.empty_like(student_logq)
-    return value_and_gradient(terms.name, terms.beta, student_logq, teacher_logq, spare, spare_too)
+    return value_and_gradient(terms, student_logq, teacher_logq, spare, spare_too)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Side:
-    """One model's operands of ``statistics``, and the mean scores [P] of the spans' own tokens:
-    log-probabilities (``span_logp``) and what the loss compares (``span_score``)."""
+    """One model's operands of ``statistics``.
+
+    Of the spans' own tokens it has the mean log-probabilities [P] (``span_logp``), and the mean
+    scores that the loss compares (``span_score``).
+    """
 
     head: Head
     hidden: Tensor
@@ -306,80 +300,85 @@ class _Side:
 @torch.no_grad()
 def statistics(  # noqa: PLR0913  the operands of one formula
     terms: Terms,
-    shared: Support,
-    of: Units,
+    support: Support,
+    units: Units,
     student_ND: Tensor,
     student_head: Head,
     teacher_ME: Tensor,
     teacher_head: Head,
     forward: bool = False,
 ) -> dict[str, Tensor]:
-    """As ``fused.statistics``, per unit, each [U] float32: ``divergence`` and ``entropy`` on
-    the unit's support, the score of the text of the unit under each model (mean log-probability of
-    its tokens: ``student_logp``, ``teacher_logp``), each model's mass on O where the unit begins
-    (``student_mass``, ``teacher_mass``), and if asked for KL(q_T‖q_S), ``forward_kl``."""
+    """Return facts of every unit without gradient, each [U] in float32.
+
+    ``divergence`` and ``entropy`` on the unit's support, the mean log-probability of the unit's
+    tokens under each model (``student_logp``, ``teacher_logp``), each model's mass on O at the
+    unit's first token (``student_mass``, ``teacher_mass``), and with ``forward`` also KL(q_T‖q_S),
+    ``forward_kl``.
+    """
     device = student_ND.device
-    plain = replace(shared, raw=False)
+    plain = replace(support, raw=False)
     heads = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
     sides = []
     for side, (head, hidden) in enumerate(zip(heads, (student_ND, teacher_ME), strict=True)):
-        span_logp = span_scores(terms, plain, head, hidden, of, side).to(device)
+        span_logp = span_scores(terms, plain, head, hidden, units, side).to(device)
         span_score = span_logp
-        if shared.raw:
-            span_score = span_scores(terms, shared, head, hidden, of, side).to(device)
+        if support.raw:
+            span_score = span_scores(terms, support, head, hidden, units, side).to(device)
         sides.append(
             _Side(
                 head=head,
                 hidden=hidden,
-                ids=(shared.student, shared.teacher)[side],
-                first=of.first[side],
-                token=of.token[side],
+                ids=(support.student, support.teacher)[side],
+                first=units.first[side],
+                token=units.token[side],
                 span_logp=span_logp,
                 span_score=span_score,
             )
         )
-    count = len(of.token[0])
+    count = len(units.token[0])
     span_of = torch.full((count,), -1, dtype=torch.long)
-    span_of[of.spans] = torch.arange(len(of.spans))
+    span_of[units.spans] = torch.arange(len(units.spans))
     names = ["divergence", "entropy"]
     names += ["student_logp", "teacher_logp", "student_mass", "teacher_mass"]
     if forward:
         names.append("forward_kl")
-    found = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
+    facts = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
     for part in torch.arange(count).split(chunk(terms, max(len(head.weight_VD) for head in heads))):
         tables = []
         for name, model in zip(("student", "teacher"), sides, strict=True):
-            mass, token, scores = _read_units(terms, shared, model, part, span_of[part])
-            found[f"{name}_mass"][part] = mass
-            found[f"{name}_logp"][part] = token
+            mass, token, scores = _read_units(terms, support, model, part, span_of[part])
+            facts[f"{name}_mass"][part] = mass
+            facts[f"{name}_logp"][part] = token
             tables.append(scores)
         student, teacher = tables
-        found["entropy"][part] = -(student.exp() * student).sum(-1)
-        found["divergence"][part] = per_token(terms.name, terms.beta, student, teacher)
+        facts["entropy"][part] = -(student.exp() * student).sum(-1)
+        facts["divergence"][part] = per_token(terms, student, teacher)
         if forward:
-            found["forward_kl"][part] = per_token("forward-kl", None, student, teacher)
-    return found
+            facts["forward_kl"][part] = forward_kl(student, teacher)
+    return facts
 
 
 def _read_units(
-    terms: Terms, shared: Support, side: _Side, part: Tensor, span: Tensor
+    terms: Terms, support: Support, side: _Side, part: Tensor, span: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a model's mass on O [u], the text's score [u] and log q [u, O + 1 and the span] for
-    the units ``part``; ``span``: the span number of each unit, −1 for none."""
+    """Return a model's mass on O [u], the text's score [u] and log q [u, O + 1 and the span].
+
+    ``part``: the units; ``span``: the span number of each of them, −1 for none.
+    """
     device = side.span_logp.device
     is_span = (span >= 0).to(device)
     logits = side.head.logits(rows_at(side.hidden, side.first[part])).div_(terms.temperature)
     logp = torch.log_softmax(logits, -1)
     token = logp.gather(1, side.token[part, None].to(logp.device))[:, 0].to(device)
-    events = events_of(logp[:, side.ids], shared)[0].to(device)
+    events = events_of(logp[:, side.ids], support)[0].to(device)
     mass = torch.logsumexp(events, -1).exp()
-    if shared.raw:
-        raw_events = events_of(logits[:, side.ids], shared)[0].to(device)
+    if support.raw:
+        raw_events = events_of(logits[:, side.ids], support)[0].to(device)
         events = torch.where(is_span[:, None], raw_events, events)
     if len(side.span_logp):
         at = span.clamp(min=0).to(device)
         token = torch.where(is_span, side.span_logp[at], token)
-        own = torch.where(is_span, side.span_score[at], -torch.inf)
-        events = torch.cat([events, own[:, None]], 1)
+        span_score = torch.where(is_span, side.span_score[at], -torch.inf)
+        events = torch.cat([events, span_score[:, None]], 1)
     # exact units have no span entry; its −inf would give 0·∞
     return mass, token, torch.log_softmax(events, -1).clamp_(min=-1e30)

@@ -1,4 +1,4 @@
-"""Units of text that two tokenizers share, and how both models' heads score them.
+"""Units of text that two tokenizers share, and their scores under both models' heads.
 
 ``simct`` defines the axes and the formulas.
 """
@@ -15,8 +15,10 @@ TABLES = 6  # vocabulary-sized float32 tables that are alive at once
 
 @dataclass(frozen=True)
 class Support:
-    """O on the models' devices: ids [O + e], end-of-sequence last (all its ids are one event).
-    ``raw``: simct-released."""
+    """O on the models' devices: ids [O + e] with the EOS tokens last, which are one event.
+
+    ``common``: tokens before them; ``raw``: compare as ``simct-released``.
+    """
 
     student: Tensor
     teacher: Tensor
@@ -25,19 +27,18 @@ class Support:
 
     @property
     def columns(self) -> int:
-        """Columns of a table of scores: the shared tokens and end-of-sequence."""
+        """Return the columns of a table of scores: the shared tokens and EOS."""
         return self.common + 1
 
 
 @dataclass(frozen=True)
 class Units:
-    """The taught units of a micro-batch as rows of both models' hidden states, in the order of
-    ``scoring.hidden_rows``.
+    """The taught units of a micro-batch as rows of both models' hidden states.
 
-    ``first``: the row that predicts a unit's first token, [U] for each side; ``exact``, ``spans``:
-    which units are which. The tokens of the spans, [K]: their ``row``, the ``span`` they are part
-    of (0 … len(spans) − 1) and their id, for each side. ``token``: the first token of every unit,
-    [U].
+    The rows are in the order of ``scoring.hidden_rows``. Pairs are for (student, teacher).
+    ``first``: the row that predicts a unit's first token, [U]; ``token``: that token, [U].
+    ``exact``, ``spans``: the units of each kind. Of the tokens in spans, [K]: ``row``, ``span``
+    (0 … len(spans) − 1) and ``id``.
     """
 
     first: tuple[Tensor, Tensor]
@@ -48,9 +49,20 @@ class Units:
     id: tuple[Tensor, Tensor]
     token: tuple[Tensor, Tensor]
 
+    def tokens_at(
+        self, side: int, part: Tensor, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return row, span and id of some tokens in spans."""
+        rows, spans, ids = self.row[side][part], self.span[side][part], self.id[side][part]
+        return rows.to(device), spans.to(device), ids.to(device)
+
+    def span_sizes(self, side: int, device: torch.device) -> Tensor:
+        """Return the number of tokens in each span, [P]."""
+        return torch.bincount(self.span[side], minlength=len(self.spans)).to(device)
+
 
 def chunk(terms: Terms, columns: int) -> int:
-    """Rows per chunk: as many as ``memory_bytes`` holds of what is alive at once."""
+    """Return the rows per chunk: as many as fit into ``memory_bytes``."""
     return max(1, int(terms.memory_bytes / (4 * columns * TABLES)))
 
 
@@ -59,25 +71,26 @@ def rows_at(hidden: Tensor, rows: Tensor) -> Tensor:
     return hidden[rows.to(hidden.device)]
 
 
-def events_of(scores: Tensor, shared: Support) -> tuple[Tensor, Tensor]:
-    """Scores [., O + e] → [., O + 1], the end-of-sequence ids as one event, and the share [., e]
-    of it that each id has."""
-    ends = scores[:, shared.common :]
-    return torch.cat(
-        [scores[:, : shared.common], torch.logsumexp(ends, -1, keepdim=True)], 1
-    ), torch.softmax(ends, -1)
+def events_of(scores: Tensor, support: Support) -> tuple[Tensor, Tensor]:
+    """Return scores [., O + e] as [., O + 1], with EOS as one event, and each id's share of it."""
+    tokens, ends = scores[:, : support.common], scores[:, support.common :]
+    end = torch.logsumexp(ends, -1, keepdim=True)
+    return torch.cat([tokens, end], 1), torch.softmax(ends, -1)
 
 
 @torch.no_grad()
 def span_scores(  # noqa: PLR0913  the operands of one formula
-    terms: Terms, shared: Support, head: Head, hidden: Tensor, of: Units, side: int
+    terms: Terms, support: Support, head: Head, hidden: Tensor, units: Units, side: int
 ) -> Tensor:
-    """Mean score of each span's own tokens under a model, [P]."""
+    """Return the mean score of each span's own tokens under a model, [P]; ``side``: 0 is the
+    student."""
     device = hidden.device
-    total = torch.zeros(len(of.spans), device=device)
-    for part in torch.arange(len(of.row[side])).split(chunk(terms, len(head.weight_VD))):
-        rows, spans, ids = (x[side][part].to(device) for x in (of.row, of.span, of.id))
+    total = torch.zeros(len(units.spans), device=device)
+    for part in torch.arange(len(units.row[side])).split(chunk(terms, len(head.weight_VD))):
+        rows, spans, ids = units.tokens_at(side, part, device)
         logits = head.logits(hidden[rows]).div_(terms.temperature)
         scores = logits.gather(1, ids[:, None])[:, 0]
-        total.index_add_(0, spans, scores if shared.raw else scores - torch.logsumexp(logits, -1))
-    return total / torch.bincount(of.span[side], minlength=len(of.spans)).to(device)
+        if not support.raw:
+            scores = scores - torch.logsumexp(logits, -1)
+        total.index_add_(0, spans, scores)
+    return total / units.span_sizes(side, device)

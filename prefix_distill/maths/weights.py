@@ -1,5 +1,4 @@
-"""Which tokens of a rollout are taught, how much each one counts, and the one number the update
-is divided by."""
+"""The taught tokens of a rollout, their weights, and the divisor of the update."""
 
 import math
 import random
@@ -21,7 +20,12 @@ SELECTIONS = (
     "random",
     "bottom",
 )
-QUADRANTS = tuple(f"{h} entropy, {d} divergence" for h in ("high", "low") for d in ("high", "low"))
+QUADRANTS = (
+    "high entropy, high divergence",
+    "high entropy, low divergence",
+    "low entropy, high divergence",
+    "low entropy, low divergence",
+)
 CLIPPED = 0.98  # quantile of the batch's entropies at which TIP clips them
 MODERATE = (0.25, 0.30, 0.10)  # (w_min, τ, s) of PW-OPSD
 
@@ -55,13 +59,12 @@ R = TypeVar("R", bound=Taught)
 
 @dataclass(frozen=True)
 class Window:
-    """K taught tokens of every rollout (all where it has no more): the ablation of the prefix at
-    equal K.
+    """K taught tokens of every rollout, or all if it has fewer: the ablation of the prefix.
 
-    first, middle, last, random: K tokens in a row (random: anywhere); scattered: K anywhere;
-    highest-kl, highest-entropy: the K with the largest reverse KL(S‖T), or entropy of S, ties to
-    the earlier one. The sampling is not shortened by a window; `--prefix K` is the truncation that
-    saves it. Both models read up to the last taught token. After arXiv 2602.15260.
+    first, middle, last: K tokens in a row; random: K in a row, anywhere; scattered: K anywhere;
+    highest-kl, highest-entropy: the K with the largest reverse KL(S‖T), or entropy of S; equal
+    values go to the earlier token. A window does not shorten the sampling; `--prefix K` does. Both
+    models read up to the last taught token. After arXiv 2602.15260.
     """
 
     kind: str
@@ -69,28 +72,39 @@ class Window:
 
     @property
     def statistic(self) -> str | None:
-        """The token statistic that ranks (``fused.statistics``), if any."""
+        """Return the token statistic that ranks (``fused.statistics``); None if none does."""
         return {"highest-kl": "divergence", "highest-entropy": "entropy"}.get(self.kind)
 
     def positions(
         self, tokens: int, key: tuple[object, ...], values: Sequence[float] = ()
     ) -> tuple[int, ...]:
-        """Taught positions of a rollout of ``tokens`` tokens, ascending; ``key`` seeds the
-        random kinds, ``values`` rank."""
+        """Return the taught positions of a rollout of ``tokens`` tokens, ascending.
+
+        ``key`` seeds the random kinds; ``values`` rank the tokens.
+        """
         size = min(self.size, tokens)
         if self.statistic:
-            return tuple(sorted(sorted(range(tokens), key=lambda t: (-values[t], t))[:size]))
+            return _largest(range(tokens), values, size)
         rng = random.Random("/".join(map(str, ("window", *key))))
         if self.kind == "scattered":
             return tuple(sorted(rng.sample(range(tokens), size)))
         free = tokens - size
-        fixed = {"first": 0, "middle": free // 2, "last": free}.get(self.kind)
-        start = rng.randint(0, free) if fixed is None else fixed
+        start = {"first": 0, "middle": free // 2, "last": free}.get(self.kind)
+        if start is None:
+            start = rng.randint(0, free)
         return tuple(range(start, start + size))
 
 
+def _largest(
+    positions: Sequence[int], values: Sequence[float] | dict[int, float], count: int
+) -> tuple[int, ...]:
+    """Return the ``count`` positions with the largest values, ascending; the earlier of equals."""
+    ranked = sorted(positions, key=lambda t: (-values[t], t))
+    return tuple(sorted(ranked[:count]))
+
+
 def parse_window(text: str) -> Window | None:
-    """``all`` → None, ``first:24`` → Window. UserError otherwise."""
+    """Parse ``all`` → None, or ``first:24`` → Window. UserError otherwise."""
     kind, _, size = text.partition(":")
     if text == "all":
         return None
@@ -108,8 +122,7 @@ def keep(
     key: tuple[object, ...],
     statistics: Facts | None = None,
 ) -> list[R]:
-    """Return the rollouts with only the window's positions taught; ``statistics``: needed if the
-    window ranks tokens."""
+    """Return the rollouts with only the window taught; one that ranks needs ``statistics``."""
     if window is None:
         return rollouts
     kept = []
@@ -125,49 +138,52 @@ def keep(
 
 @dataclass(frozen=True)
 class Scale:
-    """Ends of a global batch's entropies (the upper one after the clip) and divergences, which
-    map them to [0, 1]."""
+    """The smallest and largest entropy (after the clip) and divergence of a global batch.
+
+    They map both to [0, 1].
+    """
 
     entropy: tuple[float, float]
     divergence: tuple[float, float]
 
     def scaled(self, entropy: float, divergence: float) -> tuple[float, float]:
-        """(ĥ, δ̂): min-max over the batch; 0 where all its values are equal."""
+        """Return (ĥ, δ̂), min-max over the batch; 0 if all its values are equal."""
         return _scaled(entropy, self.entropy), _scaled(divergence, self.divergence)
 
 
 def _scaled(value: float, ends: tuple[float, float]) -> float:
     low, high = ends
-    return 0.0 if low == high else (min(value, high) - low) / (high - low)
+    if low == high:
+        return 0.0
+    return (min(value, high) - low) / (high - low)
 
 
 def scale(entropies: list[float], divergences: list[float]) -> Scale:
-    """The ``Scale`` of a global batch (all ranks, all micro-batches), whatever its order.
+    """Return the ``Scale`` of a global batch: of all ranks and micro-batches, in any order.
 
     Entropies are clipped at their 98th percentile, linear between order statistics.
     """
-    return Scale(
-        (min(entropies), quantile(entropies, CLIPPED)), (min(divergences), max(divergences))
-    )
+    largest_entropy = quantile(entropies, CLIPPED)
+    return Scale((min(entropies), largest_entropy), (min(divergences), max(divergences)))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Token selection by importance, TIP (arXiv 2604.14084): ⌊ρm⌋ of a rollout's m tokens are
-    taught, at least 1.
+    """Token selection by importance, TIP (arXiv 2604.14084).
 
-    With h the entropy of S, clipped at the 98th percentile of the global batch, ĥ and δ̂ the
-    min-max of h and of the reverse KL(S‖T) over it:
+    ⌊ρm⌋ of a rollout's m tokens are taught, at least 1; ρ is ``share``. h is the entropy of S,
+    clipped at the 98th percentile of the global batch. ĥ and δ̂ are h and the reverse KL(S‖T),
+    scaled by their smallest and largest value in the batch:
 
         soft-or               the largest s = ĥ + δ̂ − ĥ·δ̂
         overconfident         the largest s = KL(T‖S)·(1 − ĥ)
-        entropy-sample        drawn ∝ h without replacement
+        entropy-sample        sampled ∝ h without replacement
         entropy, divergence   the largest ĥ, δ̂
-        random                drawn evenly
+        random                sampled uniformly
         bottom                the smallest s of soft-or
 
-    Equal scores go to the earlier token. The draws are seeded per rollout. Whole vocabulary,
-    temperature 1. ``share`` is ρ.
+    Equal scores go to the earlier token. Sampling is seeded per rollout. Entropy and divergence are
+    of the whole vocabulary at temperature 1.
     """
 
     kind: str
@@ -175,7 +191,7 @@ class Selection:
 
     @property
     def ranks(self) -> bool:
-        """Does it need token statistics?"""
+        """Return whether the selection needs token statistics."""
         return self.kind != "random"
 
     def choose(
@@ -185,36 +201,50 @@ class Selection:
         facts: dict[str, dict[int, float]] | None = None,
         at: Scale | None = None,
     ) -> tuple[int, ...]:
-        """Return the selected ``positions``, ascending; ``facts``: statistic → position → nats.
-        ValueError: the selection ranks tokens, but ``facts`` or ``at`` is None."""
+        """Return the selected ``positions``, ascending.
+
+        ``facts``: statistic → position → nats. ValueError: the selection ranks tokens, but
+        ``facts`` or ``at`` is None.
+        """
         count = min(len(positions), max(1, math.floor(self.share * len(positions) + 1e-9)))
         rng = random.Random("/".join(map(str, ("select", self.kind, *key))))
         if not self.ranks:
             return tuple(sorted(rng.sample(positions, count)))
         if facts is None or at is None:
             raise ValueError(f"selection {self.kind!r} ranks tokens: pass facts and at")
-        scores: dict[int, float] = {}
+        scores = {}
         for t in positions:
-            entropy, divergence = at.scaled(facts["entropy"][t], facts["divergence"][t])
-            # ĥ + δ̂ − ĥ·δ̂, exactly 1 where ĥ is: a tie is a tie
-            union = 1 - (1 - entropy) * (1 - divergence)
-            scores[t] = {
-                "soft-or": union,
-                "entropy": entropy,
-                "divergence": divergence,
-                "bottom": -union,
-            }.get(self.kind, 0.0)
-            if self.kind == "overconfident":
-                scores[t] = facts["forward_kl"][t] * (1 - entropy)
-            # the largest log(u)/h are a draw ∝ h without replacement
-            if self.kind == "entropy-sample":
-                weight, draw = min(facts["entropy"][t], at.entropy[1]), math.log(1 - rng.random())
-                scores[t] = draw / weight if weight > 0 else -math.inf
-        return tuple(sorted(sorted(positions, key=lambda t: (-scores[t], t))[:count]))
+            of_token = {name: values[t] for name, values in facts.items()}
+            scores[t] = self._score(of_token, at, rng)
+        return _largest(positions, scores, count)
+
+    def _score(self, facts: dict[str, float], at: Scale, rng: random.Random) -> float:
+        """Return the score of a token; ``facts``: statistic → nats."""
+        if self.kind == "entropy-sample":
+            # the largest log(u)/h are a sample ∝ h without replacement
+            weight = min(facts["entropy"], at.entropy[1])
+            log_u = math.log(1 - rng.random())
+            if weight <= 0:
+                return -math.inf
+            return log_u / weight
+        entropy, divergence = at.scaled(facts["entropy"], facts["divergence"])
+        if self.kind == "overconfident":
+            return facts["forward_kl"] * (1 - entropy)
+        # ĥ + δ̂ − ĥ·δ̂ in a form that is exactly 1 if ĥ is 1, so that ties stay ties
+        union = 1 - (1 - entropy) * (1 - divergence)
+        return {
+            "soft-or": union,
+            "entropy": entropy,
+            "divergence": divergence,
+            "bottom": -union,
+        }[self.kind]
 
 
 def parse_selection(kind: str, share: float) -> Selection | None:
-    """``all`` → None, a name of SELECTIONS with its share → Selection. UserError otherwise."""
+    """Parse ``all`` → None, or a name of SELECTIONS with its share → Selection.
+
+    UserError: the name is unknown, or the share is not above 0 and at most 1.
+    """
     if kind == "all":
         return None
     if kind not in SELECTIONS:
@@ -233,13 +263,14 @@ def choose(
     facts: Facts | None = None,
     at: Scale | None = None,
 ) -> list[R]:
-    """Return the rollouts with only the selected positions taught; ``facts``, ``at``: needed if the
-    selection ranks tokens."""
+    """Return the rollouts with the selection taught; one that ranks needs ``facts`` and ``at``."""
     if selection is None:
         return rollouts
     chosen = []
     for r in rollouts:
-        of_rollout = None if facts is None else facts[r.key]
+        of_rollout = None
+        if facts is not None:
+            of_rollout = facts[r.key]
         positions = selection.choose(r.taught, (*key, *r.key), of_rollout, at)
         chosen.append(r.keep(positions))
     return chosen
@@ -264,41 +295,38 @@ def quadrants(
     divergences: Sequence[float],
     borders: Sequence[float] | None = None,
 ) -> Quadrants:
-    """The four quadrants of TIP: high or low entropy of S × high or low reverse KL.
+    """Return the four quadrants of TIP: high or low entropy of S × high or low reverse KL.
 
-    → {"borders": [entropy, divergence] (nats; those given, else the medians; above is high),
-    "quadrants": name → {"tokens": share of the tokens, "divergence": share of all divergence}};
-    "low entropy, high divergence" is the overconfident one.
+    ``borders``: [entropy, divergence] in nats, above which a token is high; None: the medians. Per
+    quadrant the shares of all tokens and of the total divergence. Tokens of low entropy and high
+    divergence are overconfident.
     """
-    borders = borders or (quantile(entropies, 0.5), quantile(divergences, 0.5))
+    if borders is None:
+        borders = quantile(entropies, 0.5), quantile(divergences, 0.5)
+    levels = ("low", "high")
     groups: dict[str, list[float]] = {name: [] for name in QUADRANTS}
     for entropy, divergence in zip(entropies, divergences, strict=True):
-        level = [
-            "high" if value > border else "low"
-            for value, border in zip((entropy, divergence), borders, strict=True)
-        ]
-        groups[f"{level[0]} entropy, {level[1]} divergence"].append(divergence)
+        level = levels[entropy > borders[0]]
+        groups[f"{level} entropy, {levels[divergence > borders[1]]} divergence"].append(divergence)
     total = math.fsum(divergences)
-    return {
-        "borders": list(borders),
-        "quadrants": {
-            name: {
-                "tokens": len(group) / len(divergences),
-                "divergence": math.fsum(group) / total if total else 0.0,
-            }
-            for name, group in groups.items()
-        },
-    }
+    shares: dict[str, Quadrant] = {}
+    for name, group in groups.items():
+        share = 0.0
+        if total:
+            share = math.fsum(group) / total
+        shares[name] = {"tokens": len(group) / len(divergences), "divergence": share}
+    return {"borders": list(borders), "quadrants": shares}
 
 
 @dataclass(frozen=True)
 class PositionWeight:
-    """How much a token counts by its place in the rollout (PW-OPSD, arXiv 2605.21606): of m tokens,
-    token j = 1 … m has
+    """The weight of a token by its position in the rollout (PW-OPSD, arXiv 2605.21606).
+
+    Of m tokens, token j = 1 … m has
 
         u = (j − 1/2)/m ,   w = w_min + (1 − w_min)·σ((u − τ)/s)
 
-    ``mirrored`` takes 1 − u for u. Weights are not renormalised: the divisor does not know them.
+    ``mirrored``: 1 − u in place of u. Weights are not renormalised: the divisor ignores them.
     """
 
     least: float
@@ -307,33 +335,30 @@ class PositionWeight:
     mirrored: bool = False
 
     def at(self, position: int, tokens: int) -> float:
-        """Weight of the 0-based ``position`` in a rollout of ``tokens`` tokens."""
+        """Return the weight of the 0-based ``position`` in a rollout of ``tokens`` tokens."""
         u = (position + 0.5) / tokens
-        x = ((1 - u if self.mirrored else u) - self.turn) / self.width
-        sigmoid = 1 / (1 + math.exp(-x)) if x > -500 else 0.0
+        if self.mirrored:
+            u = 1 - u
+        x = (u - self.turn) / self.width
+        sigmoid = 0.0
+        if x > -500:  # exp overflows beyond
+            sigmoid = 1 / (1 + math.exp(-x))
         return self.least + (1 - self.least) * sigmoid
 
 
 def parse_position_weight(text: str) -> PositionWeight | None:
-    """``uniform`` → None; ``moderate`` (0.25, 0.30, 0.10); ``decreasing``, its mirror image;
-    ``sigmoid:w,τ,s``. UserError otherwise."""
+    """Parse ``uniform`` → None, ``moderate`` (0.25, 0.30, 0.10), ``decreasing`` (its mirror image)
+    or ``sigmoid:w,τ,s``. UserError otherwise."""
     if text == "uniform":
         return None
     if text in ("moderate", "decreasing"):
         return PositionWeight(*MODERATE, mirrored=text == "decreasing")
     kind, _, numbers = text.partition(":")
     try:
-        found = [float(number) for number in numbers.split(",")]
+        least, turn, width = map(float, numbers.split(","))
     except ValueError:
-        found = []
-    if (
-        kind == "sigmoid"
-        and len(found) == 3
-        and all(map(math.isfinite, found))
-        and 0 <= found[0] <= 1
-        and found[2] > 0
-    ):
-        least, turn, width = found
+        least = turn = width = math.nan
+    if kind == "sigmoid" and 0 <= least <= 1 and math.isfinite(turn) and 0 < width < math.inf:
         return PositionWeight(least, turn, width)
     raise UserError(
         f"position weight '{text}': --position-weight must be uniform, moderate, decreasing or "
@@ -345,20 +370,25 @@ def parse_position_weight(text: str) -> PositionWeight | None:
 def token_weights(
     rollouts: Sequence[Taught], reduction: str, position: PositionWeight | None = None
 ) -> tuple[dict[tuple[int, int], list[float]], float]:
-    """(prompt, sample) → undivided weight of each taught token, and this rank's share of the
+    """Return (prompt, sample) → undivided weight of each taught token, and this rank's share of the
     divisor.
 
     With m taught tokens in a rollout (``Rollout.counted``): ``token``: weight 1, divisor Σ m;
     ``sequence``: weight 1/m, divisor the number of rollouts; ``sum``: weight 1, divisor the number
-    of rollouts (the gradient grows with the prefix); each times the ``position`` weight in the
-    whole rollout, if any. The update divides by the sum of shares over all ranks, so neither
-    micro-batches nor ranks change it.
+    of rollouts, so the gradient grows with the prefix. ``position`` multiplies the weights by that
+    of the position in the whole rollout. The update divides by the sum of shares over all ranks, so
+    neither micro-batches nor ranks change it.
     """
     weights = {}
     for r in rollouts:
-        each = 1 / r.counted if reduction == "sequence" and r.taught else 1.0
-        weights[r.key] = [
-            each if position is None else each * position.at(t, len(r.ids)) for t in r.taught
-        ]
-    share = sum(r.counted for r in rollouts) if reduction == "token" else len(rollouts)
+        each = 1.0
+        if reduction == "sequence" and r.taught:
+            each = 1 / r.counted
+        of_rollout = [each] * len(r.taught)
+        if position is not None:
+            of_rollout = [each * position.at(t, len(r.ids)) for t in r.taught]
+        weights[r.key] = of_rollout
+    share = len(rollouts)
+    if reduction == "token":
+        share = sum(r.counted for r in rollouts)
     return weights, float(share)

@@ -137,11 +137,11 @@ def make_rollouts(prompts: Sequence[PromptLengths], samples: int, response: int)
 def build_terms(config: Config, head_dtype: torch.dtype) -> Terms:
     """Return the loss that a config asks for."""
     divergence = config.divergence
-    name, beta = parse_divergence(divergence.name)
+    name, parameters = parse_divergence(divergence.name)
     estimator, top_k = parse_estimator(divergence.estimator)
     return Terms(
         name=name,
-        beta=beta,
+        parameters=parameters,
         temperature=divergence.temperature,
         dtype=head_dtype,
         memory_bytes=config.runtime.head_memory_mb << 20,

@@ -15,7 +15,7 @@ from ..engine import loading
 from ..engine.models import Model, shape
 from ..errors import UserError
 from ..maths import flops
-from ..maths.flops import Ledger, Shape
+from ..maths.flops import Batch, Ledger, Shape
 from ..maths.schedule import PrefixSchedule, parse_prefix
 from ..training.pair import fill_in
 from ..training.problems import settle_max_new_tokens
@@ -199,7 +199,11 @@ def count_flops(
     student, teacher = shapes
     ledger = Ledger()
     for step in range(config.train.steps):
-        batch = [prompts[(step * size + i) % len(prompts)] for i in range(size)]
-        length = schedule.length(step)
-        ledger.merge(flops.update_ledger(student, teacher, batch, samples, length, behind))
+        batch = Batch(
+            prompts=[prompts[(step * size + i) % len(prompts)] for i in range(size)],
+            samples=samples,
+            response=schedule.length(step),
+            behind=behind,
+        )
+        ledger.merge(flops.update_ledger(student, teacher, batch))
     return ledger

@@ -169,7 +169,7 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
     """Return the student of a checkpoint and its card. UserError: it does not fit the model."""
     folder = RunFolder(source.path)
     folder.check_format()
-    config = configuration.build(configuration.read_yaml(str(source.path / "config.yaml")))
+    config = configuration.assemble(configuration.read_yaml(str(source.path / "config.yaml")))
     student = config.models.student
     if student is None:
         raise UserError(

@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -186,8 +186,15 @@ class RunFolder:
 
             save_model(model, self.path / name, card, merged)
 
-    def read_json(self, name: str) -> Any:
-        """Return the content of a JSON file. UserError: it is missing or damaged."""
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write ``content`` to ``name``; make its folder."""
+        file = self.path / name
+        with self._writing(name):
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, content)
+
+    def read_json(self, name: str):
+        """The JSON file ``name``; UserError when it is missing or damaged."""
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from ..errors import PreflightError, UserError
 from ..lab.task import LAB
 from ..maths.schedule import parse_off_policy
 from ..maths.weights import parse_window
+from ..plugins import load_plugins
 from .run import Notes, settled
 
 TASK = "choice"  # the embedded default: lab:choice and its pair
@@ -30,6 +31,9 @@ def fill_in(config: Config, notes: Notes) -> Config:
     student = f"{LAB}{TASK}/student"
     if config.models.teacher == configuration.SELF:
         student = f"{student}-told"
+    # Again, because another config may have been built since this one.
+    for plugin in load_plugins(config.runtime.plugin):
+        notes.note(plugin.describe())
     defaults = (
         ("models", "student", student),
         ("models", "teacher", f"{LAB}{TASK}/teacher"),

@@ -86,11 +86,11 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
 
 
 def _loss_terms(config: Config, place: Place) -> Terms:
-    name, beta = configuration.parse_divergence(config.divergence.name)
+    name, parameters = configuration.parse_divergence(config.divergence.name)
     estimator, top_k = configuration.parse_estimator(config.divergence.estimator)
     return Terms(
         name=name,
-        beta=beta,
+        parameters=parameters,
         temperature=config.divergence.temperature,
         dtype=place.head_dtype,
         memory_bytes=config.runtime.head_memory_mb << 20,

@@ -6,12 +6,14 @@ from pathlib import Path
 from .. import config as configuration
 from ..errors import UserError
 
-# options that a resumed run may change: length, saving, parallelism
+# options that a resumed run may change: length, saving, parallelism, the path of a plugin (whose
+# content is compared by hash)
 FREE = (
     "train.steps",
     "checkpoint.save_every",
     "checkpoint.out",
     "runtime.gpus",
+    "runtime.plugin",
     "runtime.rank_timeout",
     "runtime.check_ranks_every",
     "train.micro_batch_size",
@@ -40,10 +42,13 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
     out = values.get("checkpoint.out")
     if out is None:
         raise UserError("--resume: name the run folder with --out")
-    saved = _read_saved_settings(str(out))
-    launched = os.environ.get("LOCAL_WORLD_SIZE")
-    if "runtime.gpus" not in values and launched not in (None, str(saved.get("runtime.gpus"))):
-        saved["runtime.gpus"] = None  # another launcher has chosen the number of ranks
+    plugin = {"runtime.plugin": values["runtime.plugin"]} if "runtime.plugin" in values else {}
+    saved = _read_saved_settings(str(out), plugin)
+    if "runtime.gpus" not in values and os.environ.get("LOCAL_WORLD_SIZE") not in (
+        None,
+        str(saved.get("runtime.gpus")),
+    ):
+        saved["runtime.gpus"] = None  # another launcher has settled it
     if not {"train.steps", "schedule.lr_schedule"} <= saved.keys():
         raise UserError(
             f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); "
@@ -61,9 +66,10 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
     return saved | values, notes
 
 
-def _read_saved_settings(out: str) -> dict:
-    """Return the settings in the folder's config.yaml. UserError: it is missing or damaged."""
-    from .folder import RunFolder  # its libraries would slow down --help
+def _read_saved_settings(out: str, plugin: dict) -> dict:
+    """Read the folder's config.yaml, with the path of a ``plugin`` that has moved. UserError: it is
+    missing or damaged."""
+    from .folder import RunFolder
 
     saved_file = Path(out) / "config.yaml"
     if not saved_file.is_file():
@@ -72,6 +78,7 @@ def _read_saved_settings(out: str) -> dict:
         )
     RunFolder(saved_file.parent).check_format()
     saved = configuration.read_yaml(str(saved_file))
+    saved |= plugin
     configuration.build(saved)
     return saved
 

@@ -11,6 +11,7 @@ from ..engine.ranks import Place
 from ..engine.sampling import Sampler
 from ..maths import flops
 from ..maths.divergence import Terms
+from ..maths.flops import Batch
 from ..maths.schedule import OffPolicy, PrefixSchedule
 from ..maths.weights import PositionWeight, Selection, Window
 from ..prompts.prompt import Rendered
@@ -169,13 +170,22 @@ class Run:
             micro_batch if pair.teacher.reads_once else 1,
             micro_batch if pair.student.reads_once else 1,
         )
+        batch = Batch(
+            prompts=[(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
+            samples=samples,
+            response=response,
+            behind=behind,
+        )
+        batch = Batch(
+            prompts=[(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
+            samples=samples,
+            response=response,
+            behind=behind,
+        )
         ledger = flops.update_ledger(
             pair.student_shape,
             pair.teacher_shape,
-            [(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
-            samples,
-            response,
-            behind,
+            batch,
             self.problems.teacher_tokens,
             pair.head_shares(),
         )

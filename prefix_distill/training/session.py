@@ -11,12 +11,14 @@ from ..engine.models import decoder
 from ..engine.ranks import Interrupt
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
+from ..plugins import load_plugins
 from .card import card
 from .faults import find_non_finite
 from .folder import RunFolder
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
 from .monitor import Monitor
 from .optimizer import NonFiniteGradient, step_optimizer
+from .plugin_record import record_plugins
 from .run import Run, describe_checks
 from .search import Search
 from .state import State
@@ -248,12 +250,16 @@ class Session:
 
 def train_in(run: Run, folder: RunFolder, resume: bool = False, label: str = "") -> dict:
     """Open the run folder, train with a progress display and return the result document."""
+    plugins = load_plugins(run.config.runtime.plugin)
     with Interrupt() as interrupt, open_folder(run, folder, resume):
         display = Display(run.config.train.steps, label, run.place.first)
         reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(display)
         if run.place.first:
             reporter = Trackers(display, folder, run.config)
+        changes = record_plugins(folder, run.place, plugins)
         with reporter as report, display:
+            for text in changes:
+                report.warn(text)
             return Session(run, folder, report, resume, interrupt).train()
 
 

@@ -16,6 +16,7 @@ from ..engine.sampling import GenerationCost, Request
 from ..engine.scoring import ForwardPass, Scorer, TokenFacts
 from ..errors import Stopped
 from ..maths.divergence import Terms
+from ..maths.flops import Passes
 from ..maths.weights import Scale, choose, keep, scale, token_weights
 from ..prompts import stream
 from ..prompts.prompt import Rendered
@@ -364,8 +365,7 @@ class Update:
             "student_update",
             pair.student_shape,
             reads(student_sides(read), pair.student.reads_once),
-            passes=3,
-            recomputed=pair.student.recomputes,
+            passes=Passes(count=3, recomputed=pair.student.recomputes),
             taught=taught,
         )
         if group[0].units is not None:  # tokens of spans are projected once more
@@ -382,9 +382,7 @@ class Update:
             "student_update",
             pair.student_shape,
             [(1, [1])],
-            passes=3,
-            idle=True,
-            recomputed=pair.student.recomputes,
+            passes=Passes(count=3, idle=True, recomputed=pair.student.recomputes),
             taught=1,
         )
 

@@ -27,18 +27,19 @@ import time
 import measure
 
 DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd": 0.5}  # TRL's beta
+PARAMETERS = {"reverse-kl": (), "forward-kl": (), "jsd": (0.5,)}
 
 
 def naive(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula
     import torch.nn.functional as F
 
-    from prefix_distill.maths.divergence import per_token
+    from prefix_distill.maths.divergence import Terms, per_token
 
     sides = (
         F.log_softmax(rows @ matrix.T, -1)
         for rows, matrix in ((student, head), (teacher, teacher_head))
     )
-    return (per_token(name, 0.5, *sides) * weight).sum()
+    return (per_token(Terms(name, PARAMETERS[name]), *sides) * weight).sum()
 
 
 def checkpointed(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula
@@ -46,7 +47,7 @@ def checkpointed(name, student, head, teacher, teacher_head, weight):  # noqa: P
 
     from prefix_distill.maths.divergence import Terms
 
-    size = Terms(name, 0.5).chunk(len(head))
+    size = Terms(name, PARAMETERS[name]).chunk(len(head))
     return sum(
         checkpoint(
             naive,
@@ -66,7 +67,8 @@ def ours(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  
     from prefix_distill.maths.divergence import Head, Terms
     from prefix_distill.maths.fused import weighted
 
-    return weighted(Terms(name, 0.5), student, Head(head), teacher, Head(teacher_head), weight)[0]
+    terms = Terms(name, PARAMETERS[name])
+    return weighted(terms, student, Head(head), teacher, Head(teacher_head), weight)[0]
 
 
 def trl(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula

@@ -84,7 +84,7 @@ def test_every_command_of_a_page_parses_and_is_a_valid_run(name, line):
         .params
     )
     configuration.build(
-        {k.replace("__", "."): v for k, v in given.items() if "__" in k and v is not None}
+        {k.replace("__", "."): v for k, v in given.items() if "__" in k and v not in (None, ())}
         | ({"train.batch_size": 8} if sub == "probe" else {})
     )
 

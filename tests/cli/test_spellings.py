@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from helpers import DIVERGENCES, ROOT, invoke
+from helpers import DIVERGENCES, PLUGINS, ROOT, invoke
 
 from prefix_distill import config as configuration
 from prefix_distill.cli import main, spelling_tables, spellings
@@ -27,7 +27,11 @@ def understood(*words: str, command: str = "run") -> list[str]:
 def settings(*words: str) -> dict:
     """What `run` is told by these words: parsed by its own parser, run by nothing."""
     given = GROUP.commands["run"].make_context("run", understood(*words)).params
-    values = {k.replace("__", "."): v for k, v in given.items() if "__" in k and v is not None}
+    values = {
+        k.replace("__", "."): v for k, v in given.items() if "__" in k and v not in (None, ())
+    }
+    if isinstance(values.get("runtime.plugin"), list):  # this flag may be repeated
+        values["runtime.plugin"] = ",".join(values["runtime.plugin"])
     return (
         values
         | configuration.read_assignments(given["assignments"])
@@ -226,6 +230,7 @@ def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
         "weights.select": "soft-or",
         "weights.position": "moderate",
         "rollout.top_p": 0.5,
+        "runtime.plugin": str(PLUGINS / "skew_kl.py"),
     }
     for path, field in configuration.options().items():
         kind = configuration.value_type(field.type)

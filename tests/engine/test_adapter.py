@@ -30,7 +30,7 @@ from prefix_distill.engine.models import adapter, decoder, shape
 from prefix_distill.engine.rollout import student_sides, teacher_sides
 from prefix_distill.engine.sampling import Request, generate
 from prefix_distill.errors import UserError
-from prefix_distill.maths.flops import Ledger
+from prefix_distill.maths.flops import Ledger, Passes
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.loss import StudentLoss
 from prefix_distill.training.session import Session
@@ -253,7 +253,7 @@ def test_cost_as_executed(pair, questions):
     with FlopCounterMode(display=False) as counter:
         loss(rollouts, teacher_NE, weight_N)[0].backward()
     read = reads(student_sides(rollouts), run.pair.student.reads_once)
-    ledger.forward("update", run.pair.student_shape, read, passes=3)
+    ledger.forward("update", run.pair.student_shape, read, passes=Passes(count=3))
     net = run.pair.student.net.config
     width, kv = net.hidden_size, net.num_key_value_heads * net.head_dim
     from prefix_distill.maths.flops import linear_tokens
@@ -262,7 +262,9 @@ def test_cost_as_executed(pair, questions):
     real = counter.get_total_flops() - run.pair.teacher_shape.output(len(weight_N))
     assert ledger.executed["update"] - unneeded == pytest.approx(real, rel=0.02)
     full = Ledger()
-    full.forward("update", shape(prepared(pair, questions).pair.student), read, passes=3)
+    full.forward(
+        "update", shape(prepared(pair, questions).pair.student), read, passes=Passes(count=3)
+    )
     assert ledger.useful["update"] < 0.85 * full.useful["update"]
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import NAMES_AND_BETAS
+from helpers import NAMES_AND_PARAMETERS
 
-from prefix_distill.maths.divergence import per_token, value_and_gradient
+from prefix_distill.maths.divergence import Terms, per_token, value_and_gradient
 
 
 def logp(*probabilities):
@@ -20,31 +20,31 @@ def test_closed_forms_on_three_tokens_in_both_directions():
     def kl(p, q):
         return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
-    assert per_token("reverse-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(
+    assert per_token(Terms("reverse-kl"), logp(*student), logp(*teacher)).item() == pytest.approx(
         kl(student, teacher), 1e-12
     )
-    assert per_token("forward-kl", None, logp(*student), logp(*teacher)).item() == pytest.approx(
+    assert per_token(Terms("forward-kl"), logp(*student), logp(*teacher)).item() == pytest.approx(
         kl(teacher, student), 1e-12
     )
     mixture = [0.3 * t + 0.7 * s for s, t in zip(student, teacher, strict=True)]
-    assert per_token("jsd", 0.3, logp(*student), logp(*teacher)).item() == pytest.approx(
+    assert per_token(Terms("jsd", (0.3,)), logp(*student), logp(*teacher)).item() == pytest.approx(
         0.3 * kl(teacher, mixture) + 0.7 * kl(student, mixture), 1e-12
     )
 
 
 def test_jsd_tends_to_the_named_kl_at_both_ends():
     student, teacher = logp(0.7, 0.2, 0.1), logp(0.25, 0.25, 0.5)
-    low, high = (per_token("jsd", b, student, teacher).item() for b in (1e-6, 1 - 1e-6))
+    low, high = (per_token(Terms("jsd", (b,)), student, teacher).item() for b in (1e-6, 1 - 1e-6))
     assert low / 1e-6 == pytest.approx(
-        per_token("forward-kl", None, student, teacher).item(), rel=1e-4
+        per_token(Terms("forward-kl"), student, teacher).item(), rel=1e-4
     )
     assert high / 1e-6 == pytest.approx(
-        per_token("reverse-kl", None, student, teacher).item(), rel=1e-4
+        per_token(Terms("reverse-kl"), student, teacher).item(), rel=1e-4
     )
 
 
-@pytest.mark.parametrize("name, beta", NAMES_AND_BETAS)
-def test_gradient_matches_finite_differences(name, beta):
+@pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
+def test_gradient_matches_finite_differences(name, parameters):
     """The logit gradient by hand against central differences in float64 (an identity head makes
     hidden rows logits)."""
     torch.manual_seed(2)
@@ -53,12 +53,13 @@ def test_gradient_matches_finite_differences(name, beta):
         F.log_softmax(torch.randn(4, 6, dtype=torch.float64), -1),
     )
 
+    terms = Terms(name, parameters)
+
     def value(logits):
-        return per_token(name, beta, F.log_softmax(logits, -1), teacher)
+        return per_token(terms, F.log_softmax(logits, -1), teacher)
 
     values, by_hand = value_and_gradient(
-        name,
-        beta,
+        terms,
         F.log_softmax(student, -1),
         teacher.clone(),
         torch.empty_like(teacher),

@@ -14,7 +14,7 @@ from prefix_distill.engine.models import Model, recompute, shape
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import GenerationCost, Request, Sampler, generate
 from prefix_distill.maths.divergence import Terms
-from prefix_distill.maths.flops import Ledger, Shape, update_ledger
+from prefix_distill.maths.flops import Batch, Ledger, Passes, Shape, update_ledger
 from prefix_distill.maths.fused import weighted
 
 KINDS = ["llama", "qwen3", "gemma3", "neox", "gpt2"]
@@ -115,7 +115,7 @@ def test_scoring_and_update_as_executed(model, samples):
         )
         loss.backward()
 
-    one.forward("update", shape(model), read, passes=3)
+    one.forward("update", shape(model), read, passes=Passes(count=3))
     teacher_head = (
         2 * 260 * sum(len(r.ids) for r in group)
     )  # the stand-in teacher's one-column head
@@ -129,8 +129,8 @@ def test_recomputed_layers_are_executed_once_more_at_most(model):
     model = recompute(model)
     model.net.requires_grad_(True)
     read = reads(student_sides(group), model.reads_once)
-    one.forward("update", shape(model), read, passes=3, recomputed=True)
-    plain.forward("update", shape(model), read, passes=3)
+    one.forward("update", shape(model), read, passes=Passes(count=3, recomputed=True))
+    plain.forward("update", shape(model), read, passes=Passes(count=3))
     head = 3 * shape(model).output(sum(n for _, lengths in read for n in lengths))
     real = counted(lambda: scoring.hidden_rows(model, student_sides(group)).sum().backward())
     assert 0.999 < (one.executed["update"] - head) / real < 1.1
@@ -194,6 +194,9 @@ def test_update_cost_is_what_the_ledger_says_for_such_an_update():
     ledger = Ledger()
     ledger.generation(student, [(4, [7] * 3), (6, [7] * 3)])
     ledger.forward("t", teacher, [(5, [7])] * 3 + [(7, [7])] * 3)
-    ledger.forward("s", student, [(4, [7] * 2), (4, [7]), (6, [7] * 2), (6, [7])], passes=3)
-    update = update_ledger(student, teacher, [(4, 5), (6, 7)], 3, 7.2, (9, 1, 2))
+    ledger.forward(
+        "s", student, [(4, [7] * 2), (4, [7]), (6, [7] * 2), (6, [7])], passes=Passes(count=3)
+    )
+    batch = Batch(prompts=[(4, 5), (6, 7)], samples=3, response=7.2, behind=(9, 1, 2))
+    update = update_ledger(student, teacher, batch)
     assert update.total() == pytest.approx(ledger.total())

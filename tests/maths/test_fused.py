@@ -5,28 +5,30 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import NAMES_AND_BETAS
+from helpers import NAMES_AND_PARAMETERS
 
 from prefix_distill.maths.divergence import Head, Terms, per_token
 from prefix_distill.maths.fused import statistics, weighted
 
 
-@pytest.mark.parametrize("name, beta", NAMES_AND_BETAS)
-def test_identical_models_have_no_divergence_and_no_gradient(name, beta):
+@pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
+def test_identical_models_have_no_divergence_and_no_gradient(name, parameters):
     hidden = torch.randn(5, 8, requires_grad=True)
     head = Head(torch.randn(50, 8, requires_grad=True))
-    loss, values, _ = weighted(Terms(name, beta), hidden, head, hidden, head, torch.full((5,), 0.2))
+    loss, values, _ = weighted(
+        Terms(name, parameters), hidden, head, hidden, head, torch.full((5,), 0.2)
+    )
     loss.backward()
     assert values.abs().max() < 1e-6 and loss.abs() < 1e-6
     assert hidden.grad.abs().max() < 1e-6 and head.weight_VD.grad.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name, beta", NAMES_AND_BETAS)
-def test_never_negative_on_far_apart_models(name, beta):
+@pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
+def test_never_negative_on_far_apart_models(name, parameters):
     torch.manual_seed(0)
     heads = [Head(torch.randn(1000, 16) * 4) for _ in range(2)]
     found = statistics(
-        Terms(name, beta),
+        Terms(name, parameters),
         torch.randn(64, 16),
         heads[0],
         torch.randn(64, 16),
@@ -36,7 +38,7 @@ def test_never_negative_on_far_apart_models(name, beta):
     assert found["divergence"].min() >= -1e-6
 
 
-def naive(name, beta, hidden, weight, bias, head, teacher_logits, token_weights, temperature):  # noqa: PLR0913  the operands of the formula
+def naive(name, parameters, hidden, weight, bias, head, teacher_logits, token_weights, temperature):  # noqa: PLR0913  the operands of the formula
     """Full float32 logits, autograd, torch's own kl_div."""
     logits = hidden @ weight.T + (0 if bias is None else bias)
     logits = logits * head.scale
@@ -52,12 +54,13 @@ def naive(name, beta, hidden, weight, bias, head, teacher_logits, token_weights,
     elif name == "forward-kl":
         values = kl(t, s)
     else:
+        (beta,) = parameters
         m = torch.log(beta * t.exp() + (1 - beta) * s.exp())
         values = beta * kl(t, m) + (1 - beta) * kl(s, m)
     return (values * token_weights).sum(), values
 
 
-@pytest.mark.parametrize("name, beta", NAMES_AND_BETAS)
+@pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
 @pytest.mark.parametrize(
     "scale, softcap, temperature, bias",
     [
@@ -67,7 +70,7 @@ def naive(name, beta, hidden, weight, bias, head, teacher_logits, token_weights,
         (2.0, 3.0, 0.7, True),
     ],
 )
-def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, temperature, bias):  # noqa: PLR0913  fixtures and parameters of one test
+def test_values_and_gradients_match_autograd(name, parameters, scale, softcap, temperature, bias):  # noqa: PLR0913  fixtures and parameters of one test
     torch.manual_seed(1)
     n, d, e, v = 37, 12, 20, 203
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
@@ -77,13 +80,13 @@ def test_value_and_gradients_match_naive_autograd(name, beta, scale, softcap, te
     head = Head(weight, bias_v, scale, softcap)
     tables = 3 + (name == "jsd") + (softcap is not None)
     terms = Terms(
-        name, beta, temperature, memory_bytes=4 * v * tables * 10
+        name, parameters, temperature, memory_bytes=4 * v * tables * 10
     )  # 10 rows a chunk: four chunks, the last uneven
     assert terms.chunk(v, softcap is not None) == 10
     inputs = [hidden, weight] + ([bias_v] if bias else [])
     want, want_values = naive(
         name,
-        beta,
+        parameters,
         hidden,
         weight,
         bias_v,
@@ -110,9 +113,9 @@ def bucketed(logp, top):
     return torch.cat([chosen, mass.sum(-1, keepdim=True) - chosen.sum(-1, keepdim=True)], -1)
 
 
-@pytest.mark.parametrize("name, beta", NAMES_AND_BETAS)
+@pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
 @pytest.mark.parametrize("k", [1, 7])
-def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, beta, k):
+def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, parameters, k):
     torch.manual_seed(5)
     n, d, v = 19, 6, 60
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
@@ -122,9 +125,9 @@ def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, be
     t = F.log_softmax((teacher @ teacher_head.weight_VD.T).double(), -1)
     top = t.topk(k, -1).indices
     student_mass, teacher_mass = bucketed(s, top), bucketed(t, top)
-    want = per_token(name, beta, student_mass.log(), teacher_mass.log())
+    want = per_token(Terms(name, parameters), student_mass.log(), teacher_mass.log())
     want_grads = torch.autograd.grad((want * token_weight).sum(), [hidden, weight])
-    terms = Terms(name, beta, memory_bytes=4 * v * 5 * 4, top_k=k)
+    terms = Terms(name, parameters, memory_bytes=4 * v * 5 * 4, top_k=k)
     loss, values, _ = weighted(terms, hidden, Head(weight), teacher, teacher_head, token_weight)
     torch.testing.assert_close(values.double(), want.detach(), rtol=1e-5, atol=1e-6)
     for got, expected in zip(torch.autograd.grad(loss, [hidden, weight]), want_grads, strict=True):
@@ -132,7 +135,7 @@ def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, be
             got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
         )
     _, full, _ = weighted(
-        Terms(name, beta), hidden, Head(weight), teacher, teacher_head, token_weight
+        Terms(name, parameters), hidden, Head(weight), teacher, teacher_head, token_weight
     )
     assert (values <= full + 1e-6).all()  # bucketing never adds divergence
     found = statistics(
@@ -141,8 +144,8 @@ def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, be
     torch.testing.assert_close(found["divergence"], values, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, beta", NAMES_AND_BETAS)
-def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, beta):
+@pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, parameters):
     torch.manual_seed(6)
     hidden, head = (
         torch.randn(4, 5, requires_grad=True),
@@ -151,7 +154,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, beta):
     teacher, teacher_head = torch.randn(4, 5), Head(torch.randn(11, 5))
     for k in (11, 1000):
         results = []
-        for terms in (Terms(name, beta), Terms(name, beta, top_k=k)):
+        for terms in (Terms(name, parameters), Terms(name, parameters, top_k=k)):
             loss, values, _ = weighted(terms, hidden, head, teacher, teacher_head, torch.ones(4))
             results.append((loss, values, *torch.autograd.grad(loss, [hidden, head.weight_VD])))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -215,8 +218,8 @@ def test_statistics_are_the_tables_own_numbers():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name, beta", NAMES_AND_BETAS)
-def test_gpu_equals_cpu(name, beta):
+@pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
+def test_gpu_equals_cpu(name, parameters):
     torch.manual_seed(4)
     made = [torch.randn(64, 32), torch.randn(5000, 32), torch.randn(64, 32), torch.randn(5000, 32)]
     grads = []
@@ -224,7 +227,7 @@ def test_gpu_equals_cpu(name, beta):
         hidden, weight, teacher, teacher_weight = (x.to(device) for x in made)
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
         loss, *_ = weighted(
-            Terms(name, beta),
+            Terms(name, parameters),
             hidden,
             Head(weight),
             teacher,

@@ -66,6 +66,7 @@ def case(rollouts, softcap=None, scale=1.0, bias=False, seed=0):
     return draw(n, D).requires_grad_(), heads[0], draw(m, E).requires_grad_(), heads[1]
 
 
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("mode", ["strict", "simct", "simct-released"])
 @pytest.mark.parametrize(
     "terms, shape",
@@ -74,7 +75,9 @@ def case(rollouts, softcap=None, scale=1.0, bias=False, seed=0):
         (Terms("reverse-kl", memory_bytes=1), {"softcap": 3.0, "scale": 0.7, "bias": True}),
         (Terms("reverse-kl", temperature=1.7, memory_bytes=2500), {"softcap": 3.0}),
         (Terms("forward-kl"), {"bias": True}),
-        (Terms("jsd", 0.3, memory_bytes=2500), {}),
+        (Terms("jsd", (0.3,), memory_bytes=2500), {}),
+        (Terms("skew-kl", (0.3,), memory_bytes=2500), {"bias": True}),
+        (Terms("my-kl"), {"softcap": 3.0}),
     ],
 )
 def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
@@ -206,12 +209,12 @@ def test_all_ids_shared_is_the_plain_reverse_kl():
         torch.randn(9, E),
         torch.rand(9),
     )
-    for name, beta in (("reverse-kl", None), ("forward-kl", None), ("jsd", 0.4)):
+    for name, parameters in (("reverse-kl", ()), ("forward-kl", ()), ("jsd", (0.4,))):
         results = []
         for made in (
-            weighted(Terms(name, beta), hidden, head, teacher_ME, teacher_head, weight)[:2],
+            weighted(Terms(name, parameters), hidden, head, teacher_ME, teacher_head, weight)[:2],
             simct.weighted(
-                Terms(name, beta),
+                Terms(name, parameters),
                 shared_support(same, "simct", "cpu", "cpu"),
                 units_of(rollouts),
                 hidden,

@@ -1,0 +1,171 @@
+"""Load the modules that ``--plugin`` names: a Python file, or an installed entry point.
+
+A plugin registers divergences and prefix schedules (``maths.registered``) when it is imported. It
+is one file: its SHA-256 and a copy go into the run folder.
+"""
+
+import hashlib
+import sys
+import traceback
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .maths.formulas import DIVERGENCES, Divergence
+from .maths.registry import describe_error, registering
+from .maths.schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+GROUP = "prefix_distill.plugins"  # entry points
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """A loaded plugin. ``name``: as given on the command line; ``source``: its file's text."""
+
+    name: str
+    file: Path
+    source: bytes
+    divergences: dict[str, Divergence]
+    schedules: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.source).hexdigest()
+
+    def describe(self) -> str:
+        """Return the plugin, its hash and what it registers, in one line."""
+        registered = [f"--divergence {name}" for name in self.divergences]
+        registered += [f"--prefix {name}" for name in self.schedules]
+        return f"plugin {self.name} (sha256 {self.sha256[:12]}): {', '.join(registered)}"
+
+    def activate(self) -> None:
+        """Register the plugin's names. UserError: another plugin has taken one."""
+        with registering(str(self.file)):
+            for name, divergence in self.divergences.items():
+                DIVERGENCES.add(name, divergence)
+            for name, schedule in self.schedules.items():
+                SCHEDULES.add(name, schedule)
+
+
+_loaded: dict[tuple[str, bytes], Plugin] = {}  # by file and text: a file is executed once
+_active: list[str] = []  # files whose names are registered
+
+
+def load_plugins(text: str | None) -> tuple[Plugin, ...]:
+    """Load the plugins of a comma-separated list, and register their names alone.
+
+    The names of plugins that are not in the list are forgotten. UserError, with the file and the
+    line: a plugin is missing, cannot be imported, registers nothing, or takes a name that is taken.
+    """
+    _forget()
+    names = [name.strip() for name in (text or "").split(",")]
+    plugins = []
+    for name in dict.fromkeys(filter(None, names)):
+        file, entry = _locate(name)
+        if str(file) in _active:
+            continue
+        _active.append(str(file))
+        plugins.append(_load(name, file, entry))
+    return tuple(plugins)
+
+
+def _forget() -> None:
+    """Remove the names of all plugins from the registries."""
+    for file in _active:
+        DIVERGENCES.drop(file)
+        SCHEDULES.drop(file)
+    _active.clear()
+
+
+def _locate(name: str) -> tuple[Path, "EntryPoint | None"]:
+    """Return the file of a plugin, and its entry point if it is an installed one."""
+    if name.endswith(".py") or Path(name).is_file():
+        return Path(name).absolute(), None
+    from importlib.metadata import entry_points  # here: --help has no time for it
+
+    installed = entry_points(group=GROUP)
+    for entry in installed:
+        if entry.name == name:
+            return _file_of(entry), entry
+    known = ", ".join(sorted(installed.names)) or "none"
+    raise UserError(
+        f"plugin '{name}': expected a .py file, or an entry point of the group {GROUP} "
+        f"(installed: {known}); check --plugin"
+    )
+
+
+def _file_of(entry: "EntryPoint") -> Path:
+    """Return the file of an entry point's module."""
+    from importlib.util import find_spec
+
+    try:
+        spec = find_spec(entry.module)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"plugin '{entry.name}': {entry.module} has no module: {error}") from None
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"plugin '{entry.name}': the module {entry.module} has no file; reinstall its package"
+        )
+    return Path(spec.origin)
+
+
+def _load(name: str, file: Path, entry: "EntryPoint | None") -> Plugin:
+    """Import a plugin, or register its names again if this process has imported it before."""
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"plugin {name}: cannot be read ({error.strerror}); check --plugin (a run folder keeps "
+            "copies in plugins/)"
+        ) from None
+    known = _loaded.get((str(file), source))
+    if known is not None:
+        known.activate()
+        return known
+    try:
+        with registering(str(file)):
+            _execute(file, source, entry)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may also exit
+        raise UserError(f"plugin {describe_error(error, str(file))}") from None
+    plugin = Plugin(
+        name=name,
+        file=file,
+        source=source,
+        divergences=DIVERGENCES.entries_of(str(file)),
+        schedules=SCHEDULES.entries_of(str(file)),
+    )
+    if not plugin.divergences and not plugin.schedules:
+        raise UserError(
+            f"plugin {name}: it registers no divergence and no prefix schedule; call "
+            "register_divergence or register_schedule in it"
+        )
+    _loaded[str(file), source] = plugin
+    return plugin
+
+
+def _execute(file: Path, source: bytes, entry: "EntryPoint | None") -> None:
+    """Run a plugin's code: of an entry point as an import, else the text that was read."""
+    if entry is not None:
+        entry.load()
+        return
+    module = types.ModuleType(f"prefix_distill_plugin_{hashlib.sha256(source).hexdigest()[:12]}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    # compiled here, so that the text that runs is the text that is hashed
+    exec(compile(source, str(file), "exec"), module.__dict__)
+
+
+def find_fault(error: BaseException) -> str | None:
+    """Describe an error that a plugin's code raised, in one line; None: no plugin is at fault."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    for file in reversed(files):
+        if file in _active:
+            return f"plugin {describe_error(error, file)}"
+    return None
