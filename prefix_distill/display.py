@@ -35,7 +35,10 @@ def show(*tables: "Table", width: int | None = None) -> None:
     if not plain():
         from rich.console import Console
 
-        Console(stderr=True, width=width).print(*tables)
+        console = Console(stderr=True, width=width)
+        with console.capture() as text:
+            console.print(*tables)
+        tell(text.get().removesuffix("\n"))
         return
     for table in tables:
         if table.title:

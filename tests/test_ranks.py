@@ -19,7 +19,7 @@ from helpers import ROOT, invoke, last_json
 from safetensors.torch import load_file, save_file
 
 from prefix_distill import config as configuration
-from prefix_distill.cli import launch, quiet
+from prefix_distill.api import launch, quiet
 from prefix_distill.engine import scoring
 from prefix_distill.engine.ranks import Place
 from prefix_distill.errors import Stopped

@@ -5,11 +5,12 @@ import functools
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,17 @@ from .device import best_dtype, choose_device
 
 class Interrupt:
     """Ctrl-C, SIGTERM and a closed terminal as a wish: the first signal is noted in ``asked``, a
-    second one acts at once, as without this. What was ignored before (nohup) stays ignored."""
+    second one acts at once, as without this. What was ignored before (nohup) stays ignored.
+
+    Outside the main thread, where Python allows no signal handlers, only ``asked`` works."""
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
+        self.former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         numbers = [
             getattr(signal, name)
             for name in ("SIGINT", "SIGTERM", "SIGHUP")

@@ -285,12 +285,32 @@ def _diagnose(folder: RunFolder, moving: dict[str, torch.nn.Parameter], initial:
     folder.remove("displacements")
 
 
-def train_in(prepared: Run, folder: RunFolder, resume: bool = False, label: str = "") -> dict:
-    """Opens the run folder, shows progress, trains; the result document."""
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """The caller's reporter of a run, and its means to stop the run."""
+
+    reporter: Reporter
+    interrupt: Interrupt
+
+
+def train_in(
+    prepared: Run,
+    folder: RunFolder,
+    resume: bool = False,
+    label: str = "",
+    watch: Watch | None = None,
+) -> dict:
+    """Opens the run folder, trains; the result document. Without ``watch``, progress is shown on
+    stderr after ``label``."""
     place = prepared.place
+    shown: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if watch is None:
+        display = Display(prepared.config.train.steps, label, place.first)
+        watch = Watch(display, Interrupt())
+        shown = display
     with (
         folder.alone() if place.first else contextlib.nullcontext(),
-        Interrupt() as interrupt,
+        watch.interrupt as interrupt,
     ):
         if place.first and not resume:
             folder.create(
@@ -318,9 +338,9 @@ def train_in(prepared: Run, folder: RunFolder, resume: bool = False, label: str 
                 f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on "
                 "several machines it must be on a file system that they share"
             )
-        display = Display(prepared.config.train.steps, label, place.first)
-        reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(display)
+        reporter: contextlib.AbstractContextManager[Reporter]
+        reporter = contextlib.nullcontext(watch.reporter)
         if place.first:
-            reporter = Trackers(display, folder, prepared.config)
-        with reporter as report, display:
+            reporter = Trackers(watch.reporter, folder, prepared.config)
+        with reporter as report, shown:
             return train(prepared, folder, report, resume, interrupt)
