@@ -115,10 +115,9 @@ def _environment(count: int) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-        for variable in ("OMP_NUM_THREADS", "PYTHONPATH"):
-            os.environ.pop(variable, None)
-            if variable in former:
-                os.environ[variable] = former[variable]
+        for variable in os.environ.keys() - former.keys():  # torch's launcher sets some, too
+            del os.environ[variable]
+        os.environ.update(former)
 
 
 class _Signals:

@@ -63,6 +63,9 @@ class _Silence:
                     self.restore.close()
 
     def _save(self) -> None:
+        self.restore.enter_context(warnings.catch_warnings())
+        # in a notebook without ipywidgets, importing tqdm would print this
+        warnings.filterwarnings("ignore", "IProgress not found")
         import transformers
         from datasets.utils import logging as datasets_logging
         from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
@@ -78,7 +81,6 @@ class _Silence:
             self.restore.callback(disable_progress_bars)
         if bars.is_progress_bar_enabled():
             self.restore.callback(bars.enable_progress_bar)
-        self.restore.enter_context(warnings.catch_warnings())
 
 
 _silence = _Silence()

@@ -35,8 +35,8 @@ def main() -> None:
     except SystemExit as end:
         code = end.code
     except OSError as error:
-        print()  # a failed write loses its text, so only a new one tells whether stdout is broken
-        if flush(sys.stdout) is None:
+        # the failed write may have lost its text, so only a new one tells whether stdout is broken
+        if flush(sys.stdout, "\n") is None:
             raise
         code = report_unwritable(error)
     sys.exit(close_streams(code or 0))
@@ -76,9 +76,10 @@ def close_streams(code: int | str) -> int | str:
     return code
 
 
-def flush(stream: TextIO) -> OSError | None:
-    """Flush a stream; return the error if it cannot be written."""
+def flush(stream: TextIO, text: str = "") -> OSError | None:
+    """Write ``text`` to a stream and flush it; return the error if it cannot be written."""
     try:
+        stream.write(text)
         stream.flush()
     except OSError as error:
         return error
