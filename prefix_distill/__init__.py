@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import (
+    from .api.public import (
         CheckResult,
         Comparison,
         Config,
@@ -73,7 +73,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(".api", __name__), name)
+    value = getattr(importlib.import_module(".api.public", __name__), name)
     globals()[name] = value
     return value
 

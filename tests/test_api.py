@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import prefix_distill
 from prefix_distill import config as configuration
-from prefix_distill.api import keywords, settings
+from prefix_distill.api import keywords, public, settings
 from prefix_distill.cli.main import app
 from prefix_distill.errors import Interrupted, PreflightError, Stopped, UserError
 
@@ -133,7 +133,7 @@ def test_public_names_load_when_used():
     assert (ROOT / "prefix_distill/py.typed").is_file()
     with pytest.raises(AttributeError, match="has no attribute 'distil'"):
         _ = prefix_distill.distil
-    assert prefix_distill.api.__all__ == prefix_distill.__all__
+    assert public.__all__ == prefix_distill.__all__
 
 
 def test_a_config_comes_from_keywords_and_yaml(tmp_path):

@@ -264,7 +264,8 @@ def test_without_torch_means_that_importing_it_fails():
 
 
 @pytest.mark.parametrize(
-    "module", ["results.runs", "results.summary", "results.page", "api", "config"]
+    "module",
+    ["results.runs", "results.summary", "results.page", "api.public", "api.launch", "config"],
 )
 def test_these_modules_import_no_torch(module):
     done = run_without_torch(f"import prefix_distill.{module}")

@@ -50,6 +50,11 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def is_first_rank() -> bool:
+    """Return whether this process is the one that writes results: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def needs_ranks(runtime: Runtime) -> bool:
     """Return whether a call has to start ranks. UserError: a rank has no device of its own."""
     if runtime.gpus is None or runtime.gpus == 1 or is_launched():

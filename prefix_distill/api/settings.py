@@ -6,12 +6,14 @@ import numbers
 import os
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 from .. import config as configuration
 from ..errors import UserError
 from . import html
-from .keywords import RunOptions
+
+if TYPE_CHECKING:
+    from .keywords import RunOptions
 
 # options of `eval` → its own flag, or None if the flag is the one of `run`
 EVAL_FLAGS: dict[str, str | None] = {
@@ -65,7 +67,7 @@ class Config(configuration.Config):
     """
 
     @classmethod
-    def from_options(cls, **options: Unpack[RunOptions]) -> Self:
+    def from_options(cls, **options: "Unpack[RunOptions]") -> Self:
         """Return the defaults changed by options: ``Config.from_options(prefix=512, lr=1e-4)``.
 
         UserError: an option is unknown, its value is invalid, or two options exclude each other.
@@ -73,7 +75,7 @@ class Config(configuration.Config):
         return cls._from_values(read_options(options, run_names()))
 
     @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str], **options: Unpack[RunOptions]) -> Self:
+    def from_yaml(cls, path: str | os.PathLike[str], **options: "Unpack[RunOptions]") -> Self:
         """Return the settings of a YAML file, as ``prefix-distill run --config`` reads it.
 
         Options override the file. UserError: as in `from_options`, or the file is not readable.

@@ -4,7 +4,6 @@ The commands call these functions with an observer that writes to the terminal. 
 `notebook` call them with keyword options.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,11 +33,6 @@ if TYPE_CHECKING:
     from ..training.run import Run
 
 
-def is_first_rank() -> bool:
-    """Return whether this process is the one that writes results: rank 0, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def distil(config: Config, observer: Observer, resume: bool = False) -> RunResult:
     """Train the student, save it, and push it to the hub if the config says so.
 
@@ -47,7 +41,7 @@ def distil(config: Config, observer: Observer, resume: bool = False) -> RunResul
     outcome = _start(config, observer, resume=resume, dry_run=False)
     outcome["document"] = {**outcome["document"], "pushed": None}
     result = RunResult.read(outcome)
-    if config.export.push is None or not is_first_rank():
+    if config.export.push is None or not launch.is_first_rank():
         return result
     try:
         outcome["document"]["pushed"] = _push(result.model, config)

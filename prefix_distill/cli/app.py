@@ -5,15 +5,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import display
-from ..api import work
-from ..api.launch import leave_message
-from ..api.result import Result
+from ..api.launch import is_first_rank, leave_message
 from ..display import Display, Reporter, tell
+
+if TYPE_CHECKING:
+    from ..api.result import Result
 
 COMMANDS = (
     *("run", "check", "plan", "eval", "demo", "probe", "compare", "report", "export"),
@@ -79,19 +80,19 @@ class Terminal:
 
 def note(text: str) -> None:
     """Print a line on stderr, from the first rank."""
-    if work.is_first_rank():
+    if is_first_rank():
         tell(text)
 
 
-def show(result: Result, width: int) -> None:
+def show(result: "Result", width: int) -> None:
     """Show the tables of a result on stderr; ``width``: characters where stderr is no terminal."""
-    if work.is_first_rank():
+    if is_first_rank():
         display.show(*result.tables(), width=None if sys.stderr.isatty() else width)
 
 
 def finish(document: dict) -> None:
     """Print the JSON document of the command on stdout, from the first rank."""
-    if work.is_first_rank():
+    if is_first_rank():
         print(json.dumps(document))
 
 

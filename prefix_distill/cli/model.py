@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import config as configuration
-from ..api import settings, work
-from ..api.documents import PushFailed
+from ..api import settings
 from .app import Terminal, app, finish, note
 from .options import Wording, with_options
 
@@ -57,6 +56,8 @@ def evaluate_command(
     **flags: dict,
 ) -> None:
     """Measure a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
+    from ..api import work
+
     result = work.evaluate(settings.evaluation_config(flags["flags"], out), Terminal())
     finish(result.to_dict())
 
@@ -98,6 +99,9 @@ def export_command(
 ) -> None:
     """Write a run's student, or any model, to a folder of its own: in another dtype, as GGUF, on
     the hub."""
+    from ..api import work
+    from ..api.documents import PushFailed
+
     config = configuration.build(flags["flags"])
     folder = None if out is None else Path(out)
     form: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}

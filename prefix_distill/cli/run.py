@@ -5,8 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import config as configuration
-from ..api import work
-from ..api.documents import PushFailed
+from ..api.launch import is_first_rank
 from ..display import tell
 from ..training.resume import resume_settings
 from .app import Terminal, app, finish, note, show
@@ -35,6 +34,9 @@ def run(
     **flags: dict,
 ) -> None:
     """Distil: the student writes a prefix, the teacher scores it, the student learns from it."""
+    from ..api import work
+    from ..api.documents import PushFailed
+
     values = read_settings(config_file, flags["flags"], assignments)
     if resume:
         values, notes = resume_settings(values)
@@ -59,6 +61,8 @@ def check(config_file: ConfigFile = None, assignments: Assignments = None, **fla
 
     Takes the options of run and writes nothing.
     """
+    from ..api import work
+
     config = configuration.build(read_settings(config_file, flags["flags"], assignments))
     result = work.check(config, Terminal())
     show(result, width=200)
@@ -73,7 +77,7 @@ def check(config_file: ConfigFile = None, assignments: Assignments = None, **fla
 
 def _show_prompts(facts: dict) -> None:
     """Show the first prompt of both models, with its last tokens."""
-    if not work.is_first_rank():
+    if not is_first_rank():
         return
     for role in ("student", "teacher"):
         prompt = facts[role]
@@ -119,6 +123,8 @@ def plan(  # noqa: PLR0913  each parameter is a flag
 
     Nothing is downloaded but config files and tokenizers, and nothing is written.
     """
+    from ..api import work
+
     config = configuration.build(read_settings(config_file, flags["flags"], assignments))
     assumptions = {
         "prompt_tokens": prompt_tokens,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import display
-from ..api import settings, work
+from ..api import settings
 from .app import Terminal, app, finish, note, show
 from .options import with_options
 
@@ -22,6 +22,8 @@ def demo(
 ) -> None:
     """Three minutes, offline: distil the embedded pair with a prefix and with full rollouts,
     side by side."""
+    from ..api import work
+
     folder = Path(out or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
     table, document = work.demonstrate(folder, seed, Terminal())
     display.show(table)
@@ -38,6 +40,8 @@ def probe(
     **flags: dict,
 ) -> None:
     """Before training: measure where the teacher disagrees, and recommend a prefix length."""
+    from ..api import work
+
     result = work.probe(settings.probe_config(flags["flags"], out, problems), Terminal())
     show(result, width=200)
     note(result.reason)
@@ -56,6 +60,8 @@ def compare(
 ) -> None:
     """Run several arms × seeds from one file, one after another, and report accuracy against
     cost."""
+    from ..api import work
+
     result = work.compare(arms_file, Path(out), Terminal())
     show(result, width=200)
     finish(result.to_dict())
@@ -76,6 +82,8 @@ def report(
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Prefix distillation",
 ) -> None:
     """Write tables, a picture and a self-contained page about any set of run folders."""
+    from ..api import work
+
     result = work.report([Path(folder) for folder in folders], Path(out), reference, title)
     show(result, width=200)
     finish(result.to_dict())
