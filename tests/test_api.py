@@ -272,6 +272,7 @@ def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):
     assert signal.getsignal(signal.SIGINT) is former
     result = prefix_distill.resume(tmp_path / "run", steps=5, lr_schedule="linear")
     assert result.resumed_from == 1 and result.steps == 5
+    assert prefix_distill.resume(tmp_path / "run", prefix=12).steps == 5
     with pytest.raises(UserError, match=r"train\.batch_size was 2, got 3"):
         prefix_distill.resume(tmp_path / "run", batch_size=3)
     with pytest.raises(UserError, match="name the run folder"):

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..display import flops_text
 from ..errors import Stopped, UserError
@@ -75,12 +75,12 @@ class RunResult(Result):
         )
 
     @property
-    def evaluations(self) -> list[dict]:
+    def evaluations(self) -> list[dict[str, Any]]:
         """Return a row per evaluation: accuracy, KL (nats per token), cost so far (FLOPs, s)."""
-        rows: list[dict] = self.to_dict()["evaluations"]
+        rows: list[dict[str, Any]] = self.to_dict()["evaluations"]
         return rows
 
-    def metrics(self) -> list[dict]:
+    def metrics(self) -> list[dict[str, Any]]:
         """Return a row per update, as in metrics.jsonl: names end in their unit."""
         return read_rows(self.out / "metrics.jsonl")[0]
 
@@ -112,12 +112,12 @@ class CheckResult(Result):
     """
 
     ok: bool
-    checks: tuple[dict, ...]
+    checks: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
     @classmethod
-    def read(cls, document: dict) -> Self:
+    def read(cls, document: dict[str, Any]) -> Self:
         """Return the result of the command's document."""
         return cls(
             document=document,
@@ -157,12 +157,12 @@ class PlanResult(Result):
     ``notes``: assumptions.
     """
 
-    prefixes: tuple[dict, ...]
-    cards: tuple[dict, ...]
+    prefixes: tuple[dict[str, Any], ...]
+    cards: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
     @classmethod
-    def read(cls, document: dict) -> Self:
+    def read(cls, document: dict[str, Any]) -> Self:
         """Return the result of the command's document."""
         return cls(
             document=document,
@@ -201,7 +201,7 @@ class EvaluationResult(Result):
     examples: Path
 
     @classmethod
-    def read(cls, document: dict) -> Self:
+    def read(cls, document: dict[str, Any]) -> Self:
         """Return the result of the command's document."""
         return cls(
             document=document,
@@ -249,7 +249,7 @@ class ProbeResult(Result):
     seconds: float
 
     @classmethod
-    def read(cls, document: dict, out: Path) -> Self:
+    def read(cls, document: dict[str, Any], out: Path) -> Self:
         """Return the result of the command's document."""
         return cls(
             document=document,
@@ -287,10 +287,10 @@ class Comparison(Result):
     out: Path
     runs: int
     reference: str | None
-    arms: tuple[dict, ...]
+    arms: tuple[dict[str, Any], ...]
 
     @classmethod
-    def read(cls, document: dict) -> Self:
+    def read(cls, document: dict[str, Any]) -> Self:
         """Return the result of the command's document."""
         return cls(
             document=document,
@@ -327,7 +327,7 @@ class ExportResult(Result):
     pushed: str | None
 
     @classmethod
-    def read(cls, document: dict) -> Self:
+    def read(cls, document: dict[str, Any]) -> Self:
         """Return the result of the command's document."""
         gguf = document.get("gguf")
         return cls(

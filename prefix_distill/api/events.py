@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ..display import Reporter
 from .observers import Observer
@@ -38,13 +38,13 @@ class EventObserver:
     def own(self, text: str) -> None:
         self._write("own", text)
 
-    def row(self, row: dict, useful: float, full: float) -> None:
+    def row(self, row: dict[str, Any], useful: float, full: float) -> None:
         self._write_once("row", row, useful, full)
 
-    def evaluation(self, row: dict) -> None:
+    def evaluation(self, row: dict[str, Any]) -> None:
         self._write_once("evaluation", row)
 
-    def tail(self, row: dict) -> None:
+    def tail(self, row: dict[str, Any]) -> None:
         self._write_once("tail", row)
 
     def _write_once(self, kind: str, *values: object) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..config import Config
 from ..errors import MemoryShortage, PreflightError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Outcome(TypedDict):
     """What a job returns: the JSON document of the command, notes and warnings."""
 
-    document: dict
+    document: dict[str, Any]
     notes: list[str]
     warnings: list[str]
 
@@ -47,7 +47,7 @@ def perform(job: Job, config: Config, observer: Observer) -> Outcome:
 
 def train(
     prepared: "Run", folder: "RunFolder", observer: Observer, resume: bool, label: str
-) -> dict:
+) -> dict[str, Any]:
     """Train a prepared run in its folder, watched by ``observer``; return the result document."""
     import signal
 
@@ -171,11 +171,11 @@ def _announce(prepared: "Run", observer: Observer) -> None:
         observer.warn(text)
 
 
-def _outcome(prepared: "Run", document: dict) -> Outcome:
+def _outcome(prepared: "Run", document: dict[str, Any]) -> Outcome:
     return {"document": document, "notes": prepared.notes, "warnings": prepared.warnings}
 
 
-def _describe_dry_run(prepared: "Run") -> dict:
+def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
     """Return the resolved config, and the FLOPs of an update with a prefix and in full."""
     from .. import config as configuration
     from ..training.run import describe_checks

@@ -13,10 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import Runtime
 from ..errors import (
@@ -136,7 +136,7 @@ class _Signals:
         self.first: int | None = None
         self.second: int | None = None
         self.killed_at = 0.0
-        self.former: dict[int, Callable | int | None] = {}
+        self.former: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -42,11 +42,13 @@ def run(
         result = run(student="Qwen/Qwen3-0.6B", teacher="Qwen/Qwen3-1.7B", dataset="gsm8k",
                      prefix=512, steps=100, out="runs/first")
 
-    ``config``: settings that the options override; default: the defaults. ``on_step(row)`` is
-    called after every update with its row of metrics.jsonl. If it raises, the run saves its state
-    and stops after that update, and the exception is raised; `resume` continues the run. A model or
-    data set that is not named comes from the embedded laboratory. With ``gpus=N`` N processes of
-    this machine share the work.
+    ``config``: settings that the options override; default: the defaults. `RunOptions` lists the
+    options; ``prefix-distill run --help`` describes them. A model or data set that is not named
+    comes from the embedded laboratory. With ``gpus=N``, N processes of this machine share the work.
+
+    ``on_step(row)`` is called after every update with its row of metrics.jsonl. If it raises, the
+    run saves its state and stops after that update, and the exception is raised; `resume` continues
+    the run.
     """
     return work.distil(_config(config, options), LogObserver(on_step))
 

@@ -3,12 +3,12 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..display import Reporter, share_text
 from ..errors import Interrupted
 
-OnStep = Callable[[dict], object]
+OnStep = Callable[[dict[str, Any]], object]
 log = logging.getLogger("prefix_distill")
 # without a handler, Python would print warnings to stderr
 log.addHandler(logging.NullHandler())
@@ -90,7 +90,7 @@ class _LogReporter:
 
     own = warn
 
-    def row(self, row: dict, useful: float, full: float) -> None:
+    def row(self, row: dict[str, Any], useful: float, full: float) -> None:
         if self.on_step is None or self.failure is not None:
             return
         labelled = {"run": self.label, **row} if self.label else dict(row)
@@ -100,8 +100,8 @@ class _LogReporter:
             self.failure = error
             self.stop()
 
-    def evaluation(self, row: dict) -> None:
+    def evaluation(self, row: dict[str, Any]) -> None:
         log.info(f"after update {row['step']}: accuracy {share_text(row['accuracy'])}")
 
-    def tail(self, row: dict) -> None:
+    def tail(self, row: dict[str, Any]) -> None:
         log.info(f"tail probe after update {row['step']}: {row['finish_rate']:.0%} finished")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from . import html
 
@@ -26,7 +26,7 @@ class Estimate:
     n: int
 
     @classmethod
-    def read(cls, values: Mapping | None) -> Self | None:
+    def read(cls, values: Mapping[str, Any] | None) -> Self | None:
         """Return the estimate that a document holds; None if it holds none."""
         if values is None:
             return None
@@ -58,11 +58,11 @@ class Flops:
 class Result:
     """A result of a function. ``document``: the JSON document of the command."""
 
-    document: Mapping = field(repr=False)
+    document: Mapping[str, Any] = field(repr=False)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return the JSON document of the command as new plain values."""
-        document: dict = json.loads(json.dumps(self.document))
+        document: dict[str, Any] = json.loads(json.dumps(self.document))
         return document
 
     def tables(self) -> list["Table"]:

@@ -148,16 +148,23 @@ def take_options(
 def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[str, object]:
     """Return keyword options as ``{"section.key": value}``.
 
-    ``names``: keyword → option. Paths and numbers of other packages become plain values. UserError
-    names an unknown keyword and the nearest known one.
+    ``names``: keyword → option. Paths and numbers of other packages become plain values, and
+    numbers become text if the option is text. UserError names an unknown keyword and the nearest
+    known one.
     """
+    known = configuration.options()
     values = {}
     for name, value in options.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, 1, 0.4)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(names)}"
             raise UserError(f"unknown option '{name[:80]}'{hint}")
-        values[names[name]] = _plain(value)
+        path = names[name]
+        plain = _plain(value)
+        is_number = isinstance(plain, int | float) and not isinstance(plain, bool)
+        if is_number and configuration.value_type(known[path].type) is str:
+            plain = str(plain)
+        values[path] = plain
     return values
 
 

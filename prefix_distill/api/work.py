@@ -6,7 +6,7 @@ The commands call these functions with an observer that writes to the terminal. 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import Stopped, UserError
@@ -70,7 +70,7 @@ def check(config: Config, observer: Observer) -> CheckResult:
     return CheckResult.read(_perform("check", config, observer)["document"])
 
 
-def plan(config: Config, observer: Observer, assumptions: dict) -> PlanResult:
+def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> PlanResult:
     """Compute what a run needs. ``assumptions``: the keyword arguments of `planning.plan.plan`."""
     with quiet.guarded():
         from ..planning.plan import plan as compute
@@ -107,7 +107,7 @@ def compare(arms_file: str, out: Path, observer: Observer) -> Comparison:
     return report([out], out, arms.reference, Path(arms_file).stem)
 
 
-def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict]:
+def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict[str, Any]]:
     """Run the demonstration in a folder; return its rich table and its document."""
     from ..training.folder import RunFolder
 
@@ -121,7 +121,9 @@ def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict
 def _watched_by(observer: Observer) -> "TrainIn":
     """Return a function that trains a prepared run under the observer."""
 
-    def train_in(run: "Run", folder: "RunFolder", resume: bool = False, label: str = "") -> dict:
+    def train_in(
+        run: "Run", folder: "RunFolder", resume: bool = False, label: str = ""
+    ) -> dict[str, Any]:
         return train(run, folder, observer, resume, label)
 
     return train_in
@@ -178,7 +180,7 @@ def export(source: str, config: Config, out: Path | None, form: dict[str, object
 
         if out is None:
             folder = _existing_folder(source, which)
-            document: dict = {"out": str(folder)}
+            document: dict[str, Any] = {"out": str(folder)}
         else:
             folder = out
             document = write(source, which, folder, dtype, gguf, trust_code)
