@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import prefix_distill
 from prefix_distill import config as configuration
-from prefix_distill.api import keywords, public, settings
+from prefix_distill.api import keywords, launch, public, settings
 from prefix_distill.cli.main import app
 from prefix_distill.errors import Interrupted, PreflightError, Stopped, UserError
 
@@ -301,6 +301,21 @@ def test_ranks_report_to_the_caller_in_any_thread(given, tmp_path, capfd):
     assert result.resumed_from == done and seen[2:] == result.metrics()[done:]
     assert any(note.startswith("2 ranks") for note in result.notes)
     assert capfd.readouterr() == ("", "") and state_of_process() == before
+
+
+@pytest.mark.parametrize("streams", ["kept apart", "inherited"])
+def test_a_rank_that_crashes_names_its_last_line(given, tmp_path, capfd, monkeypatch, streams):
+    """The ranks of the command write their traceback to stderr."""
+    monkeypatch.setattr(launch, "RANK", "raise RuntimeError('a bug')")
+    options = given | {"gpus": 2, "device": "cpu"}
+    if streams == "kept apart":
+        with pytest.raises(Stopped, match="ended with exit code 1; RuntimeError: a bug"):
+            prefix_distill.run(**options, out=tmp_path / "run")
+        assert capfd.readouterr() == ("", "")
+        return
+    code, out, err = invoke("run", *flags(options), "--out", tmp_path / "run")
+    assert code == 1 and out == "" and err.endswith("ended with exit code 1; see above\n")
+    assert "RuntimeError: a bug" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -525,7 +525,7 @@ def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
         err.strip()
         .splitlines()[-1]
         .startswith(
-            "error: rank 1 was ended by signal 9 (SIGKILL); the others were stopped"
+            "error: rank 1 was killed by signal 9 (SIGKILL), and the other ranks were stopped; "
             if what == "dies"
             else "error: rank 0 of 2: rank 1 did not come, or was lost ("
         )
@@ -599,7 +599,7 @@ def test_accelerate_starts_ranks_too(pair, questions, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--gpus", "2", "--device", "cuda:1"], "every rank needs a GPU of its own"),
+        (["--gpus", "2", "--device", "cuda:1"], "every rank needs its own GPU"),
         (
             ["--gpus", "64", "--batch-size", "64"],
             "GPUs are visible here; lower it, or use --device cpu",

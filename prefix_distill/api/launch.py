@@ -68,7 +68,7 @@ def _check_devices(count: int, device: str) -> None:
 
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(
-            f"--gpus {count} with --device {device}: every rank needs a GPU of its own; use auto, "
+            f"--gpus {count} with --device {device}: every rank needs its own GPU; use auto, "
             "cuda or cpu"
         )
     gpus = torch.cuda.device_count()
@@ -225,8 +225,8 @@ class _Ranks:
         raise _as_exception(code, message)
 
     def _find_cause(self, error: "ChildFailedError", asked: int | None) -> tuple[int, str]:
-        """Return exit code and message of the rank that failed by itself: one that was killed, or
-        the first that left a message."""
+        """Return exit code and message of the rank that failed first: a killed one, or the first
+        that left a message."""
         failures = sorted(error.failures.items())
         reports = []
         killed = []
@@ -240,8 +240,8 @@ class _Ranks:
             rank, failure = killed[0]
             name = signal.Signals(-failure.exitcode).name
             return 1, (
-                f"rank {rank} was ended by signal {-failure.exitcode} ({name}); the others were "
-                "stopped, --resume goes on from the newest checkpoint"
+                f"rank {rank} was killed by signal {-failure.exitcode} ({name}), and the other "
+                "ranks were stopped; --resume continues from the newest checkpoint"
             )
         if reports:
             _, rank, failure = reports[0]

@@ -208,9 +208,11 @@ def _existing_folder(source: str, which: str) -> Path:
 
 
 def _push(folder: Path, config: Config) -> str:
-    from ..results.export import push
+    """Upload a folder to the config's hub repository and return its address."""
+    with quiet.guarded():
+        from ..results.export import push
 
-    return push(folder, str(config.export.push), config.export.public)
+        return push(folder, str(config.export.push), config.export.public)
 
 
 def _perform(name: str, config: Config, observer: Observer, **options: bool) -> Outcome:

@@ -18,7 +18,7 @@ EVAL_WORDING: dict[str, Wording] = {
     "data.streaming": {"help": "Read only the rows that are evaluated."},
     "data.student_thinking": {"help": "Thinking switch of the chat template: auto, on or off."},
     "data.few_shot": {
-        "help": "Rows that are not evaluated, shown with their solutions before every problem."
+        "help": "Number of other rows, shown with their solutions before every problem."
     },
     "rollout.begin": {"help": "Text forced at the start of every response."},
     "evaluate.problems": {
@@ -31,9 +31,7 @@ EVAL_WORDING: dict[str, Wording] = {
     "runtime.device": {"help": "auto, cpu, cuda, cuda:1, mps."},
 }
 EXPORT_WORDING: dict[str, Wording] = {
-    "export.push": {
-        "help": "Hub repository, USER/NAME, that gets the folder; private if it is made here."
-    },
+    "export.push": {"help": "Hub repository USER/NAME for the folder; a new one is private."},
 }
 
 
@@ -75,23 +73,24 @@ def export_command(
     out: Annotated[
         str | None,
         typer.Option(
-            help="Folder for the model; only to push a folder as it is, it can be left out.",
+            help="Folder for the model; not needed to push an existing folder as it is.",
             show_default="none",
         ),
     ] = None,
     which: Annotated[
         str,
         typer.Option(
-            help="Of a run folder: model, best, or the number of an update with a checkpoint."
+            help="In a run folder: model, best, or the number of an update with a checkpoint."
         ),
     ] = "model",
     dtype: Annotated[
-        str, typer.Option(help="Weights as auto (as they are), float32, bfloat16 or float16.")
+        str,
+        typer.Option(help="Dtype of the weights: auto (as stored), float32, bfloat16 or float16."),
     ] = "auto",
     gguf: Annotated[
         str | None,
         typer.Option(
-            help="Write a GGUF file for llama.cpp, too: f32, f16, bf16 or q8_0.",
+            help="Also write a GGUF file for llama.cpp: f32, f16, bf16 or q8_0.",
             show_default="none",
         ),
     ] = None,
