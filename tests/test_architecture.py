@@ -29,6 +29,7 @@ PACKAGE = ROOT / "prefix_distill"
 # from top to bottom; a wing may import only from wings on lower lines
 WINGS = (
     ("cli",),
+    ("api",),
     ("planning",),
     ("results",),
     ("training",),
@@ -55,6 +56,7 @@ MOST_COMPREHENSIONS = 2.0
 
 # modules outside of cli/ that may write to stdout or exit, and why
 PRINTS = {
+    "api.rank": "a separate program: one rank of --gpus",
     "lab.build": "a separate program: python -m prefix_distill.lab.build",
     "prompts.answers": "the grading worker sends its answers through stdout",
 }
@@ -262,7 +264,8 @@ def test_without_torch_means_that_importing_it_fails():
 
 
 @pytest.mark.parametrize(
-    "module", ["results.runs", "results.summary", "results.page", "cli.launch", "config"]
+    "module",
+    ["results.runs", "results.summary", "results.page", "api.public", "api.launch", "config"],
 )
 def test_these_modules_import_no_torch(module):
     done = run_without_torch(f"import prefix_distill.{module}")

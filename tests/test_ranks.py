@@ -20,7 +20,7 @@ from helpers import ROOT, invoke, last_json
 from safetensors.torch import load_file, save_file
 
 from prefix_distill import config as configuration
-from prefix_distill.cli import launch, quiet
+from prefix_distill.api import launch, quiet
 from prefix_distill.engine import scoring
 from prefix_distill.engine.ranks import Place
 from prefix_distill.errors import Stopped
@@ -463,6 +463,34 @@ def pid_of(rank: int, out) -> int:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds ranks in /proc")
 @pytest.mark.long
+def test_a_second_ctrl_c_kills_the_ranks(pair, questions, tmp_path):
+    """Both signals arrive while the ranks are stopped, so that the first cannot end them."""
+    out = tmp_path / "run"
+    more = ["--steps", "100000", "--gpus", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefix_distill", *flags(pair, questions, out, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_rows(process, out, 2)
+    ranks = [pid_of(rank, out) for rank in (0, 1)]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and said == "" and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("interrupted at once; ")
+    for rank in (0, 1):
+        with pytest.raises(LookupError):
+            pid_of(rank, out)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds ranks in /proc")
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["dies", "is slow"])
 def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
     out = tmp_path / "run"
@@ -500,7 +528,7 @@ def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
         err.strip()
         .splitlines()[-1]
         .startswith(
-            "error: rank 1 was ended by signal 9 (SIGKILL); the others were stopped"
+            "error: rank 1 was killed by signal 9 (SIGKILL), and the other ranks were stopped; "
             if what == "dies"
             else "error: rank 0 of 2: rank 1 failed or timed out ("
         )
@@ -574,7 +602,7 @@ def test_accelerate_starts_ranks_too(pair, questions, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--gpus", "2", "--device", "cuda:1"], "every rank needs a GPU of its own"),
+        (["--gpus", "2", "--device", "cuda:1"], "every rank needs its own GPU"),
         (
             ["--gpus", "64", "--batch-size", "64"],
             "GPUs are visible here; lower it, or use --device cpu",

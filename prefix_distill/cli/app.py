@@ -1,24 +1,27 @@
-"""The Typer app, and what all commands share: notes, results, ranks and error messages."""
+"""The Typer app, and what all commands share: progress on the terminal, results, errors."""
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import display
-from ..config import Config
-from ..display import tell
+from ..api.launch import is_first_rank, leave_message
+from ..display import Display, Reporter, tell
 from .panels import PanelGroup, PanelTyper
 
 if TYPE_CHECKING:
-    from ..training.run import Run
+    from ..api.result import Result
 
 COMMANDS = (
     *("run", "check", "plan", "eval", "demo", "probe", "compare", "report", "export"),
     *("env", "help"),
 )
+LONGEST = 1000  # characters of an error message
 
 
 class Commands(PanelGroup):
@@ -30,7 +33,6 @@ class Commands(PanelGroup):
 
 app = PanelTyper(
     cls=Commands,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Distil a large reasoning model into a small one, on-policy, from prefixes of the "
@@ -53,57 +55,56 @@ def program(
     ] = False,
 ) -> None:
     if plain:
-        os.environ["PREFIX_DISTILL_PLAIN"] = "1"  # ranks hear of it, too
+        os.environ["PREFIX_DISTILL_PLAIN"] = "1"
     if display.plain() or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
 
 
-def say(prepared: "Run", text: str) -> None:
-    if prepared.place.first:
+class Terminal:
+    """An observer that shows progress on stderr, from the first rank."""
+
+    shares_streams = True
+
+    def note(self, text: str) -> None:
         note(text)
+
+    def warn(self, text: str) -> None:
+        note(f"warning: {text}")
+
+    @contextlib.contextmanager
+    def watch(
+        self, steps: int, label: str, first: bool, stop: Callable[[], None]
+    ) -> Iterator[Reporter]:
+        with Display(steps, label, first) as shown:
+            yield shown
 
 
 def note(text: str) -> None:
-    """A line on stderr, from the first rank."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print a line on stderr, from the first rank."""
+    if is_first_rank():
         tell(text)
 
 
-def finish(prepared: "Run", document: dict) -> None:
-    if prepared.place.first:
+def show(result: "Result", width: int) -> None:
+    """Show the tables of a result on stderr; ``width``: characters where stderr is no terminal."""
+    if is_first_rank():
+        display.show(*result.tables(), width=None if sys.stderr.isatty() else width)
+
+
+def finish(document: dict) -> None:
+    """Print the JSON document of the command on stdout, from the first rank."""
+    if is_first_rank():
         print(json.dumps(document))
 
 
-def start_ranks(config: Config) -> None:
-    """Run the command on --gpus ranks and exit; return if one rank is enough or this is a rank.
-
-    UserError: a rank has no device. RanksFailed: a rank failed.
-    """
-    from . import launch
-
-    runtime = config.runtime
-    if runtime.gpus is None or runtime.gpus == 1 or launch.launched():
-        return
-    launch.check(runtime.gpus, runtime.device)
-    launch.launch(runtime.gpus, sys.argv[1:])
-    raise typer.Exit
-
-
-def tell_failure(message: str, code: int, alone: bool) -> int:
-    """Print why the command failed, on one line, and return its exit code.
-
-    With ``alone`` false this process is a rank: its launcher prints the line.
-    """
+def report_failure(message: str, code: int) -> int:
+    """Print why the command failed, on one line, and return its exit code."""
     message = " ".join(message.split())
-    if len(message) > 1000:
+    if len(message) > LONGEST:
         message = f"{message[:600]} … {message[-300:]}"
     rank = os.environ.get("RANK", "0")
-    if not message.startswith("rank ") and rank != "0" and alone:
+    if rank != "0" and not message.startswith("rank "):
         message = f"rank {rank}: {message}"
-    if alone:
-        tell(message if code >= 128 else f"error: {message}")
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from .launch import leave_word
-
-        leave_word(message, code)
+    tell(message if code >= 128 else f"error: {message}")
+    leave_message(message, code)
     return code

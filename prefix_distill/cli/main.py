@@ -1,64 +1,120 @@
 """Run a command; turn errors into one line on stderr and an exit code."""
 
+import contextlib
 import io
 import os
 import sys
-from typing import cast
+from typing import TextIO, cast
 
 import typer
 
 from .. import plugins
+from ..api.quiet import hide_deprecations
 from ..errors import AT_ONCE, Stopped, UserError
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
-from .app import Commands, app, note, tell_failure
-from .quiet import calm_threads, hide_deprecations
+from .app import Commands, app, note, report_failure
+from .quiet import calm_threads
+
+COMPLETION = "_PREFIX_DISTILL_COMPLETE"  # a shell sets it to ask for completions
 
 
-def main(alone: bool = True) -> None:
+def main() -> None:
     """Run the command and exit; bad input ends with one line on stderr and exit code 2.
 
-    With ``alone`` false this process is a rank: its launcher prints that line. No other function
-    ends the process.
+    No other function ends the process.
     """
     calm_threads(os.environ)
     hide_deprecations()
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a Windows code page or a C locale lacks some characters of ours
+            # a Windows code page or a C locale lacks some of the characters
             stream.reconfigure(errors="replace")
-    sys.exit(run_command(sys.argv[1:], alone))
+    code: int | str | None = 0
+    try:
+        code = run_command(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code
+    except OSError as error:
+        # the failed write may have lost its text, so only a new one tells whether stdout is broken
+        if flush(sys.stdout, "\n") is None:
+            raise
+        code = report_unwritable(error)
+    sys.exit(close_streams(code or 0))
 
 
-def run_command(arguments: list[str], alone: bool) -> int | None:
+def report_unwritable(error: OSError) -> int:
+    """Report that stdout cannot be written, unless its reader has gone; return the exit code."""
+    if isinstance(error, BrokenPipeError):
+        return 1
+    message = f"stdout: cannot be written ({error.strerror}); free space or name another file"
+    return report_failure(message, 1)
+
+
+def open_missing_streams() -> None:
+    """Open stdin, stdout and stderr on the null device where the caller closed them.
+
+    Otherwise the next opened file would get their number, and libraries would write into it.
+    """
+    descriptor = 0
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
+def close_streams(code: int | str) -> int | str:
+    """Flush stdout and stderr; return the exit code, 1 if stdout cannot be written."""
+    failure = flush(sys.stdout)
+    if failure is not None and not code:
+        code = report_unwritable(failure)
+    for stream in (sys.stdout, sys.__stderr__):
+        if stream is not None and flush(stream) is not None:
+            # what is left in the buffer must not fail again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def flush(stream: TextIO, text: str = "") -> OSError | None:
+    """Write ``text`` to a stream and flush it; return the error if it cannot be written."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def run_command(arguments: list[str]) -> int | None:
     """Run a command and return its exit code; None means 0."""
     try:
         # get_group would leave shell completion out
         group = cast(Commands, typer.main.get_command(app))
+        if not set(arguments) - {"--plain"} and COMPLETION not in os.environ:
+            with contextlib.redirect_stdout(sys.stderr):
+                group(["--help"], prog_name="prefix-distill", standalone_mode=False)
+            return 2
         words, translated = translate_arguments(group, arguments)
-        if translated and alone:
+        if translated:
             note(f"understood: {'; '.join(translated)} (prefix-distill help migration)")
         code = group(words, prog_name="prefix-distill", standalone_mode=False)
-        if code == 130:  # what typer makes of Ctrl-C
+        if code == 130:  # typer's exit code after Ctrl-C
             raise KeyboardInterrupt
         return code
     except (UserError, Stopped) as error:
-        return tell_failure(str(error), error.exit_code, alone)
+        return report_failure(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return tell_failure(AT_ONCE, 130, alone)
+        return report_failure(AT_ONCE, 130)
     except Exception as error:
-        if _out_of_memory(error):
-            message = (
-                "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype "
-                "bfloat16"
-            )
-            return tell_failure(message, 4, alone)
         fault = plugins.find_fault(error)
         if fault is not None:
-            return tell_failure(fault, UserError.exit_code, alone)
-        # click's own complaints about flags have it; anything else is a bug
+            return report_failure(fault, UserError.exit_code)
+        # only click's errors about flags have this method; anything else is a bug
         if not hasattr(error, "format_message"):
             raise
-        return tell_failure(error.format_message(), 2, alone)
+        return report_failure(error.format_message(), 2)
 
 
 def translate_arguments(
@@ -106,11 +162,3 @@ def _world_size() -> int:
     if not ranks.isdecimal():
         return 1
     return int(ranks)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    if "torch" not in sys.modules:
-        return False
-    from ..engine.device import out_of_memory
-
-    return out_of_memory(error)

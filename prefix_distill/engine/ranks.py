@@ -8,11 +8,12 @@ import functools
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -29,13 +30,17 @@ class Interrupt:
     """Turn the first SIGINT, SIGTERM or SIGHUP into a stop request, stored in ``asked``.
 
     A second signal has its usual effect. A signal that was ignored before (nohup) stays ignored.
+    Python allows signal handlers in the main thread alone; elsewhere only ``asked`` works.
     """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
+        self.former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         self.former = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:

@@ -248,16 +248,38 @@ class Session:
             self.folder.save_model("adapter", student, text)
 
 
-def train_in(run: Run, folder: RunFolder, resume: bool = False, label: str = "") -> dict:
-    """Open the run folder, train with a progress display and return the result document."""
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """The caller's reporter of a run, and its means to stop the run."""
+
+    reporter: Reporter
+    interrupt: Interrupt
+
+
+def train_in(
+    run: Run,
+    folder: RunFolder,
+    resume: bool = False,
+    label: str = "",
+    watch: Watch | None = None,
+) -> dict:
+    """Open the run folder, train and return the result document.
+
+    Without ``watch``, progress is shown on stderr, every line after ``label``.
+    """
     plugins = load_plugins(run.config.runtime.plugin)
-    with Interrupt() as interrupt, open_folder(run, folder, resume):
+    shown: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if watch is None:
         display = Display(run.config.train.steps, label, run.place.first)
-        reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(display)
+        watch = Watch(display, Interrupt())
+        shown = display
+    with watch.interrupt as interrupt, open_folder(run, folder, resume):
+        reporter: contextlib.AbstractContextManager[Reporter]
+        reporter = contextlib.nullcontext(watch.reporter)
         if run.place.first:
-            reporter = Trackers(display, folder, run.config)
+            reporter = Trackers(watch.reporter, folder, run.config)
         changes = record_plugins(folder, run.place, plugins)
-        with reporter as report, display:
+        with reporter as report, shown:
             for text in changes:
                 report.warn(text)
             return Session(run, folder, report, resume, interrupt).train()

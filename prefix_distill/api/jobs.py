@@ -1,0 +1,208 @@
+"""The work of the calls that can run on several ranks. Every rank performs the same job.
+
+A job gets a config, its own settings and an observer. It returns an `Outcome`.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from ..config import Config
+from ..errors import MemoryShortage, PreflightError
+from . import quiet
+from .observers import Observer
+
+if TYPE_CHECKING:
+    from ..training.folder import RunFolder
+    from ..training.run import Run
+
+
+class Outcome(TypedDict):
+    """What a job returns: the JSON document of the command, notes and warnings."""
+
+    document: dict[str, Any]
+    notes: list[str]
+    warnings: list[str]
+
+
+class Job(TypedDict):
+    """A job as plain values, which a file can pass to the ranks.
+
+    ``name``: a key of JOBS; ``values``: ``section.key`` → value of all options; ``settings``: what
+    the job takes beside the config.
+    """
+
+    name: str
+    values: dict[str, object]
+    settings: dict[str, bool]
+
+
+def perform(job: Job, config: Config, observer: Observer) -> Outcome:
+    """Perform a job in this process."""
+    with quiet.guarded():
+        return JOBS[job["name"]](config, job["settings"], observer)
+
+
+def train(
+    prepared: "Run", folder: "RunFolder", observer: Observer, resume: bool, label: str
+) -> dict[str, Any]:
+    """Train a prepared run in its folder, watched by ``observer``; return the result document."""
+    import signal
+
+    from ..engine.ranks import Interrupt
+    from ..training.session import Watch, train_in
+
+    interrupt = Interrupt()
+
+    def stop() -> None:
+        interrupt.asked = signal.SIGINT
+
+    steps = prepared.config.train.steps
+    with observer.watch(steps, label, prepared.place.first, stop) as reporter:
+        return train_in(prepared, folder, resume, label, Watch(reporter, interrupt))
+
+
+def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
+    """Train; with the setting "dry_run" only check. The setting "resume" continues a run."""
+    from ..training.folder import RunFolder
+    from ..training.prepare import prepare
+
+    resume = settings["resume"]
+    prepared = prepare(config)
+    if not resume:
+        _examine(prepared, config.evaluate.check_samples)
+    # the default folder is named after the time, which may differ between ranks
+    out = prepared.place.gather(config.checkpoint.out)[0]
+    _announce(prepared, observer)
+    if settings["dry_run"]:
+        document = _describe_dry_run(prepared)
+    else:
+        document = train(prepared, RunFolder(Path(out)), observer, resume, "")
+    return _outcome(prepared, document)
+
+
+def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
+    from ..training.prepare import prepare
+    from ..training.run import describe_checks
+
+    prepared = prepare(config)
+    with contextlib.suppress(PreflightError, MemoryShortage):  # the document holds failed checks
+        _examine(prepared, config.evaluate.check_samples, math.inf)
+    document = {
+        **describe_checks(prepared.checks),
+        "notes": prepared.notes.lines,
+        "warnings": prepared.notes.warnings,
+    }
+    return _outcome(prepared, document)
+
+
+def _evaluate(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
+    from ..results.evaluation import evaluate_model
+
+    place, notes, document = evaluate_model(config)
+    if place.first:
+        for text in notes:
+            observer.note(text)
+    return {"document": document, "notes": notes, "warnings": []}
+
+
+def _probe(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
+    from .. import config as configuration
+    from ..planning.probe import fit_to_data, probe
+    from ..results.plots import draw_probe
+    from ..training.folder import RunFolder
+    from ..training.prepare import prepare
+
+    config, notes = fit_to_data(config)
+    prepared = prepare(config)
+    prepared.notes.lines[:0] = notes
+    _announce(prepared, observer)
+
+    def say(text: str) -> None:
+        if prepared.place.first:
+            observer.note(text)
+
+    document = probe(prepared, say)
+    if prepared.place.first:
+        folder = RunFolder(Path(str(config.checkpoint.out)))
+        folder.create(configuration.as_dict(prepared.config))
+        folder.write_json("probe.json", document)
+        draw_probe(document, folder.path / "probe.png")
+    return _outcome(prepared, document)
+
+
+JOBS: dict[str, Callable[[Config, Mapping[str, bool], Observer], Outcome]] = {
+    "run": _run,
+    "check": _check,
+    "eval": _evaluate,
+    "probe": _probe,
+}
+
+
+def _examine(prepared: "Run", samples: int, limit: float | None = None) -> None:
+    """Run the checks on both models; add their warnings to the run's.
+
+    PreflightError or MemoryShortage: the first check that failed.
+    """
+    from ..planning import checks
+
+    limits = [] if limit is None else [limit]
+    prepared.checks.extend(checks.examine(prepared, samples, *limits))
+    for check in prepared.checks:
+        if check.status == "error":
+            raise check_error(check.name, check.found)
+        reported = ("sampling", "end of text")  # the preparation reports these
+        if check.status == "warning" and check.name not in reported:
+            prepared.notes.warnings.append(f"{check.name}: {check.found}")
+
+
+def check_error(name: str, result: str) -> PreflightError | MemoryShortage:
+    """Return the exception for a failed check."""
+    kind = MemoryShortage if name == "memory" else PreflightError
+    return kind(f"{name}: {result}")
+
+
+def _announce(prepared: "Run", observer: Observer) -> None:
+    if not prepared.place.first:
+        return
+    for text in prepared.notes.lines:
+        observer.note(text)
+    for text in prepared.notes.warnings:
+        observer.warn(text)
+
+
+def _outcome(prepared: "Run", document: dict[str, Any]) -> Outcome:
+    return {
+        "document": document,
+        "notes": prepared.notes.lines,
+        "warnings": prepared.notes.warnings,
+    }
+
+
+def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
+    """Return the resolved config, and the FLOPs of an update with a prefix and in full."""
+    from .. import config as configuration
+    from ..training.run import describe_checks
+
+    config = prepared.config
+    prompts = prepared.problems.train[: config.train.batch_size]
+    lengths = {"prefix": prepared.method.prefix.length(0), "full": prepared.max_new_tokens}
+    extra_work = {
+        "--select": prepared.method.selection,
+        "--extrapolate": prepared.problems.extrapolation,
+        "--off-policy": prepared.method.off_policy,
+        "--tail-every": config.evaluate.tail_every,
+    }
+    return {
+        "dry_run": True,
+        "checks": describe_checks(prepared.checks)["checks"],
+        "config": configuration.as_dict(config),
+        "notes": prepared.notes.lines,
+        "warnings": prepared.notes.warnings,
+        "flops_per_update": {
+            name: prepared.update_cost(prompts, length) for name, length in lengths.items()
+        },
+        "not_in_flops_per_update": [flag for flag, is_on in extra_work.items() if is_on],
+    }

@@ -1,0 +1,167 @@
+"""The keyword options of the functions, for type checkers and editors.
+
+`prefix-distill run --help`, `eval --help` and `probe --help` describe them, with units and
+defaults. A test compares the names with the flags.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Literal, TypedDict
+
+
+class ProbeOptions(TypedDict, total=False):
+    """Options of `probe`, which `run`, `check` and `plan` take as well."""
+
+    student: str | PathLike[str] | None
+    teacher: str | PathLike[str] | None
+    teacher_ema: float | None
+    cross_tokenizer: Literal["strict", "simct", "simct-released", "off"]
+    student_quantize: Literal["none", "nf4", "int8"]
+    teacher_quantize: Literal["none", "nf4", "int8"]
+    trust_remote_code: bool
+    dataset: str | PathLike[str] | None
+    split: str | None
+    prompt_column: str | None
+    answer_column: str | None
+    streaming: bool
+    privileged_column: str | None
+    privileged_template: str | None
+    student_thinking: Literal["auto", "on", "off"]
+    teacher_thinking: Literal["auto", "on", "off"]
+    system: str | None
+    instruction: str | None
+    prompt_template: str | None
+    few_shot: int
+    template: Literal["auto", "chat", "plain"]
+    max_prompt_tokens: int
+    samples: int
+    max_new_tokens: int | None
+    eos: Literal["student", "teacher", "union"]
+    begin: str | None
+    generation_rows: int
+    answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    head_dtype: Literal["auto", "float32", "bfloat16"]
+    device: str
+    teacher_device: str | None
+    teacher_memory: float | None
+    gpus: int | None
+    rank_timeout: int
+    check_ranks_every: int
+    seed: int
+    head_memory_mb: int
+
+
+class RunOptions(ProbeOptions, total=False):
+    """Options of `run`, `check` and `plan`."""
+
+    lora: int | None
+    lora_alpha: float | None
+    lora_targets: str
+    lora_merge: bool
+    prefix: str | int
+    lr: float
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup: str | int
+    temperature: float
+    top_p: float
+    top_k: int
+    off_policy: str
+    divergence: str
+    estimator: str
+    kl_temperature: float
+    clip: float | None
+    reduction: Literal["token", "sequence", "sum"]
+    window: str
+    select: str
+    keep: float | None
+    position_weight: str
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    weight_decay: float
+    grad_clip: float
+    extrapolate: Literal["none", "effopd", "always-1", "random"]
+    extrapolate_score: Literal["accuracy", "heldout-kl"]
+    extrapolate_problems: int
+    extrapolate_modules: Literal["attention-mlp", "all"]
+    extrapolate_reset: bool
+    extrapolate_diagnostics: bool
+    eval_dataset: str | PathLike[str] | None
+    eval_split: str | None
+    eval_samples: int
+    eval_rollouts: int
+    eval_every: int
+    eval_temperature: float
+    kl_prompts: int
+    tail_every: int
+    tail_prompts: int
+    check_samples: int
+    out: str | PathLike[str] | None
+    save_every: int
+    report_to: str
+    run_name: str | None
+    push_to_hub: str | None
+    hub_public: bool
+
+
+class EvalOptions(TypedDict, total=False):
+    """Options of `evaluate`."""
+
+    model: str | PathLike[str] | None
+    trust_remote_code: bool
+    dataset: str | PathLike[str] | None
+    split: str | None
+    prompt_column: str | None
+    answer_column: str | None
+    streaming: bool
+    thinking: Literal["auto", "on", "off"]
+    system: str | None
+    instruction: str | None
+    prompt_template: str | None
+    few_shot: int
+    template: Literal["auto", "chat", "plain"]
+    top_p: float
+    top_k: int
+    max_new_tokens: int | None
+    begin: str | None
+    generation_rows: int
+    limit: int
+    samples: int
+    temperature: float
+    answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    device: str
+    gpus: int | None
+    seed: int
+
+
+class PlanOptions(RunOptions, total=False):
+    """Options of `plan`.
+
+    ``prompt_tokens``: length of every prompt, in place of a data set; ``prefixes``: prefixes beside
+    the run's own; ``device_tflops``: the rate of the device, 10^12 FLOP/s; ``measure``: time a
+    matrix product on this machine; ``from_run``: a run folder whose measured rates are used.
+    """
+
+    prompt_tokens: int | None
+    prefixes: str | Sequence[str | int] | None
+    device_tflops: float | None
+    measure: bool
+    from_run: str | PathLike[str] | None
+
+
+class ExportOptions(TypedDict, total=False):
+    """Options of `export`.
+
+    ``which``: of a run folder: model, best or the number of an update with a checkpoint; ``dtype``:
+    "auto" keeps the stored one; ``gguf``: also write a GGUF file of this type.
+    """
+
+    which: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None
+    push_to_hub: str | None
+    hub_public: bool
+    trust_remote_code: bool

@@ -1,0 +1,107 @@
+"""Receive the progress of a call: notes, warnings, and the reports of a training run."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from ..display import Reporter, share_text
+from ..errors import Interrupted
+
+OnStep = Callable[[dict[str, Any]], object]
+log = logging.getLogger("prefix_distill")
+# without a handler, Python would print warnings to stderr
+log.addHandler(logging.NullHandler())
+
+
+class Observer(Protocol):
+    """Receives the progress of one call.
+
+    The parameters are positional-only, so that an implementation may rename them.
+    """
+
+    @property
+    def shares_streams(self) -> bool:
+        """Return whether started ranks write to the stdout and stderr of this process."""
+
+    def note(self, text: str, /) -> None:
+        """Receive a progress note."""
+
+    def warn(self, text: str, /) -> None:
+        """Receive a warning."""
+
+    def watch(
+        self, steps: int, label: str, first: bool, stop: Callable[[], None], /
+    ) -> contextlib.AbstractContextManager[Reporter]:
+        """Return the reporter of a run of ``steps`` updates.
+
+        ``label`` names the run among several. ``first``: whether this is rank 0. ``stop()`` asks
+        the run to save its state and stop after the current update.
+        """
+
+
+class LogObserver:
+    """Sends notes and warnings to the logger "prefix_distill", and metrics rows to ``on_step``.
+
+    If ``on_step`` raises, the run saves its state and stops after the current update; then the
+    exception is raised.
+    """
+
+    shares_streams = False
+
+    def __init__(self, on_step: OnStep | None = None):
+        self.on_step = on_step
+
+    def note(self, text: str) -> None:
+        log.info(text)
+
+    def warn(self, text: str) -> None:
+        log.warning(text)
+
+    @contextlib.contextmanager
+    def watch(
+        self, steps: int, label: str, first: bool, stop: Callable[[], None]
+    ) -> Iterator[Reporter]:
+        reporter = _LogReporter(self.on_step if first else None, label.removesuffix(":"), stop)
+        try:
+            yield reporter
+        except Interrupted as interrupted:
+            if reporter.failure is None:
+                raise
+            reporter.failure.add_note(str(interrupted))
+        if reporter.failure is not None:
+            raise reporter.failure
+
+
+class _LogReporter:
+    """``failure``: what ``on_step`` raised; it is not called again after that."""
+
+    def __init__(self, on_step: OnStep | None, label: str, stop: Callable[[], None]):
+        self.on_step = on_step
+        self.label = label
+        self.stop = stop
+        self.failure: Exception | None = None
+
+    def note(self, text: str) -> None:
+        log.info(text)
+
+    def warn(self, text: str) -> None:
+        log.warning(text)
+
+    own = warn
+
+    def row(self, row: dict[str, Any], useful: float, full: float) -> None:
+        if self.on_step is None or self.failure is not None:
+            return
+        labelled = {"run": self.label, **row} if self.label else dict(row)
+        try:
+            self.on_step(labelled)
+        except Exception as error:
+            self.failure = error
+            self.stop()
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        log.info(f"after update {row['step']}: accuracy {share_text(row['accuracy'])}")
+
+    def tail(self, row: dict[str, Any]) -> None:
+        log.info(f"tail probe after update {row['step']}: {row['finish_rate']:.0%} finished")

@@ -1,0 +1,61 @@
+"""The program that each rank of ``--gpus N`` runs; `launch` starts it."""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from .. import config as configuration
+from ..errors import AT_ONCE, Stopped, UserError
+from . import quiet
+from .events import EventObserver
+from .jobs import Job, perform
+from .launch import JOB, LOOK, RESULT, SIGNAL, leave_message
+
+
+def main() -> None:
+    """Perform the job in the folder argv[1] and exit, or exit when the launcher argv[2] ends."""
+    folder, launcher = Path(sys.argv[1]), int(sys.argv[2])
+    (folder / f"{os.getpid()}.pid").touch()
+    threading.Thread(target=_watch, args=(folder / SIGNAL, launcher), daemon=True).start()
+    quiet.hide_deprecations()
+    sys.exit(work(folder))
+
+
+def work(folder: Path) -> int:
+    """Perform the job; leave the result or a message about the failure; return the exit code."""
+    try:
+        job: Job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        config = configuration.build(job["values"])
+        outcome = perform(job, config, EventObserver(folder))
+    except (UserError, Stopped) as error:
+        leave_message(str(error), error.exit_code)
+        return error.exit_code
+    except KeyboardInterrupt:
+        leave_message(AT_ONCE, 130)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    if os.environ["RANK"] == "0":
+        (folder / RESULT).write_text(json.dumps(outcome), encoding="utf-8")
+    return 0
+
+
+def _watch(asked: Path, launcher: int) -> None:
+    """Pass the launcher's signal on to this process; end it when the launcher has ended."""
+    passed = False
+    while True:
+        time.sleep(LOOK)
+        if os.getppid() != launcher:
+            os._exit(1)
+        if not passed and asked.exists():
+            passed = True
+            os.kill(os.getpid(), int(asked.read_text()))
+
+
+if __name__ == "__main__":
+    main()

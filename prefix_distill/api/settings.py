@@ -1,0 +1,221 @@
+"""Turn keyword options, which are named as the flags of the command line, into a config."""
+
+import dataclasses
+import difflib
+import numbers
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Self, Unpack
+
+from .. import config as configuration
+from ..errors import UserError
+from . import html
+
+if TYPE_CHECKING:
+    from .keywords import RunOptions
+
+# options of `eval` → its own flag, or None if the flag is the one of `run`
+EVAL_FLAGS: dict[str, str | None] = {
+    "models.student": "--model",
+    "models.trust_remote_code": "--trust-remote-code/--no-trust-remote-code",
+    "data.dataset": None,
+    "data.split": None,
+    "data.prompt_column": None,
+    "data.answer_column": None,
+    "data.streaming": None,
+    "data.student_thinking": "--thinking",
+    "data.system": None,
+    "data.instruction": None,
+    "data.prompt_template": None,
+    "data.few_shot": None,
+    "data.template": None,
+    "rollout.top_p": None,
+    "rollout.top_k": None,
+    "rollout.max_new_tokens": None,
+    "rollout.begin": None,
+    "rollout.rows": None,
+    "evaluate.problems": "--limit",
+    "evaluate.rollouts": "--samples",
+    "evaluate.temperature": "--temperature",
+    "evaluate.answer_format": None,
+    "runtime.dtype": None,
+    "runtime.device": None,
+    "runtime.gpus": None,
+    "runtime.seed": None,
+}
+# sections and single options of `probe`
+PROBE_OPTIONS = (
+    "models",
+    "data",
+    "rollout.samples",
+    "rollout.max_new_tokens",
+    "rollout.eos",
+    "rollout.begin",
+    "rollout.rows",
+    "evaluate.answer_format",
+    "runtime",
+)
+EXPORT_OPTIONS = ("models.trust_remote_code", "export.push", "export.public")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(configuration.Config):
+    """The checked settings of a run, in sections: ``config.schedule.lr``.
+
+    Build one with `from_options` or `from_yaml`, and pass it to `run`, `check` or `plan`.
+    """
+
+    @classmethod
+    def from_options(cls, **options: "Unpack[RunOptions]") -> Self:
+        """Return the defaults changed by options: ``Config.from_options(prefix=512, lr=1e-4)``.
+
+        UserError: an option is unknown, its value is invalid, or two options exclude each other.
+        """
+        return cls._from_values(read_options(options, run_names()))
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **options: "Unpack[RunOptions]") -> Self:
+        """Return the settings of a YAML file, as ``prefix-distill run --config`` reads it.
+
+        Options override the file. UserError: as in `from_options`, or the file is not readable.
+        """
+        values = configuration.read_yaml(os.fspath(path))
+        return cls._from_values(values | read_options(options, run_names()))
+
+    @classmethod
+    def _from_values(cls, values: dict[str, object]) -> Self:
+        built = configuration.build(values)
+        return cls(**{f.name: getattr(built, f.name) for f in dataclasses.fields(built)})
+
+    def to_dict(self) -> dict[str, dict[str, object]]:
+        """Return all settings as nested plain values: ``{"train": {"steps": 100, …}, …}``."""
+        return configuration.as_dict(self)
+
+    def _repr_html_(self) -> str:
+        defaults = flatten(configuration.Config())
+        changed = []
+        for path, value in flatten(self).items():
+            if value != defaults[path]:
+                changed.append((path, str(value)))
+        return html.table("Settings that differ from the defaults", ("option", "value"), changed)
+
+
+def flatten(config: configuration.Config) -> dict[str, object]:
+    """Return ``section.key`` → value for all options of a config."""
+    return {path: configuration.get(config, path) for path in configuration.options()}
+
+
+def keyword(flag: str) -> str:
+    """Return the keyword of a flag: "--batch-size" → "batch_size"."""
+    return flag.split("/")[0].removeprefix("--").replace("-", "_")
+
+
+def run_names() -> dict[str, str]:
+    """Return keyword → option for `run`, `check` and `plan`."""
+    return {keyword(configuration.flag(path)): path for path in configuration.options()}
+
+
+def eval_names() -> dict[str, str]:
+    """Return keyword → option for `evaluate`."""
+    return {keyword(flag or configuration.flag(path)): path for path, flag in EVAL_FLAGS.items()}
+
+
+def probe_names() -> dict[str, str]:
+    """Return keyword → option for `probe`."""
+    paths = configuration.options(*PROBE_OPTIONS)
+    return {keyword(configuration.flag(path)): path for path in paths}
+
+
+def export_names() -> dict[str, str]:
+    """Return keyword → option for `export`."""
+    return {keyword(configuration.flag(path)): path for path in EXPORT_OPTIONS}
+
+
+def take_options(
+    options: Mapping[str, object], defaults: Mapping[str, object]
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Return the options that ``defaults`` names, completed by them, and the others."""
+    taken, others = dict(defaults), {}
+    for name, value in options.items():
+        if name in defaults:
+            taken[name] = _plain(value)
+        else:
+            others[name] = value
+    return taken, others
+
+
+def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[str, object]:
+    """Return keyword options as ``{"section.key": value}``.
+
+    ``names``: keyword → option. Paths and numbers of other packages become plain values, and
+    numbers become text if the option is text. UserError names an unknown keyword and the nearest
+    known one.
+    """
+    known = configuration.options()
+    values = {}
+    for name, value in options.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(names)}"
+            raise UserError(f"unknown option '{name[:80]}'{hint}")
+        path = names[name]
+        plain = _plain(value)
+        is_number = isinstance(plain, int | float) and not isinstance(plain, bool)
+        if is_number and configuration.value_type(known[path].type) is str:
+            plain = str(plain)
+        values[path] = plain
+    return values
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool) or type(value) in (int, float):
+        return value
+    if isinstance(value, numbers.Integral):  # numpy.int64
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return value
+
+
+def name_run_folder(config: configuration.Config) -> configuration.Config:
+    """Return the config with a run folder; the default is named after the current time."""
+    if config.checkpoint.out is not None:
+        return config
+    out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+    return configuration.replace(config, checkpoint={"out": out})
+
+
+def evaluation_config(values: dict[str, object], out: str | None) -> configuration.Config:
+    """Return the config of an evaluation that writes the per-problem rows to ``out``.
+
+    The default of ``out`` is named after the current time.
+    """
+    values = dict(values)
+    if "#" in str(values.get("data.dataset", "")):
+        values.setdefault("evaluate.problems", 0)  # N in name#N is the number of problems
+    gpus = values.get("runtime.gpus")
+    values["train.batch_size"] = max(1, gpus) if isinstance(gpus, int) else 1  # a prompt per rank
+    values["checkpoint.out"] = out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    return configuration.build(values)
+
+
+def probe_config(values: dict[str, object], out: str, problems: int) -> configuration.Config:
+    """Return the config of a probe of ``problems`` training prompts.
+
+    UserError: ``problems`` is below 1.
+    """
+    if problems < 1:
+        raise UserError(
+            f"--problems {problems}: expected at least 1 prompt; 50 to 100 give a useful accuracy"
+        )
+    fixed = {
+        "train.steps": 1,
+        "train.batch_size": problems,
+        "evaluate.problems": 0,
+        "evaluate.kl_prompts": 1,
+        "checkpoint.out": out,
+    }
+    return configuration.build(values | fixed)

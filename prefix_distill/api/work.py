@@ -1,0 +1,238 @@
+"""The functions of the API: a config and an observer in, a result out.
+
+The commands call these functions with an observer that writes to the terminal. The functions in
+`notebook` call them with keyword options.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config
+from ..errors import Stopped, UserError
+from . import launch, quiet, settings
+from .documents import (
+    CheckResult,
+    Comparison,
+    DryRun,
+    EvaluationResult,
+    ExportResult,
+    PlanResult,
+    ProbeResult,
+    PushFailed,
+    RunResult,
+)
+from .jobs import Job, Outcome, perform, train
+from .observers import Observer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..results.compare import TrainIn
+    from ..training.folder import RunFolder
+    from ..training.run import Run
+
+
+def distil(config: Config, observer: Observer, resume: bool = False) -> RunResult:
+    """Train the student, save it, and push it to the hub if the config says so.
+
+    PushFailed: the run has finished, but its model could not be pushed.
+    """
+    outcome = _start(config, observer, resume=resume, dry_run=False)
+    outcome["document"] = {**outcome["document"], "pushed": None}
+    result = RunResult.read(outcome)
+    if config.export.push is None or not launch.is_first_rank():
+        return result
+    try:
+        outcome["document"]["pushed"] = _push(result.model, config)
+    except Stopped as error:
+        raise PushFailed(str(error), result) from None
+    return RunResult.read(outcome)
+
+
+def dry_run(config: Config, observer: Observer, resume: bool = False) -> DryRun:
+    """Load and check everything that a run needs; write nothing."""
+    outcome = _start(config, observer, resume=resume, dry_run=True)
+    return DryRun(document=outcome["document"])
+
+
+def _start(config: Config, observer: Observer, *, resume: bool, dry_run: bool) -> Outcome:
+    from ..training.folder import RunFolder
+
+    config = settings.name_run_folder(config)
+    if not resume:
+        RunFolder(str(config.checkpoint.out)).refuse_if_used()
+    return _perform("run", config, observer, resume=resume, dry_run=dry_run)
+
+
+def check(config: Config, observer: Observer) -> CheckResult:
+    """Check models, prompts, sampling and device; write nothing."""
+    return CheckResult.read(_perform("check", config, observer)["document"])
+
+
+def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> PlanResult:
+    """Compute what a run needs.
+
+    ``assumptions``: ``prompt_tokens`` and ``prefixes`` of `planning.plan.plan`, and the fields of
+    its `RateSource`: ``tflops``, ``measure`` and ``from_run``.
+    """
+    with quiet.guarded():
+        from ..planning import plan as planning
+        from ..planning.rate import RateSource
+
+        given = dict(assumptions)
+        document = planning.plan(
+            config,
+            given.pop("prompt_tokens", None),
+            given.pop("prefixes", None) or planning.USUAL_PREFIXES,
+            RateSource(**given),
+        )
+        result = PlanResult.read(document)
+    for text in result.notes:
+        observer.note(text)
+    return result
+
+
+def evaluate(config: Config, observer: Observer) -> EvaluationResult:
+    """Measure the model ``config.models.student`` on ``config.data.dataset``."""
+    return EvaluationResult.read(_perform("eval", config, observer)["document"])
+
+
+def probe(config: Config, observer: Observer) -> ProbeResult:
+    """Measure where the models disagree and recommend a prefix; write to the config's folder."""
+    from ..training.folder import RunFolder
+
+    out = str(config.checkpoint.out)
+    RunFolder(out).refuse_if_used()
+    return ProbeResult.read(_perform("probe", config, observer)["document"], Path(out))
+
+
+def compare(arms_file: str, out: Path, observer: Observer) -> Comparison:
+    """Run all arms and seeds of a file that have not finished, and report on them."""
+    from ..results.compare import read
+
+    arms = read(arms_file)
+    with quiet.guarded():
+        from ..results.compare import compare as run_all
+
+        run_all(arms, out, _watched_by(observer), observer.note)
+    return report([out], out, arms.reference, Path(arms_file).stem)
+
+
+def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict[str, Any]]:
+    """Run the demonstration in a folder; return its rich table and its document."""
+    from ..training.folder import RunFolder
+
+    RunFolder(out).refuse_if_used()
+    with quiet.guarded():
+        from ..results.demo import demonstrate as run_both
+
+        return run_both(out, seed, _watched_by(observer))
+
+
+def _watched_by(observer: Observer) -> "TrainIn":
+    """Return a function that trains a prepared run under the observer."""
+
+    def train_in(
+        run: "Run", folder: "RunFolder", resume: bool = False, label: str = ""
+    ) -> dict[str, Any]:
+        return train(run, folder, observer, resume, label)
+
+    return train_in
+
+
+def report(folders: Sequence[Path], out: Path, reference: str | None, title: str) -> Comparison:
+    """Write tables, a picture and a page about finished runs. UserError: ``out`` is unusable."""
+    from ..results import page, plots, summary
+    from ..results.runs import by_arm, collect, write_csv
+
+    runs = collect(list(folders))
+    arms = by_arm(runs)
+    if reference is not None and reference not in arms:
+        raise UserError(f"--reference {reference}: no such arm; there are {', '.join(arms)}")
+    _make_folder(out)
+    rows = summary.summary(runs, reference)
+    write_csv(runs, out / "report.csv")
+    (out / "report.md").write_text(summary.markdown(rows), encoding="utf-8")
+    (out / "report.html").write_text(page.page(runs, rows, reference, title), encoding="utf-8")
+    (out / "report.png").write_bytes(plots.png(plots.draw_report(runs, title)))
+    document = {"out": str(out), "runs": len(runs), "reference": reference, "arms": rows}
+    return Comparison.read(document)
+
+
+def _make_folder(out: Path) -> None:
+    # Path.exists raises for a name that is too long
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"--out {out}: it is a file; name a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".partial").touch()
+        (out / ".partial").unlink()
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror}); name another folder"
+        ) from None
+
+
+def export(source: str, config: Config, out: Path | None, form: dict[str, object]) -> ExportResult:
+    """Write a model to a folder of its own and push it to the hub if the config says so.
+
+    Without ``out`` the folder ``source`` is only pushed. ``form``: which, dtype and gguf.
+    PushFailed: the folder is complete, but could not be pushed.
+    """
+    which, dtype = str(form["which"]), str(form["dtype"])
+    gguf = None if form["gguf"] is None else str(form["gguf"])
+    if out is None and (config.export.push is None or dtype != "auto" or gguf is not None):
+        raise UserError(
+            "--out: name the folder to write; without it a folder can only be pushed as it is "
+            "(--push-to-hub)"
+        )
+    trust_code = config.models.trust_remote_code
+    with quiet.guarded():
+        from ..results.export import Source
+        from ..results.export import export as write
+
+        if out is None:
+            folder = _existing_folder(source, which)
+            document: dict[str, Any] = {"out": str(folder)}
+        else:
+            folder = out
+            document = write(Source(source, which, trust_code), folder, dtype, gguf)
+    document["pushed"] = None
+    if config.export.push is None:
+        return ExportResult.read(document)
+    try:
+        document["pushed"] = _push(folder, config)
+    except Stopped as error:
+        raise PushFailed(str(error), ExportResult.read(document)) from None
+    return ExportResult.read(document)
+
+
+def _existing_folder(source: str, which: str) -> Path:
+    """Return the model folder at or inside ``source``; raise UserError if there is none."""
+    from ..results.export import folder_of
+
+    folder = folder_of(source, which)
+    if folder is None:
+        raise UserError(
+            f"export {source}: no run folder and no model folder; check the path, or name a "
+            "folder with --out"
+        )
+    return folder
+
+
+def _push(folder: Path, config: Config) -> str:
+    """Upload a folder to the config's hub repository and return its address."""
+    with quiet.guarded():
+        from ..results.export import push
+
+        return push(folder, str(config.export.push), config.export.public)
+
+
+def _perform(name: str, config: Config, observer: Observer, **options: bool) -> Outcome:
+    """Perform a job in this process, or on ``config.runtime.gpus`` ranks."""
+    job: Job = {"name": name, "values": settings.flatten(config), "settings": options}
+    if launch.needs_ranks(config.runtime):
+        return launch.launch(config.runtime.gpus or 1, job, observer)
+    return perform(job, config, observer)

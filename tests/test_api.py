@@ -1,0 +1,514 @@
+"""The Python API: the numbers of the commands, typed results, no output, any thread, a notebook."""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import typing
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import typer
+from helpers import ROOT, invoke, last_json, rows
+from safetensors.torch import load_file
+
+import prefix_distill
+from prefix_distill import config as configuration
+from prefix_distill.api import keywords, launch, public, settings
+from prefix_distill.cli.main import app
+from prefix_distill.errors import Interrupted, PreflightError, Stopped, UserError
+
+SMALL = {
+    "prefix": 12,
+    "max_new_tokens": 32,
+    "steps": 4,
+    "batch_size": 2,
+    "samples": 2,
+    "eval_samples": 4,
+    "kl_prompts": 2,
+    "eval_every": 2,
+    "check_samples": 0,
+    "lr": 1e-3,
+}
+
+
+@pytest.fixture
+def given(pair, questions) -> dict:
+    """Return the options of a small run, without its folder."""
+    return SMALL | {"student": pair[0], "teacher": pair[1], "dataset": questions}
+
+
+def flags(options: dict) -> list[str]:
+    """Return options as the command line takes them."""
+    words = []
+    for name, value in options.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return words
+
+
+def without_times(document: dict) -> dict:
+    """Return a document without wall times and without the folders that two calls differ in."""
+    text = json.dumps(document)
+    plain = json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if k not in UNEQUAL})
+    return typing.cast(dict, plain)
+
+
+UNEQUAL = ("seconds", "out", "examples")
+
+
+def state_of_process() -> dict:
+    """Return what a call could leave behind in this process."""
+    return {
+        "environment": dict(os.environ),
+        "warning filters": list(warnings.filters),
+        "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        "threads": threading.active_count(),
+        "torch threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "random numbers": torch.random.get_rng_state().tolist(),
+        "verbosity": transformers.logging.get_verbosity(),
+        "bars": transformers.utils.logging.is_progress_bar_enabled(),
+        "hub": logging.getLogger("huggingface_hub").level,
+    }
+
+
+def parameters_of(command: str) -> set[str]:
+    """Return the flags of a command as keywords."""
+    names = set()
+    for parameter in typer.main.get_group(app).commands[command].params:
+        for flag in parameter.opts:
+            if flag.startswith("--"):
+                names.add(settings.keyword(flag))
+    return names - {"help"}
+
+
+# Names and settings
+
+
+def test_keywords_are_the_flags():
+    arguments = {"config", "set", "resume", "dry_run"}  # not options of a run
+    assert keywords.RunOptions.__annotations__.keys() == parameters_of("run") - arguments
+    assert keywords.PlanOptions.__annotations__.keys() == parameters_of("plan") - arguments
+    assert keywords.RunOptions.__annotations__.keys() == parameters_of("check") - arguments
+    assert keywords.EvalOptions.__annotations__.keys() == parameters_of("eval") - {"out"}
+    own = {"out", "problems"}  # parameters of `probe`
+    assert keywords.ProbeOptions.__annotations__.keys() == parameters_of("probe") - own
+    assert keywords.ExportOptions.__annotations__.keys() == parameters_of("export") - {"out"}
+    assert settings.run_names().keys() == keywords.RunOptions.__annotations__.keys()
+    assert settings.eval_names().keys() == keywords.EvalOptions.__annotations__.keys()
+    assert settings.probe_names().keys() == keywords.ProbeOptions.__annotations__.keys()
+
+
+def test_keywords_have_the_types_of_the_options():
+    hints = typing.get_type_hints(keywords.RunOptions)
+    for name, path in settings.run_names().items():
+        declared = configuration.options()[path].type
+        allowed = set(typing.get_args(hints[name])) or {hints[name]}
+        expected = set(typing.get_args(declared)) or {declared}
+        assert expected <= allowed, name
+        assert allowed - expected <= {int, os.PathLike[str]}, name
+
+
+def test_public_names_load_when_used():
+    code = (
+        "import sys, prefix_distill\n"
+        "assert prefix_distill.__version__ and 'torch' not in sys.modules\n"
+        "assert set(prefix_distill.__all__) <= set(dir(prefix_distill))\n"
+        "from prefix_distill import *\n"
+        "assert Config.from_options(steps=5).train.steps == 5\n"
+        "assert callable(run) and 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (ROOT / "prefix_distill/py.typed").is_file()
+    with pytest.raises(AttributeError, match="has no attribute 'distil'"):
+        _ = prefix_distill.distil
+    assert public.__all__ == prefix_distill.__all__
+
+
+def test_a_config_comes_from_keywords_and_yaml(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("schedule: {prefix: 512, lr: 1e-3}\ntrain: {steps: 7}\n")
+    config = prefix_distill.Config.from_yaml(file, steps=8)
+    assert (config.schedule.prefix, config.schedule.lr, config.train.steps) == ("512", 1e-3, 8)
+    assert config == prefix_distill.Config.from_options(prefix=512, lr=1e-3, steps=8)
+    assert config.to_dict() == configuration.as_dict(config)
+    assert "<td>schedule.lr</td><td>0.001</td>" in config._repr_html_()
+    assert "batch_size" not in config._repr_html_()
+
+
+def test_numbers_of_other_packages_and_paths_are_options():
+    numpy = pytest.importorskip("numpy")
+    options = {"steps": numpy.int64(3), "lr": numpy.float64(0.5), "student": Path("a") / "b"}
+    config = prefix_distill.Config.from_options(**options)
+    assert (config.train.steps, config.schedule.lr) == (3, 0.5)
+    assert config.models.student == os.path.join("a", "b")
+
+
+# Runs
+
+
+def test_runs_repeat_the_command_bit_for_bit_and_leave_nothing_behind(given, tmp_path, capfd):
+    code, out, err = invoke("run", *flags(given), "--out", tmp_path / "cli")
+    assert code == 0, err
+    expected = last_json(out)
+    config = prefix_distill.Config.from_options(**given)
+    capfd.readouterr()
+    before = state_of_process()
+    for name in ("first", "second"):
+        steps: list[dict] = []
+        folder = tmp_path / name
+        result = prefix_distill.run(config, out=folder, on_step=steps.append)
+        assert capfd.readouterr() == ("", "")
+        assert state_of_process() == before
+        assert rows(folder) == rows(tmp_path / "cli")
+        assert steps == result.metrics() and len(steps) == 4
+        weights, others = (
+            load_file(root / "model/model.safetensors") for root in (folder, tmp_path / "cli")
+        )
+        assert all(torch.equal(weights[key], others[key]) for key in others)
+        assert without_times(result.to_dict()) == without_times(expected)
+        assert result.to_dict().keys() == expected.keys()
+    assert result.accuracy_after is not None
+    assert dataclasses.asdict(result.accuracy_after) == expected["accuracy_after"]
+    assert result.flops.useful == expected["flops"]["useful"]
+    assert result.out == folder and result.model == folder / "model"
+    assert [row["step"] for row in result.evaluations] == [0, 2, 4]
+    assert prefix_distill.load(folder) == result
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.steps = 5
+
+
+def in_thread(work: Callable[[], object]) -> list:
+    """Run ``work`` in a thread and return [its result or exception]."""
+    results: list[object] = []
+
+    def call() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    return results
+
+
+def test_two_threads_run_at_once(given, tmp_path, capfd):
+    """Both end with the numbers of a run in the main thread, and the settings are restored."""
+    whole = prefix_distill.run(**given, out=tmp_path / "main")
+    before = state_of_process()
+    results: list = []
+
+    def work(name: str) -> None:
+        results.append(prefix_distill.run(**given, out=tmp_path / name))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
+    for result in results:
+        assert without_times(result.to_dict()) == without_times(whole.to_dict())
+        assert rows(result.out) == rows(tmp_path / "main")
+    assert state_of_process() == before
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("where", ["main thread", "thread"])
+def test_a_callback_that_raises_stops_with_the_state_saved(given, tmp_path, where):
+    def stop(row: dict) -> None:
+        if row["step"] == 3:
+            raise ValueError("enough")
+
+    def run() -> object:
+        return prefix_distill.run(**given, out=tmp_path / "run", on_step=stop)
+
+    if where == "thread":
+        [error] = in_thread(run)
+    else:
+        with pytest.raises(ValueError) as raised:
+            run()
+        error = raised.value
+    assert isinstance(error, ValueError) and str(error) == "enough"
+    assert "after update 3, with the state saved" in error.__notes__[0]
+    assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
+    result = prefix_distill.resume(tmp_path / "run")
+    assert result.resumed_from == 3 and result.steps == 4
+    prefix_distill.run(**given, out=tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_a_callback_may_raise_at_the_last_update(given, tmp_path):
+    def stop(row: dict) -> None:
+        if row["step"] == 4:
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        prefix_distill.run(**given, out=tmp_path / "run", on_step=stop)
+    assert prefix_distill.load(tmp_path / "run").steps == 4
+
+
+def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):
+    def press(row: dict) -> None:
+        if row["step"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="after update 1, with the state saved"):
+        prefix_distill.run(**given, out=tmp_path / "run", on_step=press)
+    assert signal.getsignal(signal.SIGINT) is former
+    result = prefix_distill.resume(tmp_path / "run", steps=5, lr_schedule="linear")
+    assert result.resumed_from == 1 and result.steps == 5
+    assert prefix_distill.resume(tmp_path / "run", prefix=12).steps == 5
+    with pytest.raises(UserError, match=r"train\.batch_size was 2, got 3"):
+        prefix_distill.resume(tmp_path / "run", batch_size=3)
+    with pytest.raises(UserError, match="name the run folder"):
+        prefix_distill.resume()
+
+
+def test_ranks_report_to_the_caller_in_any_thread(given, tmp_path, capfd):
+    """A callback stops two ranks; the resumed run starts two ranks again."""
+    seen: list[dict] = []
+
+    def stop(row: dict) -> None:
+        seen.append(row)
+        if row["step"] == 2:
+            raise ValueError("enough")
+
+    options = given | {"gpus": 2, "device": "cpu", "steps": 100_000, "eval_every": 0}
+    options["lr_schedule"] = "constant"
+    before = state_of_process()
+    [error] = in_thread(lambda: prefix_distill.run(**options, out=tmp_path / "run", on_step=stop))
+    assert isinstance(error, ValueError) and "with the state saved" in error.__notes__[0]
+    done = len(rows(tmp_path / "run"))
+    assert [row["step"] for row in seen] == [1, 2] and done >= 2
+    metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert seen == [json.loads(line) for line in metrics[:2]]
+    result = prefix_distill.resume(tmp_path / "run", steps=done + 1, on_step=seen.append)
+    assert result.resumed_from == done and seen[2:] == result.metrics()[done:]
+    assert any(note.startswith("2 ranks") for note in result.notes)
+    assert capfd.readouterr() == ("", "") and state_of_process() == before
+
+
+@pytest.mark.parametrize("streams", ["kept apart", "inherited"])
+def test_a_rank_that_crashes_names_its_last_line(given, tmp_path, capfd, monkeypatch, streams):
+    """The ranks of the command write their traceback to stderr."""
+    monkeypatch.setattr(launch, "RANK", "raise RuntimeError('a bug')")
+    options = given | {"gpus": 2, "device": "cpu"}
+    if streams == "kept apart":
+        with pytest.raises(Stopped, match="ended with exit code 1; RuntimeError: a bug"):
+            prefix_distill.run(**options, out=tmp_path / "run")
+        assert capfd.readouterr() == ("", "")
+        return
+    code, out, err = invoke("run", *flags(options), "--out", tmp_path / "run")
+    assert code == 1 and out == "" and err.endswith("ended with exit code 1; see above\n")
+    assert "RuntimeError: a bug" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, kind",
+    [
+        ({"prefix": 0}, UserError),
+        ({"steps": "many"}, UserError),
+        ({"student": "nowhere/at/all"}, UserError),
+        ({"max_new_tokens": 500}, PreflightError),
+        ({"lr": 1e38}, Stopped),
+        ({"gpus": 2, "device": "cpu", "batch_size": 1}, UserError),
+        ({"gpus": 2, "device": "cuda:1"}, UserError),
+    ],
+)
+def test_errors_have_the_text_of_the_command(given, tmp_path, capfd, options, kind):
+    options = given | options
+    with pytest.raises(kind) as raised:
+        prefix_distill.run(**options, out=tmp_path / "run")
+    assert capfd.readouterr() == ("", "")
+    message = str(raised.value)
+    if options["steps"] == "many":  # the parser refuses it on the command line
+        assert message == "train.steps: expected a whole number, got 'many'; change --steps"
+        return
+    code, _, err = invoke("run", *flags(options), "--out", tmp_path / "cli")
+    assert code == raised.value.exit_code
+    expected = " ".join(message.replace(str(tmp_path / "run"), str(tmp_path / "cli")).split())
+    assert err.splitlines()[-1] == f"error: {expected}"
+
+
+def test_an_unknown_keyword_is_refused_with_the_nearest_one(tmp_path):
+    with pytest.raises(UserError, match="unknown option 'stepz'; did you mean steps"):
+        prefix_distill.run(stepz=4, out=tmp_path / "run")
+    with pytest.raises(UserError, match="unknown option 'qqqqqqq'; known are model, "):
+        prefix_distill.evaluate(qqqqqqq=4)
+
+
+def test_notes_and_warnings_are_logged(given, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "prefix_distill"):
+        result = prefix_distill.run(**given, eos="student", out=tmp_path / "run")
+    texts = [record.getMessage() for record in caplog.records]
+    assert set(result.notes) <= set(texts)
+    assert any(text.startswith("after update 4: accuracy") for text in texts)
+
+
+# The other functions
+
+
+def test_evaluate_equals_the_command(pair, questions, tmp_path, capfd):
+    options = {"dataset": questions, "samples": 2, "limit": 4, "max_new_tokens": 8}
+    _, out, _ = invoke("eval", "--model", pair[0], *flags(options), "--out", tmp_path / "a.jsonl")
+    capfd.readouterr()
+    result = prefix_distill.evaluate(pair[0], out=tmp_path / "b.jsonl", **options)
+    assert without_times(result.to_dict()) == without_times(last_json(out))
+    assert result.examples.read_text() == (tmp_path / "a.jsonl").read_text()
+    assert result.accuracy is not None and result.accuracy.n == 4
+    assert "pass@2" in result._repr_html_() and capfd.readouterr() == ("", "")
+
+
+def test_probe_equals_the_command(pair, questions, tmp_path, capfd):
+    options = {"student": pair[0], "teacher": pair[1], "dataset": questions, "max_new_tokens": 16}
+    words = flags(options | {"problems": 3})
+    _, out, _ = invoke("probe", *words, "--out", tmp_path / "cli")
+    capfd.readouterr()
+    result = prefix_distill.probe(tmp_path / "run", problems=3, **options)
+    assert capfd.readouterr() == ("", "")
+    assert without_times(result.to_dict()) == without_times(last_json(out))
+    assert result.reason in result._repr_html_() and "data:image/png" in result._repr_html_()
+    with pytest.raises(UserError, match="--problems 0: expected at least 1 prompt"):
+        prefix_distill.probe(tmp_path / "none", problems=0)
+
+
+def test_plan_and_check_equal_the_commands(given, capfd):
+    _, out, _ = invoke("plan", *flags(given), "--prefixes", "4,8", "--device-tflops", "1")
+    _, checked, _ = invoke("check", *flags(given))
+    capfd.readouterr()
+    planned = prefix_distill.plan(**given, prefixes=[4, 8], device_tflops=1)
+    assert planned.to_dict() == last_json(out)
+    assert [row["prefix"] for row in planned.prefixes] == ["12", "4", "8"]
+    assert "largest micro-batch" in planned._repr_html_()
+    check = prefix_distill.check(**given)
+    document = last_json(checked)
+    assert check.notes == tuple(document["notes"]) and check.warnings == tuple(document["warnings"])
+    # the facts hold free memory, which changes
+    for ours, theirs in zip(check.checks, document["checks"], strict=True):
+        assert (ours["name"], ours["status"]) == (theirs["name"], theirs["status"])
+    assert check.ok
+    check.raise_for_error()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_compare_and_report_equal_the_commands(given, tmp_path, capfd):
+    base = prefix_distill.Config.from_options(**(given | {"steps": 2})).to_dict()
+    del base["export"]
+    arms = {"base": base, "arms": {"short": {"schedule": {"prefix": "4"}}}, "seeds": [0, 1]}
+    file = tmp_path / "arms.yaml"
+    file.write_text(json.dumps(arms))
+    capfd.readouterr()
+    steps: list[dict] = []
+    result = prefix_distill.compare(file, tmp_path / "out", on_step=steps.append)
+    assert capfd.readouterr() == ("", "")
+    assert [(row["run"], row["step"]) for row in steps] == [
+        ("short seed 0", 1),
+        ("short seed 0", 2),
+        ("short seed 1", 1),
+        ("short seed 1", 2),
+    ]
+    _, out, _ = invoke("compare", file, "--out", tmp_path / "out")
+    assert result.to_dict() == last_json(out) and result.runs == 2
+    report = prefix_distill.report([tmp_path / "out"], tmp_path / "report")
+    assert report.arms == result.arms and (tmp_path / "report/report.html").is_file()
+    assert "<td>short</td>" in report._repr_html_()
+
+
+def test_export_equals_the_command(pair, tmp_path, capfd):
+    _, out, _ = invoke("export", pair[0], "--out", tmp_path / "a", "--dtype", "bfloat16")
+    capfd.readouterr()
+    result = prefix_distill.export(pair[0], tmp_path / "b", dtype="bfloat16")
+    assert without_times(result.to_dict()) == without_times(last_json(out))
+    assert result.out == tmp_path / "b" and capfd.readouterr() == ("", "")
+    with pytest.raises(UserError, match="unknown option 'gguff'"):
+        prefix_distill.export(pair[0], tmp_path / "c", gguff="f16")
+
+
+def test_html_escapes_every_text(tmp_path):
+    result = prefix_distill.EvaluationResult.read(
+        {
+            "model": "<script>alert(1)</script>",
+            "dataset": '"&',
+            "accuracy": None,
+            "pass_at_k": None,
+            "samples": 1,
+            "finish_rate": 1.0,
+            "mean_tokens": 3.0,
+            "seconds": 1.0,
+            "examples": "a<b",
+        }
+    )
+    page = result._repr_html_()
+    assert "<script" not in page and "a<b" not in page
+    assert "&lt;script&gt;" in page and "&quot;&amp;" in page
+    config = prefix_distill.Config.from_options(student="<img src=x>")
+    assert "<img" not in config._repr_html_()
+
+
+NOTEBOOK = (
+    """
+from prefix_distill import evaluate, load, resume, run
+steps = []
+result = run(prefix=24, steps=3, batch_size=2, eval_samples=4, kl_prompts=2, tail_every=0,
+             check_samples=0, max_new_tokens=40, out="run", on_step=steps.append)
+assert [row["step"] for row in steps] == [1, 2, 3]
+result
+""",
+    """
+resume("run", steps=4)
+""",
+    """
+import signal
+def press(row):
+    signal.raise_signal(signal.SIGINT)
+try:
+    run(prefix=24, steps=3, batch_size=2, eval_samples=4, kl_prompts=2, tail_every=0,
+        check_samples=0, max_new_tokens=40, out="stopped", on_step=press)
+except Exception as error:
+    stopped = repr(error)
+stopped
+""",
+    """
+evaluate("run/model", dataset="lab:choice", limit=2, max_new_tokens=8, out="answers.jsonl")
+""",
+)
+
+
+def test_a_notebook_runs_in_a_jupyter_kernel(tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    cells = [nbformat.v4.new_code_cell(code.strip()) for code in NOTEBOOK]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
+    outputs = [cell.outputs for cell in notebook.cells]
+    # one output per cell, the value of its last line: nothing was printed
+    assert [len(output) for output in outputs] == [1, 1, 1, 1], outputs
+    first, resumed, stopped, evaluated = (output[0]["data"] for output in outputs)
+    assert "<td>updates</td><td>3</td>" in first["text/html"]
+    assert "<td>updates</td><td>4</td>" in resumed["text/html"]
+    assert (
+        stopped["text/plain"].startswith('"Interrupted(') and "state saved" in stopped["text/plain"]
+    )
+    assert "<td>model</td><td>run/model</td>" in evaluated["text/html"]
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 4
