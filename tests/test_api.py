@@ -357,22 +357,18 @@ def test_an_error_of_a_plugin_is_a_user_error(given, tmp_path, ranks):
     plugin = tmp_path / "broken.py"
     plugin.write_text(BROKEN_PLUGIN)
     options = given | ranks | {"plugin": plugin, "divergence": "broken"}
-    with pytest.raises(UserError, match=r"broken\.py") as raised:
+    with pytest.raises(UserError, match="a mistake") as raised:
         prefix_distill.run(**options, out=tmp_path / "run")
     assert "\n" not in str(raised.value)
 
 
 BROKEN_PLUGIN = """from prefix_distill import register_divergence
 
-calls = []
-
+@register_divergence("broken")
 def broken(student, teacher):
-    calls.append(1)
-    if len(calls) > 3:
+    if student.shape[-1] > 200:  # not on the small tensors of the registration's own checks
         raise KeyError("a mistake")
     return (student.exp() * (student - teacher)).sum(-1)
-
-register_divergence("broken", broken)
 """
 
 
