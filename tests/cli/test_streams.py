@@ -30,7 +30,7 @@ def test_no_arguments_show_the_help():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("words", ["help", "help machines", "--help"])
+@pytest.mark.parametrize("words", ["help", "help devices", "--help"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_full_stdout_is_one_line(words, unbuffered):
     done = shell(f"PYTHONUNBUFFERED={unbuffered} $P {words} > /dev/full")
@@ -50,7 +50,7 @@ def test_a_full_stdout_is_one_line(words, unbuffered):
         ("$P help nope 2>&-", 2, 0),
         ("$P help >&-", 0, 0),
         ("$P help <&- >&- 2>&-", 0, 0),
-        ("{ $P help machines; echo $? >&2; } | true", 0, 1),
+        ("{ $P help devices; echo $? >&2; } | true", 0, 1),
     ],
 )
 def test_streams_that_are_full_closed_or_unread(line, code, lines):
