@@ -50,6 +50,7 @@ class ProbeOptions(TypedDict, total=False):
     check_ranks_every: int
     seed: int
     head_memory_mb: int
+    plugin: str | PathLike[str] | None
 
 
 class RunOptions(ProbeOptions, total=False):

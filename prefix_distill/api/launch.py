@@ -109,9 +109,12 @@ def launch(count: int, job: "Job", observer: Observer) -> "Outcome":
 @contextlib.contextmanager
 def _environment(count: int) -> Iterator[None]:
     """Set the environment that ranks inherit, and silence torch's launcher."""
-    logger = logging.getLogger("torch.distributed")
-    level, former = logger.level, dict(os.environ)
-    logger.setLevel(logging.CRITICAL)  # the messages of the ranks are enough
+    former = dict(os.environ)
+    levels = {}
+    for name in ("torch.distributed", "torchelastic-events-null"):
+        logger = logging.getLogger(name)
+        levels[logger] = logger.level
+        logger.setLevel(logging.CRITICAL)  # the messages of the ranks are enough
     threads = max(1, (os.cpu_count() or 1) // count)
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -119,7 +122,8 @@ def _environment(count: int) -> Iterator[None]:
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         for variable in os.environ.keys() - former.keys():  # torch's launcher sets some, too
             del os.environ[variable]
         os.environ.update(former)

@@ -7,7 +7,8 @@ import threading
 import warnings
 from collections.abc import Iterator
 
-from ..errors import MemoryShortage
+from .. import plugins
+from ..errors import MemoryShortage, Stopped, UserError
 
 OUT_OF_MEMORY = (
     "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype bfloat16"
@@ -88,13 +89,21 @@ _silence = _Silence()
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Silence the libraries; raise MemoryShortage in place of a library's memory error."""
+    """Silence the libraries; turn their memory errors, and the errors of plugins, into ours.
+
+    MemoryShortage: a library ran out of memory. UserError: a plugin raised an exception.
+    """
     from ..engine.device import out_of_memory
 
     with _silence.during():
         try:
             yield
+        except (UserError, Stopped):
+            raise
         except Exception as error:
-            if not out_of_memory(error):
-                raise
-            raise MemoryShortage(OUT_OF_MEMORY) from error
+            if out_of_memory(error):
+                raise MemoryShortage(OUT_OF_MEMORY) from error
+            fault = plugins.find_fault(error)
+            if fault is not None:
+                raise UserError(fault) from error
+            raise

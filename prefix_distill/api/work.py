@@ -82,10 +82,13 @@ def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> Pla
         from ..planning.rate import RateSource
 
         given = dict(assumptions)
+        prefixes = given.pop("prefixes", None)
+        if prefixes is None:
+            prefixes = planning.USUAL_PREFIXES
         document = planning.plan(
             config,
             given.pop("prompt_tokens", None),
-            given.pop("prefixes", None) or planning.USUAL_PREFIXES,
+            prefixes,
             RateSource(**given),
         )
         result = PlanResult.read(document)

@@ -8,7 +8,6 @@ from typing import TextIO, cast
 
 import typer
 
-from .. import plugins
 from ..api.quiet import hide_deprecations
 from ..errors import AT_ONCE, Stopped, UserError
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
@@ -108,9 +107,6 @@ def run_command(arguments: list[str]) -> int | None:
     except KeyboardInterrupt:
         return report_failure(AT_ONCE, 130)
     except Exception as error:
-        fault = plugins.find_fault(error)
-        if fault is not None:
-            return report_failure(fault, UserError.exit_code)
         # only click's errors about flags have this method; anything else is a bug
         if not hasattr(error, "format_message"):
             raise
