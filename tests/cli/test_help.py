@@ -29,8 +29,8 @@ BLOCKS = [
 ]
 LINES = [(name, line) for name, block in BLOCKS for line in block.splitlines()]
 TOPICS = [
-    *("adapters", "data", "devices", "exit-codes", "methods", "migration", "recipes"),
-    *("reliability", "speed", "tokenizers"),
+    *("adapters", "data", "devices", "exit-codes", "methods", "migration", "plugins"),
+    *("recipes", "reliability", "speed", "tokenizers"),
 ]
 
 
