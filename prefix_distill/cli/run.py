@@ -1,6 +1,8 @@
 """The commands run, check and plan."""
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -85,54 +87,66 @@ def _show_prompts(facts: dict) -> None:
         tell(f"the {role}'s prompt, {prompt['ids']} ids, the last ones {last}:\n{prompt['text']}")
 
 
-@app.command()
-@with_options()
-def plan(  # noqa: PLR0913  each parameter is a flag
-    config_file: ConfigFile = None,
-    assignments: Assignments = None,
-    prompt_tokens: Annotated[
+# the options of `plan` beside those of `run`
+ASSUMPTIONS: dict[str, Any] = {
+    "prompt_tokens": Annotated[
         int | None,
         typer.Option(help="Length of every prompt (tokens), in place of a data set."),
-    ] = None,
-    prefixes: Annotated[
+    ],
+    "prefixes": Annotated[
         str | None,
         typer.Option(
             help="Prefix schedules beside --prefix, separated by commas: 64,25%,full.",
             show_default="25%,50%,full",
         ),
-    ] = None,
-    device_tflops: Annotated[
+    ],
+    "device_tflops": Annotated[
         float | None,
         typer.Option(help="Sustained rate of the device (10^12 FLOP/s), for times."),
-    ] = None,
-    measure: Annotated[
+    ],
+    "measure": Annotated[
         bool,
         typer.Option(
             "--measure",
             help="Time one of the student's matrix products on this machine; the times are then "
             "lower bounds.",
         ),
-    ] = False,
-    from_run: Annotated[
+    ],
+    "from_run": Annotated[
         str | None,
         typer.Option(help="Run folder whose measured rates, phase by phase, give the times."),
-    ] = None,
-    **flags: dict,
-) -> None:
+    ],
+}
+
+
+def with_assumptions(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options in ASSUMPTIONS to a command, which gets them as keyword arguments."""
+    parameters = list(inspect.signature(function).parameters.values())
+    keywords = parameters.pop()
+    for name, annotation in ASSUMPTIONS.items():
+        default = False if name == "measure" else None
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+        )
+    function.__dict__["__signature__"] = inspect.Signature([*parameters, keywords])
+    return function
+
+
+@app.command()
+@with_options()
+@with_assumptions
+def plan(config_file: ConfigFile = None, assignments: Assignments = None, **options: Any) -> None:
     """Compute what a run needs: memory, FLOPs, time, and the GPUs it fits.
 
     Nothing is downloaded but config files and tokenizers, and nothing is written.
     """
     from ..api import work
 
-    config = configuration.build(read_settings(config_file, flags["flags"], assignments))
-    assumptions = {
-        "prompt_tokens": prompt_tokens,
-        "prefixes": prefixes,
-        "tflops": device_tflops,
-        "measure": measure,
-        "from_run": from_run,
-    }
-    result = work.plan(config, Terminal(), assumptions)
+    flags = options.pop("flags")
+    config = configuration.build(read_settings(config_file, flags, assignments))
+    options["tflops"] = options.pop("device_tflops")
+    result = work.plan(config, Terminal(), options)
     show(result, width=140)
     finish(result.to_dict())
