@@ -205,8 +205,8 @@ def in_thread(work: Callable[[], object]) -> list:
     return results
 
 
-def test_two_threads_run_at_once(given, tmp_path, capfd):
-    """Both end with the numbers of a run in the main thread, and the settings are restored."""
+def test_calls_in_two_threads_take_turns(given, tmp_path, capfd):
+    """Both end with the numbers of a run in the main thread, and models still load afterwards."""
     whole = prefix_distill.run(**given, out=tmp_path / "main")
     before = state_of_process()
     results: list = []
@@ -224,6 +224,8 @@ def test_two_threads_run_at_once(given, tmp_path, capfd):
         assert without_times(result.to_dict()) == without_times(whole.to_dict())
         assert rows(result.out) == rows(tmp_path / "main")
     assert state_of_process() == before
+    again = prefix_distill.run(**given, out=tmp_path / "again")
+    assert without_times(again.to_dict()) == without_times(whole.to_dict())
     assert capfd.readouterr() == ("", "")
 
 

@@ -38,29 +38,31 @@ def quiet_libraries() -> None:
 
 
 class _Silence:
-    """The settings of the libraries, saved by the first of several overlapping calls.
+    """The settings of the libraries, saved by the outermost of several nested calls.
 
-    Calls in several threads may overlap. The last one to end restores the settings.
+    Calls in several threads run one after another. While transformers builds a network it replaces
+    functions and the default dtype of torch for the whole process, so two at once would leave them
+    replaced.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.calls = 0
+        self.lock = threading.RLock()
+        self.depth = 0
         self.restore = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def during(self) -> Iterator[None]:
+        """Hold the lock and keep the libraries silent."""
         with self.lock:
-            if self.calls == 0:
+            if self.depth == 0:
                 self._save()
                 quiet_libraries()
-            self.calls += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.calls -= 1
-                if self.calls == 0:
+            self.depth += 1
+            try:
+                yield
+            finally:
+                self.depth -= 1
+                if self.depth == 0:
                     self.restore.close()
 
     def _save(self) -> None:
@@ -90,6 +92,8 @@ _silence = _Silence()
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Silence the libraries; turn their memory errors, and the errors of plugins, into ours.
+
+    One call at a time: other threads wait.
 
     MemoryShortage: a library ran out of memory. UserError: a plugin raised an exception.
     """
