@@ -419,7 +419,7 @@ def test_a_run_keeps_what_was_found_and_check_writes_nothing(
         [c["name"] for c in document["checks"]] == NAMES
         and document["ok"]
         and "<u>" in err
-        and "what was found" in err
+        and "result" in err
     )
     code, out, err = invoke("run", *flags, "--out", "run")
     kept = json.loads((tmp_path / "run/preflight.json").read_text())
