@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
@@ -105,6 +106,48 @@ class Reporter(Protocol):
 
     def tail(self, row: dict, /) -> None:
         """Show one tail probe: its row in ``Progress.tail_probes``."""
+
+
+class Observer(Protocol):
+    """Receives the progress of a call that may train several runs.
+
+    The parameters are positional-only, so that an implementation may rename them.
+    """
+
+    def note(self, text: str, /) -> None:
+        """Receive a progress note."""
+
+    def warn(self, text: str, /) -> None:
+        """Receive a warning."""
+
+    def watch(
+        self, steps: int, label: str, first: bool, stop: Callable[[], None], /
+    ) -> contextlib.AbstractContextManager[Reporter]:
+        """Return the reporter of a run of ``steps`` updates.
+
+        ``label`` names the run among several. ``first``: whether this is rank 0. ``stop()`` asks
+        the run to save its state and stop after the current update.
+        """
+
+
+class Terminal:
+    """An observer that shows progress on stderr."""
+
+    def note(self, text: str) -> None:
+        """Print a progress note."""
+        tell(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.note(f"warning: {text}")
+
+    @contextlib.contextmanager
+    def watch(
+        self, steps: int, label: str, first: bool, stop: Callable[[], None]
+    ) -> Iterator[Reporter]:
+        """Show the progress of a run; Ctrl-C stops it, so ``stop`` is not needed."""
+        with Display(steps, label, first) as shown:
+            yield shown
 
 
 class Display:

@@ -20,6 +20,7 @@ from helpers import ROOT, invoke, last_json
 from safetensors.torch import load_file, save_file
 
 from prefix_distill import config as configuration
+from prefix_distill import display
 from prefix_distill.api import launch, quiet
 from prefix_distill.engine import scoring
 from prefix_distill.engine.ranks import Place
@@ -176,6 +177,7 @@ def go(values, out, trick=contextlib.nullcontext) -> dict:
         return session.train_in(
             preflight.prepare(configuration.build(BASE | values | {"checkpoint.out": str(out)})),
             RunFolder(out),
+            display.Terminal(),
         )
 
 

@@ -15,7 +15,6 @@ from . import quiet
 from .observers import Observer
 
 if TYPE_CHECKING:
-    from ..training.folder import RunFolder
     from ..training.run import Run
 
 
@@ -45,29 +44,11 @@ def perform(job: Job, config: Config, observer: Observer) -> Outcome:
         return JOBS[job["name"]](config, job["settings"], observer)
 
 
-def train(
-    prepared: "Run", folder: "RunFolder", observer: Observer, resume: bool, label: str
-) -> dict[str, Any]:
-    """Train a prepared run in its folder, watched by ``observer``; return the result document."""
-    import signal
-
-    from ..engine.ranks import Interrupt
-    from ..training.session import Watch, train_in
-
-    interrupt = Interrupt()
-
-    def stop() -> None:
-        interrupt.asked = signal.SIGINT
-
-    steps = prepared.config.train.steps
-    with observer.watch(steps, label, prepared.place.first, stop) as reporter:
-        return train_in(prepared, folder, resume, label, Watch(reporter, interrupt))
-
-
 def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
     """Train; with the setting "dry_run" only check. The setting "resume" continues a run."""
     from ..training.folder import RunFolder
     from ..training.prepare import prepare
+    from ..training.session import train_in
 
     resume = settings["resume"]
     prepared = prepare(config)
@@ -79,7 +60,7 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
     if settings["dry_run"]:
         document = _describe_dry_run(prepared)
     else:
-        document = train(prepared, RunFolder(Path(out)), observer, resume, "")
+        document = train_in(prepared, RunFolder(Path(out)), observer, resume)
     return _outcome(prepared, document)
 
 

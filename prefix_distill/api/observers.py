@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from .. import display
 from ..display import Reporter, share_text
 from ..errors import Interrupted
 
@@ -14,30 +15,12 @@ log = logging.getLogger("prefix_distill")
 log.addHandler(logging.NullHandler())
 
 
-class Observer(Protocol):
-    """Receives the progress of one call.
-
-    The parameters are positional-only, so that an implementation may rename them.
-    """
+class Observer(display.Observer, Protocol):
+    """An observer that may watch ranks in other processes."""
 
     @property
     def shares_streams(self) -> bool:
         """Return whether started ranks write to the stdout and stderr of this process."""
-
-    def note(self, text: str, /) -> None:
-        """Receive a progress note."""
-
-    def warn(self, text: str, /) -> None:
-        """Receive a warning."""
-
-    def watch(
-        self, steps: int, label: str, first: bool, stop: Callable[[], None], /
-    ) -> contextlib.AbstractContextManager[Reporter]:
-        """Return the reporter of a run of ``steps`` updates.
-
-        ``label`` names the run among several. ``first``: whether this is rank 0. ``stop()`` asks
-        the run to save its state and stop after the current update.
-        """
 
 
 class LogObserver:

@@ -23,15 +23,11 @@ from .documents import (
     PushFailed,
     RunResult,
 )
-from .jobs import Job, Outcome, perform, train
+from .jobs import Job, Outcome, perform
 from .observers import Observer
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from ..results.compare import TrainIn
-    from ..training.folder import RunFolder
-    from ..training.run import Run
 
 
 def distil(config: Config, observer: Observer, resume: bool = False) -> RunResult:
@@ -119,7 +115,7 @@ def compare(arms_file: str, out: Path, observer: Observer) -> Comparison:
     with quiet.guarded():
         from ..results.compare import compare as run_all
 
-        run_all(arms, out, _watched_by(observer), observer.note)
+        run_all(arms, out, observer)
     return report([out], out, arms.reference, Path(arms_file).stem)
 
 
@@ -131,18 +127,7 @@ def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict
     with quiet.guarded():
         from ..results.demo import demonstrate as run_both
 
-        return run_both(out, seed, _watched_by(observer))
-
-
-def _watched_by(observer: Observer) -> "TrainIn":
-    """Return a function that trains a prepared run under the observer."""
-
-    def train_in(
-        run: "Run", folder: "RunFolder", resume: bool = False, label: str = ""
-    ) -> dict[str, Any]:
-        return train(run, folder, observer, resume, label)
-
-    return train_in
+        return run_both(out, seed, observer)
 
 
 def report(folders: Sequence[Path], out: Path, reference: str | None, title: str) -> Comparison:

@@ -1,17 +1,15 @@
 """The Typer app, and what all commands share: progress on the terminal, results, errors."""
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import display
 from ..api.launch import is_first_rank, leave_message
-from ..display import Display, Reporter, tell
+from ..display import tell
 from .panels import PanelGroup, PanelTyper
 
 if TYPE_CHECKING:
@@ -60,23 +58,14 @@ def program(
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
 
 
-class Terminal:
+class Terminal(display.Terminal):
     """An observer that shows progress on stderr, from the first rank."""
 
     shares_streams = True
 
     def note(self, text: str) -> None:
+        """Print a progress note."""
         note(text)
-
-    def warn(self, text: str) -> None:
-        note(f"warning: {text}")
-
-    @contextlib.contextmanager
-    def watch(
-        self, steps: int, label: str, first: bool, stop: Callable[[], None]
-    ) -> Iterator[Reporter]:
-        with Display(steps, label, first) as shown:
-            yield shown
 
 
 def note(text: str) -> None:

@@ -51,6 +51,10 @@ class Interrupt:
         for number, handler in self.former.items():
             signal.signal(number, handler)
 
+    def ask(self) -> None:
+        """Request a stop as a SIGINT would."""
+        self.asked = signal.SIGINT
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number)
         self.__exit__()

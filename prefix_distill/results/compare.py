@@ -22,11 +22,11 @@ also:                                           optional: data sets on which eve
 import dataclasses
 import json
 import reprlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import config as configuration
+from ..display import Observer
 from ..errors import UserError
 from ..training.folder import RunFolder
 
@@ -34,7 +34,6 @@ KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
 LONGEST_NAME = 100  # characters of an arm's name; file names add some to it
 FILE = "arms.json"  # the arms in the comparison's folder: a resumed comparison must have the same
 Settings = dict[str, Any]  # "section.key" → value
-TrainIn = Callable[..., dict]  # training.session.train_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,12 +208,11 @@ def _mapping(path: str, what: str, value: object) -> dict:
     return value
 
 
-def compare(arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]) -> list[Path]:
+def compare(arms: Arms, out: Path, observer: Observer) -> list[Path]:
     """Train the runs that are missing; return the folders of the final runs, by arm and seed.
 
     ``out``/ARM/seed-N is an ordinary run folder; tuning runs are ``out``/ARM/tune-VALUE.
-    ``train_in`` trains a prepared run; ``say`` prints a line. Finished runs are kept, and
-    interrupted ones resumed.
+    ``observer`` watches the runs. Finished runs are kept, and interrupted ones resumed.
     """
     folder = RunFolder(out)
     asked = json.loads(json.dumps(dataclasses.asdict(arms)))
@@ -229,7 +227,7 @@ def compare(arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]
     with folder.alone():
         if not (out / FILE).is_file():
             folder.write_json(FILE, asked)
-        jobs = _Jobs(arms=arms, out=out, train_in=train_in, say=say)
+        jobs = _Jobs(arms=arms, out=out, observer=observer)
         return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
 
 
@@ -239,8 +237,7 @@ class _Jobs:
 
     arms: Arms
     out: Path
-    train_in: TrainIn
-    say: Callable[[str], None]
+    observer: Observer
     best: dict[str, object] = dataclasses.field(default_factory=dict)  # arm → its tuned value
 
     def run(self, arm: str, seed: int) -> Path:
@@ -267,7 +264,7 @@ class _Jobs:
             text = f"{arm}: {self.arms.tuned} {best} is the best of"
             for value, merit in zip(values, merits, strict=True):
                 text += f" {value} ({merit:.4g})"
-            self.say(text)
+            self.observer.note(text)
         return self.best[arm]
 
     def _merit(self, arm: str, value: object) -> float:
@@ -286,6 +283,7 @@ class _Jobs:
     def _one(self, path: Path, arm: str, seed: int, settings: Settings) -> dict:
         """Train or resume one run, unless it has finished; return its result document."""
         from ..training.prepare import prepare
+        from ..training.session import train_in
 
         folder = RunFolder(path)
         if (path / "run.json").is_file():
@@ -299,11 +297,11 @@ class _Jobs:
             settings["models.student"] = str(self.run(start, seed) / "model")
         resume = (path / "config.yaml").is_file()
         if resume:
-            self.say(f"{path}: resuming")
+            self.observer.note(f"{path}: resuming")
         else:
-            self.say(f"{path}: starting")
+            self.observer.note(f"{path}: starting")
         run = prepare(configuration.build(settings))
-        return self.train_in(run, folder, resume, f"{arm} seed {seed}:")
+        return train_in(run, folder, self.observer, resume, f"{arm} seed {seed}:")
 
     def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:
         """Evaluate the final student in ``path`` on another data set, unless that is done."""

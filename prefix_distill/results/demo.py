@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import config as configuration
-from ..display import flops_text, share_text
+from ..display import Observer, flops_text, share_text
 from ..engine.device import Clock
 from ..engine.evaluate import evaluate
 from ..engine.meter import Meter
@@ -13,7 +13,7 @@ from ..engine.sampling import GenerationCost
 from ..training.folder import RunFolder
 from ..training.prepare import prepare
 from ..training.run import Run
-from .compare import TrainIn
+from ..training.session import train_in
 from .plots import draw_demo
 
 if TYPE_CHECKING:
@@ -28,17 +28,17 @@ ARMS = {"prefix": "24", "full": "full"}  # arm → prefix
 COLUMNS = ("prefix", "accuracy", "useful FLOPs", "training time", "finished answers", "mean tokens")
 
 
-def demonstrate(folder: Path, seed: int, train_in: TrainIn) -> tuple["Table", dict]:
+def demonstrate(folder: Path, seed: int, observer: Observer) -> tuple["Table", dict]:
     """Train both arms in ``folder``, and return the table and the result document.
 
-    ``train_in(run, run_folder, label=…)`` trains a prepared run.
+    ``observer`` watches the runs.
     """
     arms: list[dict] = []
     for name, prefix in ARMS.items():
         run = _prepare(folder / name, prefix, seed)
         if not arms:
             teacher = _evaluate_teacher(run)
-        result = train_in(run, RunFolder(folder / name), label=f"{name} arm:")
+        result = train_in(run, RunFolder(folder / name), observer, label=f"{name} arm:")
         arms.append(_describe(name, run, result))
     student = arms[0]["evaluations"][0]
     picture = folder / "accuracy-against-flops.png"

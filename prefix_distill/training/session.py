@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from .. import config as configuration
-from ..display import Display, Reporter
+from ..display import Observer, Reporter
 from ..engine.device import description
 from ..engine.models import decoder
 from ..engine.ranks import Interrupt
@@ -248,39 +248,22 @@ class Session:
             self.folder.save_model("adapter", student, text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Watch:
-    """The caller's reporter of a run, and its means to stop the run."""
-
-    reporter: Reporter
-    interrupt: Interrupt
-
-
 def train_in(
-    run: Run,
-    folder: RunFolder,
-    resume: bool = False,
-    label: str = "",
-    watch: Watch | None = None,
+    run: Run, folder: RunFolder, observer: Observer, resume: bool = False, label: str = ""
 ) -> dict:
     """Open the run folder, train and return the result document.
 
-    Without ``watch``, progress is shown on stderr, every line after ``label``.
+    ``observer`` watches the run and may stop it; ``label`` names the run among several.
     """
     plugins = load_plugins(run.config.runtime.plugin)
-    shown: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if watch is None:
-        display = Display(run.config.train.steps, label, run.place.first)
-        watch = Watch(display, Interrupt())
-        shown = display
-    with watch.interrupt as interrupt, open_folder(run, folder, resume):
-        reporter: contextlib.AbstractContextManager[Reporter]
-        reporter = contextlib.nullcontext(watch.reporter)
+    interrupt = Interrupt()
+    watched = observer.watch(run.config.train.steps, label, run.place.first, interrupt.ask)
+    with watched as shown, interrupt, open_folder(run, folder, resume):
+        reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(shown)
         if run.place.first:
-            reporter = Trackers(watch.reporter, folder, run.config)
-        changes = record_plugins(folder, run.place, plugins)
-        with reporter as report, shown:
-            for text in changes:
+            reporter = Trackers(shown, folder, run.config)
+        with reporter as report:
+            for text in record_plugins(folder, run.place, plugins):
                 report.warn(text)
             return Session(run, folder, report, resume, interrupt).train()
 

@@ -17,7 +17,6 @@ rate, 20 problems, nothing recorded.
 import argparse
 import json
 import math
-import sys
 import tempfile
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import yaml
 from measure import HERE, machine, record
 
 from prefix_distill import config as configuration
+from prefix_distill import display
 from prefix_distill.cli import quiet
 from prefix_distill.engine import loading
 from prefix_distill.engine.sampling import Request, Sampler, generate
@@ -38,7 +38,6 @@ from prefix_distill.results.compare import Arms
 from prefix_distill.results.runs import AGAINST, Finished, by_arm, collect, write_csv
 from prefix_distill.results.summary import Resampled
 from prefix_distill.training import prepare as preflight
-from prefix_distill.training import session
 from prefix_distill.training.run import settled
 
 MARGIN = 0.03  # points by which an arm may be behind and still "match"
@@ -542,7 +541,7 @@ def main() -> None:
         file.write_text(quick(text) if given.quick else text)
         out = Path(scratch) / "out" if given.quick else given.out or Path("runs") / given.arms
         arms = compare.read(str(file))
-        compare.compare(arms, out, session.train_in, lambda text: print(text, file=sys.stderr))
+        compare.compare(arms, out, display.Terminal())
         runs = collect([out])
         rows = report.summary(runs, arms.reference)
         before, answers = untrained(arms, rows)

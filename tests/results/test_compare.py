@@ -7,6 +7,7 @@ import pytest
 import yaml
 from helpers import BENCHMARKS, invoke, last_json
 
+from prefix_distill import display
 from prefix_distill.errors import UserError
 from prefix_distill.results import compare
 from prefix_distill.results.compare import FILE
@@ -125,7 +126,7 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
     folder.mkdir()
     (folder / FILE).write_text(json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms)))))
     with RunFolder(folder).alone(), pytest.raises(UserError, match="another process"):
-        compare.compare(arms, folder, None, print)
+        compare.compare(arms, folder, display.Terminal())
 
 
 @pytest.mark.parametrize(
