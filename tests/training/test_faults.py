@@ -240,8 +240,8 @@ def poison(model, name):
         ),
         (
             "gradient",
-            "update 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; nothing "
-            "was changed",
+            "update 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; no "
+            "weight was changed",
             2,
         ),
         (
