@@ -16,7 +16,7 @@ def environment() -> None:
     secrets are left out."""
     from ..engine import device
 
-    document = device.environment()
+    document = device.describe_environment()
     for name, value in document.items():
         entries = [value]
         if isinstance(value, list) and value and isinstance(value[0], dict):

@@ -160,7 +160,7 @@ class Model:
         return Head(weight, bias, float(scale), softcap)
 
 
-def recompute(model: Model) -> Model:
+def with_checkpointing(model: Model) -> Model:
     """Return ``model`` with gradient checkpointing.
 
     UserError: the architecture does not support it.
@@ -211,12 +211,12 @@ class _ColumnsFirst(torch.nn.Linear):
         return out + self.bias
 
 
-def decoder(model: Model, dtype: torch.dtype) -> Model:
+def make_decoder(model: Model, dtype: torch.dtype) -> Model:
     """Return a model that samples like ``model`` and decodes faster.
 
-    If ``dtype`` is not the model's, this is a copy in ``dtype``, which ``refresh`` updates: with
-    float32 weights, autocast would cast every weight for every token. In float32 on a CPU, it has
-    the same parameters in faster linear layers. Otherwise it is ``model`` itself.
+    If ``dtype`` is not the model's, this is a copy in ``dtype``, which ``refresh_decoder`` updates:
+    with float32 weights, autocast would cast every weight for every token. In float32 on a CPU, it
+    has the same parameters in faster linear layers. Otherwise it is ``model`` itself.
     """
     if model.home is not None or getattr(model.net, "is_quantized", False):
         return model
@@ -245,14 +245,14 @@ def _with_faster_linears(net: "CausalLM") -> "CausalLM":
 
 
 @torch.no_grad()
-def refresh(decoding: Model, student: Model) -> None:
+def refresh_decoder(decoding: Model, student: Model) -> None:
     """Copy the student's weights into a decoding model that has its own."""
     if decoding.net.dtype != student.net.dtype:
         torch._foreach_copy_(list(decoding.net.parameters()), list(student.net.parameters()))
 
 
 @torch.no_grad()
-def average(teacher: Model, student: Model, share: float) -> None:
+def average_teacher(teacher: Model, student: Model, share: float) -> None:
     """Update the teacher as the exponential moving average of the student.
 
     teacher ← share·teacher + (1 − share)·student, for every weight
@@ -261,7 +261,7 @@ def average(teacher: Model, student: Model, share: float) -> None:
         mean.lerp_(p.to(mean.device), 1 - share)
 
 
-def moved(net: PreTrainedModel, modules: str) -> dict[str, Parameter]:
+def extrapolated_parameters(net: PreTrainedModel, modules: str) -> dict[str, Parameter]:
     """Return the parameters that are extrapolated, as named and ordered in the network.
 
     ``attention-mlp`` (the authors' choice): weights and biases of the decoder's linear layers and
@@ -306,7 +306,7 @@ def _fused_experts(name: str, module: torch.nn.Module) -> list[Parameter]:
     return [p for p in module.parameters(recurse=False) if p.dim() == 3]
 
 
-def shape(model: Model, support: int | None = None) -> Shape:
+def read_shape(model: Model, support: int | None = None) -> Shape:
     """Return the shape that the FLOP count needs, from the model's modules and config.
 
     ``support``: number of ids that the head computes logits for (None: all).

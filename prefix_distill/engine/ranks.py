@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from .. import config as configuration
 from ..errors import Stopped, UserError, first_line
-from .device import best_dtype, choose_device
+from .device import choose_device, choose_dtype
 
 # the integer type that reads a tensor's bits, by bytes of an element
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -186,7 +186,7 @@ def join_ranks(runtime: configuration.Runtime, parameters: Callable[[], int]) ->
             f"{torch.get_num_threads()} CPU threads"
         )
     if runtime.dtype == "auto":
-        dtype, reason = best_dtype(device, parameters)
+        dtype, reason = choose_dtype(device, parameters)
         reasons.append(reason)
     else:
         dtype = getattr(torch, runtime.dtype)

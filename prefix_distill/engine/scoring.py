@@ -19,7 +19,7 @@ from .rollout import Rollout, Side, student_sides, teacher_sides
 from .units import units_of
 
 # probability of the student's first token under the teacher, below which prompts may not match
-FIRST_TOKEN = 0.01
+LOW_FIRST_TOKEN_PROBABILITY = 0.01
 
 # (slot, sample) → statistic → position → nats
 TokenFacts = dict[tuple[int, int], dict[str, dict[int, float]]]

@@ -42,7 +42,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 ALPHABET = _byte_level_alphabet()
 
 
-class Bytes:
+class TokenBytes:
     """The bytes of a tokenizer's ids, and its tokenization of the continuation of a prompt.
 
     ``table[id]``: the bytes of an id; None for special tokens and ids without text. ``encode`` adds

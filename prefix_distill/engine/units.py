@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import torch
 
 from ..maths.simct import Support, Units
-from .alignment import Shared
+from .alignment import SharedVocabulary
 from .rollout import Rollout
 
 
 def shared_support(
-    shared: Shared, mode: str, student_device: torch.device, teacher_device: torch.device
+    shared: SharedVocabulary, mode: str, student_device: torch.device, teacher_device: torch.device
 ) -> Support:
     """Return the tokens that both models have, as tensors on their devices."""
     return Support(

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from ..engine.adapter import attach
-from ..engine.models import Model, recompute
+from ..engine.models import Model, with_checkpointing
 from .case import Network
 
 FULL_DEPTH = 3  # networks of up to this many layers are measured whole
@@ -220,7 +220,7 @@ def sketch(
         adapter=wrapper,
     )
     if settings.recomputes:
-        return recompute(model)
+        return with_checkpointing(model)
     return model
 
 

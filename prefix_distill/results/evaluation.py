@@ -14,7 +14,7 @@ from ..engine.device import Clock
 from ..engine.evaluate import Evaluation, evaluate
 from ..engine.memory import MemoryLimits
 from ..engine.meter import Meter
-from ..engine.models import Model, decoder
+from ..engine.models import Model, make_decoder
 from ..engine.ranks import Place, join_ranks
 from ..engine.sampling import GenerationCost, Sampler
 from ..errors import UserError
@@ -42,7 +42,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         dtype=torch.float32,
         trust_remote_code=config.models.trust_remote_code,
     )
-    loading.check_rows(model)
+    loading.check_head_rows(model)
     where = join_ranks(config.runtime, lambda: model.parameters)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
@@ -60,7 +60,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     clock = Clock(where.device)
     with clock.phase("evaluation"):
         score = evaluate(
-            decoder(model, where.dtype),
+            make_decoder(model, where.dtype),
             problems,
             how,
             limits,

@@ -177,7 +177,7 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
         )
     model = _read(student, config.models.trust_remote_code, torch.float32)
     if config.adapter.rank is not None:
-        model = loading.with_adapter(model, config.adapter, 0)
+        model = loading.add_adapter(model, config.adapter, 0)
     weights = dict(model.net.named_parameters())
     if model.adapter is not None:
         weights = model.trained

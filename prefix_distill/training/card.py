@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 from .. import config as configuration
 from ..config import Config
 from ..display import flops_text, share_text
-from ..engine.device import description
+from ..engine.device import describe_machine
 from ..lab.task import LAB
 from ..prompts.presets import PRESETS
 from ..prompts.sources import FORMATS
@@ -91,7 +91,7 @@ def card(run: Run, progress: Progress, row: dict, full: float | None = None) -> 
     as many updates with full rollouts would take.
     """
     config = run.config
-    facts = description()
+    facts = describe_machine()
     parts = [
         *_top(config, row["step"]),
         _introduction(config, facts["prefix_distill"]),

@@ -13,7 +13,7 @@ from ..engine.meter import Meter
 from ..engine.pair import Pair
 from ..engine.rollout import Rollout, Unit, copy_as_student
 from ..engine.sampling import GenerationCost
-from ..engine.scoring import FIRST_TOKEN, Scorer
+from ..engine.scoring import LOW_FIRST_TOKEN_PROBABILITY, Scorer
 from ..errors import Stopped, UserError
 from ..maths import intervals
 from ..maths.seeds import seed_of
@@ -84,7 +84,7 @@ class Monitor:
             "the teacher gives the first tokens of the student's answers a mean probability of "
             f"{probability:.2g}"
         )
-        if probability < FIRST_TOKEN:
+        if probability < LOW_FIRST_TOKEN_PROBABILITY:
             self.report.warn(
                 f"{text}; check that both prompts ask for the same form of answer (--template, "
                 "--student-thinking, --teacher-thinking, --begin)"

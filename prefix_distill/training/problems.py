@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .. import config as configuration
 from ..config import Config
-from ..engine.alignment import Alignment, census, shares
+from ..engine.alignment import Alignment, count_by_unit, token_shares
 from ..engine.models import Model
 from ..engine.pair import Pair
 from ..engine.ranks import Place
@@ -242,7 +242,7 @@ def _measure_coverage(alignment: Alignment, prompts: list[Rendered], notes: Note
     for i, ids in enumerate(texts):
         if ids:
             aligned.append(alignment.rollout(rollout_of(i, (), ids)))
-    share = shares([census(aligned)])
+    share = token_shares([count_by_unit(aligned)])
     if share["exact_share"] < 0.5:
         notes.warn(
             f"only {share['exact_share']:.0%} of the student's tokens have a counterpart of the "

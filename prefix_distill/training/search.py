@@ -3,7 +3,7 @@
 import torch
 
 from ..display import flops_text
-from ..engine.models import refresh
+from ..engine.models import refresh_decoder
 from ..maths import extrapolation
 from .monitor import candidate_score
 from .state import State
@@ -33,7 +33,7 @@ class Search:
         self._keep_displacement()
 
         def score() -> float:
-            refresh(state.decoding, state.run.pair.student)
+            refresh_decoder(state.decoding, state.run.pair.student)
             return candidate_score(state, meter)
 
         with meter.phase("extrapolation"):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from .. import config as configuration
 from ..display import Display, Reporter
-from ..engine.device import description
-from ..engine.models import decoder
+from ..engine.device import describe_machine
+from ..engine.models import make_decoder
 from ..engine.ranks import Interrupt
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
@@ -117,7 +117,7 @@ class Session:
             return {}
         longest = run.method.prefix.longest(run.config.train.steps)
         with self.state.clock.phase("teacher_text"):
-            teacher = decoder(run.pair.teacher, run.place.dtype)
+            teacher = make_decoder(run.pair.teacher, run.place.dtype)
             return load_or_sample(self.state, teacher, longest)
 
     # One update
@@ -313,7 +313,7 @@ def describe_run(run: Run) -> dict:
     for role, model in (("student", run.pair.student), ("teacher", run.pair.teacher)):
         configs[role] = model.generation_config.to_diff_dict()
     return {
-        **description(),
+        **describe_machine(),
         "seed": run.config.runtime.seed,
         "notes": run.notes.lines,
         "warnings": run.notes.warnings,

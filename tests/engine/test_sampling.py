@@ -9,7 +9,7 @@ from prefix_distill.engine import sampling as rollout
 from prefix_distill.engine import scoring
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.meter import Meter
-from prefix_distill.engine.models import Model, _ColumnsFirst, decoder
+from prefix_distill.engine.models import Model, _ColumnsFirst, make_decoder
 from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.engine.sampling import GenerationCost, Request, Response, Sampler, generate
 from prefix_distill.maths.seeds import seed_of
@@ -173,7 +173,7 @@ def test_the_decoding_network_is_the_student_behind_other_matmuls():
     student = Model(
         "m", tiny_net("llama", width=256).requires_grad_(True), None, None, EOS, shares_prompts=True
     )
-    decoding = decoder(student, torch.float32)
+    decoding = make_decoder(student, torch.float32)
     assert decoding.net is not student.net and any(
         type(m) is _ColumnsFirst for m in decoding.net.modules()
     )

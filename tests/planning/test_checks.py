@@ -311,7 +311,7 @@ def test_memory_against_what_is_free(  # noqa: PLR0913  fixtures and parameters 
     """A network of 100,000 numbers: 12 bytes of moments and gradients for each must fit, the
     activations of a batch may have to be halved."""
     student = save_tiny(tmp_path / "student", seed=1, width=64, layers=3)
-    monkeypatch.setattr(checks, "memory_free", lambda device: free)
+    monkeypatch.setattr(checks, "read_free_memory", lambda device: free)
     got, out, err = invoke(
         "check",
         "--student",
@@ -333,7 +333,7 @@ def test_memory_against_what_is_free(  # noqa: PLR0913  fixtures and parameters 
     assert (got, found["status"]) == (code, status) and words in found["found"], (found, err)
     if "needed_bytes" in found["facts"]:
         facts = found["facts"]
-        count = loading.count(student)
+        count = loading.count_parameters(student)
         assert (
             facts["fixed_bytes"] == pytest.approx(12 * count, rel=0.01)
             and facts["needed_bytes"] > facts["fixed_bytes"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
-from prefix_distill.engine.alignment import Alignment, Bytes, Shared
+from prefix_distill.engine.alignment import Alignment, SharedVocabulary, TokenBytes
 from prefix_distill.engine.units import shared_support, units_of
 from prefix_distill.maths import simct
 from prefix_distill.maths.divergence import Head, Terms
@@ -142,13 +142,13 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
     of the largest."""
     run = prepared("student", schedule__prefix="full", rollout__temperature=0.0)
     assert run.pair.alignment is None
-    side = [Bytes(m.tokenizer, m.name) for m in (run.pair.student, run.pair.teacher)]
+    side = [TokenBytes(m.tokenizer, m.name) for m in (run.pair.student, run.pair.teacher)]
     state = state_of(run)
     drawn = Update(state, 0, prefix=192).sample()
     assert all(r.finished for r in drawn)
     others = tuple(i for i in range(18) if i != 1)
     alignment = Alignment("simct", *side, (1,), (1,))
-    alignment.__dict__["shared"] = Shared(others, others, (1,), (1,))
+    alignment.__dict__["shared"] = SharedVocabulary(others, others, (1,), (1,))
     aligned = dataclasses.replace(
         run.pair,
         alignment=alignment,

@@ -18,7 +18,7 @@ UPDATES = """
 import dataclasses, json, os, sys
 import measure, torch
 from helpers import tiny_net
-from prefix_distill.engine.models import Model, shape
+from prefix_distill.engine.models import Model, read_shape
 from prefix_distill.engine.pair import Pair
 from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.maths.divergence import Terms
@@ -33,7 +33,10 @@ def peak(samples=4, accumulated=1, vocabulary=300, chunk=4):
     torch.set_num_threads(1)
     student, teacher = load(1, vocabulary), load(2, vocabulary)
     pair = Pair(
-        student=student, teacher=teacher, student_shape=shape(student), teacher_shape=shape(teacher)
+        student=student,
+        teacher=teacher,
+        student_shape=read_shape(student),
+        teacher_shape=read_shape(teacher),
     )
     terms = Terms("reverse-kl", memory_bytes=chunk << 20)
     state = state_of(bare_run(pair, terms, {"train.micro_batch_size": 4}))

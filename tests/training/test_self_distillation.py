@@ -161,7 +161,7 @@ def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):
 def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeypatch):
     """t ← 0.75·t + 0.25·s after every update; the teacher of update 2 is no longer the initial
     one."""
-    seen, plain = [], state.average
+    seen, plain = [], state.average_teacher
 
     def watched(teacher, student, share):
         seen.append([p.detach().clone() for p in student.net.parameters()])
