@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from ..display import Reporter, share_text
+from ..display import Reporter, accuracy_text
 from ..errors import Interrupted
 
 OnStep = Callable[[dict[str, Any]], object]
@@ -101,7 +101,7 @@ class _LogReporter:
             self.stop()
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        log.info(f"after update {row['step']}: accuracy {share_text(row['accuracy'])}")
+        log.info(f"after update {row['step']}: accuracy {accuracy_text(row['accuracy'])}")
 
     def tail(self, row: dict[str, Any]) -> None:
         log.info(f"tail probe after update {row['step']}: {row['finish_rate']:.0%} finished")

@@ -113,9 +113,9 @@ def probe(config: Config, observer: Observer) -> ProbeResult:
 
 def compare(arms_file: str, out: Path, observer: Observer) -> Comparison:
     """Run all arms and seeds of a file that have not finished, and report on them."""
-    from ..results.compare import read
+    from ..results.compare import read_arms
 
-    arms = read(arms_file)
+    arms = read_arms(arms_file)
     with quiet.guarded():
         from ..results.compare import compare as run_all
 
@@ -148,18 +148,20 @@ def _watched_by(observer: Observer) -> "TrainIn":
 def report(folders: Sequence[Path], out: Path, reference: str | None, title: str) -> Comparison:
     """Write tables, a picture and a page about finished runs. UserError: ``out`` is unusable."""
     from ..results import page, plots, summary
-    from ..results.runs import by_arm, collect, write_csv
+    from ..results.runs import by_arm, collect_runs, write_csv
 
-    runs = collect(list(folders))
+    runs = collect_runs(list(folders))
     arms = by_arm(runs)
     if reference is not None and reference not in arms:
         raise UserError(f"--reference {reference}: no such arm; there are {', '.join(arms)}")
     _make_folder(out)
-    rows = summary.summary(runs, reference)
+    rows = summary.summarize(runs, reference)
     write_csv(runs, out / "report.csv")
-    (out / "report.md").write_text(summary.markdown(rows), encoding="utf-8")
-    (out / "report.html").write_text(page.page(runs, rows, reference, title), encoding="utf-8")
-    (out / "report.png").write_bytes(plots.png(plots.draw_report(runs, title)))
+    (out / "report.md").write_text(summary.markdown_table(rows), encoding="utf-8")
+    (out / "report.html").write_text(
+        page.render_page(runs, rows, reference, title), encoding="utf-8"
+    )
+    (out / "report.png").write_bytes(plots.encode_png(plots.draw_report(runs, title)))
     document = {"out": str(out), "runs": len(runs), "reference": reference, "arms": rows}
     return Comparison.read(document)
 

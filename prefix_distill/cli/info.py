@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..display import tell
+from ..display import print_line
 from . import pages
 from .app import app
 
@@ -22,7 +22,7 @@ def environment() -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             entries = value
         for entry in entries:
-            tell(f"{name}: {_describe(entry)}")
+            print_line(f"{name}: {_describe(entry)}")
     print(json.dumps(document))
 
 

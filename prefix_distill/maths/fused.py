@@ -321,7 +321,9 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     if forward:
         names.append("forward_kl")
     facts = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
-    four = math.ceil(support * 4 / 3)  # as many tables are alive, where ``chunk`` counts three
+    four = math.ceil(
+        support * 4 / 3
+    )  # as many tables are alive, where ``rows_per_chunk`` counts three
     size = max(1, min(terms.chunk(four, student_head.softcap is not None), count))
     tables = [torch.empty(size, support, device=device) for _ in range(4)]
     student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)

@@ -115,7 +115,7 @@ def _render(
     config: Config, model: Model, prompts: PromptSet
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
     """Return each problem with the token ids of its prompt."""
-    begin = templates.begin_ids(model, config.rollout.begin)
+    begin = templates.encode_begin(model, config.rollout.begin)
     rendered = []
     for prompt in prompts.prompts:
         ids = templates.render(
@@ -123,7 +123,7 @@ def _render(
             prompt,
             config.data.template,
             thinking=config.data.student_thinking,
-            separator=templates.glue(config.data),
+            separator=templates.answer_separator(config.data),
         )
         rendered.append((prompt, (*ids, *begin)))
     return rendered

@@ -190,7 +190,7 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(tensors[name])
-    return model, card.of_checkpoint(config, step)
+    return model, card.make_checkpoint_card(config, step)
 
 
 def _shapes(tensors: dict) -> dict[str, torch.Size]:

@@ -22,7 +22,7 @@ def full_cost(run: Run, progress: Progress, steps: range) -> float:
     """
     config, total = run.config, 0.0
     for step in steps:
-        prompts = stream.batch(
+        prompts = stream.prompts_of_step(
             run.problems.train, step, config.train.batch_size, config.runtime.seed
         )
         total += run.update_cost(prompts, _length_at(progress.evaluations, step))

@@ -19,7 +19,7 @@ from ..maths import intervals
 from ..maths.seeds import seed_of
 from ..maths.weights import quadrants
 from ..prompts.prompt import Rendered
-from .card import card
+from .card import make_card
 from .state import State
 from .tails import (
     TokenValues,
@@ -308,7 +308,7 @@ class Monitor:
             "kl": intervals.token_mean(values),
         }
         if self.run.place.first:
-            text = card(self.run, progress, progress.best)
+            text = make_card(self.run, progress, progress.best)
             self.state.folder.save_model("best", self.run.pair.student, text)
 
 

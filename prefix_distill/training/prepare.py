@@ -26,7 +26,7 @@ def prepare(config: Config) -> Run:
 
     UserError, one line: an option, a file or a model would make the run wrong or impossible.
     """
-    trackers.check(config)
+    trackers.check_packages(config)
     notes = Notes()
     config = fill_in(config, notes)
     sets = load_prompt_sets(config, notes)
@@ -107,7 +107,7 @@ def _describe_chunks(config: Config, pair: Pair, terms: Terms) -> str:
         rows = terms.chunk(columns, pair.student.head().softcap is not None)
     else:
         columns = pair.shared_support.columns
-        rows = simct.chunk(terms, columns)
+        rows = simct.rows_per_chunk(terms, columns)
     return (
         f"the loss runs in chunks of {rows:,} rows: --head-memory-mb "
         f"{config.runtime.head_memory_mb} holds that many float32 tables of {columns:,} columns"

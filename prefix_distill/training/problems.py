@@ -14,7 +14,7 @@ from ..engine.scoring import Scorer
 from ..errors import UserError
 from ..prompts import stream, templates
 from ..prompts.prompt import PromptSet, Rendered
-from ..prompts.stream import mixed, shuffled
+from ..prompts.stream import mix, shuffle
 from ..prompts.templates import PRIVILEGED
 from .pair import as_preflight_error, describe_tokens
 from .prompt_sets import PromptSets
@@ -127,17 +127,17 @@ def render_training_prompts(
     seed = config.runtime.seed
     by_set: list[list[Rendered]] = []
     dropped: list[int] = []
-    for s, share in zip(sets.train, stream.shares(sets.weights, count), strict=True):
+    for s, share in zip(sets.train, stream.count_slots(sets.weights, count), strict=True):
         rendered: list[Rendered] = []
         dropped_of_set = 0
         if share:
-            order = s.prompts if s.streamed else shuffled(s.prompts, seed, "epoch", 0)
+            order = s.prompts if s.streamed else shuffle(s.prompts, seed, "epoch", 0)
             rendered, dropped_of_set = templates.render_all(order, *models, config, share)
         by_set.append(rendered)
         dropped.append(dropped_of_set)
     prompts = by_set[0]
     if len(sets.train) > 1:
-        prompts = mixed(by_set, sets.weights, count, seed)
+        prompts = mix(by_set, sets.weights, count, seed)
     return RenderedSets(stream=prompts, by_set=by_set, dropped=dropped)
 
 
@@ -150,7 +150,7 @@ def _count_extrapolation_prompts(config: Config) -> int:
 def _describe_mixture(sets: PromptSets, kept: list[list[Rendered]], needed: int) -> str:
     """Describe how many training prompts come from each set."""
     total = sum(sets.weights)
-    counts = stream.shares(sets.weights, needed)
+    counts = stream.count_slots(sets.weights, needed)
     parts = []
     for s, prompts, weight, count in zip(sets.train, kept, sets.weights, counts, strict=True):
         distinct = min(count, len(prompts))

@@ -12,7 +12,7 @@ from ..engine.ranks import Interrupt
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import load_plugins
-from .card import card
+from .card import make_card
 from .faults import find_non_finite
 from .folder import RunFolder
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
@@ -241,7 +241,7 @@ class Session:
         """Save the student in model/, and with --merge-adapter the adapter in adapter/."""
         run, progress = self.run, self.state.progress
         cost = full_cost(run, progress, range(progress.step))
-        text = card(run, progress, progress.evaluations[-1], cost)
+        text = make_card(run, progress, progress.evaluations[-1], cost)
         student, merge = run.pair.student, run.config.adapter.merge
         self.folder.save_model("model", student, text, merge)
         if merge:

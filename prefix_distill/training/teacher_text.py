@@ -46,7 +46,7 @@ def wanted_texts(run: Run) -> dict[tuple[int, int], Rendered]:
     size, samples, seed = config.train.batch_size, config.rollout.samples, config.runtime.seed
     wanted = {}
     for step in range(config.train.steps):
-        prompts = stream.batch(run.problems.train, step, size, seed)
+        prompts = stream.prompts_of_step(run.problems.train, step, size, seed)
         for row in sorted(off_policy.rows(step, size * samples, seed)):
             slot, sample = divmod(row, samples)
             rendered = prompts[slot]

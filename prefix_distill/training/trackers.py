@@ -38,7 +38,7 @@ EVALUATION = {
 }
 
 
-def check(config: Config) -> None:
+def check_packages(config: Config) -> None:
     """Raise UserError if the package of a tracker is not installed."""
     for name in configuration.parse_trackers(config.trackers.to):
         if importlib.util.find_spec(name) is None:

@@ -17,7 +17,7 @@ from ..engine.scoring import ForwardPass, Scorer, TokenFacts
 from ..errors import Stopped
 from ..maths.divergence import Terms
 from ..maths.flops import Passes
-from ..maths.weights import Scale, choose, keep, scale, token_weights
+from ..maths.weights import Scale, batch_scale, keep_selection, keep_window, token_weights
 from ..prompts import stream
 from ..prompts.prompt import Rendered
 from . import teacher_text
@@ -76,7 +76,7 @@ class Update:
         self.texts = texts or {}
         if prompts is None:
             config = run.config
-            prompts = stream.batch(
+            prompts = stream.prompts_of_step(
                 run.problems.train, step, config.train.batch_size, config.runtime.seed
             )
         self.prompts = prompts
@@ -183,16 +183,16 @@ class Update:
         method = self.run.method
         key = (self.run.config.runtime.seed, self.step)
         if not method.ranks_window:
-            rollouts = keep(method.window, rollouts, key)
+            rollouts = keep_window(method.window, rollouts, key)
             if not method.ranks_selection:
-                return choose(method.selection, rollouts, key)
+                return keep_selection(method.selection, rollouts, key)
         facts = self._measure_tokens(rollouts)
         if method.ranks_window:
-            rollouts = keep(method.window, rollouts, key, facts)
-        batch_scale = None
+            rollouts = keep_window(method.window, rollouts, key, facts)
+        scale = None
         if method.ranks_selection:
-            batch_scale = self._batch_scale(rollouts, facts)
-        return choose(method.selection, rollouts, key, facts, batch_scale)
+            scale = self._batch_scale(rollouts, facts)
+        return keep_selection(method.selection, rollouts, key, facts, scale)
 
     def _measure_tokens(self, rollouts: list[Rollout]) -> TokenFacts:
         """Return the statistics that rank tokens; keep the forward pass if the loss can reuse it.
@@ -256,7 +256,7 @@ class Update:
         all_entropies = [v for part, _ in parts for v in part]
         if not all_entropies:
             return None
-        return scale(all_entropies, [v for _, part in parts for v in part])
+        return batch_scale(all_entropies, [v for _, part in parts for v in part])
 
     def _micro_batches(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
         """Return this rank's micro-batches.

@@ -170,7 +170,7 @@ def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
         lambda model, requests, *_: [Response((r.key[1],), True) for r in requests],
     )
     monkeypatch.setattr(
-        module.answers, "correct", lambda text, gold, form: graded.append(gold) or text == gold
+        module.answers, "is_correct", lambda text, gold, form: graded.append(gold) or text == gold
     )
     model, said = (
         SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: str(ids[0]))),

@@ -146,13 +146,13 @@ def test_a_row_of_its_schema(name, tmp_path):
     assert prompt.messages == (
         {"role": "user", "content": question + (f"\n\n{instruction}" if instruction else "")},
     )
-    assert answers.reference(prompt.answer) == final
+    assert answers.extract_reference(prompt.answer) == final
     form = found.answer_format or "auto"
-    assert answers.correct(f"I think so. \\boxed{{{final}}}", prompt.answer, form)
-    assert not answers.correct(
+    assert answers.is_correct(f"I think so. \\boxed{{{final}}}", prompt.answer, form)
+    assert not answers.is_correct(
         "I think so. \\boxed{B}", prompt.answer, form
-    ) and not answers.correct("No idea", prompt.answer, form)
-    assert prompt.worked == example and answers.correct(prompt.worked, prompt.answer, form)
+    ) and not answers.is_correct("No idea", prompt.answer, form)
+    assert prompt.worked == example and answers.is_correct(prompt.worked, prompt.answer, form)
     [note] = found.notes
     assert all(
         text in note
@@ -315,8 +315,8 @@ def test_evaluated_rows_of_a_sorted_set_are_spread_over_it(tmp_path):
     ],
 )
 def test_letters(text, letter):
-    assert answers.extract(text, "choice") == letter
-    assert answers.correct(text, "C", "choice") is (letter == "C")
+    assert answers.extract_answer(text, "choice") == letter
+    assert answers.is_correct(text, "C", "choice") is (letter == "C")
 
 
 @pytest.mark.parametrize(

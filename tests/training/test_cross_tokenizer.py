@@ -241,7 +241,7 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
     run = prepared(rollout__off_policy=loss, models__cross_tokenizer="simct")
     written = run.pair.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids
     text = [*written, 1]
-    prompts = stream.batch(run.problems.train, 0, 3, 0)
+    prompts = stream.prompts_of_step(run.problems.train, 0, 3, 0)
     texts = {
         (p.prompt.index, s): {"ids": text, "finished": True} for p in prompts for s in range(2)
     }

@@ -167,7 +167,7 @@ def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeyp
         seen.append([p.detach().clone() for p in student.net.parameters()])
         plain(teacher, student, share)
 
-    monkeypatch.setattr(state, "average", watched)
+    monkeypatch.setattr(state, "average_teacher", watched)
     run = prepared(
         (pair[0], "self"), questions, models__teacher_ema=0.75, schedule__lr=1e-2, **SELF
     )
