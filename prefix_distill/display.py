@@ -91,7 +91,7 @@ class Reporter(Protocol):
     def warn(self, text: str, /) -> None:
         """Show a warning that every rank reports."""
 
-    def own(self, text: str, /) -> None:
+    def warn_on_this_rank(self, text: str, /) -> None:
         """Show a warning that only this rank reports."""
 
     def row(self, row: dict, useful: float, full: float, /) -> None:
@@ -167,7 +167,7 @@ class Display:
         """Show a warning that every rank reports."""
         self.note(f"warning: {text}")
 
-    def own(self, text: str) -> None:
+    def warn_on_this_rank(self, text: str) -> None:
         """Show a warning that only this rank reports, whichever rank it is."""
         self._print(f"warning: {text}")
 

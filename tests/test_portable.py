@@ -121,7 +121,7 @@ def test_no_float64_reaches_a_device(pair, questions, more):
         update = Update(state, 0)
         update.backward(update.select(update.sample()))
         norm = step_optimizer(
-            state.optimizer, run.pair.student.trained, 1e-3, run.config.train.grad_clip
+            state.optimizer, run.pair.student.trainable, 1e-3, run.config.train.grad_clip
         )
     assert norm > 0 and watch.seen == {"update.Update._weight_tensor"}
 

@@ -211,7 +211,8 @@ def test_a_group_of_tokens_by_hand_ours_and_golds():
         units=(Unit(0, 2, 0, 1),),
         spans=True,
     )
-    shared = shared_support(SharedVocabulary((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
+    vocabulary = SharedVocabulary(student=(0,), teacher=(0,), student_eos=(1,), teacher_eos=(1,))
+    shared = shared_support(vocabulary, "simct", "cpu", "cpu")
     _, values, _ = simct.weighted(
         Terms("reverse-kl"),
         shared,

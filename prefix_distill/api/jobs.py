@@ -57,10 +57,10 @@ def train(
     interrupt = Interrupt()
 
     def stop() -> None:
-        interrupt.asked = signal.SIGINT
+        interrupt.received = signal.SIGINT
 
     steps = prepared.config.train.steps
-    with observer.watch(steps, label, prepared.place.first, stop) as reporter:
+    with observer.watch(steps, label, prepared.place.is_first, stop) as reporter:
         return train_in(prepared, folder, resume, label, Watch(reporter, interrupt))
 
 
@@ -102,7 +102,7 @@ def _evaluate(config: Config, settings: Mapping[str, bool], observer: Observer) 
     from ..results.evaluation import evaluate_model
 
     place, notes, document = evaluate_model(config)
-    if place.first:
+    if place.is_first:
         for text in notes:
             observer.note(text)
     return {"document": document, "notes": notes, "warnings": []}
@@ -121,11 +121,11 @@ def _probe(config: Config, settings: Mapping[str, bool], observer: Observer) -> 
     _announce(prepared, observer)
 
     def say(text: str) -> None:
-        if prepared.place.first:
+        if prepared.place.is_first:
             observer.note(text)
 
     document = probe(prepared, say)
-    if prepared.place.first:
+    if prepared.place.is_first:
         folder = RunFolder(Path(str(config.checkpoint.out)))
         folder.create(configuration.as_dict(prepared.config))
         folder.write_json("probe.json", document)
@@ -152,10 +152,10 @@ def _examine(prepared: "Run", samples: int, limit: float | None = None) -> None:
     prepared.checks.extend(checks.examine(prepared, samples, *limits))
     for check in prepared.checks:
         if check.status == "error":
-            raise check_error(check.name, check.found)
+            raise check_error(check.name, check.text)
         reported = ("sampling", "end of text")  # the preparation reports these
         if check.status == "warning" and check.name not in reported:
-            prepared.notes.warnings.append(f"{check.name}: {check.found}")
+            prepared.notes.warnings.append(f"{check.name}: {check.text}")
 
 
 def check_error(name: str, result: str) -> PreflightError | MemoryShortage:
@@ -165,7 +165,7 @@ def check_error(name: str, result: str) -> PreflightError | MemoryShortage:
 
 
 def _announce(prepared: "Run", observer: Observer) -> None:
-    if not prepared.place.first:
+    if not prepared.place.is_first:
         return
     for text in prepared.notes.lines:
         observer.note(text)

@@ -88,7 +88,7 @@ class _LogReporter:
     def warn(self, text: str) -> None:
         log.warning(text)
 
-    own = warn
+    warn_on_this_rank = warn
 
     def row(self, row: dict[str, Any], useful: float, full: float) -> None:
         if self.on_step is None or self.failure is not None:

@@ -62,7 +62,7 @@ def _start(config: Config, observer: Observer, *, resume: bool, dry_run: bool) -
 
     config = settings.name_run_folder(config)
     if not resume:
-        RunFolder(str(config.checkpoint.out)).refuse_if_used()
+        RunFolder(str(config.checkpoint.out)).check_unused()
     return _perform("run", config, observer, resume=resume, dry_run=dry_run)
 
 
@@ -107,7 +107,7 @@ def probe(config: Config, observer: Observer) -> ProbeResult:
     from ..training.folder import RunFolder
 
     out = str(config.checkpoint.out)
-    RunFolder(out).refuse_if_used()
+    RunFolder(out).check_unused()
     return ProbeResult.read(_perform("probe", config, observer)["document"], Path(out))
 
 
@@ -127,7 +127,7 @@ def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict
     """Run the demonstration in a folder; return its rich table and its document."""
     from ..training.folder import RunFolder
 
-    RunFolder(out).refuse_if_used()
+    RunFolder(out).check_unused()
     with quiet.guarded():
         from ..results.demo import demonstrate as run_both
 
@@ -180,14 +180,16 @@ def _make_folder(out: Path) -> None:
         ) from None
 
 
-def export(source: str, config: Config, out: Path | None, form: dict[str, object]) -> ExportResult:
+def export(
+    source: str, config: Config, out: Path | None, choices: dict[str, object]
+) -> ExportResult:
     """Write a model to a folder of its own and push it to the hub if the config says so.
 
-    Without ``out`` the folder ``source`` is only pushed. ``form``: which, dtype and gguf.
+    Without ``out`` the folder ``source`` is only pushed. ``choices``: which, dtype and gguf.
     PushFailed: the folder is complete, but could not be pushed.
     """
-    which, dtype = str(form["which"]), str(form["dtype"])
-    gguf = None if form["gguf"] is None else str(form["gguf"])
+    which, dtype = str(choices["which"]), str(choices["dtype"])
+    gguf = None if choices["gguf"] is None else str(choices["gguf"])
     if out is None and (config.export.push is None or dtype != "auto" or gguf is not None):
         raise UserError(
             "--out: name the folder to write; without it a folder can only be pushed as it is "

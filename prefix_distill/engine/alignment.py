@@ -20,7 +20,7 @@ from .rollout import Rollout, Unit
 from .token_bytes import PROBES, TokenBytes, decode_valid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SharedVocabulary:
     """The shared vocabulary O: paired ids of both sides without EOS, and each side's EOS ids.
 
@@ -33,7 +33,7 @@ class SharedVocabulary:
     teacher_eos: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Alignment:
     """The alignment of a student and a teacher with different tokenizers.
 
@@ -51,7 +51,7 @@ class Alignment:
     positions: int | None = None
 
     @functools.cached_property
-    def shared(self) -> SharedVocabulary:
+    def shared_vocabulary(self) -> SharedVocabulary:
         """Return the shared vocabulary in the order of the student's ids."""
         teacher_id_of = self.teacher.canonical()
         pairs = []
@@ -69,7 +69,7 @@ class Alignment:
             teacher_eos=self.teacher_eos,
         )
 
-    def rollout(self, rollout: Rollout) -> Rollout:
+    def align_rollout(self, rollout: Rollout) -> Rollout:
         """Return the rollout with the teacher's tokens of its text, and with its units.
 
         Units beyond the teacher's last position are dropped.
@@ -92,12 +92,12 @@ class Alignment:
         being valid UTF-8, at a special token, and where the teacher's tokenizer changes it.
         """
         body = _without_eos(ids, finished)
-        data, ends = self.student.read(body)
+        data, ends = self.student.decode(body)
         text = decode_valid(data)
         teacher_ids = written
         if teacher_ids is None:
             teacher_ids = self.teacher.encode(text)
-        teacher_data, teacher_ends = self.teacher.read(teacher_ids)
+        teacher_data, teacher_ends = self.teacher.decode(teacher_ids)
         common = _common_length(text.encode(), teacher_data)
         tokens_until = _count_tokens(ends, common)
         teacher_tokens_until = _count_tokens(teacher_ends, common)
@@ -141,7 +141,7 @@ class Alignment:
         If the text is cut, the last token is left out.
         """
         body = _without_eos(ids, finished)
-        data, ends = self.teacher.read(body)
+        data, ends = self.teacher.decode(body)
         text = decode_valid(data)
         student_ids = self.student.encode(text)
         if finished and len(ends) == len(body) and len(text.encode()) == len(data):
@@ -209,7 +209,7 @@ def match_tokenizers(student: Model, teacher: Model, mode: str) -> tuple[Alignme
         teacher_eos=_order_eos(teacher),
         positions=teacher.positions,
     )
-    common = len(alignment.shared.student)
+    common = len(alignment.shared_vocabulary.student)
     if not common:
         raise UserError(
             f"tokenizers: no token of {student.name} has the same bytes as a token of "
@@ -262,7 +262,7 @@ def _check_plain_text(side: TokenBytes) -> None:
     text = side.find_changed_text()
     if text is None:
         return
-    data, _ = side.read(side.encode(text))
+    data, _ = side.decode(side.encode(text))
     raise UserError(
         f"model {side.name}: its tokenizer changes the text {text!r} to {decode_valid(data)!r}, so "
         "it cannot be aligned with another; choose a pair with one tokenizer"

@@ -169,7 +169,13 @@ def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) 
     net.generation_config = GenerationConfig()
     vocabulary = len(net.get_output_embeddings().weight)
     eos = _read_eos(name, generation_config, tokenizer, vocabulary)
-    return Model(name, net.eval().requires_grad_(False), tokenizer, generation_config, eos)
+    return Model(
+        name=name,
+        net=net.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        eos=eos,
+    )
 
 
 def _check_finite(model: Model) -> None:
@@ -364,7 +370,7 @@ def check_head(model: Model) -> float:
     """
     ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
     ours = model.head().logits(model.trunk(ids)[0])
-    with model.form():
+    with model.adapter_context():
         output = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     theirs = output.logits[0, :, : model.support].float().to(ours.device)
     if not torch.isfinite(theirs).all():

@@ -34,7 +34,7 @@ FEW_ROWS = 64  # most input rows for which _ColumnsFirst computes W·xᵀ
 LARGE_WEIGHT = 1 << 16  # fewest weight elements for which it replaces a linear layer
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Model:
     """A causal language model in two parts, so that the head can run on taught positions only.
 
@@ -77,7 +77,7 @@ class Model:
         return sum(p.numel() for p in self.net.parameters())
 
     @property
-    def trained(self) -> dict[str, Parameter]:
+    def trainable(self) -> dict[str, Parameter]:
         """Return the parameters that an update changes, by name."""
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
@@ -94,7 +94,7 @@ class Model:
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
-    def reads_once(self) -> bool:
+    def encodes_prompt_once(self) -> bool:
         """Return whether scoring and training run a prompt once for all its samples.
 
         With gradient checkpointing they do not, because a layer that fills the KV cache cannot run
@@ -107,7 +107,7 @@ class Model:
 
         There is no mask: padding lies on the right, where causal attention hides it.
         """
-        with self.form(), self._checkpointing():
+        with self.adapter_context(), self._checkpointing():
             output = self.net.get_decoder()(input_ids=ids_BT, use_cache=False)
         return output.last_hidden_state.to(self.device)
 
@@ -122,7 +122,7 @@ class Model:
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
         trunk = self.net.get_decoder()
         cache_argument = {name_cache_argument(trunk.forward): cache}
-        with self.form():
+        with self.adapter_context():
             output = trunk(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -132,7 +132,7 @@ class Model:
             )
         return output.last_hidden_state.to(self.device), read_cache(output)
 
-    def form(self) -> contextlib.AbstractContextManager[None]:
+    def adapter_context(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which ``net`` runs: it disables the adapter if ``adapter_off``."""
         if self.adapter_off:
             return adapter.disable(self.net)

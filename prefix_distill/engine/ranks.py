@@ -27,14 +27,14 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Interrupt:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into a stop request, stored in ``asked``.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a stop request, stored in ``received``.
 
     A second signal has its usual effect. A signal that was ignored before (nohup) stays ignored.
-    Python allows signal handlers in the main thread alone; elsewhere only ``asked`` works.
+    Python allows signal handlers in the main thread alone; elsewhere only ``received`` works.
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self.former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -52,11 +52,11 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
+        self.received = signal.Signals(number)
         self.__exit__()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """The devices, dtypes and ranks of a command, with the reasons of automatic choices.
 
@@ -73,7 +73,7 @@ class Place:
     store: dist.Store | None = None
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Return whether this is the rank that writes and prints."""
         return self.rank == 0
 
@@ -83,7 +83,7 @@ class Place:
             device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
 
-    def total(self, value: float) -> float:
+    def sum(self, value: float) -> float:
         """Return the sum of ``value`` over all ranks (float64, equal on every rank)."""
         return sum(self.gather(value))
 
@@ -92,15 +92,15 @@ class Place:
         if self.world == 1:
             return [value]
         values = [None] * self.world
-        with self.meeting():
+        with self.collective():
             dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank has reached this call."""
         self.gather(None)
 
-    def differing(self, tensors: dict[str, torch.Tensor]) -> tuple[int, str] | None:
+    def find_difference(self, tensors: dict[str, torch.Tensor]) -> tuple[int, str] | None:
         """Return rank and name of the first tensor that differs from rank 0's; else None.
 
         It compares the sum of each tensor's bits, which are read as integers.
@@ -119,7 +119,7 @@ class Place:
         return None
 
     @contextlib.contextmanager
-    def meeting(self) -> Iterator[None]:
+    def collective(self) -> Iterator[None]:
         """Run a collective in the ``with`` block; if it fails, Stopped names the missing ranks."""
         if self.store is None:
             yield

@@ -123,7 +123,7 @@ class TokenBytes:
         """Return the ids of ``text`` as a continuation."""
         return tuple(self.core.encode(text, add_special_tokens=False).ids)
 
-    def read(self, ids: Iterable[int]) -> tuple[bytes, list[int]]:
+    def decode(self, ids: Iterable[int]) -> tuple[bytes, list[int]]:
         """Return the bytes of ``ids``, and the end of each id in them.
 
         It stops before the first id without bytes.
@@ -168,7 +168,7 @@ class TokenBytes:
         A text that ends at a character without a token counts as unchanged.
         """
         for text in PROBES:
-            data, _ = self.read(self.encode(text))
+            data, _ = self.decode(self.encode(text))
             if not text.encode().startswith(data):
                 return text
         return None

@@ -211,11 +211,11 @@ def sketch(
             wrapper = attach(net, settings.adapter, 0, name)
     _replace_by_ghosts(net)
     model = Model(
-        name,
-        net,
-        None,  # type: ignore[arg-type]  # a sketch needs no tokenizer
-        GenerationConfig(),
-        frozenset(),
+        name=name,
+        net=net,
+        tokenizer=None,  # type: ignore[arg-type]  # a sketch needs no tokenizer
+        generation_config=GenerationConfig(),
+        eos=frozenset(),
         shares_prompts=True,
         adapter=wrapper,
     )

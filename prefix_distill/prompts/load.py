@@ -159,16 +159,16 @@ def _make_set(
 ) -> PromptSet:
     """Return the prompts with the properties of their task."""
     if source.is_embedded:
-        elsewhere = {"test": (source.location, "test")}
+        other_splits = {"test": (source.location, "test")}
         if split != "train":
-            elsewhere["examples"] = (source.location, "train")
+            other_splits["examples"] = (source.location, "train")
         return PromptSet(
             source.text,
             prompts,
             answer_format="hash",
             max_new_tokens=MAX_NEW_TOKENS,
             privileged_template="{solution} {problem}",
-            elsewhere=elsewhere,
+            other_splits=other_splits,
             notes=notes,
         )
     answer_format = None
@@ -178,7 +178,7 @@ def _make_set(
         source.text,
         prompts,
         answer_format=answer_format,
-        elsewhere=_other_splits(source, split),
+        other_splits=_other_splits(source, split),
         notes=notes,
     )
 

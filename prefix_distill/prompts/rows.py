@@ -43,7 +43,7 @@ class RowFormat:
     - ``prompt_template``: the user's turn with {prompt} and {COLUMN} fields.
     - ``seed``: the seed of samples of rows, of the order of streamed rows and of options.
     - ``streaming``: whether rows are read on demand.
-    - ``worked``: whether prompts keep their solution, to serve as few-shot examples.
+    - ``keep_solutions``: whether prompts keep their solution, to serve as few-shot examples.
     """
 
     prompt_column: str | None = None
@@ -54,7 +54,7 @@ class RowFormat:
     prompt_template: str | None = None
     seed: int = 0
     streaming: bool = False
-    worked: bool = False
+    keep_solutions: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class PromptBuilder:
         if self.row_format.system:
             messages.insert(0, {"role": "system", "content": self.row_format.system})
         worked = None
-        if self.row_format.worked:
+        if self.row_format.keep_solutions:
             worked = self._worked_solution(row, closing, answer)
         contents = [message["content"] for message in messages]
         for text in (*contents, answer, privileged, worked):
@@ -133,7 +133,7 @@ class PromptBuilder:
             answer,
             privileged=privileged,
             around=(before, after),
-            worked=worked,
+            worked_solution=worked,
         )
 
     def _problem_and_answer(self, index: int, row: Row) -> tuple[Any, Any]:

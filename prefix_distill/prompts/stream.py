@@ -158,16 +158,16 @@ def take_examples(
         prompts = replace(prompts, prompts=rest)
     turns: list[Message] = []
     for prompt in shown:
-        assert prompt.worked is not None  # `_with_solution` requires it
+        assert prompt.worked_solution is not None  # `_with_solution` requires it
         turns += itertools.filterfalse(_is_system, prompt.messages)
-        turns.append({"role": "assistant", "content": prompt.worked})
+        turns.append({"role": "assistant", "content": prompt.worked_solution})
     return prompts, tuple(turns)
 
 
 def _with_solution(prompts: Iterable[Prompt], excluded: set[str]) -> Iterator[Prompt]:
     """Yield the prompts that have a solution and whose problem is not ``excluded``."""
     for prompt in prompts:
-        if prompt.worked is not None and prompt.problem not in excluded:
+        if prompt.worked_solution is not None and prompt.problem not in excluded:
             yield prompt
 
 

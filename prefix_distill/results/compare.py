@@ -226,8 +226,8 @@ def compare(arms: Arms, out: Path, train_in: TrainIn, say: Callable[[str], None]
                 "of that comparison, or name another folder"
             )
     else:
-        folder.refuse_if_used()
-    with folder.alone():
+        folder.check_unused()
+    with folder.lock():
         if not (out / ARMS_FILE).is_file():
             folder.write_json(ARMS_FILE, asked)
         jobs = _Jobs(arms=arms, out=out, train_in=train_in, say=say)

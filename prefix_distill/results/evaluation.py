@@ -66,7 +66,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
             limits,
             GenerationCost(meter=Meter(clock)),
         )
-    if where.first:
+    if where.is_first:
         files.write_rows(out, score.records)
     document = {
         "model": name,

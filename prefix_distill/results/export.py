@@ -180,8 +180,8 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
         model = loading.add_adapter(model, config.adapter, 0)
     weights = dict(model.net.named_parameters())
     if model.adapter is not None:
-        weights = model.trained
-    tensors = folder.student(step)
+        weights = model.trainable
+    tensors = folder.read_student(step)
     if _shapes(tensors) != _shapes(weights):
         raise UserError(
             f"run folder {source.name}: the weights of that checkpoint do not have the names and "

@@ -75,7 +75,7 @@ class Monitor:
         records = measured.pop("records")
         rows = [_describe_rollout(r) for r in self.contexts]
         self.before = {**measured, "rollouts": rows}
-        if self.run.place.first:
+        if self.run.place.is_first:
             self.state.folder.write_json("before.json", self.before)
             self.state.folder.write_rows("examples-before.jsonl", records)
 
@@ -206,7 +206,7 @@ class Monitor:
         row["sampler_kl"] = gap
         if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
             progress.evaluations.append(row)
-            if run.place.first and score is not None and score.accuracy:
+            if run.place.is_first and score is not None and score.accuracy:
                 right = {"step": progress.step, "right": score.right()}
                 self.state.folder.append("scores.jsonl", right)
         self._keep_best(progress.step, row["accuracy"], values)
@@ -307,7 +307,7 @@ class Monitor:
             "accuracy": accuracy,
             "kl": intervals.token_mean(values),
         }
-        if self.run.place.first:
+        if self.run.place.is_first:
             text = make_card(self.run, progress, progress.best)
             self.state.folder.save_model("best", self.run.pair.student, text)
 

@@ -73,7 +73,7 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     if alignment is not None:
         config = check_alignment(config, notes)
         support = shared_support(
-            alignment.shared, alignment.mode, where.device, where.teacher_device
+            alignment.shared_vocabulary, alignment.mode, where.device, where.teacher_device
         )
     _check_forward_pass("student", student, notes)
     _check_forward_pass("teacher", teacher, notes)
@@ -124,7 +124,7 @@ def _load_student(config: Config) -> tuple[Model, Place]:
 
 def _add_adapter(config: Config, student: Model, where: Place, notes: Notes) -> Model:
     student = loading.add_adapter(student, config.adapter, config.runtime.seed)
-    trained = sum(p.numel() for p in student.trained.values())
+    trained = sum(p.numel() for p in student.trainable.values())
     notes.note(
         f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {trained:,} parameters "
         f"train, {student.parameters - trained:,} are frozen in {str(where.dtype)[6:]}"

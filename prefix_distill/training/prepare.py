@@ -104,7 +104,7 @@ def _describe_chunks(config: Config, pair: Pair, terms: Terms) -> str:
     """Describe how many rows the loss handles at once."""
     if pair.shared_support is None:
         columns = settled(pair.student.support, "the student's support")
-        rows = terms.chunk(columns, pair.student.head().softcap is not None)
+        rows = terms.rows_per_chunk(columns, pair.student.head().softcap is not None)
     else:
         columns = pair.shared_support.columns
         rows = simct.rows_per_chunk(terms, columns)

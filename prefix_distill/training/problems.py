@@ -79,8 +79,10 @@ def settle_privileged_template(config: Config, sets: PromptSets) -> Config:
     """Return the config with a privileged template: the data sets' own, if they have the same."""
     if config.data.privileged_column is None or config.data.privileged_template is not None:
         return config
-    own = {s.privileged_template for s in sets.train}
-    template = own.pop() if len(own) == 1 else None
+    privileged_templates = {s.privileged_template for s in sets.train}
+    template = None
+    if len(privileged_templates) == 1:
+        template = privileged_templates.pop()
     return configuration.replace(config, data={"privileged_template": template or PRIVILEGED})
 
 
@@ -241,7 +243,7 @@ def _measure_coverage(alignment: Alignment, prompts: list[Rendered], notes: Note
     aligned = []
     for i, ids in enumerate(texts):
         if ids:
-            aligned.append(alignment.rollout(rollout_of(i, (), ids)))
+            aligned.append(alignment.align_rollout(rollout_of(i, (), ids)))
     share = token_shares([count_by_unit(aligned)])
     if share["exact_share"] < 0.5:
         notes.warn(

@@ -39,9 +39,11 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
     few_shot = config.data.few_shot
     train = []
     for k, name in enumerate(names):
-        worked = few_shot > 0 and k == 0
-        form = dataclasses.replace(row_format(config), worked=worked)
-        train.append(load_prompts(name, form, split=config.data.split, part=(k, len(names))))
+        keep_solutions = few_shot > 0 and k == 0
+        row_settings = dataclasses.replace(row_format(config), keep_solutions=keep_solutions)
+        train.append(
+            load_prompts(name, row_settings, split=config.data.split, part=(k, len(names)))
+        )
     for loaded in train:
         notes.note(*loaded.notes)
     wanted = max(config.evaluate.problems, config.evaluate.kl_prompts)
@@ -133,8 +135,8 @@ def _hold_out(
     """
     if count == 0:
         return train, dataclasses.replace(train, prompts=())
-    if "test" in train.elsewhere:
-        name, split = train.elsewhere["test"]
+    if "test" in train.other_splits:
+        name, split = train.other_splits["test"]
         split = config.evaluate.split or split
         held = load_evaluation_prompts(
             name, row_format(config), split=split, limit=count, part=part
@@ -172,8 +174,8 @@ def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
         return _load_evaluated(config, dataset, split, limit, notes)
     first, *others = [name for name, _ in sources.split_sources(dataset)]
     peek = load_evaluation_prompts(first, row_format(config), split=split, limit=1)
-    if "examples" in peek.elsewhere:
-        return _behind_train_rows(config, dataset, peek.elsewhere["examples"], notes)
+    if "examples" in peek.other_splits:
+        return _behind_train_rows(config, dataset, peek.other_splits["examples"], notes)
     if others:
         raise UserError(
             f"--few-shot {config.data.few_shot}: dataset {first} has no other split than the one "
@@ -190,7 +192,7 @@ def _behind_train_rows(
     limit = config.evaluate.problems or None
     prompts = _load_evaluated(config, dataset, config.data.split, limit, notes)
     name, split = source
-    with_solutions = dataclasses.replace(row_format(config), worked=True)
+    with_solutions = dataclasses.replace(row_format(config), keep_solutions=True)
     rows = load_prompts(name, with_solutions, split=split)
     _, turns = take_examples(rows, few_shot, config.runtime.seed, tuple(prompts.prompts))
     _note_examples(few_shot, f"{name}, split {split}", notes)
@@ -200,7 +202,7 @@ def _behind_train_rows(
 def _behind_own_rows(config: Config, name: str, limit: int | None, notes: Notes) -> PromptSet:
     """Return the problems behind examples from the same rows."""
     few_shot = config.data.few_shot
-    with_solutions = dataclasses.replace(row_format(config), worked=True)
+    with_solutions = dataclasses.replace(row_format(config), keep_solutions=True)
     rows = load_evaluation_prompts(name, with_solutions, split=config.data.split)
     notes.note(*rows.notes)
     prompts, turns = take_examples(rows, few_shot, config.runtime.seed)

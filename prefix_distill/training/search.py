@@ -65,7 +65,7 @@ class Search:
     def _keep_displacement(self) -> None:
         """Write the displacement since the last search, if diagnostics are on."""
         state = self.state
-        if not self.settings.diagnostics or not state.run.place.first:
+        if not self.settings.diagnostics or not state.run.place.is_first:
             return
         displacement: dict[str, torch.Tensor] = {}
         for name, p in state.moving.items():

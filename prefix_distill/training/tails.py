@@ -70,12 +70,12 @@ def tail_warning(before: dict, measured: dict, prefix: int) -> str | None:
     It has if the KL of the tail on the fixed contexts rose by more than two standard errors (paired
     by rollout), or if answers end less often: by more than 5 points and two standard errors.
     """
-    reasons = [_describe_kl_rise(before, measured, prefix), _describe_endings(before, measured)]
-    found = [reason for reason in reasons if reason is not None]
-    if not found:
+    changes = [_describe_kl_rise(before, measured, prefix), _describe_endings(before, measured)]
+    reasons = [change for change in changes if change is not None]
+    if not reasons:
         return None
     return (
-        f"after update {measured['step']} the tail gets worse: {' and '.join(found)}"
+        f"after update {measured['step']} the tail gets worse: {' and '.join(reasons)}"
         f"{_describe_exhausted(before, measured, prefix)}; lengthen --prefix, lower --lr or stop "
         "earlier"
     )

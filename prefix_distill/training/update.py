@@ -165,7 +165,7 @@ class Update:
         run = self.run
         if run.pair.alignment is None:
             return
-        if not run.place.total(sum(len(r.taught) for r in rollouts)):
+        if not run.place.sum(sum(len(r.taught) for r in rollouts)):
             raise Stopped(
                 f"update {self.step + 1}: the two tokenizations of its rollouts have no unit of "
                 "text in common, so no token can be taught; lengthen --prefix"
@@ -267,7 +267,7 @@ class Update:
         groups = []
         for off_policy in (False, True):
             same = [r for r in rollouts if r.off_policy is off_policy]
-            groups += micro_batches(same, limits.micro_batch_size, student.reads_once)
+            groups += micro_batches(same, limits.micro_batch_size, student.encodes_prompt_once)
         return groups
 
     # Gradients
@@ -284,7 +284,7 @@ class Update:
         weights, share = token_weights(
             rollouts, run.config.divergence.reduction, run.method.position
         )
-        divisor = run.place.total(share)
+        divisor = run.place.sum(share)
         losses = None
         while losses is None:
             work = functools.partial(self._accumulate, rollouts, weights, divisor)
@@ -347,7 +347,7 @@ class Update:
         meter.ledger.forward(
             "teacher_score",
             pair.teacher_shape,
-            reads(teacher_sides(read), pair.teacher.reads_once),
+            reads(teacher_sides(read), pair.teacher.encodes_prompt_once),
             taught=scoring.teacher_head_rows(pair, group),
         )
 
@@ -364,7 +364,7 @@ class Update:
         meter.ledger.forward(
             "student_update",
             pair.student_shape,
-            reads(student_sides(read), pair.student.reads_once),
+            reads(student_sides(read), pair.student.encodes_prompt_once),
             passes=Passes(count=3, recomputed=pair.student.recomputes),
             taught=taught,
         )
@@ -376,7 +376,7 @@ class Update:
     def _all_reduce(self) -> None:
         """All-reduce the gradients of all ranks, by the backward pass of a zero loss."""
         pair = self.run.pair
-        with self.meter.phase("student_update"), self.run.place.meeting():
+        with self.meter.phase("student_update"), self.run.place.collective():
             self.state.loss(None).backward()
         self.meter.ledger.forward(
             "student_update",

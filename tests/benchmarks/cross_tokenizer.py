@@ -198,7 +198,7 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
         raise SystemExit(f"expected two tokenizers that differ; got: {reason}")
     texts = teacher_texts(sides[1], held, longest)
     ours = [aligned.to_student(r.ids, r.finished) for r in texts]
-    size = sum(len(aligned.student.read(ids)[0]) for ids in ours)
+    size = sum(len(aligned.student.decode(ids)[0]) for ids in ours)
     before = likelihood(sides[0], held, ours, size)
     for mode in arguments.modes:
         trained = load(out / mode / "model")

@@ -161,8 +161,8 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
     watch, phases = Watch(), []
 
     class Folder(RunFolder):
-        def save(self, step, *state):
-            super().save(step, *state)
+        def save_checkpoint(self, step, *state):
+            super().save_checkpoint(step, *state)
             if step == 0:  # the last thing before the first update
                 watch.start()
 

@@ -169,7 +169,13 @@ TEXTS = st.one_of(
 
 
 def aligned(ours: str, theirs: str, mode: str = "simct") -> Alignment:
-    return Alignment(mode, in_bytes(ours), in_bytes(theirs), (10**6,), (10**6 + 1,))
+    return Alignment(
+        mode=mode,
+        student=in_bytes(ours),
+        teacher=in_bytes(theirs),
+        student_eos=(10**6,),
+        teacher_eos=(10**6 + 1,),
+    )
 
 
 @pytest.mark.parametrize("ours, theirs", PAIRS)
@@ -192,7 +198,7 @@ def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(
         # tokens
     ):
         single = sides[0].canonical()
-        data = sides[0].read(ids)[0]
+        data = sides[0].decode(ids)[0]
         ids = (
             tuple(single[data[i : i + 1]] for i in range(len(data)))
             if all(data[i : i + 1] in single for i in range(len(data)))
@@ -201,8 +207,8 @@ def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(
     ids = ids[:cut]
     pair = aligned(ours, theirs)
     teacher_ids, units = pair.align(ids, False)
-    data, ends = sides[0].read(ids)
-    there, their_ends = sides[1].read(teacher_ids)
+    data, ends = sides[0].decode(ids)
+    there, their_ends = sides[1].decode(teacher_ids)
     ends, their_ends = [0, *ends], [0, *their_ends]
     at = (0, 0)
     for u in units:
@@ -237,8 +243,8 @@ def test_a_finished_text_is_tiled_to_its_end_of_sequence(ours, theirs, text):
     ids = sides[0].encode(text)
     teacher_ids, units = aligned(ours, theirs).align((*ids, 10**6), True)
     whole = all(
-        side.read(side.encode(text))[0] == text.encode()
-        and len(side.read(side.encode(text))[1]) == len(side.encode(text))
+        side.decode(side.encode(text))[0] == text.encode()
+        and len(side.decode(side.encode(text))[1]) == len(side.encode(text))
         for side in sides
     )
     if whole:
@@ -262,7 +268,7 @@ def test_bytes_are_those_that_the_tokenizers_own_offsets_point_at(name, text):
     side = in_bytes(name)
     encoding = side.core.encode(text, add_special_tokens=False)
     normalised = side.core.normalizer.normalize_str(text) if side.core.normalizer else text
-    data, ends = side.read(encoding.ids)
+    data, ends = side.decode(encoding.ids)
     if len(ends) < len(encoding.ids) or unicodedata.normalize("NFC", text) != text or "▁" in text:
         return  # unknown to this tokenizer, or normalised: see the test of cuts
     assert data == text.encode() and normalised.replace("▁", " ") == text
@@ -284,7 +290,13 @@ def test_the_cases_worked_by_hand():
         return TokenBytes(wrapped(Tokenizer(models.WordLevel(ids, unk_token="</s>"))), "words")
 
     def units(ours, theirs, ids, teacher_ids, finished, mode="simct"):  # noqa: PLR0913  the operands of an alignment
-        pair = Alignment(mode, words(*ours), words(*theirs), (99,), (98,))
+        pair = Alignment(
+            mode=mode,
+            student=words(*ours),
+            teacher=words(*theirs),
+            student_eos=(99,),
+            teacher_eos=(98,),
+        )
         return pair.align((*ids, 99) if finished else ids, finished, written=teacher_ids)
 
     hap, ha = ("hap", "py", " now"), ("ha", "pp", "y", " now")
@@ -327,19 +339,21 @@ def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned()
 
     smile = "a 😀".encode()
     teacher_ids, units = pair.align(ids(smile[:-1]), False)  # cut inside the character
-    assert pair.teacher.read(teacher_ids)[0] == b"a " and all(u.start + u.size <= 2 for u in units)
+    assert pair.teacher.decode(teacher_ids)[0] == b"a " and all(
+        u.start + u.size <= 2 for u in units
+    )
     teacher_ids, units = pair.align(ids(b"a \xff b"), False)  # a byte that is no text
-    assert pair.teacher.read(teacher_ids)[0] == b"a "
+    assert pair.teacher.decode(teacher_ids)[0] == b"a "
     special = 256  # <p>, which has no text
     teacher_ids, units = pair.align((*ids(b"now "), special, *ids(b"now")), False)
-    assert pair.teacher.read(teacher_ids)[0] == b"now "
+    assert pair.teacher.decode(teacher_ids)[0] == b"now "
     assert (
         pair.align((*ids(b"now"), special, 10**6), True)[0][-1] != 10**6 + 1
     )  # its end is not the end of both
     decomposed = "cafe\u0301 now".encode()  # the teacher composes é
     teacher_ids, units = pair.align((*ids(decomposed), 10**6), True)
     assert (
-        pair.teacher.read(teacher_ids)[0] in (b"c", b"ca", b"caf")
+        pair.teacher.decode(teacher_ids)[0] in (b"c", b"ca", b"caf")
         and max(u.start + u.size for u in units) <= 3
     )
     found = token_shares(
@@ -368,7 +382,7 @@ def test_shared_tokens_have_equal_bytes_and_are_those_the_tokenizers_write():
         pair = aligned(ours, theirs)
         if not set(pair.student.canonical()) & set(pair.teacher.canonical()):
             continue
-        shared = pair.shared
+        shared = pair.shared_vocabulary
         assert (
             len(set(shared.student))
             == len(shared.student)
@@ -399,11 +413,11 @@ def letter_byte(side: TokenBytes, piece: bytes) -> int:
 def test_nothing_is_put_in_front_and_specials_as_text_stay_text(name):
     side = in_bytes(name)
     for text in ("25:14", "5"):
-        assert side.read(side.encode(text))[0] == text.encode()
+        assert side.decode(side.encode(text))[0] == text.encode()
     if "characters" not in name and name != "Unigram":
         for special in ("</s>", "<|endoftext|>", "<e>"):
             ids = side.encode(f"a{special}b")
-            assert side.read(ids)[0] == f"a{special}b".encode() and None not in [
+            assert side.decode(ids)[0] == f"a{special}b".encode() and None not in [
                 side.table[i] for i in ids
             ]
 
@@ -414,11 +428,11 @@ def model(
     tokenizer = tokenizer or FAMILIES[name]()
     size = max(tokenizer.get_vocab().values()) + 1
     return Model(
-        name,
-        tiny_net("llama", vocabulary=rows or size),
-        tokenizer,
-        GenerationConfig(),
-        eos or frozenset({tokenizer.eos_token_id}),
+        name=name,
+        net=tiny_net("llama", vocabulary=rows or size),
+        tokenizer=tokenizer,
+        generation_config=GenerationConfig(),
+        eos=eos or frozenset({tokenizer.eos_token_id}),
     )
 
 
@@ -447,8 +461,13 @@ def test_which_path_a_pair_takes_and_why():
     # with itself
     theirs = model("renamed", renamed, eos=frozenset({260}))
     found, reason = match_tokenizers(model("bytes"), theirs, "strict")
-    assert found is not None and found.shared.student == found.shared.teacher == tuple(range(256))
-    assert found.shared.student_eos == (257,) and found.shared.teacher_eos == (260,)
+    assert (
+        found is not None
+        and found.shared_vocabulary.student == found.shared_vocabulary.teacher == tuple(range(256))
+    )
+    assert found.shared_vocabulary.student_eos == (
+        257,
+    ) and found.shared_vocabulary.teacher_eos == (260,)
     # different ones: aligned, or refused with the reason
     found, reason = match_tokenizers(model("bytes"), model("SentencePiece BPE"), "simct")
     assert (
@@ -469,7 +488,7 @@ def test_the_end_that_is_written_is_the_tokenizers_own_and_nothing_shared_is_ref
         -1
     ] == 257 and found.teacher_eos == (1, 0)
     assert (
-        found.shared.student_eos == (257, 256)
+        found.shared_vocabulary.student_eos == (257, 256)
         and found.align((*found.student.encode("now"), 256), True)[1][-1].exact
     )
     letters = [
@@ -502,12 +521,12 @@ def test_the_teachers_text_in_the_students_tokens(text, size):
     still change left out."""
     pair = aligned("byte-level BPE", "SentencePiece BPE")
     ids = pair.teacher.encode(text)
-    data = pair.teacher.read(ids)[0]
+    data = pair.teacher.decode(ids)[0]
     ours = pair.to_student((*ids, 10**6 + 1), True)
     if unicodedata.normalize("NFC", text) == text and "▁" not in text:
-        assert ours[-1] == 10**6 and pair.student.read(ours)[0] == text.encode() == data
-    cut = pair.student.read(pair.to_student(ids[:size], False))[0]
-    assert pair.student.read(pair.student.encode(data.decode()))[0].startswith(cut)
+        assert ours[-1] == 10**6 and pair.student.decode(ours)[0] == text.encode() == data
+    cut = pair.student.decode(pair.to_student(ids[:size], False))[0]
+    assert pair.student.decode(pair.student.encode(data.decode()))[0].startswith(cut)
 
 
 def read_alone(net, prompt, ids):
@@ -534,9 +553,11 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
     texts = ["She has 48 + 345 = 393 apples, i.e. 12.5%.", "48/2 = 24 clips.\nTotal: 48+24 = 72."]
     prompts = (5, 6, 7), (8, 9)  # the student's and the teacher's
     for name in REAL:
-        pair = Alignment("simct", side, in_bytes(name), (2,), (0,))
+        pair = Alignment(
+            mode="simct", student=side, teacher=in_bytes(name), student_eos=(2,), teacher_eos=(0,)
+        )
         rollouts = [
-            pair.rollout(
+            pair.align_rollout(
                 dataclasses.replace(
                     rollout_of(i, prompts[0], (*side.encode(t), 2), finished=True),
                     teacher_prompt=prompts[1],
@@ -548,13 +569,19 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
         assert (
             found["dropped_share"] == 0
             and 0.05 < found["span_share"] < 0.6
-            and len(pair.shared.student) > 20_000
+            and len(pair.shared_vocabulary.student) > 20_000
         )
         assert any(
             u.size > 1 and u.teacher_size == 1 for r in rollouts for u in r.units
         )  # digits that the teacher merges
         student, teacher = (
-            Model("m", tiny_net(kind, vocabulary=len(x.table), seed=seed), None, None, frozenset())
+            Model(
+                name="m",
+                net=tiny_net(kind, vocabulary=len(x.table), seed=seed),
+                tokenizer=None,
+                generation_config=None,
+                eos=frozenset(),
+            )
             for seed, (kind, x) in enumerate((("llama", pair.student), ("neox", pair.teacher)))
         )
         student.net.requires_grad_(True)
@@ -565,7 +592,7 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
         of = units_of(rollouts)
         loss, values, _ = simct.weighted(
             Terms("reverse-kl", memory_bytes=8 << 20),
-            shared_support(pair.shared, "simct", "cpu", "cpu"),
+            shared_support(pair.shared_vocabulary, "simct", "cpu", "cpu"),
             of,
             hidden,
             student.head(),
@@ -582,7 +609,13 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
         ]
         heads = [Head(m.net.get_output_embeddings().weight) for m in (student, teacher)]
         expected = by_the_book(
-            Terms("reverse-kl"), pair.shared, rollouts, sides[0], heads[0], sides[1], heads[1]
+            Terms("reverse-kl"),
+            pair.shared_vocabulary,
+            rollouts,
+            sides[0],
+            heads[0],
+            sides[1],
+            heads[1],
         )
         torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-5)
         expected.sum().backward()

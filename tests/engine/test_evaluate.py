@@ -20,7 +20,15 @@ from prefix_distill.engine.scoring import Scorer
 from prefix_distill.maths import intervals
 from prefix_distill.prompts.prompt import Prompt
 
-PLACE = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
+PLACE = Place(
+    device=torch.device("cpu"),
+    teacher_device=torch.device("cpu"),
+    dtype=torch.float32,
+    head_dtype=torch.float32,
+    rank=0,
+    world=1,
+    reasons=(),
+)
 
 
 def limits(place=PLACE):
@@ -96,7 +104,16 @@ def models():
         def decode(self, ids, skip_special_tokens):
             return " ".join(map(str, ids))
 
-    return [Model("m", tiny_net("llama", seed), Words(), None, frozenset({257})) for seed in (1, 2)]
+    return [
+        Model(
+            name="m",
+            net=tiny_net("llama", seed),
+            tokenizer=Words(),
+            generation_config=None,
+            eos=frozenset({257}),
+        )
+        for seed in (1, 2)
+    ]
 
 
 def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):

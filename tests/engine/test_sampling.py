@@ -27,7 +27,14 @@ def requests(count=7):
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
 def model(request):
-    return Model("m", tiny_net(request.param), None, None, EOS, shares_prompts=True)
+    return Model(
+        name="m",
+        net=tiny_net(request.param),
+        tokenizer=None,
+        generation_config=None,
+        eos=EOS,
+        shares_prompts=True,
+    )
 
 
 def test_a_draw_does_not_depend_on_the_batch(model):
@@ -171,7 +178,12 @@ def test_the_decoding_network_is_the_student_behind_other_matmuls():
     """The same parameters, the same log-probabilities, the same draws; a step of the optimizer
     reaches it by itself."""
     student = Model(
-        "m", tiny_net("llama", width=256).requires_grad_(True), None, None, EOS, shares_prompts=True
+        name="m",
+        net=tiny_net("llama", width=256).requires_grad_(True),
+        tokenizer=None,
+        generation_config=None,
+        eos=EOS,
+        shares_prompts=True,
     )
     decoding = make_decoder(student, torch.float32)
     assert decoding.net is not student.net and any(

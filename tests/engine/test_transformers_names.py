@@ -135,7 +135,13 @@ def silence():
 @pytest.fixture(params=KINDS)
 def model(request):
     """Return a tiny model of the installed transformers."""
-    return Model(request.param, tiny_net(request.param), None, None, frozenset({257}))
+    return Model(
+        name=request.param,
+        net=tiny_net(request.param),
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset({257}),
+    )
 
 
 def test_the_installed_forward_continues_a_cache(model, silence):

@@ -455,7 +455,7 @@ def trained(pair, questions, folder, **changes):
     files.create({})
     files.write_json("run.json", {})
     result = Session(run, files, Silent()).train()
-    return run, first, result, files.latest(lambda text: None)[1]
+    return run, first, result, files.read_latest_checkpoint(lambda text: None)[1]
 
 
 def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tmp_path):

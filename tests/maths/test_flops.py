@@ -33,7 +33,14 @@ DECODING = pytest.mark.parametrize(
 def model(request):
     net = tiny_net(request.param, width=64)
     net.config._attn_implementation = "eager"
-    return Model("m", net, None, None, frozenset({257}), shares_prompts=True)
+    return Model(
+        name="m",
+        net=net,
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset({257}),
+        shares_prompts=True,
+    )
 
 
 def cost_in(ledger, shape):
@@ -132,7 +139,7 @@ def test_recomputed_layers_are_executed_once_more_at_most(model):
     group, one, plain = rollouts(1), Ledger(), Ledger()
     model = with_checkpointing(model)
     model.net.requires_grad_(True)
-    read = reads(student_sides(group), model.reads_once)
+    read = reads(student_sides(group), model.encodes_prompt_once)
     one.forward("update", read_shape(model), read, passes=Passes(count=3, recomputed=True))
     plain.forward("update", read_shape(model), read, passes=Passes(count=3))
     head = 3 * read_shape(model).output(sum(n for _, lengths in read for n in lengths))

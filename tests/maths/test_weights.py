@@ -162,9 +162,9 @@ def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
     update.select(rollouts)
     ledger, plain = update.meter.ledger, Ledger()
     student, teacher = run.pair.student, run.pair.teacher
-    for group in micro_batches(rollouts, run.limits.micro_batch_size, student.reads_once):
-        students = reads(student_sides(group), student.reads_once)
-        teachers = reads(teacher_sides(group), teacher.reads_once)
+    for group in micro_batches(rollouts, run.limits.micro_batch_size, student.encodes_prompt_once):
+        students = reads(student_sides(group), student.encodes_prompt_once)
+        teachers = reads(teacher_sides(group), teacher.encodes_prompt_once)
         plain.forward("selection", run.pair.student_shape, students)
         plain.forward("selection", run.pair.teacher_shape, teachers)
     assert ledger.useful == plain.useful and set(ledger.useful) == {"selection"}

@@ -68,11 +68,11 @@ def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
     windows, a soft-cap, tied weights."""
     group = case().update()
     real = Model(
-        "m",
-        tiny_net(kind, width=64).requires_grad_(True),
-        None,
-        None,
-        frozenset(),
+        name="m",
+        net=tiny_net(kind, width=64).requires_grad_(True),
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset(),
         shares_prompts=True,
     )
     real = with_checkpointing(real) if recomputes else real

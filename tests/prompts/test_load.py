@@ -342,7 +342,7 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
     base.tokenizer.chat_template = None
     for template, middle, last in ((None, "\n\n", ""), ("Q: {prompt} A:", " ", " A:")):
         config = build({"data.prompt_template": template})
-        row_format = RowFormat(prompt_template=template, system="s", worked=True)
+        row_format = RowFormat(prompt_template=template, system="s", keep_solutions=True)
         whole = load_prompts(file, row_format)
         rest, turns = take_examples(whole, 2, seed=0, evaluated=whole.prompts[:3])
         used = [int(turn["content"].removeprefix("since ")) for turn in turns[1::2]]
@@ -375,7 +375,7 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
             tmp_path / "y.jsonl",
             [{"question": "q", "answer": None}, {"question": "r", "answer": "1"}],
         ),
-        RowFormat(worked=True),
+        RowFormat(keep_solutions=True),
     )
     with pytest.raises(UserError, match="has 1 rows with a solution"):
         take_examples(unsolved, 2, seed=0)

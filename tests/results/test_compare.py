@@ -126,7 +126,7 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
     (folder / ARMS_FILE).write_text(
         json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms))))
     )
-    with RunFolder(folder).alone(), pytest.raises(UserError, match="another process"):
+    with RunFolder(folder).lock(), pytest.raises(UserError, match="another process"):
         compare.compare(arms, folder, None, print)
 
 

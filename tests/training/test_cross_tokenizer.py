@@ -115,7 +115,7 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
             theirs = rows(teacher, r.teacher_prompt, r.teacher_ids, 18)[list(r.teacher.rows)]
         found = by_the_book(
             Terms("reverse-kl"),
-            run.pair.alignment.shared,
+            run.pair.alignment.shared_vocabulary,
             [r],
             ours,
             Head(torch.eye(26)),
@@ -147,12 +147,16 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
     drawn = Update(state, 0, prefix=192).sample()
     assert all(r.finished for r in drawn)
     others = tuple(i for i in range(18) if i != 1)
-    alignment = Alignment("simct", *side, (1,), (1,))
-    alignment.__dict__["shared"] = SharedVocabulary(others, others, (1,), (1,))
+    alignment = Alignment(
+        mode="simct", student=side[0], teacher=side[1], student_eos=(1,), teacher_eos=(1,)
+    )
+    alignment.__dict__["shared_vocabulary"] = SharedVocabulary(
+        student=others, teacher=others, student_eos=(1,), teacher_eos=(1,)
+    )
     aligned = dataclasses.replace(
         run.pair,
         alignment=alignment,
-        shared_support=shared_support(alignment.shared, "simct", "cpu", "cpu"),
+        shared_support=shared_support(alignment.shared_vocabulary, "simct", "cpu", "cpu"),
     )
     found = []
     for pair in (run.pair, aligned):
@@ -196,9 +200,14 @@ def test_prompts_are_each_models_own_and_text_is_the_same():
     # a teacher with few positions reads as far as it can
     positions = max(len(r.teacher_prompt) for r in rollouts) + 10
     short = Alignment(
-        "simct", run.pair.alignment.student, run.pair.alignment.teacher, (1,), (1,), positions
+        mode="simct",
+        student=run.pair.alignment.student,
+        teacher=run.pair.alignment.teacher,
+        student_eos=(1,),
+        teacher_eos=(1,),
+        positions=positions,
     )
-    for r in map(short.rollout, rollouts):
+    for r in map(short.align_rollout, rollouts):
         assert len(r.teacher_prompt) + r.teacher.extent <= positions and r.units
 
 

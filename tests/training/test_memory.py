@@ -27,7 +27,14 @@ from helpers import bare_run, state_of
 
 def load(seed, vocabulary):
     net = tiny_net("llama", seed, vocabulary=vocabulary, width=64, layers=4)
-    return Model("m", net, None, None, frozenset(), True)
+    return Model(
+        name="m",
+        net=net,
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset(),
+        shares_prompts=True,
+    )
 
 def peak(samples=4, accumulated=1, vocabulary=300, chunk=4):
     torch.set_num_threads(1)

@@ -220,7 +220,7 @@ def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(
         match=r"update 1: .* the teacher's weight model\.embed_tokens\.weight is not finite",
     ):
         Session(run, folder, Silent()).train()
-    step, tensors, _ = folder.latest(lambda text: None)
+    step, tensors, _ = folder.read_latest_checkpoint(lambda text: None)
     assert step == 0
     for name, p in run.pair.student.net.named_parameters():
         assert torch.equal(p, before[name]) and torch.equal(tensors["student"][name], before[name])
