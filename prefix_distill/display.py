@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PLAIN_LINES = 50  # progress lines of one run without a terminal, about
 
 
-def tell(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line on stderr; do nothing if stderr is closed."""
     try:
         print(text, file=sys.stderr, flush=True)
@@ -23,7 +23,7 @@ def tell(text: str) -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
 
 
-def plain() -> bool:
+def is_plain() -> bool:
     """Return whether to print plain lines: no bars, boxes or colours.
 
     Screen readers and log files need them.
@@ -34,19 +34,19 @@ def plain() -> bool:
     return os.environ.get("TERM") == "dumb"
 
 
-def show(*tables: "Table", width: int | None = None) -> None:
+def print_tables(*tables: "Table", width: int | None = None) -> None:
     """Print rich tables on stderr.
 
-    If ``plain()``, print a line with the first cell of each row, then a line "column: value" for
+    If ``is_plain()``, print a line with the first cell of each row, then a line "column: value" for
     every other cell.
     """
-    if not plain():
+    if not is_plain():
         from rich.console import Console
 
         console = Console(stderr=True, width=width)
         with console.capture() as text:
             console.print(*tables)
-        tell(text.get().removesuffix("\n"))
+        print_line(text.get().removesuffix("\n"))
         return
     for table in tables:
         _tell_table(table)
@@ -54,15 +54,15 @@ def show(*tables: "Table", width: int | None = None) -> None:
 
 def _tell_table(table: "Table") -> None:
     if table.title:
-        tell(f"{table.title}")
+        print_line(f"{table.title}")
     names = [str(column.header) for column in table.columns]
     for first, *cells in zip(*(column.cells for column in table.columns), strict=True):
         if names[0]:
-            tell(f"{names[0]}: {first}")
+            print_line(f"{names[0]}: {first}")
         else:
-            tell(f"{first}")
+            print_line(f"{first}")
         for name, cell in zip(names[1:], cells, strict=True):
-            tell(f"  {name}: {cell or '–'}")
+            print_line(f"  {name}: {cell or '–'}")
 
 
 def flops_text(value: float) -> str:
@@ -73,7 +73,7 @@ def flops_text(value: float) -> str:
     return f"{value / 1e6:.3g} MFLOP"
 
 
-def share_text(score: dict | None) -> str:
+def accuracy_text(score: dict | None) -> str:
     """Return an accuracy {value, low, high, n} as text, in per cent."""
     if score is None:
         return "–"
@@ -92,7 +92,7 @@ class Reporter(Protocol):
     def warn(self, text: str, /) -> None:
         """Show a warning that every rank reports."""
 
-    def own(self, text: str, /) -> None:
+    def warn_on_this_rank(self, text: str, /) -> None:
         """Show a warning that only this rank reports."""
 
     def row(self, row: dict, useful: float, full: float, /) -> None:
@@ -135,7 +135,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Print a progress note."""
-        tell(text)
+        print_line(text)
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -169,7 +169,7 @@ class Display:
         self.plain_every = max(1, steps // PLAIN_LINES)
         self.started = time.perf_counter()
         self.bar: Progress | None = None
-        if shown and self.console.is_terminal and not plain():
+        if shown and self.console.is_terminal and not is_plain():
             self.bar = self._bar()
             self.task = self.bar.add_task(label or "distilling", total=steps)
 
@@ -210,7 +210,7 @@ class Display:
         """Show a warning that every rank reports."""
         self.note(f"warning: {text}")
 
-    def own(self, text: str) -> None:
+    def warn_on_this_rank(self, text: str) -> None:
         """Show a warning that only this rank reports, whichever rank it is."""
         self._print(f"warning: {text}")
 
@@ -238,7 +238,7 @@ class Display:
     def evaluation(self, row: dict) -> None:
         """Show one evaluation: accuracy, finish rate, length, and KL on the fixed contexts."""
         text = (
-            f"after update {row['step']}: accuracy {share_text(row['accuracy'])}, "
+            f"after update {row['step']}: accuracy {accuracy_text(row['accuracy'])}, "
             f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens, held-out reverse "
             f"KL {row['kl']['value']:.4f} nats"
         )
@@ -267,7 +267,7 @@ class Display:
             with contextlib.suppress(OSError):
                 self.bar.console.print(text, highlight=False, markup=False)
         else:
-            tell(text)
+            print_line(text)
 
 
 def _divergence(row: dict) -> float:

@@ -1,6 +1,6 @@
 """Exceptions that end a command; each message is one line: expected, got, what to do."""
 
-AT_ONCE = "aborted without saving; --resume continues a run from its last checkpoint"
+ABORTED = "aborted without saving; --resume continues a run from its last checkpoint"
 
 
 class UserError(Exception):

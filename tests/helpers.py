@@ -211,7 +211,7 @@ class Silent:
     def warn(self, text):
         self.warnings.append(text)
 
-    own = warn
+    warn_on_this_rank = warn
 
     def note(self, *_): ...
     def row(self, *_): ...
@@ -252,7 +252,15 @@ def trained(run, folder, resume=False) -> dict:
 def bare_run(pair, terms, options=None) -> Run:
     """Return a run of two given models with a loss and no prompts, on the CPU in float32."""
     cpu = torch.device("cpu")
-    place = Place(cpu, cpu, torch.float32, torch.float32, 0, 1, ())
+    place = Place(
+        device=cpu,
+        teacher_device=cpu,
+        dtype=torch.float32,
+        head_dtype=torch.float32,
+        rank=0,
+        world=1,
+        reasons=(),
+    )
     config = configuration.build(options or {})
     sampler = Sampler(eos=frozenset(), pad=0, support=1, seed=0)
     method = Method(
@@ -318,7 +326,7 @@ def one_update(run, micro=None, change=None, **given) -> Done:
         sampled = change(sampled)
     rollouts = update.select(sampled)
     losses = update.backward(rollouts)
-    gradient = {name: p.grad.clone() for name, p in run.pair.student.trained.items()}
+    gradient = {name: p.grad.clone() for name, p in run.pair.student.trainable.items()}
     return Done(update, sampled, rollouts, losses, gradient)
 
 

@@ -17,7 +17,7 @@ from prefix_distill import config
 from prefix_distill.errors import UserError
 from prefix_distill.maths.schedule import parse_prefix
 from prefix_distill.prompts import answers
-from prefix_distill.prompts.answers import SECONDS, correct, extract, reference
+from prefix_distill.prompts.answers import SECONDS, extract_answer, extract_reference, is_correct
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.rows import RowFormat
 
@@ -259,14 +259,14 @@ def test_any_bytes_are_prompts_or_one_line(content, suffix, tmp_path):
 )
 @quick(150)
 def test_any_text_is_right_or_wrong(response, gold, form):
-    assert correct(response, gold, form) in (True, False)
+    assert is_correct(response, gold, form) in (True, False)
 
 
 @given(response=LATEX, gold=LATEX)
 @quick(60)
 def test_any_latex_is_right_or_wrong_in_time(response, gold):
     start = time.monotonic()
-    assert correct(f"\\boxed{{{response}}}", gold) in (True, False)
+    assert is_correct(f"\\boxed{{{response}}}", gold) in (True, False)
     assert time.monotonic() - start < SECONDS + 20  # and a new worker on a busy machine
 
 
@@ -287,14 +287,14 @@ def test_what_takes_too_long_is_unequal(text, monkeypatch):
     signal.setitimer(signal.ITIMER_REAL, 3600)
     start = time.monotonic()
     try:
-        assert not correct(f"#### {text}", "3")
+        assert not is_correct(f"#### {text}", "3")
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 3000  # the caller's alarm still stands
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     assert time.monotonic() - start < 20
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)]
     monkeypatch.setattr(answers, "SECONDS", 30)
-    assert correct("#### x+7", "7+x")  # with a new worker
+    assert is_correct("#### x+7", "7+x")  # with a new worker
 
 
 @pytest.mark.parametrize(
@@ -320,24 +320,24 @@ def test_what_takes_too_long_is_unequal(text, monkeypatch):
 @pytest.mark.parametrize("form", ["#### %s", "\\boxed{%s}"])
 def test_what_is_too_long_is_answered_at_once(text, form):
     start = time.monotonic()
-    assert not correct(form % text, "3")
-    assert isinstance(extract(form % text) or reference(form % text), str)
+    assert not is_correct(form % text, "3")
+    assert isinstance(extract_answer(form % text) or extract_reference(form % text), str)
     assert time.monotonic() - start < 10
 
 
 def test_numbers_of_any_length_are_compared():
     digits = "1" * 100_000
     assert (
-        correct(f"#### 00{digits}", digits)
-        and not correct(f"#### {digits}2", digits)
-        and correct("#### 000", "0")
+        is_correct(f"#### 00{digits}", digits)
+        and not is_correct(f"#### {digits}2", digits)
+        and is_correct("#### 000", "0")
     )
 
 
 def test_answers_are_compared_in_any_thread():
     found = []
     threads = [
-        threading.Thread(target=lambda i=i: found.append(correct(rf"\boxed{{x+{i}}}", f"{i}+x")))
+        threading.Thread(target=lambda i=i: found.append(is_correct(rf"\boxed{{x+{i}}}", f"{i}+x")))
         for i in range(3)
     ]
     for thread in threads:
@@ -348,10 +348,10 @@ def test_answers_are_compared_in_any_thread():
 
 
 def test_a_comparer_that_was_killed_is_replaced():
-    assert correct("#### x+1000", "1000+x")
+    assert is_correct("#### x+1000", "1000+x")
     answers._worker[0].kill()
     answers._worker[0].wait()
-    assert correct("#### x+1001", "1001+x")
+    assert is_correct("#### x+1001", "1001+x")
 
 
 def test_a_comparer_ends_itself_when_its_command_cannot():

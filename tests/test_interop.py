@@ -50,7 +50,7 @@ def test_lm_eval_grades_an_exported_folder_as_we_do(tmp_path, role):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    problems = task.problems("choice", "test", 60)
+    problems = task.sample_problems("choice", "test", 60)
     file = tmp_path / "problems.jsonl"
     file.write_text(
         "".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in problems)
@@ -124,7 +124,9 @@ def test_llama_cpp_answers_as_transformers_do(tmp_path):
             "data.dataset": "openai/gsm8k",
         }
     )
-    (tmp_path / "first/README.md").write_text(card.of_checkpoint(config, 3), encoding="utf-8")
+    (tmp_path / "first/README.md").write_text(
+        card.make_checkpoint_card(config, 3), encoding="utf-8"
+    )
     code, out, err = invoke(
         "export", tmp_path / "first", "--gguf", "f32", "--out", tmp_path / "second"
     )

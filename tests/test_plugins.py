@@ -167,7 +167,7 @@ def test_an_installed_package_is_named_by_its_entry_point(tmp_path, monkeypatch)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_autograd_in_chunks_is_autograd_on_the_whole_table(temperature, softcap):
     terms = Terms("skew-kl", (0.2,), temperature, memory_bytes=4 * 41 * 9 * 5)
-    assert 1 <= terms.chunk(41, softcap is not None) <= 5  # several chunks of 23 rows
+    assert 1 <= terms.rows_per_chunk(41, softcap is not None) <= 5  # several chunks of 23 rows
     loss, values, *gradients = loss_and_gradients(terms, softcap)
     hidden, weight, teacher, teacher_head, token_weight = tables()
     logits = hidden @ weight.T
@@ -219,7 +219,7 @@ def test_the_functions_see_one_chunk_at_a_time(by_hand):
         register_divergence("counted", gradient=gradient if by_hand else None, tables=8)(value)
     try:
         terms = Terms("counted", memory_bytes=4 * 41 * 8 * 6)
-        chunk = terms.chunk(41)
+        chunk = terms.rows_per_chunk(41)
         with torch.autocast("cpu", torch.bfloat16):
             loss_and_gradients(terms)
     finally:

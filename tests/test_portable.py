@@ -121,7 +121,7 @@ def test_no_float64_reaches_a_device(pair, questions, more):
         update = Update(state, 0)
         update.backward(update.select(update.sample()))
         norm = step_optimizer(
-            state.optimizer, run.pair.student.trained, 1e-3, run.config.train.grad_clip
+            state.optimizer, run.pair.student.trainable, 1e-3, run.config.train.grad_clip
         )
     assert norm > 0 and watch.seen == {"update.Update._weight_tensor"}
 
@@ -144,7 +144,7 @@ def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
 
     for i in range(12):
         write_run(tmp_path / f"{i:02}" / "seed-0", 0, [0.2, 0.5 + i / 100], 10.0)
-    pictures = {"report": plots.draw_report(runs.collect([tmp_path]))}
+    pictures = {"report": plots.draw_report(runs.collect_runs([tmp_path]))}
     score = {"value": 0.5, "low": 0.4, "high": 0.6}
     rows = [{"flops_useful": 1e9 * i, "accuracy": score} for i in range(3)]
     curve = [{"tokens": 4, **score}]

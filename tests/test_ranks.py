@@ -160,8 +160,10 @@ def first_gradient_in(file):
 
     def step(session):
         run = session.run
-        if session.state.step == 0 and run.place.first:
-            save_file({name: p.grad.clone() for name, p in run.pair.student.trained.items()}, file)
+        if session.state.step == 0 and run.place.is_first:
+            save_file(
+                {name: p.grad.clone() for name, p in run.pair.student.trainable.items()}, file
+            )
         return plain(session)
 
     Session.step_optimizer = step
@@ -650,7 +652,15 @@ def test_two_gpus_are_one(pair, questions, tmp_path):
 
 
 def test_fingerprints_see_one_bit():
-    place = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ())
+    place = Place(
+        device=torch.device("cpu"),
+        teacher_device=torch.device("cpu"),
+        dtype=torch.float32,
+        head_dtype=torch.float32,
+        rank=0,
+        world=2,
+        reasons=(),
+    )
     weights = {"a": torch.randn(5, 7), "b": torch.randn(3).bfloat16()}
     flipped = weights | {"b": weights["b"].clone()}
     flipped["b"].view(torch.int16)[1] ^= 1
@@ -666,12 +676,18 @@ def test_fingerprints_see_one_bit():
             return [value, *sent]
 
         probe = Place(
-            torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 2, ()
+            device=torch.device("cpu"),
+            teacher_device=torch.device("cpu"),
+            dtype=torch.float32,
+            head_dtype=torch.float32,
+            rank=0,
+            world=2,
+            reasons=(),
         )
         object.__setattr__(probe, "gather", send)
         object.__setattr__(place, "gather", receive)
-        probe.differing(other)
-        found.append(place.differing(weights))
+        probe.find_difference(other)
+        found.append(place.find_difference(weights))
     assert found == [None, (1, "b")]
 
 

@@ -16,7 +16,7 @@ import torch
 from helpers import DIVERGENCES, one_update, save_tiny
 
 from prefix_distill import config as configuration
-from prefix_distill.engine.alignment import Shared
+from prefix_distill.engine.alignment import SharedVocabulary
 from prefix_distill.engine.rollout import Unit, rollout_of
 from prefix_distill.engine.units import shared_support, units_of
 from prefix_distill.maths import simct
@@ -211,7 +211,8 @@ def test_a_group_of_tokens_by_hand_ours_and_golds():
         units=(Unit(0, 2, 0, 1),),
         spans=True,
     )
-    shared = shared_support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
+    vocabulary = SharedVocabulary(student=(0,), teacher=(0,), student_eos=(1,), teacher_eos=(1,))
+    shared = shared_support(vocabulary, "simct", "cpu", "cpu")
     _, values, _ = simct.weighted(
         Terms("reverse-kl"),
         shared,

@@ -35,8 +35,8 @@ class EventObserver:
         self._write_once("watch", steps, label)
         yield self
 
-    def own(self, text: str) -> None:
-        self._write("own", text)
+    def warn_on_this_rank(self, text: str) -> None:
+        self._write("warn_on_this_rank", text)
 
     def row(self, row: dict[str, Any], useful: float, full: float) -> None:
         self._write_once("row", row, useful, full)
@@ -100,7 +100,7 @@ class Relay:
             self.reporter = self.watching.enter_context(watched)
         elif self.reporter is not None:
             getattr(self.reporter, kind)(*values)
-        elif kind == "own":
+        elif kind == "warn_on_this_rank":
             self.observer.warn(str(values[0]))
         else:
             getattr(self.observer, kind)(*values)

@@ -83,7 +83,7 @@ def _evaluate(config: Config, settings: Mapping[str, bool], observer: Observer) 
     from ..results.evaluation import evaluate_model
 
     place, notes, document = evaluate_model(config)
-    if place.first:
+    if place.is_first:
         for text in notes:
             observer.note(text)
     return {"document": document, "notes": notes, "warnings": []}
@@ -102,11 +102,11 @@ def _probe(config: Config, settings: Mapping[str, bool], observer: Observer) -> 
     _announce(prepared, observer)
 
     def say(text: str) -> None:
-        if prepared.place.first:
+        if prepared.place.is_first:
             observer.note(text)
 
     document = probe(prepared, say)
-    if prepared.place.first:
+    if prepared.place.is_first:
         folder = RunFolder(Path(str(config.checkpoint.out)))
         folder.create(configuration.as_dict(prepared.config))
         folder.write_json("probe.json", document)
@@ -133,10 +133,10 @@ def _examine(prepared: "Run", samples: int, limit: float | None = None) -> None:
     prepared.checks.extend(checks.examine(prepared, samples, *limits))
     for check in prepared.checks:
         if check.status == "error":
-            raise check_error(check.name, check.found)
+            raise check_error(check.name, check.text)
         reported = ("sampling", "end of text")  # the preparation reports these
         if check.status == "warning" and check.name not in reported:
-            prepared.notes.warnings.append(f"{check.name}: {check.found}")
+            prepared.notes.warnings.append(f"{check.name}: {check.text}")
 
 
 def check_error(name: str, result: str) -> PreflightError | MemoryShortage:
@@ -146,7 +146,7 @@ def check_error(name: str, result: str) -> PreflightError | MemoryShortage:
 
 
 def _announce(prepared: "Run", observer: Observer) -> None:
-    if not prepared.place.first:
+    if not prepared.place.is_first:
         return
     for text in prepared.notes.lines:
         observer.note(text)

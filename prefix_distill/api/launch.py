@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Runtime
 from ..errors import (
-    AT_ONCE,
+    ABORTED,
     Interrupted,
     MemoryShortage,
     PreflightError,
@@ -100,7 +100,7 @@ def launch(count: int, job: "Job", observer: Observer) -> "Outcome":
                     relay.pass_on()
             relay.pass_on()
             if signals.second is not None:
-                raise Interrupted(AT_ONCE, signals.second)
+                raise Interrupted(ABORTED, signals.second)
             ranks.check(signals.first)
         outcome: Outcome = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return outcome

@@ -150,10 +150,12 @@ def export(source: Name, out: Name | None = None, **options: Unpack[ExportOption
 
     ``source``: a run folder, or a model as in `run`; `ExportOptions` describes the options.
     """
-    form, rest = settings.take_options(options, {"which": "model", "dtype": "auto", "gguf": None})
+    choices, rest = settings.take_options(
+        options, {"which": "model", "dtype": "auto", "gguf": None}
+    )
     config = configuration.build(settings.read_options(rest, settings.export_names()))
     folder = None if out is None else Path(out)
-    return work.export(os.fspath(source), config, folder, form)
+    return work.export(os.fspath(source), config, folder, choices)
 
 
 def _config(

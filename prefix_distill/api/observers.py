@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from .. import display
-from ..display import Reporter, share_text
+from ..display import Reporter, accuracy_text
 from ..errors import Interrupted
 
 OnStep = Callable[[dict[str, Any]], object]
@@ -71,7 +71,7 @@ class _LogReporter:
     def warn(self, text: str) -> None:
         log.warning(text)
 
-    own = warn
+    warn_on_this_rank = warn
 
     def row(self, row: dict[str, Any], useful: float, full: float) -> None:
         if self.on_step is None or self.failure is not None:
@@ -84,7 +84,7 @@ class _LogReporter:
             self.stop()
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        log.info(f"after update {row['step']}: accuracy {share_text(row['accuracy'])}")
+        log.info(f"after update {row['step']}: accuracy {accuracy_text(row['accuracy'])}")
 
     def tail(self, row: dict[str, Any]) -> None:
         log.info(f"tail probe after update {row['step']}: {row['finish_rate']:.0%} finished")

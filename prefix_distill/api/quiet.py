@@ -97,7 +97,7 @@ def guarded() -> Iterator[None]:
 
     MemoryShortage: a library ran out of memory. UserError: a plugin raised an exception.
     """
-    from ..engine.device import out_of_memory
+    from ..engine.device import is_out_of_memory
 
     with _silence.during():
         try:
@@ -105,7 +105,7 @@ def guarded() -> Iterator[None]:
         except (UserError, Stopped):
             raise
         except Exception as error:
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 raise MemoryShortage(OUT_OF_MEMORY) from error
             fault = plugins.find_fault(error)
             if fault is not None:

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from .. import config as configuration
-from ..errors import AT_ONCE, Stopped, UserError
+from ..errors import ABORTED, Stopped, UserError
 from . import quiet
 from .events import EventObserver
 from .jobs import Job, perform
@@ -35,7 +35,7 @@ def work(folder: Path) -> int:
         leave_message(str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
-        leave_message(AT_ONCE, 130)
+        leave_message(ABORTED, 130)
         return 130
     except Exception:
         traceback.print_exc()

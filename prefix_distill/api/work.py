@@ -58,7 +58,7 @@ def _start(config: Config, observer: Observer, *, resume: bool, dry_run: bool) -
 
     config = settings.name_run_folder(config)
     if not resume:
-        RunFolder(str(config.checkpoint.out)).refuse_if_used()
+        RunFolder(str(config.checkpoint.out)).check_unused()
     return _perform("run", config, observer, resume=resume, dry_run=dry_run)
 
 
@@ -103,15 +103,15 @@ def probe(config: Config, observer: Observer) -> ProbeResult:
     from ..training.folder import RunFolder
 
     out = str(config.checkpoint.out)
-    RunFolder(out).refuse_if_used()
+    RunFolder(out).check_unused()
     return ProbeResult.read(_perform("probe", config, observer)["document"], Path(out))
 
 
 def compare(arms_file: str, out: Path, observer: Observer) -> Comparison:
     """Run all arms and seeds of a file that have not finished, and report on them."""
-    from ..results.compare import read
+    from ..results.compare import read_arms
 
-    arms = read(arms_file)
+    arms = read_arms(arms_file)
     with quiet.guarded():
         from ..results.compare import compare as run_all
 
@@ -123,7 +123,7 @@ def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict
     """Run the demonstration in a folder; return its rich table and its document."""
     from ..training.folder import RunFolder
 
-    RunFolder(out).refuse_if_used()
+    RunFolder(out).check_unused()
     with quiet.guarded():
         from ..results.demo import demonstrate as run_both
 
@@ -133,18 +133,20 @@ def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict
 def report(folders: Sequence[Path], out: Path, reference: str | None, title: str) -> Comparison:
     """Write tables, a picture and a page about finished runs. UserError: ``out`` is unusable."""
     from ..results import page, plots, summary
-    from ..results.runs import by_arm, collect, write_csv
+    from ..results.runs import by_arm, collect_runs, write_csv
 
-    runs = collect(list(folders))
+    runs = collect_runs(list(folders))
     arms = by_arm(runs)
     if reference is not None and reference not in arms:
         raise UserError(f"--reference {reference}: no such arm; there are {', '.join(arms)}")
     _make_folder(out)
-    rows = summary.summary(runs, reference)
+    rows = summary.summarize(runs, reference)
     write_csv(runs, out / "report.csv")
-    (out / "report.md").write_text(summary.markdown(rows), encoding="utf-8")
-    (out / "report.html").write_text(page.page(runs, rows, reference, title), encoding="utf-8")
-    (out / "report.png").write_bytes(plots.png(plots.draw_report(runs, title)))
+    (out / "report.md").write_text(summary.markdown_table(rows), encoding="utf-8")
+    (out / "report.html").write_text(
+        page.render_page(runs, rows, reference, title), encoding="utf-8"
+    )
+    (out / "report.png").write_bytes(plots.encode_png(plots.draw_report(runs, title)))
     document = {"out": str(out), "runs": len(runs), "reference": reference, "arms": rows}
     return Comparison.read(document)
 
@@ -163,14 +165,16 @@ def _make_folder(out: Path) -> None:
         ) from None
 
 
-def export(source: str, config: Config, out: Path | None, form: dict[str, object]) -> ExportResult:
+def export(
+    source: str, config: Config, out: Path | None, choices: dict[str, object]
+) -> ExportResult:
     """Write a model to a folder of its own and push it to the hub if the config says so.
 
-    Without ``out`` the folder ``source`` is only pushed. ``form``: which, dtype and gguf.
+    Without ``out`` the folder ``source`` is only pushed. ``choices``: which, dtype and gguf.
     PushFailed: the folder is complete, but could not be pushed.
     """
-    which, dtype = str(form["which"]), str(form["dtype"])
-    gguf = None if form["gguf"] is None else str(form["gguf"])
+    which, dtype = str(choices["which"]), str(choices["dtype"])
+    gguf = None if choices["gguf"] is None else str(choices["gguf"])
     if out is None and (config.export.push is None or dtype != "auto" or gguf is not None):
         raise UserError(
             "--out: name the folder to write; without it a folder can only be pushed as it is "

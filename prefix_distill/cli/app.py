@@ -9,7 +9,7 @@ import typer
 
 from .. import display
 from ..api.launch import is_first_rank, leave_message
-from ..display import tell
+from ..display import print_line
 from .panels import PanelGroup, PanelTyper
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def program(
 ) -> None:
     if plain:
         os.environ["PREFIX_DISTILL_PLAIN"] = "1"
-    if display.plain() or not sys.stderr.isatty():
+    if display.is_plain() or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
 
 
@@ -71,13 +71,13 @@ class Terminal(display.Terminal):
 def note(text: str) -> None:
     """Print a line on stderr, from the first rank."""
     if is_first_rank():
-        tell(text)
+        print_line(text)
 
 
 def show(result: "Result", width: int) -> None:
     """Show the tables of a result on stderr; ``width``: characters where stderr is no terminal."""
     if is_first_rank():
-        display.show(*result.tables(), width=None if sys.stderr.isatty() else width)
+        display.print_tables(*result.tables(), width=None if sys.stderr.isatty() else width)
 
 
 def finish(document: dict) -> None:
@@ -94,6 +94,6 @@ def report_failure(message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not message.startswith("rank "):
         message = f"rank {rank}: {message}"
-    tell(message if code >= 128 else f"error: {message}")
+    print_line(message if code >= 128 else f"error: {message}")
     leave_message(message, code)
     return code

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..display import tell
+from ..display import print_line
 from . import pages
 from .app import app
 
@@ -16,13 +16,13 @@ def environment() -> None:
     secrets are left out."""
     from ..engine import device
 
-    document = device.environment()
+    document = device.describe_environment()
     for name, value in document.items():
         entries = [value]
         if isinstance(value, list) and value and isinstance(value[0], dict):
             entries = value
         for entry in entries:
-            tell(f"{name}: {_describe(entry)}")
+            print_line(f"{name}: {_describe(entry)}")
     print(json.dumps(document))
 
 

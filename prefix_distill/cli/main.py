@@ -9,7 +9,7 @@ from typing import TextIO, cast
 import typer
 
 from ..api.quiet import hide_deprecations
-from ..errors import AT_ONCE, Stopped, UserError
+from ..errors import ABORTED, Stopped, UserError
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, report_failure
 from .quiet import calm_threads
@@ -105,7 +105,7 @@ def run_command(arguments: list[str]) -> int | None:
     except (UserError, Stopped) as error:
         return report_failure(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return report_failure(AT_ONCE, 130)
+        return report_failure(ABORTED, 130)
     except Exception as error:
         # only click's errors about flags have this method; anything else is a bug
         if not hasattr(error, "format_message"):

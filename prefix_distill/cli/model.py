@@ -103,9 +103,9 @@ def export_command(
 
     config = configuration.build(flags["flags"])
     folder = None if out is None else Path(out)
-    form: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}
+    choices: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}
     try:
-        result = work.export(source, config, folder, form)
+        result = work.export(source, config, folder, choices)
     except PushFailed as error:
         finish(error.result.to_dict())
         raise

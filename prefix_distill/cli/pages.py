@@ -49,7 +49,7 @@ def read_page(topic: str) -> str:
 def print_page(topic: str) -> None:
     """Print a page to stdout: rendered on a terminal, as Markdown in a pipe or in plain mode."""
     text = read_page(topic)
-    if display.plain() or not sys.stdout.isatty():
+    if display.is_plain() or not sys.stdout.isatty():
         print(text, end="")
         return
     from rich.console import Console

@@ -112,7 +112,7 @@ def format_help(command: Any, ctx: Any, panels: dict[str, list[Row]]) -> str:
     width = shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
     paragraphs = [command.get_usage(ctx), _join(command.help), _join(command.epilog)]
     usage, about, epilog = (_wrap(text, width) for text in paragraphs)
-    if display.plain() or not _can_show_boxes():
+    if display.is_plain() or not _can_show_boxes():
         body = _format_lines(panels, width)
     else:
         body = _format_boxes(panels, width)

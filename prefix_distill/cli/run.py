@@ -8,7 +8,7 @@ import typer
 
 from .. import config as configuration
 from ..api.launch import is_first_rank
-from ..display import tell
+from ..display import print_line
 from ..training.resume import resume_settings
 from .app import Terminal, app, finish, note, show
 from .options import Assignments, ConfigFile, with_options
@@ -84,7 +84,9 @@ def _show_prompts(facts: dict) -> None:
     for role in ("student", "teacher"):
         prompt = facts[role]
         last = " ".join(f"{token!r}={i}" for token, i in prompt["last"])
-        tell(f"the {role}'s prompt, {prompt['ids']} ids, the last ones {last}:\n{prompt['text']}")
+        print_line(
+            f"the {role}'s prompt, {prompt['ids']} ids, the last ones {last}:\n{prompt['text']}"
+        )
 
 
 # the options of `plan` beside those of `run`

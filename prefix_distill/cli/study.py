@@ -26,7 +26,7 @@ def demo(
 
     folder = Path(out or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
     table, document = work.demonstrate(folder, seed, Terminal())
-    display.show(table)
+    display.print_tables(table)
     finish(document)
 
 

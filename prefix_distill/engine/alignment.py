@@ -14,14 +14,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
-from .loading import check_rows
+from .loading import check_head_rows
 from .models import Model
 from .rollout import Rollout, Unit
-from .token_bytes import PROBES, Bytes, decode_valid
+from .token_bytes import PROBES, TokenBytes, decode_valid
 
 
-@dataclass(frozen=True)
-class Shared:
+@dataclass(frozen=True, kw_only=True)
+class SharedVocabulary:
     """The shared vocabulary O: paired ids of both sides without EOS, and each side's EOS ids.
 
     The EOS ids of a side count as one event, the end of the turn.
@@ -33,7 +33,7 @@ class Shared:
     teacher_eos: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Alignment:
     """The alignment of a student and a teacher with different tokenizers.
 
@@ -44,14 +44,14 @@ class Alignment:
     """
 
     mode: str
-    student: Bytes
-    teacher: Bytes
+    student: TokenBytes
+    teacher: TokenBytes
     student_eos: tuple[int, ...]
     teacher_eos: tuple[int, ...]
     positions: int | None = None
 
     @functools.cached_property
-    def shared(self) -> Shared:
+    def shared_vocabulary(self) -> SharedVocabulary:
         """Return the shared vocabulary in the order of the student's ids."""
         teacher_id_of = self.teacher.canonical()
         pairs = []
@@ -62,14 +62,14 @@ class Alignment:
             if teacher_id not in self.teacher_eos:
                 pairs.append((student_id, teacher_id))
         pairs.sort()
-        return Shared(
+        return SharedVocabulary(
             student=tuple(student_id for student_id, _ in pairs),
             teacher=tuple(teacher_id for _, teacher_id in pairs),
             student_eos=self.student_eos,
             teacher_eos=self.teacher_eos,
         )
 
-    def rollout(self, rollout: Rollout) -> Rollout:
+    def align_rollout(self, rollout: Rollout) -> Rollout:
         """Return the rollout with the teacher's tokens of its text, and with its units.
 
         Units beyond the teacher's last position are dropped.
@@ -92,12 +92,12 @@ class Alignment:
         being valid UTF-8, at a special token, and where the teacher's tokenizer changes it.
         """
         body = _without_eos(ids, finished)
-        data, ends = self.student.read(body)
+        data, ends = self.student.decode(body)
         text = decode_valid(data)
         teacher_ids = written
         if teacher_ids is None:
             teacher_ids = self.teacher.encode(text)
-        teacher_data, teacher_ends = self.teacher.read(teacher_ids)
+        teacher_data, teacher_ends = self.teacher.decode(teacher_ids)
         common = _common_length(text.encode(), teacher_data)
         tokens_until = _count_tokens(ends, common)
         teacher_tokens_until = _count_tokens(teacher_ends, common)
@@ -141,7 +141,7 @@ class Alignment:
         If the text is cut, the last token is left out.
         """
         body = _without_eos(ids, finished)
-        data, ends = self.teacher.read(body)
+        data, ends = self.teacher.decode(body)
         text = decode_valid(data)
         student_ids = self.student.encode(text)
         if finished and len(ends) == len(body) and len(text.encode()) == len(data):
@@ -160,7 +160,7 @@ def _count_tokens(ends: list[int], common: int) -> dict[int, int]:
     return {end: count for count, end in enumerate(ends, 1) if end <= common}
 
 
-def match(student: Model, teacher: Model, mode: str) -> tuple[Alignment | None, str]:
+def match_tokenizers(student: Model, teacher: Model, mode: str) -> tuple[Alignment | None, str]:
     """Return how two models' tokens are compared, and why; set the ``support`` of both heads.
 
     None: tokens are compared by id. Either the token → id maps are equal, or every id with text has
@@ -168,8 +168,8 @@ def match(student: Model, teacher: Model, mode: str) -> tuple[Alignment | None, 
     a head has too few rows, the tokenizers differ and ``mode`` is off, or a tokenizer changes plain
     text.
     """
-    check_rows(student)
-    check_rows(teacher)
+    check_head_rows(student)
+    check_head_rows(teacher)
     student_vocabulary = student.tokenizer.get_vocab()
     teacher_vocabulary = teacher.tokenizer.get_vocab()
     # a head may have more rows than the tokenizer has ids
@@ -178,8 +178,8 @@ def match(student: Model, teacher: Model, mode: str) -> tuple[Alignment | None, 
     if student_vocabulary == teacher_vocabulary:
         return None, _describe_equal(student, teacher)
     count, examples = _list_differing_ids(student_vocabulary, teacher_vocabulary)
-    student_bytes = Bytes(student.tokenizer, student.name)
-    teacher_bytes = Bytes(teacher.tokenizer, teacher.name)
+    student_bytes = TokenBytes(student.tokenizer, student.name)
+    teacher_bytes = TokenBytes(teacher.tokenizer, teacher.name)
     smaller = min(student.support, teacher.support)
     if (
         _differ_in_special_tokens(student_bytes, teacher_bytes, smaller)
@@ -209,7 +209,7 @@ def match(student: Model, teacher: Model, mode: str) -> tuple[Alignment | None, 
         teacher_eos=_order_eos(teacher),
         positions=teacher.positions,
     )
-    common = len(alignment.shared.student)
+    common = len(alignment.shared_vocabulary.student)
     if not common:
         raise UserError(
             f"tokenizers: no token of {student.name} has the same bytes as a token of "
@@ -257,12 +257,12 @@ def _describe_token(tokens: dict[int, str], i: int) -> str:
     return "none"
 
 
-def _check_plain_text(side: Bytes) -> None:
+def _check_plain_text(side: TokenBytes) -> None:
     """Raise UserError if a tokenizer changes plain text."""
     text = side.find_changed_text()
     if text is None:
         return
-    data, _ = side.read(side.encode(text))
+    data, _ = side.decode(side.encode(text))
     raise UserError(
         f"model {side.name}: its tokenizer changes the text {text!r} to {decode_valid(data)!r}, so "
         "it cannot be aligned with another; choose a pair with one tokenizer"
@@ -274,7 +274,7 @@ def _order_eos(model: Model) -> tuple[int, ...]:
     return tuple(sorted(model.eos, key=lambda i: (i != model.tokenizer.eos_token_id, i)))
 
 
-def _differ_in_special_tokens(student: Bytes, teacher: Bytes, ids: int) -> bool:
+def _differ_in_special_tokens(student: TokenBytes, teacher: TokenBytes, ids: int) -> bool:
     """Return whether two tokenizers differ in special tokens only.
 
     Ids below ``ids`` then have the same bytes, other ids have none, and plain text has equal ids.
@@ -296,7 +296,7 @@ def _common_length(a: bytes, b: bytes) -> int:
     return min(len(a), len(b))
 
 
-def census(rollouts: Iterable[Rollout]) -> Counter[str]:
+def count_by_unit(rollouts: Iterable[Rollout]) -> Counter[str]:
     """Count the student's tokens in rollouts that have units.
 
     ``exact``: in units of one token on each side; ``span``: in other units; ``dropped``: in no
@@ -317,7 +317,7 @@ def census(rollouts: Iterable[Rollout]) -> Counter[str]:
     return counts
 
 
-def shares(counts: Iterable[Mapping[str, int]]) -> dict[str, float]:
+def token_shares(counts: Iterable[Mapping[str, int]]) -> dict[str, float]:
     """Return the shares of all tokens: ``exact_share``, ``span_share`` and ``dropped_share``."""
     total: Counter[str] = Counter()
     for count in counts:

@@ -9,33 +9,35 @@ PADDING = 0.1  # largest share of padding among the tokens that a micro-batch ru
 Reads = tuple[int, list[int]]
 
 
-def reads(sides: list[Side], reads_once: bool) -> list[Reads]:
+def reads(sides: list[Side], encodes_prompt_once: bool) -> list[Reads]:
     """Return (prompt length, lengths of its responses) for every prompt that is read, in tokens.
 
-    A response counts up to its last compared token. With ``reads_once`` each distinct prompt is
-    read once, otherwise once per rollout. The FLOP ledger counts these lengths.
+    A response counts up to its last compared token. With ``encodes_prompt_once`` each distinct
+    prompt is read once, otherwise once per rollout. The FLOP ledger counts these lengths.
     """
     lengths: dict[object, Reads] = {}
     for i, side in enumerate(sides):
-        key: object = side.prompt if reads_once else i
+        key: object = side.prompt if encodes_prompt_once else i
         _, responses = lengths.setdefault(key, (len(side.prompt), []))
         responses.append(side.extent)
     return list(lengths.values())
 
 
-def micro_batches(rollouts: list[Rollout], size: int, reads_once: bool) -> list[list[Rollout]]:
+def micro_batches(
+    rollouts: list[Rollout], size: int, encodes_prompt_once: bool
+) -> list[list[Rollout]]:
     """Return groups of at most ``size`` rollouts with at most a tenth of padding.
 
     Padding is measured in the student's linear layers. Two orders are tried and the one that runs
     fewer tokens is taken: by prompt, which pays off if the prompt is read once for its samples
-    (``reads_once``), or by length. The groups depend on the rollouts alone.
+    (``encodes_prompt_once``), or by length. The groups depend on the rollouts alone.
     """
     plans = []
     for order in (_prompt_order, _length_order):
-        plans.append(_split(sorted(rollouts, key=order), size, reads_once))
+        plans.append(_split(sorted(rollouts, key=order), size, encodes_prompt_once))
 
     def executed_tokens(groups: list[list[Rollout]]) -> int:
-        return sum(linear_tokens(reads(student_sides(g), reads_once))[1] for g in groups)
+        return sum(linear_tokens(reads(student_sides(g), encodes_prompt_once))[1] for g in groups)
 
     return min(plans, key=executed_tokens)
 
@@ -48,12 +50,12 @@ def _length_order(r: Rollout) -> tuple[int, ...]:
     return -len(r.student_prompt) - r.student.extent, r.slot, r.sample
 
 
-def _split(order: list[Rollout], size: int, reads_once: bool) -> list[list[Rollout]]:
+def _split(order: list[Rollout], size: int, encodes_prompt_once: bool) -> list[list[Rollout]]:
     groups: list[list[Rollout]] = []
     for rollout in order:
         if groups and len(groups[-1]) < size:
             sides = student_sides([*groups[-1], rollout])
-            useful, executed = linear_tokens(reads(sides, reads_once))
+            useful, executed = linear_tokens(reads(sides, encodes_prompt_once))
             if useful >= (1 - PADDING) * executed:
                 groups[-1].append(rollout)
                 continue

@@ -45,7 +45,7 @@ class Clock:
         return time.perf_counter()
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocation failed, on a device or in main memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -97,7 +97,7 @@ def _choose_automatically(local_rank: int) -> tuple[str, str]:
     return "cpu", "no GPU is visible"
 
 
-def best_dtype(device: torch.device, count: Callable[[], int]) -> tuple[torch.dtype, str]:
+def choose_dtype(device: torch.device, count: Callable[[], int]) -> tuple[torch.dtype, str]:
     """Return the fastest compute dtype for a model on a device, and why.
 
     ``count`` returns the model's number of parameters; it is called only if that matters.
@@ -119,7 +119,7 @@ def best_dtype(device: torch.device, count: Callable[[], int]) -> tuple[torch.dt
     )
 
 
-def memory_free(device: torch.device) -> int | None:
+def read_free_memory(device: torch.device) -> int | None:
     """Return the bytes that can still be allocated on ``device``; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -133,7 +133,7 @@ def memory_free(device: torch.device) -> int | None:
     return None
 
 
-def description() -> dict:
+def describe_machine() -> dict:
     """Return versions and hardware for run.json.
 
     It contains no host name, no user name and no environment variable.
@@ -194,7 +194,7 @@ THREADS = (
 )
 
 
-def environment() -> dict:
+def describe_environment() -> dict:
     """Return what a bug report needs: versions, devices with memory (bytes), dtypes and threads.
 
     It contains no host name, no user name and no path. It contains the environment variables of
@@ -254,12 +254,12 @@ def _devices() -> list[dict]:
     rows = []
     for name, facts in known.items():
         device = torch.device(name)
-        dtype, _ = best_dtype(device, lambda: 10**9)
+        dtype, _ = choose_dtype(device, lambda: 10**9)
         rows.append(
             {
                 "device": name,
                 **facts,
-                "free_bytes": memory_free(device),
+                "free_bytes": read_free_memory(device),
                 "dtype_auto": str(dtype).removeprefix("torch."),
             }
         )

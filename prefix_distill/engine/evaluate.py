@@ -142,7 +142,7 @@ def _grade(model: Model, response: Response, gold: str | None, answer_format: st
         "tokens": len(response.ids),
         "finished": response.finished,
         "repeats": repeats(response.ids),
-        "correct": None if gold is None else answers.correct(text, gold, answer_format),
+        "correct": None if gold is None else answers.is_correct(text, gold, answer_format),
     }
 
 

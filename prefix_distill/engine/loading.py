@@ -169,7 +169,13 @@ def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) 
     net.generation_config = GenerationConfig()
     vocabulary = len(net.get_output_embeddings().weight)
     eos = _read_eos(name, generation_config, tokenizer, vocabulary)
-    return Model(name, net.eval().requires_grad_(False), tokenizer, generation_config, eos)
+    return Model(
+        name=name,
+        net=net.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        eos=eos,
+    )
 
 
 def _check_finite(model: Model) -> None:
@@ -181,11 +187,11 @@ def _check_finite(model: Model) -> None:
             )
 
 
-def count(name: str, trust_remote_code: bool = False) -> int:
+def count_parameters(name: str, trust_remote_code: bool = False) -> int:
     """Return a model's number of parameters from its config, without its weights."""
     folder, extra = locate(name)
     if extra == ADAPTER:
-        return count(adapter.read_base(Path(folder)), trust_remote_code)
+        return count_parameters(adapter.read_base(Path(folder)), trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **_gguf_argument(extra)
@@ -233,7 +239,7 @@ def _load_with_adapter(
     return model
 
 
-def with_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Model:
+def add_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Model:
     """Return ``model`` with a new LoRA adapter that is trained; its weights keep their dtype."""
     path = Path(os.path.expanduser(model.name))
     if (path / FILE).is_file():
@@ -344,7 +350,7 @@ def _read_eos(
     return frozenset(ids)
 
 
-def check_rows(model: Model) -> None:
+def check_head_rows(model: Model) -> None:
     """Raise UserError if the tokenizer has more ids than the head has rows."""
     ids = max(model.tokenizer.get_vocab().values(), default=-1) + 1
     rows = len(model.net.get_output_embeddings().weight)
@@ -364,7 +370,7 @@ def check_head(model: Model) -> float:
     """
     ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
     ours = model.head().logits(model.trunk(ids)[0])
-    with model.form():
+    with model.adapter_context():
         output = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     theirs = output.logits[0, :, : model.support].float().to(ours.device)
     if not torch.isfinite(theirs).all():

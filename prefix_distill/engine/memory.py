@@ -8,7 +8,7 @@ import torch
 
 from ..config import Config
 from ..errors import MemoryShortage
-from .device import out_of_memory
+from .device import is_out_of_memory
 from .meter import Meter
 from .models import Model
 from .ranks import Place
@@ -69,7 +69,7 @@ class MemoryLimits:
             try:
                 result = work(attempt)
             except Exception as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             else:
                 meter.accept(attempt)
@@ -89,7 +89,7 @@ class MemoryLimits:
         try:
             result = work(attempt)
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             fits = False
         if all(self.place.gather(fits)):

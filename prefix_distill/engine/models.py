@@ -34,7 +34,7 @@ FEW_ROWS = 64  # most input rows for which _ColumnsFirst computes W·xᵀ
 LARGE_WEIGHT = 1 << 16  # fewest weight elements for which it replaces a linear layer
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Model:
     """A causal language model in two parts, so that the head can run on taught positions only.
 
@@ -77,7 +77,7 @@ class Model:
         return sum(p.numel() for p in self.net.parameters())
 
     @property
-    def trained(self) -> dict[str, Parameter]:
+    def trainable(self) -> dict[str, Parameter]:
         """Return the parameters that an update changes, by name."""
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
@@ -94,7 +94,7 @@ class Model:
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
-    def reads_once(self) -> bool:
+    def encodes_prompt_once(self) -> bool:
         """Return whether scoring and training run a prompt once for all its samples.
 
         With gradient checkpointing they do not, because a layer that fills the KV cache cannot run
@@ -107,7 +107,7 @@ class Model:
 
         There is no mask: padding lies on the right, where causal attention hides it.
         """
-        with self.form(), self._checkpointing():
+        with self.adapter_context(), self._checkpointing():
             output = self.net.get_decoder()(input_ids=ids_BT, use_cache=False)
         return output.last_hidden_state.to(self.device)
 
@@ -122,7 +122,7 @@ class Model:
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
         trunk = self.net.get_decoder()
         cache_argument = {name_cache_argument(trunk.forward): cache}
-        with self.form():
+        with self.adapter_context():
             output = trunk(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -132,7 +132,7 @@ class Model:
             )
         return output.last_hidden_state.to(self.device), read_cache(output)
 
-    def form(self) -> contextlib.AbstractContextManager[None]:
+    def adapter_context(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which ``net`` runs: it disables the adapter if ``adapter_off``."""
         if self.adapter_off:
             return adapter.disable(self.net)
@@ -160,7 +160,7 @@ class Model:
         return Head(weight, bias, float(scale), softcap)
 
 
-def recompute(model: Model) -> Model:
+def with_checkpointing(model: Model) -> Model:
     """Return ``model`` with gradient checkpointing.
 
     UserError: the architecture does not support it.
@@ -211,12 +211,12 @@ class _ColumnsFirst(torch.nn.Linear):
         return out + self.bias
 
 
-def decoder(model: Model, dtype: torch.dtype) -> Model:
+def make_decoder(model: Model, dtype: torch.dtype) -> Model:
     """Return a model that samples like ``model`` and decodes faster.
 
-    If ``dtype`` is not the model's, this is a copy in ``dtype``, which ``refresh`` updates: with
-    float32 weights, autocast would cast every weight for every token. In float32 on a CPU, it has
-    the same parameters in faster linear layers. Otherwise it is ``model`` itself.
+    If ``dtype`` is not the model's, this is a copy in ``dtype``, which ``refresh_decoder`` updates:
+    with float32 weights, autocast would cast every weight for every token. In float32 on a CPU, it
+    has the same parameters in faster linear layers. Otherwise it is ``model`` itself.
     """
     if model.home is not None or getattr(model.net, "is_quantized", False):
         return model
@@ -245,14 +245,14 @@ def _with_faster_linears(net: "CausalLM") -> "CausalLM":
 
 
 @torch.no_grad()
-def refresh(decoding: Model, student: Model) -> None:
+def refresh_decoder(decoding: Model, student: Model) -> None:
     """Copy the student's weights into a decoding model that has its own."""
     if decoding.net.dtype != student.net.dtype:
         torch._foreach_copy_(list(decoding.net.parameters()), list(student.net.parameters()))
 
 
 @torch.no_grad()
-def average(teacher: Model, student: Model, share: float) -> None:
+def average_teacher(teacher: Model, student: Model, share: float) -> None:
     """Update the teacher as the exponential moving average of the student.
 
     teacher ← share·teacher + (1 − share)·student, for every weight
@@ -261,7 +261,7 @@ def average(teacher: Model, student: Model, share: float) -> None:
         mean.lerp_(p.to(mean.device), 1 - share)
 
 
-def moved(net: PreTrainedModel, modules: str) -> dict[str, Parameter]:
+def extrapolated_parameters(net: PreTrainedModel, modules: str) -> dict[str, Parameter]:
     """Return the parameters that are extrapolated, as named and ordered in the network.
 
     ``attention-mlp`` (the authors' choice): weights and biases of the decoder's linear layers and
@@ -306,7 +306,7 @@ def _fused_experts(name: str, module: torch.nn.Module) -> list[Parameter]:
     return [p for p in module.parameters(recurse=False) if p.dim() == 3]
 
 
-def shape(model: Model, support: int | None = None) -> Shape:
+def read_shape(model: Model, support: int | None = None) -> Shape:
     """Return the shape that the FLOP count needs, from the model's modules and config.
 
     ``support``: number of ids that the head computes logits for (None: all).

@@ -30,19 +30,19 @@ class Pair:
         """Return the rollouts with the teacher's tokens and the units, if the tokenizers differ."""
         if self.alignment is None:
             return rollouts
-        return [self.alignment.rollout(r) for r in rollouts]
+        return [self.alignment.align_rollout(r) for r in rollouts]
 
     def head_shares(self) -> tuple[float, float]:
         """Return the share of each head's columns that the loss compares: (student, teacher).
 
         Both are 1 if the tokenizers match. ValueError: a model has no support.
         """
-        shared = self.shared_support
-        if shared is None:
+        compared = self.shared_support
+        if compared is None:
             return 1.0, 1.0
         if self.student.support is None or self.teacher.support is None:
             raise ValueError("support is None: expected a value before the run starts")
         return (
-            len(shared.student) / self.student.support,
-            len(shared.teacher) / self.teacher.support,
+            len(compared.student) / self.student.support,
+            len(compared.teacher) / self.teacher.support,
         )

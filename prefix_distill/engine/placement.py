@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
-from .device import memory_free
+from .device import read_free_memory
 
 TERABYTE = 1 << 40
 
@@ -95,7 +95,7 @@ def _device_limits(device: torch.device, limit: int) -> tuple[int | str, dict[in
             limits[index] = limit
     else:
         limits[home] = limit
-    limits.setdefault("cpu", (memory_free(torch.device("cpu")) or TERABYTE) // 2)
+    limits.setdefault("cpu", (read_free_memory(torch.device("cpu")) or TERABYTE) // 2)
     return home, limits
 
 

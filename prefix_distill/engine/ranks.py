@@ -20,21 +20,21 @@ import torch.distributed as dist
 
 from .. import config as configuration
 from ..errors import Stopped, UserError, first_line
-from .device import best_dtype, choose_device
+from .device import choose_device, choose_dtype
 
 # the integer type that reads a tensor's bits, by bytes of an element
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Interrupt:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into a stop request, stored in ``asked``.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a stop request, stored in ``received``.
 
     A second signal has its usual effect. A signal that was ignored before (nohup) stays ignored.
-    Python allows signal handlers in the main thread alone; elsewhere only ``asked`` works.
+    Python allows signal handlers in the main thread alone; elsewhere only ``received`` works.
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self.former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -53,14 +53,14 @@ class Interrupt:
 
     def ask(self) -> None:
         """Request a stop as a SIGINT would."""
-        self.asked = signal.SIGINT
+        self.received = signal.SIGINT
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
+        self.received = signal.Signals(number)
         self.__exit__()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """The devices, dtypes and ranks of a command, with the reasons of automatic choices.
 
@@ -77,7 +77,7 @@ class Place:
     store: dist.Store | None = None
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Return whether this is the rank that writes and prints."""
         return self.rank == 0
 
@@ -87,7 +87,7 @@ class Place:
             device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
 
-    def total(self, value: float) -> float:
+    def sum(self, value: float) -> float:
         """Return the sum of ``value`` over all ranks (float64, equal on every rank)."""
         return sum(self.gather(value))
 
@@ -96,15 +96,15 @@ class Place:
         if self.world == 1:
             return [value]
         values = [None] * self.world
-        with self.meeting():
+        with self.collective():
             dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank has reached this call."""
         self.gather(None)
 
-    def differing(self, tensors: dict[str, torch.Tensor]) -> tuple[int, str] | None:
+    def find_difference(self, tensors: dict[str, torch.Tensor]) -> tuple[int, str] | None:
         """Return rank and name of the first tensor that differs from rank 0's; else None.
 
         It compares the sum of each tensor's bits, which are read as integers.
@@ -123,7 +123,7 @@ class Place:
         return None
 
     @contextlib.contextmanager
-    def meeting(self) -> Iterator[None]:
+    def collective(self) -> Iterator[None]:
         """Run a collective in the ``with`` block; if it fails, Stopped names the missing ranks."""
         if self.store is None:
             yield
@@ -190,7 +190,7 @@ def join_ranks(runtime: configuration.Runtime, parameters: Callable[[], int]) ->
             f"{torch.get_num_threads()} CPU threads"
         )
     if runtime.dtype == "auto":
-        dtype, reason = best_dtype(device, parameters)
+        dtype, reason = choose_dtype(device, parameters)
         reasons.append(reason)
     else:
         dtype = getattr(torch, runtime.dtype)

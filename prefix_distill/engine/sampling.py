@@ -259,11 +259,11 @@ def _describe_reads(
 ) -> list[Reads]:
     """Return (prompt length, lengths of its responses) for every prompt of a batch."""
     shortest = min(len(requests[i].ids) for i in responses)
-    shared = model.shares_prompts and shortest > 1
+    shares_prompts = model.shares_prompts and shortest > 1
     lengths: dict[object, Reads] = {}
     for i, response in responses.items():
         ids = requests[i].ids
-        key: object = ids if shared else i
+        key: object = ids if shares_prompts else i
         _, of_prompt = lengths.setdefault(key, (len(ids), []))
         of_prompt.append(len(response.ids))
     return list(lengths.values())
@@ -301,7 +301,7 @@ class _Batch:
             if timer is not None:
                 processors.insert(0, timer)
             cache_argument = {name_generate_cache_argument(): cache}
-            with self.model.form():
+            with self.model.adapter_context():
                 out = self.model.net.generate(
                     input_ids=ids_BT,
                     attention_mask=mask_BT,

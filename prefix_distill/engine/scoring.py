@@ -19,7 +19,7 @@ from .rollout import Rollout, Side, student_sides, teacher_sides
 from .units import units_of
 
 # probability of the student's first token under the teacher, below which prompts may not match
-FIRST_TOKEN = 0.01
+LOW_FIRST_TOKEN_PROBABILITY = 0.01
 
 # (slot, sample) → statistic → position → nats
 TokenFacts = dict[tuple[int, int], dict[str, dict[int, float]]]
@@ -34,7 +34,7 @@ def hidden_rows(model: Model, sides: list[Side]) -> torch.Tensor:
     """
     prompts = [side.prompt for side in sides]
     responses = [side.read for side in sides]
-    if model.reads_once and len(set(prompts)) < len(prompts):
+    if model.encodes_prompt_once and len(set(prompts)) < len(prompts):
         hidden_BTD = _behind_shared_prompts(model, prompts, responses)
         first = [0] * len(prompts)
     else:
@@ -219,7 +219,7 @@ class Scorer:
         The FLOPs of both forward passes are added to ``phase`` of ``ledger``.
         """
         facts: TokenFacts = {}
-        for group in micro_batches(rollouts, size, self.pair.student.reads_once):
+        for group in micro_batches(rollouts, size, self.pair.student.encodes_prompt_once):
             student_ND = self.student_rows(group)
             teacher_NE = self.teacher_rows(group)
             facts |= self.statistics(ForwardPass(group, student_ND, teacher_NE))
@@ -246,18 +246,18 @@ def student_head_rows(pair: Pair, rollouts: list[Rollout]) -> float:
     """
     if pair.shared_support is None:
         return sum(len(r.taught) for r in rollouts)
-    shared = _exact_units(rollouts) * len(pair.shared_support.student) / pair.student.vocabulary
+    exact_rows = _exact_units(rollouts) * len(pair.shared_support.student) / pair.student.vocabulary
     sizes = [u.size for r in rollouts for u in r.taught_units if not u.exact]
-    return shared + len(sizes) + sum(sizes)
+    return exact_rows + len(sizes) + sum(sizes)
 
 
 def teacher_head_rows(pair: Pair, rollouts: list[Rollout]) -> float:
     """Return the rows that the teacher's head projects once for the loss."""
     if pair.shared_support is None:
         return sum(len(r.taught) for r in rollouts)
-    shared = _exact_units(rollouts) * len(pair.shared_support.teacher) / pair.teacher.vocabulary
+    exact_rows = _exact_units(rollouts) * len(pair.shared_support.teacher) / pair.teacher.vocabulary
     sizes = [u.teacher_size for r in rollouts for u in r.taught_units if not u.exact]
-    return shared + len(sizes) + sum(sizes)
+    return exact_rows + len(sizes) + sum(sizes)
 
 
 def _exact_units(rollouts: list[Rollout]) -> int:
@@ -280,7 +280,7 @@ def statistics_rows(pair: Pair, rollouts: list[Rollout]) -> tuple[float, float]:
 def count_forward_passes(ledger: Ledger, phase: str, pair: Pair, rollouts: list[Rollout]) -> None:
     """Add one forward pass of both models to ``phase``, with their heads, as statistics need."""
     student, teacher = statistics_rows(pair, rollouts)
-    student_reads = reads(student_sides(rollouts), pair.student.reads_once)
-    teacher_reads = reads(teacher_sides(rollouts), pair.teacher.reads_once)
+    student_reads = reads(student_sides(rollouts), pair.student.encodes_prompt_once)
+    teacher_reads = reads(teacher_sides(rollouts), pair.teacher.encodes_prompt_once)
     ledger.forward(phase, pair.student_shape, student_reads, taught=student)
     ledger.forward(phase, pair.teacher_shape, teacher_reads, taught=teacher)

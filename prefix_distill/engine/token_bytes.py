@@ -42,7 +42,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 ALPHABET = _byte_level_alphabet()
 
 
-class Bytes:
+class TokenBytes:
     """The bytes of a tokenizer's ids, and its tokenization of the continuation of a prompt.
 
     ``table[id]``: the bytes of an id; None for special tokens and ids without text. ``encode`` adds
@@ -123,7 +123,7 @@ class Bytes:
         """Return the ids of ``text`` as a continuation."""
         return tuple(self.core.encode(text, add_special_tokens=False).ids)
 
-    def read(self, ids: Iterable[int]) -> tuple[bytes, list[int]]:
+    def decode(self, ids: Iterable[int]) -> tuple[bytes, list[int]]:
         """Return the bytes of ``ids``, and the end of each id in them.
 
         It stops before the first id without bytes.
@@ -168,7 +168,7 @@ class Bytes:
         A text that ends at a character without a token counts as unchanged.
         """
         for text in PROBES:
-            data, _ = self.read(self.encode(text))
+            data, _ = self.decode(self.encode(text))
             if not text.encode().startswith(data):
                 return text
         return None

@@ -5,18 +5,21 @@ from dataclasses import dataclass, field
 import torch
 
 from ..maths.simct import Support, Units
-from .alignment import Shared
+from .alignment import SharedVocabulary
 from .rollout import Rollout
 
 
 def shared_support(
-    shared: Shared, mode: str, student_device: torch.device, teacher_device: torch.device
+    vocabulary: SharedVocabulary,
+    mode: str,
+    student_device: torch.device,
+    teacher_device: torch.device,
 ) -> Support:
     """Return the tokens that both models have, as tensors on their devices."""
     return Support(
-        torch.tensor(shared.student + shared.student_eos, device=student_device),
-        torch.tensor(shared.teacher + shared.teacher_eos, device=teacher_device),
-        len(shared.student),
+        torch.tensor(vocabulary.student + vocabulary.student_eos, device=student_device),
+        torch.tensor(vocabulary.teacher + vocabulary.teacher_eos, device=teacher_device),
+        len(vocabulary.student),
         mode == "simct-released",
     )
 

@@ -39,7 +39,7 @@ from .nets import (
     make_model,
     make_tokenizer,
 )
-from .task import MAX_STEPS, MODELS, STEPS, TASKS, Problem, model_path, problems
+from .task import MAX_STEPS, MODELS, STEPS, TASKS, Problem, model_path, sample_problems
 
 # the accuracy at temperature 1 that each role must have
 BANDS = {
@@ -103,7 +103,7 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
     """Run the network's stages, each with a new optimizer."""
     rng = random.Random(net.seed)
     steps = range(1, MAX_STEPS + 1)
-    every = problems(net.task, "train", 20000, seed=net.seed, steps=steps)
+    every = sample_problems(net.task, "train", 20000, seed=net.seed, steps=steps)
     model.train()
     for number, stage in enumerate(net.stages, 1):
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
@@ -154,7 +154,7 @@ def estimate_accuracy(net: Net, model: LlamaForCausalLM) -> float:
 
     It approximates the accuracy at temperature 1 without sampling.
     """
-    validation = problems(net.task, "validation", 100)
+    validation = sample_problems(net.task, "validation", 100)
     pairs = [(problem.prompt, problem.solution) for problem in validation]
     with torch.no_grad():
         logits, labels = predict(net, model, pairs)
@@ -230,7 +230,7 @@ def measure(net: Net, folder: Path, n: int = MEASURED) -> Figures:
     They are the accuracy with its interval, the share of answers that end in the final form, and
     the mean length. A network that was trained on prompts with solutions is also measured on those.
     """
-    chosen = problems(net.task, "test", n)
+    chosen = sample_problems(net.task, "test", n)
     answers = sample(folder, [problem.prompt for problem in chosen], 0)
     correct = count_correct(answers, chosen)
     finished = len(answers) - list(map(final_digits, answers)).count(None)
@@ -305,7 +305,7 @@ def main() -> int:
             exit_status = 1
         result.setdefault(net.task, {})[net.role] = figures
     for task, roles in result.items():
-        answers = [problem.answer for problem in problems(task, "test", MEASURED)]
+        answers = [problem.answer for problem in sample_problems(task, "test", MEASURED)]
         [(_, count)] = Counter(answers).most_common(1)
         roles["most_common_answer"] = count / MEASURED
     result["seconds"] = round(time.monotonic() - start)

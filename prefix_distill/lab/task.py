@@ -137,7 +137,7 @@ class Problem:
         return self.worked(rng.randrange(2))
 
 
-def problems(
+def sample_problems(
     task: str, split: str, n: int, seed: int = 0, steps: Sequence[int] | None = None
 ) -> list[Problem]:
     """Sample ``n`` distinct problems of one split; equal arguments give equal problems.

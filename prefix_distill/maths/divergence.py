@@ -174,7 +174,7 @@ class Terms:
             return None
         return self.top_k
 
-    def chunk(self, vocabulary: int, softcap: bool = False) -> int:
+    def rows_per_chunk(self, vocabulary: int, softcap: bool = False) -> int:
         """Return the rows per chunk: as many as fit into ``memory_bytes``.
 
         Alive at once are float32 tables [rows, V]: both log-probabilities and those to work in

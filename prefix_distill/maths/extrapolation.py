@@ -21,7 +21,7 @@ CANDIDATES = 5
 
 
 @dataclass(frozen=True)
-class Found:
+class Accepted:
     """The accepted point W + 2k·Δ; ``k`` = 0: W.
 
     ``scores``: of W and of the candidates that were scored, in order; only ``effopd`` scores.
@@ -52,7 +52,7 @@ def extrapolate(
     kind: str,
     score: Callable[[], float],
     key: tuple[object, ...],
-) -> Found:
+) -> Accepted:
     """Run one search from the parameters' values W; change ``parameters`` and ``anchor`` in place.
 
     ``anchor``: the accepted point of the last search, as a ``snapshot``. ``effopd``: ``score()``
@@ -84,7 +84,7 @@ def extrapolate(
         raise
     for name, p in parameters.items():
         anchor[name].copy_(p)
-    return Found(best, scores)
+    return Accepted(best, scores)
 
 
 @dataclass

@@ -82,7 +82,7 @@ class _Tables:
         ``like``: the student's hidden rows, which give the device and the largest number of rows.
         """
         support = len(head.weight_VD)
-        rows = max(1, min(terms.chunk(support, head.softcap is not None), len(like)))
+        rows = max(1, min(terms.rows_per_chunk(support, head.softcap is not None), len(like)))
         make = partial(torch.empty, rows, support, device=like.device)
         tables = cls(make(), make(), make())
         if terms.needs_two_spares:
@@ -321,8 +321,10 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     if forward:
         names.append("forward_kl")
     facts = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
-    four = math.ceil(support * 4 / 3)  # as many tables are alive, where ``chunk`` counts three
-    size = max(1, min(terms.chunk(four, student_head.softcap is not None), count))
+    four = math.ceil(
+        support * 4 / 3
+    )  # as many tables are alive, where ``rows_per_chunk`` counts three
+    size = max(1, min(terms.rows_per_chunk(four, student_head.softcap is not None), count))
     tables = [torch.empty(size, support, device=device) for _ in range(4)]
     student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
     for start in range(0, count, size):

@@ -26,9 +26,9 @@ from torch import Tensor
 from .divergence import Head, Terms, per_token, value_and_gradient
 from .formulas import forward_kl
 from .fused import float32_zeros, scale_gradients
-from .units import Support, Units, chunk, events_of, rows_at, span_scores
+from .units import Support, Units, events_of, rows_at, rows_per_chunk, span_scores
 
-__all__ = ["Support", "Units", "chunk", "statistics", "weighted"]
+__all__ = ["Support", "Units", "rows_per_chunk", "statistics", "weighted"]
 
 
 def weighted(  # noqa: PLR0913  the operands of one formula
@@ -130,13 +130,13 @@ class _Pass:
     @property
     def rows(self) -> int:
         """Return the rows per chunk of full-vocabulary logits."""
-        return chunk(self.terms, max(len(self.ours.weight_VD), len(self.theirs.weight_VD)))
+        return rows_per_chunk(self.terms, max(len(self.ours.weight_VD), len(self.theirs.weight_VD)))
 
     def teach_exact_units(self) -> None:
         """Compare the units of one token per side, using both heads' rows in O."""
         terms, support, units = self.terms, self.support, self.units
         ours, theirs = _rows(self.ours, support.student), _rows(self.theirs, support.teacher)
-        for part in units.exact.split(chunk(terms, support.columns)):
+        for part in units.exact.split(rows_per_chunk(terms, support.columns)):
             rows = units.first[0][part].to(self.device)
             logits = ours.logits(self.student_ND[rows]).div_(terms.temperature)
             student_logp, share = events_of(logits, support)
@@ -343,7 +343,9 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     if forward:
         names.append("forward_kl")
     facts = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
-    for part in torch.arange(count).split(chunk(terms, max(len(head.weight_VD) for head in heads))):
+    for part in torch.arange(count).split(
+        rows_per_chunk(terms, max(len(head.weight_VD) for head in heads))
+    ):
         tables = []
         for name, model in zip(("student", "teacher"), sides, strict=True):
             mass, token, scores = _read_units(terms, support, model, part, span_of[part])

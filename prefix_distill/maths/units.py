@@ -61,7 +61,7 @@ class Units:
         return torch.bincount(self.span[side], minlength=len(self.spans)).to(device)
 
 
-def chunk(terms: Terms, columns: int) -> int:
+def rows_per_chunk(terms: Terms, columns: int) -> int:
     """Return the rows per chunk: as many as fit into ``memory_bytes``."""
     return max(1, int(terms.memory_bytes / (4 * columns * TABLES)))
 
@@ -86,7 +86,9 @@ def span_scores(  # noqa: PLR0913  the operands of one formula
     student."""
     device = hidden.device
     total = torch.zeros(len(units.spans), device=device)
-    for part in torch.arange(len(units.row[side])).split(chunk(terms, len(head.weight_VD))):
+    for part in torch.arange(len(units.row[side])).split(
+        rows_per_chunk(terms, len(head.weight_VD))
+    ):
         rows, spans, ids = units.tokens_at(side, part, device)
         logits = head.logits(hidden[rows]).div_(terms.temperature)
         scores = logits.gather(1, ids[:, None])[:, 0]

@@ -34,7 +34,7 @@ Facts = dict[tuple[int, int], dict[str, dict[int, float]]]
 """(slot, sample) → statistic → position → nats, as ``Scorer.statistics`` returns."""
 
 
-class Taught(Protocol):
+class TaughtRollout(Protocol):
     """The part of a ``Rollout`` that this module uses."""
 
     @property
@@ -54,7 +54,7 @@ class Taught(Protocol):
         ...
 
 
-R = TypeVar("R", bound=Taught)
+R = TypeVar("R", bound=TaughtRollout)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def parse_window(text: str) -> Window | None:
     )
 
 
-def keep(
+def keep_window(
     window: Window | None,
     rollouts: list[R],
     key: tuple[object, ...],
@@ -158,7 +158,7 @@ def _scaled(value: float, ends: tuple[float, float]) -> float:
     return (min(value, high) - low) / (high - low)
 
 
-def scale(entropies: list[float], divergences: list[float]) -> Scale:
+def batch_scale(entropies: list[float], divergences: list[float]) -> Scale:
     """Return the ``Scale`` of a global batch: of all ranks and micro-batches, in any order.
 
     Entropies are clipped at their 98th percentile, linear between order statistics.
@@ -256,7 +256,7 @@ def parse_selection(kind: str, share: float) -> Selection | None:
     return Selection(kind, share)
 
 
-def choose(
+def keep_selection(
     selection: Selection | None,
     rollouts: list[R],
     key: tuple[object, ...],
@@ -368,7 +368,7 @@ def parse_position_weight(text: str) -> PositionWeight | None:
 
 
 def token_weights(
-    rollouts: Sequence[Taught], reduction: str, position: PositionWeight | None = None
+    rollouts: Sequence[TaughtRollout], reduction: str, position: PositionWeight | None = None
 ) -> tuple[dict[tuple[int, int], list[float]], float]:
     """Return (prompt, sample) → undivided weight of each taught token, and this rank's share of the
     divisor.

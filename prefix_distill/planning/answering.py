@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ..engine.device import Clock
 from ..engine.meter import Meter
-from ..engine.models import Model, decoder
+from ..engine.models import Model, make_decoder
 from ..engine.sampling import GenerationCost, Request, Sampler
 from ..maths.flops import Ledger, Shape
 from ..training.run import Run
@@ -42,7 +42,7 @@ class Answering:
         self.meter = Meter(Clock(run.place.device))
         self.student = AnsweringModel(
             role="student",
-            model=decoder(run.pair.student, run.place.dtype),
+            model=make_decoder(run.pair.student, run.place.dtype),
             shape=run.pair.student_shape,
             prompts=[r.student_ids for r in run.problems.train],
             sampler=run.method.eval_sampler,
@@ -51,7 +51,7 @@ class Answering:
         ids = run.method.text_sampler
         self.teacher = AnsweringModel(
             role="teacher",
-            model=decoder(run.pair.teacher, run.place.dtype),
+            model=make_decoder(run.pair.teacher, run.place.dtype),
             shape=run.pair.teacher_shape,
             prompts=[r.teacher_ids for r in run.problems.train],
             sampler=replace(run.method.eval_sampler, eos=ids.eos, support=ids.support, pad=ids.pad),

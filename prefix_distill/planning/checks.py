@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..engine import evaluate, loading
-from ..engine.device import Clock, memory_free
+from ..engine.device import Clock, read_free_memory
 from ..engine.meter import Meter
-from ..engine.models import Model, decoder
+from ..engine.models import Model, make_decoder
 from ..engine.rollout import Rollout
 from ..engine.sampling import GenerationCost, Request, Sampler, generate
 from ..engine.scoring import Scorer
@@ -158,7 +158,7 @@ def _shaping_fields(model: Model) -> dict:
 
 def _check_memory(run: Run) -> Check:
     """Compare what the run needs beside the loaded weights with the free memory."""
-    free = memory_free(run.place.device)
+    free = read_free_memory(run.place.device)
     case = _describe_case(run)
     bound = bound_memory(run.pair.student, run.pair.teacher, case)
     facts = {"free_bytes": free, "at_most_bytes": bound}
@@ -305,7 +305,7 @@ def _make_respondent(run: Run, role: str, model: Model, sampler: Sampler) -> Res
         top_k=0,
         record=False,
     )
-    return Respondent(role, decoder(model, run.place.dtype), sampler)
+    return Respondent(role, make_decoder(model, run.place.dtype), sampler)
 
 
 def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from ..engine.adapter import attach
-from ..engine.models import Model, recompute
+from ..engine.models import Model, with_checkpointing
 from .case import Network
 
 FULL_DEPTH = 3  # networks of up to this many layers are measured whole
@@ -211,16 +211,16 @@ def sketch(
             wrapper = attach(net, settings.adapter, 0, name)
     _replace_by_ghosts(net)
     model = Model(
-        name,
-        net,
-        None,  # type: ignore[arg-type]  # a sketch needs no tokenizer
-        GenerationConfig(),
-        frozenset(),
+        name=name,
+        net=net,
+        tokenizer=None,  # type: ignore[arg-type]  # a sketch needs no tokenizer
+        generation_config=GenerationConfig(),
+        eos=frozenset(),
         shares_prompts=True,
         adapter=wrapper,
     )
     if settings.recomputes:
-        return recompute(model)
+        return with_checkpointing(model)
     return model
 
 

@@ -68,7 +68,7 @@ def measure_update(model: Model, teacher: Head, work: MicroBatch) -> dict[str, f
     Each value is linear in the depth of the network; their maximum is not. Gradients that earlier
     micro-batches have left are not counted.
     """
-    trained = list(model.trained.values())
+    trained = list(model.trainable.values())
     gradients: list[torch.Tensor] = []
     # Later micro-batches find gradients that are held all the time and are counted elsewhere.
     for p in trained:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import SELF, Config
 from ..engine import loading
-from ..engine.models import Model, shape
+from ..engine.models import Model, read_shape
 from ..errors import UserError
 from ..maths import flops
 from ..maths.flops import Batch, Ledger, Shape
@@ -76,7 +76,7 @@ def plan(
     case = build_case(
         config, dtypes, Lengths(prompts.lengths, prefix=limit, limit=limit), prompts.support
     )
-    shapes = [shape(net, prompts.support) for net in nets]
+    shapes = [read_shape(net, prompts.support) for net in nets]
     rows = []
     for text, schedule in schedules.items():
         tokens = [schedule.length(0), schedule.longest(config.train.steps or 1)]

@@ -28,7 +28,7 @@ from ..engine.models import Model
 from ..engine.scoring import Scorer
 from ..maths import intervals
 from ..maths.weights import quadrants
-from ..prompts.answers import correct
+from ..prompts.answers import is_correct
 from ..training.pair import fill_in
 from ..training.prompt_sets import load_prompt_sets
 from ..training.run import Notes, Run, settled
@@ -214,7 +214,7 @@ def _grade(run: Run, model: Model, answers: Answers, tokens: int) -> dict:
     for prompt, ids in zip(run.problems.train, answers.ids, strict=True):
         reference = settled(prompt.prompt.answer, "the reference answer")
         text = evaluate.decode(model, ids)
-        right.append(float(correct(text, reference, run.problems.answer_format)))
+        right.append(float(is_correct(text, reference, run.problems.answer_format)))
     return {
         "tokens": tokens,
         **intervals.interval(right),

@@ -8,7 +8,7 @@ import torch
 from ..engine import scoring
 from ..engine.models import Model
 from ..engine.rollout import Side
-from ..engine.scoring import FIRST_TOKEN
+from ..engine.scoring import LOW_FIRST_TOKEN_PROBABILITY
 from ..training.pair import describe_tokens
 from ..training.run import Check, Run
 from .case import Ids
@@ -67,10 +67,10 @@ def check_prompts(run: Run) -> Check:
         f"{len(first.teacher_ids)} for the teacher; the teacher's probability of the student's "
         f"most likely first token is {chance:.2g}"
     )
-    if chance < FIRST_TOKEN:
+    if chance < LOW_FIRST_TOKEN_PROBABILITY:
         text += (
-            f", below {FIRST_TOKEN}; {COMPARE_PROMPTS} (--template, --student-thinking, "
-            "--teacher-thinking, --begin)"
+            f", below {LOW_FIRST_TOKEN_PROBABILITY}; {COMPARE_PROMPTS} (--template, "
+            "--student-thinking, --teacher-thinking, --begin)"
         )
         return warned("prompts", text, facts)
     return passed("prompts", text, facts)

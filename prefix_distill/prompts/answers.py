@@ -19,7 +19,7 @@ _CHOICE = re.compile(r"(?i:answer(?:\s+is)?)\s*:?[\s*]*\(?([A-Z])(?!\w)")
 _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
 
 
-def extract(text: str, answer_format: str = "auto") -> str | None:
+def extract_answer(text: str, answer_format: str = "auto") -> str | None:
     r"""Return the final answer of a response, or None if there is none.
 
     ``answer_format`` is one of:
@@ -57,7 +57,7 @@ def _choice_letter(text: str, boxed: str | None) -> str | None:
     return letters[-1]
 
 
-def reference(text: str) -> str:
+def extract_reference(text: str) -> str:
     """Return the final answer of a reference: boxed, else after ``####``, else the whole text."""
     boxed = _last_boxed(text)
     if boxed is not None:
@@ -68,16 +68,16 @@ def reference(text: str) -> str:
     return text.strip()
 
 
-def correct(response: str, gold: str, answer_format: str = "auto") -> bool:
+def is_correct(response: str, gold: str, answer_format: str = "auto") -> bool:
     """Return whether the final answers of a response and a reference are equal.
 
     They are equal as text, as whole numbers, or, by math-verify, as expressions. The formats
     ``exact`` and ``choice`` compare text only. Any text gets an answer, in any thread.
     """
-    answer = extract(response, answer_format)
+    answer = extract_answer(response, answer_format)
     if answer is None:
         return False
-    wanted = reference(gold)
+    wanted = extract_reference(gold)
     if answer == wanted or answer_format in ("exact", "choice"):
         return answer == wanted
     if _is_whole_number(answer) and _is_whole_number(wanted):

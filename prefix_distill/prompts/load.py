@@ -13,7 +13,7 @@ from .files import Row, iterate_rows, no_rows, read_rows, stream_rows
 from .prompt import Prompt, PromptSet
 from .rows import BUFFER, PromptBuilder, RowFormat
 from .sources import Source, parse_source
-from .stream import shuffled
+from .stream import shuffle
 
 if TYPE_CHECKING:  # the import takes a second, and a plain file does not need it
     from datasets import Dataset, IterableDataset
@@ -132,7 +132,7 @@ def _select(
     order: Sequence[int] = range(len(rows))
     if source.count is not None:
         _check_count(source, len(rows))
-        order = sorted(shuffled(order, builder.row_format.seed, "sample")[: source.count])
+        order = sorted(shuffle(order, builder.row_format.seed, "sample")[: source.count])
     if limit is not None and limit < len(order):
         if source.preset is not None and source.preset.sorted:
             order = [order[i * len(order) // limit] for i in range(limit)]
@@ -159,16 +159,16 @@ def _make_set(
 ) -> PromptSet:
     """Return the prompts with the properties of their task."""
     if source.is_embedded:
-        elsewhere = {"test": (source.location, "test")}
+        other_splits = {"test": (source.location, "test")}
         if split != "train":
-            elsewhere["examples"] = (source.location, "train")
+            other_splits["examples"] = (source.location, "train")
         return PromptSet(
             source.text,
             prompts,
             answer_format="hash",
             max_new_tokens=MAX_NEW_TOKENS,
             privileged_template="{solution} {problem}",
-            elsewhere=elsewhere,
+            other_splits=other_splits,
             notes=notes,
         )
     answer_format = None
@@ -178,7 +178,7 @@ def _make_set(
         source.text,
         prompts,
         answer_format=answer_format,
-        elsewhere=_other_splits(source, split),
+        other_splits=_other_splits(source, split),
         notes=notes,
     )
 
@@ -207,7 +207,7 @@ def _embedded_rows(source: Source, selection: _Selection) -> list[Row]:
         if colon:
             span = _parse_steps(steps)
             default = min(default, task.PROBLEMS_PER_STEPS * len(span))
-        problems = task.problems(task_name, selection.split, limit or default, steps=span)
+        problems = task.sample_problems(task_name, selection.split, limit or default, steps=span)
     except ValueError as error:
         raise UserError(f"dataset {source.text}: {error}") from None
     rows = []

@@ -17,7 +17,7 @@ class Prompt:
     - ``answer``: the reference answer, if the data set has one.
     - ``privileged``: text that only the teacher's prompt shows.
     - ``around``: the text before and after the problem in the last turn (template, instruction).
-    - ``worked``: the solution to show when the prompt is a few-shot example.
+    - ``worked_solution``: the solution to show when the prompt is a few-shot example.
     """
 
     index: int
@@ -26,7 +26,7 @@ class Prompt:
     _: KW_ONLY
     privileged: str | None = None
     around: tuple[str, str] = ("", "")
-    worked: str | None = None
+    worked_solution: str | None = None
 
     @property
     def problem(self) -> str:
@@ -41,7 +41,7 @@ class PromptSet:
     - ``answer_format``: how the task formats its answers, or None if it does not specify that.
     - ``max_new_tokens``: the longest response that the task needs (tokens), if known.
     - ``privileged_template``: the template that the task's own networks were trained with.
-    - ``elsewhere``: other splits by use ("test", "examples"), as (name, split) to load.
+    - ``other_splits``: other splits by use ("test", "examples"), as (name, split) to load.
     - ``notes``: the choices made while loading, for the user.
     """
 
@@ -51,7 +51,7 @@ class PromptSet:
     answer_format: str | None = None
     max_new_tokens: int | None = None
     privileged_template: str | None = None
-    elsewhere: dict[str, tuple[str, str]] = field(default_factory=dict)
+    other_splits: dict[str, tuple[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -11,7 +11,7 @@ from .files import Row
 from .presets import Preset
 from .prompt import Message, Prompt
 from .sources import Source
-from .stream import shuffled
+from .stream import shuffle
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "query", "input")
 ANSWER_COLUMNS = (
@@ -43,7 +43,7 @@ class RowFormat:
     - ``prompt_template``: the user's turn with {prompt} and {COLUMN} fields.
     - ``seed``: the seed of samples of rows, of the order of streamed rows and of options.
     - ``streaming``: whether rows are read on demand.
-    - ``worked``: whether prompts keep their solution, to serve as few-shot examples.
+    - ``keep_solutions``: whether prompts keep their solution, to serve as few-shot examples.
     """
 
     prompt_column: str | None = None
@@ -54,7 +54,7 @@ class RowFormat:
     prompt_template: str | None = None
     seed: int = 0
     streaming: bool = False
-    worked: bool = False
+    keep_solutions: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class PromptBuilder:
         if self.row_format.system:
             messages.insert(0, {"role": "system", "content": self.row_format.system})
         worked = None
-        if self.row_format.worked:
+        if self.row_format.keep_solutions:
             worked = self._worked_solution(row, closing, answer)
         contents = [message["content"] for message in messages]
         for text in (*contents, answer, privileged, worked):
@@ -133,7 +133,7 @@ class PromptBuilder:
             answer,
             privileged=privileged,
             around=(before, after),
-            worked=worked,
+            worked_solution=worked,
         )
 
     def _problem_and_answer(self, index: int, row: Row) -> tuple[Any, Any]:
@@ -148,7 +148,7 @@ class PromptBuilder:
             options = [answer]
             for column in preset.wrong:
                 options.append(row.get(column))
-            options = shuffled(options, self.row_format.seed, "options", index)
+            options = shuffle(options, self.row_format.seed, "options", index)
             answer = ascii_uppercase[options.index(answer)]
         elif preset.options:
             options = _reach(row, preset.options)
@@ -186,7 +186,7 @@ class PromptBuilder:
 
     def _answer_of_conversation(self, closing: Any) -> Any:
         """Return the assistant's last turn; with a preset, only if it has a boxed answer."""
-        if self.source.preset is not None and answers.extract(str(closing), "boxed") is None:
+        if self.source.preset is not None and answers.extract_answer(str(closing), "boxed") is None:
             return None
         return closing
 
@@ -246,12 +246,12 @@ class PromptBuilder:
             return None
         text = str(solution)
         asks_for_box = "\\boxed" in (self.row_format.instruction or "")
-        if answer is None or not asks_for_box or answers.extract(text, "boxed") is not None:
+        if answer is None or not asks_for_box or answers.extract_answer(text, "boxed") is not None:
             return text
         if self.source.preset is not None and self.source.preset.solution_cut:
             text = re.sub(self.source.preset.solution_cut, "", text)
         text = text.strip()
-        final = answers.reference(answer)
+        final = answers.extract_reference(answer)
         if text == final:
             return f"\\boxed{{{final}}}"
         return f"{text}\n\n\\boxed{{{final}}}"

@@ -58,7 +58,7 @@ class Source:
         return self.preset.test
 
 
-def sources(text: str) -> list[tuple[str, Fraction]]:
+def split_sources(text: str) -> list[tuple[str, Fraction]]:
     """Split data sets and weights: ``gsm8k:3,more.jsonl#100:1`` gives [("gsm8k", 3),
     ("more.jsonl#100", 1)].
 

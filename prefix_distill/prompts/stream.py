@@ -16,14 +16,14 @@ from .prompt import Message, Prompt, PromptSet, Rendered
 T = TypeVar("T")
 
 
-def shuffled(items: Iterable[T], *key: object) -> list[T]:
+def shuffle(items: Iterable[T], *key: object) -> list[T]:
     """Return ``items`` in a random order that depends only on ``key``."""
     order = list(items)
     random.Random("/".join(map(str, key))).shuffle(order)
     return order
 
 
-def batch(rendered: list[Rendered], step: int, size: int, seed: int) -> list[Rendered]:
+def prompts_of_step(rendered: list[Rendered], step: int, size: int, seed: int) -> list[Rendered]:
     """Return the ``size`` prompts of ``step``: slots step × size, … of an endless stream.
 
     Epoch 0 has the order of ``rendered``, which is already shuffled. Every later epoch is a new
@@ -34,12 +34,12 @@ def batch(rendered: list[Rendered], step: int, size: int, seed: int) -> list[Ren
     for slot in range(step * size, (step + 1) * size):
         epoch, position = divmod(slot, len(rendered))
         if epoch not in epochs:
-            epochs[epoch] = shuffled(rendered, seed, "epoch", epoch)
+            epochs[epoch] = shuffle(rendered, seed, "epoch", epoch)
         prompts.append(epochs[epoch][position])
     return prompts
 
 
-def slots(weights: list[Fraction]) -> Iterator[int]:
+def assign_slots(weights: list[Fraction]) -> Iterator[int]:
     """Yield the data set of each slot of an endless stream.
 
     Each slot goes to the data set that is furthest behind its share: weight / sum(weights) of the
@@ -56,22 +56,22 @@ def slots(weights: list[Fraction]) -> Iterator[int]:
         yield chosen
 
 
-def shares(weights: list[Fraction], count: int) -> list[int]:
+def count_slots(weights: list[Fraction], count: int) -> list[int]:
     """Return how many of the first ``count`` slots belong to each data set."""
     counts = [0] * len(weights)
-    for chosen in itertools.islice(slots(weights), count):
+    for chosen in itertools.islice(assign_slots(weights), count):
         counts[chosen] += 1
     return counts
 
 
-def mixed(parts: list[list[T]], weights: list[Fraction], count: int, seed: int) -> list[T]:
+def mix(parts: list[list[T]], weights: list[Fraction], count: int, seed: int) -> list[T]:
     """Return the first ``count`` items of the stream that mixes ``parts`` by ``weights``.
 
-    A part that is used up repeats in a new permutation, as in ``batch``.
+    A part that is used up repeats in a new permutation, as in ``prompts_of_step``.
     """
     streams = [_repeat(part, seed) for part in parts]
     items = []
-    for chosen in itertools.islice(slots(weights), count):
+    for chosen in itertools.islice(assign_slots(weights), count):
         items.append(next(streams[chosen]))
     return items
 
@@ -80,10 +80,10 @@ def _repeat(part: list[T], seed: int) -> Iterator[T]:
     """Yield ``part``, then permutations of it without end."""
     yield from part
     for epoch in itertools.count(1):
-        yield from shuffled(part, seed, "epoch", epoch)
+        yield from shuffle(part, seed, "epoch", epoch)
 
 
-def joined(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
+def join_sets(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
     """Return one set with every prompt of ``sets`` once, mixed by ``weights``.
 
     A property that differs between the sets becomes None.
@@ -92,7 +92,7 @@ def joined(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
         return sets[0]
     remaining = [deque(part.prompts) for part in sets]
     order = []
-    for chosen in slots(weights):
+    for chosen in assign_slots(weights):
         if not any(remaining):
             break
         if remaining[chosen]:
@@ -122,7 +122,7 @@ def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, Prom
     if prompts.streamed:
         return prompts, replace(prompts, prompts=tuple(itertools.islice(prompts.prompts, count)))
     every = tuple(prompts.prompts)
-    held_positions = set(shuffled(range(len(every)), seed, "held-out")[:count])
+    held_positions = set(shuffle(range(len(every)), seed, "held-out")[:count])
     training = []
     held_out = []
     for position, prompt in enumerate(every):
@@ -133,7 +133,7 @@ def hold_out(prompts: PromptSet, count: int, seed: int) -> tuple[PromptSet, Prom
     return replace(prompts, prompts=tuple(training)), replace(prompts, prompts=tuple(held_out))
 
 
-def examples(
+def take_examples(
     prompts: PromptSet, count: int, seed: int, evaluated: tuple[Prompt, ...] = ()
 ) -> tuple[PromptSet, tuple[Message, ...]]:
     """Return (the set without the examples, the turns of ``count`` prompts with their solutions).
@@ -143,7 +143,7 @@ def examples(
     """
     order: Iterable[Prompt] = prompts.prompts
     if not prompts.streamed:
-        order = shuffled(prompts.prompts, seed, "few-shot")
+        order = shuffle(prompts.prompts, seed, "few-shot")
     excluded = {prompt.problem for prompt in evaluated}
     # islice: a streamed set must not lose a prompt beyond the last example
     shown = list(itertools.islice(_with_solution(order, excluded), count))
@@ -158,16 +158,16 @@ def examples(
         prompts = replace(prompts, prompts=rest)
     turns: list[Message] = []
     for prompt in shown:
-        assert prompt.worked is not None  # `_with_solution` requires it
+        assert prompt.worked_solution is not None  # `_with_solution` requires it
         turns += itertools.filterfalse(_is_system, prompt.messages)
-        turns.append({"role": "assistant", "content": prompt.worked})
+        turns.append({"role": "assistant", "content": prompt.worked_solution})
     return prompts, tuple(turns)
 
 
 def _with_solution(prompts: Iterable[Prompt], excluded: set[str]) -> Iterator[Prompt]:
     """Yield the prompts that have a solution and whose problem is not ``excluded``."""
     for prompt in prompts:
-        if prompt.worked is not None and prompt.problem not in excluded:
+        if prompt.worked_solution is not None and prompt.problem not in excluded:
             yield prompt
 
 
@@ -175,7 +175,7 @@ def _is_system(message: Message) -> bool:
     return message["role"] in ("system", "developer")
 
 
-def behind(prompts: PromptSet, turns: tuple[Message, ...]) -> PromptSet:
+def insert_turns(prompts: PromptSet, turns: tuple[Message, ...]) -> PromptSet:
     """Return the prompts with example turns inserted after their system messages."""
     extended = map(partial(_insert, turns), prompts.prompts)
     if prompts.streamed:

@@ -101,7 +101,7 @@ def _plain_text(messages: tuple[Message, ...], separator: str) -> str:
     return text
 
 
-def glue(settings: Any) -> str:
+def answer_separator(settings: Any) -> str:
     """Return the separator between a question and its answer in plain text.
 
     ``settings`` is the configuration's section ``data``. With a prompt template the separator is a
@@ -146,9 +146,9 @@ def render_all(
     """
     settings = config.data
     privileged_template = settings.privileged_template or PRIVILEGED
-    separator = glue(settings)
-    student_begin = begin_ids(student, config.rollout.begin)
-    teacher_begin = begin_ids(teacher, config.rollout.begin)
+    separator = answer_separator(settings)
+    student_begin = encode_begin(student, config.rollout.begin)
+    teacher_begin = encode_begin(teacher, config.rollout.begin)
     kept: list[Rendered] = []
     dropped = 0
     for prompt in prompts:
@@ -186,7 +186,7 @@ def render_all(
     )
 
 
-def begin_ids(model: Reader, text: str | None) -> tuple[int, ...]:
+def encode_begin(model: Reader, text: str | None) -> tuple[int, ...]:
     """Return the token ids of a response's forced first text (empty for None)."""
     if not text:
         return ()

@@ -32,7 +32,8 @@ from ..training.folder import RunFolder
 
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
 LONGEST_NAME = 100  # characters of an arm's name; file names add some to it
-FILE = "arms.json"  # the arms in the comparison's folder: a resumed comparison must have the same
+# the arms in the comparison's folder: a resumed comparison must have the same
+ARMS_FILE = "arms.json"
 Settings = dict[str, Any]  # "section.key" → value
 
 
@@ -58,7 +59,7 @@ class Arms:
         return settings
 
 
-def read(path: str) -> Arms:
+def read_arms(path: str) -> Arms:
     """Return the arms of a file.
 
     UserError: a key is unknown, a named arm does not exist, or no run accepts the settings.
@@ -88,7 +89,7 @@ def read(path: str) -> Arms:
     also = dict(_mapping(path, "also", tree.get("also") or {}))
     for name, sections in also.items():
         also[name] = _settings(path, f"also '{name}'", sections)
-    read_arms = Arms(
+    result = Arms(
         base=_settings(path, "base", tree.get("base") or {}),
         seeds=seeds,
         arms=arms,
@@ -100,8 +101,8 @@ def read(path: str) -> Arms:
         tune_base=tune_base,
         also=also,
     )
-    _check(path, read_arms)
-    return read_arms
+    _check(path, result)
+    return result
 
 
 def _error(path: str, text: str) -> UserError:
@@ -216,17 +217,17 @@ def compare(arms: Arms, out: Path, observer: Observer) -> list[Path]:
     """
     folder = RunFolder(out)
     asked = json.loads(json.dumps(dataclasses.asdict(arms)))
-    if (out / FILE).is_file():
-        if folder.read_json(FILE) != asked:
+    if (out / ARMS_FILE).is_file():
+        if folder.read_json(ARMS_FILE) != asked:
             raise UserError(
-                f"--out {out}: it contains another comparison (see its {FILE}); use the arms file "
+                f"--out {out}: it contains another comparison (see its {ARMS_FILE}); use the arms "
                 "of that comparison, or name another folder"
             )
     else:
-        folder.refuse_if_used()
-    with folder.alone():
-        if not (out / FILE).is_file():
-            folder.write_json(FILE, asked)
+        folder.check_unused()
+    with folder.lock():
+        if not (out / ARMS_FILE).is_file():
+            folder.write_json(ARMS_FILE, asked)
         jobs = _Jobs(arms=arms, out=out, observer=observer)
         return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import config as configuration
-from ..display import Observer, flops_text, share_text
+from ..display import Observer, accuracy_text, flops_text
 from ..engine.device import Clock
 from ..engine.evaluate import evaluate
 from ..engine.meter import Meter
@@ -129,4 +129,4 @@ def _cells(score: dict) -> list[str]:
         seconds = f"{score['seconds']:.0f} s"
     finished = f"{score['finish_rate']:.0%}"
     tokens = f"{score['mean_tokens']:.0f}"
-    return [prefix, share_text(score["accuracy"]), flops, seconds, finished, tokens]
+    return [prefix, accuracy_text(score["accuracy"]), flops, seconds, finished, tokens]

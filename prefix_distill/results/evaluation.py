@@ -14,7 +14,7 @@ from ..engine.device import Clock
 from ..engine.evaluate import Evaluation, evaluate
 from ..engine.memory import MemoryLimits
 from ..engine.meter import Meter
-from ..engine.models import Model, decoder
+from ..engine.models import Model, make_decoder
 from ..engine.ranks import Place, join_ranks
 from ..engine.sampling import GenerationCost, Sampler
 from ..errors import UserError
@@ -42,7 +42,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         dtype=torch.float32,
         trust_remote_code=config.models.trust_remote_code,
     )
-    loading.check_rows(model)
+    loading.check_head_rows(model)
     where = join_ranks(config.runtime, lambda: model.parameters)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
@@ -60,13 +60,13 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     clock = Clock(where.device)
     with clock.phase("evaluation"):
         score = evaluate(
-            decoder(model, where.dtype),
+            make_decoder(model, where.dtype),
             problems,
             how,
             limits,
             GenerationCost(meter=Meter(clock)),
         )
-    if where.first:
+    if where.is_first:
         files.write_rows(out, score.records)
     document = {
         "model": name,
@@ -115,7 +115,7 @@ def _render(
     config: Config, model: Model, prompts: PromptSet
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
     """Return each problem with the token ids of its prompt."""
-    begin = templates.begin_ids(model, config.rollout.begin)
+    begin = templates.encode_begin(model, config.rollout.begin)
     rendered = []
     for prompt in prompts.prompts:
         ids = templates.render(
@@ -123,7 +123,7 @@ def _render(
             prompt,
             config.data.template,
             thinking=config.data.student_thinking,
-            separator=templates.glue(config.data),
+            separator=templates.answer_separator(config.data),
         )
         rendered.append((prompt, (*ids, *begin)))
     return rendered

@@ -177,11 +177,11 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
         )
     model = _read(student, config.models.trust_remote_code, torch.float32)
     if config.adapter.rank is not None:
-        model = loading.with_adapter(model, config.adapter, 0)
+        model = loading.add_adapter(model, config.adapter, 0)
     weights = dict(model.net.named_parameters())
     if model.adapter is not None:
-        weights = model.trained
-    tensors = folder.student(step)
+        weights = model.trainable
+    tensors = folder.read_student(step)
     if _shapes(tensors) != _shapes(weights):
         raise UserError(
             f"run folder {source.name}: the weights of that checkpoint do not have the names and "
@@ -190,7 +190,7 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(tensors[name])
-    return model, card.of_checkpoint(config, step)
+    return model, card.make_checkpoint_card(config, step)
 
 
 def _shapes(tensors: dict) -> dict[str, torch.Size]:

@@ -9,20 +9,22 @@ from jinja2 import Environment, StrictUndefined
 from .. import config as configuration
 from ..display import flops_text
 from ..maths.weights import QUADRANTS
-from .plots import draw_report, png
-from .runs import AGAINST, Finished, as_text, by_arm
+from .plots import draw_report, encode_png
+from .runs import AXES, Finished, as_text, by_arm
 from .summary import HEADINGS, cells
 
 
-def page(runs: list[Finished], summary_rows: list[dict], reference: str | None, title: str) -> str:
+def render_page(
+    runs: list[Finished], summary_rows: list[dict], reference: str | None, title: str
+) -> str:
     """Return one self-contained HTML page: no scripts, no network access, all text escaped."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     template = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     pictures = {}
-    for against in AGAINST:
-        picture = png(draw_report(runs, title, against=against))
+    for against in AXES:
+        picture = encode_png(draw_report(runs, title, against=against))
         pictures[against] = base64.b64encode(picture).decode()
     other_sets: set[str] = set()
     for row in summary_rows:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from .runs import AGAINST, Finished, as_text, by_arm, common_steps
+from .runs import AXES, Finished, as_text, by_arm, common_steps
 from .summary import Numbers, Resampled, interval
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def draw_report(
     runs: list[Finished],
     title: str = "",
     only: Container[str] | None = None,
-    against: str = AGAINST[0],
+    against: str = AXES[0],
 ) -> "Figure":
     """Return a matplotlib figure: accuracy against a cost, a line per arm, means over its seeds.
 
@@ -250,7 +250,7 @@ def _escape(text: str) -> str:
     return as_text(text).replace("$", r"\$")
 
 
-def png(figure: "Figure") -> bytes:
+def encode_png(figure: "Figure") -> bytes:
     """Return a figure as PNG and close it."""
     from matplotlib import pyplot
 

@@ -11,7 +11,7 @@ from ..config import is_text
 from ..errors import UserError
 from ..maths.intervals import split_mean
 from ..maths.weights import QUADRANTS
-from .compare import FILE as ARMS
+from .compare import ARMS_FILE
 from .shapes import (
     ADVICE,
     AlsoFile,
@@ -48,7 +48,7 @@ COLUMNS = (
     "seconds",
 )
 # the horizontal axes of the pictures: the fields of Cost, and the number of updates
-AGAINST = ("useful training FLOPs", "executed training FLOPs", "training time (s)", "updates")
+AXES = ("useful training FLOPs", "executed training FLOPs", "training time (s)", "updates")
 
 
 class Cost(NamedTuple):
@@ -96,8 +96,8 @@ class Finished:
         )
 
     def spent(self, against: str) -> dict[int, float]:
-        """Return the x of every evaluation, by its update, on one of the axes AGAINST."""
-        axis = AGAINST.index(against)
+        """Return the x of every evaluation, by its update, on one of the axes AXES."""
+        axis = AXES.index(against)
         spent = {}
         for row in self.evaluations:
             step = row["step"]
@@ -105,7 +105,7 @@ class Finished:
         return spent
 
 
-def collect(paths: list[Path]) -> list[Finished]:
+def collect_runs(paths: list[Path]) -> list[Finished]:
     """Return the finished runs in ``paths``: run folders, or folders that contain run folders.
 
     Of a comparison the final runs count, not the tuning runs. Where two folders contain the same
@@ -140,7 +140,7 @@ def _finished_runs(path: Path) -> list[Finished]:
     """Return the finished runs in a run folder, a comparison, or any other folder."""
     if os.path.isfile(path / "run.json"):
         folders = [path]
-    elif os.path.isfile(path / ARMS):
+    elif os.path.isfile(path / ARMS_FILE):
         folders = _final_folders(path)
     elif os.path.isdir(path):
         folders = sorted(file.parent for file in path.glob("**/run.json"))
@@ -156,7 +156,7 @@ def _finished_runs(path: Path) -> list[Finished]:
 
 def _final_folders(comparison: Path) -> list[Path]:
     """Return the folders of a comparison's final runs, in the order of its arms and seeds."""
-    arms = read_json(comparison / ARMS, ArmsFile)
+    arms = read_json(comparison / ARMS_FILE, ArmsFile)
     folders = []
     for arm in arms["arms"]:
         for seed in arms["seeds"]:
@@ -172,8 +172,8 @@ def _start(run: Finished) -> Path | None:
     The file of a comparison names the arm, so a comparison can be moved. Otherwise the path of the
     student decides.
     """
-    if os.path.isfile(run.root / ARMS):
-        start = read_json(run.root / ARMS, ArmsFile)["start"].get(run.arm)
+    if os.path.isfile(run.root / ARMS_FILE):
+        start = read_json(run.root / ARMS_FILE, ArmsFile)["start"].get(run.arm)
         if start is not None:
             return (run.root / start / f"seed-{run.seed}").resolve()
     student = run.config["models"]["student"]

@@ -137,7 +137,7 @@ def first_cost(cost: Sequence[float], accuracy: Sequence[float], wanted: float) 
     return math.inf
 
 
-def summary(runs: list[Finished], reference: str | None) -> list[dict]:
+def summarize(runs: list[Finished], reference: str | None) -> list[dict]:
     """Return a row per arm, with means over its seeds.
 
     ``low`` and ``high``: the interval of the accuracy, over problems and seeds. If the arms differ
@@ -342,7 +342,7 @@ def ratio_text(ratio: dict | None) -> str:
     return text
 
 
-def markdown(summary_rows: list[dict]) -> str:
+def markdown_table(summary_rows: list[dict]) -> str:
     """Return the summary as a Markdown table."""
     text = _markdown_line(HEADINGS)
     text += "|---|" + "--:|" * (len(HEADINGS) - 1) + "\n"

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCardData
 
 from .. import config as configuration
 from ..config import Config
-from ..display import flops_text, share_text
-from ..engine.device import description
+from ..display import accuracy_text, flops_text
+from ..engine.device import describe_machine
 from ..lab.task import LAB
 from ..prompts.presets import PRESETS
 from ..prompts.sources import FORMATS
@@ -64,7 +64,7 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def command(config: Config) -> str:
+def make_command(config: Config) -> str:
     """Return the `prefix-distill run` command with the settings that differ from their defaults.
 
     Each setting is on its own line and quoted for a shell.
@@ -84,14 +84,14 @@ def command(config: Config) -> str:
     return " \\\n  ".join(words)
 
 
-def card(run: Run, progress: Progress, row: dict, full: float | None = None) -> str:
+def make_card(run: Run, progress: Progress, row: dict, full: float | None = None) -> str:
     """Return the model card of the student after ``row["step"]`` updates.
 
     ``row``: step, accuracy, KL and other measurements of this student; ``full``: useful FLOPs that
     as many updates with full rollouts would take.
     """
     config = run.config
-    facts = description()
+    facts = describe_machine()
     parts = [
         *_top(config, row["step"]),
         _introduction(config, facts["prefix_distill"]),
@@ -100,18 +100,18 @@ def card(run: Run, progress: Progress, row: dict, full: float | None = None) -> 
         *_cost(run, progress, facts, full),
         *_warnings(run, progress, row["step"]),
         "## How to reproduce",
-        _fenced(command(config)),
+        _fenced(make_command(config)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def of_checkpoint(config: Config, step: int) -> str:
+def make_checkpoint_card(config: Config, step: int) -> str:
     """Return the card of a student in the middle of its run."""
     parts = [
         *_top(config, step),
         f"This is the student after update {step} of {config.train.steps} of the following "
         "prefix-distill run:",
-        _fenced(command(config)),
+        _fenced(make_command(config)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -220,7 +220,7 @@ def _results(config: Config, first: dict, row: dict) -> list[str]:
         problems = f"held-out problems of {_code(settled(config.data.dataset, '--dataset'))}"
     rows = []
     if first["accuracy"]:
-        rows.append(("accuracy", share_text(first["accuracy"]), share_text(row["accuracy"])))
+        rows.append(("accuracy", accuracy_text(first["accuracy"]), accuracy_text(row["accuracy"])))
     rows.append(("reverse KL to the teacher, nats per token", _kl(first["kl"]), _kl(row["kl"])))
     if "finish_rate" in row:
         before, after = first["finish_rate"], row["finish_rate"]

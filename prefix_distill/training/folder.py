@@ -54,12 +54,12 @@ class RunFolder:
         self.path = Path(path)
 
     @property
-    def made(self) -> bool:
+    def is_created(self) -> bool:
         """Return whether a run has been created here."""
         return (self.path / "config.yaml").is_file()
 
     @property
-    def newest(self) -> str:
+    def newest_checkpoint_text(self) -> str:
         """Name the newest checkpoint, as a clause of a message."""
         checkpoints = self._checkpoints()
         if not checkpoints:
@@ -67,7 +67,7 @@ class RunFolder:
         return f"the newest checkpoint is {checkpoints[0].name}"
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Create the folder and lock it, so that one process at a time works in it.
 
         The system releases the lock when the process ends. UserError: another process holds the
@@ -104,8 +104,10 @@ class RunFolder:
             yield
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            message = f"{self.path / name} cannot be written ({reason}); {self.newest}"
-            if self.started:
+            message = (
+                f"{self.path / name} cannot be written ({reason}); {self.newest_checkpoint_text}"
+            )
+            if self.has_checkpoint:
                 message += ": fix the cause, then --resume"
             raise Stopped(message) from None
 
@@ -119,7 +121,7 @@ class RunFolder:
         """Return the folder of the best model so far."""
         return self.path / "best"
 
-    def refuse_if_used(self) -> None:
+    def check_unused(self) -> None:
         """Raise UserError unless the folder is missing or empty, and can be written."""
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UserError(f"--out {self.path}: it is a file; name a folder")
@@ -154,7 +156,7 @@ class RunFolder:
 
         UserError: the folder is used or cannot be created.
         """
-        self.refuse_if_used()
+        self.check_unused()
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("run.json", {"format": FORMAT, **(facts or {})})
         self.write_config(config)
@@ -280,7 +282,7 @@ class RunFolder:
             )
         self.write_rows(name, [row for row in rows if row["step"] <= step])
 
-    def save(self, step: int, tensors: "dict[str, Tensors]", facts: dict) -> None:
+    def save_checkpoint(self, step: int, tensors: "dict[str, Tensors]", facts: dict) -> None:
         """Write the checkpoint after ``step`` updates, with checksums, and delete older ones.
 
         ``tensors``: state dicts by name; ``facts``: plain data. All rows of JSON lines reach the
@@ -308,7 +310,9 @@ class RunFolder:
             for old in self._checkpoints()[KEPT:]:
                 shutil.rmtree(old)
 
-    def latest(self, warn: Callable[[str], None]) -> "tuple[int, dict[str, Tensors], dict]":
+    def read_latest_checkpoint(
+        self, warn: Callable[[str], None]
+    ) -> "tuple[int, dict[str, Tensors], dict]":
         """Return (step, tensors, facts) of the newest intact checkpoint; warn of damaged ones.
 
         UserError: there is none.
@@ -322,7 +326,7 @@ class RunFolder:
             f"--resume {self.path}: no intact checkpoint in it; start again with another --out"
         )
 
-    def student(self, step: int) -> "Tensors":
+    def read_student(self, step: int) -> "Tensors":
         """Return the student's weights after ``step`` updates. UserError: they are damaged."""
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         try:
@@ -333,7 +337,7 @@ class RunFolder:
             ) from None
 
     @property
-    def started(self) -> bool:
+    def has_checkpoint(self) -> bool:
         """Return whether there is a checkpoint, intact or damaged."""
         return bool(self._checkpoints())
 

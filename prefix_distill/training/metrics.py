@@ -4,7 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from ..engine.alignment import census, shares
+from ..engine.alignment import count_by_unit, token_shares
 from ..engine.rollout import Rollout
 from ..prompts import stream
 from .run import Run
@@ -22,7 +22,7 @@ def full_cost(run: Run, progress: Progress, steps: range) -> float:
     """
     config, total = run.config, 0.0
     for step in steps:
-        prompts = stream.batch(
+        prompts = stream.prompts_of_step(
             run.problems.train, step, config.train.batch_size, config.runtime.seed
         )
         total += run.update_cost(prompts, _length_at(progress.evaluations, step))
@@ -120,9 +120,9 @@ def update_facts(update: Update, losses: TokenLosses) -> UpdateFacts:
     everything = sorted(gathered, key=lambda row: row.key)
     alignment: dict[str, float] = {}
     if run.pair.alignment is not None:
-        counts = run.place.gather(census(losses.rollouts))
+        counts = run.place.gather(count_by_unit(losses.rollouts))
         if any(count["tokens"] for count in counts):
-            alignment = shares(counts)
+            alignment = token_shares(counts)
     return UpdateFacts(
         divergence=_mean([row.divergence for row in everything]),
         text=_mean([row.text for row in everything]),

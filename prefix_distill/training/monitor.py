@@ -13,13 +13,13 @@ from ..engine.meter import Meter
 from ..engine.pair import Pair
 from ..engine.rollout import Rollout, Unit, copy_as_student
 from ..engine.sampling import GenerationCost
-from ..engine.scoring import FIRST_TOKEN, Scorer
+from ..engine.scoring import LOW_FIRST_TOKEN_PROBABILITY, Scorer
 from ..errors import Stopped, UserError
 from ..maths import intervals
 from ..maths.seeds import seed_of
 from ..maths.weights import quadrants
 from ..prompts.prompt import Rendered
-from .card import card
+from .card import make_card
 from .state import State
 from .tails import (
     TokenValues,
@@ -75,7 +75,7 @@ class Monitor:
         records = measured.pop("records")
         rows = [_describe_rollout(r) for r in self.contexts]
         self.before = {**measured, "rollouts": rows}
-        if self.run.place.first:
+        if self.run.place.is_first:
             self.state.folder.write_json("before.json", self.before)
             self.state.folder.write_rows("examples-before.jsonl", records)
 
@@ -84,7 +84,7 @@ class Monitor:
             "the teacher gives the first tokens of the student's answers a mean probability of "
             f"{probability:.2g}"
         )
-        if probability < FIRST_TOKEN:
+        if probability < LOW_FIRST_TOKEN_PROBABILITY:
             self.report.warn(
                 f"{text}; check that both prompts ask for the same form of answer (--template, "
                 "--student-thinking, --teacher-thinking, --begin)"
@@ -206,7 +206,7 @@ class Monitor:
         row["sampler_kl"] = gap
         if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
             progress.evaluations.append(row)
-            if run.place.first and score is not None and score.accuracy:
+            if run.place.is_first and score is not None and score.accuracy:
                 right = {"step": progress.step, "right": score.right()}
                 self.state.folder.append("scores.jsonl", right)
         self._keep_best(progress.step, row["accuracy"], values)
@@ -307,8 +307,8 @@ class Monitor:
             "accuracy": accuracy,
             "kl": intervals.token_mean(values),
         }
-        if self.run.place.first:
-            text = card(self.run, progress, progress.best)
+        if self.run.place.is_first:
+            text = make_card(self.run, progress, progress.best)
             self.state.folder.save_model("best", self.run.pair.student, text)
 
 

@@ -9,9 +9,9 @@ import torch
 from .. import config as configuration
 from ..config import Config
 from ..engine import loading, models, scoring
-from ..engine.alignment import match
-from ..engine.device import memory_free
-from ..engine.models import Model, recompute
+from ..engine.alignment import match_tokenizers
+from ..engine.device import read_free_memory
+from ..engine.models import Model, with_checkpointing
 from ..engine.pair import Pair
 from ..engine.placement import Storage
 from ..engine.ranks import Place, join_ranks
@@ -67,18 +67,18 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
         student = _add_adapter(config, student, where, notes)
     teacher = _load_teacher(config, student, where, notes)
     with as_preflight_error():
-        alignment, tokenizers = match(student, teacher, config.models.cross_tokenizer)
+        alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
     notes.note(tokenizers)
     support = None
     if alignment is not None:
         config = check_alignment(config, notes)
         support = shared_support(
-            alignment.shared, alignment.mode, where.device, where.teacher_device
+            alignment.shared_vocabulary, alignment.mode, where.device, where.teacher_device
         )
     _check_forward_pass("student", student, notes)
     _check_forward_pass("teacher", teacher, notes)
     if config.train.gradient_checkpointing:
-        student = recompute(student)
+        student = with_checkpointing(student)
         if student.shares_prompts and config.rollout.samples > 1:
             notes.note(
                 "the student's training pass reads a prompt once per sample, because of "
@@ -87,8 +87,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     pair = Pair(
         student=student,
         teacher=teacher,
-        student_shape=models.shape(student, settled(student.support, "the student's support")),
-        teacher_shape=models.shape(teacher, teacher.support),
+        student_shape=models.read_shape(student, settled(student.support, "the student's support")),
+        teacher_shape=models.read_shape(teacher, teacher.support),
         alignment=alignment,
         shared_support=support,
         tokenizers=tokenizers,
@@ -105,7 +105,7 @@ def _load_student(config: Config) -> tuple[Model, Place]:
     name = settled(config.models.student, "--student")
     trust = config.models.trust_remote_code
     if config.adapter.rank is not None:
-        where = join_ranks(config.runtime, lambda: loading.count(name, trust))
+        where = join_ranks(config.runtime, lambda: loading.count_parameters(name, trust))
         student = loading.load_model(
             name,
             device=where.device,
@@ -123,8 +123,8 @@ def _load_student(config: Config) -> tuple[Model, Place]:
 
 
 def _add_adapter(config: Config, student: Model, where: Place, notes: Notes) -> Model:
-    student = loading.with_adapter(student, config.adapter, config.runtime.seed)
-    trained = sum(p.numel() for p in student.trained.values())
+    student = loading.add_adapter(student, config.adapter, config.runtime.seed)
+    trained = sum(p.numel() for p in student.trainable.values())
     notes.note(
         f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {trained:,} parameters "
         f"train, {student.parameters - trained:,} are frozen in {str(where.dtype)[6:]}"
@@ -192,7 +192,7 @@ def _spread_limit(config: Config, where: Place, notes: Notes) -> int | None:
     if config.runtime.teacher_memory is not None:
         limit = int(config.runtime.teacher_memory * 2**30)
     else:
-        limit = (memory_free(where.device) or 8 << 30) // 2
+        limit = (read_free_memory(where.device) or 8 << 30) // 2
     devices = "all GPUs" if where.device.type == "cuda" else where.device.type
     notes.note(
         f"the teacher's layers are spread over {devices}, up to {limit / 2**30:.3g} GiB of each, "

@@ -24,7 +24,7 @@ def record_plugins(folder: RunFolder, place: Place, plugins: Sequence[Plugin]) -
         raise UserError(
             "--plugin: the ranks loaded files of different content; give every machine the same"
         )
-    if not place.first:
+    if not place.is_first:
         return []
     document = folder.read_json("run.json")
     recorded = {record["file"]: record for record in document.get(KEY, [])}

@@ -26,7 +26,7 @@ def prepare(config: Config) -> Run:
 
     UserError, one line: an option, a file or a model would make the run wrong or impossible.
     """
-    trackers.check(config)
+    trackers.check_packages(config)
     notes = Notes()
     config = fill_in(config, notes)
     sets = load_prompt_sets(config, notes)
@@ -104,10 +104,10 @@ def _describe_chunks(config: Config, pair: Pair, terms: Terms) -> str:
     """Describe how many rows the loss handles at once."""
     if pair.shared_support is None:
         columns = settled(pair.student.support, "the student's support")
-        rows = terms.chunk(columns, pair.student.head().softcap is not None)
+        rows = terms.rows_per_chunk(columns, pair.student.head().softcap is not None)
     else:
         columns = pair.shared_support.columns
-        rows = simct.chunk(terms, columns)
+        rows = simct.rows_per_chunk(terms, columns)
     return (
         f"the loss runs in chunks of {rows:,} rows: --head-memory-mb "
         f"{config.runtime.head_memory_mb} holds that many float32 tables of {columns:,} columns"

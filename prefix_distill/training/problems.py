@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .. import config as configuration
 from ..config import Config
-from ..engine.alignment import Alignment, census, shares
+from ..engine.alignment import Alignment, count_by_unit, token_shares
 from ..engine.models import Model
 from ..engine.pair import Pair
 from ..engine.ranks import Place
@@ -14,7 +14,7 @@ from ..engine.scoring import Scorer
 from ..errors import UserError
 from ..prompts import stream, templates
 from ..prompts.prompt import PromptSet, Rendered
-from ..prompts.stream import mixed, shuffled
+from ..prompts.stream import mix, shuffle
 from ..prompts.templates import PRIVILEGED
 from .pair import as_preflight_error, describe_tokens
 from .prompt_sets import PromptSets
@@ -79,8 +79,10 @@ def settle_privileged_template(config: Config, sets: PromptSets) -> Config:
     """Return the config with a privileged template: the data sets' own, if they have the same."""
     if config.data.privileged_column is None or config.data.privileged_template is not None:
         return config
-    own = {s.privileged_template for s in sets.train}
-    template = own.pop() if len(own) == 1 else None
+    privileged_templates = {s.privileged_template for s in sets.train}
+    template = None
+    if len(privileged_templates) == 1:
+        template = privileged_templates.pop()
     return configuration.replace(config, data={"privileged_template": template or PRIVILEGED})
 
 
@@ -127,17 +129,17 @@ def render_training_prompts(
     seed = config.runtime.seed
     by_set: list[list[Rendered]] = []
     dropped: list[int] = []
-    for s, share in zip(sets.train, stream.shares(sets.weights, count), strict=True):
+    for s, share in zip(sets.train, stream.count_slots(sets.weights, count), strict=True):
         rendered: list[Rendered] = []
         dropped_of_set = 0
         if share:
-            order = s.prompts if s.streamed else shuffled(s.prompts, seed, "epoch", 0)
+            order = s.prompts if s.streamed else shuffle(s.prompts, seed, "epoch", 0)
             rendered, dropped_of_set = templates.render_all(order, *models, config, share)
         by_set.append(rendered)
         dropped.append(dropped_of_set)
     prompts = by_set[0]
     if len(sets.train) > 1:
-        prompts = mixed(by_set, sets.weights, count, seed)
+        prompts = mix(by_set, sets.weights, count, seed)
     return RenderedSets(stream=prompts, by_set=by_set, dropped=dropped)
 
 
@@ -150,7 +152,7 @@ def _count_extrapolation_prompts(config: Config) -> int:
 def _describe_mixture(sets: PromptSets, kept: list[list[Rendered]], needed: int) -> str:
     """Describe how many training prompts come from each set."""
     total = sum(sets.weights)
-    counts = stream.shares(sets.weights, needed)
+    counts = stream.count_slots(sets.weights, needed)
     parts = []
     for s, prompts, weight, count in zip(sets.train, kept, sets.weights, counts, strict=True):
         distinct = min(count, len(prompts))
@@ -241,8 +243,8 @@ def _measure_coverage(alignment: Alignment, prompts: list[Rendered], notes: Note
     aligned = []
     for i, ids in enumerate(texts):
         if ids:
-            aligned.append(alignment.rollout(rollout_of(i, (), ids)))
-    share = shares([census(aligned)])
+            aligned.append(alignment.align_rollout(rollout_of(i, (), ids)))
+    share = token_shares([count_by_unit(aligned)])
     if share["exact_share"] < 0.5:
         notes.warn(
             f"only {share['exact_share']:.0%} of the student's tokens have a counterpart of the "

@@ -12,7 +12,7 @@ from ..prompts import stream as prompt_stream
 from ..prompts.load import load_evaluation_prompts, load_prompts
 from ..prompts.prompt import PromptSet
 from ..prompts.rows import RowFormat
-from ..prompts.stream import examples, hold_out, joined, shares
+from ..prompts.stream import count_slots, hold_out, join_sets, take_examples
 from .run import Notes, settled
 
 
@@ -39,9 +39,11 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
     few_shot = config.data.few_shot
     train = []
     for k, name in enumerate(names):
-        worked = few_shot > 0 and k == 0
-        form = dataclasses.replace(row_format(config), worked=worked)
-        train.append(load_prompts(name, form, split=config.data.split, part=(k, len(names))))
+        keep_solutions = few_shot > 0 and k == 0
+        row_settings = dataclasses.replace(row_format(config), keep_solutions=keep_solutions)
+        train.append(
+            load_prompts(name, row_settings, split=config.data.split, part=(k, len(names)))
+        )
     for loaded in train:
         notes.note(*loaded.notes)
     wanted = max(config.evaluate.problems, config.evaluate.kl_prompts)
@@ -50,18 +52,20 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
         held_out = _load_evaluated(config, config.evaluate.dataset, split, wanted, notes)
     else:
         parts = []
-        for k, count in enumerate(shares(weights, wanted)):
+        for k, count in enumerate(count_slots(weights, wanted)):
             train[k], part = _hold_out(config, train[k], count, (k, len(names)), notes)
             parts.append(part)
-        held_out = joined(parts, weights)
+        held_out = join_sets(parts, weights)
     if few_shot:
-        train[0], turns = examples(train[0], few_shot, config.runtime.seed, tuple(held_out.prompts))
+        train[0], turns = take_examples(
+            train[0], few_shot, config.runtime.seed, tuple(held_out.prompts)
+        )
         notes.note(
             f"few-shot: {few_shot} rows of {train[0].name} with solutions stand before every "
             "prompt of training and evaluation; they are neither taught nor evaluated"
         )
-        train = [prompt_stream.behind(s, turns) for s in train]
-        held_out = prompt_stream.behind(held_out, turns)
+        train = [prompt_stream.insert_turns(s, turns) for s in train]
+        held_out = prompt_stream.insert_turns(held_out, turns)
     for loaded in train:
         if not loaded.streamed and not loaded.prompts:
             raise UserError(
@@ -73,7 +77,7 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
 
 def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
     """Split ``a:3,b:1`` into data set names and weights."""
-    named = sources.sources(text)
+    named = sources.split_sources(text)
     return [name for name, _ in named], [weight for _, weight in named]
 
 
@@ -102,7 +106,7 @@ def _load_evaluated(
     names, weights = _name_sets(text)
     counts: list[int | None] = [None] * len(names)
     if limit is not None:
-        counts = list(shares(weights, limit))
+        counts = list(count_slots(weights, limit))
     sets, kept_weights = [], []
     for k, (name, count) in enumerate(zip(names, counts, strict=True)):
         if count == 0:
@@ -114,7 +118,7 @@ def _load_evaluated(
         notes.note(*loaded.notes)
         sets.append(dataclasses.replace(loaded, prompts=tuple(loaded.prompts)))
         kept_weights.append(weights[k])
-    return joined(sets, kept_weights)
+    return join_sets(sets, kept_weights)
 
 
 def _hold_out(
@@ -131,8 +135,8 @@ def _hold_out(
     """
     if count == 0:
         return train, dataclasses.replace(train, prompts=())
-    if "test" in train.elsewhere:
-        name, split = train.elsewhere["test"]
+    if "test" in train.other_splits:
+        name, split = train.other_splits["test"]
         split = config.evaluate.split or split
         held = load_evaluation_prompts(
             name, row_format(config), split=split, limit=count, part=part
@@ -168,10 +172,10 @@ def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
     split = config.data.split
     if not config.data.few_shot:
         return _load_evaluated(config, dataset, split, limit, notes)
-    first, *others = [name for name, _ in sources.sources(dataset)]
+    first, *others = [name for name, _ in sources.split_sources(dataset)]
     peek = load_evaluation_prompts(first, row_format(config), split=split, limit=1)
-    if "examples" in peek.elsewhere:
-        return _behind_train_rows(config, dataset, peek.elsewhere["examples"], notes)
+    if "examples" in peek.other_splits:
+        return _behind_train_rows(config, dataset, peek.other_splits["examples"], notes)
     if others:
         raise UserError(
             f"--few-shot {config.data.few_shot}: dataset {first} has no other split than the one "
@@ -188,27 +192,27 @@ def _behind_train_rows(
     limit = config.evaluate.problems or None
     prompts = _load_evaluated(config, dataset, config.data.split, limit, notes)
     name, split = source
-    with_solutions = dataclasses.replace(row_format(config), worked=True)
+    with_solutions = dataclasses.replace(row_format(config), keep_solutions=True)
     rows = load_prompts(name, with_solutions, split=split)
-    _, turns = examples(rows, few_shot, config.runtime.seed, tuple(prompts.prompts))
+    _, turns = take_examples(rows, few_shot, config.runtime.seed, tuple(prompts.prompts))
     _note_examples(few_shot, f"{name}, split {split}", notes)
-    return prompt_stream.behind(prompts, turns)
+    return prompt_stream.insert_turns(prompts, turns)
 
 
 def _behind_own_rows(config: Config, name: str, limit: int | None, notes: Notes) -> PromptSet:
     """Return the problems behind examples from the same rows."""
     few_shot = config.data.few_shot
-    with_solutions = dataclasses.replace(row_format(config), worked=True)
+    with_solutions = dataclasses.replace(row_format(config), keep_solutions=True)
     rows = load_evaluation_prompts(name, with_solutions, split=config.data.split)
     notes.note(*rows.notes)
-    prompts, turns = examples(rows, few_shot, config.runtime.seed)
+    prompts, turns = take_examples(rows, few_shot, config.runtime.seed)
     prompts = dataclasses.replace(prompts, prompts=tuple(itertools.islice(prompts.prompts, limit)))
     if not prompts.prompts:
         raise UserError(
             f"--few-shot {few_shot}: dataset {name} has no other row to evaluate; lower it"
         )
     _note_examples(few_shot, name, notes)
-    return prompt_stream.behind(prompts, turns)
+    return prompt_stream.insert_turns(prompts, turns)
 
 
 def _note_examples(few_shot: int, source: str, notes: Notes) -> None:

@@ -1,6 +1,6 @@
 """Run: everything that a training run works with, fixed before its first step."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..config import Config
@@ -33,21 +33,28 @@ def settled(value: T | None, name: str) -> T:
 class Check:
     """The answer to one question about a run before it starts.
 
-    ``status``: ok, warning or error; ``found``: the answer in words; ``facts``: in numbers.
+    ``status``: ok, warning or error; ``text``: the answer in words; ``facts``: in numbers.
     """
 
     name: str
     status: str
-    found: str
+    text: str
     facts: dict = field(default_factory=dict)
 
 
 def describe_checks(checks: list[Check]) -> dict:
-    """Return the checks as JSON values: {ok, checks}."""
-    return {
-        "ok": not any(check.status == "error" for check in checks),
-        "checks": [asdict(check) for check in checks],
-    }
+    """Return the checks as JSON values: {ok, checks}; ``found`` is the text of a check."""
+    documents = []
+    for check in checks:
+        documents.append(
+            {
+                "name": check.name,
+                "status": check.status,
+                "found": check.text,
+                "facts": check.facts,
+            }
+        )
+    return {"ok": not any(check.status == "error" for check in checks), "checks": documents}
 
 
 @dataclass
@@ -167,8 +174,8 @@ class Run:
         # responses behind one reading of their prompt: in generation, scoring and training
         behind = (
             samples if pair.student.shares_prompts else 1,
-            micro_batch if pair.teacher.reads_once else 1,
-            micro_batch if pair.student.reads_once else 1,
+            micro_batch if pair.teacher.encodes_prompt_once else 1,
+            micro_batch if pair.student.encodes_prompt_once else 1,
         )
         batch = Batch(
             prompts=[(len(p.student_ids), len(p.teacher_ids)) for p in prompts],

@@ -3,7 +3,7 @@
 import torch
 
 from ..display import flops_text
-from ..engine.models import refresh
+from ..engine.models import refresh_decoder
 from ..maths import extrapolation
 from .monitor import candidate_score
 from .state import State
@@ -33,7 +33,7 @@ class Search:
         self._keep_displacement()
 
         def score() -> float:
-            refresh(state.decoding, state.run.pair.student)
+            refresh_decoder(state.decoding, state.run.pair.student)
             return candidate_score(state, meter)
 
         with meter.phase("extrapolation"):
@@ -65,7 +65,7 @@ class Search:
     def _keep_displacement(self) -> None:
         """Write the displacement since the last search, if diagnostics are on."""
         state = self.state
-        if not self.settings.diagnostics or not state.run.place.first:
+        if not self.settings.diagnostics or not state.run.place.is_first:
             return
         displacement: dict[str, torch.Tensor] = {}
         for name, p in state.moving.items():

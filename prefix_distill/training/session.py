@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from .. import config as configuration
 from ..display import Observer, Reporter
-from ..engine.device import description
-from ..engine.models import decoder
+from ..engine.device import describe_machine
+from ..engine.models import make_decoder
 from ..engine.ranks import Interrupt
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import load_plugins
-from .card import card
+from .card import make_card
 from .faults import find_non_finite
 from .folder import RunFolder
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
@@ -84,7 +84,7 @@ class Session:
         """Restore a checkpoint, or measure the untrained student and save it."""
         config, place, state = self.run.config, self.run.place, self.state
         restored = self.resume and self.restore()
-        if self.resume and place.first:
+        if self.resume and place.is_first:
             # The changes given on this resume hold for the next one as well.
             self.folder.write_config(dataclasses.asdict(config))
         if restored:
@@ -100,13 +100,13 @@ class Session:
 
     def restore(self) -> bool:
         """Restore the newest checkpoint; return False if the run has none."""
-        if self.folder.started:
+        if self.folder.has_checkpoint:
             self.resumed_from = self.state.restore()
             return True
         self.report.note(
             "the run was interrupted before its first checkpoint: it starts from the beginning"
         )
-        if self.run.place.first:
+        if self.run.place.is_first:
             self.folder.rewind("scores.jsonl", -1, self.report.warn)
         return False
 
@@ -117,14 +117,14 @@ class Session:
             return {}
         longest = run.method.prefix.longest(run.config.train.steps)
         with self.state.clock.phase("teacher_text"):
-            teacher = decoder(run.pair.teacher, run.place.dtype)
+            teacher = make_decoder(run.pair.teacher, run.place.dtype)
             return load_or_sample(self.state, teacher, longest)
 
     # One update
 
     def stop_if_asked(self) -> None:
         """Save and raise Interrupted on all ranks if any rank was asked to stop."""
-        asked = next(filter(None, self.run.place.gather(self.interrupt.asked)), None)
+        asked = next(filter(None, self.run.place.gather(self.interrupt.received)), None)
         if asked is not None:
             self.state.save()
             raise Interrupted(
@@ -136,9 +136,9 @@ class Session:
     def refuse_non_finite(self, losses: TokenLosses) -> None:
         """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""
         reason = None
-        found = losses.describe_non_finite()
-        if found is not None:
-            rollout, where = found
+        non_finite = losses.describe_non_finite()
+        if non_finite is not None:
+            rollout, where = non_finite
             reason = f"{where}: {find_non_finite(self.run, rollout)} not finite"
         reasons = list(filter(None, self.run.place.gather(reason)))
         if reasons:
@@ -165,7 +165,7 @@ class Session:
             steps=config.train.steps,
             warmup=warmup_steps(config.schedule.warmup, config.train.steps),
         )
-        trained = self.run.pair.student.trained
+        trained = self.run.pair.student.trainable
         with state.clock.phase("optimizer"):
             try:
                 norm = step_optimizer(state.optimizer, trained, rate, config.train.grad_clip)
@@ -195,7 +195,7 @@ class Session:
             progress.decisions.append({"step": progress.step, "reason": reason})
             self.report.note(reason)
         self.full_cost += full_cost(self.run, progress, range(update.step, update.step + 1))
-        if self.run.place.first:
+        if self.run.place.is_first:
             self.folder.append("metrics.jsonl", row)
         self.report.row(row, progress.ledger.total(), self.full_cost)
         every = self.run.config.runtime.check_ranks_every
@@ -225,23 +225,23 @@ class Session:
         """Evaluate and save the trained model; return the result document."""
         run, state, folder = self.run, self.state, self.folder
         after = self.monitor.evaluate()
-        if run.place.first:
+        if run.place.is_first:
             folder.write_rows("examples-after.jsonl", after.pop("records"))
             folder.write_json("after.json", after)
             self.save_model()
             if run.config.extrapolation.diagnostics:
                 self.search.diagnose()
         result = result_document(state, self.resumed_from)
-        if run.place.first:
+        if run.place.is_first:
             folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
-        run.place.wait()
+        run.place.barrier()
         return {"out": str(folder.path), **result}
 
     def save_model(self) -> None:
         """Save the student in model/, and with --merge-adapter the adapter in adapter/."""
         run, progress = self.run, self.state.progress
         cost = full_cost(run, progress, range(progress.step))
-        text = card(run, progress, progress.evaluations[-1], cost)
+        text = make_card(run, progress, progress.evaluations[-1], cost)
         student, merge = run.pair.student, run.config.adapter.merge
         self.folder.save_model("model", student, text, merge)
         if merge:
@@ -257,10 +257,10 @@ def train_in(
     """
     plugins = load_plugins(run.config.runtime.plugin)
     interrupt = Interrupt()
-    watched = observer.watch(run.config.train.steps, label, run.place.first, interrupt.ask)
+    watched = observer.watch(run.config.train.steps, label, run.place.is_first, interrupt.ask)
     with watched as shown, interrupt, open_folder(run, folder, resume):
         reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(shown)
-        if run.place.first:
+        if run.place.is_first:
             reporter = Trackers(shown, folder, run.config)
         with reporter as report:
             for text in record_plugins(folder, run.place, plugins):
@@ -275,14 +275,14 @@ def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[None]:
     UserError: the folder is used, cannot be written, or is not visible on every rank.
     """
     place = run.place
-    lock = folder.alone() if place.first else contextlib.nullcontext()
+    lock = folder.lock() if place.is_first else contextlib.nullcontext()
     with lock:
-        if place.first and not resume:
+        if place.is_first and not resume:
             folder.create(configuration.as_dict(run.config), describe_run(run))
-        if place.first and run.checks:
+        if place.is_first and run.checks:
             folder.write_json("preflight.json", describe_checks(run.checks))
-        place.wait()
-        if not folder.made:
+        place.barrier()
+        if not folder.is_created:
             raise UserError(
                 f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on "
                 "several machines it must be on a file system that they share"
@@ -296,7 +296,7 @@ def describe_run(run: Run) -> dict:
     for role, model in (("student", run.pair.student), ("teacher", run.pair.teacher)):
         configs[role] = model.generation_config.to_diff_dict()
     return {
-        **description(),
+        **describe_machine(),
         "seed": run.config.runtime.seed,
         "notes": run.notes.lines,
         "warnings": run.notes.warnings,

@@ -9,7 +9,7 @@ import torch
 from ..display import Reporter
 from ..engine.device import Clock
 from ..engine.meter import Meter
-from ..engine.models import average, decoder, moved, refresh
+from ..engine.models import average_teacher, extrapolated_parameters, make_decoder, refresh_decoder
 from ..errors import Stopped, UserError
 from ..maths import extrapolation
 from ..maths.flops import Ledger
@@ -63,22 +63,22 @@ class State:
         self.run = run
         self.folder = folder
         self.report = report
-        run.limits.report = report.own
+        run.limits.report = report.warn_on_this_rank
         student = run.pair.student
         if student.adapter is None:
             student.net.requires_grad_(True)
-        self.optimizer = make_optimizer(student.trained.values(), run.config)
+        self.optimizer = make_optimizer(student.trainable.values(), run.config)
         self.progress = Progress(taught_prefix=run.method.prefix.length(0))
         self.clock = Clock(run.place.device, self.progress.seconds)
         settings = run.config.extrapolation
         self.moving: dict[str, torch.nn.Parameter] = {}
         if settings.kind != "none" or settings.diagnostics:
-            self.moving = moved(student.net, settings.modules)
+            self.moving = extrapolated_parameters(student.net, settings.modules)
         self.anchor = extrapolation.snapshot(self.moving)
         self.initial: Tensors = {}
         if settings.diagnostics:
             self.initial = extrapolation.snapshot(self.moving)
-        self.decoding = decoder(student, run.place.dtype)
+        self.decoding = make_decoder(student, run.place.dtype)
         self.loss = make_loss(run)
 
     @property
@@ -101,21 +101,21 @@ class State:
         The teacher changes only with --teacher-ema.
         """
         student = self.run.pair.student
-        refresh(self.decoding, student)
+        refresh_decoder(self.decoding, student)
         share = self.run.config.models.teacher_ema
         if share is not None:
-            average(self.run.pair.teacher, student, share)
+            average_teacher(self.run.pair.teacher, student, share)
 
     def compare_ranks(self) -> None:
         """Raise Stopped on all ranks if their weights differ."""
-        trained: Tensors = dict(self.run.pair.student.trained)
-        differing = self.run.place.differing(trained)
+        trained: Tensors = dict(self.run.pair.student.trainable)
+        differing = self.run.place.find_difference(trained)
         if differing is not None:
             rank, name = differing
             raise Stopped(
                 f"after update {self.step} the weights of rank {rank} differ from those of rank 0 "
-                f"(first: {name}); this state is not saved, {self.folder.newest}; check that "
-                "machine, then --resume"
+                f"(first: {name}); this state is not saved, "
+                f"{self.folder.newest_checkpoint_text}; check that machine, then --resume"
             )
 
     def stop(self, reason: str) -> NoReturn:
@@ -132,22 +132,22 @@ class State:
         """Write a checkpoint. Stopped: a weight is not finite, or the ranks differ."""
         run, progress = self.run, self.progress
         self.compare_ranks()
-        trained = run.pair.student.trained
+        trained = run.pair.student.trainable
         for name, p in trained.items():
             if not torch.isfinite(p).all():
                 raise Stopped(
                     f"after update {self.step} the student's weight {name} is not finite; this "
-                    f"state is not saved, {self.folder.newest}; lower --lr or use --dtype float32, "
-                    "then --resume"
+                    f"state is not saved, {self.folder.newest_checkpoint_text}; lower --lr or use "
+                    "--dtype float32, then --resume"
                 )
-        if run.place.first:
+        if run.place.is_first:
             facts = dataclasses.asdict(progress) | {"fitted": run.limits.lowered}
-            self.folder.save(self.step, self._tensors(), facts)
-        run.place.wait()
+            self.folder.save_checkpoint(self.step, self._tensors(), facts)
+        run.place.barrier()
 
     def _tensors(self) -> dict[str, Tensors]:
         """Return the tensors of a checkpoint by file."""
-        trained = self.run.pair.student.trained
+        trained = self.run.pair.student.trainable
         names: dict[torch.Tensor, str] = {p: name for name, p in trained.items()}
         moments: Tensors = {}
         for p, state in self.optimizer.state.items():
@@ -166,8 +166,8 @@ class State:
         UserError: its weights belong to another model.
         """
         place, folder, report = self.run.place, self.folder, self.report
-        warn = report.warn if place.first else _ignore
-        step, tensors, facts = folder.latest(warn)
+        warn = report.warn if place.is_first else _ignore
+        step, tensors, facts = folder.read_latest_checkpoint(warn)
         self._check_shapes(tensors)
         self._copy_tensors(tensors)
         for key, value in facts.items():
@@ -175,14 +175,14 @@ class State:
         self.progress.ledger = Ledger(**facts["ledger"])
         self.clock.seconds = self.progress.seconds
         self.run.limits.restore(self.progress.fitted)
-        refresh(self.decoding, self.run.pair.student)
+        refresh_decoder(self.decoding, self.run.pair.student)
         ranks_before = folder.read_json("run.json").get("ranks", place.world)
-        place.wait()  # every rank has read before the first one writes
-        if place.first:
+        place.barrier()  # every rank has read before the first one writes
+        if place.is_first:
             folder.rewind("metrics.jsonl", step, report.warn, whole=True)
             folder.rewind("scores.jsonl", self.progress.evaluations[-1]["step"], report.warn)
             folder.write_json("run.json", {**folder.read_json("run.json"), "ranks": place.world})
-        place.wait()
+        place.barrier()
         report.note(f"resumed after update {step}")
         if ranks_before != place.world:
             self._report_rank_count(ranks_before)
@@ -191,7 +191,7 @@ class State:
     def _check_shapes(self, tensors: dict[str, Tensors]) -> None:
         """Raise UserError unless a checkpoint's weights fit the student."""
         student = self.run.pair.student
-        expected = {name: p.shape for name, p in student.trained.items()}
+        expected = {name: p.shape for name, p in student.trainable.items()}
         got = {name: p.shape for name, p in tensors.get("student", {}).items()}
         if expected != got or "optimizer" not in tensors:
             raise UserError(
@@ -206,7 +206,7 @@ class State:
         for key, value in tensors["optimizer"].items():
             kind, name = key.split("/", 1)
             moments.setdefault(name, {})[kind] = value
-        for name, p in self.run.pair.student.trained.items():
+        for name, p in self.run.pair.student.trainable.items():
             p.copy_(tensors["student"][name])
             if name in moments:
                 self.optimizer.state[p] = {k: v.to(p.device) for k, v in moments[name].items()}

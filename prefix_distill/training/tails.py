@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ..engine.alignment import census, shares
+from ..engine.alignment import count_by_unit, token_shares
 from ..engine.evaluate import Facts
 from ..engine.rollout import Rollout
 from ..maths import intervals
@@ -33,7 +33,7 @@ def alignment_facts(rollouts: list[Rollout], facts: list[Facts]) -> dict:
     spans: list[float | None] = []
     for r, row in zip(rollouts, facts, strict=True):
         spans += [row["divergence"][u.start] for u in r.taught_units if not u.exact]
-    coverage: dict = shares([census(rollouts)])
+    coverage: dict = token_shares([count_by_unit(rollouts)])
     coverage["kl_spans"] = _mean(intervals.known([spans]))
     for name in ("student_mass", "teacher_mass"):
         coverage[name] = _mean(intervals.known([row[name] for row in facts]))
@@ -70,12 +70,12 @@ def tail_warning(before: dict, measured: dict, prefix: int) -> str | None:
     It has if the KL of the tail on the fixed contexts rose by more than two standard errors (paired
     by rollout), or if answers end less often: by more than 5 points and two standard errors.
     """
-    reasons = [_describe_kl_rise(before, measured, prefix), _describe_endings(before, measured)]
-    found = [reason for reason in reasons if reason is not None]
-    if not found:
+    changes = [_describe_kl_rise(before, measured, prefix), _describe_endings(before, measured)]
+    reasons = [change for change in changes if change is not None]
+    if not reasons:
         return None
     return (
-        f"after update {measured['step']} the tail gets worse: {' and '.join(found)}"
+        f"after update {measured['step']} the tail gets worse: {' and '.join(reasons)}"
         f"{_describe_exhausted(before, measured, prefix)}; lengthen --prefix, lower --lr or stop "
         "earlier"
     )

@@ -46,7 +46,7 @@ def wanted_texts(run: Run) -> dict[tuple[int, int], Rendered]:
     size, samples, seed = config.train.batch_size, config.rollout.samples, config.runtime.seed
     wanted = {}
     for step in range(config.train.steps):
-        prompts = stream.batch(run.problems.train, step, size, seed)
+        prompts = stream.prompts_of_step(run.problems.train, step, size, seed)
         for row in sorted(off_policy.rows(step, size * samples, seed)):
             slot, sample = divmod(row, samples)
             rendered = prompts[slot]
@@ -64,7 +64,7 @@ def load_or_sample(state: State, teacher: Model, max_new_tokens: int) -> Teacher
     run, folder = state.run, state.folder
     place = run.place
     texts, total = _read(folder)
-    place.wait()  # every rank has looked before the first one writes
+    place.barrier()  # every rank has looked before the first one writes
     missing = {}
     for key, rendered in wanted_texts(run).items():
         text = texts.get(key)
@@ -76,7 +76,7 @@ def load_or_sample(state: State, teacher: Model, max_new_tokens: int) -> Teacher
             texts |= part
         for ledger in place.gather(spent):
             total.merge(ledger)
-        if place.first:
+        if place.is_first:
             kept: _Kept = {
                 "texts": [texts[key] for key in sorted(texts)],
                 "ledger": {"useful": total.useful, "executed": total.executed},

@@ -38,7 +38,7 @@ EVALUATION = {
 }
 
 
-def check(config: Config) -> None:
+def check_packages(config: Config) -> None:
     """Raise UserError if the package of a tracker is not installed."""
     for name in configuration.parse_trackers(config.trackers.to):
         if importlib.util.find_spec(name) is None:
@@ -51,11 +51,11 @@ def check(config: Config) -> None:
 class Tracker(Protocol):
     """Receives the numbers of a run."""
 
-    def log(self, step: int, late: int, values: dict[str, float]) -> None:
-        """Record the numbers of an update (``late`` 0) or of measurements after it (1)."""
+    def log(self, step: int, order: int, values: dict[str, float]) -> None:
+        """Record the numbers of an update (``order`` 0) or of measurements after it (1)."""
 
-    def close(self, well: bool) -> None:
-        """Flush and close; ``well``: whether the run succeeded."""
+    def close(self, succeeded: bool) -> None:
+        """Flush and close; ``succeeded``: whether the run succeeded."""
 
 
 class Trackers:
@@ -71,7 +71,7 @@ class Trackers:
         self.sent: dict[str, dict] = {}  # the content of trackers.json
         self.note = display.note
         self.warn = display.warn
-        self.own = display.own
+        self.warn_on_this_rank = display.warn_on_this_rank
         self.settings = configuration.as_dict(config)
         self.settings["checkpoint"].pop("out")
         self.name = config.trackers.name or folder.path.absolute().name
@@ -125,15 +125,15 @@ class Trackers:
         self.folder.write_json(FILE, self.sent)
         return self.sent[name]["id"]
 
-    def _send(self, step: int, late: int, values: dict[str, float]) -> None:
+    def _send(self, step: int, order: int, values: dict[str, float]) -> None:
         """Send numbers to each tracker that does not have them; see Tracker.log."""
         for name, tracker in list(self.open.items()):
             with self._disabled_on_error(name):
                 if name not in self.sent:
-                    tracker.log(step, late, values)
-                elif [step, late] > self.sent[name]["at"]:
-                    tracker.log(step, late, values)
-                    self.sent[name]["at"] = [step, late]
+                    tracker.log(step, order, values)
+                elif [step, order] > self.sent[name]["at"]:
+                    tracker.log(step, order, values)
+                    self.sent[name]["at"] = [step, order]
                     self.folder.write_json(FILE, self.sent)
 
     @contextlib.contextmanager
@@ -184,24 +184,24 @@ class _TensorBoard:
         self.text = f"run {run.name}\n\n```json\n{json.dumps(run.settings, indent=1)}\n```"
         self.make = SummaryWriter
 
-    def log(self, step: int, late: int, values: dict[str, float]) -> None:
+    def log(self, step: int, order: int, values: dict[str, float]) -> None:
         if self.writer is None:  # the first step that is sent is the one to rewind to
-            self.writer = self._begin(step, late)
+            self.writer = self._begin(step, order)
         _add_scalars(self.writer, step, values)
         self.writer.flush()
 
-    def _begin(self, step: int, late: int) -> "SummaryWriter":
+    def _begin(self, step: int, order: int) -> "SummaryWriter":
         new = step == 0 or not self.path.exists()
         writer = self.make(str(self.path), purge_step=step)
         if new:
             writer.add_text("config", self.text, step)
-        if late:  # purge_step also drops the update's own row; write it again
+        if order:  # purge_step also drops the update's own row; write it again
             for row in read_rows(self.metrics)[0]:
                 if row.get("step") == step:
                     _add_scalars(writer, step, row_numbers(row))
         return writer
 
-    def close(self, well: bool) -> None:
+    def close(self, succeeded: bool) -> None:
         if self.writer is not None:
             self.writer.close()
 
@@ -232,12 +232,12 @@ class _Wandb:
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, late: int, values: dict[str, float]) -> None:
+    def log(self, step: int, order: int, values: dict[str, float]) -> None:
         self.run.log({"step": step, **values})
 
-    def close(self, well: bool) -> None:
+    def close(self, succeeded: bool) -> None:
         exit_code = 1
-        if well:
+        if succeeded:
             exit_code = 0
         self.run.finish(exit_code)
 
@@ -259,8 +259,8 @@ class _Trackio:
         )
         self.finish = trackio.finish
 
-    def log(self, step: int, late: int, values: dict[str, float]) -> None:
+    def log(self, step: int, order: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
-    def close(self, well: bool) -> None:
+    def close(self, succeeded: bool) -> None:
         self.finish()

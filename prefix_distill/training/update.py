@@ -17,7 +17,7 @@ from ..engine.scoring import ForwardPass, Scorer, TokenFacts
 from ..errors import Stopped
 from ..maths.divergence import Terms
 from ..maths.flops import Passes
-from ..maths.weights import Scale, choose, keep, scale, token_weights
+from ..maths.weights import Scale, batch_scale, keep_selection, keep_window, token_weights
 from ..prompts import stream
 from ..prompts.prompt import Rendered
 from . import teacher_text
@@ -76,7 +76,7 @@ class Update:
         self.texts = texts or {}
         if prompts is None:
             config = run.config
-            prompts = stream.batch(
+            prompts = stream.prompts_of_step(
                 run.problems.train, step, config.train.batch_size, config.runtime.seed
             )
         self.prompts = prompts
@@ -165,7 +165,7 @@ class Update:
         run = self.run
         if run.pair.alignment is None:
             return
-        if not run.place.total(sum(len(r.taught) for r in rollouts)):
+        if not run.place.sum(sum(len(r.taught) for r in rollouts)):
             raise Stopped(
                 f"update {self.step + 1}: the two tokenizations of its rollouts have no unit of "
                 "text in common, so no token can be taught; lengthen --prefix"
@@ -183,16 +183,16 @@ class Update:
         method = self.run.method
         key = (self.run.config.runtime.seed, self.step)
         if not method.ranks_window:
-            rollouts = keep(method.window, rollouts, key)
+            rollouts = keep_window(method.window, rollouts, key)
             if not method.ranks_selection:
-                return choose(method.selection, rollouts, key)
+                return keep_selection(method.selection, rollouts, key)
         facts = self._measure_tokens(rollouts)
         if method.ranks_window:
-            rollouts = keep(method.window, rollouts, key, facts)
-        batch_scale = None
+            rollouts = keep_window(method.window, rollouts, key, facts)
+        scale = None
         if method.ranks_selection:
-            batch_scale = self._batch_scale(rollouts, facts)
-        return choose(method.selection, rollouts, key, facts, batch_scale)
+            scale = self._batch_scale(rollouts, facts)
+        return keep_selection(method.selection, rollouts, key, facts, scale)
 
     def _measure_tokens(self, rollouts: list[Rollout]) -> TokenFacts:
         """Return the statistics that rank tokens; keep the forward pass if the loss can reuse it.
@@ -256,7 +256,7 @@ class Update:
         all_entropies = [v for part, _ in parts for v in part]
         if not all_entropies:
             return None
-        return scale(all_entropies, [v for _, part in parts for v in part])
+        return batch_scale(all_entropies, [v for _, part in parts for v in part])
 
     def _micro_batches(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
         """Return this rank's micro-batches.
@@ -267,7 +267,7 @@ class Update:
         groups = []
         for off_policy in (False, True):
             same = [r for r in rollouts if r.off_policy is off_policy]
-            groups += micro_batches(same, limits.micro_batch_size, student.reads_once)
+            groups += micro_batches(same, limits.micro_batch_size, student.encodes_prompt_once)
         return groups
 
     # Gradients
@@ -284,7 +284,7 @@ class Update:
         weights, share = token_weights(
             rollouts, run.config.divergence.reduction, run.method.position
         )
-        divisor = run.place.total(share)
+        divisor = run.place.sum(share)
         losses = None
         while losses is None:
             work = functools.partial(self._accumulate, rollouts, weights, divisor)
@@ -347,7 +347,7 @@ class Update:
         meter.ledger.forward(
             "teacher_score",
             pair.teacher_shape,
-            reads(teacher_sides(read), pair.teacher.reads_once),
+            reads(teacher_sides(read), pair.teacher.encodes_prompt_once),
             taught=scoring.teacher_head_rows(pair, group),
         )
 
@@ -364,7 +364,7 @@ class Update:
         meter.ledger.forward(
             "student_update",
             pair.student_shape,
-            reads(student_sides(read), pair.student.reads_once),
+            reads(student_sides(read), pair.student.encodes_prompt_once),
             passes=Passes(count=3, recomputed=pair.student.recomputes),
             taught=taught,
         )
@@ -376,7 +376,7 @@ class Update:
     def _all_reduce(self) -> None:
         """All-reduce the gradients of all ranks, by the backward pass of a zero loss."""
         pair = self.run.pair
-        with self.meter.phase("student_update"), self.run.place.meeting():
+        with self.meter.phase("student_update"), self.run.place.collective():
             self.state.loss(None).backward()
         self.meter.ledger.forward(
             "student_update",

@@ -27,7 +27,7 @@ import torch
 from measure import machine, record
 
 from prefix_distill.engine import loading, scoring
-from prefix_distill.engine.alignment import match
+from prefix_distill.engine.alignment import match_tokenizers
 from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import Rollout, rollout_of
 from prefix_distill.engine.sampling import Request, Sampler, generate
@@ -193,12 +193,12 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
     _, apart = stream.hold_out(prompts, held_out, 0)  # those that the runs held out, too
     held = list(apart.prompts)
     sides = load(student), load(teacher)
-    aligned, reason = match(*sides, "simct")
+    aligned, reason = match_tokenizers(*sides, "simct")
     if aligned is None:
         raise SystemExit(f"expected two tokenizers that differ; got: {reason}")
     texts = teacher_texts(sides[1], held, longest)
     ours = [aligned.to_student(r.ids, r.finished) for r in texts]
-    size = sum(len(aligned.student.read(ids)[0]) for ids in ours)
+    size = sum(len(aligned.student.decode(ids)[0]) for ids in ours)
     before = likelihood(sides[0], held, ours, size)
     for mode in arguments.modes:
         trained = load(out / mode / "model")

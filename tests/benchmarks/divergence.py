@@ -47,7 +47,7 @@ def checkpointed(name, student, head, teacher, teacher_head, weight):  # noqa: P
 
     from prefix_distill.maths.divergence import Terms
 
-    size = Terms(name, PARAMETERS[name]).chunk(len(head))
+    size = Terms(name, PARAMETERS[name]).rows_per_chunk(len(head))
     return sum(
         checkpoint(
             naive,

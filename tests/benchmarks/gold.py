@@ -59,7 +59,7 @@ def prepare(given, work: Path) -> dict:
     ).prompts
     rows = [
         p.messages
-        for p in stream.shuffled(found, given.seed, "benchmark")[: given.updates * given.prompts]
+        for p in stream.shuffle(found, given.seed, "benchmark")[: given.updates * given.prompts]
     ]
     (work / "questions.jsonl").write_text(
         "".join(json.dumps({"messages": row}) + "\n" for row in rows)
@@ -137,7 +137,7 @@ def gold(given, work: Path) -> dict:
             buffered: list[dict] = vars(trainer)["_buffered_inputs"]
             watch.end(sum((inputs["labels"] != -100).sum().item() for inputs in buffered))
 
-    prompts = stream.shuffled(
+    prompts = stream.shuffle(
         load_prompts(str(work / "questions.jsonl"), split="train").prompts, given.seed, "epoch", 0
     )  # preflight's order
     rows = [{"messages": [*p.messages, {"role": "assistant", "content": "."}]} for p in prompts]

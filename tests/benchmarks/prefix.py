@@ -35,14 +35,14 @@ from prefix_distill.prompts.load import load_evaluation_prompts
 from prefix_distill.results import compare, evaluation, plots
 from prefix_distill.results import summary as report
 from prefix_distill.results.compare import Arms
-from prefix_distill.results.runs import AGAINST, Finished, by_arm, collect, write_csv
+from prefix_distill.results.runs import AXES, Finished, by_arm, collect_runs, write_csv
 from prefix_distill.results.summary import Resampled
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training.run import settled
 
 MARGIN = 0.03  # points by which an arm may be behind and still "match"
 PICTURED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {  # picture → (arms, x axis)
-    "prefix": {"": (("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear"), AGAINST[0])},
+    "prefix": {"": (("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear"), AXES[0])},
     "plugins": {
         "-select": (
             (
@@ -55,7 +55,7 @@ PICTURED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {  # picture → (
                 "40% soft-or 0.1",
                 "40% random 0.1",
             ),
-            AGAINST[0],
+            AXES[0],
         ),
         "-updates": (
             (
@@ -79,7 +79,7 @@ PICTURED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {  # picture → (
                 "slow 3x",
                 "slow 10x",
             ),
-            AGAINST[0],
+            AXES[0],
         ),
     },
     "cross": {},
@@ -540,10 +540,10 @@ def main() -> None:
         file = Path(scratch) / f"{given.arms}.yaml"
         file.write_text(quick(text) if given.quick else text)
         out = Path(scratch) / "out" if given.quick else given.out or Path("runs") / given.arms
-        arms = compare.read(str(file))
+        arms = compare.read_arms(str(file))
         compare.compare(arms, out, display.Terminal())
-        runs = collect([out])
-        rows = report.summary(runs, arms.reference)
+        runs = collect_runs([out])
+        rows = report.summarize(runs, arms.reference)
         before, answers = untrained(arms, rows)
         named = {row["arm"]: row for row in [before, *rows]}
         drawn = Resampled(by_arm(runs)) if all(run.right for run in runs) else None
@@ -562,7 +562,7 @@ def main() -> None:
                 figure = plots.draw_report(
                     runs, "", [arm for arm in pictured if arm in named], against
                 )
-                (HERE / "results" / f"{given.arms}{end}.png").write_bytes(plots.png(figure))
+                (HERE / "results" / f"{given.arms}{end}.png").write_bytes(plots.encode_png(figure))
         document = {
             "arms_file": given.arms,
             "machine": machine(),

@@ -69,11 +69,11 @@ def rank(values: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run, watch = preflight.prepare(config.build(json.loads(values))), Watch()
         folder = RunFolder(run.place.gather(scratch)[0] + "/run")
-        if run.place.first:
+        if run.place.is_first:
             folder.create({})
-        run.place.wait()
+        run.place.barrier()
         result = Session(run, folder, watch).train()
-        if run.place.first:
+        if run.place.is_first:
             seconds = [after - before for before, after in itertools.pairwise(watch.ends)]
             phases = {k: v / len(watch.ends) for k, v in result["seconds"]["by_phase"].items()}
             print(
@@ -86,7 +86,7 @@ def rank(values: str) -> None:
                     }
                 )
             )
-        run.place.wait()
+        run.place.barrier()
 
 
 def timed(ranks: int, values: dict) -> dict:

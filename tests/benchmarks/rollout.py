@@ -3,7 +3,7 @@ minutes on 2 cores.
 
     python tests/benchmarks/rollout.py [--quick] [--pairs 2] [--tokens 32] [--work FOLDER]
 
-    ours   prefix_distill.rollout.generate on models.decoder: a prompt prefilled once for its
+    ours   prefix_distill.rollout.generate on models.make_decoder: a prompt prefilled once for its
            samples, seeded noise per row
     naive  transformers' generate as a user would call it: do_sample=True, every row with its prompt
     bare   a loop around the network's forward with its KV cache, softmax and torch.multinomial: no
@@ -58,10 +58,10 @@ def ours(model, rows, tokens, turn):
     import torch
 
     from prefix_distill.engine.device import Clock
-    from prefix_distill.engine.models import decoder
+    from prefix_distill.engine.models import make_decoder
     from prefix_distill.engine.sampling import Request, Sampler, generate
 
-    decoding, clock = decoder(model, torch.float32), Clock(torch.device("cpu"))
+    decoding, clock = make_decoder(model, torch.float32), Clock(torch.device("cpu"))
     sampler = Sampler(
         eos=frozenset({UNWRITTEN}), pad=2, support=model.net.config.vocab_size, seed=turn
     )
@@ -146,10 +146,10 @@ def compiled(model, rows, tokens) -> dict:
     import torch
     from transformers import StaticCache
 
-    from prefix_distill.engine.models import decoder
+    from prefix_distill.engine.models import make_decoder
     from prefix_distill.engine.transformers_names import name_cache_argument
 
-    net, found = decoder(model, torch.float32).net, {}
+    net, found = make_decoder(model, torch.float32).net, {}
     ids, mask = padded(rows)
     width = ids.shape[1]
     for name in ("static", "compiled"):

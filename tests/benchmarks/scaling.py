@@ -86,13 +86,15 @@ def update(run, step: int) -> dict:
     work.backward(rollouts)
     student = run.pair.student
     student.net.zero_grad(set_to_none=True)
-    groups = micro_batches(rollouts, run.limits.micro_batch_size, student.reads_once)
+    groups = micro_batches(rollouts, run.limits.micro_batch_size, student.encodes_prompt_once)
     return {
         "seconds": dict(state.clock.seconds),
         "flops": dict(work.meter.ledger.useful),
         "longest": max(len(r.ids) for r in rollouts),
         "executed": dict(work.meter.ledger.executed),
-        "micro_batches": [reads(student_sides(group), student.reads_once) for group in groups],
+        "micro_batches": [
+            reads(student_sides(group), student.encodes_prompt_once) for group in groups
+        ],
     }
 
 

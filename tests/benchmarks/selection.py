@@ -67,12 +67,12 @@ def work(arm: str, student, head, teacher, teacher_head):
             }
             for i, start in enumerate(starts)
         }
-        kept = weights.choose(
+        kept = weights.keep_selection(
             Selection("soft-or", float(arm)),
             rollouts,
             (0,),
             at,
-            weights.scale(lists["entropy"], lists["divergence"]),
+            weights.batch_scale(lists["entropy"], lists["divergence"]),
         )
         rows = torch.tensor(
             [start + t for start, r in zip(starts, kept, strict=True) for t in r.taught]

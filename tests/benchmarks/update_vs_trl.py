@@ -134,7 +134,7 @@ def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
     else:
         found = load_prompts(str(real_pair.questions()), RowFormat(prompt_column="doc.question"))
     tokenizer, rows = AutoTokenizer.from_pretrained(folder / "student"), []
-    for prompt in stream.shuffled(found.prompts, given.seed, "benchmark"):
+    for prompt in stream.shuffle(found.prompts, given.seed, "benchmark"):
         ids = tokenizer.apply_chat_template(
             list(prompt.messages), add_generation_prompt=True, return_dict=False
         )
@@ -161,8 +161,8 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
     watch, phases = Watch(), []
 
     class Folder(RunFolder):
-        def save(self, step, *state):
-            super().save(step, *state)
+        def save_checkpoint(self, step, *state):
+            super().save_checkpoint(step, *state)
             if step == 0:  # the last thing before the first update
                 watch.start()
 
@@ -223,7 +223,7 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
         [
             [
                 list(p.student_ids)
-                for p in stream.batch(run.problems.train, step, case.prompts, given.seed)
+                for p in stream.prompts_of_step(run.problems.train, step, case.prompts, given.seed)
             ]
             for step in range(given.updates)
         ]
@@ -256,7 +256,7 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
         def on_step_end(self, args, state, control, **_):
             watch.end(state.num_input_tokens_seen)  # prompts and responses, so far
 
-    prompts = stream.shuffled(
+    prompts = stream.shuffle(
         load_prompts(str(file), split="train").prompts, given.seed, "epoch", 0
     )  # preflight's order
     rows = [{"prompt": list(p.messages)} for p in prompts for _ in range(case.samples)]

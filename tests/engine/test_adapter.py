@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefix_distill import config as configuration
 from prefix_distill.engine import loading, scoring
 from prefix_distill.engine.batching import reads
-from prefix_distill.engine.models import adapter, decoder, shape
+from prefix_distill.engine.models import adapter, make_decoder, read_shape
 from prefix_distill.engine.rollout import student_sides, teacher_sides
 from prefix_distill.engine.sampling import Request, generate
 from prefix_distill.errors import UserError
@@ -60,7 +60,7 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
     """dL/dA = s·Bᵀ G and dL/dB = s·G Aᵀ with G the gradient of the merged weight, from a run in
     which all weights train."""
     run = prepared(pair, questions, adapter__rank=4, adapter__alpha=6, **changes)
-    assert set(run.pair.student.trained) == {
+    assert set(run.pair.student.trainable) == {
         name for name, _ in run.pair.student.net.named_parameters() if ".lora_" in name
     }
     stir(run.pair.student.net)
@@ -72,7 +72,7 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
     expected, s = {}, 6 / 4
     for name in ours:
         layer, which = name.split(".lora_")
-        a, b = (run.pair.student.trained[f"{layer}.lora_{x}.default.weight"] for x in "AB")
+        a, b = (run.pair.student.trainable[f"{layer}.lora_{x}.default.weight"] for x in "AB")
         gradient = theirs[f"{layer}.weight"]
         expected[name] = (
             s * b.T @ gradient if which.startswith("A") else s * gradient @ a.T
@@ -106,7 +106,7 @@ def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_pa
     assert AutoTokenizer.from_pretrained(tmp_path / "run/adapter").chat_template
     saved = load_file(tmp_path / "run/best/adapter_model.safetensors")  # kept in mid-run, and small
     assert (
-        len(saved) == len(run.pair.student.trained)
+        len(saved) == len(run.pair.student.trainable)
         and not (tmp_path / "run/best/model.safetensors").exists()
     )
     plain = tmp_path / "plain"
@@ -229,11 +229,11 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
             rows(run.pair.student), rows(run.pair.teacher)
         )
     assert (
-        all(p.requires_grad for p in run.pair.student.trained.values())
-        and len(run.pair.student.trained) == 28
+        all(p.requires_grad for p in run.pair.student.trainable.values())
+        and len(run.pair.student.trainable) == 28
     )
     assert (
-        run.pair.teacher_shape == shape(copy.student)
+        run.pair.teacher_shape == read_shape(copy.student)
         and run.pair.student_shape.trunk > run.pair.teacher_shape.trunk
     )
 
@@ -252,7 +252,7 @@ def test_cost_as_executed(pair, questions):
     weight_N = torch.ones(sum(len(r.ids) for r in rollouts))
     with FlopCounterMode(display=False) as counter:
         loss(rollouts, teacher_NE, weight_N)[0].backward()
-    read = reads(student_sides(rollouts), run.pair.student.reads_once)
+    read = reads(student_sides(rollouts), run.pair.student.encodes_prompt_once)
     ledger.forward("update", run.pair.student_shape, read, passes=Passes(count=3))
     net = run.pair.student.net.config
     width, kv = net.hidden_size, net.num_key_value_heads * net.head_dim
@@ -263,7 +263,7 @@ def test_cost_as_executed(pair, questions):
     assert ledger.executed["update"] - unneeded == pytest.approx(real, rel=0.02)
     full = Ledger()
     full.forward(
-        "update", shape(prepared(pair, questions).pair.student), read, passes=Passes(count=3)
+        "update", read_shape(prepared(pair, questions).pair.student), read, passes=Passes(count=3)
     )
     assert ledger.useful["update"] < 0.85 * full.useful["update"]
 
@@ -272,10 +272,10 @@ def test_the_base_is_held_in_the_compute_dtype(pair, questions, tmp_path):
     run = prepared(pair, questions, adapter__rank=2, runtime__dtype="bfloat16", schedule__lr=1e-2)
     dtypes = {(".lora_" in name): p.dtype for name, p in run.pair.student.net.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    before = {name: p.detach().clone() for name, p in run.pair.student.trained.items()}
+    before = {name: p.detach().clone() for name, p in run.pair.student.trainable.items()}
     result = trained(run, tmp_path / "run")
     assert result["steps"] == 4 and all(
-        not torch.equal(p, before[name]) for name, p in run.pair.student.trained.items()
+        not torch.equal(p, before[name]) for name, p in run.pair.student.trainable.items()
     )
 
 
@@ -375,7 +375,9 @@ def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
     assert_same(ours, theirs, 1e-6)
     requests = [Request(r.teacher_ids, ("x", i)) for i, r in enumerate(whole.train_prompts[:3])]
     written = [
-        generate(decoder(run.pair.teacher, torch.float32), requests, 12, run.method.text_sampler)
+        generate(
+            make_decoder(run.pair.teacher, torch.float32), requests, 12, run.method.text_sampler
+        )
         for run in (spread, whole)
     ]
     assert written[0] == written[1]  # it writes, too
@@ -416,11 +418,11 @@ def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, clos
     assert layer.weight.numel() * layer.weight.element_size() <= 64 * 128 * (
         0.5 if bits == "nf4" else 1
     )
-    plain = shape(loading.load_model(student, device=torch.device("cpu"), dtype=torch.float32))
+    plain = read_shape(loading.load_model(student, device=torch.device("cpu"), dtype=torch.float32))
     assert run.pair.teacher_shape == plain and run.pair.student_shape.frozen == plain.trunk
     result = trained(run, tmp_path / "run")
     assert result["steps"] == 4 and all(
-        torch.isfinite(p).all() for p in run.pair.student.trained.values()
+        torch.isfinite(p).all() for p in run.pair.student.trainable.values()
     )
     assert (tmp_path / "run/model/adapter_model.safetensors").is_file()
 
@@ -447,7 +449,7 @@ def test_on_a_gpu_in_bfloat16_and_in_four_bits(pair, questions, tmp_path):
             **changes,
         )
         assert all(
-            p.dtype == torch.float32 and p.is_cuda for p in run.pair.student.trained.values()
+            p.dtype == torch.float32 and p.is_cuda for p in run.pair.student.trainable.values()
         )
         result = trained(run, tmp_path / name)
         assert (

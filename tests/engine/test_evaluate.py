@@ -12,7 +12,7 @@ from prefix_distill.engine import evaluate, memory
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.memory import MemoryLimits
 from prefix_distill.engine.meter import Meter
-from prefix_distill.engine.models import Model, shape
+from prefix_distill.engine.models import Model, read_shape
 from prefix_distill.engine.pair import Pair
 from prefix_distill.engine.ranks import Place
 from prefix_distill.engine.sampling import GenerationCost, Sampler
@@ -20,7 +20,15 @@ from prefix_distill.engine.scoring import Scorer
 from prefix_distill.maths import intervals
 from prefix_distill.prompts.prompt import Prompt
 
-PLACE = Place(torch.device("cpu"), torch.device("cpu"), torch.float32, torch.float32, 0, 1, ())
+PLACE = Place(
+    device=torch.device("cpu"),
+    teacher_device=torch.device("cpu"),
+    dtype=torch.float32,
+    head_dtype=torch.float32,
+    rank=0,
+    world=1,
+    reasons=(),
+)
 
 
 def limits(place=PLACE):
@@ -96,7 +104,16 @@ def models():
         def decode(self, ids, skip_special_tokens):
             return " ".join(map(str, ids))
 
-    return [Model("m", tiny_net("llama", seed), Words(), None, frozenset({257})) for seed in (1, 2)]
+    return [
+        Model(
+            name="m",
+            net=tiny_net("llama", seed),
+            tokenizer=Words(),
+            generation_config=None,
+            eos=frozenset({257}),
+        )
+        for seed in (1, 2)
+    ]
 
 
 def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
@@ -110,8 +127,8 @@ def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
     pair = Pair(
         student=models[0],
         teacher=models[1],
-        student_shape=shape(models[0]),
-        teacher_shape=shape(models[1]),
+        student_shape=read_shape(models[0]),
+        teacher_shape=read_shape(models[1]),
     )
     scorer = Scorer.reverse_kl(pair, PLACE)
     few = limits()
@@ -170,7 +187,7 @@ def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
         lambda model, requests, *_: [Response((r.key[1],), True) for r in requests],
     )
     monkeypatch.setattr(
-        module.answers, "correct", lambda text, gold, form: graded.append(gold) or text == gold
+        module.answers, "is_correct", lambda text, gold, form: graded.append(gold) or text == gold
     )
     model, said = (
         SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: str(ids[0]))),

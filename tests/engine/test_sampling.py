@@ -9,7 +9,7 @@ from prefix_distill.engine import sampling as rollout
 from prefix_distill.engine import scoring
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.meter import Meter
-from prefix_distill.engine.models import Model, _ColumnsFirst, decoder
+from prefix_distill.engine.models import Model, _ColumnsFirst, make_decoder
 from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.engine.sampling import GenerationCost, Request, Response, Sampler, generate
 from prefix_distill.maths.seeds import seed_of
@@ -27,7 +27,14 @@ def requests(count=7):
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
 def model(request):
-    return Model("m", tiny_net(request.param), None, None, EOS, shares_prompts=True)
+    return Model(
+        name="m",
+        net=tiny_net(request.param),
+        tokenizer=None,
+        generation_config=None,
+        eos=EOS,
+        shares_prompts=True,
+    )
 
 
 def test_a_draw_does_not_depend_on_the_batch(model):
@@ -171,9 +178,14 @@ def test_the_decoding_network_is_the_student_behind_other_matmuls():
     """The same parameters, the same log-probabilities, the same draws; a step of the optimizer
     reaches it by itself."""
     student = Model(
-        "m", tiny_net("llama", width=256).requires_grad_(True), None, None, EOS, shares_prompts=True
+        name="m",
+        net=tiny_net("llama", width=256).requires_grad_(True),
+        tokenizer=None,
+        generation_config=None,
+        eos=EOS,
+        shares_prompts=True,
     )
-    decoding = decoder(student, torch.float32)
+    decoding = make_decoder(student, torch.float32)
     assert decoding.net is not student.net and any(
         type(m) is _ColumnsFirst for m in decoding.net.modules()
     )

@@ -42,7 +42,14 @@ GROUP = [(19, (14, 3, 25)), (5, (9, 1)), (30, (12,)), (8, (8, 8))]
 
 
 def rows_and_gradients(net, group, shares):
-    model = Model("m", net.requires_grad_(True), None, None, frozenset(), shares)
+    model = Model(
+        name="m",
+        net=net.requires_grad_(True),
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset(),
+        shares_prompts=shares,
+    )
     rows = scoring.hidden_rows(model, student_sides(group))
     torch.manual_seed(0)
     net.zero_grad()
@@ -87,20 +94,38 @@ def test_responses_behind_one_prompt_do_not_see_each_other():
 def test_sharing_is_checked_on_the_model_itself():
     for kind in ("llama", "qwen3", "gemma3", "neox", "gpt2"):
         assert (
-            scoring.check_sharing(Model("m", tiny_net(kind), byte_tokenizer(), None, frozenset()))
+            scoring.check_sharing(
+                Model(
+                    name="m",
+                    net=tiny_net(kind),
+                    tokenizer=byte_tokenizer(),
+                    generation_config=None,
+                    eos=frozenset(),
+                )
+            )
             is None
         )
     net = AutoModelForCausalLM.from_config(
         MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)
     ).eval()
-    model = Model("m", net, byte_tokenizer(), None, frozenset())
+    model = Model(
+        name="m", net=net, tokenizer=byte_tokenizer(), generation_config=None, eos=frozenset()
+    )
     assert scoring.check_sharing(model)  # no such cache: a reason, in words
     torch.manual_seed(1)
     with torch.no_grad():  # a decoder that ignores what it is told about positions
         net = tiny_net("gpt2")
         forward = net.transformer.forward
         net.transformer.forward = lambda position_ids=None, **kw: forward(**kw)
-        reason = scoring.check_sharing(Model("m", net, byte_tokenizer(), None, frozenset()))
+        reason = scoring.check_sharing(
+            Model(
+                name="m",
+                net=net,
+                tokenizer=byte_tokenizer(),
+                generation_config=None,
+                eos=frozenset(),
+            )
+        )
     assert "differ by" in reason
 
 

@@ -11,7 +11,7 @@ from helpers import tiny_net
 from transformers import GenerationMixin
 
 from prefix_distill.engine import transformers_names as names
-from prefix_distill.engine.models import Model, recompute
+from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.maths.flops import STRETCH
 
@@ -135,7 +135,13 @@ def silence():
 @pytest.fixture(params=KINDS)
 def model(request):
     """Return a tiny model of the installed transformers."""
-    return Model(request.param, tiny_net(request.param), None, None, frozenset({257}))
+    return Model(
+        name=request.param,
+        net=tiny_net(request.param),
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset({257}),
+    )
 
 
 def test_the_installed_forward_continues_a_cache(model, silence):
@@ -170,6 +176,6 @@ def test_the_installed_generate_takes_and_returns_the_cache(model, silence):
 
 
 def test_the_installed_checkpointing_is_enabled(model, silence):
-    recomputing = recompute(model)
+    recomputing = with_checkpointing(model)
     layers = [m for m in model.net.modules() if getattr(m, "gradient_checkpointing", False)]
     assert recomputing.recomputes and len(layers) >= model.config.num_hidden_layers

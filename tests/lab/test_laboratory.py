@@ -21,16 +21,20 @@ PAIRS = [(name, role) for name in TASKS for role in ROLES[name]]
 
 @pytest.mark.parametrize("name", TASKS)
 def test_splits_are_disjoint_plentiful_and_repeatable(name):
-    sets = {split: task.problems(name, split, 3000) for split in ("train", "test")}
-    sets["validation"] = task.problems(name, "validation", 1000)
+    sets = {split: task.sample_problems(name, split, 3000) for split in ("train", "test")}
+    sets["validation"] = task.sample_problems(name, "validation", 1000)
     for split, found in sets.items():
         assert len(set(found)) == len(found) and all(p.split == split for p in found)
     prompts = [{p.prompt for p in found} for found in sets.values()]
     assert (
         not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
     )
-    assert task.problems(name, "test", 50, seed=3) == task.problems(name, "test", 50, seed=3)
-    assert task.problems(name, "test", 50, seed=3) != task.problems(name, "test", 50, seed=4)
+    assert task.sample_problems(name, "test", 50, seed=3) == task.sample_problems(
+        name, "test", 50, seed=3
+    )
+    assert task.sample_problems(name, "test", 50, seed=3) != task.sample_problems(
+        name, "test", 50, seed=4
+    )
 
 
 def test_a_problem_worked_by_hand():
@@ -47,7 +51,7 @@ def test_traces_are_long_and_prompts_short(name):
     model = loading.load_model(
         f"lab:{name}/student", device=torch.device("cpu"), dtype=torch.float32
     )
-    for problem in task.problems(name, "test", 20):
+    for problem in task.sample_problems(name, "test", 20):
         prompt = templates.render(
             model, Prompt(0, ({"role": "user", "content": problem.prompt},), None), "chat"
         )
@@ -62,7 +66,7 @@ def test_traces_are_long_and_prompts_short(name):
 
 def test_no_answer_is_common():
     for name in TASKS:
-        answers = [p.answer for p in task.problems(name, "test", 2000)]
+        answers = [p.answer for p in task.sample_problems(name, "test", 2000)]
         assert max(answers.count(a) for a in set(answers)) / 2000 < 0.05
 
 
@@ -94,7 +98,7 @@ def test_shipped_models_meet_their_bands(name, role, tmp_path):
 
 @pytest.mark.parametrize("role", ["student-told", "teacher-half"])
 def test_told_models_write_the_solution_they_are_given(role):
-    problems = task.problems("choice", "test", 60)
+    problems = task.sample_problems("choice", "test", 60)
     answers = build.sample(
         task.model_path("choice", role), [p.privileged_prompt for p in problems], 0
     )

@@ -11,7 +11,7 @@ from helpers import Silent, prepared, state_of, tiny_net
 from hypothesis import given, strategies
 from torch.nn import Linear, Parameter
 
-from prefix_distill.engine.models import moved
+from prefix_distill.engine.models import extrapolated_parameters
 from prefix_distill.engine.sampling import GenerationCost
 from prefix_distill.errors import UserError
 from prefix_distill.maths.extrapolation import diagnose, due, effective_rank, extrapolate, snapshot
@@ -303,12 +303,12 @@ MOVED = {
 @pytest.mark.parametrize("kind", MOVED)
 def test_linear_layers_of_the_decoder_move_and_nothing_else(kind):
     net = tiny_net(kind)
-    everything, found = dict(net.named_parameters()), moved(net, "attention-mlp")
+    everything, found = dict(net.named_parameters()), extrapolated_parameters(net, "attention-mlp")
     stem, layer = MOVED[kind]
     assert set(found) == {f"{stem}.{i}.{name}" for i in range(2) for name in layer}
     assert all(found[name] is everything[name] for name in found)
     assert list(found) == [name for name in everything if name in found]
-    assert moved(net, "all").keys() == everything.keys()
+    assert extrapolated_parameters(net, "all").keys() == everything.keys()
 
 
 def test_fused_experts_move_and_their_router_does_not():
@@ -327,7 +327,9 @@ def test_fused_experts_move_and_their_router_does_not():
         )
     )
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", *ATTENTION]
-    assert set(moved(net, "attention-mlp")) == {f"model.layers.0.{name}" for name in names}
+    assert set(extrapolated_parameters(net, "attention-mlp")) == {
+        f"model.layers.0.{name}" for name in names
+    }
 
 
 class Whole(torch.nn.Module):
@@ -353,19 +355,22 @@ class Whole(torch.nn.Module):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_inside_the_decoder_stays(tied):
-    assert set(moved(Whole(tied), "attention-mlp")) == {"inner.weight", "inner.bias"}
+    assert set(extrapolated_parameters(Whole(tied), "attention-mlp")) == {
+        "inner.weight",
+        "inner.bias",
+    }
 
 
 def test_nothing_to_move_is_an_error():
     with pytest.raises(UserError, match="--extrapolate"):
-        moved(Whole(False, inner=False), "attention-mlp")
+        extrapolated_parameters(Whole(False, inner=False), "attention-mlp")
     with pytest.raises(ValueError, match="norms"):
-        moved(Whole(False), "norms")
+        extrapolated_parameters(Whole(False), "norms")
 
 
 def test_a_real_network_goes_through_a_search():
     net = tiny_net("qwen3").requires_grad_(True)
-    parameters = moved(net, "attention-mlp")
+    parameters = extrapolated_parameters(net, "attention-mlp")
     anchor, ids = snapshot(parameters), torch.arange(20)[None]
     rest = {
         name: p.detach().clone() for name, p in net.named_parameters() if name not in parameters
@@ -450,7 +455,7 @@ def trained(pair, questions, folder, **changes):
     files.create({})
     files.write_json("run.json", {})
     result = Session(run, files, Silent()).train()
-    return run, first, result, files.latest(lambda text: None)[1]
+    return run, first, result, files.read_latest_checkpoint(lambda text: None)[1]
 
 
 def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tmp_path):
@@ -460,7 +465,7 @@ def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tm
     run, _, result, further = trained(
         pair, questions, tmp_path / "further", extrapolation__kind="always-1"
     )
-    names = set(moved(run.pair.student.net, "attention-mlp"))
+    names = set(extrapolated_parameters(run.pair.student.net, "attention-mlp"))
     assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"} < names
     assert not names & {
         "model.embed_tokens.weight",

@@ -10,7 +10,7 @@ from prefix_distill.engine import scoring
 from prefix_distill.engine.batching import reads
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.meter import Meter
-from prefix_distill.engine.models import Model, recompute, shape
+from prefix_distill.engine.models import Model, read_shape, with_checkpointing
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import GenerationCost, Request, Sampler, generate
 from prefix_distill.maths.divergence import Terms
@@ -33,7 +33,14 @@ DECODING = pytest.mark.parametrize(
 def model(request):
     net = tiny_net(request.param, width=64)
     net.config._attn_implementation = "eager"
-    return Model("m", net, None, None, frozenset({257}), shares_prompts=True)
+    return Model(
+        name="m",
+        net=net,
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset({257}),
+        shares_prompts=True,
+    )
 
 
 def cost_in(ledger, shape):
@@ -49,7 +56,9 @@ def test_generation_as_executed(model, samples):
     ]
     sampler = Sampler(eos=frozenset({257}), pad=256, support=260, seed=0)
     ledger = Ledger()
-    real = counted(lambda: generate(model, requests, 40, sampler, cost_in(ledger, shape(model))))
+    real = counted(
+        lambda: generate(model, requests, 40, sampler, cost_in(ledger, read_shape(model)))
+    )
     assert ledger.total("executed") == pytest.approx(real, rel=0.02)
     assert ledger.useful["student_prefill"] < ledger.executed["student_prefill"]
 
@@ -66,7 +75,9 @@ def test_rows_that_have_ended_leave_the_batch(model):
     sampler = Sampler(eos=frozenset(early), pad=256, support=260, seed=3)
     ledger, heard = Ledger(), []
     real = counted(
-        lambda: heard.extend(generate(model, requests, 80, sampler, cost_in(ledger, shape(model))))
+        lambda: heard.extend(
+            generate(model, requests, 80, sampler, cost_in(ledger, read_shape(model)))
+        )
     )
     lengths = [len(r.ids) for r in heard]
     assert lengths[0] > 64 and sum(n <= 32 for n in lengths) >= 3
@@ -95,7 +106,7 @@ def test_scoring_and_update_as_executed(model, samples):
             rows = scoring.hidden_rows(model, student_sides(group))
             model.head().logits(rows)
 
-    one.forward("score", shape(model), read)
+    one.forward("score", read_shape(model), read)
     assert one.executed["score"] == pytest.approx(counted(score), rel=0.02)
 
     model.net.requires_grad_(True)
@@ -115,7 +126,7 @@ def test_scoring_and_update_as_executed(model, samples):
         )
         loss.backward()
 
-    one.forward("update", shape(model), read, passes=Passes(count=3))
+    one.forward("update", read_shape(model), read, passes=Passes(count=3))
     teacher_head = (
         2 * 260 * sum(len(r.ids) for r in group)
     )  # the stand-in teacher's one-column head
@@ -126,12 +137,12 @@ def test_recomputed_layers_are_executed_once_more_at_most(model):
     """Gradient checkpointing against torch's count: never less than was run, and at most one
     matmul a layer more."""
     group, one, plain = rollouts(1), Ledger(), Ledger()
-    model = recompute(model)
+    model = with_checkpointing(model)
     model.net.requires_grad_(True)
-    read = reads(student_sides(group), model.reads_once)
-    one.forward("update", shape(model), read, passes=Passes(count=3, recomputed=True))
-    plain.forward("update", shape(model), read, passes=Passes(count=3))
-    head = 3 * shape(model).output(sum(n for _, lengths in read for n in lengths))
+    read = reads(student_sides(group), model.encodes_prompt_once)
+    one.forward("update", read_shape(model), read, passes=Passes(count=3, recomputed=True))
+    plain.forward("update", read_shape(model), read, passes=Passes(count=3))
+    head = 3 * read_shape(model).output(sum(n for _, lengths in read for n in lengths))
     real = counted(lambda: scoring.hidden_rows(model, student_sides(group)).sum().backward())
     assert 0.999 < (one.executed["update"] - head) / real < 1.1
     assert real > 1.15 * (plain.executed["update"] - head)

@@ -82,7 +82,7 @@ def test_values_and_gradients_match_autograd(name, parameters, scale, softcap, t
     terms = Terms(
         name, parameters, temperature, memory_bytes=4 * v * tables * 10
     )  # 10 rows a chunk: four chunks, the last uneven
-    assert terms.chunk(v, softcap is not None) == 10
+    assert terms.rows_per_chunk(v, softcap is not None) == 10
     inputs = [hidden, weight] + ([bias_v] if bias else [])
     want, want_values = naive(
         name,

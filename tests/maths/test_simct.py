@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import by_the_book, head_logits
 
-from prefix_distill.engine.alignment import Shared
+from prefix_distill.engine.alignment import SharedVocabulary
 from prefix_distill.engine.rollout import Unit, rollout_of
 from prefix_distill.engine.units import shared_support, units_of
 from prefix_distill.maths import simct
@@ -15,7 +15,12 @@ from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.fused import weighted
 
 D, E, V, W = 6, 5, 17, 23
-SHARED = Shared((0, 2, 3, 5, 7, 11), (1, 4, 0, 9, 20, 8), (15, 16), (22,))
+SHARED = SharedVocabulary(
+    student=(0, 2, 3, 5, 7, 11),
+    teacher=(1, 4, 0, 9, 20, 8),
+    student_eos=(15, 16),
+    teacher_eos=(22,),
+)
 
 
 def rollout(units, slot=0, **changes):
@@ -179,7 +184,8 @@ def test_a_span_worked_by_hand():
     r = dataclasses.replace(
         rollout_of(0, (1,), (2, 3), False), teacher_ids=(2,), units=(Unit(0, 2, 0, 1),), spans=True
     )
-    shared = shared_support(Shared((0,), (0,), (1,), (1,)), "simct", "cpu", "cpu")
+    vocabulary = SharedVocabulary(student=(0,), teacher=(0,), student_eos=(1,), teacher_eos=(1,))
+    shared = shared_support(vocabulary, "simct", "cpu", "cpu")
     for teacher, expected in (
         (log(1 / 4, 1 / 4, 1 / 2), 0.0),
         (log(1 / 4, 1 / 4, 1 / 4, 1 / 4), math.log(3) - 1.5 * math.log(2)),
@@ -202,7 +208,12 @@ def test_all_ids_shared_is_the_plain_reverse_kl():
     """Every unit one token, O all ids: value and gradient of the plain path to 1e-6."""
     torch.manual_seed(0)
     rollouts = [rollout([(1, 1)] * 9)]
-    same = Shared(tuple(range(V - 1)), tuple(range(V - 1)), (V - 1,), (V - 1,))
+    same = SharedVocabulary(
+        student=tuple(range(V - 1)),
+        teacher=tuple(range(V - 1)),
+        student_eos=(V - 1,),
+        teacher_eos=(V - 1,),
+    )
     head, teacher_head = Head(torch.randn(V, D).requires_grad_()), Head(torch.randn(V, E))
     hidden, teacher_ME, weight = (
         torch.randn(9, D).requires_grad_(),

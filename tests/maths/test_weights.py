@@ -22,12 +22,12 @@ from prefix_distill.maths.weights import (
     WINDOWS,
     Selection,
     Window,
-    choose,
+    batch_scale,
+    keep_selection,
     parse_position_weight,
     parse_selection,
     parse_window,
     quadrants,
-    scale,
     token_weights,
 )
 from prefix_distill.training.update import Update
@@ -162,9 +162,9 @@ def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
     update.select(rollouts)
     ledger, plain = update.meter.ledger, Ledger()
     student, teacher = run.pair.student, run.pair.teacher
-    for group in micro_batches(rollouts, run.limits.micro_batch_size, student.reads_once):
-        students = reads(student_sides(group), student.reads_once)
-        teachers = reads(teacher_sides(group), teacher.reads_once)
+    for group in micro_batches(rollouts, run.limits.micro_batch_size, student.encodes_prompt_once):
+        students = reads(student_sides(group), student.encodes_prompt_once)
+        teachers = reads(teacher_sides(group), teacher.encodes_prompt_once)
         plain.forward("selection", run.pair.student_shape, students)
         plain.forward("selection", run.pair.teacher_shape, teachers)
     assert ledger.useful == plain.useful and set(ledger.useful) == {"selection"}
@@ -193,7 +193,7 @@ def six(kind: str, share: float) -> tuple[int, ...]:
     """With h ≤ 2 after the clip (98 of 100 entropies are 2 or less) and δ ≤ 0.6: ĥ = 0, ½, 1, 1, ½,
     0 and δ̂ = 0, ½, ⅙, 0, ½, 1, so soft-or is 0, ¾, 1, 1, ¾, 1."""
     entropies, divergences = ENTROPY + [2.0] * 94, DIVERGENCE + [0.5] * 94
-    at = scale(entropies, divergences)
+    at = batch_scale(entropies, divergences)
     assert at.entropy == (0.0, 2.0) and at.divergence == (0.0, 0.6)
     facts = {
         name: dict(enumerate(values))
@@ -230,7 +230,7 @@ def test_importance_of_six_tokens_by_hand(kind, share, kept):
 
 def test_scores_where_all_are_equal_fall_to_the_earliest():
     facts = {name: dict.fromkeys(range(4), 0.7) for name in ("entropy", "divergence")}
-    at = scale([0.7] * 4, [0.7] * 4)
+    at = batch_scale([0.7] * 4, [0.7] * 4)
     assert at.scaled(0.7, 0.7) == (0.0, 0.0)
     for kind in ("soft-or", "bottom", "entropy", "divergence"):
         assert Selection(kind, 0.5).choose((0, 1, 2, 3), (0,), facts, at) == (0, 1)
@@ -241,7 +241,7 @@ def test_all_clipped_entropies_score_the_same_and_the_earliest_goes_first(diverg
     """ĥ = 1 makes soft-or 1, whatever the divergence: no rounding may rank them."""
     tokens = tuple(range(len(divergences)))
     facts = {"entropy": dict.fromkeys(tokens, 2.0), "divergence": dict(enumerate(divergences))}
-    at = scale([0.0, *[1.5] * 3], [0.0, 1.0])
+    at = batch_scale([0.0, *[1.5] * 3], [0.0, 1.0])
     assert (
         Selection("soft-or", 0.5).choose(tokens, (0,), facts, at)
         == tokens[: max(1, len(tokens) // 2)]
@@ -271,14 +271,15 @@ def test_a_share_of_every_rollout_whatever_the_order_of_rollouts(kind, share, ke
     }
 
     def chosen(rollouts):
-        at = scale(
+        at = batch_scale(
             *(
                 [v for r in rollouts for v in facts[r.key][name].values()]
                 for name in ("entropy", "divergence")
             )
         )
         return {
-            r.slot: r.taught for r in choose(Selection(kind, share), rollouts, (0, key), facts, at)
+            r.slot: r.taught
+            for r in keep_selection(Selection(kind, share), rollouts, (0, key), facts, at)
         }
 
     kept = chosen(rollouts)
@@ -295,7 +296,7 @@ def test_entropy_sample_draws_by_entropy_without_replacement():
         "entropy": {0: 1.0, 1: 3.0, 2: 0.0, 3: 4.0},
         "divergence": dict.fromkeys(range(4), 0.0),
     }
-    at, n = scale([0.0, 1.0, 3.0, 4.0] + [4.0] * 96, [0.0]), 4000
+    at, n = batch_scale([0.0, 1.0, 3.0, 4.0] + [4.0] * 96, [0.0]), 4000
     first, pairs = [0] * 4, {}
     for key in range(n):
         [t] = Selection("entropy-sample", 0.25).choose((0, 1, 2, 3), (0, key), facts, at)

@@ -51,7 +51,7 @@ def test_a_sound_pair_passes_what_was_broken_below(sound, pair, questions):
     assert list(sound) == NAMES[:-1] and [c.name for c in sound.values() if c.status != "ok"] == [
         "prompts"
     ]
-    assert all(check.found for check in sound.values()) and json.dumps(
+    assert all(check.text for check in sound.values()) and json.dumps(
         describe_checks(list(sound.values()))
     )
     lab = examined(pair, questions, 8, **LAB)
@@ -76,7 +76,7 @@ def test_padded_vocabularies_are_cut_exactly(pair, questions, tmp_path):
     assert (
         found.status == "ok"
         and found.facts["teacher"] == {"ids": 260, "head_rows": 300, "support": 260}
-        and "both heads cut to the real ids" in found.found
+        and "both heads cut to the real ids" in found.text
     )
 
 
@@ -122,7 +122,7 @@ def test_a_prompt_that_begins_twice(pair, questions, tmp_path):
     found = examined((pair[0], with_tokenizer(tmp_path / "twice", change, seed=2)), questions)[
         "prompts"
     ]
-    assert found.status == "warning" and found.found.startswith(
+    assert found.status == "warning" and found.text.startswith(
         "the teacher's prompt begins with two '<u>'"
     )
 
@@ -140,18 +140,18 @@ def test_templates_that_differ(pair, questions, tmp_path):
     found = examined((pair[0], plain), questions)["templates"]
     assert (
         found.status == "warning"
-        and "the student gets chat prompts, the teacher plain prompts" in found.found
+        and "the student gets chat prompts, the teacher plain prompts" in found.text
     )
     assert examined((pair[0], plain), questions, data__template="plain")["templates"].status == "ok"
     thinking = with_tokenizer(tmp_path / "thinking", thinks, seed=2)
     found = examined((pair[0], thinking), questions)["templates"]
     assert (
         found.status == "warning"
-        and "only the teacher's chat template has a thinking switch" in found.found
+        and "only the teacher's chat template has a thinking switch" in found.text
     )
     assert examined((thinking, thinking), questions)["templates"].status == "ok"
     found = examined((thinking, thinking), questions, data__teacher_thinking="off")["templates"]
-    assert found.status == "warning" and "student auto, teacher off" in found.found
+    assert found.status == "warning" and "student auto, teacher off" in found.text
 
 
 def test_ends_of_text_that_differ(pair, questions, tmp_path):
@@ -161,7 +161,7 @@ def test_ends_of_text_that_differ(pair, questions, tmp_path):
         found.status == "warning"
         and found.facts["student"] == [257]
         and found.facts["teacher"] == [257, 258]
-        and "--eos student|teacher|union" in found.found
+        and "--eos student|teacher|union" in found.text
     )
 
 
@@ -174,7 +174,7 @@ def test_a_pad_that_is_the_end_is_no_trouble_and_said(pair, questions, tmp_path)
     ]
     assert (
         found.status == "ok"
-        and "a response ends by position" in found.found
+        and "a response ends by position" in found.text
         and found.facts == {"student": 257, "teacher": 256}
     )
 
@@ -267,7 +267,7 @@ def test_a_model_that_is_not_itself_twice_is_refused(pair, questions, tmp_path, 
 def test_the_models_own_sampling_is_named_and_has_no_effect(sound, pair, questions):
     """save_tiny's models come with temperature 0.3 and top-k 7."""
     assert (
-        "top_k 7 from the student's generation config" in sound["sampling"].found
+        "top_k 7 from the student's generation config" in sound["sampling"].text
         and sound["sampling"].facts["ignored"]["teacher"]["top_k"] == 7
     )
     found = examined(pair, questions, rollout__temperature=0.7)["sampling"]
@@ -311,7 +311,7 @@ def test_memory_against_what_is_free(  # noqa: PLR0913  fixtures and parameters 
     """A network of 100,000 numbers: 12 bytes of moments and gradients for each must fit, the
     activations of a batch may have to be halved."""
     student = save_tiny(tmp_path / "student", seed=1, width=64, layers=3)
-    monkeypatch.setattr(checks, "memory_free", lambda device: free)
+    monkeypatch.setattr(checks, "read_free_memory", lambda device: free)
     got, out, err = invoke(
         "check",
         "--student",
@@ -333,7 +333,7 @@ def test_memory_against_what_is_free(  # noqa: PLR0913  fixtures and parameters 
     assert (got, found["status"]) == (code, status) and words in found["found"], (found, err)
     if "needed_bytes" in found["facts"]:
         facts = found["facts"]
-        count = loading.count(student)
+        count = loading.count_parameters(student)
         assert (
             facts["fixed_bytes"] == pytest.approx(12 * count, rel=0.01)
             and facts["needed_bytes"] > facts["fixed_bytes"]
@@ -352,7 +352,7 @@ def test_a_teacher_that_knows_less(pair, questions):
     )["teacher"]
     assert (
         found.status == "warning"
-        and "the teacher did not beat the student on these 8 problems" in found.found
+        and "the teacher did not beat the student on these 8 problems" in found.text
     )
     assert found.facts["teacher"]["right"] < found.facts["student"]["right"]
 
@@ -375,17 +375,17 @@ def test_a_teacher_that_cannot_end_a_turn(pair, questions, tmp_path):
     assert (
         found.facts["student"]["finish_rate"] > 0
         and found.status == "warning"
-        and "the teacher never ends a turn within 200 tokens" in found.found
+        and "the teacher never ends a turn within 200 tokens" in found.text
     )
     found = examined((both[0], both[0]), questions, 4, **settings)["teacher"]
-    assert "never ends" not in found.found
+    assert "never ends" not in found.text
 
 
 def test_answers_that_would_take_too_long_are_left_to_check(pair, questions):
     found = examined(pair, questions, 4, 1e-6)["teacher"]
     assert (
         found.status == "ok"
-        and found.found.startswith("not sampled")
+        and found.text.startswith("not sampled")
         and found.facts["expected_seconds"] > 0
     )
 

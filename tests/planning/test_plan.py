@@ -13,7 +13,7 @@ from transformers import Gemma3TextConfig
 
 from prefix_distill.config import Adapter
 from prefix_distill.engine import scoring
-from prefix_distill.engine.models import Model, recompute
+from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.rollout import student_sides
 from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.fused import weighted
@@ -68,14 +68,14 @@ def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
     windows, a soft-cap, tied weights."""
     group = case().update()
     real = Model(
-        "m",
-        tiny_net(kind, width=64).requires_grad_(True),
-        None,
-        None,
-        frozenset(),
+        name="m",
+        net=tiny_net(kind, width=64).requires_grad_(True),
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset(),
         shares_prompts=True,
     )
-    real = recompute(real) if recomputes else real
+    real = with_checkpointing(real) if recomputes else real
     known = [*real.net.parameters(), *real.net.buffers()]
     teacher_NE, head = torch.zeros(24, 64), Head(torch.zeros(260, 64))
     for p in real.net.parameters():

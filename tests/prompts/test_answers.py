@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefix_distill.prompts.answers import correct, extract, reference
+from prefix_distill.prompts.answers import extract_answer, extract_reference, is_correct
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from prefix_distill.prompts.answers import correct, extract, reference
     ],
 )
 def test_extraction(text, form, answer):
-    assert extract(text, form) == answer
+    assert extract_answer(text, form) == answer
 
 
 @pytest.mark.parametrize(
@@ -40,16 +40,17 @@ def test_extraction(text, form, answer):
     ],
 )
 def test_grading(response, gold, right):
-    assert correct(response, gold) is right
+    assert is_correct(response, gold) is right
 
 
 def test_exact_is_text_and_a_hash_task_takes_no_other_number():
-    assert correct("Paris", "Paris", "exact") and not correct("paris", "Paris", "exact")
-    assert not correct("26:14 25:05", "05", "hash") and correct("26:14 ####05", "05", "hash")
+    assert is_correct("Paris", "Paris", "exact") and not is_correct("paris", "Paris", "exact")
+    assert not is_correct("26:14 25:05", "05", "hash") and is_correct("26:14 ####05", "05", "hash")
 
 
 def test_a_reference_may_be_a_whole_solution():
     assert (
-        reference("Janet makes 9 * 2 = 18.\n#### 18") == "18" and reference(r"so \boxed{7}") == "7"
+        extract_reference("Janet makes 9 * 2 = 18.\n#### 18") == "18"
+        and extract_reference(r"so \boxed{7}") == "7"
     )
-    assert reference(" Paris ") == "Paris"
+    assert extract_reference(" Paris ") == "Paris"

@@ -20,7 +20,15 @@ from prefix_distill.prompts import stream as prompt_stream
 from prefix_distill.prompts.load import load_evaluation_prompts, load_prompts
 from prefix_distill.prompts.prompt import Prompt, PromptSet
 from prefix_distill.prompts.rows import BUFFER, RowFormat
-from prefix_distill.prompts.stream import behind, examples, hold_out, joined, mixed, shares, slots
+from prefix_distill.prompts.stream import (
+    assign_slots,
+    count_slots,
+    hold_out,
+    insert_turns,
+    join_sets,
+    mix,
+    take_examples,
+)
 from prefix_distill.training import prepare as preflight
 
 ROWS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
@@ -145,12 +153,12 @@ def test_long_prompts_are_dropped_and_counted_never_cut(student):
 
 
 def test_every_epoch_is_a_permutation_and_steps_are_arithmetic():
-    stream = [prompt_stream.batch(list(range(7)), step, 3, seed=0) for step in range(14)]
+    stream = [prompt_stream.prompts_of_step(list(range(7)), step, 3, seed=0) for step in range(14)]
     flat = [p for batch in stream for p in batch]
     epochs = [flat[i : i + 7] for i in range(0, 42, 7)]
     assert all(sorted(e) == list(range(7)) for e in epochs) and len({tuple(e) for e in epochs}) == 6
-    assert prompt_stream.batch(list(range(7)), 9, 3, seed=0) == stream[9]
-    assert prompt_stream.batch(list(range(7)), 9, 3, seed=1) != stream[9]
+    assert prompt_stream.prompts_of_step(list(range(7)), 9, 3, seed=0) == stream[9]
+    assert prompt_stream.prompts_of_step(list(range(7)), 9, 3, seed=1) != stream[9]
 
 
 def test_held_out_rows_are_disjoint_from_training(tmp_path):
@@ -187,20 +195,20 @@ def questions_of(prompts):
     ],
 )
 def test_names_and_weights(text, found):
-    assert sources.sources(text) == found
+    assert sources.split_sources(text) == found
 
 
 @pytest.mark.parametrize("text", ["a,", ",", "a:0,b", "a,,b", "a:1,:2"])
 def test_weights_that_are_refused(text):
     with pytest.raises(UserError, match="expected data sets with weights above 0, such as"):
-        sources.sources(text)
+        sources.split_sources(text)
 
 
 def test_a_file_whose_name_has_the_marks_is_that_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a:2,b.jsonl", "x=y.jsonl", "gsm8k=z.jsonl"):
         lines(tmp_path / name, ROWS)
-        [(found, weight)] = sources.sources(name)
+        [(found, weight)] = sources.split_sources(name)
         assert len(load_prompts(found).prompts) == 6 and weight == 1
     lines(tmp_path / "a.jsonl#3", ROWS)
     with pytest.raises(UserError, match=r"expected one of \.jsonl"):
@@ -334,20 +342,22 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
     base.tokenizer.chat_template = None
     for template, middle, last in ((None, "\n\n", ""), ("Q: {prompt} A:", " ", " A:")):
         config = build({"data.prompt_template": template})
-        row_format = RowFormat(prompt_template=template, system="s", worked=True)
+        row_format = RowFormat(prompt_template=template, system="s", keep_solutions=True)
         whole = load_prompts(file, row_format)
-        rest, turns = examples(whole, 2, seed=0, evaluated=whole.prompts[:3])
+        rest, turns = take_examples(whole, 2, seed=0, evaluated=whole.prompts[:3])
         used = [int(turn["content"].removeprefix("since ")) for turn in turns[1::2]]
         assert min(used) >= 3 and [p.index for p in rest.prompts] == [
             i for i in range(9) if i not in used
         ]
-        assert examples(whole, 2, seed=0, evaluated=whole.prompts[:3])[1] == turns
-        [first, *_] = behind(rest, turns).prompts
+        assert take_examples(whole, 2, seed=0, evaluated=whole.prompts[:3])[1] == turns
+        [first, *_] = insert_turns(rest, turns).prompts
         lead = "" if template is None else "Q: "
         q = {i: f"{lead}q{i}?{last}" for i in (0, *used)}
         chat, plain = (
             model.tokenizer.decode(
-                templates.render(model, first, "auto", separator=templates.glue(config.data))
+                templates.render(
+                    model, first, "auto", separator=templates.answer_separator(config.data)
+                )
             )
             for model in (student, base)
         )
@@ -359,16 +369,16 @@ def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_pat
         UserError,
         match=r"--few-shot 7: dataset .* has 6 rows with a solution outside the evaluation set",
     ):
-        examples(whole, 7, seed=0, evaluated=whole.prompts[:3])
+        take_examples(whole, 7, seed=0, evaluated=whole.prompts[:3])
     unsolved = load_prompts(
         lines(
             tmp_path / "y.jsonl",
             [{"question": "q", "answer": None}, {"question": "r", "answer": "1"}],
         ),
-        RowFormat(worked=True),
+        RowFormat(keep_solutions=True),
     )
     with pytest.raises(UserError, match="has 1 rows with a solution"):
-        examples(unsolved, 2, seed=0)
+        take_examples(unsolved, 2, seed=0)
 
 
 WEIGHTS = [
@@ -381,20 +391,20 @@ WEIGHTS = [
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_shares_of_the_stream_are_the_weights_at_every_length(weights):
-    taken = list(itertools.islice(slots(weights), 300))
+    taken = list(itertools.islice(assign_slots(weights), 300))
     for length in range(1, 301):
         for k, weight in enumerate(weights):
             assert abs(taken[:length].count(k) - length * weight / sum(weights)) < 1
-    assert shares(weights, 300) == [taken.count(k) for k in range(len(weights))]
+    assert count_slots(weights, 300) == [taken.count(k) for k in range(len(weights))]
 
 
 def test_a_mixed_stream_holds_each_sets_own_stream():
     parts, weights = [list("abcdefg"), list("XYZ")], WEIGHTS[0]
-    stream = mixed(parts, weights, 80, seed=5)
-    assert stream[:30] == mixed(parts, weights, 30, seed=5)  # a longer run begins as a shorter one
+    stream = mix(parts, weights, 80, seed=5)
+    assert stream[:30] == mix(parts, weights, 30, seed=5)  # a longer run begins as a shorter one
     for part in parts:
         own = [item for item in stream if item in part]
-        assert own == prompt_stream.batch(part, 0, len(own), seed=5)
+        assert own == prompt_stream.prompts_of_step(part, 0, len(own), seed=5)
 
 
 def test_joined_sets_hold_every_prompt_once():
@@ -407,13 +417,13 @@ def test_joined_sets_hold_every_prompt_once():
         )
         for k, (name, n, form) in enumerate([("a", 6, "hash"), ("b", 2, None)])
     ]
-    found = joined(sets, [Fraction(1), Fraction(1)])
+    found = join_sets(sets, [Fraction(1), Fraction(1)])
     assert [p.index for p in found.prompts] == [0, 1, 2, 3, 4, 6, 8, 10]
     assert (found.name, found.answer_format, found.max_new_tokens) == (
         "a, b",
         None,
         9,
-    ) and joined(sets[:1], [Fraction(1)]) is sets[0]
+    ) and join_sets(sets[:1], [Fraction(1)]) is sets[0]
 
 
 def rows_of(folder):

@@ -140,19 +140,21 @@ def test_a_row_of_its_schema(name, tmp_path):
     """What the model is asked, what it is graded against, and that its form of an answer is the
     one that is read."""
     _, question, final, example = SCHEMAS[name]
-    found = load_prompts(table(tmp_path, name), RowFormat(worked=True))
+    found = load_prompts(table(tmp_path, name), RowFormat(keep_solutions=True))
     [prompt] = found.prompts
     instruction = {"mmlu-pro": LETTER, "openthoughts3": None}.get(name, BOXED)
     assert prompt.messages == (
         {"role": "user", "content": question + (f"\n\n{instruction}" if instruction else "")},
     )
-    assert answers.reference(prompt.answer) == final
+    assert answers.extract_reference(prompt.answer) == final
     form = found.answer_format or "auto"
-    assert answers.correct(f"I think so. \\boxed{{{final}}}", prompt.answer, form)
-    assert not answers.correct(
+    assert answers.is_correct(f"I think so. \\boxed{{{final}}}", prompt.answer, form)
+    assert not answers.is_correct(
         "I think so. \\boxed{B}", prompt.answer, form
-    ) and not answers.correct("No idea", prompt.answer, form)
-    assert prompt.worked == example and answers.correct(prompt.worked, prompt.answer, form)
+    ) and not answers.is_correct("No idea", prompt.answer, form)
+    assert prompt.worked_solution == example and answers.is_correct(
+        prompt.worked_solution, prompt.answer, form
+    )
     [note] = found.notes
     assert all(
         text in note
@@ -185,7 +187,7 @@ def test_options_of_gpqa_are_drawn_by_the_seed(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     found = [
-        load_prompts(f"gpqa={tmp_path / 'gpqa.csv'}", RowFormat(seed=seed, worked=True))
+        load_prompts(f"gpqa={tmp_path / 'gpqa.csv'}", RowFormat(seed=seed, keep_solutions=True))
         for seed in (0, 0, 1)
     ]
     assert (
@@ -199,7 +201,7 @@ def test_options_of_gpqa_are_drawn_by_the_seed(tmp_path):
         assert [line[:3] for line in lines] == ["A. ", "B. ", "C. ", "D. "]
         assert {line[3:] for line in lines} == {f"right{i}", *(f"wrong{i}{k}" for k in "123")}
         assert lines["ABCD".index(prompt.answer)] == f"{prompt.answer}. right{i}"
-        assert prompt.worked == f"Because.\n\n\\boxed{{{prompt.answer}}}"
+        assert prompt.worked_solution == f"Because.\n\n\\boxed{{{prompt.answer}}}"
     counts = [[p.answer for p in found[0].prompts].count(letter) for letter in "ABCD"]
     assert (
         min(counts) >= 6 and sum(counts) == 60
@@ -235,8 +237,10 @@ def test_a_conversation_without_a_boxed_answer_has_no_reference(tmp_path):
             {"from": "gpt", "value": "print(42)"},
         ]
     }
-    [prompt] = load_prompts(table(tmp_path, "openthoughts3", [row]), RowFormat(worked=True)).prompts
-    assert prompt.answer is None and prompt.worked == "print(42)"
+    [prompt] = load_prompts(
+        table(tmp_path, "openthoughts3", [row]), RowFormat(keep_solutions=True)
+    ).prompts
+    assert prompt.answer is None and prompt.worked_solution == "print(42)"
 
 
 def test_dapo_as_its_authors_publish_it(tmp_path):
@@ -273,7 +277,7 @@ def test_a_copy_of_the_repository(tmp_path):
     name = f"GSM8K={tmp_path}"
     train, test = {"test": (name, "test")}, {"examples": (name, "train")}
     bare = RowFormat(instruction="")
-    for found, text, elsewhere in (
+    for found, text, other_splits in (
         (load_prompts(name, bare), "main train", train),
         (load_evaluation_prompts(name, bare), "main test", test),
         (load_prompts(name, bare, split="test"), "main test", test),
@@ -281,7 +285,7 @@ def test_a_copy_of_the_repository(tmp_path):
     ):
         assert [p.messages[0]["content"] for p in found.prompts] == [
             text
-        ] and found.elsewhere == elsewhere
+        ] and found.other_splits == other_splits
     with pytest.raises(UserError, match="split validation cannot be loaded from the folder"):
         load_prompts(name, split="validation")
 
@@ -315,8 +319,8 @@ def test_evaluated_rows_of_a_sorted_set_are_spread_over_it(tmp_path):
     ],
 )
 def test_letters(text, letter):
-    assert answers.extract(text, "choice") == letter
-    assert answers.correct(text, "C", "choice") is (letter == "C")
+    assert answers.extract_answer(text, "choice") == letter
+    assert answers.is_correct(text, "C", "choice") is (letter == "C")
 
 
 @pytest.mark.parametrize(

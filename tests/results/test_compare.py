@@ -10,7 +10,7 @@ from helpers import BENCHMARKS, invoke, last_json
 from prefix_distill import display
 from prefix_distill.errors import UserError
 from prefix_distill.results import compare
-from prefix_distill.results.compare import FILE
+from prefix_distill.results.compare import ARMS_FILE
 from prefix_distill.training.folder import RunFolder
 
 TREE = {
@@ -56,7 +56,7 @@ def test_arms_that_share_an_alias_start_from_the_same_arm(tmp_path):
         "  alias: *warm\n"
         "  merged: {<<: *warm, schedule: {prefix: 16}}\n"
     )
-    arms = compare.read(str(file))
+    arms = compare.read_arms(str(file))
     assert arms.start == {"warm": "full", "alias": "full", "merged": "full"}
     assert arms.arms["alias"] == arms.arms["warm"] == {"schedule.prefix": 8}
     assert arms.arms["merged"] == {"schedule.prefix": 16}
@@ -121,11 +121,13 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
 
 
 def test_two_processes_do_not_share_a_comparison(tmp_path):
-    arms = compare.read(write(tmp_path))
+    arms = compare.read_arms(write(tmp_path))
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / FILE).write_text(json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms)))))
-    with RunFolder(folder).alone(), pytest.raises(UserError, match="another process"):
+    (folder / ARMS_FILE).write_text(
+        json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms))))
+    )
+    with RunFolder(folder).lock(), pytest.raises(UserError, match="another process"):
         compare.compare(arms, folder, display.Terminal())
 
 
@@ -162,4 +164,4 @@ def test_the_committed_arms_files_are_valid():
     files = sorted((BENCHMARKS / "arms").glob("*.yaml"))
     assert len(files) >= 3
     for file in files:
-        assert compare.read(str(file)).arms
+        assert compare.read_arms(str(file)).arms

@@ -152,7 +152,7 @@ def test_front_matter_of_hub_models():
             "trackers.name": "a: name",
         }
     )
-    found = ModelCard(card.of_checkpoint(config, 25)).data.to_dict()
+    found = ModelCard(card.make_checkpoint_card(config, 25)).data.to_dict()
     assert found == {
         "base_model": "Qwen/Qwen3-0.6B",
         "base_model_relation": "finetune",

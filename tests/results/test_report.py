@@ -13,7 +13,7 @@ from helpers import PROBLEMS, invoke, last_json, write_run
 
 from prefix_distill.errors import UserError
 from prefix_distill.results import summary as report
-from prefix_distill.results.runs import by_arm, collect
+from prefix_distill.results.runs import by_arm, collect_runs
 from prefix_distill.results.summary import Resampled
 
 
@@ -35,7 +35,7 @@ def test_first_cost_by_hand():
 
 
 def test_summary_by_hand(arms):
-    rows = {row["arm"]: row for row in report.summary(collect([arms]), "full")}
+    rows = {row["arm"]: row for row in report.summarize(collect_runs([arms]), "full")}
     short = rows["short"]
     assert (
         short["accuracy"] == pytest.approx(0.9)
@@ -69,8 +69,8 @@ def test_intervals_cover_problems_and_seeds_and_pairing_narrows_differences(tmp_
     ):  # the seed matters more than the problems
         write_run(tmp_path / "a" / f"seed-{seed}", seed, [0.1, low], 1.0)
         write_run(tmp_path / "b" / f"seed-{seed}", seed, [0.1, high], 1.0)
-    runs = collect([tmp_path])
-    rows = {row["arm"]: row for row in report.summary(runs, "a")}
+    runs = collect_runs([tmp_path])
+    rows = {row["arm"]: row for row in report.summarize(runs, "a")}
     assert rows["a"]["high"] - rows["a"]["low"] > 0.2  # three seeds 0.3, 0.7, 0.5
     assert rows["b"]["difference"] == pytest.approx(0.2, abs=1e-9)
     assert (
@@ -89,7 +89,7 @@ def test_draws_are_those_of_torch(arms):
 
     from prefix_distill.maths.seeds import seed_of
 
-    drawn = Resampled(by_arm(collect([arms])))
+    drawn = Resampled(by_arm(collect_runs([arms])))
     generator = torch.Generator().manual_seed(seed_of("report"))
     for shares, count in ((drawn.problems, 400), (drawn.seeds, 2)):
         for share in shares:
@@ -100,7 +100,7 @@ def test_draws_are_those_of_torch(arms):
 def test_arms_with_different_numbers_of_evaluations_are_compared(tmp_path):
     write_run(tmp_path / "a", 0, [0.2, 0.5, 0.8], 1.0)
     write_run(tmp_path / "b", 0, [0.2, 0.9], 1.0)
-    rows = {row["arm"]: row for row in report.summary(collect([tmp_path]), "a")}
+    rows = {row["arm"]: row for row in report.summarize(collect_runs([tmp_path]), "a")}
     assert rows["b"]["difference"] == pytest.approx(0.1)
     assert rows["b"]["cost_ratios"][1.0]["value"] == pytest.approx(2 / (0.6 / 0.7))
 
@@ -111,7 +111,7 @@ def test_arms_on_other_problems_are_not_compared(tmp_path):
     (other / "scores.jsonl").write_text(
         "".join(json.dumps({"step": 5 * i, "right": [1.0, 0.0]}) + "\n" for i in range(2))
     )
-    rows = report.summary(collect([tmp_path]), "a")
+    rows = report.summarize(collect_runs([tmp_path]), "a")
     assert all(
         (row["low"], row["high"]) == (0.0, 1.0) and row["cost_ratios"] == {} for row in rows
     )  # each run's own interval
@@ -121,9 +121,9 @@ def test_equal_names_in_two_folders_stay_apart(arms, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, accuracy in ((one, 0.4), (two, 0.6)):
         write_run(folder / "a" / "seed-0", 0, [0.1, accuracy], 1.0)
-    rows = {row["arm"]: row["accuracy"] for row in report.summary(collect([one, two]), None)}
+    rows = {row["arm"]: row["accuracy"] for row in report.summarize(collect_runs([one, two]), None)}
     assert rows == {"one/a": pytest.approx(0.4), "two/a": pytest.approx(0.6)}
-    assert {run.arm for run in collect([one])} == {"a"}
+    assert {run.arm for run in collect_runs([one])} == {"a"}
 
 
 def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
@@ -134,7 +134,7 @@ def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
         1.0,
         student=str(arms / "full" / "seed-0" / "model"),
     )
-    warmed = next(run for run in collect([arms]) if run.arm == "warmed")
+    warmed = next(run for run in collect_runs([arms]) if run.arm == "warmed")
     assert warmed.cost(warmed.evaluations[-1]) == (31.0, 62.0, 12.0)
     # a comparison says so itself, also where its folder has been moved and the student's path leads
     # nowhere
@@ -142,7 +142,7 @@ def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
         json.dumps({"arms": {"full": {}, "warmed": {}}, "seeds": [0], "start": {"warmed": "full"}})
     )
     moved = arms.rename(arms.with_name("moved"))
-    assert [run.cost(run.evaluations[-1])[0] for run in collect([moved])] == [30.0, 31.0]
+    assert [run.cost(run.evaluations[-1])[0] for run in collect_runs([moved])] == [30.0, 31.0]
 
 
 def test_page_is_self_contained_and_escaped(arms, tmp_path):
@@ -370,7 +370,7 @@ def test_runs_of_an_arm_that_were_evaluated_at_other_steps_are_compared_at_the_c
     (run / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, _, err = invoke("report", tmp_path, "--out", tmp_path / "out", "--reference", "a")
     assert code == 0, err
-    curve = Resampled(by_arm(collect([tmp_path]))).curve("a")
+    curve = Resampled(by_arm(collect_runs([tmp_path]))).curve("a")
     assert curve.steps == [0, 10]
     assert curve.accuracy.tolist() == pytest.approx([0.3, 0.7])
     assert curve.flops.tolist() == pytest.approx([0, 15])
@@ -378,12 +378,12 @@ def test_runs_of_an_arm_that_were_evaluated_at_other_steps_are_compared_at_the_c
 
 def test_wrong_folders_and_references_are_named(arms, tmp_path):
     with pytest.raises(UserError, match="no finished run"):
-        collect([tmp_path / "nowhere"])
+        collect_runs([tmp_path / "nowhere"])
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "run.json").write_text('{"seed": 0}')
     with pytest.raises(UserError, match="no finished run"):
-        collect([unfinished])
+        collect_runs([unfinished])
     code, _, err = invoke("report", arms, "--out", tmp_path / "out", "--reference", "fulll")
     assert (
         code == 2

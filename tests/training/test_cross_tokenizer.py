@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
-from prefix_distill.engine.alignment import Alignment, Bytes, Shared
+from prefix_distill.engine.alignment import Alignment, SharedVocabulary, TokenBytes
 from prefix_distill.engine.units import shared_support, units_of
 from prefix_distill.maths import simct
 from prefix_distill.maths.divergence import Head, Terms
@@ -115,7 +115,7 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
             theirs = rows(teacher, r.teacher_prompt, r.teacher_ids, 18)[list(r.teacher.rows)]
         found = by_the_book(
             Terms("reverse-kl"),
-            run.pair.alignment.shared,
+            run.pair.alignment.shared_vocabulary,
             [r],
             ours,
             Head(torch.eye(26)),
@@ -142,17 +142,21 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
     of the largest."""
     run = prepared("student", schedule__prefix="full", rollout__temperature=0.0)
     assert run.pair.alignment is None
-    side = [Bytes(m.tokenizer, m.name) for m in (run.pair.student, run.pair.teacher)]
+    side = [TokenBytes(m.tokenizer, m.name) for m in (run.pair.student, run.pair.teacher)]
     state = state_of(run)
     drawn = Update(state, 0, prefix=192).sample()
     assert all(r.finished for r in drawn)
     others = tuple(i for i in range(18) if i != 1)
-    alignment = Alignment("simct", *side, (1,), (1,))
-    alignment.__dict__["shared"] = Shared(others, others, (1,), (1,))
+    alignment = Alignment(
+        mode="simct", student=side[0], teacher=side[1], student_eos=(1,), teacher_eos=(1,)
+    )
+    alignment.__dict__["shared_vocabulary"] = SharedVocabulary(
+        student=others, teacher=others, student_eos=(1,), teacher_eos=(1,)
+    )
     aligned = dataclasses.replace(
         run.pair,
         alignment=alignment,
-        shared_support=shared_support(alignment.shared, "simct", "cpu", "cpu"),
+        shared_support=shared_support(alignment.shared_vocabulary, "simct", "cpu", "cpu"),
     )
     found = []
     for pair in (run.pair, aligned):
@@ -196,9 +200,14 @@ def test_prompts_are_each_models_own_and_text_is_the_same():
     # a teacher with few positions reads as far as it can
     positions = max(len(r.teacher_prompt) for r in rollouts) + 10
     short = Alignment(
-        "simct", run.pair.alignment.student, run.pair.alignment.teacher, (1,), (1,), positions
+        mode="simct",
+        student=run.pair.alignment.student,
+        teacher=run.pair.alignment.teacher,
+        student_eos=(1,),
+        teacher_eos=(1,),
+        positions=positions,
     )
-    for r in map(short.rollout, rollouts):
+    for r in map(short.align_rollout, rollouts):
         assert len(r.teacher_prompt) + r.teacher.extent <= positions and r.units
 
 
@@ -241,7 +250,7 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
     run = prepared(rollout__off_policy=loss, models__cross_tokenizer="simct")
     written = run.pair.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids
     text = [*written, 1]
-    prompts = stream.batch(run.problems.train, 0, 3, 0)
+    prompts = stream.prompts_of_step(run.problems.train, 0, 3, 0)
     texts = {
         (p.prompt.index, s): {"ids": text, "finished": True} for p in prompts for s in range(2)
     }

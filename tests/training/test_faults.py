@@ -162,7 +162,7 @@ def test_a_folder_deleted_under_the_run(pair, questions, tmp_path):
 
 def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
     out = tmp_path / "run"
-    with RunFolder(out).alone():
+    with RunFolder(out).lock():
         code, _, err = invoke(*flags(pair, questions, out))
         assert (
             code == 2
@@ -170,7 +170,7 @@ def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
             and os.listdir(out) == [".lock"]
         )
     shutil.copytree(whole[0], out, dirs_exist_ok=True)
-    with RunFolder(out).alone():
+    with RunFolder(out).lock():
         code, _, err = invoke("run", "--resume", "--out", out)
         assert code == 2 and "another process is working in it" in err.splitlines()[-1]
     assert rows(out) == rows(whole[0])
@@ -179,7 +179,7 @@ def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
 HOLDER = """
 import sys, time
 from prefix_distill.training.folder import RunFolder
-with RunFolder(sys.argv[1]).alone():
+with RunFolder(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(600)
 """
@@ -190,10 +190,10 @@ def test_a_killed_process_frees_the_folder(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match="another process"), RunFolder(out).alone():
+        with pytest.raises(UserError, match="another process"), RunFolder(out).lock():
             pass
         holder.kill()
-    with RunFolder(out).alone():
+    with RunFolder(out).lock():
         assert (out / ".lock").is_file()
 
 
@@ -207,9 +207,9 @@ def test_a_file_system_without_flock_needs_no_warning(tmp_path, monkeypatch, rec
     monkeypatch.setattr(fcntl, "flock", flock)
     for _ in range(2):
         with (
-            RunFolder(tmp_path / "run").alone(),
+            RunFolder(tmp_path / "run").lock(),
             pytest.raises(UserError, match="another process is working in it"),
-            RunFolder(tmp_path / "run").alone(),
+            RunFolder(tmp_path / "run").lock(),
         ):
             pass
     assert [str(warning.message) for warning in recwarn] == []

@@ -18,7 +18,7 @@ UPDATES = """
 import dataclasses, json, os, sys
 import measure, torch
 from helpers import tiny_net
-from prefix_distill.engine.models import Model, shape
+from prefix_distill.engine.models import Model, read_shape
 from prefix_distill.engine.pair import Pair
 from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.maths.divergence import Terms
@@ -27,13 +27,23 @@ from helpers import bare_run, state_of
 
 def load(seed, vocabulary):
     net = tiny_net("llama", seed, vocabulary=vocabulary, width=64, layers=4)
-    return Model("m", net, None, None, frozenset(), True)
+    return Model(
+        name="m",
+        net=net,
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset(),
+        shares_prompts=True,
+    )
 
 def peak(samples=4, accumulated=1, vocabulary=300, chunk=4):
     torch.set_num_threads(1)
     student, teacher = load(1, vocabulary), load(2, vocabulary)
     pair = Pair(
-        student=student, teacher=teacher, student_shape=shape(student), teacher_shape=shape(teacher)
+        student=student,
+        teacher=teacher,
+        student_shape=read_shape(student),
+        teacher_shape=read_shape(teacher),
     )
     terms = Terms("reverse-kl", memory_bytes=chunk << 20)
     state = state_of(bare_run(pair, terms, {"train.micro_batch_size": 4}))

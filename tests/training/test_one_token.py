@@ -42,13 +42,19 @@ class Bigram(torch.nn.Module):
 def test_loss_gradient_and_new_weight_by_hand():
     # student uniform after every token; teacher after token 0: (1/2, 1/4, 1/4), after token 1:
     # (1/6, 4/6, 1/6)
-    student = Model("s", Bigram([[0.0] * 3] * 3), None, None, frozenset())
+    student = Model(
+        name="s",
+        net=Bigram([[0.0] * 3] * 3),
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset(),
+    )
     teacher = Model(
-        "t",
-        Bigram([[math.log(2), 0.0, 0.0], [0.0, math.log(4), 0.0], [9.0, -9.0, 3.0]]),
-        None,
-        None,
-        frozenset(),
+        name="t",
+        net=Bigram([[math.log(2), 0.0, 0.0], [0.0, math.log(4), 0.0], [9.0, -9.0, 3.0]]),
+        tokenizer=None,
+        generation_config=None,
+        eos=frozenset(),
     )
     pair = Pair(
         student=student,
@@ -80,7 +86,7 @@ def test_loss_gradient_and_new_weight_by_hand():
     assert teacher.net.out.weight.grad is None
 
     assert update_facts(update, losses).objective == pytest.approx(math.log(64 / 27) / 6, abs=1e-6)
-    step_optimizer(state.optimizer, student.trained, 0.1, run.config.train.grad_clip)
+    step_optimizer(state.optimizer, student.trainable, 0.1, run.config.train.grad_clip)
     # AdamW's first step: −lr · g / (|g| + ε); the gradient norm is below 1, so nothing is clipped
     expected = torch.tensor([[-0.1 * g / (abs(g) + 1e-8) for g in row] for row in by_hand.tolist()])
     torch.testing.assert_close(student.net.out.weight.detach(), expected, atol=1e-6, rtol=1e-5)

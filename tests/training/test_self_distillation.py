@@ -161,13 +161,13 @@ def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):
 def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeypatch):
     """t ← 0.75·t + 0.25·s after every update; the teacher of update 2 is no longer the initial
     one."""
-    seen, plain = [], state.average
+    seen, plain = [], state.average_teacher
 
     def watched(teacher, student, share):
         seen.append([p.detach().clone() for p in student.net.parameters()])
         plain(teacher, student, share)
 
-    monkeypatch.setattr(state, "average", watched)
+    monkeypatch.setattr(state, "average_teacher", watched)
     run = prepared(
         (pair[0], "self"), questions, models__teacher_ema=0.75, schedule__lr=1e-2, **SELF
     )

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
-from prefix_distill.engine.models import decoder, refresh
+from prefix_distill.engine.models import make_decoder, refresh_decoder
 from prefix_distill.engine.rollout import student_sides
 from prefix_distill.engine.saving import save_model
 from prefix_distill.errors import Stopped
@@ -186,7 +186,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             scoring.hidden_rows(run.pair.student, student_sides(rollouts[:1])).sum().backward()
         save_model(run.pair.student, tmp_path / str(on))
-        decoding = decoder(run.pair.student, torch.float32)
+        decoding = make_decoder(run.pair.student, torch.float32)
         widths = []
 
         def measure(module, positional, named, widths=widths):
@@ -220,7 +220,7 @@ def test_non_finite_gradient_stops_before_the_update_with_the_state_saved(
         match=r"update 1: .* the teacher's weight model\.embed_tokens\.weight is not finite",
     ):
         Session(run, folder, Silent()).train()
-    step, tensors, _ = folder.latest(lambda text: None)
+    step, tensors, _ = folder.read_latest_checkpoint(lambda text: None)
     assert step == 0
     for name, p in run.pair.student.net.named_parameters():
         assert torch.equal(p, before[name]) and torch.equal(tensors["student"][name], before[name])
@@ -290,10 +290,10 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
         measured[dtype] = [result["kl_before"]["value"], result["kl_after"]["value"]]
         gap = result["sampler_kl"]
         assert gap is None if dtype == "float32" else 0 < gap < 0.01 * result["kl_after"]["value"]
-        decoding = decoder(run.pair.student, run.place.dtype)
+        decoding = make_decoder(run.pair.student, run.place.dtype)
         with torch.no_grad():
             next(run.pair.student.net.parameters()).mul_(1.5)
-        refresh(decoding, run.pair.student)
+        refresh_decoder(decoding, run.pair.student)
         for own, master in zip(
             decoding.net.parameters(), run.pair.student.net.parameters(), strict=True
         ):

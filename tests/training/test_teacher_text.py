@@ -97,7 +97,7 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
         and len(r.ids) <= 5
         and r.ids == tuple(texts[p.prompt.index, r.sample]["ids"][:5])
         for p, r in zip(
-            (stream.batch(run.problems.train, 0, 5, 0)[r.slot] for r in rollouts),
+            (stream.prompts_of_step(run.problems.train, 0, 5, 0)[r.slot] for r in rollouts),
             rollouts,
             strict=True,
         )
@@ -105,7 +105,7 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
     # it is what the teacher samples: the same draw from its own distribution, prompt by prompt
     from prefix_distill.engine.sampling import Request, generate
 
-    first = stream.batch(run.problems.train, 0, 5, 0)[0]
+    first = stream.prompts_of_step(run.problems.train, 0, 5, 0)[0]
     alone = generate(
         run.pair.teacher,
         [Request(first.teacher_ids, ("teacher-text", first.prompt.index, 1))],
