@@ -50,7 +50,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory):
-    """A small JSONL data set of sums with answers; prompts of different lengths."""
+    """A small JSONL dataset of sums with answers; prompts of different lengths."""
     file = tmp_path_factory.mktemp("data") / "sums.jsonl"
     rows = [
         {

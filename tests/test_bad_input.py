@@ -21,7 +21,7 @@ LINE = '{"question": "1+1?", "answer": "2"}\n'
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory, pair):
-    """Faulty models and data sets, by name."""
+    """Faulty models and datasets, by name."""
     root = tmp_path_factory.mktemp("broken")
     other = save_tiny(root / "other", seed=3, vocabulary=261)
     tokenizer = byte_tokenizer()
@@ -225,7 +225,7 @@ BAD = {
     "no number of rows": (["--dataset", "{questions}#all"], "expected a number of rows after #"),
     "weight of nothing": (
         ["--dataset", "{questions}:0,{questions}:1"],
-        "expected data sets with weights above 0",
+        "expected datasets with weights above 0",
     ),
     "streaming of JSON": (
         ["--dataset", "{root}/json of a record.json", "--streaming"],
@@ -409,7 +409,7 @@ ARMS = {  # of `compare`: name: (text, message)
     "arm of 300 characters": (f"arms: {{{'a' * 300}: {{}}}}\n", "a folder cannot have the name"),
     "also of no file": (
         "arms: {a: {}}\nalso: {b/c: {}}\n",
-        "also: a file cannot have the name 'b/c'; rename the data set",
+        "also: a file cannot have the name 'b/c'; rename the dataset",
     ),
     "a seed too large": (
         f"arms: {{a: {{}}}}\nseeds: [1{'0' * 23}]\n",

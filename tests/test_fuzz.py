@@ -1,4 +1,4 @@
-"""Whatever is written in a settings file, a data set or an answer ends in a value or in one
+"""Whatever is written in a settings file, a dataset or an answer ends in a value or in one
 clear line, soon."""
 
 import json

@@ -182,7 +182,7 @@ class PlanResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult(Result):
-    """The answers of a model to a data set.
+    """The answers of a model to a dataset.
 
     ``accuracy``: share of correct answers; ``pass_at_k``: share of problems with a correct answer
     among ``samples``; both None without reference answers; ``finish_rate``: share of answers that
@@ -219,7 +219,7 @@ class EvaluationResult(Result):
     def tables(self) -> list["Table"]:
         rows = {
             "model": self.model,
-            "data set": self.dataset,
+            "dataset": self.dataset,
             "accuracy": _share(self.accuracy),
             f"pass@{self.samples}": _share(self.pass_at_k),
             "answers that end": f"{self.finish_rate:.1%}",

@@ -141,7 +141,7 @@ class EvalOptions(TypedDict, total=False):
 class PlanOptions(RunOptions, total=False):
     """Options of `plan`.
 
-    ``prompt_tokens``: length of every prompt, in place of a data set; ``prefixes``: prefixes beside
+    ``prompt_tokens``: length of every prompt, in place of a dataset; ``prefixes``: prefixes beside
     the run's own; ``device_tflops``: the rate of the device, 10^12 FLOP/s; ``measure``: time a
     matrix product on this machine; ``from_run``: a run folder whose measured rates are used.
     """

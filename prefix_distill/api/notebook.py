@@ -43,7 +43,7 @@ def run(
                      prefix=512, steps=100, out="runs/first")
 
     ``config``: settings that the options override; default: the defaults. `RunOptions` lists the
-    options; ``prefix-distill run --help`` describes them. A model or data set that is not named
+    options; ``prefix-distill run --help`` describes them. A model or dataset that is not named
     comes from the embedded laboratory. With ``gpus=N``, N processes of this machine share the work.
 
     ``on_step(row)`` is called after every update with its row of metrics.jsonl. If it raises, the
@@ -103,7 +103,7 @@ def plan(config: configuration.Config | None = None, **options: Unpack[PlanOptio
 def evaluate(
     model: Name | None = None, /, *, out: Name | None = None, **options: Unpack[EvalOptions]
 ) -> EvaluationResult:
-    """Measure a model on a data set, as ``prefix-distill eval``.
+    """Measure a model on a dataset, as ``prefix-distill eval``.
 
     ``out``: file for the answers, JSON lines; default: eval-<time>.jsonl.
     """

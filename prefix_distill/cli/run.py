@@ -93,7 +93,7 @@ def _show_prompts(facts: dict) -> None:
 ASSUMPTIONS: dict[str, Any] = {
     "prompt_tokens": Annotated[
         int | None,
-        typer.Option(help="Length of every prompt (tokens), in place of a data set."),
+        typer.Option(help="Length of every prompt (tokens), in place of a dataset."),
     ],
     "prefixes": Annotated[
         str | None,

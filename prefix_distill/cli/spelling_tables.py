@@ -63,7 +63,7 @@ def _convert_lmbda(text: str) -> list[str]:
     on_policy = _read_number("lmbda", text)
     if on_policy != 1:
         raise UserError(
-            f"--lmbda {text}: in TRL, the other batches have the data set's answers; here the "
+            f"--lmbda {text}: in TRL, the other batches have the dataset's answers; here the "
             f"teacher samples them. Use --off-policy divergence:{1 - on_policy:g} for that share "
             "of the rollouts"
         )
@@ -235,7 +235,7 @@ HINTS = {
         "min_p repetition_penalty generation_kwargs"
     ),
     "download that revision and give its folder": "model_revision teacher_model_revision",
-    "a preset (gsm8k, math, …) includes these settings; for other data sets give a local file": (
+    "a preset (gsm8k, math, …) includes these settings; for other datasets give a local file": (
         "dataset_config dataset_kwargs dataset_num_proc"
     ),
     "use --prompt-column": "dataset_text_field",

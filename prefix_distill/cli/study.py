@@ -35,7 +35,7 @@ def demo(
 def probe(
     out: Annotated[str, typer.Option(help="Folder for probe.json and probe.png.")],
     problems: Annotated[
-        int, typer.Option(help="Training prompts to probe, the first of the shuffled data set.")
+        int, typer.Option(help="Training prompts to probe, the first of the shuffled dataset.")
     ] = 100,
     **flags: dict,
 ) -> None:

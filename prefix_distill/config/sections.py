@@ -102,7 +102,7 @@ class Data:
         "the built-in task",
     )
     split: str | None = option(
-        None, "--split", "Split of a hub or built-in data set.", "the preset's, else train"
+        None, "--split", "Split of a hub or built-in dataset.", "the preset's, else train"
     )
     prompt_column: str | None = option(
         None,
@@ -225,7 +225,7 @@ class Evaluation:
     answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"] = option(
         "auto",
         "--answer-format",
-        "How an answer is read: auto (as the data set defines, else boxed, hash or last number), "
+        "How an answer is read: auto (as the dataset defines, else boxed, hash or last number), "
         "boxed, hash (#### 42), last-number, choice (a letter) or exact.",
     )
 

@@ -48,12 +48,12 @@ def plan(
 ) -> dict:
     """Return the document of `prefix-distill plan`.
 
-    ``prompt_tokens``: the length of every prompt, in place of a data set's; ``prefixes``: schedules
+    ``prompt_tokens``: the length of every prompt, in place of a dataset's; ``prefixes``: schedules
     beside the config's own, separated by commas. UserError: an option is invalid, a file cannot be
     read, or the prompts and responses are longer than the models' positions.
     """
     rate_source.check()
-    # The default data set belongs to the default student; another student needs other prompts.
+    # The default dataset belongs to the default student; another student needs other prompts.
     has_data = config.data.dataset is not None or config.models.student is None
     notes = Notes()
     config = fill_in(config, notes)

@@ -63,7 +63,7 @@ def _ignore(text: str) -> None:
 
 
 def fit_to_data(config: Config) -> tuple[Config, list[str]]:
-    """Return the config with at most as many prompts as its data sets hold, and a note if fewer.
+    """Return the config with at most as many prompts as its datasets hold, and a note if fewer.
 
     Streamed sets have no known size and are left alone.
     """

@@ -14,7 +14,7 @@ from ..training.run import Notes
 from .case import PromptLengths
 
 SAMPLE = 256  # prompts of the data that are rendered for their lengths
-ASSUMED = 256  # tokens of a prompt if neither a data set nor a length is given
+ASSUMED = 256  # tokens of a prompt if neither a dataset nor a length is given
 # the longest prompt that --prompt-tokens takes, in tokens; beyond it a forecast takes minutes
 LONGEST_PROMPT = 1_000_000
 

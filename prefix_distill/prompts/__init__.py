@@ -1,1 +1,1 @@
-"""Prompts and answers: data sets, chat templates, the prompt stream, the grader."""
+"""Prompts and answers: datasets, chat templates, the prompt stream, the grader."""

@@ -1,4 +1,4 @@
-"""Read the rows of JSONL, JSON, CSV and Parquet files and of data sets on the hub."""
+"""Read the rows of JSONL, JSON, CSV and Parquet files and of datasets on the hub."""
 
 import csv
 import gzip
@@ -24,7 +24,7 @@ UNREADABLE = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Err
 
 
 def read_rows(source: Source, split: str) -> "list[Row] | Dataset":
-    """Return all rows of a data set. Raise UserError if it cannot be read."""
+    """Return all rows of a dataset. Raise UserError if it cannot be read."""
     path = _find_local(source)
     if path is None:
         return _load_from_hub(source, split, streaming=False)
@@ -43,7 +43,7 @@ def read_rows(source: Source, split: str) -> "list[Row] | Dataset":
 
 
 def stream_rows(source: Source, split: str) -> "IterableDataset":
-    """Return a data set that reads its rows on demand.
+    """Return a dataset that reads its rows on demand.
 
     Raise UserError if it cannot be read, and for a .json file, which is a single document.
     """
@@ -63,14 +63,14 @@ def stream_rows(source: Source, split: str) -> "IterableDataset":
 
 
 def no_rows(name: str) -> UserError:
-    """Return the error for a data set without rows."""
+    """Return the error for a dataset without rows."""
     return UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
 
 
 def _find_local(source: Source) -> Path | None:
-    """Return the file, or the folder with a copy of a preset; None for a data set on the hub.
+    """Return the file, or the folder with a copy of a preset; None for a dataset on the hub.
 
-    Raise UserError if the name is a path but not that of a readable data set.
+    Raise UserError if the name is a path but not that of a readable dataset.
     """
     name = source.location
     path = Path(name)
@@ -147,7 +147,7 @@ def _load_folder(source: Source, folder: Path, split: str, *, streaming: bool) -
 
 
 def _load_from_hub(source: Source, split: str, *, streaming: bool) -> Any:
-    """Load a data set from the hub, or from its cache."""
+    """Load a dataset from the hub, or from its cache."""
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
 
@@ -197,7 +197,7 @@ def _stream_file(source: Source, path: Path) -> Iterator[Row]:
 
 
 def iterate_rows(name: str, rows: "IterableDataset") -> Iterator[Row]:
-    """Yield the rows of a streamed data set; raise UserError if reading fails."""
+    """Yield the rows of a streamed dataset; raise UserError if reading fails."""
     try:
         yield from rows
     except UserError:
@@ -211,7 +211,7 @@ def iterate_rows(name: str, rows: "IterableDataset") -> Iterator[Row]:
 def _load_into_memory(*what: str, **options: Any) -> "Dataset":
     """Call ``load_dataset`` without leaving an Arrow copy on disk.
 
-    Raise ValueError if the library cannot read the data set.
+    Raise ValueError if the library cannot read the dataset.
     """
     from datasets import load_dataset
     from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity

@@ -37,14 +37,14 @@ def load_prompts(
     split: str | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> PromptSet:
-    """Load the prompts of one data set for training.
+    """Load the prompts of one dataset for training.
 
     ``name`` is a ``.jsonl/.json/.csv/.parquet`` file (the first three also ``.gz``; UTF-8), a hub
     id, a preset, ``lab:TASK`` or ``lab:TASK:20-25`` (problems with 20 to 25 steps). With ``#N`` it
     is a sample of N rows. ``split`` defaults to the preset's training split, else train. ``part``
-    is (position of the data set, number of data sets), which makes the prompts' indices unique.
+    is (position of the dataset, number of datasets), which makes the prompts' indices unique.
 
-    Raise UserError on a missing file or column, an empty data set, a row without a prompt or
+    Raise UserError on a missing file or column, an empty dataset, a row without a prompt or
     privileged text, and on fewer than N rows.
     """
     source = parse_source(name)
@@ -60,7 +60,7 @@ def load_evaluation_prompts(
     limit: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> PromptSet:
-    """Load the first ``limit`` prompts of one data set for evaluation.
+    """Load the first ``limit`` prompts of one dataset for evaluation.
 
     Of a preset that is sorted by subject, load evenly spaced prompts instead. Streamed rows keep
     their order. ``split`` defaults to the preset's test split, else test. The other arguments and

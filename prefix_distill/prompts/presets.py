@@ -1,6 +1,6 @@
-"""Data sets by short name: location, columns, answer format and license.
+"""Datasets by short name: location, columns, answer format and license.
 
-Ids, configurations, splits, columns and licenses are those that the data sets' cards state.
+Ids, configurations, splits, columns and licenses are those that the datasets' cards state.
 """
 
 import difflib
@@ -12,7 +12,7 @@ LETTER = r"Reason step by step, and put the letter of your answer within \boxed{
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A data set on the hub.
+    """A dataset on the hub.
 
     - ``split``, ``test``, ``examples``: the default splits for training, evaluation and --few-shot
       (``examples`` None: ``split``).

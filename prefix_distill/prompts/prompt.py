@@ -12,9 +12,9 @@ Message = dict[str, Any]
 class Prompt:
     """One problem as chat messages that end with the user's turn.
 
-    - ``index``: row × (number of data sets) + (position of the data set); in a streamed data set
+    - ``index``: row × (number of datasets) + (position of the dataset); in a streamed dataset
       the position in the stream replaces the row.
-    - ``answer``: the reference answer, if the data set has one.
+    - ``answer``: the reference answer, if the dataset has one.
     - ``privileged``: text that only the teacher's prompt shows.
     - ``around``: the text before and after the problem in the last turn (template, instruction).
     - ``worked_solution``: the solution to show when the prompt is a few-shot example.
@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order of the data set, or an iterator over shuffled prompts if streamed.
+    """Prompts in the order of the dataset, or an iterator over shuffled prompts if streamed.
 
     - ``answer_format``: how the task formats its answers, or None if it does not specify that.
     - ``max_new_tokens``: the longest response that the task needs (tokens), if known.

@@ -1,4 +1,4 @@
-"""Turn the rows of a data set into prompts."""
+"""Turn the rows of a dataset into prompts."""
 
 import re
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one has no UTF-8 encoding
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # a field or an escaped brace of a prompt template
-BUFFER = 1_000  # rows in the shuffle buffer of a streamed data set
+BUFFER = 1_000  # rows in the shuffle buffer of a streamed dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,9 @@ class RowFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBuilder:
-    """Builds the prompts of one data set.
+    """Builds the prompts of one dataset.
 
-    ``part`` is (position of the data set, number of data sets), for the prompts' indices.
+    ``part`` is (position of the dataset, number of datasets), for the prompts' indices.
     """
 
     source: Source
@@ -273,7 +273,7 @@ class PromptBuilder:
     def notes(self, split: str, available: int | None) -> tuple[str, ...]:
         """Return what the user should know of the choices made.
 
-        ``available`` is the number of rows in the data set, or None if they are streamed.
+        ``available`` is the number of rows in the dataset, or None if they are streamed.
         """
         source, seed = self.source, self.row_format.seed
         notes = []

@@ -1,4 +1,4 @@
-"""Names of data sets: ``gsm8k``, ``name#1000``, ``a:3,b:1``."""
+"""Names of datasets: ``gsm8k``, ``name#1000``, ``a:3,b:1``."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def is_path(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One data set as the user names it.
+    """One dataset as the user names it.
 
     - ``text``: the whole name; ``name``: the same without ``#count``.
     - ``location``: a file, a folder, a hub id or ``lab:TASK``.
@@ -35,12 +35,12 @@ class Source:
 
     @property
     def is_file(self) -> bool:
-        """Return whether the data set is a local file, which has no splits."""
+        """Return whether the dataset is a local file, which has no splits."""
         return _exists(self.location, Path.is_file)
 
     @property
     def is_embedded(self) -> bool:
-        """Return whether the data set belongs to the embedded laboratory."""
+        """Return whether the dataset belongs to the embedded laboratory."""
         return self.location.startswith(LAB)
 
     @property
@@ -59,10 +59,10 @@ class Source:
 
 
 def split_sources(text: str) -> list[tuple[str, Fraction]]:
-    """Split data sets and weights: ``gsm8k:3,more.jsonl#100:1`` gives [("gsm8k", 3),
+    """Split datasets and weights: ``gsm8k:3,more.jsonl#100:1`` gives [("gsm8k", 3),
     ("more.jsonl#100", 1)].
 
-    The weight follows the last colon and defaults to 1. A single data set has no weight, so
+    The weight follows the last colon and defaults to 1. A single dataset has no weight, so
     ``lab:TASK:20-25`` and ``C:\\x.jsonl`` stay whole. Raise UserError on an empty name or weight 0.
     """
     if "," not in text or _exists(text):
@@ -72,7 +72,7 @@ def split_sources(text: str) -> list[tuple[str, Fraction]]:
         match = re.fullmatch(r"([^:\s].*?)(?::([0-9]{1,6}(?:\.[0-9]{1,6})?))?", part.strip(), re.S)
         if match is None or Fraction(match[2] or 1) == 0:
             raise UserError(
-                f"dataset {text[:200]}: expected data sets with weights above 0, such as "
+                f"dataset {text[:200]}: expected datasets with weights above 0, such as "
                 f"gsm8k:3,more.jsonl:1, got '{part.strip()[:80]}'; correct this entry"
             )
         weighted.append((match[1], Fraction(match[2] or 1)))

@@ -40,9 +40,9 @@ def prompts_of_step(rendered: list[Rendered], step: int, size: int, seed: int) -
 
 
 def assign_slots(weights: list[Fraction]) -> Iterator[int]:
-    """Yield the data set of each slot of an endless stream.
+    """Yield the dataset of each slot of an endless stream.
 
-    Each slot goes to the data set that is furthest behind its share: weight / sum(weights) of the
+    Each slot goes to the dataset that is furthest behind its share: weight / sum(weights) of the
     slots so far. The first one wins a tie. Fractions keep the shares exact.
     """
     total = sum(weights)
@@ -57,7 +57,7 @@ def assign_slots(weights: list[Fraction]) -> Iterator[int]:
 
 
 def count_slots(weights: list[Fraction], count: int) -> list[int]:
-    """Return how many of the first ``count`` slots belong to each data set."""
+    """Return how many of the first ``count`` slots belong to each dataset."""
     counts = [0] * len(weights)
     for chosen in itertools.islice(assign_slots(weights), count):
         counts[chosen] += 1

@@ -14,7 +14,7 @@ tune:                                           optional: each arm uses the best
   schedule.lr: [2e-4, 4e-4]
   seed: 1000
   base: {evaluate: {split: validation}}         the settings that differ from base while tuning
-also:                                           optional: data sets on which every final student is
+also:                                           optional: datasets on which every final student is
                                                 evaluated too
   longer: {data: {dataset: problems.jsonl}, evaluate: {problems: 500}}
 """
@@ -50,7 +50,7 @@ class Arms:
     values: tuple
     tune_seed: int
     tune_base: Settings  # what differs from base while tuning
-    also: dict[str, Settings]  # name of another data set → the settings of its evaluation
+    also: dict[str, Settings]  # name of another dataset → the settings of its evaluation
 
     def settings(self, arm: str, seed: int) -> Settings:
         """Return an arm's settings, without its tuned value and its start."""
@@ -191,7 +191,7 @@ def _check(path: str, arms: Arms) -> None:
     for name, also in arms.also.items():
         if not _names_a_file(name):
             shown = reprlib.repr(name)
-            raise _error(path, f"also: a file cannot have the name {shown}; rename the data set")
+            raise _error(path, f"also: a file cannot have the name {shown}; rename the dataset")
         configuration.build(also)
     for settings in (arms.base, arms.tune_base, *arms.arms.values()):
         if any(key.startswith("export.") for key in settings):
@@ -305,7 +305,7 @@ class _Jobs:
         return train_in(run, folder, self.observer, resume, f"{arm} seed {seed}:")
 
     def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:
-        """Evaluate the final student in ``path`` on another data set, unless that is done."""
+        """Evaluate the final student in ``path`` on another dataset, unless that is done."""
         from .evaluation import evaluate_model
 
         file = path / f"also-{name}.json"

@@ -30,7 +30,7 @@ from ..training.run import Notes, settled
 
 
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
-    """One model on one data set, as `prefix-distill eval` → (place, notes, result document);
+    """One model on one dataset, as `prefix-distill eval` → (place, notes, result document);
     writes the examples file."""
     notes = Notes()
     name, dataset = _fill_in(config, notes)
@@ -80,7 +80,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
 
 
 def _fill_in(config: Config, notes: Notes) -> tuple[str, str]:
-    """Return the names of the model and the data set; a missing one is taken from the embedded
+    """Return the names of the model and the dataset; a missing one is taken from the embedded
     laboratory."""
     name, dataset = config.models.student, config.data.dataset
     if name is None:

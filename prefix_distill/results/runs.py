@@ -68,7 +68,7 @@ class Finished:
 
     ``root``: the folder it was found in. ``right``: update → share of correct answers of every
     problem. ``kl_before``, ``kl_after``: reverse KL per token of the fixed contexts. ``also``: name
-    of another data set → accuracy. ``offset``: what the run it started from had cost.
+    of another dataset → accuracy. ``offset``: what the run it started from had cost.
     """
 
     arm: str
@@ -296,7 +296,7 @@ def common_tail(runs: list[Finished]) -> int:
 
 
 def write_csv(runs: list[Finished], file: Path) -> None:
-    """Write a row per run and evaluation under COLUMNS, and a column per other data set.
+    """Write a row per run and evaluation under COLUMNS, and a column per other dataset.
 
     ``kl_beyond``: reverse KL beyond ``common_tail``, after the last update.
     """

@@ -108,7 +108,7 @@ class ContextsFile(TypedDict):
 
 
 class AlsoFile(TypedDict):
-    """also-NAME.json: the evaluation on another data set."""
+    """also-NAME.json: the evaluation on another dataset."""
 
     accuracy: Mean | None
 

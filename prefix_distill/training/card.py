@@ -47,7 +47,7 @@ ELSEWHERE = ("checkpoint.out", "trackers", "export")
 
 
 def hub_id(name: str | None) -> str | None:
-    """Return the hub id of a model or data set, without a row selection (#1000).
+    """Return the hub id of a model or dataset, without a row selection (#1000).
 
     None: ``name`` is a file, a folder, lab:… or self.
     """

@@ -68,7 +68,7 @@ def render_problems(
 
 
 def choose_answer_format(config: Config, prompts: PromptSet) -> str:
-    """Return how answers are graded: the given format, or the data set's own for ``auto``."""
+    """Return how answers are graded: the given format, or the dataset's own for ``auto``."""
     given: str = config.evaluate.answer_format
     if given == "auto" and prompts.answer_format:
         return prompts.answer_format
@@ -76,7 +76,7 @@ def choose_answer_format(config: Config, prompts: PromptSet) -> str:
 
 
 def settle_privileged_template(config: Config, sets: PromptSets) -> Config:
-    """Return the config with a privileged template: the data sets' own, if they have the same."""
+    """Return the config with a privileged template: the datasets' own, if they have the same."""
     if config.data.privileged_column is None or config.data.privileged_template is not None:
         return config
     privileged_templates = {s.privileged_template for s in sets.train}
@@ -195,7 +195,7 @@ def settle_max_new_tokens(
 ) -> Config:
     """Return the config with --max-new-tokens set.
 
-    ``task_limit``: what the data set's answers need, if it says so. UserError: the longest prompt
+    ``task_limit``: what the dataset's answers need, if it says so. UserError: the longest prompt
     and the longest response exceed a model's positions.
     """
     limits = [model.positions for model in readers if model.positions]

@@ -18,7 +18,7 @@ from .run import Notes, settled
 
 @dataclass(frozen=True)
 class PromptSets:
-    """The data sets of a run, before they are rendered.
+    """The datasets of a run, before they are rendered.
 
     ``train``: the training sets; ``weights``: their shares of the prompts; ``held_out``: the
     prompts of evaluations, none of which is taught.
@@ -76,13 +76,13 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
 
 
 def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
-    """Split ``a:3,b:1`` into data set names and weights."""
+    """Split ``a:3,b:1`` into dataset names and weights."""
     named = sources.split_sources(text)
     return [name for name, _ in named], [weight for _, weight in named]
 
 
 def row_format(config: Config) -> RowFormat:
-    """Return how the rows of every data set become prompts."""
+    """Return how the rows of every dataset become prompts."""
     data = config.data
     return RowFormat(
         prompt_column=data.prompt_column,
@@ -99,7 +99,7 @@ def row_format(config: Config) -> RowFormat:
 def _load_evaluated(
     config: Config, text: str, split: str | None, limit: int | None, notes: Notes
 ) -> PromptSet:
-    """Load the prompts of the data sets ``text``, ``limit`` in all, spread over them by weight.
+    """Load the prompts of the datasets ``text``, ``limit`` in all, spread over them by weight.
 
     None is every prompt.
     """
@@ -187,7 +187,7 @@ def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
 def _behind_train_rows(
     config: Config, dataset: str, source: tuple[str, str], notes: Notes
 ) -> PromptSet:
-    """Return the problems behind examples from another split, ``source`` (data set, split)."""
+    """Return the problems behind examples from another split, ``source`` (dataset, split)."""
     few_shot = config.data.few_shot
     limit = config.evaluate.problems or None
     prompts = _load_evaluated(config, dataset, config.data.split, limit, notes)

@@ -376,7 +376,7 @@ def right(file: Path) -> list[float]:
 
 def untrained(arms: Arms, rows: list[dict]) -> tuple[dict, dict[str, list[list[float]]]]:
     """The student as it is: on the test problems (any arm's first evaluation) and on the other ones
-    → (row, data set → seed → right or wrong per problem)."""
+    → (row, dataset → seed → right or wrong per problem)."""
     answers: dict[str, list[list[float]]] = {}
     for name, also in arms.also.items():
         for seed in arms.seeds:

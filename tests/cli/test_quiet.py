@@ -26,7 +26,7 @@ if importlib.util.find_spec("peft") is not None:
 
 @pytest.fixture(scope="module")
 def given(pair, questions):
-    """Return the options that name both models and the data set."""
+    """Return the options that name both models and the dataset."""
     return "--student", pair[0], "--teacher", pair[1], "--dataset", questions
 
 

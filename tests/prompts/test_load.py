@@ -200,7 +200,7 @@ def test_names_and_weights(text, found):
 
 @pytest.mark.parametrize("text", ["a,", ",", "a:0,b", "a,,b", "a:1,:2"])
 def test_weights_that_are_refused(text):
-    with pytest.raises(UserError, match="expected data sets with weights above 0, such as"):
+    with pytest.raises(UserError, match="expected datasets with weights above 0, such as"):
         sources.split_sources(text)
 
 
