@@ -30,7 +30,7 @@ BLOCKS = [
 LINES = [(name, line) for name, block in BLOCKS for line in block.splitlines()]
 TOPICS = [
     *("adapters", "data", "devices", "exit-codes", "methods", "migration", "plugins"),
-    *("recipes", "reliability", "speed", "tokenizers"),
+    *("python", "recipes", "reliability", "speed", "tokenizers"),
 ]
 
 
@@ -93,7 +93,7 @@ def test_methods_states_what_the_committed_results_found():
     """Every sign is the verdict of a recorded claim; every method has one or says that there is
     none; the page repeats no difference."""
     page, quoted = " ".join(PAGES["methods"].split()), 0
-    line = r"- ([+0−]) ([^`]+): `([^`]+)` against `([^`]+)` \(`([\w-]+)\.json`\)"
+    line = r"- \[([+0−])\] ([^`]+): `([^`]+)` against `([^`]+)` \(`([\w-]+)\.json`\)"
     for sign, words, better, worse, file in re.findall(line, page):
         claims = json.loads((ROOT / f"tests/benchmarks/results/{file}.json").read_text())["claims"]
         verdicts = [
