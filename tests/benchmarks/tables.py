@@ -246,7 +246,9 @@ def select_table() -> str:
         names = [f"{rollouts} {kind}".strip() for rollouts in ("full", "40%")]
         cells = [accuracy_of(arms, name) for name in names]
         rows.append([f"`{kind}`" if kind else "all", *cells])
-    return markdown("trained tokens | accuracy on full rollouts [95%] | accuracy on a prefix of 40% [95%]", rows)
+    return markdown(
+        "trained tokens | accuracy on full rollouts [95%] | accuracy on a prefix of 40% [95%]", rows
+    )
 
 
 def extrapolation_table() -> str:
@@ -427,7 +429,9 @@ def real_table() -> str:
                 f"{float(row['flops_useful']) / 1e12:.1f} T",
             ]
         )
-    header = "steps | reverse KL, nats per token [95%] | first 64 tokens | later tokens | useful FLOPs"
+    header = (
+        "steps | reverse KL, nats per token [95%] | first 64 tokens | later tokens | useful FLOPs"
+    )
     return markdown(header, rows, left=())
 
 
