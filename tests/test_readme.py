@@ -234,6 +234,17 @@ def test_the_python_example_runs(hub, tmp_path, monkeypatch):
     assert len(list(result.metrics())) == 2 and Path("runs/api/model").is_dir()
 
 
+def test_the_arms_file_of_the_page_on_recipes_is_valid_with_its_optional_keys(tmp_path):
+    from prefix_distill.results.compare import KEYS, read_arms
+
+    text = re.search(r"```yaml\n(.*?)```", HELP["recipes"], re.S)[1]
+    file = tmp_path / "arms.yaml"
+    file.write_text(re.sub(r"(?m)^# ", "", text))
+    assert set(re.findall(r"(?m)^(\w+):", file.read_text())) == set(KEYS)
+    arms = read_arms(str(file))
+    assert arms.also["longer"]["data.split"] == "test" and arms.values == (2e-4, 4e-4)
+
+
 def test_the_example_of_the_page_on_python_runs(tmp_path, monkeypatch, capsys):
     """Exactly as printed; the names that the page mentions are public."""
     monkeypatch.chdir(tmp_path)

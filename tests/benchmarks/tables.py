@@ -180,8 +180,8 @@ def prefix_table() -> str:
         rows.append(cells)
     header = (
         "arm | accuracy [95%] | longer problems | useful FLOPs | training time | KL beyond its "
-        "prefix, before → after | cost of `full` ÷ its own, to reach 50% of the gain of `full` "
-        "| 90% | 100%"
+        "prefix, before → after | cost of `full` ÷ cost of the arm, to reach 50% of the gain of "
+        "`full` | to reach 90% | to reach 100%"
     )
     return markdown(header, rows)
 

@@ -106,7 +106,8 @@ def test_methods_states_what_the_committed_results_found():
     assert quoted > 25 and quoted == page.count("against `")
     assert not re.search(r"[+-]\d+\.\d", page)
     for section in PAGES["methods"].split("\n## ")[1:]:
-        assert "Found:" in section or "No experiment of ours" in section, section.splitlines()[0]
+        section = " ".join(section.split())
+        assert "Found:" in section or "No experiment of ours" in section, section[:60]
     flags = {
         field.metadata["flag"]
         for path, field in configuration.options(
