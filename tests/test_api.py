@@ -339,7 +339,7 @@ def test_errors_have_the_text_of_the_command(given, tmp_path, capfd, options, ki
     assert capfd.readouterr() == ("", "")
     message = str(raised.value)
     if options["steps"] == "many":  # the parser refuses it on the command line
-        assert message == "train.steps: expected a whole number, got 'many'; change --steps"
+        assert message == "--steps: expected a whole number, got 'many'; change it"
         return
     code, _, err = invoke("run", *flags(options), "--out", tmp_path / "cli")
     assert code == raised.value.exit_code
@@ -379,7 +379,7 @@ def test_notes_and_warnings_are_logged(given, tmp_path, caplog):
         result = prefix_distill.run(**given, eos="student", out=tmp_path / "run")
     texts = [record.getMessage() for record in caplog.records]
     assert set(result.notes) <= set(texts)
-    assert any(text.startswith("after update 4: accuracy") for text in texts)
+    assert any(text.startswith("after step 4: accuracy") for text in texts)
 
 
 # The other functions

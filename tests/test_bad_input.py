@@ -75,7 +75,7 @@ BAD = {
     ),
     "unknown cross-tokenizer": (
         ["--cross-tokenizer", "gold"],
-        "expected one of strict, simct, simct-released, off; change --cross-tokenizer",
+        "expected one of strict, simct, simct-released, off; change it",
     ),
     "lower-case teacher": (
         ["--teacher", "{root}/lower-case"],
@@ -109,7 +109,7 @@ BAD = {
     "model of 400 emoji": (["--teacher", "😀" * 400], "error: model 😀"),
     "GGUF of 300 characters": (["--teacher", "a" * 300 + ".gguf"], "no such file; check the path"),
     "model in nobody's folder": (["--student", "~nobody/x"], "no such folder; check the path"),
-    "temperature nan": (["--temperature", "nan"], "rollout.temperature nan"),
+    "temperature nan": (["--temperature", "nan"], "--temperature nan: expected a finite number"),
     "negative learning rate": (["--lr", "-1"], "schedule.lr -1.0"),
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
     "unknown divergence": (["--divergence", "kl"], "divergence 'kl'"),
@@ -133,15 +133,35 @@ BAD = {
     "unknown role": (["--student", "lab:tied/student-wide"], "no model 'tied' 'student-wide'"),
     "set without value": (["--set", "train.steps"], "expected section.key=value"),
     "unknown flag": (["--stepz", "3"], "No such option: --stepz"),
-    "not a number": (["--steps", "many"], "Invalid value for '--steps'"),
+    "not a number": (
+        ["--steps", "many"],
+        "error: --steps many: expected a whole number, such as 100",
+    ),
+    "a batch of words": (
+        ["--batch-size", "many"],
+        "error: --batch-size many: expected a whole number, such as 8",
+    ),
+    "a rate of words": (["--lr", "low"], "error: --lr low: expected a number, such as 5e-05"),
+    "a seed of words": (
+        ["demo", "--seed", "x"],
+        "error: --seed x: expected a whole number, such as 0",
+    ),
+    "problems of words": (
+        ["probe", "--out", "out", "--problems", "x"],
+        "error: --problems x: expected a whole number, such as 100",
+    ),
+    "plan of words": (
+        ["plan", "--prompt-tokens", "x"],
+        "error: --prompt-tokens x: expected a whole number, such as 128",
+    ),
     "steps beyond counting": (
         ["--steps", "1" + "0" * 30],
-        "train.steps: expected a number below 2^63",
+        "--steps: expected a number below 2^63",
     ),
-    "negative steps": (["--steps", "-1"], "train.steps -1: expected a finite number, at least 0"),
+    "negative steps": (["--steps", "-1"], "error: --steps -1: expected at least 0; change it"),
     "digits beyond text": (["--prefix", "9" * 5000], "prefix '999"),
     "window beyond counting": (["--window", "first:" + "9" * 5000], "window 'first:999"),
-    "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "estimator 'top-k:999"),
+    "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "--estimator top-k:999"),
     "warm-up beyond counting": (["--warmup", "9" * 5000], "warmup '999"),
     "learning rate of no float": (
         ["--set", "schedule.lr=1" + "0" * 400],
@@ -149,7 +169,7 @@ BAD = {
     ),
     "set of a list": (
         ["--set", "train.steps=[1, 2]"],
-        "train.steps: expected a whole number, got [1, 2]; change --steps",
+        "train.steps: expected a whole number, got [1, 2]; change it",
     ),
     "set of a date": (["--set", "train.steps=2020-13-45"], "the value is not valid YAML"),
     "set of a section": (["--set", "train=5"], "unknown setting 'train'"),
@@ -157,14 +177,14 @@ BAD = {
         ["--set", "train.steps=yes"],
         "train.steps: expected a whole number, got True",
     ),
-    "no batch": (["--batch-size", "0"], "train.batch_size 0: expected a finite number, at least 1"),
-    "no samples": (["--samples", "0"], "rollout.samples 0"),
+    "no batch": (["--batch-size", "0"], "--batch-size 0: expected at least 1"),
+    "no samples": (["--samples", "0"], "--samples 0: expected at least 1"),
     "nothing kept": (
         ["--top-p", "0"],
-        "rollout.top_p 0.0: expected a finite number, above 0 and at most 1",
+        "--top-p 0: expected above 0 and at most 1; change it",
     ),
-    "loss at no temperature": (["--kl-temperature", "0"], "divergence.temperature 0"),
-    "infinite clip": (["--grad-clip", "inf"], "train.grad_clip inf"),
+    "loss at no temperature": (["--kl-temperature", "0"], "--kl-temperature 0: expected above 0"),
+    "infinite clip": (["--grad-clip", "inf"], "--grad-clip inf: expected a finite number"),
     "teacher is the student": (
         ["--teacher", "self"],
         "the same model with the same prompt, so the loss is zero",
@@ -191,7 +211,7 @@ BAD = {
     "device of no kind": (["--device", "cuda:x"], "device 'cuda:x': not available here"),
     "device without numbers": (["--device", "meta"], "device 'meta': not available here"),
     "teacher's device": (["--teacher-device", "warp"], "device 'warp': not available here"),
-    "dtype": (["--dtype", "float16"], "expected one of auto, float32, bfloat16; change --dtype"),
+    "dtype": (["--dtype", "float16"], "expected one of auto, float32, bfloat16; change it"),
     "out is a file": (["--out", "{root}/a-file"], "it is a file; name a folder"),
     "out below a file": (["--out", "{root}/a-file/out"], "cannot be written (Not a directory)"),
     "out of no name": (
@@ -202,11 +222,11 @@ BAD = {
     "out too long": (["--out", "x" * 5000], "cannot be written (File name too long)"),
     "missing config": (
         ["--config", "{root}/nowhere.yaml"],
-        "cannot be read as UTF-8 text (FileNotFoundError); check its path",
+        "nowhere.yaml: no such file; check the path",
     ),
     "config is a folder": (
         ["--config", "{root}/full"],
-        "cannot be read as UTF-8 text (IsADirectoryError)",
+        "cannot be read (Is a directory); check the path",
     ),
     "dataset is a folder": (
         ["--dataset", "{root}/folder.jsonl"],
@@ -244,7 +264,7 @@ BAD = {
         "has 36 rows with a solution outside the evaluation set",
     ),
     "every row an example": (["--few-shot", "36"], "no row is left to be taught"),
-    "negative examples": (["--few-shot", "-1"], "data.few_shot -1"),
+    "negative examples": (["--few-shot", "-1"], "--few-shot -1: expected at least 0"),
     "eval of examples alone": (
         ["eval", "--model", "{student}", "--dataset", "{questions}#5", "--few-shot", "5"],
         "has no other row to evaluate",
@@ -256,9 +276,16 @@ BAD = {
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
     "eval of a negative limit": (
         ["eval", "--limit", "-1"],
-        "evaluate.problems -1: expected a finite number, at least 0",
+        "error: --limit -1: expected at least 0; change it",
     ),
-    "eval without samples": (["eval", "--samples", "0"], "evaluate.rollouts 0"),
+    "eval without samples": (
+        ["eval", "--samples", "0"],
+        "error: --samples 0: expected at least 1; change it",
+    ),
+    "eval below temperature 0": (
+        ["eval", "--temperature", "-1"],
+        "error: --temperature -1: expected at least 0; change it",
+    ),
     "eval into a missing folder": (
         ["eval", "--out", "{root}/nowhere/e.jsonl"],
         "its folder does not exist; create it first",
@@ -292,7 +319,7 @@ BAD = {
     "demo in use": (["demo", "--out", "{root}/full"], "not empty"),
     "compare without a file": (
         ["compare", "{root}/nowhere.yaml", "--out", "out"],
-        "FileNotFoundError",
+        "nowhere.yaml: no such file; check the path",
     ),
     "unknown command": (["distil"], "No such command 'distil'"),
 }
@@ -302,9 +329,12 @@ CONFIGS = {  # name: (text, message)
     "a list": ("- train\n", "expected sections such as 'train: {steps: 5}', got list"),
     "a word": ("train\n", "got str"),
     "false": ("false\n", "got bool"),
-    "section of a number": ("train: 5\n", "section 'train' must hold keys, got 5"),
-    "section of nothing": ("train:\n", "section 'train' must hold keys, got None"),
-    "section of a list": ("train: [steps]\n", "section 'train' must hold keys, got ['steps']"),
+    "section of a number": (
+        "train: 5\n",
+        "expected sections with keys, such as 'schedule: {lr: 1e-4}', got 'train: 5'",
+    ),
+    "section of nothing": ("train:\n", "such as 'schedule: {lr: 1e-4}', got 'train: None'"),
+    "section of a list": ("train: [steps]\n", "got 'train: ['steps']'; correct it"),
     "unclosed": ("train: {steps: 5\n", "not valid YAML"),
     "tabs": ("train:\n\tsteps: 5\n", "not valid YAML"),
     "section twice": (
@@ -373,7 +403,7 @@ CONFIGS = {  # name: (text, message)
     ),
     "number in words": (
         "train: {steps: five}\n",
-        "train.steps: expected a whole number, got 'five'; change --steps",
+        "train.steps: expected a whole number, got 'five'; change it",
     ),
     "fraction": ("train: {steps: 2.5}\n", "train.steps: expected a whole number, got 2.5"),
     "null": ("train: {steps: null}\n", "train.steps: expected a whole number, got None"),
@@ -385,8 +415,11 @@ CONFIGS = {  # name: (text, message)
     "key of a list": ("train: {[1]: 2}\n", "unhashable key"),
     "key of a number": ("5: {6: 7}\n", "unknown setting '5.6'"),
     "number of 5,000 digits": ("train: {steps: " + "9" * 5000 + "}\n", "not valid YAML"),
-    "utf-16": ("train: {steps: 5}\n".encode("utf-16"), "cannot be read as UTF-8 text"),
-    "bytes": (bytes(range(256)), "cannot be read as UTF-8 text"),
+    "utf-16": (
+        "train: {steps: 5}\n".encode("utf-16"),
+        "expected UTF-8 text, got other bytes; save it as UTF-8",
+    ),
+    "bytes": (bytes(range(256)), "expected UTF-8 text, got other bytes"),
     "nul": ("train: {steps: \0}\n", "not valid YAML"),
     "ten megabytes": ("# a long comment\n" * 600_000, "expected at most 65,536 characters"),
     "a long key": (f"train: {{{'x' * 5000}: 1}}\n", "not valid YAML"),
@@ -402,6 +435,10 @@ ARMS = {  # of `compare`: name: (text, message)
         "expected a list of different whole numbers",
     ),
     "arm of a number": ("arms: {a: 5}\n", "expected arm 'a' to contain keys, got 5"),
+    "arm of a setting without a section": (
+        "arms: {a: {lr: 3}}\n",
+        "arm 'a': expected sections with keys, such as 'schedule: {lr: 1e-4}', got 'lr: 3'",
+    ),
     "arm twice": ("arms:\n  a: {}\n  a: {}\n", "the key 'a' is repeated in line 3"),
     "arm of no folder": ("arms: {../a: {}}\n", "a folder cannot have the name '../a'"),
     "arm of a NUL": ('arms: {"a\\0": {}}\n', "a folder cannot have the name"),
@@ -846,7 +883,7 @@ RUNS = {  # name: (what is done to a good run folder, message of --resume)
     "settings of nothing": (put("config.yaml", ""), "its config.yaml is damaged"),
     "settings of bytes": (
         put("config.yaml", b"\xff\xfe"),
-        "config.yaml: cannot be read as UTF-8 text",
+        "config.yaml: expected UTF-8 text, got other bytes",
     ),
     "unknown settings": (
         put("config.yaml", "train: {steps: 2, stepz: 3}\nschedule: {lr_schedule: linear}\n"),

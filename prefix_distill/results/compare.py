@@ -64,7 +64,7 @@ def read_arms(path: str) -> Arms:
 
     UserError: a key is unknown, a named arm does not exist, or no run accepts the settings.
     """
-    tree = configuration.read_tree(path)
+    tree = configuration.read_tree(path, "arms file")
     for key in tree:
         if key not in KEYS:
             shown = reprlib.repr(key)
@@ -112,7 +112,7 @@ def _error(path: str, text: str) -> UserError:
 def _settings(path: str, what: str, sections: object) -> Settings:
     """Return the settings in a mapping of sections."""
     sections = _mapping(path, what, sections)
-    return configuration.flatten(path, sections)
+    return configuration.flatten(f"arms file {path}: {what}", sections)
 
 
 def _starts(path: str, arms: dict) -> dict[str, str]:

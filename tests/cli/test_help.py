@@ -268,7 +268,7 @@ def _in_a_terminal(environment: dict, code: str) -> str:
 
 SHOWN = """
 from rich.table import Table
-from prefix_distill.display import Display, show
+from prefix_distill.display import Display, print_tables
 table = Table(title="arms")
 for name in ("arm", "accuracy", "cost"):
     table.add_column(name)
@@ -282,7 +282,7 @@ row = {
 with Display(2, "run:") as display:
     display.row(row, 1e9, 2e9)
     display.note("a note")
-show(table)
+print_tables(table)
 """
 
 

@@ -282,7 +282,7 @@ def test_a_value_of_a_wrong_type_is_named(tmp_path, name, path, value, message):
         ("config.yaml", "models: {}\n", "config.yaml: models: expected the key 'student'"),
         ("config.yaml", "1: {}\n", "config.yaml: document: expected text as keys, got 1"),
         ("config.yaml", "x: !!python/name:os.system\n", "config.yaml: not valid YAML"),
-        ("config.yaml", None, "config.yaml: cannot be read as UTF-8 text (IsADirectoryError)"),
+        ("config.yaml", None, "config.yaml: cannot be read (Is a directory); check the path"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, message):
