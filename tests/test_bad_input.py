@@ -302,7 +302,7 @@ BAD = {
     ),
     "eval on more ranks than a batch has prompts": (
         ["eval", "--model", "{student}", "--dataset", "{questions}", "--gpus", "64"],
-        "GPUs are visible here; lower it, or use --device cpu",
+        "--gpus 64: expected 64 visible GPUs, got ",
     ),
     "eval of small head": (
         ["eval", "--model", "{root}/few-rows", "--dataset", "{questions}"],

@@ -300,7 +300,7 @@ def test_prompts_against_the_context(sound, pair, questions, tmp_path):
     "free, status, code, words",
     [
         (1 << 40, "ok", 0, "less than "),
-        (60 << 20, "ok", 0, "beside the loaded weights, most in"),
+        (60 << 20, "ok", 0, "in addition to the loaded weights (peak in"),
         (4 << 20, "warning", 0, "batches will be halved"),
         (1 << 20, "error", 4, "alone take"),
     ],

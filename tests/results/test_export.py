@@ -232,7 +232,7 @@ def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
             ["--out", "new", "--push-to-hub", "nobody"],
             "error: --push-to-hub 'nobody': expected USER/NAME",
         ),
-        (["--out", "new", "--hub-public"], "error: --hub-public: nothing is pushed"),
+        (["--out", "new", "--hub-public"], "error: --hub-public: applies only with --push-to-hub"),
         ([], "error: --out: name the folder to write"),
         (["--out", "a" * 300], "cannot be written (File name too long); name another folder"),
         (["--out", "used/file"], "it exists and is not an empty folder; name another"),
@@ -258,6 +258,21 @@ def test_bad_exports_are_one_line(run, tmp_path, monkeypatch, arguments, message
         and message in err.splitlines()[-1]
         and not (tmp_path / "new").exists()
     )
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("runs/none", "error: export runs/none: no such folder; check the path, or add --out"),
+        ("used", "error: export used: expected a run folder or a model folder, got neither"),
+        ("lab:choice/student", "error: --out: name the folder to write"),
+    ],
+)
+def test_an_export_without_out_checks_the_path_first(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "used").mkdir()
+    code, out, err = invoke("export", source)
+    assert code == 2 and out == "" and err.startswith(message)
 
 
 @pytest.mark.parametrize("name", ["😀" * 400, "a" * 300, "~nobody/x"])

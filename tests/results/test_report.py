@@ -387,6 +387,6 @@ def test_wrong_folders_and_references_are_named(arms, tmp_path):
     code, _, err = invoke("report", arms, "--out", tmp_path / "out", "--reference", "fulll")
     assert (
         code == 2
-        and "no such arm; there are bad, full, short" in err
+        and "expected one of the arms bad, full, short" in err
         and len(err.splitlines()) == 1
     )

@@ -73,7 +73,7 @@ def test_rows_without_it_are_named(tmp_path, row, message):
         load_prompts(str(file), RowFormat(privileged_column="answer"))
     with pytest.raises(UserError, match="no column 'why'; it has question, answer"):
         load_prompts(str(file), RowFormat(privileged_column="why"))
-    with pytest.raises(UserError, match="it has solution"):
+    with pytest.raises(UserError, match="expected the column solution, got"):
         load_prompts("lab:choice", RowFormat(privileged_column="answer"))
 
 
