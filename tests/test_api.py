@@ -529,8 +529,8 @@ def test_a_notebook_runs_in_a_jupyter_kernel(tmp_path):
     # one output per cell, the value of its last line: nothing was printed
     assert [len(output) for output in outputs] == [1, 1, 1, 1], outputs
     first, resumed, stopped, evaluated = (output[0]["data"] for output in outputs)
-    assert "<td>updates</td><td>3</td>" in first["text/html"]
-    assert "<td>updates</td><td>4</td>" in resumed["text/html"]
+    assert "<td>steps</td><td>3</td>" in first["text/html"]
+    assert "<td>steps</td><td>4</td>" in resumed["text/html"]
     assert (
         stopped["text/plain"].startswith('"Interrupted(')
         and "the state is saved" in stopped["text/plain"]

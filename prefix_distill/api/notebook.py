@@ -81,7 +81,7 @@ def check(config: configuration.Config | None = None, **options: Unpack[RunOptio
 def plan(config: configuration.Config | None = None, **options: Unpack[PlanOptions]) -> PlanResult:
     """Compute the memory, FLOPs and time that a run needs, and the GPUs it fits.
 
-    `PlanOptions` describes the options beside those of `run`. No weights are downloaded, and
+    `PlanOptions` describes the options besides those of `run`. No weights are downloaded, and
     nothing is written.
     """
     assumptions, rest = settings.take_options(

@@ -22,7 +22,7 @@ EVAL_WORDING: dict[str, Wording] = {
     "data.few_shot": {
         "help": "Number of other rows, shown with their solutions before every problem."
     },
-    "rollout.begin": {"help": "Text forced at the start of every response."},
+    "rollout.begin": {"help": "Text forced at the start of every answer."},
     "evaluate.problems": {
         "help": "Number of problems to evaluate, in order; 0 evaluates all.",
         "shown": "200; all of name#N",

@@ -105,7 +105,7 @@ def _show_prompts(facts: dict) -> None:
         )
 
 
-# the options of `plan` beside those of `run`
+# the options of `plan` besides those of `run`
 ASSUMPTIONS: dict[str, Any] = {
     "prompt_tokens": Annotated[
         int | None,

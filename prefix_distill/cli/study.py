@@ -28,6 +28,7 @@ def demo(
             parser=read_number("--seed", int, 0),
             metavar="INT",
             help="Seed of prompts, rollouts and evaluation.",
+            show_default="0",
         ),
     ] = 0,
 ) -> None:

@@ -11,7 +11,7 @@ class Schedule:
     prefix: str = main_option(
         "25%",
         "--prefix",
-        "Response tokens to sample and train on: 512, 25% (of --max-new-tokens), full or a "
+        "Tokens of a rollout to sample and train on: 512, 25% (of --max-new-tokens), full or a "
         "schedule. Schedules: linear:L0:d (L0 + d·k at step k), staircase:L0:dH:n (dH more every n "
         "steps), auto (grows when the KL of its last tokens stops falling). Plugins add more (see "
         "prefix-distill help plugins).",
@@ -62,7 +62,7 @@ class Sampling:
     begin: str | None = option(
         None,
         "--begin",
-        "Text forced at the start of every response, such as a think tag. It is not trained on.",
+        "Text forced at the start of every rollout, such as a think tag. It is not trained on.",
     )
     off_policy: str = option(
         "none",

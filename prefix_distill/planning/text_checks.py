@@ -216,7 +216,7 @@ def check_context(run: Run) -> Check:
     if limits:
         room = f"{min(limits)} positions"
     text = (
-        f"prompts of {lengths[0]} to {lengths[-1]} tokens (median {median}), responses of up to "
+        f"prompts of {lengths[0]} to {lengths[-1]} tokens (median {median}), rollouts of up to "
         f"{limit}; {room}"
     )
     return passed("context", text, facts)
