@@ -44,7 +44,7 @@ class Plugin:
         return f"plugin {self.name} (sha256 {self.sha256[:12]}): {', '.join(registered)}"
 
     def activate(self) -> None:
-        """Register the plugin's names. UserError: another plugin has taken one."""
+        """Register the plugin's names. UserError: another plugin uses one of them."""
         with registering(str(self.file)):
             for name, divergence in self.divergences.items():
                 DIVERGENCES.add(name, divergence)

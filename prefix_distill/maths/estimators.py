@@ -1,4 +1,4 @@
-"""Values and gradients of one chunk: entry-wise clip, top-k buckets, realised token.
+"""Values and gradients of one chunk: entry-wise clip, top-k buckets, realized token.
 
 All functions take tables [N, V] of float32 log-probabilities, which they may overwrite, and return
 the values [N] in nats with their gradient [N, V] to the student's logits/temperature.
@@ -69,7 +69,7 @@ def at_token(
     token_N: Tensor,
     sampler_logp_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return value and gradient from the realised token y alone.
+    """Return value and gradient from the realized token y alone.
 
     sampled        value log S(y) − log T(y), an unbiased estimate of KL(S‖T) for y ~ S. The policy
                    gradient's loss −ρ·A·log S(y) with advantage A = log T(y) − log S(y), both ρ and
