@@ -11,12 +11,12 @@ from ..engine.pair import Pair
 from ..engine.ranks import Place
 from ..engine.rollout import rollout_of
 from ..engine.scoring import Scorer
-from ..errors import UserError
+from ..errors import PreflightError, UserError
 from ..prompts import stream, templates
 from ..prompts.prompt import PromptSet, Rendered
 from ..prompts.stream import mix, shuffle
 from ..prompts.templates import PRIVILEGED
-from .pair import as_preflight_error, describe_tokens
+from .pair import describe_tokens
 from .prompt_sets import PromptSets
 from .run import Notes, Problems
 
@@ -47,10 +47,14 @@ def render_problems(
     longest = 0
     for r in train + extrapolation + held_out:
         longest = max(longest, len(r.student_ids), len(r.teacher_ids))
-    with as_preflight_error():
+    try:
         config = settle_max_new_tokens(
             config, [pair.student, pair.teacher], longest, sets.held_out.max_new_tokens, notes
         )
+    except UserError as error:
+        raise PreflightError(
+            f"{error}, or lower --max-prompt-tokens to drop long prompts"
+        ) from None
     teacher_tokens = 1.0
     if pair.alignment is not None:
         teacher_tokens = _measure_coverage(pair.alignment, train, notes)
@@ -202,7 +206,7 @@ def settle_max_new_tokens(
     positions = min(limits, default=None)
     room = None if positions is None else positions - longest_prompt
     given = config.rollout.max_new_tokens
-    prefix = 1
+    prefix = None  # a fixed length in tokens
     if config.schedule.prefix.isdecimal():
         prefix = int(config.schedule.prefix)
     if given is None:
@@ -211,7 +215,7 @@ def settle_max_new_tokens(
         if task_limit:
             why = "the built-in task's length"
             given = task_limit
-        given = max(given, prefix)
+        given = max(given, prefix or 1)
         notes.note(f"max-new-tokens {given}: {why}")
     if room is not None and given > room:
         flag = "--max-new-tokens"
@@ -219,8 +223,7 @@ def settle_max_new_tokens(
             flag = "--prefix"
         raise UserError(
             f"{flag} {given}: expected at most {max(room, 0)} tokens, because the models have "
-            f"{positions} positions and the longest prompt has {longest_prompt}; lower {flag}, or "
-            "lower --max-prompt-tokens to drop long prompts"
+            f"{positions} positions and the longest prompt has {longest_prompt}; lower {flag}"
         )
     return configuration.replace(config, rollout={"max_new_tokens": given})
 
