@@ -376,7 +376,7 @@ def test_every_other_number_of_the_readme_is_known():
     assert {arm["updates"] for arm in document["arms"]} == {demo.UPDATES}
     weights = ROOT / "prefix_distill/lab/models/choice/student/model.safetensors"
     parameters = sum(tensor.numel() for tensor in load_file(weights).values())
-    problem = Problem("choice", 41, 73, 26)
+    problem = Problem(task="choice", first=41, second=73, steps=26)
     example = f"`{problem.prompt}`", f"`{problem.solution[:11]} …`"
     known = {
         f"Python {PROJECT['requires-python'].removeprefix('>=')} or newer",

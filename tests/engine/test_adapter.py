@@ -65,7 +65,7 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
     }
     stir(run.pair.student.net)
     full = prepared(pair, questions)
-    full.student.net.load_state_dict(adapter.merge_weights(run.pair.student.net))
+    full.pair.student.net.load_state_dict(adapter.merge_weights(run.pair.student.net))
     ours, rollouts, _ = update_gradient(run, micro=3)
     theirs, again, _ = update_gradient(full, micro=10)
     assert [r.ids for r in rollouts] == [r.ids for r in again]
@@ -225,7 +225,7 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
     run.pair.student.net.zero_grad()
     trained(run, tmp_path / "run")
     with torch.no_grad():
-        assert torch.equal(rows(run.pair.teacher), rows(copy.teacher)) and not torch.equal(
+        assert torch.equal(rows(run.pair.teacher), rows(copy.pair.teacher)) and not torch.equal(
             rows(run.pair.student), rows(run.pair.teacher)
         )
     assert (
@@ -233,7 +233,7 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
         and len(run.pair.student.trainable) == 28
     )
     assert (
-        run.pair.teacher_shape == read_shape(copy.student)
+        run.pair.teacher_shape == read_shape(copy.pair.student)
         and run.pair.student_shape.trunk > run.pair.teacher_shape.trunk
     )
 
@@ -373,7 +373,7 @@ def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
     )
     assert [r.ids for r in rollouts] == [r.ids for r in again] and values == same
     assert_same(ours, theirs, 1e-6)
-    requests = [Request(r.teacher_ids, ("x", i)) for i, r in enumerate(whole.train_prompts[:3])]
+    requests = [Request(r.teacher_ids, ("x", i)) for i, r in enumerate(whole.problems.train[:3])]
     written = [
         generate(
             make_decoder(run.pair.teacher, torch.float32), requests, 12, run.method.text_sampler

@@ -512,7 +512,7 @@ def test_a_mixed_run_goes_on_as_it_would_have(mixture, tmp_path):
         "streamed; a buffer of 1,000 rows",
         "9 of gsm8k=",
         "(75.0%; 9 different ones)",
-        "few-shot: 1 of gsm8k=",
+        "few-shot: 1 rows of gsm8k=",
     ):
         assert text in notes
 
