@@ -35,7 +35,7 @@ class Head:
 
         The matmul runs in the weight's dtype.
         """
-        # the matmul runs in the weight's dtype, whatever the caller's context
+        # the matmul runs in the weight's dtype, also if the caller uses autocast
         with torch.autocast(hidden_ND.device.type, enabled=False):
             hidden_ND = hidden_ND.to(self.weight_VD.dtype)
             if hidden_ND.dtype == torch.float32:
@@ -94,7 +94,7 @@ def value_and_gradient(
     divergence = find_divergence(terms.name)
     if divergence.in_tables is not None:
         return divergence.in_tables(student_logp, teacher_logp, spare, spare_too, *terms.parameters)
-    # a user's function gets the float32 that it is promised, whatever the caller's context
+    # a user's function gets float32, also if the caller uses autocast
     with torch.autocast(student_logp.device.type, enabled=False):
         if divergence.gradient is None:
             return differentiate(divergence, terms.parameters, student_logp, teacher_logp)

@@ -123,7 +123,7 @@ class _Weighted(torch.autograd.Function):
         grad_hidden = None
         if needs_hidden:
             grad_hidden = torch.zeros_like(student_ND)
-        update = _Pass(
+        one_pass = _Pass(
             terms=terms,
             student_ND=student_ND,
             student_head=student_head.to(terms.dtype),
@@ -136,8 +136,8 @@ class _Weighted(torch.autograd.Function):
             grad_weight=float32_zeros(weight_VD, needs_weight),
             grad_bias=float32_zeros(bias_V, needs_bias),
         )
-        value_N, clipped_N = update.run()
-        ctx.grads = update.grad_hidden, update.grad_weight, update.grad_bias
+        value_N, clipped_N = one_pass.run()
+        ctx.grads = one_pass.grad_hidden, one_pass.grad_weight, one_pass.grad_bias
         ctx.dtypes = weight_VD.dtype, getattr(bias_V, "dtype", None)
         ctx.mark_non_differentiable(*(t for t in (value_N, clipped_N) if t is not None))
         return (weight_N * value_N).sum(), value_N, clipped_N

@@ -82,7 +82,7 @@ class _Weighted(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         into = _Gradients(needs, student_ND, student_head, terms)
         weight_U = weight_U.to(device, torch.float32)
-        update = _Pass(
+        one_pass = _Pass(
             terms=terms,
             support=support,
             units=units,
@@ -94,15 +94,15 @@ class _Weighted(torch.autograd.Function):
             value_U=torch.zeros(len(weight_U), device=device),
             into=into,
         )
-        update.compare_exact_units()
+        one_pass.compare_exact_units()
         if len(units.spans):
-            span_gradient_P = update.compare_spans()
-            update.add_span_tokens(span_gradient_P)
+            span_gradient_P = one_pass.compare_spans()
+            one_pass.add_span_tokens(span_gradient_P)
 
         ctx.grads = into.hidden, into.weight, into.bias
         ctx.dtypes = weight_VD.dtype, getattr(bias_V, "dtype", None)
-        ctx.mark_non_differentiable(update.value_U)
-        return (weight_U * update.value_U).sum(), update.value_U, None
+        ctx.mark_non_differentiable(one_pass.value_U)
+        return (weight_U * one_pass.value_U).sum(), one_pass.value_U, None
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:

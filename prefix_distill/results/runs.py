@@ -286,7 +286,7 @@ def common_steps(runs: list[Finished]) -> list[int]:
 
 
 def common_tail(runs: list[Finished]) -> int:
-    """Return the longest prefix of the arms that truncate: none of them was trained beyond it."""
+    """Return the longest prefix of the arms that truncate; beyond it none of them is trained."""
     longest = 0
     for run in runs:
         prefix = run.result["prefix"]

@@ -119,7 +119,7 @@ def make_checkpoint_card(config: Config, step: int) -> str:
 def _top(config: Config, step: int) -> list[str]:
     """Return front matter and title.
 
-    The teacher has a key of its own, because the hub shows several base models as a merge.
+    The teacher has its own key, because the hub shows several base models as a merge.
     """
     keys: dict[str, Any] = {
         "library_name": "transformers",

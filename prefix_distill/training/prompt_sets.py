@@ -177,16 +177,16 @@ def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
     first, *others = [name for name, _ in sources.split_sources(dataset)]
     peek = load_evaluation_prompts(first, row_format(config), split=split, limit=1)
     if "examples" in peek.other_splits:
-        return _behind_train_rows(config, dataset, peek.other_splits["examples"], notes)
+        return _with_train_examples(config, dataset, peek.other_splits["examples"], notes)
     if others:
         raise UserError(
             f"--few-shot {config.data.few_shot}: dataset {first} has no split other than the one "
             "that is evaluated; evaluate one set at a time"
         )
-    return _behind_own_rows(config, first, limit, notes)
+    return _with_own_examples(config, first, limit, notes)
 
 
-def _behind_train_rows(
+def _with_train_examples(
     config: Config, dataset: str, source: tuple[str, str], notes: Notes
 ) -> PromptSet:
     """Return the problems after examples from another split, ``source`` (dataset, split)."""
@@ -201,7 +201,7 @@ def _behind_train_rows(
     return prompt_stream.insert_turns(prompts, turns)
 
 
-def _behind_own_rows(config: Config, name: str, limit: int | None, notes: Notes) -> PromptSet:
+def _with_own_examples(config: Config, name: str, limit: int | None, notes: Notes) -> PromptSet:
     """Return the problems after examples from the same rows."""
     few_shot = config.data.few_shot
     with_solutions = dataclasses.replace(row_format(config), keep_solutions=True)

@@ -145,13 +145,12 @@ class Session:
             self.state.stop(reasons[0])
 
     def note_selection(self, update: Update) -> None:
-        """Report once if selecting tokens takes a forward pass of its own."""
+        """Report once if selecting tokens takes an extra forward pass."""
         separate = not update.reused_forward_pass and "selection" in update.meter.ledger.useful
         if separate and not self.selection_was_noted:
             self.report.note(
-                "token selection needs a forward pass of its own, ledger row `selection`: the "
-                "rollouts do not fit one micro-batch (--micro-batch-size, and at most a tenth of "
-                "padding)"
+                "token selection needs an extra forward pass (ledger row `selection`), because the "
+                "rollouts do not fit one micro-batch (--micro-batch-size, at most 10% padding)"
             )
             self.selection_was_noted = True
 

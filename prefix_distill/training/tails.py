@@ -67,8 +67,9 @@ def ending_facts(rollouts: list[Rollout]) -> dict:
 def tail_warning(before: dict, measured: dict, prefix: int) -> str | None:
     """Return a warning if training made text beyond the prefix worse; else None.
 
-    Either the KL of the tail on the fixed contexts rose by more than two standard errors (paired by
-    rollout), or answers end less often, by more than 5 points and two standard errors.
+    It is worse if the KL of the tail on the fixed contexts rose by more than two standard errors,
+    paired by rollout. It is also worse if answers end less often, by more than 5 points and two
+    standard errors.
     """
     changes = [_describe_kl_rise(before, measured, prefix), _describe_endings(before, measured)]
     reasons = [change for change in changes if change is not None]
