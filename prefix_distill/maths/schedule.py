@@ -85,9 +85,9 @@ class Auto(PrefixSchedule):
     """A length that doubles, or grows by ``rise``, when its newest window stops improving.
 
     Let s be the mean of the signal over the first 4 steps since the window opened. Let b be its
-    mean over the last 4 steps, and a its mean over the 4 steps before these. The window has stopped improving when
-    a − b ≤ s/10. The length then grows if at least a quarter of the rollouts of the last 4 steps
-    fill the prefix. It never shrinks. After arXiv 2607.29494.
+    mean over the last 4 steps, and a its mean over the 4 steps before these. The window has stopped
+    improving when a − b ≤ s/10. The length then grows if at least a quarter of the rollouts of the
+    last 4 steps fill the prefix. It never shrinks. After arXiv 2607.29494.
     """
 
     start: int
