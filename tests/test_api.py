@@ -247,7 +247,7 @@ def test_a_callback_that_raises_stops_with_the_state_saved(given, tmp_path, wher
             run()
         error = raised.value
     assert isinstance(error, ValueError) and str(error) == "enough"
-    assert "after update 3; the state is saved" in error.__notes__[0]
+    assert "after step 3; the state is saved" in error.__notes__[0]
     assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
     result = prefix_distill.resume(tmp_path / "run")
     assert result.resumed_from == 3 and result.steps == 4
@@ -271,13 +271,13 @@ def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):
             signal.raise_signal(signal.SIGINT)
 
     former = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="after update 1; the state is saved"):
+    with pytest.raises(Interrupted, match="after step 1; the state is saved"):
         prefix_distill.run(**given, out=tmp_path / "run", on_step=press)
     assert signal.getsignal(signal.SIGINT) is former
     result = prefix_distill.resume(tmp_path / "run", steps=5, lr_schedule="linear")
     assert result.resumed_from == 1 and result.steps == 5
     assert prefix_distill.resume(tmp_path / "run", prefix=12).steps == 5
-    with pytest.raises(UserError, match=r"train\.batch_size was 2, got 3"):
+    with pytest.raises(UserError, match="--batch-size was 2, got 3"):
         prefix_distill.resume(tmp_path / "run", batch_size=3)
     with pytest.raises(UserError, match="name the run folder"):
         prefix_distill.resume()

@@ -66,9 +66,13 @@ BAD = {
         ["--prompt-column", "problem"],
         "no column 'problem'; it has question, answer",
     ),
-    "prefix 0": (["--prefix", "0"], "prefix length 0: --prefix must be at least 1 token"),
-    "prefix grammar": (["--prefix", "lots"], "prefix 'lots'"),
-    "prefix beyond positions": (["--prefix", "500"], "256 positions"),
+    "prefix 0": (["--prefix", "0"], "--prefix 0: expected at least 1 token"),
+    "prefix grammar": (["--prefix", "lots"], "--prefix lots: expected"),
+    "prefix beyond positions": (
+        ["--prefix", "500"],
+        "--prefix 500: expected at most 238 tokens, because the models have 256 positions and the "
+        "longest prompt has 18; lower --prefix, or lower --max-prompt-tokens to drop long prompts",
+    ),
     "different tokenizers": (
         ["--teacher", "{root}/other", "--cross-tokenizer", "off"],
         "tokenizers differ on 1 ids",
@@ -91,11 +95,11 @@ BAD = {
     ),
     "clip across tokenizers": (
         ["--teacher", "{root}/other", "--clip", "1", "--divergence", "forward-kl"],
-        "the clip is of one vocabulary",
+        "the clip needs one vocabulary; omit --clip",
     ),
     "teacher's eos across tokenizers": (
         ["--teacher", "{root}/other", "--eos", "teacher"],
-        "its ids are not the student's",
+        "the student's vocabulary lacks the teacher's EOS tokens; omit --eos",
     ),
     "ranked text across tokenizers": (
         ["--teacher", "{root}/other", "--off-policy", "sft", "--select", "soft-or"],
@@ -110,17 +114,17 @@ BAD = {
     "GGUF of 300 characters": (["--teacher", "a" * 300 + ".gguf"], "no such file; check the path"),
     "model in nobody's folder": (["--student", "~nobody/x"], "no such folder; check the path"),
     "temperature nan": (["--temperature", "nan"], "--temperature nan: expected a finite number"),
-    "negative learning rate": (["--lr", "-1"], "schedule.lr -1.0"),
+    "negative learning rate": (["--lr", "-1"], "error: --lr -1: expected above 0; change it"),
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
-    "unknown divergence": (["--divergence", "kl"], "divergence 'kl'"),
+    "unknown divergence": (["--divergence", "kl"], "--divergence kl: expected"),
     "estimator without K": (["--estimator", "top-k:0"], "expected full, sampled or top-k:K"),
-    "a schedule cut short": (["--prefix", "linear:4"], "prefix 'linear:4': --prefix must be"),
-    "a staircase that never rises": (["--prefix", "staircase:4:4:0"], "rises every '0' updates"),
+    "a schedule cut short": (["--prefix", "linear:4"], "--prefix linear:4: expected"),
+    "a staircase that never rises": (["--prefix", "staircase:4:4:0"], "rises every '0' steps"),
     "window without K": (
         ["--window", "last"],
-        "window 'last': --window must be all, or one of first",
+        "--window last: expected all, or one of first",
     ),
-    "off-policy share": (["--off-policy", "sft:1.5"], "off-policy 'sft:1.5'"),
+    "off-policy share": (["--off-policy", "sft:1.5"], "--off-policy sft:1.5: expected"),
     "sampled forward KL": (
         ["--estimator", "sampled", "--divergence", "forward-kl"],
         "--estimator sampled with --divergence forward-kl",
@@ -159,10 +163,10 @@ BAD = {
         "--steps: expected a number below 2^63",
     ),
     "negative steps": (["--steps", "-1"], "error: --steps -1: expected at least 0; change it"),
-    "digits beyond text": (["--prefix", "9" * 5000], "prefix '999"),
-    "window beyond counting": (["--window", "first:" + "9" * 5000], "window 'first:999"),
+    "digits beyond text": (["--prefix", "9" * 5000], "--prefix 999"),
+    "window beyond counting": (["--window", "first:" + "9" * 5000], "--window first:999"),
     "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "--estimator top-k:999"),
-    "warm-up beyond counting": (["--warmup", "9" * 5000], "warmup '999"),
+    "warm-up beyond counting": (["--warmup", "9" * 5000], "--warmup 999"),
     "learning rate of no float": (
         ["--set", "schedule.lr=1" + "0" * 400],
         "schedule.lr: expected a number below 2^63",
@@ -206,7 +210,10 @@ BAD = {
         ["--max-prompt-tokens", "2"],
         "prompts are longer than --max-prompt-tokens 2",
     ),
-    "responses beyond positions": (["--max-new-tokens", "5000", "--prefix", "8"], "256 positions"),
+    "responses beyond positions": (
+        ["--max-new-tokens", "5000", "--prefix", "8"],
+        "--max-new-tokens 5000: expected at most",
+    ),
     "device without driver": (["--device", "cuda:99"], "device 'cuda:99': not available here"),
     "device of no kind": (["--device", "cuda:x"], "device 'cuda:x': not available here"),
     "device without numbers": (["--device", "meta"], "device 'meta': not available here"),
@@ -263,7 +270,7 @@ BAD = {
         ["--few-shot", "41"],
         "has 36 rows with a solution outside the evaluation set",
     ),
-    "every row an example": (["--few-shot", "36"], "no row is left to be taught"),
+    "every row an example": (["--few-shot", "36"], "no row is left to train on"),
     "negative examples": (["--few-shot", "-1"], "--few-shot -1: expected at least 0"),
     "eval of examples alone": (
         ["eval", "--model", "{student}", "--dataset", "{questions}#5", "--few-shot", "5"],
@@ -272,7 +279,11 @@ BAD = {
     "unknown task": (["--dataset", "lab:chess"], "unknown task 'chess'"),
     "model is a file": (["--student", "{root}/a-file"], "no such folder; check the path"),
     "model without config": (["--student", "{root}/full"], "the folder has no config.json"),
-    "hub id of nobody": (["--student", "nobody/nothing-of-this-name"], "cannot be loaded (OSError"),
+    "hub id of nobody": (
+        ["--student", "nobody/nothing-of-this-name"],
+        "model nobody/nothing-of-this-name: no such folder, and not loadable from the hub (no "
+        "connection); check the path or the network",
+    ),
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
     "eval of a negative limit": (
         ["eval", "--limit", "-1"],
@@ -427,7 +438,7 @@ CONFIGS = {  # name: (text, message)
 
 ARMS = {  # of `compare`: name: (text, message)
     "nothing": ("", "expected arms to contain keys, got None"),
-    "no arm": ("arms: {}\n", "it names no arm"),
+    "no arm": ("arms: {}\n", "expected at least one arm under 'arms', got none"),
     "unknown key": ("arms: {a: {}}\nseed: 3\n", "unknown key 'seed'; expected one of base, seeds"),
     "seeds of text": ("arms: {a: {}}\nseeds: many\n", "expected a list of different whole numbers"),
     "a seed twice": (
@@ -468,11 +479,11 @@ ARMS = {  # of `compare`: name: (text, message)
     "start from a list": ("arms: {a: {start: [b]}}\n", "arm 'a' starts from '['b']'"),
     "reference to nobody": (
         "arms: {a: {}}\nreference: b\n",
-        "the reference 'b' is not one of its arms (a)",
+        "reference 'b': expected one of its arms (a)",
     ),
     "reference to a list": (
         "arms: {a: {}}\nreference: [a]\n",
-        "the reference '['a']' is not one of its arms (a)",
+        "reference '['a']': expected one of its arms (a)",
     ),
     "tune two": (
         "arms: {a: {}}\ntune: {schedule.lr: [1e-4], train.steps: [1]}\n",
@@ -933,7 +944,10 @@ RUNS = {  # name: (what is done to a good run folder, message of --resume)
         lambda folder: (folder / "before.json").unlink(),
         "before.json cannot be read",
     ),
-    "measurements of nothing": (put("before.json", "{}"), "before.json is not what a run writes"),
+    "measurements of nothing": (
+        put("before.json", "{}"),
+        "before.json: expected the rollouts of a run",
+    ),
     "metrics in a folder": (
         folder_in_place_of("metrics.jsonl"),
         "metrics.jsonl cannot be read (Is a directory); remove or repair it, then --resume",

@@ -10,9 +10,7 @@ from helpers import command, invoke, last_json
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = command("run", "--prefix", "0", cwd=tmp_path)
     assert (
-        done.returncode == 2
-        and done.stdout == ""
-        and done.stderr.startswith("error: prefix length 0: ")
+        done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --prefix 0: ")
     )
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 

@@ -202,7 +202,7 @@ def test_a_head_that_is_not_the_model_s_is_refused(pair, questions, tmp_path, mo
     )
     assert (
         (code, out) == (3, "")
-        and "its logits are not its output head applied to its hidden states" in err
+        and "head(hidden states) does not equal its logits" in err
         and not (tmp_path / "run").exists()
     )
 

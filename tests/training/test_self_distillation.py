@@ -95,7 +95,7 @@ def test_rows_without_it_are_named(tmp_path, row, message):
         (["--clip", "0", "--divergence", "forward-kl"], "above 0"),
         (["--keep", "0.5"], "add --select"),
         (["--select", "soft-or", "--keep", "0"], "above 0"),
-        (["--select", "best"], "--select must be all or one of"),
+        (["--select", "best"], "--select best: expected all or one of"),
         (
             ["--extrapolate-score", "heldout-kl"],
             "applies only with --extrapolate; add --extrapolate effopd",
@@ -104,7 +104,7 @@ def test_rows_without_it_are_named(tmp_path, row, message):
             ["--extrapolate", "twice"],
             "expected one of none, effopd, always-1, random; change it",
         ),
-        (["--position-weight", "sigmoid:1"], "--position-weight must be"),
+        (["--position-weight", "sigmoid:1"], "--position-weight sigmoid:1: expected uniform"),
     ],
 )
 def test_settings_that_contradict_each_other(flags, message, tmp_path):
