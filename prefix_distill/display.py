@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
+# phases of a step in its metrics row → the name that is shown
+PHASES = {"student_decode": "sampling", "teacher_score": "teacher", "student_update": "training"}
 PLAIN_LINES = 50  # progress lines of one run without a terminal, about
 
 
@@ -74,7 +76,7 @@ def flops_text(value: float) -> str:
 
 
 def accuracy_text(score: dict | None) -> str:
-    """Return an accuracy {value, low, high, n} as text, in per cent."""
+    """Return an accuracy {value, low, high, n} as text, in percent."""
     if score is None:
         return "–"
     return f"{score['value']:.1%} [{score['low']:.1%}, {score['high']:.1%}] of {score['n']}"
@@ -96,9 +98,9 @@ class Reporter(Protocol):
         """Show a warning that only this rank reports."""
 
     def row(self, row: dict, useful: float, full: float, /) -> None:
-        """Show one update: its metrics row and the useful FLOPs so far.
+        """Show one step: its metrics row and the useful FLOPs so far.
 
-        ``full``: the useful FLOPs that as many updates with full rollouts would take.
+        ``full``: the useful FLOPs that as many steps with full rollouts would take.
         """
 
     def evaluation(self, row: dict, /) -> None:
@@ -123,10 +125,10 @@ class Observer(Protocol):
     def watch(
         self, steps: int, label: str, first: bool, stop: Callable[[], None], /
     ) -> contextlib.AbstractContextManager[Reporter]:
-        """Return the reporter of a run of ``steps`` updates.
+        """Return the reporter of a run of ``steps`` steps.
 
         ``label`` names the run among several. ``first``: whether this is rank 0. ``stop()`` asks
-        the run to save its state and stop after the current update.
+        the run to save its state and stop after the current step.
         """
 
 
@@ -165,7 +167,7 @@ class Display:
         self.label = label
         self.shown = shown
         self.console = Console(stderr=True)
-        self.seen = 0  # updates shown
+        self.seen = 0  # steps shown
         self.plain_every = max(1, steps // PLAIN_LINES)
         self.started = time.perf_counter()
         self.bar: Progress | None = None
@@ -215,16 +217,16 @@ class Display:
         self._print(f"warning: {text}")
 
     def row(self, row: dict, useful: float, full: float) -> None:
-        """Show one update: its metrics row and the useful FLOPs so far.
+        """Show one step: its metrics row and the useful FLOPs so far.
 
-        ``full``: the useful FLOPs that as many updates with full rollouts would take.
+        ``full``: the useful FLOPs that as many steps with full rollouts would take.
         """
         self.seen += 1
         step = row["step"]
         text = (
             f"KL {_divergence(row):.4f} nats, prefix {row['rollout/prefix_tokens']} tokens, "
             f"{row['rollout/finished_share']:.0%} finished, {_speeds(row)}{flops_text(useful)} "
-            f"useful (full rollouts: {flops_text(full)})"
+            f"useful so far ({flops_text(full)} with full rollouts)"
         )
         if self.bar:
             with contextlib.suppress(OSError):
@@ -238,7 +240,7 @@ class Display:
     def evaluation(self, row: dict) -> None:
         """Show one evaluation: accuracy, finish rate, length, and KL on the fixed contexts."""
         text = (
-            f"after update {row['step']}: accuracy {accuracy_text(row['accuracy'])}, "
+            f"after step {row['step']}: accuracy {accuracy_text(row['accuracy'])}, "
             f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens, held-out reverse "
             f"KL {row['kl']['value']:.4f} nats"
         )
@@ -255,7 +257,7 @@ class Display:
         else:
             tail = f"KL {row['kl_tail']:.4f} nats beyond the prefix"
         self._labelled(
-            f"tail probe after update {row['step']}: {tail}, {row['finish_rate']:.0%} of the full "
+            f"tail probe after step {row['step']}: {tail}, {row['finish_rate']:.0%} of the full "
             f"answers finished, {row['mean_tokens']:.0f} tokens"
         )
 
@@ -271,7 +273,7 @@ class Display:
 
 
 def _divergence(row: dict) -> float:
-    """Return the mean divergence of an update, in nats, from its metrics row."""
+    """Return the mean divergence of a step, in nats, from its metrics row."""
     for name, value in row.items():
         if name.startswith("loss/") and name.endswith("_nats") and value is not None:
             return value
@@ -279,10 +281,10 @@ def _divergence(row: dict) -> float:
 
 
 def _speeds(row: dict) -> str:
-    """Return the tokens per second of each phase of an update, each followed by a comma."""
+    """Return the tokens per second of each phase of a step, each followed by a comma."""
     text = ""
-    for phase in ("student_decode", "teacher_score", "student_update"):
+    for phase, name in PHASES.items():
         speed = row.get(f"time/{phase}_tokens_per_s")
         if speed is not None:
-            text += f"{phase} {speed:,.0f} tokens/s, "
+            text += f"{name} {speed:,.0f} tok/s, "
     return text

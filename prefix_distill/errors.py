@@ -18,7 +18,7 @@ class UserError(_Explained):
 
 
 class PreflightError(UserError):
-    """A check before the run failed: models, prompts and device do not fit together. Exit code 3.
+    """A check before the run failed: models, prompts and device are incompatible. Exit code 3.
 
     Each of them is valid by itself.
     """

@@ -44,7 +44,7 @@ class Plugin:
         return f"plugin {self.name} (sha256 {self.sha256[:12]}): {', '.join(registered)}"
 
     def activate(self) -> None:
-        """Register the plugin's names. UserError: another plugin has taken one."""
+        """Register the plugin's names. UserError: another plugin uses one of them."""
         with registering(str(self.file)):
             for name, divergence in self.divergences.items():
                 DIVERGENCES.add(name, divergence)
@@ -57,10 +57,10 @@ _active: list[str] = []  # files whose names are registered
 
 
 def load_plugins(text: str | None) -> tuple[Plugin, ...]:
-    """Load the plugins of a comma-separated list, and register their names alone.
+    """Load the plugins of a comma-separated list, and register only their names.
 
-    The names of plugins that are not in the list are forgotten. UserError, with the file and the
-    line: a plugin is missing, cannot be imported, registers nothing, or takes a name that is taken.
+    Names of other plugins are removed. UserError, with the file and the line: a plugin is missing,
+    cannot be imported, registers nothing, or registers a name that is in use.
     """
     _forget()
     names = [name.strip() for name in (text or "").split(",")]
@@ -86,7 +86,7 @@ def _locate(name: str) -> tuple[Path, "EntryPoint | None"]:
     """Return the file of a plugin, and its entry point if it is an installed one."""
     if name.endswith(".py") or Path(name).is_file():
         return Path(name).absolute(), None
-    from importlib.metadata import entry_points  # here: --help has no time for it
+    from importlib.metadata import entry_points  # imported here, because it slows --help
 
     installed = entry_points(group=GROUP)
     for entry in installed:

@@ -247,7 +247,7 @@ def test_a_callback_that_raises_stops_with_the_state_saved(given, tmp_path, wher
             run()
         error = raised.value
     assert isinstance(error, ValueError) and str(error) == "enough"
-    assert "after update 3; the state is saved" in error.__notes__[0]
+    assert "after step 3; the state is saved" in error.__notes__[0]
     assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
     result = prefix_distill.resume(tmp_path / "run")
     assert result.resumed_from == 3 and result.steps == 4
@@ -271,13 +271,13 @@ def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):
             signal.raise_signal(signal.SIGINT)
 
     former = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="after update 1; the state is saved"):
+    with pytest.raises(Interrupted, match="after step 1; the state is saved"):
         prefix_distill.run(**given, out=tmp_path / "run", on_step=press)
     assert signal.getsignal(signal.SIGINT) is former
     result = prefix_distill.resume(tmp_path / "run", steps=5, lr_schedule="linear")
     assert result.resumed_from == 1 and result.steps == 5
     assert prefix_distill.resume(tmp_path / "run", prefix=12).steps == 5
-    with pytest.raises(UserError, match=r"train\.batch_size was 2, got 3"):
+    with pytest.raises(UserError, match="--batch-size was 2, got 3"):
         prefix_distill.resume(tmp_path / "run", batch_size=3)
     with pytest.raises(UserError, match="name the run folder"):
         prefix_distill.resume()
@@ -341,7 +341,7 @@ def test_errors_have_the_text_of_the_command(given, tmp_path, capfd, options, ki
     assert capfd.readouterr() == ("", "")
     message = str(raised.value)
     if options["steps"] == "many":  # the parser refuses it on the command line
-        assert message == "train.steps: expected a whole number, got 'many'; change --steps"
+        assert message == "--steps: expected a whole number, got 'many'; change it"
         return
     code, _, err = invoke("run", *flags(options), "--out", tmp_path / "cli")
     assert code == raised.value.exit_code
@@ -381,7 +381,7 @@ def test_notes_and_warnings_are_logged(given, tmp_path, caplog):
         result = prefix_distill.run(**given, eos="student", out=tmp_path / "run")
     texts = [record.getMessage() for record in caplog.records]
     assert set(result.notes) <= set(texts)
-    assert any(text.startswith("after update 4: accuracy") for text in texts)
+    assert any(text.startswith("after step 4: accuracy") for text in texts)
 
 
 # The other functions
@@ -529,8 +529,8 @@ def test_a_notebook_runs_in_a_jupyter_kernel(tmp_path):
     # one output per cell, the value of its last line: nothing was printed
     assert [len(output) for output in outputs] == [1, 1, 1, 1], outputs
     first, resumed, stopped, evaluated = (output[0]["data"] for output in outputs)
-    assert "<td>updates</td><td>3</td>" in first["text/html"]
-    assert "<td>updates</td><td>4</td>" in resumed["text/html"]
+    assert "<td>steps</td><td>3</td>" in first["text/html"]
+    assert "<td>steps</td><td>4</td>" in resumed["text/html"]
     assert (
         stopped["text/plain"].startswith('"Interrupted(')
         and "the state is saved" in stopped["text/plain"]

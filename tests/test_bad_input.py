@@ -66,16 +66,20 @@ BAD = {
         ["--prompt-column", "problem"],
         "no column 'problem'; it has question, answer",
     ),
-    "prefix 0": (["--prefix", "0"], "prefix length 0: --prefix must be at least 1 token"),
-    "prefix grammar": (["--prefix", "lots"], "prefix 'lots'"),
-    "prefix beyond positions": (["--prefix", "500"], "256 positions"),
+    "prefix 0": (["--prefix", "0"], "--prefix 0: expected at least 1 token"),
+    "prefix grammar": (["--prefix", "lots"], "--prefix lots: expected"),
+    "prefix beyond positions": (
+        ["--prefix", "500"],
+        "--prefix 500: expected at most 238 tokens, because the models have 256 positions and the "
+        "longest prompt has 18; lower --prefix, or lower --max-prompt-tokens to drop long prompts",
+    ),
     "different tokenizers": (
         ["--teacher", "{root}/other", "--cross-tokenizer", "off"],
         "tokenizers differ on 1 ids",
     ),
     "unknown cross-tokenizer": (
         ["--cross-tokenizer", "gold"],
-        "expected one of strict, simct, simct-released, off; change --cross-tokenizer",
+        "expected one of strict, simct, simct-released, off; change it",
     ),
     "lower-case teacher": (
         ["--teacher", "{root}/lower-case"],
@@ -91,11 +95,11 @@ BAD = {
     ),
     "clip across tokenizers": (
         ["--teacher", "{root}/other", "--clip", "1", "--divergence", "forward-kl"],
-        "the clip is of one vocabulary",
+        "the clip needs one vocabulary; omit --clip",
     ),
     "teacher's eos across tokenizers": (
         ["--teacher", "{root}/other", "--eos", "teacher"],
-        "its ids are not the student's",
+        "the student's vocabulary lacks the teacher's EOS tokens; omit --eos",
     ),
     "ranked text across tokenizers": (
         ["--teacher", "{root}/other", "--off-policy", "sft", "--select", "soft-or"],
@@ -109,18 +113,18 @@ BAD = {
     "model of 400 emoji": (["--teacher", "😀" * 400], "error: model 😀"),
     "GGUF of 300 characters": (["--teacher", "a" * 300 + ".gguf"], "no such file; check the path"),
     "model in nobody's folder": (["--student", "~nobody/x"], "no such folder; check the path"),
-    "temperature nan": (["--temperature", "nan"], "rollout.temperature nan"),
-    "negative learning rate": (["--lr", "-1"], "schedule.lr -1.0"),
+    "temperature nan": (["--temperature", "nan"], "--temperature nan: expected a finite number"),
+    "negative learning rate": (["--lr", "-1"], "error: --lr -1: expected above 0; change it"),
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
-    "unknown divergence": (["--divergence", "kl"], "divergence 'kl'"),
+    "unknown divergence": (["--divergence", "kl"], "--divergence kl: expected"),
     "estimator without K": (["--estimator", "top-k:0"], "expected full, sampled or top-k:K"),
-    "a schedule cut short": (["--prefix", "linear:4"], "prefix 'linear:4': --prefix must be"),
-    "a staircase that never rises": (["--prefix", "staircase:4:4:0"], "rises every '0' updates"),
+    "a schedule cut short": (["--prefix", "linear:4"], "--prefix linear:4: expected"),
+    "a staircase that never rises": (["--prefix", "staircase:4:4:0"], "rises every '0' steps"),
     "window without K": (
         ["--window", "last"],
-        "window 'last': --window must be all, or one of first",
+        "--window last: expected all, or one of first",
     ),
-    "off-policy share": (["--off-policy", "sft:1.5"], "off-policy 'sft:1.5'"),
+    "off-policy share": (["--off-policy", "sft:1.5"], "--off-policy sft:1.5: expected"),
     "sampled forward KL": (
         ["--estimator", "sampled", "--divergence", "forward-kl"],
         "--estimator sampled with --divergence forward-kl",
@@ -133,23 +137,43 @@ BAD = {
     "unknown role": (["--student", "lab:tied/student-wide"], "no model 'tied' 'student-wide'"),
     "set without value": (["--set", "train.steps"], "expected section.key=value"),
     "unknown flag": (["--stepz", "3"], "No such option: --stepz"),
-    "not a number": (["--steps", "many"], "Invalid value for '--steps'"),
+    "not a number": (
+        ["--steps", "many"],
+        "error: --steps many: expected a whole number, such as 100",
+    ),
+    "a batch of words": (
+        ["--batch-size", "many"],
+        "error: --batch-size many: expected a whole number, such as 8",
+    ),
+    "a rate of words": (["--lr", "low"], "error: --lr low: expected a number, such as 5e-05"),
+    "a seed of words": (
+        ["demo", "--seed", "x"],
+        "error: --seed x: expected a whole number, such as 0",
+    ),
+    "problems of words": (
+        ["probe", "--out", "out", "--problems", "x"],
+        "error: --problems x: expected a whole number, such as 100",
+    ),
+    "plan of words": (
+        ["plan", "--prompt-tokens", "x"],
+        "error: --prompt-tokens x: expected a whole number, such as 128",
+    ),
     "steps beyond counting": (
         ["--steps", "1" + "0" * 30],
-        "train.steps: expected a number below 2^63",
+        "--steps: expected a number below 2^63",
     ),
-    "negative steps": (["--steps", "-1"], "train.steps -1: expected a finite number, at least 0"),
-    "digits beyond text": (["--prefix", "9" * 5000], "prefix '999"),
-    "window beyond counting": (["--window", "first:" + "9" * 5000], "window 'first:999"),
-    "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "estimator 'top-k:999"),
-    "warm-up beyond counting": (["--warmup", "9" * 5000], "warmup '999"),
+    "negative steps": (["--steps", "-1"], "error: --steps -1: expected at least 0; change it"),
+    "digits beyond text": (["--prefix", "9" * 5000], "--prefix 999"),
+    "window beyond counting": (["--window", "first:" + "9" * 5000], "--window first:999"),
+    "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "--estimator top-k:999"),
+    "warm-up beyond counting": (["--warmup", "9" * 5000], "--warmup 999"),
     "learning rate of no float": (
         ["--set", "schedule.lr=1" + "0" * 400],
         "schedule.lr: expected a number below 2^63",
     ),
     "set of a list": (
         ["--set", "train.steps=[1, 2]"],
-        "train.steps: expected a whole number, got [1, 2]; change --steps",
+        "train.steps: expected a whole number, got [1, 2]; change it",
     ),
     "set of a date": (["--set", "train.steps=2020-13-45"], "the value is not valid YAML"),
     "set of a section": (["--set", "train=5"], "unknown setting 'train'"),
@@ -157,14 +181,14 @@ BAD = {
         ["--set", "train.steps=yes"],
         "train.steps: expected a whole number, got True",
     ),
-    "no batch": (["--batch-size", "0"], "train.batch_size 0: expected a finite number, at least 1"),
-    "no samples": (["--samples", "0"], "rollout.samples 0"),
+    "no batch": (["--batch-size", "0"], "--batch-size 0: expected at least 1"),
+    "no samples": (["--samples", "0"], "--samples 0: expected at least 1"),
     "nothing kept": (
         ["--top-p", "0"],
-        "rollout.top_p 0.0: expected a finite number, above 0 and at most 1",
+        "--top-p 0: expected above 0 and at most 1; change it",
     ),
-    "loss at no temperature": (["--kl-temperature", "0"], "divergence.temperature 0"),
-    "infinite clip": (["--grad-clip", "inf"], "train.grad_clip inf"),
+    "loss at no temperature": (["--kl-temperature", "0"], "--kl-temperature 0: expected above 0"),
+    "infinite clip": (["--grad-clip", "inf"], "--grad-clip inf: expected a finite number"),
     "teacher is the student": (
         ["--teacher", "self"],
         "the same model with the same prompt, so the loss is zero",
@@ -186,12 +210,15 @@ BAD = {
         ["--max-prompt-tokens", "2"],
         "prompts are longer than --max-prompt-tokens 2",
     ),
-    "responses beyond positions": (["--max-new-tokens", "5000", "--prefix", "8"], "256 positions"),
+    "responses beyond positions": (
+        ["--max-new-tokens", "5000", "--prefix", "8"],
+        "--max-new-tokens 5000: expected at most",
+    ),
     "device without driver": (["--device", "cuda:99"], "device 'cuda:99': not available here"),
     "device of no kind": (["--device", "cuda:x"], "device 'cuda:x': not available here"),
     "device without numbers": (["--device", "meta"], "device 'meta': not available here"),
     "teacher's device": (["--teacher-device", "warp"], "device 'warp': not available here"),
-    "dtype": (["--dtype", "float16"], "expected one of auto, float32, bfloat16; change --dtype"),
+    "dtype": (["--dtype", "float16"], "expected one of auto, float32, bfloat16; change it"),
     "out is a file": (["--out", "{root}/a-file"], "it is a file; name a folder"),
     "out below a file": (["--out", "{root}/a-file/out"], "cannot be written (Not a directory)"),
     "out of no name": (
@@ -202,11 +229,11 @@ BAD = {
     "out too long": (["--out", "x" * 5000], "cannot be written (File name too long)"),
     "missing config": (
         ["--config", "{root}/nowhere.yaml"],
-        "cannot be read as UTF-8 text (FileNotFoundError); check its path",
+        "nowhere.yaml: no such file; check the path",
     ),
     "config is a folder": (
         ["--config", "{root}/full"],
-        "cannot be read as UTF-8 text (IsADirectoryError)",
+        "cannot be read (Is a directory); check the path",
     ),
     "dataset is a folder": (
         ["--dataset", "{root}/folder.jsonl"],
@@ -243,8 +270,8 @@ BAD = {
         ["--few-shot", "41"],
         "has 36 rows with a solution outside the evaluation set",
     ),
-    "every row an example": (["--few-shot", "36"], "no row is left to be taught"),
-    "negative examples": (["--few-shot", "-1"], "data.few_shot -1"),
+    "every row an example": (["--few-shot", "36"], "no row is left to train on"),
+    "negative examples": (["--few-shot", "-1"], "--few-shot -1: expected at least 0"),
     "eval of examples alone": (
         ["eval", "--model", "{student}", "--dataset", "{questions}#5", "--few-shot", "5"],
         "has no other row to evaluate",
@@ -252,13 +279,24 @@ BAD = {
     "unknown task": (["--dataset", "lab:chess"], "unknown task 'chess'"),
     "model is a file": (["--student", "{root}/a-file"], "no such folder; check the path"),
     "model without config": (["--student", "{root}/full"], "the folder has no config.json"),
-    "hub id of nobody": (["--student", "nobody/nothing-of-this-name"], "cannot be loaded (OSError"),
+    "hub id of nobody": (
+        ["--student", "nobody/nothing-of-this-name"],
+        "model nobody/nothing-of-this-name: no such folder, and not loadable from the hub (no "
+        "connection); check the path or the network",
+    ),
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
     "eval of a negative limit": (
         ["eval", "--limit", "-1"],
-        "evaluate.problems -1: expected a finite number, at least 0",
+        "error: --limit -1: expected at least 0; change it",
     ),
-    "eval without samples": (["eval", "--samples", "0"], "evaluate.rollouts 0"),
+    "eval without samples": (
+        ["eval", "--samples", "0"],
+        "error: --samples 0: expected at least 1; change it",
+    ),
+    "eval below temperature 0": (
+        ["eval", "--temperature", "-1"],
+        "error: --temperature -1: expected at least 0; change it",
+    ),
     "eval into a missing folder": (
         ["eval", "--out", "{root}/nowhere/e.jsonl"],
         "its folder does not exist; create it first",
@@ -275,7 +313,7 @@ BAD = {
     ),
     "eval on more ranks than a batch has prompts": (
         ["eval", "--model", "{student}", "--dataset", "{questions}", "--gpus", "64"],
-        "GPUs are visible here; lower it, or use --device cpu",
+        "--gpus 64: expected 64 visible GPUs, got ",
     ),
     "eval of small head": (
         ["eval", "--model", "{root}/few-rows", "--dataset", "{questions}"],
@@ -292,7 +330,7 @@ BAD = {
     "demo in use": (["demo", "--out", "{root}/full"], "not empty"),
     "compare without a file": (
         ["compare", "{root}/nowhere.yaml", "--out", "out"],
-        "FileNotFoundError",
+        "nowhere.yaml: no such file; check the path",
     ),
     "unknown command": (["distil"], "No such command 'distil'"),
 }
@@ -302,9 +340,12 @@ CONFIGS = {  # name: (text, message)
     "a list": ("- train\n", "expected sections such as 'train: {steps: 5}', got list"),
     "a word": ("train\n", "got str"),
     "false": ("false\n", "got bool"),
-    "section of a number": ("train: 5\n", "section 'train' must hold keys, got 5"),
-    "section of nothing": ("train:\n", "section 'train' must hold keys, got None"),
-    "section of a list": ("train: [steps]\n", "section 'train' must hold keys, got ['steps']"),
+    "section of a number": (
+        "train: 5\n",
+        "expected sections with keys, such as 'schedule: {lr: 1e-4}', got 'train: 5'",
+    ),
+    "section of nothing": ("train:\n", "such as 'schedule: {lr: 1e-4}', got 'train: None'"),
+    "section of a list": ("train: [steps]\n", "got 'train: ['steps']'; correct it"),
     "unclosed": ("train: {steps: 5\n", "not valid YAML"),
     "tabs": ("train:\n\tsteps: 5\n", "not valid YAML"),
     "section twice": (
@@ -373,7 +414,7 @@ CONFIGS = {  # name: (text, message)
     ),
     "number in words": (
         "train: {steps: five}\n",
-        "train.steps: expected a whole number, got 'five'; change --steps",
+        "train.steps: expected a whole number, got 'five'; change it",
     ),
     "fraction": ("train: {steps: 2.5}\n", "train.steps: expected a whole number, got 2.5"),
     "null": ("train: {steps: null}\n", "train.steps: expected a whole number, got None"),
@@ -385,8 +426,11 @@ CONFIGS = {  # name: (text, message)
     "key of a list": ("train: {[1]: 2}\n", "unhashable key"),
     "key of a number": ("5: {6: 7}\n", "unknown setting '5.6'"),
     "number of 5,000 digits": ("train: {steps: " + "9" * 5000 + "}\n", "not valid YAML"),
-    "utf-16": ("train: {steps: 5}\n".encode("utf-16"), "cannot be read as UTF-8 text"),
-    "bytes": (bytes(range(256)), "cannot be read as UTF-8 text"),
+    "utf-16": (
+        "train: {steps: 5}\n".encode("utf-16"),
+        "expected UTF-8 text, got other bytes; save it as UTF-8",
+    ),
+    "bytes": (bytes(range(256)), "expected UTF-8 text, got other bytes"),
     "nul": ("train: {steps: \0}\n", "not valid YAML"),
     "ten megabytes": ("# a long comment\n" * 600_000, "expected at most 65,536 characters"),
     "a long key": (f"train: {{{'x' * 5000}: 1}}\n", "not valid YAML"),
@@ -394,7 +438,7 @@ CONFIGS = {  # name: (text, message)
 
 ARMS = {  # of `compare`: name: (text, message)
     "nothing": ("", "expected arms to contain keys, got None"),
-    "no arm": ("arms: {}\n", "it names no arm"),
+    "no arm": ("arms: {}\n", "expected at least one arm under 'arms', got none"),
     "unknown key": ("arms: {a: {}}\nseed: 3\n", "unknown key 'seed'; expected one of base, seeds"),
     "seeds of text": ("arms: {a: {}}\nseeds: many\n", "expected a list of different whole numbers"),
     "a seed twice": (
@@ -402,6 +446,10 @@ ARMS = {  # of `compare`: name: (text, message)
         "expected a list of different whole numbers",
     ),
     "arm of a number": ("arms: {a: 5}\n", "expected arm 'a' to contain keys, got 5"),
+    "arm of a setting without a section": (
+        "arms: {a: {lr: 3}}\n",
+        "arm 'a': expected sections with keys, such as 'schedule: {lr: 1e-4}', got 'lr: 3'",
+    ),
     "arm twice": ("arms:\n  a: {}\n  a: {}\n", "the key 'a' is repeated in line 3"),
     "arm of no folder": ("arms: {../a: {}}\n", "a folder cannot have the name '../a'"),
     "arm of a NUL": ('arms: {"a\\0": {}}\n', "a folder cannot have the name"),
@@ -431,11 +479,11 @@ ARMS = {  # of `compare`: name: (text, message)
     "start from a list": ("arms: {a: {start: [b]}}\n", "arm 'a' starts from '['b']'"),
     "reference to nobody": (
         "arms: {a: {}}\nreference: b\n",
-        "the reference 'b' is not one of its arms (a)",
+        "reference 'b': expected one of its arms (a)",
     ),
     "reference to a list": (
         "arms: {a: {}}\nreference: [a]\n",
-        "the reference '['a']' is not one of its arms (a)",
+        "reference '['a']': expected one of its arms (a)",
     ),
     "tune two": (
         "arms: {a: {}}\ntune: {schedule.lr: [1e-4], train.steps: [1]}\n",
@@ -846,7 +894,7 @@ RUNS = {  # name: (what is done to a good run folder, message of --resume)
     "settings of nothing": (put("config.yaml", ""), "its config.yaml is damaged"),
     "settings of bytes": (
         put("config.yaml", b"\xff\xfe"),
-        "config.yaml: cannot be read as UTF-8 text",
+        "config.yaml: expected UTF-8 text, got other bytes",
     ),
     "unknown settings": (
         put("config.yaml", "train: {steps: 2, stepz: 3}\nschedule: {lr_schedule: linear}\n"),
@@ -896,7 +944,10 @@ RUNS = {  # name: (what is done to a good run folder, message of --resume)
         lambda folder: (folder / "before.json").unlink(),
         "before.json cannot be read",
     ),
-    "measurements of nothing": (put("before.json", "{}"), "before.json is not what a run writes"),
+    "measurements of nothing": (
+        put("before.json", "{}"),
+        "before.json: expected the rollouts of a run",
+    ),
     "metrics in a folder": (
         folder_in_place_of("metrics.jsonl"),
         "metrics.jsonl cannot be read (Is a directory); remove or repair it, then --resume",

@@ -22,11 +22,11 @@ class RunResult(Result):
     """A finished run.
 
     ``out``: the run folder; ``model``: the folder of the trained student, which transformers loads;
-    ``steps``: optimizer updates; ``resumed_from``: the update after which a resumed run continued;
+    ``steps``: optimizer updates; ``resumed_from``: the step after which a resumed run continued;
     ``accuracy_before``, ``accuracy_after``: shares of correct held-out answers, None without
     reference answers; ``kl_before``, ``kl_after``: held-out reverse KL, nats per token; ``prefix``:
-    the last prefix, tokens; ``tokens``: tokens taught; ``flops``: of training;
-    ``full_rollout_flops``: useful FLOPs of as many updates with full rollouts; ``seconds``: wall
+    the last prefix, tokens; ``tokens``: tokens trained on; ``flops``: of training;
+    ``full_rollout_flops``: useful FLOPs of as many steps with full rollouts; ``seconds``: wall
     time with evaluations; ``notes``: automatic choices; ``warnings``: what may be wrong;
     ``pushed``: address on the hub.
     """
@@ -81,14 +81,14 @@ class RunResult(Result):
         return rows
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return a row per update, as in metrics.jsonl: names end in their unit."""
+        """Return a row per step, as in metrics.jsonl: names end in their unit."""
         return read_rows(self.out / "metrics.jsonl")[0]
 
     def tables(self) -> list["Table"]:
         rows = {
             "run folder": str(self.out),
             "model": str(self.model),
-            "updates": str(self.steps),
+            "steps": str(self.steps),
             "prefix": f"{self.prefix} tokens",
             "accuracy": _change(_share(self.accuracy_before), _share(self.accuracy_after)),
             "held-out reverse KL": _change(_nats(self.kl_before), _nats(self.kl_after)),
@@ -145,14 +145,14 @@ class CheckResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun(Result):
-    """What a run would do: its resolved config, and FLOPs per update. Nothing was written."""
+    """What a run would do: its resolved config, and FLOPs per step. Nothing was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult(Result):
     """What a run would need.
 
-    ``prefixes``: a row per prefix with tokens, FLOPs, seconds (None at an unknown rate) and memory
+    ``prefixes``: a row per prefix with tokens, FLOPs, seconds (None at an unknown speed) and memory
     (bytes); ``cards``: a row per GPU and method with the largest micro-batch (rollouts) that fits;
     ``notes``: assumptions.
     """
@@ -222,7 +222,7 @@ class EvaluationResult(Result):
             "dataset": self.dataset,
             "accuracy": _share(self.accuracy),
             f"pass@{self.samples}": _share(self.pass_at_k),
-            "answers that end": f"{self.finish_rate:.1%}",
+            "finish rate": f"{self.finish_rate:.1%}",
             "mean length": f"{self.mean_tokens:.0f} tokens",
             "wall time": f"{self.seconds:.1f} s",
             "answers": str(self.examples),
@@ -232,10 +232,10 @@ class EvaluationResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(Result):
-    """Where the teacher disagrees with the student, and the prefix to train with.
+    """Where teacher and student disagree, and the prefix to train with.
 
     ``out``: folder of probe.json and probe.png; ``recommended_prefix``: tokens, "full", or None if
-    the teacher did not beat the student; ``reason``: why; ``expected_saving``: FLOPs of an update
+    the teacher did not beat the student; ``reason``: why; ``expected_saving``: FLOPs of a step
     with full rollouts over those with the prefix; ``kl``: reverse KL, nats per token; ``flops``: of
     the probe; ``seconds``: wall time.
     """
@@ -279,7 +279,7 @@ class Comparison(Result):
     """Accuracy and cost of arms, each a mean over its seeds.
 
     ``out``: folder of report.html, report.md, report.csv and report.png; ``runs``: number of runs;
-    ``reference``: the arm whose accuracy the others have to reach; ``arms``: a row per arm, with
+    ``reference``: the arm to compare the others with; ``arms``: a row per arm, with
     accuracy and its interval, KL (nats per token), FLOPs and seconds.
     """
 
@@ -358,7 +358,7 @@ def load(out: str | Path) -> RunResult:
     folder = RunFolder(out)
     facts = folder.read_json("run.json")
     if not isinstance(facts, dict) or "result" not in facts:
-        raise UserError(f"run folder {out}: its run has not finished; continue it with resume")
+        raise UserError(f"run folder {out}: expected a finished run; continue this one with resume")
     document = {"out": str(out), **facts["result"], "pushed": None}
     notes, warnings = facts.get("notes", []), facts.get("warnings", [])
     return RunResult.read({"document": document, "notes": notes, "warnings": warnings})

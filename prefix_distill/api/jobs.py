@@ -30,7 +30,7 @@ class Job(TypedDict):
     """A job as plain values, which a file can pass to the ranks.
 
     ``name``: a key of JOBS; ``values``: ``section.key`` → value of all options; ``settings``: what
-    the job takes beside the config.
+    the job takes besides the config.
     """
 
     name: str
@@ -163,7 +163,7 @@ def _outcome(prepared: "Run", document: dict[str, Any]) -> Outcome:
 
 
 def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
-    """Return the resolved config, and the FLOPs of an update with a prefix and in full."""
+    """Return the resolved config, and the FLOPs of a step with a prefix and in full."""
     from .. import config as configuration
     from ..training.run import describe_checks
 

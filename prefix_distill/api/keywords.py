@@ -141,8 +141,8 @@ class EvalOptions(TypedDict, total=False):
 class PlanOptions(RunOptions, total=False):
     """Options of `plan`.
 
-    ``prompt_tokens``: length of every prompt, in place of a dataset; ``prefixes``: prefixes beside
-    the run's own; ``device_tflops``: the rate of the device, 10^12 FLOP/s; ``measure``: time a
+    ``prompt_tokens``: length of every prompt, in place of a dataset; ``prefixes``: prefixes besides
+    the run's own; ``device_tflops``: the speed of the device, 10^12 FLOP/s; ``measure``: time a
     matrix product on this machine; ``from_run``: a run folder whose measured rates are used.
     """
 
@@ -156,8 +156,8 @@ class PlanOptions(RunOptions, total=False):
 class ExportOptions(TypedDict, total=False):
     """Options of `export`.
 
-    ``which``: of a run folder: model, best or the number of an update with a checkpoint; ``dtype``:
-    "auto" keeps the stored one; ``gguf``: also write a GGUF file of this type.
+    ``which``: of a run folder: model, best or the step of a checkpoint; ``dtype``: "auto" keeps the
+    stored one; ``gguf``: also write a GGUF file of this type.
     """
 
     which: str

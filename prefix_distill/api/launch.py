@@ -74,8 +74,8 @@ def _check_devices(count: int, device: str) -> None:
     gpus = torch.cuda.device_count()
     if device != "cpu" and gpus < count:
         raise UserError(
-            f"--gpus {count}: {gpus} GPUs are visible here; lower it, or use --device cpu for "
-            f"{count} processes on the CPU"
+            f"--gpus {count}: expected {count} visible GPUs, got {gpus}; lower it, or use --device "
+            f"cpu for {count} processes on the CPU"
         )
 
 

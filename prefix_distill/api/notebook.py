@@ -4,7 +4,7 @@ The keywords are the flags of the command line with underscores. Nothing is prin
 ends the process, and all of them work outside the main thread. Notes and warnings go to the logger
 "prefix_distill". Errors are UserError, Stopped or classes of them; the message is one line.
 
-Ctrl-C in the main thread saves the state of a run after the current update and raises Interrupted;
+Ctrl-C in the main thread saves the state of a run after the current step and raises Interrupted;
 a second one raises KeyboardInterrupt at once.
 """
 
@@ -43,12 +43,12 @@ def run(
                      prefix=512, steps=100, out="runs/first")
 
     ``config``: settings that the options override; default: the defaults. `RunOptions` lists the
-    options; ``prefix-distill run --help`` describes them. A model or dataset that is not named
-    comes from the embedded laboratory. With ``gpus=N``, N processes of this machine share the work.
+    options; ``prefix-distill run --help`` describes them. The default of each model and dataset
+    is built in. With ``gpus=N``, N processes of this machine share the work.
 
-    ``on_step(row)`` is called after every update with its row of metrics.jsonl. If it raises, the
-    run saves its state and stops after that update, and the exception is raised; `resume` continues
-    the run.
+    ``on_step(row)`` is called after every step with its row of metrics.jsonl. If it raises, the run
+    saves its state and stops after that step, and the exception is raised; `resume` continues the
+    run.
     """
     return work.distil(_config(config, options), LogObserver(on_step))
 
@@ -69,18 +69,19 @@ def resume(
     values, notes = resume_settings(values)
     for text in notes:
         observer.note(text)
-    return work.distil(configuration.build(values), observer, resume=True)
+    config = configuration.build(values, settings.run_flags())
+    return work.distil(config, observer, resume=True)
 
 
 def check(config: configuration.Config | None = None, **options: Unpack[RunOptions]) -> CheckResult:
-    """Check that models, prompts, sampling and device of a run go together. Nothing is written."""
+    """Check that a run's models, prompts, sampling and device are compatible; write nothing."""
     return work.check(_config(config, options), LogObserver())
 
 
 def plan(config: configuration.Config | None = None, **options: Unpack[PlanOptions]) -> PlanResult:
     """Compute the memory, FLOPs and time that a run needs, and the GPUs it fits.
 
-    `PlanOptions` describes the options beside those of `run`. No weights are downloaded, and
+    `PlanOptions` describes the options besides those of `run`. No weights are downloaded, and
     nothing is written.
     """
     assumptions, rest = settings.take_options(
@@ -113,7 +114,7 @@ def evaluate(
 
 
 def probe(out: Name, *, problems: int = 100, **options: Unpack[ProbeOptions]) -> ProbeResult:
-    """Measure, before training, where the teacher disagrees and how long a prefix should be.
+    """Measure where teacher and student disagree, and recommend a prefix length; train nothing.
 
     ``out``: folder for probe.json and probe.png; ``problems``: number of training prompts.
     """
@@ -122,7 +123,7 @@ def probe(out: Name, *, problems: int = 100, **options: Unpack[ProbeOptions]) ->
 
 
 def compare(arms_file: Name, out: Name, *, on_step: OnStep | None = None) -> Comparison:
-    """Run the arms × seeds of a YAML file, one after another, and report accuracy against cost.
+    """Train every arm of a YAML file with every seed, and compare accuracy with cost.
 
     A second call with the same folder ``out`` continues. ``on_step(row)``: as in `run`; the row has
     the key "run" with arm and seed.
@@ -139,21 +140,22 @@ def report(
 ) -> Comparison:
     """Write report.html, report.md, report.csv and report.png about finished runs to ``out``.
 
-    ``folders``: run folders or folders that hold them; ``reference``: the arm whose accuracy the
-    others have to reach.
+    ``folders``: run folders or folders that contain them; ``reference``: the arm to compare
+    the others with.
     """
     return work.report([Path(folder) for folder in folders], Path(out), reference, title)
 
 
 def export(source: Name, out: Name | None = None, **options: Unpack[ExportOptions]) -> ExportResult:
-    """Write the student of a run, or any model, to a folder of its own.
+    """Save the student of a run, or any model, in a new folder, or push it to the hub.
 
     ``source``: a run folder, or a model as in `run`; `ExportOptions` describes the options.
     """
     choices, rest = settings.take_options(
         options, {"which": "model", "dtype": "auto", "gguf": None}
     )
-    config = configuration.build(settings.read_options(rest, settings.export_names()))
+    values = settings.read_options(rest, settings.export_names())
+    config = configuration.build(values, settings.run_flags())
     folder = None if out is None else Path(out)
     return work.export(os.fspath(source), config, folder, choices)
 
@@ -163,4 +165,5 @@ def _config(
 ) -> configuration.Config:
     """Return the checked config with the options over it."""
     values = {} if config is None else settings.flatten(config)
-    return configuration.build(values | settings.read_options(options, settings.run_names()))
+    given = settings.read_options(options, settings.run_names())
+    return configuration.build(values | given, settings.run_flags())

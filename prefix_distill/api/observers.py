@@ -26,7 +26,7 @@ class Observer(display.Observer, Protocol):
 class LogObserver:
     """Sends notes and warnings to the logger "prefix_distill", and metrics rows to ``on_step``.
 
-    If ``on_step`` raises, the run saves its state and stops after the current update; then the
+    If ``on_step`` raises, the run saves its state and stops after the current step; then the
     exception is raised.
     """
 
@@ -84,7 +84,7 @@ class _LogReporter:
             self.stop()
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        log.info(f"after update {row['step']}: accuracy {accuracy_text(row['accuracy'])}")
+        log.info(f"after step {row['step']}: accuracy {accuracy_text(row['accuracy'])}")
 
     def tail(self, row: dict[str, Any]) -> None:
-        log.info(f"tail probe after update {row['step']}: {row['finish_rate']:.0%} finished")
+        log.info(f"tail probe after step {row['step']}: {row['finish_rate']:.0%} finished")

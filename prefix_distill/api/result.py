@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean with its 95 % bootstrap interval from ``low`` to ``high``.
+    """A mean with its 95% bootstrap interval from ``low`` to ``high``.
 
     ``n``: the number of problems (of an accuracy) or tokens (of a KL divergence).
     """
@@ -33,7 +33,7 @@ class Estimate:
         return cls(value=values["value"], low=values["low"], high=values["high"], n=values["n"])
 
     def as_share(self) -> str:
-        """Return the text of a share: "90.0 % [85.0 %, 94.0 %] of 200"."""
+        """Return the text of a share: "90.0% [85.0%, 94.0%] of 200"."""
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.n:,}"
 
     def as_nats(self) -> str:

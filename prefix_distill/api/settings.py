@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # options of `eval` → its own flag, or None if the flag is the one of `run`
 EVAL_FLAGS: dict[str, str | None] = {
     "models.student": "--model",
-    "models.trust_remote_code": "--trust-remote-code/--no-trust-remote-code",
+    "models.trust_remote_code": None,
     "data.dataset": None,
     "data.split": None,
     "data.prompt_column": None,
@@ -72,7 +72,7 @@ class Config(configuration.Config):
 
         UserError: an option is unknown, its value is invalid, or two options exclude each other.
         """
-        return cls._from_values(read_options(options, run_names()))
+        return cls._from_values(read_options(options, run_names()), run_flags())
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **options: "Unpack[RunOptions]") -> Self:
@@ -81,11 +81,13 @@ class Config(configuration.Config):
         Options override the file. UserError: as in `from_options`, or the file is not readable.
         """
         values = configuration.read_yaml(os.fspath(path))
-        return cls._from_values(values | read_options(options, run_names()))
+        given = read_options(options, run_names())
+        names = {option: configuration.flag(option) for option in given}
+        return cls._from_values(values | given, names)
 
     @classmethod
-    def _from_values(cls, values: dict[str, object]) -> Self:
-        built = configuration.build(values)
+    def _from_values(cls, values: dict[str, object], names: Mapping[str, str]) -> Self:
+        built = configuration.build(values, names)
         return cls(**{f.name: getattr(built, f.name) for f in dataclasses.fields(built)})
 
     def to_dict(self) -> dict[str, dict[str, object]]:
@@ -108,7 +110,17 @@ def flatten(config: configuration.Config) -> dict[str, object]:
 
 def keyword(flag: str) -> str:
     """Return the keyword of a flag: "--batch-size" → "batch_size"."""
-    return flag.split("/")[0].removeprefix("--").replace("-", "_")
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def run_flags() -> dict[str, str]:
+    """Return option → flag of `run`; errors name options by it, those of the API too."""
+    return {path: configuration.flag(path) for path in configuration.options()}
+
+
+def eval_flags() -> dict[str, str]:
+    """Return option → flag of `eval`."""
+    return {path: flag or configuration.flag(path) for path, flag in EVAL_FLAGS.items()}
 
 
 def run_names() -> dict[str, str]:
@@ -118,7 +130,7 @@ def run_names() -> dict[str, str]:
 
 def eval_names() -> dict[str, str]:
     """Return keyword → option for `evaluate`."""
-    return {keyword(flag or configuration.flag(path)): path for path, flag in EVAL_FLAGS.items()}
+    return {keyword(flag): path for path, flag in eval_flags().items()}
 
 
 def probe_names() -> dict[str, str]:
@@ -199,7 +211,7 @@ def evaluation_config(values: dict[str, object], out: str | None) -> configurati
     gpus = values.get("runtime.gpus")
     values["train.batch_size"] = max(1, gpus) if isinstance(gpus, int) else 1  # a prompt per rank
     values["checkpoint.out"] = out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
-    return configuration.build(values)
+    return configuration.build(values, eval_flags())
 
 
 def probe_config(values: dict[str, object], out: str, problems: int) -> configuration.Config:
@@ -218,4 +230,4 @@ def probe_config(values: dict[str, object], out: str, problems: int) -> configur
         "evaluate.kl_prompts": 1,
         "checkpoint.out": out,
     }
-    return configuration.build(values | fixed)
+    return configuration.build(values | fixed, run_flags())

@@ -131,14 +131,16 @@ def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict
 
 
 def report(folders: Sequence[Path], out: Path, reference: str | None, title: str) -> Comparison:
-    """Write tables, a picture and a page about finished runs. UserError: ``out`` is unusable."""
+    """Write tables, a plot and a page about finished runs. UserError: ``out`` is unusable."""
     from ..results import page, plots, summary
     from ..results.runs import by_arm, collect_runs, write_csv
 
     runs = collect_runs(list(folders))
     arms = by_arm(runs)
     if reference is not None and reference not in arms:
-        raise UserError(f"--reference {reference}: no such arm; there are {', '.join(arms)}")
+        raise UserError(
+            f"--reference {reference}: expected one of the arms {', '.join(arms)}; change it"
+        )
     _make_folder(out)
     rows = summary.summarize(runs, reference)
     write_csv(runs, out / "report.csv")
@@ -168,26 +170,29 @@ def _make_folder(out: Path) -> None:
 def export(
     source: str, config: Config, out: Path | None, choices: dict[str, object]
 ) -> ExportResult:
-    """Write a model to a folder of its own and push it to the hub if the config says so.
+    """Write a model to a new folder and push it to the hub if the config says so.
 
     Without ``out`` the folder ``source`` is only pushed. ``choices``: which, dtype and gguf.
     PushFailed: the folder is complete, but could not be pushed.
     """
     which, dtype = str(choices["which"]), str(choices["dtype"])
     gguf = None if choices["gguf"] is None else str(choices["gguf"])
-    if out is None and (config.export.push is None or dtype != "auto" or gguf is not None):
-        raise UserError(
-            "--out: name the folder to write; without it a folder can only be pushed as it is "
-            "(--push-to-hub)"
-        )
+    is_unchanged = dtype == "auto" and gguf is None
     trust_code = config.models.trust_remote_code
     with quiet.guarded():
         from ..results.export import Source
         from ..results.export import export as write
 
+        document: dict[str, Any]
         if out is None:
-            folder = _existing_folder(source, which)
-            document: dict[str, Any] = {"out": str(folder)}
+            existing = _find_folder(source, which)
+            if existing is None or config.export.push is None or not is_unchanged:
+                raise UserError(
+                    "--out: name the folder to write; omit it only to push an existing folder "
+                    "unchanged (--push-to-hub)"
+                )
+            folder = existing
+            document = {"out": str(folder)}
         else:
             folder = out
             document = write(Source(source, which, trust_code), folder, dtype, gguf)
@@ -201,17 +206,24 @@ def export(
     return ExportResult.read(document)
 
 
-def _existing_folder(source: str, which: str) -> Path:
-    """Return the model folder at or inside ``source``; raise UserError if there is none."""
+def _find_folder(source: str, which: str) -> Path | None:
+    """Return the model folder at or inside ``source``; None for a built-in model or a .gguf file.
+
+    UserError: there is no such folder, or it contains no model.
+    """
     from ..results.export import folder_of
 
     folder = folder_of(source, which)
-    if folder is None:
+    if folder is not None or source.startswith("lab:") or source.endswith(".gguf"):
+        return folder
+    if os.path.exists(os.path.expanduser(source)):
         raise UserError(
-            f"export {source}: no run folder and no model folder; check the path, or name a "
-            "folder with --out"
+            f"export {source}: expected a run folder or a model folder, got neither; check the path"
         )
-    return folder
+    raise UserError(
+        f"export {source}: no such folder; check the path, or add --out to export a model of the "
+        "hub"
+    )
 
 
 def _push(folder: Path, config: Config) -> str:

@@ -33,11 +33,11 @@ app = PanelTyper(
     cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Distil a large reasoning model into a small one, on-policy, from prefixes of the "
+    help="Distil a large language model into a small one, on-policy, from prefixes of the "
     "student's own answers.",
-    epilog="Exit codes: 0 done, 1 stopped in good order, 2 bad input, 3 a check before the run, 4 "
-    "out of memory, 130 interrupted (prefix-distill help exit-codes). More pages: "
-    "prefix-distill help.",
+    epilog="Exit codes: 0 success, 1 stopped with its files intact, 2 bad input, 3 a check before "
+    "the run failed, 4 out of memory, 130 interrupted (prefix-distill help exit-codes). More "
+    "pages: prefix-distill help.",
 )
 
 

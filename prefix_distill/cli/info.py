@@ -35,12 +35,9 @@ def _describe(entry: object) -> str:
 
 @app.command("help")
 def help_command(
-    topic: Annotated[
-        str | None, typer.Argument(metavar="[TOPIC]", help="Page to print. Omit it to list them.")
-    ] = None,
+    topic: Annotated[str | None, typer.Argument(metavar="[TOPIC]", help="Page to print.")] = None,
 ) -> None:
-    """Print a page: data, devices, adapters, reliability, methods, tokenizers, speed, recipes,
-    migration or exit-codes."""
+    """Print a help page; without TOPIC, list the pages."""
     if topic is None:
         print(pages.list_topics())
     else:

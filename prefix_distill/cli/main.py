@@ -97,7 +97,7 @@ def run_command(arguments: list[str]) -> int | None:
             return 2
         words, translated = translate_arguments(group, arguments)
         if translated:
-            note(f"understood: {'; '.join(translated)} (prefix-distill help migration)")
+            note(f"translated: {'; '.join(translated)} (see prefix-distill help migration)")
         code = group(words, prog_name="prefix-distill", standalone_mode=False)
         if code == 130:  # typer's exit code after Ctrl-C
             raise KeyboardInterrupt

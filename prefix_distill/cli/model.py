@@ -13,22 +13,24 @@ from .options import Wording, with_options
 # help and defaults of eval that differ from those of run
 EVAL_WORDING: dict[str, Wording] = {
     "models.student": {"help": "Hub id, folder, .gguf file or lab:TASK/ROLE."},
-    "data.dataset": {"help": "As for run: file, hub id, lab:TASK, a preset (gsm8k, …), name#1000."},
+    "data.dataset": {
+        "help": "Problems: file, hub id, lab:TASK or preset (gsm8k, …); same syntax as for run."
+    },
     "data.split": {"shown": "the preset's, else test"},
     "data.streaming": {"help": "Read only the rows that are evaluated."},
     "data.student_thinking": {"help": "Thinking switch of the chat template: auto, on or off."},
     "data.few_shot": {
         "help": "Number of other rows, shown with their solutions before every problem."
     },
-    "rollout.begin": {"help": "Text forced at the start of every response."},
+    "rollout.begin": {"help": "Text forced at the start of every answer."},
     "evaluate.problems": {
-        "help": "Problems evaluated, from the first (0: all).",
+        "help": "Number of problems to evaluate, in order; 0 evaluates all.",
         "shown": "200; all of name#N",
     },
     "evaluate.rollouts": {"help": "Answers sampled per problem (k of avg@k and pass@k)."},
     "evaluate.temperature": {"help": "Sampling temperature (0 is greedy)."},
-    "runtime.dtype": {"help": "Compute: auto, float32 or bfloat16."},
-    "runtime.device": {"help": "auto, cpu, cuda, cuda:1, mps."},
+    "runtime.dtype": {"help": "Compute dtype: auto, float32 or bfloat16."},
+    "runtime.device": {"help": "Device: auto, cpu, cuda, cuda:1 or mps."},
 }
 EXPORT_WORDING: dict[str, Wording] = {
     "export.push": {"help": "Hub repository USER/NAME for the folder; a new one is private."},
@@ -49,11 +51,15 @@ def word_eval() -> dict[str, Wording]:
 def evaluate_command(
     out: Annotated[
         str | None,
-        typer.Option(help="File for the per-problem JSONL.", show_default="eval-<time>.jsonl"),
+        typer.Option(
+            metavar="FILE",
+            help="File for the answers: JSON Lines, a line per problem.",
+            show_default="eval-<time>.jsonl",
+        ),
     ] = None,
     **flags: dict,
 ) -> None:
-    """Measure a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
+    """Evaluate a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
     from ..api import work
 
     result = work.evaluate(settings.evaluation_config(flags["flags"], out), Terminal())
@@ -73,35 +79,39 @@ def export_command(
     out: Annotated[
         str | None,
         typer.Option(
-            help="Folder for the model; not needed to push an existing folder as it is.",
+            metavar="FOLDER",
+            help="Folder for the model. Omit it to push an existing folder unchanged.",
             show_default="none",
         ),
     ] = None,
     which: Annotated[
         str,
         typer.Option(
-            help="In a run folder: model, best, or the number of an update with a checkpoint."
+            metavar="NAME", help="In a run folder: model, best, or the step of a checkpoint."
         ),
     ] = "model",
     dtype: Annotated[
         str,
-        typer.Option(help="Dtype of the weights: auto (as stored), float32, bfloat16 or float16."),
+        typer.Option(
+            metavar="NAME",
+            help="Dtype of the weights: auto (as stored), float32, bfloat16 or float16.",
+        ),
     ] = "auto",
     gguf: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             help="Also write a GGUF file for llama.cpp: f32, f16, bf16 or q8_0.",
             show_default="none",
         ),
     ] = None,
     **flags: dict,
 ) -> None:
-    """Write a run's student, or any model, to a folder of its own: in another dtype, as GGUF, on
-    the hub."""
+    """Save a run's student, or any model, in another dtype or as GGUF, or push it to the hub."""
     from ..api import work
     from ..api.documents import PushFailed
 
-    config = configuration.build(flags["flags"])
+    config = configuration.build(flags["flags"], settings.run_flags())
     folder = None if out is None else Path(out)
     choices: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}
     try:

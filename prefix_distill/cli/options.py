@@ -3,11 +3,14 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import typer
 
 from .. import config as configuration
+from ..errors import UserError
+
+T = TypeVar("T", int, float)
 
 ConfigFile = Annotated[
     str | None,
@@ -27,7 +30,9 @@ Assignments = Annotated[
     ),
 ]
 METAVARS: dict[type, str | None] = {int: "INT", float: "FLOAT", str: "TEXT", bool: None}
-
+FOLDERS = ("checkpoint.out",)
+# examples in errors, for options whose default is none
+EXAMPLES: dict[type, float] = {int: 8, float: 0.5}
 
 # options that may be given several times; their values are joined by commas
 REPEATABLE = ("runtime.plugin",)
@@ -78,6 +83,19 @@ def with_options(
     return decorate
 
 
+def read_number(flag: str, kind: type[T], example: object) -> Callable[[str], T]:
+    """Return a parser for the value of ``flag``; it raises UserError for anything but a number."""
+
+    def parse(text: str) -> T:
+        try:
+            return kind(text)
+        except ValueError:
+            expected = configuration.NAMES[kind]
+            raise UserError(f"{flag} {text[:80]}: expected {expected}, such as {example}") from None
+
+    return parse
+
+
 def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> inspect.Parameter:
     """Return the parameter of a command that a config option becomes; None is "not given"."""
     kind: Any = configuration.value_type(field.type)
@@ -85,12 +103,19 @@ def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> insp
     metavar = METAVARS[kind]
     if values:
         metavar = "NAME"
+    if path in FOLDERS:
+        metavar = "FOLDER"
+    flag = words.get("flag", field.metadata["flag"])
+    parser = None
+    if kind in EXAMPLES:
+        parser = read_number(flag, kind, field.default or EXAMPLES[kind])
     if path in REPEATABLE:
         kind = list[str]
     option = typer.Option(
-        words.get("flag", field.metadata["flag"]),
+        flag,
         help=words.get("help", field.metadata["help"]),
         metavar=metavar,
+        parser=parser,
         show_default=words.get("shown") or configuration.describe_default(field),
         autocompletion=_completion(values),
         rich_help_panel=configuration.topic(path),

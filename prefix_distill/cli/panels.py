@@ -85,7 +85,7 @@ def _name(option: Any) -> str:
     flags = ", ".join([*option.opts, *option.secondary_opts])
     if option.is_flag:
         return flags
-    return f"{flags} {option.metavar or 'VALUE'}"
+    return f"{flags} {option.metavar or 'TEXT'}"
 
 
 def _facts(parameter: Any) -> str:

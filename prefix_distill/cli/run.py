@@ -11,15 +11,30 @@ from ..api.launch import is_first_rank
 from ..display import print_line
 from ..training.resume import resume_settings
 from .app import Terminal, app, finish, note, show
-from .options import Assignments, ConfigFile, with_options
+from .options import Assignments, ConfigFile, read_number, with_options
 
 
 def read_settings(
     config_file: str | None, flags: dict[str, object], assignments: list[str] | None
-) -> dict[str, object]:
-    """Return ``section.key`` → value: the file, overridden by flags, overridden by --set."""
-    values = configuration.read_yaml(config_file) if config_file else {}
-    return values | flags | configuration.read_assignments(assignments or [])
+) -> tuple[dict[str, object], dict[str, str]]:
+    """Return ``section.key`` → value, and ``section.key`` → flag of the options given by flags.
+
+    Flags override the file, and --set overrides both.
+    """
+    values: dict[str, object] = {}
+    if config_file:
+        values = configuration.read_yaml(config_file)
+    assigned = configuration.read_assignments(assignments or [])
+    names = {path: configuration.flag(path) for path in flags.keys() - assigned.keys()}
+    return values | flags | assigned, names
+
+
+def build_config(
+    config_file: str | None, flags: dict[str, object], assignments: list[str] | None
+) -> configuration.Config:
+    """Return the checked config of the file, the flags and the assignments."""
+    values, names = read_settings(config_file, flags, assignments)
+    return configuration.build(values, names)
 
 
 @app.command()
@@ -31,20 +46,20 @@ def run(
         bool, typer.Option("--resume", help="Continue the run in --out exactly where it stopped.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")
+        bool, typer.Option("--dry-run", help="Run the checks and estimate the cost; write nothing.")
     ] = False,
     **flags: dict,
 ) -> None:
-    """Distil: the student writes a prefix, the teacher scores it, the student learns from it."""
+    """Train: the student samples a prefix, the teacher scores it, the student learns from it."""
     from ..api import work
     from ..api.documents import PushFailed
 
-    values = read_settings(config_file, flags["flags"], assignments)
+    values, names = read_settings(config_file, flags["flags"], assignments)
     if resume:
         values, notes = resume_settings(values)
         for text in notes:
             note(text)
-    config = configuration.build(values)
+    config = configuration.build(values, names)
     if dry_run:
         finish(work.dry_run(config, Terminal(), resume).to_dict())
         return
@@ -59,20 +74,20 @@ def run(
 @app.command()
 @with_options()
 def check(config_file: ConfigFile = None, assignments: Assignments = None, **flags: dict) -> None:
-    """Before training: do student, teacher, prompts, sampling and this device go together?
+    """Check before training that the models, prompts, sampling settings and device are compatible.
 
     Takes the options of run and writes nothing.
     """
     from ..api import work
 
-    config = configuration.build(read_settings(config_file, flags["flags"], assignments))
+    config = build_config(config_file, flags["flags"], assignments)
     result = work.check(config, Terminal())
+    for text in result.notes:
+        note(text)
     show(result, width=200)
     for check in result.checks:
         if check["name"] == "prompts":
             _show_prompts(check["facts"])
-    for text in result.notes:
-        note(text)
     finish(result.to_dict())
     result.raise_for_error()
 
@@ -83,40 +98,53 @@ def _show_prompts(facts: dict) -> None:
         return
     for role in ("student", "teacher"):
         prompt = facts[role]
-        last = " ".join(f"{token!r}={i}" for token, i in prompt["last"])
+        last = ", ".join(f"{i} {token!r}" for i, token in prompt["last"])
         print_line(
-            f"the {role}'s prompt, {prompt['ids']} ids, the last ones {last}:\n{prompt['text']}"
+            f"{role} prompt ({prompt['ids']} tokens; last ids and tokens: {last}):\n"
+            f"{prompt['text']}"
         )
 
 
-# the options of `plan` beside those of `run`
+# the options of `plan` besides those of `run`
 ASSUMPTIONS: dict[str, Any] = {
     "prompt_tokens": Annotated[
         int | None,
-        typer.Option(help="Length of every prompt (tokens), in place of a dataset."),
+        typer.Option(
+            parser=read_number("--prompt-tokens", int, 128),
+            metavar="INT",
+            help="Length of every prompt (tokens), in place of a dataset.",
+        ),
     ],
     "prefixes": Annotated[
         str | None,
         typer.Option(
-            help="Prefix schedules beside --prefix, separated by commas: 64,25%,full.",
+            metavar="TEXT",
+            help="Other prefixes to compare with --prefix, comma-separated: 64,25%,full.",
             show_default="25%,50%,full",
         ),
     ],
     "device_tflops": Annotated[
         float | None,
-        typer.Option(help="Sustained rate of the device (10^12 FLOP/s), for times."),
+        typer.Option(
+            parser=read_number("--device-tflops", float, 100),
+            metavar="FLOAT",
+            help="Sustained speed of the device, in 10^12 FLOP/s; it gives the times.",
+        ),
     ],
     "measure": Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="Time one of the student's matrix products on this machine; the times are then "
-            "lower bounds.",
+            help="Time one of the student's matrix products on this machine; the times of the plan "
+            "are then lower bounds.",
         ),
     ],
     "from_run": Annotated[
         str | None,
-        typer.Option(help="Run folder whose measured rates, phase by phase, give the times."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Run folder whose measured speed of each phase gives the times.",
+        ),
     ],
 }
 
@@ -142,12 +170,12 @@ def with_assumptions(function: Callable[..., None]) -> Callable[..., None]:
 def plan(config_file: ConfigFile = None, assignments: Assignments = None, **options: Any) -> None:
     """Compute what a run needs: memory, FLOPs, time, and the GPUs it fits.
 
-    Nothing is downloaded but config files and tokenizers, and nothing is written.
+    It downloads config files, tokenizers and the dataset, but no weights. It writes nothing.
     """
     from ..api import work
 
     flags = options.pop("flags")
-    config = configuration.build(read_settings(config_file, flags, assignments))
+    config = build_config(config_file, flags, assignments)
     options["tflops"] = options.pop("device_tflops")
     result = work.plan(config, Terminal(), options)
     show(result, width=140)

@@ -79,8 +79,10 @@ def translate(
     line = _Line(valued=valued, switches=switches, rest=list(arguments))
     while line.rest:
         line.translate_word()
+    if len(line.errors) > 1:
+        raise UserError("; ".join(f"({n}) {text}" for n, text in enumerate(line.errors, start=1)))
     if line.errors:
-        raise UserError("; ".join(line.errors))
+        raise UserError(line.errors[0])
     line.settle_batch(world)
     line.settle_resume()
     line.settle_lora()
@@ -135,9 +137,9 @@ class _Line:
     def note(self, spelling: str, words: list[str]) -> None:
         """Record what an option was translated to."""
         if words:
-            self.notes.append(f"{spelling} as {' '.join(words)}")
+            self.notes.append(f"{spelling} → {' '.join(words)}")
         else:
-            self.notes.append(f"{spelling}: already the default")
+            self.notes.append(f"{spelling} → nothing (already the default)")
 
     def put_valued(self, flag: str, name: str, word: str) -> None:
         """Append one of our flags that takes a value."""
@@ -185,12 +187,18 @@ class _Line:
         except UserError as error:
             self.errors.append(str(error))
             return
+        if words[:1] == ["--set"] and "--set" not in self.valued and self._has_key(words[1]):
+            words = []  # without a config file, a switch is off by default
         if words and words[0] not in self.valued | self.switches.keys():
             self.words += verbatim
             return
         if words:
             self.put(words, flag)
         self.note(spelling, words)
+
+    def _has_key(self, assignment: str) -> bool:
+        """Return whether this command has the switch of an assignment ``key=value``."""
+        return assignment.partition("=")[0] in self.switches.values()
 
     def take_value(self, flag: str, name: str, word: str) -> tuple[list[str], str]:
         """Return the words of another tool's option as they were given, and its value."""
@@ -239,7 +247,7 @@ class _Line:
         self.put(["--batch-size", str(prompts)], names)
         self.put(["--micro-batch-size", str(per_device)], names)
         self.notes.append(
-            f"{names} as --batch-size {prompts} --micro-batch-size {per_device} ({ranks} "
+            f"{names} → --batch-size {prompts} --micro-batch-size {per_device} ({ranks} "
             f"rank{'s' * (ranks > 1)}; every prompt has --samples rollouts)"
         )
 

@@ -9,19 +9,33 @@ import typer
 from .. import display
 from ..api import settings
 from .app import Terminal, app, finish, note, show
-from .options import with_options
+from .options import read_number, with_options
 
 
 @app.command()
 def demo(
     out: Annotated[
         str | None,
-        typer.Option(help="Folder for runs and picture.", show_default="runs/demo-<time>"),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for the runs and the plot.",
+            show_default="runs/demo-<time>",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of prompts, rollouts and evaluation.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            parser=read_number("--seed", int, 0),
+            metavar="INT",
+            help="Seed of prompts, rollouts and evaluation.",
+            show_default="0",
+        ),
+    ] = 0,
 ) -> None:
-    """Three minutes, offline: distil the embedded pair with a prefix and with full rollouts,
-    side by side."""
+    """Train the built-in student with a prefix and with full rollouts, and compare them.
+
+    Takes about three minutes, offline.
+    """
     from ..api import work
 
     folder = Path(out or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
@@ -33,13 +47,23 @@ def demo(
 @app.command()
 @with_options(*settings.PROBE_OPTIONS)
 def probe(
-    out: Annotated[str, typer.Option(help="Folder for probe.json and probe.png.")],
+    out: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Folder for probe.json and probe.png.")
+    ],
     problems: Annotated[
-        int, typer.Option(help="Training prompts to probe, the first of the shuffled dataset.")
+        int,
+        typer.Option(
+            parser=read_number("--problems", int, 100),
+            metavar="INT",
+            help="Training prompts to probe, the first of the shuffled dataset.",
+        ),
     ] = 100,
     **flags: dict,
 ) -> None:
-    """Before training: measure where the teacher disagrees, and recommend a prefix length."""
+    """Measure where teacher and student disagree, and recommend a prefix length.
+
+    Trains nothing.
+    """
     from ..api import work
 
     result = work.probe(settings.probe_config(flags["flags"], out, problems), Terminal())
@@ -53,13 +77,22 @@ def compare(
     arms_file: Annotated[
         str,
         typer.Argument(
-            metavar="ARMS.YAML", help="base, seeds, arms, reference, tune, also: see the README."
+            metavar="ARMS.YAML",
+            help="YAML file with base, seeds, arms, reference, tune and also; for an example see "
+            "prefix-distill help recipes.",
         ),
     ],
-    out: Annotated[str, typer.Option(help="Folder of the comparison; a second call continues it.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER", help="Folder of the comparison; a second call continues it."
+        ),
+    ],
 ) -> None:
-    """Run several arms × seeds from one file, one after another, and report accuracy against
-    cost."""
+    """Train every arm of a file with every seed, and compare their accuracy and cost.
+
+    One run trains at a time.
+    """
     from ..api import work
 
     result = work.compare(arms_file, Path(out), Terminal())
@@ -71,17 +104,23 @@ def compare(
 def report(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="FOLDER...", help="Run folders, or folders that hold them."),
+        typer.Argument(metavar="FOLDER...", help="Run folders, or folders that contain them."),
     ],
     out: Annotated[
-        str, typer.Option(help="Folder for report.html, report.md, report.csv and report.png.")
+        str,
+        typer.Option(
+            metavar="FOLDER", help="Folder for report.html, report.md, report.csv and report.png."
+        ),
     ],
     reference: Annotated[
-        str | None, typer.Option(help="Arm whose accuracy the others have to reach.")
+        str | None,
+        typer.Option(metavar="ARM", help="Arm to compare the others with."),
     ] = None,
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Prefix distillation",
+    title: Annotated[
+        str, typer.Option(metavar="TEXT", help="Heading of the page.")
+    ] = "Prefix distillation",
 ) -> None:
-    """Write tables, a picture and a self-contained page about any set of run folders."""
+    """Write tables, a plot and a self-contained HTML page for any run folders."""
     from ..api import work
 
     result = work.report([Path(folder) for folder in folders], Path(out), reference, title)

@@ -12,13 +12,14 @@ from .files import (
     read_tree,
     read_yaml,
 )
-from .options import choices, describe_default, describe_limits, value_type
+from .options import NAMES, choices, describe_default, describe_limits, value_type
 from .rules import parse_estimator, parse_trackers, selected
 from .sections import SELF, Adapter, Config, Runtime
 
 __all__ = [
     "LARGEST",
     "MAIN",
+    "NAMES",
     "SELF",
     "Adapter",
     "Config",

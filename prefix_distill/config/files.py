@@ -10,41 +10,46 @@ from typing import Any
 
 from ..errors import UserError
 from ..plugins import load_plugins
-from .access import SECTIONS, flag, options
+from .access import SECTIONS, options
 from .options import NAMES, choices, value_type
-from .rules import check
+from .rules import Names, check
 from .sections import Config
 
 if typing.TYPE_CHECKING:
     import yaml
 
 LARGEST = 1 << 16  # limit on the characters of a YAML file and on its expanded nodes
+CONFIG_FILE = "config file"  # what an error calls the file of --config
 MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
 
 
-def build(values: dict[str, object]) -> Config:
+def build(values: dict[str, object], names: Names | None = None) -> Config:
     """Return a checked Config: ``{"train.steps": 5, …}`` over the defaults. Load its plugins.
 
-    UserError: a key is unknown, or a value, a plugin or a combination of options is invalid.
+    ``names``: option → how the user wrote it, such as a flag; an option that is not among them was
+    given by its key. UserError begins with that name: a key is unknown, or a value, a plugin or a
+    combination of options is invalid.
     """
-    config = assemble(values)
+    names = names or {}
+    config = assemble(values, names)
     load_plugins(config.runtime.plugin)
-    check(config)
+    check(config, names)
     return config
 
 
-def assemble(values: dict[str, object]) -> Config:
+def assemble(values: dict[str, object], names: Names | None = None) -> Config:
     """Return a Config of known keys and values of the right types, without the other checks.
 
     It runs no code of a plugin. UserError: a key is unknown, or a value has another type.
     """
+    names = names or {}
     known = options()
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for path, value in values.items():
         if path not in known:
             raise UserError(f"unknown setting '{path[:80]}'; {_suggest(path[:80])}")
         section, key = path.split(".")
-        sections[section][key] = _convert(path, value, known[path].type)
+        sections[section][key] = _convert(names.get(path, path), value, known[path].type)
     return Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 
@@ -56,38 +61,49 @@ def _suggest(path: str) -> str:
     return f"choose a key of these sections: {', '.join(SECTIONS)}"
 
 
-def read_tree(path: str) -> dict[Any, Any]:
-    """Read a YAML file and return its keys.
+def read_tree(path: str, kind: str = CONFIG_FILE) -> dict[Any, Any]:
+    """Read a YAML file and return its keys; ``kind`` names the kind of file in errors.
 
     UserError: the file is missing or damaged, repeats a key, or has more than LARGEST characters or
     expanded nodes.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LARGEST + 1)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"config file {path}: cannot be read as UTF-8 text ({type(error).__name__}); check its "
-            "path"
-        ) from None
+    file_name = f"{kind} {path}"
+    text = _read_text(path, file_name)
     if len(text) > LARGEST:
         raise UserError(
-            f"config file {path}: expected at most {LARGEST:,} characters, got more; keep only "
-            "settings in it"
+            f"{file_name}: expected at most {LARGEST:,} characters, got more; keep only settings "
+            "in it"
         )
     try:
         tree = _parse_yaml(text)
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"config file {path}: not valid YAML ({reason}); correct it") from None
+        raise UserError(f"{file_name}: not valid YAML ({reason}); correct it") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UserError(
-            f"config file {path}: expected sections such as 'train: {{steps: 5}}', got "
-            f"{type(tree).__name__}"
+            f"{file_name}: expected sections such as 'train: {{steps: 5}}', got "
+            f"{type(tree).__name__}; correct it"
         )
     return tree
+
+
+def _read_text(path: str, file_name: str) -> str:
+    """Return at most LARGEST + 1 characters of a file. UserError: it is no readable UTF-8 text."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(LARGEST + 1)
+    except FileNotFoundError:
+        raise UserError(f"{file_name}: no such file; check the path") from None
+    except OSError as error:
+        raise UserError(f"{file_name}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{file_name}: expected UTF-8 text, got other bytes; save it as UTF-8"
+        ) from None
+    except ValueError as error:  # a path with a NUL
+        raise UserError(f"{file_name}: not a valid path ({error}); check the path") from None
 
 
 def _parse_yaml(text: str) -> Any:
@@ -194,17 +210,17 @@ def _merge(mapping: "yaml.MappingNode") -> None:
     mapping.value = merged + pairs
 
 
-def flatten(path: str, tree: dict[Any, Any]) -> dict[str, object]:
-    """Return ``{"section.key": value}`` of sections with keys; ``path`` names the file in errors.
+def flatten(source: str, tree: dict[Any, Any]) -> dict[str, object]:
+    """Return ``{"section.key": value}`` of sections with keys.
 
-    UserError: a section holds no keys.
+    ``source`` names the file, or the part of a file, in errors. UserError: a section has no keys.
     """
     values = {}
     for section, keys in tree.items():
         if not isinstance(keys, dict):
             raise UserError(
-                f"config file {path}: section {reprlib.repr(section)} must hold keys, got "
-                f"{reprlib.repr(keys)}"
+                f"{source}: expected sections with keys, such as 'schedule: {{lr: 1e-4}}', got "
+                f"'{str(section)[:80]}: {reprlib.repr(keys)}'; correct it"
             )
         for key, value in keys.items():
             values[f"{section}.{key}"] = value
@@ -216,7 +232,7 @@ def read_yaml(path: str) -> dict[str, object]:
 
     UserError: as ``read_tree`` and ``flatten``.
     """
-    return flatten(path, read_tree(path))
+    return flatten(f"{CONFIG_FILE} {path}", read_tree(path))
 
 
 def read_assignments(assignments: list[str]) -> dict[str, object]:
@@ -236,8 +252,8 @@ def read_assignments(assignments: list[str]) -> dict[str, object]:
     return values
 
 
-def _convert(path: str, value: object, kind: object) -> object:
-    """Return ``value`` as the declared type of an option.
+def _convert(name: str, value: object, kind: object) -> object:
+    """Return ``value`` as the declared type of an option; ``name`` names the option in errors.
 
     A whole number may stand for a float and a number for text, and YAML 1.1's readings of ``1e-4``
     and ``on`` are undone. UserError: any other type.
@@ -246,7 +262,7 @@ def _convert(path: str, value: object, kind: object) -> object:
         return None
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise UserError(
-            f"{path}: expected a number below 2^63, got one of {value.bit_length()} bits; lower it"
+            f"{name}: expected a number below 2^63, got one of {value.bit_length()} bits; lower it"
         )
     base = value_type(kind)
     if base is float:
@@ -256,13 +272,10 @@ def _convert(path: str, value: object, kind: object) -> object:
     elif base is str and isinstance(value, (int, float)):
         value = str(value)
     if type(value) is not base:
-        raise UserError(
-            f"{path}: expected {NAMES[base]}, got {reprlib.repr(value)}; change {flag(path)}"
-        )
+        raise UserError(f"{name}: expected {NAMES[base]}, got {reprlib.repr(value)}; change it")
     if isinstance(value, str) and not is_text(value):
         raise UserError(
-            f"{path}: expected Unicode text without NUL, got {reprlib.repr(value)}; change "
-            f"{flag(path)}"
+            f"{name}: expected Unicode text without NUL, got {reprlib.repr(value)}; change it"
         )
     return value
 

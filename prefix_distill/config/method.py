@@ -11,9 +11,10 @@ class Schedule:
     prefix: str = main_option(
         "25%",
         "--prefix",
-        "Response tokens to sample and train on: 512, 25% (of --max-new-tokens), full, "
-        "linear:L0:d (L0 + d·k at step k), staircase:L0:dH:n (dH more every n steps) or auto "
-        "(grows when its newest tokens stop improving).",
+        "Tokens of a rollout to sample and train on: 512, 25% (of --max-new-tokens), full or a "
+        "schedule. Schedules: linear:L0:d (L0 + d·k at step k), staircase:L0:dH:n (dH more every n "
+        "steps), auto (grows when the KL of its last tokens stops falling). Plugins add more (see "
+        "prefix-distill help plugins).",
     )
     lr: float = main_option(5e-5, "--lr", "Peak learning rate of AdamW.", above=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
@@ -61,7 +62,7 @@ class Sampling:
     begin: str | None = option(
         None,
         "--begin",
-        "Text forced at the start of every response, such as a think tag. It is not trained on.",
+        "Text forced at the start of every rollout, such as a think tag. It is not trained on.",
     )
     off_policy: str = option(
         "none",
@@ -79,16 +80,17 @@ class Divergence:
     name: str = main_option(
         "reverse-kl",
         "--divergence",
-        "Loss per token in nats, from student S to teacher T: reverse-kl Σ S(log S − log T), "
-        "forward-kl Σ T(log T − log S), or jsd:β = β·KL(T‖m) + (1 − β)·KL(S‖m) with "
-        "m = βT + (1 − β)S.",
+        "Loss per token in nats, from student S to teacher T: reverse-kl, forward-kl or jsd:β. "
+        "Reverse KL: Σ S(log S − log T). Forward KL: Σ T(log T − log S). JSD: "
+        "β·KL(T‖m) + (1 − β)·KL(S‖m), m = βT + (1 − β)S. Plugins add more (see "
+        "prefix-distill help plugins).",
     )
     estimator: str = option(
         "full",
         "--estimator",
         "How the divergence is computed: full (whole vocabulary), top-k:K (the teacher's K most "
-        "likely tokens and one bucket for the rest) or sampled (the sampled token; reverse-kl "
-        "only).",
+        "likely tokens and one bucket for the rest) or sampled (the sampled token only; needs "
+        "reverse-kl).",
     )
     temperature: float = option(
         1.0, "--kl-temperature", "Temperature of both distributions in the loss.", above=0
@@ -96,15 +98,15 @@ class Divergence:
     clip: float | None = option(
         None,
         "--clip",
-        "With forward-kl, the most that one vocabulary entry may add, in nats: "
+        "With forward-kl, cap the contribution of each vocabulary entry, in nats: "
         "Σ_v min(T(log T − log S), κ).",
         above=0,
     )
     reduction: Literal["token", "sequence", "sum"] = option(
         "token",
         "--reduction",
-        "How token losses are averaged: token (over all trained tokens), sequence (over rollouts, "
-        "each its mean) or sum (over rollouts, each its sum).",
+        "How token losses are combined: token (mean over all trained tokens), sequence (mean of "
+        "per-rollout means) or sum (mean of per-rollout sums).",
     )
 
 
@@ -140,7 +142,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = main_option(100, "--steps", "Steps to train (optimizer updates).", low=0)
+    steps: int = main_option(
+        100, "--steps", "Steps to train; a step is one optimizer update.", low=0
+    )
     batch_size: int = main_option(
         8, "--batch-size", "Prompts per step, over all ranks together.", low=1
     )
@@ -166,8 +170,8 @@ class Extrapolation:
         "none",
         "--extrapolate",
         "After steps 1, 2, 4, 8, …, extrapolate the weights along their displacement since the "
-        "last such step: none, effopd (while --extrapolate-score rises), always-1 or random (two "
-        "controls that skip the score).",
+        "last such step. Values: none, effopd (while --extrapolate-score rises), always-1 and "
+        "random (controls that skip the score).",
     )
     score: Literal["accuracy", "heldout-kl"] = option(
         "accuracy",

@@ -6,15 +6,15 @@ from dataclasses import Field, field
 from typing import Any, Literal, TypeVar
 
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-LIMITS = {"low": "at least", "above": "above", "high": "at most"}
+LIMITS = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
 T = TypeVar("T")
 
 
 def option(default: T, flag: str, help: str, shown: str | None = None, **limits: float) -> T:
     """Declare a config field: its flag, help text (with the unit), shown default and limits.
 
-    ``low`` and ``high`` are inclusive limits; ``above`` is an exclusive lower limit. A ``Literal``
-    type lists the allowed values of an option.
+    ``low`` and ``high`` are inclusive limits; ``above`` and ``below`` are exclusive ones. A
+    ``Literal`` type lists the allowed values of an option.
     """
     return field(
         default=default,

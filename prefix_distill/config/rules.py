@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
@@ -13,11 +14,16 @@ from .access import flag, get, options
 from .options import choices, describe_limits
 from .sections import SELF, TRACKERS, Config
 
+Names = Mapping[str, str]  # option → how the user wrote it: a flag, a keyword, or its key
 
-def check(config: Config) -> None:
-    """Raise UserError if an option or a combination of options breaks a rule."""
+
+def check(config: Config, names: Names) -> None:
+    """Raise UserError if an option or a combination of options breaks a rule.
+
+    ``names``: how the user wrote the options, for errors; the default is the key of an option.
+    """
     for path, declared in options().items():
-        _check_value(path, get(config, path), declared)
+        _check_value(names.get(path, path), get(config, path), declared)
     _check_batch(config)
     _check_loss(config)
     _check_teacher_ema(config)
@@ -34,23 +40,27 @@ def check(config: Config) -> None:
     warmup_steps(config.schedule.warmup, config.train.steps)
 
 
-def _check_value(path: str, value: object, declared: dataclasses.Field[Any]) -> None:
-    """Raise UserError unless ``value`` is None or allowed by its option."""
+def _check_value(name: str, value: object, declared: dataclasses.Field[Any]) -> None:
+    """Raise UserError unless ``value`` is None or allowed by its option, called ``name``."""
     allowed = choices(declared.type)
     if allowed and value not in allowed:
-        raise UserError(
-            f"{path} '{value}': expected one of {', '.join(allowed)}; change {flag(path)}"
-        )
+        raise UserError(f"{name} {value}: expected one of {', '.join(allowed)}; change it")
     if not isinstance(value, (int, float)):
         return
     limits = declared.metadata
+    if not math.isfinite(value):
+        raise UserError(f"{name} {value}: expected a finite number; change it")
     too_low = value < limits.get("low", -math.inf) or value <= limits.get("above", -math.inf)
-    too_high = value > limits.get("high", math.inf)
-    if too_low or too_high or not math.isfinite(value):
-        raise UserError(
-            f"{path} {value}: expected a finite number, {describe_limits(limits)}; change "
-            f"{flag(path)}"
-        )
+    too_high = value > limits.get("high", math.inf) or value >= limits.get("below", math.inf)
+    if too_low or too_high:
+        raise UserError(f"{name} {_shorten(value)}: expected {describe_limits(limits)}; change it")
+
+
+def _shorten(value: float) -> str:
+    """Return a number as a user writes it: -1 rather than -1.0."""
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:.15g}"
+    return str(value)
 
 
 def _is_changed(config: Config, path: str) -> bool:
@@ -83,7 +93,7 @@ def _check_loss(config: Config) -> None:
         raise UserError(
             f"--clip {clip:g} with --divergence {config.divergence.name} --estimator "
             f"{config.divergence.estimator}: it clips the forward KL over the whole vocabulary; "
-            "use --divergence forward-kl --estimator full, or leave --clip out"
+            "use --divergence forward-kl --estimator full, or omit --clip"
         )
 
 
@@ -98,8 +108,8 @@ def _check_cross_entropy(config: Config) -> None:
         if _is_changed(config, path):
             raise UserError(
                 f"{flag(path)} {get(config, path)} with --off-policy sft: all rollouts are the "
-                "teacher's, and their loss is the cross-entropy; leave it out, or use --off-policy "
-                "divergence"
+                f"teacher's, and their loss is the cross-entropy; omit {flag(path)}, or use "
+                "--off-policy divergence"
             )
 
 
@@ -118,7 +128,7 @@ def _check_sampled(config: Config, name: str, off_policy: OffPolicy | None) -> N
     if config.rollout.temperature == 0:
         raise _sampled_error(
             "--temperature 0",
-            "greedy tokens are no samples of the student's distribution; use --temperature 1",
+            "temperature 0 is greedy, but the estimate needs sampled tokens; use --temperature 1",
         )
     if off_policy is not None and off_policy.loss == "divergence":
         raise _sampled_error(
@@ -145,7 +155,9 @@ def _check_adapter(config: Config) -> None:
     has_adapter = config.adapter.rank is not None
     for path in ("adapter.alpha", "adapter.targets", "adapter.merge"):
         if not has_adapter and _is_changed(config, path):
-            raise UserError(f"{flag(path)}: it needs an adapter; add --lora 16, or leave it out")
+            raise UserError(
+                f"{flag(path)}: applies only with --lora; add --lora 16, or omit {flag(path)}"
+            )
     bits = config.models.student_quantize
     if bits != "none" and not has_adapter:
         raise UserError(
@@ -155,7 +167,7 @@ def _check_adapter(config: Config) -> None:
     if bits != "none" and config.adapter.merge:
         raise UserError(
             f"--student-quantize {bits} with --lora-merge: no adapter can be merged into quantized "
-            "weights; leave --lora-merge out, and merge into the full weights later"
+            "weights; omit --lora-merge, and merge into the full weights later"
         )
 
 
@@ -164,8 +176,8 @@ def _check_teacher_device(config: Config) -> None:
     memory = config.runtime.teacher_memory
     if memory is not None and not spread:
         raise UserError(
-            f"--teacher-memory {memory:g}: it limits --teacher-device auto; add that, or leave it "
-            "out"
+            f"--teacher-memory {memory:g}: applies only with --teacher-device auto; add it, or "
+            "omit --teacher-memory"
         )
     for option, is_given in (
         ("--gpus", (config.runtime.gpus or 1) > 1),
@@ -175,15 +187,15 @@ def _check_teacher_device(config: Config) -> None:
         if spread and is_given:
             raise UserError(
                 f"--teacher-device auto with {option}: it spreads one teacher, with its own "
-                "unquantized weights, over all GPUs; leave one of them out"
+                "unquantized weights, over all GPUs; omit one of them"
             )
 
 
 def _check_selection(config: Config) -> None:
     if config.weights.keep is not None and config.weights.select == "all":
         raise UserError(
-            f"--keep {config.weights.keep:g}: --select all keeps every token; add --select "
-            "soft-or, or leave --keep out"
+            f"--keep {config.weights.keep:g}: applies only with --select; add --select soft-or, or "
+            "omit --keep"
         )
     parse_selection(config.weights.select, selected(config))
     parse_position_weight(config.weights.position)
@@ -195,8 +207,8 @@ def _check_extrapolation(config: Config) -> None:
     for path in ("extrapolation.score", "extrapolation.problems", "extrapolation.reset"):
         if _is_changed(config, path):
             raise UserError(
-                f"{flag(path)} {get(config, path)}: nothing is extrapolated; add --extrapolate "
-                "effopd, or leave it out"
+                f"{flag(path)} {get(config, path)}: applies only with --extrapolate; add "
+                f"--extrapolate effopd, or omit {flag(path)}"
             )
 
 
@@ -205,20 +217,17 @@ def _check_teacher_ema(config: Config) -> None:
     if models.teacher_ema is None:
         return
     given = f"--teacher-ema {models.teacher_ema:g}"
-    if models.teacher != SELF or models.teacher_ema == 1:
-        raise UserError(
-            f"{given} with --teacher {models.teacher}: expected --teacher self and a number below "
-            "1; use --teacher self --teacher-ema 0.999, or leave it out"
-        )
+    if models.teacher != SELF:
+        raise UserError(f"{given}: applies only with --teacher self; add it, or omit --teacher-ema")
     if models.teacher_quantize != "none":
         raise UserError(
             f"{given} with --teacher-quantize {models.teacher_quantize}: the moving average needs "
-            "float32 weights; leave one of them out"
+            "float32 weights; omit one of them"
         )
     if config.adapter.rank is not None:
         raise UserError(
             f"{given} with --lora: the teacher is the student without its adapter, and its weights "
-            "never change; leave one of them out"
+            "never change; omit one of them"
         )
 
 
@@ -238,8 +247,8 @@ def _check_self_distillation(config: Config) -> None:
         return
     if not has_column:
         raise UserError(
-            "--privileged-template: it needs a column that only the teacher sees; name it with "
-            "--privileged-column"
+            "--privileged-template: applies only with --privileged-column; add it, or omit "
+            "--privileged-template"
         )
     for name in ("problem", "solution"):
         if f"{{{name}}}" not in template:
@@ -267,8 +276,8 @@ def parse_estimator(text: str) -> tuple[str, int | None]:
     if name == "top-k" and re.fullmatch(r"0*[1-9]\d{0,17}", size, re.ASCII):
         return name, int(size)
     raise UserError(
-        f"estimator '{text}': expected full, sampled or top-k:K with K of at least 1, such as "
-        "top-k:64; change --estimator"
+        f"--estimator {text}: expected full, sampled or top-k:K with K of at least 1, such as "
+        "top-k:64; change it"
     )
 
 
@@ -280,8 +289,8 @@ def parse_trackers(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in TRACKERS:
             raise UserError(
-                f"--report-to {text!r}: expected none, or some of {', '.join(TRACKERS)} with "
-                f"commas between them, got {name!r}"
+                f"--report-to {text}: expected none, or comma-separated names of "
+                f"{', '.join(TRACKERS)}, got {name!r}; correct it"
             )
     return names
 
@@ -290,7 +299,7 @@ def check_repository(name: str | None, public: bool) -> None:
     """Raise UserError if ``name`` is no hub repository, or if ``public`` is set without a name."""
     if name is None and public:
         raise UserError(
-            "--hub-public: nothing is pushed; add --push-to-hub USER/NAME, or leave it out"
+            "--hub-public: applies only with --push-to-hub; add it, or omit --hub-public"
         )
     pattern = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*"
     if name is not None and not re.fullmatch(pattern, name, re.ASCII):

@@ -31,11 +31,11 @@ class Models:
     teacher_ema: float | None = option(
         None,
         "--teacher-ema",
-        "With --teacher self, update the teacher after every step to α·teacher + (1 − α)·student. "
-        "Give α, below 1.",
+        "With --teacher self, set the teacher after every step to α·teacher + (1 − α)·student; the "
+        "value is α.",
         "none (the teacher is fixed)",
         above=0,
-        high=1,
+        below=1,
     )
     cross_tokenizer: Literal["strict", "simct", "simct-released", "off"] = option(
         "strict",
@@ -81,8 +81,8 @@ class Adapter:
     targets: str = option(
         "all-linear",
         "--lora-targets",
-        "Linear layers that get an adapter: all-linear (all but the output head), or names with "
-        "commas, such as q_proj,v_proj.",
+        "Linear layers that get an adapter: all-linear (all but the output head), or "
+        "comma-separated names, such as q_proj,v_proj.",
     )
     merge: bool = option(
         False,
@@ -129,7 +129,8 @@ class Data:
     privileged_template: str | None = option(
         None,
         "--privileged-template",
-        "User turn of the teacher, with {problem} and {solution} in it. --instruction is appended.",
+        "Template of the teacher's user turn. It must contain {problem} and {solution}; "
+        "--instruction is appended.",
         "the built-in task's, else a general one",
     )
     student_thinking: Literal["auto", "on", "off"] = option(
@@ -149,8 +150,8 @@ class Data:
     prompt_template: str | None = option(
         None,
         "--prompt-template",
-        "User turn with {prompt} and any {COLUMN} of the row in it, such as "
-        "'Question: {prompt} Answer:'. Write {{ for a brace.",
+        "Template of the user turn. It must contain {prompt} and may contain any {COLUMN}, such as "
+        "'Question: {prompt} Answer:'. Write {{ for a literal brace.",
     )
     few_shot: int = option(
         0,
@@ -177,7 +178,7 @@ class Evaluation:
     dataset: str | None = option(
         None,
         "--eval-dataset",
-        "Held-out problems, given as for --dataset.",
+        "Held-out problems; same syntax as --dataset.",
         "the test split of the built-in task or preset, else rows held out of --dataset",
     )
     split: str | None = option(
@@ -225,7 +226,8 @@ class Evaluation:
     answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"] = option(
         "auto",
         "--answer-format",
-        "How an answer is read: auto (as the dataset defines, else boxed, hash or last number), "
+        "How the final answer is extracted: auto (as the dataset defines, else boxed, hash or last "
+        "number), "
         "boxed, hash (#### 42), last-number, choice (a letter) or exact.",
     )
 
@@ -282,8 +284,8 @@ class Runtime:
     plugin: str | None = option(
         None,
         "--plugin",
-        "Python file, or installed entry point, that registers a divergence or a prefix schedule; "
-        "several with commas, or give the flag again.",
+        "Python file, or installed entry point, that registers a divergence or a prefix schedule. "
+        "For several, repeat the flag or give comma-separated names.",
     )
     seed: int = option(0, "--seed", "Seed of prompts, rollouts and evaluation.")
     head_memory_mb: int = option(
@@ -304,8 +306,8 @@ class Trackers:
     to: str = option(
         "none",
         "--report-to",
-        "Trackers that get metrics and evaluations besides metrics.jsonl: none, or tensorboard, "
-        "wandb and trackio with commas between them.",
+        "Trackers that get metrics and evaluations besides metrics.jsonl: none, or comma-separated "
+        "names of tensorboard, wandb and trackio.",
     )
     name: str | None = option(
         None,

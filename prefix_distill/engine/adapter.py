@@ -35,7 +35,8 @@ def _peft() -> ModuleType:
         import peft
     except ImportError:
         raise UserError(
-            'LoRA adapters need the package peft; pip install "prefix-distill[lora]"'
+            "LoRA adapters need the package peft; install the extra lora: "
+            'pip install -e ".[lora]" in the checkout'
         ) from None
     return peft
 

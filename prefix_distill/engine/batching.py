@@ -1,19 +1,19 @@
-"""Split rollouts into micro-batches, and describe what a forward pass reads."""
+"""Split rollouts into micro-batches, and describe the lengths of a forward pass."""
 
 from ..maths.flops import linear_tokens
 from .rollout import Rollout, Side, student_sides
 
 PADDING = 0.1  # largest share of padding among the tokens that a micro-batch runs
 
-# tokens: the length of a prompt, the lengths of the responses behind it
+# tokens: the length of a prompt, the lengths of the responses after it
 Reads = tuple[int, list[int]]
 
 
 def reads(sides: list[Side], encodes_prompt_once: bool) -> list[Reads]:
-    """Return (prompt length, lengths of its responses) for every prompt that is read, in tokens.
+    """Return (prompt length, lengths of its responses) for every prompt that runs, in tokens.
 
     A response counts up to its last compared token. With ``encodes_prompt_once`` each distinct
-    prompt is read once, otherwise once per rollout. The FLOP ledger counts these lengths.
+    prompt runs once, otherwise once per rollout. The FLOP ledger counts these lengths.
     """
     lengths: dict[object, Reads] = {}
     for i, side in enumerate(sides):
@@ -28,8 +28,8 @@ def micro_batches(
 ) -> list[list[Rollout]]:
     """Return groups of at most ``size`` rollouts with at most a tenth of padding.
 
-    Padding is measured in the student's linear layers. Two orders are tried and the one that runs
-    fewer tokens is taken: by prompt, which pays off if the prompt is read once for its samples
+    Padding is measured in the student's linear layers. Two orders are tried, and the one that runs
+    fewer tokens is used: by prompt, which helps if a prompt runs once for all its samples
     (``encodes_prompt_once``), or by length. The groups depend on the rollouts alone.
     """
     plans = []

@@ -107,7 +107,9 @@ def choose_dtype(device: torch.device, count: Callable[[], int]) -> tuple[torch.
             return torch.bfloat16, "bfloat16: the GPU supports it"
         return torch.float32, "float32: the GPU has no bfloat16"
     if device.type != "cpu" or not torch.cpu._is_amx_tile_supported():
-        return torch.float32, f"float32: {device.type} has no fast bfloat16"
+        if device.type == "cpu":
+            return torch.float32, "float32: bfloat16 is slow on this CPU"
+        return torch.float32, f"float32: bfloat16 is slow on {device.type}"
     parameters = count()
     if parameters < SMALL_MODEL:
         return torch.float32, (

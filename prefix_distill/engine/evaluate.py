@@ -41,7 +41,7 @@ class Score:
     records: list[dict]
 
     def right(self) -> list[float]:
-        """Return the share of right answers of every problem."""
+        """Return the share of correct answers of every problem."""
         return [
             sum(r["correct"] for r in record["responses"]) / len(record["responses"])
             for record in self.records
@@ -79,9 +79,10 @@ def evaluate(
 
     ``problems``: (Prompt, prompt ids) pairs. A sample is seeded by (seed, problem, sample) alone,
     so all evaluations of a run, and of two models, are paired. accuracy: avg@k over problems;
-    pass_at_k: share of problems with at least one right answer. Both are None if a problem has no
-    reference. Ranks share the problems and grade their own answers, since a grading time limit must
-    not make ranks disagree; records are gathered in problem order.
+    pass_at_k: share of problems with at least one correct answer. Both are None if a problem has no
+    reference. The problems are divided among ranks, and each rank grades its own answers. Grading
+    has a time limit, so two ranks could grade one answer differently. Records are gathered in
+    problem order.
     """
     place = limits.place
     every = [(i, s) for i in range(len(problems)) for s in range(how.samples)]
@@ -189,8 +190,8 @@ def held_out_facts(
 ) -> list[Facts]:
     """Return the token statistics of fixed rollouts: name → a number per token, per rollout.
 
-    Across tokenizers the number is at the first token of each taught unit, None elsewhere. Ranks
-    share the rollouts.
+    Across tokenizers the number is at the first token of each taught unit, None elsewhere. The
+    rollouts are divided among ranks.
     """
     place = limits.place
     mine = rollouts[place.rank :: place.world]

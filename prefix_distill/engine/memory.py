@@ -1,4 +1,4 @@
-"""MemoryLimits: how many rollouts fit in memory at once, and what happens when too few do."""
+"""MemoryLimits: how many rollouts fit in memory at once, halved when memory runs out."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,11 +22,11 @@ MICRO_BATCH = "micro_batch_size"
 ROWS = "rows"
 REMEDIES = {
     MICRO_BATCH: (
-        "has no memory for one rollout at a time; use --gradient-checkpointing, a lower "
+        "is out of memory even with one rollout per pass; use --gradient-checkpointing, a lower "
         "--head-memory-mb, shorter answers (--prefix, --max-new-tokens) or a smaller model"
     ),
     ROWS: (
-        "has no memory for one response at a time; use shorter answers (--prefix, "
+        "is out of memory even with one answer per batch; use shorter answers (--prefix, "
         "--max-new-tokens), shorter prompts (--max-prompt-tokens) or a smaller model"
     ),
 }

@@ -7,7 +7,7 @@ from .device import Clock
 
 
 class Meter:
-    """A clock and a ledger, which travel together.
+    """A clock and a ledger.
 
     The clock sums seconds by phase, the ledger sums FLOPs by phase.
     """

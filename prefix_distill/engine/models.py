@@ -78,7 +78,7 @@ class Model:
 
     @property
     def trainable(self) -> dict[str, Parameter]:
-        """Return the parameters that an update changes, by name."""
+        """Return the parameters that a step changes, by name."""
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
     @property

@@ -100,7 +100,7 @@ def _device_limits(device: torch.device, limit: int) -> tuple[int | str, dict[in
 
 
 def _split_holder(device_map: dict, net: torch.nn.Module, name: str) -> None:
-    """Give the module ``name`` an entry of its own in a device map.
+    """Give the module ``name`` its own entry in a device map.
 
     Each entry that contains the module is replaced by entries for its parts.
     """

@@ -220,12 +220,12 @@ def _check_launch(gpus: int | None, world: int, local_world: int) -> None:
                 )
     _read_integer("MASTER_PORT", 0, 0, 65536)
     if gpus is not None and gpus != local_world:
-        ranks = "rank runs"
-        if local_world > 1:
-            ranks = "ranks run"
+        ranks = "rank"
+        if gpus > 1:
+            ranks = "ranks"
         raise UserError(
-            f"--gpus {gpus}: {local_world} {ranks} on this machine; omit --gpus under another "
-            "launcher and in `compare`"
+            f"--gpus {gpus}: expected {gpus} {ranks} on this machine, got {local_world} from the "
+            "launcher; omit --gpus under another launcher and in `compare`"
         )
 
 

@@ -63,16 +63,16 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A response behind both models' prompts.
+    """A response after both models' prompts.
 
-    ``slot``: the prompt's position in the update's global batch; ``sample``: 0 … G − 1.
+    ``slot``: the prompt's position in the step's global batch; ``sample``: 0 … G − 1.
     ``ids``: the response in the student's tokens; ``teacher_ids``: in the teacher's, the same ids
     if the tokenizers match. ``finished``: the response ends with an EOS token. ``kept``: positions
     of the taught tokens, ascending; None is all. ``off_policy``: the teacher sampled the response.
     ``sampler_logp``: the log-probability of each id when it was sampled, if recorded.
 
     ``units``: the aligned units of the response if the tokenizers differ; None if every token is
-    its own unit. Each unit is named by its first position. Units of one token on each side are
+    its own unit. The first position of a unit identifies it. Units of one token on each side are
     taught, and with ``spans`` the longer ones as well.
     """
 
@@ -91,7 +91,7 @@ class Rollout:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Return (slot, sample), which identifies the rollout within its update."""
+        """Return (slot, sample), which identifies the rollout within its step."""
         return self.slot, self.sample
 
     def keep(self, positions: tuple[int, ...]) -> "Rollout":
@@ -127,7 +127,7 @@ class Rollout:
 
     @cached_property
     def student(self) -> Side:
-        """The rollout as the student reads it."""
+        """The rollout in the student's tokens."""
         rows = self.taught
         if self.units is not None:
             rows = tuple(t for u in self.taught_units for t in u.student_span)
@@ -135,7 +135,7 @@ class Rollout:
 
     @cached_property
     def teacher(self) -> Side:
-        """The rollout as the teacher reads it."""
+        """The rollout in the teacher's tokens."""
         rows = self.taught
         if self.units is not None:
             rows = tuple(t for u in self.taught_units for t in u.teacher_span)
@@ -162,7 +162,7 @@ def copy_as_student(rollouts: list[Rollout]) -> list[Rollout]:
 def rollout_of(
     slot: int, prompt: tuple[int, ...], ids: tuple[int, ...], finished: bool = False
 ) -> Rollout:
-    """Return a rollout that both models read alike: the same prompt and the same response."""
+    """Return a rollout with the same prompt and the same response for both models."""
     return Rollout(
         slot=slot,
         sample=0,

@@ -76,11 +76,11 @@ class _Race(LogitsProcessor):
     """Exact softmax sampling under greedy decoding, by an exponential race.
 
     argmax_v (log p_v − log e_v) with e_v ~ Exp(1) is distributed as p (the Gumbel-max trick). Each
-    row draws its own e from a generator seeded by (seed, key), one vocabulary-sized draw per
-    position. A sample therefore depends on (seed, step, prompt, sample, position) alone: batching,
-    padding and restarts cannot change it. Ids from ``support`` on (padding rows of the head) are
-    never sampled. With ``record``, ``taken`` collects log p of the sampled ids, a tensor [rows] per
-    position.
+    row samples its own e, one value per vocabulary entry and position, with a generator seeded by
+    (seed, key). A sample therefore depends on (seed, step, prompt, sample, position) alone:
+    batching, padding and restarts cannot change it. Ids from ``support`` on (padding rows of the
+    head) are never sampled. With ``record``, ``taken`` collects log p of the sampled ids, a tensor
+    [rows] per position.
     """
 
     def __init__(self, generators: list[torch.Generator], support: int, record: bool):
@@ -174,7 +174,7 @@ class Sampler:
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
     def race(self, keys: list[tuple[object, ...]], device: torch.device) -> _Race | None:
-        """Return the rows' own noise; None if decoding is greedy."""
+        """Return the noise of every row; None if decoding is greedy."""
         if self.temperature == 0:
             return None
         generators = []
@@ -183,9 +183,9 @@ class Sampler:
         return _Race(generators, self.support, self.record)
 
     def processors(self, race: _Race | None) -> LogitsProcessorList:
-        """Return what shapes the logits, in HF's order: temperature, top-k, top-p, then the race.
+        """Return the logits processors in HF's order: temperature, top-k, top-p, then ``race``.
 
-        Processors that change nothing are left out.
+        ``race`` adds the sampling noise. Processors that change nothing are omitted.
         """
         steps = LogitsProcessorList()
         if race is None or self.top_k or self.top_p < 1:
@@ -222,7 +222,7 @@ def generate(
     sampler: Sampler,
     cost: GenerationCost | None = None,
 ) -> list[Response]:
-    """Sample up to ``max_new_tokens`` tokens for every request; return them in the order given.
+    """Sample up to ``max_new_tokens`` tokens for every request; return responses in its order.
 
     Rows are sorted by prompt length, rows with the same prompt together, and left-padded in batches
     of at most ``sampler.rows``. A prompt of several rows is prefilled once if
@@ -358,7 +358,7 @@ class _Batch:
         return torch.tensor(ids).to(device), torch.tensor(mask).to(device)
 
     def _shared_prefill(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Cache | None:
-        """Return the KV cache of all prompts without their last tokens, each prompt read once.
+        """Return the KV cache of all prompts without their last tokens; each prompt runs once.
 
         None (``generate`` prefills) if nothing would be saved or the model does not allow it.
         """

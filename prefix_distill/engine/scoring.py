@@ -29,13 +29,13 @@ def hidden_rows(model: Model, sides: list[Side]) -> torch.Tensor:
     """Return the hidden rows [N, D] that predict the compared tokens, side by side in order.
 
     The row of response token t is the hidden state at position t − 1: the causal shift. A prompt
-    of several responses is read once if the model allows it. Its KV cache is then repeated for
-    them, and its gradients add up.
+    of several responses runs once if the model allows it. Its KV cache is then repeated for them,
+    and its gradients add up.
     """
     prompts = [side.prompt for side in sides]
     responses = [side.read for side in sides]
     if model.encodes_prompt_once and len(set(prompts)) < len(prompts):
-        hidden_BTD = _behind_shared_prompts(model, prompts, responses)
+        hidden_BTD = _run_after_shared_prompts(model, prompts, responses)
         first = [0] * len(prompts)
     else:
         ids_BT = right_padded([p + r for p, r in zip(prompts, responses, strict=True)])
@@ -47,14 +47,14 @@ def hidden_rows(model: Model, sides: list[Side]) -> torch.Tensor:
     return hidden_BTD[to_device(compared_BT, model.device)]
 
 
-def _behind_shared_prompts(
+def _run_after_shared_prompts(
     model: Model, prompts: list[tuple[int, ...]], responses: list[tuple[int, ...]]
 ) -> torch.Tensor:
     """Return hidden states [B, 1 + T, D]: the prompt's last one, then those of the response.
 
-    Every distinct prompt is read once. Prompts are padded on the left and responses on the right,
+    Every distinct prompt runs once. Prompts are padded on the left and responses on the right,
     so that no padding lies between them and sliding windows count correctly. Outputs at padded
-    positions are never read.
+    positions are never used.
     """
     distinct = list(dict.fromkeys(prompts))
     width = max(map(len, distinct))
@@ -97,9 +97,9 @@ def tokens(rollouts: list[Rollout]) -> torch.Tensor:
 
 @torch.no_grad()
 def check_sharing(model: Model) -> str | None:
-    """Return why the model cannot read a prompt once for several responses; None if it can.
+    """Return why a prompt cannot run once for several responses; None if it can.
 
-    Two prompts and five responses of different lengths are read together and one by one, in the
+    Two prompts and five responses of different lengths run together and one by one, in the
     model's own dtype. The hidden states must agree.
     """
     ids = (sorted(model.tokenizer.get_vocab().values()) * 40)[:40]
@@ -112,13 +112,13 @@ def check_sharing(model: Model) -> str | None:
     try:
         together = hidden_rows(replace(model, shares_prompts=True), sides)
     except Exception as error:
-        # an architecture may lack the cache, the mask or the positions, and say so in any way
+        # an architecture may lack the cache, the mask or the positions, and may raise anything
         return f"{type(error).__name__}: {first_line(error)[:120]}"
     gap = ((together.float() - one_by_one).norm() / one_by_one.norm()).item()
     allowed = 1e-5 if model.net.dtype == torch.float32 else 0.03
     if gap <= allowed:
         return None
-    return f"hidden states behind a shared prompt differ by {gap:.1g} of their norm"
+    return f"hidden states after a shared prompt differ by {gap:.1g} of their norm"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ForwardPass:
     teacher_NE: torch.Tensor
 
     def select(self, kept: list[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows of the tokens taught in ``kept``: the same rollouts in the same order."""
+        """Return the rows of the tokens taught in ``kept``, the same rollouts in the same order."""
         return (
             _select_rows(self.student_ND, student_sides(self.rollouts), student_sides(kept)),
             _select_rows(self.teacher_NE, teacher_sides(self.rollouts), teacher_sides(kept)),

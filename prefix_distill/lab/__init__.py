@@ -1,1 +1,1 @@
-"""The embedded laboratory: three small tasks with models that ship inside the package."""
+"""The built-in tasks: three small tasks with models that ship inside the package."""

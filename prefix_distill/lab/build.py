@@ -1,4 +1,4 @@
-"""Rebuild the laboratory's tokenizers and models from scratch: python -m prefix_distill.lab.build
+"""Rebuild the built-in tokenizers and models from scratch: python -m prefix_distill.lab.build
 
 Each network is a small Llama. It is trained by cross-entropy on the answers to its task's training
 problems. Worker processes with one thread each train one network at a time. Progress goes to
@@ -121,12 +121,12 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
             optimizer.step()
             total += loss.item()
             if update % 100 == 99:
-                progress = f"stage {number} update {update + 1}/{stage.updates}"
+                progress = f"stage {number} step {update + 1}/{stage.updates}"
                 report(net, f"{progress} loss {total / 100:.4f}")
                 total = 0.0
             may_end = stage.until < 1 and update % 20 == 19
             if may_end and estimate_accuracy(net, model) >= stage.until:
-                report(net, f"stage {number} ends after update {update + 1}")
+                report(net, f"stage {number} ends after step {update + 1}")
                 break
 
 
@@ -200,7 +200,7 @@ def sample(folder: Path, prompts: list[str], seed: int) -> list[str]:
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of the share right / n."""
+    """Return the Wilson 95% interval of the share right / n."""
     z, p = 1.96, right / n
     scale = 1 + z * z / n
     middle = (p + z * z / (2 * n)) / scale
@@ -284,7 +284,7 @@ def main() -> int:
     """Run the command line: build, print the figures, return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m prefix_distill.lab.build",
-        description="Rebuild the laboratory's tokenizers and models from scratch.",
+        description="Rebuild the built-in tokenizers and models from scratch.",
     )
     parser.add_argument(
         "--out", type=Path, default=MODELS, help="output folder (default: the package's own)"

@@ -1,4 +1,4 @@
-"""The laboratory's tokenizers and networks, with their shapes and training stages."""
+"""The built-in tokenizers and networks, with their shapes and training stages."""
 
 import re
 from dataclasses import KW_ONLY, dataclass
@@ -57,7 +57,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Net:
-    """One network of the laboratory: its shape, seed and training.
+    """One built-in network: its shape, seed and training.
 
     ``merged``: whether it uses the second tokenizer.
     """

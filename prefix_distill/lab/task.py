@@ -1,4 +1,4 @@
-"""The laboratory's tasks: chains of two-digit terms.
+"""The built-in tasks: chains of two-digit terms.
 
 A problem has two given terms and ``steps`` terms to write. Addition is digit by digit without
 carrying (written "+" below: 47 + 85 = 22). Every term has a label; the labels count down to 01:
@@ -53,7 +53,7 @@ PROBLEMS_PER_STEPS = 900  # every split has at least this many problems of each 
 MODELS = Path(__file__).parent / "models"
 _rng = random.Random(7)
 FACTS = tuple(_rng.randrange(100) for _ in range(MAX_STEPS + 1))
-LAB = "lab:"  # lab:choice/student is the embedded student of the task `choice`
+LAB = "lab:"  # lab:choice/student is the built-in student of the task `choice`
 
 
 def add(a: int, b: int) -> int:
@@ -174,7 +174,7 @@ def sample_problems(
 
 
 def model_path(task: str, role: str) -> Path:
-    """Return the folder of an embedded model. Raise ValueError on an unknown task or role."""
+    """Return the folder of a built-in model. Raise ValueError on an unknown task or role."""
     if role not in ROLES.get(task, ()):
         known = []
         for other, roles in ROLES.items():

@@ -1,4 +1,4 @@
-"""The loss of one token, and the output heads that it reads.
+"""The loss of one token, and the output heads that it uses.
 
 Axes: N taught tokens, D student width, E teacher width, V the shared support (vocabulary ids that
 both models have). All logarithms are natural; all values are nats. Matmuls run in ``dtype``; from
@@ -35,7 +35,7 @@ class Head:
 
         The matmul runs in the weight's dtype.
         """
-        # the matmul runs in the weight's dtype, whatever the caller's context
+        # the matmul runs in the weight's dtype, also if the caller uses autocast
         with torch.autocast(hidden_ND.device.type, enabled=False):
             hidden_ND = hidden_ND.to(self.weight_VD.dtype)
             if hidden_ND.dtype == torch.float32:
@@ -60,8 +60,10 @@ class Head:
     def slope(
         self, logits_NV: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Return the derivative of softcap·tanh(z/softcap) at the logits, in ``out`` if given; None
-        without a softcap."""
+        """Return the derivative of softcap·tanh(z/softcap) at the logits; None without a softcap.
+
+        The result is in ``out`` if given.
+        """
         if self.softcap is None:
             return None
         return torch.div(logits_NV, self.softcap, out=out).square_().neg_().add_(1)
@@ -87,12 +89,12 @@ def value_and_gradient(
     """Return ``per_token`` [N] and its gradient with respect to the student's logits [N, V].
 
     All tables may be overwritten, and the gradient may be one of them. ``spare_too``: for the JSD.
-    ValueError as in ``per_token``.
+    ValueError: as in ``per_token``.
     """
     divergence = find_divergence(terms.name)
     if divergence.in_tables is not None:
         return divergence.in_tables(student_logp, teacher_logp, spare, spare_too, *terms.parameters)
-    # a user's function gets the float32 that it is promised, whatever the caller's context
+    # a user's function gets float32, also if the caller uses autocast
     with torch.autocast(student_logp.device.type, enabled=False):
         if divergence.gradient is None:
             return differentiate(divergence, terms.parameters, student_logp, teacher_logp)
@@ -125,9 +127,9 @@ def differentiate(
 class Terms:
     """The loss: a divergence with its parameters, temperature, matmul dtype and memory budget.
 
-    ``name``: a divergence of ``formulas``, or ``cross-entropy``, −log S of the realised token (no
-    teacher). ``parameters``: the numbers behind the name, such as the β of the JSD. ``sampled``:
-    the reverse KL from the realised token alone (``estimators.at_token``).
+    ``name``: a divergence of ``formulas``, or ``cross-entropy``, −log S of the realized token (no
+    teacher). ``parameters``: the numbers after the name, such as the β of the JSD. ``sampled``:
+    the reverse KL from the realized token alone (``estimators.at_token``).
 
     ``top_k``: compare the teacher's k most likely tokens and one bucket with the rest of the mass
     of both sides. It stays a divergence between distributions, never above the full one. None:
@@ -153,7 +155,7 @@ class Terms:
 
     @property
     def by_token(self) -> bool:
-        """Return whether the loss compares the realised tokens alone."""
+        """Return whether the loss compares the realized tokens alone."""
         return self.sampled or self.taught_by == "text"
 
     @property
@@ -177,10 +179,10 @@ class Terms:
     def rows_per_chunk(self, vocabulary: int, softcap: bool = False) -> int:
         """Return the rows per chunk: as many as fit into ``memory_bytes``.
 
-        Alive at once are float32 tables [rows, V]: both log-probabilities and those to work in
-        (``tables``), one more for a top-k and for a soft-cap, half a one for bfloat16, a quarter
-        for a clip. More rows read both heads less often. Beyond some hundreds of rows the matmuls
-        are compute-bound, and nothing is gained.
+        Alive at once are float32 tables [rows, V]: the log-probabilities and work tables of the
+        divergence (``tables``), one more table for a top-k, one for a soft-cap, half a table for
+        bfloat16, and a quarter for a clip. Larger chunks load the heads less often. Beyond some
+        hundreds of rows the matmuls are compute-bound, so larger chunks gain nothing.
         """
         tables = (
             self.tables

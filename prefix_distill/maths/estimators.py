@@ -1,4 +1,4 @@
-"""Values and gradients of one chunk: entry-wise clip, top-k buckets, realised token.
+"""Values and gradients of one chunk: entry-wise clip, top-k buckets, realized token.
 
 All functions take tables [N, V] of float32 log-probabilities, which they may overwrite, and return
 the values [N] in nats with their gradient [N, V] to the student's logits/temperature.
@@ -34,8 +34,10 @@ def clipped(
 def on_top(
     top_k: int, student_logp: Tensor, teacher_logp: Tensor, work: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-probabilities [N, k + 1] of the teacher's k most likely tokens and of the tail
-    (all others together), for the student and the teacher, and these k tokens."""
+    """Return the student's and the teacher's log-probabilities [N, k + 1], and k tokens [N, k].
+
+    The k tokens are the teacher's most likely ones. The last column is the tail: all other tokens.
+    """
     top_NK = teacher_logp.topk(top_k, -1).indices
     student = _bucketed(student_logp, top_NK, work)
     return student, _bucketed(teacher_logp, top_NK, work), top_NK
@@ -53,7 +55,7 @@ def value_and_gradient_on_top(
 ) -> tuple[Tensor, Tensor]:
     """Return value and gradient on the buckets.
 
-    A token in the tail has the share of the bucket's gradient that it has of the bucket's mass.
+    A token in the tail gets a share of the bucket's gradient, equal to its share of the mass.
     """
     student, teacher, top_NK = on_top(top_k, student_logp, teacher_logp, work)
     share = student_logp.sub_(student[:, -1:]).exp_()
@@ -69,13 +71,14 @@ def at_token(
     token_N: Tensor,
     sampler_logp_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return value and gradient from the realised token y alone.
+    """Return value and gradient from the realized token y alone.
 
-    sampled        value log S(y) − log T(y), an unbiased estimate of KL(S‖T) for y ~ S. The policy
-                   gradient's loss −ρ·A·log S(y) with advantage A = log T(y) − log S(y), both ρ and
-                   A held fixed, has the gradient ρ·(log S(y) − log T(y))·(1[k = y] − S_k), with
-                   ρ = S(y)/q(y) if y was sampled from q (1 if unknown). Source: arXiv 2602.15260;
-                   MiniLLM, arXiv 2306.08543.
+    sampled        value log S(y) − log T(y), an unbiased estimate of KL(S‖T) for y ~ S. The loss
+                   of the policy gradient is −ρ·A·log S(y), with the advantage
+                   A = log T(y) − log S(y) and ρ = S(y)/q(y) if y was sampled from q (1 if q is
+                   unknown). With ρ and A held fixed, its gradient is
+                   ρ·(log S(y) − log T(y))·(1[k = y] − S_k). Source: arXiv 2602.15260; MiniLLM,
+                   arXiv 2306.08543.
     cross-entropy  value −log S(y), gradient S_k − 1[k = y]. Source: SeqKD, arXiv 1606.07947.
     """
     token_N1 = token_N[:, None]

@@ -1,6 +1,6 @@
 """Extrapolation along the recent displacement: EffOPD (arXiv 2605.11739) and two controls.
 
-The search follows the updates t = 1, 2, 4, 8, …. Let W be the weights and Δ = W − anchor; the first
+The search follows steps t = 1, 2, 4, 8, …. Let W be the weights and Δ = W − anchor; the first
 anchor is θ₀. The candidates W + 2k·Δ, k = 1, 2, …, 5, are scored in turn. Each one is accepted
 while its score is above that of the last accepted point, which is W at first. The last accepted
 point becomes the weights and the next anchor, even if it is W. The two controls skip the scores.
@@ -32,7 +32,7 @@ class Accepted:
 
 
 def due(t: int) -> bool:
-    """Return whether the search follows update ``t`` (1 is the first): at powers of two."""
+    """Return whether the search follows step ``t`` (1 is the first): at powers of two."""
     return t > 0 and t & (t - 1) == 0
 
 
@@ -56,7 +56,7 @@ def extrapolate(
     """Run one search from the parameters' values W; change ``parameters`` and ``anchor`` in place.
 
     ``anchor``: the accepted point of the last search, as a ``snapshot``. ``effopd``: ``score()``
-    judges the parameters as they are; higher is better, and an equal score or NaN is rejected.
+    scores the current parameters; higher is better, and an equal score or NaN is rejected.
     ``always-1``: k = 1. ``none``: k = 0, only the anchor moves. ``random``: each k is accepted with
     probability 1/2, by a generator seeded with ``key``.
 

@@ -14,7 +14,7 @@ STRETCH = 32  # tokens decoded before rows that have ended leave the batch
 OUTSIDE = ("evaluation",)  # phases that are reported but are no part of the totals
 
 Reads = list[tuple[int, list[int]]]
-"""Prompts that a model reads: (prompt length, lengths of the responses behind it), in tokens."""
+"""Prompts that a model runs: (prompt length, lengths of the responses after it), in tokens."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Shape:
     """What a model costs.
 
     ``trunk``: matmul parameters per token without the head (MoE: active experts). ``head``: D·V.
-    ``attention``: per layer (heads·head_dim, sliding window in tokens or None). ``frozen``: how
-    many parameters of the trunk do not train, as the head does not, behind a LoRA adapter; a
-    training step computes no gradient of theirs. None: all train.
+    ``attention``: per layer (heads·head_dim, sliding window in tokens or None). ``frozen``: with
+    a LoRA adapter, the number of frozen parameters of the trunk; the head is frozen too. A training
+    step computes no gradients to them. None: all parameters train.
     """
 
     trunk: int
@@ -85,9 +85,9 @@ class Passes:
     ``count``: 1 is a forward pass, 3 a training step: forward, input gradient, and weight gradient
     of every matmul that trains. Attention's products have two gradients. The first layer's frozen
     matmuls count an input gradient that nothing needs. ``recomputed``: the layers run once more in
-    backward (gradient checkpointing). That is executed and of no use, and an upper bound, because
-    torch leaves a layer as soon as it has what backward needs. ``idle``: the pass runs only because
-    other ranks need it, so it is executed and of no use.
+    backward (gradient checkpointing), which is counted as executed, not useful. It is an upper
+    bound, because torch leaves a layer as soon as it has what backward needs. ``idle``: the pass
+    runs only because other ranks need it, and is counted as executed, not useful.
     """
 
     count: int = 1
@@ -127,7 +127,7 @@ class Ledger:
             self.add(phase, other.useful[phase], other.executed[phase])
 
     def waste(self, other: "Ledger") -> None:
-        """Add work that has to be repeated: executed, and of no use."""
+        """Add work that has to be repeated: it counts as executed, not useful."""
         for phase in other.useful:
             self.add(phase, 0.0, other.executed[phase])
 
@@ -184,7 +184,7 @@ class Ledger:
     ) -> None:
         """Add a forward pass over prompts and responses, with the head on the taught rows.
 
-        The last token of a response is not read. A prompt with several responses is read once.
+        The last token of a response does not run. A prompt with several responses runs once.
         ``taught``: rows that the head projects; None: one for every response token.
         """
         lengths = _Lengths(reads)
@@ -206,9 +206,9 @@ class Ledger:
 
 
 class _Lengths:
-    """The lengths of what a model reads.
+    """The lengths of what a model runs.
 
-    ``prompts``: of every prompt that is read; ``rows``: (prompt, response) of every response.
+    ``prompts``: of every prompt that runs; ``rows``: (prompt, response) of every response.
     """
 
     def __init__(self, reads: Reads) -> None:
@@ -226,7 +226,7 @@ class _Lengths:
 
     @property
     def longest_row(self) -> int:
-        """Return the longest prompt and response that is read; the last token is not."""
+        """Return the longest prompt and response, without its last token, which does not run."""
         return max(prompt + response - 1 for prompt, response in self.rows)
 
 
@@ -294,11 +294,11 @@ def linear_tokens(reads: Reads) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The rollouts of an update.
+    """The rollouts of a step.
 
     ``prompts``: their lengths for (student, teacher); ``samples`` rollouts each, all of
-    ``response`` tokens (a mean, rounded). ``behind``: how many responses follow one reading of
-    their prompt in generation, scoring and training.
+    ``response`` tokens (a mean, rounded). ``behind``: responses per forward pass over their prompt
+    in generation, scoring and training.
     """
 
     prompts: Sequence[tuple[int, int]]
@@ -307,7 +307,7 @@ class Batch:
     behind: tuple[int, int, int]
 
     def reads(self, side: int, phase: int, response: int) -> Reads:
-        """Return what the model ``side`` reads in a phase if responses have ``response`` tokens."""
+        """Return what the model ``side`` runs in a phase if responses have ``response`` tokens."""
         each = min(self.behind[phase], self.samples)
         reads = []
         for lengths in self.prompts:
@@ -324,10 +324,10 @@ def update_ledger(
     teacher_tokens: float = 1.0,
     heads: tuple[float, float] = (1.0, 1.0),
 ) -> Ledger:
-    """Return the FLOPs of one update: generation, scoring, training.
+    """Return the FLOPs of one step: generation, scoring, training.
 
-    Across tokenizers, ``teacher_tokens`` of the teacher's tokens make one of the student's, and the
-    loss reads the shares ``heads`` of both heads.
+    Across tokenizers a student token corresponds to ``teacher_tokens`` teacher tokens on average,
+    and the loss uses the shares ``heads`` of both heads.
     """
     ledger = Ledger()
     ours = max(1, round(batch.response))

@@ -125,7 +125,7 @@ def _check_beta(text: str, parameters: tuple[float, ...]) -> None:
     (beta,) = parameters
     if beta in (0, 1):
         instead = "forward-kl" if beta == 0 else "reverse-kl"
-        raise UserError(f"divergence '{text}': the JSD is zero at β = {beta:g}; use {instead}")
+        raise UserError(f"--divergence {text}: the JSD is zero at β = {beta:g}; use {instead}")
     if not 0 < beta < 1:
         raise _unknown(text)
 
@@ -180,7 +180,7 @@ def _unknown(text: str) -> UserError:
     names = "reverse-kl, forward-kl, jsd:β with 0 < β < 1"
     registered = [_signature(name) for name in DIVERGENCES.names()]
     others = ", ".join(registered) or "a divergence that --plugin registers"
-    return UserError(f"divergence '{text}': --divergence must be {names}, or {others}")
+    return UserError(f"--divergence {text}: expected {names}, or {others}")
 
 
 def _signature(name: str) -> str:

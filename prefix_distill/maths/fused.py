@@ -25,16 +25,18 @@ def weighted(  # noqa: PLR0913  the operands of one formula
     token_N: Tensor | None = None,
     sampler_logp_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return Σ_n weight_n · D(S_n, T_n), the detached values D_n [N] in nats, and with a clip the
-    teacher's mass on clipped entries [N].
+    """Return Σ_n weight_n · D(S_n, T_n), the values D_n [N], and the clipped mass [N].
 
-    S = softmax(student logits / temperature), T likewise. ``weight_N`` is already divided, for
-    example by the taught tokens of the whole update, and is not renormalised. The forward pass also
-    computes the gradients to the hidden rows, the head's weight and its bias from closed forms, so
-    no [N, V] table outlives its chunk and nothing is projected again. No gradient reaches the
-    teacher, and a frozen head gets none computed. ``token_N``: the realised tokens, for the sampled
-    estimator and the cross-entropy. ``sampler_logp_N``: their log-probability when they were
-    sampled, for the ratio of the sampled estimator.
+    The values are detached, in nats. The clipped mass is the teacher's mass on clipped entries,
+    None without a clip. S = softmax(student logits / temperature), T likewise.
+
+    The forward pass also computes the gradients to the hidden rows, the head's weight and its bias,
+    from closed forms. So no [N, V] table outlives its chunk, and nothing is projected again. The
+    teacher and a frozen head get no gradient.
+
+    ``weight_N``: already normalized, for example divided by the taught tokens of the whole step.
+    ``token_N``: the realized tokens, for the sampled estimator and the cross-entropy.
+    ``sampler_logp_N``: their log-probability when they were sampled, for the sampled estimator.
 
     ValueError: ``token_N`` is None for the sampled estimator or the cross-entropy.
 
@@ -121,7 +123,7 @@ class _Weighted(torch.autograd.Function):
         grad_hidden = None
         if needs_hidden:
             grad_hidden = torch.zeros_like(student_ND)
-        update = _Pass(
+        one_pass = _Pass(
             terms=terms,
             student_ND=student_ND,
             student_head=student_head.to(terms.dtype),
@@ -134,8 +136,8 @@ class _Weighted(torch.autograd.Function):
             grad_weight=float32_zeros(weight_VD, needs_weight),
             grad_bias=float32_zeros(bias_V, needs_bias),
         )
-        value_N, clipped_N = update.run()
-        ctx.grads = update.grad_hidden, update.grad_weight, update.grad_bias
+        value_N, clipped_N = one_pass.run()
+        ctx.grads = one_pass.grad_hidden, one_pass.grad_weight, one_pass.grad_bias
         ctx.dtypes = weight_VD.dtype, getattr(bias_V, "dtype", None)
         ctx.mark_non_differentiable(*(t for t in (value_N, clipped_N) if t is not None))
         return (weight_N * value_N).sum(), value_N, clipped_N
@@ -209,13 +211,12 @@ class _Pass:
         return slope
 
     def _compare(self, rows: slice, tables: _Tables) -> tuple[Tensor, Tensor]:
-        """Return the values [n] of a chunk, and their gradient [n, V] to the student's
-        logits/temperature."""
+        """Return the values [n] of a chunk and their gradient [n, V] to logits/temperature."""
         terms, work = self.terms, tables.work
         if terms.by_token:
             if self.token_N is None:
                 raise ValueError(
-                    "the sampled estimator and the cross-entropy need the realised tokens: pass "
+                    "the sampled estimator and the cross-entropy need the realized tokens: pass "
                     "token_N"
                 )
             token = self.token_N[rows].to(work.device)
@@ -250,10 +251,10 @@ class _Pass:
 
 
 def scale_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients that the forward pass left in ``ctx.grads``, times ``grad_loss``.
+    """Return the gradients that the forward pass stored in ``ctx.grads``, times ``grad_loss``.
 
-    They are those to the hidden rows, the head's weight and its bias; the last two take the dtypes
-    in ``ctx.dtypes``. ``ctx`` drops its references, so that each is freed as soon as possible.
+    They are the gradients to the hidden rows, the head's weight and its bias; the last two get the
+    dtypes in ``ctx.dtypes``. ``ctx`` drops its references, so each is freed as soon as possible.
     """
     hidden, weight, bias = ctx.grads
     ctx.grads = None
@@ -312,20 +313,19 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     token_N: Tensor,
     forward: bool = False,
 ) -> dict[str, Tensor]:
-    """Return facts of every token without gradient, each [N] in float32.
+    """Return facts of every token without gradient, each [N] in float32, in nats.
 
-    ``divergence`` and ``entropy`` of S (nats), the log-probability of the realised token
-    ``token_N`` under each model (``student_logp``, ``teacher_logp``), and with ``forward`` also
-    KL(T‖S), ``forward_kl``.
+    ``divergence``: that of ``terms``; ``entropy``: that of S; ``student_logp``, ``teacher_logp``:
+    the log-probability of the realized token ``token_N``; ``forward_kl``: KL(T‖S), with
+    ``forward``.
     """
     count, device, support = len(student_ND), student_ND.device, len(student_head.weight_VD)
     names = ["divergence", "entropy", "student_logp", "teacher_logp"]
     if forward:
         names.append("forward_kl")
     facts = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
-    four = math.ceil(
-        support * 4 / 3
-    )  # as many tables are alive, where ``rows_per_chunk`` counts three
+    # four tables are alive here, where ``rows_per_chunk`` counts three
+    four = math.ceil(support * 4 / 3)
     size = max(1, min(terms.rows_per_chunk(four, student_head.softcap is not None), count))
     tables = [torch.empty(size, support, device=device) for _ in range(4)]
     student_head, teacher_head = student_head.to(terms.dtype), teacher_head.to(terms.dtype)

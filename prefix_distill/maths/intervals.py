@@ -9,7 +9,7 @@ RESAMPLES = 2_000
 
 
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Return {value, n, low, high}: the mean over problems with a 95 % bootstrap interval.
+    """Return {value, n, low, high}: the mean over problems with a 95% bootstrap interval.
 
     The interval is the percentile bootstrap of 2,000 seeded resamples. If all values are equal, it
     has no width. Its ends are then Wilson's at z = 1.96 if the values are shares of 0 or 1.

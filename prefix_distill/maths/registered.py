@@ -56,7 +56,7 @@ def register_divergence(
 def register_schedule(name: str) -> Callable[[F], F]:
     """Return a decorator that registers a function or class as ``--prefix NAME[:text…]``.
 
-    It is called as ``make(arguments, limit)`` with the texts behind the name and the longest
+    It is called as ``make(arguments, limit)`` with the texts after the name and the longest
     response in tokens. It returns a function ``step → tokens``, or an object with
     ``length(step)``. Steps count from 0; lengths are cut to 1 … ``limit``. An object that also has
     ``observe(step, state, signal, reached)`` is called as ``length(step, state)`` instead; see
@@ -84,10 +84,10 @@ def _check_divergence(name: str, text: str, parameters: tuple[float, ...]) -> No
     except _WrongResult as wrong:
         code = inspect.unwrap(wrong.function).__code__
         raise UserError(
-            f"divergence '{text}': {source}, line {code.co_firstlineno}: {wrong}"
+            f"--divergence {text}: {source}, line {code.co_firstlineno}: {wrong}"
         ) from None
     except Exception as error:
-        raise UserError(f"divergence '{text}': {describe_error(error, source)}") from None
+        raise UserError(f"--divergence {text}: {describe_error(error, source)}") from None
 
 
 class _WrongResult(Exception):
@@ -162,7 +162,7 @@ class Registered(PrefixSchedule):
 
     @property
     def has_state(self) -> bool:
-        """Return whether the length depends on what the updates measured."""
+        """Return whether the length depends on what earlier steps measured."""
         return hasattr(self.rule, "observe")
 
     def length(self, step: int, state: State | None = None) -> int:
@@ -174,7 +174,7 @@ class Registered(PrefixSchedule):
             whole = operator.index(tokens)
         except TypeError:
             raise UserError(
-                f"prefix '{self.text}': {self.source}: the length of step {step} is {tokens!r}; "
+                f"--prefix {self.text}: {self.source}: the length of step {step} is {tokens!r}; "
                 "return a whole number of tokens"
             ) from None
         return max(1, min(whole, self.limit))
@@ -202,7 +202,7 @@ class Registered(PrefixSchedule):
         window = state.get("window", 0)
         if not same or type(window) is not int or window < 0:
             raise UserError(
-                f"prefix '{self.text}': {self.source}: observe left the state "
+                f"--prefix {self.text}: {self.source}: observe left the state "
                 f"{repr(state)[:200]}; use JSON values with text as keys, lists for tuples, and a "
                 "position of at least 0 for 'window'"
             )
@@ -223,7 +223,7 @@ def _build_schedule(
         schedule.length(0)
         schedule.length(1)
     except Exception as error:
-        if isinstance(error, UserError) and str(error).startswith("prefix '"):
+        if isinstance(error, UserError) and str(error).startswith("--prefix "):
             raise
-        raise UserError(f"prefix '{request.text}': {describe_error(error, source)}") from None
+        raise UserError(f"--prefix {request.text}: {describe_error(error, source)}") from None
     return schedule

@@ -15,8 +15,8 @@ GRAMMAR = (
     "at least 1 token (512), a percentage of --max-new-tokens (25%), 'full', linear:L0:d, "
     "staircase:L0:dH:every or auto[:L0:dH]"
 )
-PATIENCE = 4  # updates whose mean is the signal of a window in `auto`
-# share of a window's first signal that it must still lose within PATIENCE updates to count as
+PATIENCE = 4  # steps whose mean is the signal of a window in `auto`
+# share of a window's first signal that it must still lose within PATIENCE steps to count as
 # improving
 STOPPED = 0.1
 REACHED = 0.25  # share of rollouts that must fill the prefix before `auto` grows it
@@ -36,11 +36,11 @@ class PrefixSchedule:
     limit: int
 
     def length(self, step: int, state: State | None = None) -> int:
-        """Return L_k at update ``step``: the tokens that the student may sample."""
+        """Return L_k at ``step``: the tokens that the student may sample."""
         raise NotImplementedError
 
     def longest(self, steps: int) -> int:
-        """Return an upper bound of the lengths of updates 0 … ``steps`` − 1."""
+        """Return an upper bound of the lengths at steps 0 … ``steps`` − 1."""
         return self.limit
 
     def window(self, state: State | None = None) -> int:
@@ -51,11 +51,11 @@ class PrefixSchedule:
         return window
 
     def observe(self, step: int, state: State, signal: float | None, reached: float) -> str | None:
-        """Change ``state`` after update ``step``; return the reason if the prefix changes.
+        """Change ``state`` after ``step``; return the reason if the prefix changes.
 
-        ``signal``: mean divergence of this update's rollouts in the newest window, nats per token;
-        None if no rollout entered it. ``reached``: share of the rollouts that filled the prefix.
-        Both are of the global update, so every rank decides alike.
+        ``signal``: mean divergence of this step's rollouts in the newest window, nats per token;
+        None if no rollout reaches it. ``reached``: share of the rollouts that fill the prefix. Both
+        are of the global batch, so all ranks decide alike.
         """
         return None
 
@@ -84,10 +84,10 @@ class Steady(PrefixSchedule):
 class Auto(PrefixSchedule):
     """A length that doubles, or grows by ``rise``, when its newest window stops improving.
 
-    With a and b the means of the signal over the last-but-one and the last 4 updates, and s its
-    mean over the first 4 since the window opened, the window has stopped improving when
-    a − b ≤ s/10. The length then grows if at least a quarter of the last 4 updates' rollouts filled
-    the prefix. It never shrinks. After arXiv 2607.29494.
+    Let s be the mean of the signal over the first 4 steps since the window opened. Let b be its
+    mean over the last 4 steps, and a its mean over the 4 steps before these. The window has stopped
+    improving when a − b ≤ s/10. The length then grows if at least a quarter of the rollouts of the
+    last 4 steps fill the prefix. It never shrinks. After arXiv 2607.29494.
     """
 
     start: int
@@ -118,8 +118,8 @@ class Auto(PrefixSchedule):
         new = min(old + (self.rise or old), self.limit)
         state.update(length=new, window=old, seen=[])
         return (
-            f"after update {step + 1} the prefix grows from {old} to {new} tokens: over means of "
-            f"{PATIENCE} updates the divergence of tokens {opened} to {old} began at {first:.3g} "
+            f"after step {step + 1} the prefix grows from {old} to {new} tokens: over means of "
+            f"{PATIENCE} steps the divergence of tokens {opened} to {old} began at {first:.3g} "
             f"nats, was {before:.3g} and is {last:.3g}, and {filled:.0%} of the rollouts fill the "
             "prefix"
         )
@@ -134,7 +134,7 @@ def _mean(values: list[float | None]) -> float:
 
 @dataclass(frozen=True)
 class Request:
-    """A schedule that is asked for: its text, the parts behind its name, and T_max."""
+    """A request for a schedule: its text, the parts after its name, and T_max."""
 
     text: str
     parts: tuple[str, ...]
@@ -145,7 +145,7 @@ class Request:
         return _tokens(self.text, part, self.limit)
 
 
-# `full` and plain lengths are no names of this registry
+# `full` and plain lengths are not in this registry
 SCHEDULES: Registry[Callable[[Request], PrefixSchedule]] = Registry(
     "prefix schedule", reserved=("full", "constant")
 )
@@ -164,8 +164,8 @@ def _staircase(request: Request) -> PrefixSchedule:
     start, rise, every = request.parts
     if not re.fullmatch(r"[1-9]\d{0,17}", every, re.ASCII):
         raise UserError(
-            f"prefix '{request.text}': the staircase rises every {every!r} updates; give a number "
-            "of at least 1"
+            f"--prefix {request.text}: the staircase rises every {every!r} steps; give a number of "
+            "at least 1"
         )
     return Steady(
         text=request.text,
@@ -223,7 +223,7 @@ def _unknown(text: str) -> UserError:
     others = ", ".join(SCHEDULES.names())
     if others:
         others = f", or one of {others} (--plugin)"
-    return UserError(f"prefix '{text}': --prefix must be {GRAMMAR}{others}")
+    return UserError(f"--prefix {text}: expected {GRAMMAR}{others}")
 
 
 def _tokens(text: str, part: str, limit: int) -> int:
@@ -233,17 +233,17 @@ def _tokens(text: str, part: str, limit: int) -> int:
         percent = float(percentage[1])
         if not 0 < percent <= 100:
             raise UserError(
-                f"prefix {text}: a percentage must be above 0% and at most 100% of --max-new-tokens"
+                f"--prefix {text}: expected a percentage above 0% and at most 100%, got {part}"
             )
         return max(1, round(limit * percent / 100))
     if not re.fullmatch(r"[+-]?\d{1,18}", part, re.ASCII):
         raise _unknown(text)
     tokens = int(part)
     if tokens < 1:
-        raise UserError(f"prefix length {part}: --prefix must be {GRAMMAR}")
+        raise UserError(f"--prefix {text}: expected {GRAMMAR}")
     if tokens > limit:
         raise UserError(
-            f"prefix length {part}: --max-new-tokens is {limit}, so no response reaches it; "
+            f"--prefix {text}: expected lengths of at most {limit} (--max-new-tokens), got {part}; "
             "lower --prefix, raise --max-new-tokens or use 'full'"
         )
     return tokens
@@ -251,7 +251,7 @@ def _tokens(text: str, part: str, limit: int) -> int:
 
 @dataclass(frozen=True)
 class OffPolicy:
-    """Rollouts that the teacher writes: a share λ of all.
+    """Rollouts that the teacher samples: a share λ of all.
 
     ``loss`` on them: ``sft``, the cross-entropy (SeqKD, arXiv 1606.07947), or ``divergence``, that
     of the run (GKD's mixture, arXiv 2306.13649). They are cut at the prefix like all others.
@@ -261,9 +261,9 @@ class OffPolicy:
     share: float
 
     def rows(self, step: int, rollouts: int, seed: int) -> frozenset[int]:
-        """Return which of an update's rollouts, numbered over the global batch, are the teacher's.
+        """Return which rollouts of a step, numbered over the global batch, are the teacher's.
 
-        They are sampled by ``seed``; over all updates their number is as near to the share as whole
+        They are sampled by ``seed``. Over all steps their number is as near to the share as whole
         rollouts allow.
         """
         before = math.floor(round(self.share * rollouts * step, 9))
@@ -289,13 +289,13 @@ def parse_off_policy(text: str) -> OffPolicy | None:
     if loss in ("sft", "divergence") and 0 < value <= 1:
         return OffPolicy(loss, value)
     raise UserError(
-        f"off-policy '{text}': --off-policy must be none, sft or divergence, the last two with an "
-        "optional share of the rollouts above 0 and at most 1, such as divergence:0.5"
+        f"--off-policy {text}: expected none, sft or divergence, with an optional share such as "
+        "divergence:0.5"
     )
 
 
 def warmup_steps(text: str, steps: int) -> int:
-    """Parse ``20`` (updates) or ``5%`` (of all updates, rounded) → updates of linear warm-up.
+    """Parse ``20`` (steps) or ``5%`` (of all steps, rounded) → steps of linear warm-up.
 
     UserError: anything else.
     """
@@ -308,16 +308,16 @@ def warmup_steps(text: str, steps: int) -> int:
     elif re.fullmatch(r"\d{1,18}", text):
         return int(text)
     raise UserError(
-        f"warmup '{text}': --warmup must be a number of updates (20) or a percentage of them (5%)"
+        f"--warmup {text}: expected a number of steps (20) or a percentage of all steps (5%)"
     )
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: int) -> float:
-    """Return the learning rate of update ``step`` (0-based).
+    """Return the learning rate of ``step`` (0-based).
 
     Warm-up: peak·(step + 1)/(warmup + 1). Then with progress u = (step − warmup)/(steps − warmup):
-    ``constant`` peak; ``linear`` peak·(1 − u); ``cosine`` peak·(1 + cos πu)/2. The rate of the last
-    update is above 0, because u < 1.
+    ``constant`` peak; ``linear`` peak·(1 − u); ``cosine`` peak·(1 + cos πu)/2. The last
+    learning rate is above 0, because u < 1.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

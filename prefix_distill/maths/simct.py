@@ -14,7 +14,7 @@ nats.
 authors' code does.
 
 Source: SimCT, arXiv 2605.07711; the fusion is ours. On exact units the rest of both vocabularies
-cancels, so only the rows of O of both heads are read.
+cancels, so only the rows of O of both heads are used.
 """
 
 from dataclasses import dataclass, replace
@@ -43,10 +43,10 @@ def weighted(  # noqa: PLR0913  the operands of one formula
 ) -> tuple[Tensor, Tensor, None]:
     """Return Σ_u weight_u · D(q_S, q_T), the detached values D_u [U] in nats, and None.
 
-    As in ``fused.weighted``, the gradients are closed forms in the forward pass, ``weight_U`` is
-    already divided, no gradient reaches the teacher, and no table of rows × vocabulary outlives its
-    chunk. The student's head projects the tokens of spans twice, because the gradient of a span's
-    score needs all of them.
+    As in ``fused.weighted``, the forward pass computes the gradients from closed forms, and no
+    table of rows × vocabulary outlives its chunk. ``weight_U`` is already normalized, and the
+    teacher gets no gradient. The student's head projects the tokens of spans twice, because the
+    gradient of a span's score needs all of them.
     """
     result: tuple[Tensor, Tensor, None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch leaves apply unannotated
         student_ND,
@@ -82,7 +82,7 @@ class _Weighted(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         into = _Gradients(needs, student_ND, student_head, terms)
         weight_U = weight_U.to(device, torch.float32)
-        update = _Pass(
+        one_pass = _Pass(
             terms=terms,
             support=support,
             units=units,
@@ -94,14 +94,15 @@ class _Weighted(torch.autograd.Function):
             value_U=torch.zeros(len(weight_U), device=device),
             into=into,
         )
-        update.teach_exact_units()
+        one_pass.compare_exact_units()
         if len(units.spans):
-            update.teach_span_tokens(update.teach_spans())
+            span_gradient_P = one_pass.compare_spans()
+            one_pass.add_span_tokens(span_gradient_P)
 
         ctx.grads = into.hidden, into.weight, into.bias
         ctx.dtypes = weight_VD.dtype, getattr(bias_V, "dtype", None)
-        ctx.mark_non_differentiable(update.value_U)
-        return (weight_U * update.value_U).sum(), update.value_U, None
+        ctx.mark_non_differentiable(one_pass.value_U)
+        return (weight_U * one_pass.value_U).sum(), one_pass.value_U, None
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -132,7 +133,7 @@ class _Pass:
         """Return the rows per chunk of full-vocabulary logits."""
         return rows_per_chunk(self.terms, max(len(self.ours.weight_VD), len(self.theirs.weight_VD)))
 
-    def teach_exact_units(self) -> None:
+    def compare_exact_units(self) -> None:
         """Compare the units of one token per side, using both heads' rows in O."""
         terms, support, units = self.terms, self.support, self.units
         ours, theirs = _rows(self.ours, support.student), _rows(self.theirs, support.teacher)
@@ -148,7 +149,7 @@ class _Pass:
             table = _spread(gradient, share, support)
             self.into.add(rows, table, logits, weight, support.student)
 
-    def teach_spans(self) -> Tensor:
+    def compare_spans(self) -> Tensor:
         """Compare the spans at their first tokens.
 
         Return the gradient [P] to each span's score, divided by the span's number of student
@@ -157,7 +158,7 @@ class _Pass:
         terms, support, units, device = self.terms, self.support, self.units, self.device
         student_P = span_scores(terms, support, self.ours, self.student_ND, units, 0)
         teacher_P = span_scores(terms, support, self.theirs, self.teacher_ME, units, 1).to(device)
-        pull_P = torch.zeros(len(units.spans), device=device)
+        span_gradient_P = torch.zeros(len(units.spans), device=device)
         for part in torch.arange(len(units.spans)).split(self.rows):
             which = units.spans[part]
             rows = units.first[0][which].to(device)
@@ -173,24 +174,24 @@ class _Pass:
                 torch.cat([teacher_scores.to(device), teacher_P[part, None]], 1),
             )
             self.value_U[which] = value
-            pull_P[part] = gradient[:, -1]
+            span_gradient_P[part] = gradient[:, -1]
             spread = _spread(gradient[:, :-1], share, support)
             table = torch.zeros_like(logits).index_add_(1, support.student, spread)
             if not support.raw:
                 table -= base.exp() * table.sum(-1, keepdim=True)
             self.into.add(rows, table, logits, self.weight_U[which.to(device)])
-        return pull_P / units.span_sizes(0, device)
+        return span_gradient_P / units.span_sizes(0, device)
 
     def _base(self, logits: Tensor) -> Tensor:
-        """Return what the scores are taken from: log p, or the logits themselves."""
+        """Return what the scores are based on: log p, or the logits themselves."""
         if self.support.raw:
             return logits
         return torch.log_softmax(logits, -1)
 
-    def teach_span_tokens(self, pull_P: Tensor) -> None:
+    def add_span_tokens(self, span_gradient_P: Tensor) -> None:
         """Add the gradients of the spans' scores to the tokens of the spans.
 
-        ``pull_P``: the result of ``teach_spans``.
+        ``span_gradient_P``: the result of ``compare_spans``.
         """
         units, device = self.units, self.device
         weight_P = self.weight_U[units.spans.to(device)]
@@ -203,7 +204,7 @@ class _Pass:
                 table = torch.softmax(logits, -1).neg_()
             one = torch.ones(len(ids), 1, device=device)
             table.scatter_add_(1, ids[:, None], one)
-            self.into.add(rows, table.mul_(pull_P[spans, None]), logits, weight_P[spans])
+            self.into.add(rows, table.mul_(span_gradient_P[spans, None]), logits, weight_P[spans])
 
 
 class _Gradients:
@@ -284,8 +285,8 @@ def _compare(terms: Terms, student_scores: Tensor, teacher_scores: Tensor) -> tu
 class _Side:
     """One model's operands of ``statistics``.
 
-    Of the spans' own tokens it has the mean log-probabilities [P] (``span_logp``), and the mean
-    scores that the loss compares (``span_score``).
+    ``span_logp`` [P]: the mean log-probability of each span's tokens; ``span_score`` [P]: the mean
+    score that the loss compares.
     """
 
     head: Head
@@ -310,10 +311,9 @@ def statistics(  # noqa: PLR0913  the operands of one formula
 ) -> dict[str, Tensor]:
     """Return facts of every unit without gradient, each [U] in float32.
 
-    ``divergence`` and ``entropy`` on the unit's support, the mean log-probability of the unit's
-    tokens under each model (``student_logp``, ``teacher_logp``), each model's mass on O at the
-    unit's first token (``student_mass``, ``teacher_mass``), and with ``forward`` also KL(q_T‖q_S),
-    ``forward_kl``.
+    ``divergence``, ``entropy``: on the unit's support; ``student_logp``, ``teacher_logp``: the mean
+    log-probability of the unit's tokens; ``student_mass``, ``teacher_mass``: each model's mass on O
+    at the unit's first token; ``forward_kl``: KL(q_T‖q_S), with ``forward``.
     """
     device = student_ND.device
     plain = replace(support, raw=False)

@@ -1,4 +1,4 @@
-"""The taught tokens of a rollout, their weights, and the divisor of the update."""
+"""The taught tokens of a rollout, their weights, and the divisor of the step."""
 
 import math
 import random
@@ -59,12 +59,12 @@ R = TypeVar("R", bound=TaughtRollout)
 
 @dataclass(frozen=True)
 class Window:
-    """K taught tokens of every rollout, or all if it has fewer: the ablation of the prefix.
+    """K taught tokens of every rollout, or all if it has fewer: a control for the prefix.
 
     first, middle, last: K tokens in a row; random: K in a row, anywhere; scattered: K anywhere;
-    highest-kl, highest-entropy: the K with the largest reverse KL(S‖T), or entropy of S; equal
-    values go to the earlier token. A window does not shorten the sampling; `--prefix K` does. Both
-    models read up to the last taught token. After arXiv 2602.15260.
+    highest-kl, highest-entropy: the K with the largest reverse KL(S‖T), or entropy of S. Of equal
+    values the earlier token counts. A window does not shorten rollouts; `--prefix K` does. The
+    forward passes end at the last taught token. After arXiv 2602.15260.
     """
 
     kind: str
@@ -111,8 +111,8 @@ def parse_window(text: str) -> Window | None:
     if kind in WINDOWS and re.fullmatch(r"0*[1-9]\d{0,17}", size, re.ASCII):
         return Window(kind, int(size))
     raise UserError(
-        f"window '{text}': --window must be all, or one of {', '.join(WINDOWS)} with a number of "
-        "at least 1 token, such as first:24"
+        f"--window {text}: expected all, or one of {', '.join(WINDOWS)} with a number of tokens, "
+        "such as first:24"
     )
 
 
@@ -122,7 +122,7 @@ def keep_window(
     key: tuple[object, ...],
     statistics: Facts | None = None,
 ) -> list[R]:
-    """Return the rollouts with only the window taught; one that ranks needs ``statistics``."""
+    """Return the rollouts with only the window taught; a ranking window needs ``statistics``."""
     if window is None:
         return rollouts
     kept = []
@@ -140,7 +140,7 @@ def keep_window(
 class Scale:
     """The smallest and largest entropy (after the clip) and divergence of a global batch.
 
-    They map both to [0, 1].
+    They scale both to [0, 1].
     """
 
     entropy: tuple[float, float]
@@ -182,8 +182,8 @@ class Selection:
         random                sampled uniformly
         bottom                the smallest s of soft-or
 
-    Equal scores go to the earlier token. Sampling is seeded per rollout. Entropy and divergence are
-    of the whole vocabulary at temperature 1.
+    Of equal scores the earlier token is selected. Sampling is seeded per rollout. Entropy and
+    divergence are of the whole vocabulary at temperature 1.
     """
 
     kind: str
@@ -248,10 +248,10 @@ def parse_selection(kind: str, share: float) -> Selection | None:
     if kind == "all":
         return None
     if kind not in SELECTIONS:
-        raise UserError(f"select '{kind}': --select must be all or one of {', '.join(SELECTIONS)}")
+        raise UserError(f"--select {kind}: expected all or one of {', '.join(SELECTIONS)}")
     if not 0 < share <= 1:
         raise UserError(
-            f"keep {share}: --keep must be a share of the tokens above 0 and at most 1, such as 0.5"
+            f"--keep {share}: expected a share of the tokens above 0 and at most 1, such as 0.5"
         )
     return Selection(kind, share)
 
@@ -263,7 +263,7 @@ def keep_selection(
     facts: Facts | None = None,
     at: Scale | None = None,
 ) -> list[R]:
-    """Return the rollouts with the selection taught; one that ranks needs ``facts`` and ``at``."""
+    """Return the rollouts with the selection taught; a ranking one needs ``facts`` and ``at``."""
     if selection is None:
         return rollouts
     chosen = []
@@ -326,7 +326,7 @@ class PositionWeight:
 
         u = (j − 1/2)/m ,   w = w_min + (1 − w_min)·σ((u − τ)/s)
 
-    ``mirrored``: 1 − u in place of u. Weights are not renormalised: the divisor ignores them.
+    ``mirrored``: 1 − u in place of u. Weights are not renormalized: the divisor ignores them.
     """
 
     least: float
@@ -347,8 +347,10 @@ class PositionWeight:
 
 
 def parse_position_weight(text: str) -> PositionWeight | None:
-    """Parse ``uniform`` → None, ``moderate`` (0.25, 0.30, 0.10), ``decreasing`` (its mirror image)
-    or ``sigmoid:w,τ,s``. UserError otherwise."""
+    """Parse ``uniform`` → None, or a name or ``sigmoid:w,τ,s`` → PositionWeight.
+
+    ``moderate`` is (0.25, 0.30, 0.10), and ``decreasing`` its mirror image. UserError otherwise.
+    """
     if text == "uniform":
         return None
     if text in ("moderate", "decreasing"):
@@ -361,23 +363,24 @@ def parse_position_weight(text: str) -> PositionWeight | None:
     if kind == "sigmoid" and 0 <= least <= 1 and math.isfinite(turn) and 0 < width < math.inf:
         return PositionWeight(least, turn, width)
     raise UserError(
-        f"position weight '{text}': --position-weight must be uniform, moderate, decreasing or "
-        "sigmoid:w,τ,s with a least weight w from 0 to 1, a turning point τ and a width s above 0, "
-        "such as sigmoid:0.25,0.3,0.1"
+        f"--position-weight {text}: expected uniform, moderate, decreasing or sigmoid:w,τ,s with "
+        "0 ≤ w ≤ 1 and s > 0, such as sigmoid:0.25,0.3,0.1"
     )
 
 
 def token_weights(
     rollouts: Sequence[TaughtRollout], reduction: str, position: PositionWeight | None = None
 ) -> tuple[dict[tuple[int, int], list[float]], float]:
-    """Return (prompt, sample) → undivided weight of each taught token, and this rank's share of the
-    divisor.
+    """Return the weights of taught tokens before division, and this rank's share of the divisor.
 
-    With m taught tokens in a rollout (``Rollout.counted``): ``token``: weight 1, divisor Σ m;
-    ``sequence``: weight 1/m, divisor the number of rollouts; ``sum``: weight 1, divisor the number
-    of rollouts, so the gradient grows with the prefix. ``position`` multiplies the weights by that
-    of the position in the whole rollout. The update divides by the sum of shares over all ranks, so
-    neither micro-batches nor ranks change it.
+    The weights are by (slot, sample). With m taught tokens in a rollout (``Rollout.counted``):
+
+        token      weight 1,   divisor Σ m
+        sequence   weight 1/m, divisor the number of rollouts
+        sum        weight 1,   divisor the number of rollouts: the gradient grows with the prefix
+
+    ``position`` multiplies each weight by that of the token's position in the whole rollout. The
+    step divides by the sum of shares over all ranks, so neither micro-batches nor ranks change it.
     """
     weights = {}
     for r in rollouts:

@@ -1,4 +1,4 @@
-"""Sample full answers of both models, from the start or behind tokens of the other model."""
+"""Sample full answers of both models, from the start or after tokens of the other model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Find the cards (GPUs) that a planned run fits."""
+"""Find the GPUs that a planned run fits."""
 
 import math
 from dataclasses import replace
@@ -8,16 +8,16 @@ from ..errors import UserError
 from .case import Case, choose_adapter
 from .forecast import Forecaster
 
-# GB (10⁹ bytes, as cards are sold; drivers leave about this many GiB less a few per cent)
+# GB (10⁹ bytes, as GPUs are sold; drivers leave about this many GiB less a few percent)
 CARDS = (16, 24, 48, 80)
-# GB of a card that hold no tensors: CUDA context, workspaces of libraries, rounding by the
+# GB of a GPU that hold no tensors: CUDA context, workspaces of libraries, rounding by the
 # allocator
 RESERVED = 1.0
 LORA = Adapter(rank=64)  # the adapter of the LoRA rows if the config has none
 
 
 def fit_cards(forecaster: Forecaster, config: Config, case: Case, notes: list[str]) -> list[dict]:
-    """Return how the run fits each card: all weights or LoRA, each with and without checkpointing.
+    """Return how the run fits each GPU: all weights or LoRA, each with and without checkpointing.
 
     ``fits``: whether the config's micro-batch fits; ``micro_batch``: an estimate of the largest
     that fits, linear between two forecasts; None if not even one rollout fits; ``set_by``: the
@@ -53,7 +53,7 @@ def describe_adapter(adapter: Adapter | None) -> str:
 
 
 def _fit_method(forecaster: Forecaster, case: Case, rollouts: int) -> list[dict]:
-    """Return one row per card for one method of training."""
+    """Return one row per GPU for one method of training."""
     single = forecaster.forecast(replace(case, micro_batch=1))["total"]
     forecast = forecaster.forecast(case)
     total = forecast["total"]

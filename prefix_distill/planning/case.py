@@ -41,7 +41,7 @@ class Lengths(NamedTuple):
 class Case:
     """The settings and lengths that determine the memory of one rank.
 
-    ``prompts``: the prompts of an update; ``prefix`` and ``limit``: the longest rollout in training
+    ``prompts``: the prompts of a step; ``prefix`` and ``limit``: the longest rollout in training
     and in evaluation; ``micro_batch``: rollouts in one forward pass; ``rows``: responses sampled
     together; ``answers``: responses sampled in an evaluation; ``compared``: responses of an
     evaluation on which both models are compared; ``support``: ids that both models have.
@@ -70,7 +70,7 @@ class Case:
     support: int | None = None
 
     def update(self) -> list[Rollout]:
-        """Return the rollouts of an update, each as long as the prefix."""
+        """Return the rollouts of a step, each as long as the prefix."""
         return make_rollouts(self.prompts, self.samples, self.prefix)
 
     @property
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def training(self) -> Network:
-        """Return the student in an update."""
+        """Return the student in a step."""
         return Network(self.trained_dtype, self.adapter, self.recomputes)
 
     @property
@@ -163,7 +163,7 @@ def build_case(
 ) -> Case:
     """Return the ``Case`` of one of ``ranks`` ranks.
 
-    An update is made of the longest of ``lengths.prompts``, repeated if there are too few.
+    A step has the longest of ``lengths.prompts``, repeated if there are too few.
     """
     # The rank with the most prompts determines the memory.
     size = _divide_up(config.train.batch_size, ranks)

@@ -1,4 +1,4 @@
-"""Check before a run that student, teacher, prompts, sampling and device go together.
+"""Check before a run that student, teacher, prompts, sampling and device are compatible.
 
 ``training.prepare`` has already rejected impossible settings; these checks run both models and take
 seconds.
@@ -71,10 +71,7 @@ def _check_head(run: Run) -> Check:
     The loss applies the heads itself. PreflightError: the difference is too large.
     """
     gaps = {role: loading.check_head(model) for role, model in both_models(run)}
-    text = (
-        "the output head on the hidden states gives the model's logits, within "
-        f"{max(gaps.values()):.1g} nats"
-    )
+    text = f"head(hidden states) equals the model's logits within {max(gaps.values()):.1g} nats"
     return passed("head", text, gaps)
 
 
@@ -136,16 +133,13 @@ def _check_sampling(run: Run) -> Check:
         f"temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k "
         f"{sampler.top_k or 'off'}"
     )
-    # Users expect the sampling that a model's card recommends, so it is named.
+    # Users expect the sampling that a model card recommends, so ignored settings are named.
     for role, fields in ignored.items():
         if fields:
             values = ", ".join(f"{key} {value}" for key, value in fields.items())
             text += f"; ignored: {values} from the {role}'s generation config"
     if not sampler.on_policy:
-        text += (
-            "; such rollouts are off-policy for the divergence, which --temperature 1 --top-p 1 "
-            "--top-k 0 avoids"
-        )
+        text += "; these settings make rollouts off-policy; use --temperature 1 --top-p 1 --top-k 0"
         return warned("sampling", text, facts)
     return passed("sampling", text, facts)
 
@@ -157,7 +151,7 @@ def _shaping_fields(model: Model) -> dict:
 
 
 def _check_memory(run: Run) -> Check:
-    """Compare what the run needs beside the loaded weights with the free memory."""
+    """Compare what the run needs in addition to the loaded weights with the free memory."""
     free = read_free_memory(run.place.device)
     case = _describe_case(run)
     bound = bound_memory(run.pair.student, run.pair.teacher, case)
@@ -222,8 +216,8 @@ def _compare_memory(forecast: dict, free: int, facts: dict, free_text: str) -> C
         "phases": forecast["phases"],
     }
     text = (
-        f"the run needs {_format_gib(needed)} beside the loaded weights, most in "
-        f"{forecast['set_by']}; {free_text}"
+        f"the run needs {_format_gib(needed)} in addition to the loaded weights (peak in "
+        f"{forecast['set_by']}); {free_text}"
     )
     if fixed > free:
         text += (

@@ -93,7 +93,7 @@ class Forecaster:
         return weights, 4 * trainable
 
     def _training_phases(self, case: Case, gradients: float) -> Bytes:
-        """Return the bytes beyond the weights of every phase of an update."""
+        """Return the bytes beyond the weights of every phase of a step."""
         group, accumulates = _largest_micro_batch(case)
         teacher_forward = self._forward(case, TEACHER, group)
         # The loss needs the teacher's hidden rows and head, not its layers.
@@ -109,7 +109,7 @@ class Forecaster:
                 replace(m, support=case.support), teacher_head, work
             ),
         )
-        # The micro-batches of an update run one after another; each finds the gradients of the
+        # The micro-batches of a step run one after another; each finds the gradients of the
         # earlier ones.
         earlier = 0.0
         if accumulates:
@@ -228,14 +228,14 @@ class Forecaster:
 
 
 def _settings(case: Case, role: str) -> Network:
-    """Return the settings of a model outside of updates and generation."""
+    """Return the settings of a model outside of training and generation."""
     if role == STUDENT:
         return case.student
     return case.teacher
 
 
 def _largest_micro_batch(case: Case) -> tuple[list[Rollout], bool]:
-    """Return the micro-batch of an update with the most tokens, and whether there are others."""
+    """Return the micro-batch of a step with the most tokens, and whether there are others."""
     groups = micro_batches(case.update(), case.micro_batch, not case.recomputes)
     return max(groups, key=_count_tokens), len(groups) > 1
 

@@ -1,4 +1,4 @@
-"""Measure the bytes of each part of an update by running it on shape-only tensors."""
+"""Measure the bytes of each part of a step by running it on shape-only tensors."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from .ghosts import StorageCounter, make_ghost, storage_of
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """A micro-batch of an update. ``accumulates``: its gradients are added to earlier ones."""
+    """A micro-batch of a step. ``accumulates``: its gradients are added to earlier ones."""
 
     rollouts: list[Rollout]
     terms: Terms
@@ -83,7 +83,7 @@ def measure_update(model: Model, teacher: Head, work: MicroBatch) -> dict[str, f
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.autocast):
             student_ND = scoring.hidden_rows(model, student_sides(work.rollouts))
         forward = counter.take_peak()
-        # The values are bound to a name, as in an update: they stay alive and count.
+        # The values are bound to a name, as in a step: they stay alive and count.
         loss, _value_N, _ = weighted(
             work.terms,
             student_ND,

@@ -49,7 +49,7 @@ def plan(
     """Return the document of `prefix-distill plan`.
 
     ``prompt_tokens``: the length of every prompt, in place of a dataset's; ``prefixes``: schedules
-    beside the config's own, separated by commas. UserError: an option is invalid, a file cannot be
+    besides the config's own, comma-separated. UserError: an option is invalid, a file cannot be
     read, or the prompts and responses are longer than the models' positions.
     """
     rate_source.check()
@@ -80,10 +80,10 @@ def plan(
     rows = []
     for text, schedule in schedules.items():
         tokens = [schedule.length(0), schedule.longest(config.train.steps or 1)]
-        cost = _price(count_flops(config, shapes, prompts.lengths, schedule), config, rate)
+        cost = _estimate_cost(count_flops(config, shapes, prompts.lengths, schedule), config, rate)
         memory = forecaster.forecast(replace(case, prefix=tokens[1]))
         rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
-    # The cards are for the config's own prefix.
+    # The GPUs are those that fit the config's own prefix.
     case = replace(case, prefix=rows[0]["tokens"][1])
     return {
         **_describe(config, nets, dtypes, prompts.support),
@@ -166,8 +166,8 @@ def _describe(config: Config, nets: Sequence[Model], dtypes: Dtypes, support: in
     }
 
 
-def _price(ledger: Ledger, config: Config, rate: dict | None) -> dict:
-    """Return the FLOPs of a run with ``ledger``, and its seconds at ``rate``."""
+def _estimate_cost(ledger: Ledger, config: Config, rate: dict | None) -> dict:
+    """Return the FLOPs of a run with ``ledger``, and its seconds at the speed ``rate``."""
     seconds = None
     if rate is not None:
         seconds = estimate_seconds(ledger, rate)
@@ -185,7 +185,7 @@ def count_flops(
     prompts: Sequence[PromptLengths],
     schedule: PrefixSchedule,
 ) -> Ledger:
-    """Return the FLOPs of all updates, whose rollouts are all as long as the prefix.
+    """Return the FLOPs of all steps, whose rollouts are all as long as the prefix.
 
     The prompts are used in turn.
     """

@@ -4,15 +4,14 @@ Keys of its document:
 
 by_position          reverse KL(S‖T) and entropy of S (nats per token), in bins of the student's own
                      full rollouts
-kl_share             share of each rollout's KL in its first 10, 25 and 50 %, over all rollouts
+kl_share             share of each rollout's KL in its first 10, 25 and 50%, over all rollouts
 kl_share_by_tokens   share of the KL in the first N tokens, for every prefix length tried
 quadrants            entropy × divergence of the student's tokens, above or below their medians
                      (``weights.quadrants``)
-teacher_prefix_curve the student's accuracy if the teacher writes the first N tokens (after arXiv
-                     2602.15260)
-teacher_decay_curve  the teacher's accuracy if the student writes the first N tokens
+teacher_prefix_curve the student's accuracy after the teacher's first N tokens (arXiv 2602.15260)
+teacher_decay_curve  the teacher's accuracy after the student's first N tokens
 recommended_prefix   tokens, "full", or None if there is nothing to recommend
-expected_saving      useful FLOPs of an update with full rollouts over those with the prefix
+expected_saving      useful FLOPs of a step with full rollouts over those with the prefix
 """
 
 import math
@@ -50,8 +49,8 @@ Values = list[list[float | None]]  # nats per token, by rollout
 class Curves:
     """Accuracy by the number N of given tokens, one point {tokens, value, …} per N.
 
-    ``student``: of the student behind N teacher tokens; ``teacher``: of the teacher behind N
-    student tokens.
+    ``student``: of the student after N teacher tokens; ``teacher``: of the teacher after N student
+    tokens.
     """
 
     student: list[dict]
@@ -85,9 +84,9 @@ def probe(run: Run, say: Callable[[str], None] = _ignore) -> dict:
     """Return the document of `prefix-distill probe` for the run's training prompts.
 
     If answers can be graded, the recommended prefix is the shortest of those tried, up to half of
-    the teacher's mean length, with which the student closes 80 % of the gap in accuracy. This tells
+    the teacher's mean length, with which the student closes 80% of the gap in accuracy. This tells
     a wrong start, which a prefix can correct, from a missing skill, which the rest of the answer
-    needs as well. Otherwise it is the shortest prefix whose tokens hold 80 % of the KL. ``say``
+    needs as well. Otherwise it is the shortest prefix whose tokens hold 80% of the KL. ``say``
     receives a line per step.
     """
     prompts = run.problems.train
@@ -105,7 +104,7 @@ def probe(run: Run, say: Callable[[str], None] = _ignore) -> dict:
             curves = _measure_curves(answering, student, teacher, tried, say)
     kl_by_tokens = {n: _share_of_kl(kl, [n] * len(kl)) for n in tried}
     recommended, reason = recommend(curves, kl_by_tokens, length)
-    # Without a prefix of some tokens, the update costs what full rollouts cost.
+    # Without a recommended length, a step costs as much as with full rollouts.
     response = length
     if isinstance(recommended, int):
         response = recommended
@@ -195,7 +194,7 @@ def _measure_curves(
     )
     teacher_texts = _in_student_tokens(run, teacher)
     for n in tried:
-        say(f"each model continues the first {n} tokens of the other's answers")
+        say(f"swap test: each model continues the other's first {n} tokens")
         starts = [ids[:n] for ids in teacher_texts]
         continued = answering.continue_from(answering.student, starts, n)
         curves.student.append(_grade(run, run.pair.student, continued, n))
@@ -206,7 +205,7 @@ def _measure_curves(
 
 
 def _grade(run: Run, model: Model, answers: Answers, tokens: int) -> dict:
-    """Return the accuracy of answers behind ``tokens`` given tokens, with its interval.
+    """Return the accuracy of answers after ``tokens`` given tokens, with its interval.
 
     ``right``: 1 or 0 for every prompt. All prompts must have a reference answer.
     """
@@ -277,14 +276,14 @@ def _recommend_by_accuracy(curves: Curves, length: float) -> tuple[int | str | N
         # The half is rounded up, because the tried lengths are rounded.
         if share >= RECOVERED and n <= length / 2 + 0.5:
             reason = (
-                f"a prefix suffices: if the teacher writes the first {n} of its {length:.0f} "
-                f"tokens, the student closes {share:.0%} of the accuracy gap between {accuracies}"
+                f"a prefix suffices: after the first {n} of the teacher's {length:.0f} tokens, the "
+                f"student closes {share:.0%} of the accuracy gap between {accuracies}"
             )
             return n, reason
     n, share = list(closed.items())[-1]
     reason = (
-        f"no prefix suffices: even if the teacher writes the first {n} of its {length:.0f} tokens, "
-        f"the student closes only {share:.0%} of the accuracy gap between {accuracies}"
+        f"no prefix suffices: even after the first {n} of the teacher's {length:.0f} tokens, the "
+        f"student closes only {share:.0%} of the accuracy gap between {accuracies}"
     )
     return "full", reason
 
@@ -316,7 +315,7 @@ def _bin_positions(kl: Values, entropy: Values) -> list[dict]:
     size = max(1, math.ceil(longest / BINS))
     bins = []
     for start in range(0, longest, size):
-        # Across tokenizers only the first token of a taught unit has a value.
+        # Across tokenizers only the first token of a trained unit has a value.
         kl_values = intervals.known([row[start : start + size] for row in kl])
         entropy_values = intervals.known([row[start : start + size] for row in entropy])
         if kl_values:

@@ -2,6 +2,13 @@
 
 from rich.table import Table
 
+HEADINGS = (
+    "N",
+    "share of the KL in the first N tokens",
+    "student accuracy after the teacher's first N tokens",
+    "teacher accuracy after the student's first N tokens",
+)
+
 
 def tabulate_probe(document: dict) -> list[Table]:
     """Return the tables of a probe: accuracy and KL by prefix, and the quadrants."""
@@ -11,7 +18,7 @@ def tabulate_probe(document: dict) -> list[Table]:
 def _tabulate_curves(document: dict) -> Table:
     """Return the table of the KL and of both models' accuracy by prefix length."""
     table = Table(title=f"recommended --prefix: {document['recommended_prefix']}")
-    for heading in ("prefix", "share of the KL", "student continues", "teacher continues"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     student_curve, teacher_curve = document["teacher_prefix_curve"], document["teacher_decay_curve"]
     shares = {n: f"{share:.0%}" for n, share in document["kl_share_by_tokens"].items()}
@@ -21,7 +28,7 @@ def _tabulate_curves(document: dict) -> Table:
             table.add_row(n, share, "–", "–")
         return table
     for student, teacher in zip(student_curve, teacher_curve, strict=True):
-        # Behind 0 tokens there is an accuracy, but no share of the KL.
+        # At N = 0 there is an accuracy, but no share of the KL.
         n = str(student["tokens"])
         table.add_row(n, shares.get(n, "–"), _format_accuracy(student), _format_accuracy(teacher))
     return table
@@ -35,8 +42,8 @@ def _tabulate_quadrants(quadrants: dict) -> Table:
     """Return the table of the quadrants of entropy and divergence."""
     entropy, kl = quadrants["borders"]
     table = Table(
-        title="the student's tokens; high is above the median, which is "
-        f"{entropy:.2g} nats of entropy and {kl:.2g} nats of KL"
+        title=f"student tokens by quadrant (thresholds: medians, {entropy:.2g} nats entropy, "
+        f"{kl:.2g} nats KL)"
     )
     table.add_column("quadrant")
     table.add_column("share of the tokens", justify="right")

@@ -18,7 +18,7 @@ from ..maths.flops import Ledger
 
 @dataclass(frozen=True)
 class RateSource:
-    """Where the rate of a plan comes from; with none of the three, no time is forecast.
+    """Where the speed of the device comes from; with none of the three, no time is forecast.
 
     ``tflops``: given in 10¹² FLOP/s; ``measure``: measured on this machine; ``from_run``: a run
     folder.
@@ -29,15 +29,16 @@ class RateSource:
     from_run: str | None = None
 
     def check(self) -> None:
-        """Raise UserError if the rate is not above 0, or is given twice."""
+        """Raise UserError if the speed is not above 0, or has two sources."""
         if self.tflops is not None and not 0 < self.tflops < math.inf:
             raise UserError(
-                f"--device-tflops {self.tflops}: expected a rate above 0, such as 100; change it"
+                f"--device-tflops {self.tflops:g}: expected a number above 0, such as 100; change "
+                "it"
             )
         if (self.tflops is not None) + self.measure + (self.from_run is not None) > 1:
             raise UserError(
-                "--device-tflops, --measure, --from-run: expected one source of the rate, got "
-                "several; keep one"
+                "--device-tflops, --measure, --from-run: expected one of them, got several; keep "
+                "one"
             )
 
     def read(self, config: Config, student: Model, dtype: torch.dtype) -> dict | None:
@@ -55,7 +56,7 @@ class RateSource:
 def read_rate(from_run: str | Path) -> dict:
     """Return what a run measured: {source, flops_per_second: by phase, optimizer_seconds}.
 
-    UserError: the folder has no metrics.jsonl with a row of an update.
+    UserError: the folder has no metrics.jsonl with a step.
     """
     try:
         text = (Path(from_run) / "metrics.jsonl").read_text(encoding="utf-8")
@@ -64,7 +65,7 @@ def read_rate(from_run: str | Path) -> dict:
         optimizer = sum(row["time/optimizer_s"] for row in rows) / len(rows)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise UserError(
-            f"--from-run {from_run}: expected metrics.jsonl with a row of an update in it; name "
+            f"--from-run {from_run}: expected metrics.jsonl with at least one step, got none; name "
             "the folder of a run that has trained"
         ) from None
     return {
@@ -119,7 +120,7 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
 
 
 def estimate_seconds(ledger: Ledger, rate: dict) -> float:
-    """Return the seconds of the ledger's work at a rate. UserError: the rate lacks a phase."""
+    """Return the seconds of the ledger's work. UserError: ``rate`` lacks the speed of a phase."""
     speed = rate["flops_per_second"]
     if not isinstance(speed, dict):
         return ledger.total() / speed
@@ -127,7 +128,7 @@ def estimate_seconds(ledger: Ledger, rate: dict) -> float:
     for phase, flops in ledger.useful.items():
         if phase not in speed:
             raise UserError(
-                f"--from-run: expected the rate of {phase}, got none in that run; name a run that "
+                f"--from-run: expected the speed of {phase}, got none in that run; name a run that "
                 "sampled and trained"
             )
         seconds.append(flops / speed[phase])

@@ -7,7 +7,7 @@ from .cards import CARDS
 
 
 def tabulate(document: dict) -> list[Table]:
-    """Return the tables of a plan: prefixes, components, cards."""
+    """Return the tables of a plan: prefixes, components, GPUs."""
     return [_tabulate_prefixes(document), _tabulate_memory(document), _tabulate_cards(document)]
 
 
@@ -16,12 +16,12 @@ def _tabulate_prefixes(document: dict) -> Table:
     table = Table(
         "prefix",
         "tokens",
-        "FLOPs per update",
+        "FLOPs per step",
         "FLOPs",
         "time",
         "memory, GiB",
         "set by",
-        title=f"{document['method']}, {document['updates']} updates",
+        title=f"{document['method']}, {document['updates']} steps",
     )
     for row in document["prefixes"]:
         shortest, longest = row["tokens"]
@@ -60,12 +60,12 @@ def _tabulate_memory(document: dict) -> Table:
 
 
 def _tabulate_cards(document: dict) -> Table:
-    """Return the table of the largest micro-batch that fits on each card."""
+    """Return the table of the largest micro-batch that fits on each GPU."""
     table = Table(
         "",
         "needs, GiB",
         *[f"{card} GB" for card in CARDS],
-        title="largest micro-batch that fits (rollouts)",
+        title="largest micro-batch (rollouts) that fits a GPU of this size",
     )
     methods: dict[str, list[dict]] = {}
     for row in document["cards"]:
@@ -90,7 +90,7 @@ def _format_gib(size: float) -> str:
 
 
 def _format_seconds(seconds: float | None) -> str:
-    """Return seconds, or hours from one hour on; a dash if no rate is known."""
+    """Return seconds, or hours from one hour on; a dash if they are not known."""
     if seconds is None:
         return "–"
     if seconds >= 3600:

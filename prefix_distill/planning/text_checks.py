@@ -63,7 +63,7 @@ def check_prompts(run: Run) -> Check:
         )
         return warned("prompts", text, facts)
     text = (
-        f"the first prompt has {len(first.student_ids)} ids for the student and "
+        f"the first prompt has {len(first.student_ids)} tokens for the student and "
         f"{len(first.teacher_ids)} for the teacher; the teacher's probability of the student's "
         f"most likely first token is {chance:.2g}"
     )
@@ -191,8 +191,8 @@ def check_padding(run: Run) -> Check:
     if not without:
         return passed("padding", "both models have a padding id that is not an EOS id", facts)
     text = (
-        f"no padding id other than an EOS id: {' and '.join(without)}; EOS tokens are still "
-        "taught, because a response ends by position"
+        f"{' and '.join(without)}: no padding id other than an EOS id; the loss still covers EOS "
+        "tokens, because a response ends by position"
     )
     return passed("padding", text, facts)
 
@@ -216,7 +216,7 @@ def check_context(run: Run) -> Check:
     if limits:
         room = f"{min(limits)} positions"
     text = (
-        f"prompts of {lengths[0]} to {lengths[-1]} tokens (median {median}), responses of up to "
+        f"prompts of {lengths[0]} to {lengths[-1]} tokens (median {median}), rollouts of up to "
         f"{limit}; {room}"
     )
     return passed("context", text, facts)

@@ -64,7 +64,7 @@ def stream_rows(source: Source, split: str) -> "IterableDataset":
 
 def no_rows(name: str) -> UserError:
     """Return the error for a dataset without rows."""
-    return UserError(f"dataset {name}: it has no rows; give one with at least one prompt")
+    return UserError(f"dataset {name}: it has no rows; give a dataset with at least one prompt")
 
 
 def _find_local(source: Source) -> Path | None:

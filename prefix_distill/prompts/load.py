@@ -1,4 +1,4 @@
-"""Load a prompt set from files, the hub, a preset or the embedded laboratory."""
+"""Load a prompt set from files, the hub, a preset or a built-in task."""
 
 import itertools
 import re
@@ -78,8 +78,8 @@ def _load(
     if source.is_embedded:
         if row_format.privileged_column not in (None, "solution"):
             raise UserError(
-                f"dataset {source.text}: no column '{row_format.privileged_column}'; it has "
-                "solution; change --privileged-column"
+                f"dataset {source.text}: expected the column solution, got "
+                f"'{row_format.privileged_column}'; change --privileged-column"
             )
         return _select(builder, _embedded_rows(source, selection), selection)
     if row_format.streaming:
@@ -193,7 +193,7 @@ def _other_splits(source: Source, split: str) -> dict[str, tuple[str, str]]:
 
 
 def _embedded_rows(source: Source, selection: _Selection) -> list[Row]:
-    """Return problems of the embedded laboratory as rows.
+    """Return problems of a built-in task as rows.
 
     By default 4,000 training problems or 2,000 others, and at most 900 per number of steps.
     """

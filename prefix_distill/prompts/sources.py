@@ -40,7 +40,7 @@ class Source:
 
     @property
     def is_embedded(self) -> bool:
-        """Return whether the dataset belongs to the embedded laboratory."""
+        """Return whether the dataset is that of a built-in task."""
         return self.location.startswith(LAB)
 
     @property

@@ -42,7 +42,7 @@ def prompts_of_step(rendered: list[Rendered], step: int, size: int, seed: int) -
 def assign_slots(weights: list[Fraction]) -> Iterator[int]:
     """Yield the dataset of each slot of an endless stream.
 
-    Each slot goes to the dataset that is furthest behind its share: weight / sum(weights) of the
+    Each slot goes to the dataset that is furthest below its share: weight / sum(weights) of the
     slots so far. The first one wins a tie. Fractions keep the shares exact.
     """
     total = sum(weights)
@@ -150,7 +150,8 @@ def take_examples(
     if len(shown) < count:
         raise UserError(
             f"--few-shot {count}: dataset {prompts.name} has {len(shown)} rows with a solution "
-            "outside the evaluation set; lower it, or name the solutions with --answer-column"
+            "outside the evaluation set; lower --few-shot, or name the solution column with "
+            "--answer-column"
         )
     if not prompts.streamed:
         shown_indices = {prompt.index for prompt in shown}

@@ -72,7 +72,8 @@ def render(
     if thinking != "auto" and "enable_thinking" not in chat_template:
         raise UserError(
             f"model {model.name}: its chat template has no thinking switch (enable_thinking); "
-            "set this model's --student-thinking or --teacher-thinking to auto"
+            "leave its thinking option at auto (--student-thinking, --teacher-thinking; eval: "
+            "--thinking)"
         )
     if not chat_template:
         return tokenizer(_plain_text(prompt.messages, separator)).input_ids
@@ -182,7 +183,7 @@ def render_all(
         )
     raise UserError(
         f"dataset: all {dropped} prompts are longer than --max-prompt-tokens "
-        f"{settings.max_prompt_tokens}; raise it"
+        f"{settings.max_prompt_tokens}; raise --max-prompt-tokens"
     )
 
 

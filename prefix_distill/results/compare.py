@@ -1,6 +1,6 @@
 """Compare arms over seeds from one file: their accuracy and their cost.
 
-One run trains at a time. A comparison that was interrupted continues with the next call.
+One run trains at a time. The same call again continues an interrupted comparison.
 
 base: {models: {…}, train: {steps: 30}}        sections as in `run --config`, for every arm
 seeds: [0, 1, 2]
@@ -64,14 +64,14 @@ def read_arms(path: str) -> Arms:
 
     UserError: a key is unknown, a named arm does not exist, or no run accepts the settings.
     """
-    tree = configuration.read_tree(path)
+    tree = configuration.read_tree(path, "arms file")
     for key in tree:
         if key not in KEYS:
             shown = reprlib.repr(key)
             raise _error(path, f"unknown key {shown}; expected one of {', '.join(KEYS)}")
     arms = dict(_mapping(path, "arms", tree.get("arms")))
     if not arms:
-        raise _error(path, "it names no arm; add at least one under 'arms'")
+        raise _error(path, "expected at least one arm under 'arms', got none")
     start = _starts(path, arms)
     for name in start:  # aliased arms are one object; copy it so that each arm keeps its start
         arms[name] = dict(arms[name])
@@ -83,7 +83,7 @@ def read_arms(path: str) -> Arms:
     reference = tree.get("reference")
     if reference is not None and (not isinstance(reference, str) or reference not in arms):
         names = ", ".join(map(str, arms))
-        raise _error(path, f"the reference '{reference}' is not one of its arms ({names})")
+        raise _error(path, f"reference '{reference}': expected one of its arms ({names})")
     for name, sections in arms.items():
         arms[name] = _settings(path, f"arm '{name}'", sections)
     also = dict(_mapping(path, "also", tree.get("also") or {}))
@@ -112,7 +112,7 @@ def _error(path: str, text: str) -> UserError:
 def _settings(path: str, what: str, sections: object) -> Settings:
     """Return the settings in a mapping of sections."""
     sections = _mapping(path, what, sections)
-    return configuration.flatten(path, sections)
+    return configuration.flatten(f"arms file {path}: {what}", sections)
 
 
 def _starts(path: str, arms: dict) -> dict[str, str]:

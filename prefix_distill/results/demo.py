@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 UPDATES = 30
-PROMPTS = 16  # per update
+PROMPTS = 16  # per step
 RATE = 4e-4  # learning rate
 PROBLEMS = 200  # held-out
-EVERY = 10  # updates between evaluations
+EVERY = 10  # steps between evaluations
 ARMS = {"prefix": "24", "full": "full"}  # arm → prefix
 COLUMNS = ("prefix", "accuracy", "useful FLOPs", "training time", "finished answers", "mean tokens")
 
@@ -42,7 +42,7 @@ def demonstrate(folder: Path, seed: int, observer: Observer) -> tuple["Table", d
         arms.append(_describe(name, run, result))
     student = arms[0]["evaluations"][0]
     picture = folder / "accuracy-against-flops.png"
-    title = f"{UPDATES} updates of {PROMPTS} rollouts, evaluated every {EVERY}"
+    title = f"{UPDATES} steps of {PROMPTS} rollouts, evaluated every {EVERY}"
     draw_demo(arms, teacher["accuracy"]["value"], title, picture)
     document = {
         "teacher": teacher["accuracy"],
@@ -107,8 +107,8 @@ def _table(arms: list[dict], student: dict, teacher: dict) -> "Table":
     from rich.table import Table
 
     table = Table(
-        title=f"{UPDATES} updates of {PROMPTS} rollouts in both arms; accuracy on {PROBLEMS} "
-        "held-out problems, one sample each, with 95 % interval"
+        title=f"{UPDATES} steps of {PROMPTS} rollouts in both arms; accuracy on {PROBLEMS} "
+        "held-out problems, one sample each, with 95% interval"
     )
     table.add_column("")
     for column in COLUMNS:

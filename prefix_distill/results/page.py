@@ -29,8 +29,12 @@ def render_page(
     other_sets: set[str] = set()
     for row in summary_rows:
         other_sets.update(row["also"])
+    measure = "Held-out KL"
+    if all(run.right for run in runs):
+        measure = "Accuracy"
     text = environment.from_string(template).render(
         title=title,
+        measure=measure,
         runs=runs,
         summary=summary_rows,
         reference=reference,

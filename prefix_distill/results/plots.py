@@ -128,7 +128,7 @@ def _column(rows: Sequence[dict], key: str) -> numpy.ndarray:
 def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
     """Save the demo's picture as PNG: accuracy against useful FLOPs, a line per arm.
 
-    The bands are 95 % intervals; a dotted line is the teacher's accuracy.
+    The bands are 95% intervals; a dotted line is the teacher's accuracy.
     """
     figure, axes = _subplots(7, 4.2)
     level = 100 * teacher
@@ -164,7 +164,7 @@ def draw_report(
 ) -> "Figure":
     """Return a matplotlib figure: accuracy against a cost, a line per arm, means over its seeds.
 
-    ``only``: the arms to draw (default: all). Bands are 95 % intervals; they need the same problems
+    ``only``: the arms to draw (default: all). Bands are 95% intervals; they need the same problems
     and seeds in all arms. Without graded answers the figure shows held-out KL.
     """
     if only is not None:
@@ -208,7 +208,7 @@ def draw_report(
 
 
 def _accuracies(run: Finished) -> dict[int, float]:
-    """Return the accuracy in per cent of every evaluation, by its update."""
+    """Return the accuracy in percent of every evaluation, by its step."""
     accuracies = {}
     for row in run.evaluations:
         accuracy = row["accuracy"]
@@ -218,7 +218,7 @@ def _accuracies(run: Finished) -> dict[int, float]:
 
 
 def _divergences(run: Finished) -> dict[int, float]:
-    """Return the held-out KL of every evaluation, by its update."""
+    """Return the held-out KL of every evaluation, by its step."""
     divergences = {}
     for row in run.evaluations:
         divergences[row["step"]] = row["kl"]["value"]
@@ -235,7 +235,7 @@ def _means(steps: list[int], seeds: list[dict[int, float]]) -> list[float]:
 
 
 def _draw_band(axes: "Axes", x: list[float], accuracy_draws: Numbers, colour: str) -> None:
-    """Draw the 95 % interval of an accuracy around its line."""
+    """Draw the 95% interval of an accuracy around its line."""
     low = []
     high = []
     for draws in accuracy_draws.T:
@@ -246,7 +246,7 @@ def _draw_band(axes: "Axes", x: list[float], accuracy_draws: Numbers, colour: st
 
 
 def _escape(text: str) -> str:
-    """Return text that matplotlib draws as it is; it takes what is between two $ as a formula."""
+    """Escape $ signs, because matplotlib draws text between two of them as a formula."""
     return as_text(text).replace("$", r"\$")
 
 

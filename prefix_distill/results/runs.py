@@ -47,8 +47,8 @@ COLUMNS = (
     "flops_executed",
     "seconds",
 )
-# the horizontal axes of the pictures: the fields of Cost, and the number of updates
-AXES = ("useful training FLOPs", "executed training FLOPs", "training time (s)", "updates")
+# the horizontal axes of the pictures: the fields of Cost, and the number of steps
+AXES = ("useful training FLOPs", "executed training FLOPs", "training time (s)", "steps")
 
 
 class Cost(NamedTuple):
@@ -66,9 +66,9 @@ NO_COST = Cost(0.0, 0.0, 0.0)
 class Finished:
     """A finished run.
 
-    ``root``: the folder it was found in. ``right``: update → share of correct answers of every
+    ``root``: the folder it was found in. ``right``: step → share of correct answers of every
     problem. ``kl_before``, ``kl_after``: reverse KL per token of the fixed contexts. ``also``: name
-    of another dataset → accuracy. ``offset``: what the run it started from had cost.
+    of another dataset → accuracy. ``offset``: the cost of the run it started from.
     """
 
     arm: str
@@ -96,7 +96,7 @@ class Finished:
         )
 
     def spent(self, against: str) -> dict[int, float]:
-        """Return the x of every evaluation, by its update, on one of the axes AXES."""
+        """Return the x of every evaluation, by its step, on one of the axes AXES."""
         axis = AXES.index(against)
         spent = {}
         for row in self.evaluations:
@@ -236,7 +236,7 @@ def _read_scores(file: Path) -> dict[int, list[float]]:
 
 
 def _check_steps(run: Finished) -> None:
-    """Raise UserError unless evaluations and scores belong to the same, ascending updates."""
+    """Raise UserError unless evaluations and scores belong to the same, ascending steps."""
     steps = [row["step"] for row in run.evaluations]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)):
         raise UserError(
@@ -275,7 +275,7 @@ def by_arm(runs: list[Finished]) -> dict[str, list[Finished]]:
 
 
 def common_steps(runs: list[Finished]) -> list[int]:
-    """Return the updates at which all runs were evaluated.
+    """Return the steps at which all runs were evaluated.
 
     A resumed run can be longer than the others, and runs can differ in --eval-every.
     """
@@ -286,7 +286,7 @@ def common_steps(runs: list[Finished]) -> list[int]:
 
 
 def common_tail(runs: list[Finished]) -> int:
-    """Return the longest prefix of the arms that truncate: none of them was taught beyond it."""
+    """Return the longest prefix of the arms that truncate; beyond it none of them is trained."""
     longest = 0
     for run in runs:
         prefix = run.result["prefix"]
@@ -298,7 +298,7 @@ def common_tail(runs: list[Finished]) -> int:
 def write_csv(runs: list[Finished], file: Path) -> None:
     """Write a row per run and evaluation under COLUMNS, and a column per other dataset.
 
-    ``kl_beyond``: reverse KL beyond ``common_tail``, after the last update.
+    ``kl_beyond``: reverse KL beyond ``common_tail``, after the last step.
     """
     tail = common_tail(runs)
     other_sets: set[str] = set()

@@ -15,6 +15,8 @@ from .. import config as configuration
 from ..errors import UserError
 
 LARGEST = 1e30  # limit on numbers: sums over runs must not overflow
+SHOWN_KEYS = 4  # of an object that lacks a key
+SHOWN_CHARACTERS = 100  # of a value in an error
 ADVICE = "restore the file, or leave this run out"
 NAMES = {
     dict: "an object",
@@ -222,7 +224,7 @@ def _check_value(value: Any, kind: Any, path: str) -> None:
         _, kind_of_values = typing.get_args(kind)
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ShapeError(f"{_place(path)}: expected text as keys, got {_shown(key)}")
+                raise ShapeError(f"{_at(path)}expected text as keys, got {_shown(key)}")
             _check_value(item, kind_of_values, f"{path}.{key}")
 
 
@@ -231,12 +233,12 @@ def _check_fields(value: dict, kind: Any, path: str) -> None:
         if key in value:
             _check_value(value[key], kind_of_field, f"{path}.{key}")
         elif key in kind.__required_keys__:
-            raise ShapeError(f"{_place(path)}: expected the key '{key}', got {_shown(value)}")
+            raise ShapeError(f"{_at(path)}expected the key '{key}', got {_shown_keys(value)}")
 
 
 def _check_type(value: object, kind: type, path: str) -> None:
     if not _has_type(value, kind):
-        raise ShapeError(f"{_place(path)}: expected {NAMES[kind]}, got {_shown(value)}")
+        raise ShapeError(f"{_at(path)}expected {NAMES[kind]}, got {_shown(value)}")
 
 
 def _has_type(value: Any, kind: type) -> bool:
@@ -254,8 +256,22 @@ def _has_type(value: Any, kind: type) -> bool:
 def _shown(value: object) -> str:
     if value is None:
         return "null"
-    return reprlib.repr(value)
+    return reprlib.repr(value)[:SHOWN_CHARACTERS]
 
 
-def _place(path: str) -> str:
-    return path.removeprefix(".") or "document"
+def _shown_keys(value: dict) -> str:
+    """Name the first keys of an object: the keys ranks, result, …"""
+    if not value:
+        return "no keys"
+    keys = [str(key) for key in value]
+    names = ", ".join(keys[:SHOWN_KEYS])
+    if len(keys) > SHOWN_KEYS:
+        names += ", …"
+    return f"the keys {names[:SHOWN_CHARACTERS]}"
+
+
+def _at(path: str) -> str:
+    """Return where a value is in its document, with a colon; "" for the document itself."""
+    if not path:
+        return ""
+    return path.removeprefix(".") + ": "

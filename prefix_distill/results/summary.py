@@ -29,7 +29,7 @@ class Line(NamedTuple):
 class Curve(NamedTuple):
     """Means of an arm over its seeds at E evaluations, with R bootstrap draws of them."""
 
-    steps: list[int]  # [E] updates
+    steps: list[int]  # [E]
     accuracy: Numbers  # [E]
     accuracy_draws: Numbers  # [R, E]
     flops: Numbers  # [E] useful FLOPs
@@ -262,8 +262,10 @@ def _cost_ratio(reference: Curve, arm: Curve, share: float) -> dict:
 
 
 def _ratio_of_lines(reference: Line, arm: Line, share: float) -> float:
-    """Return the reference's cost to reach ``share`` of its gain ÷ the arm's cost to reach the same
-    accuracy; 0 if the arm never reaches it, or had reached it before its first update."""
+    """Return the reference's cost to reach ``share`` of its gain ÷ the arm's cost to reach that.
+
+    0: the arm never reaches this accuracy, or had reached it before its first step.
+    """
     start = reference.accuracy[0]
     wanted = start + share * (reference.accuracy[-1] - start)
     cost = first_cost(arm.cost, arm.accuracy, wanted)
@@ -274,16 +276,16 @@ def _ratio_of_lines(reference: Line, arm: Line, share: float) -> float:
 
 HEADINGS = (
     "arm",
-    "accuracy [95 %]",
+    "accuracy [95%]",
     "useful FLOPs",
     "executed FLOPs",
     "training time",
-    "KL beyond its prefix, before → after",
+    "KL beyond the prefix, before → after",
     "finished",
     "tokens",
-    "reference's useful FLOPs ÷ the arm's, to reach 50 % of the reference's gain",
-    "to reach 90 %",
-    "to reach 100 %",
+    "cost saving (×) to reach 50% of the reference's gain",
+    "to reach 90%",
+    "to reach 100%",
 )
 
 
@@ -328,8 +330,10 @@ def _tail_text(row: dict) -> str:
 
 
 def ratio_text(ratio: dict | None) -> str:
-    """Return a cost ratio with its interval; add the share of draws that reach the accuracy if it
-    is below 100 %."""
+    """Return a cost ratio with its interval, and the share of draws that reach the accuracy.
+
+    The share is omitted if it is 100%.
+    """
     if ratio is None:
         return "–"
     value = ratio["value"]

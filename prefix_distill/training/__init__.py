@@ -1,1 +1,1 @@
-"""The training run: preparation, the loop, one update, checkpoints, the run folder."""
+"""The training run: preparation, the loop, one step, checkpoints, the run folder."""

@@ -85,10 +85,10 @@ def make_command(config: Config) -> str:
 
 
 def make_card(run: Run, progress: Progress, row: dict, full: float | None = None) -> str:
-    """Return the model card of the student after ``row["step"]`` updates.
+    """Return the model card of the student after ``row["step"]`` steps.
 
     ``row``: step, accuracy, KL and other measurements of this student; ``full``: useful FLOPs that
-    as many updates with full rollouts would take.
+    as many steps with full rollouts would take.
     """
     config = run.config
     facts = describe_machine()
@@ -109,7 +109,7 @@ def make_checkpoint_card(config: Config, step: int) -> str:
     """Return the card of a student in the middle of its run."""
     parts = [
         *_top(config, step),
-        f"This is the student after update {step} of {config.train.steps} of the following "
+        f"This is the student after step {step} of {config.train.steps} of the following "
         "prefix-distill run:",
         _fenced(make_command(config)),
     ]
@@ -119,7 +119,7 @@ def make_checkpoint_card(config: Config, step: int) -> str:
 def _top(config: Config, step: int) -> list[str]:
     """Return front matter and title.
 
-    The teacher has a key of its own, because the hub shows several base models as a merge.
+    The teacher has its own key, because the hub shows several base models as a merge.
     """
     keys: dict[str, Any] = {
         "library_name": "transformers",
@@ -138,8 +138,10 @@ def _top(config: Config, step: int) -> list[str]:
     data = hub_id(config.data.dataset)
     if data is not None:
         keys["datasets"] = [data]
-    name = Path(settled(config.models.student, "--student")).name.removesuffix(".gguf")
-    title = config.trackers.name or f"{name} after {step} updates of on-policy distillation"
+    name = settled(config.models.student, "--student")
+    if base is None and not name.startswith(LAB):  # a path, of which only the name is public
+        name = Path(name).name.removesuffix(".gguf")
+    title = config.trackers.name or f"{name} after {_count(step, 'step')} of on-policy distillation"
     return [f"---\n{ModelCardData(**keys).to_yaml()}\n---", f"# {_line(title)}"]
 
 
@@ -156,7 +158,7 @@ def _introduction(config: Config, version: str) -> str:
         "The license is that of the base model.",
     ]
     if hub_id(models.student) is None:
-        sentences.append("The base model is not on the hub; the command below names it.")
+        sentences.append("The base model is local: see the command below.")
     return " ".join(sentences)
 
 
@@ -173,7 +175,7 @@ def _method(run: Run, progress: Progress, step: int) -> list[str]:
     ]
     for decision in progress.decisions:
         if decision["step"] <= step:
-            parts.append(f"- After update {decision['step']}: {_line(decision['reason'])}")
+            parts.append(f"- After step {decision['step']}: {_line(decision['reason'])}")
     return parts
 
 
@@ -182,16 +184,16 @@ def _settings(run: Run, progress: Progress, step: int) -> list[tuple[str, str]]:
     config = run.config
     divergence, rollout, schedule = config.divergence, config.rollout, config.schedule
     rows = [
-        ("updates", f"{step} of {config.train.steps}"),
-        ("prompts × rollouts per update", f"{config.train.batch_size} × {rollout.samples}"),
+        ("steps", f"{step} of {config.train.steps}"),
+        ("prompts × rollouts per step", f"{config.train.batch_size} × {rollout.samples}"),
         (
             "prefix",
-            f"{_code(schedule.prefix)}: {run.method.prefix.length(0)} tokens in the first update, "
-            f"{progress.taught_prefix} in the last, of at most {rollout.max_new_tokens}",
+            f"{_code(schedule.prefix)}: {run.method.prefix.length(0)} tokens (first step) to "
+            f"{progress.taught_prefix} (last step); answers have at most {rollout.max_new_tokens}",
         ),
         (
             "divergence",
-            f"{_code(divergence.name)}, estimator {_code(divergence.estimator)}, averaged per "
+            f"{_code(divergence.name)}, estimator {_code(divergence.estimator)}, reduction "
             f"{_code(divergence.reduction)}",
         ),
         (
@@ -229,9 +231,9 @@ def _results(config: Config, first: dict, row: dict) -> list[str]:
         rows.append(("mean tokens per answer", f"{before:.0f}", f"{after:.0f}"))
     return [
         "## Results",
-        f"Measured on {problems}, with 95 % bootstrap intervals. The KL is measured on fixed "
+        f"Measured on {problems}, with 95% bootstrap intervals. The KL is measured on fixed "
         "answers of the untrained student; n is their number of tokens.",
-        _table(("", "before", f"after {row['step']} updates"), rows),
+        _table(("", "before", f"after {_count(row['step'], 'step')}"), rows),
     ]
 
 
@@ -243,18 +245,26 @@ def _cost(run: Run, progress: Progress, facts: dict, full: float | None) -> list
         ("executed (with padding and repeated work)", flops_text(spent["executed"])),
     ]
     if full is not None:
-        rows.append(("useful, for as many updates with full rollouts", flops_text(full)))
-    hardware = ", ".join(facts["gpus"]) or f"{facts['machine']} CPU, {facts['threads']} threads"
-    ranks = "1 rank"
-    if run.place.world > 1:
-        ranks = f"{run.place.world} ranks"
+        rows.append(("useful, if every step used full rollouts", flops_text(full)))
+    hardware = ", ".join(facts["gpus"]) or _describe_cpu(facts)
     dtype = str(run.place.dtype).removeprefix("torch.")
     return [
         "## Cost",
         _table(("training FLOPs", ""), rows),
-        f"{hardware}; {ranks}, {dtype}; torch {facts['torch']}, transformers "
-        f"{facts['transformers']}, Python {facts['python']}.",
+        f"{hardware}; {_count(run.place.world, 'rank')}, {dtype}; torch {facts['torch']}, "
+        f"transformers {facts['transformers']}, Python {facts['python']}.",
     ]
+
+
+def _describe_cpu(facts: dict) -> str:
+    return f"{facts['machine']} CPU, {_count(facts['threads'], 'thread')}"
+
+
+def _count(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 step, 2 steps."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
 
 
 def _warnings(run: Run, progress: Progress, step: int) -> list[str]:

@@ -13,7 +13,7 @@ def find_non_finite(run: Run, rollout: Rollout) -> str:
     """Return which weight, hidden state or logit of the two models is not finite.
 
     Weights are checked first, then hidden states and logits on ``rollout``, the teacher's before
-    the student's. The answer reads before "not finite".
+    the student's. The result completes the phrase "… not finite".
     """
     sides = (
         ("teacher", run.pair.teacher, rollout.teacher),

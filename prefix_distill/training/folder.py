@@ -196,7 +196,7 @@ class RunFolder:
             write_atomically(file, content)
 
     def read_json(self, name: str):
-        """The JSON file ``name``; UserError when it is missing or damaged."""
+        """Return the content of the JSON file ``name``. UserError: it is missing or damaged."""
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -256,10 +256,10 @@ class RunFolder:
     def rewind(
         self, name: str, step: int, warn: Callable[[str], None], whole: bool = False
     ) -> None:
-        """Drop torn lines, and rows of updates after ``step``, from a file of JSON lines.
+        """Drop incomplete lines, and rows of steps after ``step``, from a file of JSON lines.
 
-        It warns of torn lines, and of missing rows if the file should contain the ``whole`` run.
-        UserError: the file cannot be read.
+        It warns of incomplete lines and, if the file should contain the ``whole`` run, of missing
+        rows. UserError: the file cannot be read.
         """
         try:
             rows, torn = read_rows(self.path / name)
@@ -273,17 +273,17 @@ class RunFolder:
             lines = "line"
             if torn > 1:
                 lines = "lines"
-            warn(f"{name}: dropped {torn} {lines} that the interruption cut short")
+            warn(f"{name}: removed {torn} incomplete {lines} left by the interruption")
         missing = set(range(1, step + 1)) - {row["step"] for row in rows}
         if whole and missing:
             warn(
-                f"{name}: the rows of {len(missing)} earlier updates are missing (the first: "
+                f"{name}: the rows of {len(missing)} earlier steps are missing (the first: "
                 f"{min(missing)}); the run does not need them, but reports lack them"
             )
         self.write_rows(name, [row for row in rows if row["step"] <= step])
 
     def save_checkpoint(self, step: int, tensors: "dict[str, Tensors]", facts: dict) -> None:
-        """Write the checkpoint after ``step`` updates, with checksums, and delete older ones.
+        """Write the checkpoint after ``step`` steps, with checksums, and delete older ones.
 
         ``tensors``: state dicts by name; ``facts``: plain data. All rows of JSON lines reach the
         disk before the checkpoint does.
@@ -327,7 +327,7 @@ class RunFolder:
         )
 
     def read_student(self, step: int) -> "Tensors":
-        """Return the student's weights after ``step`` updates. UserError: they are damaged."""
+        """Return the student's weights after ``step`` steps. UserError: they are damaged."""
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         try:
             return _read_checkpoint(folder)[1]["student"]

@@ -108,7 +108,7 @@ def make_loss(run: Run) -> torch.nn.Module:
         return loss
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "broadcast_buffers"
-    if "forward_sync_buffers" in known:  # torch renamed it
+    if "forward_sync_buffers" in known:  # torch's newer name
         buffers = "forward_sync_buffers"
     # buffers never change, so they are not broadcast
     options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}

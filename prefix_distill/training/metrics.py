@@ -1,4 +1,4 @@
-"""Numbers of an update and of a run: metrics rows, the cost of full rollouts, the result."""
+"""Numbers of a step and of a run: metrics rows, the cost of full rollouts, the result."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ HEAD_TOKENS = 64  # the training KL of the first tokens, comparable while a pref
 
 
 def full_cost(run: Run, progress: Progress, steps: range) -> float:
-    """Return the useful FLOPs that the updates in ``steps`` would take with full rollouts.
+    """Return the useful FLOPs that ``steps`` would take with full rollouts.
 
     The length of full rollouts is measured at every evaluation. It is taken as linear in between
     and as constant after the last one.
@@ -40,12 +40,12 @@ def _length_at(evaluations: list[dict], step: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateFacts:
-    """The numbers of one update over all ranks.
+    """The numbers of one step over all ranks.
 
-    Means of the loss's values per token, nats, None without a token: ``divergence`` over all taught
+    Means of the loss per token, in nats, None without a token: ``divergence`` over all taught
     tokens, ``head`` over the first ``HEAD_TOKENS``, ``newest`` over the newest window of the
-    prefix; ``text`` over the teacher's text if its loss is another one; ``clipped``: the mean
-    clipped mass. ``objective``: the loss itself; ``finished``: the share of rollouts that end
+    prefix, ``text`` over the teacher's text if that has another loss. ``clipped``: the mean clipped
+    mass. ``objective``: the loss itself; ``finished``: the share of rollouts that end
     within the prefix; ``tokens``: taught tokens; ``alignment``: shares across tokenizers.
     """
 
@@ -91,7 +91,7 @@ def _sum(values: list[float]) -> _Sum:
 def _rollout_sums(run: Run, losses: TokenLosses, r: Rollout, newest: int) -> _RolloutSums:
     """Return the sums of a rollout; ``newest``: first position of the newest window."""
     values = losses.values[r.key]
-    # The teacher's text is kept separate if its loss is another one.
+    # The teacher's text is summed separately if it has another loss.
     is_text = r.off_policy and run.method.text_terms is not run.method.terms
     by_position = [] if is_text else list(zip(r.taught, values, strict=True))
     weights = losses.weights[r.key]
@@ -109,7 +109,7 @@ def _rollout_sums(run: Run, losses: TokenLosses, r: Rollout, newest: int) -> _Ro
 
 
 def update_facts(update: Update, losses: TokenLosses) -> UpdateFacts:
-    """Return the update's numbers over all ranks.
+    """Return the numbers of a step over all ranks.
 
     Sums run in (slot, sample) order, so that the number of ranks cannot change them.
     """
@@ -144,7 +144,7 @@ def _mean(sums: list[_Sum]) -> float | None:
 
 
 def metrics_row(update: Update, facts: UpdateFacts, rate: float, norm: float) -> dict:
-    """Return the row of an update for metrics.jsonl.
+    """Return the row of a step for metrics.jsonl.
 
     ``rate``: its learning rate; ``norm``: the norm of its gradient before clipping.
     """
@@ -180,7 +180,7 @@ def metrics_row(update: Update, facts: UpdateFacts, rate: float, norm: float) ->
 
 
 def _speeds(update: Update, tokens: int) -> dict[str, float]:
-    """Return the seconds of each phase since the update began, and tokens per second."""
+    """Return the seconds of each phase since the step began, and tokens per second."""
     seconds = {}
     for phase, total in update.state.clock.seconds.items():
         if phase != "evaluation":
@@ -195,7 +195,8 @@ def _speeds(update: Update, tokens: int) -> dict[str, float]:
 def result_document(state: State, resumed_from: int | None) -> dict:
     """Return the result of a finished run as JSON values.
 
-    ``resumed_from``: the step of the checkpoint that it was resumed from, if it was.
+    ``resumed_from``: the step of the checkpoint that it was resumed from, if any. Its ``warnings``
+    are those of training; run.json lists those of the preparation.
     """
     progress, seconds = state.progress, state.clock.seconds
     first, last = progress.evaluations[0], progress.evaluations[-1]

@@ -38,8 +38,8 @@ SHARED_MASS = 0.95
 class Monitor:
     """Measures the student of one run.
 
-    ``before``: the measurement of the untrained student, kept in before.json; ``contexts``: its
-    rollouts of held-out prompts, the fixed contexts of every later comparison.
+    ``before``: the measurement of the untrained student, stored in before.json; ``contexts``: its
+    rollouts of held-out prompts, the fixed contexts of all measurements.
     """
 
     def __init__(self, state: State):
@@ -94,16 +94,16 @@ class Monitor:
 
     def _report_coverage(self, coverage: dict) -> None:
         self.report.note(
-            f"of the tokens of the student's own answers {coverage['exact_share']:.1%} align one "
-            f"to one, {coverage['span_share']:.1%} in spans, {coverage['dropped_share']:.1%} not "
-            "at all"
+            f"alignment of the student's answers: {coverage['exact_share']:.1%} of student tokens "
+            f"map to one teacher token, {coverage['span_share']:.1%} lie in spans, "
+            f"{coverage['dropped_share']:.1%} are unaligned"
         )
         student, teacher = coverage["student_mass"], coverage["teacher_mass"]
         if min(student, teacher) < SHARED_MASS:
             self.report.warn(
-                f"{student:.1%} of the student's and {teacher:.1%} of the teacher's probability "
-                "lies on shared tokens; the rest is not compared; --cross-tokenizer simct compares "
-                "the sampled spans, --off-policy sft needs no comparison"
+                f"only {student:.1%} of the student's and {teacher:.1%} of the teacher's "
+                "probability is on shared tokens; the loss ignores the rest; try "
+                "--cross-tokenizer simct or --off-policy sft"
             )
 
     def resume(self) -> None:
@@ -114,19 +114,19 @@ class Monitor:
             self.contexts = [_read_rollout(row) for row in self.before["rollouts"]]
         except (KeyError, TypeError, AttributeError):
             raise UserError(
-                f"run folder {folder.path}: before.json is not what a run writes; start anew with "
-                "another --out"
+                f"run folder {folder.path}: before.json: expected the rollouts of a run, got other "
+                "content; start again with another --out"
             ) from None
 
     def evaluate(self) -> dict:
-        """Measure the current student, and warn if its tail gets worse."""
+        """Measure the current student, and warn if text beyond the prefix got worse."""
         measured = self._measure()
         self.report.evaluation(self.progress.evaluations[-1])
         self._warn_about_tail(self.before, measured)
         return measured
 
     def look(self) -> None:
-        """Evaluate or probe the tail, if one is due after this step and was not made."""
+        """Evaluate or probe the tail if that is due after this step and not yet done."""
         settings, step = self.run.config.evaluate, self.progress.step
         evaluated = self.progress.evaluations[-1]["step"]
         if settings.every and step % settings.every == 0:
@@ -140,9 +140,9 @@ class Monitor:
     def probe_tail(self) -> dict:
         """Measure the student beyond the prefix, on a few fixed contexts.
 
-        Measured: the reverse KL on them, and how the student's own full answers to their prompts
-        end, sampled with the untrained student's seeds. The ledger has a row of its own for it,
-        which the totals include.
+        Measured: the reverse KL on them, and how full answers to their prompts end. The answers are
+        sampled with the seeds of the untrained student. The FLOPs are a separate row of the ledger,
+        included in the totals.
         """
         run, progress = self.run, self.progress
         count = run.config.evaluate.tail_prompts
@@ -179,8 +179,8 @@ class Monitor:
     def _measure(self, sampled: list[Rollout] | None = None) -> dict:
         """Measure accuracy on the held-out problems and the reverse KL on the fixed contexts.
 
-        Keep the best student. If no problem is evaluated, the endings are those of the full answers
-        ``sampled``, or of new ones.
+        It also saves the best student. If no problem is evaluated, the endings are those of the
+        full answers ``sampled``, or of a new sample.
         """
         run, progress = self.run, self.progress
         meter = self.state.meter()
@@ -254,7 +254,7 @@ class Monitor:
     def _sampler_gap(self, meter: Meter) -> float | None:
         """Return KL(sampler‖student) on the fixed contexts, in nats per token.
 
-        It says how far from on-policy a sampling copy in another dtype is; None if the student
+        It measures how far a sampling copy in another dtype is from on-policy. None: the student
         itself samples.
         """
         decoding, pair = self.state.decoding, self.run.pair
@@ -325,7 +325,7 @@ def measure_contexts(
 def candidate_score(state: State, meter: Meter) -> float:
     """Return how good the student is on the extrapolation prompts; higher is better.
 
-    The score is the share of right full answers, or minus the mean reverse KL (nats per token) of
+    The score is the share of correct full answers, or minus the mean reverse KL (nats per token) of
     new rollouts of the current prefix. The seeds are the same for every candidate and trigger.
     """
     run = state.run

@@ -35,7 +35,7 @@ def step_optimizer(
     rate: float,
     grad_clip: float,
 ) -> float:
-    """Clip the gradients, make one step at learning rate ``rate``; return the norm before clipping.
+    """Clip the gradients, take one step at learning rate ``rate``; return the norm before clipping.
 
     ``grad_clip`` 0 clips nothing. Stopped: a parameter has no gradient. NonFiniteGradient: a
     gradient is not finite; no weight was changed.

@@ -1,4 +1,4 @@
-"""Load a student and its teacher, and check that they go together."""
+"""Load a student and its teacher, and check that they are compatible."""
 
 import contextlib
 import dataclasses
@@ -23,11 +23,11 @@ from ..maths.weights import parse_window
 from ..plugins import load_plugins
 from .run import Notes, settled
 
-TASK = "choice"  # the embedded default: lab:choice and its pair
+TASK = "choice"  # the built-in default: lab:choice and its pair
 
 
 def fill_in(config: Config, notes: Notes) -> Config:
-    """Return the config with the embedded pair and task in place of what is not given."""
+    """Return the config with the built-in pair and task where none is given."""
     student = f"{LAB}{TASK}/student"
     if config.models.teacher == configuration.SELF:
         student = f"{student}-told"
@@ -42,7 +42,7 @@ def fill_in(config: Config, notes: Notes) -> Config:
     for section, key, value in defaults:
         if getattr(getattr(config, section), key) is None:
             config = configuration.replace(config, **{section: {key: value}})
-            notes.note(f"{key} {value}: none was given, so the embedded laboratory's is used")
+            notes.note(f"no --{key} was given; using the built-in {value}")
     return config
 
 
@@ -59,7 +59,7 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     """Load both models, join the ranks and compare the tokenizers.
 
     Return the config with the options that depend on the models, this rank's place, and the pair.
-    UserError: a model cannot be loaded. PreflightError: the models do not go together.
+    UserError: a model cannot be loaded. PreflightError: the models are not compatible.
     """
     student, where = _load_student(config)
     notes.note(*where.reasons)
@@ -81,8 +81,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
         student = with_checkpointing(student)
         if student.shares_prompts and config.rollout.samples > 1:
             notes.note(
-                "the student's training pass reads a prompt once per sample, because of "
-                "--gradient-checkpointing"
+                "the student runs the prompt once per sample, because --gradient-checkpointing "
+                "is on"
             )
     pair = Pair(
         student=student,
@@ -177,7 +177,7 @@ def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
     reason = scoring.check_sharing(model)
     model.shares_prompts = reason is None
     if reason:
-        notes.note(f"the {role} reads a prompt once per sample: {reason}")
+        notes.note(f"the {role} runs the prompt once per sample: {reason}")
 
 
 def _spread_limit(config: Config, where: Place, notes: Notes) -> int | None:
@@ -187,7 +187,7 @@ def _spread_limit(config: Config, where: Place, notes: Notes) -> int | None:
     if where.world > 1:
         raise UserError(
             f"--teacher-device auto with {where.world} ranks: it spreads one teacher over all "
-            "GPUs; start one rank, or leave it out"
+            "GPUs; start one rank, or omit --teacher-device"
         )
     if config.runtime.teacher_memory is not None:
         limit = int(config.runtime.teacher_memory * 2**30)
@@ -215,16 +215,18 @@ def check_alignment(config: Config, notes: Notes) -> Config:
             "units are compared on all shared tokens; use --estimator full",
         )
     if config.divergence.clip is not None:
-        _refuse("--clip", "the clip needs one vocabulary; leave it out")
+        _refuse("--clip", "the clip needs one vocabulary; omit --clip")
     if config.rollout.eos == "teacher":
-        _refuse("--eos teacher", "the student does not have the teacher's ids; leave it out")
+        _refuse(
+            "--eos teacher", "the student's vocabulary lacks the teacher's EOS tokens; omit --eos"
+        )
     if off_policy is not None and off_policy.loss == "sft" and ranked:
         _refuse(
             "--off-policy sft with a ranked selection",
             "text without units cannot be ranked; use random, a window by position, or "
             "--off-policy divergence",
         )
-    notes.note("rollouts stop at the student's EOS ids; the teacher has its own")
+    notes.note("rollouts stop at the student's EOS tokens, because the tokenizers differ")
     return configuration.replace(config, rollout={"eos": "student"})
 
 

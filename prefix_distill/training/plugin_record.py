@@ -22,7 +22,7 @@ def record_plugins(folder: RunFolder, place: Place, plugins: Sequence[Plugin]) -
     hashes = [plugin.sha256 for plugin in plugins]
     if any(others != hashes for others in place.gather(hashes)):
         raise UserError(
-            "--plugin: the ranks loaded files of different content; give every machine the same"
+            "--plugin: the files differ between ranks; give every machine the same file"
         )
     if not place.is_first:
         return []

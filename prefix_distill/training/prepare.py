@@ -46,18 +46,17 @@ def prepare(config: Config) -> Run:
 
 
 def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Method:
-    """Return what is sampled and what is taught."""
+    """Return how rollouts are sampled, and how the loss is computed on them."""
     sampler = _student_sampler(config, pair)
     if not sampler.on_policy:
         notes.warn(
-            f"sampling at temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k "
-            f"{sampler.top_k} is off-policy: contexts do not follow the student's own "
-            "distribution, which the divergence assumes; use temperature 1, top-p 1, top-k 0"
+            f"temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k {sampler.top_k}: "
+            "these settings make rollouts off-policy; use --temperature 1 --top-p 1 --top-k 0"
         )
     if place.world > config.train.batch_size:
         raise UserError(
-            f"--batch-size {config.train.batch_size}: {place.world} ranks need at least one prompt "
-            "each; raise it"
+            f"--batch-size {config.train.batch_size}: expected at least {place.world}, one prompt "
+            "per rank; raise --batch-size"
         )
     terms = _loss_terms(config, place)
     off_policy = parse_off_policy(config.rollout.off_policy)
@@ -65,8 +64,8 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
     if off_policy is not None and off_policy.loss == "sft":
         text_terms = Terms("cross-entropy", dtype=terms.dtype, memory_bytes=terms.memory_bytes)
     notes.note(_describe_chunks(config, pair, terms))
-    # The estimator divides by the probability that a token had when it was sampled. Without a
-    # record that is the student's own, which holds only if the student itself sampled on-policy.
+    # The sampled estimator divides by the probability of a token when it was sampled. That is the
+    # student's own probability, and needs no record, only if the student itself sampled on-policy.
     same_dtype = place.dtype == pair.student.net.dtype
     exact = sampler.on_policy and same_dtype
     return Method(
@@ -101,7 +100,7 @@ def _loss_terms(config: Config, place: Place) -> Terms:
 
 
 def _describe_chunks(config: Config, pair: Pair, terms: Terms) -> str:
-    """Describe how many rows the loss handles at once."""
+    """Describe how many tokens the loss handles at once."""
     if pair.shared_support is None:
         columns = settled(pair.student.support, "the student's support")
         rows = terms.rows_per_chunk(columns, pair.student.head().softcap is not None)
@@ -109,8 +108,8 @@ def _describe_chunks(config: Config, pair: Pair, terms: Terms) -> str:
         columns = pair.shared_support.columns
         rows = simct.rows_per_chunk(terms, columns)
     return (
-        f"the loss runs in chunks of {rows:,} rows: --head-memory-mb "
-        f"{config.runtime.head_memory_mb} holds that many float32 tables of {columns:,} columns"
+        f"the loss uses chunks of up to {rows:,} tokens "
+        f"(--head-memory-mb {config.runtime.head_memory_mb})"
     )
 
 
@@ -151,7 +150,7 @@ def _eval_sampler(config: Config, sampler: Sampler) -> Sampler:
 
 
 def _text_sampler(config: Config, pair: Pair, sampler: Sampler) -> Sampler:
-    """Return how the teacher samples text: as the student, with its own ids if they differ."""
+    """Return how the teacher samples text: as the student does, with the teacher's token ids."""
     sampler = dataclasses.replace(sampler, seed=seed_of(config.runtime.seed, "teacher-text"))
     if pair.alignment is None:
         return sampler

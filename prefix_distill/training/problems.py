@@ -11,12 +11,12 @@ from ..engine.pair import Pair
 from ..engine.ranks import Place
 from ..engine.rollout import rollout_of
 from ..engine.scoring import Scorer
-from ..errors import UserError
+from ..errors import PreflightError, UserError
 from ..prompts import stream, templates
 from ..prompts.prompt import PromptSet, Rendered
 from ..prompts.stream import mix, shuffle
 from ..prompts.templates import PRIVILEGED
-from .pair import as_preflight_error, describe_tokens
+from .pair import describe_tokens
 from .prompt_sets import PromptSets
 from .run import Notes, Problems
 
@@ -47,10 +47,14 @@ def render_problems(
     longest = 0
     for r in train + extrapolation + held_out:
         longest = max(longest, len(r.student_ids), len(r.teacher_ids))
-    with as_preflight_error():
+    try:
         config = settle_max_new_tokens(
             config, [pair.student, pair.teacher], longest, sets.held_out.max_new_tokens, notes
         )
+    except UserError as error:
+        raise PreflightError(
+            f"{error}, or lower --max-prompt-tokens to drop long prompts"
+        ) from None
     teacher_tokens = 1.0
     if pair.alignment is not None:
         teacher_tokens = _measure_coverage(pair.alignment, train, notes)
@@ -76,7 +80,7 @@ def choose_answer_format(config: Config, prompts: PromptSet) -> str:
 
 
 def settle_privileged_template(config: Config, sets: PromptSets) -> Config:
-    """Return the config with a privileged template: the datasets' own, if they have the same."""
+    """Return the config with a privileged template: the datasets' own if they all agree."""
     if config.data.privileged_column is None or config.data.privileged_template is not None:
         return config
     privileged_templates = {s.privileged_template for s in sets.train}
@@ -91,8 +95,8 @@ def _render_for_run(
 ) -> tuple[list[Rendered], list[Rendered], list[int]]:
     """Return (training prompts, extrapolation prompts, how many of each set were dropped).
 
-    The training prompts are those of the run's stream that its updates need, or all there are of
-    one set. The last ones of the stream are kept for extrapolation, if it needs any.
+    The training prompts are as many as the steps need, or all prompts of a single smaller set.
+    The last distinct ones also serve extrapolation, if it needs any.
     """
     needed = config.train.steps * config.train.batch_size or 1
     fixed = _count_extrapolation_prompts(config)
@@ -124,7 +128,7 @@ def render_training_prompts(
 ) -> RenderedSets:
     """Render the first ``count`` prompts of the run's stream for (student, teacher).
 
-    Of one set, all that there are if it has fewer. UserError: no prompt is left.
+    A single set with fewer prompts yields all of them. UserError: no prompt is left.
     """
     seed = config.runtime.seed
     by_set: list[list[Rendered]] = []
@@ -162,7 +166,7 @@ def _describe_mixture(sets: PromptSets, kept: list[list[Rendered]], needed: int)
 
 
 def _check_extrapolation_prompts(config: Config, prompts: list[Rendered], notes: Notes) -> None:
-    """UserError: candidates are scored by accuracy and a prompt has no reference answer."""
+    """Raise UserError if candidates are scored by accuracy and a prompt has no answer."""
     fixed = _count_extrapolation_prompts(config)
     graded = bool(fixed) and config.extrapolation.score == "accuracy"
     if graded and any(p.prompt.answer is None for p in prompts):
@@ -195,29 +199,31 @@ def settle_max_new_tokens(
 ) -> Config:
     """Return the config with --max-new-tokens set.
 
-    ``task_limit``: what the dataset's answers need, if it says so. UserError: the longest prompt
+    ``task_limit``: the length of the dataset's answers, if known. UserError: the longest prompt
     and the longest response exceed a model's positions.
     """
     limits = [model.positions for model in readers if model.positions]
     positions = min(limits, default=None)
     room = None if positions is None else positions - longest_prompt
     given = config.rollout.max_new_tokens
-    prefix = 1
+    prefix = None  # a fixed length in tokens
     if config.schedule.prefix.isdecimal():
         prefix = int(config.schedule.prefix)
     if given is None:
-        why = "the default, as far as the models' positions allow"
+        why = "the default, limited by the models' positions"
         given = min(LONGEST, room or LONGEST)
         if task_limit:
-            why = "what the embedded task needs"
+            why = "the built-in task's length"
             given = task_limit
-        given = max(given, prefix)
+        given = max(given, prefix or 1)
         notes.note(f"max-new-tokens {given}: {why}")
     if room is not None and given > room:
-        flag = "--prefix" if prefix == given else "--max-new-tokens"
+        flag = "--max-new-tokens"
+        if prefix == given:
+            flag = "--prefix"
         raise UserError(
-            f"{given} response tokens after a prompt of {longest_prompt}: the models have "
-            f"{positions} positions; lower {flag} to {max(room, 0)} or --max-prompt-tokens"
+            f"{flag} {given}: expected at most {max(room, 0)} tokens, because the models have "
+            f"{positions} positions and the longest prompt has {longest_prompt}; lower {flag}"
         )
     return configuration.replace(config, rollout={"max_new_tokens": given})
 
@@ -248,12 +254,13 @@ def _measure_coverage(alignment: Alignment, prompts: list[Rendered], notes: Note
     if share["exact_share"] < 0.5:
         notes.warn(
             f"only {share['exact_share']:.0%} of the student's tokens have a counterpart of the "
-            "same bytes in the teacher's tokenization: --cross-tokenizer strict teaches little"
+            "same bytes in the teacher's tokenization: --cross-tokenizer strict trains on few of "
+            "them; use --cross-tokenizer simct"
         )
     notes.note(
-        f"in the text of {len(texts)} prompts {share['exact_share']:.1%} of the student's tokens "
-        f"align one to one, {share['span_share']:.1%} in spans, {share['dropped_share']:.1%} not "
-        "at all (the end of each text counts as cut)"
+        f"alignment on {len(texts)} prompts: {share['exact_share']:.1%} of student tokens map to "
+        f"one teacher token, {share['span_share']:.1%} lie in spans, {share['dropped_share']:.1%} "
+        "are unaligned (text ends count as cut)"
     )
     teacher_tokens = sum(len(alignment.teacher.encode(content)) for content in contents)
     return teacher_tokens / max(1, sum(map(len, texts)))
@@ -264,28 +271,28 @@ def _compare_privileged_prompts(
 ) -> None:
     """Report whether the privileged text helps the teacher.
 
-    Measured: the teacher's log-probability of that text as an answer, behind its own prompt and
-    behind the student's, in nats per token.
+    Measured: the teacher's log-probability of that text as an answer, after its own prompt and
+    after the student's, in nats per token.
     """
     teacher_logp = _privileged_logp(pair, [(r.teacher_ids, r) for r in prompts], place)
     student_logp = _privileged_logp(pair, [(r.student_ids, r) for r in prompts], place)
     if teacher_logp <= student_logp:
         notes.warn(
-            "the teacher does not use what --privileged-column shows it: seeing the privileged "
-            "text does not raise its log-probability "
-            f"({teacher_logp:.3g} nats per token against {student_logp:.3g})"
+            "--privileged-column does not help the teacher: its log-probability is "
+            f"{teacher_logp:.3g} nats per token with the privileged text and {student_logp:.3g} "
+            "without; choose another column or --privileged-template"
         )
     notes.note(
         f"privileged prompt: the teacher's log-probability of the privileged text is "
-        f"{teacher_logp:.3g} nats per token behind its own prompt, {student_logp:.3g} behind the "
-        "student's"
+        f"{teacher_logp:.3g} nats per token after its own prompt and {student_logp:.3g} after the "
+        "student's prompt"
     )
 
 
 def _privileged_logp(
     pair: Pair, prompts: list[tuple[tuple[int, ...], Rendered]], place: Place
 ) -> float:
-    """Return the teacher's mean log-probability of the privileged texts behind the given ids."""
+    """Return the teacher's mean log-probability of the privileged texts after the given ids."""
     teacher = pair.teacher
     rollouts = []
     for i, (ids, rendered) in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Load prompt sets: what is taught, what is held out, and the examples before every prompt."""
+"""Load prompt sets: training prompts, held-out prompts, and few-shot examples."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ class PromptSets:
     """The datasets of a run, before they are rendered.
 
     ``train``: the training sets; ``weights``: their shares of the prompts; ``held_out``: the
-    prompts of evaluations, none of which is taught.
+    prompts of evaluations, which are never trained on.
     """
 
     train: list[PromptSet]
@@ -33,7 +33,7 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
     """Load the training sets and hold out the prompts of evaluations.
 
     Every prompt follows the same few-shot examples. UserError: a set cannot be read, or has no row
-    left to be taught.
+    left to train on.
     """
     names, weights = _name_sets(settled(config.data.dataset, "--dataset"))
     few_shot = config.data.few_shot
@@ -61,15 +61,15 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
             train[0], few_shot, config.runtime.seed, tuple(held_out.prompts)
         )
         notes.note(
-            f"few-shot: {few_shot} rows of {train[0].name} with solutions stand before every "
-            "prompt of training and evaluation; they are neither taught nor evaluated"
+            f"few-shot: every prompt starts with {few_shot} solved rows of {train[0].name}. These "
+            "rows are neither trained on nor evaluated."
         )
         train = [prompt_stream.insert_turns(s, turns) for s in train]
         held_out = prompt_stream.insert_turns(held_out, turns)
     for loaded in train:
         if not loaded.streamed and not loaded.prompts:
             raise UserError(
-                f"dataset {loaded.name}: no row is left to be taught; give --eval-dataset, lower "
+                f"dataset {loaded.name}: no row is left to train on; give --eval-dataset, lower "
                 "--few-shot, or add rows"
             )
     return PromptSets(train, weights, held_out)
@@ -99,9 +99,9 @@ def row_format(config: Config) -> RowFormat:
 def _load_evaluated(
     config: Config, text: str, split: str | None, limit: int | None, notes: Notes
 ) -> PromptSet:
-    """Load the prompts of the datasets ``text``, ``limit`` in all, spread over them by weight.
+    """Load ``limit`` prompts of the datasets ``text``, divided by weight.
 
-    None is every prompt.
+    ``limit`` None: all prompts.
     """
     names, weights = _name_sets(text)
     counts: list[int | None] = [None] * len(names)
@@ -128,7 +128,7 @@ def _hold_out(
     part: tuple[int, int],
     notes: Notes,
 ) -> tuple[PromptSet, PromptSet]:
-    """Return (the training set without them, ``count`` held-out prompts).
+    """Return (the remaining training set, ``count`` held-out prompts).
 
     The held-out prompts come from the set's own test split, if it has one, or from its rows.
     ``part``: (k, n) if it is set k of n. UserError: the set has one row.
@@ -146,7 +146,7 @@ def _hold_out(
     of = f" of {train.name}" if part[1] > 1 else ""
     if not isinstance(train.prompts, tuple):  # streamed
         notes.note(
-            f"the first {count} rows{of} of the stream are held out for evaluation: no "
+            f"the first {count} rows{of} of the stream are held out for evaluation, because no "
             "--eval-dataset was given"
         )
         return hold_out(train, count, config.runtime.seed)
@@ -154,19 +154,21 @@ def _hold_out(
     count = min(count, max(1, total // 10))
     if total < 2:
         raise UserError(
-            f"dataset {train.name}: one row cannot be both taught and held out; give --eval-dataset"
+            f"dataset {train.name}: one row cannot be both trained on and held out; give "
+            "--eval-dataset"
         )
     notes.note(
-        f"{count} of {total} rows{of} are held out for evaluation: no --eval-dataset was given"
+        f"{count} of {total} rows{of} are held out for evaluation, because no --eval-dataset was "
+        "given"
     )
     return hold_out(train, count, config.runtime.seed)
 
 
 def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
-    """Load the problems of `prefix-distill eval`, behind their few-shot examples.
+    """Load the problems of `prefix-distill eval`, after their few-shot examples.
 
-    The examples are rows of the first set's own training split. Without one they are rows of the
-    set itself, which are not evaluated.
+    The examples are rows of the first set's training split. If it has none, they are rows of the
+    set itself, and these are not evaluated.
     """
     limit = config.evaluate.problems or None
     split = config.data.split
@@ -175,19 +177,19 @@ def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
     first, *others = [name for name, _ in sources.split_sources(dataset)]
     peek = load_evaluation_prompts(first, row_format(config), split=split, limit=1)
     if "examples" in peek.other_splits:
-        return _behind_train_rows(config, dataset, peek.other_splits["examples"], notes)
+        return _with_train_examples(config, dataset, peek.other_splits["examples"], notes)
     if others:
         raise UserError(
-            f"--few-shot {config.data.few_shot}: dataset {first} has no other split than the one "
+            f"--few-shot {config.data.few_shot}: dataset {first} has no split other than the one "
             "that is evaluated; evaluate one set at a time"
         )
-    return _behind_own_rows(config, first, limit, notes)
+    return _with_own_examples(config, first, limit, notes)
 
 
-def _behind_train_rows(
+def _with_train_examples(
     config: Config, dataset: str, source: tuple[str, str], notes: Notes
 ) -> PromptSet:
-    """Return the problems behind examples from another split, ``source`` (dataset, split)."""
+    """Return the problems after examples from another split, ``source`` (dataset, split)."""
     few_shot = config.data.few_shot
     limit = config.evaluate.problems or None
     prompts = _load_evaluated(config, dataset, config.data.split, limit, notes)
@@ -199,8 +201,8 @@ def _behind_train_rows(
     return prompt_stream.insert_turns(prompts, turns)
 
 
-def _behind_own_rows(config: Config, name: str, limit: int | None, notes: Notes) -> PromptSet:
-    """Return the problems behind examples from the same rows."""
+def _with_own_examples(config: Config, name: str, limit: int | None, notes: Notes) -> PromptSet:
+    """Return the problems after examples from the same rows."""
     few_shot = config.data.few_shot
     with_solutions = dataclasses.replace(row_format(config), keep_solutions=True)
     rows = load_evaluation_prompts(name, with_solutions, split=config.data.split)
@@ -209,7 +211,7 @@ def _behind_own_rows(config: Config, name: str, limit: int | None, notes: Notes)
     prompts = dataclasses.replace(prompts, prompts=tuple(itertools.islice(prompts.prompts, limit)))
     if not prompts.prompts:
         raise UserError(
-            f"--few-shot {few_shot}: dataset {name} has no other row to evaluate; lower it"
+            f"--few-shot {few_shot}: dataset {name} has no other row to evaluate; lower --few-shot"
         )
     _note_examples(few_shot, name, notes)
     return prompt_stream.insert_turns(prompts, turns)
@@ -217,6 +219,6 @@ def _behind_own_rows(config: Config, name: str, limit: int | None, notes: Notes)
 
 def _note_examples(few_shot: int, source: str, notes: Notes) -> None:
     notes.note(
-        f"few-shot: {few_shot} rows of {source} with solutions stand before every problem; they "
-        "are not evaluated"
+        f"few-shot: every prompt starts with {few_shot} solved rows of {source}. These rows are "
+        "not evaluated."
     )

@@ -48,7 +48,7 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
         None,
         str(saved.get("runtime.gpus")),
     ):
-        saved["runtime.gpus"] = None  # another launcher has settled it
+        saved["runtime.gpus"] = None  # another launcher has set the number
     if not {"train.steps", "schedule.lr_schedule"} <= saved.keys():
         raise UserError(
             f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); "
@@ -59,16 +59,18 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
     schedule = saved["schedule.lr_schedule"]
     if steps != saved["train.steps"] and schedule != "constant":
         notes.append(
-            f"the run now has {steps} updates instead of {saved['train.steps']}; the {schedule} "
+            f"the run now has {steps} steps instead of {saved['train.steps']}; the {schedule} "
             "learning rate schedule is stretched to them, so the result will differ from a run "
-            "planned with this length"
+            "that began with this length"
         )
     return saved | values, notes
 
 
 def _read_saved_settings(out: str, plugin: dict) -> dict:
-    """Read the folder's config.yaml, with the path of a ``plugin`` that has moved. UserError: it is
-    missing or damaged."""
+    """Read the folder's config.yaml, with the new path of a ``plugin`` that has moved.
+
+    UserError: it is missing or damaged.
+    """
     from .folder import RunFolder
 
     saved_file = Path(out) / "config.yaml"
@@ -90,14 +92,17 @@ def _check_changes(out: str, saved: dict, values: dict) -> list[str]:
     for path, value in values.items():
         if path not in configuration.options():
             configuration.build({path: value})  # raises, with the nearest known key
-        if path in REMEDIES and value != saved.get(path):
-            notes.append(
-                f"{path} changes from {saved.get(path)!r} to {value!r}; the result will differ "
-                "from a run that used it throughout"
-            )
-        elif path not in free and value != saved.get(path):
+        before = saved.get(path)
+        if path in free or value == before:
+            continue
+        flag = configuration.flag(path)
+        if path not in REMEDIES:
             raise UserError(
-                f"--resume {out}: {path} was {saved.get(path)!r}, got {value!r}; omit it, or start "
-                "again with another --out"
+                f"--resume {out}: {flag} was {before}, got {value}; omit {flag}, or start again "
+                "with another --out"
             )
+        notes.append(
+            f"{flag} changes from {before} to {value}; the result will differ from a run that used "
+            "it throughout"
+        )
     return notes

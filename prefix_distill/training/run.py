@@ -80,7 +80,7 @@ class Notes:
 class Problems:
     """The prompts of a run.
 
-    ``train``: the prompts of the updates, in order; ``held_out``: the problems of an evaluation;
+    ``train``: the prompts of the steps, in order; ``held_out``: the problems of an evaluation;
     ``kl``: the prompts of the fixed contexts on which the held-out KL is measured;
     ``extrapolation``: the fixed prompts on which EffOPD scores candidates, empty without it.
     ``answer_format``: how answers are graded; ``teacher_tokens``: the number of the teacher's
@@ -97,7 +97,7 @@ class Problems:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What is sampled and what is taught.
+    """How rollouts are sampled, and how the loss is computed on them.
 
     ``prefix``: how long rollouts are; ``window``, ``selection``, ``position``: which tokens count,
     and how much; ``off_policy``: which rollouts the teacher samples. ``terms``: the loss;
@@ -165,14 +165,14 @@ class Run:
         )
 
     def update_cost(self, prompts: list[Rendered], response: float) -> float:
-        """Return the useful FLOPs of an update on these prompts.
+        """Return the useful FLOPs of a step on these prompts.
 
         ``response``: the mean length of the responses, in tokens.
         """
         pair, samples = self.pair, self.config.rollout.samples
         micro_batch = self.limits.micro_batch_size
-        # responses behind one reading of their prompt: in generation, scoring and training
-        behind = (
+        # responses per forward pass over their prompt: in generation, scoring and training
+        responses_per_pass = (
             samples if pair.student.shares_prompts else 1,
             micro_batch if pair.teacher.encodes_prompt_once else 1,
             micro_batch if pair.student.encodes_prompt_once else 1,
@@ -181,7 +181,7 @@ class Run:
             prompts=[(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
             samples=samples,
             response=response,
-            behind=behind,
+            behind=responses_per_pass,
         )
         ledger = flops.update_ledger(
             pair.student_shape,

@@ -1,4 +1,4 @@
-"""EffOPD within a run: the search along the recent displacement, and its diagnostics."""
+"""EffOPD in a run: the search along the recent displacement, and its diagnostics."""
 
 import torch
 
@@ -12,7 +12,7 @@ from .state import State
 class Search:
     """Extrapolates the student's weights when a step is due.
 
-    See ``maths.extrapolation``. A search has a ledger row and a clock phase of its own.
+    See ``maths.extrapolation``. A search has its own ledger row and clock phase.
     """
 
     def __init__(self, state: State):
@@ -25,7 +25,7 @@ class Search:
         return bool(self.state.moving) and extrapolation.due(self.state.step)
 
     def run(self) -> None:
-        """Search once, take the best candidate and add a row to ``Progress.extrapolations``."""
+        """Search once, accept the best candidate and add a row to ``Progress.extrapolations``."""
         state, settings = self.state, self.settings
         meter = state.meter()
         flops_before = state.progress.ledger.useful.get("extrapolation", 0.0)
@@ -58,7 +58,7 @@ class Search:
                 steps = " → ".join(f"{s:.4g}" for s in taken.scores)
                 scores = f", {settings.score} {steps}"
             state.report.note(
-                f"after update {state.step}: W + {2 * taken.k}Δ is taken (k = {taken.k}{scores}; "
+                f"after step {state.step}: accepted W + {2 * taken.k}Δ (k = {taken.k}{scores}; "
                 f"{flops_text(flops)}, {seconds:.1f} s)"
             )
 

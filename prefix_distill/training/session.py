@@ -57,16 +57,16 @@ class Session:
         self.selection_was_noted = False
 
     def train(self) -> dict:
-        """Run the remaining updates, save the model and return the result document.
+        """Run the remaining steps, save the model and return the result document.
 
-        Interrupted: ``interrupt`` was asked to stop; the update or evaluation in progress is
+        Interrupted: ``interrupt`` was asked to stop; the step or evaluation in progress is
         finished and the state is saved. Stopped: a number is not finite, or the ranks differ.
         """
         self.begin()
         while self.state.step < self.run.config.train.steps:
             self.stop_if_asked()
             update = Update(self.state, self.state.step, self.texts)
-            rollouts = update.select(update.sample())  # who samples, which tokens are taught
+            rollouts = update.select(update.sample())  # marks the tokens to train on
             losses = update.backward(rollouts)  # gradients of all ranks, divided once
             self.refuse_non_finite(losses)
             facts = update_facts(update, losses)
@@ -85,7 +85,7 @@ class Session:
         config, place, state = self.run.config, self.run.place, self.state
         restored = self.resume and self.restore()
         if self.resume and place.is_first:
-            # The changes given on this resume hold for the next one as well.
+            # The next resume keeps the changes given on this one.
             self.folder.write_config(dataclasses.asdict(config))
         if restored:
             self.monitor.resume()
@@ -95,7 +95,7 @@ class Session:
         if not restored:
             state.save()
         elif state.step < config.train.steps:
-            self.monitor.look()  # an evaluation that the interruption left out
+            self.monitor.look()  # an evaluation that the interruption prevented
         self.full_cost = full_cost(self.run, state.progress, range(state.step))
 
     def restore(self) -> bool:
@@ -120,7 +120,7 @@ class Session:
             teacher = make_decoder(run.pair.teacher, run.place.dtype)
             return load_or_sample(self.state, teacher, longest)
 
-    # One update
+    # One step
 
     def stop_if_asked(self) -> None:
         """Save and raise Interrupted on all ranks if any rank was asked to stop."""
@@ -128,7 +128,7 @@ class Session:
         if asked is not None:
             self.state.save()
             raise Interrupted(
-                f"interrupted ({asked.name}) after update {self.state.step}; the state is saved; "
+                f"interrupted ({asked.name}) after step {self.state.step}; the state is saved; "
                 f"continue with prefix-distill run --resume --out {self.folder.path}",
                 asked,
             )
@@ -145,18 +145,17 @@ class Session:
             self.state.stop(reasons[0])
 
     def note_selection(self, update: Update) -> None:
-        """Report once if selecting tokens takes a forward pass of its own."""
+        """Report once if selecting tokens takes an extra forward pass."""
         separate = not update.reused_forward_pass and "selection" in update.meter.ledger.useful
         if separate and not self.selection_was_noted:
             self.report.note(
-                "token selection needs a forward pass of its own, ledger row `selection`: the "
-                "rollouts do not fit one micro-batch (--micro-batch-size, and at most a tenth of "
-                "padding)"
+                "token selection needs an extra forward pass (ledger row `selection`), because the "
+                "rollouts do not fit one micro-batch (--micro-batch-size, at most 10% padding)"
             )
             self.selection_was_noted = True
 
     def step_optimizer(self) -> tuple[float, float]:
-        """Make the optimizer step; return its learning rate and the gradient's norm."""
+        """Take the optimizer step; return its learning rate and the gradient's norm."""
         config, state = self.run.config, self.state
         rate = learning_rate(
             state.step,
@@ -174,7 +173,7 @@ class Session:
         return rate, norm
 
     def complete(self, update: Update, facts: UpdateFacts) -> None:
-        """Count the update, extrapolate if due, and refresh the copies of the student."""
+        """Count the step, extrapolate if due, and refresh the copies of the student."""
         state = self.state
         state.progress.taught_prefix = update.prefix
         state.progress.step += 1
@@ -186,7 +185,7 @@ class Session:
             state.refresh_copies()
 
     def record(self, update: Update, facts: UpdateFacts, row: dict) -> None:
-        """Adapt the prefix schedule, and report the update to the run folder and to ``report``."""
+        """Adapt the prefix schedule, and write the step to the run folder and to ``report``."""
         state, progress = self.state, self.state.progress
         reason = self.run.method.prefix.observe(
             update.step, progress.prefix, facts.newest, facts.filled
@@ -204,7 +203,7 @@ class Session:
 
     @property
     def is_last(self) -> bool:
-        """Return whether all updates are completed."""
+        """Return whether all steps are completed."""
         return self.state.step == self.run.config.train.steps
 
     def look_around(self) -> None:
@@ -214,7 +213,7 @@ class Session:
             self.monitor.look()
 
     def save_if_due(self) -> None:
-        """Write a checkpoint every --save-every updates and after the last one."""
+        """Write a checkpoint every --save-every steps and after the last one."""
         every = self.run.config.checkpoint.save_every
         if self.is_last or (every and self.state.step % every == 0):
             self.state.save()
@@ -284,14 +283,14 @@ def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[None]:
         place.barrier()
         if not folder.is_created:
             raise UserError(
-                f"--out {folder.path}: rank {place.rank} does not see what rank 0 wrote there; on "
-                "several machines it must be on a file system that they share"
+                f"--out {folder.path}: rank {place.rank} cannot find the files that rank 0 wrote; "
+                "on several machines, use a folder on a shared file system"
             )
         yield
 
 
 def describe_run(run: Run) -> dict:
-    """Return the provenance of a run for run.json: machine, seed, notes, ranks, generation."""
+    """Return what run.json records before training: machine, seed, notes, ranks, generation."""
     configs = {}
     for role, model in (("student", run.pair.student), ("teacher", run.pair.teacher)):
         configs[role] = model.generation_config.to_diff_dict()

@@ -23,11 +23,11 @@ Tensors = dict[str, torch.Tensor]  # parameter name → tensor
 
 @dataclasses.dataclass
 class Progress:
-    """What a checkpoint carries beside tensors; plain numbers only.
+    """The JSON values of a checkpoint.
 
-    ``step``: completed updates; ``seconds``: wall time by phase; ``tokens``: taught tokens;
-    ``prefix``: the state of the prefix schedule; ``taught_prefix``: the prefix of the last update,
-    before any of the first; ``decisions``: {step, reason} of every growth of the prefix;
+    ``step``: completed steps; ``seconds``: wall time by phase; ``tokens``: taught tokens;
+    ``prefix``: the state of the prefix schedule; ``taught_prefix``: the prefix of the last step,
+    or at step 0 that of the first; ``decisions``: {step, reason} of every growth of the prefix;
     ``evaluations``, ``tail_probes``, ``extrapolations``: a row each; ``warnings``: {step, text};
     ``best``: the best student so far; ``fitted``: memory limits that were lowered.
     """
@@ -56,7 +56,7 @@ class State:
 
     ``decoding``: the copy of the student that samples; ``moving``: the parameters that EffOPD
     extrapolates; ``anchor``: their values at the last extrapolation; ``initial``: their values
-    before the first update, for diagnostics.
+    before the first step, for diagnostics.
     """
 
     def __init__(self, run: Run, folder: RunFolder, report: Reporter):
@@ -83,7 +83,7 @@ class State:
 
     @property
     def step(self) -> int:
-        """Return the number of completed updates."""
+        """Return the number of completed steps."""
         return self.progress.step
 
     def meter(self) -> Meter:
@@ -113,17 +113,17 @@ class State:
         if differing is not None:
             rank, name = differing
             raise Stopped(
-                f"after update {self.step} the weights of rank {rank} differ from those of rank 0 "
+                f"after step {self.step} the weights of rank {rank} differ from those of rank 0 "
                 f"(first: {name}); this state is not saved, "
                 f"{self.folder.newest_checkpoint_text}; check that machine, then --resume"
             )
 
     def stop(self, reason: str) -> NoReturn:
-        """Save the state before an update that would damage it, and raise Stopped."""
+        """Save the state before a step that would damage it, and raise Stopped."""
         self.optimizer.zero_grad(set_to_none=True)
         self.save()
         raise Stopped(
-            f"update {self.step + 1}: {reason}; no weight was changed, and the state after update "
+            f"step {self.step + 1}: {reason}; no weight was changed, and the state after step "
             f"{self.step} is saved in {self.folder.path}; lower --lr or use --dtype float32, then "
             "--resume"
         )
@@ -136,7 +136,7 @@ class State:
         for name, p in trained.items():
             if not torch.isfinite(p).all():
                 raise Stopped(
-                    f"after update {self.step} the student's weight {name} is not finite; this "
+                    f"after step {self.step} the student's weight {name} is not finite; this "
                     f"state is not saved, {self.folder.newest_checkpoint_text}; lower --lr or use "
                     "--dtype float32, then --resume"
                 )
@@ -183,7 +183,7 @@ class State:
             folder.rewind("scores.jsonl", self.progress.evaluations[-1]["step"], report.warn)
             folder.write_json("run.json", {**folder.read_json("run.json"), "ranks": place.world})
         place.barrier()
-        report.note(f"resumed after update {step}")
+        report.note(f"resumed after step {step}")
         if ranks_before != place.world:
             self._report_rank_count(ranks_before)
         return step
@@ -196,7 +196,7 @@ class State:
         if expected != got or "optimizer" not in tensors:
             raise UserError(
                 f"--resume {self.folder.path}: the weights of its checkpoint are not those of "
-                f"{student.name}; put that model back, or start anew with another --out"
+                f"{student.name}; restore that model, or start again with another --out"
             )
 
     @torch.no_grad()

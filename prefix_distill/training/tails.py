@@ -1,4 +1,4 @@
-"""Numbers of the fixed contexts: the KL by token, how answers end, and damage to the tail."""
+"""Measure the fixed contexts: the KL by token, how answers end, and text beyond the prefix."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ TokenValues = list[list[float | None]]  # rollout by rollout
 def divergence_by_token(rollouts: list[Rollout], facts: list[Facts]) -> TokenValues:
     """Return the divergence at each token.
 
-    Across tokenizers only units of one token on each side have one, because every mode knows them.
+    Across tokenizers only units of one token on each side have one, because every mode has them.
     """
     values = [list(row["divergence"]) for row in facts]
     for r, row in zip(rollouts, values, strict=True):
@@ -65,18 +65,19 @@ def ending_facts(rollouts: list[Rollout]) -> dict:
 
 
 def tail_warning(before: dict, measured: dict, prefix: int) -> str | None:
-    """Return a warning if training has damaged what lies beyond the prefix; else None.
+    """Return a warning if training made text beyond the prefix worse; else None.
 
-    It has if the KL of the tail on the fixed contexts rose by more than two standard errors (paired
-    by rollout), or if answers end less often: by more than 5 points and two standard errors.
+    It is worse if the KL of the tail on the fixed contexts rose by more than two standard errors,
+    paired by rollout. It is also worse if answers end less often, by more than 5 points and two
+    standard errors.
     """
     changes = [_describe_kl_rise(before, measured, prefix), _describe_endings(before, measured)]
     reasons = [change for change in changes if change is not None]
     if not reasons:
         return None
     return (
-        f"after update {measured['step']} the tail gets worse: {' and '.join(reasons)}"
-        f"{_describe_exhausted(before, measured, prefix)}; lengthen --prefix, lower --lr or stop "
+        f"after step {measured['step']}: text beyond the prefix got worse: {' and '.join(reasons)}"
+        f"{_describe_exhausted(before, measured, prefix)}; lengthen --prefix, lower --lr, or stop "
         "earlier"
     )
 
@@ -109,10 +110,10 @@ def _describe_endings(before: dict, measured: dict) -> str | None:
 
 
 def _describe_exhausted(before: dict, measured: dict, prefix: int) -> str:
-    """Return an addition to the warning if the prefix has little left to teach."""
+    """Return an addition to the warning if the KL inside the prefix is nearly zero."""
     head_before, _ = intervals.split_mean(before["kl_by_token"], prefix)
     head_after, _ = intervals.split_mean(measured["kl_by_token"], prefix)
     # Across tokenizers the prefix can lack units of one token; then both means are None.
     if head_before is None or head_after is None or not head_after < 0.1 * head_before:
         return ""
-    return f"; the prefix has little left to teach ({head_before:.2g} → {head_after:.2g} nats)"
+    return f"; the KL inside the prefix is nearly zero ({head_before:.2g} → {head_after:.2g} nats)"

@@ -1,4 +1,4 @@
-"""Text that the teacher sampled, in place of the student's own: the off-policy control."""
+"""Texts that the teacher samples in place of the student: the off-policy control."""
 
 from typing import TypedDict
 
@@ -17,7 +17,7 @@ FILE = "teacher-text.json"
 
 
 class TeacherText(TypedDict):
-    """A text that the teacher sampled for a prompt (its index), up to some number of tokens."""
+    """A text that the teacher sampled for the prompt with index ``prompt``."""
 
     prompt: int
     sample: int
@@ -31,7 +31,7 @@ TeacherTexts = dict[tuple[int, int], TeacherText]
 
 
 class _Kept(TypedDict):
-    """The file of the texts: what was sampled so far, and its FLOPs."""
+    """The content of FILE: the texts sampled so far, and their FLOPs."""
 
     texts: list[TeacherText]
     ledger: dict[str, dict[str, float]]
@@ -82,7 +82,7 @@ def load_or_sample(state: State, teacher: Model, max_new_tokens: int) -> Teacher
                 "ledger": {"useful": total.useful, "executed": total.executed},
             }
             folder.write_json(FILE, kept)
-    # Set, not added: the file holds what these texts cost, however often a run resumes.
+    # Set, not added: the texts are sampled once, however often a run resumes.
     state.progress.ledger.useful.update(total.useful)
     state.progress.ledger.executed.update(total.executed)
     return texts
@@ -127,7 +127,7 @@ def _sample_missing(
 
 
 def _share_of_rank(keys: list[tuple[int, int]], place: Place) -> list[tuple[int, int]]:
-    """Return this rank's keys; all samples of a prompt stay on one rank, which reads it once."""
+    """Return this rank's keys; all samples of a prompt stay on one rank, which runs it once."""
     prompts = sorted({index for index, _ in keys})
     rank_of = {index: i % place.world for i, index in enumerate(prompts)}
     return [key for key in keys if rank_of[key[0]] == place.rank]

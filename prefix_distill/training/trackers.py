@@ -43,8 +43,8 @@ def check_packages(config: Config) -> None:
     for name in configuration.parse_trackers(config.trackers.to):
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"--report-to {name}: the package {name} is not installed; "
-                f'pip install "prefix-distill[{name}]", or omit --report-to'
+                f"--report-to {name}: the package {name} is not installed; install the extra "
+                f'{name}: pip install -e ".[{name}]" in the checkout, or omit --report-to'
             )
 
 
@@ -52,7 +52,7 @@ class Tracker(Protocol):
     """Receives the numbers of a run."""
 
     def log(self, step: int, order: int, values: dict[str, float]) -> None:
-        """Record the numbers of an update (``order`` 0) or of measurements after it (1)."""
+        """Record the numbers of a step (``order`` 0) or of measurements after it (1)."""
 
     def close(self, succeeded: bool) -> None:
         """Flush and close; ``succeeded``: whether the run succeeded."""
@@ -105,7 +105,7 @@ class Trackers:
                 self.open.pop(name).close(kind is None)
 
     def row(self, row: dict, useful: float, full: float) -> None:
-        """Send one update's metrics, named as in metrics.jsonl."""
+        """Send one step's metrics, named as in metrics.jsonl."""
         self.display.row(row, useful, full)
         self._send(row["step"], 0, row_numbers(row))
 
@@ -195,7 +195,7 @@ class _TensorBoard:
         writer = self.make(str(self.path), purge_step=step)
         if new:
             writer.add_text("config", self.text, step)
-        if order:  # purge_step also drops the update's own row; write it again
+        if order:  # purge_step also drops the step's own row; write it again
             for row in read_rows(self.metrics)[0]:
                 if row.get("step") == step:
                     _add_scalars(writer, step, row_numbers(row))

@@ -1,4 +1,4 @@
-"""Update: one optimizer step's worth of sampling, scoring and gradients on one rank."""
+"""Update: the sampling, scoring and gradients of one step, on one rank."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ PerToken = dict[tuple[int, int], list[float]]
 
 @dataclass(kw_only=True)
 class TokenLosses:
-    """What the loss found on this rank's rollouts.
+    """The loss of this rank's rollouts, token by token.
 
     ``values``: the divergence per taught token, nats; ``clipped``: with --clip, the teacher's mass
     on clipped entries; ``weights``: the weight per token before the division by ``divisor``, the
@@ -55,10 +55,10 @@ class TokenLosses:
 
 
 class Update:
-    """One update: ``sample``, then ``select``, then ``backward``; the optimizer steps afterwards.
+    """One step: ``sample``, then ``select``, then ``backward``. The optimizer runs afterwards.
 
-    ``prompts``: the prompts of the global batch, by default those of ``step``; ``prefix``: the most
-    tokens that a rollout has, by default what the schedule says; ``meter``: its seconds and FLOPs.
+    ``prompts``: the prompts of the global batch, by default those of ``step``; ``prefix``: the
+    longest rollout in tokens, by default the schedule's; ``meter``: seconds and FLOPs of the step.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class Update:
     # Sampling
 
     def sample(self) -> list[Rollout]:
-        """Return this rank's rollouts, prompt by prompt with all samples of each.
+        """Return this rank's rollouts, prompt by prompt, with all samples of each prompt.
 
-        The student samples until ``prefix`` tokens or EOS. Rollouts that --off-policy gives to the
-        teacher are its texts, cut at ``prefix``. Stopped: across tokenizers no rollout of any rank
-        has a unit.
+        The student samples until ``prefix`` tokens or EOS. With --off-policy some
+        rollouts are texts of the teacher, cut at ``prefix``. Stopped: across tokenizers no rollout
+        of any rank has a unit.
         """
         keys = self._keys()
         of_teacher = self._teacher_keys()
@@ -123,7 +123,7 @@ class Update:
         return keys
 
     def _teacher_keys(self) -> set[tuple[int, int]]:
-        """Return (slot, sample) of this rank's rollouts that the teacher writes."""
+        """Return (slot, sample) of this rank's rollouts that are the teacher's texts."""
         config, off_policy = self.run.config, self.run.method.off_policy
         if off_policy is None:
             return set()
@@ -168,8 +168,8 @@ class Update:
             return
         if not run.place.sum(sum(len(r.taught) for r in rollouts)):
             raise Stopped(
-                f"update {self.step + 1}: the two tokenizations of its rollouts have no unit of "
-                "text in common, so no token can be taught; lengthen --prefix"
+                f"step {self.step + 1}: the two tokenizations of its rollouts have no unit of text "
+                "in common, so there is no token to train on; lengthen --prefix"
             )
 
     # Selection
@@ -178,8 +178,8 @@ class Update:
         """Return the rollouts with the taught tokens marked: --window, then --select within it.
 
         A window or selection that ranks tokens needs a forward pass of both models over every
-        rollout. If every rank's rollouts are one micro-batch, the loss reuses it. Otherwise the
-        taught tokens are read once more (ledger row ``selection``).
+        rollout. If the rollouts of every rank are one micro-batch, the loss reuses it. Otherwise
+        this forward pass is an extra one (ledger row ``selection``).
         """
         method = self.run.method
         key = (self.run.config.runtime.seed, self.step)
@@ -236,7 +236,7 @@ class Update:
         forward_pass = ForwardPass(group, student_ND, teacher_NE)
         with meter.phase("selection"):
             facts = scorer.statistics(forward_pass)
-        # The update counts the forward passes; selection adds the heads.
+        # ``backward`` counts the forward passes; selection adds the heads.
         student_rows, teacher_rows = scoring.statistics_rows(pair, group)
         for flops in (
             pair.student_shape.output(student_rows),
@@ -246,7 +246,7 @@ class Update:
         return facts, forward_pass
 
     def _batch_scale(self, rollouts: list[Rollout], facts: TokenFacts) -> Scale | None:
-        """Return the ends of all ranks' entropies and divergences; None without any token."""
+        """Return the range of entropies and divergences over all ranks; None without any token."""
         entropies: list[float] = []
         divergences: list[float] = []
         for r in rollouts:
@@ -274,12 +274,13 @@ class Update:
     # Gradients
 
     def backward(self, rollouts: list[Rollout]) -> TokenLosses:
-        """Accumulate the gradients of the update, micro-batch by micro-batch.
+        """Accumulate the gradients of the step, micro-batch by micro-batch.
 
-        Every weight is divided by the update's divisor here, once. DDP averages gradients over
+        Every weight is divided by the step's divisor here, once. DDP averages gradients over
         ranks, so the weights are multiplied by the number of ranks first. Ranks may have different
-        numbers of micro-batches, or none. Each accumulates locally, and one backward pass of a zero
-        loss all-reduces. If memory runs out on any rank, all start again with half the micro-batch.
+        numbers of micro-batches, or none. Each rank accumulates locally, and the backward pass of
+        a zero loss all-reduces. If any rank runs out of memory, all ranks start again with half
+        the micro-batch.
         """
         run, loss = self.run, self.state.loss
         weights, share = token_weights(
@@ -325,7 +326,7 @@ class Update:
         return losses
 
     def _groups(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        """Return the micro-batches of the loss: the selection's own if its pass is reused."""
+        """Return the micro-batches of the loss: the selection's if its forward pass is reused."""
         if self.forward_pass is None:
             return self._micro_batches(rollouts)
         by_key = {r.key: r for r in rollouts}
@@ -357,7 +358,7 @@ class Update:
     def _count_student(self, group: list[Rollout], read: list[Rollout], meter: Meter) -> None:
         """Add the student's training step to the ledger.
 
-        ``read``: the same rollouts with the tokens that were taught at the forward pass.
+        ``read``: the same rollouts with the tokens that the forward pass covered.
         """
         pair = self.run.pair
         if group[0].units is None:

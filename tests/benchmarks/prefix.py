@@ -67,7 +67,7 @@ PICTURED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {  # picture → (
                 "slow 3x",
                 "slow 10x",
             ),
-            "updates",
+            AXES[3],
         ),
         "-flops": (
             (

@@ -10,9 +10,7 @@ from helpers import command, invoke, last_json
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = command("run", "--prefix", "0", cwd=tmp_path)
     assert (
-        done.returncode == 2
-        and done.stdout == ""
-        and done.stderr.startswith("error: prefix length 0: ")
+        done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --prefix 0: ")
     )
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
@@ -91,3 +89,27 @@ def test_eval_counts_pass_at_k_and_writes_examples(pair, questions, tmp_path):
     flat = [x for r in rows for x in r["responses"]]
     assert document["mean_tokens"] == pytest.approx(sum(x["tokens"] for x in flat) / 15)
     assert document["finish_rate"] == pytest.approx(sum(x["finished"] for x in flat) / 15)
+
+
+def test_check_prints_its_notes_before_the_table_and_the_prompts_last():
+    code, out, err = invoke("check", "--batch-size", "2", "--check-samples", "0")
+    document = last_json(out)
+    lines = err.splitlines()
+    notes = [lines.index(note) for note in document["notes"]]
+    table = next(i for i, line in enumerate(lines) if "check" in line and "result" in line)
+    prompt = next(i for i, line in enumerate(lines) if line.startswith("student prompt (13 tokens"))
+    assert code == 0 and notes == sorted(notes) and len(notes) > 3
+    assert notes[-1] < table < prompt
+    assert "last ids and tokens: 8 '2', 7 '1'," in lines[prompt]
+
+
+def test_progress_counts_steps_and_names_its_phases(tmp_path):
+    flags = ("--steps", "1", "--batch-size", "1", "--samples", "1", "--max-new-tokens", "8")
+    few = ("--eval-samples", "2", "--kl-prompts", "1", "--check-samples", "0")
+    code, _, err = invoke("run", *flags, *few, "--out", tmp_path / "run")
+    assert code == 0
+    assert "after step 0: accuracy" in err and "after step 1: accuracy" in err
+    row = next(line for line in err.splitlines() if line.startswith("step 1/1: KL "))
+    for phase in ("sampling ", "teacher ", "training "):
+        assert phase in row
+    assert " tok/s, " in row and " useful so far (" in row and " with full rollouts)" in row

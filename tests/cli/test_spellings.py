@@ -155,8 +155,8 @@ def test_a_name_sets_what_it_means(words, expected):
         "--output_dir": "expected a value",
         "--bf16 maybe": "expected True or False",
         "--beta much": "expected a number",
-        "--fp16 --num_train_epochs 2": "--fp16 True: use --dtype bfloat16 or float32; "
-        "--num_train_epochs 2: use --steps",
+        "--fp16 --num_train_epochs 2": "(1) --fp16 True: use --dtype bfloat16 or float32; "
+        "(2) --num_train_epochs 2: use --steps",
     }.items(),
 )
 def test_what_has_no_counterpart_is_refused_in_one_line(words, message):
@@ -202,12 +202,20 @@ def test_what_was_understood_is_said_once():
         "run", "--learning_rate", "1e-4", "--max_steps", "3", "--batch_size", "2", "--prefix", "0"
     )
     assert code == 2 and err.splitlines()[0] == (
-        "understood: --learning_rate 1e-4 as --lr 1e-4; --max_steps 3 as --steps 3 (prefix-distill "
-        "help migration)"
+        "translated: --learning_rate 1e-4 → --lr 1e-4; --max_steps 3 → --steps 3 (see "
+        "prefix-distill help migration)"
     )
     assert len(err.splitlines()) == 2
     _, _, err = invoke("run", "--do_train", "True", "--prefix", "0")
-    assert err.startswith("understood: --do_train True: already the default (prefix-distill help")
+    assert err.startswith("translated: --do_train True → nothing (already the default) (see ")
+
+
+def test_a_switch_that_is_off_by_default_may_be_turned_off_without_a_config_file():
+    """eval has no --set, which turns a switch of a file off again."""
+    assert understood("--dataset_streaming", "False", command="eval") == []
+    assert understood("--dataset_streaming", "True", command="eval") == ["--streaming"]
+    words = ["--activation_checkpointing", "False"]
+    assert understood(*words, command="eval") == words  # eval has no such switch
 
 
 def test_our_own_names_are_not_reported():

@@ -282,8 +282,8 @@ def test_the_base_is_held_in_the_compute_dtype(pair, questions, tmp_path):
 @pytest.mark.parametrize(
     "flags, code, message",
     [
-        (["--lora-alpha", "8"], 2, "it needs an adapter; add --lora 16"),
-        (["--lora-merge"], 2, "it needs an adapter"),
+        (["--lora-alpha", "8"], 2, "applies only with --lora; add --lora 16, or omit --lora"),
+        (["--lora-merge"], 2, "applies only with --lora; add --lora 16"),
         (["--lora", "0"], 2, "at least 1"),
         (["--lora", "4", "--lora-targets", "nowhere"], 2, "--lora-targets nowhere: Target modules"),
         (
@@ -301,7 +301,7 @@ def test_the_base_is_held_in_the_compute_dtype(pair, questions, tmp_path):
             "its weights never change",
         ),
         (["--student-quantize", "nf4"], 2, "cannot be trained; add --lora 16"),
-        (["--student-quantize", "nf4", "--lora", "4", "--lora-merge"], 2, "leave --lora-merge out"),
+        (["--student-quantize", "nf4", "--lora", "4", "--lora-merge"], 2, "omit --lora-merge"),
         (
             [
                 "--teacher",
@@ -316,7 +316,11 @@ def test_the_base_is_held_in_the_compute_dtype(pair, questions, tmp_path):
             2,
             "the moving average needs float32 weights",
         ),
-        (["--teacher-memory", "2"], 2, "limits --teacher-device auto"),
+        (
+            ["--teacher-memory", "2"],
+            2,
+            "applies only with --teacher-device auto; add it, or omit --teacher-memory",
+        ),
         (["--teacher-device", "auto", "--teacher-quantize", "int8"], 2, "with --teacher-quantize"),
     ],
 )

@@ -111,7 +111,7 @@ def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
     code, out, err = invoke(
         "run", "--steps", "5", "--prefix", "16", "--eval-samples", "40", "--out", "X"
     )
-    assert code == 0 and err.count("it comes from the embedded laboratory") == 3
+    assert code == 0 and err.count("using the built-in lab:choice") == 3
     document = last_json(out)
     assert document["steps"] == 5 and document["flops"]["useful"] < document["flops"]["executed"]
     assert document["kl_after"]["value"] < document["kl_before"]["value"]

@@ -202,7 +202,7 @@ def test_a_head_that_is_not_the_model_s_is_refused(pair, questions, tmp_path, mo
     )
     assert (
         (code, out) == (3, "")
-        and "its logits are not its output head applied to its hidden states" in err
+        and "head(hidden states) does not equal its logits" in err
         and not (tmp_path / "run").exists()
     )
 
@@ -300,7 +300,7 @@ def test_prompts_against_the_context(sound, pair, questions, tmp_path):
     "free, status, code, words",
     [
         (1 << 40, "ok", 0, "less than "),
-        (60 << 20, "ok", 0, "beside the loaded weights, most in"),
+        (60 << 20, "ok", 0, "in addition to the loaded weights (peak in"),
         (4 << 20, "warning", 0, "batches will be halved"),
         (1 << 20, "error", 4, "alone take"),
     ],

@@ -176,7 +176,7 @@ def test_times_by_the_rates_of_a_run_and_cards(pair, questions, tmp_path):
         (["--device-tflops", "nan"], "--device-tflops nan"),
         (["--device-tflops", "1", "--measure"], "keep one"),
         (["--from-run", "/nowhere"], "--from-run /nowhere"),
-        (["--prefixes", "9x"], "prefix '9x'"),
+        (["--prefixes", "9x"], "--prefix 9x: expected"),
     ],
 )
 def test_bad_input_is_one_line(given, words):

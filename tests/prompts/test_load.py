@@ -512,7 +512,7 @@ def test_a_mixed_run_goes_on_as_it_would_have(mixture, tmp_path):
         "streamed; a buffer of 1,000 rows",
         "9 of gsm8k=",
         "(75.0%; 9 different ones)",
-        "few-shot: 1 rows of gsm8k=",
+        "few-shot: every prompt starts with 1 solved rows of gsm8k=",
     ):
         assert text in notes
 
@@ -608,7 +608,7 @@ def test_eval_takes_presets_samples_and_examples(pair, tmp_path, monkeypatch):
     assert (
         code == 0
         and last_json(out)["accuracy"]["n"] == 2
-        and "few-shot: 1 of lab:choice, split train with" in err
+        and "few-shot: every prompt starts with 1 solved rows of lab:choice, split train" in err
     ), err
 
 

@@ -25,6 +25,30 @@ from prefix_distill.training.card import TAGS
 INSTRUCTION = "Answer in 'one' line;\n```no $HOME``` | \"quotes\" --and flags"
 
 
+@pytest.mark.parametrize(
+    "parts, choices",
+    [
+        (
+            ("best", "model", "checkpoints/step-00000000", "checkpoints/step-00000012"),
+            "model, best or a checkpoint's step (0, 12)",
+        ),
+        (("checkpoints/step-00000000",), "a checkpoint's step (0)"),
+        (("model",), "model"),
+        ((), "after the first checkpoint (none yet)"),
+    ],
+)
+def test_what_a_run_folder_has_to_export_is_listed_checkpoint_0_included(tmp_path, parts, choices):
+    run = tmp_path / "run"
+    for part in parts:
+        (run / part).mkdir(parents=True)
+    run.mkdir(exist_ok=True)
+    for name in ("config.yaml", "run.json"):
+        (run / name).write_text("{}")
+    code, out, err = invoke("export", run, "--which", "7", "--out", tmp_path / "out")
+    assert code == 2 and out == ""
+    assert err == f"error: run folder {run}: expected --which {choices}, got 7\n"
+
+
 @pytest.fixture(scope="module")
 def run(pair, questions, tmp_path_factory):
     """Two updates of a student that is stored in bfloat16, with a best one and a checkpoint
@@ -99,7 +123,7 @@ def test_the_card_says_what_was_done_and_how_to_do_it_again(run, pair, questions
     for name in (str(run.parent / "student"), pair[1], questions):
         text = text.replace(name, "")
     assert str(run.parent) not in text and "/tmp" not in text
-    assert f"after {result['best']['step']} updates" in (run / "best/README.md").read_text()
+    assert f"after {result['best']['step']} step" in (run / "best/README.md").read_text()
 
 
 def test_the_command_in_the_card_is_the_run(run):
@@ -201,7 +225,7 @@ def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
     assert (
         text == (run / which / "README.md").read_text(encoding="utf-8")
         if which != "1"
-        else "after 1 updates" in text
+        else "after 1 step of" in text
     )
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"]
 
@@ -213,8 +237,14 @@ def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
             ["--out", "used"],
             "error: --out used: it exists and is not an empty folder; name another",
         ),
-        (["--out", "new", "--which", "worst"], "it has no worst; --which can be model, best, 1, 2"),
-        (["--out", "new", "--which", "77"], "it has no 77; --which can be model, best, 1, 2"),
+        (
+            ["--out", "new", "--which", "worst"],
+            "expected --which model, best or a checkpoint's step (1, 2), got worst",
+        ),
+        (
+            ["--out", "new", "--which", "77"],
+            "expected --which model, best or a checkpoint's step (1, 2), got 77",
+        ),
         (
             ["--out", "new", "--dtype", "int8"],
             "error: --dtype int8: expected one of auto, float32, bfloat16, float16",
@@ -226,19 +256,19 @@ def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
         ),
         (
             ["--out", "new", "--gguf", "f16"],
-            'llama.cpp\'s converter is not installed; pip install "prefix-distill[export-gguf]"',
+            "llama.cpp's converter is not installed; install the extra export-gguf: pip install -e",
         ),
         (
             ["--out", "new", "--push-to-hub", "nobody"],
             "error: --push-to-hub 'nobody': expected USER/NAME",
         ),
-        (["--out", "new", "--hub-public"], "error: --hub-public: nothing is pushed"),
+        (["--out", "new", "--hub-public"], "error: --hub-public: applies only with --push-to-hub"),
         ([], "error: --out: name the folder to write"),
         (["--out", "a" * 300], "cannot be written (File name too long); name another folder"),
         (["--out", "used/file"], "it exists and is not an empty folder; name another"),
         (["--out", "used/file/x"], "error: --out used/file/x: cannot be written ("),
-        (["--out", "new", "--which", "a" * 300], "aaa; --which can be model, best, 1, 2"),
-        (["--out", "new", "--which", "9" * 5000], "999; --which can be model, best, 1, 2"),
+        (["--out", "new", "--which", "a" * 300], "(1, 2), got " + "a" * 60),
+        (["--out", "new", "--which", "9" * 5000], "(1, 2), got " + "9" * 60),
     ],
 )
 def test_bad_exports_are_one_line(run, tmp_path, monkeypatch, arguments, message):
@@ -258,6 +288,21 @@ def test_bad_exports_are_one_line(run, tmp_path, monkeypatch, arguments, message
         and message in err.splitlines()[-1]
         and not (tmp_path / "new").exists()
     )
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("runs/none", "error: export runs/none: no such folder; check the path, or add --out"),
+        ("used", "error: export used: expected a run folder or a model folder, got neither"),
+        ("lab:choice/student", "error: --out: name the folder to write"),
+    ],
+)
+def test_an_export_without_out_checks_the_path_first(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "used").mkdir()
+    code, out, err = invoke("export", source)
+    assert code == 2 and out == "" and err.startswith(message)
 
 
 @pytest.mark.parametrize("name", ["😀" * 400, "a" * 300, "~nobody/x"])

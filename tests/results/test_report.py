@@ -193,7 +193,7 @@ WRONG_VALUES = [
     ("run.json", "result", [], "result: expected an object, got []"),
     ("run.json", "result", "5", "result: expected an object, got '5'"),
     ("run.json", "seed", "0", "seed: expected a whole number, got '0'"),
-    ("run.json", "seed", "-", "document: expected the key 'seed', got {"),
+    ("run.json", "seed", "-", "run.json: expected the key 'seed', got the keys "),
     ("run.json", "result.prefix", "full", "result.prefix: expected a whole number, got 'full'"),
     ("run.json", "result.prefix", 1 << 70, "result.prefix: expected a whole number, got 118"),
     ("run.json", "result.full_rollout_cost", None, "expected a finite number, got null"),
@@ -235,7 +235,7 @@ WRONG_VALUES = [
     ("scores.jsonl", "right", None, "scores.jsonl line 2: right: expected a list, got null"),
     ("scores.jsonl", "right", [], "scores.jsonl: expected a row with scores for each of the steps"),
     ("scores.jsonl", "right.3", "1", "line 2: right[3]: expected a finite number, got '1'"),
-    ("before.json", "kl_by_token", "-", "before.json: document: expected the key 'kl_by_token'"),
+    ("before.json", "kl_by_token", "-", "before.json: expected the key 'kl_by_token'"),
     ("after.json", "kl_by_token", None, "after.json: kl_by_token: expected a list, got null"),
     ("after.json", "kl_by_token.0", 3, "after.json: kl_by_token[0]: expected a list, got 3"),
     ("after.json", "kl_by_token.1.1", "2", "kl_by_token[1][1]: expected a finite number, got '2'"),
@@ -251,6 +251,23 @@ def report_one_line(folder) -> str:
     return err
 
 
+def test_an_object_without_a_key_is_described_by_its_keys(tmp_path):
+    """The message names the first keys, not the values, which can fill a page."""
+    run = write_run(tmp_path / "run", 0, [0.2, 0.5], 10.0)
+    document = {"ranks": 1, **json.loads((run / "run.json").read_text())}
+    del document["seed"]
+    (run / "run.json").write_text(json.dumps(document))
+    first = ", ".join([*document][:4])
+    ending = f"run.json: expected the key 'seed', got the keys {first}"
+    err = report_one_line(run)
+    assert ending in err and "evaluations" not in err and "document" not in err
+    (run / "run.json").write_text('{"result": {}}')
+    assert "run.json: expected the key 'seed', got the keys result;" in report_one_line(run)
+    (run / "before.json").write_text("{}")
+    (run / "run.json").write_text(json.dumps(document | {"seed": 0}))
+    assert "before.json: expected the key 'kl_by_token', got no keys;" in report_one_line(run)
+
+
 @pytest.mark.parametrize("name, path, value, message", WRONG_VALUES)
 def test_a_value_of_a_wrong_type_is_named(tmp_path, name, path, value, message):
     run = write_run(tmp_path / "run", 0, [0.2, 0.5, 0.8, 0.8], 10.0)
@@ -264,25 +281,25 @@ def test_a_value_of_a_wrong_type_is_named(tmp_path, name, path, value, message):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("run.json", '["result"]', "run.json: document: expected an object, got ['result']"),
+        ("run.json", '["result"]', "run.json: expected an object, got ['result']"),
         ("run.json", "{", "run.json: expected JSON, got '{' (Expecting property name"),
         ("run.json", "[" * 100_000, "run.json: expected JSON, got '[[[[[[[[[[["),
         ("run.json", b"\xff\xfe", "run.json: expected UTF-8 text, got other bytes"),
         ("scores.jsonl", '{"step": 0, "right": [1.0]}\n{"step": 5, "ri', "line 2: expected JSON"),
-        ("scores.jsonl", '{"step": 0, "right": [1.0]}\nnull\n', "2: document: expected an object"),
+        ("scores.jsonl", '{"step": 0, "right": [1.0]}\nnull\n', "2: expected an object"),
         ("scores.jsonl", "\n", "scores.jsonl line 1: expected JSON, got ''"),
         ("scores.jsonl", None, "scores.jsonl: cannot be read (Is a directory)"),
         ("before.json", None, "before.json: cannot be read (Is a directory)"),
-        ("after.json", "null", "after.json: document: expected an object, got null"),
+        ("after.json", "null", "after.json: expected an object, got null"),
         ("after.json", '"kl_by_token"', "expected an object, got 'kl_by_token'"),
-        ("also-b.json", "[]", "also-b.json: document: expected an object, got []"),
+        ("also-b.json", "[]", "also-b.json: expected an object, got []"),
         ("config.yaml", "[]", "config.yaml: expected sections"),
         ("config.yaml", "a: {b: 1}\na: {c: 2}\n", "config.yaml: not valid YAML (the key 'a'"),
         ("config.yaml", "models: 5\n", "config.yaml: models: expected an object, got 5"),
         ("config.yaml", "models: {}\n", "config.yaml: models: expected the key 'student'"),
-        ("config.yaml", "1: {}\n", "config.yaml: document: expected text as keys, got 1"),
+        ("config.yaml", "1: {}\n", "config.yaml: expected text as keys, got 1"),
         ("config.yaml", "x: !!python/name:os.system\n", "config.yaml: not valid YAML"),
-        ("config.yaml", None, "config.yaml: cannot be read as UTF-8 text (IsADirectoryError)"),
+        ("config.yaml", None, "config.yaml: cannot be read (Is a directory); check the path"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, message):
@@ -308,14 +325,14 @@ def test_a_missing_file_is_named(tmp_path, missing):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("[]", "arms.json: document: expected an object, got []"),
+        ("[]", "arms.json: expected an object, got []"),
         ('{"arms": ["full"], "seeds": [0], "start": {}}', "arms: expected an object, got ['full']"),
         ('{"arms": {"full": {}}, "seeds": ["0"], "start": {}}', "seeds[0]: expected a whole"),
         (
             '{"arms": {"full": {}}, "seeds": [0], "start": {"a": 3}}',
             "start.a: expected text, got 3",
         ),
-        ('{"arms": {"full": {}}, "seeds": [0]}', "document: expected the key 'start'"),
+        ('{"arms": {"full": {}}, "seeds": [0]}', "expected the key 'start'"),
     ],
 )
 def test_a_damaged_list_of_arms_is_named(arms, content, message):
@@ -387,6 +404,6 @@ def test_wrong_folders_and_references_are_named(arms, tmp_path):
     code, _, err = invoke("report", arms, "--out", tmp_path / "out", "--reference", "fulll")
     assert (
         code == 2
-        and "no such arm; there are bad, full, short" in err
+        and "expected one of the arms bad, full, short" in err
         and len(err.splitlines()) == 1
     )

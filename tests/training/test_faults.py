@@ -228,25 +228,25 @@ def poison(model, name):
     [
         (
             "teacher's weight",
-            "update 3: the divergence of .*: the teacher's weight model.norm.weight is not finite; "
-            "no weight was changed, and the state after update 2 is saved",
+            "step 3: the divergence of .*: the teacher's weight model.norm.weight is not finite; "
+            "no weight was changed, and the state after step 2 is saved",
             2,
         ),
         (
             "teacher's logits",
-            "update 3: the divergence of .*: the teacher's hidden states there are not finite; "
+            "step 3: the divergence of .*: the teacher's hidden states there are not finite; "
             "no weight was changed",
             2,
         ),
         (
             "gradient",
-            "update 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; no "
+            "step 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; no "
             "weight was changed",
             2,
         ),
         (
             "student's weight",
-            "after update 2 the student's weight lm_head.weight is not finite; this state is not "
+            "after step 2 the student's weight lm_head.weight is not finite; this state is not "
             "saved, the newest checkpoint is step-00000000",
             0,
         ),
@@ -387,8 +387,8 @@ def test_memory_that_is_short_in_the_reading_that_selects(pair, tmp_path, monkey
 @pytest.mark.parametrize(
     "where, message",
     [
-        ("training", "for one rollout at a time; use --gradient-checkpointing"),
-        ("generation", "for one response at a time; use shorter answers"),
+        ("training", "one rollout per pass; use --gradient-checkpointing"),
+        ("generation", "one answer per batch; use shorter answers"),
     ],
 )
 def test_when_not_even_one_rollout_fits_the_run_stops(  # noqa: PLR0913  fixtures and parameters of one test
@@ -398,7 +398,7 @@ def test_when_not_even_one_rollout_fits_the_run_stops(  # noqa: PLR0913  fixture
     shortage(monkeypatch, where, 0)
     with pytest.raises(
         MemoryShortage,
-        match=f"cpu has no memory {message}",
+        match=f"cpu is out of memory even with {message}",
     ) as stop:
         run_in(tmp_path / "run", run)
     assert stop.value.exit_code == 4
@@ -441,7 +441,7 @@ def test_an_evaluation_without_memory_is_one_line(pair, questions, tmp_path, mon
         code == 4
         and out == ""
         and err.splitlines()[-1].startswith(
-            "error: rank 0: cpu has no memory for one response at a time"
+            "error: rank 0: cpu is out of memory even with one answer per batch"
         )
         and not list(tmp_path.iterdir())
     )
@@ -470,7 +470,7 @@ def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(  # noqa: PLR
     with (
         pytest.raises(
             Interrupted,
-            match=rf"interrupted \({number.name}\) after update 4; the state is saved; "
+            match=rf"interrupted \({number.name}\) after step 4; the state is saved; "
             f"continue with prefix-distill run --resume --out {tmp_path / 'run'}",
         ) as stop,
         Interrupt() as interrupt,

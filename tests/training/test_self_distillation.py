@@ -73,7 +73,7 @@ def test_rows_without_it_are_named(tmp_path, row, message):
         load_prompts(str(file), RowFormat(privileged_column="answer"))
     with pytest.raises(UserError, match="no column 'why'; it has question, answer"):
         load_prompts(str(file), RowFormat(privileged_column="why"))
-    with pytest.raises(UserError, match="it has solution"):
+    with pytest.raises(UserError, match="expected the column solution, got"):
         load_prompts("lab:choice", RowFormat(privileged_column="answer"))
 
 
@@ -81,11 +81,11 @@ def test_rows_without_it_are_named(tmp_path, row, message):
     "flags, message",
     [
         (["--teacher", "self"], "so the loss is zero; name a column that only the teacher sees"),
-        (["--teacher-ema", "0.9"], "use --teacher self"),
+        (["--teacher-ema", "0.9"], "applies only with --teacher self"),
         (["--teacher", "self", "--privileged-column", "answer", "--teacher-ema", "1"], "below 1"),
         (
             ["--privileged-template", "{problem} {solution}"],
-            "needs a column that only the teacher sees",
+            "applies only with --privileged-column; add it, or omit --privileged-template",
         ),
         (
             ["--privileged-column", "answer", "--privileged-template", "{problem}"],
@@ -95,13 +95,16 @@ def test_rows_without_it_are_named(tmp_path, row, message):
         (["--clip", "0", "--divergence", "forward-kl"], "above 0"),
         (["--keep", "0.5"], "add --select"),
         (["--select", "soft-or", "--keep", "0"], "above 0"),
-        (["--select", "best"], "--select must be all or one of"),
-        (["--extrapolate-score", "heldout-kl"], "nothing is extrapolated"),
+        (["--select", "best"], "--select best: expected all or one of"),
+        (
+            ["--extrapolate-score", "heldout-kl"],
+            "applies only with --extrapolate; add --extrapolate effopd",
+        ),
         (
             ["--extrapolate", "twice"],
-            "expected one of none, effopd, always-1, random; change --extrapolate",
+            "expected one of none, effopd, always-1, random; change it",
         ),
-        (["--position-weight", "sigmoid:1"], "--position-weight must be"),
+        (["--position-weight", "sigmoid:1"], "--position-weight sigmoid:1: expected uniform"),
     ],
 )
 def test_settings_that_contradict_each_other(flags, message, tmp_path):

@@ -236,7 +236,7 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
         code == 2
         and out == ""
         and err.splitlines()[-1].endswith(
-            f'pip install "prefix-distill[{name}]", or omit --report-to'
+            f'pip install -e ".[{name}]" in the checkout, or omit --report-to'
         )
     )
     assert not (tmp_path / "run").exists()
