@@ -2,7 +2,7 @@
 
     python tests/benchmarks/tables.py [--write] [--quick]
 
-Prints the page and then one JSON line. ``--write`` also updates results/README.md. Every number of
+Print the page, then one JSON line. ``--write`` also updates results/README.md. Every number of
 the page comes from results/*.json or results/*.csv. The script needs no torch and takes less than a
 second; ``--quick`` exists because every benchmark has it and changes nothing.
 """
@@ -56,20 +56,20 @@ def markdown(header: str, rows: Iterable[Sequence[str]], left: Sequence[int] = (
 
 
 def interval(score: dict[str, Any], key: str = "value") -> str:
-    """Return a share in per cent, with its 95 % interval if it has one."""
+    """Return a share in percent, with its 95% interval if it has one."""
     if score.get("low") is None:
         return f"{score[key]:.1%}"
     return f"{score[key]:.1%} [{score['low']:.1%}, {score['high']:.1%}]"
 
 
 def fixed(value: float, digits: int) -> str:
-    """Return a number with so many digits behind the point."""
+    """Return a number with the given number of decimals."""
     return f"{value:.{digits}f}"
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """Return a share in per cent."""
-    return f"{100 * share:.{digits}f} %"
+    """Return a share in percent."""
+    return f"{100 * share:.{digits}f}%"
 
 
 def accuracy(row: dict[str, Any]) -> str:
@@ -160,8 +160,8 @@ def demo_table() -> str:
             ]
         )
     rows.append(["teacher", interval(teacher), "", "", ""])
-    header = f"| accuracy, {student['n']} held-out problems [95 %] | useful FLOPs | training time"
-    return markdown(f"{header} | tokens of an answer", rows)
+    header = f"| accuracy, {student['n']} held-out problems [95%] | useful FLOPs | training time"
+    return markdown(f"{header} | tokens per answer", rows)
 
 
 def prefix_table() -> str:
@@ -179,9 +179,9 @@ def prefix_table() -> str:
         cells += [cost_ratio(row["cost_ratios"][share]) for share in ("0.5", "0.9", "1.0")]
         rows.append(cells)
     header = (
-        "arm | accuracy [95 %] | longer problems | useful FLOPs | training time | KL beyond its "
-        "prefix, before → after | cost of `full` ÷ its own, to half of the gain of `full` | to 90 "
-        "% | to all"
+        "arm | accuracy [95%] | longer problems | useful FLOPs | training time | KL beyond its "
+        "prefix, before → after | cost of `full` ÷ cost of the arm, to reach 50% of the gain of "
+        "`full` | to reach 90% | to reach 100%"
     )
     return markdown(header, rows)
 
@@ -203,8 +203,10 @@ def claims_table(name: str = "prefix") -> str:
         if "auto" in row["claim"]:
             continue
         arms = f"{arm_name(row['better'])} against {arm_name(row['worse'])}"
-        rows.append([row["claim"], arms, points(row), row["verdict"]])
-    return markdown("published or expected | arms | difference [95 %] | here", rows, left=(0, 1, 3))
+        words = row["claim"].replace(" %", "%")
+        rows.append([words, arms, points(row), row["verdict"]])
+    header = "published or expected | arms | difference, points or × [95%] | found here"
+    return markdown(header, rows, left=(0, 1, 3))
 
 
 def auto_table() -> str:
@@ -225,8 +227,11 @@ def auto_table() -> str:
                 f"{cost['value']:.2f}",
             ]
         )
-    header = "student | best constant prefix | `auto` | difference, points | FLOPs of `auto` ÷ its"
-    return markdown(f"{header} FLOPs", rows)
+    header = (
+        "student's parameters | best constant prefix | `auto` | difference, points | FLOPs of "
+        "`auto` ÷ FLOPs of the best constant prefix"
+    )
+    return markdown(header, rows)
 
 
 def select_table() -> str:
@@ -241,7 +246,9 @@ def select_table() -> str:
         names = [f"{rollouts} {kind}".strip() for rollouts in ("full", "40%")]
         cells = [accuracy_of(arms, name) for name in names]
         rows.append([f"`{kind}`" if kind else "all", *cells])
-    return markdown("trained tokens | of full rollouts | of a prefix of 40 %", rows)
+    return markdown(
+        "trained tokens | accuracy on full rollouts [95%] | accuracy on a prefix of 40% [95%]", rows
+    )
 
 
 def extrapolation_table() -> str:
@@ -259,8 +266,8 @@ def extrapolation_table() -> str:
             accepted = " · ".join(" ".join(map(str, seed)) for seed in searches["k"])
         rows.append([arm_name(arm), accuracy(row), gflops(row), share, accepted])
     header = (
-        "arm | accuracy [95 %] | useful FLOPs | share of candidates | accepted k after updates 1, "
-        "2, 4, 8, 16 (three seeds)"
+        "arm | accuracy [95%] | useful FLOPs | share of candidates | accepted k after steps 1, 2, "
+        "4, 8, 16 (three seeds)"
     )
     return markdown(header, rows, left=(0, 4))
 
@@ -282,7 +289,7 @@ def self_table() -> str:
 
 def selection_cost_table() -> str:
     """Return time and memory of the loss on selected tokens."""
-    names = {"naive": "all, full logits", "all": "all, our loss in chunks"}
+    names = {"naive": "all, full logits", "all": "all, our chunked loss"}
     rows = []
     for row in read("selection")["table"]:
         rows.append(
@@ -311,12 +318,12 @@ def lora_table() -> str:
         arm = row["arm"]
         difference = points(claims[arm]) if arm in claims else ""
         rows.append([arm, accuracy(row), gflops(row), difference])
-    header = "arm | accuracy [95 %] | useful FLOPs | all weights − the adapter, points [95 %]"
+    header = "arm | accuracy [95%] | useful FLOPs | all weights − the adapter, points [95%]"
     return markdown(header, rows)
 
 
-def cards_table() -> str:
-    """Return the largest micro-batch that fits a card, by what trains."""
+def gpus_table() -> str:
+    """Return the largest micro-batch that fits each GPU, by method."""
     cards = read("plan")["cards"]
     sizes = sorted({row["card_gb"] for row in cards})
     cases: dict[tuple[str, str, bool], dict[int, dict[str, Any]]] = {}
@@ -360,7 +367,7 @@ def cross_table() -> str:
         canonical = f"{document['canonical'][row['arm']]:.0%}"
         rows.append([arm_name(row["arm"]), accuracy(row), gflops(row), tokens, canonical])
     header = (
-        "arm | accuracy [95 %] | useful FLOPs | tokens of an answer | answers in the tokenizer's "
+        "arm | accuracy [95%] | useful FLOPs | tokens per answer | answers in the tokenizer's "
         "own tokens"
     )
     return markdown(header, rows)
@@ -384,14 +391,14 @@ def real_cross_table() -> str:
             ]
         )
     header = (
-        "mode | KL of 1:1 units, before → after [95 %] | KL of spans | log-likelihood of the "
-        "teacher's text, per byte | alignment, share of an update"
+        "mode | KL of 1:1 units, before → after [95%] | KL of spans | log-likelihood of the "
+        "teacher's text, per byte | share of the step's time spent on alignment"
     )
     return markdown(header, rows)
 
 
 def gold_table() -> str:
-    """Return an update across tokenizers against TRL's GOLDTrainer."""
+    """Return a step across tokenizers against TRL's GOLDTrainer."""
     rows = []
     for arm, row in read("gold")["arms"].items():
         name, ratios = "GOLD", ["", ""]
@@ -404,12 +411,12 @@ def gold_table() -> str:
             ]
         memory = f"{row['peak_bytes'] / 2**30:.2f} GiB"
         rows.append([name, f"{row['seconds']:.1f}", memory, f"{row['tokens']:.0f}", *ratios])
-    header = "update | seconds | peak memory | sampled tokens | time ÷ GOLD | memory ÷ GOLD"
+    header = "step | seconds | peak memory | sampled tokens | time ÷ GOLD | memory ÷ GOLD"
     return markdown(header, rows)
 
 
 def real_table() -> str:
-    """Return the held-out KL of SmolLM2's run over its updates."""
+    """Return the held-out KL of SmolLM2's run over its steps."""
     rows = []
     for row in read_csv("real"):
         low, high = float(row["kl_low"]), float(row["kl_high"])
@@ -422,7 +429,9 @@ def real_table() -> str:
                 f"{float(row['flops_useful']) / 1e12:.1f} T",
             ]
         )
-    header = "updates | reverse KL, nats per token [95 %] | first 64 tokens | beyond | useful FLOPs"
+    header = (
+        "steps | reverse KL, nats per token [95%] | first 64 tokens | later tokens | useful FLOPs"
+    )
     return markdown(header, rows, left=())
 
 
@@ -440,7 +449,7 @@ def real_grid_table() -> str:
 
 
 def update_table() -> str:
-    """Return whole updates against TRL."""
+    """Return whole steps against TRL."""
     rows = []
     for row in read("update_vs_trl")["cases"]:
         low, high = row["time_ratio_range"]
@@ -449,9 +458,10 @@ def update_table() -> str:
             for side in ("ours", "trl")
         ]
         time = f"{row['time_ratio']:.2f} [{low:.2f}, {high:.2f}]"
-        rows.append([f"`{row['name']}`", *sides, time, f"{row['memory_ratio']:.2f}"])
+        name = row["name"].replace("embedded", "built-in")
+        rows.append([f"`{name}`", *sides, time, f"{row['memory_ratio']:.2f}"])
     trl = read("update_vs_trl")["trl"]
-    return markdown(f"update | ours | TRL {trl} | time, ours ÷ TRL | peak memory, ours ÷ TRL", rows)
+    return markdown(f"step | ours | TRL {trl} | time, ours ÷ TRL | peak memory, ours ÷ TRL", rows)
 
 
 def divergence_table() -> str:
@@ -483,7 +493,7 @@ def rollout_table() -> str:
 
 
 def scaling_table() -> str:
-    """Return an update's time over the prefix's length and the number of samples."""
+    """Return a step's time over the prefix's length and the number of samples."""
     rows = []
     for row in read("scaling")["table"]:
         if not row["shared"]:
@@ -500,7 +510,10 @@ def scaling_table() -> str:
                 ratio,
             ]
         )
-    header = "prefix, tokens | samples | seconds | useful FLOPs | prompts read once ÷ every time"
+    header = (
+        "prefix, tokens | samples | seconds | useful FLOPs | time with prompts encoded once ÷ "
+        "encoded for every sample"
+    )
     return markdown(header, rows, left=())
 
 
@@ -524,7 +537,7 @@ def limit_table() -> str:
 def ranks_table() -> str:
     """Return the throughput of two ranks against one."""
     names = {
-        "laboratory": "the embedded pair, 128 rollouts of 48 tokens",
+        "laboratory": "the built-in pair, 128 rollouts of 48 tokens",
         "SmolLM2": "SmolLM2-135M → its 20-layer student, 16 rollouts of 32 tokens",
     }
     rows = []
@@ -538,7 +551,7 @@ def ranks_table() -> str:
                 f"{row['throughput']:.2f} × [{low:.2f}, {high:.2f}]",
             ]
         )
-    return markdown("an update of | 1 rank | 2 ranks | throughput", rows)
+    return markdown("step | 1 rank | 2 ranks | throughput", rows)
 
 
 def methods_table() -> str:
@@ -550,9 +563,10 @@ def methods_table() -> str:
         paper = ""
         if "paper" in method:
             paper = f"[{method['paper']}]"
-        finding = f"[{signs}][{method['anchor']}] {method['words']}"
-        rows.append([name, f"`{method['flag']}`", paper, finding])
-    return markdown("method | flag | paper | found", rows, left=(0, 1, 2, 3))
+        found = f"[{signs}][{method['anchor']}]"
+        rows.append([name, f"`{method['flag']}`", paper, method["words"], found])
+    header = "method | flag | paper | published or expected | found here"
+    return markdown(header, rows, left=(0, 1, 2, 3, 4))
 
 
 def page() -> str:

@@ -30,7 +30,7 @@ BLOCKS = [
 LINES = [(name, line) for name, block in BLOCKS for line in block.splitlines()]
 TOPICS = [
     *("adapters", "data", "devices", "exit-codes", "methods", "migration", "plugins"),
-    *("recipes", "reliability", "speed", "tokenizers"),
+    *("python", "recipes", "reliability", "speed", "tokenizers"),
 ]
 
 
@@ -93,7 +93,7 @@ def test_methods_states_what_the_committed_results_found():
     """Every sign is the verdict of a recorded claim; every method has one or says that there is
     none; the page repeats no difference."""
     page, quoted = " ".join(PAGES["methods"].split()), 0
-    line = r"- ([+0−]) ([^`]+): `([^`]+)` against `([^`]+)` \(`([\w-]+)\.json`\)"
+    line = r"- \[([+0−])\] ([^`]+): `([^`]+)` against `([^`]+)` \(`([\w-]+)\.json`\)"
     for sign, words, better, worse, file in re.findall(line, page):
         claims = json.loads((ROOT / f"tests/benchmarks/results/{file}.json").read_text())["claims"]
         verdicts = [
@@ -106,7 +106,8 @@ def test_methods_states_what_the_committed_results_found():
     assert quoted > 25 and quoted == page.count("against `")
     assert not re.search(r"[+-]\d+\.\d", page)
     for section in PAGES["methods"].split("\n## ")[1:]:
-        assert "Found:" in section or "No experiment of ours" in section, section.splitlines()[0]
+        section = " ".join(section.split())
+        assert "Found:" in section or "No experiment of ours" in section, section[:60]
     flags = {
         field.metadata["flag"]
         for path, field in configuration.options(
@@ -268,7 +269,7 @@ def _in_a_terminal(environment: dict, code: str) -> str:
 
 SHOWN = """
 from rich.table import Table
-from prefix_distill.display import Display, show
+from prefix_distill.display import Display, print_tables
 table = Table(title="arms")
 for name in ("arm", "accuracy", "cost"):
     table.add_column(name)
@@ -282,7 +283,7 @@ row = {
 with Display(2, "run:") as display:
     display.row(row, 1e9, 2e9)
     display.note("a note")
-show(table)
+print_tables(table)
 """
 
 
