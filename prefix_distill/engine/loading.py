@@ -10,12 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +25,7 @@ from ..lab.task import LAB, model_path
 from ..prompts.sources import is_path
 from . import adapter
 from .adapter import FILE
+from .hub import check_reachable
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
 
@@ -140,32 +135,13 @@ def _explain_failure(name: str, package: str | None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # unreadable files raise anything from OSError to struct.error
-        _check_reachable(name, error)
+        check_reachable(name, error)
         hint = "give a hub id, a folder with config.json and safetensors, or a readable .gguf file"
         if "trust_remote_code" in str(error):
             hint = "read that code, then add --trust-remote-code to run it"
         raise UserError(
             f"model {name}: cannot be loaded ({type(error).__name__}: {one_line(error)}); {hint}"
         ) from None
-
-
-def _check_reachable(name: str, error: BaseException) -> None:
-    """Raise UserError if loading failed because ``name`` is no folder and the hub has no answer."""
-    if os.path.exists(os.path.expanduser(name)):
-        return
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            raise UserError(
-                f"model {name}: no such folder, and not loadable from the hub (no connection); "
-                "check the path or the network"
-            ) from None
-        if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
-            raise UserError(
-                f"model {name}: no such folder, and no such public model on the hub; check the "
-                "path or the id, or run `hf auth login`"
-            ) from None
-        cause = cause.__cause__ or cause.__context__
 
 
 def _check_complete(name: str, loading_info: dict[str, Any]) -> None:
@@ -225,7 +201,7 @@ def count_parameters(name: str, trust_remote_code: bool = False) -> int:
         with torch.device("meta"):
             net = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # unreadable files raise anything, as in _explain_failure
-        _check_reachable(name, error)
+        check_reachable(name, error)
         raise UserError(
             f"model {name}: its config cannot be read ({type(error).__name__}: {one_line(error)}); "
             "give a hub id or a folder with config.json"

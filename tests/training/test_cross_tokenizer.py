@@ -301,7 +301,7 @@ def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
     assert code == 0, err
     assert (
         "units of text are compared (--cross-tokenizer simct)" in err
-        and "of the tokens of the student's own answers " in err
+        and "alignment of the student's answers: " in err
     )
     assert "probability is on shared tokens; the loss ignores the rest" in err
     whole = last_json(out)
