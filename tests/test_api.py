@@ -253,6 +253,28 @@ def test_a_callback_that_raises_stops_with_the_state_saved(given, tmp_path, wher
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_callback_that_exits_stops_with_the_state_saved(given, tmp_path, kind):
+    def stop(row: dict) -> None:
+        raise kind(7)
+
+    with pytest.raises(kind) as raised:
+        prefix_distill.run(**given, out=tmp_path / "run", on_step=stop)
+    assert "after update 1; the state is saved" in raised.value.__notes__[0]
+    assert (tmp_path / "run/checkpoints/step-00000001").is_dir()
+
+
+def test_a_callback_that_cannot_be_called_is_refused(given, tmp_path):
+    calls: list[Callable[[], object]] = [
+        lambda: prefix_distill.run(**given, out=tmp_path / "run", on_step=5),
+        lambda: prefix_distill.compare("arms.yaml", tmp_path / "run", on_step="x"),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="on_step: expected a function of a metrics row, got"):
+            call()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_callback_may_raise_at_the_last_update(given, tmp_path):
     def stop(row: dict) -> None:
         if row["step"] == 4:
@@ -279,6 +301,12 @@ def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):
         prefix_distill.resume(tmp_path / "run", batch_size=3)
     with pytest.raises(UserError, match="name the run folder"):
         prefix_distill.resume()
+    saved = (tmp_path / "run/config.yaml").read_bytes()
+    with pytest.raises(UserError, match="5 steps are done; --steps must be at least 5, got 4"):
+        prefix_distill.resume(tmp_path / "run", steps=4)
+    with pytest.raises(UserError, match="resume: the run folder is given twice"):
+        prefix_distill.resume(tmp_path / "run", out=tmp_path / "other")
+    assert (tmp_path / "run/config.yaml").read_bytes() == saved
 
 
 def test_ranks_report_to_the_caller_in_any_thread(given, tmp_path, capfd):

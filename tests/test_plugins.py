@@ -444,6 +444,16 @@ BAD = {
         ["--prefix", "cosine:4"],
         "line 10: ValueError: not enough values to unpack (expected 3, got 1)",
     ),
+    "an exit in a divergence": (
+        HEAD + "@register_divergence('mine')\n" + VALUE + "exit(0)\n",
+        ["--divergence", "mine"],
+        "line 4: SystemExit: 0",
+    ),
+    "an exit in a schedule": (
+        HEAD + "register_schedule('mine')(lambda arguments, limit: exit(0))\n",
+        ["--prefix", "mine"],
+        "line 2: SystemExit: 0",
+    ),
     "an unknown schedule": (COSINE.read_text(), ["--prefix", "sine:4"], "or one of cosine"),
     "the sampled estimator": (
         SKEW.read_text(),
@@ -477,18 +487,27 @@ def test_two_plugins_cannot_register_one_name(tmp_path):
         assert len(load_plugins(text)) == 1
 
 
-def test_an_error_during_training_names_the_file_and_the_line(pair, questions, tmp_path):
+@pytest.mark.parametrize(
+    "late, message",
+    [
+        ("10 // (3 - step)", "line 4: ZeroDivisionError"),
+        ("5 if step < 3 else exit(0)", "line 4: SystemExit: 0"),
+    ],
+)
+def test_an_error_during_training_names_the_file_and_the_line(
+    pair, questions, tmp_path, late, message
+):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(
         HEAD + "@register_schedule('mine')\ndef make(arguments, limit):\n"
-        "    return lambda step: 10 // (3 - step)\n"
+        f"    return lambda step: {late}\n"
     )
     out = tmp_path / "run"
     code, _, err = invoke(
         *flags(pair, questions, out), "--plugin", plugin, "--prefix", "mine", "--tail-every", "0"
     )
     assert code == 2 and "Traceback" not in err
-    assert f"error: plugin {plugin}, line 4: ZeroDivisionError" in err.splitlines()[-1]
+    assert f"error: plugin {plugin}, {message}" in err.splitlines()[-1]
 
 
 def test_a_state_that_no_checkpoint_can_hold_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Unpack
 
 from .. import config as configuration
+from ..errors import UserError
 from ..training.resume import resume_settings
 from . import settings, work
 from .documents import (
@@ -63,6 +64,11 @@ def resume(
     """
     observer = LogObserver(on_step)
     given: dict[str, object] = dict(options)
+    if out is not None and "out" in given:
+        raise UserError(
+            f"resume: the run folder is given twice, {out} and out={given['out']}; a run is resumed "
+            "in its own folder, so omit one of them"
+        )
     if out is not None:
         given["out"] = out
     values = settings.read_options(given, settings.run_names())

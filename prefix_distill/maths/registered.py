@@ -86,7 +86,9 @@ def _check_divergence(name: str, text: str, parameters: tuple[float, ...]) -> No
         raise UserError(
             f"divergence '{text}': {source}, line {code.co_firstlineno}: {wrong}"
         ) from None
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may also exit
         raise UserError(f"divergence '{text}': {describe_error(error, source)}") from None
 
 
@@ -222,7 +224,9 @@ def _build_schedule(
         schedule = Registered(text=request.text, limit=request.limit, rule=rule, source=source)
         schedule.length(0)
         schedule.length(1)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may also exit
         if isinstance(error, UserError) and str(error).startswith("prefix '"):
             raise
         raise UserError(f"prefix '{request.text}': {describe_error(error, source)}") from None

@@ -66,6 +66,13 @@ class RunFolder:
             return "there is no checkpoint yet"
         return f"the newest checkpoint is {checkpoints[0].name}"
 
+    @property
+    def newest_step(self) -> int:
+        """Return the number of steps that the newest checkpoint holds; 0 without a checkpoint."""
+        for checkpoint in self._checkpoints():
+            return int(checkpoint.name.removeprefix("step-"))
+        return 0
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Create the folder and lock it, so that one process at a time works in it.
