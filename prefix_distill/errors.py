@@ -3,7 +3,15 @@
 ABORTED = "aborted without saving; --resume continues a run from its last checkpoint"
 
 
-class UserError(Exception):
+class _Explained(Exception):
+    """An exception whose message says all that a user needs."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython and notebooks show in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(_Explained):
     """Bad input. The command prints the message on one line and exits with code 2."""
 
     exit_code = 2
@@ -18,7 +26,7 @@ class PreflightError(UserError):
     exit_code = 3
 
 
-class Stopped(Exception):
+class Stopped(_Explained):
     """A run stopped with its files intact, at a non-finite loss for example. Exit code 1."""
 
     exit_code = 1

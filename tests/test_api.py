@@ -1,6 +1,8 @@
 """The Python API: the numbers of the commands, typed results, no output, any thread, a notebook."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -563,3 +565,16 @@ def test_a_notebook_runs_in_a_jupyter_kernel(tmp_path):
     )
     assert "<td>model</td><td>run/model</td>" in evaluated["text/html"]
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_notebook_shows_an_error_in_one_line():
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
+    code = "import prefix_distill; prefix_distill.run(prefx=3)"
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        shell.run_cell(code)
+    assert shown.getvalue().strip().startswith("UserError: unknown option 'prefx'; did you mean")
+    assert len(shown.getvalue().strip().splitlines()) == 1
+
+
+def test_dir_lists_the_public_names_alone():
+    assert set(dir(prefix_distill)) == {*prefix_distill.__all__, "__version__"}

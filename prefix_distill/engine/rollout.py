@@ -48,7 +48,9 @@ class Side:
     @property
     def extent(self) -> int:
         """Return the number of response tokens up to the last compared one, at least 1."""
-        return max(self.rows, default=0) + 1
+        if not self.rows:
+            return 1
+        return self.rows[-1] + 1  # rows are ascending
 
     @property
     def read(self) -> tuple[int, ...]:

@@ -240,8 +240,10 @@ class _Pass:
         grad = grad.to(self.terms.dtype)
         with torch.autocast(grad.device.type, enabled=False):
             if self.grad_hidden is not None:
-                product = (grad @ self.student_head.weight_VD).float()
-                self.grad_hidden[rows] = product * row_weight
+                # in place and without a name, so that no second table [n, D] lives on
+                self.grad_hidden[rows] = (
+                    (grad @ self.student_head.weight_VD).float().mul_(row_weight)
+                )
             if self.grad_weight is not None:
                 weighted_hidden = (hidden.float() * row_weight).to(self.terms.dtype)
                 _add_outer(self.grad_weight, grad, weighted_hidden)

@@ -299,7 +299,8 @@ class Monitor:
             merit = accuracy["value"]
         else:
             merit = -intervals.token_mean(values[: settings.tail_prompts])["value"]
-        if progress.best is not None and merit <= progress.best["merit"]:
+        # "not better", rather than "worse or equal": a merit that is NaN is never better.
+        if progress.best is not None and not merit > progress.best["merit"]:
             return
         progress.best = {
             "step": step,

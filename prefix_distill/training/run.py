@@ -183,12 +183,6 @@ class Run:
             response=response,
             behind=behind,
         )
-        batch = Batch(
-            prompts=[(len(p.student_ids), len(p.teacher_ids)) for p in prompts],
-            samples=samples,
-            response=response,
-            behind=behind,
-        )
         ledger = flops.update_ledger(
             pair.student_shape,
             pair.teacher_shape,

@@ -146,7 +146,7 @@ class Session:
 
     def note_selection(self, update: Update) -> None:
         """Report once if selecting tokens takes a forward pass of its own."""
-        separate = update.forward_pass is None and "selection" in update.meter.ledger.useful
+        separate = not update.reused_forward_pass and "selection" in update.meter.ledger.useful
         if separate and not self.selection_was_noted:
             self.report.note(
                 "token selection needs a forward pass of its own, ledger row `selection`: the "

@@ -93,7 +93,7 @@ def _describe_kl_rise(before: dict, measured: dict, prefix: int) -> str | None:
     mean = math.fsum(gaps) / len(gaps)
     variance = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
     error = math.sqrt(variance / len(gaps))
-    if mean <= 2 * error or mean <= 1e-3:
+    if not (mean > 2 * error and mean > 1e-3):  # also if the mean is NaN
         return None
     return f"the KL beyond the prefix rose by {mean:.3g} ± {error:.1g} nats per token"
 
@@ -113,6 +113,6 @@ def _describe_exhausted(before: dict, measured: dict, prefix: int) -> str:
     head_before, _ = intervals.split_mean(before["kl_by_token"], prefix)
     head_after, _ = intervals.split_mean(measured["kl_by_token"], prefix)
     # Across tokenizers the prefix can lack units of one token; then both means are None.
-    if head_before is None or head_after is None or head_after >= 0.1 * head_before:
+    if head_before is None or head_after is None or not head_after < 0.1 * head_before:
         return ""
     return f"; the prefix has little left to teach ({head_before:.2g} → {head_after:.2g} nats)"

@@ -87,6 +87,7 @@ class Update:
         self.meter = state.meter()
         # The forward pass of a ranked selection, which the loss reuses if it can.
         self.forward_pass: ForwardPass | None = None
+        self.reused_forward_pass = False
 
     # Sampling
 
@@ -292,6 +293,8 @@ class Update:
             if losses is None:
                 loss.zero_grad(set_to_none=True)
                 self.forward_pass = None
+        self.reused_forward_pass = self.forward_pass is not None
+        self.forward_pass = None  # frees the hidden rows before the optimizer steps
         if run.place.world > 1:
             self._all_reduce()
         return losses

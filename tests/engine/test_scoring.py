@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 from prefix_distill.engine import scoring
 from prefix_distill.engine.batching import micro_batches, reads
 from prefix_distill.engine.models import Model
-from prefix_distill.engine.rollout import rollout_of, student_sides
+from prefix_distill.engine.rollout import Side, rollout_of, student_sides
 from prefix_distill.maths.flops import linear_tokens
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.rows import RowFormat
@@ -176,3 +176,14 @@ def test_padding_of_real_prompts_stays_under_a_tenth():
         for start in range(0, 80, 8):
             group = rollouts([(n, [64] * samples) for n in lengths[start : start + 8]])
             assert padding(micro_batches(group, 8, samples > 1), samples > 1) <= 0.1
+
+
+def test_the_extent_of_a_side_does_not_walk_through_its_rows():
+    """`micro_batches` asks for it once for every pair of rollouts that it tries."""
+
+    class Rows(tuple):
+        def __iter__(self):
+            raise AssertionError("the rows are walked through")
+
+    assert Side((1, 2), (3, 4, 5, 6), Rows((0, 2))).extent == 3
+    assert Side((1, 2), (3, 4), ()).extent == 1

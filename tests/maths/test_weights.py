@@ -357,7 +357,7 @@ def chosen_by_reference(run, rollouts, kind, keep) -> dict:
 
 def selected_gradient(run, micro):
     done = one_update(run, micro)
-    reused = done.update.forward_pass
+    reused = done.update.reused_forward_pass
     return done.gradient, done.sampled, done.rollouts, done.values, reused, done.ledger
 
 
@@ -380,7 +380,7 @@ def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, ev
     sampler = dataclasses.replace(run.method.sampler, eos=frozenset({-1}))
     run = dataclasses.replace(run, method=dataclasses.replace(run.method, sampler=sampler))
     once, drawn, kept, values, reading, ledger = selected_gradient(run, 10)
-    assert reading is not None
+    assert reading
     expected = chosen_by_reference(run, drawn, kind, 0.5)
     assert {key: r.taught for r in kept for key in [r.key]} == expected
     head = (run.pair.student_shape.output(1) + run.pair.teacher_shape.output(1)) * sum(
@@ -389,7 +389,7 @@ def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, ev
     assert ledger.useful["selection"] == head == ledger.executed["selection"]
     for micro in (1, 4):
         twice, _, again, _, none, more = selected_gradient(run, micro)
-        assert none is None and again == kept and more.useful["selection"] > 3 * head
+        assert not none and again == kept and more.useful["selection"] > 3 * head
         assert_same(twice, once)
     student, teacher = run.pair.student.net, run.pair.teacher.net
     student.zero_grad()

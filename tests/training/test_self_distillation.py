@@ -223,7 +223,7 @@ def test_a_teacher_that_makes_no_use_of_it_is_reported(pair, questions):
         data__privileged_column="solution",
         rollout__max_new_tokens=192,
     )
-    assert not any("makes no use" in text for text in told.notes.warnings)
+    assert not any("does not use" in text for text in told.notes.warnings)
     assert any(text.startswith("privileged prompt:") for text in told.notes.lines)
     blind = prepared(
         ("lab:choice/student", "self"),
@@ -232,4 +232,4 @@ def test_a_teacher_that_makes_no_use_of_it_is_reported(pair, questions):
         data__privileged_column="solution",
         rollout__max_new_tokens=192,
     )
-    assert any("makes no use" in text for text in blind.notes.warnings)
+    assert any("does not use" in text for text in blind.notes.warnings)

@@ -26,6 +26,7 @@ from prefix_distill.engine.saving import save_model
 from prefix_distill.errors import Stopped
 from prefix_distill.training import metrics, tails
 from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.monitor import Monitor
 from prefix_distill.training.session import Session
 from prefix_distill.training.state import Progress
 from prefix_distill.training.update import Update
@@ -354,6 +355,47 @@ def test_tail_warning_needs_a_paired_rise():
     hurt = [[None, None, 0.5, 0.5 + i / 100] for i in range(8)]
     text = tails.tail_warning(spans, found(0.9, hurt), 2)
     assert "rose by 0.4" in text and "little left to teach" not in text
+    # numbers that are not finite are no rise; the run names them itself
+    broken = found(0.9, [[math.nan] * 4] * 8)
+    assert tails.tail_warning(before, broken, 2) is None
+
+
+def test_a_student_whose_merit_is_nan_is_not_the_best(pair, questions, tmp_path):
+    run = prepared(pair, questions, evaluate__every=1, evaluate__problems=0)
+    folder = RunFolder(tmp_path / "run")
+    folder.create({})
+    state = state_of(run, folder.path)
+    monitor = Monitor(state)
+    monitor.start()
+    first = state.progress.best["merit"]
+    for step, divergence in enumerate((math.nan, 2 - first), 1):
+        monitor._keep_best(step, None, [[divergence]])
+        assert state.progress.best["step"] == 0
+    monitor._keep_best(3, None, [[-1 - first]])
+    assert state.progress.best["step"] == 3
+
+
+def test_a_stopped_update_leaves_the_prefix_of_the_last_completed_one(
+    pair, questions, tmp_path, monkeypatch
+):
+    """A schedule of 2, 5, 8 … tokens whose third update meets a NaN: the checkpoint says 5."""
+    run = prepared(pair, questions, schedule__prefix="linear:2:3")
+    backward = Update.backward
+
+    def disturbed(update, rollouts):
+        if update.step == 2:
+            with torch.no_grad():
+                run.pair.teacher.net.model.embed_tokens.weight[:] = float("nan")
+        return backward(update, rollouts)
+
+    monkeypatch.setattr(Update, "backward", disturbed)
+    folder = RunFolder(tmp_path / "run")
+    folder.create({})
+    folder.write_json("run.json", {})
+    with pytest.raises(Stopped):
+        Session(run, folder, Silent()).train()
+    step, _, facts = folder.read_latest_checkpoint(print)
+    assert (step, facts["taught_prefix"]) == (2, 5)
 
 
 def test_learning_rate_schedules():
