@@ -66,8 +66,8 @@ def resume(
     given: dict[str, object] = dict(options)
     if out is not None and "out" in given:
         raise UserError(
-            f"resume: the run folder is given twice, {out} and out={given['out']}; a run is resumed "
-            "in its own folder, so omit one of them"
+            f"resume: the run folder is given twice, {out} and out={given['out']}; a run "
+            "is resumed in its own folder, so omit one of them"
         )
     if out is not None:
         given["out"] = out
