@@ -6,6 +6,7 @@ import numbers
 import os
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
 from .. import config as configuration
@@ -80,7 +81,9 @@ class Config(configuration.Config):
 
         Options override the file. UserError: as in `from_options`, or the file is not readable.
         """
-        values = configuration.read_yaml(os.fspath(path))
+        from .arguments import read_path  # here: it needs this module
+
+        values = configuration.read_yaml(read_path("path", path))
         return cls._from_values(values | read_options(options, run_names()))
 
     @classmethod
@@ -139,7 +142,7 @@ def take_options(
     taken, others = dict(defaults), {}
     for name, value in options.items():
         if name in defaults:
-            taken[name] = _plain(value)
+            taken[name] = plain_value(value)
         else:
             others[name] = value
     return taken, others
@@ -160,7 +163,7 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(names)}"
             raise UserError(f"unknown option '{name[:80]}'{hint}")
         path = names[name]
-        plain = _plain(value)
+        plain = plain_value(value)
         is_number = isinstance(plain, int | float) and not isinstance(plain, bool)
         if is_number and configuration.value_type(known[path].type) is str:
             plain = str(plain)
@@ -168,7 +171,8 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
     return values
 
 
-def _plain(value: object) -> object:
+def plain_value(value: object) -> object:
+    """Return a path as text and another package's number as Python's; others unchanged."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, bool) or type(value) in (int, float):
@@ -188,6 +192,28 @@ def name_run_folder(config: configuration.Config) -> configuration.Config:
     return configuration.replace(config, checkpoint={"out": out})
 
 
+def pin_paths(config: configuration.Config) -> configuration.Config:
+    """Return the config with absolute paths of the run folder and of plugins.
+
+    A function that the call runs may change the current folder.
+    """
+    changed: dict[str, dict[str, object]] = {}
+    if config.checkpoint.out is not None:
+        changed["checkpoint"] = {"out": str(Path(config.checkpoint.out).absolute())}
+    if config.runtime.plugin is not None:
+        names = map(_pin_plugin, config.runtime.plugin.split(","))
+        changed["runtime"] = {"plugin": ",".join(names)}
+    return configuration.replace(config, **changed)
+
+
+def _pin_plugin(name: str) -> str:
+    """Return the absolute path of a plugin's file; the name of an entry point unchanged."""
+    name = name.strip()
+    if name.endswith(".py") or Path(name).is_file():
+        return str(Path(name).absolute())
+    return name
+
+
 def evaluation_config(values: dict[str, object], out: str | None) -> configuration.Config:
     """Return the config of an evaluation that writes the per-problem rows to ``out``.
 
@@ -198,7 +224,9 @@ def evaluation_config(values: dict[str, object], out: str | None) -> configurati
         values.setdefault("evaluate.problems", 0)  # N in name#N is the number of problems
     gpus = values.get("runtime.gpus")
     values["train.batch_size"] = max(1, gpus) if isinstance(gpus, int) else 1  # a prompt per rank
-    values["checkpoint.out"] = out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    if out is None:
+        out = f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    values["checkpoint.out"] = out
     return configuration.build(values)
 
 

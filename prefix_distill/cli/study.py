@@ -8,6 +8,7 @@ import typer
 
 from .. import display
 from ..api import settings
+from ..api.arguments import read_folder, read_folders
 from .app import Terminal, app, finish, note, show
 from .options import with_options
 
@@ -24,7 +25,9 @@ def demo(
     side by side."""
     from ..api import work
 
-    folder = Path(out or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
+    if out is not None:
+        folder = read_folder("--out", out)
     table, document = work.demonstrate(folder, seed, Terminal())
     display.print_tables(table)
     finish(document)
@@ -62,7 +65,7 @@ def compare(
     cost."""
     from ..api import work
 
-    result = work.compare(arms_file, Path(out), Terminal())
+    result = work.compare(arms_file, read_folder("--out", out), Terminal())
     show(result, width=200)
     finish(result.to_dict())
 
@@ -84,6 +87,8 @@ def report(
     """Write tables, a picture and a self-contained page about any set of run folders."""
     from ..api import work
 
-    result = work.report([Path(folder) for folder in folders], Path(out), reference, title)
+    result = work.report(
+        read_folders("FOLDER", folders), read_folder("--out", out), reference, title
+    )
     show(result, width=200)
     finish(result.to_dict())

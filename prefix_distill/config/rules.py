@@ -18,6 +18,7 @@ def check(config: Config) -> None:
     """Raise UserError if an option or a combination of options breaks a rule."""
     for path, declared in options().items():
         _check_value(path, get(config, path), declared)
+    _check_out(config.checkpoint.out)
     _check_batch(config)
     _check_loss(config)
     _check_teacher_ema(config)
@@ -32,6 +33,12 @@ def check(config: Config) -> None:
     check_repository(config.export.push, config.export.public)
     check_prefix(config.schedule.prefix, config.rollout.max_new_tokens)
     warmup_steps(config.schedule.warmup, config.train.steps)
+
+
+def _check_out(out: str | None) -> None:
+    """Raise UserError if the path is empty, which would mean the current folder."""
+    if out is not None and not out.strip():
+        raise UserError(f"--out {out!r}: expected a folder name, got empty text; name a folder")
 
 
 def _check_value(path: str, value: object, declared: dataclasses.Field[Any]) -> None:

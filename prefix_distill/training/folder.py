@@ -75,7 +75,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Create the folder and lock it, so that one process at a time works in it.
+        """Create the folder and lock it, so that one run at a time works in it.
 
         The system releases the lock when the process ends. UserError: another process holds the
         lock, or the folder cannot be created.
@@ -85,7 +85,7 @@ class RunFolder:
             lock = self._acquire_lock()
         except Timeout:
             raise UserError(
-                f"--out {self.path}: another process is working in it; wait for it, stop it, or "
+                f"--out {self.path}: another run is working in it; wait for it, stop it, or "
                 "name another folder"
             ) from None
         except OSError as error:

@@ -40,7 +40,7 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
     changes.
     """
     out = values.get("checkpoint.out")
-    if out is None:
+    if out is None or not str(out).strip():
         raise UserError("--resume: name the run folder with --out")
     plugin = {"runtime.plugin": values["runtime.plugin"]} if "runtime.plugin" in values else {}
     saved = _read_saved_settings(str(out), plugin)
