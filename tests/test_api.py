@@ -479,9 +479,21 @@ def test_errors_have_the_text_of_the_command(given, tmp_path, capfd, options, ki
     assert err.splitlines()[-1] == f"error: {expected}"
 
 
+HINTS = {
+    "learning_rate": r"did you mean lr\?",
+    "max_steps": r"did you mean steps\?",
+    "dry_run": r"call check\(",
+    "resume": r"call resume\(out\)",
+    "config": r"pass Config\.from_yaml\(path\)",
+}
+
+
 def test_an_unknown_keyword_is_refused_with_the_nearest_one(tmp_path):
     with pytest.raises(UserError, match="unknown option 'stepz'; did you mean steps"):
         prefix_distill.run(stepz=4, out=tmp_path / "run")
+    for name, hint in HINTS.items():
+        with pytest.raises(UserError, match=f"unknown option '{name}'; {hint}"):
+            prefix_distill.Config.from_options(**{name: 1})
     with pytest.raises(UserError, match="unknown option 'qqqqqqq'; known are model, "):
         prefix_distill.evaluate(qqqqqqq=4)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 from .. import config as configuration
 from ..errors import UserError
 from . import html
+from .renamed import RENAMED
 
 if TYPE_CHECKING:
     from .keywords import RunOptions
@@ -57,6 +58,13 @@ PROBE_OPTIONS = (
     "evaluate.answer_format",
     "runtime",
 )
+# flags of the command that are no options here, and what stands for them
+FUNCTIONS = {
+    "dry_run": "call check(...) instead of run(...)",
+    "resume": "call resume(out) instead of run(...)",
+    "config": "pass Config.from_yaml(path) as the first argument",
+    "set": "pass the settings as keywords",
+}
 EXPORT_OPTIONS = ("models.trust_remote_code", "export.push", "export.public")
 
 
@@ -159,9 +167,7 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
     values = {}
     for name, value in options.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.4)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(names)}"
-            raise UserError(f"unknown option '{name[:80]}'{hint}")
+            raise UserError(f"unknown option '{name[:80]}'; {_suggest(name, names)}")
         path = names[name]
         plain = plain_value(value)
         is_number = isinstance(plain, int | float) and not isinstance(plain, bool)
@@ -169,6 +175,18 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
             plain = str(plain)
         values[path] = plain
     return values
+
+
+def _suggest(name: str, names: Mapping[str, str]) -> str:
+    """Return advice for an unknown keyword."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    if name in RENAMED and keyword(RENAMED[name]) in names:
+        return f"did you mean {keyword(RENAMED[name])}?"
+    near = difflib.get_close_matches(name, names, 1, 0.4)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known are {', '.join(names)}"
 
 
 def plain_value(value: object) -> object:
