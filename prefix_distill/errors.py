@@ -17,6 +17,10 @@ class UserError(_Explained):
     exit_code = 2
 
 
+class PluginError(UserError):
+    """A plugin's code failed, or returned something else than it should. Exit code 2."""
+
+
 class PreflightError(UserError):
     """A check before the run failed: models, prompts and device are incompatible. Exit code 3.
 

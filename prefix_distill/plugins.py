@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import PluginError, Stopped, UserError
 from .maths.formulas import DIVERGENCES, Divergence
 from .maths.registry import describe_error, registering
 from .maths.schedule import SCHEDULES
@@ -163,7 +163,11 @@ def _execute(file: Path, source: bytes, entry: "EntryPoint | None") -> None:
 
 
 def find_fault(error: BaseException) -> str | None:
-    """Describe an error that a plugin's code raised, in one line; None: no plugin is at fault."""
+    """Describe an error that a plugin's code caused, in one line; None: no plugin is at fault."""
+    if isinstance(error, PluginError):
+        return f"plugin {error}"
+    if isinstance(error, UserError | Stopped | KeyboardInterrupt):
+        return None
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     for file in reversed(files):
         if file in _active:

@@ -191,6 +191,108 @@ def test_runs_repeat_the_command_bit_for_bit_and_leave_nothing_behind(given, tmp
         result.steps = 5
 
 
+DAMAGES: dict[str, object] = {
+    "no object": [],
+    "no result": {"result": None},
+    "an empty result": {"result": {}},
+    "flops": {"flops": "x"},
+    "steps": {"steps": "two"},
+    "accuracy": {"accuracy_after": [1]},
+    "an interval": {"accuracy_after": {"value": "x", "n": 4, "low": 0, "high": 1}},
+    "evaluations": {"evaluations": [5]},
+    "seconds": {"seconds": []},
+}
+
+
+def test_a_damaged_folder_is_one_line(given, tmp_path):
+    prefix_distill.run(**given | {"steps": 1}, out=tmp_path / "run")
+    file = tmp_path / "run/run.json"
+    whole = json.loads(file.read_text())
+    for name, damage in DAMAGES.items():
+        document = damage
+        if isinstance(damage, dict) and "result" not in damage:
+            document = whole | {"result": whole["result"] | damage}
+        file.write_text(json.dumps(document))
+        with pytest.raises(UserError, match=r"run\.json: .*expected .*, got ") as raised:
+            prefix_distill.load(tmp_path / "run")
+        assert "\n" not in str(raised.value) and "--out" not in str(raised.value), name
+    file.write_text("{")
+    with pytest.raises(UserError, match="expected JSON"):
+        prefix_distill.load(tmp_path / "run")
+    file.write_text(json.dumps(whole))
+    result = prefix_distill.load(tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 1: document: expected an object"):
+        result.metrics()
+    with pytest.raises(UserError, match="it has no run"):
+        prefix_distill.load(tmp_path)
+
+
+def config_with_number() -> object:
+    return prefix_distill.Config(train=typing.cast(typing.Any, 5))
+
+
+# a call, as text, and what its error says; `api` takes values of any type
+WRONG_ARGUMENTS = {
+    "api.run('x')": "config: expected a Config, got 'x'",
+    "api.run({'train': {'steps': 1}})": "config: expected a Config, got {'train'",
+    "api.check(config_with_number())": "config.train: expected Train, got 5",
+    "api.run(out='')": "--out '': expected a folder name, got empty text",
+    "api.resume(5)": "out: expected a path, got 5",
+    "api.resume('')": "out: expected the name of a file or folder, got ''",
+    "api.load(5)": "out: expected a path, got 5",
+    "api.load(b'r0')": "out: expected a path, got b'r0'",
+    "api.probe(5)": "out: expected a path, got 5",
+    "api.probe('')": "out: expected the name of a file or folder, got ''",
+    "api.probe('p', problems='5')": "problems: expected a whole number, got '5'",
+    "api.probe('p', problems=None)": "problems: expected a whole number, got None",
+    "api.probe('p', problems=True)": "problems: expected a whole number, got True",
+    "api.evaluate(out=5)": "out: expected a path, got 5",
+    "api.evaluate(out='')": "out: expected the name of a file or folder, got ''",
+    "api.plan(prompt_tokens='5')": "prompt_tokens: expected a whole number, got '5'",
+    "api.plan(prefixes=5)": "prefixes: expected a list of prefixes, got 5",
+    "api.plan(device_tflops=True)": "device_tflops: expected a number, got True",
+    "api.plan(measure='no')": "measure: expected true or false, got 'no'",
+    "api.plan(from_run=5)": "from_run: expected text, got 5",
+    "api.compare(None, 'c')": "arms_file: expected a path, got None",
+    "api.compare('a.yaml', '')": "out: expected the name of a file or folder, got ''",
+    "api.report(None, 'rep')": "folders: expected a list of folders, got None",
+    "api.report('r0', 'rep')": "folders: expected a list of folders, got 'r0'",
+    "api.report([], 'rep')": r"folders: expected at least one folder, got \[\]",
+    "api.report([5], 'rep')": "folders: expected a path, got 5",
+    "api.report(['r0'], 'rep', title=5)": "title: expected text, got 5",
+    "api.report(['r0'], None)": "out: expected a path, got None",
+    "api.export(5, 'e')": "source: expected a path, got 5",
+    "api.export('r0', '')": "out: expected the name of a file or folder, got ''",
+    "api.Config.from_yaml(5)": "path: expected a path, got 5",
+}
+
+
+@pytest.mark.parametrize("call", WRONG_ARGUMENTS)
+def test_a_wrong_argument_is_refused_before_anything_is_written(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"api": prefix_distill, "config_with_number": config_with_number}
+    with pytest.raises(UserError, match=WRONG_ARGUMENTS[call]) as raised:
+        eval(call, names)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_callback_may_change_the_folder(given, tmp_path, monkeypatch):
+    """Also with a plugin of a relative path, which the resumed run loads again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine.py").write_text(
+        "from prefix_distill import register_schedule\n"
+        "register_schedule('mine')(lambda arguments, limit: lambda step: 6)\n"
+    )
+    options = given | {"plugin": "mine.py", "prefix": "mine", "out": "run"}
+    result = prefix_distill.run(**options, on_step=lambda row: os.chdir(tmp_path / "elsewhere"))
+    assert result.out == tmp_path / "run" and len(result.metrics()) == 4
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert prefix_distill.resume(tmp_path / "run", steps=5).steps == 5
+
+
 def in_thread(work: Callable[[], object]) -> list:
     """Run ``work`` in a thread and return [its result or exception]."""
     results: list[object] = []
@@ -255,6 +357,28 @@ def test_a_callback_that_raises_stops_with_the_state_saved(given, tmp_path, wher
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_callback_that_exits_stops_with_the_state_saved(given, tmp_path, kind):
+    def stop(row: dict) -> None:
+        raise kind(7)
+
+    with pytest.raises(kind) as raised:
+        prefix_distill.run(**given, out=tmp_path / "run", on_step=stop)
+    assert "after update 1; the state is saved" in raised.value.__notes__[0]
+    assert (tmp_path / "run/checkpoints/step-00000001").is_dir()
+
+
+def test_a_callback_that_cannot_be_called_is_refused(given, tmp_path):
+    calls: list[Callable[[], object]] = [
+        lambda: prefix_distill.run(**given, out=tmp_path / "run", on_step=5),
+        lambda: prefix_distill.compare("arms.yaml", tmp_path / "run", on_step="x"),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="on_step: expected a function of a metrics row, got"):
+            call()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_callback_may_raise_at_the_last_update(given, tmp_path):
     def stop(row: dict) -> None:
         if row["step"] == 4:
@@ -281,6 +405,12 @@ def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):
         prefix_distill.resume(tmp_path / "run", batch_size=3)
     with pytest.raises(UserError, match="name the run folder"):
         prefix_distill.resume()
+    saved = (tmp_path / "run/config.yaml").read_bytes()
+    with pytest.raises(UserError, match="5 steps are done; --steps must be at least 5, got 4"):
+        prefix_distill.resume(tmp_path / "run", steps=4)
+    with pytest.raises(UserError, match="resume: the run folder is given twice"):
+        prefix_distill.resume(tmp_path / "run", out=tmp_path / "other")
+    assert (tmp_path / "run/config.yaml").read_bytes() == saved
 
 
 def test_ranks_report_to_the_caller_in_any_thread(given, tmp_path, capfd):
@@ -349,9 +479,21 @@ def test_errors_have_the_text_of_the_command(given, tmp_path, capfd, options, ki
     assert err.splitlines()[-1] == f"error: {expected}"
 
 
+HINTS = {
+    "learning_rate": r"did you mean lr\?",
+    "max_steps": r"did you mean steps\?",
+    "dry_run": r"call check\(",
+    "resume": r"call resume\(out\)",
+    "config": r"pass Config\.from_yaml\(path\)",
+}
+
+
 def test_an_unknown_keyword_is_refused_with_the_nearest_one(tmp_path):
     with pytest.raises(UserError, match="unknown option 'stepz'; did you mean steps"):
         prefix_distill.run(stepz=4, out=tmp_path / "run")
+    for name, hint in HINTS.items():
+        with pytest.raises(UserError, match=f"unknown option '{name}'; {hint}"):
+            prefix_distill.Config.from_options(**{name: 1})
     with pytest.raises(UserError, match="unknown option 'qqqqqqq'; known are model, "):
         prefix_distill.evaluate(qqqqqqq=4)
 
@@ -370,7 +512,7 @@ BROKEN_PLUGIN = """from prefix_distill import register_divergence
 
 @register_divergence("broken")
 def broken(student, teacher):
-    if student.shape[-1] > 200:  # not on the small tensors of the registration's own checks
+    if student.shape[-1] != 300:  # not on the small tensors of the registration's own checks
         raise KeyError("a mistake")
     return (student.exp() * (student - teacher)).sum(-1)
 """
@@ -403,7 +545,8 @@ def test_probe_equals_the_command(pair, questions, tmp_path, capfd):
     words = flags(options | {"problems": 3})
     _, out, _ = invoke("probe", *words, "--out", tmp_path / "cli")
     capfd.readouterr()
-    result = prefix_distill.probe(tmp_path / "run", problems=3, **options)
+    numpy = pytest.importorskip("numpy")
+    result = prefix_distill.probe(tmp_path / "run", problems=numpy.int64(3), **options)
     assert capfd.readouterr() == ("", "")
     assert without_times(result.to_dict()) == without_times(last_json(out))
     assert result.reason in result._repr_html_() and "data:image/png" in result._repr_html_()

@@ -219,6 +219,8 @@ BAD = {
     "device without numbers": (["--device", "meta"], "device 'meta': not available here"),
     "teacher's device": (["--teacher-device", "warp"], "device 'warp': not available here"),
     "dtype": (["--dtype", "float16"], "expected one of auto, float32, bfloat16; change it"),
+    "no out": (["--out", ""], "--out '': expected a folder name, got empty text; name a folder"),
+    "resume no out": (["--resume", "--out", ""], "--resume: name the run folder with --out"),
     "out is a file": (["--out", "{root}/a-file"], "it is a file; name a folder"),
     "out below a file": (["--out", "{root}/a-file/out"], "cannot be written (Not a directory)"),
     "out of no name": (
@@ -327,6 +329,18 @@ BAD = {
     "probe without out": (["probe"], "Missing option '--out'"),
     "report on an empty folder": (["report", ".", "--out", "out"], "no finished run found"),
     "report on nothing": (["report", "nowhere", "--out", "out"], "no finished run found"),
+    "report into no folder": (["report", ".", "--out", ""], "--out: expected the name of a file"),
+    "compare into no folder": (
+        ["compare", "{root}/nowhere.yaml", "--out", ""],
+        "--out: expected the name of a file",
+    ),
+    "export into no folder": (
+        ["export", "{student}", "--out", ""],
+        "--out: expected the name of a file",
+    ),
+    "eval into no file": (["eval", "--out", ""], "--out '': expected a folder name"),
+    "probe into no folder": (["probe", "--out", ""], "--out '': expected a folder name"),
+    "demo into no folder": (["demo", "--out", ""], "--out: expected the name of a file"),
     "demo in use": (["demo", "--out", "{root}/full"], "not empty"),
     "compare without a file": (
         ["compare", "{root}/nowhere.yaml", "--out", "out"],

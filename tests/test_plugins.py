@@ -383,7 +383,7 @@ BAD = {
     "another shape": (
         HEAD + "@register_divergence('mine')\n" + VALUE + "(student_logp - teacher_logp).sum()\n",
         ["--divergence", "mine"],
-        "line 2: value returned a tensor of shape [] for log-probabilities of shape [5, 7]; "
+        "line 2: value returned a tensor of shape [] for log-probabilities of shape [5, 300]; "
         "expected [5]",
     ),
     "no tensor": (
@@ -443,6 +443,70 @@ BAD = {
         ["--prefix", "cosine:4"],
         "line 10: ValueError: not enough values to unpack (expected 3, got 1)",
     ),
+    "a decorator without parentheses": (
+        HEAD + "@register_divergence\n" + VALUE + "1\n",
+        [],
+        "line 2: @register_divergence: expected a name, got value; write "
+        '@register_divergence("name") above it',
+    ),
+    "a schedule without parentheses": (
+        HEAD + "@register_schedule\ndef make(arguments, limit):\n    return 5\n",
+        [],
+        "line 2: @register_schedule: expected a name, got make",
+    ),
+    "a divergence that cannot be called": (
+        HEAD + "register_divergence('mine')(5)\n",
+        [],
+        "line 2: divergence 'mine': expected a function, got 5",
+    ),
+    "a gradient that cannot be called": (
+        HEAD + "register_divergence('mine', gradient='g')\n",
+        [],
+        "line 2: divergence 'mine': gradient: expected a function, got 'g'",
+    ),
+    "a schedule that cannot be called": (
+        HEAD + "register_schedule('mine')(None)\n",
+        [],
+        "line 2: prefix schedule 'mine': expected a function, got None",
+    ),
+    "tables in words": (
+        HEAD + "register_divergence('mine', tables='many')\n",
+        [],
+        "line 2: divergence 'mine': tables: expected a whole number of at least 1, got 'many'",
+    ),
+    "no tables": (
+        HEAD + "register_divergence('mine', tables=0)\n",
+        [],
+        "tables: expected a whole number of at least 1, got 0",
+    ),
+    "a partial function": (
+        HEAD + "import functools\nregister_divergence('mine')(functools.partial(lambda s, t: s))\n",
+        ["--divergence", "mine"],
+        "line 3: <lambda> returned a tensor of shape [5, 300]",
+    ),
+    "an object": (
+        HEAD + "class F:\n    def __call__(self, s, t):\n        return s\n"
+        "register_divergence('mine')(F())\n",
+        ["--divergence", "mine"],
+        "line 3: F returned a tensor of shape [5, 300]",
+    ),
+    "another observe": (
+        HEAD + "class R:\n    def length(self, step, state):\n        return 5\n"
+        "    def observe(self, step):\n        pass\n"
+        "register_schedule('mine')(lambda arguments, limit: R())\n",
+        ["--prefix", "mine"],
+        "expected observe(step, state, signal, reached), got a function of other arguments",
+    ),
+    "an exit in a divergence": (
+        HEAD + "@register_divergence('mine')\n" + VALUE + "exit(0)\n",
+        ["--divergence", "mine"],
+        "line 4: SystemExit: 0",
+    ),
+    "an exit in a schedule": (
+        HEAD + "register_schedule('mine')(lambda arguments, limit: exit(0))\n",
+        ["--prefix", "mine"],
+        "line 2: SystemExit: 0",
+    ),
     "an unknown schedule": (COSINE.read_text(), ["--prefix", "sine:4"], "or one of cosine"),
     "the sampled estimator": (
         SKEW.read_text(),
@@ -476,18 +540,56 @@ def test_two_plugins_cannot_register_one_name(tmp_path):
         assert len(load_plugins(text)) == 1
 
 
-def test_an_error_during_training_names_the_file_and_the_line(pair, questions, tmp_path):
+LATE_SCHEDULE = """@register_schedule('mine')
+class Rule:
+    def __init__(self, arguments, limit): pass
+    def length(self, step, state): return {}
+    def observe(self, step, state, signal, reached): pass
+"""
+LATE_DIVERGENCE = """@register_divergence('mine')
+def value(student_logp, teacher_logp):
+    result = (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
+    return result if student_logp.shape[1] == 300 else {}
+"""
+# code that fails after the checks of the registration
+LATE = {
+    "an error": (LATE_SCHEDULE, "10 // (3 - step)", "line 5: ZeroDivisionError"),
+    "an exit": (LATE_SCHEDULE, "5 if step < 3 else exit(0)", "line 5: SystemExit: 0"),
+    "a length": (LATE_SCHEDULE, "5 if step < 3 else 5.0", "the length of step 3 is 5.0; return a"),
+    "one row": (LATE_DIVERGENCE, "result[:1]", "line 2: value returned a tensor of shape [1] for"),
+    "a mean": (LATE_DIVERGENCE, "result.mean()", "line 2: value returned a tensor of shape [] for"),
+    "a column": (LATE_DIVERGENCE, "result[:, None]", "line 2: value returned a tensor of shape ["),
+    "no graph": (LATE_DIVERGENCE, "result.detach()", "line 2: value returned values that autograd"),
+    "a number": (LATE_DIVERGENCE, "1.0", "line 2: value returned float; expected a tensor"),
+    "an exit of a divergence": (LATE_DIVERGENCE, "exit(3)", "line 5: SystemExit: 3"),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_an_error_during_training_names_the_file_the_line_and_the_checkpoint(
+    pair, questions, tmp_path, name
+):
+    template, late, message = LATE[name]
     plugin = tmp_path / "plugin.py"
-    plugin.write_text(
-        HEAD + "@register_schedule('mine')\ndef make(arguments, limit):\n"
-        "    return lambda step: 10 // (3 - step)\n"
-    )
-    out = tmp_path / "run"
-    code, _, err = invoke(
-        *flags(pair, questions, out), "--plugin", plugin, "--prefix", "mine", "--tail-every", "0"
-    )
-    assert code == 2 and "Traceback" not in err
-    assert f"error: plugin {plugin}, line 4: ZeroDivisionError" in err.splitlines()[-1]
+    plugin.write_text(HEAD + template.format(late))
+    more = ["--divergence", "mine"]
+    if template is LATE_SCHEDULE:
+        more = ["--prefix", "mine"]
+    more += ["--plugin", plugin, "--tail-every", "0"]
+    code, _, err = invoke(*flags(pair, questions, tmp_path / "run"), *more)
+    assert code == 2 and "Traceback" not in err, err
+    last = err.splitlines()[-1]
+    assert str(plugin) in last and message in last
+    if template is LATE_SCHEDULE:
+        saved = "; the newest checkpoint is step-00000003: correct the plugin, then continue with "
+        assert saved + "--resume" in last
+
+
+def test_a_divergence_may_use_the_most_likely_tokens(tmp_path):
+    plugin = tmp_path / "plugin.py"
+    text = VALUE + "(student_logp - teacher_logp).topk(10).values.square().sum(-1)\n"
+    plugin.write_text(HEAD + "@register_divergence('mine')\n" + text)
+    assert configuration.build({"runtime.plugin": str(plugin), "divergence.name": "mine"})
 
 
 def test_a_state_that_no_checkpoint_can_hold_is_refused(tmp_path):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..display import flops_text
 from ..errors import Stopped, UserError
-from ..files import read_rows
 from .jobs import Outcome, check_error
 from .result import Estimate, Flops, Result, listing
 
@@ -81,8 +80,17 @@ class RunResult(Result):
         return rows
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return a row per step, as in metrics.jsonl: names end in their unit."""
-        return read_rows(self.out / "metrics.jsonl")[0]
+        """Return a row per step, as in metrics.jsonl: names end in their unit.
+
+        UserError: the file is damaged.
+        """
+        from ..results.shapes import read_json_lines
+
+        file = self.out / "metrics.jsonl"
+        if not file.exists():
+            return []  # a run of no steps
+        rows: list[dict[str, Any]] = read_json_lines(file, dict[str, object])
+        return rows
 
     def tables(self) -> list["Table"]:
         rows = {
@@ -351,14 +359,18 @@ class PushFailed(Stopped):
 def load(out: str | Path) -> RunResult:
     """Return the result of the finished run in the folder ``out``.
 
-    UserError: the folder holds no finished run.
+    UserError: the folder holds no finished run, or its run.json is damaged.
     """
-    from ..training.folder import RunFolder
+    from ..results import shapes
+    from .arguments import read_folder
 
-    folder = RunFolder(out)
-    facts = folder.read_json("run.json")
-    if not isinstance(facts, dict) or "result" not in facts:
+    file = read_folder("out", out) / "run.json"
+    if not file.is_file():
+        raise UserError(f"run folder {out}: it has no run.json; name the folder of a run")
+    facts = shapes.read_json(file, dict[str, object])
+    if "result" not in facts:
         raise UserError(f"run folder {out}: expected a finished run; continue this one with resume")
+    shapes.check(facts, shapes.LoadedRun, str(file))
     document = {"out": str(out), **facts["result"], "pushed": None}
     notes, warnings = facts.get("notes", []), facts.get("warnings", [])
     return RunResult.read({"document": document, "notes": notes, "warnings": warnings})

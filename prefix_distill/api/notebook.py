@@ -10,12 +10,12 @@ a second one raises KeyboardInterrupt at once.
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Unpack
 
 from .. import config as configuration
+from ..errors import UserError
 from ..training.resume import resume_settings
-from . import settings, work
+from . import arguments, settings, work
 from .documents import (
     CheckResult,
     Comparison,
@@ -29,6 +29,13 @@ from .keywords import EvalOptions, ExportOptions, PlanOptions, ProbeOptions, Run
 from .observers import LogObserver, OnStep
 
 Name = str | os.PathLike[str]
+# the options of `plan` alone, and their types
+PLAN_KINDS: dict[str, type] = {
+    "prompt_tokens": int,
+    "device_tflops": float,
+    "measure": bool,
+    "from_run": str,
+}
 
 
 def run(
@@ -50,7 +57,9 @@ def run(
     saves its state and stops after that step, and the exception is raised; `resume` continues the
     run.
     """
-    return work.distil(_config(config, options), LogObserver(on_step))
+    observer = LogObserver(on_step)
+    settled = settings.name_run_folder(_config(config, options))
+    return work.distil(settings.pin_paths(settled), observer)
 
 
 def resume(
@@ -63,13 +72,18 @@ def resume(
     """
     observer = LogObserver(on_step)
     given: dict[str, object] = dict(options)
+    if out is not None and "out" in given:
+        raise UserError(
+            f"resume: the run folder is given twice, {out} and out={given['out']}; a run "
+            "is resumed in its own folder, so omit one of them"
+        )
     if out is not None:
-        given["out"] = out
+        given["out"] = arguments.read_path("out", out)
     values = settings.read_options(given, settings.run_names())
     values, notes = resume_settings(values)
     for text in notes:
         observer.note(text)
-    config = configuration.build(values, settings.run_flags())
+    config = settings.pin_paths(configuration.build(values, settings.run_flags()))
     return work.distil(config, observer, resume=True)
 
 
@@ -84,20 +98,13 @@ def plan(config: configuration.Config | None = None, **options: Unpack[PlanOptio
     `PlanOptions` describes the options besides those of `run`. No weights are downloaded, and
     nothing is written.
     """
-    assumptions, rest = settings.take_options(
-        options,
-        {
-            "prompt_tokens": None,
-            "prefixes": None,
-            "device_tflops": None,
-            "measure": False,
-            "from_run": None,
-        },
-    )
-    assumptions["tflops"] = assumptions.pop("device_tflops")
-    prefixes = assumptions["prefixes"]
-    if isinstance(prefixes, Iterable) and not isinstance(prefixes, str):
-        assumptions["prefixes"] = ",".join(map(str, prefixes))
+    given, rest = settings.take_options(options, dict.fromkeys(PLAN_KINDS) | {"prefixes": None})
+    assumptions: dict[str, object] = {"prefixes": arguments.read_prefixes(given.pop("prefixes"))}
+    for name, value in given.items():
+        if value is not None:
+            assumptions[name] = arguments.read_value(name, value, PLAN_KINDS[name])
+    if "device_tflops" in assumptions:
+        assumptions["tflops"] = assumptions.pop("device_tflops")
     return work.plan(_config(config, rest), LogObserver(), assumptions)
 
 
@@ -109,7 +116,9 @@ def evaluate(
     ``out``: file for the answers, JSON lines; default: eval-<time>.jsonl.
     """
     values = settings.read_options({"model": model, **options}, settings.eval_names())
-    file = None if out is None else os.fspath(out)
+    file = None
+    if out is not None:
+        file = arguments.read_path("out", out)
     return work.evaluate(settings.evaluation_config(values, file), LogObserver())
 
 
@@ -119,7 +128,9 @@ def probe(out: Name, *, problems: int = 100, **options: Unpack[ProbeOptions]) ->
     ``out``: folder for probe.json and probe.png; ``problems``: number of training prompts.
     """
     values = settings.read_options(options, settings.probe_names())
-    return work.probe(settings.probe_config(values, os.fspath(out), problems), LogObserver())
+    folder = arguments.read_path("out", out)
+    count = arguments.read_value("problems", problems, int)
+    return work.probe(settings.probe_config(values, folder, count), LogObserver())
 
 
 def compare(arms_file: Name, out: Name, *, on_step: OnStep | None = None) -> Comparison:
@@ -128,7 +139,9 @@ def compare(arms_file: Name, out: Name, *, on_step: OnStep | None = None) -> Com
     A second call with the same folder ``out`` continues. ``on_step(row)``: as in `run`; the row has
     the key "run" with arm and seed.
     """
-    return work.compare(os.fspath(arms_file), Path(out), LogObserver(on_step))
+    observer = LogObserver(on_step)
+    file = arguments.read_path("arms_file", arms_file)
+    return work.compare(file, arguments.read_folder("out", out).absolute(), observer)
 
 
 def report(
@@ -143,7 +156,11 @@ def report(
     ``folders``: run folders or folders that contain them; ``reference``: the arm to compare
     the others with.
     """
-    return work.report([Path(folder) for folder in folders], Path(out), reference, title)
+    if reference is not None:
+        reference = arguments.read_value("reference", reference, str)
+    title = arguments.read_value("title", title, str)
+    paths = arguments.read_folders("folders", folders)
+    return work.report(paths, arguments.read_folder("out", out), reference, title)
 
 
 def export(source: Name, out: Name | None = None, **options: Unpack[ExportOptions]) -> ExportResult:
@@ -156,14 +173,19 @@ def export(source: Name, out: Name | None = None, **options: Unpack[ExportOption
     )
     values = settings.read_options(rest, settings.export_names())
     config = configuration.build(values, settings.run_flags())
-    folder = None if out is None else Path(out)
-    return work.export(os.fspath(source), config, folder, choices)
+    folder = None
+    if out is not None:
+        folder = arguments.read_folder("out", out)
+    return work.export(arguments.read_path("source", source), config, folder, choices)
 
 
 def _config(
     config: configuration.Config | None, options: Mapping[str, object]
 ) -> configuration.Config:
     """Return the checked config with the options over it."""
-    values = {} if config is None else settings.flatten(config)
+    checked = arguments.read_config(config)
+    values = {}
+    if checked is not None:
+        values = settings.flatten(checked)
     given = settings.read_options(options, settings.run_names())
     return configuration.build(values | given, settings.run_flags())

@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
+import reprlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from .. import display
 from ..display import Reporter, accuracy_text
-from ..errors import Interrupted
+from ..errors import Interrupted, UserError
 
 OnStep = Callable[[dict[str, Any]], object]
 log = logging.getLogger("prefix_distill")
@@ -26,13 +27,18 @@ class Observer(display.Observer, Protocol):
 class LogObserver:
     """Sends notes and warnings to the logger "prefix_distill", and metrics rows to ``on_step``.
 
-    If ``on_step`` raises, the run saves its state and stops after the current step; then the
-    exception is raised.
+    If ``on_step`` raises or exits, the run saves its state and stops after the current step; then
+    the exception is raised. UserError: ``on_step`` is not callable.
     """
 
     shares_streams = False
 
     def __init__(self, on_step: OnStep | None = None):
+        if on_step is not None and not callable(on_step):
+            raise UserError(
+                f"on_step: expected a function of a metrics row, got {reprlib.repr(on_step)}; "
+                "pass a function or omit it"
+            )
         self.on_step = on_step
 
     def note(self, text: str) -> None:
@@ -63,7 +69,7 @@ class _LogReporter:
         self.on_step = on_step
         self.label = label
         self.stop = stop
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     def note(self, text: str) -> None:
         log.info(text)
@@ -79,7 +85,7 @@ class _LogReporter:
         labelled = {"run": self.label, **row} if self.label else dict(row)
         try:
             self.on_step(labelled)
-        except Exception as error:
+        except BaseException as error:  # sys.exit and Ctrl-C save the state, too
             self.failure = error
             self.stop()
 

@@ -95,17 +95,17 @@ def guarded() -> Iterator[None]:
 
     One call at a time: other threads wait.
 
-    MemoryShortage: a library ran out of memory. UserError: a plugin raised an exception.
+    MemoryShortage: a library ran out of memory. UserError: a plugin raised an exception or exited.
     """
     from ..engine.device import is_out_of_memory
 
     with _silence.during():
         try:
             yield
-        except (UserError, Stopped):
+        except (UserError, Stopped, KeyboardInterrupt):
             raise
-        except Exception as error:
-            if is_out_of_memory(error):
+        except BaseException as error:  # a plugin may also exit
+            if isinstance(error, Exception) and is_out_of_memory(error):
                 raise MemoryShortage(OUT_OF_MEMORY) from error
             fault = plugins.find_fault(error)
             if fault is not None:

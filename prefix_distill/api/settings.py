@@ -6,11 +6,13 @@ import numbers
 import os
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
 from .. import config as configuration
 from ..errors import UserError
 from . import html
+from .renamed import RENAMED
 
 if TYPE_CHECKING:
     from .keywords import RunOptions
@@ -56,6 +58,13 @@ PROBE_OPTIONS = (
     "evaluate.answer_format",
     "runtime",
 )
+# flags of the command that are no options here, and what stands for them
+FUNCTIONS = {
+    "dry_run": "call check(...) instead of run(...)",
+    "resume": "call resume(out) instead of run(...)",
+    "config": "pass Config.from_yaml(path) as the first argument",
+    "set": "pass the settings as keywords",
+}
 EXPORT_OPTIONS = ("models.trust_remote_code", "export.push", "export.public")
 
 
@@ -80,7 +89,9 @@ class Config(configuration.Config):
 
         Options override the file. UserError: as in `from_options`, or the file is not readable.
         """
-        values = configuration.read_yaml(os.fspath(path))
+        from .arguments import read_path  # here: it needs this module
+
+        values = configuration.read_yaml(read_path("path", path))
         given = read_options(options, run_names())
         names = {option: configuration.flag(option) for option in given}
         return cls._from_values(values | given, names)
@@ -151,7 +162,7 @@ def take_options(
     taken, others = dict(defaults), {}
     for name, value in options.items():
         if name in defaults:
-            taken[name] = _plain(value)
+            taken[name] = plain_value(value)
         else:
             others[name] = value
     return taken, others
@@ -168,11 +179,9 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
     values = {}
     for name, value in options.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.4)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(names)}"
-            raise UserError(f"unknown option '{name[:80]}'{hint}")
+            raise UserError(f"unknown option '{name[:80]}'; {_suggest(name, names)}")
         path = names[name]
-        plain = _plain(value)
+        plain = plain_value(value)
         is_number = isinstance(plain, int | float) and not isinstance(plain, bool)
         if is_number and configuration.value_type(known[path].type) is str:
             plain = str(plain)
@@ -180,7 +189,20 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
     return values
 
 
-def _plain(value: object) -> object:
+def _suggest(name: str, names: Mapping[str, str]) -> str:
+    """Return advice for an unknown keyword."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    if name in RENAMED and keyword(RENAMED[name]) in names:
+        return f"did you mean {keyword(RENAMED[name])}?"
+    near = difflib.get_close_matches(name, names, 1, 0.4)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known are {', '.join(names)}"
+
+
+def plain_value(value: object) -> object:
+    """Return a path as text and another package's number as Python's; others unchanged."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, bool) or type(value) in (int, float):
@@ -200,6 +222,28 @@ def name_run_folder(config: configuration.Config) -> configuration.Config:
     return configuration.replace(config, checkpoint={"out": out})
 
 
+def pin_paths(config: configuration.Config) -> configuration.Config:
+    """Return the config with absolute paths of the run folder and of plugins.
+
+    A function that the call runs may change the current folder.
+    """
+    changed: dict[str, dict[str, object]] = {}
+    if config.checkpoint.out is not None:
+        changed["checkpoint"] = {"out": str(Path(config.checkpoint.out).absolute())}
+    if config.runtime.plugin is not None:
+        names = map(_pin_plugin, config.runtime.plugin.split(","))
+        changed["runtime"] = {"plugin": ",".join(names)}
+    return configuration.replace(config, **changed)
+
+
+def _pin_plugin(name: str) -> str:
+    """Return the absolute path of a plugin's file; the name of an entry point unchanged."""
+    name = name.strip()
+    if name.endswith(".py") or Path(name).is_file():
+        return str(Path(name).absolute())
+    return name
+
+
 def evaluation_config(values: dict[str, object], out: str | None) -> configuration.Config:
     """Return the config of an evaluation that writes the per-problem rows to ``out``.
 
@@ -210,7 +254,9 @@ def evaluation_config(values: dict[str, object], out: str | None) -> configurati
         values.setdefault("evaluate.problems", 0)  # N in name#N is the number of problems
     gpus = values.get("runtime.gpus")
     values["train.batch_size"] = max(1, gpus) if isinstance(gpus, int) else 1  # a prompt per rank
-    values["checkpoint.out"] = out or f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    if out is None:
+        out = f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    values["checkpoint.out"] = out
     return configuration.build(values, eval_flags())
 
 

@@ -1,12 +1,12 @@
 """The commands eval and export."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import config as configuration
 from ..api import settings
+from ..api.arguments import read_folder
 from .app import Terminal, app, finish, note
 from .options import Wording, with_options
 
@@ -112,7 +112,9 @@ def export_command(
     from ..api.documents import PushFailed
 
     config = configuration.build(flags["flags"], settings.run_flags())
-    folder = None if out is None else Path(out)
+    folder = None
+    if out is not None:
+        folder = read_folder("--out", out)
     choices: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}
     try:
         result = work.export(source, config, folder, choices)

@@ -3,32 +3,13 @@
 import math
 from collections.abc import Callable
 
+from ..api.renamed import RENAMED as RENAMED
 from ..errors import UserError
 
 # what HfArgumentParser takes for true and false
 TRUE = ("true", "yes", "1", "t", "y")
 FALSE = ("false", "no", "0", "f", "n")
 OFF = ("false", "no", "none", "null", "")  # of an option whose feature does not exist here
-RENAMED = {
-    "output_dir": "--out",
-    "model_name_or_path": "--student",
-    "teacher_model_name_or_path": "--teacher",
-    "dataset_name": "--dataset",
-    "dataset_train_split": "--split",
-    "dataset_test_split": "--eval-split",
-    "learning_rate": "--lr",
-    "max_steps": "--steps",
-    "max_grad_norm": "--grad-clip",
-    "max_completion_length": "--max-new-tokens",
-    "max_prompt_length": "--max-prompt-tokens",
-    "num_generations": "--samples",
-    "eval_steps": "--eval-every",
-    "save_steps": "--save-every",
-    "ddp_timeout": "--rank-timeout",
-    "torch_dtype": "--dtype",
-    "lora_r": "--lora",
-    "lora_target_modules": "--lora-targets",
-}
 BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # with their defaults
 RESUME = "resume_from_checkpoint"
 LORA = "use_peft"

@@ -8,6 +8,7 @@ import typer
 
 from .. import display
 from ..api import settings
+from ..api.arguments import read_folder, read_folders
 from .app import Terminal, app, finish, note, show
 from .options import read_number, with_options
 
@@ -38,7 +39,9 @@ def demo(
     """
     from ..api import work
 
-    folder = Path(out or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
+    if out is not None:
+        folder = read_folder("--out", out)
     table, document = work.demonstrate(folder, seed, Terminal())
     display.print_tables(table)
     finish(document)
@@ -95,7 +98,7 @@ def compare(
     """
     from ..api import work
 
-    result = work.compare(arms_file, Path(out), Terminal())
+    result = work.compare(arms_file, read_folder("--out", out), Terminal())
     show(result, width=200)
     finish(result.to_dict())
 
@@ -123,6 +126,8 @@ def report(
     """Write tables, a plot and a self-contained HTML page for any run folders."""
     from ..api import work
 
-    result = work.report([Path(folder) for folder in folders], Path(out), reference, title)
+    result = work.report(
+        read_folders("FOLDER", folders), read_folder("--out", out), reference, title
+    )
     show(result, width=200)
     finish(result.to_dict())

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import itertools
+import re
 import reprlib
 import typing
 from collections.abc import Iterable
@@ -20,6 +21,9 @@ if typing.TYPE_CHECKING:
 
 LARGEST = 1 << 16  # limit on the characters of a YAML file and on its expanded nodes
 CONFIG_FILE = "config file"  # what an error calls the file of --config
+# YAML 1.1 reads 1:30 as 90 and 010 as 8; both are more likely to be mistakes
+MISREAD = re.compile(r"[-+]?(\d[\d_]*(:\d+)+(\.\d*)?|0[\d_]+)")
+TEXT = "tag:yaml.org,2002:str"
 MERGE = "tag:yaml.org,2002:merge"  # tag of the key <<
 
 
@@ -148,6 +152,8 @@ def _expand(node: "yaml.Node", sizes: dict["yaml.Node", int | None]) -> int:
             raise ValueError(f"the anchor in line {node.start_mark.line + 1} contains itself")
         return known
     sizes[node] = None
+    if isinstance(node, yaml.ScalarNode) and MISREAD.fullmatch(node.value):
+        node.tag = TEXT
     children: Iterable[yaml.Node] = []
     if isinstance(node, yaml.SequenceNode):
         children = node.value

@@ -24,6 +24,7 @@ def check(config: Config, names: Names) -> None:
     """
     for path, declared in options().items():
         _check_value(names.get(path, path), get(config, path), declared)
+    _check_out(config.checkpoint.out)
     _check_batch(config)
     _check_loss(config)
     _check_teacher_ema(config)
@@ -38,6 +39,12 @@ def check(config: Config, names: Names) -> None:
     check_repository(config.export.push, config.export.public)
     check_prefix(config.schedule.prefix, config.rollout.max_new_tokens)
     warmup_steps(config.schedule.warmup, config.train.steps)
+
+
+def _check_out(out: str | None) -> None:
+    """Raise UserError if the path is empty, which would mean the current folder."""
+    if out is not None and not out.strip():
+        raise UserError(f"--out {out!r}: expected a folder name, got empty text; name a folder")
 
 
 def _check_value(name: str, value: object, declared: dataclasses.Field[Any]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .formulas import Divergence, find_divergence
+from .user_functions import check_graph, check_shape
 
 
 @dataclass
@@ -74,9 +75,13 @@ def per_token(
 ) -> torch.Tensor:
     """Return the divergence of ``terms`` per row of two log-probability tables [N, V] → [N], nats.
 
-    The divergences are in ``formulas``. ValueError: the name of ``terms`` is unknown.
+    The divergences are in ``formulas``. ValueError: the name of ``terms`` is unknown. WrongResult:
+    a user's function returned another shape.
     """
-    return find_divergence(terms.name).value(student_logp, teacher_logp, *terms.parameters)
+    divergence = find_divergence(terms.name)
+    value = divergence.value(student_logp, teacher_logp, *terms.parameters)
+    check_shape(divergence.value, value, student_logp, of_table=False)
+    return value
 
 
 def value_and_gradient(
@@ -100,6 +105,8 @@ def value_and_gradient(
             return differentiate(divergence, terms.parameters, student_logp, teacher_logp)
         value = divergence.value(student_logp, teacher_logp, *terms.parameters)
         gradient = divergence.gradient(student_logp, teacher_logp, *terms.parameters)
+    check_shape(divergence.value, value, student_logp, of_table=False)
+    check_shape(divergence.gradient, gradient, student_logp, of_table=True)
     # the caller scales the gradient in place
     return value, gradient.float().contiguous()
 
@@ -118,6 +125,8 @@ def differentiate(
     with torch.enable_grad():
         leaf = student_logp.detach().requires_grad_(True)
         value = divergence.value(leaf, teacher_logp, *parameters)
+        check_shape(divergence.value, value, leaf, of_table=False)
+        check_graph(divergence.value, value)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
     total = gradient.sum(-1, keepdim=True)
     return value.detach(), gradient - student_logp.exp_().mul_(total)

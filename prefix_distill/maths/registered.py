@@ -5,23 +5,24 @@ decorators. Both are exported by ``prefix_distill``.
 """
 
 import functools
-import inspect
 import json
 import operator
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import UserError
+from ..errors import PluginError, UserError
 from .formulas import AUTOGRAD_TABLES, DIVERGENCES, Divergence
 from .registry import describe_error
 from .schedule import SCHEDULES, PrefixSchedule, Request, State
+from .user_functions import WrongResult, check_arguments, check_callable, check_name, check_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PROBED_ROWS = (5, 1)  # rows of the random tables on which a divergence is tried
-PROBED_COLUMNS = 7
+PROBED_COLUMNS = 300  # a formula may use the 10 most likely tokens, so not a few
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,10 +42,19 @@ def register_divergence(
     without it, autograd computes the gradient inside the chunk. ``tables``: how many float32 tables
     [N, V] the function keeps alive; the number of rows in a chunk follows from it.
 
-    UserError: the name is invalid or taken.
+    UserError: the name is invalid or taken, or another argument is not as described.
     """
+    check_name("register_divergence", name)
+    if gradient is not None:
+        check_callable(f"divergence {name!r}: gradient", gradient)
+    if type(tables) is not int or tables < 1:
+        raise UserError(
+            f"divergence {name!r}: tables: expected a whole number of at least 1, got "
+            f"{reprlib.repr(tables)}; give the number of float32 tables that it keeps alive"
+        )
 
     def register(value: F) -> F:
+        check_callable(f"divergence {name!r}", value)
         check = functools.partial(_check_divergence, name)
         entry = Divergence(value=value, gradient=gradient, tables=tables, check=check)
         DIVERGENCES.add(name, entry)
@@ -62,10 +72,12 @@ def register_schedule(name: str) -> Callable[[F], F]:
     ``observe(step, state, signal, reached)`` is called as ``length(step, state)`` instead; see
     ``PrefixSchedule.observe``. ``state`` is saved in every checkpoint, so it holds JSON values.
 
-    UserError: the name is invalid or taken.
+    UserError: the name is invalid or taken, or what it decorates is not callable.
     """
+    check_name("register_schedule", name)
 
     def register(make: F) -> F:
+        check_callable(f"prefix schedule {name!r}", make)
         SCHEDULES.add(name, functools.partial(_build_schedule, name, make))
         return make
 
@@ -81,25 +93,16 @@ def _check_divergence(name: str, text: str, parameters: tuple[float, ...]) -> No
     try:
         for rows in PROBED_ROWS:
             _try_divergence(divergence, parameters, rows)
-    except _WrongResult as wrong:
-        code = inspect.unwrap(wrong.function).__code__
-        raise UserError(
-            f"--divergence {text}: {source}, line {code.co_firstlineno}: {wrong}"
-        ) from None
-    except Exception as error:
+    except WrongResult as wrong:
+        raise UserError(f"--divergence {text}: {wrong}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may also exit
         raise UserError(f"--divergence {text}: {describe_error(error, source)}") from None
 
 
-class _WrongResult(Exception):
-    """A user's function returned something else than it should."""
-
-    def __init__(self, function: Callable[..., Any], message: str) -> None:
-        super().__init__(f"{function.__name__} {message}")
-        self.function = function
-
-
 def _try_divergence(divergence: Divergence, parameters: tuple[float, ...], rows: int) -> None:
-    """Call the user's functions on random tables; raise _WrongResult if a result is wrong."""
+    """Call the user's functions on random tables; raise WrongResult if a result is wrong."""
     import torch
 
     from .divergence import differentiate
@@ -112,41 +115,23 @@ def _try_divergence(divergence: Divergence, parameters: tuple[float, ...], rows:
         tables[0].requires_grad_(True)
     with torch.enable_grad():
         value = divergence.value(*tables, *parameters)
-    _check_result(divergence.value, value, (rows,))
+    check_shape(divergence.value, value, student_logp, of_table=False)
+    _check_finite(divergence.value, value, "a tensor")
     if divergence.gradient is not None:
         gradient = divergence.gradient(*tables, *parameters)
-        _check_result(divergence.gradient, gradient, student_logp.shape)
-    elif value.requires_grad:
-        _, gradient = differentiate(divergence, parameters, student_logp.clone(), tables[1])
-        _check_result(divergence.value, gradient, student_logp.shape, "a gradient")
+        check_shape(divergence.gradient, gradient, student_logp, of_table=True)
+        _check_finite(divergence.gradient, gradient, "a tensor")
     else:
-        raise _WrongResult(
-            divergence.value,
-            "returned values that autograd cannot follow; compute them from student_logp with "
-            "torch, or give a gradient",
-        )
+        _, gradient = differentiate(divergence, parameters, student_logp.clone(), tables[1])
+        _check_finite(divergence.value, gradient, "a gradient")
     if not torch.equal(tables[0], student_logp) or not torch.equal(tables[1], teacher_logp):
-        raise _WrongResult(divergence.value, "or its gradient changed its inputs; work on copies")
+        raise WrongResult(divergence.value, "or its gradient changed its inputs; work on copies")
 
 
-def _check_result(
-    function: Callable[..., Any], result: Any, shape: tuple[int, ...], what: str = "a tensor"
-) -> None:
-    """Raise _WrongResult unless ``result`` is a finite tensor of floats of this shape."""
-    import torch
-
-    if not isinstance(result, torch.Tensor) or not result.is_floating_point():
-        raise _WrongResult(
-            function, f"returned {type(result).__name__}; expected a tensor of floats"
-        )
-    if result.shape != shape:
-        raise _WrongResult(
-            function,
-            f"returned {what} of shape {list(result.shape)} for log-probabilities of shape "
-            f"{[shape[0], PROBED_COLUMNS]}; expected {list(shape)}",
-        )
+def _check_finite(function: Callable[..., Any], result: "Tensor", what: str) -> None:
+    """Raise WrongResult unless all numbers are finite."""
     if not result.isfinite().all():
-        raise _WrongResult(function, f"returned {what} that is not finite on a random table")
+        raise WrongResult(function, f"returned {what} that is not finite on a random table")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +158,7 @@ class Registered(PrefixSchedule):
         try:
             whole = operator.index(tokens)
         except TypeError:
-            raise UserError(
+            raise PluginError(
                 f"--prefix {self.text}: {self.source}: the length of step {step} is {tokens!r}; "
                 "return a whole number of tokens"
             ) from None
@@ -201,7 +186,7 @@ class Registered(PrefixSchedule):
             same = False
         window = state.get("window", 0)
         if not same or type(window) is not int or window < 0:
-            raise UserError(
+            raise PluginError(
                 f"--prefix {self.text}: {self.source}: observe left the state "
                 f"{repr(state)[:200]}; use JSON values with text as keys, lists for tuples, and a "
                 "position of at least 0 for 'window'"
@@ -220,9 +205,14 @@ def _build_schedule(
                 f"expected a function of the step, or an object with length(step), got {rule!r:.80}"
             )
         schedule = Registered(text=request.text, limit=request.limit, rule=rule, source=source)
+        if schedule.has_state:
+            check_arguments(rule.length, ("step", "state"))
+            check_arguments(rule.observe, ("step", "state", "signal", "reached"))
         schedule.length(0)
         schedule.length(1)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may also exit
         if isinstance(error, UserError) and str(error).startswith("--prefix "):
             raise
         raise UserError(f"--prefix {request.text}: {describe_error(error, source)}") from None

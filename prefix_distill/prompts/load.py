@@ -48,6 +48,9 @@ def load_prompts(
     privileged text, and on fewer than N rows.
     """
     source = parse_source(name)
+    if source.is_embedded and part[1] == 1:  # in a mixture the columns are those of the others
+        _check_embedded_column(source, row_format.prompt_column, "prompt")
+        _check_embedded_column(source, row_format.answer_column, "answer")
     selection = _Selection(split=split or source.training_split, limit=None, evaluated=False)
     return _load(source, row_format, selection, part)
 
@@ -76,15 +79,22 @@ def _load(
 ) -> PromptSet:
     builder = PromptBuilder(source=source, row_format=row_format, part=part)
     if source.is_embedded:
-        if row_format.privileged_column not in (None, "solution"):
-            raise UserError(
-                f"dataset {source.text}: expected the column solution, got "
-                f"'{row_format.privileged_column}'; change --privileged-column"
-            )
+        _check_embedded_column(source, row_format.privileged_column, "solution", "privileged")
         return _select(builder, _embedded_rows(source, selection), selection)
     if row_format.streaming:
         return _stream(builder, stream_rows(source, selection.split), selection)
     return _select(builder, read_rows(source, selection.split), selection)
+
+
+def _check_embedded_column(
+    source: Source, column: str | None, known: str, flag: str | None = None
+) -> None:
+    """Raise UserError unless ``column`` is None or the one that embedded problems have."""
+    if column not in (None, known):
+        raise UserError(
+            f"dataset {source.text}: expected the column {known}, got '{column}'; change "
+            f"--{flag or known}-column"
+        )
 
 
 def _stream(builder: PromptBuilder, rows: "IterableDataset", selection: _Selection) -> PromptSet:

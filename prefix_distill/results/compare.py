@@ -34,6 +34,11 @@ KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
 LONGEST_NAME = 100  # characters of an arm's name; file names add some to it
 # the arms in the comparison's folder: a resumed comparison must have the same
 ARMS_FILE = "arms.json"
+# what the comparison itself sets
+FIXED = {
+    "runtime.seed": "every arm runs with the seeds of the file ('seeds', 'tune.seed')",
+    "checkpoint.out": "its run folders are --out/ARM/seed-N",
+}
 Settings = dict[str, Any]  # "section.key" → value
 
 
@@ -193,6 +198,10 @@ def _check(path: str, arms: Arms) -> None:
             shown = reprlib.repr(name)
             raise _error(path, f"also: a file cannot have the name {shown}; rename the dataset")
         configuration.build(also)
+    for settings in (arms.tune_base, *arms.arms.values()):
+        for key, advice in FIXED.items():
+            if key in settings:
+                raise _error(path, f"{key}: an arm cannot set it, because {advice}; remove it")
     for settings in (arms.base, arms.tune_base, *arms.arms.values()):
         if any(key.startswith("export.") for key in settings):
             raise _error(

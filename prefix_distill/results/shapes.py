@@ -96,6 +96,50 @@ class RunFile(TypedDict):
     result: Result
 
 
+class Estimate(TypedDict):
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Phase(TypedDict):
+    useful: float
+    executed: float
+
+
+class Flops(TypedDict):
+    useful: float
+    executed: float
+    by_phase: dict[str, Phase]
+
+
+class Seconds(TypedDict):
+    total: float
+
+
+class RunDocument(Result):
+    """The result of a run, as the command prints it."""
+
+    steps: int
+    resumed_from: int | None
+    accuracy_before: Estimate | None
+    accuracy_after: Estimate | None
+    kl_before: Estimate | None
+    kl_after: Estimate | None
+    tokens: int
+    flops: Flops
+    seconds: Seconds
+
+
+class LoadedRun(TypedDict):
+    """run.json of a finished run, as ``load`` reads it."""
+
+    result: RunDocument
+    notes: NotRequired[list[str]]
+    warnings: NotRequired[list[str]]
+
+
 class ScoresRow(TypedDict):
     """A line of scores.jsonl: the share of correct answers of every problem."""
 

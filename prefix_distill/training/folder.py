@@ -66,9 +66,16 @@ class RunFolder:
             return "there is no checkpoint yet"
         return f"the newest checkpoint is {checkpoints[0].name}"
 
+    @property
+    def newest_step(self) -> int:
+        """Return the number of steps that the newest checkpoint holds; 0 without a checkpoint."""
+        for checkpoint in self._checkpoints():
+            return int(checkpoint.name.removeprefix("step-"))
+        return 0
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Create the folder and lock it, so that one process at a time works in it.
+        """Create the folder and lock it, so that one run at a time works in it.
 
         The system releases the lock when the process ends. UserError: another process holds the
         lock, or the folder cannot be created.
@@ -78,7 +85,7 @@ class RunFolder:
             lock = self._acquire_lock()
         except Timeout:
             raise UserError(
-                f"--out {self.path}: another process is working in it; wait for it, stop it, or "
+                f"--out {self.path}: another run is working in it; wait for it, stop it, or "
                 "name another folder"
             ) from None
         except OSError as error:

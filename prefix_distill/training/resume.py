@@ -40,7 +40,7 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
     changes.
     """
     out = values.get("checkpoint.out")
-    if out is None:
+    if out is None or not str(out).strip():
         raise UserError("--resume: name the run folder with --out")
     plugin = {"runtime.plugin": values["runtime.plugin"]} if "runtime.plugin" in values else {}
     saved = _read_saved_settings(str(out), plugin)
@@ -56,6 +56,7 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
         )
     notes = _check_changes(str(out), saved, values)
     steps = values.get("train.steps", saved["train.steps"])
+    _check_steps(str(out), steps)
     schedule = saved["schedule.lr_schedule"]
     if steps != saved["train.steps"] and schedule != "constant":
         notes.append(
@@ -83,6 +84,18 @@ def _read_saved_settings(out: str, plugin: dict) -> dict:
     saved |= plugin
     configuration.build(saved)
     return saved
+
+
+def _check_steps(out: str, steps: object) -> None:
+    """Raise UserError if the run has done more than ``steps`` steps."""
+    from .folder import RunFolder
+
+    done = RunFolder(out).newest_step
+    # a value of another type is refused when the config is built
+    if isinstance(steps, int) and steps < done:
+        raise UserError(
+            f"--resume {out}: {done} steps are done; --steps must be at least {done}, got {steps}"
+        )
 
 
 def _check_changes(out: str, saved: dict, values: dict) -> list[str]:

@@ -11,7 +11,7 @@ from ..engine.models import make_decoder
 from ..engine.ranks import Interrupt
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
-from ..plugins import load_plugins
+from ..plugins import find_fault, load_plugins
 from .card import make_card
 from .faults import find_non_finite
 from .folder import RunFolder
@@ -264,7 +264,23 @@ def train_in(
         with reporter as report:
             for text in record_plugins(folder, run.place, plugins):
                 report.warn(text)
-            return Session(run, folder, report, resume, interrupt).train()
+            with naming_saved_state(folder):
+                return Session(run, folder, report, resume, interrupt).train()
+
+
+@contextlib.contextmanager
+def naming_saved_state(folder: RunFolder) -> Iterator[None]:
+    """Turn a plugin's error into a UserError that names the newest checkpoint."""
+    try:
+        yield
+    except BaseException as error:  # a plugin may also exit
+        fault = find_fault(error)
+        if fault is None:
+            raise
+        advice = "correct the plugin and start again with another --out"
+        if folder.has_checkpoint:
+            advice = "correct the plugin, then continue with --resume"
+        raise UserError(f"{fault}; {folder.newest_checkpoint_text}: {advice}") from error
 
 
 @contextlib.contextmanager

@@ -212,3 +212,13 @@ def test_version_is_said_once_and_the_same():
     import tomllib
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+
+@pytest.mark.parametrize("number", ["1:30", "-1:30", "010", "-010", "1:30:00.5"])
+def test_a_number_of_base_60_or_8_is_text(tmp_path, number):
+    """YAML 1.1 reads 1:30 as 90 and 010 as 8."""
+    file = tmp_path / "c.yaml"
+    file.write_text(f"train: {{steps: {number}}}")
+    with pytest.raises(UserError, match=rf"train\.steps: expected a whole number, got '{number}'"):
+        config.build(config.read_yaml(str(file)))
+    assert config.read_assignments([f"data.system={number}"]) == {"data.system": number}

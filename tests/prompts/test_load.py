@@ -650,3 +650,12 @@ def test_a_preset_is_evaluated_on_its_test_split_unless_that_is_taught(pair, tmp
     assert not {p.index for p, _ in run.problems.held_out} & {
         r.prompt.index for r in run.problems.train
     }
+
+
+@pytest.mark.parametrize("kind", ["prompt", "answer"])
+def test_the_embedded_problems_have_no_other_columns(kind):
+    row_format = RowFormat(**{f"{kind}_column": "nonsense"})
+    message = f"no column 'nonsense'; it has {kind}; change --{kind}-column"
+    with pytest.raises(UserError, match=message):
+        load_prompts("lab:choice#3", row_format)
+    assert len(load_prompts("lab:choice#3", RowFormat(**{f"{kind}_column": kind})).prompts) == 3

@@ -127,7 +127,7 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
     (folder / ARMS_FILE).write_text(
         json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms))))
     )
-    with RunFolder(folder).lock(), pytest.raises(UserError, match="another process"):
+    with RunFolder(folder).lock(), pytest.raises(UserError, match="another run"):
         compare.compare(arms, folder, display.Terminal())
 
 
@@ -135,6 +135,14 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
     "changes, said",
     [
         ({"arm": {}}, "unknown key 'arm'"),
+        (
+            {"arms": {"full": {"runtime": {"seed": 3}}}},
+            "runtime.seed: an arm cannot set it, because every arm runs with the seeds of the file",
+        ),
+        (
+            {"arms": {"full": {"checkpoint": {"out": "x"}}}},
+            "checkpoint.out: an arm cannot set it, because its run folders are --out/ARM/seed-N",
+        ),
         ({"arms": {}}, "expected at least one arm under 'arms', got none"),
         ({"arms": []}, "expected arms to contain keys"),
         ({"seeds": [0, 0]}, "different whole numbers"),

@@ -166,13 +166,13 @@ def test_two_runs_cannot_share_a_folder(pair, questions, tmp_path, whole):
         code, _, err = invoke(*flags(pair, questions, out))
         assert (
             code == 2
-            and "another process is working in it" in err.splitlines()[-1]
+            and "another run is working in it" in err.splitlines()[-1]
             and os.listdir(out) == [".lock"]
         )
     shutil.copytree(whole[0], out, dirs_exist_ok=True)
     with RunFolder(out).lock():
         code, _, err = invoke("run", "--resume", "--out", out)
-        assert code == 2 and "another process is working in it" in err.splitlines()[-1]
+        assert code == 2 and "another run is working in it" in err.splitlines()[-1]
     assert rows(out) == rows(whole[0])
 
 
@@ -208,7 +208,7 @@ def test_a_file_system_without_flock_needs_no_warning(tmp_path, monkeypatch, rec
     for _ in range(2):
         with (
             RunFolder(tmp_path / "run").lock(),
-            pytest.raises(UserError, match="another process is working in it"),
+            pytest.raises(UserError, match="another run is working in it"),
             RunFolder(tmp_path / "run").lock(),
         ):
             pass

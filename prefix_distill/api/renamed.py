@@ -1,0 +1,22 @@
+"""Options of transformers and TRL that have another name here."""
+
+RENAMED = {
+    "output_dir": "--out",
+    "model_name_or_path": "--student",
+    "teacher_model_name_or_path": "--teacher",
+    "dataset_name": "--dataset",
+    "dataset_train_split": "--split",
+    "dataset_test_split": "--eval-split",
+    "learning_rate": "--lr",
+    "max_steps": "--steps",
+    "max_grad_norm": "--grad-clip",
+    "max_completion_length": "--max-new-tokens",
+    "max_prompt_length": "--max-prompt-tokens",
+    "num_generations": "--samples",
+    "eval_steps": "--eval-every",
+    "save_steps": "--save-every",
+    "ddp_timeout": "--rank-timeout",
+    "torch_dtype": "--dtype",
+    "lora_r": "--lora",
+    "lora_target_modules": "--lora-targets",
+}
