@@ -1,5 +1,6 @@
 """Check the types of the functions' arguments, before anything is read or written."""
 
+import numbers
 import os
 import reprlib
 from collections.abc import Iterable
@@ -10,9 +11,21 @@ from .. import config as configuration
 from ..config.access import SECTIONS
 from ..config.options import NAMES
 from ..errors import UserError
-from .settings import plain_value
 
 T = TypeVar("T")
+
+
+def plain_value(value: object) -> object:
+    """Return a path as text and another package's number as Python's; others unchanged."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool) or type(value) in (int, float):
+        return value
+    if isinstance(value, numbers.Integral):  # numpy.int64
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return value
 
 
 def read_path(name: str, value: object) -> str:

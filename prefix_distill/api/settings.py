@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import numbers
 import os
 from collections.abc import Mapping
 from datetime import datetime
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 from .. import config as configuration
 from ..errors import UserError
 from . import html
+from .arguments import plain_value, read_path
 from .renamed import RENAMED
 
 if TYPE_CHECKING:
@@ -89,8 +89,6 @@ class Config(configuration.Config):
 
         Options override the file. UserError: as in `from_options`, or the file is not readable.
         """
-        from .arguments import read_path  # here: it needs this module
-
         values = configuration.read_yaml(read_path("path", path))
         given = read_options(options, run_names())
         names = {option: configuration.flag(option) for option in given}
@@ -199,19 +197,6 @@ def _suggest(name: str, names: Mapping[str, str]) -> str:
     if near:
         return f"did you mean {near[0]}?"
     return f"known are {', '.join(names)}"
-
-
-def plain_value(value: object) -> object:
-    """Return a path as text and another package's number as Python's; others unchanged."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, bool) or type(value) in (int, float):
-        return value
-    if isinstance(value, numbers.Integral):  # numpy.int64
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    return value
 
 
 def name_run_folder(config: configuration.Config) -> configuration.Config:
