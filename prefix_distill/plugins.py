@@ -4,7 +4,9 @@ A plugin registers divergences and prefix schedules (``maths.registered``) when 
 is one file: its SHA-256 and a copy go into the run folder.
 """
 
+import functools
 import hashlib
+import inspect
 import sys
 import traceback
 import types
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import PluginError, Stopped, UserError
 from .maths.formulas import DIVERGENCES, Divergence
-from .maths.registry import describe_error, registering
+from .maths.registry import PROGRAM, describe_error, registering
 from .maths.schedule import SCHEDULES
 
 if TYPE_CHECKING:
@@ -72,6 +74,42 @@ def load_plugins(text: str | None) -> tuple[Plugin, ...]:
         _active.append(str(file))
         plugins.append(_load(name, file, entry))
     return tuple(plugins)
+
+
+def find_unfiled(divergence: str, prefix: str) -> tuple[Plugin, ...]:
+    """Return what this program itself registered under the names that a run uses.
+
+    A notebook registers functions in a cell. Their text stands for the file of a plugin; it is
+    empty if Python does not have it.
+    """
+    unfiled = []
+    name = divergence.partition(":")[0]
+    entry = DIVERGENCES.find(name)
+    if entry is not None and DIVERGENCES.source(name) == PROGRAM:
+        source = _read_source([entry.value, entry.gradient])
+        unfiled.append(_unfiled(f"divergence-{name}", source))
+    name = prefix.partition(":")[0]
+    schedule = SCHEDULES.find(name)
+    if isinstance(schedule, functools.partial) and SCHEDULES.source(name) == PROGRAM:
+        source = _read_source([schedule.args[-1]])
+        unfiled.append(_unfiled(f"prefix-{name}", source))
+    return tuple(unfiled)
+
+
+def _unfiled(name: str, source: bytes) -> Plugin:
+    return Plugin(name=name, file=Path(f"{name}.py"), source=source, divergences={}, schedules={})
+
+
+def _read_source(functions: list[Any]) -> bytes:
+    """Return the text of functions; empty if it is not known."""
+    texts = []
+    for function in functions:
+        if function is not None:
+            try:
+                texts.append(inspect.getsource(function))
+            except (OSError, TypeError):  # typed at a prompt, or an instance of a class
+                return b""
+    return "\n".join(texts).encode()
 
 
 def _forget() -> None:

@@ -3,7 +3,9 @@
 The examples in tests/plugins are used as they are.
 """
 
+import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -600,3 +602,49 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused(tmp_path):
     load_plugins(str(plugin))
     with pytest.raises(UserError, match="use JSON values with text as keys, lists for tuples"):
         parse_prefix("patient:4", 32).observe(0, {}, None, 1.0)
+
+
+def test_a_function_registered_without_a_file_is_recorded_and_a_change_reported(tmp_path):
+    """As a notebook registers it in a cell; a function without a text is reported."""
+    from prefix_distill import register_divergence, resume, run
+    from prefix_distill.maths.formulas import DIVERGENCES
+
+    def first(student_logp, teacher_logp):
+        return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
+
+    def second(student_logp, teacher_logp):
+        return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1)
+
+    small = {"batch_size": 2, "samples": 1, "eval_samples": 1, "kl_prompts": 1}
+    try:
+        register_divergence("in-a-cell")(first)
+        run(divergence="in-a-cell", steps=1, out=tmp_path / "run", **small)
+        document = json.loads((tmp_path / "run/run.json").read_text())
+        [record] = document["plugins"]
+        assert "def first" in (tmp_path / "run" / record["copy"]).read_text()
+        assert record["file"] == "divergence-in-a-cell.py"
+        register_divergence("in-a-cell")(second)
+        with observed_warnings() as warnings:
+            resume(tmp_path / "run", steps=2)
+        assert any("divergence-in-a-cell: its content changed" in text for text in warnings)
+        exec("def unknown(s, t): return (s.exp() * (s - t)).sum(-1)", globals())
+        register_divergence("in-a-cell")(globals()["unknown"])
+        with observed_warnings() as warnings:
+            run(divergence="in-a-cell", steps=1, out=tmp_path / "unknown", **small)
+        assert any("its text is not known" in text for text in warnings)
+    finally:
+        DIVERGENCES.drop("this program")
+
+
+@contextlib.contextmanager
+def observed_warnings():
+    """Collect the warnings of the logger "prefix_distill"."""
+    texts = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())
+    log = logging.getLogger("prefix_distill")
+    log.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        log.removeHandler(handler)

@@ -30,6 +30,12 @@ def record_plugins(folder: RunFolder, place: Place, plugins: Sequence[Plugin]) -
     recorded = {record["file"]: record for record in document.get(KEY, [])}
     records, warnings = [], []
     for plugin in plugins:
+        if not plugin.source:
+            warnings.append(
+                f"{plugin.name}: its text is not known, so the run folder does not record it; "
+                "register it in a file and use --plugin"
+            )
+            continue
         copy = f"plugins/{plugin.sha256[:12]}-{plugin.file.name}"
         record = {"file": plugin.file.name, "sha256": plugin.sha256, "copy": copy, "earlier": []}
         before = recorded.pop(plugin.file.name, None)

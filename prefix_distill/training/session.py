@@ -11,7 +11,7 @@ from ..engine.models import make_decoder
 from ..engine.ranks import Interrupt
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
-from ..plugins import find_fault, load_plugins
+from ..plugins import find_fault, find_unfiled, load_plugins
 from .card import make_card
 from .faults import find_non_finite
 from .folder import RunFolder
@@ -254,13 +254,15 @@ def train_in(
 
     ``observer`` watches the run and may stop it; ``label`` names the run among several.
     """
-    plugins = load_plugins(run.config.runtime.plugin)
+    config = run.config
+    plugins = load_plugins(config.runtime.plugin)
+    plugins += find_unfiled(config.divergence.name, config.schedule.prefix)
     interrupt = Interrupt()
-    watched = observer.watch(run.config.train.steps, label, run.place.is_first, interrupt.ask)
+    watched = observer.watch(config.train.steps, label, run.place.is_first, interrupt.ask)
     with watched as shown, interrupt, open_folder(run, folder, resume):
         reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(shown)
         if run.place.is_first:
-            reporter = Trackers(shown, folder, run.config)
+            reporter = Trackers(shown, folder, config)
         with reporter as report:
             for text in record_plugins(folder, run.place, plugins):
                 report.warn(text)
