@@ -73,8 +73,10 @@ class Session:
             self.note_selection(update)
             rate, norm = self.step_optimizer()
             self.complete(update, facts)
+            self.extrapolate_if_due()
+            self.refresh_copies()
             self.record(update, facts, metrics_row(update, facts, rate, norm))
-            self.look_around()
+            self.measure_if_due()
             self.save_if_due()
         return self.finish()
 
@@ -173,16 +175,22 @@ class Session:
         return rate, norm
 
     def complete(self, update: Update, facts: UpdateFacts) -> None:
-        """Count the step, extrapolate if due, and refresh the copies of the student."""
+        """Count the step: its prefix, tokens, FLOPs and seconds."""
         state = self.state
         state.progress.taught_prefix = update.prefix
         state.progress.step += 1
         state.progress.tokens += facts.tokens
         state.count(update.meter)
+
+    def extrapolate_if_due(self) -> None:
+        """Search along the recent displacement (EffOPD), if one is due after this step."""
         if self.search.is_due:
             self.search.run()
-        with state.clock.phase("optimizer"):
-            state.refresh_copies()
+
+    def refresh_copies(self) -> None:
+        """Bring the sampling copy, and an averaged teacher, up to date with the student."""
+        with self.state.clock.phase("optimizer"):
+            self.state.refresh_copies()
 
     def record(self, update: Update, facts: UpdateFacts, row: dict) -> None:
         """Adapt the prefix schedule, and write the step to the run folder and to ``report``."""
@@ -206,7 +214,7 @@ class Session:
         """Return whether all steps are completed."""
         return self.state.step == self.run.config.train.steps
 
-    def look_around(self) -> None:
+    def measure_if_due(self) -> None:
         """Evaluate or probe the tail if due; the last evaluation belongs to ``finish``."""
         if not self.is_last:
             self.stop_if_asked()
