@@ -50,6 +50,10 @@ class Interrupted(Stopped):
         self.exit_code = 128 + number
 
 
+def ignore(text: str) -> None:
+    """Report nothing."""
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Return the first ``limit`` characters of an exception's message, without line breaks."""
     return " ".join(str(error).split())[:limit]

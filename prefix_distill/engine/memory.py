@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from ..config import Config
-from ..errors import MemoryShortage
+from ..errors import MemoryShortage, ignore
 from .device import is_out_of_memory
 from .meter import Meter
 from .models import Model
@@ -33,10 +33,6 @@ REMEDIES = {
 FLAGS = {MICRO_BATCH: "--micro-batch-size", ROWS: "--generation-rows"}
 
 
-def _ignore(text: str) -> None:
-    """Report nothing."""
-
-
 class MemoryLimits:
     """How many rollouts a rank handles at once, in training and in generation.
 
@@ -52,7 +48,7 @@ class MemoryLimits:
         self.micro_batch_size = config.train.micro_batch_size
         self.rows = config.rollout.rows
         self.lowered: dict[str, int] = {}
-        self.report: Callable[[str], None] = _ignore
+        self.report: Callable[[str], None] = ignore
 
     def restore(self, lowered: dict[str, int]) -> None:
         """Apply the limits that a checkpoint kept, where they are below the current ones."""

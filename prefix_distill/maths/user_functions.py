@@ -33,7 +33,9 @@ def _locate(function: object) -> str:
         function = function.func
     if not hasattr(function, "__code__"):
         function = inspect.getattr_static(type(function), "__call__", function)
-    code = getattr(inspect.unwrap(function), "__code__", None)  # type: ignore[arg-type]
+    code = None
+    if callable(function):
+        code = getattr(inspect.unwrap(function), "__code__", None)
     if code is None:
         return ""
     return f"{code.co_filename}, line {code.co_firstlineno}: "

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import SELF, Adapter, Config, parse_divergence, parse_estimator
+from ..config import SELF, Adapter, Config
 from ..engine.rollout import Rollout
 from ..maths.divergence import Terms
+from ..training.prepare import read_loss
 
 Ids = tuple[int, ...]
 PromptLengths = tuple[int, int]  # tokens of a prompt: the student's, the teacher's
@@ -134,23 +135,6 @@ def make_rollouts(prompts: Sequence[PromptLengths], samples: int, response: int)
     return rollouts
 
 
-def build_terms(config: Config, head_dtype: torch.dtype) -> Terms:
-    """Return the loss that a config asks for."""
-    divergence = config.divergence
-    name, parameters = parse_divergence(divergence.name)
-    estimator, top_k = parse_estimator(divergence.estimator)
-    return Terms(
-        name=name,
-        parameters=parameters,
-        temperature=divergence.temperature,
-        dtype=head_dtype,
-        memory_bytes=config.runtime.head_memory_mb << 20,
-        top_k=top_k,
-        sampled=estimator == "sampled",
-        clip=divergence.clip,
-    )
-
-
 def choose_adapter(config: Config) -> Adapter | None:
     """Return the LoRA adapter that trains, or None if all weights train."""
     if config.adapter.rank:
@@ -170,7 +154,7 @@ def build_case(
     longest = sorted(lengths.prompts, key=sum, reverse=True)[:size]
     repeats = _divide_up(size, len(longest))
     return Case(
-        terms=build_terms(config, dtypes.head),
+        terms=read_loss(config, dtypes.head),
         dtype=dtypes.compute,
         prompts=tuple((longest * repeats)[:size]),
         samples=config.rollout.samples,

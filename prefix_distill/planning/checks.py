@@ -12,7 +12,7 @@ from ..engine import evaluate, loading
 from ..engine.device import Clock, read_free_memory
 from ..engine.meter import Meter
 from ..engine.models import Model, make_decoder
-from ..engine.rollout import Rollout
+from ..engine.rollout import Rollout, rollout_of
 from ..engine.sampling import GenerationCost, Request, Sampler, generate
 from ..engine.scoring import Scorer
 from ..errors import UserError
@@ -21,7 +21,7 @@ from ..maths.seeds import seed_of
 from ..prompts.prompt import Rendered
 from ..training.run import Check, Run
 from . import text_checks
-from .case import Case, Dtypes, Ids, Lengths, build_case, make_rollout
+from .case import Case, Dtypes, Ids, Lengths, build_case
 from .forecast import Forecaster, bound_memory
 from .outcomes import SAMPLE, both_models, failed, passed, warned
 
@@ -106,7 +106,7 @@ def _prompt_ends(run: Run, role: str) -> list[Rollout]:
     rollouts = []
     for slot, rendered in enumerate(run.problems.train[:SAMPLE]):
         ids = _prompt_ids(rendered, role)
-        rollouts.append(make_rollout(slot, ids, ids, ids[-SAMPLE:]))
+        rollouts.append(rollout_of(slot, ids, ids[-SAMPLE:]))
     return rollouts
 
 

@@ -25,6 +25,7 @@ from ..engine.device import Clock
 from ..engine.meter import Meter
 from ..engine.models import Model
 from ..engine.scoring import Scorer
+from ..errors import ignore
 from ..maths import intervals
 from ..maths.weights import quadrants
 from ..prompts.answers import is_correct
@@ -57,10 +58,6 @@ class Curves:
     teacher: list[dict]
 
 
-def _ignore(text: str) -> None:
-    """Report nothing."""
-
-
 def fit_to_data(config: Config) -> tuple[Config, list[str]]:
     """Return the config with at most as many prompts as its datasets hold, and a note if fewer.
 
@@ -80,7 +77,7 @@ def fit_to_data(config: Config) -> tuple[Config, list[str]]:
     return configuration.replace(config, train={"batch_size": available}), [note]
 
 
-def probe(run: Run, say: Callable[[str], None] = _ignore) -> dict:
+def probe(run: Run, say: Callable[[str], None] = ignore) -> dict:
     """Return the document of `prefix-distill probe` for the run's training prompts.
 
     If answers can be graded, the recommended prefix is the shortest of those tried, up to half of

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from .. import config as configuration
 from ..config import Config
 from ..engine.memory import MemoryLimits
@@ -58,7 +60,7 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
             f"--batch-size {config.train.batch_size}: expected at least {place.world}, one prompt "
             "per rank; raise --batch-size"
         )
-    terms = _loss_terms(config, place)
+    terms = read_loss(config, place.head_dtype)
     off_policy = parse_off_policy(config.rollout.off_policy)
     text_terms = terms
     if off_policy is not None and off_policy.loss == "sft":
@@ -84,14 +86,15 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
     )
 
 
-def _loss_terms(config: Config, place: Place) -> Terms:
+def read_loss(config: Config, head_dtype: torch.dtype) -> Terms:
+    """Return the loss that a config asks for; ``head_dtype``: that of its matmuls."""
     name, parameters = configuration.parse_divergence(config.divergence.name)
     estimator, top_k = configuration.parse_estimator(config.divergence.estimator)
     return Terms(
         name=name,
         parameters=parameters,
         temperature=config.divergence.temperature,
-        dtype=place.head_dtype,
+        dtype=head_dtype,
         memory_bytes=config.runtime.head_memory_mb << 20,
         top_k=top_k,
         sampled=estimator == "sampled",

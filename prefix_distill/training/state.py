@@ -10,7 +10,7 @@ from ..display import Reporter
 from ..engine.device import Clock
 from ..engine.meter import Meter
 from ..engine.models import average_teacher, extrapolated_parameters, make_decoder, refresh_decoder
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, ignore
 from ..maths import extrapolation
 from ..maths.flops import Ledger
 from .folder import RunFolder
@@ -166,7 +166,7 @@ class State:
         UserError: its weights belong to another model.
         """
         place, folder, report = self.run.place, self.folder, self.report
-        warn = report.warn if place.is_first else _ignore
+        warn = report.warn if place.is_first else ignore
         step, tensors, facts = folder.read_latest_checkpoint(warn)
         self._check_shapes(tensors)
         self._copy_tensors(tensors)
@@ -228,7 +228,3 @@ class State:
         else:
             name = str(place.dtype)[6:]
             self.report.warn(f"{text}, and in {name} that can change which tokens are sampled")
-
-
-def _ignore(text: str) -> None:
-    """Report nothing."""
