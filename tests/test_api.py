@@ -222,7 +222,7 @@ def test_a_damaged_folder_is_one_line(given, tmp_path):
     file.write_text(json.dumps(whole))
     result = prefix_distill.load(tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text("[1]\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 1: document: expected an object"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 1: expected an object"):
         result.metrics()
     with pytest.raises(UserError, match="it has no run"):
         prefix_distill.load(tmp_path)
@@ -364,7 +364,7 @@ def test_a_callback_that_exits_stops_with_the_state_saved(given, tmp_path, kind)
 
     with pytest.raises(kind) as raised:
         prefix_distill.run(**given, out=tmp_path / "run", on_step=stop)
-    assert "after update 1; the state is saved" in raised.value.__notes__[0]
+    assert "after step 1; the state is saved" in raised.value.__notes__[0]
     assert (tmp_path / "run/checkpoints/step-00000001").is_dir()
 
 

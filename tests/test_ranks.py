@@ -367,7 +367,7 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
     assert spent[1]["executed"] > spent[0]["executed"]
     assert (
         "rank 1: cpu ran out of memory; --micro-batch-size was lowered from 2 to 1, which does not "
-        "same" in done.stderr
+        "change the result" in done.stderr
     )
 
     # weights that drift apart are found, and never saved

@@ -655,7 +655,7 @@ def test_a_preset_is_evaluated_on_its_test_split_unless_that_is_taught(pair, tmp
 @pytest.mark.parametrize("kind", ["prompt", "answer"])
 def test_the_embedded_problems_have_no_other_columns(kind):
     row_format = RowFormat(**{f"{kind}_column": "nonsense"})
-    message = f"no column 'nonsense'; it has {kind}; change --{kind}-column"
+    message = f"expected the column {kind}, got 'nonsense'; change --{kind}-column"
     with pytest.raises(UserError, match=message):
         load_prompts("lab:choice#3", row_format)
     assert len(load_prompts("lab:choice#3", RowFormat(**{f"{kind}_column": kind})).prompts) == 3

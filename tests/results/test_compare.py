@@ -152,7 +152,7 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
         ({"arms": {"full": {"start": "no"}}}, "starts from 'no'"),
         ({"arms": {"full": {"schedule": {"prefxi": "8"}}}}, "did you mean schedule.prefix"),
         ({"arms": {"full": {"schedule": {"prefix": "0"}}}}, "--prefix 0: expected"),
-        ({"arms": {"full": {"schedule": 3}}}, "section 'schedule' must"),
+        ({"arms": {"full": {"schedule": 3}}}, "arm 'full': expected sections with keys"),
         ({"arms": {"../x": {}}, "reference": None}, "a folder cannot have the name"),
         ({"tune": {"schedule.lr": 1e-4}}, "list of values"),
         ({"tune": {"schedule.lr": [1e-4], "train.steps": [3]}}, "one setting"),

@@ -189,10 +189,12 @@ def test_a_killed_process_frees_the_folder(tmp_path):
     out = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE)
     with holder:
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match="another process"), RunFolder(out).lock():
-            pass
-        holder.kill()
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            with pytest.raises(UserError, match="another run"), RunFolder(out).lock():
+                pass
+        finally:
+            holder.kill()
     with RunFolder(out).lock():
         assert (out / ".lock").is_file()
 
