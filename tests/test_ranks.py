@@ -675,15 +675,7 @@ def test_fingerprints_see_one_bit():
         def receive(value, sent=sent):
             return [value, *sent]
 
-        probe = Place(
-            device=torch.device("cpu"),
-            teacher_device=torch.device("cpu"),
-            dtype=torch.float32,
-            head_dtype=torch.float32,
-            rank=0,
-            world=2,
-            reasons=(),
-        )
+        probe = dataclasses.replace(place)
         object.__setattr__(probe, "gather", send)
         object.__setattr__(place, "gather", receive)
         probe.find_difference(other)

@@ -15,7 +15,7 @@ from ..prompts.prompt import Prompt, Rendered
 from .memory import MemoryLimits
 from .meter import Meter
 from .models import Model
-from .rollout import Rollout
+from .rollout import Rollout, rollout_of
 from .sampling import GenerationCost, Request, Response, Sampler
 from .scoring import Scorer, TokenFacts
 
@@ -172,14 +172,8 @@ def fixed_rollouts(
     rollouts = []
     for i, prompt in enumerate(prompts):
         ids, finished = parts[i % place.world][i // place.world]
-        rollout = Rollout(
-            slot=i,
-            sample=0,
-            student_prompt=prompt.student_ids,
-            teacher_prompt=prompt.teacher_ids,
-            ids=ids,
-            teacher_ids=ids,
-            finished=finished,
+        rollout = rollout_of(
+            i, prompt.student_ids, ids, finished, teacher_prompt=prompt.teacher_ids
         )
         rollouts.append(rollout)
     return rollouts

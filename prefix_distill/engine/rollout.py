@@ -160,14 +160,23 @@ def copy_as_student(rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def rollout_of(
-    slot: int, prompt: tuple[int, ...], ids: tuple[int, ...], finished: bool = False
+    slot: int,
+    prompt: tuple[int, ...],
+    ids: tuple[int, ...],
+    finished: bool = False,
+    teacher_prompt: tuple[int, ...] | None = None,
 ) -> Rollout:
-    """Return a rollout with the same prompt and the same response for both models."""
+    """Return sample 0 of a prompt, with the same response ids for both models.
+
+    ``teacher_prompt``: the teacher's own prompt; None is the student's.
+    """
+    if teacher_prompt is None:
+        teacher_prompt = prompt
     return Rollout(
         slot=slot,
         sample=0,
         student_prompt=prompt,
-        teacher_prompt=prompt,
+        teacher_prompt=teacher_prompt,
         ids=ids,
         teacher_ids=ids,
         finished=finished,

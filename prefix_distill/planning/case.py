@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import SELF, Adapter, Config
-from ..engine.rollout import Rollout
+from ..engine.rollout import Rollout, rollout_of
 from ..maths.divergence import Terms
 from ..training.prepare import read_loss
 
@@ -109,19 +109,6 @@ class Case:
         return self.dtype == torch.bfloat16
 
 
-def make_rollout(slot: int, prompt: Ids, teacher_prompt: Ids, response: Ids) -> Rollout:
-    """Return a rollout whose response has the same ids for both models."""
-    return Rollout(
-        slot=slot,
-        sample=0,
-        student_prompt=prompt,
-        teacher_prompt=teacher_prompt,
-        ids=response,
-        teacher_ids=response,
-        finished=False,
-    )
-
-
 def make_rollouts(prompts: Sequence[PromptLengths], samples: int, response: int) -> list[Rollout]:
     """Return ``samples`` rollouts of ``response`` tokens for every prompt.
 
@@ -129,7 +116,8 @@ def make_rollouts(prompts: Sequence[PromptLengths], samples: int, response: int)
     """
     rollouts = []
     for slot, (student, teacher) in enumerate(prompts):
-        first = make_rollout(slot, (slot,) * student, (slot,) * teacher, (0,) * response)
+        response_ids = (0,) * response
+        first = rollout_of(slot, (slot,) * student, response_ids, teacher_prompt=(slot,) * teacher)
         for sample in range(samples):
             rollouts.append(replace(first, sample=sample))
     return rollouts

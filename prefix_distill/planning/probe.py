@@ -16,7 +16,7 @@ expected_saving      useful FLOPs of a step with full rollouts over those with t
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .. import config as configuration
 from ..config import Config
@@ -24,6 +24,7 @@ from ..engine import evaluate
 from ..engine.device import Clock
 from ..engine.meter import Meter
 from ..engine.models import Model
+from ..engine.rollout import rollout_of
 from ..engine.scoring import Scorer
 from ..errors import ignore
 from ..maths import intervals
@@ -33,7 +34,7 @@ from ..training.pair import fill_in
 from ..training.prompt_sets import load_prompt_sets
 from ..training.run import Notes, Run, settled
 from .answering import Answering, Answers
-from .case import Ids, make_rollout
+from .case import Ids
 
 # prefix lengths that are tried, as shares of the teacher's mean length
 SHARES = (0.025, 0.05, 0.1, 0.2, 0.35, 0.5)
@@ -164,8 +165,14 @@ def _measure_tokens(run: Run, answers: Answers, meter: Meter) -> tuple[Values, V
     """Return the reverse KL and the entropy of every token of the student's answers."""
     rollouts = []
     for slot, prompt in enumerate(run.problems.train):
-        rollout = make_rollout(slot, prompt.student_ids, prompt.teacher_ids, answers.ids[slot])
-        rollouts.append(replace(rollout, finished=answers.finished[slot]))
+        rollout = rollout_of(
+            slot,
+            prompt.student_ids,
+            answers.ids[slot],
+            finished=answers.finished[slot],
+            teacher_prompt=prompt.teacher_ids,
+        )
+        rollouts.append(rollout)
     scorer = Scorer.reverse_kl(run.pair, run.place)
     facts = evaluate.held_out_facts(scorer, run.pair.align(rollouts), run.limits, meter, "scoring")
     kl: Values = []
