@@ -693,3 +693,27 @@ def test_a_notebook_shows_an_error_in_one_line():
 
 def test_dir_lists_the_public_names_alone():
     assert set(dir(prefix_distill)) == {*prefix_distill.__all__, "__version__"}
+
+
+LATE = """
+import atexit, sys, time
+from pathlib import Path
+from prefix_distill.api import rank
+from prefix_distill.api.launch import LOOK, SIGNAL
+
+def work(folder):
+    (folder / SIGNAL).write_text("2")
+    return 130
+
+rank.work = work
+atexit.register(time.sleep, 5 * LOOK)
+rank.main()
+"""
+
+
+def test_a_signal_that_reaches_a_rank_after_its_work_is_not_passed_on(tmp_path):
+    """Another rank was asked first and all have stopped: Python ends without a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, tmp_path, str(os.getpid())], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "")

@@ -20,9 +20,12 @@ def main() -> None:
     """Perform the job in the folder argv[1] and exit, or exit when the launcher argv[2] ends."""
     folder, launcher = Path(sys.argv[1]), int(sys.argv[2])
     (folder / f"{os.getpid()}.pid").touch()
-    threading.Thread(target=_watch, args=(folder / SIGNAL, launcher), daemon=True).start()
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(folder / SIGNAL, launcher, ended), daemon=True).start()
     quiet.hide_deprecations()
-    sys.exit(work(folder))
+    code = work(folder)
+    ended.set()
+    sys.exit(code)
 
 
 def work(folder: Path) -> int:
@@ -45,14 +48,18 @@ def work(folder: Path) -> int:
     return 0
 
 
-def _watch(asked: Path, launcher: int) -> None:
-    """Pass the launcher's signal on to this process; end it when the launcher has ended."""
+def _watch(asked: Path, launcher: int, ended: threading.Event) -> None:
+    """Pass the launcher's signal on to this process; end it when the launcher has ended.
+
+    After ``ended`` no signal is passed on: it would interrupt Python's own shutdown. That happens
+    if another rank received the signal first and all ranks have stopped.
+    """
     passed = False
     while True:
         time.sleep(LOOK)
         if os.getppid() != launcher:
             os._exit(1)
-        if not passed and asked.exists():
+        if not passed and not ended.is_set() and asked.exists():
             passed = True
             os.kill(os.getpid(), int(asked.read_text()))
 
