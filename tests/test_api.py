@@ -518,6 +518,21 @@ def broken(student, teacher):
 """
 
 
+def test_a_rank_that_aborts_after_its_error_names_the_error(given, tmp_path):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(BROKEN_PLUGIN + ABORT_AT_EXIT)
+    options = given | {"plugin": plugin, "divergence": "broken", "gpus": 2, "device": "cpu"}
+    with pytest.raises(UserError, match="a mistake"):
+        prefix_distill.run(**options, out=tmp_path / "run")
+
+
+ABORT_AT_EXIT = """
+import atexit, os
+if "RANK" in os.environ:
+    atexit.register(os.abort)
+"""
+
+
 def test_notes_and_warnings_are_logged(given, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "prefix_distill"):
         result = prefix_distill.run(**given, eos="student", out=tmp_path / "run")

@@ -651,6 +651,56 @@ def test_two_gpus_are_one(pair, questions, tmp_path):
     assert_same(tmp_path / "1", tmp_path / "2", "no room", 1e-3)
 
 
+LEAVE = """
+import atexit, sys, time
+import torch.distributed as dist
+from prefix_distill.config import Runtime
+from prefix_distill.engine.ranks import join_ranks
+
+atexit.register(lambda: print("group", dist.is_initialized()))  # the last function at exit
+place = join_ranks(Runtime(device="cpu", dtype="float32", rank_timeout=int(sys.argv[1])), lambda: 0)
+place.gather(0)
+if len(sys.argv) > 2:
+    if place.rank == 1:
+        time.sleep(600)
+    place.gather(0)
+"""
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_rank_leaves_its_group_unless_a_collective_failed(is_lost):
+    """Without it, one of 80 processes aborted (SIGABRT) while Python shut down."""
+    arguments = ["20"]  # seconds
+    if is_lost:
+        arguments.append("lost")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVE, *arguments],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": "1",
+            }
+            | {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    output, error = ranks[0].communicate(timeout=60)
+    if is_lost:
+        ranks[1].kill()
+        assert "Stopped: rank 0 of 2: rank 1 failed or timed out" in error
+    ranks[1].communicate(timeout=60)
+    assert output == f"group {is_lost}\n", error
+    assert is_lost or [rank.returncode for rank in ranks] == [0, 0], error
+
+
 def test_fingerprints_see_one_bit():
     place = Place(
         device=torch.device("cpu"),
