@@ -281,7 +281,7 @@ def values(pair, questions):
     return {"models.student": pair[0], "models.teacher": pair[1], "data.dataset": questions}
 
 
-def test_two_ranks_are_one(pair, questions, tmp_path):
+def test_two_ranks_equal_one_process(pair, questions, tmp_path):
     """All cases in one launch of torchrun, then each alone."""
     given, even = values(pair, questions), tmp_path / "even.jsonl"
     even.write_text(
