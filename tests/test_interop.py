@@ -105,7 +105,7 @@ def test_lm_eval_grades_an_exported_folder_as_we_do(tmp_path, role):
 def test_llama_cpp_generates_the_same_tokens_as_transformers(tmp_path):
     """Export SmolLM2-135M-Instruct to a folder with a card, and that folder to GGUF in float32.
 
-    Greedy tokens are equal, also if llama.cpp applies the chat template itself. Log-probabilities
+    Greedy tokens are equal, even if llama.cpp applies the chat template itself. Log-probabilities
     agree to 0.02, because the KV cache of llama.cpp has half precision.
     """
     import torch

@@ -249,7 +249,7 @@ def test_a_schedule_with_a_state_observes_every_step():
 
 
 def test_a_run_with_the_plugin_equals_one_with_the_built_in(pair, questions, tmp_path):
-    """Compare also across tokenizers, where the loss is computed on units."""
+    """Test one tokenizer, and two tokenizers, for which the loss is computed on units."""
     for name, more in (("one", []), ("two", ["--cross-tokenizer", "simct"])):
         teacher = pair[1]
         if name == "two":

@@ -412,7 +412,7 @@ def main() -> None:
 
 
 def test_gpus_starts_three_ranks_and_the_run_resumes_with_one(pair, questions, tmp_path):
-    """Ctrl-C interrupts a run with --gpus 3; resumed by one process, it equals a whole run."""
+    """After Ctrl-C, one process resumes a run with --gpus 3; it equals an uninterrupted run."""
     more = ["--steps", "12", "--eval-every", "5"]
     process = subprocess.Popen(
         [
