@@ -1,5 +1,8 @@
-"""Bad input of every kind: one line on stderr (expected, got, what to do), exit code 2 (3 where
-each part is fine and they do not go together), nothing on stdout, nothing left behind."""
+"""Test that bad input gives a one-line error and leaves no files.
+
+The line on stderr says what was expected, what was got and what to do; stdout is empty. The exit
+code is 2, or 3 if each part is valid but the combination is not.
+"""
 
 import json
 import os
@@ -21,7 +24,7 @@ LINE = '{"question": "1+1?", "answer": "2"}\n'
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory, pair):
-    """Faulty models and datasets, by name."""
+    """Return a folder with faulty models, datasets, config files and arms files."""
     root = tmp_path_factory.mktemp("broken")
     other = save_tiny(root / "other", seed=3, vocabulary=261)
     tokenizer = byte_tokenizer()
@@ -349,7 +352,7 @@ BAD = {
     "unknown command": (["distil"], "No such command 'distil'"),
 }
 
-CONFIGS = {  # name: (text, message)
+CONFIGS = {  # name → (text, message)
     "typo": ("train: {stepz: 5}\n", "unknown setting 'train.stepz'; did you mean train.steps?"),
     "a list": ("- train\n", "expected sections such as 'train: {steps: 5}', got list"),
     "a word": ("train\n", "got str"),
@@ -450,7 +453,7 @@ CONFIGS = {  # name: (text, message)
     "a long key": (f"train: {{{'x' * 5000}: 1}}\n", "not valid YAML"),
 }
 
-ARMS = {  # of `compare`: name: (text, message)
+ARMS = {  # arms files of `compare`: name → (text, message)
     "nothing": ("", "expected arms to contain keys, got None"),
     "no arm": ("arms: {}\n", "expected at least one arm under 'arms', got none"),
     "unknown key": ("arms: {a: {}}\nseed: 3\n", "unknown key 'seed'; expected one of base, seeds"),
@@ -506,7 +509,7 @@ ARMS = {  # of `compare`: name: (text, message)
     "tune a number": ("arms: {a: {}}\ntune: 5\n", "expected tune to contain keys, got 5"),
 }
 
-DATASETS = {  # name: (suffix, content, message)
+DATASETS = {  # name → (suffix, content, message)
     "words": (
         ".csv",
         "words,more\na,b\n",
@@ -613,7 +616,7 @@ DATASETS = {  # name: (suffix, content, message)
     ),
 }
 
-ENVIRONMENTS = {  # name: (variables, message)
+ENVIRONMENTS = {  # name → (variables, message)
     "world of words": (
         {"WORLD_SIZE": "two"},
         "environment WORLD_SIZE='two': expected a whole number from 1",
@@ -645,7 +648,7 @@ ENVIRONMENTS = {  # name: (variables, message)
 
 
 def edit(name, **keys):
-    """Changes keys of a JSON file of a folder; ... removes one."""
+    """Return a function that changes keys of a JSON file in a folder. ... removes a key."""
 
     def change(folder):
         tree = json.loads((folder / name).read_text()) | keys
@@ -672,7 +675,7 @@ def weights(change):
 
 
 class Pickled:
-    """Unpickled, it would write the file `marker`."""
+    """An object that creates the file `marker` when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -713,7 +716,7 @@ def code(name, **keys):
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
-MODELS = {  # name: (what is done to a good folder, message)
+MODELS = {  # name → (function that damages a valid model folder, message)
     "pickle alone": (pickled("pytorch_model.bin"), "no file named model.safetensors found"),
     "shards of pickle": (
         shards_of_pickle,
@@ -903,7 +906,7 @@ def folder_in_place_of(name):
     return change
 
 
-RUNS = {  # name: (what is done to a good run folder, message of --resume)
+RUNS = {  # name → (function that damages a valid run folder, message of --resume)
     "settings of no YAML": (put("config.yaml", "train: {"), "config.yaml: not valid YAML"),
     "settings of nothing": (put("config.yaml", ""), "its config.yaml is damaged"),
     "settings of bytes": (
@@ -980,11 +983,11 @@ TOGETHER = (
     "lower-case teacher",
     "head too small",
     "tokenizer without vocabulary",
-)  # exit code 3
+)  # cases with exit code 3
 
 
 def refused(message, root, *arguments, expected=2):
-    """Runs a command that has to refuse."""
+    """Run a command, check that it fails with the message and writes no file, and return stderr."""
     before = sorted(root.rglob("*"))
     code, out, err = invoke(*arguments)
     assert code == expected and out == "", (code, out, err)
@@ -1017,7 +1020,7 @@ def flags(pair, questions, **changes):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working folder with the place of temporary files in it."""
+    """Return an empty working folder, which also contains the folder for temporary files."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.chdir(tmp_path)
@@ -1077,7 +1080,7 @@ def test_datasets(case, broken, pair, here, capfd):
         )
         == 1
     )
-    assert capfd.readouterr().err == ""  # a library's own words
+    assert capfd.readouterr().err == ""  # no library writes its own messages
 
 
 @pytest.mark.parametrize("case", ENVIRONMENTS)
@@ -1113,7 +1116,7 @@ def test_models(case, pair, questions, here, capfd):
 
 @pytest.fixture(scope="module")
 def finished(pair, questions, tmp_path_factory):
-    """A run of one update, made with secrets in the environment and under umask 027."""
+    """Return a run folder and secrets: one step, with secrets in the environment and umask 027."""
     out = tmp_path_factory.mktemp("finished") / "run"
     secrets = {
         "HF_TOKEN": "hf_SECRETSECRET",
@@ -1151,9 +1154,8 @@ def test_run_folders(case, finished, here):
     change, message = RUNS[case]
     shutil.copytree(finished[0], here / "run")
     change(here / "run")
-    refused(
-        message, here, "run", "--resume", "--out", here / "run", "--steps", "2"
-    )  # notes and what is passed over come before it
+    # Notes and skipped checkpoints may precede the error, so the number of lines is not checked.
+    refused(message, here, "run", "--resume", "--out", here / "run", "--steps", "2")
 
 
 @pytest.mark.parametrize(
@@ -1169,13 +1171,13 @@ def test_run_folders(case, finished, here):
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_reports_on_damaged_runs(case, change, finished, here):
+def test_report_rejects_damaged_runs(case, change, finished, here):
     shutil.copytree(finished[0], here / "run")
     change(here / "run")
     refused("run", here, "report", here / "run", "--out", here / "report")
 
 
-def test_files_are_as_private_as_the_umask_and_hold_no_secret(finished):
+def test_files_follow_the_umask_and_contain_no_secret(finished):
     out, secrets = finished
     files = list(out.rglob("*"))
     assert len(files) > 15
@@ -1189,15 +1191,15 @@ def test_files_are_as_private_as_the_umask_and_hold_no_secret(finished):
         ], file
 
 
-def test_code_that_is_asked_for_runs(pair, questions, here):
-    """The other side of the refusal: with --trust-remote-code that very file is run."""
+def test_trust_remote_code_runs_the_code_of_a_model(pair, questions, here):
+    """Without the flag this folder is rejected; see the case "own model code"."""
     shutil.copytree(pair[0], here / "model")
     MODELS["own model code"][0](here / "model")
     invoke("run", *flags(pair, questions, student=here / "model"), "--trust-remote-code")
     assert (here / "marker").exists()
 
 
-def test_nothing_but_the_line_in_a_process_of_its_own(pair, questions, here):
+def test_a_separate_process_writes_only_the_error_line(pair, questions, here):
     shutil.copytree(pair[0], here / "model")
     MODELS["missing weight"][0](here / "model")
     done = subprocess.run(
@@ -1220,6 +1222,6 @@ def test_nothing_but_the_line_in_a_process_of_its_own(pair, questions, here):
     ), done.stderr
 
 
-def test_the_table_has_no_case_twice():
+def test_the_tables_have_at_least_200_cases():
     counts = [len(table) for table in (BAD, CONFIGS, ARMS, DATASETS, ENVIRONMENTS, MODELS, RUNS)]
     assert sum(counts) >= 200, counts
