@@ -95,7 +95,7 @@ PICTURED: dict[
 # (published or expected claim, better arm, worse arm)
 ORDERINGS = (
     ("on-policy beats the teacher's text (GKD)", "full", "sft"),
-    ("a longer prefix wins while there is budget (2602.15260)", "40%", "5%"),
+    ("a longer prefix is better if the budget allows (2602.15260)", "40%", "5%"),
     ("the first K tokens beat the middle K", "first-19", "middle-19"),
     ("the first K tokens beat the last K", "first-19", "last-19"),
     ("the first K tokens beat a random window", "first-19", "random-19"),
@@ -121,22 +121,26 @@ ORDERINGS = (
         for share in (0.5, 0.2, 0.1)
     ),
     ("TIP: the overconfident tokens beat random ones", "full overconfident 0.1", "full random 0.1"),
-    ("TIP: soft-or beats the entropy's top", "full soft-or 0.1", "full entropy 0.1"),
-    ("TIP: soft-or beats the divergence's top", "full soft-or 0.1", "full divergence 0.1"),
-    ("TIP: the bottom half teaches less than a random half", "full random 0.5", "full bottom 0.5"),
-    ("EffOPD: extrapolating beats going on", "slow effopd", "slow"),
-    ("EffOPD: scoring beats always taking k = 1", "slow effopd", "slow always-1"),
-    ("EffOPD: scoring beats a coin", "slow effopd", "slow random"),
-    ("EffOPD beats three times the rate", "slow effopd", "slow 3x"),
-    ("EffOPD beats ten times the rate", "slow effopd", "slow 10x"),
+    ("TIP: soft-or beats the tokens of highest entropy", "full soft-or 0.1", "full entropy 0.1"),
     (
-        "EffOPD: accuracy is the better score than held-out KL",
+        "TIP: soft-or beats the tokens of highest divergence",
+        "full soft-or 0.1",
+        "full divergence 0.1",
+    ),
+    ("TIP: a random half beats the bottom half by soft-or", "full random 0.5", "full bottom 0.5"),
+    ("EffOPD: extrapolation beats none", "slow effopd", "slow"),
+    ("EffOPD: scoring beats always taking k = 1", "slow effopd", "slow always-1"),
+    ("EffOPD: scoring beats a random choice", "slow effopd", "slow random"),
+    ("EffOPD beats three times the learning rate", "slow effopd", "slow 3x"),
+    ("EffOPD beats ten times the learning rate", "slow effopd", "slow 10x"),
+    (
+        "EffOPD: scoring by accuracy beats scoring by held-out KL",
         "slow effopd",
         "slow effopd heldout-kl",
     ),
     ("EffOPD: attention and MLP alone beat all weights", "slow effopd", "slow effopd all weights"),
-    ("EffOPD gains at the tuned rate, too", "full effopd", "full"),
-    ("EffOPD gains on a prefix, too", "40% effopd", "40%"),
+    ("EffOPD also gains at the tuned learning rate", "full effopd", "full"),
+    ("EffOPD also gains on a prefix", "40% effopd", "40%"),
     *(
         (f"prefix + TIP + EffOPD beats {name} alone", "40% soft-or 0.5 effopd", alone)
         for name, alone in (
@@ -175,7 +179,7 @@ ORDERINGS = (
         (text, base + better, base + worse)
         for base in ("", "20% ")
         for text, better, worse in (
-            ("units of one token alone beat spans (2610.08448)", "strict", "simct"),
+            ("one-token units alone beat spans (2610.08448)", "strict", "simct"),
             ("SimCT as in its paper beats its released code", "simct", "simct-released"),
         )
     ),
@@ -286,7 +290,7 @@ def claims(
             )
     found += [
         {
-            "claim": f"EffOPD reaches 90 % of the run without it in a third of its {what}",
+            "claim": f"EffOPD reaches 90 % of the gain without it in a third of the {what}",
             "better": "slow effopd",
             "worse": "slow",
             **speed_up(drawn, "slow effopd", "slow", what),
@@ -297,7 +301,7 @@ def claims(
     ]
     found += [
         {
-            "claim": f"OPSD raises the accuracy of what it starts from ({start})",
+            "claim": f"OPSD raises the accuracy of its initial model ({start})",
             "better": arm,
             "worse": "untrained",
             **gain(curves[arm]),
@@ -363,7 +367,7 @@ def claims(
             low, high = report.interval(drawn.resample(gaps[:, None])[:, 0])
             found.append(
                 {
-                    "claim": "distillation hurts problems longer than any trained on (2602.15260: "
+                    "claim": "distillation hurts problems longer than those in training (2602.15260: "
                     "short prefixes, weak students)",
                     "better": "untrained",
                     "worse": arm,
