@@ -367,8 +367,8 @@ def claims(
             low, high = report.interval(drawn.resample(gaps[:, None])[:, 0])
             found.append(
                 {
-                    "claim": "distillation hurts problems longer than those in training (2602.15260: "
-                    "short prefixes, weak students)",
+                    "claim": "distillation hurts problems longer than those in training "
+                    "(2602.15260: short prefixes, weak students)",
                     "better": "untrained",
                     "worse": arm,
                     "value": gaps.mean().item(),
