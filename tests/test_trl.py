@@ -214,13 +214,13 @@ def test_a_group_of_tokens_by_hand_ours_and_golds():
     vocabulary = SharedVocabulary(student=(0,), teacher=(0,), student_eos=(1,), teacher_eos=(1,))
     shared = shared_support(vocabulary, "simct", "cpu", "cpu")
     _, values, _ = simct.weighted(
-        Terms("reverse-kl"),
+        Terms(name="reverse-kl"),
         shared,
         units_of([r]),
         student[:2],
-        Head(torch.eye(5)),
+        Head(weight_VD=torch.eye(5)),
         teacher[:1],
-        Head(torch.eye(3)),
+        Head(weight_VD=torch.eye(3)),
         torch.ones(1),
     )
     assert values.item() == pytest.approx(0, abs=1e-6)

@@ -195,7 +195,9 @@ def export(
             document = {"out": str(folder)}
         else:
             folder = out
-            document = write(Source(source, which, trust_code), folder, dtype, gguf)
+            document = write(
+                Source(name=source, which=which, trust_remote_code=trust_code), folder, dtype, gguf
+            )
     document["pushed"] = None
     if config.export.push is None:
         return ExportResult.read(document)

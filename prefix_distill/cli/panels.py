@@ -51,7 +51,7 @@ class PanelTyper(typer.Typer):
         return super().command(name, cls=PanelCommand, **settings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A line of a panel: name and value of an option, its help, and its default and limits."""
 

@@ -13,7 +13,7 @@ SELF = "self"  # --teacher self: the student's own initial weights
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Models:
     student: str | None = main_option(
         None,
@@ -60,7 +60,7 @@ class Models:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     rank: int | None = option(
         None,
@@ -91,7 +91,7 @@ class Adapter:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Data:
     dataset: str | None = main_option(
         None,
@@ -173,7 +173,7 @@ class Data:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     dataset: str | None = option(
         None,
@@ -232,7 +232,7 @@ class Evaluation:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
@@ -293,7 +293,7 @@ class Runtime:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     out: str | None = main_option(None, "--out", "Run folder.", "runs/<time>")
     save_every: int = option(
@@ -301,7 +301,7 @@ class Checkpoint:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trackers:
     to: str = option(
         "none",
@@ -317,7 +317,7 @@ class Trackers:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Export:
     push: str | None = option(
         None,
@@ -334,7 +334,7 @@ class Export:
 SAVING = "Checkpoints, trackers and hub"  # a topic of three sections
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All sections; ``topic`` titles the options of a section in ``--help``."""
 

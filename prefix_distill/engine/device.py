@@ -18,7 +18,7 @@ from ..errors import UserError, first_line
 SMALL_MODEL = 50e6
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Clock:
     """Sum the seconds of named phases."""
 

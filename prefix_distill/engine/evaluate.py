@@ -87,7 +87,7 @@ def evaluate(
     place = limits.place
     every = [(i, s) for i in range(len(problems)) for s in range(how.samples)]
     mine = every[place.rank :: place.world]
-    requests = [Request(tuple(problems[i][1]), ("evaluate", i, s)) for i, s in mine]
+    requests = [Request(ids=tuple(problems[i][1]), key=("evaluate", i, s)) for i, s in mine]
     responses: list[Response] = []
     if mine:
         responses = limits.sample(model, requests, how.max_new_tokens, how.sampler, cost)
@@ -163,7 +163,7 @@ def fixed_rollouts(
     They are the fixed contexts on which a run measures its KL before and after.
     """
     place = limits.place
-    requests = [Request(p.student_ids, ("held-out", i)) for i, p in enumerate(prompts)]
+    requests = [Request(ids=p.student_ids, key=("held-out", i)) for i, p in enumerate(prompts)]
     mine = requests[place.rank :: place.world]
     responses: list[Response] = []
     if mine:

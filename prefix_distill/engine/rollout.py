@@ -33,7 +33,7 @@ class Unit(NamedTuple):
         return range(self.teacher_start, self.teacher_start + self.teacher_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """A rollout in the tokens of one model.
 
@@ -131,7 +131,7 @@ class Rollout:
         rows = self.taught
         if self.units is not None:
             rows = tuple(t for u in self.taught_units for t in u.student_span)
-        return Side(self.student_prompt, self.ids, rows)
+        return Side(prompt=self.student_prompt, ids=self.ids, rows=rows)
 
     @cached_property
     def teacher(self) -> Side:
@@ -139,7 +139,7 @@ class Rollout:
         rows = self.taught
         if self.units is not None:
             rows = tuple(t for u in self.taught_units for t in u.teacher_span)
-        return Side(self.teacher_prompt, self.teacher_ids, rows)
+        return Side(prompt=self.teacher_prompt, ids=self.teacher_ids, rows=rows)
 
 
 def student_sides(rollouts: list[Rollout]) -> list[Side]:

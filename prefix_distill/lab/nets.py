@@ -1,7 +1,7 @@
 """The built-in tokenizers and networks, with their shapes and training stages."""
 
 import re
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of a network's training: ``updates`` AdamW steps on ``batch`` problems each.
 
@@ -47,7 +47,6 @@ class Stage:
     updates: int
     batch: int
     lr: float
-    _: KW_ONLY
     short_cuts: float = 0.0
     short_problems: bool = True
     last: float = 0.05
@@ -55,7 +54,7 @@ class Stage:
     privileged: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Net:
     """One built-in network: its shape, seed and training.
 
@@ -64,7 +63,6 @@ class Net:
 
     task: str
     role: str
-    _: KW_ONLY
     layers: int
     width: int
     seed: int
@@ -78,78 +76,111 @@ class Net:
 
 
 CHOICE_STUDENT = (
-    Stage(800, 12, 6e-3, short_cuts=0.25),
-    Stage(700, 12, 4e-3, short_cuts=0.25),
-    Stage(200, 32, 1.5e-3, short_cuts=0.72, last=0.02),
+    Stage(updates=800, batch=12, lr=6e-3, short_cuts=0.25),
+    Stage(updates=700, batch=12, lr=4e-3, short_cuts=0.25),
+    Stage(updates=200, batch=32, lr=1.5e-3, short_cuts=0.72, last=0.02),
 )
 NETS = (
     Net(
-        "choice",
-        "teacher",
+        task="choice",
+        role="teacher",
         layers=3,
         width=96,
         seed=0,
-        stages=(Stage(600, 12, 3e-3, short_cuts=0.25), Stage(450, 16, 1.8e-3, last=0.02)),
+        stages=(
+            Stage(updates=600, batch=12, lr=3e-3, short_cuts=0.25),
+            Stage(updates=450, batch=16, lr=1.8e-3, last=0.02),
+        ),
     ),
-    Net("choice", "student", layers=2, width=64, seed=1, stages=CHOICE_STUDENT),
-    Net("choice", "student-wide", layers=2, width=80, seed=6, stages=CHOICE_STUDENT),
+    Net(task="choice", role="student", layers=2, width=64, seed=1, stages=CHOICE_STUDENT),
+    Net(task="choice", role="student-wide", layers=2, width=80, seed=6, stages=CHOICE_STUDENT),
     Net(
-        "choice",
-        "student-told",
+        task="choice",
+        role="student-told",
         layers=2,
         width=64,
         seed=1,
         stages=(
             *CHOICE_STUDENT[:2],
-            Stage(400, 24, 2e-3, short_cuts=0.72, short_problems=False, last=0.02, privileged=0.6),
+            Stage(
+                updates=400,
+                batch=24,
+                lr=2e-3,
+                short_cuts=0.72,
+                short_problems=False,
+                last=0.02,
+                privileged=0.6,
+            ),
         ),
     ),
     Net(
-        "choice",
-        "teacher-half",
+        task="choice",
+        role="teacher-half",
         layers=3,
         width=96,
         seed=0,
         stages=(
-            Stage(600, 12, 3e-3, short_cuts=0.25),
-            Stage(300, 16, 1.8e-3, short_cuts=0.4, short_problems=False, last=0.02, privileged=0.6),
+            Stage(updates=600, batch=12, lr=3e-3, short_cuts=0.25),
+            Stage(
+                updates=300,
+                batch=16,
+                lr=1.8e-3,
+                short_cuts=0.4,
+                short_problems=False,
+                last=0.02,
+                privileged=0.6,
+            ),
         ),
     ),
-    Net("choice", "student-merged", layers=2, width=64, seed=7, stages=CHOICE_STUDENT, merged=True),
     Net(
-        "tied",
-        "teacher",
+        task="choice",
+        role="student-merged",
+        layers=2,
+        width=64,
+        seed=7,
+        stages=CHOICE_STUDENT,
+        merged=True,
+    ),
+    Net(
+        task="tied",
+        role="teacher",
         layers=3,
         width=96,
         seed=2,
-        stages=(Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, short_problems=False, last=0.02)),
+        stages=(
+            Stage(updates=600, batch=12, lr=3e-3),
+            Stage(updates=300, batch=16, lr=1.8e-3, short_problems=False, last=0.02),
+        ),
     ),
     Net(
-        "tied",
-        "student",
+        task="tied",
+        role="student",
         layers=2,
         width=64,
         seed=3,
         stages=(
-            Stage(400, 12, 5e-3, last=0.8),
-            Stage(1600, 12, 2e-3, short_problems=False, last=0.3, until=0.06),
+            Stage(updates=400, batch=12, lr=5e-3, last=0.8),
+            Stage(updates=1600, batch=12, lr=2e-3, short_problems=False, last=0.3, until=0.06),
         ),
     ),
     Net(
-        "shared",
-        "teacher",
+        task="shared",
+        role="teacher",
         layers=3,
         width=96,
         seed=4,
-        stages=(Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, last=0.02)),
+        stages=(
+            Stage(updates=600, batch=12, lr=3e-3),
+            Stage(updates=300, batch=16, lr=1.8e-3, last=0.02),
+        ),
     ),
     Net(
-        "shared",
-        "student",
+        task="shared",
+        role="student",
         layers=2,
         width=64,
         seed=5,
-        stages=(Stage(2000, 12, 2.5e-3, last=0.3, until=0.06),),
+        stages=(Stage(updates=2000, batch=12, lr=2.5e-3, last=0.3, until=0.06),),
     ),
 )
 

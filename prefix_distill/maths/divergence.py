@@ -13,7 +13,7 @@ from .formulas import Divergence, find_divergence
 from .user_functions import check_graph, check_shape
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Head:
     """A model's output head, cut to the support.
 
@@ -132,7 +132,7 @@ def differentiate(
     return value.detach(), gradient - student_logp.exp_().mul_(total)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Terms:
     """The loss: a divergence with its parameters, temperature, matmul dtype and memory budget.
 

@@ -17,7 +17,7 @@ Reads = list[tuple[int, list[int]]]
 """Prompts that a model runs: (prompt length, lengths of the responses after it), in tokens."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """What a model costs.
 
@@ -111,7 +111,7 @@ class Summary(Cost):
     by_phase: dict[str, Cost]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Ledger:
     """FLOPs by phase, useful and executed. Phases are an open list of names."""
 

@@ -12,7 +12,7 @@ from ..training.run import Run
 from .case import Ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answers:
     """The ids of one answer per prompt, and whether each ended before the limit."""
 
@@ -39,7 +39,7 @@ class Answering:
 
     def __init__(self, run: Run):
         self.run = run
-        self.meter = Meter(Clock(run.place.device))
+        self.meter = Meter(Clock(device=run.place.device))
         self.student = AnsweringModel(
             role="student",
             model=make_decoder(run.pair.student, run.place.dtype),
@@ -68,7 +68,7 @@ class Answering:
         samples together with the role and the prompt.
         """
         place, limit = self.run.place, self.run.method.prefix.limit
-        answers = Answers(list(starts), [])
+        answers = Answers(ids=list(starts), finished=[])
         unfinished = []
         for i, start in enumerate(starts):
             ends = not answerer.sampler.eos.isdisjoint(start)
@@ -94,7 +94,9 @@ class Answering:
         """Continue ``starts``, given by the number of their prompt, by up to ``room`` tokens."""
         requests = []
         for i, start in starts.items():
-            requests.append(Request(answerer.prompts[i] + start, ("probe", answerer.role, key, i)))
+            requests.append(
+                Request(ids=answerer.prompts[i] + start, key=("probe", answerer.role, key, i))
+            )
 
         cost = GenerationCost(
             meter=self.meter,

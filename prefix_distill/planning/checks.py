@@ -79,7 +79,7 @@ def _check_head(run: Run) -> Check:
 def _check_determinism(run: Run) -> Check:
     """Compare each model with itself: the loss of two identical forward passes must be 0."""
     # A loss on given text has no teacher, and a sampled one is not 0 for every token.
-    terms = Terms("reverse-kl", dtype=run.place.head_dtype)
+    terms = Terms(name="reverse-kl", dtype=run.place.head_dtype)
     if run.method.terms.taught_by == "teacher":
         terms = replace(run.method.terms, sampled=False)
     facts = {}
@@ -238,7 +238,7 @@ def _format_gib(size: float) -> str:
     return f"{size / 2**30:.3g} GiB"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Respondent:
     """A model that answers problems, and how its answers are sampled."""
 
@@ -299,7 +299,7 @@ def _make_respondent(run: Run, role: str, model: Model, sampler: Sampler) -> Res
         top_k=0,
         record=False,
     )
-    return Respondent(role, make_decoder(model, run.place.dtype), sampler)
+    return Respondent(role=role, model=make_decoder(model, run.place.dtype), sampler=sampler)
 
 
 def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:
@@ -314,7 +314,7 @@ def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:
         max_new_tokens=run.method.prefix.limit,
     )
     prompts = [(r.prompt, _prompt_ids(r, respondent.role)) for r in problems]
-    cost = GenerationCost(meter=Meter(Clock(run.place.device)))
+    cost = GenerationCost(meter=Meter(Clock(device=run.place.device)))
     score = evaluate.evaluate(respondent.model, prompts, how, run.limits, cost)
     right = None
     if score.accuracy is not None:
@@ -337,12 +337,12 @@ def _describe_grade(role: str, result: dict) -> str:
 
 def _estimate_seconds(run: Run, respondents: list[Respondent], problems: list[Rendered]) -> float:
     """Estimate the seconds of full answers on the slowest rank, from a trial with few tokens."""
-    clock = Clock(run.place.device)
+    clock = Clock(device=run.place.device)
     tokens = min(TRIAL, run.method.prefix.limit)
     for respondent in respondents:
         requests = []
         for i, rendered in enumerate(problems):
-            requests.append(Request(_prompt_ids(rendered, respondent.role), ("trial", i)))
+            requests.append(Request(ids=_prompt_ids(rendered, respondent.role), key=("trial", i)))
         # Without EOS ids, every answer has exactly these tokens.
         endless = replace(respondent.sampler, eos=frozenset())
         with clock.phase("trial"):

@@ -170,7 +170,7 @@ def measure_comparison(
     counter = StorageCounter([student_ND, teacher_NE, student.weight_VD, teacher.weight_VD])
     with counter:
         statistics(
-            Terms("reverse-kl", dtype=dtype),
+            Terms(name="reverse-kl", dtype=dtype),
             student_ND,
             student,
             teacher_NE,

@@ -31,7 +31,7 @@ USUAL_PREFIXES = "25%,50%,full"
 NO_RATE = RateSource()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A model's name, the folder or hub id of its files, and its config."""
 
@@ -115,7 +115,7 @@ def read_source(name: str, trust_remote_code: bool = False) -> Source:
             f"model {name}: its config cannot be read ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); give a hub id or a folder with config.json"
         ) from None
-    return Source(name, folder, config)
+    return Source(name=name, folder=folder, config=config)
 
 
 def _read_sources(config: Config) -> tuple[Source, Source]:

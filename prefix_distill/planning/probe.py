@@ -47,7 +47,7 @@ BINS = 24
 Values = list[list[float | None]]  # nats per token, by rollout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curves:
     """Accuracy by the number N of given tokens, one point {tokens, value, …} per N.
 
@@ -88,7 +88,7 @@ def probe(run: Run, say: Callable[[str], None] = ignore) -> dict:
     receives a line per step.
     """
     prompts = run.problems.train
-    clock = Clock(run.place.device)
+    clock = Clock(device=run.place.device)
     answering = Answering(run)
     with clock.phase("probe"):
         say(f"both models answer {len(prompts)} prompts in full")
@@ -154,7 +154,7 @@ def _in_teacher_tokens(run: Run, answers: Answers) -> list[Ids]:
 
 def _cut(answers: Answers, tokens: int) -> Answers:
     """Return the first ``tokens`` of every answer."""
-    cut = Answers([], [])
+    cut = Answers(ids=[], finished=[])
     for ids, finished in zip(answers.ids, answers.finished, strict=True):
         cut.ids.append(ids[:tokens])
         cut.finished.append(finished and len(ids) <= tokens)
@@ -193,8 +193,8 @@ def _measure_curves(
     """Return both accuracy curves, at N = 0 and every number ``tried``."""
     run = answering.run
     curves = Curves(
-        [_grade(run, run.pair.student, student, 0)],
-        [_grade(run, run.pair.teacher, teacher, 0)],
+        student=[_grade(run, run.pair.student, student, 0)],
+        teacher=[_grade(run, run.pair.teacher, teacher, 0)],
     )
     teacher_texts = _in_student_tokens(run, teacher)
     for n in tried:

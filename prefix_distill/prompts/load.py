@@ -173,8 +173,8 @@ def _make_set(
         if split != "train":
             other_splits["examples"] = (source.location, "train")
         return PromptSet(
-            source.text,
-            prompts,
+            name=source.text,
+            prompts=prompts,
             answer_format="hash",
             max_new_tokens=MAX_NEW_TOKENS,
             privileged_template="{solution} {problem}",
@@ -185,8 +185,8 @@ def _make_set(
     if source.preset is not None and source.preset.answer_format != "auto":
         answer_format = source.preset.answer_format
     return PromptSet(
-        source.text,
-        prompts,
+        name=source.text,
+        prompts=prompts,
         answer_format=answer_format,
         other_splits=_other_splits(source, split),
         notes=notes,

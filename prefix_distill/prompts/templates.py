@@ -173,7 +173,11 @@ def render_all(
             dropped += 1
             continue
         kept.append(
-            Rendered(prompt, (*student_ids, *student_begin), (*teacher_ids, *teacher_begin))
+            Rendered(
+                prompt=prompt,
+                student_ids=(*student_ids, *student_begin),
+                teacher_ids=(*teacher_ids, *teacher_begin),
+            )
         )
     if kept:
         return kept, dropped

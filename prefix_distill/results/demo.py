@@ -78,7 +78,7 @@ def _prepare(folder: Path, prefix: str, seed: int) -> Run:
 
 def _evaluate_teacher(run: Run) -> dict:
     """Return the teacher's score on the held-out problems as JSON values."""
-    cost = GenerationCost(meter=Meter(Clock(run.place.device)))
+    cost = GenerationCost(meter=Meter(Clock(device=run.place.device)))
     how = dataclasses.replace(run.evaluation, samples=1)
     score = evaluate(run.pair.teacher, run.problems.held_out, how, run.limits, cost)
     return score.summary()

@@ -59,7 +59,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     )
     limits = MemoryLimits(where, config)
     limits.report = notes.note
-    clock = Clock(where.device)
+    clock = Clock(device=where.device)
     with clock.phase("evaluation"):
         score = evaluate(
             make_decoder(model, where.dtype),

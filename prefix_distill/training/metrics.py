@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from ..engine.alignment import count_by_unit, token_shares
 from ..engine.rollout import Rollout
 from ..prompts import stream
+from .loss import TokenLosses
 from .run import Run
 from .state import Progress, State
-from .update import TokenLosses, Update
+from .update import Update
 
 HEAD_TOKENS = 64  # the training KL of the first tokens, comparable while a prefix grows
 

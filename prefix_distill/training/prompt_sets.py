@@ -16,7 +16,7 @@ from ..prompts.stream import count_slots, hold_out, join_sets, take_examples
 from .run import Notes, settled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptSets:
     """The datasets of a run, before they are rendered.
 
@@ -72,7 +72,7 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
                 f"dataset {loaded.name}: no row is left to train on; give --eval-dataset, lower "
                 "--few-shot, or add rows"
             )
-    return PromptSets(train, weights, held_out)
+    return PromptSets(train=train, weights=weights, held_out=held_out)
 
 
 def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:

@@ -29,7 +29,7 @@ def settled(value: T | None, name: str) -> T:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """The answer to one question about a run before it starts.
 
@@ -57,7 +57,7 @@ def describe_checks(checks: list[Check]) -> dict:
     return {"ok": not any(check.status == "error" for check in checks), "checks": documents}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Notes:
     """What is reported before a run starts.
 

@@ -15,6 +15,7 @@ from ..plugins import find_fault, find_unfiled, load_plugins
 from .card import make_card
 from .faults import find_non_finite
 from .folder import RunFolder
+from .loss import TokenLosses
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
 from .monitor import Monitor
 from .optimizer import NonFiniteGradient, step_optimizer
@@ -24,7 +25,7 @@ from .search import Search
 from .state import State
 from .teacher_text import TeacherTexts, load_or_sample
 from .trackers import Trackers
-from .update import TokenLosses, Update
+from .update import Update
 
 
 class Session:

@@ -21,7 +21,7 @@ from .run import Run
 Tensors = dict[str, torch.Tensor]  # parameter name → tensor
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Progress:
     """The JSON values of a checkpoint.
 
@@ -69,7 +69,7 @@ class State:
             student.net.requires_grad_(True)
         self.optimizer = make_optimizer(student.trainable.values(), run.config)
         self.progress = Progress(taught_prefix=run.method.prefix.length(0))
-        self.clock = Clock(run.place.device, self.progress.seconds)
+        self.clock = Clock(device=run.place.device, seconds=self.progress.seconds)
         settings = run.config.extrapolation
         self.moving: dict[str, torch.nn.Parameter] = {}
         if settings.kind != "none" or settings.diagnostics:

@@ -106,7 +106,7 @@ def _sample_missing(
     mine = _share_of_rank(list(missing), run.place)
     if not mine:
         return {}, meter.ledger
-    requests = [Request(missing[key].teacher_ids, ("teacher-text", *key)) for key in mine]
+    requests = [Request(ids=missing[key].teacher_ids, key=("teacher-text", *key)) for key in mine]
     cost = GenerationCost(
         meter=meter,
         shape=run.pair.teacher_shape,

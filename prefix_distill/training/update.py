@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 
@@ -21,37 +19,9 @@ from ..maths.weights import Scale, batch_scale, keep_selection, keep_window, tok
 from ..prompts import stream
 from ..prompts.prompt import Rendered
 from . import teacher_text
-from .loss import choose_terms, without_all_reduce
+from .loss import PerToken, TokenLosses, choose_terms, without_all_reduce
 from .state import State
 from .teacher_text import TeacherTexts
-
-# (slot, sample) → one number per taught token
-PerToken = dict[tuple[int, int], list[float]]
-
-
-@dataclass(kw_only=True)
-class TokenLosses:
-    """The loss of this rank's rollouts, token by token.
-
-    ``values``: the divergence per taught token, nats; ``clipped``: with --clip, the teacher's mass
-    on clipped entries; ``weights``: the weight per token before the division by ``divisor``, the
-    sum over all ranks.
-    """
-
-    rollouts: list[Rollout]
-    weights: PerToken
-    divisor: float
-    values: PerToken = field(default_factory=dict)
-    clipped: PerToken = field(default_factory=dict)
-
-    def describe_non_finite(self) -> tuple[Rollout, str] | None:
-        """Return the first rollout with a non-finite divergence, and where it is; None if none."""
-        for r in self.rollouts:
-            for token, value in zip(r.taught, self.values[r.key], strict=True):
-                if not math.isfinite(value):
-                    where = f"prompt slot {r.slot}, sample {r.sample}, token {token}"
-                    return r, f"the divergence of {where} is {value}"
-        return None
 
 
 class Update:
@@ -136,7 +106,8 @@ class Update:
             return []
         requests = []
         for slot, sample in keys:
-            requests.append(Request(self.prompts[slot].student_ids, (self.step, slot, sample)))
+            ids = self.prompts[slot].student_ids
+            requests.append(Request(ids=ids, key=(self.step, slot, sample)))
         cost = GenerationCost(meter=self.meter, shape=self.run.pair.student_shape, timed=True)
         responses = self.run.limits.sample(
             self.state.decoding, requests, self.prefix, self.run.method.sampler, cost
@@ -203,7 +174,7 @@ class Update:
         run = self.run
         # The divergence that ranks tokens does not depend on the loss.
         terms = Terms(
-            "reverse-kl",
+            name="reverse-kl",
             dtype=run.place.head_dtype,
             memory_bytes=run.method.terms.memory_bytes,
         )
@@ -233,7 +204,7 @@ class Update:
             student_ND = scorer.student_rows(group)
         with meter.phase("teacher_score"):
             teacher_NE = scorer.teacher_rows(group)
-        forward_pass = ForwardPass(group, student_ND, teacher_NE)
+        forward_pass = ForwardPass(rollouts=group, student_ND=student_ND, teacher_NE=teacher_NE)
         with meter.phase("selection"):
             facts = scorer.statistics(forward_pass)
         # ``backward`` counts the forward passes; selection adds the heads.

@@ -83,7 +83,9 @@ def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Ro
     ids = [tuple(templates.render(teacher, p, "plain")) for p in prompts]
     support = settled(teacher.support, "the teacher's support")
     sampler = Sampler(eos=teacher.eos, pad=min(teacher.eos), support=support, seed=7)
-    drawn = generate(teacher, [Request(i, ("text", n)) for n, i in enumerate(ids)], tokens, sampler)
+    drawn = generate(
+        teacher, [Request(ids=i, key=("text", n)) for n, i in enumerate(ids)], tokens, sampler
+    )
     return [
         rollout_of(n, i, r.ids, r.finished) for n, (i, r) in enumerate(zip(ids, drawn, strict=True))
     ]

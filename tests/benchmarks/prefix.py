@@ -463,7 +463,7 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
     for arm, folder in folders.items():
         model = loading.load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
         requests = [
-            Request(tuple(templates.render(model, p, "chat")), ("canonical", i))
+            Request(ids=tuple(templates.render(model, p, "chat")), key=("canonical", i))
             for i, p in enumerate(problems)
         ]
         sampler = Sampler(

@@ -44,14 +44,14 @@ def work(arm: str, student, head, teacher, teacher_head):
             teacher_head,
             torch.full((len(student),), 1 / len(student)),
         )
-    terms, rows = Terms("reverse-kl"), torch.arange(len(student))
+    terms, rows = Terms(name="reverse-kl"), torch.arange(len(student))
     if arm != "all":
         facts = fused.statistics(
             terms,
             student.detach(),
-            Head(head),
+            Head(weight_VD=head),
             teacher,
-            Head(teacher_head),
+            Head(weight_VD=teacher_head),
             torch.zeros_like(rows),
         )
         lists = {name: facts[name].tolist() for name in ("entropy", "divergence")}
@@ -68,7 +68,7 @@ def work(arm: str, student, head, teacher, teacher_head):
             for i, start in enumerate(starts)
         }
         kept = weights.keep_selection(
-            Selection("soft-or", float(arm)),
+            Selection(kind="soft-or", share=float(arm)),
             rollouts,
             (0,),
             at,
@@ -80,9 +80,9 @@ def work(arm: str, student, head, teacher, teacher_head):
     return fused.weighted(
         terms,
         student[rows],
-        Head(head),
+        Head(weight_VD=head),
         teacher[rows],
-        Head(teacher_head),
+        Head(weight_VD=teacher_head),
         torch.full((len(rows),), 1 / len(rows)),
     )[0]
 

@@ -45,14 +45,16 @@ def model(request):
 
 def cost_in(ledger, shape):
     """Return where a generation counts its FLOPs: ``ledger``."""
-    return GenerationCost(meter=Meter(Clock(torch.device("cpu")), ledger), shape=shape)
+    return GenerationCost(meter=Meter(Clock(device=torch.device("cpu")), ledger), shape=shape)
 
 
 @DECODING
 @pytest.mark.parametrize("samples", [1, 3])
 def test_generation_as_executed(model, samples):
     requests = [
-        Request(tuple(range(5, 5 + n)), (0, n, s)) for n in (9, 14, 20) for s in range(samples)
+        Request(ids=tuple(range(5, 5 + n)), key=(0, n, s))
+        for n in (9, 14, 20)
+        for s in range(samples)
     ]
     sampler = Sampler(eos=frozenset({257}), pad=256, support=260, seed=0)
     ledger = Ledger()
@@ -67,7 +69,7 @@ def test_generation_as_executed(model, samples):
 def test_rows_that_have_ended_leave_the_batch(model):
     """EOS is made of what other rows sample early and row 0 never does: they are gone after a
     stretch, and the count knows."""
-    requests = [Request(tuple(range(5, 5 + n)), (0, n, 0)) for n in range(9, 17)]
+    requests = [Request(ids=tuple(range(5, 5 + n)), key=(0, n, 0)) for n in range(9, 17)]
     free = generate(
         model, requests, 80, Sampler(eos=frozenset({257}), pad=256, support=260, seed=3)
     )
@@ -117,11 +119,11 @@ def test_scoring_and_update_as_executed(model, samples):
         from prefix_distill.maths.divergence import Head
 
         loss, *_ = weighted(
-            Terms("reverse-kl"),
+            Terms(name="reverse-kl"),
             rows,
             model.head(),
             teacher,
-            Head(torch.zeros(260, 1)),
+            Head(weight_VD=torch.zeros(260, 1)),
             torch.ones(len(rows)),
         )
         loss.backward()
@@ -150,7 +152,7 @@ def test_recomputed_layers_are_executed_once_more_at_most(model):
 
 
 def test_useful_counts_real_tokens_and_causal_pairs():
-    cost, ledger = Shape(1000, 50, ((8, None), (8, 4))), Ledger()
+    cost, ledger = Shape(trunk=1000, head=50, attention=((8, None), (8, 4))), Ledger()
     ledger.generation(cost, [(3, [4]), (5, [1])])
 
     def full(n):
@@ -168,7 +170,11 @@ def test_useful_counts_real_tokens_and_causal_pairs():
 
 
 def test_a_shared_prompt_is_paid_for_once():
-    cost, shared, repeated = Shape(1000, 50, ((8, 16), (8, None))), Ledger(), Ledger()
+    cost, shared, repeated = (
+        Shape(trunk=1000, head=50, attention=((8, 16), (8, None))),
+        Ledger(),
+        Ledger(),
+    )
     shared.forward("score", cost, [(40, [8, 8, 5])])
     repeated.forward("score", cost, [(40, [8]), (40, [8]), (40, [5])])
     again = 2 * (cost.linear(40) + cost.causal(0, 40))
@@ -185,7 +191,7 @@ def test_a_shared_prompt_is_paid_for_once():
 
 
 def test_cost_of_a_batch_is_the_sum_of_its_rows_and_evaluation_stays_outside():
-    cost = Shape(1000, 50, ((8, 16), (8, None)))
+    cost = Shape(trunk=1000, head=50, attention=((8, 16), (8, None)))
     rows, whole = Ledger(), Ledger()
     for read in [(3, [5]), (9, [1]), (40, [8])]:
         rows.generation(cost, [read])
@@ -201,7 +207,10 @@ def test_cost_of_a_batch_is_the_sum_of_its_rows_and_evaluation_stays_outside():
 
 
 def test_update_cost_is_what_the_ledger_says_for_such_an_update():
-    student, teacher = Shape(1000, 50, ((8, None),)), Shape(3000, 60, ((16, None),) * 2)
+    student, teacher = (
+        Shape(trunk=1000, head=50, attention=((8, None),)),
+        Shape(trunk=3000, head=60, attention=((16, None),) * 2),
+    )
     ledger = Ledger()
     ledger.generation(student, [(4, [7] * 3), (6, [7] * 3)])
     ledger.forward("t", teacher, [(5, [7])] * 3 + [(7, [7])] * 3)

@@ -59,10 +59,10 @@ def test_loss_gradient_and_new_weight_by_hand():
     pair = Pair(
         student=student,
         teacher=teacher,
-        student_shape=Shape(0, 9, ()),
-        teacher_shape=Shape(0, 9, ()),
+        student_shape=Shape(trunk=0, head=9, attention=()),
+        teacher_shape=Shape(trunk=0, head=9, attention=()),
     )
-    run = bare_run(pair, Terms("reverse-kl"), {"schedule.lr": 0.1})
+    run = bare_run(pair, Terms(name="reverse-kl"), {"schedule.lr": 0.1})
     state = state_of(run)
     # reads 0, 1; token 2 is predicted and never read
     rollouts = [rollout_of(0, (0,), (1, 2))]
