@@ -60,7 +60,7 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
     if settings["dry_run"]:
         document = _describe_dry_run(prepared)
     else:
-        document = train_in(prepared, RunFolder(Path(out)), observer, resume)
+        document = train_in(prepared, RunFolder(Path(out)), observer, resume=resume)
     return _outcome(prepared, document)
 
 

@@ -94,7 +94,9 @@ def launch(count: int, job: "Job", observer: Observer) -> "Outcome":
         (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
         signals = _Signals(folder)
         with Relay(folder, observer, lambda: signals.ask(signal.SIGINT)) as relay:
-            ranks = _Ranks(count, folder, job, observer.shares_streams)
+            ranks = _Ranks(
+                count=count, folder=folder, job=job, shares_streams=observer.shares_streams
+            )
             with signals:
                 while ranks.are_running() and not signals.have_killed_ranks():
                     relay.pass_on()

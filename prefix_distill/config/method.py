@@ -50,7 +50,7 @@ class Sampling:
         None,
         "--max-new-tokens",
         "Longest full response, in tokens.",
-        "the built-in task's, else what the models' positions allow, up to 2048",
+        shown="the built-in task's, else what the models' positions allow, up to 2048",
         low=1,
     )
     eos: Literal["student", "teacher", "union"] = option(
@@ -128,7 +128,7 @@ class Weights:
         None,
         "--keep",
         "Share of every rollout's tokens that --select keeps.",
-        "0.5",
+        shown="0.5",
         above=0,
         high=1,
     )

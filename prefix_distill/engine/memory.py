@@ -109,7 +109,9 @@ class MemoryLimits:
         def sample(meter: Meter) -> list[Response]:
             fitting = dataclasses.replace(sampler, rows=self.rows)
             counted = dataclasses.replace(cost, meter=meter)
-            return generate(model, requests, max_new_tokens, fitting, counted)
+            return generate(
+                model, requests, max_new_tokens=max_new_tokens, sampler=fitting, cost=counted
+            )
 
         return self.fit(ROWS, cost.meter, sample)
 
@@ -119,7 +121,7 @@ class MemoryLimits:
         """Return the statistics of ``Scorer.measure``; halve the micro-batch until it fits."""
 
         def measure(meter: Meter) -> TokenFacts:
-            return scorer.measure(rollouts, self.micro_batch_size, meter.ledger, phase)
+            return scorer.measure(rollouts, self.micro_batch_size, ledger=meter.ledger, phase=phase)
 
         return self.fit(MICRO_BATCH, meter, measure)
 

@@ -111,7 +111,9 @@ class Rollout:
     def taught_units(self) -> tuple[Unit, ...]:
         """The taught units; if the tokenizers match, every taught token is a unit."""
         if self.units is None:
-            return tuple(Unit(t, 1, t, 1) for t in self.taught)
+            return tuple(
+                Unit(start=t, size=1, teacher_start=t, teacher_size=1) for t in self.taught
+            )
         taught = set(self.taught)
         return tuple(u for u in self.units if u.start in taught)
 

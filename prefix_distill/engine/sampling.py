@@ -69,7 +69,9 @@ class GenerationCost:
     def count(self, reads: list[Reads]) -> None:
         """Add the FLOPs of one batch: (prompt length, lengths of its responses) per prompt."""
         if self.shape is not None:
-            self.meter.ledger.generation(self.shape, reads, self.prefill, self.decode)
+            self.meter.ledger.generation(
+                self.shape, reads, prefill=self.prefill, decode=self.decode
+            )
 
 
 class _Race(LogitsProcessor):

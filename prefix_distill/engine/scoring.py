@@ -190,23 +190,23 @@ class Scorer:
         if pair.shared_support is None:
             values = fused.statistics(
                 self.terms,
-                student_ND,
-                pair.student.head(),
-                rows.teacher_NE,
-                pair.teacher.head(),
-                tokens(rows.rollouts),
-                self.forward_kl,
+                student_ND=student_ND,
+                student_head=pair.student.head(),
+                teacher_NE=rows.teacher_NE,
+                teacher_head=pair.teacher.head(),
+                token_N=tokens(rows.rollouts),
+                forward=self.forward_kl,
             )
         else:
             values = simct.statistics(
                 self.terms,
-                pair.shared_support,
-                units_of(rows.rollouts),
-                student_ND,
-                pair.student.head(),
-                rows.teacher_NE,
-                pair.teacher.head(),
-                self.forward_kl,
+                support=pair.shared_support,
+                units=units_of(rows.rollouts),
+                student_ND=student_ND,
+                student_head=pair.student.head(),
+                teacher_ME=rows.teacher_NE,
+                teacher_head=pair.teacher.head(),
+                forward=self.forward_kl,
             )
         return by_position(rows.rollouts, values)
 
@@ -226,7 +226,7 @@ class Scorer:
                 ForwardPass(rollouts=group, student_ND=student_ND, teacher_NE=teacher_NE)
             )
             if ledger is not None:
-                count_forward_passes(ledger, phase, self.pair, group)
+                count_forward_passes(ledger, phase, self.pair, rollouts=group)
         return facts
 
 

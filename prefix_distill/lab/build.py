@@ -111,7 +111,7 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
         for update in range(stage.updates):
             optimizer.param_groups[0]["lr"] = learning_rate(stage, update)
             pairs = []
-            for problem in choose_problems(every, net, stage, update, rng):
+            for problem in choose_problems(every, net, stage, update=update, rng=rng):
                 pairs.append(make_pair(problem, stage, rng))
             logits, labels = predict(net, model, pairs)
             loss = cross_entropy(logits.flatten(0, 1), labels.flatten())

@@ -102,7 +102,9 @@ def value_and_gradient(
     # a user's function gets float32, also if the caller uses autocast
     with torch.autocast(student_logp.device.type, enabled=False):
         if divergence.gradient is None:
-            return differentiate(divergence, terms.parameters, student_logp, teacher_logp)
+            return differentiate(
+                divergence, terms.parameters, student_logp=student_logp, teacher_logp=teacher_logp
+            )
         value = divergence.value(student_logp, teacher_logp, *terms.parameters)
         gradient = divergence.gradient(student_logp, teacher_logp, *terms.parameters)
     check_shape(divergence.value, value, student_logp, of_table=False)

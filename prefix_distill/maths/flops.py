@@ -338,5 +338,5 @@ def update_ledger(
     ledger.forward("teacher_score", teacher, batch.reads(1, 1, theirs), taught=scored)
     taught = rollouts * ours * heads[0]
     training = batch.reads(0, 2, ours)
-    ledger.forward("student_update", student, training, taught, Passes(count=3))
+    ledger.forward("student_update", student, training, taught=taught, passes=Passes(count=3))
     return ledger

@@ -122,7 +122,9 @@ def _try_divergence(divergence: Divergence, parameters: tuple[float, ...], rows:
         check_shape(divergence.gradient, gradient, student_logp, of_table=True)
         _check_finite(divergence.gradient, gradient, "a tensor")
     else:
-        _, gradient = differentiate(divergence, parameters, student_logp.clone(), tables[1])
+        _, gradient = differentiate(
+            divergence, parameters, student_logp=student_logp.clone(), teacher_logp=tables[1]
+        )
         _check_finite(divergence.value, gradient, "a gradient")
     if not torch.equal(tables[0], student_logp) or not torch.equal(tables[1], teacher_logp):
         raise WrongResult(divergence.value, "or its gradient changed its inputs; work on copies")
@@ -172,7 +174,8 @@ class Registered(PrefixSchedule):
     def observe(self, step: int, state: State, signal: float | None, reached: float) -> str | None:
         if not self.has_state:
             return None
-        reason = self.rule.observe(step, state, signal, reached)
+        observe = self.rule.observe  # the plugin chose the names of its arguments
+        reason = observe(step, state, signal, reached)
         self._check_state(state)
         if reason is None:
             return None

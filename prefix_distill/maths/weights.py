@@ -273,7 +273,7 @@ def keep_selection(
         of_rollout = None
         if facts is not None:
             of_rollout = facts[r.key]
-        positions = selection.choose(r.taught, (*key, *r.key), of_rollout, at)
+        positions = selection.choose(r.taught, (*key, *r.key), facts=of_rollout, at=at)
         chosen.append(r.keep(positions))
     return chosen
 

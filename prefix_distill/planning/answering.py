@@ -81,7 +81,7 @@ class Answering:
             by_room.setdefault(limit - len(starts[i]), {})[i] = starts[i]
         sampled: dict[int, tuple[Ids, bool]] = {}
         for room, group in by_room.items():
-            sampled |= self._sample(answerer, group, room, key)
+            sampled |= self._sample(answerer, group, room=room, key=key)
         for part in place.gather(sampled):
             for i, (ids, finished) in part.items():
                 answers.ids[i] = ids
@@ -104,7 +104,9 @@ class Answering:
             prefill=f"{answerer.role}_prefill",
             decode=f"{answerer.role}_decode",
         )
-        responses = self.run.limits.sample(answerer.model, requests, room, answerer.sampler, cost)
+        responses = self.run.limits.sample(
+            answerer.model, requests, max_new_tokens=room, sampler=answerer.sampler, cost=cost
+        )
         answers = {}
         for (i, start), response in zip(starts.items(), responses, strict=True):
             answers[i] = (start + response.ids, response.finished)

@@ -172,7 +172,7 @@ def _check_memory(run: Run) -> Check:
         forecast = forecaster.forecast(case)
     except UserError as error:
         return passed("memory", f"no forecast: {error}", facts)
-    return _compare_memory(forecast, free, facts, free_text)
+    return _compare_memory(forecast, free, facts, free_text=free_text)
 
 
 def _describe_case(run: Run) -> Case:
@@ -183,8 +183,8 @@ def _describe_case(run: Run) -> Case:
         run.config,
         Dtypes(run.place.dtype, run.place.head_dtype),
         Lengths(prompts, prefix=longest_prefix, limit=run.method.prefix.limit),
-        run.pair.student.support,
-        run.place.world,
+        support=run.pair.student.support,
+        ranks=run.place.world,
     )
 
 
@@ -252,8 +252,8 @@ def _check_teacher(run: Run, problems: list[Rendered], limit: float | None) -> C
     count = len(problems)
     max_new_tokens = run.method.prefix.limit
     respondents = [
-        _make_respondent(run, "student", run.pair.student, run.method.sampler),
-        _make_respondent(run, "teacher", run.pair.teacher, run.method.text_sampler),
+        _make_respondent(run, "student", model=run.pair.student, sampler=run.method.sampler),
+        _make_respondent(run, "teacher", model=run.pair.teacher, sampler=run.method.text_sampler),
     ]
     if limit is not None:
         seconds = _estimate_seconds(run, respondents, problems)
@@ -315,7 +315,7 @@ def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:
     )
     prompts = [(r.prompt, _prompt_ids(r, respondent.role)) for r in problems]
     cost = GenerationCost(meter=Meter(Clock(device=run.place.device)))
-    score = evaluate.evaluate(respondent.model, prompts, how, run.limits, cost)
+    score = evaluate.evaluate(respondent.model, prompts, how, limits=run.limits, cost=cost)
     right = None
     if score.accuracy is not None:
         right = round(sum(score.right()))
@@ -346,5 +346,5 @@ def _estimate_seconds(run: Run, respondents: list[Respondent], problems: list[Re
         # Without EOS ids, every answer has exactly these tokens.
         endless = replace(respondent.sampler, eos=frozenset())
         with clock.phase("trial"):
-            generate(respondent.model, requests, tokens, endless)
+            generate(respondent.model, requests, max_new_tokens=tokens, sampler=endless)
     return max(run.place.gather(clock.seconds["trial"])) * run.method.prefix.limit / tokens

@@ -57,7 +57,7 @@ class Forecaster:
         phases = self._training_phases(case, gradients) | self._evaluation_phases(case)
         if case.samples_text:
             prompts = [teacher for _, teacher in case.prompts]
-            phases["teacher_text"] = self._generate(case, TEACHER, prompts, case.prefix)
+            phases["teacher_text"] = self._generate(case, TEACHER, prompts, new_tokens=case.prefix)
         teacher_device = None
         # The teacher's bytes then count on its own device.
         if case.has_own_device:
@@ -79,8 +79,8 @@ class Forecaster:
     def _measure_weights(self, case: Case) -> tuple[Bytes, float]:
         """Return the bytes of every component that is held all the time, and of the gradients."""
         measure = measuring.measure_weights
-        student = self._measure(STUDENT, case.student, ("weights",), measure)
-        teacher = self._measure(TEACHER, case.teacher, ("weights",), measure)
+        student = self._measure(STUDENT, case.student, ("weights",), work=measure)
+        teacher = self._measure(TEACHER, case.teacher, ("weights",), work=measure)
         trainable = student["trainable"]
         all_train = case.adapter is None
         # Two moments of AdamW and the gradient, in float32.
@@ -105,7 +105,7 @@ class Forecaster:
             STUDENT,
             case.training,
             (_describe_sizes(group), case.terms, case.support, accumulates, case.autocast),
-            lambda m: measuring.measure_update(
+            work=lambda m: measuring.measure_update(
                 replace(m, support=case.support), teacher_head, work
             ),
         )
@@ -116,7 +116,7 @@ class Forecaster:
             earlier = gradients
         prompts = [student for student, _ in case.prompts]
         return {
-            "generation": self._generate(case, STUDENT, prompts, case.prefix),
+            "generation": self._generate(case, STUDENT, prompts, new_tokens=case.prefix),
             "teacher_score": earlier + teacher_forward["peak"],
             "student_update": earlier + teacher_forward["rows"] + max(update.values()),
             "optimizer": gradients,
@@ -130,7 +130,7 @@ class Forecaster:
             # The longest prompt stands for all prompts of an evaluation.
             single = replace(case, samples=1)
             prompts = [longest[0]] * case.answers
-            phases["evaluation"] = self._generate(single, STUDENT, prompts, case.limit)
+            phases["evaluation"] = self._generate(single, STUDENT, prompts, new_tokens=case.limit)
         if case.compared:
             prompts_together = [longest] * min(case.compared, case.micro_batch)
             group = make_rollouts(prompts_together, 1, case.limit)
@@ -139,8 +139,8 @@ class Forecaster:
             tables = measuring.measure_comparison(
                 self._shallow(case, STUDENT).head(),
                 self._shallow(case, TEACHER).head(),
-                case.terms.dtype,
-                group,
+                dtype=case.terms.dtype,
+                rollouts=group,
             )
             # Both models run one after another, and their hidden rows stay for the comparison.
             phases["evaluation, both models"] = max(
@@ -157,7 +157,7 @@ class Forecaster:
             role,
             _settings(case, role),
             ("forward", _describe_sizes(group), case.autocast),
-            lambda m: measuring.measure_forward(m, sides, case.autocast),
+            work=lambda m: measuring.measure_forward(m, sides, case.autocast),
         )
 
     def _generate(self, case: Case, role: str, prompts: list[int], new_tokens: int) -> float:
@@ -175,7 +175,7 @@ class Forecaster:
             role,
             settings,
             ("generate", work, case.support),
-            lambda m: measuring.measure_generation(replace(m, support=case.support), work),
+            work=lambda m: measuring.measure_generation(replace(m, support=case.support), work),
         )
         return max(peaks.values())
 
@@ -188,7 +188,7 @@ class Forecaster:
         """Return a network of ghosts; the student's weights train unless it has an adapter."""
         key = (role, settings, layers)
         if key not in self.networks:
-            model = sketch(self.names[role], self.configs[role], settings, layers)
+            model = sketch(self.names[role], self.configs[role], settings, layers=layers)
             if role == STUDENT and settings.adapter is None and settings.dtype == torch.float32:
                 model.net.requires_grad_(True)
             self.networks[key] = model

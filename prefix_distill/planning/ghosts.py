@@ -208,7 +208,7 @@ def sketch(
         net = AutoModelForCausalLM.from_config(config)
         net = net.to(settings.dtype).eval().requires_grad_(False)
         if settings.adapter is not None:
-            wrapper = attach(net, settings.adapter, 0, name)
+            wrapper = attach(net, settings.adapter, seed=0, base=name)
     _replace_by_ghosts(net)
     model = Model(
         name=name,

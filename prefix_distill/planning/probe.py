@@ -99,7 +99,7 @@ def probe(run: Run, say: Callable[[str], None] = ignore) -> dict:
         kl, entropy = _measure_tokens(run, student, answering.meter)
         curves = None
         if all(p.prompt.answer is not None for p in prompts):
-            curves = _measure_curves(answering, student, teacher, tried, say)
+            curves = _measure_curves(answering, student, teacher, tried=tried, say=say)
     kl_by_tokens = {n: _share_of_kl(kl, [n] * len(kl)) for n in tried}
     recommended, reason = recommend(curves, kl_by_tokens, length)
     # Without a recommended length, a step costs as much as with full rollouts.
@@ -174,7 +174,9 @@ def _measure_tokens(run: Run, answers: Answers, meter: Meter) -> tuple[Values, V
         )
         rollouts.append(rollout)
     scorer = Scorer.reverse_kl(run.pair, run.place)
-    facts = evaluate.held_out_facts(scorer, run.pair.align(rollouts), run.limits, meter, "scoring")
+    facts = evaluate.held_out_facts(
+        scorer, run.pair.align(rollouts), run.limits, meter=meter, phase="scoring"
+    )
     kl: Values = []
     entropy: Values = []
     for row in facts:
@@ -193,18 +195,18 @@ def _measure_curves(
     """Return both accuracy curves, at N = 0 and every number ``tried``."""
     run = answering.run
     curves = Curves(
-        student=[_grade(run, run.pair.student, student, 0)],
-        teacher=[_grade(run, run.pair.teacher, teacher, 0)],
+        student=[_grade(run, run.pair.student, student, tokens=0)],
+        teacher=[_grade(run, run.pair.teacher, teacher, tokens=0)],
     )
     teacher_texts = _in_student_tokens(run, teacher)
     for n in tried:
         say(f"swap test: each model continues the other's first {n} tokens")
         starts = [ids[:n] for ids in teacher_texts]
         continued = answering.continue_from(answering.student, starts, n)
-        curves.student.append(_grade(run, run.pair.student, continued, n))
+        curves.student.append(_grade(run, run.pair.student, continued, tokens=n))
         starts = _in_teacher_tokens(run, _cut(student, n))
         continued = answering.continue_from(answering.teacher, starts, n)
-        curves.teacher.append(_grade(run, run.pair.teacher, continued, n))
+        curves.teacher.append(_grade(run, run.pair.teacher, continued, tokens=n))
     return curves
 
 

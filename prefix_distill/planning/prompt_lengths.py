@@ -69,7 +69,8 @@ def read_prompts(
     sets = load_prompt_sets(config, notes)
     config = settle_privileged_template(config, sets)
     needed = min(SAMPLE, max(1, config.train.steps * config.train.batch_size))
-    rendered = render_training_prompts(config, sets, (student, teacher), needed).stream[:needed]
+    prompts = render_training_prompts(config, sets, (student, teacher), count=needed)
+    rendered = prompts.stream[:needed]
     student_lengths = [len(r.student_ids) for r in rendered]
     teacher_lengths = [len(r.teacher_ids) for r in rendered]
     mean = sum(student_lengths) / len(student_lengths)

@@ -50,7 +50,9 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     model.net.to(where.device, where.dtype)
     problems = _render(config, model, prompts)
     longest = max(len(ids) for _, ids in problems)
-    config = settle_max_new_tokens(config, [model], longest, prompts.max_new_tokens, notes)
+    config = settle_max_new_tokens(
+        config, [model], longest_prompt=longest, task_limit=prompts.max_new_tokens, notes=notes
+    )
     how = Evaluation(
         sampler=_sampler(config, model),
         samples=config.evaluate.rollouts,
@@ -65,8 +67,8 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
             make_decoder(model, where.dtype),
             problems,
             how,
-            limits,
-            GenerationCost(meter=Meter(clock)),
+            limits=limits,
+            cost=GenerationCost(meter=Meter(clock)),
         )
     if where.is_first:
         files.write_rows(out, score.records)

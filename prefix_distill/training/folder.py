@@ -193,7 +193,7 @@ class RunFolder:
         with self._writing(name):
             from ..engine.saving import save_model
 
-            save_model(model, self.path / name, card, merged)
+            save_model(model, self.path / name, card=card, merged=merged)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write ``content`` to ``name``; make its folder."""

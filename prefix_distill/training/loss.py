@@ -80,23 +80,23 @@ class StudentLoss(torch.nn.Module):
         if support is not None and teacher_NE is not None and rollouts[0].units is not None:
             return simct.weighted(
                 terms,
-                support,
-                units_of(rollouts),
-                student_ND,
-                pair.student.head(),
-                teacher_NE,
-                pair.teacher.head(),
-                weight_N,
+                support=support,
+                units=units_of(rollouts),
+                student_ND=student_ND,
+                student_head=pair.student.head(),
+                teacher_ME=teacher_NE,
+                teacher_head=pair.teacher.head(),
+                weight_U=weight_N,
             )
         return fused.weighted(
             terms,
-            student_ND,
-            pair.student.head(),
-            teacher_NE,
-            pair.teacher.head(),
-            weight_N.to(student_ND.device),
-            scoring.tokens(rollouts),
-            _sampler_logp(rollouts),
+            student_ND=student_ND,
+            student_head=pair.student.head(),
+            teacher_NE=teacher_NE,
+            teacher_head=pair.teacher.head(),
+            weight_N=weight_N.to(student_ND.device),
+            token_N=scoring.tokens(rollouts),
+            sampler_logp_N=_sampler_logp(rollouts),
         )
 
     def _touch_parameters(self) -> torch.Tensor:

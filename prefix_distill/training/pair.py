@@ -64,8 +64,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     student, where = _load_student(config)
     notes.note(*where.reasons)
     if config.adapter.rank is not None:
-        student = _add_adapter(config, student, where, notes)
-    teacher = _load_teacher(config, student, where, notes)
+        student = _add_adapter(config, student, where, notes=notes)
+    teacher = _load_teacher(config, student, where, notes=notes)
     with as_preflight_error():
         alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
     notes.note(tokenizers)
@@ -73,7 +73,10 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     if alignment is not None:
         config = check_alignment(config, notes)
         support = shared_support(
-            alignment.shared_vocabulary, alignment.mode, where.device, where.teacher_device
+            alignment.shared_vocabulary,
+            alignment.mode,
+            student_device=where.device,
+            teacher_device=where.teacher_device,
         )
     _check_forward_pass("student", student, notes)
     _check_forward_pass("teacher", teacher, notes)

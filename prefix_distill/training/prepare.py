@@ -33,8 +33,8 @@ def prepare(config: Config) -> Run:
     config = fill_in(config, notes)
     sets = load_prompt_sets(config, notes)
     config, place, pair = load_pair(config, notes)
-    config, problems = render_problems(config, sets, pair, place, notes)
-    method = read_method(config, pair, place, notes)
+    config, problems = render_problems(config, sets, pair, place=place, notes=notes)
+    method = read_method(config, pair, place, notes=notes)
     limits = MemoryLimits(place, config)
     return Run(
         config=config,

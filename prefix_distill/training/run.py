@@ -187,7 +187,7 @@ class Run:
             pair.student_shape,
             pair.teacher_shape,
             batch,
-            self.problems.teacher_tokens,
-            pair.head_shares(),
+            teacher_tokens=self.problems.teacher_tokens,
+            heads=pair.head_shares(),
         )
         return ledger.total()

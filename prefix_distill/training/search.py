@@ -40,9 +40,9 @@ class Search:
             taken = extrapolation.extrapolate(
                 state.moving,
                 state.anchor,
-                settings.kind,
-                score,
-                (state.run.config.runtime.seed, state.step),
+                kind=settings.kind,
+                score=score,
+                key=(state.run.config.runtime.seed, state.step),
             )
         state.count(meter)
         if settings.reset:

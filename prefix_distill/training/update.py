@@ -47,7 +47,7 @@ class Update:
         if prompts is None:
             config = run.config
             prompts = stream.prompts_of_step(
-                run.problems.train, step, config.train.batch_size, config.runtime.seed
+                run.problems.train, step, size=config.train.batch_size, seed=config.runtime.seed
             )
         self.prompts = prompts
         if prefix is None:
@@ -77,7 +77,7 @@ class Update:
                 prompt = self.prompts[slot]
                 text = self.texts[prompt.prompt.index, sample]
                 rollouts[slot, sample] = teacher_text.rollout(
-                    self.run, (slot, sample), prompt, text, self.prefix
+                    self.run, (slot, sample), rendered=prompt, text=text, prefix=self.prefix
                 )
         mine = [rollouts[key] for key in keys]
         self._refuse_nothing_taught(mine)
@@ -110,7 +110,11 @@ class Update:
             requests.append(Request(ids=ids, key=(self.step, slot, sample)))
         cost = GenerationCost(meter=self.meter, shape=self.run.pair.student_shape, timed=True)
         responses = self.run.limits.sample(
-            self.state.decoding, requests, self.prefix, self.run.method.sampler, cost
+            self.state.decoding,
+            requests,
+            max_new_tokens=self.prefix,
+            sampler=self.run.method.sampler,
+            cost=cost,
         )
         rollouts = []
         for (slot, sample), response in zip(keys, responses, strict=True):
@@ -160,11 +164,11 @@ class Update:
                 return keep_selection(method.selection, rollouts, key)
         facts = self._measure_tokens(rollouts)
         if method.ranks_window:
-            rollouts = keep_window(method.window, rollouts, key, facts)
+            rollouts = keep_window(method.window, rollouts, key, statistics=facts)
         scale = None
         if method.ranks_selection:
             scale = self._batch_scale(rollouts, facts)
-        return keep_selection(method.selection, rollouts, key, facts, scale)
+        return keep_selection(method.selection, rollouts, key, facts=facts, at=scale)
 
     def _measure_tokens(self, rollouts: list[Rollout]) -> TokenFacts:
         """Return the statistics that rank tokens; keep the forward pass if the loss can reuse it.
@@ -193,7 +197,7 @@ class Update:
                 facts, self.forward_pass = measured
                 return facts
         with self.meter.phase("selection"):
-            return run.limits.measure(scorer, rollouts, self.meter, "selection")
+            return run.limits.measure(scorer, rollouts, meter=self.meter, phase="selection")
 
     def _measure_once(
         self, scorer: Scorer, group: list[Rollout], meter: Meter
@@ -288,7 +292,9 @@ class Update:
             if teacher_NE is not None:
                 self._count_teacher(group, read, meter)
             with meter.phase("student_update"), without_all_reduce(self.state.loss):
-                total, value_N, clipped_N = self.state.loss(group, teacher_NE, weight_N, student_ND)
+                total, value_N, clipped_N = self.state.loss(
+                    group, teacher_NE=teacher_NE, weight_N=weight_N, student_ND=student_ND
+                )
                 total.backward()
             self._count_student(group, read, meter)
             losses.values.update(_by_rollout(group, value_N))

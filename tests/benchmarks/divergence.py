@@ -69,7 +69,12 @@ def ours(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  
 
     terms = Terms(name=name, parameters=PARAMETERS[name])
     return weighted(
-        terms, student, Head(weight_VD=head), teacher, Head(weight_VD=teacher_head), weight
+        terms,
+        student_ND=student,
+        student_head=Head(weight_VD=head),
+        teacher_NE=teacher,
+        teacher_head=Head(weight_VD=teacher_head),
+        weight_N=weight,
     )[0]
 
 

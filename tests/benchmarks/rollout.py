@@ -69,9 +69,9 @@ def ours(model, rows, tokens, turn):
     made = generate(
         decoding,
         [Request(ids=ids, key=(0, i)) for i, ids in enumerate(rows)],
-        tokens,
-        sampler,
-        cost,
+        max_new_tokens=tokens,
+        sampler=sampler,
+        cost=cost,
     )
     assert all(len(r.ids) == tokens for r in made)
     return clock.seconds["student_prefill"], clock.seconds["student_decode"]

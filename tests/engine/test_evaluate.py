@@ -187,7 +187,7 @@ def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
     monkeypatch.setattr(
         memory,
         "generate",
-        lambda model, requests, *_: [Response(ids=(r.key[1],), finished=True) for r in requests],
+        lambda model, requests, **_: [Response(ids=(r.key[1],), finished=True) for r in requests],
     )
     monkeypatch.setattr(
         module.answers, "is_correct", lambda text, gold, form: graded.append(gold) or text == gold

@@ -95,11 +95,11 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
 
     plain, calls = step_optimizer, []
 
-    def update(*arguments):
+    def update(*arguments, **named):
         calls.append(1)
         if len(calls) == 6:  # in the middle of a run
             raise KeyboardInterrupt
-        return plain(*arguments)
+        return plain(*arguments, **named)
 
     monkeypatch.setattr(train, "step_optimizer", update)
     code, _, _ = invoke("compare", file, "--out", tmp_path / "cut")

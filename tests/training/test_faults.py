@@ -131,10 +131,10 @@ def test_what_cannot_be_written_leaves_what_was_there(  # noqa: PLR0913  fixture
     run, folder, plain = six(pair, questions), tmp_path / "run", RunFolder.save_model
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_model(self, which, *rest):
+    def save_model(self, which, *rest, **named):
         if which == "model" == name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        plain(self, which, *rest)
+        plain(self, which, *rest, **named)
 
     monkeypatch.setattr(RunFolder, "save_model", save_model)
     try:
