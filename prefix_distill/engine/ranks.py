@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from .. import config as configuration
 from ..errors import Stopped, UserError, first_line
-from .device import choose_device, choose_dtype
+from .device import HasParameters, choose_device, choose_dtype
 
 # the integer type that reads a tensor's bits, by bytes of an element
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -162,11 +162,11 @@ def _collectives_key(rank: int) -> str:
     return f"prefix-distill/collectives/{rank}"
 
 
-def join_ranks(runtime: configuration.Runtime, parameters: Callable[[], int]) -> Place:
+def join_ranks(runtime: configuration.Runtime, student: HasParameters) -> Place:
     """Join the other ranks and resolve the ``runtime`` section.
 
-    ``parameters`` returns the student's number of parameters. UserError: a device is missing, or
-    the launcher started another number of ranks than ``gpus``.
+    The automatic dtype depends on the size of ``student``. UserError: a device is missing, or the
+    launcher started another number of ranks than ``gpus``.
     """
     world = _read_integer("WORLD_SIZE", 1, 1)
     rank = _read_integer("RANK", 0, low=0, end=world)
@@ -192,7 +192,7 @@ def join_ranks(runtime: configuration.Runtime, parameters: Callable[[], int]) ->
             f"{torch.get_num_threads()} CPU threads"
         )
     if runtime.dtype == "auto":
-        dtype, reason = choose_dtype(device, parameters)
+        dtype, reason = choose_dtype(device, student)
         reasons.append(reason)
     else:
         dtype = getattr(torch, runtime.dtype)

@@ -1,6 +1,6 @@
 """Measure the bytes of each part of a step by running it on shape-only tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache
@@ -16,9 +16,12 @@ from .ghosts import StorageCounter, make_ghost, storage_of
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """A micro-batch of a step. ``accumulates``: its gradients are added to earlier ones."""
+    """A micro-batch of a step. ``accumulates``: its gradients are added to earlier ones.
 
-    rollouts: list[Rollout]
+    ``rollouts`` are not compared; ``parts.Training`` compares their sizes.
+    """
+
+    rollouts: list[Rollout] = field(compare=False)
     terms: Terms
     accumulates: bool
     autocast: bool

@@ -96,7 +96,7 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
     """
     dtype_name = str(dtype).removeprefix("torch.")
     config = configuration.replace(config, runtime={"dtype": dtype_name, "gpus": None})
-    where = join_ranks(config.runtime, lambda: 0)
+    where = join_ranks(config.runtime, student)
     width = student.config.hidden_size
     inner = getattr(student.config, "intermediate_size", None) or 4 * width
     tokens = 64 * config.train.micro_batch_size

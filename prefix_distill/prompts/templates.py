@@ -127,7 +127,8 @@ def teacher_messages(prompt: Prompt, template: str) -> tuple[Message, ...]:
         "{solution}": prompt.privileged,
     }
     # one pass, so that a field's own text is never replaced
-    content = re.sub(r"\{problem\}|\{solution\}", lambda match: fields[match[0]], template)
+    parts = re.split(r"(\{problem\}|\{solution\})", template)
+    content = "".join(fields.get(part, part) for part in parts)
     last = prompt.messages[-1] | {"content": f"{before}{content}{after}"}
     return (*prompt.messages[:-1], last)
 

@@ -45,7 +45,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         trust_remote_code=config.models.trust_remote_code,
     )
     loading.check_head_rows(model)
-    where = join_ranks(config.runtime, lambda: model.parameters)
+    where = join_ranks(config.runtime, model)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
     problems = _render(config, model, prompts)
