@@ -185,21 +185,23 @@ NETS = (
 )
 
 
-def make_tokenizer(*, merged: bool = False) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per character, except "####" and the special tokens.
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per character, except "####" and the special tokens."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
+    return _complete(tokenizer, r"####|[\s\S]")
 
-    ``merged``: the second tokenizer instead, a BPE that merges some pairs of a colon or digit with
-    a digit (MERGED).
-    """
-    if merged:
-        pairs = [(pair[0], pair[1]) for pair in MERGED]
-        tokenizer = Tokenizer(
-            models.BPE(VOCABULARY_MERGED, pairs, unk_token=UNKNOWN, ignore_merges=True)
-        )
-        words = r"####|[0-9:]+|[\s\S]"
-    else:
-        tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
-        words = r"####|[\s\S]"
+
+def make_merged_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the second tokenizer: a BPE that merges pairs of a colon or digit with a digit."""
+    pairs = [(pair[0], pair[1]) for pair in MERGED]
+    tokenizer = Tokenizer(
+        models.BPE(VOCABULARY_MERGED, pairs, unk_token=UNKNOWN, ignore_merges=True)
+    )
+    return _complete(tokenizer, r"####|[0-9:]+|[\s\S]")
+
+
+def _complete(tokenizer: Tokenizer, words: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that splits text into ``words`` and has a chat template."""
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -238,13 +240,13 @@ def make_model(net: Net) -> LlamaForCausalLM:
     )
 
 
-def encode(text: str, *, merged: bool = False) -> list[int]:
-    """Return the token ids of a problem's text, without special tokens."""
-    if merged:
+def encode(text: str, net: Net) -> list[int]:
+    """Return the token ids of a problem's text for a network, without special tokens."""
+    if net.merged:
         return _second_tokenizer().encode(text).ids
     return [VOCABULARY[token] for token in re.findall("####|.", text)]
 
 
 @cache
 def _second_tokenizer() -> Tokenizer:
-    return make_tokenizer(merged=True).backend_tokenizer
+    return make_merged_tokenizer().backend_tokenizer

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .formulas import Divergence, find_divergence
-from .user_functions import check_graph, check_shape
+from .user_functions import check_gradient, check_graph, check_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def per_token(
     """
     divergence = find_divergence(terms.name)
     value = divergence.value(student_logp, teacher_logp, *terms.parameters)
-    check_shape(divergence.value, value, student_logp, of_table=False)
+    check_values(divergence.value, value, student_logp)
     return value
 
 
@@ -107,8 +107,8 @@ def value_and_gradient(
             )
         value = divergence.value(student_logp, teacher_logp, *terms.parameters)
         gradient = divergence.gradient(student_logp, teacher_logp, *terms.parameters)
-    check_shape(divergence.value, value, student_logp, of_table=False)
-    check_shape(divergence.gradient, gradient, student_logp, of_table=True)
+    check_values(divergence.value, value, student_logp)
+    check_gradient(divergence.gradient, gradient, student_logp)
     # the caller scales the gradient in place
     return value, gradient.float().contiguous()
 
@@ -127,7 +127,7 @@ def differentiate(
     with torch.enable_grad():
         leaf = student_logp.detach().requires_grad_(True)
         value = divergence.value(leaf, teacher_logp, *parameters)
-        check_shape(divergence.value, value, leaf, of_table=False)
+        check_values(divergence.value, value, leaf)
         check_graph(divergence.value, value)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
     total = gradient.sum(-1, keepdim=True)

@@ -252,10 +252,12 @@ class Session:
         run, progress = self.run, self.state.progress
         cost = full_cost(run, progress, range(progress.step))
         text = make_card(run, progress, progress.evaluations[-1], full=cost)
-        student, merge = run.pair.student, run.config.adapter.merge
-        self.folder.save_model("model", student, card=text, merged=merge)
-        if merge:
+        student = run.pair.student
+        if run.config.adapter.merge:
+            self.folder.save_merged_model("model", student, text)
             self.folder.save_model("adapter", student, text)
+        else:
+            self.folder.save_model("model", student, text)
 
 
 def train_in(

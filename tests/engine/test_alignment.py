@@ -127,7 +127,7 @@ FAMILIES = {
     "SentencePiece BPE": sentencepiece_bpe,
     "Unigram": unigram,
     "characters": build.make_tokenizer,
-    "characters, merged": lambda: build.make_tokenizer(merged=True),
+    "characters, merged": lambda: build.make_merged_tokenizer(),
 }
 
 

@@ -150,7 +150,7 @@ def test_rebuilding_trains_the_same_net_twice(tmp_path):
     for name in ("a", "b"):
         model = build.make_model(net)
         build.train(net, model)
-        build.save(model, tmp_path / name)
+        build.save(model, tmp_path / name, build.make_tokenizer())
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
     assert loading.load_model(
