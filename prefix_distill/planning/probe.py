@@ -22,6 +22,7 @@ from .. import config as configuration
 from ..config import Config
 from ..engine import evaluate
 from ..engine.device import Clock
+from ..engine.memory import PROBE_REMEDIES
 from ..engine.meter import Meter
 from ..engine.models import Model
 from ..engine.rollout import rollout_of
@@ -88,6 +89,7 @@ def probe(run: Run, say: Callable[[str], None] = ignore) -> dict:
     receives a line per step.
     """
     prompts = run.problems.train
+    run.limits.remedies = PROBE_REMEDIES
     clock = Clock(device=run.place.device)
     answering = Answering(run)
     with clock.phase("probe"):

@@ -12,7 +12,7 @@ from ..config import Config
 from ..engine import loading
 from ..engine.device import Clock
 from ..engine.evaluate import Evaluation, evaluate
-from ..engine.memory import MemoryLimits
+from ..engine.memory import EVAL_REMEDIES, MemoryLimits
 from ..engine.meter import Meter
 from ..engine.models import Model, make_decoder
 from ..engine.ranks import Place, join_ranks
@@ -61,6 +61,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     )
     limits = MemoryLimits(where, config)
     limits.report = notes.note
+    limits.remedies = EVAL_REMEDIES
     clock = Clock(device=where.device)
     with clock.phase("evaluation"):
         score = evaluate(
