@@ -80,18 +80,14 @@ def load_model(
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             check_config(name, folder, config)
         if storage.quantize != "none":
-            extra = {
-                "quantization_config": make_quantization(storage.quantize, dtype),
-                "device_map": {"": device},
-            }
+            quantization = make_quantization(storage.quantize, dtype)
+            extra = {"quantization_config": quantization, "device_map": {"": device}}
         if storage.spread is not None:
             scratch = tempfile.TemporaryDirectory(prefix="prefix-distill-")
-            extra = {
-                "device_map": plan_spread(
-                    config, device, dtype, limit=storage.spread, trust_remote_code=trust_remote_code
-                ),
-                "offload_folder": scratch.name,
-            }
+            device_map = plan_spread(
+                config, device, dtype, limit=storage.spread, trust_remote_code=trust_remote_code
+            )
+            extra = {"device_map": device_map, "offload_folder": scratch.name}
         net, loading_info = _read_weights(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )

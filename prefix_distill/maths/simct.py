@@ -18,6 +18,7 @@ cancels, so only the rows of O of both heads are used.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -326,13 +327,11 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     heads = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
     sides = []
     for side, (head, hidden) in enumerate(zip(heads, (student_ND, teacher_ME), strict=True)):
-        span_logp = span_scores(terms, plain, head=head, hidden=hidden, units=units, side=side)
-        span_logp = span_logp.to(device)
+        score = partial(span_scores, terms, head=head, hidden=hidden, units=units, side=side)
+        span_logp = score(plain).to(device)
         span_score = span_logp
         if support.raw:
-            span_score = span_scores(
-                terms, support, head=head, hidden=hidden, units=units, side=side
-            ).to(device)
+            span_score = score(support).to(device)
         sides.append(
             _Side(
                 head=head,
@@ -352,14 +351,11 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     if forward:
         names.append("forward_kl")
     facts = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
-    for part in torch.arange(count).split(
-        rows_per_chunk(terms, max(len(head.weight_VD) for head in heads))
-    ):
+    size = rows_per_chunk(terms, max(len(head.weight_VD) for head in heads))
+    for part in torch.arange(count).split(size):
         tables = []
         for name, model in zip(("student", "teacher"), sides, strict=True):
-            mass, token, scores = _read_units(
-                terms, support, side=model, part=part, span=span_of[part]
-            )
+            mass, token, scores = _read_units(terms, support, model, part=part, span=span_of[part])
             facts[f"{name}_mass"][part] = mass
             facts[f"{name}_logp"][part] = token
             tables.append(scores)

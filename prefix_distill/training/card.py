@@ -77,8 +77,6 @@ def make_command(config: Config) -> str:
         flag = field.metadata["flag"]
         if value is True:
             words.append(flag)
-        elif value is False:
-            words.append(f"--no-{flag[2:]}")
         else:
             words.append(f"{flag} {shlex.quote(str(value))}")
     return " \\\n  ".join(words)
