@@ -88,9 +88,15 @@ def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Ro
     ids = [tuple(templates.render(teacher, p, "plain")) for p in prompts]
     support = settled(teacher.support, "the teacher's support")
     sampler = Sampler(eos=teacher.eos, pad=min(teacher.eos), support=support, seed=7)
-    drawn = generate(teacher, [Request(i, ("text", n)) for n, i in enumerate(ids)], tokens, sampler)
+    drawn = generate(
+        teacher,
+        [Request(ids=i, key=("text", n)) for n, i in enumerate(ids)],
+        max_new_tokens=tokens,
+        sampler=sampler,
+    )
     return [
-        rollout_of(n, i, r.ids, r.finished) for n, (i, r) in enumerate(zip(ids, drawn, strict=True))
+        rollout_of(n, i, r.ids, finished=r.finished)
+        for n, (i, r) in enumerate(zip(ids, drawn, strict=True))
     ]
 
 

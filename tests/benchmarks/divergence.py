@@ -38,7 +38,7 @@ def naive(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913 
         F.log_softmax(rows @ matrix.T, -1)
         for rows, matrix in ((student, head), (teacher, teacher_head))
     )
-    return (per_token(Terms(name, PARAMETERS[name]), *sides) * weight).sum()
+    return (per_token(Terms(name=name, parameters=PARAMETERS[name]), *sides) * weight).sum()
 
 
 def checkpointed(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula
@@ -46,7 +46,7 @@ def checkpointed(name, student, head, teacher, teacher_head, weight):  # noqa: P
 
     from prefix_distill.maths.divergence import Terms
 
-    size = Terms(name, PARAMETERS[name]).rows_per_chunk(len(head))
+    size = Terms(name=name, parameters=PARAMETERS[name]).rows_per_chunk(len(head))
     return sum(
         checkpoint(
             naive,
@@ -66,8 +66,15 @@ def ours(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  
     from prefix_distill.maths.divergence import Head, Terms
     from prefix_distill.maths.fused import weighted
 
-    terms = Terms(name, PARAMETERS[name])
-    return weighted(terms, student, Head(head), teacher, Head(teacher_head), weight)[0]
+    terms = Terms(name=name, parameters=PARAMETERS[name])
+    return weighted(
+        terms,
+        student_ND=student,
+        student_head=Head(weight_VD=head),
+        teacher_NE=teacher,
+        teacher_head=Head(weight_VD=teacher_head),
+        weight_N=weight,
+    )[0]
 
 
 def trl(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula

@@ -490,7 +490,7 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
     for arm, folder in folders.items():
         model = loading.load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
         requests = [
-            Request(tuple(templates.render(model, p, "chat")), ("canonical", i))
+            Request(ids=tuple(templates.render(model, p, "chat")), key=("canonical", i))
             for i, p in enumerate(problems)
         ]
         sampler = Sampler(
@@ -501,7 +501,8 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
             rows=len(requests),
         )
         answers = [
-            r.ids[:-1] if r.finished else r.ids for r in generate(model, requests, 192, sampler)
+            r.ids[:-1] if r.finished else r.ids
+            for r in generate(model, requests, max_new_tokens=192, sampler=sampler)
         ]
         texts = [model.tokenizer.decode(list(ids)) for ids in answers]
         own = [tuple(model.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
@@ -585,7 +586,7 @@ def main() -> None:
             write_csv(runs, HERE / "results" / f"{given.arms}.csv")
             for end, (pictured, against) in PICTURED.get(given.arms, PICTURED["prefix"]).items():
                 figure = plots.draw_report(
-                    runs, "", [arm for arm in pictured if arm in named], against
+                    runs, title="", only=[arm for arm in pictured if arm in named], against=against
                 )
                 (HERE / "results" / f"{given.arms}{end}.png").write_bytes(plots.encode_png(figure))
         document = {

@@ -61,13 +61,17 @@ def ours(model, rows, tokens, turn):
     from prefix_distill.engine.models import make_decoder
     from prefix_distill.engine.sampling import Request, Sampler, generate
 
-    decoding, clock = make_decoder(model, torch.float32), Clock(torch.device("cpu"))
+    decoding, clock = make_decoder(model, torch.float32), Clock(device=torch.device("cpu"))
     sampler = Sampler(
         eos=frozenset({UNWRITTEN}), pad=2, support=model.net.config.vocab_size, seed=turn
     )
     cost = GenerationCost(meter=Meter(clock), timed=True)
     made = generate(
-        decoding, [Request(ids, (0, i)) for i, ids in enumerate(rows)], tokens, sampler, cost
+        decoding,
+        [Request(ids=ids, key=(0, i)) for i, ids in enumerate(rows)],
+        max_new_tokens=tokens,
+        sampler=sampler,
+        cost=cost,
     )
     assert all(len(r.ids) == tokens for r in made)
     return clock.seconds["student_prefill"], clock.seconds["student_decode"]
@@ -93,7 +97,7 @@ def naive(model, rows, tokens, turn):
 
     ids, mask = padded(rows)
     torch.manual_seed(turn)
-    split = PhaseTimer(Clock(torch.device("cpu")))
+    split = PhaseTimer(Clock(device=torch.device("cpu")))
     start = time.perf_counter()
     out = model.net.generate(
         input_ids=ids,

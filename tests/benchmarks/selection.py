@@ -45,15 +45,15 @@ def work(arm: str, student, head, teacher, teacher_head):
             teacher_head,
             torch.full((len(student),), 1 / len(student)),
         )
-    terms, rows = Terms("reverse-kl"), torch.arange(len(student))
+    terms, rows = Terms(name="reverse-kl"), torch.arange(len(student))
     if arm != "all":
         facts = fused.statistics(
             terms,
-            student.detach(),
-            Head(head),
-            teacher,
-            Head(teacher_head),
-            torch.zeros_like(rows),
+            student_ND=student.detach(),
+            student_head=Head(weight_VD=head),
+            teacher_NE=teacher,
+            teacher_head=Head(weight_VD=teacher_head),
+            token_N=torch.zeros_like(rows),
         )
         lists = {name: facts[name].tolist() for name in ("entropy", "divergence")}
         starts = range(0, len(student), ROLLOUT)
@@ -69,22 +69,22 @@ def work(arm: str, student, head, teacher, teacher_head):
             for i, start in enumerate(starts)
         }
         kept = weights.keep_selection(
-            Selection("soft-or", float(arm)),
+            Selection(kind="soft-or", share=float(arm)),
             rollouts,
             (0,),
-            at,
-            weights.batch_scale(lists["entropy"], lists["divergence"]),
+            facts=at,
+            at=weights.batch_scale(lists["entropy"], lists["divergence"]),
         )
         rows = torch.tensor(
             [start + t for start, r in zip(starts, kept, strict=True) for t in r.taught]
         )
     return fused.weighted(
         terms,
-        student[rows],
-        Head(head),
-        teacher[rows],
-        Head(teacher_head),
-        torch.full((len(rows),), 1 / len(rows)),
+        student_ND=student[rows],
+        student_head=Head(weight_VD=head),
+        teacher_NE=teacher[rows],
+        teacher_head=Head(weight_VD=teacher_head),
+        weight_N=torch.full((len(rows),), 1 / len(rows)),
     )[0]
 
 

@@ -226,7 +226,9 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
         [
             [
                 list(p.student_ids)
-                for p in stream.prompts_of_step(run.problems.train, step, case.prompts, given.seed)
+                for p in stream.prompts_of_step(
+                    run.problems.train, step, size=case.prompts, seed=given.seed
+                )
             ]
             for step in range(given.updates)
         ]

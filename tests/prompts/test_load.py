@@ -132,7 +132,7 @@ def student(pair):
 
 
 def test_templates(student):
-    prompt = Prompt(0, ({"role": "user", "content": "hi"},), None)
+    prompt = Prompt(index=0, messages=({"role": "user", "content": "hi"},), answer=None)
     chat, plain = (
         student.tokenizer.decode(templates.render(student, prompt, t)) for t in ("auto", "plain")
     )
@@ -141,7 +141,7 @@ def test_templates(student):
 
 def test_long_prompts_are_dropped_and_counted_and_never_truncated(student):
     prompts = [
-        Prompt(i, ({"role": "user", "content": "x" * n},), None)
+        Prompt(index=i, messages=({"role": "user", "content": "x" * n},), answer=None)
         for i, n in enumerate([3, 50, 8, 9])
     ]
     config = build({"data.max_prompt_tokens": 10})
@@ -412,8 +412,8 @@ def test_a_mixed_stream_keeps_the_order_of_each_set():
 def test_joined_sets_contain_every_prompt_once():
     sets = [
         PromptSet(
-            name,
-            tuple(Prompt(i * 2 + k, (), None) for i in range(n)),
+            name=name,
+            prompts=tuple(Prompt(index=i * 2 + k, messages=(), answer=None) for i in range(n)),
             answer_format=form,
             max_new_tokens=9,
         )

@@ -99,11 +99,11 @@ def test_an_interrupted_comparison_resumes_with_equal_results(tmp_path, monkeypa
 
     plain, calls = step_optimizer, []
 
-    def update(*arguments):
+    def update(*arguments, **named):
         calls.append(1)
         if len(calls) == 6:  # in the middle of a run
             raise KeyboardInterrupt
-        return plain(*arguments)
+        return plain(*arguments, **named)
 
     monkeypatch.setattr(train, "step_optimizer", update)
     code, _, _ = invoke("compare", file, "--out", tmp_path / "cut")
