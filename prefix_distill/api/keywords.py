@@ -14,9 +14,7 @@ class ProbeOptions(TypedDict, total=False):
 
     student: str | PathLike[str] | None
     teacher: str | PathLike[str] | None
-    teacher_ema: float | None
     cross_tokenizer: Literal["strict", "simct", "simct-released", "off"]
-    student_quantize: Literal["none", "nf4", "int8"]
     teacher_quantize: Literal["none", "nf4", "int8"]
     trust_remote_code: bool
     dataset: str | PathLike[str] | None
@@ -56,6 +54,8 @@ class ProbeOptions(TypedDict, total=False):
 class RunOptions(ProbeOptions, total=False):
     """Options of `run`, `check` and `plan`."""
 
+    teacher_ema: float | None
+    student_quantize: Literal["none", "nf4", "int8"]
     lora: int | None
     lora_alpha: float | None
     lora_targets: str

@@ -12,8 +12,8 @@ from .app import app
 
 @app.command("env")
 def environment() -> None:
-    """Show versions, devices, dtypes and threads for a bug report. Host name, user, paths and
-    secrets are left out."""
+    """Show versions, devices, dtypes and threads for a bug report, without host name, user, paths
+    and secrets."""
     from ..engine import device
 
     document = device.describe_environment()
