@@ -35,7 +35,7 @@ def _describe(entry: object) -> str:
 
 @app.command("help")
 def help_command(
-    topic: Annotated[str | None, typer.Argument(metavar="[TOPIC]", help="Page to print.")] = None,
+    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="Page to print.")] = None,
 ) -> None:
     """Print a help page; without TOPIC, list the pages."""
     if topic is None:

@@ -118,7 +118,7 @@ def compare(
 def report(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="FOLDER...", help="Run folders, or folders that contain them."),
+        typer.Argument(metavar="FOLDER", help="Run folders, or folders that contain them."),
     ],
     out: Annotated[
         str,

@@ -76,7 +76,7 @@ def test_padded_vocabularies_are_cut_exactly(pair, questions, tmp_path):
     assert (
         found.status == "ok"
         and found.facts["teacher"] == {"ids": 260, "head_rows": 300, "support": 260}
-        and "both heads cut to the real ids" in found.text
+        and "padding rows of the output heads are cut" in found.text
     )
 
 
