@@ -355,3 +355,10 @@ def test_the_bound_for_small_models_is_above_the_forecast(kind, more):
     found = Forecaster(config, config).forecast(settled)["total"]
     model = ghosts.sketch("m", config, Network(torch.float32))
     assert found < forecast.bound_memory(model, model, settled) < 100 * found
+
+
+def test_a_plan_without_a_dataset_names_none():
+    code, _, err = invoke("plan", "--prompt-tokens", "50", "--prefixes", "full")
+    assert code == 0 and "prompts: 50 tokens each" in err and "no --dataset" not in err
+    code, _, err = invoke("plan", "--student", "lab:choice/student", "--prefixes", "full")
+    assert code == 0 and "256 tokens each (assumed" in err and "no --dataset" not in err
