@@ -22,6 +22,7 @@ from ..maths.divergence import Head
 from ..maths.extrapolation import MODULES
 from ..maths.flops import Shape
 from . import adapter
+from .decoding import FASTEST, Decoding
 from .transformers_names import enable_checkpointing, name_cache_argument, read_cache
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from .transformers_names import CausalLM
 
 
+# fields of configs that bound the logits: Gemma and others, RecurrentGemma, xLSTM
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FEW_ROWS = 64  # most input rows for which _ColumnsFirst computes W·xᵀ
 LARGE_WEIGHT = 1 << 16  # fewest weight elements for which it replaces a linear layer
 
@@ -41,7 +44,8 @@ class Model:
     ``generation_config``: the settings that came with the weights and are saved with them. The
     network's own are blank, so that none of them changes sampling. ``eos``: ids that end a turn.
     ``shares_prompts``: several responses may follow one forward pass over their prompt, because
-    ``scoring.check_sharing`` found that exact. ``recomputes``: gradient checkpointing is on.
+    ``exactness.check_sharing`` found that exact. ``decoding``: how rows are decoded together, found
+    by ``exactness.find_decoding``. ``recomputes``: gradient checkpointing is on.
     ``support``: the head computes logits for the first so many ids (None: all). ``adapter``: peft's
     wrapper of ``net`` if a LoRA adapter is trained. ``adapter_off``: this model is ``net`` without
     its adapter. ``home``: the head's device, if the layers lie on several devices. ``scratch``: the
@@ -54,6 +58,7 @@ class Model:
     generation_config: GenerationConfig
     eos: frozenset[int]
     shares_prompts: bool = False
+    decoding: Decoding = FASTEST
     recomputes: bool = False
     support: int | None = None
     adapter: "PeftModel | None" = None
@@ -156,7 +161,9 @@ class Model:
                 bias = bias[: self.support]
         scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides
-        softcap = getattr(self.config, "final_logit_softcapping", None)
+        softcap = None
+        for name in SOFTCAPS:
+            softcap = softcap or getattr(self.config, name, None)
         return Head(weight, bias, float(scale), softcap)
 
 
@@ -333,7 +340,9 @@ def read_shape(model: Model, support: int | None = None) -> Shape:
         frozen = round(trunk)
     rows, columns = model.net.get_output_embeddings().weight.shape
     head = min(rows, support or rows) * columns
-    return Shape(round(trunk + adapted), head, _attention_shape(config), frozen)
+    return Shape(
+        round(trunk + adapted), head, _attention_shape(config), frozen, model.decoding.stretch
+    )
 
 
 def _matrix_size(module: torch.nn.Module) -> int:

@@ -13,9 +13,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..maths.flops import STRETCH, Shape
+from ..maths.flops import Shape
 from ..maths.seeds import seed_of
 from .batching import Reads
+from .decoding import Decoding
 from .device import Clock
 from .meter import Meter
 from .models import Model
@@ -72,7 +73,21 @@ class GenerationCost:
             self.meter.ledger.generation(self.shape, reads, self.prefill, self.decode)
 
 
-class _Race(LogitsProcessor):
+class RowProcessor(LogitsProcessor):
+    """A logits processor that chooses every row's token; with ``record`` it keeps its log p."""
+
+    record = False
+
+    def keep(self, rows: list[int]) -> None:
+        """Continue with these rows alone."""
+        raise NotImplementedError
+
+    def take_recorded(self) -> list[list[float]]:
+        """Return the recorded log-probabilities of every row, and forget them."""
+        raise NotImplementedError
+
+
+class _Race(RowProcessor):
     """Exact softmax sampling under greedy decoding, by an exponential race.
 
     argmax_v (log p_v − log e_v) with e_v ~ Exp(1) is distributed as p (the Gumbel-max trick). Each
@@ -173,7 +188,7 @@ class Sampler:
         """Return whether samples follow the student's own distribution."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
-    def race(self, keys: list[tuple[object, ...]], device: torch.device) -> _Race | None:
+    def race(self, keys: list[tuple[object, ...]], device: torch.device) -> RowProcessor | None:
         """Return the noise of every row; None if decoding is greedy."""
         if self.temperature == 0:
             return None
@@ -182,7 +197,7 @@ class Sampler:
             generators.append(torch.Generator(device).manual_seed(seed_of(self.seed, *key)))
         return _Race(generators, self.support, self.record)
 
-    def processors(self, race: _Race | None) -> LogitsProcessorList:
+    def processors(self, race: RowProcessor | None) -> LogitsProcessorList:
         """Return the logits processors in HF's order: temperature, top-k, top-p, then ``race``.
 
         ``race`` adds the sampling noise. Processors that change nothing are omitted.
@@ -225,20 +240,31 @@ def generate(
     """Sample up to ``max_new_tokens`` tokens for every request; return responses in its order.
 
     Rows are sorted by prompt length, rows with the same prompt together, and left-padded in batches
-    of at most ``sampler.rows``. A prompt of several rows is prefilled once if
-    ``model.shares_prompts``. ``cost`` records the FLOPs of every batch, and the seconds of prefill
-    and decoding.
+    of at most ``sampler.rows``, as far as ``model.decoding`` allows. A prompt of several rows is
+    prefilled once if ``model.shares_prompts``. ``cost`` records the FLOPs of every batch, and the
+    seconds of prefill and decoding.
     """
     responses: dict[int, Response] = {}
-    order = _order_by_prompt(requests)
-    for start in range(0, len(order), sampler.rows):
-        chosen = order[start : start + sampler.rows]
+    for chosen in _batches(requests, sampler.rows, model.decoding):
         batch = _Batch(model, [requests[i] for i in chosen], sampler)
         for i, response in zip(chosen, batch.decode(max_new_tokens, cost), strict=True):
             responses[i] = response
         if cost is not None:
             cost.count(_describe_reads(model, requests, {i: responses[i] for i in chosen}))
     return [responses[i] for i in range(len(requests))]
+
+
+def _batches(requests: list[Request], size: int, decoding: Decoding) -> list[list[int]]:
+    """Return the indices of the requests of every batch."""
+    batches: list[list[int]] = []
+    for i in _order_by_prompt(requests):
+        length = len(requests[i].ids)
+        is_open = batches and len(batches[-1]) < size
+        if is_open and decoding.can_share(len(requests[batches[-1][0]].ids), length):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def _order_by_prompt(requests: list[Request]) -> list[int]:
@@ -273,8 +299,8 @@ def _describe_reads(
 class _Batch:
     """One batch of rows during decoding.
 
-    ``generate`` runs in stretches of a fixed number of tokens; rows that have ended leave the batch
-    between two stretches. ``alive``: the rows that are still decoded.
+    ``generate`` runs in stretches of ``model.decoding.stretch`` tokens; rows that have ended leave
+    the batch between two stretches. ``alive``: the rows that are still decoded.
     """
 
     model: Model
@@ -296,7 +322,7 @@ class _Batch:
         alive = list(range(len(self.requests)))
         done = 0
         while alive and done < max_new_tokens:
-            stretch = min(STRETCH, max_new_tokens - done)
+            stretch = min(self.model.decoding.stretch or max_new_tokens, max_new_tokens - done)
             processors = self.sampler.processors(race)
             if timer is not None:
                 processors.insert(0, timer)
@@ -313,21 +339,25 @@ class _Batch:
             done += new.shape[1]
             going = self._append(alive, new.tolist(), race)
             alive = [alive[row] for row in going]
+            if not alive or done >= max_new_tokens:
+                break
             cache = read_cache(out)
             ids_BT = out.sequences
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(new.shape)], 1)
-            if alive and len(going) < len(new):
+            if len(going) < len(new):
                 kept = torch.tensor(going, device=self.model.device)
                 ids_BT = ids_BT[kept]
                 mask_BT = mask_BT[kept]
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)
                 if race is not None:
                     race.keep(going)
         if timer is not None and cost is not None:
             timer.stop(cost)
         return self._responses(race)
 
-    def _append(self, alive: list[int], new: list[list[int]], race: _Race | None) -> list[int]:
+    def _append(
+        self, alive: list[int], new: list[list[int]], race: RowProcessor | None
+    ) -> list[int]:
         """Add a stretch of tokens to the rows; return which of them have not ended."""
         for row, tokens in zip(alive, new, strict=True):
             self.ids[row] += tokens
@@ -337,7 +367,7 @@ class _Batch:
         eos = self.sampler.eos
         return [row for row, tokens in enumerate(new) if not eos.intersection(tokens)]
 
-    def _responses(self, race: _Race | None) -> list[Response]:
+    def _responses(self, race: RowProcessor | None) -> list[Response]:
         responses = [_until_eos(row, self.sampler.eos) for row in self.ids]
         if race is None or not race.record:
             return responses
@@ -369,7 +399,7 @@ class _Batch:
         rows = [prompts.index(ids) for ids in distinct]
         _, cache = self.model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])
         which = torch.tensor([distinct.index(ids) for ids in prompts], device=ids_BT.device)
-        cache.batch_select_indices(which)
+        cache.reorder_cache(which)
         return cache
 
 

@@ -8,7 +8,7 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
-from ..engine import loading, models, scoring
+from ..engine import exactness, loading, models
 from ..engine.alignment import match_tokenizers
 from ..engine.device import read_free_memory
 from ..engine.models import Model, with_checkpointing
@@ -171,10 +171,14 @@ def _can_share_weights(config: Config, where: Place) -> bool:
 
 
 def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
-    """Check the model's output head, and find out whether it can share a prompt's KV cache."""
+    """Check the model's output head, and find out how its rows may share work."""
     with as_preflight_error():
         loading.check_head(model)
-    reason = scoring.check_sharing(model)
+        model.decoding = exactness.find_decoding(model)
+    costs = model.decoding.describe()
+    if costs:
+        notes.note(f"the {role} decodes exactly only with restrictions: {costs}")
+    reason = exactness.check_sharing(model)
     model.shares_prompts = reason is None
     if reason:
         notes.note(f"the {role} runs the prompt once per sample: {reason}")

@@ -1,0 +1,182 @@
+"""Find out, by measuring, which ways of sharing work between rows leave a model's numbers alone.
+
+Hybrids with recurrent states, and models with caches of their own, allow less than a transformer.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..errors import UserError, first_line
+from .decoding import WAYS, Decoding
+from .models import Model
+from .rollout import Side
+from .sampling import Request, RowProcessor, Sampler, generate
+from .scoring import hidden_rows
+
+TEXT = "Tom has 12 apples. He gives 5 of them to Anna and buys 30 more. How many has he now? 12-5=7"
+# largest relative difference of logits. Rounding gives about 1e-6 in float32 and up to 0.05 in
+# bfloat16, wrong states give 0.2 and more.
+TOLERANCE = 1e-3
+TOLERANCE_OF_HALF_PRECISION = 0.1
+# prompts and responses of the checks: (first token, prompt length, response length)
+ROWS = ((0, 7, 4), (3, 7, 9), (0, 12, 9))
+STRETCH = 4  # tokens; the first row ends with its first stretch and leaves
+LONGEST = 9  # tokens of the longest response
+
+
+def sample_ids(model: Model, count: int) -> list[int]:
+    """Return ``count`` ids of plain text that a tokenizer without it replaces by other tokens."""
+    ids = [i for i in model.tokenizer(TEXT)["input_ids"] if i < model.vocabulary]
+    if len(set(ids)) < count // 2:  # most of the text is unknown to the tokenizer
+        ids = sorted(model.tokenizer.get_vocab().values())
+    return (ids * count)[:count]
+
+
+@torch.no_grad()
+def check_sharing(model: Model) -> str | None:
+    """Return why a prompt cannot run once for several responses; None if it can.
+
+    Two prompts and five responses of different lengths run together and one by one, in the
+    model's own dtype. The hidden states must agree.
+    """
+    ids = sample_ids(model, 40)
+    sides = []
+    for prompt, response in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9)):
+        text = tuple(ids[prompt : prompt + response])
+        sides.append(Side(tuple(ids[:prompt]), text, tuple(range(response))))
+    single = replace(model, shares_prompts=False)
+    one_by_one = torch.cat([hidden_rows(single, [side]) for side in sides]).float()
+    try:
+        together = hidden_rows(replace(model, shares_prompts=True), sides)
+    except Exception as error:
+        # an architecture may lack the cache, the mask or the positions, and may raise anything
+        return f"{type(error).__name__}: {first_line(error)[:120]}"
+    gap = ((together.float() - one_by_one).norm() / one_by_one.norm()).item()
+    allowed = 1e-5 if model.net.dtype == torch.float32 else 0.03
+    if gap <= allowed:
+        return None
+    return f"hidden states after a shared prompt differ by {gap:.1g} of their norm"
+
+
+@torch.no_grad()
+def find_decoding(model: Model) -> Decoding:
+    """Return the fastest way of decoding that gives the logits of one forward pass.
+
+    The model writes given texts with its KV cache. Prompts differ in length, and one row ends
+    before the others. UserError: no way gives the logits of a forward pass, so samples would come
+    from another distribution than the one that the loss trains.
+    """
+    dictation = _dictate(model)
+    allowed = TOLERANCE_OF_HALF_PRECISION
+    if model.net.dtype == torch.float32:
+        allowed = TOLERANCE
+    expected = dictation.read_in_one_pass(model)
+    for way in WAYS:
+        obstacle = dictation.compare(model, way, expected, allowed)
+        if obstacle is None:
+            return way
+    raise UserError(
+        f"model {model.name}: decoding with a KV cache does not give the logits of a forward pass "
+        f"({obstacle}), so rollouts would not be samples of the model that is trained; use another "
+        "model"
+    )
+
+
+def _dictate(model: Model) -> "_Dictation":
+    ids = [i for i in sample_ids(model, 40) if i not in model.eos]
+    requests = []
+    texts = {}
+    for start, prompt, response in ROWS:
+        key = (start, prompt, response)
+        requests.append(Request(tuple(ids[start : start + prompt]), key))
+        texts[key] = tuple(ids[start + prompt : start + prompt + response])
+    first = requests[0].key
+    texts[first] = (*texts[first][:-1], min(model.eos))  # this row ends and leaves the batch
+    return _Dictation(requests=requests, texts=texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dictation:
+    """Prompts and the texts that a model writes after them, by the requests' keys."""
+
+    requests: list[Request]
+    texts: dict[tuple[object, ...], tuple[int, ...]]
+
+    def read_in_one_pass(self, model: Model) -> list[torch.Tensor]:
+        """Return the logits [T, V] of every text from one forward pass per row."""
+        single = replace(model, shares_prompts=False)
+        logits = []
+        for request in self.requests:
+            text = self.texts[request.key]
+            side = Side(request.ids, text, tuple(range(len(text))))
+            logits.append(model.head().logits(hidden_rows(single, [side])).float())
+        return logits
+
+    def compare(
+        self, model: Model, way: Decoding, expected: list[torch.Tensor], allowed: float
+    ) -> str | None:
+        """Decode the texts in one ``way``; return what differs from the ``expected`` logits."""
+        tested = way
+        if way.stretch is not None:
+            tested = replace(way, stretch=STRETCH)
+        sampler = _DictatingSampler(
+            eos=frozenset({min(model.eos)}),
+            pad=min(model.eos),
+            support=model.vocabulary,
+            seed=0,
+            texts=self.texts,
+        )
+        try:
+            generate(replace(model, decoding=tested), self.requests, LONGEST, sampler)
+        except Exception as error:  # a cache without these operations may raise anything
+            return f"{type(error).__name__}: {first_line(error)[:120]}"
+        for request, theirs in zip(self.requests, expected, strict=True):
+            ours = torch.stack(sampler.logits[request.key])[:, : theirs.shape[-1]]
+            gap = _relative_gap(ours, theirs)
+            if not gap <= allowed:
+                return f"they differ by {gap:.1g} of their norm"
+        return None
+
+
+def _relative_gap(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference over that of the expected logits, each row centred."""
+    centred = expected - expected.mean(-1, keepdim=True)
+    difference = logits - logits.mean(-1, keepdim=True) - centred
+    return (difference.norm() / centred.norm()).item()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DictatingSampler(Sampler):
+    """A sampler whose tokens are given; it collects the ``logits`` of every key and position."""
+
+    texts: dict[tuple[object, ...], tuple[int, ...]]
+    logits: dict[tuple[object, ...], list[torch.Tensor]] = field(default_factory=dict)
+
+    def race(self, keys: list[tuple[object, ...]], device: torch.device) -> RowProcessor:
+        """Return the processor that writes the texts of ``keys``."""
+        self.logits.update({key: [] for key in keys})
+        return _DictatingProcessor(self, keys)
+
+
+class _DictatingProcessor(RowProcessor):
+    """Writes the text of every row and records its logits."""
+
+    def __init__(self, sampler: _DictatingSampler, keys: list[tuple[object, ...]]):
+        self.sampler = sampler
+        self.keys = keys
+        self.position = 0
+
+    def keep(self, rows: list[int]) -> None:
+        """Continue with these rows alone."""
+        self.keys = [self.keys[row] for row in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        dictated = torch.full_like(scores, -torch.inf)
+        for key, logits, choice in zip(self.keys, scores, dictated, strict=True):
+            text = self.sampler.texts[key]
+            if self.position < len(text):
+                self.sampler.logits[key].append(logits.float().clone())
+            choice[text[min(self.position, len(text) - 1)]] = 0.0
+        self.position += 1
+        return dictated
