@@ -24,16 +24,20 @@ class Decoding:
             return length == other
         return self.batch == "padded"
 
-    def describe(self) -> str:
-        """Return the restrictions, for a note; empty if there are none."""
-        restrictions = []
-        if self.batch == "equal":
-            restrictions.append("only prompts of equal length share a batch")
+    def restrictions(self, model: str) -> list[str]:
+        """Return what keeps the samples of ``model`` exact, as notes; none for the fastest way."""
         if self.batch == "single":
-            restrictions.append("every row is decoded alone")
-        elif self.stretch is None:
-            restrictions.append("rows that have ended stay in the batch")
-        return ", ".join(restrictions)
+            return [f"{model} decodes every row alone: its cache mixes the rows of a batch"]
+        notes = []
+        if self.batch == "equal":
+            notes.append(
+                f"{model} decodes prompts of equal length together: padding changes its logits"
+            )
+        if self.stretch is None:
+            notes.append(
+                f"{model} keeps rows that have ended in the batch: its cache cannot be continued"
+            )
+        return notes
 
 
 FASTEST = Decoding()

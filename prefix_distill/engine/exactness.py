@@ -3,6 +3,7 @@
 Hybrids with recurrent states, and models with caches of their own, allow less than a transformer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,8 +11,9 @@ import torch
 from ..errors import UserError, first_line
 from .decoding import WAYS, Decoding
 from .models import Model
+from .processors import RowProcessor
 from .rollout import Side
-from .sampling import Request, RowProcessor, Sampler, generate
+from .sampling import Request, Sampler, generate
 from .scoring import hidden_rows
 
 TEXT = "Tom has 12 apples. He gives 5 of them to Anna and buys 30 more. How many has he now? 12-5=7"
@@ -19,10 +21,16 @@ TEXT = "Tom has 12 apples. He gives 5 of them to Anna and buys 30 more. How many
 # bfloat16, wrong states give 0.2 and more.
 TOLERANCE = 1e-3
 TOLERANCE_OF_HALF_PRECISION = 0.1
+# the same for hidden states and gradients after a shared prompt
+SHARING_TOLERANCE = 1e-5
+SHARING_TOLERANCE_OF_HALF_PRECISION = 0.03
 # prompts and responses of the checks: (first token, prompt length, response length)
 ROWS = ((0, 7, 4), (3, 7, 9), (0, 12, 9))
+FEW = 8  # parameters at the start of the trunk, one of which the gradient is taken of
 STRETCH = 4  # tokens; the first row ends with its first stretch and leaves
 LONGEST = 9  # tokens of the longest response
+
+Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
 
 
 def sample_ids(model: Model, count: int) -> list[int]:
@@ -33,30 +41,70 @@ def sample_ids(model: Model, count: int) -> list[int]:
     return (ids * count)[:count]
 
 
-@torch.no_grad()
 def check_sharing(model: Model) -> str | None:
     """Return why a prompt cannot run once for several responses; None if it can.
 
     Two prompts and five responses of different lengths run together and one by one, in the
     model's own dtype. The hidden states must agree.
     """
+    return _compare_sharing(model, _hidden_states, "hidden states")
+
+
+def check_shared_gradients(model: Model) -> str | None:
+    """Return why a prompt cannot run once for several responses in training; None if it can.
+
+    The gradient of a small tensor of the first layer must agree; it depends on all layers.
+    """
+    return _compare_sharing(model, _gradient, "gradients")
+
+
+def _compare_sharing(model: Model, compute: Computation, what: str) -> str | None:
+    """Return how much a shared prompt changes a result, if more than twice a padded batch does."""
     ids = sample_ids(model, 40)
     sides = []
     for prompt, response in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9)):
         text = tuple(ids[prompt : prompt + response])
-        sides.append(Side(tuple(ids[:prompt]), text, tuple(range(response))))
-    single = replace(model, shares_prompts=False)
-    one_by_one = torch.cat([hidden_rows(single, [side]) for side in sides]).float()
+        sides.append(Side(prompt=tuple(ids[:prompt]), ids=text, rows=tuple(range(response))))
+    alone = replace(model, shares_prompts=False)
+    one_by_one = compute(alone, [[side] for side in sides])
+    noise = _relative_norm(compute(alone, [sides]) - one_by_one, one_by_one)
     try:
-        together = hidden_rows(replace(model, shares_prompts=True), sides)
+        together = compute(replace(model, shares_prompts=True), [sides])
     except Exception as error:
         # an architecture may lack the cache, the mask or the positions, and may raise anything
         return f"{type(error).__name__}: {first_line(error)[:120]}"
-    gap = ((together.float() - one_by_one).norm() / one_by_one.norm()).item()
-    allowed = 1e-5 if model.net.dtype == torch.float32 else 0.03
-    if gap <= allowed:
+    smallest = SHARING_TOLERANCE_OF_HALF_PRECISION
+    if model.net.dtype == torch.float32:
+        smallest = SHARING_TOLERANCE
+    gap = _relative_norm(together - one_by_one, one_by_one)
+    if gap <= max(smallest, 2 * noise):
         return None
-    return f"hidden states after a shared prompt differ by {gap:.1g} of their norm"
+    return f"{what} after a shared prompt differ by {gap:.1g} of their norm"
+
+
+@torch.no_grad()
+def _hidden_states(model: Model, groups: list[list[Side]]) -> torch.Tensor:
+    """Return the hidden rows [N, D] of all groups."""
+    return torch.cat([hidden_rows(model, group) for group in groups]).float()
+
+
+def _gradient(model: Model, groups: list[list[Side]]) -> torch.Tensor:
+    """Return the gradient of a small tensor of the first layer for a fixed function of the rows."""
+    first = list(model.net.get_decoder().parameters())[:FEW]
+    tensor = min(first, key=torch.Tensor.numel)
+    was_trained = tensor.requires_grad
+    tensor.requires_grad_(True)
+    try:
+        hidden_ND = torch.cat([hidden_rows(model, group) for group in groups]).float()
+        direction_D = torch.linspace(-1, 1, hidden_ND.shape[-1], device=hidden_ND.device)
+        [gradient] = torch.autograd.grad((hidden_ND @ direction_D).sum(), [tensor])
+    finally:
+        tensor.requires_grad_(was_trained)
+    return gradient.float()
+
+
+def _relative_norm(difference: torch.Tensor, expected: torch.Tensor) -> float:
+    return (difference.norm() / expected.norm()).item()
 
 
 @torch.no_grad()
@@ -73,7 +121,7 @@ def find_decoding(model: Model) -> Decoding:
         allowed = TOLERANCE
     expected = dictation.read_in_one_pass(model)
     for way in WAYS:
-        obstacle = dictation.compare(model, way, expected, allowed)
+        obstacle = dictation.compare(model, way, expected=expected, allowed=allowed)
         if obstacle is None:
             return way
     raise UserError(
@@ -86,10 +134,10 @@ def find_decoding(model: Model) -> Decoding:
 def _dictate(model: Model) -> "_Dictation":
     ids = [i for i in sample_ids(model, 40) if i not in model.eos]
     requests = []
-    texts = {}
+    texts: dict[tuple[object, ...], tuple[int, ...]] = {}
     for start, prompt, response in ROWS:
-        key = (start, prompt, response)
-        requests.append(Request(tuple(ids[start : start + prompt]), key))
+        key: tuple[object, ...] = (start, prompt, response)
+        requests.append(Request(ids=tuple(ids[start : start + prompt]), key=key))
         texts[key] = tuple(ids[start + prompt : start + prompt + response])
     first = requests[0].key
     texts[first] = (*texts[first][:-1], min(model.eos))  # this row ends and leaves the batch
@@ -105,16 +153,21 @@ class _Dictation:
 
     def read_in_one_pass(self, model: Model) -> list[torch.Tensor]:
         """Return the logits [T, V] of every text from one forward pass per row."""
-        single = replace(model, shares_prompts=False)
         logits = []
         for request in self.requests:
             text = self.texts[request.key]
-            side = Side(request.ids, text, tuple(range(len(text))))
-            logits.append(model.head().logits(hidden_rows(single, [side])).float())
+            ids_1T = torch.tensor([[*request.ids, *text]], device=model.net.device)
+            with model.adapter_context():
+                output = model.net(
+                    input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False
+                )
+            start = len(request.ids) - 1
+            rows = output.logits[0, start : start + len(text), : model.vocabulary]
+            logits.append(rows.float().to(model.device))
         return logits
 
     def compare(
-        self, model: Model, way: Decoding, expected: list[torch.Tensor], allowed: float
+        self, model: Model, way: Decoding, *, expected: list[torch.Tensor], allowed: float
     ) -> str | None:
         """Decode the texts in one ``way``; return what differs from the ``expected`` logits."""
         tested = way
@@ -128,7 +181,7 @@ class _Dictation:
             texts=self.texts,
         )
         try:
-            generate(replace(model, decoding=tested), self.requests, LONGEST, sampler)
+            generate(replace(model, decoding=tested), self.requests, LONGEST, sampler=sampler)
         except Exception as error:  # a cache without these operations may raise anything
             return f"{type(error).__name__}: {first_line(error)[:120]}"
         for request, theirs in zip(self.requests, expected, strict=True):
@@ -143,7 +196,7 @@ def _relative_gap(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the norm of the difference over that of the expected logits, each row centred."""
     centred = expected - expected.mean(-1, keepdim=True)
     difference = logits - logits.mean(-1, keepdim=True) - centred
-    return (difference.norm() / centred.norm()).item()
+    return _relative_norm(difference, centred)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,8 @@ class Model:
     ``generation_config``: the settings that came with the weights and are saved with them. The
     network's own are blank, so that none of them changes sampling. ``eos``: ids that end a turn.
     ``shares_prompts``: several responses may follow one forward pass over their prompt, because
-    ``exactness.check_sharing`` found that exact. ``decoding``: how rows are decoded together, found
+    ``exactness.check_sharing`` found that exact; ``trains_on_shared_prompts``: gradients are exact,
+    too. ``decoding``: how rows are decoded together, found
     by ``exactness.find_decoding``. ``recomputes``: gradient checkpointing is on.
     ``support``: the head computes logits for the first so many ids (None: all). ``adapter``: peft's
     wrapper of ``net`` if a LoRA adapter is trained. ``adapter_off``: this model is ``net`` without
@@ -58,6 +59,7 @@ class Model:
     generation_config: GenerationConfig
     eos: frozenset[int]
     shares_prompts: bool = False
+    trains_on_shared_prompts: bool = True
     decoding: Decoding = FASTEST
     recomputes: bool = False
     support: int | None = None
@@ -105,7 +107,7 @@ class Model:
         With gradient checkpointing they do not, because a layer that fills the KV cache cannot run
         twice.
         """
-        return self.shares_prompts and not self.recomputes
+        return self.shares_prompts and self.trains_on_shared_prompts and not self.recomputes
 
     def trunk(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return the final hidden states [B, T, D], after the last norm.
@@ -164,7 +166,7 @@ class Model:
         softcap = None
         for name in SOFTCAPS:
             softcap = softcap or getattr(self.config, name, None)
-        return Head(weight, bias, float(scale), softcap)
+        return Head(weight_VD=weight, bias_V=bias, scale=float(scale), softcap=softcap)
 
 
 def with_checkpointing(model: Model) -> Model:
@@ -341,7 +343,11 @@ def read_shape(model: Model, support: int | None = None) -> Shape:
     rows, columns = model.net.get_output_embeddings().weight.shape
     head = min(rows, support or rows) * columns
     return Shape(
-        round(trunk + adapted), head, _attention_shape(config), frozen, model.decoding.stretch
+        trunk=round(trunk + adapted),
+        head=head,
+        attention=_attention_shape(config),
+        frozen=frozen,
+        stretch=model.decoding.stretch,
     )
 
 

@@ -20,10 +20,11 @@ from .decoding import Decoding
 from .device import Clock
 from .meter import Meter
 from .models import Model
-from .transformers_names import name_generate_cache_argument, read_cache
+from .processors import Race, RowProcessor, Support
+from .transformers_names import name_generate_cache_argument, read_cache, select_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One response to sample: its prompt ids and the key that seeds it.
 
@@ -34,7 +35,7 @@ class Request:
     key: tuple[object, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Response:
     """A sampled response: its ids, and whether an EOS token ended it.
 
@@ -70,75 +71,9 @@ class GenerationCost:
     def count(self, reads: list[Reads]) -> None:
         """Add the FLOPs of one batch: (prompt length, lengths of its responses) per prompt."""
         if self.shape is not None:
-            self.meter.ledger.generation(self.shape, reads, self.prefill, self.decode)
-
-
-class RowProcessor(LogitsProcessor):
-    """A logits processor that chooses every row's token; with ``record`` it keeps its log p."""
-
-    record = False
-
-    def keep(self, rows: list[int]) -> None:
-        """Continue with these rows alone."""
-        raise NotImplementedError
-
-    def take_recorded(self) -> list[list[float]]:
-        """Return the recorded log-probabilities of every row, and forget them."""
-        raise NotImplementedError
-
-
-class _Race(RowProcessor):
-    """Exact softmax sampling under greedy decoding, by an exponential race.
-
-    argmax_v (log p_v − log e_v) with e_v ~ Exp(1) is distributed as p (the Gumbel-max trick). Each
-    row samples its own e, one value per vocabulary entry and position, with a generator seeded by
-    (seed, key). A sample therefore depends on (seed, step, prompt, sample, position) alone:
-    batching, padding and restarts cannot change it. Ids from ``support`` on (padding rows of the
-    head) are never sampled. With ``record``, ``taken`` collects log p of the sampled ids, a tensor
-    [rows] per position.
-    """
-
-    def __init__(self, generators: list[torch.Generator], support: int, record: bool):
-        self.generators = generators
-        self.support = support
-        self.record = record
-        self.taken: list[torch.Tensor] = []
-
-    def keep(self, rows: list[int]) -> None:
-        """Continue with these rows alone."""
-        self.generators = [self.generators[row] for row in rows]
-
-    def take_recorded(self) -> list[list[float]]:
-        """Return the recorded log-probabilities of every row, and forget them."""
-        recorded: list[list[float]] = torch.stack(self.taken, 1).tolist()
-        self.taken.clear()
-        return recorded
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        race = torch.empty(len(scores), self.support, dtype=torch.float32, device=scores.device)
-        for row, generator in zip(race, self.generators, strict=True):
-            row.uniform_(generator=generator)
-        logp = None
-        if self.record:
-            logp = scores[:, : self.support].float().log_softmax(-1)
-        # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below
-        # one grid step.
-        scores[:, : self.support] -= race.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
-        scores[:, self.support :] = -torch.inf
-        if logp is not None:
-            self.taken.append(logp.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
-        return scores
-
-
-class _Support(LogitsProcessor):
-    """Excludes padding rows of the head, which have no token, before other warpers see them."""
-
-    def __init__(self, support: int):
-        self.support = support
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:, self.support :] = -torch.inf
-        return scores
+            self.meter.ledger.generation(
+                self.shape, reads, prefill=self.prefill, decode=self.decode
+            )
 
 
 class PhaseTimer(LogitsProcessor):
@@ -195,7 +130,7 @@ class Sampler:
         generators = []
         for key in keys:
             generators.append(torch.Generator(device).manual_seed(seed_of(self.seed, *key)))
-        return _Race(generators, self.support, self.record)
+        return Race(generators, self.support, self.record)
 
     def processors(self, race: RowProcessor | None) -> LogitsProcessorList:
         """Return the logits processors in HF's order: temperature, top-k, top-p, then ``race``.
@@ -204,7 +139,7 @@ class Sampler:
         """
         steps = LogitsProcessorList()
         if race is None or self.top_k or self.top_p < 1:
-            steps.append(_Support(self.support))
+            steps.append(Support(self.support))
         if race is None:
             return steps
         if self.temperature != 1:
@@ -246,7 +181,7 @@ def generate(
     """
     responses: dict[int, Response] = {}
     for chosen in _batches(requests, sampler.rows, model.decoding):
-        batch = _Batch(model, [requests[i] for i in chosen], sampler)
+        batch = _Batch(model=model, requests=[requests[i] for i in chosen], sampler=sampler)
         for i, response in zip(chosen, batch.decode(max_new_tokens, cost), strict=True):
             responses[i] = response
         if cost is not None:
@@ -295,7 +230,7 @@ def _describe_reads(
     return list(lengths.values())
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Batch:
     """One batch of rows during decoding.
 
@@ -348,7 +283,7 @@ class _Batch:
                 kept = torch.tensor(going, device=self.model.device)
                 ids_BT = ids_BT[kept]
                 mask_BT = mask_BT[kept]
-                cache.reorder_cache(kept)
+                select_rows(cache, kept)
                 if race is not None:
                     race.keep(going)
         if timer is not None and cost is not None:
@@ -399,7 +334,7 @@ class _Batch:
         rows = [prompts.index(ids) for ids in distinct]
         _, cache = self.model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])
         which = torch.tensor([distinct.index(ids) for ids in prompts], device=ids_BT.device)
-        cache.reorder_cache(which)
+        select_rows(cache, which)
         return cache
 
 
@@ -407,5 +342,5 @@ def _until_eos(row: list[int], eos: frozenset[int]) -> Response:
     """Cut after the first EOS token; the only place that decides where a response ends."""
     for position, token in enumerate(row):
         if token in eos:
-            return Response(tuple(row[: position + 1]), True)
-    return Response(tuple(row), False)
+            return Response(ids=tuple(row[: position + 1]), finished=True)
+    return Response(ids=tuple(row), finished=False)

@@ -15,6 +15,7 @@ from .models import Model
 from .pair import Pair
 from .ranks import Place
 from .rollout import Rollout, Side, student_sides, teacher_sides
+from .transformers_names import select_rows
 from .units import units_of
 
 # probability of the student's first token under the teacher, below which prompts may not match
@@ -67,7 +68,7 @@ def _run_after_shared_prompts(
     ids_BT = to_device(right_padded(responses), model.device)
     if not ids_BT.shape[1]:
         return last_B1D
-    cache.reorder_cache(which_B)
+    select_rows(cache, which_B)
     mask_BT = torch.cat([mask_UT[which_B], torch.ones_like(ids_BT)], 1)
     response_BTD, _ = model.trunk_cached(ids_BT, mask_BT, cache)
     return torch.cat([last_B1D, response_BTD], 1)
@@ -94,7 +95,7 @@ def tokens(rollouts: list[Rollout]) -> torch.Tensor:
     return torch.tensor([r.ids[t] for r in rollouts for t in r.taught])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ForwardPass:
     """Hidden rows of both models for all taught tokens of ``rollouts``, in their order.
 
@@ -139,7 +140,7 @@ class Scorer:
     @classmethod
     def reverse_kl(cls, pair: Pair, place: Place) -> "Scorer":
         """Return a scorer of the reverse KL at temperature 1, the held-out measure of every run."""
-        return cls(pair=pair, terms=Terms("reverse-kl", dtype=place.head_dtype), place=place)
+        return cls(pair=pair, terms=Terms(name="reverse-kl", dtype=place.head_dtype), place=place)
 
     def student_rows(self, rollouts: list[Rollout]) -> torch.Tensor:
         """Return the student's hidden rows [N, D]."""
@@ -163,23 +164,23 @@ class Scorer:
         if pair.shared_support is None:
             values = fused.statistics(
                 self.terms,
-                student_ND,
-                pair.student.head(),
-                rows.teacher_NE,
-                pair.teacher.head(),
-                tokens(rows.rollouts),
-                self.forward_kl,
+                student_ND=student_ND,
+                student_head=pair.student.head(),
+                teacher_NE=rows.teacher_NE,
+                teacher_head=pair.teacher.head(),
+                token_N=tokens(rows.rollouts),
+                forward=self.forward_kl,
             )
         else:
             values = simct.statistics(
                 self.terms,
-                pair.shared_support,
-                units_of(rows.rollouts),
-                student_ND,
-                pair.student.head(),
-                rows.teacher_NE,
-                pair.teacher.head(),
-                self.forward_kl,
+                support=pair.shared_support,
+                units=units_of(rows.rollouts),
+                student_ND=student_ND,
+                student_head=pair.student.head(),
+                teacher_ME=rows.teacher_NE,
+                teacher_head=pair.teacher.head(),
+                forward=self.forward_kl,
             )
         return by_position(rows.rollouts, values)
 
@@ -195,9 +196,11 @@ class Scorer:
         for group in micro_batches(rollouts, size, self.pair.student.encodes_prompt_once):
             student_ND = self.student_rows(group)
             teacher_NE = self.teacher_rows(group)
-            facts |= self.statistics(ForwardPass(group, student_ND, teacher_NE))
+            facts |= self.statistics(
+                ForwardPass(rollouts=group, student_ND=student_ND, teacher_NE=teacher_NE)
+            )
             if ledger is not None:
-                count_forward_passes(ledger, phase, self.pair, group)
+                count_forward_passes(ledger, phase, self.pair, rollouts=group)
         return facts
 
 
