@@ -22,6 +22,7 @@ from ..maths.divergence import Head
 from ..maths.extrapolation import MODULES
 from ..maths.flops import Shape
 from . import adapter
+from .decoding import FASTEST, Decoding
 from .transformers_names import enable_checkpointing, name_cache_argument, read_cache
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from .transformers_names import CausalLM
 
 
+# fields of configs that bound the logits: Gemma and others, RecurrentGemma, xLSTM
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FEW_ROWS = 64  # most input rows for which _ColumnsFirst computes W·xᵀ
 LARGE_WEIGHT = 1 << 16  # fewest weight elements for which it replaces a linear layer
 
@@ -41,7 +44,9 @@ class Model:
     ``generation_config``: the settings that came with the weights and are saved with them. The
     network's own are blank, so that none of them changes sampling. ``eos``: ids that end a turn.
     ``shares_prompts``: several responses may follow one forward pass over their prompt, because
-    ``scoring.check_sharing`` found that exact. ``recomputes``: gradient checkpointing is on.
+    ``exactness.check_sharing`` found that exact; ``trains_on_shared_prompts``: gradients are exact,
+    too. ``decoding``: how rows are decoded together, found
+    by ``exactness.find_decoding``. ``recomputes``: gradient checkpointing is on.
     ``support``: the head computes logits for the first so many ids (None: all). ``adapter``: peft's
     wrapper of ``net`` if a LoRA adapter is trained. ``adapter_off``: this model is ``net`` without
     its adapter. ``home``: the head's device, if the layers lie on several devices. ``scratch``: the
@@ -54,6 +59,8 @@ class Model:
     generation_config: GenerationConfig
     eos: frozenset[int]
     shares_prompts: bool = False
+    trains_on_shared_prompts: bool = True
+    decoding: Decoding = FASTEST
     recomputes: bool = False
     support: int | None = None
     adapter: "PeftModel | None" = None
@@ -100,7 +107,7 @@ class Model:
         With gradient checkpointing they do not, because a layer that fills the KV cache cannot run
         twice.
         """
-        return self.shares_prompts and not self.recomputes
+        return self.shares_prompts and self.trains_on_shared_prompts and not self.recomputes
 
     def trunk(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return the final hidden states [B, T, D], after the last norm.
@@ -156,7 +163,9 @@ class Model:
                 bias = bias[: self.support]
         scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides
-        softcap = getattr(self.config, "final_logit_softcapping", None)
+        softcap = None
+        for name in SOFTCAPS:
+            softcap = softcap or getattr(self.config, name, None)
         return Head(weight_VD=weight, bias_V=bias, scale=float(scale), softcap=softcap)
 
 
@@ -334,7 +343,11 @@ def read_shape(model: Model, support: int | None = None) -> Shape:
     rows, columns = model.net.get_output_embeddings().weight.shape
     head = min(rows, support or rows) * columns
     return Shape(
-        trunk=round(trunk + adapted), head=head, attention=_attention_shape(config), frozen=frozen
+        trunk=round(trunk + adapted),
+        head=head,
+        attention=_attention_shape(config),
+        frozen=frozen,
+        stretch=model.decoding.stretch,
     )
 
 

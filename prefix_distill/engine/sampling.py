@@ -13,13 +13,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..maths.flops import STRETCH, Shape
+from ..maths.flops import Shape
 from ..maths.seeds import seed_of
 from .batching import Reads
+from .decoding import Decoding
 from .device import Clock
 from .meter import Meter
 from .models import Model
-from .transformers_names import name_generate_cache_argument, read_cache
+from .processors import Race, RowProcessor, Support
+from .transformers_names import name_generate_cache_argument, read_cache, select_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,60 +76,6 @@ class GenerationCost:
             )
 
 
-class _Race(LogitsProcessor):
-    """Exact softmax sampling under greedy decoding, by an exponential race.
-
-    argmax_v (log p_v − log e_v) with e_v ~ Exp(1) is distributed as p (the Gumbel-max trick). Each
-    row samples its own e, one value per vocabulary entry and position, with a generator seeded by
-    (seed, key). A sample therefore depends on (seed, step, prompt, sample, position) alone:
-    batching, padding and restarts cannot change it. Ids from ``support`` on (padding rows of the
-    head) are never sampled. With ``record``, ``taken`` collects log p of the sampled ids, a tensor
-    [rows] per position.
-    """
-
-    def __init__(self, generators: list[torch.Generator], support: int, record: bool):
-        self.generators = generators
-        self.support = support
-        self.record = record
-        self.taken: list[torch.Tensor] = []
-
-    def keep(self, rows: list[int]) -> None:
-        """Continue with these rows alone."""
-        self.generators = [self.generators[row] for row in rows]
-
-    def take_recorded(self) -> list[list[float]]:
-        """Return the recorded log-probabilities of every row, and forget them."""
-        recorded: list[list[float]] = torch.stack(self.taken, 1).tolist()
-        self.taken.clear()
-        return recorded
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        race = torch.empty(len(scores), self.support, dtype=torch.float32, device=scores.device)
-        for row, generator in zip(race, self.generators, strict=True):
-            row.uniform_(generator=generator)
-        logp = None
-        if self.record:
-            logp = scores[:, : self.support].float().log_softmax(-1)
-        # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below
-        # one grid step.
-        scores[:, : self.support] -= race.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
-        scores[:, self.support :] = -torch.inf
-        if logp is not None:
-            self.taken.append(logp.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
-        return scores
-
-
-class _Support(LogitsProcessor):
-    """Excludes padding rows of the head, which have no token, before other warpers see them."""
-
-    def __init__(self, support: int):
-        self.support = support
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:, self.support :] = -torch.inf
-        return scores
-
-
 class PhaseTimer(LogitsProcessor):
     """Times prefill and decoding: prefill starts now and ends with the first logits."""
 
@@ -175,23 +123,23 @@ class Sampler:
         """Return whether samples follow the student's own distribution."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
-    def race(self, keys: list[tuple[object, ...]], device: torch.device) -> _Race | None:
+    def race(self, keys: list[tuple[object, ...]], device: torch.device) -> RowProcessor | None:
         """Return the noise of every row; None if decoding is greedy."""
         if self.temperature == 0:
             return None
         generators = []
         for key in keys:
             generators.append(torch.Generator(device).manual_seed(seed_of(self.seed, *key)))
-        return _Race(generators, self.support, self.record)
+        return Race(generators, self.support, self.record)
 
-    def processors(self, race: _Race | None) -> LogitsProcessorList:
+    def processors(self, race: RowProcessor | None) -> LogitsProcessorList:
         """Return the logits processors in HF's order: temperature, top-k, top-p, then ``race``.
 
         ``race`` adds the sampling noise. Processors that change nothing are omitted.
         """
         steps = LogitsProcessorList()
         if race is None or self.top_k or self.top_p < 1:
-            steps.append(_Support(self.support))
+            steps.append(Support(self.support))
         if race is None:
             return steps
         if self.temperature != 1:
@@ -227,20 +175,31 @@ def generate(
     """Sample up to ``max_new_tokens`` tokens for every request; return responses in its order.
 
     Rows are sorted by prompt length, rows with the same prompt together, and left-padded in batches
-    of at most ``sampler.rows``. A prompt of several rows is prefilled once if
-    ``model.shares_prompts``. ``cost`` records the FLOPs of every batch, and the seconds of prefill
-    and decoding.
+    of at most ``sampler.rows``, as far as ``model.decoding`` allows. A prompt of several rows is
+    prefilled once if ``model.shares_prompts``. ``cost`` records the FLOPs of every batch, and the
+    seconds of prefill and decoding.
     """
     responses: dict[int, Response] = {}
-    order = _order_by_prompt(requests)
-    for start in range(0, len(order), sampler.rows):
-        chosen = order[start : start + sampler.rows]
+    for chosen in _batches(requests, sampler.rows, model.decoding):
         batch = _Batch(model=model, requests=[requests[i] for i in chosen], sampler=sampler)
         for i, response in zip(chosen, batch.decode(max_new_tokens, cost), strict=True):
             responses[i] = response
         if cost is not None:
             cost.count(_describe_reads(model, requests, {i: responses[i] for i in chosen}))
     return [responses[i] for i in range(len(requests))]
+
+
+def _batches(requests: list[Request], size: int, decoding: Decoding) -> list[list[int]]:
+    """Return the indices of the requests of every batch."""
+    batches: list[list[int]] = []
+    for i in _order_by_prompt(requests):
+        length = len(requests[i].ids)
+        is_open = batches and len(batches[-1]) < size
+        if is_open and decoding.can_share(len(requests[batches[-1][0]].ids), length):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def _order_by_prompt(requests: list[Request]) -> list[int]:
@@ -275,8 +234,8 @@ def _describe_reads(
 class _Batch:
     """One batch of rows during decoding.
 
-    ``generate`` runs in stretches of a fixed number of tokens; rows that have ended leave the batch
-    between two stretches. ``alive``: the rows that are still decoded.
+    ``generate`` runs in stretches of ``model.decoding.stretch`` tokens; rows that have ended leave
+    the batch between two stretches. ``alive``: the rows that are still decoded.
     """
 
     model: Model
@@ -298,7 +257,7 @@ class _Batch:
         alive = list(range(len(self.requests)))
         done = 0
         while alive and done < max_new_tokens:
-            stretch = min(STRETCH, max_new_tokens - done)
+            stretch = min(self.model.decoding.stretch or max_new_tokens, max_new_tokens - done)
             processors = self.sampler.processors(race)
             if timer is not None:
                 processors.insert(0, timer)
@@ -315,21 +274,25 @@ class _Batch:
             done += new.shape[1]
             going = self._append(alive, new.tolist(), race)
             alive = [alive[row] for row in going]
+            if not alive or done >= max_new_tokens:
+                break
             cache = read_cache(out)
             ids_BT = out.sequences
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(new.shape)], 1)
-            if alive and len(going) < len(new):
+            if len(going) < len(new):
                 kept = torch.tensor(going, device=self.model.device)
                 ids_BT = ids_BT[kept]
                 mask_BT = mask_BT[kept]
-                cache.batch_select_indices(kept)
+                select_rows(cache, kept)
                 if race is not None:
                     race.keep(going)
         if timer is not None and cost is not None:
             timer.stop(cost)
         return self._responses(race)
 
-    def _append(self, alive: list[int], new: list[list[int]], race: _Race | None) -> list[int]:
+    def _append(
+        self, alive: list[int], new: list[list[int]], race: RowProcessor | None
+    ) -> list[int]:
         """Add a stretch of tokens to the rows; return which of them have not ended."""
         for row, tokens in zip(alive, new, strict=True):
             self.ids[row] += tokens
@@ -339,7 +302,7 @@ class _Batch:
         eos = self.sampler.eos
         return [row for row, tokens in enumerate(new) if not eos.intersection(tokens)]
 
-    def _responses(self, race: _Race | None) -> list[Response]:
+    def _responses(self, race: RowProcessor | None) -> list[Response]:
         responses = [_until_eos(row, self.sampler.eos) for row in self.ids]
         if race is None or not race.record:
             return responses
@@ -371,7 +334,7 @@ class _Batch:
         rows = [prompts.index(ids) for ids in distinct]
         _, cache = self.model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])
         which = torch.tensor([distinct.index(ids) for ids in prompts], device=ids_BT.device)
-        cache.batch_select_indices(which)
+        select_rows(cache, which)
         return cache
 
 

@@ -3,11 +3,10 @@
 This module holds the only causal shift in the code.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from ..errors import first_line
 from ..maths import fused, simct
 from ..maths.divergence import Terms
 from ..maths.flops import Ledger
@@ -16,6 +15,7 @@ from .models import Model
 from .pair import Pair
 from .ranks import Place
 from .rollout import Rollout, Side, student_sides, teacher_sides
+from .transformers_names import select_rows
 from .units import units_of
 
 # probability of the student's first token under the teacher, below which prompts may not match
@@ -68,7 +68,7 @@ def _run_after_shared_prompts(
     ids_BT = to_device(right_padded(responses), model.device)
     if not ids_BT.shape[1]:
         return last_B1D
-    cache.batch_select_indices(which_B)
+    select_rows(cache, which_B)
     mask_BT = torch.cat([mask_UT[which_B], torch.ones_like(ids_BT)], 1)
     response_BTD, _ = model.trunk_cached(ids_BT, mask_BT, cache)
     return torch.cat([last_B1D, response_BTD], 1)
@@ -93,32 +93,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def tokens(rollouts: list[Rollout]) -> torch.Tensor:
     """Return the ids [N] of the taught tokens, in the order of ``hidden_rows``."""
     return torch.tensor([r.ids[t] for r in rollouts for t in r.taught])
-
-
-@torch.no_grad()
-def check_sharing(model: Model) -> str | None:
-    """Return why a prompt cannot run once for several responses; None if it can.
-
-    Two prompts and five responses of different lengths run together and one by one, in the
-    model's own dtype. The hidden states must agree.
-    """
-    ids = (sorted(model.tokenizer.get_vocab().values()) * 40)[:40]
-    sides = []
-    for prompt, response in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9)):
-        text = tuple(ids[prompt : prompt + response])
-        sides.append(Side(prompt=tuple(ids[:prompt]), ids=text, rows=tuple(range(response))))
-    single = replace(model, shares_prompts=False)
-    one_by_one = torch.cat([hidden_rows(single, [side]) for side in sides]).float()
-    try:
-        together = hidden_rows(replace(model, shares_prompts=True), sides)
-    except Exception as error:
-        # an architecture may lack the cache, the mask or the positions, and may raise anything
-        return f"{type(error).__name__}: {first_line(error)[:120]}"
-    gap = ((together.float() - one_by_one).norm() / one_by_one.norm()).item()
-    allowed = 1e-5 if model.net.dtype == torch.float32 else 0.03
-    if gap <= allowed:
-        return None
-    return f"hidden states after a shared prompt differ by {gap:.1g} of their norm"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,12 @@ version numbers: code that comes with a model may be older than the library.
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
+import torch
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
 if TYPE_CHECKING:
-    import torch
 
     class CausalLM(PreTrainedModel, GenerationMixin):
         """The return type of ``AutoModelForCausalLM``; the library has no public name for it."""
@@ -55,6 +55,14 @@ def read_cache(output: object) -> Cache:
         if hasattr(output, name):
             return getattr(output, name)
     raise AttributeError(f"{type(output).__name__} has none of {', '.join(CACHE_NAMES)}")
+
+
+def select_rows(cache: Cache, rows: torch.Tensor) -> None:
+    """Keep or repeat the ``rows`` of a KV cache, by index.
+
+    Recurrent states, and the caches of some models, have no ``batch_select_indices``.
+    """
+    cache.reorder_cache(cast("torch.LongTensor", rows))
 
 
 def enable_checkpointing(net: PreTrainedModel) -> None:

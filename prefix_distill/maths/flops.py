@@ -24,13 +24,15 @@ class Shape:
     ``trunk``: matmul parameters per token without the head (MoE: active experts). ``head``: D·V.
     ``attention``: per layer (heads·head_dim, sliding window in tokens or None). ``frozen``: with
     a LoRA adapter, the number of frozen parameters of the trunk; the head is frozen too. A training
-    step computes no gradients to them. None: all parameters train.
+    step computes no gradients to them. None: all parameters train. ``stretch``: rows that have
+    ended leave the batch after so many decoded tokens; None: they stay until all have ended.
     """
 
     trunk: int
     head: int
     attention: tuple[tuple[int, int | None], ...]
     frozen: int | None = None
+    stretch: int | None = STRETCH
 
     def saved(self, tokens: float, rows: float) -> float:
         """Return the FLOPs of the weight gradients that a training step does not compute."""
@@ -256,8 +258,10 @@ def _decode_in_stretches(shape: Shape, lengths: _Lengths) -> float:
     """Return the executed FLOPs of decoding."""
     flops = 0.0
     for step in range(1, lengths.longest):
-        stretch = step - step % STRETCH
-        running = sum(response > stretch for response in lengths.responses)
+        start = 0
+        if shape.stretch is not None:
+            start = step - step % shape.stretch
+        running = sum(response > start for response in lengths.responses)
         keys = lengths.width + step - 1
         flops += running * (shape.linear(1) + shape.output(1) + shape.rectangle(1, keys))
     return flops

@@ -9,7 +9,7 @@ import torch
 
 from .. import files
 from ..config import Config
-from ..engine import loading
+from ..engine import exactness, loading
 from ..engine.device import Clock
 from ..engine.evaluate import Evaluation, evaluate
 from ..engine.memory import EVAL_REMEDIES, MemoryLimits
@@ -48,6 +48,8 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     where = join_ranks(config.runtime, model)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
+    model.decoding = exactness.find_decoding(model)
+    notes.note(*model.decoding.restrictions("the model"))
     problems = _render(config, model, prompts)
     longest = max(len(ids) for _, ids in problems)
     config = settle_max_new_tokens(

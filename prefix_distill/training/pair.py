@@ -8,7 +8,7 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
-from ..engine import loading, models, scoring
+from ..engine import exactness, loading, models
 from ..engine.alignment import match_tokenizers
 from ..engine.device import read_free_memory
 from ..engine.models import Model, with_checkpointing
@@ -90,6 +90,7 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
             teacher_device=where.teacher_device,
         )
     _check_forward_pass("student", student, notes)
+    _check_training(student, notes)
     _check_forward_pass("teacher", teacher, notes)
     if config.train.gradient_checkpointing:
         student = with_checkpointing(student)
@@ -199,13 +200,25 @@ def _can_share_weights(config: Config, where: Place) -> bool:
 
 
 def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
-    """Check the model's output head, and find out whether it can share a prompt's KV cache."""
+    """Check the model's output head, and find out which work its rows may share."""
     with as_preflight_error():
         loading.check_head(model)
-    reason = scoring.check_sharing(model)
+        model.decoding = exactness.find_decoding(model)
+    notes.note(*model.decoding.restrictions(f"the {role}"))
+    reason = exactness.check_sharing(model)
     model.shares_prompts = reason is None
     if reason:
         notes.note(f"the {role} runs the prompt once per sample: {reason}")
+
+
+def _check_training(student: Model, notes: Notes) -> None:
+    """Find out whether training may share a prompt between its samples."""
+    if not student.shares_prompts:
+        return
+    reason = exactness.check_shared_gradients(student)
+    student.trains_on_shared_prompts = reason is None
+    if reason:
+        notes.note(f"in training, the student runs the prompt once per sample: {reason}")
 
 
 def _spread_limit(config: Config, where: Place, notes: Notes) -> int | None:

@@ -39,7 +39,7 @@ UNWRITTEN = 5  # <file_sep>
 def load(work: Path):
     import torch
 
-    from prefix_distill.engine import loading, scoring
+    from prefix_distill.engine import exactness, loading
     from prefix_distill.prompts import templates
     from prefix_distill.prompts.load import load_evaluation_prompts
     from prefix_distill.prompts.rows import RowFormat
@@ -47,7 +47,7 @@ def load(work: Path):
     model = loading.load_model(
         str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32
     )
-    model.shares_prompts = scoring.check_sharing(model) is None
+    model.shares_prompts = exactness.check_sharing(model) is None
     prompts = load_evaluation_prompts(
         str(real_pair.questions()), RowFormat(prompt_column="doc.question"), limit=8
     ).prompts

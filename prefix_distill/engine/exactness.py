@@ -1,0 +1,235 @@
+"""Find out, by measuring, which ways of sharing work between rows leave a model's numbers alone.
+
+Hybrids with recurrent states, and models with caches of their own, allow less than a transformer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..errors import UserError, first_line
+from .decoding import WAYS, Decoding
+from .models import Model
+from .processors import RowProcessor
+from .rollout import Side
+from .sampling import Request, Sampler, generate
+from .scoring import hidden_rows
+
+TEXT = "Tom has 12 apples. He gives 5 of them to Anna and buys 30 more. How many has he now? 12-5=7"
+# largest relative difference of logits. Rounding gives about 1e-6 in float32 and up to 0.05 in
+# bfloat16, wrong states give 0.2 and more.
+TOLERANCE = 1e-3
+TOLERANCE_OF_HALF_PRECISION = 0.1
+# the same for hidden states and gradients after a shared prompt
+SHARING_TOLERANCE = 1e-5
+SHARING_TOLERANCE_OF_HALF_PRECISION = 0.03
+# prompts and responses of the checks: (first token, prompt length, response length)
+ROWS = ((0, 7, 4), (3, 7, 9), (0, 12, 9))
+FEW = 8  # parameters at the start of the trunk, one of which the gradient is taken of
+STRETCH = 4  # tokens; the first row ends with its first stretch and leaves
+LONGEST = 9  # tokens of the longest response
+
+Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
+
+
+def sample_ids(model: Model, count: int) -> list[int]:
+    """Return ``count`` ids of plain text that a tokenizer without it replaces by other tokens."""
+    ids = [i for i in model.tokenizer(TEXT)["input_ids"] if i < model.vocabulary]
+    if len(set(ids)) < count // 2:  # most of the text is unknown to the tokenizer
+        ids = sorted(model.tokenizer.get_vocab().values())
+    return (ids * count)[:count]
+
+
+def check_sharing(model: Model) -> str | None:
+    """Return why a prompt cannot run once for several responses; None if it can.
+
+    Two prompts and five responses of different lengths run together and one by one, in the
+    model's own dtype. The hidden states must agree.
+    """
+    return _compare_sharing(model, _hidden_states, "hidden states")
+
+
+def check_shared_gradients(model: Model) -> str | None:
+    """Return why a prompt cannot run once for several responses in training; None if it can.
+
+    The gradient of a small tensor of the first layer must agree; it depends on all layers.
+    """
+    return _compare_sharing(model, _gradient, "gradients")
+
+
+def _compare_sharing(model: Model, compute: Computation, what: str) -> str | None:
+    """Return how much a shared prompt changes a result, if more than twice a padded batch does."""
+    ids = sample_ids(model, 40)
+    sides = []
+    for prompt, response in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9)):
+        text = tuple(ids[prompt : prompt + response])
+        sides.append(Side(prompt=tuple(ids[:prompt]), ids=text, rows=tuple(range(response))))
+    alone = replace(model, shares_prompts=False)
+    one_by_one = compute(alone, [[side] for side in sides])
+    noise = _relative_norm(compute(alone, [sides]) - one_by_one, one_by_one)
+    try:
+        together = compute(replace(model, shares_prompts=True), [sides])
+    except Exception as error:
+        # an architecture may lack the cache, the mask or the positions, and may raise anything
+        return f"{type(error).__name__}: {first_line(error)[:120]}"
+    smallest = SHARING_TOLERANCE_OF_HALF_PRECISION
+    if model.net.dtype == torch.float32:
+        smallest = SHARING_TOLERANCE
+    gap = _relative_norm(together - one_by_one, one_by_one)
+    if gap <= max(smallest, 2 * noise):
+        return None
+    return f"{what} after a shared prompt differ by {gap:.1g} of their norm"
+
+
+@torch.no_grad()
+def _hidden_states(model: Model, groups: list[list[Side]]) -> torch.Tensor:
+    """Return the hidden rows [N, D] of all groups."""
+    return torch.cat([hidden_rows(model, group) for group in groups]).float()
+
+
+def _gradient(model: Model, groups: list[list[Side]]) -> torch.Tensor:
+    """Return the gradient of a small tensor of the first layer for a fixed function of the rows."""
+    first = list(model.net.get_decoder().parameters())[:FEW]
+    tensor = min(first, key=torch.Tensor.numel)
+    was_trained = tensor.requires_grad
+    tensor.requires_grad_(True)
+    try:
+        hidden_ND = torch.cat([hidden_rows(model, group) for group in groups]).float()
+        direction_D = torch.linspace(-1, 1, hidden_ND.shape[-1], device=hidden_ND.device)
+        [gradient] = torch.autograd.grad((hidden_ND @ direction_D).sum(), [tensor])
+    finally:
+        tensor.requires_grad_(was_trained)
+    return gradient.float()
+
+
+def _relative_norm(difference: torch.Tensor, expected: torch.Tensor) -> float:
+    return (difference.norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def find_decoding(model: Model) -> Decoding:
+    """Return the fastest way of decoding that gives the logits of one forward pass.
+
+    The model writes given texts with its KV cache. Prompts differ in length, and one row ends
+    before the others. UserError: no way gives the logits of a forward pass, so samples would come
+    from another distribution than the one that the loss trains.
+    """
+    dictation = _dictate(model)
+    allowed = TOLERANCE_OF_HALF_PRECISION
+    if model.net.dtype == torch.float32:
+        allowed = TOLERANCE
+    expected = dictation.read_in_one_pass(model)
+    for way in WAYS:
+        obstacle = dictation.compare(model, way, expected=expected, allowed=allowed)
+        if obstacle is None:
+            return way
+    raise UserError(
+        f"model {model.name}: decoding with a KV cache does not give the logits of a forward pass "
+        f"({obstacle}), so rollouts would not be samples of the model that is trained; use another "
+        "model"
+    )
+
+
+def _dictate(model: Model) -> "_Dictation":
+    ids = [i for i in sample_ids(model, 40) if i not in model.eos]
+    requests = []
+    texts: dict[tuple[object, ...], tuple[int, ...]] = {}
+    for start, prompt, response in ROWS:
+        key: tuple[object, ...] = (start, prompt, response)
+        requests.append(Request(ids=tuple(ids[start : start + prompt]), key=key))
+        texts[key] = tuple(ids[start + prompt : start + prompt + response])
+    first = requests[0].key
+    texts[first] = (*texts[first][:-1], min(model.eos))  # this row ends and leaves the batch
+    return _Dictation(requests=requests, texts=texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dictation:
+    """Prompts and the texts that a model writes after them, by the requests' keys."""
+
+    requests: list[Request]
+    texts: dict[tuple[object, ...], tuple[int, ...]]
+
+    def read_in_one_pass(self, model: Model) -> list[torch.Tensor]:
+        """Return the logits [T, V] of every text from one forward pass per row."""
+        logits = []
+        for request in self.requests:
+            text = self.texts[request.key]
+            ids_1T = torch.tensor([[*request.ids, *text]], device=model.net.device)
+            with model.adapter_context():
+                output = model.net(
+                    input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False
+                )
+            start = len(request.ids) - 1
+            rows = output.logits[0, start : start + len(text), : model.vocabulary]
+            logits.append(rows.float().to(model.device))
+        return logits
+
+    def compare(
+        self, model: Model, way: Decoding, *, expected: list[torch.Tensor], allowed: float
+    ) -> str | None:
+        """Decode the texts in one ``way``; return what differs from the ``expected`` logits."""
+        tested = way
+        if way.stretch is not None:
+            tested = replace(way, stretch=STRETCH)
+        sampler = _DictatingSampler(
+            eos=frozenset({min(model.eos)}),
+            pad=min(model.eos),
+            support=model.vocabulary,
+            seed=0,
+            texts=self.texts,
+        )
+        try:
+            generate(replace(model, decoding=tested), self.requests, LONGEST, sampler=sampler)
+        except Exception as error:  # a cache without these operations may raise anything
+            return f"{type(error).__name__}: {first_line(error)[:120]}"
+        for request, theirs in zip(self.requests, expected, strict=True):
+            ours = torch.stack(sampler.logits[request.key])[:, : theirs.shape[-1]]
+            gap = _relative_gap(ours, theirs)
+            if not gap <= allowed:
+                return f"they differ by {gap:.1g} of their norm"
+        return None
+
+
+def _relative_gap(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference over that of the expected logits, each row centred."""
+    centred = expected - expected.mean(-1, keepdim=True)
+    difference = logits - logits.mean(-1, keepdim=True) - centred
+    return _relative_norm(difference, centred)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DictatingSampler(Sampler):
+    """A sampler whose tokens are given; it collects the ``logits`` of every key and position."""
+
+    texts: dict[tuple[object, ...], tuple[int, ...]]
+    logits: dict[tuple[object, ...], list[torch.Tensor]] = field(default_factory=dict)
+
+    def race(self, keys: list[tuple[object, ...]], device: torch.device) -> RowProcessor:
+        """Return the processor that writes the texts of ``keys``."""
+        self.logits.update({key: [] for key in keys})
+        return _DictatingProcessor(self, keys)
+
+
+class _DictatingProcessor(RowProcessor):
+    """Writes the text of every row and records its logits."""
+
+    def __init__(self, sampler: _DictatingSampler, keys: list[tuple[object, ...]]):
+        self.sampler = sampler
+        self.keys = keys
+        self.position = 0
+
+    def keep(self, rows: list[int]) -> None:
+        """Continue with these rows alone."""
+        self.keys = [self.keys[row] for row in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        dictated = torch.full_like(scores, -torch.inf)
+        for key, logits, choice in zip(self.keys, scores, dictated, strict=True):
+            text = self.sampler.texts[key]
+            if self.position < len(text):
+                self.sampler.logits[key].append(logits.float().clone())
+            choice[text[min(self.position, len(text) - 1)]] = 0.0
+        self.position += 1
+        return dictated

@@ -1,0 +1,72 @@
+"""Logits processors that choose the sampled tokens."""
+
+import torch
+from transformers import LogitsProcessor
+
+
+class RowProcessor(LogitsProcessor):
+    """A logits processor that chooses every row's token; with ``record`` it keeps its log p."""
+
+    record = False
+
+    def keep(self, rows: list[int]) -> None:
+        """Continue with these rows alone."""
+        raise NotImplementedError
+
+    def take_recorded(self) -> list[list[float]]:
+        """Return the recorded log-probabilities of every row, and forget them."""
+        raise NotImplementedError
+
+
+class Race(RowProcessor):
+    """Exact softmax sampling under greedy decoding, by an exponential race.
+
+    argmax_v (log p_v − log e_v) with e_v ~ Exp(1) is distributed as p (the Gumbel-max trick). Each
+    row samples its own e, one value per vocabulary entry and position, with a generator seeded by
+    (seed, key). A sample therefore depends on (seed, step, prompt, sample, position) alone:
+    batching, padding and restarts cannot change it. Ids from ``support`` on (padding rows of the
+    head) are never sampled. With ``record``, ``taken`` collects log p of the sampled ids, a tensor
+    [rows] per position.
+    """
+
+    def __init__(self, generators: list[torch.Generator], support: int, record: bool):
+        self.generators = generators
+        self.support = support
+        self.record = record
+        self.taken: list[torch.Tensor] = []
+
+    def keep(self, rows: list[int]) -> None:
+        """Continue with these rows alone."""
+        self.generators = [self.generators[row] for row in rows]
+
+    def take_recorded(self) -> list[list[float]]:
+        """Return the recorded log-probabilities of every row, and forget them."""
+        recorded: list[list[float]] = torch.stack(self.taken, 1).tolist()
+        self.taken.clear()
+        return recorded
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        race = torch.empty(len(scores), self.support, dtype=torch.float32, device=scores.device)
+        for row, generator in zip(race, self.generators, strict=True):
+            row.uniform_(generator=generator)
+        logp = None
+        if self.record:
+            logp = scores[:, : self.support].float().log_softmax(-1)
+        # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below
+        # one grid step.
+        scores[:, : self.support] -= race.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
+        scores[:, self.support :] = -torch.inf
+        if logp is not None:
+            self.taken.append(logp.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
+        return scores
+
+
+class Support(LogitsProcessor):
+    """Excludes padding rows of the head, which have no token, before other warpers see them."""
+
+    def __init__(self, support: int):
+        self.support = support
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.support :] = -torch.inf
+        return scores

@@ -1,0 +1,235 @@
+"""Test how a model decodes and shares prompts: hybrids, recurrent models and fixed caches."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import byte_tokenizer, tiny_net
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from prefix_distill.engine import exactness
+from prefix_distill.engine.decoding import FASTEST, Decoding
+from prefix_distill.engine.models import Model
+from prefix_distill.engine.rollout import rollout_of, student_sides
+from prefix_distill.engine.sampling import Request, Sampler, generate
+from prefix_distill.engine.scoring import hidden_rows
+from prefix_distill.errors import UserError
+
+COMMON = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 256,
+    "eos_token_id": 257,
+    "bos_token_id": None,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+MAMBA = {"state_size": 8, "expand": 2, "time_step_rank": 4}
+HEADS = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+# model type → its own fields, and how it decodes exactly
+FAMILIES = {
+    "lfm2": (
+        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        FASTEST,
+    ),
+    "mamba": (MAMBA, Decoding(stretch=None)),
+    "bamba": (HEADS | {"attn_layer_indices": [1], "mamba_expand": 2}, FASTEST),
+    "falcon_h1": (HEADS | {"mamba_d_ssm": 64}, FASTEST),
+    "qwen3_next": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 32}, FASTEST),
+    "qwen3_5_text": (DELTA, FASTEST),
+    "gpt_oss": (
+        EXPERTS | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+        FASTEST,
+    ),
+    "recurrent_gemma": (
+        {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
+        Decoding(batch="equal", stretch=None),
+    ),
+    "minimax": (
+        EXPERTS | {"layer_types": ["linear_attention", "full_attention"], "block_size": 16},
+        Decoding(batch="equal", stretch=None),
+    ),
+    "rwkv": (
+        {"attention_hidden_size": 32, "context_length": 128},
+        Decoding(batch="single", stretch=None),
+    ),
+}
+ENDS = frozenset({257, *range(0, 260, 9)})  # every response ends soon, at a length of its own
+
+
+def make_model(net) -> Model:
+    return Model(
+        name="m",
+        net=net,
+        tokenizer=byte_tokenizer(),
+        generation_config=None,
+        eos=frozenset({257}),
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """Return the model of a family, how it should decode, and how the check says it does."""
+    shape, expected = FAMILIES[request.param]
+    if request.param not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {request.param}")
+    torch.manual_seed(1)
+    config = CONFIG_MAPPING[request.param](**COMMON | shape)
+    net = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if p.dim() >= 2 and "conv" not in name and "A_log" not in name:
+                p.copy_(torch.randn_like(p) * 0.3)
+    model = make_model(net)
+    model.decoding = exactness.find_decoding(model)
+    return model, expected
+
+
+def sampler(**changes) -> Sampler:
+    return Sampler(**{"eos": ENDS, "pad": 256, "support": 260, "seed": 3} | changes)
+
+
+def requests() -> list[Request]:
+    """Return prompts of three lengths, two rows each."""
+    rows = []
+    for slot, length in enumerate((5, 11, 11, 6)):
+        ids = tuple(range(20 + slot, 20 + slot + length))
+        rows += [Request(ids=ids, key=(slot, sample)) for sample in range(2)]
+    return rows
+
+
+def test_the_fastest_exact_way_is_found(family):
+    model, expected = family
+    assert model.decoding == expected
+
+
+def test_rows_that_end_early_leave_the_samples_of_others_alone(family):
+    """Compare a batch, in stretches of three tokens, with every row alone in one stretch."""
+    model, _ = family
+    small = model.decoding
+    if small.stretch is not None:
+        small = dataclasses.replace(small, stretch=3)
+    together = generate(dataclasses.replace(model, decoding=small), requests(), 40, sampler())
+    assert len({len(response.ids) for response in together}) > 3
+    for request, response in zip(requests(), together, strict=True):
+        [alone] = generate(
+            dataclasses.replace(model, decoding=Decoding(batch="single", stretch=None)),
+            [request],
+            40,
+            sampler=sampler(),
+        )
+        assert response == alone
+
+
+def test_forty_greedy_tokens_equal_plain_generate(family):
+    """The default stretch has 32 tokens, so the cache is continued once."""
+    model, _ = family
+    greedy = sampler(temperature=0, eos=frozenset({257}))
+    for request, response in zip(
+        requests()[::2], generate(model, requests()[::2], 40, greedy), strict=True
+    ):
+        ids = torch.tensor([request.ids])
+        plain = model.net.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=40,
+            do_sample=False,
+            eos_token_id=257,
+            pad_token_id=256,
+        )
+        assert list(response.ids) == plain[0, len(request.ids) :].tolist()
+
+
+def test_training_shares_prompts_only_if_gradients_allow_it(family):
+    """Compare gradients of rollouts with a common prompt, run together and one by one."""
+    model, _ = family
+    shares = exactness.check_sharing(model) is None
+    model = dataclasses.replace(
+        model,
+        shares_prompts=shares,
+        trains_on_shared_prompts=shares and exactness.check_shared_gradients(model) is None,
+    )
+    prompt = tuple(range(30, 40))
+    rollouts = []
+    for sample, length in enumerate((4, 9, 6)):
+        ids = tuple(range(50 + sample, 50 + sample + length))
+        rollouts.append(dataclasses.replace(rollout_of(0, prompt, ids), sample=sample))
+    weights = [p for p in model.net.parameters() if p.dim() == 1]
+    direction = torch.linspace(-1, 1, 32)
+    gradients = []
+    for groups in ([rollouts], [[rollout] for rollout in rollouts]):
+        for p in weights:
+            p.requires_grad_(True)
+        hidden = torch.cat([hidden_rows(model, student_sides(group)) for group in groups])
+        gradients.append(
+            torch.autograd.grad((hidden @ direction).sum(), weights, allow_unused=True)
+        )
+    for together, alone in zip(*gradients, strict=True):
+        if alone is not None:
+            scale = alone.abs().max().item()
+            torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_a_cache_that_changes_the_logits_is_refused():
+    """Every cached forward pass adds a constant to the first logit."""
+    net = tiny_net("llama")
+    plain = net.forward
+
+    def forward(*arguments, use_cache=None, **named):
+        output = plain(*arguments, use_cache=use_cache, **named)
+        if use_cache is not False and named["input_ids"].shape[1] == 1:
+            output.logits[..., 0] += 5
+        return output
+
+    net.forward = forward
+    with pytest.raises(UserError, match="does not give the logits of a forward pass"):
+        exactness.find_decoding(make_model(net))
+
+
+def test_the_way_of_decoding_is_part_of_the_ledger_and_of_the_notes():
+    assert FASTEST.restrictions("the student") == []
+    [note] = Decoding(batch="single", stretch=None).restrictions("the student")
+    assert note.startswith("the student decodes every row alone")
+    assert len(Decoding(batch="equal", stretch=None).restrictions("the student")) == 2
+
+
+def test_sharing_is_checked_by_running_the_model():
+    for kind in ("llama", "qwen3", "gemma3", "neox", "gpt2"):
+        model = make_model(tiny_net(kind))
+        assert exactness.check_sharing(model) is None
+        assert exactness.check_shared_gradients(model) is None
+    # a decoder that ignores position_ids
+    net = tiny_net("gpt2")
+    plain = net.transformer.forward
+    net.transformer.forward = lambda position_ids=None, **named: plain(**named)
+    assert "differ by" in exactness.check_sharing(make_model(net))
+
+
+def test_checks_use_text_and_fall_back_to_the_vocabulary():
+    model = make_model(tiny_net("llama"))
+    ids = exactness.sample_ids(model, 40)
+    assert len(ids) == 40 and ids == model.tokenizer(exactness.TEXT)["input_ids"][:40]
