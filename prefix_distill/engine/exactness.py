@@ -72,7 +72,7 @@ def _compare_sharing(model: Model, compute: Computation, what: str) -> str | Non
         together = compute(replace(model, shares_prompts=True), [sides])
     except Exception as error:
         # an architecture may lack the cache, the mask or the positions, and may raise anything
-        return f"{type(error).__name__}: {first_line(error)[:120]}"
+        return f"its cache cannot be shared ({_describe(error)})"
     smallest = SHARING_TOLERANCE_OF_HALF_PRECISION
     if model.net.dtype == torch.float32:
         smallest = SHARING_TOLERANCE
@@ -101,6 +101,11 @@ def _gradient(model: Model, groups: list[list[Side]]) -> torch.Tensor:
     finally:
         tensor.requires_grad_(was_trained)
     return gradient.float()
+
+
+def _describe(error: Exception) -> str:
+    """Return an error's name and the start of its first line, without the tensors it lists."""
+    return f"{type(error).__name__}: {first_line(error).split(': [')[0][:120]}"
 
 
 def _relative_norm(difference: torch.Tensor, expected: torch.Tensor) -> float:
@@ -188,7 +193,7 @@ class _Dictation:
         try:
             generate(replace(model, decoding=tested), self.requests, LONGEST, sampler=sampler)
         except Exception as error:  # a cache without these operations may raise anything
-            return f"{type(error).__name__}: {first_line(error)[:120]}"
+            return _describe(error)
         for request, theirs in zip(self.requests, expected, strict=True):
             ours = torch.stack(sampler.logits[request.key])[:, : theirs.shape[-1]]
             gap = _relative_gap(ours, theirs)
