@@ -496,6 +496,28 @@ def test_a_second_ctrl_c_kills_the_ranks(pair, questions, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the ranks")
+def test_a_warning_of_a_batch_system_to_every_process_saves_the_state(pair, questions, tmp_path):
+    """Send SIGUSR1 to the launcher and both ranks, as slurm does: it counts once."""
+    out = tmp_path / "run"
+    more = ["--steps", "100000", "--save-every", "0", "--gpus", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefix_distill", *flags(pair, questions, out, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_rows(process, out, 2)
+    for receiver in (pid_of(0, out), process.pid, pid_of(1, out)):
+        os.kill(receiver, signal.SIGUSR1)
+    said, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1 and said == "", err
+    done = len(rows(out))
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"interrupted (SIGUSR1) after step {done}; the state is saved"), err
+    assert (out / f"checkpoints/step-{done:08}").is_dir()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the ranks")
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["dies", "is slow"])
 def test_the_run_ends_if_a_rank_fails_and_the_error_names_it(pair, questions, tmp_path, what):
