@@ -10,7 +10,7 @@ from .. import config as configuration
 from ..config import Config
 from ..engine import loading, models, scoring
 from ..engine.alignment import match_tokenizers
-from ..engine.device import read_free_memory
+from ..engine.free_memory import read_free_memory
 from ..engine.models import Model, with_checkpointing
 from ..engine.pair import Pair
 from ..engine.placement import Storage
