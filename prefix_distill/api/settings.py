@@ -68,7 +68,7 @@ FUNCTIONS = {
 EXPORT_OPTIONS = ("models.trust_remote_code", "export.push", "export.public")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(configuration.Config):
     """The checked settings of a run, in sections: ``config.schedule.lr``.
 

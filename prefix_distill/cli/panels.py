@@ -1,7 +1,6 @@
 """Format ``--help``: one panel of options per topic, as wide as the terminal."""
 
 import io
-import itertools
 import os
 import shutil
 import sys
@@ -32,8 +31,11 @@ class PanelGroup(typer.core.TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # click answers --help before it reads --plain
-        if "--plain" in itertools.takewhile(lambda word: word.startswith("-"), args):
-            os.environ["PREFIX_DISTILL_PLAIN"] = "1"
+        for word in args:
+            if not word.startswith("-"):
+                break  # the command; what follows are its own options
+            if word == "--plain":
+                os.environ["PREFIX_DISTILL_PLAIN"] = "1"
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -51,7 +53,7 @@ class PanelTyper(typer.Typer):
         return super().command(name, cls=PanelCommand, **settings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A line of a panel: name and value of an option, its help, and its default and limits."""
 

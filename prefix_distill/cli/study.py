@@ -127,7 +127,7 @@ def report(
     from ..api import work
 
     result = work.report(
-        read_folders("FOLDER", folders), read_folder("--out", out), reference, title
+        read_folders("FOLDER", folders), read_folder("--out", out), reference=reference, title=title
     )
     show(result, width=200)
     finish(result.to_dict())

@@ -6,7 +6,7 @@ from typing import Literal
 from .options import main_option, option
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     prefix: str = main_option(
         "25%",
@@ -27,7 +27,7 @@ class Schedule:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     samples: int = main_option(4, "--samples", "Rollouts per prompt.", low=1)
     temperature: float = option(
@@ -50,7 +50,7 @@ class Sampling:
         None,
         "--max-new-tokens",
         "Longest full response, in tokens.",
-        "the built-in task's, else what the models' positions allow, up to 2048",
+        shown="the built-in task's, else what the models' positions allow, up to 2048",
         low=1,
     )
     eos: Literal["student", "teacher", "union"] = option(
@@ -75,7 +75,7 @@ class Sampling:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Divergence:
     name: str = main_option(
         "reverse-kl",
@@ -110,7 +110,7 @@ class Divergence:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     window: str = option(
         "all",
@@ -128,7 +128,7 @@ class Weights:
         None,
         "--keep",
         "Share of every rollout's tokens that --select keeps.",
-        "0.5",
+        shown="0.5",
         above=0,
         high=1,
     )
@@ -140,7 +140,7 @@ class Weights:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train:
     steps: int = main_option(
         100, "--steps", "Steps to train; a step is one optimizer update.", low=0
@@ -164,7 +164,7 @@ class Train:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extrapolation:
     kind: Literal["none", "effopd", "always-1", "random"] = option(
         "none",

@@ -111,7 +111,9 @@ class Alignment:
             and len(teacher_ends) == len(teacher_ids)
             and common == len(data) == len(teacher_data)
         ):
-            units.append(Unit(len(body), 1, len(teacher_ids), 1))
+            units.append(
+                Unit(start=len(body), size=1, teacher_start=len(teacher_ids), teacher_size=1)
+            )
             return (*teacher_ids, self.teacher_eos[0]), tuple(units)
         if boundaries and boundaries[-1] == common:
             units.pop()
@@ -122,15 +124,20 @@ class Alignment:
         units: list[Unit] = []
         start = teacher_start = 0
         for stop, teacher_stop in stops:
-            unit = Unit(start, stop - start, teacher_start, teacher_stop - teacher_start)
+            unit = Unit(
+                start=start,
+                size=stop - start,
+                teacher_start=teacher_start,
+                teacher_size=teacher_stop - teacher_start,
+            )
             start, teacher_start = stop, teacher_stop
             if self.mode == "simct-released" and units and not unit.exact and not units[-1].exact:
                 last = units.pop()
                 unit = Unit(
-                    last.start,
-                    last.size + unit.size,
-                    last.teacher_start,
-                    last.teacher_size + unit.teacher_size,
+                    start=last.start,
+                    size=last.size + unit.size,
+                    teacher_start=last.teacher_start,
+                    teacher_size=last.teacher_size + unit.teacher_size,
                 )
             units.append(unit)
         return units

@@ -6,8 +6,9 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -20,7 +21,7 @@ SMALL_MODEL = 50e6
 SHORTAGES = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Clock:
     """Sum the seconds of named phases."""
 
@@ -99,10 +100,22 @@ def _choose_automatically(local_rank: int) -> tuple[str, str]:
     return "cpu", "no GPU is visible"
 
 
-def choose_dtype(device: torch.device, count: Callable[[], int]) -> tuple[torch.dtype, str]:
+class HasParameters(Protocol):
+    """A model, or what stands for one before it is loaded."""
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+
+
+class _LargeModel:
+    parameters = 10**9
+
+
+def choose_dtype(device: torch.device, model: HasParameters) -> tuple[torch.dtype, str]:
     """Return the fastest compute dtype for a model on a device, and why.
 
-    ``count`` returns the model's number of parameters; it is called only if that matters.
+    The parameters are counted only if their number matters, because counting may take seconds.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported():
@@ -112,7 +125,7 @@ def choose_dtype(device: torch.device, count: Callable[[], int]) -> tuple[torch.
         if device.type == "cpu":
             return torch.float32, "float32: bfloat16 is slow on this CPU"
         return torch.float32, f"float32: bfloat16 is slow on {device.type}"
-    parameters = count()
+    parameters = model.parameters
     if parameters < SMALL_MODEL:
         return torch.float32, (
             f"float32: a student of {parameters / 1e6:.2f} M parameters gains nothing from "
@@ -244,7 +257,7 @@ def _devices() -> list[dict]:
     rows = []
     for name, facts in known.items():
         device = torch.device(name)
-        dtype, _ = choose_dtype(device, lambda: 10**9)
+        dtype, _ = choose_dtype(device, _LargeModel())
         rows.append(
             {
                 "device": name,

@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 import torch
 
 ROOT = Path("/")
+# share of an Apple GPU's memory that its allocator may keep unused before it is released
+MOST_CACHED = 0.125
 # version of cgroups → files with a limit, file with the use, and the row of memory.stat with the
 # page cache that the system takes back first
 CGROUP_FILES = {
@@ -36,6 +38,21 @@ def read_free_memory(device: torch.device) -> int | None:
     if not known:
         return None
     return max(0, min(known))
+
+
+def release_cache(device: torch.device) -> None:
+    """Return unused memory to an Apple GPU's system if torch keeps much of it.
+
+    Its allocator keeps buffers by size. Batches of ever new lengths, and a growing KV cache, fill
+    the memory with buffers that no later tensor fits. Every forward pass and every stretch of
+    decoding begins with this call, so at most MOST_CACHED of the memory and the buffers of one such
+    piece of work are kept.
+    """
+    if device.type != "mps":
+        return
+    cached = torch.mps.driver_allocated_memory() - torch.mps.current_allocated_memory()
+    if cached > MOST_CACHED * torch.mps.recommended_max_memory():
+        torch.mps.empty_cache()
 
 
 def read_available(root: Path = ROOT) -> int | None:

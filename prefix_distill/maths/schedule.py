@@ -132,7 +132,7 @@ def _mean(values: list[float | None]) -> float:
     return math.fsum(numbers) / len(numbers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A request for a schedule: its text, the parts after its name, and T_max."""
 
@@ -204,7 +204,7 @@ def parse_prefix(text: str, limit: int) -> PrefixSchedule:
         return Steady(text=text, limit=limit, start=limit)
     build = SCHEDULES.find(name)
     if build is not None:
-        return build(Request(text, tuple(parts), limit))
+        return build(Request(text=text, parts=tuple(parts), limit=limit))
     if parts:
         raise _unknown(text)
     return Steady(text=text, limit=limit, start=_tokens(text, text, limit))
@@ -249,7 +249,7 @@ def _tokens(text: str, part: str, limit: int) -> int:
     return tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OffPolicy:
     """Rollouts that the teacher samples: a share λ of all.
 
@@ -287,7 +287,7 @@ def parse_off_policy(text: str) -> OffPolicy | None:
     except ValueError:
         value = math.nan
     if loss in ("sft", "divergence") and 0 < value <= 1:
-        return OffPolicy(loss, value)
+        return OffPolicy(loss=loss, share=value)
     raise UserError(
         f"--off-policy {text}: expected none, sft or divergence, with an optional share such as "
         "divergence:0.5"

@@ -33,7 +33,7 @@ USUAL_PREFIXES = "25%,50%,full"
 NO_RATE = RateSource()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A model's name, the folder or hub id of its files, and its config."""
 
@@ -66,33 +66,37 @@ def plan(
         sketch(teacher.name, teacher.config, Network(dtypes.compute)),
     ]
     if has_data and prompt_tokens is None:
-        prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes)
+        prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes=notes)
     else:
         prompts = assume_prompts(prompt_tokens, nets, notes)
     longest = max(max(lengths) for lengths in prompts.lengths)
-    config = settle_max_new_tokens(config, nets, longest, prompts.task_limit, notes)
+    config = settle_max_new_tokens(
+        config, nets, longest_prompt=longest, task_limit=prompts.task_limit, notes=notes
+    )
     limit = settled(config.rollout.max_new_tokens, "--max-new-tokens")
     schedules = _parse_schedules(config, prefixes, limit)
     rate = rate_source.read(config, nets[0], dtypes.compute)
     forecaster = Forecaster(student.config, teacher.config, (student.name, teacher.name))
     case = build_case(
-        config, dtypes, Lengths(prompts.lengths, prefix=limit, limit=limit), prompts.support
+        config, dtypes, Lengths(prompts.lengths, prefix=limit, limit=limit), support=prompts.support
     )
     shapes = [read_shape(net, prompts.support) for net in nets]
     rows = []
     for text, schedule in schedules.items():
         tokens = [schedule.length(0), schedule.longest(config.train.steps or 1)]
-        cost = _estimate_cost(count_flops(config, shapes, prompts.lengths, schedule), config, rate)
+        cost = _estimate_cost(
+            count_flops(config, shapes, prompts=prompts.lengths, schedule=schedule), config, rate
+        )
         memory = forecaster.forecast(replace(case, prefix=tokens[1]))
         rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
     # The GPUs are those that fit the config's own prefix.
     case = replace(case, prefix=rows[0]["tokens"][1])
     _note_free_memory(config.runtime.device, rows[0]["memory"]["total"], notes)
     return {
-        **_describe(config, nets, dtypes, prompts.support),
+        **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
         "prefixes": rows,
-        "cards": fit_cards(forecaster, config, case, notes.lines),
+        "cards": fit_cards(forecaster, config, case, notes=notes.lines),
         "notes": notes.lines,
     }
 
@@ -118,7 +122,7 @@ def read_source(name: str, trust_remote_code: bool = False) -> Source:
             f"model {name}: its config cannot be read ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); give a hub id or a folder with config.json"
         ) from None
-    return Source(name, folder, config)
+    return Source(name=name, folder=folder, config=config)
 
 
 def _read_sources(config: Config) -> tuple[Source, Source]:
@@ -156,7 +160,7 @@ def _parse_schedules(config: Config, prefixes: str, limit: int) -> dict[str, Pre
 def _note_free_memory(device_name: str, needed: int, notes: Notes) -> None:
     """Add a note that compares the forecast with the free memory of this machine."""
     try:
-        device = choose_device(device_name, 0, 1, [])
+        device = choose_device(device_name, 0, 1, reasons=[])
     except UserError:  # the run is planned for another machine
         return
     free = read_free_memory(device)

@@ -256,9 +256,9 @@ class _Jobs:
         settings = self.arms.settings(arm, seed)
         if self.arms.tuned:
             settings[self.arms.tuned] = self._tuned(arm)
-        self._one(path, arm, seed, settings)
+        self._one(path, arm=arm, seed=seed, settings=settings)
         for name, also in self.arms.also.items():
-            self._also(path, name, also, seed)
+            self._also(path, name, settings=also, seed=seed)
         return path
 
     def _tuned(self, arm: str) -> object:
@@ -284,7 +284,7 @@ class _Jobs:
         settings[str(self.arms.tuned)] = value
         settings["runtime.seed"] = seed
         path = self.out / arm / f"tune-{value}"
-        result = self._one(path, arm, seed, settings)
+        result = self._one(path, arm=arm, seed=seed, settings=settings)
         last = result["evaluations"][-1]
         if last["accuracy"]:
             return last["accuracy"]["value"]
@@ -311,7 +311,7 @@ class _Jobs:
         else:
             self.observer.note(f"{path}: starting")
         run = prepare(configuration.build(settings))
-        return train_in(run, folder, self.observer, resume, f"{arm} seed {seed}:")
+        return train_in(run, folder, self.observer, resume=resume, label=f"{arm} seed {seed}:")
 
     def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:
         """Evaluate the final student in ``path`` on another dataset, unless that is done."""

@@ -64,8 +64,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     student, where = _load_student(config)
     notes.note(*where.reasons)
     if config.adapter.rank is not None:
-        student = _add_adapter(config, student, where, notes)
-    teacher = _load_teacher(config, student, where, notes)
+        student = _add_adapter(config, student, where, notes=notes)
+    teacher = _load_teacher(config, student, where, notes=notes)
     with as_preflight_error():
         alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
     notes.note(tokenizers)
@@ -73,7 +73,10 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     if alignment is not None:
         config = check_alignment(config, notes)
         support = shared_support(
-            alignment.shared_vocabulary, alignment.mode, where.device, where.teacher_device
+            alignment.shared_vocabulary,
+            alignment.mode,
+            student_device=where.device,
+            teacher_device=where.teacher_device,
         )
     _check_forward_pass("student", student, notes)
     _check_forward_pass("teacher", teacher, notes)
@@ -96,6 +99,19 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     return config, where, pair
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _UnloadedModel:
+    """A model that loads after its device and dtype are known."""
+
+    name: str
+    trust_remote_code: bool
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters, from the config."""
+        return loading.count_parameters(self.name, self.trust_remote_code)
+
+
 def _load_student(config: Config) -> tuple[Model, Place]:
     """Load the student and join the ranks.
 
@@ -105,7 +121,8 @@ def _load_student(config: Config) -> tuple[Model, Place]:
     name = settled(config.models.student, "--student")
     trust = config.models.trust_remote_code
     if config.adapter.rank is not None:
-        where = join_ranks(config.runtime, lambda: loading.count_parameters(name, trust))
+        unloaded = _UnloadedModel(name=name, trust_remote_code=trust)
+        where = join_ranks(config.runtime, unloaded)
         student = loading.load_model(
             name,
             device=where.device,
@@ -117,7 +134,7 @@ def _load_student(config: Config) -> tuple[Model, Place]:
     student = loading.load_model(
         name, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust
     )
-    where = join_ranks(config.runtime, lambda: student.parameters)
+    where = join_ranks(config.runtime, student)
     student.net.to(where.device)
     return student, where
 

@@ -32,12 +32,12 @@ def render_problems(
     UserError: no prompt is left. PreflightError: the models have too few positions.
     """
     config = settle_privileged_template(config, sets)
-    train, extrapolation, dropped = _render_for_run(config, sets, pair, notes)
+    train, extrapolation, dropped = _render_for_run(config, sets, pair, notes=notes)
     _check_extrapolation_prompts(config, extrapolation, notes)
     if config.data.privileged_column is not None:
-        _compare_privileged_prompts(pair, train[:4], place, notes)
+        _compare_privileged_prompts(pair, train[:4], place, notes=notes)
     held_out, dropped_held_out = templates.render_all(
-        sets.held_out.prompts, pair.student, pair.teacher, config
+        sets.held_out.prompts, pair.student, pair.teacher, config=config
     )
     if sum(dropped) + dropped_held_out:
         notes.warn(
@@ -49,7 +49,11 @@ def render_problems(
         longest = max(longest, len(r.student_ids), len(r.teacher_ids))
     try:
         config = settle_max_new_tokens(
-            config, [pair.student, pair.teacher], longest, sets.held_out.max_new_tokens, notes
+            config,
+            [pair.student, pair.teacher],
+            longest_prompt=longest,
+            task_limit=sets.held_out.max_new_tokens,
+            notes=notes,
         )
     except UserError as error:
         raise PreflightError(
@@ -100,7 +104,9 @@ def _render_for_run(
     """
     needed = config.train.steps * config.train.batch_size or 1
     fixed = _count_extrapolation_prompts(config)
-    rendered = render_training_prompts(config, sets, (pair.student, pair.teacher), needed + fixed)
+    rendered = render_training_prompts(
+        config, sets, (pair.student, pair.teacher), count=needed + fixed
+    )
     if len(sets.train) > 1:
         notes.note(_describe_mixture(sets, rendered.by_set, needed))
     prompts = rendered.stream
@@ -138,12 +144,14 @@ def render_training_prompts(
         dropped_of_set = 0
         if share:
             order = s.prompts if s.streamed else shuffle(s.prompts, seed, "epoch", 0)
-            rendered, dropped_of_set = templates.render_all(order, *models, config, share)
+            rendered, dropped_of_set = templates.render_all(
+                order, *models, config=config, limit=share
+            )
         by_set.append(rendered)
         dropped.append(dropped_of_set)
     prompts = by_set[0]
     if len(sets.train) > 1:
-        prompts = mix(by_set, sets.weights, count, seed)
+        prompts = mix(by_set, sets.weights, count=count, seed=seed)
     return RenderedSets(stream=prompts, by_set=by_set, dropped=dropped)
 
 
