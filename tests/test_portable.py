@@ -190,7 +190,7 @@ def test_every_forward_pass_and_every_stretch_of_decoding_releases_memory(monkey
     cpu = torch.device("cpu")
     model = loading.load_model(pair[0], device=cpu, dtype=torch.float32)
     requests = [sampling.Request(ids=(5, 6, 7), key=(0,))]
-    sampler = sampling.Sampler(eos=frozenset(), pad=0, seed=0, rows=1)
+    sampler = sampling.Sampler(eos=frozenset(), pad=0, support=256, seed=0, rows=1)
     [response] = sampling.generate(model, requests, 2 * STRETCH + 1, sampler)
     assert released == [cpu] * 3
     scoring.hidden_rows(model, student_sides([rollout_of(0, (5, 6, 7), response.ids)]))
