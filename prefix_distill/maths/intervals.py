@@ -75,9 +75,11 @@ def token_mean(values: Sequence[Sequence[float | None]], seed: int = 0) -> dict[
     chosen = torch.randint(n, (RESAMPLES, n), generator=generator)
     means, errors = _ratios(moments[chosen].sum(1), n)
     value, error = (row.item() for row in _ratios(moments.sum(0), n))
-    below, above = _studentized_ends(means - value, errors, error, n)
-    tokens = int(moments[:, 1].sum())
-    return _interval(value, tokens, low=value - above, high=value + below)
+    below, above = _studentized_ends(means - value, errors, error=error, n=n)
+    low = value - below
+    if moments[:, 0].min() >= 0:  # as KLs are
+        low = max(0.0, low)
+    return _interval(value, int(moments[:, 1].sum()), low=low, high=value + above)
 
 
 def _ratios(totals: "torch.Tensor", n: int) -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -92,7 +94,7 @@ def _ratios(totals: "torch.Tensor", n: int) -> tuple["torch.Tensor", "torch.Tens
 def _studentized_ends(
     deviations: "torch.Tensor", errors: "torch.Tensor", error: float, n: int
 ) -> tuple[float, float]:
-    """Return how far a 95% interval reaches above and below the value, in nats.
+    """Return how far a 95% interval reaches below and above the value, in nats.
 
     Fewer than 5 rollouts have too few resamples for quantiles: then it is Student's interval. The
     factor makes up for the variance of few rollouts, which a resample underestimates.
@@ -106,7 +108,7 @@ def _studentized_ends(
     scores = sorted((deviations[is_spread] / errors[is_spread]).tolist())
     factor = width / _student(10**9) * math.sqrt(n / (n - 1))
     low, high = quantile(scores, 0.025), quantile(scores, 0.975)
-    return -low * factor * error, high * factor * error
+    return high * factor * error, -low * factor * error
 
 
 def _student(freedom: int) -> float:
@@ -115,8 +117,10 @@ def _student(freedom: int) -> float:
     if freedom in few:
         return few[freedom]
     z = 1.959964
-    first = (z**3 + z) / (4 * freedom)
-    return z + first + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def split_mean(
