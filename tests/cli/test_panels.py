@@ -70,6 +70,13 @@ def test_the_first_panel_has_the_twelve_main_options_and_others_have_the_rest(na
     assert set(every) == {configuration.flag(path) for path in configuration.options()}
 
 
+def test_probe_has_no_option_that_needs_an_adapter():
+    text = invoke("probe", "--help")[1]
+    assert (
+        "--teacher-quantize" in text and "--lora" not in text and "--student-quantize" not in text
+    )
+
+
 def test_probe_and_eval_start_with_main_options():
     assert tuple(panels(invoke("probe", "--help")[1])[configuration.MAIN]) == (
         *("--student", "--teacher", "--dataset", "--samples", "--max-new-tokens", "--gpus"),

@@ -130,7 +130,7 @@ def test_a_name_sets_what_it_means(words, expected):
 @pytest.mark.parametrize(
     "words, message",
     {
-        "--lmbda 0.25": "--off-policy divergence:0.75 for that share",
+        "--lmbda 0.25": "--off-policy divergence:0.75, with which the",
         "--seq_kd True": "--seq_kd True: use --off-policy",
         "--num_train_epochs 3": "use --steps: E epochs",
         "--max_steps -1": "use --steps: E epochs",

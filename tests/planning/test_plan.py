@@ -339,7 +339,7 @@ def test_a_data_set_needs_tokenizers(questions, tmp_path):
     assert (
         code == 2
         and out == ""
-        and "has no readable tokenizer" in err.splitlines()[-1]
+        and "its tokenizer cannot be read" in err.splitlines()[-1]
         and "--prompt-tokens" in err
     )
 
@@ -377,3 +377,10 @@ def test_a_plan_for_another_machine_is_not_compared(monkeypatch):
 
 def missing_device(*_):
     raise UserError("device 'cuda': not available here")
+
+
+def test_a_plan_without_a_dataset_names_none():
+    code, _, err = invoke("plan", "--prompt-tokens", "50", "--prefixes", "full")
+    assert code == 0 and "prompts: 50 tokens each" in err and "no --dataset" not in err
+    code, _, err = invoke("plan", "--student", "lab:choice/student", "--prefixes", "full")
+    assert code == 0 and "256 tokens each (assumed" in err and "no --dataset" not in err

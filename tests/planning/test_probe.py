@@ -27,7 +27,10 @@ def test_recommendations_by_hand():
     assert recommend((0, 2), (5, 5), (10, 9), (60, 10))[0] == 10
     prefix, reason = recommend((0, 2), (5, 3), (50, 6))
     assert prefix == "full"
-    assert reason.startswith("no prefix suffices") and "only 50% of the accuracy gap" in reason
+    assert (
+        reason.startswith("no prefix suffices")
+        and "only 50% of the gap between the accuracies" in reason
+    )
     prefix, reason = recommend((0, 10), (5, 10))
     assert prefix is None and "did not beat the student" in reason
     assert probe.recommend(None, held, 100)[0] == 10

@@ -154,7 +154,10 @@ def test_two_processes_cannot_run_one_comparison(tmp_path):
         ({"seeds": 3}, "different whole"),
         ({"reference": "none"}, "reference 'none': expected one of its arms"),
         ({"arms": {"full": {"start": "no"}}}, "starts from 'no'"),
-        ({"arms": {"full": {"schedule": {"prefxi": "8"}}}}, "did you mean schedule.prefix"),
+        (
+            {"arms": {"full": {"schedule": {"prefxi": "8"}}}},
+            "arms.yaml: unknown setting 'schedule.prefxi'",
+        ),
         ({"arms": {"full": {"schedule": {"prefix": "0"}}}}, "--prefix 0: expected"),
         ({"arms": {"full": {"schedule": 3}}}, "arm 'full': expected sections with keys"),
         ({"arms": {"../x": {}}, "reference": None}, "a folder cannot have the name"),

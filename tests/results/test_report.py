@@ -277,7 +277,7 @@ def test_a_value_of_a_wrong_type_is_named(tmp_path, name, path, value, message):
     change(run / name, path, value)
     err = report_one_line(run)
     assert str(run) in err and message in err, err
-    assert err.endswith("restore the file, or leave this run out\n")
+    assert err.endswith("restore the file, or omit this run\n")
 
 
 @pytest.mark.parametrize(
