@@ -1,10 +1,11 @@
-"""Write files atomically, swap folders, read JSON lines, compute checksums."""
+"""Write files atomically, swap folders, read JSON lines, compute checksums, tell files' kinds."""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 
@@ -95,3 +96,40 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Return whether git stored a pointer in place of the file's content."""
+    try:
+        if not file.is_file():
+            return False
+        with open(file, "rb") as handle:
+            return handle.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def describe_lfs_pointer(file: Path) -> str:
+    """Return what is wrong with a git-lfs pointer, and what to do."""
+    return f"{file} is a git-lfs pointer in place of the file; run `git lfs pull` in {file.parent}"
+
+
+def describe_special(file: Path) -> str | None:
+    """Return the kind of a file that may block its reader or never end; None: another kind."""
+    kinds = {
+        "a FIFO": stat.S_ISFIFO,
+        "a device": stat.S_ISCHR,
+        "a block device": stat.S_ISBLK,
+        "a socket": stat.S_ISSOCK,
+    }
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    for kind, is_kind in kinds.items():
+        if is_kind(mode):
+            return kind
+    return None

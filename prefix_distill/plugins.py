@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import PluginError, Stopped, UserError
+from .files import describe_special
 from .maths.formulas import DIVERGENCES, Divergence
 from .maths.registry import PROGRAM, describe_error, registering
 from .maths.schedule import SCHEDULES
@@ -154,6 +155,9 @@ def _file_of(entry: "EntryPoint") -> Path:
 
 def _load(name: str, file: Path, entry: "EntryPoint | None") -> Plugin:
     """Import a plugin, or register its names again if this process has imported it before."""
+    special = describe_special(file)
+    if special is not None:
+        raise UserError(f"plugin {name}: expected a .py file, got {special}; name a regular file")
     try:
         source = file.read_bytes()
     except OSError as error:

@@ -27,6 +27,7 @@ from prefix_distill import config as configuration
 from prefix_distill.api import keywords, launch, public, settings
 from prefix_distill.cli.main import app
 from prefix_distill.errors import Interrupted, PreflightError, Stopped, UserError
+from prefix_distill.signals import find_stop_signals
 
 SMALL = {
     "prefix": 12,
@@ -71,7 +72,7 @@ def state_of_process() -> dict:
     return {
         "environment": dict(os.environ),
         "warning filters": list(warnings.filters),
-        "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        "signals": [signal.getsignal(n) for n in find_stop_signals()],
         "threads": threading.active_count(),
         "torch threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),

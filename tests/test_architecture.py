@@ -37,7 +37,7 @@ WINGS = (
     ("plugins",),
     ("maths",),
     ("lab",),
-    ("errors", "display", "files"),
+    ("errors", "display", "files", "signals"),
 )
 LEVEL = {wing: level for level, wings in enumerate(WINGS) for wing in wings}
 # The package itself and `python -m prefix_distill` may import every wing.

@@ -837,7 +837,7 @@ MODELS = {  # name → (function that damages a valid model folder, message)
     "absurd header": (put("model.safetensors", b"\xff" * 8 + b"{}"), "header too large"),
     "no tokenizer": (
         lambda folder: (folder / "tokenizer.json").unlink(),
-        "cannot be loaded (ValueError",
+        "the folder has no tokenizer.json",
     ),
     "tokenizer of no JSON": (put("tokenizer.json", "{"), "cannot be loaded (JSONDecodeError"),
     "tokenizer of a list": (put("tokenizer.json", "[]"), "cannot be loaded (TypeError"),

@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefix_distill import config as configuration
-from prefix_distill.engine import loading
+from prefix_distill.engine import free_memory, loading, sampling, scoring
 from prefix_distill.engine.device import Clock, choose_device
+from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.errors import UserError
+from prefix_distill.maths.flops import STRETCH
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.sources import is_path
 from prefix_distill.results import plots, runs
@@ -136,6 +138,63 @@ def test_the_clock_synchronizes_an_apple_gpu():
         UserError, match="2 ranks run on this machine and each needs its own GPU; use --device cpu"
     ):
         choose_device("mps", 0, 2, [])
+
+
+class FakeMps:
+    """An allocator that keeps every freed buffer and reuses one only for the same size."""
+
+    def __init__(self):
+        self.kept = set()
+        self.releases = 0
+
+    def use(self, size):
+        """Allocate and free a buffer."""
+        self.kept.add(size)
+
+    def driver_allocated_memory(self):
+        return sum(self.kept) + 500
+
+    def current_allocated_memory(self):
+        return 500
+
+    def recommended_max_memory(self):
+        return 100_000
+
+    def empty_cache(self):
+        self.kept.clear()
+        self.releases += 1
+
+
+def test_an_apple_gpu_keeps_little_unused_memory_when_lengths_vary(monkeypatch):
+    """Without release, buffers of 1,000 different sizes would be kept."""
+    mps = FakeMps()
+    monkeypatch.setattr(torch, "mps", mps)
+    most = 0
+    for length in range(1, 1001):
+        free_memory.release_cache(torch.device("mps"))
+        mps.use(length)
+        most = max(most, sum(mps.kept))
+    assert most <= free_memory.MOST_CACHED * 100_000 + 1000 and 10 < mps.releases < 100
+    mps.releases = 0
+    for _ in range(1000):  # of equal lengths nothing needs to be released
+        free_memory.release_cache(torch.device("mps"))
+        mps.use(7)
+    free_memory.release_cache(torch.device("cpu"))
+    assert mps.releases <= 1
+
+
+def test_every_forward_pass_and_every_stretch_of_decoding_releases_memory(monkeypatch, pair):
+    released = []
+    for module in (scoring, sampling):
+        monkeypatch.setattr(module, "release_cache", released.append)
+    cpu = torch.device("cpu")
+    model = loading.load_model(pair[0], device=cpu, dtype=torch.float32)
+    requests = [sampling.Request(ids=(5, 6, 7), key=(0,))]
+    sampler = sampling.Sampler(eos=frozenset(), pad=0, support=256, seed=0, rows=1)
+    [response] = sampling.generate(model, requests, 2 * STRETCH + 1, sampler)
+    assert released == [cpu] * 3
+    scoring.hidden_rows(model, student_sides([rollout_of(0, (5, 6, 7), response.ids)]))
+    assert released == [cpu] * 4
 
 
 def test_lines_of_a_plot_differ_without_colours(tmp_path):

@@ -15,8 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config import Runtime
 from ..errors import (
@@ -27,6 +26,7 @@ from ..errors import (
     Stopped,
     UserError,
 )
+from ..signals import SignalCatcher, is_repeated
 from .events import Relay
 from .observers import Observer
 
@@ -82,9 +82,9 @@ def _check_devices(count: int, device: str) -> None:
 def launch(count: int, job: "Job", observer: Observer) -> "Outcome":
     """Perform a job on ``count`` ranks and return the outcome of rank 0.
 
-    The first Ctrl-C or SIGTERM asks the ranks to save and stop; a second one kills them. No rank
-    outlives this process. When a rank fails, torch's launcher stops the others and the exception
-    of that rank is raised here: UserError, Stopped or a class of them.
+    The first stop signal (signals.py) asks the ranks to save and stop; a second one kills them.
+    No rank outlives this process. When a rank fails, torch's launcher stops the others and the
+    exception of that rank is raised here: UserError, Stopped or a class of them.
     """
     with (
         tempfile.TemporaryDirectory(prefix="prefix-distill-", ignore_cleanup_errors=True) as name,
@@ -131,38 +131,29 @@ def _environment(count: int) -> Iterator[None]:
         os.environ.update(former)
 
 
-class _Signals:
+class _Signals(SignalCatcher):
     """Passes the first signal to the ranks through a file, and kills them at the second.
 
-    Outside the main thread Python allows no signal handlers; `ask` works there, too.
+    Outside the main thread no signal is caught; `ask` works there, too.
     """
 
     def __init__(self, folder: Path):
+        super().__init__()
         self.folder = folder
         self.first: int | None = None
         self.second: int | None = None
         self.killed_at = 0.0
-        self.former: dict[int, Any] = {}
 
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                self.former[number] = signal.signal(number, self._receive)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number: signal.Signals) -> None:
+        """Pass the first signal on; at a second one, kill the ranks."""
         if self.first is None:
             self.ask(number)
             return
+        if is_repeated(number):
+            return
         self.second, self.killed_at = number, time.monotonic()
         for file in self.folder.glob("*.pid"):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # the rank has ended
                 # Windows has no SIGKILL
                 os.kill(int(file.stem), getattr(signal, "SIGKILL", signal.SIGTERM))
 
@@ -243,7 +234,7 @@ class _Ranks:
         for rank, failure in failures:
             if "time" in (failure.error_file_data or {}):
                 reports.append((failure.error_file_data["time"], rank, failure))
-            elif failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            elif failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, asked):
                 killed.append((rank, failure))
         reports.sort()
         if killed and not (reports and reports[0][0] < killed[0][1].timestamp - SOON):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ import traceback
 from pathlib import Path
 
 from .. import config as configuration
+from .. import signals
 from ..errors import ABORTED, Stopped, UserError
 from . import quiet
 from .events import EventObserver
@@ -61,7 +63,7 @@ def _watch(asked: Path, launcher: int, ended: threading.Event) -> None:
             os._exit(1)
         if not passed and not ended.is_set() and asked.exists():
             passed = True
-            os.kill(os.getpid(), int(asked.read_text()))
+            signals.pass_on(signal.Signals(int(asked.read_text())))
 
 
 if __name__ == "__main__":

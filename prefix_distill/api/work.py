@@ -219,7 +219,7 @@ def _find_folder(source: str, which: str) -> Path | None:
     from ..results.export import folder_of
 
     folder = folder_of(source, which)
-    if folder is not None or source.startswith("lab:") or source.endswith(".gguf"):
+    if folder is not None or source.startswith("lab:") or source.lower().endswith(".gguf"):
         return folder
     if os.path.exists(os.path.expanduser(source)):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Choose devices and dtypes, time phases, read free memory, and describe this machine."""
+"""Choose devices and dtypes, time phases, and describe this machine."""
 
 import contextlib
 import os
@@ -8,15 +8,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from ..errors import UserError, first_line
+from .free_memory import read_free_memory
 
 # parameters; in smaller models, bfloat16 autocast costs a CPU more than its matmuls save
 SMALL_MODEL = 50e6
+# RuntimeErrors of torch's allocators: Linux and macOS, Windows, Apple GPUs
+SHORTAGES = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
 
 
 @dataclass(kw_only=True)
@@ -53,7 +55,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     message = str(error)
-    return "can't allocate memory" in message or "MPS backend out of memory" in message
+    return any(text in message for text in SHORTAGES)
 
 
 def choose_device(text: str, local_rank: int, sharing: int, reasons: list[str]) -> torch.device:
@@ -133,20 +135,6 @@ def choose_dtype(device: torch.device, model: HasParameters) -> tuple[torch.dtyp
         "dtype bfloat16: the CPU has AMX tiles and the student has "
         f"{parameters / 1e6:.0f} M parameters"
     )
-
-
-def read_free_memory(device: torch.device) -> int | None:
-    """Return the bytes that can still be allocated on ``device``; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    with contextlib.suppress(OSError):  # only Linux has this file
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) << 10
-    return None
 
 
 def describe_machine() -> dict:

@@ -26,6 +26,7 @@ from ..prompts.sources import is_path
 from . import adapter
 from .adapter import FILE
 from .hub import check_reachable
+from .model_files import check_pointer, check_pointers, is_gguf, read_tokenizer
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
 
@@ -73,9 +74,7 @@ def load_model(
         package = "gguf"
     scratch = None
     with _explain_failure(name, package):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **gguf
-        )
+        tokenizer = read_tokenizer(name, folder, trust_remote_code=trust_remote_code, **gguf)
         if not extra:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             check_config(name, folder, config)
@@ -113,6 +112,8 @@ def _read_weights(folder: str, **options: Any) -> tuple["CausalLM", dict[str, An
     safetensors_only: bool | None = True
     if "gguf_file" in options:
         safetensors_only = None
+        if options["dtype"] == "auto":
+            options["dtype"] = None  # GGUF names no dtype, and "auto" asks the suffix in lower case
     return AutoModelForCausalLM.from_pretrained(
         folder,
         use_safetensors=safetensors_only,
@@ -271,9 +272,10 @@ def locate(name: str) -> tuple[str, dict]:
             return str(model_path(task, role)), {}
         except ValueError as error:
             raise UserError(f"model {name}: {error}") from None
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         if not os.path.isfile(path):
             raise UserError(f"model {name}: no such file; check the path")
+        check_pointer(name, path)
         from transformers import GgufConfig
 
         return str(path.parent), {
@@ -284,6 +286,7 @@ def locate(name: str) -> tuple[str, dict]:
         if is_path(name) or name.count("/") > 1:
             raise UserError(f"model {name}: no such folder; check the path")
         return name, {}
+    check_pointers(name, path)
     if (path / "config.json").is_file():
         return str(path), {}
     if (path / FILE).is_file():

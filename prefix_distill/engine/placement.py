@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
-from .device import read_free_memory
+from .free_memory import read_free_memory
 
 TERABYTE = 1 << 40
 

@@ -19,14 +19,15 @@ class RowProcessor(LogitsProcessor):
 
 
 class Race(RowProcessor):
-    """Exact softmax sampling under greedy decoding, by an exponential race.
+    """Softmax sampling under greedy decoding, by an exponential race.
 
     argmax_v (log p_v − log e_v) with e_v ~ Exp(1) is distributed as p (the Gumbel-max trick). Each
     row samples its own e, one value per vocabulary entry and position, with a generator seeded by
     (seed, key). A sample therefore depends on (seed, step, prompt, sample, position) alone:
-    batching, padding and restarts cannot change it. Ids from ``support`` on (padding rows of the
-    head) are never sampled. With ``record``, ``taken`` collects log p of the sampled ids, a tensor
-    [rows] per position.
+    batching, padding and restarts cannot change it. It is exact up to the uniforms, which lie on a
+    grid of 2⁻²⁴: a token with p below about 1e-8 is never sampled. Ids from ``support`` on (padding
+    rows of the head) are never sampled. With ``record``, ``taken`` collects log p of the sampled
+    ids, a tensor [rows] per position.
     """
 
     def __init__(self, generators: list[torch.Generator], support: int, record: bool):

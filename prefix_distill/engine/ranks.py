@@ -1,4 +1,4 @@
-"""Join the ranks of a command, run their collectives, and catch stop signals.
+"""Join the ranks of a command and run their collectives.
 
 Every sum over ranks goes through this module.
 """
@@ -9,13 +9,10 @@ import functools
 import gc
 import os
 import re
-import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
-from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -29,40 +26,6 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # set during a collective, and after one that did not complete
 _in_collective = threading.Event()
-
-
-class Interrupt:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into a stop request, stored in ``received``.
-
-    A second signal has its usual effect. A signal that was ignored before (nohup) stays ignored.
-    Python allows signal handlers in the main thread alone; elsewhere only ``received`` works.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self.former: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        self.former = {}
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                self.former[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-    def ask(self) -> None:
-        """Request a stop as a SIGINT would."""
-        self.received = signal.SIGINT
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self.__exit__()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from ..maths.seeds import seed_of
 from .batching import Reads
 from .decoding import Decoding
 from .device import Clock
+from .free_memory import release_cache
 from .meter import Meter
 from .models import Model
 from .processors import Race, RowProcessor, Support

@@ -11,6 +11,7 @@ from ..maths import fused, simct
 from ..maths.divergence import Terms
 from ..maths.flops import Ledger
 from .batching import micro_batches, reads
+from .free_memory import release_cache
 from .models import Model
 from .pair import Pair
 from .ranks import Place
@@ -32,6 +33,7 @@ def hidden_rows(model: Model, sides: list[Side]) -> torch.Tensor:
     of several responses runs once if the model allows it. Its KV cache is then repeated for them,
     and its gradients add up.
     """
+    release_cache(model.device)
     prompts = [side.prompt for side in sides]
     responses = [side.read for side in sides]
     if model.encodes_prompt_once and len(set(prompts)) < len(prompts):

@@ -9,6 +9,7 @@ from typing import Protocol, Self, TypedDict, TypeVar
 
 from ..errors import UserError
 from .intervals import quantile
+from .ties import are_tied, choose_largest, merge_at, merge_ties
 
 WINDOWS = ("first", "middle", "last", "random", "scattered", "highest-kl", "highest-entropy")
 SELECTIONS = (
@@ -84,7 +85,7 @@ class Window:
         """
         size = min(self.size, tokens)
         if self.statistic:
-            return _largest(range(tokens), values, size)
+            return choose_largest(range(tokens), values, size)
         rng = random.Random("/".join(map(str, ("window", *key))))
         if self.kind == "scattered":
             return tuple(sorted(rng.sample(range(tokens), size)))
@@ -93,14 +94,6 @@ class Window:
         if start is None:
             start = rng.randint(0, free)
         return tuple(range(start, start + size))
-
-
-def _largest(
-    positions: Sequence[int], values: Sequence[float] | dict[int, float], count: int
-) -> tuple[int, ...]:
-    """Return the ``count`` positions with the largest values, ascending; the earlier of equals."""
-    ranked = sorted(positions, key=lambda t: (-values[t], t))
-    return tuple(sorted(ranked[:count]))
 
 
 def parse_window(text: str) -> Window | None:
@@ -153,16 +146,20 @@ class Scale:
 
 def _scaled(value: float, ends: tuple[float, float]) -> float:
     low, high = ends
-    if low == high:
+    if low == high or are_tied(value, low):
         return 0.0
-    return (min(value, high) - low) / (high - low)
+    if value > high or are_tied(value, high):
+        return 1.0
+    return (value - low) / (high - low)
 
 
 def batch_scale(entropies: list[float], divergences: list[float]) -> Scale:
     """Return the ``Scale`` of a global batch: of all ranks and micro-batches, in any order.
 
-    Entropies are clipped at their 98th percentile, linear between order statistics.
+    Entropies are clipped at their 98th percentile, linear between order statistics. The samples of
+    one prompt share the values of their first token, so ties are merged.
     """
+    entropies, divergences = merge_ties(entropies), merge_ties(divergences)
     largest_entropy = quantile(entropies, CLIPPED)
     return Scale(
         entropy=(min(entropies), largest_entropy), divergence=(min(divergences), max(divergences))
@@ -184,8 +181,8 @@ class Selection:
         random                sampled uniformly
         bottom                the smallest s of soft-or
 
-    Of equal scores the earlier token is selected. Sampling is seeded per rollout. Entropy and
-    divergence are of the whole vocabulary at temperature 1.
+    Of equal scores (``ties``) the earlier token is selected. Sampling is seeded per rollout.
+    Entropy and divergence are of the whole vocabulary at temperature 1.
     """
 
     kind: str
@@ -215,10 +212,11 @@ class Selection:
         if facts is None or at is None:
             raise ValueError(f"selection {self.kind!r} ranks tokens: pass facts and at")
         scores = {}
+        merged = {name: merge_at(positions, values) for name, values in facts.items()}
         for t in positions:
-            of_token = {name: values[t] for name, values in facts.items()}
+            of_token = {name: values[t] for name, values in merged.items()}
             scores[t] = self._score(of_token, at, rng)
-        return _largest(positions, scores, count)
+        return choose_largest(positions, scores, count)
 
     def _score(self, facts: dict[str, float], at: Scale, rng: random.Random) -> float:
         """Return the score of a token; ``facts``: statistic → nats."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..engine import evaluate, loading
-from ..engine.device import Clock, read_free_memory
+from ..engine.device import Clock
+from ..engine.free_memory import read_free_memory
 from ..engine.meter import Meter
 from ..engine.models import Model, make_decoder
 from ..engine.rollout import Rollout, rollout_of

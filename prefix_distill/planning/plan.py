@@ -12,6 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import SELF, Config
 from ..engine import loading
+from ..engine.device import choose_device
+from ..engine.free_memory import read_free_memory
 from ..engine.models import Model, read_shape
 from ..errors import UserError
 from ..maths import flops
@@ -92,6 +94,7 @@ def plan(
         rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
     # The GPUs are those that fit the config's own prefix.
     case = replace(case, prefix=rows[0]["tokens"][1])
+    _note_free_memory(config.runtime.device, rows[0]["memory"]["total"], notes)
     return {
         **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
@@ -155,6 +158,24 @@ def _parse_schedules(config: Config, prefixes: str, limit: int) -> dict[str, Pre
     for text in texts:
         schedules[text.strip()] = parse_prefix(text, limit)
     return schedules
+
+
+def _note_free_memory(device_name: str, needed: int, notes: Notes) -> None:
+    """Add a note that compares the forecast with the free memory of this machine."""
+    try:
+        device = choose_device(device_name, 0, 1, reasons=[])
+    except UserError:  # the run is planned for another machine
+        return
+    free = read_free_memory(device)
+    if free is None:
+        return
+    verdict = "fits"
+    if needed > free:
+        verdict = "does not fit"
+    notes.note(
+        f"this machine has {free / 2**30:.3g} GiB free on {device}: the run, which needs "
+        f"{needed / 2**30:.3g} GiB, {verdict}"
+    )
 
 
 def _describe(config: Config, nets: Sequence[Model], dtypes: Dtypes, support: int) -> dict:

@@ -1,5 +1,6 @@
 """Extract final answers from text and grade them. Training, eval and demo use this grader."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -128,8 +129,10 @@ def _equal(answer: str, wanted: str) -> bool:
 
 
 def _start() -> None:
+    from ..signals import STOP_SIGNALS  # here: the worker runs this file outside the package
+
     worker = subprocess.Popen(
-        [sys.executable, "-P", __file__],
+        [sys.executable, "-P", __file__, *STOP_SIGNALS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -146,8 +149,9 @@ def _start() -> None:
 def _ask(worker: subprocess.Popen[bytes], request: bytes) -> bytes:
     """Send ``request`` and return the worker's next line, stripped; empty if it has ended."""
     assert worker.stdin is not None and worker.stdout is not None  # ``_start`` opens both pipes
-    worker.stdin.write(request)
-    worker.stdin.flush()
+    with contextlib.suppress(OSError):  # the worker has ended, and ``readline`` returns nothing
+        worker.stdin.write(request)
+        worker.stdin.flush()
     return worker.stdout.readline().strip()
 
 
@@ -158,10 +162,18 @@ def _stop() -> None:
 
 
 def _serve() -> None:
-    """Answer every line [answer, wanted, seconds] of stdin with True or False on stdout."""
-    import contextlib
+    """Answer every line [answer, wanted, seconds] of stdin with True or False on stdout.
+
+    The arguments are signals to ignore: batch systems send them to every process of a job, and an
+    answer that is being compared would count as wrong. The worker ends with its stdin.
+    """
     import faulthandler
     import logging
+    import signal
+
+    for name in sys.argv[1:]:
+        if hasattr(signal, name):  # each system lacks some
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     # faulthandler's timer needs no GIL, so it also stops arithmetic in C, on every system
     faulthandler.dump_traceback_later(START, exit=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..errors import UserError
+from ..files import describe_lfs_pointer, describe_special, is_lfs_pointer
 from .presets import closest_preset
 from .sources import FORMATS, Source, is_path
 
@@ -92,6 +93,9 @@ def _find_local(source: Source) -> Path | None:
         return None
     if path.is_dir():
         raise UserError(f"dataset {name}: expected a file, got a folder; name a file in it")
+    special = describe_special(path)
+    if special is not None:
+        raise UserError(f"dataset {name}: expected a regular file, got {special}; name a file")
     if not path.is_file():
         raise UserError(f"dataset {name}: no such file; check the path")
     if file_format not in FORMATS:
@@ -101,14 +105,20 @@ def _find_local(source: Source) -> Path | None:
         )
     if path.stat().st_size == 0:
         raise no_rows(name)
+    if is_lfs_pointer(path):
+        raise UserError(f"dataset {name}: {describe_lfs_pointer(path)}")
     return path
 
 
 def _file_format(path: Path) -> str:
-    """Return the suffix of a file without .gz."""
-    if path.suffix == ".gz":
-        return Path(path.stem).suffix
-    return path.suffix
+    """Return the suffix of a file without .gz, in lower case."""
+    if _is_compressed(path):
+        path = path.with_suffix("")
+    return path.suffix.lower()
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _unreadable(source: Source, path: Path, error: Exception) -> UserError:
@@ -120,7 +130,7 @@ def _unreadable(source: Source, path: Path, error: Exception) -> UserError:
 
 
 def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
+    if _is_compressed(path):
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return open(path, encoding="utf-8-sig", newline="")
 
@@ -140,6 +150,9 @@ def _load_folder(source: Source, folder: Path, split: str, *, streaming: bool) -
             return load_dataset(str(folder), config, split=split, streaming=True)
         return _load_into_memory(str(folder), name=config, split=split)
     except Exception as error:  # the library raises many types
+        for file in sorted(folder.rglob("*")):
+            if _file_format(file) in FORMATS and is_lfs_pointer(file):
+                raise UserError(f"dataset {source.text}: {describe_lfs_pointer(file)}") from None
         raise UserError(
             f"dataset {source.text}: split {split} cannot be loaded from the folder "
             f"({_describe(error)}); name a file in it, or change --split"

@@ -57,7 +57,7 @@ def hub_id(name: str | None) -> str | None:
     if (
         not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
         or name.startswith(LAB)
-        or name.endswith((".gguf", *FORMATS))
+        or name.lower().endswith((".gguf", *FORMATS))
         or Path(name).exists()
     ):
         return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -10,7 +11,7 @@ from .. import config as configuration
 from ..config import Config
 from ..engine import exactness, loading, models
 from ..engine.alignment import match_tokenizers
-from ..engine.device import read_free_memory
+from ..engine.free_memory import read_free_memory
 from ..engine.models import Model, with_checkpointing
 from ..engine.pair import Pair
 from ..engine.placement import Storage
@@ -77,6 +78,7 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     if config.adapter.rank is not None:
         student = _add_adapter(config, student, where, notes=notes)
     teacher = _load_teacher(config, student, where, notes=notes)
+    _note_same_weights(config, student, teacher, notes=notes)
     with as_preflight_error():
         alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
     notes.note(tokenizers)
@@ -188,6 +190,53 @@ def _load_teacher(config: Config, student: Model, where: Place, notes: Notes) ->
             what = f"in float32; each step moves it by 1 − {share:g} towards the student"
         notes.note(f"teacher self: a copy of the student's initial weights, {what}")
     return teacher
+
+
+def _note_same_weights(config: Config, student: Model, teacher: Model, *, notes: Notes) -> None:
+    """Warn if the teacher was named like the student, or has equal weights under another name."""
+    if config.models.teacher == configuration.SELF:
+        return
+    if not (_are_one_model(config) or _have_equal_weights(student, teacher)):
+        return
+    text = f"the teacher {config.models.teacher} and the student have the same weights"
+    if config.data.privileged_column is not None:
+        notes.note(f"{text}; --teacher self trains the same and needs no second copy with --lora")
+        return
+    notes.warn(
+        f"{text}: wherever both see the same prompt, the divergence is 0 and there is nothing to "
+        "teach; use another --teacher, or --teacher self with --privileged-column"
+    )
+
+
+def _are_one_model(config: Config) -> bool:
+    """Return whether student and teacher are one hub id, folder or file."""
+    names = []
+    for name in (config.models.student, config.models.teacher):
+        names.append(os.path.expanduser(settled(name, "--student and --teacher")))
+    if all(map(os.path.exists, names)):
+        return os.path.samefile(*names)
+    return names[0] == names[1]
+
+
+def _have_equal_weights(student: Model, teacher: Model) -> bool:
+    """Return whether all weights are equal in the teacher's dtype; stop at the first difference.
+
+    A new adapter of the student changes nothing yet, so its weights are left out.
+    """
+    weights = {}
+    for name, weight in student.net.named_parameters():
+        if "lora_" not in name:
+            weights[name.replace("base_model.model.", "").replace(".base_layer", "")] = weight
+    others = dict(teacher.net.named_parameters())
+    if weights.keys() != others.keys():
+        return False
+    for name, other in others.items():
+        weight = weights[name].detach()
+        if weight.is_meta or other.is_meta or weight.shape != other.shape:
+            return False
+        if not torch.equal(weight.to(other.device, other.dtype), other.detach()):
+            return False
+    return True
 
 
 def _can_share_weights(config: Config, where: Place) -> bool:

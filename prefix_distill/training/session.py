@@ -8,10 +8,10 @@ from .. import config as configuration
 from ..display import Observer, Reporter
 from ..engine.device import describe_machine
 from ..engine.models import make_decoder
-from ..engine.ranks import Interrupt
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
+from ..signals import Interrupt
 from .card import make_card
 from .faults import find_non_finite
 from .folder import RunFolder

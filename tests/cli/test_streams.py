@@ -71,3 +71,16 @@ def test_output_piped_to_head_is_complete():
     done = shell("$P help | head -1")
     assert done.returncode == 0 and done.stdout.startswith("prefix-distill help ")
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_run_with_full_streams_is_saved(tmp_path):
+    """Neither the progress on stderr nor the document on stdout can be written."""
+    flags = (
+        "--steps 1 --batch-size 1 --samples 1 --prefix 2 --max-new-tokens 4 --eval-samples 1 "
+        "--kl-prompts 1 --check-samples 0 --device cpu"
+    )
+    done = shell(f"$P run {flags} --out {tmp_path / 'run'} > /dev/full 2> /dev/full")
+    assert done.returncode == 1
+    assert (tmp_path / "run/model/config.json").is_file()
+    assert '"result"' in (tmp_path / "run/run.json").read_text()

@@ -81,8 +81,9 @@ def test_token_mean_weights_tokens_and_resamples_rollouts():
     values = [[1.0] * 10, [3.0] * 30]
     found = intervals.token_mean(values)
     assert found["value"] == pytest.approx(2.5) and found["n"] == 40
-    # a resample of two rollouts may hold the same one twice
-    assert (found["low"], found["high"]) == (1.0, 3.0)
+    # residuals −15 and 15: the error is √(2/1 · 450)/40, times 12.706 of Student's t; a mean of
+    # numbers that are not negative has no negative bound
+    assert (found["low"], found["high"]) == pytest.approx((0, 2.5 + 9.5295))
     assert intervals.split_mean(values, 10) == (2.0, 3.0) and intervals.split_mean([[1.0]], 1) == (
         1.0,
         None,

@@ -15,9 +15,11 @@ from prefix_distill.config import Adapter
 from prefix_distill.engine import scoring
 from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.rollout import student_sides
+from prefix_distill.errors import UserError
 from prefix_distill.maths.divergence import Head, Terms
 from prefix_distill.maths.fused import weighted
 from prefix_distill.planning import forecast, ghosts, measuring
+from prefix_distill.planning import plan as planning
 from prefix_distill.planning.case import Case, Network
 from prefix_distill.planning.forecast import Forecaster
 from prefix_distill.planning.measuring import MicroBatch
@@ -355,6 +357,26 @@ def test_the_bound_for_small_models_is_above_the_forecast(kind, more):
     found = Forecaster(config, config).forecast(settled)["total"]
     model = ghosts.sketch("m", config, Network(torch.float32))
     assert found < forecast.bound_memory(model, model, settled) < 100 * found
+
+
+@pytest.mark.parametrize("free, verdict", [(1 << 20, "does not fit"), (1 << 40, "fits")])
+def test_the_free_memory_of_this_machine_is_compared(monkeypatch, free, verdict):
+    monkeypatch.setattr(planning, "read_free_memory", lambda device: free)
+    code, out, err = invoke("plan", "--device", "cpu", "--steps", 2)
+    assert code == 0, err
+    notes = [note for note in last_json(out)["notes"] if note.startswith("this machine has")]
+    assert len(notes) == 1 and notes[0].endswith(verdict) and "free on cpu" in notes[0]
+
+
+def test_a_plan_for_another_machine_is_not_compared(monkeypatch):
+    monkeypatch.setattr(planning, "choose_device", missing_device)
+    code, out, err = invoke("plan", "--device", "cuda", "--steps", 2)
+    assert code == 0, err
+    assert not any(note.startswith("this machine has") for note in last_json(out)["notes"])
+
+
+def missing_device(*_):
+    raise UserError("device 'cuda': not available here")
 
 
 def test_a_plan_without_a_dataset_names_none():

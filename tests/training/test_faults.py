@@ -34,8 +34,8 @@ from prefix_distill import config as configuration
 from prefix_distill.cli.main import app
 from prefix_distill.display import Reporter
 from prefix_distill.engine import scoring
-from prefix_distill.engine.ranks import Interrupt
 from prefix_distill.errors import Interrupted, MemoryShortage, Stopped, UserError
+from prefix_distill.signals import Interrupt
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.session import Session
 from prefix_distill.training.update import Update
@@ -471,11 +471,21 @@ def test_a_command_without_memory_advises_what_it_has(
 # ── signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", ["update", "evaluation"])
+@pytest.mark.parametrize(
+    "moment, number",
+    [
+        ("update", "SIGINT"),
+        ("update", "SIGHUP"),
+        ("update", "SIGUSR1"),
+        ("update", "SIGXCPU"),
+        ("evaluation", "SIGTERM"),
+    ],
+)
 def test_a_signal_saves_the_state_and_the_run_resumes(  # noqa: PLR0913  fixtures and parameters of one test
-    pair, questions, tmp_path, whole, number, moment
+    pair, questions, tmp_path, whole, moment, number
 ):
+    number = signal.Signals[number]
+
     class Sends(Silent):
         def row(self, row, *_):
             # before the evaluation after step 4, which the resumed run does
