@@ -101,6 +101,7 @@ class RunOptions(ProbeOptions, total=False):
     check_samples: int
     out: str | PathLike[str] | None
     save_every: int
+    allow_changed: bool
     report_to: str
     run_name: str | None
     push_to_hub: str | None

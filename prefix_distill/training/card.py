@@ -43,7 +43,7 @@ METHODS = (
     "extrapolation.kind",
 )
 # settings that do not change the model
-ELSEWHERE = ("checkpoint.out", "trackers", "export")
+ELSEWHERE = ("checkpoint.out", "checkpoint.allow_changed", "trackers", "export")
 
 
 def hub_id(name: str | None) -> str | None:

@@ -169,11 +169,15 @@ class RunFolder:
         self.write_config(config)
 
     def write_config(self, config: dict) -> None:
-        """Write config.yaml, without the folder's own path."""
+        """Write config.yaml, without the folder's own path and without --allow-changed.
+
+        That permission holds for one resume.
+        """
         import yaml
 
         sections = {name: dict(section) for name, section in config.items()}
-        sections.get("checkpoint", {}).pop("out", None)
+        for key in ("out", "allow_changed"):
+            sections.get("checkpoint", {}).pop(key, None)
         with self._writing("config.yaml"):
             write_atomically(
                 self.path / "config.yaml",

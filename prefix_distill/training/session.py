@@ -14,6 +14,7 @@ from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
 from .card import make_card
 from .faults import find_non_finite
+from .fingerprints import KEY, check_fingerprints, take_fingerprints
 from .folder import RunFolder
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
 from .monitor import Monitor
@@ -267,7 +268,11 @@ def train_in(
     plugins += find_unfiled(config.divergence.name, config.schedule.prefix)
     interrupt = Interrupt()
     watched = observer.watch(config.train.steps, label, run.place.is_first, interrupt.ask)
-    with watched as shown, interrupt, open_folder(run, folder, resume):
+    fingerprints = take_fingerprints(run)
+    with watched as shown, interrupt, open_folder(run, folder, resume, fingerprints):
+        if resume:
+            for text in check_fingerprints(run, folder, fingerprints):
+                shown.note(text)
         reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(shown)
         if run.place.is_first:
             reporter = Trackers(shown, folder, config)
@@ -294,8 +299,8 @@ def naming_saved_state(folder: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[None]:
-    """Lock the run folder, and create it unless the run resumes.
+def open_folder(run: Run, folder: RunFolder, resume: bool, fingerprints: dict) -> Iterator[None]:
+    """Lock the run folder, and create it with the run's fingerprints unless the run resumes.
 
     UserError: the folder is used, cannot be written, or is not visible on every rank.
     """
@@ -303,7 +308,8 @@ def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[None]:
     lock = folder.lock() if place.is_first else contextlib.nullcontext()
     with lock:
         if place.is_first and not resume:
-            folder.create(configuration.as_dict(run.config), describe_run(run))
+            facts = {**describe_run(run), KEY: fingerprints}
+            folder.create(configuration.as_dict(run.config), facts)
         if place.is_first and run.checks:
             folder.write_json("preflight.json", describe_checks(run.checks))
         place.barrier()
