@@ -24,7 +24,16 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..errors import Stopped, UserError
-from ..files import read_rows, replace_folder, sha256_of, sync, write_atomically, write_rows
+from ..files import (
+    read_rows,
+    recover_folders,
+    remove_folder,
+    replace_folder,
+    sha256_of,
+    sync,
+    write_atomically,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
@@ -38,7 +47,15 @@ FORMAT = 1  # of the folder and of its checkpoints; other formats are rejected
 KEPT = 2  # checkpoints on disk: the newest one, and one to fall back on
 LOCK = ".lock"
 # what a run that was killed while it was created leaves behind
-LEFT_BEHIND = {LOCK, "run.json", ".run.json.partial", ".config.yaml.partial"}
+LEFT_BEHIND = {
+    LOCK,
+    "run.json",
+    "preflight.json",
+    ".run.json.partial",
+    ".preflight.json.partial",
+    ".config.yaml.partial",
+}
+SUBFOLDERS = ("", "checkpoints", "plugins", "displacements")  # in which files are written
 # what reading a damaged checkpoint raises
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -70,7 +87,7 @@ class RunFolder:
     def newest_step(self) -> int:
         """Return the number of steps that the newest checkpoint holds; 0 without a checkpoint."""
         for checkpoint in self._checkpoints():
-            return int(checkpoint.name.removeprefix("step-"))
+            return _step_of(checkpoint)
         return 0
 
     @contextlib.contextmanager
@@ -158,15 +175,40 @@ class RunFolder:
             folder = parent
         return folder
 
-    def create(self, config: dict, facts: dict | None = None) -> None:
-        """Create the folder: run.json with ``facts``, then config.yaml.
+    def create(
+        self, config: dict, facts: dict | None = None, checks: dict | None = None
+    ) -> None:
+        """Create the folder: run.json with ``facts``, preflight.json, then config.yaml.
 
-        UserError: the folder is used or cannot be created.
+        config.yaml is last, because a folder that has it is a run that can be resumed. UserError:
+        the folder is used or cannot be created.
         """
         self.check_unused()
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("run.json", {"format": FORMAT, **(facts or {})})
+        if checks is None:
+            (self.path / "preflight.json").unlink(missing_ok=True)
+        else:
+            self.write_json("preflight.json", checks)
         self.write_config(config)
+
+    def recover(self) -> None:
+        """Repair what a killed process left: a replacement or a deletion that is not finished."""
+        with self._writing("a file"):
+            for name in SUBFOLDERS:
+                recover_folders(self.path / name)
+
+    def prune(self, step: int) -> None:
+        """Delete the checkpoints that a kill left besides those of a run restored at ``step``.
+
+        These are checkpoints beyond the newest ``KEPT``, and damaged ones after ``step``.
+        """
+        with self._writing("checkpoints"):
+            for checkpoint in self._checkpoints():
+                if _step_of(checkpoint) > step:
+                    remove_folder(checkpoint)
+            for old in self._checkpoints()[KEPT:]:
+                remove_folder(old)
 
     def write_config(self, config: dict) -> None:
         """Write config.yaml, without the folder's own path and without --allow-changed.
@@ -237,9 +279,14 @@ class RunFolder:
         for file in sorted((self.path / name).glob("*.safetensors")):
             yield file, load_file(file)
 
+    def has(self, name: str) -> bool:
+        """Return whether the folder has the file ``name``."""
+        return (self.path / name).is_file()
+
     def remove(self, name: str) -> None:
         """Delete a subfolder."""
-        shutil.rmtree(self.path / name, ignore_errors=True)
+        with self._writing(name):
+            remove_folder(self.path / name)
 
     def append(self, name: str, row: dict) -> None:
         """Append one row to a file of JSON lines."""
@@ -319,7 +366,7 @@ class RunFolder:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             for old in self._checkpoints()[KEPT:]:
-                shutil.rmtree(old)
+                remove_folder(old)
 
     def read_latest_checkpoint(
         self, warn: Callable[[str], None]
@@ -355,6 +402,10 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         """List the checkpoints, newest first."""
         return sorted((self.path / "checkpoints").glob("step-*"), reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _check_checkpoint_format(folder: Path, state: dict) -> None:

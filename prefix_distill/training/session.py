@@ -242,6 +242,7 @@ class Session:
         result = result_document(state, self.resumed_from)
         if run.place.is_first:
             folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
+            folder.remove("displacements")
         run.place.barrier()
         return {"out": str(folder.path), **result}
 
@@ -309,9 +310,12 @@ def open_folder(run: Run, folder: RunFolder, resume: bool, fingerprints: dict) -
     with lock:
         if place.is_first and not resume:
             facts = {**describe_run(run), KEY: fingerprints}
-            folder.create(configuration.as_dict(run.config), facts)
-        if place.is_first and run.checks:
-            folder.write_json("preflight.json", describe_checks(run.checks))
+            checks = None
+            if run.checks:
+                checks = describe_checks(run.checks)
+            folder.create(configuration.as_dict(run.config), facts, checks)
+        elif place.is_first:
+            folder.recover()
         place.barrier()
         if not folder.is_created:
             raise UserError(

@@ -179,6 +179,7 @@ class State:
         ranks_before = folder.read_json("run.json").get("ranks", place.world)
         place.barrier()  # every rank has read before the first one writes
         if place.is_first:
+            folder.prune(step)
             folder.rewind("metrics.jsonl", step, report.warn, whole=True)
             folder.rewind("scores.jsonl", self.progress.evaluations[-1]["step"], report.warn)
             folder.write_json("run.json", {**folder.read_json("run.json"), "ranks": place.world})
