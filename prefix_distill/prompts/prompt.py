@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 # {"role": …, "content": …}
 Message = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One problem as chat messages that end with the user's turn.
 
@@ -25,7 +25,6 @@ class Prompt:
     index: int
     messages: tuple[Message, ...]
     answer: str | None
-    _: KW_ONLY
     privileged: str | None = None
     around: tuple[str, str] = ("", "")
     worked_solution: str | None = None
@@ -36,7 +35,7 @@ class Prompt:
         return self.messages[-1]["content"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptSet:
     """Prompts in the order of the dataset, or an iterator over shuffled prompts if streamed.
 
@@ -49,7 +48,6 @@ class PromptSet:
 
     name: str
     prompts: tuple[Prompt, ...] | Iterator[Prompt]
-    _: KW_ONLY
     answer_format: str | None = None
     max_new_tokens: int | None = None
     privileged_template: str | None = None
@@ -72,7 +70,7 @@ class PromptSet:
         return running.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rendered:
     """A prompt as token ids for both models, whose chat templates and lengths may differ."""
 
