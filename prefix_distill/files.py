@@ -11,6 +11,7 @@ from pathlib import Path
 PARTIAL, OLD, DELETED = ".partial", ".old", ".deleted"
 HIDDEN = (PARTIAL, OLD, DELETED)
 
+
 def replace_folder(scratch: Path, folder: Path) -> None:
     """Move ``scratch`` to ``folder``, replacing what is there.
 

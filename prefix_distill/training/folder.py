@@ -10,7 +10,6 @@ folder can be moved. Files have the permissions of the user's umask.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -25,39 +24,36 @@ from safetensors import SafetensorError
 
 from ..errors import Stopped, UserError
 from ..files import (
+    PARTIAL,
     read_rows,
     recover_folders,
     remove_folder,
     replace_folder,
-    sha256_of,
     sync,
     write_atomically,
     write_rows,
 )
+from .checkpoints import (
+    DAMAGE,
+    FORMAT,
+    check_checkpoint_format,
+    digest_facts,
+    read_checkpoint,
+    step_of,
+    write_state_dicts,
+)
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
-    from torch import Tensor
 
     from ..engine.models import Model
+    from .checkpoints import Tensors
 
-    Tensors = dict[str, Tensor]
-
-FORMAT = 1  # of the folder and of its checkpoints; other formats are rejected
 KEPT = 2  # checkpoints on disk: the newest one, and one to fall back on
 LOCK = ".lock"
-# what a run that was killed while it was created leaves behind
-LEFT_BEHIND = {
-    LOCK,
-    "run.json",
-    "preflight.json",
-    ".run.json.partial",
-    ".preflight.json.partial",
-    ".config.yaml.partial",
-}
+# what a run that was killed while it was created leaves behind, besides PARTIAL files
+LEFT_BEHIND = {LOCK, "run.json", "preflight.json"}
 SUBFOLDERS = ("", "checkpoints", "plugins", "displacements")  # in which files are written
-# what reading a damaged checkpoint raises
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class RunFolder:
@@ -87,7 +83,7 @@ class RunFolder:
     def newest_step(self) -> int:
         """Return the number of steps that the newest checkpoint holds; 0 without a checkpoint."""
         for checkpoint in self._checkpoints():
-            return _step_of(checkpoint)
+            return step_of(checkpoint)
         return 0
 
     @contextlib.contextmanager
@@ -151,7 +147,7 @@ class RunFolder:
             raise UserError(f"--out {self.path}: it is a file; name a folder")
         if os.path.isdir(self.path):
             for file in self.path.iterdir():
-                if file.name not in LEFT_BEHIND:
+                if file.name not in LEFT_BEHIND and not file.name.endswith(PARTIAL):
                     raise UserError(
                         f"--out {self.path}: the folder is not empty; add --resume to continue it, "
                         "or name another"
@@ -175,9 +171,7 @@ class RunFolder:
             folder = parent
         return folder
 
-    def create(
-        self, config: dict, facts: dict | None = None, checks: dict | None = None
-    ) -> None:
+    def create(self, config: dict, facts: dict | None = None, checks: dict | None = None) -> None:
         """Create the folder: run.json with ``facts``, preflight.json, then config.yaml.
 
         config.yaml is last, because a folder that has it is a run that can be resumed. UserError:
@@ -205,7 +199,7 @@ class RunFolder:
         """
         with self._writing("checkpoints"):
             for checkpoint in self._checkpoints():
-                if _step_of(checkpoint) > step:
+                if step_of(checkpoint) > step:
                     remove_folder(checkpoint)
             for old in self._checkpoints()[KEPT:]:
                 remove_folder(old)
@@ -314,7 +308,7 @@ class RunFolder:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 # a damaged checkpoint is skipped later
                 state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-                _check_checkpoint_format(newest, state)
+                check_checkpoint_format(newest, state)
 
     def rewind(self, name: str, step: int, warn: Callable[[str], None]) -> list[dict]:
         """Drop incomplete lines, and rows of steps after ``step``, from a file of JSON lines.
@@ -356,9 +350,9 @@ class RunFolder:
                 state = {
                     "format": FORMAT,
                     "step": step,
-                    "sha256": _write_state_dicts(scratch, tensors),
+                    "sha256": write_state_dicts(scratch, tensors),
                     "facts": facts,
-                    "facts_sha256": _digest_of(step, facts),
+                    "facts_sha256": digest_facts(step, facts),
                 }
                 write_atomically(scratch / "state.json", json.dumps(state))
                 replace_folder(scratch, parent / f"step-{step:08d}")
@@ -376,7 +370,7 @@ class RunFolder:
         """
         for folder in self._checkpoints():
             try:
-                return _read_checkpoint(folder)
+                return read_checkpoint(folder)
             except DAMAGE as error:
                 warn(f"checkpoint {folder.name} is damaged ({error}); using the one before it")
         raise UserError(
@@ -387,7 +381,7 @@ class RunFolder:
         """Return the student's weights after ``step`` steps. UserError: they are damaged."""
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         try:
-            return _read_checkpoint(folder)[1]["student"]
+            return read_checkpoint(folder)[1]["student"]
         except DAMAGE as error:
             raise UserError(
                 f"checkpoint {folder}: it is damaged ({error}); choose another"
@@ -401,47 +395,3 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         """List the checkpoints, newest first."""
         return sorted((self.path / "checkpoints").glob("step-*"), reverse=True)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def _check_checkpoint_format(folder: Path, state: dict) -> None:
-    if state["format"] != FORMAT:
-        raise UserError(
-            f"checkpoint {folder}: format {state['format']}, this version reads {FORMAT}; resume "
-            "with the version that wrote it"
-        )
-
-
-def _write_state_dicts(folder: Path, state_dicts: "dict[str, Tensors]") -> dict[str, str]:
-    """Write each state dict to a safetensors file; return the checksums by file name."""
-    from safetensors.torch import save_file
-
-    checksums = {}
-    for name, tensors in state_dicts.items():
-        file = folder / f"{name}.safetensors"
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, file)
-        checksums[file.name] = sha256_of(file)
-    return checksums
-
-
-def _read_checkpoint(folder: Path) -> "tuple[int, dict[str, Tensors], dict]":
-    """Return (step, tensors, facts) of a checkpoint. One of DAMAGE: a checksum does not match."""
-    from safetensors.torch import load_file
-
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    _check_checkpoint_format(folder, state)
-    for name, digest in state["sha256"].items():
-        if sha256_of(folder / name) != digest:
-            raise ValueError(f"{name} does not match its checksum")
-    digest = _digest_of(state["step"], state["facts"])
-    if not isinstance(state["facts"], dict) or state["facts_sha256"] != digest:
-        raise ValueError("state.json does not match its checksum")
-    tensors = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
-    return state["step"], tensors, state["facts"]
-
-
-def _digest_of(step: int, facts: dict) -> str:
-    return hashlib.sha256(json.dumps([step, facts]).encode()).hexdigest()

@@ -16,7 +16,7 @@ from prefix_distill import config as configuration
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.session import Session
 
-CHILD = r'''
+CHILD = r"""
 import json, os, shutil, signal, sys
 from pathlib import Path
 
@@ -69,9 +69,8 @@ def work(folder):
     save_best(folder, 1)
     save(folder, 2)
     save(folder, 2)  # a signal saves once more
-    save_best(folder, 2)
-    save(folder, 3)
 
+work(RunFolder(root / "undisturbed"))  # imports what the children need
 number = 0
 ended = False
 while not ended:
@@ -88,8 +87,8 @@ while not ended:
     ended = status == 0
     if status not in (0, -signal.SIGKILL):
         sys.exit(f"call {number}: exit {status}")
-print(number)
-'''
+print("calls", number)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +99,8 @@ def killed(tmp_path_factory):
         [sys.executable, "-c", CHILD, root], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    number = int(done.stdout.splitlines()[-1])
-    assert number > 100
+    number = int(done.stdout.splitlines()[-1].removeprefix("calls "))
+    assert number > 50
     return root, number
 
 
