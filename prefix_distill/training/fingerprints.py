@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from .. import config as configuration
 from ..config import Config
 from ..engine.fingerprint import fingerprint_model
+from ..engine.hub import find_commit
 from ..engine.models import Model
 from ..engine.ranks import Place
 from ..errors import UserError
+from ..lab.task import LAB
 from ..prompts.prompt import Rendered
+from ..prompts.sources import parse_source, split_sources
 from .folder import RunFolder
 from .run import Run, settled
 
@@ -44,7 +47,9 @@ def take_fingerprints(run: Run) -> dict:
 def _prompts_of(run: Run) -> Prompts:
     """Return the prompts whose fingerprints are kept."""
     problems = run.problems
-    held_out = [Rendered(prompt, ids, ()) for prompt, ids in problems.held_out]
+    held_out = []
+    for prompt, ids in problems.held_out:
+        held_out.append(Rendered(prompt=prompt, student_ids=ids, teacher_ids=()))
     return {TRAINING: problems.train, HELD_OUT: [*held_out, *problems.kl]}
 
 
@@ -208,3 +213,24 @@ def join_names(names: Sequence[str]) -> str:
     if not others:
         return last
     return f"{', '.join(others)} and {last}"
+
+
+def find_commits(config: Config) -> dict[str, str]:
+    """Return the commit of each model and dataset of the run that comes from the hub.
+
+    The keys are such as ``model org/name@tag`` and ``dataset org/name``.
+    """
+    names = [("model", config.models.student), ("model", config.models.teacher)]
+    for text in (config.data.dataset, config.evaluate.dataset):
+        for name, _ in split_sources(text or LAB):
+            source = parse_source(name)
+            location = source.location
+            if source.revision is not None:
+                location = f"{location}@{source.revision}"
+            names.append(("dataset", location))
+    commits = {}
+    for kind, name in names:
+        commit = find_commit(name or LAB, kind)
+        if commit is not None:
+            commits[f"{kind} {name}"] = commit
+    return commits

@@ -14,7 +14,7 @@ from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
 from .card import make_card
 from .faults import find_non_finite
-from .fingerprints import KEY, check_fingerprints, take_fingerprints
+from .fingerprints import KEY, check_fingerprints, find_commits, take_fingerprints
 from .folder import RunFolder
 from .loss import TokenLosses
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
@@ -345,4 +345,5 @@ def describe_run(run: Run) -> dict:
         "warnings": run.notes.warnings,
         "ranks": run.place.world,
         "generation_config": configs,
+        "commits": find_commits(run.config),
     }
