@@ -8,24 +8,62 @@ import shutil
 import stat
 from pathlib import Path
 
+# suffixes of hidden names: unfinished writes, folders that are being replaced or deleted
+PARTIAL, OLD, DELETED = ".partial", ".old", ".deleted"
+HIDDEN = (PARTIAL, OLD, DELETED)
+
 
 def replace_folder(scratch: Path, folder: Path) -> None:
     """Move ``scratch`` to ``folder``, replacing what is there.
 
-    A reader sees the old folder or the new one, never a partly written one.
+    A reader never sees a partly written folder. A process that is killed between the two renames
+    leaves the old folder under a hidden name; ``recover_folders`` puts it back.
     """
     umask = os.umask(0)
     os.umask(umask)
     for file in scratch.iterdir():
         os.chmod(file, 0o666 & ~umask)  # safetensors lets only the owner read its files
         sync(file)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _hide(folder, OLD)
     if folder.exists():
         os.rename(folder, old)
     os.rename(scratch, folder)
     _sync_names(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete ``folder`` if it exists; it is never seen partly deleted."""
+    if folder.exists():
+        deleted = _hide(folder, DELETED)
+        os.rename(folder, deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
+
+
+def _hide(folder: Path, suffix: str) -> Path:
+    """Return a hidden name for ``folder``, and free that name if the folder will take it."""
+    hidden = folder.with_name(f".{folder.name}{suffix}")
+    if folder.exists():
+        shutil.rmtree(hidden, ignore_errors=True)
+    return hidden
+
+
+def recover_folders(parent: Path) -> None:
+    """Repair what killed processes left in ``parent``.
+
+    A folder whose replacement was not finished gets its name back. Everything else under a hidden
+    name is deleted: scratch files and folders, replaced folders, and folders that were being
+    deleted.
+    """
+    for path in list(parent.glob(".*")):
+        folder = path.with_name(path.name[1:].removesuffix(OLD))
+        if path.name.endswith(OLD) and not folder.exists():
+            os.rename(path, folder)
+        elif path.name.endswith(HIDDEN):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _sync_names(folder: Path) -> None:
@@ -86,7 +124,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     """
     if isinstance(content, str):
         content = content.encode()
-    scratch = file.with_name(f".{file.name}.partial")
+    scratch = file.with_name(f".{file.name}{PARTIAL}")
     try:
         with open(scratch, "wb") as handle:
             handle.write(content)

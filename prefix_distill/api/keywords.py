@@ -113,6 +113,7 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     check_samples: int
     out: str | PathLike[str] | None
     save_every: int
+    allow_changed: bool
     report_to: str
     run_name: str | None
 

@@ -302,6 +302,12 @@ class Checkpoint:
     save_every: int = option(
         25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
     )
+    allow_changed: bool = option(
+        False,
+        "--allow-changed",
+        "With --resume, continue although the prompts or a model differ from those that the run "
+        "began with.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

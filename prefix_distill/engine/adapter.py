@@ -123,9 +123,10 @@ def read_base(folder: Path) -> str:
     UserError: the files are not in peft's format, or the weights are pickled.
     """
     try:
-        base = json.loads((folder / FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
+        document = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        base, revision = document["base_model_name_or_path"], document.get("revision")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        base, revision = None, None
     if not isinstance(base, str) or not base:
         raise UserError(
             f"model {folder}: its {FILE} names no base model; repair base_model_name_or_path in it"
@@ -135,6 +136,8 @@ def read_base(folder: Path) -> str:
             f"model {folder}: it has no {WEIGHTS}; expected an adapter in peft's format as "
             "safetensors"
         )
+    if isinstance(revision, str) and revision and not Path(base).exists():
+        return f"{base}@{revision}"
     return base
 
 

@@ -22,10 +22,10 @@ from transformers import (
 from .. import config as configuration
 from ..errors import UserError, first_line, one_line
 from ..lab.task import LAB, model_path
-from ..prompts.sources import is_path
+from ..prompts.sources import is_path, split_revision
 from . import adapter
 from .adapter import FILE
-from .hub import check_reachable
+from .hub import UNREAD, WEIGHTS, check_reachable, find_pinned
 from .model_files import check_pointer, check_pointers, is_gguf, read_tokenizer
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
@@ -58,6 +58,7 @@ def load_model(
     UserError: the model is missing or unreadable, lacks a weight that its config.json names, has no
     EOS id, or has weights that are not finite.
     """
+    find_pinned(name)  # locate downloads no weights
     folder, extra = locate(name)
     if extra == ADAPTER and storage == PLAIN:
         return _load_with_adapter(
@@ -256,7 +257,10 @@ def add_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Mod
         base, _ = locate(base)  # the adapter's base must also load in plain transformers
     elif os.path.exists(path):
         base = str(path.absolute())
-    return replace(model, adapter=adapter.attach(model.net, settings, seed=seed, base=base))
+    base, revision = split_revision(base)
+    wrapper = adapter.attach(model.net, settings, seed=seed, base=base)
+    wrapper.peft_config[adapter.NAME].revision = revision
+    return replace(model, adapter=wrapper)
 
 
 def locate(name: str) -> tuple[str, dict]:
@@ -282,6 +286,9 @@ def locate(name: str) -> tuple[str, dict]:
             "gguf_file": path.name,
             "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True),
         }
+    pinned = find_pinned(name, (*UNREAD, *WEIGHTS))
+    if pinned is not None:
+        path = pinned
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         if is_path(name) or name.count("/") > 1:
             raise UserError(f"model {name}: no such folder; check the path")

@@ -258,6 +258,7 @@ class _Batch:
         alive = list(range(len(self.requests)))
         done = 0
         while alive and done < max_new_tokens:
+            release_cache(self.model.device)
             stretch = min(self.model.decoding.stretch or max_new_tokens, max_new_tokens - done)
             processors = self.sampler.processors(race)
             if timer is not None:

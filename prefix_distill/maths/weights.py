@@ -377,7 +377,7 @@ def token_weights(
     The weights are by (slot, sample). With m taught tokens in a rollout (``Rollout.counted``):
 
         token      weight 1,   divisor Σ m
-        sequence   weight 1/m, divisor the number of rollouts
+        sequence   weight 1/m, divisor the number of rollouts with a taught token
         sum        weight 1,   divisor the number of rollouts: the gradient grows with the prefix
 
     ``position`` multiplies each weight by that of the token's position in the whole rollout. The
@@ -395,4 +395,7 @@ def token_weights(
     share = len(rollouts)
     if reduction == "token":
         share = sum(r.counted for r in rollouts)
+    if reduction == "sequence":
+        # across tokenizers a rollout can lack units, and then it has no mean
+        share = sum(1 for r in rollouts if r.taught)
     return weights, float(share)

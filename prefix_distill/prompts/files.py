@@ -170,7 +170,12 @@ def _load_from_hub(source: Source, split: str, *, streaming: bool) -> Any:
     if preset is not None and name == preset.hub:
         config = preset.config
     try:
-        return load_dataset(name, config, split=split, streaming=streaming)
+        folder = _find_snapshot(source)
+        if folder is not None:
+            return load_dataset(folder, config, split=split, streaming=streaming)
+        return load_dataset(
+            name, config, split=split, streaming=streaming, revision=source.revision
+        )
     except Exception as error:  # the hub client raises many types
         reason = _describe(error)
     if preset is None:
@@ -182,6 +187,15 @@ def _load_from_hub(source: Source, split: str, *, streaming: bool) -> Any:
         f"dataset {source.text}: {name} cannot be loaded from the hub ({reason}); check the "
         f"network, or give a copy as {source.name.split('=')[0]}=FOLDER"
     )
+
+
+def _find_snapshot(source: Source) -> str | None:
+    """Return the folder of a pinned dataset in the hub's cache if the hub is switched off."""
+    from huggingface_hub import constants, snapshot_download
+
+    if source.revision is None or not constants.HF_HUB_OFFLINE:
+        return None
+    return snapshot_download(source.location, repo_type="dataset", revision=source.revision)
 
 
 def _describe(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """A prompt, a set of prompts, and a prompt as token ids."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +58,16 @@ class PromptSet:
     def streamed(self) -> bool:
         """Return whether the prompts are an iterator that reads rows on demand."""
         return not isinstance(self.prompts, tuple)
+
+    def digest(self) -> str | None:
+        """Return a digest of all prompts in order; None of a streamed set, whose end is unknown."""
+        if not isinstance(self.prompts, tuple):
+            return None
+        running = hashlib.sha256()
+        for prompt in self.prompts:
+            row = [prompt.index, prompt.messages, prompt.answer, prompt.privileged]
+            running.update(json.dumps(row, default=str).encode())
+        return running.hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,18 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "~", "/", "\\")) or "\\" in name or name[1:3] == ":/"
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split ``repo@revision`` of the hub; a path, a file or a built-in name has no revision.
+
+    A revision is a branch, a tag or a commit.
+    """
+    repo, _, revision = name.rpartition("@")
+    is_local = _exists(name) or is_path(name) or name.startswith(LAB)
+    if not repo or not revision or is_local or name.endswith(FORMATS):
+        return name, None
+    return repo, revision
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One dataset as the user names it.
@@ -25,6 +37,7 @@ class Source:
     - ``text``: the whole name; ``name``: the same without ``#count``.
     - ``location``: a file, a folder, a hub id or ``lab:TASK``.
     - ``count``: the number of rows to sample (``name#count``), or None for all rows.
+    - ``revision``: the branch, tag or commit of a hub id (``name@revision``), or None.
     """
 
     text: str
@@ -32,6 +45,7 @@ class Source:
     location: str
     preset: Preset | None
     count: int | None
+    revision: str | None = None
 
     @property
     def is_file(self) -> bool:
@@ -85,13 +99,16 @@ def parse_source(text: str) -> Source:
     Raise UserError on a bad row count or an unknown preset.
     """
     name, count = _split_count(text)
-    preset_name, location = _split_preset(text, name)
+    unpinned, revision = split_revision(name)
+    preset_name, location = _split_preset(text, unpinned)
     preset = PRESETS.get(preset_name.lower())
     if preset is None:
-        location = name
+        location = unpinned
     elif not location:
         location = preset.hub
-    return Source(text=text, name=name, location=location, preset=preset, count=count)
+    return Source(
+        text=text, name=name, location=location, preset=preset, count=count, revision=revision
+    )
 
 
 def _split_count(text: str) -> tuple[str, int | None]:

@@ -19,6 +19,7 @@ from ..engine.models import Model
 from ..engine.saving import save_merged_model, save_model
 from ..errors import Stopped, UserError
 from ..training import card
+from ..training.fingerprints import check_student
 from ..training.folder import RunFolder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -188,6 +189,7 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
             f"run folder {source.name}: its config.yaml has no models.student; use an intact copy"
         )
     model = _read(student, config.models.trust_remote_code, torch.float32)
+    check_student(folder, config, model)
     if config.adapter.rank is not None:
         model = loading.add_adapter(model, config.adapter, 0)
     weights = dict(model.net.named_parameters())

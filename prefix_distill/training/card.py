@@ -18,7 +18,7 @@ from ..display import accuracy_text, flops_text
 from ..engine.device import describe_machine
 from ..lab.task import LAB
 from ..prompts.presets import PRESETS
-from ..prompts.sources import FORMATS
+from ..prompts.sources import FORMATS, split_revision
 from .run import Run, settled
 from .state import Progress
 
@@ -43,7 +43,7 @@ METHODS = (
     "extrapolation.kind",
 )
 # settings that do not change the model
-ELSEWHERE = ("checkpoint.out", "trackers", "export")
+ELSEWHERE = ("checkpoint.out", "checkpoint.allow_changed", "trackers", "export")
 
 
 def hub_id(name: str | None) -> str | None:
@@ -51,7 +51,7 @@ def hub_id(name: str | None) -> str | None:
 
     None: ``name`` is a file, a folder, lab:… or self.
     """
-    name = (name or "").partition("#")[0]
+    name, _ = split_revision((name or "").partition("#")[0])
     if name in PRESETS:
         return PRESETS[name].hub
     if (

@@ -10,7 +10,6 @@ folder can be moved. Files have the permissions of the user's umask.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -24,23 +23,37 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..errors import Stopped, UserError
-from ..files import read_rows, replace_folder, sha256_of, sync, write_atomically, write_rows
+from ..files import (
+    PARTIAL,
+    read_rows,
+    recover_folders,
+    remove_folder,
+    replace_folder,
+    sync,
+    write_atomically,
+    write_rows,
+)
+from .checkpoints import (
+    DAMAGE,
+    FORMAT,
+    check_checkpoint_format,
+    digest_facts,
+    read_checkpoint,
+    step_of,
+    write_state_dicts,
+)
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
-    from torch import Tensor
 
     from ..engine.models import Model
+    from .checkpoints import Tensors
 
-    Tensors = dict[str, Tensor]
-
-FORMAT = 1  # of the folder and of its checkpoints; other formats are rejected
 KEPT = 2  # checkpoints on disk: the newest one, and one to fall back on
 LOCK = ".lock"
-# what a run that was killed while it was created leaves behind
-LEFT_BEHIND = {LOCK, "run.json", ".run.json.partial", ".config.yaml.partial"}
-# what reading a damaged checkpoint raises
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+# what a run that was killed while it was created leaves behind, besides PARTIAL files
+LEFT_BEHIND = {LOCK, "run.json", "preflight.json"}
+SUBFOLDERS = ("", "checkpoints", "plugins", "displacements")  # in which files are written
 
 
 class RunFolder:
@@ -70,7 +83,7 @@ class RunFolder:
     def newest_step(self) -> int:
         """Return the number of steps that the newest checkpoint holds; 0 without a checkpoint."""
         for checkpoint in self._checkpoints():
-            return int(checkpoint.name.removeprefix("step-"))
+            return step_of(checkpoint)
         return 0
 
     @contextlib.contextmanager
@@ -134,7 +147,7 @@ class RunFolder:
             raise UserError(f"--out {self.path}: it is a file; name a folder")
         if os.path.isdir(self.path):
             for file in self.path.iterdir():
-                if file.name not in LEFT_BEHIND:
+                if file.name not in LEFT_BEHIND and not file.name.endswith(PARTIAL):
                     raise UserError(
                         f"--out {self.path}: the folder is not empty; add --resume to continue it, "
                         "or name another"
@@ -158,22 +171,49 @@ class RunFolder:
             folder = parent
         return folder
 
-    def create(self, config: dict, facts: dict | None = None) -> None:
-        """Create the folder: run.json with ``facts``, then config.yaml.
+    def create(self, config: dict, facts: dict | None = None, checks: dict | None = None) -> None:
+        """Create the folder: run.json with ``facts``, preflight.json, then config.yaml.
 
-        UserError: the folder is used or cannot be created.
+        config.yaml is last, because a folder that has it is a run that can be resumed. UserError:
+        the folder is used or cannot be created.
         """
         self.check_unused()
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("run.json", {"format": FORMAT, **(facts or {})})
+        if checks is None:
+            (self.path / "preflight.json").unlink(missing_ok=True)
+        else:
+            self.write_json("preflight.json", checks)
         self.write_config(config)
 
+    def recover(self) -> None:
+        """Repair what a killed process left: a replacement or a deletion that is not finished."""
+        with self._writing("a file"):
+            for name in SUBFOLDERS:
+                recover_folders(self.path / name)
+
+    def prune(self, step: int) -> None:
+        """Delete the checkpoints that a kill left besides those of a run restored at ``step``.
+
+        These are checkpoints beyond the newest ``KEPT``, and damaged ones after ``step``.
+        """
+        with self._writing("checkpoints"):
+            for checkpoint in self._checkpoints():
+                if step_of(checkpoint) > step:
+                    remove_folder(checkpoint)
+            for old in self._checkpoints()[KEPT:]:
+                remove_folder(old)
+
     def write_config(self, config: dict) -> None:
-        """Write config.yaml, without the folder's own path."""
+        """Write config.yaml, without the folder's own path and without --allow-changed.
+
+        That permission holds for one resume.
+        """
         import yaml
 
         sections = {name: dict(section) for name, section in config.items()}
-        sections.get("checkpoint", {}).pop("out", None)
+        for key in ("out", "allow_changed"):
+            sections.get("checkpoint", {}).pop(key, None)
         with self._writing("config.yaml"):
             write_atomically(
                 self.path / "config.yaml",
@@ -238,9 +278,14 @@ class RunFolder:
         for file in sorted((self.path / name).glob("*.safetensors")):
             yield file, load_file(file)
 
+    def has(self, name: str) -> bool:
+        """Return whether the folder has the file ``name``."""
+        return (self.path / name).is_file()
+
     def remove(self, name: str) -> None:
         """Delete a subfolder."""
-        shutil.rmtree(self.path / name, ignore_errors=True)
+        with self._writing(name):
+            remove_folder(self.path / name)
 
     def append(self, name: str, row: dict) -> None:
         """Append one row to a file of JSON lines."""
@@ -263,7 +308,7 @@ class RunFolder:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 # a damaged checkpoint is skipped later
                 state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-                _check_checkpoint_format(newest, state)
+                check_checkpoint_format(newest, state)
 
     def rewind(self, name: str, step: int, warn: Callable[[str], None]) -> list[dict]:
         """Drop incomplete lines, and rows of steps after ``step``, from a file of JSON lines.
@@ -305,16 +350,16 @@ class RunFolder:
                 state = {
                     "format": FORMAT,
                     "step": step,
-                    "sha256": _write_state_dicts(scratch, tensors),
+                    "sha256": write_state_dicts(scratch, tensors),
                     "facts": facts,
-                    "facts_sha256": _digest_of(step, facts),
+                    "facts_sha256": digest_facts(step, facts),
                 }
                 write_atomically(scratch / "state.json", json.dumps(state))
                 replace_folder(scratch, parent / f"step-{step:08d}")
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             for old in self._checkpoints()[KEPT:]:
-                shutil.rmtree(old)
+                remove_folder(old)
 
     def read_latest_checkpoint(
         self, warn: Callable[[str], None]
@@ -325,7 +370,7 @@ class RunFolder:
         """
         for folder in self._checkpoints():
             try:
-                return _read_checkpoint(folder)
+                return read_checkpoint(folder)
             except DAMAGE as error:
                 warn(f"checkpoint {folder.name} is damaged ({error}); using the one before it")
         raise UserError(
@@ -336,7 +381,7 @@ class RunFolder:
         """Return the student's weights after ``step`` steps. UserError: they are damaged."""
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         try:
-            return _read_checkpoint(folder)[1]["student"]
+            return read_checkpoint(folder)[1]["student"]
         except DAMAGE as error:
             raise UserError(
                 f"checkpoint {folder}: it is damaged ({error}); choose another"
@@ -350,43 +395,3 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         """List the checkpoints, newest first."""
         return sorted((self.path / "checkpoints").glob("step-*"), reverse=True)
-
-
-def _check_checkpoint_format(folder: Path, state: dict) -> None:
-    if state["format"] != FORMAT:
-        raise UserError(
-            f"checkpoint {folder}: format {state['format']}, this version reads {FORMAT}; resume "
-            "with the version that wrote it"
-        )
-
-
-def _write_state_dicts(folder: Path, state_dicts: "dict[str, Tensors]") -> dict[str, str]:
-    """Write each state dict to a safetensors file; return the checksums by file name."""
-    from safetensors.torch import save_file
-
-    checksums = {}
-    for name, tensors in state_dicts.items():
-        file = folder / f"{name}.safetensors"
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, file)
-        checksums[file.name] = sha256_of(file)
-    return checksums
-
-
-def _read_checkpoint(folder: Path) -> "tuple[int, dict[str, Tensors], dict]":
-    """Return (step, tensors, facts) of a checkpoint. One of DAMAGE: a checksum does not match."""
-    from safetensors.torch import load_file
-
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    _check_checkpoint_format(folder, state)
-    for name, digest in state["sha256"].items():
-        if sha256_of(folder / name) != digest:
-            raise ValueError(f"{name} does not match its checksum")
-    digest = _digest_of(state["step"], state["facts"])
-    if not isinstance(state["facts"], dict) or state["facts_sha256"] != digest:
-        raise ValueError("state.json does not match its checksum")
-    tensors = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
-    return state["step"], tensors, state["facts"]
-
-
-def _digest_of(step: int, facts: dict) -> str:
-    return hashlib.sha256(json.dumps([step, facts]).encode()).hexdigest()

@@ -71,6 +71,7 @@ def render_problems(
         extrapolation=extrapolation,
         answer_format=choose_answer_format(config, sets.held_out),
         teacher_tokens=teacher_tokens,
+        loaded=[s.digest() for s in sets.train],
     )
     return config, problems
 

@@ -12,6 +12,7 @@ FREE = (
     "train.steps",
     "checkpoint.save_every",
     "checkpoint.out",
+    "checkpoint.allow_changed",
     "runtime.gpus",
     "runtime.plugin",
     "runtime.rank_timeout",

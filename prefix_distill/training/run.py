@@ -84,7 +84,8 @@ class Problems:
     ``kl``: the prompts of the fixed contexts on which the held-out KL is measured;
     ``extrapolation``: the fixed prompts on which EffOPD scores candidates, empty without it.
     ``answer_format``: how answers are graded; ``teacher_tokens``: the number of the teacher's
-    tokens per token of the student's in the prompts' text, 1 if the tokenizers match.
+    tokens per token of the student's in the prompts' text, 1 if the tokenizers match; ``loaded``:
+    a digest of each training set before the prompts are chosen from it, None of a streamed one.
     """
 
     train: list[Rendered]
@@ -93,6 +94,7 @@ class Problems:
     extrapolation: list[Rendered]
     answer_format: str
     teacher_tokens: float = 1.0
+    loaded: list[str | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

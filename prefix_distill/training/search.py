@@ -80,7 +80,10 @@ class Search:
         state.folder.write_tensors(f"displacements/step-{state.step:08d}.safetensors", displacement)
 
     def diagnose(self) -> None:
-        """Write displacement.json from the kept displacements, and delete them."""
+        """Write displacement.json from the kept displacements.
+
+        A finished run has deleted them; then the file stays as it is.
+        """
         state = self.state
         final = {}
         for name, p in state.moving.items():
@@ -89,5 +92,5 @@ class Search:
         for file, tensors in state.folder.read_tensors("displacements"):
             step = int(file.stem.removeprefix("step-"))
             rows.append({"step": step, "modules": extrapolation.diagnose(tensors, final)})
-        state.folder.write_json("displacement.json", rows)
-        state.folder.remove("displacements")
+        if rows or not state.folder.has("displacement.json"):
+            state.folder.write_json("displacement.json", rows)

@@ -14,6 +14,7 @@ from ..plugins import find_fault, find_unfiled, load_plugins
 from ..signals import Interrupt
 from .card import make_card
 from .faults import find_non_finite
+from .fingerprints import KEY, check_fingerprints, find_commits, take_fingerprints
 from .folder import RunFolder
 from .loss import TokenLosses
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
@@ -244,6 +245,7 @@ class Session:
         result = result_document(state, self.resumed_from)
         if run.place.is_first:
             folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
+            folder.remove("displacements")
         run.place.barrier()
         return {"out": str(folder.path), **result}
 
@@ -275,7 +277,11 @@ def train_in(
         watched = observer.watch(config.train.steps, label, interrupt.ask)
     else:
         watched = observer.watch_other_rank()
-    with watched as shown, interrupt, open_folder(run, folder, resume):
+    fingerprints = take_fingerprints(run)
+    with watched as shown, interrupt, open_folder(run, folder, resume, fingerprints):
+        if resume:
+            for text in check_fingerprints(run, folder, fingerprints):
+                shown.note(text)
         reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(shown)
         if run.place.is_first:
             reporter = Trackers(shown, folder, config)
@@ -302,8 +308,8 @@ def naming_saved_state(folder: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[None]:
-    """Lock the run folder, and create it unless the run resumes.
+def open_folder(run: Run, folder: RunFolder, resume: bool, fingerprints: dict) -> Iterator[None]:
+    """Lock the run folder, and create it with the run's fingerprints unless the run resumes.
 
     UserError: the folder is used, cannot be written, or is not visible on every rank.
     """
@@ -311,9 +317,13 @@ def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[None]:
     lock = folder.lock() if place.is_first else contextlib.nullcontext()
     with lock:
         if place.is_first and not resume:
-            folder.create(configuration.as_dict(run.config), describe_run(run))
-        if place.is_first and run.checks:
-            folder.write_json("preflight.json", describe_checks(run.checks))
+            facts = {**describe_run(run), KEY: fingerprints}
+            checks = None
+            if run.checks:
+                checks = describe_checks(run.checks)
+            folder.create(configuration.as_dict(run.config), facts, checks)
+        elif place.is_first:
+            folder.recover()
         place.barrier()
         if not folder.is_created:
             raise UserError(
@@ -335,4 +345,5 @@ def describe_run(run: Run) -> dict:
         "warnings": run.notes.warnings,
         "ranks": run.place.world,
         "generation_config": configs,
+        "commits": find_commits(run.config),
     }

@@ -179,6 +179,7 @@ class State:
         ranks_before = folder.read_json("run.json").get("ranks", place.world)
         place.barrier()  # every rank has read before the first one writes
         if place.is_first:
+            folder.prune(step)
             rows = folder.rewind("metrics.jsonl", step, report.warn)
             missing = set(range(1, step + 1)) - {row["step"] for row in rows}
             if missing:

@@ -27,6 +27,7 @@ from prefix_distill.maths.weights import (
     Window,
     batch_scale,
     keep_selection,
+    keep_window,
     parse_position_weight,
     parse_selection,
     parse_window,
@@ -498,6 +499,26 @@ def test_position_weights_by_hand():
     ):
         with pytest.raises(UserError, match="--position-weight"):
             parse_position_weight(text)
+
+
+@pytest.mark.parametrize("missed", ["no unit", "an empty window", "a window of no unit"])
+def test_the_divisor_of_sequence_counts_rollouts_with_a_taught_token(missed):
+    """Check weights and divisor by hand for three rollouts, one of which has no taught token."""
+    rollouts = [rollout_of(i, (1, 2), (3,) * size) for i, size in enumerate((4, 5, 2))]
+    rollouts[0] = rollouts[0].keep((1, 3))
+    if missed == "an empty window":
+        rollouts[1] = rollouts[1].keep(())
+    else:
+        rollouts[1] = dataclasses.replace(rollouts[1], units=())
+    if missed == "a window of no unit":
+        [rollouts[1]] = keep_window(Window("last", 2), rollouts[1:2], (0,))
+    weights, share = token_weights(rollouts, "sequence")
+    assert share == 2
+    assert list(weights.values()) == [[0.5, 0.5], [], [0.5, 0.5]]
+    _, share = token_weights(rollouts, "sum")
+    assert share == 3  # the mean of sums, of which one is 0
+    _, share = token_weights(rollouts[1:2], "sequence")
+    assert share == 0  # of a rank; other ranks have taught tokens, or the run stops
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])

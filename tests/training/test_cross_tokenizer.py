@@ -141,6 +141,36 @@ def test_an_update_matches_the_formula_on_plain_logits(mode, chosen):
         assert_same(gradient(run, micro)[0], got)
 
 
+@pytest.mark.parametrize("window", ["all", "middle:4", "scattered:3"])
+@pytest.mark.parametrize("mode", ["strict", "simct"])
+def test_the_mean_over_rollouts_leaves_out_those_without_a_unit(mode, window):
+    """Take all units away from two rollouts of six.
+
+    ``sequence`` is then the mean over the other four: the gradient is the one of these alone.
+    """
+    run = prepared(
+        models__cross_tokenizer=mode, divergence__reduction="sequence", weights__window=window
+    )
+
+    def without_units(rollouts):
+        changed = []
+        for r in rollouts:
+            if r.key in [(0, 1), (2, 0)]:
+                r = dataclasses.replace(r, units=())
+            changed.append(r)
+        return changed
+
+    def only_with_units(rollouts):
+        return [r for r in without_units(rollouts) if r.units]
+
+    whole = one_update(run, prefix=40, change=without_units)
+    assert [len(r.taught) for r in whole.rollouts].count(0) == 2
+    assert whole.losses.divisor == 4
+    others = one_update(run, prefix=40, change=only_with_units)
+    assert len(others.rollouts) == others.losses.divisor == 4
+    assert_same(whole.gradient, others.gradient)
+
+
 def test_alignment_of_equal_tokenizers_matches_the_plain_path():
     """Compare every parameter's gradient, to 1e-6 of the largest entry.
 

@@ -1,0 +1,236 @@
+"""Fingerprints of a run's prompts and models, in its run.json.
+
+A resumed run compares them with its own, and refuses other ones unless --allow-changed is given.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+from .. import config as configuration
+from ..config import Config
+from ..engine.fingerprint import fingerprint_model
+from ..engine.hub import find_commit
+from ..engine.models import Model
+from ..engine.ranks import Place
+from ..errors import UserError
+from ..lab.task import LAB
+from ..prompts.prompt import Rendered
+from ..prompts.sources import parse_source, split_sources
+from .folder import RunFolder
+from .run import Run, settled
+
+KEY = "fingerprints"  # in run.json; under "earlier" those before each accepted change
+TRAINING, HELD_OUT = "training prompts", "held-out prompts"
+ROLES = ("student", "teacher")
+PARTS = ("config", "tokenizer", "weights")
+MARKS = 64  # number of prefixes of the prompts that have a digest
+
+Prompts = Mapping[str, Sequence[Rendered]]  # TRAINING or HELD_OUT → prompts
+
+
+def take_fingerprints(run: Run) -> dict:
+    """Return the fingerprints of the run's prompts and models. All ranks call it.
+
+    The models must be as loaded, without a step or a checkpoint. UserError: the ranks loaded
+    different prompts or models.
+    """
+    found: dict = {}
+    for name, prompts in _prompts_of(run).items():
+        found[name] = digest_prompts(prompts)
+    found[TRAINING]["loaded"] = run.problems.loaded
+    found |= fingerprint_models(run.config, run.pair.student, run.pair.teacher)
+    _compare_ranks(run.place, found)
+    return found
+
+
+def _prompts_of(run: Run) -> Prompts:
+    """Return the prompts whose fingerprints are kept."""
+    problems = run.problems
+    held_out = []
+    for prompt, ids in problems.held_out:
+        held_out.append(Rendered(prompt=prompt, student_ids=ids, teacher_ids=()))
+    return {TRAINING: problems.train, HELD_OUT: [*held_out, *problems.kl]}
+
+
+def fingerprint_models(config: Config, student: Model, teacher: Model | None = None) -> dict:
+    """Return role → fingerprint of the student and, if given, of the teacher."""
+    name = settled(config.models.student, "--student")
+    found = {"student": fingerprint_model(student, name)}
+    if teacher is None:
+        return found
+    if teacher.net is student.net:
+        return found | {"teacher": found["student"]}
+    if config.models.teacher != configuration.SELF:
+        name = settled(config.models.teacher, "--teacher")
+    return found | {"teacher": fingerprint_model(teacher, name)}
+
+
+def digest_prompts(prompts: Sequence[Rendered]) -> dict:
+    """Return {count, digests} of prompts; digests: number of prompts → digest of the first ones.
+
+    Another --steps makes the list longer or shorter and keeps its beginning. Digests of about
+    ``MARKS`` beginnings make lists of different lengths comparable.
+    """
+    digests = {}
+    running = hashlib.sha256()
+    every = max(1, len(prompts) // MARKS)
+    for count, rendered in enumerate(prompts, 1):
+        running.update(_serialize(rendered))
+        if count % every == 0 or count == len(prompts):
+            digests[str(count)] = running.hexdigest()[:16]
+    return {"count": len(prompts), "digests": digests}
+
+
+def _serialize(rendered: Rendered) -> bytes:
+    prompt = rendered.prompt
+    row = [prompt.index, prompt.answer, rendered.student_ids, rendered.teacher_ids]
+    return json.dumps(row).encode()
+
+
+def _compare_ranks(place: Place, found: dict) -> None:
+    """Raise UserError on all ranks if one has other prompts or models than rank 0."""
+    first, *others = place.gather(found)
+    for rank, other in enumerate(others, 1):
+        for name in first:
+            if other[name] != first[name]:
+                raise UserError(
+                    f"rank {rank} loaded other data than rank 0 ({name}); give every machine the "
+                    "same files"
+                )
+
+
+def check_fingerprints(run: Run, folder: RunFolder, current: dict) -> list[str]:
+    """Compare the run's fingerprints with those in its folder, and record them there.
+
+    Return notes. All ranks call it. UserError: they differ, and --allow-changed was not given.
+    """
+    document = folder.read_json("run.json")
+    run.place.barrier()  # every rank has read before the first one writes
+    notes = []
+    stored = document.get(KEY)
+    earlier: list = []
+    if not isinstance(stored, dict) or not _is_complete(stored):
+        notes.append(
+            "the run folder has no fingerprints, because an older version wrote it: whether "
+            "prompts and models are those that the run began with is not checked; from now on it is"
+        )
+    else:
+        differing = describe_differences(stored, current, _prompts_of(run))
+        earlier = stored.get("earlier", [])
+        if differing and not run.config.checkpoint.allow_changed:
+            raise _refusal(f"--resume {folder.path}", differing)
+        if differing:
+            earlier = [*earlier, {k: v for k, v in stored.items() if k != "earlier"}]
+            notes.append(
+                f"--allow-changed: {join_names(differing)} differ from those that this run began "
+                "with; the result will differ from a run that used one of them throughout"
+            )
+    if run.place.is_first:
+        folder.write_json("run.json", document | {KEY: current | {"earlier": earlier}})
+    return notes
+
+
+def check_student(folder: RunFolder, config: Config, student: Model) -> None:
+    """Raise UserError unless ``student``, as loaded, can take a checkpoint of the run.
+
+    A checkpoint of a whole student replaces all weights; one of an adapter needs the same base. A
+    folder of an older version has no fingerprints and is not checked.
+    """
+    stored = folder.read_json("run.json").get(KEY)
+    if not isinstance(stored, dict) or not _is_complete(stored):
+        return
+    differing = describe_differences(stored, fingerprint_models(config, student), {})
+    if config.adapter.rank is None and "the student's weights" in differing:
+        differing.remove("the student's weights")
+    if differing:
+        raise UserError(
+            f"run folder {folder.path}: {join_names(differing)} differ from those that the run "
+            f"began with; restore the model {config.models.student}"
+        )
+
+
+def _refusal(where: str, differing: list[str]) -> UserError:
+    return UserError(
+        f"{where}: {join_names(differing)} differ from those that this run began with; restore "
+        "the files, or continue with the changed ones with --allow-changed"
+    )
+
+
+def _is_complete(stored: dict) -> bool:
+    """Return whether the fingerprints are a document of this version."""
+    for name in (TRAINING, HELD_OUT):
+        prompts = stored.get(name)
+        if not isinstance(prompts, dict) or not isinstance(prompts.get("digests"), dict):
+            return False
+    for role in ROLES:
+        model = stored.get(role)
+        if not isinstance(model, dict) or not isinstance(model.get("weights"), dict):
+            return False
+    return True
+
+
+def describe_differences(stored: dict, current: dict, prompts: Prompts) -> list[str]:
+    """Return the names of what differs: prompts, and each model's config, tokenizer or weights."""
+    differing = []
+    for name, now in prompts.items():
+        loaded = current.get(name, {}).get("loaded")
+        same_rows = stored[name].get("loaded") == loaded
+        if not same_rows or not _same_prompts(stored[name]["digests"], now):
+            differing.append(f"the {name}")
+    for role in ROLES:
+        if role not in current:
+            continue
+        for part in PARTS:
+            if not _is_same(stored[role].get(part), current[role][part]):
+                differing.append(f"the {role}'s {part}")
+    return differing
+
+
+def _same_prompts(stored: dict[str, str], prompts: Sequence[Rendered]) -> bool:
+    """Compare as many prompts as both have, to one of the stored lengths."""
+    lengths = [int(count) for count in stored if int(count) <= len(prompts)]
+    if not lengths:
+        return not stored or not prompts
+    count = max(lengths)
+    return digest_prompts(prompts[:count])["digests"][str(count)] == stored[str(count)]
+
+
+def _is_same(stored: object, current: object) -> bool:
+    """Compare digests; those of weights in a dtype that both have."""
+    if not isinstance(stored, dict) or not isinstance(current, dict):
+        return stored == current
+    common = [dtype for dtype in stored if dtype in current]
+    if not common:
+        return True  # quantized weights in another dtype cannot be compared
+    exact = "float32" if "float32" in common else common[0]
+    return stored[exact] == current[exact]
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Return ``a, b and c``."""
+    *others, last = names
+    if not others:
+        return last
+    return f"{', '.join(others)} and {last}"
+
+
+def find_commits(config: Config) -> dict[str, str]:
+    """Return the commit of each model and dataset of the run that comes from the hub.
+
+    The keys are such as ``model org/name@tag`` and ``dataset org/name``.
+    """
+    names = [("model", config.models.student), ("model", config.models.teacher)]
+    for text in (config.data.dataset, config.evaluate.dataset):
+        for name, _ in split_sources(text or LAB):
+            source = parse_source(name)
+            location = source.location
+            if source.revision is not None:
+                location = f"{location}@{source.revision}"
+            names.append(("dataset", location))
+    commits = {}
+    for kind, name in names:
+        commit = find_commit(name or LAB, kind)
+        if commit is not None:
+            commits[f"{kind} {name}"] = commit
+    return commits
