@@ -15,6 +15,7 @@ from ..engine.models import Model, with_checkpointing
 from ..engine.pair import Pair
 from ..engine.placement import Storage
 from ..engine.ranks import Place, join_ranks
+from ..engine.targets import ALL
 from ..engine.units import shared_support
 from ..errors import PreflightError, UserError
 from ..lab.task import LAB
@@ -23,6 +24,7 @@ from ..maths.weights import parse_window
 from ..plugins import load_plugins
 from .run import Notes, settled
 
+HALF = 0.5  # share of the weights below which an adapter on all of them is worth a warning
 TASK = "choice"  # the built-in default: lab:choice and its pair
 
 
@@ -140,12 +142,20 @@ def _load_student(config: Config) -> tuple[Model, Place]:
 
 
 def _add_adapter(config: Config, student: Model, where: Place, notes: Notes) -> Model:
-    student = loading.add_adapter(student, config.adapter, config.runtime.seed)
+    student, targets = loading.add_adapter(student, config.adapter, config.runtime.seed)
     trained = sum(p.numel() for p in student.trainable.values())
     notes.note(
-        f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {trained:,} parameters "
-        f"train, {student.parameters - trained:,} are frozen in {str(where.dtype)[6:]}"
+        f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {targets.describe()}, "
+        f"which hold {targets.covered:.0%} of the weights between embedding and head; "
+        f"{trained:,} parameters train, {student.parameters - trained:,} are frozen in "
+        f"{str(where.dtype)[6:]}",
+        *targets.describe_obstacles(),
     )
+    if config.adapter.targets == ALL and targets.covered < HALF:
+        notes.warn(
+            f"LoRA leaves {1 - targets.covered:.0%} of the weights between embedding and head "
+            "without an adapter; they do not learn; omit --lora to train all weights"
+        )
     return student
 
 

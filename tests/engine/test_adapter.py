@@ -149,20 +149,7 @@ def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_pa
     assert code == 0 and last_json(out)["accuracy"]["n"] == 4, err
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        pytest.param(
-            {
-                "extrapolation__kind": "effopd",
-                "extrapolation__problems": 4,
-                "weights__select": "soft-or",
-            },
-            marks=pytest.mark.long,
-        ),
-    ],
-)
+@pytest.mark.parametrize("changes", [{}, {"weights__select": "soft-or"}])
 def test_four_updates_are_two_and_two(pair, questions, tmp_path, changes):
     """Resumed from a checkpoint that holds the adapter alone: files and rows bit for bit."""
 
@@ -285,7 +272,7 @@ def test_the_base_is_held_in_the_compute_dtype(pair, questions, tmp_path):
         (["--lora-alpha", "8"], 2, "applies only with --lora; add --lora 16, or omit --lora"),
         (["--lora-merge"], 2, "applies only with --lora; add --lora 16"),
         (["--lora", "0"], 2, "at least 1"),
-        (["--lora", "4", "--lora-targets", "nowhere"], 2, "--lora-targets nowhere: Target modules"),
+        (["--lora", "4", "--lora-targets", "nowhere"], 2, "--lora-targets nowhere: no matrix of"),
         (
             [
                 "--lora",
