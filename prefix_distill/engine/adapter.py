@@ -1,5 +1,5 @@
-"""LoRA adapters through peft: the student's weights are frozen, and a low-rank update of its linear
-layers is trained.
+"""LoRA adapters through peft: the student's weights are frozen, and a low-rank update of its matrices
+is trained.
 
 W x + (α/r)·B A x,   A [r, in] random, B [out, r] zero, both float32
 
@@ -55,7 +55,9 @@ def attach(
 @contextlib.contextmanager
 def disable(net: torch.nn.Module) -> Iterator[None]:
     """Run ``net`` without its adapter inside the ``with`` block."""
-    layers = list(adapted_layers(net).values())
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -123,17 +123,18 @@ def _resize_vocabulary(net: "CausalLM", folder: Path) -> None:
     from safetensors import safe_open
 
     rows = {}
+    embedding: Any = net.get_input_embeddings()
+    head: Any = net.get_output_embeddings()
     with safe_open(folder / WEIGHTS, "pt") as file:
         names = set(file.keys())
-        for part in (net.get_input_embeddings(), net.get_output_embeddings()):
+        for part in (embedding, head):
             for name, module in net.named_modules():
                 key = f"base_model.model.{name}.weight"
                 if module is part and key in names:
                     rows[id(part.weight)] = file.get_slice(key).get_shape()[0]
-    if not rows or max(rows.values()) == len(net.get_input_embeddings().weight):
+    if not rows or max(rows.values()) == len(embedding.weight):
         return
-    weights = {id(net.get_input_embeddings().weight), id(net.get_output_embeddings().weight)}
-    if rows.keys() != weights:
+    if rows.keys() != {id(embedding.weight), id(head.weight)}:
         raise ValueError("it was trained with more tokens, but holds only embedding or head")
     net.resize_token_embeddings(max(rows.values()), mean_resizing=False)
 
@@ -143,7 +144,7 @@ def _merge(wrapper: "PeftModel") -> "CausalLM":
 
     A head that is tied to the embedding gets its own weight if either of them has an adapter.
     """
-    net = wrapper.get_base_model()
+    net: Any = wrapper.get_base_model()
     layers = adapted_layers(net).values()
     head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
     is_tied = _weight_owner(head).weight is _weight_owner(embedding).weight
@@ -157,7 +158,7 @@ def _merge(wrapper: "PeftModel") -> "CausalLM":
     return net
 
 
-def _weight_owner(module: torch.nn.Module) -> torch.nn.Module:
+def _weight_owner(module: Any) -> Any:
     """Return the module that holds the weight, which may lie inside an adapter's layer."""
     if hasattr(module, "get_base_layer"):
         return module.get_base_layer()

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -64,8 +65,9 @@ def _check_weights(model: Model, folder: Path, state: dict[str, torch.Tensor]) -
     free = read_free_memory(torch.device("cpu"))
     if free is not None and size > free:
         return  # a second copy does not fit
+    network: Any = type(model.net)
     try:
-        net, loading_info = type(model.net).from_pretrained(
+        net, loading_info = network.from_pretrained(
             folder,
             dtype=model.net.dtype,
             use_safetensors=True,
