@@ -1,5 +1,5 @@
-"""LoRA adapters through peft: the student's weights are frozen, and a low-rank update of its matrices
-is trained.
+"""LoRA adapters through peft: the student's weights are frozen, and only low-rank updates of its
+matrices are trained.
 
 W x + (α/r)·B A x,   A [r, in] random, B [out, r] zero, both float32
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+FULL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAME = "default"  # peft's name of a single adapter
 
 
@@ -90,6 +91,18 @@ def _plain_name(name: str) -> str:
     """Return the name that a tensor has in the network without adapter."""
     # the layers of several tensors of one module lie inside each other
     return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def find_packed(net: torch.nn.Module) -> str | None:
+    """Return the first adapted weight whose numbers are packed, so that no ΔW can be added to it.
+
+    A quantized weight means something only together with its scales. None: there is none.
+    """
+    for name, layer in adapted_layers(net).items():
+        weight = getattr(layer.get_base_layer(), tensor_of(layer))
+        if weight.dtype not in FULL_DTYPES:
+            return f"{name} ({str(weight.dtype)[6:]})"
+    return None
 
 
 @torch.no_grad()

@@ -129,8 +129,8 @@ def find_fault(net: PreTrainedModel, sites: list[Site], states: States) -> str |
         except Exception as error:  # a layer's code sees another module and raises anything
             what = f"{type(error).__name__}: {one_line(error, 120)}"
             return f"its layer does not run with an adapter ({what})"
-        if getattr(net, "is_quantized", False):
-            return None  # the packed weights cannot be merged
+        if adapter.find_packed(net) is not None:
+            return None  # nothing can be merged
         with _merged(tried), adapter.disable(net):
             merged = states()
     return compare(base, adapted=adapted, merged=merged)
@@ -199,7 +199,7 @@ def _randomize(layer: "BaseTunerLayer", generator: torch.Generator) -> None:
     weight = getattr(layer.get_base_layer(), adapter.tensor_of(layer))
     delta = layer.get_delta_weight(NAME)  # type: ignore[attr-defined]  # every LoRA layer has this method
     size = delta.float().norm().item()
-    if weight.is_floating_point() and size:
+    if weight.dtype in adapter.FULL_DTYPES and size:
         zero.mul_(STRENGTH * weight.float().norm().item() / size)
 
 

@@ -9,6 +9,7 @@ import torch
 from .. import config as configuration
 from ..config import Config
 from ..engine import loading, models, scoring
+from ..engine.adapter import find_packed
 from ..engine.alignment import match_tokenizers
 from ..engine.device import read_free_memory
 from ..engine.models import Model, with_checkpointing
@@ -154,6 +155,12 @@ def _load_student(config: Config) -> tuple[Model, Place]:
 
 def _add_adapter(config: Config, student: Model, where: Place, notes: Notes) -> Model:
     student, targets = loading.add_adapter(student, config.adapter, config.runtime.seed)
+    packed = find_packed(student.net)
+    if config.adapter.merge and packed is not None:
+        raise UserError(
+            f"--lora-merge with --student {student.name}: no adapter can be merged into the "
+            f"quantized weight {packed}; omit --lora-merge, and merge into the full weights later"
+        )
     trained = sum(p.numel() for p in student.trainable.values())
     notes.note(
         f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {targets.describe()}, "

@@ -11,7 +11,7 @@ import shutil
 import peft
 import pytest
 import torch
-from helpers import byte_tokenizer, invoke, prepared, trained
+from helpers import assert_same, byte_tokenizer, invoke, prepared, trained, update_gradient
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
@@ -100,11 +100,16 @@ def load(path):
 def adapted(path, wanted=ALL, rank=4):
     """Return a model with a random adapter, and its targets."""
     model, chosen = loading.add_adapter(load(path), Adapter(rank=rank, targets=wanted), 0)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.trainable.values():
-            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    stir(model)
     return model, chosen
+
+
+@torch.no_grad()
+def stir(model):
+    """Set the adapter to random numbers."""
+    generator = torch.Generator().manual_seed(5)
+    for p in model.trainable.values():
+        p.copy_(0.2 * torch.randn(p.shape, generator=generator))
 
 
 def logits(net):
@@ -192,6 +197,32 @@ def test_a_router_and_experts_learn(tmp_path, questions):
         peft.PeftModel.from_pretrained(plain(student), tmp_path / "run/adapter").eval(),
     ):
         torch.testing.assert_close(logits(net), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_recomputed_layers_give_the_same_gradient(tmp_path, questions):
+    student = save_random(tmp_path / "s", "qwen3_moe", **EXPERTS)
+    gradients = []
+    for recomputes in (False, True):
+        run = prepared(
+            (student, student),
+            questions,
+            adapter__rank=2,
+            divergence__name="forward-kl",
+            rollout__temperature=0.7,
+            train__gradient_checkpointing=recomputes,
+        )
+        stir(run.pair.student)
+        gradients.append(update_gradient(run)[0])
+    assert {name.split(".")[4] for name in gradients[0]} >= {"q_proj", "experts", "gate"}
+    assert_same(gradients[1], gradients[0], 1e-5)
+
+
+def test_packed_weights_are_not_merged(tmp_path, questions, monkeypatch):
+    """A model whose files are quantized is refused with --lora-merge before anything runs."""
+    student = save_random(tmp_path / "s")
+    monkeypatch.setattr(adapter, "FULL_DTYPES", ())
+    with pytest.raises(UserError, match="into the quantized weight model"):
+        prepared((student, student), questions, adapter__rank=2, adapter__merge=True)
 
 
 @pytest.mark.parametrize(
