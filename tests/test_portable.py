@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefix_distill import config as configuration
-from prefix_distill.engine import free_memory, loading, sampling, scoring
+from prefix_distill.engine import folders, free_memory, loading, sampling, scoring
 from prefix_distill.engine.device import Clock, choose_device
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.errors import UserError
@@ -46,7 +46,7 @@ def test_a_path_of_any_system_is_not_looked_up_on_the_hub(name, local):
     assert is_path(name) is local
     if local:
         with pytest.raises(UserError, match="no such folder; check the path"):
-            loading.locate(name)
+            folders.locate(name)
         with pytest.raises(UserError, match="no such file; check the path"):
             load_prompts(name, split="train")
 

@@ -212,7 +212,18 @@ def _check_selection(config: Config) -> None:
 
 
 def _check_extrapolation(config: Config) -> None:
-    if config.extrapolation.kind != "none":
+    settings, rank = config.extrapolation, config.adapter.rank
+    if rank is not None and (settings.kind != "none" or settings.diagnostics):
+        given = f"--extrapolate {settings.kind}"
+        if settings.kind == "none":
+            given = "--extrapolate-diagnostics"
+        # Δ of the merged weights is s·(B A − B₀ A₀), and W + 2k·Δ = (1+2k)·s·B A − 2k·s·B₀ A₀
+        raise UserError(
+            f"{given} with --lora {rank}: the displacement of the merged weights is a difference "
+            f"of two products of rank {rank}, of rank up to 2·{rank}, which no factors A and B of "
+            f"rank {rank} hold; omit --lora, or use a higher --lr"
+        )
+    if settings.kind != "none":
         return
     for path in ("extrapolation.score", "extrapolation.problems", "extrapolation.reset"):
         if _is_changed(config, path):

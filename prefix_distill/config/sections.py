@@ -82,8 +82,8 @@ class Adapter:
     targets: str = option(
         "all-linear",
         "--lora-targets",
-        "Linear layers that get an adapter: all-linear (all but the output head), or "
-        "comma-separated names, such as q_proj,v_proj.",
+        "Matrices that get an adapter: all-linear (linear layers, experts and routers, without the "
+        "output head), or comma-separated names, such as q_proj,v_proj or experts.",
     )
     merge: bool = option(
         False,

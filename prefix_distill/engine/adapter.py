@@ -1,5 +1,5 @@
-"""LoRA adapters through peft: the student's weights are frozen, and a low-rank update of its linear
-layers is trained.
+"""LoRA adapters through peft: the student's weights are frozen, and only low-rank updates of its
+matrices are trained.
 
 W x + (α/r)·B A x,   A [r, in] random, B [out, r] zero, both float32
 
@@ -7,72 +7,48 @@ Source: LoRA, arXiv 2106.09685, eq. 3.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import config as configuration
-from ..errors import UserError, one_line
 from ..maths.seeds import seed_of
+from .peft_names import import_peft
+from .targets import Targets
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from .transformers_names import CausalLM
-
-FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FULL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAME = "default"  # peft's name of a single adapter
 
 
-def _peft() -> ModuleType:
-    try:
-        import peft
-    except ImportError:
-        raise UserError(
-            "LoRA adapters need the package peft; install the extra lora: "
-            'pip install -e ".[lora]" in the checkout'
-        ) from None
-    return peft
-
-
 def attach(
-    net: PreTrainedModel, settings: configuration.Adapter, seed: int, base: str
+    net: PreTrainedModel, settings: configuration.Adapter, targets: Targets, *, seed: int, base: str
 ) -> "PeftModel":
-    """Add a new adapter to the target layers of ``net`` and return peft's wrapper of ``net``.
+    """Add a new adapter to the targets in ``net`` and return peft's wrapper of ``net``.
 
     Only the adapter is trained. ``settings``: the ``adapter`` section; ``base``: the base model
-    that the adapter's files name. A depends on ``seed`` only. UserError: peft finds no target
-    layer.
+    that the adapter's files name. A depends on ``seed`` only.
     """
     if settings.rank is None:
         raise ValueError("adapter.rank is None: set a rank to attach an adapter")
-    peft = _peft()
-    targets: str | list[str] = settings.targets
-    if settings.targets != "all-linear":
-        targets = [name.strip() for name in settings.targets.split(",")]
+    peft = import_peft()
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,
-        target_modules=targets,
+        target_modules=targets.modules,
+        target_parameters=targets.tensors or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
     )
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_of(seed, "adapter"))
-            wrapper = peft.get_peft_model(net, config)
-    except ValueError as error:
-        raise UserError(
-            f"--lora-targets {settings.targets}: {one_line(error)}; use all-linear, or names of "
-            "linear layers such as q_proj,v_proj"
-        ) from None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(seed, "adapter"))
+        wrapper = peft.get_peft_model(net, config)
     wrapper.peft_config[NAME].base_model_name_or_path = base
     return wrapper
 
@@ -80,7 +56,9 @@ def attach(
 @contextlib.contextmanager
 def disable(net: torch.nn.Module) -> Iterator[None]:
     """Run ``net`` without its adapter inside the ``with`` block."""
-    layers = _adapted_layers(net)
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -90,67 +68,99 @@ def disable(net: torch.nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def _adapted_layers(net: torch.nn.Module) -> "list[BaseTunerLayer]":
+def adapted_layers(net: torch.nn.Module) -> "dict[str, BaseTunerLayer]":
+    """Return the adapter's layers by the name of the weight in the network without adapter.
+
+    A module that lies at two places has two names.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
+    layers = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        if isinstance(module, BaseTunerLayer):
+            layers[_plain_name(f"{name}.{tensor_of(module)}")] = module
+    return layers
+
+
+def tensor_of(layer: "BaseTunerLayer") -> str:
+    """Return the name of the parameter that an adapter's layer changes, in its module."""
+    return getattr(layer, "parameter_name", None) or "weight"
+
+
+def _plain_name(name: str) -> str:
+    """Return the name that a tensor has in the network without adapter."""
+    # the layers of several tensors of one module lie inside each other
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def find_packed(net: torch.nn.Module) -> str | None:
+    """Return the first adapted weight whose numbers are packed, so that no ΔW can be added to it.
+
+    A quantized weight means something only together with its scales. None: there is none.
+    """
+    for name, layer in adapted_layers(net).items():
+        weight = getattr(layer.get_base_layer(), tensor_of(layer))
+        if weight.dtype not in FULL_DTYPES:
+            return f"{name} ({str(weight.dtype)[6:]})"
+    return None
 
 
 @torch.no_grad()
+def merge_tensor(layer: "BaseTunerLayer") -> torch.Tensor:
+    """Return W + (α/r)·B A of one layer, in W's dtype."""
+    weight = getattr(layer.get_base_layer(), tensor_of(layer)).detach()
+    delta = layer.get_delta_weight(NAME)  # type: ignore[attr-defined]  # every LoRA layer has this method
+    return (weight.float() + delta.float()).to(weight.dtype)
+
+
 def merge_weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the state dict of an equal network without adapter; ``net`` does not change.
 
-    W + (α/r)·B A, in W's dtype
+    Of tied weights, only the ones whose module has an adapter change.
     """
-    deltas = {}
-    for layer in _adapted_layers(net):
-        delta = layer.get_delta_weight(NAME)  # type: ignore[attr-defined]  # every LoRA layer has this method
-        deltas[id(layer.get_base_layer().weight)] = delta
+    layers = adapted_layers(net)
     state = {}
-    for name, tensor in net.state_dict(keep_vars=True).items():
-        if ".lora_" in name:
+    for full_name, tensor in net.state_dict().items():
+        if ".lora_" in full_name:
             continue
-        value = tensor.detach()
-        if id(tensor) in deltas:
-            value = (value.float() + deltas[id(tensor)].float()).to(tensor.dtype)
-        state[name.replace(".base_layer.", ".")] = value
+        name = _plain_name(full_name)
+        state[name] = tensor
+        if name in layers:
+            state[name] = merge_tensor(layers[name])
     return state
 
 
-def read_base(folder: Path) -> str:
-    """Return the base model of the adapter in ``folder``.
+@contextlib.contextmanager
+def saved_as_untied(net: PreTrainedModel, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let the config say that the head has its own weight, if that is so in ``state``.
 
-    UserError: the files are not in peft's format, or the weights are pickled.
+    An adapter on a tied embedding changes the embedding only.
     """
+    configs: list[PreTrainedConfig] = []
+    if not _is_tied(net, state):
+        configs = tied_configs(net)
+    for config in configs:
+        config.tie_word_embeddings = False
     try:
-        document = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        base, revision = document["base_model_name_or_path"], document.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        base, revision = None, None
-    if not isinstance(base, str) or not base:
-        raise UserError(
-            f"model {folder}: its {FILE} names no base model; repair base_model_name_or_path in it"
-        )
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(
-            f"model {folder}: it has no {WEIGHTS}; expected an adapter in peft's format as "
-            "safetensors"
-        )
-    if isinstance(revision, str) and revision and not Path(base).exists():
-        return f"{base}@{revision}"
-    return base
+        yield
+    finally:
+        for config in configs:
+            config.tie_word_embeddings = True
 
 
-def merge_into(net: "CausalLM", folder: Path) -> "CausalLM":
-    """Return ``net`` with the adapter in ``folder`` added to its weights.
+def _is_tied(net: PreTrainedModel, state: dict[str, torch.Tensor]) -> bool:
+    """Return whether embedding and head are one tensor in a state dict of ``net``."""
+    tensors = []
+    for name, module in net.named_modules():
+        if module in (net.get_input_embeddings(), net.get_output_embeddings()):
+            tensors.append(state[_plain_name(f"{name}.weight")])
+    return all(tensor.data_ptr() == tensors[0].data_ptr() for tensor in tensors)
 
-    UserError: they do not fit each other.
-    """
-    peft = _peft()
-    try:
-        return peft.PeftModel.from_pretrained(net, str(folder)).merge_and_unload()
-    except Exception as error:  # peft raises anything from KeyError to RuntimeError here
-        raise UserError(
-            f"model {folder}: its adapter does not fit the base model ({type(error).__name__}: "
-            f"{one_line(error)}); name the base it was trained on in {FILE}"
-        ) from None
+
+def tied_configs(net: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Return the configs, of the model and of its text part, that tie the head to the embedding."""
+    configs = [net.config]
+    text = net.config.get_text_config(decoder=True)
+    if text is not net.config:
+        configs.append(text)
+    return [config for config in configs if getattr(config, "tie_word_embeddings", False)]

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers.utils import cached_file
 
-from . import adapter
-from .loading import ADAPTER, locate
+from . import adapter_files
+from .folders import ADAPTER, locate
 from .models import Model
 
 CHUNK = 1 << 22  # elements that are summed at once
@@ -51,7 +51,7 @@ def _read_config(model: Model, name: str) -> dict:
     """
     folder, extra = locate(name)
     if extra == ADAPTER:
-        return _read_config(model, adapter.read_base(Path(folder)))
+        return _read_config(model, adapter_files.read_base(Path(folder)))
     config = None
     if "gguf_file" not in extra:
         file = cached_file(folder, "config.json", local_files_only=True)

@@ -1,7 +1,7 @@
 """Load a model from a hub id, a folder, an adapter, a GGUF file or a built-in task."""
 
 import contextlib
-import json
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,26 +15,25 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from .. import config as configuration
 from ..errors import UserError, first_line, one_line
-from ..lab.task import LAB, model_path
-from ..prompts.sources import is_path, split_revision
-from . import adapter
-from .adapter import FILE
-from .hub import UNREAD, WEIGHTS, check_reachable, find_pinned
-from .model_files import check_pointer, check_pointers, is_gguf, read_tokenizer
+from ..lab.task import LAB
+from ..prompts.sources import split_revision
+from . import adapter, adapter_check, adapter_files, targets
+from .adapter_files import FILE
+from .folders import ADAPTER, check_config, locate
+from .hub import check_reachable, find_pinned
+from .model_files import read_tokenizer
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
 
 if TYPE_CHECKING:
     from .transformers_names import CausalLM
 
-ADAPTER = {"adapter": True}
-MOST_LAYERS = 1000  # published language models have a few hundred at most
+FEW_TOKENS = 8  # length of the row that the checks run
 # largest difference in nats between the model's logits and head(trunk)
 LOGIT_TOLERANCE = 1e-3
 LOGIT_TOLERANCE_OF_HALF_PRECISION = 0.25
@@ -92,6 +91,11 @@ def load_model(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )
     _check_complete(name, loading_info)
+    if getattr(net, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model {name}: it holds a model and an adapter ({FILE}), which transformers added to "
+            "the weights; use a copy with only one of them"
+        )
     if storage == PLAIN:
         net = net.to(device)
     model = _make_model(name, net, tokenizer)
@@ -195,7 +199,7 @@ def count_parameters(name: str, trust_remote_code: bool = False) -> int:
     """Return a model's number of parameters from its config, without its weights."""
     folder, extra = locate(name)
     if extra == ADAPTER:
-        return count_parameters(adapter.read_base(Path(folder)), trust_remote_code)
+        return count_parameters(adapter_files.read_base(Path(folder)), trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **_gguf_argument(extra)
@@ -219,7 +223,7 @@ def _load_with_adapter(
     trust_remote_code: bool,
 ) -> Model:
     """Load the base model of an adapter in peft's format and add the adapter to its weights."""
-    base = adapter.read_base(folder)
+    base = adapter_files.read_base(folder)
     if (Path(base) / FILE).is_file():
         raise UserError(
             f"model {name}: its base model {base} is an adapter itself; merge that first "
@@ -234,18 +238,36 @@ def _load_with_adapter(
         dtype=loaded_dtype,
         trust_remote_code=trust_remote_code,
     )
-    net = adapter.merge_into(model.net, folder)
+    net = adapter_files.merge_folder(model.net, folder)
     if dtype != "auto":
         net = net.to(dtype)
     model.net = net.to(device).eval().requires_grad_(False)
     model.name = name
-    if (folder / "tokenizer_config.json").is_file():
-        model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _take_settings(model, folder, trust_remote_code)
     return model
 
 
-def add_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Model:
-    """Return ``model`` with a new LoRA adapter that is trained; its weights keep their dtype."""
+def _take_settings(model: Model, folder: Path, trust_remote_code: bool) -> None:
+    """Replace tokenizer, generation config and EOS ids by those that lie in the folder."""
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if (folder / "tokenizer_config.json").is_file():
+        model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model.eos = _read_eos(
+        model.name,
+        model.generation_config,
+        model.tokenizer,
+        vocabulary=len(model.net.get_output_embeddings().weight),
+    )
+
+
+def add_adapter(
+    model: Model, settings: configuration.Adapter, seed: int
+) -> tuple[Model, targets.Targets]:
+    """Return ``model`` with a new LoRA adapter that is trained, and the weights it changes.
+
+    The model's weights keep their dtype. UserError: the adapter cannot be trained and merged.
+    """
     path = Path(os.path.expanduser(model.name))
     if (path / FILE).is_file():
         raise UserError(
@@ -258,78 +280,18 @@ def add_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Mod
     elif os.path.exists(path):
         base = str(path.absolute())
     base, revision = split_revision(base)
-    wrapper = adapter.attach(model.net, settings, seed=seed, base=base)
-    wrapper.peft_config[adapter.NAME].revision = revision
-    return replace(model, adapter=wrapper)
-
-
-def locate(name: str) -> tuple[str, dict]:
-    """Return a model's folder or hub id, and further arguments of ``from_pretrained``.
-
-    Of a folder that contains an adapter, the second value is ADAPTER. UserError: the path does not
-    exist.
-    """
-    path = Path(os.path.expanduser(name))  # Path.expanduser raises for ~NOBODY
-    if name.startswith(LAB):
-        task, _, role = name[len(LAB) :].partition("/")
-        try:
-            return str(model_path(task, role)), {}
-        except ValueError as error:
-            raise UserError(f"model {name}: {error}") from None
-    if is_gguf(path):
-        if not os.path.isfile(path):
-            raise UserError(f"model {name}: no such file; check the path")
-        check_pointer(name, path)
-        from transformers import GgufConfig
-
-        return str(path.parent), {
-            "gguf_file": path.name,
-            "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True),
-        }
-    pinned = find_pinned(name, (*UNREAD, *WEIGHTS))
-    if pinned is not None:
-        path = pinned
-    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        if is_path(name) or name.count("/") > 1:
-            raise UserError(f"model {name}: no such folder; check the path")
-        return name, {}
-    check_pointers(name, path)
-    if (path / "config.json").is_file():
-        return str(path), {}
-    if (path / FILE).is_file():
-        return str(path), ADAPTER
-    raise UserError(
-        f"model {name}: the folder has no config.json; give a folder written by save_pretrained"
+    states = functools.partial(model.trunk, _first_ids(model))
+    wrapper, chosen = adapter_check.attach_checked(
+        model.net, settings, states, seed=seed, base=base
     )
+    wrapper.peft_config[adapter.NAME].revision = revision
+    return replace(model, adapter=wrapper), chosen
 
 
-def check_config(name: str, folder: str, config: PreTrainedConfig) -> None:
-    """Raise UserError for a config or file list that transformers would misread silently."""
-    text = config.get_text_config(decoder=True)
-    for key in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
-        value = getattr(text, key, None)
-        if isinstance(value, int) and value < 1:
-            raise UserError(
-                f"model {name}: its config.json has {key} {value}; expected at least 1; use the "
-                "config.json that came with the weights"
-            )
-    layers = getattr(text, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise UserError(
-            f"model {name}: its config.json has num_hidden_layers {layers}; expected at most "
-            f"{MOST_LAYERS}; use the config.json that came with the weights"
-        )
-    index = Path(folder) / "model.safetensors.index.json"
-    if index.is_file():
-        for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
-            if not file.endswith(".safetensors"):
-                raise UserError(
-                    f"model {name}: {index.name} names {file}; expected .safetensors files only; "
-                    "convert the weights"
-                )
-    if (Path(folder) / "generation_config.json").is_file():
-        # loading the model would use config.json instead of a damaged file
-        GenerationConfig.from_pretrained(folder)
+def _first_ids(model: Model) -> torch.Tensor:
+    """Return the first ids of the tokenizer as one row."""
+    ids = sorted(model.tokenizer.get_vocab().values())[:FEW_TOKENS]
+    return torch.tensor([ids], device=model.device)
 
 
 def _read_eos(
@@ -381,7 +343,7 @@ def check_head(model: Model) -> float:
     UserError: they differ too much, so that the loss would train another distribution, or they are
     not finite.
     """
-    ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
+    ids = _first_ids(model)
     ours = model.head().logits(model.trunk(ids)[0])
     with model.adapter_context():
         output = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

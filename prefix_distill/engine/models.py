@@ -275,8 +275,8 @@ def extrapolated_parameters(net: PreTrainedModel, modules: str) -> dict[str, Par
 
     ``attention-mlp`` (the authors' choice): weights and biases of the decoder's linear layers and
     of fused experts. Embeddings, norms and the output head are excluded, also if the head lies in
-    the decoder or is tied. ``all``: every parameter. Both exclude parameters that are not trained,
-    so of a LoRA adapter its factors are extrapolated one by one. UserError: there are none.
+    the decoder or is tied. ``all``: every parameter. Both exclude parameters that are not trained.
+    UserError: there are none.
     """
     if modules not in MODULES:
         raise ValueError(f"modules {modules!r}: one of {', '.join(MODULES)}")

@@ -4,9 +4,16 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+from ..errors import Stopped, one_line
 from ..files import replace_folder
 from . import adapter
+from .adapter_files import WEIGHTS
+from .free_memory import read_free_memory
 from .models import Model
 
 
@@ -28,7 +35,69 @@ def save_model(model: Model, folder: Path, card: str | None = None) -> None:
 def save_merged_model(model: Model, folder: Path, card: str | None = None) -> None:
     """Write a model folder as ``save_model`` does, with the adapter merged into the weights."""
     with _new_folder(model, Path(folder), card) as scratch:
-        model.net.save_pretrained(scratch, state_dict=adapter.merge_weights(model.net))
+        weights = adapter.merge_weights(model.net)
+        with adapter.saved_as_untied(model.net, weights):
+            model.net.save_pretrained(scratch, state_dict=weights)
+
+
+def check_model(model: Model, folder: Path) -> None:
+    """Read what ``save_model`` wrote, and compare it with ``model``. Stopped: they differ."""
+    if model.adapter is None:
+        _check_weights(model, folder, model.net.state_dict())
+        return
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model.adapter, save_embedding_layers=False)
+    _compare(state, load_file(folder / WEIGHTS), folder)
+
+
+def check_merged_model(model: Model, folder: Path) -> None:
+    """Read what ``save_merged_model`` wrote, and compare it with ``model``.
+
+    Stopped: they differ.
+    """
+    _check_weights(model, folder, adapter.merge_weights(model.net))
+
+
+def _check_weights(model: Model, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Load a model folder with transformers and compare it with the weights in ``state``."""
+    size = sum(t.numel() * t.element_size() for t in state.values())
+    free = read_free_memory(torch.device("cpu"))
+    if free is not None and size > free:
+        return  # a second copy does not fit
+    network: Any = type(model.net)
+    try:
+        net, loading_info = network.from_pretrained(
+            folder,
+            dtype=model.net.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the comparison reports them
+        )
+    except Exception as error:  # transformers raises anything here
+        raise Stopped(
+            f"{folder}: it cannot be read back ({type(error).__name__}: {one_line(error)}); the "
+            "trained weights are in the last checkpoint; report this model's architecture"
+        ) from None
+    saved = net.state_dict()
+    for name in loading_info["missing_keys"]:
+        saved.pop(name, None)
+    _compare(state, saved, folder)
+
+
+def _compare(state: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raise Stopped if a tensor in ``state`` is not the one that was saved."""
+    for name, tensor in state.items():
+        if name not in saved:
+            fault = "is missing"
+        elif not torch.equal(saved[name].to(tensor.dtype), tensor.cpu()):
+            fault = "differs"
+        else:
+            continue
+        raise Stopped(
+            f"{folder}: read back, the weight {name} {fault}; the trained weights are in the last "
+            "checkpoint; report this model's architecture"
+        )
 
 
 @contextlib.contextmanager

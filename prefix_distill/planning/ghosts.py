@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from ..engine.adapter import attach
 from ..engine.models import Model, with_checkpointing
+from ..engine.targets import find_targets
 from .case import Network
 
 FULL_DEPTH = 3  # networks of up to this many layers are measured whole
@@ -206,7 +207,8 @@ def sketch(
         net = AutoModelForCausalLM.from_config(config)
         net = net.to(settings.dtype).eval().requires_grad_(False)
         if settings.adapter is not None:
-            wrapper = attach(net, settings.adapter, seed=0, base=name)
+            targets = find_targets(net, settings.adapter.targets)
+            wrapper = attach(net, settings.adapter, targets, seed=0, base=name)
     _replace_by_ghosts(net)
     model = Model(
         name=name,

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import SELF, Config
-from ..engine import loading
+from ..engine import folders
 from ..engine.device import choose_device
 from ..engine.free_memory import read_free_memory
 from ..engine.models import Model, read_shape
@@ -109,7 +109,7 @@ def read_source(name: str, trust_remote_code: bool = False) -> Source:
 
     Of a folder, config.json is enough. UserError: there is no config, or it is not supported.
     """
-    folder, extra = loading.locate(name)
+    folder, extra = folders.locate(name)
     if extra:
         raise UserError(
             f"model {name}: expected a config.json, which an adapter or a .gguf file does not "
@@ -117,7 +117,7 @@ def read_source(name: str, trust_remote_code: bool = False) -> Source:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        loading.check_config(name, folder, config)
+        folders.check_config(name, folder, config)
     except UserError:
         raise
     except Exception as error:  # the hub, the disk or the model's own code fails in any way

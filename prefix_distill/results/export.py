@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from .. import config as configuration
 from ..engine import loading
-from ..engine.adapter import FILE
+from ..engine.adapter_files import FILE
 from ..engine.models import Model
 from ..engine.saving import save_merged_model, save_model
 from ..errors import Stopped, UserError
@@ -191,7 +191,7 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
     model = _read(student, config.models.trust_remote_code, torch.float32)
     check_student(folder, config, model)
     if config.adapter.rank is not None:
-        model = loading.add_adapter(model, config.adapter, 0)
+        model, _ = loading.add_adapter(model, config.adapter, 0)
     weights = dict(model.net.named_parameters())
     if model.adapter is not None:
         weights = model.trainable

@@ -220,7 +220,10 @@ def find_commits(config: Config) -> dict[str, str]:
 
     The keys are such as ``model org/name@tag`` and ``dataset org/name``.
     """
-    names = [("model", config.models.student), ("model", config.models.teacher)]
+    names: list[tuple[str, str | None]] = [
+        ("model", config.models.student),
+        ("model", config.models.teacher),
+    ]
     for text in (config.data.dataset, config.evaluate.dataset):
         for name, _ in split_sources(text or LAB):
             source = parse_source(name)
@@ -229,8 +232,8 @@ def find_commits(config: Config) -> dict[str, str]:
                 location = f"{location}@{source.revision}"
             names.append(("dataset", location))
     commits = {}
-    for kind, name in names:
-        commit = find_commit(name or LAB, kind)
+    for kind, given in names:
+        commit = find_commit(given or LAB, kind)
         if commit is not None:
-            commits[f"{kind} {name}"] = commit
+            commits[f"{kind} {given}"] = commit
     return commits

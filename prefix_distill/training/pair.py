@@ -10,12 +10,14 @@ import torch
 from .. import config as configuration
 from ..config import Config
 from ..engine import exactness, loading, models
+from ..engine.adapter import find_packed
 from ..engine.alignment import match_tokenizers
 from ..engine.free_memory import read_free_memory
 from ..engine.models import Model, with_checkpointing
 from ..engine.pair import Pair
 from ..engine.placement import Storage
 from ..engine.ranks import Place, join_ranks
+from ..engine.targets import ALL
 from ..engine.units import shared_support
 from ..errors import PreflightError, UserError
 from ..lab.task import LAB
@@ -24,6 +26,7 @@ from ..maths.weights import parse_window
 from ..plugins import load_plugins
 from .run import Notes, settled
 
+HALF = 0.5  # share of the weights below which an adapter on all of them is worth a warning
 TASK = "choice"  # the built-in default: lab:choice and its pair
 
 
@@ -154,12 +157,26 @@ def _load_student(config: Config) -> tuple[Model, Place]:
 
 
 def _add_adapter(config: Config, student: Model, where: Place, notes: Notes) -> Model:
-    student = loading.add_adapter(student, config.adapter, config.runtime.seed)
+    student, targets = loading.add_adapter(student, config.adapter, config.runtime.seed)
+    packed = find_packed(student.net)
+    if config.adapter.merge and packed is not None:
+        raise UserError(
+            f"--lora-merge with --student {student.name}: no adapter can be merged into the "
+            f"quantized weight {packed}; omit --lora-merge, and merge into the full weights later"
+        )
     trained = sum(p.numel() for p in student.trainable.values())
     notes.note(
-        f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {trained:,} parameters "
-        f"train, {student.parameters - trained:,} are frozen in {str(where.dtype)[6:]}"
+        f"LoRA of rank {config.adapter.rank} on {config.adapter.targets}: {targets.describe()}, "
+        f"which hold {targets.covered:.0%} of the weights between embedding and head; "
+        f"{trained:,} parameters train, {student.parameters - trained:,} are frozen in "
+        f"{str(where.dtype)[6:]}",
+        *targets.describe_obstacles(),
     )
+    if config.adapter.targets == ALL and targets.covered < HALF:
+        notes.warn(
+            f"LoRA leaves {1 - targets.covered:.0%} of the weights between embedding and head "
+            "without an adapter; they do not learn; omit --lora to train all weights"
+        )
     return student
 
 
@@ -223,7 +240,7 @@ def _have_equal_weights(student: Model, teacher: Model) -> bool:
 
     A new adapter of the student changes nothing yet, so its weights are left out.
     """
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for name, weight in student.net.named_parameters():
         if "lora_" not in name:
             weights[name.replace("base_model.model.", "").replace(".base_layer", "")] = weight
@@ -231,10 +248,10 @@ def _have_equal_weights(student: Model, teacher: Model) -> bool:
     if weights.keys() != others.keys():
         return False
     for name, other in others.items():
-        weight = weights[name].detach()
-        if weight.is_meta or other.is_meta or weight.shape != other.shape:
+        ours = weights[name].detach()
+        if ours.is_meta or other.is_meta or ours.shape != other.shape:
             return False
-        if not torch.equal(weight.to(other.device, other.dtype), other.detach()):
+        if not torch.equal(ours.to(other.device, other.dtype), other.detach()):
             return False
     return True
 

@@ -8,6 +8,7 @@ from .. import config as configuration
 from ..display import Observer, Reporter
 from ..engine.device import describe_machine
 from ..engine.models import make_decoder
+from ..engine.saving import check_merged_model, check_model
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
@@ -250,16 +251,23 @@ class Session:
         return {"out": str(folder.path), **result}
 
     def save_model(self) -> None:
-        """Save the student in model/, and with --merge-adapter the adapter in adapter/."""
+        """Save the student in model/, and with --lora-merge the adapter in adapter/.
+
+        Stopped: the files do not hold the trained weights.
+        """
         run, progress = self.run, self.state.progress
         cost = full_cost(run, progress, range(progress.step))
         text = make_card(run, progress, progress.evaluations[-1], full=cost)
         student = run.pair.student
+        path = self.folder.path
         if run.config.adapter.merge:
             self.folder.save_merged_model("model", student, text)
+            check_merged_model(student, path / "model")
             self.folder.save_model("adapter", student, text)
+            check_model(student, path / "adapter")
         else:
             self.folder.save_model("model", student, text)
+            check_model(student, path / "model")
 
 
 def train_in(

@@ -154,20 +154,7 @@ def test_only_the_adapter_trains_and_peft_loads_its_files(pair, questions, tmp_p
     assert code == 0 and last_json(out)["accuracy"]["n"] == 4, err
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        pytest.param(
-            {
-                "extrapolation__kind": "effopd",
-                "extrapolation__problems": 4,
-                "weights__select": "soft-or",
-            },
-            marks=pytest.mark.long,
-        ),
-    ],
-)
+@pytest.mark.parametrize("changes", [{}, {"weights__select": "soft-or"}])
 def test_four_updates_equal_two_and_two_resumed(pair, questions, tmp_path, changes):
     """Check that a run resumed from an adapter-only checkpoint writes the same bytes."""
 
@@ -293,7 +280,7 @@ def test_the_base_is_held_in_the_compute_dtype(pair, questions, tmp_path):
         (["--lora-alpha", "8"], 2, "applies only with --lora; add --lora 16, or omit --lora"),
         (["--lora-merge"], 2, "applies only with --lora; add --lora 16"),
         (["--lora", "0"], 2, "at least 1"),
-        (["--lora", "4", "--lora-targets", "nowhere"], 2, "--lora-targets nowhere: Target modules"),
+        (["--lora", "4", "--lora-targets", "nowhere"], 2, "--lora-targets nowhere: no matrix of"),
         (
             [
                 "--lora",

@@ -8,7 +8,7 @@ import torch
 from helpers import flags, invoke, save_tiny
 from huggingface_hub import constants
 
-from prefix_distill.engine import adapter, loading
+from prefix_distill.engine import adapter_files, loading
 from prefix_distill.engine.hub import find_commit
 from prefix_distill.errors import UserError
 from prefix_distill.prompts.load import load_prompts
@@ -96,7 +96,7 @@ def test_a_run_records_the_commits(cache, tmp_path):
     }
     saved = json.loads((tmp_path / "run/model/adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/tiny", "v1")
-    assert adapter.read_base(tmp_path / "run/model") == student
+    assert adapter_files.read_base(tmp_path / "run/model") == student
     assert "base_model: org/tiny\n" in (tmp_path / "run/model/README.md").read_text()
     # the tag moves to other weights
     (cache / "models--org--tiny/refs/v1").write_text(SECOND)
