@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 ADAPTER = {"adapter": True}
 MOST_LAYERS = 1000  # published language models have a few hundred at most
-# largest difference in nats between the model's logits and head(trunk)
-LOGIT_TOLERANCE = 1e-3
-LOGIT_TOLERANCE_OF_HALF_PRECISION = 0.25
 
 
 def load_model(
@@ -362,32 +359,3 @@ def check_head_rows(model: Model) -> None:
             f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has "
             f"only {rows} rows; resize the model's embeddings or use its own tokenizer"
         )
-
-
-@torch.no_grad()
-def check_head(model: Model) -> float:
-    """Return the largest difference between head(trunk) and the model's logits, in nats.
-
-    UserError: they differ too much, so that the loss would train another distribution, or they are
-    not finite.
-    """
-    ids = torch.tensor([sorted(model.tokenizer.get_vocab().values())[:8]], device=model.device)
-    ours = model.head().logits(model.trunk(ids)[0])
-    with model.adapter_context():
-        output = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    theirs = output.logits[0, :, : model.support].float().to(ours.device)
-    if not torch.isfinite(theirs).all():
-        raise UserError(
-            f"model {model.name}: its logits contain NaN or infinity; use an intact copy or "
-            "--dtype float32"
-        )
-    gap = (torch.log_softmax(ours, -1) - torch.log_softmax(theirs, -1)).abs().max().item()
-    tolerance = LOGIT_TOLERANCE_OF_HALF_PRECISION
-    if model.net.dtype == torch.float32:
-        tolerance = LOGIT_TOLERANCE
-    if gap > tolerance:
-        raise UserError(
-            f"model {model.name}: head(hidden states) does not equal its logits (they differ by "
-            f"{gap:.2g} nats in log-probability); this architecture is not supported"
-        )
-    return gap

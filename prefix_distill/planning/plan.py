@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import SELF, Config
 from ..engine import loading
-from ..engine.models import Model, read_shape
+from ..engine.models import Model
+from ..engine.shapes import read_shape
 from ..errors import UserError
 from ..maths import flops
 from ..maths.flops import Batch, Ledger, Shape

@@ -8,13 +8,14 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
-from ..engine import loading, models, scoring
+from ..engine import loading, scoring, trunk
 from ..engine.alignment import match_tokenizers
 from ..engine.device import read_free_memory
 from ..engine.models import Model, with_checkpointing
 from ..engine.pair import Pair
 from ..engine.placement import Storage
 from ..engine.ranks import Place, join_ranks
+from ..engine.shapes import read_shape
 from ..engine.units import shared_support
 from ..errors import PreflightError, UserError
 from ..lab.task import LAB
@@ -90,8 +91,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     pair = Pair(
         student=student,
         teacher=teacher,
-        student_shape=models.read_shape(student, settled(student.support, "the student's support")),
-        teacher_shape=models.read_shape(teacher, teacher.support),
+        student_shape=read_shape(student, settled(student.support, "the student's support")),
+        teacher_shape=read_shape(teacher, teacher.support),
         alignment=alignment,
         shared_support=support,
         tokenizers=tokenizers,
@@ -190,7 +191,7 @@ def _can_share_weights(config: Config, where: Place) -> bool:
 def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
     """Check the model's output head, and find out whether it can share a prompt's KV cache."""
     with as_preflight_error():
-        loading.check_head(model)
+        trunk.choose_trunk(model)
     reason = scoring.check_sharing(model)
     model.shares_prompts = reason is None
     if reason:

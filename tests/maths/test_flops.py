@@ -10,9 +10,10 @@ from prefix_distill.engine import scoring
 from prefix_distill.engine.batching import reads
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.meter import Meter
-from prefix_distill.engine.models import Model, read_shape, with_checkpointing
+from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import GenerationCost, Request, Sampler, generate
+from prefix_distill.engine.shapes import read_shape
 from prefix_distill.maths.divergence import Terms
 from prefix_distill.maths.flops import Batch, Ledger, Passes, Shape, update_ledger
 from prefix_distill.maths.fused import weighted

@@ -8,7 +8,7 @@ import torch
 from helpers import byte_tokenizer, invoke, last_json, prepared, save_tiny, tiny_net
 from transformers import GenerationConfig
 
-from prefix_distill.engine import loading
+from prefix_distill.engine import loading, trunk
 from prefix_distill.planning import checks, text_checks
 from prefix_distill.planning.outcomes import SAMPLE
 from prefix_distill.training.run import describe_checks
@@ -185,7 +185,7 @@ def test_a_head_that_is_not_the_model_s_is_refused(pair, questions, tmp_path, mo
 
     def load(name, **given):
         model = plain(name, **given)
-        model.net.lm_head.register_forward_hook(lambda module, inputs, out: 1.5 * out)
+        model.net.lm_head.register_forward_hook(lambda module, inputs, out: out + out.sin())
         return model
 
     monkeypatch.setattr(loading, "load_model", load)
@@ -220,7 +220,9 @@ def test_a_model_that_is_not_itself_twice_is_refused(pair, questions, tmp_path, 
         return model
 
     monkeypatch.setattr(loading, "load_model", load)
-    monkeypatch.setattr(loading, "check_head", lambda model: 0.0)  # would meet the same noise first
+    # both would meet the same noise first
+    monkeypatch.setattr(trunk, "check_head", lambda model: 0.0)
+    monkeypatch.setattr(trunk, "choose_trunk", lambda model: None)
     code, out, err = invoke(
         "run",
         "--student",
