@@ -42,13 +42,18 @@ def _peft() -> ModuleType:
 
 
 def attach(
-    net: PreTrainedModel, settings: configuration.Adapter, seed: int, base: str
+    net: PreTrainedModel,
+    settings: configuration.Adapter,
+    *,
+    seed: int,
+    base: str,
+    excluded: list[str] | None = None,
 ) -> "PeftModel":
     """Add a new adapter to the target layers of ``net`` and return peft's wrapper of ``net``.
 
     Only the adapter is trained. ``settings``: the ``adapter`` section; ``base``: the base model
-    that the adapter's files name. A depends on ``seed`` only. UserError: peft finds no target
-    layer.
+    that the adapter's files name; ``excluded``: modules that get no adapter. A depends on ``seed``
+    only. UserError: peft finds no target layer.
     """
     if settings.rank is None:
         raise ValueError("adapter.rank is None: set a rank to attach an adapter")
@@ -60,6 +65,7 @@ def attach(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,
         target_modules=targets,
+        exclude_modules=excluded or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",

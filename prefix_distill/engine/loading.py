@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -25,6 +24,7 @@ from ..lab.task import LAB, model_path
 from ..prompts.sources import is_path
 from . import adapter
 from .adapter import FILE
+from .classes import AutoClass, choose_class
 from .hub import check_reachable
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
@@ -73,8 +73,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **gguf
         )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
         if not extra:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             check_config(name, folder, config)
         if storage.quantize != "none":
             quantization = make_quantization(storage.quantize, dtype)
@@ -86,7 +86,11 @@ def load_model(
             )
             extra = {"device_map": device_map, "offload_folder": scratch.name}
         net, loading_info = _read_weights(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+            choose_class(name, config),
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **extra,
         )
     _check_complete(name, loading_info)
     if storage == PLAIN:
@@ -105,12 +109,14 @@ def _gguf_argument(extra: dict) -> dict:
     return {}
 
 
-def _read_weights(folder: str, **options: Any) -> tuple["CausalLM", dict[str, Any]]:
+def _read_weights(
+    auto_class: AutoClass, folder: str, **options: Any
+) -> tuple["CausalLM", dict[str, Any]]:
     """Return the network and its loading info, which lists missing and mismatched weights."""
     safetensors_only: bool | None = True
     if "gguf_file" in options:
         safetensors_only = None
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class.from_pretrained(
         folder,
         use_safetensors=safetensors_only,
         output_loading_info=True,
@@ -196,7 +202,11 @@ def count_parameters(name: str, trust_remote_code: bool = False) -> int:
             folder, trust_remote_code=trust_remote_code, **_gguf_argument(extra)
         )
         with torch.device("meta"):
-            net = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            net = choose_class(name, config).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except UserError:
+        raise
     except Exception as error:  # unreadable files raise anything, as in _explain_failure
         check_reachable(name, error)
         raise UserError(
@@ -252,7 +262,10 @@ def add_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Mod
         base, _ = locate(base)  # the adapter's base must also load in plain transformers
     elif os.path.exists(path):
         base = str(path.absolute())
-    return replace(model, adapter=adapter.attach(model.net, settings, seed=seed, base=base))
+    wrapper = adapter.attach(
+        model.net, settings, seed=seed, base=base, excluded=model.unreached_modules
+    )
+    return replace(model, adapter=wrapper)
 
 
 def locate(name: str) -> tuple[str, dict]:

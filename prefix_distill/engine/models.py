@@ -46,10 +46,11 @@ class Model:
     ``scoring.check_sharing`` found that exact. ``recomputes``: gradient checkpointing is on.
     ``support``: the head computes logits for the first so many ids (None: all). ``adapter``: peft's
     wrapper of ``net`` if a LoRA adapter is trained. ``adapter_off``: this model is ``net`` without
-    its adapter. ``whole_net``: the trunk is ``net`` up to its output layer, not its decoder alone.
-    ``scaling``: what ``net`` does to its logits, if the config does not tell (``choose_trunk``).
-    ``home``: the head's device, if the layers lie on several devices. ``scratch``: the
-    folder of offloaded layers, which must exist as long as the model.
+    its adapter. ``unreached``: the parameters that no text token reaches, which are frozen.
+    ``whole_net``: the trunk is ``net`` up to its output layer, not its decoder alone. ``scaling``:
+    what ``net`` does to its logits, if the config does not tell (``choose_trunk``). ``home``: the
+    head's device, if the layers lie on several devices. ``scratch``: the folder of offloaded
+    layers, which must exist as long as the model.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Model:
     support: int | None = None
     adapter: "PeftModel | None" = None
     adapter_off: bool = False
+    unreached: frozenset[str] = frozenset()
     whole_net: bool = False
     scaling: Scaling | None = None
     home: torch.device | None = None
@@ -86,6 +88,20 @@ class Model:
     def trainable(self) -> dict[str, Parameter]:
         """Return the parameters that a step changes, by name."""
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+
+    @property
+    def unreached_modules(self) -> list[str]:
+        """Return the modules of which no text token reaches a parameter, for an adapter."""
+        reached = set()
+        for name, _ in self.net.named_parameters():
+            if name not in self.unreached:
+                reached.add(name.rpartition(".")[0])
+        return sorted({name.rpartition(".")[0] for name in self.unreached} - reached)
+
+    def train_weights(self) -> None:
+        """Let every parameter that a text token reaches require a gradient."""
+        for name, p in self.net.named_parameters():
+            p.requires_grad_(name not in self.unreached)
 
     @property
     def vocabulary(self) -> int:

@@ -86,13 +86,11 @@ class Passes:
     of every matmul that trains. Attention's products have two gradients. The first layer's frozen
     matmuls count an input gradient that nothing needs. ``recomputed``: the layers run once more in
     backward (gradient checkpointing), which is counted as executed, not useful. It is an upper
-    bound, because torch leaves a layer as soon as it has what backward needs. ``idle``: the pass
-    runs only because other ranks need it, and is counted as executed, not useful.
+    bound, because torch leaves a layer as soon as it has what backward needs.
     """
 
     count: int = 1
     recomputed: bool = False
-    idle: bool = False
 
 
 FORWARD = Passes()
@@ -196,10 +194,8 @@ class Ledger:
         if passes.count == 3:
             useful_saved = shape.saved(useful_tokens, taught)
             executed_saved = shape.saved(executed_tokens, taught)
-        useful = 0.0
-        if not passes.idle:
-            layers = shape.linear(useful_tokens) + _causal(shape, lengths)
-            useful = passes.count * (layers + output) - useful_saved
+        layers = shape.linear(useful_tokens) + _causal(shape, lengths)
+        useful = passes.count * (layers + output) - useful_saved
         layers = shape.linear(executed_tokens) + _rectangles(shape, lengths)
         executed = (passes.count + passes.recomputed) * layers + passes.count * output
         self.add(phase, useful, executed - executed_saved)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from ..engine.adapter import attach
+from ..engine.classes import choose_class
 from ..engine.models import Model, with_checkpointing
 from .case import Network
 
@@ -197,13 +198,13 @@ def sketch(
     ``layers``: only the first layers; None is all. Adapters are in float32. UserError: the
     architecture has no gradient checkpointing, or no module that the adapter asks for.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     if layers is not None:
         config = _shorten(config, layers)
     wrapper = None
     with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(config)
+        net = choose_class(name, config).from_config(config)
         net = net.to(settings.dtype).eval().requires_grad_(False)
         if settings.adapter is not None:
             wrapper = attach(net, settings.adapter, seed=0, base=name)

@@ -8,7 +8,7 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
-from ..engine import loading, scoring, trunk
+from ..engine import loading, reach, scoring, trunk
 from ..engine.alignment import match_tokenizers
 from ..engine.device import read_free_memory
 from ..engine.models import Model, with_checkpointing
@@ -64,6 +64,11 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     """
     student, where = _load_student(config)
     notes.note(*where.reasons)
+    with as_preflight_error():
+        trunk.choose_trunk(student)
+        student.unreached = reach.find_unreached(student)
+    if student.unreached:
+        notes.note(reach.describe_unreached(student))
     if config.adapter.rank is not None:
         student = _add_adapter(config, student, where, notes=notes)
     teacher = _load_teacher(config, student, where, notes=notes)
