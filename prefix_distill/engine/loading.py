@@ -25,6 +25,7 @@ from ..prompts.sources import is_path
 from . import adapter
 from .adapter import FILE
 from .classes import AutoClass, choose_class
+from .dropout import turn_off_dropout
 from .hub import check_reachable
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
@@ -172,6 +173,7 @@ def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) 
     """
     generation_config = net.generation_config
     net.generation_config = GenerationConfig()
+    turn_off_dropout(net)
     vocabulary = len(net.get_output_embeddings().weight)
     eos = _read_eos(name, generation_config, tokenizer, vocabulary=vocabulary)
     return Model(

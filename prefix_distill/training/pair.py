@@ -10,11 +10,13 @@ from .. import config as configuration
 from ..config import Config
 from ..engine import loading, reach, scoring, trunk
 from ..engine.alignment import match_tokenizers
+from ..engine.causality import check_causality
 from ..engine.device import read_free_memory
 from ..engine.models import Model, with_checkpointing
 from ..engine.pair import Pair
 from ..engine.placement import Storage
 from ..engine.ranks import Place, join_ranks
+from ..engine.recomputation import check_recomputation
 from ..engine.shapes import read_shape
 from ..engine.units import shared_support
 from ..errors import PreflightError, UserError
@@ -88,6 +90,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     _check_forward_pass("teacher", teacher, notes)
     if config.train.gradient_checkpointing:
         student = with_checkpointing(student)
+        with as_preflight_error():
+            check_recomputation(student)
         if student.shares_prompts and config.rollout.samples > 1:
             notes.note(
                 "the student runs the prompt once per sample, because --gradient-checkpointing "
@@ -194,9 +198,10 @@ def _can_share_weights(config: Config, where: Place) -> bool:
 
 
 def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
-    """Check the model's output head, and find out whether it can share a prompt's KV cache."""
+    """Check the model's output head and causality; find whether it can share a prompt's cache."""
     with as_preflight_error():
         trunk.choose_trunk(model)
+        check_causality(model)
     reason = scoring.check_sharing(model)
     model.shares_prompts = reason is None
     if reason:
