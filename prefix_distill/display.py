@@ -250,7 +250,8 @@ class Display:
         self.seen += 1
         step = row["step"]
         text = (
-            f"KL {_divergence(row):.4f} nats, prefix {row['rollout/prefix_tokens']} tokens, "
+            f"divergence {_divergence(row):.4f} nats, "
+            f"prefix {row['rollout/prefix_tokens']} tokens, "
             f"{row['rollout/finished_share']:.0%} finished, {_speeds(row)}{flops_text(useful)} "
             f"useful so far ({flops_text(full)} with full rollouts)"
         )
@@ -267,13 +268,13 @@ class Display:
         """Show one evaluation: accuracy, finish rate, length, and KL on the fixed contexts."""
         text = (
             f"after step {row['step']}: accuracy {accuracy_text(row['accuracy'])}, "
-            f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens, held-out reverse "
-            f"KL {row['kl']['value']:.4f} nats"
+            f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens per answer, "
+            f"held-out reverse KL {row['kl']['value']:.4f} nats"
         )
         if row["kl_tail"] is not None:
             text += f" (beyond the prefix {row['kl_tail']:.4f})"
         if row["sampler_kl"] is not None:
-            text += f", KL of the sampler to the student {row['sampler_kl']:.2g} nats"
+            text += f", KL between decoding copy and student {row['sampler_kl']:.2g} nats"
         self._labelled(text)
 
     def tail(self, row: dict) -> None:
@@ -284,7 +285,7 @@ class Display:
             tail = f"KL {row['kl_tail']:.4f} nats beyond the prefix"
         self._labelled(
             f"tail probe after step {row['step']}: {tail}, {row['finish_rate']:.0%} of the full "
-            f"answers finished, {row['mean_tokens']:.0f} tokens"
+            f"answers finished, {row['mean_tokens']:.0f} tokens per answer"
         )
 
     def _labelled(self, text: str) -> None:

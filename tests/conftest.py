@@ -1,9 +1,9 @@
-"""Fixtures that every folder of tests uses, and the order in which tests run."""
+"""Fixtures for all test folders, and the order in which tests run."""
 
 import json
 import os
 
-# before torch: two busy processes must not spin at barriers
+# Set before torch is imported: waiting OpenMP threads of parallel test processes must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,15 +15,15 @@ from prefix_distill.plugins import load_plugins
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first, so that two workers end together."""
+    """Run the longest tests first, so that both workers finish at about the same time."""
     longest = (
         "test_commands_run_in_order",
         "test_four_updates",
-        "test_two_ranks_are_one",
+        "test_two_ranks_equal_one_process",
         "test_two_kills",
         "test_a_comparison_goes_on",
         "test_gpus_starts_three_ranks",
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def registered():
-    """Register what the modules in tests/plugins register, for one test."""
+    """Load all plugins in tests/plugins for one test."""
     load_plugins(",".join(map(str, sorted(PLUGINS.glob("*.py")))))
     yield
     load_plugins(None)
@@ -41,7 +41,7 @@ def registered():
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """(student, teacher): paths of two tiny Llamas of different size with one tokenizer."""
+    """Return the paths of a tiny student and a larger tiny teacher, Llamas with one tokenizer."""
     root = tmp_path_factory.mktemp("pair")
     return save_tiny(root / "student", seed=1), save_tiny(
         root / "teacher", seed=2, width=48, layers=3
@@ -50,7 +50,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory):
-    """A small JSONL dataset of sums with answers; prompts of different lengths."""
+    """Return the path of a JSONL file with 40 sums and answers; prompt lengths differ."""
     file = tmp_path_factory.mktemp("data") / "sums.jsonl"
     rows = [
         {

@@ -1,6 +1,6 @@
-"""Helpers of several tests: tiny random models, commands, single updates, run folders.
+"""Shared test helpers: tiny random models, commands, single updates, run folders.
 
-No test module imports another one; code that two of them need belongs here.
+Test modules do not import each other. Code that two of them need belongs here.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 BENCHMARKS = TESTS / "benchmarks"
 PLUGINS = TESTS / "plugins"
-# the benchmarks that are programs
+# benchmarks that can be run as scripts
 PROGRAMS = sorted(
     file.stem
     for file in BENCHMARKS.glob("*.py")
@@ -64,29 +64,29 @@ TEMPLATE = (
     "endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 
-# the exact divergences, each with its parameters
+# exact divergences and their parameters
 NAMES_AND_PARAMETERS: list[tuple[str, tuple[float, ...]]] = [
     ("reverse-kl", ()),
     ("forward-kl", ()),
     ("jsd", (0.5,)),
     ("jsd", (0.1,)),
 ]
-# our name of a divergence → TRL's beta
+# divergence name → TRL's beta
 DIVERGENCES = {"reverse-kl": 1.0, "forward-kl": 0.0, "jsd:0.5": 0.5, "jsd:0.3": 0.3}
 
-# self-distillation: the teacher's prompt holds the answer
+# self-distillation: the teacher's prompt contains the answer
 SELF = {
     "models__teacher": "self",
     "data__privileged_column": "answer",
     "data__privileged_template": "{problem} Solution: {solution}",
 }
 
-# number of held-out problems in the run of `write_run`
+# number of held-out problems in a run of `write_run`
 PROBLEMS = 400
 
 
 def byte_tokenizer(eos: str = "<e>") -> PreTrainedTokenizerFast:
-    """Make a byte-level tokenizer without merges: 256 bytes and the specials <p> <e> <u> <a>."""
+    """Return a byte-level tokenizer without merges, with the special tokens <p> <e> <u> <a>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -98,7 +98,7 @@ def byte_tokenizer(eos: str = "<e>") -> PreTrainedTokenizerFast:
 
 
 def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int = 2):
-    """Return the config of a real architecture that is small enough for a test."""
+    """Return a tiny config of a real architecture."""
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -147,12 +147,12 @@ def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int =
 
 
 def tiny_net(kind: str, seed: int = 0, scale: float = 1.0, **shape):
-    """Make a random network with spread logits, so that its distribution is far from uniform."""
+    """Return a random network whose next-token distributions are far from uniform."""
     return random_net(tiny_config(kind, **shape), seed, scale)
 
 
 def random_net(config, seed: int = 0, scale: float = 1.0, factory=AutoModelForCausalLM):
-    """Make a random network of any config, with spread logits."""
+    """Return a random network of any config, as ``tiny_net`` does."""
     torch.manual_seed(seed)
     net = factory.from_config(config)
     with torch.no_grad():
@@ -184,12 +184,12 @@ def text_config(kind: str, **shape):
 
 
 def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **shape) -> str:
-    """Save a tiny model in a folder that can be loaded, and return its path."""
+    """Save a tiny model and its tokenizer to a folder, and return its path."""
     return save_net(folder, tiny_net(kind, seed, **shape), eos)
 
 
 def save_net(folder, net, eos: str = "<e>") -> str:
-    """Save a network with a byte-level tokenizer, and return the folder's path."""
+    """Save a network with a byte-level tokenizer to a folder, and return its path."""
     net.generation_config = GenerationConfig(
         eos_token_id=257, pad_token_id=256, temperature=0.3, top_k=7, do_sample=True
     )
@@ -210,10 +210,10 @@ def command(*arguments, **options) -> subprocess.CompletedProcess[str]:
 
 
 def invoke(*arguments) -> tuple[int | str, str, str]:
-    """Run `prefix-distill …` in this process → (exit code, stdout, stderr).
+    """Run `prefix-distill …` in this process and return (exit code, stdout, stderr).
 
-    This is faster than a new process. ``sys.warnoptions`` is set as by ``python -W``, so that
-    pytest decides which warnings are errors.
+    This is faster than a new process. ``sys.warnoptions`` is not empty, as under ``python -W``,
+    so that pytest's warning filters stay active.
     """
     out, err = io.StringIO(), io.StringIO()
     code: int | str = 0
@@ -251,7 +251,7 @@ class Silent:
 
 
 def prepared(pair, questions, **changes):
-    """Return the run of a small configuration; ``changes`` are options, with __ for the dot."""
+    """Return a prepared small run. ``changes`` are options, with __ in place of the dot."""
     values = {
         "models.student": pair[0],
         "models.teacher": pair[1],
@@ -272,7 +272,10 @@ def prepared(pair, questions, **changes):
 
 
 def trained(run, folder, resume=False) -> dict:
-    """Train a prepared run in a new folder and return its result document."""
+    """Train a prepared run and return its result document.
+
+    Create the run folder, or use the existing one if ``resume``.
+    """
     files = RunFolder(folder)
     if not resume:
         files.create({})
@@ -281,7 +284,7 @@ def trained(run, folder, resume=False) -> dict:
 
 
 def bare_run(pair, terms, options=None) -> Run:
-    """Return a run of two given models with a loss and no prompts, on the CPU in float32."""
+    """Return a run without prompts, with two given models and a loss, on the CPU in float32."""
     cpu = torch.device("cpu")
     place = Place(
         device=cpu,
@@ -318,13 +321,13 @@ def bare_run(pair, terms, options=None) -> Run:
 
 
 def state_of(run, folder="unused") -> State:
-    """Return the training state of a run that writes nothing."""
+    """Return the training state of a run that writes no files."""
     return State(run, RunFolder(folder), Silent())
 
 
 @dataclass
 class Done:
-    """What one update sampled, selected and found; ``gradient``: by parameter."""
+    """The rollouts, losses and gradient of one update; ``gradient`` is keyed by parameter name."""
 
     update: Update
     sampled: list
@@ -342,10 +345,10 @@ class Done:
 
 
 def one_update(run, micro=None, change=None, **given) -> Done:
-    """Do update 0 but for the optimizer's step.
+    """Run update 0 without the optimizer step.
 
-    ``micro``: the micro-batch; ``change``: a function on the sampled rollouts; ``given``: the
-    prompts, prefix or texts of ``Update``.
+    ``micro`` is the micro-batch size. ``change`` maps the sampled rollouts to the rollouts to use.
+    ``given`` are keyword arguments of ``Update``: prompts, prefix or texts.
     """
     if micro is not None:
         run.limits.micro_batch_size = micro
@@ -362,13 +365,13 @@ def one_update(run, micro=None, change=None, **given) -> Done:
 
 
 def update_gradient(run, micro=4):
-    """Return update 0's gradient, rollouts and per-token values."""
+    """Return the gradient, rollouts and per-token values of update 0."""
     done = one_update(run, micro)
     return done.gradient, done.rollouts, done.values
 
 
 def assert_same(left, right, tolerance=1e-5) -> None:
-    """Compare tensors by name, to a tolerance relative to the largest number of each."""
+    """Compare tensors by name; the tolerance is relative to the largest magnitude in each one."""
     for name in left:
         scale = right[name].abs().max().item()
         torch.testing.assert_close(
@@ -386,7 +389,8 @@ def counted(work: Callable[[], object]) -> float:
 def shortage(monkeypatch: pytest.MonkeyPatch, where: str, most: int) -> None:
     """Simulate running out of memory for more than ``most`` rollouts at once.
 
-    ``where``: "training" or "scoring" (a forward pass with or without gradients), or "generation".
+    ``where`` is "training" or "scoring", a forward pass with or without gradients, or
+    "generation".
     """
     if where == "generation":
         decode_batch = sampling._Batch.decode
@@ -412,7 +416,7 @@ def shortage(monkeypatch: pytest.MonkeyPatch, where: str, most: int) -> None:
 
 
 def flags(pair, questions, out) -> list[str]:
-    """Return the command line of a run: six updates, with evaluations and checkpoints."""
+    """Return the command line of a run of six steps with evaluations and checkpoints."""
     return [
         "run",
         "--student",
@@ -449,18 +453,18 @@ def flags(pair, questions, out) -> list[str]:
 
 
 def rows(out: Path) -> list[dict]:
-    """Return the metrics of a run folder without times, which differ from run to run."""
+    """Return the metrics rows of a run folder without times, which differ between runs."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines
     ]
 
 
-def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  # noqa: PLR0913  the tests of the report vary these
-    """Write a run folder as the tool does.
+def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  # noqa: PLR0913  tests of the report vary all of these
+    """Write a run folder in the tool's format and return it.
 
-    Its accuracies follow ``curve``, and the first problems are the correct ones. Every evaluation
-    adds ``cost`` FLOPs and ``seconds``.
+    ``curve`` lists the accuracy at each evaluation; the first problems are the correct ones. Every
+    evaluation adds ``cost`` FLOPs and ``seconds``.
     """
     folder.mkdir(parents=True)
     rights = [[1.0] * round(a * PROBLEMS) + [0.0] * (PROBLEMS - round(a * PROBLEMS)) for a in curve]
@@ -507,15 +511,18 @@ def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  #
 
 
 def head_logits(head, hidden):
-    """Return the head's logits, computed from the formula."""
+    """Return the logits of a head, computed directly from the formula."""
     z = head.scale * (hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V))
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def by_the_book(  # noqa: PLR0913  the operands of the formula
+def by_the_book(  # noqa: PLR0913  operands of the formula
     terms, shared, rollouts, student_ND, student_head, teacher_ME, teacher_head, raw=False
 ):
-    """Return the differentiable values [U] of all taught units, computed one unit at a time."""
+    """Return the differentiable divergences [U] of all units in the loss, one unit at a time.
+
+    ``raw`` scores with logits instead of log-probabilities, as ``simct-released`` does.
+    """
     found, row, there = [], 0, 0
     for r in rollouts:
         for u in r.taught_units:

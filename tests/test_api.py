@@ -1,4 +1,4 @@
-"""The Python API: the numbers of the commands, typed results, no output, any thread, a notebook."""
+"""Test the Python API: equality with the commands, typed results, threads and notebooks."""
 
 import contextlib
 import dataclasses
@@ -44,12 +44,12 @@ SMALL = {
 
 @pytest.fixture
 def given(pair, questions) -> dict:
-    """Return the options of a small run, without its folder."""
+    """Return the options of a small run, without the run folder."""
     return SMALL | {"student": pair[0], "teacher": pair[1], "dataset": questions}
 
 
 def flags(options: dict) -> list[str]:
-    """Return options as the command line takes them."""
+    """Return options as command-line arguments."""
     words = []
     for name, value in options.items():
         words += ["--" + name.replace("_", "-"), str(value)]
@@ -57,7 +57,7 @@ def flags(options: dict) -> list[str]:
 
 
 def without_times(document: dict) -> dict:
-    """Return a document without wall times and without the folders that two calls differ in."""
+    """Return a document without wall times and paths, which differ between two calls."""
     text = json.dumps(document)
     plain = json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if k not in UNEQUAL})
     return typing.cast(dict, plain)
@@ -67,7 +67,7 @@ UNEQUAL = ("seconds", "out", "examples")
 
 
 def state_of_process() -> dict:
-    """Return what a call could leave behind in this process."""
+    """Return the process-wide state that a call could change."""
     return {
         "environment": dict(os.environ),
         "warning filters": list(warnings.filters),
@@ -85,7 +85,7 @@ def state_of_process() -> dict:
 
 
 def parameters_of(command: str) -> set[str]:
-    """Return the flags of a command as keywords."""
+    """Return the flags of a command as Python keywords."""
     names = set()
     for parameter in typer.main.get_group(app).commands[command].params:
         for flag in parameter.opts:
@@ -97,13 +97,13 @@ def parameters_of(command: str) -> set[str]:
 # Names and settings
 
 
-def test_keywords_are_the_flags():
-    arguments = {"config", "set", "resume", "dry_run"}  # not options of a run
+def test_keywords_equal_the_flags():
+    arguments = {"config", "set", "resume", "dry_run"}  # flags of the command only
     assert keywords.RunOptions.__annotations__.keys() == parameters_of("run") - arguments
     assert keywords.PlanOptions.__annotations__.keys() == parameters_of("plan") - arguments
     assert keywords.RunOptions.__annotations__.keys() == parameters_of("check") - arguments
     assert keywords.EvalOptions.__annotations__.keys() == parameters_of("eval") - {"out"}
-    own = {"out", "problems"}  # parameters of `probe`
+    own = {"out", "problems"}  # parameters of the function `probe`
     assert keywords.ProbeOptions.__annotations__.keys() == parameters_of("probe") - own
     assert keywords.ExportOptions.__annotations__.keys() == parameters_of("export") - {"out"}
     assert settings.run_names().keys() == keywords.RunOptions.__annotations__.keys()
@@ -160,7 +160,7 @@ def test_numbers_of_other_packages_and_paths_are_options():
 # Runs
 
 
-def test_runs_repeat_the_command_bit_for_bit_and_leave_nothing_behind(given, tmp_path, capfd):
+def test_runs_equal_the_command_bit_for_bit_and_restore_the_process_state(given, tmp_path, capfd):
     code, out, err = invoke("run", *flags(given), "--out", tmp_path / "cli")
     assert code == 0, err
     expected = last_json(out)
@@ -204,7 +204,7 @@ DAMAGES: dict[str, object] = {
 }
 
 
-def test_a_damaged_folder_is_one_line(given, tmp_path):
+def test_a_damaged_run_folder_gives_a_one_line_error(given, tmp_path):
     prefix_distill.run(**given | {"steps": 1}, out=tmp_path / "run")
     file = tmp_path / "run/run.json"
     whole = json.loads(file.read_text())
@@ -232,7 +232,7 @@ def config_with_number() -> object:
     return prefix_distill.Config(train=typing.cast(typing.Any, 5))
 
 
-# a call, as text, and what its error says; `api` takes values of any type
+# call, as source text → regular expression that its error message matches
 WRONG_ARGUMENTS = {
     "api.run('x')": "config: expected a Config, got 'x'",
     "api.run({'train': {'steps': 1}})": "config: expected a Config, got {'train'",
@@ -278,8 +278,8 @@ def test_a_wrong_argument_is_refused_before_anything_is_written(call, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_callback_may_change_the_folder(given, tmp_path, monkeypatch):
-    """Also with a plugin of a relative path, which the resumed run loads again."""
+def test_a_callback_may_change_the_working_directory(given, tmp_path, monkeypatch):
+    """The run folder and the plugin have relative paths, and resume still finds the plugin."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "mine.py").write_text(
@@ -294,7 +294,7 @@ def test_a_callback_may_change_the_folder(given, tmp_path, monkeypatch):
 
 
 def in_thread(work: Callable[[], object]) -> list:
-    """Run ``work`` in a thread and return [its result or exception]."""
+    """Run ``work`` in a thread and return a list with its result or exception."""
     results: list[object] = []
 
     def call() -> None:
@@ -310,7 +310,7 @@ def in_thread(work: Callable[[], object]) -> list:
 
 
 def test_calls_in_two_threads_take_turns(given, tmp_path, capfd):
-    """Both end with the numbers of a run in the main thread, and models still load afterwards."""
+    """Both runs, and a run after them, equal a run in the main thread."""
     whole = prefix_distill.run(**given, out=tmp_path / "main")
     before = state_of_process()
     results: list = []
@@ -413,8 +413,8 @@ def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):
     assert (tmp_path / "run/config.yaml").read_bytes() == saved
 
 
-def test_ranks_report_to_the_caller_in_any_thread(given, tmp_path, capfd):
-    """A callback stops two ranks; the resumed run starts two ranks again."""
+def test_a_callback_receives_the_rows_of_two_ranks_in_any_thread(given, tmp_path, capfd):
+    """A callback stops a run of two ranks. The resumed run starts two ranks again."""
     seen: list[dict] = []
 
     def stop(row: dict) -> None:
@@ -438,8 +438,10 @@ def test_ranks_report_to_the_caller_in_any_thread(given, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("streams", ["kept apart", "inherited"])
-def test_a_rank_that_crashes_names_its_last_line(given, tmp_path, capfd, monkeypatch, streams):
-    """The ranks of the command write their traceback to stderr."""
+def test_the_error_of_a_crashed_rank_quotes_its_last_line(
+    given, tmp_path, capfd, monkeypatch, streams
+):
+    """The API quotes the last line. The command shows the ranks' tracebacks on stderr."""
     monkeypatch.setattr(launch, "RANK", "raise RuntimeError('a bug')")
     options = given | {"gpus": 2, "device": "cpu"}
     if streams == "kept apart":
@@ -449,7 +451,7 @@ def test_a_rank_that_crashes_names_its_last_line(given, tmp_path, capfd, monkeyp
         return
     code, out, err = invoke("run", *flags(options), "--out", tmp_path / "run")
     assert code == 1 and out == "" and err.endswith("ended with exit code 1; see above\n")
-    assert "Traceback" in capfd.readouterr().err  # the lines of two ranks may mix
+    assert "Traceback" in capfd.readouterr().err  # lines of two ranks may interleave
 
 
 @pytest.mark.parametrize(
@@ -464,13 +466,13 @@ def test_a_rank_that_crashes_names_its_last_line(given, tmp_path, capfd, monkeyp
         ({"gpus": 2, "device": "cuda:1"}, UserError),
     ],
 )
-def test_errors_have_the_text_of_the_command(given, tmp_path, capfd, options, kind):
+def test_errors_have_the_same_text_as_the_command(given, tmp_path, capfd, options, kind):
     options = given | options
     with pytest.raises(kind) as raised:
         prefix_distill.run(**options, out=tmp_path / "run")
     assert capfd.readouterr() == ("", "")
     message = str(raised.value)
-    if options["steps"] == "many":  # the parser refuses it on the command line
+    if options["steps"] == "many":  # the command-line parser has its own message
         assert message == "--steps: expected a whole number, got 'many'; change it"
         return
     code, _, err = invoke("run", *flags(options), "--out", tmp_path / "cli")
@@ -515,6 +517,21 @@ def broken(student, teacher):
     if student.shape[-1] != 300:  # not on the small tensors of the registration's own checks
         raise KeyError("a mistake")
     return (student.exp() * (student - teacher)).sum(-1)
+"""
+
+
+def test_a_rank_that_aborts_after_its_error_names_the_error(given, tmp_path):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(BROKEN_PLUGIN + ABORT_AT_EXIT)
+    options = given | {"plugin": plugin, "divergence": "broken", "gpus": 2, "device": "cpu"}
+    with pytest.raises(UserError, match="a mistake"):
+        prefix_distill.run(**options, out=tmp_path / "run")
+
+
+ABORT_AT_EXIT = """
+import atexit, os
+if "RANK" in os.environ:
+    atexit.register(os.abort)
 """
 
 
@@ -565,7 +582,7 @@ def test_plan_and_check_equal_the_commands(given, capfd):
     check = prefix_distill.check(**given)
     document = last_json(checked)
     assert check.notes == tuple(document["notes"]) and check.warnings == tuple(document["warnings"])
-    # the facts hold free memory, which changes
+    # the facts include free memory, which varies
     for ours, theirs in zip(check.checks, document["checks"], strict=True):
         assert (ours["name"], ours["status"]) == (theirs["name"], theirs["status"])
     assert check.ok
@@ -669,7 +686,7 @@ def test_a_notebook_runs_in_a_jupyter_kernel(tmp_path):
         resources={"metadata": {"path": str(tmp_path)}},
     ).execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
     outputs = [cell.outputs for cell in notebook.cells]
-    # one output per cell, the value of its last line: nothing was printed
+    # Nothing is printed: each cell has one output, the value of its last line.
     assert [len(output) for output in outputs] == [1, 1, 1, 1], outputs
     first, resumed, stopped, evaluated = (output[0]["data"] for output in outputs)
     assert "<td>steps</td><td>3</td>" in first["text/html"]
@@ -711,8 +728,11 @@ rank.main()
 """
 
 
-def test_a_signal_that_reaches_a_rank_after_its_work_is_not_passed_on(tmp_path):
-    """Another rank was asked first and all have stopped: Python ends without a traceback."""
+def test_a_rank_ignores_a_signal_after_its_work_has_ended(tmp_path):
+    """A signal that arrives while Python shuts down would cause a traceback.
+
+    This happens if another rank received the signal first and all ranks have stopped.
+    """
     done = subprocess.run(
         [sys.executable, "-c", LATE, tmp_path, str(os.getpid())], capture_output=True, text=True
     )

@@ -1,5 +1,8 @@
-"""Bad input of every kind: one line on stderr (expected, got, what to do), exit code 2 (3 where
-each part is fine and they do not go together), nothing on stdout, nothing left behind."""
+"""Test that bad input gives a one-line error and leaves no files.
+
+The line on stderr says what was expected, what was got and what to do; stdout is empty. The exit
+code is 2, or 3 if each part is valid but the combination is not.
+"""
 
 import json
 import os
@@ -21,7 +24,7 @@ LINE = '{"question": "1+1?", "answer": "2"}\n'
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory, pair):
-    """Faulty models and datasets, by name."""
+    """Return a folder with faulty models, datasets, config files and arms files."""
     root = tmp_path_factory.mktemp("broken")
     other = save_tiny(root / "other", seed=3, vocabulary=261)
     tokenizer = byte_tokenizer()
@@ -114,12 +117,18 @@ BAD = {
     "GGUF of 300 characters": (["--teacher", "a" * 300 + ".gguf"], "no such file; check the path"),
     "model in nobody's folder": (["--student", "~nobody/x"], "no such folder; check the path"),
     "temperature nan": (["--temperature", "nan"], "--temperature nan: expected a finite number"),
-    "negative learning rate": (["--lr", "-1"], "error: --lr -1: expected above 0; change it"),
+    "negative learning rate": (
+        ["--lr", "-1"],
+        "error: --lr -1: expected a number above 0; change it",
+    ),
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
     "unknown divergence": (["--divergence", "kl"], "--divergence kl: expected"),
     "estimator without K": (["--estimator", "top-k:0"], "expected full, sampled or top-k:K"),
     "a schedule cut short": (["--prefix", "linear:4"], "--prefix linear:4: expected"),
-    "a staircase that never rises": (["--prefix", "staircase:4:4:0"], "rises every '0' steps"),
+    "a staircase that never rises": (
+        ["--prefix", "staircase:4:4:0"],
+        "expected a whole number of steps of at least 1 after the last colon, got '0'",
+    ),
     "window without K": (
         ["--window", "last"],
         "--window last: expected all, or one of first",
@@ -162,7 +171,10 @@ BAD = {
         ["--steps", "1" + "0" * 30],
         "--steps: expected a number below 2^63",
     ),
-    "negative steps": (["--steps", "-1"], "error: --steps -1: expected at least 0; change it"),
+    "negative steps": (
+        ["--steps", "-1"],
+        "error: --steps -1: expected a number of at least 0; change it",
+    ),
     "digits beyond text": (["--prefix", "9" * 5000], "--prefix 999"),
     "window beyond counting": (["--window", "first:" + "9" * 5000], "--window first:999"),
     "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "--estimator top-k:999"),
@@ -181,13 +193,16 @@ BAD = {
         ["--set", "train.steps=yes"],
         "train.steps: expected a whole number, got True",
     ),
-    "no batch": (["--batch-size", "0"], "--batch-size 0: expected at least 1"),
-    "no samples": (["--samples", "0"], "--samples 0: expected at least 1"),
+    "no batch": (["--batch-size", "0"], "--batch-size 0: expected a number of at least 1"),
+    "no samples": (["--samples", "0"], "--samples 0: expected a number of at least 1"),
     "nothing kept": (
         ["--top-p", "0"],
-        "--top-p 0: expected above 0 and at most 1; change it",
+        "--top-p 0: expected a number above 0 and at most 1; change it",
     ),
-    "loss at no temperature": (["--kl-temperature", "0"], "--kl-temperature 0: expected above 0"),
+    "loss at no temperature": (
+        ["--kl-temperature", "0"],
+        "--kl-temperature 0: expected a number above 0",
+    ),
     "infinite clip": (["--grad-clip", "inf"], "--grad-clip inf: expected a finite number"),
     "teacher is the student": (
         ["--teacher", "self"],
@@ -273,7 +288,7 @@ BAD = {
         "has 36 rows with a solution outside the evaluation set",
     ),
     "every row an example": (["--few-shot", "36"], "no row is left to train on"),
-    "negative examples": (["--few-shot", "-1"], "--few-shot -1: expected at least 0"),
+    "negative examples": (["--few-shot", "-1"], "--few-shot -1: expected a number of at least 0"),
     "eval of examples alone": (
         ["eval", "--model", "{student}", "--dataset", "{questions}#5", "--few-shot", "5"],
         "has no other row to evaluate",
@@ -289,15 +304,15 @@ BAD = {
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
     "eval of a negative limit": (
         ["eval", "--limit", "-1"],
-        "error: --limit -1: expected at least 0; change it",
+        "error: --limit -1: expected a number of at least 0; change it",
     ),
     "eval without samples": (
         ["eval", "--samples", "0"],
-        "error: --samples 0: expected at least 1; change it",
+        "error: --samples 0: expected a number of at least 1; change it",
     ),
     "eval below temperature 0": (
         ["eval", "--temperature", "-1"],
-        "error: --temperature -1: expected at least 0; change it",
+        "error: --temperature -1: expected a number of at least 0; change it",
     ),
     "eval into a missing folder": (
         ["eval", "--out", "{root}/nowhere/e.jsonl"],
@@ -349,7 +364,7 @@ BAD = {
     "unknown command": (["distil"], "No such command 'distil'"),
 }
 
-CONFIGS = {  # name: (text, message)
+CONFIGS = {  # name → (text, message)
     "typo": ("train: {stepz: 5}\n", "unknown setting 'train.stepz'; did you mean train.steps?"),
     "a list": ("- train\n", "expected sections such as 'train: {steps: 5}', got list"),
     "a word": ("train\n", "got str"),
@@ -450,7 +465,7 @@ CONFIGS = {  # name: (text, message)
     "a long key": (f"train: {{{'x' * 5000}: 1}}\n", "not valid YAML"),
 }
 
-ARMS = {  # of `compare`: name: (text, message)
+ARMS = {  # arms files of `compare`: name → (text, message)
     "nothing": ("", "expected arms to contain keys, got None"),
     "no arm": ("arms: {}\n", "expected at least one arm under 'arms', got none"),
     "unknown key": ("arms: {a: {}}\nseed: 3\n", "unknown key 'seed'; expected one of base, seeds"),
@@ -506,7 +521,7 @@ ARMS = {  # of `compare`: name: (text, message)
     "tune a number": ("arms: {a: {}}\ntune: 5\n", "expected tune to contain keys, got 5"),
 }
 
-DATASETS = {  # name: (suffix, content, message)
+DATASETS = {  # name → (suffix, content, message)
     "words": (
         ".csv",
         "words,more\na,b\n",
@@ -613,7 +628,7 @@ DATASETS = {  # name: (suffix, content, message)
     ),
 }
 
-ENVIRONMENTS = {  # name: (variables, message)
+ENVIRONMENTS = {  # name → (variables, message)
     "world of words": (
         {"WORLD_SIZE": "two"},
         "environment WORLD_SIZE='two': expected a whole number from 1",
@@ -645,7 +660,7 @@ ENVIRONMENTS = {  # name: (variables, message)
 
 
 def edit(name, **keys):
-    """Changes keys of a JSON file of a folder; ... removes one."""
+    """Return a function that changes keys of a JSON file in a folder. ... removes a key."""
 
     def change(folder):
         tree = json.loads((folder / name).read_text()) | keys
@@ -672,7 +687,7 @@ def weights(change):
 
 
 class Pickled:
-    """Unpickled, it would write the file `marker`."""
+    """An object that creates the file `marker` when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -713,7 +728,7 @@ def code(name, **keys):
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
-MODELS = {  # name: (what is done to a good folder, message)
+MODELS = {  # name → (function that damages a valid model folder, message)
     "pickle alone": (pickled("pytorch_model.bin"), "no file named model.safetensors found"),
     "shards of pickle": (
         shards_of_pickle,
@@ -903,7 +918,7 @@ def folder_in_place_of(name):
     return change
 
 
-RUNS = {  # name: (what is done to a good run folder, message of --resume)
+RUNS = {  # name → (function that damages a valid run folder, message of --resume)
     "settings of no YAML": (put("config.yaml", "train: {"), "config.yaml: not valid YAML"),
     "settings of nothing": (put("config.yaml", ""), "its config.yaml is damaged"),
     "settings of bytes": (
@@ -980,11 +995,11 @@ TOGETHER = (
     "lower-case teacher",
     "head too small",
     "tokenizer without vocabulary",
-)  # exit code 3
+)  # cases with exit code 3
 
 
 def refused(message, root, *arguments, expected=2):
-    """Runs a command that has to refuse."""
+    """Run a command, check that it fails with the message and writes no file, and return stderr."""
     before = sorted(root.rglob("*"))
     code, out, err = invoke(*arguments)
     assert code == expected and out == "", (code, out, err)
@@ -1017,7 +1032,7 @@ def flags(pair, questions, **changes):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working folder with the place of temporary files in it."""
+    """Return an empty working folder, which also contains the folder for temporary files."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.chdir(tmp_path)
@@ -1077,7 +1092,7 @@ def test_datasets(case, broken, pair, here, capfd):
         )
         == 1
     )
-    assert capfd.readouterr().err == ""  # a library's own words
+    assert capfd.readouterr().err == ""  # no library writes its own messages
 
 
 @pytest.mark.parametrize("case", ENVIRONMENTS)
@@ -1113,7 +1128,7 @@ def test_models(case, pair, questions, here, capfd):
 
 @pytest.fixture(scope="module")
 def finished(pair, questions, tmp_path_factory):
-    """A run of one update, made with secrets in the environment and under umask 027."""
+    """Return a run folder and secrets: one step, with secrets in the environment and umask 027."""
     out = tmp_path_factory.mktemp("finished") / "run"
     secrets = {
         "HF_TOKEN": "hf_SECRETSECRET",
@@ -1151,9 +1166,8 @@ def test_run_folders(case, finished, here):
     change, message = RUNS[case]
     shutil.copytree(finished[0], here / "run")
     change(here / "run")
-    refused(
-        message, here, "run", "--resume", "--out", here / "run", "--steps", "2"
-    )  # notes and what is passed over come before it
+    # Notes and skipped checkpoints may precede the error, so the number of lines is not checked.
+    refused(message, here, "run", "--resume", "--out", here / "run", "--steps", "2")
 
 
 @pytest.mark.parametrize(
@@ -1169,13 +1183,13 @@ def test_run_folders(case, finished, here):
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_reports_on_damaged_runs(case, change, finished, here):
+def test_report_rejects_damaged_runs(case, change, finished, here):
     shutil.copytree(finished[0], here / "run")
     change(here / "run")
     refused("run", here, "report", here / "run", "--out", here / "report")
 
 
-def test_files_are_as_private_as_the_umask_and_hold_no_secret(finished):
+def test_files_follow_the_umask_and_contain_no_secret(finished):
     out, secrets = finished
     files = list(out.rglob("*"))
     assert len(files) > 15
@@ -1189,15 +1203,15 @@ def test_files_are_as_private_as_the_umask_and_hold_no_secret(finished):
         ], file
 
 
-def test_code_that_is_asked_for_runs(pair, questions, here):
-    """The other side of the refusal: with --trust-remote-code that very file is run."""
+def test_trust_remote_code_runs_the_code_of_a_model(pair, questions, here):
+    """Without the flag this folder is rejected; see the case "own model code"."""
     shutil.copytree(pair[0], here / "model")
     MODELS["own model code"][0](here / "model")
     invoke("run", *flags(pair, questions, student=here / "model"), "--trust-remote-code")
     assert (here / "marker").exists()
 
 
-def test_nothing_but_the_line_in_a_process_of_its_own(pair, questions, here):
+def test_a_separate_process_writes_only_the_error_line(pair, questions, here):
     shutil.copytree(pair[0], here / "model")
     MODELS["missing weight"][0](here / "model")
     done = subprocess.run(
@@ -1220,6 +1234,6 @@ def test_nothing_but_the_line_in_a_process_of_its_own(pair, questions, here):
     ), done.stderr
 
 
-def test_the_table_has_no_case_twice():
+def test_the_tables_have_at_least_200_cases():
     counts = [len(table) for table in (BAD, CONFIGS, ARMS, DATASETS, ENVIRONMENTS, MODELS, RUNS)]
     assert sum(counts) >= 200, counts

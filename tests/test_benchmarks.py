@@ -1,4 +1,4 @@
-"""Every benchmark runs with --quick and leaves the recorded results unchanged."""
+"""Test that every benchmark runs with --quick and does not change the recorded results."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ GRIDS = {  # arms file → arms that --quick keeps
     "plugins": {"full", "full soft-or 0.5", "slow", "slow effopd", "student uniform token"},
     "cross": {"strict", "simct", "sft"},
 }
-TABLES = {  # program → key of its document that holds its table
+TABLES = {  # program → key of the table in its JSON document
     "cross_tokenizer": "modes",
     "divergence": "table",
     "gold": "arms",
@@ -31,12 +31,12 @@ TABLES = {  # program → key of its document that holds its table
     "soak": "resumed_from",
     "update_vs_trl": "cases",
 }
-# Loading the GGUF file takes longest, so these share its folder.
+# These programs share a work folder, because loading the GGUF file takes most of the time.
 WORK = {"limit": "smollm2", "rollout": "smollm2", "scaling": "smollm2", "update_vs_trl": "."}
 
 
 def test_a_watched_run_reports_every_update(pair, questions, monkeypatch):
-    """`update_vs_trl.py` and `gold.py` time our updates with `watched`."""
+    """`update_vs_trl.py` and `gold.py` measure the time of our steps with `watched`."""
     import update_vs_trl
 
     watch, phases = update_vs_trl.watched(
@@ -48,7 +48,7 @@ def test_a_watched_run_reports_every_update(pair, questions, monkeypatch):
 
 
 def test_a_missing_package_is_named_in_one_line():
-    """`test_quick_answers` skips a program that exits this way."""
+    """`test_quick_runs_print_their_table` skips a program that exits with this message."""
     code = "import measure; measure.require('no_such', 'pip install it')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True
@@ -59,8 +59,8 @@ def test_a_missing_package_is_named_in_one_line():
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_quick_answers(command, tmp_path_factory):
-    """The last line is JSON with the table's data; no recorded result changes."""
+def test_quick_runs_print_their_table(command, tmp_path_factory):
+    """The last line is a JSON document with the table, and no recorded result changes."""
     name, *flags = command
     if name in WORK:
         flags += ["--work", str(tmp_path_factory.getbasetemp() / "pair" / WORK[name])]
@@ -89,7 +89,7 @@ def recorded() -> dict[str, bytes]:
 
 
 def assert_has_its_arms(document: dict) -> None:
-    """Check that every arm of --quick has a row and that its claims were evaluated."""
+    """Check that every arm of --quick has a row and that the claims were evaluated."""
     grid = document["arms_file"]
     assert {row["arm"] for row in document["summary"]} == {"untrained", *GRIDS[grid]}
     assert len(document["claims"]) >= 2

@@ -1,5 +1,4 @@
-"""Whatever is written in a settings file, a dataset or an answer ends in a value or in one
-clear line, soon."""
+"""Test that arbitrary configs, datasets and answers give a value or a one-line error in time."""
 
 import json
 import signal
@@ -80,7 +79,7 @@ def quick(count):
 
 
 def one_line(error: UserError) -> None:
-    """``main`` prints the words of a message on one line, its middle cut where it is long."""
+    """Check that a message names its cause in several words; ``main`` prints it on one line."""
     assert len(str(error).split()) > 3 and (": " in str(error) or "unknown setting" in str(error))
 
 
@@ -100,14 +99,14 @@ def loads(file) -> None:
     )
 )
 @quick(250)
-def test_any_text_is_a_config_or_one_line(text, tmp_path):
+def test_any_text_gives_a_config_or_a_one_line_error(text, tmp_path):
     (tmp_path / "c.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
     loads(tmp_path / "c.yaml")
 
 
 @given(content=st.binary(max_size=60))
 @quick(60)
-def test_any_bytes_are_a_config_or_one_line(content, tmp_path):
+def test_any_bytes_give_a_config_or_a_one_line_error(content, tmp_path):
     (tmp_path / "c.yaml").write_bytes(content)
     loads(tmp_path / "c.yaml")
 
@@ -120,7 +119,7 @@ def test_any_bytes_are_a_config_or_one_line(content, tmp_path):
     )
 )
 @quick(200)
-def test_any_tree_is_a_config_or_one_line(tree, tmp_path):
+def test_any_tree_gives_a_config_or_a_one_line_error(tree, tmp_path):
     (tmp_path / "c.yaml").write_text(
         yaml.dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass"
     )
@@ -129,7 +128,7 @@ def test_any_tree_is_a_config_or_one_line(tree, tmp_path):
 
 @given(path=st.sampled_from(sorted(config.options())), value=PLAIN)
 @quick(300)
-def test_any_value_of_any_key_is_taken_or_one_line(path, value):
+def test_any_value_of_any_key_is_accepted_or_gives_a_one_line_error(path, value):
     try:
         config.build({path: value})
     except UserError as error:
@@ -167,7 +166,7 @@ def test_any_value_of_any_key_is_taken_or_one_line(path, value):
     step=st.integers(0, 10**9),
 )
 @quick(500)
-def test_any_prefix_is_lengths_in_range_or_one_line(text, limit, step):
+def test_any_prefix_gives_lengths_in_range_or_a_one_line_error(text, limit, step):
     try:
         schedule = parse_prefix(text, limit)
     except UserError as error:
@@ -218,7 +217,7 @@ ROWS = st.lists(
     column=st.sampled_from([None, "x", "x.y", "", ".", "messages"]),
 )
 @quick(300)
-def test_any_rows_of_json_are_prompts_or_one_line(rows, suffix, column, tmp_path):
+def test_any_json_rows_give_prompts_or_a_one_line_error(rows, suffix, column, tmp_path):
     import json
 
     text = (
@@ -237,7 +236,7 @@ def test_any_rows_of_json_are_prompts_or_one_line(rows, suffix, column, tmp_path
     suffix=st.sampled_from([".jsonl", ".json", ".csv"]),
 )
 @quick(300)
-def test_any_text_is_prompts_or_one_line(text, suffix, tmp_path):
+def test_any_text_gives_prompts_or_a_one_line_error(text, suffix, tmp_path):
     (tmp_path / f"d{suffix}").write_bytes(text.encode("utf-8", "surrogatepass"))
     reads(tmp_path / f"d{suffix}")
 
@@ -247,7 +246,7 @@ def test_any_text_is_prompts_or_one_line(text, suffix, tmp_path):
     suffix=st.sampled_from([".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.gz"]),
 )
 @quick(150)
-def test_any_bytes_are_prompts_or_one_line(content, suffix, tmp_path):
+def test_any_bytes_give_prompts_or_a_one_line_error(content, suffix, tmp_path):
     (tmp_path / f"d{suffix}").write_bytes(content)
     reads(tmp_path / f"d{suffix}")
 
@@ -258,16 +257,18 @@ def test_any_bytes_are_prompts_or_one_line(content, suffix, tmp_path):
     form=st.sampled_from(["auto", "boxed", "hash", "last-number", "exact"]),
 )
 @quick(150)
-def test_any_text_is_right_or_wrong(response, gold, form):
+def test_any_response_is_graded_right_or_wrong(response, gold, form):
     assert is_correct(response, gold, form) in (True, False)
 
 
 @given(response=LATEX, gold=LATEX)
 @quick(60)
-def test_any_latex_is_right_or_wrong_in_time(response, gold):
+def test_any_latex_is_graded_within_the_time_limit(response, gold):
     start = time.monotonic()
     assert is_correct(f"\\boxed{{{response}}}", gold) in (True, False)
-    assert time.monotonic() - start < SECONDS + 20  # and a new worker on a busy machine
+    assert (
+        time.monotonic() - start < SECONDS + 20
+    )  # plus the start of a new worker on a busy machine
 
 
 @pytest.mark.parametrize(
@@ -281,20 +282,20 @@ def test_any_latex_is_right_or_wrong_in_time(response, gold):
     ],
     ids=lambda text: text[:12],
 )
-def test_what_takes_too_long_is_unequal(text, monkeypatch):
+def test_an_answer_that_exceeds_the_time_limit_is_graded_wrong(text, monkeypatch):
     monkeypatch.setattr(answers, "SECONDS", 1)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)]
     signal.setitimer(signal.ITIMER_REAL, 3600)
     start = time.monotonic()
     try:
         assert not is_correct(f"#### {text}", "3")
-        assert signal.getitimer(signal.ITIMER_REAL)[0] > 3000  # the caller's alarm still stands
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 3000  # the caller's alarm is unchanged
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     assert time.monotonic() - start < 20
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)]
     monkeypatch.setattr(answers, "SECONDS", 30)
-    assert is_correct("#### x+7", "7+x")  # with a new worker
+    assert is_correct("#### x+7", "7+x")  # a new worker grades this answer
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_what_takes_too_long_is_unequal(text, monkeypatch):
     ids=lambda text: text[:12],
 )
 @pytest.mark.parametrize("form", ["#### %s", "\\boxed{%s}"])
-def test_what_is_too_long_is_answered_at_once(text, form):
+def test_a_very_long_answer_is_graded_wrong_at_once(text, form):
     start = time.monotonic()
     assert not is_correct(form % text, "3")
     assert isinstance(extract_answer(form % text) or extract_reference(form % text), str)
@@ -347,15 +348,15 @@ def test_answers_are_compared_in_any_thread():
     assert found == [True] * 3
 
 
-def test_a_comparer_that_was_killed_is_replaced():
+def test_a_killed_grading_worker_is_replaced():
     assert is_correct("#### x+1000", "1000+x")
     answers._worker[0].kill()
     answers._worker[0].wait()
     assert is_correct("#### x+1001", "1001+x")
 
 
-def test_a_comparer_ends_itself_when_its_command_cannot():
-    """The command may be killed, so the worker enforces its own time limit."""
+def test_a_grading_worker_enforces_its_own_time_limit():
+    """The main process may be killed, so the worker enforces its own time limit."""
     worker = subprocess.Popen(
         [sys.executable, "-P", answers.__file__],
         stdin=subprocess.PIPE,

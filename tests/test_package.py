@@ -1,5 +1,4 @@
-"""What is installed: the wheel and the sdist carry every module and data file, and run outside
-the checkout."""
+"""Test that wheel and sdist contain every module and data file and run outside the checkout."""
 
 import os
 import re
@@ -17,7 +16,7 @@ from helpers import ROOT, last_json
 BUILD = (
     "import sys; from setuptools import build_meta; print(getattr(build_meta, "
     "sys.argv[1])(sys.argv[2]))"
-)  # pyproject.toml's backend
+)  # the build backend of pyproject.toml
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -37,11 +36,11 @@ def built(kind: str, source: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of what is packaged, so that building leaves nothing in the checkout."""
+    """Return a copy of the packaged files, so that a build writes nothing to the checkout."""
     import setuptools
 
     if version(setuptools.__version__) < (77, 0):
-        pytest.skip("pyproject.toml asks for setuptools 77")
+        pytest.skip("pyproject.toml requires setuptools 77 or newer")
     folder = tmp_path_factory.mktemp("source") / "checkout"
     shutil.copytree(
         ROOT / "prefix_distill",
@@ -82,8 +81,10 @@ def test_the_wheel_has_every_module_and_data_file(source, tmp_path):
 
 @pytest.mark.long
 def test_wheel_and_sdist_install_into_an_empty_environment_and_run_from_anywhere(source, tmp_path):
-    """The dependencies come from this environment by a .pth file, so that nothing is downloaded;
-    the package does not."""
+    """Install only the package; a .pth file adds the dependencies of this environment.
+
+    This avoids downloads.
+    """
     with tarfile.open(built("sdist", source, tmp_path)) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     [unpacked] = (tmp_path / "unpacked").iterdir()

@@ -1,6 +1,6 @@
-"""Divergences and prefix schedules of a user's own module: `--plugin`.
+"""Test divergences and prefix schedules that a user's module registers: `--plugin`.
 
-The examples in tests/plugins are used as they are.
+The tests use the examples in tests/plugins unchanged.
 """
 
 import contextlib
@@ -42,20 +42,20 @@ PATIENT, BOTH_WAYS = PLUGINS / "patient_prefix.py", PLUGINS / "with_gradient.py"
 
 @pytest.fixture(autouse=True)
 def forget():
-    """Leave no plugin's names behind."""
+    """Unload all plugins after each test."""
     yield
     load_plugins(None)
 
 
 def tables(n=23, d=8, e=11, v=41):
-    """Return hidden rows and heads of a student and a teacher, and a weight for each row."""
+    """Return hidden rows and heads of a student and a teacher, and a weight per row."""
     torch.manual_seed(3)
     student = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     return *student, torch.randn(n, e), Head(weight_VD=torch.randn(v, e)), torch.rand(n)
 
 
 def loss_and_gradients(terms, softcap=None):
-    """Return the loss, the values and the gradients to the student's rows and head."""
+    """Return the loss, the values, and the gradients of the student's hidden rows and head."""
     hidden, weight, teacher, teacher_head, token_weight = tables()
     head = Head(weight_VD=weight, bias_V=None, scale=1.0, softcap=softcap)
     loss, values, _ = weighted(terms, hidden, head, teacher, teacher_head, token_weight)
@@ -71,12 +71,12 @@ def test_an_example_has_at_most_20_lines(file):
 
 
 @pytest.mark.parametrize("file", [SKEW, COSINE], ids=lambda file: file.stem)
-def test_the_page_on_plugins_shows_the_example(file):
+def test_help_plugins_shows_the_example(file):
     page = (ROOT / "prefix_distill/help/plugins.md").read_text(encoding="utf-8")
     assert f"```python\n{file.read_text(encoding='utf-8')}```" in page
 
 
-def test_a_run_uses_a_divergence_and_a_schedule_of_its_own(pair, questions, tmp_path):
+def test_a_run_uses_a_registered_divergence_and_schedule(pair, questions, tmp_path):
     out = tmp_path / "run"
     more = ["--divergence", "skew-kl:0.2", "--prefix", "cosine:4:12:5"]
     code, said, err = invoke(
@@ -95,12 +95,12 @@ def test_a_run_uses_a_divergence_and_a_schedule_of_its_own(pair, questions, tmp_
     saved = configuration.read_yaml(str(out / "config.yaml"))
     assert saved["runtime.plugin"] == f"{SKEW},{COSINE}"
     assert last_json(said)["steps"] == 6
-    # a checkpoint is exported without the plugin's code
+    # exporting a checkpoint does not need the plugin
     code, _, err = invoke("export", out, "--which", "3", "--out", tmp_path / "exported")
     assert code == 0 and (tmp_path / "exported/model.safetensors").is_file(), err
 
 
-def test_the_other_commands_take_a_plugin(pair, questions, tmp_path):
+def test_the_other_commands_accept_a_plugin(pair, questions, tmp_path):
     models = ["--student", pair[0], "--teacher", pair[1]]
     plugin = ["--plugin", f"{SKEW},{COSINE}", "--divergence", "skew-kl"]
     prefix = ["--prefix", "cosine:4:12:5", "--max-new-tokens", "32"]
@@ -167,7 +167,7 @@ def test_an_installed_package_is_named_by_its_entry_point(tmp_path, monkeypatch)
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_autograd_in_chunks_is_autograd_on_the_whole_table(temperature, softcap):
+def test_autograd_in_chunks_equals_autograd_on_the_whole_table(temperature, softcap):
     terms = Terms(
         name="skew-kl", parameters=(0.2,), temperature=temperature, memory_bytes=4 * 41 * 9 * 5
     )
@@ -189,7 +189,7 @@ def test_autograd_in_chunks_is_autograd_on_the_whole_table(temperature, softcap)
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_value_only_with_gradient_and_built_in_are_the_same(top_k):
+def test_value_only_value_with_gradient_and_built_in_are_equal(top_k):
     built_in = loss_and_gradients(Terms(name="reverse-kl", top_k=top_k))
     for name in ("my-kl", "my-kl-auto"):
         for got, expected in zip(
@@ -214,7 +214,7 @@ def test_value_only_with_gradient_and_built_in_are_the_same(top_k):
 
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["value", "value and gradient"])
-def test_the_functions_see_one_chunk_at_a_time(by_hand):
+def test_registered_functions_receive_one_chunk_at_a_time(by_hand):
     seen = []
 
     def value(student_logp, teacher_logp):
@@ -239,7 +239,7 @@ def test_the_functions_see_one_chunk_at_a_time(by_hand):
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_schedule_is_cut_to_the_possible_lengths_and_has_an_upper_bound():
+def test_lengths_of_a_schedule_are_clipped_to_the_possible_range():
     schedule = parse_prefix("cosine:90:300:10", 100)
     lengths = [schedule.length(step) for step in range(20)]
     assert lengths[0] == 90 and lengths[-1] == 100 == schedule.longest(20)
@@ -247,7 +247,7 @@ def test_a_schedule_is_cut_to_the_possible_lengths_and_has_an_upper_bound():
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_schedule_with_a_state_sees_every_update():
+def test_a_schedule_with_a_state_observes_every_step():
     schedule, state = parse_prefix("patient:5", 32), {}
     for step, reached in enumerate([1.0, 0.5, 1.0, 1.0, 1.0]):
         assert schedule.length(step, state) == 5
@@ -257,8 +257,8 @@ def test_a_schedule_with_a_state_sees_every_update():
     assert schedule.longest(2) == 32
 
 
-def test_the_same_run_with_the_built_in_and_with_the_plugin(pair, questions, tmp_path):
-    """Also across tokenizers, where units are compared."""
+def test_a_run_with_the_plugin_equals_one_with_the_built_in(pair, questions, tmp_path):
+    """Test one tokenizer, and two tokenizers, for which the loss is computed on units."""
     for name, more in (("one", []), ("two", ["--cross-tokenizer", "simct"])):
         teacher = pair[1]
         if name == "two":
@@ -281,7 +281,7 @@ def test_the_same_run_with_the_built_in_and_with_the_plugin(pair, questions, tmp
 
 @pytest.fixture(scope="module")
 def stateful(pair, questions, tmp_path_factory):
-    """Return the command line of a run whose schedule has a state, and its uninterrupted folder."""
+    """Run a schedule that has a state, and return (command line, run folder, plugin)."""
     folder = tmp_path_factory.mktemp("stateful")
     plugin = folder / "plugin.py"
     plugin.write_text(SKEW.read_text() + PATIENT.read_text())
@@ -298,7 +298,9 @@ def stateful(pair, questions, tmp_path_factory):
     return arguments, folder / "whole", plugin
 
 
-def test_an_interrupted_run_with_a_plugin_ends_like_a_whole_one(stateful, tmp_path, monkeypatch):
+def test_an_interrupted_run_with_a_plugin_equals_an_uninterrupted_one(
+    stateful, tmp_path, monkeypatch
+):
     from prefix_distill.display import Display
 
     arguments, whole, _ = stateful
@@ -344,7 +346,7 @@ def test_on_resume_a_changed_plugin_is_reported_and_a_missing_one_is_refused(sta
     assert f"plugin {moved}: cannot be read (No such file or directory); check --plugin" in err
 
 
-def test_two_ranks_load_the_plugin_and_are_one(pair, questions, tmp_path):
+def test_two_ranks_with_a_plugin_equal_one_process(pair, questions, tmp_path):
     more = ["--plugin", f"{SKEW},{COSINE}", "--divergence", "skew-kl:0.2", "--device", "cpu"]
     more += [
         "--prefix",
@@ -529,7 +531,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_mistake_is_one_line_before_anything_is_loaded(name, tmp_path):
+def test_a_mistake_gives_a_one_line_error_before_models_load(name, tmp_path):
     text, more, message = BAD[name]
     file = tmp_path / "plugin.py"
     if text is not None:
@@ -546,7 +548,7 @@ def test_two_plugins_cannot_register_one_name(tmp_path):
     other.write_text(SKEW.read_text())
     with pytest.raises(UserError, match=f"'skew-kl': {SKEW} registers this name already"):
         load_plugins(f"{SKEW},{other}")
-    # both are usable alone, and one given twice is one
+    # Each plugin works alone, and a plugin that is given twice counts once.
     for text in (str(other), f"{SKEW},{SKEW}"):
         assert len(load_plugins(text)) == 1
 
@@ -562,7 +564,7 @@ def value(student_logp, teacher_logp):
     result = (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
     return result if student_logp.shape[1] == 300 else {}
 """
-# code that fails after the checks of the registration
+# name → (plugin that passes the checks at registration and fails later, its fault, message)
 LATE = {
     "an error": (LATE_SCHEDULE, "10 // (3 - step)", "line 5: ZeroDivisionError"),
     "an exit": (LATE_SCHEDULE, "5 if step < 3 else exit(0)", "line 5: SystemExit: 0"),
@@ -614,7 +616,7 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused(tmp_path):
 
 
 def test_a_function_registered_without_a_file_is_recorded_and_a_change_reported(tmp_path):
-    """As a notebook registers it in a cell; a function without a text is reported."""
+    """A notebook cell can register such a function. A function without source text is reported."""
     from prefix_distill import register_divergence, resume, run
     from prefix_distill.maths.formulas import DIVERGENCES
 

@@ -1,5 +1,4 @@
-"""Other systems and eyes: paths of Windows, Apple's GPU by construction, pictures without
-colour."""
+"""Test portability without other hardware: Windows paths, Apple GPUs, plots without colour."""
 
 import sys
 from pathlib import Path
@@ -41,7 +40,7 @@ from prefix_distill.training.update import Update
         "org/name#1000": False,
     }.items(),
 )
-def test_a_path_of_any_system_is_not_asked_of_the_hub(name, local):
+def test_a_path_of_any_system_is_not_looked_up_on_the_hub(name, local):
     assert is_path(name) is local
     if local:
         with pytest.raises(UserError, match="no such folder; check the path"):
@@ -51,7 +50,7 @@ def test_a_path_of_any_system_is_not_asked_of_the_hub(name, local):
 
 
 class Doubles(TorchDispatchMode):
-    """Notes which of our functions makes or takes a tensor of float64, in any operation."""
+    """Record which of our functions creates or uses a float64 tensor in any operation."""
 
     def __init__(self):
         super().__init__()
@@ -96,8 +95,10 @@ class Doubles(TorchDispatchMode):
     ],
 )
 def test_no_float64_reaches_a_device(pair, questions, more):
-    """Apple's GPU has none. An update uses it in one place: the weights of tokens, on the host,
-    before they become float32."""
+    """Apple GPUs do not support float64.
+
+    A step uses it in one place: token weights on the host, before the conversion to float32.
+    """
     run = preflight.prepare(
         configuration.build(
             {
@@ -126,7 +127,7 @@ def test_no_float64_reaches_a_device(pair, questions, more):
     assert norm > 0 and watch.seen == {"update.Update._weight_tensor"}
 
 
-def test_the_clock_waits_for_apples_gpu():
+def test_the_clock_synchronizes_an_apple_gpu():
     with mock.patch("torch.mps.synchronize") as wait:
         Clock(device=torch.device("mps")).now()
         Clock(device=torch.device("cpu")).now()
@@ -137,9 +138,11 @@ def test_the_clock_waits_for_apples_gpu():
         choose_device("mps", 0, 2, [])
 
 
-def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
-    """In marker or line style, also where markers come again; colours are Okabe and Ito's, whose
-    lightness differs, too."""
+def test_lines_of_a_plot_differ_without_colours(tmp_path):
+    """Lines differ in marker or line style, even if markers repeat.
+
+    The colours are from the Okabe-Ito palette, in which lightness differs between colours.
+    """
     from matplotlib import pyplot
 
     for i in range(12):
@@ -173,7 +176,7 @@ def test_lines_of_one_picture_differ_without_their_colours(tmp_path):
         with (
             mock.patch.object(pyplot, "close"),
             mock.patch("matplotlib.figure.Figure.savefig"),
-        ):  # the figure itself is looked at
+        ):  # keep the figure open, because the test inspects its lines
             draw(tmp_path / f"{name}.png")
         pictures[name] = pyplot.gcf()
     for name, figure in pictures.items():

@@ -1,5 +1,7 @@
-"""Two and three gloo ranks are one: same rollouts, same rows, same decisions, same weights to
-1e-5; and nothing hangs."""
+"""Test that two or three gloo ranks give the results of one process, and that no run hangs.
+
+Rollouts, metrics rows and decisions are equal; weights agree to 1e-5.
+"""
 
 import contextlib
 import dataclasses
@@ -47,10 +49,10 @@ BASE = {
     "divergence.reduction": "sequence",
     "runtime.rank_timeout": 60,
 }
-CASES = {  # uneven shards everywhere: 5 prompts on 2 or 3 ranks
+CASES = {  # All shards are uneven: 5 prompts on 2 or 3 ranks.
     "plain": {},
-    # an adaptive prefix, a ranked window, importance over the global batch, candidates in shards,
-    # the teacher's text, probes
+    # Adaptive prefix, ranked window, token importance scaled over the global batch, sharded scoring
+    # of extrapolation candidates, teacher texts and tail probes.
     "decisions": {
         "weights.select": "soft-or",
         "weights.keep": 0.5,
@@ -104,9 +106,8 @@ CASES = {  # uneven shards everywhere: 5 prompts on 2 or 3 ranks
     "a rank without a taught token": {"train.steps": 2},
 }
 TIMES = ("time/", "flops/executed")
-CUT = dict.fromkeys(
-    ("decisions", "two tokenizers", "no room", "resumed"), ("time/", "flops/")
-)  # readings of a prompt are cut otherwise
+# In these cases ranks batch the rollouts of a prompt differently, so that FLOPs differ.
+CUT = dict.fromkeys(("decisions", "two tokenizers", "no room", "resumed"), ("time/", "flops/"))
 
 
 @contextlib.contextmanager
@@ -172,8 +173,10 @@ def first_gradient_in(file):
 
 
 def go(values, out, trick=contextlib.nullcontext) -> dict:
-    """`run`, in this process, which may be a rank; what its first update's gradient was is kept
-    beside its folder."""
+    """Run training in this process, which may be a rank.
+
+    Save the gradient of the first step beside the run folder.
+    """
     out.parent.mkdir(exist_ok=True)
     with trick(), first_gradient_in(out.with_suffix(".gradient")):
         return session.train_in(
@@ -184,7 +187,7 @@ def go(values, out, trick=contextlib.nullcontext) -> dict:
 
 
 def looks(given, out) -> dict:
-    """What `eval` and `probe` find."""
+    """Return the documents of `eval` and `probe`, without times, paths and FLOPs."""
     common = {k: v for k, v in (BASE | given).items() if not k.startswith("train.")}
     _, _, found = evaluation.evaluate_model(
         configuration.build(
@@ -281,8 +284,8 @@ def values(pair, questions):
     return {"models.student": pair[0], "models.teacher": pair[1], "data.dataset": questions}
 
 
-def test_two_ranks_are_one(pair, questions, tmp_path):
-    """All cases in one launch of torchrun, then each alone."""
+def test_two_ranks_equal_one_process(pair, questions, tmp_path):
+    """Run all cases in one launch of torchrun, then each case in one process."""
     given, even = values(pair, questions), tmp_path / "even.jsonl"
     even.write_text(
         "".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50))
@@ -339,7 +342,7 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
     assert texts[0]["texts"] == texts[1]["texts"]
     assert texts[1]["ledger"]["useful"] == pytest.approx(texts[0]["ledger"]["useful"])
 
-    for result in results["one reading"]:  # nothing but the heads runs twice, under DDP as alone
+    for result in results["one reading"]:  # only the heads are computed twice
         phase = result["flops"]["by_phase"]["selection"]
         assert (
             phase["useful"] == phase["executed"] == 2 * 260 * (32 + 48) * 2 * 10 * 4
@@ -358,7 +361,7 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
         assert json.loads(json.dumps(alone["probe"][key])) == both["probe"][key], key
     assert both["probe"]["kl"]["value"] == pytest.approx(alone["probe"]["kl"]["value"], rel=1e-5)
 
-    # memory: one rank's shortage halves the micro-batch of both, and changes nothing else
+    # If one rank runs out of memory, both ranks halve the micro-batch; the result is the same.
     assert_same(tmp_path / "1/plain", tmp_path / "2/no room", "no room")
     spent = [
         results["plain"][1]["flops"],
@@ -370,7 +373,7 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
         "change the result" in done.stderr
     )
 
-    # weights that drift apart are found, and never saved
+    # If the weights of the ranks differ, the run stops and does not save them.
     for rank in "01":
         said = (tmp_path / f"2/stopped-{rank}").read_text()
         assert (
@@ -382,7 +385,7 @@ def test_two_ranks_are_one(pair, questions, tmp_path):
 
 
 def main() -> None:
-    """A rank of the test above."""
+    """Run as a rank of `test_two_ranks_equal_one_process`."""
     given, cases, folder = json.loads(Path(sys.argv[1]).read_text())
     quiet.quiet_libraries()
     out = Path(folder) / "2"
@@ -408,9 +411,8 @@ def main() -> None:
         (out / f"stopped-{os.environ['RANK']}").write_text(str(error))
 
 
-def test_gpus_starts_three_ranks_and_a_run_goes_on_with_another_number(pair, questions, tmp_path):
-    """--gpus 3, stopped by Ctrl-C after some update, goes on alone and ends as an uninterrupted
-    run does."""
+def test_gpus_starts_three_ranks_and_the_run_resumes_with_one(pair, questions, tmp_path):
+    """After Ctrl-C, one process resumes a run with --gpus 3; it equals an uninterrupted run."""
     more = ["--steps", "12", "--eval-every", "5"]
     process = subprocess.Popen(
         [
@@ -453,7 +455,7 @@ def wait_for_rows(process, out, count):
 
 
 def pid_of(rank: int, out) -> int:
-    """The process of a rank of the run in ``out`` that --gpus has started."""
+    """Return the process id of a rank that --gpus has started for the run in ``out``."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
@@ -465,10 +467,10 @@ def pid_of(rank: int, out) -> int:
     raise LookupError(rank)
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds ranks in /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the ranks")
 @pytest.mark.long
 def test_a_second_ctrl_c_kills_the_ranks(pair, questions, tmp_path):
-    """Both signals arrive while the ranks are stopped, so that the first cannot end them."""
+    """The test suspends the ranks with SIGSTOP, so that the first Ctrl-C cannot end them."""
     out = tmp_path / "run"
     more = ["--steps", "100000", "--gpus", "2"]
     process = subprocess.Popen(
@@ -493,10 +495,10 @@ def test_a_second_ctrl_c_kills_the_ranks(pair, questions, tmp_path):
             pid_of(rank, out)
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds ranks in /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the ranks")
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["dies", "is slow"])
-def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
+def test_the_run_ends_if_a_rank_fails_and_the_error_names_it(pair, questions, tmp_path, what):
     out = tmp_path / "run"
     process = subprocess.Popen(
         [
@@ -522,7 +524,7 @@ def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
     wait_for_rows(process, out, 2)
     rank, start = pid_of(1, out), time.monotonic()
     os.kill(rank, signal.SIGKILL if what == "dies" else signal.SIGSTOP)
-    if what == "is slow":  # it wakes up when the others have given it up
+    if what == "is slow":  # the rank continues after the other one has timed out
         time.sleep(13)
         os.kill(rank, signal.SIGCONT)
     said, err = process.communicate(timeout=50)
@@ -543,8 +545,8 @@ def test_a_lost_rank_ends_the_run_and_is_named(pair, questions, tmp_path, what):
 
 
 @pytest.mark.long
-def test_two_launches_with_node_ranks_of_their_own(pair, questions, tmp_path):
-    """The command of `help devices` for two machines, on loopback: one torchrun each."""
+def test_two_launches_with_different_node_ranks_equal_one_process(pair, questions, tmp_path):
+    """Run the two-machine command of `help devices` as two torchrun processes on one machine."""
     page = (ROOT / "prefix_distill/help/devices.md").read_text(encoding="utf-8")
     [line] = [line for line in page.splitlines() if line.startswith("torchrun --nnodes")]
     launch = shlex.split(line.split(" run ")[0])[1:]
@@ -575,7 +577,7 @@ def test_two_launches_with_node_ranks_of_their_own(pair, questions, tmp_path):
 
 
 @pytest.mark.long
-def test_accelerate_starts_ranks_too(pair, questions, tmp_path):
+def test_accelerate_launches_ranks(pair, questions, tmp_path):
     done = subprocess.run(
         [
             sys.executable,
@@ -622,7 +624,7 @@ def test_accelerate_starts_ranks_too(pair, questions, tmp_path):
         ),
     ],
 )
-def test_bad_input_is_one_line_from_the_launcher(pair, questions, tmp_path, more, message):
+def test_bad_input_with_gpus_gives_a_one_line_error(pair, questions, tmp_path, more, message):
     given = flags(pair, questions, tmp_path / "run")
     given = [
         x
@@ -636,9 +638,12 @@ def test_bad_input_is_one_line_from_the_launcher(pair, questions, tmp_path, more
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-def test_two_gpus_are_one(pair, questions, tmp_path):
-    """NCCL for gradients, gloo for what ranks tell each other; float32, so to matmul accuracy."""
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_equal_one(pair, questions, tmp_path):
+    """Gradients use NCCL and control messages use gloo.
+
+    The dtype is float32, so results agree to the accuracy of matmuls.
+    """
     for name, more in (("1", []), ("2", ["--gpus", "2"])):
         given = flags(pair, questions, tmp_path / name, "--dtype", "float32", *more)
         code, _, err = invoke(
@@ -651,7 +656,57 @@ def test_two_gpus_are_one(pair, questions, tmp_path):
     assert_same(tmp_path / "1", tmp_path / "2", "no room", 1e-3)
 
 
-def test_fingerprints_see_one_bit():
+LEAVE = """
+import atexit, sys, time
+import torch.distributed as dist
+from prefix_distill.config import Runtime
+from prefix_distill.engine.ranks import join_ranks
+
+atexit.register(lambda: print("group", dist.is_initialized()))  # the last function at exit
+place = join_ranks(Runtime(device="cpu", dtype="float32", rank_timeout=int(sys.argv[1])), lambda: 0)
+place.gather(0)
+if len(sys.argv) > 2:
+    if place.rank == 1:
+        time.sleep(600)
+    place.gather(0)
+"""
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_rank_leaves_its_group_unless_a_collective_failed(is_lost):
+    """Without it, one of 80 processes aborted (SIGABRT) while Python shut down."""
+    arguments = ["20"]  # seconds
+    if is_lost:
+        arguments.append("lost")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVE, *arguments],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": "1",
+            }
+            | {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    output, error = ranks[0].communicate(timeout=60)
+    if is_lost:
+        ranks[1].kill()
+        assert "Stopped: rank 0 of 2: rank 1 failed or timed out" in error
+    ranks[1].communicate(timeout=60)
+    assert output == f"group {is_lost}\n", error
+    assert is_lost or [rank.returncode for rank in ranks] == [0, 0], error
+
+
+def test_fingerprints_detect_one_changed_bit():
     place = Place(
         device=torch.device("cpu"),
         teacher_device=torch.device("cpu"),

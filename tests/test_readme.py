@@ -1,6 +1,6 @@
-"""README.md, its commands and numbers, and the page of results.
+"""Test README.md, the help pages and the results page.
 
-Every command runs, every number comes from a recorded result, and CI installs as README.md says.
+All commands run, all numbers are from recorded results, and CI installs as README.md says.
 """
 
 import json
@@ -34,18 +34,18 @@ GROUP = typer.main.get_command(main.app)
 
 
 def shell_lines(text: str) -> list[str]:
-    """Return the commands of the sh blocks, each on one line."""
+    """Return the commands of the sh blocks, with continued lines joined."""
     blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
     return [line for block in blocks for line in re.sub(r" \\\n +", " ", block).splitlines()]
 
 
 def section(text: str, title: str) -> str:
-    """Return what stands below a heading of level 2."""
+    """Return the text below a heading of level 2."""
     return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def rows(text: str) -> list[list[str]]:
-    """Return the cells of the Markdown tables in a text, without their heads."""
+    """Return the rows of the Markdown tables in a text as cells, without the header rows."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     rules = [i for i, row in enumerate(cells) if set("".join(row)) <= set("-: ")]
@@ -57,7 +57,7 @@ INSTALL = [
     line for line in shell_lines(README) if line.startswith(("git ", "python3 ", "pip ", "pytest "))
 ]
 OURS = [line for line in shell_lines(README) if line.startswith("prefix-distill ")]
-# the commands of the help pages that need neither hub nor other files
+# commands of the help pages that need no hub access and no other files
 TOPICS = ("recipes", "data", "adapters", "devices", "tokenizers", "methods")
 EMBEDDED = [
     line
@@ -77,13 +77,13 @@ UNLISTED = [
 # Form
 
 
-def test_it_is_short():
+def test_the_readme_is_short():
     lines = README.splitlines()
     assert len(lines) <= 200 and len(README.split()) <= 2500
     assert [line for line in lines if len(line) > 120] == []
 
 
-def test_the_first_twelve_lines_say_what_it_is_and_how_to_run_it():
+def test_the_first_twelve_lines_say_what_the_project_is_and_how_to_run_it():
     first = README.splitlines()[:12]
     text = "\n".join(first)
     for words in ("small language model", "git clone ", "pip install ", "prefix-distill demo"):
@@ -92,7 +92,7 @@ def test_the_first_twelve_lines_say_what_it_is_and_how_to_run_it():
     assert "Not yet measured on a GPU" in "\n".join(README.splitlines()[:40])
 
 
-def test_the_top_level_holds_only_what_it_has_to():
+def test_the_top_level_has_only_the_expected_files():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -112,7 +112,7 @@ def test_the_citation_names_this_version_and_license():
     assert citation["version"] == PROJECT["version"] == prefix_distill.__version__
 
 
-def test_its_links_lead_somewhere():
+def test_the_links_have_targets():
     targets = re.findall(r"\]\(([^)]+)\)", README)
     named = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", README, re.M))
     for target in [*targets, *named.values()]:
@@ -134,7 +134,7 @@ def test_its_links_lead_somewhere():
 # Commands
 
 
-def test_every_command_is_of_a_kind_that_is_executed():
+def test_every_command_is_executed():
     assert sorted(INSTALL + OURS) == sorted(shell_lines(README)) and len(OURS) == 6
     assert len(EMBEDDED) >= 16 and len(LONG) == 22
     executed = {line.split()[1] for line in [*OURS, *EMBEDDED]}
@@ -154,8 +154,8 @@ def test_ci_installs_and_tests_as_the_readme_says():
         assert [w for w in mine if w not in ("--quiet", "-q", "--durations", "15", "&")] == words
 
 
-def test_a_clone_holds_what_the_install_command_needs(tmp_path):
-    """The first command, with this checkout in place of the repository's address."""
+def test_a_clone_contains_the_files_that_the_installation_needs(tmp_path):
+    """Run the first command with this checkout instead of the repository URL."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     (tmp_path / ".gitconfig").write_text("[safe]\n\tdirectory = *\n")
@@ -175,9 +175,9 @@ def test_a_clone_holds_what_the_install_command_needs(tmp_path):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> dict[str, str]:
-    """Return hub id or preset → a local one.
+    """Return hub id or preset → local replacement.
 
-    A model ends its answers after a few tokens, because half of its tokens are EOS tokens.
+    Responses of the models end after a few tokens, because half of the vocabulary are EOS tokens.
     """
     folder = tmp_path_factory.mktemp("hub")
     local = {}
@@ -203,7 +203,7 @@ def hub(tmp_path_factory) -> dict[str, str]:
 
 
 def test_the_commands_on_your_own_models_run_in_order(hub, tmp_path, monkeypatch):
-    """The block of README.md, with local models and data in place of those on the hub."""
+    """Run the commands of README.md with local models and data instead of those on the hub."""
     monkeypatch.chdir(tmp_path)
     for line in OURS:
         words = [hub.get(word, word) for word in shlex.split(line)[1:]]
@@ -234,7 +234,7 @@ def test_the_python_example_runs(hub, tmp_path, monkeypatch):
     assert len(list(result.metrics())) == 2 and Path("runs/api/model").is_dir()
 
 
-def test_the_arms_file_of_the_page_on_recipes_is_valid_with_its_optional_keys(tmp_path):
+def test_the_arms_file_in_help_recipes_is_valid_with_its_optional_keys(tmp_path):
     from prefix_distill.results.compare import KEYS, read_arms
 
     text = re.search(r"```yaml\n(.*?)```", HELP["recipes"], re.S)[1]
@@ -245,8 +245,8 @@ def test_the_arms_file_of_the_page_on_recipes_is_valid_with_its_optional_keys(tm
     assert arms.also["longer"]["data.split"] == "test" and arms.values == (2e-4, 4e-4)
 
 
-def test_the_example_of_the_page_on_python_runs(tmp_path, monkeypatch, capsys):
-    """Exactly as printed; the names that the page mentions are public."""
+def test_the_example_in_help_python_runs(tmp_path, monkeypatch, capsys):
+    """Run the example unchanged, and check that the names on the page are public."""
     monkeypatch.chdir(tmp_path)
     [code] = re.findall(r"```python\n(.*?)```", HELP["python"], re.S)
     names: dict = {}
@@ -276,14 +276,17 @@ def test_the_example_of_the_page_on_python_runs(tmp_path, monkeypatch, capsys):
     ids=["most", "all"],
 )
 def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
-    """The commands of the help pages on embedded models, the demo first, exactly as printed. Probe,
-    comparison, report and ranks have tests of their own and run here with -m long."""
+    """Run the commands of the help pages on embedded models unchanged.
+
+    The commands for probe, compare, report and ranks run only with -m long, because other tests
+    cover them.
+    """
     monkeypatch.chdir(tmp_path)
     Path("arms.yaml").write_text(re.search(r"```yaml\n(.*?)```", HELP["recipes"], re.S)[1])
     for line in EMBEDDED:
         if any(word in line for word in left_out):
             continue
-        if "--gpus" in line:  # ranks write to this process's own stdout
+        if "--gpus" in line:  # `invoke` cannot capture the stdout of ranks
             done = command(*shlex.split(line)[1:])
             code, out, err = done.returncode, done.stdout, done.stderr
         else:
@@ -306,7 +309,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
         if "--cross-tokenizer" in line:
             assert (
                 document["evaluations"][0]["alignment"]["span_share"] > 0.05
-                and "tokens are shared" in err
+                and "units of text are compared" in err
             )
         if "--gpus 2" in line:
             assert (
@@ -356,15 +359,20 @@ def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
 
 
 @pytest.mark.parametrize("line", LONG + UNLISTED)
-def test_long_experiments_start_and_benchmarks_offer_quick(line, monkeypatch, capsys):
-    """Full runs take up to an hour. test_benchmarks.py runs each `--quick` under -m long, and
-    test_laboratory.py runs the steps of the rebuild. They start in this process, because importing
-    torch repeatedly takes longest."""
+def test_long_experiments_start_and_benchmarks_have_quick(line, monkeypatch, capsys):
+    """Check only --help, because full runs take up to an hour.
+
+    test_benchmarks.py runs each --quick with -m long, and test_laboratory.py runs the steps of the
+    rebuild. The scripts start in this process, because importing torch again takes most of the
+    time.
+    """
     script, *flags = shlex.split(line)[1:]
     run = runpy.run_path
     if script == "-m":
         (script, *flags), run = flags, runpy.run_module
-        monkeypatch.delitem(sys.modules, script, raising=False)  # another test may have imported it
+        monkeypatch.delitem(
+            sys.modules, script, raising=False
+        )  # runpy warns about imported modules
     monkeypatch.setattr(sys, "argv", [script, *flags, "--help"])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
@@ -377,11 +385,11 @@ def test_long_experiments_start_and_benchmarks_offer_quick(line, monkeypatch, ca
 # Numbers
 
 
-def test_the_results_page_is_what_the_script_prints(capsys, monkeypatch):
+def test_the_results_page_equals_the_output_of_the_script(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables.py", "--quick"])
     tables.main()
     *page, last = capsys.readouterr().out.splitlines(keepends=True)
-    assert "".join(page) == PAGE, "run python tests/benchmarks/tables.py --write"
+    assert "".join(page) == PAGE, "update it with python tests/benchmarks/tables.py --write"
     assert json.loads(last) == {
         "page": str(RESULTS / "README.md"),
         "lines": len(page),
@@ -398,13 +406,13 @@ def test_the_results_page_links_its_files_and_states_hardware_and_seeds():
         assert tables.machine(name) in PAGE, name
 
 
-def test_the_tables_of_the_readme_are_the_committed_results():
+def test_the_tables_of_the_readme_equal_the_committed_results():
     assert tables.demo_table() in README
     assert tables.methods_table() in README
 
 
-def test_every_other_number_of_the_readme_is_known():
-    """What is neither a flag, a link, a heading's number nor one of the checked tables."""
+def test_the_readme_has_no_unchecked_number():
+    """A number is checked by another test, is in ``known``, or is part of code or a link."""
     from prefix_distill.lab.task import Problem
     from prefix_distill.results import demo
 
@@ -433,9 +441,9 @@ def test_every_other_number_of_the_readme_is_known():
     for words in known:
         assert words in README, words
         text = text.replace(words, "")
-    for name in ("Flags that matter", "One token's journey"):  # their own tests check these
+    for name in ("Flags that matter", "One token's journey"):  # other tests check these sections
         text = text.replace(section(README, name), "")
-    text = re.sub(r"^\[.*$", "", text, flags=re.M)  # definitions of links
+    text = re.sub(r"^\[.*$", "", text, flags=re.M)  # link definitions
     text = re.sub(r"`[^`]*`|\]\([^)]*\)|\[\d{4}\.\d{5}\]", "", text)
     assert re.findall(r"\S*\d\S*", text) == []
 
@@ -444,7 +452,7 @@ def result(name: str) -> dict:
     return tables.read(name)
 
 
-def test_sentences_on_the_plug_ins_say_what_was_recorded():
+def test_sentences_on_plugins_match_the_recorded_results():
     arms = tables.by_arm("plugins")
     cost = arms["full soft-or 0.5"]["flops_useful"] / arms["full"]["flops_useful"]
     assert 1.2 < cost < 1.3 and "costs a quarter more FLOPs on full rollouts" in " ".join(
@@ -452,7 +460,7 @@ def test_sentences_on_the_plug_ins_say_what_was_recorded():
     )
 
 
-def test_sentences_on_the_plan_say_what_was_recorded():
+def test_sentences_on_the_plan_match_the_recorded_results():
     text, runs = " ".join(PAGE.split()), result("plan")["runs"].values()
     assert max(abs(r["error_exact_malloc"]) for r in runs) < 0.04 and all(
         r["flops_error"] == 0 for r in runs
@@ -462,7 +470,7 @@ def test_sentences_on_the_plan_say_what_was_recorded():
     assert "missed in three of five runs" in text
 
 
-def test_sentences_on_kills_and_tokenizers_say_what_was_recorded():
+def test_sentences_on_kills_and_tokenizers_match_the_recorded_results():
     soak = result("soak")
     assert soak["differing"] == [] and soak["kills"] >= 50 and soak["gpus"] == 1
     modes = result("cross_tokenizer")["modes"].values()
@@ -472,7 +480,7 @@ def test_sentences_on_kills_and_tokenizers_say_what_was_recorded():
 # Names
 
 
-def test_modules_calls_and_flags_it_names_exist():
+def test_modules_calls_and_flags_in_the_texts_exist():
     for text in (README, *HELP.values()):
         for name in re.findall(r"`([\w/]+\.py)`", text):
             folders = ("prefix_distill", "", "tests/benchmarks")
@@ -491,31 +499,34 @@ def test_modules_calls_and_flags_it_names_exist():
         assert flag in known or spellings.known(flag[2:]), flag
 
 
-def test_the_table_of_commands_has_all_eleven():
+def test_the_table_of_commands_is_complete():
     names = [row[0].strip("`") for row in rows(section(README, "Commands"))]
     assert sorted(names) == sorted(COMMANDS) and len(names) == 11
     for topic in re.findall(r"prefix-distill help ([a-z-]+)", README):
         assert topic in HELP, topic
 
 
-def test_the_defaults_of_the_flags_that_matter_are_those_of_the_config():
+def test_defaults_in_the_table_of_flags_equal_the_config():
     from prefix_distill.config import flag, options
 
     fields = {flag(path): field for path, field in options().items()}
     for names, defaults, _ in rows(section(README, "Flags that matter")):
         flags = [name.strip("`").split()[0] for name in names.split(", ")]
         for name, stated in zip(flags, defaults.split(", "), strict=True):
-            if name in ("--config", "--max-new-tokens"):  # not an option; depends on the models
+            if name in ("--config", "--max-new-tokens"):  # no option, and no fixed default
                 continue
             default = fields[name].default
             if stated == "off":
                 assert not default, name
-            elif name != "--gpus":  # None: one process, or what a launcher starts
+            elif name != "--gpus":  # its default is None: a launcher may start several processes
                 assert stated == str(default), name
 
 
-def test_flags_and_defaults_it_states_are_those_of_the_config():
-    """`--flag value` (default) in README and pages is the config's (test_panels.py: --help's)."""
+def test_defaults_on_the_help_pages_equal_the_config():
+    """Compare each `--flag value` (default) on the help pages with the config.
+
+    test_panels.py does this for --help.
+    """
     from prefix_distill.config import flag, options
     from prefix_distill.config.files import _convert
 
@@ -548,8 +559,8 @@ def test_flags_and_defaults_it_states_are_those_of_the_config():
         ), (name, value)
 
 
-def test_the_page_on_methods_names_every_value_that_an_option_has():
-    """Of options with a few fixed values that the page names."""
+def test_help_methods_lists_every_choice_of_its_options():
+    """Check the options that have fixed choices and that the page mentions."""
     from prefix_distill.config import choices, options
 
     named = 0

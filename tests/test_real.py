@@ -1,5 +1,8 @@
-"""Real models, real prompts: SmolLM2-135M-Instruct from its GGUF file teaches itself without its
-middle layers."""
+"""Test real models on real prompts.
+
+The teacher is SmolLM2-135M-Instruct from its GGUF file. The student is the same model without its
+middle layers.
+"""
 
 import importlib.util
 import json
@@ -22,9 +25,12 @@ pytestmark = [
 ]
 
 
-def test_four_updates_bring_it_closer_and_the_result_loads_in_plain_transformers(tmp_path):
-    """Four updates of 4 rollouts × 16 tokens without warm-up: the paired mean KL on fixed contexts
-    falls by more than two standard errors. One test, so that workers do not make the pair twice."""
+def test_four_updates_lower_the_kl_and_transformers_loads_the_result(tmp_path):
+    """The paired mean KL on fixed contexts decreases by more than two standard errors.
+
+    Each step uses 4 rollouts of 16 tokens, without warm-up. This is a single test, so that parallel
+    workers do not build the pair twice.
+    """
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "real.py", "--quick", "--out", tmp_path],
         capture_output=True,

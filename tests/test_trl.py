@@ -1,10 +1,10 @@
-"""Golden parity: one update on the same weights, prompts and completions has TRL's loss and TRL's
+"""Test parity with TRL: one step on equal weights, prompts and completions gives TRL's loss and
 gradient.
 
-TRL 1.16 computes its side itself: left-padded prompts and right-padded completions go through
-``DistillationTrainer.compute_loss``. It divides by the completion tokens of the whole update, our
-reduction ``token``, and its β means what ours does. Needs ``pip install "torch==2.13.0" -e
-".[bench]"``.
+TRL 1.16 computes its loss in ``DistillationTrainer.compute_loss``, with left-padded prompts and
+right-padded completions. It divides by the number of completion tokens in the step, as our
+reduction ``token`` does. Its β has the same meaning as ours. The tests need
+``pip install "torch==2.13.0" -e ".[bench]"``.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ PROMPTS, SAMPLES, CAP = 5, 2, 12
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def pair_of(request, tmp_path_factory):
-    """(student, teacher) of one architecture and different size, as folders."""
+    """Return the folders of a student and a larger teacher with one architecture."""
     root = tmp_path_factory.mktemp(request.param)
     return (
         save_tiny(root / "student", request.param, seed=1),
@@ -43,8 +43,7 @@ def pair_of(request, tmp_path_factory):
 
 
 def ours(pair, questions, divergence):
-    """(loss, gradient by parameter, rollouts) of one update, by way of the training loop's own
-    functions."""
+    """Return (loss, gradient by parameter, rollouts) of one step of our training loop."""
     run = preflight.prepare(
         configuration.build(
             {
@@ -85,8 +84,10 @@ def ours(pair, questions, divergence):
 
 
 def theirs(pair, rollouts, beta, folder):
-    """(loss, gradient by parameter) of the same update in TRL, in two micro-batches, as its
-    trainer prepares them."""
+    """Return (loss, gradient by parameter) of the same step in TRL.
+
+    TRL gets two micro-batches, padded as its trainer pads them.
+    """
     import measure
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
@@ -126,7 +127,7 @@ def theirs(pair, rollouts, beta, folder):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_loss_and_gradient_are_trls(pair_of, questions, tmp_path, divergence):
+def test_loss_and_gradient_equal_those_of_trl(pair_of, questions, tmp_path, divergence):
     loss, gradient, rollouts = ours(pair_of, questions, divergence)
     trl_loss, trl_gradient = theirs(pair_of, rollouts, DIVERGENCES[divergence], tmp_path)
     assert loss > 0.01 and loss == pytest.approx(trl_loss, rel=1e-5)
@@ -135,8 +136,8 @@ def test_loss_and_gradient_are_trls(pair_of, questions, tmp_path, divergence):
         assert (gradient[name] - want).abs().max() <= 1e-5 * want.abs().max(), name
 
 
-def test_another_beta_is_told_apart(pair_of, questions, tmp_path):
-    """The comparison above can fail: the JSD at β and the one at 1 − β are not the same update."""
+def test_another_beta_gives_another_loss_and_gradient(pair_of, questions, tmp_path):
+    """Check that the comparison above can fail: JSD with 1 − β gives another gradient."""
     loss, gradient, rollouts = ours(pair_of, questions, "jsd:0.3")
     trl_loss, trl_gradient = theirs(pair_of, rollouts, 0.7, tmp_path)
     assert abs(loss - trl_loss) > 1e-4 * trl_loss
@@ -147,8 +148,11 @@ def test_another_beta_is_told_apart(pair_of, questions, tmp_path):
 
 
 def uld(strategy: str, hybrid: bool = False):
-    """GOLD's loss on "42" after one prompt token, as a function of both models' logits [tokens
-    read, vocabulary]. The student's tokens are "4", "2", the teacher's "42"; both end there."""
+    """Return GOLD's loss on "42" after one prompt token, as a function of both models' logits.
+
+    Logits have shape [input tokens, vocabulary]. The student's response is "4", "2", EOS; the
+    teacher's is "42", EOS.
+    """
     import measure
     from trl.experimental.gold import GOLDConfig
     from trl.experimental.gold.gold_trainer import ULDLoss
@@ -179,14 +183,18 @@ def uld(strategy: str, hybrid: bool = False):
     ).item()
 
 
-def test_a_group_of_tokens_by_hand_ours_and_golds():
-    """The case of test_simct: after the prompt the student gives "4" 1/2, then "2" 1/8; the teacher
-    gives "42" 1/2.
+def test_our_loss_and_golds_on_a_token_group_equal_values_by_hand():
+    """Compare our loss and GOLD's with values computed by hand, on the case of test_simct.py.
 
-    Ours: on {"+", end, span} the student scores (1/8, 1/8, sqrt(1/2 · 1/8) = 1/4) and the teacher
-    (1/4, 1/4, 1/2): both are q = (1/4, 1/4, 1/2), so 0. GOLD ("bayesian") merges the student's
-    distributions to 1/2 · (1/8, 1/8, 1/8, 1/8, 1/2), sorts both and takes the L1 distance: |1/4 −
-    1/2| + 2·|1/16 − 1/4| + 2·(1/16) = 3/4.
+    After the prompt, the student's probability of "4" is 1/2 and then of "2" 1/8. The teacher's
+    probability of "42" is 1/2.
+
+    Our scores on {"+", EOS, span} are (1/8, 1/8, sqrt(1/2 · 1/8) = 1/4) for the student and
+    (1/4, 1/4, 1/2) for the teacher. Both normalize to (1/4, 1/4, 1/2), so the loss is 0.
+
+    GOLD ("bayesian") merges the student's distributions to 1/2 · (1/8, 1/8, 1/8, 1/8, 1/2), sorts
+    both distributions and takes the L1 distance:
+    |1/4 − 1/2| + 2·|1/16 − 1/4| + 2·(1/16) = 3/4.
     """
 
     def log(*p):
@@ -225,8 +233,8 @@ def test_a_group_of_tokens_by_hand_ours_and_golds():
     )
     assert values.item() == pytest.approx(0, abs=1e-6)
 
-    # GOLD's default strategy reads logits one position late: what predicts the first token has no
-    # say at all
+    # GOLD's default strategy uses logits one position late, so the logits that predict the first
+    # token have no effect.
     late, changed = uld("observed"), teacher.clone()
     changed[0] = log(0.98, 0.01, 0.01)
     assert late(student, teacher) == late(student, changed) and uld("bayesian")(

@@ -46,9 +46,7 @@ class ProbeOptions(CommonOptions, total=False):
 
     student: str | PathLike[str] | None
     teacher: str | PathLike[str] | None
-    teacher_ema: float | None
     cross_tokenizer: Literal["strict", "simct", "simct-released", "off"]
-    student_quantize: Literal["none", "nf4", "int8"]
     teacher_quantize: Literal["none", "nf4", "int8"]
     privileged_column: str | None
     privileged_template: str | None
@@ -68,6 +66,8 @@ class ProbeOptions(CommonOptions, total=False):
 class RunOptions(ProbeOptions, PushOptions, total=False):
     """Options of `run`, `check` and `plan`."""
 
+    teacher_ema: float | None
+    student_quantize: Literal["none", "nf4", "int8"]
     lora: int | None
     lora_alpha: float | None
     lora_targets: str

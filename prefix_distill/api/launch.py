@@ -243,7 +243,7 @@ class _Ranks:
         for rank, failure in failures:
             if "time" in (failure.error_file_data or {}):
                 reports.append((failure.error_file_data["time"], rank, failure))
-            if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            elif failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
                 killed.append((rank, failure))
         reports.sort()
         if killed and not (reports and reports[0][0] < killed[0][1].timestamp - SOON):

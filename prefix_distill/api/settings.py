@@ -48,7 +48,11 @@ EVAL_FLAGS: dict[str, str | None] = {
 }
 # sections and single options of `probe`
 PROBE_OPTIONS = (
-    "models",
+    "models.student",
+    "models.teacher",
+    "models.cross_tokenizer",
+    "models.teacher_quantize",
+    "models.trust_remote_code",
     "data",
     "rollout.samples",
     "rollout.max_new_tokens",

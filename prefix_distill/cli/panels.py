@@ -15,6 +15,7 @@ from .. import config as configuration
 from .. import display
 
 PIPE_WIDTH = 100  # columns where stdout is not a terminal
+BRACES = str.maketrans("", "", "{}")  # some versions of typer put them around arguments
 ARGUMENTS = "Arguments"
 GENERAL_OPTIONS = "General options"  # of the command, not of the config
 
@@ -112,7 +113,8 @@ def format_help(command: Any, ctx: Any, panels: dict[str, list[Row]]) -> str:
     """Return the help of a command: usage, description, panels and epilog."""
     # COLUMNS if it is set, else the terminal's width
     width = shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
-    paragraphs = [command.get_usage(ctx), _join(command.help), _join(command.epilog)]
+    usage = command.get_usage(ctx).translate(BRACES)
+    paragraphs = [usage, _join(command.help), _join(command.epilog)]
     usage, about, epilog = (_wrap(text, width) for text in paragraphs)
     if display.is_plain() or not _can_show_boxes():
         body = _format_lines(panels, width)

@@ -13,8 +13,8 @@ class Schedule:
         "--prefix",
         "Tokens of a rollout to sample and train on: 512, 25% (of --max-new-tokens), full or a "
         "schedule. Schedules: linear:L0:d (L0 + d·k at step k), staircase:L0:dH:n (dH more every n "
-        "steps), auto (grows when the KL of its last tokens stops falling). Plugins add more (see "
-        "prefix-distill help plugins).",
+        "steps), auto (starts at 10% and doubles when the KL of its last tokens stops falling). "
+        "Plugins add more.",
     )
     lr: float = main_option(5e-5, "--lr", "Peak learning rate of AdamW.", above=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
@@ -80,8 +80,8 @@ class Divergence:
     name: str = main_option(
         "reverse-kl",
         "--divergence",
-        "Loss per token in nats, from student S to teacher T: reverse-kl, forward-kl or jsd:β. "
-        "Reverse KL: Σ S(log S − log T). Forward KL: Σ T(log T − log S). JSD: "
+        "Loss per token, in nats, between student S and teacher T: reverse-kl, forward-kl or "
+        "jsd:β. Reverse KL: Σ S(log S − log T). Forward KL: Σ T(log T − log S). JSD: "
         "β·KL(T‖m) + (1 − β)·KL(S‖m), m = βT + (1 − β)S. Plugins add more (see "
         "prefix-distill help plugins).",
     )
@@ -122,7 +122,7 @@ class Weights:
         "all",
         "--select",
         "Tokens of the window to keep, by importance (TIP): all, soft-or, overconfident, "
-        "entropy-sample, entropy, divergence, random or bottom.",
+        "entropy-sample, entropy, divergence, random or bottom (see prefix-distill help methods).",
     )
     keep: float | None = option(
         None,
@@ -170,8 +170,8 @@ class Extrapolation:
         "none",
         "--extrapolate",
         "After steps 1, 2, 4, 8, …, extrapolate the weights along their displacement since the "
-        "last such step. Values: none, effopd (while --extrapolate-score rises), always-1 and "
-        "random (controls that skip the score).",
+        "last such step. Values: none, effopd (as far as --extrapolate-score rises), always-1 and "
+        "random (controls without a score).",
     )
     score: Literal["accuracy", "heldout-kl"] = option(
         "accuracy",

@@ -24,24 +24,25 @@ class Models:
     teacher: str | None = main_option(
         None,
         "--teacher",
-        "Teacher model: hub id, folder, .gguf file or lab:TASK/teacher. self is a frozen copy of "
-        "the student; it needs --privileged-column.",
+        "Teacher model: hub id, folder, .gguf file or lab:TASK/teacher. self means the student's "
+        "initial weights; it needs --privileged-column, or thinking switches that differ.",
         shown="the built-in teacher",
     )
     teacher_ema: float | None = option(
         None,
         "--teacher-ema",
-        "With --teacher self, set the teacher after every step to α·teacher + (1 − α)·student; the "
-        "value is α.",
-        shown="none (the teacher is fixed)",
+        "With --teacher self, make the teacher a moving average of the student: after every step, "
+        "teacher = α·teacher + (1 − α)·student. The value is α.",
+        shown="none (the teacher does not change)",
         above=0,
         below=1,
     )
     cross_tokenizer: Literal["strict", "simct", "simct-released", "off"] = option(
         "strict",
         "--cross-tokenizer",
-        "With different tokenizers, compare units of text: strict (units of one token on each "
-        "side), simct (all units), simct-released (as the authors' code does) or off (an error).",
+        "How models with different tokenizers are compared: strict (units of text that are one "
+        "token in both), simct (all units of text), simct-released (as SimCT's released code) or "
+        "off (rejected).",
     )
     student_quantize: Literal["none", "nf4", "int8"] = option(
         "none",
@@ -159,8 +160,8 @@ class Data:
     few_shot: int = option(
         0,
         "--few-shot",
-        "Solved training rows shown before every prompt. They are chosen by --seed and not trained "
-        "on.",
+        "Number of solved training rows shown before every prompt. They are chosen by --seed and "
+        "not trained on.",
         low=0,
     )
     template: Literal["auto", "chat", "plain"] = option(
@@ -230,8 +231,7 @@ class Evaluation:
         "auto",
         "--answer-format",
         "How the final answer is extracted: auto (as the dataset defines, else boxed, hash or last "
-        "number), "
-        "boxed, hash (#### 42), last-number, choice (a letter) or exact.",
+        "number), boxed, hash (#### 42), last-number, choice (a letter) or exact.",
     )
 
 
@@ -240,7 +240,7 @@ class Runtime:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
         "--dtype",
-        "Compute dtype: auto, float32 or bfloat16. The student's master weights stay in float32.",
+        "Compute dtype: auto, float32 or bfloat16. Trained weights stay in float32.",
     )
     head_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
@@ -316,7 +316,7 @@ class Trackers:
         None,
         "--run-name",
         "Name of the run in the trackers, and title of its model card.",
-        shown="the run folder's name; for the card, the models'",
+        shown="the run folder's name; in the card, the models' names",
     )
 
 
@@ -325,12 +325,12 @@ class Export:
     push: str | None = option(
         None,
         "--push-to-hub",
-        "Hub repository, USER/NAME, to upload model/ to after the run. A new repository is "
+        "Hub repository (USER/NAME) that model/ is uploaded to after the run. A new repository is "
         "private.",
         shown="none",
     )
     public: bool = option(
-        False, "--hub-public", "Make a repository that --push-to-hub creates public."
+        False, "--hub-public", "If --push-to-hub creates a repository, make it public."
     )
 
 

@@ -196,8 +196,8 @@ def match_tokenizers(student: Model, teacher: Model, mode: str) -> tuple[Alignme
         student.support = teacher.support = smaller
         with_text = len(student_bytes.table) - student_bytes.table.count(None)
         return None, (
-            f"vocabulary {smaller:,}: all {with_text:,} ids with text have the same bytes on both "
-            f"sides; {count} special ids differ by name (student / teacher: {examples}) and are "
+            f"vocabulary: the {with_text:,} ids with text are the same in student and teacher; "
+            f"{count} special tokens have other names (student / teacher: {examples}) and are "
             "compared by id"
         )
     if mode == "off":
@@ -224,8 +224,8 @@ def match_tokenizers(student: Model, teacher: Model, mode: str) -> tuple[Alignme
         )
     return alignment, (
         f"tokenizers differ on {count:,} ids (student / teacher: {examples}): units of text are "
-        f"compared (--cross-tokenizer {mode}); {common:,} tokens are shared, of the student's "
-        f"{student.support:,} and the teacher's {teacher.support:,}"
+        f"compared (--cross-tokenizer {mode}); student ({student.support:,} tokens) and teacher "
+        f"({teacher.support:,} tokens) share {common:,} tokens"
     )
 
 
@@ -235,10 +235,10 @@ def _describe_equal(student: Model, teacher: Model) -> str:
     student_rows = len(student.net.get_output_embeddings().weight)
     teacher_rows = len(teacher.net.get_output_embeddings().weight)
     if student_rows == teacher_rows == ids:
-        return f"vocabulary {ids:,}: equal on both sides"
+        return f"vocabulary: the same {ids:,} ids in student and teacher"
     return (
-        f"vocabulary {ids:,}: both heads cut to the real ids (student {student_rows:,} rows, "
-        f"teacher {teacher_rows:,})"
+        f"vocabulary: the same {ids:,} ids in student and teacher; padding rows of the output "
+        f"heads are cut (student {student_rows:,} rows, teacher {teacher_rows:,})"
     )
 
 

@@ -117,20 +117,21 @@ def choose_dtype(device: torch.device, model: HasParameters) -> tuple[torch.dtyp
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported():
-            return torch.bfloat16, "bfloat16: the GPU supports it"
-        return torch.float32, "float32: the GPU has no bfloat16"
+            return torch.bfloat16, "dtype bfloat16: the GPU supports it"
+        return torch.float32, "dtype float32: the GPU does not support bfloat16"
     if device.type != "cpu" or not torch.cpu._is_amx_tile_supported():
         if device.type == "cpu":
-            return torch.float32, "float32: bfloat16 is slow on this CPU"
-        return torch.float32, f"float32: bfloat16 is slow on {device.type}"
+            return torch.float32, "dtype float32: bfloat16 is slow on this CPU"
+        return torch.float32, f"dtype float32: bfloat16 is slow on {device.type}"
     parameters = model.parameters
     if parameters < SMALL_MODEL:
         return torch.float32, (
-            f"float32: a student of {parameters / 1e6:.2f} M parameters gains nothing from "
+            f"dtype float32: a student of {parameters / 1e6:.2f} M parameters gains nothing from "
             "bfloat16 on a CPU"
         )
     return torch.bfloat16, (
-        f"bfloat16: the CPU has AMX tiles and the student has {parameters / 1e6:.0f} M parameters"
+        "dtype bfloat16: the CPU has AMX tiles and the student has "
+        f"{parameters / 1e6:.0f} M parameters"
     )
 
 

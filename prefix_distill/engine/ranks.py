@@ -3,8 +3,10 @@
 Every sum over ranks goes through this module.
 """
 
+import atexit
 import contextlib
 import functools
+import gc
 import os
 import re
 import signal
@@ -24,6 +26,9 @@ from .device import HasParameters, choose_device, choose_dtype
 
 # the integer type that reads a tensor's bits, by bytes of an element
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# set during a collective, and after one that did not complete
+_in_collective = threading.Event()
 
 
 class Interrupt:
@@ -129,9 +134,11 @@ class Place:
             yield
             return
         count = None
+        _in_collective.set()
         try:
             count = self.store.add(_collectives_key(self.rank), 1)
             yield
+            _in_collective.clear()
         except RuntimeError as error:  # gloo raises plain RuntimeErrors for timeouts and lost peers
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
@@ -252,7 +259,20 @@ def _join_group(rank: int, world: int, device_type: str, timeout: timedelta) -> 
             f"({first_line(error, 160)}); start all ranks with one launcher (--gpus, torchrun, "
             "accelerate launch) and the same --master-addr and --master-port"
         ) from None
+    atexit.register(_leave_group)
     return dist.PrefixStore("prefix-distill", store)
+
+
+def _leave_group() -> None:
+    """Destroy the process group before Python shuts down, unless a collective is unfinished.
+
+    Without it, a thread of gloo may free a tensor while Python shuts down: SIGABRT. The thread of
+    an unfinished collective would be waited for until its timeout.
+    """
+    if _in_collective.is_set() or not dist.is_initialized():
+        return
+    gc.collect()  # DDP modules in reference cycles would keep the group alive
+    dist.destroy_process_group()
 
 
 def _read_integer(name: str, default: int, low: int, end: int = 1 << 31) -> int:

@@ -118,10 +118,9 @@ class Auto(PrefixSchedule):
         new = min(old + (self.rise or old), self.limit)
         state.update(length=new, window=old, seen=[])
         return (
-            f"after step {step + 1} the prefix grows from {old} to {new} tokens: over means of "
-            f"{PATIENCE} steps the divergence of tokens {opened} to {old} began at {first:.3g} "
-            f"nats, was {before:.3g} and is {last:.3g}, and {filled:.0%} of the rollouts fill the "
-            "prefix"
+            f"after step {step + 1} the prefix grows from {old} to {new} tokens: the divergence of "
+            f"tokens {opened} to {old} stopped falling ({first:.3g} → {before:.3g} → {last:.3g} "
+            f"nats, means of {PATIENCE} steps); {filled:.0%} of the rollouts fill the prefix"
         )
 
 
@@ -164,8 +163,8 @@ def _staircase(request: Request) -> PrefixSchedule:
     start, rise, every = request.parts
     if not re.fullmatch(r"[1-9]\d{0,17}", every, re.ASCII):
         raise UserError(
-            f"--prefix {request.text}: the staircase rises every {every!r} steps; give a number of "
-            "at least 1"
+            f"--prefix {request.text}: expected a whole number of steps of at least 1 after the "
+            f"last colon, got {every!r}"
         )
     return Steady(
         text=request.text,
@@ -308,7 +307,8 @@ def warmup_steps(text: str, steps: int) -> int:
     elif re.fullmatch(r"\d{1,18}", text):
         return int(text)
     raise UserError(
-        f"--warmup {text}: expected a number of steps (20) or a percentage of all steps (5%)"
+        f"--warmup {text}: expected a number of steps (20), or a percentage of all steps (5%) of "
+        "at most 100%"
     )
 
 

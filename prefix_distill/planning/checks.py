@@ -96,9 +96,9 @@ def _check_determinism(run: Run) -> Check:
             f"{facts[worst]:.2g} nats per token, expected 0; remove the dropout or noise from its "
             "layers, or use --dtype float32"
         )
-        return failed("itself", text, facts)
+        return failed("determinism", text, facts)
     text = f"two identical passes of a model differ by {facts[worst]:.1g} nats per token"
-    return passed("itself", text, facts)
+    return passed("determinism", text, facts)
 
 
 def _prompt_ends(run: Run, role: str) -> list[Rollout]:

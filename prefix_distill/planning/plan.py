@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..maths import flops
 from ..maths.flops import Batch, Ledger, Shape
 from ..maths.schedule import PrefixSchedule, parse_prefix
-from ..training.pair import fill_in
+from ..training.pair import fill_in_dataset, fill_in_models
 from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
 from .cards import describe_adapter, fit_cards
@@ -56,15 +56,18 @@ def plan(
     rate_source.check()
     # The default dataset belongs to the default student; another student needs other prompts.
     has_data = config.data.dataset is not None or config.models.student is None
+    reads_data = has_data and prompt_tokens is None
     notes = Notes()
-    config = fill_in(config, notes)
+    config = fill_in_models(config, notes)
+    if reads_data:
+        config = fill_in_dataset(config, notes)
     student, teacher = _read_sources(config)
     dtypes = _choose_dtypes(config, notes.lines)
     nets = [
         sketch(student.name, student.config, Network(torch.float32, choose_adapter(config))),
         sketch(teacher.name, teacher.config, Network(dtypes.compute)),
     ]
-    if has_data and prompt_tokens is None:
+    if reads_data:
         prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes=notes)
     else:
         prompts = assume_prompts(prompt_tokens, nets, notes)
@@ -138,7 +141,7 @@ def _choose_dtypes(config: Config, notes: list[str]) -> Dtypes:
     runtime = config.runtime
     if runtime.dtype == "auto":
         compute = torch.bfloat16
-        notes.append("dtype bfloat16: the choice of --dtype auto on a GPU")
+        notes.append("dtype bfloat16: --dtype auto chooses it on a GPU")
     else:
         compute = getattr(torch, runtime.dtype)
     if runtime.head_dtype == "auto":

@@ -246,17 +246,17 @@ def recommend(
 def _recommend_by_divergence(
     kl_by_tokens: dict[int, float], length: float
 ) -> tuple[int | str, str]:
-    caveat = "accuracy was not probed, because there are no reference answers"
+    caveat = "accuracy was not measured, because there are no reference answers"
     for n, share in sorted(kl_by_tokens.items()):
         if share >= HELD and n <= length / 2:
             reason = (
-                f"the first {n} tokens hold {share:.0%} of the divergence of the student's full "
-                f"answers; {caveat}"
+                f"the first {n} tokens account for {share:.0%} of the divergence of the student's "
+                f"full answers; {caveat}"
             )
             return n, reason
     most = max(kl_by_tokens.values(), default=0)
     reason = (
-        f"no prefix suffices: the first half of the answer holds only {most:.0%} of the "
+        f"no prefix suffices: the first half of the answer accounts for only {most:.0%} of the "
         f"divergence; {caveat}"
     )
     return "full", reason
@@ -285,13 +285,15 @@ def _recommend_by_accuracy(curves: Curves, length: float) -> tuple[int | str | N
         if share >= RECOVERED and n <= length / 2 + 0.5:
             reason = (
                 f"a prefix suffices: after the first {n} of the teacher's {length:.0f} tokens, the "
-                f"student closes {share:.0%} of the accuracy gap between {accuracies}"
+                f"student closes {share:.0%} of the gap between the accuracies of student and "
+                f"teacher ({accuracies})"
             )
             return n, reason
     n, share = list(closed.items())[-1]
     reason = (
         f"no prefix suffices: even after the first {n} of the teacher's {length:.0f} tokens, the "
-        f"student closes only {share:.0%} of the accuracy gap between {accuracies}"
+        f"student closes only {share:.0%} of the gap between the accuracies of student and teacher "
+        f"({accuracies})"
     )
     return "full", reason
 

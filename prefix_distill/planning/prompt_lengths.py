@@ -100,8 +100,7 @@ def _with_tokenizer(model: Model, folder: str, trust_remote_code: bool) -> Model
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub, the disk or the tokenizer's own code fails in any way
         raise UserError(
-            f"model {model.name}: expected a tokenizer, because --dataset is counted in tokens, "
-            f"but it has no readable tokenizer ({type(error).__name__}); give --prompt-tokens in "
-            "place of --dataset"
+            f"model {model.name}: its tokenizer cannot be read ({type(error).__name__}), but the "
+            "prompts of --dataset are counted in tokens; use --prompt-tokens instead of --dataset"
         ) from None
     return replace(model, tokenizer=tokenizer)

@@ -113,8 +113,8 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
         best = min(best, after - before)
         before = after
     return {
-        "source": f"one product of {tokens} × {width} × {inner} in {dtype_name} on "
-        f"{where.device}, the best of a second: times are lower bounds",
+        "source": f"the fastest matrix product of {tokens} × {width} × {inner} in one second, in "
+        f"{dtype_name} on {where.device}; times are lower bounds",
         "flops_per_second": 2.0 * tokens * width * inner / best,
     }
 
@@ -128,7 +128,7 @@ def estimate_seconds(ledger: Ledger, rate: dict) -> float:
     for phase, flops in ledger.useful.items():
         if phase not in speed:
             raise UserError(
-                f"--from-run: expected the speed of {phase}, got none in that run; name a run that "
+                f"--from-run: its metrics.jsonl has no speed of the phase {phase}; name a run that "
                 "sampled and trained"
             )
         seconds.append(flops / speed[phase])

@@ -189,15 +189,15 @@ def _check(path: str, arms: Arms) -> None:
             shown = reprlib.repr(str(name))
             raise _error(path, f"a folder cannot have the name {shown}; rename the arm")
         for extra in tuned:
-            configuration.build(arms.settings(name, 0) | extra)
-            configuration.build(arms.settings(name, 0) | arms.tune_base | extra)
+            _check_settings(path, arms.settings(name, 0) | extra)
+            _check_settings(path, arms.settings(name, 0) | arms.tune_base | extra)
     for seed in (*arms.seeds, arms.tune_seed):
-        configuration.build({"runtime.seed": seed})
+        _check_settings(path, {"runtime.seed": seed})
     for name, also in arms.also.items():
         if not _names_a_file(name):
             shown = reprlib.repr(name)
             raise _error(path, f"also: a file cannot have the name {shown}; rename the dataset")
-        configuration.build(also)
+        _check_settings(path, also)
     for settings in (arms.tune_base, *arms.arms.values()):
         for key, advice in FIXED.items():
             if key in settings:
@@ -209,6 +209,14 @@ def _check(path: str, arms: Arms) -> None:
                 "a comparison cannot push to the hub; remove the section "
                 "export, and push one student with `prefix-distill export`",
             )
+
+
+def _check_settings(path: str, settings: Settings) -> None:
+    """Raise UserError, with the name of the file, unless a run accepts the settings."""
+    try:
+        configuration.build(settings)
+    except UserError as error:
+        raise _error(path, str(error)) from None
 
 
 def _mapping(path: str, what: str, value: object) -> dict:

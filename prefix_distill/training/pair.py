@@ -31,22 +31,33 @@ TASK = "choice"  # the built-in default: lab:choice and its pair
 
 def fill_in(config: Config, notes: Notes) -> Config:
     """Return the config with the built-in pair and task where none is given."""
+    return fill_in_dataset(fill_in_models(config, notes), notes)
+
+
+def fill_in_models(config: Config, notes: Notes) -> Config:
+    """Return the config with the built-in pair where none is given."""
     student = f"{LAB}{TASK}/student"
     if config.models.teacher == configuration.SELF:
         student = f"{student}-told"
     # Again, because another config may have been built since this one.
     for plugin in load_plugins(config.runtime.plugin):
         notes.note(plugin.describe())
-    defaults = (
-        ("models", "student", student),
-        ("models", "teacher", f"{LAB}{TASK}/teacher"),
-        ("data", "dataset", LAB + TASK),
-    )
-    for section, key, value in defaults:
-        if getattr(getattr(config, section), key) is None:
-            config = configuration.replace(config, **{section: {key: value}})
-            notes.note(f"no --{key} was given; using the built-in {value}")
-    return config
+    config = _fill(config, notes, option="models.student", value=student)
+    return _fill(config, notes, option="models.teacher", value=f"{LAB}{TASK}/teacher")
+
+
+def fill_in_dataset(config: Config, notes: Notes) -> Config:
+    """Return the config with the built-in task where no dataset is given."""
+    return _fill(config, notes, option="data.dataset", value=LAB + TASK)
+
+
+def _fill(config: Config, notes: Notes, *, option: str, value: str) -> Config:
+    """Return the config with ``value`` for an option that is not given, and note it."""
+    section, key = option.split(".")
+    if getattr(getattr(config, section), key) is not None:
+        return config
+    notes.note(f"no --{key} was given; using the built-in {value}")
+    return configuration.replace(config, **{section: {key: value}})
 
 
 @contextlib.contextmanager

@@ -213,6 +213,11 @@ def settle_max_new_tokens(
     limits = [model.positions for model in readers if model.positions]
     positions = min(limits, default=None)
     room = None if positions is None else positions - longest_prompt
+    if room is not None and room < 1:
+        raise UserError(
+            f"the longest prompt has {longest_prompt} tokens, but the models have {positions} "
+            "positions, and a response needs one; shorten the prompts"
+        )
     given = config.rollout.max_new_tokens
     prefix = None  # a fixed length in tokens
     if config.schedule.prefix.isdecimal():
@@ -230,7 +235,7 @@ def settle_max_new_tokens(
         if prefix == given:
             flag = "--prefix"
         raise UserError(
-            f"{flag} {given}: expected at most {max(room, 0)} tokens, because the models have "
+            f"{flag} {given}: expected at most {room} tokens, because the models have "
             f"{positions} positions and the longest prompt has {longest_prompt}; lower {flag}"
         )
     return configuration.replace(config, rollout={"max_new_tokens": given})
@@ -268,7 +273,7 @@ def _measure_coverage(alignment: Alignment, prompts: list[Rendered], notes: Note
     notes.note(
         f"alignment on {len(texts)} prompts: {share['exact_share']:.1%} of student tokens map to "
         f"one teacher token, {share['span_share']:.1%} lie in spans, {share['dropped_share']:.1%} "
-        "are unaligned (text ends count as cut)"
+        "are unaligned (the last unit of a prompt is never aligned)"
     )
     teacher_tokens = sum(len(alignment.teacher.encode(content)) for content in contents)
     return teacher_tokens / max(1, sum(map(len, texts)))
@@ -286,14 +291,13 @@ def _compare_privileged_prompts(
     student_logp = _privileged_logp(pair, [(r.student_ids, r) for r in prompts], place)
     if teacher_logp <= student_logp:
         notes.warn(
-            "--privileged-column does not help the teacher: its log-probability is "
-            f"{teacher_logp:.3g} nats per token with the privileged text and {student_logp:.3g} "
+            "--privileged-column does not help the teacher: its log-probability of that text is "
+            f"{teacher_logp:.3g} nats per token with the text in the prompt and {student_logp:.3g} "
             "without; choose another column or --privileged-template"
         )
     notes.note(
-        f"privileged prompt: the teacher's log-probability of the privileged text is "
-        f"{teacher_logp:.3g} nats per token after its own prompt and {student_logp:.3g} after the "
-        "student's prompt"
+        f"privileged text: its log-probability under the teacher is {teacher_logp:.3g} nats per "
+        f"token after the teacher's prompt and {student_logp:.3g} after the student's"
     )
 
 

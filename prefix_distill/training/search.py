@@ -55,9 +55,12 @@ class Search:
             if taken.scores:
                 steps = " → ".join(f"{s:.4g}" for s in taken.scores)
                 scores = f", {settings.score} {steps}"
+            taken_text = f"accepted W + {2 * taken.k}Δ (k = {taken.k}"
+            if taken.k == 0:
+                taken_text = "accepted no extrapolation (k = 0"
             state.report.note(
-                f"after step {state.step}: accepted W + {2 * taken.k}Δ (k = {taken.k}{scores}; "
-                f"{flops_text(flops)}, {seconds:.1f} s)"
+                f"after step {state.step}: {taken_text}{scores}; {flops_text(flops)}, "
+                f"{seconds:.1f} s)"
             )
 
     def _score(self, meter: Meter) -> float:

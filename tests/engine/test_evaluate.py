@@ -1,5 +1,4 @@
-"""Evaluation: intervals against theory, repetition, held-out KL against a naive loop, pairing by
-seed."""
+"""Test evaluation: intervals against theory, repetition, grading, and held-out KL."""
 
 import math
 
@@ -37,7 +36,7 @@ def limits(place=PLACE):
 
 
 def how(samples, tokens, answer_format="exact"):
-    """Return how ``samples`` answers of up to ``tokens`` tokens are sampled and graded."""
+    """Return the settings of an evaluation: ``samples`` answers of at most ``tokens`` tokens."""
     return evaluate.Evaluation(
         sampler=Sampler(eos=frozenset({257}), pad=256, support=260, seed=3),
         samples=samples,
@@ -47,11 +46,11 @@ def how(samples, tokens, answer_format="exact"):
 
 
 def cost():
-    """Return where nothing is counted."""
+    """Return a cost that records no FLOPs."""
     return GenerationCost(meter=Meter(Clock(device=torch.device("cpu"))))
 
 
-def test_interval_is_the_normal_one_for_many_problems():
+def test_interval_is_close_to_the_normal_one_for_many_problems():
     values = [1.0] * 300 + [0.0] * 700
     found = intervals.interval(values)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
@@ -62,7 +61,7 @@ def test_interval_is_the_normal_one_for_many_problems():
     assert intervals.interval(values) == found
 
 
-def test_interval_of_all_right_or_all_wrong_is_wilsons():
+def test_interval_of_all_right_or_all_wrong_is_wilsons_interval():
     # Wilson's bounds at p = 1 and p = 0 are n/(n + z²) and z²/(n + z²)
     z2 = 1.96**2
     assert intervals.interval([1.0] * 50) == {
@@ -79,21 +78,19 @@ def test_interval_of_all_right_or_all_wrong_is_wilsons():
     }
 
 
-def test_token_mean_weighs_tokens_and_draws_rollouts():
+def test_token_mean_weights_tokens_and_resamples_rollouts():
     values = [[1.0] * 10, [3.0] * 30]
     found = intervals.token_mean(values)
     assert found["value"] == pytest.approx(2.5) and found["n"] == 40
-    assert (found["low"], found["high"]) == (
-        1.0,
-        3.0,
-    )  # two rollouts: a resample may hold either one alone
+    # a resample of two rollouts may hold the same one twice
+    assert (found["low"], found["high"]) == (1.0, 3.0)
     assert intervals.split_mean(values, 10) == (2.0, 3.0) and intervals.split_mean([[1.0]], 1) == (
         1.0,
         None,
     )
 
 
-def test_repetition_is_a_loop_not_a_reuse():
+def test_repetition_means_repeated_4_grams():
     assert evaluate.repeats((1, 2, 3) * 10) and evaluate.repeats((7,) * 20)
     assert not evaluate.repeats(tuple(range(30))) and not evaluate.repeats((1, 2, 3))
     assert not evaluate.repeats(tuple(range(20)) + tuple(range(10)))
@@ -117,7 +114,7 @@ def models():
     ]
 
 
-def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
+def test_held_out_kl_equals_a_naive_loop_with_any_micro_batch(models):
     class Row:
         def __init__(self, ids):
             self.student_ids = self.teacher_ids = ids
@@ -150,8 +147,7 @@ def test_held_out_kl_is_the_naive_one_whatever_the_grouping(models):
 
 
 def test_average_and_pass_at_k(models):
-    """Graded by what was sampled: a problem whose reference is one of its own answers is right
-    for those samples."""
+    """Grade answers against a reference that is itself one of the sampled answers."""
 
     def run(references):
         messages = ({"role": "user", "content": "x"},)
@@ -162,7 +158,7 @@ def test_average_and_pass_at_k(models):
         return evaluate.evaluate(models[0], problems, how(3, 2), limits(), cost())
 
     texts = [[r["text"] for r in record["responses"]] for record in run(["none", "none"]).records]
-    assert texts[0] != texts[1]  # the same prompt twice draws differently
+    assert texts[0] != texts[1]  # equal prompts get different samples
     score = run([texts[0][0], "none"])
     right = texts[0].count(texts[0][0]) / 3
     assert score.accuracy["value"] == pytest.approx(right / 2) and score.pass_at_k["value"] == 0.5
@@ -170,9 +166,11 @@ def test_average_and_pass_at_k(models):
     assert score.mean_tokens <= 2
 
 
-def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
-    """The comparison has a time limit, so two ranks could come to two verdicts: only the rank
-    that sampled an answer grades it."""
+def test_an_answer_is_graded_by_one_rank_only(monkeypatch):
+    """Check that only the rank that sampled an answer grades it.
+
+    Grading has a time limit, so two ranks could disagree.
+    """
     from types import SimpleNamespace
 
     from prefix_distill.engine import evaluate as module
@@ -204,7 +202,7 @@ def test_an_answer_is_graded_once_whatever_the_ranks(monkeypatch):
 
     for rank, own in ((0, ["0", "2", "4"]), (1, ["1", "3"])):
         graded.clear()
-        with pytest.raises(InterruptedError):  # as far as what it tells the others
+        with pytest.raises(InterruptedError):  # stop when the ranks exchange results
             scored(rank, lambda rows: (said.append(rows), (_ for _ in ()).throw(InterruptedError)))
         assert graded == own
     graded.clear()

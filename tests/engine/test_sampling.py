@@ -1,5 +1,4 @@
-"""Sampling: the right distribution, the right place to stop, and the same draw however it is
-batched."""
+"""Test sampling: the distribution, the end of a response, and independence of the batch."""
 
 import pytest
 import torch
@@ -37,17 +36,18 @@ def model(request):
     )
 
 
-def test_a_draw_does_not_depend_on_the_batch(model):
+def test_samples_do_not_depend_on_the_batch(model):
     together = generate(model, requests(), 12, sampler())
     for rows in (1, 3):
         assert generate(model, requests(), 12, sampler(rows=rows)) == together
     backwards = generate(model, requests()[::-1], 12, sampler(rows=2))
     assert backwards[::-1] == together
-    assert generate(model, requests(), 5, sampler())[3].ids == together[3].ids[:5]  # nor on the cap
+    # a lower length limit only truncates
+    assert generate(model, requests(), 5, sampler())[3].ids == together[3].ids[:5]
     assert generate(model, requests(), 12, sampler(seed=6)) != together
 
 
-def test_duplicate_prompts_draw_differently(model):
+def test_duplicate_prompts_get_different_samples(model):
     drawn = generate(
         model,
         [Request(ids=(1, 2, 3), key=(0, slot, s)) for slot in range(2) for s in range(2)],
@@ -58,8 +58,10 @@ def test_duplicate_prompts_draw_differently(model):
 
 
 def test_sampler_and_scorer_agree_on_every_log_probability(model):
-    """Left-padded, cached decoding against one right-padded forward, in float32; and the race
-    replayed by hand."""
+    """Compare left-padded decoding with a KV cache with a right-padded forward pass, in float32.
+
+    The sampling noise is also recomputed, and each sampled token is checked against it.
+    """
     drawn = generate(model, requests(), 12, sampler())
     rows = [
         rollout_of(i, r.ids, d.ids).student
@@ -81,8 +83,10 @@ def test_sampler_and_scorer_agree_on_every_log_probability(model):
 
 
 def test_frequencies_are_the_softmax():
-    """20,000 draws by the race against the distribution: chi-square with 3 degrees of freedom,
-    99.9 % point 16.3."""
+    """Compare 20,000 sampled tokens with the softmax in a chi-square test.
+
+    With 3 degrees of freedom, the 99.9 % point is 16.3.
+    """
     logits, n = torch.tensor([1.0, 0.0, -1.0, -2.0]), 20_000
     fair = sampler(seed=0, support=4)
     race = fair.race([(0, i, 0) for i in range(n)], torch.device("cpu"))
@@ -92,17 +96,20 @@ def test_frequencies_are_the_softmax():
 
 
 def test_greedy_rows_leave_the_batch_when_they_have_ended(model):
-    """Temperature 0 draws nothing, so there is no noise to keep for those that go on."""
+    """Check greedy decoding with rows of different lengths.
+
+    At temperature 0, there is no sampling noise to keep for the remaining rows.
+    """
     greedy = sampler(temperature=0.0, eos=frozenset({-1}))
     free = generate(model, requests(), 70, greedy)
     early = next(t for t in free[0].ids[:30] if any(t not in r.ids for r in free[1:]))
     heard = generate(model, requests(), 70, sampler(temperature=0.0, eos=frozenset({early})))
-    assert len({len(r.ids) > 32 for r in heard}) == 2  # some end in the first stretch, some go on
+    assert len({len(r.ids) > 32 for r in heard}) == 2  # some rows end within 32 tokens
     for r, f in zip(heard, free, strict=True):
         assert r.ids == f.ids[: len(r.ids)]
 
 
-def test_temperature_and_nucleus_shape_the_draw():
+def test_sampling_options_restrict_the_sampled_tokens():
     logits = torch.tensor([[2.0, 1.9, -3.0, -4.0]])
     for change, allowed in (
         ({"top_k": 1}, {0}),
@@ -118,31 +125,32 @@ def test_temperature_and_nucleus_shape_the_draw():
         assert chosen == allowed, change
 
 
-def test_padding_rows_of_the_head_are_never_drawn(model):
+def test_padding_rows_of_the_head_are_never_sampled(model):
     drawn = generate(model, requests(), 12, sampler(support=200, eos=frozenset({5})))
     assert all(token < 200 for r in drawn for token in r.ids)
 
 
-def test_eos_ends_a_response_wherever_it_is_and_a_cut_is_not_an_end():
+def test_eos_ends_a_response_and_the_length_limit_does_not_finish_it():
     assert rollout._until_eos([4, 257, 256, 256], EOS) == Response(ids=(4, 257), finished=True)
-    assert rollout._until_eos([4, 5, 6, 257], EOS) == Response(
-        ids=(4, 5, 6, 257), finished=True
-    )  # EOS exactly at the cap
+    # EOS exactly at the length limit
+    assert rollout._until_eos([4, 5, 6, 257], EOS) == Response(ids=(4, 5, 6, 257), finished=True)
     assert rollout._until_eos([4, 5, 6, 7], EOS) == Response(ids=(4, 5, 6, 7), finished=False)
-    # pad == eos: by position, not by id
+    # padding and EOS have the same id: the first one is EOS
     assert rollout._until_eos([4, 256, 256, 256], frozenset({256})) == Response(
         ids=(4, 256), finished=True
     )
 
 
 def test_generation_stops_rows_at_their_own_eos(model):
-    """Every id that the model can emit is EOS but one: most rows end at once, at their first
-    EOS, EOS included."""
+    """Check that a row ends at its first EOS and includes it.
+
+    All ids but one are EOS, so most rows end at once.
+    """
     drawn = generate(model, requests(), 12, sampler(eos=frozenset(range(260)) - {7}))
     assert all(r.finished and r.ids[-1] != 7 and set(r.ids[:-1]) <= {7} for r in drawn)
 
 
-def test_the_models_own_generation_config_has_no_say_and_the_cache_is_on(model):
+def test_the_models_generation_config_is_ignored_and_the_cache_is_used(model):
     before = generate(model, requests(), 8, sampler())
     calls = []
     handle = model.net.register_forward_pre_hook(
@@ -155,7 +163,7 @@ def test_the_models_own_generation_config_has_no_say_and_the_cache_is_on(model):
     assert all(used for _, used in calls)
 
 
-def test_the_ledger_hears_the_lengths_that_were_run(model):
+def test_the_ledger_counts_the_lengths_that_were_run(model):
     heard = []
 
     class Cost(GenerationCost):
@@ -176,9 +184,11 @@ def test_the_ledger_hears_the_lengths_that_were_run(model):
     ]
 
 
-def test_the_decoding_network_is_the_student_behind_other_matmuls():
-    """The same parameters, the same log-probabilities, the same draws; a step of the optimizer
-    reaches it by itself."""
+def test_the_decoding_network_shares_the_students_weights():
+    """Check that the decoding network uses the student's parameters in other matmuls.
+
+    Log-probabilities and samples are the same, also after the weights have changed.
+    """
     student = Model(
         name="m",
         net=tiny_net("llama", width=256).requires_grad_(True),
@@ -211,9 +221,11 @@ def test_the_decoding_network_is_the_student_behind_other_matmuls():
 @pytest.mark.parametrize(
     "shape", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}]
 )
-def test_recorded_log_probabilities_are_those_of_the_draw(model, shape):
-    """Against one forward per token, warped by hand; rows that end early leave the batch in
-    between."""
+def test_recorded_log_probabilities_are_those_of_the_sampled_tokens(model, shape):
+    """Compare with one forward pass per token and logits that are warped by hand.
+
+    Rows that end early leave the batch.
+    """
     drawn = generate(
         model, requests(), 40, sampler(record=True, eos=frozenset(range(0, 260, 9)), **shape)
     )

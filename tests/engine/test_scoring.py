@@ -1,5 +1,7 @@
-"""Reading a prompt once for all its samples: the same rows and gradients as reading it every
-time, and little padding."""
+"""Test prompts that are encoded once for all their samples, and the padding of micro-batches.
+
+Hidden rows and gradients equal those of a prompt that is encoded for every sample.
+"""
 
 import dataclasses
 import importlib.util
@@ -25,8 +27,10 @@ missing = [
 
 
 def rollouts(shapes, width=256):
-    """(prompt length, response lengths) → rollouts; prompts and responses of all lengths differ
-    from their first token."""
+    """Return rollouts of the given shapes: (prompt length, response lengths).
+
+    Prompts differ from the first token on, and so do the responses to a prompt.
+    """
     made = []
     for slot, (prompt, responses) in enumerate(shapes):
         ids = tuple((7 * slot + 3 * i) % width for i in range(prompt))
@@ -36,8 +40,7 @@ def rollouts(shapes, width=256):
     return made
 
 
-# the tiny gemma3's window is 8: prompts and responses shorter and longer than it, one of a single
-# token
+# lengths below and above gemma3's sliding window of 8 tokens, and a response of one token
 GROUP = [(19, (14, 3, 25)), (5, (9, 1)), (30, (12,)), (8, (8, 8))]
 
 
@@ -83,7 +86,7 @@ def test_a_shared_prompt_gives_the_rows_and_gradients_of_a_repeated_one(kind, at
         )
 
 
-def test_responses_behind_one_prompt_do_not_see_each_other():
+def test_responses_to_a_shared_prompt_do_not_attend_to_each_other():
     net = tiny_net("llama")
     first, second = rollouts([(9, (6, 6))])
     other = dataclasses.replace(rollout_of(0, first.student_prompt, (1, 2, 3, 4, 5, 6)), sample=1)
@@ -91,7 +94,7 @@ def test_responses_behind_one_prompt_do_not_see_each_other():
     torch.testing.assert_close(rows[0], rows[1])
 
 
-def test_sharing_is_checked_on_the_model_itself():
+def test_prompt_sharing_is_checked_by_running_the_model():
     for kind in ("llama", "qwen3", "gemma3", "neox", "gpt2"):
         assert (
             scoring.check_sharing(
@@ -111,9 +114,9 @@ def test_sharing_is_checked_on_the_model_itself():
     model = Model(
         name="m", net=net, tokenizer=byte_tokenizer(), generation_config=None, eos=frozenset()
     )
-    assert scoring.check_sharing(model)  # no such cache: a reason, in words
+    assert scoring.check_sharing(model)  # Mamba has no KV cache, so a reason is returned
     torch.manual_seed(1)
-    with torch.no_grad():  # a decoder that ignores what it is told about positions
+    with torch.no_grad():  # a decoder that ignores position_ids
         net = tiny_net("gpt2")
         forward = net.transformer.forward
         net.transformer.forward = lambda position_ids=None, **kw: forward(**kw)
@@ -145,7 +148,7 @@ def test_micro_batches_hold_every_rollout_once_with_little_padding(shared):
         assert sorted(r.key for g in groups for r in g) == sorted(r.key for r in group)
         assert max(map(len, groups)) <= size and padding(groups, shared) <= 0.1
     assert micro_batches(group[::-1], 8, shared) == micro_batches(group, 8, shared)
-    # samples of a prompt stay together where that saves reading it again
+    # samples of a prompt share a micro-batch, so that the prompt is encoded once
     even = rollouts([(100, [32] * 4), (100, [32] * 4)])
     assert [{r.slot for r in g} for g in micro_batches(even, 4, shared)] in (
         [{0}, {1}],
@@ -156,8 +159,10 @@ def test_micro_batches_hold_every_rollout_once_with_little_padding(shared):
 @pytest.mark.real
 @pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 def test_padding_of_real_prompts_stays_under_a_tenth():
-    """GSM8K's questions under SmolLM2's tokenizer and template, in updates of 8 prompts × 1 and
-    × 4 at a prefix of 64."""
+    """Measure the padding of GSM8K's questions with SmolLM2's tokenizer and chat template.
+
+    An update has 8 prompts with 1 or 4 samples each, at a prefix of 64 tokens.
+    """
     import real_pair
 
     file = real_pair.teacher()
@@ -178,12 +183,12 @@ def test_padding_of_real_prompts_stays_under_a_tenth():
             assert padding(micro_batches(group, 8, samples > 1), samples > 1) <= 0.1
 
 
-def test_the_extent_of_a_side_does_not_walk_through_its_rows():
-    """`micro_batches` asks for it once for every pair of rollouts that it tries."""
+def test_the_extent_of_a_side_does_not_iterate_over_its_rows():
+    """Check this because `micro_batches` reads the extent for every pair of rollouts it tries."""
 
     class Rows(tuple):
         def __iter__(self):
-            raise AssertionError("the rows are walked through")
+            raise AssertionError("the extent iterated over the rows")
 
     assert Side(prompt=(1, 2), ids=(3, 4, 5, 6), rows=Rows((0, 2))).extent == 3
     assert Side(prompt=(1, 2), ids=(3, 4), rows=()).extent == 1

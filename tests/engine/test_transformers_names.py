@@ -1,4 +1,4 @@
-"""The names of the KV cache and of checkpointing: old, new, and in the installed library."""
+"""Test which names of transformers are used for the KV cache and for activation checkpointing."""
 
 import inspect
 import logging
@@ -76,14 +76,14 @@ def test_the_cache_argument_is_the_one_that_the_signature_lists():
     assert names.name_cache_argument(both_forward) == "cache"
 
 
-def test_a_forward_that_passes_its_arguments_on_gets_the_name_of_generate():
+def test_a_forward_that_forwards_its_arguments_uses_the_name_of_generate():
     def pass_on(*args, **kwargs):
         return new_forward(*args, **kwargs)
 
     assert names.name_cache_argument(pass_on) == names.name_generate_cache_argument()
 
 
-def test_the_name_of_generate_is_the_one_that_its_preparation_lists():
+def test_the_cache_argument_of_generate_is_the_one_that_its_preparation_lists():
     assert names.name_generate_cache_argument(old_forward) == "past_key_values"
     assert names.name_generate_cache_argument(new_forward) == "cache"
     listed = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -121,7 +121,7 @@ def silence():
 
     logger, listener = logging.getLogger("transformers"), Listener(logging.WARNING)
     level = logger.level
-    logging.Logger.warning_once.cache_clear()  # repeat messages of earlier tests
+    logging.Logger.warning_once.cache_clear()  # log again what an earlier test logged
     logger.addHandler(listener)
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings(record=True) as caught:
@@ -168,7 +168,7 @@ def test_the_installed_forward_with_a_head_takes_the_cache(model, silence):
 
 
 def test_the_installed_generate_takes_and_returns_the_cache(model, silence):
-    """Three calls of generate, each with the cache of the previous one."""
+    """Call generate three times, each time with the cache of the previous call."""
     requests = [Request(ids=(65, 66, 67), key=(0, row)) for row in range(2)]
     sampler = Sampler(eos=frozenset({257}), pad=256, support=256, seed=1, temperature=0)
     first, second = generate(model, requests, 2 * STRETCH + 3, sampler)

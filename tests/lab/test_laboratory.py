@@ -1,4 +1,4 @@
-"""The embedded laboratory: its problems, its models and the demo built on them."""
+"""Test the built-in laboratory: its problems, its models, and a run on them."""
 
 import json
 import random
@@ -77,8 +77,8 @@ def test_everything_shipped_fits_in_4_mb():
 
 
 @pytest.mark.parametrize("name, role", PAIRS)
-def test_shipped_models_meet_their_bands(name, role, tmp_path):
-    """At temperature 1 on 60 held-out problems; the bands have room for the interval's width."""
+def test_shipped_models_reach_their_accuracy_bands(name, role, tmp_path):
+    """Evaluate at temperature 1 on 60 held-out problems; compare the interval with the band."""
     _, out, _ = invoke(
         "eval",
         "--model",
@@ -99,7 +99,7 @@ def test_shipped_models_meet_their_bands(name, role, tmp_path):
 
 
 @pytest.mark.parametrize("role", ["student-told", "teacher-half"])
-def test_told_models_write_the_solution_they_are_given(role):
+def test_models_of_privileged_prompts_write_the_given_solution(role):
     problems = task.sample_problems("choice", "test", 60)
     answers = build.sample(
         task.model_path("choice", role), [p.privileged_prompt for p in problems], 0
@@ -127,7 +127,7 @@ def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
     assert evaluated["accuracy"] == document["accuracy_after"]
 
 
-def test_stages_with_told_problems_draw_for_them_and_others_do_not():
+def test_only_stages_with_privileged_prompts_use_random_numbers_for_them():
     p = Problem(task="choice", first=41, second=73, steps=3)
     plain = Stage(updates=1, batch=1, lr=1.0, short_cuts=0.5)
     privileged = Stage(updates=1, batch=1, lr=1.0, short_cuts=1.0, privileged=0.5)
@@ -143,9 +143,11 @@ def test_stages_with_told_problems_draw_for_them_and_others_do_not():
     }
 
 
-def test_rebuilding_trains_the_same_net_twice(tmp_path):
-    """Three updates of the committed recipe, twice: bit for bit the same folder, which the
-    program loads."""
+def test_rebuilding_a_model_is_deterministic(tmp_path):
+    """Train three updates of the committed recipe twice; compare the files byte by byte.
+
+    The loader accepts the folder.
+    """
     net = replace(NETS[0], stages=(replace(NETS[0].stages[0], updates=3),))
     for name in ("a", "b"):
         model = build.make_model(net)

@@ -1,4 +1,4 @@
-"""The divergence of a token, and its gradient, against closed forms and finite differences."""
+"""Test the divergence of a token and its gradient: closed forms and finite differences."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_closed_forms_on_three_tokens_in_both_directions():
     ).item() == pytest.approx(0.3 * kl(teacher, mixture) + 0.7 * kl(student, mixture), 1e-12)
 
 
-def test_jsd_tends_to_the_named_kl_at_both_ends():
+def test_jsd_tends_to_forward_kl_at_0_and_to_reverse_kl_at_1():
     student, teacher = logp(0.7, 0.2, 0.1), logp(0.25, 0.25, 0.5)
     low, high = (
         per_token(Terms(name="jsd", parameters=(b,)), student, teacher).item()
@@ -48,8 +48,7 @@ def test_jsd_tends_to_the_named_kl_at_both_ends():
 
 @pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
 def test_gradient_matches_finite_differences(name, parameters):
-    """The logit gradient by hand against central differences in float64 (an identity head makes
-    hidden rows logits)."""
+    """Compare the analytic gradient by the logits with central differences in float64."""
     torch.manual_seed(2)
     student, teacher = (
         torch.randn(4, 6, dtype=torch.float64),

@@ -1,5 +1,4 @@
-"""Extrapolation: which points the search looks at, which it accepts, and that the weights are
-exact whatever happens."""
+"""Test extrapolation: the points that the search scores and accepts, and exact weights."""
 
 import math
 from collections import Counter
@@ -18,13 +17,15 @@ from prefix_distill.maths.extrapolation import diagnose, due, effective_rank, ex
 
 
 def line(weight: float, anchor: float):
-    """One parameter of one number, and its anchor."""
+    """Return a parameter with one element, and its anchor."""
     return {"w": Parameter(torch.tensor([weight]))}, {"w": torch.tensor([anchor])}
 
 
 def search(weight: float, anchor: float, value, kind: str = "effopd", key: tuple = (0,)):
-    """(what was found, points scored, the final point) of a search on a line with the score
-    ``value(w)``."""
+    """Search on a line with the score ``value(w)``.
+
+    Return the result, the points that were scored, and the final point.
+    """
     parameters, held = line(weight, anchor)
     points = []
 
@@ -38,8 +39,10 @@ def search(weight: float, anchor: float, value, kind: str = "effopd", key: tuple
 
 
 def some(seed: int = 0) -> tuple[dict, dict]:
-    """Random parameters of several shapes, and an anchor nearby whose differences are not exact
-    numbers."""
+    """Return random parameters of several shapes, and an anchor close to them.
+
+    The differences between them are rounded in float32.
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = {"matrix": (7, 5), "vector": (11,), "experts": (3, 4, 2), "scalar": ()}
 
@@ -55,7 +58,7 @@ def some(seed: int = 0) -> tuple[dict, dict]:
 
 
 def scores(*values: float):
-    """A score that gives these numbers in turn, and fails when asked for more."""
+    """Return a score function that returns ``values`` in turn and fails after the last one."""
     left = list(values)
     return lambda: left.pop(0)
 
@@ -70,22 +73,21 @@ def same_bits(one: dict, other: dict) -> bool:
 # The search
 
 
-def test_search_by_hand_takes_two_and_stops_at_the_third():
+def test_search_by_hand_accepts_two_candidates_and_rejects_the_third():
     found, points, end = search(1.0, 0.5, lambda w: -abs(w - 3.2))  # Δ = 0.5: candidates at 2, 3, 4
     assert points == [1.0, 2.0, 3.0, 4.0] and end == 3.0
     assert found.k == 2 and found.scores == pytest.approx([-2.2, -1.2, -0.2, -0.8])
 
 
 def test_an_equal_score_is_not_accepted():
-    found, points, end = search(
-        1.0, 0.0, lambda w: -abs(w - 4.0)
-    )  # 1, 3, 5: 3 and 5 are equally far
+    # candidates at 3 and 5: equal scores
+    found, points, end = search(1.0, 0.0, lambda w: -abs(w - 4.0))
     assert points == [1.0, 3.0, 5.0] and (found.k, end) == (1, 3.0)
     found, points, end = search(1.0, 0.0, lambda w: 7.0)
     assert points == [1.0, 3.0] and (found.k, found.scores, end) == (0, [7.0, 7.0], 1.0)
 
 
-def test_five_candidates_at_most_in_equal_steps():
+def test_at_most_five_candidates_in_equal_steps():
     found, points, end = search(1.0, 2.0, lambda w: -w)
     assert points == [1.0, -1.0, -3.0, -5.0, -7.0, -9.0] and (found.k, end, len(found.scores)) == (
         5,
@@ -94,7 +96,7 @@ def test_five_candidates_at_most_in_equal_steps():
     )
 
 
-def test_a_later_better_candidate_is_not_looked_for():
+def test_the_search_stops_at_the_first_rejected_candidate():
     found, points, end = search(1.0, 0.0, {1.0: 1, 3.0: 0, 5.0: 100}.get)
     assert points == [1.0, 3.0] and (found.k, end) == (0, 1.0)
 
@@ -115,7 +117,7 @@ def test_nan_is_never_accepted(values, k):
     assert found.k == k and len(found.scores) == len(values)
 
 
-def test_the_anchor_moves_also_when_nothing_is_accepted():
+def test_the_anchor_moves_even_if_no_candidate_is_accepted():
     parameters, anchor = line(1.0, 0.0)
     tensor, points = anchor["w"], []
 
@@ -126,7 +128,7 @@ def test_the_anchor_moves_also_when_nothing_is_accepted():
     extrapolate(parameters, anchor, "effopd", score, (1,))
     assert anchor["w"] is tensor and tensor.item() == 1.0
     with torch.no_grad():
-        parameters["w"] += 0.25  # what the optimizer does meanwhile
+        parameters["w"] += 0.25  # as an optimizer step does
     extrapolate(parameters, anchor, "effopd", score, (2,))
     assert points == [1.0, 3.0, 1.25, 1.75] and tensor.item() == 1.25
 
@@ -148,7 +150,7 @@ def test_the_accepted_point_is_the_formula_bit_for_bit(seed, k):
     assert found.k == k and same_bits(parameters, wanted) and same_bits(anchor, wanted)
 
 
-def test_every_candidate_is_computed_afresh():
+def test_every_candidate_is_computed_from_the_start():
     parameters, anchor = some(3)
     start, seen = snapshot(parameters), []
 
@@ -169,9 +171,8 @@ def test_every_candidate_is_computed_afresh():
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_weights_are_restored_when_the_score_fails(fails_at, error):
     parameters, anchor = some(5)
-    parameters["vector"].data[:3] = torch.tensor(
-        [-0.0, 1e-42, math.inf]
-    )  # signs, subnormals and infinities come back too
+    # the sign of zero, subnormal numbers and infinities must also be restored
+    parameters["vector"].data[:3] = torch.tensor([-0.0, 1e-42, math.inf])
     start, old, calls = snapshot(parameters), {name: a.clone() for name, a in anchor.items()}, []
 
     def score() -> float:
@@ -214,7 +215,7 @@ def test_other_dtypes_are_refused_before_anything_is_touched():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_same_bits():
     parameters, anchor = some(7)
     here = {name: Parameter(p.detach().cuda()) for name, p in parameters.items()}
@@ -253,21 +254,21 @@ def test_random_accepts_each_with_probability_one_half():
         assert abs(counts[k] - n * chance) < 4 * math.sqrt(n * chance * (1 - chance)), k
 
 
-def test_random_is_decided_by_its_key():
+def test_random_depends_only_on_its_key():
     def draws(seed):
         return [search(1.0, 0.0, None, "random", (seed, t))[0].k for t in range(40)]
 
     assert draws(0) == draws(0) != draws(1)
 
 
-# Texts and times
+# The steps with a search
 
 
 def test_due_at_powers_of_two():
     assert [t for t in range(-4, 1100) if due(t)] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 
 
-# Which parameters
+# The extrapolated parameters
 
 
 ATTENTION = [
@@ -301,7 +302,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize("kind", MOVED)
-def test_linear_layers_of_the_decoder_move_and_nothing_else(kind):
+def test_only_linear_layers_of_the_decoder_are_extrapolated(kind):
     net = tiny_net(kind)
     everything, found = dict(net.named_parameters()), extrapolated_parameters(net, "attention-mlp")
     stem, layer = MOVED[kind]
@@ -311,7 +312,7 @@ def test_linear_layers_of_the_decoder_move_and_nothing_else(kind):
     assert extrapolated_parameters(net, "all").keys() == everything.keys()
 
 
-def test_fused_experts_move_and_their_router_does_not():
+def test_fused_experts_are_extrapolated_and_their_router_is_not():
     from transformers import AutoModelForCausalLM, MixtralConfig
 
     net = AutoModelForCausalLM.from_config(
@@ -333,7 +334,7 @@ def test_fused_experts_move_and_their_router_does_not():
 
 
 class Whole(torch.nn.Module):
-    """A model that is its own decoder: its head lies inside, tied to the embedding or not."""
+    """A model that is its own decoder and contains the head, tied to the embedding or not."""
 
     def __init__(self, tied: bool, inner: bool = True):
         super().__init__()
@@ -354,21 +355,21 @@ class Whole(torch.nn.Module):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_inside_the_decoder_stays(tied):
+def test_a_head_inside_the_decoder_is_not_extrapolated(tied):
     assert set(extrapolated_parameters(Whole(tied), "attention-mlp")) == {
         "inner.weight",
         "inner.bias",
     }
 
 
-def test_nothing_to_move_is_an_error():
+def test_no_parameter_to_extrapolate_is_an_error():
     with pytest.raises(UserError, match="--extrapolate"):
         extrapolated_parameters(Whole(False, inner=False), "attention-mlp")
     with pytest.raises(ValueError, match="norms"):
         extrapolated_parameters(Whole(False), "norms")
 
 
-def test_a_real_network_goes_through_a_search():
+def test_a_search_improves_a_real_network():
     net = tiny_net("qwen3").requires_grad_(True)
     parameters = extrapolated_parameters(net, "attention-mlp")
     anchor, ids = snapshot(parameters), torch.arange(20)[None]
@@ -399,7 +400,7 @@ def test_effective_rank_in_closed_form():
     assert effective_rank(torch.zeros(4, 5)) == 0.0
     assert math.isnan(effective_rank(torch.full((2, 2), math.inf)))
     rotation = torch.linalg.qr(torch.randn(4, 4))[0]
-    p = [8 / 15, 4 / 15, 2 / 15, 1 / 15]  # of singular values 8, 4, 2, 1, not of their squares
+    p = [8 / 15, 4 / 15, 2 / 15, 1 / 15]  # from singular values 8, 4, 2, 1, not their squares
     entropy = -sum(x * math.log(x) for x in p)
     assert effective_rank(rotation @ torch.diag(torch.tensor([8.0, 4, 2, 1]))) == pytest.approx(
         math.exp(entropy), rel=1e-5
@@ -458,9 +459,12 @@ def trained(pair, questions, folder, **changes):
     return run, first, result, files.read_latest_checkpoint(lambda text: None)[1]
 
 
-def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tmp_path):
-    """One update, then k = 1: attention and MLP matrices at W + 2Δ, everything else at W, the
-    moments as without it."""
+def test_a_run_reaches_w_plus_2k_delta_and_keeps_the_moments(pair, questions, tmp_path):
+    """Check the weights after one step and an extrapolation with k = 1.
+
+    Attention and MLP matrices are W + 2Δ, and all other weights are W. The optimizer's moments are
+    those of a run without extrapolation.
+    """
     plain, first, _, state = trained(pair, questions, tmp_path / "plain")
     run, _, result, further = trained(
         pair, questions, tmp_path / "further", extrapolation__kind="always-1"
@@ -502,9 +506,12 @@ def test_a_run_goes_to_w_plus_2k_delta_and_leaves_adam_alone(pair, questions, tm
     assert not forgotten["optimizer"]
 
 
-def test_scores_are_paired_and_are_what_they_say(pair, questions):
-    """heldout-kl: full logits of fresh rollouts read alone. accuracy: evaluation's grading. Same
-    prompts, same draws every time."""
+def test_scores_match_their_definitions_and_use_the_same_samples(pair, questions):
+    """Compare each score with its definition.
+
+    heldout-kl: full logits of new rollouts, one rollout at a time. accuracy: graded answers. Two
+    calls use the same prompts and samples.
+    """
     import torch.nn.functional as F
 
     from prefix_distill.engine import evaluate
@@ -546,7 +553,7 @@ def test_scores_are_paired_and_are_what_they_say(pair, questions):
         extrapolation__problems=20,
         rollout__max_new_tokens=192,
     )
-    state = state_of(graded)  # full answers, whatever the prefix
+    state = state_of(graded)  # answers are sampled beyond the prefix
     assert monitor.candidate_score(state, state.meter()) >= 0.8
 
 

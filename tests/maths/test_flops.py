@@ -1,4 +1,4 @@
-"""The ledger against torch's own count (eager attention) and against sums written out."""
+"""Test the FLOP ledger against torch's own count (eager attention) and against explicit sums."""
 
 import dataclasses
 
@@ -45,13 +45,13 @@ def model(request):
 
 
 def cost_in(ledger, shape):
-    """Return where a generation counts its FLOPs: ``ledger``."""
+    """Return a cost of generation that counts FLOPs in ``ledger``."""
     return GenerationCost(meter=Meter(Clock(device=torch.device("cpu")), ledger), shape=shape)
 
 
 @DECODING
 @pytest.mark.parametrize("samples", [1, 3])
-def test_generation_as_executed(model, samples):
+def test_executed_flops_of_generation_match_torchs_count(model, samples):
     requests = [
         Request(ids=tuple(range(5, 5 + n)), key=(0, n, s))
         for n in (9, 14, 20)
@@ -67,9 +67,11 @@ def test_generation_as_executed(model, samples):
 
 
 @DECODING
-def test_rows_that_have_ended_leave_the_batch(model):
-    """EOS is made of what other rows sample early and row 0 never does: they are gone after a
-    stretch, and the count knows."""
+def test_rows_that_have_ended_cost_no_more_flops(model):
+    """Check that rows that have ended leave the batch and cost no more FLOPs.
+
+    The EOS ids are tokens that other rows sample early and row 0 never samples.
+    """
     requests = [Request(ids=tuple(range(5, 5 + n)), key=(0, n, 0)) for n in range(9, 17)]
     free = generate(
         model, requests, 80, Sampler(eos=frozenset({257}), pad=256, support=260, seed=3)
@@ -84,9 +86,8 @@ def test_rows_that_have_ended_leave_the_batch(model):
     )
     lengths = [len(r.ids) for r in heard]
     assert lengths[0] > 64 and sum(n <= 32 for n in lengths) >= 3
-    assert [r.ids for r in heard] == [
-        f.ids[:n] for f, n in zip(free, lengths, strict=True)
-    ]  # leaving changes nobody's draw
+    # a row that leaves the batch does not change the samples of the others
+    assert [r.ids for r in heard] == [f.ids[:n] for f, n in zip(free, lengths, strict=True)]
     assert ledger.total("executed") == pytest.approx(real, rel=0.02)
 
 
@@ -100,7 +101,7 @@ def rollouts(samples):
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_scoring_and_update_as_executed(model, samples):
+def test_executed_flops_of_scoring_and_updates_match_torchs_count(model, samples):
     group, one = rollouts(samples), Ledger()
     read = reads(student_sides(group), True)
 
@@ -130,15 +131,16 @@ def test_scoring_and_update_as_executed(model, samples):
         loss.backward()
 
     one.forward("update", read_shape(model), read, passes=Passes(count=3))
-    teacher_head = (
-        2 * 260 * sum(len(r.ids) for r in group)
-    )  # the stand-in teacher's one-column head
+    # the head of the substitute teacher has one column
+    teacher_head = 2 * 260 * sum(len(r.ids) for r in group)
     assert one.executed["update"] == pytest.approx(counted(update) - teacher_head, rel=0.02)
 
 
-def test_recomputed_layers_are_executed_once_more_at_most(model):
-    """Gradient checkpointing against torch's count: never less than was run, and at most one
-    matmul a layer more."""
+def test_flops_of_gradient_checkpointing_match_torchs_count(model):
+    """Compare gradient checkpointing with torch's count.
+
+    The ledger counts at least what was run, and at most one more matmul per layer.
+    """
     group, one, plain = rollouts(1), Ledger(), Ledger()
     model = with_checkpointing(model)
     model.net.requires_grad_(True)
@@ -165,12 +167,12 @@ def test_useful_counts_real_tokens_and_causal_pairs():
     assert ledger.useful["student_prefill"] == 2 * (2000 * 4 + 100) + 32 * (
         full(3) + sliding(3) + full(5) + sliding(5)
     )
-    # row 1 decodes 3 more tokens at positions 4, 5, 6; row 2 none
+    # row 1 decodes 3 more tokens at positions 4, 5, 6; row 2 decodes none
     assert ledger.useful["student_decode"] == 3 * 2100 + 32 * ((4 + 5 + 6) + (4 + 4 + 4))
     assert ledger.executed["student_decode"] == 2 * (3 * 2100 + 32 * ((6 + 7 + 8) + (4 + 4 + 4)))
 
 
-def test_a_shared_prompt_is_paid_for_once():
+def test_a_shared_prompt_is_counted_once():
     cost, shared, repeated = (
         Shape(trunk=1000, head=50, attention=((8, 16), (8, None))),
         Ledger(),
@@ -182,16 +184,15 @@ def test_a_shared_prompt_is_paid_for_once():
     assert shared.total() == pytest.approx(repeated.total() - again)
     shared.generation(cost, [(40, [8, 8, 5])])
     repeated.generation(cost, [(40, [8]), (40, [8]), (40, [5])])
-    again = 2 * (
-        cost.linear(39) + cost.causal(0, 39)
-    )  # the last token of the prompt is every row's own
+    # every row runs the last token of the prompt itself
+    again = 2 * (cost.linear(39) + cost.causal(0, 39))
     assert shared.useful["student_prefill"] == pytest.approx(
         repeated.useful["student_prefill"] - again
     )
     assert shared.useful["student_decode"] == repeated.useful["student_decode"]
 
 
-def test_cost_of_a_batch_is_the_sum_of_its_rows_and_evaluation_stays_outside():
+def test_cost_of_a_batch_is_the_sum_of_its_rows_and_totals_exclude_evaluation():
     cost = Shape(trunk=1000, head=50, attention=((8, 16), (8, None)))
     rows, whole = Ledger(), Ledger()
     for read in [(3, [5]), (9, [1]), (40, [8])]:
@@ -207,7 +208,7 @@ def test_cost_of_a_batch_is_the_sum_of_its_rows_and_evaluation_stays_outside():
     assert whole.total() == before and whole.summary()["by_phase"]["evaluation"]["useful"] == 1e9
 
 
-def test_update_cost_is_what_the_ledger_says_for_such_an_update():
+def test_predicted_cost_of_an_update_equals_the_ledger():
     student, teacher = (
         Shape(trunk=1000, head=50, attention=((8, None),)),
         Shape(trunk=3000, head=60, attention=((16, None),) * 2),

@@ -1,4 +1,4 @@
-"""The loss with both heads, in chunks, against a naive reference on full logits."""
+"""Test the loss with both heads, in chunks, against a naive reference on full logits."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_never_negative_on_far_apart_models(name, parameters):
 
 
 def naive(name, parameters, hidden, weight, bias, head, teacher_logits, token_weights, temperature):  # noqa: PLR0913  the operands of the formula
-    """Full float32 logits, autograd, torch's own kl_div."""
+    """Return the loss and the values from full float32 logits and torch's ``kl_div``."""
     logits = hidden @ weight.T + (0 if bias is None else bias)
     logits = logits * head.scale
     if head.softcap:
@@ -79,9 +79,10 @@ def test_values_and_gradients_match_autograd(name, parameters, scale, softcap, t
     token_weight = torch.rand(n)
     head = Head(weight_VD=weight, bias_V=bias_v, scale=scale, softcap=softcap)
     tables = 3 + (name == "jsd") + (softcap is not None)
+    # 10 rows per chunk: four chunks, the last one smaller
     terms = Terms(
         name=name, parameters=parameters, temperature=temperature, memory_bytes=4 * v * tables * 10
-    )  # 10 rows a chunk: four chunks, the last uneven
+    )
     assert terms.rows_per_chunk(v, softcap is not None) == 10
     inputs = [hidden, weight] + ([bias_v] if bias else [])
     want, want_values = naive(
@@ -107,7 +108,7 @@ def test_values_and_gradients_match_autograd(name, parameters, scale, softcap, t
 
 
 def bucketed(logp, top):
-    """[…, k + 1]: the chosen tokens' mass and the rest's, by plain sums."""
+    """Return [N, k + 1]: the probability of each token in ``top``, and of all other tokens."""
     mass = logp.exp()
     chosen = mass.gather(1, top)
     return torch.cat([chosen, mass.sum(-1, keepdim=True) - chosen.sum(-1, keepdim=True)], -1)
@@ -146,7 +147,7 @@ def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, pa
         teacher_head,
         token_weight,
     )
-    assert (values <= full + 1e-6).all()  # bucketing never adds divergence
+    assert (values <= full + 1e-6).all()  # merging tokens cannot raise the divergence
     found = statistics(
         terms,
         hidden,
@@ -198,8 +199,8 @@ def test_a_frozen_head_gets_no_gradient_and_a_cut_head_only_inside_its_support()
     assert frozen.weight_VD.grad is None
 
 
-def test_no_vocabulary_table_outlives_its_chunk():
-    """Largest tensor kept for backward: the head's own gradient; nothing of size N × V."""
+def test_no_tensor_of_rows_times_vocabulary_is_kept_for_backward():
+    """Check that the largest tensor kept for backward is the gradient of the head."""
     n, v, d = 512, 4000, 8
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     head = Head(weight_VD=weight)
@@ -215,7 +216,7 @@ def test_no_vocabulary_table_outlives_its_chunk():
     assert max(kept) == v * d < n * v
 
 
-def test_statistics_are_the_tables_own_numbers():
+def test_statistics_match_torchs_distributions():
     torch.manual_seed(3)
     student, teacher = torch.randn(9, 5), torch.randn(9, 5)
     heads = Head(weight_VD=torch.randn(30, 5)), Head(weight_VD=torch.randn(30, 5))
@@ -264,8 +265,7 @@ def test_gpu_equals_cpu(name, parameters):
 
 
 def exact_case(seed=0):
-    """One context (its student and teacher rows) seen V times, each time with another realised
-    token."""
+    """Return the vocabulary size, both heads, and one hidden row of each model."""
     torch.manual_seed(seed)
     vocabulary = 40
     student, teacher = (
@@ -276,14 +276,15 @@ def exact_case(seed=0):
 
 
 @pytest.mark.parametrize("ratio", [False, True])
-def test_the_sampled_gradient_is_the_exact_one_in_expectation(ratio):
-    """Σ_v q(v) ∇loss(v) = ∇KL(S‖T) at a fixed context: q = S, and any other q with the
-    importance ratio."""
+def test_the_sampled_gradient_equals_the_exact_one_in_expectation(ratio):
+    """Check that Σ_v q(v) ∇loss(v) = ∇KL(S‖T) in a fixed context.
+
+    q is S, or another distribution with the importance ratio.
+    """
     vocabulary, student, teacher, hidden, theirs = exact_case()
     logp = F.log_softmax(student.logits(hidden.clone()), -1)[0]
-    sampler = (
-        F.log_softmax(student.logits(hidden.clone()) / 0.6, -1)[0] if ratio else logp
-    )  # a sharpened sampler
+    # with the ratio: sampled at temperature 0.6
+    sampler = F.log_softmax(student.logits(hidden.clone()) / 0.6, -1)[0] if ratio else logp
     gradients, means = [], []
     for terms, rows, weight, more in (
         (Terms(name="reverse-kl"), 1, torch.ones(1), ()),
@@ -312,7 +313,7 @@ def test_the_sampled_gradient_is_the_exact_one_in_expectation(ratio):
         gradients.append((own.grad, table.grad, bias.grad))
         means.append((weight * values).sum().item())
     if not ratio:
-        assert means[1] == pytest.approx(means[0], abs=1e-5)  # the estimate's mean is the KL
+        assert means[1] == pytest.approx(means[0], abs=1e-5)  # the mean of the estimates is the KL
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
 
@@ -341,8 +342,10 @@ def test_without_the_ratio_another_sampler_biases_the_gradient():
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_sampled_and_cross_entropy_against_autograd(softcap):
-    """The policy-gradient loss −ρ·A·log S(y) and −log S(y), written down naively; also in chunks
-    of one row."""
+    """Compare with naive versions of the losses −ρ·A·log S(y) and −log S(y).
+
+    Chunks hold all rows or one row.
+    """
     torch.manual_seed(1)
     hidden, theirs = torch.randn(9, 8), torch.randn(9, 12)
     weight, teacher = torch.rand(9), Head(weight_VD=torch.randn(30, 12))
@@ -390,8 +393,11 @@ def test_sampled_and_cross_entropy_against_autograd(softcap):
 
 
 def test_entry_wise_clip_by_hand():
-    """T = (1/2, 1/4, 1/4), S = (1/4, 1/4, 1/2), κ = 0.1: the first entry's ½ ln 2 is cut to κ, the
-    others are 0 and −¼ ln 2, so the value is negative; U holds the last two, Q_U = 1/2."""
+    """Check T = (1/2, 1/4, 1/4), S = (1/4, 1/4, 1/2) and κ = 0.1.
+
+    The first entry, ½ ln 2, is clipped to κ. The others are 0 and −¼ ln 2, so the value is
+    negative. U holds the entries that are not clipped: the last two, with Q_U = 1/2.
+    """
     teacher, student = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
     logits = student.log().requires_grad_()
     eye = Head(weight_VD=torch.eye(3))
@@ -408,7 +414,7 @@ def test_entry_wise_clip_by_hand():
 
 @pytest.mark.parametrize("clip", [1e-3, 0.05, 10.0])
 @pytest.mark.parametrize("temperature", [1.0, 1.1])
-def test_clip_is_autograds_of_the_clipped_sum(clip, temperature):
+def test_clip_matches_autograd_of_the_clipped_sum(clip, temperature):
     torch.manual_seed(0)
     n, d, v = 7, 6, 50
     hidden, table, teacher, head = (

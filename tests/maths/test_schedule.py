@@ -1,4 +1,4 @@
-"""How long the prefix is at every step, when `auto` grows it, and whose turn it is to write."""
+"""Test the prefix length at every step, the growth of `auto`, and the off-policy rows."""
 
 import pytest
 from hypothesis import given, strategies
@@ -49,7 +49,7 @@ def test_lengths_by_hand(text, lengths):
         "full:2",
     ],
 )
-def test_other_prefixes_are_refused(text):
+def test_invalid_prefixes_are_refused(text):
     with pytest.raises(UserError):
         parse_prefix(text, 100)
 
@@ -65,7 +65,7 @@ def test_any_text_is_a_schedule_within_bounds_or_refused(text):
 
 
 def grow(signals, filled=1.0, text="auto:10:5", limit=100):
-    """Feeds a sequence of signals → (state, [(update, reason)])."""
+    """Feed ``signals`` to a schedule; return it, its state and [(step, reason)]."""
     schedule, state, said = parse_prefix(text, limit), {}, []
     for step, signal in enumerate(signals):
         if reason := schedule.observe(step, state, signal, filled):
@@ -89,17 +89,15 @@ def test_auto_grows_when_the_newest_window_stops_improving():
 
 
 def test_auto_waits_while_the_signal_falls_and_grows_when_it_is_exhausted():
-    falling = [
-        1.0 - 0.03 * k for k in range(25)
-    ]  # 0.12 within PATIENCE updates: more than a tenth of the first 4's mean
+    # falls by 0.12 in PATIENCE steps: more than a tenth of the mean of the first 4
+    falling = [1.0 - 0.03 * k for k in range(25)]
     assert grow(falling)[2] == []
-    # halving for ever: the first 4 average 0.469; after update 12 the last-but-one 4 (2^-4 … 2^-7)
-    # exceed the last 4 (2^-8 … 2^-11) by 0.0275, less than a tenth of that; one update earlier by
-    # 0.0549
+    # The signal halves at every step, and the mean of the first 4 is 0.469. After step 12, the
+    # mean of 2^-4 … 2^-7 exceeds that of 2^-8 … 2^-11 by 0.0275, which is less than a tenth of
+    # 0.469. After step 11, the difference is 0.0549.
     assert grow([2.0**-k for k in range(40)])[2][0][0] == 12
-    assert (
-        grow([0.0] * 10)[2] and grow([None] * 10)[2]
-    )  # nothing in the window: nothing to wait for
+    # a zero or missing signal cannot improve
+    assert grow([0.0] * 10)[2] and grow([None] * 10)[2]
 
 
 def test_auto_needs_rollouts_that_reach_the_prefixs_end_never_shrinks_and_stops_at_the_limit():

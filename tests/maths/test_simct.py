@@ -1,4 +1,4 @@
-"""The divergence on units against the formula written out on full logits."""
+"""Test the divergence on units against the formula on full logits."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ SHARED = SharedVocabulary(
 
 
 def rollout(units, slot=0, **changes):
-    """A rollout of random tokens with these (student tokens, teacher tokens) units, in order."""
+    """Return a rollout of random tokens; ``units``: (student tokens, teacher tokens) in order."""
     generator = torch.Generator().manual_seed(slot)
     made, at, there = [], 0, 0
     for size, teacher_size in units:
@@ -51,7 +51,7 @@ def single(tensor, device="cpu"):
 
 
 def case(rollouts, softcap=None, scale=1.0, bias=False, seed=0):
-    """(student rows, student head, teacher rows, teacher head) in float64, for these rollouts."""
+    """Return (student rows, student head, teacher rows, teacher head) in float64."""
     torch.manual_seed(seed)
 
     def draw(*shape):
@@ -86,7 +86,10 @@ def case(rollouts, softcap=None, scale=1.0, bias=False, seed=0):
     ],
 )
 def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
-    """Whole chunks and chunks of one row, units split over chunks; hidden rows, head and bias."""
+    """Compare the values and the gradients of hidden rows, head and bias with the formula.
+
+    Some chunks hold one row, so that a unit is split between chunks.
+    """
     rollouts = [dataclasses.replace(r, spans=mode != "strict") for r in ROLLOUTS]
     student_ND, student_head, teacher_ME, teacher_head = case(rollouts, **shape)
     of, raw = units_of(rollouts), mode == "simct-released"
@@ -166,21 +169,25 @@ def test_statistics_are_scores_of_the_units_text_and_mass_on_the_shared_tokens()
 
 
 def test_a_span_worked_by_hand():
-    """ "4", "2" against "42": one term for two tokens. Logits are the hidden rows (identity heads),
-     so all is arithmetic.
+    """Compare the student's "4", "2" with the teacher's "42": one unit.
 
-    O = {"+"}, and end-of-sequence. Student: p("+") = 1/8, p(end) = 1/8, p("4") = 1/2 where the span
-    begins, then p("2") = 1/8: the span scores log sqrt(1/2 · 1/8) = log 1/4. q_S ∝ (1/8, 1/8, 1/4)
-    = (1/4, 1/4, 1/2). Teacher: p = (1/4, 1/4) and "42" 1/2. So both agree, and KL = 0; with
+    The heads are identities, so hidden rows are logits. O holds "+" and EOS.
+
+    Student: p("+") = p(EOS) = 1/8 and p("4") = 1/2 at the start of the span, then p("2") = 1/8.
+    The score of the span is log sqrt(1/2 · 1/8) = log 1/4, so q_S ∝ (1/8, 1/8, 1/4), which is
+    (1/4, 1/4, 1/2).
+
+    Teacher: with p_T = (1/4, 1/4) on O and p_T("42") = 1/2, q_T = q_S and KL = 0. With
     p_T("42") = 1/4 and 1/4 elsewhere, q_T = (1/3, 1/3, 1/3) and KL = log 3 − (3/2) log 2.
     """
 
     def log(*p):
         return torch.tensor([p]).log()
 
+    # columns: "+", EOS, "4", "2", any other token
     student = torch.cat(
         [log(1 / 8, 1 / 8, 1 / 2, 1 / 8, 1 / 8), log(1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 2)]
-    )  # + end "4" "2" other
+    )
     r = dataclasses.replace(
         rollout_of(0, (1,), (2, 3), False), teacher_ids=(2,), units=(Unit(0, 2, 0, 1),), spans=True
     )
@@ -204,8 +211,8 @@ def test_a_span_worked_by_hand():
         assert values.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_all_ids_shared_is_the_plain_reverse_kl():
-    """Every unit one token, O all ids: value and gradient of the plain path to 1e-6."""
+def test_all_ids_shared_equals_the_plain_divergence():
+    """Compare with the plain loss if every unit is one token and O holds all ids."""
     torch.manual_seed(0)
     rollouts = [rollout([(1, 1)] * 9)]
     same = SharedVocabulary(
@@ -309,7 +316,7 @@ def test_a_gpu_gives_what_the_cpu_gives(mode):
         torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_to_teach_gives_zero_and_no_gradient():
+def test_rollouts_without_units_give_a_zero_loss():
     student_ND, student_head, teacher_ME, teacher_head = case([rollout([])])
     loss, values, _ = simct.weighted(
         Terms(name="reverse-kl"),

@@ -1,5 +1,8 @@
-"""Windows, importance and position: which tokens of a rollout are taught, how much each counts, and
-that teaching them is teaching those and no others."""
+"""Test windows, selection and position weights.
+
+They decide which tokens of a rollout are in the loss and with which weight. The gradient must be
+that of these tokens only.
+"""
 
 import dataclasses
 import math
@@ -82,7 +85,7 @@ def test_random_windows_cover_the_rollout_evenly():
 @pytest.mark.parametrize(
     "text", ["", "first", "first:0", "first:x", "top:3", "all:3", "first:²", "highest-kl:-1"]
 )
-def test_other_windows_are_refused(text):
+def test_invalid_windows_are_refused(text):
     with pytest.raises(UserError, match="--window"):
         parse_window(text)
 
@@ -138,7 +141,7 @@ def test_the_gradient_is_that_of_the_kept_tokens(pair, questions, window, reduct
         )
 
 
-def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, questions):
+def test_tokens_after_the_last_kept_one_are_neither_run_nor_counted(pair, questions):
     run = prepared(pair, questions, weights__window="first:3", schedule__prefix="full")
     update = Update(state_of(run), 0)
     whole = update.sample()
@@ -154,7 +157,7 @@ def test_nothing_behind_the_last_kept_token_is_read_and_the_ledger_knows(pair, q
     )
 
 
-def test_ranking_windows_cost_a_reading_of_both_models(pair, questions):
+def test_ranking_windows_cost_a_forward_pass_of_both_models(pair, questions):
     run = prepared(pair, questions, weights__window="highest-kl:4", schedule__prefix="full")
     update = Update(state_of(run), 0)
     rollouts = update.sample()
@@ -180,8 +183,8 @@ def test_statistics_of_one_rollout_do_not_depend_on_the_batch(pair, questions):
             assert both[0][key][name] == pytest.approx(both[1][key][name], abs=1e-5), name
 
 
-# Six tokens by hand: entropies and reverse KLs of one rollout; the batch's other rollout sets the
-# ends of the scale.
+# Six tokens of one rollout by hand: entropy, reverse KL and forward KL. The other tokens of the
+# batch set the ends of the scale.
 ENTROPY, DIVERGENCE, FORWARD = (
     [0.0, 1.0, 2.0, 4.0, 1.0, 0.0],
     [0.0, 0.3, 0.1, 0.0, 0.3, 0.6],
@@ -190,8 +193,11 @@ ENTROPY, DIVERGENCE, FORWARD = (
 
 
 def six(kind: str, share: float) -> tuple[int, ...]:
-    """With h ≤ 2 after the clip (98 of 100 entropies are 2 or less) and δ ≤ 0.6: ĥ = 0, ½, 1, 1, ½,
-    0 and δ̂ = 0, ½, ⅙, 0, ½, 1, so soft-or is 0, ¾, 1, 1, ¾, 1."""
+    """Return the tokens that a selection keeps of the six.
+
+    Entropies are clipped at 2, because 98 of 100 are 2 or less; divergences are at most 0.6. So
+    ĥ = 0, ½, 1, 1, ½, 0 and δ̂ = 0, ½, ⅙, 0, ½, 1, and soft-or is 0, ¾, 1, 1, ¾, 1.
+    """
     entropies, divergences = ENTROPY + [2.0] * 94, DIVERGENCE + [0.5] * 94
     at = batch_scale(entropies, divergences)
     assert at.entropy == (0.0, 2.0) and at.divergence == (0.0, 0.6)
@@ -224,11 +230,11 @@ def six(kind: str, share: float) -> tuple[int, ...]:
         ("overconfident", 0.34, (1, 4)),
     ],
 )
-def test_importance_of_six_tokens_by_hand(kind, share, kept):
+def test_selection_of_six_tokens_by_hand(kind, share, kept):
     assert six(kind, share) == kept
 
 
-def test_scores_where_all_are_equal_fall_to_the_earliest():
+def test_equal_scores_select_the_earliest_tokens():
     facts = {name: dict.fromkeys(range(4), 0.7) for name in ("entropy", "divergence")}
     at = batch_scale([0.7] * 4, [0.7] * 4)
     assert at.scaled(0.7, 0.7) == (0.0, 0.0)
@@ -237,8 +243,11 @@ def test_scores_where_all_are_equal_fall_to_the_earliest():
 
 
 @given(strategies.lists(strategies.floats(0, 1), min_size=2, max_size=12))
-def test_all_clipped_entropies_score_the_same_and_the_earliest_goes_first(divergences):
-    """ĥ = 1 makes soft-or 1, whatever the divergence: no rounding may rank them."""
+def test_clipped_entropies_have_equal_scores(divergences):
+    """Check that soft-or is exactly 1 if ĥ = 1, for any divergence.
+
+    Otherwise rounding would rank these tokens.
+    """
     tokens = tuple(range(len(divergences)))
     facts = {"entropy": dict.fromkeys(tokens, 2.0), "divergence": dict(enumerate(divergences))}
     at = batch_scale([0.0, *[1.5] * 3], [0.0, 1.0])
@@ -249,7 +258,7 @@ def test_all_clipped_entropies_score_the_same_and_the_earliest_goes_first(diverg
 
 
 @given(strategies.lists(strategies.floats(0, 9), min_size=1, max_size=40), strategies.floats(0, 1))
-def test_quantile_is_torchs(values, share):
+def test_quantile_matches_torch(values, share):
     expected = torch.quantile(torch.tensor(values, dtype=torch.float64), share).item()
     assert quantile(values, share) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
@@ -260,7 +269,7 @@ def test_quantile_is_torchs(values, share):
     strategies.integers(0, 9),
     strategies.lists(strategies.integers(1, 12), min_size=1, max_size=5),
 )
-def test_a_share_of_every_rollout_whatever_the_order_of_rollouts(kind, share, key, lengths):
+def test_selection_keeps_a_share_of_every_rollout_in_any_order(kind, share, key, lengths):
     rollouts = [rollout_of(i, (1,), tuple(range(m))) for i, m in enumerate(lengths)]
     facts = {
         r.key: {
@@ -293,7 +302,7 @@ def test_a_share_of_every_rollout_whatever_the_order_of_rollouts(kind, share, ke
         assert kept == {r.slot: r.taught for r in rollouts}
 
 
-def test_entropy_sample_draws_by_entropy_without_replacement():
+def test_entropy_sample_samples_by_entropy_without_replacement():
     facts = {
         "entropy": {0: 1.0, 1: 3.0, 2: 0.0, 3: 4.0},
         "divergence": dict.fromkeys(range(4), 0.0),
@@ -325,13 +334,13 @@ def test_entropy_sample_draws_by_entropy_without_replacement():
 @pytest.mark.parametrize(
     "kind, share", [("topmost", 0.5), ("soft-or", 0.0), ("soft-or", 1.5), ("random", math.nan)]
 )
-def test_other_selections_are_refused(kind, share):
+def test_invalid_selections_are_refused(kind, share):
     with pytest.raises(UserError, match=r"--select|--keep"):
         parse_selection(kind, share)
 
 
 def chosen_by_reference(run, rollouts, kind, keep) -> dict:
-    """Full logits of every rollout alone, numpy-like by-the-book scores over the whole batch."""
+    """Return the tokens that the formulas select, from full logits of one rollout at a time."""
     rows = []
     for r in rollouts:
         s, t = (
@@ -367,7 +376,7 @@ def selected_gradient(run, micro):
 
 @pytest.fixture(scope="module")
 def even(pair, tmp_path_factory):
-    """Prompts of one length, so that all rollouts fit one micro-batch."""
+    """Write prompts of one length, so that all rollouts fit into one micro-batch."""
     import json
 
     file = tmp_path_factory.mktemp("even") / "q.jsonl"
@@ -378,7 +387,7 @@ def even(pair, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["soft-or", "overconfident", "entropy", "divergence", "bottom"])
-def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, even, kind):
+def test_selection_matches_the_reference_with_one_or_two_forward_passes(pair, even, kind):
     run = prepared(pair, even, weights__select=kind, weights__keep=0.5, rollout__eos="teacher")
     # no rollout ends early
     sampler = dataclasses.replace(run.method.sampler, eos=frozenset({-1}))
@@ -418,7 +427,7 @@ def test_selection_is_the_reference_and_one_reading_gives_what_two_give(pair, ev
     assert_same(once, {n: p.grad for n, p in student.named_parameters()}, 1e-4)
 
 
-def test_keeping_all_is_no_selection_and_a_window_leaves_the_choice(pair, questions):
+def test_keeping_all_equals_no_selection_and_selection_stays_inside_a_window(pair, questions):
     plain, rollouts, _ = update_gradient(prepared(pair, questions))
     run = prepared(pair, questions, weights__select="soft-or", weights__keep=1.0)
     whole, drawn, kept, *_ = selected_gradient(run, 4)
@@ -458,8 +467,11 @@ def test_quadrants_by_hand():
 
 
 def test_position_weights_by_hand():
-    """moderate: u = (j − ½)/m; at u = τ = 0.3 the sigmoid is ½, so w = 0.25 + 0.75/2; its mean
-    over a long rollout is 0.771."""
+    """Check the weights at u = (j − ½)/m.
+
+    moderate: at u = τ = 0.3 the sigmoid is ½, so w = 0.25 + 0.75/2. The mean over a long rollout
+    is 0.771.
+    """
     moderate, mirrored = parse_position_weight("moderate"), parse_position_weight("decreasing")
     assert moderate.at(1, 5) == pytest.approx(0.25 + 0.75 / 2)
     assert moderate.at(0, 2) == pytest.approx(0.25 + 0.75 / (1 + math.exp(0.5)))

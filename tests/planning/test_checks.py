@@ -1,5 +1,7 @@
-"""Preflight: for every check a pair in order and one with that fault alone; exit codes; what a
-run keeps."""
+"""Test the preflight checks: a sound pair passes all of them, and each fault is reported.
+
+Also test exit codes and the file that a run saves.
+"""
 
 import json
 
@@ -20,7 +22,7 @@ NAMES = [
     "end of text",
     "padding",
     "head",
-    "itself",
+    "determinism",
     "sampling",
     "context",
     "memory",
@@ -46,8 +48,8 @@ def sound(pair, questions):
     return examined(pair, questions)
 
 
-def test_a_sound_pair_passes_what_was_broken_below(sound, pair, questions):
-    """But for its random first token: nothing connects two random networks."""
+def test_a_sound_pair_passes_every_check(sound, pair, questions):
+    """Expect one warning: two random networks do not agree on the first token."""
     assert list(sound) == NAMES[:-1] and [c.name for c in sound.values() if c.status != "ok"] == [
         "prompts"
     ]
@@ -61,7 +63,7 @@ def test_a_sound_pair_passes_what_was_broken_below(sound, pair, questions):
 
 
 def with_tokenizer(folder, change, **shape):
-    """A tiny model whose tokenizer was changed."""
+    """Save a tiny model with a changed tokenizer and return its path."""
     save_tiny(folder, **shape)
     (folder / "chat_template.jinja").unlink()
     tokenizer = byte_tokenizer()
@@ -76,11 +78,11 @@ def test_padded_vocabularies_are_cut_exactly(pair, questions, tmp_path):
     assert (
         found.status == "ok"
         and found.facts["teacher"] == {"ids": 260, "head_rows": 300, "support": 260}
-        and "both heads cut to the real ids" in found.text
+        and "padding rows of the output heads are cut" in found.text
     )
 
 
-def test_prompts_are_shown_as_each_model_reads_them(pair, questions, tmp_path):
+def test_the_prompt_of_each_model_is_shown(pair, questions, tmp_path):
     def change(tokenizer):
         tokenizer.chat_template = "Q: {% for m in messages %}{{ m.content }}{% endfor %} A:"
 
@@ -96,7 +98,7 @@ def test_prompts_are_shown_as_each_model_reads_them(pair, questions, tmp_path):
     ][-2:] == ["A", ":"]
 
 
-def test_the_first_token_s_probability_is_the_teacher_s(pair, questions):
+def test_the_first_tokens_probability_is_the_teachers(pair, questions):
     run = prepared(pair, questions)
     chances = []
     for r in run.problems.train[:SAMPLE]:
@@ -114,7 +116,7 @@ def test_the_first_token_s_probability_is_the_teacher_s(pair, questions):
     assert (found.status == "warning") == (sum(chances) / len(chances) < 0.01)
 
 
-def test_a_prompt_that_begins_twice(pair, questions, tmp_path):
+def test_a_prompt_with_two_start_tokens_is_reported(pair, questions, tmp_path):
     def change(tokenizer):
         tokenizer.bos_token = "<u>"
         tokenizer.chat_template = "<u><u>{{ messages[0].content }}<a>"
@@ -127,7 +129,7 @@ def test_a_prompt_that_begins_twice(pair, questions, tmp_path):
     )
 
 
-def test_templates_that_differ(pair, questions, tmp_path):
+def test_different_chat_templates_are_reported(pair, questions, tmp_path):
     def none(tokenizer):
         tokenizer.chat_template = None
 
@@ -154,7 +156,7 @@ def test_templates_that_differ(pair, questions, tmp_path):
     assert found.status == "warning" and "student auto, teacher off" in found.text
 
 
-def test_ends_of_text_that_differ(pair, questions, tmp_path):
+def test_different_eos_ids_are_reported(pair, questions, tmp_path):
     other = save_tiny(tmp_path / "other", seed=2, eos="<u>")
     found = examined((pair[0], other), questions)["end of text"]
     assert (
@@ -165,7 +167,7 @@ def test_ends_of_text_that_differ(pair, questions, tmp_path):
     )
 
 
-def test_a_pad_that_is_the_end_is_no_trouble_and_said(pair, questions, tmp_path):
+def test_a_pad_token_equal_to_eos_is_accepted_and_reported(pair, questions, tmp_path):
     def change(tokenizer):
         tokenizer.pad_token = "<e>"
 
@@ -179,8 +181,10 @@ def test_a_pad_that_is_the_end_is_no_trouble_and_said(pair, questions, tmp_path)
     )
 
 
-def test_a_head_that_is_not_the_model_s_is_refused(pair, questions, tmp_path, monkeypatch):
-    """A network that scales its logits in a way the config does not tell."""
+def test_a_head_that_does_not_give_the_models_logits_is_refused(
+    pair, questions, tmp_path, monkeypatch
+):
+    """Load a network that scales its logits although its config does not say so."""
     plain = loading.load_model
 
     def load(name, **given):
@@ -207,8 +211,8 @@ def test_a_head_that_is_not_the_model_s_is_refused(pair, questions, tmp_path, mo
     )
 
 
-def test_a_model_that_is_not_itself_twice_is_refused(pair, questions, tmp_path, monkeypatch):
-    """Noise in a layer, as dropout would be: a loss of 0 against itself is not to be had."""
+def test_a_model_that_is_not_deterministic_is_refused(pair, questions, tmp_path, monkeypatch):
+    """Add noise to a layer, as dropout does: the loss of a model against itself is then not 0."""
     plain = loading.load_model
 
     def load(name, **given):
@@ -220,7 +224,7 @@ def test_a_model_that_is_not_itself_twice_is_refused(pair, questions, tmp_path, 
         return model
 
     monkeypatch.setattr(loading, "load_model", load)
-    # both would meet the same noise first
+    # both would find the noise first
     monkeypatch.setattr(trunk, "check_head", lambda model: 0.0)
     monkeypatch.setattr(trunk, "choose_trunk", lambda model: None)
     code, out, err = invoke(
@@ -262,12 +266,12 @@ def test_a_model_that_is_not_itself_twice_is_refused(pair, questions, tmp_path, 
     assert (
         code == 3
         and not document["ok"]
-        and [c["name"] for c in document["checks"] if c["status"] == "error"] == ["itself"]
+        and [c["name"] for c in document["checks"] if c["status"] == "error"] == ["determinism"]
     )
 
 
-def test_the_models_own_sampling_is_named_and_has_no_effect(sound, pair, questions):
-    """save_tiny's models come with temperature 0.3 and top-k 7."""
+def test_the_models_sampling_settings_are_reported_and_ignored(sound, pair, questions):
+    """Use models of `save_tiny`, with temperature 0.3 and top-k 7 in their generation config."""
     assert (
         "top_k 7 from the student's generation config" in sound["sampling"].text
         and sound["sampling"].facts["ignored"]["teacher"]["top_k"] == 7
@@ -276,7 +280,7 @@ def test_the_models_own_sampling_is_named_and_has_no_effect(sound, pair, questio
     assert found.status == "warning" and found.facts["temperature"] == 0.7
 
 
-def test_prompts_against_the_context(sound, pair, questions, tmp_path):
+def test_prompt_lengths_are_compared_with_the_context(sound, pair, questions, tmp_path):
     facts = sound["context"].facts
     assert facts["shortest"] < facts["median"] < facts["longest"] and facts["positions"] == {
         "student": 256,
@@ -307,11 +311,14 @@ def test_prompts_against_the_context(sound, pair, questions, tmp_path):
         (1 << 20, "error", 4, "alone take"),
     ],
 )
-def test_memory_against_what_is_free(  # noqa: PLR0913  fixtures and parameters of one test
+def test_needed_memory_is_compared_with_free_memory(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, monkeypatch, free, status, code, words
 ):
-    """A network of 100,000 numbers: 12 bytes of moments and gradients for each must fit, the
-    activations of a batch may have to be halved."""
+    """Check a network of 100,000 parameters.
+
+    The moments and gradients, 12 bytes per parameter, must fit. If the activations of a batch do
+    not fit, batches are halved.
+    """
     student = save_tiny(tmp_path / "student", seed=1, width=64, layers=3)
     monkeypatch.setattr(checks, "read_free_memory", lambda device: free)
     got, out, err = invoke(
@@ -345,7 +352,7 @@ def test_memory_against_what_is_free(  # noqa: PLR0913  fixtures and parameters 
         ) == (status in ("warning", "error"))
 
 
-def test_a_teacher_that_knows_less(pair, questions):
+def test_a_teacher_worse_than_the_student_is_reported(pair, questions):
     found = examined(
         pair,
         questions,
@@ -359,11 +366,14 @@ def test_a_teacher_that_knows_less(pair, questions):
     assert found.facts["teacher"]["right"] < found.facts["student"]["right"]
 
 
-def test_a_teacher_that_cannot_end_a_turn(pair, questions, tmp_path):
-    """Both draw from all 260 ids alike, but the teacher's head gives the end of text no chance."""
+def test_a_teacher_that_never_ends_a_turn_is_reported(pair, questions, tmp_path):
+    """Compare a teacher that never samples EOS with a student that does.
+
+    Apart from EOS, both sample all 260 ids with equal probability.
+    """
     for name, logit in (("ends", 0.0), ("endless", -50.0)):
         net = tiny_net("gpt2")
-        with torch.no_grad():  # hidden states are the last norm's bias, logits its first component
+        with torch.no_grad():  # the hidden row is (1, 0, …), so the logits are column 0 of wte
             net.transformer.ln_f.weight.zero_()
             net.transformer.ln_f.bias.zero_()[0] = 1.0
             net.transformer.wte.weight[:, 0] = 0.0
@@ -383,7 +393,7 @@ def test_a_teacher_that_cannot_end_a_turn(pair, questions, tmp_path):
     assert "never ends" not in found.text
 
 
-def test_answers_that_would_take_too_long_are_left_to_check(pair, questions):
+def test_answers_that_would_take_too_long_are_not_sampled(pair, questions):
     found = examined(pair, questions, 4, 1e-6)["teacher"]
     assert (
         found.status == "ok"
@@ -392,7 +402,7 @@ def test_answers_that_would_take_too_long_are_left_to_check(pair, questions):
     )
 
 
-def test_a_run_keeps_what_was_found_and_check_writes_nothing(
+def test_a_run_saves_its_checks_and_the_check_command_writes_nothing(
     pair, questions, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -435,13 +445,15 @@ def test_a_run_keeps_what_was_found_and_check_writes_nothing(
     )
 
 
-def test_across_tokenizers_each_model_reads_its_own_ids(pair, questions):
-    """The merged student has ids that the teacher has not; its first token is looked up by its
-    bytes."""
+def test_a_pair_with_different_tokenizers_passes(pair, questions):
+    """Check a student with merged tokens that the teacher's vocabulary does not have.
+
+    The teacher's id of the student's first token is found by the bytes of the token.
+    """
     found = examined(pair, questions, 4, **LAB | {"models__student": "lab:choice/student-merged"})
     assert (
         list(found) == NAMES
-        and found["itself"].status == "ok"
+        and found["determinism"].status == "ok"
         and found["vocabulary"].facts["student"]["ids"]
         > found["vocabulary"].facts["teacher"]["ids"]
     )
@@ -449,3 +461,10 @@ def test_across_tokenizers_each_model_reads_its_own_ids(pair, questions):
         found["prompts"].facts["first_token_probability"] > 0.01
         and found["end of text"].status == "ok"
     )
+
+
+def test_prompts_longer_than_the_models_name_the_option_that_drops_them(tmp_path):
+    out = tmp_path / "run"
+    code, _, err = invoke("run", "--few-shot", "3", "--check-samples", "0", "--out", out)
+    assert code == 3 and "lower --max-prompt-tokens" in err and "--max-new-tokens" not in err[-300:]
+    assert "the longest prompt has" in err and "512 positions" in err and not out.exists()

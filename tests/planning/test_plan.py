@@ -24,7 +24,7 @@ from prefix_distill.planning.measuring import MicroBatch
 
 
 class Held(TorchDispatchMode):
-    """Bytes of real storages that are made inside it, while they live."""
+    """Count the bytes of storages that are created inside this mode, as long as they are alive."""
 
     def __init__(self, known):
         super().__init__()
@@ -63,9 +63,12 @@ def case(**more):
 
 
 @pytest.mark.parametrize("kind, recomputes", [("qwen3", False), ("gemma3", False), ("llama", True)])
-def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
-    """A student's micro-batch, forward and backward: prompts read once, grouped heads, sliding
-    windows, a soft-cap, tied weights."""
+def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes):
+    """Compare a forward and a backward pass on shape-only tensors with the same on real tensors.
+
+    The networks have shared prompts, grouped-query attention, sliding windows, a soft-cap and tied
+    weights.
+    """
     group = case().update()
     real = Model(
         name="m",
@@ -97,7 +100,7 @@ def test_bytes_without_numbers_are_the_bytes_with_numbers(kind, recomputes):
 
 
 @pytest.mark.long
-def test_an_adapter_and_checkpointing_need_less():
+def test_an_adapter_and_checkpointing_need_less_memory():
     forecaster = Forecaster(
         tiny_config("llama", vocabulary=4000, width=256, layers=3),
         tiny_config("llama", vocabulary=4000, width=256, layers=3),
@@ -115,15 +118,14 @@ def test_an_adapter_and_checkpointing_need_less():
         recomputed["phases"]["student_update"] < plain["phases"]["student_update"]
         and recomputed["weights"] == plain["weights"]
     )
-    pairs = (
-        3 * 4 * ((256 + 256) * 2 + (256 + 128) * 2 + (256 + 512) * 3)
-    )  # layers · rank · (in + out) of q, o; k, v; gate, up, down
+    # layers · rank · (in + out) of q, o; k, v; gate, up, down
+    pairs = 3 * 4 * ((256 + 256) * 2 + (256 + 128) * 2 + (256 + 512) * 3)
     assert adapted["weights"]["AdamW's moments"] == 8 * pairs and adapted["gradients"] == 4 * pairs
     assert "teacher" in adapted["weights"] and "teacher" not in itself["weights"]
 
 
 @pytest.mark.long
-def test_times_by_the_rates_of_a_run_and_cards(pair, questions, tmp_path):
+def test_times_use_the_rates_of_a_run_and_every_card_is_listed(pair, questions, tmp_path):
     given = [
         "--student",
         pair[0],
@@ -179,7 +181,7 @@ def test_times_by_the_rates_of_a_run_and_cards(pair, questions, tmp_path):
         (["--prefixes", "9x"], "--prefix 9x: expected"),
     ],
 )
-def test_bad_input_is_one_line(given, words):
+def test_invalid_input_is_reported_in_one_line(given, words):
     code, out, err = invoke("plan", *given)
     assert code == 2 and out == "" and words in err and len(err.strip().splitlines()) == 1
 
@@ -195,8 +197,8 @@ def test_bad_input_is_one_line(given, words):
     ],
     ids=["one set", "eval set", "template", "few-shot", "mixture"],
 )
-def test_flops_are_what_a_dry_run_says(pair, questions, tmp_path, more):
-    """The plan and the run read the same prompts."""
+def test_flops_equal_those_of_a_dry_run(pair, questions, tmp_path, more):
+    """Check that a plan and a run use the same prompts."""
     long = tmp_path / "long.jsonl"
     long.write_text(
         "".join(
@@ -226,8 +228,8 @@ def test_flops_are_what_a_dry_run_says(pair, questions, tmp_path, more):
         {"micro_batch": 1, "prefix": 60, "limit": 60},
     ],
 )
-def test_two_depths_tell_what_all_layers_take(more, monkeypatch):
-    """Twelve layers from a straight line through small depths, against a trace of all twelve."""
+def test_two_depths_predict_the_memory_of_all_layers(more, monkeypatch):
+    """Compare a linear extrapolation from two small depths with a trace of all 12 layers."""
     gemma = Gemma3TextConfig(
         **tiny_config("gemma3", vocabulary=600).to_dict()
         | {"num_hidden_layers": 12, "layer_types": None, "sliding_window_pattern": 2}
@@ -244,9 +246,12 @@ def test_two_depths_tell_what_all_layers_take(more, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_pair_of_1_5_and_7_billion_by_hand(tmp_path, monkeypatch):
-    """Qwen2.5's shapes, from two config.json files: weights, moments, the decoding copy and the
-    KV cache of 64 answers of 2,048 tokens."""
+def test_a_pair_of_1_5_and_7_billion_parameters_by_hand(tmp_path, monkeypatch):
+    """Plan with Qwen2.5's shapes, from two config.json files without weights.
+
+    Weights, moments, the decoding copy and the KV cache of 64 answers of 2,048 tokens are compared
+    with closed forms.
+    """
     small = {
         "model_type": "qwen2",
         "architectures": ["Qwen2ForCausalLM"],
@@ -312,14 +317,13 @@ def test_a_pair_of_1_5_and_7_billion_by_hand(tmp_path, monkeypatch):
     assert memory["weights"]["student"] == pytest.approx(4 * parameters[0], rel=1e-4)
     assert memory["weights"]["decoding copy"] == pytest.approx(2 * parameters[0], rel=1e-4)
     assert memory["weights"]["teacher"] == pytest.approx(2 * parameters[1], rel=1e-4)
-    cache = (
-        64 * (200 + 2048) * 28 * 2 * 256 * 2
-    )  # answers · tokens · layers · (K, V) · width · bytes
+    # answers · tokens · layers · (K, V) · width · bytes
+    cache = 64 * (200 + 2048) * 28 * 2 * 256 * 2
     logits = 64 * 151_936 * 4
     assert cache + 2 * logits < memory["phases"]["evaluation"] < cache + 6 * logits + cache / 28
     per_token = 2 * (28 * (layer(1536, 8960, 256) - 2 * 1536 - 1536 - 512) + 151_936 * 1536)
     decode = row["flops"]["student_decode"]["useful"]
-    assert decode / (100 * 32 * 255) == pytest.approx(per_token, rel=0.05)  # and attention
+    assert decode / (100 * 32 * 255) == pytest.approx(per_token, rel=0.05)  # the rest is attention
     assert row["seconds"] == pytest.approx(row["flops_total"] / 100e12)
     assert {c["card_gb"] for c in document["cards"] if c["fits"]} < {16, 24, 48, 80}
 
@@ -333,7 +337,7 @@ def test_a_data_set_needs_tokenizers(questions, tmp_path):
     assert (
         code == 2
         and out == ""
-        and "has no readable tokenizer" in err.splitlines()[-1]
+        and "its tokenizer cannot be read" in err.splitlines()[-1]
         and "--prompt-tokens" in err
     )
 
@@ -342,10 +346,19 @@ def test_a_data_set_needs_tokenizers(questions, tmp_path):
     "kind, more",
     [("llama", {}), ("gpt2", {"prefix": 100, "limit": 150, "rows": 64, "answers": 64})],
 )
-def test_the_plain_bound_is_one(kind, more):
-    """What a run's check takes for small models in place of a forecast is above the forecast,
-    and not by orders of magnitude for these."""
+def test_the_bound_for_small_models_is_above_the_forecast(kind, more):
+    """Check the bound that a run uses for small models instead of a forecast.
+
+    For these models, it is above the forecast by a factor of less than 100.
+    """
     settled, config = case(**more), tiny_config(kind, vocabulary=900, width=48)
     found = Forecaster(config, config).forecast(settled)["total"]
     model = ghosts.sketch("m", config, Network(torch.float32))
     assert found < forecast.bound_memory(model, model, settled) < 100 * found
+
+
+def test_a_plan_without_a_dataset_names_none():
+    code, _, err = invoke("plan", "--prompt-tokens", "50", "--prefixes", "full")
+    assert code == 0 and "prompts: 50 tokens each" in err and "no --dataset" not in err
+    code, _, err = invoke("plan", "--student", "lab:choice/student", "--prefixes", "full")
+    assert code == 0 and "256 tokens each (assumed" in err and "no --dataset" not in err

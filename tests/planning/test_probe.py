@@ -1,4 +1,4 @@
-"""Test the probe: it tells a wrong start from a missing skill where the answer is known."""
+"""Test the probe on pairs for which it is known whether a prefix suffices."""
 
 import json
 import math
@@ -27,12 +27,15 @@ def test_recommendations_by_hand():
     assert recommend((0, 2), (5, 5), (10, 9), (60, 10))[0] == 10
     prefix, reason = recommend((0, 2), (5, 3), (50, 6))
     assert prefix == "full"
-    assert reason.startswith("no prefix suffices") and "only 50% of the accuracy gap" in reason
+    assert (
+        reason.startswith("no prefix suffices")
+        and "only 50% of the gap between the accuracies" in reason
+    )
     prefix, reason = recommend((0, 10), (5, 10))
     assert prefix is None and "did not beat the student" in reason
     assert probe.recommend(None, held, 100)[0] == 10
     assert probe.recommend(None, {10: 0.2, 50: 0.5}, 100)[0] == "full"
-    # more than half of the answer is no prefix
+    # a prefix longer than half of the answer is not recommended
     assert probe.recommend(None, {10: 0.2, 60: 0.9}, 100)[0] == "full"
 
 
@@ -49,8 +52,11 @@ def test_shares_and_bins_by_hand():
 
 @pytest.mark.long
 @pytest.mark.parametrize("task, problems", [("shared", 60), ("tied", 40)])
-def test_it_knows_where_prefixes_do_not_do(tmp_path, task, problems):
-    """Where they do: the README's own `probe` on `choice`, in test_readme.py."""
+def test_full_rollouts_are_recommended_where_no_prefix_suffices(tmp_path, task, problems):
+    """Probe two tasks on which no prefix suffices.
+
+    test_readme.py probes `choice`, on which a prefix suffices.
+    """
     code, out, err = invoke(
         "probe",
         "--student",
@@ -84,11 +90,13 @@ def test_it_knows_where_prefixes_do_not_do(tmp_path, task, problems):
     assert [row["tokens"] for row in lifted] == [row["tokens"] for row in decayed] and lifted[0][
         "tokens"
     ] == 0
-    assert decayed[0]["value"] > 0.9 > 0.5 > lifted[0]["value"]  # what each model does alone
+    assert (
+        decayed[0]["value"] > 0.9 > 0.5 > lifted[0]["value"]
+    )  # at 0 tokens, each model answers alone
     assert {"student_decode", "teacher_decode", "scoring"} <= found["flops"]["by_phase"].keys()
 
 
-def test_without_answers_it_goes_by_the_divergence(pair, questions, tmp_path):
+def test_without_reference_answers_the_divergence_decides(pair, questions, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join(
@@ -113,15 +121,14 @@ def test_without_answers_it_goes_by_the_divergence(pair, questions, tmp_path):
     )
     assert code == 0, err
     found = last_json(out)
-    assert (
-        found["recommended_prefix"] == "full" and "no reference answers" in found["reason"]
-    )  # two random networks differ everywhere
+    # two random networks differ at every position
+    assert found["recommended_prefix"] == "full" and "no reference answers" in found["reason"]
     assert set(found["teacher_prefix_curve"]) == {None} or found["teacher_prefix_curve"] == [None]
 
 
 @pytest.mark.parametrize("mixture", [False, True])
-def test_no_more_prompts_than_the_data_holds(pair, questions, tmp_path, mixture):
-    """One of the rows is held out."""
+def test_a_probe_uses_at_most_the_prompts_of_the_data(pair, questions, tmp_path, mixture):
+    """Request more prompts than the data has; one row is held out."""
     rows = Path(questions).read_text().splitlines(keepends=True)
     datasets = []
     for name, part in (("a", rows[:6]), ("b", rows[6:9])):

@@ -1,5 +1,7 @@
-"""Whole updates and runs of a pair with different tokenizers: the laboratory's, whose student
-merges what its teacher does not."""
+"""Test updates and runs of a laboratory pair with different tokenizers.
+
+The student's tokenizer has merged tokens that the teacher's tokenizer does not have.
+"""
 
 import dataclasses
 import json
@@ -76,13 +78,13 @@ def prepared(student="student-merged", **changes):
 
 
 def gradient(run, micro=4):
-    """One update's gradient → (name → gradient, rollouts as taught, values, divisor)."""
+    """Return one update's gradient by parameter, its selected rollouts, values and divisor."""
     done = one_update(run, micro, prefix=40)
     return done.gradient, done.rollouts, done.values, done.losses.divisor
 
 
 def rows(net, prompt, ids, head):
-    """Logits for each of the ids, in plain transformers, of the ids the head may speak about."""
+    """Return the logits that predict ``ids`` in plain transformers, cut to ``head`` columns."""
     return net(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, :head]
 
 
@@ -97,9 +99,11 @@ def rows(net, prompt, ids, head):
         ("strict", {"weights__window": "last:7"}),
     ],
 )
-def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
-    """Rows, shift and divisor on both sides: autograd through plain forwards, one rollout at a
-    time; any micro-batch."""
+def test_an_update_matches_the_formula_on_plain_logits(mode, chosen):
+    """Compare the gradient with autograd through plain forward passes of one rollout at a time.
+
+    This covers the hidden rows, the causal shift and the divisor, for several micro-batch sizes.
+    """
     run = prepared(models__cross_tokenizer=mode, **chosen)
     got, rollouts, values, divisor = gradient(run)
     student, teacher = run.pair.student.net, run.pair.teacher.net
@@ -137,9 +141,11 @@ def test_an_update_is_the_formula_on_the_models_own_logits(mode, chosen):
         assert_same(gradient(run, micro)[0], got)
 
 
-def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
-    """Canonical rollouts that end by themselves, O = all ids: every parameter's gradient to 1e-6
-    of the largest."""
+def test_alignment_of_equal_tokenizers_matches_the_plain_path():
+    """Compare every parameter's gradient, to 1e-6 of the largest entry.
+
+    The rollouts are canonical and finished, and O holds all ids.
+    """
     run = prepared("student", schedule__prefix="full", rollout__temperature=0.0)
     assert run.pair.alignment is None
     side = [TokenBytes(m.tokenizer, m.name) for m in (run.pair.student, run.pair.teacher)]
@@ -175,7 +181,7 @@ def test_one_tokenizer_forced_through_the_alignment_is_the_plain_path():
         ), name
 
 
-def test_prompts_are_each_models_own_and_text_is_the_same():
+def test_each_model_gets_its_own_ids_of_the_same_text():
     run = prepared()
     _, rollouts, _, _ = gradient(run)
     for r in rollouts:
@@ -197,7 +203,7 @@ def test_prompts_are_each_models_own_and_text_is_the_same():
         ]
         assert texts[0] == texts[1] and texts[0]
     assert any(r.student_prompt != r.teacher_prompt for r in rollouts)
-    # a teacher with few positions reads as far as it can
+    # units beyond the teacher's last position are dropped
     positions = max(len(r.teacher_prompt) for r in rollouts) + 10
     short = Alignment(
         mode="simct",
@@ -212,8 +218,8 @@ def test_prompts_are_each_models_own_and_text_is_the_same():
 
 
 @pytest.mark.parametrize("mode", ["strict", "simct"])
-def test_the_ledger_is_torchs_own_count(mode):
-    """Teacher's and student's heads on units, forward and backward, as executed."""
+def test_the_ledger_matches_torchs_count(mode):
+    """Count the executed FLOPs of both heads on units, forward and backward."""
     run = prepared(models__cross_tokenizer=mode)
     _, rollouts, _, _ = gradient(run)
     group = rollouts[:1]
@@ -244,9 +250,12 @@ def test_the_ledger_is_torchs_own_count(mode):
 
 
 @pytest.mark.parametrize("loss", ["sft", "divergence"])
-def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
-    """sft: every token of the re-encoded text; divergence: its units, against the tokens that
-    the teacher wrote."""
+def test_the_student_trains_on_the_teachers_text_in_its_own_tokens(loss):
+    """Check which parts of the teacher's text are in the loss.
+
+    sft: every token of the re-encoded text. divergence: its units, compared with the tokens that
+    the teacher sampled.
+    """
     run = prepared(rollout__off_policy=loss, models__cross_tokenizer="simct")
     written = run.pair.teacher.tokenizer("24:10 23:25 ####77", add_special_tokens=False).input_ids
     text = [*written, 1]
@@ -273,9 +282,11 @@ def test_the_teachers_text_is_taught_in_the_students_tokens(loss):
     assert all(r.ids == encoded[:4] and not r.finished for r in short)
 
 
-def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
-    """SimCT with selection and EffOPD, killed -9 before the third of four updates; coverage in
-    the rows and in the evaluations."""
+def test_a_run_reports_the_alignment_and_resumes_bit_for_bit(tmp_path):
+    """Kill a SimCT run with selection and EffOPD before the third of four updates, and resume it.
+
+    Metric rows and evaluations report the alignment.
+    """
     flags = [
         *SMALL,
         "--cross-tokenizer",
@@ -347,7 +358,7 @@ def test_a_run_says_what_aligns_and_resumes_bit_for_bit(tmp_path):
     assert "alignment" in whole["seconds"]["by_phase"]
 
 
-def test_nothing_in_common_stops_with_a_reason(tmp_path):
+def test_rollouts_without_a_common_unit_stop_the_run(tmp_path):
     code, out, err = invoke(
         "run", *SMALL, "--prefix", "1", "--steps", "1", "--out", tmp_path / "run"
     )
@@ -359,8 +370,8 @@ def test_nothing_in_common_stops_with_a_reason(tmp_path):
     )
 
 
-def test_a_probe_across_tokenizers(tmp_path):
-    """The teacher's start goes to the student as text, and the other way round."""
+def test_a_probe_of_different_tokenizers(tmp_path):
+    """Probe a pair in which each model continues the text of the other one."""
     code, out, err = invoke(
         "probe",
         "--student",

@@ -1,5 +1,7 @@
-"""What goes wrong in a long run: disks, numbers, memory, signals, two runs at once. One line,
-and nothing is lost."""
+"""Test faults of long runs: disks, non-finite numbers, memory, signals, two runs in a folder.
+
+Every fault is reported in one line, and no saved work is lost.
+"""
 
 import errno
 import json
@@ -50,7 +52,7 @@ def run_in(folder, run, report: Reporter | None = None, resume=False, **more):
 
 @pytest.fixture(scope="module")
 def whole(pair, questions, tmp_path_factory):
-    """Six updates that nothing disturbs, evaluated every second one."""
+    """Run six updates without a fault, with an evaluation after every second one."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     return folder, run_in(folder, six(pair, questions))
 
@@ -82,7 +84,7 @@ def assert_ends_like(whole, folder, result):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 1 MB, where this machine lets us mount one."""
+    """Mount a tmpfs of 1 MB, or skip the test if that is not permitted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = (
@@ -98,7 +100,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
+def test_a_full_disk_stops_the_run_and_it_resumes_when_there_is_space(
     pair, questions, small_disk, whole
 ):
     out = small_disk / "run"
@@ -128,11 +130,13 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
 @pytest.mark.parametrize(
     "name, limit", [("best", 100_000), ("checkpoints/step-00000003", 200_000), ("model", 0)]
 )
-def test_what_cannot_be_written_leaves_what_was_there(  # noqa: PLR0913  fixtures and parameters of one test
+def test_a_failed_write_keeps_the_earlier_files(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, whole, monkeypatch, name, limit
 ):
-    """A file-size limit stands for the full disk: at the best student, at a checkpoint, at the
-    end."""
+    """Simulate a full disk by a limit of the file size.
+
+    The limit is hit by the best student, by a checkpoint, or by the final model.
+    """
     run, folder, plain = six(pair, questions), tmp_path / "run", RunFolder.save_model
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -154,7 +158,7 @@ def test_what_cannot_be_written_leaves_what_was_there(  # noqa: PLR0913  fixture
     assert_ends_like(whole, folder, run_in(folder, six(pair, questions), resume=True))
 
 
-def test_a_folder_deleted_under_the_run(pair, questions, tmp_path):
+def test_a_folder_deleted_during_the_run_stops_it(pair, questions, tmp_path):
     class Deletes(Silent):
         def row(self, row, *_):
             if row["step"] == 2:
@@ -190,7 +194,7 @@ with RunFolder(sys.argv[1]).lock():
 """
 
 
-def test_a_killed_process_frees_the_folder(tmp_path):
+def test_a_killed_process_releases_the_lock(tmp_path):
     out = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE)
     with holder:
@@ -205,7 +209,7 @@ def test_a_killed_process_frees_the_folder(tmp_path):
 
 
 def test_a_file_system_without_flock_needs_no_warning(tmp_path, monkeypatch, recwarn):
-    """The lock is then a file that exists as long as its holder works in the folder."""
+    """Check the lock without flock: a file that exists while its holder uses the folder."""
     fcntl = pytest.importorskip("fcntl")
 
     def flock(*_):
@@ -259,7 +263,7 @@ def poison(model, name):
         ),
     ],
 )
-def test_numbers_that_are_not_finite_are_named_before_they_do_harm(  # noqa: PLR0913  fixtures and parameters of one test
+def test_non_finite_numbers_stop_the_run_before_they_are_saved(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, monkeypatch, what, match, saved
 ):
     run = six(pair, questions, **{"evaluate.every": 0})
@@ -299,7 +303,7 @@ def test_numbers_that_are_not_finite_are_named_before_they_do_harm(  # noqa: PLR
 
 @pytest.fixture(scope="module")
 def plenty(pair, questions, tmp_path_factory):
-    """Six updates, eight answers generated at once."""
+    """Run six updates that generate eight answers at once."""
     folder = tmp_path_factory.mktemp("plenty") / "run"
     return folder, run_in(folder, six(pair, questions, **{"rollout.rows": 8}))
 
@@ -331,7 +335,7 @@ def plenty(pair, questions, tmp_path_factory):
         ),
     ],
 )
-def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(  # noqa: PLR0913  fixtures and parameters of one test
+def test_out_of_memory_halves_the_batch_and_keeps_the_result(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, plenty, monkeypatch, where, said
 ):
     settings, (folder, plain) = {"rollout.rows": 8}, plenty
@@ -351,7 +355,7 @@ def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(  # noq
         strict=True,
     ):
         torch.testing.assert_close(other, one, rtol=0, atol=1e-5, msg=name)
-    # what was learnt about the memory survives an interruption: no further shortage is met
+    # the lower limits are saved, so the resumed run does not run out of memory again
     shutil.rmtree(tmp_path / "short/checkpoints/step-00000006")
     report = Silent()
     again = run_in(tmp_path / "short", six(pair, questions, **settings), report, resume=True)
@@ -360,9 +364,12 @@ def test_out_of_memory_halves_what_runs_at_once_and_changes_nothing_else(  # noq
     )
 
 
-def test_memory_that_is_short_in_the_reading_that_selects(pair, tmp_path, monkeypatch):
-    """Where both models' one reading does not fit, the tokens are selected from readings of
-    their own; the ledger keeps the loss."""
+def test_out_of_memory_in_the_forward_pass_that_selects_tokens(pair, tmp_path, monkeypatch):
+    """Run out of memory in the forward pass that selects tokens and computes the loss.
+
+    Tokens are then selected in separate forward passes, and the ledger counts them. The trained
+    weights are the same.
+    """
     file = tmp_path / "even.jsonl"
     file.write_text(
         "".join(json.dumps({"question": f"{i}+{i}?", "answer": "1"}) + "\n" for i in range(10, 50))
@@ -414,8 +421,10 @@ def test_when_not_even_one_rollout_fits_the_run_stops(  # noqa: PLR0913  fixture
 def test_an_evaluation_halves_its_batch_and_gives_the_same_answers(
     pair, questions, tmp_path, monkeypatch
 ):
-    """Six answers of which only two fit at once: the score and the answers are those of one batch,
-    and the command says what it lowered."""
+    """Generate six answers of which only two fit in memory at once.
+
+    The score and the answers are those of a larger batch, and the command reports the lower limit.
+    """
     arguments = ("eval", "--model", pair[0], "--dataset", questions, "--limit", "3")
     arguments = (*arguments, "--samples", "2", "--max-new-tokens", "8")
     code, plenty, err = invoke(*arguments, "--out", tmp_path / "plenty.jsonl")
@@ -464,14 +473,13 @@ def test_a_command_without_memory_advises_what_it_has(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["update", "evaluation"])
-def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(  # noqa: PLR0913  fixtures and parameters of one test
+def test_a_signal_saves_the_state_and_the_run_resumes(  # noqa: PLR0913  fixtures and parameters of one test
     pair, questions, tmp_path, whole, number, moment
 ):
     class Sends(Silent):
         def row(self, row, *_):
-            if (
-                moment == "update" and row["step"] == 4
-            ):  # before the evaluation after update 4, which is left to the resumed run
+            # before the evaluation after step 4, which the resumed run does
+            if moment == "update" and row["step"] == 4:
                 os.kill(os.getpid(), number)
 
         def evaluation(self, row):
@@ -498,8 +506,8 @@ def test_a_signal_saves_at_the_next_safe_point_and_the_run_goes_on(  # noqa: PLR
     )
 
 
-def test_what_was_ignored_stays_ignored():
-    """As under nohup."""
+def test_an_ignored_signal_stays_ignored():
+    """Check SIGHUP, which nohup ignores."""
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interrupt():
@@ -508,14 +516,14 @@ def test_what_was_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, former)
 
 
-def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(pair, questions, tmp_path, whole):
+def test_a_second_ctrl_c_ends_at_once_and_keeps_the_checkpoint(pair, questions, tmp_path, whole):
     class Sends(Silent):
         def row(self, row, *_):
             if row["step"] == 5:
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(1)  # signals arrive here at the latest
-                raise AssertionError("the second one was not acted on")
+                time.sleep(1)  # the signals arrive before this ends
+                raise AssertionError("the second SIGINT had no effect")
 
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
         run_in(tmp_path / "run", six(pair, questions), Sends(), interrupt=interrupt)
@@ -524,9 +532,11 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(pair, questions, tmp_pat
     assert_ends_like(whole, tmp_path / "run", result)
 
 
-def test_a_closed_terminal_saves_and_its_silence_stops_nothing(pair, questions, tmp_path):
-    """In a process of its own: the reader of stderr has gone before the first update; SIGHUP
-    comes some updates later."""
+def test_a_closed_stderr_is_ignored_and_sighup_saves_the_state(pair, questions, tmp_path):
+    """Close the reader of stderr before the first update, and send SIGHUP some updates later.
+
+    The run is in another process.
+    """
     process = subprocess.Popen(
         [
             sys.executable,
@@ -551,10 +561,10 @@ def test_a_closed_terminal_saves_and_its_silence_stops_nothing(pair, questions, 
     assert state["step"] == len(rows(tmp_path / "run")) >= 3
 
 
-# ── answers and prompts without end
+# ── very long answers and prompts
 
 
-def test_a_student_that_never_ends_is_stopped_at_the_cap(pair, questions, tmp_path):
+def test_a_student_that_never_ends_is_cut_at_the_length_limit(pair, questions, tmp_path):
     student = tmp_path / "student"
     net = tiny_net("llama", 5)
     with torch.no_grad():

@@ -1,12 +1,11 @@
-"""Run folders outlive the version that wrote them: tests/format-1 was written by 0.1.0 and is
-resumed by every later one, or refused.
+"""Test that every version resumes the run folders of older versions, or refuses them.
+
+Version 0.1.0 wrote tests/format-1. To write such a folder for the next format:
 
     PYTHONPATH=tests python tests/training/test_format.py FOLDER
 
-writes such a folder with the version at hand, for the next format.
-
-It holds two tiny models, their data and an interrupted run in which everything keeps state: TIP,
-EffOPD, an adaptive prefix, a best student; and what its last two updates were, when it was written.
+It holds two tiny models, their data, and an interrupted run with every kind of state: TIP, EffOPD,
+an automatic prefix and a best student. expected.json holds the metrics of the last two steps.
 """
 
 import json
@@ -114,7 +113,7 @@ def copied(tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
-def test_a_committed_folder_goes_on(copied):
+def test_a_committed_folder_resumes(copied):
     before = rows(copied / "run")
     code, out, err = invoke("run", "--resume", "--out", "run")
     assert code == 0 and last_json(out)["resumed_from"] == 4, err
@@ -124,16 +123,15 @@ def test_a_committed_folder_goes_on(copied):
         found[4:], json.loads((copied / "expected.json").read_text()), strict=True
     ):
         for key, value in wanted.items():
-            assert row[key] == pytest.approx(value, rel=1e-3), (
-                key
-            )  # another machine may round otherwise
+            # another machine may round differently
+            assert row[key] == pytest.approx(value, rel=1e-3), key
     assert (
         last_json(out)["best"]["step"] in (0, 2, 4, 6)
         and (copied / "run/model/model.safetensors").exists()
     )
 
 
-def test_a_moved_folder_goes_on_and_names_nothing_of_its_old_place(copied, monkeypatch):
+def test_a_moved_folder_resumes_and_does_not_contain_its_old_path(copied, monkeypatch):
     (copied / "elsewhere").mkdir()
     (copied / "run").rename(copied / "elsewhere/moved")
     code, out, err = invoke("run", "--resume", "--out", "elsewhere/moved", "--steps", "7")
@@ -167,7 +165,7 @@ def test_a_moved_folder_goes_on_and_names_nothing_of_its_old_place(copied, monke
         ),
     ],
 )
-def test_a_format_that_is_not_known_is_refused_and_left_alone(copied, where, message):
+def test_an_unknown_format_is_refused_and_not_changed(copied, where, message):
     document = json.loads((copied / "run" / where).read_text())
     (copied / "run" / where).write_text(json.dumps(document | {"format": 2}))
     before = {file: file.read_bytes() for file in (copied / "run").rglob("*") if file.is_file()}

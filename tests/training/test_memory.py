@@ -1,5 +1,4 @@
-"""Peak memory, measured by the kernel in processes of their own (Linux): what it may grow with
-and what not."""
+"""Test what the peak memory depends on, as the Linux kernel measures it in separate processes."""
 
 import json
 import os
@@ -58,12 +57,12 @@ def peak(samples=4, accumulated=1, vocabulary=300, chunk=4):
         ]
         Update(state, 0, prompts=[]).backward(rollouts)
 
-    step(1, 4)  # gradients exist, libraries are warm
+    step(1, 4)  # allocate gradients and load libraries first
     before = measure.reset_peak()
     step(accumulated, samples)
     return measure.memory("VmHWM") - before
 
-for given in json.loads(sys.argv[1]):  # each in a process forked from one that only imported
+for given in json.loads(sys.argv[1]):  # a fork for each: it has only imported
     if not os.fork():
         print(json.dumps(peak(**given)), flush=True)
         os._exit(0)
@@ -72,8 +71,7 @@ for given in json.loads(sys.argv[1]):  # each in a process forked from one that 
 
 
 def growths(*given: dict) -> list[float]:
-    """MiB that an update's gradient adds to the resident set at its highest, for each of the
-    ``given`` settings."""
+    """Return the MiB that an update adds to the peak resident memory, for each of ``given``."""
     paths = [str(TESTS), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", UPDATES, json.dumps(given)],
@@ -86,8 +84,11 @@ def growths(*given: dict) -> list[float]:
 
 
 def test_peak_does_not_grow_with_accumulation_samples_or_vocabulary_beyond_the_chunk():
-    """240 taught tokens a micro-batch. At V = 60,000 one table of them is 55 MiB; the head's own
-    gradients, 15 MiB each, are the only thing that may grow with the vocabulary."""
+    """Run updates with 240 response tokens per micro-batch.
+
+    At V = 60,000, a table of tokens × vocabulary has 55 MiB. Only the gradients of the head, 15 MiB
+    each, may grow with the vocabulary.
+    """
     small, accumulated, samples, large, budget = growths(
         {},
         {"accumulated": 12},
@@ -97,11 +98,14 @@ def test_peak_does_not_grow_with_accumulation_samples_or_vocabulary_beyond_the_c
     )
     assert accumulated < small + 12 and samples < small + 12
     assert large < small + 4 * 15 + 15
-    assert budget > large + 100  # the budget is what bounds it
+    assert budget > large + 100  # a larger chunk needs more memory
 
 
 def test_the_fused_loss_needs_a_fraction_of_the_naive_ones_memory():
-    """1,024 rows × 20,000: 80 MiB a table. (The README's figures are at 4,096 × 151,936.)"""
+    """Compare both losses at 1,024 rows × 20,000 ids, where a table has 80 MiB.
+
+    The README's figures are at 4,096 × 151,936.
+    """
 
     def extra(arm):
         done = subprocess.run(

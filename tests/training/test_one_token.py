@@ -1,5 +1,4 @@
-"""One prompt, two tokens, a vocabulary of three: loss, gradient and new weights, worked out by
-hand."""
+"""Test loss, gradient and new weights by hand: one prompt, two tokens, a vocabulary of three."""
 
 import math
 from types import SimpleNamespace
@@ -19,8 +18,10 @@ from prefix_distill.training.update import Update
 
 
 class Bigram(torch.nn.Module):
-    """hidden = one-hot of the token read; logits = its column of the head: after token c, logit
-    k is W[k, c]."""
+    """A bigram model: after token c, the logit of token k is W[k, c].
+
+    The hidden row is the one-hot vector of the input token.
+    """
 
     def __init__(self, columns):
         super().__init__()
@@ -40,8 +41,8 @@ class Bigram(torch.nn.Module):
 
 
 def test_loss_gradient_and_new_weight_by_hand():
-    # student uniform after every token; teacher after token 0: (1/2, 1/4, 1/4), after token 1:
-    # (1/6, 4/6, 1/6)
+    # the student is uniform after every token; the teacher is (1/2, 1/4, 1/4) after token 0 and
+    # (1/6, 4/6, 1/6) after token 1
     student = Model(
         name="s",
         net=Bigram([[0.0] * 3] * 3),
@@ -64,7 +65,7 @@ def test_loss_gradient_and_new_weight_by_hand():
     )
     run = bare_run(pair, Terms(name="reverse-kl"), {"schedule.lr": 0.1})
     state = state_of(run)
-    # reads 0, 1; token 2 is predicted and never read
+    # the inputs are tokens 0 and 1; token 2 is only predicted
     rollouts = [rollout_of(0, (0,), (1, 2))]
 
     update = Update(state, 0, prompts=[])

@@ -1,5 +1,7 @@
-"""An interrupted run ends like one that nothing disturbed: bit for bit, in weights, moments,
-metric rows and decisions."""
+"""Test that an interrupted and resumed run is bit for bit equal to an uninterrupted one.
+
+Weights, moments, metric rows and decisions are compared.
+"""
 
 import json
 import os
@@ -20,10 +22,12 @@ def whole(pair, questions, tmp_path_factory):
     return out, last_json(said)
 
 
-def test_two_kills_at_random_moments_leave_nothing_different(tmp_path):
-    """Also inside a checkpoint's write, inside the best model's, and before there is a checkpoint;
-    everything that keeps state is on. `tests/benchmarks/soak.py` with its 50 kills is the long
-    form."""
+def test_two_kills_at_random_moments_change_nothing(tmp_path):
+    """Kill a run that has every kind of state.
+
+    A kill can come before the first checkpoint, or while a checkpoint or the best student is
+    written. By default, `tests/benchmarks/soak.py` kills 50 times.
+    """
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "soak.py", "--times", "2", "--seed", "1", "--out", tmp_path],
         capture_output=True,
@@ -55,16 +59,15 @@ def test_optimizer_state_is_complete(whole):
 
 @pytest.mark.parametrize("name", ["student.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["a byte", "cut"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_reported_and_skipped(whole, tmp_path, name, damage):
     import shutil
 
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
     newest = out / "checkpoints/step-00000006" / name
     data = bytearray(newest.read_bytes())
-    place = (
-        data.index(b'"tokens": ') + 10 if name == "state.json" else len(data) // 2
-    )  # a digit of a count: still JSON
+    # in state.json, a digit of a count: the file is still valid JSON
+    place = data.index(b'"tokens": ') + 10 if name == "state.json" else len(data) // 2
     data[place] ^= 1
     newest.write_bytes(data if damage == "a byte" else data[: len(data) // 3])
     with open(out / "metrics.jsonl", "a") as file:
@@ -88,9 +91,11 @@ def test_other_settings_are_refused_on_resume(whole):
     assert code == 2 and "--samples was 2, got 3" in err
 
 
-def test_what_lengthens_or_mends_a_run_is_said_and_kept(whole, tmp_path, monkeypatch):
-    """Six updates become eight at another rate; interrupted at seven, the run goes on to eight
-    without being told again."""
+def test_settings_changed_on_resume_are_reported_and_kept(whole, tmp_path, monkeypatch):
+    """Extend a run from six to eight steps at another learning rate; interrupt it after seven.
+
+    The second resume needs no flags to reach step 8.
+    """
     import shutil
 
     from prefix_distill.display import Display
@@ -165,7 +170,7 @@ RARELY = (
     "staircase",
     "a window by divergence",
     "sampled off the policy",
-)  # the last three are functions of (seed, step) alone
+)  # the state of the last three depends on the seed and the step only
 
 
 @pytest.mark.parametrize(

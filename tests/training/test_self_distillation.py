@@ -1,5 +1,4 @@
-"""A student that teaches itself: what only the teacher's prompt shows, whose weights it has, and
-its first token's logits."""
+"""Test self-distillation: the privileged prompt, the teacher's weights, and the loss."""
 
 import json
 
@@ -18,7 +17,7 @@ from prefix_distill.training import state
 
 
 def test_the_privileged_prompt_and_the_students(pair, tmp_path):
-    """The instruction closes both; what looks like a field inside the texts stays as it is."""
+    """Check that the instruction ends both prompts and that braces in the texts are kept."""
     file = tmp_path / "rows.jsonl"
     rows = [
         {"q": "a {solution}?", "doc": {"why": "since {problem} = 1"}, "answer": "1"},
@@ -61,7 +60,7 @@ def test_the_privileged_prompt_and_the_students(pair, tmp_path):
         ({}, "row 1 has no text"),
     ],
 )
-def test_rows_without_it_are_named(tmp_path, row, message):
+def test_rows_without_privileged_text_are_reported(tmp_path, row, message):
     file = tmp_path / "rows.jsonl"
     file.write_text(
         "".join(
@@ -107,7 +106,7 @@ def test_rows_without_it_are_named(tmp_path, row, message):
         (["--position-weight", "sigmoid:1"], "--position-weight sigmoid:1: expected uniform"),
     ],
 )
-def test_settings_that_contradict_each_other(flags, message, tmp_path):
+def test_contradictory_settings_are_refused(flags, message, tmp_path):
     code, _, err = invoke("run", *flags, "--out", tmp_path / "run")
     assert (
         code == 2
@@ -117,10 +116,11 @@ def test_settings_that_contradict_each_other(flags, message, tmp_path):
     )
 
 
-def test_values_are_those_of_the_initial_weights_behind_the_privileged_prompt(pair, questions):
-    """Every token's forward KL, the first one's too, equals full logits of two rows read alone:
-    prompts of different lengths on both sides, both models' rows of different lengths among
-    themselves."""
+def test_values_compare_the_two_prompts_under_the_initial_weights(pair, questions):
+    """Compare the forward KL of every token with that of full logits of one row at a time.
+
+    The prompts of a batch have different lengths, and so have the prompts of a rollout's two sides.
+    """
     run = prepared((pair[0], "self"), questions, divergence__name="forward-kl", **SELF)
     assert run.pair.teacher.net is not run.pair.student.net
     _, rollouts, values = update_gradient(run, micro=10)
@@ -143,7 +143,7 @@ def test_values_are_those_of_the_initial_weights_behind_the_privileged_prompt(pa
         assert values[r.key][0] > 1e-3
 
 
-def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):
+def test_the_teacher_keeps_the_students_initial_weights(pair, questions, tmp_path):
     run = prepared(
         (pair[0], "self"),
         questions,
@@ -161,9 +161,8 @@ def test_the_teacher_stays_what_the_student_was(pair, questions, tmp_path):
     assert 0 < row["loss/clipped_share"] < 1 and result["steps"] == 4
 
 
-def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeypatch):
-    """t ← 0.75·t + 0.25·s after every update; the teacher of update 2 is no longer the initial
-    one."""
+def test_an_averaged_teacher_follows_the_recursion(pair, questions, tmp_path, monkeypatch):
+    """Check that t ← 0.75·t + 0.25·s after every update."""
     seen, plain = [], state.average_teacher
 
     def watched(teacher, student, share):
@@ -184,7 +183,7 @@ def test_an_averaged_teacher_is_the_recursion(pair, questions, tmp_path, monkeyp
         assert not got.requires_grad
 
 
-def test_thinking_is_switched_on_each_side(pair, tmp_path):
+def test_thinking_is_set_on_each_side(pair, tmp_path):
     folder = tmp_path / "model"
     save_tiny(folder, seed=1)
     tokenizer = byte_tokenizer()
@@ -216,9 +215,8 @@ def test_thinking_is_switched_on_each_side(pair, tmp_path):
         prepared(pair, str(file), data__teacher_thinking="off")
 
 
-def test_a_teacher_that_makes_no_use_of_it_is_reported(pair, questions):
-    """A random network does not know what a solution is; the embedded one that was trained on
-    such prompts does."""
+def test_a_teacher_that_ignores_the_privileged_text_is_reported(pair, questions):
+    """Compare a laboratory model that was trained on privileged prompts with one that was not."""
     told = prepared(
         ("lab:choice/student-told", "self"),
         "lab:choice",
@@ -227,7 +225,7 @@ def test_a_teacher_that_makes_no_use_of_it_is_reported(pair, questions):
         rollout__max_new_tokens=192,
     )
     assert not any("does not help" in text for text in told.notes.warnings)
-    assert any(text.startswith("privileged prompt:") for text in told.notes.lines)
+    assert any(text.startswith("privileged text:") for text in told.notes.lines)
     blind = prepared(
         ("lab:choice/student", "self"),
         "lab:choice",

@@ -1,5 +1,4 @@
-"""The update: neither padding nor micro-batches nor ranks may change its mathematics; what a run
-writes and refuses."""
+"""Test the update, which padding and micro-batches must not change, and what a run writes."""
 
 import json
 import math
@@ -34,7 +33,7 @@ from prefix_distill.training.update import Update
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "sum"])
 @pytest.mark.parametrize("divergence", ["reverse-kl", "jsd:0.5"])
-def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(
+def test_the_gradient_is_the_naive_one_for_any_padding_and_micro_batch(
     pair, questions, reduction, divergence
 ):
     run = prepared(pair, questions, divergence__reduction=reduction, divergence__name=divergence)
@@ -79,7 +78,7 @@ def test_split_and_padding_leave_the_gradient_alone_and_it_is_the_naive_one(
 
 
 def test_prompts_of_different_length_on_both_sides(pair, questions, tmp_path):
-    """The teacher has another chat template: same completion ids after its own prompt."""
+    """Give the teacher another chat template: the same response follows its own prompt."""
     teacher = tmp_path / "teacher"
     save_tiny(teacher, seed=2, width=48, layers=3)
     tokenizer = byte_tokenizer()
@@ -104,7 +103,7 @@ def test_prompts_of_different_length_on_both_sides(pair, questions, tmp_path):
     )
 
 
-def test_forced_start_is_read_by_both_and_never_taught(pair, questions):
+def test_a_forced_start_is_in_both_prompts_and_not_in_the_loss(pair, questions):
     run = prepared(pair, questions, rollout__begin="<think>")
     begin = tuple(run.pair.student.tokenizer("<think>", add_special_tokens=False).input_ids)
     assert len(begin) == 7
@@ -116,14 +115,14 @@ def test_forced_start_is_read_by_both_and_never_taught(pair, questions):
     assert all(len(values[r.key]) == len(r.ids) for r in rollouts)
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair, questions):
+def test_a_student_equal_to_its_teacher_has_a_zero_gradient(pair, questions):
     run = prepared((pair[0], pair[0]), questions)
     gradient, _, values = update_gradient(run)
     assert max(abs(v) for row in values.values() for v in row) < 1e-6
     assert max(g.abs().max().item() for g in gradient.values()) < 1e-6
 
 
-def test_dropout_never_fires(tmp_path, questions, pair):
+def test_dropout_is_off(tmp_path, questions, pair):
     folder = tmp_path / "student"
     save_tiny(folder, "gpt2", seed=4)
     config = json.loads((folder / "config.json").read_text()) | {
@@ -137,8 +136,10 @@ def test_dropout_never_fires(tmp_path, questions, pair):
 
 
 def test_padded_vocabularies_are_cut_to_the_real_ids(tmp_path, questions, pair):
-    """The same student with 40 more rows in its head: same rollouts, same values, no gradient
-    for the padding rows."""
+    """Add 40 rows to the student's head.
+
+    Rollouts and values are the same, and the padding rows get no gradient.
+    """
     plain = prepared(pair, questions)
     wide = tmp_path / "wide"
     net = AutoModelForCausalLM.from_pretrained(pair[0])
@@ -146,7 +147,7 @@ def test_padded_vocabularies_are_cut_to_the_real_ids(tmp_path, questions, pair):
     net.save_pretrained(wide)
     byte_tokenizer().save_pretrained(wide)
     padded = prepared((str(wide), pair[1]), questions)
-    assert any("cut to the real ids" in note for note in padded.notes.lines)
+    assert any("padding rows of the output heads are cut" in note for note in padded.notes.lines)
     (want, rollouts, values), (got, same, padded_values) = (
         update_gradient(plain),
         update_gradient(padded),
@@ -159,7 +160,7 @@ def test_padded_vocabularies_are_cut_to_the_real_ids(tmp_path, questions, pair):
     assert head[260:].abs().max() == 0
 
 
-def test_end_of_sequence_sets_and_their_choice(pair, questions, tmp_path):
+def test_the_eos_ids_are_those_of_the_chosen_model(pair, questions, tmp_path):
     teacher = tmp_path / "teacher"
     save_tiny(teacher, seed=2, eos="<a>")
     generation = GenerationConfig.from_pretrained(teacher)
@@ -171,9 +172,11 @@ def test_end_of_sequence_sets_and_their_choice(pair, questions, tmp_path):
         assert any("(EOS) ids differ" in text for text in run.notes.warnings)
 
 
-def test_gradient_checkpointing_keeps_less_and_changes_nothing(pair, questions, tmp_path):
-    """Same gradient, fewer bytes kept for backward, a KV cache in every decoding step, no trace
-    in the saved folder."""
+def test_gradient_checkpointing_saves_memory_and_changes_nothing_else(pair, questions, tmp_path):
+    """Check that the gradient is the same and fewer bytes are kept for backward.
+
+    Decoding uses the KV cache, and the saved config is the same.
+    """
     found = {}
     for on in (False, True):
         run = prepared(pair, questions, train__gradient_checkpointing=on)
@@ -256,9 +259,8 @@ def test_a_run_writes_what_plain_transformers_loads(pair, questions, tmp_path):
     assert result["best"]["step"] in (0, 2, 4) and folder.best.is_dir()
 
 
-def test_the_student_comes_closer_to_its_teacher(pair, questions, tmp_path):
-    """30 updates: the mean reverse KL on fixed held-out contexts falls by more than two standard
-    errors, paired."""
+def test_training_reduces_the_held_out_kl(pair, questions, tmp_path):
+    """Check that the intervals of the reverse KL before and after 30 updates do not overlap."""
     run = prepared(
         pair,
         questions,
@@ -274,9 +276,12 @@ def test_the_student_comes_closer_to_its_teacher(pair, questions, tmp_path):
     assert result["kl_after"]["high"] < result["kl_before"]["low"]
 
 
-def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions, tmp_path):
-    """Same run in both dtypes: the copy follows the masters, and the measured KL agrees to
-    bfloat16's resolution."""
+def test_bfloat16_samples_from_a_copy_and_keeps_float32_master_weights(pair, questions, tmp_path):
+    """Do the same run in both dtypes.
+
+    The decoding copy follows the master weights, and the held-out KL agrees within the resolution
+    of bfloat16.
+    """
     measured = {}
     for dtype in ("float32", "bfloat16"):
         run = prepared(pair, questions, runtime__dtype=dtype, schedule__lr=1e-3)
@@ -307,7 +312,7 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_masters(pair, questions,
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_update_equals_cpu(pair, questions):
-    """Same rollouts given, same gradient on both devices, to float32 matmul accuracy."""
+    """Compare the gradient of the same rollouts on both devices, to float32 matmul accuracy."""
     gradients, rollouts = [], None
     for device in ("cpu", "cuda:0"):
         run = prepared(pair, questions, runtime__device=device)
@@ -347,15 +352,14 @@ def test_tail_warning_needs_a_paired_rise():
     text = tails.tail_warning(before, found(0.6, hurt), 2)
     assert "rose by 0.4" in text and "90% → 60%" in text and "nearly zero" in text
     assert tails.tail_warning(before, before, 2) is None
-    assert (
-        tails.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None
-    )  # nothing beyond the prefix
-    # across tokenizers the prefix can lack units of one token
+    # no token after the prefix
+    assert tails.tail_warning(before, found(0.9, [[1.0, 1.0]] * 8), 2) is None
+    # with different tokenizers, a prefix can have no unit of one token
     spans = found(0.9, [[None, None, 0.1, 0.1 + i / 100] for i in range(8)])
     hurt = [[None, None, 0.5, 0.5 + i / 100] for i in range(8)]
     text = tails.tail_warning(spans, found(0.9, hurt), 2)
     assert "rose by 0.4" in text and "nearly zero" not in text
-    # numbers that are not finite are no rise; the run names them itself
+    # a non-finite divergence is not a rise; the run itself reports it
     broken = found(0.9, [[math.nan] * 4] * 8)
     assert tails.tail_warning(before, broken, 2) is None
 
@@ -375,10 +379,10 @@ def test_a_student_whose_merit_is_nan_is_not_the_best(pair, questions, tmp_path)
     assert state.progress.best["step"] == 3
 
 
-def test_a_stopped_update_leaves_the_prefix_of_the_last_completed_one(
+def test_a_stopped_update_saves_the_prefix_of_the_last_completed_one(
     pair, questions, tmp_path, monkeypatch
 ):
-    """A schedule of 2, 5, 8 … tokens whose third update meets a NaN: the checkpoint says 5."""
+    """Stop the third update of a schedule of 2, 5, 8, … tokens by a NaN: the checkpoint has 5."""
     run = prepared(pair, questions, schedule__prefix="linear:2:3")
     backward = Update.backward
 

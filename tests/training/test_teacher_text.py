@@ -1,5 +1,4 @@
-"""The teacher's text in the student's place: written once, cut at the prefix, taught with the
-right loss, paid for."""
+"""Test training on text that the teacher samples: once, cut at the prefix, with loss and cost."""
 
 import json
 
@@ -23,7 +22,7 @@ def gradient(run, folder, prefix=12):
 
 
 def texts_of(run, folder):
-    """Return the teacher's texts, and the run's ledger after they were sampled or read."""
+    """Sample or load the teacher's texts; return them and the run's ledger."""
     RunFolder(folder).path.mkdir(exist_ok=True)
     state = state_of(run, folder)
     longest = run.method.prefix.longest(run.config.train.steps)
@@ -87,7 +86,7 @@ def test_gradient_of_every_arm_against_autograd(  # noqa: PLR0913  fixtures and 
         )
 
 
-def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
+def test_the_teachers_text_is_sampled_once_and_cut_at_the_prefix(
     pair, questions, tmp_path, monkeypatch
 ):
     run = prepared(pair, questions, rollout__off_policy="sft")
@@ -102,7 +101,7 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
             strict=True,
         )
     )
-    # it is what the teacher samples: the same draw from its own distribution, prompt by prompt
+    # the teacher samples the same text if this is the only prompt
     from prefix_distill.engine.sampling import Request, generate
 
     first = stream.prompts_of_step(run.problems.train, 0, 5, 0)[0]
@@ -114,12 +113,12 @@ def test_the_text_is_the_teachers_own_written_once_and_cut_at_the_prefix(
     )
     assert texts[first.prompt.index, 1]["ids"] == list(alone[0].ids)
     assert set(spent.useful) == {"teacher_prefill", "teacher_decode"} and all(spent.useful.values())
-    assert "teacher_score" not in update.useful  # nothing is scored for a cross-entropy
-    monkeypatch.setattr(sampling, "_Batch", None)  # a second call that sampled would fail
+    assert "teacher_score" not in update.useful  # cross-entropy needs no teacher scores
+    monkeypatch.setattr(sampling, "_Batch", None)  # the second call must not sample
     assert texts_of(run, tmp_path / "run") == (texts, spent)
 
 
-def test_a_longer_run_writes_only_what_is_missing(pair, questions, tmp_path):
+def test_a_longer_run_samples_only_the_missing_texts(pair, questions, tmp_path):
     short, longer = (
         prepared(pair, questions, rollout__off_policy="divergence", train__steps=steps)
         for steps in (1, 3)
@@ -131,7 +130,7 @@ def test_a_longer_run_writes_only_what_is_missing(pair, questions, tmp_path):
     assert kept["ledger"]["useful"] == paid.useful and len(kept["texts"]) == len(both)
 
 
-def test_a_whole_sft_run_learns_the_text(pair, questions, tmp_path):
+def test_an_sft_run_reduces_the_loss_on_the_text(pair, questions, tmp_path):
     run = prepared(
         pair,
         questions,
@@ -177,8 +176,8 @@ def test_a_whole_sft_run_learns_the_text(pair, questions, tmp_path):
         ({"rollout.off_policy": "sft", "divergence.temperature": 2.0}, "--kl-temperature 2.0"),
     ],
 )
-def test_combinations_without_a_meaning_are_refused_by_name(changes, named):
+def test_contradictory_settings_of_the_loss_are_refused(changes, named):
     with pytest.raises(UserError, match=named):
         configuration.build(changes)
-    for path in changes:  # each of them alone has one
+    for path in changes:  # each setting alone is valid
         configuration.build({path: changes[path]})

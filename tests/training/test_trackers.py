@@ -1,5 +1,7 @@
-"""Trackers: every number of metrics.jsonl and every evaluation, once, whatever was interrupted;
-none of them ends a run."""
+"""Test that trackers get every metric and every evaluation once, also after interruptions.
+
+A tracker that fails does not stop the run.
+"""
 
 import importlib.util
 import json
@@ -38,7 +40,7 @@ def lines(out):
 
 
 def read(folder) -> dict[str, list]:
-    """tag → [(step, value)], by TensorBoard's own reader."""
+    """Return tag → [(step, value)] from TensorBoard's own reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
@@ -50,7 +52,7 @@ def read(folder) -> dict[str, list]:
 
 
 def wanted(out) -> dict[str, list]:
-    """What the run folder holds, in the same form."""
+    """Return the numbers in the run folder, in the form of ``read``."""
     found = {}
     for row in lines(out):
         for name, value in row.items():
@@ -73,8 +75,11 @@ def wanted(out) -> dict[str, list]:
 
 
 def interrupted_twice(pair, questions, out, monkeypatch, *more):
-    """Stopped in update 6, with 4 and 5 after the checkpoint; they are done again at another rate,
-    as far as a Ctrl-C after update 4 that leaves the evaluation out; then to the end."""
+    """Do a run that is interrupted twice.
+
+    It stops in update 6; the newest checkpoint is after step 3. It resumes at another learning rate
+    and repeats step 4, where SIGINT stops it before the evaluation. The last resume completes it.
+    """
     update, row, calls = step_optimizer, Display.row, []
 
     def fails(*arguments, **named):
@@ -120,7 +125,9 @@ def test_tensorboard_holds_what_the_run_folder_holds(pair, questions, tmp_path, 
     assert [step for step, _ in found["evaluation/accuracy"]] == [0, 2, 4, 6]
 
 
-def test_a_tracker_that_fails_is_off_and_the_run_goes_on(pair, questions, tmp_path, monkeypatch):
+def test_a_tracker_that_fails_is_disabled_and_training_continues(
+    pair, questions, tmp_path, monkeypatch
+):
     from torch.utils.tensorboard import SummaryWriter
 
     plain = SummaryWriter.add_scalar
@@ -155,8 +162,11 @@ def test_a_tracker_that_fails_is_off_and_the_run_goes_on(pair, questions, tmp_pa
 
 
 def wandb_rows(out) -> list[dict]:
-    """The history rows of the run's offline files: logs of 32 KiB blocks, each record with a header
-    of CRC, length and kind, that hold wandb's own messages."""
+    """Return the history rows of the run's offline files.
+
+    A file is a log in blocks of 32 KiB. A record is a header (CRC, length and kind) and a message
+    of wandb.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = []
@@ -168,7 +178,7 @@ def wandb_rows(out) -> list[dict]:
                 continue
             size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
             whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
-            if kind in (1, 4):  # whole, or its last part
+            if kind in (1, 4):  # a whole record, or its last part
                 record, whole = Record.FromString(whole), b""
                 if record.WhichOneof("record_type") == "history":
                     found.append(
@@ -189,8 +199,8 @@ def trackio_rows(out) -> list[dict]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_the_others_hold_every_number_once(pair, questions, tmp_path, monkeypatch, name):
-    """Offline. They keep the first values of steps that are done again."""
+def test_wandb_and_trackio_hold_every_number_once(pair, questions, tmp_path, monkeypatch, name):
+    """Run offline. These trackers keep the first values of repeated steps."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     settings = {
@@ -209,12 +219,12 @@ def test_the_others_hold_every_number_once(pair, questions, tmp_path, monkeypatc
     for tag, values in wanted(tmp_path / "run").items():
         found = [(row["step"], row[tag]) for row in rows if tag in row]
         assert [step for step, _ in found] == [step for step, _ in values], tag
-        assert found[:2] == values[:2], tag  # before what is done again
+        assert found[:2] == values[:2], tag  # before the repeated steps
     assert json.loads((tmp_path / "run/trackers.json").read_text())[name]["at"] == [6, 1]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_missing_package_is_named_before_anything_is_loaded(
+def test_a_missing_package_is_reported_before_a_model_is_loaded(
     pair, questions, tmp_path, monkeypatch, name
 ):
     find = importlib.util.find_spec
