@@ -71,10 +71,9 @@ def load_model(
         package = "gguf"
     scratch = None
     with _explain_failure(name, package):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **gguf
-        )
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+        options = {"trust_remote_code": trust_remote_code, **gguf}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **options)
         if not extra:
             check_config(name, folder, config)
         if storage.quantize != "none":
@@ -86,12 +85,9 @@ def load_model(
                 config, device, dtype, limit=storage.spread, trust_remote_code=trust_remote_code
             )
             extra = {"device_map": device_map, "offload_folder": scratch.name}
+        auto_class = choose_class(name, config)
         net, loading_info = _read_weights(
-            choose_class(name, config),
-            folder,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            **extra,
+            auto_class, folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )
     _check_complete(name, loading_info)
     if storage == PLAIN:

@@ -21,6 +21,24 @@ class Scaling:
     softcap: float | None = None
 
 
+def contains_head(net: PreTrainedModel) -> bool:
+    """Return whether the decoder that transformers names holds the output layer."""
+    return net.get_output_embeddings() in set(net.get_decoder().modules())
+
+
+def name_outside_decoder(net: PreTrainedModel) -> frozenset[str]:
+    """Return the parameters outside the decoder, the embeddings and the output layer.
+
+    They are those of towers that text does not run, as far as names tell.
+    """
+    if contains_head(net):
+        return frozenset()
+    inside: set[int] = set()
+    for module in (net.get_decoder(), net.get_input_embeddings(), net.get_output_embeddings()):
+        inside.update(id(p) for p in module.parameters())
+    return frozenset(name for name, p in net.named_parameters() if id(p) not in inside)
+
+
 @contextlib.contextmanager
 def _replacing_forward(
     layer: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]

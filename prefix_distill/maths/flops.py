@@ -2,8 +2,9 @@
 
 Useful FLOPs are those of real tokens and causal pairs; executed FLOPs include padding and full
 rectangles of attention. One multiply-add is 2 FLOPs. Counted: linear layers, attention's two
-products, the output head. Not counted: embedding lookups, norms, activations, softmax, divergences,
-the optimizer, sampling.
+products, the write and the read of a recurrent state, the output head. Not counted: embedding
+lookups, convolutions, norms, activations, softmax, divergences, the optimizer, sampling, what a
+chunked scan computes beyond its recurrence, the product of a LoRA adapter of fused experts.
 """
 
 from collections.abc import Sequence
@@ -24,13 +25,17 @@ class Shape:
     ``trunk``: matmul parameters per token without the head (MoE: active experts). ``head``: D·V.
     ``attention``: per layer (heads·head_dim, sliding window in tokens or None). ``frozen``: with
     a LoRA adapter, the number of frozen parameters of the trunk; the head is frozen too. A training
-    step computes no gradients to them. None: all parameters train.
+    step computes no gradients to them. None: all parameters train. ``expanded``: weights that run
+    again on every cached token in each pass (the latent keys and values of DeepSeek's attention).
+    ``recurrent``: elements of the recurrent states of all layers; a token writes and reads each.
     """
 
     trunk: int
     head: int
-    attention: tuple[tuple[int, int | None], ...]
+    attention: tuple[tuple[float, int | None], ...]
     frozen: int | None = None
+    expanded: int = 0
+    recurrent: int = 0
 
     def saved(self, tokens: float, rows: float) -> float:
         """Return the FLOPs of the weight gradients that a training step does not compute."""
@@ -40,7 +45,7 @@ class Shape:
 
     def linear(self, tokens: float) -> float:
         """Return the trunk FLOPs of ``tokens`` tokens."""
-        return 2.0 * self.trunk * tokens
+        return 2.0 * (self.trunk + 2 * self.recurrent) * tokens
 
     def output(self, rows: float) -> float:
         """Return the head FLOPs of ``rows`` rows."""
@@ -56,12 +61,18 @@ class Shape:
             flops += 4.0 * width * _visible(past, queries, window)
         return flops
 
+    def expansion(self, past: int) -> float:
+        """Return the FLOPs that one pass spends on ``past`` cached tokens again."""
+        return 2.0 * self.expanded * past
+
     def rectangle(self, queries: int, past: int = 0) -> float:
         """Return the attention FLOPs as executed: every query against every key.
 
         ``past``: cached keys; a sliding layer caches one key less than its window.
         """
-        flops = 0.0
+        if not queries:
+            return 0.0
+        flops = self.expansion(past)
         for width, window in self.attention:
             cached = past
             if window is not None:
@@ -236,6 +247,7 @@ def _prefill(shape: Shape, lengths: _Lengths, repeated: int) -> float:
         prompts += shape.linear(prompt - repeated) + shape.causal(0, prompt - repeated)
     for prompt, _ in lengths.rows:
         rows += shape.linear(repeated) + shape.causal(prompt - repeated, repeated) + shape.output(1)
+        rows += repeated * shape.expansion(prompt - repeated)
     return prompts + rows
 
 
@@ -245,6 +257,8 @@ def _decode(shape: Shape, lengths: _Lengths) -> float:
     for prompt, response in lengths.rows:
         read = response - 1
         flops += shape.linear(read) + shape.output(read) + shape.causal(prompt, read)
+        for past in range(prompt, prompt + read):  # every token is a pass of its own
+            flops += shape.expansion(past)
     return flops
 
 
@@ -266,6 +280,8 @@ def _causal(shape: Shape, lengths: _Lengths) -> float:
         prompts += shape.causal(0, prompt)
     for prompt, response in lengths.rows:
         rows += shape.causal(prompt, response - 1)
+        if lengths.is_shared and response > 1:
+            rows += shape.expansion(prompt)
     return prompts + rows
 
 

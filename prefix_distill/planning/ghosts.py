@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from ..engine.adapter import attach
 from ..engine.classes import choose_class
 from ..engine.models import Model, with_checkpointing
+from ..engine.output_layer import contains_head, name_outside_decoder
 from .case import Network
 
 FULL_DEPTH = 3  # networks of up to this many layers are measured whole
@@ -217,6 +218,8 @@ def sketch(
         eos=frozenset(),
         shares_prompts=True,
         adapter=wrapper,
+        whole_net=contains_head(net),
+        unreached=name_outside_decoder(net),
     )
     if settings.recomputes:
         return with_checkpointing(model)
