@@ -23,6 +23,7 @@ from ..maths.divergence import Head
 from ..maths.extrapolation import MODULES
 from . import adapter
 from .output_layer import Scaling, capture_head_input
+from .rope import find_switch
 from .shapes import fused_experts
 from .transformers_names import enable_checkpointing, name_cache_argument, read_cache
 
@@ -114,6 +115,11 @@ class Model:
     def positions(self) -> int | None:
         """Return the longest sequence (prompt and response) in tokens; None if unlimited."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def rope_switch(self) -> int | None:
+        """Return the length beyond which RoPE has other factors; None if there is none."""
+        return find_switch(self.config)
 
     @property
     def encodes_prompt_once(self) -> bool:

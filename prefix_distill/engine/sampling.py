@@ -19,6 +19,7 @@ from .batching import Reads
 from .device import Clock
 from .meter import Meter
 from .models import Model
+from .rope import split_lengths
 from .transformers_names import name_generate_cache_argument, read_cache
 
 
@@ -229,17 +230,20 @@ def generate(
     Rows are sorted by prompt length, rows with the same prompt together, and left-padded in batches
     of at most ``sampler.rows``. A prompt of several rows is prefilled once if
     ``model.shares_prompts``. ``cost`` records the FLOPs of every batch, and the seconds of prefill
-    and decoding.
+    and decoding. A row that may pass the length at which RoPE changes is sampled alone.
     """
     responses: dict[int, Response] = {}
     order = _order_by_prompt(requests)
-    for start in range(0, len(order), sampler.rows):
-        chosen = order[start : start + sampler.rows]
-        batch = _Batch(model=model, requests=[requests[i] for i in chosen], sampler=sampler)
-        for i, response in zip(chosen, batch.decode(max_new_tokens, cost), strict=True):
-            responses[i] = response
-        if cost is not None:
-            cost.count(_describe_reads(model, requests, {i: responses[i] for i in chosen}))
+    lengths = [len(requests[i].ids) + max_new_tokens for i in order]
+    for positions, is_within in split_lengths(model.rope_switch, lengths):
+        rows = sampler.rows if is_within else 1
+        for start in range(0, len(positions), rows):
+            chosen = [order[position] for position in positions[start : start + rows]]
+            batch = _Batch(model=model, requests=[requests[i] for i in chosen], sampler=sampler)
+            for i, response in zip(chosen, batch.decode(max_new_tokens, cost), strict=True):
+                responses[i] = response
+            if cost is not None:
+                cost.count(_describe_reads(model, requests, {i: responses[i] for i in chosen}))
     return [responses[i] for i in range(len(requests))]
 
 
