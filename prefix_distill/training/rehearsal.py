@@ -1,6 +1,7 @@
 """One update before the first evaluation, which changes nothing: what can fail, fails here."""
 
 import itertools
+from typing import NoReturn
 
 import torch
 
@@ -8,6 +9,8 @@ from ..engine.device import Clock, is_out_of_memory
 from ..engine.meter import Meter
 from ..engine.rollout import Rollout
 from ..errors import MemoryShortage, Stopped
+from .faults import find_non_finite
+from .loss import TokenLosses
 from .optimizer import NonFiniteGradient, step_optimizer
 from .state import State
 from .update import Update
@@ -41,12 +44,10 @@ def _take_step(state: State) -> None:
     if not run.place.sum(sum(len(r.taught) for r in rollouts)):
         return  # two tokenizers may have no unit in common in this text
     losses = update.backward(update.select(rollouts))
-    non_finite = losses.describe_non_finite()
-    if non_finite is not None:
-        _refuse(non_finite[1])
+    _refuse_non_finite(state, losses)
     try:
         step_optimizer(state.optimizer, run.pair.student.trainable, 0.0, run.config.train.grad_clip)
-    except NonFiniteGradient as error:
+    except NonFiniteGradient as error:  # on every rank, because gradients are all-reduced
         _refuse(str(error))
     except Exception as error:
         if not is_out_of_memory(error):
@@ -57,10 +58,21 @@ def _take_step(state: State) -> None:
         ) from None
 
 
-def _refuse(reason: str) -> None:
+def _refuse_non_finite(state: State, losses: TokenLosses) -> None:
+    """Raise Stopped on all ranks if any rank has a non-finite divergence; name the cause."""
+    reason = None
+    non_finite = losses.describe_non_finite()
+    if non_finite is not None:
+        rollout, where = non_finite
+        reason = f"{where}: {find_non_finite(state.run, rollout)} not finite"
+    for found in filter(None, state.run.place.gather(reason)):
+        _refuse(found)
+
+
+def _refuse(reason: str) -> NoReturn:
     raise Stopped(
-        f"rehearsal of the first step: {reason}; nothing was trained; use --dtype float32 or other "
-        "weights"
+        f"rehearsal of step 1: {reason}; nothing was trained or saved; use --dtype float32, or an "
+        "intact copy of the model"
     )
 
 
