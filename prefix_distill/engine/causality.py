@@ -28,6 +28,8 @@ def check_causality(model: Model) -> None:
     """
     count = min(TOKENS, model.positions or TOKENS)
     ids_BT = probe_ids(model, count)
+    if count < 2:
+        return  # nothing follows
     half = count // 2
     changed_BT = ids_BT.clone()
     changed_BT[:, half:] = ids_BT[:, half:].roll(1, -1)

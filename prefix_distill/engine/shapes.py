@@ -119,6 +119,8 @@ def _measure_rows(
     """Return the rows of every matrix in a prefill and in a decoding step, and the cache."""
     if any(p.is_meta or hasattr(p, "meta") for p in model.net.parameters()):
         raise ValueError("no numbers")
+    if model.positions is not None and model.positions <= TOKENS:
+        raise ValueError("too few positions")
     modules = {name: module for name, module in model.net.named_modules() if name in sizes}
     names = {module: name for name, module in modules.items()}
     ids_BT = (torch.arange(TOKENS + 1, device=model.device) % model.vocabulary)[None]
