@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from prefix_distill.engine import loading
 from prefix_distill.engine.models import Model
+from prefix_distill.engine.output_layer import name_outside_decoder
 from prefix_distill.engine.reach import find_unreached
 from prefix_distill.errors import UserError
 from prefix_distill.training.optimizer import step_optimizer
@@ -150,6 +151,11 @@ def test_lora_leaves_out_what_no_text_token_reaches(multimodal, questions):
     adapted = set(run.pair.student.trainable)
     assert adapted and not any("vision" in n or "projector" in n for n in adapted)
     one_update(run)
+
+
+def test_names_alone_tell_a_forecast_which_parameters_are_frozen(multimodal):
+    model = loading.load_model(multimodal, device=torch.device("cpu"), dtype=torch.float32)
+    assert name_outside_decoder(model.net) == find_unreached(model)
 
 
 def test_parameters_are_counted_from_the_config_of_a_multimodal_model(multimodal):

@@ -306,3 +306,14 @@ def test_fused_experts_under_an_adapter_are_counted():
     config = configuration.build({"adapter.rank": 2, "adapter.targets": "q_proj"}).adapter
     model.adapter = attach(net, config, seed=0, base="b")
     assert read_shape(model).frozen == before.trunk
+
+
+def test_a_recurrent_state_is_written_and_read_once_per_token():
+    """Falcon-H1: heads × head size × state size per layer, 2 FLOPs for each of both."""
+    sizes = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    net = random_net(text_config("falcon_h1", mamba_d_ssm=64, **sizes))
+    model = Model(name="m", net=net, tokenizer=None, generation_config=None, eos=frozenset({257}))
+    shape = read_shape(model)
+    assert shape.recurrent == 2 * 8 * 8 * 8
+    without = dataclasses.replace(shape, recurrent=0)
+    assert shape.linear(5) - without.linear(5) == 5 * 4 * shape.recurrent
