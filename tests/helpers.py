@@ -20,6 +20,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
@@ -147,19 +148,48 @@ def tiny_config(kind: str, vocabulary: int = 260, width: int = 32, layers: int =
 
 def tiny_net(kind: str, seed: int = 0, scale: float = 1.0, **shape):
     """Return a random network whose next-token distributions are far from uniform."""
+    return random_net(tiny_config(kind, **shape), seed, scale)
+
+
+def random_net(config, seed: int = 0, scale: float = 1.0, factory=AutoModelForCausalLM):
+    """Return a random network of any config, as ``tiny_net`` does."""
     torch.manual_seed(seed)
-    net = AutoModelForCausalLM.from_config(tiny_config(kind, **shape))
+    net = factory.from_config(config)
     with torch.no_grad():
         for name, p in net.named_parameters():
-            if p.dim() >= 2:
+            # the decay rates of a recurrent state stay as they are
+            if p.dim() >= 2 and "A_log" not in name:
                 spread = 0.2 if "embed" in name or "wte" in name else 0.3
                 p.copy_(torch.randn_like(p) * scale * spread)
     return net.eval()
 
 
+def text_config(kind: str, **shape):
+    """Return a tiny config of any model type with the fields that most of them share."""
+    common: dict[str, Any] = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": 256,
+        "eos_token_id": 257,
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    return CONFIG_MAPPING[kind](**common | shape)
+
+
 def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **shape) -> str:
     """Save a tiny model and its tokenizer to a folder, and return its path."""
-    net = tiny_net(kind, seed, **shape)
+    return save_net(folder, tiny_net(kind, seed, **shape), eos)
+
+
+def save_net(folder, net, eos: str = "<e>") -> str:
+    """Save a network with a byte-level tokenizer to a folder, and return its path."""
     net.generation_config = GenerationConfig(
         eos_token_id=257, pad_token_id=256, temperature=0.3, top_k=7, do_sample=True
     )

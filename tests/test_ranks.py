@@ -382,11 +382,6 @@ def test_two_ranks_equal_one_process(pair, questions, tmp_path):
 
     # If one rank runs out of memory, both ranks halve the micro-batch; the result is the same.
     assert_same(tmp_path / "1/plain", tmp_path / "2/no room", "no room")
-    spent = [
-        results["plain"][1]["flops"],
-        json.loads((tmp_path / "2/no room/run.json").read_text())["result"]["flops"],
-    ]
-    assert spent[1]["executed"] > spent[0]["executed"]
     assert (
         "rank 1: cpu ran out of memory; --micro-batch-size was lowered from 2 to 1, which does not "
         "change the result" in done.stderr

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -24,6 +23,8 @@ from ..lab.task import LAB
 from ..prompts.sources import split_revision
 from . import adapter, adapter_check, adapter_files, targets
 from .adapter_files import FILE
+from .classes import AutoClass, choose_class
+from .dropout import turn_off_dropout
 from .folders import ADAPTER, check_config, locate
 from .hub import check_reachable, find_pinned
 from .model_files import read_tokenizer
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from .transformers_names import CausalLM
 
 FEW_TOKENS = 8  # length of the row that the checks run
-# largest difference in nats between the model's logits and head(trunk)
-LOGIT_TOLERANCE = 1e-3
-LOGIT_TOLERANCE_OF_HALF_PRECISION = 0.25
 
 
 def load_model(
@@ -74,9 +72,10 @@ def load_model(
         package = "gguf"
     scratch = None
     with _explain_failure(name, package):
-        tokenizer = read_tokenizer(name, folder, trust_remote_code=trust_remote_code, **gguf)
+        options = {"trust_remote_code": trust_remote_code, **gguf}
+        tokenizer = read_tokenizer(name, folder, **options)
+        config = AutoConfig.from_pretrained(folder, **options)
         if not extra:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             check_config(name, folder, config)
         if storage.quantize != "none":
             quantization = make_quantization(storage.quantize, dtype)
@@ -87,8 +86,9 @@ def load_model(
                 config, device, dtype, limit=storage.spread, trust_remote_code=trust_remote_code
             )
             extra = {"device_map": device_map, "offload_folder": scratch.name}
+        auto_class = choose_class(name, config)
         net, loading_info = _read_weights(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+            auto_class, folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )
     _check_complete(name, loading_info)
     if getattr(net, "_hf_peft_config_loaded", False):
@@ -112,14 +112,16 @@ def _gguf_argument(extra: dict) -> dict:
     return {}
 
 
-def _read_weights(folder: str, **options: Any) -> tuple["CausalLM", dict[str, Any]]:
+def _read_weights(
+    auto_class: AutoClass, folder: str, **options: Any
+) -> tuple["CausalLM", dict[str, Any]]:
     """Return the network and its loading info, which lists missing and mismatched weights."""
     safetensors_only: bool | None = True
     if "gguf_file" in options:
         safetensors_only = None
         if options["dtype"] == "auto":
             options["dtype"] = None  # GGUF names no dtype, and "auto" asks the suffix in lower case
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class.from_pretrained(
         folder,
         use_safetensors=safetensors_only,
         output_loading_info=True,
@@ -175,6 +177,7 @@ def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) 
     """
     generation_config = net.generation_config
     net.generation_config = GenerationConfig()
+    turn_off_dropout(net)
     vocabulary = len(net.get_output_embeddings().weight)
     eos = _read_eos(name, generation_config, tokenizer, vocabulary=vocabulary)
     return Model(
@@ -205,7 +208,11 @@ def count_parameters(name: str, trust_remote_code: bool = False) -> int:
             folder, trust_remote_code=trust_remote_code, **_gguf_argument(extra)
         )
         with torch.device("meta"):
-            net = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            net = choose_class(name, config).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except UserError:
+        raise
     except Exception as error:  # unreadable files raise anything, as in _explain_failure
         check_reachable(name, error)
         raise UserError(
@@ -334,32 +341,3 @@ def check_head_rows(model: Model) -> None:
             f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has "
             f"only {rows} rows; resize the model's embeddings or use its own tokenizer"
         )
-
-
-@torch.no_grad()
-def check_head(model: Model) -> float:
-    """Return the largest difference between head(trunk) and the model's logits, in nats.
-
-    UserError: they differ too much, so that the loss would train another distribution, or they are
-    not finite.
-    """
-    ids = _first_ids(model)
-    ours = model.head().logits(model.trunk(ids)[0])
-    with model.adapter_context():
-        output = model.net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    theirs = output.logits[0, :, : model.support].float().to(ours.device)
-    if not torch.isfinite(theirs).all():
-        raise UserError(
-            f"model {model.name}: its logits contain NaN or infinity; use an intact copy or "
-            "--dtype float32"
-        )
-    gap = (torch.log_softmax(ours, -1) - torch.log_softmax(theirs, -1)).abs().max().item()
-    tolerance = LOGIT_TOLERANCE_OF_HALF_PRECISION
-    if model.net.dtype == torch.float32:
-        tolerance = LOGIT_TOLERANCE
-    if gap > tolerance:
-        raise UserError(
-            f"model {model.name}: head(hidden states) does not equal its logits (they differ by "
-            f"{gap:.2g} nats in log-probability); this architecture is not supported"
-        )
-    return gap

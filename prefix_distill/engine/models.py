@@ -5,7 +5,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Parameter
@@ -16,13 +16,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import ModelOutput
 
 from ..errors import UserError
 from ..maths.divergence import Head
 from ..maths.extrapolation import MODULES
-from ..maths.flops import Shape
 from . import adapter
 from .decoding import FASTEST, Decoding
+from .output_layer import Scaling, capture_head_input
+from .rope import find_switch
+from .shapes import fused_experts
 from .transformers_names import enable_checkpointing, name_cache_argument, read_cache
 
 if TYPE_CHECKING:
@@ -49,8 +52,11 @@ class Model:
     by ``exactness.find_decoding``. ``recomputes``: gradient checkpointing is on.
     ``support``: the head computes logits for the first so many ids (None: all). ``adapter``: peft's
     wrapper of ``net`` if a LoRA adapter is trained. ``adapter_off``: this model is ``net`` without
-    its adapter. ``home``: the head's device, if the layers lie on several devices. ``scratch``: the
-    folder of offloaded layers, which must exist as long as the model.
+    its adapter. ``unreached``: the parameters that no text token reaches, which are frozen.
+    ``whole_net``: the trunk is ``net`` up to its output layer, not its decoder alone. ``scaling``:
+    what ``net`` does to its logits, if the config does not tell (``choose_trunk``). ``home``: the
+    head's device, if the layers lie on several devices. ``scratch``: the folder of offloaded
+    layers, which must exist as long as the model.
     """
 
     name: str
@@ -65,6 +71,9 @@ class Model:
     support: int | None = None
     adapter: "PeftModel | None" = None
     adapter_off: bool = False
+    unreached: frozenset[str] = frozenset()
+    whole_net: bool = False
+    scaling: Scaling | None = None
     home: torch.device | None = None
     scratch: TemporaryDirectory[str] | None = None
 
@@ -89,6 +98,20 @@ class Model:
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
     @property
+    def unreached_modules(self) -> list[str]:
+        """Return the modules of which no text token reaches a parameter, for an adapter."""
+        reached = set()
+        for name, _ in self.net.named_parameters():
+            if name not in self.unreached:
+                reached.add(name.rpartition(".")[0])
+        return sorted({name.rpartition(".")[0] for name in self.unreached} - reached)
+
+    def train_weights(self) -> None:
+        """Let every parameter that a text token reaches require a gradient."""
+        for name, p in self.net.named_parameters():
+            p.requires_grad_(name not in self.unreached)
+
+    @property
     def vocabulary(self) -> int:
         """Return the number of ids that the head computes logits for."""
         if self.support is not None:
@@ -99,6 +122,11 @@ class Model:
     def positions(self) -> int | None:
         """Return the longest sequence (prompt and response) in tokens; None if unlimited."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def rope_switch(self) -> int | None:
+        """Return the length beyond which RoPE has other factors; None if there is none."""
+        return find_switch(self.config)
 
     @property
     def encodes_prompt_once(self) -> bool:
@@ -115,8 +143,8 @@ class Model:
         There is no mask: padding lies on the right, where causal attention hides it.
         """
         with self.adapter_context(), self._checkpointing():
-            output = self.net.get_decoder()(input_ids=ids_BT, use_cache=False)
-        return output.last_hidden_state.to(self.device)
+            hidden_BTD, _ = self._run_trunk(input_ids=ids_BT, use_cache=False)
+        return hidden_BTD.to(self.device)
 
     def trunk_cached(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache | None = None
@@ -127,17 +155,32 @@ class Model:
         no position.
         """
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
-        trunk = self.net.get_decoder()
-        cache_argument = {name_cache_argument(trunk.forward): cache}
+        cache_argument = {name_cache_argument(self._trunk_module.forward): cache}
         with self.adapter_context():
-            output = trunk(
+            hidden_BTD, output = self._run_trunk(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 position_ids=positions_BT,
                 use_cache=True,
                 **cache_argument,
             )
-        return output.last_hidden_state.to(self.device), read_cache(output)
+        return hidden_BTD.to(self.device), read_cache(output)
+
+    @property
+    def _trunk_module(self) -> PreTrainedModel:
+        """Return the module that computes the trunk."""
+        if self.whole_net:
+            return self.net
+        return self.net.get_decoder()
+
+    def _run_trunk(self, **inputs: Any) -> tuple[torch.Tensor, ModelOutput]:
+        """Return the final hidden states and the output of the module that computed them."""
+        if not self.whole_net:
+            output = self.net.get_decoder()(**inputs)
+            return output.last_hidden_state, output
+        with capture_head_input(self.net) as captured:
+            output = self.net(**inputs)
+        return captured[0], output
 
     def adapter_context(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which ``net`` runs: it disables the adapter if ``adapter_off``."""
@@ -161,6 +204,13 @@ class Model:
             weight = weight[: self.support]
             if bias is not None:
                 bias = bias[: self.support]
+        if self.scaling is not None:
+            return Head(
+                weight_VD=weight,
+                bias_V=bias,
+                scale=self.scaling.scale,
+                softcap=self.scaling.softcap,
+            )
         scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides
         softcap = None
@@ -298,84 +348,11 @@ def _linear_parameters(net: PreTrainedModel) -> set[int]:
     from transformers.pytorch_utils import Conv1D
 
     linear: set[int] = set()
-    for name, module in net.get_decoder().named_modules():
-        fused_experts = _fused_experts(name, module)
-        if fused_experts or isinstance(module, (torch.nn.Linear, Conv1D)):
+    for name, module in net.named_modules():
+        experts = fused_experts(name, module)
+        if experts or isinstance(module, (torch.nn.Linear, Conv1D)):
             linear.update(id(p) for p in module.parameters(recurse=False))
     for module in (net.get_input_embeddings(), net.get_output_embeddings()):
         if module is not None:
             linear.difference_update(id(p) for p in module.parameters())
     return linear
-
-
-def _fused_experts(name: str, module: torch.nn.Module) -> list[Parameter]:
-    """Return a module's expert matrices [experts, in, out]; none for another module."""
-    if not name.endswith("experts"):
-        return []
-    return [p for p in module.parameters(recurse=False) if p.dim() == 3]
-
-
-def read_shape(model: Model, support: int | None = None) -> Shape:
-    """Return the shape that the FLOP count needs, from the model's modules and config.
-
-    ``support``: number of ids that the head computes logits for (None: all).
-    """
-    config = model.config
-    share = 1.0
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if experts:
-        share = getattr(config, "num_experts_per_tok", experts) / experts
-    trunk = adapted = 0.0
-    for name, module in model.net.get_decoder().named_modules():
-        size = _matrix_size(module)
-        if ".lora_" in name:
-            adapted += size
-        elif ".experts." in f".{name}.":
-            trunk += share * size
-        else:
-            trunk += size
-        trunk += share * sum(p.numel() for p in _fused_experts(name, module))
-    frozen = None
-    if model.adapter_off:
-        adapted = 0.0
-    elif model.adapter is not None:
-        frozen = round(trunk)
-    rows, columns = model.net.get_output_embeddings().weight.shape
-    head = min(rows, support or rows) * columns
-    return Shape(
-        trunk=round(trunk + adapted),
-        head=head,
-        attention=_attention_shape(config),
-        frozen=frozen,
-        stretch=model.decoding.stretch,
-    )
-
-
-def _matrix_size(module: torch.nn.Module) -> int:
-    """Return the number of weights of a linear layer; 0 for another module."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, torch.nn.Linear):
-        # a quantized weight is packed, so its number of elements is smaller
-        return module.in_features * module.out_features
-    if isinstance(module, Conv1D):
-        return module.weight.numel()
-    return 0
-
-
-def _attention_shape(config: PreTrainedConfig) -> tuple[tuple[int, int | None], ...]:
-    """Return width (heads × head size) and window (None: unlimited) of each layer's attention."""
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    width = heads * head_size
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if not kinds:  # without layer types, a window applies to every layer
-        return ((width, window or None),) * config.num_hidden_layers
-    layers = []
-    for kind in kinds:
-        if kind == "sliding_attention":
-            layers.append((width, window))
-        else:
-            layers.append((width, None))
-    return tuple(layers)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
+from .classes import choose_class
 from .free_memory import read_free_memory
 
 TERABYTE = 1 << 40
@@ -67,7 +68,7 @@ def plan_spread(
     # otherwise it warns that some weights are on disk, which was requested
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(
+        net = choose_class(config.name_or_path or config.model_type, config).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     net.tie_weights()

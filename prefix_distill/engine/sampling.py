@@ -22,6 +22,7 @@ from .free_memory import release_cache
 from .meter import Meter
 from .models import Model
 from .processors import Race, RowProcessor, Support
+from .rope import split_lengths
 from .transformers_names import name_generate_cache_argument, read_cache, select_rows
 
 
@@ -178,10 +179,11 @@ def generate(
     Rows are sorted by prompt length, rows with the same prompt together, and left-padded in batches
     of at most ``sampler.rows``, as far as ``model.decoding`` allows. A prompt of several rows is
     prefilled once if ``model.shares_prompts``. ``cost`` records the FLOPs of every batch, and the
-    seconds of prefill and decoding.
+    seconds of prefill and decoding. A row that may pass the length at which RoPE changes is sampled
+    alone.
     """
     responses: dict[int, Response] = {}
-    for chosen in _batches(requests, sampler.rows, model.decoding):
+    for chosen in _batches(requests, model, rows=sampler.rows, tokens=max_new_tokens):
         batch = _Batch(model=model, requests=[requests[i] for i in chosen], sampler=sampler)
         for i, response in zip(chosen, batch.decode(max_new_tokens, cost), strict=True):
             responses[i] = response
@@ -190,13 +192,28 @@ def generate(
     return [responses[i] for i in range(len(requests))]
 
 
-def _batches(requests: list[Request], size: int, decoding: Decoding) -> list[list[int]]:
-    """Return the indices of the requests of every batch."""
+def _batches(requests: list[Request], model: Model, *, rows: int, tokens: int) -> list[list[int]]:
+    """Return the indices of the requests of every batch of at most ``rows`` requests."""
+    order = _order_by_prompt(requests)
+    lengths = [len(requests[i].ids) + tokens for i in order]
     batches: list[list[int]] = []
-    for i in _order_by_prompt(requests):
-        length = len(requests[i].ids)
-        is_open = batches and len(batches[-1]) < size
-        if is_open and decoding.can_share(len(requests[batches[-1][0]].ids), length):
+    for positions, is_within in split_lengths(model.rope_switch, lengths):
+        most = rows
+        if not is_within:
+            most = 1
+        batches += _split([order[p] for p in positions], requests, most, decoding=model.decoding)
+    return batches
+
+
+def _split(
+    order: list[int], requests: list[Request], most: int, *, decoding: Decoding
+) -> list[list[int]]:
+    """Return batches of at most ``most`` neighbours whose prompts may share a batch."""
+    batches: list[list[int]] = []
+    for i in order:
+        is_open = batches and len(batches[-1]) < most
+        first = batches[-1][0] if is_open else i
+        if is_open and decoding.can_share(len(requests[first].ids), len(requests[i].ids)):
             batches[-1].append(i)
         else:
             batches.append([i])

@@ -3,7 +3,7 @@
 This module holds the only causal shift in the code.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from .models import Model
 from .pair import Pair
 from .ranks import Place
 from .rollout import Rollout, Side, student_sides, teacher_sides
+from .rope import split_lengths
 from .transformers_names import select_rows
 from .units import units_of
 
@@ -31,9 +32,24 @@ def hidden_rows(model: Model, sides: list[Side]) -> torch.Tensor:
 
     The row of response token t is the hidden state at position t − 1: the causal shift. A prompt
     of several responses runs once if the model allows it. Its KV cache is then repeated for them,
-    and its gradients add up.
+    and its gradients add up. Rows longer than the length at which RoPE changes run apart, each with
+    its own prompt: the longest row of a batch chooses the factors of all.
     """
     release_cache(model.device)
+    lengths = [len(side.prompt) + len(side.read) for side in sides]
+    rows: dict[int, torch.Tensor] = {}
+    for indices, is_within in split_lengths(model.rope_switch, lengths):
+        chosen = model if is_within else replace(model, shares_prompts=False)
+        hidden_ND = _compute_rows(chosen, [sides[i] for i in indices])
+        if len(indices) == len(sides):
+            return hidden_ND
+        sizes = [len(sides[i].rows) for i in indices]
+        rows |= zip(indices, hidden_ND.split(sizes), strict=True)
+    return torch.cat([rows[i] for i in range(len(sides))])
+
+
+def _compute_rows(model: Model, sides: list[Side]) -> torch.Tensor:
+    """Return the hidden rows of sides that may share a batch."""
     prompts = [side.prompt for side in sides]
     responses = [side.read for side in sides]
     if model.encodes_prompt_once and len(set(prompts)) < len(prompts):

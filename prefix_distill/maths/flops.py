@@ -2,8 +2,9 @@
 
 Useful FLOPs are those of real tokens and causal pairs; executed FLOPs include padding and full
 rectangles of attention. One multiply-add is 2 FLOPs. Counted: linear layers, attention's two
-products, the output head. Not counted: embedding lookups, norms, activations, softmax, divergences,
-the optimizer, sampling.
+products, the write and the read of a recurrent state, the output head. Not counted: embedding
+lookups, convolutions, norms, activations, softmax, divergences, the optimizer, sampling, what a
+chunked scan computes beyond its recurrence, the product of a LoRA adapter of fused experts.
 """
 
 from collections.abc import Sequence
@@ -24,14 +25,19 @@ class Shape:
     ``trunk``: matmul parameters per token without the head (MoE: active experts). ``head``: D·V.
     ``attention``: per layer (heads·head_dim, sliding window in tokens or None). ``frozen``: with
     a LoRA adapter, the number of frozen parameters of the trunk; the head is frozen too. A training
-    step computes no gradients to them. None: all parameters train. ``stretch``: rows that have
-    ended leave the batch after so many decoded tokens; None: they stay until all have ended.
+    step computes no gradients to them. None: all parameters train. ``expanded``: weights that run
+    again on every cached token in each pass (the latent keys and values of DeepSeek's attention).
+    ``recurrent``: elements of the recurrent states of all layers; a token writes and reads each.
+    ``stretch``: rows that have ended leave the batch after so many decoded tokens; None: they stay
+    until all have ended.
     """
 
     trunk: int
     head: int
-    attention: tuple[tuple[int, int | None], ...]
+    attention: tuple[tuple[float, int | None], ...]
     frozen: int | None = None
+    expanded: int = 0
+    recurrent: int = 0
     stretch: int | None = STRETCH
 
     def saved(self, tokens: float, rows: float) -> float:
@@ -42,7 +48,7 @@ class Shape:
 
     def linear(self, tokens: float) -> float:
         """Return the trunk FLOPs of ``tokens`` tokens."""
-        return 2.0 * self.trunk * tokens
+        return 2.0 * (self.trunk + 2 * self.recurrent) * tokens
 
     def output(self, rows: float) -> float:
         """Return the head FLOPs of ``rows`` rows."""
@@ -58,12 +64,18 @@ class Shape:
             flops += 4.0 * width * _visible(past, queries, window)
         return flops
 
+    def expansion(self, past: int) -> float:
+        """Return the FLOPs that one pass spends on ``past`` cached tokens again."""
+        return 2.0 * self.expanded * past
+
     def rectangle(self, queries: int, past: int = 0) -> float:
         """Return the attention FLOPs as executed: every query against every key.
 
         ``past``: cached keys; a sliding layer caches one key less than its window.
         """
-        flops = 0.0
+        if not queries:
+            return 0.0
+        flops = self.expansion(past)
         for width, window in self.attention:
             cached = past
             if window is not None:
@@ -88,13 +100,11 @@ class Passes:
     of every matmul that trains. Attention's products have two gradients. The first layer's frozen
     matmuls count an input gradient that nothing needs. ``recomputed``: the layers run once more in
     backward (gradient checkpointing), which is counted as executed, not useful. It is an upper
-    bound, because torch leaves a layer as soon as it has what backward needs. ``idle``: the pass
-    runs only because other ranks need it, and is counted as executed, not useful.
+    bound, because torch leaves a layer as soon as it has what backward needs.
     """
 
     count: int = 1
     recomputed: bool = False
-    idle: bool = False
 
 
 FORWARD = Passes()
@@ -198,10 +208,8 @@ class Ledger:
         if passes.count == 3:
             useful_saved = shape.saved(useful_tokens, taught)
             executed_saved = shape.saved(executed_tokens, taught)
-        useful = 0.0
-        if not passes.idle:
-            layers = shape.linear(useful_tokens) + _causal(shape, lengths)
-            useful = passes.count * (layers + output) - useful_saved
+        layers = shape.linear(useful_tokens) + _causal(shape, lengths)
+        useful = passes.count * (layers + output) - useful_saved
         layers = shape.linear(executed_tokens) + _rectangles(shape, lengths)
         executed = (passes.count + passes.recomputed) * layers + passes.count * output
         self.add(phase, useful, executed - executed_saved)
@@ -242,6 +250,7 @@ def _prefill(shape: Shape, lengths: _Lengths, repeated: int) -> float:
         prompts += shape.linear(prompt - repeated) + shape.causal(0, prompt - repeated)
     for prompt, _ in lengths.rows:
         rows += shape.linear(repeated) + shape.causal(prompt - repeated, repeated) + shape.output(1)
+        rows += repeated * shape.expansion(prompt - repeated)
     return prompts + rows
 
 
@@ -251,6 +260,8 @@ def _decode(shape: Shape, lengths: _Lengths) -> float:
     for prompt, response in lengths.rows:
         read = response - 1
         flops += shape.linear(read) + shape.output(read) + shape.causal(prompt, read)
+        for past in range(prompt, prompt + read):  # every token is a pass of its own
+            flops += shape.expansion(past)
     return flops
 
 
@@ -274,6 +285,8 @@ def _causal(shape: Shape, lengths: _Lengths) -> float:
         prompts += shape.causal(0, prompt)
     for prompt, response in lengths.rows:
         rows += shape.causal(prompt, response - 1)
+        if lengths.is_shared and response > 1:
+            rows += shape.expansion(prompt)
     return prompts + rows
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..engine import evaluate, loading
+from ..engine import evaluate, trunk
 from ..engine.device import Clock
 from ..engine.free_memory import read_free_memory
 from ..engine.meter import Meter
@@ -71,7 +71,7 @@ def _check_head(run: Run) -> Check:
 
     The loss applies the heads itself. PreflightError: the difference is too large.
     """
-    gaps = {role: loading.check_head(model) for role, model in both_models(run)}
+    gaps = {role: trunk.check_head(model) for role, model in both_models(run)}
     text = f"head(hidden states) equals the model's logits within {max(gaps.values()):.1g} nats"
     return passed("head", text, gaps)
 

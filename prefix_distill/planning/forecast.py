@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from ..engine.batching import micro_batches
 from ..engine.models import Model
 from ..engine.rollout import Rollout, student_sides, teacher_sides
+from ..engine.shapes import attention_widths, widest_matrix
 from ..errors import UserError
 from .case import Case, Network, make_rollouts
 from .ghosts import choose_depths, sketch
@@ -177,7 +178,7 @@ class Forecaster:
         if key not in self.networks:
             model = sketch(self.names[role], self.configs[role], settings, layers=layers)
             if role == STUDENT and settings.adapter is None and settings.dtype == torch.float32:
-                model.net.requires_grad_(True)
+                model.train_weights()
             self.networks[key] = model
         return self.networks[key]
 
@@ -247,10 +248,9 @@ def bound_memory(student: Model, teacher: Model, case: Case) -> int:
     for model, bytes_per_weight in ((student, 24), (teacher, 8)):
         config = model.config
         layers = config.num_hidden_layers
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        head_dim = getattr(config, "head_dim", None) or 0
-        width = max(config.hidden_size, config.num_attention_heads * head_dim)
-        layer = 40 * width + 10 * inner + 3 * tokens
+        table, hidden = model.net.get_output_embeddings().weight.shape
+        width = max(hidden, *(size for size, _ in attention_widths(config)))
+        layer = 40 * width + 10 * widest_matrix(model) + 3 * tokens
         trained_layers = 1
         if model is student:
             trained_layers = layers
@@ -258,5 +258,5 @@ def bound_memory(student: Model, teacher: Model, case: Case) -> int:
         in_generation = rows * (layer + 2 * layers * width)
         total += bytes_per_weight * model.parameters
         total += 4 * tokens * (in_training + in_generation)
-        total += 16 * config.vocab_size * (config.hidden_size + rows)
+        total += 16 * table * (hidden + rows)
     return total

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from ..engine.adapter import attach
+from ..engine.classes import choose_class
 from ..engine.models import Model, with_checkpointing
+from ..engine.output_layer import contains_head, name_outside_decoder
 from ..engine.targets import find_targets
 from .case import Network
 
@@ -198,13 +200,13 @@ def sketch(
     ``layers``: only the first layers; None is all. Adapters are in float32. UserError: the
     architecture has no gradient checkpointing, or no module that the adapter asks for.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     if layers is not None:
         config = _shorten(config, layers)
     wrapper = None
     with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(config)
+        net = choose_class(name, config).from_config(config)
         net = net.to(settings.dtype).eval().requires_grad_(False)
         if settings.adapter is not None:
             targets = find_targets(net, settings.adapter.targets)
@@ -218,6 +220,8 @@ def sketch(
         eos=frozenset(),
         shares_prompts=True,
         adapter=wrapper,
+        whole_net=contains_head(net),
+        unreached=name_outside_decoder(net),
     )
     if settings.recomputes:
         return with_checkpointing(model)

@@ -14,7 +14,8 @@ from ..config import SELF, Config
 from ..engine import folders
 from ..engine.device import choose_device
 from ..engine.free_memory import read_free_memory
-from ..engine.models import Model, read_shape
+from ..engine.models import Model
+from ..engine.shapes import read_shape
 from ..errors import UserError
 from ..maths import flops
 from ..maths.flops import Batch, Ledger, Shape

@@ -12,6 +12,7 @@ from ..config import Config
 from ..engine.device import Clock
 from ..engine.models import Model
 from ..engine.ranks import join_ranks
+from ..engine.shapes import widest_matrix
 from ..errors import UserError
 from ..maths.flops import Ledger
 
@@ -98,7 +99,7 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
     config = configuration.replace(config, runtime={"dtype": dtype_name, "gpus": None})
     where = join_ranks(config.runtime, student)
     width = student.config.hidden_size
-    inner = getattr(student.config, "intermediate_size", None) or 4 * width
+    inner = widest_matrix(student)
     tokens = 64 * config.train.micro_batch_size
     x = torch.randn(tokens, width, device=where.device, dtype=dtype)
     w = torch.randn(width, inner, device=where.device, dtype=dtype)

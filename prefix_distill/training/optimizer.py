@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import torch
 
 from ..config import Config
-from ..errors import Stopped
 
 
 class NonFiniteGradient(Exception):
@@ -37,15 +36,13 @@ def step_optimizer(
 ) -> float:
     """Clip the gradients, take one step at learning rate ``rate``; return the norm before clipping.
 
-    ``grad_clip`` 0 clips nothing. Stopped: a parameter has no gradient. NonFiniteGradient: a
+    ``grad_clip`` 0 clips nothing. NonFiniteGradient: a
     gradient is not finite; no weight was changed.
     """
     gradients: dict[str, torch.Tensor] = {}
     for name, p in trained.items():
         if p.grad is None:
-            raise Stopped(
-                f"parameter {name} received no gradient; this architecture is not supported"
-            )
+            p.grad = torch.zeros_like(p)  # of an expert that got no token in this step
         gradients[name] = p.grad
     norm = torch.nn.utils.get_total_norm(list(gradients.values())).item()
     if not math.isfinite(norm):

@@ -9,14 +9,17 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
-from ..engine import exactness, loading, models
+from ..engine import exactness, loading, reach, trunk
 from ..engine.adapter import find_packed
 from ..engine.alignment import match_tokenizers
+from ..engine.causality import check_causality
 from ..engine.free_memory import read_free_memory
 from ..engine.models import Model, with_checkpointing
 from ..engine.pair import Pair
 from ..engine.placement import Storage
 from ..engine.ranks import Place, join_ranks
+from ..engine.recomputation import check_recomputation
+from ..engine.shapes import read_shape
 from ..engine.targets import ALL
 from ..engine.units import shared_support
 from ..errors import PreflightError, UserError
@@ -78,6 +81,11 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     """
     student, where = _load_student(config)
     notes.note(*where.reasons)
+    with as_preflight_error():
+        trunk.choose_trunk(student)
+        student.unreached = reach.find_unreached(student)
+    if student.unreached:
+        notes.note(reach.describe_unreached(student))
     if config.adapter.rank is not None:
         student = _add_adapter(config, student, where, notes=notes)
     teacher = _load_teacher(config, student, where, notes=notes)
@@ -99,6 +107,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     _check_forward_pass("teacher", teacher, notes)
     if config.train.gradient_checkpointing:
         student = with_checkpointing(student)
+        with as_preflight_error():
+            check_recomputation(student)
         if student.shares_prompts and config.rollout.samples > 1:
             notes.note(
                 "the student runs the prompt once per sample, because --gradient-checkpointing "
@@ -107,8 +117,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     pair = Pair(
         student=student,
         teacher=teacher,
-        student_shape=models.read_shape(student, settled(student.support, "the student's support")),
-        teacher_shape=models.read_shape(teacher, teacher.support),
+        student_shape=read_shape(student, settled(student.support, "the student's support")),
+        teacher_shape=read_shape(teacher, teacher.support),
         alignment=alignment,
         shared_support=support,
         tokenizers=tokenizers,
@@ -266,9 +276,10 @@ def _can_share_weights(config: Config, where: Place) -> bool:
 
 
 def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
-    """Check the model's output head, and find out which work its rows may share."""
+    """Check the model's output head and causality; find which work its rows may share."""
     with as_preflight_error():
-        loading.check_head(model)
+        trunk.choose_trunk(model)
+        check_causality(model)
         model.decoding = exactness.find_decoding(model)
     notes.note(*model.decoding.restrictions(f"the {role}"))
     reason = exactness.check_sharing(model)

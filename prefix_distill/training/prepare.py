@@ -20,6 +20,7 @@ from . import trackers
 from .pair import fill_in, load_pair
 from .problems import render_problems
 from .prompt_sets import load_prompt_sets
+from .rope import check_rope
 from .run import Method, Notes, Run, settled
 
 
@@ -35,6 +36,8 @@ def prepare(config: Config) -> Run:
     config, place, pair = load_pair(config, notes)
     config, problems = render_problems(config, sets, pair, place=place, notes=notes)
     method = read_method(config, pair, place, notes=notes)
+    for text in check_rope(config, pair, problems, method=method):
+        notes.warn(text)
     limits = MemoryLimits(place, config)
     return Run(
         config=config,

@@ -22,6 +22,7 @@ from .metrics import UpdateFacts, full_cost, metrics_row, result_document, updat
 from .monitor import Monitor
 from .optimizer import NonFiniteGradient, step_optimizer
 from .plugin_record import record_plugins
+from .rehearsal import rehearse
 from .run import Run, describe_checks
 from .search import Search
 from .state import State
@@ -95,6 +96,7 @@ class Session:
         if restored:
             self.monitor.resume()
         else:
+            rehearse(state)
             self.monitor.start()
         self.texts = self.load_teacher_texts()
         if not restored:

@@ -66,7 +66,7 @@ class State:
         run.limits.report = report.warn_on_this_rank
         student = run.pair.student
         if student.adapter is None:
-            student.net.requires_grad_(True)
+            student.train_weights()
         self.optimizer = make_optimizer(student.trainable.values(), run.config)
         self.progress = Progress(taught_prefix=run.method.prefix.length(0))
         self.clock = Clock(device=run.place.device, seconds=self.progress.seconds)

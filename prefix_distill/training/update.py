@@ -356,16 +356,8 @@ class Update:
 
     def _all_reduce(self) -> None:
         """All-reduce the gradients of all ranks, by the backward pass of a zero loss."""
-        pair = self.run.pair
         with self.meter.phase("student_update"), self.run.place.collective():
             self.state.loss(None).backward()
-        self.meter.ledger.forward(
-            "student_update",
-            pair.student_shape,
-            [(1, [1])],
-            passes=Passes(count=3, idle=True, recomputed=pair.student.recomputes),
-            taught=1,
-        )
 
 
 def _by_rollout(

@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefix_distill import config as configuration
 from prefix_distill.engine import loading, scoring
 from prefix_distill.engine.batching import reads
-from prefix_distill.engine.models import adapter, make_decoder, read_shape
+from prefix_distill.engine.models import adapter, make_decoder
 from prefix_distill.engine.rollout import student_sides, teacher_sides
 from prefix_distill.engine.sampling import Request, generate
+from prefix_distill.engine.shapes import read_shape
 from prefix_distill.errors import UserError
 from prefix_distill.maths.flops import Ledger, Passes
 from prefix_distill.training.folder import RunFolder

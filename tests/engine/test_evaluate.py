@@ -11,11 +11,12 @@ from prefix_distill.engine import evaluate, memory
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.memory import MemoryLimits
 from prefix_distill.engine.meter import Meter
-from prefix_distill.engine.models import Model, read_shape
+from prefix_distill.engine.models import Model
 from prefix_distill.engine.pair import Pair
 from prefix_distill.engine.ranks import Place
 from prefix_distill.engine.sampling import GenerationCost, Sampler
 from prefix_distill.engine.scoring import Scorer
+from prefix_distill.engine.shapes import read_shape
 from prefix_distill.maths import intervals
 from prefix_distill.prompts.prompt import Prompt
 

@@ -4,15 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import counted, tiny_net
+from helpers import byte_tokenizer, counted, random_net, text_config, tiny_net
 
+from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
+from prefix_distill.engine.adapter import attach
 from prefix_distill.engine.batching import reads
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.meter import Meter
-from prefix_distill.engine.models import Model, read_shape, with_checkpointing
+from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import GenerationCost, Request, Sampler, generate
+from prefix_distill.engine.shapes import read_shape
+from prefix_distill.engine.trunk import choose_trunk
 from prefix_distill.maths.divergence import Terms
 from prefix_distill.maths.flops import Batch, Ledger, Passes, Shape, update_ledger
 from prefix_distill.maths.fused import weighted
@@ -221,3 +225,95 @@ def test_predicted_cost_of_an_update_equals_the_ledger():
     batch = Batch(prompts=[(4, 5), (6, 7)], samples=3, response=7.2, behind=(9, 1, 2))
     update = update_ledger(student, teacher, batch)
     assert update.total() == pytest.approx(ledger.total())
+
+
+# architectures whose matrices a config alone does not tell: fused experts, latent keys and values
+# that every decoding step expands again, sizes by layer
+OTHERS = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 32,
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "intermediate_size": [64, 64, 32, 32],
+        "vocab_size_per_layer_input": 260,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "modernbert-decoder": {
+        "local_attention": 128,
+        "global_attn_every_n_layers": 2,
+        "bos_token_id": 258,
+        "sep_token_id": 258,
+        "cls_token_id": 258,
+    },
+    "llama4_text": {"intermediate_size_mlp": 64, "num_local_experts": 2},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_matrices_are_counted_by_the_rows_that_they_get(kind):
+    """A prefill and a decoding step after it, within 2% of torch's count."""
+    net = random_net(text_config(kind, **OTHERS[kind]))
+    net.config._attn_implementation = "eager"
+    net.config._experts_implementation = "eager"  # torch does not count grouped products
+    model = Model(
+        name="m",
+        net=net,
+        tokenizer=byte_tokenizer(),
+        generation_config=None,
+        eos=frozenset({257}),
+    )
+    choose_trunk(model)
+    shape = read_shape(model)
+    ids, mask = torch.arange(20, 61)[None], torch.ones(1, 41, dtype=torch.long)
+    with torch.no_grad():
+        prefill = counted(lambda: model.trunk_cached(ids[:, :40], mask[:, :40]))
+        _, cache = model.trunk_cached(ids[:, :40], mask[:, :40])
+        step = counted(lambda: model.trunk_cached(ids[:, 40:], mask, cache))
+    assert shape.linear(40) + shape.rectangle(40) == pytest.approx(prefill, rel=0.02)
+    assert shape.linear(1) + shape.rectangle(1, 40) == pytest.approx(step, rel=0.02)
+
+
+def test_fused_experts_under_an_adapter_are_counted():
+    pytest.importorskip("peft")
+    net = random_net(text_config("qwen3_moe", **OTHERS["qwen3_moe"]))
+    model = Model(
+        name="m",
+        net=net,
+        tokenizer=byte_tokenizer(),
+        generation_config=None,
+        eos=frozenset({257}),
+    )
+    before = read_shape(model)
+    config = configuration.build({"adapter.rank": 2, "adapter.targets": "q_proj"}).adapter
+    model.adapter = attach(net, config, seed=0, base="b")
+    assert read_shape(model).frozen == before.trunk
+
+
+def test_a_recurrent_state_is_written_and_read_once_per_token():
+    """Falcon-H1: heads × head size × state size per layer, 2 FLOPs for each of both."""
+    sizes = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    net = random_net(text_config("falcon_h1", mamba_d_ssm=64, **sizes))
+    model = Model(name="m", net=net, tokenizer=None, generation_config=None, eos=frozenset({257}))
+    shape = read_shape(model)
+    assert shape.recurrent == 2 * 8 * 8 * 8
+    without = dataclasses.replace(shape, recurrent=0)
+    assert shape.linear(5) - without.linear(5) == 5 * 4 * shape.recurrent

@@ -10,7 +10,7 @@ import torch
 from helpers import byte_tokenizer, invoke, last_json, prepared, save_tiny, tiny_net
 from transformers import GenerationConfig
 
-from prefix_distill.engine import loading
+from prefix_distill.engine import loading, trunk
 from prefix_distill.planning import checks, text_checks
 from prefix_distill.planning.outcomes import SAMPLE
 from prefix_distill.training.run import describe_checks
@@ -189,7 +189,7 @@ def test_a_head_that_does_not_give_the_models_logits_is_refused(
 
     def load(name, **given):
         model = plain(name, **given)
-        model.net.lm_head.register_forward_hook(lambda module, inputs, out: 1.5 * out)
+        model.net.lm_head.register_forward_hook(lambda module, inputs, out: out + out.sin())
         return model
 
     monkeypatch.setattr(loading, "load_model", load)
@@ -224,8 +224,9 @@ def test_a_model_that_is_not_deterministic_is_refused(pair, questions, tmp_path,
         return model
 
     monkeypatch.setattr(loading, "load_model", load)
-    # the check of the head would find the noise first
-    monkeypatch.setattr(loading, "check_head", lambda model: 0.0)
+    # both would find the noise first
+    monkeypatch.setattr(trunk, "check_head", lambda model: 0.0)
+    monkeypatch.setattr(trunk, "choose_trunk", lambda model: None)
     code, out, err = invoke(
         "run",
         "--student",
@@ -243,8 +244,7 @@ def test_a_model_that_is_not_deterministic_is_refused(pair, questions, tmp_path,
     )
     assert (
         (code, out) == (3, "")
-        and "error: determinism: the teacher is not deterministic: two identical passes differ by"
-        in err
+        and "error: itself: the teacher is not deterministic: two identical passes differ by" in err
         and not (tmp_path / "run").exists()
     )
     code, out, err = invoke(

@@ -17,7 +17,8 @@ UPDATES = """
 import dataclasses, json, os, sys
 import measure, torch
 from helpers import tiny_net
-from prefix_distill.engine.models import Model, read_shape
+from prefix_distill.engine.models import Model
+from prefix_distill.engine.shapes import read_shape
 from prefix_distill.engine.pair import Pair
 from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.maths.divergence import Terms

@@ -1,0 +1,68 @@
+"""Check that a token's hidden state depends on the tokens before it, and on nothing else.
+
+The loss compares next-token distributions. A model whose tokens see what follows them, such as an
+embedding model, predicts what it has already read.
+"""
+
+import torch
+
+from ..errors import UserError
+from .models import Model
+from .trunk import probe_ids
+
+TOKENS = 32
+NEAR = 8  # hidden states before the first changed token that are compared
+# smallest relative change that is no rounding; in half precision of the median position, because
+# rounding alone may send a single token to another expert
+TOLERANCE = 1e-3
+TOLERANCE_OF_HALF_PRECISION = 0.1
+TIMES_NOISE = 10.0
+
+
+@torch.no_grad()
+def check_causality(model: Model) -> None:
+    """Raise UserError if a hidden state changes with a later token, or with another row.
+
+    The later half of a text is replaced; the last states before it must stay. What they change
+    beside another row of the batch is rounding noise, and must be small itself.
+    """
+    count = min(TOKENS, model.positions or TOKENS)
+    ids_BT = probe_ids(model, count)
+    if count < 2:
+        return  # nothing follows
+    half = count // 2
+    changed_BT = ids_BT.clone()
+    changed_BT[:, half:] = ids_BT[:, half:].roll(1, -1)
+    near = slice(max(0, half - NEAR), half)
+    alone_TD = model.trunk(ids_BT)[0, near].float()
+    again_TD = model.trunk(ids_BT)[0, near].float()
+    beside_TD = model.trunk(torch.cat([ids_BT, ids_BT.flip(-1)]))[0, near].float()
+    changed_TD = model.trunk(changed_BT)[0, near].float()
+    allowed = TOLERANCE_OF_HALF_PRECISION
+    if model.net.dtype == torch.float32:
+        allowed = TOLERANCE
+    if _relative_change(model, alone_TD, again_TD) > allowed:
+        return  # not deterministic, which a check of its own says
+    noise = _relative_change(model, alone_TD, beside_TD)
+    if noise > allowed:
+        raise UserError(
+            f"model {model.name}: the hidden state of a token changes by {noise:.2g} of its norm "
+            f"beside another row of the batch, expected at most {allowed:g}; its numbers depend on "
+            "how prompts are batched, so it can be neither scored nor trained; use another model"
+        )
+    change = _relative_change(model, alone_TD, changed_TD)
+    if change > max(allowed, TIMES_NOISE * noise):
+        raise UserError(
+            f"model {model.name}: the hidden state of token {half - 1} changes by {change:.2g} of "
+            f"its norm when a later token changes (rounding: {noise:.1g}); expected a causal "
+            "language model, got one that reads what follows, such as an embedding model; use "
+            "another model"
+        )
+
+
+def _relative_change(model: Model, before_TD: torch.Tensor, after_TD: torch.Tensor) -> float:
+    """Return the relative change of the hidden states: the largest one, or the median one."""
+    changes_T = (after_TD - before_TD).norm(dim=-1) / before_TD.norm(dim=-1)
+    if model.net.dtype == torch.float32:
+        return changes_T.max().item()
+    return changes_T.median().item()

@@ -1,0 +1,47 @@
+"""The transformers class of a config's language model."""
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
+
+from ..errors import UserError
+
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
+
+
+def choose_class(name: str, config: PreTrainedConfig) -> AutoClass:
+    """Return the class that loads the model ``name``, which writes text.
+
+    Multimodal models without a causal class load by the class for images and text, with their
+    towers. UserError: there is no class, or its text depends on an encoder.
+    """
+    own_code = getattr(config, "auto_map", None) or {}
+    for auto_class, mapping in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    ):
+        if auto_class.__name__ not in own_code and type(config) not in mapping:
+            continue
+        if auto_class is AutoModelForImageTextToText and _has_encoder(config):
+            raise UserError(
+                f"model {name}: {type(config).__name__} describes a decoder that reads an "
+                "encoder's states (is_encoder_decoder), which text alone does not give; use a "
+                "decoder-only model"
+            )
+        return auto_class
+    raise UserError(
+        f"model {name}: {type(config).__name__} describes no model that writes text (neither "
+        "AutoModelForCausalLM nor AutoModelForImageTextToText has a class for it); use a causal "
+        "language model"
+    )
+
+
+def _has_encoder(config: PreTrainedConfig) -> bool:
+    text = config.get_text_config(decoder=True)
+    return bool(getattr(config, "is_encoder_decoder", False)) or bool(
+        getattr(text, "is_encoder_decoder", False)
+    )

@@ -1,0 +1,122 @@
+"""Find where a network's trunk ends, so that head(trunk) equals its logits."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ..errors import UserError, first_line
+from .models import Model
+from .output_layer import measure_scaling
+
+# largest difference in nats between the model's logits and head(trunk)
+LOGIT_TOLERANCE = 1e-3
+LOGIT_TOLERANCE_OF_HALF_PRECISION = 0.25
+
+
+def choose_trunk(model: Model) -> None:
+    """Set ``model.whole_net`` and ``model.scaling`` so that head(trunk) equals the logits.
+
+    The trunk is the decoder that transformers names, or else the whole network up to its output
+    layer. What follows that layer is read from the config, or else measured. UserError: no trunk
+    gives the logits, or they are not finite.
+    """
+    if model.net.get_output_embeddings() is None:
+        raise UserError(
+            f"model {model.name}: {type(model.net).__name__} names no output layer "
+            "(get_output_embeddings is None), so the loss has no head to compute logits with; use "
+            "a model whose logits are a linear layer of its hidden states"
+        )
+    logits_NV = _compute_logits(model)
+    gaps: dict[str, str] = {}
+    for candidate in _candidates(model):
+        try:
+            gap = _measure_gap(candidate, logits_NV)
+        except Exception as error:  # what is no trunk may raise anything
+            difference = f"{type(error).__name__} ({first_line(error)[:80]})"
+        else:
+            if gap <= _tolerance(model):
+                model.whole_net, model.scaling = candidate.whole_net, candidate.scaling
+                return
+            difference = f"{gap:.2g} nats"
+        gaps.setdefault(_describe_trunk(candidate), difference)
+    found = " and ".join(f"{gap} from {trunk}" for trunk, gap in gaps.items())
+    raise UserError(
+        f"model {model.name}: head(hidden states) does not equal its logits: the log-probabilities "
+        f"differ by {found}; expected logits that are a linear layer, a scale and a softcap of "
+        "hidden states; use another model"
+    )
+
+
+def _candidates(model: Model) -> Iterator[Model]:
+    """Yield the model with each trunk and each scaling, the usual ones first."""
+    yield replace(model, whole_net=False, scaling=None)
+    yield replace(model, whole_net=True, scaling=None)
+    with model.adapter_context():
+        try:
+            scaling = measure_scaling(model.net, probe_ids(model, 8))
+        except Exception:  # a network may compute anything with its logits
+            return
+    yield replace(model, whole_net=False, scaling=scaling)
+    yield replace(model, whole_net=True, scaling=scaling)
+
+
+def check_head(model: Model) -> float:
+    """Return the largest difference between head(trunk) and the model's logits, in nats.
+
+    UserError: they differ too much, so that the loss would train another distribution.
+    """
+    gap = _measure_gap(model, _compute_logits(model))
+    if gap > _tolerance(model):
+        raise UserError(
+            f"model {model.name}: head(hidden states) does not equal its logits (they differ by "
+            f"{gap:.2g} nats in log-probability); this architecture is not supported"
+        )
+    return gap
+
+
+def _tolerance(model: Model) -> float:
+    if model.net.dtype == torch.float32:
+        return LOGIT_TOLERANCE
+    return LOGIT_TOLERANCE_OF_HALF_PRECISION
+
+
+def probe_ids(model: Model, count: int) -> torch.Tensor:
+    """Return ``count`` ids of the tokenizer [1, T] on the model's device."""
+    ids = sorted(model.tokenizer.get_vocab().values())
+    repeated = (ids * (count // len(ids) + 1))[:count]
+    return torch.tensor([repeated], device=model.device)
+
+
+@torch.no_grad()
+def _compute_logits(model: Model) -> torch.Tensor:
+    """Return the network's own logits [T, V] of a few tokens. UserError: they are not finite."""
+    ids_BT = probe_ids(model, 8)
+    with model.adapter_context():
+        output = model.net(
+            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
+        )
+    logits_NV = output.logits[0, :, : model.support].float()
+    if not torch.isfinite(logits_NV).all():
+        raise UserError(
+            f"model {model.name}: its logits contain NaN or infinity; use an intact copy or "
+            "--dtype float32"
+        )
+    return logits_NV
+
+
+@torch.no_grad()
+def _measure_gap(model: Model, logits_NV: torch.Tensor) -> float:
+    """Return the largest difference between head(trunk) and the logits in log-probability."""
+    ours_NV = model.head().logits(model.trunk(probe_ids(model, 8))[0])
+    theirs_NV = logits_NV.to(ours_NV.device)
+    return (ours_NV.log_softmax(-1) - theirs_NV.log_softmax(-1)).abs().max().item()
+
+
+def _describe_trunk(model: Model) -> str:
+    net = model.net
+    if not model.whole_net:
+        return f"its decoder ({type(net.get_decoder()).__name__})"
+    layer = net.get_output_embeddings()
+    names = [name for name, module in net.named_modules() if module is layer]
+    return f"the input of {names[0]}"

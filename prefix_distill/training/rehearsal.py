@@ -1,0 +1,103 @@
+"""One update before the first evaluation, which changes nothing: what can fail, fails here."""
+
+import itertools
+from typing import NoReturn
+
+import torch
+
+from ..engine.device import Clock, is_out_of_memory
+from ..engine.meter import Meter
+from ..engine.rollout import Rollout
+from ..errors import MemoryShortage, Stopped
+from .faults import find_non_finite
+from .loss import TokenLosses
+from .optimizer import NonFiniteGradient, step_optimizer
+from .state import State
+from .update import Update
+
+
+def rehearse(state: State) -> None:
+    """Take one step at learning rate 0 on a micro-batch of the longest prompts.
+
+    Its responses have the full length of the first step's prefix, and AdamW's moments exist. If
+    memory runs out, the micro-batch is halved for the whole run. Gradients and moments are dropped
+    afterwards; weights, random numbers, ledger and seconds stay as they were. MemoryShortage: one
+    rollout, or the moments, do not fit. Stopped: a divergence or a gradient is not finite.
+    """
+    run = state.run
+    if not run.config.train.steps:
+        return
+    devices = [run.place.device] if run.place.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        try:
+            _take_step(state)
+        finally:
+            state.optimizer.state.clear()
+            state.optimizer.zero_grad(set_to_none=True)
+
+
+def _take_step(state: State) -> None:
+    run = state.run
+    update = Update(state, 0, prompts=[], prefix=run.method.prefix.length(0))
+    update.meter = Meter(Clock(device=run.place.device))
+    rollouts = run.pair.align(_make_rollouts(state, update.prefix))
+    if not run.place.sum(sum(len(r.taught) for r in rollouts)):
+        return  # two tokenizers may have no unit in common in this text
+    losses = update.backward(update.select(rollouts))
+    _refuse_non_finite(state, losses)
+    try:
+        step_optimizer(state.optimizer, run.pair.student.trainable, 0.0, run.config.train.grad_clip)
+    except NonFiniteGradient as error:  # on every rank, because gradients are all-reduced
+        _refuse(str(error))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryShortage(
+            f"rank {run.place.rank}: {run.place.device} is out of memory for AdamW's moments at "
+            "any batch size; use --lora 16, a smaller model, or --teacher-device for the teacher"
+        ) from None
+
+
+def _refuse_non_finite(state: State, losses: TokenLosses) -> None:
+    """Raise Stopped on all ranks if any rank has a non-finite divergence; name the cause."""
+    reason = None
+    non_finite = losses.describe_non_finite()
+    if non_finite is not None:
+        rollout, where = non_finite
+        reason = f"{where}: {find_non_finite(state.run, rollout)} not finite"
+    for found in filter(None, state.run.place.gather(reason)):
+        _refuse(found)
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise Stopped(
+        f"rehearsal of step 1: {reason}; nothing was trained or saved; use --dtype float32, or an "
+        "intact copy of the model"
+    )
+
+
+def _make_rollouts(state: State, length: int) -> list[Rollout]:
+    """Return a micro-batch of the longest prompts; a response repeats its prompt's tokens."""
+    run = state.run
+    samples = run.config.rollout.samples
+    of_rank = -(-run.config.train.batch_size // run.place.world) * samples
+    count = min(run.limits.micro_batch_size, of_rank)
+    prompts = sorted(
+        run.problems.train, key=lambda p: len(p.student_ids) + len(p.teacher_ids), reverse=True
+    )
+    rollouts = []
+    for i in range(count):
+        slot, sample = divmod(i, samples)
+        prompt = prompts[slot % len(prompts)]
+        ids = tuple(itertools.islice(itertools.cycle(prompt.student_ids), length))
+        rollout = Rollout(
+            slot=slot,
+            sample=sample,
+            student_prompt=prompt.student_ids,
+            teacher_prompt=prompt.teacher_ids,
+            ids=ids,
+            teacher_ids=ids,
+            finished=False,
+        )
+        rollouts.append(rollout)
+    return rollouts

@@ -1,0 +1,89 @@
+"""Where the trunk ends and the output head begins: head(trunk) must equal the network's logits."""
+
+import pytest
+import torch
+from helpers import byte_tokenizer, random_net, text_config
+
+from prefix_distill.engine.models import Model, make_decoder, with_checkpointing
+from prefix_distill.engine.trunk import check_head, choose_trunk
+from prefix_distill.errors import UserError
+
+# get_decoder() of a Llama-4 text model is the whole network; of a ModernBERT decoder, its head.
+# Falcon-H1 multiplies its logits by a number of its config.
+CONFIGS = {
+    "llama4_text": {"intermediate_size_mlp": 64, "num_local_experts": 2},
+    "modernbert-decoder": {
+        "local_attention": 8,
+        "global_attn_every_n_layers": 2,
+        "bos_token_id": 258,
+        "sep_token_id": 258,
+        "cls_token_id": 258,
+    },
+    "falcon_h1": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_ssm": 64,
+        "lm_head_multiplier": 0.25,
+    },
+    "llama": {},
+}
+
+
+def model_of(net) -> Model:
+    return Model(
+        name="m", net=net, tokenizer=byte_tokenizer(), generation_config=None, eos=frozenset({257})
+    )
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return model_of(random_net(text_config(request.param, **CONFIGS[request.param])))
+
+
+def test_the_head_of_the_trunk_gives_the_logits(model):
+    choose_trunk(model)
+    assert check_head(model) < 1e-5
+    assert model.whole_net == (model.net.config.model_type in ("llama4_text", "modernbert-decoder"))
+    ids = torch.arange(20, 44)[None]
+    ours = model.head().logits(model.trunk(ids)[0])
+    theirs = model.net(input_ids=ids).logits[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cached_trunk_goes_on_where_the_first_pass_ended(model):
+    choose_trunk(model)
+    ids, mask = torch.arange(20, 32)[None], torch.ones(1, 12, dtype=torch.long)
+    whole = model.trunk(ids)
+    first, cache = model.trunk_cached(ids[:, :11], mask[:, :11])
+    second, _ = model.trunk_cached(ids[:, 11:], mask, cache)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "modernbert-decoder"])
+def test_a_whole_network_as_trunk_computes_no_logits_and_can_be_recomputed(kind):
+    model = model_of(random_net(text_config(kind, **CONFIGS[kind])).requires_grad_(True))
+    choose_trunk(model)
+    head = model.net.get_output_embeddings()
+    forward = head.forward
+    ids = torch.arange(20, 44)[None]
+    norm = next(p for name, p in model.net.named_parameters() if "norm" in name)
+    gradients = []
+    for either in (model, with_checkpointing(model)):
+        norm.grad = None
+        either.trunk(ids).square().sum().backward()
+        gradients.append(norm.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert head.forward == forward
+    assert make_decoder(model, torch.bfloat16).whole_net
+
+
+def test_logits_that_are_no_scale_of_the_head_are_refused_with_the_gap():
+    model = model_of(random_net(text_config("llama")))
+    model.net.lm_head.register_forward_hook(lambda module, inputs, out: out + out.sin())
+    with pytest.raises(UserError) as error:
+        choose_trunk(model)
+    text = str(error.value)
+    assert "\n" not in text
+    assert "from its decoder (LlamaModel)" in text and "from the input of lm_head" in text

@@ -1,0 +1,91 @@
+"""The rehearsal of the first step finds failures before an evaluation, and changes nothing."""
+
+import pytest
+import torch
+from helpers import prepared, rows, shortage, state_of, trained
+
+from prefix_distill.engine import scoring
+from prefix_distill.errors import MemoryShortage
+from prefix_distill.training import rehearsal, session
+from prefix_distill.training.monitor import Monitor
+
+
+def test_a_run_is_bit_equal_with_and_without_it(pair, questions, tmp_path, monkeypatch):
+    weights, ledgers = [], []
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(session, "rehearse", lambda state: None)
+        run = prepared(pair, questions, train__steps=2)
+        result = trained(run, tmp_path / name)
+        weights.append(run.pair.student.net.state_dict())
+        ledgers.append(result["flops"])
+    assert rows(tmp_path / "with") == rows(tmp_path / "without")
+    assert ledgers[0] == ledgers[1]
+    for key, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][key])
+
+
+def test_it_runs_the_longest_prompts_at_the_first_prefix_and_drops_its_moments(
+    pair, questions, monkeypatch
+):
+    run = prepared(pair, questions)
+    state = state_of(run)
+    random = torch.get_rng_state()
+    lengths, moments = [], []
+    compute = scoring.hidden_rows
+    clear = rehearsal.step_optimizer
+
+    def hidden_rows(model, sides):
+        lengths.append((len(sides), max(len(s.prompt) + len(s.ids) for s in sides)))
+        return compute(model, sides)
+
+    def step(*arguments, **named):
+        norm = clear(*arguments, **named)
+        moments.append(len(state.optimizer.state))
+        return norm
+
+    monkeypatch.setattr(scoring, "hidden_rows", hidden_rows)
+    monkeypatch.setattr(rehearsal, "step_optimizer", step)
+    before = {name: p.clone() for name, p in run.pair.student.trainable.items()}
+    seconds = dict(state.clock.seconds)
+    rehearsal.rehearse(state)
+    longest = max(len(r.student_ids) for r in run.problems.train)
+    assert lengths[0] == (4, longest + 12)
+    assert moments == [len(before)] and not state.optimizer.state
+    for name, p in run.pair.student.trainable.items():
+        assert p.grad is None and torch.equal(p, before[name])
+    assert torch.equal(random, torch.get_rng_state())
+    assert state.clock.seconds == seconds and not state.progress.ledger.executed
+
+
+def test_out_of_memory_halves_the_micro_batch_before_the_first_evaluation(
+    pair, questions, tmp_path, monkeypatch
+):
+    run = prepared(pair, questions, train__steps=1)
+    start, seen = Monitor.start, []
+
+    def noting(monitor):
+        seen.append(run.limits.micro_batch_size)
+        start(monitor)
+
+    monkeypatch.setattr(Monitor, "start", noting)
+    shortage(monkeypatch, "training", 2)
+    trained(run, tmp_path / "run")
+    assert seen == [2] and run.limits.lowered == {"micro_batch_size": 2}
+
+
+def test_no_memory_for_one_rollout_or_for_the_moments_ends_in_one_line(
+    pair, questions, monkeypatch
+):
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    state = state_of(prepared(pair, questions))
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearsal, "step_optimizer", no_room)
+        with pytest.raises(MemoryShortage, match="AdamW's moments"):
+            rehearsal.rehearse(state)
+    assert not state.optimizer.state
+    shortage(monkeypatch, "training", 0)
+    with pytest.raises(MemoryShortage, match="even with one rollout per pass"):
+        rehearsal.rehearse(state)
