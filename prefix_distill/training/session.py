@@ -288,7 +288,8 @@ def train_in(
     else:
         watched = observer.watch_other_rank()
     fingerprints = take_fingerprints(run)
-    with watched as shown, interrupt, open_folder(run, folder, resume, fingerprints):
+    opened = open_folder(run, folder, resume=resume, fingerprints=fingerprints)
+    with watched as shown, interrupt, opened:
         if resume:
             for text in check_fingerprints(run, folder, fingerprints):
                 shown.note(text)
