@@ -91,7 +91,7 @@ class Targets:
         covered = sum(site.size for site in self.sites if site.kind != EMBEDDING)
         missed = 0
         for site in self.others:
-            if site.kind != EMBEDDING and self.obstacles.get(site.name) not in (UNREACHED, HEAD):
+            if site.kind != EMBEDDING and self.obstacles.get(site.name) != UNREACHED:
                 missed += site.size
         if not covered + missed:
             return 0.0
@@ -173,7 +173,10 @@ def find_targets(net: PreTrainedModel, wanted: str) -> Targets:
         )
     # the order of the network fixes which random numbers a layer gets
     sites = [site for site in survey.sites if site.name in chosen]
-    others = [site for site in survey.sites if site.name not in chosen]
+    others = []
+    for site in survey.sites:
+        if site.name not in chosen and site.module != survey.head_name:
+            others.append(site)
     return Targets(sites=sites, obstacles=obstacles, others=others)
 
 
