@@ -1,6 +1,6 @@
 """Test that two or three gloo ranks give the results of one process, and that no run hangs.
 
-Rollouts, metrics rows and decisions are equal; weights agree to 1e-5.
+Rollouts, metrics rows and decisions are equal; weights agree to 1e-5, or to 1e-4 at a rate of 3e-4.
 """
 
 import contextlib

@@ -156,7 +156,7 @@ def _scaled(value: float, ends: tuple[float, float]) -> float:
 def batch_scale(entropies: list[float], divergences: list[float]) -> Scale:
     """Return the ``Scale`` of a global batch: of all ranks and micro-batches, in any order.
 
-    Entropies are clipped at their 98th percentile, linear between order statistics. Ties are merged.
+    Entropies are clipped at their 98th percentile, linear between values. Ties are merged.
     """
     entropies, divergences = merge_ties(entropies), merge_ties(divergences)
     largest_entropy = quantile(entropies, CLIPPED)

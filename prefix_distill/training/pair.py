@@ -250,18 +250,19 @@ def _have_equal_weights(student: Model, teacher: Model) -> bool:
 
     A new adapter of the student changes nothing yet, so its weights are left out.
     """
-    weights: dict[str, torch.Tensor] = {}
-    for name, weight in student.net.named_parameters():
+    weights = {}
+    for name, parameter in student.net.named_parameters():
         if "lora_" not in name:
-            weights[name.replace("base_model.model.", "").replace(".base_layer", "")] = weight
+            plain = name.replace("base_model.model.", "").replace(".base_layer", "")
+            weights[plain] = parameter.detach()
     others = dict(teacher.net.named_parameters())
     if weights.keys() != others.keys():
         return False
     for name, other in others.items():
-        ours = weights[name].detach()
-        if ours.is_meta or other.is_meta or ours.shape != other.shape:
+        weight = weights[name]
+        if weight.is_meta or other.is_meta or weight.shape != other.shape:
             return False
-        if not torch.equal(ours.to(other.device, other.dtype), other.detach()):
+        if not torch.equal(weight.to(other.device, other.dtype), other.detach()):
             return False
     return True
 

@@ -217,7 +217,8 @@ def settle_max_new_tokens(
     if room is not None and room < 1:
         raise UserError(
             f"the longest prompt has {longest_prompt} tokens, but the models have {positions} "
-            "positions, and a response needs one; shorten the prompts"
+            "positions, and a response needs one; shorten the prompts, or leave long ones out with "
+            f"--max-prompt-tokens {max(1, (positions or 1) - 1)}"
         )
     given = config.rollout.max_new_tokens
     prefix = None  # a fixed length in tokens
