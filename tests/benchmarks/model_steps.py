@@ -39,7 +39,7 @@ NO_OBSTACLE = re.compile(
 )
 SETTINGS: dict[str, object] = {
     "schedule.prefix": "12",
-    "rollout.max_new_tokens": 24,
+    "rollout.max_new_tokens": 16,
     "rollout.samples": 2,
     "train.batch_size": 3,
     "train.micro_batch_size": 4,
@@ -47,6 +47,8 @@ SETTINGS: dict[str, object] = {
     "schedule.lr": 1e-3,
     "evaluate.problems": 1,
     "evaluate.kl_prompts": 1,
+    "evaluate.every": 0,
+    "evaluate.tail_every": 0,
     "runtime.dtype": "float32",
     "runtime.device": "cpu",
 }
@@ -141,7 +143,7 @@ def load_folder(folder: Path) -> Model:
 def prepare_run(case: Case) -> None:
     """Prepare a run, and make the checks of `prefix-distill check`."""
     case.run = prepare(case.settings())
-    for check in examine(case.run, samples=1):
+    for check in examine(case.run, samples=0):
         if check.status == "error":
             raise UserError(f"{check.name}: {check.text}")
 
