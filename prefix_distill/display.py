@@ -123,13 +123,16 @@ class Observer(Protocol):
         """Receive a warning."""
 
     def watch(
-        self, steps: int, label: str, first: bool, stop: Callable[[], None], /
+        self, steps: int, label: str, stop: Callable[[], None], /
     ) -> contextlib.AbstractContextManager[Reporter]:
-        """Return the reporter of a run of ``steps`` steps.
+        """Return the reporter of rank 0 for a run of ``steps`` steps.
 
-        ``label`` names the run among several. ``first``: whether this is rank 0. ``stop()`` asks
-        the run to save its state and stop after the current step.
+        ``label`` names the run among several. ``stop()`` asks the run to save its state and stop
+        after the current step.
         """
+
+    def watch_other_rank(self) -> contextlib.AbstractContextManager[Reporter]:
+        """Return the reporter of any rank but rank 0."""
 
 
 class Terminal:
@@ -144,34 +147,58 @@ class Terminal:
         self.note(f"warning: {text}")
 
     @contextlib.contextmanager
-    def watch(
-        self, steps: int, label: str, first: bool, stop: Callable[[], None]
-    ) -> Iterator[Reporter]:
+    def watch(self, steps: int, label: str, stop: Callable[[], None]) -> Iterator[Reporter]:
         """Show the progress of a run; Ctrl-C stops it, so ``stop`` is not needed."""
-        with Display(steps, label, first) as shown:
+        with Display(steps, label) as shown:
             yield shown
+
+    @contextlib.contextmanager
+    def watch_other_rank(self) -> Iterator[Reporter]:
+        """Show this rank's own warnings."""
+        yield RankWarnings()
+
+
+class RankWarnings:
+    """Shows nothing but the warnings that only this rank reports: a ``Reporter``."""
+
+    def warn_on_this_rank(self, text: str) -> None:
+        """Print a warning."""
+        print_line(f"warning: {text}")
+
+    def note(self, text: str) -> None:
+        """Show nothing: rank 0 shows it."""
+
+    def warn(self, text: str) -> None:
+        """Show nothing: rank 0 shows it."""
+
+    def row(self, row: dict, useful: float, full: float) -> None:
+        """Show nothing: rank 0 shows it."""
+
+    def evaluation(self, row: dict) -> None:
+        """Show nothing: rank 0 shows it."""
+
+    def tail(self, row: dict) -> None:
+        """Show nothing: rank 0 shows it."""
 
 
 class Display:
     """Shows the progress of one run: a ``Reporter``.
 
-    Without a terminal it prints about 50 lines, however long the run is. With ``shown`` false (on
-    all ranks but the first) it shows nothing but this rank's own warnings. A terminal or pipe that
+    Without a terminal it prints about 50 lines, however long the run is. A terminal or pipe that
     closes does not stop the run.
     """
 
-    def __init__(self, steps: int, label: str = "", shown: bool = True):
+    def __init__(self, steps: int, label: str = ""):
         from rich.console import Console
 
         self.steps = steps
         self.label = label
-        self.shown = shown
         self.console = Console(stderr=True)
         self.seen = 0  # steps shown
         self.plain_every = max(1, steps // PLAIN_LINES)
         self.started = time.perf_counter()
         self.bar: Progress | None = None
-        if shown and self.console.is_terminal and not is_plain():
+        if self.console.is_terminal and not is_plain():
             self.bar = self._bar()
             self.task = self.bar.add_task(label or "distilling", total=steps)
 
@@ -205,8 +232,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Show a progress note."""
-        if self.shown:
-            self._print(text)
+        self._print(text)
 
     def warn(self, text: str) -> None:
         """Show a warning that every rank reports."""
@@ -224,7 +250,8 @@ class Display:
         self.seen += 1
         step = row["step"]
         text = (
-            f"KL {_divergence(row):.4f} nats, prefix {row['rollout/prefix_tokens']} tokens, "
+            f"divergence {_divergence(row):.4f} nats, "
+            f"prefix {row['rollout/prefix_tokens']} tokens, "
             f"{row['rollout/finished_share']:.0%} finished, {_speeds(row)}{flops_text(useful)} "
             f"useful so far ({flops_text(full)} with full rollouts)"
         )
@@ -241,13 +268,13 @@ class Display:
         """Show one evaluation: accuracy, finish rate, length, and KL on the fixed contexts."""
         text = (
             f"after step {row['step']}: accuracy {accuracy_text(row['accuracy'])}, "
-            f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens, held-out reverse "
-            f"KL {row['kl']['value']:.4f} nats"
+            f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens per answer, "
+            f"held-out reverse KL {row['kl']['value']:.4f} nats"
         )
         if row["kl_tail"] is not None:
             text += f" (beyond the prefix {row['kl_tail']:.4f})"
         if row["sampler_kl"] is not None:
-            text += f", KL of the sampler to the student {row['sampler_kl']:.2g} nats"
+            text += f", KL between decoding copy and student {row['sampler_kl']:.2g} nats"
         self._labelled(text)
 
     def tail(self, row: dict) -> None:
@@ -258,7 +285,7 @@ class Display:
             tail = f"KL {row['kl_tail']:.4f} nats beyond the prefix"
         self._labelled(
             f"tail probe after step {row['step']}: {tail}, {row['finish_rate']:.0%} of the full "
-            f"answers finished, {row['mean_tokens']:.0f} tokens"
+            f"answers finished, {row['mean_tokens']:.0f} tokens per answer"
         )
 
     def _labelled(self, text: str) -> None:

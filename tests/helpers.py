@@ -41,10 +41,11 @@ from prefix_distill.maths.schedule import parse_prefix
 from prefix_distill.maths.weights import quadrants
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.loss import TokenLosses
 from prefix_distill.training.run import Method, Notes, Problems, Run
 from prefix_distill.training.session import Session
 from prefix_distill.training.state import State
-from prefix_distill.training.update import TokenLosses, Update
+from prefix_distill.training.update import Update
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

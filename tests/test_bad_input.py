@@ -117,7 +117,10 @@ BAD = {
     "GGUF of 300 characters": (["--teacher", "a" * 300 + ".gguf"], "no such file; check the path"),
     "model in nobody's folder": (["--student", "~nobody/x"], "no such folder; check the path"),
     "temperature nan": (["--temperature", "nan"], "--temperature nan: expected a finite number"),
-    "negative learning rate": (["--lr", "-1"], "error: --lr -1: expected above 0; change it"),
+    "negative learning rate": (
+        ["--lr", "-1"],
+        "error: --lr -1: expected a number above 0; change it",
+    ),
     "jsd at its end": (["--divergence", "jsd:1"], "use reverse-kl"),
     "unknown divergence": (["--divergence", "kl"], "--divergence kl: expected"),
     "estimator without K": (["--estimator", "top-k:0"], "expected full, sampled or top-k:K"),
@@ -165,7 +168,10 @@ BAD = {
         ["--steps", "1" + "0" * 30],
         "--steps: expected a number below 2^63",
     ),
-    "negative steps": (["--steps", "-1"], "error: --steps -1: expected at least 0; change it"),
+    "negative steps": (
+        ["--steps", "-1"],
+        "error: --steps -1: expected a number of at least 0; change it",
+    ),
     "digits beyond text": (["--prefix", "9" * 5000], "--prefix 999"),
     "window beyond counting": (["--window", "first:" + "9" * 5000], "--window first:999"),
     "top-k beyond counting": (["--estimator", "top-k:" + "9" * 5000], "--estimator top-k:999"),
@@ -184,13 +190,16 @@ BAD = {
         ["--set", "train.steps=yes"],
         "train.steps: expected a whole number, got True",
     ),
-    "no batch": (["--batch-size", "0"], "--batch-size 0: expected at least 1"),
-    "no samples": (["--samples", "0"], "--samples 0: expected at least 1"),
+    "no batch": (["--batch-size", "0"], "--batch-size 0: expected a number of at least 1"),
+    "no samples": (["--samples", "0"], "--samples 0: expected a number of at least 1"),
     "nothing kept": (
         ["--top-p", "0"],
-        "--top-p 0: expected above 0 and at most 1; change it",
+        "--top-p 0: expected a number above 0 and at most 1; change it",
     ),
-    "loss at no temperature": (["--kl-temperature", "0"], "--kl-temperature 0: expected above 0"),
+    "loss at no temperature": (
+        ["--kl-temperature", "0"],
+        "--kl-temperature 0: expected a number above 0",
+    ),
     "infinite clip": (["--grad-clip", "inf"], "--grad-clip inf: expected a finite number"),
     "teacher is the student": (
         ["--teacher", "self"],
@@ -276,7 +285,7 @@ BAD = {
         "has 36 rows with a solution outside the evaluation set",
     ),
     "every row an example": (["--few-shot", "36"], "no row is left to train on"),
-    "negative examples": (["--few-shot", "-1"], "--few-shot -1: expected at least 0"),
+    "negative examples": (["--few-shot", "-1"], "--few-shot -1: expected a number of at least 0"),
     "eval of examples alone": (
         ["eval", "--model", "{student}", "--dataset", "{questions}#5", "--few-shot", "5"],
         "has no other row to evaluate",
@@ -292,15 +301,15 @@ BAD = {
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
     "eval of a negative limit": (
         ["eval", "--limit", "-1"],
-        "error: --limit -1: expected at least 0; change it",
+        "error: --limit -1: expected a number of at least 0; change it",
     ),
     "eval without samples": (
         ["eval", "--samples", "0"],
-        "error: --samples 0: expected at least 1; change it",
+        "error: --samples 0: expected a number of at least 1; change it",
     ),
     "eval below temperature 0": (
         ["eval", "--temperature", "-1"],
-        "error: --temperature -1: expected at least 0; change it",
+        "error: --temperature -1: expected a number of at least 0; change it",
     ),
     "eval into a missing folder": (
         ["eval", "--out", "{root}/nowhere/e.jsonl"],

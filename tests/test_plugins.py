@@ -51,13 +51,13 @@ def tables(n=23, d=8, e=11, v=41):
     """Return hidden rows and heads of a student and a teacher, and a weight per row."""
     torch.manual_seed(3)
     student = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
-    return *student, torch.randn(n, e), Head(torch.randn(v, e)), torch.rand(n)
+    return *student, torch.randn(n, e), Head(weight_VD=torch.randn(v, e)), torch.rand(n)
 
 
 def loss_and_gradients(terms, softcap=None):
     """Return the loss, the values, and the gradients of the student's hidden rows and head."""
     hidden, weight, teacher, teacher_head, token_weight = tables()
-    head = Head(weight, None, 1.0, softcap)
+    head = Head(weight_VD=weight, bias_V=None, scale=1.0, softcap=softcap)
     loss, values, _ = weighted(terms, hidden, head, teacher, teacher_head, token_weight)
     return loss, values, *torch.autograd.grad(loss, (hidden, weight))
 
@@ -168,7 +168,9 @@ def test_an_installed_package_is_named_by_its_entry_point(tmp_path, monkeypatch)
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_autograd_in_chunks_equals_autograd_on_the_whole_table(temperature, softcap):
-    terms = Terms("skew-kl", (0.2,), temperature, memory_bytes=4 * 41 * 9 * 5)
+    terms = Terms(
+        name="skew-kl", parameters=(0.2,), temperature=temperature, memory_bytes=4 * 41 * 9 * 5
+    )
     assert 1 <= terms.rows_per_chunk(41, softcap is not None) <= 5  # several chunks of 23 rows
     loss, values, *gradients = loss_and_gradients(terms, softcap)
     hidden, weight, teacher, teacher_head, token_weight = tables()
@@ -188,17 +190,24 @@ def test_autograd_in_chunks_equals_autograd_on_the_whole_table(temperature, soft
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_value_only_value_with_gradient_and_built_in_are_equal(top_k):
-    built_in = loss_and_gradients(Terms("reverse-kl", top_k=top_k))
+    built_in = loss_and_gradients(Terms(name="reverse-kl", top_k=top_k))
     for name in ("my-kl", "my-kl-auto"):
         for got, expected in zip(
-            loss_and_gradients(Terms(name, top_k=top_k)), built_in, strict=True
+            loss_and_gradients(Terms(name=name, top_k=top_k)), built_in, strict=True
         ):
             largest = expected.abs().max().item()
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * largest)
     hidden, weight, teacher, teacher_head, _ = tables()
     token = torch.arange(len(hidden))
     facts = [
-        statistics(Terms(name, top_k=top_k), hidden, Head(weight), teacher, teacher_head, token)
+        statistics(
+            Terms(name=name, top_k=top_k),
+            hidden,
+            Head(weight_VD=weight),
+            teacher,
+            teacher_head,
+            token,
+        )
         for name in ("my-kl", "reverse-kl")
     ]
     torch.testing.assert_close(facts[0]["divergence"], facts[1]["divergence"])
@@ -220,7 +229,7 @@ def test_registered_functions_receive_one_chunk_at_a_time(by_hand):
     with registering("this test"):
         register_divergence("counted", gradient=gradient if by_hand else None, tables=8)(value)
     try:
-        terms = Terms("counted", memory_bytes=4 * 41 * 8 * 6)
+        terms = Terms(name="counted", memory_bytes=4 * 41 * 8 * 6)
         chunk = terms.rows_per_chunk(41)
         with torch.autocast("cpu", torch.bfloat16):
             loss_and_gradients(terms)

@@ -129,8 +129,8 @@ def test_no_float64_reaches_a_device(pair, questions, more):
 
 def test_the_clock_synchronizes_an_apple_gpu():
     with mock.patch("torch.mps.synchronize") as wait:
-        Clock(torch.device("mps")).now()
-        Clock(torch.device("cpu")).now()
+        Clock(device=torch.device("mps")).now()
+        Clock(device=torch.device("cpu")).now()
     assert wait.call_count == 1
     with pytest.raises(
         UserError, match="2 ranks run on this machine and each needs its own GPU; use --device cpu"

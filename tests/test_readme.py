@@ -309,7 +309,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch, left_out):
         if "--cross-tokenizer" in line:
             assert (
                 document["evaluations"][0]["alignment"]["span_share"] > 0.05
-                and "tokens are shared" in err
+                and "units of text are compared" in err
             )
         if "--gpus 2" in line:
             assert (

@@ -222,13 +222,13 @@ def test_our_loss_and_golds_on_a_token_group_equal_values_by_hand():
     vocabulary = SharedVocabulary(student=(0,), teacher=(0,), student_eos=(1,), teacher_eos=(1,))
     shared = shared_support(vocabulary, "simct", "cpu", "cpu")
     _, values, _ = simct.weighted(
-        Terms("reverse-kl"),
+        Terms(name="reverse-kl"),
         shared,
         units_of([r]),
         student[:2],
-        Head(torch.eye(5)),
+        Head(weight_VD=torch.eye(5)),
         teacher[:1],
-        Head(torch.eye(3)),
+        Head(weight_VD=torch.eye(3)),
         torch.ones(1),
     )
     assert values.item() == pytest.approx(0, abs=1e-6)

@@ -34,9 +34,9 @@ def read_path(name: str, value: object) -> str:
     if isinstance(value, os.PathLike):
         text = os.fspath(value)
     if not isinstance(text, str):
-        raise _wrong(name, "a path", value, "pass text or a pathlib.Path")
+        raise _wrong(name, "a path", value, advice="pass text or a pathlib.Path")
     if not text.strip():
-        raise _wrong(name, "the name of a file or folder", value, "name one")
+        raise _wrong(name, "the name of a file or folder", value, advice="name one")
     return text
 
 
@@ -48,10 +48,12 @@ def read_folder(name: str, value: object) -> Path:
 def read_folders(name: str, values: object) -> list[Path]:
     """Return the paths in a list. UserError: it is no list, is empty, or holds something else."""
     if isinstance(values, str | bytes | os.PathLike) or not isinstance(values, Iterable):
-        raise _wrong(name, "a list of folders", values, "put them in a list, as in ['runs/first']")
+        raise _wrong(
+            name, "a list of folders", values, advice="put them in a list, as in ['runs/first']"
+        )
     folders = [read_folder(name, value) for value in values]
     if not folders:
-        raise _wrong(name, "at least one folder", [], "name the folders of finished runs")
+        raise _wrong(name, "at least one folder", [], advice="name the folders of finished runs")
     return folders
 
 
@@ -65,7 +67,7 @@ def read_value(name: str, value: object, kind: type[T]) -> T:
         plain = float(plain)
     if type(plain) is not kind:
         expected = NAMES[kind]
-        raise _wrong(name, expected, value, f"pass {expected}")
+        raise _wrong(name, expected, value, advice=f"pass {expected}")
     return plain
 
 
@@ -74,7 +76,9 @@ def read_prefixes(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bytes) or not isinstance(value, Iterable):
-        raise _wrong("prefixes", "a list of prefixes", value, "pass a list, as in [64, '25%']")
+        raise _wrong(
+            "prefixes", "a list of prefixes", value, advice="pass a list, as in [64, '25%']"
+        )
     return ",".join(map(str, value))
 
 
@@ -84,11 +88,11 @@ def read_config(value: object) -> configuration.Config | None:
         return None
     advice = "build one with Config.from_options or Config.from_yaml"
     if not isinstance(value, configuration.Config):
-        raise _wrong("config", "a Config", value, advice)
+        raise _wrong("config", "a Config", value, advice=advice)
     for name, kind in SECTIONS.items():
         section = getattr(value, name)
         if not isinstance(section, kind):
-            raise _wrong(f"config.{name}", kind.__name__, section, advice)
+            raise _wrong(f"config.{name}", kind.__name__, section, advice=advice)
     return value
 
 

@@ -29,10 +29,12 @@ class EventObserver:
         self._write_once("warn", text)
 
     @contextlib.contextmanager
-    def watch(
-        self, steps: int, label: str, first: bool, stop: Callable[[], None]
-    ) -> Iterator[Reporter]:
+    def watch(self, steps: int, label: str, stop: Callable[[], None]) -> Iterator[Reporter]:
         self._write_once("watch", steps, label)
+        yield self
+
+    @contextlib.contextmanager
+    def watch_other_rank(self) -> Iterator[Reporter]:
         yield self
 
     def warn_on_this_rank(self, text: str) -> None:
@@ -96,7 +98,7 @@ class Relay:
     def _dispatch(self, kind: str, *values: object) -> None:
         if kind == "watch":
             steps, label = values
-            watched = self.observer.watch(int(str(steps)), str(label), True, self.stop)
+            watched = self.observer.watch(int(str(steps)), str(label), self.stop)
             self.reporter = self.watching.enter_context(watched)
         elif self.reporter is not None:
             getattr(self.reporter, kind)(*values)

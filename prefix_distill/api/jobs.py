@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..config import Config
-from ..errors import MemoryShortage, PreflightError
+from ..errors import MemoryShortage, PreflightError, ignore
 from . import quiet
 from .observers import Observer
 
@@ -60,7 +60,7 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
     if settings["dry_run"]:
         document = _describe_dry_run(prepared)
     else:
-        document = train_in(prepared, RunFolder(Path(out)), observer, resume)
+        document = train_in(prepared, RunFolder(Path(out)), observer, resume=resume)
     return _outcome(prepared, document)
 
 
@@ -100,11 +100,9 @@ def _probe(config: Config, settings: Mapping[str, bool], observer: Observer) -> 
     prepared = prepare(config)
     prepared.notes.lines[:0] = notes
     _announce(prepared, observer)
-
-    def say(text: str) -> None:
-        if prepared.place.is_first:
-            observer.note(text)
-
+    say: Callable[[str], None] = ignore
+    if prepared.place.is_first:
+        say = observer.note
     document = probe(prepared, say)
     if prepared.place.is_first:
         folder = RunFolder(Path(str(config.checkpoint.out)))

@@ -9,53 +9,65 @@ from os import PathLike
 from typing import Literal, TypedDict
 
 
-class ProbeOptions(TypedDict, total=False):
-    """Options of `probe`, which `run`, `check` and `plan` take as well."""
+class CommonOptions(TypedDict, total=False):
+    """Options of every function that loads a model and prompts."""
 
-    student: str | PathLike[str] | None
-    teacher: str | PathLike[str] | None
-    teacher_ema: float | None
-    cross_tokenizer: Literal["strict", "simct", "simct-released", "off"]
-    student_quantize: Literal["none", "nf4", "int8"]
-    teacher_quantize: Literal["none", "nf4", "int8"]
     trust_remote_code: bool
     dataset: str | PathLike[str] | None
     split: str | None
     prompt_column: str | None
     answer_column: str | None
     streaming: bool
-    privileged_column: str | None
-    privileged_template: str | None
-    student_thinking: Literal["auto", "on", "off"]
-    teacher_thinking: Literal["auto", "on", "off"]
     system: str | None
     instruction: str | None
     prompt_template: str | None
     few_shot: int
     template: Literal["auto", "chat", "plain"]
-    max_prompt_tokens: int
     samples: int
     max_new_tokens: int | None
-    eos: Literal["student", "teacher", "union"]
     begin: str | None
     generation_rows: int
     answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"]
     dtype: Literal["auto", "float32", "bfloat16"]
-    head_dtype: Literal["auto", "float32", "bfloat16"]
     device: str
+    gpus: int | None
+    seed: int
+
+
+class PushOptions(TypedDict, total=False):
+    """Options of every function that uploads a model."""
+
+    push_to_hub: str | None
+    hub_public: bool
+
+
+class ProbeOptions(CommonOptions, total=False):
+    """Options of `probe`, which `run`, `check` and `plan` take as well."""
+
+    student: str | PathLike[str] | None
+    teacher: str | PathLike[str] | None
+    cross_tokenizer: Literal["strict", "simct", "simct-released", "off"]
+    teacher_quantize: Literal["none", "nf4", "int8"]
+    privileged_column: str | None
+    privileged_template: str | None
+    student_thinking: Literal["auto", "on", "off"]
+    teacher_thinking: Literal["auto", "on", "off"]
+    max_prompt_tokens: int
+    eos: Literal["student", "teacher", "union"]
+    head_dtype: Literal["auto", "float32", "bfloat16"]
     teacher_device: str | None
     teacher_memory: float | None
-    gpus: int | None
     rank_timeout: int
     check_ranks_every: int
-    seed: int
     head_memory_mb: int
     plugin: str | PathLike[str] | None
 
 
-class RunOptions(ProbeOptions, total=False):
+class RunOptions(ProbeOptions, PushOptions, total=False):
     """Options of `run`, `check` and `plan`."""
 
+    teacher_ema: float | None
+    student_quantize: Literal["none", "nf4", "int8"]
     lora: int | None
     lora_alpha: float | None
     lora_targets: str
@@ -103,39 +115,17 @@ class RunOptions(ProbeOptions, total=False):
     save_every: int
     report_to: str
     run_name: str | None
-    push_to_hub: str | None
-    hub_public: bool
 
 
-class EvalOptions(TypedDict, total=False):
+class EvalOptions(CommonOptions, total=False):
     """Options of `evaluate`."""
 
     model: str | PathLike[str] | None
-    trust_remote_code: bool
-    dataset: str | PathLike[str] | None
-    split: str | None
-    prompt_column: str | None
-    answer_column: str | None
-    streaming: bool
     thinking: Literal["auto", "on", "off"]
-    system: str | None
-    instruction: str | None
-    prompt_template: str | None
-    few_shot: int
-    template: Literal["auto", "chat", "plain"]
     top_p: float
     top_k: int
-    max_new_tokens: int | None
-    begin: str | None
-    generation_rows: int
     limit: int
-    samples: int
     temperature: float
-    answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"]
-    dtype: Literal["auto", "float32", "bfloat16"]
-    device: str
-    gpus: int | None
-    seed: int
 
 
 class PlanOptions(RunOptions, total=False):
@@ -153,7 +143,7 @@ class PlanOptions(RunOptions, total=False):
     from_run: str | PathLike[str] | None
 
 
-class ExportOptions(TypedDict, total=False):
+class ExportOptions(PushOptions, total=False):
     """Options of `export`.
 
     ``which``: of a run folder: model, best or the step of a checkpoint; ``dtype``: "auto" keeps the
@@ -163,6 +153,4 @@ class ExportOptions(TypedDict, total=False):
     which: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     gguf: Literal["f32", "f16", "bf16", "q8_0"] | None
-    push_to_hub: str | None
-    hub_public: bool
     trust_remote_code: bool

@@ -93,8 +93,10 @@ def launch(count: int, job: "Job", observer: Observer) -> "Outcome":
         folder = Path(name)
         (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
         signals = _Signals(folder)
-        with Relay(folder, observer, lambda: signals.ask(signal.SIGINT)) as relay:
-            ranks = _Ranks(count, folder, job, observer.shares_streams)
+        with Relay(folder, observer, signals.ask_to_stop) as relay:
+            ranks = _Ranks(
+                count=count, folder=folder, job=job, shares_streams=observer.shares_streams
+            )
             with signals:
                 while ranks.are_running() and not signals.have_killed_ranks():
                     relay.pass_on()
@@ -170,6 +172,10 @@ class _Signals:
         partial = self.folder / f"{SIGNAL}.partial"
         partial.write_text(str(self.first))
         os.replace(partial, self.folder / SIGNAL)
+
+    def ask_to_stop(self) -> None:
+        """Ask the ranks to save and stop, as Ctrl-C does."""
+        self.ask(signal.SIGINT)
 
     def have_killed_ranks(self) -> bool:
         """Return whether the ranks were killed and had time to end."""

@@ -160,7 +160,7 @@ def report(
         reference = arguments.read_value("reference", reference, str)
     title = arguments.read_value("title", title, str)
     paths = arguments.read_folders("folders", folders)
-    return work.report(paths, arguments.read_folder("out", out), reference, title)
+    return work.report(paths, arguments.read_folder("out", out), reference=reference, title=title)
 
 
 def export(source: Name, out: Name | None = None, **options: Unpack[ExportOptions]) -> ExportResult:
@@ -176,7 +176,7 @@ def export(source: Name, out: Name | None = None, **options: Unpack[ExportOption
     folder = None
     if out is not None:
         folder = arguments.read_folder("out", out)
-    return work.export(arguments.read_path("source", source), config, folder, choices)
+    return work.export(arguments.read_path("source", source), config, out=folder, choices=choices)
 
 
 def _config(

@@ -48,10 +48,11 @@ class LogObserver:
         log.warning(text)
 
     @contextlib.contextmanager
-    def watch(
-        self, steps: int, label: str, first: bool, stop: Callable[[], None]
-    ) -> Iterator[Reporter]:
-        reporter = _LogReporter(self.on_step if first else None, label.removesuffix(":"), stop)
+    def watch(self, steps: int, label: str, stop: Callable[[], None]) -> Iterator[Reporter]:
+        if self.on_step is None:
+            yield _LogReporter()
+            return
+        reporter = _StepReporter(self.on_step, label.removesuffix(":"), stop)
         try:
             yield reporter
         except Interrupted as interrupted:
@@ -61,15 +62,13 @@ class LogObserver:
         if reporter.failure is not None:
             raise reporter.failure
 
+    @contextlib.contextmanager
+    def watch_other_rank(self) -> Iterator[Reporter]:
+        yield _LogReporter()
+
 
 class _LogReporter:
-    """``failure``: what ``on_step`` raised; it is not called again after that."""
-
-    def __init__(self, on_step: OnStep | None, label: str, stop: Callable[[], None]):
-        self.on_step = on_step
-        self.label = label
-        self.stop = stop
-        self.failure: BaseException | None = None
+    """Sends notes, warnings and evaluations to the logger."""
 
     def note(self, text: str) -> None:
         log.info(text)
@@ -80,7 +79,29 @@ class _LogReporter:
     warn_on_this_rank = warn
 
     def row(self, row: dict[str, Any], useful: float, full: float) -> None:
-        if self.on_step is None or self.failure is not None:
+        """Log nothing: there is a row for every step."""
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        log.info(f"after step {row['step']}: accuracy {accuracy_text(row['accuracy'])}")
+
+    def tail(self, row: dict[str, Any]) -> None:
+        log.info(f"tail probe after step {row['step']}: {row['finish_rate']:.0%} finished")
+
+
+class _StepReporter(_LogReporter):
+    """Passes metrics rows to ``on_step``.
+
+    ``failure``: what ``on_step`` raised; it is not called again after that.
+    """
+
+    def __init__(self, on_step: OnStep, label: str, stop: Callable[[], None]):
+        self.on_step = on_step
+        self.label = label
+        self.stop = stop
+        self.failure: BaseException | None = None
+
+    def row(self, row: dict[str, Any], useful: float, full: float) -> None:
+        if self.failure is not None:
             return
         labelled = {"run": self.label, **row} if self.label else dict(row)
         try:
@@ -88,9 +109,3 @@ class _LogReporter:
         except BaseException as error:  # sys.exit and Ctrl-C save the state, too
             self.failure = error
             self.stop()
-
-    def evaluation(self, row: dict[str, Any]) -> None:
-        log.info(f"after step {row['step']}: accuracy {accuracy_text(row['accuracy'])}")
-
-    def tail(self, row: dict[str, Any]) -> None:
-        log.info(f"tail probe after step {row['step']}: {row['finish_rate']:.0%} finished")

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from .. import plugins
 from ..errors import MemoryShortage, Stopped, UserError
 
-OUT_OF_MEMORY = (
-    "out of memory; lower --generation-rows or --micro-batch-size, or use --dtype bfloat16"
-)
+OUT_OF_MEMORY = "out of memory; free memory on the device, or use dtype bfloat16 or a smaller model"
 
 
 def hide_deprecations() -> None:

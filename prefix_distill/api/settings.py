@@ -48,7 +48,11 @@ EVAL_FLAGS: dict[str, str | None] = {
 }
 # sections and single options of `probe`
 PROBE_OPTIONS = (
-    "models",
+    "models.student",
+    "models.teacher",
+    "models.cross_tokenizer",
+    "models.teacher_quantize",
+    "models.trust_remote_code",
     "data",
     "rollout.samples",
     "rollout.max_new_tokens",
@@ -68,7 +72,7 @@ FUNCTIONS = {
 EXPORT_OPTIONS = ("models.trust_remote_code", "export.push", "export.public")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(configuration.Config):
     """The checked settings of a run, in sections: ``config.schedule.lr``.
 

@@ -83,9 +83,9 @@ def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> Pla
             prefixes = planning.USUAL_PREFIXES
         document = planning.plan(
             config,
-            given.pop("prompt_tokens", None),
-            prefixes,
-            RateSource(**given),
+            prompt_tokens=given.pop("prompt_tokens", None),
+            prefixes=prefixes,
+            rate_source=RateSource(**given),
         )
         result = PlanResult.read(document)
     for text in result.notes:
@@ -116,7 +116,7 @@ def compare(arms_file: str, out: Path, observer: Observer) -> Comparison:
         from ..results.compare import compare as run_all
 
         run_all(arms, out, observer)
-    return report([out], out, arms.reference, Path(arms_file).stem)
+    return report([out], out, reference=arms.reference, title=Path(arms_file).stem)
 
 
 def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict[str, Any]]:
@@ -146,7 +146,7 @@ def report(folders: Sequence[Path], out: Path, reference: str | None, title: str
     write_csv(runs, out / "report.csv")
     (out / "report.md").write_text(summary.markdown_table(rows), encoding="utf-8")
     (out / "report.html").write_text(
-        page.render_page(runs, rows, reference, title), encoding="utf-8"
+        page.render_page(runs, rows, reference=reference, title=title), encoding="utf-8"
     )
     (out / "report.png").write_bytes(plots.encode_png(plots.draw_report(runs, title)))
     document = {"out": str(out), "runs": len(runs), "reference": reference, "arms": rows}
@@ -195,7 +195,12 @@ def export(
             document = {"out": str(folder)}
         else:
             folder = out
-            document = write(Source(source, which, trust_code), folder, dtype, gguf)
+            document = write(
+                Source(name=source, which=which, trust_remote_code=trust_code),
+                folder,
+                dtype=dtype,
+                gguf=gguf,
+            )
     document["pushed"] = None
     if config.export.push is None:
         return ExportResult.read(document)

@@ -33,11 +33,11 @@ app = PanelTyper(
     cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Distil a large language model into a small one, on-policy, from prefixes of the "
+    help="Distill a large language model into a small one, on-policy, from prefixes of the "
     "student's own answers.",
-    epilog="Exit codes: 0 success, 1 stopped with its files intact, 2 bad input, 3 a check before "
-    "the run failed, 4 out of memory, 130 interrupted (prefix-distill help exit-codes). More "
-    "pages: prefix-distill help.",
+    epilog="Exit codes: 0 success, 1 stopped with its files intact, 2 invalid input, 3 failed "
+    "check before the run, 4 out of memory, 130 interrupted (prefix-distill help exit-codes). "
+    "List of help pages: prefix-distill help.",
 )
 
 
@@ -47,8 +47,8 @@ def program(
         bool,
         typer.Option(
             "--plain",
-            help="No bars, boxes or colours, tables as lines: for screen readers and logs (also: "
-            "PREFIX_DISTILL_PLAIN=1, NO_COLOR=1, TERM=dumb).",
+            help="Print no bars, boxes or colors, and tables as lines, for screen readers and logs "
+            "(also: PREFIX_DISTILL_PLAIN=1, NO_COLOR=1, TERM=dumb).",
         ),
     ] = False,
 ) -> None:

@@ -12,8 +12,8 @@ from .app import app
 
 @app.command("env")
 def environment() -> None:
-    """Show versions, devices, dtypes and threads for a bug report. Host name, user, paths and
-    secrets are left out."""
+    """Show versions, devices, dtypes and threads for a bug report, without host name, user, paths
+    and secrets."""
     from ..engine import device
 
     document = device.describe_environment()
@@ -35,7 +35,7 @@ def _describe(entry: object) -> str:
 
 @app.command("help")
 def help_command(
-    topic: Annotated[str | None, typer.Argument(metavar="[TOPIC]", help="Page to print.")] = None,
+    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="Page to print.")] = None,
 ) -> None:
     """Print a help page; without TOPIC, list the pages."""
     if topic is None:

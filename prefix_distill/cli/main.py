@@ -124,7 +124,9 @@ def translate_arguments(
     from .spellings import translate
 
     valued, switches = _flags_of(group, name)
-    words, translated = translate(arguments[at + 1 :], valued, switches, _world_size())
+    words, translated = translate(
+        arguments[at + 1 :], valued=valued, switches=switches, world=_world_size()
+    )
     # --plain is an option of the program that may also follow the command
     before = arguments[:at]
     if words[:1] == ["--plain"]:

@@ -12,7 +12,7 @@ from .options import Wording, with_options
 
 # help and defaults of eval that differ from those of run
 EVAL_WORDING: dict[str, Wording] = {
-    "models.student": {"help": "Hub id, folder, .gguf file or lab:TASK/ROLE."},
+    "models.student": {"help": "Model: hub id, folder, .gguf file or lab:TASK/ROLE."},
     "data.dataset": {
         "help": "Problems: file, hub id, lab:TASK or preset (gsm8k, …); same syntax as for run."
     },
@@ -22,18 +22,26 @@ EVAL_WORDING: dict[str, Wording] = {
     "data.few_shot": {
         "help": "Number of other rows, shown with their solutions before every problem."
     },
+    "rollout.max_new_tokens": {
+        "help": "Longest answer, in tokens.",
+        "shown": "the built-in task's, else what the model's positions allow, up to 2048",
+    },
     "rollout.begin": {"help": "Text forced at the start of every answer."},
     "evaluate.problems": {
         "help": "Number of problems to evaluate, in order; 0 evaluates all.",
-        "shown": "200; all of name#N",
+        "shown": "200; with name#N, all N rows",
     },
     "evaluate.rollouts": {"help": "Answers sampled per problem (k of avg@k and pass@k)."},
     "evaluate.temperature": {"help": "Sampling temperature (0 is greedy)."},
     "runtime.dtype": {"help": "Compute dtype: auto, float32 or bfloat16."},
     "runtime.device": {"help": "Device: auto, cpu, cuda, cuda:1 or mps."},
+    "runtime.seed": {"help": "Seed of the answers, of the rows of name#N and of few-shot rows."},
 }
 EXPORT_WORDING: dict[str, Wording] = {
-    "export.push": {"help": "Hub repository USER/NAME for the folder; a new one is private."},
+    "export.push": {
+        "help": "Hub repository (USER/NAME) that the folder is uploaded to. A new repository is "
+        "private."
+    },
 }
 
 
@@ -53,7 +61,7 @@ def evaluate_command(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="File for the answers: JSON Lines, a line per problem.",
+            help="File for the answers, in JSON Lines: one line per problem.",
             show_default="eval-<time>.jsonl",
         ),
     ] = None,
@@ -117,7 +125,7 @@ def export_command(
         folder = read_folder("--out", out)
     choices: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}
     try:
-        result = work.export(source, config, folder, choices)
+        result = work.export(source, config, out=folder, choices=choices)
     except PushFailed as error:
         finish(error.result.to_dict())
         raise

@@ -1,7 +1,6 @@
 """Format ``--help``: one panel of options per topic, as wide as the terminal."""
 
 import io
-import itertools
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from .. import config as configuration
 from .. import display
 
 PIPE_WIDTH = 100  # columns where stdout is not a terminal
+BRACES = str.maketrans("", "", "{}")  # some versions of typer put them around arguments
 ARGUMENTS = "Arguments"
 GENERAL_OPTIONS = "General options"  # of the command, not of the config
 
@@ -32,8 +32,11 @@ class PanelGroup(typer.core.TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # click answers --help before it reads --plain
-        if "--plain" in itertools.takewhile(lambda word: word.startswith("-"), args):
-            os.environ["PREFIX_DISTILL_PLAIN"] = "1"
+        for word in args:
+            if not word.startswith("-"):
+                break  # the command; what follows are its own options
+            if word == "--plain":
+                os.environ["PREFIX_DISTILL_PLAIN"] = "1"
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -51,7 +54,7 @@ class PanelTyper(typer.Typer):
         return super().command(name, cls=PanelCommand, **settings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A line of a panel: name and value of an option, its help, and its default and limits."""
 
@@ -110,7 +113,8 @@ def format_help(command: Any, ctx: Any, panels: dict[str, list[Row]]) -> str:
     """Return the help of a command: usage, description, panels and epilog."""
     # COLUMNS if it is set, else the terminal's width
     width = shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
-    paragraphs = [command.get_usage(ctx), _join(command.help), _join(command.epilog)]
+    usage = command.get_usage(ctx).translate(BRACES)
+    paragraphs = [usage, _join(command.help), _join(command.epilog)]
     usage, about, epilog = (_wrap(text, width) for text in paragraphs)
     if display.is_plain() or not _can_show_boxes():
         body = _format_lines(panels, width)

@@ -43,14 +43,14 @@ def run(
     config_file: ConfigFile = None,
     assignments: Assignments = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out exactly where it stopped.")
+        bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Run the checks and estimate the cost; write nothing.")
     ] = False,
     **flags: dict,
 ) -> None:
-    """Train: the student samples a prefix, the teacher scores it, the student learns from it."""
+    """Train the student: it samples a prefix, the teacher scores it, the student learns from it."""
     from ..api import work
     from ..api.documents import PushFailed
 
@@ -74,9 +74,9 @@ def run(
 @app.command()
 @with_options()
 def check(config_file: ConfigFile = None, assignments: Assignments = None, **flags: dict) -> None:
-    """Check before training that the models, prompts, sampling settings and device are compatible.
+    """Check before training that models, prompts, sampling settings and device are compatible.
 
-    Takes the options of run and writes nothing.
+    It takes the options of run and writes nothing.
     """
     from ..api import work
 
@@ -112,7 +112,7 @@ ASSUMPTIONS: dict[str, Any] = {
         typer.Option(
             parser=read_number("--prompt-tokens", int, 128),
             metavar="INT",
-            help="Length of every prompt (tokens), in place of a dataset.",
+            help="Length of every prompt, in tokens; replaces --dataset.",
         ),
     ],
     "prefixes": Annotated[
@@ -128,14 +128,14 @@ ASSUMPTIONS: dict[str, Any] = {
         typer.Option(
             parser=read_number("--device-tflops", float, 100),
             metavar="FLOAT",
-            help="Sustained speed of the device, in 10^12 FLOP/s; it gives the times.",
+            help="Sustained speed of the device, in TFLOP/s, to estimate times.",
         ),
     ],
     "measure": Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="Time one of the student's matrix products on this machine; the times of the plan "
+            help="Measure the speed of a matrix product on this machine to estimate times, which "
             "are then lower bounds.",
         ),
     ],
@@ -143,7 +143,7 @@ ASSUMPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="Run folder whose measured speed of each phase gives the times.",
+            help="Run folder whose measured speeds are used to estimate times.",
         ),
     ],
 }

@@ -44,9 +44,9 @@ def _convert_lmbda(text: str) -> list[str]:
     on_policy = _read_number("lmbda", text)
     if on_policy != 1:
         raise UserError(
-            f"--lmbda {text}: in TRL, the other batches have the dataset's answers; here the "
-            f"teacher samples them. Use --off-policy divergence:{1 - on_policy:g} for that share "
-            "of the rollouts"
+            f"--lmbda {text}: TRL trains the remaining batches on the dataset's answers, which is "
+            f"not possible here; use --off-policy divergence:{1 - on_policy:g}, with which the "
+            "teacher samples that share of the rollouts"
         )
     return ["--off-policy", "none"]
 
@@ -223,50 +223,49 @@ HINTS = {
     "change these settings in the config.json of a model folder": (
         "model_init_kwargs teacher_model_init_kwargs attn_implementation"
     ),
-    "an adapter is plain LoRA without dropout, with --lora, --lora-alpha and --lora-targets; leave "
-    "it out": "lora_* use_rslora use_dora",
-    "--student-quantize and --teacher-quantize take nf4 (with nested constants) or int8; leave it "
-    "out": "bnb_* use_bnb_nested_quant",
-    "metrics.jsonl has a row for every step, and scores.jsonl one for every evaluation; leave it "
-    "out": (
+    "an adapter is plain LoRA without dropout, with --lora, --lora-alpha and --lora-targets; omit "
+    "it": "lora_* use_rslora use_dora",
+    "--student-quantize and --teacher-quantize take nf4 (with nested constants) or int8; omit "
+    "it": "bnb_* use_bnb_nested_quant",
+    "metrics.jsonl has a row for every step, and scores.jsonl one for every evaluation; omit it": (
         "log_* logging_* num_completions_to_print skip_memory_metrics "
         "include_num_input_tokens_seen include_for_metrics"
     ),
     "name the run with --run-name, or by its folder, --out": "run_name project trackio_*",
-    "a run evaluates before, after and every --eval-every steps, on --eval-samples problems; leave "
-    "it out": ("do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names"),
-    "a run keeps its two newest checkpoints, and its best student in best/; leave it out": (
+    "a run evaluates before, after and every --eval-every steps, on --eval-samples problems; omit "
+    "it": ("do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names"),
+    "a run keeps its two newest checkpoints, and its best student in best/; omit it": (
         "save_* load_best_model_at_end metric_for_best_model greater_is_better "
         "enable_jit_checkpoint overwrite_output_dir"
     ),
-    "--resume continues with the same prompts in the same order; leave it out": (
+    "--resume continues with the same prompts in the same order; omit it": (
         "ignore_data_skip restore_callback_states_from_checkpoint"
     ),
-    "the optimizer is AdamW (0.9, 0.999, 1e-8), fused, in float32; leave it out": (
+    "the optimizer is AdamW (0.9, 0.999, 1e-8), fused, in float32; omit it": (
         "optim optim_* adam_* lr_scheduler_kwargs"
     ),
-    "dropout is off in both models; leave it out": (
+    "dropout is off in both models; omit it": (
         "disable_dropout neftune_noise_alpha label_smoothing_factor"
     ),
-    "the loss is always fused and computed in chunks (--head-memory-mb); leave it out": (
+    "the loss is always fused and computed in chunks (--head-memory-mb); omit it": (
         "use_liger_* liger_kernel_config loss_type router_aux_loss_coef"
     ),
-    "transformers' generate with a KV cache samples the rollouts; leave it out": (
+    "transformers' generate with a KV cache samples the rollouts; omit it": (
         "use_vllm vllm_* cache_implementation use_cache use_transformers_paged"
     ),
-    "each rank holds both models (DDP); leave it out": (
+    "each rank holds both models (DDP); omit it": (
         "deepspeed fsdp* ddp_* parallelism_config accelerator_config ds3_* local_rank"
     ),
-    "gradient checkpointing is per layer and not re-entrant; leave it out": (
+    "gradient checkpointing is per layer and not re-entrant; omit it": (
         "gradient_checkpointing_kwargs activation_checkpointing_kwargs activation_offloading"
     ),
-    "prompts are shuffled by --seed and never packed; leave it out": (
+    "prompts are shuffled by --seed and never packed; omit it": (
         "shuffle_dataset packing* eval_packing padding_free pad_to_multiple_of "
         "train_sampling_strategy group_by_length length_column_name remove_unused_columns "
         "completion_only_loss assistant_only_loss dataloader_* average_tokens_across_devices"
     ),
-    "special tokens come from the model's folder; leave it out": "eos_token pad_token",
-    "it has no effect here; leave it out": (
+    "special tokens come from the model's folder; omit it": "eos_token pad_token",
+    "it has no effect here; omit it": (
         "do_train debug torch_compile* torch_empty_cache_steps ignore_bias_buffers "
         "max_tool_calling_iterations"
     ),

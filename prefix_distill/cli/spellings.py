@@ -131,7 +131,7 @@ class _Line:
         """Append a flag and its value; raise UserError if another spelling has set the flag."""
         flag = words[0].partition("=")[0]
         if flag != "--set" and self.given.setdefault(flag, spelling) != spelling:
-            raise UserError(f"{self.given[flag]} and {spelling} both set {flag}; give one of them")
+            raise UserError(f"{self.given[flag]} and {spelling} both set {flag}; use only one")
         self.words.extend(words)
 
     def note(self, spelling: str, words: list[str]) -> None:

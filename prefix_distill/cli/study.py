@@ -10,7 +10,21 @@ from .. import display
 from ..api import settings
 from ..api.arguments import read_folder, read_folders
 from .app import Terminal, app, finish, note, show
-from .options import read_number, with_options
+from .options import Wording, read_number, with_options
+
+# help of probe that differs from that of run
+PROBE_WORDING: dict[str, Wording] = {
+    "rollout.samples": {
+        "help": "Rollouts per prompt of the run that is planned; the FLOPs saved depend on it. The "
+        "probe samples one answer of each model."
+    },
+    "data.few_shot": {
+        "help": "Number of solved rows shown before every prompt, chosen by --seed and not probed."
+    },
+    "rollout.begin": {"help": "Text forced at the start of every answer, such as a think tag."},
+    "runtime.dtype": {"help": "Compute dtype: auto, float32 or bfloat16."},
+    "runtime.head_memory_mb": {"help": "Memory for one chunk of logits, in MiB."},
+}
 
 
 @app.command()
@@ -35,7 +49,7 @@ def demo(
 ) -> None:
     """Train the built-in student with a prefix and with full rollouts, and compare them.
 
-    Takes about three minutes, offline.
+    It takes about three minutes and needs no network.
     """
     from ..api import work
 
@@ -48,7 +62,7 @@ def demo(
 
 
 @app.command()
-@with_options(*settings.PROBE_OPTIONS)
+@with_options(*settings.PROBE_OPTIONS, reworded=PROBE_WORDING)
 def probe(
     out: Annotated[
         str, typer.Option(metavar="FOLDER", help="Folder for probe.json and probe.png.")
@@ -65,7 +79,7 @@ def probe(
 ) -> None:
     """Measure where teacher and student disagree, and recommend a prefix length.
 
-    Trains nothing.
+    It trains nothing.
     """
     from ..api import work
 
@@ -81,8 +95,8 @@ def compare(
         str,
         typer.Argument(
             metavar="ARMS.YAML",
-            help="YAML file with base, seeds, arms, reference, tune and also; for an example see "
-            "prefix-distill help recipes.",
+            help="YAML file with the keys base, seeds, arms, reference, tune and also; see the "
+            "example in prefix-distill help recipes.",
         ),
     ],
     out: Annotated[
@@ -92,10 +106,7 @@ def compare(
         ),
     ],
 ) -> None:
-    """Train every arm of a file with every seed, and compare their accuracy and cost.
-
-    One run trains at a time.
-    """
+    """Train every arm of a file with every seed, one after another; compare accuracy and cost."""
     from ..api import work
 
     result = work.compare(arms_file, read_folder("--out", out), Terminal())
@@ -107,7 +118,7 @@ def compare(
 def report(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="FOLDER...", help="Run folders, or folders that contain them."),
+        typer.Argument(metavar="FOLDER", help="Run folders, or folders that contain them."),
     ],
     out: Annotated[
         str,
@@ -117,7 +128,11 @@ def report(
     ],
     reference: Annotated[
         str | None,
-        typer.Option(metavar="ARM", help="Arm to compare the others with."),
+        typer.Option(
+            metavar="ARM",
+            help="Arm whose accuracy the others should reach; the cost to reach it is compared.",
+            show_default="none",
+        ),
     ] = None,
     title: Annotated[
         str, typer.Option(metavar="TEXT", help="Heading of the page.")
@@ -127,7 +142,7 @@ def report(
     from ..api import work
 
     result = work.report(
-        read_folders("FOLDER", folders), read_folder("--out", out), reference, title
+        read_folders("FOLDER", folders), read_folder("--out", out), reference=reference, title=title
     )
     show(result, width=200)
     finish(result.to_dict())

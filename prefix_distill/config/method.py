@@ -6,15 +6,15 @@ from typing import Literal
 from .options import main_option, option
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     prefix: str = main_option(
         "25%",
         "--prefix",
         "Tokens of a rollout to sample and train on: 512, 25% (of --max-new-tokens), full or a "
         "schedule. Schedules: linear:L0:d (L0 + d·k at step k), staircase:L0:dH:n (dH more every n "
-        "steps), auto (grows when the KL of its last tokens stops falling). Plugins add more (see "
-        "prefix-distill help plugins).",
+        "steps), auto (starts at 10% and doubles when the KL of its last tokens stops falling). "
+        "Plugins add more (see prefix-distill help plugins).",
     )
     lr: float = main_option(5e-5, "--lr", "Peak learning rate of AdamW.", above=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
@@ -27,7 +27,7 @@ class Schedule:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     samples: int = main_option(4, "--samples", "Rollouts per prompt.", low=1)
     temperature: float = option(
@@ -50,7 +50,7 @@ class Sampling:
         None,
         "--max-new-tokens",
         "Longest full response, in tokens.",
-        "the built-in task's, else what the models' positions allow, up to 2048",
+        shown="the built-in task's, else what the models' positions allow, up to 2048",
         low=1,
     )
     eos: Literal["student", "teacher", "union"] = option(
@@ -75,13 +75,13 @@ class Sampling:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Divergence:
     name: str = main_option(
         "reverse-kl",
         "--divergence",
-        "Loss per token in nats, from student S to teacher T: reverse-kl, forward-kl or jsd:β. "
-        "Reverse KL: Σ S(log S − log T). Forward KL: Σ T(log T − log S). JSD: "
+        "Loss per token, in nats, between student S and teacher T: reverse-kl, forward-kl or "
+        "jsd:β. Reverse KL: Σ S(log S − log T). Forward KL: Σ T(log T − log S). JSD: "
         "β·KL(T‖m) + (1 − β)·KL(S‖m), m = βT + (1 − β)S. Plugins add more (see "
         "prefix-distill help plugins).",
     )
@@ -110,7 +110,7 @@ class Divergence:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     window: str = option(
         "all",
@@ -122,13 +122,13 @@ class Weights:
         "all",
         "--select",
         "Tokens of the window to keep, by importance (TIP): all, soft-or, overconfident, "
-        "entropy-sample, entropy, divergence, random or bottom.",
+        "entropy-sample, entropy, divergence, random or bottom (see prefix-distill help methods).",
     )
     keep: float | None = option(
         None,
         "--keep",
         "Share of every rollout's tokens that --select keeps.",
-        "0.5",
+        shown="0.5",
         above=0,
         high=1,
     )
@@ -140,7 +140,7 @@ class Weights:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train:
     steps: int = main_option(
         100, "--steps", "Steps to train; a step is one optimizer update.", low=0
@@ -164,14 +164,14 @@ class Train:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extrapolation:
     kind: Literal["none", "effopd", "always-1", "random"] = option(
         "none",
         "--extrapolate",
         "After steps 1, 2, 4, 8, …, extrapolate the weights along their displacement since the "
-        "last such step. Values: none, effopd (while --extrapolate-score rises), always-1 and "
-        "random (controls that skip the score).",
+        "last such step. Values: none, effopd (as far as --extrapolate-score rises), always-1 and "
+        "random (controls without a score).",
     )
     score: Literal["accuracy", "heldout-kl"] = option(
         "accuracy",

@@ -60,7 +60,10 @@ def _check_value(name: str, value: object, declared: dataclasses.Field[Any]) -> 
     too_low = value < limits.get("low", -math.inf) or value <= limits.get("above", -math.inf)
     too_high = value > limits.get("high", math.inf) or value >= limits.get("below", math.inf)
     if too_low or too_high:
-        raise UserError(f"{name} {_shorten(value)}: expected {describe_limits(limits)}; change it")
+        expected = describe_limits(limits)
+        if expected.startswith("at"):
+            expected = f"of {expected}"
+        raise UserError(f"{name} {_shorten(value)}: expected a number {expected}; change it")
 
 
 def _shorten(value: float) -> str:

@@ -13,35 +13,36 @@ SELF = "self"  # --teacher self: the student's own initial weights
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Models:
     student: str | None = main_option(
         None,
         "--student",
         "Student model: hub id, folder, .gguf file or lab:TASK/student.",
-        "the built-in student",
+        shown="the built-in student",
     )
     teacher: str | None = main_option(
         None,
         "--teacher",
-        "Teacher model: hub id, folder, .gguf file or lab:TASK/teacher. self is a frozen copy of "
-        "the student; it needs --privileged-column.",
-        "the built-in teacher",
+        "Teacher model: hub id, folder, .gguf file or lab:TASK/teacher. self means the student's "
+        "initial weights; it needs --privileged-column, or thinking switches that differ.",
+        shown="the built-in teacher",
     )
     teacher_ema: float | None = option(
         None,
         "--teacher-ema",
-        "With --teacher self, set the teacher after every step to α·teacher + (1 − α)·student; the "
-        "value is α.",
-        "none (the teacher is fixed)",
+        "With --teacher self, make the teacher a moving average of the student: after every step, "
+        "teacher = α·teacher + (1 − α)·student. The value is α.",
+        shown="none (the teacher does not change)",
         above=0,
         below=1,
     )
     cross_tokenizer: Literal["strict", "simct", "simct-released", "off"] = option(
         "strict",
         "--cross-tokenizer",
-        "With different tokenizers, compare units of text: strict (units of one token on each "
-        "side), simct (all units), simct-released (as the authors' code does) or off (an error).",
+        "How models with different tokenizers are compared: strict (units of text that are one "
+        "token in both), simct (all units of text), simct-released (as SimCT's released code does) "
+        "or off (rejected).",
     )
     student_quantize: Literal["none", "nf4", "int8"] = option(
         "none",
@@ -60,14 +61,14 @@ class Models:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     rank: int | None = option(
         None,
         "--lora",
         "Rank of a LoRA adapter. Only the adapter is trained; the student's weights are frozen in "
         "the compute dtype.",
-        "none (all weights are trained)",
+        shown="none (all weights are trained)",
         low=1,
         high=4096,
     )
@@ -75,7 +76,7 @@ class Adapter:
         None,
         "--lora-alpha",
         "LoRA alpha; the adapter is scaled by alpha/rank.",
-        "twice the rank",
+        shown="twice the rank",
         above=0,
     )
     targets: str = option(
@@ -91,7 +92,7 @@ class Adapter:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Data:
     dataset: str | None = main_option(
         None,
@@ -99,22 +100,22 @@ class Data:
         "Training prompts: .jsonl, .json, .csv or .parquet file, hub id, lab:TASK or preset "
         "(gsm8k, math, …). Use gsm8k=FILE for a local copy, name#1000 for 1,000 rows chosen by "
         "--seed, and a:3,b:1 to mix two sets 3 to 1.",
-        "the built-in task",
+        shown="the built-in task",
     )
     split: str | None = option(
-        None, "--split", "Split of a hub or built-in dataset.", "the preset's, else train"
+        None, "--split", "Split of a hub or built-in dataset.", shown="the preset's, else train"
     )
     prompt_column: str | None = option(
         None,
         "--prompt-column",
         "Column with the prompt; a.b is the field b of a record a.",
-        "the preset's, else found by name",
+        shown="the preset's, else found by name",
     )
     answer_column: str | None = option(
         None,
         "--answer-column",
         "Column with the reference answer.",
-        "the preset's, else found by name",
+        shown="the preset's, else found by name",
     )
     streaming: bool = option(
         False,
@@ -131,7 +132,7 @@ class Data:
         "--privileged-template",
         "Template of the teacher's user turn. It must contain {problem} and {solution}; "
         "--instruction is appended.",
-        "the built-in task's, else a general one",
+        shown="the built-in task's, else a general one",
     )
     student_thinking: Literal["auto", "on", "off"] = option(
         "auto",
@@ -145,7 +146,10 @@ class Data:
     )
     system: str | None = option(None, "--system", "System message before every prompt.")
     instruction: str | None = option(
-        None, "--instruction", "Text appended to every prompt after a blank line.", "the preset's"
+        None,
+        "--instruction",
+        "Text appended to every prompt after a blank line.",
+        shown="the preset's",
     )
     prompt_template: str | None = option(
         None,
@@ -156,8 +160,8 @@ class Data:
     few_shot: int = option(
         0,
         "--few-shot",
-        "Solved training rows shown before every prompt. They are chosen by --seed and not trained "
-        "on.",
+        "Number of solved training rows shown before every prompt. They are chosen by --seed and "
+        "not trained on.",
         low=0,
     )
     template: Literal["auto", "chat", "plain"] = option(
@@ -173,19 +177,19 @@ class Data:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     dataset: str | None = option(
         None,
         "--eval-dataset",
         "Held-out problems; same syntax as --dataset.",
-        "the test split of the built-in task or preset, else rows held out of --dataset",
+        shown="the test split of the built-in task or preset, else rows held out of --dataset",
     )
     split: str | None = option(
         None,
         "--eval-split",
         "Split of a hub or built-in evaluation set.",
-        "the preset's, else test",
+        shown="the preset's, else test",
     )
     problems: int = option(
         200,
@@ -227,17 +231,16 @@ class Evaluation:
         "auto",
         "--answer-format",
         "How the final answer is extracted: auto (as the dataset defines, else boxed, hash or last "
-        "number), "
-        "boxed, hash (#### 42), last-number, choice (a letter) or exact.",
+        "number), boxed, hash (#### 42), last-number, choice (a letter) or exact.",
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
         "--dtype",
-        "Compute dtype: auto, float32 or bfloat16. The student's master weights stay in float32.",
+        "Compute dtype: auto, float32 or bfloat16. Trained weights stay in float32.",
     )
     head_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
@@ -252,21 +255,21 @@ class Runtime:
         "--teacher-device",
         "Device of the teacher. auto spreads its layers over all GPUs, then over main memory and "
         "disk.",
-        "the student's",
+        shown="the student's",
     )
     teacher_memory: float | None = option(
         None,
         "--teacher-memory",
         "With --teacher-device auto, the memory of each GPU that the teacher may use, in GiB. "
         "Without a GPU it limits main memory.",
-        "half of the free memory",
+        shown="half of the free memory",
         low=0,
     )
     gpus: int | None = main_option(
         None,
         "--gpus",
         "Ranks to start on this machine, one GPU each; with --device cpu, one process each.",
-        "1, or the ranks of a launcher such as torchrun",
+        shown="1, or the ranks of a launcher such as torchrun",
         low=1,
     )
     rank_timeout: int = option(
@@ -293,15 +296,15 @@ class Runtime:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    out: str | None = main_option(None, "--out", "Run folder.", "runs/<time>")
+    out: str | None = main_option(None, "--out", "Run folder.", shown="runs/<time>")
     save_every: int = option(
         25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trackers:
     to: str = option(
         "none",
@@ -313,28 +316,28 @@ class Trackers:
         None,
         "--run-name",
         "Name of the run in the trackers, and title of its model card.",
-        "the run folder's name; for the card, the models'",
+        shown="the run folder's name; in the card, the models' names",
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Export:
     push: str | None = option(
         None,
         "--push-to-hub",
-        "Hub repository, USER/NAME, to upload model/ to after the run. A new repository is "
+        "Hub repository (USER/NAME) that model/ is uploaded to after the run. A new repository is "
         "private.",
-        "none",
+        shown="none",
     )
     public: bool = option(
-        False, "--hub-public", "Make a repository that --push-to-hub creates public."
+        False, "--hub-public", "If --push-to-hub creates a repository, make it public."
     )
 
 
 SAVING = "Checkpoints, trackers and hub"  # a topic of three sections
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All sections; ``topic`` titles the options of a section in ``--help``."""
 

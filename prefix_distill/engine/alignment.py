@@ -111,7 +111,9 @@ class Alignment:
             and len(teacher_ends) == len(teacher_ids)
             and common == len(data) == len(teacher_data)
         ):
-            units.append(Unit(len(body), 1, len(teacher_ids), 1))
+            units.append(
+                Unit(start=len(body), size=1, teacher_start=len(teacher_ids), teacher_size=1)
+            )
             return (*teacher_ids, self.teacher_eos[0]), tuple(units)
         if boundaries and boundaries[-1] == common:
             units.pop()
@@ -122,15 +124,20 @@ class Alignment:
         units: list[Unit] = []
         start = teacher_start = 0
         for stop, teacher_stop in stops:
-            unit = Unit(start, stop - start, teacher_start, teacher_stop - teacher_start)
+            unit = Unit(
+                start=start,
+                size=stop - start,
+                teacher_start=teacher_start,
+                teacher_size=teacher_stop - teacher_start,
+            )
             start, teacher_start = stop, teacher_stop
             if self.mode == "simct-released" and units and not unit.exact and not units[-1].exact:
                 last = units.pop()
                 unit = Unit(
-                    last.start,
-                    last.size + unit.size,
-                    last.teacher_start,
-                    last.teacher_size + unit.teacher_size,
+                    start=last.start,
+                    size=last.size + unit.size,
+                    teacher_start=last.teacher_start,
+                    teacher_size=last.teacher_size + unit.teacher_size,
                 )
             units.append(unit)
         return units
@@ -189,8 +196,8 @@ def match_tokenizers(student: Model, teacher: Model, mode: str) -> tuple[Alignme
         student.support = teacher.support = smaller
         with_text = len(student_bytes.table) - student_bytes.table.count(None)
         return None, (
-            f"vocabulary {smaller:,}: all {with_text:,} ids with text have the same bytes on both "
-            f"sides; {count} special ids differ by name (student / teacher: {examples}) and are "
+            f"vocabulary: the {with_text:,} ids with text are the same in student and teacher; "
+            f"{count} special tokens have other names (student / teacher: {examples}) and are "
             "compared by id"
         )
     if mode == "off":
@@ -217,8 +224,8 @@ def match_tokenizers(student: Model, teacher: Model, mode: str) -> tuple[Alignme
         )
     return alignment, (
         f"tokenizers differ on {count:,} ids (student / teacher: {examples}): units of text are "
-        f"compared (--cross-tokenizer {mode}); {common:,} tokens are shared, of the student's "
-        f"{student.support:,} and the teacher's {teacher.support:,}"
+        f"compared (--cross-tokenizer {mode}); student ({student.support:,} tokens) and teacher "
+        f"({teacher.support:,} tokens) share {common:,} tokens"
     )
 
 
@@ -228,10 +235,10 @@ def _describe_equal(student: Model, teacher: Model) -> str:
     student_rows = len(student.net.get_output_embeddings().weight)
     teacher_rows = len(teacher.net.get_output_embeddings().weight)
     if student_rows == teacher_rows == ids:
-        return f"vocabulary {ids:,}: equal on both sides"
+        return f"vocabulary: the same {ids:,} ids in student and teacher"
     return (
-        f"vocabulary {ids:,}: both heads cut to the real ids (student {student_rows:,} rows, "
-        f"teacher {teacher_rows:,})"
+        f"vocabulary: the same {ids:,} ids in student and teacher; padding rows of the output "
+        f"heads are cut (student {student_rows:,} rows, teacher {teacher_rows:,})"
     )
 
 

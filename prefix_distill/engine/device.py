@@ -6,9 +6,10 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -18,7 +19,7 @@ from ..errors import UserError, first_line
 SMALL_MODEL = 50e6
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Clock:
     """Sum the seconds of named phases."""
 
@@ -97,27 +98,40 @@ def _choose_automatically(local_rank: int) -> tuple[str, str]:
     return "cpu", "no GPU is visible"
 
 
-def choose_dtype(device: torch.device, count: Callable[[], int]) -> tuple[torch.dtype, str]:
+class HasParameters(Protocol):
+    """A model, or what stands for one before it is loaded."""
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+
+
+class _LargeModel:
+    parameters = 10**9
+
+
+def choose_dtype(device: torch.device, model: HasParameters) -> tuple[torch.dtype, str]:
     """Return the fastest compute dtype for a model on a device, and why.
 
-    ``count`` returns the model's number of parameters; it is called only if that matters.
+    The parameters are counted only if their number matters, because counting may take seconds.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported():
-            return torch.bfloat16, "bfloat16: the GPU supports it"
-        return torch.float32, "float32: the GPU has no bfloat16"
+            return torch.bfloat16, "dtype bfloat16: the GPU supports it"
+        return torch.float32, "dtype float32: the GPU does not support bfloat16"
     if device.type != "cpu" or not torch.cpu._is_amx_tile_supported():
         if device.type == "cpu":
-            return torch.float32, "float32: bfloat16 is slow on this CPU"
-        return torch.float32, f"float32: bfloat16 is slow on {device.type}"
-    parameters = count()
+            return torch.float32, "dtype float32: bfloat16 is slow on this CPU"
+        return torch.float32, f"dtype float32: bfloat16 is slow on {device.type}"
+    parameters = model.parameters
     if parameters < SMALL_MODEL:
         return torch.float32, (
-            f"float32: a student of {parameters / 1e6:.2f} M parameters gains nothing from "
+            f"dtype float32: a student of {parameters / 1e6:.2f} M parameters gains nothing from "
             "bfloat16 on a CPU"
         )
     return torch.bfloat16, (
-        f"bfloat16: the CPU has AMX tiles and the student has {parameters / 1e6:.0f} M parameters"
+        "dtype bfloat16: the CPU has AMX tiles and the student has "
+        f"{parameters / 1e6:.0f} M parameters"
     )
 
 
@@ -256,7 +270,7 @@ def _devices() -> list[dict]:
     rows = []
     for name, facts in known.items():
         device = torch.device(name)
-        dtype, _ = choose_dtype(device, lambda: 10**9)
+        dtype, _ = choose_dtype(device, _LargeModel())
         rows.append(
             {
                 "device": name,

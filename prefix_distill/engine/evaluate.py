@@ -87,14 +87,16 @@ def evaluate(
     place = limits.place
     every = [(i, s) for i in range(len(problems)) for s in range(how.samples)]
     mine = every[place.rank :: place.world]
-    requests = [Request(tuple(problems[i][1]), ("evaluate", i, s)) for i, s in mine]
+    requests = [Request(ids=tuple(problems[i][1]), key=("evaluate", i, s)) for i, s in mine]
     responses: list[Response] = []
     if mine:
-        responses = limits.sample(model, requests, how.max_new_tokens, how.sampler, cost)
+        responses = limits.sample(
+            model, requests, max_new_tokens=how.max_new_tokens, sampler=how.sampler, cost=cost
+        )
     graded = []
     for (i, s), response in zip(mine, responses, strict=True):
         gold = problems[i][0].answer
-        graded.append((i, s, _grade(model, response, gold, how.answer_format)))
+        graded.append((i, s, _grade(model, response, gold, answer_format=how.answer_format)))
     records = [_empty_record(prompt) for prompt, _ in problems]
     gathered = itertools.chain.from_iterable(place.gather(graded))
     for i, _, response_record in sorted(gathered, key=operator.itemgetter(0, 1)):
@@ -163,17 +165,19 @@ def fixed_rollouts(
     They are the fixed contexts on which a run measures its KL before and after.
     """
     place = limits.place
-    requests = [Request(p.student_ids, ("held-out", i)) for i, p in enumerate(prompts)]
+    requests = [Request(ids=p.student_ids, key=("held-out", i)) for i, p in enumerate(prompts)]
     mine = requests[place.rank :: place.world]
     responses: list[Response] = []
     if mine:
-        responses = limits.sample(student, mine, how.max_new_tokens, how.sampler, cost)
+        responses = limits.sample(
+            student, mine, max_new_tokens=how.max_new_tokens, sampler=how.sampler, cost=cost
+        )
     parts = place.gather([(r.ids, r.finished) for r in responses])
     rollouts = []
     for i, prompt in enumerate(prompts):
         ids, finished = parts[i % place.world][i // place.world]
         rollout = rollout_of(
-            i, prompt.student_ids, ids, finished, teacher_prompt=prompt.teacher_ids
+            i, prompt.student_ids, ids, finished=finished, teacher_prompt=prompt.teacher_ids
         )
         rollouts.append(rollout)
     return rollouts
@@ -190,7 +194,7 @@ def held_out_facts(
     place = limits.place
     mine = rollouts[place.rank :: place.world]
     merged: TokenFacts = {}
-    for part in place.gather(limits.measure(scorer, mine, meter, phase)):
+    for part in place.gather(limits.measure(scorer, mine, meter=meter, phase=phase)):
         merged |= part
     facts = []
     for r in rollouts:

@@ -59,7 +59,9 @@ def load_model(
     """
     folder, extra = locate(name)
     if extra == ADAPTER and storage == PLAIN:
-        return _load_with_adapter(name, Path(folder), device, dtype, trust_remote_code)
+        return _load_with_adapter(
+            name, Path(folder), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     if extra and storage != PLAIN:
         raise UserError(
             f"model {name}: an adapter or a .gguf file cannot be quantized or spread over devices; "
@@ -78,16 +80,14 @@ def load_model(
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             check_config(name, folder, config)
         if storage.quantize != "none":
-            extra = {
-                "quantization_config": make_quantization(storage.quantize, dtype),
-                "device_map": {"": device},
-            }
+            quantization = make_quantization(storage.quantize, dtype)
+            extra = {"quantization_config": quantization, "device_map": {"": device}}
         if storage.spread is not None:
             scratch = tempfile.TemporaryDirectory(prefix="prefix-distill-")
-            extra = {
-                "device_map": plan_spread(config, device, dtype, storage.spread, trust_remote_code),
-                "offload_folder": scratch.name,
-            }
+            device_map = plan_spread(
+                config, device, dtype, limit=storage.spread, trust_remote_code=trust_remote_code
+            )
+            extra = {"device_map": device_map, "offload_folder": scratch.name}
         net, loading_info = _read_weights(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )
@@ -170,7 +170,7 @@ def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) 
     generation_config = net.generation_config
     net.generation_config = GenerationConfig()
     vocabulary = len(net.get_output_embeddings().weight)
-    eos = _read_eos(name, generation_config, tokenizer, vocabulary)
+    eos = _read_eos(name, generation_config, tokenizer, vocabulary=vocabulary)
     return Model(
         name=name,
         net=net.eval().requires_grad_(False),
@@ -255,7 +255,7 @@ def add_adapter(model: Model, settings: configuration.Adapter, seed: int) -> Mod
         base, _ = locate(base)  # the adapter's base must also load in plain transformers
     elif os.path.exists(path):
         base = str(path.absolute())
-    return replace(model, adapter=adapter.attach(model.net, settings, seed, base))
+    return replace(model, adapter=adapter.attach(model.net, settings, seed=seed, base=base))
 
 
 def locate(name: str) -> tuple[str, dict]:

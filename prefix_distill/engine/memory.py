@@ -20,16 +20,30 @@ T = TypeVar("T")
 
 MICRO_BATCH = "micro_batch_size"
 ROWS = "rows"
-REMEDIES = {
+SMALLEST = {MICRO_BATCH: "one rollout per pass", ROWS: "one answer per batch"}
+# what helps when the smallest piece of work does not fit, with the flags of each command
+Remedies = dict[str, str]
+RUN_REMEDIES: Remedies = {
     MICRO_BATCH: (
-        "is out of memory even with one rollout per pass; use --gradient-checkpointing, a lower "
-        "--head-memory-mb, shorter answers (--prefix, --max-new-tokens) or a smaller model"
+        "use --gradient-checkpointing, a lower --head-memory-mb, shorter answers (--prefix, "
+        "--max-new-tokens) or a smaller model"
     ),
     ROWS: (
-        "is out of memory even with one answer per batch; use shorter answers (--prefix, "
-        "--max-new-tokens), shorter prompts (--max-prompt-tokens) or a smaller model"
+        "use shorter answers (--prefix, --max-new-tokens), shorter prompts (--max-prompt-tokens) "
+        "or a smaller model"
     ),
 }
+PROBE_REMEDIES: Remedies = {
+    MICRO_BATCH: (
+        "use a lower --head-memory-mb, shorter answers (--max-new-tokens), shorter prompts "
+        "(--max-prompt-tokens) or a smaller model"
+    ),
+    ROWS: (
+        "use shorter answers (--max-new-tokens), shorter prompts (--max-prompt-tokens) or a "
+        "smaller model"
+    ),
+}
+EVAL_REMEDIES: Remedies = {ROWS: "use shorter answers (--max-new-tokens) or a smaller model"}
 FLAGS = {MICRO_BATCH: "--micro-batch-size", ROWS: "--generation-rows"}
 
 
@@ -40,7 +54,7 @@ class MemoryLimits:
     The result stays the same, because no number depends on how rollouts are batched.
     ``micro_batch_size``: rollouts in one forward and backward pass; ``rows``: responses sampled
     together; ``lowered``: the limits that were halved, which a checkpoint keeps; ``report``: called
-    with one line whenever a limit is halved.
+    with one line whenever a limit is halved; ``remedies``: the advice if a limit of 1 is too much.
     """
 
     def __init__(self, place: Place, config: Config):
@@ -49,6 +63,7 @@ class MemoryLimits:
         self.rows = config.rollout.rows
         self.lowered: dict[str, int] = {}
         self.report: Callable[[str], None] = ignore
+        self.remedies = RUN_REMEDIES
 
     def restore(self, lowered: dict[str, int]) -> None:
         """Apply the limits that a checkpoint kept, where they are below the current ones."""
@@ -109,7 +124,9 @@ class MemoryLimits:
         def sample(meter: Meter) -> list[Response]:
             fitting = dataclasses.replace(sampler, rows=self.rows)
             counted = dataclasses.replace(cost, meter=meter)
-            return generate(model, requests, max_new_tokens, fitting, counted)
+            return generate(
+                model, requests, max_new_tokens=max_new_tokens, sampler=fitting, cost=counted
+            )
 
         return self.fit(ROWS, cost.meter, sample)
 
@@ -119,7 +136,7 @@ class MemoryLimits:
         """Return the statistics of ``Scorer.measure``; halve the micro-batch until it fits."""
 
         def measure(meter: Meter) -> TokenFacts:
-            return scorer.measure(rollouts, self.micro_batch_size, meter.ledger, phase)
+            return scorer.measure(rollouts, self.micro_batch_size, ledger=meter.ledger, phase=phase)
 
         return self.fit(MICRO_BATCH, meter, measure)
 
@@ -128,7 +145,10 @@ class MemoryLimits:
         device = self.place.device
         size = getattr(self, limit)
         if size == 1:
-            raise MemoryShortage(f"rank {self.place.rank}: {device} {REMEDIES[limit]}")
+            raise MemoryShortage(
+                f"rank {self.place.rank}: {device} is out of memory even with {SMALLEST[limit]}; "
+                f"{self.remedies[limit]}"
+            )
         self._set(limit, size // 2)
         self.report(
             f"rank {self.place.rank}: {device} ran out of memory; {FLAGS[limit]} was lowered from "

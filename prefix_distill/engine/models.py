@@ -157,7 +157,7 @@ class Model:
         scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere multiplies
         scale /= getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides
         softcap = getattr(self.config, "final_logit_softcapping", None)
-        return Head(weight, bias, float(scale), softcap)
+        return Head(weight_VD=weight, bias_V=bias, scale=float(scale), softcap=softcap)
 
 
 def with_checkpointing(model: Model) -> Model:
@@ -333,7 +333,9 @@ def read_shape(model: Model, support: int | None = None) -> Shape:
         frozen = round(trunk)
     rows, columns = model.net.get_output_embeddings().weight.shape
     head = min(rows, support or rows) * columns
-    return Shape(round(trunk + adapted), head, _attention_shape(config), frozen)
+    return Shape(
+        trunk=round(trunk + adapted), head=head, attention=_attention_shape(config), frozen=frozen
+    )
 
 
 def _matrix_size(module: torch.nn.Module) -> int:

@@ -12,7 +12,7 @@ from .device import read_free_memory
 TERABYTE = 1 << 40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Storage:
     """How the weights of a loaded model are stored.
 

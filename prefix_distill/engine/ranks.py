@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from .. import config as configuration
 from ..errors import Stopped, UserError, first_line
-from .device import choose_device, choose_dtype
+from .device import HasParameters, choose_device, choose_dtype
 
 # the integer type that reads a tensor's bits, by bytes of an element
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -169,26 +169,28 @@ def _collectives_key(rank: int) -> str:
     return f"prefix-distill/collectives/{rank}"
 
 
-def join_ranks(runtime: configuration.Runtime, parameters: Callable[[], int]) -> Place:
+def join_ranks(runtime: configuration.Runtime, student: HasParameters) -> Place:
     """Join the other ranks and resolve the ``runtime`` section.
 
-    ``parameters`` returns the student's number of parameters. UserError: a device is missing, or
-    the launcher started another number of ranks than ``gpus``.
+    The automatic dtype depends on the size of ``student``. UserError: a device is missing, or the
+    launcher started another number of ranks than ``gpus``.
     """
     world = _read_integer("WORLD_SIZE", 1, 1)
-    rank = _read_integer("RANK", 0, 0, world)
+    rank = _read_integer("RANK", 0, low=0, end=world)
     local_rank = _read_integer("LOCAL_RANK", 0, 0)
     local_world = _read_integer("LOCAL_WORLD_SIZE", world, 1)
     _check_launch(runtime.gpus, world, local_world)
     reasons: list[str] = []
-    device = choose_device(runtime.device, local_rank, local_world, reasons)
+    device = choose_device(runtime.device, local_rank, sharing=local_world, reasons=reasons)
     teacher_device = device
     if runtime.teacher_device not in (None, "auto"):
-        teacher_device = choose_device(runtime.teacher_device, local_rank, 1, reasons)
+        teacher_device = choose_device(
+            runtime.teacher_device, local_rank, sharing=1, reasons=reasons
+        )
     store = None
     if world > 1:
         timeout = timedelta(seconds=runtime.rank_timeout)
-        store = _join_group(rank, world, device.type, timeout)
+        store = _join_group(rank=rank, world=world, device_type=device.type, timeout=timeout)
         backend = "gloo"
         if device.type == "cuda":
             backend = "NCCL"
@@ -197,7 +199,7 @@ def join_ranks(runtime: configuration.Runtime, parameters: Callable[[], int]) ->
             f"{torch.get_num_threads()} CPU threads"
         )
     if runtime.dtype == "auto":
-        dtype, reason = choose_dtype(device, parameters)
+        dtype, reason = choose_dtype(device, student)
         reasons.append(reason)
     else:
         dtype = getattr(torch, runtime.dtype)
@@ -225,7 +227,7 @@ def _check_launch(gpus: int | None, world: int, local_world: int) -> None:
                     f"environment WORLD_SIZE={world}: {name} is not set; start the ranks with "
                     "--gpus or torchrun, or unset WORLD_SIZE"
                 )
-    _read_integer("MASTER_PORT", 0, 0, 65536)
+    _read_integer("MASTER_PORT", 0, low=0, end=65536)
     if gpus is not None and gpus != local_world:
         ranks = "rank"
         if gpus > 1:

@@ -33,7 +33,7 @@ class Unit(NamedTuple):
         return range(self.teacher_start, self.teacher_start + self.teacher_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """A rollout in the tokens of one model.
 
@@ -111,7 +111,9 @@ class Rollout:
     def taught_units(self) -> tuple[Unit, ...]:
         """The taught units; if the tokenizers match, every taught token is a unit."""
         if self.units is None:
-            return tuple(Unit(t, 1, t, 1) for t in self.taught)
+            return tuple(
+                Unit(start=t, size=1, teacher_start=t, teacher_size=1) for t in self.taught
+            )
         taught = set(self.taught)
         return tuple(u for u in self.units if u.start in taught)
 
@@ -131,7 +133,7 @@ class Rollout:
         rows = self.taught
         if self.units is not None:
             rows = tuple(t for u in self.taught_units for t in u.student_span)
-        return Side(self.student_prompt, self.ids, rows)
+        return Side(prompt=self.student_prompt, ids=self.ids, rows=rows)
 
     @cached_property
     def teacher(self) -> Side:
@@ -139,7 +141,7 @@ class Rollout:
         rows = self.taught
         if self.units is not None:
             rows = tuple(t for u in self.taught_units for t in u.teacher_span)
-        return Side(self.teacher_prompt, self.teacher_ids, rows)
+        return Side(prompt=self.teacher_prompt, ids=self.teacher_ids, rows=rows)
 
 
 def student_sides(rollouts: list[Rollout]) -> list[Side]:

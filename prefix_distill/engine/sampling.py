@@ -22,7 +22,7 @@ from .models import Model
 from .transformers_names import name_generate_cache_argument, read_cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One response to sample: its prompt ids and the key that seeds it.
 
@@ -33,7 +33,7 @@ class Request:
     key: tuple[object, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Response:
     """A sampled response: its ids, and whether an EOS token ended it.
 
@@ -69,7 +69,9 @@ class GenerationCost:
     def count(self, reads: list[Reads]) -> None:
         """Add the FLOPs of one batch: (prompt length, lengths of its responses) per prompt."""
         if self.shape is not None:
-            self.meter.ledger.generation(self.shape, reads, self.prefill, self.decode)
+            self.meter.ledger.generation(
+                self.shape, reads, prefill=self.prefill, decode=self.decode
+            )
 
 
 class _Race(LogitsProcessor):
@@ -233,7 +235,7 @@ def generate(
     order = _order_by_prompt(requests)
     for start in range(0, len(order), sampler.rows):
         chosen = order[start : start + sampler.rows]
-        batch = _Batch(model, [requests[i] for i in chosen], sampler)
+        batch = _Batch(model=model, requests=[requests[i] for i in chosen], sampler=sampler)
         for i, response in zip(chosen, batch.decode(max_new_tokens, cost), strict=True):
             responses[i] = response
         if cost is not None:
@@ -269,7 +271,7 @@ def _describe_reads(
     return list(lengths.values())
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Batch:
     """One batch of rows during decoding.
 
@@ -377,5 +379,5 @@ def _until_eos(row: list[int], eos: frozenset[int]) -> Response:
     """Cut after the first EOS token; the only place that decides where a response ends."""
     for position, token in enumerate(row):
         if token in eos:
-            return Response(tuple(row[: position + 1]), True)
-    return Response(tuple(row), False)
+            return Response(ids=tuple(row[: position + 1]), finished=True)
+    return Response(ids=tuple(row), finished=False)

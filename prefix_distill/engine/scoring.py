@@ -106,7 +106,7 @@ def check_sharing(model: Model) -> str | None:
     sides = []
     for prompt, response in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9)):
         text = tuple(ids[prompt : prompt + response])
-        sides.append(Side(tuple(ids[:prompt]), text, tuple(range(response))))
+        sides.append(Side(prompt=tuple(ids[:prompt]), ids=text, rows=tuple(range(response))))
     single = replace(model, shares_prompts=False)
     one_by_one = torch.cat([hidden_rows(single, [side]) for side in sides]).float()
     try:
@@ -121,7 +121,7 @@ def check_sharing(model: Model) -> str | None:
     return f"hidden states after a shared prompt differ by {gap:.1g} of their norm"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ForwardPass:
     """Hidden rows of both models for all taught tokens of ``rollouts``, in their order.
 
@@ -166,7 +166,7 @@ class Scorer:
     @classmethod
     def reverse_kl(cls, pair: Pair, place: Place) -> "Scorer":
         """Return a scorer of the reverse KL at temperature 1, the held-out measure of every run."""
-        return cls(pair=pair, terms=Terms("reverse-kl", dtype=place.head_dtype), place=place)
+        return cls(pair=pair, terms=Terms(name="reverse-kl", dtype=place.head_dtype), place=place)
 
     def student_rows(self, rollouts: list[Rollout]) -> torch.Tensor:
         """Return the student's hidden rows [N, D]."""
@@ -190,23 +190,23 @@ class Scorer:
         if pair.shared_support is None:
             values = fused.statistics(
                 self.terms,
-                student_ND,
-                pair.student.head(),
-                rows.teacher_NE,
-                pair.teacher.head(),
-                tokens(rows.rollouts),
-                self.forward_kl,
+                student_ND=student_ND,
+                student_head=pair.student.head(),
+                teacher_NE=rows.teacher_NE,
+                teacher_head=pair.teacher.head(),
+                token_N=tokens(rows.rollouts),
+                forward=self.forward_kl,
             )
         else:
             values = simct.statistics(
                 self.terms,
-                pair.shared_support,
-                units_of(rows.rollouts),
-                student_ND,
-                pair.student.head(),
-                rows.teacher_NE,
-                pair.teacher.head(),
-                self.forward_kl,
+                support=pair.shared_support,
+                units=units_of(rows.rollouts),
+                student_ND=student_ND,
+                student_head=pair.student.head(),
+                teacher_ME=rows.teacher_NE,
+                teacher_head=pair.teacher.head(),
+                forward=self.forward_kl,
             )
         return by_position(rows.rollouts, values)
 
@@ -222,9 +222,11 @@ class Scorer:
         for group in micro_batches(rollouts, size, self.pair.student.encodes_prompt_once):
             student_ND = self.student_rows(group)
             teacher_NE = self.teacher_rows(group)
-            facts |= self.statistics(ForwardPass(group, student_ND, teacher_NE))
+            facts |= self.statistics(
+                ForwardPass(rollouts=group, student_ND=student_ND, teacher_NE=teacher_NE)
+            )
             if ledger is not None:
-                count_forward_passes(ledger, phase, self.pair, group)
+                count_forward_passes(ledger, phase, self.pair, rollouts=group)
         return facts
 
 

@@ -17,14 +17,14 @@ def shared_support(
 ) -> Support:
     """Return the tokens that both models have, as tensors on their devices."""
     return Support(
-        torch.tensor(vocabulary.student + vocabulary.student_eos, device=student_device),
-        torch.tensor(vocabulary.teacher + vocabulary.teacher_eos, device=teacher_device),
-        len(vocabulary.student),
-        mode == "simct-released",
+        student=torch.tensor(vocabulary.student + vocabulary.student_eos, device=student_device),
+        teacher=torch.tensor(vocabulary.teacher + vocabulary.teacher_eos, device=teacher_device),
+        common=len(vocabulary.student),
+        raw=mode == "simct-released",
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _UnitRows:
     """One model's part of ``Units`` during its construction.
 
@@ -74,13 +74,13 @@ def units_of(rollouts: list[Rollout]) -> Units:
                 spans += 1
     exact = torch.tensor(kinds, dtype=torch.bool)
     return Units(
-        _tensors(student.first, teacher.first),
-        exact.nonzero()[:, 0],
-        (~exact).nonzero()[:, 0],
-        _tensors(student.row, teacher.row),
-        _tensors(student.span, teacher.span),
-        _tensors(student.id, teacher.id),
-        _tensors(student.token, teacher.token),
+        first=_tensors(student.first, teacher.first),
+        exact=exact.nonzero()[:, 0],
+        spans=(~exact).nonzero()[:, 0],
+        row=_tensors(student.row, teacher.row),
+        span=_tensors(student.span, teacher.span),
+        id=_tensors(student.id, teacher.id),
+        token=_tensors(student.token, teacher.token),
     )
 
 

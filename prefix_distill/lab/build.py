@@ -24,7 +24,13 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchEncoding,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from .nets import (
     ASSISTANT,
@@ -36,6 +42,7 @@ from .nets import (
     Net,
     Stage,
     encode,
+    make_merged_tokenizer,
     make_model,
     make_tokenizer,
 )
@@ -60,7 +67,7 @@ Pair = tuple[str, str]  # prompt, answer
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
-def make_batch(pairs: list[Pair], *, merged: bool = False) -> Tensors:
+def make_batch(pairs: list[Pair], net: Net) -> Tensors:
     """Return token ids and labels of (prompt, answer) texts, both of shape (pairs, longest).
 
     Rows are padded on the right. Labels are IGNORED on prompts and padding.
@@ -68,8 +75,8 @@ def make_batch(pairs: list[Pair], *, merged: bool = False) -> Tensors:
     user, assistant, end = VOCABULARY[USER], VOCABULARY[ASSISTANT], VOCABULARY[END]
     rows, labels = [], []
     for prompt, answer in pairs:
-        prompt_ids = [user, *encode(prompt, merged=merged), assistant]
-        answer_ids = [*encode(answer, merged=merged), end]
+        prompt_ids = [user, *encode(prompt, net), assistant]
+        answer_ids = [*encode(answer, net), end]
         ignored = [IGNORED] * len(prompt_ids)
         rows.append(torch.tensor(prompt_ids + answer_ids))
         labels.append(torch.tensor(ignored + answer_ids))
@@ -81,7 +88,7 @@ def make_batch(pairs: list[Pair], *, merged: bool = False) -> Tensors:
 
 def predict(net: Net, model: LlamaForCausalLM, pairs: list[Pair]) -> Tensors:
     """Return logits (pairs, tokens, vocabulary) and the labels (pairs, tokens) to predict."""
-    ids, labels = make_batch(pairs, merged=net.merged)
+    ids, labels = make_batch(pairs, net)
     logits = model(input_ids=ids, use_cache=False).logits
     return logits[:, :-1], labels[:, 1:]
 
@@ -111,7 +118,7 @@ def train(net: Net, model: LlamaForCausalLM) -> None:
         for update in range(stage.updates):
             optimizer.param_groups[0]["lr"] = learning_rate(stage, update)
             pairs = []
-            for problem in choose_problems(every, net, stage, update, rng):
+            for problem in choose_problems(every, net, stage, update=update, rng=rng):
                 pairs.append(make_pair(problem, stage, rng))
             logits, labels = predict(net, model, pairs)
             loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -167,7 +174,7 @@ def report(net: Net, text: str) -> None:
     print(f"{net.task} {net.role}: {text}", file=sys.stderr, flush=True)
 
 
-def save(model: LlamaForCausalLM, folder: Path, *, merged: bool = False) -> None:
+def save(model: LlamaForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the tokenizer and the model, with float16 weights that load as float32."""
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
@@ -176,7 +183,7 @@ def save(model: LlamaForCausalLM, folder: Path, *, merged: bool = False) -> None
     config["dtype"] = "float32"
     text = json.dumps(config, indent=2, sort_keys=True)
     config_file.write_text(f"{text}\n", encoding="utf-8")
-    make_tokenizer(merged=merged).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def sample(folder: Path, prompts: list[str], seed: int) -> list[str]:
@@ -252,7 +259,10 @@ def build(net: Net, folder: Path) -> Figures:
     start = time.monotonic()
     model = make_model(net)
     train(net, model)
-    save(model, folder, merged=net.merged)
+    tokenizer = make_tokenizer()
+    if net.merged:
+        tokenizer = make_merged_tokenizer()
+    save(model, folder, tokenizer)
     figures = {"parameters": model.num_parameters(), **measure(net, folder)}
     figures["seconds"] = round(time.monotonic() - start)
     report(net, json.dumps(figures))

@@ -1,7 +1,7 @@
 """The built-in tokenizers and networks, with their shapes and training stages."""
 
 import re
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of a network's training: ``updates`` AdamW steps on ``batch`` problems each.
 
@@ -47,7 +47,6 @@ class Stage:
     updates: int
     batch: int
     lr: float
-    _: KW_ONLY
     short_cuts: float = 0.0
     short_problems: bool = True
     last: float = 0.05
@@ -55,7 +54,7 @@ class Stage:
     privileged: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Net:
     """One built-in network: its shape, seed and training.
 
@@ -64,7 +63,6 @@ class Net:
 
     task: str
     role: str
-    _: KW_ONLY
     layers: int
     width: int
     seed: int
@@ -78,97 +76,132 @@ class Net:
 
 
 CHOICE_STUDENT = (
-    Stage(800, 12, 6e-3, short_cuts=0.25),
-    Stage(700, 12, 4e-3, short_cuts=0.25),
-    Stage(200, 32, 1.5e-3, short_cuts=0.72, last=0.02),
+    Stage(updates=800, batch=12, lr=6e-3, short_cuts=0.25),
+    Stage(updates=700, batch=12, lr=4e-3, short_cuts=0.25),
+    Stage(updates=200, batch=32, lr=1.5e-3, short_cuts=0.72, last=0.02),
 )
 NETS = (
     Net(
-        "choice",
-        "teacher",
+        task="choice",
+        role="teacher",
         layers=3,
         width=96,
         seed=0,
-        stages=(Stage(600, 12, 3e-3, short_cuts=0.25), Stage(450, 16, 1.8e-3, last=0.02)),
+        stages=(
+            Stage(updates=600, batch=12, lr=3e-3, short_cuts=0.25),
+            Stage(updates=450, batch=16, lr=1.8e-3, last=0.02),
+        ),
     ),
-    Net("choice", "student", layers=2, width=64, seed=1, stages=CHOICE_STUDENT),
-    Net("choice", "student-wide", layers=2, width=80, seed=6, stages=CHOICE_STUDENT),
+    Net(task="choice", role="student", layers=2, width=64, seed=1, stages=CHOICE_STUDENT),
+    Net(task="choice", role="student-wide", layers=2, width=80, seed=6, stages=CHOICE_STUDENT),
     Net(
-        "choice",
-        "student-told",
+        task="choice",
+        role="student-told",
         layers=2,
         width=64,
         seed=1,
         stages=(
             *CHOICE_STUDENT[:2],
-            Stage(400, 24, 2e-3, short_cuts=0.72, short_problems=False, last=0.02, privileged=0.6),
+            Stage(
+                updates=400,
+                batch=24,
+                lr=2e-3,
+                short_cuts=0.72,
+                short_problems=False,
+                last=0.02,
+                privileged=0.6,
+            ),
         ),
     ),
     Net(
-        "choice",
-        "teacher-half",
+        task="choice",
+        role="teacher-half",
         layers=3,
         width=96,
         seed=0,
         stages=(
-            Stage(600, 12, 3e-3, short_cuts=0.25),
-            Stage(300, 16, 1.8e-3, short_cuts=0.4, short_problems=False, last=0.02, privileged=0.6),
+            Stage(updates=600, batch=12, lr=3e-3, short_cuts=0.25),
+            Stage(
+                updates=300,
+                batch=16,
+                lr=1.8e-3,
+                short_cuts=0.4,
+                short_problems=False,
+                last=0.02,
+                privileged=0.6,
+            ),
         ),
     ),
-    Net("choice", "student-merged", layers=2, width=64, seed=7, stages=CHOICE_STUDENT, merged=True),
     Net(
-        "tied",
-        "teacher",
+        task="choice",
+        role="student-merged",
+        layers=2,
+        width=64,
+        seed=7,
+        stages=CHOICE_STUDENT,
+        merged=True,
+    ),
+    Net(
+        task="tied",
+        role="teacher",
         layers=3,
         width=96,
         seed=2,
-        stages=(Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, short_problems=False, last=0.02)),
+        stages=(
+            Stage(updates=600, batch=12, lr=3e-3),
+            Stage(updates=300, batch=16, lr=1.8e-3, short_problems=False, last=0.02),
+        ),
     ),
     Net(
-        "tied",
-        "student",
+        task="tied",
+        role="student",
         layers=2,
         width=64,
         seed=3,
         stages=(
-            Stage(400, 12, 5e-3, last=0.8),
-            Stage(1600, 12, 2e-3, short_problems=False, last=0.3, until=0.06),
+            Stage(updates=400, batch=12, lr=5e-3, last=0.8),
+            Stage(updates=1600, batch=12, lr=2e-3, short_problems=False, last=0.3, until=0.06),
         ),
     ),
     Net(
-        "shared",
-        "teacher",
+        task="shared",
+        role="teacher",
         layers=3,
         width=96,
         seed=4,
-        stages=(Stage(600, 12, 3e-3), Stage(300, 16, 1.8e-3, last=0.02)),
+        stages=(
+            Stage(updates=600, batch=12, lr=3e-3),
+            Stage(updates=300, batch=16, lr=1.8e-3, last=0.02),
+        ),
     ),
     Net(
-        "shared",
-        "student",
+        task="shared",
+        role="student",
         layers=2,
         width=64,
         seed=5,
-        stages=(Stage(2000, 12, 2.5e-3, last=0.3, until=0.06),),
+        stages=(Stage(updates=2000, batch=12, lr=2.5e-3, last=0.3, until=0.06),),
     ),
 )
 
 
-def make_tokenizer(*, merged: bool = False) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per character, except "####" and the special tokens.
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per character, except "####" and the special tokens."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
+    return _complete(tokenizer, r"####|[\s\S]")
 
-    ``merged``: the second tokenizer instead, a BPE that merges some pairs of a colon or digit with
-    a digit (MERGED).
-    """
-    if merged:
-        pairs = [(pair[0], pair[1]) for pair in MERGED]
-        tokenizer = Tokenizer(
-            models.BPE(VOCABULARY_MERGED, pairs, unk_token=UNKNOWN, ignore_merges=True)
-        )
-        words = r"####|[0-9:]+|[\s\S]"
-    else:
-        tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
-        words = r"####|[\s\S]"
+
+def make_merged_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the second tokenizer: a BPE that merges pairs of a colon or digit with a digit."""
+    pairs = [(pair[0], pair[1]) for pair in MERGED]
+    tokenizer = Tokenizer(
+        models.BPE(VOCABULARY_MERGED, pairs, unk_token=UNKNOWN, ignore_merges=True)
+    )
+    return _complete(tokenizer, r"####|[0-9:]+|[\s\S]")
+
+
+def _complete(tokenizer: Tokenizer, words: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that splits text into ``words`` and has a chat template."""
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -207,13 +240,13 @@ def make_model(net: Net) -> LlamaForCausalLM:
     )
 
 
-def encode(text: str, *, merged: bool = False) -> list[int]:
-    """Return the token ids of a problem's text, without special tokens."""
-    if merged:
+def encode(text: str, net: Net) -> list[int]:
+    """Return the token ids of a problem's text for a network, without special tokens."""
+    if net.merged:
         return _second_tokenizer().encode(text).ids
     return [VOCABULARY[token] for token in re.findall("####|.", text)]
 
 
 @cache
 def _second_tokenizer() -> Tokenizer:
-    return make_tokenizer(merged=True).backend_tokenizer
+    return make_merged_tokenizer().backend_tokenizer

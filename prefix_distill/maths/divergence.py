@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from .formulas import Divergence, find_divergence
-from .user_functions import check_graph, check_shape
+from .user_functions import check_gradient, check_graph, check_values
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Head:
     """A model's output head, cut to the support.
 
@@ -80,7 +80,7 @@ def per_token(
     """
     divergence = find_divergence(terms.name)
     value = divergence.value(student_logp, teacher_logp, *terms.parameters)
-    check_shape(divergence.value, value, student_logp, of_table=False)
+    check_values(divergence.value, value, student_logp)
     return value
 
 
@@ -102,11 +102,13 @@ def value_and_gradient(
     # a user's function gets float32, also if the caller uses autocast
     with torch.autocast(student_logp.device.type, enabled=False):
         if divergence.gradient is None:
-            return differentiate(divergence, terms.parameters, student_logp, teacher_logp)
+            return differentiate(
+                divergence, terms.parameters, student_logp=student_logp, teacher_logp=teacher_logp
+            )
         value = divergence.value(student_logp, teacher_logp, *terms.parameters)
         gradient = divergence.gradient(student_logp, teacher_logp, *terms.parameters)
-    check_shape(divergence.value, value, student_logp, of_table=False)
-    check_shape(divergence.gradient, gradient, student_logp, of_table=True)
+    check_values(divergence.value, value, student_logp)
+    check_gradient(divergence.gradient, gradient, student_logp)
     # the caller scales the gradient in place
     return value, gradient.float().contiguous()
 
@@ -125,14 +127,14 @@ def differentiate(
     with torch.enable_grad():
         leaf = student_logp.detach().requires_grad_(True)
         value = divergence.value(leaf, teacher_logp, *parameters)
-        check_shape(divergence.value, value, leaf, of_table=False)
+        check_values(divergence.value, value, leaf)
         check_graph(divergence.value, value)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
     total = gradient.sum(-1, keepdim=True)
     return value.detach(), gradient - student_logp.exp_().mul_(total)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Terms:
     """The loss: a divergence with its parameters, temperature, matmul dtype and memory budget.
 

@@ -57,10 +57,10 @@ def value_and_gradient_on_top(
 
     A token in the tail gets a share of the bucket's gradient, equal to its share of the mass.
     """
-    student, teacher, top_NK = on_top(top_k, student_logp, teacher_logp, work)
+    student, teacher, top_NK = on_top(top_k, student_logp, teacher_logp, work=work)
     share = student_logp.sub_(student[:, -1:]).exp_()
     spare, spare_too = torch.empty_like(student), torch.empty_like(student)
-    value, gradient = value_and_gradient(terms, student, teacher, spare, spare_too)
+    value, gradient = value_and_gradient(terms, student, teacher, spare=spare, spare_too=spare_too)
     return value, share.mul_(gradient[:, -1:]).scatter_(1, top_NK, gradient[:, :-1])
 
 

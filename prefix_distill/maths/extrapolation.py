@@ -20,7 +20,7 @@ MODULES = ("attention-mlp", "all")
 CANDIDATES = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Accepted:
     """The accepted point W + 2k·Δ; ``k`` = 0: W.
 
@@ -72,7 +72,7 @@ def extrapolate(
     for name, p in parameters.items():
         if p.dtype != torch.float32:
             raise ValueError(f"{name} is {p.dtype}: only float32 master weights are extrapolated")
-    search = _Search(parameters, snapshot(parameters), anchor)
+    search = _Search(parameters=parameters, start=snapshot(parameters), anchor=anchor)
     try:
         if kind == "effopd":
             best, scores = search.climb(score)
@@ -84,10 +84,10 @@ def extrapolate(
         raise
     for name, p in parameters.items():
         anchor[name].copy_(p)
-    return Accepted(best, scores)
+    return Accepted(k=best, scores=scores)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Search:
     """The parameters during a search; ``at``: the k of the point that they hold."""
 

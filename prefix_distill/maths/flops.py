@@ -17,7 +17,7 @@ Reads = list[tuple[int, list[int]]]
 """Prompts that a model runs: (prompt length, lengths of the responses after it), in tokens."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """What a model costs.
 
@@ -111,7 +111,7 @@ class Summary(Cost):
     by_phase: dict[str, Cost]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Ledger:
     """FLOPs by phase, useful and executed. Phases are an open list of names."""
 
@@ -338,5 +338,5 @@ def update_ledger(
     ledger.forward("teacher_score", teacher, batch.reads(1, 1, theirs), taught=scored)
     taught = rollouts * ours * heads[0]
     training = batch.reads(0, 2, ours)
-    ledger.forward("student_update", student, training, taught, Passes(count=3))
+    ledger.forward("student_update", student, training, taught=taught, passes=Passes(count=3))
     return ledger

@@ -189,7 +189,7 @@ class _Pass:
                 value_N[rows], grad = self._compare(rows, tables)
             else:
                 value_N[rows], grad, clipped_N[rows] = clipped(
-                    terms, tables.student_logp, tables.teacher_logp, tables.work
+                    terms, tables.student_logp, tables.teacher_logp, work=tables.work
                 )
             if not self.needs_gradient:
                 continue
@@ -206,7 +206,11 @@ class _Pass:
         if self.teacher_NE is not None:
             teacher_rows = self.teacher_NE[rows]
             _read_teacher(
-                self.terms, self.teacher_head, teacher_rows, tables.work, tables.teacher_logp
+                self.terms,
+                self.teacher_head,
+                hidden_NE=teacher_rows,
+                work=tables.work,
+                out=tables.teacher_logp,
             )
         return slope
 
@@ -223,14 +227,24 @@ class _Pass:
             sampler_logp = None
             if self.sampler_logp_N is not None:
                 sampler_logp = self.sampler_logp_N[rows].to(work.device)
-            return at_token(terms, tables.student_logp, tables.teacher_logp, token, sampler_logp)
+            return at_token(
+                terms,
+                tables.student_logp,
+                tables.teacher_logp,
+                token_N=token,
+                sampler_logp_N=sampler_logp,
+            )
         top_k = terms.top(work.shape[1])
         if top_k is not None:
             return value_and_gradient_on_top(
-                terms, top_k, tables.student_logp, tables.teacher_logp, work
+                terms,
+                top_k,
+                student_logp=tables.student_logp,
+                teacher_logp=tables.teacher_logp,
+                work=work,
             )
         return value_and_gradient(
-            terms, tables.student_logp, tables.teacher_logp, work, tables.spare
+            terms, tables.student_logp, tables.teacher_logp, spare=work, spare_too=tables.spare
         )
 
     def _add_gradients(self, rows: slice, hidden: Tensor, grad: Tensor) -> None:
@@ -333,7 +347,7 @@ def statistics(  # noqa: PLR0913  the operands of one formula
         rows = slice(start, min(start + size, count))
         student_logp, teacher_logp, work, spare = (t[: rows.stop - start] for t in tables)
         _log_softmax(student_head.logits(student_ND[rows], work), terms.temperature, student_logp)
-        _read_teacher(terms, teacher_head, teacher_NE[rows], work, teacher_logp)
+        _read_teacher(terms, teacher_head, hidden_NE=teacher_NE[rows], work=work, out=teacher_logp)
         token = token_N[rows, None].to(device)
         facts["student_logp"][rows] = student_logp.gather(1, token)[:, 0]
         facts["teacher_logp"][rows] = teacher_logp.gather(1, token)[:, 0]
@@ -341,7 +355,7 @@ def statistics(  # noqa: PLR0913  the operands of one formula
         facts["entropy"][rows] = torch.mul(student, student_logp, out=spare).sum(-1).neg_()
         top_k = terms.top(support)
         if top_k is not None:
-            buckets = on_top(top_k, student_logp, teacher_logp, spare)
+            buckets = on_top(top_k, student_logp, teacher_logp, work=spare)
             facts["divergence"][rows] = per_token(terms, buckets[0], buckets[1])
         elif terms.name == "reverse-kl":  # in the tables that exist
             gap = torch.sub(student_logp, teacher_logp, out=spare)

@@ -23,7 +23,7 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
         edge = 0.0
         if mean in (0.0, 1.0):
             edge = 1.96**2 / (n + 1.96**2)
-        return _interval(mean, n, mean * (1 - edge), mean + (1 - mean) * edge)
+        return _interval(mean, n, low=mean * (1 - edge), high=mean + (1 - mean) * edge)
     generator = torch.Generator().manual_seed(seed)
     means = []
     for _ in range(RESAMPLES):

@@ -16,7 +16,14 @@ from ..errors import PluginError, UserError
 from .formulas import AUTOGRAD_TABLES, DIVERGENCES, Divergence
 from .registry import describe_error
 from .schedule import SCHEDULES, PrefixSchedule, Request, State
-from .user_functions import WrongResult, check_arguments, check_callable, check_name, check_shape
+from .user_functions import (
+    WrongResult,
+    check_arguments,
+    check_callable,
+    check_gradient,
+    check_name,
+    check_values,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,14 +122,16 @@ def _try_divergence(divergence: Divergence, parameters: tuple[float, ...], rows:
         tables[0].requires_grad_(True)
     with torch.enable_grad():
         value = divergence.value(*tables, *parameters)
-    check_shape(divergence.value, value, student_logp, of_table=False)
+    check_values(divergence.value, value, student_logp)
     _check_finite(divergence.value, value, "a tensor")
     if divergence.gradient is not None:
         gradient = divergence.gradient(*tables, *parameters)
-        check_shape(divergence.gradient, gradient, student_logp, of_table=True)
+        check_gradient(divergence.gradient, gradient, student_logp)
         _check_finite(divergence.gradient, gradient, "a tensor")
     else:
-        _, gradient = differentiate(divergence, parameters, student_logp.clone(), tables[1])
+        _, gradient = differentiate(
+            divergence, parameters, student_logp=student_logp.clone(), teacher_logp=tables[1]
+        )
         _check_finite(divergence.value, gradient, "a gradient")
     if not torch.equal(tables[0], student_logp) or not torch.equal(tables[1], teacher_logp):
         raise WrongResult(divergence.value, "or its gradient changed its inputs; work on copies")
@@ -172,7 +181,8 @@ class Registered(PrefixSchedule):
     def observe(self, step: int, state: State, signal: float | None, reached: float) -> str | None:
         if not self.has_state:
             return None
-        reason = self.rule.observe(step, state, signal, reached)
+        observe = self.rule.observe  # the plugin chose the names of its arguments
+        reason = observe(step, state, signal, reached)
         self._check_state(state)
         if reason is None:
             return None

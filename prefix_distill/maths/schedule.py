@@ -118,10 +118,9 @@ class Auto(PrefixSchedule):
         new = min(old + (self.rise or old), self.limit)
         state.update(length=new, window=old, seen=[])
         return (
-            f"after step {step + 1} the prefix grows from {old} to {new} tokens: over means of "
-            f"{PATIENCE} steps the divergence of tokens {opened} to {old} began at {first:.3g} "
-            f"nats, was {before:.3g} and is {last:.3g}, and {filled:.0%} of the rollouts fill the "
-            "prefix"
+            f"after step {step + 1} the prefix grows from {old} to {new} tokens: the divergence of "
+            f"tokens {opened} to {old} stopped falling ({first:.3g} → {before:.3g} → {last:.3g} "
+            f"nats, means of {PATIENCE} steps); {filled:.0%} of the rollouts fill the prefix"
         )
 
 
@@ -132,7 +131,7 @@ def _mean(values: list[float | None]) -> float:
     return math.fsum(numbers) / len(numbers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A request for a schedule: its text, the parts after its name, and T_max."""
 
@@ -164,8 +163,8 @@ def _staircase(request: Request) -> PrefixSchedule:
     start, rise, every = request.parts
     if not re.fullmatch(r"[1-9]\d{0,17}", every, re.ASCII):
         raise UserError(
-            f"--prefix {request.text}: the staircase rises every {every!r} steps; give a number of "
-            "at least 1"
+            f"--prefix {request.text}: expected a whole number of steps of at least 1 after the "
+            f"last colon, got {every!r}"
         )
     return Steady(
         text=request.text,
@@ -204,7 +203,7 @@ def parse_prefix(text: str, limit: int) -> PrefixSchedule:
         return Steady(text=text, limit=limit, start=limit)
     build = SCHEDULES.find(name)
     if build is not None:
-        return build(Request(text, tuple(parts), limit))
+        return build(Request(text=text, parts=tuple(parts), limit=limit))
     if parts:
         raise _unknown(text)
     return Steady(text=text, limit=limit, start=_tokens(text, text, limit))
@@ -249,7 +248,7 @@ def _tokens(text: str, part: str, limit: int) -> int:
     return tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OffPolicy:
     """Rollouts that the teacher samples: a share λ of all.
 
@@ -287,7 +286,7 @@ def parse_off_policy(text: str) -> OffPolicy | None:
     except ValueError:
         value = math.nan
     if loss in ("sft", "divergence") and 0 < value <= 1:
-        return OffPolicy(loss, value)
+        return OffPolicy(loss=loss, share=value)
     raise UserError(
         f"--off-policy {text}: expected none, sft or divergence, with an optional share such as "
         "divergence:0.5"
@@ -308,7 +307,8 @@ def warmup_steps(text: str, steps: int) -> int:
     elif re.fullmatch(r"\d{1,18}", text):
         return int(text)
     raise UserError(
-        f"--warmup {text}: expected a number of steps (20) or a percentage of all steps (5%)"
+        f"--warmup {text}: expected a number of steps (20), or a percentage of all steps (5%) of "
+        "at most 100%"
     )
 
 

@@ -18,6 +18,7 @@ cancels, so only the rows of O of both heads are used.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class _Weighted(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None]:
         device = student_ND.device
         needs = ctx.needs_input_grad[:3]
-        into = _Gradients(needs, student_ND, student_head, terms)
+        into = _Gradients(needs=needs, hidden_ND=student_ND, head=student_head, terms=terms)
         weight_U = weight_U.to(device, torch.float32)
         one_pass = _Pass(
             terms=terms,
@@ -147,7 +148,7 @@ class _Pass:
             self.value_U[part] = value
             weight = self.weight_U[part.to(self.device)]
             table = _spread(gradient, share, support)
-            self.into.add(rows, table, logits, weight, support.student)
+            self.into.add(rows, table, logits, weight=weight, ids=support.student)
 
     def compare_spans(self) -> Tensor:
         """Compare the spans at their first tokens.
@@ -156,8 +157,12 @@ class _Pass:
         tokens.
         """
         terms, support, units, device = self.terms, self.support, self.units, self.device
-        student_P = span_scores(terms, support, self.ours, self.student_ND, units, 0)
-        teacher_P = span_scores(terms, support, self.theirs, self.teacher_ME, units, 1).to(device)
+        student_P = span_scores(
+            terms, support, head=self.ours, hidden=self.student_ND, units=units, side=0
+        )
+        teacher_P = span_scores(
+            terms, support, head=self.theirs, hidden=self.teacher_ME, units=units, side=1
+        ).to(device)
         span_gradient_P = torch.zeros(len(units.spans), device=device)
         for part in torch.arange(len(units.spans)).split(self.rows):
             which = units.spans[part]
@@ -179,7 +184,7 @@ class _Pass:
             table = torch.zeros_like(logits).index_add_(1, support.student, spread)
             if not support.raw:
                 table -= base.exp() * table.sum(-1, keepdim=True)
-            self.into.add(rows, table, logits, self.weight_U[which.to(device)])
+            self.into.add(rows, table, logits, weight=self.weight_U[which.to(device)])
         return span_gradient_P / units.span_sizes(0, device)
 
     def _base(self, logits: Tensor) -> Tensor:
@@ -204,7 +209,9 @@ class _Pass:
                 table = torch.softmax(logits, -1).neg_()
             one = torch.ones(len(ids), 1, device=device)
             table.scatter_add_(1, ids[:, None], one)
-            self.into.add(rows, table.mul_(span_gradient_P[spans, None]), logits, weight_P[spans])
+            self.into.add(
+                rows, table.mul_(span_gradient_P[spans, None]), logits, weight=weight_P[spans]
+            )
 
 
 class _Gradients:
@@ -278,7 +285,7 @@ def _compare(terms: Terms, student_scores: Tensor, teacher_scores: Tensor) -> tu
     student_logq = torch.log_softmax(student_scores, -1)
     teacher_logq = torch.log_softmax(teacher_scores, -1)
     spare, spare_too = torch.empty_like(student_logq), torch.empty_like(student_logq)
-    return value_and_gradient(terms, student_logq, teacher_logq, spare, spare_too)
+    return value_and_gradient(terms, student_logq, teacher_logq, spare=spare, spare_too=spare_too)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,10 +327,11 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     heads = student_head.to(terms.dtype), teacher_head.to(terms.dtype)
     sides = []
     for side, (head, hidden) in enumerate(zip(heads, (student_ND, teacher_ME), strict=True)):
-        span_logp = span_scores(terms, plain, head, hidden, units, side).to(device)
+        score = partial(span_scores, terms, head=head, hidden=hidden, units=units, side=side)
+        span_logp = score(plain).to(device)
         span_score = span_logp
         if support.raw:
-            span_score = span_scores(terms, support, head, hidden, units, side).to(device)
+            span_score = score(support).to(device)
         sides.append(
             _Side(
                 head=head,
@@ -343,12 +351,11 @@ def statistics(  # noqa: PLR0913  the operands of one formula
     if forward:
         names.append("forward_kl")
     facts = {name: torch.empty(count, dtype=torch.float32, device=device) for name in names}
-    for part in torch.arange(count).split(
-        rows_per_chunk(terms, max(len(head.weight_VD) for head in heads))
-    ):
+    size = rows_per_chunk(terms, max(len(head.weight_VD) for head in heads))
+    for part in torch.arange(count).split(size):
         tables = []
         for name, model in zip(("student", "teacher"), sides, strict=True):
-            mass, token, scores = _read_units(terms, support, model, part, span_of[part])
+            mass, token, scores = _read_units(terms, support, model, part=part, span=span_of[part])
             facts[f"{name}_mass"][part] = mass
             facts[f"{name}_logp"][part] = token
             tables.append(scores)

@@ -13,7 +13,7 @@ from .divergence import Head, Terms
 TABLES = 6  # vocabulary-sized float32 tables that are alive at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Support:
     """O on the models' devices: ids [O + e] with the EOS tokens last, which are one event.
 
@@ -31,7 +31,7 @@ class Support:
         return self.common + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Units:
     """The taught units of a micro-batch as rows of both models' hidden states.
 

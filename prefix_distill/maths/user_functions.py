@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PluginError, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Size, Tensor
 
 
 class WrongResult(PluginError):
@@ -70,22 +70,25 @@ def check_arguments(function: Callable[..., Any], names: tuple[str, ...]) -> Non
         return  # not written in Python
 
 
-def check_shape(
-    function: Callable[..., Any], result: object, table: "Tensor", *, of_table: bool
-) -> None:
-    """Raise WrongResult unless ``result`` is a tensor of floats of the expected shape.
+def check_values(function: Callable[..., Any], result: object, table: "Tensor") -> None:
+    """Raise WrongResult unless ``result`` is [N] floats for log-probabilities [N, V]."""
+    _check_shape(function, result, table, expected=table.shape[:1])
 
-    The shape is [N] for log-probabilities ``table`` [N, V], or with ``of_table`` [N, V].
-    """
+
+def check_gradient(function: Callable[..., Any], result: object, table: "Tensor") -> None:
+    """Raise WrongResult unless ``result`` is [N, V] floats for log-probabilities [N, V]."""
+    _check_shape(function, result, table, expected=table.shape)
+
+
+def _check_shape(
+    function: Callable[..., Any], result: object, table: "Tensor", *, expected: "Size"
+) -> None:
     import torch
 
     if not isinstance(result, torch.Tensor) or not result.is_floating_point():
         raise WrongResult(
             function, f"returned {type(result).__name__}; expected a tensor of floats"
         )
-    expected = table.shape[:1]
-    if of_table:
-        expected = table.shape
     if result.shape != expected:
         raise WrongResult(
             function,

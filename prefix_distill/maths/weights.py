@@ -57,7 +57,7 @@ class TaughtRollout(Protocol):
 R = TypeVar("R", bound=TaughtRollout)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Window:
     """K taught tokens of every rollout, or all if it has fewer: a control for the prefix.
 
@@ -109,7 +109,7 @@ def parse_window(text: str) -> Window | None:
     if text == "all":
         return None
     if kind in WINDOWS and re.fullmatch(r"0*[1-9]\d{0,17}", size, re.ASCII):
-        return Window(kind, int(size))
+        return Window(kind=kind, size=int(size))
     raise UserError(
         f"--window {text}: expected all, or one of {', '.join(WINDOWS)} with a number of tokens, "
         "such as first:24"
@@ -136,7 +136,7 @@ def keep_window(
     return kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """The smallest and largest entropy (after the clip) and divergence of a global batch.
 
@@ -164,10 +164,12 @@ def batch_scale(entropies: list[float], divergences: list[float]) -> Scale:
     Entropies are clipped at their 98th percentile, linear between order statistics.
     """
     largest_entropy = quantile(entropies, CLIPPED)
-    return Scale((min(entropies), largest_entropy), (min(divergences), max(divergences)))
+    return Scale(
+        entropy=(min(entropies), largest_entropy), divergence=(min(divergences), max(divergences))
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection:
     """Token selection by importance, TIP (arXiv 2604.14084).
 
@@ -253,7 +255,7 @@ def parse_selection(kind: str, share: float) -> Selection | None:
         raise UserError(
             f"--keep {share}: expected a share of the tokens above 0 and at most 1, such as 0.5"
         )
-    return Selection(kind, share)
+    return Selection(kind=kind, share=share)
 
 
 def keep_selection(
@@ -271,7 +273,7 @@ def keep_selection(
         of_rollout = None
         if facts is not None:
             of_rollout = facts[r.key]
-        positions = selection.choose(r.taught, (*key, *r.key), of_rollout, at)
+        positions = selection.choose(r.taught, (*key, *r.key), facts=of_rollout, at=at)
         chosen.append(r.keep(positions))
     return chosen
 
@@ -318,7 +320,7 @@ def quadrants(
     return {"borders": list(borders), "quadrants": shares}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PositionWeight:
     """The weight of a token by its position in the rollout (PW-OPSD, arXiv 2605.21606).
 
@@ -354,14 +356,15 @@ def parse_position_weight(text: str) -> PositionWeight | None:
     if text == "uniform":
         return None
     if text in ("moderate", "decreasing"):
-        return PositionWeight(*MODERATE, mirrored=text == "decreasing")
+        least, turn, width = MODERATE
+        return PositionWeight(least=least, turn=turn, width=width, mirrored=text == "decreasing")
     kind, _, numbers = text.partition(":")
     try:
         least, turn, width = map(float, numbers.split(","))
     except ValueError:
         least = turn = width = math.nan
     if kind == "sigmoid" and 0 <= least <= 1 and math.isfinite(turn) and 0 < width < math.inf:
-        return PositionWeight(least, turn, width)
+        return PositionWeight(least=least, turn=turn, width=width)
     raise UserError(
         f"--position-weight {text}: expected uniform, moderate, decreasing or sigmoid:w,τ,s with "
         "0 ≤ w ≤ 1 and s > 0, such as sigmoid:0.25,0.3,0.1"

@@ -12,7 +12,7 @@ from ..training.run import Run
 from .case import Ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answers:
     """The ids of one answer per prompt, and whether each ended before the limit."""
 
@@ -39,7 +39,7 @@ class Answering:
 
     def __init__(self, run: Run):
         self.run = run
-        self.meter = Meter(Clock(run.place.device))
+        self.meter = Meter(Clock(device=run.place.device))
         self.student = AnsweringModel(
             role="student",
             model=make_decoder(run.pair.student, run.place.dtype),
@@ -68,7 +68,7 @@ class Answering:
         samples together with the role and the prompt.
         """
         place, limit = self.run.place, self.run.method.prefix.limit
-        answers = Answers(list(starts), [])
+        answers = Answers(ids=list(starts), finished=[])
         unfinished = []
         for i, start in enumerate(starts):
             ends = not answerer.sampler.eos.isdisjoint(start)
@@ -81,7 +81,7 @@ class Answering:
             by_room.setdefault(limit - len(starts[i]), {})[i] = starts[i]
         sampled: dict[int, tuple[Ids, bool]] = {}
         for room, group in by_room.items():
-            sampled |= self._sample(answerer, group, room, key)
+            sampled |= self._sample(answerer, group, room=room, key=key)
         for part in place.gather(sampled):
             for i, (ids, finished) in part.items():
                 answers.ids[i] = ids
@@ -94,7 +94,9 @@ class Answering:
         """Continue ``starts``, given by the number of their prompt, by up to ``room`` tokens."""
         requests = []
         for i, start in starts.items():
-            requests.append(Request(answerer.prompts[i] + start, ("probe", answerer.role, key, i)))
+            requests.append(
+                Request(ids=answerer.prompts[i] + start, key=("probe", answerer.role, key, i))
+            )
 
         cost = GenerationCost(
             meter=self.meter,
@@ -102,7 +104,9 @@ class Answering:
             prefill=f"{answerer.role}_prefill",
             decode=f"{answerer.role}_decode",
         )
-        responses = self.run.limits.sample(answerer.model, requests, room, answerer.sampler, cost)
+        responses = self.run.limits.sample(
+            answerer.model, requests, max_new_tokens=room, sampler=answerer.sampler, cost=cost
+        )
         answers = {}
         for (i, start), response in zip(starts.items(), responses, strict=True):
             answers[i] = (start + response.ids, response.finished)

@@ -79,7 +79,7 @@ def _check_head(run: Run) -> Check:
 def _check_determinism(run: Run) -> Check:
     """Compare each model with itself: the loss of two identical forward passes must be 0."""
     # A loss on given text has no teacher, and a sampled one is not 0 for every token.
-    terms = Terms("reverse-kl", dtype=run.place.head_dtype)
+    terms = Terms(name="reverse-kl", dtype=run.place.head_dtype)
     if run.method.terms.taught_by == "teacher":
         terms = replace(run.method.terms, sampled=False)
     facts = {}
@@ -96,9 +96,9 @@ def _check_determinism(run: Run) -> Check:
             f"{facts[worst]:.2g} nats per token, expected 0; remove the dropout or noise from its "
             "layers, or use --dtype float32"
         )
-        return failed("itself", text, facts)
+        return failed("determinism", text, facts)
     text = f"two identical passes of a model differ by {facts[worst]:.1g} nats per token"
-    return passed("itself", text, facts)
+    return passed("determinism", text, facts)
 
 
 def _prompt_ends(run: Run, role: str) -> list[Rollout]:
@@ -172,7 +172,7 @@ def _check_memory(run: Run) -> Check:
         forecast = forecaster.forecast(case)
     except UserError as error:
         return passed("memory", f"no forecast: {error}", facts)
-    return _compare_memory(forecast, free, facts, free_text)
+    return _compare_memory(forecast, free, facts, free_text=free_text)
 
 
 def _describe_case(run: Run) -> Case:
@@ -183,8 +183,8 @@ def _describe_case(run: Run) -> Case:
         run.config,
         Dtypes(run.place.dtype, run.place.head_dtype),
         Lengths(prompts, prefix=longest_prefix, limit=run.method.prefix.limit),
-        run.pair.student.support,
-        run.place.world,
+        support=run.pair.student.support,
+        ranks=run.place.world,
     )
 
 
@@ -238,7 +238,7 @@ def _format_gib(size: float) -> str:
     return f"{size / 2**30:.3g} GiB"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Respondent:
     """A model that answers problems, and how its answers are sampled."""
 
@@ -252,8 +252,8 @@ def _check_teacher(run: Run, problems: list[Rendered], limit: float | None) -> C
     count = len(problems)
     max_new_tokens = run.method.prefix.limit
     respondents = [
-        _make_respondent(run, "student", run.pair.student, run.method.sampler),
-        _make_respondent(run, "teacher", run.pair.teacher, run.method.text_sampler),
+        _make_respondent(run, "student", model=run.pair.student, sampler=run.method.sampler),
+        _make_respondent(run, "teacher", model=run.pair.teacher, sampler=run.method.text_sampler),
     ]
     if limit is not None:
         seconds = _estimate_seconds(run, respondents, problems)
@@ -299,7 +299,7 @@ def _make_respondent(run: Run, role: str, model: Model, sampler: Sampler) -> Res
         top_k=0,
         record=False,
     )
-    return Respondent(role, make_decoder(model, run.place.dtype), sampler)
+    return Respondent(role=role, model=make_decoder(model, run.place.dtype), sampler=sampler)
 
 
 def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:
@@ -314,8 +314,8 @@ def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:
         max_new_tokens=run.method.prefix.limit,
     )
     prompts = [(r.prompt, _prompt_ids(r, respondent.role)) for r in problems]
-    cost = GenerationCost(meter=Meter(Clock(run.place.device)))
-    score = evaluate.evaluate(respondent.model, prompts, how, run.limits, cost)
+    cost = GenerationCost(meter=Meter(Clock(device=run.place.device)))
+    score = evaluate.evaluate(respondent.model, prompts, how, limits=run.limits, cost=cost)
     right = None
     if score.accuracy is not None:
         right = round(sum(score.right()))
@@ -337,14 +337,14 @@ def _describe_grade(role: str, result: dict) -> str:
 
 def _estimate_seconds(run: Run, respondents: list[Respondent], problems: list[Rendered]) -> float:
     """Estimate the seconds of full answers on the slowest rank, from a trial with few tokens."""
-    clock = Clock(run.place.device)
+    clock = Clock(device=run.place.device)
     tokens = min(TRIAL, run.method.prefix.limit)
     for respondent in respondents:
         requests = []
         for i, rendered in enumerate(problems):
-            requests.append(Request(_prompt_ids(rendered, respondent.role), ("trial", i)))
+            requests.append(Request(ids=_prompt_ids(rendered, respondent.role), key=("trial", i)))
         # Without EOS ids, every answer has exactly these tokens.
         endless = replace(respondent.sampler, eos=frozenset())
         with clock.phase("trial"):
-            generate(respondent.model, requests, tokens, endless)
+            generate(respondent.model, requests, max_new_tokens=tokens, sampler=endless)
     return max(run.place.gather(clock.seconds["trial"])) * run.method.prefix.limit / tokens

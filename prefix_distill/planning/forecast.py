@@ -9,7 +9,6 @@ Counted: the bytes of tensors. Not counted: the CUDA context (some hundred MiB),
 cuBLAS, cuDNN and oneDNN, and what an allocator rounds up or caches.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,14 +18,13 @@ from ..engine.batching import micro_batches
 from ..engine.models import Model
 from ..engine.rollout import Rollout, student_sides, teacher_sides
 from ..errors import UserError
-from . import measuring
 from .case import Case, Network, make_rollouts
 from .ghosts import choose_depths, sketch
-from .measuring import Generation, MicroBatch
+from .measuring import Generation, MicroBatch, measure_comparison
+from .parts import Bytes, Forward, Part, Sampling, Training, Weights, describe_sizes
 
 STUDENT = "student"
 TEACHER = "teacher"
-Bytes = dict[str, float]  # by phase or component
 
 
 class Forecaster:
@@ -44,7 +42,7 @@ class Forecaster:
         self.configs = {STUDENT: student, TEACHER: teacher}
         self.names = {STUDENT: names[0], TEACHER: names[1]}
         self.networks: dict[tuple[str, Network, int | None], Model] = {}
-        self.measurements: dict[tuple, Bytes] = {}
+        self.measurements: dict[tuple[str, Network, Part], Bytes] = {}
 
     def forecast(self, case: Case) -> dict:
         """Return the memory of one rank in bytes.
@@ -57,7 +55,7 @@ class Forecaster:
         phases = self._training_phases(case, gradients) | self._evaluation_phases(case)
         if case.samples_text:
             prompts = [teacher for _, teacher in case.prompts]
-            phases["teacher_text"] = self._generate(case, TEACHER, prompts, case.prefix)
+            phases["teacher_text"] = self._generate(case, TEACHER, prompts, new_tokens=case.prefix)
         teacher_device = None
         # The teacher's bytes then count on its own device.
         if case.has_own_device:
@@ -78,9 +76,8 @@ class Forecaster:
 
     def _measure_weights(self, case: Case) -> tuple[Bytes, float]:
         """Return the bytes of every component that is held all the time, and of the gradients."""
-        measure = measuring.measure_weights
-        student = self._measure(STUDENT, case.student, ("weights",), measure)
-        teacher = self._measure(TEACHER, case.teacher, ("weights",), measure)
+        student = self._measure(STUDENT, case.student, Weights())
+        teacher = self._measure(TEACHER, case.teacher, Weights())
         trainable = student["trainable"]
         all_train = case.adapter is None
         # Two moments of AdamW and the gradient, in float32.
@@ -101,14 +98,13 @@ class Forecaster:
         work = MicroBatch(
             rollouts=group, terms=case.terms, accumulates=accumulates, autocast=case.autocast
         )
-        update = self._measure(
-            STUDENT,
-            case.training,
-            (_describe_sizes(group), case.terms, case.support, accumulates, case.autocast),
-            lambda m: measuring.measure_update(
-                replace(m, support=case.support), teacher_head, work
-            ),
+        training = Training(
+            sizes=describe_sizes(group),
+            support=case.support,
+            work=work,
+            teacher_head=teacher_head,
         )
+        update = self._measure(STUDENT, case.training, training)
         # The micro-batches of a step run one after another; each finds the gradients of the
         # earlier ones.
         earlier = 0.0
@@ -116,7 +112,7 @@ class Forecaster:
             earlier = gradients
         prompts = [student for student, _ in case.prompts]
         return {
-            "generation": self._generate(case, STUDENT, prompts, case.prefix),
+            "generation": self._generate(case, STUDENT, prompts, new_tokens=case.prefix),
             "teacher_score": earlier + teacher_forward["peak"],
             "student_update": earlier + teacher_forward["rows"] + max(update.values()),
             "optimizer": gradients,
@@ -130,17 +126,17 @@ class Forecaster:
             # The longest prompt stands for all prompts of an evaluation.
             single = replace(case, samples=1)
             prompts = [longest[0]] * case.answers
-            phases["evaluation"] = self._generate(single, STUDENT, prompts, case.limit)
+            phases["evaluation"] = self._generate(single, STUDENT, prompts, new_tokens=case.limit)
         if case.compared:
             prompts_together = [longest] * min(case.compared, case.micro_batch)
             group = make_rollouts(prompts_together, 1, case.limit)
             student = self._forward(case, STUDENT, group)
             teacher = self._forward(case, TEACHER, group)
-            tables = measuring.measure_comparison(
+            tables = measure_comparison(
                 self._shallow(case, STUDENT).head(),
                 self._shallow(case, TEACHER).head(),
-                case.terms.dtype,
-                group,
+                dtype=case.terms.dtype,
+                rollouts=group,
             )
             # Both models run one after another, and their hidden rows stay for the comparison.
             phases["evaluation, both models"] = max(
@@ -153,12 +149,8 @@ class Forecaster:
     def _forward(self, case: Case, role: str, group: list[Rollout]) -> Bytes:
         """Return the bytes of a forward pass over ``group`` (``measuring.measure_forward``)."""
         sides = student_sides(group) if role == STUDENT else teacher_sides(group)
-        return self._measure(
-            role,
-            _settings(case, role),
-            ("forward", _describe_sizes(group), case.autocast),
-            lambda m: measuring.measure_forward(m, sides, case.autocast),
-        )
+        part = Forward(sizes=describe_sizes(group), autocast=case.autocast, sides=sides)
+        return self._measure(role, _settings(case, role), part)
 
     def _generate(self, case: Case, role: str, prompts: list[int], new_tokens: int) -> float:
         """Return the peak bytes while a model samples ``case.samples`` responses per prompt."""
@@ -171,12 +163,7 @@ class Forecaster:
         work = Generation(
             prompts=tuple(longest), samples=case.samples, rows=rows, new_tokens=new_tokens
         )
-        peaks = self._measure(
-            role,
-            settings,
-            ("generate", work, case.support),
-            lambda m: measuring.measure_generation(replace(m, support=case.support), work),
-        )
+        peaks = self._measure(role, settings, Sampling(support=case.support, work=work))
         return max(peaks.values())
 
     def _shallow(self, case: Case, role: str) -> Model:
@@ -188,27 +175,25 @@ class Forecaster:
         """Return a network of ghosts; the student's weights train unless it has an adapter."""
         key = (role, settings, layers)
         if key not in self.networks:
-            model = sketch(self.names[role], self.configs[role], settings, layers)
+            model = sketch(self.names[role], self.configs[role], settings, layers=layers)
             if role == STUDENT and settings.adapter is None and settings.dtype == torch.float32:
                 model.net.requires_grad_(True)
             self.networks[key] = model
         return self.networks[key]
 
-    def _measure(
-        self, role: str, settings: Network, what: tuple, work: Callable[[Model], Bytes]
-    ) -> Bytes:
-        """Return ``work(network)`` at the full depth. ``what`` identifies it in the cache."""
-        key = (role, settings, what)
+    def _measure(self, role: str, settings: Network, part: Part) -> Bytes:
+        """Return the bytes of a part at the full depth, from the cache if they are known."""
+        key = (role, settings, part)
         if key not in self.measurements:
-            self.measurements[key] = self._extrapolate(role, settings, work)
+            self.measurements[key] = self._extrapolate(role, settings, part)
         return self.measurements[key]
 
-    def _extrapolate(self, role: str, settings: Network, work: Callable[[Model], Bytes]) -> Bytes:
-        """Return ``work(network)`` at the full depth, from one or two measured depths."""
+    def _extrapolate(self, role: str, settings: Network, part: Part) -> Bytes:
+        """Return the bytes of a part at the full depth, from one or two measured depths."""
         config = self.configs[role]
         depths = choose_depths(config)
         try:
-            values = [work(self._sketch(role, settings, layers)) for layers in depths]
+            values = [part.measure(self._sketch(role, settings, layers)) for layers in depths]
         # A network that computes with the numbers of its weights fails in any of these ways.
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(
@@ -242,14 +227,6 @@ def _largest_micro_batch(case: Case) -> tuple[list[Rollout], bool]:
 
 def _count_tokens(group: list[Rollout]) -> int:
     return sum(len(r.student_prompt) + len(r.ids) for r in group)
-
-
-def _describe_sizes(group: list[Rollout]) -> tuple:
-    """Return what of a group determines its memory, as a key of the cache."""
-    sizes = []
-    for r in group:
-        sizes.append((r.slot, len(r.student_prompt), len(r.teacher_prompt), len(r.ids)))
-    return tuple(sizes)
 
 
 def _round(sizes: Bytes) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Ghosts: shape-only tensors. The training code runs on them and their storage is counted."""
 
 import copy
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable
@@ -85,13 +86,10 @@ class StorageCounter(TorchDispatchMode):
         # A meta tensor cannot tell how many elements a mask selects, but masks are real.
         if function in INDEXED:
             args = (args[0], _masks_to_positions(args[1]), *args[2:])
-        ghosts: dict[int, Ghost] = {}  # by the id of their meta tensor
-
-        def note_ghost(t: torch.Tensor) -> None:
-            if isinstance(t, Ghost):
-                ghosts[id(t.meta)] = t
-
-        _map_tensors(note_ghost, (args, kwargs))
+        operands: list[torch.Tensor] = []
+        _map_tensors(operands.append, (args, kwargs))
+        # by the id of their meta tensor
+        ghosts = {id(t.meta): t for t in operands if isinstance(t, Ghost)}
         result = None
         # An operation with a ghost among its operands runs on meta tensors.
         if ghosts:
@@ -102,9 +100,9 @@ class StorageCounter(TorchDispatchMode):
                 result = _apply_pointwise(args)
         if result is None:
             result = function(*args, **kwargs)
-        return _map_tensors(lambda t: self._count(t, ghosts), result)
+        return _map_tensors(functools.partial(self._count, ghosts), result)
 
-    def _count(self, t: torch.Tensor, ghosts: dict[int, Ghost]) -> torch.Tensor:
+    def _count(self, ghosts: dict[int, Ghost], t: torch.Tensor) -> torch.Tensor:
         """Return a result as a ghost if it is a float tensor, and count its storage if it is new.
 
         A result that is one of the operands is returned as the ghost that it was.
@@ -117,12 +115,12 @@ class StorageCounter(TorchDispatchMode):
         storage = storage_of(t)
         key, size = storage._cdata, storage.nbytes()
         if key not in self.references and key not in self.known:
-            self.references[key] = weakref.ref(storage, lambda _: self._release(key, size))
+            self.references[key] = weakref.ref(storage, functools.partial(self._release, key, size))
             self.live += size
             self.peak = max(self.peak, self.live)
         return t
 
-    def _release(self, key: int, size: int) -> None:
+    def _release(self, key: int, size: int, _reference: weakref.ref) -> None:
         del self.references[key]
         self.live -= size
 
@@ -208,7 +206,7 @@ def sketch(
         net = AutoModelForCausalLM.from_config(config)
         net = net.to(settings.dtype).eval().requires_grad_(False)
         if settings.adapter is not None:
-            wrapper = attach(net, settings.adapter, 0, name)
+            wrapper = attach(net, settings.adapter, seed=0, base=name)
     _replace_by_ghosts(net)
     model = Model(
         name=name,

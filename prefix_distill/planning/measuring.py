@@ -1,6 +1,6 @@
 """Measure the bytes of each part of a step by running it on shape-only tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache
@@ -16,9 +16,12 @@ from .ghosts import StorageCounter, make_ghost, storage_of
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """A micro-batch of a step. ``accumulates``: its gradients are added to earlier ones."""
+    """A micro-batch of a step. ``accumulates``: its gradients are added to earlier ones.
 
-    rollouts: list[Rollout]
+    ``rollouts`` are not compared; ``parts.Training`` compares their sizes.
+    """
+
+    rollouts: list[Rollout] = field(compare=False)
     terms: Terms
     accumulates: bool
     autocast: bool
@@ -86,12 +89,12 @@ def measure_update(model: Model, teacher: Head, work: MicroBatch) -> dict[str, f
         # The values are bound to a name, as in a step: they stay alive and count.
         loss, _value_N, _ = weighted(
             work.terms,
-            student_ND,
-            model.head(),
-            teacher_NE,
-            teacher,
-            torch.ones(count),
-            scoring.tokens(work.rollouts),
+            student_ND=student_ND,
+            student_head=model.head(),
+            teacher_NE=teacher_NE,
+            teacher_head=teacher,
+            weight_N=torch.ones(count),
+            token_N=scoring.tokens(work.rollouts),
         )
         loss_peak = counter.take_peak()
         loss.backward()
@@ -115,10 +118,10 @@ def measure_generation(model: Model, work: Generation) -> dict[str, float]:
             # The hidden states are freed at once, as in engine/sampling.py.
             cache = model.trunk_cached(torch.zeros_like(mask)[:, :-1], mask[:, :-1])[1]
             cache.batch_select_indices(prompt_of_row)
-            _sample_token(model, mask[prompt_of_row], 1, cache)
+            _sample_token(model, mask[prompt_of_row], width=1, cache=cache)
             del cache
         else:
-            _sample_token(model, mask[prompt_of_row], width, None)
+            _sample_token(model, mask[prompt_of_row], width=width, cache=None)
     # The cache grows with every token, so the last step needs most.
     last = _count_beside(model)
     with last:
@@ -128,7 +131,7 @@ def measure_generation(model: Model, work: Generation) -> dict[str, float]:
         cache.batch_select_indices(torch.zeros(work.rows, dtype=torch.long))
         last.take_peak()
         full_mask = _extend_mask(mask[prompt_of_row], ids.shape[1] + 1)
-        _sample_token(model, full_mask, 1, cache)
+        _sample_token(model, full_mask, width=1, cache=cache)
         last_peak = last.take_peak()
         del cache
     return {"prefill": prefill.peak, "last token": last_peak}
@@ -170,11 +173,11 @@ def measure_comparison(
     counter = StorageCounter([student_ND, teacher_NE, student.weight_VD, teacher.weight_VD])
     with counter:
         statistics(
-            Terms("reverse-kl", dtype=dtype),
-            student_ND,
-            student,
-            teacher_NE,
-            teacher,
-            scoring.tokens(rollouts),
+            Terms(name="reverse-kl", dtype=dtype),
+            student_ND=student_ND,
+            student_head=student,
+            teacher_NE=teacher_NE,
+            teacher_head=teacher,
+            token_N=scoring.tokens(rollouts),
         )
     return counter.peak

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..maths import flops
 from ..maths.flops import Batch, Ledger, Shape
 from ..maths.schedule import PrefixSchedule, parse_prefix
-from ..training.pair import fill_in
+from ..training.pair import fill_in_dataset, fill_in_models
 from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
 from .cards import describe_adapter, fit_cards
@@ -31,7 +31,7 @@ USUAL_PREFIXES = "25%,50%,full"
 NO_RATE = RateSource()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A model's name, the folder or hub id of its files, and its config."""
 
@@ -55,41 +55,48 @@ def plan(
     rate_source.check()
     # The default dataset belongs to the default student; another student needs other prompts.
     has_data = config.data.dataset is not None or config.models.student is None
+    reads_data = has_data and prompt_tokens is None
     notes = Notes()
-    config = fill_in(config, notes)
+    config = fill_in_models(config, notes)
+    if reads_data:
+        config = fill_in_dataset(config, notes)
     student, teacher = _read_sources(config)
     dtypes = _choose_dtypes(config, notes.lines)
     nets = [
         sketch(student.name, student.config, Network(torch.float32, choose_adapter(config))),
         sketch(teacher.name, teacher.config, Network(dtypes.compute)),
     ]
-    if has_data and prompt_tokens is None:
-        prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes)
+    if reads_data:
+        prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes=notes)
     else:
         prompts = assume_prompts(prompt_tokens, nets, notes)
     longest = max(max(lengths) for lengths in prompts.lengths)
-    config = settle_max_new_tokens(config, nets, longest, prompts.task_limit, notes)
+    config = settle_max_new_tokens(
+        config, nets, longest_prompt=longest, task_limit=prompts.task_limit, notes=notes
+    )
     limit = settled(config.rollout.max_new_tokens, "--max-new-tokens")
     schedules = _parse_schedules(config, prefixes, limit)
     rate = rate_source.read(config, nets[0], dtypes.compute)
     forecaster = Forecaster(student.config, teacher.config, (student.name, teacher.name))
     case = build_case(
-        config, dtypes, Lengths(prompts.lengths, prefix=limit, limit=limit), prompts.support
+        config, dtypes, Lengths(prompts.lengths, prefix=limit, limit=limit), support=prompts.support
     )
     shapes = [read_shape(net, prompts.support) for net in nets]
     rows = []
     for text, schedule in schedules.items():
         tokens = [schedule.length(0), schedule.longest(config.train.steps or 1)]
-        cost = _estimate_cost(count_flops(config, shapes, prompts.lengths, schedule), config, rate)
+        cost = _estimate_cost(
+            count_flops(config, shapes, prompts=prompts.lengths, schedule=schedule), config, rate
+        )
         memory = forecaster.forecast(replace(case, prefix=tokens[1]))
         rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
     # The GPUs are those that fit the config's own prefix.
     case = replace(case, prefix=rows[0]["tokens"][1])
     return {
-        **_describe(config, nets, dtypes, prompts.support),
+        **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
         "prefixes": rows,
-        "cards": fit_cards(forecaster, config, case, notes.lines),
+        "cards": fit_cards(forecaster, config, case, notes=notes.lines),
         "notes": notes.lines,
     }
 
@@ -115,7 +122,7 @@ def read_source(name: str, trust_remote_code: bool = False) -> Source:
             f"model {name}: its config cannot be read ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); give a hub id or a folder with config.json"
         ) from None
-    return Source(name, folder, config)
+    return Source(name=name, folder=folder, config=config)
 
 
 def _read_sources(config: Config) -> tuple[Source, Source]:
@@ -133,7 +140,7 @@ def _choose_dtypes(config: Config, notes: list[str]) -> Dtypes:
     runtime = config.runtime
     if runtime.dtype == "auto":
         compute = torch.bfloat16
-        notes.append("dtype bfloat16: the choice of --dtype auto on a GPU")
+        notes.append("dtype bfloat16: --dtype auto chooses it on a GPU")
     else:
         compute = getattr(torch, runtime.dtype)
     if runtime.head_dtype == "auto":

@@ -22,6 +22,7 @@ from .. import config as configuration
 from ..config import Config
 from ..engine import evaluate
 from ..engine.device import Clock
+from ..engine.memory import PROBE_REMEDIES
 from ..engine.meter import Meter
 from ..engine.models import Model
 from ..engine.rollout import rollout_of
@@ -47,7 +48,7 @@ BINS = 24
 Values = list[list[float | None]]  # nats per token, by rollout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curves:
     """Accuracy by the number N of given tokens, one point {tokens, value, …} per N.
 
@@ -88,7 +89,8 @@ def probe(run: Run, say: Callable[[str], None] = ignore) -> dict:
     receives a line per step.
     """
     prompts = run.problems.train
-    clock = Clock(run.place.device)
+    run.limits.remedies = PROBE_REMEDIES
+    clock = Clock(device=run.place.device)
     answering = Answering(run)
     with clock.phase("probe"):
         say(f"both models answer {len(prompts)} prompts in full")
@@ -99,7 +101,7 @@ def probe(run: Run, say: Callable[[str], None] = ignore) -> dict:
         kl, entropy = _measure_tokens(run, student, answering.meter)
         curves = None
         if all(p.prompt.answer is not None for p in prompts):
-            curves = _measure_curves(answering, student, teacher, tried, say)
+            curves = _measure_curves(answering, student, teacher, tried=tried, say=say)
     kl_by_tokens = {n: _share_of_kl(kl, [n] * len(kl)) for n in tried}
     recommended, reason = recommend(curves, kl_by_tokens, length)
     # Without a recommended length, a step costs as much as with full rollouts.
@@ -154,7 +156,7 @@ def _in_teacher_tokens(run: Run, answers: Answers) -> list[Ids]:
 
 def _cut(answers: Answers, tokens: int) -> Answers:
     """Return the first ``tokens`` of every answer."""
-    cut = Answers([], [])
+    cut = Answers(ids=[], finished=[])
     for ids, finished in zip(answers.ids, answers.finished, strict=True):
         cut.ids.append(ids[:tokens])
         cut.finished.append(finished and len(ids) <= tokens)
@@ -174,7 +176,9 @@ def _measure_tokens(run: Run, answers: Answers, meter: Meter) -> tuple[Values, V
         )
         rollouts.append(rollout)
     scorer = Scorer.reverse_kl(run.pair, run.place)
-    facts = evaluate.held_out_facts(scorer, run.pair.align(rollouts), run.limits, meter, "scoring")
+    facts = evaluate.held_out_facts(
+        scorer, run.pair.align(rollouts), run.limits, meter=meter, phase="scoring"
+    )
     kl: Values = []
     entropy: Values = []
     for row in facts:
@@ -193,18 +197,18 @@ def _measure_curves(
     """Return both accuracy curves, at N = 0 and every number ``tried``."""
     run = answering.run
     curves = Curves(
-        [_grade(run, run.pair.student, student, 0)],
-        [_grade(run, run.pair.teacher, teacher, 0)],
+        student=[_grade(run, run.pair.student, student, tokens=0)],
+        teacher=[_grade(run, run.pair.teacher, teacher, tokens=0)],
     )
     teacher_texts = _in_student_tokens(run, teacher)
     for n in tried:
         say(f"swap test: each model continues the other's first {n} tokens")
         starts = [ids[:n] for ids in teacher_texts]
         continued = answering.continue_from(answering.student, starts, n)
-        curves.student.append(_grade(run, run.pair.student, continued, n))
+        curves.student.append(_grade(run, run.pair.student, continued, tokens=n))
         starts = _in_teacher_tokens(run, _cut(student, n))
         continued = answering.continue_from(answering.teacher, starts, n)
-        curves.teacher.append(_grade(run, run.pair.teacher, continued, n))
+        curves.teacher.append(_grade(run, run.pair.teacher, continued, tokens=n))
     return curves
 
 
@@ -242,17 +246,17 @@ def recommend(
 def _recommend_by_divergence(
     kl_by_tokens: dict[int, float], length: float
 ) -> tuple[int | str, str]:
-    caveat = "accuracy was not probed, because there are no reference answers"
+    caveat = "accuracy was not measured, because there are no reference answers"
     for n, share in sorted(kl_by_tokens.items()):
         if share >= HELD and n <= length / 2:
             reason = (
-                f"the first {n} tokens hold {share:.0%} of the divergence of the student's full "
-                f"answers; {caveat}"
+                f"the first {n} tokens account for {share:.0%} of the divergence of the student's "
+                f"full answers; {caveat}"
             )
             return n, reason
     most = max(kl_by_tokens.values(), default=0)
     reason = (
-        f"no prefix suffices: the first half of the answer holds only {most:.0%} of the "
+        f"no prefix suffices: the first half of the answer accounts for only {most:.0%} of the "
         f"divergence; {caveat}"
     )
     return "full", reason
@@ -281,13 +285,15 @@ def _recommend_by_accuracy(curves: Curves, length: float) -> tuple[int | str | N
         if share >= RECOVERED and n <= length / 2 + 0.5:
             reason = (
                 f"a prefix suffices: after the first {n} of the teacher's {length:.0f} tokens, the "
-                f"student closes {share:.0%} of the accuracy gap between {accuracies}"
+                f"student closes {share:.0%} of the gap between the accuracies of student and "
+                f"teacher ({accuracies})"
             )
             return n, reason
     n, share = list(closed.items())[-1]
     reason = (
         f"no prefix suffices: even after the first {n} of the teacher's {length:.0f} tokens, the "
-        f"student closes only {share:.0%} of the accuracy gap between {accuracies}"
+        f"student closes only {share:.0%} of the gap between the accuracies of student and teacher "
+        f"({accuracies})"
     )
     return "full", reason
 

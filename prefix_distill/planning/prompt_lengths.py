@@ -19,7 +19,7 @@ ASSUMED = 256  # tokens of a prompt if neither a dataset nor a length is given
 LONGEST_PROMPT = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedPrompts:
     """Lengths of prompts, the longest response of the task, and the ids that both models have.
 
@@ -39,7 +39,7 @@ def assume_prompts(length: int | None, models: Sequence[Model], notes: Notes) ->
     support = _head_support(models)
     if length is None:
         notes.note(f"prompts: {ASSUMED} tokens each (assumed; set --prompt-tokens or --dataset)")
-        return PlannedPrompts([(ASSUMED, ASSUMED)], None, support)
+        return PlannedPrompts(lengths=[(ASSUMED, ASSUMED)], task_limit=None, support=support)
     if not 1 <= length <= LONGEST_PROMPT:
         raise UserError(
             f"--prompt-tokens {length}: expected at least 1 token and at most "
@@ -52,7 +52,7 @@ def assume_prompts(length: int | None, models: Sequence[Model], notes: Notes) ->
                 f"{model.name} has {model.positions} positions and a response needs one; lower it"
             )
     notes.note(f"prompts: {length} tokens each")
-    return PlannedPrompts([(length, length)], None, support)
+    return PlannedPrompts(lengths=[(length, length)], task_limit=None, support=support)
 
 
 def read_prompts(
@@ -69,7 +69,8 @@ def read_prompts(
     sets = load_prompt_sets(config, notes)
     config = settle_privileged_template(config, sets)
     needed = min(SAMPLE, max(1, config.train.steps * config.train.batch_size))
-    rendered = render_training_prompts(config, sets, (student, teacher), needed).stream[:needed]
+    prompts = render_training_prompts(config, sets, (student, teacher), count=needed)
+    rendered = prompts.stream[:needed]
     student_lengths = [len(r.student_ids) for r in rendered]
     teacher_lengths = [len(r.teacher_ids) for r in rendered]
     mean = sum(student_lengths) / len(student_lengths)
@@ -79,7 +80,7 @@ def read_prompts(
     if _count_ids(student) == _count_ids(teacher):
         support = min(support, _count_ids(student))
     lengths = list(zip(student_lengths, teacher_lengths, strict=True))
-    return PlannedPrompts(lengths, sets.held_out.max_new_tokens, support)
+    return PlannedPrompts(lengths=lengths, task_limit=sets.held_out.max_new_tokens, support=support)
 
 
 def _head_support(models: Sequence[Model]) -> int:
@@ -99,8 +100,7 @@ def _with_tokenizer(model: Model, folder: str, trust_remote_code: bool) -> Model
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub, the disk or the tokenizer's own code fails in any way
         raise UserError(
-            f"model {model.name}: expected a tokenizer, because --dataset is counted in tokens, "
-            f"but it has no readable tokenizer ({type(error).__name__}); give --prompt-tokens in "
-            "place of --dataset"
+            f"model {model.name}: its tokenizer cannot be read ({type(error).__name__}), but the "
+            "prompts of --dataset are counted in tokens; use --prompt-tokens instead of --dataset"
         ) from None
     return replace(model, tokenizer=tokenizer)

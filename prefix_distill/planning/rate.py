@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..maths.flops import Ledger
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RateSource:
     """Where the speed of the device comes from; with none of the three, no time is forecast.
 
@@ -96,7 +96,7 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
     """
     dtype_name = str(dtype).removeprefix("torch.")
     config = configuration.replace(config, runtime={"dtype": dtype_name, "gpus": None})
-    where = join_ranks(config.runtime, lambda: 0)
+    where = join_ranks(config.runtime, student)
     width = student.config.hidden_size
     inner = getattr(student.config, "intermediate_size", None) or 4 * width
     tokens = 64 * config.train.micro_batch_size
@@ -104,7 +104,7 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
     w = torch.randn(width, inner, device=where.device, dtype=dtype)
     x @ w  # the first product also loads the kernels
     # ``clock.now`` waits for the device, so the times are those of whole products.
-    clock = Clock(where.device)
+    clock = Clock(device=where.device)
     best = math.inf
     start = before = clock.now()
     while before - start < 1:
@@ -113,8 +113,8 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
         best = min(best, after - before)
         before = after
     return {
-        "source": f"one product of {tokens} × {width} × {inner} in {dtype_name} on "
-        f"{where.device}, the best of a second: times are lower bounds",
+        "source": f"the fastest matrix product of {tokens} × {width} × {inner} in one second, in "
+        f"{dtype_name} on {where.device}; times are lower bounds",
         "flops_per_second": 2.0 * tokens * width * inner / best,
     }
 
@@ -128,7 +128,7 @@ def estimate_seconds(ledger: Ledger, rate: dict) -> float:
     for phase, flops in ledger.useful.items():
         if phase not in speed:
             raise UserError(
-                f"--from-run: expected the speed of {phase}, got none in that run; name a run that "
+                f"--from-run: its metrics.jsonl has no speed of the phase {phase}; name a run that "
                 "sampled and trained"
             )
         seconds.append(flops / speed[phase])

@@ -20,7 +20,7 @@ def _tabulate_prefixes(document: dict) -> Table:
         "FLOPs",
         "time",
         "memory, GiB",
-        "set by",
+        "peak in",
         title=f"{document['method']}, {document['updates']} steps",
     )
     for row in document["prefixes"]:

@@ -52,7 +52,7 @@ def load_prompts(
         _check_embedded_column(source, row_format.prompt_column, "prompt")
         _check_embedded_column(source, row_format.answer_column, "answer")
     selection = _Selection(split=split or source.training_split, limit=None, evaluated=False)
-    return _load(source, row_format, selection, part)
+    return _load(source, row_format, selection, part=part)
 
 
 def load_evaluation_prompts(
@@ -71,7 +71,7 @@ def load_evaluation_prompts(
     """
     source = parse_source(name)
     selection = _Selection(split=split or source.test_split, limit=limit, evaluated=True)
-    return _load(source, row_format, selection, part)
+    return _load(source, row_format, selection, part=part)
 
 
 def _load(
@@ -79,7 +79,9 @@ def _load(
 ) -> PromptSet:
     builder = PromptBuilder(source=source, row_format=row_format, part=part)
     if source.is_embedded:
-        _check_embedded_column(source, row_format.privileged_column, "solution", "privileged")
+        _check_embedded_column(
+            source, row_format.privileged_column, known="solution", flag="privileged"
+        )
         return _select(builder, _embedded_rows(source, selection), selection)
     if row_format.streaming:
         return _stream(builder, stream_rows(source, selection.split), selection)
@@ -123,7 +125,7 @@ def _stream(builder: PromptBuilder, rows: "IterableDataset", selection: _Selecti
         prompts = counted[: selection.limit]
     elif selection.limit is not None:
         prompts = tuple(itertools.islice(prompts, selection.limit))
-    return _make_set(source, selection.split, prompts, builder.notes(selection.split, None))
+    return _make_set(source, selection.split, prompts, notes=builder.notes(selection.split, None))
 
 
 def _build_each(builder: PromptBuilder, rows: Iterable[Row]) -> Iterator[Prompt]:
@@ -150,7 +152,7 @@ def _select(
             order = order[:limit]
     prompts = tuple(builder.build(index, rows[index]) for index in order)
     notes = builder.notes(selection.split, len(rows))
-    return _make_set(source, selection.split, prompts, notes)
+    return _make_set(source, selection.split, prompts, notes=notes)
 
 
 def _check_count(source: Source, available: int) -> None:
@@ -173,8 +175,8 @@ def _make_set(
         if split != "train":
             other_splits["examples"] = (source.location, "train")
         return PromptSet(
-            source.text,
-            prompts,
+            name=source.text,
+            prompts=prompts,
             answer_format="hash",
             max_new_tokens=MAX_NEW_TOKENS,
             privileged_template="{solution} {problem}",
@@ -185,8 +187,8 @@ def _make_set(
     if source.preset is not None and source.preset.answer_format != "auto":
         answer_format = source.preset.answer_format
     return PromptSet(
-        source.text,
-        prompts,
+        name=source.text,
+        prompts=prompts,
         answer_format=answer_format,
         other_splits=_other_splits(source, split),
         notes=notes,

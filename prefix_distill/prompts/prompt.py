@@ -1,14 +1,14 @@
 """A prompt, a set of prompts, and a prompt as token ids."""
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 # {"role": …, "content": …}
 Message = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One problem as chat messages that end with the user's turn.
 
@@ -23,7 +23,6 @@ class Prompt:
     index: int
     messages: tuple[Message, ...]
     answer: str | None
-    _: KW_ONLY
     privileged: str | None = None
     around: tuple[str, str] = ("", "")
     worked_solution: str | None = None
@@ -34,7 +33,7 @@ class Prompt:
         return self.messages[-1]["content"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptSet:
     """Prompts in the order of the dataset, or an iterator over shuffled prompts if streamed.
 
@@ -47,7 +46,6 @@ class PromptSet:
 
     name: str
     prompts: tuple[Prompt, ...] | Iterator[Prompt]
-    _: KW_ONLY
     answer_format: str | None = None
     max_new_tokens: int | None = None
     privileged_template: str | None = None
@@ -60,7 +58,7 @@ class PromptSet:
         return not isinstance(self.prompts, tuple)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rendered:
     """A prompt as token ids for both models, whose chat templates and lengths may differ."""
 

@@ -128,9 +128,9 @@ class PromptBuilder:
                 raise self._row_error(index, f"has an unpaired surrogate in {text[:60]!r}")
         position, parts = self.part
         return Prompt(
-            index * parts + position,
-            tuple(messages),
-            answer,
+            index=index * parts + position,
+            messages=tuple(messages),
+            answer=answer,
             privileged=privileged,
             around=(before, after),
             worked_solution=worked,

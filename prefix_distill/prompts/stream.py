@@ -98,8 +98,8 @@ def join_sets(sets: list[PromptSet], weights: list[Fraction]) -> PromptSet:
         if remaining[chosen]:
             order.append(remaining[chosen].popleft())
     return PromptSet(
-        ", ".join(part.name for part in sets),
-        tuple(order),
+        name=", ".join(part.name for part in sets),
+        prompts=tuple(order),
         answer_format=_common_value(part.answer_format for part in sets),
         max_new_tokens=_common_value(part.max_new_tokens for part in sets),
         privileged_template=_common_value(part.privileged_template for part in sets),

@@ -127,7 +127,8 @@ def teacher_messages(prompt: Prompt, template: str) -> tuple[Message, ...]:
         "{solution}": prompt.privileged,
     }
     # one pass, so that a field's own text is never replaced
-    content = re.sub(r"\{problem\}|\{solution\}", lambda match: fields[match[0]], template)
+    parts = re.split(r"(\{problem\}|\{solution\})", template)
+    content = "".join(fields.get(part, part) for part in parts)
     last = prompt.messages[-1] | {"content": f"{before}{content}{after}"}
     return (*prompt.messages[:-1], last)
 
@@ -173,7 +174,11 @@ def render_all(
             dropped += 1
             continue
         kept.append(
-            Rendered(prompt, (*student_ids, *student_begin), (*teacher_ids, *teacher_begin))
+            Rendered(
+                prompt=prompt,
+                student_ids=(*student_ids, *student_begin),
+                teacher_ids=(*teacher_ids, *teacher_begin),
+            )
         )
     if kept:
         return kept, dropped

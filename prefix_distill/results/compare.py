@@ -189,15 +189,15 @@ def _check(path: str, arms: Arms) -> None:
             shown = reprlib.repr(str(name))
             raise _error(path, f"a folder cannot have the name {shown}; rename the arm")
         for extra in tuned:
-            configuration.build(arms.settings(name, 0) | extra)
-            configuration.build(arms.settings(name, 0) | arms.tune_base | extra)
+            _check_settings(path, arms.settings(name, 0) | extra)
+            _check_settings(path, arms.settings(name, 0) | arms.tune_base | extra)
     for seed in (*arms.seeds, arms.tune_seed):
-        configuration.build({"runtime.seed": seed})
+        _check_settings(path, {"runtime.seed": seed})
     for name, also in arms.also.items():
         if not _names_a_file(name):
             shown = reprlib.repr(name)
             raise _error(path, f"also: a file cannot have the name {shown}; rename the dataset")
-        configuration.build(also)
+        _check_settings(path, also)
     for settings in (arms.tune_base, *arms.arms.values()):
         for key, advice in FIXED.items():
             if key in settings:
@@ -209,6 +209,14 @@ def _check(path: str, arms: Arms) -> None:
                 "a comparison cannot push to the hub; remove the section "
                 "export, and push one student with `prefix-distill export`",
             )
+
+
+def _check_settings(path: str, settings: Settings) -> None:
+    """Raise UserError, with the name of the file, unless a run accepts the settings."""
+    try:
+        configuration.build(settings)
+    except UserError as error:
+        raise _error(path, str(error)) from None
 
 
 def _mapping(path: str, what: str, value: object) -> dict:
@@ -256,9 +264,9 @@ class _Jobs:
         settings = self.arms.settings(arm, seed)
         if self.arms.tuned:
             settings[self.arms.tuned] = self._tuned(arm)
-        self._one(path, arm, seed, settings)
+        self._one(path, arm=arm, seed=seed, settings=settings)
         for name, also in self.arms.also.items():
-            self._also(path, name, also, seed)
+            self._also(path, name, settings=also, seed=seed)
         return path
 
     def _tuned(self, arm: str) -> object:
@@ -284,7 +292,7 @@ class _Jobs:
         settings[str(self.arms.tuned)] = value
         settings["runtime.seed"] = seed
         path = self.out / arm / f"tune-{value}"
-        result = self._one(path, arm, seed, settings)
+        result = self._one(path, arm=arm, seed=seed, settings=settings)
         last = result["evaluations"][-1]
         if last["accuracy"]:
             return last["accuracy"]["value"]
@@ -311,7 +319,7 @@ class _Jobs:
         else:
             self.observer.note(f"{path}: starting")
         run = prepare(configuration.build(settings))
-        return train_in(run, folder, self.observer, resume, f"{arm} seed {seed}:")
+        return train_in(run, folder, self.observer, resume=resume, label=f"{arm} seed {seed}:")
 
     def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:
         """Evaluate the final student in ``path`` on another dataset, unless that is done."""

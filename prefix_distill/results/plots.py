@@ -187,7 +187,7 @@ def draw_report(
         if resampled is not None and resampled.paired:
             curve = resampled.curve(arm)
             y = (100 * curve.accuracy).tolist()
-            _draw_band(axes, x, curve.accuracy_draws, colour)
+            _draw_band(axes, x, curve.accuracy_draws, colour=colour)
         axes.plot(
             x,
             y,

@@ -117,7 +117,7 @@ def collect_runs(paths: list[Path]) -> list[Finished]:
         runs = _finished_runs(path)
         if not runs:
             raise UserError(
-                f"{path}: no finished run found; expected a folder whose run.json has a result: "
+                f"{path}: no finished run found; expected a folder whose run.json has a result; "
                 "check the path, or finish the run with --resume"
             )
         for run in runs:

@@ -17,7 +17,7 @@ from ..errors import UserError
 LARGEST = 1e30  # limit on numbers: sums over runs must not overflow
 SHOWN_KEYS = 4  # of an object that lacks a key
 SHOWN_CHARACTERS = 100  # of a value in an error
-ADVICE = "restore the file, or leave this run out"
+ADVICE = "restore the file, or omit this run"
 NAMES = {
     dict: "an object",
     list: "a list",

@@ -339,10 +339,10 @@ def ratio_text(ratio: dict | None) -> str:
     value = ratio["value"]
     reached = ratio["reached"]
     if value is None:
-        return f"not reached ({reached:.0%} of draws)"
+        return f"not reached ({reached:.0%} of bootstrap samples)"
     text = f"{value:.1f} × [{ratio['low']:.1f}, {ratio['high']:.1f}]"
     if reached < 1:
-        text += f", reached in {reached:.0%} of draws"
+        text += f", reached in {reached:.0%} of bootstrap samples"
     return text
 
 

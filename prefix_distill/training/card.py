@@ -77,8 +77,6 @@ def make_command(config: Config) -> str:
         flag = field.metadata["flag"]
         if value is True:
             words.append(flag)
-        elif value is False:
-            words.append(f"--no-{flag[2:]}")
         else:
             words.append(f"{flag} {shlex.quote(str(value))}")
     return " \\\n  ".join(words)
@@ -97,7 +95,7 @@ def make_card(run: Run, progress: Progress, row: dict, full: float | None = None
         _introduction(config, facts["prefix_distill"]),
         *_method(run, progress, row["step"]),
         *_results(config, progress.evaluations[0], row),
-        *_cost(run, progress, facts, full),
+        *_cost(run, progress, facts, full=full),
         *_warnings(run, progress, row["step"]),
         "## How to reproduce",
         _fenced(make_command(config)),

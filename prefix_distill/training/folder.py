@@ -186,14 +186,19 @@ class RunFolder:
         with self._writing(name):
             write_atomically(self.path / name, f"{text}\n")
 
-    def save_model(
-        self, name: str, model: "Model", card: str | None = None, merged: bool = False
-    ) -> None:
-        """Write a model folder; the arguments are those of ``engine.saving.save_model``."""
+    def save_model(self, name: str, model: "Model", card: str | None = None) -> None:
+        """Write a model folder, or an adapter's (``engine.saving.save_model``)."""
         with self._writing(name):
             from ..engine.saving import save_model
 
-            save_model(model, self.path / name, card, merged)
+            save_model(model, self.path / name, card)
+
+    def save_merged_model(self, name: str, model: "Model", card: str | None = None) -> None:
+        """Write a model folder with the adapter merged into the weights."""
+        with self._writing(name):
+            from ..engine.saving import save_merged_model
+
+            save_merged_model(model, self.path / name, card)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write ``content`` to ``name``; make its folder."""
@@ -260,13 +265,11 @@ class RunFolder:
                 state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
                 _check_checkpoint_format(newest, state)
 
-    def rewind(
-        self, name: str, step: int, warn: Callable[[str], None], whole: bool = False
-    ) -> None:
+    def rewind(self, name: str, step: int, warn: Callable[[str], None]) -> list[dict]:
         """Drop incomplete lines, and rows of steps after ``step``, from a file of JSON lines.
 
-        It warns of incomplete lines and, if the file should contain the ``whole`` run, of missing
-        rows. UserError: the file cannot be read.
+        It warns of incomplete lines and returns the rows that are left. UserError: the file cannot
+        be read.
         """
         try:
             rows, torn = read_rows(self.path / name)
@@ -281,13 +284,9 @@ class RunFolder:
             if torn > 1:
                 lines = "lines"
             warn(f"{name}: removed {torn} incomplete {lines} left by the interruption")
-        missing = set(range(1, step + 1)) - {row["step"] for row in rows}
-        if whole and missing:
-            warn(
-                f"{name}: the rows of {len(missing)} earlier steps are missing (the first: "
-                f"{min(missing)}); the run does not need them, but reports lack them"
-            )
-        self.write_rows(name, [row for row in rows if row["step"] <= step])
+        rows = [row for row in rows if row["step"] <= step]
+        self.write_rows(name, rows)
+        return rows
 
     def save_checkpoint(self, step: int, tensors: "dict[str, Tensors]", facts: dict) -> None:
         """Write the checkpoint after ``step`` steps, with checksums, and delete older ones.

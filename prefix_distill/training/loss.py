@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +16,35 @@ from ..maths import fused, simct
 from ..maths.divergence import Terms
 from .run import Run
 
+# (slot, sample) → one number per taught token
+PerToken = dict[tuple[int, int], list[float]]
 # the loss, its value per token [N], and with --clip the clipped mass per token [N]
 Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(kw_only=True)
+class TokenLosses:
+    """The loss of this rank's rollouts, token by token.
+
+    ``values``: the divergence per taught token, nats; ``clipped``: with --clip, the teacher's mass
+    on clipped entries; ``weights``: the weight per token before the division by ``divisor``, the
+    sum over all ranks.
+    """
+
+    rollouts: list[Rollout]
+    weights: PerToken
+    divisor: float
+    values: PerToken = field(default_factory=dict)
+    clipped: PerToken = field(default_factory=dict)
+
+    def describe_non_finite(self) -> tuple[Rollout, str] | None:
+        """Return the first rollout with a non-finite divergence, and where it is; None if none."""
+        for r in self.rollouts:
+            for token, value in zip(r.taught, self.values[r.key], strict=True):
+                if not math.isfinite(value):
+                    where = f"prompt slot {r.slot}, sample {r.sample}, token {token}"
+                    return r, f"the divergence of {where} is {value}"
+        return None
 
 
 class StudentLoss(torch.nn.Module):
@@ -51,23 +80,23 @@ class StudentLoss(torch.nn.Module):
         if support is not None and teacher_NE is not None and rollouts[0].units is not None:
             return simct.weighted(
                 terms,
-                support,
-                units_of(rollouts),
-                student_ND,
-                pair.student.head(),
-                teacher_NE,
-                pair.teacher.head(),
-                weight_N,
+                support=support,
+                units=units_of(rollouts),
+                student_ND=student_ND,
+                student_head=pair.student.head(),
+                teacher_ME=teacher_NE,
+                teacher_head=pair.teacher.head(),
+                weight_U=weight_N,
             )
         return fused.weighted(
             terms,
-            student_ND,
-            pair.student.head(),
-            teacher_NE,
-            pair.teacher.head(),
-            weight_N.to(student_ND.device),
-            scoring.tokens(rollouts),
-            _sampler_logp(rollouts),
+            student_ND=student_ND,
+            student_head=pair.student.head(),
+            teacher_NE=teacher_NE,
+            teacher_head=pair.teacher.head(),
+            weight_N=weight_N.to(student_ND.device),
+            token_N=scoring.tokens(rollouts),
+            sampler_logp_N=_sampler_logp(rollouts),
         )
 
     def _touch_parameters(self) -> torch.Tensor:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from ..engine.alignment import count_by_unit, token_shares
 from ..engine.rollout import Rollout
 from ..prompts import stream
+from .loss import TokenLosses
 from .run import Run
 from .state import Progress, State
-from .update import TokenLosses, Update
+from .update import Update
 
 HEAD_TOKENS = 64  # the training KL of the first tokens, comparable while a prefix grows
 
@@ -23,7 +24,7 @@ def full_cost(run: Run, progress: Progress, steps: range) -> float:
     config, total = run.config, 0.0
     for step in steps:
         prompts = stream.prompts_of_step(
-            run.problems.train, step, config.train.batch_size, config.runtime.seed
+            run.problems.train, step, size=config.train.batch_size, seed=config.runtime.seed
         )
         total += run.update_cost(prompts, _length_at(progress.evaluations, step))
     return total
@@ -115,7 +116,7 @@ def update_facts(update: Update, losses: TokenLosses) -> UpdateFacts:
     """
     run = update.run
     newest = run.method.prefix.window(update.state.progress.prefix)
-    sums = [_rollout_sums(run, losses, r, newest) for r in losses.rollouts]
+    sums = [_rollout_sums(run, losses, r, newest=newest) for r in losses.rollouts]
     gathered = itertools.chain.from_iterable(run.place.gather(sums))
     everything = sorted(gathered, key=lambda row: row.key)
     alignment: dict[str, float] = {}

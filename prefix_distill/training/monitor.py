@@ -220,8 +220,8 @@ class Monitor:
             self.state.decoding,
             run.problems.held_out,
             run.evaluation,
-            run.limits,
-            GenerationCost.in_phase(meter, run.pair.student_shape, "evaluation"),
+            limits=run.limits,
+            cost=GenerationCost.in_phase(meter, run.pair.student_shape, "evaluation"),
         )
 
     def _evaluation_row(self, facts: list[Facts], values: TokenValues, endings: dict) -> dict:
@@ -270,8 +270,8 @@ class Monitor:
             Scorer.reverse_kl(copies, self.run.place),
             copy_as_student(self.contexts),
             self.run.limits,
-            meter,
-            "evaluation",
+            meter=meter,
+            phase="evaluation",
         )
         return intervals.token_mean([row["divergence"] for row in facts])["value"]
 
@@ -280,11 +280,11 @@ class Monitor:
         run = self.run
         cost = GenerationCost.in_phase(meter, run.pair.student_shape, phase)
         return evaluate.fixed_rollouts(
-            self.state.decoding, prompts, run.evaluation, run.limits, cost
+            self.state.decoding, prompts, run.evaluation, limits=run.limits, cost=cost
         )
 
     def _measure_contexts(self, contexts: list[Rollout], meter: Meter, phase: str) -> list[Facts]:
-        return measure_contexts(self.state, contexts, meter, phase)
+        return measure_contexts(self.state, contexts, meter, phase=phase)
 
     def _keep_best(self, step: int, accuracy: dict | None, values: TokenValues) -> None:
         """Save the student in best/ if it is the best so far.
@@ -319,7 +319,7 @@ def measure_contexts(
     """Return both models' token statistics on the rollouts ``contexts``."""
     run = state.run
     scorer = Scorer.reverse_kl(run.pair, run.place)
-    return evaluate.held_out_facts(scorer, contexts, run.limits, meter, phase)
+    return evaluate.held_out_facts(scorer, contexts, run.limits, meter=meter, phase=phase)
 
 
 def candidate_score(state: State, meter: Meter) -> float:
@@ -337,11 +337,13 @@ def candidate_score(state: State, meter: Meter) -> float:
     cost = GenerationCost.in_phase(meter, run.pair.student_shape, "extrapolation")
     if run.config.extrapolation.score == "accuracy":
         problems = [(p.prompt, p.student_ids) for p in prompts]
-        right = evaluate.evaluate(state.decoding, problems, how, run.limits, cost).right()
+        right = evaluate.evaluate(
+            state.decoding, problems, how, limits=run.limits, cost=cost
+        ).right()
         return sum(right) / len(right)
     how = dataclasses.replace(how, max_new_tokens=state.progress.taught_prefix)
-    rollouts = evaluate.fixed_rollouts(state.decoding, prompts, how, run.limits, cost)
-    facts = measure_contexts(state, run.pair.align(rollouts), meter, "extrapolation")
+    rollouts = evaluate.fixed_rollouts(state.decoding, prompts, how, limits=run.limits, cost=cost)
+    facts = measure_contexts(state, run.pair.align(rollouts), meter, phase="extrapolation")
     values = intervals.known([row["divergence"] for row in facts])
     return -math.fsum(values) / len(values)
 

@@ -28,22 +28,33 @@ TASK = "choice"  # the built-in default: lab:choice and its pair
 
 def fill_in(config: Config, notes: Notes) -> Config:
     """Return the config with the built-in pair and task where none is given."""
+    return fill_in_dataset(fill_in_models(config, notes), notes)
+
+
+def fill_in_models(config: Config, notes: Notes) -> Config:
+    """Return the config with the built-in pair where none is given."""
     student = f"{LAB}{TASK}/student"
     if config.models.teacher == configuration.SELF:
         student = f"{student}-told"
     # Again, because another config may have been built since this one.
     for plugin in load_plugins(config.runtime.plugin):
         notes.note(plugin.describe())
-    defaults = (
-        ("models", "student", student),
-        ("models", "teacher", f"{LAB}{TASK}/teacher"),
-        ("data", "dataset", LAB + TASK),
-    )
-    for section, key, value in defaults:
-        if getattr(getattr(config, section), key) is None:
-            config = configuration.replace(config, **{section: {key: value}})
-            notes.note(f"no --{key} was given; using the built-in {value}")
-    return config
+    config = _fill(config, notes, option="models.student", value=student)
+    return _fill(config, notes, option="models.teacher", value=f"{LAB}{TASK}/teacher")
+
+
+def fill_in_dataset(config: Config, notes: Notes) -> Config:
+    """Return the config with the built-in task where no dataset is given."""
+    return _fill(config, notes, option="data.dataset", value=LAB + TASK)
+
+
+def _fill(config: Config, notes: Notes, *, option: str, value: str) -> Config:
+    """Return the config with ``value`` for an option that is not given, and note it."""
+    section, key = option.split(".")
+    if getattr(getattr(config, section), key) is not None:
+        return config
+    notes.note(f"no --{key} was given; using the built-in {value}")
+    return configuration.replace(config, **{section: {key: value}})
 
 
 @contextlib.contextmanager
@@ -64,8 +75,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     student, where = _load_student(config)
     notes.note(*where.reasons)
     if config.adapter.rank is not None:
-        student = _add_adapter(config, student, where, notes)
-    teacher = _load_teacher(config, student, where, notes)
+        student = _add_adapter(config, student, where, notes=notes)
+    teacher = _load_teacher(config, student, where, notes=notes)
     with as_preflight_error():
         alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
     notes.note(tokenizers)
@@ -73,7 +84,10 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     if alignment is not None:
         config = check_alignment(config, notes)
         support = shared_support(
-            alignment.shared_vocabulary, alignment.mode, where.device, where.teacher_device
+            alignment.shared_vocabulary,
+            alignment.mode,
+            student_device=where.device,
+            teacher_device=where.teacher_device,
         )
     _check_forward_pass("student", student, notes)
     _check_forward_pass("teacher", teacher, notes)
@@ -96,6 +110,19 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     return config, where, pair
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _UnloadedModel:
+    """A model that loads after its device and dtype are known."""
+
+    name: str
+    trust_remote_code: bool
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters, from the config."""
+        return loading.count_parameters(self.name, self.trust_remote_code)
+
+
 def _load_student(config: Config) -> tuple[Model, Place]:
     """Load the student and join the ranks.
 
@@ -105,7 +132,8 @@ def _load_student(config: Config) -> tuple[Model, Place]:
     name = settled(config.models.student, "--student")
     trust = config.models.trust_remote_code
     if config.adapter.rank is not None:
-        where = join_ranks(config.runtime, lambda: loading.count_parameters(name, trust))
+        unloaded = _UnloadedModel(name=name, trust_remote_code=trust)
+        where = join_ranks(config.runtime, unloaded)
         student = loading.load_model(
             name,
             device=where.device,
@@ -117,7 +145,7 @@ def _load_student(config: Config) -> tuple[Model, Place]:
     student = loading.load_model(
         name, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust
     )
-    where = join_ranks(config.runtime, lambda: student.parameters)
+    where = join_ranks(config.runtime, student)
     student.net.to(where.device)
     return student, where
 

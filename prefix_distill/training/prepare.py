@@ -33,8 +33,8 @@ def prepare(config: Config) -> Run:
     config = fill_in(config, notes)
     sets = load_prompt_sets(config, notes)
     config, place, pair = load_pair(config, notes)
-    config, problems = render_problems(config, sets, pair, place, notes)
-    method = read_method(config, pair, place, notes)
+    config, problems = render_problems(config, sets, pair, place=place, notes=notes)
+    method = read_method(config, pair, place, notes=notes)
     limits = MemoryLimits(place, config)
     return Run(
         config=config,
@@ -64,7 +64,7 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
     off_policy = parse_off_policy(config.rollout.off_policy)
     text_terms = terms
     if off_policy is not None and off_policy.loss == "sft":
-        text_terms = Terms("cross-entropy", dtype=terms.dtype, memory_bytes=terms.memory_bytes)
+        text_terms = Terms(name="cross-entropy", dtype=terms.dtype, memory_bytes=terms.memory_bytes)
     notes.note(_describe_chunks(config, pair, terms))
     # The sampled estimator divides by the probability of a token when it was sampled. That is the
     # student's own probability, and needs no record, only if the student itself sampled on-policy.

@@ -32,12 +32,12 @@ def render_problems(
     UserError: no prompt is left. PreflightError: the models have too few positions.
     """
     config = settle_privileged_template(config, sets)
-    train, extrapolation, dropped = _render_for_run(config, sets, pair, notes)
+    train, extrapolation, dropped = _render_for_run(config, sets, pair, notes=notes)
     _check_extrapolation_prompts(config, extrapolation, notes)
     if config.data.privileged_column is not None:
-        _compare_privileged_prompts(pair, train[:4], place, notes)
+        _compare_privileged_prompts(pair, train[:4], place, notes=notes)
     held_out, dropped_held_out = templates.render_all(
-        sets.held_out.prompts, pair.student, pair.teacher, config
+        sets.held_out.prompts, pair.student, pair.teacher, config=config
     )
     if sum(dropped) + dropped_held_out:
         notes.warn(
@@ -49,7 +49,11 @@ def render_problems(
         longest = max(longest, len(r.student_ids), len(r.teacher_ids))
     try:
         config = settle_max_new_tokens(
-            config, [pair.student, pair.teacher], longest, sets.held_out.max_new_tokens, notes
+            config,
+            [pair.student, pair.teacher],
+            longest_prompt=longest,
+            task_limit=sets.held_out.max_new_tokens,
+            notes=notes,
         )
     except UserError as error:
         raise PreflightError(
@@ -100,7 +104,9 @@ def _render_for_run(
     """
     needed = config.train.steps * config.train.batch_size or 1
     fixed = _count_extrapolation_prompts(config)
-    rendered = render_training_prompts(config, sets, (pair.student, pair.teacher), needed + fixed)
+    rendered = render_training_prompts(
+        config, sets, (pair.student, pair.teacher), count=needed + fixed
+    )
     if len(sets.train) > 1:
         notes.note(_describe_mixture(sets, rendered.by_set, needed))
     prompts = rendered.stream
@@ -138,12 +144,14 @@ def render_training_prompts(
         dropped_of_set = 0
         if share:
             order = s.prompts if s.streamed else shuffle(s.prompts, seed, "epoch", 0)
-            rendered, dropped_of_set = templates.render_all(order, *models, config, share)
+            rendered, dropped_of_set = templates.render_all(
+                order, *models, config=config, limit=share
+            )
         by_set.append(rendered)
         dropped.append(dropped_of_set)
     prompts = by_set[0]
     if len(sets.train) > 1:
-        prompts = mix(by_set, sets.weights, count, seed)
+        prompts = mix(by_set, sets.weights, count=count, seed=seed)
     return RenderedSets(stream=prompts, by_set=by_set, dropped=dropped)
 
 
@@ -205,6 +213,11 @@ def settle_max_new_tokens(
     limits = [model.positions for model in readers if model.positions]
     positions = min(limits, default=None)
     room = None if positions is None else positions - longest_prompt
+    if room is not None and room < 1:
+        raise UserError(
+            f"the longest prompt has {longest_prompt} tokens, but the models have {positions} "
+            "positions, and a response needs one; shorten the prompts"
+        )
     given = config.rollout.max_new_tokens
     prefix = None  # a fixed length in tokens
     if config.schedule.prefix.isdecimal():
@@ -222,7 +235,7 @@ def settle_max_new_tokens(
         if prefix == given:
             flag = "--prefix"
         raise UserError(
-            f"{flag} {given}: expected at most {max(room, 0)} tokens, because the models have "
+            f"{flag} {given}: expected at most {room} tokens, because the models have "
             f"{positions} positions and the longest prompt has {longest_prompt}; lower {flag}"
         )
     return configuration.replace(config, rollout={"max_new_tokens": given})
@@ -260,7 +273,7 @@ def _measure_coverage(alignment: Alignment, prompts: list[Rendered], notes: Note
     notes.note(
         f"alignment on {len(texts)} prompts: {share['exact_share']:.1%} of student tokens map to "
         f"one teacher token, {share['span_share']:.1%} lie in spans, {share['dropped_share']:.1%} "
-        "are unaligned (text ends count as cut)"
+        "are unaligned (the last unit of a prompt is never aligned)"
     )
     teacher_tokens = sum(len(alignment.teacher.encode(content)) for content in contents)
     return teacher_tokens / max(1, sum(map(len, texts)))
@@ -278,14 +291,13 @@ def _compare_privileged_prompts(
     student_logp = _privileged_logp(pair, [(r.student_ids, r) for r in prompts], place)
     if teacher_logp <= student_logp:
         notes.warn(
-            "--privileged-column does not help the teacher: its log-probability is "
-            f"{teacher_logp:.3g} nats per token with the privileged text and {student_logp:.3g} "
+            "--privileged-column does not help the teacher: its log-probability of that text is "
+            f"{teacher_logp:.3g} nats per token with the text in the prompt and {student_logp:.3g} "
             "without; choose another column or --privileged-template"
         )
     notes.note(
-        f"privileged prompt: the teacher's log-probability of the privileged text is "
-        f"{teacher_logp:.3g} nats per token after its own prompt and {student_logp:.3g} after the "
-        "student's prompt"
+        f"privileged text: its log-probability under the teacher is {teacher_logp:.3g} nats per "
+        f"token after the teacher's prompt and {student_logp:.3g} after the student's"
     )
 
 

@@ -16,7 +16,7 @@ from ..prompts.stream import count_slots, hold_out, join_sets, take_examples
 from .run import Notes, settled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptSets:
     """The datasets of a run, before they are rendered.
 
@@ -49,16 +49,20 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
     wanted = max(config.evaluate.problems, config.evaluate.kl_prompts)
     if config.evaluate.dataset is not None:
         split = config.evaluate.split
-        held_out = _load_evaluated(config, config.evaluate.dataset, split, wanted, notes)
+        held_out = _load_evaluated(
+            config, config.evaluate.dataset, split=split, limit=wanted, notes=notes
+        )
     else:
         parts = []
         for k, count in enumerate(count_slots(weights, wanted)):
-            train[k], part = _hold_out(config, train[k], count, (k, len(names)), notes)
+            train[k], part = _hold_out(
+                config, train[k], count=count, part=(k, len(names)), notes=notes
+            )
             parts.append(part)
         held_out = join_sets(parts, weights)
     if few_shot:
         train[0], turns = take_examples(
-            train[0], few_shot, config.runtime.seed, tuple(held_out.prompts)
+            train[0], few_shot, seed=config.runtime.seed, evaluated=tuple(held_out.prompts)
         )
         notes.note(
             f"few-shot: every prompt starts with {few_shot} solved rows of {train[0].name}. These "
@@ -72,7 +76,7 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
                 f"dataset {loaded.name}: no row is left to train on; give --eval-dataset, lower "
                 "--few-shot, or add rows"
             )
-    return PromptSets(train, weights, held_out)
+    return PromptSets(train=train, weights=weights, held_out=held_out)
 
 
 def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
@@ -173,17 +177,17 @@ def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
     limit = config.evaluate.problems or None
     split = config.data.split
     if not config.data.few_shot:
-        return _load_evaluated(config, dataset, split, limit, notes)
+        return _load_evaluated(config, dataset, split=split, limit=limit, notes=notes)
     first, *others = [name for name, _ in sources.split_sources(dataset)]
     peek = load_evaluation_prompts(first, row_format(config), split=split, limit=1)
     if "examples" in peek.other_splits:
-        return _with_train_examples(config, dataset, peek.other_splits["examples"], notes)
+        return _with_train_examples(config, dataset, peek.other_splits["examples"], notes=notes)
     if others:
         raise UserError(
             f"--few-shot {config.data.few_shot}: dataset {first} has no split other than the one "
             "that is evaluated; evaluate one set at a time"
         )
-    return _with_own_examples(config, first, limit, notes)
+    return _with_own_examples(config, first, limit, notes=notes)
 
 
 def _with_train_examples(
@@ -192,11 +196,13 @@ def _with_train_examples(
     """Return the problems after examples from another split, ``source`` (dataset, split)."""
     few_shot = config.data.few_shot
     limit = config.evaluate.problems or None
-    prompts = _load_evaluated(config, dataset, config.data.split, limit, notes)
+    prompts = _load_evaluated(config, dataset, split=config.data.split, limit=limit, notes=notes)
     name, split = source
     with_solutions = dataclasses.replace(row_format(config), keep_solutions=True)
     rows = load_prompts(name, with_solutions, split=split)
-    _, turns = take_examples(rows, few_shot, config.runtime.seed, tuple(prompts.prompts))
+    _, turns = take_examples(
+        rows, few_shot, seed=config.runtime.seed, evaluated=tuple(prompts.prompts)
+    )
     _note_examples(few_shot, f"{name}, split {split}", notes)
     return prompt_stream.insert_turns(prompts, turns)
 

@@ -61,8 +61,8 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
     if steps != saved["train.steps"] and schedule != "constant":
         notes.append(
             f"the run now has {steps} steps instead of {saved['train.steps']}; the {schedule} "
-            "learning rate schedule is stretched to them, so the result will differ from a run "
-            "that began with this length"
+            f"learning rate schedule now spans {steps} steps, so the result will differ from a run "
+            f"of {steps} steps from the start"
         )
     return saved | values, notes
 
@@ -116,6 +116,6 @@ def _check_changes(out: str, saved: dict, values: dict) -> list[str]:
             )
         notes.append(
             f"{flag} changes from {before} to {value}; the result will differ from a run that used "
-            "it throughout"
+            f"{value} throughout"
         )
     return notes

@@ -29,7 +29,7 @@ def settled(value: T | None, name: str) -> T:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """The answer to one question about a run before it starts.
 
@@ -57,7 +57,7 @@ def describe_checks(checks: list[Check]) -> dict:
     return {"ok": not any(check.status == "error" for check in checks), "checks": documents}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Notes:
     """What is reported before a run starts.
 
@@ -187,7 +187,7 @@ class Run:
             pair.student_shape,
             pair.teacher_shape,
             batch,
-            self.problems.teacher_tokens,
-            pair.head_shares(),
+            teacher_tokens=self.problems.teacher_tokens,
+            heads=pair.head_shares(),
         )
         return ledger.total()

@@ -1,8 +1,11 @@
 """EffOPD in a run: the search along the recent displacement, and its diagnostics."""
 
+import functools
+
 import torch
 
 from ..display import flops_text
+from ..engine.meter import Meter
 from ..engine.models import refresh_decoder
 from ..maths import extrapolation
 from .monitor import candidate_score
@@ -31,18 +34,13 @@ class Search:
         flops_before = state.progress.ledger.useful.get("extrapolation", 0.0)
         seconds_before = state.clock.seconds.get("extrapolation", 0.0)
         self._keep_displacement()
-
-        def score() -> float:
-            refresh_decoder(state.decoding, state.run.pair.student)
-            return candidate_score(state, meter)
-
         with meter.phase("extrapolation"):
             taken = extrapolation.extrapolate(
                 state.moving,
                 state.anchor,
-                settings.kind,
-                score,
-                (state.run.config.runtime.seed, state.step),
+                kind=settings.kind,
+                score=functools.partial(self._score, meter),
+                key=(state.run.config.runtime.seed, state.step),
             )
         state.count(meter)
         if settings.reset:
@@ -57,10 +55,19 @@ class Search:
             if taken.scores:
                 steps = " → ".join(f"{s:.4g}" for s in taken.scores)
                 scores = f", {settings.score} {steps}"
+            taken_text = f"accepted W + {2 * taken.k}Δ (k = {taken.k}"
+            if taken.k == 0:
+                taken_text = "accepted no extrapolation (k = 0"
             state.report.note(
-                f"after step {state.step}: accepted W + {2 * taken.k}Δ (k = {taken.k}{scores}; "
-                f"{flops_text(flops)}, {seconds:.1f} s)"
+                f"after step {state.step}: {taken_text}{scores}; {flops_text(flops)}, "
+                f"{seconds:.1f} s)"
             )
+
+    def _score(self, meter: Meter) -> float:
+        """Return the score of the weights that the student holds now."""
+        state = self.state
+        refresh_decoder(state.decoding, state.run.pair.student)
+        return candidate_score(state, meter)
 
     def _keep_displacement(self) -> None:
         """Write the displacement since the last search, if diagnostics are on."""

@@ -15,6 +15,7 @@ from ..plugins import find_fault, find_unfiled, load_plugins
 from .card import make_card
 from .faults import find_non_finite
 from .folder import RunFolder
+from .loss import TokenLosses
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
 from .monitor import Monitor
 from .optimizer import NonFiniteGradient, step_optimizer
@@ -24,7 +25,7 @@ from .search import Search
 from .state import State
 from .teacher_text import TeacherTexts, load_or_sample
 from .trackers import Trackers
-from .update import TokenLosses, Update
+from .update import Update
 
 
 class Session:
@@ -75,7 +76,7 @@ class Session:
             self.complete(update, facts)
             self.extrapolate_if_due()
             self.refresh_copies()
-            self.record(update, facts, metrics_row(update, facts, rate, norm))
+            self.record(update, facts, metrics_row(update, facts, rate=rate, norm=norm))
             self.measure_if_due()
             self.save_if_due()
         return self.finish()
@@ -169,7 +170,9 @@ class Session:
         trained = self.run.pair.student.trainable
         with state.clock.phase("optimizer"):
             try:
-                norm = step_optimizer(state.optimizer, trained, rate, config.train.grad_clip)
+                norm = step_optimizer(
+                    state.optimizer, trained, rate=rate, grad_clip=config.train.grad_clip
+                )
             except NonFiniteGradient as error:
                 state.stop(str(error))
         return rate, norm
@@ -196,7 +199,7 @@ class Session:
         """Adapt the prefix schedule, and write the step to the run folder and to ``report``."""
         state, progress = self.state, self.state.progress
         reason = self.run.method.prefix.observe(
-            update.step, progress.prefix, facts.newest, facts.filled
+            update.step, progress.prefix, signal=facts.newest, reached=facts.filled
         )
         if reason:
             progress.decisions.append({"step": progress.step, "reason": reason})
@@ -248,11 +251,13 @@ class Session:
         """Save the student in model/, and with --merge-adapter the adapter in adapter/."""
         run, progress = self.run, self.state.progress
         cost = full_cost(run, progress, range(progress.step))
-        text = make_card(run, progress, progress.evaluations[-1], cost)
-        student, merge = run.pair.student, run.config.adapter.merge
-        self.folder.save_model("model", student, text, merge)
-        if merge:
+        text = make_card(run, progress, progress.evaluations[-1], full=cost)
+        student = run.pair.student
+        if run.config.adapter.merge:
+            self.folder.save_merged_model("model", student, text)
             self.folder.save_model("adapter", student, text)
+        else:
+            self.folder.save_model("model", student, text)
 
 
 def train_in(
@@ -266,7 +271,10 @@ def train_in(
     plugins = load_plugins(config.runtime.plugin)
     plugins += find_unfiled(config.divergence.name, config.schedule.prefix)
     interrupt = Interrupt()
-    watched = observer.watch(config.train.steps, label, run.place.is_first, interrupt.ask)
+    if run.place.is_first:
+        watched = observer.watch(config.train.steps, label, interrupt.ask)
+    else:
+        watched = observer.watch_other_rank()
     with watched as shown, interrupt, open_folder(run, folder, resume):
         reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(shown)
         if run.place.is_first:
@@ -275,7 +283,7 @@ def train_in(
             for text in record_plugins(folder, run.place, plugins):
                 report.warn(text)
             with naming_saved_state(folder):
-                return Session(run, folder, report, resume, interrupt).train()
+                return Session(run, folder, report, resume=resume, interrupt=interrupt).train()
 
 
 @contextlib.contextmanager

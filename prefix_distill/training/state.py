@@ -21,7 +21,7 @@ from .run import Run
 Tensors = dict[str, torch.Tensor]  # parameter name → tensor
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Progress:
     """The JSON values of a checkpoint.
 
@@ -69,7 +69,7 @@ class State:
             student.net.requires_grad_(True)
         self.optimizer = make_optimizer(student.trainable.values(), run.config)
         self.progress = Progress(taught_prefix=run.method.prefix.length(0))
-        self.clock = Clock(run.place.device, self.progress.seconds)
+        self.clock = Clock(device=run.place.device, seconds=self.progress.seconds)
         settings = run.config.extrapolation
         self.moving: dict[str, torch.nn.Parameter] = {}
         if settings.kind != "none" or settings.diagnostics:
@@ -179,7 +179,13 @@ class State:
         ranks_before = folder.read_json("run.json").get("ranks", place.world)
         place.barrier()  # every rank has read before the first one writes
         if place.is_first:
-            folder.rewind("metrics.jsonl", step, report.warn, whole=True)
+            rows = folder.rewind("metrics.jsonl", step, report.warn)
+            missing = set(range(1, step + 1)) - {row["step"] for row in rows}
+            if missing:
+                report.warn(
+                    f"metrics.jsonl: the rows of {len(missing)} earlier steps are missing (the "
+                    f"first: {min(missing)}); the run does not need them, but reports lack them"
+                )
             folder.rewind("scores.jsonl", self.progress.evaluations[-1]["step"], report.warn)
             folder.write_json("run.json", {**folder.read_json("run.json"), "ranks": place.world})
         place.barrier()

@@ -46,7 +46,7 @@ def wanted_texts(run: Run) -> dict[tuple[int, int], Rendered]:
     size, samples, seed = config.train.batch_size, config.rollout.samples, config.runtime.seed
     wanted = {}
     for step in range(config.train.steps):
-        prompts = stream.prompts_of_step(run.problems.train, step, size, seed)
+        prompts = stream.prompts_of_step(run.problems.train, step, size=size, seed=seed)
         for row in sorted(off_policy.rows(step, size * samples, seed)):
             slot, sample = divmod(row, samples)
             rendered = prompts[slot]
@@ -71,7 +71,7 @@ def load_or_sample(state: State, teacher: Model, max_new_tokens: int) -> Teacher
         if text is None or not (text["finished"] or len(text["ids"]) >= max_new_tokens):
             missing[key] = rendered
     if missing:
-        sampled, spent = _sample_missing(state, teacher, missing, max_new_tokens)
+        sampled, spent = _sample_missing(state, teacher, missing, max_new_tokens=max_new_tokens)
         for part in place.gather(sampled):
             texts |= part
         for ledger in place.gather(spent):
@@ -106,14 +106,16 @@ def _sample_missing(
     mine = _share_of_rank(list(missing), run.place)
     if not mine:
         return {}, meter.ledger
-    requests = [Request(missing[key].teacher_ids, ("teacher-text", *key)) for key in mine]
+    requests = [Request(ids=missing[key].teacher_ids, key=("teacher-text", *key)) for key in mine]
     cost = GenerationCost(
         meter=meter,
         shape=run.pair.teacher_shape,
         prefill="teacher_prefill",
         decode="teacher_decode",
     )
-    responses = run.limits.sample(teacher, requests, max_new_tokens, run.method.text_sampler, cost)
+    responses = run.limits.sample(
+        teacher, requests, max_new_tokens=max_new_tokens, sampler=run.method.text_sampler, cost=cost
+    )
     texts: TeacherTexts = {}
     for (index, sample), response in zip(mine, responses, strict=True):
         texts[index, sample] = {

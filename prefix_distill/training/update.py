@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 
@@ -21,37 +19,9 @@ from ..maths.weights import Scale, batch_scale, keep_selection, keep_window, tok
 from ..prompts import stream
 from ..prompts.prompt import Rendered
 from . import teacher_text
-from .loss import choose_terms, without_all_reduce
+from .loss import PerToken, TokenLosses, choose_terms, without_all_reduce
 from .state import State
 from .teacher_text import TeacherTexts
-
-# (slot, sample) → one number per taught token
-PerToken = dict[tuple[int, int], list[float]]
-
-
-@dataclass(kw_only=True)
-class TokenLosses:
-    """The loss of this rank's rollouts, token by token.
-
-    ``values``: the divergence per taught token, nats; ``clipped``: with --clip, the teacher's mass
-    on clipped entries; ``weights``: the weight per token before the division by ``divisor``, the
-    sum over all ranks.
-    """
-
-    rollouts: list[Rollout]
-    weights: PerToken
-    divisor: float
-    values: PerToken = field(default_factory=dict)
-    clipped: PerToken = field(default_factory=dict)
-
-    def describe_non_finite(self) -> tuple[Rollout, str] | None:
-        """Return the first rollout with a non-finite divergence, and where it is; None if none."""
-        for r in self.rollouts:
-            for token, value in zip(r.taught, self.values[r.key], strict=True):
-                if not math.isfinite(value):
-                    where = f"prompt slot {r.slot}, sample {r.sample}, token {token}"
-                    return r, f"the divergence of {where} is {value}"
-        return None
 
 
 class Update:
@@ -77,7 +47,7 @@ class Update:
         if prompts is None:
             config = run.config
             prompts = stream.prompts_of_step(
-                run.problems.train, step, config.train.batch_size, config.runtime.seed
+                run.problems.train, step, size=config.train.batch_size, seed=config.runtime.seed
             )
         self.prompts = prompts
         if prefix is None:
@@ -107,7 +77,7 @@ class Update:
                 prompt = self.prompts[slot]
                 text = self.texts[prompt.prompt.index, sample]
                 rollouts[slot, sample] = teacher_text.rollout(
-                    self.run, (slot, sample), prompt, text, self.prefix
+                    self.run, (slot, sample), rendered=prompt, text=text, prefix=self.prefix
                 )
         mine = [rollouts[key] for key in keys]
         self._refuse_nothing_taught(mine)
@@ -136,10 +106,15 @@ class Update:
             return []
         requests = []
         for slot, sample in keys:
-            requests.append(Request(self.prompts[slot].student_ids, (self.step, slot, sample)))
+            ids = self.prompts[slot].student_ids
+            requests.append(Request(ids=ids, key=(self.step, slot, sample)))
         cost = GenerationCost(meter=self.meter, shape=self.run.pair.student_shape, timed=True)
         responses = self.run.limits.sample(
-            self.state.decoding, requests, self.prefix, self.run.method.sampler, cost
+            self.state.decoding,
+            requests,
+            max_new_tokens=self.prefix,
+            sampler=self.run.method.sampler,
+            cost=cost,
         )
         rollouts = []
         for (slot, sample), response in zip(keys, responses, strict=True):
@@ -189,11 +164,11 @@ class Update:
                 return keep_selection(method.selection, rollouts, key)
         facts = self._measure_tokens(rollouts)
         if method.ranks_window:
-            rollouts = keep_window(method.window, rollouts, key, facts)
+            rollouts = keep_window(method.window, rollouts, key, statistics=facts)
         scale = None
         if method.ranks_selection:
             scale = self._batch_scale(rollouts, facts)
-        return keep_selection(method.selection, rollouts, key, facts, scale)
+        return keep_selection(method.selection, rollouts, key, facts=facts, at=scale)
 
     def _measure_tokens(self, rollouts: list[Rollout]) -> TokenFacts:
         """Return the statistics that rank tokens; keep the forward pass if the loss can reuse it.
@@ -203,7 +178,7 @@ class Update:
         run = self.run
         # The divergence that ranks tokens does not depend on the loss.
         terms = Terms(
-            "reverse-kl",
+            name="reverse-kl",
             dtype=run.place.head_dtype,
             memory_bytes=run.method.terms.memory_bytes,
         )
@@ -222,7 +197,7 @@ class Update:
                 facts, self.forward_pass = measured
                 return facts
         with self.meter.phase("selection"):
-            return run.limits.measure(scorer, rollouts, self.meter, "selection")
+            return run.limits.measure(scorer, rollouts, meter=self.meter, phase="selection")
 
     def _measure_once(
         self, scorer: Scorer, group: list[Rollout], meter: Meter
@@ -233,7 +208,7 @@ class Update:
             student_ND = scorer.student_rows(group)
         with meter.phase("teacher_score"):
             teacher_NE = scorer.teacher_rows(group)
-        forward_pass = ForwardPass(group, student_ND, teacher_NE)
+        forward_pass = ForwardPass(rollouts=group, student_ND=student_ND, teacher_NE=teacher_NE)
         with meter.phase("selection"):
             facts = scorer.statistics(forward_pass)
         # ``backward`` counts the forward passes; selection adds the heads.
@@ -317,7 +292,9 @@ class Update:
             if teacher_NE is not None:
                 self._count_teacher(group, read, meter)
             with meter.phase("student_update"), without_all_reduce(self.state.loss):
-                total, value_N, clipped_N = self.state.loss(group, teacher_NE, weight_N, student_ND)
+                total, value_N, clipped_N = self.state.loss(
+                    group, teacher_NE=teacher_NE, weight_N=weight_N, student_ND=student_ND
+                )
                 total.backward()
             self._count_student(group, read, meter)
             losses.values.update(_by_rollout(group, value_N))

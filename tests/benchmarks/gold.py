@@ -1,19 +1,22 @@
-"""A whole update across tokenizers, ours against TRL's GOLDTrainer: seconds and peak memory. About
-15 minutes on 2 cores.
+"""Compare a step across tokenizers with TRL's GOLDTrainer: seconds and peak memory.
 
     python tests/benchmarks/gold.py [--pairs 3] [--updates 3] [--work FOLDER] [--quick]
 
-SmolLM2-135M-Instruct learns from Gemma-3-270M (see cross_tokenizer.py for both) on GSM8K's
-questions as plain text: 4 prompts, 1 rollout each of 32 tokens, sampled at temperature 1, float32,
-AdamW, no gradient checkpointing. Arms: ours with --cross-tokenizer strict and simct; GOLD with its
-hybrid loss (a JSD at β = 1, which is its reverse KL, on tokens of the same name, sorted L1 on the
-rest) and logits read where they predict ("bayesian"); its alignment refuses Gemma's tokenizer
-(byte-level ones only), so it compares the n-th tokens of both sides. Each arm runs in a process of
-its own, in turn; the first update is warm-up; peak is the resident set from the first update's
-start to the last one's end. So that both sample up to the cap, the student's embeddings of special
-tokens are zero, which it then does not write; the tokens sampled are printed. Ratios are ours over
-GOLD's, median [lowest, highest]. Prints one JSON line last and records results/gold.json.
-``--quick``: simct and GOLD, one pair, two updates of 2 prompts and 8 tokens, nothing recorded.
+About 15 minutes on 2 cores. SmolLM2-135M-Instruct is trained with Gemma-3-270M as the teacher (see
+cross_tokenizer.py) on GSM8K's questions as plain text. A step has 4 prompts with 1 rollout of 32
+tokens each, sampled at temperature 1. Training uses float32 and AdamW without gradient
+checkpointing. The arms are ours with --cross-tokenizer strict and simct, and GOLD with its hybrid
+loss. That loss is a JSD at β = 1, which is GOLD's reverse KL, on tokens of the same name, and
+sorted L1 on the rest. GOLD's option "bayesian" uses the logits that predict a token. GOLD's
+alignment accepts byte-level tokenizers only. With Gemma's tokenizer it therefore compares the n-th
+tokens of both sides.
+
+Each run has a separate process, and the arms alternate. The first step is warm-up. Peak memory is
+the highest resident set from the start of the first step to the end of the last. The student's
+embeddings of special tokens are set to zero, so it samples none and all arms reach the token limit.
+The script prints the number of sampled tokens. A ratio is ours over GOLD's, median [lowest,
+highest]. The last printed line is JSON, also recorded as results/gold.json. ``--quick`` runs simct
+and GOLD once, two steps of 2 prompts and 8 tokens, and records nothing.
 """
 
 import argparse
@@ -36,7 +39,7 @@ QUICK_ARMS = ("simct", "gold")
 
 
 def prepare(given, work: Path) -> dict:
-    """Saves both models and the questions, none twice."""
+    """Save both models and the questions; no question occurs twice."""
     import torch
 
     from prefix_distill.engine import loading
@@ -52,7 +55,7 @@ def prepare(given, work: Path) -> dict:
         )
         model.tokenizer.chat_template = PLAIN
         embeddings = model.net.get_input_embeddings().get_parameter("weight")
-        embeddings[model.tokenizer.all_special_ids] = 0.0  # the head's rows, too
+        embeddings[model.tokenizer.all_special_ids] = 0.0  # tied, so also rows of the output head
         save_model(model, work / "smollm2")
     found = load_prompts(
         str(real_pair.questions()), RowFormat(prompt_column="doc.question")
@@ -133,13 +136,13 @@ def gold(given, work: Path) -> dict:
                 watch.start()
 
         def on_step_end(self, args, state, control, **_):
-            # TRL declares the attribute as None and sets it before the step
+            # TRL declares the attribute as None and assigns it before the step
             buffered: list[dict] = vars(trainer)["_buffered_inputs"]
             watch.end(sum((inputs["labels"] != -100).sum().item() for inputs in buffered))
 
     prompts = stream.shuffle(
         load_prompts(str(work / "questions.jsonl"), split="train").prompts, given.seed, "epoch", 0
-    )  # preflight's order
+    )  # the order of training.prepare
     rows = [{"messages": [*p.messages, {"role": "assistant", "content": "."}]} for p in prompts]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = GOLDTrainer(
@@ -189,14 +192,14 @@ def gold(given, work: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--quick", action="store_true", help="one pair of two small updates, nothing recorded"
+        "--quick", action="store_true", help="simct and GOLD once, two small steps; record nothing"
     )
     parser.add_argument("--pairs", type=int, help="runs of each arm (3; with --quick 1)")
     parser.add_argument(
-        "--updates", type=int, help="updates of a run, the first not counted (3; with --quick 2)"
+        "--updates", type=int, help="steps per run; the first is not counted (3; with --quick 2)"
     )
-    parser.add_argument("--prompts", type=int, help="prompts of an update (4; with --quick 2)")
-    parser.add_argument("--tokens", type=int, help="tokens of a rollout (32; with --quick 8)")
+    parser.add_argument("--prompts", type=int, help="prompts per step (4; with --quick 2)")
+    parser.add_argument("--tokens", type=int, help="tokens per rollout (32; with --quick 8)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm"
     )
@@ -274,7 +277,7 @@ def main() -> None:
             row["phases"] = turns[-1][arm]["phases"]
         document["arms"][arm] = row
         print(
-            f"{arm}: {row['seconds']:.2f} s an update, peak {row['peak_bytes'] / 2**30:.2f} GiB, "
+            f"{arm}: {row['seconds']:.2f} s per step, peak {row['peak_bytes'] / 2**30:.2f} GiB, "
             f"{row['tokens']:g} tokens",
             file=sys.stderr,
         )

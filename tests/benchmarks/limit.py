@@ -1,15 +1,16 @@
-"""How far scoring, update and decoding are from what this machine can do. About 3 minutes on 2
-cores.
+"""Compare scoring, training and decoding with the limits of this machine.
 
     python tests/benchmarks/limit.py [--quick] [--work FOLDER]
 
-Measured first: the matmul rate at the model's own shapes (every linear layer of the student with
-the tokens of one micro-batch, forward, fastest of several passes over all layers) and the memory
-bandwidth (reading 256 MB). Then, on SmolLM2-135M-Instruct → its 20-layer student, float32, 8 GSM8K
-questions with 64-token responses in micro-batches of 8: teacher scoring, student update and
-decoding. Share of the limit = the ledger's useful FLOPs per second over the rate; for decoding, the
-bytes of all weights over the bandwidth, over the time of a step. Medians of ``--repeats``;
-``--quick``: one repeat, 2 questions, nothing written.
+About 3 minutes on 2 cores. First the two limits are measured. The matmul rate is that of
+a forward pass of every linear layer of the student on the tokens of one micro-batch. The fastest of
+several passes over all layers counts. The memory bandwidth is that of reading
+256 MB. Then teacher scoring, student update and decoding are timed on SmolLM2-135M-Instruct and its
+20-layer student: float32, 8 GSM8K questions, 64-token responses, micro-batches of 8.
+
+The share of the limit is the ledger's useful FLOPs per second over the matmul rate. For decoding,
+it is the time to read all weights at the bandwidth over the time of a decoding step. Medians of
+``--repeats`` are shown. ``--quick`` runs 2 questions once and writes nothing.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from prefix_distill.cli import quiet
 
 
 def bandwidth() -> float:
-    """Bytes per second of reading memory: the sum of 64 M float32 numbers."""
+    """Return bytes per second of reading memory, timed as the sum of 64 M float32 numbers."""
     import torch
 
     block = torch.ones(1 << 26)
@@ -32,8 +33,10 @@ def bandwidth() -> float:
 
 
 def matmul_rate(net, rows: int) -> float:
-    """FLOPs per second of all linear layers of the trunk, one after the other, on ``rows``
-    tokens in float32."""
+    """Return FLOPs per second of all linear layers of the decoder, run one after the other.
+
+    ``rows``: number of float32 input tokens.
+    """
     import torch
 
     linears = [m for m in net.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
@@ -46,11 +49,11 @@ def matmul_rate(net, rows: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--quick", action="store_true", help="one repeat, 2 questions, nothing written"
+        "--quick", action="store_true", help="one repeat, 2 questions; write nothing"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--work", type=Path, help="folder with student/ and teacher/ (default: made anew)"
+        "--work", type=Path, help="folder with student/ and teacher/ (default: a temporary one)"
     )
     given = parser.parse_args()
     import scaling
@@ -77,7 +80,7 @@ def main() -> None:
     step = statistics.median(t["seconds"]["student_decode"] / (t["longest"] - 1) for t in turns)
     shares["student_decode"] = weights / reading / step
     print(
-        f"student_decode  {1e3 * step:.1f} ms a step of {prompts} rows; reading the weights at "
+        f"student_decode  {1e3 * step:.1f} ms per step of {prompts} rows; reading the weights at "
         f"{reading / 1e9:.1f} GB/s takes {1e3 * weights / reading:.1f} ms: "
         f"{shares['student_decode']:.0%}"
     )
@@ -88,7 +91,7 @@ def main() -> None:
         for t in turns
     )
     whole = statistics.median(sum(t["seconds"].values()) for t in turns)
-    print(f"whole update    {whole:.2f} s; at these limits {floor:.2f} s")
+    print(f"whole step      {whole:.2f} s; at these limits {floor:.2f} s")
     measure.record(
         "limit",
         {

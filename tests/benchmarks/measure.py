@@ -1,4 +1,4 @@
-"""What the benchmarks share: silent reporter, memory, machine, children, results."""
+"""Helpers of the benchmarks: silent reporter, memory, machine, child processes, results."""
 
 import dataclasses
 import importlib.metadata
@@ -52,20 +52,22 @@ def gradient(leaf: "torch.Tensor") -> "torch.Tensor":
 
 
 def memory(field: str) -> int:
-    """A field of /proc/self/status in bytes (Linux only)."""
+    """Return a field of /proc/self/status in bytes (Linux only)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) << 10
 
 
 def reset_peak() -> int:
-    """Starts ``memory("VmHWM")`` anew → the resident bytes now."""
+    """Reset the peak that ``memory("VmHWM")`` returns; return the resident bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
 
 
 def fastest(work, seconds: float = 1.0) -> float:
-    """Seconds of the fastest of several calls of ``work`` (after one that is not counted): a
-    limit, not an average."""
+    """Return the seconds of the fastest of several calls of ``work``, after one warm-up call.
+
+    The minimum estimates a limit of the machine; an average would not.
+    """
     work()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -93,8 +95,10 @@ def checkpoints(net) -> bool:
 
 
 def child(script: str, *arguments) -> dict:
-    """Runs ``script`` in a process of its own → its last line, a JSON document. Every arm has
-    the thread settings of our CLI."""
+    """Run ``script`` in a separate process; return its last printed line, a JSON document.
+
+    Every process has the thread settings of our command line.
+    """
     from prefix_distill.cli.quiet import calm_threads
 
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -105,7 +109,7 @@ def child(script: str, *arguments) -> dict:
         capture_output=True,
         text=True,
     )
-    if done.returncode == 2:  # the child printed what is missing or wrong as one line
+    if done.returncode == 2:  # the last line of stderr names what is missing or wrong
         print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
         sys.exit(2)
     if done.returncode:
@@ -116,7 +120,7 @@ def child(script: str, *arguments) -> dict:
 
 
 def machine() -> dict:
-    """Processor, threads and versions, for a result."""
+    """Return processor, threads and package versions for a result."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -131,7 +135,7 @@ def machine() -> dict:
 
 
 def record(name: str, document: dict, keep: bool) -> None:
-    """Prints the document as one JSON line; ``keep``: also to results/name.json."""
+    """Print the document as one JSON line; with ``keep``, also write results/NAME.json."""
     if keep:
         (HERE / "results" / f"{name}.json").write_text(
             json.dumps(document, indent=1) + "\n", encoding="utf-8"

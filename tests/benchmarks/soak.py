@@ -1,15 +1,15 @@
-"""kill -9 again and again: does an interrupted run end bit for bit like one that nothing disturbed?
-50 kills take about 8 minutes.
+"""Kill runs with SIGKILL, resume them, and compare their files with those of an uninterrupted run.
 
     python tests/benchmarks/soak.py [--times 50] [--gpus 1] [--seed 0] [--out FOLDER] [--quick]
 
-The run has everything that keeps state: an adaptive prefix, TIP, EffOPD (its anchor lies between
-two triggers), evaluations, a best student, tail probes. Kills take turns among KINDS; one in three
-resumed runs is killed once more. Compared with the undisturbed run: weights, moments, anchor,
-state, metric rows, scores, texts, the model and the best one, the result; also that nothing
-unfinished is left. Every process is a fork of one that has only imported (with --gpus 2: a process,
-whose launcher is killed). Prints one JSON line last; exit code 1 where anything differed.
-``--quick``: two kills. Linux.
+50 kills take about 8 minutes. The run has all state that a checkpoint must keep: an adaptive
+prefix, TIP, EffOPD with its anchor, evaluations, a best model and tail evaluations. The kills
+alternate among KINDS; one in three resumed runs is killed again.
+The comparison with the uninterrupted run includes weights, optimizer moments, EffOPD's anchor,
+training state, metrics rows, scores, texts, both saved models and the result. It also finds
+unfinished files that a run left behind. Every run is a fork of a process that has only imported the
+libraries; with --gpus 2 it is a new process, whose launcher is killed. The last printed line is
+JSON; the exit code is 1 if anything differs. ``--quick`` makes two kills. Linux only.
 """
 
 import argparse
@@ -85,8 +85,10 @@ PATIENCE = 300  # seconds
 
 
 class Process:
-    """`prefix-distill run FLAGS` in a process of its own. What it says goes to the file .log
-    beside its folder."""
+    """Run `prefix-distill run FLAGS` in a separate process.
+
+    Its output goes to the .log file beside its run folder.
+    """
 
     def __init__(self, gpus: int, *flags):
         self.gpus = gpus
@@ -123,15 +125,17 @@ class Process:
                 os._exit(70)
 
     def code(self, wait: bool = False) -> int | None:
-        """The exit code (negative: a signal), None while it runs."""
+        """Return the exit code (negative: a signal), or None while the process runs."""
         if self.ended is None:
             found, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
             self.ended = os.waitstatus_to_exitcode(status) if found else None
         return self.ended
 
     def kill(self, out: Path, kind: str, rng: random.Random, whole: float) -> bool:
-        """Kills it at a moment of that kind (``whole``: seconds of a run) → whether it was still
-        running."""
+        """Kill the process at a moment of the given kind; return whether it was still running.
+
+        ``whole``: seconds of an uninterrupted run.
+        """
         begun, wanted, count = time.monotonic(), rng.uniform(0, whole), rng.randint(1, 4)
         watched = {
             "inside a checkpoint's write": "checkpoints/.partial",
@@ -155,13 +159,15 @@ class Process:
         os.kill(self.pid, signal.SIGKILL)
         self.code(wait=True)
         if self.gpus > 1:
-            time.sleep(1.5)  # its ranks see that it is gone
+            time.sleep(1.5)  # time for the ranks to notice and exit
         return True
 
 
 def contents(out: Path) -> dict[str, object]:
-    """All that must be the same, by name; times, paths and how much memory was free are left
-    out."""
+    """Return everything that must be equal, by file name.
+
+    Times, paths and measurements of free memory are excluded.
+    """
     found: dict[str, object] = {}
     for file in sorted(out.rglob("*")):
         name = str(file.relative_to(out))
@@ -201,7 +207,7 @@ def soak(times: int, gpus: int, seed: int, folder: Path) -> dict:
     started = time.monotonic()
     if code := Process(gpus, *FLAGS, "--out", str(whole)).code(wait=True):
         raise SystemExit(
-            f"the undisturbed run ended with {code}: "
+            f"expected exit code 0 of the uninterrupted run, got {code}: "
             f"{whole.with_suffix('.log').read_text()[-2000:]}"
         )
     seconds, wanted = time.monotonic() - started, contents(whole)
@@ -211,7 +217,7 @@ def soak(times: int, gpus: int, seed: int, folder: Path) -> dict:
         kind, out = KINDS[number % len(KINDS)], folder / f"run-{number}"
         number += 1
         if not Process(gpus, *FLAGS, "--out", str(out)).kill(out, kind, rng, seconds):
-            late += 1  # it had ended
+            late += 1
         else:
             kills[kind] += 1
         again = (
@@ -250,7 +256,7 @@ def soak(times: int, gpus: int, seed: int, folder: Path) -> dict:
         if not differing or differing[-1]["run"] != number:
             shutil.rmtree(out)
         print(
-            f"{sum(kills.values())} of {times} kills, {len(differing)} differ, "
+            f"{sum(kills.values())} of {times} kills, {len(differing)} runs differ, "
             f"{time.monotonic() - begun:.0f} s",
             file=sys.stderr,
             flush=True,
@@ -283,7 +289,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     given.times = given.times or (2 if given.quick else 50)
     quiet.calm_threads(os.environ)
-    if given.gpus == 1:  # what a fork should not have to import; it must not compute
+    if given.gpus == 1:  # import once before forking, but start no threads
         quiet.quiet_libraries()
         for name in (
             "prefix_distill.training.session",

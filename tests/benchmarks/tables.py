@@ -4,7 +4,7 @@
 
 Print the page, then one JSON line. ``--write`` also updates results/README.md. Every number of
 the page comes from results/*.json or results/*.csv. The script needs no torch and takes less than a
-second; ``--quick`` exists because every benchmark has it and changes nothing.
+second. ``--quick`` changes nothing; the option exists because every benchmark has it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def read_csv(name: str) -> list[dict[str, str]]:
 
 
 def by_arm(name: str) -> dict[str, dict[str, Any]]:
-    """Return arm → its row of the summary in results/NAME.json."""
+    """Return the summary of results/NAME.json as arm → row."""
     return {row["arm"]: row for row in read(name)["summary"]}
 
 
@@ -97,21 +97,21 @@ def cost_ratio(ratio: dict[str, Any]) -> str:
 
 
 def accuracy_of(arms: dict[str, dict[str, Any]], arm: str) -> str:
-    """Return the accuracy of an arm; nothing if the grid does not have it."""
+    """Return the accuracy of an arm; return an empty cell if the grid does not have it."""
     if arm not in arms:
         return ""
     return accuracy(arms[arm])
 
 
 def gflops(row: dict[str, Any]) -> str:
-    """Return the useful FLOPs in billions; nothing for the untrained student."""
+    """Return the useful FLOPs in billions; return an empty cell for the untrained student."""
     if row["arm"] == "untrained":
         return ""
     return f"{row['flops_useful'] / 1e9:.1f} G"
 
 
 def arm_name(arm: str) -> str:
-    """Return an arm's name as code; `untrained` is no arm."""
+    """Return an arm's name as code; `untrained` is not an arm."""
     if arm == "untrained":
         return arm
     return f"`{arm}`"
@@ -197,7 +197,7 @@ def controls_table() -> str:
 
 
 def claims_table(name: str = "prefix") -> str:
-    """Return every claim of a grid; those on `auto` have a table of their own."""
+    """Return every claim of a grid; those on `auto` have a separate table."""
     rows = []
     for row in read(name)["claims"]:
         if "auto" in row["claim"]:
@@ -210,7 +210,7 @@ def claims_table(name: str = "prefix") -> str:
 
 
 def auto_table() -> str:
-    """Return `auto` against the best constant prefix, on both students."""
+    """Return `auto` and the best constant prefix for both students."""
     rows = []
     for name, student in (("prefix", "0.09 M"), ("prefix-wide", "0.14 M")):
         arms = by_arm(name)
@@ -228,7 +228,7 @@ def auto_table() -> str:
             ]
         )
     header = (
-        "student's parameters | best constant prefix | `auto` | difference, points | FLOPs of "
+        "student parameters | best constant prefix | `auto` | difference, points | FLOPs of "
         "`auto` ÷ FLOPs of the best constant prefix"
     )
     return markdown(header, rows)
@@ -310,7 +310,7 @@ def selection_cost_table() -> str:
 
 
 def lora_table() -> str:
-    """Return adapters of three ranks against all weights."""
+    """Return adapters of three ranks and training of all weights."""
     document = read("lora")
     claims = {row["worse"]: row for row in document["claims"]}
     rows = []
@@ -338,12 +338,12 @@ def gpus_table() -> str:
         total = f"{by_size[sizes[0]]['total'] / 1e9:.1f} GB"
         fits = [str(by_size[size]["micro_batch"] or "–") for size in sizes]
         rows.append([teacher, trains, total, *fits])
-    header = "teacher | what trains | memory at a micro-batch of 4"
+    header = "teacher | trained weights | memory at a micro-batch of 4"
     return markdown(f"{header} | {' | '.join(f'{size} GB' for size in sizes)}", rows, left=(0, 1))
 
 
 def plan_table() -> str:
-    """Return forecast and measured memory of the runs of plan.py."""
+    """Return forecast and measured memory of the runs in plan.py."""
     rows = []
     for name, run in read("plan")["runs"].items():
         megabytes = [
@@ -367,8 +367,8 @@ def cross_table() -> str:
         canonical = f"{document['canonical'][row['arm']]:.0%}"
         rows.append([arm_name(row["arm"]), accuracy(row), gflops(row), tokens, canonical])
     header = (
-        "arm | accuracy [95%] | useful FLOPs | tokens per answer | answers in the tokenizer's "
-        "own tokens"
+        "arm | accuracy [95%] | useful FLOPs | tokens per answer | share of canonically tokenized "
+        "answers"
     )
     return markdown(header, rows)
 
@@ -398,7 +398,7 @@ def real_cross_table() -> str:
 
 
 def gold_table() -> str:
-    """Return a step across tokenizers against TRL's GOLDTrainer."""
+    """Return a step across tokenizers compared with TRL's GOLDTrainer."""
     rows = []
     for arm, row in read("gold")["arms"].items():
         name, ratios = "GOLD", ["", ""]
@@ -416,7 +416,7 @@ def gold_table() -> str:
 
 
 def real_table() -> str:
-    """Return the held-out KL of SmolLM2's run over its steps."""
+    """Return the held-out KL of the SmolLM2 run by step."""
     rows = []
     for row in read_csv("real"):
         low, high = float(row["kl_low"]), float(row["kl_high"])
@@ -449,7 +449,7 @@ def real_grid_table() -> str:
 
 
 def update_table() -> str:
-    """Return whole steps against TRL."""
+    """Return whole steps compared with TRL."""
     rows = []
     for row in read("update_vs_trl")["cases"]:
         low, high = row["time_ratio_range"]
@@ -465,7 +465,7 @@ def update_table() -> str:
 
 
 def divergence_table() -> str:
-    """Return the loss alone against three other implementations."""
+    """Return the loss alone compared with three other implementations."""
     rows = []
     for row in read("divergence")["table"]:
         ratios = ["", ""]
@@ -474,12 +474,15 @@ def divergence_table() -> str:
         memory = f"{row['extra_bytes'] / 2**20:,.0f} MiB"
         name = f"{row['divergence']}, {row['arm']}"
         rows.append([name, f"{row['rows']:,}", f"{row['seconds']:.1f}", memory, *ratios])
-    header = "loss alone | rows | seconds | extra memory | time, ours ÷ it | memory, ours ÷ it"
+    header = (
+        "loss alone | rows | seconds | extra memory | time of ours ÷ this row | memory of ours ÷ "
+        "this row"
+    )
     return markdown(header, rows)
 
 
 def rollout_table() -> str:
-    """Return prefill and decoding against transformers' `generate`."""
+    """Return prefill and decoding compared with transformers' `generate`."""
     document = read("rollout")
     rows = []
     for row in document["table"]:
@@ -488,12 +491,14 @@ def rollout_table() -> str:
             ratio = f"{row['ours_over_it']:.2f}"
         prefill, step = f"{row['prefill_seconds']:.2f} s", f"{1e3 * row['step_seconds']:.0f} ms"
         rows.append([f"{row['case']}, {row['arm']}", prefill, step, ratio])
-    header = f"sampling {document['tokens']} tokens | prefill | decoding step | call, ours ÷ it"
+    header = (
+        f"sampling {document['tokens']} tokens | prefill | decoding step | time of ours ÷ this row"
+    )
     return markdown(header, rows)
 
 
 def scaling_table() -> str:
-    """Return a step's time over the prefix's length and the number of samples."""
+    """Return a step's time by prefix length and number of samples."""
     rows = []
     for row in read("scaling")["table"]:
         if not row["shared"]:
@@ -535,7 +540,7 @@ def limit_table() -> str:
 
 
 def ranks_table() -> str:
-    """Return the throughput of two ranks against one."""
+    """Return the throughput of two ranks compared with one."""
     names = {
         "laboratory": "the built-in pair, 128 rollouts of 48 tokens",
         "SmolLM2": "SmolLM2-135M → its 20-layer student, 16 rollouts of 32 tokens",
@@ -589,7 +594,9 @@ def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="update results/README.md")
-    parser.add_argument("--quick", action="store_true", help="changes nothing; this is quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="change nothing; this script is always quick"
+    )
     given = parser.parse_args()
     text = page()
     if given.write:

@@ -1,34 +1,33 @@
-"""A whole update, ours against TRL's DistillationTrainer: seconds and peak memory. About 12 minutes
-on 2 cores.
+"""Compare a whole step with TRL's DistillationTrainer: seconds and peak memory.
 
-    python tests/benchmarks/update_vs_trl.py [--quick] [--cases smollm2-g4] [--pairs 3] [--updates
-    2] [--dtype bfloat16]
+    python tests/benchmarks/update_vs_trl.py [--quick] [--cases smollm2-g4] [--pairs 3]
+        [--updates 2] [--dtype bfloat16]
 
-Both arms teach the same student from the same teacher on the same prompt ids (compared), with as
-many rollouts per update of as many tokens in the same micro-batch: sample at temperature 1,
-full-vocabulary reverse KL, gradient norm clipped to 1, AdamW, no gradient checkpointing (TRL's
-default is to checkpoint). The pair's folders name an end-of-sequence token that the student hardly
-ever writes (`embedded`: once in 10,000 tokens), so that both arms sample up to the cap; the tokens
-counted are printed.
+About 12 minutes on 2 cores. Both arms train the same student with the same teacher on the same
+prompt ids, which are compared. Number and length of the rollouts and the micro-batch size are
+equal. Both sample at temperature 1, use full-vocabulary reverse KL and AdamW, and clip the gradient
+norm to 1. Gradient checkpointing is off; TRL's default is on. The end-of-sequence token is one that
+the student rarely samples (`embedded`: once in 10,000 tokens), so both arms sample up to the token
+limit. The script prints the number of sampled tokens.
 
-    smollm2-g1  SmolLM2-135M-Instruct teaches its 20-layer cut; 8 GSM8K questions, 1 rollout each of
-    64 tokens smollm2-g4  the same pair; 2 questions of at least 64 tokens, 4 rollouts each of 32
-    tokens
-    embedded    the laboratory's `choice` pair (0.3 M and 0.1 M parameters); 4 problems, 4 rollouts
-                each of 24 tokens
+    smollm2-g1  SmolLM2-135M-Instruct and its 20-layer student; 8 GSM8K questions with 1 rollout of
+                64 tokens each
+    smollm2-g4  the same pair; 2 questions of at least 64 tokens with 4 rollouts of 32 tokens each
+    embedded    the built-in pair of `choice` (0.3 M and 0.1 M parameters); 4 problems with 4
+                rollouts of 24 tokens each
 
-Every arm runs in a process of its own, ours and TRL's in turn (A B A B). The first update is
-warm-up. Seconds: from the end of one update to the end of the next, median of the counted ones
-(`embedded` counts ten times as many). Peak: the highest resident set from the first update's start
-to the last one's end (``clear_refs``, then ``VmHWM``: Linux only); interpreter, libraries and
-weights are in it, loading is not. Ratios are ours over TRL's within a pair, below 1 where ours
-needs less; shown: the median over pairs [lowest, highest]. Where our seconds went is printed beside
-them, by phase.
+Every run has a separate process, and the two arms alternate. The first step is warm-up. Seconds are
+measured from the end of one step to the end of the next; the median is reported. `embedded` runs
+ten times as many steps. Peak memory is the highest resident set from the start of the first step to
+the end of the last (``clear_refs``, then ``VmHWM``: Linux only). It includes interpreter, libraries
+and weights, but not loading. A ratio is ours over TRL's within a pair of runs; the median over
+pairs [lowest, highest] is shown. The seconds of each phase of our steps are printed as well.
 
-Prints one JSON line last and writes it to tests/benchmarks/results/update_vs_trl.json. ``--quick``:
-one pair of two updates, `embedded` and `smollm2-g4` with 16 tokens, two to three minutes (reading
-the GGUF file takes one), nothing written. ``--work FOLDER`` keeps the pairs for the next call.
-Needs pip install "torch==2.13.0" -e ".[bench]" and what real_pair.py needs.
+The last printed line is JSON, also written to tests/benchmarks/results/update_vs_trl.json.
+``--quick`` runs one pair of two steps of `embedded` and of `smollm2-g4` with 16 tokens, and writes
+nothing. It takes two to three minutes; loading the GGUF file takes one of them. ``--work FOLDER``
+keeps the pairs for the next call. Requires pip install "torch==2.13.0" -e ".[bench]" and the
+packages of real_pair.py.
 """
 
 import argparse
@@ -51,9 +50,11 @@ RATE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The shape of an update: prompts × samples rollouts of ``tokens``. ``shortest``: tokens of a
-    prompt, at least; ``counted``: updates counted where one is asked for (more where they are
-    short)."""
+    """The shape of a step: prompts × samples rollouts of ``tokens`` tokens.
+
+    ``shortest``: minimum number of tokens of a prompt. ``counted``: how many steps to measure for
+    each step that ``--updates`` asks for; short steps have more.
+    """
 
     pair: str
     prompts: int
@@ -72,7 +73,7 @@ CASES = {
 
 
 class Watch:
-    """Seconds and tokens of every update, and the peak of the resident set since ``start``."""
+    """Record seconds and tokens of every step, and the peak resident set since ``start``."""
 
     def start(self) -> None:
         self.resident, self.peak = measure.reset_peak(), 0
@@ -85,7 +86,7 @@ class Watch:
         self.peak = measure.memory("VmHWM")
 
     def document(self, prompts: list[list[list[int]]]) -> dict:
-        """What an arm prints; ``prompts``: the ids of every update's prompts."""
+        """Return what an arm prints; ``prompts``: the ids of every step's prompts."""
         import torch
 
         seconds = [after - before for before, after in itertools.pairwise(self.ends)]
@@ -101,7 +102,7 @@ class Watch:
 
 
 def make_pair(name: str, folder: Path) -> None:
-    """Saves a pair as folder/teacher and folder/student."""
+    """Save a pair as folder/teacher and folder/student."""
     import torch
 
     from prefix_distill.engine import loading
@@ -121,7 +122,7 @@ def make_pair(name: str, folder: Path) -> None:
 
 
 def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
-    """Writes the questions of all updates, none twice."""
+    """Write the questions of all steps; none occurs twice."""
     import real_pair
     from transformers import AutoTokenizer
 
@@ -153,8 +154,10 @@ def prepare(case: Case, given, folder: Path, file: Path) -> dict:
 
 
 def watched(run, tokens) -> tuple[Watch, list[dict]]:
-    """Trains a prepared run → its Watch (``tokens(row)`` of every update) and the seconds of
-    every update by phase."""
+    """Train a prepared run and return its Watch and the seconds of every step by phase.
+
+    ``tokens(row)`` returns the number of sampled tokens of a step from its metrics row.
+    """
     from prefix_distill.training.folder import RunFolder
     from prefix_distill.training.session import Session
 
@@ -163,7 +166,7 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
     class Folder(RunFolder):
         def save_checkpoint(self, step, *state):
             super().save_checkpoint(step, *state)
-            if step == 0:  # the last thing before the first update
+            if step == 0:  # saved immediately before the first step
                 watch.start()
 
     class Report(measure.Silent):
@@ -186,7 +189,7 @@ def watched(run, tokens) -> tuple[Watch, list[dict]]:
 
 
 def ours(case: Case, given, folder: Path, file: Path) -> dict:
-    """Runs our updates."""
+    """Run our steps."""
     from prefix_distill import config
     from prefix_distill.cli import quiet
     from prefix_distill.prompts import stream
@@ -223,7 +226,9 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
         [
             [
                 list(p.student_ids)
-                for p in stream.prompts_of_step(run.problems.train, step, case.prompts, given.seed)
+                for p in stream.prompts_of_step(
+                    run.problems.train, step, size=case.prompts, seed=given.seed
+                )
             ]
             for step in range(given.updates)
         ]
@@ -235,8 +240,10 @@ def ours(case: Case, given, folder: Path, file: Path) -> dict:
 
 
 def trl(case: Case, given, folder: Path, file: Path) -> dict:
-    """Runs TRL's updates. It draws one rollout per row, so a prompt's row is repeated for each
-    of its samples."""
+    """Run TRL's steps.
+
+    TRL samples one rollout per row, so a prompt's row is repeated for each of its samples.
+    """
     import datasets
     import transformers
     from trl import DistillationConfig, DistillationTrainer
@@ -254,11 +261,11 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
                 watch.start()
 
         def on_step_end(self, args, state, control, **_):
-            watch.end(state.num_input_tokens_seen)  # prompts and responses, so far
+            watch.end(state.num_input_tokens_seen)  # cumulative, prompts and responses
 
     prompts = stream.shuffle(
         load_prompts(str(file), split="train").prompts, given.seed, "epoch", 0
-    )  # preflight's order
+    )  # the order of training.prepare
     rows = [{"prompt": list(p.messages)} for p in prompts for _ in range(case.samples)]
     rollouts = case.prompts * case.samples
     with tempfile.TemporaryDirectory() as scratch:
@@ -311,7 +318,7 @@ def trl(case: Case, given, folder: Path, file: Path) -> dict:
 
 
 def child(arm: str, name: str, given, work: Path) -> dict:
-    """Runs one arm in a process of its own → its document."""
+    """Run one arm in a separate process and return its document."""
     flags = [
         f
         for key in ("updates", "threads", "seed", "dtype")
@@ -323,19 +330,19 @@ def child(arm: str, name: str, given, work: Path) -> dict:
 
 
 def compare(name: str, given, work: Path) -> dict:
-    """All pairs of one case → its row."""
+    """Run all pairs of one case and return its row."""
     child("prepare", name, given, work)
     pairs = []
     for turn in range(given.pairs):
         left, right = pair = [child(arm, name, given, work) for arm in ("ours", "trl")]
         if left["prompts"] != right["prompts"]:
-            sys.exit(f"{name}: the two arms read different prompt ids")
+            sys.exit(f"{name}: expected the same prompt ids in both arms, got different ones")
         pairs.append(pair)
         lengths = [len(ids) for step in left["prompts"] for ids in step]
         print(
             f"{name}, pair {turn + 1}: ours {statistics.median(left['seconds']):.2f} s, "
-            f"TRL {statistics.median(right['seconds']):.2f} s an update; prompts of "
-            f"{min(lengths)} to {max(lengths)} tokens; of ours: "
+            f"TRL {statistics.median(right['seconds']):.2f} s per step; prompts of "
+            f"{min(lengths)} to {max(lengths)} tokens; our phases: "
             f"{', '.join(f'{phase} {s:.2f} s' for phase, s in left['phases'].items())}",
             file=sys.stderr,
             flush=True,
@@ -383,7 +390,7 @@ def show(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--quick", action="store_true", help="one pair of two small updates, nothing written"
+        "--quick", action="store_true", help="one pair of runs of two small steps; write nothing"
     )
     parser.add_argument(
         "--cases",
@@ -392,7 +399,7 @@ def main() -> None:
         help="default: all; with --quick: embedded and smollm2-g4",
     )
     parser.add_argument("--pairs", type=int, help="runs of each arm (3; with --quick 1)")
-    parser.add_argument("--updates", type=int, help="updates of a run, the first not counted (2)")
+    parser.add_argument("--updates", type=int, help="steps per run; the first is not counted (2)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="CPU threads of each arm"
     )
@@ -409,7 +416,7 @@ def main() -> None:
     given.pairs = given.pairs or (1 if given.quick else 3)
     given.updates = given.updates or 2
     if given.updates < 2:
-        parser.error("--updates: at least 2, the first is not counted")
+        parser.error("--updates: expected at least 2, because the first is not counted")
     if given.child:
         arm, name = given.child
         case = CASES[name]

@@ -1,5 +1,7 @@
-"""The command line: one JSON document last on stdout, settings in their order (test_bad_input.py
-has what is refused)."""
+"""The command line prints one JSON document last on stdout, and settings override in their order.
+
+test_bad_input.py tests what is refused.
+"""
 
 import json
 
@@ -7,7 +9,7 @@ import pytest
 from helpers import command, invoke, last_json
 
 
-def test_bad_input_in_a_process_of_its_own(tmp_path):
+def test_bad_input_in_a_separate_process(tmp_path):
     done = command("run", "--prefix", "0", cwd=tmp_path)
     assert (
         done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --prefix 0: ")

@@ -1,5 +1,4 @@
-"""`help`, `env`, plain mode, completion: what people, screen readers and shells are told is true
-of the commands."""
+"""Tests of `help`, `env`, plain mode and completion: their text agrees with the commands."""
 
 import io
 import json
@@ -63,9 +62,9 @@ def test_every_flag_and_command_that_a_page_names_exists(name):
         "--master-addr",
         "--master-port",
         "--help",
-    }  # torchrun's, click's
+    }  # options of torchrun and click
     text = re.sub(r" \\\n +", " ", PAGES[name])
-    text = text.replace("--learning_rate", "")  # of another tool, and the page says so
+    text = text.replace("--learning_rate", "")  # the page names it as an option of another tool
     if name == "migration":
         text = re.sub(r"prefix-distill run --model_name_or_path.*", "", text)
     wrong = [flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text) if flag not in flags]
@@ -90,8 +89,10 @@ def test_every_command_of_a_page_parses_and_is_a_valid_run(name, line):
 
 
 def test_methods_states_what_the_committed_results_found():
-    """Every sign is the verdict of a recorded claim; every method has one or says that there is
-    none; the page repeats no difference."""
+    """Every sign is the verdict of a recorded claim.
+
+    Every method has a claim or states that there is none. The page repeats no measured difference.
+    """
     page, quoted = " ".join(PAGES["methods"].split()), 0
     line = r"- \[([+0−])\] ([^`]+): `([^`]+)` against `([^`]+)` \(`([\w-]+)\.json`\)"
     for sign, words, better, worse, file in re.findall(line, page):
@@ -118,10 +119,8 @@ def test_methods_states_what_the_committed_results_found():
     assert [flag for flag in sorted(flags) if flag not in page] == []
 
 
-def test_the_page_on_exit_codes_lists_what_commands_end_with(
-    pair, questions, tmp_path, monkeypatch
-):
-    """Each code provoked by its own cause."""
+def test_the_page_on_exit_codes_lists_the_codes_of_commands(pair, questions, tmp_path, monkeypatch):
+    """Provoke each exit code by its own cause."""
 
     from prefix_distill.display import Display
 
@@ -221,7 +220,7 @@ def test_env_is_one_document_without_secrets_or_paths(tmp_path, monkeypatch):
         assert f"{name}: " in err
 
 
-def test_env_knows_every_package_that_can_be_asked_for():
+def test_env_lists_every_package_of_the_extras():
     import tomllib
 
     from prefix_distill.engine.device import PACKAGES
@@ -238,11 +237,11 @@ def test_env_knows_every_package_that_can_be_asked_for():
     )
 
 
-BOXES = re.compile("[\u2500-\u259f\x1b]")  # lines, blocks, escapes
+BOXES = re.compile("[\u2500-\u259f\x1b]")  # box-drawing lines, blocks, escape sequences
 
 
 def _in_a_terminal(environment: dict, code: str) -> str:
-    """What ``code`` writes to stderr where stderr is a terminal of 100 columns."""
+    """Return what ``code`` writes to stderr if stderr is a terminal of 100 columns."""
     import pty
 
     ours, theirs = pty.openpty()
@@ -261,7 +260,7 @@ def _in_a_terminal(environment: dict, code: str) -> str:
         try:
             while part := screen.read(4096):
                 seen += part
-        except OSError:  # the terminal has closed
+        except OSError:  # Linux raises at the end of a pseudo-terminal
             pass
         assert process.wait() == 0
     return seen.decode()
@@ -299,7 +298,7 @@ def test_plain_mode_has_no_bars_boxes_or_colours(environment):
         assert BOXES.search(seen)
         return
     assert not BOXES.search(seen), seen
-    assert "run: step 1/2: KL 0.5000 nats" in seen and "\na note\n" in seen
+    assert "run: step 1/2: divergence 0.5000 nats" in seen and "\na note\n" in seen
     assert seen.endswith("arms\narm: full\n  accuracy: 90.5% [86.0%, 94.5%]\n  cost: 1 G\n")
 
 
@@ -320,21 +319,21 @@ def test_a_page_is_rendered_on_a_terminal_and_markdown_in_plain_mode():
     assert plain == PAGES["exit-codes"]
 
 
-def test_plain_is_a_flag_before_and_behind_the_command(tmp_path, monkeypatch):
+def test_plain_is_a_flag_before_and_after_the_command(tmp_path, monkeypatch):
     from unittest import mock
 
     for words in (["--plain", "help"], ["help", "--plain"], ["help", "devices", "--plain"]):
         with mock.patch.dict(os.environ):
             os.environ.pop("PREFIX_DISTILL_PLAIN", None)
             assert invoke(*words)[0] == 0 and os.environ["PREFIX_DISTILL_PLAIN"] == "1"
-    assert (
-        invoke("help", "devices", "--", "--plain")[0] == 2
-    )  # behind -- it is a word like any other
+    assert invoke("help", "devices", "--", "--plain")[0] == 2  # after -- it is an ordinary argument
 
 
-def test_a_shell_is_offered_the_values_that_an_option_has(monkeypatch):
-    """bash's protocol, as typer's --show-completion sets it up. In a process of its own, because
-    typer prepares completion while it builds the command."""
+def test_shell_completion_offers_the_values_of_an_option(monkeypatch):
+    """Completion follows bash's protocol, as typer's --show-completion sets it up.
+
+    It runs in a separate process, because typer prepares completion while it builds the command.
+    """
     monkeypatch.setenv("_PREFIX_DISTILL_COMPLETE", "complete_bash")
     for words, values in (
         ("run --eos ", {"student", "teacher", "union"}),
@@ -380,8 +379,8 @@ def test_eval_and_export_take_their_flags_from_the_options_of_run():
     }
 
 
-def test_what_a_stream_cannot_encode_is_replaced(monkeypatch):
-    """A pipe in a Windows code page: help has Σ, κ and →."""
+def test_characters_that_stdout_cannot_encode_are_replaced(monkeypatch):
+    """A Windows code page has no Σ, κ and →, which the help contains."""
     written = io.BytesIO()
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True)

@@ -1,4 +1,4 @@
-"""``--help`` groups options in panels, the main ones first, and fits the terminal."""
+"""``--help`` groups options in panels, lists the main ones first, and fits the terminal."""
 
 import os
 import re
@@ -17,7 +17,7 @@ MAIN = (
     *("--student", "--teacher", "--dataset", "--prefix", "--lr", "--samples"),
     *("--max-new-tokens", "--divergence", "--steps", "--batch-size", "--gpus", "--out"),
 )
-COMMANDS = ("run", "check", "plan", "probe", "eval", "export")  # with options of the config
+COMMANDS = ("run", "check", "plan", "probe", "eval", "export")  # the commands with config options
 WIDTHS = (80, 100, 120)
 
 
@@ -35,7 +35,7 @@ def panels(text: str) -> dict[str, list[str]]:
     titles = re.findall(r"^╭─ (.+?) ─+╮$", text, re.MULTILINE)
     assert len(set(titles)) == len(titles)
     bodies = re.split(r"^╭.*╮$", text, flags=re.MULTILINE)[1:]
-    # the negative form of a switch stands below it
+    # the negative form of a switch is on the line below it
     names = [re.findall(r"^│ (?!--no-)([\w-]+)", body, re.MULTILINE) for body in bodies]
     return dict(zip(titles, names, strict=True))
 
@@ -68,6 +68,13 @@ def test_the_first_panel_has_the_twelve_main_options_and_others_have_the_rest(na
     every = [flag for flags in shown.values() for flag in flags if flag in config_options("run")]
     assert len(every) == len(configuration.options()) > 80
     assert set(every) == {configuration.flag(path) for path in configuration.options()}
+
+
+def test_probe_has_no_option_that_needs_an_adapter():
+    text = invoke("probe", "--help")[1]
+    assert (
+        "--teacher-quantize" in text and "--lora" not in text and "--student-quantize" not in text
+    )
 
 
 def test_probe_and_eval_start_with_main_options():
@@ -103,7 +110,7 @@ def test_every_option_of_run_has_its_help_limits_and_default():
         assert f"default: {parameters[configuration.flag(path)].show_default}" == default
 
 
-def test_limits_and_defaults_stand_behind_the_help():
+def test_limits_and_defaults_follow_the_help_text():
     text = " ".join(invoke("run", "--help")[1].replace("│", " ").split())
     assert "Rollouts per prompt. [at least 1; default: 4]" in text
     assert "[above 0 and at most 1; default: 0.5]" in text
@@ -154,7 +161,7 @@ def test_help_uses_the_width_of_the_terminal():
         try:
             while part := screen.read(4096):
                 written += part
-        except OSError:  # the process has closed the terminal
+        except OSError:  # Linux raises at the end of a pseudo-terminal
             pass
         assert process.wait() == 0
     text = written.decode()
@@ -164,7 +171,7 @@ def test_help_uses_the_width_of_the_terminal():
 
 
 @pytest.mark.parametrize("words", [["--plain", "--help"], ["--help", "--plain"]])
-def test_plain_and_help_may_stand_in_either_order(words, monkeypatch):
+def test_plain_and_help_work_in_either_order(words, monkeypatch):
     monkeypatch.setenv("PREFIX_DISTILL_PLAIN", "")
     code, text, _ = invoke(*words)
     assert code == 0 and "General options:\n  --plain\n" in text

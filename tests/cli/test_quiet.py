@@ -73,7 +73,7 @@ def warn_after_command(category: str, *flags: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize("category", ["FutureWarning", "DeprecationWarning"])
-def test_a_deprecation_is_hidden_unless_python_is_asked_for_it(category):
+def test_a_deprecation_is_hidden_unless_a_python_option_shows_it(category):
     assert category not in warn_after_command(category).stderr
     assert f"library.py:1: {category}: an old name" in warn_after_command(category, "-Wd").stderr
     raised = warn_after_command(category, "-W", f"error::{category}")

@@ -1,5 +1,7 @@
-"""Other tools' names on our command line: each is understood as what it means there, or refused
-with what to use instead."""
+"""Options of other tools on our command line.
+
+Each name is translated to our option, or refused with a hint what to use instead.
+"""
 
 import ast
 import importlib.util
@@ -25,7 +27,7 @@ def understood(*words: str, command: str = "run") -> list[str]:
 
 
 def settings(*words: str) -> dict:
-    """What `run` is told by these words: parsed by its own parser, run by nothing."""
+    """Return the config values that `run` parses from these words, without running it."""
     given = GROUP.commands["run"].make_context("run", understood(*words)).params
     values = {
         k.replace("__", "."): v for k, v in given.items() if "__" in k and v not in (None, ())
@@ -128,7 +130,7 @@ def test_a_name_sets_what_it_means(words, expected):
 @pytest.mark.parametrize(
     "words, message",
     {
-        "--lmbda 0.25": "--off-policy divergence:0.75 for that share",
+        "--lmbda 0.25": "--off-policy divergence:0.75, with which the",
         "--seq_kd True": "--seq_kd True: use --off-policy",
         "--num_train_epochs 3": "use --steps: E epochs",
         "--max_steps -1": "use --steps: E epochs",
@@ -159,7 +161,7 @@ def test_a_name_sets_what_it_means(words, expected):
         "(2) --num_train_epochs 2: use --steps",
     }.items(),
 )
-def test_what_has_no_counterpart_is_refused_in_one_line(words, message):
+def test_a_name_without_counterpart_is_refused_in_one_line(words, message):
     with pytest.raises(UserError) as stop:
         understood(*words.split())
     assert message in str(stop.value) and "\n" not in str(stop.value)
@@ -177,7 +179,7 @@ def test_the_command_ends_with_exit_code_2(words):
     assert code == 2 and out == "" and err.splitlines()[-1].startswith("error: ")
 
 
-def test_values_are_no_names():
+def test_values_and_unknown_names_are_not_translated():
     assert understood("--instruction", "--learning_rate", "--begin=--beta") == [
         "--instruction",
         "--learning_rate",
@@ -193,11 +195,11 @@ def test_values_are_no_names():
     assert understood("--gradient_accumulation_steps", "2", command="eval") == [
         "--gradient_accumulation_steps",
         "2",
-    ]  # its parser refuses it
+    ]  # the parser of eval then refuses it
     assert understood("--no_such_thing", "2") == ["--no_such_thing", "2"]
 
 
-def test_what_was_understood_is_said_once():
+def test_translations_are_reported_once():
     code, _, err = invoke(
         "run", "--learning_rate", "1e-4", "--max_steps", "3", "--batch_size", "2", "--prefix", "0"
     )
@@ -211,21 +213,23 @@ def test_what_was_understood_is_said_once():
 
 
 def test_a_switch_that_is_off_by_default_may_be_turned_off_without_a_config_file():
-    """eval has no --set, which turns a switch of a file off again."""
+    """eval has no --set, the only way to turn off a switch that a config file turned on."""
     assert understood("--dataset_streaming", "False", command="eval") == []
     assert understood("--dataset_streaming", "True", command="eval") == ["--streaming"]
     words = ["--activation_checkpointing", "False"]
     assert understood(*words, command="eval") == words  # eval has no such switch
 
 
-def test_our_own_names_are_not_reported():
+def test_our_own_flags_are_not_reported_as_translations():
     _, _, err = invoke("run", "--batch_size", "2", "--prefix", "0")
     assert err.startswith("error: ")
 
 
 def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
-    """A valid other value for every option there is, as --set and as --flag and
-    --flag_with_underscores."""
+    """Set every option to a valid value other than its default.
+
+    Each is given as --set, as --flag and as --flag_with_underscores.
+    """
     others = {
         "models.teacher_ema": 0.5,
         "weights.keep": 0.25,
@@ -272,8 +276,8 @@ def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
         ("transformers", "training_args.py", "TrainingArguments"),
     ],
 )
-def test_every_field_of_theirs_is_known(package, file, name):
-    """Read from their sources, which import slowly."""
+def test_every_field_of_trl_and_transformers_is_known(package, file, name):
+    """Parse the fields from the source files, because importing them is slow."""
     found = importlib.util.find_spec(package)
     if found is None:
         pytest.skip(f"{package} is not installed")
@@ -293,7 +297,7 @@ def test_every_field_of_theirs_is_known(package, file, name):
 
 
 def test_beta_is_the_divergence_that_was_compared_with_trl():
-    """test_trl.py computes each of these on both sides and finds one loss and one gradient."""
+    """test_trl.py compares loss and gradient of each of these with TRL's."""
 
     for divergence, beta in DIVERGENCES.items():
         assert settings("--beta", str(beta)) == {"divergence.name": divergence}

@@ -1,4 +1,4 @@
-"""Commands end in good order when stdout or stderr is full, closed, or nobody reads it."""
+"""Commands exit cleanly if stdout or stderr is full, closed or not read."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses a POSIX shell")
 
 
 def shell(line: str) -> subprocess.CompletedProcess:
-    """Run a line of sh in which $P is the program."""
+    """Run a line of sh; $P is the program."""
     program = f"{sys.executable} -m prefix_distill"
     return subprocess.run(
         ["sh", "-c", line],
@@ -32,7 +32,7 @@ def test_no_arguments_show_the_help():
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("words", ["help", "help devices", "--help"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_full_stdout_is_one_line(words, unbuffered):
+def test_a_full_stdout_is_reported_in_one_line(words, unbuffered):
     done = shell(f"PYTHONUNBUFFERED={unbuffered} $P {words} > /dev/full")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
@@ -67,7 +67,7 @@ def test_a_closed_stderr_does_not_mix_with_stdout():
     assert done.returncode == 0 and done.stdout == shell("$P help").stdout
 
 
-def test_what_head_reads_is_complete():
+def test_output_piped_to_head_is_complete():
     done = shell("$P help | head -1")
     assert done.returncode == 0 and done.stdout.startswith("prefix-distill help ")
     assert done.stderr == ""

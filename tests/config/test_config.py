@@ -1,5 +1,7 @@
-"""Settings: the grammar of --prefix, types, nearest keys; whatever is typed ends in a value or
-in one clear line."""
+"""Tests of the settings: the grammar of --prefix, types and nearest keys.
+
+Any input yields a value or one clear line.
+"""
 
 import re
 
@@ -33,14 +35,14 @@ def test_prefix_grammar(text, limit, length):
 @pytest.mark.parametrize(
     "text", ["0", "-3", "0%", "101%", "half", "", "9", "linear:1:256", "1e3", "%"]
 )
-def test_prefixes_that_are_refused(text):
+def test_invalid_prefixes_are_refused(text):
     with pytest.raises(UserError, match="prefix"):
         parse_prefix(text, 8)
 
 
 @given(st.text(max_size=12), st.integers(1, 4096))
 @settings(max_examples=300, deadline=None)
-def test_any_text_is_a_length_in_range_or_one_line(text, limit):
+def test_any_prefix_text_is_a_length_in_range_or_one_error(text, limit):
     try:
         assert 1 <= parse_prefix(text, limit).length(0) <= limit
     except UserError as error:
@@ -62,7 +64,7 @@ def test_any_text_is_a_length_in_range_or_one_line(text, limit):
     )
 )
 @settings(max_examples=300, deadline=None)
-def test_any_settings_are_accepted_whole_or_refused_in_one_line(values):
+def test_any_settings_are_all_accepted_or_refused_in_one_line(values):
     try:
         built = config.build(values)
     except UserError as error:
@@ -74,13 +76,13 @@ def test_any_settings_are_accepted_whole_or_refused_in_one_line(values):
             )
 
 
-def test_warmup_is_updates_or_a_share():
+def test_warmup_is_steps_or_a_share():
     assert [warmup_steps(t, 200) for t in ("0", "7", "5%", "2.5%")] == [0, 7, 10, 5]
     with pytest.raises(UserError):
         warmup_steps("some", 10)
 
 
-def test_a_number_is_never_bent_into_another():
+def test_a_number_is_never_converted_to_another_type():
     assert config.build({"schedule.lr": 1, "schedule.prefix": 16}).schedule.prefix == "16"
     for path, value in (
         ("train.steps", 2.5),
@@ -119,7 +121,7 @@ literal: {"<<": 1}
     assert tree["literal"] == {"<<": 1}
 
 
-def test_nodes_count_as_often_as_aliases_expand_them(tmp_path):
+def test_nodes_are_counted_after_aliases_are_expanded(tmp_path):
     def text(size: int) -> str:  # expands to 4 + 12·(size + 1) nodes
         items = ",".join(["x"] * size)
         aliases = ", ".join(["*a"] * 11)
@@ -137,7 +139,7 @@ def test_a_full_file_without_aliases_is_below_the_limit_of_nodes(tmp_path):
     assert len(read_yaml_text(tmp_path, f"{{{keys}}}")) == 10_000
 
 
-def test_on_and_off_are_words_also_in_yaml(tmp_path):
+def test_on_and_off_are_text_in_yaml(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "data: {student_thinking: off, teacher_thinking: on}\nmodels: {cross_tokenizer: off}\n"
     )
@@ -208,7 +210,7 @@ def test_every_limit_of_an_option_is_checked_and_no_other_is_declared():
     assert checked > 35
 
 
-def test_version_is_said_once_and_the_same():
+def test_the_version_equals_that_of_pyproject():
     import tomllib
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__

@@ -386,7 +386,9 @@ def test_a_teacher_partly_on_disk_gives_the_same_results(pair, questions, tmp_pa
     )
     assert [r.ids for r in rollouts] == [r.ids for r in again] and values == same
     assert_same(ours, theirs, 1e-6)
-    requests = [Request(r.teacher_ids, ("x", i)) for i, r in enumerate(whole.problems.train[:3])]
+    requests = [
+        Request(ids=r.teacher_ids, key=("x", i)) for i, r in enumerate(whole.problems.train[:3])
+    ]
     written = [
         generate(
             make_decoder(run.pair.teacher, torch.float32), requests, 12, run.method.text_sampler

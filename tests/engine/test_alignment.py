@@ -133,7 +133,7 @@ FAMILIES = {
     "SentencePiece BPE": sentencepiece_bpe,
     "Unigram": unigram,
     "characters": build.make_tokenizer,
-    "characters, merged": lambda: build.make_tokenizer(merged=True),
+    "characters, merged": lambda: build.make_merged_tokenizer(),
 }
 
 
@@ -448,7 +448,7 @@ def model(
 
 def test_how_the_tokens_of_a_pair_are_compared_and_why():
     same, reason = match_tokenizers(model("bytes"), model("bytes", rows=300), "strict")
-    assert same is None and "both heads cut to the real ids" in reason
+    assert same is None and "padding rows of the output heads are cut" in reason
     # one special token is renamed and one is added: tokens are compared by id, and a note says so
     renamed = byte_tokenizer()
     core = renamed.backend_tokenizer
@@ -604,7 +604,7 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
         )
         of = units_of(rollouts)
         loss, values, _ = simct.weighted(
-            Terms("reverse-kl", memory_bytes=8 << 20),
+            Terms(name="reverse-kl", memory_bytes=8 << 20),
             shared_support(pair.shared_vocabulary, "simct", "cpu", "cpu"),
             of,
             hidden,
@@ -620,9 +620,9 @@ def test_smollm2s_text_under_tokenizers_that_merge_digits_at_full_size():
             torch.cat([read_alone(student.net, prompts[0], r.ids) for r in rollouts]),
             torch.cat([read_alone(teacher.net, prompts[1], r.teacher_ids) for r in rollouts]),
         ]
-        heads = [Head(m.net.get_output_embeddings().weight) for m in (student, teacher)]
+        heads = [Head(weight_VD=m.net.get_output_embeddings().weight) for m in (student, teacher)]
         expected = by_the_book(
-            Terms("reverse-kl"),
+            Terms(name="reverse-kl"),
             pair.shared_vocabulary,
             rollouts,
             sides[0],

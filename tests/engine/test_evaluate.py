@@ -46,7 +46,7 @@ def how(samples, tokens, answer_format="exact"):
 
 def cost():
     """Return a cost that records no FLOPs."""
-    return GenerationCost(meter=Meter(Clock(torch.device("cpu"))))
+    return GenerationCost(meter=Meter(Clock(device=torch.device("cpu"))))
 
 
 def test_interval_is_close_to_the_normal_one_for_many_problems():
@@ -130,7 +130,7 @@ def test_held_out_kl_equals_a_naive_loop_with_any_micro_batch(models):
     scorer = Scorer.reverse_kl(pair, PLACE)
     few = limits()
     few.micro_batch_size = 3
-    meter = Meter(Clock(torch.device("cpu")))
+    meter = Meter(Clock(device=torch.device("cpu")))
     facts = evaluate.held_out_facts(scorer, fixed, few, meter, "evaluation")
     found = [row["divergence"] for row in facts]
     for rollout, values in zip(fixed, found, strict=True):
@@ -150,7 +150,10 @@ def test_average_and_pass_at_k(models):
 
     def run(references):
         messages = ({"role": "user", "content": "x"},)
-        problems = [(Prompt(i, messages, r), (4, 5, 6)) for i, r in enumerate(references)]
+        problems = [
+            (Prompt(index=i, messages=messages, answer=r), (4, 5, 6))
+            for i, r in enumerate(references)
+        ]
         return evaluate.evaluate(models[0], problems, how(3, 2), limits(), cost())
 
     texts = [[r["text"] for r in record["responses"]] for record in run(["none", "none"]).records]
@@ -182,7 +185,7 @@ def test_an_answer_is_graded_by_one_rank_only(monkeypatch):
     monkeypatch.setattr(
         memory,
         "generate",
-        lambda model, requests, *_: [Response((r.key[1],), True) for r in requests],
+        lambda model, requests, **_: [Response(ids=(r.key[1],), finished=True) for r in requests],
     )
     monkeypatch.setattr(
         module.answers, "is_correct", lambda text, gold, form: graded.append(gold) or text == gold

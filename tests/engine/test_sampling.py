@@ -21,7 +21,7 @@ def sampler(**changes):
 
 
 def requests(count=7):
-    return [Request(tuple(range(10, 12 + 3 * i)), (0, i, 0)) for i in range(count)]
+    return [Request(ids=tuple(range(10, 12 + 3 * i)), key=(0, i, 0)) for i in range(count)]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
@@ -50,7 +50,7 @@ def test_samples_do_not_depend_on_the_batch(model):
 def test_duplicate_prompts_get_different_samples(model):
     drawn = generate(
         model,
-        [Request((1, 2, 3), (0, slot, s)) for slot in range(2) for s in range(2)],
+        [Request(ids=(1, 2, 3), key=(0, slot, s)) for slot in range(2) for s in range(2)],
         12,
         sampler(),
     )
@@ -131,12 +131,14 @@ def test_padding_rows_of_the_head_are_never_sampled(model):
 
 
 def test_eos_ends_a_response_and_the_length_limit_does_not_finish_it():
-    assert rollout._until_eos([4, 257, 256, 256], EOS) == Response((4, 257), True)
+    assert rollout._until_eos([4, 257, 256, 256], EOS) == Response(ids=(4, 257), finished=True)
     # EOS exactly at the length limit
-    assert rollout._until_eos([4, 5, 6, 257], EOS) == Response((4, 5, 6, 257), True)
-    assert rollout._until_eos([4, 5, 6, 7], EOS) == Response((4, 5, 6, 7), False)
+    assert rollout._until_eos([4, 5, 6, 257], EOS) == Response(ids=(4, 5, 6, 257), finished=True)
+    assert rollout._until_eos([4, 5, 6, 7], EOS) == Response(ids=(4, 5, 6, 7), finished=False)
     # padding and EOS have the same id: the first one is EOS
-    assert rollout._until_eos([4, 256, 256, 256], frozenset({256})) == Response((4, 256), True)
+    assert rollout._until_eos([4, 256, 256, 256], frozenset({256})) == Response(
+        ids=(4, 256), finished=True
+    )
 
 
 def test_generation_stops_rows_at_their_own_eos(model):
@@ -168,7 +170,7 @@ def test_the_ledger_counts_the_lengths_that_were_run(model):
         def count(self, reads):
             heard.append(reads)
 
-    cost = Cost(meter=Meter(Clock(torch.device("cpu"))))
+    cost = Cost(meter=Meter(Clock(device=torch.device("cpu"))))
     drawn = generate(model, requests(), 12, sampler(rows=3), cost)
     assert sorted(p for reads in heard for p, _ in reads) == sorted(len(r.ids) for r in requests())
     assert sorted(n for reads in heard for _, lengths in reads for n in lengths) == sorted(
@@ -228,7 +230,7 @@ def test_recorded_log_probabilities_are_those_of_the_sampled_tokens(model, shape
         model, requests(), 40, sampler(record=True, eos=frozenset(range(0, 260, 9)), **shape)
     )
     assert generate(model, requests(), 40, sampler(eos=frozenset(range(0, 260, 9)), **shape)) == [
-        Response(r.ids, r.finished) for r in drawn
+        Response(ids=r.ids, finished=r.finished) for r in drawn
     ]
     assert len({len(r.ids) for r in drawn}) > 2
     for request, response in zip(requests(), drawn, strict=True):

@@ -190,5 +190,5 @@ def test_the_extent_of_a_side_does_not_iterate_over_its_rows():
         def __iter__(self):
             raise AssertionError("the extent iterated over the rows")
 
-    assert Side((1, 2), (3, 4, 5, 6), Rows((0, 2))).extent == 3
-    assert Side((1, 2), (3, 4), ()).extent == 1
+    assert Side(prompt=(1, 2), ids=(3, 4, 5, 6), rows=Rows((0, 2))).extent == 3
+    assert Side(prompt=(1, 2), ids=(3, 4), rows=()).extent == 1

@@ -169,7 +169,7 @@ def test_the_installed_forward_with_a_head_takes_the_cache(model, silence):
 
 def test_the_installed_generate_takes_and_returns_the_cache(model, silence):
     """Call generate three times, each time with the cache of the previous call."""
-    requests = [Request((65, 66, 67), (0, row)) for row in range(2)]
+    requests = [Request(ids=(65, 66, 67), key=(0, row)) for row in range(2)]
     sampler = Sampler(eos=frozenset({257}), pad=256, support=256, seed=1, temperature=0)
     first, second = generate(model, requests, 2 * STRETCH + 3, sampler)
     assert len(first.ids) == 2 * STRETCH + 3 and first == second

@@ -53,7 +53,9 @@ def test_traces_are_long_and_prompts_short(name):
     )
     for problem in task.sample_problems(name, "test", 20):
         prompt = templates.render(
-            model, Prompt(0, ({"role": "user", "content": problem.prompt},), None), "chat"
+            model,
+            Prompt(index=0, messages=({"role": "user", "content": problem.prompt},), answer=None),
+            "chat",
         )
         trace = model.tokenizer(problem.solution, add_special_tokens=False).input_ids
         assert (
@@ -127,8 +129,8 @@ def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
 
 def test_only_stages_with_privileged_prompts_use_random_numbers_for_them():
     p = Problem(task="choice", first=41, second=73, steps=3)
-    plain = Stage(1, 1, 1.0, short_cuts=0.5)
-    privileged = Stage(1, 1, 1.0, short_cuts=1.0, privileged=0.5)
+    plain = Stage(updates=1, batch=1, lr=1.0, short_cuts=0.5)
+    privileged = Stage(updates=1, batch=1, lr=1.0, short_cuts=1.0, privileged=0.5)
     rng, same = random.Random(0), random.Random(0)
     for _ in range(20):
         expected = p.short_cut(same) if same.random() < 0.5 else p.solution
@@ -150,7 +152,7 @@ def test_rebuilding_a_model_is_deterministic(tmp_path):
     for name in ("a", "b"):
         model = build.make_model(net)
         build.train(net, model)
-        build.save(model, tmp_path / name)
+        build.save(model, tmp_path / name, build.make_tokenizer())
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
     assert loading.load_model(

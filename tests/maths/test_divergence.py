@@ -20,26 +20,29 @@ def test_closed_forms_on_three_tokens_in_both_directions():
     def kl(p, q):
         return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
-    assert per_token(Terms("reverse-kl"), logp(*student), logp(*teacher)).item() == pytest.approx(
-        kl(student, teacher), 1e-12
-    )
-    assert per_token(Terms("forward-kl"), logp(*student), logp(*teacher)).item() == pytest.approx(
-        kl(teacher, student), 1e-12
-    )
+    assert per_token(
+        Terms(name="reverse-kl"), logp(*student), logp(*teacher)
+    ).item() == pytest.approx(kl(student, teacher), 1e-12)
+    assert per_token(
+        Terms(name="forward-kl"), logp(*student), logp(*teacher)
+    ).item() == pytest.approx(kl(teacher, student), 1e-12)
     mixture = [0.3 * t + 0.7 * s for s, t in zip(student, teacher, strict=True)]
-    assert per_token(Terms("jsd", (0.3,)), logp(*student), logp(*teacher)).item() == pytest.approx(
-        0.3 * kl(teacher, mixture) + 0.7 * kl(student, mixture), 1e-12
-    )
+    assert per_token(
+        Terms(name="jsd", parameters=(0.3,)), logp(*student), logp(*teacher)
+    ).item() == pytest.approx(0.3 * kl(teacher, mixture) + 0.7 * kl(student, mixture), 1e-12)
 
 
 def test_jsd_tends_to_forward_kl_at_0_and_to_reverse_kl_at_1():
     student, teacher = logp(0.7, 0.2, 0.1), logp(0.25, 0.25, 0.5)
-    low, high = (per_token(Terms("jsd", (b,)), student, teacher).item() for b in (1e-6, 1 - 1e-6))
+    low, high = (
+        per_token(Terms(name="jsd", parameters=(b,)), student, teacher).item()
+        for b in (1e-6, 1 - 1e-6)
+    )
     assert low / 1e-6 == pytest.approx(
-        per_token(Terms("forward-kl"), student, teacher).item(), rel=1e-4
+        per_token(Terms(name="forward-kl"), student, teacher).item(), rel=1e-4
     )
     assert high / 1e-6 == pytest.approx(
-        per_token(Terms("reverse-kl"), student, teacher).item(), rel=1e-4
+        per_token(Terms(name="reverse-kl"), student, teacher).item(), rel=1e-4
     )
 
 
@@ -52,7 +55,7 @@ def test_gradient_matches_finite_differences(name, parameters):
         F.log_softmax(torch.randn(4, 6, dtype=torch.float64), -1),
     )
 
-    terms = Terms(name, parameters)
+    terms = Terms(name=name, parameters=parameters)
 
     def value(logits):
         return per_token(terms, F.log_softmax(logits, -1), teacher)

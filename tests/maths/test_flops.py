@@ -45,14 +45,16 @@ def model(request):
 
 def cost_in(ledger, shape):
     """Return a cost of generation that counts FLOPs in ``ledger``."""
-    return GenerationCost(meter=Meter(Clock(torch.device("cpu")), ledger), shape=shape)
+    return GenerationCost(meter=Meter(Clock(device=torch.device("cpu")), ledger), shape=shape)
 
 
 @DECODING
 @pytest.mark.parametrize("samples", [1, 3])
 def test_executed_flops_of_generation_match_torchs_count(model, samples):
     requests = [
-        Request(tuple(range(5, 5 + n)), (0, n, s)) for n in (9, 14, 20) for s in range(samples)
+        Request(ids=tuple(range(5, 5 + n)), key=(0, n, s))
+        for n in (9, 14, 20)
+        for s in range(samples)
     ]
     sampler = Sampler(eos=frozenset({257}), pad=256, support=260, seed=0)
     ledger = Ledger()
@@ -69,7 +71,7 @@ def test_rows_that_have_ended_cost_no_more_flops(model):
 
     The EOS ids are tokens that other rows sample early and row 0 never samples.
     """
-    requests = [Request(tuple(range(5, 5 + n)), (0, n, 0)) for n in range(9, 17)]
+    requests = [Request(ids=tuple(range(5, 5 + n)), key=(0, n, 0)) for n in range(9, 17)]
     free = generate(
         model, requests, 80, Sampler(eos=frozenset({257}), pad=256, support=260, seed=3)
     )
@@ -118,11 +120,11 @@ def test_executed_flops_of_scoring_and_updates_match_torchs_count(model, samples
         from prefix_distill.maths.divergence import Head
 
         loss, *_ = weighted(
-            Terms("reverse-kl"),
+            Terms(name="reverse-kl"),
             rows,
             model.head(),
             teacher,
-            Head(torch.zeros(260, 1)),
+            Head(weight_VD=torch.zeros(260, 1)),
             torch.ones(len(rows)),
         )
         loss.backward()
@@ -152,7 +154,7 @@ def test_flops_of_gradient_checkpointing_match_torchs_count(model):
 
 
 def test_useful_counts_real_tokens_and_causal_pairs():
-    cost, ledger = Shape(1000, 50, ((8, None), (8, 4))), Ledger()
+    cost, ledger = Shape(trunk=1000, head=50, attention=((8, None), (8, 4))), Ledger()
     ledger.generation(cost, [(3, [4]), (5, [1])])
 
     def full(n):
@@ -170,7 +172,11 @@ def test_useful_counts_real_tokens_and_causal_pairs():
 
 
 def test_a_shared_prompt_is_counted_once():
-    cost, shared, repeated = Shape(1000, 50, ((8, 16), (8, None))), Ledger(), Ledger()
+    cost, shared, repeated = (
+        Shape(trunk=1000, head=50, attention=((8, 16), (8, None))),
+        Ledger(),
+        Ledger(),
+    )
     shared.forward("score", cost, [(40, [8, 8, 5])])
     repeated.forward("score", cost, [(40, [8]), (40, [8]), (40, [5])])
     again = 2 * (cost.linear(40) + cost.causal(0, 40))
@@ -186,7 +192,7 @@ def test_a_shared_prompt_is_counted_once():
 
 
 def test_cost_of_a_batch_is_the_sum_of_its_rows_and_totals_exclude_evaluation():
-    cost = Shape(1000, 50, ((8, 16), (8, None)))
+    cost = Shape(trunk=1000, head=50, attention=((8, 16), (8, None)))
     rows, whole = Ledger(), Ledger()
     for read in [(3, [5]), (9, [1]), (40, [8])]:
         rows.generation(cost, [read])
@@ -202,7 +208,10 @@ def test_cost_of_a_batch_is_the_sum_of_its_rows_and_totals_exclude_evaluation():
 
 
 def test_predicted_cost_of_an_update_equals_the_ledger():
-    student, teacher = Shape(1000, 50, ((8, None),)), Shape(3000, 60, ((16, None),) * 2)
+    student, teacher = (
+        Shape(trunk=1000, head=50, attention=((8, None),)),
+        Shape(trunk=3000, head=60, attention=((16, None),) * 2),
+    )
     ledger = Ledger()
     ledger.generation(student, [(4, [7] * 3), (6, [7] * 3)])
     ledger.forward("t", teacher, [(5, [7])] * 3 + [(7, [7])] * 3)

@@ -14,9 +14,9 @@ from prefix_distill.maths.fused import statistics, weighted
 @pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
 def test_identical_models_have_no_divergence_and_no_gradient(name, parameters):
     hidden = torch.randn(5, 8, requires_grad=True)
-    head = Head(torch.randn(50, 8, requires_grad=True))
+    head = Head(weight_VD=torch.randn(50, 8, requires_grad=True))
     loss, values, _ = weighted(
-        Terms(name, parameters), hidden, head, hidden, head, torch.full((5,), 0.2)
+        Terms(name=name, parameters=parameters), hidden, head, hidden, head, torch.full((5,), 0.2)
     )
     loss.backward()
     assert values.abs().max() < 1e-6 and loss.abs() < 1e-6
@@ -26,9 +26,9 @@ def test_identical_models_have_no_divergence_and_no_gradient(name, parameters):
 @pytest.mark.parametrize("name, parameters", NAMES_AND_PARAMETERS)
 def test_never_negative_on_far_apart_models(name, parameters):
     torch.manual_seed(0)
-    heads = [Head(torch.randn(1000, 16) * 4) for _ in range(2)]
+    heads = [Head(weight_VD=torch.randn(1000, 16) * 4) for _ in range(2)]
     found = statistics(
-        Terms(name, parameters),
+        Terms(name=name, parameters=parameters),
         torch.randn(64, 16),
         heads[0],
         torch.randn(64, 16),
@@ -75,12 +75,14 @@ def test_values_and_gradients_match_autograd(name, parameters, scale, softcap, t
     n, d, e, v = 37, 12, 20, 203
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     bias_v = torch.randn(v, requires_grad=True) if bias else None
-    teacher_hidden, teacher_head = torch.randn(n, e), Head(torch.randn(v, e), scale=0.5)
+    teacher_hidden, teacher_head = torch.randn(n, e), Head(weight_VD=torch.randn(v, e), scale=0.5)
     token_weight = torch.rand(n)
-    head = Head(weight, bias_v, scale, softcap)
+    head = Head(weight_VD=weight, bias_V=bias_v, scale=scale, softcap=softcap)
     tables = 3 + (name == "jsd") + (softcap is not None)
     # 10 rows per chunk: four chunks, the last one smaller
-    terms = Terms(name, parameters, temperature, memory_bytes=4 * v * tables * 10)
+    terms = Terms(
+        name=name, parameters=parameters, temperature=temperature, memory_bytes=4 * v * tables * 10
+    )
     assert terms.rows_per_chunk(v, softcap is not None) == 10
     inputs = [hidden, weight] + ([bias_v] if bias else [])
     want, want_values = naive(
@@ -118,27 +120,41 @@ def test_top_k_is_the_divergence_of_the_buckets_with_its_exact_gradient(name, pa
     torch.manual_seed(5)
     n, d, v = 19, 6, 60
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
-    teacher, teacher_head = torch.randn(n, d), Head(torch.randn(v, d))
+    teacher, teacher_head = torch.randn(n, d), Head(weight_VD=torch.randn(v, d))
     token_weight = torch.rand(n)
     s = F.log_softmax((hidden @ weight.T).double(), -1)
     t = F.log_softmax((teacher @ teacher_head.weight_VD.T).double(), -1)
     top = t.topk(k, -1).indices
     student_mass, teacher_mass = bucketed(s, top), bucketed(t, top)
-    want = per_token(Terms(name, parameters), student_mass.log(), teacher_mass.log())
+    want = per_token(
+        Terms(name=name, parameters=parameters), student_mass.log(), teacher_mass.log()
+    )
     want_grads = torch.autograd.grad((want * token_weight).sum(), [hidden, weight])
-    terms = Terms(name, parameters, memory_bytes=4 * v * 5 * 4, top_k=k)
-    loss, values, _ = weighted(terms, hidden, Head(weight), teacher, teacher_head, token_weight)
+    terms = Terms(name=name, parameters=parameters, memory_bytes=4 * v * 5 * 4, top_k=k)
+    loss, values, _ = weighted(
+        terms, hidden, Head(weight_VD=weight), teacher, teacher_head, token_weight
+    )
     torch.testing.assert_close(values.double(), want.detach(), rtol=1e-5, atol=1e-6)
     for got, expected in zip(torch.autograd.grad(loss, [hidden, weight]), want_grads, strict=True):
         torch.testing.assert_close(
             got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
         )
     _, full, _ = weighted(
-        Terms(name, parameters), hidden, Head(weight), teacher, teacher_head, token_weight
+        Terms(name=name, parameters=parameters),
+        hidden,
+        Head(weight_VD=weight),
+        teacher,
+        teacher_head,
+        token_weight,
     )
     assert (values <= full + 1e-6).all()  # merging tokens cannot raise the divergence
     found = statistics(
-        terms, hidden, Head(weight), teacher, teacher_head, torch.zeros(n, dtype=torch.long)
+        terms,
+        hidden,
+        Head(weight_VD=weight),
+        teacher,
+        teacher_head,
+        torch.zeros(n, dtype=torch.long),
     )
     torch.testing.assert_close(found["divergence"], values, rtol=1e-5, atol=1e-6)
 
@@ -148,12 +164,15 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, parameters):
     torch.manual_seed(6)
     hidden, head = (
         torch.randn(4, 5, requires_grad=True),
-        Head(torch.randn(11, 5, requires_grad=True)),
+        Head(weight_VD=torch.randn(11, 5, requires_grad=True)),
     )
-    teacher, teacher_head = torch.randn(4, 5), Head(torch.randn(11, 5))
+    teacher, teacher_head = torch.randn(4, 5), Head(weight_VD=torch.randn(11, 5))
     for k in (11, 1000):
         results = []
-        for terms in (Terms(name, parameters), Terms(name, parameters, top_k=k)):
+        for terms in (
+            Terms(name=name, parameters=parameters),
+            Terms(name=name, parameters=parameters, top_k=k),
+        ):
             loss, values, _ = weighted(terms, hidden, head, teacher, teacher_head, torch.ones(4))
             results.append((loss, values, *torch.autograd.grad(loss, [hidden, head.weight_VD])))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -161,15 +180,20 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(name, parameters):
 
 def test_a_frozen_head_gets_no_gradient_and_a_cut_head_only_inside_its_support():
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
-    teacher = Head(torch.randn(12, 4)[:8])
+    teacher = Head(weight_VD=torch.randn(12, 4)[:8])
     loss, *_ = weighted(
-        Terms("reverse-kl"), hidden, Head(weight[:8]), torch.randn(6, 4), teacher, torch.ones(6)
+        Terms(name="reverse-kl"),
+        hidden,
+        Head(weight_VD=weight[:8]),
+        torch.randn(6, 4),
+        teacher,
+        torch.ones(6),
     )
     loss.backward()
     assert weight.grad[:8].abs().min() > 0 and weight.grad[8:].abs().max() == 0
-    frozen = Head(torch.randn(8, 4))
+    frozen = Head(weight_VD=torch.randn(8, 4))
     loss, *_ = weighted(
-        Terms("reverse-kl"), hidden, frozen, torch.randn(6, 4), teacher, torch.ones(6)
+        Terms(name="reverse-kl"), hidden, frozen, torch.randn(6, 4), teacher, torch.ones(6)
     )
     loss.backward()
     assert frozen.weight_VD.grad is None
@@ -179,9 +203,9 @@ def test_no_tensor_of_rows_times_vocabulary_is_kept_for_backward():
     """Check that the largest tensor kept for backward is the gradient of the head."""
     n, v, d = 512, 4000, 8
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
-    head = Head(weight)
+    head = Head(weight_VD=weight)
     loss, *_ = weighted(
-        Terms("reverse-kl", memory_bytes=8 * 4 * v * 16),
+        Terms(name="reverse-kl", memory_bytes=8 * 4 * v * 16),
         hidden,
         head,
         torch.randn(n, d),
@@ -195,10 +219,10 @@ def test_no_tensor_of_rows_times_vocabulary_is_kept_for_backward():
 def test_statistics_match_torchs_distributions():
     torch.manual_seed(3)
     student, teacher = torch.randn(9, 5), torch.randn(9, 5)
-    heads = Head(torch.randn(30, 5)), Head(torch.randn(30, 5))
+    heads = Head(weight_VD=torch.randn(30, 5)), Head(weight_VD=torch.randn(30, 5))
     token = torch.arange(9)
     found = statistics(
-        Terms("reverse-kl", memory_bytes=8 * 4 * 30 * 2),
+        Terms(name="reverse-kl", memory_bytes=8 * 4 * 30 * 2),
         student,
         heads[0],
         teacher,
@@ -226,11 +250,11 @@ def test_gpu_equals_cpu(name, parameters):
         hidden, weight, teacher, teacher_weight = (x.to(device) for x in made)
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
         loss, *_ = weighted(
-            Terms(name, parameters),
+            Terms(name=name, parameters=parameters),
             hidden,
-            Head(weight),
+            Head(weight_VD=weight),
             teacher,
-            Head(teacher_weight),
+            Head(weight_VD=teacher_weight),
             torch.full((64,), 1 / 64, device=device),
         )
         loss.backward()
@@ -245,8 +269,8 @@ def exact_case(seed=0):
     torch.manual_seed(seed)
     vocabulary = 40
     student, teacher = (
-        Head(torch.randn(vocabulary, 8), torch.randn(vocabulary)),
-        Head(torch.randn(vocabulary, 12), softcap=6.0),
+        Head(weight_VD=torch.randn(vocabulary, 8), bias_V=torch.randn(vocabulary)),
+        Head(weight_VD=torch.randn(vocabulary, 12), softcap=6.0),
     )
     return vocabulary, student, teacher, torch.randn(1, 8), torch.randn(1, 12)
 
@@ -263,9 +287,9 @@ def test_the_sampled_gradient_equals_the_exact_one_in_expectation(ratio):
     sampler = F.log_softmax(student.logits(hidden.clone()) / 0.6, -1)[0] if ratio else logp
     gradients, means = [], []
     for terms, rows, weight, more in (
-        (Terms("reverse-kl"), 1, torch.ones(1), ()),
+        (Terms(name="reverse-kl"), 1, torch.ones(1), ()),
         (
-            Terms("reverse-kl", sampled=True),
+            Terms(name="reverse-kl", sampled=True),
             vocabulary,
             sampler.exp(),
             (torch.arange(vocabulary), sampler if ratio else None),
@@ -279,7 +303,7 @@ def test_the_sampled_gradient_equals_the_exact_one_in_expectation(ratio):
         loss, values, _ = weighted(
             terms,
             own.expand(rows, -1),
-            Head(table, bias),
+            Head(weight_VD=table, bias_V=bias),
             theirs.expand(rows, -1),
             teacher,
             weight,
@@ -299,8 +323,8 @@ def test_without_the_ratio_another_sampler_biases_the_gradient():
     q = F.softmax(student.logits(hidden.clone()) / 0.6, -1)[0]
     found = []
     for terms, rows, weight in (
-        (Terms("reverse-kl"), 1, torch.ones(1)),
-        (Terms("reverse-kl", sampled=True), vocabulary, q),
+        (Terms(name="reverse-kl"), 1, torch.ones(1)),
+        (Terms(name="reverse-kl", sampled=True), vocabulary, q),
     ):
         own = hidden.clone().requires_grad_(True)
         weighted(
@@ -324,13 +348,13 @@ def test_sampled_and_cross_entropy_against_autograd(softcap):
     """
     torch.manual_seed(1)
     hidden, theirs = torch.randn(9, 8), torch.randn(9, 12)
-    weight, teacher = torch.rand(9), Head(torch.randn(30, 12))
+    weight, teacher = torch.rand(9), Head(weight_VD=torch.randn(30, 12))
     table, token, drawn = torch.randn(30, 8), torch.randint(30, (9,)), -torch.rand(9) * 3
     for terms in (
-        Terms("reverse-kl", sampled=True),
-        Terms("cross-entropy"),
-        Terms("reverse-kl", sampled=True, memory_bytes=1),
-        Terms("cross-entropy", memory_bytes=1),
+        Terms(name="reverse-kl", sampled=True),
+        Terms(name="cross-entropy"),
+        Terms(name="reverse-kl", sampled=True, memory_bytes=1),
+        Terms(name="cross-entropy", memory_bytes=1),
     ):
         sides = []
         for fused in (True, False):
@@ -340,7 +364,7 @@ def test_sampled_and_cross_entropy_against_autograd(softcap):
                 loss, values, _ = weighted(
                     terms,
                     own,
-                    Head(head, softcap=softcap),
+                    Head(weight_VD=head, softcap=softcap),
                     None if text else theirs,
                     teacher,
                     weight,
@@ -376,9 +400,9 @@ def test_entry_wise_clip_by_hand():
     """
     teacher, student = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
     logits = student.log().requires_grad_()
-    eye = Head(torch.eye(3))
+    eye = Head(weight_VD=torch.eye(3))
     loss, values, clipped = weighted(
-        Terms("forward-kl", clip=0.1), logits, eye, teacher.log(), eye, torch.ones(1)
+        Terms(name="forward-kl", clip=0.1), logits, eye, teacher.log(), eye, torch.ones(1)
     )
     loss.backward()
     assert values.item() == pytest.approx(0.1 - math.log(2) / 4) and values.item() < 0
@@ -400,8 +424,10 @@ def test_clip_matches_autograd_of_the_clipped_sum(clip, temperature):
         torch.randn(v, 5),
     )
     weight = torch.rand(n)
-    terms = Terms("forward-kl", temperature=temperature, clip=clip, memory_bytes=3 * 4 * v * 4)
-    loss, values, clipped = weighted(terms, hidden, Head(table), teacher, Head(head), weight)
+    terms = Terms(name="forward-kl", temperature=temperature, clip=clip, memory_bytes=3 * 4 * v * 4)
+    loss, values, clipped = weighted(
+        terms, hidden, Head(weight_VD=table), teacher, Head(weight_VD=head), weight
+    )
     loss.backward()
     found = hidden.grad.clone(), table.grad.clone()
     hidden.grad = table.grad = None

@@ -123,18 +123,20 @@ def test_auto_alone_starts_at_a_tenth_and_doubles():
 
 @given(strategies.floats(0.01, 1.0), strategies.integers(1, 12))
 def test_off_policy_rows_add_up_to_the_share(share, rollouts):
-    chosen = [OffPolicy("sft", share).rows(step, rollouts, 3) for step in range(20)]
+    chosen = [OffPolicy(loss="sft", share=share).rows(step, rollouts, 3) for step in range(20)]
     assert all(rows <= set(range(rollouts)) for rows in chosen)
     assert abs(sum(map(len, chosen)) - share * rollouts * 20) < 1 + 1e-6
-    assert chosen == [OffPolicy("sft", share).rows(step, rollouts, 3) for step in range(20)]
+    assert chosen == [
+        OffPolicy(loss="sft", share=share).rows(step, rollouts, 3) for step in range(20)
+    ]
 
 
 def test_off_policy_grammar():
     assert parse_off_policy("none") is None
-    assert parse_off_policy("sft") == OffPolicy("sft", 1.0) and parse_off_policy(
+    assert parse_off_policy("sft") == OffPolicy(loss="sft", share=1.0) and parse_off_policy(
         "divergence:0.25"
-    ) == OffPolicy("divergence", 0.25)
-    assert all(len(OffPolicy("sft", 1.0).rows(k, 6, 0)) == 6 for k in range(3))
+    ) == OffPolicy(loss="divergence", share=0.25)
+    assert all(len(OffPolicy(loss="sft", share=1.0).rows(k, 6, 0)) == 6 for k in range(3))
     for text in ("", "sft:", "sft:0", "sft:2", "sft:nan", "teacher", "divergence:x", "none:1"):
         with pytest.raises(UserError):
             parse_off_policy(text)

@@ -61,10 +61,10 @@ def case(rollouts, softcap=None, scale=1.0, bias=False, seed=0):
     m = sum(len(r.teacher.rows) for r in rollouts)
     heads = [
         Head(
-            draw(size, width).requires_grad_(),
-            draw(size).requires_grad_() if bias else None,
-            scale,
-            softcap,
+            weight_VD=draw(size, width).requires_grad_(),
+            bias_V=draw(size).requires_grad_() if bias else None,
+            scale=scale,
+            softcap=softcap,
         )
         for size, width in ((V, D), (W, E))
     ]
@@ -76,13 +76,13 @@ def case(rollouts, softcap=None, scale=1.0, bias=False, seed=0):
 @pytest.mark.parametrize(
     "terms, shape",
     [
-        (Terms("reverse-kl"), {}),
-        (Terms("reverse-kl", memory_bytes=1), {"softcap": 3.0, "scale": 0.7, "bias": True}),
-        (Terms("reverse-kl", temperature=1.7, memory_bytes=2500), {"softcap": 3.0}),
-        (Terms("forward-kl"), {"bias": True}),
-        (Terms("jsd", (0.3,), memory_bytes=2500), {}),
-        (Terms("skew-kl", (0.3,), memory_bytes=2500), {"bias": True}),
-        (Terms("my-kl"), {"softcap": 3.0}),
+        (Terms(name="reverse-kl"), {}),
+        (Terms(name="reverse-kl", memory_bytes=1), {"softcap": 3.0, "scale": 0.7, "bias": True}),
+        (Terms(name="reverse-kl", temperature=1.7, memory_bytes=2500), {"softcap": 3.0}),
+        (Terms(name="forward-kl"), {"bias": True}),
+        (Terms(name="jsd", parameters=(0.3,), memory_bytes=2500), {}),
+        (Terms(name="skew-kl", parameters=(0.3,), memory_bytes=2500), {"bias": True}),
+        (Terms(name="my-kl"), {"softcap": 3.0}),
     ],
 )
 def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
@@ -127,7 +127,7 @@ def test_values_and_gradients_are_those_of_the_formula(mode, terms, shape):
             facts["divergence"].double(), expected.detach(), rtol=2e-5, atol=2e-6
         )
         forward = by_the_book(
-            Terms("forward-kl"),
+            Terms(name="forward-kl"),
             SHARED,
             rollouts,
             student_ND,
@@ -148,7 +148,7 @@ def test_statistics_are_scores_of_the_units_text_and_mass_on_the_shared_tokens()
         for x in case(rollouts, bias=False)
     )
     facts = simct.statistics(
-        Terms("reverse-kl", memory_bytes=1500),
+        Terms(name="reverse-kl", memory_bytes=1500),
         shared_support(SHARED, "simct", "cpu", "cpu"),
         units_of(rollouts),
         student_ND,
@@ -197,13 +197,13 @@ def test_a_span_worked_by_hand():
         (log(1 / 4, 1 / 4, 1 / 2), 0.0),
         (log(1 / 4, 1 / 4, 1 / 4, 1 / 4), math.log(3) - 1.5 * math.log(2)),
     ):
-        head = Head(torch.eye(teacher.shape[1]))
+        head = Head(weight_VD=torch.eye(teacher.shape[1]))
         _, values, _ = simct.weighted(
-            Terms("reverse-kl"),
+            Terms(name="reverse-kl"),
             shared,
             units_of([r]),
             student,
-            Head(torch.eye(5)),
+            Head(weight_VD=torch.eye(5)),
             teacher,
             head,
             torch.ones(1),
@@ -221,7 +221,10 @@ def test_all_ids_shared_equals_the_plain_divergence():
         student_eos=(V - 1,),
         teacher_eos=(V - 1,),
     )
-    head, teacher_head = Head(torch.randn(V, D).requires_grad_()), Head(torch.randn(V, E))
+    head, teacher_head = (
+        Head(weight_VD=torch.randn(V, D).requires_grad_()),
+        Head(weight_VD=torch.randn(V, E)),
+    )
     hidden, teacher_ME, weight = (
         torch.randn(9, D).requires_grad_(),
         torch.randn(9, E),
@@ -230,9 +233,16 @@ def test_all_ids_shared_equals_the_plain_divergence():
     for name, parameters in (("reverse-kl", ()), ("forward-kl", ()), ("jsd", (0.4,))):
         results = []
         for made in (
-            weighted(Terms(name, parameters), hidden, head, teacher_ME, teacher_head, weight)[:2],
+            weighted(
+                Terms(name=name, parameters=parameters),
+                hidden,
+                head,
+                teacher_ME,
+                teacher_head,
+                weight,
+            )[:2],
             simct.weighted(
-                Terms(name, parameters),
+                Terms(name=name, parameters=parameters),
                 shared_support(same, "simct", "cpu", "cpu"),
                 units_of(rollouts),
                 hidden,
@@ -254,13 +264,13 @@ def test_bfloat16_heads_are_close_to_float32():
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight = single(student_ND), single(student_head.weight_VD)
         loss, _, _ = simct.weighted(
-            Terms("reverse-kl", dtype=dtype),
+            Terms(name="reverse-kl", dtype=dtype),
             shared_support(SHARED, "simct", "cpu", "cpu"),
             units_of(rollouts),
             hidden,
-            Head(weight),
+            Head(weight_VD=weight),
             single(teacher_ME),
-            Head(single(teacher_head.weight_VD)),
+            Head(weight_VD=single(teacher_head.weight_VD)),
             torch.ones(sum(len(r.taught) for r in rollouts)),
         )
         loss.backward()
@@ -282,24 +292,24 @@ def test_a_gpu_gives_what_the_cpu_gives(mode):
         )
         shared = shared_support(SHARED, mode, device, device)
         loss, values, _ = simct.weighted(
-            Terms("reverse-kl", memory_bytes=2500),
+            Terms(name="reverse-kl", memory_bytes=2500),
             shared,
             units_of(ROLLOUTS),
             hidden,
-            Head(weight),
+            Head(weight_VD=weight),
             there,
-            Head(other),
+            Head(weight_VD=other),
             torch.ones(sum(len(r.taught) for r in ROLLOUTS)),
         )
         loss.backward()
         facts = simct.statistics(
-            Terms("reverse-kl"),
+            Terms(name="reverse-kl"),
             shared,
             units_of(ROLLOUTS),
             hidden,
-            Head(weight),
+            Head(weight_VD=weight),
             there,
-            Head(other),
+            Head(weight_VD=other),
         )
         found.append([t.cpu() for t in (values, hidden.grad, weight.grad, *facts.values())])
     for cpu, gpu in zip(*found, strict=True):
@@ -309,7 +319,7 @@ def test_a_gpu_gives_what_the_cpu_gives(mode):
 def test_rollouts_without_units_give_a_zero_loss():
     student_ND, student_head, teacher_ME, teacher_head = case([rollout([])])
     loss, values, _ = simct.weighted(
-        Terms("reverse-kl"),
+        Terms(name="reverse-kl"),
         shared_support(SHARED, "simct", "cpu", "cpu"),
         units_of([rollout([])]),
         student_ND.float(),

@@ -40,7 +40,7 @@ def test_windows_by_hand():
     values = [0.1, 0.9, 0.9, 0.0, 0.5, 0.9]
 
     def at(kind, size=2):
-        return Window(kind, size).positions(6, (0, 0), values)
+        return Window(kind=kind, size=size).positions(6, (0, 0), values)
 
     assert at("first") == (0, 1) and at("middle") == (2, 3) and at("last") == (4, 5)
     assert at("highest-kl") == (1, 2) and at("highest-kl", 3) == (
@@ -49,7 +49,7 @@ def test_windows_by_hand():
         5,
     )  # ties go to the earlier token
     assert at("highest-entropy", 4) == (1, 2, 4, 5)
-    assert Window("middle", 3).positions(6, (0,)) == (1, 2, 3)
+    assert Window(kind="middle", size=3).positions(6, (0,)) == (1, 2, 3)
 
 
 @given(
@@ -60,14 +60,14 @@ def test_windows_by_hand():
 )
 def test_every_window_is_k_distinct_ascending_positions(kind, size, tokens, key):
     values = [((t * 37 + key) % 11) / 11 for t in range(tokens)]
-    kept = Window(kind, size).positions(tokens, (0, key), values)
+    kept = Window(kind=kind, size=size).positions(tokens, (0, key), values)
     assert (
         len(kept) == min(size, tokens)
         and list(kept) == sorted(set(kept))
         and kept[0] >= 0
         and kept[-1] < tokens
     )
-    assert kept == Window(kind, size).positions(tokens, (0, key), values)
+    assert kept == Window(kind=kind, size=size).positions(tokens, (0, key), values)
     if kind in ("first", "middle", "last", "random"):
         assert kept[-1] - kept[0] == len(kept) - 1
 
@@ -75,7 +75,7 @@ def test_every_window_is_k_distinct_ascending_positions(kind, size, tokens, key)
 def test_random_windows_cover_the_rollout_evenly():
     counts = [0] * 10
     for key in range(4000):
-        counts[Window("random", 3).positions(10, (0, key))[0]] += 1
+        counts[Window(kind="random", size=3).positions(10, (0, key))[0]] += 1
     assert all(abs(n - 500) < 90 for n in counts[:8]) and counts[8:] == [
         0,
         0,
@@ -209,7 +209,7 @@ def six(kind: str, share: float) -> tuple[int, ...]:
             ("forward_kl", FORWARD),
         )
     }
-    return Selection(kind, share).choose(tuple(range(6)), (0, 0, 0, 0), facts, at)
+    return Selection(kind=kind, share=share).choose(tuple(range(6)), (0, 0, 0, 0), facts, at)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_equal_scores_select_the_earliest_tokens():
     at = batch_scale([0.7] * 4, [0.7] * 4)
     assert at.scaled(0.7, 0.7) == (0.0, 0.0)
     for kind in ("soft-or", "bottom", "entropy", "divergence"):
-        assert Selection(kind, 0.5).choose((0, 1, 2, 3), (0,), facts, at) == (0, 1)
+        assert Selection(kind=kind, share=0.5).choose((0, 1, 2, 3), (0,), facts, at) == (0, 1)
 
 
 @given(strategies.lists(strategies.floats(0, 1), min_size=2, max_size=12))
@@ -252,7 +252,7 @@ def test_clipped_entropies_have_equal_scores(divergences):
     facts = {"entropy": dict.fromkeys(tokens, 2.0), "divergence": dict(enumerate(divergences))}
     at = batch_scale([0.0, *[1.5] * 3], [0.0, 1.0])
     assert (
-        Selection("soft-or", 0.5).choose(tokens, (0,), facts, at)
+        Selection(kind="soft-or", share=0.5).choose(tokens, (0,), facts, at)
         == tokens[: max(1, len(tokens) // 2)]
     )
 
@@ -288,7 +288,9 @@ def test_selection_keeps_a_share_of_every_rollout_in_any_order(kind, share, key,
         )
         return {
             r.slot: r.taught
-            for r in keep_selection(Selection(kind, share), rollouts, (0, key), facts, at)
+            for r in keep_selection(
+                Selection(kind=kind, share=share), rollouts, (0, key), facts, at
+            )
         }
 
     kept = chosen(rollouts)
@@ -308,11 +310,13 @@ def test_entropy_sample_samples_by_entropy_without_replacement():
     at, n = batch_scale([0.0, 1.0, 3.0, 4.0] + [4.0] * 96, [0.0]), 4000
     first, pairs = [0] * 4, {}
     for key in range(n):
-        [t] = Selection("entropy-sample", 0.25).choose((0, 1, 2, 3), (0, key), facts, at)
+        [t] = Selection(kind="entropy-sample", share=0.25).choose((0, 1, 2, 3), (0, key), facts, at)
         first[t] += 1
-        kept = Selection("entropy-sample", 0.5).choose((0, 1, 2, 3), (0, key), facts, at)
+        kept = Selection(kind="entropy-sample", share=0.5).choose((0, 1, 2, 3), (0, key), facts, at)
         pairs[kept] = pairs.get(kept, 0) + 1
-        assert Selection("entropy-sample", 0.75).choose((0, 1, 2, 3), (0, key), facts, at) == (
+        assert Selection(kind="entropy-sample", share=0.75).choose(
+            (0, 1, 2, 3), (0, key), facts, at
+        ) == (
             0,
             1,
             3,

@@ -22,7 +22,7 @@ NAMES = [
     "end of text",
     "padding",
     "head",
-    "itself",
+    "determinism",
     "sampling",
     "context",
     "memory",
@@ -78,7 +78,7 @@ def test_padded_vocabularies_are_cut_exactly(pair, questions, tmp_path):
     assert (
         found.status == "ok"
         and found.facts["teacher"] == {"ids": 260, "head_rows": 300, "support": 260}
-        and "both heads cut to the real ids" in found.text
+        and "padding rows of the output heads are cut" in found.text
     )
 
 
@@ -265,7 +265,7 @@ def test_a_model_that_is_not_deterministic_is_refused(pair, questions, tmp_path,
     assert (
         code == 3
         and not document["ok"]
-        and [c["name"] for c in document["checks"] if c["status"] == "error"] == ["itself"]
+        and [c["name"] for c in document["checks"] if c["status"] == "error"] == ["determinism"]
     )
 
 
@@ -452,7 +452,7 @@ def test_a_pair_with_different_tokenizers_passes(pair, questions):
     found = examined(pair, questions, 4, **LAB | {"models__student": "lab:choice/student-merged"})
     assert (
         list(found) == NAMES
-        and found["itself"].status == "ok"
+        and found["determinism"].status == "ok"
         and found["vocabulary"].facts["student"]["ids"]
         > found["vocabulary"].facts["teacher"]["ids"]
     )
@@ -460,3 +460,10 @@ def test_a_pair_with_different_tokenizers_passes(pair, questions):
         found["prompts"].facts["first_token_probability"] > 0.01
         and found["end of text"].status == "ok"
     )
+
+
+def test_prompts_longer_than_the_models_name_the_option_that_drops_them(tmp_path):
+    out = tmp_path / "run"
+    code, _, err = invoke("run", "--few-shot", "3", "--check-samples", "0", "--out", out)
+    assert code == 3 and "lower --max-prompt-tokens" in err and "--max-new-tokens" not in err[-300:]
+    assert "the longest prompt has" in err and "512 positions" in err and not out.exists()

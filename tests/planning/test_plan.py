@@ -58,7 +58,7 @@ def case(**more):
         "answers": 4,
         "compared": 2,
     }
-    terms = Terms("reverse-kl", memory_bytes=1 << 16)
+    terms = Terms(name="reverse-kl", memory_bytes=1 << 16)
     return Case(terms=terms, dtype=torch.float32, **given | more)
 
 
@@ -80,7 +80,7 @@ def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes):
     )
     real = with_checkpointing(real) if recomputes else real
     known = [*real.net.parameters(), *real.net.buffers()]
-    teacher_NE, head = torch.zeros(24, 64), Head(torch.zeros(260, 64))
+    teacher_NE, head = torch.zeros(24, 64), Head(weight_VD=torch.zeros(260, 64))
     for p in real.net.parameters():
         p.grad = torch.zeros_like(p)
     with Held(
@@ -95,7 +95,7 @@ def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes):
     ghost = ghosts.sketch("m", tiny_config(kind, width=64), settings)
     ghost.net.requires_grad_(True)
     work = MicroBatch(rollouts=group, terms=case().terms, accumulates=True, autocast=False)
-    found = measuring.measure_update(ghost, Head(ghosts.make_ghost((260, 64))), work)
+    found = measuring.measure_update(ghost, Head(weight_VD=ghosts.make_ghost((260, 64))), work)
     assert max(found.values()) == pytest.approx(held.peak, rel=0.01)
 
 
@@ -355,3 +355,10 @@ def test_the_bound_for_small_models_is_above_the_forecast(kind, more):
     found = Forecaster(config, config).forecast(settled)["total"]
     model = ghosts.sketch("m", config, Network(torch.float32))
     assert found < forecast.bound_memory(model, model, settled) < 100 * found
+
+
+def test_a_plan_without_a_dataset_names_none():
+    code, _, err = invoke("plan", "--prompt-tokens", "50", "--prefixes", "full")
+    assert code == 0 and "prompts: 50 tokens each" in err and "no --dataset" not in err
+    code, _, err = invoke("plan", "--student", "lab:choice/student", "--prefixes", "full")
+    assert code == 0 and "256 tokens each (assumed" in err and "no --dataset" not in err

@@ -22,12 +22,15 @@ def test_recommendations_by_hand():
     held = {5: 0.4, 10: 0.85, 60: 0.9}
 
     def recommend(*points):
-        return probe.recommend(Curves(curve(*points), curve((0, 10))), held, 100)
+        return probe.recommend(Curves(student=curve(*points), teacher=curve((0, 10))), held, 100)
 
     assert recommend((0, 2), (5, 5), (10, 9), (60, 10))[0] == 10
     prefix, reason = recommend((0, 2), (5, 3), (50, 6))
     assert prefix == "full"
-    assert reason.startswith("no prefix suffices") and "only 50% of the accuracy gap" in reason
+    assert (
+        reason.startswith("no prefix suffices")
+        and "only 50% of the gap between the accuracies" in reason
+    )
     prefix, reason = recommend((0, 10), (5, 10))
     assert prefix is None and "did not beat the student" in reason
     assert probe.recommend(None, held, 100)[0] == 10

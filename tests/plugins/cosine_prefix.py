@@ -1,4 +1,4 @@
-"""--prefix cosine:L0:L1:K grows from L0 to L1 tokens over K steps, slowly at both ends."""
+"""Schedule --prefix cosine:L0:L1:K: L0 to L1 tokens over K steps, along half a cosine."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""--prefix patient:L0 adds L0 tokens whenever three updates in a row filled the prefix."""
+"""Schedule --prefix patient:L0: add L0 tokens after three steps in a row that fill the prefix."""
 
 from prefix_distill import register_schedule
 

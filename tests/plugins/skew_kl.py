@@ -1,6 +1,7 @@
-"""--divergence skew-kl:α is KL(S‖m) with m = (1−α) T + α S: finite where the teacher has no mass.
+"""Divergence --divergence skew-kl:α: KL(S‖m) with m = (1−α) T + α S.
 
-Only the value is given; autograd computes the gradient, chunk by chunk.
+It is finite where the teacher has no probability mass. The plugin defines only the value; autograd
+computes the gradient in chunks.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""--divergence my-kl is the reverse KL with its gradient by hand; my-kl-auto has no gradient."""
+"""Divergences my-kl, reverse KL with its own gradient, and my-kl-auto, with autograd's."""
 
 from prefix_distill import register_divergence
 

@@ -1,4 +1,4 @@
-"""Answers: where they are read, and which are equal."""
+"""Tests of answers: how they are extracted, and which are equal."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_grading(response, gold, right):
     assert is_correct(response, gold) is right
 
 
-def test_exact_is_text_and_a_hash_task_takes_no_other_number():
+def test_exact_compares_text_and_hash_ignores_other_numbers():
     assert is_correct("Paris", "Paris", "exact") and not is_correct("paris", "Paris", "exact")
     assert not is_correct("26:14 25:05", "05", "hash") and is_correct("26:14 ####05", "05", "hash")
 

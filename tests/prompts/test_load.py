@@ -1,5 +1,4 @@
-"""Prompt sets: every format, every usual column, each model's own template, and which prompt
-comes when."""
+"""Tests of prompt sets: file formats, usual columns, chat templates, mixtures and order."""
 
 import csv
 import gzip
@@ -96,7 +95,7 @@ def test_usual_columns(tmp_path, row, prompt, answer):
     assert found.messages[-1] == {"role": "user", "content": prompt} and found.answer == answer
 
 
-def test_given_columns_reach_into_records_and_text_is_added(tmp_path):
+def test_given_columns_may_be_nested_and_texts_are_added(tmp_path):
     file = write(tmp_path, ".jsonl", [{"doc": {"q": "a", "gold": "b"}, "question": "not this"}])
     row_format = RowFormat(
         prompt_column="doc.q", answer_column="doc.gold", system="s", instruction="think"
@@ -105,7 +104,7 @@ def test_given_columns_reach_into_records_and_text_is_added(tmp_path):
     assert [m["content"] for m in found.messages] == ["s", "a\n\nthink"] and found.answer == "b"
 
 
-def test_nothing_is_left_in_the_cache(tmp_path, monkeypatch):
+def test_loading_leaves_no_temporary_files(tmp_path, monkeypatch):
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
@@ -133,16 +132,16 @@ def student(pair):
 
 
 def test_templates(student):
-    prompt = Prompt(0, ({"role": "user", "content": "hi"},), None)
+    prompt = Prompt(index=0, messages=({"role": "user", "content": "hi"},), answer=None)
     chat, plain = (
         student.tokenizer.decode(templates.render(student, prompt, t)) for t in ("auto", "plain")
     )
     assert (chat, plain) == ("<u>hi<a>", "hi")
 
 
-def test_long_prompts_are_dropped_and_counted_never_cut(student):
+def test_long_prompts_are_dropped_and_counted_and_never_truncated(student):
     prompts = [
-        Prompt(i, ({"role": "user", "content": "x" * n},), None)
+        Prompt(index=i, messages=({"role": "user", "content": "x" * n},), answer=None)
         for i, n in enumerate([3, 50, 8, 9])
     ]
     config = build({"data.max_prompt_tokens": 10})
@@ -152,7 +151,7 @@ def test_long_prompts_are_dropped_and_counted_never_cut(student):
         templates.render_all(prompts[1:2], student, student, config)
 
 
-def test_every_epoch_is_a_permutation_and_steps_are_arithmetic():
+def test_every_epoch_is_a_permutation_and_any_step_is_computed_alone():
     stream = [prompt_stream.prompts_of_step(list(range(7)), step, 3, seed=0) for step in range(14)]
     flat = [p for batch in stream for p in batch]
     epochs = [flat[i : i + 7] for i in range(0, 42, 7)]
@@ -199,12 +198,12 @@ def test_names_and_weights(text, found):
 
 
 @pytest.mark.parametrize("text", ["a,", ",", "a:0,b", "a,,b", "a:1,:2"])
-def test_weights_that_are_refused(text):
+def test_invalid_weights_are_refused(text):
     with pytest.raises(UserError, match="expected datasets with weights above 0, such as"):
         sources.split_sources(text)
 
 
-def test_a_file_whose_name_has_the_marks_is_that_file(tmp_path, monkeypatch):
+def test_an_existing_file_takes_precedence_over_the_source_syntax(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a:2,b.jsonl", "x=y.jsonl", "gsm8k=z.jsonl"):
         lines(tmp_path / name, ROWS)
@@ -215,7 +214,7 @@ def test_a_file_whose_name_has_the_marks_is_that_file(tmp_path, monkeypatch):
         load_prompts("a.jsonl#3")
 
 
-def test_so_many_rows_by_seed(tmp_path):
+def test_a_number_of_rows_is_sampled_by_seed(tmp_path):
     file = lines(tmp_path / "x.jsonl", [{"question": f"q{i}"} for i in range(50)])
     some = [
         [p.index for p in load_prompts(f"{file}#20", RowFormat(seed=seed)).prompts]
@@ -240,7 +239,7 @@ def test_so_many_rows_by_seed(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".parquet"])
-def test_streamed_rows_are_the_files_in_a_drawn_order(tmp_path, suffix):
+def test_streaming_shuffles_the_rows_of_the_file(tmp_path, suffix):
     file = write(tmp_path, suffix, [{"question": f"q{i}", "answer": str(i)} for i in range(40)])
     orders = [
         [
@@ -262,9 +261,8 @@ def test_streamed_rows_are_the_files_in_a_drawn_order(tmp_path, suffix):
     assert len({*questions_of(load_prompts(f"{file}#6", STREAMING).prompts)}) == 6
 
 
-def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path):
-    """A damaged line beyond the buffer and the rows that are taken is never met; who goes on
-    meets it, in one line."""
+def test_a_stream_is_read_lazily(tmp_path):
+    """A damaged line beyond the buffer raises only when the stream reaches it."""
     file = tmp_path / "x.jsonl"
     lines(file, [{"question": f"q{i}"} for i in range(BUFFER + 100)])
     with open(file, "a") as handle:
@@ -278,7 +276,7 @@ def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path):
         load_prompts(str(file))
 
 
-def test_columns_of_a_stream_are_those_of_its_first_rows_together(tmp_path):
+def test_columns_of_a_stream_are_the_union_over_its_first_rows(tmp_path):
     file = lines(
         tmp_path / "x.jsonl",
         [{"question": f"q{i}"} | ({"answer": str(i)} if i == 7 else {}) for i in range(9)],
@@ -290,7 +288,7 @@ def test_columns_of_a_stream_are_those_of_its_first_rows_together(tmp_path):
         }
 
 
-def test_what_cannot_be_streamed(tmp_path):
+def test_files_that_cannot_be_streamed_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"--streaming cannot read a \.json file"):
         load_prompts(write(tmp_path, ".json"), STREAMING)
     for name, content, message in (
@@ -331,8 +329,10 @@ def test_template_and_instruction_around_the_problem(tmp_path):
 
 
 def test_examples_before_every_prompt_in_chat_and_in_plain_text(student, tmp_path):
-    """As alternating turns where there is a chat template; a base model without one reads blocks
-    of text."""
+    """Examples are alternating turns if there is a chat template.
+
+    A base model without a template gets them as blocks of text.
+    """
     file = lines(
         tmp_path / "x.jsonl",
         [{"question": f"q{i}?", "answer": f"#### {i}", "solution": f"since {i}"} for i in range(9)],
@@ -398,20 +398,22 @@ def test_shares_of_the_stream_are_the_weights_at_every_length(weights):
     assert count_slots(weights, 300) == [taken.count(k) for k in range(len(weights))]
 
 
-def test_a_mixed_stream_holds_each_sets_own_stream():
+def test_a_mixed_stream_keeps_the_order_of_each_set():
     parts, weights = [list("abcdefg"), list("XYZ")], WEIGHTS[0]
     stream = mix(parts, weights, 80, seed=5)
-    assert stream[:30] == mix(parts, weights, 30, seed=5)  # a longer run begins as a shorter one
+    assert stream[:30] == mix(
+        parts, weights, 30, seed=5
+    )  # a longer run starts with the prompts of a shorter one
     for part in parts:
         own = [item for item in stream if item in part]
         assert own == prompt_stream.prompts_of_step(part, 0, len(own), seed=5)
 
 
-def test_joined_sets_hold_every_prompt_once():
+def test_joined_sets_contain_every_prompt_once():
     sets = [
         PromptSet(
-            name,
-            tuple(Prompt(i * 2 + k, (), None) for i in range(n)),
+            name=name,
+            prompts=tuple(Prompt(index=i * 2 + k, messages=(), answer=None) for i in range(n)),
             answer_format=form,
             max_new_tokens=9,
         )
@@ -492,9 +494,11 @@ def test_a_longer_run_begins_with_the_prompts_of_a_shorter_one(mixture, streamin
     assert shown not in questions_of(r.prompt for r in long.problems.train)
 
 
-def test_a_mixed_run_goes_on_as_it_would_have(mixture, tmp_path):
-    """One update and two more are three: streamed rows are read again and the same ones come.
-    Notes say what was chosen."""
+def test_a_resumed_mixed_run_equals_an_uninterrupted_one(mixture, tmp_path):
+    """One step and, after a resume, two more have the metrics of three uninterrupted steps.
+
+    The streamed rows are the same again. The notes state license, sampling and shares.
+    """
     flags = [text for pair in mixture.items() for text in pair] + ["--streaming"]
     for steps, folder in (("3", "whole"), ("1", "parts")):
         code, _, err = invoke("run", *flags, "--steps", steps, "--out", tmp_path / folder)
@@ -612,7 +616,7 @@ def test_eval_takes_presets_samples_and_examples(pair, tmp_path, monkeypatch):
     ), err
 
 
-def test_a_preset_is_evaluated_on_its_test_split_unless_that_is_taught(pair, tmp_path):
+def test_a_preset_is_evaluated_on_its_test_split_unless_it_is_trained_on(pair, tmp_path):
     for split in ("train", "test"):
         lines(
             tmp_path / f"{split}.jsonl",
@@ -653,7 +657,7 @@ def test_a_preset_is_evaluated_on_its_test_split_unless_that_is_taught(pair, tmp
 
 
 @pytest.mark.parametrize("kind", ["prompt", "answer"])
-def test_the_embedded_problems_have_no_other_columns(kind):
+def test_the_built_in_problems_have_no_other_columns(kind):
     row_format = RowFormat(**{f"{kind}_column": "nonsense"})
     message = f"expected the column {kind}, got 'nonsense'; change --{kind}-column"
     with pytest.raises(UserError, match=message):

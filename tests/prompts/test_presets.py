@@ -1,5 +1,8 @@
-"""Presets: a table of each one's own schema becomes the prompt, the reference and the grade that
-are expected; flags win; places and typos."""
+"""Tests of presets.
+
+A table of each preset's schema becomes the expected prompt, reference and answer format. Flags
+override presets. Locations and misspelled names are tested as well.
+"""
 
 import csv
 import json
@@ -18,8 +21,8 @@ WRAPPED = (
     "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
     'What is 6·7?\n\nRemember to put your answer on its own line after "Answer:".'
 )
-# preset: (a row as the hub has it, the user's turn without the instruction, final answer, what is
-# shown as an example)
+# preset: (a row of the hub's data set, the user's turn without the instruction, final answer, text
+# of a few-shot example)
 SCHEMAS = {
     "gsm8k": (
         {"question": "6 times 7?", "answer": "It is 6*7=<<6*7=42>>42.\n#### 42"},
@@ -136,9 +139,8 @@ def table(folder, name, rows=None):
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_a_row_of_its_schema(name, tmp_path):
-    """What the model is asked, what it is graded against, and that its form of an answer is the
-    one that is read."""
+def test_a_row_of_each_preset_becomes_the_expected_prompt(name, tmp_path):
+    """Check the prompt, the reference and that answers in the preset's format are graded."""
     _, question, final, example = SCHEMAS[name]
     found = load_prompts(table(tmp_path, name), RowFormat(keep_solutions=True))
     [prompt] = found.prompts
@@ -171,7 +173,7 @@ def test_every_preset_has_a_schema_here():
     assert {*SCHEMAS, "gpqa"} == set(PRESETS)
 
 
-def test_options_of_gpqa_are_drawn_by_the_seed(tmp_path):
+def test_options_of_gpqa_are_shuffled_by_seed(tmp_path):
     rows = [
         {
             "Question": f"q{i}",
@@ -205,14 +207,14 @@ def test_options_of_gpqa_are_drawn_by_the_seed(tmp_path):
     counts = [[p.answer for p in found[0].prompts].count(letter) for letter in "ABCD"]
     assert (
         min(counts) >= 6 and sum(counts) == 60
-    )  # a uniform letter falls below with probability 0.2 %
+    )  # uniform letters fall below 6 with probability 0.2%
     some = load_prompts(f"gpqa={tmp_path / 'gpqa.csv'}#10").prompts
     assert all(
         p.messages == found[0].prompts[p.index].messages for p in some
-    )  # a row's order is its own
+    )  # the order of a row's options does not depend on other rows
 
 
-def test_what_is_given_wins(tmp_path):
+def test_given_settings_override_the_preset(tmp_path):
     given = table(
         tmp_path, "gsm8k", [{"question": "not this", "q": "this", "answer": "#### 1", "gold": "2"}]
     )
@@ -243,7 +245,7 @@ def test_a_conversation_without_a_boxed_answer_has_no_reference(tmp_path):
     assert prompt.answer is None and prompt.worked_solution == "print(42)"
 
 
-def test_dapo_as_its_authors_publish_it(tmp_path):
+def test_dapo_in_its_published_format(tmp_path):
     row = {
         "prompt": [{"role": "user", "content": WRAPPED}],
         "reward_model": {"ground_truth": "42", "style": "rule"},
@@ -252,9 +254,8 @@ def test_dapo_as_its_authors_publish_it(tmp_path):
     assert prompt.messages[0]["content"] == f"What is 6·7?\n\n{BOXED}" and prompt.answer == "42"
 
 
-def test_a_copy_of_the_repository(tmp_path):
-    """A folder has the splits and the configuration of the hub's: the datasets library reads
-    them."""
+def test_a_local_copy_of_the_hub_repository(tmp_path):
+    """A folder has the splits and configurations of the hub; the datasets library loads them."""
     for config in ("main", "socratic"):
         (tmp_path / config).mkdir()
         for split in ("train", "test"):
@@ -290,7 +291,7 @@ def test_a_copy_of_the_repository(tmp_path):
         load_prompts(name, split="validation")
 
 
-def test_evaluated_rows_of_a_sorted_set_are_spread_over_it(tmp_path):
+def test_evaluation_rows_are_spread_over_a_sorted_set(tmp_path):
     rows = [SCHEMAS["mmlu-pro"][0] | {"question": f"q{i}"} for i in range(10)]
     name = table(tmp_path, "mmlu-pro", rows)
     found = load_evaluation_prompts(name, limit=4)
@@ -318,7 +319,7 @@ def test_evaluated_rows_of_a_sorted_set_are_spread_over_it(tmp_path):
         ("C", None),
     ],
 )
-def test_letters(text, letter):
+def test_extraction_of_answer_letters(text, letter):
     assert answers.extract_answer(text, "choice") == letter
     assert answers.is_correct(text, "C", "choice") is (letter == "C")
 
@@ -340,8 +341,10 @@ def test_letters(text, letter):
         ("gsm8k", "openai/gsm8k cannot be loaded from the hub"),
     ],
 )
-def test_names_that_are_refused(name, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)  # the user's may hold it
+def test_invalid_names_are_refused(name, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "datasets.config.HF_DATASETS_CACHE", tmp_path
+    )  # the user's cache may contain it
     with pytest.raises(UserError, match="dataset") as error:
         load_prompts(name)
     assert (

@@ -1,5 +1,7 @@
-"""Several arms from one file: resumable, alone in its folder, and honest about what each arm has
-cost."""
+"""Tests of `compare`: several arms from one file.
+
+A comparison can be resumed, has its folder to itself, and counts the full cost of each arm.
+"""
 
 import json
 
@@ -62,7 +64,7 @@ def test_arms_that_share_an_alias_start_from_the_same_arm(tmp_path):
     assert arms.arms["merged"] == {"schedule.prefix": 16}
 
 
-def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monkeypatch):
+def test_an_interrupted_comparison_resumes_with_equal_results(tmp_path, monkeypatch):
     file = write(tmp_path)
     code, out, err = invoke("compare", file, "--out", tmp_path / "whole")
     assert code == 0, err
@@ -74,7 +76,9 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
         and set(full["also"]) == {"longer"}
         and set(full["cost_ratios"]) == {"1.0", "0.95", "0.9", "0.5"}
     )
-    assert warm["flops_useful"] > full["flops_useful"]  # it has paid for its start, too
+    assert (
+        warm["flops_useful"] > full["flops_useful"]
+    )  # includes the cost of the run it starts from
     chosen = yaml.safe_load((tmp_path / "whole/warm/seed-0/config.yaml").read_text())
     assert chosen["models"]["student"] == str(tmp_path / "whole/full/seed-0/model")
     merits = {
@@ -95,11 +99,11 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
 
     plain, calls = step_optimizer, []
 
-    def update(*arguments):
+    def update(*arguments, **named):
         calls.append(1)
         if len(calls) == 6:  # in the middle of a run
             raise KeyboardInterrupt
-        return plain(*arguments)
+        return plain(*arguments, **named)
 
     monkeypatch.setattr(train, "step_optimizer", update)
     code, _, _ = invoke("compare", file, "--out", tmp_path / "cut")
@@ -107,7 +111,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     code, out, err = invoke("compare", file, "--out", tmp_path / "cut")
     assert (
         code == 0 and "resuming" in err and len(calls) == 18 + 1
-    )  # 9 runs of 2 updates and the one cut short: nothing finished is run again
+    )  # 9 runs of 2 steps, and the interrupted step; finished runs are not repeated
 
     def same(rows):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
@@ -120,7 +124,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_ends_the_same(tmp_path, monke
     assert code == 2 and "contains another comparison" in err
 
 
-def test_two_processes_do_not_share_a_comparison(tmp_path):
+def test_two_processes_cannot_run_one_comparison(tmp_path):
     arms = compare.read_arms(write(tmp_path))
     folder = tmp_path / "out"
     folder.mkdir()
@@ -150,7 +154,10 @@ def test_two_processes_do_not_share_a_comparison(tmp_path):
         ({"seeds": 3}, "different whole"),
         ({"reference": "none"}, "reference 'none': expected one of its arms"),
         ({"arms": {"full": {"start": "no"}}}, "starts from 'no'"),
-        ({"arms": {"full": {"schedule": {"prefxi": "8"}}}}, "did you mean schedule.prefix"),
+        (
+            {"arms": {"full": {"schedule": {"prefxi": "8"}}}},
+            "arms.yaml: unknown setting 'schedule.prefxi'",
+        ),
         ({"arms": {"full": {"schedule": {"prefix": "0"}}}}, "--prefix 0: expected"),
         ({"arms": {"full": {"schedule": 3}}}, "arm 'full': expected sections with keys"),
         ({"arms": {"../x": {}}, "reference": None}, "a folder cannot have the name"),

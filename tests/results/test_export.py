@@ -1,5 +1,7 @@
-"""Outputs that travel: the card, what export writes, what is pushed; read by transformers' and
-the hub's own libraries."""
+"""Tests of exported models: the model card, the exported files and the upload.
+
+transformers and the hub's libraries load what was written.
+"""
 
 import base64
 import importlib.util
@@ -37,7 +39,7 @@ INSTRUCTION = "Answer in 'one' line;\n```no $HOME``` | \"quotes\" --and flags"
         ((), "after the first checkpoint (none yet)"),
     ],
 )
-def test_what_a_run_folder_has_to_export_is_listed_checkpoint_0_included(tmp_path, parts, choices):
+def test_the_error_lists_what_a_run_folder_can_export(tmp_path, parts, choices):
     run = tmp_path / "run"
     for part in parts:
         (run / part).mkdir(parents=True)
@@ -51,8 +53,10 @@ def test_what_a_run_folder_has_to_export_is_listed_checkpoint_0_included(tmp_pat
 
 @pytest.fixture(scope="module")
 def run(pair, questions, tmp_path_factory):
-    """Two updates of a student that is stored in bfloat16, with a best one and a checkpoint
-    after each."""
+    """Run two steps of a student that is stored in bfloat16.
+
+    The run has a best model and a checkpoint after each step.
+    """
     root = tmp_path_factory.mktemp("export")
     student = root / "student"
     shutil.copytree(pair[0], student)
@@ -95,7 +99,7 @@ def run(pair, questions, tmp_path_factory):
     return root / "run"
 
 
-def test_the_card_says_what_was_done_and_how_to_do_it_again(run, pair, questions):
+def test_the_card_states_the_scores_without_local_paths(run, pair, questions):
     text = (run / "model/README.md").read_text(encoding="utf-8")
     found = ModelCard(text)
     assert (
@@ -126,7 +130,7 @@ def test_the_card_says_what_was_done_and_how_to_do_it_again(run, pair, questions
     assert f"after {result['best']['step']} step" in (run / "best/README.md").read_text()
 
 
-def test_the_command_in_the_card_is_the_run(run):
+def test_the_command_in_the_card_reproduces_the_config(run):
     [(_, command)] = re.findall(
         r"^(`{4,})sh\n(.*?)\n\1$",
         (run / "model/README.md").read_text(encoding="utf-8"),
@@ -191,7 +195,7 @@ def test_front_matter_of_hub_models():
 @pytest.mark.parametrize(
     "which, dtype", [("model", "auto"), ("model", "float16"), ("best", "bfloat16"), ("1", "auto")]
 )
-def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
+def test_an_export_converts_the_dtype(run, tmp_path, which, dtype):
     code, out, err = invoke(
         "export", run, "--which", which, "--dtype", dtype, "--out", tmp_path / "deep/out"
     )
@@ -271,7 +275,7 @@ def test_an_export_is_the_model_in_another_dtype(run, tmp_path, which, dtype):
         (["--out", "new", "--which", "9" * 5000], "(1, 2), got " + "9" * 60),
     ],
 )
-def test_bad_exports_are_one_line(run, tmp_path, monkeypatch, arguments, message):
+def test_a_bad_export_is_one_error_line(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "used").mkdir()
     (tmp_path / "used/file").touch()
@@ -307,14 +311,14 @@ def test_an_export_without_out_checks_the_path_first(tmp_path, monkeypatch, sour
 
 @pytest.mark.parametrize("name", ["😀" * 400, "a" * 300, "~nobody/x"])
 @pytest.mark.parametrize("arguments", [["--out", "new"], ["--push-to-hub", "me/student"]])
-def test_a_model_that_cannot_exist_is_one_line(tmp_path, monkeypatch, name, arguments):
+def test_an_impossible_model_name_is_one_error_line(tmp_path, monkeypatch, name, arguments):
     monkeypatch.chdir(tmp_path)
     code, out, err = invoke("export", name, *arguments)
     assert code == 2 and out == "" and len(err.splitlines()) == 1, err
     assert not (tmp_path / "new").exists()
 
 
-def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
+def test_a_weight_that_overflows_float16_is_named(tmp_path):
     net = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "big"))
     with torch.no_grad():
         net.model.norm.weight[3] = 1e5
@@ -331,8 +335,10 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub on this machine that takes everything and keeps what it was told: [(method and path,
-    authorization, body)]."""
+    """Start a local hub that accepts everything and records the requests.
+
+    Each record is (path, authorization, body).
+    """
     calls = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -379,7 +385,7 @@ def hub(monkeypatch):
     server.shutdown()
 
 
-def test_what_is_pushed_is_the_folder(run, hub, monkeypatch):
+def test_a_push_uploads_the_files_of_the_folder(run, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     code, out, err = invoke("export", run, "--which", "best", "--push-to-hub", "me/student")
     assert code == 0 and last_json(out)["pushed"].endswith("me/student"), err
@@ -400,7 +406,7 @@ def test_what_is_pushed_is_the_folder(run, hub, monkeypatch):
     assert files == {file.name: file.read_bytes() for file in (run / "best").iterdir()}
 
 
-def test_a_push_that_fails_is_said_when_all_is_saved(run, hub, tmp_path, monkeypatch):
+def test_a_failed_push_is_reported_after_everything_is_saved(run, hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     code, out, err = invoke(
         "export", run, "--out", tmp_path / "it s", "--push-to-hub", "me/student", "--hub-public"
@@ -422,8 +428,8 @@ def test_a_push_that_fails_is_said_when_all_is_saved(run, hub, tmp_path, monkeyp
     assert made.get("visibility", made.get("private")) in ("public", False)
 
 
-def test_a_run_pushes_its_model_when_it_has_ended(pair, questions, tmp_path, hub, monkeypatch):
-    """Also where the hub cannot be reached."""
+def test_a_run_pushes_its_model_at_its_end(pair, questions, tmp_path, hub, monkeypatch):
+    """The upload succeeds, and then fails because the hub is unreachable."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     flags = [
         "run",

@@ -1,5 +1,7 @@
-"""From run folders to tables: means, paired intervals, costs to reach an accuracy; and a page
-that carries everything in it."""
+"""Tests of `report`: means, paired intervals and costs to reach an accuracy from run folders.
+
+The HTML page is self-contained.
+"""
 
 import csv
 import json
@@ -43,48 +45,48 @@ def test_summary_by_hand(arms):
         and short["before"] == pytest.approx(0.2)
     )
     assert (short["flops_useful"], short["flops_executed"], short["seconds"]) == (3.0, 6.0, 9.0)
-    # full reaches its final 80 % at 20, the short prefix reaches 80 % at 1; half of the gain (50 %)
-    # at 10 and 0.5
+    # full reaches its final 80% at a cost of 20 and the short prefix at 1; they reach half of the
+    # gain (50%) at 10 and 0.5
     assert short["cost_ratios"][1.0]["value"] == pytest.approx(20) and short["cost_ratios"][0.5][
         "value"
     ] == pytest.approx(20)
     assert short["difference"] == pytest.approx(0.1) and short["difference_low"] > 0
-    own = rows["full"]["cost_ratios"][1.0]  # every draw of a curve reaches its own end
+    own = rows["full"]["cost_ratios"][1.0]  # every resampled curve reaches its own final value
     assert [own[key] for key in ("value", "low", "high", "reached")] == pytest.approx([1] * 4)
     assert (
         rows["bad"]["cost_ratios"][1.0]["value"] is None
         and rows["bad"]["cost_ratios"][1.0]["reached"] == 0
     )
     assert "not reached" in report.cells(rows["bad"])[-1]
-    # beyond the longest prefix of an arm that truncates (4): tokens 0.5 and 0.1
+    # beyond the longest truncating prefix (4 tokens): values 0.5 and 0.1
     assert short["kl_beyond"] == pytest.approx(0.3)
     assert (short["kl_tail_before"], short["kl_tail"]) == pytest.approx(
         (0.7, 0.3)
-    )  # both beyond its own last prefix
+    )  # both beyond the arm's own last prefix
 
 
 def test_intervals_cover_problems_and_seeds_and_pairing_narrows_differences(tmp_path):
     for seed, (low, high) in enumerate(
         [(0.3, 0.5), (0.7, 0.9), (0.5, 0.7)]
-    ):  # the seed matters more than the problems
+    ):  # seeds vary more than problems
         write_run(tmp_path / "a" / f"seed-{seed}", seed, [0.1, low], 1.0)
         write_run(tmp_path / "b" / f"seed-{seed}", seed, [0.1, high], 1.0)
     runs = collect_runs([tmp_path])
     rows = {row["arm"]: row for row in report.summarize(runs, "a")}
-    assert rows["a"]["high"] - rows["a"]["low"] > 0.2  # three seeds 0.3, 0.7, 0.5
+    assert rows["a"]["high"] - rows["a"]["low"] > 0.2  # the seeds have 0.3, 0.7 and 0.5
     assert rows["b"]["difference"] == pytest.approx(0.2, abs=1e-9)
     assert (
         rows["b"]["difference_high"] - rows["b"]["difference_low"] < 0.12
-    )  # the same draws on both sides
+    )  # both arms share their bootstrap samples
     drawn = Resampled(by_arm(runs))
     assert drawn.paired and abs(drawn.problems.sum(1) - 1).max() < 1e-9
-    # with one seed it is the ordinary bootstrap of a share: ± 1.96 √(p(1−p)/n)
+    # one seed gives the ordinary bootstrap interval of a share: ± 1.96 √(p(1−p)/n)
     one = Resampled({"a": by_arm(runs)["a"][:1]})
     low, high = report.interval(one.curve("a")[2][:, -1])
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / PROBLEMS), rel=0.1)
 
 
-def test_draws_are_those_of_torch(arms):
+def test_bootstrap_samples_equal_those_of_torch(arms):
     import torch
 
     from prefix_distill.maths.seeds import seed_of
@@ -105,7 +107,7 @@ def test_arms_with_different_numbers_of_evaluations_are_compared(tmp_path):
     assert rows["b"]["cost_ratios"][1.0]["value"] == pytest.approx(2 / (0.6 / 0.7))
 
 
-def test_arms_on_other_problems_are_not_compared(tmp_path):
+def test_arms_on_different_problems_are_not_compared(tmp_path):
     write_run(tmp_path / "a", 0, [0.1, 0.5], 1.0)
     other = write_run(tmp_path / "b", 0, [0.1, 0.5], 1.0)
     (other / "scores.jsonl").write_text(
@@ -114,10 +116,10 @@ def test_arms_on_other_problems_are_not_compared(tmp_path):
     rows = report.summarize(collect_runs([tmp_path]), "a")
     assert all(
         (row["low"], row["high"]) == (0.0, 1.0) and row["cost_ratios"] == {} for row in rows
-    )  # each run's own interval
+    )  # each interval is that of one run alone
 
 
-def test_equal_names_in_two_folders_stay_apart(arms, tmp_path):
+def test_equal_arm_names_in_two_folders_stay_separate(arms, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, accuracy in ((one, 0.4), (two, 0.6)):
         write_run(folder / "a" / "seed-0", 0, [0.1, accuracy], 1.0)
@@ -126,7 +128,7 @@ def test_equal_names_in_two_folders_stay_apart(arms, tmp_path):
     assert {run.arm for run in collect_runs([one])} == {"a"}
 
 
-def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
+def test_the_cost_of_a_run_includes_the_run_it_started_from(arms):
     write_run(
         arms / "warmed" / "seed-0",
         0,
@@ -136,8 +138,8 @@ def test_a_run_that_started_from_another_has_cost_that_one_too(arms):
     )
     warmed = next(run for run in collect_runs([arms]) if run.arm == "warmed")
     assert warmed.cost(warmed.evaluations[-1]) == (31.0, 62.0, 12.0)
-    # a comparison says so itself, also where its folder has been moved and the student's path leads
-    # nowhere
+    # arms.json of a comparison also names the start, so a moved folder with a stale student path
+    # still counts it
     (arms / "arms.json").write_text(
         json.dumps({"arms": {"full": {}, "warmed": {}}, "seeds": [0], "start": {"warmed": "full"}})
     )
@@ -275,7 +277,7 @@ def test_a_value_of_a_wrong_type_is_named(tmp_path, name, path, value, message):
     change(run / name, path, value)
     err = report_one_line(run)
     assert str(run) in err and message in err, err
-    assert err.endswith("restore the file, or leave this run out\n")
+    assert err.endswith("restore the file, or omit this run\n")
 
 
 @pytest.mark.parametrize(
@@ -373,7 +375,7 @@ def test_a_data_set_without_answers_has_no_accuracy(arms):
     assert [row["also"] for row in last_json(out)["arms"]] == [{}, {"b": None}, {"b": None}]
 
 
-def test_runs_of_an_arm_that_were_evaluated_at_other_steps_are_compared_at_the_common_ones(
+def test_runs_of_an_arm_are_compared_at_their_common_evaluation_steps(
     tmp_path,
 ):
     write_run(tmp_path / "a" / "seed-0", 0, [0.2, 0.5, 0.6], 10.0)

@@ -118,13 +118,13 @@ def test_an_update_matches_the_formula_on_plain_logits(mode, chosen):
         with torch.no_grad():
             theirs = rows(teacher, r.teacher_prompt, r.teacher_ids, 18)[list(r.teacher.rows)]
         found = by_the_book(
-            Terms("reverse-kl"),
+            Terms(name="reverse-kl"),
             run.pair.alignment.shared_vocabulary,
             [r],
             ours,
-            Head(torch.eye(26)),
+            Head(weight_VD=torch.eye(26)),
             theirs,
-            Head(torch.eye(18)),
+            Head(weight_VD=torch.eye(18)),
             mode == "simct-released",
         )
         torch.testing.assert_close(

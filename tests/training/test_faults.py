@@ -6,6 +6,7 @@ Every fault is reported in one line, and no saved work is lost.
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ import time
 
 import pytest
 import torch
+import typer
 from helpers import (
     Silent,
     byte_tokenizer,
@@ -29,6 +31,7 @@ from helpers import (
 from safetensors.torch import load_file
 
 from prefix_distill import config as configuration
+from prefix_distill.cli.main import app
 from prefix_distill.display import Reporter
 from prefix_distill.engine import scoring
 from prefix_distill.engine.ranks import Interrupt
@@ -36,6 +39,8 @@ from prefix_distill.errors import Interrupted, MemoryShortage, Stopped, UserErro
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.session import Session
 from prefix_distill.training.update import Update
+
+COMMANDS = typer.main.get_group(app).commands
 
 
 def run_in(folder, run, report: Reporter | None = None, resume=False, **more):
@@ -135,10 +140,10 @@ def test_a_failed_write_keeps_the_earlier_files(  # noqa: PLR0913  fixtures and 
     run, folder, plain = six(pair, questions), tmp_path / "run", RunFolder.save_model
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_model(self, which, *rest):
+    def save_model(self, which, *rest, **named):
         if which == "model" == name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        plain(self, which, *rest)
+        plain(self, which, *rest, **named)
 
     monkeypatch.setattr(RunFolder, "save_model", save_model)
     try:
@@ -433,31 +438,34 @@ def test_an_evaluation_halves_its_batch_and_gives_the_same_answers(
         assert last_json(short)[key] == last_json(plenty)[key]
 
 
-def test_an_evaluation_that_does_not_fit_is_reported_in_one_line(
-    pair, questions, tmp_path, monkeypatch
+def run_out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    "words", ["eval generation", "probe generation", "probe scoring", "probe loading"]
+)
+def test_a_command_without_memory_advises_what_it_has(
+    pair, questions, tmp_path, monkeypatch, words
 ):
-    shortage(monkeypatch, "generation", 0)
-    code, out, err = invoke(
-        "eval",
-        "--model",
-        pair[0],
-        "--dataset",
-        questions,
-        "--limit",
-        "3",
-        "--max-new-tokens",
-        "8",
-        "--out",
-        tmp_path / "x.jsonl",
-    )
-    assert (
-        code == 4
-        and out == ""
-        and err.splitlines()[-1].startswith(
-            "error: rank 0: cpu is out of memory even with one answer per batch"
-        )
-        and not list(tmp_path.iterdir())
-    )
+    """One line, which names no flag that the command lacks."""
+    command, where = words.split()
+    arguments = ["--model", pair[0]]
+    if command == "probe":
+        arguments = ["--student", pair[0], "--teacher", pair[1], "--problems", "3"]
+    arguments += ["--dataset", questions, "--max-new-tokens", "8", "--out", tmp_path / "out"]
+    if where == "loading":
+        shortage(monkeypatch, "scoring", 0)
+    elif where == "scoring":
+        monkeypatch.setattr(scoring.Scorer, "statistics", run_out_of_memory)
+    else:
+        shortage(monkeypatch, where, 0)
+    code, out, err = invoke(command, *arguments)
+    line = err.splitlines()[-1]
+    assert (code, out) == (4, "") and not list(tmp_path.iterdir()), err
+    assert ("out of memory" in line and "even with one" in line) or where == "loading", line
+    flags_of_command = {flag for option in COMMANDS[command].params for flag in option.opts}
+    assert set(re.findall(r"--[a-z-]+", line)) <= flags_of_command, line
 
 
 # ── signals

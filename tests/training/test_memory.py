@@ -44,7 +44,7 @@ def peak(samples=4, accumulated=1, vocabulary=300, chunk=4):
         student_shape=read_shape(student),
         teacher_shape=read_shape(teacher),
     )
-    terms = Terms("reverse-kl", memory_bytes=chunk << 20)
+    terms = Terms(name="reverse-kl", memory_bytes=chunk << 20)
     state = state_of(bare_run(pair, terms, {"train.micro_batch_size": 4}))
 
     def step(prompts, samples):

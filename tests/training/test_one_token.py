@@ -60,10 +60,10 @@ def test_loss_gradient_and_new_weight_by_hand():
     pair = Pair(
         student=student,
         teacher=teacher,
-        student_shape=Shape(0, 9, ()),
-        teacher_shape=Shape(0, 9, ()),
+        student_shape=Shape(trunk=0, head=9, attention=()),
+        teacher_shape=Shape(trunk=0, head=9, attention=()),
     )
-    run = bare_run(pair, Terms("reverse-kl"), {"schedule.lr": 0.1})
+    run = bare_run(pair, Terms(name="reverse-kl"), {"schedule.lr": 0.1})
     state = state_of(run)
     # the inputs are tokens 0 and 1; token 2 is only predicted
     rollouts = [rollout_of(0, (0,), (1, 2))]

@@ -187,11 +187,11 @@ def test_resume_is_exact_inside_every_schedule_and_method(
     plain, calls = step_optimizer, []
 
     def go(folder, resume=False, fails_at=None):
-        def update(*arguments):
+        def update(*arguments, **named):
             calls.append(1)
             if len(calls) == fails_at:
                 raise InterruptedError
-            return plain(*arguments)
+            return plain(*arguments, **named)
 
         calls.clear()
         monkeypatch.setattr(train, "step_optimizer", update)

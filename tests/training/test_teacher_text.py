@@ -107,7 +107,7 @@ def test_the_teachers_text_is_sampled_once_and_cut_at_the_prefix(
     first = stream.prompts_of_step(run.problems.train, 0, 5, 0)[0]
     alone = generate(
         run.pair.teacher,
-        [Request(first.teacher_ids, ("teacher-text", first.prompt.index, 1))],
+        [Request(ids=first.teacher_ids, key=("teacher-text", first.prompt.index, 1))],
         12,
         run.method.text_sampler,
     )

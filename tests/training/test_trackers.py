@@ -82,11 +82,11 @@ def interrupted_twice(pair, questions, out, monkeypatch, *more):
     """
     update, row, calls = step_optimizer, Display.row, []
 
-    def fails(*arguments):
+    def fails(*arguments, **named):
         calls.append(1)
         if len(calls) == 6:
             raise Stopped("as full disks do")
-        return update(*arguments)
+        return update(*arguments, **named)
 
     def sends(self, row_, *rest):
         row(self, row_, *rest)
