@@ -7,7 +7,10 @@ of layers cut to one layer of every kind. ``OVERRIDES`` holds what these rules c
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 VOCABULARY = 264  # 260 ids of the tokenizer; the last four rows are padding, as in real models
 PAD, EOS, UNUSED = 256, 257, 263
@@ -25,7 +28,10 @@ SIZES = [
     (r"qk_head_dim", 32),
     (r".*(head_dim|d_head|dim_head|headdim|head_size|kv_channels|d_kv)$|rotary_dim", 16),
     (r".*(query_groups|o_groups|num_kv_heads|kv_n_heads|num_key_value_heads|kv_heads)", 2),
-    (r".*(n_heads|num_heads|n_head|attention_heads|mamba_heads|resampler_heads|value_heads|key_heads)", 4),
+    (
+        r".*(n_heads|num_heads|n_head|attention_heads|mamba_heads|resampler_heads|value_heads|key_heads)",
+        4,
+    ),
     (r".*(d_state|state_size|ssm_state_size)", 8),
     (r"d_rel|linear_head_dim", 8),
     (r"n_groups|mamba_n_groups|mamba_ngroups", 2),
@@ -58,6 +64,18 @@ INDICES = re.compile(
 # sizes that a default config leaves open
 UNSET = {"head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 UNSET |= {"top_k_experts": 2}
+# arguments of the default config, where the class refuses its own defaults
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": 30,
+        }
+    },
+}
+OVERRIDES = Path(__file__).with_name("model_overrides.yaml")
 LABELS = ("id2label", "label2id")
 TOKENS = re.compile(r".*_(token_id|token_index|token_ids)$|(.*_)?(start|end|newline|patch)_id$")
 
@@ -114,213 +132,10 @@ def tiny_config(model_type: str):
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
-    fields = config_class(**FIRST.get(model_type, {})).to_dict()
-    fields = shrink(fields)
-    for override in OVERRIDES:
-        if model_type in override.model_types:
-            _merge(fields, override.fields)
+    fields = shrink(config_class(**ARGUMENTS.get(model_type, {})).to_dict())
+    for override in yaml.safe_load(OVERRIDES.read_text(encoding="utf-8")):
+        _merge(fields, override.get(model_type, {}))
     return config_class.from_dict(fields)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Override:
-    """Fields that the rules cannot derive, and why."""
-
-    reason: str
-    model_types: tuple[str, ...]
-    fields: dict[str, Any]
-
-
-# arguments of the default config, where the class refuses its own defaults
-FIRST: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {
-        "text_config": {
-            "model_type": "gemma4_text",
-            "hidden_size_per_layer_input": 0,
-            "vocab_size_per_layer_input": 0,
-            "num_kv_shared_layers": 30,
-        }
-    },
-}
-NO_SECTIONS = "the code has a default for mrope_section that needs a large head"
-INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16}
-INDEXER |= {"indexer_budget": 16, "indexer_compress_ratio": 4}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-OVERRIDES = [
-    Override(
-        reason="the default has recurrent layers only",
-        model_types=("bamba",),
-        fields={"attn_layer_indices": [1]},
-    ),
-    Override(
-        reason="the default has recurrent layers only",
-        model_types=("granitemoehybrid",),
-        fields={"layer_types": ["linear_attention", "full_attention"]},
-    ),
-    Override(
-        reason="the width of the state is not the model's",
-        model_types=("falcon_h1",),
-        fields={"mamba_d_ssm": 64, "mamba_d_head": 16, "mamba_n_heads": 4},
-    ),
-    Override(
-        reason="every head has its own keys",
-        model_types=("dots3_note_text",),
-        fields={"num_key_value_heads": 4},
-    ),
-    Override(
-        reason="every head has its own keys",
-        model_types=("dots3_note", "glm5_next"),
-        fields={"text_config": {"num_key_value_heads": 4}},
-    ),
-    Override(
-        reason="the code rounds the width of a head to multiples of 64",
-        model_types=("xlstm",),
-        fields={"qk_dim_factor": 1.0},
-    ),
-    Override(
-        reason="the default has no indexer",
-        model_types=("qwen4_exp_text",),
-        fields=INDEXER,
-    ),
-    Override(
-        reason="the default has no indexer",
-        model_types=("qwen4_exp",),
-        fields={"text_config": INDEXER},
-    ),
-    Override(
-        reason="the codebooks follow the text in the vocabulary",
-        model_types=("apertus1p5",),
-        fields={
-            "text_config": {"vocab_size": 280},
-            "vision_config": {"codebook_size": 8},
-            "audio_config": {"codebook_size": 8, "codebook_dim": 64},
-            "image_token_offset": 264,
-            "audio_token_offset": 272,
-        },
-    ),
-    Override(
-        reason="the default has no rotary sections",
-        model_types=("hunyuan_vl",),
-        fields={
-            "text_config": {"rope_parameters": ROPE | {"mrope_section": [2, 2, 2, 2]}}
-        },
-    ),
-    Override(
-        reason=NO_SECTIONS,
-        model_types=("glm46v", "glm4v", "glm_ocr", "paddleocr_vl", "qwen2_5_omni_thinker")
-        + ("qwen2_5_vl", "qwen2_vl"),
-        fields={"text_config": {"rope_parameters": ROPE | {"mrope_section": [4, 2, 2]}}},
-    ),
-    Override(
-        reason=NO_SECTIONS,
-        model_types=("glm4v_moe",),
-        fields={
-            "text_config": {
-                "rope_parameters": ROPE
-                | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
-            }
-        },
-    ),
-    Override(
-        reason=NO_SECTIONS,
-        model_types=("ernie4_5_vl_moe",),
-        fields={"text_config": {"rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}}},
-    ),
-    Override(
-        reason="the default has no layer types",
-        model_types=("lfm2_moe",),
-        fields={"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    ),
-    Override(
-        reason="the default has no layer types",
-        model_types=("deepseek_ocr2",),
-        fields={"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    ),
-    Override(
-        reason="the default has no rotary parameters",
-        model_types=("cohere_compass_text",),
-        fields={"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
-    ),
-    Override(
-        reason="the default has no rotary parameters",
-        model_types=("cohere_compass",),
-        fields={
-            "text_config": {
-                "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}
-            }
-        },
-    ),
-    Override(
-        reason="the default has no rotary base",
-        model_types=("dbrx",),
-        fields={"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    ),
-    Override(
-        reason="three stacks make up num_hidden_layers, and a file counts two blocks per layer",
-        model_types=("dory",),
-        fields={"n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2}
-        | {"num_hidden_layers": 8}
-        | {"layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2},
-    ),
-    Override(
-        reason="num_hidden_layers counts the passes of all cycles",
-        model_types=("hrm_text",),
-        fields={"num_layers_per_stack": 1, "num_hidden_layers": 8},
-    ),
-    Override(
-        reason="the layer list is written as repeats",
-        model_types=("gpt_neo",),
-        fields={"attention_types": [[["global", "local"], 1]]}
-        | {"attention_layers": ["global", "local"]},
-    ),
-    Override(
-        reason="the second attention layer shares the weights of the first",
-        model_types=("zamba",),
-        fields={"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
-        | {"attention_hidden_size": 128, "attention_head_dim": 32},
-    ),
-    Override(
-        reason="the second attention layer shares the weights of the first",
-        model_types=("zamba2",),
-        fields={"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
-        | {"attention_hidden_size": 128, "attention_head_dim": 32, "hybrid_layer_ids": [1, 3]},
-    ),
-    Override(
-        reason="the kinds of layers repeat with a period of three",
-        model_types=("recurrent_gemma",),
-        fields={"num_hidden_layers": 3},
-    ),
-    Override(
-        reason="the shape of position embeddings must multiply to the longest sequence",
-        model_types=("reformer",),
-        fields={"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
-    ),
-    Override(
-        reason="a language must be chosen", model_types=("xmod",), fields={"default_language": "en_XX"}
-    ),
-    Override(
-        reason="the vocabulary map comes with a checkpoint",
-        model_types=("emu3",),
-        fields={
-            "vocabulary_map": {"<image>": 262, "<|extra_200|>": 261, "<|visual token 000000|>": 260}
-        },
-    ),
-    Override(
-        reason="the map of vision layers to text layers comes with a checkpoint",
-        model_types=("granite4_vision",),
-        fields={"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
-    ),
-    Override(
-        reason="two vision layers are read",
-        model_types=("molmo2",),
-        fields={"adapter_config": {"vision_feature_layer": [1, 0]}},
-    ),
-    Override(
-        reason="the window comes with a checkpoint",
-        model_types=("step3p7",),
-        fields={"text_config": {"sliding_window": 8}},
-    ),
-]
 
 
 def build(model_class: ModelClass, seed: int):
@@ -375,9 +190,9 @@ def shrink(fields: dict[str, Any]) -> dict[str, Any]:
     kept = choose_layers(fields)
     small = {}
     for key, value in fields.items():
-        if key in LABELS:
-            small[key] = value
-        elif isinstance(value, dict) and any(isinstance(k, int) for k in value):
+        if key in LABELS or (
+            isinstance(value, dict) and not all(isinstance(k, str) for k in value)
+        ):
             small[key] = value
         elif key == "per_layer_config" and kept:
             small[key] = _cut_layer_configs(value, kept)
@@ -395,8 +210,9 @@ def shrink(fields: dict[str, Any]) -> dict[str, Any]:
         small["num_key_value_heads"] = 2
     if "kv_lora_rank" in fields:
         small["num_key_value_heads"] = small["num_attention_heads"]
-    if fields.get("num_kv_shared_layers"):
-        small["num_kv_shared_layers"] = len(kept) // 2
+    shared = fields.get("num_kv_shared_layers")
+    if shared:
+        small["num_kv_shared_layers"] = len(kept) // (1 if shared == _count_layers(fields) else 2)
     return small
 
 
@@ -413,7 +229,7 @@ def shrink_field(key: str, value: Any) -> Any:
     if key == "eos_token_id":
         return EOS
     if TOKENS.fullmatch(key):
-        return UNUSED if value >= VOCABULARY or key != "eos_token_id" else value
+        return UNUSED
     if OTHER_LAYERS.fullmatch(key):
         return min(value, 2)
     for pattern, size in SIZES:

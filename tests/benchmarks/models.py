@@ -1,5 +1,5 @@
-"""Every model class of the installed transformers: does the tool train it right, or refuse it in one
-line before anything is spent? About an hour on 2 cores.
+"""Every model class of the installed transformers: does the tool train it right, or refuse it in
+one line before anything is spent? About an hour on 2 cores.
 
     python tests/benchmarks/models.py [--quick] [--only NAME,…] [--jobs 1] [--timeout 120]
 
@@ -97,6 +97,8 @@ class Worker:
 
     def finish(self, reason: str) -> dict:
         """End the process and return the row of its class; ``reason``: why it ended early."""
+        if "outcome" in self.last:
+            self.process.join(timeout=10)
         self.process.kill()
         self.process.join()
         self.pipe.close()
