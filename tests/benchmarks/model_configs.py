@@ -113,6 +113,9 @@ def _choose_type(name: str, model_types: list[str]) -> str:
     """Return the model type whose config the class names as its own, or else the first one."""
     import transformers
 
+    if len(model_types) == 1:  # importing every class takes half a minute
+        return model_types[0]
+
     own = getattr(getattr(transformers, name), "config_class", None)
     for model_type in model_types:
         if transformers.CONFIG_MAPPING[model_type] is own:
@@ -121,21 +124,24 @@ def _choose_type(name: str, model_types: list[str]) -> str:
 
 
 def _has_text_model(model_type: str) -> bool:
-    import transformers
+    """Return whether a config has a vocabulary, itself or in its text model."""
+    config = _default_config(model_type)
+    return hasattr(config.get_text_config(decoder=True), "vocab_size")
 
-    sub_configs = transformers.CONFIG_MAPPING[model_type].sub_configs
-    return any(name in sub_configs for name in ("text_config", "thinker_config", "llm_config"))
+
+def _default_config(model_type: str):
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type](**ARGUMENTS.get(model_type, {}))
 
 
 def tiny_config(model_type: str):
     """Return the tiny config of a model type."""
-    from transformers import CONFIG_MAPPING
-
-    config_class = CONFIG_MAPPING[model_type]
-    fields = shrink(config_class(**ARGUMENTS.get(model_type, {})).to_dict())
+    config = _default_config(model_type)
+    fields = shrink(config.to_dict())
     for override in yaml.safe_load(OVERRIDES.read_text(encoding="utf-8")):
         _merge(fields, override.get(model_type, {}))
-    return config_class.from_dict(fields)
+    return type(config).from_dict(fields)
 
 
 def build(model_class: ModelClass, seed: int):
