@@ -214,6 +214,9 @@ def shrink(fields: dict[str, Any]) -> dict[str, Any]:
         small["is_decoder"] = True  # as in every checkpoint of a causal language model
     if "num_attention_heads" in fields and fields.get("num_key_value_heads", 0) is None:
         small["num_key_value_heads"] = 2
+    parts = (fields.get("qk_nope_head_dim"), fields.get("qk_rope_head_dim"))
+    if all(parts) and fields.get("head_dim") == sum(parts):
+        small["head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
     if "kv_lora_rank" in fields:
         small["num_key_value_heads"] = small["num_attention_heads"]
     shared = fields.get("num_kv_shared_layers")
