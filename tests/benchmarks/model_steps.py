@@ -23,12 +23,14 @@ from prefix_distill import config as configuration
 from prefix_distill.cli import quiet
 from prefix_distill.engine import loading, sampling, scoring
 from prefix_distill.engine.models import Model, make_decoder
-from prefix_distill.engine.rollout import rollout_of, student_sides
+from prefix_distill.engine.rollout import Rollout, rollout_of, student_sides
 from prefix_distill.engine.sampling import Request, Sampler
 from prefix_distill.errors import Stopped, UserError, one_line
 from prefix_distill.planning.checks import examine
+from prefix_distill.training.loss import TokenLosses
 from prefix_distill.training.prepare import prepare
 from prefix_distill.training.run import Run
+from prefix_distill.training.update import Update
 
 TOKENS = 40  # more than one stretch of decoding, and more than the tiny windows and chunks
 TOLERANCE = 2e-4  # nats, or the share of a gradient's norm
@@ -259,7 +261,7 @@ def choose_eos(rows: list[tuple[int, ...]]) -> int:
 def update(case: Case) -> None:
     """Compare the gradient of one prefix update with plain transformers, row by row."""
     run = case.prepared
-    done = helpers.one_update(run)
+    done = take_update(run)
     case.gradient = done.gradient
     trained = run.pair.student.trainable
     expected = torch.autograd.grad(
@@ -269,7 +271,36 @@ def update(case: Case) -> None:
     case.compare("gradient", share_of_norm(done.gradient, named))
 
 
-def plain_loss(run: Run, done: helpers.Done) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The rollouts, losses and gradient of one update; ``gradient`` is keyed by parameter name."""
+
+    rollouts: list[Rollout]
+    losses: TokenLosses
+    gradient: dict[str, torch.Tensor]
+
+
+def take_update(run: Run) -> Done:
+    """Run update 0 without the optimizer step; WrongFigure: a parameter has no gradient."""
+    state = helpers.state_of(run)
+    state.optimizer.zero_grad()
+    one = Update(state, 0)
+    rollouts = one.select(one.sample())
+    losses = one.backward(rollouts)
+    gradient = {}
+    missing = []
+    for name, p in run.pair.student.trainable.items():
+        if p.grad is None:
+            missing.append(name)
+        else:
+            gradient[name] = p.grad.clone()
+    if missing:
+        count = f"{len(missing)} of {len(missing) + len(gradient)} trained parameters"
+        raise WrongFigure(f"{count} received no gradient, the first: {missing[0]}")
+    return Done(rollouts=rollouts, losses=losses, gradient=gradient)
+
+
+def plain_loss(run: Run, done: Done) -> torch.Tensor:
     """Return the weighted reverse KL of an update's rollouts from full logits."""
     total = torch.zeros(())
     for r in done.rollouts:
@@ -294,13 +325,13 @@ def share_of_norm(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor])
 def recompute(case: Case) -> None:
     """Compare the gradient under gradient checkpointing with the one without."""
     run = prepare(case.settings(train__gradient_checkpointing=True))
-    case.compare("checkpointing", share_of_norm(helpers.one_update(run).gradient, case.gradient))
+    case.compare("checkpointing", share_of_norm(take_update(run).gradient, case.gradient))
 
 
 def autocast(case: Case) -> None:
     """Take one update in bfloat16; its gradient must be finite."""
     run = prepare(case.settings(runtime__dtype="bfloat16"))
-    for name, gradient in helpers.one_update(run).gradient.items():
+    for name, gradient in take_update(run).gradient.items():
         if not torch.isfinite(gradient).all():
             raise WrongFigure(f"in bfloat16 the gradient of {name} is not finite")
 
