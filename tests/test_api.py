@@ -454,6 +454,17 @@ def test_the_error_of_a_crashed_rank_quotes_its_last_line(
     assert "Traceback" in capfd.readouterr().err  # lines of two ranks may interleave
 
 
+def test_a_crashed_rank_is_named_and_not_the_one_that_was_stopped(given, tmp_path, monkeypatch):
+    crash = """import os, time
+if os.environ["RANK"] == "0":
+    time.sleep(600)
+raise RuntimeError("a bug")
+"""
+    monkeypatch.setattr(launch, "RANK", crash)
+    with pytest.raises(Stopped, match="rank 1 ended with exit code 1; RuntimeError: a bug"):
+        prefix_distill.run(**given, gpus=2, device="cpu", out=tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "options, kind",
     [

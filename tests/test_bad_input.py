@@ -125,7 +125,10 @@ BAD = {
     "unknown divergence": (["--divergence", "kl"], "--divergence kl: expected"),
     "estimator without K": (["--estimator", "top-k:0"], "expected full, sampled or top-k:K"),
     "a schedule cut short": (["--prefix", "linear:4"], "--prefix linear:4: expected"),
-    "a staircase that never rises": (["--prefix", "staircase:4:4:0"], "rises every '0' steps"),
+    "a staircase that never rises": (
+        ["--prefix", "staircase:4:4:0"],
+        "expected a whole number of steps of at least 1 after the last colon, got '0'",
+    ),
     "window without K": (
         ["--window", "last"],
         "--window last: expected all, or one of first",

@@ -263,7 +263,9 @@ class _Ranks:
             return failure.error_file_data["code"], message
         if asked is not None:
             return 128 + asked, "interrupted before training began; there was nothing to save"
-        rank, failure = failures[0]
+        # torch's launcher stops the other ranks with SIGTERM, which is a negative exit code
+        crashed = [(rank, failure) for rank, failure in failures if failure.exitcode > 0]
+        rank, failure = (crashed or failures)[0]
         return 1, f"rank {rank} ended with exit code {failure.exitcode}; {self._last_line(rank)}"
 
     def _last_line(self, rank: int) -> str:

@@ -14,7 +14,7 @@ class Schedule:
         "Tokens of a rollout to sample and train on: 512, 25% (of --max-new-tokens), full or a "
         "schedule. Schedules: linear:L0:d (L0 + d·k at step k), staircase:L0:dH:n (dH more every n "
         "steps), auto (starts at 10% and doubles when the KL of its last tokens stops falling). "
-        "Plugins add more (see prefix-distill help plugins).",
+        "Plugins add more.",
     )
     lr: float = main_option(5e-5, "--lr", "Peak learning rate of AdamW.", above=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = option(

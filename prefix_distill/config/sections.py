@@ -41,8 +41,8 @@ class Models:
         "strict",
         "--cross-tokenizer",
         "How models with different tokenizers are compared: strict (units of text that are one "
-        "token in both), simct (all units of text), simct-released (as SimCT's released code does) "
-        "or off (rejected).",
+        "token in both), simct (all units of text), simct-released (as SimCT's released code) or "
+        "off (rejected).",
     )
     student_quantize: Literal["none", "nf4", "int8"] = option(
         "none",

@@ -337,7 +337,7 @@ def test_a_data_set_needs_tokenizers(questions, tmp_path):
     assert (
         code == 2
         and out == ""
-        and "has no readable tokenizer" in err.splitlines()[-1]
+        and "its tokenizer cannot be read" in err.splitlines()[-1]
         and "--prompt-tokens" in err
     )
 

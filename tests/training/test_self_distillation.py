@@ -225,7 +225,7 @@ def test_a_teacher_that_ignores_the_privileged_text_is_reported(pair, questions)
         rollout__max_new_tokens=192,
     )
     assert not any("does not help" in text for text in told.notes.warnings)
-    assert any(text.startswith("privileged prompt:") for text in told.notes.lines)
+    assert any(text.startswith("privileged text:") for text in told.notes.lines)
     blind = prepared(
         ("lab:choice/student", "self"),
         "lab:choice",

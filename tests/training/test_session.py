@@ -147,7 +147,7 @@ def test_padded_vocabularies_are_cut_to_the_real_ids(tmp_path, questions, pair):
     net.save_pretrained(wide)
     byte_tokenizer().save_pretrained(wide)
     padded = prepared((str(wide), pair[1]), questions)
-    assert any("cut to the real ids" in note for note in padded.notes.lines)
+    assert any("padding rows of the output heads are cut" in note for note in padded.notes.lines)
     (want, rollouts, values), (got, same, padded_values) = (
         update_gradient(plain),
         update_gradient(padded),
