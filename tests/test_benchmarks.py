@@ -22,6 +22,7 @@ TABLES = {  # program → key of the table in its JSON document
     "divergence": "table",
     "gold": "arms",
     "limit": "share_of_limit",
+    "models": "classes",
     "plan": "runs",
     "prefix": "summary",
     "ranks": "table",
