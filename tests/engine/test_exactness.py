@@ -65,6 +65,10 @@ FAMILIES = {
         EXPERTS | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
         FASTEST,
     ),
+    "gemma3_text": (
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+        FASTEST,
+    ),
     "recurrent_gemma": (
         {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
         Decoding(batch="equal", stretch=None),
