@@ -396,7 +396,8 @@ def shortage(monkeypatch: pytest.MonkeyPatch, where: str, most: int) -> None:
         decode_batch = sampling._Batch.decode
 
         def decode(batch, *rest):
-            if len(batch.requests) > most:
+            # the few short rows of the check of decoding fit
+            if len(batch.requests) > most and type(batch.sampler) is Sampler:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return decode_batch(batch, *rest)
 

@@ -831,7 +831,7 @@ MODELS = {  # name → (function that damages a valid model folder, message)
             "model.safetensors",
             "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
         ),
-        "SafetensorError",
+        "is a git-lfs pointer in place of the file; run `git lfs pull`",
     ),
     "weights of nothing": (put("model.safetensors", b""), "SafetensorError"),
     "absurd header": (put("model.safetensors", b"\xff" * 8 + b"{}"), "header too large"),

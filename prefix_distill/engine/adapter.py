@@ -109,8 +109,13 @@ def find_packed(net: torch.nn.Module) -> str | None:
 def merge_tensor(layer: "BaseTunerLayer") -> torch.Tensor:
     """Return W + (α/r)·B A of one layer, in W's dtype."""
     weight = getattr(layer.get_base_layer(), tensor_of(layer)).detach()
-    delta = layer.get_delta_weight(NAME)  # type: ignore[attr-defined]  # every LoRA layer has this method
-    return (weight.float() + delta.float()).to(weight.dtype)
+    return (weight.float() + read_delta(layer).float()).to(weight.dtype)
+
+
+def read_delta(layer: "BaseTunerLayer") -> torch.Tensor:
+    """Return (α/r)·B A of one layer."""
+    delta: torch.Tensor = layer.get_delta_weight(NAME)  # type: ignore[attr-defined]  # every LoRA layer has this method
+    return delta
 
 
 def merge_weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:

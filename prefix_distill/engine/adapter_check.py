@@ -197,8 +197,7 @@ def _randomize(layer: "BaseTunerLayer", generator: torch.Generator) -> None:
             zero = factor
     zero.copy_(torch.randn(zero.shape, generator=generator))
     weight = getattr(layer.get_base_layer(), adapter.tensor_of(layer))
-    delta = layer.get_delta_weight(NAME)  # type: ignore[attr-defined]  # every LoRA layer has this method
-    size = delta.float().norm().item()
+    size = adapter.read_delta(layer).float().norm().item()
     if weight.dtype in adapter.FULL_DTYPES and size:
         zero.mul_(STRENGTH * weight.float().norm().item() / size)
 

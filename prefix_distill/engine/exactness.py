@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UserError, first_line
 from .decoding import FASTEST, WAYS, Decoding
+from .device import is_out_of_memory
 from .models import Model
 from .processors import RowProcessor
 from .rollout import Side
@@ -29,16 +30,24 @@ ROWS = ((0, 7, 4), (3, 7, 9), (0, 12, 9))
 FEW = 8  # parameters at the start of the trunk, one of which the gradient is taken of
 STRETCH = 4  # tokens; the first row ends with its first stretch and leaves
 LONGEST = 9  # tokens of the longest response
+LONGEST_ROW = 21  # tokens of the longest prompt with its response
 
 Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
 
 
 def sample_ids(model: Model, count: int) -> list[int]:
-    """Return ``count`` ids of plain text that a tokenizer without it replaces by other tokens."""
-    ids = [i for i in model.tokenizer(TEXT)["input_ids"] if i < model.vocabulary]
-    if len(set(ids)) < count // 2:  # most of the text is unknown to the tokenizer
-        ids = sorted(model.tokenizer.get_vocab().values())
+    """Return ``count`` ids of plain text, without EOS.
+
+    A tokenizer that does not know most of the text gives the ids of its vocabulary.
+    """
+    ids = _usable(model.tokenizer(TEXT)["input_ids"], model)
+    if len(set(ids)) < count // 2:
+        ids = _usable(sorted(model.tokenizer.get_vocab().values()), model)
     return (ids * count)[:count]
+
+
+def _usable(ids: list[int], model: Model) -> list[int]:
+    return [i for i in ids if i < model.vocabulary and i not in model.eos]
 
 
 def check_sharing(model: Model) -> str | None:
@@ -72,6 +81,8 @@ def _compare_sharing(model: Model, compute: Computation, what: str) -> str | Non
         together = compute(replace(model, shares_prompts=True), [sides])
     except Exception as error:
         # an architecture may lack the cache, the mask or the positions, and may raise anything
+        if is_out_of_memory(error):
+            raise
         return f"its cache cannot be shared ({_describe(error)})"
     smallest = SHARING_TOLERANCE_OF_HALF_PRECISION
     if model.net.dtype == torch.float32:
@@ -122,6 +133,8 @@ def find_decoding(model: Model) -> Decoding:
     reports it. UserError: no way gives the logits of a forward pass, so samples would come from
     another distribution than the one that the loss trains.
     """
+    if model.rope_switch is not None and model.rope_switch < LONGEST_ROW:
+        return FASTEST  # the texts would cross the length at which RoPE changes
     dictation = _dictate(model)
     allowed = TOLERANCE_OF_HALF_PRECISION
     if model.net.dtype == torch.float32:
@@ -142,7 +155,7 @@ def find_decoding(model: Model) -> Decoding:
 
 
 def _dictate(model: Model) -> "_Dictation":
-    ids = [i for i in sample_ids(model, 40) if i not in model.eos]
+    ids = sample_ids(model, 40)
     requests = []
     texts: dict[tuple[object, ...], tuple[int, ...]] = {}
     for start, prompt, response in ROWS:
@@ -193,6 +206,8 @@ class _Dictation:
         try:
             generate(replace(model, decoding=tested), self.requests, LONGEST, sampler=sampler)
         except Exception as error:  # a cache without these operations may raise anything
+            if is_out_of_memory(error):
+                raise
             return _describe(error)
         for request, theirs in zip(self.requests, expected, strict=True):
             ours = torch.stack(sampler.logits[request.key])[:, : theirs.shape[-1]]

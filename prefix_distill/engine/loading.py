@@ -77,9 +77,7 @@ def load_model(
         config = AutoConfig.from_pretrained(folder, **options)
         if not extra:
             check_config(name, folder, config)
-        if storage.quantize != "none":
-            quantization = make_quantization(storage.quantize, dtype)
-            extra = {"quantization_config": quantization, "device_map": {"": device}}
+        extra |= _quantization_options(storage, device, dtype)
         if storage.spread is not None:
             scratch = tempfile.TemporaryDirectory(prefix="prefix-distill-")
             device_map = plan_spread(
@@ -91,11 +89,7 @@ def load_model(
             auto_class, folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )
     _check_complete(name, loading_info)
-    if getattr(net, "_hf_peft_config_loaded", False):
-        raise UserError(
-            f"model {name}: it holds a model and an adapter ({FILE}), which transformers added to "
-            "the weights; use a copy with only one of them"
-        )
+    _check_unadapted(name, net)
     if storage == PLAIN:
         net = net.to(device)
     model = _make_model(name, net, tokenizer)
@@ -103,6 +97,25 @@ def load_model(
     if storage.spread is None:
         return model
     return replace(model, home=device, scratch=scratch)
+
+
+def _quantization_options(
+    storage: Storage, device: torch.device, dtype: torch.dtype | Literal["auto"]
+) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that quantize the weights, if any."""
+    if storage.quantize == "none":
+        return {}
+    quantization = make_quantization(storage.quantize, dtype)
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _check_unadapted(name: str, net: "CausalLM") -> None:
+    """Raise UserError if transformers has added an adapter to the loaded weights."""
+    if getattr(net, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model {name}: it holds a model and an adapter ({FILE}), which transformers added to "
+            "the weights; use a copy with only one of them"
+        )
 
 
 def _gguf_argument(extra: dict) -> dict:

@@ -23,9 +23,9 @@ from ..maths.divergence import Head
 from ..maths.extrapolation import MODULES
 from . import adapter
 from .decoding import FASTEST, Decoding
+from .experts import fused_experts
 from .output_layer import Scaling, capture_head_input
 from .rope import find_switch
-from .shapes import fused_experts
 from .transformers_names import enable_checkpointing, name_cache_argument, read_cache
 
 if TYPE_CHECKING:

@@ -5,24 +5,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import Parameter
 from transformers import Cache, PreTrainedConfig
 
 from ..maths.flops import Shape
+from .experts import fused_experts
 
 if TYPE_CHECKING:
     from .models import Model
 
 TOKENS = 16  # of the forward pass in which the rows of every matrix are counted
-
-
-def fused_experts(name: str, module: torch.nn.Module) -> list[Parameter]:
-    """Return a module's expert matrices [experts, in, out]; none for another module."""
-    while name.endswith(".base_layer"):  # peft wraps the module once for each of its parameters
-        name = name.removesuffix(".base_layer")
-    if not name.endswith("experts"):
-        return []
-    return [p for p in module.parameters(recurse=False) if p.dim() == 3]
 
 
 def widest_matrix(model: "Model") -> int:

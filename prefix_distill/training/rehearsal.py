@@ -46,7 +46,12 @@ def _take_step(state: State) -> None:
     losses = update.backward(update.select(rollouts))
     _refuse_non_finite(state, losses)
     try:
-        step_optimizer(state.optimizer, run.pair.student.trainable, 0.0, run.config.train.grad_clip)
+        step_optimizer(
+            state.optimizer,
+            run.pair.student.trainable,
+            rate=0.0,
+            grad_clip=run.config.train.grad_clip,
+        )
     except NonFiniteGradient as error:  # on every rank, because gradients are all-reduced
         _refuse(str(error))
     except Exception as error:

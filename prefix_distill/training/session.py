@@ -328,7 +328,7 @@ def open_folder(run: Run, folder: RunFolder, resume: bool, fingerprints: dict) -
     lock = folder.lock() if place.is_first else contextlib.nullcontext()
     with lock:
         if place.is_first and not resume:
-            facts = {**describe_run(run), KEY: fingerprints}
+            facts = {**describe_run(run), KEY: fingerprints | {"earlier": []}}
             checks = None
             if run.checks:
                 checks = describe_checks(run.checks)

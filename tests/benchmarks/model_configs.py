@@ -214,7 +214,7 @@ def shrink(fields: dict[str, Any]) -> dict[str, Any]:
         small["is_decoder"] = True  # as in every checkpoint of a causal language model
     if "num_attention_heads" in fields and fields.get("num_key_value_heads", 0) is None:
         small["num_key_value_heads"] = 2
-    parts = (fields.get("qk_nope_head_dim"), fields.get("qk_rope_head_dim"))
+    parts = [fields.get("qk_nope_head_dim") or 0, fields.get("qk_rope_head_dim") or 0]
     if all(parts) and fields.get("head_dim") == sum(parts):
         small["head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
     if "kv_lora_rank" in fields:
@@ -249,7 +249,7 @@ def shrink_field(key: str, value: Any) -> Any:
 
 def shrink_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     """Return rotary parameters for a tiny head: sections of 8 frequencies in total."""
-    small = {}
+    small: dict[str, Any] = {}
     for key, value in parameters.items():
         if isinstance(value, dict):
             small[key] = shrink_rope(value)

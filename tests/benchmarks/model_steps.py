@@ -206,6 +206,7 @@ def decode(case: Case) -> None:
         ).sequences
         recorded = torch.tensor(response.logp)
         ids = tuple(plain_BT[0, prompt_BT.shape[1] :].tolist())
+        assert race is not None  # the sampler is not greedy
         plain = torch.tensor(race.take_recorded()[0])
         case.compare("decoding", largest_until_different(recorded, plain, response.ids, ids))
         log_p_TV = read_log_probabilities(student.net, [*request.ids, *response.ids])

@@ -25,7 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class Worker:
     last: dict
 
     @classmethod
-    def start(cls, model_class: ModelClass, context: BaseContext) -> "Worker":
+    def start(cls, model_class: ModelClass, context: ForkServerContext) -> "Worker":
         """Start a process for a class."""
         scratch = tempfile.TemporaryDirectory(prefix="prefix-distill-")
         pipe, child = context.Pipe(duplex=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import ByT5Tokenizer
 
 from prefix_distill.engine import loading, model_files
@@ -63,12 +64,11 @@ def test_a_suffix_in_capitals_is_a_gguf_file(tmp_path, name):
 
 def test_automatic_dtype_of_a_gguf_file_does_not_ask_its_suffix(monkeypatch):
     asked = {}
-    monkeypatch.setattr(
-        loading.AutoModelForCausalLM, "from_pretrained", lambda _, **options: asked.update(options)
-    )
-    loading._read_weights("x", gguf_file="m.GGUF", dtype="auto")
+    read = transformers.AutoModelForCausalLM
+    monkeypatch.setattr(read, "from_pretrained", lambda _, **options: asked.update(options))
+    loading._read_weights(read, "x", gguf_file="m.GGUF", dtype="auto")
     assert asked["dtype"] is None
-    loading._read_weights("x", dtype="auto")
+    loading._read_weights(read, "x", dtype="auto")
     assert asked["dtype"] == "auto"
 
 

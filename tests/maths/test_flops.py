@@ -16,6 +16,7 @@ from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import GenerationCost, Request, Sampler, generate
 from prefix_distill.engine.shapes import read_shape
+from prefix_distill.engine.targets import find_targets
 from prefix_distill.engine.trunk import choose_trunk
 from prefix_distill.maths.divergence import Terms
 from prefix_distill.maths.flops import Batch, Ledger, Passes, Shape, update_ledger
@@ -62,9 +63,8 @@ def test_executed_flops_of_generation_match_torchs_count(model, samples):
     ]
     sampler = Sampler(eos=frozenset({257}), pad=256, support=260, seed=0)
     ledger = Ledger()
-    real = counted(
-        lambda: generate(model, requests, 40, sampler, cost_in(ledger, read_shape(model)))
-    )
+    cost = cost_in(ledger, read_shape(model))
+    real = counted(lambda: generate(model, requests, 40, sampler, cost))
     assert ledger.total("executed") == pytest.approx(real, rel=0.02)
     assert ledger.useful["student_prefill"] < ledger.executed["student_prefill"]
 
@@ -304,7 +304,8 @@ def test_fused_experts_under_an_adapter_are_counted():
     )
     before = read_shape(model)
     config = configuration.build({"adapter.rank": 2, "adapter.targets": "q_proj"}).adapter
-    model.adapter = attach(net, config, seed=0, base="b")
+    targets = find_targets(net, "q_proj")
+    model.adapter = attach(net, config, targets, seed=0, base="b")
     assert read_shape(model).frozen == before.trunk
 
 

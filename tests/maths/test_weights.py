@@ -511,7 +511,7 @@ def test_the_divisor_of_sequence_counts_rollouts_with_a_taught_token(missed):
     else:
         rollouts[1] = dataclasses.replace(rollouts[1], units=())
     if missed == "a window of no unit":
-        [rollouts[1]] = keep_window(Window("last", 2), rollouts[1:2], (0,))
+        [rollouts[1]] = keep_window(Window(kind="last", size=2), rollouts[1:2], (0,))
     weights, share = token_weights(rollouts, "sequence")
     assert share == 2
     assert list(weights.values()) == [[0.5, 0.5], [], [0.5, 0.5]]

@@ -244,7 +244,8 @@ def test_a_model_that_is_not_deterministic_is_refused(pair, questions, tmp_path,
     )
     assert (
         (code, out) == (3, "")
-        and "error: itself: the teacher is not deterministic: two identical passes differ by" in err
+        and "error: determinism: the teacher is not deterministic: two identical passes differ by"
+        in err
         and not (tmp_path / "run").exists()
     )
     code, out, err = invoke(

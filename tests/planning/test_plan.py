@@ -375,7 +375,7 @@ def test_a_plan_for_another_machine_is_not_compared(monkeypatch):
     assert not any(note.startswith("this machine has") for note in last_json(out)["notes"])
 
 
-def missing_device(*_):
+def missing_device(*_, **__):
     raise UserError("device 'cuda': not available here")
 
 
