@@ -25,7 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class Worker:
     last: dict
 
     @classmethod
-    def start(cls, model_class: ModelClass, context: ForkServerContext) -> "Worker":
+    def start(cls, model_class: ModelClass, context: ForkServerContext | SpawnContext) -> "Worker":
         """Start a process for a class."""
         scratch = tempfile.TemporaryDirectory(prefix="prefix-distill-")
         pipe, child = context.Pipe(duplex=False)
@@ -115,9 +115,9 @@ class Worker:
 
 def examine_all(classes: list[ModelClass], jobs: int, timeout: float) -> list[dict]:
     """Return the rows of all classes, in their order."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
+    context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["model_steps"])  # torch is imported once
     waiting = list(reversed(classes))
     workers: list[Worker] = []

@@ -82,11 +82,8 @@ def test_rows_that_have_ended_cost_no_more_flops(model):
     early = {token for r in free[1:] for token in r.ids[:20]} - set(free[0].ids)
     sampler = Sampler(eos=frozenset(early), pad=256, support=260, seed=3)
     ledger, heard = Ledger(), []
-    real = counted(
-        lambda: heard.extend(
-            generate(model, requests, 80, sampler, cost_in(ledger, read_shape(model)))
-        )
-    )
+    cost = cost_in(ledger, read_shape(model))
+    real = counted(lambda: heard.extend(generate(model, requests, 80, sampler, cost)))
     lengths = [len(r.ids) for r in heard]
     assert lengths[0] > 64 and sum(n <= 32 for n in lengths) >= 3
     # a row that leaves the batch does not change the samples of the others
