@@ -588,7 +588,10 @@ def test_plan_and_check_equal_the_commands(given, capfd):
     _, checked, _ = invoke("check", *flags(given))
     capfd.readouterr()
     planned = prefix_distill.plan(**given, prefixes=[4, 8], device_tflops=1)
-    assert planned.to_dict() == last_json(out)
+    documents = planned.to_dict(), last_json(out)
+    for document in documents:  # free memory varies
+        document["notes"] = [n for n in document["notes"] if not n.startswith("this machine has")]
+    assert documents[0] == documents[1]
     assert [row["prefix"] for row in planned.prefixes] == ["12", "4", "8"]
     assert "largest micro-batch" in planned._repr_html_()
     check = prefix_distill.check(**given)
