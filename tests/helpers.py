@@ -164,23 +164,25 @@ def random_net(config, seed: int = 0, scale: float = 1.0, factory=AutoModelForCa
     return net.eval()
 
 
+# the fields of a tiny config that most model types share
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 256,
+    "eos_token_id": 257,
+    "bos_token_id": None,
+}
+
+
 def text_config(kind: str, **shape):
-    """Return a tiny config of any model type with the fields that most of them share."""
-    common: dict[str, Any] = {
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "pad_token_id": 256,
-        "eos_token_id": 257,
-        "bos_token_id": None,
-        "tie_word_embeddings": False,
-    }
-    return CONFIG_MAPPING[kind](**common | shape)
+    """Return a tiny config of any model type, with an untied head unless ``shape`` ties it."""
+    return CONFIG_MAPPING[kind](**SIZES | {"tie_word_embeddings": False} | shape)
 
 
 def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **shape) -> str:

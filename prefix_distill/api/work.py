@@ -57,6 +57,11 @@ def _start(config: Config, observer: Observer, *, resume: bool, dry_run: bool) -
     from ..training.folder import RunFolder
 
     config = settings.name_run_folder(config)
+    if not resume and config.checkpoint.allow_changed:
+        raise UserError(
+            "--allow-changed: expected with --resume, got a new run, which has nothing that could "
+            "have changed; omit it"
+        )
     if not resume:
         RunFolder(str(config.checkpoint.out)).check_unused()
     return _perform("run", config, observer, resume=resume, dry_run=dry_run)

@@ -38,9 +38,7 @@ def check_causality(model: Model) -> None:
     again_TD = model.trunk(ids_BT)[0, near].float()
     beside_TD = model.trunk(torch.cat([ids_BT, ids_BT.flip(-1)]))[0, near].float()
     changed_TD = model.trunk(changed_BT)[0, near].float()
-    allowed = TOLERANCE_OF_HALF_PRECISION
-    if model.net.dtype == torch.float32:
-        allowed = TOLERANCE
+    allowed = model.choose_tolerance(TOLERANCE, TOLERANCE_OF_HALF_PRECISION)
     if _relative_change(model, alone_TD, again_TD) > allowed:
         return  # not deterministic, which a check of its own says
     noise = _relative_change(model, alone_TD, beside_TD)

@@ -27,7 +27,7 @@ class Decoding:
     def restrictions(self, model: str) -> list[str]:
         """Return what keeps the samples of ``model`` exact, as notes; none for the fastest way."""
         if self.batch == "single":
-            return [f"{model} decodes every row alone: its cache mixes the rows of a batch"]
+            return [f"{model} decodes every row alone: in a batch its logits change"]
         notes = []
         if self.batch == "equal":
             notes.append(
@@ -35,7 +35,8 @@ class Decoding:
             )
         if self.stretch is None:
             notes.append(
-                f"{model} keeps rows that have ended in the batch: its cache cannot be continued"
+                f"{model} keeps rows that have ended in the batch: its logits change when decoding "
+                "stops and continues"
             )
         return notes
 

@@ -29,8 +29,8 @@ SHARING_TOLERANCE_OF_HALF_PRECISION = 0.03
 ROWS = ((0, 7, 4), (3, 7, 9), (0, 12, 9))
 FEW = 8  # parameters at the start of the trunk, one of which the gradient is taken of
 STRETCH = 4  # tokens; the first row ends with its first stretch and leaves
-LONGEST = 9  # tokens of the longest response
-LONGEST_ROW = 21  # tokens of the longest prompt with its response
+LONGEST_RESPONSE = max(response for _, _, response in ROWS)
+LONGEST_ROW = max(prompt + response for _, prompt, response in ROWS)
 
 Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
 
@@ -84,9 +84,7 @@ def _compare_sharing(model: Model, compute: Computation, what: str) -> str | Non
         if is_out_of_memory(error):
             raise
         return f"its cache cannot be shared ({_describe(error)})"
-    smallest = SHARING_TOLERANCE_OF_HALF_PRECISION
-    if model.net.dtype == torch.float32:
-        smallest = SHARING_TOLERANCE
+    smallest = model.choose_tolerance(SHARING_TOLERANCE, SHARING_TOLERANCE_OF_HALF_PRECISION)
     gap = _relative_norm(together - one_by_one, one_by_one)
     if gap <= max(smallest, 2 * noise):
         return None
@@ -136,9 +134,7 @@ def find_decoding(model: Model) -> Decoding:
     if model.rope_switch is not None and model.rope_switch < LONGEST_ROW:
         return FASTEST  # the texts would cross the length at which RoPE changes
     dictation = _dictate(model)
-    allowed = TOLERANCE_OF_HALF_PRECISION
-    if model.net.dtype == torch.float32:
-        allowed = TOLERANCE
+    allowed = model.choose_tolerance(TOLERANCE, TOLERANCE_OF_HALF_PRECISION)
     expected = dictation.read_in_one_pass(model)
     again = dictation.read_in_one_pass(model)
     if not all(map(torch.equal, expected, again)):
@@ -155,6 +151,7 @@ def find_decoding(model: Model) -> Decoding:
 
 
 def _dictate(model: Model) -> "_Dictation":
+    """Return the prompts and texts of ROWS, in ids of ``model``; the first text ends with EOS."""
     ids = sample_ids(model, 40)
     requests = []
     texts: dict[tuple[object, ...], tuple[int, ...]] = {}
@@ -204,7 +201,9 @@ class _Dictation:
             texts=self.texts,
         )
         try:
-            generate(replace(model, decoding=tested), self.requests, LONGEST, sampler=sampler)
+            generate(
+                replace(model, decoding=tested), self.requests, LONGEST_RESPONSE, sampler=sampler
+            )
         except Exception as error:  # a cache without these operations may raise anything
             if is_out_of_memory(error):
                 raise

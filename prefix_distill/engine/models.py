@@ -47,9 +47,9 @@ class Model:
     ``generation_config``: the settings that came with the weights and are saved with them. The
     network's own are blank, so that none of them changes sampling. ``eos``: ids that end a turn.
     ``shares_prompts``: several responses may follow one forward pass over their prompt, because
-    ``exactness.check_sharing`` found that exact; ``trains_on_shared_prompts``: gradients are exact,
-    too. ``decoding``: how rows are decoded together, found
-    by ``exactness.find_decoding``. ``recomputes``: gradient checkpointing is on.
+    ``exactness.check_sharing`` found that exact; ``trains_on_shared_prompts``: so are gradients.
+    ``decoding``: how rows are decoded together, found by ``exactness.find_decoding``.
+    ``recomputes``: gradient checkpointing is on.
     ``support``: the head computes logits for the first so many ids (None: all). ``adapter``: peft's
     wrapper of ``net`` if a LoRA adapter is trained. ``adapter_off``: this model is ``net`` without
     its adapter. ``unreached``: the parameters that no text token reaches, which are frozen.
@@ -136,6 +136,12 @@ class Model:
         twice.
         """
         return self.shares_prompts and self.trains_on_shared_prompts and not self.recomputes
+
+    def choose_tolerance(self, full: float, half: float) -> float:
+        """Return ``full`` if the network is in float32, else ``half`` (for half precision)."""
+        if self.net.dtype == torch.float32:
+            return full
+        return half
 
     def trunk(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return the final hidden states [B, T, D], after the last norm.

@@ -33,9 +33,7 @@ def check_recomputation(model: Model) -> None:
             f"recomputed ({type(error).__name__}: {first_line(error)[:120]}); omit "
             "--gradient-checkpointing"
         ) from None
-    allowed = TOLERANCE_OF_HALF_PRECISION
-    if model.net.dtype == torch.float32:
-        allowed = TOLERANCE
+    allowed = model.choose_tolerance(TOLERANCE, TOLERANCE_OF_HALF_PRECISION)
     for name, before, after in zip(chosen, without, recomputed, strict=True):
         change = ((after - before).norm() / before.norm().clamp(min=1e-12)).item()
         if change > allowed:

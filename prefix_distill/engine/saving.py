@@ -40,31 +40,40 @@ def save_merged_model(model: Model, folder: Path, card: str | None = None) -> No
             model.net.save_pretrained(scratch, state_dict=weights)
 
 
-def check_model(model: Model, folder: Path) -> None:
-    """Read what ``save_model`` wrote, and compare it with ``model``. Stopped: they differ."""
+def check_model(model: Model, folder: Path) -> list[str]:
+    """Read what ``save_model`` wrote, and compare it with ``model``; return notes.
+
+    Stopped: they differ.
+    """
     if model.adapter is None:
-        _check_weights(model, folder, model.net.state_dict())
-        return
+        return _check_weights(model, folder, model.net.state_dict())
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model.adapter, save_embedding_layers=False)
     _compare(state, load_file(folder / WEIGHTS), folder)
+    return []
 
 
-def check_merged_model(model: Model, folder: Path) -> None:
-    """Read what ``save_merged_model`` wrote, and compare it with ``model``.
+def check_merged_model(model: Model, folder: Path) -> list[str]:
+    """Read what ``save_merged_model`` wrote, and compare it with ``model``; return notes.
 
     Stopped: they differ.
     """
-    _check_weights(model, folder, adapter.merge_weights(model.net))
+    return _check_weights(model, folder, adapter.merge_weights(model.net))
 
 
-def _check_weights(model: Model, folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Load a model folder with transformers and compare it with the weights in ``state``."""
+def _check_weights(model: Model, folder: Path, state: dict[str, torch.Tensor]) -> list[str]:
+    """Load a model folder with transformers and compare it with the weights in ``state``.
+
+    Return a note if memory does not suffice for that.
+    """
     size = sum(t.numel() * t.element_size() for t in state.values())
     free = read_free_memory(torch.device("cpu"))
     if free is not None and size > free:
-        return  # a second copy does not fit
+        return [
+            f"{folder}: it was not read back, because a second copy needs {size / 2**30:.3g} GiB "
+            f"of memory and {free / 2**30:.3g} GiB is free"
+        ]
     network: Any = type(model.net)
     try:
         net, loading_info = network.from_pretrained(
@@ -83,6 +92,7 @@ def _check_weights(model: Model, folder: Path, state: dict[str, torch.Tensor]) -
     for name in loading_info["missing_keys"]:
         saved.pop(name, None)
     _compare(state, saved, folder)
+    return []
 
 
 def _compare(state: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], folder: Path) -> None:

@@ -35,7 +35,7 @@ def choose_trunk(model: Model) -> None:
         except Exception as error:  # what is no trunk may raise anything
             difference = f"{type(error).__name__} ({first_line(error)[:80]})"
         else:
-            if gap <= _tolerance(model):
+            if gap <= model.choose_tolerance(LOGIT_TOLERANCE, LOGIT_TOLERANCE_OF_HALF_PRECISION):
                 model.whole_net, model.scaling = candidate.whole_net, candidate.scaling
                 return
             difference = f"{gap:.2g} nats"
@@ -67,18 +67,14 @@ def check_head(model: Model) -> float:
     UserError: they differ too much, so that the loss would train another distribution.
     """
     gap = _measure_gap(model, _compute_logits(model))
-    if gap > _tolerance(model):
+    allowed = model.choose_tolerance(LOGIT_TOLERANCE, LOGIT_TOLERANCE_OF_HALF_PRECISION)
+    if gap > allowed:
         raise UserError(
-            f"model {model.name}: head(hidden states) does not equal its logits (they differ by "
-            f"{gap:.2g} nats in log-probability); this architecture is not supported"
+            f"model {model.name}: head(hidden states) does not equal its logits: the "
+            f"log-probabilities differ by {gap:.2g} nats, expected at most {allowed:g}; use "
+            "another model"
         )
     return gap
-
-
-def _tolerance(model: Model) -> float:
-    if model.net.dtype == torch.float32:
-        return LOGIT_TOLERANCE
-    return LOGIT_TOLERANCE_OF_HALF_PRECISION
 
 
 def probe_ids(model: Model, count: int) -> torch.Tensor:

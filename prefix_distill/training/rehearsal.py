@@ -1,13 +1,14 @@
 """One update before the first evaluation, which changes nothing: what can fail, fails here."""
 
 import itertools
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from ..engine.device import Clock, is_out_of_memory
 from ..engine.meter import Meter
-from ..engine.rollout import Rollout
+from ..engine.rollout import Rollout, rollout_of
 from ..errors import MemoryShortage, Stopped
 from .faults import find_non_finite
 from .loss import TokenLosses
@@ -95,14 +96,6 @@ def _make_rollouts(state: State, length: int) -> list[Rollout]:
         slot, sample = divmod(i, samples)
         prompt = prompts[slot % len(prompts)]
         ids = tuple(itertools.islice(itertools.cycle(prompt.student_ids), length))
-        rollout = Rollout(
-            slot=slot,
-            sample=sample,
-            student_prompt=prompt.student_ids,
-            teacher_prompt=prompt.teacher_ids,
-            ids=ids,
-            teacher_ids=ids,
-            finished=False,
-        )
-        rollouts.append(rollout)
+        rollout = rollout_of(slot, prompt.student_ids, ids, teacher_prompt=prompt.teacher_ids)
+        rollouts.append(replace(rollout, sample=sample))
     return rollouts

@@ -264,12 +264,14 @@ class Session:
         path = self.folder.path
         if run.config.adapter.merge:
             self.folder.save_merged_model("model", student, text)
-            check_merged_model(student, path / "model")
+            notes = check_merged_model(student, path / "model")
             self.folder.save_model("adapter", student, text)
-            check_model(student, path / "adapter")
+            notes += check_model(student, path / "adapter")
         else:
             self.folder.save_model("model", student, text)
-            check_model(student, path / "model")
+            notes = check_model(student, path / "model")
+        for note in notes:
+            self.report.note(note)
 
 
 def train_in(

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import byte_tokenizer, tiny_net
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from helpers import byte_tokenizer, random_net, text_config, tiny_net
+from transformers import CONFIG_MAPPING
 
 from prefix_distill.engine import exactness
 from prefix_distill.engine.decoding import FASTEST, Decoding
@@ -14,21 +14,8 @@ from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.engine.scoring import hidden_rows
 from prefix_distill.errors import UserError
+from prefix_distill.maths.flops import Ledger, Shape
 
-COMMON = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 256,
-    "eos_token_id": 257,
-    "bos_token_id": None,
-    "tie_word_embeddings": False,
-}
 EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -101,13 +88,7 @@ def family(request):
     shape, expected = FAMILIES[request.param]
     if request.param not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {request.param}")
-    torch.manual_seed(1)
-    config = CONFIG_MAPPING[request.param](**COMMON | shape)
-    net = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            if p.dim() >= 2 and "conv" not in name and "A_log" not in name:
-                p.copy_(torch.randn_like(p) * 0.3)
+    net = random_net(text_config(request.param, **shape), seed=1)
     model = make_model(net)
     model.decoding = exactness.find_decoding(model)
     return model, expected
@@ -214,7 +195,20 @@ def test_a_cache_that_changes_the_logits_is_refused():
         exactness.find_decoding(make_model(net))
 
 
-def test_the_way_of_decoding_is_part_of_the_ledger_and_of_the_notes():
+def test_rows_that_stay_cost_executed_flops():
+    """One row has 2 tokens, one has 70. Head and trunk cost 2·(100 + 10) FLOPs a token."""
+    executed = {}
+    for stretch in (32, None):
+        shape = Shape(trunk=100, head=10, attention=(), stretch=stretch)
+        ledger = Ledger()
+        ledger.generation(shape, [(4, [2]), (4, [70])])
+        executed[stretch] = ledger.executed["student_decode"]
+        assert ledger.useful["student_decode"] == 2 * 110 * (1 + 69)
+    # 69 steps: with stretches the short row runs in the first 31, otherwise in all
+    assert executed == {32: 2 * 110 * (69 + 31), None: 2 * 110 * (69 + 69)}
+
+
+def test_restrictions_are_noted():
     assert FASTEST.restrictions("the student") == []
     [note] = Decoding(batch="single", stretch=None).restrictions("the student")
     assert note.startswith("the student decodes every row alone")
@@ -235,5 +229,11 @@ def test_sharing_is_checked_by_running_the_model():
 
 def test_checks_use_text_and_fall_back_to_the_vocabulary():
     model = make_model(tiny_net("llama"))
-    ids = exactness.sample_ids(model, 40)
-    assert len(ids) == 40 and ids == model.tokenizer(exactness.TEXT)["input_ids"][:40]
+    text = model.tokenizer(exactness.TEXT)["input_ids"]
+    assert exactness.sample_ids(model, 40) == text[:40]
+    # an EOS id in the text is left out
+    ending = dataclasses.replace(model, eos=frozenset({text[1]}))
+    assert text[1] not in exactness.sample_ids(ending, 40)
+    # of a vocabulary of 20 ids, the text has none
+    small = dataclasses.replace(model, support=20)
+    assert exactness.sample_ids(small, 40) == list(range(20)) * 2

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import (
+    SIZES,
     byte_tokenizer,
     one_update,
     prepared,
@@ -20,17 +21,7 @@ from prefix_distill.engine.reach import find_unreached
 from prefix_distill.errors import UserError
 from prefix_distill.training.optimizer import step_optimizer
 
-TEXT = {
-    "model_type": "mistral",
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-}
+TEXT = SIZES | {"model_type": "mistral"}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,

@@ -11,7 +11,7 @@ import shutil
 import peft
 import pytest
 import torch
-from helpers import assert_same, byte_tokenizer, invoke, prepared, trained, update_gradient
+from helpers import SIZES, assert_same, byte_tokenizer, invoke, prepared, trained, update_gradient
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
@@ -20,19 +20,6 @@ from prefix_distill.engine import adapter, adapter_check, loading, saving, targe
 from prefix_distill.errors import Stopped, UserError
 
 IDS = torch.arange(20, 44)[None]
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "pad_token_id": 256,
-    "eos_token_id": 257,
-    "bos_token_id": None,
-}
 EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -348,8 +335,8 @@ def test_a_saved_model_is_read_back(tmp_path):
     model, _ = adapted(save_random(tmp_path / "base", **TIED), "q_proj,embed_tokens")
     saving.save_model(model, tmp_path / "adapter")
     saving.save_merged_model(model, tmp_path / "merged")
-    saving.check_model(model, tmp_path / "adapter")
-    saving.check_merged_model(model, tmp_path / "merged")
+    assert saving.check_model(model, tmp_path / "adapter") == []
+    assert saving.check_merged_model(model, tmp_path / "merged") == []
     saving.check_model(load(tmp_path / "merged"), tmp_path / "merged")
     for folder, file, name in (
         ("adapter", "adapter_model.safetensors", "q_proj.lora_A.weight"),
@@ -366,6 +353,14 @@ def test_a_saved_model_is_read_back(tmp_path):
     save_file(weights, tmp_path / "merged/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Stopped, match="up_proj"):
         saving.check_merged_model(model, tmp_path / "merged")
+
+
+def test_a_model_that_does_not_fit_twice_is_noted(tmp_path, monkeypatch):
+    model = load(save_random(tmp_path / "base", **TIED))
+    saving.save_model(model, tmp_path / "model")
+    monkeypatch.setattr(saving, "read_free_memory", lambda device: 0)
+    [note] = saving.check_model(model, tmp_path / "model")
+    assert "was not read back" in note and "0 GiB is free" in note
 
 
 # Adapters as input

@@ -131,6 +131,12 @@ def test_a_change_is_refused_in_one_line(copied, change):
     assert before == {f: f.read_bytes() for f in (copied / "run").rglob("*") if f.is_file()}
 
 
+def test_an_accepted_change_needs_a_run_to_resume(tmp_path):
+    code, out, err = invoke("run", "--allow-changed", "--out", tmp_path / "run")
+    assert (code, out) == (2, "") and "--allow-changed: expected with --resume" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_accepted_change_is_reported_and_recorded(copied):
     change_teacher(copied)
     code, out, err = resume(copied, "run", "--allow-changed")
