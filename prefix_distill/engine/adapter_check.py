@@ -119,16 +119,16 @@ def find_fault(net: PreTrainedModel, sites: list[Site], states: States) -> str |
     """
     layers = adapter.adapted_layers(net)
     tried = [layers[site.name] for site in _first_of_each_kind(sites)]
-    with adapter.disable(net):
-        base = states()
-    if not torch.isfinite(base).all():
-        return None  # the check of the output head reports it
     with _randomized(tried):
         try:
+            with adapter.disable(net):
+                base = states()
             adapted = states()
         except Exception as error:  # a layer's code sees another module and raises anything
             what = f"{type(error).__name__}: {one_line(error, 120)}"
             return f"its layer does not run with an adapter ({what})"
+        if not torch.isfinite(base).all():
+            return None  # the check of the output head reports it
         if adapter.find_packed(net) is not None:
             return None  # nothing can be merged
         with _merged(tried), adapter.disable(net):

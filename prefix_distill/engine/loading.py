@@ -27,6 +27,7 @@ from .classes import AutoClass, choose_class
 from .dropout import turn_off_dropout
 from .folders import ADAPTER, check_config, locate
 from .hub import check_reachable, find_pinned
+from .kept_state import find_blanks
 from .model_files import read_tokenizer
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
@@ -190,6 +191,7 @@ def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) 
     """
     generation_config = net.generation_config
     net.generation_config = GenerationConfig()
+    blanks = find_blanks(net)
     turn_off_dropout(net)
     vocabulary = len(net.get_output_embeddings().weight)
     eos = _read_eos(name, generation_config, tokenizer, vocabulary=vocabulary)
@@ -199,6 +201,7 @@ def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) 
         tokenizer=tokenizer,
         generation_config=generation_config,
         eos=eos,
+        blanks=blanks,
     )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from ..maths.extrapolation import MODULES
 from . import adapter
 from .decoding import FASTEST, Decoding
 from .experts import fused_experts
+from .kept_state import Blanks, forget_state
 from .output_layer import Scaling, capture_head_input
 from .rope import find_switch
 from .transformers_names import enable_checkpointing, name_cache_argument, read_cache
@@ -54,9 +55,10 @@ class Model:
     wrapper of ``net`` if a LoRA adapter is trained. ``adapter_off``: this model is ``net`` without
     its adapter. ``unreached``: the parameters that no text token reaches, which are frozen.
     ``whole_net``: the trunk is ``net`` up to its output layer, not its decoder alone. ``scaling``:
-    what ``net`` does to its logits, if the config does not tell (``choose_trunk``). ``home``: the
-    head's device, if the layers lie on several devices. ``scratch``: the folder of offloaded
-    layers, which must exist as long as the model.
+    what ``net`` does to its logits, if the config does not tell (``choose_trunk``). ``blanks``: the
+    attributes in which ``net`` may keep state between calls. ``home``: the head's device, if the
+    layers lie on several devices. ``scratch``: the folder of offloaded layers, which must exist as
+    long as the model.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Model:
     unreached: frozenset[str] = frozenset()
     whole_net: bool = False
     scaling: Scaling | None = None
+    blanks: Blanks = field(default_factory=dict)
     home: torch.device | None = None
     scratch: TemporaryDirectory[str] | None = None
 
@@ -137,6 +140,14 @@ class Model:
         """
         return self.shares_prompts and self.trains_on_shared_prompts and not self.recomputes
 
+    @property
+    def prefills_once(self) -> bool:
+        """Return whether sampling runs a prompt once for all its responses.
+
+        ``generate`` then continues from a cache that it did not make, as between two stretches.
+        """
+        return self.shares_prompts and self.decoding.stretch is not None
+
     def choose_tolerance(self, full: float, half: float) -> float:
         """Return ``full`` if the network is in float32, else ``half`` (for half precision)."""
         if self.net.dtype == torch.float32:
@@ -151,6 +162,15 @@ class Model:
         with self.adapter_context(), self._checkpointing():
             hidden_BTD, _ = self._run_trunk(input_ids=ids_BT, use_cache=False)
         return hidden_BTD.to(self.device)
+
+    def read_logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Return the network's own logits [B, T, V], without padding and without a cache."""
+        self.forget_state()
+        with self.adapter_context():
+            output = self.net(
+                input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
+            )
+        return output.logits
 
     def trunk_cached(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache | None = None
@@ -181,12 +201,17 @@ class Model:
 
     def _run_trunk(self, **inputs: Any) -> tuple[torch.Tensor, ModelOutput]:
         """Return the final hidden states and the output of the module that computed them."""
+        self.forget_state()
         if not self.whole_net:
             output = self.net.get_decoder()(**inputs)
             return output.last_hidden_state, output
         with capture_head_input(self.net) as captured:
             output = self.net(**inputs)
         return captured[0], output
+
+    def forget_state(self) -> None:
+        """Drop the state that the network keeps outside its KV cache from an earlier call."""
+        forget_state(self.net, self.blanks)
 
     def adapter_context(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which ``net`` runs: it disables the adapter if ``adapter_off``."""

@@ -178,7 +178,7 @@ def generate(
 
     Rows are sorted by prompt length, rows with the same prompt together, and left-padded in batches
     of at most ``sampler.rows``, as far as ``model.decoding`` allows. A prompt of several rows is
-    prefilled once if ``model.shares_prompts``. ``cost`` records the FLOPs of every batch, and the
+    prefilled once if ``model.prefills_once``. ``cost`` records the FLOPs of every batch, and the
     seconds of prefill and decoding. A row that may pass the length at which RoPE changes is sampled
     alone.
     """
@@ -238,11 +238,11 @@ def _describe_reads(
 ) -> list[Reads]:
     """Return (prompt length, lengths of its responses) for every prompt of a batch."""
     shortest = min(len(requests[i].ids) for i in responses)
-    shares_prompts = model.shares_prompts and shortest > 1
+    prefills_once = model.prefills_once and shortest > 1
     lengths: dict[object, Reads] = {}
     for i, response in responses.items():
         ids = requests[i].ids
-        key: object = ids if shares_prompts else i
+        key: object = ids if prefills_once else i
         _, of_prompt = lengths.setdefault(key, (len(ids), []))
         of_prompt.append(len(response.ids))
     return list(lengths.values())
@@ -281,6 +281,7 @@ class _Batch:
             if timer is not None:
                 processors.insert(0, timer)
             cache_argument = {name_generate_cache_argument(): cache}
+            self.model.forget_state()
             with self.model.adapter_context():
                 out = self.model.net.generate(
                     input_ids=ids_BT,
@@ -348,7 +349,7 @@ class _Batch:
         """
         prompts = [r.ids for r in self.requests]
         distinct = list(dict.fromkeys(prompts))
-        if not self.model.shares_prompts or len(distinct) == len(prompts) or len(distinct[0]) < 2:
+        if not self.model.prefills_once or len(distinct) == len(prompts) or len(distinct[0]) < 2:
             return None
         rows = [prompts.index(ids) for ids in distinct]
         _, cache = self.model.trunk_cached(ids_BT[rows, :-1], mask_BT[rows, :-1])

@@ -88,11 +88,7 @@ def probe_ids(model: Model, count: int) -> torch.Tensor:
 def _compute_logits(model: Model) -> torch.Tensor:
     """Return the network's own logits [T, V] of a few tokens. UserError: they are not finite."""
     ids_BT = probe_ids(model, 8)
-    with model.adapter_context():
-        output = model.net(
-            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
-        )
-    logits_NV = output.logits[0, :, : model.support].float()
+    logits_NV = model.read_logits(ids_BT)[0, :, : model.support].float()
     if not torch.isfinite(logits_NV).all():
         raise UserError(
             f"model {model.name}: its logits contain NaN or infinity; use an intact copy or "

@@ -111,10 +111,10 @@ def measure_generation(model: Model, work: Generation) -> dict[str, float]:
     mask = torch.tensor([[0] * (width - p) + [1] * p for p in work.prompts])
     # Rows of the same prompt stand together, as ``generate`` orders them.
     prompt_of_row = torch.arange(work.rows) // work.samples
-    shares_prompts = model.shares_prompts and work.samples > 1 and width > 1
+    prefills_once = model.prefills_once and work.samples > 1 and width > 1
     prefill = _count_beside(model)
     with prefill:
-        if shares_prompts:
+        if prefills_once:
             # The hidden states are freed at once, as in engine/sampling.py.
             cache = model.trunk_cached(torch.zeros_like(mask)[:, :-1], mask[:, :-1])[1]
             cache.batch_select_indices(prompt_of_row)

@@ -281,10 +281,10 @@ def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
     with as_preflight_error():
         trunk.choose_trunk(model)
         check_causality(model)
+        reason = exactness.check_sharing(model)
+        model.shares_prompts = reason is None
         model.decoding = exactness.find_decoding(model)
     notes.note(*model.decoding.restrictions(f"the {role}"))
-    reason = exactness.check_sharing(model)
-    model.shares_prompts = reason is None
     if reason:
         notes.note(f"the {role} runs the prompt once per sample: {reason}")
 

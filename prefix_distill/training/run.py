@@ -175,7 +175,7 @@ class Run:
         micro_batch = self.limits.micro_batch_size
         # responses per forward pass over their prompt: in generation, scoring and training
         responses_per_pass = (
-            samples if pair.student.shares_prompts else 1,
+            samples if pair.student.prefills_once else 1,
             micro_batch if pair.teacher.encodes_prompt_once else 1,
             micro_batch if pair.student.encodes_prompt_once else 1,
         )

@@ -23,6 +23,7 @@ SIZES = [
     (r"original_max_position_embeddings|max_target_positions|max_source_positions", 256),
     (r".*(lora_rank|low_?rank|laurel_rank|gate_rank|norm_rank|adapter_rank)$", 8),
     (r"index_head_dim", 32),
+    (r"index_n_heads", 32),  # with few heads, scores after the ReLU are often equal, namely zero
     (r"index_topk|index_block_size|index_kpool", 8),
     (r"index_topk_blocks", 2),
     (r"qk_head_dim", 32),

@@ -44,6 +44,10 @@ FAMILIES = {
         FASTEST,
     ),
     "mamba": (MAMBA, Decoding(stretch=None)),
+    "mamba2": (
+        {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16},
+        Decoding(stretch=None),
+    ),
     "bamba": (HEADS | {"attn_layer_indices": [1], "mamba_expand": 2}, FASTEST),
     "falcon_h1": (HEADS | {"mamba_d_ssm": 64}, FASTEST),
     "qwen3_next": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 32}, FASTEST),
@@ -90,6 +94,7 @@ def family(request):
         pytest.skip(f"this transformers has no {request.param}")
     net = random_net(text_config(request.param, **shape), seed=1)
     model = make_model(net)
+    model.shares_prompts = exactness.check_sharing(model) is None
     model.decoding = exactness.find_decoding(model)
     return model, expected
 
