@@ -16,6 +16,7 @@ from .. import config as configuration
 from ..errors import UserError, one_line
 from . import adapter
 from .adapter import NAME
+from .peft_names import import_peft
 from .targets import ALL, Site, Targets, find_targets
 
 if TYPE_CHECKING:
@@ -43,16 +44,17 @@ def attach_checked(
 ) -> "tuple[PeftModel, Targets]":
     """Add a new adapter to ``net`` and try it; return peft's wrapper and the targets.
 
-    ``states`` runs ``net``. ``all-linear`` leaves out the layers that fail. UserError: a layer that
-    was named fails, or peft finds no target.
+    ``states`` runs ``net``. ``all-linear`` leaves out the layers that fail, or whose adapter peft
+    could not load again. UserError: a layer that was named fails, or peft finds no target.
     """
     targets = find_targets(net, settings.targets)
     attach = functools.partial(adapter.attach, net, settings, seed=seed, base=base)
     wrapper = attach(targets)
-    if find_fault(net, targets.sites, states) is None:
+    faults = _find_unreadable(wrapper, targets.sites)
+    if not faults and find_fault(net, targets.sites, states) is None:
         return wrapper, targets
     wrapper.unload()
-    faults = _find_faults(net, targets, states, attach=attach)
+    faults |= _find_faults(net, targets.without(faults), states, attach=attach)
     named = [name.strip() for name in settings.targets.split(",")]
     for site in targets.sites:
         if site.pattern in faults:
@@ -82,6 +84,27 @@ def _check_not_named(site: Site, named: list[str], *, obstacle: str) -> None:
                 f"--lora-targets {name}: {site.name} cannot have an adapter, because {obstacle}; "
                 f"use {ALL} or other names"
             )
+
+
+def _find_unreadable(wrapper: "PeftModel", sites: list[Site]) -> dict[str, str]:
+    """Return the obstacle at each kind of layer whose saved adapter peft does not find again.
+
+    On loading, peft applies the renaming of the model's type also to the names of an adapter.
+    """
+    peft = import_peft()
+    state = peft.get_peft_model_state_dict(wrapper, adapter_name=NAME, save_embedding_layers=False)
+    result = peft.set_peft_model_state_dict(wrapper, state, adapter_name=NAME)
+    lost = {}
+    for key in result.missing_keys:
+        module, dot, _ = key.removeprefix("base_model.model.").partition(".lora_")
+        if dot:
+            lost[module] = key
+    faults = {}
+    for site in sites:
+        if site.module in lost:
+            renamed = next(iter(result.unexpected_keys), "another name")
+            faults[site.pattern] = f"peft loads a saved adapter of it as {renamed}"
+    return faults
 
 
 def _find_faults(

@@ -1,5 +1,7 @@
 """The transformers class of a config's language model."""
 
+from typing import Any
+
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -24,7 +26,8 @@ def choose_class(name: str, config: PreTrainedConfig) -> AutoClass:
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
         (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     ):
-        if auto_class.__name__ not in own_code and type(config) not in mapping:
+        is_known = _can_be_loaded_again(mapping.get(type(config), None))
+        if not is_known and auto_class.__name__ not in own_code:
             continue
         if auto_class is AutoModelForImageTextToText and _has_encoder(config):
             raise UserError(
@@ -38,6 +41,15 @@ def choose_class(name: str, config: PreTrainedConfig) -> AutoClass:
         "AutoModelForCausalLM nor AutoModelForImageTextToText has a class for it); use a causal "
         "language model"
     )
+
+
+def _can_be_loaded_again(model_class: Any) -> bool:
+    """Return whether the class saves a config from which a model can be loaded.
+
+    The text half of some multimodal models has a config that no mapping knows.
+    """
+    config = getattr(model_class, "config_class", None)
+    return config in MODEL_FOR_CAUSAL_LM_MAPPING or config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _has_encoder(config: PreTrainedConfig) -> bool:

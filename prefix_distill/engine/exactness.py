@@ -3,10 +3,12 @@
 Hybrids with recurrent states, and models with caches of their own, allow less than a transformer.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..errors import UserError, first_line
 from .decoding import FASTEST, WAYS, Decoding
@@ -31,6 +33,9 @@ FEW = 8  # parameters at the start of the trunk, one of which the gradient is ta
 STRETCH = 4  # tokens; the first row ends with its first stretch and leaves
 LONGEST_RESPONSE = max(response for _, _, response in ROWS)
 LONGEST_ROW = max(prompt + response for _, prompt, response in ROWS)
+
+# the check beyond a window: the widest window, and the tokens before and after it
+WIDEST, PROMPT, BEYOND = 1024, 8, 8
 
 Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
 
@@ -124,8 +129,8 @@ def _first_reached(model: Model) -> list[torch.nn.Parameter]:
 
 
 def _describe(error: Exception) -> str:
-    """Return an error's name and the start of its first line, without the tensors it lists."""
-    return f"{type(error).__name__}: {first_line(error).split(': [')[0][:120]}"
+    """Return the start of an error's first line, without the tensors that it lists."""
+    return first_line(error).split(": [")[0][:120] or type(error).__name__
 
 
 def _relative_norm(difference: torch.Tensor, expected: torch.Tensor) -> float:
@@ -138,8 +143,8 @@ def find_decoding(model: Model) -> Decoding:
     """Return the fastest way of decoding that gives the logits of one forward pass.
 
     The model writes given texts with its KV cache. Prompts differ in length, two rows have the same
-    prompt, and one row ends before the others. Of a model that is not deterministic nothing can be found; a later check
-    reports it. UserError: no way gives the logits of a forward pass, so samples would come from
+    prompt, and one row ends before the others. Of a model that is not deterministic nothing can be
+    found; a later check reports it. UserError: no way gives the logits of a forward pass, so samples would come from
     another distribution than the one that the loss trains.
     """
     if model.rope_switch is not None and model.rope_switch < LONGEST_ROW:
@@ -150,15 +155,52 @@ def find_decoding(model: Model) -> Decoding:
     again = dictation.read_in_one_pass(model)
     if not all(map(torch.equal, expected, again)):
         return FASTEST
-    for way in WAYS:
-        obstacle = dictation.compare(model, way, expected=expected, allowed=allowed)
-        if obstacle is None:
-            return way
+    obstacle = _compare_beyond_window(model, allowed)
+    if obstacle is None:
+        for way in WAYS:
+            obstacle = dictation.compare(model, way, expected=expected, allowed=allowed)
+            if obstacle is None:
+                return way
     raise UserError(
         f"model {model.name}: decoding with a KV cache does not give the logits of a forward pass "
         f"({obstacle}), so rollouts would not be samples of the model that is trained; use another "
         "model"
     )
+
+
+@torch.no_grad()
+def _compare_beyond_window(model: Model, allowed: float) -> str | None:
+    """Return how much a cached prompt changes hidden states beyond the attention's window.
+
+    None: they agree, or the config names no window of at most WIDEST tokens. Of some models, the
+    window counts from the end of the prompt, so that one pass over both gives other states.
+    """
+    window = _find_window(model.config)
+    if window is None or not model.shares_prompts:
+        return None
+    length = PROMPT + window + BEYOND
+    if min(length, model.positions or length, model.rope_switch or length) < length:
+        return None
+    ids_1T = torch.tensor([sample_ids(model, length)], device=model.device)
+    mask_1T = torch.ones_like(ids_1T)
+    _, cache = model.trunk_cached(ids_1T[:, :PROMPT], mask_1T[:, :PROMPT])
+    cached_1TD, _ = model.trunk_cached(ids_1T[:, PROMPT:], mask_1T, cache)
+    cached_TD = cached_1TD[0, -BEYOND:].float()
+    expected_TD = model.trunk(ids_1T)[0, -BEYOND:].float()
+    gap_T = (cached_TD - expected_TD).norm(dim=-1) / expected_TD.norm(dim=-1)
+    gap = gap_T.median().item()  # rounding may send single tokens to other experts
+    if gap <= allowed:
+        return None
+    return f"beyond its window of {window} tokens, hidden states differ by {gap:.1g} of their norm"
+
+
+def _find_window(config: PreTrainedConfig) -> int | None:
+    """Return the largest window of attention, in tokens, of those up to WIDEST."""
+    sizes = []
+    for name, value in config.to_dict().items():
+        if re.search(r"window|chunk_size|topk$", name) and type(value) is int:
+            sizes.append(value)
+    return max((size for size in sizes if 0 < size <= WIDEST), default=None)
 
 
 def _dictate(model: Model) -> "_Dictation":
@@ -216,6 +258,8 @@ class _Dictation:
             if is_out_of_memory(error):
                 raise
             return _describe(error)
+        if not all(sampler.logits.values()):
+            return "its generate method does not call logits processors"
         for request, theirs in zip(self.requests, expected, strict=True):
             ours = torch.stack(sampler.logits[request.key])[:, : theirs.shape[-1]]
             gap = _relative_gap(ours, theirs)

@@ -80,7 +80,8 @@ def check_config(name: str, folder: str, config: PreTrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
     for key in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
         value = getattr(text, key, None)
-        if isinstance(value, int) and value < 1:
+        unlimited = key == "max_position_embeddings" and value == -1
+        if isinstance(value, int) and value < 1 and not unlimited:
             raise UserError(
                 f"model {name}: its config.json has {key} {value}; expected at least 1; use the "
                 "config.json that came with the weights"

@@ -23,6 +23,7 @@ from ..lab.task import LAB
 from ..prompts.sources import split_revision
 from . import adapter, adapter_check, adapter_files, targets
 from .adapter_files import FILE
+from .casting import cast
 from .classes import AutoClass, choose_class
 from .dropout import turn_off_dropout
 from .folders import ADAPTER, check_config, locate
@@ -187,8 +188,14 @@ def _check_complete(name: str, loading_info: dict[str, Any]) -> None:
 def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) -> Model:
     """Return the frozen Model of a loaded network, whose own generation config becomes blank.
 
-    UserError: the model has no EOS token.
+    UserError: the model has no output layer, or no EOS token.
     """
+    if net.get_output_embeddings() is None:
+        raise UserError(
+            f"model {name}: {type(net).__name__} names no output layer (get_output_embeddings is "
+            "None), so the loss has no head to compute logits with; use a model whose logits are a "
+            "linear layer of its hidden states"
+        )
     generation_config = net.generation_config
     net.generation_config = GenerationConfig()
     blanks = find_blanks(net)
@@ -263,7 +270,7 @@ def _load_with_adapter(
     )
     net = adapter_files.merge_folder(model.net, folder)
     if dtype != "auto":
-        net = net.to(dtype)
+        cast(net, dtype)
     model.net = net.to(device).eval().requires_grad_(False)
     model.name = name
     _take_settings(model, folder, trust_remote_code)

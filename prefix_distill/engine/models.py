@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..maths.divergence import Head
 from ..maths.extrapolation import MODULES
 from . import adapter
+from .casting import cast
 from .decoding import FASTEST, Decoding
 from .experts import fused_experts
 from .kept_state import Blanks, forget_state
@@ -124,7 +125,10 @@ class Model:
     @property
     def positions(self) -> int | None:
         """Return the longest sequence (prompt and response) in tokens; None if unlimited."""
-        return getattr(self.config, "max_position_embeddings", None)
+        length = getattr(self.config, "max_position_embeddings", None)
+        if length == -1:
+            return None
+        return length
 
     @property
     def rope_switch(self) -> int | None:
@@ -259,8 +263,8 @@ def with_checkpointing(model: Model) -> Model:
         enable_checkpointing(model.net)
     except ValueError:
         raise UserError(
-            f"model {model.name}: its architecture does not support gradient checkpointing; omit "
-            "--gradient-checkpointing"
+            f"model {model.name}: {type(model.net).__name__} has no layer that can recompute its "
+            "activations in backward; omit --gradient-checkpointing"
         ) from None
     return replace(model, recomputes=True)
 
@@ -310,8 +314,11 @@ def make_decoder(model: Model, dtype: torch.dtype) -> Model:
     """
     if model.home is not None or getattr(model.net, "is_quantized", False):
         return model
+    model.forget_state()  # tensors with a graph cannot be copied
     if dtype != model.net.dtype:
-        return replace(model, net=copy.deepcopy(model.net).to(dtype).requires_grad_(False))
+        net = copy.deepcopy(model.net).requires_grad_(False)
+        cast(net, dtype)
+        return replace(model, net=net)
     if model.device.type != "cpu" or dtype != torch.float32:
         return model
     return replace(model, net=_with_faster_linears(model.net))

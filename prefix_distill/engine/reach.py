@@ -30,8 +30,9 @@ def find_unreached(model: Model) -> frozenset[str]:
     with _watching_calls(model.net) as called, _requiring_gradients(model.net):
         hidden_BTD = _run_trunk(model)
         leaves = _find_leaves(hidden_BTD)
-    for p in model.net.get_output_embeddings().parameters():
-        leaves.add(id(p))  # the loss computes the logits itself
+    head = model.net.get_output_embeddings()
+    for p in (head.weight, getattr(head, "bias", None)):
+        leaves.add(id(p))  # the loss computes the logits from these
     executed = _with_parents(called)
     modules = dict(model.net.named_modules())
     unreached = []
@@ -126,12 +127,19 @@ def _owner(name: str) -> str:
 
 
 def _is_expert(name: str, modules: dict[str, torch.nn.Module], executed: set[str]) -> bool:
-    """Return whether a module did not run, but a module beside it in its list did."""
+    """Return whether a module did not run, but one of its class beside it in its list did."""
     if name in executed:
         return False
     while _owner(name) not in executed:
         name = _owner(name)
-    return isinstance(modules[_owner(name)], torch.nn.ModuleList | torch.nn.ModuleDict)
+    siblings = modules[_owner(name)]
+    if not isinstance(siblings, torch.nn.ModuleList | torch.nn.ModuleDict):
+        return False
+    for child, sibling in siblings.named_children():
+        ran = f"{_owner(name)}.{child}" in executed
+        if ran and type(sibling) is type(modules[name]):
+            return True
+    return False
 
 
 def describe_unreached(model: Model) -> str:

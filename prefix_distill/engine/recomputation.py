@@ -22,16 +22,15 @@ def check_recomputation(model: Model) -> None:
     recomputation.
     """
     chosen = _choose_parameters(model)
-    without = _gradients(replace(model, recomputes=False), chosen)
     try:
+        without = _gradients(replace(model, recomputes=False), chosen)
         recomputed = _gradients(model, chosen)
     except Exception as error:  # torch compares shapes and dtypes; a layer may raise anything
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"--gradient-checkpointing: model {model.name} gives other tensors when its layers are "
-            f"recomputed ({type(error).__name__}: {first_line(error)[:120]}); omit "
-            "--gradient-checkpointing"
+            f"--gradient-checkpointing: layers of model {model.name} cannot be recomputed "
+            f"({first_line(error)[:120]}); omit --gradient-checkpointing"
         ) from None
     allowed = model.choose_tolerance(TOLERANCE, TOLERANCE_OF_HALF_PRECISION)
     for name, before, after in zip(chosen, without, recomputed, strict=True):

@@ -190,7 +190,7 @@ def _matrix_size(module: torch.nn.Module) -> int:
     """Return the number of weights of a linear layer; 0 for another module."""
     if isinstance(module, torch.nn.Linear):
         # a quantized weight is packed, so its number of elements is smaller
-        return module.in_features * module.out_features
+        return int(module.in_features * module.out_features)
     # peft's wrappers have a property of this name
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None or weight.dim() != 2 or isinstance(module, torch.nn.Embedding):

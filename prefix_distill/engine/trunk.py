@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import UserError, first_line
+from .device import is_out_of_memory
 from .models import Model
 from .output_layer import measure_scaling
 
@@ -21,30 +22,24 @@ def choose_trunk(model: Model) -> None:
     layer. What follows that layer is read from the config, or else measured. UserError: no trunk
     gives the logits, or they are not finite.
     """
-    if model.net.get_output_embeddings() is None:
-        raise UserError(
-            f"model {model.name}: {type(model.net).__name__} names no output layer "
-            "(get_output_embeddings is None), so the loss has no head to compute logits with; use "
-            "a model whose logits are a linear layer of its hidden states"
-        )
     logits_NV = _compute_logits(model)
     gaps: dict[str, str] = {}
     for candidate in _candidates(model):
         try:
             gap = _measure_gap(candidate, logits_NV)
         except Exception as error:  # what is no trunk may raise anything
-            difference = f"{type(error).__name__} ({first_line(error)[:80]})"
+            difference = first_line(error)[:80]
         else:
             if gap <= model.choose_tolerance(LOGIT_TOLERANCE, LOGIT_TOLERANCE_OF_HALF_PRECISION):
                 model.whole_net, model.scaling = candidate.whole_net, candidate.scaling
                 return
             difference = f"{gap:.2g} nats"
         gaps.setdefault(_describe_trunk(candidate), difference)
-    found = " and ".join(f"{gap} from {trunk}" for trunk, gap in gaps.items())
+    found = " and ".join(f"{trunk}: {gap}" for trunk, gap in gaps.items())
     raise UserError(
-        f"model {model.name}: head(hidden states) does not equal its logits: the log-probabilities "
-        f"differ by {found}; expected logits that are a linear layer, a scale and a softcap of "
-        "hidden states; use another model"
+        f"model {model.name}: head(hidden states) does not equal its logits (difference in "
+        f"log-probability by source of the states: {found}); expected logits that are a linear "
+        "layer, a scale and a softcap of hidden states; use another model"
     )
 
 
@@ -86,9 +81,22 @@ def probe_ids(model: Model, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _compute_logits(model: Model) -> torch.Tensor:
-    """Return the network's own logits [T, V] of a few tokens. UserError: they are not finite."""
+    """Return the network's own logits [T, V] of a few tokens.
+
+    UserError: they cannot be computed from tokens alone, or are not finite.
+    """
     ids_BT = probe_ids(model, 8)
-    logits_NV = model.read_logits(ids_BT)[0, :, : model.support].float()
+    try:
+        logits_NV = model.read_logits(ids_BT)[0, :, : model.support].float()
+    except Exception as error:  # a network may raise anything
+        if is_out_of_memory(error):
+            raise
+        dtype = str(model.net.dtype).removeprefix("torch.")
+        raise UserError(
+            f"model {model.name}: a forward pass over tokens in {dtype} gives no logits "
+            f"({first_line(error)[:120]}); expected a language model that reads tokens alone; use "
+            "another model, or --dtype float32 if it was not used"
+        ) from None
     if not torch.isfinite(logits_NV).all():
         raise UserError(
             f"model {model.name}: its logits contain NaN or infinity; use an intact copy or "

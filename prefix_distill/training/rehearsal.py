@@ -9,7 +9,7 @@ import torch
 from ..engine.device import Clock, is_out_of_memory
 from ..engine.meter import Meter
 from ..engine.rollout import Rollout, rollout_of
-from ..errors import MemoryShortage, Stopped
+from ..errors import MemoryShortage, Stopped, UserError, one_line
 from .faults import find_non_finite
 from .loss import TokenLosses
 from .optimizer import NonFiniteGradient, step_optimizer
@@ -23,7 +23,8 @@ def rehearse(state: State) -> None:
     Its responses have the full length of the first step's prefix, and AdamW's moments exist. If
     memory runs out, the micro-batch is halved for the whole run. Gradients and moments are dropped
     afterwards; weights, random numbers, ledger and seconds stay as they were. MemoryShortage: one
-    rollout, or the moments, do not fit. Stopped: a divergence or a gradient is not finite.
+    rollout, or the moments, do not fit. Stopped: a divergence or a gradient is not finite, or the
+    network's code fails.
     """
     run = state.run
     if not run.config.train.steps:
@@ -32,6 +33,11 @@ def rehearse(state: State) -> None:
     with torch.random.fork_rng(devices):
         try:
             _take_step(state)
+        except Exception as error:
+            if isinstance(error, UserError | Stopped) or is_out_of_memory(error):
+                raise
+            # a network may raise anything
+            _refuse(f"{type(error).__name__}: {one_line(error)}", hint="use another model")
         finally:
             state.optimizer.state.clear()
             state.optimizer.zero_grad(set_to_none=True)
@@ -75,10 +81,10 @@ def _refuse_non_finite(state: State, losses: TokenLosses) -> None:
         _refuse(found)
 
 
-def _refuse(reason: str) -> NoReturn:
+def _refuse(reason: str, hint: str = "use an intact copy of the model") -> NoReturn:
     raise Stopped(
-        f"rehearsal of step 1: {reason}; nothing was trained or saved; use --dtype float32, or an "
-        "intact copy of the model"
+        f"rehearsal of step 1: {reason}; nothing was trained or saved; {hint}, or --dtype float32 "
+        "if it was not used"
     )
 
 

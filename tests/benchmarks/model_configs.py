@@ -148,14 +148,24 @@ def tiny_config(model_type: str):
 def build(model_class: ModelClass, seed: int):
     """Return a random float32 network of a class, whose next-token distributions are not flat."""
     import torch
-    import transformers
 
     config = tiny_config(model_class.model_type)
-    network_class = getattr(transformers, model_class.name)
+    network_class = choose_network(model_class, config)
     torch.manual_seed(seed)
     net = network_class._from_config(find_config(config, network_class.config_class))
     spread_weights(net.float())
     return net.eval(), config
+
+
+def choose_network(model_class: ModelClass, config):
+    """Return the class, or the multimodal one around it if its own config loads no model."""
+    import transformers
+
+    network_class = getattr(transformers, model_class.name)
+    around = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), network_class)
+    if network_class.config_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return network_class
+    return around
 
 
 def find_config(config, wanted: type | None):

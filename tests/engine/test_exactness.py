@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 from helpers import byte_tokenizer, random_net, text_config, tiny_net
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, DynamicCache
+from transformers.utils import ModelOutput
 
 from prefix_distill.engine import exactness
 from prefix_distill.engine.decoding import FASTEST, Decoding
@@ -13,6 +14,7 @@ from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.engine.scoring import hidden_rows
+from prefix_distill.engine.trunk import choose_trunk
 from prefix_distill.errors import UserError
 from prefix_distill.maths.flops import Ledger, Shape
 
@@ -200,6 +202,18 @@ def test_a_cache_that_changes_the_logits_is_refused():
         exactness.find_decoding(make_model(net))
 
 
+def test_a_generate_method_of_its_own_is_refused():
+    net = tiny_net("llama")
+
+    def generate(input_ids, **_):
+        longer = torch.nn.functional.pad(input_ids, (0, 1), value=65)
+        return ModelOutput(sequences=longer, past_key_values=DynamicCache())
+
+    net.generate = generate
+    with pytest.raises(UserError, match="does not call logits processors"):
+        exactness.find_decoding(make_model(net))
+
+
 def test_rows_that_stay_cost_executed_flops():
     """One row has 2 tokens, one has 70. Head and trunk cost 2·(100 + 10) FLOPs a token."""
     executed = {}
@@ -225,6 +239,11 @@ def test_sharing_is_checked_by_running_the_model():
         model = make_model(tiny_net(kind))
         assert exactness.check_sharing(model) is None
         assert exactness.check_shared_gradients(model) is None
+    # get_decoder() is the output head
+    names = {"bos_token_id": 258, "sep_token_id": 258, "cls_token_id": 258}
+    model = make_model(random_net(text_config("modernbert-decoder", **names)))
+    choose_trunk(model)
+    assert exactness.check_shared_gradients(model) is None
     # a decoder that ignores position_ids
     net = tiny_net("gpt2")
     plain = net.transformer.forward

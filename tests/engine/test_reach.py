@@ -100,6 +100,30 @@ def test_experts_without_a_token_stay_trained_and_what_cannot_get_a_gradient_is_
     }
 
 
+def test_layers_of_another_class_that_text_skips_are_frozen():
+    """Llama-3.2's cross-attention layers stand in one list with those that text runs."""
+
+    class CrossAttention(torch.nn.Linear):
+        pass
+
+    net = tiny_net("llama")
+    net.model.layers.append(CrossAttention(32, 32))  # the config names two layers
+    model = Model(
+        name="m", net=net, tokenizer=byte_tokenizer(), generation_config=None, eos=frozenset({257})
+    )
+    assert find_unreached(model) == {"model.layers.2.weight", "model.layers.2.bias"}
+
+
+def test_a_parameter_of_the_head_beside_weight_and_bias_is_frozen():
+    """The loss computes weight·h + bias, so that a factor of its own gets no gradient."""
+    net = tiny_net("llama")
+    net.lm_head.logit_scale = torch.nn.Parameter(torch.ones(260))
+    model = Model(
+        name="m", net=net, tokenizer=byte_tokenizer(), generation_config=None, eos=frozenset({257})
+    )
+    assert find_unreached(model) == {"lm_head.logit_scale"}
+
+
 def test_the_probe_leaves_the_network_as_it_was():
     model = routed_model()
     model.net.requires_grad_(False)

@@ -283,6 +283,52 @@ def test_all_linear_leaves_out_what_it_cannot_merge(tmp_path):
     assert chosen.covered == pytest.approx(covered / (covered + 2 * 64 * 32))
 
 
+def test_all_linear_leaves_out_a_module_that_is_called_by_keyword(tmp_path):
+    """peft replaces a tensor in a wrapper that expects the input as its first argument."""
+
+    class Stacked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrices = torch.nn.Parameter(torch.randn(2, 32, 32))
+
+        def forward(self, *, states):
+            return states @ self.matrices[0]
+
+    class ByKeyword(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stacked = Stacked()
+
+        def forward(self, x):
+            return self.stacked(states=x)
+
+    model = load(save_random(tmp_path / "base"))
+    model.net.model.layers[0].mlp = ByKeyword()
+    model, chosen = loading.add_adapter(model, Adapter(rank=4), 0)
+    [line] = chosen.describe_obstacles()
+    assert "mlp.stacked.matrices: its layer does not run with an adapter" in line
+
+
+def test_all_linear_leaves_out_a_layer_whose_adapter_peft_would_not_find_again(
+    tmp_path, monkeypatch
+):
+    """Of some model types, peft renames the tensors of a file that it loads."""
+    peft = pytest.importorskip("peft")
+    plain = peft.set_peft_model_state_dict
+
+    def renaming(model, state, **named):
+        renamed = {}
+        for key, value in state.items():
+            renamed[key.replace("up_proj", "up_proj.weight")] = value
+        return plain(model, renamed, **named)
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", renaming)
+    model, chosen = loading.add_adapter(load(save_random(tmp_path / "base")), Adapter(rank=4), 0)
+    assert not [name for name in adapter.adapted_layers(model.net) if "up_proj" in name]
+    [line] = chosen.describe_obstacles()
+    assert "mlp.up_proj.weight: peft loads a saved adapter of it as" in line
+
+
 def test_modules_of_experts_without_a_token_get_an_adapter():
     """Of a list of experts, a short text calls a few only."""
 

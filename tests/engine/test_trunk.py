@@ -79,6 +79,17 @@ def test_a_whole_network_as_trunk_computes_no_logits_and_can_be_recomputed(kind)
     assert make_decoder(model, torch.bfloat16).whole_net
 
 
+def test_a_network_that_needs_more_than_tokens_is_refused_with_its_reason():
+    model = model_of(random_net(text_config("llama")))
+
+    def forward(*_, **__):
+        raise ValueError("You must specify pixel_values")
+
+    model.net.forward = forward
+    with pytest.raises(UserError, match=r"gives no logits \(You must specify pixel_values\)"):
+        choose_trunk(model)
+
+
 def test_logits_that_are_no_scale_of_the_head_are_refused_with_the_gap():
     model = model_of(random_net(text_config("llama")))
     model.net.lm_head.register_forward_hook(lambda module, inputs, out: out + out.sin())
@@ -86,4 +97,4 @@ def test_logits_that_are_no_scale_of_the_head_are_refused_with_the_gap():
         choose_trunk(model)
     text = str(error.value)
     assert "\n" not in text
-    assert "from its decoder (LlamaModel)" in text and "from the input of lm_head" in text
+    assert "its decoder (LlamaModel): " in text and "the input of lm_head: " in text

@@ -5,7 +5,7 @@ import torch
 from helpers import prepared, rows, shortage, state_of, trained
 
 from prefix_distill.engine import scoring
-from prefix_distill.errors import MemoryShortage
+from prefix_distill.errors import MemoryShortage, Stopped
 from prefix_distill.training import rehearsal, session
 from prefix_distill.training.monitor import Monitor
 
@@ -72,6 +72,23 @@ def test_out_of_memory_halves_the_micro_batch_before_the_first_evaluation(
     shortage(monkeypatch, "training", 2)
     trained(run, tmp_path / "run")
     assert seen == [2] and run.limits.lowered == {"micro_batch_size": 2}
+
+
+def test_code_of_the_network_that_fails_in_backward_ends_in_one_line(pair, questions, monkeypatch):
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            raise AssertionError("use model.train()")
+
+    run = prepared(pair, questions)
+    norm = run.pair.student.net.model.norm
+    norm.register_forward_hook(lambda module, inputs, output: Failing.apply(output))
+    with pytest.raises(Stopped, match=r"step 1: AssertionError: use .*nothing was"):
+        rehearsal.rehearse(state_of(run))
 
 
 def test_no_memory_for_one_rollout_or_for_the_moments_ends_in_one_line(
