@@ -21,9 +21,12 @@ def replace_folder(scratch: Path, folder: Path) -> None:
     """
     umask = os.umask(0)
     os.umask(umask)
-    for file in scratch.iterdir():
-        os.chmod(file, 0o666 & ~umask)  # safetensors lets only the owner read its files
-        sync(file)
+    for path in scratch.rglob("*"):
+        if path.is_dir():
+            _sync_names(path)
+            continue
+        os.chmod(path, 0o666 & ~umask)  # safetensors lets only the owner read its files
+        sync(path)
     old = _hide(folder, OLD)
     if folder.exists():
         os.rename(folder, old)

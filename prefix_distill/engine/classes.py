@@ -48,7 +48,7 @@ def _can_be_loaded_again(model_class: Any) -> bool:
 
     The text half of some multimodal models has a config that no mapping knows.
     """
-    config = getattr(model_class, "config_class", None)
+    config: Any = getattr(model_class, "config_class", None)
     return config in MODEL_FOR_CAUSAL_LM_MAPPING or config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 

@@ -144,8 +144,8 @@ def find_decoding(model: Model) -> Decoding:
 
     The model writes given texts with its KV cache. Prompts differ in length, two rows have the same
     prompt, and one row ends before the others. Of a model that is not deterministic nothing can be
-    found; a later check reports it. UserError: no way gives the logits of a forward pass, so samples would come from
-    another distribution than the one that the loss trains.
+    found; a later check reports it. UserError: no way gives the logits of a forward pass, so
+    samples would come from another distribution than the one that the loss trains.
     """
     if model.rope_switch is not None and model.rope_switch < LONGEST_ROW:
         return FASTEST  # the texts would cross the length at which RoPE changes

@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..errors import UserError
 from ..maths.flops import Shape
 from ..maths.seeds import seed_of
 from .batching import Reads
@@ -291,6 +292,11 @@ class _Batch:
                     **cache_argument,
                 )
             new = out.sequences[:, ids_BT.shape[1] :]
+            if not new.shape[1]:
+                raise UserError(
+                    f"model {self.model.name}: expected at least one new token from its generate "
+                    "method, got none; use another model"
+                )
             done += new.shape[1]
             going = self._append(alive, new.tolist(), race)
             alive = [alive[row] for row in going]

@@ -205,13 +205,15 @@ def test_a_cache_that_changes_the_logits_is_refused():
 def test_a_generate_method_of_its_own_is_refused():
     net = tiny_net("llama")
 
-    def generate(input_ids, **_):
-        longer = torch.nn.functional.pad(input_ids, (0, 1), value=65)
-        return ModelOutput(sequences=longer, past_key_values=DynamicCache())
+    for tokens, reason in ((1, "does not call logits processors"), (0, "at least one new token")):
 
-    net.generate = generate
-    with pytest.raises(UserError, match="does not call logits processors"):
-        exactness.find_decoding(make_model(net))
+        def generate(input_ids, tokens=tokens, **_):
+            longer = torch.nn.functional.pad(input_ids, (0, tokens), value=65)
+            return ModelOutput(sequences=longer, past_key_values=DynamicCache())
+
+        net.generate = generate
+        with pytest.raises(UserError, match=reason):
+            exactness.find_decoding(make_model(net))
 
 
 def test_rows_that_stay_cost_executed_flops():

@@ -53,7 +53,7 @@ def test_the_error_lists_what_a_run_folder_can_export(tmp_path, parts, choices):
 
 @pytest.fixture(scope="module")
 def run(pair, questions, tmp_path_factory):
-    """Run two steps of a student that is stored in bfloat16.
+    """Run two steps of a student that is stored in bfloat16 and has two chat templates.
 
     The run has a best model and a checkpoint after each step.
     """
@@ -61,6 +61,10 @@ def run(pair, questions, tmp_path_factory):
     student = root / "student"
     shutil.copytree(pair[0], student)
     AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(student)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = {"default": template, "tool_use": template}
+    tokenizer.save_pretrained(student)
     code, _, err = invoke(
         "run",
         "--student",
@@ -97,6 +101,13 @@ def run(pair, questions, tmp_path_factory):
     )
     assert code == 0, err
     return root / "run"
+
+
+def test_the_chat_templates_in_a_subfolder_are_saved_and_exported(run, tmp_path):
+    code, _, err = invoke("export", run, "--out", tmp_path / "exported")
+    assert code == 0, err
+    for folder in (run / "model", run / "best", tmp_path / "exported"):
+        assert set(AutoTokenizer.from_pretrained(folder).chat_template) == {"default", "tool_use"}
 
 
 def test_the_card_states_the_scores_without_local_paths(run, pair, questions):
@@ -404,7 +415,11 @@ def test_a_push_uploads_the_files_of_the_folder(run, hub, monkeypatch):
         for line in lines
         if line["key"] == "file"
     }
-    assert files == {file.name: file.read_bytes() for file in (run / "best").iterdir()}
+    expected = {}
+    for path in (run / "best").rglob("*"):
+        if path.is_file():
+            expected[path.relative_to(run / "best").as_posix()] = path.read_bytes()
+    assert files == expected
 
 
 def test_a_failed_push_is_reported_after_everything_is_saved(run, hub, tmp_path, monkeypatch):
