@@ -30,6 +30,7 @@ from .hub import check_reachable, find_pinned
 from .model_files import read_tokenizer
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
+from .vocabulary import known_tokens
 
 if TYPE_CHECKING:
     from .transformers_names import CausalLM
@@ -310,7 +311,7 @@ def add_adapter(
 
 def _first_ids(model: Model) -> torch.Tensor:
     """Return the first ids of the tokenizer as one row."""
-    ids = sorted(model.tokenizer.get_vocab().values())[:FEW_TOKENS]
+    ids = sorted(known_tokens(model).values())[:FEW_TOKENS]
     return torch.tensor([ids], device=model.device)
 
 
@@ -343,14 +344,3 @@ def _read_eos(
             "end-of-sequence (EOS) token; set eos_token in tokenizer_config.json"
         )
     return frozenset(ids)
-
-
-def check_head_rows(model: Model) -> None:
-    """Raise UserError if the tokenizer has more ids than the head has rows."""
-    ids = max(model.tokenizer.get_vocab().values(), default=-1) + 1
-    rows = len(model.net.get_output_embeddings().weight)
-    if rows < ids:
-        raise UserError(
-            f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has "
-            f"only {rows} rows; resize the model's embeddings or use its own tokenizer"
-        )
