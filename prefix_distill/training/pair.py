@@ -25,6 +25,7 @@ from ..engine.units import shared_support
 from ..engine.vocabulary import describe_unused_tokens
 from ..errors import PreflightError, UserError
 from ..lab.task import LAB
+from ..maths.flops import describe_not_counted
 from ..maths.schedule import parse_off_policy
 from ..maths.weights import parse_window
 from ..plugins import load_plugins
@@ -126,6 +127,7 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
         shared_support=support,
         tokenizers=tokenizers,
     )
+    notes.note(*describe_not_counted([pair.student_shape, pair.teacher_shape]))
     return config, where, pair
 
 
