@@ -859,7 +859,7 @@ MODELS = {  # name → (function that damages a valid model folder, message)
     "tokenizer without model": (edit("tokenizer.json", model=None), "ModelUntagged"),
     "unknown end of sequence": (
         edit("tokenizer_config.json", eos_token="<nope>"),
-        "EOS id 260; expected an id of its vocabulary, 0 to 259",
+        "the tokenizer's EOS token '<nope>' has id 260; expected an id of the model, 0 to 259",
     ),
     "end outside of the vocabulary": (
         edit("generation_config.json", eos_token_id=99999),

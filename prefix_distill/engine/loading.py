@@ -329,7 +329,7 @@ def _read_eos(
     if not isinstance(configured, list):
         configured = [configured]
     ids = set()
-    for i in (*configured, tokenizer.eos_token_id):
+    for i in configured:
         if i is None:
             continue
         if type(i) is not int or not 0 <= i < vocabulary:
@@ -338,6 +338,15 @@ def _read_eos(
                 f"{vocabulary - 1}; repair eos_token_id in generation_config.json"
             )
         ids.add(i)
+    own = tokenizer.eos_token_id
+    if own is not None and own >= vocabulary:
+        raise UserError(
+            f"model {name}: the tokenizer's EOS token {tokenizer.eos_token!r} has id {own}; "
+            f"expected an id of the model, 0 to {vocabulary - 1}; repair eos_token in "
+            "tokenizer_config.json"
+        )
+    if own is not None:
+        ids.add(own)
     if not ids:
         raise UserError(
             f"model {name}: neither its generation config nor its tokenizer names an "
