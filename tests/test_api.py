@@ -748,7 +748,7 @@ def test_a_rank_ignores_a_signal_after_its_work_has_ended(tmp_path):
 
     This happens if another rank received the signal first and all ranks have stopped.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", LATE, tmp_path, str(os.getpid())], capture_output=True, text=True
-    )
+    with launch.listen(1) as listener:
+        command = [sys.executable, "-c", LATE, tmp_path, str(listener.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")

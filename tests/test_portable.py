@@ -1,12 +1,14 @@
 """Test portability without other hardware: Windows paths, Apple GPUs, plots without colour."""
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from helpers import state_of, write_run
+from helpers import ROOT, state_of, write_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -253,3 +255,33 @@ def test_lines_of_a_plot_differ_without_colours(tmp_path):
                 "black",
             }, name
         pyplot.close(figure)
+
+
+HOLD = """
+import subprocess, sys, time
+from prefix_distill.api.launch import listen
+with listen(2) as listener:
+    rank = [sys.executable, "-c", sys.argv[1], str(listener.getsockname()[1])]
+    process = subprocess.Popen(rank)
+    time.sleep(100)
+"""
+WATCH = """
+import sys, threading, time
+from prefix_distill.api.rank import end_with_launcher
+threading.Thread(target=end_with_launcher, args=(int(sys.argv[1]),), daemon=True).start()
+time.sleep(0.5)
+print("runs", flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_rank_ends_with_a_killed_launcher():
+    """Every system closes the sockets of a process that ends, however it ends."""
+    command = [sys.executable, "-c", HOLD, WATCH]
+    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout.readline() == "runs\n"
+    killed = time.monotonic()
+    launcher.kill()
+    assert launcher.stdout.read() == ""  # it ends when the rank has ended as well
+    assert time.monotonic() - killed < 20
+    launcher.wait()

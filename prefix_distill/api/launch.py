@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 RANK = "from prefix_distill.api.rank import main; main()"  # the program of each rank
 # files in the folder that the ranks share with this process
 JOB, RESULT, SIGNAL = "job.json", "result.json", "signal"
-LOOK = 0.2  # seconds between looks at the ranks, and of a rank at its launcher
+LOOK = 0.2  # seconds between looks at the ranks, and of a rank at the file of signals
 # seconds: torch's launcher kills the other ranks up to this long after a rank's error. A rank
 # killed later ended for another reason.
 SOON = 2
@@ -93,10 +94,12 @@ def launch(count: int, job: "Job", observer: Observer) -> "Outcome":
         folder = Path(name)
         (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
         signals = _Signals(folder)
-        with Relay(folder, observer, signals.ask_to_stop) as relay:
-            ranks = _Ranks(
-                count=count, folder=folder, job=job, shares_streams=observer.shares_streams
-            )
+        with (
+            listen(count) as listener,
+            Relay(folder, observer, signals.ask_to_stop) as relay,
+        ):
+            words = [str(folder), str(listener.getsockname()[1]), *_title(job)]
+            ranks = _Ranks(count, folder, words, shares_streams=observer.shares_streams)
             with signals:
                 while ranks.are_running() and not signals.have_killed_ranks():
                     relay.pass_on()
@@ -106,6 +109,19 @@ def launch(count: int, job: "Job", observer: Observer) -> "Outcome":
             ranks.check(signals.first)
         outcome: Outcome = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return outcome
+
+
+def listen(count: int) -> socket.socket:
+    """Return a socket of this process that ``count`` ranks connect to.
+
+    Every system closes it when this process ends, however it ends. Then the ranks end as well.
+    """
+    return socket.create_server(("127.0.0.1", 0), backlog=count)
+
+
+def _title(job: "Job") -> list[str]:
+    """Return what names the job in a list of processes."""
+    return [job["name"], str(job["values"]["checkpoint.out"])]
 
 
 @contextlib.contextmanager
@@ -176,13 +192,14 @@ class _Signals(SignalCatcher):
 class _Ranks:
     """The ranks of a job, run by torch's elastic launcher in a thread.
 
-    In a thread torch's launcher leaves the signal handlers of this process alone.
+    In a thread torch's launcher leaves the signal handlers of this process alone. ``words``: the
+    arguments of each rank.
     """
 
-    def __init__(self, count: int, folder: Path, job: "Job", shares_streams: bool):
+    def __init__(self, count: int, folder: Path, words: list[str], shares_streams: bool):
         self.count = count
         self.folder = folder
-        self.title = (job["name"], str(job["values"]["checkpoint.out"]))  # for a list of processes
+        self.words = words
         self.shares_streams = shares_streams
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -205,7 +222,7 @@ class _Ranks:
         )
         start = elastic_launch(config, sys.executable)
         try:
-            start("-c", RANK, str(self.folder), str(os.getpid()), *self.title)
+            start("-c", RANK, *self.words)
         except BaseException as error:
             self.error = error
 

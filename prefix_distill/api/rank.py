@@ -1,8 +1,10 @@
 """The program that each rank of ``--gpus N`` runs; `launch` starts it."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,11 +21,12 @@ from .launch import JOB, LOOK, RESULT, SIGNAL, leave_message
 
 
 def main() -> None:
-    """Perform the job in the folder argv[1] and exit, or exit when the launcher argv[2] ends."""
-    folder, launcher = Path(sys.argv[1]), int(sys.argv[2])
+    """Perform the job in the folder argv[1], or end with the launcher that listens at argv[2]."""
+    folder, port = Path(sys.argv[1]), int(sys.argv[2])
     (folder / f"{os.getpid()}.pid").touch()
     ended = threading.Event()
-    threading.Thread(target=_watch, args=(folder / SIGNAL, launcher, ended), daemon=True).start()
+    threading.Thread(target=end_with_launcher, args=(port,), daemon=True).start()
+    threading.Thread(target=_pass_signal_on, args=(folder / SIGNAL, ended), daemon=True).start()
     quiet.hide_deprecations()
     code = work(folder)
     ended.set()
@@ -50,20 +53,27 @@ def work(folder: Path) -> int:
     return 0
 
 
-def _watch(asked: Path, launcher: int, ended: threading.Event) -> None:
-    """Pass the launcher's signal on to this process; end it when the launcher has ended.
+def end_with_launcher(port: int) -> None:
+    """End this process when the launcher's socket closes.
+
+    The process id of a parent that has ended is no sign on Windows, where it does not change.
+    """
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.recv(1)  # returns or fails when the launcher has ended; nothing is ever sent
+    os._exit(1)
+
+
+def _pass_signal_on(asked: Path, ended: threading.Event) -> None:
+    """Pass the launcher's signal on to this process, once.
 
     After ``ended`` no signal is passed on: it would interrupt Python's own shutdown. That happens
     if another rank received the signal first and all ranks have stopped.
     """
-    passed = False
-    while True:
+    while not ended.is_set():
         time.sleep(LOOK)
-        if os.getppid() != launcher:
-            os._exit(1)
-        if not passed and not ended.is_set() and asked.exists():
-            passed = True
+        if not ended.is_set() and asked.exists():
             signals.pass_on(signal.Signals(int(asked.read_text())))
+            return
 
 
 if __name__ == "__main__":

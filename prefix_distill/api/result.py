@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -46,12 +46,13 @@ class Flops:
     """Floating-point operations.
 
     ``useful``: of the algorithm; ``executed``: with padding and repeated work; ``by_phase``: phase
-    → {useful, executed}.
+    → {useful, executed}; ``not_counted``: parts of the two models that are left out.
     """
 
     useful: float
     executed: float
     by_phase: Mapping[str, Mapping[str, float]]
+    not_counted: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
-from .loading import check_head_rows
 from .models import Model
 from .rollout import Rollout, Unit
 from .token_bytes import PROBES, TokenBytes, decode_valid
+from .vocabulary import check_vocabulary, count_ids, known_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,21 +172,21 @@ def match_tokenizers(student: Model, teacher: Model, mode: str) -> tuple[Alignme
 
     None: tokens are compared by id. Either the token → id maps are equal, or every id with text has
     the same bytes on both sides and only special tokens differ. Otherwise, an Alignment. UserError:
-    a head has too few rows, the tokenizers differ and ``mode`` is off, or a tokenizer changes plain
+    a model has too few ids, the tokenizers differ and ``mode`` is off, or a tokenizer changes plain
     text.
     """
-    check_head_rows(student)
-    check_head_rows(teacher)
-    student_vocabulary = student.tokenizer.get_vocab()
-    teacher_vocabulary = teacher.tokenizer.get_vocab()
+    check_vocabulary(student)
+    check_vocabulary(teacher)
+    student_vocabulary = known_tokens(student)
+    teacher_vocabulary = known_tokens(teacher)
     # a head may have more rows than the tokenizer has ids
-    student.support = max(student_vocabulary.values()) + 1
-    teacher.support = max(teacher_vocabulary.values()) + 1
+    student.support = count_ids(student)
+    teacher.support = count_ids(teacher)
     if student_vocabulary == teacher_vocabulary:
         return None, _describe_equal(student, teacher)
     count, examples = _list_differing_ids(student_vocabulary, teacher_vocabulary)
-    student_bytes = TokenBytes(student.tokenizer, student.name)
-    teacher_bytes = TokenBytes(teacher.tokenizer, teacher.name)
+    student_bytes = TokenBytes(student.tokenizer, student.name, ids=student.support)
+    teacher_bytes = TokenBytes(teacher.tokenizer, teacher.name, ids=teacher.support)
     smaller = min(student.support, teacher.support)
     if (
         _differ_in_special_tokens(student_bytes, teacher_bytes, smaller)

@@ -18,6 +18,7 @@ from .processors import RowProcessor
 from .rollout import Side
 from .sampling import Request, Sampler, generate
 from .scoring import hidden_rows
+from .vocabulary import known_tokens
 
 TEXT = "Tom has 12 apples. He gives 5 of them to Anna and buys 30 more. How many has he now? 12-5=7"
 # largest relative difference of logits. Rounding gives about 1e-6 in float32 and up to 0.05 in
@@ -47,7 +48,7 @@ def sample_ids(model: Model, count: int) -> list[int]:
     """
     ids = _usable(model.tokenizer(TEXT)["input_ids"], model)
     if len(set(ids)) < count // 2:
-        ids = _usable(sorted(model.tokenizer.get_vocab().values()), model)
+        ids = _usable(sorted(known_tokens(model).values()), model)
     return (ids * count)[:count]
 
 

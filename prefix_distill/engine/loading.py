@@ -32,6 +32,7 @@ from .kept_state import find_blanks
 from .model_files import read_tokenizer
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
+from .vocabulary import known_tokens
 
 if TYPE_CHECKING:
     from .transformers_names import CausalLM
@@ -320,7 +321,7 @@ def add_adapter(
 
 def _first_ids(model: Model) -> torch.Tensor:
     """Return the first ids of the tokenizer as one row."""
-    ids = sorted(model.tokenizer.get_vocab().values())[:FEW_TOKENS]
+    ids = sorted(known_tokens(model).values())[:FEW_TOKENS]
     return torch.tensor([ids], device=model.device)
 
 
@@ -338,7 +339,7 @@ def _read_eos(
     if not isinstance(configured, list):
         configured = [configured]
     ids = set()
-    for i in (*configured, tokenizer.eos_token_id):
+    for i in configured:
         if i is None:
             continue
         if type(i) is not int or not 0 <= i < vocabulary:
@@ -347,20 +348,18 @@ def _read_eos(
                 f"{vocabulary - 1}; repair eos_token_id in generation_config.json"
             )
         ids.add(i)
+    own = tokenizer.eos_token_id
+    if own is not None and own >= vocabulary:
+        raise UserError(
+            f"model {name}: the tokenizer's EOS token {tokenizer.eos_token!r} has id {own}; "
+            f"expected an id of the model, 0 to {vocabulary - 1}; repair eos_token in "
+            "tokenizer_config.json"
+        )
+    if own is not None:
+        ids.add(own)
     if not ids:
         raise UserError(
             f"model {name}: neither its generation config nor its tokenizer names an "
             "end-of-sequence (EOS) token; set eos_token in tokenizer_config.json"
         )
     return frozenset(ids)
-
-
-def check_head_rows(model: Model) -> None:
-    """Raise UserError if the tokenizer has more ids than the head has rows."""
-    ids = max(model.tokenizer.get_vocab().values(), default=-1) + 1
-    rows = len(model.net.get_output_embeddings().weight)
-    if rows < ids:
-        raise UserError(
-            f"vocabulary: the tokenizer of {model.name} has ids up to {ids - 1}, but its head has "
-            f"only {rows} rows; resize the model's embeddings or use its own tokenizer"
-        )

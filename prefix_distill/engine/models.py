@@ -123,6 +123,15 @@ class Model:
         return len(self.net.get_output_embeddings().weight)
 
     @property
+    def id_limit(self) -> int:
+        """Return the number of ids that both the embedding and the output layer have."""
+        rows = len(self.net.get_output_embeddings().weight)
+        embedding = self.net.get_input_embeddings()
+        if isinstance(embedding, torch.nn.Embedding):
+            rows = min(rows, len(embedding.weight))
+        return rows
+
+    @property
     def positions(self) -> int | None:
         """Return the longest sequence (prompt and response) in tokens; None if unlimited."""
         length = getattr(self.config, "max_position_embeddings", None)

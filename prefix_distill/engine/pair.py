@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..maths.flops import Shape
+from ..maths.flops import Shape, find_not_counted
 from ..maths.simct import Support
 from .alignment import Alignment
 from .models import Model
@@ -25,6 +25,11 @@ class Pair:
     alignment: Alignment | None = None
     shared_support: Support | None = None
     tokenizers: str = ""
+
+    @property
+    def not_counted(self) -> list[str]:
+        """Return the parts of both models that the FLOP ledger leaves out, by name."""
+        return find_not_counted([self.student_shape, self.teacher_shape])
 
     def align(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Return the rollouts with the teacher's tokens and the units, if the tokenizers differ."""

@@ -77,6 +77,7 @@ def read_shape(model: "Model", support: int | None = None) -> Shape:
         frozen=frozen,
         expanded=round(expanded),
         recurrent=recurrent,
+        not_counted=tuple(_find_uncounted(model, sizes, recurrent)),
         stretch=model.decoding.stretch,
     )
 
@@ -130,6 +131,25 @@ def _measure_rows(
                 handle.remove()
         found.append(counter.rows)
     return found[0], found[1], cache
+
+
+def _find_uncounted(model: "Model", sizes: dict[str, int], recurrent: int) -> list[str]:
+    """Return the parts of the trunk that are not counted: classes of modules, or states.
+
+    A module is one if it has a matrix of its own and is no linear layer, router or experts.
+    """
+    found = set()
+    for name, module in _decoder_modules(model):
+        if name in sizes or isinstance(module, torch.nn.Embedding):
+            continue
+        for parameter, p in module.named_parameters(name, recurse=False):
+            if p.dim() > 1 and p.is_floating_point() and parameter not in model.unreached:
+                found.add(type(module).__name__)
+    kinds = getattr(model.config, "layer_types", None) or ()
+    is_recurrent = getattr(model.net, "_is_stateful", False) or "linear_attention" in kinds
+    if is_recurrent and not recurrent:
+        found.add("recurrent states")
+    return sorted(found)
 
 
 def _count_state(cache: Cache) -> int:

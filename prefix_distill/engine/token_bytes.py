@@ -46,11 +46,12 @@ class TokenBytes:
     """The bytes of a tokenizer's ids, and its tokenization of the continuation of a prompt.
 
     ``table[id]``: the bytes of an id; None for special tokens and ids without text. ``encode`` adds
-    no leading space and no special token, and treats the text of a special token as text.
+    no leading space and no special token, and treats the text of a special token as text. ``ids``:
+    the model has only the ids below it (None: all), so added tokens beyond count as text.
     UserError: the tokenizer has no tokenizer.json, or it does not keep the bytes of a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, ids: int | None = None):
         core = getattr(tokenizer, "backend_tokenizer", None)
         if core is None:
             raise UserError(
@@ -59,13 +60,16 @@ class TokenBytes:
                 "tokenizer"
             )
         spec = json.loads(core.to_str())
+        if ids is not None:
+            spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < ids]
         self.name = name
         token_bytes = self._token_decoder(spec)
         added = {token["id"] for token in spec["added_tokens"]}
         special = set(tokenizer.all_special_ids)
         special.update(token["id"] for token in spec["added_tokens"] if token["special"])
         model_tokens = core.get_vocab(with_added_tokens=False)
-        vocabulary = core.get_vocab(with_added_tokens=True)
+        self.core = _continuation_tokenizer(spec)
+        vocabulary = self.core.get_vocab(with_added_tokens=True)
         unknown = spec["model"].get("unk_token")
         self.table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
         self.fallback: set[int] = set()
@@ -78,7 +82,6 @@ class TokenBytes:
                 self.table[i] = token_bytes(token) or None
             else:
                 self.table[i] = token.encode() or None
-        self.core = _continuation_tokenizer(spec)
 
     def _token_decoder(self, spec: dict) -> Callable[[str], bytes]:
         """Return the function token → bytes that the tokenizer's decoder implies.

@@ -9,6 +9,7 @@ from ..errors import UserError, first_line
 from .device import is_out_of_memory
 from .models import Model
 from .output_layer import measure_scaling
+from .vocabulary import known_tokens
 
 # largest difference in nats between the model's logits and head(trunk)
 LOGIT_TOLERANCE = 1e-3
@@ -74,7 +75,7 @@ def check_head(model: Model) -> float:
 
 def probe_ids(model: Model, count: int) -> torch.Tensor:
     """Return ``count`` ids of the tokenizer [1, T] on the model's device."""
-    ids = sorted(model.tokenizer.get_vocab().values())
+    ids = sorted(known_tokens(model).values())
     repeated = (ids * (count // len(ids) + 1))[:count]
     return torch.tensor([repeated], device=model.device)
 

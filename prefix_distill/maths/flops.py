@@ -28,6 +28,7 @@ class Shape:
     step computes no gradients to them. None: all parameters train. ``expanded``: weights that run
     again on every cached token in each pass (the latent keys and values of DeepSeek's attention).
     ``recurrent``: elements of the recurrent states of all layers; a token writes and reads each.
+    ``not_counted``: parts of this model that do arithmetic and are not counted, by name.
     ``stretch``: rows that have ended leave the batch after so many decoded tokens; None: they stay
     until all have ended.
     """
@@ -38,6 +39,7 @@ class Shape:
     frozen: int | None = None
     expanded: int = 0
     recurrent: int = 0
+    not_counted: tuple[str, ...] = ()
     stretch: int | None = STRETCH
 
     def saved(self, tokens: float, rows: float) -> float:
@@ -82,6 +84,22 @@ class Shape:
                 cached = min(past, window - 1)
             flops += 4.0 * width * queries * (cached + queries)
         return flops
+
+
+def find_not_counted(shapes: Sequence[Shape]) -> list[str]:
+    """Return the parts of some models that are not counted, by name."""
+    names: set[str] = set()
+    for shape in shapes:
+        names.update(shape.not_counted)
+    return sorted(names)
+
+
+def describe_not_counted(shapes: Sequence[Shape]) -> list[str]:
+    """Return a note that names the parts of some models that are not counted, if there are any."""
+    names = find_not_counted(shapes)
+    if not names:
+        return []
+    return [f"the FLOP ledger does not count all of these parts: {', '.join(names)}"]
 
 
 def _visible(past: int, queries: int, window: int | None) -> float:

@@ -59,6 +59,13 @@ def token_mean(values: Sequence[Sequence[float | None]], seed: int = 0) -> dict[
     n counts tokens. The interval is the bootstrap-t of 2,000 seeded resamples of whole rollouts,
     because the tokens of a rollout are not independent. KLs are skewed to the right, so a
     percentile interval is too short and too low. Rollouts without a number are left out.
+
+    Coverage measured on rollouts of 4 to 32 equal values whose logarithm is normal with deviation
+    0.5 / 1.0 (4,000 samples, of 128 rollouts 2,000; 1,000 resamples; standard error 0.5%):
+    8 rollouts 96.2% / 91.9%, 32 rollouts 95.2% / 92.5%, 128 rollouts 94.5% / 92.9%. Where it
+    misses, the value is mostly too low. A percentile bootstrap covers 76% to 94%, BCa 78% to 94%.
+    The bootstrap-t of logarithms covers 93.3% of 8 rollouts at 1.0, with a third more width;
+    elsewhere it differs by less than 0.5%.
     """
     import torch  # here: report and --help run without torch
 

@@ -101,7 +101,7 @@ def plan(
         "rate": rate,
         "prefixes": rows,
         "cards": fit_cards(forecaster, config, case, notes=notes.lines),
-        "notes": notes.lines,
+        "notes": [*notes.lines, *flops.describe_not_counted(shapes)],
     }
 
 

@@ -126,7 +126,7 @@ def probe(run: Run, say: Callable[[str], None] = ignore) -> dict:
         "by_position": _bin_positions(kl, entropy),
         "quadrants": quadrants(intervals.known(entropy), intervals.known(kl)),
         **_publish(curves),
-        "flops": answering.total_flops().summary(),
+        "flops": answering.total_flops().summary() | {"not_counted": run.pair.not_counted},
         "seconds": clock.seconds["probe"],
     }
 

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from ..config import Config
 from ..engine.models import Model
+from ..engine.vocabulary import count_ids
 from ..errors import UserError
 from ..training.problems import render_training_prompts, settle_privileged_template
 from ..training.prompt_sets import load_prompt_sets
@@ -77,8 +78,8 @@ def read_prompts(
     notes.note(f"prompts: {len(rendered)} of {config.data.dataset}, {mean:.0f} tokens on average")
     support = _head_support(models)
     # A head may have more rows than there are ids; ids that one model lacks are cut off as well.
-    if _count_ids(student) == _count_ids(teacher):
-        support = min(support, _count_ids(student))
+    if count_ids(student) == count_ids(teacher):
+        support = min(support, count_ids(student))
     lengths = list(zip(student_lengths, teacher_lengths, strict=True))
     return PlannedPrompts(lengths=lengths, task_limit=sets.held_out.max_new_tokens, support=support)
 
@@ -87,11 +88,6 @@ def _head_support(models: Sequence[Model]) -> int:
     """Return the number of ids that both heads have."""
     student, teacher = models
     return min(student.config.vocab_size, teacher.config.vocab_size)
-
-
-def _count_ids(model: Model) -> int:
-    """Return the number of ids of a model's tokenizer, unused ones included."""
-    return max(model.tokenizer.get_vocab().values()) + 1
 
 
 def _with_tokenizer(model: Model, folder: str, trust_remote_code: bool) -> Model:

@@ -9,6 +9,7 @@ from ..engine import scoring
 from ..engine.models import Model
 from ..engine.rollout import Side
 from ..engine.scoring import LOW_FIRST_TOKEN_PROBABILITY
+from ..engine.vocabulary import count_ids
 from ..training.pair import describe_tokens
 from ..training.run import Check, Run
 from .case import Ids
@@ -23,7 +24,7 @@ def check_vocabulary(run: Run) -> Check:
     facts = {}
     for role, model in both_models(run):
         facts[role] = {
-            "ids": max(model.tokenizer.get_vocab().values()) + 1,
+            "ids": count_ids(model),
             "head_rows": len(model.net.get_output_embeddings().weight),
             "support": model.support,
         }
@@ -186,7 +187,7 @@ def check_padding(run: Run) -> Check:
     for role, model in both_models(run):
         pad = model.tokenizer.pad_token_id
         facts[role] = pad
-        if pad is None or pad in model.eos:
+        if pad is None or pad in model.eos or pad >= model.id_limit:
             without.append(role)
     if not without:
         return passed("padding", "both models have a padding id that is not an EOS id", facts)

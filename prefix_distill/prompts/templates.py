@@ -1,7 +1,7 @@
 """Chat templates: turn a prompt's messages into token ids."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,13 +24,16 @@ PRIVILEGED = (
 
 
 class Reader(Protocol):
-    """The part of a model that rendering uses: its name, for messages, and its tokenizer."""
+    """The part of a model that rendering uses: its name, tokenizer and number of ids."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def tokenizer(self) -> Any: ...
+
+    @property
+    def id_limit(self) -> int: ...
 
 
 class Settings(Protocol):
@@ -58,8 +61,8 @@ def render(
 
     ``template`` is chat, plain or auto (chat if the tokenizer has a template). ``thinking`` on or
     off sets the template's ``enable_thinking``; auto does not set it. Raise UserError if the
-    tokenizer has no chat template, if the template has no such switch, or if it rejects the
-    messages.
+    tokenizer has no chat template, if the template has no such switch, if it rejects the messages,
+    or if the model has no row for a token.
     """
     tokenizer = model.tokenizer
     if template == "chat" and not tokenizer.chat_template:
@@ -76,12 +79,14 @@ def render(
             "--thinking)"
         )
     if not chat_template:
-        return tokenizer(_plain_text(prompt.messages, separator)).input_ids
+        ids = tokenizer(_plain_text(prompt.messages, separator)).input_ids
+        _check_ids(model, ids, f"prompt {prompt.index}")
+        return ids
     switch = {}
     if thinking != "auto":
         switch["enable_thinking"] = thinking == "on"
     try:
-        return tokenizer.apply_chat_template(
+        ids = tokenizer.apply_chat_template(
             list(prompt.messages), add_generation_prompt=True, return_dict=False, **switch
         )
     except Exception as error:  # jinja's TemplateError, or any exception that a template raises
@@ -89,6 +94,19 @@ def render(
             f"model {model.name}: its chat template rejects prompt {prompt.index} "
             f"({str(error)[:200] or type(error).__name__}); omit --system or use --template plain"
         ) from None
+    _check_ids(model, ids, f"prompt {prompt.index}")
+    return ids
+
+
+def _check_ids(model: Reader, ids: Sequence[int], text: str) -> None:
+    """Raise UserError if the model has no row for a token of ``text``."""
+    last = max(ids, default=-1)
+    if last >= model.id_limit:
+        raise UserError(
+            f"model {model.name}: {text} contains the token "
+            f"{model.tokenizer.convert_ids_to_tokens(last)!r} (id {last}), but the model has only "
+            f"{model.id_limit} ids; remove it from the text or the chat template"
+        )
 
 
 def _plain_text(messages: tuple[Message, ...], separator: str) -> str:
@@ -196,4 +214,6 @@ def encode_begin(model: Reader, text: str | None) -> tuple[int, ...]:
     """Return the token ids of a response's forced first text (empty for None)."""
     if not text:
         return ()
-    return tuple(model.tokenizer(text, add_special_tokens=False).input_ids)
+    ids = model.tokenizer(text, add_special_tokens=False).input_ids
+    _check_ids(model, ids, "--begin")
+    return tuple(ids)

@@ -17,6 +17,7 @@ from ..engine.meter import Meter
 from ..engine.models import Model, make_decoder
 from ..engine.ranks import Place, join_ranks
 from ..engine.sampling import GenerationCost, Sampler
+from ..engine.vocabulary import check_vocabulary, count_ids, describe_unused_tokens
 from ..errors import UserError
 from ..lab.task import LAB
 from ..maths.seeds import seed_of
@@ -44,7 +45,8 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         dtype=torch.float32,
         trust_remote_code=config.models.trust_remote_code,
     )
-    loading.check_head_rows(model)
+    check_vocabulary(model)
+    notes.note(*describe_unused_tokens(model))
     where = join_ranks(config.runtime, model)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
@@ -138,8 +140,8 @@ def _render(
 def _sampler(config: Config, model: Model) -> Sampler:
     return Sampler(
         eos=model.eos,
-        pad=choose_pad(model.tokenizer.pad_token_id, model.eos),
-        support=max(model.tokenizer.get_vocab().values()) + 1,
+        pad=choose_pad(model, model.eos),
+        support=count_ids(model),
         seed=seed_of(config.runtime.seed, "evaluation"),
         temperature=config.evaluate.temperature,
         top_p=config.rollout.top_p,

@@ -1,10 +1,16 @@
-"""Find where the first number that is not finite appears."""
+"""Explain faults of a step: numbers that are not finite, and no memory for the optimizer."""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
+from .. import config as configuration
 from ..engine import scoring
+from ..engine.device import is_out_of_memory
 from ..engine.models import Model
 from ..engine.rollout import Rollout, Side
+from ..errors import MemoryShortage
 from .run import Run
 
 
@@ -39,3 +45,35 @@ def _find_in_pass(run: Run, model: Model, side: Side) -> str | None:
     if not torch.isfinite(logits_NV).all():
         return "logits"
     return None
+
+
+@contextlib.contextmanager
+def explain_shortage(run: Run) -> Iterator[None]:
+    """Turn a shortage of memory in the optimizer's step into MemoryShortage, with what helps.
+
+    AdamW's moments depend on the number of trained parameters alone, so a smaller batch does not
+    help.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        trained = sum(p.numel() for p in run.pair.student.trainable.values())
+        raise MemoryShortage(
+            f"rank {run.place.rank}: {run.place.device} is out of memory for AdamW's moments, "
+            f"which need {8 * trained / 2**30:.3g} GiB at any batch size; use "
+            f"{_remedies_of_moments(run)}"
+        ) from None
+
+
+def _remedies_of_moments(run: Run) -> str:
+    """Return what frees memory for AdamW's moments in this run."""
+    remedy = "--lora 16"
+    if run.pair.student.adapter is not None:
+        remedy = "a lower --lora or fewer --lora-targets"
+    remedy += ", or a smaller student"
+    has_teacher = run.config.models.teacher != configuration.SELF
+    if has_teacher and run.place.teacher_device == run.place.device:
+        remedy += ", or move the teacher with --teacher-device"
+    return remedy

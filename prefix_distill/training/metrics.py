@@ -218,7 +218,7 @@ def result_document(state: State, resumed_from: int | None) -> dict:
         "warnings": progress.warnings,
         "sampler_kl": last["sampler_kl"],
         "tokens": progress.tokens,
-        "flops": progress.ledger.summary(),
+        "flops": progress.ledger.summary() | {"not_counted": state.run.pair.not_counted},
         "full_rollout_cost": full_cost(state.run, progress, range(progress.step)),
         "seconds": {"total": math.fsum(seconds.values()), "by_phase": seconds},
         "evaluations": progress.evaluations,

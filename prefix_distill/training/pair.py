@@ -22,8 +22,10 @@ from ..engine.recomputation import check_recomputation
 from ..engine.shapes import read_shape
 from ..engine.targets import ALL
 from ..engine.units import shared_support
+from ..engine.vocabulary import describe_unused_tokens
 from ..errors import PreflightError, UserError
 from ..lab.task import LAB
+from ..maths.flops import describe_not_counted
 from ..maths.schedule import parse_off_policy
 from ..maths.weights import parse_window
 from ..plugins import load_plugins
@@ -93,6 +95,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     with as_preflight_error():
         alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
     notes.note(tokenizers)
+    for model in (student, teacher):
+        notes.note(*describe_unused_tokens(model))
     support = None
     if alignment is not None:
         config = check_alignment(config, notes)
@@ -123,6 +127,7 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
         shared_support=support,
         tokenizers=tokenizers,
     )
+    notes.note(*describe_not_counted([pair.student_shape, pair.teacher_shape]))
     return config, where, pair
 
 

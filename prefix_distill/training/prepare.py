@@ -7,6 +7,7 @@ import torch
 from .. import config as configuration
 from ..config import Config
 from ..engine.memory import MemoryLimits
+from ..engine.models import Model
 from ..engine.pair import Pair
 from ..engine.ranks import Place
 from ..engine.sampling import Sampler
@@ -129,7 +130,7 @@ def _student_sampler(config: Config, pair: Pair) -> Sampler:
         eos = student.eos | teacher.eos
     return Sampler(
         eos=eos,
-        pad=choose_pad(student.tokenizer.pad_token_id, eos),
+        pad=choose_pad(student, eos),
         support=settled(student.support, "the student's support"),
         seed=config.runtime.seed,
         temperature=rollout.temperature,
@@ -139,9 +140,12 @@ def _student_sampler(config: Config, pair: Pair) -> Sampler:
     )
 
 
-def choose_pad(pad: int | None, eos: frozenset[int]) -> int:
-    """Return the padding id: the tokenizer's own, or an EOS id if it has none."""
-    return min(eos) if pad is None else pad
+def choose_pad(model: Model, eos: frozenset[int]) -> int:
+    """Return the padding id: the tokenizer's own, or an EOS id if the model has none."""
+    pad = model.tokenizer.pad_token_id
+    if pad is None or pad >= model.id_limit:
+        return min(eos)
+    return pad
 
 
 def _eval_sampler(config: Config, sampler: Sampler) -> Sampler:
@@ -165,5 +169,5 @@ def _text_sampler(config: Config, pair: Pair, sampler: Sampler) -> Sampler:
         sampler,
         eos=teacher.eos,
         support=settled(teacher.support, "the teacher's support"),
-        pad=choose_pad(teacher.tokenizer.pad_token_id, teacher.eos),
+        pad=choose_pad(teacher, teacher.eos),
     )

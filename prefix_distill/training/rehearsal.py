@@ -9,8 +9,8 @@ import torch
 from ..engine.device import Clock, is_out_of_memory
 from ..engine.meter import Meter
 from ..engine.rollout import Rollout, rollout_of
-from ..errors import MemoryShortage, Stopped, UserError, one_line
-from .faults import find_non_finite
+from ..errors import Stopped, UserError, one_line
+from .faults import explain_shortage, find_non_finite
 from .loss import TokenLosses
 from .optimizer import NonFiniteGradient, step_optimizer
 from .state import State
@@ -53,21 +53,15 @@ def _take_step(state: State) -> None:
     losses = update.backward(update.select(rollouts))
     _refuse_non_finite(state, losses)
     try:
-        step_optimizer(
-            state.optimizer,
-            run.pair.student.trainable,
-            rate=0.0,
-            grad_clip=run.config.train.grad_clip,
-        )
+        with explain_shortage(run):
+            step_optimizer(
+                state.optimizer,
+                run.pair.student.trainable,
+                rate=0.0,
+                grad_clip=run.config.train.grad_clip,
+            )
     except NonFiniteGradient as error:  # on every rank, because gradients are all-reduced
         _refuse(str(error))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryShortage(
-            f"rank {run.place.rank}: {run.place.device} is out of memory for AdamW's moments at "
-            "any batch size; use --lora 16, a smaller model, or --teacher-device for the teacher"
-        ) from None
 
 
 def _refuse_non_finite(state: State, losses: TokenLosses) -> None:

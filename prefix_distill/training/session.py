@@ -14,7 +14,7 @@ from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
 from ..signals import Interrupt
 from .card import make_card
-from .faults import find_non_finite
+from .faults import explain_shortage, find_non_finite
 from .fingerprints import KEY, check_fingerprints, find_commits, take_fingerprints
 from .folder import RunFolder
 from .loss import TokenLosses
@@ -174,9 +174,10 @@ class Session:
         trained = self.run.pair.student.trainable
         with state.clock.phase("optimizer"):
             try:
-                norm = step_optimizer(
-                    state.optimizer, trained, rate=rate, grad_clip=config.train.grad_clip
-                )
+                with explain_shortage(self.run):
+                    norm = step_optimizer(
+                        state.optimizer, trained, rate=rate, grad_clip=config.train.grad_clip
+                    )
             except NonFiniteGradient as error:
                 state.stop(str(error))
         return rate, norm

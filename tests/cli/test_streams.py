@@ -74,13 +74,19 @@ def test_output_piped_to_head_is_complete():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_run_with_full_streams_is_saved(tmp_path):
-    """Neither the progress on stderr nor the document on stdout can be written."""
+@pytest.mark.parametrize(
+    "redirection, code",
+    [("> /dev/full 2> /dev/full", 1), ("> /dev/full", 1), ("2>&1 | head -1", 0)],
+)
+def test_a_run_with_full_or_unread_streams_is_saved(tmp_path, redirection, code):
+    """The progress goes to stderr, the result document to stdout."""
     flags = (
         "--steps 1 --batch-size 1 --samples 1 --prefix 2 --max-new-tokens 4 --eval-samples 1 "
         "--kl-prompts 1 --check-samples 0 --device cpu"
     )
-    done = shell(f"$P run {flags} --out {tmp_path / 'run'} > /dev/full 2> /dev/full")
-    assert done.returncode == 1
+    done = shell(f"$P run {flags} --out {tmp_path / 'run'} {redirection}")
+    assert done.returncode == code and "Traceback" not in done.stderr
+    if redirection == "> /dev/full":
+        assert done.stderr.splitlines()[-1].startswith("error: stdout: cannot be written (No space")
     assert (tmp_path / "run/model/config.json").is_file()
     assert '"result"' in (tmp_path / "run/run.json").read_text()

@@ -485,7 +485,7 @@ def test_how_the_tokens_of_a_pair_are_compared_and_why():
         match_tokenizers(model("bytes"), model("SentencePiece BPE"), "off")
     with pytest.raises(UserError, match=r"changes the text 'Two words, 2 Words\.' to 'two w"):
         match_tokenizers(model("byte-level BPE"), model("lower", lower_case()), "strict")
-    with pytest.raises(UserError, match=r"ids up to [0-9]+, but its head has only 280 rows"):
+    with pytest.raises(UserError, match=r"ids up to [0-9]+, but the model has only 280 ids"):
         match_tokenizers(model("bytes"), model("SentencePiece BPE", rows=280), "strict")
 
 

@@ -4,7 +4,18 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import byte_tokenizer, counted, random_net, text_config, tiny_net
+from helpers import (
+    byte_tokenizer,
+    counted,
+    invoke,
+    last_json,
+    prepared,
+    random_net,
+    save_net,
+    text_config,
+    tiny_net,
+    trained,
+)
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
@@ -315,3 +326,42 @@ def test_a_recurrent_state_is_written_and_read_once_per_token():
     assert shape.recurrent == 2 * 8 * 8 * 8
     without = dataclasses.replace(shape, recurrent=0)
     assert shape.linear(5) - without.linear(5) == 5 * 4 * shape.recurrent
+
+
+@pytest.mark.parametrize(
+    "kind, parts",
+    [
+        ("llama", ()),
+        ("qwen3_moe", ()),
+        ("mamba", ("Conv1d", "MambaMixer")),
+        ("rwkv", ("RwkvFeedForward", "RwkvSelfAttention", "recurrent states")),
+    ],
+)
+def test_a_shape_names_the_parts_that_are_not_counted(kind, parts):
+    net = random_net(text_config(kind, **OTHERS.get(kind, {})))
+    model = Model(name="m", net=net, tokenizer=None, generation_config=None, eos=frozenset({257}))
+    assert read_shape(model).not_counted == parts
+    with torch.device("meta"):
+        sketch = type(net)(net.config)
+    planned = read_shape(dataclasses.replace(model, net=sketch))
+    missing = {"recurrent states"} if kind == "mamba" else set()
+    assert set(planned.not_counted) == {*parts, *missing}  # without numbers no state is measured
+
+
+def test_result_and_plan_name_what_is_not_counted(tmp_path, pair, questions):
+    sizes = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    teacher = save_net(
+        tmp_path / "hybrid", random_net(text_config("falcon_h1", mamba_d_ssm=64, **sizes))
+    )
+    few = {"train__batch_size": 1, "evaluate__problems": 1, "evaluate__kl_prompts": 1}
+    short = {"schedule__prefix": "4", "rollout__max_new_tokens": 4, "train__steps": 1}
+    run = prepared((pair[0], teacher), questions, **few, **short)
+    note = "the FLOP ledger does not count all of these parts: Conv1d"
+    assert note in run.notes.lines
+    assert trained(run, tmp_path / "run")["flops"]["not_counted"] == ["Conv1d"]
+    code, out, err = invoke(
+        *["plan", "--student", pair[0], "--teacher", teacher, "--steps", "1"],
+        *["--prompt-tokens", "8", "--max-new-tokens", "8"],
+    )
+    assert code == 0, err
+    assert f"{note}, recurrent states" in last_json(out)["notes"]

@@ -91,6 +91,12 @@ def test_code_of_the_network_that_fails_in_backward_ends_in_one_line(pair, quest
         rehearsal.rehearse(state_of(run))
 
 
+ADVICE = (
+    r"AdamW's moments, which need .* GiB at any batch size; use --lora 16, or a smaller student, "
+    "or move the teacher with --teacher-device"
+)
+
+
 def test_no_memory_for_one_rollout_or_for_the_moments_ends_in_one_line(
     pair, questions, monkeypatch
 ):
@@ -100,9 +106,29 @@ def test_no_memory_for_one_rollout_or_for_the_moments_ends_in_one_line(
     state = state_of(prepared(pair, questions))
     with monkeypatch.context() as patch:
         patch.setattr(rehearsal, "step_optimizer", no_room)
-        with pytest.raises(MemoryShortage, match="AdamW's moments"):
+        with pytest.raises(MemoryShortage, match=ADVICE):
             rehearsal.rehearse(state)
     assert not state.optimizer.state
     shortage(monkeypatch, "training", 0)
     with pytest.raises(MemoryShortage, match="even with one rollout per pass"):
         rehearsal.rehearse(state)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_memory_for_the_moments_in_training_advises_what_helps(
+    pair, questions, tmp_path, monkeypatch, lora
+):
+    """They are allocated again after the rehearsal, when evaluations have used memory."""
+
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    options, advice = {}, ADVICE
+    if lora:
+        pytest.importorskip("peft")
+        options, advice = {"adapter__rank": 2}, "use a lower --lora or fewer --lora-targets, or a"
+    run = prepared(pair, questions, train__steps=1, **options)
+    monkeypatch.setattr(session, "step_optimizer", no_room)
+    with pytest.raises(MemoryShortage, match=advice):
+        trained(run, tmp_path / "run")
+    assert (tmp_path / "run/checkpoints").is_dir()
