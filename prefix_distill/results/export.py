@@ -65,7 +65,8 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
 
     The folder gets weights in ``dtype`` (auto: as stored; an adapter is merged), tokenizer, chat
     template, generation config, model card, and with ``gguf`` the file OUT-TYPE.gguf. UserError:
-    ``out`` is in use, the converter is missing, or a weight overflows in ``dtype``.
+    ``out`` is in use, the converter is missing, or a weight overflows in ``dtype``. Stopped: the
+    files, read back, hold other weights.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -80,9 +81,9 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if model.adapter is None:
-            save_model(model, out, text)
+            notes = save_model(model, out, text)
         else:
-            save_merged_model(model, out, text)
+            notes = save_merged_model(model, out, text)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--out {out}: cannot be written ({reason}); name another folder") from None
@@ -96,6 +97,7 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
         "dtype": str(model.net.dtype).removeprefix("torch."),
         "parameters": model.parameters,
         "gguf": file,
+        "notes": notes,
     }
 
 

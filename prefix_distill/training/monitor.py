@@ -310,7 +310,8 @@ class Monitor:
         }
         if self.run.place.is_first:
             text = make_card(self.run, progress, progress.best)
-            self.state.folder.save_model("best", self.run.pair.student, text)
+            for note in self.state.folder.save_model("best", self.run.pair.student, text):
+                self.report.note(note)
 
 
 def measure_contexts(

@@ -8,7 +8,6 @@ from .. import config as configuration
 from ..display import Observer, Reporter
 from ..engine.device import describe_machine
 from ..engine.models import make_decoder
-from ..engine.saving import check_merged_model, check_model
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
@@ -255,21 +254,17 @@ class Session:
     def save_model(self) -> None:
         """Save the student in model/, and with --lora-merge the adapter in adapter/.
 
-        Stopped: the files do not hold the trained weights.
+        Stopped: the files would not hold the trained weights.
         """
         run, progress = self.run, self.state.progress
         cost = full_cost(run, progress, range(progress.step))
         text = make_card(run, progress, progress.evaluations[-1], full=cost)
         student = run.pair.student
-        path = self.folder.path
         if run.config.adapter.merge:
-            self.folder.save_merged_model("model", student, text)
-            notes = check_merged_model(student, path / "model")
-            self.folder.save_model("adapter", student, text)
-            notes += check_model(student, path / "adapter")
+            notes = self.folder.save_merged_model("model", student, text)
+            notes += self.folder.save_model("adapter", student, text)
         else:
-            self.folder.save_model("model", student, text)
-            notes = check_model(student, path / "model")
+            notes = self.folder.save_model("model", student, text)
         for note in notes:
             self.report.note(note)
 

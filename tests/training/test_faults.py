@@ -143,7 +143,7 @@ def test_a_failed_write_keeps_the_earlier_files(  # noqa: PLR0913  fixtures and 
     def save_model(self, which, *rest, **named):
         if which == "model" == name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        plain(self, which, *rest, **named)
+        return plain(self, which, *rest, **named)
 
     monkeypatch.setattr(RunFolder, "save_model", save_model)
     try:
