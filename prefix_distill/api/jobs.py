@@ -46,12 +46,17 @@ def perform(job: Job, config: Config, observer: Observer) -> Outcome:
 
 def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
     """Train; with the setting "dry_run" only check. The setting "resume" continues a run."""
+    from ..training.commits import pin_commits
     from ..training.folder import RunFolder
     from ..training.prepare import prepare
     from ..training.session import train_in
 
     resume = settings["resume"]
+    notes: list[str] = []
+    if resume:
+        config, notes = pin_commits(config, RunFolder(str(config.checkpoint.out)))
     prepared = prepare(config)
+    prepared.notes.lines[:0] = notes
     if not resume:
         _examine(prepared, config.evaluate.check_samples)
     # the default folder is named after the time, which may differ between ranks

@@ -19,6 +19,7 @@ from ..engine.models import Model
 from ..engine.saving import save_merged_model, save_model
 from ..errors import Stopped, UserError
 from ..training import card
+from ..training.commits import pin_commits
 from ..training.fingerprints import check_student
 from ..training.folder import RunFolder
 
@@ -185,6 +186,7 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
     folder = RunFolder(source.path)
     folder.check_format()
     config = configuration.assemble(configuration.read_yaml(str(source.path / "config.yaml")))
+    config, _ = pin_commits(config, folder)
     student = config.models.student
     if student is None:
         raise UserError(

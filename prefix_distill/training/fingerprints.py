@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from .. import config as configuration
 from ..config import Config
 from ..engine.fingerprint import fingerprint_model
-from ..engine.hub import find_commit
 from ..engine.models import Model
 from ..engine.ranks import Place
 from ..errors import UserError
-from ..lab.task import LAB
 from ..prompts.prompt import Rendered
-from ..prompts.sources import parse_source, split_sources
+from . import commits
 from .folder import RunFolder
 from .run import Run, settled
 
@@ -127,7 +125,10 @@ def check_fingerprints(run: Run, folder: RunFolder, current: dict) -> list[str]:
                 "with; the result will differ from a run that used one of them throughout"
             )
     if run.place.is_first:
-        folder.write_json("run.json", document | {KEY: current | {"earlier": earlier}})
+        document[KEY] = current | {"earlier": earlier}
+        if run.config.checkpoint.allow_changed:  # the next resume loads these
+            document[commits.KEY] = commits.find_commits(run.config)
+        folder.write_json("run.json", document)
     return notes
 
 
@@ -213,27 +214,3 @@ def join_names(names: Sequence[str]) -> str:
     if not others:
         return last
     return f"{', '.join(others)} and {last}"
-
-
-def find_commits(config: Config) -> dict[str, str]:
-    """Return the commit of each model and dataset of the run that comes from the hub.
-
-    The keys are such as ``model org/name@tag`` and ``dataset org/name``.
-    """
-    names: list[tuple[str, str | None]] = [
-        ("model", config.models.student),
-        ("model", config.models.teacher),
-    ]
-    for text in (config.data.dataset, config.evaluate.dataset):
-        for name, _ in split_sources(text or LAB):
-            source = parse_source(name)
-            location = source.location
-            if source.revision is not None:
-                location = f"{location}@{source.revision}"
-            names.append(("dataset", location))
-    commits = {}
-    for kind, given in names:
-        commit = find_commit(given or LAB, kind)
-        if commit is not None:
-            commits[f"{kind} {given}"] = commit
-    return commits

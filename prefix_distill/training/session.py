@@ -1,7 +1,6 @@
 """Session: the training loop of on-policy prefix distillation (arXiv 2602.15260)."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 from .. import config as configuration
@@ -12,9 +11,10 @@ from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
 from ..signals import Interrupt
+from . import commits
 from .card import make_card
 from .faults import find_non_finite
-from .fingerprints import KEY, check_fingerprints, find_commits, take_fingerprints
+from .fingerprints import KEY, check_fingerprints, take_fingerprints
 from .folder import RunFolder
 from .loss import TokenLosses
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
@@ -91,7 +91,7 @@ class Session:
         restored = self.resume and self.restore()
         if self.resume and place.is_first:
             # The next resume keeps the changes given on this one.
-            self.folder.write_config(dataclasses.asdict(config))
+            self.folder.write_config(commits.names_as_given(config, self.folder))
         if restored:
             self.monitor.resume()
         else:
@@ -353,5 +353,5 @@ def describe_run(run: Run) -> dict:
         "warnings": run.notes.warnings,
         "ranks": run.place.world,
         "generation_config": configs,
-        "commits": find_commits(run.config),
+        commits.KEY: commits.find_commits(run.config),
     }
