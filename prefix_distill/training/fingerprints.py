@@ -104,32 +104,40 @@ def check_fingerprints(run: Run, folder: RunFolder, current: dict) -> list[str]:
     Return notes. All ranks call it. UserError: they differ, and --allow-changed was not given.
     """
     document = folder.read_json("run.json")
+    notes, earlier = compare_fingerprints(run, folder, current)
     run.place.barrier()  # every rank has read before the first one writes
-    notes = []
-    stored = document.get(KEY)
-    earlier: list = []
-    if not isinstance(stored, dict) or not _is_complete(stored):
-        notes.append(
-            "the run folder has no fingerprints, because an older version wrote it: whether "
-            "prompts and models are those that the run began with is not checked; from now on it is"
-        )
-    else:
-        differing = describe_differences(stored, current, _prompts_of(run))
-        earlier = stored.get("earlier", [])
-        if differing and not run.config.checkpoint.allow_changed:
-            raise _refusal(f"--resume {folder.path}", differing)
-        if differing:
-            earlier = [*earlier, {k: v for k, v in stored.items() if k != "earlier"}]
-            notes.append(
-                f"--allow-changed: {join_names(differing)} differ from those that this run began "
-                "with; the result will differ from a run that used one of them throughout"
-            )
     if run.place.is_first:
         document[KEY] = current | {"earlier": earlier}
         if run.config.checkpoint.allow_changed:  # the next resume loads these
             document[commits.KEY] = commits.find_commits(run.config)
         folder.write_json("run.json", document)
     return notes
+
+
+def compare_fingerprints(run: Run, folder: RunFolder, current: dict) -> tuple[list[str], list]:
+    """Compare the run's fingerprints with those in its folder; write nothing.
+
+    Return notes, and the fingerprints before each accepted change. UserError: they differ, and
+    --allow-changed was not given.
+    """
+    stored = folder.read_json("run.json").get(KEY)
+    if not isinstance(stored, dict) or not _is_complete(stored):
+        note = (
+            "the run folder has no fingerprints, because an older version wrote it: whether "
+            "prompts and models are those that the run began with is not checked; from now on it is"
+        )
+        return [note], []
+    earlier: list = stored.get("earlier", [])
+    differing = describe_differences(stored, current, _prompts_of(run))
+    if not differing:
+        return [], earlier
+    if not run.config.checkpoint.allow_changed:
+        raise _refusal(f"--resume {folder.path}", differing)
+    note = (
+        f"--allow-changed: {join_names(differing)} differ from those that this run began with; "
+        "the result will differ from a run that used one of them throughout"
+    )
+    return [note], [*earlier, {k: v for k, v in stored.items() if k != "earlier"}]
 
 
 def check_student(folder: RunFolder, config: Config, student: Model) -> None:
