@@ -16,8 +16,8 @@ from .processors import RowProcessor
 from .rollout import Side
 from .sampling import Request, Sampler, generate
 from .scoring import hidden_rows
+from .text_ids import text_ids
 
-TEXT = "Tom has 12 apples. He gives 5 of them to Anna and buys 30 more. How many has he now? 12-5=7"
 # largest relative difference of logits. Rounding gives about 1e-6 in float32 and up to 0.05 in
 # bfloat16, wrong states give 0.2 and more.
 TOLERANCE = 1e-3
@@ -33,21 +33,6 @@ LONGEST_RESPONSE = max(response for _, _, response in ROWS)
 LONGEST_ROW = max(prompt + response for _, prompt, response in ROWS)
 
 Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
-
-
-def sample_ids(model: Model, count: int) -> list[int]:
-    """Return ``count`` ids of plain text, without EOS.
-
-    A tokenizer that does not know most of the text gives the ids of its vocabulary.
-    """
-    ids = _usable(model.tokenizer(TEXT)["input_ids"], model)
-    if len(set(ids)) < count // 2:
-        ids = _usable(sorted(model.tokenizer.get_vocab().values()), model)
-    return (ids * count)[:count]
-
-
-def _usable(ids: list[int], model: Model) -> list[int]:
-    return [i for i in ids if i < model.vocabulary and i not in model.eos]
 
 
 def check_sharing(model: Model) -> str | None:
@@ -69,7 +54,7 @@ def check_shared_gradients(model: Model) -> str | None:
 
 def _compare_sharing(model: Model, compute: Computation, what: str) -> str | None:
     """Return how much a shared prompt changes a result, if more than twice a padded batch does."""
-    ids = sample_ids(model, 40)
+    ids = text_ids(model, 40)
     sides = []
     for prompt, response in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9)):
         text = tuple(ids[prompt : prompt + response])
@@ -152,7 +137,7 @@ def find_decoding(model: Model) -> Decoding:
 
 def _dictate(model: Model) -> "_Dictation":
     """Return the prompts and texts of ROWS, in ids of ``model``; the first text ends with EOS."""
-    ids = sample_ids(model, 40)
+    ids = text_ids(model, 40)
     requests = []
     texts: dict[tuple[object, ...], tuple[int, ...]] = {}
     for start, prompt, response in ROWS:

@@ -296,7 +296,7 @@ def test_modules_of_experts_without_a_token_get_an_adapter():
 
     net = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SIZES))
     net.model.layers[0].mlp = Experts()
-    chosen = targets.find_targets(net, "experts")
+    chosen = targets.find_targets(net, "experts", IDS)
     assert len(chosen.sites) == 3 and not chosen.obstacles
 
 
