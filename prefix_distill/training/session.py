@@ -13,7 +13,7 @@ from ..plugins import find_fault, find_unfiled, load_plugins
 from ..signals import Interrupt
 from . import commits
 from .card import make_card
-from .faults import find_non_finite
+from .faults import describe_non_finite
 from .fingerprints import KEY, check_fingerprints, take_fingerprints
 from .folder import RunFolder
 from .loss import TokenLosses
@@ -141,14 +141,9 @@ class Session:
 
     def refuse_non_finite(self, losses: TokenLosses) -> None:
         """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""
-        reason = None
-        non_finite = losses.describe_non_finite()
-        if non_finite is not None:
-            rollout, where = non_finite
-            reason = f"{where}: {find_non_finite(self.run, rollout)} not finite"
-        reasons = list(filter(None, self.run.place.gather(reason)))
-        if reasons:
-            self.state.stop(reasons[0])
+        reason = describe_non_finite(self.run, losses)
+        if reason is not None:
+            self.state.stop(reason)
 
     def note_selection(self, update: Update) -> None:
         """Report once if selecting tokens takes an extra forward pass."""
