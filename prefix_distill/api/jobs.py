@@ -48,20 +48,28 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
     """Train; with the setting "dry_run" only check. The setting "resume" continues a run."""
     from ..training.folder import RunFolder
     from ..training.prepare import prepare
+    from ..training.resumed import check_resume, prepare_resumed
     from ..training.session import train_in
 
     resume = settings["resume"]
-    prepared = prepare(config)
-    if not resume:
+    if resume:
+        prepared = prepare_resumed(config, RunFolder(str(config.checkpoint.out)))
+    else:
+        prepared = prepare(config)
         _examine(prepared, config.evaluate.check_samples)
     # the default folder is named after the time, which may differ between ranks
-    out = prepared.place.gather(config.checkpoint.out)[0]
+    folder = RunFolder(prepared.place.gather(config.checkpoint.out)[0])
     _announce(prepared, observer)
-    if settings["dry_run"]:
-        document = _describe_dry_run(prepared)
-    else:
-        document = train_in(prepared, RunFolder(Path(out)), observer, resume=resume)
-    return _outcome(prepared, document)
+    if not settings["dry_run"]:
+        document = train_in(prepared, folder, observer, resume=resume)
+        return _outcome(prepared, document)
+    if resume:
+        notes = check_resume(prepared, folder)
+        prepared.notes.note(*notes)
+        if prepared.place.is_first:
+            for text in notes:
+                observer.note(text)
+    return _outcome(prepared, _describe_dry_run(prepared))
 
 
 def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:

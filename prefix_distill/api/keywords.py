@@ -58,9 +58,7 @@ class ProbeOptions(CommonOptions, total=False):
     teacher_device: str | None
     teacher_memory: float | None
     rank_timeout: int
-    check_ranks_every: int
     head_memory_mb: int
-    plugin: str | PathLike[str] | None
 
 
 class RunOptions(ProbeOptions, PushOptions, total=False):
@@ -111,6 +109,8 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     tail_every: int
     tail_prompts: int
     check_samples: int
+    check_ranks_every: int
+    plugin: str | PathLike[str] | None
     out: str | PathLike[str] | None
     save_every: int
     allow_changed: bool

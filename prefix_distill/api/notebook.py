@@ -176,7 +176,8 @@ def export(source: Name, out: Name | None = None, **options: Unpack[ExportOption
     folder = None
     if out is not None:
         folder = arguments.read_folder("out", out)
-    return work.export(arguments.read_path("source", source), config, out=folder, choices=choices)
+    path = arguments.read_path("source", source)
+    return work.export(path, config, LogObserver(), out=folder, choices=choices)
 
 
 def _config(

@@ -60,7 +60,15 @@ PROBE_OPTIONS = (
     "rollout.begin",
     "rollout.rows",
     "evaluate.answer_format",
-    "runtime",
+    "runtime.dtype",
+    "runtime.head_dtype",
+    "runtime.device",
+    "runtime.teacher_device",
+    "runtime.teacher_memory",
+    "runtime.gpus",
+    "runtime.rank_timeout",
+    "runtime.seed",
+    "runtime.head_memory_mb",
 )
 # flags of the command that are no options here, and what stands for them
 FUNCTIONS = {

@@ -173,7 +173,12 @@ def _make_folder(out: Path) -> None:
 
 
 def export(
-    source: str, config: Config, out: Path | None, choices: dict[str, object]
+    source: str,
+    config: Config,
+    observer: Observer,
+    *,
+    out: Path | None,
+    choices: dict[str, object],
 ) -> ExportResult:
     """Write a model to a new folder and push it to the hub if the config says so.
 
@@ -206,6 +211,8 @@ def export(
                 dtype=dtype,
                 gguf=gguf,
             )
+            for text in document.pop("notes"):
+                observer.note(text)
     document["pushed"] = None
     if config.export.push is None:
         return ExportResult.read(document)

@@ -125,7 +125,7 @@ def export_command(
         folder = read_folder("--out", out)
     choices: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}
     try:
-        result = work.export(source, config, out=folder, choices=choices)
+        result = work.export(source, config, Terminal(), out=folder, choices=choices)
     except PushFailed as error:
         finish(error.result.to_dict())
         raise

@@ -16,13 +16,16 @@ from .. import config as configuration
 from ..errors import UserError, one_line
 from . import adapter
 from .adapter import NAME
+from .models import Model
 from .peft_names import import_peft
 from .targets import ALL, Site, Targets, find_targets
+from .text_ids import make_row
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+FEW_TOKENS = 8  # length of the text that is run
 STRENGTH = 0.5  # ‖ΔW‖/‖W‖ of the random adapter that is tried
 # largest difference between adapter and merged weights, as a share of the adapter's effect
 TOLERANCE = 0.01
@@ -35,19 +38,17 @@ States = Callable[[], torch.Tensor]  # hidden states of a few tokens
 
 
 def attach_checked(
-    net: PreTrainedModel,
-    settings: configuration.Adapter,
-    states: States,
-    *,
-    seed: int,
-    base: str,
+    model: Model, settings: configuration.Adapter, *, seed: int, base: str
 ) -> "tuple[PeftModel, Targets]":
-    """Add a new adapter to ``net`` and try it; return peft's wrapper and the targets.
+    """Add a new adapter to ``model.net`` and try it; return peft's wrapper and the targets.
 
-    ``states`` runs ``net``. ``all-linear`` leaves out the layers that fail, or whose adapter peft
-    could not load again. UserError: a layer that was named fails, or peft finds no target.
+    ``base``: the base model that the adapter's files name. ``all-linear`` leaves out the layers
+    that fail, or whose adapter peft could not load again. UserError: a layer that was named fails,
+    or peft finds no target.
     """
-    targets = find_targets(net, settings.targets)
+    net, ids_BT = model.net, make_row(model, FEW_TOKENS)
+    states = functools.partial(model.trunk, ids_BT)
+    targets = find_targets(net, settings.targets, ids_BT)
     attach = functools.partial(adapter.attach, net, settings, seed=seed, base=base)
     wrapper = attach(targets)
     faults = _find_unreadable(wrapper, targets.sites)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # kinds of adapters that add vectors to the prompt or to the KV cache
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-FEW_TOKENS = 8  # length of the row that is compared
 
 
 def read_base(folder: Path) -> str:
@@ -54,25 +53,26 @@ def read_base(folder: Path) -> str:
     return base
 
 
-def merge_folder(net: "CausalLM", folder: Path) -> "CausalLM":
+def merge_folder(net: "CausalLM", folder: Path, ids_BT: torch.Tensor) -> "CausalLM":
     """Return ``net`` with the adapter in ``folder`` added to its weights.
 
-    UserError: they do not fit each other, or the merged network differs from the one with adapter.
+    ``ids_BT``: the text on which both are compared. UserError: they do not fit each other, or the
+    merged network differs from the one with adapter.
     """
     if getattr(net, "is_quantized", False):
         raise UserError(
             f"model {folder}: its base model has quantized weights, into which no adapter can be "
             "merged; use the full weights as base"
         )
-    plain = _few_logits(net)
+    plain = _compute_logits(net, ids_BT)
     wrapper = _load_onto(net, folder)
-    adapted = _few_logits(wrapper)
+    adapted = _compute_logits(wrapper, ids_BT)
     net = _merge(wrapper)
     vocabulary = min(plain.shape[-1], adapted.shape[-1])
     gap = compare(
         plain[..., :vocabulary],
         adapted=adapted[..., :vocabulary],
-        merged=_few_logits(net)[..., :vocabulary],
+        merged=_compute_logits(net, ids_BT)[..., :vocabulary],
     )
     if gap is not None:
         raise UserError(
@@ -83,10 +83,8 @@ def merge_folder(net: "CausalLM", folder: Path) -> "CausalLM":
 
 
 @torch.no_grad()
-def _few_logits(net: torch.nn.Module) -> torch.Tensor:
-    """Return the logits of the first ids as one row."""
-    ids = torch.arange(FEW_TOKENS)[None]
-    return net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+def _compute_logits(net: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    return net(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False).logits
 
 
 def _load_onto(net: "CausalLM", folder: Path) -> "PeftModel":

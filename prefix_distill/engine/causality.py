@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 from .models import Model
-from .trunk import probe_ids
+from .text_ids import make_row
 
 TOKENS = 32
 NEAR = 8  # hidden states before the first changed token that are compared
@@ -27,7 +27,7 @@ def check_causality(model: Model) -> None:
     beside another row of the batch is rounding noise, and must be small itself.
     """
     count = min(TOKENS, model.positions or TOKENS)
-    ids_BT = probe_ids(model, count)
+    ids_BT = make_row(model, count)
     if count < 2:
         return  # nothing follows
     half = count // 2

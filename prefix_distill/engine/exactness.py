@@ -18,9 +18,8 @@ from .processors import RowProcessor
 from .rollout import Side
 from .sampling import Request, Sampler, generate
 from .scoring import hidden_rows
-from .vocabulary import known_tokens
+from .text_ids import text_ids
 
-TEXT = "Tom has 12 apples. He gives 5 of them to Anna and buys 30 more. How many has he now? 12-5=7"
 # largest relative difference of logits. Rounding gives about 1e-6 in float32 and up to 0.05 in
 # bfloat16, wrong states give 0.2 and more.
 TOLERANCE = 1e-3
@@ -39,21 +38,6 @@ LONGEST_ROW = max(prompt + response for _, prompt, response in ROWS)
 WIDEST, PROMPT, BEYOND = 1024, 8, 8
 
 Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
-
-
-def sample_ids(model: Model, count: int) -> list[int]:
-    """Return ``count`` ids of plain text, without EOS.
-
-    A tokenizer that does not know most of the text gives the ids of its vocabulary.
-    """
-    ids = _usable(model.tokenizer(TEXT)["input_ids"], model)
-    if len(set(ids)) < count // 2:
-        ids = _usable(sorted(known_tokens(model).values()), model)
-    return (ids * count)[:count]
-
-
-def _usable(ids: list[int], model: Model) -> list[int]:
-    return [i for i in ids if i < model.vocabulary and i not in model.eos]
 
 
 def check_sharing(model: Model) -> str | None:
@@ -75,7 +59,7 @@ def check_shared_gradients(model: Model) -> str | None:
 
 def _compare_sharing(model: Model, compute: Computation, what: str) -> str | None:
     """Return how much a shared prompt changes a result, if more than twice a padded batch does."""
-    ids = sample_ids(model, 40)
+    ids = text_ids(model, 40)
     sides = []
     for prompt, response in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9)):
         text = tuple(ids[prompt : prompt + response])
@@ -182,7 +166,7 @@ def _compare_beyond_window(model: Model, allowed: float) -> str | None:
     length = PROMPT + window + BEYOND
     if min(length, model.positions or length, model.rope_switch or length) < length:
         return None
-    ids_1T = torch.tensor([sample_ids(model, length)], device=model.device)
+    ids_1T = torch.tensor([text_ids(model, length)], device=model.device)
     mask_1T = torch.ones_like(ids_1T)
     _, cache = model.trunk_cached(ids_1T[:, :PROMPT], mask_1T[:, :PROMPT])
     cached_1TD, _ = model.trunk_cached(ids_1T[:, PROMPT:], mask_1T, cache)
@@ -206,7 +190,7 @@ def _find_window(config: PreTrainedConfig) -> int | None:
 
 def _dictate(model: Model) -> "_Dictation":
     """Return the prompts and texts of ROWS, in ids of ``model``; the first text ends with EOS."""
-    ids = sample_ids(model, 40)
+    ids = text_ids(model, 40)
     requests = []
     texts: dict[tuple[object, ...], tuple[int, ...]] = {}
     for start, prompt, response in ROWS:

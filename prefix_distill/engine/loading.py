@@ -1,7 +1,6 @@
 """Load a model from a hub id, a folder, an adapter, a GGUF file or a built-in task."""
 
 import contextlib
-import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -32,12 +31,10 @@ from .kept_state import find_blanks
 from .model_files import read_tokenizer
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
-from .vocabulary import known_tokens
+from .text_ids import make_row
 
 if TYPE_CHECKING:
     from .transformers_names import CausalLM
-
-FEW_TOKENS = 8  # length of the row that the checks run
 
 
 def load_model(
@@ -269,7 +266,8 @@ def _load_with_adapter(
         dtype=loaded_dtype,
         trust_remote_code=trust_remote_code,
     )
-    net = adapter_files.merge_folder(model.net, folder)
+    ids_BT = make_row(model, adapter_check.FEW_TOKENS)
+    net = adapter_files.merge_folder(model.net, folder, ids_BT)
     if dtype != "auto":
         cast(net, dtype)
     model.net = net.to(device).eval().requires_grad_(False)
@@ -311,18 +309,9 @@ def add_adapter(
     elif os.path.exists(path):
         base = str(path.absolute())
     base, revision = split_revision(base)
-    states = functools.partial(model.trunk, _first_ids(model))
-    wrapper, chosen = adapter_check.attach_checked(
-        model.net, settings, states, seed=seed, base=base
-    )
+    wrapper, chosen = adapter_check.attach_checked(model, settings, seed=seed, base=base)
     wrapper.peft_config[adapter.NAME].revision = revision
     return replace(model, adapter=wrapper), chosen
-
-
-def _first_ids(model: Model) -> torch.Tensor:
-    """Return the first ids of the tokenizer as one row."""
-    ids = sorted(known_tokens(model).values())[:FEW_TOKENS]
-    return torch.tensor([ids], device=model.device)
 
 
 def _read_eos(

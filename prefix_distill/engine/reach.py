@@ -13,7 +13,7 @@ import torch
 from ..errors import UserError, first_line
 from .device import is_out_of_memory
 from .models import Model
-from .trunk import probe_ids
+from .text_ids import make_row
 
 TOKENS = 128  # long enough for layers that only run on long texts
 NAMED = 3  # the most modules that a note names
@@ -49,7 +49,7 @@ def _run_trunk(model: Model) -> torch.Tensor:
     count = min(TOKENS, model.positions or TOKENS)
     try:
         with torch.enable_grad():
-            hidden_BTD = model.trunk(probe_ids(model, count))
+            hidden_BTD = model.trunk(make_row(model, count))
     except Exception as error:  # a network may raise anything
         if is_out_of_memory(error):
             raise

@@ -7,7 +7,7 @@ import torch
 from ..errors import UserError, first_line
 from .device import is_out_of_memory
 from .models import Model
-from .trunk import probe_ids
+from .text_ids import make_row
 
 TOKENS = 16
 # largest relative change of a gradient with recomputation
@@ -66,7 +66,7 @@ def _gradients(model: Model, chosen: dict[str, torch.nn.Parameter]) -> list[torc
         p.requires_grad_(True)
     try:
         with torch.enable_grad():
-            hidden_BTD = model.trunk(probe_ids(model, TOKENS)).float()
+            hidden_BTD = model.trunk(make_row(model, TOKENS)).float()
             weight_D = torch.linspace(-1, 1, hidden_BTD.shape[-1], device=hidden_BTD.device)
             loss = (hidden_BTD * weight_D).sum()
             gradients = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)

@@ -4,7 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,56 +16,51 @@ from .adapter_files import WEIGHTS
 from .free_memory import read_free_memory
 from .models import Model
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def save_model(model: Model, folder: Path, card: str | None = None) -> None:
-    """Write a model folder atomically, with ``card`` as its README.md.
+
+def save_model(model: Model, folder: Path, card: str | None = None) -> list[str]:
+    """Write a model folder, with ``card`` as its README.md; return notes.
 
     The folder holds the config, the generation config, the float32 weights (safetensors), the
     tokenizer and the chat template. Of a model with an adapter, only the adapter is written, in
-    peft's format.
+    peft's format. The folder gets its name after its weights were read back and compared.
+    Stopped: they differ; ``folder`` is as before.
     """
-    with _new_folder(model, Path(folder), card) as scratch:
-        if model.adapter is None:
-            model.net.save_pretrained(scratch)
-        else:
-            model.adapter.save_pretrained(str(scratch), save_embedding_layers=False)
-            (scratch / "README.md").unlink()  # peft's template of a model card
+    with _new_folder(model, folder, card) as scratch:
+        if model.adapter is not None:
+            _save_adapter(model.adapter, scratch, folder)
+            return []
+        model.net.save_pretrained(scratch)
+        return _check_weights(model, model.net.state_dict(), scratch=scratch, folder=folder)
 
 
-def save_merged_model(model: Model, folder: Path, card: str | None = None) -> None:
+def save_merged_model(model: Model, folder: Path, card: str | None = None) -> list[str]:
     """Write a model folder as ``save_model`` does, with the adapter merged into the weights."""
-    with _new_folder(model, Path(folder), card) as scratch:
+    with _new_folder(model, folder, card) as scratch:
         weights = adapter.merge_weights(model.net)
         with adapter.saved_as_untied(model.net, weights):
             model.net.save_pretrained(scratch, state_dict=weights)
+        return _check_weights(model, weights, scratch=scratch, folder=folder)
 
 
-def check_model(model: Model, folder: Path) -> list[str]:
-    """Read what ``save_model`` wrote, and compare it with ``model``; return notes.
-
-    Stopped: they differ.
-    """
-    if model.adapter is None:
-        return _check_weights(model, folder, model.net.state_dict())
+def _save_adapter(wrapper: "PeftModel", scratch: Path, folder: Path) -> None:
+    """Write the adapter's files to ``scratch`` and compare them. Stopped: they differ."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model.adapter, save_embedding_layers=False)
-    _compare(state, load_file(folder / WEIGHTS), folder)
-    return []
+    wrapper.save_pretrained(str(scratch), save_embedding_layers=False)
+    (scratch / "README.md").unlink()  # peft's template of a model card
+    state = get_peft_model_state_dict(wrapper, save_embedding_layers=False)
+    _compare(state, load_file(scratch / WEIGHTS), folder)
 
 
-def check_merged_model(model: Model, folder: Path) -> list[str]:
-    """Read what ``save_merged_model`` wrote, and compare it with ``model``; return notes.
+def _check_weights(
+    model: Model, state: dict[str, torch.Tensor], *, scratch: Path, folder: Path
+) -> list[str]:
+    """Load ``scratch`` with transformers and compare it with the weights in ``state``.
 
-    Stopped: they differ.
-    """
-    return _check_weights(model, folder, adapter.merge_weights(model.net))
-
-
-def _check_weights(model: Model, folder: Path, state: dict[str, torch.Tensor]) -> list[str]:
-    """Load a model folder with transformers and compare it with the weights in ``state``.
-
-    Return a note if memory does not suffice for that.
+    Return a note on ``folder`` if memory does not suffice for that. Stopped: they differ.
     """
     size = sum(t.numel() * t.element_size() for t in state.values())
     free = read_free_memory(torch.device("cpu"))
@@ -77,7 +72,7 @@ def _check_weights(model: Model, folder: Path, state: dict[str, torch.Tensor]) -
     network: Any = type(model.net)
     try:
         net, loading_info = network.from_pretrained(
-            folder,
+            scratch,
             dtype=model.net.dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -85,8 +80,8 @@ def _check_weights(model: Model, folder: Path, state: dict[str, torch.Tensor]) -
         )
     except Exception as error:  # transformers raises anything here
         raise Stopped(
-            f"{folder}: it cannot be read back ({type(error).__name__}: {one_line(error)}); the "
-            "trained weights are in the last checkpoint; report this model's architecture"
+            f"{folder}: it is not written, because its files cannot be read back "
+            f"({type(error).__name__}: {one_line(error)}); report this model's architecture"
         ) from None
     saved = net.state_dict()
     for name in loading_info["missing_keys"]:
@@ -105,8 +100,8 @@ def _compare(state: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], fol
         else:
             continue
         raise Stopped(
-            f"{folder}: read back, the weight {name} {fault}; the trained weights are in the last "
-            "checkpoint; report this model's architecture"
+            f"{folder}: it is not written, because the weight {name} {fault} when its files are "
+            "read back; report this model's architecture"
         )
 
 

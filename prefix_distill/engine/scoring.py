@@ -156,9 +156,12 @@ class Scorer:
     forward_kl: bool = False
 
     @classmethod
-    def reverse_kl(cls, pair: Pair, place: Place) -> "Scorer":
+    def reverse_kl(
+        cls, pair: Pair, place: Place, memory_bytes: int = Terms.memory_bytes
+    ) -> "Scorer":
         """Return a scorer of the reverse KL at temperature 1, the held-out measure of every run."""
-        return cls(pair=pair, terms=Terms(name="reverse-kl", dtype=place.head_dtype), place=place)
+        terms = Terms(name="reverse-kl", dtype=place.head_dtype, memory_bytes=memory_bytes)
+        return cls(pair=pair, terms=terms, place=place)
 
     def student_rows(self, rollouts: list[Rollout]) -> torch.Tensor:
         """Return the student's hidden rows [N, D]."""

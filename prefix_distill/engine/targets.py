@@ -21,7 +21,6 @@ ALL = "all-linear"
 LINEAR, EXPERTS, ROUTER, EMBEDDING, MATRIX = "linear", "experts", "router", "embedding", "matrix"
 BY_DEFAULT = (LINEAR, EXPERTS, ROUTER)  # the kinds that all-linear includes
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-PROBE_TOKENS = 8
 SHOWN = 3  # most names in one message
 
 
@@ -141,12 +140,12 @@ def _describe_sites(sites: list[Site]) -> str:
     return text
 
 
-def find_targets(net: PreTrainedModel, wanted: str) -> Targets:
+def find_targets(net: PreTrainedModel, wanted: str, ids_BT: torch.Tensor) -> Targets:
     """Return the targets that ``wanted`` names: ``all-linear`` and names, separated by commas.
 
-    A name is that of a layer, a tensor or a module around them, or the end of one. ``all-linear``
-    leaves out what has an obstacle. UserError: a name matches nothing, or only what has an
-    obstacle.
+    ``ids_BT``: a text, which shows what ``net`` runs. A name is that of a layer, a tensor or a
+    module around them, or the end of one. ``all-linear`` leaves out what has an obstacle.
+    UserError: a name matches nothing, or only what has an obstacle.
     """
     names = [name.strip() for name in wanted.split(",")]
     if "" in names:
@@ -154,7 +153,7 @@ def find_targets(net: PreTrainedModel, wanted: str) -> Targets:
             f"--lora-targets {wanted}: expected names separated by commas, got an empty name; use "
             f"{ALL}, or names such as q_proj,v_proj"
         )
-    survey = _Survey(net)
+    survey = _Survey(net, ids_BT)
     chosen: dict[str, Site] = {}
     obstacles: dict[str, str] = {}
     for name in names:
@@ -212,7 +211,7 @@ def _check_name(
 class _Survey:
     """All weight tensors of a network that could have an adapter, and what stands against it."""
 
-    def __init__(self, net: PreTrainedModel):
+    def __init__(self, net: PreTrainedModel, ids_BT: torch.Tensor):
         self.net = net
         self.modules = dict(net.named_modules())
         self.head_name = ""
@@ -223,7 +222,7 @@ class _Survey:
         self.names: dict[int, list[str]] = {}  # a tensor's id → its names
         for name, p in net.named_parameters(remove_duplicate=False):
             self.names.setdefault(id(p), []).append(name)
-        self.called = _called_modules(net)
+        self.called = _called_modules(net, ids_BT)
         self.refusals: dict[tuple[str, str], str | None] = {}
         self.sites = list(self._find_sites())
 
@@ -345,8 +344,8 @@ def _count_weights(module: torch.nn.Module, p: Parameter) -> int:
 
 
 @torch.no_grad()
-def _called_modules(net: PreTrainedModel) -> set[str] | None:
-    """Return the names of the modules that a forward pass over text calls.
+def _called_modules(net: PreTrainedModel, ids_BT: torch.Tensor) -> set[str] | None:
+    """Return the names of the modules that a forward pass over ``ids_BT`` calls.
 
     None: it cannot run, as on shape-only tensors if a model's control flow depends on numbers.
     """
@@ -354,9 +353,8 @@ def _called_modules(net: PreTrainedModel) -> set[str] | None:
     hooks = []
     for name, module in net.named_modules():
         hooks.append(module.register_forward_pre_hook(_Recorder(name, called)))
-    ids = torch.arange(PROBE_TOKENS, device=net.device)[None]
     try:
-        net(input_ids=ids, use_cache=False)
+        net(input_ids=ids_BT, use_cache=False)
     except Exception:  # the checks of the forward pass report it
         return None
     finally:

@@ -9,7 +9,7 @@ from ..errors import UserError, first_line
 from .device import is_out_of_memory
 from .models import Model
 from .output_layer import measure_scaling
-from .vocabulary import known_tokens
+from .text_ids import make_row
 
 # largest difference in nats between the model's logits and head(trunk)
 LOGIT_TOLERANCE = 1e-3
@@ -50,7 +50,7 @@ def _candidates(model: Model) -> Iterator[Model]:
     yield replace(model, whole_net=True, scaling=None)
     with model.adapter_context():
         try:
-            scaling = measure_scaling(model.net, probe_ids(model, 8))
+            scaling = measure_scaling(model.net, make_row(model, 8))
         except Exception:  # a network may compute anything with its logits
             return
     yield replace(model, whole_net=False, scaling=scaling)
@@ -73,20 +73,13 @@ def check_head(model: Model) -> float:
     return gap
 
 
-def probe_ids(model: Model, count: int) -> torch.Tensor:
-    """Return ``count`` ids of the tokenizer [1, T] on the model's device."""
-    ids = sorted(known_tokens(model).values())
-    repeated = (ids * (count // len(ids) + 1))[:count]
-    return torch.tensor([repeated], device=model.device)
-
-
 @torch.no_grad()
 def _compute_logits(model: Model) -> torch.Tensor:
     """Return the network's own logits [T, V] of a few tokens.
 
     UserError: they cannot be computed from tokens alone, or are not finite.
     """
-    ids_BT = probe_ids(model, 8)
+    ids_BT = make_row(model, 8)
     try:
         logits_NV = model.read_logits(ids_BT)[0, :, : model.support].float()
     except Exception as error:  # a network may raise anything
@@ -109,7 +102,7 @@ def _compute_logits(model: Model) -> torch.Tensor:
 @torch.no_grad()
 def _measure_gap(model: Model, logits_NV: torch.Tensor) -> float:
     """Return the largest difference between head(trunk) and the logits in log-probability."""
-    ours_NV = model.head().logits(model.trunk(probe_ids(model, 8))[0])
+    ours_NV = model.head().logits(model.trunk(make_row(model, 8))[0])
     theirs_NV = logits_NV.to(ours_NV.device)
     return (ours_NV.log_softmax(-1) - theirs_NV.log_softmax(-1)).abs().max().item()
 

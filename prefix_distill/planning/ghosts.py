@@ -209,7 +209,8 @@ def sketch(
         net = choose_class(name, config).from_config(config)
         net = net.to(settings.dtype).eval().requires_grad_(False)
         if settings.adapter is not None:
-            targets = find_targets(net, settings.adapter.targets)
+            ids_BT = torch.zeros(1, 8, dtype=torch.long)  # any ids: a ghost computes no numbers
+            targets = find_targets(net, settings.adapter.targets, ids_BT)
             wrapper = attach(net, settings.adapter, targets, seed=0, base=name)
     _replace_by_ghosts(net)
     model = Model(

@@ -175,7 +175,7 @@ def _measure_tokens(run: Run, answers: Answers, meter: Meter) -> tuple[Values, V
             teacher_prompt=prompt.teacher_ids,
         )
         rollouts.append(rollout)
-    scorer = Scorer.reverse_kl(run.pair, run.place)
+    scorer = Scorer.reverse_kl(run.pair, run.place, run.method.terms.memory_bytes)
     facts = evaluate.held_out_facts(
         scorer, run.pair.align(rollouts), run.limits, meter=meter, phase="scoring"
     )

@@ -301,6 +301,7 @@ class _Jobs:
     def _one(self, path: Path, arm: str, seed: int, settings: Settings) -> dict:
         """Train or resume one run, unless it has finished; return its result document."""
         from ..training.prepare import prepare
+        from ..training.resumed import prepare_resumed
         from ..training.session import train_in
 
         folder = RunFolder(path)
@@ -314,11 +315,13 @@ class _Jobs:
         if start is not None:
             settings["models.student"] = str(self.run(start, seed) / "model")
         resume = (path / "config.yaml").is_file()
+        config = configuration.build(settings)
         if resume:
             self.observer.note(f"{path}: resuming")
+            run = prepare_resumed(config, folder)
         else:
             self.observer.note(f"{path}: starting")
-        run = prepare(configuration.build(settings))
+            run = prepare(config)
         return train_in(run, folder, self.observer, resume=resume, label=f"{arm} seed {seed}:")
 
     def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:

@@ -19,6 +19,7 @@ from ..engine.models import Model
 from ..engine.saving import save_merged_model, save_model
 from ..errors import Stopped, UserError
 from ..training import card
+from ..training.commits import pin_commits
 from ..training.fingerprints import check_student
 from ..training.folder import RunFolder
 
@@ -65,7 +66,8 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
 
     The folder gets weights in ``dtype`` (auto: as stored; an adapter is merged), tokenizer, chat
     template, generation config, model card, and with ``gguf`` the file OUT-TYPE.gguf. UserError:
-    ``out`` is in use, the converter is missing, or a weight overflows in ``dtype``.
+    ``out`` is in use, the converter is missing, or a weight overflows in ``dtype``. Stopped: the
+    files, read back, hold other weights.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -80,9 +82,9 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if model.adapter is None:
-            save_model(model, out, text)
+            notes = save_model(model, out, text)
         else:
-            save_merged_model(model, out, text)
+            notes = save_merged_model(model, out, text)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--out {out}: cannot be written ({reason}); name another folder") from None
@@ -96,6 +98,7 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
         "dtype": str(model.net.dtype).removeprefix("torch."),
         "parameters": model.parameters,
         "gguf": file,
+        "notes": notes,
     }
 
 
@@ -183,6 +186,7 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
     folder = RunFolder(source.path)
     folder.check_format()
     config = configuration.assemble(configuration.read_yaml(str(source.path / "config.yaml")))
+    config, _ = pin_commits(config, folder)
     student = config.models.student
     if student is None:
         raise UserError(

@@ -11,15 +11,29 @@ from ..engine.device import is_out_of_memory
 from ..engine.models import Model
 from ..engine.rollout import Rollout, Side
 from ..errors import MemoryShortage
+from .loss import TokenLosses
 from .run import Run
 
 
+def describe_non_finite(run: Run, losses: TokenLosses) -> str | None:
+    """Return which divergence is not finite on any rank, and why; None: all are finite.
+
+    All ranks call it and get the same answer.
+    """
+    reason = None
+    found = losses.find_non_finite()
+    if found is not None:
+        rollout, where = found
+        reason = f"{where}{_explain(run, rollout)}"
+    return next(filter(None, run.place.gather(reason)), None)
+
+
 @torch.no_grad()
-def find_non_finite(run: Run, rollout: Rollout) -> str:
+def _explain(run: Run, rollout: Rollout) -> str:
     """Return which weight, hidden state or logit of the two models is not finite.
 
     Weights are checked first, then hidden states and logits on ``rollout``, the teacher's before
-    the student's. The result completes the phrase "… not finite".
+    the student's.
     """
     sides = (
         ("teacher", run.pair.teacher, rollout.teacher),
@@ -28,12 +42,12 @@ def find_non_finite(run: Run, rollout: Rollout) -> str:
     for role, model, _ in sides:
         for name, p in model.net.named_parameters():
             if not torch.isfinite(p).all():
-                return f"the {role}'s weight {name} is"
+                return f": the {role}'s weight {name} is not finite"
     for role, model, side in sides:
         part = _find_in_pass(run, model, side)
         if part is not None:
-            return f"the {role}'s {part} there are"
-    return "it is"
+            return f": the {role}'s {part} there are not finite"
+    return f", but the logits of both models are finite (--divergence {run.method.terms.name})"
 
 
 def _find_in_pass(run: Run, model: Model, side: Side) -> str | None:

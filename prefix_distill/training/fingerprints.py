@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from .. import config as configuration
 from ..config import Config
 from ..engine.fingerprint import fingerprint_model
-from ..engine.hub import find_commit
 from ..engine.models import Model
 from ..engine.ranks import Place
 from ..errors import UserError
-from ..lab.task import LAB
 from ..prompts.prompt import Rendered
-from ..prompts.sources import parse_source, split_sources
+from . import commits
 from .folder import RunFolder
 from .run import Run, settled
 
@@ -106,29 +104,40 @@ def check_fingerprints(run: Run, folder: RunFolder, current: dict) -> list[str]:
     Return notes. All ranks call it. UserError: they differ, and --allow-changed was not given.
     """
     document = folder.read_json("run.json")
+    notes, earlier = compare_fingerprints(run, folder, current)
     run.place.barrier()  # every rank has read before the first one writes
-    notes = []
-    stored = document.get(KEY)
-    earlier: list = []
+    if run.place.is_first:
+        document[KEY] = current | {"earlier": earlier}
+        if run.config.checkpoint.allow_changed:  # the next resume loads these
+            document[commits.KEY] = commits.find_commits(run.config)
+        folder.write_json("run.json", document)
+    return notes
+
+
+def compare_fingerprints(run: Run, folder: RunFolder, current: dict) -> tuple[list[str], list]:
+    """Compare the run's fingerprints with those in its folder; write nothing.
+
+    Return notes, and the fingerprints before each accepted change. UserError: they differ, and
+    --allow-changed was not given.
+    """
+    stored = folder.read_json("run.json").get(KEY)
     if not isinstance(stored, dict) or not _is_complete(stored):
-        notes.append(
+        note = (
             "the run folder has no fingerprints, because an older version wrote it: whether "
             "prompts and models are those that the run began with is not checked; from now on it is"
         )
-    else:
-        differing = describe_differences(stored, current, _prompts_of(run))
-        earlier = stored.get("earlier", [])
-        if differing and not run.config.checkpoint.allow_changed:
-            raise _refusal(f"--resume {folder.path}", differing)
-        if differing:
-            earlier = [*earlier, {k: v for k, v in stored.items() if k != "earlier"}]
-            notes.append(
-                f"--allow-changed: {join_names(differing)} differ from those that this run began "
-                "with; the result will differ from a run that used one of them throughout"
-            )
-    if run.place.is_first:
-        folder.write_json("run.json", document | {KEY: current | {"earlier": earlier}})
-    return notes
+        return [note], []
+    earlier: list = stored.get("earlier", [])
+    differing = describe_differences(stored, current, _prompts_of(run))
+    if not differing:
+        return [], earlier
+    if not run.config.checkpoint.allow_changed:
+        raise _refusal(f"--resume {folder.path}", differing)
+    note = (
+        f"--allow-changed: {join_names(differing)} differ from those that this run began with; "
+        "the result will differ from a run that used one of them throughout"
+    )
+    return [note], [*earlier, {k: v for k, v in stored.items() if k != "earlier"}]
 
 
 def check_student(folder: RunFolder, config: Config, student: Model) -> None:
@@ -213,27 +222,3 @@ def join_names(names: Sequence[str]) -> str:
     if not others:
         return last
     return f"{', '.join(others)} and {last}"
-
-
-def find_commits(config: Config) -> dict[str, str]:
-    """Return the commit of each model and dataset of the run that comes from the hub.
-
-    The keys are such as ``model org/name@tag`` and ``dataset org/name``.
-    """
-    names: list[tuple[str, str | None]] = [
-        ("model", config.models.student),
-        ("model", config.models.teacher),
-    ]
-    for text in (config.data.dataset, config.evaluate.dataset):
-        for name, _ in split_sources(text or LAB):
-            source = parse_source(name)
-            location = source.location
-            if source.revision is not None:
-                location = f"{location}@{source.revision}"
-            names.append(("dataset", location))
-    commits = {}
-    for kind, given in names:
-        commit = find_commit(given or LAB, kind)
-        if commit is not None:
-            commits[f"{kind} {given}"] = commit
-    return commits

@@ -117,11 +117,13 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
-        """Turn disk errors (full, read-only, gone) into Stopped."""
+        """Turn disk errors (full, read-only, gone) into Stopped, which names a checkpoint."""
         try:
             if not self.path.is_dir():
                 raise FileNotFoundError(None, "the run folder is gone")
             yield
+        except Stopped as error:  # a model that differs when it is read back
+            raise Stopped(f"{error}; {self.newest_checkpoint_text}") from None
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             message = (
@@ -226,19 +228,19 @@ class RunFolder:
         with self._writing(name):
             write_atomically(self.path / name, f"{text}\n")
 
-    def save_model(self, name: str, model: "Model", card: str | None = None) -> None:
-        """Write a model folder, or an adapter's (``engine.saving.save_model``)."""
+    def save_model(self, name: str, model: "Model", card: str | None = None) -> list[str]:
+        """Write a model folder, or an adapter's (``engine.saving.save_model``); return notes."""
         with self._writing(name):
             from ..engine.saving import save_model
 
-            save_model(model, self.path / name, card)
+            return save_model(model, self.path / name, card)
 
-    def save_merged_model(self, name: str, model: "Model", card: str | None = None) -> None:
-        """Write a model folder with the adapter merged into the weights."""
+    def save_merged_model(self, name: str, model: "Model", card: str | None = None) -> list[str]:
+        """Write a model folder with the adapter merged into the weights; return notes."""
         with self._writing(name):
             from ..engine.saving import save_merged_model
 
-            save_merged_model(model, self.path / name, card)
+            return save_merged_model(model, self.path / name, card)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write ``content`` to ``name``; make its folder."""

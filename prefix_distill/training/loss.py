@@ -37,8 +37,8 @@ class TokenLosses:
     values: PerToken = field(default_factory=dict)
     clipped: PerToken = field(default_factory=dict)
 
-    def describe_non_finite(self) -> tuple[Rollout, str] | None:
-        """Return the first rollout with a non-finite divergence, and where it is; None if none."""
+    def find_non_finite(self) -> tuple[Rollout, str] | None:
+        """Return the first rollout with a non-finite divergence and a clause on it, or None."""
         for r in self.rollouts:
             for token, value in zip(r.taught, self.values[r.key], strict=True):
                 if not math.isfinite(value):

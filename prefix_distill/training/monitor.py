@@ -267,7 +267,7 @@ class Monitor:
             teacher_shape=pair.student_shape,
         )
         facts = evaluate.held_out_facts(
-            Scorer.reverse_kl(copies, self.run.place),
+            Scorer.reverse_kl(copies, self.run.place, self.run.method.terms.memory_bytes),
             copy_as_student(self.contexts),
             self.run.limits,
             meter=meter,
@@ -310,7 +310,8 @@ class Monitor:
         }
         if self.run.place.is_first:
             text = make_card(self.run, progress, progress.best)
-            self.state.folder.save_model("best", self.run.pair.student, text)
+            for note in self.state.folder.save_model("best", self.run.pair.student, text):
+                self.report.note(note)
 
 
 def measure_contexts(
@@ -318,7 +319,7 @@ def measure_contexts(
 ) -> list[Facts]:
     """Return both models' token statistics on the rollouts ``contexts``."""
     run = state.run
-    scorer = Scorer.reverse_kl(run.pair, run.place)
+    scorer = Scorer.reverse_kl(run.pair, run.place, run.method.terms.memory_bytes)
     return evaluate.held_out_facts(scorer, contexts, run.limits, meter=meter, phase=phase)
 
 

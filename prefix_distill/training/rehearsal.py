@@ -10,8 +10,7 @@ from ..engine.device import Clock, is_out_of_memory
 from ..engine.meter import Meter
 from ..engine.rollout import Rollout, rollout_of
 from ..errors import Stopped, UserError, one_line
-from .faults import explain_shortage, find_non_finite
-from .loss import TokenLosses
+from .faults import describe_non_finite, explain_shortage
 from .optimizer import NonFiniteGradient, step_optimizer
 from .state import State
 from .update import Update
@@ -51,7 +50,9 @@ def _take_step(state: State) -> None:
     if not run.place.sum(sum(len(r.taught) for r in rollouts)):
         return  # two tokenizers may have no unit in common in this text
     losses = update.backward(update.select(rollouts))
-    _refuse_non_finite(state, losses)
+    reason = describe_non_finite(run, losses)
+    if reason is not None:
+        _refuse(reason)
     try:
         with explain_shortage(run):
             step_optimizer(
@@ -62,17 +63,6 @@ def _take_step(state: State) -> None:
             )
     except NonFiniteGradient as error:  # on every rank, because gradients are all-reduced
         _refuse(str(error))
-
-
-def _refuse_non_finite(state: State, losses: TokenLosses) -> None:
-    """Raise Stopped on all ranks if any rank has a non-finite divergence; name the cause."""
-    reason = None
-    non_finite = losses.describe_non_finite()
-    if non_finite is not None:
-        rollout, where = non_finite
-        reason = f"{where}: {find_non_finite(state.run, rollout)} not finite"
-    for found in filter(None, state.run.place.gather(reason)):
-        _refuse(found)
 
 
 def _refuse(reason: str, hint: str = "use an intact copy of the model") -> NoReturn:

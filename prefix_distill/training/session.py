@@ -1,21 +1,20 @@
 """Session: the training loop of on-policy prefix distillation (arXiv 2602.15260)."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 from .. import config as configuration
 from ..display import Observer, Reporter
 from ..engine.device import describe_machine
 from ..engine.models import make_decoder
-from ..engine.saving import check_merged_model, check_model
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
 from ..signals import Interrupt
+from . import commits
 from .card import make_card
-from .faults import explain_shortage, find_non_finite
-from .fingerprints import KEY, check_fingerprints, find_commits, take_fingerprints
+from .faults import describe_non_finite, explain_shortage
+from .fingerprints import KEY, check_fingerprints, take_fingerprints
 from .folder import RunFolder
 from .loss import TokenLosses
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
@@ -92,7 +91,7 @@ class Session:
         restored = self.resume and self.restore()
         if self.resume and place.is_first:
             # The next resume keeps the changes given on this one.
-            self.folder.write_config(dataclasses.asdict(config))
+            self.folder.write_config(commits.names_as_given(config, self.folder))
         if restored:
             self.monitor.resume()
         else:
@@ -142,14 +141,9 @@ class Session:
 
     def refuse_non_finite(self, losses: TokenLosses) -> None:
         """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""
-        reason = None
-        non_finite = losses.describe_non_finite()
-        if non_finite is not None:
-            rollout, where = non_finite
-            reason = f"{where}: {find_non_finite(self.run, rollout)} not finite"
-        reasons = list(filter(None, self.run.place.gather(reason)))
-        if reasons:
-            self.state.stop(reasons[0])
+        reason = describe_non_finite(self.run, losses)
+        if reason is not None:
+            self.state.stop(reason)
 
     def note_selection(self, update: Update) -> None:
         """Report once if selecting tokens takes an extra forward pass."""
@@ -256,21 +250,17 @@ class Session:
     def save_model(self) -> None:
         """Save the student in model/, and with --lora-merge the adapter in adapter/.
 
-        Stopped: the files do not hold the trained weights.
+        Stopped: the files would not hold the trained weights.
         """
         run, progress = self.run, self.state.progress
         cost = full_cost(run, progress, range(progress.step))
         text = make_card(run, progress, progress.evaluations[-1], full=cost)
         student = run.pair.student
-        path = self.folder.path
         if run.config.adapter.merge:
-            self.folder.save_merged_model("model", student, text)
-            notes = check_merged_model(student, path / "model")
-            self.folder.save_model("adapter", student, text)
-            notes += check_model(student, path / "adapter")
+            notes = self.folder.save_merged_model("model", student, text)
+            notes += self.folder.save_model("adapter", student, text)
         else:
-            self.folder.save_model("model", student, text)
-            notes = check_model(student, path / "model")
+            notes = self.folder.save_model("model", student, text)
         for note in notes:
             self.report.note(note)
 
@@ -359,5 +349,5 @@ def describe_run(run: Run) -> dict:
         "warnings": run.notes.warnings,
         "ranks": run.place.world,
         "generation_config": configs,
-        "commits": find_commits(run.config),
+        commits.KEY: commits.find_commits(run.config),
     }

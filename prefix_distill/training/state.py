@@ -9,7 +9,13 @@ import torch
 from ..display import Reporter
 from ..engine.device import Clock
 from ..engine.meter import Meter
-from ..engine.models import average_teacher, extrapolated_parameters, make_decoder, refresh_decoder
+from ..engine.models import (
+    Model,
+    average_teacher,
+    extrapolated_parameters,
+    make_decoder,
+    refresh_decoder,
+)
 from ..errors import Stopped, UserError, ignore
 from ..maths import extrapolation
 from ..maths.flops import Ledger
@@ -168,7 +174,7 @@ class State:
         place, folder, report = self.run.place, self.folder, self.report
         warn = report.warn if place.is_first else ignore
         step, tensors, facts = folder.read_latest_checkpoint(warn)
-        self._check_shapes(tensors)
+        check_shapes(folder, self.run.pair.student, tensors)
         self._copy_tensors(tensors)
         for key, value in facts.items():
             setattr(self.progress, key, value)
@@ -194,17 +200,6 @@ class State:
         if ranks_before != place.world:
             self._report_rank_count(ranks_before)
         return step
-
-    def _check_shapes(self, tensors: dict[str, Tensors]) -> None:
-        """Raise UserError unless a checkpoint's weights fit the student."""
-        student = self.run.pair.student
-        expected = {name: p.shape for name, p in student.trainable.items()}
-        got = {name: p.shape for name, p in tensors.get("student", {}).items()}
-        if expected != got or "optimizer" not in tensors:
-            raise UserError(
-                f"--resume {self.folder.path}: the weights of its checkpoint are not those of "
-                f"{student.name}; restore that model, or start again with another --out"
-            )
 
     @torch.no_grad()
     def _copy_tensors(self, tensors: dict[str, Tensors]) -> None:
@@ -235,3 +230,14 @@ class State:
         else:
             name = str(place.dtype)[6:]
             self.report.warn(f"{text}, and in {name} that can change which tokens are sampled")
+
+
+def check_shapes(folder: RunFolder, student: Model, tensors: dict[str, Tensors]) -> None:
+    """Raise UserError unless a checkpoint's weights fit the student."""
+    expected = {name: p.shape for name, p in student.trainable.items()}
+    got = {name: p.shape for name, p in tensors.get("student", {}).items()}
+    if expected != got or "optimizer" not in tensors:
+        raise UserError(
+            f"--resume {folder.path}: the weights of its checkpoint are not those of "
+            f"{student.name}; restore that model, or start again with another --out"
+        )

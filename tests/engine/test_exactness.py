@@ -251,15 +251,3 @@ def test_sharing_is_checked_by_running_the_model():
     plain = net.transformer.forward
     net.transformer.forward = lambda position_ids=None, **named: plain(**named)
     assert "differ by" in exactness.check_sharing(make_model(net))
-
-
-def test_checks_use_text_and_fall_back_to_the_vocabulary():
-    model = make_model(tiny_net("llama"))
-    text = model.tokenizer(exactness.TEXT)["input_ids"]
-    assert exactness.sample_ids(model, 40) == text[:40]
-    # an EOS id in the text is left out
-    ending = dataclasses.replace(model, eos=frozenset({text[1]}))
-    assert text[1] not in exactness.sample_ids(ending, 40)
-    # of a vocabulary of 20 ids, the text has none
-    small = dataclasses.replace(model, support=20)
-    assert exactness.sample_ids(small, 40) == list(range(20)) * 2

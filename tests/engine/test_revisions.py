@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import datasets
 import pytest
 import torch
 from helpers import flags, invoke, save_tiny
@@ -103,3 +104,68 @@ def test_a_run_records_the_commits(cache, tmp_path):
     code, _, err = invoke("run", "--resume", "--out", tmp_path / "run", "--steps", "2")
     assert code == 2 and "the student's weights" in err.splitlines()[-1], err
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.fixture
+def hub(cache, monkeypatch):
+    """Let a dataset without a revision come from the commit that main names, as from the hub."""
+    plain = datasets.load_dataset
+
+    def load_dataset(name, *rest, **named):
+        folder = cache / f"datasets--{name.replace('/', '--')}"
+        if folder.is_dir() and named.get("revision") is None:
+            name = str(folder / "snapshots" / (folder / "refs/main").read_text())
+        return plain(name, *rest, **named)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return cache
+
+
+def move_main(hub):
+    """Let main name the other commit, as after a push."""
+    for name in ("models--org--tiny", "datasets--org--sums"):
+        (hub / name / "refs/main").write_text(FIRST)
+
+
+UNPINNED = {"model org/tiny": SECOND, "dataset org/sums": SECOND}
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Return the folder of a run of one step with names without a revision; then main moves."""
+    out = tmp_path / "run"
+    names = flags(("org/tiny", "org/tiny"), "org/sums#20:2,org/sums@v1#5", out)
+    code, _, err = invoke(*names, "--steps", "1", "--eval-every", "0")
+    assert code == 0, err
+    commits = json.loads((out / "run.json").read_text())["commits"]
+    assert commits == UNPINNED | {"dataset org/sums@v1": FIRST}
+    move_main(hub)
+    return out
+
+
+def resume(out, steps, *more):
+    code, _, err = invoke("run", "--resume", "--out", out, "--steps", steps, *more)
+    return code, err
+
+
+def test_a_resume_loads_the_commits_that_the_run_recorded(run):
+    """The config keeps the names as given, so that they can be given again."""
+    config = (run / "config.yaml").read_text()
+    code, err = resume(run, 2)
+    assert code == 0, err
+    assert f"org/tiny@{SECOND}" in err and f"org/sums@{SECOND}" in err
+    assert (run / "config.yaml").read_text() == config.replace("steps: 1", "steps: 2")
+    code, err = resume(run, 3, "--student", "org/tiny")
+    assert code == 0, err
+    assert UNPINNED.items() <= json.loads((run / "run.json").read_text())["commits"].items()
+    code, _, err = invoke("export", run, "--which", "3", "--out", run / "exported")
+    assert code == 0, err
+
+
+def test_allow_changed_takes_what_main_names_now(run):
+    code, err = resume(run, 2, "--allow-changed")
+    assert code == 0 and "the student's weights" in err and "prompts" in err, err
+    commits = json.loads((run / "run.json").read_text())["commits"]
+    assert set(commits.values()) == {FIRST} and len(commits) == 3
+    code, err = resume(run, 3)
+    assert code == 0, err

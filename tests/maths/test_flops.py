@@ -28,6 +28,7 @@ from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import GenerationCost, Request, Sampler, generate
 from prefix_distill.engine.shapes import read_shape
 from prefix_distill.engine.targets import find_targets
+from prefix_distill.engine.text_ids import make_row
 from prefix_distill.engine.trunk import choose_trunk
 from prefix_distill.maths.divergence import Terms
 from prefix_distill.maths.flops import Batch, Ledger, Passes, Shape, update_ledger
@@ -312,7 +313,7 @@ def test_fused_experts_under_an_adapter_are_counted():
     )
     before = read_shape(model)
     config = configuration.build({"adapter.rank": 2, "adapter.targets": "q_proj"}).adapter
-    targets = find_targets(net, "q_proj")
+    targets = find_targets(net, "q_proj", make_row(model, 8))
     model.adapter = attach(net, config, targets, seed=0, base="b")
     assert read_shape(model).frozen == before.trunk
 

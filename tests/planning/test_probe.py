@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-from helpers import invoke, last_json
+from helpers import invoke, last_json, prepared, trained
 
+from prefix_distill.engine import scoring
 from prefix_distill.planning import probe
 from prefix_distill.planning.probe import Curves
 
@@ -145,3 +146,26 @@ def test_a_probe_uses_at_most_the_prompts_of_the_data(pair, questions, tmp_path,
     assert last_json(out)["prompts"] == available
     note = f"--problems {'9' * 15}: the data has {available} training prompts; all are probed"
     assert note in " ".join(err.split())
+
+
+@pytest.mark.parametrize("flag, value", [("--plugin", "skew_kl.py"), ("--check-ranks-every", "5")])
+def test_probe_has_no_option_without_effect(flag, value, tmp_path):
+    """A probe measures the reverse KL and takes no step."""
+    code, _, err = invoke("probe", "--out", tmp_path / "probe", flag, value)
+    assert code == 2 and f"No such option: {flag}" in err.splitlines()[-1]
+
+
+def test_a_probe_and_evaluations_keep_to_the_head_memory(pair, questions, tmp_path, monkeypatch):
+    """--head-memory-mb 1 holds wherever logits are computed."""
+    run, seen = prepared(pair, questions, runtime__head_memory_mb=1, train__steps=1), []
+    plain = scoring.fused.statistics
+
+    def statistics(terms, *rest, **named):
+        seen.append(terms.memory_bytes)
+        return plain(terms, *rest, **named)
+
+    monkeypatch.setattr(scoring.fused, "statistics", statistics)
+    probe.probe(run)
+    probed = len(seen)
+    trained(run, tmp_path / "run")
+    assert probed and len(seen) > probed and set(seen) == {1 << 20}

@@ -143,7 +143,7 @@ def test_a_failed_write_keeps_the_earlier_files(  # noqa: PLR0913  fixtures and 
     def save_model(self, which, *rest, **named):
         if which == "model" == name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        plain(self, which, *rest, **named)
+        return plain(self, which, *rest, **named)
 
     monkeypatch.setattr(RunFolder, "save_model", save_model)
     try:
@@ -250,6 +250,12 @@ def poison(model, name):
             2,
         ),
         (
+            "divergence",
+            "step 3: the divergence of .* is nan, but the logits of both models are finite "
+            "[(]--divergence reverse-kl[)]; no weight was changed",
+            2,
+        ),
+        (
             "gradient",
             "step 3: the gradient of model.layers.1.mlp.up_proj.weight is not finite; no "
             "weight was changed",
@@ -282,6 +288,8 @@ def test_non_finite_numbers_stop_the_run_before_they_are_saved(  # noqa: PLR0913
             if what == "teacher's logits":
                 monkeypatch.setattr(scoring, "hidden_rows", infinite)
         losses = backward(update, rollouts)
+        if update.step == 2 and what == "divergence":
+            next(iter(losses.values.values()))[0] = float("nan")
         if update.step == 2 and what == "gradient":
             weights = dict(run.pair.student.net.named_parameters())
             weights["model.layers.1.mlp.up_proj.weight"].grad[1, 2] = float("inf")

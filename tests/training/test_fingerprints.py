@@ -128,7 +128,26 @@ def test_a_change_is_refused_in_one_line(copied, change):
     last = err.splitlines()[-1]
     assert code == 2 and out == "" and last.startswith("error: --resume"), err
     assert CHANGES[change] in last and "differ" in last and "--allow-changed" in last
+    dry_code, out, dry_err = resume(copied, "run", "--dry-run")
+    assert (dry_code, out, dry_err.splitlines()[-1]) == (2, "", last)
     assert before == {f: f.read_bytes() for f in (copied / "run").rglob("*") if f.is_file()}
+
+
+def test_a_dry_run_of_a_resume_reads_the_checkpoint_and_writes_nothing(copied):
+    change_teacher(copied)
+    before = {f: f.read_bytes() for f in (copied / "run").rglob("*") if f.is_file()}
+    code, out, err = resume(copied, "run", "--dry-run", "--allow-changed")
+    assert code == 0 and last_json(out)["dry_run"], err
+    notes = " ".join(err.split())
+    assert "--allow-changed: the teacher's weights differ" in notes
+    assert "a resume continues after step 2" in notes
+    assert before == {f: f.read_bytes() for f in (copied / "run").rglob("*") if f.is_file()}
+    for state in (copied / "run/checkpoints").glob("*/state.json"):
+        state.write_text("{}")
+    dry = resume(copied, "run", "--dry-run", "--allow-changed")
+    code, out, err = resume(copied, "run", "--allow-changed")
+    assert dry[0] == code == 2 and "no intact checkpoint" in err.splitlines()[-1], dry
+    assert dry[2].splitlines()[-1] == err.splitlines()[-1]
 
 
 def test_an_accepted_change_needs_a_run_to_resume(tmp_path):

@@ -10,9 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from helpers import Silent, prepared
+from helpers import Silent, prepared, trained
 
 from prefix_distill import config as configuration
+from prefix_distill.training import folder as folder_module
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.session import Session
 
@@ -113,8 +114,9 @@ def test_after_a_kill_at_any_call_the_folder_is_whole(killed):
         saved = [int(line) for line in (root / f"log-{k}").read_text().split()]
         if not folder.is_created:
             assert not saved
-            if path.exists():
-                folder.check_unused()  # the same command starts again
+            folder.create({}, {"facts": 2}, {"ok": False})  # the same command starts again
+            assert sorted(os.listdir(path)) == ["config.yaml", "preflight.json", "run.json"], k
+            assert folder.read_json("preflight.json") == {"ok": False}, k
             continue
         created += 1
         assert folder.read_json("preflight.json") == {"ok": True}, k
@@ -156,11 +158,35 @@ def test_an_intact_checkpoint_outlives_two_damaged_newer_ones(tmp_path):
     assert os.listdir(tmp_path / "run/checkpoints") == ["step-00000001"]
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL, where a fork would cost too much."""
+
+
+def test_a_resume_deletes_the_third_checkpoint_that_a_kill_left(
+    pair, questions, tmp_path, monkeypatch
+):
+    """Stop in the last save, before the oldest checkpoint is deleted; no later save deletes it."""
+
+    def dies(folder):
+        raise Killed
+
+    def run():
+        return prepared(
+            pair, questions, train__steps=2, checkpoint__save_every=1, evaluate__problems=0
+        )
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder_module, "remove_folder", dies)
+        with pytest.raises(Killed):
+            trained(run(), tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    assert len(list(checkpoints.iterdir())) == 3
+    trained(run(), tmp_path / "run", resume=True)
+    assert sorted(os.listdir(checkpoints)) == ["step-00000001", "step-00000002"]
+
+
 def test_a_kill_in_the_end_of_a_run_keeps_the_diagnostics(pair, questions, tmp_path, monkeypatch):
     """Stop after displacement.json is written, and resume twice."""
-
-    class Killed(BaseException):
-        pass
 
     def run():
         return prepared(

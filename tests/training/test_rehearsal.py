@@ -8,6 +8,7 @@ from prefix_distill.engine import scoring
 from prefix_distill.errors import MemoryShortage, Stopped
 from prefix_distill.training import rehearsal, session
 from prefix_distill.training.monitor import Monitor
+from prefix_distill.training.update import Update
 
 
 def test_a_run_is_bit_equal_with_and_without_it(pair, questions, tmp_path, monkeypatch):
@@ -95,6 +96,20 @@ ADVICE = (
     r"AdamW's moments, which need .* GiB at any batch size; use --lora 16, or a smaller student, "
     "or move the teacher with --teacher-device"
 )
+
+
+def test_a_divergence_that_is_not_finite_is_named(pair, questions, monkeypatch):
+    backward = Update.backward
+
+    def disturbed(update, rollouts):
+        losses = backward(update, rollouts)
+        next(iter(losses.values.values()))[0] = float("nan")
+        return losses
+
+    monkeypatch.setattr(Update, "backward", disturbed)
+    expected = "rehearsal of step 1: the divergence of .* is nan, but the logits of both models are"
+    with pytest.raises(Stopped, match=expected):
+        rehearsal.rehearse(state_of(prepared(pair, questions)))
 
 
 def test_no_memory_for_one_rollout_or_for_the_moments_ends_in_one_line(
