@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..engine.decoder import make_decoder
 from ..engine.device import Clock
 from ..engine.meter import Meter
-from ..engine.models import Model, make_decoder
+from ..engine.models import Model
 from ..engine.sampling import GenerationCost, Request, Sampler
 from ..maths.flops import Ledger, Shape
 from ..training.run import Run

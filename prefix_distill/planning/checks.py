@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..engine import evaluate, trunk
+from ..engine.decoder import make_decoder
 from ..engine.device import Clock
 from ..engine.free_memory import read_free_memory
 from ..engine.meter import Meter
-from ..engine.models import Model, make_decoder
+from ..engine.models import Model
 from ..engine.rollout import Rollout, rollout_of
 from ..engine.sampling import GenerationCost, Request, Sampler, generate
 from ..engine.scoring import Scorer

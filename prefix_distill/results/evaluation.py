@@ -10,11 +10,12 @@ import torch
 from .. import files
 from ..config import Config
 from ..engine import exactness, loading
+from ..engine.decoder import make_decoder
 from ..engine.device import Clock
 from ..engine.evaluate import Evaluation, evaluate
 from ..engine.memory import EVAL_REMEDIES, MemoryLimits
 from ..engine.meter import Meter
-from ..engine.models import Model, make_decoder
+from ..engine.models import Model
 from ..engine.ranks import Place, join_ranks
 from ..engine.sampling import GenerationCost, Sampler
 from ..engine.vocabulary import check_vocabulary, count_ids, describe_unused_tokens

@@ -5,8 +5,8 @@ import functools
 import torch
 
 from ..display import flops_text
+from ..engine.decoder import refresh_decoder
 from ..engine.meter import Meter
-from ..engine.models import refresh_decoder
 from ..maths import extrapolation
 from .monitor import candidate_score
 from .state import State

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from .. import config as configuration
 from ..display import Observer, Reporter
+from ..engine.decoder import make_decoder
 from ..engine.device import describe_machine
-from ..engine.models import make_decoder
 from ..errors import Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins

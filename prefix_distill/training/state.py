@@ -7,14 +7,13 @@ from typing import NoReturn
 import torch
 
 from ..display import Reporter
+from ..engine.decoder import make_decoder, refresh_decoder
 from ..engine.device import Clock
 from ..engine.meter import Meter
 from ..engine.models import (
     Model,
     average_teacher,
     extrapolated_parameters,
-    make_decoder,
-    refresh_decoder,
 )
 from ..errors import Stopped, UserError, ignore
 from ..maths import extrapolation

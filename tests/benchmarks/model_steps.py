@@ -22,7 +22,8 @@ from transformers import GenerationConfig
 from prefix_distill import config as configuration
 from prefix_distill.cli import quiet
 from prefix_distill.engine import loading, sampling, scoring
-from prefix_distill.engine.models import Model, make_decoder
+from prefix_distill.engine.decoder import make_decoder
+from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import Rollout, rollout_of, student_sides
 from prefix_distill.engine.sampling import Request, Sampler
 from prefix_distill.errors import Stopped, UserError, one_line

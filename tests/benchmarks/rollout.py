@@ -2,7 +2,7 @@
 
     python tests/benchmarks/rollout.py [--quick] [--pairs 2] [--tokens 32] [--work FOLDER]
 
-    ours   prefix_distill.engine.sampling.generate on models.make_decoder: each prompt is encoded
+    ours   prefix_distill.engine.sampling.generate on decoder.make_decoder: each prompt is encoded
            once for all its samples, and each row has its own random seed
     naive  transformers' generate with do_sample=True; every row has its prompt
     bare   a loop around the network's forward pass with its KV cache, softmax and
@@ -57,8 +57,8 @@ def load(work: Path):
 def ours(model, rows, tokens, turn):
     import torch
 
+    from prefix_distill.engine.decoder import make_decoder
     from prefix_distill.engine.device import Clock
-    from prefix_distill.engine.models import make_decoder
     from prefix_distill.engine.sampling import Request, Sampler, generate
 
     decoding, clock = make_decoder(model, torch.float32), Clock(device=torch.device("cpu"))
@@ -152,7 +152,7 @@ def compiled(model, rows, tokens) -> dict:
     import torch
     from transformers import StaticCache
 
-    from prefix_distill.engine.models import make_decoder
+    from prefix_distill.engine.decoder import make_decoder
     from prefix_distill.engine.transformers_names import name_cache_argument
 
     net, found = make_decoder(model, torch.float32).net, {}

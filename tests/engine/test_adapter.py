@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefix_distill import config as configuration
 from prefix_distill.engine import loading, scoring
 from prefix_distill.engine.batching import reads
-from prefix_distill.engine.models import adapter, make_decoder
+from prefix_distill.engine.decoder import make_decoder
+from prefix_distill.engine.models import adapter
 from prefix_distill.engine.rollout import student_sides, teacher_sides
 from prefix_distill.engine.sampling import Request, generate
 from prefix_distill.engine.shapes import read_shape

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from prefix_distill.config import Adapter
 from prefix_distill.engine import loading
 from prefix_distill.engine.casting import cast
-from prefix_distill.engine.models import make_decoder
+from prefix_distill.engine.decoder import make_decoder
 
 EXPERTS = {
     "moe_intermediate_size": 32,

@@ -6,9 +6,10 @@ from helpers import tiny_net
 
 from prefix_distill.engine import sampling as rollout
 from prefix_distill.engine import scoring
+from prefix_distill.engine.decoder import _ColumnsFirst, make_decoder
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.meter import Meter
-from prefix_distill.engine.models import Model, _ColumnsFirst, make_decoder
+from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.engine.sampling import GenerationCost, Request, Response, Sampler, generate
 from prefix_distill.maths.seeds import seed_of

@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import byte_tokenizer, random_net, text_config
 
-from prefix_distill.engine.models import Model, make_decoder, with_checkpointing
+from prefix_distill.engine.decoder import make_decoder
+from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.trunk import check_head, choose_trunk
 from prefix_distill.errors import UserError
 

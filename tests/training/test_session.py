@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
-from prefix_distill.engine.models import make_decoder, refresh_decoder
+from prefix_distill.engine.decoder import make_decoder, refresh_decoder
 from prefix_distill.engine.rollout import student_sides
 from prefix_distill.engine.saving import save_model
 from prefix_distill.errors import Stopped

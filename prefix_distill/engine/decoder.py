@@ -1,0 +1,76 @@
+"""The network that samples: the student's own, or a copy of it that decodes faster."""
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .casting import cast
+from .models import Model
+
+if TYPE_CHECKING:
+    from .transformers_names import CausalLM
+
+FEW_ROWS = 64  # most input rows for which _ColumnsFirst computes W·xᵀ
+LARGE_WEIGHT = 1 << 16  # fewest weight elements for which it replaces a linear layer
+
+
+class _ColumnsFirst(torch.nn.Linear):
+    """A linear layer that computes W·xᵀ for few input rows, as in a decoding step.
+
+    For x·Wᵀ, the CPU's float32 matmul first re-packs all weights, which costs more than the product
+    of a few rows. The ``naive`` arm of ``tests/benchmarks/rollout.py`` measures the difference.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        if not 1 < len(rows) <= FEW_ROWS:
+            return super().forward(x)
+        out = (self.weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
+        if self.bias is None:
+            return out
+        return out + self.bias
+
+
+def make_decoder(model: Model, dtype: torch.dtype) -> Model:
+    """Return a model that samples like ``model`` and decodes faster.
+
+    If ``dtype`` is not the model's, this is a copy in ``dtype``, which ``refresh_decoder`` updates:
+    with float32 weights, autocast would cast every weight for every token. In float32 on a CPU, it
+    has the same parameters in faster linear layers. Otherwise it is ``model`` itself.
+    """
+    if model.home is not None or getattr(model.net, "is_quantized", False):
+        return model
+    model.forget_state()  # tensors with a graph cannot be copied
+    if dtype != model.net.dtype:
+        net = copy.deepcopy(model.net).requires_grad_(False)
+        cast(net, dtype)
+        return replace(model, net=net)
+    if model.device.type != "cpu" or dtype != torch.float32:
+        return model
+    return replace(model, net=_with_faster_linears(model.net))
+
+
+def _with_faster_linears(net: "CausalLM") -> "CausalLM":
+    """Return a network with the same tensors, whose large linear layers are _ColumnsFirst."""
+    same_tensors = {id(t): t for t in [*net.parameters(), *net.buffers()]}
+    faster = copy.deepcopy(net, same_tensors)
+    for parent in list(faster.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not torch.nn.Linear or child.weight.numel() < LARGE_WEIGHT:
+                continue
+            linear = _ColumnsFirst(
+                child.in_features, child.out_features, child.bias is not None, device="meta"
+            )
+            linear.weight = child.weight
+            linear.bias = child.bias
+            setattr(parent, name, linear)
+    return faster
+
+
+@torch.no_grad()
+def refresh_decoder(decoding: Model, student: Model) -> None:
+    """Copy the student's weights into a decoding model that has its own."""
+    if decoding.net.dtype != student.net.dtype:
+        torch._foreach_copy_(list(decoding.net.parameters()), list(student.net.parameters()))
