@@ -7,22 +7,22 @@ attributes of their modules. The next call, on other rows, would continue from t
 from torch import Tensor
 from torch.nn import Module
 
-Blanks = dict[type[Module], list[str]]  # the attributes that are None at load, by class
+Blanks = dict[type[Module], set[str]]  # the attributes that are None at load, by class
 
 
 def find_blanks(net: Module) -> Blanks:
-    """Return the attributes of all modules that are None before the first call."""
+    """Return the attributes that are None in all modules of a class before the first call."""
     blanks: Blanks = {}
     for module in net.modules():
-        names = [name for name, value in vars(module).items() if value is None]
-        if names and not type(module).__module__.startswith("torch."):
-            blanks[type(module)] = names
+        if not type(module).__module__.startswith("torch."):
+            names = {name for name, value in vars(module).items() if value is None}
+            blanks[type(module)] = names & blanks.get(type(module), names)
     return blanks
 
 
 def forget_state(net: Module, blanks: Blanks) -> None:
-    """Set the attributes in ``blanks`` that hold a tensor to None."""
+    """Set the attributes in ``blanks`` that hold a tensor to None; parameters and buffers stay."""
     for module in net.modules():
-        for name in blanks.get(type(module), []):
-            if isinstance(getattr(module, name, None), Tensor):
+        for name in blanks.get(type(module), ()):
+            if isinstance(vars(module).get(name), Tensor):
                 setattr(module, name, None)

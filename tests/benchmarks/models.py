@@ -13,8 +13,9 @@ step saved and reloaded, and the same with LoRA.
 
 A class *works* if every comparison holds (``figures`` has the largest differences); ``limits``
 names options that it refuses. It is *refused* if loading or a check ends in one line that names the
-obstacle. Anything else is *neither*. ``--quick``: eight classes, nothing written. The last line is
-a JSON document. Some classes need the packages timm or scipy to be built.
+obstacle. Anything else is *neither*. A whole run writes results/models.json and the help page
+model-classes. ``--quick``: eight classes, nothing written. The last line is a JSON document. Some
+classes need the packages timm or scipy to be built.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from pathlib import Path
 
 import measure
 import model_configs
+import model_page
 from model_configs import ModelClass
 
 QUICK = (
@@ -182,6 +184,8 @@ def main() -> None:
     document |= {"classes": rows} | measure.machine()
     complete = not given.quick and given.only is None
     measure.record("models", document, complete)
+    if complete:
+        model_page.PAGE.write_text(model_page.render(document), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -51,19 +51,22 @@ def test_rows_of_one_batch_do_not_depend_on_an_earlier_batch():
 
 def test_only_tensors_in_attributes_that_were_none_are_dropped():
     class Keeping(torch.nn.Module):
-        def __init__(self):
+        def __init__(self, weight=None):
             super().__init__()
             self.state = None
             self.constant = torch.ones(2)
             self.bias = None
+            self.sinks = weight
 
-    net = torch.nn.Sequential(Keeping(), torch.nn.Linear(2, 2, bias=False))
+    weight = torch.nn.Parameter(torch.ones(2))
+    net = torch.nn.Sequential(Keeping(), Keeping(weight), torch.nn.Linear(2, 2, bias=False))
     blanks = find_blanks(net)
-    assert {"state", "bias"} < set(blanks[Keeping])
+    assert {"state", "bias"} < blanks[Keeping] and "sinks" not in blanks[Keeping]
     net[0].state = torch.zeros(3)
     net[0].bias = "a text"
     forget_state(net, blanks)
     assert net[0].state is None and net[0].bias == "a text" and net[0].constant.sum() == 2
+    assert net[1].sinks is weight
 
 
 def test_a_window_that_counts_from_the_end_of_the_prompt_is_refused():
