@@ -1,7 +1,7 @@
 """Every model class of the installed transformers: does the tool train it right, or refuse it in
 one line before anything is spent? About an hour on 2 cores.
 
-    python tests/benchmarks/models.py [--quick] [--only NAME,…] [--jobs 1] [--timeout 120]
+    python tests/benchmarks/models.py [--quick] [--only NAME,…] [--again] [--jobs 1] [--timeout 120]
 
 The classes are those of transformers' causal mapping, and those of its image-text-to-text mapping
 with a text model inside. Each one is built at random with a tiny config (model_configs.py), saved
@@ -14,11 +14,13 @@ step saved and reloaded, and the same with LoRA.
 A class *works* if every comparison holds (``figures`` has the largest differences); ``limits``
 names options that it refuses. It is *refused* if loading or a check ends in one line that names the
 obstacle. Anything else is *neither*. A whole run writes results/models.json and the help page
-model-classes. ``--quick``: eight classes, nothing written. The last line is a JSON document. Some
-classes need the packages timm or scipy to be built.
+model-classes; ``--again`` repeats the recorded classes that are neither. ``--quick``: eight
+classes, nothing written. The last line is a JSON document. Some classes need the packages timm or
+scipy to be built.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -35,6 +37,7 @@ import model_configs
 import model_page
 from model_configs import ModelClass
 
+RECORD = measure.HERE / "results" / "models.json"
 QUICK = (
     "LlamaForCausalLM",
     "Gemma2ForCausalLM",
@@ -160,6 +163,9 @@ def choose(given: argparse.Namespace) -> list[ModelClass]:
     names = {model_class.name for model_class in classes}
     if given.quick:
         return [model_class for model_class in classes if model_class.name in QUICK]
+    if given.again:
+        neither = {row["class"] for row in read_rows() if row["outcome"] == "neither"}
+        return [model_class for model_class in classes if model_class.name in neither]
     if given.only is None:
         return classes
     wanted = given.only.split(",")
@@ -169,14 +175,25 @@ def choose(given: argparse.Namespace) -> list[ModelClass]:
     return [model_class for model_class in classes if model_class.name in wanted]
 
 
+def read_rows() -> list[dict]:
+    """Return the rows of the recorded whole run."""
+    return json.loads(RECORD.read_text(encoding="utf-8"))["classes"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="eight classes, nothing written")
     parser.add_argument("--only", help="names of classes, separated by commas; nothing written")
+    parser.add_argument(
+        "--again", action="store_true", help="the recorded classes that are neither; updates them"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one class")
     given = parser.parse_args()
     rows = examine_all(choose(given), given.jobs, given.timeout)
+    if given.again:
+        repeated = {row["class"]: row for row in rows}
+        rows = [repeated.get(row["class"], row) for row in read_rows()]
     names: dict[str, list[str]] = {"works": [], "refused": [], "neither": []}
     for row in rows:
         names[row["outcome"]].append(row["class"])
