@@ -27,7 +27,7 @@ def list_topics() -> str:
     lines = []
     for topic, page in find_pages().items():
         title = page.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        lines.append(f"prefix-distill help {topic:12} {title}")
+        lines.append(f"prefix-distill help {topic:13} {title}")
     return "\n".join(lines)
 
 

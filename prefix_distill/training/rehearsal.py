@@ -36,7 +36,10 @@ def rehearse(state: State) -> None:
             if isinstance(error, UserError | Stopped) or is_out_of_memory(error):
                 raise
             # a network may raise anything
-            _refuse(f"{type(error).__name__}: {one_line(error)}", hint="use another model")
+            _refuse(
+                f"the network's code failed ({one_line(error) or type(error).__name__})",
+                hint="use another model",
+            )
         finally:
             state.optimizer.state.clear()
             state.optimizer.zero_grad(set_to_none=True)
