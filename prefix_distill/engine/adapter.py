@@ -136,6 +136,28 @@ def merge_weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
+def without_layers(net: torch.nn.Module) -> Iterator[None]:
+    """Put the network's own layers in place of the adapter's inside the ``with`` block.
+
+    Transformers asks a network for the shapes of its parameters when it saves some experts.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    replaced: list[tuple[torch.nn.Module, str, BaseTunerLayer]] = []
+    for parent in net.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, BaseTunerLayer):
+                replaced.append((parent, name, child))
+    for parent, name, child in replaced:
+        setattr(parent, name, child.get_base_layer())
+    try:
+        yield
+    finally:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+
+@contextlib.contextmanager
 def saved_as_untied(net: PreTrainedModel, state: dict[str, torch.Tensor]) -> Iterator[None]:
     """Let the config say that the head has its own weight, if that is so in ``state``.
 

@@ -40,7 +40,7 @@ def save_merged_model(model: Model, folder: Path, card: str | None = None) -> li
     """Write a model folder as ``save_model`` does, with the adapter merged into the weights."""
     with _new_folder(model, folder, card) as scratch:
         weights = adapter.merge_weights(model.net)
-        with adapter.saved_as_untied(model.net, weights):
+        with adapter.saved_as_untied(model.net, weights), adapter.without_layers(model.net):
             model.net.save_pretrained(scratch, state_dict=weights)
         return _check_weights(model, weights, scratch=scratch, folder=folder)
 

@@ -8,10 +8,13 @@ import json
 import re
 import shutil
 
+import model_configs
 import peft
 import pytest
 import torch
+import transformers
 from helpers import SIZES, assert_same, byte_tokenizer, invoke, prepared, trained, update_gradient
+from model_configs import ModelClass
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
@@ -490,3 +493,22 @@ def test_extrapolation_refuses_an_adapter(tmp_path):
         code, _, err = invoke("run", "--lora", 4, *flag, "--out", tmp_path / "run")
         assert code == 2 and "of rank up to 2·4, which no factors" in err.splitlines()[-1]
         assert not (tmp_path / "run").exists()
+
+
+def test_a_merged_model_is_saved_where_transformers_asks_for_shapes(tmp_path):
+    """On saving, Qwen3-VL-MoE stacks the experts by the shapes of the network's parameters."""
+    model_class = ModelClass(
+        name="Qwen3VLMoeForConditionalGeneration", model_type="qwen3_vl_moe", multimodal=True
+    )
+    if not hasattr(transformers, model_class.name):
+        pytest.skip(f"this transformers has no {model_class.name}")
+    net, config = model_configs.build(model_class, seed=1)
+    net.generation_config = GenerationConfig(eos_token_id=257, pad_token_id=256)
+    net.save_pretrained(tmp_path / "base")
+    config.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model, _ = adapted(tmp_path / "base")
+    before = logits(model.net)
+    saving.save_merged_model(model, tmp_path / "merged")
+    torch.testing.assert_close(logits(model.net), before, rtol=0, atol=0)
+    torch.testing.assert_close(logits(load(tmp_path / "merged").net), before, rtol=0, atol=1e-4)
