@@ -148,13 +148,13 @@ def without_layers(net: torch.nn.Module) -> Iterator[None]:
         for name, child in parent.named_children():
             if isinstance(child, BaseTunerLayer):
                 replaced.append((parent, name, child))
-    for parent, name, child in replaced:
-        setattr(parent, name, child.get_base_layer())
+    for parent, name, layer in replaced:
+        setattr(parent, name, layer.get_base_layer())
     try:
         yield
     finally:
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
+        for parent, name, layer in replaced:
+            setattr(parent, name, layer)
 
 
 @contextlib.contextmanager
