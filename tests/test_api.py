@@ -414,6 +414,7 @@ def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):
     assert (tmp_path / "run/config.yaml").read_bytes() == saved
 
 
+@pytest.mark.long
 def test_a_callback_receives_the_rows_of_two_ranks_in_any_thread(given, tmp_path, capfd):
     """A callback stops a run of two ranks. The resumed run starts two ranks again."""
     seen: list[dict] = []

@@ -346,6 +346,7 @@ def test_on_resume_a_changed_plugin_is_reported_and_a_missing_one_is_refused(sta
     assert f"plugin {moved}: cannot be read (No such file or directory); check --plugin" in err
 
 
+@pytest.mark.long
 def test_two_ranks_with_a_plugin_equal_one_process(pair, questions, tmp_path):
     more = ["--plugin", f"{SKEW},{COSINE}", "--divergence", "skew-kl:0.2", "--device", "cpu"]
     more += [

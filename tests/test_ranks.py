@@ -510,6 +510,7 @@ def test_a_second_ctrl_c_kills_the_ranks(pair, questions, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the ranks")
+@pytest.mark.long
 def test_a_warning_of_a_batch_system_to_every_process_saves_the_state(pair, questions, tmp_path):
     """Send SIGUSR1 to the launcher and both ranks, as slurm does: it counts once."""
     out = tmp_path / "run"

@@ -43,7 +43,7 @@ Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
 def check_sharing(model: Model) -> str | None:
     """Return why a prompt cannot run once for several responses; None if it can.
 
-    Two prompts and five responses of different lengths run together and one by one, in the
+    Two prompts and three responses of different lengths run together and one by one, in the
     model's own dtype. The hidden states must agree.
     """
     return _compare_sharing(model, _hidden_states, "hidden states")
@@ -61,7 +61,7 @@ def _compare_sharing(model: Model, compute: Computation, what: str) -> str | Non
     """Return how much a shared prompt changes a result, if more than twice a padded batch does."""
     ids = text_ids(model, 40)
     sides = []
-    for prompt, response in ((7, 4), (7, 9), (12, 6), (7, 1), (12, 9)):
+    for prompt, response in ((7, 4), (7, 9), (12, 6)):
         text = tuple(ids[prompt : prompt + response])
         sides.append(Side(prompt=tuple(ids[:prompt]), ids=text, rows=tuple(range(response))))
     alone = replace(model, shares_prompts=False)
@@ -137,8 +137,7 @@ def find_decoding(model: Model) -> Decoding:
     dictation = _dictate(model)
     allowed = model.choose_tolerance(TOLERANCE, TOLERANCE_OF_HALF_PRECISION)
     expected = dictation.read_in_one_pass(model)
-    again = dictation.read_in_one_pass(model)
-    if not all(map(torch.equal, expected, again)):
+    if not torch.equal(expected[0], dictation.read_text(model, dictation.requests[0])):
         return FASTEST
     obstacle = _compare_beyond_window(model, allowed)
     if obstacle is None:
@@ -211,15 +210,15 @@ class _Dictation:
 
     def read_in_one_pass(self, model: Model) -> list[torch.Tensor]:
         """Return the logits [T, V] of every text from one forward pass per row."""
-        logits = []
-        for request in self.requests:
-            text = self.texts[request.key]
-            ids_1T = torch.tensor([[*request.ids, *text]], device=model.device)
-            logits_TV = model.read_logits(ids_1T)[0, :, : model.vocabulary]
-            start = len(request.ids) - 1
-            rows = logits_TV[start : start + len(text)]
-            logits.append(rows.float().to(model.device))
-        return logits
+        return [self.read_text(model, request) for request in self.requests]
+
+    def read_text(self, model: Model, request: Request) -> torch.Tensor:
+        """Return the logits [T, V] of one text from one forward pass."""
+        text = self.texts[request.key]
+        ids_1T = torch.tensor([[*request.ids, *text]], device=model.device)
+        logits_TV = model.read_logits(ids_1T)[0, :, : model.vocabulary]
+        start = len(request.ids) - 1
+        return logits_TV[start : start + len(text)].float().to(model.device)
 
     def compare(
         self, model: Model, way: Decoding, *, expected: list[torch.Tensor], allowed: float

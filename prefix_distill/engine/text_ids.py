@@ -17,7 +17,8 @@ def text_ids(model: Model, count: int) -> list[int]:
     """
     ids = _select_text(model, model.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
     if len(set(ids)) < FEWEST:
-        known = [i for i in sorted(known_tokens(model).values()) if i < model.vocabulary]
+        limit = model.vocabulary
+        known = [i for i in sorted(known_tokens(model).values()) if i < limit]
         ids = _select_text(model, known) or known
     return (ids * count)[:count]
 

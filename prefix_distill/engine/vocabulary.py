@@ -13,8 +13,8 @@ SHOWN = 3  # most tokens that a note names
 
 def known_tokens(model: Model) -> dict[str, int]:
     """Return token → id of the tokenizer's tokens that have a row in the model."""
-    vocabulary = model.tokenizer.get_vocab()
-    return {token: i for token, i in vocabulary.items() if i < model.id_limit}
+    limit = model.id_limit
+    return {token: i for token, i in model.tokenizer.get_vocab().items() if i < limit}
 
 
 def count_ids(model: Model) -> int:
@@ -41,8 +41,9 @@ def check_vocabulary(model: Model) -> None:
 def describe_unused_tokens(model: Model) -> list[str]:
     """Return a note that names the tokens without a row in the model, if there are any."""
     names = []
+    limit = model.id_limit
     for token, i in model.tokenizer.get_vocab().items():
-        if i >= model.id_limit:
+        if i >= limit:
             names.append((i, token))
     if not names:
         return []
@@ -51,5 +52,5 @@ def describe_unused_tokens(model: Model) -> list[str]:
         shown += f" and {len(names) - SHOWN} more"
     return [
         f"vocabulary: the tokenizer of {model.name} has tokens beyond the model's "
-        f"{model.id_limit} ids, which are not used: {shown}"
+        f"{limit} ids, which are not used: {shown}"
     ]

@@ -15,6 +15,8 @@ from .optimizer import NonFiniteGradient, step_optimizer
 from .state import State
 from .update import Update
 
+MOST_TOKENS = 256  # of a rehearsal on a CPU
+
 
 def rehearse(state: State) -> None:
     """Take one step at learning rate 0 on a micro-batch of the longest prompts.
@@ -76,7 +78,10 @@ def _refuse(reason: str, hint: str = "use an intact copy of the model") -> NoRet
 
 
 def _make_rollouts(state: State, length: int) -> list[Rollout]:
-    """Return a micro-batch of the longest prompts; a response repeats its prompt's tokens."""
+    """Return a micro-batch of the longest prompts; a response repeats its prompt's tokens.
+
+    On a CPU it ends after MOST_TOKENS, because a full one would take as long as a step.
+    """
     run = state.run
     samples = run.config.rollout.samples
     of_rank = -(-run.config.train.batch_size // run.place.world) * samples
@@ -84,11 +89,15 @@ def _make_rollouts(state: State, length: int) -> list[Rollout]:
     prompts = sorted(
         run.problems.train, key=lambda p: len(p.student_ids) + len(p.teacher_ids), reverse=True
     )
-    rollouts = []
+    rollouts: list[Rollout] = []
+    tokens = 0
     for i in range(count):
+        if run.place.device.type == "cpu" and tokens >= MOST_TOKENS:
+            break
         slot, sample = divmod(i, samples)
         prompt = prompts[slot % len(prompts)]
         ids = tuple(itertools.islice(itertools.cycle(prompt.student_ids), length))
         rollout = rollout_of(slot, prompt.student_ids, ids, teacher_prompt=prompt.teacher_ids)
+        tokens += len(rollout.student_prompt) + len(rollout.ids)
         rollouts.append(replace(rollout, sample=sample))
     return rollouts

@@ -22,6 +22,7 @@ def whole(pair, questions, tmp_path_factory):
     return out, last_json(said)
 
 
+@pytest.mark.long
 def test_two_kills_at_random_moments_change_nothing(tmp_path):
     """Kill a run that has every kind of state.
 
