@@ -58,7 +58,7 @@ MOST_COMPREHENSIONS = 2.0
 PRINTS = {
     "api.rank": "a separate program: one rank of --gpus",
     "lab.build": "a separate program: python -m prefix_distill.lab.build",
-    "prompts.answers": "the grading worker sends its answers through stdout",
+    "prompts.expressions": "the grading worker sends its answers through stdout",
 }
 
 COMMANDS = sorted(typer.main.get_group(app).commands)

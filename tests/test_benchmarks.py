@@ -21,6 +21,7 @@ TABLES = {  # program → key of the table in its JSON document
     "cross_tokenizer": "modes",
     "divergence": "table",
     "gold": "arms",
+    "graders": "table",
     "limit": "share_of_limit",
     "models": "classes",
     "plan": "runs",

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from prefix_distill import config
 from prefix_distill.errors import UserError
 from prefix_distill.maths.schedule import parse_prefix
-from prefix_distill.prompts import answers
-from prefix_distill.prompts.answers import SECONDS, extract_answer, extract_reference, is_correct
+from prefix_distill.prompts import expressions
+from prefix_distill.prompts.answers import extract_answer, extract_reference, is_correct
+from prefix_distill.prompts.expressions import SECONDS
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.rows import RowFormat
 
@@ -283,7 +284,7 @@ def test_any_latex_is_graded_within_the_time_limit(response, gold):
     ids=lambda text: text[:12],
 )
 def test_an_answer_that_exceeds_the_time_limit_is_graded_wrong(text, monkeypatch):
-    monkeypatch.setattr(answers, "SECONDS", 1)
+    monkeypatch.setattr(expressions, "SECONDS", 1)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)]
     signal.setitimer(signal.ITIMER_REAL, 3600)
     start = time.monotonic()
@@ -294,7 +295,7 @@ def test_an_answer_that_exceeds_the_time_limit_is_graded_wrong(text, monkeypatch
         signal.setitimer(signal.ITIMER_REAL, 0)
     assert time.monotonic() - start < 20
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)]
-    monkeypatch.setattr(answers, "SECONDS", 30)
+    monkeypatch.setattr(expressions, "SECONDS", 30)
     assert is_correct("#### x+7", "7+x")  # a new worker grades this answer
 
 
@@ -350,15 +351,15 @@ def test_answers_are_compared_in_any_thread():
 
 def test_a_killed_grading_worker_is_replaced():
     assert is_correct("#### x+1000", "1000+x")
-    answers._worker[0].kill()
-    answers._worker[0].wait()
+    expressions._worker[0].kill()
+    expressions._worker[0].wait()
     assert is_correct("#### x+1001", "1001+x")
 
 
 def test_a_grading_worker_enforces_its_own_time_limit():
     """The main process may be killed, so the worker enforces its own time limit."""
     worker = subprocess.Popen(
-        [sys.executable, "-P", answers.__file__],
+        [sys.executable, "-P", expressions.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -11,7 +11,7 @@ from helpers import ROOT
 
 from prefix_distill import signals
 from prefix_distill.api.launch import SIGNAL, _Signals
-from prefix_distill.prompts import answers
+from prefix_distill.prompts import answers, expressions
 from prefix_distill.signals import Interrupt, find_stop_signals, pass_on
 
 ALL = find_stop_signals()
@@ -118,11 +118,11 @@ def test_the_launcher_passes_the_first_signal_on_and_kills_at_the_second(heard, 
 def test_a_stop_signal_to_the_grading_worker_loses_no_answer():
     """A batch system sends its signal to every process of a job."""
     assert answers.is_correct(r"\boxed{1/2}", "0.5")
-    worker = answers._worker[0]
+    worker = expressions._worker[0]
     for number in ALL:
         os.kill(worker.pid, number)
     assert answers.is_correct(r"\boxed{3/4}", "0.75")
-    assert answers._worker[0] is worker and worker.poll() is None
+    assert expressions._worker[0] is worker and worker.poll() is None
 
 
 @posix

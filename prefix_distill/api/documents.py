@@ -192,15 +192,16 @@ class PlanResult(Result):
 class EvaluationResult(Result):
     """The answers of a model to a dataset.
 
-    ``accuracy``: share of correct answers; ``pass_at_k``: share of problems with a correct answer
-    among ``samples``; both None without reference answers; ``finish_rate``: share of answers that
-    end; ``mean_tokens``: mean length of an answer, tokens; ``seconds``: wall time; ``examples``:
-    JSON lines with all answers.
+    ``accuracy``: share of correct answers; ``finished_accuracy``: the same among finished answers;
+    ``pass_at_k``: share of problems with a correct answer among ``samples``; all three None without
+    reference answers; ``finish_rate``: share of answers that end; ``mean_tokens``: mean length of
+    an answer, tokens; ``seconds``: wall time; ``examples``: JSON lines with all answers.
     """
 
     model: str
     dataset: str
     accuracy: Estimate | None
+    finished_accuracy: float | None
     pass_at_k: Estimate | None
     samples: int
     finish_rate: float
@@ -216,6 +217,7 @@ class EvaluationResult(Result):
             model=document["model"],
             dataset=document["dataset"],
             accuracy=Estimate.read(document["accuracy"]),
+            finished_accuracy=document.get("finished_accuracy"),
             pass_at_k=Estimate.read(document["pass_at_k"]),
             samples=document["samples"],
             finish_rate=document["finish_rate"],
@@ -225,10 +227,14 @@ class EvaluationResult(Result):
         )
 
     def tables(self) -> list["Table"]:
+        finished_accuracy = "–"
+        if self.finished_accuracy is not None:
+            finished_accuracy = f"{self.finished_accuracy:.1%}"
         rows = {
             "model": self.model,
             "dataset": self.dataset,
             "accuracy": _share(self.accuracy),
+            "accuracy of finished answers": finished_accuracy,
             f"pass@{self.samples}": _share(self.pass_at_k),
             "finish rate": f"{self.finish_rate:.1%}",
             "mean length": f"{self.mean_tokens:.0f} tokens",

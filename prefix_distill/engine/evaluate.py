@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..maths.intervals import interval
-from ..prompts import answers
+from ..prompts import answers, expressions
 from ..prompts.prompt import Prompt, Rendered
 from .memory import MemoryLimits
 from .meter import Meter
@@ -31,9 +31,13 @@ def repeats(ids: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The result of an evaluation: aggregates as in the JSON output, one record per problem."""
+    """The result of an evaluation: aggregates as in the JSON output, one record per problem.
+
+    ``finished_accuracy``: share of correct answers among the finished ones; None without any.
+    """
 
     accuracy: dict | None
+    finished_accuracy: float | None
     pass_at_k: dict | None
     finish_rate: float
     mean_tokens: float
@@ -51,6 +55,7 @@ class Score:
         """Return the aggregates as JSON values."""
         return {
             "accuracy": self.accuracy,
+            "finished_accuracy": self.finished_accuracy,
             "pass_at_k": self.pass_at_k,
             "finish_rate": self.finish_rate,
             "mean_tokens": self.mean_tokens,
@@ -88,6 +93,8 @@ def evaluate(
     every = [(i, s) for i in range(len(problems)) for s in range(how.samples)]
     mine = every[place.rank :: place.world]
     requests = [Request(ids=tuple(problems[i][1]), key=("evaluate", i, s)) for i, s in mine]
+    if how.answer_format not in ("exact", "choice") and any(p.answer for p, _ in problems):
+        expressions.start()  # so that a missing package is named before any answer is sampled
     responses: list[Response] = []
     if mine:
         responses = limits.sample(
@@ -116,13 +123,17 @@ def _empty_record(prompt: Prompt) -> dict:
 def _score(records: list[dict]) -> Score:
     """Return the score of graded records."""
     responses = [r for record in records for r in record["responses"]]
-    accuracy = pass_at_k = None
+    accuracy = pass_at_k = finished_accuracy = None
     if all(r["correct"] is not None for r in responses):
         right = [[r["correct"] for r in record["responses"]] for record in records]
         accuracy = interval([sum(row) / len(row) for row in right])
         pass_at_k = interval([float(any(row)) for row in right])
+        finished = [r for r in responses if r["finished"]]
+        if finished:
+            finished_accuracy = _share(finished, "correct")
     return Score(
         accuracy=accuracy,
+        finished_accuracy=finished_accuracy,
         pass_at_k=pass_at_k,
         finish_rate=_share(responses, "finished"),
         mean_tokens=sum(r["tokens"] for r in responses) / len(responses),

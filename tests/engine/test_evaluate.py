@@ -163,6 +163,9 @@ def test_average_and_pass_at_k(models):
     score = run([texts[0][0], "none"])
     right = texts[0].count(texts[0][0]) / 3
     assert score.accuracy["value"] == pytest.approx(right / 2) and score.pass_at_k["value"] == 0.5
+    finished = [r for record in score.records for r in record["responses"] if r["finished"]]
+    expected = sum(r["correct"] for r in finished) / len(finished) if finished else None
+    assert score.finished_accuracy == score.summary()["finished_accuracy"] == expected
     assert run([None, "x"]).accuracy is None
     assert score.mean_tokens <= 2
 
