@@ -23,6 +23,8 @@ class CommonOptions(TypedDict, total=False):
     prompt_template: str | None
     few_shot: int
     template: Literal["auto", "chat", "plain"]
+    template_arg: str | None
+    template_date: str | None
     samples: int
     max_new_tokens: int | None
     begin: str | None
@@ -52,6 +54,7 @@ class ProbeOptions(CommonOptions, total=False):
     privileged_template: str | None
     student_thinking: Literal["auto", "on", "off"]
     teacher_thinking: Literal["auto", "on", "off"]
+    teacher_template_arg: str | None
     max_prompt_tokens: int
     eos: Literal["student", "teacher", "union"]
     head_dtype: Literal["auto", "float32", "bfloat16"]

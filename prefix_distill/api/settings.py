@@ -32,6 +32,8 @@ EVAL_FLAGS: dict[str, str | None] = {
     "data.prompt_template": None,
     "data.few_shot": None,
     "data.template": None,
+    "data.template_args": None,
+    "data.template_date": None,
     "rollout.top_p": None,
     "rollout.top_k": None,
     "rollout.max_new_tokens": None,

@@ -19,6 +19,13 @@ EVAL_WORDING: dict[str, Wording] = {
     "data.split": {"shown": "the preset's, else test"},
     "data.streaming": {"help": "Read only the rows that are evaluated."},
     "data.student_thinking": {"help": "Thinking switch of the chat template: auto, on or off."},
+    "data.template_args": {
+        "help": "Variable of the chat template, such as reasoning_effort=low; may be repeated."
+    },
+    "data.template_date": {
+        "help": "Date that the chat template writes, such as 2026-05-31.",
+        "shown": "today",
+    },
     "data.few_shot": {
         "help": "Number of other rows, shown with their solutions before every problem."
     },

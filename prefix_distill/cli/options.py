@@ -35,7 +35,7 @@ FOLDERS = ("checkpoint.out",)
 EXAMPLES: dict[type, float] = {int: 8, float: 0.5}
 
 # options that may be given several times; their values are joined by commas
-REPEATABLE = ("runtime.plugin",)
+REPEATABLE = ("runtime.plugin", "data.template_args", "data.teacher_template_args")
 
 
 class Wording(TypedDict, total=False):

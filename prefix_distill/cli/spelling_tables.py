@@ -209,7 +209,7 @@ HINTS = {
     "use --dtype bfloat16 or float32": "fp16 tf32 half_precision_backend *_full_eval",
     "use --plain": "disable_tqdm",
     "use --seed, which seeds prompts, rollouts and evaluation": ("data_seed full_determinism"),
-    "use --student-thinking, --teacher-thinking and --template": (
+    "use --template-arg, --teacher-template-arg and --template": (
         "chat_template_kwargs chat_template_path"
     ),
     "sampling has --temperature, --top-p and --top-k only": (

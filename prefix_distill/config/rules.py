@@ -35,10 +35,17 @@ def check(config: Config, names: Names) -> None:
     _check_selection(config)
     _check_extrapolation(config)
     parse_window(config.weights.window)
+    _check_template_settings(config)
     parse_trackers(config.trackers.to)
     check_repository(config.export.push, config.export.public)
     check_prefix(config.schedule.prefix, config.rollout.max_new_tokens)
     warmup_steps(config.schedule.warmup, config.train.steps)
+
+
+def _check_template_settings(config: Config) -> None:
+    """Raise UserError if a variable or the date of the chat templates cannot be read."""
+    for setting in ("variables", "teacher_variables", "date"):
+        getattr(config.data, setting)
 
 
 def _check_out(out: str | None) -> None:
@@ -257,7 +264,9 @@ def _check_self_distillation(config: Config) -> None:
     data = config.data
     has_column = data.privileged_column is not None
     same_thinking = data.teacher_thinking == data.student_thinking
-    if config.models.teacher == SELF and same_thinking and not has_column:
+    same_variables = data.teacher_template_args == data.template_args
+    same_prompts = same_thinking and same_variables and not has_column
+    if config.models.teacher == SELF and same_prompts:
         raise UserError(
             "--teacher self: teacher and student are the same model with the same prompt, so the "
             "loss is zero; name a column that only the teacher sees with --privileged-column, such "

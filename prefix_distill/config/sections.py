@@ -8,6 +8,7 @@ from typing import Literal
 
 from .method import Divergence, Extrapolation, Sampling, Schedule, Train, Weights
 from .options import main_option, option
+from .template_args import TemplateSettings
 
 SELF = "self"  # --teacher self: the student's own initial weights
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -93,7 +94,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(TemplateSettings):
     dataset: str | None = main_option(
         None,
         "--dataset",
@@ -168,6 +169,23 @@ class Data:
         "auto",
         "--template",
         "Prompt format: chat, plain or auto (chat if the tokenizer has a chat template).",
+    )
+    template_args: str | None = option(
+        None,
+        "--template-arg",
+        "Variable of the student's chat template, such as reasoning_effort=low; may be repeated. "
+        "check lists the variables.",
+    )
+    teacher_template_args: str | None = option(
+        None,
+        "--teacher-template-arg",
+        "Variable of the teacher's chat template, as for --template-arg; may be repeated.",
+    )
+    template_date: str | None = option(
+        None,
+        "--template-date",
+        "Date that chat templates write, such as 2026-05-31. A resumed run keeps it.",
+        shown="the day on which the run starts",
     )
     max_prompt_tokens: int = option(
         1024,

@@ -1,7 +1,9 @@
 """Check what a run reads and writes as text: vocabularies, prompts, templates, EOS and lengths."""
 
 import math
+import re
 import statistics
+from dataclasses import replace
 
 import torch
 
@@ -10,11 +12,20 @@ from ..engine.models import Model
 from ..engine.rollout import Side
 from ..engine.scoring import LOW_FIRST_TOKEN_PROBABILITY
 from ..engine.vocabulary import count_ids
+from ..prompts import templates
+from ..prompts.chat import list_variables
+from ..prompts.rendering import Renderer
+from ..prompts.templates import describe_changes
 from ..training.pair import describe_tokens
 from ..training.run import Check, Run
+from ..training.turn_end import describe_turn_end, find_unnamed_turn_end
 from .case import Ids
 from .outcomes import SAMPLE, both_models, passed, warned
 
+# the tags of several families between which a model thinks
+THINKING_TAGS = re.compile(
+    r"</?(?:think|thinking|reasoning)>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>"
+)
 LAST = 6  # ids at the end of a prompt that are shown
 COMPARE_PROMPTS = "check that both prompts ask for the same form of answer"
 
@@ -123,10 +134,32 @@ def _first_token_distribution(run: Run, model: Model, prompt: Ids) -> torch.Tens
 
 
 def check_templates(run: Run) -> Check:
-    """Return whether both models use the same kind of prompt and of thinking."""
+    """Return whether both models use the same kind of prompt and of thinking.
+
+    The text says what rendering changed in the prompts, and lists the templates' variables.
+    """
+    check = _compare_templates(run)
+    changes = describe_changes([r.changes for r in run.problems.train])
+    texts = [check.text, *changes, *_list_variables(check.facts)]
+    return replace(check, text="; ".join(texts), facts={**check.facts, "changes": changes})
+
+
+def _list_variables(facts: dict) -> list[str]:
+    """Return a clause for the variables of each template that has some."""
+    clauses = []
+    for role, flag in (("student", "--template-arg"), ("teacher", "--teacher-template-arg")):
+        names = ", ".join(facts[role]["variables"])
+        if names:
+            clauses.append(f"variables of the {role}'s template, for {flag}: {names}")
+    return clauses
+
+
+def _compare_templates(run: Run) -> Check:
     data = run.config.data
-    student = _describe_template(run, run.pair.student, data.student_thinking)
-    teacher = _describe_template(run, run.pair.teacher, data.teacher_thinking)
+    student_renderer = templates.student_renderer(run.pair.student, run.config)
+    teacher_renderer = templates.teacher_renderer(run.pair.teacher, run.config)
+    student = _describe_template(run, student_renderer, data.student_thinking)
+    teacher = _describe_template(run, teacher_renderer, data.teacher_thinking)
     facts = {"student": student, "teacher": teacher}
     if student["form"] != teacher["form"]:
         text = (
@@ -147,16 +180,37 @@ def check_templates(run: Run) -> Check:
     if student["thinking"] != teacher["thinking"]:
         text += "; set --student-thinking and --teacher-thinking alike, unless you want this"
         return warned("templates", text, facts)
-    return passed("templates", f"both {student['form']}, thinking {student['thinking']}", facts)
+    text = f"both {student['form']}, thinking {student['thinking']}"
+    if student["ending"] != teacher["ending"]:
+        text += (
+            f"; after the question, the student's prompt has {student['ending']!r} and the "
+            f"teacher's {teacher['ending']!r}"
+        )
+    for role, side in (("student", student), ("teacher", teacher)):
+        twice = [tag for tag in side["thinking_tags"] if side["thinking_tags"].count(tag) > 1]
+        if twice:
+            text += f"; the {role}'s prompt has {twice[0]} twice; omit it from --begin"
+            return warned("templates", text, facts)
+    if student["thinking_tags"] != teacher["thinking_tags"]:
+        text += (
+            "; only one of them has these thinking tags, or they differ; set --student-thinking "
+            "and --teacher-thinking, --template-arg or --begin so that both end alike"
+        )
+        return warned("templates", text, facts)
+    return passed("templates", text, facts)
 
 
-def _describe_template(run: Run, model: Model, thinking: str) -> dict:
-    """Return the kind of a model's prompts, and how its thinking is set."""
-    template = model.tokenizer.chat_template
-    if run.config.data.template == "plain" or not template:
-        return {"form": "plain", "thinking_switch": False, "thinking": thinking}
-    switch = "enable_thinking" in template
-    return {"form": "chat", "thinking_switch": switch, "thinking": thinking}
+def _describe_template(run: Run, renderer: Renderer, thinking: str) -> dict:
+    """Return the kind of a model's prompts, how its thinking is set, and how its prompts end."""
+    ending = renderer.ending + (run.config.rollout.begin or "")
+    return {
+        "form": "chat" if renderer.template else "plain",
+        "thinking_switch": "enable_thinking" in renderer.template,
+        "thinking": thinking,
+        "ending": ending,
+        "thinking_tags": THINKING_TAGS.findall(ending),
+        "variables": list_variables(renderer.template),
+    }
 
 
 def check_eos(run: Run) -> Check:
@@ -170,6 +224,16 @@ def check_eos(run: Run) -> Check:
         f"student {describe_tokens(run.pair.student, run.pair.student.eos)}; teacher "
         f"{describe_tokens(run.pair.teacher, run.pair.teacher.eos)}"
     )
+    unnamed = []
+    for role, renderer, model in (
+        ("student", templates.student_renderer(run.pair.student, run.config), run.pair.student),
+        ("teacher", templates.teacher_renderer(run.pair.teacher, run.config), run.pair.teacher),
+    ):
+        end = find_unnamed_turn_end(renderer, model)
+        if end is not None:
+            unnamed.append(f"{role}: {describe_turn_end(model, end)}")
+    if unnamed:
+        return warned("end of text", "; ".join([text, *unnamed]), facts)
     # Ids of different tokenizers cannot be compared; each model ends a response with its own.
     if run.pair.alignment is None and run.pair.student.eos != run.pair.teacher.eos:
         text += (

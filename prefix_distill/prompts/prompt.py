@@ -20,6 +20,7 @@ class Prompt:
     - ``privileged``: text that only the teacher's prompt shows.
     - ``around``: the text before and after the problem in the last turn (template, instruction).
     - ``worked_solution``: the solution to show when the prompt is a few-shot example.
+    - ``tools``: the tools that the chat template describes, as JSON schemas.
     """
 
     index: int
@@ -28,6 +29,7 @@ class Prompt:
     privileged: str | None = None
     around: tuple[str, str] = ("", "")
     worked_solution: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def problem(self) -> str:
@@ -66,14 +68,20 @@ class PromptSet:
         running = hashlib.sha256()
         for prompt in self.prompts:
             row = [prompt.index, prompt.messages, prompt.answer, prompt.privileged]
+            if prompt.tools:
+                row.append(prompt.tools)
             running.update(json.dumps(row, default=str).encode())
         return running.hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """A prompt as token ids for both models, whose chat templates and lengths may differ."""
+    """A prompt as token ids for both models, whose chat templates and lengths may differ.
+
+    ``changes``: what rendering changed, in words.
+    """
 
     prompt: Prompt
     student_ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
+    changes: frozenset[str] = frozenset()

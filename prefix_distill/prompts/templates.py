@@ -1,12 +1,14 @@
 """Chat templates: turn a prompt's messages into token ids."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from ..errors import UserError
 from .prompt import Message, Prompt, Rendered
+from .rendering import Reader, Renderer, Style, check_ids
 
 # The teacher's user turn with a reference solution. The method is that of arXiv 2601.18734; the
 # wording is not.
@@ -21,19 +23,6 @@ PRIVILEGED = (
     "Read it until you understand why it is right. Then solve the problem yourself, step by step "
     "and in your own words, without mentioning it."
 )
-
-
-class Reader(Protocol):
-    """The part of a model that rendering uses: its name, tokenizer and number of ids."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def tokenizer(self) -> Any: ...
-
-    @property
-    def id_limit(self) -> int: ...
 
 
 class Settings(Protocol):
@@ -58,66 +47,43 @@ def render(
 
     The chat template includes its generation prompt. Plain text starts with the tokenizer's BOS
     token and has an empty line between messages, but ``separator`` before an assistant's message.
-
-    ``template`` is chat, plain or auto (chat if the tokenizer has a template). ``thinking`` on or
-    off sets the template's ``enable_thinking``; auto does not set it. Raise UserError if the
-    tokenizer has no chat template, if the template has no such switch, if it rejects the messages,
-    or if the model has no row for a token.
+    The arguments are those of ``Style``. UserError: that of ``Renderer``.
     """
-    tokenizer = model.tokenizer
-    if template == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            f"model {model.name}: its tokenizer has no chat template; use --template plain or auto"
-        )
-    chat_template = tokenizer.chat_template
-    if template == "plain" or not chat_template:
-        chat_template = ""
-    if thinking != "auto" and "enable_thinking" not in chat_template:
-        raise UserError(
-            f"model {model.name}: its chat template has no thinking switch (enable_thinking); "
-            "leave its thinking option at auto (--student-thinking, --teacher-thinking; eval: "
-            "--thinking)"
-        )
-    if not chat_template:
-        ids = tokenizer(_plain_text(prompt.messages, separator)).input_ids
-        _check_ids(model, ids, f"prompt {prompt.index}")
-        return ids
-    switch = {}
-    if thinking != "auto":
-        switch["enable_thinking"] = thinking == "on"
-    try:
-        ids = tokenizer.apply_chat_template(
-            list(prompt.messages), add_generation_prompt=True, return_dict=False, **switch
-        )
-    except Exception as error:  # jinja's TemplateError, or any exception that a template raises
-        raise UserError(
-            f"model {model.name}: its chat template rejects prompt {prompt.index} "
-            f"({str(error)[:200] or type(error).__name__}); omit --system or use --template plain"
-        ) from None
-    _check_ids(model, ids, f"prompt {prompt.index}")
-    return ids
+    style = Style(template=template, thinking=thinking, separator=separator)
+    return Renderer(model=model, style=style).render(prompt).ids
 
 
-def _check_ids(model: Reader, ids: Sequence[int], text: str) -> None:
-    """Raise UserError if the model has no row for a token of ``text``."""
-    last = max(ids, default=-1)
-    if last >= model.id_limit:
-        raise UserError(
-            f"model {model.name}: {text} contains the token "
-            f"{model.tokenizer.convert_ids_to_tokens(last)!r} (id {last}), but the model has only "
-            f"{model.id_limit} ids; remove it from the text or the chat template"
-        )
+def student_renderer(model: Reader, settings: Settings) -> Renderer:
+    """Return what renders the student's prompts, or those of an evaluated model."""
+    data = settings.data
+    return Renderer(
+        model=model,
+        style=Style(
+            template=data.template,
+            thinking=data.student_thinking,
+            separator=answer_separator(data),
+            variables=data.variables,
+            date=data.date,
+            system=data.system,
+        ),
+    )
 
 
-def _plain_text(messages: tuple[Message, ...], separator: str) -> str:
-    text = messages[0]["content"]
-    for message in messages[1:]:
-        if message["role"] != "assistant":
-            text += "\n\n"
-        elif not text[-1:].isspace():
-            text += separator
-        text += message["content"]
-    return text
+def teacher_renderer(model: Reader, settings: Settings) -> Renderer:
+    """Return what renders the teacher's prompts."""
+    data = settings.data
+    return Renderer(
+        model=model,
+        style=Style(
+            template=data.template,
+            thinking=data.teacher_thinking,
+            separator=answer_separator(data),
+            variables=data.teacher_variables,
+            flag="--teacher-template-arg",
+            date=data.date,
+            system=data.system,
+        ),
+    )
 
 
 def answer_separator(settings: Any) -> str:
@@ -166,7 +132,8 @@ def render_all(
     """
     settings = config.data
     privileged_template = settings.privileged_template or PRIVILEGED
-    separator = answer_separator(settings)
+    student_texts = student_renderer(student, config)
+    teacher_texts = teacher_renderer(teacher, config)
     student_begin = encode_begin(student, config.rollout.begin)
     teacher_begin = encode_begin(teacher, config.rollout.begin)
     kept: list[Rendered] = []
@@ -174,28 +141,18 @@ def render_all(
     for prompt in prompts:
         if limit is not None and len(kept) == limit:
             break
-        student_ids = render(
-            student,
-            prompt,
-            settings.template,
-            thinking=settings.student_thinking,
-            separator=separator,
-        )
-        teacher_ids = render(
-            teacher,
-            replace(prompt, messages=teacher_messages(prompt, privileged_template)),
-            settings.template,
-            thinking=settings.teacher_thinking,
-            separator=separator,
-        )
-        if max(len(student_ids), len(teacher_ids)) > settings.max_prompt_tokens:
+        shown = replace(prompt, messages=teacher_messages(prompt, privileged_template))
+        student_text = student_texts.render(prompt)
+        teacher_text = teacher_texts.render(shown)
+        if max(len(student_text.ids), len(teacher_text.ids)) > settings.max_prompt_tokens:
             dropped += 1
             continue
         kept.append(
             Rendered(
                 prompt=prompt,
-                student_ids=(*student_ids, *student_begin),
-                teacher_ids=(*teacher_ids, *teacher_begin),
+                student_ids=(*student_text.ids, *student_begin),
+                teacher_ids=(*teacher_text.ids, *teacher_begin),
+                changes=_name_changes(student_text.changes, teacher_text.changes),
             )
         )
     if kept:
@@ -210,10 +167,31 @@ def render_all(
     )
 
 
+def _name_changes(student: frozenset[str], teacher: frozenset[str]) -> frozenset[str]:
+    """Return the changes of both prompts of a row, each with the prompt that it belongs to."""
+    changes = set()
+    for change in student | teacher:
+        where = "both prompts"
+        if change not in teacher:
+            where = "the student's prompt"
+        elif change not in student:
+            where = "the teacher's prompt"
+        changes.add(f"{where}: {change}")
+    return frozenset(changes)
+
+
+def describe_changes(changes: Sequence[frozenset[str]]) -> list[str]:
+    """Return each change with the number of prompts that have it."""
+    counts: Counter[str] = Counter()
+    for of_prompt in changes:
+        counts.update(of_prompt)
+    return [f"{change} ({n} of {len(changes)} prompts)" for change, n in sorted(counts.items())]
+
+
 def encode_begin(model: Reader, text: str | None) -> tuple[int, ...]:
     """Return the token ids of a response's forced first text (empty for None)."""
     if not text:
         return ()
     ids = model.tokenizer(text, add_special_tokens=False).input_ids
-    _check_ids(model, ids, "--begin")
+    check_ids(model, ids, "--begin")
     return tuple(ids)

@@ -1,6 +1,7 @@
 """Evaluate one model, as ``prefix-distill eval`` does."""
 
 import contextlib
+import datetime
 import os
 import tempfile
 from pathlib import Path
@@ -24,11 +25,13 @@ from ..lab.task import LAB
 from ..maths.seeds import seed_of
 from ..prompts import templates
 from ..prompts.prompt import Prompt, PromptSet
+from ..prompts.rendering import Renderer
 from ..training.pair import TASK
 from ..training.prepare import choose_pad
 from ..training.problems import choose_answer_format, settle_max_new_tokens
 from ..training.prompt_sets import load_eval_problems
 from ..training.run import Notes, settled
+from ..training.turn_end import add_turn_end
 
 
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
@@ -53,7 +56,9 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     model.net.to(where.device, where.dtype)
     model.decoding = exactness.find_decoding(model)
     notes.note(*model.decoding.restrictions("the model"))
-    problems = _render(config, model, prompts)
+    renderer = templates.student_renderer(model, config)
+    add_turn_end(renderer, model, notes)
+    problems = _render(config, renderer, prompts, notes=notes)
     longest = max(len(ids) for _, ids in problems)
     config = settle_max_new_tokens(
         config, [model], longest_prompt=longest, task_limit=prompts.max_new_tokens, notes=notes
@@ -121,20 +126,20 @@ def _examples_file(name: str | None) -> Path:
 
 
 def _render(
-    config: Config, model: Model, prompts: PromptSet
+    config: Config, renderer: Renderer, prompts: PromptSet, notes: Notes
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
     """Return each problem with the token ids of its prompt."""
-    begin = templates.encode_begin(model, config.rollout.begin)
+    begin = templates.encode_begin(renderer.model, config.rollout.begin)
+    if renderer.reads_clock:
+        date = config.data.template_date or datetime.date.today().isoformat()
+        notes.note(f"the chat template writes the date {date} (--template-date)")
     rendered = []
+    changes = []
     for prompt in prompts.prompts:
-        ids = templates.render(
-            model,
-            prompt,
-            config.data.template,
-            thinking=config.data.student_thinking,
-            separator=templates.answer_separator(config.data),
-        )
-        rendered.append((prompt, (*ids, *begin)))
+        text = renderer.render(prompt)
+        rendered.append((prompt, (*text.ids, *begin)))
+        changes.append(text.changes)
+    notes.note(*templates.describe_changes(changes))
     return rendered
 
 

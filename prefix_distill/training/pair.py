@@ -29,7 +29,9 @@ from ..maths.flops import describe_not_counted
 from ..maths.schedule import parse_off_policy
 from ..maths.weights import parse_window
 from ..plugins import load_plugins
+from ..prompts.templates import student_renderer, teacher_renderer
 from .run import Notes, settled
+from .turn_end import add_turn_end
 
 HALF = 0.5  # share of the weights below which an adapter on all of them is worth a warning
 TASK = "choice"  # the built-in default: lab:choice and its pair
@@ -92,6 +94,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
         student = _add_adapter(config, student, where, notes=notes)
     teacher = _load_teacher(config, student, where, notes=notes)
     _note_same_weights(config, student, teacher, notes=notes)
+    add_turn_end(student_renderer(student, config), student, notes)
+    add_turn_end(teacher_renderer(teacher, config), teacher, notes)
     with as_preflight_error():
         alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
     notes.note(tokenizers)

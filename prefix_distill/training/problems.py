@@ -1,6 +1,7 @@
 """Render prompts for both models, and settle the lengths that depend on them."""
 
 import dataclasses
+import datetime
 from dataclasses import dataclass
 
 from .. import config as configuration
@@ -32,6 +33,7 @@ def render_problems(
     UserError: no prompt is left. PreflightError: the models have too few positions.
     """
     config = settle_privileged_template(config, sets)
+    config = settle_template_date(config, pair, place, notes=notes)
     train, extrapolation, dropped = _render_for_run(config, sets, pair, notes=notes)
     _check_extrapolation_prompts(config, extrapolation, notes)
     if config.data.privileged_column is not None:
@@ -44,6 +46,7 @@ def render_problems(
             f"{_count_by_set(sets.train, dropped)} training and {dropped_held_out} held-out "
             f"prompts exceed --max-prompt-tokens {config.data.max_prompt_tokens} and were dropped"
         )
+    notes.note(*templates.describe_changes([r.changes for r in train + held_out]))
     longest = 0
     for r in train + extrapolation + held_out:
         longest = max(longest, len(r.student_ids), len(r.teacher_ids))
@@ -93,6 +96,23 @@ def settle_privileged_template(config: Config, sets: PromptSets) -> Config:
     if len(privileged_templates) == 1:
         template = privileged_templates.pop()
     return configuration.replace(config, data={"privileged_template": template or PRIVILEGED})
+
+
+def settle_template_date(config: Config, pair: Pair, place: Place, notes: Notes) -> Config:
+    """Return the config with the date that chat templates write, if one of them reads the clock.
+
+    The first rank's date counts. A resumed run reads it from its folder.
+    """
+    renderers = [
+        templates.student_renderer(pair.student, config),
+        templates.teacher_renderer(pair.teacher, config),
+    ]
+    if not any(renderer.reads_clock for renderer in renderers):
+        return config
+    date = config.data.template_date or datetime.date.today().isoformat()
+    date = place.gather(date)[0]
+    notes.note(f"chat templates write the date {date} (--template-date)")
+    return configuration.replace(config, data={"template_date": date})
 
 
 def _render_for_run(

@@ -156,6 +156,30 @@ def test_different_chat_templates_are_reported(pair, questions, tmp_path):
     assert found.status == "warning" and "student auto, teacher off" in found.text
 
 
+def test_what_differs_at_the_end_of_the_prompts_is_reported(pair, questions, tmp_path):
+    def opens(tokenizer):
+        tokenizer.chat_template += "{% if mood is defined %}{{ mood }}{% endif %}<think>"
+
+    opening = with_tokenizer(tmp_path / "opening", opens, seed=2)
+    found = examined((pair[0], opening), questions)["templates"]
+    assert found.status == "warning" and "the teacher's '<a><think>'" in found.text
+    assert "variables of the teacher's template, for --teacher-template-arg: mood" in found.text
+    found = examined((opening, opening), questions, rollout__begin="<think>")["templates"]
+    assert found.status == "warning" and "has <think> twice" in found.text
+
+
+def test_a_turn_that_ends_with_another_token_than_the_model_names(pair, questions, tmp_path):
+    def change(tokenizer):
+        tokenizer.eos_token = "<u>"
+
+    folder = with_tokenizer(tmp_path / "other", change, seed=2)
+    file = tmp_path / "other/generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 258}))
+    found = examined((pair[0], folder), questions)["end of text"]
+    assert found.status == "warning" and found.facts["teacher"] == [257, 258]
+    assert "its chat template ends a turn with <e> (257)" in found.text
+
+
 def test_different_eos_ids_are_reported(pair, questions, tmp_path):
     other = save_tiny(tmp_path / "other", seed=2, eos="<u>")
     found = examined((pair[0], other), questions)["end of text"]

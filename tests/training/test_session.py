@@ -163,6 +163,8 @@ def test_padded_vocabularies_are_cut_to_the_real_ids(tmp_path, questions, pair):
 def test_the_eos_ids_are_those_of_the_chosen_model(pair, questions, tmp_path):
     teacher = tmp_path / "teacher"
     save_tiny(teacher, seed=2, eos="<a>")
+    template = teacher / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<e>", "<a>"))  # turns end with its EOS token
     generation = GenerationConfig.from_pretrained(teacher)
     generation.eos_token_id = [259]
     generation.save_pretrained(teacher)
