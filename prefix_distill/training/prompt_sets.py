@@ -95,6 +95,7 @@ def row_format(config: Config) -> RowFormat:
         system=data.system,
         instruction=data.instruction,
         prompt_template=data.prompt_template,
+        answer_format=config.evaluate.answer_format,
         seed=config.runtime.seed,
         streaming=data.streaming,
     )
