@@ -163,7 +163,10 @@ def test_average_and_pass_at_k(models):
     score = run([texts[0][0], "none"])
     right = texts[0].count(texts[0][0]) / 3
     assert score.accuracy["value"] == pytest.approx(right / 2) and score.pass_at_k["value"] == 0.5
-    assert run([None, "x"]).accuracy is None
+    assert run([None, None]).accuracy is None
+    partial = run([texts[0][0], None])
+    assert partial.accuracy["n"] == 1 and partial.accuracy["value"] == pytest.approx(right)
+    assert partial.right() == [pytest.approx(right)]
     assert score.mean_tokens <= 2
 
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import invoke, last_json
 
 from prefix_distill.errors import UserError
 from prefix_distill.prompts.load import load_prompts
@@ -516,3 +517,20 @@ def test_prose_is_graded_where_the_whole_text_is_the_answer(tmp_path):
     write(tmp_path, {"x.jsonl": [{"question": "6·7?", "answer": PROSE}]})
     [prompt] = load_prompts(str(tmp_path / "x.jsonl"), RowFormat(answer_format="exact")).prompts
     assert prompt.answer == PROSE
+
+
+@pytest.mark.parametrize("words", [("-v", "eval"), ("eval", "--verbose"), ("eval",)])
+def test_eval_counts_what_it_cannot_grade_and_lists_columns_on_request(
+    words, pair, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PREFIX_DISTILL_VERBOSE", "")
+    rows = [ROW | {"id": 1}, ROW | {"answer": None}]
+    write(tmp_path, {"x.jsonl": rows})
+    code, out, err = invoke(
+        *words,
+        *("--model", pair[0], "--dataset", tmp_path / "x.jsonl", "--out", tmp_path / "e.jsonl"),
+        *("--max-new-tokens", "2", "--device", "cpu"),
+    )
+    assert code == 0 and last_json(out)["accuracy"]["n"] == 1, err
+    assert "accuracy is measured on 1 of the 2 evaluated prompts" in err
+    assert ("column id: not used" in err) is (len(words) == 2)
