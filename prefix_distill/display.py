@@ -36,6 +36,11 @@ def is_plain() -> bool:
     return os.environ.get("TERM") == "dumb"
 
 
+def is_verbose() -> bool:
+    """Return whether notes are printed in full."""
+    return bool(os.environ.get("PREFIX_DISTILL_VERBOSE"))
+
+
 def print_tables(*tables: "Table", width: int | None = None) -> None:
     """Print rich tables on stderr.
 

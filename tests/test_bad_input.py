@@ -254,12 +254,12 @@ BAD = {
     ),
     "dataset is a folder": (
         ["--dataset", "{root}/folder.jsonl"],
-        "expected a file, got a folder; name a file in it",
+        "expected a folder with .jsonl, .json, .csv, .tsv, .parquet files, or one written by",
     ),
     "dataset name too long": (["--dataset", "x" * 5000], "not a valid path"),
     "dataset of another kind": (
         ["--dataset", "{root}/bad.gguf"],
-        "expected one of .jsonl, .json, .csv, .parquet",
+        "expected one of .jsonl, .json, .csv, .tsv, .parquet",
     ),
     "preset misspelt": (["--dataset", "gms8k"], "neither a file nor a preset; did you mean gsm8k?"),
     "more rows than there are": (
@@ -525,8 +525,8 @@ DATASETS = {  # name → (suffix, content, message)
     "words": (
         ".csv",
         "words,more\na,b\n",
-        "no prompt column (messages, prompt, question, problem, instruction, query, input) among "
-        "words, more",
+        "no prompt column (messages, conversations, conversation, dialog, dialogue, prompt, "
+        "question, problem, instruction, query, input, inputs, text, chosen) among words, more",
     ),
     "empty": (".jsonl", "", "it has no rows"),
     "blank lines": (".jsonl", "\n\n", "it has no rows"),
@@ -567,12 +567,12 @@ DATASETS = {  # name → (suffix, content, message)
         "an unpaired surrogate",
     ),
     "no UTF-8": (".jsonl", b'{"question": "\xff\xfe"}\n', "UnicodeDecodeError"),
-    "utf-16": (".jsonl", LINE.encode("utf-16"), "UnicodeDecodeError"),
+    "utf-16": (".jsonl", LINE.encode("utf-16"), "the text is UTF-16, expected UTF-8"),
     "json of null": (".json", "null", "row 0: expected an object"),
     "json of a number": (".json", "5", "row 0: expected an object"),
     "json of words": (".json", '["a", "b"]', "row 0: expected an object"),
     "json of nothing": (".json", "[]", "it has no rows"),
-    "json of a record": (".json", '{"data": [{"question": "a"}]}', "no prompt column"),
+    "json of a record": (".json", '{"data": [{"words": "a"}]}', "no prompt column"),
     "torn json": (".json", '[{"question": "a"}, {"ques', "not readable as json"),
     "broken quotes": (
         ".csv",
@@ -584,7 +584,7 @@ DATASETS = {  # name → (suffix, content, message)
     "empty cell": (".csv", "question,answer\n,2\n", "row 0 has no prompt text"),
     "header alone": (".csv", "question,answer\n", "it has no rows"),
     "column twice": (".csv", "question,question\na,b\n", "expected distinct column names"),
-    "semicolons": (".csv", "question;answer\na;b\n", "no prompt column"),
+    "semicolons": (".csv", "words;more\na;b\n", "among words, more"),
     "latin-1": (".csv", b"question,answer\nna\xefve,b\n", "UnicodeDecodeError"),
     "text for parquet": (".parquet", "hello", "not readable as parquet"),
     "torn parquet": (".parquet", b"PAR1xxxxPAR1", "not readable as parquet"),

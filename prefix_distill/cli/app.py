@@ -51,9 +51,20 @@ def program(
             "(also: PREFIX_DISTILL_PLAIN=1, NO_COLOR=1, TERM=dumb).",
         ),
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Print what became of each column of a dataset, and its first row (also: "
+            "PREFIX_DISTILL_VERBOSE=1).",
+        ),
+    ] = False,
 ) -> None:
     if plain:
         os.environ["PREFIX_DISTILL_PLAIN"] = "1"
+    if verbose:
+        os.environ["PREFIX_DISTILL_VERBOSE"] = "1"
     if display.is_plain() or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
 

@@ -13,6 +13,7 @@ from ..errors import ABORTED, Stopped, UserError
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, report_failure
 from .quiet import calm_threads
+from .spelling_tables import PROGRAM_SWITCHES
 
 COMPLETION = "_PREFIX_DISTILL_COMPLETE"  # a shell sets it to ask for completions
 
@@ -91,7 +92,7 @@ def run_command(arguments: list[str]) -> int | None:
     try:
         # get_group would leave shell completion out
         group = cast(Commands, typer.main.get_command(app))
-        if not set(arguments) - {"--plain"} and COMPLETION not in os.environ:
+        if not set(arguments) - set(PROGRAM_SWITCHES) and COMPLETION not in os.environ:
             with contextlib.redirect_stdout(sys.stderr):
                 group(["--help"], prog_name="prefix-distill", standalone_mode=False)
             return 2
@@ -116,7 +117,8 @@ def run_command(arguments: list[str]) -> int | None:
 def translate_arguments(
     group: typer.core.TyperGroup, arguments: list[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the arguments in our own flags, --plain first, and a note on each translated one."""
+    """Return the arguments in our own flags, those of the program first, and a note on each
+    translated one."""
     name = next((word for word in arguments if not _is_flag(word)), "")
     if name not in group.commands:
         return arguments, []
@@ -127,9 +129,8 @@ def translate_arguments(
     words, translated = translate(
         arguments[at + 1 :], valued=valued, switches=switches, world=_world_size()
     )
-    # --plain is an option of the program that may also follow the command
     before = arguments[:at]
-    if words[:1] == ["--plain"]:
+    while words[:1] and words[0] in PROGRAM_SWITCHES:
         before.append(words.pop(0))
     return [*before, name, *words], translated
 
@@ -141,7 +142,8 @@ def _is_flag(word: str) -> bool:
 def _flags_of(group: typer.core.TyperGroup, name: str) -> tuple[set[str], dict[str, str | None]]:
     """Return a command's flags that take a value, and its switches with their config key."""
     valued: set[str] = set()
-    switches: dict[str, str | None] = {"--plain": None, "--help": None}
+    switches: dict[str, str | None] = {"--help": None}
+    switches.update(dict.fromkeys(PROGRAM_SWITCHES))
     for parameter in group.commands[name].params:
         flags = [flag for flag in parameter.opts if _is_flag(flag)]
         if not getattr(parameter, "is_flag", False):

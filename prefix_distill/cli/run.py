@@ -86,6 +86,9 @@ def check(config_file: ConfigFile = None, assignments: Assignments = None, **fla
         note(text)
     show(result, width=200)
     for check in result.checks:
+        if check["name"] == "data":
+            for text in check["facts"]["account"]:
+                note(text)
         if check["name"] == "prompts":
             _show_prompts(check["facts"])
     finish(result.to_dict())

@@ -17,6 +17,7 @@ from .spelling_tables import (
     LISTS,
     LORA,
     OFF,
+    PROGRAM_SWITCHES,
     REFUSED,
     RENAMED,
     RESUME,
@@ -116,6 +117,8 @@ class _Line:
         if word == "--":
             self.words += [word, *self.rest]
             self.rest.clear()
+        elif word in PROGRAM_SWITCHES:
+            self.words.insert(0, word)
         elif not word.startswith("--"):
             self.words.append(word)
         elif flag in self.valued:
@@ -158,7 +161,7 @@ class _Line:
         if not equals and self.rest and self.rest[0] in ("True", "False", "true", "false"):
             is_on = read_switch(name, self.rest.pop(0))
         key = self.switches[flag]
-        if is_on and flag == "--plain":
+        if is_on and flag in PROGRAM_SWITCHES:
             self.words.insert(0, flag)
         elif is_on:
             self.put([flag], flag)

@@ -45,10 +45,10 @@ class Score:
     records: list[dict]
 
     def right(self) -> list[float]:
-        """Return the share of correct answers of every problem."""
+        """Return the share of correct answers of every problem that can be graded."""
         return [
             sum(r["correct"] for r in record["responses"]) / len(record["responses"])
-            for record in self.records
+            for record in _gradable(self.records)
         ]
 
     def summary(self) -> dict:
@@ -84,10 +84,10 @@ def evaluate(
 
     ``problems``: (Prompt, prompt ids) pairs. A sample is seeded by (seed, problem, sample) alone,
     so all evaluations of a run, and of two models, are paired. accuracy: avg@k over problems;
-    pass_at_k: share of problems with at least one correct answer. Both are None if a problem has no
-    reference. The problems are divided among ranks, and each rank grades its own answers. Grading
-    has a time limit, so two ranks could grade one answer differently. Records are gathered in
-    problem order.
+    pass_at_k: share of problems with at least one correct answer. Both leave out problems without a
+    reference, and are None if no problem has one. The problems are divided among ranks, and each
+    rank grades its own answers. Grading has a time limit, so two ranks could grade one answer
+    differently. Records are gathered in problem order.
     """
     place = limits.place
     every = [(i, s) for i in range(len(problems)) for s in range(how.samples)]
@@ -124,11 +124,13 @@ def _score(records: list[dict]) -> Score:
     """Return the score of graded records."""
     responses = [r for record in records for r in record["responses"]]
     accuracy = pass_at_k = finished_accuracy = None
-    if all(r["correct"] is not None for r in responses):
-        right = [[r["correct"] for r in record["responses"]] for record in records]
+    gradable = _gradable(records)
+    if gradable:
+        right = [[r["correct"] for r in record["responses"]] for record in gradable]
         accuracy = interval([sum(row) / len(row) for row in right])
         pass_at_k = interval([float(any(row)) for row in right])
-        finished = [r for r in responses if r["finished"]]
+        graded = [r for record in gradable for r in record["responses"]]
+        finished = [r for r in graded if r["finished"]]
         if finished:
             finished_accuracy = _share(finished, "correct")
     return Score(
@@ -140,6 +142,11 @@ def _score(records: list[dict]) -> Score:
         repetition_rate=_share(responses, "repeats"),
         records=records,
     )
+
+
+def _gradable(records: list[dict]) -> list[dict]:
+    """Return the records of the problems that have a reference."""
+    return [record for record in records if record["reference"] is not None]
 
 
 def decode(model: Model, ids: Sequence[int]) -> str:

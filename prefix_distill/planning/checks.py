@@ -41,6 +41,29 @@ SHAPING = (
     "no_repeat_ngram_size",
     "do_sample",
     "num_beams",
+    "length_penalty",
+    "min_length",
+    "min_new_tokens",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "bad_words_ids",
+    "sequence_bias",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "top_h",
+    "guidance_scale",
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "watermarking_config",
+    "stop_strings",
 )
 
 
@@ -52,6 +75,7 @@ def examine(run: Run, samples: int, limit: float | None = SECONDS) -> list[Check
     """
     checks = [
         text_checks.check_vocabulary(run),
+        text_checks.check_data(run),
         text_checks.check_prompts(run),
         text_checks.check_templates(run),
         text_checks.check_eos(run),

@@ -42,6 +42,13 @@ def check_vocabulary(run: Run) -> Check:
     return passed("vocabulary", run.pair.tokenizers, facts)
 
 
+def check_data(run: Run) -> Check:
+    """Return how the rows of every dataset were read: each column, and the first row."""
+    graded = sum(prompt.answer is not None for prompt, _ in run.problems.held_out)
+    text = f"{graded:,} of {len(run.problems.held_out):,} evaluated prompts can be graded"
+    return passed("data", text, {"account": run.notes.account})
+
+
 def check_prompts(run: Run) -> Check:
     """Return both renderings of a prompt, and whether the teacher expects the student's answer.
 

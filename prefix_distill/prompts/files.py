@@ -1,12 +1,11 @@
-"""Read the rows of JSONL, JSON, CSV and Parquet files and of datasets on the hub."""
+"""Read the rows of files, of folders of files, and of datasets on the hub."""
 
 import csv
 import gzip
-import itertools
-import json
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -14,33 +13,118 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from ..errors import UserError
 from ..files import describe_lfs_pointer, describe_special, is_lfs_pointer
 from .presets import closest_preset
-from .sources import FORMATS, Source, is_path
+from .readers import Row, choose_separator, read_lines, read_objects, read_table
+from .saved import find_saved, list_shards, load_saved
+from .sources import FORMATS, Source, is_path, list_matches
 
 if TYPE_CHECKING:  # the import takes a second, and most files do not need it
     from datasets import Dataset, IterableDataset
 
-Row = dict[str, Any]
-
 UNREADABLE = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error)
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the marks at the start of the file
 
 
-def read_rows(source: Source, split: str) -> "list[Row] | Dataset":
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The rows of a dataset, and remarks on how they were found."""
+
+    rows: "list[Row] | Dataset"
+    remarks: tuple[str, ...] = ()
+
+
+def read_rows(source: Source, split: str) -> Table:
     """Return all rows of a dataset. Raise UserError if it cannot be read."""
     path = _find_local(source)
     if path is None:
-        return _load_from_hub(source, split, streaming=False)
-    if path.is_dir():
-        return _load_folder(source, path, split, streaming=False)
+        return Table(rows=_load_from_hub(source, split, streaming=False))
+    if isinstance(path, Path) and path.is_dir():
+        if source.preset is not None:
+            return Table(rows=_load_folder(source, path, split, streaming=False))
+        saved = find_saved(source.text, path, split)
+        if saved is not None:
+            return Table(rows=load_saved(source.text, saved))
+        path = list_shards(source.text, path, split)
+    if isinstance(path, Path):
+        return _read_file(source, path)
+    return _read_files(source, path)
+
+
+def _read_files(source: Source, paths: list[Path]) -> Table:
+    """Read several files as one dataset."""
+    remarks = [f"rows from {len(paths)} files, {paths[0].name} to {paths[-1].name}"]
+    if all(_file_format(path) == ".parquet" for path in paths):
+        full = [path for path in paths if not _is_empty_parquet(source, path)]
+        if not full:
+            raise no_rows(source.location)
+        return Table(rows=_load_parquet(source, full), remarks=tuple(remarks))
+    rows: list[Row] = []
+    for path in paths:
+        table = _read_file(source, path)
+        rows.extend(table.rows)
+        for remark in table.remarks:
+            remarks.append(f"{path.name}: {remark}")
+    return Table(rows=rows, remarks=tuple(remarks))
+
+
+def _read_file(source: Source, path: Path) -> Table:
     file_format = _file_format(path)
+    if file_format == ".parquet":
+        if _is_empty_parquet(source, path):
+            raise no_rows(source.location)
+        return Table(rows=_load_parquet(source, [path]))
     try:
-        if file_format == ".parquet":
-            return _load_into_memory("parquet", data_files=str(path), split="train")
+        _check_encoding(path)
         with _open(path) as file:
-            if file_format == ".csv":
-                return list(_read_table(file))
-            return _read_objects(file.read())
+            if file_format not in (".csv", ".tsv"):
+                rows, remarks = read_objects(file.read())
+                return Table(rows=rows, remarks=remarks)
+            return Table(
+                rows=list(read_table(file, _separator_of(path))), remarks=_describe_separator(path)
+            )
     except UNREADABLE as error:
         raise _unreadable(source, path, error) from None
+
+
+def _is_empty_parquet(source: Source, path: Path) -> bool:
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as table:
+            return bool(table.metadata.num_rows == 0)
+    except UNREADABLE as error:
+        raise _unreadable(source, path, error) from None
+
+
+def _load_parquet(source: Source, paths: list[Path]) -> "Dataset":
+    try:
+        return _load_into_memory("parquet", data_files=list(map(str, paths)), split="train")
+    except UNREADABLE as error:
+        raise _unreadable(source, paths[0], error) from None
+
+
+def _separator_of(path: Path) -> str | None:
+    if _file_format(path) == ".tsv":
+        return "\t"
+    return None
+
+
+def _describe_separator(path: Path) -> tuple[str, ...]:
+    """Return a remark if the cells of a .csv file are not separated by commas."""
+    if _file_format(path) != ".csv":
+        return ()
+    with _open(path) as file:
+        separator = choose_separator(file.readline())
+    if separator == ",":
+        return ()
+    return (f"cells separated by {'tabs' if separator == chr(9) else 'semicolons'}",)
+
+
+def _check_encoding(path: Path) -> None:
+    """Raise ValueError if the text is UTF-16."""
+    with _open_bytes(path) as file:
+        start = file.read(2)
+    if start in UTF_16:
+        raise ValueError("the text is UTF-16, expected UTF-8; save the file as UTF-8")
 
 
 def stream_rows(source: Source, split: str) -> "IterableDataset":
@@ -50,17 +134,23 @@ def stream_rows(source: Source, split: str) -> "IterableDataset":
     """
     path = _find_local(source)
     if path is None:
-        return _load_from_hub(source, split, streaming=True)
-    if path.is_dir():
-        return _load_folder(source, path, split, streaming=True)
-    if _file_format(path) == ".json":
+        return cast("IterableDataset", _load_from_hub(source, split, streaming=True))
+    if isinstance(path, Path) and path.is_dir():
+        if source.preset is not None:
+            return cast("IterableDataset", _load_folder(source, path, split, streaming=True))
+        saved = find_saved(source.text, path, split)
+        if saved is not None:
+            return load_saved(source.text, saved).to_iterable_dataset()
+        path = list_shards(source.text, path, split)
+    paths = [path] if isinstance(path, Path) else path
+    if any(_file_format(file) == ".json" for file in paths):
         raise UserError(
             f"dataset {source.location}: --streaming cannot read a .json file row by row; convert "
             "it to .jsonl, or omit --streaming"
         )
     from datasets import IterableDataset
 
-    return IterableDataset.from_generator(partial(_stream_file, source, path))
+    return IterableDataset.from_generator(partial(_stream_files, source, paths))
 
 
 def no_rows(name: str) -> UserError:
@@ -68,8 +158,8 @@ def no_rows(name: str) -> UserError:
     return UserError(f"dataset {name}: it has no rows; give a dataset with at least one prompt")
 
 
-def _find_local(source: Source) -> Path | None:
-    """Return the file, or the folder with a copy of a preset; None for a dataset on the hub.
+def _find_local(source: Source) -> Path | list[Path] | None:
+    """Return the file, the folder, or the files of a pattern; None for a dataset on the hub.
 
     Raise UserError if the name is a path but not that of a readable dataset.
     """
@@ -83,21 +173,44 @@ def _find_local(source: Source) -> Path | None:
             f"dataset {name[:200]!r}: not a valid path ({type(error).__name__}); give a file or a "
             "hub id"
         ) from None
-    if path.is_dir() and source.preset is not None:
+    if path.is_dir():
         return path
+    if not exists and source.is_pattern:
+        return _find_matches(source)
     file_format = _file_format(path)
     if not exists and file_format not in FORMATS and not is_path(name):
         close = closest_preset(name)
         if close is not None and "/" not in name:
             raise UserError(f"dataset {name}: neither a file nor a preset; did you mean {close}?")
         return None
-    if path.is_dir():
-        raise UserError(f"dataset {name}: expected a file, got a folder; name a file in it")
+    _check_file(source, path)
+    return path
+
+
+def _find_matches(source: Source) -> list[Path]:
+    """Return the files that a pattern such as data/*.parquet matches, sorted by name."""
+    paths = list_matches(source.location)
+    if not paths:
+        raise UserError(f"dataset {source.location}: no file matches the pattern; check the path")
+    for path in paths:
+        _check_file(source, path)
+    return paths
+
+
+def _check_file(source: Source, path: Path) -> None:
+    """Raise UserError unless ``path`` is a file of a known format with content."""
+    name = source.location
+    file_format = _file_format(path)
     special = describe_special(path)
     if special is not None:
         raise UserError(f"dataset {name}: expected a regular file, got {special}; name a file")
     if not path.is_file():
         raise UserError(f"dataset {name}: no such file; check the path")
+    if file_format == ".arrow":
+        raise UserError(
+            f"dataset {name}: expected the folder that save_to_disk wrote, got a file in it; name "
+            "the folder"
+        )
     if file_format not in FORMATS:
         raise UserError(
             f"dataset {name}: expected one of {', '.join(FORMATS)} (also .gz), got "
@@ -107,7 +220,6 @@ def _find_local(source: Source) -> Path | None:
         raise no_rows(name)
     if is_lfs_pointer(path):
         raise UserError(f"dataset {name}: {describe_lfs_pointer(path)}")
-    return path
 
 
 def _file_format(path: Path) -> str:
@@ -123,6 +235,8 @@ def _is_compressed(path: Path) -> bool:
 
 def _unreadable(source: Source, path: Path, error: Exception) -> UserError:
     message = " ".join(str(error).split())[:200]
+    if isinstance(error, UnicodeDecodeError):
+        message += "; expected UTF-8"
     return UserError(
         f"dataset {source.location}: not readable as {_file_format(path)[1:]} "
         f"({type(error).__name__}: {message}); repair the file"
@@ -133,6 +247,12 @@ def _open(path: Path) -> IO[str]:
     if _is_compressed(path):
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return open(path, encoding="utf-8-sig", newline="")
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    if _is_compressed(path):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return open(path, "rb")
 
 
 def _load_folder(source: Source, folder: Path, split: str, *, streaming: bool) -> Any:
@@ -204,23 +324,29 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def _stream_file(source: Source, path: Path) -> Iterator[Row]:
-    """Yield the rows of a file, one at a time."""
-    try:
-        if _file_format(path) == ".parquet":
-            from pyarrow.parquet import ParquetFile
+def _stream_files(source: Source, paths: list[Path]) -> Iterator[Row]:
+    """Yield the rows of files, one at a time."""
+    for path in paths:
+        try:
+            yield from _stream_file(path)
+        except UNREADABLE as error:
+            raise _unreadable(source, path, error) from None
 
-            with ParquetFile(path) as table:
-                for rows in table.iter_batches(batch_size=100):
-                    yield from rows.to_pylist()
-            return
-        with _open(path) as file:
-            if _file_format(path) == ".csv":
-                yield from _read_table(file)
-            else:
-                yield from _read_lines(file)
-    except UNREADABLE as error:
-        raise _unreadable(source, path, error) from None
+
+def _stream_file(path: Path) -> Iterator[Row]:
+    if _file_format(path) == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path) as table:
+            for rows in table.iter_batches(batch_size=100):
+                yield from rows.to_pylist()
+        return
+    _check_encoding(path)
+    with _open(path) as file:
+        if _file_format(path) in (".csv", ".tsv"):
+            yield from read_table(file, _separator_of(path))
+        else:
+            yield from read_lines(file)
 
 
 def iterate_rows(name: str, rows: "IterableDataset") -> Iterator[Row]:
@@ -251,60 +377,3 @@ def _load_into_memory(*what: str, **options: Any) -> "Dataset":
         except Exception as error:
             raise ValueError(str(error.__cause__ or error)) from None
     return cast("Dataset", loaded)  # a named split gives one Dataset
-
-
-def _read_objects(text: str) -> list[Row]:
-    """Parse one JSON list of objects, one object, or one object per line.
-
-    The first row gets every column of the file, because the columns are detected from it.
-    """
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError:
-        parsed = list(_read_lines(text.split("\n")))
-    if not isinstance(parsed, list):
-        parsed = [parsed]
-    columns: Row = {}
-    for number, row in enumerate(parsed):
-        _check_object(number, row)
-        columns.update(dict.fromkeys(row))
-    if parsed:
-        parsed[0] = columns | parsed[0]
-    return parsed
-
-
-def _read_lines(lines: Iterable[str]) -> Iterator[Row]:
-    """Yield the object on each line of JSON text; skip empty lines."""
-    count = itertools.count()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
-        _check_object(next(count), row)
-        yield row
-
-
-def _check_object(number: int, row: object) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(
-            f'row {number}: expected an object such as {{"prompt": …}}, got {str(row)[:60]!r}'
-        )
-
-
-def _read_table(file: Iterable[str]) -> Iterator[dict[str, str | None]]:
-    """Yield the rows of CSV text; an empty cell is None."""
-    reader = csv.reader(file, strict=True)
-    columns = next(reader, [])
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"line 1: expected distinct column names, got {', '.join(columns)}")
-    for cells in reader:
-        if not cells:
-            continue
-        if len(cells) != len(columns):
-            raise ValueError(
-                f"line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}"
-            )
-        yield {column: cell or None for column, cell in zip(columns, cells, strict=True)}

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..lab import task
 from ..lab.task import LAB, MAX_NEW_TOKENS
-from .files import Row, iterate_rows, no_rows, read_rows, stream_rows
+from .account import describe, describe_in_full
+from .files import Table, iterate_rows, no_rows, read_rows, stream_rows
 from .prompt import Prompt, PromptSet
+from .readers import Row
 from .rows import BUFFER, PromptBuilder, RowFormat
 from .sources import Source, parse_source
 from .stream import shuffle
@@ -82,7 +84,8 @@ def _load(
         _check_embedded_column(
             source, row_format.privileged_column, known="solution", flag="privileged"
         )
-        return _select(builder, _embedded_rows(source, selection), selection)
+        table = Table(rows=_embedded_rows(source, selection))
+        return _select(builder, table, selection)
     if row_format.streaming:
         return _stream(builder, stream_rows(source, selection.split), selection)
     return _select(builder, read_rows(source, selection.split), selection)
@@ -125,7 +128,7 @@ def _stream(builder: PromptBuilder, rows: "IterableDataset", selection: _Selecti
         prompts = counted[: selection.limit]
     elif selection.limit is not None:
         prompts = tuple(itertools.islice(prompts, selection.limit))
-    return _make_set(source, selection.split, prompts, notes=builder.notes(selection.split, None))
+    return _make_set(builder, selection.split, prompts, available=None)
 
 
 def _build_each(builder: PromptBuilder, rows: Iterable[Row]) -> Iterator[Prompt]:
@@ -133,14 +136,13 @@ def _build_each(builder: PromptBuilder, rows: Iterable[Row]) -> Iterator[Prompt]
         yield builder.build(index, row)
 
 
-def _select(
-    builder: PromptBuilder, rows: "list[Row] | Dataset", selection: _Selection
-) -> PromptSet:
+def _select(builder: PromptBuilder, table: Table, selection: _Selection) -> PromptSet:
     """Return a set of all rows, or of those that name#count and the limit select."""
     source, limit = builder.source, selection.limit
+    rows = table.rows
     if len(rows) == 0:
         raise no_rows(source.text)
-    builder = builder.detect_columns(rows[0])
+    builder = builder.detect_columns(_unite_columns(rows))
     order: Sequence[int] = range(len(rows))
     if source.count is not None:
         _check_count(source, len(rows))
@@ -151,8 +153,19 @@ def _select(
         else:
             order = order[:limit]
     prompts = tuple(builder.build(index, rows[index]) for index in order)
-    notes = builder.notes(selection.split, len(rows))
-    return _make_set(source, selection.split, prompts, notes=notes)
+    return _make_set(builder, selection.split, prompts, available=len(rows), remarks=table.remarks)
+
+
+def _unite_columns(rows: "list[Row] | Dataset") -> Row:
+    """Return a row with every column of the dataset and the first value of each that is no null."""
+    if not isinstance(rows, list):
+        return dict(rows[0])
+    columns: Row = {}
+    for row in rows:
+        for name, value in row.items():
+            if columns.get(name) is None:
+                columns[name] = value
+    return columns
 
 
 def _check_count(source: Source, available: int) -> None:
@@ -164,12 +177,23 @@ def _check_count(source: Source, available: int) -> None:
 
 
 def _make_set(
-    source: Source,
+    builder: PromptBuilder,
     split: str,
     prompts: tuple[Prompt, ...] | Iterator[Prompt],
-    notes: tuple[str, ...],
+    *,
+    available: int | None,
+    remarks: tuple[str, ...] = (),
 ) -> PromptSet:
-    """Return the prompts with the properties of their task."""
+    """Return the prompts with the properties of their task.
+
+    ``available`` is the number of rows in the dataset, or None if they are streamed.
+    """
+    source = builder.source
+    notes = describe(builder, split, available, remarks=remarks)
+    first = None
+    if isinstance(prompts, tuple) and prompts:
+        first = prompts[0]
+    account = describe_in_full(builder, first)
     if source.is_embedded:
         other_splits = {"test": (source.location, "test")}
         if split != "train":
@@ -184,14 +208,15 @@ def _make_set(
             notes=notes,
         )
     answer_format = None
-    if source.preset is not None and source.preset.answer_format != "auto":
-        answer_format = source.preset.answer_format
+    if builder.own_answer_format != "auto":
+        answer_format = builder.own_answer_format
     return PromptSet(
         name=source.text,
         prompts=prompts,
         answer_format=answer_format,
         other_splits=_other_splits(source, split),
         notes=notes,
+        account=account,
     )
 
 

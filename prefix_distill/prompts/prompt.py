@@ -45,7 +45,8 @@ class PromptSet:
     - ``max_new_tokens``: the longest response that the task needs (tokens), if known.
     - ``privileged_template``: the template that the task's own networks were trained with.
     - ``other_splits``: other splits by use ("test", "examples"), as (name, split) to load.
-    - ``notes``: the choices made while loading, for the user.
+    - ``notes``: the choices made while loading, for the user; ``account``: all of them, with what
+      became of each column and the first row.
     """
 
     name: str
@@ -55,6 +56,7 @@ class PromptSet:
     privileged_template: str | None = None
     other_splits: dict[str, tuple[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    account: tuple[str, ...] = ()
 
     @property
     def streamed(self) -> bool:

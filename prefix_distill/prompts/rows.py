@@ -1,32 +1,31 @@
 """Turn the rows of a dataset into prompts."""
 
 import re
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 from typing import Any
 
 from ..errors import UserError
 from . import answers
-from .files import Row
+from .columns import (
+    Companions,
+    choose_column,
+    clean_names,
+    find_companions,
+    find_media,
+    reach,
+)
+from .golds import BLANK, PROSE, describe_reading, read_gold
+from .names import ANSWER_COLUMNS, OPTION_ANSWER_COLUMNS, PROMPT_COLUMNS
+from .options import letter_of, read_options, show_options
 from .presets import Preset
 from .prompt import Message, Prompt
+from .readers import Row
 from .sources import Source
 from .stream import shuffle
+from .turns import ROLES, are_texts, find_silent_call, read_turns
 
-PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "query", "input")
-ANSWER_COLUMNS = (
-    "answer",
-    "solution",
-    "final_answer",
-    "ground_truth",
-    "target",
-    "gold",
-    "output",
-    "response",
-)
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# ShareGPT writes a turn as {"from": …, "value": …} and has its own role names
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one has no UTF-8 encoding
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # a field or an escaped brace of a prompt template
 BUFFER = 1_000  # rows in the shuffle buffer of a streamed dataset
@@ -41,6 +40,7 @@ class RowFormat:
     - ``privileged_column``: the column with the text that only the teacher sees.
     - ``system``: the system message.
     - ``prompt_template``: the user's turn with {prompt} and {COLUMN} fields.
+    - ``answer_format``: how final answers are read, which decides which references are readable.
     - ``seed``: the seed of samples of rows, of the order of streamed rows and of options.
     - ``streaming``: whether rows are read on demand.
     - ``keep_solutions``: whether prompts keep their solution, to serve as few-shot examples.
@@ -52,6 +52,7 @@ class RowFormat:
     system: str | None = None
     instruction: str | None = None
     prompt_template: str | None = None
+    answer_format: str = "auto"
     seed: int = 0
     streaming: bool = False
     keep_solutions: bool = False
@@ -61,12 +62,36 @@ class RowFormat:
 class PromptBuilder:
     """Builds the prompts of one dataset.
 
-    ``part`` is (position of the dataset, number of datasets), for the prompts' indices.
+    - ``part``: (position of the dataset, number of datasets), for the prompts' indices.
+    - ``columns``: the names of all columns; ``companions``: those that belong to the prompt.
+    - ``refuses_media``: whether a row with an image is an error, because the column of the prompt
+      was detected and not given.
+    - ``readings``: how many references were read in which way so far.
     """
 
     source: Source
     row_format: RowFormat
     part: tuple[int, int]
+    columns: tuple[str, ...] = ()
+    companions: Companions = field(default_factory=Companions)
+    refuses_media: bool = False
+    readings: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def answer_format(self) -> str:
+        """Return how final answers are read: the given format, the preset's, or a letter."""
+        if self.row_format.answer_format != "auto":
+            return self.row_format.answer_format
+        return self.own_answer_format
+
+    @property
+    def own_answer_format(self) -> str:
+        """Return how the dataset's answers are read unless another format is given."""
+        if self.source.preset is not None:
+            return self.source.preset.answer_format
+        if self.companions.options is not None:
+            return "choice"
+        return "auto"
 
     def detect_columns(self, row: Row) -> "PromptBuilder":
         """Return a builder whose columns are chosen from those of ``row``.
@@ -76,26 +101,41 @@ class PromptBuilder:
         if self.source.is_embedded:
             row_format = replace(self.row_format, prompt_column="prompt", answer_column="answer")
             return replace(self, row_format=row_format)
-        row_format = self.row_format
-        usual_answers: tuple[str, ...] = ANSWER_COLUMNS
-        if self.source.preset is not None:
-            row_format = _apply_preset(row_format, self.source.preset)
-            usual_answers = ()
-        prompt = _choose_column(row_format.prompt_column, row, PROMPT_COLUMNS)
+        try:
+            row = clean_names(row)
+        except ValueError as error:
+            raise self._row_error(0, str(error)) from None
+        row_format, preset = self.row_format, self.source.preset
+        if preset is not None:
+            row_format = _apply_preset(row_format, preset)
+        companions = Companions(media=find_media(row))
+        prompt = row_format.prompt_column
+        is_detected = prompt is None
         if prompt is None:
-            raise UserError(
-                f"dataset {self.source.text}: no prompt column ({', '.join(PROMPT_COLUMNS)}) among "
-                f"{', '.join(row)}; name it with --prompt-column"
-            )
-        answer = _choose_column(row_format.answer_column, row, usual_answers)
+            prompt = choose_column(row, PROMPT_COLUMNS)
+            if prompt is None:
+                raise UserError(
+                    f"dataset {self.source.text}: no prompt column ({', '.join(PROMPT_COLUMNS)}) "
+                    f"among {', '.join(row)}; name it with --prompt-column"
+                )
+            companions = find_companions(row, prompt, row_format.prompt_template)
+        answer = row_format.answer_column
+        if answer is None and preset is None:
+            usual = OPTION_ANSWER_COLUMNS if companions.options else ANSWER_COLUMNS
+            answer = choose_column(row, usual)
         self._check_column(prompt, row, "--prompt-column")
         self._check_column(answer, row, "--answer-column")
         self._check_column(row_format.privileged_column, row, "--privileged-column")
-        row_format = replace(row_format, prompt_column=prompt, answer_column=answer)
-        return replace(self, row_format=row_format)
+        return replace(
+            self,
+            row_format=replace(row_format, prompt_column=prompt, answer_column=answer),
+            columns=tuple(row),
+            companions=companions,
+            refuses_media=is_detected,
+        )
 
     def _check_column(self, column: str | None, row: Row, flag: str) -> None:
-        if column is None or column.split(".")[0] in row:
+        if column is None or column in row or column.split(".")[0] in row:
             return
         raise UserError(
             f"dataset {self.source.text}: no column '{column}'; it has {', '.join(row)}; change "
@@ -104,85 +144,124 @@ class PromptBuilder:
 
     def build(self, index: int, row: Row) -> Prompt:
         """Return row ``index`` as a prompt. Raise UserError if the row is unusable."""
+        try:
+            return self._build(index, clean_names(row))
+        except ValueError as error:
+            raise self._row_error(index, str(error)) from None
+
+    def _build(self, index: int, row: Row) -> Prompt:
+        self._check_media(row)
         value, answer = self._problem_and_answer(index, row)
-        messages, closing = self._read_messages(index, value)
+        messages, closing = self._read_messages(value)
+        column = self.row_format.answer_column or f"{self.row_format.prompt_column}"
         if self.row_format.answer_column is None:
             answer = self._answer_of_conversation(closing)
-        if answer is not None:
-            answer = str(answer)
+        reference = read_gold(answer, column)
+        reading = describe_reading(reference, self.answer_format)
+        self.readings[reading] += 1
+        gold = None if reading in (BLANK, PROSE) else reference
         last = messages.pop()
-        problem = last["content"]
+        problem = self._with_context(last["content"], row)
         if self.source.preset is not None and self.source.preset.cut:
             problem = re.sub(self.source.preset.cut, "", problem)
-        privileged = self._privileged_text(index, row)
+        privileged = self._privileged_text(row)
         before, after = self._text_around(index, row)
-        messages.append({"role": last["role"], "content": f"{before}{problem}{after}"})
-        if self.row_format.system:
-            messages.insert(0, {"role": "system", "content": self.row_format.system})
+        messages.append(last | {"content": f"{before}{problem}{after}"})
+        self._add_system(messages, row)
         worked = None
         if self.row_format.keep_solutions:
-            worked = self._worked_solution(row, closing, answer)
+            worked = self._worked_solution(row, closing, (reference, gold))
         contents = [message["content"] for message in messages]
-        for text in (*contents, answer, privileged, worked):
+        for text in (*contents, reference, privileged, worked):
             if text is not None and SURROGATE.search(text):
-                raise self._row_error(index, f"has an unpaired surrogate in {text[:60]!r}")
+                raise ValueError(f"has an unpaired surrogate in {text[:60]!r}")
         position, parts = self.part
         return Prompt(
             index=index * parts + position,
             messages=tuple(messages),
-            answer=answer,
+            answer=gold,
             privileged=privileged,
             around=(before, after),
             worked_solution=worked,
         )
 
+    def _check_media(self, row: Row) -> None:
+        if not self.refuses_media:
+            return
+        for column in self.companions.media:
+            if row.get(column) not in (None, "", []):
+                raise ValueError(
+                    f"has an image, video or sound in '{column}', but the models read text only "
+                    "(name the column of the text with --prompt-column to leave it out)"
+                )
+
     def _problem_and_answer(self, index: int, row: Row) -> tuple[Any, Any]:
-        """Return the values of the prompt and answer columns; with a preset of multiple-choice
-        questions, the question with its options and the right letter."""
-        problem = _reach(row, self.row_format.prompt_column)
-        answer = _reach(row, self.row_format.answer_column)
+        """Return the values of the prompt and answer columns; of a multiple-choice question, the
+        question with its options and the right letter."""
+        problem = reach(row, self.row_format.prompt_column)
+        answer = reach(row, self.row_format.answer_column)
         preset = self.source.preset
-        if preset is None or not isinstance(problem, str):
+        column = self.companions.options
+        if preset is not None:
+            column = preset.options or ", ".join(preset.wrong)
+        if not column or not isinstance(problem, str):
             return problem, answer
-        if preset.wrong:
+        if preset is not None and preset.wrong:
             options = [answer]
-            for column in preset.wrong:
-                options.append(row.get(column))
+            for name in preset.wrong:
+                options.append(row.get(name))
             options = shuffle(options, self.row_format.seed, "options", index)
             answer = ascii_uppercase[options.index(answer)]
-        elif preset.options:
-            options = _reach(row, preset.options)
         else:
-            return problem, answer
-        if not _are_options(options):
-            columns = preset.options or ", ".join(preset.wrong)
-            raise self._row_error(
-                index, f"needs 2 to 26 text options in '{columns}', got {str(options)[:60]!r}"
-            )
-        lines = [problem.strip(), ""]
-        for number, option in enumerate(options):
-            lines.append(f"{ascii_uppercase[number]}. {option.strip()}")
-        return "\n".join(lines), answer
+            options = reach(row, column)
+        listed = read_options(options)
+        if listed is None:
+            raise ValueError(f"needs 2 to 26 text options in '{column}', got {str(options)[:60]!r}")
+        labels, texts = listed
+        if preset is None:
+            answer = letter_of(answer, labels, texts)
+        return show_options(problem, texts), answer
 
-    def _read_messages(self, index: int, value: Any) -> tuple[list[Message], Any]:
+    def _read_messages(self, value: Any) -> tuple[list[Message], Any]:
         """Return the messages up to the user's last turn, and the assistant's turn after it.
 
         ``value`` is text or a list of chat messages. The assistant's turn is None if there is none.
         """
-        messages, closing = _as_messages(value), None
+        messages, closing = read_turns(value, f"{self.row_format.prompt_column}"), None
         if messages and messages[-1]["role"] == "assistant":
             closing = messages.pop()["content"]
-        if not _are_texts(messages):
-            raise self._row_error(index, f"has no prompt text (got {str(value)[:60]!r})")
+        if not are_texts(messages):
+            call = find_silent_call(messages)
+            if call is not None:
+                raise ValueError(f"has a tool call without text in turn {call}")
+            raise ValueError(f"has no prompt text (got {str(value)[:60]!r})")
         roles = [message["role"] for message in messages]
         if not all(role in ROLES for role in roles) or roles[-1] not in ("user", "tool"):
             listed = ", ".join(str(role)[:20] for role in roles[:9])
-            raise self._row_error(
-                index,
+            raise ValueError(
                 f"has the roles {listed} before its answer; expected roles among "
-                f"{', '.join(ROLES)}, ending with user or tool",
+                f"{', '.join(ROLES)}, ending with user or tool"
             )
         return messages, closing
+
+    def _with_context(self, problem: str, row: Row) -> str:
+        """Return the problem with the text of the column that belongs to it."""
+        column = self.companions.context
+        text = reach(row, column)
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"has no text in '{column}', which belongs to the prompt")
+        if text is None or not text.strip():
+            return problem
+        if self.companions.context_first:
+            return f"{text}\n\n{problem}"
+        return f"{problem}\n\n{text}"
+
+    def _add_system(self, messages: list[Message], row: Row) -> None:
+        """Insert the system message: the given one, else that of the row's own column."""
+        text = self.row_format.system or reach(row, self.companions.system)
+        has_own = messages[0]["role"] == "system"
+        if self.row_format.system or (text and not has_own):
+            messages.insert(0, {"role": "system", "content": text})
 
     def _answer_of_conversation(self, closing: Any) -> Any:
         """Return the assistant's last turn; with a preset, only if it has a boxed answer."""
@@ -190,15 +269,14 @@ class PromptBuilder:
             return None
         return closing
 
-    def _privileged_text(self, index: int, row: Row) -> str | None:
+    def _privileged_text(self, row: Row) -> str | None:
         column = self.row_format.privileged_column
         if column is None:
             return None
-        text = _reach(row, column)
+        text = reach(row, column)
         if not isinstance(text, str) or not text.strip():
-            raise self._row_error(
-                index,
-                f"has no text in '{column}', the --privileged-column (got {str(text)[:60]!r})",
+            raise ValueError(
+                f"has no text in '{column}', the --privileged-column (got {str(text)[:60]!r})"
             )
         return text
 
@@ -222,7 +300,7 @@ class PromptBuilder:
                 return match[0][:1]  # an escaped brace
             if not column:
                 return "{}"  # as in \boxed{}
-            value = _reach(row, column)
+            value = reach(row, column)
             if value is None:
                 raise UserError(
                     f"dataset {self.source.text}: row {index} has no '{column}' for "
@@ -232,26 +310,30 @@ class PromptBuilder:
 
         return FIELD.sub(value_of, template)
 
-    def _worked_solution(self, row: Row, closing: Any, answer: str | None) -> str | None:
+    def _worked_solution(
+        self, row: Row, closing: Any, answer: tuple[str | None, str | None]
+    ) -> str | None:
         """Return the solution to show if the row is a few-shot example.
 
-        If the instruction asks for a boxed answer, the solution ends with one.
+        If the instruction asks for a boxed answer, the solution ends with one. ``answer`` is (the
+        reference as text, the same or None if it cannot be graded).
         """
+        reference, gold = answer
         solution = self._solution_column(row)
         if solution is None:
-            solution = closing or answer
+            solution = closing or reference
         if solution is None or not str(solution).strip():
             return None
-        if answer is None and self.row_format.answer_column is not None:
+        if reference is None and self.row_format.answer_column is not None:
             return None
         text = str(solution)
         asks_for_box = "\\boxed" in (self.row_format.instruction or "")
-        if answer is None or not asks_for_box or answers.extract_answer(text, "boxed") is not None:
+        if gold is None or not asks_for_box or answers.extract_answer(text, "boxed") is not None:
             return text
         if self.source.preset is not None and self.source.preset.solution_cut:
             text = re.sub(self.source.preset.solution_cut, "", text)
         text = text.strip()
-        final = answers.extract_reference(answer)
+        final = answers.extract_reference(gold)
         if text == final:
             return f"\\boxed{{{final}}}"
         return f"{text}\n\n\\boxed{{{final}}}"
@@ -259,7 +341,7 @@ class PromptBuilder:
     def _solution_column(self, row: Row) -> Any:
         """Return the preset's solution column, else a column named solution with text, or None."""
         if self.source.preset is not None and self.source.preset.solution:
-            return _reach(row, self.source.preset.solution)
+            return reach(row, self.source.preset.solution)
         if self.row_format.answer_column in ("solution", None):
             return None  # the solution is the answer
         solution = row.get("solution")
@@ -269,50 +351,6 @@ class PromptBuilder:
 
     def _row_error(self, index: int, text: str) -> UserError:
         return UserError(f"dataset {self.source.text}: row {index} {text}; repair or remove it")
-
-    def notes(self, split: str, available: int | None) -> tuple[str, ...]:
-        """Return what the user should know of the choices made.
-
-        ``available`` is the number of rows in the dataset, or None if they are streamed.
-        """
-        source, seed = self.source, self.row_format.seed
-        notes = []
-        if source.preset is not None:
-            notes.append(self._preset_note(source.preset, split))
-        if source.count is not None and available is not None:
-            notes.append(
-                f"dataset {source.text}: {source.count:,} of {available:,} rows, sampled with "
-                f"--seed {seed}"
-            )
-        elif source.count is not None:
-            notes.append(
-                f"dataset {source.text}: {source.count:,} rows, sampled with --seed {seed}"
-            )
-        if available is None:
-            note = (
-                f"dataset {source.text}: streamed; a buffer of {BUFFER:,} rows is shuffled with "
-                f"--seed {seed} (evaluation takes the first rows in order)"
-            )
-            if source.preset is not None and source.preset.sorted:
-                note += "; its rows are sorted by subject, so neighboring prompts share one"
-            notes.append(note)
-        return tuple(notes)
-
-    def _preset_note(self, preset: Preset, split: str) -> str:
-        source, row_format = self.source, self.row_format
-        location = source.location
-        if preset.config and location == preset.hub:
-            location += f" ({preset.config})"
-        if not source.is_file:
-            location += f", split {split}"
-        answer = "boxed in the last turn"
-        if row_format.answer_column:
-            answer = f"in column {row_format.answer_column}"
-        return (
-            f"dataset {source.name}: {location}; prompt in column {row_format.prompt_column}; "
-            f"answer {answer}, answer format {preset.answer_format}; instruction "
-            f"{row_format.instruction or 'none'!r}; license: {preset.license}; {preset.note}"
-        )
 
 
 def _apply_preset(row_format: RowFormat, preset: Preset) -> RowFormat:
@@ -324,55 +362,3 @@ def _apply_preset(row_format: RowFormat, preset: Preset) -> RowFormat:
     if row_format.instruction is None:
         row_format = replace(row_format, instruction=preset.instruction)
     return row_format
-
-
-def _choose_column(given: str | None, row: Row, usual: tuple[str, ...]) -> str | None:
-    """Return ``given``, else the first ``usual`` column that ``row`` has, else None."""
-    if given is not None:
-        return given
-    for column in usual:
-        if column in row:
-            return column
-    return None
-
-
-def _reach(row: Any, column: str | None) -> Any:
-    """Return the value of ``column`` or None; ``doc.question`` reads a nested record."""
-    if column is None:
-        return None
-    for key in column.split("."):
-        if not isinstance(row, dict):
-            return None
-        row = row.get(key)
-    return row
-
-
-def _are_options(options: object) -> bool:
-    if not isinstance(options, list) or not 2 <= len(options) <= len(ascii_uppercase):
-        return False
-    return all(isinstance(option, str) and option.strip() for option in options)
-
-
-def _as_messages(value: object) -> list[dict[str, Any]]:
-    """Return text or a list of chat messages as messages; an empty list if it is neither."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        return []
-    messages = []
-    for turn in value:
-        if turn.keys() >= {"role", "content"}:
-            messages.append({"role": turn["role"], "content": turn["content"]})
-        elif turn.keys() >= {"from", "value"}:
-            role = SHAREGPT_ROLES.get(str(turn["from"]), turn["from"])
-            messages.append({"role": role, "content": turn["value"]})
-        else:
-            return []
-    return messages
-
-
-def _are_texts(messages: list[dict[str, Any]]) -> bool:
-    """Return whether every message is text and the last one is not blank."""
-    if not all(isinstance(message["content"], str) for message in messages):
-        return False
-    return bool(messages) and bool(messages[-1]["content"].strip())

@@ -1,5 +1,6 @@
 """Names of datasets: ``gsm8k``, ``name#1000``, ``a:3,b:1``."""
 
+import glob
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,18 @@ from ..errors import UserError
 from ..lab.task import LAB
 from .presets import PRESETS, Preset, closest_preset
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def is_path(name: str) -> bool:
     """Return whether ``name`` is written as a path of any system, and so is not a hub id."""
     return name.startswith((".", "~", "/", "\\")) or "\\" in name or name[1:3] == ":/"
+
+
+def list_matches(pattern: str) -> list[Path]:
+    """Return the files whose path matches a pattern, sorted; ``**`` matches any folders."""
+    paths = map(Path, glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    return sorted(path for path in paths if path.is_file())
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -49,8 +56,13 @@ class Source:
 
     @property
     def is_file(self) -> bool:
-        """Return whether the dataset is a local file, which has no splits."""
-        return _exists(self.location, Path.is_file)
+        """Return whether the dataset is a local file or a pattern of them, without splits."""
+        return self.is_pattern or _exists(self.location, Path.is_file)
+
+    @property
+    def is_pattern(self) -> bool:
+        """Return whether the location is a pattern of file names, such as data/*.parquet."""
+        return glob.has_magic(self.location) and not _exists(self.location)
 
     @property
     def is_embedded(self) -> bool:

@@ -5,10 +5,12 @@ import itertools
 from dataclasses import dataclass
 from fractions import Fraction
 
+from .. import display
 from ..config import Config
 from ..errors import UserError
 from ..prompts import sources
 from ..prompts import stream as prompt_stream
+from ..prompts.account import describe_gradable
 from ..prompts.load import load_evaluation_prompts, load_prompts
 from ..prompts.prompt import PromptSet
 from ..prompts.rows import RowFormat
@@ -45,7 +47,7 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
             load_prompts(name, row_settings, split=config.data.split, part=(k, len(names)))
         )
     for loaded in train:
-        notes.note(*loaded.notes)
+        _report(loaded, notes)
     wanted = max(config.evaluate.problems, config.evaluate.kl_prompts)
     if config.evaluate.dataset is not None:
         split = config.evaluate.split
@@ -70,6 +72,7 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
         )
         train = [prompt_stream.insert_turns(s, turns) for s in train]
         held_out = prompt_stream.insert_turns(held_out, turns)
+    _report_gradable(held_out, config.evaluate.problems, notes)
     for loaded in train:
         if not loaded.streamed and not loaded.prompts:
             raise UserError(
@@ -77,6 +80,26 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
                 "--few-shot, or add rows"
             )
     return PromptSets(train=train, weights=weights, held_out=held_out)
+
+
+def _report(loaded: PromptSet, notes: Notes, known: PromptSet | None = None) -> None:
+    """Note how a set was read, except the lines of the set ``known``."""
+    lines, account = list(loaded.notes), list(loaded.account)
+    if known is not None:
+        lines = [line for line in lines if line not in known.notes]
+        account = [line for line in account if line not in known.account]
+    notes.note(*lines)
+    notes.account.extend(account)
+    if display.is_verbose():
+        notes.note(*account)
+
+
+def _report_gradable(evaluated: PromptSet, count: int | None, notes: Notes) -> None:
+    """Note how many of the first ``count`` prompts (None: of all) cannot be graded, if any."""
+    references = [prompt.answer for prompt in itertools.islice(evaluated.prompts, count)]
+    text = describe_gradable(evaluated.name, references)
+    if text is not None:
+        notes.note(text)
 
 
 def _name_sets(text: str) -> tuple[list[str], list[Fraction]]:
@@ -95,6 +118,7 @@ def row_format(config: Config) -> RowFormat:
         system=data.system,
         instruction=data.instruction,
         prompt_template=data.prompt_template,
+        answer_format=config.evaluate.answer_format,
         seed=config.runtime.seed,
         streaming=data.streaming,
     )
@@ -119,7 +143,7 @@ def _load_evaluated(
         loaded = load_evaluation_prompts(
             name, row_format(config), split=split, limit=count, part=part
         )
-        notes.note(*loaded.notes)
+        _report(loaded, notes)
         sets.append(dataclasses.replace(loaded, prompts=tuple(loaded.prompts)))
         kept_weights.append(weights[k])
     return join_sets(sets, kept_weights)
@@ -145,7 +169,7 @@ def _hold_out(
         held = load_evaluation_prompts(
             name, row_format(config), split=split, limit=count, part=part
         )
-        notes.note(*[line for line in held.notes if line not in train.notes])
+        _report(held, notes, known=train)
         return train, dataclasses.replace(held, prompts=tuple(held.prompts))
     of = f" of {train.name}" if part[1] > 1 else ""
     if not isinstance(train.prompts, tuple):  # streamed
@@ -174,6 +198,12 @@ def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
     The examples are rows of the first set's training split. If it has none, they are rows of the
     set itself, and these are not evaluated.
     """
+    prompts = _load_eval_problems(config, dataset, notes)
+    _report_gradable(prompts, None, notes)
+    return prompts
+
+
+def _load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
     limit = config.evaluate.problems or None
     split = config.data.split
     if not config.data.few_shot:
@@ -212,7 +242,7 @@ def _with_own_examples(config: Config, name: str, limit: int | None, notes: Note
     few_shot = config.data.few_shot
     with_solutions = dataclasses.replace(row_format(config), keep_solutions=True)
     rows = load_evaluation_prompts(name, with_solutions, split=config.data.split)
-    notes.note(*rows.notes)
+    _report(rows, notes)
     prompts, turns = take_examples(rows, few_shot, config.runtime.seed)
     prompts = dataclasses.replace(prompts, prompts=tuple(itertools.islice(prompts.prompts, limit)))
     if not prompts.prompts:

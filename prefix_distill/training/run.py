@@ -61,11 +61,13 @@ def describe_checks(checks: list[Check]) -> dict:
 class Notes:
     """What is reported before a run starts.
 
-    ``lines``: automatic choices with their reasons; ``warnings``: what may go wrong.
+    ``lines``: automatic choices with their reasons; ``warnings``: what may go wrong; ``account``:
+    how the rows of every dataset were read, in full.
     """
 
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    account: list[str] = field(default_factory=list)
 
     def note(self, *lines: str) -> None:
         """Add automatic choices with their reasons."""

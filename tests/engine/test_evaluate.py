@@ -166,7 +166,10 @@ def test_average_and_pass_at_k(models):
     finished = [r for record in score.records for r in record["responses"] if r["finished"]]
     expected = sum(r["correct"] for r in finished) / len(finished) if finished else None
     assert score.finished_accuracy == score.summary()["finished_accuracy"] == expected
-    assert run([None, "x"]).accuracy is None
+    assert run([None, None]).accuracy is None
+    partial = run([texts[0][0], None])
+    assert partial.accuracy["n"] == 1 and partial.accuracy["value"] == pytest.approx(right)
+    assert partial.right() == [pytest.approx(right)]
     assert score.mean_tokens <= 2
 
 

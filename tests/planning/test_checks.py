@@ -17,6 +17,7 @@ from prefix_distill.training.run import describe_checks
 
 NAMES = [
     "vocabulary",
+    "data",
     "prompts",
     "templates",
     "end of text",

@@ -224,7 +224,7 @@ def test_a_number_of_rows_is_sampled_by_seed(tmp_path):
         len(set(rows)) == 20 and rows == sorted(rows) for rows in some
     )
     assert [p.index for p in load_evaluation_prompts(f"{file}#20", limit=5).prompts] == some[0][:5]
-    assert load_prompts(f"{file}#20", RowFormat(seed=3)).notes == (
+    assert load_prompts(f"{file}#20", RowFormat(seed=3)).notes[1:] == (
         f"dataset {file}#20: 20 of 50 rows, sampled with --seed 3",
     )
     assert questions_of(load_prompts(f"{file}#50").prompts) == [f"q{i}" for i in range(50)]

@@ -1,0 +1,103 @@
+"""Find the files of a split in a folder, and load folders written by save_to_disk."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from ..errors import UserError
+from .sources import FORMATS
+
+if TYPE_CHECKING:  # the import takes a second, and most files do not need it
+    from datasets import Dataset
+
+
+def find_saved(name: str, folder: Path, split: str) -> Path | None:
+    """Return the folder of a dataset that save_to_disk wrote, or None if it wrote no such folder.
+
+    Raise UserError if it wrote several splits, but not ``split``.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        return folder / choose_split(name, splits, split)
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return folder
+    return None
+
+
+def choose_split(name: str, splits: list[str], split: str) -> str:
+    """Return ``split``, or the train split if the dataset has no other one.
+
+    Raise UserError if the dataset has neither.
+    """
+    if split in splits:
+        return split
+    if splits == ["train"]:
+        return "train"
+    raise UserError(
+        f"dataset {name}: expected the split {split}, got the splits {', '.join(splits)}; change "
+        "--split"
+    )
+
+
+def load_saved(name: str, folder: Path) -> "Dataset":
+    """Load a folder that save_to_disk wrote. Raise UserError if it is damaged."""
+    from datasets import load_from_disk
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        return cast("Dataset", load_from_disk(str(folder)))
+    except Exception as error:  # the library raises many types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"dataset {name}: the folder of save_to_disk cannot be loaded "
+            f"({type(error).__name__}: {reason}); write it again"
+        ) from None
+
+
+def list_shards(name: str, folder: Path, split: str) -> list[Path]:
+    """Return the files of a split in a folder, such as a clone of a repository on the hub.
+
+    The README or the names of files assign files to splits, by the rules of the datasets library.
+    Raise UserError if the folder has no such split.
+    """
+    if not any(_is_data(path) for path in folder.rglob("*")):
+        raise UserError(
+            f"dataset {name}: expected a folder with {', '.join(FORMATS)} files, or one written by "
+            "save_to_disk, got neither; name a file or another folder"
+        )
+    files = _files_of_splits(name, folder)
+    return files[choose_split(name, sorted(files), split)]
+
+
+def _files_of_splits(name: str, folder: Path) -> dict[str, list[Path]]:
+    from datasets import get_dataset_config_names, load_dataset_builder
+
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            configs = get_dataset_config_names(str(folder))
+            config = None if len(configs) != 1 else configs[0]
+            builder = None
+            if config is not None:
+                builder = load_dataset_builder(str(folder), config, cache_dir=cache)
+        except Exception as error:  # the library raises many types
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"dataset {name}: the files of the folder cannot be assigned to splits "
+                f"({type(error).__name__}: {reason}); name a file, or files as {folder}/*.parquet"
+            ) from None
+    if builder is None:
+        raise UserError(
+            f"dataset {name}: expected a folder with one configuration, got {', '.join(configs)}; "
+            f"name the files of one of them, such as {folder}/{configs[0]}/*.parquet"
+        )
+    files: dict[str, list[Path]] = {}
+    for split, paths in (builder.config.data_files or {}).items():
+        files[str(split)] = sorted(Path(path) for path in paths if _is_data(Path(path)))
+    return files
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix.lower() in FORMATS or path.name.lower().endswith(
+        tuple(f"{suffix}.gz" for suffix in FORMATS)
+    )
