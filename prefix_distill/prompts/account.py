@@ -26,6 +26,8 @@ def describe(
         lines = [_describe_columns(builder)]
     for remark in remarks:
         lines.append(f"dataset {source.text}: {remark}")
+    for change, count in builder.changes.items():
+        lines.append(f"dataset {source.text}: {change} of {count:,} rows")
     if source.count is not None and available is not None:
         lines.append(
             f"dataset {source.text}: {source.count:,} of {available:,} rows, sampled with "
@@ -89,6 +91,7 @@ def uses_of_columns(builder: PromptBuilder) -> dict[str, str]:
         (companions.context, f"text {where} the prompt"),
         (options, "options of the question"),
         (companions.system, system),
+        (companions.tools, "tools"),
         (row_format.privileged_column, "text for the teacher only"),
         (row_format.answer_column, "reference answer"),
         (row_format.prompt_column, "prompt"),

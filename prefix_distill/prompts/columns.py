@@ -18,6 +18,7 @@ class Companions:
     - ``context``: text beside the question; ``context_first``: whether it comes before it.
     - ``options``: the options of a multiple-choice question.
     - ``system``: the text of the system message.
+    - ``tools``: the tools that an assistant may call, as JSON schemas.
     - ``media``: images, video and sound, which the models cannot read.
     """
 
@@ -25,6 +26,7 @@ class Companions:
     context_first: bool = False
     options: str | None = None
     system: str | None = None
+    tools: str | None = None
     media: tuple[str, ...] = ()
 
 
@@ -96,6 +98,7 @@ def find_companions(row: Row, prompt: str, template: str | None) -> Companions:
         context_first=context_first,
         options=options,
         system=system,
+        tools=choose_column(free, ("tools",)),
         media=find_media(row),
     )
 

@@ -1,5 +1,7 @@
 """Turn the rows of a dataset into prompts."""
 
+import contextlib
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -67,6 +69,7 @@ class PromptBuilder:
     - ``refuses_media``: whether a row with an image is an error, because the column of the prompt
       was detected and not given.
     - ``readings``: how many references were read in which way so far.
+    - ``changes``: how many rows were changed in which way so far.
     """
 
     source: Source
@@ -76,6 +79,7 @@ class PromptBuilder:
     companions: Companions = field(default_factory=Companions)
     refuses_media: bool = False
     readings: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
 
     @property
     def answer_format(self) -> str:
@@ -183,6 +187,7 @@ class PromptBuilder:
             privileged=privileged,
             around=(before, after),
             worked_solution=worked,
+            tools=self._read_tools(row),
         )
 
     def _check_media(self, row: Row) -> None:
@@ -260,8 +265,26 @@ class PromptBuilder:
         """Insert the system message: the given one, else that of the row's own column."""
         text = self.row_format.system or reach(row, self.companions.system)
         has_own = messages[0]["role"] == "system"
+        if has_own and self.row_format.system:
+            self.changes["--system replaces the system turn"] += 1
+            del messages[0]
         if self.row_format.system or (text and not has_own):
             messages.insert(0, {"role": "system", "content": text})
+
+    def _read_tools(self, row: Row) -> tuple[dict[str, Any], ...]:
+        """Return the tools of the row's column, which may be a list or its JSON text."""
+        column = self.companions.tools
+        if column is None:
+            return ()
+        tools = row.get(column)
+        if isinstance(tools, str):
+            with contextlib.suppress(ValueError):
+                tools = json.loads(tools)
+        if tools in (None, "", []):
+            return ()
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise ValueError(f"has no list of tools in '{column}' (got {str(tools)[:60]!r})")
+        return tuple(tools)
 
     def _answer_of_conversation(self, closing: Any) -> Any:
         """Return the assistant's last turn; with a preset, only if it has a boxed answer."""

@@ -104,6 +104,25 @@ def test_given_columns_may_be_nested_and_texts_are_added(tmp_path):
     assert [m["content"] for m in found.messages] == ["s", "a\n\nthink"] and found.answer == "b"
 
 
+def test_the_given_system_message_replaces_that_of_a_row(tmp_path):
+    own = [{"role": "system", "content": "of the row"}, {"role": "user", "content": "q"}]
+    rows = [{"messages": own}, {"messages": own[1:]}]
+    found = load_prompts(write(tmp_path, ".jsonl", rows), RowFormat(system="given"))
+    for prompt in found.prompts:
+        assert [m["content"] for m in prompt.messages] == ["given", "q"]
+    assert any("--system replaces the system turn of 1 rows" in note for note in found.notes)
+
+
+def test_tools_of_a_row_are_read_from_a_list_or_its_json_text(tmp_path):
+    tool = {"type": "function", "function": {"name": "add"}}
+    question = {"question": "a"}
+    rows = [question | {"tools": t} for t in ([tool], json.dumps([tool]), None, "", [])]
+    found = load_prompts(write(tmp_path, ".jsonl", rows)).prompts
+    assert [prompt.tools for prompt in found] == [(tool,), (tool,), (), (), ()]
+    with pytest.raises(UserError, match="no list of tools in 'tools'"):
+        load_prompts(write(tmp_path, ".jsonl", [question | {"tools": "a text"}]))
+
+
 def test_loading_leaves_no_temporary_files(tmp_path, monkeypatch):
     import tempfile
 
