@@ -1,6 +1,7 @@
 """Read settings from YAML files and ``--set``; suggest the nearest known key for an unknown one."""
 
 import contextlib
+import datetime
 import difflib
 import itertools
 import re
@@ -261,8 +262,8 @@ def read_assignments(assignments: list[str]) -> dict[str, object]:
 def _convert(name: str, value: object, kind: object) -> object:
     """Return ``value`` as the declared type of an option; ``name`` names the option in errors.
 
-    A whole number may stand for a float and a number for text, and YAML 1.1's readings of ``1e-4``
-    and ``on`` are undone. UserError: any other type.
+    A whole number may stand for a float, a number or a date for text, and YAML 1.1's readings of
+    ``1e-4`` and ``on`` are undone. UserError: any other type.
     """
     if value is None and type(None) in typing.get_args(kind):
         return None
@@ -275,7 +276,7 @@ def _convert(name: str, value: object, kind: object) -> object:
         value = _to_float(value)
     elif isinstance(value, bool):
         value = _to_switch_name(value, kind)
-    elif base is str and isinstance(value, (int, float)):
+    elif base is str and isinstance(value, (int, float, datetime.date)):
         value = str(value)
     if type(value) is not base:
         raise UserError(f"{name}: expected {NAMES[base]}, got {reprlib.repr(value)}; change it")

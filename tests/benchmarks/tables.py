@@ -522,6 +522,15 @@ def scaling_table() -> str:
     return markdown(header, rows, left=())
 
 
+def graders_table() -> str:
+    """Return how many solutions each grader finds right, by the answer they are compared with."""
+    rows = []
+    for kind, counts in read("graders")["table"].items():
+        cells = [str(counts[name]) for name in ("graded", "ours", "math-verify", "lm-eval")]
+        rows.append([f"{kind} answer", *cells])
+    return markdown("compared with | solutions | right by ours | by math-verify | by lm-eval", rows)
+
+
 def limit_table() -> str:
     """Return each phase's share of the machine's limit."""
     document = read("limit")

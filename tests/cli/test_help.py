@@ -28,8 +28,8 @@ BLOCKS = [
 ]
 LINES = [(name, line) for name, block in BLOCKS for line in block.splitlines()]
 TOPICS = [
-    *("adapters", "data", "devices", "exit-codes", "methods", "migration", "models"),
-    *("plugins", "python", "recipes", "reliability", "speed", "tokenizers"),
+    *("adapters", "data", "devices", "exit-codes", "methods", "migration", "model-classes"),
+    *("models", "plugins", "python", "recipes", "reliability", "speed", "tokenizers"),
 ]
 
 

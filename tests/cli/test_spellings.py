@@ -32,8 +32,9 @@ def settings(*words: str) -> dict:
     values = {
         k.replace("__", "."): v for k, v in given.items() if "__" in k and v not in (None, ())
     }
-    if isinstance(values.get("runtime.plugin"), list):  # this flag may be repeated
-        values["runtime.plugin"] = ",".join(values["runtime.plugin"])
+    for path, value in values.items():
+        if isinstance(value, list):  # this flag may be repeated
+            values[path] = ",".join(value)
     return (
         values
         | configuration.read_assignments(given["assignments"])
@@ -232,6 +233,9 @@ def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
     """
     others = {
         "models.teacher_ema": 0.5,
+        "data.template_args": "mood=calm",
+        "data.teacher_template_args": "mood=calm",
+        "data.template_date": "2026-05-31",
         "weights.keep": 0.25,
         "schedule.prefix": "full",
         "schedule.warmup": "7",

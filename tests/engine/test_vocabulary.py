@@ -50,7 +50,7 @@ def test_eval_leaves_out_an_unused_token(tmp_path, questions):
     assert "not used: '<more>' (id 260)" in err
 
 
-@pytest.mark.parametrize("option", ["template", "begin", "question"])
+@pytest.mark.parametrize("option", ["template", "begin"])
 def test_a_prompt_with_a_token_beyond_the_rows_is_refused(tmp_path, questions, option):
     model = save_with(tmp_path / "model", "<more>")
     flags = ["--dataset", questions]
@@ -58,16 +58,20 @@ def test_a_prompt_with_a_token_beyond_the_rows_is_refused(tmp_path, questions, o
     if option == "template":
         file = tmp_path / "model/chat_template.jinja"
         file.write_text(file.read_text() + "<more>")
-    elif option == "begin":
+    else:
         flags += ["--begin", "<more>"]
         where = "--begin contains"
-    else:
-        rows = tmp_path / "rows.jsonl"
-        rows.write_text(json.dumps({"question": "is <more> a token?", "answer": "1"}) + "\n")
-        flags = ["--dataset", rows]
     code, _, err = invoke("eval", "--model", model, *flags, "--out", tmp_path / "e.jsonl")
     assert code == 2
     assert f"{where} the token '<more>' (id 260), but the model has only 260 ids" in err
+
+
+def test_a_question_with_the_name_of_a_token_is_read_as_plain_text(tmp_path):
+    model = save_with(tmp_path / "model", "<more>")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "is <more> a token?", "answer": "1"}) + "\n")
+    code, _, err = invoke("eval", "--model", model, "--dataset", rows, "--max-new-tokens", "4")
+    assert code == 0, err
 
 
 def test_aligned_text_is_read_without_tokens_beyond_the_rows(tmp_path):
