@@ -449,7 +449,7 @@ CONFIGS = {  # name → (text, message)
     "null": ("train: {steps: null}\n", "train.steps: expected a whole number, got None"),
     "a date": (
         "schedule: {prefix: 2020-01-01}\n",
-        "schedule.prefix: expected text, got datetime.date(2020, 1, 1)",
+        "--prefix 2020-01-01: expected at least 1 token (512)",
     ),
     "no date": ("schedule: {prefix: 2020-13-45}\n", "not valid YAML (month must be in 1..12)"),
     "key of a list": ("train: {[1]: 2}\n", "unhashable key"),
