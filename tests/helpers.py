@@ -35,6 +35,7 @@ from prefix_distill import config as configuration
 from prefix_distill.cli import main as cli
 from prefix_distill.engine import sampling, scoring
 from prefix_distill.engine.memory import MemoryLimits
+from prefix_distill.engine.models import Model
 from prefix_distill.engine.ranks import Place
 from prefix_distill.engine.sampling import Sampler
 from prefix_distill.maths.divergence import per_token
@@ -162,6 +163,18 @@ def random_net(config, seed: int = 0, scale: float = 1.0, factory=AutoModelForCa
                 spread = 0.2 if "embed" in name or "wte" in name else 0.3
                 p.copy_(torch.randn_like(p) * scale * spread)
     return net.eval()
+
+
+def make_model(net, **changes: Any) -> Model:
+    """Return a Model around a network with the byte-level tokenizer; 257 ends a response."""
+    fields = {
+        "name": "m",
+        "net": net,
+        "tokenizer": byte_tokenizer(),
+        "generation_config": None,
+        "eos": frozenset({257}),
+    }
+    return Model(**fields | changes)
 
 
 # the fields of a tiny config that most model types share

@@ -145,7 +145,9 @@ class Data(TemplateSettings):
         "--teacher-thinking",
         "Thinking switch of the teacher's chat template: on, off or auto (the template's default).",
     )
-    system: str | None = option(None, "--system", "System message before every prompt.")
+    system: str | None = option(
+        None, "--system", "System message of every prompt, also in place of a row's own."
+    )
     instruction: str | None = option(
         None,
         "--instruction",

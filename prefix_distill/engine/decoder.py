@@ -72,5 +72,7 @@ def _with_faster_linears(net: "CausalLM") -> "CausalLM":
 @torch.no_grad()
 def refresh_decoder(decoding: Model, student: Model) -> None:
     """Copy the student's weights into a decoding model that has its own."""
-    if decoding.net.dtype != student.net.dtype:
-        torch._foreach_copy_(list(decoding.net.parameters()), list(student.net.parameters()))
+    own: list[torch.Tensor] = list(decoding.net.parameters())
+    weights: list[torch.Tensor] = list(student.net.parameters())
+    if own[0] is not weights[0]:
+        torch._foreach_copy_(own, weights)

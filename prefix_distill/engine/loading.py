@@ -53,7 +53,7 @@ def load_model(
     with the head on ``device``.
 
     UserError: the model is missing or unreadable, lacks a weight that its config.json names, has no
-    EOS id, or has weights that are not finite.
+    output layer or no EOS id, or has weights that are not finite.
     """
     find_pinned(name)  # locate downloads no weights
     folder, extra = locate(name)

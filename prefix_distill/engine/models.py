@@ -158,8 +158,11 @@ class Model:
         return self.shares_prompts and self.decoding.stretch is not None
 
     def choose_tolerance(self, full: float, half: float) -> float:
-        """Return ``full`` if the network is in float32, else ``half`` (for half precision)."""
-        if self.net.dtype == torch.float32:
+        """Return ``full`` if the network is in float32, else ``half`` (for half precision).
+
+        The embedding tells: the first parameters may be of a tower that stays in float32.
+        """
+        if self.net.get_input_embeddings().weight.dtype == torch.float32:
             return full
         return half
 

@@ -27,7 +27,8 @@ def describe(
     for remark in remarks:
         lines.append(f"dataset {source.text}: {remark}")
     for change, count in builder.changes.items():
-        lines.append(f"dataset {source.text}: {change} of {count:,} rows")
+        total = builder.readings.total()
+        lines.append(f"dataset {source.text}: {change} in {count:,} of {total:,} rows")
     if source.count is not None and available is not None:
         lines.append(
             f"dataset {source.text}: {source.count:,} of {available:,} rows, sampled with "
@@ -40,6 +41,8 @@ def describe(
             f"dataset {source.text}: streamed; a buffer of {BUFFER:,} rows is shuffled with "
             f"--seed {seed} (evaluation takes the first rows in order)"
         )
+        if builder.row_format.system:
+            line += "; --system replaces a row's own system turn"
         if source.preset is not None and source.preset.sorted:
             line += "; its rows are sorted by subject, so neighboring prompts share one"
         lines.append(line)

@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .names import CONTEXTS, OPTION_COLUMNS, SYSTEM_COLUMNS
+from .names import CONTEXTS, OPTION_COLUMNS, SYSTEM_COLUMNS, TOOL_COLUMNS
 from .options import read_options
 from .readers import Row
+from .turns import read_tools
 
 _MEDIA = re.compile(r"(image|images|img|picture|pictures|video|videos|audio|audios)(_?\d+)?")
 
@@ -93,12 +94,15 @@ def find_companions(row: Row, prompt: str, template: str | None) -> Companions:
     system = choose_column(free, SYSTEM_COLUMNS)
     if system is not None and not isinstance(free[system], str | None):
         system = None
+    tools = choose_column(free, TOOL_COLUMNS)
+    if tools is not None and read_tools(free[tools]) is None:
+        tools = None
     return Companions(
         context=context,
         context_first=context_first,
         options=options,
         system=system,
-        tools=choose_column(free, ("tools",)),
+        tools=tools,
         media=find_media(row),
     )
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import describe_lfs_pointer, describe_special, is_lfs_pointer
 from .presets import closest_preset
 from .readers import Row, choose_separator, read_lines, read_objects, read_table
@@ -234,7 +234,7 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _unreadable(source: Source, path: Path, error: Exception) -> UserError:
-    message = " ".join(str(error).split())[:200]
+    message = one_line(error)
     if isinstance(error, UnicodeDecodeError):
         message += "; expected UTF-8"
     return UserError(

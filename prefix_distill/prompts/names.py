@@ -38,6 +38,7 @@ OPTION_ANSWER_COLUMNS = (
     "answer_index",
     *ANSWER_COLUMNS[1:],
 )
+TOOL_COLUMNS = ("tools",)
 SYSTEM_COLUMNS = ("system", "system_prompt")
 # prompt column → the columns whose text belongs to it, and whether that text comes first
 CONTEXTS = {

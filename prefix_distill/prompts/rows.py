@@ -1,7 +1,5 @@
 """Turn the rows of a dataset into prompts."""
 
-import contextlib
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -26,7 +24,7 @@ from .prompt import Message, Prompt
 from .readers import Row
 from .sources import Source
 from .stream import shuffle
-from .turns import ROLES, are_texts, find_silent_call, read_turns
+from .turns import ROLES, are_texts, find_silent_call, read_tools, read_turns
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one has no UTF-8 encoding
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # a field or an escaped brace of a prompt template
@@ -272,19 +270,12 @@ class PromptBuilder:
             messages.insert(0, {"role": "system", "content": text})
 
     def _read_tools(self, row: Row) -> tuple[dict[str, Any], ...]:
-        """Return the tools of the row's column, which may be a list or its JSON text."""
         column = self.companions.tools
-        if column is None:
-            return ()
-        tools = row.get(column)
-        if isinstance(tools, str):
-            with contextlib.suppress(ValueError):
-                tools = json.loads(tools)
-        if tools in (None, "", []):
-            return ()
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise ValueError(f"has no list of tools in '{column}' (got {str(tools)[:60]!r})")
-        return tuple(tools)
+        value = reach(row, column)
+        tools = read_tools(value)
+        if tools is None:
+            raise ValueError(f"has no list of tools in '{column}' (got {str(value)[:60]!r})")
+        return tools
 
     def _answer_of_conversation(self, closing: Any) -> Any:
         """Return the assistant's last turn; with a preset, only if it has a boxed answer."""

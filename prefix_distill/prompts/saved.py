@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .sources import FORMATS
 
 if TYPE_CHECKING:  # the import takes a second, and most files do not need it
@@ -48,10 +48,9 @@ def load_saved(name: str, folder: Path) -> "Dataset":
     try:
         return cast("Dataset", load_from_disk(str(folder)))
     except Exception as error:  # the library raises many types
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"dataset {name}: the folder of save_to_disk cannot be loaded "
-            f"({type(error).__name__}: {reason}); write it again"
+            f"({type(error).__name__}: {one_line(error)}); write it again"
         ) from None
 
 
@@ -81,10 +80,10 @@ def _files_of_splits(name: str, folder: Path) -> dict[str, list[Path]]:
             if config is not None:
                 builder = load_dataset_builder(str(folder), config, cache_dir=cache)
         except Exception as error:  # the library raises many types
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"dataset {name}: the files of the folder cannot be assigned to splits "
-                f"({type(error).__name__}: {reason}); name a file, or files as {folder}/*.parquet"
+                f"({type(error).__name__}: {one_line(error)}); name a file, or files as "
+                f"{folder}/*.parquet"
             ) from None
     if builder is None:
         raise UserError(

@@ -56,33 +56,29 @@ def render(
 def student_renderer(model: Reader, settings: Settings) -> Renderer:
     """Return what renders the student's prompts, or those of an evaluated model."""
     data = settings.data
-    return Renderer(
-        model=model,
-        style=Style(
-            template=data.template,
-            thinking=data.student_thinking,
-            separator=answer_separator(data),
-            variables=data.variables,
-            date=data.date,
-            system=data.system,
-        ),
-    )
+    style = replace(_shared_style(data), thinking=data.student_thinking, variables=data.variables)
+    return Renderer(model=model, style=style)
 
 
 def teacher_renderer(model: Reader, settings: Settings) -> Renderer:
     """Return what renders the teacher's prompts."""
     data = settings.data
-    return Renderer(
-        model=model,
-        style=Style(
-            template=data.template,
-            thinking=data.teacher_thinking,
-            separator=answer_separator(data),
-            variables=data.teacher_variables,
-            flag="--teacher-template-arg",
-            date=data.date,
-            system=data.system,
-        ),
+    style = replace(
+        _shared_style(data),
+        thinking=data.teacher_thinking,
+        variables=data.teacher_variables,
+        flag="--teacher-template-arg",
+    )
+    return Renderer(model=model, style=style)
+
+
+def _shared_style(data: Any) -> Style:
+    """Return the part of the style that both models' prompts have."""
+    return Style(
+        template=data.template,
+        separator=answer_separator(data),
+        date=data.date,
+        system=data.system,
     )
 
 

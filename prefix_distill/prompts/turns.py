@@ -82,6 +82,20 @@ def _read_transcript(text: str) -> list[Message]:
     return messages
 
 
+def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
+    """Return a list of tools, or its JSON text; an empty tuple for none, None for anything else."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return None
+    if value is None or value == "":
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        return None
+    return tuple(value)
+
+
 def _join_parts(content: Any, number: int) -> Any:
     """Return a list of text parts as one text; other content as it is.
 

@@ -8,6 +8,7 @@ lm-eval, of which only files are read.
 
 import argparse
 import gzip
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -21,6 +22,7 @@ import measure
 
 from prefix_distill.prompts.answers import extract_reference, is_correct
 
+LIBRARIES = ("math-verify", "lm-eval")
 KINDS = ("own", "other", "perturbed")
 
 
@@ -101,6 +103,7 @@ def main() -> None:
             elif ours != theirs:
                 wrong.append({"kind": kind, "gold": gold, "end": solution[-80:], "ours": ours})
     document = {"solutions": len(rows), "table": counts, "differences": wrong}
+    document["versions"] = {name: importlib.metadata.version(name) for name in LIBRARIES}
     measure.record("graders", document, keep=not quick)
     sys.exit(bool(wrong))
 

@@ -21,11 +21,8 @@ def render(document: dict) -> str:
         limits = row.get("limits", {})
         if row["outcome"] == "works":
             worst = max(row["figures"], key=row["figures"].get)
-            options = ", ".join(OPTIONS[name] for name in limits)
             largest = f"{row['figures'][worst]:.0e}"
-            working.append(
-                {"class": row["class"], "largest": largest, "worst": worst, "options": options}
-            )
+            working.append({"class": row["class"], "largest": largest, "worst": worst})
         if row["outcome"] == "refused":
             refusals.append({"name": row["class"], "obstacle": shorten(row["refusal"])})
         for name, text in limits.items():

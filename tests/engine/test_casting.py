@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import byte_tokenizer, random_net, text_config
+from helpers import byte_tokenizer, make_model, random_net, text_config
 from transformers import AutoModelForCausalLM
 
 from prefix_distill.config import Adapter
 from prefix_distill.engine import loading
 from prefix_distill.engine.casting import cast
-from prefix_distill.engine.decoder import make_decoder
+from prefix_distill.engine.decoder import make_decoder, refresh_decoder
 
 EXPERTS = {
     "moe_intermediate_size": 32,
@@ -68,3 +68,16 @@ def test_a_student_samples_in_bfloat16_like_a_loaded_model(pair, rank):
         assert torch.equal(decoding.net(ids).logits, loaded(ids).logits)
         rounded = student.net.to(torch.bfloat16)
         assert not torch.equal(rounded(ids).logits, loaded(ids).logits)
+
+
+def test_a_first_parameter_that_stays_in_float32_hides_neither_dtype_nor_copy(monkeypatch):
+    """A tower that the architecture keeps in float32 may come before the embedding."""
+    net = random_net(text_config("llama"))
+    monkeypatch.setattr(type(net), "_keep_in_fp32_modules_strict", {"embed_tokens"})
+    student = make_model(net)
+    decoding = make_decoder(student, torch.bfloat16)
+    assert next(decoding.net.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        net.lm_head.weight.mul_(2)
+    refresh_decoder(decoding, student)
+    assert torch.equal(decoding.net.lm_head.weight, net.lm_head.weight.bfloat16())

@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import byte_tokenizer, random_net, text_config, tiny_net
+from helpers import make_model, random_net, text_config, tiny_net
 from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import ModelOutput
 
 from prefix_distill.engine import exactness
 from prefix_distill.engine.decoding import FASTEST, Decoding
-from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.engine.scoring import hidden_rows
@@ -76,16 +75,6 @@ FAMILIES = {
     ),
 }
 ENDS = frozenset({257, *range(0, 260, 9)})  # every response ends soon, at a length of its own
-
-
-def make_model(net) -> Model:
-    return Model(
-        name="m",
-        net=net,
-        tokenizer=byte_tokenizer(),
-        generation_config=None,
-        eos=frozenset({257}),
-    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

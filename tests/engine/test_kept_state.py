@@ -4,7 +4,7 @@ import model_configs
 import pytest
 import torch
 import transformers
-from helpers import byte_tokenizer, random_net, text_config
+from helpers import make_model, random_net, text_config
 from model_configs import ModelClass
 
 from prefix_distill.engine import exactness
@@ -15,22 +15,12 @@ from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.errors import UserError
 
 
-def make_model(net) -> Model:
-    return Model(
-        name="m",
-        net=net,
-        tokenizer=byte_tokenizer(),
-        generation_config=None,
-        eos=frozenset({257}),
-        blanks=find_blanks(net),
-    )
-
-
 def make_tiny(name: str, model_type: str) -> Model:
     if not hasattr(transformers, name):
         pytest.skip(f"this transformers has no {name}")
     model_class = ModelClass(name=name, model_type=model_type, multimodal=True)
-    return make_model(model_configs.build(model_class, seed=1)[0].requires_grad_(False))
+    net, _ = model_configs.build(model_class, seed=1)
+    return make_model(net.requires_grad_(False), blanks=find_blanks(net))
 
 
 def test_rows_of_one_batch_do_not_depend_on_an_earlier_batch():

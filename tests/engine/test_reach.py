@@ -5,6 +5,7 @@ import torch
 from helpers import (
     SIZES,
     byte_tokenizer,
+    make_model,
     one_update,
     prepared,
     random_net,
@@ -86,9 +87,7 @@ def routed_model() -> Model:
     net = tiny_net("llama")
     net.model.layers[1].mlp = Experts(32, 4)
     net.model.layers[1].unused = torch.nn.Linear(32, 32)
-    return Model(
-        name="m", net=net, tokenizer=byte_tokenizer(), generation_config=None, eos=frozenset({257})
-    )
+    return make_model(net)
 
 
 def test_experts_without_a_token_stay_trained_and_what_cannot_get_a_gradient_is_frozen():
@@ -108,9 +107,7 @@ def test_layers_of_another_class_that_text_skips_are_frozen():
 
     net = tiny_net("llama")
     net.model.layers.append(CrossAttention(32, 32))  # the config names two layers
-    model = Model(
-        name="m", net=net, tokenizer=byte_tokenizer(), generation_config=None, eos=frozenset({257})
-    )
+    model = make_model(net)
     assert find_unreached(model) == {"model.layers.2.weight", "model.layers.2.bias"}
 
 
@@ -118,9 +115,7 @@ def test_a_parameter_of_the_head_beside_weight_and_bias_is_frozen():
     """The loss computes weight·h + bias, so that a factor of its own gets no gradient."""
     net = tiny_net("llama")
     net.lm_head.logit_scale = torch.nn.Parameter(torch.ones(260))
-    model = Model(
-        name="m", net=net, tokenizer=byte_tokenizer(), generation_config=None, eos=frozenset({257})
-    )
+    model = make_model(net)
     assert find_unreached(model) == {"lm_head.logit_scale"}
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import byte_tokenizer, random_net, text_config
+from helpers import make_model, random_net, text_config
 
 from prefix_distill.engine.decoder import make_decoder
-from prefix_distill.engine.models import Model, with_checkpointing
+from prefix_distill.engine.models import with_checkpointing
 from prefix_distill.engine.trunk import check_head, choose_trunk
 from prefix_distill.errors import UserError
 
@@ -32,15 +32,9 @@ CONFIGS = {
 }
 
 
-def model_of(net) -> Model:
-    return Model(
-        name="m", net=net, tokenizer=byte_tokenizer(), generation_config=None, eos=frozenset({257})
-    )
-
-
 @pytest.fixture(params=CONFIGS)
 def model(request):
-    return model_of(random_net(text_config(request.param, **CONFIGS[request.param])))
+    return make_model(random_net(text_config(request.param, **CONFIGS[request.param])))
 
 
 def test_the_head_of_the_trunk_gives_the_logits(model):
@@ -64,7 +58,7 @@ def test_a_cached_trunk_goes_on_where_the_first_pass_ended(model):
 
 @pytest.mark.parametrize("kind", ["llama4_text", "modernbert-decoder"])
 def test_a_whole_network_as_trunk_computes_no_logits_and_can_be_recomputed(kind):
-    model = model_of(random_net(text_config(kind, **CONFIGS[kind])).requires_grad_(True))
+    model = make_model(random_net(text_config(kind, **CONFIGS[kind])).requires_grad_(True))
     choose_trunk(model)
     head = model.net.get_output_embeddings()
     forward = head.forward
@@ -81,7 +75,7 @@ def test_a_whole_network_as_trunk_computes_no_logits_and_can_be_recomputed(kind)
 
 
 def test_a_network_that_needs_more_than_tokens_is_refused_with_its_reason():
-    model = model_of(random_net(text_config("llama")))
+    model = make_model(random_net(text_config("llama")))
 
     def forward(*_, **__):
         raise ValueError("You must specify pixel_values")
@@ -92,7 +86,7 @@ def test_a_network_that_needs_more_than_tokens_is_refused_with_its_reason():
 
 
 def test_logits_that_are_no_scale_of_the_head_are_refused_with_the_gap():
-    model = model_of(random_net(text_config("llama")))
+    model = make_model(random_net(text_config("llama")))
     model.net.lm_head.register_forward_hook(lambda module, inputs, out: out + out.sin())
     with pytest.raises(UserError) as error:
         choose_trunk(model)

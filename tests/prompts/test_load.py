@@ -110,7 +110,7 @@ def test_the_given_system_message_replaces_that_of_a_row(tmp_path):
     found = load_prompts(write(tmp_path, ".jsonl", rows), RowFormat(system="given"))
     for prompt in found.prompts:
         assert [m["content"] for m in prompt.messages] == ["given", "q"]
-    assert any("--system replaces the system turn of 1 rows" in note for note in found.notes)
+    assert any("--system replaces the system turn in 1 of 2 rows" in note for note in found.notes)
 
 
 def test_tools_of_a_row_are_read_from_a_list_or_its_json_text(tmp_path):
@@ -119,8 +119,11 @@ def test_tools_of_a_row_are_read_from_a_list_or_its_json_text(tmp_path):
     rows = [question | {"tools": t} for t in ([tool], json.dumps([tool]), None, "", [])]
     found = load_prompts(write(tmp_path, ".jsonl", rows)).prompts
     assert [prompt.tools for prompt in found] == [(tool,), (tool,), (), (), ()]
-    with pytest.raises(UserError, match="no list of tools in 'tools'"):
-        load_prompts(write(tmp_path, ".jsonl", [question | {"tools": "a text"}]))
+    with pytest.raises(UserError, match="row 1 has no list of tools in 'tools'"):
+        load_prompts(write(tmp_path, ".jsonl", [question | {"tools": t} for t in ([], "a text")]))
+    # a column of that name that holds something else from the start is left out, and listed
+    other = load_prompts(write(tmp_path, ".jsonl", [question | {"tools": ["calculator"]}]))
+    assert other.prompts[0].tools == () and "not used: tools" in other.notes[0]
 
 
 def test_loading_leaves_no_temporary_files(tmp_path, monkeypatch):
