@@ -50,8 +50,9 @@ def locate(name: str) -> tuple[str, dict]:
             raise UserError(f"model {name}: no such folder; check the path")
         return name, {}
     check_pointers(name, path)
+    if _find_weights(path) is not None and (path / "config.json").is_file():
+        return str(path), {}
     if (path / FILE).is_file():
-        _check_one_model(name, path)
         return str(path), ADAPTER
     if (path / "config.json").is_file():
         return str(path), {}
@@ -60,19 +61,30 @@ def locate(name: str) -> tuple[str, dict]:
     )
 
 
-def _check_one_model(name: str, folder: Path) -> None:
-    """Raise UserError if a folder with an adapter also holds the weights of a model.
-
-    Whether these weights contain the adapter already, the files do not say. Transformers would add
-    it once more.
-    """
+def _find_weights(folder: Path) -> Path | None:
+    """Return a file with weights of a whole model; None if the folder holds an adapter at most."""
     for file in sorted(folder.iterdir()):
         if file.name.startswith(("model", "pytorch_model")) and file.suffix in WEIGHT_SUFFIXES:
-            raise UserError(
-                f"model {name}: the folder holds a model ({file.name}) and an adapter ({FILE}), "
-                "and transformers would add the adapter to these weights; if they are merged, "
-                f"remove {FILE} and {WEIGHTS}, else move the adapter to its own folder"
-            )
+            return file
+    return None
+
+
+def describe_left_over(name: str, folder: str) -> str | None:
+    """Return a warning if a folder of weights also holds an adapter, which is left out.
+
+    Merging leaves such files behind. Transformers adds the adapter to the weights once more.
+    """
+    path = Path(folder)
+    if not (path / FILE).is_file():
+        return None
+    weights = _find_weights(path)
+    if weights is None:
+        return None
+    return (
+        f"model {name}: the weights in {weights.name} are used as they are, and the adapter "
+        f"({FILE}) in the same folder is left out; to add the adapter, move {FILE} and {WEIGHTS} "
+        "to a folder of their own and name that folder"
+    )
 
 
 def check_config(name: str, folder: str, config: PreTrainedConfig) -> None:

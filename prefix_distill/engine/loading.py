@@ -25,7 +25,7 @@ from .adapter_files import FILE
 from .casting import cast
 from .classes import AutoClass, choose_class
 from .dropout import turn_off_dropout
-from .folders import ADAPTER, check_config, locate
+from .folders import ADAPTER, check_config, describe_left_over, locate
 from .hub import check_reachable, find_pinned
 from .kept_state import find_blanks
 from .model_files import read_tokenizer
@@ -93,6 +93,7 @@ def load_model(
     if storage == PLAIN:
         net = net.to(device)
     model = _make_model(name, net, tokenizer)
+    model.left_out = describe_left_over(name, folder)
     _check_finite(model)
     if storage.spread is None:
         return model
@@ -125,6 +126,10 @@ def _gguf_argument(extra: dict) -> dict:
     return {}
 
 
+# A subfolder that no model has: transformers looks for an adapter there, and adds none.
+NO_ADAPTER = {"subfolder": ".no-adapter"}
+
+
 def _read_weights(
     auto_class: AutoClass, folder: str, **options: Any
 ) -> tuple["CausalLM", dict[str, Any]]:
@@ -134,6 +139,8 @@ def _read_weights(
         safetensors_only = None
         if options["dtype"] == "auto":
             options["dtype"] = None  # GGUF names no dtype, and "auto" asks the suffix in lower case
+    if os.path.isdir(folder):
+        options["adapter_kwargs"] = NO_ADAPTER
     return auto_class.from_pretrained(
         folder,
         use_safetensors=safetensors_only,

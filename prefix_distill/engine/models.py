@@ -53,7 +53,8 @@ class Model:
     its adapter. ``unreached``: the parameters that no text token reaches, which are frozen.
     ``whole_net``: the trunk is ``net`` up to its output layer, not its decoder alone. ``scaling``:
     what ``net`` does to its logits, if the config does not tell (``choose_trunk``). ``blanks``: the
-    attributes in which ``net`` may keep state between calls. ``home``: the head's device, if the
+    attributes in which ``net`` may keep state between calls. ``left_out``: a warning on files of
+    the model that are not used. ``home``: the head's device, if the
     layers lie on several devices. ``scratch``: the folder of offloaded layers, which must exist as
     long as the model.
     """
@@ -74,6 +75,7 @@ class Model:
     whole_net: bool = False
     scaling: Scaling | None = None
     blanks: Blanks = field(default_factory=dict)
+    left_out: str | None = None
     home: torch.device | None = None
     scratch: TemporaryDirectory[str] | None = None
 

@@ -51,6 +51,8 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     )
     check_vocabulary(model)
     notes.note(*describe_unused_tokens(model))
+    if model.left_out is not None:
+        notes.note(model.left_out)
     where = join_ranks(config.runtime, model)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)

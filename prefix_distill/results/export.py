@@ -88,6 +88,8 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--out {out}: cannot be written ({reason}); name another folder") from None
+    if model.left_out is not None:
+        notes.append(model.left_out)
     file = None
     if script is not None and gguf is not None:
         file = str(_convert(script, out, gguf))

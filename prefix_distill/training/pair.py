@@ -101,6 +101,8 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     notes.note(tokenizers)
     for model in (student, teacher):
         notes.note(*describe_unused_tokens(model))
+        if model.left_out is not None and model.left_out not in notes.warnings:
+            notes.warn(model.left_out)
     support = None
     if alignment is not None:
         config = check_alignment(config, notes)

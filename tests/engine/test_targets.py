@@ -466,22 +466,35 @@ def test_the_tokens_that_end_a_turn_are_those_of_the_adapter(tmp_path):
     assert load(base).eos == {257}
 
 
-def test_a_folder_with_a_model_and_an_adapter_is_refused(tmp_path):
-    """Transformers would add the adapter to weights that may contain it already."""
+def test_an_adapter_beside_the_weights_of_a_model_is_left_out(questions, tmp_path):
+    """Merging leaves it behind, and transformers would add it to the merged weights once more."""
+    base = save_random(tmp_path / "base")
+    plain = logits(load(base).net)
+    expected = peft_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    assert not torch.allclose(plain, expected, atol=1e-2)  # else nothing could be added wrongly
+    for file in (tmp_path / "adapter").glob("adapter_*"):
+        shutil.copy(file, base)
+    torch.testing.assert_close(logits(load(base).net), plain, rtol=0, atol=0)
+    said = "the weights in model.safetensors are used as they are, and the adapter (adapter_config"
+    code, _, err = invoke("export", base, "--out", tmp_path / "out")
+    assert code == 0 and said in err
+    assert not (tmp_path / "out/adapter_config.json").exists()
+    torch.testing.assert_close(logits(load(tmp_path / "out").net), plain, rtol=0, atol=0)
+    teacher = save_random(tmp_path / "teacher", seed=5)
+    arguments = ["run", "--student", base, "--teacher", teacher, "--dataset", questions]
+    arguments += ["--prefix", 4, "--steps", 1, "--batch-size", 2, "--max-new-tokens", 8]
+    arguments += ["--eval-samples", 2, "--kl-prompts", 2, "--check-samples", 0, "--save-every", 1]
+    code, _, err = invoke(*arguments, "--out", tmp_path / "run")
+    assert code == 0 and f"warning: model {base}: {said}" in err
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+    code, _, err = invoke("run", "--resume", "--out", tmp_path / "run", "--steps", 2)
+    assert code == 0, err
+
+
+def test_a_config_without_weights_makes_no_model_of_an_adapter(tmp_path):
     base = save_random(tmp_path / "base")
     expected = peft_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    for file in (tmp_path / "adapter").iterdir():
-        shutil.copy(file, base)
-    for arguments in (("run", "--student", base), ("export", base)):
-        code, _, err = invoke(*arguments, "--out", tmp_path / "out")
-        last = err.splitlines()[-1]
-        assert code == 2 and "holds a model (model.safetensors) and an adapter" in last
-        assert "remove adapter_config.json" in last and not (tmp_path / "out").exists()
-    # a config without weights is a left-over too, but the folder is an adapter without doubt
-    other = save_random(tmp_path / "other")
-    shutil.copy(f"{other}/config.json", tmp_path / "adapter")
-    shutil.rmtree(base)
-    save_random(base)
+    shutil.copy(f"{base}/config.json", tmp_path / "adapter")
     torch.testing.assert_close(
         logits(load(tmp_path / "adapter").net), expected, rtol=1e-4, atol=1e-4
     )
