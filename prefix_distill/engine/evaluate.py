@@ -15,18 +15,13 @@ from ..prompts.prompt import Prompt, Rendered
 from .memory import MemoryLimits
 from .meter import Meter
 from .models import Model
+from .repetition import find_loop, repeats
 from .rollout import Rollout, rollout_of
 from .sampling import GenerationCost, Request, Response, Sampler
 from .scoring import Scorer, TokenFacts
 
 Problem = tuple[Prompt, tuple[int, ...]]  # a prompt and its token ids
 Facts = dict[str, list[float | None]]  # one rollout: statistic → a number per token
-
-
-def repeats(ids: tuple[int, ...]) -> bool:
-    """Return whether the response loops: more than half of its token 4-grams occur earlier."""
-    grams = [ids[i : i + 4] for i in range(len(ids) - 3)]
-    return bool(grams) and len(set(grams)) < len(grams) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +151,17 @@ def decode(model: Model, ids: Sequence[int]) -> str:
 
 
 def _grade(model: Model, response: Response, gold: str | None, answer_format: str) -> dict:
-    """Return the record of a response; ``correct`` is None without a reference answer."""
+    """Return the record of a response; ``correct`` is None without a reference answer.
+
+    ``loop_from``: the token at which a response that was cut begins to loop, None without a loop.
+    """
     text = decode(model, response.ids)
     return {
         "text": text,
         "tokens": len(response.ids),
         "finished": response.finished,
         "repeats": repeats(response.ids),
+        "loop_from": None if response.finished else find_loop(response.ids),
         "correct": None if gold is None else answers.is_correct(text, gold, answer_format),
     }
 

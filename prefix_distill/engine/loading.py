@@ -67,10 +67,7 @@ def load_model(
             "export it to a folder of weights first (prefix-distill export)"
         )
     gguf = _gguf_argument(extra)
-    package = storage.package
-    if gguf:
-        package = "gguf"
-    scratch = None
+    package = "gguf" if gguf else storage.package
     with _explain_failure(name, package):
         options = {"trust_remote_code": trust_remote_code, **gguf}
         tokenizer = read_tokenizer(name, folder, **options)
@@ -78,6 +75,7 @@ def load_model(
         if not extra:
             check_config(name, folder, config)
         extra |= _quantization_options(storage, device, dtype)
+        scratch = None
         if storage.spread is not None:
             scratch = tempfile.TemporaryDirectory(prefix="prefix-distill-")
             device_map = plan_spread(
@@ -91,10 +89,10 @@ def load_model(
     _check_complete(name, loading_info)
     _check_unadapted(name, net)
     if storage == PLAIN:
-        net = net.to(device)
+        net.to(device)
     model = _make_model(name, net, tokenizer)
-    model.left_out = describe_left_over(name, folder)
     _check_finite(model)
+    model.left_out = describe_left_over(name, folder)
     if storage.spread is None:
         return model
     return replace(model, home=device, scratch=scratch)

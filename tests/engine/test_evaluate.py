@@ -91,12 +91,6 @@ def test_token_mean_weights_tokens_and_resamples_rollouts():
     )
 
 
-def test_repetition_means_repeated_4_grams():
-    assert evaluate.repeats((1, 2, 3) * 10) and evaluate.repeats((7,) * 20)
-    assert not evaluate.repeats(tuple(range(30))) and not evaluate.repeats((1, 2, 3))
-    assert not evaluate.repeats(tuple(range(20)) + tuple(range(10)))
-
-
 @pytest.fixture(scope="module")
 def models():
     class Words:
