@@ -271,8 +271,11 @@ class Display:
 
     def evaluation(self, row: dict) -> None:
         """Show one evaluation: accuracy, finish rate, length, and KL on the fixed contexts."""
+        name = "accuracy"
+        if row["graded_by"] is not None:
+            name = "score"
         text = (
-            f"after step {row['step']}: accuracy {accuracy_text(row['accuracy'])}, "
+            f"after step {row['step']}: {name} {accuracy_text(row['accuracy'])}, "
             f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens per answer, "
             f"held-out reverse KL {row['kl']['value']:.4f} nats"
         )

@@ -21,6 +21,10 @@ class PluginError(UserError):
     """A plugin's code failed, or returned something else than it should. Exit code 2."""
 
 
+class GraderError(PluginError):
+    """A user's grader failed, or returned something else than a score. Exit code 2."""
+
+
 class PreflightError(UserError):
     """A check before the run failed: models, prompts and device are incompatible. Exit code 3.
 

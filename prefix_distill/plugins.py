@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import PluginError, Stopped, UserError
+from .errors import GraderError, PluginError, Stopped, UserError
 from .files import describe_special
 from .maths.formulas import DIVERGENCES, Divergence
 from .maths.registry import PROGRAM, describe_error, registering
@@ -206,6 +206,8 @@ def _execute(file: Path, source: bytes, entry: "EntryPoint | None") -> None:
 
 def find_fault(error: BaseException) -> str | None:
     """Describe an error that a plugin's code caused, in one line; None: no plugin is at fault."""
+    if isinstance(error, GraderError):
+        return str(error)
     if isinstance(error, PluginError):
         return f"plugin {error}"
     if isinstance(error, UserError | Stopped | KeyboardInterrupt):

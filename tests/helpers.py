@@ -41,6 +41,7 @@ from prefix_distill.engine.sampling import Sampler
 from prefix_distill.maths.divergence import per_token
 from prefix_distill.maths.schedule import parse_prefix
 from prefix_distill.maths.weights import quadrants
+from prefix_distill.prompts.grading import Grader
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.loss import TokenLosses
@@ -328,7 +329,7 @@ def bare_run(pair, terms, options=None) -> Run:
         config=config,
         place=place,
         pair=pair,
-        problems=Problems(train=[], held_out=[], kl=[], extrapolation=[], answer_format="auto"),
+        problems=Problems(train=[], held_out=[], kl=[], extrapolation=[], grader=Grader()),
         method=method,
         notes=Notes(),
         limits=MemoryLimits(place, config),

@@ -201,7 +201,7 @@ class EvaluationResult(Result):
     model: str
     dataset: str
     accuracy: Estimate | None
-    finished_accuracy: float | None
+    finished_accuracy: Estimate | None
     pass_at_k: Estimate | None
     samples: int
     finish_rate: float
@@ -217,7 +217,7 @@ class EvaluationResult(Result):
             model=document["model"],
             dataset=document["dataset"],
             accuracy=Estimate.read(document["accuracy"]),
-            finished_accuracy=document.get("finished_accuracy"),
+            finished_accuracy=Estimate.read(document.get("finished_accuracy")),
             pass_at_k=Estimate.read(document["pass_at_k"]),
             samples=document["samples"],
             finish_rate=document["finish_rate"],
@@ -227,14 +227,11 @@ class EvaluationResult(Result):
         )
 
     def tables(self) -> list["Table"]:
-        finished_accuracy = "–"
-        if self.finished_accuracy is not None:
-            finished_accuracy = f"{self.finished_accuracy:.1%}"
         rows = {
             "model": self.model,
             "dataset": self.dataset,
             "accuracy": _share(self.accuracy),
-            "accuracy of finished answers": finished_accuracy,
+            "accuracy of finished answers": _share(self.finished_accuracy),
             f"pass@{self.samples}": _share(self.pass_at_k),
             "finish rate": f"{self.finish_rate:.1%}",
             "mean length": f"{self.mean_tokens:.0f} tokens",

@@ -30,6 +30,8 @@ class CommonOptions(TypedDict, total=False):
     begin: str | None
     generation_rows: int
     answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"]
+    grader: str | None
+    grader_timeout: float
     dtype: Literal["auto", "float32", "bfloat16"]
     device: str
     gpus: int | None

@@ -1,6 +1,7 @@
 """All options: one frozen section per part of the program, with default, help and limits.
 
-The sections of the method are in ``method``; ``access`` reads and changes a config by path.
+The sections of the method are in ``method``, and those of what a run writes in ``saving``.
+``access`` reads and changes a config by path.
 """
 
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Literal
 
 from .method import Divergence, Extrapolation, Sampling, Schedule, Train, Weights
 from .options import main_option, option
+from .saving import Checkpoint, Export, Trackers
 from .template_args import TemplateSettings
 
 SELF = "self"  # --teacher self: the student's own initial weights
@@ -247,6 +249,19 @@ class Evaluation:
         "15 seconds; 0 skips this check.",
         low=0,
     )
+    grader: str | None = option(
+        None,
+        "--grader",
+        "Your own grader FILE.py:FUNCTION, a function of (row, response) that returns a score from "
+        "0 to 1; it replaces reference answers.",
+        shown="none",
+    )
+    grader_timeout: float = option(
+        10.0,
+        "--grader-timeout",
+        "Seconds that --grader may take for one answer, which then scores 0.",
+        above=0,
+    )
     answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"] = option(
         "auto",
         "--answer-format",
@@ -313,50 +328,6 @@ class Runtime:
     seed: int = option(0, "--seed", "Seed of prompts, rollouts and evaluation.")
     head_memory_mb: int = option(
         256, "--head-memory-mb", "Memory for one chunk of logits in the loss, in MiB.", low=1
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    out: str | None = main_option(None, "--out", "Run folder.", shown="runs/<time>")
-    save_every: int = option(
-        25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
-    )
-    allow_changed: bool = option(
-        False,
-        "--allow-changed",
-        "With --resume, continue although the prompts or a model differ from those that the run "
-        "began with.",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trackers:
-    to: str = option(
-        "none",
-        "--report-to",
-        "Trackers that get metrics and evaluations besides metrics.jsonl: none, or comma-separated "
-        "names of tensorboard, wandb and trackio.",
-    )
-    name: str | None = option(
-        None,
-        "--run-name",
-        "Name of the run in the trackers, and title of its model card.",
-        shown="the run folder's name; in the card, the models' names",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    push: str | None = option(
-        None,
-        "--push-to-hub",
-        "Hub repository (USER/NAME) that model/ is uploaded to after the run. A new repository is "
-        "private.",
-        shown="none",
-    )
-    public: bool = option(
-        False, "--hub-public", "If --push-to-hub creates a repository, make it public."
     )
 
 

@@ -9,8 +9,8 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..maths.intervals import interval
-from ..prompts import answers, expressions
+from ..maths.intervals import interval, ratio_interval
+from ..prompts.grading import Grader
 from ..prompts.prompt import Prompt, Rendered
 from .memory import MemoryLimits
 from .meter import Meter
@@ -28,16 +28,18 @@ Facts = dict[str, list[float | None]]  # one rollout: statistic → a number per
 class Score:
     """The result of an evaluation: aggregates as in the JSON output, one record per problem.
 
-    ``finished_accuracy``: share of correct answers among the finished ones; None without any.
+    ``finished_accuracy``: accuracy among the finished answers; None without any. ``timeouts``: how
+    many answers a user's grader did not grade in time, which score 0.
     """
 
     accuracy: dict | None
-    finished_accuracy: float | None
+    finished_accuracy: dict | None
     pass_at_k: dict | None
     finish_rate: float
     mean_tokens: float
     repetition_rate: float
     records: list[dict]
+    timeouts: int = 0
 
     def right(self) -> list[float]:
         """Return the share of correct answers of every problem that can be graded."""
@@ -65,7 +67,7 @@ class Evaluation:
     sampler: Sampler
     samples: int
     max_new_tokens: int
-    answer_format: str
+    grader: Grader
 
 
 def evaluate(
@@ -88,8 +90,7 @@ def evaluate(
     every = [(i, s) for i in range(len(problems)) for s in range(how.samples)]
     mine = every[place.rank :: place.world]
     requests = [Request(ids=tuple(problems[i][1]), key=("evaluate", i, s)) for i, s in mine]
-    if how.answer_format not in ("exact", "choice") and any(p.answer for p, _ in problems):
-        expressions.start()  # so that a missing package is named before any answer is sampled
+    how.grader.start(prompt for prompt, _ in problems)
     responses: list[Response] = []
     if mine:
         responses = limits.sample(
@@ -97,8 +98,7 @@ def evaluate(
         )
     graded = []
     for (i, s), response in zip(mine, responses, strict=True):
-        gold = problems[i][0].answer
-        graded.append((i, s, _grade(model, response, gold, answer_format=how.answer_format)))
+        graded.append((i, s, _grade(model, response, problems[i][0], grader=how.grader)))
     records = [_empty_record(prompt) for prompt, _ in problems]
     gathered = itertools.chain.from_iterable(place.gather(graded))
     for i, _, response_record in sorted(gathered, key=operator.itemgetter(0, 1)):
@@ -123,11 +123,8 @@ def _score(records: list[dict]) -> Score:
     if gradable:
         right = [[r["correct"] for r in record["responses"]] for record in gradable]
         accuracy = interval([sum(row) / len(row) for row in right])
-        pass_at_k = interval([float(any(row)) for row in right])
-        graded = [r for record in gradable for r in record["responses"]]
-        finished = [r for r in graded if r["finished"]]
-        if finished:
-            finished_accuracy = _share(finished, "correct")
+        pass_at_k = interval([float(max(row) == 1) for row in right])
+        finished_accuracy = _finished_accuracy(gradable)
     return Score(
         accuracy=accuracy,
         finished_accuracy=finished_accuracy,
@@ -136,12 +133,23 @@ def _score(records: list[dict]) -> Score:
         mean_tokens=sum(r["tokens"] for r in responses) / len(responses),
         repetition_rate=_share(responses, "repeats"),
         records=records,
+        timeouts=sum(r.get("timed_out", False) for r in responses),
     )
 
 
+def _finished_accuracy(gradable: list[dict]) -> dict | None:
+    """Return the accuracy of the finished answers with its interval; None without any."""
+    right, counts = [], []
+    for record in gradable:
+        finished = [r["correct"] for r in record["responses"] if r["finished"]]
+        right.append(float(sum(finished)))
+        counts.append(len(finished))
+    return ratio_interval(right, counts)
+
+
 def _gradable(records: list[dict]) -> list[dict]:
-    """Return the records of the problems that have a reference."""
-    return [record for record in records if record["reference"] is not None]
+    """Return the records of the problems whose answers were graded."""
+    return [record for record in records if record["responses"][0]["correct"] is not None]
 
 
 def decode(model: Model, ids: Sequence[int]) -> str:
@@ -150,19 +158,29 @@ def decode(model: Model, ids: Sequence[int]) -> str:
     return text
 
 
-def _grade(model: Model, response: Response, gold: str | None, answer_format: str) -> dict:
-    """Return the record of a response; ``correct`` is None without a reference answer.
+def _grade(model: Model, response: Response, prompt: Prompt, grader: Grader) -> dict:
+    """Return the record of a response.
 
+    ``correct``: whether it is right, None without a reference answer; of a user's grader its score.
     ``loop_from``: the token at which a response that was cut begins to loop, None without a loop.
     """
     text = decode(model, response.ids)
+    grade = grader.grade(prompt, text)
+    correct: bool | float | None = None
+    extra = {}
+    if grade is not None and grader.own is None:
+        correct = bool(grade.score)
+    elif grade is not None:
+        correct = grade.score
+        extra["timed_out"] = grade.timed_out
     return {
         "text": text,
         "tokens": len(response.ids),
         "finished": response.finished,
         "repeats": repeats(response.ids),
         "loop_from": None if response.finished else find_loop(response.ids),
-        "correct": None if gold is None else answers.is_correct(text, gold, answer_format),
+        "correct": correct,
+        **extra,
     }
 
 

@@ -35,6 +35,34 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     return _interval(mean, n, *_ends(means))
 
 
+def ratio_interval(
+    parts: Sequence[float], counts: Sequence[int], seed: int = 0
+) -> dict[str, float] | None:
+    """Return {value, n, low, high} of sum(parts) / sum(counts); None if nothing is counted.
+
+    ``parts``: the sum of the scores of each problem, 0 to ``counts``; ``counts``: how many answers
+    it has. n counts answers. The 95% interval is the percentile bootstrap of 2,000 seeded resamples
+    of problems. If all answers score 0, or all 1, its ends are Wilson's, as in ``interval``.
+    """
+    import torch  # here: report and --help run without torch
+
+    table = torch.tensor([list(parts), list(counts)], dtype=torch.float64)
+    table = table[:, table[1] > 0]
+    answers = int(table[1].sum())
+    if not answers:
+        return None
+    value = (table[0].sum() / answers).item()
+    shares = table[0] / table[1]
+    if shares.min() == shares.max():
+        equal = interval([value] * answers)
+        return _interval(value, answers, low=equal["low"], high=equal["high"])
+    n = table.shape[1]
+    generator = torch.Generator().manual_seed(seed_of(seed, "ratio_interval"))
+    chosen = torch.randint(n, (RESAMPLES, n), generator=generator)
+    totals = table[:, chosen].sum(-1)
+    return _interval(value, answers, *_ends((totals[0] / totals[1]).tolist()))
+
+
 def _ends(means: list[float]) -> tuple[float, float]:
     """Return the 2.5 % and 97.5 % quantiles of RESAMPLES means."""
     means = sorted(means)

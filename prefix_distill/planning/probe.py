@@ -30,7 +30,6 @@ from ..engine.scoring import Scorer
 from ..errors import ignore
 from ..maths import intervals
 from ..maths.weights import quadrants
-from ..prompts.answers import is_correct
 from ..training.pair import fill_in
 from ..training.prompt_sets import load_prompt_sets
 from ..training.run import Notes, Run, settled
@@ -100,7 +99,7 @@ def probe(run: Run, say: Callable[[str], None] = ignore) -> dict:
         tried = sorted({max(1, round(share * length)) for share in SHARES})
         kl, entropy = _measure_tokens(run, student, answering.meter)
         curves = None
-        if all(p.prompt.answer is not None for p in prompts):
+        if all(run.problems.grader.can_grade(p.prompt) for p in prompts):
             curves = _measure_curves(answering, student, teacher, tried=tried, say=say)
     kl_by_tokens = {n: _share_of_kl(kl, [n] * len(kl)) for n in tried}
     recommended, reason = recommend(curves, kl_by_tokens, length)
@@ -215,17 +214,19 @@ def _measure_curves(
 def _grade(run: Run, model: Model, answers: Answers, tokens: int) -> dict:
     """Return the accuracy of answers after ``tokens`` given tokens, with its interval.
 
-    ``right``: 1 or 0 for every prompt. All prompts must have a reference answer.
+    ``right``: the score of every prompt, from 0 to 1. All prompts must be gradable.
     """
     right = []
     for prompt, ids in zip(run.problems.train, answers.ids, strict=True):
-        reference = settled(prompt.prompt.answer, "the reference answer")
         text = evaluate.decode(model, ids)
-        right.append(float(is_correct(text, reference, run.problems.answer_format)))
+        grade = run.problems.grader.grade(prompt.prompt, text)
+        right.append(settled(grade, "the grade").score)
+    of_finished = [score * done for score, done in zip(right, answers.finished, strict=True)]
     return {
         "tokens": tokens,
         **intervals.interval(right),
         "finish_rate": sum(answers.finished) / len(answers.finished),
+        "finished_accuracy": intervals.ratio_interval(of_finished, answers.finished),
         "right": right,
     }
 

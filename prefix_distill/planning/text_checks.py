@@ -44,7 +44,7 @@ def check_vocabulary(run: Run) -> Check:
 
 def check_data(run: Run) -> Check:
     """Return how the rows of every dataset were read: each column, and the first row."""
-    graded = sum(prompt.answer is not None for prompt, _ in run.problems.held_out)
+    graded = sum(map(run.problems.grader.can_grade, (p for p, _ in run.problems.held_out)))
     text = f"{graded:,} of {len(run.problems.held_out):,} evaluated prompts can be graded"
     return passed("data", text, {"account": run.notes.account})
 

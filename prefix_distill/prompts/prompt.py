@@ -21,6 +21,7 @@ class Prompt:
     - ``around``: the text before and after the problem in the last turn (template, instruction).
     - ``worked_solution``: the solution to show when the prompt is a few-shot example.
     - ``tools``: the tools that the chat template describes, as JSON schemas.
+    - ``row``: the columns of the dataset, for a user's grader; None without one.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Prompt:
     around: tuple[str, str] = ("", "")
     worked_solution: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    row: dict[str, Any] | None = None
 
     @property
     def problem(self) -> str:

@@ -44,6 +44,7 @@ class RowFormat:
     - ``seed``: the seed of samples of rows, of the order of streamed rows and of options.
     - ``streaming``: whether rows are read on demand.
     - ``keep_solutions``: whether prompts keep their solution, to serve as few-shot examples.
+    - ``keep_rows``: whether prompts keep their row, for a user's grader.
     """
 
     prompt_column: str | None = None
@@ -56,6 +57,7 @@ class RowFormat:
     seed: int = 0
     streaming: bool = False
     keep_solutions: bool = False
+    keep_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +188,7 @@ class PromptBuilder:
             around=(before, after),
             worked_solution=worked,
             tools=self._read_tools(row),
+            row={"prompt": problem} | row if self.row_format.keep_rows else None,
         )
 
     def _check_media(self, row: Row) -> None:

@@ -24,11 +24,12 @@ from ..errors import UserError
 from ..lab.task import LAB
 from ..maths.seeds import seed_of
 from ..prompts import templates
+from ..prompts.grading import describe_timeouts, load_grader
 from ..prompts.prompt import Prompt, PromptSet
 from ..prompts.rendering import Renderer
 from ..training.pair import TASK
 from ..training.prepare import choose_pad
-from ..training.problems import choose_answer_format, settle_max_new_tokens
+from ..training.problems import choose_grader, settle_max_new_tokens
 from ..training.prompt_sets import load_eval_problems
 from ..training.run import Notes, settled
 from ..training.turn_end import add_turn_end
@@ -42,7 +43,52 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     notes = Notes()
     name, dataset = _fill_in(config, notes)
     out = _examples_file(config.checkpoint.out)
+    own_grader = load_grader(config.evaluate.grader, config.evaluate.grader_timeout)
     prompts = load_eval_problems(config, dataset, notes)
+    model, where = _load(name, config, notes)
+    renderer = templates.student_renderer(model, config)
+    add_turn_end(renderer, model, notes)
+    problems = _render(config, renderer, prompts, notes=notes)
+    longest = max(len(ids) for _, ids in problems)
+    config = settle_max_new_tokens(
+        config, [model], longest_prompt=longest, task_limit=prompts.max_new_tokens, notes=notes
+    )
+    how = Evaluation(
+        sampler=_sampler(config, model),
+        samples=config.evaluate.rollouts,
+        max_new_tokens=settled(config.rollout.max_new_tokens, "--max-new-tokens"),
+        grader=choose_grader(config, prompts, own_grader),
+    )
+    limits = MemoryLimits(where, config)
+    limits.report = notes.note
+    limits.remedies = EVAL_REMEDIES
+    clock = Clock(device=where.device)
+    with clock.phase("evaluation"):
+        score = evaluate(
+            make_decoder(model, where.dtype),
+            problems,
+            how,
+            limits=limits,
+            cost=GenerationCost(meter=Meter(clock)),
+        )
+    if score.timeouts:
+        notes.note(describe_timeouts(how.grader, score.timeouts))
+    if where.is_first:
+        files.write_rows(out, score.records)
+    document = {
+        "model": name,
+        "dataset": dataset,
+        "grader": config.evaluate.grader,
+        **score.summary(),
+        "samples": config.evaluate.rollouts,
+        "seconds": clock.seconds["evaluation"],
+        "examples": str(out),
+    }
+    return where, notes.lines, document
+
+
+def _load(name: str, config: Config, notes: Notes) -> tuple[Model, Place]:
+    """Return the model on this rank's device, with the way its rows decode, and the rank."""
     model = loading.load_model(
         name,
         device=torch.device("cpu"),
@@ -58,42 +104,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     model.net.to(where.device, where.dtype)
     model.decoding = exactness.find_decoding(model)
     notes.note(*model.decoding.restrictions("the model"))
-    renderer = templates.student_renderer(model, config)
-    add_turn_end(renderer, model, notes)
-    problems = _render(config, renderer, prompts, notes=notes)
-    longest = max(len(ids) for _, ids in problems)
-    config = settle_max_new_tokens(
-        config, [model], longest_prompt=longest, task_limit=prompts.max_new_tokens, notes=notes
-    )
-    how = Evaluation(
-        sampler=_sampler(config, model),
-        samples=config.evaluate.rollouts,
-        max_new_tokens=settled(config.rollout.max_new_tokens, "--max-new-tokens"),
-        answer_format=choose_answer_format(config, prompts),
-    )
-    limits = MemoryLimits(where, config)
-    limits.report = notes.note
-    limits.remedies = EVAL_REMEDIES
-    clock = Clock(device=where.device)
-    with clock.phase("evaluation"):
-        score = evaluate(
-            make_decoder(model, where.dtype),
-            problems,
-            how,
-            limits=limits,
-            cost=GenerationCost(meter=Meter(clock)),
-        )
-    if where.is_first:
-        files.write_rows(out, score.records)
-    document = {
-        "model": name,
-        "dataset": dataset,
-        **score.summary(),
-        "samples": config.evaluate.rollouts,
-        "seconds": clock.seconds["evaluation"],
-        "examples": str(out),
-    }
-    return where, notes.lines, document
+    return model, where
 
 
 def _fill_in(config: Config, notes: Notes) -> tuple[str, str]:

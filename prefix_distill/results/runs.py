@@ -42,6 +42,7 @@ COLUMNS = (
     "kl_tail",
     "kl_beyond",
     "finish_rate",
+    "finished_accuracy",
     "mean_tokens",
     "flops_useful",
     "flops_executed",
@@ -337,6 +338,9 @@ def _csv_row(run: Finished, row: Evaluation, tail: int) -> dict[str, object]:
         cells["low"] = accuracy["low"]
         cells["high"] = accuracy["high"]
         cells["n"] = accuracy["n"]
+    finished = row.get("finished_accuracy")
+    if finished is not None:
+        cells["finished_accuracy"] = finished["value"]
     if row is run.evaluations[-1]:
         cells["prefix"] = run.result["prefix"]
         cells["kl_beyond"] = split_mean(run.kl_after, tail)[1]

@@ -63,6 +63,7 @@ class Evaluation(TypedDict):
     flops_executed: float
     seconds: float
     quadrants: NotRequired[Quadrants]
+    finished_accuracy: NotRequired[Accuracy | None]
 
 
 class PrefixDecision(TypedDict):

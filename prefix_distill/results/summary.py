@@ -201,6 +201,7 @@ def _facts(run: Finished, tail: int) -> dict[str, float | None]:
     last = run.evaluations[-1]
     cost = run.cost(last)
     prefix = run.result["prefix"]
+    finished = last.get("finished_accuracy")
     return {
         "prefix": prefix,
         "accuracy": last["accuracy"] and last["accuracy"]["value"],
@@ -210,6 +211,7 @@ def _facts(run: Finished, tail: int) -> dict[str, float | None]:
         "kl_tail": split_mean(run.kl_after, prefix)[1],
         "kl_beyond": split_mean(run.kl_after, tail)[1],
         "finish_rate": last["finish_rate"],
+        "finished_accuracy": finished and finished["value"],
         "mean_tokens": last["mean_tokens"],
         "flops_useful": cost.useful,
         "flops_executed": cost.executed,
@@ -282,6 +284,7 @@ HEADINGS = (
     "training time",
     "KL beyond the prefix, before → after",
     "finished",
+    "accuracy of finished answers",
     "tokens",
     "cost saving (×) to reach 50% of the reference's gain",
     "to reach 90%",
@@ -300,11 +303,17 @@ def cells(row: dict) -> list[str]:
         f"{row['seconds']:.0f} s",
         _tail_text(row),
         f"{row['finish_rate']:.0%}",
+        share_text(row["finished_accuracy"]),
         f"{row['mean_tokens']:.0f}",
         ratio_text(ratios.get(0.5)),
         ratio_text(ratios.get(0.9)),
         ratio_text(ratios.get(1.0)),
     ]
+
+
+def share_text(share: float | None) -> str:
+    """Return a share in percent; "–" without one."""
+    return "–" if share is None else f"{share:.1%}"
 
 
 def _accuracy_text(row: dict) -> str:

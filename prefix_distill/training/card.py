@@ -220,7 +220,10 @@ def _results(config: Config, first: dict, row: dict) -> list[str]:
         problems = f"held-out problems of {_code(settled(config.data.dataset, '--dataset'))}"
     rows = []
     if first["accuracy"]:
-        rows.append(("accuracy", accuracy_text(first["accuracy"]), accuracy_text(row["accuracy"])))
+        name = "accuracy"
+        if config.evaluate.grader is not None:
+            name = f"mean score of {_code(Path(config.evaluate.grader).name)}"
+        rows.append((name, accuracy_text(first["accuracy"]), accuracy_text(row["accuracy"])))
     rows.append(("reverse KL to the teacher, nats per token", _kl(first["kl"]), _kl(row["kl"])))
     if "finish_rate" in row:
         before, after = first["finish_rate"], row["finish_rate"]

@@ -18,6 +18,7 @@ from ..errors import Stopped, UserError
 from ..maths import intervals
 from ..maths.seeds import seed_of
 from ..maths.weights import quadrants
+from ..prompts.grading import describe_timeouts
 from ..prompts.prompt import Rendered
 from .card import make_card
 from .state import State
@@ -202,7 +203,10 @@ class Monitor:
                 endings = ending_facts(sampled)
         self.state.count(meter)
         row = self._evaluation_row(facts, values, endings)
-        row["accuracy"] = None if score is None else score.accuracy
+        row["graded_by"] = run.problems.grader.name
+        if score is not None:
+            row["accuracy"] = score.accuracy
+            row["finished_accuracy"] = score.finished_accuracy
         row["sampler_kl"] = gap
         if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
             progress.evaluations.append(row)
@@ -216,13 +220,16 @@ class Monitor:
     def _score(self, meter: Meter) -> Score:
         """Sample and grade full answers to the held-out problems."""
         run = self.run
-        return evaluate.evaluate(
+        score = evaluate.evaluate(
             self.state.decoding,
             run.problems.held_out,
             run.evaluation,
             limits=run.limits,
             cost=GenerationCost.in_phase(meter, run.pair.student_shape, "evaluation"),
         )
+        if score.timeouts:
+            self.report.warn(describe_timeouts(run.problems.grader, score.timeouts))
+        return score
 
     def _evaluation_row(self, facts: list[Facts], values: TokenValues, endings: dict) -> dict:
         """Return the row of an evaluation for ``Progress.evaluations``, but for its accuracy."""
@@ -236,6 +243,7 @@ class Monitor:
         row: dict[str, Any] = {
             "step": progress.step,
             "accuracy": None,
+            "finished_accuracy": None,
             "kl": intervals.token_mean(values),
             "kl_prefix": head,
             "kl_tail": tail,

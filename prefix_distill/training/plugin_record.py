@@ -9,9 +9,18 @@ from collections.abc import Sequence
 from ..engine.ranks import Place
 from ..errors import UserError
 from ..plugins import Plugin
+from ..prompts.grading import Grader
 from .folder import RunFolder
 
 KEY = "plugins"  # in run.json: the plugins in use, and under "earlier" the hashes they had before
+
+
+def describe_grader(grader: Grader) -> tuple[Plugin, ...]:
+    """Return the file of a user's grader, to be recorded as plugins are."""
+    own = grader.own
+    if own is None:
+        return ()
+    return (Plugin(name=own.name, file=own.file, source=own.source, divergences={}, schedules={}),)
 
 
 def record_plugins(folder: RunFolder, place: Place, plugins: Sequence[Plugin]) -> list[str]:

@@ -17,6 +17,7 @@ from ..maths.divergence import Terms
 from ..maths.schedule import parse_off_policy, parse_prefix
 from ..maths.seeds import seed_of
 from ..maths.weights import parse_position_weight, parse_selection, parse_window
+from ..prompts.grading import load_grader
 from . import trackers
 from .pair import fill_in, load_pair
 from .problems import render_problems
@@ -33,7 +34,8 @@ def prepare(config: Config) -> Run:
     trackers.check_packages(config)
     notes = Notes()
     config = fill_in(config, notes)
-    sets = load_prompt_sets(config, notes)
+    own_grader = load_grader(config.evaluate.grader, config.evaluate.grader_timeout)
+    sets = dataclasses.replace(load_prompt_sets(config, notes), own_grader=own_grader)
     config, place, pair = load_pair(config, notes)
     config, problems = render_problems(config, sets, pair, place=place, notes=notes)
     method = read_method(config, pair, place, notes=notes)

@@ -14,6 +14,8 @@ from ..engine.rollout import rollout_of
 from ..engine.scoring import Scorer
 from ..errors import PreflightError, UserError
 from ..prompts import stream, templates
+from ..prompts.grading import Grader
+from ..prompts.own_grader import OwnGrader
 from ..prompts.prompt import PromptSet, Rendered
 from ..prompts.stream import mix, shuffle
 from ..prompts.templates import PRIVILEGED
@@ -72,19 +74,22 @@ def render_problems(
         held_out=[(r.prompt, r.student_ids) for r in held_out[: config.evaluate.problems]],
         kl=held_out[: config.evaluate.kl_prompts],
         extrapolation=extrapolation,
-        answer_format=choose_answer_format(config, sets.held_out),
+        grader=choose_grader(config, sets.held_out, sets.own_grader),
         teacher_tokens=teacher_tokens,
         loaded=[s.digest() for s in sets.train],
     )
     return config, problems
 
 
-def choose_answer_format(config: Config, prompts: PromptSet) -> str:
-    """Return how answers are graded: the given format, or the dataset's own for ``auto``."""
-    given: str = config.evaluate.answer_format
-    if given == "auto" and prompts.answer_format:
-        return prompts.answer_format
-    return given
+def choose_grader(config: Config, prompts: PromptSet, own: OwnGrader | None) -> Grader:
+    """Return how answers are graded: by the user's function, or by references in a format.
+
+    That is the given format, or the dataset's own for ``auto``.
+    """
+    answer_format: str = config.evaluate.answer_format
+    if answer_format == "auto" and prompts.answer_format:
+        answer_format = prompts.answer_format
+    return Grader(answer_format=answer_format, own=own)
 
 
 def settle_privileged_template(config: Config, sets: PromptSets) -> Config:
@@ -198,6 +203,8 @@ def _check_extrapolation_prompts(config: Config, prompts: list[Rendered], notes:
     """Raise UserError if candidates are scored by accuracy and a prompt has no answer."""
     fixed = _count_extrapolation_prompts(config)
     graded = bool(fixed) and config.extrapolation.score == "accuracy"
+    if config.evaluate.grader is not None:
+        graded = False
     if graded and any(p.prompt.answer is None for p in prompts):
         raise UserError(
             f"dataset {config.data.dataset}: a prompt has no reference answer, so candidates "

@@ -11,7 +11,9 @@ from ..errors import UserError
 from ..prompts import sources
 from ..prompts import stream as prompt_stream
 from ..prompts.account import describe_gradable
+from ..prompts.grading import describe_graded
 from ..prompts.load import load_evaluation_prompts, load_prompts
+from ..prompts.own_grader import OwnGrader
 from ..prompts.prompt import PromptSet
 from ..prompts.rows import RowFormat
 from ..prompts.stream import count_slots, hold_out, join_sets, take_examples
@@ -23,12 +25,13 @@ class PromptSets:
     """The datasets of a run, before they are rendered.
 
     ``train``: the training sets; ``weights``: their shares of the prompts; ``held_out``: the
-    prompts of evaluations, which are never trained on.
+    prompts of evaluations, which are never trained on. ``own_grader``: the user's grader, if any.
     """
 
     train: list[PromptSet]
     weights: list[Fraction]
     held_out: PromptSet
+    own_grader: OwnGrader | None = None
 
 
 def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
@@ -72,7 +75,7 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
         )
         train = [prompt_stream.insert_turns(s, turns) for s in train]
         held_out = prompt_stream.insert_turns(held_out, turns)
-    _report_gradable(held_out, config.evaluate.problems, notes)
+    _report_gradable(held_out, config, notes=notes)
     for loaded in train:
         if not loaded.streamed and not loaded.prompts:
             raise UserError(
@@ -94,8 +97,17 @@ def _report(loaded: PromptSet, notes: Notes, known: PromptSet | None = None) -> 
         notes.note(*account)
 
 
-def _report_gradable(evaluated: PromptSet, count: int | None, notes: Notes) -> None:
-    """Note how many of the first ``count`` prompts (None: of all) cannot be graded, if any."""
+def _report_gradable(
+    evaluated: PromptSet, config: Config, notes: Notes, *, every: bool = False
+) -> None:
+    """Note who grades, or how many prompts cannot be graded, if any.
+
+    ``every``: all prompts are evaluated, not the first ``evaluate.problems``.
+    """
+    if config.evaluate.grader is not None:
+        notes.note(describe_graded(evaluated.name, config.evaluate.grader))
+        return
+    count = None if every else config.evaluate.problems
     references = [prompt.answer for prompt in itertools.islice(evaluated.prompts, count)]
     text = describe_gradable(evaluated.name, references)
     if text is not None:
@@ -121,6 +133,7 @@ def row_format(config: Config) -> RowFormat:
         answer_format=config.evaluate.answer_format,
         seed=config.runtime.seed,
         streaming=data.streaming,
+        keep_rows=config.evaluate.grader is not None,
     )
 
 
@@ -199,7 +212,7 @@ def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
     set itself, and these are not evaluated.
     """
     prompts = _load_eval_problems(config, dataset, notes)
-    _report_gradable(prompts, None, notes)
+    _report_gradable(prompts, config, notes, every=True)
     return prompts
 
 

@@ -29,6 +29,8 @@ REMEDIES = (
     "runtime.head_memory_mb",
     "runtime.device",
     "runtime.teacher_device",
+    "evaluate.grader",
+    "evaluate.grader_timeout",
     "train.gradient_checkpointing",
 )
 

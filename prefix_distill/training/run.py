@@ -14,6 +14,7 @@ from ..maths.divergence import Terms
 from ..maths.flops import Batch
 from ..maths.schedule import OffPolicy, PrefixSchedule
 from ..maths.weights import PositionWeight, Selection, Window
+from ..prompts.grading import Grader
 from ..prompts.prompt import Rendered
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ class Problems:
     ``train``: the prompts of the steps, in order; ``held_out``: the problems of an evaluation;
     ``kl``: the prompts of the fixed contexts on which the held-out KL is measured;
     ``extrapolation``: the fixed prompts on which EffOPD scores candidates, empty without it.
-    ``answer_format``: how answers are graded; ``teacher_tokens``: the number of the teacher's
+    ``grader``: how answers are graded; ``teacher_tokens``: the number of the teacher's
     tokens per token of the student's in the prompts' text, 1 if the tokenizers match; ``loaded``:
     a digest of each training set before the prompts are chosen from it, None of a streamed one.
     """
@@ -94,7 +95,7 @@ class Problems:
     held_out: list[Problem]
     kl: list[Rendered]
     extrapolation: list[Rendered]
-    answer_format: str
+    grader: Grader
     teacher_tokens: float = 1.0
     loaded: list[str | None] = field(default_factory=list)
 
@@ -165,7 +166,7 @@ class Run:
             sampler=self.method.eval_sampler,
             samples=self.config.evaluate.rollouts,
             max_new_tokens=self.max_new_tokens,
-            answer_format=self.problems.answer_format,
+            grader=self.problems.grader,
         )
 
     def update_cost(self, prompts: list[Rendered], response: float) -> float:

@@ -20,7 +20,7 @@ from .loss import TokenLosses
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
 from .monitor import Monitor
 from .optimizer import NonFiniteGradient, step_optimizer
-from .plugin_record import record_plugins
+from .plugin_record import describe_grader, record_plugins
 from .rehearsal import rehearse
 from .run import Run, describe_checks
 from .search import Search
@@ -275,6 +275,7 @@ def train_in(
     config = run.config
     plugins = load_plugins(config.runtime.plugin)
     plugins += find_unfiled(config.divergence.name, config.schedule.prefix)
+    plugins += describe_grader(run.problems.grader)
     interrupt = Interrupt()
     if run.place.is_first:
         watched = observer.watch(config.train.steps, label, interrupt.ask)

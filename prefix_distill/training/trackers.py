@@ -35,6 +35,7 @@ EVALUATION = {
     "sampler_kl": "sampler_kl_nats",
     "kl": "kl_nats",
     "accuracy": "accuracy",
+    "finished_accuracy": "finished_accuracy",
 }
 
 

@@ -370,8 +370,8 @@ def test_eval_and_export_take_their_flags_from_the_options_of_run():
     same = (
         "--dataset --split --prompt-column --answer-column --streaming --system --instruction "
         "--prompt-template --few-shot --template --template-arg --template-date --begin "
-        "--max-new-tokens --top-p --top-k --answer-format --generation-rows --dtype --device "
-        "--gpus --seed --trust-remote-code"
+        "--max-new-tokens --top-p --top-k --answer-format --grader --grader-timeout "
+        "--generation-rows --dtype --device --gpus --seed --trust-remote-code"
     )
     paths = {configuration.flag(path): path for path in configuration.options()}
     assert flags["eval"] == renamed | {flag: paths[flag] for flag in same.split()}

@@ -18,6 +18,8 @@ from prefix_distill.engine.sampling import GenerationCost, Sampler
 from prefix_distill.engine.scoring import Scorer
 from prefix_distill.engine.shapes import read_shape
 from prefix_distill.maths import intervals
+from prefix_distill.prompts import grading
+from prefix_distill.prompts.grading import Grader
 from prefix_distill.prompts.prompt import Prompt
 
 PLACE = Place(
@@ -41,7 +43,7 @@ def how(samples, tokens, answer_format="exact"):
         sampler=Sampler(eos=frozenset({257}), pad=256, support=260, seed=3),
         samples=samples,
         max_new_tokens=tokens,
-        answer_format=answer_format,
+        grader=Grader(answer_format=answer_format),
     )
 
 
@@ -190,7 +192,7 @@ def test_an_answer_is_graded_by_one_rank_only(monkeypatch):
         lambda model, requests, **_: [Response(ids=(r.key[1],), finished=True) for r in requests],
     )
     monkeypatch.setattr(
-        module.answers, "is_correct", lambda text, gold, form: graded.append(gold) or text == gold
+        grading.answers, "is_correct", lambda text, gold, form: graded.append(gold) or text == gold
     )
     model, said = (
         SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: str(ids[0]))),

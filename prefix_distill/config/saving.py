@@ -1,0 +1,49 @@
+"""The options of what a run writes: checkpoints, trackers, and the hub."""
+
+from dataclasses import dataclass
+
+from .options import main_option, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    out: str | None = main_option(None, "--out", "Run folder.", shown="runs/<time>")
+    save_every: int = option(
+        25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
+    )
+    allow_changed: bool = option(
+        False,
+        "--allow-changed",
+        "With --resume, continue although the prompts or a model differ from those that the run "
+        "began with.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trackers:
+    to: str = option(
+        "none",
+        "--report-to",
+        "Trackers that get metrics and evaluations besides metrics.jsonl: none, or comma-separated "
+        "names of tensorboard, wandb and trackio.",
+    )
+    name: str | None = option(
+        None,
+        "--run-name",
+        "Name of the run in the trackers, and title of its model card.",
+        shown="the run folder's name; in the card, the models' names",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    push: str | None = option(
+        None,
+        "--push-to-hub",
+        "Hub repository (USER/NAME) that model/ is uploaded to after the run. A new repository is "
+        "private.",
+        shown="none",
+    )
+    public: bool = option(
+        False, "--hub-public", "If --push-to-hub creates a repository, make it public."
+    )
