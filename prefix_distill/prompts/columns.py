@@ -4,10 +4,18 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .names import CONTEXTS, OPTION_COLUMNS, SYSTEM_COLUMNS, TOOL_COLUMNS
-from .options import read_options
+from .names import (
+    ANSWER_COLUMNS,
+    CONTEXTS,
+    OPTION_ANSWER_COLUMNS,
+    OPTION_COLUMNS,
+    RIGHT_OPTION_COLUMNS,
+    SYSTEM_COLUMNS,
+    TOOL_COLUMNS,
+)
+from .options import find_option_columns, find_wrong_columns, read_options
 from .readers import Row
-from .turns import read_tools
+from .turns import SPEAKERS, read_tools
 
 _MEDIA = re.compile(r"(image|images|img|picture|pictures|video|videos|audio|audios)(_?\d+)?")
 
@@ -17,7 +25,10 @@ class Companions:
     """The columns that belong to the prompt although they are not its column.
 
     - ``context``: text beside the question; ``context_first``: whether it comes before it.
-    - ``options``: the options of a multiple-choice question.
+    - ``unread``: a context that is no text.
+    - ``options``: the columns with the options of a multiple-choice question: one that lists all
+      of them, or one for each option; ``wrong``: the columns of the wrong options, if the column
+      of the answer holds the right one.
     - ``system``: the text of the system message.
     - ``tools``: the tools that an assistant may call, as JSON schemas.
     - ``media``: images, video and sound, which the models cannot read.
@@ -25,7 +36,9 @@ class Companions:
 
     context: str | None = None
     context_first: bool = False
-    options: str | None = None
+    unread: str | None = None
+    options: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
     system: str | None = None
     tools: str | None = None
     media: tuple[str, ...] = ()
@@ -76,21 +89,44 @@ def reach(row: Any, column: str | None) -> Any:
     return row
 
 
+def describe_single_message(row: Row, prompt: str) -> str | None:
+    """Return what is wrong if each row is one message of a conversation, else None."""
+    role = choose_column(row, ("role", "from"))
+    if role is None or not isinstance(row[prompt], str) or str(row[role]).lower() not in SPEAKERS:
+        return None
+    return (
+        f"each row is one message ('{prompt}' with '{role}' {str(row[role])[:20]!r}), expected "
+        "whole conversations; join the messages of each one in a column 'messages'"
+    )
+
+
+def usual_answers(companions: Companions) -> tuple[str, ...]:
+    """Return the usual names of the answer's column beside these columns."""
+    if companions.wrong:
+        return RIGHT_OPTION_COLUMNS
+    if companions.options:
+        return OPTION_ANSWER_COLUMNS
+    return ANSWER_COLUMNS
+
+
 def find_companions(row: Row, prompt: str, template: str | None) -> Companions:
     """Return the columns that belong to the detected column ``prompt``.
 
     Columns that the prompt template names are left to it.
     """
     free = {name: value for name, value in row.items() if f"{{{name}}}" not in (template or "")}
-    context, context_first = None, False
+    context, context_first, unread = None, False, None
     if prompt.lower() in CONTEXTS:
         names, context_first = CONTEXTS[prompt.lower()]
         context = choose_column(free, names)
         if context is not None and not isinstance(free[context], str | None):
-            context = None
-    options = choose_column(free, OPTION_COLUMNS)
-    if options is not None and read_options(free[options]) is None:
-        options = None
+            context, unread = None, context
+    wrong = find_wrong_columns(free)
+    if choose_column(row, RIGHT_OPTION_COLUMNS) is None:
+        wrong = ()
+    options: tuple[str, ...] = ()
+    if not wrong:
+        options = _find_options(free)
     system = choose_column(free, SYSTEM_COLUMNS)
     if system is not None and not isinstance(free[system], str | None):
         system = None
@@ -100,11 +136,21 @@ def find_companions(row: Row, prompt: str, template: str | None) -> Companions:
     return Companions(
         context=context,
         context_first=context_first,
+        unread=unread,
         options=options,
+        wrong=wrong,
         system=system,
         tools=tools,
         media=find_media(row),
     )
+
+
+def _find_options(row: Row) -> tuple[str, ...]:
+    """Return the column that lists the options, or the columns of one option each."""
+    listed = choose_column(row, OPTION_COLUMNS)
+    if listed is not None and read_options(row[listed]) is not None:
+        return (listed,)
+    return find_option_columns(row)
 
 
 def find_media(row: Row) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # the import takes a second, and a plain file does not need i
     from datasets import Dataset, IterableDataset
 
 DEFAULT_FORMAT = RowFormat()
+PEEKED = 100  # rows of a stream from the hub that are read at once, to choose columns by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +115,14 @@ def _stream(builder: PromptBuilder, rows: "IterableDataset", selection: _Selecti
         first_rows = list(itertools.islice(iterate_rows(source.text, rows), BUFFER))
     else:
         # a second pass over the hub would download the rows twice
-        first_rows = list(itertools.islice(remaining, 1))
+        first_rows = list(itertools.islice(remaining, PEEKED))
         remaining = itertools.chain(first_rows, remaining)
     if not first_rows:
         raise no_rows(source.text)
     columns: Row = {}
     for row in reversed(first_rows):  # a row of a file may lack a column
         columns.update(row)
-    builder = builder.detect_columns(columns)
+    builder = builder.detect_columns(columns).count_positions(first_rows)
     prompts: Iterator[Prompt] | tuple[Prompt, ...] = _build_each(builder, remaining)
     if source.count is not None:
         counted = tuple(itertools.islice(prompts, source.count))
@@ -128,7 +130,19 @@ def _stream(builder: PromptBuilder, rows: "IterableDataset", selection: _Selecti
         prompts = counted[: selection.limit]
     elif selection.limit is not None:
         prompts = tuple(itertools.islice(prompts, selection.limit))
-    return _make_set(builder, selection.split, prompts, available=None)
+    if isinstance(prompts, tuple):
+        return _make_set(builder, selection.split, prompts, available=None)
+    # what is said of the stream is counted in its first rows; prompts come later
+    peeking = replace(builder, readings=Counter(), changes=Counter())
+    peeked = tuple(_build_each(peeking, first_rows))
+    loaded = _make_set(
+        peeking,
+        selection.split,
+        peeked,
+        available=None,
+        remarks=(f"its references were counted in the first {len(peeked):,} rows",),
+    )
+    return replace(loaded, prompts=prompts)
 
 
 def _build_each(builder: PromptBuilder, rows: Iterable[Row]) -> Iterator[Prompt]:
@@ -142,7 +156,7 @@ def _select(builder: PromptBuilder, table: Table, selection: _Selection) -> Prom
     rows = table.rows
     if len(rows) == 0:
         raise no_rows(source.text)
-    builder = builder.detect_columns(_unite_columns(rows))
+    builder = builder.detect_columns(_unite_columns(rows)).count_positions(rows)
     order: Sequence[int] = range(len(rows))
     if source.count is not None:
         _check_count(source, len(rows))

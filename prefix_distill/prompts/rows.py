@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 from typing import Any
@@ -12,16 +13,19 @@ from .columns import (
     Companions,
     choose_column,
     clean_names,
+    describe_single_message,
     find_companions,
     find_media,
     reach,
+    usual_answers,
 )
 from .golds import BLANK, PROSE, describe_reading, read_gold
-from .names import ANSWER_COLUMNS, OPTION_ANSWER_COLUMNS, PROMPT_COLUMNS
-from .options import letter_of, read_options, show_options
+from .names import PROMPT_COLUMNS
+from .options import count_from_one, gather_options, letter_of, read_options, show_options
 from .presets import Preset
 from .prompt import Message, Prompt
 from .readers import Row
+from .solutions import end_with_box, find_solution
 from .sources import Source
 from .stream import shuffle
 from .turns import ROLES, are_texts, find_silent_call, read_tools, read_turns
@@ -64,6 +68,7 @@ class PromptBuilder:
 
     - ``part``: (position of the dataset, number of datasets), for the prompts' indices.
     - ``columns``: the names of all columns; ``companions``: those that belong to the prompt.
+    - ``first_position``: the position that answers give the first option, 0 or 1.
     - ``refuses_media``: whether a row with an image is an error, because the column of the prompt
       was detected and not given.
     - ``readings``: how many references were read in which way so far.
@@ -75,6 +80,7 @@ class PromptBuilder:
     part: tuple[int, int]
     columns: tuple[str, ...] = ()
     companions: Companions = field(default_factory=Companions)
+    first_position: int = 0
     refuses_media: bool = False
     readings: Counter[str] = field(default_factory=Counter)
     changes: Counter[str] = field(default_factory=Counter)
@@ -91,7 +97,7 @@ class PromptBuilder:
         """Return how the dataset's answers are read unless another format is given."""
         if self.source.preset is not None:
             return self.source.preset.answer_format
-        if self.companions.options is not None:
+        if self.companions.options or self.companions.wrong:
             return "choice"
         return "auto"
 
@@ -111,6 +117,9 @@ class PromptBuilder:
         if preset is not None:
             row_format = _apply_preset(row_format, preset)
         companions = Companions(media=find_media(row))
+        if preset is not None:
+            options = (preset.options,) if preset.options else ()
+            companions = replace(companions, options=options, wrong=preset.wrong)
         prompt = row_format.prompt_column
         is_detected = prompt is None
         if prompt is None:
@@ -120,11 +129,13 @@ class PromptBuilder:
                     f"dataset {self.source.text}: no prompt column ({', '.join(PROMPT_COLUMNS)}) "
                     f"among {', '.join(row)}; name it with --prompt-column"
                 )
+            message = describe_single_message(row, prompt)
+            if message is not None:
+                raise UserError(f"dataset {self.source.text}: {message}")
             companions = find_companions(row, prompt, row_format.prompt_template)
         answer = row_format.answer_column
         if answer is None and preset is None:
-            usual = OPTION_ANSWER_COLUMNS if companions.options else ANSWER_COLUMNS
-            answer = choose_column(row, usual)
+            answer = choose_column(row, usual_answers(companions))
         self._check_column(prompt, row, "--prompt-column")
         self._check_column(answer, row, "--answer-column")
         self._check_column(row_format.privileged_column, row, "--privileged-column")
@@ -203,27 +214,47 @@ class PromptBuilder:
         question with its options and the right letter."""
         problem = reach(row, self.row_format.prompt_column)
         answer = reach(row, self.row_format.answer_column)
-        preset = self.source.preset
-        column = self.companions.options
-        if preset is not None:
-            column = preset.options or ", ".join(preset.wrong)
-        if not column or not isinstance(problem, str):
+        columns = self.companions.wrong or self.companions.options
+        if not columns or not isinstance(problem, str):
             return problem, answer
-        if preset is not None and preset.wrong:
-            options = [answer]
-            for name in preset.wrong:
+        if self.companions.wrong:
+            options: Any = [answer]
+            for name in columns:
                 options.append(row.get(name))
             options = shuffle(options, self.row_format.seed, "options", index)
             answer = ascii_uppercase[options.index(answer)]
         else:
-            options = reach(row, column)
+            options = self._options_of(row)
         listed = read_options(options)
         if listed is None:
-            raise ValueError(f"needs 2 to 26 text options in '{column}', got {str(options)[:60]!r}")
+            raise ValueError(
+                f"needs 2 to 26 text options in '{', '.join(columns)}', got {str(options)[:60]!r}"
+            )
         labels, texts = listed
-        if preset is None:
-            answer = letter_of(answer, labels, texts)
+        if not self.companions.wrong:
+            answer = letter_of(answer, labels, texts, first=self.first_position)
         return show_options(problem, texts), answer
+
+    def _options_of(self, row: Row) -> Any:
+        columns = self.companions.options
+        if len(columns) == 1:
+            return reach(row, columns[0])
+        return gather_options(row, columns)
+
+    def count_positions(self, rows: Iterable[Row]) -> "PromptBuilder":
+        """Return a builder that knows whether the answers count the options from 0 or from 1."""
+        if not self.companions.options:
+            return self
+        answered = []
+        for row in rows:
+            row = clean_names(row)
+            answer = reach(row, self.row_format.answer_column)
+            listed = read_options(self._options_of(row))
+            if listed is None or answer in listed[0]:
+                return self
+            if answer not in (None, ""):
+                answered.append((answer, len(listed[1])))
+        return replace(self, first_position=int(count_from_one(answered)))
 
     def _read_messages(self, value: Any) -> tuple[list[Message], Any]:
         """Return the messages up to the user's last turn, and the assistant's turn after it.
@@ -231,6 +262,8 @@ class PromptBuilder:
         ``value`` is text or a list of chat messages. The assistant's turn is None if there is none.
         """
         messages, closing = read_turns(value, f"{self.row_format.prompt_column}"), None
+        if isinstance(value, str) and messages != [{"role": "user", "content": value}]:
+            self.changes["text split into turns"] += 1
         if messages and messages[-1]["role"] == "assistant":
             closing = messages.pop()["content"]
         if not are_texts(messages):
@@ -329,39 +362,20 @@ class PromptBuilder:
     ) -> str | None:
         """Return the solution to show if the row is a few-shot example.
 
-        If the instruction asks for a boxed answer, the solution ends with one. ``answer`` is (the
-        reference as text, the same or None if it cannot be graded).
+        ``answer`` is (the reference as text, the same or None if it cannot be graded).
         """
         reference, gold = answer
-        solution = self._solution_column(row)
+        preset = self.source.preset
+        solution = find_solution(row, self.row_format.answer_column, preset)
         if solution is None:
             solution = closing or reference
         if solution is None or not str(solution).strip():
             return None
         if reference is None and self.row_format.answer_column is not None:
             return None
-        text = str(solution)
-        asks_for_box = "\\boxed" in (self.row_format.instruction or "")
-        if gold is None or not asks_for_box or answers.extract_answer(text, "boxed") is not None:
-            return text
-        if self.source.preset is not None and self.source.preset.solution_cut:
-            text = re.sub(self.source.preset.solution_cut, "", text)
-        text = text.strip()
-        final = answers.extract_reference(gold)
-        if text == final:
-            return f"\\boxed{{{final}}}"
-        return f"{text}\n\n\\boxed{{{final}}}"
-
-    def _solution_column(self, row: Row) -> Any:
-        """Return the preset's solution column, else a column named solution with text, or None."""
-        if self.source.preset is not None and self.source.preset.solution:
-            return reach(row, self.source.preset.solution)
-        if self.row_format.answer_column in ("solution", None):
-            return None  # the solution is the answer
-        solution = row.get("solution")
-        if isinstance(solution, str):
-            return solution
-        return None
+        if gold is None or "\\boxed" not in (self.row_format.instruction or ""):
+            return str(solution)
+        return end_with_box(str(solution), gold, preset)
 
     def _row_error(self, index: int, text: str) -> UserError:
         return UserError(f"dataset {self.source.text}: row {index} {text}; repair or remove it")

@@ -287,7 +287,9 @@ def test_a_local_copy_of_the_hub_repository(tmp_path):
         assert [p.messages[0]["content"] for p in found.prompts] == [
             text
         ] and found.other_splits == other_splits
-    with pytest.raises(UserError, match="split validation cannot be loaded from the folder"):
+    with pytest.raises(
+        UserError, match="expected the split validation, got the splits test, train"
+    ):
         load_prompts(name, split="validation")
 
 
