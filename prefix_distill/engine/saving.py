@@ -27,7 +27,8 @@ def save_model(model: Model, folder: Path, card: str | None = None) -> list[str]
 
     The folder holds the config, the generation config with the model's ``stop_ids``, the float32
     weights (safetensors), the tokenizer and the chat template. Of a model with an adapter, only
-    the adapter is written, in peft's format. The folder gets its name after its weights were read back and compared.
+    the adapter is written, in peft's format. The folder gets its name after its weights were read
+    back and compared.
     Stopped: they differ; ``folder`` is as before.
     """
     with _new_folder(model, folder, card) as scratch:

@@ -8,6 +8,8 @@ from .rows import BUFFER, FIELD, PromptBuilder
 
 MOST_NAMES = 8  # unused columns that the short account names
 NOT_USED = "not used"
+SHOWN = 300  # characters of a text that the account shows: most of its start, and its end
+SHOWN_END = 80
 
 
 def describe(
@@ -60,12 +62,21 @@ def describe_in_full(builder: PromptBuilder, first: Prompt | None) -> tuple[str,
     if first is not None:
         turns = []
         for message in first.messages:
-            turns.append(f"{message['role']}: {message['content']!r}")
+            turns.append(f"{message['role']}: {_shorten(message['content'] or '')}")
         reference = "none that can be graded"
         if first.answer is not None:
-            reference = repr(answers.extract_reference(first.answer))
+            reference = _shorten(answers.extract_reference(first.answer))
         lines.append(f"dataset {name}: first row: {'; '.join(turns)}; reference: {reference}")
     return tuple(lines)
+
+
+def _shorten(text: str) -> str:
+    """Return a text in quotes; of a long one, the start and the end."""
+    if len(text) <= SHOWN:
+        return repr(text)
+    left_out = len(text) - SHOWN
+    start, end = text[: SHOWN - SHOWN_END], text[-SHOWN_END:]
+    return f"{start!r} … {left_out:,} characters … {end!r}"
 
 
 def uses_of_columns(builder: PromptBuilder) -> dict[str, str]:

@@ -551,6 +551,15 @@ def test_the_account_says_what_became_of_every_column(tmp_path):
         assert any(line.endswith(text) for line in lines), text
 
 
+def test_the_account_shows_the_start_and_the_end_of_a_long_text(tmp_path):
+    row = {"question": "start " + "a" * 5_000 + " end", "answer": "\\boxed{" + "1" * 400 + "}"}
+    write(tmp_path, {"x.jsonl": [row]})
+    line = load_prompts(str(tmp_path / "x.jsonl")).account[-1]
+    assert "user: 'start aaa" in line and "aaa end'; reference: '111" in line
+    assert " … 4,710 characters … " in line and " … 100 characters … " in line
+    assert len(line) < 900 + len(str(tmp_path))
+
+
 def test_a_prompt_template_takes_the_columns_that_it_names(tmp_path):
     row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
     write(tmp_path, {"x.jsonl": [row]})
