@@ -2,6 +2,9 @@
 
 import re
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from types import NoneType
 from typing import Any
 
 from .names import (
@@ -17,6 +20,7 @@ from .options import find_option_columns, find_wrong_columns, read_options
 from .readers import Row
 from .turns import SPEAKERS, read_tools
 
+_PLAIN = (str, bytes, int, float, list, dict, date, time, timedelta, Decimal, NoneType)
 _MEDIA = re.compile(r"(image|images|img|picture|pictures|video|videos|audio|audios)(_?\d+)?")
 
 
@@ -125,7 +129,7 @@ def find_companions(row: Row, prompt: str, template: str | None) -> Companions:
     if choose_column(row, RIGHT_OPTION_COLUMNS) is None:
         wrong = ()
     options: tuple[str, ...] = ()
-    if not wrong:
+    if not wrong and isinstance(row.get(prompt), str):  # turns have the options in their texts
         options = _find_options(free)
     system = choose_column(free, SYSTEM_COLUMNS)
     if system is not None and not isinstance(free[system], str | None):
@@ -158,6 +162,7 @@ def find_media(row: Row) -> tuple[str, ...]:
     names = []
     for name, value in row.items():
         is_file = isinstance(value, dict) and value.keys() == {"bytes", "path"}
-        if is_file or _MEDIA.fullmatch(name.lower()):
+        is_decoded = not isinstance(value, _PLAIN)  # an image or a sound of the datasets library
+        if is_file or is_decoded or _MEDIA.fullmatch(name.lower()):
             names.append(name)
     return tuple(names)

@@ -32,6 +32,7 @@ from .turns import ROLES, are_texts, find_silent_call, read_tools, read_turns
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one has no UTF-8 encoding
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # a field or an escaped brace of a prompt template
+LONG = 40  # characters; the prompt should not contain a reference of this length
 BUFFER = 1_000  # rows in the shuffle buffer of a streamed dataset
 
 
@@ -170,11 +171,15 @@ class PromptBuilder:
         if self.row_format.answer_column is None:
             answer = self._answer_of_conversation(closing)
         reference = read_gold(answer, column)
+        if isinstance(answer, list) and ", " in (reference or ""):
+            self.changes["several references are joined, an answer must have all of them"] += 1
         reading = describe_reading(reference, self.answer_format)
         self.readings[reading] += 1
         gold = None if reading in (BLANK, PROSE) else reference
         last = messages.pop()
         problem = self._with_context(last["content"], row)
+        if len(reference or "") >= LONG and f"{reference}".strip() in problem:
+            self.changes["the prompt shows its reference answer"] += 1
         if self.source.preset is not None and self.source.preset.cut:
             problem = re.sub(self.source.preset.cut, "", problem)
         privileged = self._privileged_text(row)

@@ -13,6 +13,9 @@ _LLAMA_TURN = re.compile(r"\[INST\](.*?)\[/INST\](.*?)(?=(?:<s>)?\s*\[INST\]|$)"
 # Alpaca's prompt: a preamble, the task, and the answer
 _ALPACA = re.compile(r"(?:.*\n)?###\s*Instruction:.*?\n\s*(?=###\s*Response:)", re.DOTALL)
 _ALPACA_ANSWER = re.compile(r"###\s*Response:")
+# a question and its answer under headings: "Question: … Answer: …", "### Problem … ### Solution …"
+_QUESTION = re.compile(r"\s*(?:#+ *)?(?:question|problem|prompt|input|task|q)\s*[:\n]", re.I)
+_ANSWER = re.compile(r"\n\s*(?:#+ *)?(?:answer|solution|response|output|a)\s*[:\n]", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,12 @@ class _Form:
 
 
 _FORMS = (
-    _Form(opener=re.compile(r"<\|im_start\|>(\w+)\n"), end="<|im_end|>"),
+    _Form(opener=re.compile(r"<\|im_start\|>(\w+)(?:\n|$)"), end="<|im_end|>"),
     _Form(
         opener=re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n*"),
         end="<|eot_id|>",
     ),
-    _Form(opener=re.compile(r"<start_of_turn>(\w+)\n"), end="<end_of_turn>"),
+    _Form(opener=re.compile(r"<start_of_turn>(\w+)(?:\n|$)"), end="<end_of_turn>"),
     _Form(opener=re.compile(r"<\|(system|user|assistant)\|>\n?"), end="<|end|>"),
     _Form(opener=re.compile(r"\s*### ?(Human|User|Assistant|System): ?"), end="", is_marked=False),
     _Form(opener=re.compile(r"(?:^|\n\n)(Human|Assistant): ?"), end="", is_marked=False),
@@ -59,10 +62,10 @@ def _split_turns(text: str, form: _Form) -> list[Message] | None:
     roles = []
     for name in parts[::2]:
         roles.append(SHAREGPT_ROLES.get(name.lower(), name.lower()))
-    if "user" not in roles or "assistant" not in roles:
+    if "user" not in roles or not (form.is_marked or "assistant" in roles):
         return None
     if not re.fullmatch(_BOS, before):
-        if form.is_marked:
+        if form.is_marked and "assistant" in roles:
             raise ValueError(
                 "has an assistant's turn inside its text, which would show the answer "
                 f"({form.opener.findall(text)} after {before.strip()[:40]!r}); store the turns in "
@@ -106,5 +109,19 @@ def _split_alpaca(text: str) -> list[Message] | None:
     answer = text[heading.end() :].strip()
     return [
         {"role": "user", "content": task[0].strip()},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def split_pair(text: str) -> list[Message] | None:
+    """Return a question under a heading and its last answer, as two turns; None without both."""
+    headings = list(_ANSWER.finditer(text))
+    if not headings or not _QUESTION.match(text):
+        return None
+    answer = text[headings[-1].end() :].strip()
+    if not answer:
+        return None
+    return [
+        {"role": "user", "content": text[: headings[-1].start()].strip()},
         {"role": "assistant", "content": answer},
     ]

@@ -6,7 +6,7 @@ from typing import Any
 from .names import CONVERSATION_COLUMNS
 from .prompt import Message
 from .readers import parse_json
-from .transcripts import SHAREGPT_ROLES, split_transcript
+from .transcripts import SHAREGPT_ROLES, split_pair, split_transcript
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {*ROLES, *SHAREGPT_ROLES, "prompter"}
@@ -56,6 +56,8 @@ def _read_text(text: str, column: str) -> list[Message]:
             ) from None
         return read_turns(turns, column)
     messages = split_transcript(text)
+    if messages is None and column == "text":
+        messages = split_pair(text)
     if messages is not None:
         return messages
     if column == "chosen":

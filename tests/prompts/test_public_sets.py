@@ -506,6 +506,78 @@ LOADED = {
         None,
         "split into turns",
     ),
+    "ChatML without an answer": (
+        {"prompt": RENDERED[: RENDERED.index("\nIt is")], "answer": "42"},
+        [turn("system", "S"), ASKED],
+        "42",
+        "split into turns",
+    ),
+    "Llama 3 in text": (
+        {
+            "text": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n6·7?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n42<|eot_id|>"
+        },
+        [ASKED],
+        "42",
+        "split into turns",
+    ),
+    "Gemma in text": (
+        {
+            "text": "<bos><start_of_turn>user\n6·7?<end_of_turn>\n<start_of_turn>model\n42"
+            "<end_of_turn>\n"
+        },
+        [ASKED],
+        "42",
+        "",
+    ),
+    "Zephyr in text": (
+        {"text": "<|system|>\nS</s>\n<|user|>\n6·7?</s>\n<|assistant|>\n42</s>"},
+        [turn("system", "S"), ASKED],
+        "42",
+        "",
+    ),
+    "Llama 2 with several turns": (
+        {"text": "<s>[INST] Hi [/INST] Hello </s><s>[INST] 6·7? [/INST] 42 </s>"},
+        [*FIRST, ASKED],
+        "42",
+        "",
+    ),
+    "a question about control tokens": (
+        {"question": "What does <|im_start|>user do?", "answer": "42"},
+        "What does <|im_start|>user do?",
+        "42",
+        "",
+    ),
+    "headings in text": (
+        {"text": "### Question:\n6·7?\n\n### Answer:\n42"},
+        "### Question:\n6·7?",
+        "42",
+        "split into turns",
+    ),
+    "a prompt for a base model": (
+        {"prompt": "Question: 2·2?\nAnswer: 4\nQuestion: 6·7?\nAnswer:", "completion": "42"},
+        "Question: 2·2?\nAnswer: 4\nQuestion: 6·7?\nAnswer:",
+        "42",
+        "",
+    ),
+    "options in the turns": (
+        {"messages": [turn("user", OPTIONS)], "choices": LISTED, "answer": "B"},
+        [turn("user", OPTIONS)],
+        "B",
+        "not used: choices",
+    ),
+    "NQ-open": (
+        {"question": "6·7?", "answer": ["42", "forty-two"]},
+        "6·7?",
+        "42, forty-two",
+        "several references are joined, an answer must have all of them in 1 of 1 rows",
+    ),
+    "a prompt that shows its answer": (
+        {"prompt": f"6·7? {PROSE}", "completion": PROSE},
+        f"6·7? {PROSE}",
+        None,
+        "the prompt shows its reference answer in 1 of 1 rows",
+    ),
     "stories": ({"text": "Once upon a time."}, "Once upon a time.", None, "prompt from text"),
 }
 
