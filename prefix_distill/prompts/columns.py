@@ -1,7 +1,7 @@
 """Choose the columns of a dataset by their names and, where names are shared, by their values."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, time, timedelta
 from decimal import Decimal
 from types import NoneType
@@ -17,6 +17,7 @@ from .names import (
     TOOL_COLUMNS,
 )
 from .options import find_option_columns, find_wrong_columns, read_options
+from .presets import Preset
 from .readers import Row
 from .turns import SPEAKERS, read_tools
 
@@ -102,6 +103,23 @@ def describe_single_message(row: Row, prompt: str) -> str | None:
         f"each row is one message ('{prompt}' with '{role}' {str(row[role])[:20]!r}), expected "
         "whole conversations; join the messages of each one in a column 'messages'"
     )
+
+
+def match_name(row: Row, name: str) -> str:
+    """Return the column of that name in any case; the name itself if there is none."""
+    return choose_column(row, (name,)) or name
+
+
+def preset_companions(row: Row, preset: Preset | None) -> Companions:
+    """Return the columns that a preset names, or media alone without preset."""
+    companions = Companions(media=find_media(row))
+    if preset is None:
+        return companions
+    options: tuple[str, ...] = ()
+    if preset.options is not None:
+        options = (match_name(row, preset.options),)
+    wrong = tuple(match_name(row, name) for name in preset.wrong)
+    return replace(companions, options=options, wrong=wrong)
 
 
 def usual_answers(companions: Companions) -> tuple[str, ...]:

@@ -43,10 +43,10 @@ def load_prompts(
 ) -> PromptSet:
     """Load the prompts of one dataset for training.
 
-    ``name`` is a ``.jsonl/.json/.csv/.parquet`` file (the first three also ``.gz``; UTF-8), a hub
-    id, a preset, ``lab:TASK`` or ``lab:TASK:20-25`` (problems with 20 to 25 steps). With ``#N`` it
-    is a sample of N rows. ``split`` defaults to the preset's training split, else train. ``part``
-    is (position of the dataset, number of datasets), which makes the prompts' indices unique.
+    ``name`` is a file of one of ``FORMATS``, a pattern of files, a folder, a hub id, a preset,
+    ``lab:TASK`` or ``lab:TASK:20-25`` (problems with 20 to 25 steps). With ``#N`` it is a sample of
+    N rows. ``split`` defaults to the preset's training split, else train. ``part`` is (position of
+    the dataset, number of datasets), which makes the prompts' indices unique.
 
     Raise UserError on a missing file or column, an empty dataset, a row without a prompt or
     privileged text, and on fewer than N rows.

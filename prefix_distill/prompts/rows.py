@@ -15,7 +15,8 @@ from .columns import (
     clean_names,
     describe_single_message,
     find_companions,
-    find_media,
+    match_name,
+    preset_companions,
     reach,
     usual_answers,
 )
@@ -116,11 +117,8 @@ class PromptBuilder:
             raise self._row_error(0, str(error)) from None
         row_format, preset = self.row_format, self.source.preset
         if preset is not None:
-            row_format = _apply_preset(row_format, preset)
-        companions = Companions(media=find_media(row))
-        if preset is not None:
-            options = (preset.options,) if preset.options else ()
-            companions = replace(companions, options=options, wrong=preset.wrong)
+            row_format = _apply_preset(row_format, preset, row)
+        companions = preset_companions(row, preset)
         prompt = row_format.prompt_column
         is_detected = prompt is None
         if prompt is None:
@@ -386,12 +384,12 @@ class PromptBuilder:
         return UserError(f"dataset {self.source.text}: row {index} {text}; repair or remove it")
 
 
-def _apply_preset(row_format: RowFormat, preset: Preset) -> RowFormat:
+def _apply_preset(row_format: RowFormat, preset: Preset, row: Row) -> RowFormat:
     """Return the format with the preset's columns and instruction, unless the user gave others."""
     if row_format.prompt_column is None:
-        row_format = replace(row_format, prompt_column=preset.prompt)
-    if row_format.answer_column is None:
-        row_format = replace(row_format, answer_column=preset.answer)
+        row_format = replace(row_format, prompt_column=match_name(row, preset.prompt))
+    if row_format.answer_column is None and preset.answer is not None:
+        row_format = replace(row_format, answer_column=match_name(row, preset.answer))
     if row_format.instruction is None:
         row_format = replace(row_format, instruction=preset.instruction)
     return row_format

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from . import answers
-from .columns import reach
+from .columns import match_name, reach
 from .presets import Preset
 from .readers import Row
 
@@ -12,7 +12,7 @@ from .readers import Row
 def find_solution(row: Row, answer_column: str | None, preset: Preset | None) -> Any:
     """Return the preset's solution column, else a column named solution with text, or None."""
     if preset is not None and preset.solution:
-        return reach(row, preset.solution)
+        return reach(row, match_name(row, preset.solution))
     if answer_column in ("solution", None):
         return None  # the solution is the answer
     solution = row.get("solution")
