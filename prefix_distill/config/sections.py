@@ -98,7 +98,7 @@ class Data(TemplateSettings):
     dataset: str | None = main_option(
         None,
         "--dataset",
-        "Training prompts: .jsonl, .json, .csv or .parquet file, folder, hub id, lab:TASK or preset "
+        "Training prompts: .jsonl, .json, .csv or .parquet file, hub id, lab:TASK or preset "
         "(gsm8k, math, …). Use gsm8k=FILE for a local copy, name#1000 for 1,000 rows chosen by "
         "--seed, and a:3,b:1 to mix two sets 3 to 1.",
         shown="the built-in task",

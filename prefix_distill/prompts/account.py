@@ -92,8 +92,8 @@ def uses_of_columns(builder: PromptBuilder) -> dict[str, str]:
         taken.append((preset.solution, "worked solution of few-shot examples"))
     taken += [(column, "a wrong option") for column in companions.wrong]
     taken += [(column, "options of the question") for column in companions.options]
-    if companions.unread is not None:
-        uses[companions.unread] = f"{NOT_USED}: not text"
+    for column, expected in companions.unread:
+        uses[column] = f"{NOT_USED}: not {expected}"
     if row_format.prompt_template is not None:
         for field in FIELD.findall(row_format.prompt_template):
             taken.append((field, "inserted by --prompt-template"))

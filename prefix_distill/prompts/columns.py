@@ -16,7 +16,13 @@ from .names import (
     SYSTEM_COLUMNS,
     TOOL_COLUMNS,
 )
-from .options import find_option_columns, find_wrong_columns, read_options
+from .options import (
+    find_option_columns,
+    find_wrong_columns,
+    gather_options,
+    is_option,
+    read_options,
+)
 from .presets import Preset
 from .readers import Row
 from .turns import SPEAKERS, read_tools
@@ -30,7 +36,7 @@ class Companions:
     """The columns that belong to the prompt although they are not its column.
 
     - ``context``: text beside the question; ``context_first``: whether it comes before it.
-    - ``unread``: a context that is no text.
+    - ``unread``: columns that belong to the question but cannot be read, and what they should be.
     - ``options``: the columns with the options of a multiple-choice question: one that lists all
       of them, or one for each option; ``wrong``: the columns of the wrong options, if the column
       of the answer holds the right one.
@@ -41,7 +47,7 @@ class Companions:
 
     context: str | None = None
     context_first: bool = False
-    unread: str | None = None
+    unread: tuple[tuple[str, str], ...] = ()
     options: tuple[str, ...] = ()
     wrong: tuple[str, ...] = ()
     system: str | None = None
@@ -79,6 +85,12 @@ def choose_column(row: Row, usual: tuple[str, ...]) -> str | None:
         if isinstance(row[name], dict) and rest in row[name]:
             return f"{name}.{rest}"
     return None
+
+
+def choose_filled(row: Row, usual: tuple[str, ...]) -> str | None:
+    """Return the first ``usual`` column with a value; else the first one that ``row`` has."""
+    filled = {name: value for name, value in row.items() if value not in (None, "", [])}
+    return choose_column(filled, usual) or choose_column(row, usual)
 
 
 def reach(row: Any, column: str | None) -> Any:
@@ -137,18 +149,22 @@ def find_companions(row: Row, prompt: str, template: str | None) -> Companions:
     Columns that the prompt template names are left to it.
     """
     free = {name: value for name, value in row.items() if f"{{{name}}}" not in (template or "")}
-    context, context_first, unread = None, False, None
+    context, context_first, unread = None, False, []
     if prompt.lower() in CONTEXTS:
         names, context_first = CONTEXTS[prompt.lower()]
         context = choose_column(free, names)
-        if context is not None and not isinstance(free[context], str | None):
-            context, unread = None, context
+        if context is not None and free[context] is not None and text_of(free[context]) is None:
+            unread.append((context, "text"))
+            context = None
     wrong = find_wrong_columns(free)
     if choose_column(row, RIGHT_OPTION_COLUMNS) is None:
         wrong = ()
     options: tuple[str, ...] = ()
     if not wrong and isinstance(row.get(prompt), str):  # turns have the options in their texts
         options = _find_options(free)
+        listed = choose_column(free, OPTION_COLUMNS)
+        if listed is not None and not options and free[listed] not in (None, "", []):
+            unread.append((listed, "a list of options"))
     system = choose_column(free, SYSTEM_COLUMNS)
     if system is not None and not isinstance(free[system], str | None):
         system = None
@@ -158,7 +174,7 @@ def find_companions(row: Row, prompt: str, template: str | None) -> Companions:
     return Companions(
         context=context,
         context_first=context_first,
-        unread=unread,
+        unread=tuple(unread),
         options=options,
         wrong=wrong,
         system=system,
@@ -172,7 +188,23 @@ def _find_options(row: Row) -> tuple[str, ...]:
     listed = choose_column(row, OPTION_COLUMNS)
     if listed is not None and read_options(row[listed]) is not None:
         return (listed,)
-    return find_option_columns(row)
+    columns = find_option_columns(row)
+    answer = choose_column(row, OPTION_ANSWER_COLUMNS)
+    # other columns may have such names, as the sides a, b and c of a triangle
+    if answer is None or not is_option(row[answer], gather_options(row, columns)):
+        return ()
+    return columns
+
+
+def text_of(value: Any) -> str | None:
+    """Return text, a number, or a list of texts as one text; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n\n".join(value)
+    return None
 
 
 def find_media(row: Row) -> tuple[str, ...]:

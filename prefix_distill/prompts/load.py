@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the import takes a second, and a plain file does not need i
     from datasets import Dataset, IterableDataset
 
 DEFAULT_FORMAT = RowFormat()
-PEEKED = 100  # rows of a stream from the hub that are read at once, to choose columns by
+PEEKED = 100  # rows of a stream from the hub, or of a table, by which columns are chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +171,13 @@ def _select(builder: PromptBuilder, table: Table, selection: _Selection) -> Prom
 
 
 def _unite_columns(rows: "list[Row] | Dataset") -> Row:
-    """Return a row with every column of the dataset and the first value of each that is no null."""
-    if not isinstance(rows, list):
-        return dict(rows[0])
+    """Return a row with every column, and the first value of each that is not null.
+
+    Of a table with a schema, the first ``PEEKED`` rows are read.
+    """
     columns: Row = {}
+    if not isinstance(rows, list):
+        rows = rows.take(min(len(rows), PEEKED))
     for row in rows:
         for name, value in row.items():
             if columns.get(name) is None:

@@ -5,6 +5,7 @@ PROMPT_COLUMNS = (
     *CONVERSATION_COLUMNS,
     "prompt",
     "question",
+    "question_stem",
     "problem",
     "instruction",
     "query",
@@ -26,6 +27,8 @@ ANSWER_COLUMNS = (
     "correct_answer",
     "correct answer",
     "final_ans",
+    "expected_answer",
+    "answer_number",
     "solution",
     "output",
     "response",
@@ -40,8 +43,10 @@ OPTION_ANSWER_COLUMNS = (
     "label",
     "answer_idx",
     "answer_index",
+    "correct_option",
     "correct",
     "cop",
+    "gold",
     *ANSWER_COLUMNS[1:],
 )
 # the right option of a question whose wrong options have columns of their own
@@ -51,7 +56,10 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 # prompt column → the columns whose text belongs to it, and whether that text comes first
 CONTEXTS = {
     "instruction": (("input", "context"), False),
-    "question": (("context", "passage", "article", "body", "premise", "story"), True),
+    "question": (
+        ("context", "passage", "article", "body", "premise", "story", "narrative"),
+        True,
+    ),
     "query": (("context", "passage"), True),
     "inputs": (("definition",), True),
 }

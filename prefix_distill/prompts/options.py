@@ -1,5 +1,7 @@
 """Show the options of multiple-choice questions, and read which of them is right."""
 
+import ast
+import contextlib
 import re
 from string import ascii_uppercase
 from typing import Any
@@ -59,10 +61,7 @@ def read_options(value: Any) -> tuple[list[str], list[str]] | None:
     a JSON list as text, and text such as "a) 40, b) 42". Letters in the texts become labels.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        try:
-            value = parse_json(value)
-        except ValueError:
-            return None
+        value = _parse_list(value)
     elif isinstance(value, str):
         value = [part.strip(" ,;") for part in _START.split(value) if part.strip(" ,;")]
         if not _have_letters(value):
@@ -86,6 +85,29 @@ def read_options(value: Any) -> tuple[list[str], list[str]] | None:
     if _have_letters(texts):
         texts = [_LETTERED.sub(r"\2", text) for text in texts]
     return [str(label) for label in labels[: len(texts)]], texts
+
+
+def _parse_list(text: str) -> Any:
+    """Return a list or an object in JSON or in Python's notation; None if it is neither."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(text)  # as pandas writes a list to CSV
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def is_option(answer: Any, options: Any) -> bool:
+    """Return whether an answer names one of the options, counted from 0 or from 1."""
+    listed = read_options(options)
+    if listed is None:
+        return False
+    for first in (0, 1):
+        with contextlib.suppress(ValueError):
+            return letter_of(answer, *listed, first=first) is not None
+    return False
 
 
 def _have_letters(texts: list[Any]) -> bool:
@@ -140,6 +162,8 @@ def letter_of(answer: Any, labels: list[str], texts: list[str], first: int = 0) 
 
 
 def _position_of(answer: Any, labels: list[str], texts: list[str], first: int) -> int | None:
+    if isinstance(answer, list) and len(answer) == 1:
+        [answer] = answer
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     text = str(answer).strip()
@@ -155,6 +179,6 @@ def _position_of(answer: Any, labels: list[str], texts: list[str], first: int) -
             return known.index(text)
     if letter is not None:
         return ascii_uppercase.index(letter[1].upper())
-    if re.fullmatch("[0-9]{1,2}", text):
-        return int(text) - first
+    if re.fullmatch(r"[0-9]{1,2}(\.0)?", text):
+        return int(float(text)) - first
     return None

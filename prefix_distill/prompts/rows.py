@@ -12,12 +12,14 @@ from . import answers
 from .columns import (
     Companions,
     choose_column,
+    choose_filled,
     clean_names,
     describe_single_message,
     find_companions,
     match_name,
     preset_companions,
     reach,
+    text_of,
     usual_answers,
 )
 from .golds import BLANK, PROSE, describe_reading, read_gold
@@ -134,7 +136,7 @@ class PromptBuilder:
             companions = find_companions(row, prompt, row_format.prompt_template)
         answer = row_format.answer_column
         if answer is None and preset is None:
-            answer = choose_column(row, usual_answers(companions))
+            answer = choose_filled(row, usual_answers(companions))
         self._check_column(prompt, row, "--prompt-column")
         self._check_column(answer, row, "--answer-column")
         self._check_column(row_format.privileged_column, row, "--privileged-column")
@@ -286,8 +288,9 @@ class PromptBuilder:
     def _with_context(self, problem: str, row: Row) -> str:
         """Return the problem with the text of the column that belongs to it."""
         column = self.companions.context
-        text = reach(row, column)
-        if text is not None and not isinstance(text, str):
+        value = reach(row, column)
+        text = text_of(value)
+        if value is not None and text is None:
             raise ValueError(f"has no text in '{column}', which belongs to the prompt")
         if text is None or not text.strip():
             return problem
@@ -302,6 +305,8 @@ class PromptBuilder:
         if has_own and self.row_format.system:
             self.changes["--system replaces the system turn"] += 1
             del messages[0]
+        elif has_own and text:
+            self.changes["the conversation's system turn replaces the column's"] += 1
         if self.row_format.system or (text and not has_own):
             messages.insert(0, {"role": "system", "content": text})
 

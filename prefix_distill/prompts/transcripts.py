@@ -62,9 +62,12 @@ def _split_turns(text: str, form: _Form) -> list[Message] | None:
     roles = []
     for name in parts[::2]:
         roles.append(SHAREGPT_ROLES.get(name.lower(), name.lower()))
+    is_whole = re.fullmatch(_BOS, before) is not None
+    if form.is_marked and is_whole and roles and "user" not in roles:
+        raise ValueError(f"has the turns {', '.join(roles)[:60]} as text, but no user's turn")
     if "user" not in roles or not (form.is_marked or "assistant" in roles):
         return None
-    if not re.fullmatch(_BOS, before):
+    if not is_whole:
         if form.is_marked and "assistant" in roles:
             raise ValueError(
                 "has an assistant's turn inside its text, which would show the answer "

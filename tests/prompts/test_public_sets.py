@@ -578,6 +578,82 @@ LOADED = {
         None,
         "the prompt shows its reference answer in 1 of 1 rows",
     ),
+    "sides of a triangle": (
+        {"question": "6·7?", "a": "3", "b": "4", "c": "5", "answer": "12"},
+        "6·7?",
+        "12",
+        "not used: a, b, c",
+    ),
+    "preferences between two answers": (
+        {"question": "6·7?", "answer_a": "41", "answer_b": "42", "preference": "b"},
+        "6·7?",
+        None,
+        "not used: answer_a, answer_b, preference",
+    ),
+    "MuSR": (
+        {
+            "narrative": "A talks.",
+            "question": "6·7?",
+            "choices": "['40', '42', '44']",
+            "answer_index": 1,
+            "answer_choice": "42",
+        },
+        f"A talks.\n\n{OPTIONS}",
+        "B",
+        "",
+    ),
+    "options that no one can read": (
+        {"question": "6·7?", "choices": "['40' '42' '44']", "answer": "42"},
+        "6·7?",
+        "42",
+        "not used: choices (not a list of options)",
+    ),
+    "LogiQA": (
+        {"context": "A talks.", "query": "6·7?", "options": LISTED, "correct_option": 1},
+        f"A talks.\n\n{OPTIONS}",
+        "B",
+        "",
+    ),
+    "AGIEval": (
+        {"query": "6·7?", "choices": ["(A)40", "(B)42", "(C)44"], "gold": [1]},
+        OPTIONS,
+        "B",
+        "",
+    ),
+    "OpenBookQA": (
+        {
+            "question_stem": "6·7?",
+            "choices": {"text": LISTED, "label": ["A", "B", "C"]},
+            "answerKey": "B",
+        },
+        OPTIONS,
+        "B",
+        "",
+    ),
+    "OpenMathReasoning": (
+        {"problem": "6·7?", "generated_solution": PROSE, "expected_answer": "42"},
+        "6·7?",
+        "42",
+        "",
+    ),
+    "MGSM": (
+        {"question": "6·7?", "answer": None, "answer_number": 42, "equation_solution": None},
+        "6·7?",
+        "42",
+        "answer from answer_number",
+    ),
+    "a number as input": (
+        {"instruction": "Double it.", "input": 21, "output": 42},
+        "Double it.\n\n21",
+        "42",
+        "",
+    ),
+    "two system messages": (
+        {"system": "Other", "messages": [turn("system", "S"), ASKED, REPLY]},
+        [turn("system", "S"), ASKED],
+        BOXED,
+        "the conversation's system turn replaces the column's in 1 of 1 rows",
+    ),
     "stories": ({"text": "Once upon a time."}, "Once upon a time.", None, "prompt from text"),
 }
 
@@ -609,6 +685,10 @@ REFUSED = {
         "has the roles user, function_call before its answer",
     ),
     "Capybara": ({"conversation": [{"input": "6·7?", "output": "42"}]}, "has no prompt text"),
+    "a reply without a question": (
+        {"text": "<|im_start|>assistant\n42<|im_end|>"},
+        "has the turns assistant as text, but no user's turn",
+    ),
     "a reply inside a text": (
         {"text": "x\n<|im_start|>user\n6·7?<|im_end|>\n<|im_start|>assistant\n42"},
         "has an assistant's turn inside its text",
