@@ -177,7 +177,7 @@ def _unite_columns(rows: "list[Row] | Dataset") -> Row:
     """
     columns: Row = {}
     if not isinstance(rows, list):
-        rows = rows.take(min(len(rows), PEEKED))
+        rows = rows.select(range(min(len(rows), PEEKED)))
     for row in rows:
         for name, value in row.items():
             if columns.get(name) is None:

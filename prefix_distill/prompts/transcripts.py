@@ -37,18 +37,21 @@ _FORMS = (
         end="<|eot_id|>",
     ),
     _Form(opener=re.compile(r"<start_of_turn>(\w+)(?:\n|$)"), end="<end_of_turn>"),
-    _Form(opener=re.compile(r"<\|(system|user|assistant)\|>\n?"), end="<|end|>"),
+    _Form(opener=re.compile(r"(?m:^)<\|(system|user|assistant)\|>(?:\n|$)"), end="<|end|>"),
     _Form(opener=re.compile(r"\s*### ?(Human|User|Assistant|System): ?"), end="", is_marked=False),
     _Form(opener=re.compile(r"(?:^|\n\n)(Human|Assistant): ?"), end="", is_marked=False),
 )
+
+
+# the same on lines of their own, as a text without other structure has them
+_LINES = _Form(opener=re.compile(r"(?:^|\n+)(Human|User|Assistant): ?"), end="", is_marked=False)
 
 
 def split_transcript(text: str) -> list[Message] | None:
     """Return the turns of a text that is a whole conversation; None if it is none.
 
     The text must start with a turn. The forms are those of chat templates (ChatML, Llama 2 and 3,
-    Gemma, Zephyr and Phi), of Alpaca, and Human: … Assistant: …. Raise ValueError, whose text
-    continues "row 3 …", if an assistant's turn stands elsewhere in the text.
+    Gemma, Zephyr and Phi), of Alpaca, and Human: … Assistant: ….
     """
     for form in _FORMS:
         messages = _split_turns(text, form)
@@ -62,18 +65,9 @@ def _split_turns(text: str, form: _Form) -> list[Message] | None:
     roles = []
     for name in parts[::2]:
         roles.append(SHAREGPT_ROLES.get(name.lower(), name.lower()))
-    is_whole = re.fullmatch(_BOS, before) is not None
-    if form.is_marked and is_whole and roles and "user" not in roles:
-        raise ValueError(f"has the turns {', '.join(roles)[:60]} as text, but no user's turn")
     if "user" not in roles or not (form.is_marked or "assistant" in roles):
         return None
-    if not is_whole:
-        if form.is_marked and "assistant" in roles:
-            raise ValueError(
-                "has an assistant's turn inside its text, which would show the answer "
-                f"({form.opener.findall(text)} after {before.strip()[:40]!r}); store the turns in "
-                "a column 'messages'"
-            )
+    if not re.fullmatch(_BOS, before):
         return None
     messages = []
     for role, words in zip(roles, parts[1::2], strict=True):
@@ -116,8 +110,25 @@ def _split_alpaca(text: str) -> list[Message] | None:
     ]
 
 
+def find_reply(text: str) -> str | None:
+    """Return the control tokens that open an assistant's turn in the text, or None."""
+    for form in _FORMS:
+        if not form.is_marked:
+            continue
+        for opener in form.opener.finditer(text):
+            if opener[1].lower() in ("assistant", "model"):
+                return opener[0].strip()
+    return None
+
+
 def split_pair(text: str) -> list[Message] | None:
-    """Return a question under a heading and its last answer, as two turns; None without both."""
+    """Return lines such as "User: …", or a question and its last answer under headings, as turns.
+
+    None: the text has no such form, or no answer.
+    """
+    messages = _split_turns(text, _LINES)
+    if messages is not None:
+        return messages
     headings = list(_ANSWER.finditer(text))
     if not headings or not _QUESTION.match(text):
         return None

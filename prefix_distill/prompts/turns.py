@@ -6,7 +6,7 @@ from typing import Any
 from .names import CONVERSATION_COLUMNS
 from .prompt import Message
 from .readers import parse_json
-from .transcripts import SHAREGPT_ROLES, split_pair, split_transcript
+from .transcripts import SHAREGPT_ROLES, find_reply, split_pair, split_transcript
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {*ROLES, *SHAREGPT_ROLES, "prompter"}
@@ -60,6 +60,13 @@ def _read_text(text: str, column: str) -> list[Message]:
         messages = split_pair(text)
     if messages is not None:
         return messages
+    if column == "text":
+        reply = find_reply(text)
+        if reply is not None:
+            raise ValueError(
+                f"has an assistant's turn ({reply}) in its text, which does not start with a "
+                "user's turn; store the turns in a column 'messages'"
+            )
     if column == "chosen":
         raise ValueError(
             "has text in 'chosen', expected turns or a transcript (Human: … Assistant: …); name "

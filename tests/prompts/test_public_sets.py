@@ -548,6 +548,13 @@ LOADED = {
         "42",
         "",
     ),
+    "a question that quotes a conversation": (
+        {"question": f"Explain <|user|> and <|assistant|>:\n{RENDERED}", "answer": "42"},
+        f"Explain <|user|> and <|assistant|>:\n{RENDERED}",
+        "42",
+        "",
+    ),
+    "lines of speakers": ({"text": "User: 6·7?\nAssistant: 42"}, [ASKED], "42", "split into turns"),
     "headings in text": (
         {"text": "### Question:\n6·7?\n\n### Answer:\n42"},
         "### Question:\n6·7?",
@@ -687,11 +694,11 @@ REFUSED = {
     "Capybara": ({"conversation": [{"input": "6·7?", "output": "42"}]}, "has no prompt text"),
     "a reply without a question": (
         {"text": "<|im_start|>assistant\n42<|im_end|>"},
-        "has the turns assistant as text, but no user's turn",
+        "has an assistant's turn (<|im_start|>assistant) in its text",
     ),
     "a reply inside a text": (
         {"text": "x\n<|im_start|>user\n6·7?<|im_end|>\n<|im_start|>assistant\n42"},
-        "has an assistant's turn inside its text",
+        "has an assistant's turn (<|im_start|>assistant) in its text",
     ),
 }
 
