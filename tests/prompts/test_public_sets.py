@@ -9,7 +9,6 @@ import pytest
 
 from prefix_distill.errors import UserError
 from prefix_distill.prompts.load import load_prompts
-from prefix_distill.prompts.rows import RowFormat
 
 PROSE = "Six times seven is forty-two, since seven times six is forty-two."
 OPTIONS = "6·7?\n\nA. 40\nB. 42\nC. 44"
@@ -712,10 +711,10 @@ def arrange(row, order):
     return row
 
 
-def load(folder, row, streaming):
+def load(folder, row):
     path = folder / "x.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    return load_prompts(str(path), RowFormat(streaming=streaming))
+    return load_prompts(str(path))
 
 
 @pytest.mark.parametrize("order", ["given", "reversed", "capitals"])
@@ -724,7 +723,7 @@ def test_a_public_dataset_is_read_right(name, order, tmp_path):
     row, prompt, reference, note = LOADED[name]
     if order == "capitals" and "reward_model" in row:
         pytest.skip("the names inside a record keep their case")
-    loaded = load(tmp_path, arrange(row, order), streaming=False)
+    loaded = load(tmp_path, arrange(row, order))
     [found] = loaded.prompts
     if isinstance(prompt, tuple):  # options in an order of the seed
         lines = found.problem.splitlines()[2:]
@@ -745,6 +744,6 @@ def test_a_public_dataset_is_read_right(name, order, tmp_path):
 def test_a_public_dataset_that_needs_a_choice_is_refused(name, order, tmp_path):
     row, message = REFUSED[name]
     with pytest.raises(UserError) as error:
-        load(tmp_path, arrange(row, order), streaming=False)
+        load(tmp_path, arrange(row, order))
     assert message in str(error.value) or order == "capitals"
     assert "\n" not in str(error.value)
