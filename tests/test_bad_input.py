@@ -254,7 +254,7 @@ BAD = {
     ),
     "dataset is a folder": (
         ["--dataset", "{root}/folder.jsonl"],
-        "expected a folder with .jsonl, .json, .csv, .tsv, .parquet files, or one written by",
+        "expected a folder with .jsonl, .json, .csv, .tsv, .parquet, .txt files, or one written by",
     ),
     "dataset name too long": (["--dataset", "x" * 5000], "not a valid path"),
     "dataset of another kind": (
@@ -526,7 +526,8 @@ DATASETS = {  # name → (suffix, content, message)
         ".csv",
         "words,more\na,b\n",
         "no prompt column (messages, conversations, conversation, dialog, dialogue, prompt, "
-        "question, problem, instruction, query, input, inputs, text, chosen) among words, more",
+        "question, question_stem, problem, instruction, query, input, inputs, ctx, text, chosen) "
+        "among words, more",
     ),
     "empty": (".jsonl", "", "it has no rows"),
     "blank lines": (".jsonl", "\n\n", "it has no rows"),

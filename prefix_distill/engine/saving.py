@@ -1,6 +1,7 @@
 """Write a model folder that plain transformers loads."""
 
 import contextlib
+import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from ..errors import Stopped, one_line
 from ..files import replace_folder
@@ -23,9 +25,10 @@ if TYPE_CHECKING:
 def save_model(model: Model, folder: Path, card: str | None = None) -> list[str]:
     """Write a model folder, with ``card`` as its README.md; return notes.
 
-    The folder holds the config, the generation config, the float32 weights (safetensors), the
-    tokenizer and the chat template. Of a model with an adapter, only the adapter is written, in
-    peft's format. The folder gets its name after its weights were read back and compared.
+    The folder holds the config, the generation config with the model's ``stop_ids``, the float32
+    weights (safetensors), the tokenizer and the chat template. Of a model with an adapter, only
+    the adapter is written, in peft's format. The folder gets its name after its weights were read
+    back and compared.
     Stopped: they differ; ``folder`` is as before.
     """
     with _new_folder(model, folder, card) as scratch:
@@ -105,6 +108,17 @@ def _compare(state: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], fol
         )
 
 
+def _make_generation_config(model: Model) -> GenerationConfig:
+    """Return the model's generation config, with the ids at which responses end as EOS ids."""
+    made = copy.deepcopy(model.generation_config)
+    named = made.eos_token_id
+    if not isinstance(named, list):
+        named = [named]
+    if model.stop_ids is not None and set(named) != model.stop_ids:
+        made.eos_token_id = sorted(model.stop_ids)
+    return made
+
+
 @contextlib.contextmanager
 def _new_folder(model: Model, folder: Path, card: str | None) -> Iterator[Path]:
     """Yield a folder for weights; add the other files, then move it to ``folder``."""
@@ -112,7 +126,7 @@ def _new_folder(model: Model, folder: Path, card: str | None) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         yield scratch
-        model.generation_config.save_pretrained(scratch)
+        _make_generation_config(model).save_pretrained(scratch)
         model.tokenizer.save_pretrained(scratch)
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")

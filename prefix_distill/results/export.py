@@ -18,10 +18,13 @@ from ..engine.adapter_files import FILE
 from ..engine.models import Model
 from ..engine.saving import save_merged_model, save_model
 from ..errors import Stopped, UserError
+from ..prompts.templates import student_renderer
 from ..training import card
 from ..training.commits import pin_commits
 from ..training.fingerprints import check_student
 from ..training.folder import RunFolder
+from ..training.run import Notes
+from ..training.turn_end import add_turn_end
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes without llama-quantize
@@ -195,12 +198,16 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
             f"run folder {source.name}: its config.yaml has no models.student; use an intact copy"
         )
     model = _read(student, config.models.trust_remote_code, torch.float32)
+    add_turn_end(student_renderer(model, config), model, Notes())  # as the run did
     check_student(folder, config, model)
     if config.adapter.rank is not None:
         model, _ = loading.add_adapter(model, config.adapter, 0)
     weights = dict(model.net.named_parameters())
     if model.adapter is not None:
         weights = model.trainable
+    stop_ids = folder.read_json("run.json").get("stop_ids")
+    if stop_ids is not None:  # None: a run of an older version
+        model.stop_ids = frozenset(stop_ids)
     tensors = folder.read_student(step)
     if _shapes(tensors) != _shapes(weights):
         raise UserError(

@@ -41,6 +41,7 @@ def prepare(config: Config) -> Run:
     method = read_method(config, pair, place, notes=notes)
     for text in check_rope(config, pair, problems, method=method):
         notes.warn(text)
+    pair.student.stop_ids = method.sampler.eos
     limits = MemoryLimits(place, config)
     return Run(
         config=config,

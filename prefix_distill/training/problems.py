@@ -61,9 +61,10 @@ def render_problems(
             notes=notes,
         )
     except UserError as error:
-        raise PreflightError(
-            f"{error}, or lower --max-prompt-tokens to drop long prompts"
-        ) from None
+        advice = ""
+        if "--max-prompt-tokens" not in str(error):
+            advice = ", or lower --max-prompt-tokens to drop long prompts"
+        raise PreflightError(f"{error}{advice}") from None
     teacher_tokens = 1.0
     if pair.alignment is not None:
         teacher_tokens = _measure_coverage(pair.alignment, train, notes)

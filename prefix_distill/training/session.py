@@ -350,5 +350,6 @@ def describe_run(run: Run) -> dict:
         "warnings": run.notes.warnings,
         "ranks": run.place.world,
         "generation_config": configs,
+        "stop_ids": sorted(run.method.sampler.eos),
         commits.KEY: commits.find_commits(run.config),
     }

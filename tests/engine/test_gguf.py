@@ -3,7 +3,12 @@
 import json
 
 import pytest
+import torch
 from helpers import TEMPLATE, byte_tokenizer, invoke, tiny_net
+
+from prefix_distill.engine.loading import load_model
+from prefix_distill.prompts.prompt import Prompt
+from prefix_distill.prompts.rendering import Renderer, Style
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 pytest.importorskip("accelerate", reason="the gguf extra is not installed")
@@ -23,7 +28,7 @@ NAMES = {
 EXTRA = "<|endoftext|>"  # the token that transformers adds to a tokenizer of GPT-2's kind
 
 
-def write_gguf(file, template: str = TEMPLATE) -> str:
+def write_gguf(file, template: str | None = TEMPLATE) -> str:
     """Write a tiny Llama with a byte-level tokenizer, which has no <|endoftext|>, to a file."""
     net = tiny_net("llama", seed=4)
     writer = gguf.GGUFWriter(str(file), "llama")
@@ -45,7 +50,8 @@ def write_gguf(file, template: str = TEMPLATE) -> str:
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_eos_token_id(257)
     writer.add_pad_token_id(256)
-    writer.add_chat_template(template)
+    if template is not None:
+        writer.add_chat_template(template)
     weights = net.state_dict()
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     for layer in range(net.config.num_hidden_layers):
@@ -58,6 +64,18 @@ def write_gguf(file, template: str = TEMPLATE) -> str:
     writer.write_tensors_to_file()
     writer.close()
     return str(file)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_prompts_have_the_chat_template_of_the_file(tmp_path, template):
+    model = load_model(
+        write_gguf(tmp_path / "tiny.gguf", template=template),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    prompt = Prompt(index=0, messages=({"role": "user", "content": "hi"},), answer=None)
+    wanted = "<u>hi<a>" if template else "hi"
+    assert Renderer(model=model, style=Style()).render(prompt).text == wanted
 
 
 @pytest.mark.parametrize("suffix", ["gguf", "GGUF"])

@@ -169,6 +169,14 @@ def test_a_row_of_each_preset_becomes_the_expected_prompt(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_case_of_column_names_does_not_matter(name, tmp_path):
+    row = {column.title(): value for column, value in SCHEMAS[name][0].items()}
+    given = load_prompts(table(tmp_path, name), RowFormat(keep_solutions=True)).prompts
+    capitals = load_prompts(table(tmp_path, name, [row]), RowFormat(keep_solutions=True)).prompts
+    assert capitals == given
+
+
 def test_every_preset_has_a_schema_here():
     assert {*SCHEMAS, "gpqa"} == set(PRESETS)
 
@@ -287,7 +295,9 @@ def test_a_local_copy_of_the_hub_repository(tmp_path):
         assert [p.messages[0]["content"] for p in found.prompts] == [
             text
         ] and found.other_splits == other_splits
-    with pytest.raises(UserError, match="split validation cannot be loaded from the folder"):
+    with pytest.raises(
+        UserError, match="expected the split validation, got the splits test, train"
+    ):
         load_prompts(name, split="validation")
 
 
