@@ -86,16 +86,8 @@ def test_a_recipe_has_valid_settings_and_runs_with_small_models(topic, questions
     assert values.keys() <= configuration.options().keys()
     student = save_tiny(tmp_path / "student", seed=1)
     teacher = save_tiny(tmp_path / "teacher", seed=2)
-    small = (
-        "--batch-size",
-        2,
-        "--steps",
-        2,
-        "--max-new-tokens",
-        300,
-        "--set",
-        "data.streaming=false",
-    )
+    small = ("--batch-size", 2, "--steps", 2, "--max-new-tokens", 200)
+    small += ("--set", "data.streaming=false")
     small += ("--eval-samples", 2, "--eval-every", 0, "--kl-prompts", 2, "--check-samples", 0)
     models = ("--student", student, "--teacher", teacher)
     data = ("--dataset", questions, "--eval-dataset", questions)
