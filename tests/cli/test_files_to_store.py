@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -86,7 +87,11 @@ def test_a_recipe_has_valid_settings_and_runs_with_small_models(topic, questions
     assert values.keys() <= configuration.options().keys()
     student = save_tiny(tmp_path / "student", seed=1)
     teacher = save_tiny(tmp_path / "teacher", seed=2)
-    small = ("--batch-size", 2, "--steps", 2, "--max-new-tokens", 200)
+    for folder in (student, teacher):
+        file = Path(folder, "config.json")
+        config = json.loads(file.read_text()) | {"max_position_embeddings": 1024}
+        file.write_text(json.dumps(config))
+    small = ("--batch-size", 2, "--steps", 2, "--max-new-tokens", 300)
     small += ("--set", "data.streaming=false")
     small += ("--eval-samples", 2, "--eval-every", 0, "--kl-prompts", 2, "--check-samples", 0)
     models = ("--student", student, "--teacher", teacher)
