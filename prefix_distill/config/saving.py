@@ -1,6 +1,7 @@
 """The options of what a run writes: checkpoints, trackers, and the hub."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .options import main_option, option
 
@@ -10,6 +11,15 @@ class Checkpoint:
     out: str | None = main_option(None, "--out", "Run folder.", shown="runs/<time>")
     save_every: int = option(
         25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
+    )
+    keep: int = option(
+        1, "--keep-checkpoints", "Checkpoints of a finished run; while it trains, at least 2.", low=1
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "--save-dtype",
+        "Dtype of the weights in model/ and best/; auto: float32, or with --lora-merge that of the "
+        "base model. With bfloat16, the run reports how much of the KL gain survives the rounding.",
     )
     allow_changed: bool = option(
         False,
