@@ -74,6 +74,9 @@ class Terminal(display.Terminal):
 
     shares_streams = True
 
+    def __init__(self) -> None:
+        super().__init__(is_first_rank())
+
     def note(self, text: str) -> None:
         """Print a progress note."""
         note(text)

@@ -77,7 +77,9 @@ def evaluate_command(
     """Evaluate a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
     from ..api import work
 
-    result = work.evaluate(settings.evaluation_config(flags["flags"], out), Terminal())
+    config = settings.evaluation_config(flags["flags"], out)
+    with Terminal() as terminal:
+        result = work.evaluate(config, terminal)
     finish(result.to_dict())
 
 
@@ -132,7 +134,8 @@ def export_command(
         folder = read_folder("--out", out)
     choices: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}
     try:
-        result = work.export(source, config, Terminal(), out=folder, choices=choices)
+        with Terminal() as terminal:
+            result = work.export(source, config, terminal, out=folder, choices=choices)
     except PushFailed as error:
         finish(error.result.to_dict())
         raise

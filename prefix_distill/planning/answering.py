@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..display import phase
 from ..engine.decoder import make_decoder
 from ..engine.device import Clock
 from ..engine.meter import Meter
@@ -81,9 +82,12 @@ class Answering:
         for i in unfinished[place.rank :: place.world]:
             by_room.setdefault(limit - len(starts[i]), {})[i] = starts[i]
         sampled: dict[int, tuple[Ids, bool]] = {}
-        for room, group in by_room.items():
-            sampled |= self._sample(answerer, group, room=room, key=key)
-        for part in place.gather(sampled):
+        name = f"probing: the {answerer.role} answers"
+        with phase(name, len(unfinished), "answers", ranks=place.world):
+            for room, group in by_room.items():
+                sampled |= self._sample(answerer, group, room=room, key=key)
+            parts = place.gather(sampled)
+        for part in parts:
             for i, (ids, finished) in part.items():
                 answers.ids[i] = ids
                 answers.finished[i] = finished

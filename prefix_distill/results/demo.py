@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import config as configuration
-from ..display import Observer, accuracy_text, flops_text
+from ..display import RUNS, Observer, accuracy_text, flops_text, phase
 from ..engine.device import Clock
 from ..engine.evaluate import evaluate
 from ..engine.meter import Meter
 from ..engine.sampling import GenerationCost
+from ..errors import advising
 from ..training.folder import RunFolder
 from ..training.prepare import prepare
 from ..training.run import Run
@@ -25,6 +26,7 @@ RATE = 4e-4  # learning rate
 PROBLEMS = 200  # held-out
 EVERY = 10  # steps between evaluations
 ARMS = {"prefix": "24", "full": "full"}  # arm → prefix
+AT_STOP = "start the demo again with another --out"
 COLUMNS = ("prefix", "accuracy", "useful FLOPs", "training time", "finished answers", "mean tokens")
 
 
@@ -34,12 +36,14 @@ def demonstrate(folder: Path, seed: int, observer: Observer) -> tuple["Table", d
     ``observer`` watches the runs.
     """
     arms: list[dict] = []
-    for name, prefix in ARMS.items():
-        run = _prepare(folder / name, prefix, seed)
-        if not arms:
-            teacher = _evaluate_teacher(run)
-        result = train_in(run, RunFolder(folder / name), observer, label=f"{name} arm:")
-        arms.append(_describe(name, run, result))
+    with phase("demonstrating", len(ARMS), RUNS) as progress, advising(AT_STOP):
+        for name, prefix in ARMS.items():
+            run = _prepare(folder / name, prefix, seed)
+            if not arms:
+                teacher = _evaluate_teacher(run)
+            result = train_in(run, RunFolder(folder / name), observer, label=f"{name} arm:")
+            arms.append(_describe(name, run, result))
+            progress.advance()
     student = arms[0]["evaluations"][0]
     picture = folder / "accuracy-against-flops.png"
     title = f"{UPDATES} steps of {PROMPTS} rollouts, evaluated every {EVERY}"

@@ -10,6 +10,7 @@ import torch
 
 from .. import files
 from ..config import Config
+from ..display import phase
 from ..engine import exactness, loading
 from ..engine.decoder import make_decoder
 from ..engine.device import Clock
@@ -42,19 +43,15 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     notes = Notes()
     name, dataset = _fill_in(config, notes)
     out = _examples_file(config.checkpoint.out)
-    prompts = load_eval_problems(config, dataset, notes)
-    model = loading.load_model(
-        name,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        trust_remote_code=config.models.trust_remote_code,
-    )
-    check_vocabulary(model)
+    with phase("reading data"):
+        prompts = load_eval_problems(config, dataset, notes)
+    model = _load(name, config)
     notes.note(*describe_unused_tokens(model))
     where = join_ranks(config.runtime, model)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
-    model.decoding = exactness.find_decoding(model)
+    with phase("checking the model's forward pass"):
+        model.decoding = exactness.find_decoding(model)
     notes.note(*model.decoding.restrictions("the model"))
     renderer = templates.student_renderer(model, config)
     add_turn_end(renderer, model, notes)
@@ -104,6 +101,19 @@ def _fill_in(config: Config, notes: Notes) -> tuple[str, str]:
         dataset = LAB + TASK
         notes.note(f"no --dataset was given; using the built-in {dataset}")
     return name, dataset
+
+
+@phase("loading the model")
+def _load(name: str, config: Config) -> Model:
+    """Load a model whose embedding covers its tokenizer."""
+    model = loading.load_model(
+        name,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        trust_remote_code=config.models.trust_remote_code,
+    )
+    check_vocabulary(model)
+    return model
 
 
 def _examples_file(name: str | None) -> Path:

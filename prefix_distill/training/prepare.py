@@ -6,6 +6,7 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
+from ..display import phase
 from ..engine.memory import MemoryLimits
 from ..engine.models import Model
 from ..engine.pair import Pair
@@ -33,9 +34,11 @@ def prepare(config: Config) -> Run:
     trackers.check_packages(config)
     notes = Notes()
     config = fill_in(config, notes)
-    sets = load_prompt_sets(config, notes)
+    with phase("reading data"):
+        sets = load_prompt_sets(config, notes)
     config, place, pair = load_pair(config, notes)
-    config, problems = render_problems(config, sets, pair, place=place, notes=notes)
+    with phase("rendering prompts"):
+        config, problems = render_problems(config, sets, pair, place=place, notes=notes)
     method = read_method(config, pair, place, notes=notes)
     for text in check_rope(config, pair, problems, method=method):
         notes.warn(text)

@@ -1,13 +1,17 @@
 """Session: the training loop of on-policy prefix distillation (arXiv 2602.15260)."""
 
 import contextlib
+import signal
 from collections.abc import Iterator
+from typing import NoReturn
 
 from .. import config as configuration
-from ..display import Observer, Reporter
+from ..config import Config
+from ..display import SAVING, Observer, Outline, Reporter, phase
+from ..engine import stopping
 from ..engine.decoder import make_decoder
 from ..engine.device import describe_machine
-from ..errors import Interrupted, UserError
+from ..errors import CONTINUE, Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
 from ..signals import Interrupt
@@ -62,9 +66,17 @@ class Session:
     def train(self) -> dict:
         """Run the remaining steps, save the model and return the result document.
 
-        Interrupted: ``interrupt`` was asked to stop; the step or evaluation in progress is
-        finished and the state is saved. Stopped: a number is not finite, or the ranks differ.
+        Interrupted: ``interrupt`` was asked to stop; the step in progress is finished, an
+        evaluation is cut off, and the state is saved. Stopped: a number is not finite, or the
+        ranks differ.
         """
+        try:
+            return self.take_steps()
+        except stopping.CutOff as cut_off:
+            self.stop(cut_off.number)
+
+    def take_steps(self) -> dict:
+        """Run the remaining steps, save the model and return the result document."""
         self.begin()
         while self.state.step < self.run.config.train.steps:
             self.stop_if_asked()
@@ -96,12 +108,14 @@ class Session:
             self.monitor.resume()
         else:
             rehearse(state)
-            self.monitor.start()
+            with stopping.cutting_off(self.interrupt):
+                self.monitor.start()
         self.texts = self.load_teacher_texts()
         if not restored:
             state.save()
         elif state.step < config.train.steps:
-            self.monitor.look()  # an evaluation that the interruption prevented
+            with stopping.cutting_off(self.interrupt):
+                self.monitor.look()  # an evaluation that the interruption prevented
         self.full_cost = full_cost(self.run, state.progress, range(state.step))
 
     def restore(self) -> bool:
@@ -122,7 +136,7 @@ class Session:
         if run.method.off_policy is None:
             return {}
         longest = run.method.prefix.longest(run.config.train.steps)
-        with self.state.clock.phase("teacher_text"):
+        with self.state.clock.phase("teacher_text"), stopping.cutting_off(self.interrupt):
             teacher = make_decoder(run.pair.teacher, run.place.dtype)
             return load_or_sample(self.state, teacher, longest)
 
@@ -132,12 +146,18 @@ class Session:
         """Save and raise Interrupted on all ranks if any rank was asked to stop."""
         asked = next(filter(None, self.run.place.gather(self.interrupt.received)), None)
         if asked is not None:
+            self.stop(asked)
+
+    def stop(self, asked: signal.Signals) -> NoReturn:
+        """Save the state, unless the untrained student is not measured yet; raise Interrupted."""
+        where = "before the first step; nothing was trained"
+        if self.state.progress.evaluations:
             self.state.save()
-            raise Interrupted(
-                f"interrupted ({asked.name}) after step {self.state.step}; the state is saved; "
-                f"continue with prefix-distill run --resume --out {self.folder.path}",
-                asked,
-            )
+            where = f"after step {self.state.step}; the state is saved"
+        raise Interrupted(
+            f"interrupted ({asked.name}) {where}; {CONTINUE} --out {self.folder.path}",
+            asked,
+        )
 
     def refuse_non_finite(self, losses: TokenLosses) -> None:
         """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""
@@ -220,7 +240,8 @@ class Session:
         """Evaluate or probe the tail if due; the last evaluation belongs to ``finish``."""
         if not self.is_last:
             self.stop_if_asked()
-            self.monitor.look()
+            with stopping.cutting_off(self.interrupt):
+                self.monitor.look()
 
     def save_if_due(self) -> None:
         """Write a checkpoint every --save-every steps and after the last one."""
@@ -233,7 +254,8 @@ class Session:
     def finish(self) -> dict:
         """Evaluate and save the trained model; return the result document."""
         run, state, folder = self.run, self.state, self.folder
-        after = self.monitor.evaluate()
+        with stopping.cutting_off(self.interrupt):
+            after = self.monitor.evaluate()
         if run.place.is_first:
             folder.write_rows("examples-after.jsonl", after.pop("records"))
             folder.write_json("after.json", after)
@@ -247,6 +269,7 @@ class Session:
         run.place.barrier()
         return {"out": str(folder.path), **result}
 
+    @phase(SAVING, at_stop="finishing this save")
     def save_model(self) -> None:
         """Save the student in model/, and with --lora-merge the adapter in adapter/.
 
@@ -277,7 +300,7 @@ def train_in(
     plugins += find_unfiled(config.divergence.name, config.schedule.prefix)
     interrupt = Interrupt()
     if run.place.is_first:
-        watched = observer.watch(config.train.steps, label, interrupt.ask)
+        watched = observer.watch(describe_outline(config, label), interrupt.ask)
     else:
         watched = observer.watch_other_rank()
     fingerprints = take_fingerprints(run)
@@ -294,6 +317,17 @@ def train_in(
                 report.warn(text)
             with naming_saved_state(folder):
                 return Session(run, folder, report, resume=resume, interrupt=interrupt).train()
+
+
+def describe_outline(config: Config, label: str) -> Outline:
+    """Return what a run will do, for whoever shows its progress."""
+    return Outline(
+        steps=config.train.steps,
+        label=label,
+        eval_every=config.evaluate.every,
+        tail_every=config.evaluate.tail_every,
+        save_every=config.checkpoint.save_every,
+    )
 
 
 @contextlib.contextmanager
