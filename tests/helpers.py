@@ -279,6 +279,7 @@ def prepared(pair, questions, **changes):
         "train.steps": 4,
         "evaluate.problems": 4,
         "evaluate.kl_prompts": 4,
+        "checkpoint.keep": 2,
         "runtime.dtype": "float32",
     }
     return preflight.prepare(
@@ -459,6 +460,8 @@ def flags(pair, questions, out) -> list[str]:
         "2",
         "--save-every",
         "3",
+        "--keep-checkpoints",
+        "2",
         "--check-samples",
         "0",
         "--lr",

@@ -116,6 +116,8 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     plugin: str | PathLike[str] | None
     out: str | PathLike[str] | None
     save_every: int
+    keep_checkpoints: int
+    save_dtype: Literal["auto", "float32", "bfloat16"]
     allow_changed: bool
     report_to: str
     run_name: str | None

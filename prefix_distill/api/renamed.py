@@ -15,6 +15,7 @@ RENAMED = {
     "num_generations": "--samples",
     "eval_steps": "--eval-every",
     "save_steps": "--save-every",
+    "save_total_limit": "--keep-checkpoints",
     "ddp_timeout": "--rank-timeout",
     "torch_dtype": "--dtype",
     "lora_r": "--lora",

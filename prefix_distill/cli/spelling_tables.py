@@ -236,7 +236,7 @@ HINTS = {
     "name the run with --run-name, or by its folder, --out": "run_name project trackio_*",
     "a run evaluates before, after and every --eval-every steps, on --eval-samples problems; omit "
     "it": ("do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names"),
-    "a run keeps its two newest checkpoints, and its best student in best/; omit it": (
+    "a run keeps its newest checkpoints, and its best student in best/; omit it": (
         "save_* load_best_model_at_end metric_for_best_model greater_is_better "
         "enable_jit_checkpoint overwrite_output_dir"
     ),

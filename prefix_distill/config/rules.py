@@ -175,6 +175,11 @@ def _check_adapter(config: Config) -> None:
             raise UserError(
                 f"{flag(path)}: applies only with --lora; add --lora 16, or omit {flag(path)}"
             )
+    if has_adapter and not config.adapter.merge and _is_changed(config, "checkpoint.dtype"):
+        raise UserError(
+            f"--save-dtype {config.checkpoint.dtype} with --lora: the adapter is saved in float32; "
+            "add --lora-merge to save whole weights, or omit --save-dtype"
+        )
     bits = config.models.student_quantize
     if bits != "none" and not has_adapter:
         raise UserError(

@@ -322,11 +322,22 @@ class Checkpoint:
     save_every: int = option(
         25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
     )
+    keep: int = option(
+        1,
+        "--keep-checkpoints",
+        "Checkpoints of a finished run; while it trains, at least 2.",
+        low=1,
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "--save-dtype",
+        "Dtype of the weights in model/ and best/; auto: float32, or with --lora-merge that of the "
+        "base model. bfloat16: the run reports how much of the KL gain is kept.",
+    )
     allow_changed: bool = option(
         False,
         "--allow-changed",
-        "With --resume, continue although the prompts or a model differ from those that the run "
-        "began with.",
+        "With --resume, continue although the prompts or a model differ from those at the start.",
     )
 
 

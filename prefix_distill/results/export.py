@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 from .. import config as configuration
 from ..engine import loading
 from ..engine.adapter_files import FILE
+from ..engine.casting import cast
 from ..engine.models import Model
 from ..engine.saving import save_merged_model, save_model
 from ..errors import Stopped, UserError
 from ..training import card
+from ..training.checkpoints import read_student
 from ..training.commits import pin_commits
 from ..training.fingerprints import check_student
 from ..training.folder import RunFolder
@@ -77,7 +79,7 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
         script = _converter(gguf)
     model, text = _load(source)
     if dtype != "auto":
-        model.net.to(getattr(torch, dtype))
+        cast(model.net, getattr(torch, dtype))
         _check_finite(model, dtype)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +201,7 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
     weights = dict(model.net.named_parameters())
     if model.adapter is not None:
         weights = model.trainable
-    tensors = folder.read_student(step)
+    tensors = read_student(source.path, step)
     if _shapes(tensors) != _shapes(weights):
         raise UserError(
             f"run folder {source.name}: the weights of that checkpoint do not have the names and "

@@ -314,7 +314,8 @@ class Monitor:
         }
         if self.run.place.is_first:
             text = make_card(self.run, progress, progress.best)
-            for note in self.state.folder.save_model("best", self.run.pair.student, text):
+            student, dtype = self.run.pair.student, self.run.save_dtype
+            for note in self.state.folder.save_model("best", student, text, dtype=dtype):
                 self.report.note(note)
 
 

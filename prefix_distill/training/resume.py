@@ -11,6 +11,8 @@ from ..errors import UserError
 FREE = (
     "train.steps",
     "checkpoint.save_every",
+    "checkpoint.keep",
+    "checkpoint.dtype",
     "checkpoint.out",
     "checkpoint.allow_changed",
     "runtime.gpus",

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
+
 from ..config import Config
 from ..engine.evaluate import Evaluation, Problem
 from ..engine.memory import MemoryLimits
@@ -157,6 +159,15 @@ class Run:
     def max_new_tokens(self) -> int:
         """Return the longest response in tokens."""
         return settled(self.config.rollout.max_new_tokens, "--max-new-tokens")
+
+    @property
+    def save_dtype(self) -> torch.dtype | None:
+        """Return the dtype of saved models; None: that of the student's weights."""
+        name = self.config.checkpoint.dtype
+        if name == "auto":
+            return None
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
     @property
     def evaluation(self) -> Evaluation:

@@ -93,5 +93,5 @@ class Search:
         for file, tensors in state.folder.read_tensors("displacements"):
             step = int(file.stem.removeprefix("step-"))
             rows.append({"step": step, "modules": extrapolation.diagnose(tensors, final)})
-        if rows or not state.folder.has("displacement.json"):
+        if rows or not (state.folder.path / "displacement.json").is_file():
             state.folder.write_json("displacement.json", rows)

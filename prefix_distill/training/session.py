@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from typing import NoReturn
 
+import torch
+
 from .. import config as configuration
 from ..config import Config
 from ..display import SAVING, Observer, Outline, Reporter, phase
@@ -26,6 +28,7 @@ from .monitor import Monitor
 from .optimizer import NonFiniteGradient, step_optimizer
 from .plugin_record import record_plugins
 from .rehearsal import rehearse
+from .rounding import SMALL, describe_rounding, measure_rounding
 from .run import Run, describe_checks
 from .search import Search
 from .state import State
@@ -262,10 +265,12 @@ class Session:
             self.save_model()
             if run.config.extrapolation.diagnostics:
                 self.search.diagnose()
-        result = result_document(state, self.resumed_from)
+        rounding = self.measure_rounding()
+        result = result_document(state, self.resumed_from) | {"rounding": rounding}
         if run.place.is_first:
             folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
             folder.remove("displacements")
+            folder.finish(run.config.checkpoint.keep)
         run.place.barrier()
         return {"out": str(folder.path), **result}
 
@@ -278,14 +283,29 @@ class Session:
         run, progress = self.run, self.state.progress
         cost = full_cost(run, progress, range(progress.step))
         text = make_card(run, progress, progress.evaluations[-1], full=cost)
-        student = run.pair.student
+        student, dtype = run.pair.student, run.save_dtype
         if run.config.adapter.merge:
-            notes = self.folder.save_merged_model("model", student, text)
+            notes = self.folder.save_merged_model("model", student, text, dtype=dtype)
             notes += self.folder.save_model("adapter", student, text)
         else:
-            notes = self.folder.save_model("model", student, text)
+            notes = self.folder.save_model("model", student, text, dtype=dtype)
         for note in notes:
             self.report.note(note)
+
+    def measure_rounding(self) -> dict | None:
+        """Report what --save-dtype bfloat16 costs, on all ranks; None if nothing was rounded."""
+        run = self.run
+        dtype = run.save_dtype
+        if dtype in (None, torch.float32, run.pair.student.net.dtype):
+            return None
+        run.place.barrier()  # rank 0 has written the model
+        loss = measure_rounding(self.state, self.monitor.contexts)
+        text = describe_rounding(loss, self.state.progress.evaluations[-1]["kl"]["value"])
+        if loss["kept"] is not None and loss["kept"] < SMALL:
+            self.report.warn(f"{text}; save with --save-dtype float32")
+        else:
+            self.report.note(text)
+        return loss
 
 
 def train_in(
@@ -296,6 +316,7 @@ def train_in(
     ``observer`` watches the run and may stop it; ``label`` names the run among several.
     """
     config = run.config
+    folder.kept = max(folder.kept, config.checkpoint.keep)
     plugins = load_plugins(config.runtime.plugin)
     plugins += find_unfiled(config.divergence.name, config.schedule.prefix)
     interrupt = Interrupt()

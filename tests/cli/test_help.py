@@ -33,18 +33,21 @@ TOPICS = [
 ]
 
 
+FILES = ["notebook", "recipe:2602.15260"]
+
+
 def test_help_lists_the_pages_prints_one_and_names_the_nearest():
     assert sorted(PAGES) == TOPICS
     code, out, err = invoke("help")
-    assert (
-        code == 0 and err == "" and [line.split()[2] for line in out.splitlines()] == sorted(PAGES)
-    )
+    listed = [line.split()[2] for line in out.splitlines()]
+    assert code == 0 and err == "" and listed == sorted(PAGES) + FILES
     for name, page in PAGES.items():
         assert invoke("help", name) == (0, page, "")
     for wrong, said in (
         ("exit-code", "did you mean exit-codes?"),
         ("machines", "no such page; "),
         ("zzz", "choose from adapters, data, devices"),
+        ("recipe", "did you mean recipe"),
     ):
         code, out, err = invoke("help", wrong)
         assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1

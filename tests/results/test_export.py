@@ -91,6 +91,8 @@ def run(pair, questions, tmp_path_factory):
         "1",
         "--save-every",
         "1",
+        "--keep-checkpoints",
+        "2",
         "--lr",
         "1e-3",
         "--instruction",
