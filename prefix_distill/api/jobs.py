@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..config import Config
-from ..display import phase
+from ..display import is_verbose, phase
 from ..errors import MemoryShortage, PreflightError, ignore
 from . import quiet
 from .observers import Observer
@@ -165,7 +165,7 @@ def check_error(name: str, result: str) -> PreflightError | MemoryShortage:
 def _announce(prepared: "Run", observer: Observer) -> None:
     if not prepared.place.is_first:
         return
-    for text in prepared.notes.lines:
+    for text in prepared.notes.shown(is_verbose()):
         observer.note(text)
     for text in prepared.notes.warnings:
         observer.warn(text)

@@ -80,7 +80,7 @@ def evaluate_command(
     config = settings.evaluation_config(flags["flags"], out)
     with Terminal() as terminal:
         result = work.evaluate(config, terminal)
-    finish(result.to_dict())
+    finish(result.to_dict(), result.summary())
 
 
 @app.command("export")
@@ -137,8 +137,8 @@ def export_command(
         with Terminal() as terminal:
             result = work.export(source, config, terminal, out=folder, choices=choices)
     except PushFailed as error:
-        finish(error.result.to_dict())
+        finish(error.result.to_dict(), error.result.summary())
         raise
     if result.gguf is not None:
         note(f"for smaller types use llama.cpp's tool: llama-quantize {result.gguf} Q4_K_M")
-    finish(result.to_dict())
+    finish(result.to_dict(), result.summary())

@@ -69,9 +69,9 @@ def run(
         with Terminal() as terminal:
             result = work.distil(config, terminal, resume)
     except PushFailed as error:
-        finish(error.result.to_dict())
+        finish(error.result.to_dict(), error.result.summary())
         raise
-    finish(result.to_dict())
+    finish(result.to_dict(), result.summary())
 
 
 @app.command()

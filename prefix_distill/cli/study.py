@@ -58,8 +58,10 @@ def demo(
         folder = read_folder("--out", out)
     with Terminal() as terminal:
         table, document = work.demonstrate(folder, seed, terminal)
+    from ..results.demo import summarize
+
     display.print_tables(table)
-    finish(document)
+    finish(document, summarize(document))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from .observers import Observer, RankWarnings, Reporter, Terminal
 from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
 from .screen import RUNS, Screen
+from .summary import Summary, print_summary
 from .texts import accuracy_text, flops_text, time_text
 from .training import Display
 
@@ -24,6 +25,7 @@ __all__ = [
     "RankWarnings",
     "Reporter",
     "Screen",
+    "Summary",
     "Terminal",
     "accuracy_text",
     "close_phase",
@@ -35,6 +37,7 @@ __all__ = [
     "open_phase",
     "phase",
     "print_line",
+    "print_summary",
     "print_tables",
     "time_text",
 ]

@@ -16,7 +16,8 @@ class Outline:
     """What a run will do, as far as it is known before.
 
     ``label`` names the run among several. ``eval_every``, ``tail_every``, ``save_every``: steps
-    between evaluations, tail probes and checkpoints; 0 is never.
+    between evaluations, tail probes and checkpoints; 0 is never. ``is_full``: rollouts are full, so
+    that nothing is saved.
     """
 
     steps: int
@@ -24,6 +25,7 @@ class Outline:
     eval_every: int = 0
     tail_every: int = 0
     save_every: int = 0
+    is_full: bool = False
 
 
 def list_measurements(outline: Outline) -> tuple[list[int], list[int]]:

@@ -140,9 +140,10 @@ class Display:
         return text
 
     def _flops(self) -> str:
-        return (
-            f"{flops_text(self.useful)} useful so far ({flops_text(self.full)} with full rollouts)"
-        )
+        text = f"{flops_text(self.useful)} useful so far"
+        if self.outline.is_full:
+            return text
+        return f"{text} ({flops_text(self.full)} with full rollouts)"
 
     # The live line
 
@@ -180,7 +181,7 @@ class Display:
             facts.append(f"{self.divergence} {number_text(fmean(self.values))}")
         if self.accuracy is not None:
             facts.append(f"acc {share_text(self.accuracy)}")
-        if self.full > self.useful > 0:
+        if self.full > self.useful > 0 and not self.outline.is_full:
             facts.append(f"saved {self.full / self.useful:.1f}×")
         return facts
 

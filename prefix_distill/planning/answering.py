@@ -1,7 +1,7 @@
 """Sample full answers of both models, from the start or after tokens of the other model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..display import phase
 from ..engine.decoder import make_decoder
@@ -49,14 +49,12 @@ class Answering:
             prompts=[r.student_ids for r in run.problems.train],
             sampler=run.method.eval_sampler,
         )
-        # The teacher samples as in an evaluation, but in its own ids.
-        ids = run.method.text_sampler
         self.teacher = AnsweringModel(
             role="teacher",
             model=make_decoder(run.pair.teacher, run.place.dtype),
             shape=run.pair.teacher_shape,
             prompts=[r.teacher_ids for r in run.problems.train],
-            sampler=replace(run.method.eval_sampler, eos=ids.eos, support=ids.support, pad=ids.pad),
+            sampler=run.method.teacher_eval_sampler,
         )
 
     def answer(self, answerer: AnsweringModel) -> Answers:

@@ -326,6 +326,7 @@ class _Jobs:
         start = self.arms.start.get(arm)
         settings = dict(settings)
         settings["checkpoint.out"] = str(path)
+        settings.setdefault("evaluate.teacher", "off")  # it is the same in every arm
         if start is not None:
             settings["models.student"] = str(self.run(start, seed) / "model")
         resume = (path / "config.yaml").is_file()

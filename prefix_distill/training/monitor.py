@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ..display import EVALUATION, TAIL_PROBE, phase
+from ..display import EVALUATION, TAIL_PROBE, is_verbose, phase
 from ..engine import evaluate
 from ..engine.evaluate import Facts, Score
 from ..engine.meter import Meter
@@ -91,7 +91,7 @@ class Monitor:
                 f"{text}; check that both prompts ask for the same form of answer (--template, "
                 "--student-thinking, --teacher-thinking, --begin)"
             )
-        else:
+        elif is_verbose():
             self.report.note(text)
 
     def _report_coverage(self, coverage: dict) -> None:

@@ -99,9 +99,12 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     add_turn_end(teacher_renderer(teacher, config), teacher, notes)
     with as_preflight_error():
         alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
-    notes.note(tokenizers)
+    if alignment is None:
+        notes.detail(tokenizers)
+    else:
+        notes.note(tokenizers)
     for model in (student, teacher):
-        notes.note(*describe_unused_tokens(model))
+        notes.detail(*describe_unused_tokens(model))
     support = None
     if alignment is not None:
         config = check_alignment(config, notes)

@@ -72,7 +72,7 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
     text_terms = terms
     if off_policy is not None and off_policy.loss == "sft":
         text_terms = Terms(name="cross-entropy", dtype=terms.dtype, memory_bytes=terms.memory_bytes)
-    notes.note(_describe_chunks(config, pair, terms))
+    notes.detail(_describe_chunks(config, pair, terms))
     # The sampled estimator divides by the probability of a token when it was sampled. That is the
     # student's own probability, and needs no record, only if the student itself sampled on-policy.
     same_dtype = place.dtype == pair.student.net.dtype

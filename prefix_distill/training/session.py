@@ -32,6 +32,7 @@ from .rounding import SMALL, describe_rounding, measure_rounding
 from .run import Run, describe_checks
 from .search import Search
 from .state import State
+from .teacher_score import gap_closed, is_measured, measure_teacher
 from .teacher_text import TeacherTexts, load_or_sample
 from .trackers import Trackers
 from .update import Update
@@ -265,8 +266,10 @@ class Session:
             self.save_model()
             if run.config.extrapolation.diagnostics:
                 self.search.diagnose()
-        rounding = self.measure_rounding()
-        result = result_document(state, self.resumed_from) | {"rounding": rounding}
+        rounding, teacher = self.measure_rounding(), self.measure_teacher()
+        result = result_document(state, self.resumed_from)
+        closed = gap_closed(result["accuracy_before"], result["accuracy_after"], teacher)
+        result |= {"rounding": rounding, "accuracy_teacher": teacher, "gap_closed": closed}
         if run.place.is_first:
             folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
             folder.remove("displacements")
@@ -291,6 +294,16 @@ class Session:
             notes = self.folder.save_model("model", student, text, dtype=dtype)
         for note in notes:
             self.report.note(note)
+
+    def measure_teacher(self) -> dict | None:
+        """Return the teacher's accuracy on the held-out problems, unless it tells nothing."""
+        if not is_measured(self.run):
+            return None
+        with stopping.cutting_off(self.interrupt):
+            score = measure_teacher(self.state)
+        if self.run.place.is_first:
+            self.folder.write_rows("examples-teacher.jsonl", score.records)
+        return score.accuracy
 
     def measure_rounding(self) -> dict | None:
         """Report what --save-dtype bfloat16 costs, on all ranks; None if nothing was rounded."""
@@ -348,6 +361,7 @@ def describe_outline(config: Config, label: str) -> Outline:
         eval_every=config.evaluate.every,
         tail_every=config.evaluate.tail_every,
         save_every=config.checkpoint.save_every,
+        is_full=config.schedule.prefix == "full",
     )
 
 
