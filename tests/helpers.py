@@ -330,7 +330,9 @@ def bare_run(pair, terms, options=None) -> Run:
         config=config,
         place=place,
         pair=pair,
-        problems=Problems(train=[], held_out=[], kl=[], extrapolation=[], grader=Grader()),
+        problems=Problems(
+            train=[], held_out=[], teacher_held_out=[], kl=[], extrapolation=[], grader=Grader()
+        ),
         method=method,
         notes=Notes(),
         limits=MemoryLimits(place, config),

@@ -11,9 +11,12 @@ from ..display import flops_text
 from ..errors import Stopped, UserError
 from .jobs import Outcome, check_error
 from .result import Estimate, Flops, Result, listing
+from .summaries import summarize_evaluation, summarize_export, summarize_run
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from ..display import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,9 @@ class RunResult(Result):
     ``out``: the run folder; ``model``: the folder of the trained student, which transformers loads;
     ``steps``: optimizer updates; ``resumed_from``: the step after which a resumed run continued;
     ``accuracy_before``, ``accuracy_after``: shares of correct held-out answers, None without
-    reference answers; ``kl_before``, ``kl_after``: held-out reverse KL, nats per token; ``prefix``:
+    reference answers; ``accuracy_teacher``: that of the teacher, None if it was not measured;
+    ``gap_closed``: the share of the gap between untrained student and teacher;
+    ``kl_before``, ``kl_after``: held-out reverse KL, nats per token; ``prefix``:
     the last prefix, tokens; ``tokens``: tokens trained on; ``flops``: of training;
     ``full_rollout_flops``: useful FLOPs of as many steps with full rollouts; ``seconds``: wall
     time with evaluations; ``notes``: automatic choices; ``warnings``: what may be wrong;
@@ -36,6 +41,8 @@ class RunResult(Result):
     resumed_from: int | None
     accuracy_before: Estimate | None
     accuracy_after: Estimate | None
+    accuracy_teacher: Estimate | None
+    gap_closed: float | None
     kl_before: Estimate | None
     kl_after: Estimate | None
     prefix: int
@@ -61,6 +68,8 @@ class RunResult(Result):
             resumed_from=document["resumed_from"],
             accuracy_before=Estimate.read(document["accuracy_before"]),
             accuracy_after=Estimate.read(document["accuracy_after"]),
+            accuracy_teacher=Estimate.read(document.get("accuracy_teacher")),
+            gap_closed=document.get("gap_closed"),
             kl_before=Estimate.read(document["kl_before"]),
             kl_after=Estimate.read(document["kl_after"]),
             prefix=document["prefix"],
@@ -99,6 +108,7 @@ class RunResult(Result):
             "steps": str(self.steps),
             "prefix": f"{self.prefix} tokens",
             "accuracy": _change(_share(self.accuracy_before), _share(self.accuracy_after)),
+            "accuracy of the teacher": _share(self.accuracy_teacher),
             "held-out reverse KL": _change(_nats(self.kl_before), _nats(self.kl_after)),
             "training FLOPs": f"{flops_text(self.flops.useful)} useful, "
             f"{flops_text(self.flops.executed)} executed",
@@ -106,6 +116,9 @@ class RunResult(Result):
             "wall time": f"{self.seconds:.1f} s",
         }
         return [listing("Run", rows)]
+
+    def summary(self) -> "Summary":
+        return summarize_run(self)
 
     def remarks(self) -> list[str]:
         return [f"warning: {text}" for text in self.warnings]
@@ -240,6 +253,9 @@ class EvaluationResult(Result):
         }
         return [listing("Evaluation", rows)]
 
+    def summary(self) -> "Summary":
+        return summarize_evaluation(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(Result):
@@ -349,6 +365,9 @@ class ExportResult(Result):
 
     def tables(self) -> list["Table"]:
         return [listing("Export", {name: str(value) for name, value in self.document.items()})]
+
+    def summary(self) -> "Summary":
+        return summarize_export(self)
 
 
 class PushFailed(Stopped):

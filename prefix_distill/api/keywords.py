@@ -110,6 +110,7 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     eval_rollouts: int
     eval_every: int
     eval_temperature: float
+    eval_teacher: Literal["auto", "off"]
     kl_prompts: int
     tail_every: int
     tail_prompts: int

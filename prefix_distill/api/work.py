@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..display import phase
 from ..errors import Stopped, UserError
 from . import launch, quiet, settings
 from .documents import (
@@ -78,9 +79,10 @@ def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> Pla
     ``assumptions``: ``prompt_tokens`` and ``prefixes`` of `planning.plan.plan`, and the fields of
     its `RateSource`: ``tflops``, ``measure`` and ``from_run``.
     """
-    with quiet.guarded():
-        from ..planning import plan as planning
-        from ..planning.rate import RateSource
+    with phase("planning"), quiet.guarded():
+        with phase(quiet.LOADING):
+            from ..planning import plan as planning
+            from ..planning.rate import RateSource
 
         given = dict(assumptions)
         prefixes = given.pop("prefixes", None)
@@ -118,7 +120,8 @@ def compare(arms_file: str, out: Path, observer: Observer) -> Comparison:
 
     arms = read_arms(arms_file)
     with quiet.guarded():
-        from ..results.compare import compare as run_all
+        with phase(quiet.LOADING):
+            from ..results.compare import compare as run_all
 
         run_all(arms, out, observer)
     return report([out], out, reference=arms.reference, title=Path(arms_file).stem)
@@ -130,11 +133,13 @@ def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict
 
     RunFolder(out).check_unused()
     with quiet.guarded():
-        from ..results.demo import demonstrate as run_both
+        with phase(quiet.LOADING):
+            from ..results.demo import demonstrate as run_both
 
         return run_both(out, seed, observer)
 
 
+@phase("writing the report")
 def report(folders: Sequence[Path], out: Path, reference: str | None, title: str) -> Comparison:
     """Write tables, a plot and a page about finished runs. UserError: ``out`` is unusable."""
     from ..results import page, plots, summary
@@ -189,7 +194,7 @@ def export(
     gguf = None if choices["gguf"] is None else str(choices["gguf"])
     is_unchanged = dtype == "auto" and gguf is None
     trust_code = config.models.trust_remote_code
-    with quiet.guarded():
+    with quiet.guarded(), phase("exporting the model"):
         from ..results.export import Source
         from ..results.export import export as write
 
@@ -245,7 +250,7 @@ def _find_folder(source: str, which: str) -> Path | None:
 
 def _push(folder: Path, config: Config) -> str:
     """Upload a folder to the config's hub repository and return its address."""
-    with quiet.guarded():
+    with quiet.guarded(), phase("uploading to the hub"):
         from ..results.export import push
 
         return push(folder, str(config.export.push), config.export.public)

@@ -5,18 +5,19 @@ from typing import Annotated
 
 import typer
 
-from ..display import print_line
+from ..display import phase, print_line
 from . import pages
-from .app import app
+from .app import Terminal, app
 
 
 @app.command("env")
 def environment() -> None:
     """Show versions, devices, dtypes and threads for a bug report, without host name, user, paths
     and secrets."""
-    from ..engine import device
+    with Terminal(), phase("loading libraries"):
+        from ..engine import device
 
-    document = device.describe_environment()
+        document = device.describe_environment()
     for name, value in document.items():
         entries = [value]
         if isinstance(value, list) and value and isinstance(value[0], dict):

@@ -9,7 +9,7 @@ from typing import TextIO, cast
 import typer
 
 from ..api.quiet import hide_deprecations
-from ..errors import ABORTED, Stopped, UserError
+from ..errors import Stopped, UserError, describe_abort
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, report_failure
 from .quiet import calm_threads
@@ -106,7 +106,7 @@ def run_command(arguments: list[str]) -> int | None:
     except (UserError, Stopped) as error:
         return report_failure(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return report_failure(ABORTED, 130)
+        return report_failure(describe_abort(name_command(arguments)), 130)
     except Exception as error:
         # only click's errors about flags have this method; anything else is a bug
         if not hasattr(error, "format_message"):
@@ -114,12 +114,17 @@ def run_command(arguments: list[str]) -> int | None:
         return report_failure(error.format_message(), 2)
 
 
+def name_command(arguments: list[str]) -> str:
+    """Return the first argument that is not a flag, "" without one."""
+    return next((word for word in arguments if not _is_flag(word)), "")
+
+
 def translate_arguments(
     group: typer.core.TyperGroup, arguments: list[str]
 ) -> tuple[list[str], list[str]]:
     """Return the arguments in our own flags, those of the program first, and a note on each
     translated one."""
-    name = next((word for word in arguments if not _is_flag(word)), "")
+    name = name_command(arguments)
     if name not in group.commands:
         return arguments, []
     at = arguments.index(name)

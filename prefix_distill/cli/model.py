@@ -77,8 +77,10 @@ def evaluate_command(
     """Evaluate a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
     from ..api import work
 
-    result = work.evaluate(settings.evaluation_config(flags["flags"], out), Terminal())
-    finish(result.to_dict())
+    config = settings.evaluation_config(flags["flags"], out)
+    with Terminal() as terminal:
+        result = work.evaluate(config, terminal)
+    finish(result.to_dict(), result.summary())
 
 
 @app.command("export")
@@ -132,10 +134,11 @@ def export_command(
         folder = read_folder("--out", out)
     choices: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}
     try:
-        result = work.export(source, config, Terminal(), out=folder, choices=choices)
+        with Terminal() as terminal:
+            result = work.export(source, config, terminal, out=folder, choices=choices)
     except PushFailed as error:
-        finish(error.result.to_dict())
+        finish(error.result.to_dict(), error.result.summary())
         raise
     if result.gguf is not None:
         note(f"for smaller types use llama.cpp's tool: llama-quantize {result.gguf} Q4_K_M")
-    finish(result.to_dict())
+    finish(result.to_dict(), result.summary())

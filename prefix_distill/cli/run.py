@@ -61,14 +61,17 @@ def run(
             note(text)
     config = configuration.build(values, names)
     if dry_run:
-        finish(work.dry_run(config, Terminal(), resume).to_dict())
+        with Terminal() as terminal:
+            tried = work.dry_run(config, terminal, resume)
+        finish(tried.to_dict())
         return
     try:
-        result = work.distil(config, Terminal(), resume)
+        with Terminal() as terminal:
+            result = work.distil(config, terminal, resume)
     except PushFailed as error:
-        finish(error.result.to_dict())
+        finish(error.result.to_dict(), error.result.summary())
         raise
-    finish(result.to_dict())
+    finish(result.to_dict(), result.summary())
 
 
 @app.command()
@@ -81,7 +84,8 @@ def check(config_file: ConfigFile = None, assignments: Assignments = None, **fla
     from ..api import work
 
     config = build_config(config_file, flags["flags"], assignments)
-    result = work.check(config, Terminal())
+    with Terminal() as terminal:
+        result = work.check(config, terminal)
     for text in result.notes:
         note(text)
     show(result, width=200)
@@ -180,6 +184,7 @@ def plan(config_file: ConfigFile = None, assignments: Assignments = None, **opti
     flags = options.pop("flags")
     config = build_config(config_file, flags, assignments)
     options["tflops"] = options.pop("device_tflops")
-    result = work.plan(config, Terminal(), options)
+    with Terminal() as terminal:
+        result = work.plan(config, terminal, options)
     show(result, width=140)
     finish(result.to_dict())

@@ -8,7 +8,7 @@ from ..errors import UserError
 
 # what HfArgumentParser takes for true and false
 # options of the program, which may also follow a command
-PROGRAM_SWITCHES = ("--plain", "--verbose", "-v")
+PROGRAM_SWITCHES = ("--plain", "--verbose", "-v", "--json")
 TRUE = ("true", "yes", "1", "t", "y")
 FALSE = ("false", "no", "0", "f", "n")
 OFF = ("false", "no", "none", "null", "")  # of an option whose feature does not exist here

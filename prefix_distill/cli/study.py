@@ -56,9 +56,12 @@ def demo(
     folder = Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
     if out is not None:
         folder = read_folder("--out", out)
-    table, document = work.demonstrate(folder, seed, Terminal())
+    with Terminal() as terminal:
+        table, document = work.demonstrate(folder, seed, terminal)
+    from ..results.demo import summarize
+
     display.print_tables(table)
-    finish(document)
+    finish(document, summarize(document))
 
 
 @app.command()
@@ -83,7 +86,9 @@ def probe(
     """
     from ..api import work
 
-    result = work.probe(settings.probe_config(flags["flags"], out, problems), Terminal())
+    config = settings.probe_config(flags["flags"], out, problems)
+    with Terminal() as terminal:
+        result = work.probe(config, terminal)
     show(result, width=200)
     note(result.reason)
     finish(result.to_dict())
@@ -109,7 +114,9 @@ def compare(
     """Train every arm of a file with every seed, one after another; compare accuracy and cost."""
     from ..api import work
 
-    result = work.compare(arms_file, read_folder("--out", out), Terminal())
+    folder = read_folder("--out", out)
+    with Terminal() as terminal:
+        result = work.compare(arms_file, folder, terminal)
     show(result, width=200)
     finish(result.to_dict())
 
@@ -141,8 +148,8 @@ def report(
     """Write tables, a plot and a self-contained HTML page for any run folders."""
     from ..api import work
 
-    result = work.report(
-        read_folders("FOLDER", folders), read_folder("--out", out), reference=reference, title=title
-    )
+    paths, folder = read_folders("FOLDER", folders), read_folder("--out", out)
+    with Terminal():
+        result = work.report(paths, folder, reference=reference, title=title)
     show(result, width=200)
     finish(result.to_dict())

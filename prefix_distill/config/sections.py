@@ -229,6 +229,12 @@ class Evaluation:
     temperature: float = option(
         1.0, "--eval-temperature", "Sampling temperature of evaluation; 0 is greedy.", low=0
     )
+    teacher: Literal["auto", "off"] = option(
+        "auto",
+        "--eval-teacher",
+        "Whether to evaluate the teacher once, after training, to tell how much of the gap is "
+        "closed; auto: unless it is the student itself or sees privileged text.",
+    )
     kl_prompts: int = option(
         32,
         "--kl-prompts",

@@ -4,10 +4,13 @@
 seconds.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..display import phase
 from ..engine import evaluate, trunk
 from ..engine.decoder import make_decoder
 from ..engine.device import Clock
@@ -73,21 +76,18 @@ def examine(run: Run, samples: int, limit: float | None = SECONDS) -> list[Check
     ``samples``: held-out problems that both models answer (0: none). They are left out if that
     would take more than ``limit`` seconds; None is no limit.
     """
-    checks = [
-        text_checks.check_vocabulary(run),
-        text_checks.check_data(run),
-        text_checks.check_prompts(run),
-        text_checks.check_templates(run),
-        text_checks.check_eos(run),
-        text_checks.check_padding(run),
-        _check_head(run),
-        _check_determinism(run),
-        _check_sampling(run),
-        text_checks.check_context(run),
-        _check_memory(run),
-    ]
+    examiners: dict[str, Callable[[], Check]] = {}
+    for name, examiner in EXAMINERS.items():
+        examiners[name] = functools.partial(examiner, run)
     if samples and run.config.evaluate.problems:
-        checks.append(_check_teacher(run, run.problems.kl[:samples], limit))
+        problems = run.problems.kl[:samples]
+        examiners["teacher"] = functools.partial(_check_teacher, run, problems, limit)
+    checks = []
+    with phase("checking", len(examiners), "checks") as progress:
+        for name, examine_run in examiners.items():
+            with phase(name):
+                checks.append(examine_run())
+            progress.advance()
     return checks
 
 
@@ -371,6 +371,22 @@ def _estimate_seconds(run: Run, respondents: list[Respondent], problems: list[Re
             requests.append(Request(ids=_prompt_ids(rendered, respondent.role), key=("trial", i)))
         # Without EOS ids, every answer has exactly these tokens.
         endless = replace(respondent.sampler, eos=frozenset())
-        with clock.phase("trial"):
+        with clock.phase("trial"), phase("timing a few tokens"):
             generate(respondent.model, requests, max_new_tokens=tokens, sampler=endless)
     return max(run.place.gather(clock.seconds["trial"])) * run.method.prefix.limit / tokens
+
+
+# the checks of every run, in their order
+EXAMINERS: dict[str, Callable[[Run], Check]] = {
+    "vocabulary": text_checks.check_vocabulary,
+    "data": text_checks.check_data,
+    "prompts": text_checks.check_prompts,
+    "templates": text_checks.check_templates,
+    "end of text": text_checks.check_eos,
+    "padding": text_checks.check_padding,
+    "head": _check_head,
+    "determinism": _check_determinism,
+    "sampling": _check_sampling,
+    "context": text_checks.check_context,
+    "memory": _check_memory,
+}

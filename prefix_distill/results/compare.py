@@ -22,16 +22,18 @@ also:                                           optional: datasets on which ever
 import dataclasses
 import json
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import config as configuration
-from ..display import Observer
-from ..errors import UserError
+from ..display import RUNS, Observer, Phase, phase
+from ..errors import UserError, advising
 from ..training.folder import RunFolder
 
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
 LONGEST_NAME = 100  # characters of an arm's name; file names add some to it
+AT_STOP = "the same command continues the comparison"
 # the arms in the comparison's folder: a resumed comparison must have the same
 ARMS_FILE = "arms.json"
 # what the comparison itself sets
@@ -245,8 +247,17 @@ def compare(arms: Arms, out: Path, observer: Observer) -> list[Path]:
     with folder.lock():
         if not (out / ARMS_FILE).is_file():
             folder.write_json(ARMS_FILE, asked)
-        jobs = _Jobs(arms=arms, out=out, observer=observer)
-        return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
+        with phase("comparing", _count_runs(arms), RUNS) as progress, advising(AT_STOP):
+            jobs = _Jobs(arms=arms, out=out, observer=observer, progress=progress)
+            return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
+
+
+def _count_runs(arms: Arms) -> int:
+    """Return how many runs a comparison trains, its tuning runs included."""
+    tuning = 0
+    if arms.tuned is not None:
+        tuning = len(arms.values)
+    return len(arms.arms) * (len(arms.seeds) + tuning)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -256,6 +267,8 @@ class _Jobs:
     arms: Arms
     out: Path
     observer: Observer
+    progress: Phase
+    counted: set[Path] = dataclasses.field(default_factory=set)
     best: dict[str, object] = dataclasses.field(default_factory=dict)  # arm → its tuned value
 
     def run(self, arm: str, seed: int) -> Path:
@@ -308,10 +321,12 @@ class _Jobs:
         if (path / "run.json").is_file():
             document = folder.read_json("run.json")
             if "result" in document:
+                self._count(path, self.progress.skip)
                 return document["result"]
         start = self.arms.start.get(arm)
         settings = dict(settings)
         settings["checkpoint.out"] = str(path)
+        settings.setdefault("evaluate.teacher", "off")  # it is the same in every arm
         if start is not None:
             settings["models.student"] = str(self.run(start, seed) / "model")
         resume = (path / "config.yaml").is_file()
@@ -322,7 +337,16 @@ class _Jobs:
         else:
             self.observer.note(f"{path}: starting")
             run = prepare(config)
-        return train_in(run, folder, self.observer, resume=resume, label=f"{arm} seed {seed}:")
+        label = f"{arm} seed {seed}:"
+        result = train_in(run, folder, self.observer, resume=resume, label=label)
+        self._count(path, self.progress.advance)
+        return result
+
+    def _count(self, path: Path, count: Callable[[], None]) -> None:
+        """Count a finished run, once."""
+        if path not in self.counted:
+            self.counted.add(path)
+            count()
 
     def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:
         """Evaluate the final student in ``path`` on another dataset, unless that is done."""

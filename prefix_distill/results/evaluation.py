@@ -10,6 +10,7 @@ import torch
 
 from .. import files
 from ..config import Config
+from ..display import phase
 from ..engine import exactness, loading
 from ..engine.decoder import make_decoder
 from ..engine.device import Clock
@@ -44,7 +45,8 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
     name, dataset = _fill_in(config, notes)
     out = _examples_file(config.checkpoint.out)
     own_grader = load_grader(config.evaluate.grader, config.evaluate.grader_timeout)
-    prompts = load_eval_problems(config, dataset, notes)
+    with phase("reading data"):
+        prompts = load_eval_problems(config, dataset, notes)
     model, where = _load(name, config, notes)
     renderer = templates.student_renderer(model, config)
     add_turn_end(renderer, model, notes)
@@ -89,12 +91,13 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
 
 def _load(name: str, config: Config, notes: Notes) -> tuple[Model, Place]:
     """Return the model on this rank's device, with the way its rows decode, and the rank."""
-    model = loading.load_model(
-        name,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        trust_remote_code=config.models.trust_remote_code,
-    )
+    with phase("loading the model"):
+        model = loading.load_model(
+            name,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            trust_remote_code=config.models.trust_remote_code,
+        )
     check_vocabulary(model)
     notes.note(*describe_unused_tokens(model))
     if model.left_out is not None:
@@ -102,7 +105,8 @@ def _load(name: str, config: Config, notes: Notes) -> tuple[Model, Place]:
     where = join_ranks(config.runtime, model)
     notes.note(*where.reasons)
     model.net.to(where.device, where.dtype)
-    model.decoding = exactness.find_decoding(model)
+    with phase("checking the model's forward pass"):
+        model.decoding = exactness.find_decoding(model)
     notes.note(*model.decoding.restrictions("the model"))
     return model, where
 

@@ -2,7 +2,7 @@
 
     config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json
     displacement.json checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and
-    anchor, teacher where a run has them) model/  best/  examples-before.jsonl  examples-after.jsonl
+    anchor, teacher where a run has them) model/  best/  examples-{before,after,teacher}.jsonl
     .lock
 
 All files are safetensors, JSON, JSON lines or YAML. No file contains the folder's own path, so the

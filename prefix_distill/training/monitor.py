@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+from ..display import EVALUATION, TAIL_PROBE, is_verbose, phase
 from ..engine import evaluate
 from ..engine.evaluate import Facts, Score
 from ..engine.meter import Meter
@@ -51,6 +52,7 @@ class Monitor:
         self.before: dict = {}
         self.contexts: list[Rollout] = []
 
+    @phase(EVALUATION, at_stop="leaving this evaluation unfinished; no step was trained")
     def start(self) -> None:
         """Sample the fixed contexts and measure the untrained student.
 
@@ -90,7 +92,7 @@ class Monitor:
                 f"{text}; check that both prompts ask for the same form of answer (--template, "
                 "--student-thinking, --teacher-thinking, --begin)"
             )
-        else:
+        elif is_verbose():
             self.report.note(text)
 
     def _report_coverage(self, coverage: dict) -> None:
@@ -119,6 +121,7 @@ class Monitor:
                 "content; start again with another --out"
             ) from None
 
+    @phase(EVALUATION, at_stop="leaving this evaluation unfinished, then saving")
     def evaluate(self) -> dict:
         """Measure the current student, and warn if text beyond the prefix got worse."""
         measured = self._measure()
@@ -138,6 +141,7 @@ class Monitor:
             if step - max([evaluated, *probed]) >= settings.tail_every:
                 self.probe_tail()
 
+    @phase(TAIL_PROBE, at_stop="leaving this tail probe unfinished, then saving")
     def probe_tail(self) -> dict:
         """Measure the student beyond the prefix, on a few fixed contexts.
 

@@ -9,6 +9,7 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
+from ..display import phase
 from ..engine import exactness, loading, reach, trunk
 from ..engine.adapter import find_packed
 from ..engine.alignment import match_tokenizers
@@ -98,9 +99,12 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     add_turn_end(teacher_renderer(teacher, config), teacher, notes)
     with as_preflight_error():
         alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
-    notes.note(tokenizers)
+    if alignment is None:
+        notes.detail(tokenizers)
+    else:
+        notes.note(tokenizers)
     for model in (student, teacher):
-        notes.note(*describe_unused_tokens(model))
+        notes.detail(*describe_unused_tokens(model))
         if model.left_out is not None and model.left_out not in notes.warnings:
             notes.warn(model.left_out)
     support = None
@@ -150,6 +154,7 @@ class _UnloadedModel:
         return loading.count_parameters(self.name, self.trust_remote_code)
 
 
+@phase("loading the student")
 def _load_student(config: Config) -> tuple[Model, Place]:
     """Load the student and join the ranks.
 
@@ -201,6 +206,7 @@ def _add_adapter(config: Config, student: Model, where: Place, notes: Notes) -> 
     return student
 
 
+@phase("loading the teacher")
 def _load_teacher(config: Config, student: Model, where: Place, notes: Notes) -> Model:
     """Load the teacher; with ``self`` it is the student, without its adapter if possible."""
     is_self = config.models.teacher == configuration.SELF
@@ -289,7 +295,7 @@ def _can_share_weights(config: Config, where: Place) -> bool:
 
 def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
     """Check the model's output head and causality; find which work its rows may share."""
-    with as_preflight_error():
+    with as_preflight_error(), phase(f"checking the {role}'s forward pass"):
         trunk.choose_trunk(model)
         check_causality(model)
         reason = exactness.check_sharing(model)
@@ -304,7 +310,8 @@ def _check_training(student: Model, notes: Notes) -> None:
     """Find out whether training may share a prompt between its samples."""
     if not student.shares_prompts:
         return
-    reason = exactness.check_shared_gradients(student)
+    with phase("checking the student's gradients"):
+        reason = exactness.check_shared_gradients(student)
     student.trains_on_shared_prompts = reason is None
     if reason:
         notes.note(f"in training, the student runs the prompt once per sample: {reason}")

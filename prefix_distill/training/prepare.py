@@ -6,6 +6,7 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
+from ..display import phase
 from ..engine.memory import MemoryLimits
 from ..engine.models import Model
 from ..engine.pair import Pair
@@ -35,9 +36,11 @@ def prepare(config: Config) -> Run:
     notes = Notes()
     config = fill_in(config, notes)
     own_grader = load_grader(config.evaluate.grader, config.evaluate.grader_timeout)
-    sets = dataclasses.replace(load_prompt_sets(config, notes), own_grader=own_grader)
+    with phase("reading data"):
+        sets = dataclasses.replace(load_prompt_sets(config, notes), own_grader=own_grader)
     config, place, pair = load_pair(config, notes)
-    config, problems = render_problems(config, sets, pair, place=place, notes=notes)
+    with phase("rendering prompts"):
+        config, problems = render_problems(config, sets, pair, place=place, notes=notes)
     method = read_method(config, pair, place, notes=notes)
     for text in check_rope(config, pair, problems, method=method):
         notes.warn(text)
@@ -72,7 +75,7 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
     text_terms = terms
     if off_policy is not None and off_policy.loss == "sft":
         text_terms = Terms(name="cross-entropy", dtype=terms.dtype, memory_bytes=terms.memory_bytes)
-    notes.note(_describe_chunks(config, pair, terms))
+    notes.detail(_describe_chunks(config, pair, terms))
     # The sampled estimator divides by the probability of a token when it was sampled. That is the
     # student's own probability, and needs no record, only if the student itself sampled on-policy.
     same_dtype = place.dtype == pair.student.net.dtype

@@ -73,6 +73,7 @@ def render_problems(
     problems = Problems(
         train=train,
         held_out=[(r.prompt, r.student_ids) for r in held_out[: config.evaluate.problems]],
+        teacher_held_out=[(r.prompt, r.teacher_ids) for r in held_out[: config.evaluate.problems]],
         kl=held_out[: config.evaluate.kl_prompts],
         extrapolation=extrapolation,
         grader=choose_grader(config, sets.held_out, sets.own_grader),

@@ -12,6 +12,7 @@ FREE = (
     "train.steps",
     "checkpoint.save_every",
     "checkpoint.keep",
+    "evaluate.teacher",
     "checkpoint.dtype",
     "checkpoint.out",
     "checkpoint.allow_changed",

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from ..display import flops_text
+from ..display import flops_text, phase
 from ..engine.decoder import refresh_decoder
 from ..engine.meter import Meter
 from ..maths import extrapolation
@@ -27,6 +27,7 @@ class Search:
         """Return whether the step that was just completed is followed by a search."""
         return bool(self.state.moving) and extrapolation.due(self.state.step)
 
+    @phase("extrapolating", at_stop="finishing this extrapolation, then saving")
     def run(self) -> None:
         """Search once, accept the best candidate and add a row to ``Progress.extrapolations``."""
         state, settings = self.state, self.settings

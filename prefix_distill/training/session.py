@@ -1,15 +1,19 @@
 """Session: the training loop of on-policy prefix distillation (arXiv 2602.15260)."""
 
 import contextlib
+import signal
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 
 from .. import config as configuration
-from ..display import Observer, Reporter
+from ..config import Config
+from ..display import SAVING, Observer, Outline, Reporter, phase
+from ..engine import stopping
 from ..engine.decoder import make_decoder
 from ..engine.device import describe_machine
-from ..errors import Interrupted, UserError
+from ..errors import CONTINUE, Interrupted, UserError
 from ..maths.schedule import learning_rate, warmup_steps
 from ..plugins import find_fault, find_unfiled, load_plugins
 from ..signals import Interrupt
@@ -28,6 +32,7 @@ from .rounding import SMALL, describe_rounding, measure_rounding
 from .run import Run, describe_checks
 from .search import Search
 from .state import State
+from .teacher_score import gap_closed, is_measured, measure_teacher
 from .teacher_text import TeacherTexts, load_or_sample
 from .trackers import Trackers
 from .update import Update
@@ -65,9 +70,17 @@ class Session:
     def train(self) -> dict:
         """Run the remaining steps, save the model and return the result document.
 
-        Interrupted: ``interrupt`` was asked to stop; the step or evaluation in progress is
-        finished and the state is saved. Stopped: a number is not finite, or the ranks differ.
+        Interrupted: ``interrupt`` was asked to stop; the step in progress is finished, an
+        evaluation is cut off, and the state is saved. Stopped: a number is not finite, or the
+        ranks differ.
         """
+        try:
+            return self.take_steps()
+        except stopping.CutOff as cut_off:
+            self.stop(cut_off.number)
+
+    def take_steps(self) -> dict:
+        """Run the remaining steps, save the model and return the result document."""
         self.begin()
         while self.state.step < self.run.config.train.steps:
             self.stop_if_asked()
@@ -99,12 +112,14 @@ class Session:
             self.monitor.resume()
         else:
             rehearse(state)
-            self.monitor.start()
+            with stopping.cutting_off(self.interrupt):
+                self.monitor.start()
         self.texts = self.load_teacher_texts()
         if not restored:
             state.save()
         elif state.step < config.train.steps:
-            self.monitor.look()  # an evaluation that the interruption prevented
+            with stopping.cutting_off(self.interrupt):
+                self.monitor.look()  # an evaluation that the interruption prevented
         self.full_cost = full_cost(self.run, state.progress, range(state.step))
 
     def restore(self) -> bool:
@@ -125,7 +140,7 @@ class Session:
         if run.method.off_policy is None:
             return {}
         longest = run.method.prefix.longest(run.config.train.steps)
-        with self.state.clock.phase("teacher_text"):
+        with self.state.clock.phase("teacher_text"), stopping.cutting_off(self.interrupt):
             teacher = make_decoder(run.pair.teacher, run.place.dtype)
             return load_or_sample(self.state, teacher, longest)
 
@@ -135,12 +150,18 @@ class Session:
         """Save and raise Interrupted on all ranks if any rank was asked to stop."""
         asked = next(filter(None, self.run.place.gather(self.interrupt.received)), None)
         if asked is not None:
+            self.stop(asked)
+
+    def stop(self, asked: signal.Signals) -> NoReturn:
+        """Save the state, unless the untrained student is not measured yet; raise Interrupted."""
+        where = "before the first step; nothing was trained"
+        if self.state.progress.evaluations:
             self.state.save()
-            raise Interrupted(
-                f"interrupted ({asked.name}) after step {self.state.step}; the state is saved; "
-                f"continue with prefix-distill run --resume --out {self.folder.path}",
-                asked,
-            )
+            where = f"after step {self.state.step}; the state is saved"
+        raise Interrupted(
+            f"interrupted ({asked.name}) {where}; {CONTINUE} --out {self.folder.path}",
+            asked,
+        )
 
     def refuse_non_finite(self, losses: TokenLosses) -> None:
         """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""
@@ -223,7 +244,8 @@ class Session:
         """Evaluate or probe the tail if due; the last evaluation belongs to ``finish``."""
         if not self.is_last:
             self.stop_if_asked()
-            self.monitor.look()
+            with stopping.cutting_off(self.interrupt):
+                self.monitor.look()
 
     def save_if_due(self) -> None:
         """Write a checkpoint every --save-every steps and after the last one."""
@@ -236,15 +258,18 @@ class Session:
     def finish(self) -> dict:
         """Evaluate and save the trained model; return the result document."""
         run, state, folder = self.run, self.state, self.folder
-        after = self.monitor.evaluate()
+        with stopping.cutting_off(self.interrupt):
+            after = self.monitor.evaluate()
         if run.place.is_first:
             folder.write_rows("examples-after.jsonl", after.pop("records"))
             folder.write_json("after.json", after)
             self.save_model()
             if run.config.extrapolation.diagnostics:
                 self.search.diagnose()
-        rounding = self.measure_rounding()
-        result = result_document(state, self.resumed_from) | {"rounding": rounding}
+        rounding, teacher = self.measure_rounding(), self.measure_teacher()
+        result = result_document(state, self.resumed_from)
+        closed = gap_closed(result["accuracy_before"], result["accuracy_after"], teacher)
+        result |= {"rounding": rounding, "accuracy_teacher": teacher, "gap_closed": closed}
         if run.place.is_first:
             folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
             folder.remove("displacements")
@@ -252,6 +277,7 @@ class Session:
         run.place.barrier()
         return {"out": str(folder.path), **result}
 
+    @phase(SAVING, at_stop="finishing this save")
     def save_model(self) -> None:
         """Save the student in model/, and with --lora-merge the adapter in adapter/.
 
@@ -268,6 +294,16 @@ class Session:
             notes = self.folder.save_model("model", student, text, dtype=dtype)
         for note in notes:
             self.report.note(note)
+
+    def measure_teacher(self) -> dict | None:
+        """Return the teacher's accuracy on the held-out problems, unless it tells nothing."""
+        if not is_measured(self.run):
+            return None
+        with stopping.cutting_off(self.interrupt):
+            score = measure_teacher(self.state)
+        if self.run.place.is_first:
+            self.folder.write_rows("examples-teacher.jsonl", score.records)
+        return score.accuracy
 
     def measure_rounding(self) -> dict | None:
         """Report what --save-dtype bfloat16 costs, on all ranks; None if nothing was rounded."""
@@ -299,7 +335,7 @@ def train_in(
     plugins += describe_grader(run.problems.grader)
     interrupt = Interrupt()
     if run.place.is_first:
-        watched = observer.watch(config.train.steps, label, interrupt.ask)
+        watched = observer.watch(describe_outline(config, label), interrupt.ask)
     else:
         watched = observer.watch_other_rank()
     fingerprints = take_fingerprints(run)
@@ -316,6 +352,18 @@ def train_in(
                 report.warn(text)
             with naming_saved_state(folder):
                 return Session(run, folder, report, resume=resume, interrupt=interrupt).train()
+
+
+def describe_outline(config: Config, label: str) -> Outline:
+    """Return what a run will do, for whoever shows its progress."""
+    return Outline(
+        steps=config.train.steps,
+        label=label,
+        eval_every=config.evaluate.every,
+        tail_every=config.evaluate.tail_every,
+        save_every=config.checkpoint.save_every,
+        is_full=config.schedule.prefix == "full",
+    )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import torch
 
-from ..display import Reporter
+from ..display import SAVING, Reporter, phase
 from ..engine.decoder import make_decoder, refresh_decoder
 from ..engine.device import Clock
 from ..engine.meter import Meter
@@ -133,6 +133,7 @@ class State:
             "--resume"
         )
 
+    @phase(SAVING, at_stop="finishing this save")
     def save(self) -> None:
         """Write a checkpoint. Stopped: a weight is not finite, or the ranks differ."""
         run, progress = self.run, self.progress

@@ -2,6 +2,8 @@
 
 from typing import TypedDict
 
+from ..display import phase
+from ..engine import stopping
 from ..engine.models import Model
 from ..engine.ranks import Place
 from ..engine.rollout import Rollout
@@ -14,6 +16,7 @@ from .run import Run
 from .state import State
 
 FILE = "teacher-text.json"
+AT_STOP = "leaving the teacher's text unfinished, then saving"
 
 
 class TeacherText(TypedDict):
@@ -71,11 +74,21 @@ def load_or_sample(state: State, teacher: Model, max_new_tokens: int) -> Teacher
         if text is None or not (text["finished"] or len(text["ids"]) >= max_new_tokens):
             missing[key] = rendered
     if missing:
-        sampled, spent = _sample_missing(state, teacher, missing, max_new_tokens=max_new_tokens)
-        for part in place.gather(sampled):
-            texts |= part
-        for ledger in place.gather(spent):
-            total.merge(ledger)
+
+        def sample() -> tuple[TeacherTexts, Ledger]:
+            return _sample_missing(state, teacher, missing, max_new_tokens=max_new_tokens)
+
+        with phase(
+            "sampling the teacher's text",
+            len(missing),
+            unit="answers",
+            at_stop=AT_STOP,
+            ranks=place.world,
+        ):
+            parts = stopping.gather_results(place, sample)
+        for sampled, spent in parts:
+            texts |= sampled
+            total.merge(spent)
         if place.is_first:
             kept: _Kept = {
                 "texts": [texts[key] for key in sorted(texts)],

@@ -271,7 +271,7 @@ def _in_a_terminal(environment: dict, code: str) -> str:
 
 SHOWN = """
 from rich.table import Table
-from prefix_distill.display import Display, print_tables
+from prefix_distill.display import Display, Outline, print_tables
 table = Table(title="arms")
 for name in ("arm", "accuracy", "cost"):
     table.add_column(name)
@@ -282,7 +282,7 @@ row = {
     "rollout/prefix_tokens": 8,
     "rollout/finished_share": 0.0,
 }
-with Display(2, "run:") as display:
+with Display(Outline(steps=2, label="run:")) as display:
     display.row(row, 1e9, 2e9)
     display.note("a note")
 print_tables(table)
@@ -301,7 +301,7 @@ def test_plain_mode_has_no_bars_boxes_or_colours(environment):
         assert BOXES.search(seen)
         return
     assert not BOXES.search(seen), seen
-    assert "run: step 1/2: divergence 0.5000 nats" in seen and "\na note\n" in seen
+    assert "run: step 1/2: reverse KL 0.5000, prefix" in seen and "\na note\n" in seen
     assert seen.endswith("arms\narm: full\n  accuracy: 90.5% [86.0%, 94.5%]\n  cost: 1 G\n")
 
 
