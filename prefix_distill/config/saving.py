@@ -13,7 +13,10 @@ class Checkpoint:
         25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
     )
     keep: int = option(
-        1, "--keep-checkpoints", "Checkpoints of a finished run; while it trains, at least 2.", low=1
+        1,
+        "--keep-checkpoints",
+        "Checkpoints of a finished run; while it trains, at least 2.",
+        low=1,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",

@@ -25,7 +25,9 @@ def is_measured(run: "Run") -> bool:
         config.evaluate.teacher == "auto"
         and config.models.teacher != SELF
         and config.data.privileged_column is None
-        and any(run.problems.grader.can_grade(prompt) for prompt, _ in run.problems.teacher_held_out)
+        and any(
+            run.problems.grader.can_grade(prompt) for prompt, _ in run.problems.teacher_held_out
+        )
     )
 
 
