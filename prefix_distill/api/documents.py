@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..display import flops_text
-from ..errors import Stopped, UserError
+from ..errors import Stopped
 from .jobs import Outcome, check_error
 from .result import Estimate, Flops, Result, listing
 from .summaries import summarize_evaluation, summarize_export, summarize_run
@@ -376,26 +376,6 @@ class PushFailed(Stopped):
     def __init__(self, message: str, result: RunResult | ExportResult):
         super().__init__(message)
         self.result = result
-
-
-def load(out: str | Path) -> RunResult:
-    """Return the result of the finished run in the folder ``out``.
-
-    UserError: the folder holds no finished run, or its run.json is damaged.
-    """
-    from ..results import shapes
-    from .arguments import read_folder
-
-    file = read_folder("out", out) / "run.json"
-    if not file.is_file():
-        raise UserError(f"run folder {out}: it has no run.json; name the folder of a run")
-    facts = shapes.read_json(file, dict[str, object])
-    if "result" not in facts:
-        raise UserError(f"run folder {out}: expected a finished run; continue this one with resume")
-    shapes.check(facts, shapes.LoadedRun, str(file))
-    document = {"out": str(out), **facts["result"], "pushed": None}
-    notes, warnings = facts.get("notes", []), facts.get("warnings", [])
-    return RunResult.read({"document": document, "notes": notes, "warnings": warnings})
 
 
 def _share(estimate: Estimate | None) -> str:

@@ -14,7 +14,8 @@ from .account import describe, describe_in_full
 from .files import Table, iterate_rows, no_rows, read_rows, stream_rows
 from .prompt import Prompt, PromptSet
 from .readers import Row
-from .rows import BUFFER, PromptBuilder, RowFormat
+from .row_format import RowFormat
+from .rows import BUFFER, PromptBuilder
 from .sources import Source, parse_source
 from .stream import shuffle
 

@@ -16,7 +16,6 @@ from .columns import (
     clean_names,
     describe_single_message,
     find_companions,
-    match_name,
     preset_companions,
     reach,
     text_of,
@@ -25,9 +24,9 @@ from .columns import (
 from .golds import BLANK, PROSE, describe_reading, read_gold
 from .names import PROMPT_COLUMNS
 from .options import count_from_one, gather_options, letter_of, read_options, show_options
-from .presets import Preset
 from .prompt import Message, Prompt
 from .readers import Row
+from .row_format import RowFormat, apply_preset
 from .solutions import end_with_box, find_solution
 from .sources import Source
 from .stream import shuffle
@@ -37,35 +36,6 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one has no UTF-8 encodi
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # a field or an escaped brace of a prompt template
 LONG = 40  # characters; the prompt should not contain a reference of this length
 BUFFER = 1_000  # rows in the shuffle buffer of a streamed dataset
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowFormat:
-    """How rows are read and become prompts.
-
-    - ``prompt_column``, ``answer_column``, ``instruction``: None means the preset's; the columns
-      are else detected by name. ``doc.question`` reads a nested record.
-    - ``privileged_column``: the column with the text that only the teacher sees.
-    - ``system``: the system message.
-    - ``prompt_template``: the user's turn with {prompt} and {COLUMN} fields.
-    - ``answer_format``: how final answers are read, which decides which references are readable.
-    - ``seed``: the seed of samples of rows, of the order of streamed rows and of options.
-    - ``streaming``: whether rows are read on demand.
-    - ``keep_solutions``: whether prompts keep their solution, to serve as few-shot examples.
-    - ``keep_rows``: whether prompts keep their row, for a user's grader.
-    """
-
-    prompt_column: str | None = None
-    answer_column: str | None = None
-    privileged_column: str | None = None
-    system: str | None = None
-    instruction: str | None = None
-    prompt_template: str | None = None
-    answer_format: str = "auto"
-    seed: int = 0
-    streaming: bool = False
-    keep_solutions: bool = False
-    keep_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +91,7 @@ class PromptBuilder:
             raise self._row_error(0, str(error)) from None
         row_format, preset = self.row_format, self.source.preset
         if preset is not None:
-            row_format = _apply_preset(row_format, preset, row)
+            row_format = apply_preset(row_format, preset, row)
         companions = preset_companions(row, preset)
         prompt = row_format.prompt_column
         is_detected = prompt is None
@@ -390,14 +360,3 @@ class PromptBuilder:
 
     def _row_error(self, index: int, text: str) -> UserError:
         return UserError(f"dataset {self.source.text}: row {index} {text}; repair or remove it")
-
-
-def _apply_preset(row_format: RowFormat, preset: Preset, row: Row) -> RowFormat:
-    """Return the format with the preset's columns and instruction, unless the user gave others."""
-    if row_format.prompt_column is None:
-        row_format = replace(row_format, prompt_column=match_name(row, preset.prompt))
-    if row_format.answer_column is None and preset.answer is not None:
-        row_format = replace(row_format, answer_column=match_name(row, preset.answer))
-    if row_format.instruction is None:
-        row_format = replace(row_format, instruction=preset.instruction)
-    return row_format

@@ -18,7 +18,8 @@ from prefix_distill.prompts import sources, templates
 from prefix_distill.prompts import stream as prompt_stream
 from prefix_distill.prompts.load import load_evaluation_prompts, load_prompts
 from prefix_distill.prompts.prompt import Prompt, PromptSet
-from prefix_distill.prompts.rows import BUFFER, RowFormat
+from prefix_distill.prompts.row_format import RowFormat
+from prefix_distill.prompts.rows import BUFFER
 from prefix_distill.prompts.stream import (
     assign_slots,
     count_slots,

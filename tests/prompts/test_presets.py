@@ -14,7 +14,7 @@ from prefix_distill.errors import UserError
 from prefix_distill.prompts import answers
 from prefix_distill.prompts.load import load_evaluation_prompts, load_prompts
 from prefix_distill.prompts.presets import BOXED, LETTER, PRESETS
-from prefix_distill.prompts.rows import RowFormat
+from prefix_distill.prompts.row_format import RowFormat
 
 WRAPPED = (
     "Solve the following math problem step by step. The last line of your response should be of "

@@ -12,7 +12,7 @@ from helpers import invoke, last_json
 
 from prefix_distill.errors import UserError
 from prefix_distill.prompts.load import load_prompts
-from prefix_distill.prompts.rows import RowFormat
+from prefix_distill.prompts.row_format import RowFormat
 
 ASKED = {"role": "user", "content": "6·7?"}
 REPLY = {"role": "assistant", "content": "It is \\boxed{42}."}
