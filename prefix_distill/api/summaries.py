@@ -25,10 +25,10 @@ def summarize_run(result: "RunResult") -> Summary:
         "rounded": _describe_rounding(result),
         "hub": result.pushed or "",
         "model": str(result.model),
-        "next": f"prefix-distill report {out} --out {out}/report",
     }
+    command = f"prefix-distill report {out} --out {out}/report"
     title = f"{result.out}: {result.steps} steps in {time_text(result.seconds)}"
-    return Summary(title=title, rows=rows, warnings=result.warnings)
+    return Summary(title=title, rows=rows, command=command, warnings=result.warnings)
 
 
 def _describe_teacher(result: "RunResult") -> str:

@@ -9,7 +9,7 @@ from .observers import Observer, RankWarnings, Reporter, Terminal
 from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
 from .screen import RUNS, Screen
-from .summary import Summary, print_summary
+from .summary import Summary, lay_out, print_summary
 from .texts import accuracy_text, flops_text, time_text
 from .training import Display
 
@@ -33,6 +33,7 @@ __all__ = [
     "flops_text",
     "is_plain",
     "is_verbose",
+    "lay_out",
     "listening",
     "open_phase",
     "phase",

@@ -14,10 +14,15 @@ BOLD, YELLOW, RESET = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A title, labelled lines, and warnings. A line of ``rows`` is a label and its text."""
+    """A title, labelled lines, warnings, and the next command.
+
+    ``rows``: label → text; empty ones are left out. ``command`` is not broken into lines, so that
+    it can be copied.
+    """
 
     title: str
     rows: dict[str, str]
+    command: str = ""
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -36,7 +41,7 @@ def print_summary(summary: Summary) -> None:
 
 
 def lay_out(summary: Summary, width: int, *, in_color: bool) -> list[str]:
-    """Return the lines of a summary, at most ``width`` cells long if no word is longer."""
+    """Return the lines of a summary, of at most ``width`` cells but for the command."""
     rows = {label: text for label, text in summary.rows.items() if text}
     margin = len(INDENT) + max(map(len, [*rows, "warnings"])) + 2
     lines = [_paint(summary.title, BOLD, in_color)]
@@ -49,6 +54,8 @@ def lay_out(summary: Summary, width: int, *, in_color: bool) -> list[str]:
     for text in summary.warnings:
         for line in _wrap(text, width, start=f"{INDENT}- ", margin=len(INDENT) + 2):
             lines.append(_paint(line, YELLOW, in_color))
+    if summary.command:
+        lines.append(f"{INDENT}next".ljust(margin) + summary.command)
     return lines
 
 

@@ -97,8 +97,8 @@ def summarize(document: dict) -> Summary:
     ratio = document["flops_ratio_full_to_prefix"]
     rows["FLOPs"] = f"full rollouts took {ratio:.1f}× the FLOPs of the prefix"
     rows["picture"] = document["picture"]
-    rows["next"] = "prefix-distill help recipes"
-    return Summary(title="what the student learned", rows=rows)
+    command = "prefix-distill help recipes"
+    return Summary(title="what the student learned", rows=rows, command=command)
 
 
 def _shorten(answer: str) -> str:
