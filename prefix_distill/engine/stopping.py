@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
 
+from ..errors import GraderError
 from ..signals import Interrupt
 from .ranks import Place
 
@@ -22,7 +23,9 @@ class CutOff(Exception):
     """Work was left unfinished, because a signal asked the run to stop."""
 
     def __init__(self, number: signal.Signals):
-        super().__init__(number.name)
+        super().__init__(
+            number
+        )  # an exception that ranks exchange is made again from its arguments
         self.number = number
 
 
@@ -46,19 +49,19 @@ def look() -> None:
 def gather_results(place: Place, work: Callable[[], T]) -> list[T]:
     """Do this rank's ``work`` and return the results of all ranks, in their order.
 
-    CutOff, on all ranks: the work of any rank was cut off.
+    CutOff or GraderError, on all ranks: the work of one of them was cut off, or its grader failed.
     """
     results: list[T] = []
-    number = None
+    ended: CutOff | GraderError | None = None
     try:
         results.append(work())
-    except CutOff as cut_off:
-        number = cut_off.number
+    except (CutOff, GraderError) as error:
+        ended = error
     gathered: list[T] = []
     first = None
-    for other_number, other_results in place.gather((number, results)):
-        first = first or other_number  # the same on every rank
+    for other_end, other_results in place.gather((ended, results)):
+        first = first or other_end  # the same on every rank
         gathered += other_results
     if first is not None:
-        raise CutOff(first)
+        raise first
     return gathered
