@@ -7,7 +7,7 @@ from rich.cells import cell_len, set_cell_size
 BETWEEN = " · "
 
 
-EXTRA = 7  # columns from this rank on are shown only where all others have room for their longest
+EXTRA = 9  # columns from this rank on are shown only where all others have room for their longest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,14 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
+from .columns import Column, fit_columns
 from .lines import is_plain, print_line
 from .pace import Pace
 from .phases import FINISH_UPDATE, Phase, forget_phases, list_phases, listening
-from .texts import time_text
+from .texts import elapsed_text, time_text
 from .wakeup import Wakeup
-
-if TYPE_CHECKING:
-    from .columns import Column
 
 TICK = 0.2  # seconds between two looks at the live line; it is drawn if its text has changed
 LOG_TICK = 1.0
@@ -38,7 +35,7 @@ class Shown(Protocol):
 
     pace: Pace
 
-    def columns(self, phases: list[Phase], /) -> "list[Column]":
+    def columns(self, phases: list[Phase], /) -> list[Column]:
         """Return the columns of the live line, with the open phases."""
 
 
@@ -60,7 +57,6 @@ class Screen:
         self.reported: dict[Phase, float] = {}  # phase → when a log named it last
         self.leaving = contextlib.ExitStack()
         self.wakeup: Wakeup | None = None
-        self.fit: Callable[[list[Column], int], str]
 
     def __enter__(self) -> Self:
         self.depth += 1
@@ -79,10 +75,6 @@ class Screen:
         self.is_live = self.stream.isatty() and not is_plain()
         tick = LOG_TICK
         if self.is_live:
-            # Here, because an import in the thread could wait for one in the main thread.
-            from .columns import fit_columns
-
-            self.fit = fit_columns
             tick = TICK
             sys.stderr = Guarded(self)
             self.leaving.callback(self._restore_stderr)
@@ -163,7 +155,7 @@ class Screen:
             columns = describe_phases(phases)
         if not columns:
             return ""
-        return self.fit(columns, width)
+        return fit_columns(columns, width)
 
     def _erase(self) -> None:
         with self.lock:
@@ -233,21 +225,26 @@ def describe_work(phase: Phase) -> str:
     """Return a phase and what is done of it: "evaluating 64/200 answers"."""
     if phase.total is None:
         return phase.name
-    return f"{phase.name} {phase.done}/{phase.total} {phase.unit}".rstrip()
+    return f"{describe_count(phase)} {phase.unit}".rstrip()
+
+
+def describe_count(phase: Phase) -> str:
+    """Return a phase and what is done of it, without its unit: "evaluating 64/200"."""
+    if phase.total is None:
+        return phase.name
+    return f"{phase.name} {phase.done}/{phase.total}"
 
 
 def time_or_left(phase: Phase) -> str:
     """Return the time that a phase still takes, or how long it has lasted."""
     left = phase.seconds_left
     if left is None:
-        return time_text(phase.seconds)
+        return elapsed_text(phase.seconds)
     return f"{time_text(left)} left"
 
 
-def describe_phases(phases: list[Phase]) -> list["Column"]:
+def describe_phases(phases: list[Phase]) -> list[Column]:
     """Return the columns for open phases, without a run: what, how much of it, how long."""
-    from .columns import Column
-
     columns = []
     newest = phases[-1]
     counted = [phase for phase in phases[:-1] if phase.total is not None]
@@ -256,11 +253,11 @@ def describe_phases(phases: list[Phase]) -> list["Column"]:
     if newest.unit == RUNS:
         columns.append(Column(texts=(describe_number(newest),), rank=0))
     else:
-        columns.append(Column(texts=(describe_work(newest), newest.name), rank=0))
+        columns.append(Column(texts=(describe_work(newest), describe_count(newest)), rank=0))
     left = newest.seconds_left
     if left is not None:
         columns.append(Column(texts=(f"{time_text(left)} left",), rank=1))
-    columns.append(Column(texts=(time_text(newest.seconds),), rank=1))
+    columns.append(Column(texts=(elapsed_text(newest.seconds),), rank=1))
     return columns
 
 
