@@ -1,7 +1,7 @@
 """Run commands in a real terminal, and see what a person sees; and what a log gets.
 
-The files screens/COMMAND-COLUMNS.txt hold shapes of the live line that must appear, with every
-number as 0.
+The files screens/COMMAND-COLUMNS.txt hold how live lines begin that must appear, with every number
+as 0.
 """
 
 import os
@@ -21,9 +21,9 @@ SCREENS = TESTS / "screens"
 MOST_PAUSE = 2.0 + 6.0
 MOST_LATENCY = 0.5 + 2.5
 RUN = [
-    *("run", "--device", "cpu", "--dtype", "float32", "--steps", 4, "--batch-size", 2),
+    *("run", "--device", "cpu", "--dtype", "float32", "--steps", 40, "--batch-size", 2),
     *("--samples", 1, "--prefix", 8, "--eval-samples", 24, "--kl-prompts", 2),
-    *("--check-samples", 2, "--eval-every", 2, "--generation-rows", 4, "--lr", 1e-3),
+    *("--check-samples", 2, "--eval-every", 20, "--generation-rows", 4, "--lr", 1e-3),
 ]
 CHECK = ["check", *RUN[1:]]
 EVAL = ["eval", "--device", "cpu", "--dtype", "float32", "--limit", 24, "--generation-rows", 4]
@@ -39,8 +39,9 @@ def check_screens(seen: Seen, name: str, columns: int) -> None:
     assert seen.code == 0, seen.last
     live = [line for line in seen.bottom_lines() if " · " in line]
     assert max(map(len, live)) < columns
-    missing = set(wanted(name, columns)) - {shape(line) for line in live}
-    assert not missing, sorted({shape(line) for line in live})
+    shapes = {shape(line) for line in live}
+    for begin in wanted(name, columns):
+        assert any(line.startswith(begin) for line in shapes), (begin, sorted(shapes))
     assert seen.changes[0][0] < MOST_PAUSE
     assert seen.longest_pause() < MOST_PAUSE, [t for t, _ in seen.changes]
     assert not [line for line in seen.last if re.search(r"left$| · \d+ s$", line)]
@@ -65,7 +66,7 @@ def test_a_run_shows_steps_and_time_left(tmp_path, columns):
     seen = watch_program([*RUN, "--out", tmp_path / "run"], columns)
     check_screens(seen, "run", columns)
     if columns > 40:
-        assert "after step 4: accuracy" in seen.text
+        assert "after step 40: accuracy" in seen.text
 
 
 def test_a_check_shows_which_check_runs(tmp_path):
@@ -86,7 +87,7 @@ def test_an_evaluation_shows_its_answers(tmp_path, columns):
 
 def test_ctrl_c_is_answered_at_once_and_cuts_an_evaluation_off(tmp_path):
     arguments = [*RUN, *LONG_EVALUATION, "--out", tmp_path / "run"]
-    seen = watch_program(arguments, 100, press=r"^0/4 · evaluating [1-9]")
+    seen = watch_program(arguments, 100, press=r"^0/40 · evaluating [1-9]")
     assert seen.code == 130 and seen.out == "" and seen.pressed is not None
     answered = seen.first_time("press again to stop now") - seen.pressed
     assert 0 <= answered < MOST_LATENCY and seen.ended - seen.pressed < 15
