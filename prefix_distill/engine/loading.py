@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from .. import config as configuration
+from ..display import phase
 from ..errors import UserError, first_line, one_line
 from ..lab.task import LAB
 from ..prompts.sources import split_revision
@@ -26,7 +27,7 @@ from .casting import cast
 from .classes import AutoClass, choose_class
 from .dropout import turn_off_dropout
 from .folders import ADAPTER, check_config, locate
-from .hub import check_reachable, find_pinned
+from .hub import check_reachable, contacting, find_pinned
 from .kept_state import find_blanks
 from .model_files import read_tokenizer
 from .models import Model
@@ -71,7 +72,7 @@ def load_model(
     if gguf:
         package = "gguf"
     scratch = None
-    with _explain_failure(name, package):
+    with _explain_failure(name, package), contacting(folder):
         options = {"trust_remote_code": trust_remote_code, **gguf}
         tokenizer = read_tokenizer(name, folder, **options)
         config = AutoConfig.from_pretrained(folder, **options)
@@ -125,6 +126,7 @@ def _gguf_argument(extra: dict) -> dict:
     return {}
 
 
+@phase("reading the weights")
 def _read_weights(
     auto_class: AutoClass, folder: str, **options: Any
 ) -> tuple["CausalLM", dict[str, Any]]:

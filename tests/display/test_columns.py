@@ -33,7 +33,12 @@ def test_the_highest_rank_is_left_out_first():
     assert fit_columns(line, 22) == "8/100 · second · first"
     assert fit_columns(line, 21) == "8/100 · first"
     assert fit_columns(line, 12) == "8/100"
-    assert fit_columns(line, 4) == "8/1…"
+    assert fit_columns(line, 4) == "8…"
+
+
+def test_a_name_that_is_too_long_is_cut_and_leaves_room_for_the_time():
+    line = [column(0, "contacting the hub for organization/model"), column(1, "28 s")]
+    assert fit_columns(line, 39) == "contacting the hub for org… · 28 s"
 
 
 def test_columns_come_before_longer_texts_and_these_before_extra_columns():
