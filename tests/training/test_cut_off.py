@@ -20,6 +20,7 @@ from prefix_distill.engine import stopping
 from prefix_distill.engine.ranks import Place
 from prefix_distill.errors import Interrupted
 from prefix_distill.signals import Interrupt
+from prefix_distill.training import teacher_text
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.session import Session
 
@@ -220,3 +221,26 @@ def test_ctrl_c_cuts_an_evaluation_of_two_ranks_off(tmp_path):
     assert done.returncode == 0, done.stderr
     assert last_json(done.stdout)["steps"] == 4
     assert json.loads((out / "run.json").read_text())["result"]["resumed_from"] is None
+
+
+def test_the_texts_of_the_teacher_so_far_are_kept(pair, questions, tmp_path, monkeypatch):
+    """Batches of one row, kept two by two: the signal comes at the fifth text."""
+    monkeypatch.setattr(teacher_text, "BATCHES", 2)
+
+    def run():
+        return prepared(pair, questions, **VALUES, **{"rollout.off_policy": "sft"}, rollout__rows=1)
+
+    class AtTheFifth(Presses):
+        def moved(self, phase):
+            if phase.name == TEXT and phase.done >= 4:
+                super().moved(phase)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = train(whole, run())
+    with pytest.raises(Interrupted, match="after step 0; the state is saved"):
+        train(cut, run(), presses=AtTheFifth(TEXT, 0))
+    kept = json.loads((cut / teacher_text.FILE).read_text())["texts"]
+    assert len(kept) == 4
+    result = train(cut, run(), resume=True)
+    assert (cut / teacher_text.FILE).read_bytes() == (whole / teacher_text.FILE).read_bytes()
+    assert result["flops"] == expected["flops"] and rows(cut) == rows(whole)
