@@ -7,9 +7,13 @@ live line is erased before anything else is written to stderr, and drawn again b
 import contextlib
 import io
 import os
+import signal
 import sys
 import threading
+from collections.abc import Collection
 from typing import Any, Protocol, Self, TextIO
+
+from rich.cells import cell_len
 
 from .columns import Column, fit_columns
 from .lines import is_plain, print_line
@@ -23,7 +27,6 @@ LOG_TICK = 1.0
 LONG = 5.0  # seconds after which a log names a phase
 EVERY = 30.0  # seconds between two lines of a log about one phase
 SOON = 0.3  # seconds in which most commands end after Ctrl-C
-ERASE = "\r\x1b[K"
 STOPPING = "stopping"
 RUNS = "runs"  # the unit of a phase that trains several runs
 # phases of every step, which a log does not name
@@ -42,10 +45,12 @@ class Shown(Protocol):
 class Screen:
     """Shows the phases of the process, and the run in progress. Use as a context manager.
 
-    ``run``: the run whose steps are shown. Contexts may be nested; the outermost one counts.
+    ``run``: the run whose steps are shown; ``stop_signals``: the signals that are answered.
+    Contexts may be nested; the outermost one counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_signals: Collection[int] = (signal.SIGINT,)) -> None:
+        self.stop_signals = stop_signals
         self.lock = threading.RLock()
         self.depth = 0
         self.run: Shown | None = None
@@ -68,6 +73,16 @@ class Screen:
         self.depth -= 1
         if self.depth == 0:
             self.leaving.close()
+
+    def show(self, run: Shown) -> None:
+        """Show a run from now on."""
+        self.run = run
+
+    def hide(self) -> None:
+        """Show no run any more; a signal that has just stopped it is answered first."""
+        if self.wakeup is not None:
+            self.wakeup.answer_signals()
+        self.run = None
 
     def _start(self) -> None:
         self.stream = sys.stderr
@@ -98,7 +113,9 @@ class Screen:
         """Show what is done at the next look."""
 
     def ended(self, phase: Phase) -> None:
-        """Tell the run how long a phase has lasted."""
+        """Tell the run how long a phase has lasted; answer a signal that has just ended it."""
+        if phase.at_stop and self.wakeup is not None:
+            self.wakeup.answer_signals()
         self.reported.pop(phase, None)
         if self.run is not None:
             self.run.pace.end_phase(phase.name, phase.seconds)
@@ -113,12 +130,14 @@ class Screen:
             else:
                 self._report()
 
-    def answer_signal(self) -> None:
-        """Say what a stop signal does to the run in progress, within its first moment."""
+    def answer_signal(self, number: int) -> None:
+        """Say at once what a stop signal does to the run in progress."""
+        if number not in self.stop_signals:
+            return
         self.signals += 1
         if self.signals == 1 and self.run is not None:
             print_line(f"{self._stop_text()}; press again to stop now")
-        elif self.wakeup is not None:
+        elif self.wakeup is not None and number == signal.SIGINT:
             self.wakeup.call_later(SOON, self.say_stopping)
 
     def say_stopping(self) -> None:
@@ -142,7 +161,7 @@ class Screen:
             width = 80
         text = self.compose(width - 1)
         if text != self.drawn:
-            self._write(f"{ERASE}{text}")
+            self._write(f"{self._erasing}{text}")
             self.drawn = text
 
     def compose(self, width: int) -> str:
@@ -157,10 +176,17 @@ class Screen:
             return ""
         return fit_columns(columns, width)
 
+    @property
+    def _erasing(self) -> str:
+        """Return what erases the live line. Consoles of Windows may not know escape sequences."""
+        if os.name == "nt":
+            return f"\r{' ' * cell_len(self.drawn)}\r"
+        return "\r\x1b[K"
+
     def _erase(self) -> None:
         with self.lock:
             if self.drawn:
-                self._write(ERASE)
+                self._write(self._erasing)
                 self.drawn = ""
 
     def _write(self, text: str) -> None:
@@ -174,7 +200,7 @@ class Screen:
         """Write the text of others to stderr, above the live line."""
         with self.lock:
             if self.drawn:
-                text = f"{ERASE}{text}"
+                text = f"{self._erasing}{text}"
                 self.drawn = ""
             written = self.stream.write(text)
             self.is_partial = not text.endswith("\n")

@@ -53,11 +53,11 @@ class Display:
 
     def __enter__(self) -> Self:
         self.screen.__enter__()
-        self.screen.run = self
+        self.screen.show(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.screen.run = None
+        self.screen.hide()
         if self.screen.is_live and self.seen:
             took = time_text(time.monotonic() - self.started)
             facts = [self._steps(), *(column.texts[0] for column in self._facts())]

@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from .. import config as configuration
-from ..display import phase
 from ..errors import UserError, first_line, one_line
 from ..lab.task import LAB
 from ..prompts.sources import split_revision
@@ -68,16 +67,15 @@ def load_model(
             "export it to a folder of weights first (prefix-distill export)"
         )
     gguf = _gguf_argument(extra)
-    package = storage.package
-    if gguf:
-        package = "gguf"
+    package = "gguf" if gguf else storage.package
     scratch = None
-    with _explain_failure(name, package), contacting(folder):
-        options = {"trust_remote_code": trust_remote_code, **gguf}
-        tokenizer = read_tokenizer(name, folder, **options)
-        config = AutoConfig.from_pretrained(folder, **options)
-        if not extra:
-            check_config(name, folder, config)
+    with _explain_failure(name, package):
+        with contacting(folder):
+            options = {"trust_remote_code": trust_remote_code, **gguf}
+            tokenizer = read_tokenizer(name, folder, **options)
+            config = AutoConfig.from_pretrained(folder, **options)
+            if not extra:
+                check_config(name, folder, config)
         extra |= _quantization_options(storage, device, dtype)
         if storage.spread is not None:
             scratch = tempfile.TemporaryDirectory(prefix="prefix-distill-")
@@ -126,7 +124,6 @@ def _gguf_argument(extra: dict) -> dict:
     return {}
 
 
-@phase("reading the weights")
 def _read_weights(
     auto_class: AutoClass, folder: str, **options: Any
 ) -> tuple["CausalLM", dict[str, Any]]:

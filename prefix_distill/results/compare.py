@@ -257,11 +257,11 @@ def list_runs(arms: Arms) -> set[tuple[str, object]]:
     runs: set[tuple[str, object]] = set()
     for arm in arms.arms:
         for seed in arms.seeds:
-            _add_run(arms, arm, seed, runs)
+            _add_run(arms, arm, seed, runs=runs)
     return runs
 
 
-def _add_run(arms: Arms, arm: str, seed: int, runs: set[tuple[str, object]]) -> None:
+def _add_run(arms: Arms, arm: str, seed: int, *, runs: set[tuple[str, object]]) -> None:
     """Add a final run, with what must be trained before it: tuning runs and the run it starts from.
 
     A tuning run also starts from a final run, of the seed of tuning.
@@ -269,13 +269,13 @@ def _add_run(arms: Arms, arm: str, seed: int, runs: set[tuple[str, object]]) -> 
     runs.add((arm, seed))
     start = arms.start.get(arm)
     if start is not None:
-        _add_run(arms, start, seed, runs)
+        _add_run(arms, start, seed, runs=runs)
     if arms.tuned is None:
         return
     for value in arms.values:
         runs.add((arm, f"{value}"))
     if start is not None:
-        _add_run(arms, start, arms.tune_seed, runs)
+        _add_run(arms, start, arms.tune_seed, runs=runs)
 
 
 @dataclasses.dataclass(kw_only=True)

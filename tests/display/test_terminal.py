@@ -130,6 +130,22 @@ def test_ctrl_c_is_answered_while_the_main_thread_cannot():
     assert answered < MOST_LATENCY < seen.ended
 
 
+OTHER_SIGNAL = """
+import os, signal, time
+from prefix_distill.display import Terminal, phase
+signal.signal(signal.SIGALRM, lambda *_: None)
+with Terminal(), phase("working"):
+    for _ in range(10):
+        os.kill(os.getpid(), signal.SIGALRM)
+        time.sleep(0.1)
+"""
+
+
+def test_a_signal_that_stops_nothing_is_not_answered():
+    seen = watch_code(OTHER_SIGNAL, 80)
+    assert seen.code == 0 and seen.last == []
+
+
 # ── the live line and other writers
 
 OTHERS = """
