@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 CONTINUE = "continue with prefix-distill run --resume"
-ABORTED = "aborted without saving; --resume continues a run from its last checkpoint"
+ABORTED = "aborted without saving; if the run has a checkpoint, --resume continues it"
 # what is true of another command after it was aborted
 ABORTED_COMMANDS = {
     "compare": "aborted without saving; the same command continues the comparison",

@@ -387,7 +387,7 @@ def test_a_callback_may_raise_at_the_last_update(given, tmp_path):
 
     with pytest.raises(ValueError, match="enough"):
         prefix_distill.run(**given, out=tmp_path / "run", on_step=stop)
-    assert prefix_distill.load(tmp_path / "run").steps == 4
+    assert prefix_distill.resume(tmp_path / "run").resumed_from == 4
 
 
 def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):

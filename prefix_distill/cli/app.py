@@ -10,6 +10,7 @@ import typer
 from .. import display
 from ..api.launch import is_first_rank, leave_message
 from ..display import Summary, print_line, print_summary
+from ..signals import find_stop_signals
 from .panels import PanelGroup, PanelTyper
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Terminal(display.Terminal):
     shares_streams = True
 
     def __init__(self) -> None:
-        super().__init__(is_first_rank())
+        super().__init__(is_first_rank(), find_stop_signals())
 
     def note(self, text: str) -> None:
         """Print a progress note."""

@@ -7,7 +7,8 @@ from rich.cells import cell_len, set_cell_size
 BETWEEN = " · "
 
 
-EXTRA = 7  # columns from this rank on are shown only where all others have room for their longest
+ROOM = 12  # cells beside a text that is cut
+EXTRA = 9  # columns from this rank on are shown only where all others have room for their longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +30,22 @@ def fit_columns(columns: list[Column], width: int) -> str:
     longer texts use the room that is left, and then the extra columns.
     """
     line = _Line(columns, width)
-    order = sorted(range(len(columns)), key=lambda i: columns[i].rank)
-    needed = [i for i in order if columns[i].rank < EXTRA]
+    first, *others = sorted(range(len(columns)), key=lambda i: columns[i].rank)
+    line.choose(first, (columns[first].texts[-1], _crop(columns[first], width)))
+    needed = [i for i in others if columns[i].rank < EXTRA]
     for i in needed:
         line.choose(i, columns[i].texts[-1:])
-    for i in needed:
+    for i in (first, *needed):
         line.choose(i, columns[i].texts)
-    for i in order[len(needed) :]:
+    for i in others[len(needed) :]:
         line.choose(i, columns[i].texts)
-    if not line.chosen:
-        return set_cell_size(columns[order[0]].texts[-1], width - 1).rstrip() + "…"
     return line.text
+
+
+def _crop(column: Column, width: int) -> str:
+    """Return the shortest text of a column, cut so that a short column fits beside it."""
+    room = max(1, width - ROOM, width // 2)
+    return set_cell_size(column.texts[-1], room - 1).rstrip() + "…"
 
 
 class _Line:

@@ -1,7 +1,8 @@
 """Receive the progress of runs: the protocols, and the observer that shows it on stderr."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -67,11 +68,13 @@ class Terminal:
     """An observer that shows progress on stderr.
 
     As a context manager it shows the phases of the process, whether a run trains or not, unless
-    ``is_shown`` is False.
+    ``is_shown`` is False. ``stop_signals``: the signals that are answered on stderr.
     """
 
-    def __init__(self, is_shown: bool = True) -> None:
-        self.screen = Screen()
+    def __init__(
+        self, is_shown: bool = True, stop_signals: Collection[int] = (signal.SIGINT,)
+    ) -> None:
+        self.screen = Screen(stop_signals)
         self.is_shown = is_shown
 
     def __enter__(self) -> Self:

@@ -135,16 +135,16 @@ def open_phase(opened: Phase) -> Phase:
 
 
 def close_phase(opened: Phase) -> None:
-    """Close a phase."""
+    """Close a phase; it is still open when its end is told."""
     global _newest
+    if not opened.is_heard:
+        return
+    _tell("ended", opened)
+    opened.is_heard = False
     with _lock:
-        was_open = opened in _open
-        if was_open:
+        if opened in _open:
             _open.remove(opened)
-            _newest = opened
-            opened.is_heard = False
-    if was_open:
-        _tell("ended", opened)
+        _newest = opened
 
 
 def find_phase(unit: str) -> Phase:

@@ -7,26 +7,26 @@ live line is erased before anything else is written to stderr, and drawn again b
 import contextlib
 import io
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+from collections.abc import Collection
+from typing import Any, Protocol, Self, TextIO
 
+from rich.cells import cell_len
+
+from .columns import Column, fit_columns
 from .lines import is_plain, print_line
 from .pace import Pace
 from .phases import FINISH_UPDATE, Phase, forget_phases, list_phases, listening
-from .texts import time_text
+from .texts import elapsed_text, time_text
 from .wakeup import Wakeup
-
-if TYPE_CHECKING:
-    from .columns import Column
 
 TICK = 0.2  # seconds between two looks at the live line; it is drawn if its text has changed
 LOG_TICK = 1.0
 LONG = 5.0  # seconds after which a log names a phase
 EVERY = 30.0  # seconds between two lines of a log about one phase
 SOON = 0.3  # seconds in which most commands end after Ctrl-C
-ERASE = "\r\x1b[K"
 STOPPING = "stopping"
 RUNS = "runs"  # the unit of a phase that trains several runs
 # phases of every step, which a log does not name
@@ -38,17 +38,19 @@ class Shown(Protocol):
 
     pace: Pace
 
-    def columns(self, phases: list[Phase], /) -> "list[Column]":
+    def columns(self, phases: list[Phase], /) -> list[Column]:
         """Return the columns of the live line, with the open phases."""
 
 
 class Screen:
     """Shows the phases of the process, and the run in progress. Use as a context manager.
 
-    ``run``: the run whose steps are shown. Contexts may be nested; the outermost one counts.
+    ``run``: the run whose steps are shown; ``stop_signals``: the signals that are answered.
+    Contexts may be nested; the outermost one counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_signals: Collection[int] = (signal.SIGINT,)) -> None:
+        self.stop_signals = stop_signals
         self.lock = threading.RLock()
         self.depth = 0
         self.run: Shown | None = None
@@ -60,7 +62,6 @@ class Screen:
         self.reported: dict[Phase, float] = {}  # phase → when a log named it last
         self.leaving = contextlib.ExitStack()
         self.wakeup: Wakeup | None = None
-        self.fit: Callable[[list[Column], int], str]
 
     def __enter__(self) -> Self:
         self.depth += 1
@@ -73,16 +74,22 @@ class Screen:
         if self.depth == 0:
             self.leaving.close()
 
+    def show(self, run: Shown) -> None:
+        """Show a run from now on."""
+        self.run = run
+
+    def hide(self) -> None:
+        """Show no run any more; a signal that has just stopped it is answered first."""
+        if self.wakeup is not None:
+            self.wakeup.answer_signals()
+        self.run = None
+
     def _start(self) -> None:
         self.stream = sys.stderr
         self.drawn, self.is_partial, self.signals = "", False, 0
         self.is_live = self.stream.isatty() and not is_plain()
         tick = LOG_TICK
         if self.is_live:
-            # Here, because an import in the thread could wait for one in the main thread.
-            from .columns import fit_columns
-
-            self.fit = fit_columns
             tick = TICK
             sys.stderr = Guarded(self)
             self.leaving.callback(self._restore_stderr)
@@ -106,7 +113,9 @@ class Screen:
         """Show what is done at the next look."""
 
     def ended(self, phase: Phase) -> None:
-        """Tell the run how long a phase has lasted."""
+        """Tell the run how long a phase has lasted; answer a signal that has just ended it."""
+        if phase.at_stop and self.wakeup is not None:
+            self.wakeup.answer_signals()
         self.reported.pop(phase, None)
         if self.run is not None:
             self.run.pace.end_phase(phase.name, phase.seconds)
@@ -121,12 +130,14 @@ class Screen:
             else:
                 self._report()
 
-    def answer_signal(self) -> None:
-        """Say what a stop signal does to the run in progress, within its first moment."""
+    def answer_signal(self, number: int) -> None:
+        """Say at once what a stop signal does to the run in progress."""
+        if number not in self.stop_signals:
+            return
         self.signals += 1
         if self.signals == 1 and self.run is not None:
             print_line(f"{self._stop_text()}; press again to stop now")
-        elif self.wakeup is not None:
+        elif self.wakeup is not None and number == signal.SIGINT:
             self.wakeup.call_later(SOON, self.say_stopping)
 
     def say_stopping(self) -> None:
@@ -150,7 +161,7 @@ class Screen:
             width = 80
         text = self.compose(width - 1)
         if text != self.drawn:
-            self._write(f"{ERASE}{text}")
+            self._write(f"{self._erasing}{text}")
             self.drawn = text
 
     def compose(self, width: int) -> str:
@@ -163,12 +174,19 @@ class Screen:
             columns = describe_phases(phases)
         if not columns:
             return ""
-        return self.fit(columns, width)
+        return fit_columns(columns, width)
+
+    @property
+    def _erasing(self) -> str:
+        """Return what erases the live line. Consoles of Windows may not know escape sequences."""
+        if os.name == "nt":
+            return f"\r{' ' * cell_len(self.drawn)}\r"
+        return "\r\x1b[K"
 
     def _erase(self) -> None:
         with self.lock:
             if self.drawn:
-                self._write(ERASE)
+                self._write(self._erasing)
                 self.drawn = ""
 
     def _write(self, text: str) -> None:
@@ -182,7 +200,7 @@ class Screen:
         """Write the text of others to stderr, above the live line."""
         with self.lock:
             if self.drawn:
-                text = f"{ERASE}{text}"
+                text = f"{self._erasing}{text}"
                 self.drawn = ""
             written = self.stream.write(text)
             self.is_partial = not text.endswith("\n")
@@ -233,21 +251,26 @@ def describe_work(phase: Phase) -> str:
     """Return a phase and what is done of it: "evaluating 64/200 answers"."""
     if phase.total is None:
         return phase.name
-    return f"{phase.name} {phase.done}/{phase.total} {phase.unit}".rstrip()
+    return f"{describe_count(phase)} {phase.unit}".rstrip()
+
+
+def describe_count(phase: Phase) -> str:
+    """Return a phase and what is done of it, without its unit: "evaluating 64/200"."""
+    if phase.total is None:
+        return phase.name
+    return f"{phase.name} {phase.done}/{phase.total}"
 
 
 def time_or_left(phase: Phase) -> str:
     """Return the time that a phase still takes, or how long it has lasted."""
     left = phase.seconds_left
     if left is None:
-        return time_text(phase.seconds)
+        return elapsed_text(phase.seconds)
     return f"{time_text(left)} left"
 
 
-def describe_phases(phases: list[Phase]) -> list["Column"]:
+def describe_phases(phases: list[Phase]) -> list[Column]:
     """Return the columns for open phases, without a run: what, how much of it, how long."""
-    from .columns import Column
-
     columns = []
     newest = phases[-1]
     counted = [phase for phase in phases[:-1] if phase.total is not None]
@@ -256,11 +279,11 @@ def describe_phases(phases: list[Phase]) -> list["Column"]:
     if newest.unit == RUNS:
         columns.append(Column(texts=(describe_number(newest),), rank=0))
     else:
-        columns.append(Column(texts=(describe_work(newest), newest.name), rank=0))
+        columns.append(Column(texts=(describe_work(newest), describe_count(newest)), rank=0))
     left = newest.seconds_left
     if left is not None:
         columns.append(Column(texts=(f"{time_text(left)} left",), rank=1))
-    columns.append(Column(texts=(time_text(newest.seconds),), rank=1))
+    columns.append(Column(texts=(elapsed_text(newest.seconds),), rank=1))
     return columns
 
 

@@ -28,6 +28,17 @@ def time_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def elapsed_text(seconds: float) -> str:
+    """Return a duration to the second: "12 s", "4 min 3 s", "1 h 20 min 5 s"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min {rest} s"
+    if minutes:
+        return f"{minutes} min {rest} s"
+    return f"{rest} s"
+
+
 def share_text(value: float) -> str:
     """Return a share in percent, without decimals: 0.62 → "62 %"."""
     return f"{value * 100:.0f} %"

@@ -3,14 +3,16 @@
 import time
 from collections import deque
 from statistics import fmean
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
+from .columns import EXTRA, Column
 from .lines import print_line
 from .pace import Outline, Pace
 from .phases import Phase, list_phases
-from .screen import OF_A_STEP, RUNS, Screen, describe_number, time_or_left
+from .screen import OF_A_STEP, RUNS, Screen, describe_count, describe_number, time_or_left
 from .texts import (
     accuracy_text,
+    elapsed_text,
     find_divergence,
     flops_text,
     number_text,
@@ -18,15 +20,14 @@ from .texts import (
     time_text,
 )
 
-if TYPE_CHECKING:
-    from .columns import Column
-
 # phases of a step in its metrics row → the name that is shown
 SPEEDS = {"student_decode": "sampling", "teacher_score": "teacher", "student_update": "training"}
 PLAIN_LINES = 50  # progress lines of one run without a terminal, about
 MEAN_OVER = 10  # steps over which the divergence that is shown is averaged
 BAR = 20  # cells
-RANKS = {"acc": 5, "saved": 6}  # of the columns beside the divergence
+# ranks of the columns: where there is no room for all, those of the highest rank are left out
+STEP, MEASUREMENT, SECONDS_OF_IT, LEFT, RUN, DIVERGENCE, SECONDS, ACCURACY, SAVED = range(9)
+NAME, LABEL, GAUGE, SPEED, FLOPS = range(EXTRA, EXTRA + 5)
 
 
 class Display:
@@ -52,14 +53,17 @@ class Display:
 
     def __enter__(self) -> Self:
         self.screen.__enter__()
-        self.screen.run = self
+        self.screen.show(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.screen.run = None
+        self.screen.hide()
         if self.screen.is_live and self.seen:
             took = time_text(time.monotonic() - self.started)
-            self._labelled(" · ".join([*self._facts(), f"took {took}"]))
+            # The saving so far is an estimate; the closing summary has the final one.
+            known = [column for column in self._facts() if column.rank != SAVED]
+            facts = [self._steps(), *(column.texts[0] for column in known)]
+            self._labelled(" · ".join([*facts, f"took {took}"]))
         self.screen.__exit__()
 
     # A reporter
@@ -101,6 +105,9 @@ class Display:
         name = "accuracy"
         if row["graded_by"] is not None:
             name = "score"
+        if self.screen.is_live:
+            self._labelled(_describe_evaluation(row, name))
+            return
         text = (
             f"after step {row['step']}: {name} {accuracy_text(row['accuracy'])}, "
             f"{row['finish_rate']:.0%} finished, {row['mean_tokens']:.0f} tokens per answer, "
@@ -150,62 +157,69 @@ class Display:
 
     # The live line
 
-    def columns(self, phases: list[Phase]) -> list["Column"]:
+    def columns(self, phases: list[Phase]) -> list[Column]:
         """Return the columns of the live line, with the open ``phases``."""
-        from .columns import Column
-
         runs = _find_runs(phases)
         newest = next((p for p in reversed(phases) if p.started >= self.started), None)
         columns = []
         if runs is not None:
-            columns.append(Column(texts=(describe_number(runs),), rank=2))
-        steps, *facts = self._facts()
-        columns.append(Column(texts=(steps,), rank=0))
-        if newest is not None and newest.name not in OF_A_STEP:
-            columns.append(Column(texts=_describe_measurement(newest), rank=1))
-        for text in facts:
-            columns.append(Column(texts=(text,), rank=RANKS.get(text.partition(" ")[0], 3)))
-        columns += self._times(runs, newest)
-        if newest is not None and newest.name in OF_A_STEP:
-            columns.append(Column(texts=(newest.name,), rank=7))
-        if self.outline.label:
-            columns.append(Column(texts=(self.outline.label.rstrip(":"),), rank=8))
-        if self.seen:
-            filled = round(BAR * self.step / max(1, self.outline.steps))
-            columns.append(Column(texts=("━" * filled + "─" * (BAR - filled),), rank=9))
-            columns.append(Column(texts=(self.speeds.removesuffix(", "),), rank=10))
-            columns.append(Column(texts=(self._flops(),), rank=11))
-        return columns
-
-    def _facts(self) -> list[str]:
-        """Return steps, mean divergence, accuracy and saving, as far as they are known."""
-        facts = [f"{self.step}/{self.outline.steps}"]
-        if self.values:
-            facts.append(f"{self.divergence} {number_text(fmean(self.values))}")
-        if self.accuracy is not None:
-            facts.append(f"acc {share_text(self.accuracy)}")
-        if self.full > self.useful > 0 and not self.outline.is_full:
-            facts.append(f"saved {self.full / self.useful:.1f}×")
-        return facts
-
-    def _times(self, runs: Phase | None, newest: Phase | None) -> list["Column"]:
-        """Return the columns of the time left, and of the seconds since something has changed."""
-        from .columns import Column
-
-        columns = []
-        left = self.pace.seconds_left
-        if runs is not None:
-            in_all = f"{time_text(self._left_in_all(runs))} left"
-            if left is not None:
-                columns.append(Column(texts=(f"{time_text(left)} left",), rank=8))
-            if left is not None or runs.done > runs.skipped:
-                columns.append(Column(texts=(f"{in_all} in all", in_all), rank=1))
-        elif left is not None:
-            columns.append(Column(texts=(f"{time_text(left)} left",), rank=1))
+            columns.append(Column(texts=(describe_number(runs),), rank=RUN))
+        columns.append(Column(texts=(self._steps(),), rank=STEP))
+        is_measuring = newest is not None and newest.name not in OF_A_STEP
+        if newest is not None and is_measuring:
+            columns.append(Column(texts=_describe_measurement(newest), rank=MEASUREMENT))
+        columns += self._facts()
+        columns += self._times_left(runs)
         since = self.pace.mark
         if newest is not None:
             since = max(since, newest.started)
-        columns.append(Column(texts=(time_text(time.monotonic() - since),), rank=4))
+        seconds = elapsed_text(time.monotonic() - since)
+        rank = SECONDS_OF_IT if is_measuring else SECONDS
+        columns.append(Column(texts=(seconds,), rank=rank))
+        if newest is not None and not is_measuring:
+            columns.append(Column(texts=(newest.name,), rank=NAME))
+        return columns + self._extras()
+
+    def _steps(self) -> str:
+        return f"{self.step}/{self.outline.steps}"
+
+    def _facts(self) -> list[Column]:
+        """Return mean divergence, accuracy and saving, as far as they are known."""
+        columns = []
+        if self.values:
+            value = number_text(fmean(self.values))
+            names = (self.divergence, self.divergence.rpartition(" ")[2])
+            texts = tuple(f"{name} {value}" for name in names)
+            columns.append(Column(texts=texts, rank=DIVERGENCE))
+        if self.accuracy is not None:
+            columns.append(Column(texts=(f"acc {share_text(self.accuracy)}",), rank=ACCURACY))
+        if self.full > self.useful > 0 and not self.outline.is_full:
+            columns.append(Column(texts=(f"saved {self.full / self.useful:.1f}×",), rank=SAVED))
+        return columns
+
+    def _times_left(self, runs: Phase | None) -> list[Column]:
+        left = self.pace.seconds_left
+        columns = []
+        if left is not None:
+            rank = LEFT if runs is None else LABEL
+            columns.append(Column(texts=(f"{time_text(left)} left",), rank=rank))
+        if runs is None:
+            return columns
+        if left is not None or runs.done > runs.skipped:
+            in_all = f"{time_text(self._left_in_all(runs))} left"
+            columns.append(Column(texts=(f"{in_all} in all", in_all), rank=LEFT))
+        return columns
+
+    def _extras(self) -> list[Column]:
+        """Return label, bar, speeds and FLOPs, for wide terminals."""
+        columns = []
+        if self.outline.label:
+            columns.append(Column(texts=(self.outline.label.rstrip(":"),), rank=LABEL))
+        if self.seen:
+            filled = round(BAR * self.step / max(1, self.outline.steps))
+            columns.append(Column(texts=("━" * filled + "─" * (BAR - filled),), rank=GAUGE))
+            columns.append(Column(texts=(self.speeds.removesuffix(", "),), rank=SPEED))
+            columns.append(Column(texts=(self._flops(),), rank=FLOPS))
         return columns
 
     def _left_in_all(self, runs: Phase) -> float:
@@ -222,6 +236,18 @@ class Display:
         return left + max(0, waiting) * typical
 
 
+def _describe_evaluation(row: dict, name: str) -> str:
+    """Return an evaluation as a line of a terminal; ``name``: what its answers are graded by."""
+    parts = [f"step {row['step']}"]
+    if row["accuracy"] is not None:
+        value, low, high = (row["accuracy"][key] for key in ("value", "low", "high"))
+        parts.append(f"{name} {value:.1%} [{low:.1%}, {high:.1%}]")
+    parts.append(f"KL {row['kl']['value']:.3g}")
+    parts.append(f"{row['finish_rate']:.0%} finished")
+    parts.append(f"{row['mean_tokens']:.0f} tokens")
+    return " · ".join(parts)
+
+
 def _find_runs(phases: list[Phase]) -> Phase | None:
     """Return the phase that trains several runs, if one is open."""
     return next((phase for phase in phases if phase.unit == RUNS), None)
@@ -231,7 +257,7 @@ def _describe_measurement(phase: Phase) -> tuple[str, ...]:
     """Return what a run does between two steps: with the time left, and without."""
     if phase.total is None:
         return (phase.name,)
-    work = f"{phase.name} {phase.done}/{phase.total}"
+    work = describe_count(phase)
     if phase.seconds_left is None:
         return (work,)
     return f"{work} ({time_or_left(phase)})", work

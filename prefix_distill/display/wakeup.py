@@ -21,7 +21,7 @@ class Watcher(Protocol):
     def look(self) -> None:
         """Look at what has changed."""
 
-    def answer_signal(self) -> None:
+    def answer_signal(self, number: int) -> None:
         """Answer a signal that the process has received."""
 
 
@@ -35,6 +35,7 @@ class Wakeup:
         self.watcher = watcher
         self.tick = tick
         self.ended = threading.Event()
+        self.lock = threading.RLock()
         self.later: list[tuple[float, Callable[[], None]]] = []
         self.reader, self.writer = socket.socketpair()
         self.former: int | None = None
@@ -58,6 +59,12 @@ class Wakeup:
         self.reader.close()
         self.writer.close()
 
+    def answer_signals(self) -> None:
+        """Answer the signals that were received by now."""
+        with self.lock, contextlib.suppress(BlockingIOError):
+            for number in self.reader.recv(64).replace(b"\0", b""):
+                self.watcher.answer_signal(number)
+
     def call_later(self, seconds: float, function: Callable[[], None]) -> None:
         """Call a function in the thread after some seconds, unless the thread ends before."""
         self.later.append((time.monotonic() + seconds, function))
@@ -73,9 +80,7 @@ class Wakeup:
         if self.ended.is_set():
             return
         if ready:
-            received = self.reader.recv(64)
-            for _ in received.replace(b"\0", b""):
-                self.watcher.answer_signal()
+            self.answer_signals()
         now = time.monotonic()
         due = [entry for entry in self.later if entry[0] <= now]
         for entry in due:

@@ -14,6 +14,7 @@ from ..config import SELF, Config
 from ..engine import folders
 from ..engine.device import choose_device
 from ..engine.free_memory import read_free_memory
+from ..engine.hub import contacting
 from ..engine.models import Model
 from ..engine.shapes import read_shape
 from ..errors import UserError
@@ -117,7 +118,8 @@ def read_source(name: str, trust_remote_code: bool = False) -> Source:
             "have; name the base model"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with contacting(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         folders.check_config(name, folder, config)
     except UserError:
         raise

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from ..display import phase
 from ..errors import UserError, one_line
 from ..files import describe_lfs_pointer, describe_special, is_lfs_pointer
 from .presets import closest_preset
@@ -269,6 +270,7 @@ def _open_bytes(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
+@phase("contacting the hub for the dataset")
 def _load_from_hub(source: Source, split: str, *, streaming: bool) -> Any:
     """Load a dataset from the hub, or from its cache."""
     from datasets import load_dataset

@@ -247,17 +247,35 @@ def compare(arms: Arms, out: Path, observer: Observer) -> list[Path]:
     with folder.lock():
         if not (out / ARMS_FILE).is_file():
             folder.write_json(ARMS_FILE, asked)
-        with phase("comparing", _count_runs(arms), RUNS) as progress, advising(AT_STOP):
+        with phase("comparing", len(list_runs(arms)), RUNS) as progress, advising(AT_STOP):
             jobs = _Jobs(arms=arms, out=out, observer=observer, progress=progress)
             return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
 
 
-def _count_runs(arms: Arms) -> int:
-    """Return how many runs a comparison trains, its tuning runs included."""
-    tuning = 0
-    if arms.tuned is not None:
-        tuning = len(arms.values)
-    return len(arms.arms) * (len(arms.seeds) + tuning)
+def list_runs(arms: Arms) -> set[tuple[str, object]]:
+    """Return (arm, seed) of every final run that a comparison trains, (arm, "VALUE") of tuning."""
+    runs: set[tuple[str, object]] = set()
+    for arm in arms.arms:
+        for seed in arms.seeds:
+            _add_run(arms, arm, seed, runs=runs)
+    return runs
+
+
+def _add_run(arms: Arms, arm: str, seed: int, *, runs: set[tuple[str, object]]) -> None:
+    """Add a final run, with what must be trained before it: tuning runs and the run it starts from.
+
+    A tuning run also starts from a final run, of the seed of tuning.
+    """
+    runs.add((arm, seed))
+    start = arms.start.get(arm)
+    if start is not None:
+        _add_run(arms, start, seed, runs=runs)
+    if arms.tuned is None:
+        return
+    for value in arms.values:
+        runs.add((arm, f"{value}"))
+    if start is not None:
+        _add_run(arms, start, arms.tune_seed, runs=runs)
 
 
 @dataclasses.dataclass(kw_only=True)

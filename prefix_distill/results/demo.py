@@ -54,7 +54,8 @@ def demonstrate(folder: Path, seed: int, observer: Observer) -> tuple["Table", d
     student = arms[0]["evaluations"][0]
     picture = folder / "accuracy-against-flops.png"
     title = f"{UPDATES} steps of {PROMPTS} rollouts, evaluated every {EVERY}"
-    draw_demo(arms, teacher["accuracy"]["value"], title=title, file=picture)
+    with phase("drawing the picture"):
+        draw_demo(arms, teacher["accuracy"]["value"], title=title, file=picture)
     document = {
         "out": str(folder),
         "teacher": teacher["accuracy"],
