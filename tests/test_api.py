@@ -684,7 +684,7 @@ except Exception as error:
 stopped
 """,
     """
-evaluate("run/model", dataset="lab:choice", limit=2, max_new_tokens=8, out="answers.jsonl")
+evaluate("run/model", dataset="lab:choice", problems=2, max_new_tokens=8, out="answers.jsonl")
 """,
 )
 

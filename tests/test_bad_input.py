@@ -145,7 +145,10 @@ BAD = {
     "range of steps": (["--dataset", "lab:choice:many"], "expected a range such as 20-25"),
     "unknown role": (["--student", "lab:tied/student-wide"], "no model 'tied' 'student-wide'"),
     "set without value": (["--set", "train.steps"], "expected section.key=value"),
-    "unknown flag": (["--stepz", "3"], "No such option: --stepz"),
+    "unknown flag": (
+        ["--stepz", "3"],
+        "--stepz: no such option of this command; did you mean --steps?",
+    ),
     "not a number": (
         ["--steps", "many"],
         "error: --steps many: expected a whole number, such as 100",
@@ -303,8 +306,8 @@ BAD = {
     ),
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
     "eval of a negative limit": (
-        ["eval", "--limit", "-1"],
-        "error: --limit -1: expected a number of at least 0; change it",
+        ["eval", "--problems", "-1"],
+        "error: --problems -1: expected a number of at least 0; change it",
     ),
     "eval without samples": (
         ["eval", "--samples", "0"],
@@ -493,8 +496,8 @@ ARMS = {  # arms files of `compare`: name → (text, message)
         "runtime.seed: expected a number below 2^63",
     ),
     "tune to nothing": (
-        "arms: {a: {}}\ntune: {schedule.lr: [null]}\n",
-        "schedule.lr: expected a number, got None",
+        "arms: {a: {}}\ntune: {train.weight_decay: [null]}\n",
+        "train.weight_decay: expected a number, got None",
     ),
     "arm of a wrong setting": ("arms: {a: {train: {stepz: 3}}}\n", "unknown setting 'train.stepz'"),
     "arm named by a number": (

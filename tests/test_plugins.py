@@ -107,7 +107,7 @@ def test_the_other_commands_accept_a_plugin(pair, questions, tmp_path):
     code, said, err = invoke("plan", *models, "--prompt-tokens", "9", *plugin, *prefix)
     assert code == 0, err
     assert last_json(said)["prefixes"][0]["tokens"] == [4, 12]
-    data = ["--dataset", questions, "--check-samples", "0", "--eval-samples", "4"]
+    data = ["--dataset", questions, "--check-samples", "0", "--problems", "4"]
     code, said, err = invoke("check", *models, *data, *plugin, *prefix)
     assert code == 0, err
     arms = tmp_path / "arms.yaml"

@@ -74,7 +74,7 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     lora_targets: str
     lora_merge: bool
     prefix: str | int
-    lr: float
+    lr: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: str | int
     temperature: float
@@ -91,6 +91,7 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     keep: float | None
     position_weight: str
     steps: int
+    epochs: float | None
     batch_size: int
     micro_batch_size: int
     gradient_checkpointing: bool
@@ -104,7 +105,7 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     extrapolate_diagnostics: bool
     eval_dataset: str | PathLike[str] | None
     eval_split: str | None
-    eval_samples: int
+    problems: int
     eval_rollouts: int
     eval_every: int
     eval_temperature: float
@@ -128,7 +129,7 @@ class EvalOptions(CommonOptions, total=False):
     thinking: Literal["auto", "on", "off"]
     top_p: float
     top_k: int
-    limit: int
+    problems: int
     temperature: float
 
 

@@ -1,5 +1,9 @@
-"""Options of transformers and TRL that have another name here."""
+"""Options that have, or had, another name: in transformers and TRL, or here."""
 
+# our former names of flags, which still work
+FORMER = {"eval_samples": "--problems", "limit": "--problems"}
+
+# names of transformers and TRL
 RENAMED = {
     "output_dir": "--out",
     "model_name_or_path": "--student",

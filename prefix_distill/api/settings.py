@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import os
 from collections.abc import Mapping
 from datetime import datetime
@@ -12,10 +13,13 @@ from .. import config as configuration
 from ..errors import UserError
 from . import html
 from .arguments import plain_value, read_path
-from .renamed import RENAMED
+from .flat import read_settings_file
+from .renamed import FORMER, RENAMED
 
 if TYPE_CHECKING:
     from .keywords import RunOptions
+
+LOGGER = logging.getLogger("prefix_distill")
 
 # options of `eval` → its own flag, or None if the flag is the one of `run`
 EVAL_FLAGS: dict[str, str | None] = {
@@ -39,7 +43,7 @@ EVAL_FLAGS: dict[str, str | None] = {
     "rollout.max_new_tokens": None,
     "rollout.begin": None,
     "rollout.rows": None,
-    "evaluate.problems": "--limit",
+    "evaluate.problems": None,
     "evaluate.rollouts": "--samples",
     "evaluate.temperature": "--temperature",
     "evaluate.answer_format": None,
@@ -103,9 +107,11 @@ class Config(configuration.Config):
 
         Options override the file. UserError: as in `from_options`, or the file is not readable.
         """
-        values = configuration.read_yaml(read_path("path", path))
+        values, names, notes = read_settings_file(read_path("path", path))
+        for text in notes:
+            LOGGER.info("translated: %s", text)
         given = read_options(options, run_names())
-        names = {option: configuration.flag(option) for option in given}
+        names |= {option: configuration.flag(option) for option in given}
         return cls._from_values(values | given, names)
 
     @classmethod
@@ -189,7 +195,8 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
     """
     known = configuration.options()
     values = {}
-    for name, value in options.items():
+    for given, value in options.items():
+        name = _current_name(given, names)
         if name not in names:
             raise UserError(f"unknown option '{name[:80]}'; {_suggest(name, names)}")
         path = names[name]
@@ -199,6 +206,15 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
             plain = str(plain)
         values[path] = plain
     return values
+
+
+def _current_name(name: str, names: Mapping[str, str]) -> str:
+    """Return the present name of an option that was called otherwise, else the name itself."""
+    target = keyword(FORMER.get(name, ""))
+    if target not in names:
+        return name
+    LOGGER.info("%s is now called %s", name, target)
+    return target
 
 
 def _suggest(name: str, names: Mapping[str, str]) -> str:

@@ -31,8 +31,8 @@ Assignments = Annotated[
 ]
 METAVARS: dict[type, str | None] = {int: "INT", float: "FLOAT", str: "TEXT", bool: None}
 FOLDERS = ("checkpoint.out",)
-# examples in errors, for options whose default is none
-EXAMPLES: dict[type, float] = {int: 8, float: 0.5}
+# examples in errors, for options whose default is none: of a type, or of one option
+EXAMPLES: dict[type | str, float] = {int: 8, float: 0.5, "schedule.lr": 5e-5}
 
 # options that may be given several times; their values are joined by commas
 REPEATABLE = ("runtime.plugin", "data.template_args", "data.teacher_template_args")
@@ -108,7 +108,8 @@ def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> insp
     flag = words.get("flag", field.metadata["flag"])
     parser = None
     if kind in EXAMPLES:
-        parser = read_number(flag, kind, field.default or EXAMPLES[kind])
+        example = EXAMPLES.get(path, EXAMPLES[kind])
+        parser = read_number(flag, kind, field.default or example)
     if path in REPEATABLE:
         kind = list[str]
     option = typer.Option(

@@ -213,7 +213,7 @@ class Evaluation:
     )
     problems: int = option(
         200,
-        "--eval-samples",
+        "--problems",
         "Held-out problems to evaluate before, during and after training; 0 evaluates none.",
         low=0,
     )

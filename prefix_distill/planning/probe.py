@@ -31,7 +31,7 @@ from ..errors import ignore
 from ..maths import intervals
 from ..maths.weights import quadrants
 from ..prompts.answers import is_correct
-from ..training.pair import fill_in
+from ..training.defaults import fill_in
 from ..training.prompt_sets import load_prompt_sets
 from ..training.run import Notes, Run, settled
 from .answering import Answering, Answers

@@ -26,12 +26,14 @@ from ..maths.seeds import seed_of
 from ..prompts import templates
 from ..prompts.prompt import Prompt, PromptSet
 from ..prompts.rendering import Renderer
-from ..training.pair import TASK
+from ..training.defaults import STUDENT, TASK, check_names
+from ..training.folder import RunFolder
 from ..training.prepare import choose_pad
 from ..training.problems import choose_answer_format, settle_max_new_tokens
 from ..training.prompt_sets import load_eval_problems
 from ..training.run import Notes, settled
 from ..training.turn_end import add_turn_end
+from .export import is_run
 
 
 def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
@@ -95,15 +97,41 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
 
 
 def _fill_in(config: Config, notes: Notes) -> tuple[str, str]:
-    """Return the names of the model and the dataset, by default the built-in ones."""
+    """Return the names of the model and the dataset, by default the built-in ones.
+
+    In a run folder, the model is the trained student. UserError: only one of them is named.
+    """
     name, dataset = config.models.student, config.data.dataset
-    if name is None:
-        name = f"{LAB}{TASK}/student"
-        notes.note(f"no --model was given; using the built-in {name}")
-    if dataset is None:
-        dataset = LAB + TASK
-        notes.note(f"no --dataset was given; using the built-in {dataset}")
-    return name, dataset
+    check_names({"--model": name, "--dataset": dataset})
+    if name is None or dataset is None:
+        name, dataset = STUDENT, LAB + TASK
+        notes.note(f"neither --model nor --dataset was given; using the built-in {name}, {dataset}")
+        return name, dataset
+    return _find_student(name, notes), dataset
+
+
+def _find_student(name: str, notes: Notes) -> str:
+    """Return the trained student's folder if ``name`` is a run folder, else ``name``.
+
+    It is model/ of a finished run, or best/ of a run that has none. UserError: it has neither.
+    """
+    folder = Path(os.path.expanduser(name))
+    if not is_run(folder):
+        return name
+    run = RunFolder(folder)
+    if run.model.is_dir():
+        notes.note(f"--model {name}: it is a run folder; evaluating its trained student, model/")
+        return str(run.model)
+    if run.best.is_dir():
+        notes.note(
+            f"--model {name}: it is the folder of a run that has not finished; evaluating its best "
+            f"student so far, best/ ({run.newest_checkpoint_text})"
+        )
+        return str(run.best)
+    raise UserError(
+        f"--model {name}: expected a finished run, got one without model/ and best/ "
+        f"({run.newest_checkpoint_text}); finish it with run --resume --out {name}"
+    )
 
 
 def _examples_file(name: str | None) -> Path:

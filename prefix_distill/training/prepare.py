@@ -18,7 +18,9 @@ from ..maths.schedule import parse_off_policy, parse_prefix
 from ..maths.seeds import seed_of
 from ..maths.weights import parse_position_weight, parse_selection, parse_window
 from . import trackers
-from .pair import fill_in, load_pair
+from .defaults import fill_in
+from .epochs import settle_steps
+from .pair import load_pair
 from .problems import render_problems
 from .prompt_sets import load_prompt_sets
 from .rope import check_rope
@@ -34,6 +36,7 @@ def prepare(config: Config) -> Run:
     notes = Notes()
     config = fill_in(config, notes)
     sets = load_prompt_sets(config, notes)
+    config = settle_steps(config, sets.train, notes)
     config, place, pair = load_pair(config, notes)
     config, problems = render_problems(config, sets, pair, place=place, notes=notes)
     method = read_method(config, pair, place, notes=notes)

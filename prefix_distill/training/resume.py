@@ -56,6 +56,8 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
             "start again with another --out"
         )
     notes = _check_changes(str(out), saved, values)
+    if "train.steps" in values:
+        saved["train.epochs"] = None  # the run's length no longer follows from its epochs
     steps = values.get("train.steps", saved["train.steps"])
     _check_steps(str(out), steps)
     schedule = saved["schedule.lr_schedule"]

@@ -22,7 +22,7 @@ from .monitor import Monitor
 from .optimizer import NonFiniteGradient, step_optimizer
 from .plugin_record import record_plugins
 from .rehearsal import rehearse
-from .run import Run, describe_checks
+from .run import Run, describe_checks, settled
 from .search import Search
 from .state import State
 from .teacher_text import TeacherTexts, load_or_sample
@@ -160,7 +160,7 @@ class Session:
         config, state = self.run.config, self.state
         rate = learning_rate(
             state.step,
-            peak=config.schedule.lr,
+            peak=settled(config.schedule.lr, "--lr"),
             schedule=config.schedule.lr_schedule,
             steps=config.train.steps,
             warmup=warmup_steps(config.schedule.warmup, config.train.steps),

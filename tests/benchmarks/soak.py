@@ -50,7 +50,7 @@ FLAGS = [
     "2",
     "--micro-batch-size",
     "3",
-    "--eval-samples",
+    "--problems",
     "8",
     "--kl-prompts",
     "4",

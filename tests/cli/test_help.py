@@ -142,7 +142,7 @@ def test_the_page_on_exit_codes_lists_the_codes_of_commands(pair, questions, tmp
         "1",
         "--samples",
         "1",
-        "--eval-samples",
+        "--problems",
         "0",
         "--kl-prompts",
         "1",
@@ -168,7 +168,7 @@ def test_the_page_on_exit_codes_lists_the_codes_of_commands(pair, questions, tmp
             pair[0],
             "--dataset",
             questions,
-            "--limit",
+            "--problems",
             "2",
             "--max-new-tokens",
             "8",
@@ -363,7 +363,7 @@ def test_eval_and_export_take_their_flags_from_the_options_of_run():
     renamed = {
         "--model": "models.student",
         "--thinking": "data.student_thinking",
-        "--limit": "evaluate.problems",
+        "--problems": "evaluate.problems",
         "--samples": "evaluate.rollouts",
         "--temperature": "evaluate.temperature",
     }

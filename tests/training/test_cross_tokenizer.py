@@ -48,7 +48,7 @@ SMALL = [
     "4",
     "--prefix",
     "24",
-    "--eval-samples",
+    "--problems",
     "6",
     "--kl-prompts",
     "4",
