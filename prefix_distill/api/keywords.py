@@ -92,6 +92,8 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     position_weight: str
     steps: int
     epochs: float | None
+    stop_when: str
+    max_hours: float | None
     batch_size: int
     micro_batch_size: int
     gradient_checkpointing: bool
@@ -117,6 +119,7 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     plugin: str | PathLike[str] | None
     out: str | PathLike[str] | None
     save_every: int
+    save_minutes: float
     allow_changed: bool
     report_to: str
     run_name: str | None

@@ -13,7 +13,7 @@ from .files import (
     read_yaml,
 )
 from .options import NAMES, choices, describe_default, describe_limits, value_type
-from .rules import parse_estimator, parse_trackers, selected
+from .rules import StopWhen, parse_estimator, parse_stop_when, parse_trackers, selected
 from .sections import SELF, Adapter, Config, Runtime
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Adapter",
     "Config",
     "Runtime",
+    "StopWhen",
     "as_dict",
     "assemble",
     "build",
@@ -37,6 +38,7 @@ __all__ = [
     "options",
     "parse_divergence",
     "parse_estimator",
+    "parse_stop_when",
     "parse_trackers",
     "read_assignments",
     "read_tree",

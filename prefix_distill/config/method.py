@@ -158,6 +158,20 @@ class Train:
         "rounded up.",
         above=0,
     )
+    stop_when: str = option(
+        "none",
+        "--stop-when",
+        "End the run early: 'accuracy 3' after three evaluations without a higher accuracy, "
+        "collapse if answers stop ending, repeat themselves or the KL beyond the prefix rises; "
+        "comma-separated for both.",
+    )
+    max_hours: float | None = option(
+        None,
+        "--max-hours",
+        "Hours in which the run ends: it stops training while there is time to evaluate and save. "
+        "They count from the loading of the models; a resumed run counts anew.",
+        above=0,
+    )
     batch_size: int = main_option(
         8, "--batch-size", "Prompts per step, over all ranks together.", low=1
     )

@@ -34,6 +34,7 @@ def check(config: Config, names: Names) -> None:
     _check_teacher_device(config)
     _check_selection(config)
     _check_extrapolation(config)
+    _check_stop_when(config)
     parse_window(config.weights.window)
     _check_template_settings(config)
     parse_trackers(config.trackers.to)
@@ -286,6 +287,56 @@ def _check_self_distillation(config: Config) -> None:
                 f"--privileged-template {template[:60]!r}: it has no {{{name}}}; put it where the "
                 f"{name} belongs"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StopWhen:
+    """When --stop-when ends a run.
+
+    ``patience``: evaluations without a higher accuracy, None: any number; ``collapse``: whether the
+    text of the student must not collapse.
+    """
+
+    patience: int | None = None
+    collapse: bool = False
+
+
+def parse_stop_when(text: str) -> StopWhen:
+    """Parse ``none``, ``accuracy 3``, ``collapse``, or both with a comma. UserError: anything else.
+
+    ``accuracy:3`` means the same as ``accuracy 3``.
+    """
+    rule = StopWhen()
+    if text.strip() == "none":
+        return rule
+    for part in text.split(","):
+        name, *numbers = part.replace(":", " ").split() or [""]
+        if name == "collapse" and not numbers:
+            rule = dataclasses.replace(rule, collapse=True)
+        elif name == "accuracy" and len(numbers) == 1 and re.fullmatch(r"[1-9]\d{0,8}", numbers[0]):
+            rule = dataclasses.replace(rule, patience=int(numbers[0]))
+        else:
+            raise UserError(
+                f"--stop-when {text[:60]}: expected none, 'accuracy N' with N of at least 1, "
+                "collapse, or both with a comma; correct it"
+            )
+    return rule
+
+
+def _check_stop_when(config: Config) -> None:
+    """Raise UserError if the run would not measure what --stop-when looks at."""
+    rule, settings = parse_stop_when(config.train.stop_when), config.evaluate
+    given = f"--stop-when {config.train.stop_when}"
+    if rule.patience is not None and not (settings.every and settings.problems):
+        raise UserError(
+            f"{given}: expected evaluations of the accuracy, got none; add --eval-every 10 and "
+            "--problems of at least 1"
+        )
+    if rule.collapse and not (settings.every or settings.tail_every):
+        raise UserError(
+            f"{given}: expected evaluations or tail probes, got none; add --eval-every or "
+            "--tail-every"
+        )
 
 
 def selected(config: Config) -> float:

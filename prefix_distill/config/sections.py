@@ -322,6 +322,12 @@ class Checkpoint:
     save_every: int = option(
         25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
     )
+    save_minutes: float = option(
+        0.0,
+        "--save-minutes",
+        "Minutes between checkpoints, besides those of --save-every; 0 saves by steps only.",
+        low=0,
+    )
     allow_changed: bool = option(
         False,
         "--allow-changed",

@@ -35,6 +35,14 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     return _interval(mean, n, *_ends(means))
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a share of ``n`` independent cases."""
+    z = 1.96**2
+    center = (share + z / (2 * n)) / (1 + z / n)
+    width = math.sqrt(z * (share * (1 - share) + z / (4 * n)) / n) / (1 + z / n)
+    return max(0.0, center - width), min(1.0, center + width)
+
+
 def _ends(means: list[float]) -> tuple[float, float]:
     """Return the 2.5 % and 97.5 % quantiles of RESAMPLES means."""
     means = sorted(means)

@@ -1,6 +1,7 @@
 """Turn a Config into a Run; reject what cannot work before anything is written."""
 
 import dataclasses
+import time
 
 import torch
 
@@ -24,7 +25,7 @@ from .pair import load_pair
 from .problems import render_problems
 from .prompt_sets import load_prompt_sets
 from .rope import check_rope
-from .run import Method, Notes, Run, settled
+from .run import Method, Notes, Problems, Run, settled
 
 
 def prepare(config: Config) -> Run:
@@ -32,6 +33,7 @@ def prepare(config: Config) -> Run:
 
     UserError, one line: an option, a file or a model would make the run wrong or impossible.
     """
+    started = time.monotonic()
     trackers.check_packages(config)
     notes = Notes()
     config = fill_in(config, notes)
@@ -40,6 +42,7 @@ def prepare(config: Config) -> Run:
     config, place, pair = load_pair(config, notes)
     config, problems = render_problems(config, sets, pair, place=place, notes=notes)
     method = read_method(config, pair, place, notes=notes)
+    _check_references(config, problems)
     for text in check_rope(config, pair, problems, method=method):
         notes.warn(text)
     limits = MemoryLimits(place, config)
@@ -51,7 +54,18 @@ def prepare(config: Config) -> Run:
         method=method,
         notes=notes,
         limits=limits,
+        started=started,
     )
+
+
+def _check_references(config: Config, problems: Problems) -> None:
+    """Raise UserError if --stop-when needs an accuracy, but no problem has a reference answer."""
+    patience = configuration.parse_stop_when(config.train.stop_when).patience
+    if patience is not None and all(prompt.answer is None for prompt, _ in problems.held_out):
+        raise UserError(
+            f"--stop-when {config.train.stop_when}: no held-out problem has a reference answer, so "
+            "there is no accuracy; name the column with --answer-column, or use collapse"
+        )
 
 
 def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Method:

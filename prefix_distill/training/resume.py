@@ -10,7 +10,10 @@ from ..errors import UserError
 # content is compared by hash)
 FREE = (
     "train.steps",
+    "train.stop_when",
+    "train.max_hours",
     "checkpoint.save_every",
+    "checkpoint.save_minutes",
     "checkpoint.out",
     "checkpoint.allow_changed",
     "runtime.gpus",
