@@ -317,14 +317,10 @@ BAD = {
         ["eval", "--temperature", "-1"],
         "error: --temperature -1: expected a number of at least 0; change it",
     ),
-    "eval into a missing folder": (
-        ["eval", "--out", "{root}/nowhere/e.jsonl"],
-        "its folder does not exist; create it first",
-    ),
     "eval over a file": (["eval", "--out", "{root}/a-file"], "the file exists; name another"),
     "eval below a file": (
         ["eval", "--out", "{root}/a-file/e.jsonl"],
-        "its folder does not exist; create it first",
+        "cannot be written (Not a directory); name another file",
     ),
     "eval into /proc": (["eval", "--out", "/proc/e.jsonl"], "cannot be written"),
     "eval without a GPU": (

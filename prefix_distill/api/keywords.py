@@ -111,6 +111,9 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     eval_rollouts: int
     eval_every: int
     eval_temperature: float
+    eval_top_p: float
+    eval_top_k: int
+    eval_sampling: Literal["options", "model"]
     kl_prompts: int
     tail_every: int
     tail_prompts: int
@@ -132,6 +135,7 @@ class EvalOptions(CommonOptions, total=False):
     thinking: Literal["auto", "on", "off"]
     top_p: float
     top_k: int
+    sampling: Literal["options", "model"]
     problems: int
     temperature: float
 

@@ -2,6 +2,13 @@
 
 # our former names of flags, which still work
 FORMER = {"eval_samples": "--problems", "limit": "--problems"}
+# flags of `run` → those of `eval`
+OF_EVAL = {
+    "eval_temperature": "--temperature",
+    "eval_top_p": "--top-p",
+    "eval_top_k": "--top-k",
+    "eval_sampling": "--sampling",
+}
 
 # names of transformers and TRL
 RENAMED = {

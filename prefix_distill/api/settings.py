@@ -38,14 +38,15 @@ EVAL_FLAGS: dict[str, str | None] = {
     "data.template": None,
     "data.template_args": None,
     "data.template_date": None,
-    "rollout.top_p": None,
-    "rollout.top_k": None,
     "rollout.max_new_tokens": None,
     "rollout.begin": None,
     "rollout.rows": None,
     "evaluate.problems": None,
     "evaluate.rollouts": "--samples",
     "evaluate.temperature": "--temperature",
+    "evaluate.top_p": "--top-p",
+    "evaluate.top_k": "--top-k",
+    "evaluate.sampling": "--sampling",
     "evaluate.answer_format": None,
     "runtime.dtype": None,
     "runtime.device": None,
@@ -233,8 +234,12 @@ def name_run_folder(config: configuration.Config) -> configuration.Config:
     """Return the config with a run folder; the default is named after the current time."""
     if config.checkpoint.out is not None:
         return config
-    out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
-    return configuration.replace(config, checkpoint={"out": out})
+    return configuration.replace(config, checkpoint={"out": default_out("run")})
+
+
+def default_out(command: str) -> str:
+    """Return where a command writes by default: a folder named after it and the current time."""
+    return f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def pin_paths(config: configuration.Config) -> configuration.Config:
@@ -270,12 +275,12 @@ def evaluation_config(values: dict[str, object], out: str | None) -> configurati
     gpus = values.get("runtime.gpus")
     values["train.batch_size"] = max(1, gpus) if isinstance(gpus, int) else 1  # a prompt per rank
     if out is None:
-        out = f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+        out = f"{default_out('eval')}.jsonl"
     values["checkpoint.out"] = out
     return configuration.build(values, eval_flags())
 
 
-def probe_config(values: dict[str, object], out: str, problems: int) -> configuration.Config:
+def probe_config(values: dict[str, object], out: str | None, problems: int) -> configuration.Config:
     """Return the config of a probe of ``problems`` training prompts.
 
     UserError: ``problems`` is below 1.
@@ -289,6 +294,6 @@ def probe_config(values: dict[str, object], out: str, problems: int) -> configur
         "train.batch_size": problems,
         "evaluate.problems": 0,
         "evaluate.kl_prompts": 1,
-        "checkpoint.out": out,
+        "checkpoint.out": out or default_out("probe"),
     }
     return configuration.build(values | fixed, run_flags())

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from ..errors import UserError
 from .renamed import FORMER as FORMER
+from .renamed import OF_EVAL as OF_EVAL
 from .renamed import RENAMED as RENAMED
 
 # what HfArgumentParser takes for true and false

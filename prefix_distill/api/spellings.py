@@ -20,6 +20,7 @@ from .spelling_tables import (
     FORMER,
     LISTS,
     LORA,
+    OF_EVAL,
     OFF,
     PRIVATE,
     PROGRAM_SWITCHES,
@@ -33,7 +34,7 @@ from .spelling_tables import (
     read_switch,
 )
 
-TARGETS = {**RENAMED, **FORMER}
+TARGETS = {**RENAMED, **FORMER, **OF_EVAL}
 
 
 def hint(name: str) -> str | None:

@@ -13,6 +13,7 @@ from ..api.spelling_tables import PROGRAM_SWITCHES
 from ..errors import ABORTED, Stopped, UserError
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, report_failure
+from .panels import HELP_ALL
 from .quiet import calm_threads
 
 COMPLETION = "_PREFIX_DISTILL_COMPLETE"  # a shell sets it to ask for completions
@@ -142,7 +143,7 @@ def _is_flag(word: str) -> bool:
 def _flags_of(group: typer.core.TyperGroup, name: str) -> tuple[set[str], dict[str, str | None]]:
     """Return a command's flags that take a value, and its switches with their config key."""
     valued: set[str] = set()
-    switches: dict[str, str | None] = {"--help": None}
+    switches: dict[str, str | None] = {"--help": None, HELP_ALL: None}
     switches.update(dict.fromkeys(PROGRAM_SWITCHES))
     for parameter in group.commands[name].params:
         every = (*parameter.opts, *parameter.secondary_opts)

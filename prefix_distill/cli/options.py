@@ -9,6 +9,7 @@ import typer
 
 from .. import config as configuration
 from ..errors import UserError
+from .completion import complete_option
 
 T = TypeVar("T", int, float)
 
@@ -17,7 +18,8 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="YAML file of sections, such as 'train: {steps: 5}'. Flags override it.",
+        help="YAML file of sections, such as 'train: {steps: 5}', or of names, such as 'steps: 5' "
+        "or TRL's 'max_steps: 5'. Flags override it.",
     ),
 ]
 Assignments = Annotated[
@@ -118,7 +120,7 @@ def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> insp
         metavar=metavar,
         parser=parser,
         show_default=words.get("shown") or configuration.describe_default(field),
-        autocompletion=_completion(values),
+        autocompletion=complete_option(path),
         rich_help_panel=configuration.topic(path),
     )
     return inspect.Parameter(
@@ -127,14 +129,3 @@ def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> insp
         default=None,
         annotation=Annotated[kind | None, option],
     )
-
-
-def _completion(values: tuple[str, ...]) -> Callable[[str], list[str]] | None:
-    """Return the shell completion of an option limited to ``values``; None if there are none."""
-    if not values:
-        return None
-
-    def complete(incomplete: str) -> list[str]:
-        return [value for value in values if value.startswith(incomplete)]
-
-    return complete

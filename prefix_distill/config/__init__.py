@@ -13,8 +13,9 @@ from .files import (
     read_yaml,
 )
 from .options import NAMES, choices, describe_default, describe_limits, value_type
-from .rules import StopWhen, parse_estimator, parse_stop_when, parse_trackers, selected
+from .rules import parse_estimator, parse_trackers, selected
 from .sections import SELF, Adapter, Config, Runtime
+from .stop_when import StopWhen, parse_stop_when
 
 __all__ = [
     "LARGEST",

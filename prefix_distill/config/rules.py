@@ -13,6 +13,7 @@ from ..maths.weights import parse_position_weight, parse_selection, parse_window
 from .access import flag, get, options
 from .options import choices, describe_limits
 from .sections import SELF, TRACKERS, Config
+from .stop_when import parse_stop_when
 
 Names = Mapping[str, str]  # option → how the user wrote it: a flag, a keyword, or its key
 
@@ -35,6 +36,7 @@ def check(config: Config, names: Names) -> None:
     _check_selection(config)
     _check_extrapolation(config)
     _check_stop_when(config)
+    _check_eval_sampling(config, names)
     parse_window(config.weights.window)
     _check_template_settings(config)
     parse_trackers(config.trackers.to)
@@ -289,40 +291,6 @@ def _check_self_distillation(config: Config) -> None:
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StopWhen:
-    """When --stop-when ends a run.
-
-    ``patience``: evaluations without a higher accuracy, None: any number; ``collapse``: whether the
-    text of the student must not collapse.
-    """
-
-    patience: int | None = None
-    collapse: bool = False
-
-
-def parse_stop_when(text: str) -> StopWhen:
-    """Parse ``none``, ``accuracy 3``, ``collapse``, or both with a comma. UserError: anything else.
-
-    ``accuracy:3`` means the same as ``accuracy 3``.
-    """
-    rule = StopWhen()
-    if text.strip() == "none":
-        return rule
-    for part in text.split(","):
-        name, *numbers = part.replace(":", " ").split() or [""]
-        if name == "collapse" and not numbers:
-            rule = dataclasses.replace(rule, collapse=True)
-        elif name == "accuracy" and len(numbers) == 1 and re.fullmatch(r"[1-9]\d{0,8}", numbers[0]):
-            rule = dataclasses.replace(rule, patience=int(numbers[0]))
-        else:
-            raise UserError(
-                f"--stop-when {text[:60]}: expected none, 'accuracy N' with N of at least 1, "
-                "collapse, or both with a comma; correct it"
-            )
-    return rule
-
-
 def _check_stop_when(config: Config) -> None:
     """Raise UserError if the run would not measure what --stop-when looks at."""
     rule, settings = parse_stop_when(config.train.stop_when), config.evaluate
@@ -337,6 +305,20 @@ def _check_stop_when(config: Config) -> None:
             f"{given}: expected evaluations or tail probes, got none; add --eval-every or "
             "--tail-every"
         )
+
+
+def _check_eval_sampling(config: Config, names: Names) -> None:
+    """Raise UserError if the model's own sampling and another one are asked for."""
+    if config.evaluate.sampling != "model":
+        return
+    given = names.get("evaluate.sampling", flag("evaluate.sampling"))
+    for path in ("evaluate.temperature", "evaluate.top_p", "evaluate.top_k"):
+        if _is_changed(config, path):
+            name = names.get(path, flag(path))
+            raise UserError(
+                f"{name} {get(config, path)} with {given} model: the model's own settings are "
+                f"used; omit one of them"
+            )
 
 
 def selected(config: Config) -> float:

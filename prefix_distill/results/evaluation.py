@@ -22,16 +22,16 @@ from ..engine.sampling import GenerationCost, Sampler
 from ..engine.vocabulary import check_vocabulary, count_ids, describe_unused_tokens
 from ..errors import UserError
 from ..lab.task import LAB
-from ..maths.seeds import seed_of
 from ..prompts import templates
 from ..prompts.prompt import Prompt, PromptSet
 from ..prompts.rendering import Renderer
 from ..training.defaults import STUDENT, TASK, check_names
 from ..training.folder import RunFolder
-from ..training.prepare import choose_pad
+from ..training.prepare import choose_pad, eval_sampler
 from ..training.problems import choose_answer_format, settle_max_new_tokens
 from ..training.prompt_sets import load_eval_problems
 from ..training.run import Notes, settled
+from ..training.tails import advise_on_length
 from ..training.turn_end import add_turn_end
 from .export import is_run
 
@@ -66,7 +66,7 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         config, [model], longest_prompt=longest, task_limit=prompts.max_new_tokens, notes=notes
     )
     how = Evaluation(
-        sampler=_sampler(config, model),
+        sampler=_sampler(config, model, notes),
         samples=config.evaluate.rollouts,
         max_new_tokens=settled(config.rollout.max_new_tokens, "--max-new-tokens"),
         answer_format=choose_answer_format(config, prompts),
@@ -84,12 +84,17 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
             cost=GenerationCost(meter=Meter(clock)),
         )
     if where.is_first:
+        out.parent.mkdir(parents=True, exist_ok=True)
         files.write_rows(out, score.records)
+    advice = advise_on_length(score.finish_rate, how.max_new_tokens)
+    if advice is not None:
+        notes.note(advice)
     document = {
         "model": name,
         "dataset": dataset,
         **score.summary(),
         "samples": config.evaluate.rollouts,
+        "sampling": how.sampler.describe(),
         "seconds": clock.seconds["evaluation"],
         "examples": str(out),
     }
@@ -141,12 +146,11 @@ def _examples_file(name: str | None) -> Path:
     out = Path(name)
     if os.path.exists(out):
         raise UserError(f"--out {out}: the file exists; name another")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: its folder does not exist; create it first")
     try:
         with contextlib.suppress(FileNotFoundError):
             out.lstat()  # raises for a name that the system refuses
-        tempfile.TemporaryFile(dir=out.absolute().parent).close()
+        folder = next(parent for parent in out.absolute().parents if parent.exists())
+        tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise UserError(f"--out {out}: cannot be written ({reason}); name another file") from None
@@ -171,14 +175,12 @@ def _render(
     return rendered
 
 
-def _sampler(config: Config, model: Model) -> Sampler:
-    return Sampler(
+def _sampler(config: Config, model: Model, notes: Notes) -> Sampler:
+    sampler = Sampler(
         eos=model.eos,
         pad=choose_pad(model, model.eos),
         support=count_ids(model),
-        seed=seed_of(config.runtime.seed, "evaluation"),
-        temperature=config.evaluate.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
+        seed=config.runtime.seed,
         rows=config.rollout.rows,
     )
+    return eval_sampler(config, sampler, model, notes=notes)

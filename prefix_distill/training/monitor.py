@@ -23,6 +23,7 @@ from .card import make_card
 from .state import State
 from .tails import (
     TokenValues,
+    advise_on_length,
     alignment_facts,
     divergence_by_token,
     ending_facts,
@@ -70,6 +71,9 @@ class Monitor:
         self.state.count(meter)
         measured = self._measure(sampled=self.contexts)
         self.report.evaluation(self.progress.evaluations[-1])
+        advice = advise_on_length(measured["finish_rate"], self.run.max_new_tokens)
+        if advice is not None:
+            self.report.warn(advice)
         self._report_first_token(measured["teacher_first_token"])
         if self.run.pair.alignment is not None:
             self._report_coverage(measured["alignment"])

@@ -11,6 +11,7 @@ from ..engine.memory import MemoryLimits
 from ..engine.models import Model
 from ..engine.pair import Pair
 from ..engine.ranks import Place
+from ..engine.recommended import read_recommended
 from ..engine.sampling import Sampler
 from ..errors import UserError
 from ..maths import simct
@@ -103,7 +104,7 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
         text_terms=text_terms,
         sampler=dataclasses.replace(sampler, record=terms.sampled and not exact),
         text_sampler=_text_sampler(config, pair, sampler),
-        eval_sampler=_eval_sampler(config, sampler),
+        eval_sampler=eval_sampler(config, sampler, pair.student, notes=notes),
     )
 
 
@@ -165,15 +166,24 @@ def choose_pad(model: Model, eos: frozenset[int]) -> int:
     return pad
 
 
-def _eval_sampler(config: Config, sampler: Sampler) -> Sampler:
-    """Return how evaluations sample: with their own seed and temperature, without top-p, top-k."""
-    return dataclasses.replace(
+def eval_sampler(config: Config, sampler: Sampler, student: Model, notes: Notes) -> Sampler:
+    """Return how evaluations sample: with a seed and settings of their own.
+
+    The settings are the options, or what the student's generation config recommends.
+    """
+    settings = config.evaluate
+    sampler = dataclasses.replace(
         sampler,
         seed=seed_of(config.runtime.seed, "evaluation"),
-        temperature=config.evaluate.temperature,
-        top_p=1.0,
-        top_k=0,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
     )
+    if settings.sampling == "options":
+        return sampler
+    recommended = read_recommended(student)
+    notes.note(f"evaluation samples as the model recommends: {recommended.describe()}")
+    return recommended.applied_to(sampler)
 
 
 def _text_sampler(config: Config, pair: Pair, sampler: Sampler) -> Sampler:

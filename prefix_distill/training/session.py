@@ -356,5 +356,6 @@ def describe_run(run: Run) -> dict:
         "warnings": run.notes.warnings,
         "ranks": run.place.world,
         "generation_config": configs,
+        "eval_sampling": run.method.eval_sampler.describe(),
         commits.KEY: commits.find_commits(run.config),
     }

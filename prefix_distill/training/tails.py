@@ -8,6 +8,7 @@ from ..engine.evaluate import Facts, repeats
 from ..engine.rollout import Rollout
 from ..maths import intervals
 
+FEW = 0.8  # share of answers that end, below which advice is given
 TokenValues = list[list[float | None]]  # rollout by rollout
 
 
@@ -63,6 +64,17 @@ def ending_facts(rollouts: list[Rollout]) -> dict:
         "repetition_rate": sum(repeats(r.ids) for r in rollouts) / count,
         "answers": count,
     }
+
+
+def advise_on_length(finish_rate: float, max_new_tokens: int) -> str | None:
+    """Return what to do if --max-new-tokens cuts many answers; None if it does not."""
+    if finish_rate >= FEW:
+        return None
+    return (
+        f"only {finish_rate:.0%} of the answers end within --max-new-tokens {max_new_tokens}; the "
+        "others are cut, mostly before their result; raise --max-new-tokens, or set "
+        "--student-thinking off (--thinking off in eval) for a model that thinks first"
+    )
 
 
 def tail_warning(before: dict, measured: dict, prefix: int) -> str | None:

@@ -311,7 +311,6 @@ def test_a_bad_export_is_one_error_line(run, tmp_path, monkeypatch, arguments, m
     [
         ("runs/none", "error: export runs/none: no such folder; check the path, or add --out"),
         ("used", "error: export used: expected a run folder or a model folder, got neither"),
-        ("lab:choice/student", "error: --out: name the folder to write"),
     ],
 )
 def test_an_export_without_out_checks_the_path_first(tmp_path, monkeypatch, source, message):

@@ -97,6 +97,28 @@ def test_eval_takes_a_run_folder(pair, questions, tmp_path, monkeypatch):
     assert code == 0 and "its best student so far, best/" in err
 
 
+def test_every_command_writes_below_runs_by_default(pair, questions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained(prepared(pair, questions, train__steps=1), tmp_path / "first")
+    named = ["--student", pair[0], "--teacher", pair[1], "--dataset", questions]
+    few = ["--problems", "2", "--max-new-tokens", "8"]
+    for name, words in {
+        "run": [*named, *SMALL, *few, "--steps", "1", "--batch-size", "2"],
+        "eval": ["--model", pair[0], "--dataset", questions, *few],
+        "probe": [*named, *few],
+        "export": [pair[0]],
+    }.items():
+        code, _, err = invoke(name, *words)
+        assert code == 0, err
+    (run,) = Path("runs").glob("run-*")
+    assert invoke("report", run)[0] == 0
+    assert prefix_distill.report([run]).out.name.startswith("report-")
+    written = sorted(path.name.split("-")[0] for path in Path("runs").iterdir())
+    assert set(written) == {"eval", "export", "probe", "report", "run"}
+    assert sorted(path.name for path in Path().iterdir()) == ["first", "runs"]
+    assert next(Path("runs").glob("eval-*")).suffix == ".jsonl"
+
+
 def test_epochs_are_steps_and_a_resumed_run_may_change_them(pair, questions, tmp_path):
     flags = ["--student", pair[0], "--teacher", pair[1], "--dataset", questions, *SMALL]
     flags += ["--max-new-tokens", "8", "--samples", "1", "--batch-size", "10"]
