@@ -340,7 +340,6 @@ BAD = {
         "expected at least 1 prompt",
     ),
     "probe into /proc": (["probe", "--out", "/proc/out"], "cannot be written"),
-    "probe without out": (["probe"], "Missing option '--out'"),
     "report on an empty folder": (["report", ".", "--out", "out"], "no finished run found"),
     "report on nothing": (["report", "nowhere", "--out", "out"], "no finished run found"),
     "report into no folder": (["report", ".", "--out", ""], "--out: expected the name of a file"),

@@ -51,8 +51,9 @@ def run(
                      prefix=512, steps=100, out="runs/first")
 
     ``config``: settings that the options override; default: the defaults. `RunOptions` lists the
-    options; ``prefix-distill run --help`` describes them. The default of each model and dataset
-    is built in. With ``gpus=N``, N processes of this machine share the work.
+    options; ``prefix-distill run --help`` describes them. The built-in pair and
+    task are used if neither a model nor a dataset is named. With ``gpus=N``, N processes of this
+    machine share the work.
 
     ``on_step(row)`` is called after every step with its row of metrics.jsonl. If it raises, the run
     saves its state and stops after that step, and the exception is raised; `resume` continues the

@@ -289,11 +289,13 @@ def probe_config(values: dict[str, object], out: str | None, problems: int) -> c
         raise UserError(
             f"--problems {problems}: expected at least 1 prompt; 50 to 100 give a useful accuracy"
         )
+    if out is None:
+        out = default_out("probe")
     fixed = {
         "train.steps": 1,
         "train.batch_size": problems,
         "evaluate.problems": 0,
         "evaluate.kl_prompts": 1,
-        "checkpoint.out": out or default_out("probe"),
+        "checkpoint.out": out,
     }
     return configuration.build(values | fixed, run_flags())

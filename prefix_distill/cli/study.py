@@ -28,7 +28,9 @@ PROBE_WORDING: dict[str, Wording] = {
 
 def _read_out(out: str | None, command: str) -> Path:
     """Return the folder of --out, by default one that is named after the command."""
-    return read_folder("--out", out or settings.default_out(command))
+    if out is None:
+        out = settings.default_out(command)
+    return read_folder("--out", out)
 
 
 @app.command()

@@ -71,24 +71,19 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         max_new_tokens=settled(config.rollout.max_new_tokens, "--max-new-tokens"),
         answer_format=choose_answer_format(config, prompts),
     )
-    limits = MemoryLimits(where, config)
-    limits.report = notes.note
-    limits.remedies = EVAL_REMEDIES
     clock = Clock(device=where.device)
     with clock.phase("evaluation"):
         score = evaluate(
             make_decoder(model, where.dtype),
             problems,
             how,
-            limits=limits,
+            limits=_limits(config, where, notes),
             cost=GenerationCost(meter=Meter(clock)),
         )
     if where.is_first:
         out.parent.mkdir(parents=True, exist_ok=True)
         files.write_rows(out, score.records)
-    advice = advise_on_length(score.finish_rate, how.max_new_tokens)
-    if advice is not None:
-        notes.note(advice)
+    notes.note(*advise_on_length(score.finish_rate, how.max_new_tokens))
     document = {
         "model": name,
         "dataset": dataset,
@@ -173,6 +168,13 @@ def _render(
         changes.append(text.changes)
     notes.note(*templates.describe_changes(changes))
     return rendered
+
+
+def _limits(config: Config, where: Place, notes: Notes) -> MemoryLimits:
+    limits = MemoryLimits(where, config)
+    limits.report = notes.note
+    limits.remedies = EVAL_REMEDIES
+    return limits
 
 
 def _sampler(config: Config, model: Model, notes: Notes) -> Sampler:

@@ -71,8 +71,7 @@ class Monitor:
         self.state.count(meter)
         measured = self._measure(sampled=self.contexts)
         self.report.evaluation(self.progress.evaluations[-1])
-        advice = advise_on_length(measured["finish_rate"], self.run.max_new_tokens)
-        if advice is not None:
+        for advice in advise_on_length(measured["finish_rate"], self.run.max_new_tokens):
             self.report.warn(advice)
         self._report_first_token(measured["teacher_first_token"])
         if self.run.pair.alignment is not None:

@@ -36,6 +36,10 @@ KINDS = (
     "inside the best model's write",
 )
 FLAGS = [
+    "--student",
+    "lab:choice/student",
+    "--teacher",
+    "lab:choice/teacher",
     "--dataset",
     "lab:choice:1-3",
     "--steps",

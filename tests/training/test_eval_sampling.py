@@ -113,5 +113,5 @@ def test_cut_answers_get_advice_once(pair, questions, tmp_path):
         *("--out", tmp_path / "e.jsonl"),
     )
     assert code == 0 and err.count("raise --max-new-tokens") == 1
-    assert advise_on_length(0.8, 32) is None
+    assert advise_on_length(0.8, 32) == []
     assert trained(prepared(pair, questions), tmp_path / "run", resume=True)["steps"] == 4
