@@ -262,7 +262,7 @@ WRONG_ARGUMENTS = {
     "api.report([], 'rep')": r"folders: expected at least one folder, got \[\]",
     "api.report([5], 'rep')": "folders: expected a path, got 5",
     "api.report(['r0'], 'rep', title=5)": "title: expected text, got 5",
-    "api.report(['r0'], None)": "out: expected a path, got None",
+    "api.report(['r0'], 3)": "out: expected a path, got 3",
     "api.export(5, 'e')": "source: expected a path, got 5",
     "api.export('r0', '')": "out: expected the name of a file or folder, got ''",
     "api.Config.from_yaml(5)": "path: expected a path, got 5",
