@@ -21,11 +21,10 @@ from ..engine.ranks import Place, join_ranks
 from ..engine.sampling import GenerationCost, Sampler
 from ..engine.vocabulary import check_vocabulary, count_ids, describe_unused_tokens
 from ..errors import UserError
-from ..lab.task import LAB
 from ..prompts import templates
 from ..prompts.prompt import Prompt, PromptSet
 from ..prompts.rendering import Renderer
-from ..training.defaults import STUDENT, TASK, check_names
+from ..training.defaults import DATASET, STUDENT, check_names
 from ..training.folder import RunFolder
 from ..training.prepare import choose_pad, eval_sampler
 from ..training.problems import choose_answer_format, settle_max_new_tokens
@@ -104,7 +103,7 @@ def _fill_in(config: Config, notes: Notes) -> tuple[str, str]:
     name, dataset = config.models.student, config.data.dataset
     check_names({"--model": name, "--dataset": dataset})
     if name is None or dataset is None:
-        name, dataset = STUDENT, LAB + TASK
+        name, dataset = STUDENT, DATASET
         notes.note(f"neither --model nor --dataset was given; using the built-in {name}, {dataset}")
         return name, dataset
     return _find_student(name, notes), dataset

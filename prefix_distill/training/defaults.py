@@ -8,7 +8,8 @@ from ..plugins import load_plugins
 from .run import Notes
 
 TASK = "choice"  # the built-in task, lab:choice, and its pair
-STUDENT, TEACHER = f"{LAB}{TASK}/student", f"{LAB}{TASK}/teacher"
+DATASET = LAB + TASK
+STUDENT, TEACHER = f"{DATASET}/student", f"{DATASET}/teacher"
 RATE = 5e-5  # the default --lr
 BUILT_IN_RATE = 4e-4  # the default --lr of the built-in pair, as in the demo
 
@@ -80,7 +81,7 @@ def _fill_in_pair(config: Config, notes: Notes) -> Config:
 
 def _fill_in_dataset(config: Config, notes: Notes) -> Config:
     """Return the config with the built-in task if no dataset is named."""
-    return _fill(config, notes, option="data.dataset", value=LAB + TASK)
+    return _fill(config, notes, option="data.dataset", value=DATASET)
 
 
 def fill_in_rate(config: Config, notes: Notes) -> Config:

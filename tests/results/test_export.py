@@ -279,7 +279,6 @@ def test_an_export_converts_the_dtype(run, tmp_path, which, dtype):
             "error: --push-to-hub 'nobody': expected USER/NAME",
         ),
         (["--out", "new", "--hub-public"], "error: --hub-public: applies only with --push-to-hub"),
-        ([], "error: --out: name the folder to write"),
         (["--out", "a" * 300], "cannot be written (File name too long); name another folder"),
         (["--out", "used/file"], "it exists and is not an empty folder; name another"),
         (["--out", "used/file/x"], "error: --out used/file/x: cannot be written ("),
