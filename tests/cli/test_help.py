@@ -382,11 +382,14 @@ def test_eval_and_export_take_their_flags_from_the_options_of_run():
         "--problems": "evaluate.problems",
         "--samples": "evaluate.rollouts",
         "--temperature": "evaluate.temperature",
+        "--top-p": "evaluate.top_p",
+        "--top-k": "evaluate.top_k",
+        "--sampling": "evaluate.sampling",
     }
     same = (
         "--dataset --split --prompt-column --answer-column --streaming --system --instruction "
         "--prompt-template --few-shot --template --template-arg --template-date --begin "
-        "--max-new-tokens --top-p --top-k --answer-format --generation-rows --dtype --device "
+        "--max-new-tokens --answer-format --generation-rows --dtype --device "
         "--gpus --seed --trust-remote-code"
     )
     paths = {configuration.flag(path): path for path in configuration.options()}
