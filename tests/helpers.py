@@ -457,7 +457,7 @@ def flags(pair, questions, out) -> list[str]:
         "2",
         "--micro-batch-size",
         "3",
-        "--eval-samples",
+        "--problems",
         "4",
         "--eval-every",
         "2",
@@ -516,7 +516,12 @@ def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  #
     (folder / "run.json").write_text(json.dumps({"seed": seed, "result": result}))
     tree = configuration.as_dict(
         configuration.build(
-            {"models.student": student, "rollout.max_new_tokens": 10, "runtime.seed": seed}
+            {
+                "models.student": student,
+                "schedule.lr": 5e-5,
+                "rollout.max_new_tokens": 10,
+                "runtime.seed": seed,
+            }
         )
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))

@@ -279,7 +279,7 @@ def flags(pair, questions, out, *more):
         "2",
         "--micro-batch-size",
         "2",
-        "--eval-samples",
+        "--problems",
         "4",
         "--eval-every",
         "2",

@@ -32,7 +32,7 @@ class RunResult(Result):
     the last prefix, tokens; ``tokens``: tokens trained on; ``flops``: of training;
     ``full_rollout_flops``: useful FLOPs of as many steps with full rollouts; ``seconds``: wall
     time with evaluations; ``notes``: automatic choices; ``warnings``: what may be wrong;
-    ``pushed``: address on the hub.
+    ``pushed``: address on the hub; ``stopped``: why the run ended before its last step, if it did.
     """
 
     out: Path
@@ -53,6 +53,7 @@ class RunResult(Result):
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     pushed: str | None
+    stopped: str | None
 
     @classmethod
     def read(cls, outcome: Outcome) -> Self:
@@ -80,6 +81,7 @@ class RunResult(Result):
             notes=tuple(outcome["notes"]),
             warnings=(*outcome["warnings"], *late_warnings),
             pushed=document["pushed"],
+            stopped=(document.get("stopped") or {}).get("reason"),
         )
 
     @property

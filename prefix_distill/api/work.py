@@ -187,7 +187,8 @@ def export(
 ) -> ExportResult:
     """Write a model to a new folder and push it to the hub if the config says so.
 
-    Without ``out`` the folder ``source`` is only pushed. ``choices``: which, dtype and gguf.
+    Without ``out`` and with nothing to convert, the folder ``source`` is only pushed.
+    ``choices``: which, dtype and gguf.
     PushFailed: the folder is complete, but could not be pushed.
     """
     which, dtype = str(choices["which"]), str(choices["dtype"])
@@ -199,17 +200,14 @@ def export(
         from ..results.export import export as write
 
         document: dict[str, Any]
+        existing = None
         if out is None:
             existing = _find_folder(source, which)
-            if existing is None or config.export.push is None or not is_unchanged:
-                raise UserError(
-                    "--out: name the folder to write; omit it only to push an existing folder "
-                    "unchanged (--push-to-hub)"
-                )
+        if existing is not None and config.export.push is not None and is_unchanged:
             folder = existing
             document = {"out": str(folder)}
         else:
-            folder = out
+            folder = out or Path(settings.default_out("export"))
             document = write(
                 Source(name=source, which=which, trust_remote_code=trust_code),
                 folder,

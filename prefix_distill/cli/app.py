@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import display
+from .. import __version__, display
 from ..api.launch import is_first_rank, leave_message
 from ..display import Summary, print_line, print_summary
 from ..signals import find_stop_signals
@@ -43,6 +43,13 @@ app = PanelTyper(
 )
 
 
+def print_version(asked: bool) -> None:
+    """Print the version and end the command, if asked."""
+    if asked:
+        print(f"prefix-distill {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def program(
     plain: Annotated[
@@ -51,6 +58,12 @@ def program(
             "--plain",
             help="Print no bars, boxes or colors, and tables as lines, for screen readers and logs "
             "(also: PREFIX_DISTILL_PLAIN=1, NO_COLOR=1, TERM=dumb).",
+        ),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
     verbose: Annotated[

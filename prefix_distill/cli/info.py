@@ -1,13 +1,14 @@
 """The commands env and help."""
 
 import json
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from ..display import phase, print_line
 from . import pages
-from .app import Terminal, app
+from .app import COMMANDS, Terminal, app
+from .completion import complete_from
 
 
 @app.command("env")
@@ -34,12 +35,27 @@ def _describe(entry: object) -> str:
     return ", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
 
 
+def _complete_topic(incomplete: str) -> list[str]:
+    return complete_from([*COMMANDS, *pages.find_pages()])(incomplete)
+
+
 @app.command("help")
 def help_command(
-    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="Page to print.")] = None,
+    context: typer.Context,
+    topic: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TOPIC",
+            help="Page to print, or command whose --help is printed.",
+            autocompletion=_complete_topic,
+        ),
+    ] = None,
 ) -> None:
-    """Print a help page; without TOPIC, list the pages."""
+    """Print a help page, or the help of a command; without TOPIC, list the pages."""
+    group = cast(typer.core.TyperGroup, context.find_root().command)
     if topic is None:
         print(pages.list_topics())
+    elif topic in group.commands:
+        group([topic, "--help"], prog_name="prefix-distill", standalone_mode=False)
     else:
         pages.print_page(topic)

@@ -9,11 +9,12 @@ from typing import TextIO, cast
 import typer
 
 from ..api.quiet import hide_deprecations
+from ..api.spelling_tables import PROGRAM_SWITCHES
 from ..errors import Stopped, UserError, describe_abort
 from . import info, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, report_failure
+from .panels import HELP_ALL
 from .quiet import calm_threads
-from .spelling_tables import PROGRAM_SWITCHES
 
 COMPLETION = "_PREFIX_DISTILL_COMPLETE"  # a shell sets it to ask for completions
 
@@ -128,7 +129,7 @@ def translate_arguments(
     if name not in group.commands:
         return arguments, []
     at = arguments.index(name)
-    from .spellings import translate
+    from ..api.spellings import translate
 
     valued, switches = _flags_of(group, name)
     words, translated = translate(
@@ -147,10 +148,11 @@ def _is_flag(word: str) -> bool:
 def _flags_of(group: typer.core.TyperGroup, name: str) -> tuple[set[str], dict[str, str | None]]:
     """Return a command's flags that take a value, and its switches with their config key."""
     valued: set[str] = set()
-    switches: dict[str, str | None] = {"--help": None}
+    switches: dict[str, str | None] = {"--help": None, HELP_ALL: None}
     switches.update(dict.fromkeys(PROGRAM_SWITCHES))
     for parameter in group.commands[name].params:
-        flags = [flag for flag in parameter.opts if _is_flag(flag)]
+        every = (*parameter.opts, *parameter.secondary_opts)
+        flags = [flag for flag in every if _is_flag(flag)]
         if not getattr(parameter, "is_flag", False):
             valued.update(flags)
             continue

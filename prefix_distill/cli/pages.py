@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import display
 from ..errors import UserError
+from .app import COMMANDS
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -72,7 +73,7 @@ def read_page(topic: str) -> str:
     if topic in pages:
         return pages[topic].read_text(encoding="utf-8")
     advice = f"choose from {', '.join(pages)}"
-    near = difflib.get_close_matches(topic, pages, 1, 0.4)
+    near = difflib.get_close_matches(topic, [*pages, *COMMANDS], 1, 0.4)
     if near:
         advice = f"did you mean {near[0]}?"
     raise UserError(f"help {topic[:80]}: no such page; {advice}")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import config as configuration
+from ..api.flat import read_settings_file
 from ..api.launch import is_first_rank
 from ..display import print_line
 from ..training.resume import resume_settings
@@ -22,10 +23,14 @@ def read_settings(
     Flags override the file, and --set overrides both.
     """
     values: dict[str, object] = {}
+    names: dict[str, str] = {}
     if config_file:
-        values = configuration.read_yaml(config_file)
+        values, names, notes = read_settings_file(config_file)
+        if notes:
+            note(f"translated: {'; '.join(notes)} (see prefix-distill help migration)")
     assigned = configuration.read_assignments(assignments or [])
-    names = {path: configuration.flag(path) for path in flags.keys() - assigned.keys()}
+    names |= {path: configuration.flag(path) for path in flags}
+    names = {path: name for path, name in names.items() if path not in assigned}
     return values | flags | assigned, names
 
 

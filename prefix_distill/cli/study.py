@@ -1,6 +1,5 @@
 """The commands probe, compare, report and demo."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +24,13 @@ PROBE_WORDING: dict[str, Wording] = {
     "runtime.dtype": {"help": "Compute dtype: auto, float32 or bfloat16."},
     "runtime.head_memory_mb": {"help": "Memory for one chunk of logits, in MiB."},
 }
+
+
+def _read_out(out: str | None, command: str) -> Path:
+    """Return the folder of --out, by default one that is named after the command."""
+    if out is None:
+        out = settings.default_out(command)
+    return read_folder("--out", out)
 
 
 @app.command()
@@ -53,11 +59,8 @@ def demo(
     """
     from ..api import work
 
-    folder = Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
-    if out is not None:
-        folder = read_folder("--out", out)
     with Terminal() as terminal:
-        table, document = work.demonstrate(folder, seed, terminal)
+        table, document = work.demonstrate(_read_out(out, "demo"), seed, terminal)
     from ..results.demo import summarize
 
     display.print_tables(table)
@@ -68,8 +71,13 @@ def demo(
 @with_options(*settings.PROBE_OPTIONS, reworded=PROBE_WORDING)
 def probe(
     out: Annotated[
-        str, typer.Option(metavar="FOLDER", help="Folder for probe.json and probe.png.")
-    ],
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for probe.json and probe.png.",
+            show_default="runs/probe-<time>",
+        ),
+    ] = None,
     problems: Annotated[
         int,
         typer.Option(
@@ -105,18 +113,19 @@ def compare(
         ),
     ],
     out: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="FOLDER", help="Folder of the comparison; a second call continues it."
+            metavar="FOLDER",
+            help="Folder of the comparison; a second call continues it.",
+            show_default="runs/compare-<time>",
         ),
-    ],
+    ] = None,
 ) -> None:
     """Train every arm of a file with every seed, one after another; compare accuracy and cost."""
     from ..api import work
 
-    folder = read_folder("--out", out)
     with Terminal() as terminal:
-        result = work.compare(arms_file, folder, terminal)
+        result = work.compare(arms_file, _read_out(out, "compare"), terminal)
     show(result, width=200)
     finish(result.to_dict())
 
@@ -128,11 +137,13 @@ def report(
         typer.Argument(metavar="FOLDER", help="Run folders, or folders that contain them."),
     ],
     out: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="FOLDER", help="Folder for report.html, report.md, report.csv and report.png."
+            metavar="FOLDER",
+            help="Folder for report.html, report.md, report.csv and report.png.",
+            show_default="runs/report-<time>",
         ),
-    ],
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -148,7 +159,7 @@ def report(
     """Write tables, a plot and a self-contained HTML page for any run folders."""
     from ..api import work
 
-    paths, folder = read_folders("FOLDER", folders), read_folder("--out", out)
+    paths, folder = read_folders("FOLDER", folders), _read_out(out, "report")
     with Terminal():
         result = work.report(paths, folder, reference=reference, title=title)
     show(result, width=200)

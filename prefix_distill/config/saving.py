@@ -8,9 +8,15 @@ from .options import main_option, option
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    out: str | None = main_option(None, "--out", "Run folder.", shown="runs/<time>")
+    out: str | None = main_option(None, "--out", "Run folder.", shown="runs/run-<time>")
     save_every: int = option(
         25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
+    )
+    save_minutes: float = option(
+        0.0,
+        "--save-minutes",
+        "Minutes between checkpoints, besides those of --save-every; 0 saves by steps only.",
+        low=0,
     )
     keep: int = option(
         1,

@@ -127,6 +127,10 @@ class Sampler:
         """Return whether samples follow the student's own distribution."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
+    def describe(self) -> dict[str, float]:
+        """Return temperature, top-p and top-k as JSON values."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
     def race(self, keys: list[tuple[object, ...]], device: torch.device) -> RowProcessor | None:
         """Return the noise of every row; None if decoding is greedy."""
         if self.temperature == 0:

@@ -63,6 +63,14 @@ def ratio_interval(
     return _interval(value, answers, *_ends((totals[0] / totals[1]).tolist()))
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a share of ``n`` independent cases."""
+    z = 1.96**2
+    center = (share + z / (2 * n)) / (1 + z / n)
+    width = math.sqrt(z * (share * (1 - share) + z / (4 * n)) / n) / (1 + z / n)
+    return max(0.0, center - width), min(1.0, center + width)
+
+
 def _ends(means: list[float]) -> tuple[float, float]:
     """Return the 2.5 % and 97.5 % quantiles of RESAMPLES means."""
     means = sorted(means)

@@ -17,6 +17,7 @@ from ..engine.device import Clock
 from ..engine.free_memory import read_free_memory
 from ..engine.meter import Meter
 from ..engine.models import Model
+from ..engine.recommended import read_recommended
 from ..engine.rollout import Rollout, rollout_of
 from ..engine.sampling import GenerationCost, Request, Sampler, generate
 from ..engine.scoring import Scorer
@@ -146,6 +147,10 @@ def _check_sampling(run: Run) -> Check:
     """Return how rollouts are sampled, and which settings of the models have no effect."""
     sampler = run.method.sampler
     ignored = {role: _shaping_fields(model) for role, model in both_models(run)}
+    recommends = run.config.evaluate.sampling == "model"
+    if recommends:
+        left_out = read_recommended(run.pair.student).left_out
+        ignored["student"] = {k: v for k, v in ignored["student"].items() if k in left_out}
     facts = {
         "temperature": sampler.temperature,
         "top_p": sampler.top_p,
@@ -159,6 +164,12 @@ def _check_sampling(run: Run) -> Check:
         f"temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k "
         f"{sampler.top_k or 'off'}"
     )
+    if recommends:
+        used = run.method.eval_sampler
+        text += (
+            f"; evaluation, from the student's generation config: temperature "
+            f"{used.temperature:g}, top-p {used.top_p:g}, top-k {used.top_k or 'off'}"
+        )
     # Users expect the sampling that a model card recommends, so ignored settings are named.
     for role, fields in ignored.items():
         if fields:
@@ -318,11 +329,11 @@ def _check_teacher(run: Run, problems: list[Rendered], limit: float | None) -> C
 def _make_respondent(run: Run, role: str, model: Model, sampler: Sampler) -> Respondent:
     """Return a model with the sampler of an evaluation."""
     sampler = replace(
-        sampler,
+        run.method.eval_sampler,
+        eos=sampler.eos,
+        pad=sampler.pad,
+        support=sampler.support,
         seed=seed_of(run.config.runtime.seed, "preflight"),
-        temperature=run.config.evaluate.temperature,
-        top_p=1.0,
-        top_k=0,
         record=False,
     )
     return Respondent(role=role, model=make_decoder(model, run.place.dtype), sampler=sampler)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from .. import config as configuration
 from ..config import SELF, Config
 from ..engine import folders
 from ..engine.device import choose_device
@@ -21,7 +22,7 @@ from ..errors import UserError
 from ..maths import flops
 from ..maths.flops import Batch, Ledger, Shape
 from ..maths.schedule import PrefixSchedule, parse_prefix
-from ..training.pair import fill_in_dataset, fill_in_models
+from ..training.defaults import fill_in_planned
 from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
 from .cards import describe_adapter, fit_cards
@@ -57,13 +58,9 @@ def plan(
     read, or the prompts and responses are longer than the models' positions.
     """
     rate_source.check()
-    # The default dataset belongs to the default student; another student needs other prompts.
-    has_data = config.data.dataset is not None or config.models.student is None
-    reads_data = has_data and prompt_tokens is None
     notes = Notes()
-    config = fill_in_models(config, notes)
-    if reads_data:
-        config = fill_in_dataset(config, notes)
+    config = fill_in_planned(config, notes, has_prompts=prompt_tokens is not None)
+    reads_data = config.data.dataset is not None and prompt_tokens is None
     student, teacher = _read_sources(config)
     dtypes = _choose_dtypes(config, notes.lines)
     nets = [
@@ -73,7 +70,8 @@ def plan(
     if reads_data:
         prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes=notes)
     else:
-        prompts = assume_prompts(prompt_tokens, nets, notes)
+        prompts = assume_prompts(config, prompt_tokens, nets, notes=notes)
+    config = configuration.replace(config, train={"steps": prompts.steps})
     longest = max(max(lengths) for lengths in prompts.lengths)
     config = settle_max_new_tokens(
         config, nets, longest_prompt=longest, task_limit=prompts.task_limit, notes=notes

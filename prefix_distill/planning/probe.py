@@ -30,7 +30,7 @@ from ..engine.scoring import Scorer
 from ..errors import ignore
 from ..maths import intervals
 from ..maths.weights import quadrants
-from ..training.pair import fill_in
+from ..training.defaults import fill_in
 from ..training.prompt_sets import load_prompt_sets
 from ..training.run import Notes, Run, settled
 from .answering import Answering, Answers

@@ -331,8 +331,10 @@ class _Jobs:
 
     def _one(self, path: Path, arm: str, seed: int, settings: Settings) -> dict:
         """Train or resume one run, unless it has finished; return its result document."""
+        from ..training.defaults import fill_in
         from ..training.prepare import prepare
         from ..training.resumed import prepare_resumed
+        from ..training.run import Notes
         from ..training.session import train_in
 
         folder = RunFolder(path)
@@ -345,10 +347,13 @@ class _Jobs:
         settings = dict(settings)
         settings["checkpoint.out"] = str(path)
         settings.setdefault("evaluate.teacher", "off")  # it is the same in every arm
-        if start is not None:
-            settings["models.student"] = str(self.run(start, seed) / "model")
-        resume = (path / "config.yaml").is_file()
         config = configuration.build(settings)
+        if start is not None:
+            # the other models and the data are those that the arm has without its start
+            config = fill_in(config, Notes())
+            student = str(self.run(start, seed) / "model")
+            config = configuration.replace(config, models={"student": student})
+        resume = (path / "config.yaml").is_file()
         if resume:
             self.observer.note(f"{path}: resuming")
             run = prepare_resumed(config, folder)
@@ -368,6 +373,7 @@ class _Jobs:
 
     def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:
         """Evaluate the final student in ``path`` on another dataset, unless that is done."""
+        from ..training.defaults import DATASET
         from .evaluation import evaluate_model
 
         file = path / f"also-{name}.json"
@@ -375,7 +381,8 @@ class _Jobs:
             return
         records = path / f"also-{name}.jsonl"
         records.unlink(missing_ok=True)
-        evaluated = settings | {
+        evaluated: Settings = {"data.dataset": DATASET} | settings
+        evaluated |= {
             "models.student": str(path / "model"),
             "runtime.seed": seed,
             "checkpoint.out": str(records),

@@ -131,13 +131,18 @@ def _check_finite(model: Model, dtype: str) -> None:
             )
 
 
+def is_run(path: Path) -> bool:
+    """Return whether a run has been created in a folder."""
+    return os.path.isfile(path / "config.yaml") and os.path.isfile(path / "run.json")
+
+
 def folder_of(source: str, which: str = "model") -> Path | None:
     """Return the model folder at or inside ``source``; None if it is neither a model nor a run.
 
     UserError: the run folder has no such model.
     """
     path = _path_of(source)
-    if os.path.isfile(path / "config.yaml") and os.path.isfile(path / "run.json"):
+    if is_run(path):
         if not _is_model(path / which):
             raise UserError(
                 f"run folder {source}: expected --which {_describe_choices(path)}, got {which:.60}"

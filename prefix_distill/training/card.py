@@ -197,7 +197,8 @@ def _settings(run: Run, progress: Progress, step: int) -> list[tuple[str, str]]:
         ),
         (
             "peak learning rate",
-            f"{schedule.lr:g}, {_code(schedule.lr_schedule)}, warm-up {schedule.warmup}",
+            f"{settled(schedule.lr, '--lr'):g}, {_code(schedule.lr_schedule)}, warm-up "
+            f"{schedule.warmup}",
         ),
         (
             "sampling",

@@ -25,10 +25,12 @@ from .card import make_card
 from .state import State
 from .tails import (
     TokenValues,
+    advise_on_length,
     alignment_facts,
     divergence_by_token,
     ending_facts,
     mean_probability,
+    tail_change,
     tail_warning,
 )
 
@@ -72,6 +74,8 @@ class Monitor:
         self.state.count(meter)
         measured = self._measure(sampled=self.contexts)
         self.report.evaluation(self.progress.evaluations[-1])
+        for advice in advise_on_length(measured["finish_rate"], self.run.max_new_tokens):
+            self.report.warn(advice)
         self._report_first_token(measured["teacher_first_token"])
         if self.run.pair.alignment is not None:
             self._report_coverage(measured["alignment"])
@@ -131,15 +135,27 @@ class Monitor:
 
     def look(self) -> None:
         """Evaluate or probe the tail if that is due after this step and not yet done."""
-        settings, step = self.run.config.evaluate, self.progress.step
+        step = self.progress.step
+        if not self.is_due(step):
+            return
+        if self.is_evaluation(step):
+            self.evaluate()
+        else:
+            self.probe_tail()
+
+    def is_evaluation(self, step: int) -> bool:
+        """Return whether --eval-every asks for an evaluation after ``step``."""
+        every = self.run.config.evaluate.every
+        return bool(every) and step % every == 0
+
+    def is_due(self, step: int) -> bool:
+        """Return whether an evaluation or a tail probe is due after ``step`` and not yet done."""
         evaluated = self.progress.evaluations[-1]["step"]
-        if settings.every and step % settings.every == 0:
-            if evaluated < step:
-                self.evaluate()
-        elif settings.tail_every:
-            probed = [row["step"] for row in self.progress.tail_probes]
-            if step - max([evaluated, *probed]) >= settings.tail_every:
-                self.probe_tail()
+        if self.is_evaluation(step):
+            return bool(evaluated < step)
+        every = self.run.config.evaluate.tail_every
+        probed = [row["step"] for row in self.progress.tail_probes]
+        return bool(every) and step - max([evaluated, *probed]) >= every
 
     @phase(TAIL_PROBE, at_stop="leaving this tail probe unfinished, then saving")
     def probe_tail(self) -> dict:
@@ -165,8 +181,8 @@ class Monitor:
             "kl": intervals.token_mean(values)["value"],
             "kl_prefix": head,
             "kl_tail": tail,
-            "finish_rate": endings["finish_rate"],
-            "mean_tokens": endings["mean_tokens"],
+            **endings,
+            "kl_tail_change": self._tail_change(values, count),
         }
         progress.tail_probes.append(row)
         self.report.tail(row)
@@ -175,9 +191,16 @@ class Monitor:
         self._keep_best(progress.step, None, values)
         return row
 
+    def _tail_change(self, values: TokenValues, count: int | None = None) -> dict | None:
+        """Return how the KL beyond the prefix changed on the first ``count`` fixed contexts."""
+        if not self.before:
+            return None  # this is the untrained student
+        before = self.before["kl_by_token"][:count]
+        return tail_change(before, values, self.progress.taught_prefix)
+
     def _warn_about_tail(self, before: dict, measured: dict) -> None:
         text = tail_warning(before, measured, self.progress.taught_prefix)
-        if text:
+        if text and text not in [warning["text"] for warning in self.progress.warnings]:
             self.progress.warnings.append({"step": measured["step"], "text": text})
             self.report.warn(text)
 
@@ -199,6 +222,7 @@ class Monitor:
                 endings = {
                     "finish_rate": score.finish_rate,
                     "mean_tokens": score.mean_tokens,
+                    "repetition_rate": score.repetition_rate,
                     "answers": len(run.problems.held_out) * run.config.evaluate.rollouts,
                 }
             else:
@@ -212,6 +236,7 @@ class Monitor:
             row["accuracy"] = score.accuracy
             row["finished_accuracy"] = score.finished_accuracy
         row["sampler_kl"] = gap
+        row["kl_tail_change"] = self._tail_change(values)
         if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
             progress.evaluations.append(row)
             if run.place.is_first and score is not None and score.accuracy:

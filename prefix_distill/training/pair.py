@@ -25,48 +25,14 @@ from ..engine.targets import ALL
 from ..engine.units import shared_support
 from ..engine.vocabulary import describe_unused_tokens
 from ..errors import PreflightError, UserError
-from ..lab.task import LAB
 from ..maths.flops import describe_not_counted
 from ..maths.schedule import parse_off_policy
 from ..maths.weights import parse_window
-from ..plugins import load_plugins
 from ..prompts.templates import student_renderer, teacher_renderer
 from .run import Notes, settled
 from .turn_end import add_turn_end
 
 HALF = 0.5  # share of the weights below which an adapter on all of them is worth a warning
-TASK = "choice"  # the built-in default: lab:choice and its pair
-
-
-def fill_in(config: Config, notes: Notes) -> Config:
-    """Return the config with the built-in pair and task where none is given."""
-    return fill_in_dataset(fill_in_models(config, notes), notes)
-
-
-def fill_in_models(config: Config, notes: Notes) -> Config:
-    """Return the config with the built-in pair where none is given."""
-    student = f"{LAB}{TASK}/student"
-    if config.models.teacher == configuration.SELF:
-        student = f"{student}-told"
-    # Again, because another config may have been built since this one.
-    for plugin in load_plugins(config.runtime.plugin):
-        notes.note(plugin.describe())
-    config = _fill(config, notes, option="models.student", value=student)
-    return _fill(config, notes, option="models.teacher", value=f"{LAB}{TASK}/teacher")
-
-
-def fill_in_dataset(config: Config, notes: Notes) -> Config:
-    """Return the config with the built-in task where no dataset is given."""
-    return _fill(config, notes, option="data.dataset", value=LAB + TASK)
-
-
-def _fill(config: Config, notes: Notes, *, option: str, value: str) -> Config:
-    """Return the config with ``value`` for an option that is not given, and note it."""
-    section, key = option.split(".")
-    if getattr(getattr(config, section), key) is not None:
-        return config
-    notes.note(f"no --{key} was given; using the built-in {value}")
-    return configuration.replace(config, **{section: {key: value}})
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Run: everything that a training run works with, fixed before its first step."""
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -164,7 +165,8 @@ class Method:
 class Run:
     """Everything that a training run works with, fixed before its first step.
 
-    ``limits`` is lowered when memory runs out. ``checks``: the answers of the pre-flight checks, if
+    ``limits`` is lowered when memory runs out. ``started``: when the run began to load its models,
+    in seconds of the monotonic clock. ``checks``: the answers of the pre-flight checks, if
     they were made.
     """
 
@@ -175,6 +177,7 @@ class Run:
     method: Method
     notes: Notes
     limits: MemoryLimits
+    started: float = field(default_factory=time.monotonic)
     checks: list[Check] = field(default_factory=list)
 
     @property

@@ -19,6 +19,7 @@ from ..plugins import find_fault, find_unfiled, load_plugins
 from ..signals import Interrupt
 from . import commits
 from .card import make_card
+from .ending import Ending
 from .faults import describe_non_finite, explain_shortage
 from .fingerprints import KEY, check_fingerprints, take_fingerprints
 from .folder import RunFolder
@@ -29,7 +30,7 @@ from .optimizer import NonFiniteGradient, step_optimizer
 from .plugin_record import describe_grader, record_plugins
 from .rehearsal import rehearse
 from .rounding import SMALL, describe_rounding, measure_rounding
-from .run import Run, describe_checks
+from .run import Run, describe_checks, settled
 from .search import Search
 from .state import State
 from .teacher_score import gap_closed, is_measured, measure_teacher
@@ -62,6 +63,7 @@ class Session:
         self.state = State(run, folder, report)
         self.monitor = Monitor(self.state)
         self.search = Search(self.state)
+        self.ending = Ending(self.state, self.monitor)
         self.texts: TeacherTexts = {}
         self.resumed_from: int | None = None
         self.full_cost = 0.0
@@ -82,7 +84,7 @@ class Session:
     def take_steps(self) -> dict:
         """Run the remaining steps, save the model and return the result document."""
         self.begin()
-        while self.state.step < self.run.config.train.steps:
+        while not self.is_last:
             self.stop_if_asked()
             update = Update(self.state, self.state.step, self.texts)
             rollouts = update.select(update.sample())  # marks the tokens to train on
@@ -96,6 +98,7 @@ class Session:
             self.refresh_copies()
             self.record(update, facts, metrics_row(update, facts, rate=rate, norm=norm))
             self.measure_if_due()
+            self.ending.look()
             self.save_if_due()
         return self.finish()
 
@@ -116,16 +119,17 @@ class Session:
                 self.monitor.start()
         self.texts = self.load_teacher_texts()
         if not restored:
-            state.save()
+            self.ending.save()
         elif state.step < config.train.steps:
             with stopping.cutting_off(self.interrupt):
                 self.monitor.look()  # an evaluation that the interruption prevented
         self.full_cost = full_cost(self.run, state.progress, range(state.step))
+        self.ending.begin(restored)
 
     def restore(self) -> bool:
         """Restore the newest checkpoint; return False if the run has none."""
         if self.folder.has_checkpoint:
-            self.resumed_from = self.state.restore()
+            self.resumed_from = self.ending.restore()
             return True
         self.report.note(
             "the run was interrupted before its first checkpoint: it starts from the beginning"
@@ -184,7 +188,7 @@ class Session:
         config, state = self.run.config, self.state
         rate = learning_rate(
             state.step,
-            peak=config.schedule.lr,
+            peak=settled(config.schedule.lr, "--lr"),
             schedule=config.schedule.lr_schedule,
             steps=config.train.steps,
             warmup=warmup_steps(config.schedule.warmup, config.train.steps),
@@ -237,8 +241,9 @@ class Session:
 
     @property
     def is_last(self) -> bool:
-        """Return whether all steps are completed."""
-        return self.state.step == self.run.config.train.steps
+        """Return whether all steps are completed, or the run ends early."""
+        is_complete = self.state.step >= self.run.config.train.steps
+        return is_complete or self.ending.reason is not None
 
     def measure_if_due(self) -> None:
         """Evaluate or probe the tail if due; the last evaluation belongs to ``finish``."""
@@ -248,10 +253,11 @@ class Session:
                 self.monitor.look()
 
     def save_if_due(self) -> None:
-        """Write a checkpoint every --save-every steps and after the last one."""
+        """Write a checkpoint every --save-every steps, by the clock, and after the last step."""
         every = self.run.config.checkpoint.save_every
-        if self.is_last or (every and self.state.step % every == 0):
-            self.state.save()
+        by_clock = self.ending.is_save_due()  # on all ranks
+        if self.is_last or by_clock or (every and self.state.step % every == 0):
+            self.ending.save()
 
     # End
 
@@ -270,6 +276,7 @@ class Session:
         result = result_document(state, self.resumed_from)
         closed = gap_closed(result["accuracy_before"], result["accuracy_after"], teacher)
         result |= {"rounding": rounding, "accuracy_teacher": teacher, "gap_closed": closed}
+        result["stopped"] = self.ending.describe()
         if run.place.is_first:
             folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
             folder.remove("displacements")
@@ -420,5 +427,6 @@ def describe_run(run: Run) -> dict:
         "ranks": run.place.world,
         "generation_config": configs,
         "stop_ids": sorted(run.method.sampler.eos),
+        "eval_sampling": run.method.eval_sampler.describe(),
         commits.KEY: commits.find_commits(run.config),
     }

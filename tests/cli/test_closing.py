@@ -101,7 +101,7 @@ def test_the_gap_is_that_between_untrained_student_and_teacher(before, after, te
     "more",
     [
         ("--eval-teacher", "off"),
-        ("--eval-samples", 0),
+        ("--problems", 0),
         ("--privileged-column", "answer", "--max-new-tokens", 14),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_recipe_has_valid_settings_and_runs_with_small_models(topic, questions
         file.write_text(json.dumps(config))
     small = ("--batch-size", 2, "--steps", 2, "--max-new-tokens", 300)
     small += ("--set", "data.streaming=false")
-    small += ("--eval-samples", 2, "--eval-every", 0, "--kl-prompts", 2, "--check-samples", 0)
+    small += ("--problems", 2, "--eval-every", 0, "--kl-prompts", 2, "--check-samples", 0)
     models = ("--student", student, "--teacher", teacher)
     data = ("--dataset", questions, "--eval-dataset", questions)
     folder = ("--config", recipe, "--out", tmp_path / "run")

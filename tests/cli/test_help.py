@@ -15,6 +15,7 @@ import typer
 from helpers import ROOT, command, invoke, last_json, shortage
 from tables import SIGNS
 
+import prefix_distill
 from prefix_distill import config as configuration
 from prefix_distill.cli import main
 
@@ -145,7 +146,7 @@ def test_the_page_on_exit_codes_lists_the_codes_of_commands(pair, questions, tmp
         "1",
         "--samples",
         "1",
-        "--eval-samples",
+        "--problems",
         "0",
         "--kl-prompts",
         "1",
@@ -171,7 +172,7 @@ def test_the_page_on_exit_codes_lists_the_codes_of_commands(pair, questions, tmp
             pair[0],
             "--dataset",
             questions,
-            "--limit",
+            "--problems",
             "2",
             "--max-new-tokens",
             "8",
@@ -342,11 +343,26 @@ def test_shell_completion_offers_the_values_of_an_option(monkeypatch):
         ("run --eos ", {"student", "teacher", "union"}),
         ("check --eos te", {"teacher"}),
         ("run --lr-sch", {"--lr-schedule"}),
+        ("run --divergence ", {"reverse-kl", "forward-kl", "jsd:0.5"}),
+        ("probe --dataset gs", {"gsm8k"}),
+        ("plan --prefix st", {"staircase:"}),
+        ("help re", {"recipes", "reliability", "report"}),
+        ("export --gguf q", {"q8_0"}),
+        ("eval --dtype bf", {"bfloat16"}),
     ):
         monkeypatch.setenv("COMP_WORDS", f"prefix-distill {words}")
         monkeypatch.setenv("COMP_CWORD", str(len(words.split(" "))))
         done = command()
         assert set(done.stdout.split()) >= values, (words, done.stderr)
+
+
+def test_version_is_printed_alone():
+    assert invoke("--version") == (0, f"prefix-distill {prefix_distill.__version__}\n", "")
+
+
+def test_help_of_a_command_is_printed_and_the_nearest_of_both_is_named():
+    assert invoke("help", "export")[1] == invoke("export", "--help")[1]
+    assert "did you mean compare?" in invoke("help", "comparee")[2]
 
 
 def test_help_offers_completion():
@@ -366,15 +382,18 @@ def test_eval_and_export_take_their_flags_from_the_options_of_run():
     renamed = {
         "--model": "models.student",
         "--thinking": "data.student_thinking",
-        "--limit": "evaluate.problems",
+        "--problems": "evaluate.problems",
         "--samples": "evaluate.rollouts",
         "--temperature": "evaluate.temperature",
+        "--top-p": "evaluate.top_p",
+        "--top-k": "evaluate.top_k",
+        "--sampling": "evaluate.sampling",
     }
     same = (
         "--dataset --split --prompt-column --answer-column --streaming --system --instruction "
         "--prompt-template --few-shot --template --template-arg --template-date --begin "
-        "--max-new-tokens --top-p --top-k --answer-format --grader --grader-timeout "
-        "--generation-rows --dtype --device --gpus --seed --trust-remote-code"
+        "--max-new-tokens --answer-format --grader --grader-timeout --generation-rows --dtype "
+        "--device --gpus --seed --trust-remote-code"
     )
     paths = {configuration.flag(path): path for path in configuration.options()}
     assert flags["eval"] == renamed | {flag: paths[flag] for flag in same.split()}
@@ -389,7 +408,7 @@ def test_characters_that_stdout_cannot_encode_are_replaced(monkeypatch):
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True)
     )
-    monkeypatch.setattr(sys, "argv", ["prefix-distill", "run", "--help"])
+    monkeypatch.setattr(sys, "argv", ["prefix-distill", "run", "--help-all"])
     with pytest.raises(SystemExit) as stop:
         main.main()
     shown = written.getvalue().decode("cp1252")

@@ -22,12 +22,12 @@ MOST_PAUSE = 2.0 + 6.0
 MOST_LATENCY = 0.5 + 2.5
 RUN = [
     *("run", "--device", "cpu", "--dtype", "float32", "--steps", 40, "--batch-size", 2),
-    *("--samples", 1, "--prefix", 8, "--eval-samples", 24, "--kl-prompts", 2),
+    *("--samples", 1, "--prefix", 8, "--problems", 24, "--kl-prompts", 2),
     *("--check-samples", 2, "--eval-every", 20, "--generation-rows", 4, "--lr", 1e-3),
 ]
 CHECK = ["check", *RUN[1:]]
 EVAL = ["eval", "--device", "cpu", "--dtype", "float32", "--limit", 24, "--generation-rows", 4]
-LONG_EVALUATION = ["--eval-samples", 3000, "--generation-rows", 8]
+LONG_EVALUATION = ["--problems", 3000, "--generation-rows", 8]
 
 
 def wanted(name: str, columns: int) -> list[str]:

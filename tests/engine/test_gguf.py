@@ -85,14 +85,14 @@ def test_a_gguf_file_is_trained_and_its_extra_token_is_left_out(tmp_path, pair, 
     code, _, err = invoke(
         *["run", "--student", student, "--teacher", pair[1], "--dataset", questions],
         *["--steps", "1", "--prefix", "8", "--max-new-tokens", "12", "--batch-size", "2"],
-        *["--eval-samples", "2", "--kl-prompts", "2", "--check-samples", "2", "--out", out],
+        *["--problems", "2", "--kl-prompts", "2", "--check-samples", "2", "--out", out],
     )
     assert code == 0, err
     assert f"not used: '{EXTRA}' (id 260)" in err
     assert json.loads((out / "run.json").read_text())["result"]["evaluations"]
     code, _, err = invoke(
         *["eval", "--model", out / "model", "--dataset", questions],
-        *["--max-new-tokens", "8", "--limit", "2", "--out", tmp_path / "e.jsonl"],
+        *["--max-new-tokens", "8", "--problems", "2", "--out", tmp_path / "e.jsonl"],
     )
     assert code == 0, err
 

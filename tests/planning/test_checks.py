@@ -445,7 +445,7 @@ def test_a_run_saves_its_checks_and_the_check_command_writes_nothing(
         16,
         "--steps",
         1,
-        "--eval-samples",
+        "--problems",
         4,
         "--kl-prompts",
         4,

@@ -190,7 +190,7 @@ def test_all_ranks_leave_together_if_one_is_asked_to_stop():
 
 LARGE = (
     *("--device", "cpu", "--steps", "4", "--batch-size", "2", "--samples", "1", "--prefix", "8"),
-    *("--eval-samples", "600", "--kl-prompts", "2", "--check-samples", "0"),
+    *("--problems", "600", "--kl-prompts", "2", "--check-samples", "0"),
     *("--generation-rows", "4"),
 )
 
