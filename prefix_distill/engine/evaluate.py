@@ -65,12 +65,16 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How problems are sampled and graded: ``samples`` full answers per problem."""
+    """How problems are sampled and graded: ``samples`` full answers per problem.
+
+    ``prefix``: a number of tokens; records then say how many characters of an answer lie in them.
+    """
 
     sampler: Sampler
     samples: int
     max_new_tokens: int
     answer_format: str
+    prefix: int | None = None
 
 
 def evaluate(
@@ -103,7 +107,10 @@ def evaluate(
     graded = []
     for (i, s), response in zip(mine, responses, strict=True):
         gold = problems[i][0].answer
-        graded.append((i, s, _grade(model, response, gold, answer_format=how.answer_format)))
+        record = _grade(model, response, gold, answer_format=how.answer_format)
+        if how.prefix is not None:
+            record["prefix_characters"] = count_characters(model, response.ids[: how.prefix])
+        graded.append((i, s, record))
     records = [_empty_record(prompt) for prompt, _ in problems]
     gathered = itertools.chain.from_iterable(place.gather(graded))
     for i, _, response_record in sorted(gathered, key=operator.itemgetter(0, 1)):
@@ -153,6 +160,11 @@ def decode(model: Model, ids: Sequence[int]) -> str:
     """Return the text of a response, without special tokens."""
     text: str = model.tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[assignment]  # a str for one sequence
     return text
+
+
+def count_characters(model: Model, ids: Sequence[int]) -> int:
+    """Return the length of the text of ids, without a character of which the end is missing."""
+    return len(decode(model, ids).rstrip("\ufffd"))
 
 
 def _grade(model: Model, response: Response, gold: str | None, answer_format: str) -> dict:

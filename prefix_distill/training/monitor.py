@@ -20,6 +20,7 @@ from ..maths.seeds import seed_of
 from ..maths.weights import quadrants
 from ..prompts.prompt import Rendered
 from .card import make_card
+from .samples import store_evaluation
 from .state import State
 from .tails import (
     TokenValues,
@@ -209,6 +210,9 @@ class Monitor:
             if run.place.is_first and score is not None and score.accuracy:
                 right = {"step": progress.step, "right": score.right()}
                 self.state.folder.append("scores.jsonl", right)
+            if run.place.is_first:
+                records = [] if score is None else score.records
+                store_evaluation(self.state, row, records, contexts=self.contexts, values=values)
         self._keep_best(progress.step, row["accuracy"], values)
         records = [] if score is None else score.records
         return {**row, "kl_by_token": values, "records": records}
@@ -219,7 +223,7 @@ class Monitor:
         return evaluate.evaluate(
             self.state.decoding,
             run.problems.held_out,
-            run.evaluation,
+            dataclasses.replace(run.evaluation, prefix=self.progress.taught_prefix),
             limits=run.limits,
             cost=GenerationCost.in_phase(meter, run.pair.student_shape, "evaluation"),
         )

@@ -23,6 +23,7 @@ from .optimizer import NonFiniteGradient, step_optimizer
 from .plugin_record import record_plugins
 from .rehearsal import rehearse
 from .run import Run, describe_checks
+from .samples import print_rollouts
 from .search import Search
 from .state import State
 from .teacher_text import TeacherTexts, load_or_sample
@@ -70,6 +71,7 @@ class Session:
             self.stop_if_asked()
             update = Update(self.state, self.state.step, self.texts)
             rollouts = update.select(update.sample())  # marks the tokens to train on
+            print_rollouts(update, rollouts)
             losses = update.backward(rollouts)  # gradients of all ranks, divided once
             self.refuse_non_finite(losses)
             facts = update_facts(update, losses)
@@ -113,7 +115,8 @@ class Session:
             "the run was interrupted before its first checkpoint: it starts from the beginning"
         )
         if self.run.place.is_first:
-            self.folder.rewind("scores.jsonl", -1, self.report.warn)
+            for name in ("scores.jsonl", "samples.jsonl"):
+                self.folder.rewind(name, -1, self.report.warn)
         return False
 
     def load_teacher_texts(self) -> TeacherTexts:
