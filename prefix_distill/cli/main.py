@@ -10,7 +10,7 @@ import typer
 
 from ..api.quiet import hide_deprecations
 from ..errors import ABORTED, Stopped, UserError
-from . import info, model, run, study  # noqa: F401  importing them registers the commands
+from . import info, look, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, report_failure
 from .quiet import calm_threads
 from .spelling_tables import PROGRAM_SWITCHES

@@ -10,18 +10,17 @@ from itertools import islice
 from typing import Any
 
 from ..engine.evaluate import count_characters, decode
-from ..engine.models import Model
 from ..engine.rollout import Rollout
+from ..engine.token_texts import split_text
 from .state import State
 from .tails import TokenValues
+from .text_lines import EVALUATIONS, ROLLOUTS, rollout_line
 from .update import Update
 
-EVALUATIONS, ROLLOUTS = "samples.jsonl", "rollouts.jsonl"
 PROBLEMS = 16  # answers that an evaluation stores
 CONTEXTS = 8  # fixed contexts whose KL per token it stores
 CHARACTERS = 8_000  # stored of a text; the rest is left out
 PRINTS = 200  # steps of a run whose rollouts are printed, about
-UNFINISHED_CHARACTER = "\ufffd"  # what decodes from a part of a character's bytes
 
 
 def store_evaluation(
@@ -81,28 +80,6 @@ def describe_contexts(state: State, contexts: list[Rollout]) -> list[dict[str, A
     return described
 
 
-def split_text(model: Model, ids: Sequence[int]) -> list[str]:
-    """Return the text of each id; the texts joined are the text of all ids, with special tokens.
-
-    An id that ends inside a character has no text; the id that completes it has the character.
-    """
-    pieces: list[str] = []
-    start = shown = 0  # a few ids of context, because some tokenizers drop a leading space
-    for end in range(1, len(ids) + 1):
-        before = _decode(model, ids[start:shown])
-        text = _decode(model, ids[start:end])
-        if text.endswith(UNFINISHED_CHARACTER) and end < len(ids):
-            pieces.append("")
-            continue
-        pieces.append(text[len(before) :])
-        start, shown = shown, end
-    return pieces
-
-
-def _decode(model: Model, ids: Sequence[int]) -> str:
-    return str(model.tokenizer.decode(list(ids), skip_special_tokens=False))
-
-
 def is_printed(step: int, steps: int) -> bool:
     """Return whether ``step`` is one of about PRINTS steps whose rollouts are printed."""
     return step % max(1, steps // PRINTS) == 0
@@ -142,16 +119,3 @@ def print_rollouts(update: Update, rollouts: list[Rollout]) -> None:
     state.folder.append(ROLLOUTS, row)
     for answer in row["answers"]:
         state.report.note(rollout_line(row, answer))
-
-
-def rollout_line(row: dict[str, Any], answer: dict[str, Any]) -> str:
-    """Return a rollout as a line, with a mark where the prefix ends."""
-    sampled_by = ""
-    if answer["from_teacher"]:
-        sampled_by = ", sampled by the teacher"
-    end = f"‖ (the prefix of {row['prefix']} tokens ends here)"
-    if answer["finished"]:
-        end = f"(ends after {answer['tokens']} tokens)"
-    prompt = " ".join(answer["prompt"].split())
-    text = " ".join(answer["text"].split())
-    return f"rollout of step {row['step']}{sampled_by}: {prompt[-200:]} → {text} {end}"
