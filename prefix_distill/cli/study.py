@@ -111,6 +111,8 @@ def compare(
 
     result = work.compare(arms_file, read_folder("--out", out), Terminal())
     show(result, width=200)
+    for text in result.remarks():
+        note(text)
     finish(result.to_dict())
 
 
@@ -145,4 +147,6 @@ def report(
         read_folders("FOLDER", folders), read_folder("--out", out), reference=reference, title=title
     )
     show(result, width=200)
+    for text in result.remarks():
+        note(text)
     finish(result.to_dict())

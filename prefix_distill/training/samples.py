@@ -39,7 +39,7 @@ def store_evaluation(
         "step": row["step"],
         "prefix": state.progress.taught_prefix,
         "evaluation": row,
-        "answers": [_describe_record(record) for record in records[:PROBLEMS]],
+        "answers": [describe_record(record) for record in records[:PROBLEMS]],
         "kl": [_round(numbers) for numbers in values[:CONTEXTS]],
     }
     if row["step"] == 0:
@@ -47,7 +47,7 @@ def store_evaluation(
     state.folder.append(EVALUATIONS, stored)
 
 
-def _describe_record(record: dict) -> dict[str, Any]:
+def describe_record(record: dict) -> dict[str, Any]:
     """Return the first answer to a problem."""
     first = record["responses"][0]
     return {
