@@ -29,7 +29,7 @@ def ask(
             say(f"{asked.role} ({asked.name}):\n")
             answers = None
             try:
-                answers = trying.ask(config, asked, questions, say)
+                answers = trying.ask(config, asked, questions, say=say)
             except UserError as error:
                 say("no answer\n")
                 failure = failure or UserError(f"{asked.role}: {error}")

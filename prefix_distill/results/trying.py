@@ -132,7 +132,7 @@ def ask(config: Config, asked: Asked, questions: Sequence[str], say: Say) -> lis
     for question in questions:
         ids = (*renderer.render(build_prompt(config, question)).ids, *begin)
         say(config.rollout.begin or "")
-        records.append(_answer(config, decoder, ids, say))
+        records.append(_answer(config, decoder, ids, say=say))
         say("\n")
     del model, decoder
     gc.collect()
