@@ -139,20 +139,20 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _range(values: Iterable[float], least: float) -> tuple[float, float]:
-    """Return a range that has a width and starts at 0 if the values are near it."""
+def _range(values: Iterable[float]) -> tuple[float, float]:
+    """Return a range with a width that holds the values; it starts at 0 if they are near it."""
     values = list(values)
     low, high = min(values), max(values)
-    if low >= 0 and low < high / 2 + least:
+    if low >= 0 and (low < high / 2 or high - low < high / 1000):
         low = 0.0
-    if high - low < least:
-        high = low + least
-    return low, high
+    if high <= low:
+        high = low + 1
+    return low, high + (high - low) / 25
 
 
 def _panel(title: str, lines: dict[str, Values]) -> Panel:
     steps = sorted({step for values in lines.values() for step in values})
-    low, high = _range((v for values in lines.values() for v in values.values()), least=1e-9)
+    low, high = _range(v for values in lines.values() for v in values.values())
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 
     def x(step: float) -> float:
@@ -187,10 +187,10 @@ def _hovers(lines: dict[str, Values], steps: list[int], x: Callable[[float], flo
         values: list[tuple[int, str]] = []
         for number, (arm, of_arm) in enumerate(lines.items()):
             if step in of_arm and len(values) < SHOWN_ARMS:
-                values.append((number % STYLES, f"{short(of_arm[step])}  {arm[:24]}"))
+                values.append((number % STYLES, f"{short(of_arm[step])}  {arm[:18]}"))
         title = f"step {step:,}"
         longest = max(len(title), *(len(text) for _, text in values))
-        width = 6.0 * longest + 26
+        width = 6.4 * longest + 28
         box = at + 8 if at + 8 + width < WIDTH else max(0.0, at - 8 - width)
         hovers.append(
             Hover(
