@@ -321,6 +321,7 @@ class Comparison(Result):
         from ..results.cells import SCREEN_HEADINGS, screen_cells
 
         table = Table(*SCREEN_HEADINGS)
+        table.columns[0].overflow = "fold"
         for row in self.arms:
             table.add_row(*screen_cells(row))
         return [table]

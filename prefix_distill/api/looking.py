@@ -70,7 +70,11 @@ class View:
         """Yield what rich prints on a terminal of ``width`` columns."""
         if self.choice.kl:
             return rendering.render_tokens(self.texts, self.kl_steps, self.choice.limit)
-        return rendering.render_answers(self.texts, self.problems, self.steps, width=width)
+        steps = self.steps
+        beside = width // rendering.NARROWEST
+        if beside > 1:  # fewer evaluations stand side by side rather than one below the other
+            steps = choose_steps(self.texts.steps, self.choice.step, min(beside, len(steps)))
+        return rendering.render_answers(self.texts, self.problems, steps, width=width)
 
     def remark(self) -> str:
         """Return how much is shown, and the state of the run."""

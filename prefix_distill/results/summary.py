@@ -113,29 +113,32 @@ def describe_differing(runs: list[StoredRun], reference: str | None) -> list[str
     if reference is None:
         reference = next(iter(arms))
     base = sample_of(arms[reference])
-    warnings = []
+    by_sample: dict[Sample | None, list[str]] = {}
     for arm, group in arms.items():
-        sample = sample_of(group)
+        by_sample.setdefault(sample_of(group), []).append(arm)
+    warnings = []
+    for sample, names in by_sample.items():
+        named = f"arms {', '.join(names)}"
         if sample is None:
             warnings.append(
-                f"arm {arm}: its runs have no graded answers or differ in their held-out problems, "
-                "so it has no interval; evaluate all runs of an arm on the same problems"
+                f"{named}: runs of an arm differ in their held-out problems or have no graded "
+                "answers, so it has no interval; evaluate all runs of an arm on the same problems"
             )
         elif base is not None and sample != base:
             what = "problems"
             if sample[:2] == base[:2]:
                 what = "seeds"
             warnings.append(
-                f"arm {arm}: its held-out {what} differ from those of arm {reference} "
-                f"({_describe_sample(sample)}; {_describe_sample(base)}), so the two are not "
-                "compared; each has the interval of its own"
+                f"{named}: the held-out {what} differ from those of arm {reference} "
+                f"({_describe_sample(sample)}; {_describe_sample(base)}), so they are not compared "
+                "with it; each arm has its own interval"
             )
     return warnings
 
 
 def _describe_sample(sample: Sample) -> str:
     seeds = ", ".join(map(str, sample.seeds))
-    return f"{sample.number} problems, seeds {seeds}"
+    return f"{sample.number} problems with the seeds {seeds}"
 
 
 class Resampled:

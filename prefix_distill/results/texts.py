@@ -245,7 +245,7 @@ def choose_steps(steps: list[int], step: int | None, most: int) -> list[int]:
             known = ", ".join(map(str, steps))
             raise UserError(f"--step {step}: expected a step with an evaluation ({known})")
         return sorted({steps[0], step, steps[-1]})
-    if len(steps) <= most:
+    if len(steps) <= most or most < 2:
         return list(steps)
     chosen = set()
     for i in range(most):

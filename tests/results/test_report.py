@@ -126,7 +126,7 @@ def test_arms_on_different_problems_are_not_compared(tmp_path):
     assert (b["low"], b["high"]) == (0.0, 1.0)
     assert a["cost_ratios"] and b["cost_ratios"] == {} and "difference" not in b
     [warning] = report.describe_differing(runs, "a")
-    assert "arm b: its held-out problems differ from those of arm a (2 problems" in warning
+    assert "arms b: the held-out problems differ from those of arm a (2 problems" in warning
     code, out, err = invoke("report", tmp_path, "--out", tmp_path / "out", "--reference", "a")
     assert code == 0 and f"warning: {warning}" in err
     assert last_json(out)["warnings"] == [warning]
@@ -143,14 +143,14 @@ def test_problems_are_told_apart_by_their_references(tmp_path):
     runs = collect_runs([tmp_path])
     assert "difference" in report.summarize(runs, "a")[1]
     [warning] = report.describe_differing(runs, "a")
-    assert warning.startswith("arm c: its held-out problems differ")
+    assert warning.startswith("arms c: the held-out problems differ")
 
 
 def test_seeds_that_differ_are_named(arms):
     write_run(arms / "one" / "seed-0", 0, [0.2, 0.5], 1.0)
     runs = collect_runs([arms])
     [warning] = report.describe_differing(runs, "full")
-    assert "arm one: its held-out seeds differ" in warning
+    assert "arms one: the held-out seeds differ" in warning
     [one] = [row for row in report.summarize(runs, "full") if row["arm"] == "one"]
     assert one["low"] < 0.5 < one["high"]
 
@@ -179,7 +179,13 @@ def test_equal_shares_of_several_answers_have_wilsons_interval():
 
 
 def test_the_table_on_the_screen_fits_80_columns(arms):
-    write_run(arms / "a-long-name-of-an-arm" / "seed-0", 0, [0.2, 0.9965], 1.2e18, seconds=4e4)
+    write_run(
+        arms / "a-long-name-of-an-arm-that-does-not-fit-in-a-cell" / "seed-0",
+        0,
+        [0.2, 0.9965],
+        1.2e18,
+        seconds=4e4,
+    )
     rows = report.summarize(collect_runs([arms]), None)
     table = Comparison.read(
         {"out": "o", "page": "p", "runs": 1, "reference": None, "arms": rows, "warnings": []}

@@ -149,6 +149,17 @@ def test_show_prints_answers_side_by_side_and_stacked(run):
         assert any(show.MARK in line for line in lines)
 
 
+@pytest.mark.parametrize("width, names", [(200, 3), (120, 3), (80, 2), (60, 3)])
+def test_as_many_evaluations_stand_side_by_side_as_fit(run, width, names):
+    """A terminal of 60 columns has them one below the other, all of them."""
+    view = looking.look(run[0], looking.Choice(limit=1))
+    console = Console(width=width, record=True, file=io.StringIO())
+    for shown in view.renderables(width):
+        console.print(shown)
+    text = console.export_text()
+    assert sum(name in text for name in ("before ·", "step 2 ·", "after (step 4) ·")) == names
+
+
 def test_show_names_right_and_wrong_and_the_end_of_the_prefix(run):
     code, out, err = invoke("show", run[0], "--limit", 0)
     assert code == 0, err
