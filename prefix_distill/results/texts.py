@@ -176,7 +176,7 @@ def read_texts(folder: Path) -> Texts:
         raise UserError(
             f"{folder}: it stores no answers yet; the first evaluation of the run writes them"
         )
-    steps: set[int] = set()
+    steps = {row["step"] for row in evaluations}  # also of a run without held-out problems
     for problem in problems.values():
         steps.update(problem.answers)
     return Texts(

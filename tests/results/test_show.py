@@ -199,6 +199,18 @@ def test_show_kl_names_loud_tokens(run):
     assert "".join(found.contexts[0].tokens[:4]) in console.export_text().replace("\n", "")
 
 
+def test_a_run_without_held_out_problems_shows_the_kl_of_its_rollouts(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    for name in ("before", "after"):
+        (folder / f"examples-{name}.jsonl").write_text("")
+    stored = [row | {"answers": []} for row in rows_of(folder / "samples.jsonl")]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stored))
+    code, out, err = invoke("show", folder, "--kl")
+    assert code == 0 and last_json(out)["steps"] == [0, 2, 4] and "KL in nats, before" in err
+    assert "0 of 0 problems" in invoke("show", folder)[2]
+
+
 def test_show_live_follows_a_run_until_it_ends(run, tmp_path, monkeypatch):
     """A lock is what tells a running folder from an interrupted one."""
     monkeypatch.setattr(looking, "LOOK", 0.05)
