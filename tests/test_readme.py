@@ -502,7 +502,7 @@ def test_modules_calls_and_flags_in_the_texts_exist():
 
 def test_the_table_of_commands_is_complete():
     names = [row[0].strip("`") for row in rows(section(README, "Commands"))]
-    assert sorted(names) == sorted(COMMANDS) and len(names) == 11
+    assert sorted(names) == sorted(COMMANDS) and len(names) == 13
     for topic in re.findall(r"prefix-distill help ([a-z-]+)", README):
         assert topic in HELP, topic
 

@@ -307,12 +307,13 @@ class ProbeResult(Result):
 class Comparison(Result):
     """Accuracy and cost of arms, each a mean over its seeds.
 
-    ``out``: folder of report.html, report.md, report.csv and report.png; ``runs``: number of runs;
-    ``reference``: the arm to compare the others with; ``arms``: a row per arm, with
-    accuracy and its interval, KL (nats per token), FLOPs and seconds.
+    ``out``: folder of report.html, report.md, report.csv and report.png; ``page``: report.html;
+    ``runs``: number of runs; ``reference``: the arm to compare the others with; ``arms``: a row per
+    arm, with accuracy and its interval, KL (nats per token), FLOPs and seconds.
     """
 
     out: Path
+    page: Path
     runs: int
     reference: str | None
     arms: tuple[dict[str, Any], ...]
@@ -323,6 +324,7 @@ class Comparison(Result):
         return cls(
             document=document,
             out=Path(document["out"]),
+            page=Path(document["page"]),
             runs=document["runs"],
             reference=document["reference"],
             arms=tuple(document["arms"]),
@@ -331,12 +333,16 @@ class Comparison(Result):
     def tables(self) -> list["Table"]:
         from rich.table import Table
 
-        from ..results.summary import HEADINGS, cells
+        from ..results.cells import SCREEN_HEADINGS, screen_cells
 
-        table = Table(*HEADINGS)
+        table = Table(*SCREEN_HEADINGS)
+        table.columns[0].overflow = "fold"
         for row in self.arms:
-            table.add_row(*cells(row))
+            table.add_row(*screen_cells(row))
         return [table]
+
+    def remarks(self) -> list[str]:
+        return [*(f"warning: {text}" for text in self.document["warnings"]), f"page: {self.page}"]
 
     def picture(self) -> Path | None:
         return self.out / "report.png"

@@ -49,9 +49,9 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
     """Train; with the setting "dry_run" only check. The setting "resume" continues a run."""
     with phase(quiet.LOADING):
         from ..training.folder import RunFolder
+        from ..training.opening import train_in
         from ..training.prepare import prepare
         from ..training.resumed import check_resume, prepare_resumed
-        from ..training.session import train_in
 
     resume = settings["resume"]
     if resume:

@@ -131,6 +131,7 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     allow_changed: bool
     report_to: str
     run_name: str | None
+    print_rollouts: int
 
 
 class EvalOptions(CommonOptions, total=False):

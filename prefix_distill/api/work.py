@@ -141,9 +141,10 @@ def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict
 
 @phase("writing the report")
 def report(folders: Sequence[Path], out: Path, reference: str | None, title: str) -> Comparison:
-    """Write tables, a plot and a page about finished runs. UserError: ``out`` is unusable."""
-    from ..results import page, plots, summary
-    from ..results.runs import by_arm, collect_runs, write_csv
+    """Write tables, a plot and a page about runs. UserError: ``out`` is unusable."""
+    from ..results import cells, page, plots, summary
+    from ..results.evaluations_csv import write_csv
+    from ..results.runs import by_arm, collect_runs, find_left_out
 
     runs = collect_runs(list(folders))
     arms = by_arm(runs)
@@ -153,13 +154,20 @@ def report(folders: Sequence[Path], out: Path, reference: str | None, title: str
         )
     _make_folder(out)
     rows = summary.summarize(runs, reference)
+    warnings = find_left_out(list(folders), runs) + summary.describe_differing(runs, reference)
     write_csv(runs, out / "report.csv")
-    (out / "report.md").write_text(summary.markdown_table(rows), encoding="utf-8")
-    (out / "report.html").write_text(
-        page.render_page(runs, rows, reference=reference, title=title), encoding="utf-8"
-    )
+    (out / "report.md").write_text(cells.markdown_table(rows), encoding="utf-8")
+    html = page.render_page(runs, rows, reference=reference, title=title, warnings=warnings)
+    (out / "report.html").write_text(html, encoding="utf-8")
     (out / "report.png").write_bytes(plots.encode_png(plots.draw_report(runs, title)))
-    document = {"out": str(out), "runs": len(runs), "reference": reference, "arms": rows}
+    document = {
+        "out": str(out),
+        "page": str(out / "report.html"),
+        "runs": len(runs),
+        "reference": reference,
+        "arms": rows,
+        "warnings": warnings,
+    }
     return Comparison.read(document)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 COMMANDS = (
     *("run", "check", "plan", "eval", "demo", "probe", "compare", "report", "export"),
-    *("env", "help"),
+    *("show", "try", "env", "help"),
 )
 LONGEST = 1000  # characters of an error message
 JSON = "PREFIX_DISTILL_JSON"

@@ -11,7 +11,7 @@ import typer
 from ..api.quiet import hide_deprecations
 from ..api.spelling_tables import PROGRAM_SWITCHES
 from ..errors import Stopped, UserError, describe_abort
-from . import info, model, run, study  # noqa: F401  importing them registers the commands
+from . import info, look, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, report_failure
 from .panels import HELP_ALL
 from .quiet import calm_threads

@@ -127,6 +127,8 @@ def compare(
     with Terminal() as terminal:
         result = work.compare(arms_file, _read_out(out, "compare"), terminal)
     show(result, width=200)
+    for text in result.remarks():
+        note(text)
     finish(result.to_dict())
 
 
@@ -163,4 +165,6 @@ def report(
     with Terminal():
         result = work.report(paths, folder, reference=reference, title=title)
     show(result, width=200)
+    for text in result.remarks():
+        note(text)
     finish(result.to_dict())

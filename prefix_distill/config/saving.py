@@ -52,6 +52,13 @@ class Trackers:
         "Name of the run in the trackers, and title of its model card.",
         shown="the run folder's name; in the card, the models' names",
     )
+    print_rollouts: int = option(
+        0,
+        "--print-rollouts",
+        "Rollouts to print, with a mark where the prefix ends, after every step; of a long run "
+        "after about 200 of its steps. `show` reads them later.",
+        low=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,12 +64,16 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How problems are sampled and graded: ``samples`` full answers per problem."""
+    """How problems are sampled and graded: ``samples`` full answers per problem.
+
+    ``prefix``: a number of tokens; records then say how many characters of an answer lie in them.
+    """
 
     sampler: Sampler
     samples: int
     max_new_tokens: int
     grader: Grader
+    prefix: int | None = None
 
 
 def evaluate(
@@ -105,7 +109,10 @@ def evaluate(
         graded = []
         for (i, s), response in zip(mine, responses, strict=True):
             stopping.look()
-            graded.append((i, s, _grade(model, response, problems[i][0], grader=how.grader)))
+            record = _grade(model, response, problems[i][0], grader=how.grader)
+            if how.prefix is not None:
+                record["prefix_characters"] = count_characters(model, response.ids[: how.prefix])
+            graded.append((i, s, record))
         return graded
 
     with display.phase("evaluating", len(every), "answers", ranks=place.world):
@@ -166,6 +173,11 @@ def decode(model: Model, ids: Sequence[int]) -> str:
     """Return the text of a response, without special tokens."""
     text: str = model.tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[assignment]  # a str for one sequence
     return text
+
+
+def count_characters(model: Model, ids: Sequence[int]) -> int:
+    """Return the length of the text of ids, without a character of which the end is missing."""
+    return len(decode(model, ids).rstrip("\ufffd"))
 
 
 def _grade(model: Model, response: Response, prompt: Prompt, grader: Grader) -> dict:

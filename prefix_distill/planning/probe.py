@@ -269,7 +269,7 @@ def _recommend_by_accuracy(curves: Curves, length: float) -> tuple[int | str | N
     gap = teacher["value"] - student["value"]
     # Both models answer the same problems, so the interval is that of paired differences.
     pairs = zip(teacher["right"], student["right"], strict=True)
-    difference = intervals.interval([t - s for t, s in pairs])
+    difference = intervals.interval([t - s for t, s in pairs], lowest=-1)
     if difference["low"] <= 0:
         reason = (
             "nothing to recommend: the teacher did not beat the student on these problems; "

@@ -332,10 +332,10 @@ class _Jobs:
     def _one(self, path: Path, arm: str, seed: int, settings: Settings) -> dict:
         """Train or resume one run, unless it has finished; return its result document."""
         from ..training.defaults import fill_in
+        from ..training.opening import train_in
         from ..training.prepare import prepare
         from ..training.resumed import prepare_resumed
         from ..training.run import Notes
-        from ..training.session import train_in
 
         folder = RunFolder(path)
         if (path / "run.json").is_file():

@@ -13,9 +13,9 @@ from ..engine.sampling import GenerationCost
 from ..errors import advising
 from ..files import read_rows
 from ..training.folder import RunFolder
+from ..training.opening import train_in
 from ..training.prepare import prepare
 from ..training.run import Run
-from ..training.session import train_in
 from .plots import draw_demo
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """Read and write a run folder: settings, provenance, metrics and atomic checkpoints.
 
-    config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json
-    displacement.json checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and
-    anchor, teacher where a run has them) model/  best/  examples-{before,after,teacher}.jsonl
-    .lock
+    config.yaml  run.json  metrics.jsonl  scores.jsonl  samples.jsonl  rollouts.jsonl  before.json
+    after.json  teacher-text.json  displacement.json  examples-{before,after,teacher}.jsonl
+    checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and anchor, teacher where
+    a run has them)  model/  best/  .lock
 
 All files are safetensors, JSON, JSON lines or YAML. No file contains the folder's own path, so the
 folder can be moved. Files have the permissions of the user's umask.

@@ -4,7 +4,6 @@ Evaluations, the tail beyond the prefix, and the best student so far.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 from ..display import EVALUATION, TAIL_PROBE, is_verbose, phase
@@ -17,11 +16,11 @@ from ..engine.sampling import GenerationCost
 from ..engine.scoring import LOW_FIRST_TOKEN_PROBABILITY, Scorer
 from ..errors import Stopped, UserError
 from ..maths import intervals
-from ..maths.seeds import seed_of
 from ..maths.weights import quadrants
 from ..prompts.grading import describe_timeouts
 from ..prompts.prompt import Rendered
 from .card import make_card
+from .samples import store_evaluation
 from .state import State
 from .tails import (
     TokenValues,
@@ -242,6 +241,9 @@ class Monitor:
             if run.place.is_first and score is not None and score.accuracy:
                 right = {"step": progress.step, "right": score.right()}
                 self.state.folder.append("scores.jsonl", right)
+            if run.place.is_first:
+                records = [] if score is None else score.records
+                store_evaluation(self.state, row, records, contexts=self.contexts, values=values)
         self._keep_best(progress.step, row["accuracy"], values)
         records = [] if score is None else score.records
         return {**row, "kl_by_token": values, "records": records}
@@ -252,7 +254,7 @@ class Monitor:
         score = evaluate.evaluate(
             self.state.decoding,
             run.problems.held_out,
-            run.evaluation,
+            dataclasses.replace(run.evaluation, prefix=self.progress.taught_prefix),
             limits=run.limits,
             cost=GenerationCost.in_phase(meter, run.pair.student_shape, "evaluation"),
         )
@@ -359,32 +361,6 @@ def measure_contexts(
     run = state.run
     scorer = Scorer.reverse_kl(run.pair, run.place, run.method.terms.memory_bytes)
     return evaluate.held_out_facts(scorer, contexts, run.limits, meter=meter, phase=phase)
-
-
-def candidate_score(state: State, meter: Meter) -> float:
-    """Return how good the student is on the extrapolation prompts; higher is better.
-
-    The score is the share of correct full answers, or minus the mean reverse KL (nats per token) of
-    new rollouts of the current prefix. The seeds are the same for every candidate and trigger.
-    """
-    run = state.run
-    prompts = run.problems.extrapolation
-    sampler = dataclasses.replace(
-        run.method.eval_sampler, seed=seed_of(run.config.runtime.seed, "extrapolation")
-    )
-    how = dataclasses.replace(run.evaluation, sampler=sampler, samples=1)
-    cost = GenerationCost.in_phase(meter, run.pair.student_shape, "extrapolation")
-    if run.config.extrapolation.score == "accuracy":
-        problems = [(p.prompt, p.student_ids) for p in prompts]
-        right = evaluate.evaluate(
-            state.decoding, problems, how, limits=run.limits, cost=cost
-        ).right()
-        return sum(right) / len(right)
-    how = dataclasses.replace(how, max_new_tokens=state.progress.taught_prefix)
-    rollouts = evaluate.fixed_rollouts(state.decoding, prompts, how, limits=run.limits, cost=cost)
-    facts = measure_contexts(state, run.pair.align(rollouts), meter, phase="extrapolation")
-    values = intervals.known([row["divergence"] for row in facts])
-    return -math.fsum(values) / len(values)
 
 
 def _describe_rollout(r: Rollout) -> dict[str, Any]:

@@ -30,7 +30,7 @@ BLOCKS = [
 LINES = [(name, line) for name, block in BLOCKS for line in block.splitlines()]
 TOPICS = [
     *("adapters", "data", "devices", "exit-codes", "methods", "migration", "model-classes"),
-    *("models", "plugins", "python", "recipes", "reliability", "speed", "tokenizers"),
+    *("models", "plugins", "python", "recipes", "reliability", "results", "speed", "tokenizers"),
 ]
 
 

@@ -7,7 +7,7 @@ from helpers import prepared, trained
 
 from prefix_distill.display import EVALUATION, SAVING, TAIL_PROBE, Outline
 from prefix_distill.display.pace import Pace, list_measurements, list_saves
-from prefix_distill.training.session import describe_outline
+from prefix_distill.training.opening import describe_outline
 
 
 @pytest.fixture
