@@ -34,7 +34,7 @@ def summarize_run(result: RunResult) -> Summary:
         "hub": result.pushed or "",
         "model": str(result.model),
     }
-    command = f"prefix-distill report {out} --out {out}/report"
+    command = f"prefix-distill show {out}"
     title = f"{result.out}: {result.steps} steps in {time_text(result.seconds)}"
     return Summary(title=title, rows=rows, command=command, warnings=result.warnings)
 
