@@ -14,9 +14,9 @@ step saved and reloaded, and the same with LoRA.
 A class *works* if every comparison holds (``figures`` has the largest differences); ``limits``
 names options that it refuses. It is *refused* if loading or a check ends in one line that names the
 obstacle. Anything else is *neither*. A whole run writes results/models.json and the help page
-model-classes; ``--again`` repeats the recorded classes that are neither. ``--quick``: eight
-classes, nothing written. The last line is a JSON document. Some classes need the packages timm or
-scipy to be built.
+model-classes; ``--again`` repeats the recorded classes that are neither, or those of ``--only``,
+and updates them. ``--quick``: eight classes, nothing written. The last line is a JSON document.
+Some classes need the packages timm or scipy to be built.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def choose(given: argparse.Namespace) -> list[ModelClass]:
     names = {model_class.name for model_class in classes}
     if given.quick:
         return [model_class for model_class in classes if model_class.name in QUICK]
-    if given.again:
+    if given.again and given.only is None:
         neither = {row["class"] for row in read_rows() if row["outcome"] == "neither"}
         return [model_class for model_class in classes if model_class.name in neither]
     if given.only is None:
@@ -183,9 +183,11 @@ def read_rows() -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="eight classes, nothing written")
-    parser.add_argument("--only", help="names of classes, separated by commas; nothing written")
+    parser.add_argument("--only", help="names of classes, separated by commas")
     parser.add_argument(
-        "--again", action="store_true", help="the recorded classes that are neither; updates them"
+        "--again",
+        action="store_true",
+        help="update the recorded classes that are neither, or those of --only",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one class")
@@ -199,7 +201,7 @@ def main() -> None:
         names[row["outcome"]].append(row["class"])
     document = {outcome: len(classes) for outcome, classes in names.items()}
     document |= {"classes": rows} | measure.machine()
-    complete = not given.quick and given.only is None
+    complete = not given.quick and (given.again or given.only is None)
     measure.record("models", document, complete)
     if complete:
         model_page.PAGE.write_text(model_page.render(document), encoding="utf-8")
