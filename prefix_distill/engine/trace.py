@@ -7,7 +7,7 @@ It runs only where a model is refused.
 import contextlib
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,7 +61,9 @@ class _Recorder:
         """Record the inputs of a module that starts."""
         if self.depth == 0:
             ids_BT = named.get("input_ids")
-            self.rows, self.tokens = (0, 0) if ids_BT is None else ids_BT.shape
+            self.rows = self.tokens = 0
+            if ids_BT is not None and ids_BT.dim() == 2:
+                self.rows, self.tokens = ids_BT.shape
             self.calls.clear()
             self.passes.append({})
         self.depth += 1
@@ -109,13 +111,15 @@ def _find_tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _find_tensors(item)
 
 
-def join(passes: Iterable[Pass]) -> Pass:
+def join(passes: list[Pass]) -> Pass:
     """Return the passes over the parts of a text as one pass over the text."""
-    first, *others = passes
-    joined = {}
-    for key, values in first.items():
-        parts = [values, *(other[key] for other in others if key in other)]
-        if len({part.shape[1:] for part in parts}) == 1 and len(parts) == 1 + len(others):
+    joined: Pass = {}
+    if not passes:
+        return joined  # the network was not called
+    for key in passes[0]:
+        parts = [part[key] for part in passes if key in part]
+        shapes = {part.shape[1:] for part in parts}
+        if len(parts) == len(passes) and len(shapes) == 1:
             joined[key] = torch.cat(parts)
     return joined
 
@@ -156,8 +160,9 @@ def name_noise(model: Model, *, allowed: float = 0.0) -> str:
 
 
 def _measure_change(model: Model, before: torch.Tensor, after: torch.Tensor) -> float:
-    difference = torch.where(before == after, 0.0, after - before).flatten(1).norm(dim=-1)
-    change_T = difference / before.flatten(1).norm(dim=-1).clamp_min(SMALLEST)
+    difference = torch.where(before == after, 0.0, after - before)
+    size_T = before.reshape(len(before), -1).norm(dim=-1)
+    change_T = difference.reshape(len(before), -1).norm(dim=-1) / size_T.clamp_min(SMALLEST)
     if model.choose_tolerance(1, 0):
         return change_T.max().item()
     return change_T.quantile(0.75).item()
@@ -191,8 +196,8 @@ def describe_logits(net: Any) -> str:
             logits_TV = net(input_ids=ids_BT, use_cache=False).logits[0]
     except Exception as error:  # a network may raise anything
         return f"token ids alone give no logits ({describe_failure(net, error)})"
-    del passes[0][type(net).__name__, "output", 1]
     for (name, side, _), values in passes[0].items():
-        if side == "output" and torch.equal(values, logits_TV.float()):
+        is_inside = name != type(net).__name__
+        if is_inside and side == "output" and torch.equal(values, logits_TV.float()):
             return f"its logits are the output of {name}"
     return "no module of it gives its logits"

@@ -58,7 +58,7 @@ def _locate_gap(model: Model) -> str:
         logits_NV = _compute_logits(model)
     head = _name_head(model)
     raw_NV = recorded[0].get((head, "output", 1))
-    if raw_NV is None:
+    if raw_NV is None or raw_NV.shape[1] < logits_NV.shape[1]:
         return ""
     raw_NV = raw_NV[:, : logits_NV.shape[1]].to(logits_NV.device)
     i = int((raw_NV - logits_NV).abs()[0].argmax())

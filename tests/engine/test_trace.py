@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from helpers import random_net, save_tiny, text_config, tiny_net
+from helpers import make_model, random_net, save_tiny, text_config, tiny_net
 
 from prefix_distill.engine.classes import choose_class
 from prefix_distill.engine.loading import load_model
-from prefix_distill.engine.trace import describe_logits, recording
+from prefix_distill.engine.trace import describe_logits, join, name_difference, recording
 from prefix_distill.errors import UserError
 
 
@@ -56,6 +56,23 @@ def test_recording_leaves_no_hook_and_copies_what_a_network_overwrites():
     assert ("model.layers.1.mlp", "output", 1) in passes[0]
     for module in net.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_a_tensor_with_one_number_per_token_is_compared_and_no_pass_is_no_difference():
+    model = make_model(tiny_net("llama"))
+    before = {("scores", "output", 1): torch.ones(4)}
+    after = {("scores", "output", 1): torch.tensor([1.0, 1.0, 1.5, 1.0])}
+    text = "the first tensor that differs is the output of scores, by 0.5 of its norm"
+    assert name_difference(model, before, after, allowed=1e-3) == text
+    assert name_difference(model, before, after, allowed=1e-3, tokens=slice(0, 2)) is None
+    assert name_difference(model, before, join([]), allowed=1e-3) is None
+
+
+def test_passes_over_the_parts_of_a_text_are_joined():
+    whole = torch.arange(12.0).view(4, 3)
+    key = ("layer", "input", 1)
+    joined = join([{key: whole[:2], ("mask", "input", 1): torch.ones(2)}, {key: whole[2:]}])
+    assert joined.keys() == {key} and torch.equal(joined[key], whole)
 
 
 def test_the_module_that_reads_an_encoder_is_named():
