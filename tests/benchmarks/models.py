@@ -164,7 +164,7 @@ def choose(given: argparse.Namespace) -> list[ModelClass]:
     if given.quick:
         return [model_class for model_class in classes if model_class.name in QUICK]
     if given.again and given.only is None:
-        neither = {row["class"] for row in read_rows() if row["outcome"] == "neither"}
+        neither = {row["class"] for row in read_record()["classes"] if row["outcome"] == "neither"}
         return [model_class for model_class in classes if model_class.name in neither]
     if given.only is None:
         return classes
@@ -175,9 +175,24 @@ def choose(given: argparse.Namespace) -> list[ModelClass]:
     return [model_class for model_class in classes if model_class.name in wanted]
 
 
-def read_rows() -> list[dict]:
-    """Return the rows of the recorded whole run."""
-    return json.loads(RECORD.read_text(encoding="utf-8"))["classes"]
+def read_record() -> dict:
+    """Return the document of the recorded whole run."""
+    return json.loads(RECORD.read_text(encoding="utf-8"))
+
+
+def replace_rows(rows: list[dict], versions: dict) -> tuple[list[dict], dict]:
+    """Return the recorded rows with ``rows`` in place of theirs, and the recorded machine.
+
+    A row that other ``versions`` of the packages gave keeps them.
+    """
+    recorded = read_record()
+    repeated = {}
+    for row in rows:
+        repeated[row["class"]] = row
+        if versions != recorded["versions"]:
+            repeated[row["class"]] = row | {"versions": versions}
+    merged = [repeated.get(row["class"], row) for row in recorded["classes"]]
+    return merged, {name: recorded[name] for name in ("cpu", "threads", "versions")}
 
 
 def main() -> None:
@@ -193,14 +208,14 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one class")
     given = parser.parse_args()
     rows = examine_all(choose(given), given.jobs, given.timeout)
+    machine = measure.machine()
     if given.again:
-        repeated = {row["class"]: row for row in rows}
-        rows = [repeated.get(row["class"], row) for row in read_rows()]
+        rows, machine = replace_rows(rows, machine["versions"])
     names: dict[str, list[str]] = {"works": [], "refused": [], "neither": []}
     for row in rows:
         names[row["outcome"]].append(row["class"])
     document = {outcome: len(classes) for outcome, classes in names.items()}
-    document |= {"classes": rows} | measure.machine()
+    document |= {"classes": rows} | machine
     complete = not given.quick and (given.again or given.only is None)
     measure.record("models", document, complete)
     if complete:
