@@ -30,11 +30,13 @@ _LETTER = r"[\da-zA-Z]|\\(?:pi|alpha|beta|gamma|theta|lambda|phi)(?![a-zA-Z])"
 _UPPER = re.compile(rf"\\([dt]?frac|[dt]?binom)(?![a-zA-Z]*\s*\{{)\s*({_LETTER})")
 _LOWER = re.compile(rf"(\\(?:frac|binom)\{{[^{{}}]*\}})\s*({_LETTER})")
 _TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:\^\{?\s*\\(?:circ|degree)\s*\}?|°)")
+_DEGREES = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(?:\^(?:\{\s*\\(?:circ|degree)\s*\}|\s*\\(?:circ|degree))|°)"
+)
 _FRAME = " \t\r\n*`"
 _SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|[\u00a0\u2000-\u200a\u202f]|\s+")
 _NOTHING = re.compile(
-    r"\\!|\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|\^\{?\s*(?:\\circ|\\degree)\s*\}?|°"
+    r"\\!|\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|\^(?:\{\s*\\(?:circ|degree)\s*\}|\s*\\(?:circ|degree))|°"
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _SIGNS = str.maketrans("\u2212\uff0c\uff05", "-,%")  # minus sign, full-width comma and percent

@@ -43,7 +43,7 @@ _SPELLINGS = (
 _NAMES = {word: line.split()[0] for line in _SPELLINGS for word in line.split()}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "²": 2, "³": 3, "2": 2, "3": 3}
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|rm)\s*\{([^{}]*)\}")
-_DEGREE = re.compile(r"\^\{?\s*\\(?:circ|degree)\s*\}?")
+_DEGREE = re.compile(r"\^(?:\{\s*\\(?:circ|degree)\s*\}|\s*\\(?:circ|degree))")
 _SPACE = re.compile(r"\\[,;:!> ]|~|\s+")
 _AFTER = re.compile(
     r"[\d)}\]]\s*(?:(?P<word>square|sq|cubic|cu)\.?\s+)?(?P<unit>[a-z./]+|[°€£¥₹])"
