@@ -1,8 +1,9 @@
 r"""Decide whether two final answers are equal: as text, as plain numbers, else by math-verify.
 
 A plain number is an integer, decimal, fraction, mixed number, percentage or power of ten, with
-thousands separators, a currency sign or a unit around it. Units do not count. As in MATH's grader,
-neither does a percent sign, but 50% is also 0.5.
+thousands separators, a currency sign or a unit around it. A unit may be missing on one side, but
+two known units must be the same. As in MATH's grader, a percent sign does not count, but 50% is
+also 0.5.
 """
 
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-from . import expressions
+from . import expressions, units
 
 LONGEST = 2000  # characters; longer answers are compared as text only
 LARGEST_POWER = 400  # of ten; larger ones are left to math-verify and its time limit
@@ -25,10 +26,17 @@ SCALES = {
 BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
 BASE_OF = {word: str(base) for base, word in enumerate((BASES + "fifteen sixteen").split())}
 
+_LETTER = r"[\da-zA-Z]|\\(?:pi|alpha|beta|gamma|theta|lambda|phi)(?![a-zA-Z])"
+_UPPER = re.compile(rf"\\([dt]?frac|[dt]?binom)(?![a-zA-Z]*\s*\{{)\s*({_LETTER})")
+_LOWER = re.compile(rf"(\\(?:frac|binom)\{{[^{{}}]*\}})\s*({_LETTER})")
+_TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_DEGREES = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(?:\^(?:\{\s*\\(?:circ|degree)\s*\}|\s*\\(?:circ|degree))|°)"
+)
 _FRAME = " \t\r\n*`"
 _SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|[\u00a0\u2000-\u200a\u202f]|\s+")
 _NOTHING = re.compile(
-    r"\\!|\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|\^\{?\s*(?:\\circ|\\degree)\s*\}?|°"
+    r"\\!|\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|\^(?:\{\s*\\(?:circ|degree)\s*\}|\s*\\(?:circ|degree))|°"
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _SIGNS = str.maketrans("\u2212\uff0c\uff05", "-,%")  # minus sign, full-width comma and percent
@@ -88,6 +96,8 @@ def is_equal(answer: str, wanted: str) -> bool:
         return answer.lstrip("0") == wanted.lstrip("0")
     if max(len(answer), len(wanted)) > LONGEST:
         return False
+    if units.differ(answer, wanted):
+        return False
     answer, wanted = tidy(answer), tidy(wanted)
     if answer == wanted:
         return bool(answer)
@@ -145,7 +155,10 @@ def read_number(text: str) -> Number | None:
 
 def tidy(text: str) -> str:
     """Return an answer without the formatting that does not change its meaning."""
-    text = _plain(text).strip(_FRAME)
+    if _TRIGONOMETRIC.search(text):
+        text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
+    text = _braced(_plain(text)).strip(_FRAME)
+    text = re.sub(r"(?<=[\d ])([ap])\.m\.?$", r"\1m", text)
     text = text.replace("\\$", "$").replace("\\%", "%")
     text = _without_unit(text)
     text = re.sub(_TEXT, r" \1", text)
@@ -172,6 +185,13 @@ def _plain(text: str) -> str:
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", ",", text)
     text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)
     return _GROUPS.sub(_joined, text)
+
+
+def _braced(text: str) -> str:
+    r"""Return a text in which \frac \pi4 is \frac{\pi}{4}, and the same of binomials."""
+    text = _UPPER.sub(r"\\\1{\2}", text)
+    text = re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text)
+    return _LOWER.sub(r"\1{\2}", text)
 
 
 def _as_power(match: re.Match[str]) -> str:

@@ -133,8 +133,13 @@ def _serve() -> None:
 
     # faulthandler's timer needs no GIL, so it also stops arithmetic in C, on every system
     faulthandler.dump_traceback_later(START, exit=True)
-    from math_verify import grader, parse, verify
+    from latex2sympy2_extended import latex2sympy2
+    from math_verify import LatexExtractionConfig, grader, parse, verify
 
+    # without this, the rest of an expression that cannot be read is ignored
+    latex2sympy2._Latex2Sympy.create_parser = _read_to_the_end(
+        latex2sympy2._Latex2Sympy.create_parser
+    )
     grader.sympy_numeric_eq = _are_equal_numbers  # its own is absolute: all tiny numbers are equal
     verify(parse("$x+1$"), parse("$1+x$"))  # the first comparison loads the grammar
     faulthandler.cancel_dump_traceback_later()
@@ -148,12 +153,45 @@ def _serve() -> None:
         answer, wanted, seconds = json.loads(line)
         faulthandler.dump_traceback_later(seconds, exit=True)
         try:
-            gold, given = parse(f"${wanted}$"), parse(f"${answer}$")
+            # the other kinds of extraction look for a number anywhere in the text
+            gold = parse(f"${wanted}$", [LatexExtractionConfig()])
+            given = parse(f"${answer}$", [LatexExtractionConfig()])
+            gold = list(map(_with_imaginary_unit, gold))
+            given = list(map(_with_imaginary_unit, given))
             same = verify(gold, given, allow_set_relation_comp=True)
         except Exception:
             same = False
         faulthandler.cancel_dump_traceback_later()
         print(bool(same), flush=True)
+
+
+def _read_to_the_end(create_parser: Any) -> Any:
+    """Return a maker of parsers that raise ValueError unless they read the whole text."""
+
+    def create(self: Any, text: str) -> Any:
+        parser = create_parser(self, text)
+        read = parser.math
+
+        def math() -> Any:
+            tree = read()
+            token = parser.getCurrentToken()
+            if token.type != token.EOF:
+                raise ValueError(f"the text from '{token.text}' on is not read")
+            return tree
+
+        parser.math = math
+        return parser
+
+    return create
+
+
+def _with_imaginary_unit(value: Any) -> Any:
+    """Return an expression whose only symbol is i with the imaginary unit for it."""
+    from sympy import Expr, I
+
+    if not isinstance(value, Expr) or {str(name) for name in value.free_symbols} != {"i"}:
+        return value
+    return value.subs(dict.fromkeys(value.free_symbols, I))
 
 
 def _are_equal_numbers(a: Any, b: Any, *_: int) -> bool:
