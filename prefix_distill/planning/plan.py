@@ -18,17 +18,20 @@ from ..engine.models import Model
 from ..engine.shapes import read_shape
 from ..errors import UserError
 from ..maths import flops
-from ..maths.flops import Batch, Ledger, Shape
+from ..maths.flops import Ledger
 from ..maths.schedule import PrefixSchedule, parse_prefix
 from ..training.pair import fill_in_dataset, fill_in_models
 from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
 from .cards import describe_adapter, fit_cards
-from .case import Dtypes, Lengths, Network, PromptLengths, build_case, choose_adapter
+from .case import Dtypes, Lengths, Network, build_case, choose_adapter
+from .fitting import RULE, Planned, fit_all
 from .forecast import Forecaster
 from .ghosts import sketch
+from .gpus import read_cards
 from .prompt_lengths import assume_prompts, read_prompts
 from .rate import RateSource, estimate_seconds
+from .timing import ASSUMPTIONS, Workload, count_flops
 
 USUAL_PREFIXES = "25%,50%,full"
 NO_RATE = RateSource()
@@ -48,14 +51,17 @@ def plan(
     prompt_tokens: int | None = None,
     prefixes: str = USUAL_PREFIXES,
     rate_source: RateSource = NO_RATE,
+    card: str | None = None,
 ) -> dict:
     """Return the document of `prefix-distill plan`.
 
     ``prompt_tokens``: the length of every prompt, in place of a dataset's; ``prefixes``: schedules
-    besides the config's own, comma-separated. UserError: an option is invalid, a file cannot be
-    read, or the prompts and responses are longer than the models' positions.
+    besides the config's own, comma-separated; ``card``: cards to fit (``gpus.read_cards``).
+    UserError: an option is invalid, a file cannot be read, or the prompts and responses are longer
+    than the models' positions.
     """
     rate_source.check()
+    cards = read_cards(card)
     # The default dataset belongs to the default student; another student needs other prompts.
     has_data = config.data.dataset is not None or config.models.student is None
     reads_data = has_data and prompt_tokens is None
@@ -81,8 +87,10 @@ def plan(
     schedules = _parse_schedules(config, prefixes, limit)
     rate = rate_source.read(config, nets[0], dtypes.compute)
     forecaster = Forecaster(student.config, teacher.config, (student.name, teacher.name))
-    case = build_case(
-        config, dtypes, Lengths(prompts.lengths, prefix=limit, limit=limit), support=prompts.support
+    lengths = Lengths(prompts.lengths, prefix=limit, limit=limit)
+    case = build_case(config, dtypes, lengths, support=prompts.support)
+    single = build_case(
+        config, _choose_older_dtypes(config, dtypes), lengths, support=prompts.support
     )
     shapes = [read_shape(net, prompts.support) for net in nets]
     rows = []
@@ -95,12 +103,25 @@ def plan(
         rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
     # The GPUs are those that fit the config's own prefix.
     case = replace(case, prefix=rows[0]["tokens"][1])
+    work = Workload(
+        config=config,
+        student=student.config,
+        shapes=shapes,
+        prompts=prompts.lengths,
+        schedule=next(iter(schedules.values())),
+        limit=limit,
+    )
+    cases = (case, replace(single, prefix=case.prefix))
+    planned = Planned(work=work, forecaster=forecaster, cases=cases)
     _note_free_memory(config.runtime.device, rows[0]["memory"]["total"], notes)
     return {
         **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
         "prefixes": rows,
         "cards": fit_cards(forecaster, config, case, notes=notes.lines),
+        "fits": fit_all(planned, cards, notes.lines),
+        "rule": RULE,
+        "assumptions": list(ASSUMPTIONS),
         "notes": [*notes.lines, *flops.describe_not_counted(shapes)],
     }
 
@@ -150,6 +171,17 @@ def _choose_dtypes(config: Config, notes: list[str]) -> Dtypes:
     if runtime.head_dtype == "auto":
         return Dtypes(compute, compute)
     return Dtypes(compute, getattr(torch, runtime.head_dtype))
+
+
+def _choose_older_dtypes(config: Config, dtypes: Dtypes) -> Dtypes:
+    """Return the dtypes on a card without bfloat16: float32, where --dtype auto chooses."""
+    runtime = config.runtime
+    compute, head = dtypes
+    if runtime.dtype == "auto":
+        compute = torch.float32
+        if runtime.head_dtype == "auto":
+            head = torch.float32
+    return Dtypes(compute, head)
 
 
 def _parse_schedules(config: Config, prefixes: str, limit: int) -> dict[str, PrefixSchedule]:
@@ -206,33 +238,3 @@ def _estimate_cost(ledger: Ledger, config: Config, rate: dict | None) -> dict:
         "flops_per_update": ledger.total() / max(1, config.train.steps),
         "seconds": seconds,
     }
-
-
-def count_flops(
-    config: Config,
-    shapes: Sequence[Shape],
-    prompts: Sequence[PromptLengths],
-    schedule: PrefixSchedule,
-) -> Ledger:
-    """Return the FLOPs of all steps, whose rollouts are all as long as the prefix.
-
-    The prompts are used in turn.
-    """
-    size, samples = config.train.batch_size, config.rollout.samples
-    micro_batch = config.train.micro_batch_size
-    training = micro_batch
-    if config.train.gradient_checkpointing:
-        training = 1
-    # how many responses follow one forward pass of their prompt: generation, scoring, training
-    behind = (samples, micro_batch, training)
-    student, teacher = shapes
-    ledger = Ledger()
-    for step in range(config.train.steps):
-        batch = Batch(
-            prompts=[prompts[(step * size + i) % len(prompts)] for i in range(size)],
-            samples=samples,
-            response=schedule.length(step),
-            behind=behind,
-        )
-        ledger.merge(flops.update_ledger(student, teacher, batch))
-    return ledger

@@ -1,0 +1,129 @@
+"""Test the flags that `plan` finds for a card, and the time that it expects there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import invoke, tiny_config
+
+from prefix_distill.config import build
+from prefix_distill.errors import UserError
+from prefix_distill.maths.divergence import Terms
+from prefix_distill.maths.flops import Shape
+from prefix_distill.maths.schedule import parse_prefix
+from prefix_distill.planning import fitting, timing
+from prefix_distill.planning.case import Case
+from prefix_distill.planning.forecast import Forecaster
+from prefix_distill.planning.gpus import CARDS, Card, read_cards
+
+
+def make_case(**more):
+    given = {
+        "prompts": ((9, 9), (14, 14)),
+        "samples": 4,
+        "prefix": 6,
+        "limit": 200,
+        "micro_batch": 4,
+        "rows": 16,
+        "answers": 16,
+    }
+    terms = Terms(name="reverse-kl", memory_bytes=1 << 16)
+    return Case(terms=terms, dtype=torch.float32, **given | more)
+
+
+@pytest.fixture(scope="module")
+def forecaster():
+    return Forecaster(tiny_config("qwen3", width=64), tiny_config("qwen3", width=64))
+
+
+def test_more_memory_never_fits_less_and_what_is_found_fits(forecaster):
+    case = make_case()
+    needed = forecaster.forecast(case)["total"]
+    least = forecaster.forecast(replace(case, rows=1, micro_batch=1))["total"]
+    ranks = []
+    for share in (0.0, 0.1, 0.4, 0.7, 1.0, 2.0):
+        free = least + share * (needed - least)
+        found = fitting.search(forecaster, case, free)
+        assert found is not None and forecaster.forecast(found)["total"] <= free
+        ranks.append((not found.recomputes, found.rows, found.micro_batch))
+    for less, more in zip(ranks, ranks[1:], strict=False):
+        assert all(a <= b for a, b in zip(less, more, strict=True))
+    assert ranks[0][1] < ranks[-1][1] == 16 and ranks[-1][2] == 8
+
+
+def test_rows_are_lowered_where_the_cache_of_an_evaluation_does_not_fit(forecaster):
+    case = make_case(micro_batch=1)
+    total = forecaster.forecast(case)
+    assert total["set_by"] == "evaluation"
+    found = fitting.search(forecaster, case, total["total"] - 1)
+    assert found is not None and found.rows == 8 and found.adapter is None and not found.recomputes
+
+
+def test_fewer_rows_never_need_more_memory(forecaster):
+    sizes = [forecaster.forecast(make_case(rows=rows))["total"] for rows in (1, 2, 4, 8, 16)]
+    assert sizes == sorted(sizes)
+
+
+def test_nothing_fits_a_card_without_room(forecaster):
+    assert fitting.search(forecaster, make_case(), 1000.0) is None
+
+
+def test_the_flags_are_those_of_the_case():
+    case = make_case(rows=2, micro_batch=1, adapter=fitting.LORA, recomputes=True)
+    assert fitting.list_flags(build({}), case) == [
+        *("--lora", "64", "--gradient-checkpointing"),
+        *("--generation-rows", "2", "--micro-batch-size", "1"),
+    ]
+
+
+@pytest.mark.parametrize("bandwidth, bound", [(1e9, "step"), (1e-3, "memory")])
+def test_decoding_takes_the_time_of_its_steps_or_of_what_they_read(bandwidth, bound):
+    """Compare with the closed form: 3 steps of 4 rollouts in batches of 2, each of 10 tokens."""
+    model = tiny_config("llama", width=64)
+    shape = Shape(trunk=1000, head=500, attention=((64.0, None),))
+    settings = {"train.steps": 3, "train.batch_size": 2, "rollout.samples": 2}
+    work = timing.Workload(
+        config=build(settings | {"evaluate.problems": 0, "evaluate.kl_prompts": 0}),
+        student=model,
+        shapes=(shape, shape),
+        prompts=[(5, 5)],
+        schedule=parse_prefix("10", 20),
+        limit=20,
+    )
+    card = Card(name="c", memory=24, bandwidth=bandwidth, rates=(("float32", 1e9),))
+    found = timing.estimate_run(work, make_case(rows=2), card, trained=7)
+    kv = model.num_key_value_heads * model.hidden_size // model.num_attention_heads
+    cache = 2 * model.num_hidden_layers * kv * 4
+    read = (1500 * 4 + 2 * cache * (5 + 5)) / (bandwidth * 1e9 * timing.BANDWIDTH_SHARE)
+    step = {"step": timing.STEP_SECONDS, "memory": read}[bound]
+    assert step == max(timing.STEP_SECONDS, read)
+    assert found["student_decode"] == pytest.approx(3 * 2 * 9 * step)
+    optimizer = 3 * 28 * 7 / (bandwidth * 1e9 * timing.BANDWIDTH_SHARE)
+    assert found["optimizer"] == pytest.approx(optimizer)
+
+
+@pytest.mark.parametrize("steps, every, count", [(0, 5, 1), (10, 0, 2), (10, 5, 3), (11, 5, 4)])
+def test_evaluations_are_counted_before_during_and_after(steps, every, count):
+    config = build({"train.steps": steps, "evaluate.every": every})
+    assert timing.count_evaluations(config) == count
+
+
+def test_cards_are_read_by_name_size_or_both():
+    cards = read_cards("RTX 4090, T4,m3-max:128,24")
+    assert [(c.name, c.memory) for c in cards] == [
+        *(("4090", 24), ("t4", 16), ("m3-max:128", 128), ("24 GB", 24.0)),
+    ]
+    assert CARDS["4090"].has_bfloat16
+    assert not any(CARDS[name].has_bfloat16 for name in ("t4", "v100", "p100"))
+
+
+@pytest.mark.parametrize("text", ["409", "t4:x", "0", "nan", "inf", "4090,"])
+def test_an_unknown_card_is_one_line_with_the_nearest_names(text):
+    with pytest.raises(UserError, match="--card .*use one of") as caught:
+        read_cards(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_refuses_an_unknown_card():
+    code, out, err = invoke("plan", "--card", "4900")
+    assert code == 2 and out == "" and "4090" in err and len(err.strip().splitlines()) == 1
