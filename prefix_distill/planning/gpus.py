@@ -1,7 +1,6 @@
 """Cards that people own: memory, memory bandwidth and matmul rate, as their makers state them."""
 
 import difflib
-import math
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
@@ -10,6 +9,7 @@ from ..errors import UserError
 UNIFIED_SHARE = 0.75
 # GB (10⁹ bytes) of a GPU that hold no tensors: CUDA context, workspaces, rounding by the allocator
 RESERVED = 1.0
+MOST = 600  # GB; a larger number is a name with a typo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def read_cards(text: str | None) -> tuple[Card, ...]:
 def _read_card(text: str) -> Card:
     """Return one card of --card."""
     size = _read_size(text)
-    if size is not None:
+    if size is not None and text not in CARDS:  # 4090 is a name
         return Card(name=f"{size:g} GB", memory=size)
     name, colon, memory = text.partition(":")
     name = name.strip().removeprefix("rtx").strip(" -")
@@ -116,8 +116,8 @@ def _read_card(text: str) -> Card:
     if name not in CARDS or (colon and size is None):
         near = difflib.get_close_matches(name, CARDS, 3, 0.4) or list(CARDS)
         raise UserError(
-            f"--card {text}: expected a card, NAME:GB or a number of GB above {RESERVED:g}; "
-            f"use one of {', '.join(near)}"
+            f"--card {text}: expected a card, NAME:GB or a number of GB above {RESERVED:g}, "
+            f"up to {MOST}; use one of {', '.join(near)}"
         )
     if size is None:
         return CARDS[name]
@@ -130,6 +130,6 @@ def _read_size(text: str) -> float | None:
         size = float(text)
     except ValueError:
         return None
-    if RESERVED < size < math.inf:
+    if RESERVED < size <= MOST:
         return size
     return None

@@ -1,5 +1,6 @@
 """Test the flags that `plan` finds for a card, and the time that it expects there."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -46,7 +47,7 @@ def test_more_memory_never_fits_less_and_what_is_found_fits(forecaster):
         found = fitting.search(forecaster, case, free)
         assert found is not None and forecaster.forecast(found)["total"] <= free
         ranks.append((not found.recomputes, found.rows, found.micro_batch))
-    for less, more in zip(ranks, ranks[1:], strict=False):
+    for less, more in itertools.pairwise(ranks):
         assert all(a <= b for a, b in zip(less, more, strict=True))
     assert ranks[0][1] < ranks[-1][1] == 16 and ranks[-1][2] == 8
 
@@ -76,14 +77,14 @@ def test_the_flags_are_those_of_the_case():
     ]
 
 
-@pytest.mark.parametrize("bandwidth, bound", [(1e9, "step"), (1e-3, "memory")])
+@pytest.mark.parametrize("bandwidth, bound", [(1e9, "step"), (1e-4, "memory")])
 def test_decoding_takes_the_time_of_its_steps_or_of_what_they_read(bandwidth, bound):
     """Compare with the closed form: 3 steps of 4 rollouts in batches of 2, each of 10 tokens."""
     model = tiny_config("llama", width=64)
     shape = Shape(trunk=1000, head=500, attention=((64.0, None),))
     settings = {"train.steps": 3, "train.batch_size": 2, "rollout.samples": 2}
     work = timing.Workload(
-        config=build(settings | {"evaluate.problems": 0, "evaluate.kl_prompts": 0}),
+        config=build(settings),
         student=model,
         shapes=(shape, shape),
         prompts=[(5, 5)],
@@ -117,9 +118,9 @@ def test_cards_are_read_by_name_size_or_both():
     assert not any(CARDS[name].has_bfloat16 for name in ("t4", "v100", "p100"))
 
 
-@pytest.mark.parametrize("text", ["409", "t4:x", "0", "nan", "inf", "4090,"])
+@pytest.mark.parametrize("text", ["4900", "t4:x", "0", "nan", "inf", "4090,"])
 def test_an_unknown_card_is_one_line_with_the_nearest_names(text):
-    with pytest.raises(UserError, match="--card .*use one of") as caught:
+    with pytest.raises(UserError, match=r"--card .*use one of") as caught:
         read_cards(text)
     assert "\n" not in str(caught.value)
 
