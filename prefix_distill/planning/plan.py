@@ -24,11 +24,11 @@ from ..training.pair import fill_in_dataset, fill_in_models
 from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
 from .cards import describe_adapter, fit_cards
-from .case import Dtypes, Lengths, Network, build_case, choose_adapter
+from .case import Case, Dtypes, Lengths, Network, build_case, choose_adapter
 from .fitting import RULE, Planned, fit_all
 from .forecast import Forecaster
 from .ghosts import sketch
-from .gpus import read_cards
+from .gpus import Card, read_cards
 from .prompt_lengths import assume_prompts, read_prompts
 from .rate import RateSource, estimate_seconds
 from .timing import ASSUMPTIONS, Workload, count_flops
@@ -89,20 +89,7 @@ def plan(
     forecaster = Forecaster(student.config, teacher.config, (student.name, teacher.name))
     lengths = Lengths(prompts.lengths, prefix=limit, limit=limit)
     case = build_case(config, dtypes, lengths, support=prompts.support)
-    single = build_case(
-        config, _choose_older_dtypes(config, dtypes), lengths, support=prompts.support
-    )
     shapes = [read_shape(net, prompts.support) for net in nets]
-    rows = []
-    for text, schedule in schedules.items():
-        tokens = [schedule.length(0), schedule.longest(config.train.steps or 1)]
-        cost = _estimate_cost(
-            count_flops(config, shapes, prompts=prompts.lengths, schedule=schedule), config, rate
-        )
-        memory = forecaster.forecast(replace(case, prefix=tokens[1]))
-        rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
-    # The GPUs are those that fit the config's own prefix.
-    case = replace(case, prefix=rows[0]["tokens"][1])
     work = Workload(
         config=config,
         student=student.config,
@@ -111,19 +98,55 @@ def plan(
         schedule=next(iter(schedules.values())),
         limit=limit,
     )
-    cases = (case, replace(single, prefix=case.prefix))
-    planned = Planned(work=work, forecaster=forecaster, cases=cases)
+    rows = _price_prefixes(work, forecaster, case, schedules=schedules, rate=rate)
+    # The GPUs are those that fit the config's own prefix.
+    case = replace(case, prefix=rows[0]["tokens"][1])
     _note_free_memory(config.runtime.device, rows[0]["memory"]["total"], notes)
     return {
         **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
         "prefixes": rows,
         "cards": fit_cards(forecaster, config, case, notes=notes.lines),
-        "fits": fit_all(planned, cards, notes.lines),
+        "fits": _fit_cards(work, forecaster, case, cards=cards, notes=notes.lines),
         "rule": RULE,
         "assumptions": list(ASSUMPTIONS),
         "notes": [*notes.lines, *flops.describe_not_counted(shapes)],
     }
+
+
+def _price_prefixes(
+    work: Workload,
+    forecaster: Forecaster,
+    case: Case,
+    *,
+    schedules: dict[str, PrefixSchedule],
+    rate: dict | None,
+) -> list[dict]:
+    """Return the FLOPs, seconds and memory of the run with each schedule."""
+    config = work.config
+    rows = []
+    for text, schedule in schedules.items():
+        tokens = [schedule.length(0), schedule.longest(config.train.steps or 1)]
+        cost = _estimate_cost(
+            count_flops(config, work.shapes, prompts=work.prompts, schedule=schedule), config, rate
+        )
+        memory = forecaster.forecast(replace(case, prefix=tokens[1]))
+        rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
+    return rows
+
+
+def _fit_cards(
+    work: Workload, forecaster: Forecaster, case: Case, *, cards: tuple[Card, ...], notes: list[str]
+) -> list[dict]:
+    """Return how the run fits each card, in float32 on cards without bfloat16."""
+    older = build_case(
+        work.config,
+        _choose_older_dtypes(work.config, Dtypes(case.dtype, case.terms.dtype)),
+        Lengths(work.prompts, prefix=case.prefix, limit=work.limit),
+        support=case.support,
+    )
+    planned = Planned(work=work, forecaster=forecaster, cases=(case, older))
+    return fit_all(planned, cards, notes)
 
 
 def read_source(name: str, trust_remote_code: bool = False) -> Source:
