@@ -1,6 +1,24 @@
 """Exceptions that end a command; each message is one line: expected, got, what to do."""
 
-ABORTED = "aborted without saving; --resume continues a run from its last checkpoint"
+import contextlib
+from collections.abc import Iterator
+
+CONTINUE = "continue with prefix-distill run --resume"
+ABORTED = "aborted without saving; if the run has a checkpoint, --resume continues it"
+# what is true of another command after it was aborted
+ABORTED_COMMANDS = {
+    "compare": "aborted without saving; the same command continues the comparison",
+    "demo": "aborted; start again with another --out",
+    "export": "aborted; remove its folder before you start it again",
+}
+NOTHING_WRITTEN = "aborted; nothing was written"
+
+
+def describe_abort(command: str) -> str:
+    """Return what is true of a command after it was aborted."""
+    if command == "run":
+        return ABORTED
+    return ABORTED_COMMANDS.get(command, NOTHING_WRITTEN)
 
 
 class _Explained(Exception):
@@ -52,6 +70,16 @@ class Interrupted(Stopped):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Replace what the message of Interrupted advises, where another command goes on."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        what = str(interrupted).partition(CONTINUE)[0]
+        raise Interrupted(f"{what}{advice}", interrupted.exit_code - 128) from None
 
 
 def ignore(text: str) -> None:

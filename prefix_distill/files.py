@@ -1,6 +1,7 @@
 """Write files atomically, swap folders, read JSON lines, compute checksums, tell files' kinds."""
 
 import contextlib
+import filecmp
 import hashlib
 import json
 import os
@@ -33,6 +34,26 @@ def replace_folder(scratch: Path, folder: Path) -> None:
     os.rename(scratch, folder)
     _sync_names(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def share_equal_files(source: Path, target: Path) -> None:
+    """Replace the files in ``target`` that equal those in ``source`` by hard links to them.
+
+    A file is replaced atomically. Where the file system has no hard links, both files stay.
+    """
+    for file in list(target.glob("*")):
+        original = source / file.name
+        if not file.is_file() or not original.is_file() or original.samefile(file):
+            continue
+        if not filecmp.cmp(original, file, shallow=False):
+            continue
+        link = file.with_name(f".{file.name}{PARTIAL}")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(original, link)
+        except OSError:
+            return
+        os.replace(link, file)
 
 
 def remove_folder(folder: Path) -> None:

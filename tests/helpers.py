@@ -280,6 +280,7 @@ def prepared(pair, questions, **changes):
         "train.steps": 4,
         "evaluate.problems": 4,
         "evaluate.kl_prompts": 4,
+        "checkpoint.keep": 2,
         "runtime.dtype": "float32",
     }
     return preflight.prepare(
@@ -329,7 +330,9 @@ def bare_run(pair, terms, options=None) -> Run:
         config=config,
         place=place,
         pair=pair,
-        problems=Problems(train=[], held_out=[], kl=[], extrapolation=[], grader=Grader()),
+        problems=Problems(
+            train=[], held_out=[], teacher_held_out=[], kl=[], extrapolation=[], grader=Grader()
+        ),
         method=method,
         notes=Notes(),
         limits=MemoryLimits(place, config),
@@ -454,12 +457,14 @@ def flags(pair, questions, out) -> list[str]:
         "2",
         "--micro-batch-size",
         "3",
-        "--eval-samples",
+        "--problems",
         "4",
         "--eval-every",
         "2",
         "--save-every",
         "3",
+        "--keep-checkpoints",
+        "2",
         "--check-samples",
         "0",
         "--lr",
@@ -511,7 +516,12 @@ def write_run(folder, seed, curve, cost, prefix=4, student="s", seconds=3.0):  #
     (folder / "run.json").write_text(json.dumps({"seed": seed, "result": result}))
     tree = configuration.as_dict(
         configuration.build(
-            {"models.student": student, "rollout.max_new_tokens": 10, "runtime.seed": seed}
+            {
+                "models.student": student,
+                "schedule.lr": 5e-5,
+                "rollout.max_new_tokens": 10,
+                "runtime.seed": seed,
+            }
         )
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))

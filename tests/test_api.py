@@ -35,7 +35,7 @@ SMALL = {
     "steps": 4,
     "batch_size": 2,
     "samples": 2,
-    "eval_samples": 4,
+    "problems": 4,
     "kl_prompts": 2,
     "eval_every": 2,
     "check_samples": 0,
@@ -262,7 +262,7 @@ WRONG_ARGUMENTS = {
     "api.report([], 'rep')": r"folders: expected at least one folder, got \[\]",
     "api.report([5], 'rep')": "folders: expected a path, got 5",
     "api.report(['r0'], 'rep', title=5)": "title: expected text, got 5",
-    "api.report(['r0'], None)": "out: expected a path, got None",
+    "api.report(['r0'], 3)": "out: expected a path, got 3",
     "api.export(5, 'e')": "source: expected a path, got 5",
     "api.export('r0', '')": "out: expected the name of a file or folder, got ''",
     "api.Config.from_yaml(5)": "path: expected a path, got 5",
@@ -387,7 +387,7 @@ def test_a_callback_may_raise_at_the_last_update(given, tmp_path):
 
     with pytest.raises(ValueError, match="enough"):
         prefix_distill.run(**given, out=tmp_path / "run", on_step=stop)
-    assert prefix_distill.load(tmp_path / "run").steps == 4
+    assert prefix_distill.resume(tmp_path / "run").resumed_from == 4
 
 
 def test_ctrl_c_saves_and_the_run_resumes(given, tmp_path):
@@ -664,7 +664,7 @@ NOTEBOOK = (
     """
 from prefix_distill import evaluate, load, resume, run
 steps = []
-result = run(prefix=24, steps=3, batch_size=2, eval_samples=4, kl_prompts=2, tail_every=0,
+result = run(prefix=24, steps=3, batch_size=2, problems=4, kl_prompts=2, tail_every=0,
              check_samples=0, max_new_tokens=40, out="run", on_step=steps.append)
 assert [row["step"] for row in steps] == [1, 2, 3]
 result
@@ -677,14 +677,14 @@ import signal
 def press(row):
     signal.raise_signal(signal.SIGINT)
 try:
-    run(prefix=24, steps=3, batch_size=2, eval_samples=4, kl_prompts=2, tail_every=0,
+    run(prefix=24, steps=3, batch_size=2, problems=4, kl_prompts=2, tail_every=0,
         check_samples=0, max_new_tokens=40, out="stopped", on_step=press)
 except Exception as error:
     stopped = repr(error)
 stopped
 """,
     """
-evaluate("run/model", dataset="lab:choice", limit=2, max_new_tokens=8, out="answers.jsonl")
+evaluate("run/model", dataset="lab:choice", problems=2, max_new_tokens=8, out="answers.jsonl")
 """,
 )
 

@@ -145,7 +145,10 @@ BAD = {
     "range of steps": (["--dataset", "lab:choice:many"], "expected a range such as 20-25"),
     "unknown role": (["--student", "lab:tied/student-wide"], "no model 'tied' 'student-wide'"),
     "set without value": (["--set", "train.steps"], "expected section.key=value"),
-    "unknown flag": (["--stepz", "3"], "No such option: --stepz"),
+    "unknown flag": (
+        ["--stepz", "3"],
+        "--stepz: no such option of this command; did you mean --steps?",
+    ),
     "not a number": (
         ["--steps", "many"],
         "error: --steps many: expected a whole number, such as 100",
@@ -254,7 +257,7 @@ BAD = {
     ),
     "dataset is a folder": (
         ["--dataset", "{root}/folder.jsonl"],
-        "expected a folder with .jsonl, .json, .csv, .tsv, .parquet files, or one written by",
+        "expected a folder with .jsonl, .json, .csv, .tsv, .parquet, .txt files, or one written by",
     ),
     "dataset name too long": (["--dataset", "x" * 5000], "not a valid path"),
     "dataset of another kind": (
@@ -303,8 +306,8 @@ BAD = {
     ),
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "no config.yaml"),
     "eval of a negative limit": (
-        ["eval", "--limit", "-1"],
-        "error: --limit -1: expected a number of at least 0; change it",
+        ["eval", "--problems", "-1"],
+        "error: --problems -1: expected a number of at least 0; change it",
     ),
     "eval without samples": (
         ["eval", "--samples", "0"],
@@ -314,14 +317,10 @@ BAD = {
         ["eval", "--temperature", "-1"],
         "error: --temperature -1: expected a number of at least 0; change it",
     ),
-    "eval into a missing folder": (
-        ["eval", "--out", "{root}/nowhere/e.jsonl"],
-        "its folder does not exist; create it first",
-    ),
     "eval over a file": (["eval", "--out", "{root}/a-file"], "the file exists; name another"),
     "eval below a file": (
         ["eval", "--out", "{root}/a-file/e.jsonl"],
-        "its folder does not exist; create it first",
+        "cannot be written (Not a directory); name another file",
     ),
     "eval into /proc": (["eval", "--out", "/proc/e.jsonl"], "cannot be written"),
     "eval without a GPU": (
@@ -341,7 +340,6 @@ BAD = {
         "expected at least 1 prompt",
     ),
     "probe into /proc": (["probe", "--out", "/proc/out"], "cannot be written"),
-    "probe without out": (["probe"], "Missing option '--out'"),
     "report on an empty folder": (["report", ".", "--out", "out"], "no finished run found"),
     "report on nothing": (["report", "nowhere", "--out", "out"], "no finished run found"),
     "report into no folder": (["report", ".", "--out", ""], "--out: expected the name of a file"),
@@ -493,8 +491,8 @@ ARMS = {  # arms files of `compare`: name → (text, message)
         "runtime.seed: expected a number below 2^63",
     ),
     "tune to nothing": (
-        "arms: {a: {}}\ntune: {schedule.lr: [null]}\n",
-        "schedule.lr: expected a number, got None",
+        "arms: {a: {}}\ntune: {train.weight_decay: [null]}\n",
+        "train.weight_decay: expected a number, got None",
     ),
     "arm of a wrong setting": ("arms: {a: {train: {stepz: 3}}}\n", "unknown setting 'train.stepz'"),
     "arm named by a number": (
@@ -526,7 +524,8 @@ DATASETS = {  # name → (suffix, content, message)
         ".csv",
         "words,more\na,b\n",
         "no prompt column (messages, conversations, conversation, dialog, dialogue, prompt, "
-        "question, problem, instruction, query, input, inputs, text, chosen) among words, more",
+        "question, question_stem, problem, instruction, query, input, inputs, ctx, text, chosen) "
+        "among words, more",
     ),
     "empty": (".jsonl", "", "it has no rows"),
     "blank lines": (".jsonl", "\n\n", "it has no rows"),
@@ -1147,7 +1146,7 @@ def finished(pair, questions, tmp_path_factory):
                 max_new_tokens="8",
                 batch_size="1",
                 samples="2",
-                eval_samples="2",
+                problems="2",
                 kl_prompts="2",
                 save_every="1",
             ),

@@ -19,7 +19,7 @@ from prefix_distill.prompts import expressions
 from prefix_distill.prompts.answers import extract_answer, extract_reference, is_correct
 from prefix_distill.prompts.expressions import SECONDS
 from prefix_distill.prompts.load import load_prompts
-from prefix_distill.prompts.rows import RowFormat
+from prefix_distill.prompts.row_format import RowFormat
 
 PLAIN = st.recursive(
     st.one_of(

@@ -154,7 +154,7 @@ def test_wheel_and_sdist_install_into_an_empty_environment_and_run_from_anywhere
                 "1",
                 "--batch-size",
                 "2",
-                "--eval-samples",
+                "--problems",
                 "2",
                 "--kl-prompts",
                 "2",

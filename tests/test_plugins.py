@@ -107,7 +107,7 @@ def test_the_other_commands_accept_a_plugin(pair, questions, tmp_path):
     code, said, err = invoke("plan", *models, "--prompt-tokens", "9", *plugin, *prefix)
     assert code == 0, err
     assert last_json(said)["prefixes"][0]["tokens"] == [4, 12]
-    data = ["--dataset", questions, "--check-samples", "0", "--eval-samples", "4"]
+    data = ["--dataset", questions, "--check-samples", "0", "--problems", "4"]
     code, said, err = invoke("check", *models, *data, *plugin, *prefix)
     assert code == 0, err
     arms = tmp_path / "arms.yaml"
@@ -627,7 +627,7 @@ def test_a_function_registered_without_a_file_is_recorded_and_a_change_reported(
     def second(student_logp, teacher_logp):
         return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1)
 
-    small = {"batch_size": 2, "samples": 1, "eval_samples": 1, "kl_prompts": 1}
+    small = {"batch_size": 2, "samples": 1, "problems": 1, "kl_prompts": 1}
     try:
         register_divergence("in-a-cell")(first)
         run(divergence="in-a-cell", steps=1, out=tmp_path / "run", **small)

@@ -29,8 +29,8 @@ from prefix_distill.engine.ranks import Place
 from prefix_distill.errors import Stopped
 from prefix_distill.planning import probe as probing
 from prefix_distill.results import evaluation
+from prefix_distill.training import opening
 from prefix_distill.training import prepare as preflight
-from prefix_distill.training import session
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.session import Session
 from prefix_distill.training.update import Update
@@ -196,7 +196,7 @@ def go(values, out, trick=contextlib.nullcontext) -> dict:
     """
     out.parent.mkdir(exist_ok=True)
     with trick(), first_gradient_in(out.with_suffix(".gradient")):
-        return session.train_in(
+        return opening.train_in(
             preflight.prepare(configuration.build(BASE | values | {"checkpoint.out": str(out)})),
             RunFolder(out),
             display.Terminal(),
@@ -279,7 +279,7 @@ def flags(pair, questions, out, *more):
         "2",
         "--micro-batch-size",
         "2",
-        "--eval-samples",
+        "--problems",
         "4",
         "--eval-every",
         "2",

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..display import flops_text
-from ..errors import Stopped, UserError
+from ..errors import Stopped
 from .jobs import Outcome, check_error
 from .result import Estimate, Flops, Result, listing
+from .summaries import summarize_evaluation, summarize_export, summarize_run
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from ..display import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +26,13 @@ class RunResult(Result):
     ``out``: the run folder; ``model``: the folder of the trained student, which transformers loads;
     ``steps``: optimizer updates; ``resumed_from``: the step after which a resumed run continued;
     ``accuracy_before``, ``accuracy_after``: shares of correct held-out answers, None without
-    reference answers; ``kl_before``, ``kl_after``: held-out reverse KL, nats per token; ``prefix``:
+    reference answers; ``accuracy_teacher``: that of the teacher, None if it was not measured;
+    ``gap_closed``: the share of the gap between untrained student and teacher;
+    ``kl_before``, ``kl_after``: held-out reverse KL, nats per token; ``prefix``:
     the last prefix, tokens; ``tokens``: tokens trained on; ``flops``: of training;
     ``full_rollout_flops``: useful FLOPs of as many steps with full rollouts; ``seconds``: wall
     time with evaluations; ``notes``: automatic choices; ``warnings``: what may be wrong;
-    ``pushed``: address on the hub.
+    ``pushed``: address on the hub; ``stopped``: why the run ended before its last step, if it did.
     """
 
     out: Path
@@ -36,6 +41,8 @@ class RunResult(Result):
     resumed_from: int | None
     accuracy_before: Estimate | None
     accuracy_after: Estimate | None
+    accuracy_teacher: Estimate | None
+    gap_closed: float | None
     kl_before: Estimate | None
     kl_after: Estimate | None
     prefix: int
@@ -46,6 +53,7 @@ class RunResult(Result):
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     pushed: str | None
+    stopped: str | None
 
     @classmethod
     def read(cls, outcome: Outcome) -> Self:
@@ -61,6 +69,8 @@ class RunResult(Result):
             resumed_from=document["resumed_from"],
             accuracy_before=Estimate.read(document["accuracy_before"]),
             accuracy_after=Estimate.read(document["accuracy_after"]),
+            accuracy_teacher=Estimate.read(document.get("accuracy_teacher")),
+            gap_closed=document.get("gap_closed"),
             kl_before=Estimate.read(document["kl_before"]),
             kl_after=Estimate.read(document["kl_after"]),
             prefix=document["prefix"],
@@ -71,6 +81,7 @@ class RunResult(Result):
             notes=tuple(outcome["notes"]),
             warnings=(*outcome["warnings"], *late_warnings),
             pushed=document["pushed"],
+            stopped=(document.get("stopped") or {}).get("reason"),
         )
 
     @property
@@ -99,6 +110,7 @@ class RunResult(Result):
             "steps": str(self.steps),
             "prefix": f"{self.prefix} tokens",
             "accuracy": _change(_share(self.accuracy_before), _share(self.accuracy_after)),
+            "accuracy of the teacher": _share(self.accuracy_teacher),
             "held-out reverse KL": _change(_nats(self.kl_before), _nats(self.kl_after)),
             "training FLOPs": f"{flops_text(self.flops.useful)} useful, "
             f"{flops_text(self.flops.executed)} executed",
@@ -106,6 +118,9 @@ class RunResult(Result):
             "wall time": f"{self.seconds:.1f} s",
         }
         return [listing("Run", rows)]
+
+    def summary(self) -> "Summary":
+        return summarize_run(self)
 
     def remarks(self) -> list[str]:
         return [f"warning: {text}" for text in self.warnings]
@@ -240,6 +255,9 @@ class EvaluationResult(Result):
         }
         return [listing("Evaluation", rows)]
 
+    def summary(self) -> "Summary":
+        return summarize_evaluation(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(Result):
@@ -289,12 +307,13 @@ class ProbeResult(Result):
 class Comparison(Result):
     """Accuracy and cost of arms, each a mean over its seeds.
 
-    ``out``: folder of report.html, report.md, report.csv and report.png; ``runs``: number of runs;
-    ``reference``: the arm to compare the others with; ``arms``: a row per arm, with
-    accuracy and its interval, KL (nats per token), FLOPs and seconds.
+    ``out``: folder of report.html, report.md, report.csv and report.png; ``page``: report.html;
+    ``runs``: number of runs; ``reference``: the arm to compare the others with; ``arms``: a row per
+    arm, with accuracy and its interval, KL (nats per token), FLOPs and seconds.
     """
 
     out: Path
+    page: Path
     runs: int
     reference: str | None
     arms: tuple[dict[str, Any], ...]
@@ -305,6 +324,7 @@ class Comparison(Result):
         return cls(
             document=document,
             out=Path(document["out"]),
+            page=Path(document["page"]),
             runs=document["runs"],
             reference=document["reference"],
             arms=tuple(document["arms"]),
@@ -313,12 +333,16 @@ class Comparison(Result):
     def tables(self) -> list["Table"]:
         from rich.table import Table
 
-        from ..results.summary import HEADINGS, cells
+        from ..results.cells import SCREEN_HEADINGS, screen_cells
 
-        table = Table(*HEADINGS)
+        table = Table(*SCREEN_HEADINGS)
+        table.columns[0].overflow = "fold"
         for row in self.arms:
-            table.add_row(*cells(row))
+            table.add_row(*screen_cells(row))
         return [table]
+
+    def remarks(self) -> list[str]:
+        return [*(f"warning: {text}" for text in self.document["warnings"]), f"page: {self.page}"]
 
     def picture(self) -> Path | None:
         return self.out / "report.png"
@@ -350,6 +374,9 @@ class ExportResult(Result):
     def tables(self) -> list["Table"]:
         return [listing("Export", {name: str(value) for name, value in self.document.items()})]
 
+    def summary(self) -> "Summary":
+        return summarize_export(self)
+
 
 class PushFailed(Stopped):
     """A model was written, but could not be pushed to the hub. ``result``: what was written."""
@@ -357,26 +384,6 @@ class PushFailed(Stopped):
     def __init__(self, message: str, result: RunResult | ExportResult):
         super().__init__(message)
         self.result = result
-
-
-def load(out: str | Path) -> RunResult:
-    """Return the result of the finished run in the folder ``out``.
-
-    UserError: the folder holds no finished run, or its run.json is damaged.
-    """
-    from ..results import shapes
-    from .arguments import read_folder
-
-    file = read_folder("out", out) / "run.json"
-    if not file.is_file():
-        raise UserError(f"run folder {out}: it has no run.json; name the folder of a run")
-    facts = shapes.read_json(file, dict[str, object])
-    if "result" not in facts:
-        raise UserError(f"run folder {out}: expected a finished run; continue this one with resume")
-    shapes.check(facts, shapes.LoadedRun, str(file))
-    document = {"out": str(out), **facts["result"], "pushed": None}
-    notes, warnings = facts.get("notes", []), facts.get("warnings", [])
-    return RunResult.read({"document": document, "notes": notes, "warnings": warnings})
 
 
 def _share(estimate: Estimate | None) -> str:

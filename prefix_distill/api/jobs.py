@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..config import Config
+from ..display import is_verbose, phase
 from ..errors import MemoryShortage, PreflightError, ignore
 from . import quiet
 from .observers import Observer
@@ -40,16 +41,17 @@ class Job(TypedDict):
 
 def perform(job: Job, config: Config, observer: Observer) -> Outcome:
     """Perform a job in this process."""
-    with quiet.guarded():
+    with phase(WORK[job["name"]]), quiet.guarded():
         return JOBS[job["name"]](config, job["settings"], observer)
 
 
 def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
     """Train; with the setting "dry_run" only check. The setting "resume" continues a run."""
-    from ..training.folder import RunFolder
-    from ..training.prepare import prepare
-    from ..training.resumed import check_resume, prepare_resumed
-    from ..training.session import train_in
+    with phase(quiet.LOADING):
+        from ..training.folder import RunFolder
+        from ..training.opening import train_in
+        from ..training.prepare import prepare
+        from ..training.resumed import check_resume, prepare_resumed
 
     resume = settings["resume"]
     if resume:
@@ -73,8 +75,9 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
 
 
 def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
-    from ..training.prepare import prepare
-    from ..training.run import describe_checks
+    with phase(quiet.LOADING):
+        from ..training.prepare import prepare
+        from ..training.run import describe_checks
 
     prepared = prepare(config)
     with contextlib.suppress(PreflightError, MemoryShortage):  # the document holds failed checks
@@ -88,7 +91,8 @@ def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> 
 
 
 def _evaluate(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
-    from ..results.evaluation import evaluate_model
+    with phase(quiet.LOADING):
+        from ..results.evaluation import evaluate_model
 
     place, notes, document = evaluate_model(config)
     if place.is_first:
@@ -99,10 +103,12 @@ def _evaluate(config: Config, settings: Mapping[str, bool], observer: Observer) 
 
 def _probe(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
     from .. import config as configuration
-    from ..planning.probe import fit_to_data, probe
-    from ..results.plots import draw_probe
-    from ..training.folder import RunFolder
-    from ..training.prepare import prepare
+
+    with phase(quiet.LOADING):
+        from ..planning.probe import fit_to_data, probe
+        from ..results.plots import draw_probe
+        from ..training.folder import RunFolder
+        from ..training.prepare import prepare
 
     config, notes = fit_to_data(config)
     prepared = prepare(config)
@@ -128,12 +134,17 @@ JOBS: dict[str, Callable[[Config, Mapping[str, bool], Observer], Outcome]] = {
 }
 
 
+# what each job does, for whoever watches
+WORK = {"run": "preparing", "check": "checking", "eval": "evaluating", "probe": "probing"}
+
+
 def _examine(prepared: "Run", samples: int, limit: float | None = None) -> None:
     """Run the checks on both models; add their warnings to the run's.
 
     PreflightError or MemoryShortage: the first check that failed.
     """
-    from ..planning import checks
+    with phase(quiet.LOADING):
+        from ..planning import checks
 
     limits = [] if limit is None else [limit]
     prepared.checks.extend(checks.examine(prepared, samples, *limits))
@@ -154,7 +165,7 @@ def check_error(name: str, result: str) -> PreflightError | MemoryShortage:
 def _announce(prepared: "Run", observer: Observer) -> None:
     if not prepared.place.is_first:
         return
-    for text in prepared.notes.lines:
+    for text in prepared.notes.shown(is_verbose()):
         observer.note(text)
     for text in prepared.notes.warnings:
         observer.warn(text)

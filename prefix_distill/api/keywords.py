@@ -76,7 +76,7 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     lora_targets: str
     lora_merge: bool
     prefix: str | int
-    lr: float
+    lr: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: str | int
     temperature: float
@@ -93,6 +93,9 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     keep: float | None
     position_weight: str
     steps: int
+    epochs: float | None
+    stop_when: str
+    max_hours: float | None
     batch_size: int
     micro_batch_size: int
     gradient_checkpointing: bool
@@ -106,10 +109,14 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     extrapolate_diagnostics: bool
     eval_dataset: str | PathLike[str] | None
     eval_split: str | None
-    eval_samples: int
+    problems: int
     eval_rollouts: int
     eval_every: int
     eval_temperature: float
+    eval_teacher: Literal["auto", "off"]
+    eval_top_p: float
+    eval_top_k: int
+    eval_sampling: Literal["options", "model"]
     kl_prompts: int
     tail_every: int
     tail_prompts: int
@@ -118,9 +125,13 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     plugin: str | PathLike[str] | None
     out: str | PathLike[str] | None
     save_every: int
+    keep_checkpoints: int
+    save_dtype: Literal["auto", "float32", "bfloat16"]
+    save_minutes: float
     allow_changed: bool
     report_to: str
     run_name: str | None
+    print_rollouts: int
 
 
 class EvalOptions(CommonOptions, total=False):
@@ -130,7 +141,8 @@ class EvalOptions(CommonOptions, total=False):
     thinking: Literal["auto", "on", "off"]
     top_p: float
     top_k: int
-    limit: int
+    sampling: Literal["options", "model"]
+    problems: int
     temperature: float
 
 

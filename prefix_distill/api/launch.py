@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from ..config import Runtime
 from ..errors import (
-    ABORTED,
     Interrupted,
     MemoryShortage,
     PreflightError,
     Stopped,
     UserError,
+    describe_abort,
 )
 from ..signals import SignalCatcher, is_repeated
 from .events import Relay
@@ -105,7 +105,7 @@ def launch(count: int, job: "Job", observer: Observer) -> "Outcome":
                     relay.pass_on()
             relay.pass_on()
             if signals.second is not None:
-                raise Interrupted(ABORTED, signals.second)
+                raise Interrupted(describe_abort(job["name"]), signals.second)
             ranks.check(signals.first)
         outcome: Outcome = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return outcome

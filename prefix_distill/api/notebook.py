@@ -10,6 +10,7 @@ a second one raises KeyboardInterrupt at once.
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Unpack
 
 from .. import config as configuration
@@ -51,8 +52,9 @@ def run(
                      prefix=512, steps=100, out="runs/first")
 
     ``config``: settings that the options override; default: the defaults. `RunOptions` lists the
-    options; ``prefix-distill run --help`` describes them. The default of each model and dataset
-    is built in. With ``gpus=N``, N processes of this machine share the work.
+    options; ``prefix-distill run --help`` describes them. The built-in pair and
+    task are used if neither a model nor a dataset is named. With ``gpus=N``, N processes of this
+    machine share the work.
 
     ``on_step(row)`` is called after every step with its row of metrics.jsonl. If it raises, the run
     saves its state and stops after that step, and the exception is raised; `resume` continues the
@@ -114,7 +116,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure a model on a dataset, as ``prefix-distill eval``.
 
-    ``out``: file for the answers, JSON lines; default: eval-<time>.jsonl.
+    ``out``: file for the answers, JSON lines; default: runs/eval-<time>.jsonl.
     """
     values = settings.read_options({"model": model, **options}, settings.eval_names())
     file = None
@@ -123,36 +125,44 @@ def evaluate(
     return work.evaluate(settings.evaluation_config(values, file), LogObserver())
 
 
-def probe(out: Name, *, problems: int = 100, **options: Unpack[ProbeOptions]) -> ProbeResult:
+def probe(
+    out: Name | None = None, *, problems: int = 100, **options: Unpack[ProbeOptions]
+) -> ProbeResult:
     """Measure where teacher and student disagree, and recommend a prefix length; train nothing.
 
-    ``out``: folder for probe.json and probe.png; ``problems``: number of training prompts.
+    ``out``: folder for probe.json and probe.png, default: runs/probe-<time>; ``problems``: number
+    of training prompts.
     """
     values = settings.read_options(options, settings.probe_names())
-    folder = arguments.read_path("out", out)
+    folder = None
+    if out is not None:
+        folder = arguments.read_path("out", out)
     count = arguments.read_value("problems", problems, int)
     return work.probe(settings.probe_config(values, folder, count), LogObserver())
 
 
-def compare(arms_file: Name, out: Name, *, on_step: OnStep | None = None) -> Comparison:
+def compare(
+    arms_file: Name, out: Name | None = None, *, on_step: OnStep | None = None
+) -> Comparison:
     """Train every arm of a YAML file with every seed, and compare accuracy with cost.
 
-    A second call with the same folder ``out`` continues. ``on_step(row)``: as in `run`; the row has
-    the key "run" with arm and seed.
+    A second call with the same folder ``out`` continues; default: runs/compare-<time>.
+    ``on_step(row)``: as in `run`; the row has the key "run" with arm and seed.
     """
     observer = LogObserver(on_step)
     file = arguments.read_path("arms_file", arms_file)
-    return work.compare(file, arguments.read_folder("out", out).absolute(), observer)
+    return work.compare(file, _read_out(out, "compare").absolute(), observer)
 
 
 def report(
     folders: Iterable[Name],
-    out: Name,
+    out: Name | None = None,
     *,
     reference: str | None = None,
     title: str = "Prefix distillation",
 ) -> Comparison:
-    """Write report.html, report.md, report.csv and report.png about finished runs to ``out``.
+    """Write report.html, report.md, report.csv and report.png about finished runs to ``out``,
+    by default runs/report-<time>.
 
     ``folders``: run folders or folders that contain them; ``reference``: the arm to compare
     the others with.
@@ -161,7 +171,7 @@ def report(
         reference = arguments.read_value("reference", reference, str)
     title = arguments.read_value("title", title, str)
     paths = arguments.read_folders("folders", folders)
-    return work.report(paths, arguments.read_folder("out", out), reference=reference, title=title)
+    return work.report(paths, _read_out(out, "report"), reference=reference, title=title)
 
 
 def export(source: Name, out: Name | None = None, **options: Unpack[ExportOptions]) -> ExportResult:
@@ -179,6 +189,13 @@ def export(source: Name, out: Name | None = None, **options: Unpack[ExportOption
         folder = arguments.read_folder("out", out)
     path = arguments.read_path("source", source)
     return work.export(path, config, LogObserver(), out=folder, choices=choices)
+
+
+def _read_out(out: Name | None, command: str) -> Path:
+    """Return the folder ``out``, by default one that is named after the command."""
+    if out is None:
+        return Path(settings.default_out(command))
+    return arguments.read_folder("out", out)
 
 
 def _config(

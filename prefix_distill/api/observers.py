@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from .. import display
-from ..display import Reporter, accuracy_text
+from ..display import Outline, Reporter, accuracy_text
 from ..errors import Interrupted, UserError
 
 OnStep = Callable[[dict[str, Any]], object]
@@ -48,11 +48,11 @@ class LogObserver:
         log.warning(text)
 
     @contextlib.contextmanager
-    def watch(self, steps: int, label: str, stop: Callable[[], None]) -> Iterator[Reporter]:
+    def watch(self, outline: Outline, stop: Callable[[], None]) -> Iterator[Reporter]:
         if self.on_step is None:
             yield _LogReporter()
             return
-        reporter = _StepReporter(self.on_step, label.removesuffix(":"), stop)
+        reporter = _StepReporter(self.on_step, outline.label.removesuffix(":"), stop)
         try:
             yield reporter
         except Interrupted as interrupted:

@@ -11,8 +11,8 @@ from .documents import (
     ProbeResult,
     PushFailed,
     RunResult,
-    load,
 )
+from .finished import load
 from .notebook import check, compare, evaluate, export, plan, probe, report, resume, run
 from .result import Estimate, Flops
 from .settings import Config

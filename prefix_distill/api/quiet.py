@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Iterator
 
 from .. import plugins
+from ..display import phase
 from ..errors import MemoryShortage, Stopped, UserError
 
+LOADING = "loading libraries"  # a phase: these imports take seconds
 OUT_OF_MEMORY = "out of memory; free memory on the device, or use dtype bfloat16 or a smaller model"
 
 
@@ -27,7 +29,8 @@ def hide_deprecations() -> None:
 
 def quiet_libraries() -> None:
     """Import transformers and switch off the messages and progress bars of the libraries."""
-    import transformers
+    with phase(LOADING):
+        import transformers
 
     hide_deprecations()  # again, because the import may add filters before ours
     transformers.logging.set_verbosity_error()
@@ -67,9 +70,10 @@ class _Silence:
         self.restore.enter_context(warnings.catch_warnings())
         # in a notebook without ipywidgets, importing tqdm would print this
         warnings.filterwarnings("ignore", "IProgress not found")
-        import transformers
-        from datasets.utils import logging as datasets_logging
-        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+        with phase(LOADING):
+            import transformers
+            from datasets.utils import logging as datasets_logging
+            from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
         bars = transformers.utils.logging
         hub = logging.getLogger("huggingface_hub")
@@ -95,7 +99,8 @@ def guarded() -> Iterator[None]:
 
     MemoryShortage: a library ran out of memory. UserError: a plugin raised an exception or exited.
     """
-    from ..engine.device import is_out_of_memory
+    with phase(LOADING):
+        from ..engine.device import is_out_of_memory
 
     with _silence.during():
         try:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .. import config as configuration
 from .. import signals
-from ..errors import ABORTED, Stopped, UserError
+from ..display import listening
+from ..errors import Stopped, UserError, describe_abort
 from . import quiet
 from .events import EventObserver
 from .jobs import Job, perform
@@ -35,15 +36,17 @@ def main() -> None:
 
 def work(folder: Path) -> int:
     """Perform the job; leave the result or a message about the failure; return the exit code."""
+    job: Job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     try:
-        job: Job = json.loads((folder / JOB).read_text(encoding="utf-8"))
         config = configuration.build(job["values"])
-        outcome = perform(job, config, EventObserver(folder))
+        observer = EventObserver(folder)
+        with listening(observer):
+            outcome = perform(job, config, observer)
     except (UserError, Stopped) as error:
         leave_message(str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
-        leave_message(ABORTED, 130)
+        leave_message(describe_abort(job["name"]), 130)
         return 130
     except Exception:
         traceback.print_exc()

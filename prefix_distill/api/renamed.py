@@ -1,5 +1,16 @@
-"""Options of transformers and TRL that have another name here."""
+"""Options that have, or had, another name: in transformers and TRL, or here."""
 
+# our former names of flags, which still work
+FORMER = {"eval_samples": "--problems", "limit": "--problems"}
+# flags of `run` → those of `eval`
+OF_EVAL = {
+    "eval_temperature": "--temperature",
+    "eval_top_p": "--top-p",
+    "eval_top_k": "--top-k",
+    "eval_sampling": "--sampling",
+}
+
+# names of transformers and TRL
 RENAMED = {
     "output_dir": "--out",
     "model_name_or_path": "--student",
@@ -15,6 +26,7 @@ RENAMED = {
     "num_generations": "--samples",
     "eval_steps": "--eval-every",
     "save_steps": "--save-every",
+    "save_total_limit": "--keep-checkpoints",
     "ddp_timeout": "--rank-timeout",
     "torch_dtype": "--dtype",
     "lora_r": "--lora",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import os
 from collections.abc import Mapping
 from datetime import datetime
@@ -12,10 +13,13 @@ from .. import config as configuration
 from ..errors import UserError
 from . import html
 from .arguments import plain_value, read_path
-from .renamed import RENAMED
+from .flat import read_settings_file
+from .renamed import FORMER, RENAMED
 
 if TYPE_CHECKING:
     from .keywords import RunOptions
+
+LOGGER = logging.getLogger("prefix_distill")
 
 # options of `eval` → its own flag, or None if the flag is the one of `run`
 EVAL_FLAGS: dict[str, str | None] = {
@@ -34,14 +38,15 @@ EVAL_FLAGS: dict[str, str | None] = {
     "data.template": None,
     "data.template_args": None,
     "data.template_date": None,
-    "rollout.top_p": None,
-    "rollout.top_k": None,
     "rollout.max_new_tokens": None,
     "rollout.begin": None,
     "rollout.rows": None,
-    "evaluate.problems": "--limit",
+    "evaluate.problems": None,
     "evaluate.rollouts": "--samples",
     "evaluate.temperature": "--temperature",
+    "evaluate.top_p": "--top-p",
+    "evaluate.top_k": "--top-k",
+    "evaluate.sampling": "--sampling",
     "evaluate.answer_format": None,
     "evaluate.grader": None,
     "evaluate.grader_timeout": None,
@@ -107,9 +112,11 @@ class Config(configuration.Config):
 
         Options override the file. UserError: as in `from_options`, or the file is not readable.
         """
-        values = configuration.read_yaml(read_path("path", path))
+        values, names, notes = read_settings_file(read_path("path", path))
+        for text in notes:
+            LOGGER.info("translated: %s", text)
         given = read_options(options, run_names())
-        names = {option: configuration.flag(option) for option in given}
+        names |= {option: configuration.flag(option) for option in given}
         return cls._from_values(values | given, names)
 
     @classmethod
@@ -193,7 +200,8 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
     """
     known = configuration.options()
     values = {}
-    for name, value in options.items():
+    for given, value in options.items():
+        name = _current_name(given, names)
         if name not in names:
             raise UserError(f"unknown option '{name[:80]}'; {_suggest(name, names)}")
         path = names[name]
@@ -203,6 +211,15 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
             plain = str(plain)
         values[path] = plain
     return values
+
+
+def _current_name(name: str, names: Mapping[str, str]) -> str:
+    """Return the present name of an option that was called otherwise, else the name itself."""
+    target = keyword(FORMER.get(name, ""))
+    if target not in names:
+        return name
+    LOGGER.info("%s is now called %s", name, target)
+    return target
 
 
 def _suggest(name: str, names: Mapping[str, str]) -> str:
@@ -221,8 +238,12 @@ def name_run_folder(config: configuration.Config) -> configuration.Config:
     """Return the config with a run folder; the default is named after the current time."""
     if config.checkpoint.out is not None:
         return config
-    out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
-    return configuration.replace(config, checkpoint={"out": out})
+    return configuration.replace(config, checkpoint={"out": default_out("run")})
+
+
+def default_out(command: str) -> str:
+    """Return where a command writes by default: a folder named after it and the current time."""
+    return f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def pin_paths(config: configuration.Config) -> configuration.Config:
@@ -258,12 +279,12 @@ def evaluation_config(values: dict[str, object], out: str | None) -> configurati
     gpus = values.get("runtime.gpus")
     values["train.batch_size"] = max(1, gpus) if isinstance(gpus, int) else 1  # a prompt per rank
     if out is None:
-        out = f"eval-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+        out = f"{default_out('eval')}.jsonl"
     values["checkpoint.out"] = out
     return configuration.build(values, eval_flags())
 
 
-def probe_config(values: dict[str, object], out: str, problems: int) -> configuration.Config:
+def probe_config(values: dict[str, object], out: str | None, problems: int) -> configuration.Config:
     """Return the config of a probe of ``problems`` training prompts.
 
     UserError: ``problems`` is below 1.
@@ -272,6 +293,8 @@ def probe_config(values: dict[str, object], out: str, problems: int) -> configur
         raise UserError(
             f"--problems {problems}: expected at least 1 prompt; 50 to 100 give a useful accuracy"
         )
+    if out is None:
+        out = default_out("probe")
     fixed = {
         "train.steps": 1,
         "train.batch_size": problems,

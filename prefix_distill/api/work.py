@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..display import phase
 from ..errors import Stopped, UserError
 from . import launch, quiet, settings
 from .documents import (
@@ -78,9 +79,10 @@ def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> Pla
     ``assumptions``: ``prompt_tokens``, ``prefixes`` and ``card`` of `planning.plan.plan`, and the
     fields of its `RateSource`: ``tflops``, ``measure`` and ``from_run``.
     """
-    with quiet.guarded():
-        from ..planning import plan as planning
-        from ..planning.rate import RateSource
+    with phase("planning"), quiet.guarded():
+        with phase(quiet.LOADING):
+            from ..planning import plan as planning
+            from ..planning.rate import RateSource
 
         given = dict(assumptions)
         prefixes = given.pop("prefixes", None)
@@ -119,7 +121,8 @@ def compare(arms_file: str, out: Path, observer: Observer) -> Comparison:
 
     arms = read_arms(arms_file)
     with quiet.guarded():
-        from ..results.compare import compare as run_all
+        with phase(quiet.LOADING):
+            from ..results.compare import compare as run_all
 
         run_all(arms, out, observer)
     return report([out], out, reference=arms.reference, title=Path(arms_file).stem)
@@ -131,15 +134,18 @@ def demonstrate(out: Path, seed: int, observer: Observer) -> tuple["Table", dict
 
     RunFolder(out).check_unused()
     with quiet.guarded():
-        from ..results.demo import demonstrate as run_both
+        with phase(quiet.LOADING):
+            from ..results.demo import demonstrate as run_both
 
         return run_both(out, seed, observer)
 
 
+@phase("writing the report")
 def report(folders: Sequence[Path], out: Path, reference: str | None, title: str) -> Comparison:
-    """Write tables, a plot and a page about finished runs. UserError: ``out`` is unusable."""
-    from ..results import page, plots, summary
-    from ..results.runs import by_arm, collect_runs, write_csv
+    """Write tables, a plot and a page about runs. UserError: ``out`` is unusable."""
+    from ..results import cells, page, plots, summary
+    from ..results.evaluations_csv import write_csv
+    from ..results.runs import by_arm, collect_runs, find_left_out
 
     runs = collect_runs(list(folders))
     arms = by_arm(runs)
@@ -149,13 +155,20 @@ def report(folders: Sequence[Path], out: Path, reference: str | None, title: str
         )
     _make_folder(out)
     rows = summary.summarize(runs, reference)
+    warnings = find_left_out(list(folders), runs) + summary.describe_differing(runs, reference)
     write_csv(runs, out / "report.csv")
-    (out / "report.md").write_text(summary.markdown_table(rows), encoding="utf-8")
-    (out / "report.html").write_text(
-        page.render_page(runs, rows, reference=reference, title=title), encoding="utf-8"
-    )
+    (out / "report.md").write_text(cells.markdown_table(rows), encoding="utf-8")
+    html = page.render_page(runs, rows, reference=reference, title=title, warnings=warnings)
+    (out / "report.html").write_text(html, encoding="utf-8")
     (out / "report.png").write_bytes(plots.encode_png(plots.draw_report(runs, title)))
-    document = {"out": str(out), "runs": len(runs), "reference": reference, "arms": rows}
+    document = {
+        "out": str(out),
+        "page": str(out / "report.html"),
+        "runs": len(runs),
+        "reference": reference,
+        "arms": rows,
+        "warnings": warnings,
+    }
     return Comparison.read(document)
 
 
@@ -183,29 +196,27 @@ def export(
 ) -> ExportResult:
     """Write a model to a new folder and push it to the hub if the config says so.
 
-    Without ``out`` the folder ``source`` is only pushed. ``choices``: which, dtype and gguf.
+    Without ``out`` and with nothing to convert, the folder ``source`` is only pushed.
+    ``choices``: which, dtype and gguf.
     PushFailed: the folder is complete, but could not be pushed.
     """
     which, dtype = str(choices["which"]), str(choices["dtype"])
     gguf = None if choices["gguf"] is None else str(choices["gguf"])
     is_unchanged = dtype == "auto" and gguf is None
     trust_code = config.models.trust_remote_code
-    with quiet.guarded():
+    with quiet.guarded(), phase("exporting the model"):
         from ..results.export import Source
         from ..results.export import export as write
 
         document: dict[str, Any]
+        existing = None
         if out is None:
             existing = _find_folder(source, which)
-            if existing is None or config.export.push is None or not is_unchanged:
-                raise UserError(
-                    "--out: name the folder to write; omit it only to push an existing folder "
-                    "unchanged (--push-to-hub)"
-                )
+        if existing is not None and config.export.push is not None and is_unchanged:
             folder = existing
             document = {"out": str(folder)}
         else:
-            folder = out
+            folder = out or Path(settings.default_out("export"))
             document = write(
                 Source(name=source, which=which, trust_remote_code=trust_code),
                 folder,
@@ -246,7 +257,7 @@ def _find_folder(source: str, which: str) -> Path | None:
 
 def _push(folder: Path, config: Config) -> str:
     """Upload a folder to the config's hub repository and return its address."""
-    with quiet.guarded():
+    with quiet.guarded(), phase("uploading to the hub"):
         from ..results.export import push
 
         return push(folder, str(config.export.push), config.export.public)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import display
+from .. import __version__, display
 from ..api.launch import is_first_rank, leave_message
-from ..display import print_line
+from ..display import Summary, print_line, print_summary
+from ..signals import find_stop_signals
 from .panels import PanelGroup, PanelTyper
 
 if TYPE_CHECKING:
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 COMMANDS = (
     *("run", "check", "plan", "eval", "demo", "probe", "compare", "report", "export"),
-    *("env", "help"),
+    *("show", "try", "env", "help"),
 )
 LONGEST = 1000  # characters of an error message
+JSON = "PREFIX_DISTILL_JSON"
 
 
 class Commands(PanelGroup):
@@ -41,6 +43,13 @@ app = PanelTyper(
 )
 
 
+def print_version(asked: bool) -> None:
+    """Print the version and end the command, if asked."""
+    if asked:
+        print(f"prefix-distill {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def program(
     plain: Annotated[
@@ -51,13 +60,27 @@ def program(
             "(also: PREFIX_DISTILL_PLAIN=1, NO_COLOR=1, TERM=dumb).",
         ),
     ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
     verbose: Annotated[
         bool,
         typer.Option(
             "--verbose",
             "-v",
-            help="Print what became of each column of a dataset, and its first row (also: "
-            "PREFIX_DISTILL_VERBOSE=1).",
+            help="Print every automatic choice, what became of each column of a dataset, and its "
+            "first row (also: PREFIX_DISTILL_VERBOSE=1).",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the JSON document of the result on a terminal as well (also: "
+            "PREFIX_DISTILL_JSON=1). In a pipe or a file it is always the last line.",
         ),
     ] = False,
 ) -> None:
@@ -65,6 +88,8 @@ def program(
         os.environ["PREFIX_DISTILL_PLAIN"] = "1"
     if verbose:
         os.environ["PREFIX_DISTILL_VERBOSE"] = "1"
+    if as_json:
+        os.environ[JSON] = "1"
     if display.is_plain() or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
 
@@ -73,6 +98,9 @@ class Terminal(display.Terminal):
     """An observer that shows progress on stderr, from the first rank."""
 
     shares_streams = True
+
+    def __init__(self) -> None:
+        super().__init__(is_first_rank(), find_stop_signals())
 
     def note(self, text: str) -> None:
         """Print a progress note."""
@@ -91,9 +119,16 @@ def show(result: "Result", width: int) -> None:
         display.print_tables(*result.tables(), width=None if sys.stderr.isatty() else width)
 
 
-def finish(document: dict) -> None:
-    """Print the JSON document of the command on stdout, from the first rank."""
-    if is_first_rank():
+def finish(document: dict, summary: Summary | None = None) -> None:
+    """Show the summary, and print the JSON document on stdout, from the first rank.
+
+    A terminal gets the document only with --json.
+    """
+    if not is_first_rank():
+        return
+    if summary is not None:
+        print_summary(summary)
+    if os.environ.get(JSON) or not sys.stdout.isatty():
         print(json.dumps(document))
 
 

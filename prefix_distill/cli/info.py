@@ -1,22 +1,24 @@
 """The commands env and help."""
 
 import json
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
-from ..display import print_line
+from ..display import phase, print_line
 from . import pages
-from .app import app
+from .app import COMMANDS, Terminal, app
+from .completion import complete_from
 
 
 @app.command("env")
 def environment() -> None:
     """Show versions, devices, dtypes and threads for a bug report, without host name, user, paths
     and secrets."""
-    from ..engine import device
+    with Terminal(), phase("loading libraries"):
+        from ..engine import device
 
-    document = device.describe_environment()
+        document = device.describe_environment()
     for name, value in document.items():
         entries = [value]
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -33,12 +35,27 @@ def _describe(entry: object) -> str:
     return ", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
 
 
+def _complete_topic(incomplete: str) -> list[str]:
+    return complete_from([*COMMANDS, *pages.find_pages()])(incomplete)
+
+
 @app.command("help")
 def help_command(
-    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="Page to print.")] = None,
+    context: typer.Context,
+    topic: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TOPIC",
+            help="Page to print, or command whose --help is printed.",
+            autocompletion=_complete_topic,
+        ),
+    ] = None,
 ) -> None:
-    """Print a help page; without TOPIC, list the pages."""
+    """Print a help page, or the help of a command; without TOPIC, list the pages."""
+    group = cast(typer.core.TyperGroup, context.find_root().command)
     if topic is None:
         print(pages.list_topics())
+    elif topic in group.commands:
+        group([topic, "--help"], prog_name="prefix-distill", standalone_mode=False)
     else:
         pages.print_page(topic)

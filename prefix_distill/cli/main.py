@@ -9,11 +9,12 @@ from typing import TextIO, cast
 import typer
 
 from ..api.quiet import hide_deprecations
-from ..errors import ABORTED, Stopped, UserError
-from . import info, model, run, study  # noqa: F401  importing them registers the commands
+from ..api.spelling_tables import PROGRAM_SWITCHES
+from ..errors import Stopped, UserError, describe_abort
+from . import info, look, model, run, study  # noqa: F401  importing them registers the commands
 from .app import Commands, app, note, report_failure
+from .panels import HELP_ALL
 from .quiet import calm_threads
-from .spelling_tables import PROGRAM_SWITCHES
 
 COMPLETION = "_PREFIX_DISTILL_COMPLETE"  # a shell sets it to ask for completions
 
@@ -106,7 +107,7 @@ def run_command(arguments: list[str]) -> int | None:
     except (UserError, Stopped) as error:
         return report_failure(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return report_failure(ABORTED, 130)
+        return report_failure(describe_abort(name_command(arguments)), 130)
     except Exception as error:
         # only click's errors about flags have this method; anything else is a bug
         if not hasattr(error, "format_message"):
@@ -114,16 +115,21 @@ def run_command(arguments: list[str]) -> int | None:
         return report_failure(error.format_message(), 2)
 
 
+def name_command(arguments: list[str]) -> str:
+    """Return the first argument that is not a flag, "" without one."""
+    return next((word for word in arguments if not _is_flag(word)), "")
+
+
 def translate_arguments(
     group: typer.core.TyperGroup, arguments: list[str]
 ) -> tuple[list[str], list[str]]:
     """Return the arguments in our own flags, those of the program first, and a note on each
     translated one."""
-    name = next((word for word in arguments if not _is_flag(word)), "")
+    name = name_command(arguments)
     if name not in group.commands:
         return arguments, []
     at = arguments.index(name)
-    from .spellings import translate
+    from ..api.spellings import translate
 
     valued, switches = _flags_of(group, name)
     words, translated = translate(
@@ -142,10 +148,11 @@ def _is_flag(word: str) -> bool:
 def _flags_of(group: typer.core.TyperGroup, name: str) -> tuple[set[str], dict[str, str | None]]:
     """Return a command's flags that take a value, and its switches with their config key."""
     valued: set[str] = set()
-    switches: dict[str, str | None] = {"--help": None}
+    switches: dict[str, str | None] = {"--help": None, HELP_ALL: None}
     switches.update(dict.fromkeys(PROGRAM_SWITCHES))
     for parameter in group.commands[name].params:
-        flags = [flag for flag in parameter.opts if _is_flag(flag)]
+        every = (*parameter.opts, *parameter.secondary_opts)
+        flags = [flag for flag in every if _is_flag(flag)]
         if not getattr(parameter, "is_flag", False):
             valued.update(flags)
             continue

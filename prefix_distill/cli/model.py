@@ -8,6 +8,7 @@ from .. import config as configuration
 from ..api import settings
 from ..api.arguments import read_folder
 from .app import Terminal, app, finish, note
+from .completion import complete_from
 from .options import Wording, with_options
 
 # help and defaults of eval that differ from those of run
@@ -40,6 +41,12 @@ EVAL_WORDING: dict[str, Wording] = {
     },
     "evaluate.rollouts": {"help": "Answers sampled per problem (k of avg@k and pass@k)."},
     "evaluate.temperature": {"help": "Sampling temperature (0 is greedy)."},
+    "evaluate.top_p": {"help": "Probability mass that nucleus sampling keeps; 1 keeps all tokens."},
+    "evaluate.top_k": {"help": "Number of most likely tokens that sampling keeps; 0 keeps all."},
+    "evaluate.sampling": {
+        "help": "Sampling: options (--temperature, --top-p, --top-k) or model (what the model's "
+        "generation_config.json recommends)."
+    },
     "runtime.dtype": {"help": "Compute dtype: auto, float32 or bfloat16."},
     "runtime.device": {"help": "Device: auto, cpu, cuda, cuda:1 or mps."},
     "runtime.seed": {"help": "Seed of the answers, of the rows of name#N and of few-shot rows."},
@@ -69,7 +76,7 @@ def evaluate_command(
         typer.Option(
             metavar="FILE",
             help="File for the answers, in JSON Lines: one line per problem.",
-            show_default="eval-<time>.jsonl",
+            show_default="runs/eval-<time>.jsonl",
         ),
     ] = None,
     **flags: dict,
@@ -77,8 +84,29 @@ def evaluate_command(
     """Evaluate a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
     from ..api import work
 
-    result = work.evaluate(settings.evaluation_config(flags["flags"], out), Terminal())
-    finish(result.to_dict())
+    config = settings.evaluation_config(flags["flags"], out)
+    with Terminal() as terminal:
+        result = work.evaluate(config, terminal)
+    finish(result.to_dict(), result.summary())
+
+
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Dtype of the weights: auto (as stored), float32, bfloat16 or float16.",
+        autocompletion=complete_from(["auto", "float32", "bfloat16", "float16"]),
+    ),
+]
+Gguf = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Also write a GGUF file for llama.cpp: f32, f16, bf16 or q8_0.",
+        show_default="none",
+        autocompletion=complete_from(["f32", "f16", "bf16", "q8_0"]),
+    ),
+]
 
 
 @app.command("export")
@@ -95,31 +123,21 @@ def export_command(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="Folder for the model. Omit it to push an existing folder unchanged.",
-            show_default="none",
+            help="Folder for the model. With --push-to-hub alone, an existing folder is pushed "
+            "unchanged.",
+            show_default="runs/export-<time>",
         ),
     ] = None,
     which: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="In a run folder: model, best, or the step of a checkpoint."
+            metavar="NAME",
+            help="In a run folder: model, best, or the step of a checkpoint.",
+            autocompletion=complete_from(["model", "best"]),
         ),
     ] = "model",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Dtype of the weights: auto (as stored), float32, bfloat16 or float16.",
-        ),
-    ] = "auto",
-    gguf: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Also write a GGUF file for llama.cpp: f32, f16, bf16 or q8_0.",
-            show_default="none",
-        ),
-    ] = None,
+    dtype: Dtype = "auto",
+    gguf: Gguf = None,
     **flags: dict,
 ) -> None:
     """Save a run's student, or any model, in another dtype or as GGUF, or push it to the hub."""
@@ -132,10 +150,11 @@ def export_command(
         folder = read_folder("--out", out)
     choices: dict[str, object] = {"which": which, "dtype": dtype, "gguf": gguf}
     try:
-        result = work.export(source, config, Terminal(), out=folder, choices=choices)
+        with Terminal() as terminal:
+            result = work.export(source, config, terminal, out=folder, choices=choices)
     except PushFailed as error:
-        finish(error.result.to_dict())
+        finish(error.result.to_dict(), error.result.summary())
         raise
     if result.gguf is not None:
         note(f"for smaller types use llama.cpp's tool: llama-quantize {result.gguf} Q4_K_M")
-    finish(result.to_dict())
+    finish(result.to_dict(), result.summary())

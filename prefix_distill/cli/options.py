@@ -9,6 +9,7 @@ import typer
 
 from .. import config as configuration
 from ..errors import UserError
+from .completion import complete_option
 
 T = TypeVar("T", int, float)
 
@@ -17,7 +18,8 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="YAML file of sections, such as 'train: {steps: 5}'. Flags override it.",
+        help="YAML file of sections, such as 'train: {steps: 5}', or of names, such as 'steps: 5' "
+        "or TRL's 'max_steps: 5'. Flags override it.",
     ),
 ]
 Assignments = Annotated[
@@ -31,8 +33,8 @@ Assignments = Annotated[
 ]
 METAVARS: dict[type, str | None] = {int: "INT", float: "FLOAT", str: "TEXT", bool: None}
 FOLDERS = ("checkpoint.out",)
-# examples in errors, for options whose default is none
-EXAMPLES: dict[type, float] = {int: 8, float: 0.5}
+# examples in errors, for options whose default is none: of a type, or of one option
+EXAMPLES: dict[type | str, float] = {int: 8, float: 0.5, "schedule.lr": 5e-5}
 
 # options that may be given several times; their values are joined by commas
 REPEATABLE = ("runtime.plugin", "data.template_args", "data.teacher_template_args")
@@ -108,7 +110,8 @@ def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> insp
     flag = words.get("flag", field.metadata["flag"])
     parser = None
     if kind in EXAMPLES:
-        parser = read_number(flag, kind, field.default or EXAMPLES[kind])
+        example = EXAMPLES.get(path, EXAMPLES[kind])
+        parser = read_number(flag, kind, field.default or example)
     if path in REPEATABLE:
         kind = list[str]
     option = typer.Option(
@@ -117,7 +120,7 @@ def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> insp
         metavar=metavar,
         parser=parser,
         show_default=words.get("shown") or configuration.describe_default(field),
-        autocompletion=_completion(values),
+        autocompletion=complete_option(path),
         rich_help_panel=configuration.topic(path),
     )
     return inspect.Parameter(
@@ -126,14 +129,3 @@ def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> insp
         default=None,
         annotation=Annotated[kind | None, option],
     )
-
-
-def _completion(values: tuple[str, ...]) -> Callable[[str], list[str]] | None:
-    """Return the shell completion of an option limited to ``values``; None if there are none."""
-    if not values:
-        return None
-
-    def complete(incomplete: str) -> list[str]:
-        return [value for value in values if value.startswith(incomplete)]
-
-    return complete

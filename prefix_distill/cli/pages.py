@@ -1,11 +1,17 @@
-"""The pages of `prefix-distill help TOPIC`: Markdown files in the package's folder help/."""
+"""The pages and files of `prefix-distill help TOPIC`, in the package's folder help/.
+
+A page is Markdown. A file is printed as it is, to be stored: a notebook, or the settings of a
+published method.
+"""
 
 import difflib
+import json
 import sys
 from typing import TYPE_CHECKING
 
 from .. import display
 from ..errors import UserError
+from .app import COMMANDS
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -22,34 +28,64 @@ def find_pages() -> "dict[str, Traversable]":
     return dict(sorted(pages.items()))
 
 
+def find_files() -> "dict[str, Traversable]":
+    """Return topic → file of the files to be stored: notebook, and recipe:ARXIV-ID."""
+    from importlib.resources import files
+
+    found = {}
+    for file in files("prefix_distill").joinpath("help").iterdir():
+        name, _, suffix = file.name.rpartition(".")
+        if suffix == "ipynb":
+            found[name] = file
+        elif suffix == "yaml":
+            found[name.replace("-", ":", 1)] = file
+    return dict(sorted(found.items()))
+
+
 def list_topics() -> str:
-    """Return one line for each topic: the command and the page's title."""
-    lines = []
+    """Return one line for each topic: the command and the title of its page or file."""
+    titles = {}
     for topic, page in find_pages().items():
-        title = page.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        lines.append(f"prefix-distill help {topic:13} {title}")
+        titles[topic] = page.read_text(encoding="utf-8").splitlines()[0]
+    for topic, file in find_files().items():
+        titles[topic] = _read_title(file)
+    width = max(map(len, titles))
+    lines = []
+    for topic, title in titles.items():
+        lines.append(f"prefix-distill help {topic:{width}} {title.lstrip('# ')}")
     return "\n".join(lines)
 
 
-def read_page(topic: str) -> str:
-    """Return the Markdown text of a page.
+def _read_title(file: "Traversable") -> str:
+    text = file.read_text(encoding="utf-8")
+    if file.name.endswith(".ipynb"):
+        title: str = json.loads(text)["cells"][0]["source"][0]
+        return title.strip()
+    return text.splitlines()[0]
 
-    Raises UserError with the nearest topic if there is no such page.
+
+def read_page(topic: str) -> str:
+    """Return the text of a page or file.
+
+    Raises UserError with the nearest topic if there is none.
     """
-    pages = find_pages()
+    pages = find_pages() | find_files()
     if topic in pages:
         return pages[topic].read_text(encoding="utf-8")
     advice = f"choose from {', '.join(pages)}"
-    near = difflib.get_close_matches(topic, pages, 1, 0.4)
+    near = difflib.get_close_matches(topic, [*pages, *COMMANDS], 1, 0.4)
     if near:
         advice = f"did you mean {near[0]}?"
     raise UserError(f"help {topic[:80]}: no such page; {advice}")
 
 
 def print_page(topic: str) -> None:
-    """Print a page to stdout: rendered on a terminal, as Markdown in a pipe or in plain mode."""
+    """Print a page to stdout: rendered on a terminal, as Markdown in a pipe or in plain mode.
+
+    A file is printed as it is.
+    """
     text = read_page(topic)
-    if display.is_plain() or not sys.stdout.isatty():
+    if topic in find_files() or display.is_plain() or not sys.stdout.isatty():
         print(text, end="")
         return
     from rich.console import Console

@@ -18,13 +18,28 @@ PIPE_WIDTH = 100  # columns where stdout is not a terminal
 BRACES = str.maketrans("", "", "{}")  # some versions of typer put them around arguments
 ARGUMENTS = "Arguments"
 GENERAL_OPTIONS = "General options"  # of the command, not of the config
+HELP_ALL = "--help-all"
 
 
 class PanelCommand(typer.core.TyperCommand):
-    """A command whose ``--help`` shows its options in panels."""
+    """A command whose ``--help`` shows its main options in panels, and ``--help-all`` all."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if HELP_ALL in args:
+            ctx.meta[HELP_ALL] = True
+            args = ["--help"]
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write(format_help(self, ctx, panels_of(self, ctx)))
+        panels = panels_of(self, ctx)
+        if configuration.MAIN in panels:
+            panels[GENERAL_OPTIONS].append(Row(name=HELP_ALL, text="Show all options and exit."))
+        hidden = 0
+        if HELP_ALL not in ctx.meta:
+            panels, hidden = shorten(panels)
+        formatter.write(format_help(self, ctx, panels))
+        if hidden:
+            formatter.write(f"\n\n{hidden} more options: {ctx.command_path} {HELP_ALL}")
 
 
 class PanelGroup(typer.core.TyperGroup):
@@ -76,6 +91,19 @@ def panels_of(command: Any, ctx: Any) -> dict[str, list[Row]]:
         row = Row(name=name, text=_join(parameter.help), facts=_facts(parameter))
         panels.setdefault(topic, []).append(row)
     return {topic: rows for topic, rows in panels.items() if rows}
+
+
+def shorten(panels: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], int]:
+    """Return the panels that ``--help`` shows, and how many config options it leaves out."""
+    if configuration.MAIN not in panels:
+        return panels, 0
+    shown, hidden = {}, 0
+    for topic, rows in panels.items():
+        if topic in (ARGUMENTS, configuration.MAIN, GENERAL_OPTIONS):
+            shown[topic] = rows
+        else:
+            hidden += len(rows)
+    return shown, hidden
 
 
 def _join(text: str | None) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import config as configuration
+from ..api.flat import read_settings_file
 from ..api.launch import is_first_rank
 from ..display import print_line
 from ..training.resume import resume_settings
@@ -22,10 +23,14 @@ def read_settings(
     Flags override the file, and --set overrides both.
     """
     values: dict[str, object] = {}
+    names: dict[str, str] = {}
     if config_file:
-        values = configuration.read_yaml(config_file)
+        values, names, notes = read_settings_file(config_file)
+        if notes:
+            note(f"translated: {'; '.join(notes)} (see prefix-distill help migration)")
     assigned = configuration.read_assignments(assignments or [])
-    names = {path: configuration.flag(path) for path in flags.keys() - assigned.keys()}
+    names |= {path: configuration.flag(path) for path in flags}
+    names = {path: name for path, name in names.items() if path not in assigned}
     return values | flags | assigned, names
 
 
@@ -61,14 +66,17 @@ def run(
             note(text)
     config = configuration.build(values, names)
     if dry_run:
-        finish(work.dry_run(config, Terminal(), resume).to_dict())
+        with Terminal() as terminal:
+            tried = work.dry_run(config, terminal, resume)
+        finish(tried.to_dict())
         return
     try:
-        result = work.distil(config, Terminal(), resume)
+        with Terminal() as terminal:
+            result = work.distil(config, terminal, resume)
     except PushFailed as error:
-        finish(error.result.to_dict())
+        finish(error.result.to_dict(), error.result.summary())
         raise
-    finish(result.to_dict())
+    finish(result.to_dict(), result.summary())
 
 
 @app.command()
@@ -81,7 +89,8 @@ def check(config_file: ConfigFile = None, assignments: Assignments = None, **fla
     from ..api import work
 
     config = build_config(config_file, flags["flags"], assignments)
-    result = work.check(config, Terminal())
+    with Terminal() as terminal:
+        result = work.check(config, terminal)
     for text in result.notes:
         note(text)
     show(result, width=200)
@@ -188,6 +197,7 @@ def plan(config_file: ConfigFile = None, assignments: Assignments = None, **opti
     flags = options.pop("flags")
     config = build_config(config_file, flags, assignments)
     options["tflops"] = options.pop("device_tflops")
-    result = work.plan(config, Terminal(), options)
+    with Terminal() as terminal:
+        result = work.plan(config, terminal, options)
     show(result, width=140)
     finish(result.to_dict())

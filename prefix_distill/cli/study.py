@@ -1,6 +1,5 @@
 """The commands probe, compare, report and demo."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +24,13 @@ PROBE_WORDING: dict[str, Wording] = {
     "runtime.dtype": {"help": "Compute dtype: auto, float32 or bfloat16."},
     "runtime.head_memory_mb": {"help": "Memory for one chunk of logits, in MiB."},
 }
+
+
+def _read_out(out: str | None, command: str) -> Path:
+    """Return the folder of --out, by default one that is named after the command."""
+    if out is None:
+        out = settings.default_out(command)
+    return read_folder("--out", out)
 
 
 @app.command()
@@ -53,20 +59,25 @@ def demo(
     """
     from ..api import work
 
-    folder = Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
-    if out is not None:
-        folder = read_folder("--out", out)
-    table, document = work.demonstrate(folder, seed, Terminal())
+    with Terminal() as terminal:
+        table, document = work.demonstrate(_read_out(out, "demo"), seed, terminal)
+    from ..results.demo import summarize
+
     display.print_tables(table)
-    finish(document)
+    finish(document, summarize(document))
 
 
 @app.command()
 @with_options(*settings.PROBE_OPTIONS, reworded=PROBE_WORDING)
 def probe(
     out: Annotated[
-        str, typer.Option(metavar="FOLDER", help="Folder for probe.json and probe.png.")
-    ],
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for probe.json and probe.png.",
+            show_default="runs/probe-<time>",
+        ),
+    ] = None,
     problems: Annotated[
         int,
         typer.Option(
@@ -83,7 +94,9 @@ def probe(
     """
     from ..api import work
 
-    result = work.probe(settings.probe_config(flags["flags"], out, problems), Terminal())
+    config = settings.probe_config(flags["flags"], out, problems)
+    with Terminal() as terminal:
+        result = work.probe(config, terminal)
     show(result, width=200)
     note(result.reason)
     finish(result.to_dict())
@@ -100,17 +113,22 @@ def compare(
         ),
     ],
     out: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="FOLDER", help="Folder of the comparison; a second call continues it."
+            metavar="FOLDER",
+            help="Folder of the comparison; a second call continues it.",
+            show_default="runs/compare-<time>",
         ),
-    ],
+    ] = None,
 ) -> None:
     """Train every arm of a file with every seed, one after another; compare accuracy and cost."""
     from ..api import work
 
-    result = work.compare(arms_file, read_folder("--out", out), Terminal())
+    with Terminal() as terminal:
+        result = work.compare(arms_file, _read_out(out, "compare"), terminal)
     show(result, width=200)
+    for text in result.remarks():
+        note(text)
     finish(result.to_dict())
 
 
@@ -121,11 +139,13 @@ def report(
         typer.Argument(metavar="FOLDER", help="Run folders, or folders that contain them."),
     ],
     out: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="FOLDER", help="Folder for report.html, report.md, report.csv and report.png."
+            metavar="FOLDER",
+            help="Folder for report.html, report.md, report.csv and report.png.",
+            show_default="runs/report-<time>",
         ),
-    ],
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -141,8 +161,10 @@ def report(
     """Write tables, a plot and a self-contained HTML page for any run folders."""
     from ..api import work
 
-    result = work.report(
-        read_folders("FOLDER", folders), read_folder("--out", out), reference=reference, title=title
-    )
+    paths, folder = read_folders("FOLDER", folders), _read_out(out, "report")
+    with Terminal():
+        result = work.report(paths, folder, reference=reference, title=title)
     show(result, width=200)
+    for text in result.remarks():
+        note(text)
     finish(result.to_dict())

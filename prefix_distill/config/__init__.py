@@ -15,6 +15,7 @@ from .files import (
 from .options import NAMES, choices, describe_default, describe_limits, value_type
 from .rules import parse_estimator, parse_trackers, selected
 from .sections import SELF, Adapter, Config, Runtime
+from .stop_when import StopWhen, parse_stop_when
 
 __all__ = [
     "LARGEST",
@@ -24,6 +25,7 @@ __all__ = [
     "Adapter",
     "Config",
     "Runtime",
+    "StopWhen",
     "as_dict",
     "assemble",
     "build",
@@ -37,6 +39,7 @@ __all__ = [
     "options",
     "parse_divergence",
     "parse_estimator",
+    "parse_stop_when",
     "parse_trackers",
     "read_assignments",
     "read_tree",

@@ -20,6 +20,7 @@ from .sections import Config
 if typing.TYPE_CHECKING:
     import yaml
 
+LISTED = 20  # unknown settings in an error
 LARGEST = 1 << 16  # limit on the characters of a YAML file and on its expanded nodes
 CONFIG_FILE = "config file"  # what an error calls the file of --config
 # YAML 1.1 reads 1:30 as 90 and 010 as 8; both are more likely to be mistakes
@@ -50,9 +51,10 @@ def assemble(values: dict[str, object], names: Names | None = None) -> Config:
     names = names or {}
     known = options()
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    unknown = [f"'{path[:80]}'; {_suggest(path[:80])}" for path in values if path not in known]
+    if unknown:
+        raise UserError(f"unknown setting {'; '.join(unknown[:LISTED])}")
     for path, value in values.items():
-        if path not in known:
-            raise UserError(f"unknown setting '{path[:80]}'; {_suggest(path[:80])}")
         section, key = path.split(".")
         sections[section][key] = _convert(names.get(path, path), value, known[path].type)
     return Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})

@@ -16,7 +16,13 @@ class Schedule:
         "steps), auto (starts at 10% and doubles when the KL of its last tokens stops falling). "
         "Plugins add more.",
     )
-    lr: float = main_option(5e-5, "--lr", "Peak learning rate of AdamW.", above=0)
+    lr: float | None = main_option(
+        None,
+        "--lr",
+        "Peak learning rate of AdamW.",
+        shown="5e-05; of the built-in pair 0.0004",
+        above=0,
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
         "linear",
         "--lr-schedule",
@@ -144,6 +150,27 @@ class Weights:
 class Train:
     steps: int = main_option(
         100, "--steps", "Steps to train; a step is one optimizer update.", low=0
+    )
+    epochs: float | None = option(
+        None,
+        "--epochs",
+        "Passes over the training rows, in place of --steps: epochs × rows / --batch-size steps, "
+        "rounded up.",
+        above=0,
+    )
+    stop_when: str = option(
+        "none",
+        "--stop-when",
+        "End the run early: 'accuracy 3' after three evaluations without a higher accuracy, "
+        "collapse if answers stop ending, repeat themselves or the KL beyond the prefix rises; "
+        "comma-separated for both.",
+    )
+    max_hours: float | None = option(
+        None,
+        "--max-hours",
+        "Hours in which the run ends: it stops training while there is time to evaluate and save. "
+        "They count from the loading of the models; a resumed run counts anew.",
+        above=0,
     )
     batch_size: int = main_option(
         8, "--batch-size", "Prompts per step, over all ranks together.", low=1

@@ -13,6 +13,7 @@ from ..maths.weights import parse_position_weight, parse_selection, parse_window
 from .access import flag, get, options
 from .options import choices, describe_limits
 from .sections import SELF, TRACKERS, Config
+from .stop_when import parse_stop_when
 
 Names = Mapping[str, str]  # option → how the user wrote it: a flag, a keyword, or its key
 
@@ -34,6 +35,8 @@ def check(config: Config, names: Names) -> None:
     _check_teacher_device(config)
     _check_selection(config)
     _check_extrapolation(config)
+    _check_stop_when(config)
+    _check_eval_sampling(config, names)
     parse_window(config.weights.window)
     _check_template_settings(config)
     parse_trackers(config.trackers.to)
@@ -175,6 +178,11 @@ def _check_adapter(config: Config) -> None:
             raise UserError(
                 f"{flag(path)}: applies only with --lora; add --lora 16, or omit {flag(path)}"
             )
+    if has_adapter and not config.adapter.merge and _is_changed(config, "checkpoint.dtype"):
+        raise UserError(
+            f"--save-dtype {config.checkpoint.dtype} with --lora: the adapter is saved in float32; "
+            "add --lora-merge to save whole weights, or omit --save-dtype"
+        )
     bits = config.models.student_quantize
     if bits != "none" and not has_adapter:
         raise UserError(
@@ -285,6 +293,36 @@ def _check_self_distillation(config: Config) -> None:
             raise UserError(
                 f"--privileged-template {template[:60]!r}: it has no {{{name}}}; put it where the "
                 f"{name} belongs"
+            )
+
+
+def _check_stop_when(config: Config) -> None:
+    """Raise UserError if the run would not measure what --stop-when looks at."""
+    rule, settings = parse_stop_when(config.train.stop_when), config.evaluate
+    given = f"--stop-when {config.train.stop_when}"
+    if rule.patience is not None and not (settings.every and settings.problems):
+        raise UserError(
+            f"{given}: expected evaluations of the accuracy, got none; add --eval-every 10 and "
+            "--problems of at least 1"
+        )
+    if rule.collapse and not (settings.every or settings.tail_every):
+        raise UserError(
+            f"{given}: expected evaluations or tail probes, got none; add --eval-every or "
+            "--tail-every"
+        )
+
+
+def _check_eval_sampling(config: Config, names: Names) -> None:
+    """Raise UserError if the model's own sampling and another one are asked for."""
+    if config.evaluate.sampling != "model":
+        return
+    given = names.get("evaluate.sampling", flag("evaluate.sampling"))
+    for path in ("evaluate.temperature", "evaluate.top_p", "evaluate.top_k"):
+        if _is_changed(config, path):
+            name = names.get(path, flag(path))
+            raise UserError(
+                f"{name} {get(config, path)} with {given} model: the model's own settings are "
+                f"used; omit one of them"
             )
 
 

@@ -1,15 +1,34 @@
 """The options of what a run writes: checkpoints, trackers, and the hub."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .options import main_option, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    out: str | None = main_option(None, "--out", "Run folder.", shown="runs/<time>")
+    out: str | None = main_option(None, "--out", "Run folder.", shown="runs/run-<time>")
     save_every: int = option(
         25, "--save-every", "Steps between checkpoints; 0 saves only at the end.", low=0
+    )
+    save_minutes: float = option(
+        0.0,
+        "--save-minutes",
+        "Minutes between checkpoints, besides those of --save-every; 0 saves by steps only.",
+        low=0,
+    )
+    keep: int = option(
+        1,
+        "--keep-checkpoints",
+        "Checkpoints of a finished run; while it trains, at least 2.",
+        low=1,
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "--save-dtype",
+        "Dtype of the weights in model/ and best/; auto: float32, or with --lora-merge that of the "
+        "base model. With bfloat16, the run reports how much of the KL gain survives the rounding.",
     )
     allow_changed: bool = option(
         False,
@@ -32,6 +51,13 @@ class Trackers:
         "--run-name",
         "Name of the run in the trackers, and title of its model card.",
         shown="the run folder's name; in the card, the models' names",
+    )
+    print_rollouts: int = option(
+        0,
+        "--print-rollouts",
+        "Rollouts to print, with a mark where the prefix ends, after every step; of a long run "
+        "after about 200 of its steps. `show` reads them later.",
+        low=0,
     )
 
 

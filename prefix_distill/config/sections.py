@@ -7,6 +7,7 @@ The sections of the method are in ``method``, and those of what a run writes in 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .evaluation import Evaluation
 from .method import Divergence, Extrapolation, Sampling, Schedule, Train, Weights
 from .options import main_option, option
 from .saving import Checkpoint, Export, Trackers
@@ -22,14 +23,14 @@ class Models:
         None,
         "--student",
         "Student model: hub id, folder, .gguf file or lab:TASK/student.",
-        shown="the built-in student",
+        shown="built in, if neither a model nor a dataset is named",
     )
     teacher: str | None = main_option(
         None,
         "--teacher",
         "Teacher model: hub id, folder, .gguf file or lab:TASK/teacher. self means the student's "
         "initial weights; it needs --privileged-column, or thinking switches that differ.",
-        shown="the built-in teacher",
+        shown="built in, if neither a model nor a dataset is named",
     )
     teacher_ema: float | None = option(
         None,
@@ -103,7 +104,7 @@ class Data(TemplateSettings):
         "Training prompts: .jsonl, .json, .csv or .parquet file, hub id, lab:TASK or preset "
         "(gsm8k, math, …). Use gsm8k=FILE for a local copy, name#1000 for 1,000 rows chosen by "
         "--seed, and a:3,b:1 to mix two sets 3 to 1.",
-        shown="the built-in task",
+        shown="built in, if neither a model nor a dataset is named",
     )
     split: str | None = option(
         None, "--split", "Split of a hub or built-in dataset.", shown="the preset's, else train"
@@ -196,77 +197,6 @@ class Data(TemplateSettings):
         "--max-prompt-tokens",
         "Longest prompt, in tokens. Longer prompts are dropped and counted.",
         low=1,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    dataset: str | None = option(
-        None,
-        "--eval-dataset",
-        "Held-out problems; same syntax as --dataset.",
-        shown="the test split of the built-in task or preset, else rows held out of --dataset",
-    )
-    split: str | None = option(
-        None,
-        "--eval-split",
-        "Split of a hub or built-in evaluation set.",
-        shown="the preset's, else test",
-    )
-    problems: int = option(
-        200,
-        "--eval-samples",
-        "Held-out problems to evaluate before, during and after training; 0 evaluates none.",
-        low=0,
-    )
-    rollouts: int = option(1, "--eval-rollouts", "Answers sampled per held-out problem.", low=1)
-    every: int = option(
-        0,
-        "--eval-every",
-        "Steps between evaluations; 0 evaluates only before and after training.",
-        low=0,
-    )
-    temperature: float = option(
-        1.0, "--eval-temperature", "Sampling temperature of evaluation; 0 is greedy.", low=0
-    )
-    kl_prompts: int = option(
-        32,
-        "--kl-prompts",
-        "Held-out prompts for the KL, which is measured on full-length rollouts.",
-        low=1,
-    )
-    tail_every: int = option(
-        25,
-        "--tail-every",
-        "Steps between tail probes, which measure the KL beyond the prefix; 0 disables them.",
-        low=0,
-    )
-    tail_prompts: int = option(8, "--tail-prompts", "Held-out prompts per tail probe.", low=1)
-    check_samples: int = option(
-        8,
-        "--check-samples",
-        "Held-out problems that both models answer before the run, if that takes less than about "
-        "15 seconds; 0 skips this check.",
-        low=0,
-    )
-    grader: str | None = option(
-        None,
-        "--grader",
-        "Your own grader FILE.py:FUNCTION, a function of (row, response) that returns a score from "
-        "0 to 1; it replaces reference answers.",
-        shown="none",
-    )
-    grader_timeout: float = option(
-        10.0,
-        "--grader-timeout",
-        "Seconds that --grader may take for one answer, which then scores 0.",
-        above=0,
-    )
-    answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"] = option(
-        "auto",
-        "--answer-format",
-        "How the final answer is extracted: auto (as the dataset defines, else boxed, hash or last "
-        "number), boxed, hash (#### 42), last-number, choice (a letter) or exact.",
     )
 
 

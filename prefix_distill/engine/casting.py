@@ -23,6 +23,27 @@ def cast(net: PreTrainedModel, dtype: torch.dtype) -> None:
                 tensor.data = tensor.data.to(dtypes.get(plain, dtype))
 
 
+def cast_state(
+    net: PreTrainedModel, state: dict[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return a state dict of ``net`` in another dtype; tensors that share memory still do.
+
+    The dtypes are those of ``cast``.
+    """
+    dtypes = _dtypes_at_load(net, dtype)
+    copies: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+    converted = {}
+    for name, tensor in state.items():
+        converted[name] = tensor
+        if tensor.is_floating_point():
+            target = dtypes.get(name, dtype)
+            key = (tensor.data_ptr(), target)
+            if key not in copies or copies[key].shape != tensor.shape:
+                copies[key] = tensor.to(target)
+            converted[name] = copies[key]
+    return converted
+
+
 def _dtypes_at_load(net: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the dtypes of parameters and buffers in a network that is loaded in ``dtype``."""
     config = copy.deepcopy(net.config)

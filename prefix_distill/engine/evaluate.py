@@ -9,9 +9,11 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .. import display
 from ..maths.intervals import interval, ratio_interval
 from ..prompts.grading import Grader
 from ..prompts.prompt import Prompt, Rendered
+from . import stopping
 from .memory import MemoryLimits
 from .meter import Meter
 from .models import Model
@@ -62,12 +64,16 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How problems are sampled and graded: ``samples`` full answers per problem."""
+    """How problems are sampled and graded: ``samples`` full answers per problem.
+
+    ``prefix``: a number of tokens; records then say how many characters of an answer lie in them.
+    """
 
     sampler: Sampler
     samples: int
     max_new_tokens: int
     grader: Grader
+    prefix: int | None = None
 
 
 def evaluate(
@@ -85,22 +91,33 @@ def evaluate(
     reference, and are None if no problem has one. The problems are divided among ranks, and each
     rank grades its own answers. Grading has a time limit, so two ranks could grade one answer
     differently. Records are gathered in problem order.
+
+    stopping.CutOff: a signal asked the run to stop, and this evaluation may be cut off.
     """
     place = limits.place
     every = [(i, s) for i in range(len(problems)) for s in range(how.samples)]
     mine = every[place.rank :: place.world]
     requests = [Request(ids=tuple(problems[i][1]), key=("evaluate", i, s)) for i, s in mine]
     how.grader.start(prompt for prompt, _ in problems)
-    responses: list[Response] = []
-    if mine:
-        responses = limits.sample(
-            model, requests, max_new_tokens=how.max_new_tokens, sampler=how.sampler, cost=cost
-        )
-    graded = []
-    for (i, s), response in zip(mine, responses, strict=True):
-        graded.append((i, s, _grade(model, response, problems[i][0], grader=how.grader)))
+
+    def answer() -> list[tuple[int, int, dict]]:
+        responses: list[Response] = []
+        if mine:
+            responses = limits.sample(
+                model, requests, max_new_tokens=how.max_new_tokens, sampler=how.sampler, cost=cost
+            )
+        graded = []
+        for (i, s), response in zip(mine, responses, strict=True):
+            stopping.look()
+            record = _grade(model, response, problems[i][0], grader=how.grader)
+            if how.prefix is not None:
+                record["prefix_characters"] = count_characters(model, response.ids[: how.prefix])
+            graded.append((i, s, record))
+        return graded
+
+    with display.phase("evaluating", len(every), "answers", ranks=place.world):
+        gathered = itertools.chain.from_iterable(stopping.gather_results(place, answer))
     records = [_empty_record(prompt) for prompt, _ in problems]
-    gathered = itertools.chain.from_iterable(place.gather(graded))
     for i, _, response_record in sorted(gathered, key=operator.itemgetter(0, 1)):
         records[i]["responses"].append(response_record)
     return _score(records)
@@ -158,6 +175,11 @@ def decode(model: Model, ids: Sequence[int]) -> str:
     return text
 
 
+def count_characters(model: Model, ids: Sequence[int]) -> int:
+    """Return the length of the text of ids, without a character of which the end is missing."""
+    return len(decode(model, ids).rstrip("\ufffd"))
+
+
 def _grade(model: Model, response: Response, prompt: Prompt, grader: Grader) -> dict:
     """Return the record of a response.
 
@@ -202,12 +224,17 @@ def fixed_rollouts(
     place = limits.place
     requests = [Request(ids=p.student_ids, key=("held-out", i)) for i, p in enumerate(prompts)]
     mine = requests[place.rank :: place.world]
-    responses: list[Response] = []
-    if mine:
-        responses = limits.sample(
-            student, mine, max_new_tokens=how.max_new_tokens, sampler=how.sampler, cost=cost
-        )
-    parts = place.gather([(r.ids, r.finished) for r in responses])
+
+    def sample() -> list[tuple[tuple[int, ...], bool]]:
+        responses: list[Response] = []
+        if mine:
+            responses = limits.sample(
+                student, mine, max_new_tokens=how.max_new_tokens, sampler=how.sampler, cost=cost
+            )
+        return [(r.ids, r.finished) for r in responses]
+
+    with display.phase("sampling held-out contexts", len(requests), "answers", ranks=place.world):
+        parts = stopping.gather_results(place, sample)
     rollouts = []
     for i, prompt in enumerate(prompts):
         ids, finished = parts[i % place.world][i // place.world]
@@ -228,9 +255,14 @@ def held_out_facts(
     """
     place = limits.place
     mine = rollouts[place.rank :: place.world]
+
+    def measure() -> TokenFacts:
+        return limits.measure(scorer, mine, meter=meter, phase=phase)
+
     merged: TokenFacts = {}
-    for part in place.gather(limits.measure(scorer, mine, meter=meter, phase=phase)):
-        merged |= part
+    with display.phase("measuring the KL"):
+        for part in stopping.gather_results(place, measure):
+            merged |= part
     facts = []
     for r in rollouts:
         of_rollout: Facts = {}

@@ -246,7 +246,10 @@ class _Dictation:
             return "its generate method does not call logits processors"
         for request, theirs in zip(self.requests, expected, strict=True):
             ours = torch.stack(sampler.logits[request.key])[:, : theirs.shape[-1]]
-            gap = _relative_gap(ours, theirs)
+            measure = _relative_gap
+            if allowed == TOLERANCE_OF_HALF_PRECISION:
+                measure = _median_gap
+            gap = measure(ours, theirs)
             if not gap <= allowed:
                 return f"they differ by {gap:.1g} of their norm"
         return None
@@ -257,6 +260,19 @@ def _relative_gap(logits: torch.Tensor, expected: torch.Tensor) -> float:
     centred = expected - expected.mean(-1, keepdim=True)
     difference = logits - logits.mean(-1, keepdim=True) - centred
     return _relative_norm(difference, centred)
+
+
+def _median_gap(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the median over tokens of the relative gap, for half precision.
+
+    In a mixture of experts, rounding sends single tokens to other experts: of tiny random networks
+    up to 10% of the tokens differ by up to 0.5 of their norm then, and the median by 0.01. A wrong
+    cache, state or position changes all tokens, or all after the first stretch.
+    """
+    gaps = []
+    for ours, theirs in zip(logits, expected, strict=True):
+        gaps.append(_relative_gap(ours[None], theirs[None]))
+    return torch.tensor(gaps).median().item()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Pin models to a revision of the hub, and explain why a name cannot be found there."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -12,12 +13,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from ..display import phase
 from ..errors import UserError, one_line
 from ..prompts.sources import split_revision
 
 WEIGHTS = ("*.safetensors",)
 # other formats of weights, which are never read
 UNREAD = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ckpt", "*.tflite")
+
+
+def contacting(name: str) -> contextlib.AbstractContextManager[object]:
+    """Show during the ``with`` block that the hub is asked for ``name``, unless it is a path."""
+    if os.path.exists(os.path.expanduser(name)):
+        return contextlib.nullcontext()
+    return phase(f"contacting the hub for {name}")
 
 
 def check_reachable(name: str, error: BaseException) -> None:
@@ -49,7 +58,8 @@ def find_pinned(name: str, ignored: tuple[str, ...] = UNREAD) -> Path | None:
     if revision is None:
         return None
     try:
-        return Path(snapshot_download(repo, revision=revision, ignore_patterns=[*ignored]))
+        with contacting(name):
+            return Path(snapshot_download(repo, revision=revision, ignore_patterns=[*ignored]))
     except Exception as error:  # the hub client raises many types
         raise UserError(
             f"model {name}: revision {revision} of {repo} cannot be loaded from the hub "

@@ -26,7 +26,7 @@ from .casting import cast
 from .classes import AutoClass, choose_class
 from .dropout import turn_off_dropout
 from .folders import ADAPTER, check_config, describe_left_over, locate
-from .hub import check_reachable, find_pinned
+from .hub import check_reachable, contacting, find_pinned
 from .kept_state import find_blanks
 from .model_files import read_tokenizer
 from .models import Model
@@ -69,11 +69,12 @@ def load_model(
     gguf = _gguf_argument(extra)
     package = "gguf" if gguf else storage.package
     with _explain_failure(name, package):
-        options = {"trust_remote_code": trust_remote_code, **gguf}
-        tokenizer = read_tokenizer(name, folder, **options)
-        config = AutoConfig.from_pretrained(folder, **options)
-        if not extra:
-            check_config(name, folder, config)
+        with contacting(folder):
+            options = {"trust_remote_code": trust_remote_code, **gguf}
+            tokenizer = read_tokenizer(name, folder, **options)
+            config = AutoConfig.from_pretrained(folder, **options)
+            if not extra:
+                check_config(name, folder, config)
         extra |= _quantization_options(storage, device, dtype)
         scratch = None
         if storage.spread is not None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from ..config import Config
+from ..display import find_phase
 from ..errors import MemoryShortage, ignore
 from .device import is_out_of_memory
 from .meter import Meter
@@ -121,7 +122,11 @@ class MemoryLimits:
     ) -> list[Response]:
         """Return the responses of ``generate``; halve ``rows`` until a batch fits."""
 
+        progress = find_phase("answers")
+        before = progress.done
+
         def sample(meter: Meter) -> list[Response]:
+            progress.set(before)  # again, if memory ran out
             fitting = dataclasses.replace(sampler, rows=self.rows)
             counted = dataclasses.replace(cost, meter=meter)
             return generate(

@@ -44,6 +44,8 @@ class Model:
 
     ``generation_config``: the settings that came with the weights and are saved with them. The
     network's own are blank, so that none of them changes sampling. ``eos``: ids that end a turn.
+    ``stop_ids``: ids at which responses end in training, which are saved as EOS ids (None: those of
+    the generation config).
     ``shares_prompts``: several responses may follow one forward pass over their prompt, because
     ``exactness.check_sharing`` found that exact; ``trains_on_shared_prompts``: so are gradients.
     ``decoding``: how rows are decoded together, found by ``exactness.find_decoding``.
@@ -64,6 +66,7 @@ class Model:
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig
     eos: frozenset[int]
+    stop_ids: frozenset[int] | None = None
     shares_prompts: bool = False
     trains_on_shared_prompts: bool = True
     decoding: Decoding = FASTEST

@@ -3,6 +3,9 @@
 import torch
 from transformers import LogitsProcessor
 
+from ..display import Phase
+from . import stopping
+
 
 class RowProcessor(LogitsProcessor):
     """A logits processor that chooses every row's token; with ``record`` it keeps its log p."""
@@ -71,3 +74,33 @@ class Support(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores[:, self.support :] = -torch.inf
         return scores
+
+
+class StepWatcher(LogitsProcessor):
+    """Counts the tokens that a batch has decoded, and leaves it if the run is asked to stop.
+
+    ``progress``: the phase that counts the answers; ``tokens``: the longest answer.
+    """
+
+    def __init__(self, progress: Phase, rows: int, tokens: int):
+        self.progress = progress
+        self.before = progress.done
+        self.rows = self.alive = rows
+        self.tokens = tokens
+        self.decoded = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        stopping.look()
+        self.decoded += 1
+        self.show()
+        return scores
+
+    def finish(self) -> None:
+        """Count all rows as answers."""
+        self.alive = 0
+        self.show()
+
+    def show(self) -> None:
+        """Count the rows that have ended as answers, and the others in part."""
+        ended = (self.rows - self.alive) * self.progress.ranks
+        self.progress.set(self.before + ended, self.alive * self.decoded / self.tokens)

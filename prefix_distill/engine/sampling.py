@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..display import find_phase
 from ..errors import UserError
 from ..maths.flops import Shape
 from ..maths.seeds import seed_of
@@ -22,7 +23,7 @@ from .device import Clock
 from .free_memory import release_cache
 from .meter import Meter
 from .models import Model
-from .processors import Race, RowProcessor, Support
+from .processors import Race, RowProcessor, StepWatcher, Support
 from .rope import split_lengths
 from .transformers_names import name_generate_cache_argument, read_cache, select_rows
 
@@ -126,6 +127,10 @@ class Sampler:
         """Return whether samples follow the student's own distribution."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
+    def describe(self) -> dict[str, float]:
+        """Return temperature, top-p and top-k as JSON values."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
     def race(self, keys: list[tuple[object, ...]], device: torch.device) -> RowProcessor | None:
         """Return the noise of every row; None if decoding is greedy."""
         if self.temperature == 0:
@@ -181,13 +186,22 @@ def generate(
     of at most ``sampler.rows``, as far as ``model.decoding`` allows. A prompt of several rows is
     prefilled once if ``model.prefills_once``. ``cost`` records the FLOPs of every batch, and the
     seconds of prefill and decoding. A row that may pass the length at which RoPE changes is sampled
-    alone.
+    alone. The open phase that counts answers advances.
+
+    stopping.CutOff: a signal asked the run to stop, and this work may be cut off.
     """
     responses: dict[int, Response] = {}
+    progress = find_phase("answers")
     for chosen in _batches(requests, model, rows=sampler.rows, tokens=max_new_tokens):
-        batch = _Batch(model=model, requests=[requests[i] for i in chosen], sampler=sampler)
+        batch = _Batch(
+            model=model,
+            requests=[requests[i] for i in chosen],
+            sampler=sampler,
+            watcher=StepWatcher(progress, len(chosen), max_new_tokens),
+        )
         for i, response in zip(chosen, batch.decode(max_new_tokens, cost), strict=True):
             responses[i] = response
+        batch.watcher.finish()
         if cost is not None:
             cost.count(_describe_reads(model, requests, {i: responses[i] for i in chosen}))
     return [responses[i] for i in range(len(requests))]
@@ -260,6 +274,7 @@ class _Batch:
     model: Model
     requests: list[Request]
     sampler: Sampler
+    watcher: StepWatcher
     ids: list[list[int]] = field(default_factory=list)
     logp: list[list[float]] = field(default_factory=list)
 
@@ -279,6 +294,7 @@ class _Batch:
             release_cache(self.model.device)
             stretch = min(self.model.decoding.stretch or max_new_tokens, max_new_tokens - done)
             processors = self.sampler.processors(race)
+            processors.insert(0, self.watcher)
             if timer is not None:
                 processors.insert(0, timer)
             cache_argument = {name_generate_cache_argument(): cache}
@@ -300,6 +316,8 @@ class _Batch:
             done += new.shape[1]
             going = self._append(alive, new.tolist(), race)
             alive = [alive[row] for row in going]
+            self.watcher.alive = len(alive)
+            self.watcher.show()
             if not alive or done >= max_new_tokens:
                 break
             cache = read_cache(out)

@@ -1,6 +1,8 @@
 """Write a model folder that plain transformers loads."""
 
 import contextlib
+import copy
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from ..errors import Stopped, one_line
 from ..files import replace_folder
 from . import adapter
 from .adapter_files import WEIGHTS
+from .casting import cast_state
 from .free_memory import read_free_memory
 from .models import Model
 
@@ -20,29 +24,50 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def save_model(model: Model, folder: Path, card: str | None = None) -> list[str]:
+def save_model(
+    model: Model, folder: Path, card: str | None = None, dtype: torch.dtype | None = None
+) -> list[str]:
     """Write a model folder, with ``card`` as its README.md; return notes.
 
-    The folder holds the config, the generation config, the float32 weights (safetensors), the
-    tokenizer and the chat template. Of a model with an adapter, only the adapter is written, in
-    peft's format. The folder gets its name after its weights were read back and compared.
-    Stopped: they differ; ``folder`` is as before.
+    The folder holds the config, the generation config with the model's ``stop_ids``, the weights
+    (safetensors) in ``dtype`` (None: their own), the tokenizer and the chat template. Of a model
+    with an adapter, only the adapter is written, in its own dtype and in peft's format. The folder
+    gets its name after its weights were read back and compared. Stopped: they differ; ``folder`` is
+    as before.
     """
     with _new_folder(model, folder, card) as scratch:
         if model.adapter is not None:
             _save_adapter(model.adapter, scratch, folder)
             return []
-        model.net.save_pretrained(scratch)
-        return _check_weights(model, model.net.state_dict(), scratch=scratch, folder=folder)
+        weights = _write_weights(model, model.net.state_dict(), scratch, dtype=dtype)
+        return _check_weights(model, weights, dtype, scratch=scratch, folder=folder)
 
 
-def save_merged_model(model: Model, folder: Path, card: str | None = None) -> list[str]:
+def save_merged_model(
+    model: Model, folder: Path, card: str | None = None, dtype: torch.dtype | None = None
+) -> list[str]:
     """Write a model folder as ``save_model`` does, with the adapter merged into the weights."""
     with _new_folder(model, folder, card) as scratch:
         weights = adapter.merge_weights(model.net)
         with adapter.saved_as_untied(model.net, weights), adapter.without_layers(model.net):
-            model.net.save_pretrained(scratch, state_dict=weights)
-        return _check_weights(model, weights, scratch=scratch, folder=folder)
+            weights = _write_weights(model, weights, scratch, dtype=dtype)
+        return _check_weights(model, weights, dtype, scratch=scratch, folder=folder)
+
+
+def _write_weights(
+    model: Model, weights: dict[str, torch.Tensor], scratch: Path, *, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Write config and weights in ``dtype`` (None: their own); return the weights as written."""
+    if dtype is None or dtype == model.net.dtype:
+        model.net.save_pretrained(scratch, state_dict=weights)
+        return weights
+    weights = cast_state(model.net, weights, dtype)
+    model.net.save_pretrained(scratch, state_dict=weights)
+    file = scratch / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")  # save_pretrained writes the network's own
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return weights
 
 
 def _save_adapter(wrapper: "PeftModel", scratch: Path, folder: Path) -> None:
@@ -56,7 +81,12 @@ def _save_adapter(wrapper: "PeftModel", scratch: Path, folder: Path) -> None:
 
 
 def _check_weights(
-    model: Model, state: dict[str, torch.Tensor], *, scratch: Path, folder: Path
+    model: Model,
+    state: dict[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    *,
+    scratch: Path,
+    folder: Path,
 ) -> list[str]:
     """Load ``scratch`` with transformers and compare it with the weights in ``state``.
 
@@ -73,7 +103,7 @@ def _check_weights(
     try:
         net, loading_info = network.from_pretrained(
             scratch,
-            dtype=model.net.dtype,
+            dtype=dtype or model.net.dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the comparison reports them
@@ -105,6 +135,17 @@ def _compare(state: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], fol
         )
 
 
+def _make_generation_config(model: Model) -> GenerationConfig:
+    """Return the model's generation config, with the ids at which responses end as EOS ids."""
+    made = copy.deepcopy(model.generation_config)
+    named = made.eos_token_id
+    if not isinstance(named, list):
+        named = [named]
+    if model.stop_ids is not None and set(named) != model.stop_ids:
+        made.eos_token_id = sorted(model.stop_ids)
+    return made
+
+
 @contextlib.contextmanager
 def _new_folder(model: Model, folder: Path, card: str | None) -> Iterator[Path]:
     """Yield a folder for weights; add the other files, then move it to ``folder``."""
@@ -112,7 +153,7 @@ def _new_folder(model: Model, folder: Path, card: str | None) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         yield scratch
-        model.generation_config.save_pretrained(scratch)
+        _make_generation_config(model).save_pretrained(scratch)
         model.tokenizer.save_pretrained(scratch)
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")

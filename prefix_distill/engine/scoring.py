@@ -10,6 +10,7 @@ import torch
 from ..maths import fused, simct
 from ..maths.divergence import Terms
 from ..maths.flops import Ledger
+from . import stopping
 from .batching import micro_batches, reads
 from .free_memory import release_cache
 from .models import Model
@@ -215,6 +216,7 @@ class Scorer:
         """
         facts: TokenFacts = {}
         for group in micro_batches(rollouts, size, self.pair.student.encodes_prompt_once):
+            stopping.look()
             student_ND = self.student_rows(group)
             teacher_NE = self.teacher_rows(group)
             facts |= self.statistics(

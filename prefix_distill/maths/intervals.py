@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 RESAMPLES = 2_000
 
 
-def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
+def interval(values: Sequence[float], seed: int = 0, lowest: float = 0.0) -> dict[str, float]:
     """Return {value, n, low, high}: the mean over problems with a 95% bootstrap interval.
 
-    The interval is the percentile bootstrap of 2,000 seeded resamples. If all values are equal, it
-    has no width. Its ends are then Wilson's at z = 1.96 if the values are shares of 0 or 1.
+    The interval is the percentile bootstrap of 2,000 seeded resamples. If all values are equal, the
+    bootstrap has no width, and the interval is that of ``equal_ends``. ``lowest``: of a value, 0 of
+    a share and -1 of a difference.
     """
     import torch  # here: report and --help run without torch
 
@@ -24,10 +25,7 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     data = torch.tensor(values, dtype=torch.float64)
     mean = data.mean().item()
     if data.min() == data.max():
-        edge = 0.0
-        if mean in (0.0, 1.0):
-            edge = 1.96**2 / (n + 1.96**2)
-        return _interval(mean, n, low=mean * (1 - edge), high=mean + (1 - mean) * edge)
+        return _interval(mean, n, *equal_ends(mean, n, lowest))
     generator = torch.Generator().manual_seed(seed)
     means = []
     for _ in range(RESAMPLES):
@@ -61,6 +59,31 @@ def ratio_interval(
     chosen = torch.randint(n, (RESAMPLES, n), generator=generator)
     totals = table[:, chosen].sum(-1)
     return _interval(value, answers, *_ends((totals[0] / totals[1]).tolist()))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a share of ``n`` independent cases."""
+    z = 1.96**2
+    center = (share + z / (2 * n)) / (1 + z / n)
+    width = math.sqrt(z * (share * (1 - share) + z / (4 * n)) / n) / (1 + z / n)
+    return max(0.0, center - width), min(1.0, center + width)
+
+
+def equal_ends(value: float, n: int, lowest: float = 0.0) -> tuple[float, float]:
+    """Return the ends of a 95% interval of n equal values, whose bootstrap has no width.
+
+    Of shares they are Wilson's. ``lowest`` -1: the values are differences of two shares; then each
+    end is as far away as Wilson's is from a share of 0 or 1.
+    """
+    if lowest < 0:
+        _, edge = wilson(0.0, n)
+        return max(lowest, value - edge), min(1.0, value + edge)
+    low, high = wilson(value, n)
+    if value == 0:
+        low = 0.0  # without rounding
+    if value == 1:
+        high = 1.0
+    return low, high
 
 
 def _ends(means: list[float]) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """Sample full answers of both models, from the start or after tokens of the other model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from ..display import phase
 from ..engine.decoder import make_decoder
 from ..engine.device import Clock
 from ..engine.meter import Meter
@@ -48,14 +49,12 @@ class Answering:
             prompts=[r.student_ids for r in run.problems.train],
             sampler=run.method.eval_sampler,
         )
-        # The teacher samples as in an evaluation, but in its own ids.
-        ids = run.method.text_sampler
         self.teacher = AnsweringModel(
             role="teacher",
             model=make_decoder(run.pair.teacher, run.place.dtype),
             shape=run.pair.teacher_shape,
             prompts=[r.teacher_ids for r in run.problems.train],
-            sampler=replace(run.method.eval_sampler, eos=ids.eos, support=ids.support, pad=ids.pad),
+            sampler=run.method.teacher_eval_sampler,
         )
 
     def answer(self, answerer: AnsweringModel) -> Answers:
@@ -81,9 +80,12 @@ class Answering:
         for i in unfinished[place.rank :: place.world]:
             by_room.setdefault(limit - len(starts[i]), {})[i] = starts[i]
         sampled: dict[int, tuple[Ids, bool]] = {}
-        for room, group in by_room.items():
-            sampled |= self._sample(answerer, group, room=room, key=key)
-        for part in place.gather(sampled):
+        name = f"probing: the {answerer.role} answers"
+        with phase(name, len(unfinished), "answers", ranks=place.world):
+            for room, group in by_room.items():
+                sampled |= self._sample(answerer, group, room=room, key=key)
+            parts = place.gather(sampled)
+        for part in parts:
             for i, (ids, finished) in part.items():
                 answers.ids[i] = ids
                 answers.finished[i] = finished

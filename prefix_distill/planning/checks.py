@@ -4,32 +4,30 @@
 seconds.
 """
 
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from ..engine import evaluate, trunk
-from ..engine.decoder import make_decoder
-from ..engine.device import Clock
+from ..display import phase
+from ..engine import trunk
 from ..engine.free_memory import read_free_memory
-from ..engine.meter import Meter
 from ..engine.models import Model
+from ..engine.recommended import read_recommended
 from ..engine.rollout import Rollout, rollout_of
-from ..engine.sampling import GenerationCost, Request, Sampler, generate
 from ..engine.scoring import Scorer
 from ..errors import UserError
 from ..maths.divergence import Terms
-from ..maths.seeds import seed_of
-from ..prompts.prompt import Rendered
 from ..training.run import Check, Run
 from . import text_checks
-from .case import Case, Dtypes, Ids, Lengths, build_case
+from .case import Case, Dtypes, Lengths, build_case
 from .forecast import Forecaster, bound_memory
 from .outcomes import SAMPLE, both_models, failed, passed, warned
+from .teacher_check import check_teacher, prompt_ids
 
 ZERO = 1e-6  # nats per token: the largest difference between two identical forward passes
 SECONDS = 15.0  # the most time for sampled answers, unless their number was asked for
-TRIAL = 8  # tokens that are sampled to estimate that time
 # fields of a generation config that would shape a response
 SHAPING = (
     "temperature",
@@ -73,21 +71,18 @@ def examine(run: Run, samples: int, limit: float | None = SECONDS) -> list[Check
     ``samples``: held-out problems that both models answer (0: none). They are left out if that
     would take more than ``limit`` seconds; None is no limit.
     """
-    checks = [
-        text_checks.check_vocabulary(run),
-        text_checks.check_data(run),
-        text_checks.check_prompts(run),
-        text_checks.check_templates(run),
-        text_checks.check_eos(run),
-        text_checks.check_padding(run),
-        _check_head(run),
-        _check_determinism(run),
-        _check_sampling(run),
-        text_checks.check_context(run),
-        _check_memory(run),
-    ]
+    examiners: dict[str, Callable[[], Check]] = {}
+    for name, examiner in EXAMINERS.items():
+        examiners[name] = functools.partial(examiner, run)
     if samples and run.config.evaluate.problems:
-        checks.append(_check_teacher(run, run.problems.kl[:samples], limit))
+        problems = run.problems.kl[:samples]
+        examiners["teacher"] = functools.partial(check_teacher, run, problems, limit)
+    checks = []
+    with phase("checking", len(examiners), "checks") as progress:
+        for name, examine_run in examiners.items():
+            with phase(name):
+                checks.append(examine_run())
+            progress.advance()
     return checks
 
 
@@ -131,21 +126,19 @@ def _prompt_ends(run: Run, role: str) -> list[Rollout]:
     """Return some prompts of a model, each with its own last ids as the response."""
     rollouts = []
     for slot, rendered in enumerate(run.problems.train[:SAMPLE]):
-        ids = _prompt_ids(rendered, role)
+        ids = prompt_ids(rendered, role)
         rollouts.append(rollout_of(slot, ids, ids[-SAMPLE:]))
     return rollouts
-
-
-def _prompt_ids(rendered: Rendered, role: str) -> Ids:
-    if role == "student":
-        return rendered.student_ids
-    return rendered.teacher_ids
 
 
 def _check_sampling(run: Run) -> Check:
     """Return how rollouts are sampled, and which settings of the models have no effect."""
     sampler = run.method.sampler
     ignored = {role: _shaping_fields(model) for role, model in both_models(run)}
+    recommends = run.config.evaluate.sampling == "model"
+    if recommends:
+        left_out = read_recommended(run.pair.student).left_out
+        ignored["student"] = {k: v for k, v in ignored["student"].items() if k in left_out}
     facts = {
         "temperature": sampler.temperature,
         "top_p": sampler.top_p,
@@ -159,6 +152,12 @@ def _check_sampling(run: Run) -> Check:
         f"temperature {sampler.temperature:g}, top-p {sampler.top_p:g}, top-k "
         f"{sampler.top_k or 'off'}"
     )
+    if recommends:
+        used = run.method.eval_sampler
+        text += (
+            f"; evaluation, from the student's generation config: temperature "
+            f"{used.temperature:g}, top-p {used.top_p:g}, top-k {used.top_k or 'off'}"
+        )
     # Users expect the sampling that a model card recommends, so ignored settings are named.
     for role, fields in ignored.items():
         if fields:
@@ -264,113 +263,17 @@ def _format_gib(size: float) -> str:
     return f"{size / 2**30:.3g} GiB"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Respondent:
-    """A model that answers problems, and how its answers are sampled."""
-
-    role: str
-    model: Model
-    sampler: Sampler
-
-
-def _check_teacher(run: Run, problems: list[Rendered], limit: float | None) -> Check:
-    """Compare full answers of both models: who is right, and who ends its turn."""
-    count = len(problems)
-    max_new_tokens = run.method.prefix.limit
-    respondents = [
-        _make_respondent(run, "student", model=run.pair.student, sampler=run.method.sampler),
-        _make_respondent(run, "teacher", model=run.pair.teacher, sampler=run.method.text_sampler),
-    ]
-    if limit is not None:
-        seconds = _estimate_seconds(run, respondents, problems)
-        if seconds > limit:
-            text = (
-                f"not sampled: {count} answers of up to {max_new_tokens} tokens from each model "
-                f"may take {seconds:.0f} s, more than {limit:.0f} s; run `prefix-distill check`, "
-                "or lower --check-samples"
-            )
-            return passed("teacher", text, {"expected_seconds": seconds})
-    facts = {}
-    texts = []
-    for respondent in respondents:
-        result = _grade(run, respondent, problems)
-        facts[respondent.role] = result
-        texts.append(_describe_grade(respondent.role, result))
-    text = "; ".join(texts)
-    student, teacher = facts["student"], facts["teacher"]
-    # The student learns from the teacher that a turn never ends.
-    if teacher["finish_rate"] == 0 < student["finish_rate"]:
-        text += (
-            f"; the teacher never ends a turn within {max_new_tokens} tokens, so the student will "
-            "stop ending its own; raise --max-new-tokens, or change --eos"
-        )
-        return warned("teacher", text, facts)
-    graded = student["right"] is not None and teacher["right"] is not None
-    if graded and teacher["right"] <= student["right"]:
-        text += (
-            f"; the teacher did not beat the student on these {count} problems; raise "
-            "--check-samples, or use another teacher"
-        )
-        return warned("teacher", text, facts)
-    return passed("teacher", text, facts)
-
-
-def _make_respondent(run: Run, role: str, model: Model, sampler: Sampler) -> Respondent:
-    """Return a model with the sampler of an evaluation."""
-    sampler = replace(
-        sampler,
-        seed=seed_of(run.config.runtime.seed, "preflight"),
-        temperature=run.config.evaluate.temperature,
-        top_p=1.0,
-        top_k=0,
-        record=False,
-    )
-    return Respondent(role=role, model=make_decoder(model, run.place.dtype), sampler=sampler)
-
-
-def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:
-    """Sample one answer to every problem and return {right, answers, finish_rate, mean_tokens}.
-
-    ``right`` is None if the problems have no reference answers.
-    """
-    how = replace(
-        run.evaluation,
-        sampler=respondent.sampler,
-        samples=1,
-        max_new_tokens=run.method.prefix.limit,
-    )
-    prompts = [(r.prompt, _prompt_ids(r, respondent.role)) for r in problems]
-    cost = GenerationCost(meter=Meter(Clock(device=run.place.device)))
-    score = evaluate.evaluate(respondent.model, prompts, how, limits=run.limits, cost=cost)
-    right = None
-    if score.accuracy is not None:
-        right = round(sum(score.right()))
-    return {
-        "right": right,
-        "answers": len(problems),
-        "finish_rate": score.finish_rate,
-        "mean_tokens": score.mean_tokens,
-    }
-
-
-def _describe_grade(role: str, result: dict) -> str:
-    """Return the result of ``_grade`` in words."""
-    finished = f"{result['finish_rate']:.0%} finished"
-    if result["right"] is None:
-        return f"{role}: {finished}"
-    return f"{role}: {result['right']} of {result['answers']} right, {finished}"
-
-
-def _estimate_seconds(run: Run, respondents: list[Respondent], problems: list[Rendered]) -> float:
-    """Estimate the seconds of full answers on the slowest rank, from a trial with few tokens."""
-    clock = Clock(device=run.place.device)
-    tokens = min(TRIAL, run.method.prefix.limit)
-    for respondent in respondents:
-        requests = []
-        for i, rendered in enumerate(problems):
-            requests.append(Request(ids=_prompt_ids(rendered, respondent.role), key=("trial", i)))
-        # Without EOS ids, every answer has exactly these tokens.
-        endless = replace(respondent.sampler, eos=frozenset())
-        with clock.phase("trial"):
-            generate(respondent.model, requests, max_new_tokens=tokens, sampler=endless)
-    return max(run.place.gather(clock.seconds["trial"])) * run.method.prefix.limit / tokens
+# the checks of every run, in their order
+EXAMINERS: dict[str, Callable[[Run], Check]] = {
+    "vocabulary": text_checks.check_vocabulary,
+    "data": text_checks.check_data,
+    "prompts": text_checks.check_prompts,
+    "templates": text_checks.check_templates,
+    "end of text": text_checks.check_eos,
+    "padding": text_checks.check_padding,
+    "head": _check_head,
+    "determinism": _check_determinism,
+    "sampling": _check_sampling,
+    "context": text_checks.check_context,
+    "memory": _check_memory,
+}

@@ -10,17 +10,19 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from .. import config as configuration
 from ..config import SELF, Config
 from ..engine import folders
 from ..engine.device import choose_device
 from ..engine.free_memory import read_free_memory
+from ..engine.hub import contacting
 from ..engine.models import Model
 from ..engine.shapes import read_shape
 from ..errors import UserError
 from ..maths import flops
 from ..maths.flops import Ledger
 from ..maths.schedule import PrefixSchedule, parse_prefix
-from ..training.pair import fill_in_dataset, fill_in_models
+from ..training.defaults import fill_in_planned
 from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
 from .cards import describe_adapter, fit_cards
@@ -62,13 +64,9 @@ def plan(
     """
     rate_source.check()
     cards = read_cards(card)
-    # The default dataset belongs to the default student; another student needs other prompts.
-    has_data = config.data.dataset is not None or config.models.student is None
-    reads_data = has_data and prompt_tokens is None
     notes = Notes()
-    config = fill_in_models(config, notes)
-    if reads_data:
-        config = fill_in_dataset(config, notes)
+    config = fill_in_planned(config, notes, has_prompts=prompt_tokens is not None)
+    reads_data = config.data.dataset is not None and prompt_tokens is None
     student, teacher = _read_sources(config)
     dtypes = _choose_dtypes(config, notes.lines)
     nets = [
@@ -78,7 +76,8 @@ def plan(
     if reads_data:
         prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes=notes)
     else:
-        prompts = assume_prompts(prompt_tokens, nets, notes)
+        prompts = assume_prompts(config, prompt_tokens, nets, notes=notes)
+    config = configuration.replace(config, train={"steps": prompts.steps})
     longest = max(max(lengths) for lengths in prompts.lengths)
     config = settle_max_new_tokens(
         config, nets, longest_prompt=longest, task_limit=prompts.task_limit, notes=notes
@@ -161,7 +160,8 @@ def read_source(name: str, trust_remote_code: bool = False) -> Source:
             "have; name the base model"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with contacting(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         folders.check_config(name, folder, config)
     except UserError:
         raise

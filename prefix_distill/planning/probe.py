@@ -30,7 +30,7 @@ from ..engine.scoring import Scorer
 from ..errors import ignore
 from ..maths import intervals
 from ..maths.weights import quadrants
-from ..training.pair import fill_in
+from ..training.defaults import fill_in
 from ..training.prompt_sets import load_prompt_sets
 from ..training.run import Notes, Run, settled
 from .answering import Answering, Answers
@@ -269,7 +269,7 @@ def _recommend_by_accuracy(curves: Curves, length: float) -> tuple[int | str | N
     gap = teacher["value"] - student["value"]
     # Both models answer the same problems, so the interval is that of paired differences.
     pairs = zip(teacher["right"], student["right"], strict=True)
-    difference = intervals.interval([t - s for t, s in pairs])
+    difference = intervals.interval([t - s for t, s in pairs], lowest=-1)
     if difference["low"] <= 0:
         reason = (
             "nothing to recommend: the teacher did not beat the student on these problems; "

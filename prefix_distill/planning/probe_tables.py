@@ -2,6 +2,8 @@
 
 from rich.table import Table
 
+from ..results.cells import recommendation_text
+
 HEADINGS = (
     "N",
     "share of the KL in the first N tokens",
@@ -17,7 +19,7 @@ def tabulate_probe(document: dict) -> list[Table]:
 
 def _tabulate_curves(document: dict) -> Table:
     """Return the table of the KL and of both models' accuracy by prefix length."""
-    table = Table(title=f"recommended --prefix: {document['recommended_prefix']}")
+    table = Table(title=recommendation_text(document["recommended_prefix"]))
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
     student_curve, teacher_curve = document["teacher_prefix_curve"], document["teacher_decay_curve"]

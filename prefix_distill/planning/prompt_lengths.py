@@ -9,6 +9,7 @@ from ..config import Config
 from ..engine.models import Model
 from ..engine.vocabulary import count_ids
 from ..errors import UserError
+from ..training.epochs import settle_steps
 from ..training.problems import render_training_prompts, settle_privileged_template
 from ..training.prompt_sets import load_prompt_sets
 from ..training.run import Notes
@@ -24,23 +25,36 @@ LONGEST_PROMPT = 1_000_000
 class PlannedPrompts:
     """Lengths of prompts, the longest response of the task, and the ids that both models have.
 
-    ``task_limit``: in tokens, None if the data does not say.
+    ``task_limit``: in tokens, None if the data does not say. ``steps``: of the run with this data.
     """
 
     lengths: list[PromptLengths]
     task_limit: int | None
     support: int
+    steps: int
 
 
-def assume_prompts(length: int | None, models: Sequence[Model], notes: Notes) -> PlannedPrompts:
+def assume_prompts(
+    config: Config, length: int | None, models: Sequence[Model], notes: Notes
+) -> PlannedPrompts:
     """Return one prompt of ``length`` tokens; None is an assumed length.
 
-    UserError: the models have no position left for a response.
+    UserError: the models have no position left for a response, or the steps depend on a dataset.
     """
-    support = _head_support(models)
+    if config.train.epochs is not None:
+        raise UserError(
+            f"--epochs {config.train.epochs:g}: its number of steps follows from the rows of "
+            "--dataset; add it, or use --steps"
+        )
+    planned = PlannedPrompts(
+        lengths=[(ASSUMED, ASSUMED)],
+        task_limit=None,
+        support=_head_support(models),
+        steps=config.train.steps,
+    )
     if length is None:
         notes.note(f"prompts: {ASSUMED} tokens each (assumed; set --prompt-tokens or --dataset)")
-        return PlannedPrompts(lengths=[(ASSUMED, ASSUMED)], task_limit=None, support=support)
+        return planned
     if not 1 <= length <= LONGEST_PROMPT:
         raise UserError(
             f"--prompt-tokens {length}: expected at least 1 token and at most "
@@ -53,7 +67,7 @@ def assume_prompts(length: int | None, models: Sequence[Model], notes: Notes) ->
                 f"{model.name} has {model.positions} positions and a response needs one; lower it"
             )
     notes.note(f"prompts: {length} tokens each")
-    return PlannedPrompts(lengths=[(length, length)], task_limit=None, support=support)
+    return replace(planned, lengths=[(length, length)])
 
 
 def read_prompts(
@@ -68,6 +82,7 @@ def read_prompts(
     student = _with_tokenizer(models[0], folders[0], trust)
     teacher = _with_tokenizer(models[1], folders[1], trust)
     sets = load_prompt_sets(config, notes)
+    config = settle_steps(config, sets.train, notes)
     config = settle_privileged_template(config, sets)
     needed = min(SAMPLE, max(1, config.train.steps * config.train.batch_size))
     prompts = render_training_prompts(config, sets, (student, teacher), count=needed)
@@ -81,7 +96,12 @@ def read_prompts(
     if count_ids(student) == count_ids(teacher):
         support = min(support, count_ids(student))
     lengths = list(zip(student_lengths, teacher_lengths, strict=True))
-    return PlannedPrompts(lengths=lengths, task_limit=sets.held_out.max_new_tokens, support=support)
+    return PlannedPrompts(
+        lengths=lengths,
+        task_limit=sets.held_out.max_new_tokens,
+        support=support,
+        steps=config.train.steps,
+    )
 
 
 def _head_support(models: Sequence[Model]) -> int:

@@ -8,6 +8,8 @@ from .rows import BUFFER, FIELD, PromptBuilder
 
 MOST_NAMES = 8  # unused columns that the short account names
 NOT_USED = "not used"
+SHOWN = 300  # characters of a text that the account shows: most of its start, and its end
+SHOWN_END = 80
 
 
 def describe(
@@ -60,12 +62,21 @@ def describe_in_full(builder: PromptBuilder, first: Prompt | None) -> tuple[str,
     if first is not None:
         turns = []
         for message in first.messages:
-            turns.append(f"{message['role']}: {message['content']!r}")
+            turns.append(f"{message['role']}: {_shorten(message['content'] or '')}")
         reference = "none that can be graded"
         if first.answer is not None:
-            reference = repr(answers.extract_reference(first.answer))
+            reference = _shorten(answers.extract_reference(first.answer))
         lines.append(f"dataset {name}: first row: {'; '.join(turns)}; reference: {reference}")
     return tuple(lines)
+
+
+def _shorten(text: str) -> str:
+    """Return a text in quotes; of a long one, the start and the end."""
+    if len(text) <= SHOWN:
+        return repr(text)
+    left_out = len(text) - SHOWN
+    start, end = text[: SHOWN - SHOWN_END], text[-SHOWN_END:]
+    return f"{start!r} … {left_out:,} characters … {end!r}"
 
 
 def uses_of_columns(builder: PromptBuilder) -> dict[str, str]:
@@ -75,13 +86,14 @@ def uses_of_columns(builder: PromptBuilder) -> dict[str, str]:
     for column in companions.media:
         uses[column] = f"{NOT_USED}: images, video or sound"
     where = "before" if companions.context_first else "after"
-    options = companions.options
     preset = builder.source.preset
     taken: list[tuple[str | None, str]] = []
     if preset is not None:
-        options = preset.options
-        taken += [(column, "a wrong option") for column in preset.wrong]
         taken.append((preset.solution, "worked solution of few-shot examples"))
+    taken += [(column, "a wrong option") for column in companions.wrong]
+    taken += [(column, "options of the question") for column in companions.options]
+    for column, expected in companions.unread:
+        uses[column] = f"{NOT_USED}: not {expected}"
     if row_format.prompt_template is not None:
         for field in FIELD.findall(row_format.prompt_template):
             taken.append((field, "inserted by --prompt-template"))
@@ -92,7 +104,6 @@ def uses_of_columns(builder: PromptBuilder) -> dict[str, str]:
         system = f"{NOT_USED}: --system replaces it"
     taken += [
         (companions.context, f"text {where} the prompt"),
-        (options, "options of the question"),
         (companions.system, system),
         (companions.tools, "tools"),
         (row_format.privileged_column, "text for the teacher only"),
@@ -116,10 +127,17 @@ def _describe_columns(builder: PromptBuilder) -> str:
         where = "before" if companions.context_first else "after"
         text += f", with the text of {companions.context} {where} it"
     if companions.options:
-        text += f", with the options in {companions.options}"
+        text += f", with the options in {', '.join(companions.options)}"
+    if companions.wrong:
+        text += (
+            f", with the right option in {row_format.answer_column} and wrong ones in "
+            f"{', '.join(companions.wrong)}, in an order set by --seed"
+        )
     if companions.system and not row_format.system:
         text += f", system message from {companions.system}"
     text += f"; {_describe_answer(builder)}{_count_readings(builder)}"
+    if builder.first_position == 1:
+        text += "; the answers count the options from 1"
     return text + _list_unused(builder)
 
 

@@ -10,10 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from ..display import phase
 from ..errors import UserError, one_line
 from ..files import describe_lfs_pointer, describe_special, is_lfs_pointer
 from .presets import closest_preset
-from .readers import Row, choose_separator, read_lines, read_objects, read_table
+from .readers import (
+    Row,
+    choose_separator,
+    read_json_lines,
+    read_lines,
+    read_objects,
+    read_table,
+    read_texts,
+)
 from .saved import find_saved, list_shards, load_saved
 from .sources import FORMATS, Source, is_path, list_matches
 
@@ -38,12 +47,10 @@ def read_rows(source: Source, split: str) -> Table:
     if path is None:
         return Table(rows=_load_from_hub(source, split, streaming=False))
     if isinstance(path, Path) and path.is_dir():
-        if source.preset is not None:
-            return Table(rows=_load_folder(source, path, split, streaming=False))
         saved = find_saved(source.text, path, split)
         if saved is not None:
             return Table(rows=load_saved(source.text, saved))
-        path = list_shards(source.text, path, split)
+        path = list_shards(source, path, split)
     if isinstance(path, Path):
         return _read_file(source, path)
     return _read_files(source, path)
@@ -75,14 +82,24 @@ def _read_file(source: Source, path: Path) -> Table:
     try:
         _check_encoding(path)
         with _open(path) as file:
-            if file_format not in (".csv", ".tsv"):
-                rows, remarks = read_objects(file.read())
-                return Table(rows=rows, remarks=remarks)
-            return Table(
-                rows=list(read_table(file, _separator_of(path))), remarks=_describe_separator(path)
-            )
+            return _parse_file(path, file)
     except UNREADABLE as error:
         raise _unreadable(source, path, error) from None
+
+
+def _parse_file(path: Path, file: IO[str]) -> Table:
+    """Return the rows of an open text file. Raise ValueError if they cannot be read."""
+    file_format = _file_format(path)
+    if file_format in (".csv", ".tsv"):
+        rows = list(read_table(file, _separator_of(path)))
+        return Table(rows=rows, remarks=_describe_separator(path))
+    if file_format == ".txt":
+        return Table(rows=list(read_texts(file)), remarks=("one prompt per line",))
+    read = read_objects
+    if file_format == ".jsonl":
+        read = read_json_lines
+    objects, remarks = read(file.read())
+    return Table(rows=objects, remarks=remarks)
 
 
 def _is_empty_parquet(source: Source, path: Path) -> bool:
@@ -136,12 +153,10 @@ def stream_rows(source: Source, split: str) -> "IterableDataset":
     if path is None:
         return cast("IterableDataset", _load_from_hub(source, split, streaming=True))
     if isinstance(path, Path) and path.is_dir():
-        if source.preset is not None:
-            return cast("IterableDataset", _load_folder(source, path, split, streaming=True))
         saved = find_saved(source.text, path, split)
         if saved is not None:
             return load_saved(source.text, saved).to_iterable_dataset()
-        path = list_shards(source.text, path, split)
+        path = list_shards(source, path, split)
     paths = [path] if isinstance(path, Path) else path
     if any(_file_format(file) == ".json" for file in paths):
         raise UserError(
@@ -255,30 +270,7 @@ def _open_bytes(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _load_folder(source: Source, folder: Path, split: str, *, streaming: bool) -> Any:
-    """Load a folder that holds a copy of a preset's repository."""
-    from datasets import get_dataset_config_names, load_dataset
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    assert source.preset is not None  # `_find_local` accepts a folder for a preset only
-    config = source.preset.config
-    try:
-        if config not in get_dataset_config_names(str(folder)):
-            config = None
-        if streaming:
-            return load_dataset(str(folder), config, split=split, streaming=True)
-        return _load_into_memory(str(folder), name=config, split=split)
-    except Exception as error:  # the library raises many types
-        for file in sorted(folder.rglob("*")):
-            if _file_format(file) in FORMATS and is_lfs_pointer(file):
-                raise UserError(f"dataset {source.text}: {describe_lfs_pointer(file)}") from None
-        raise UserError(
-            f"dataset {source.text}: split {split} cannot be loaded from the folder "
-            f"({_describe(error)}); name a file in it, or change --split"
-        ) from None
-
-
+@phase("contacting the hub for the dataset")
 def _load_from_hub(source: Source, split: str, *, streaming: bool) -> Any:
     """Load a dataset from the hub, or from its cache."""
     from datasets import load_dataset
@@ -345,6 +337,8 @@ def _stream_file(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         if _file_format(path) in (".csv", ".tsv"):
             yield from read_table(file, _separator_of(path))
+        elif _file_format(path) == ".txt":
+            yield from read_texts(file)
         else:
             yield from read_lines(file)
 

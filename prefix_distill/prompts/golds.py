@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from . import answers
+from .readers import parse_json
 
 # how tables write that a cell is empty
 MISSING = ("", "nan", "na", "n/a", "null", "<na>")
@@ -48,7 +49,20 @@ def read_gold(value: Any, column: str) -> str | None:
     text = str(value)
     if text.strip().lower() in MISSING:
         return None
+    if text.lstrip().startswith('["'):
+        return _read_json_list(text, column)
     return text
+
+
+def _read_json_list(text: str, column: str) -> str | None:
+    """Return the items of a JSON list of texts; other text as it is."""
+    try:
+        values = parse_json(text)
+    except ValueError:
+        return text
+    if not all(isinstance(value, str) for value in values):
+        return text
+    return _read_list(values, column)
 
 
 def _write_number(value: float) -> str:
@@ -86,7 +100,7 @@ def describe_reading(text: str | None, answer_format: str) -> str:
         return "boxed"
     if answers.extract_answer(text, "hash") is not None:
         return "after ####"
-    if is_prose(text):
+    if is_prose(text) or _is_record(text):
         return PROSE
     return "as text"
 
@@ -96,6 +110,16 @@ def _describe_letter(text: str) -> str:
     if answers.extract_answer(f"\\boxed{{{letter}}}", "choice") is None:
         return PROSE
     return "a letter"
+
+
+def _is_record(text: str) -> bool:
+    """Return whether the text is a JSON object, such as the test cases of a program."""
+    if not text.lstrip().startswith('{"'):
+        return False
+    try:
+        return isinstance(parse_json(text), dict)
+    except ValueError:
+        return False
 
 
 def is_prose(text: str) -> bool:

@@ -2,8 +2,9 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -13,7 +14,8 @@ from .account import describe, describe_in_full
 from .files import Table, iterate_rows, no_rows, read_rows, stream_rows
 from .prompt import Prompt, PromptSet
 from .readers import Row
-from .rows import BUFFER, PromptBuilder, RowFormat
+from .row_format import RowFormat
+from .rows import BUFFER, PromptBuilder
 from .sources import Source, parse_source
 from .stream import shuffle
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # the import takes a second, and a plain file does not need i
     from datasets import Dataset, IterableDataset
 
 DEFAULT_FORMAT = RowFormat()
+PEEKED = 100  # rows of a stream from the hub, or of a table, by which columns are chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +44,10 @@ def load_prompts(
 ) -> PromptSet:
     """Load the prompts of one dataset for training.
 
-    ``name`` is a ``.jsonl/.json/.csv/.parquet`` file (the first three also ``.gz``; UTF-8), a hub
-    id, a preset, ``lab:TASK`` or ``lab:TASK:20-25`` (problems with 20 to 25 steps). With ``#N`` it
-    is a sample of N rows. ``split`` defaults to the preset's training split, else train. ``part``
-    is (position of the dataset, number of datasets), which makes the prompts' indices unique.
+    ``name`` is a file of one of ``FORMATS``, a pattern of files, a folder, a hub id, a preset,
+    ``lab:TASK`` or ``lab:TASK:20-25`` (problems with 20 to 25 steps). With ``#N`` it is a sample of
+    N rows. ``split`` defaults to the preset's training split, else train. ``part`` is (position of
+    the dataset, number of datasets), which makes the prompts' indices unique.
 
     Raise UserError on a missing file or column, an empty dataset, a row without a prompt or
     privileged text, and on fewer than N rows.
@@ -113,14 +116,14 @@ def _stream(builder: PromptBuilder, rows: "IterableDataset", selection: _Selecti
         first_rows = list(itertools.islice(iterate_rows(source.text, rows), BUFFER))
     else:
         # a second pass over the hub would download the rows twice
-        first_rows = list(itertools.islice(remaining, 1))
+        first_rows = list(itertools.islice(remaining, PEEKED))
         remaining = itertools.chain(first_rows, remaining)
     if not first_rows:
         raise no_rows(source.text)
     columns: Row = {}
     for row in reversed(first_rows):  # a row of a file may lack a column
         columns.update(row)
-    builder = builder.detect_columns(columns)
+    builder = builder.detect_columns(columns).count_positions(first_rows)
     prompts: Iterator[Prompt] | tuple[Prompt, ...] = _build_each(builder, remaining)
     if source.count is not None:
         counted = tuple(itertools.islice(prompts, source.count))
@@ -128,7 +131,19 @@ def _stream(builder: PromptBuilder, rows: "IterableDataset", selection: _Selecti
         prompts = counted[: selection.limit]
     elif selection.limit is not None:
         prompts = tuple(itertools.islice(prompts, selection.limit))
-    return _make_set(builder, selection.split, prompts, available=None)
+    if isinstance(prompts, tuple):
+        return _make_set(builder, selection.split, prompts, available=None)
+    # what is said of the stream is counted in its first rows; prompts come later
+    peeking = replace(builder, readings=Counter(), changes=Counter())
+    peeked = tuple(_build_each(peeking, first_rows))
+    loaded = _make_set(
+        peeking,
+        selection.split,
+        peeked,
+        available=None,
+        remarks=(f"its references were counted in the first {len(peeked):,} rows",),
+    )
+    return replace(loaded, prompts=prompts)
 
 
 def _build_each(builder: PromptBuilder, rows: Iterable[Row]) -> Iterator[Prompt]:
@@ -142,7 +157,7 @@ def _select(builder: PromptBuilder, table: Table, selection: _Selection) -> Prom
     rows = table.rows
     if len(rows) == 0:
         raise no_rows(source.text)
-    builder = builder.detect_columns(_unite_columns(rows))
+    builder = builder.detect_columns(_unite_columns(rows)).count_positions(rows)
     order: Sequence[int] = range(len(rows))
     if source.count is not None:
         _check_count(source, len(rows))
@@ -157,10 +172,13 @@ def _select(builder: PromptBuilder, table: Table, selection: _Selection) -> Prom
 
 
 def _unite_columns(rows: "list[Row] | Dataset") -> Row:
-    """Return a row with every column of the dataset and the first value of each that is no null."""
-    if not isinstance(rows, list):
-        return dict(rows[0])
+    """Return a row with every column, and the first value of each that is not null.
+
+    Of a table with a schema, the first ``PEEKED`` rows are read.
+    """
     columns: Row = {}
+    if not isinstance(rows, list):
+        rows = rows.select(range(min(len(rows), PEEKED)))
     for row in rows:
         for name, value in row.items():
             if columns.get(name) is None:

@@ -5,11 +5,13 @@ PROMPT_COLUMNS = (
     *CONVERSATION_COLUMNS,
     "prompt",
     "question",
+    "question_stem",
     "problem",
     "instruction",
     "query",
     "input",
     "inputs",
+    "ctx",
     "text",
     "chosen",
 )
@@ -22,12 +24,17 @@ ANSWER_COLUMNS = (
     "target",
     "targets",
     "gold",
+    "correct_answer",
+    "correct answer",
+    "final_ans",
+    "expected_answer",
+    "answer_number",
     "solution",
     "output",
     "response",
     "completion",
 )
-OPTION_COLUMNS = ("options", "choices")
+OPTION_COLUMNS = ("options", "choices", "endings")
 OPTION_ANSWER_COLUMNS = (
     "answer",
     "answerkey",
@@ -36,13 +43,23 @@ OPTION_ANSWER_COLUMNS = (
     "label",
     "answer_idx",
     "answer_index",
+    "correct_option",
+    "correct",
+    "cop",
+    "gold",
     *ANSWER_COLUMNS[1:],
 )
+# the right option of a question whose wrong options have columns of their own
+RIGHT_OPTION_COLUMNS = ("correct answer", "correct_answer", "right_answer", "best_answer", "answer")
 TOOL_COLUMNS = ("tools",)
 SYSTEM_COLUMNS = ("system", "system_prompt")
 # prompt column → the columns whose text belongs to it, and whether that text comes first
 CONTEXTS = {
     "instruction": (("input", "context"), False),
-    "question": (("context", "passage"), True),
+    "question": (
+        ("context", "passage", "article", "body", "premise", "story", "narrative"),
+        True,
+    ),
     "query": (("context", "passage"), True),
+    "inputs": (("definition",), True),
 }

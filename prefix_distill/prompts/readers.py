@@ -43,7 +43,8 @@ def read_objects(text: str) -> tuple[list[Row], tuple[str, ...]]:
     Return (rows, remarks). An object with one list of objects, such as {"data": [...]}, stands for
     that list. Raise ValueError if there are no rows to read.
     """
-    if _starts_with_object_line(text):
+    _, _, rest = text.lstrip().partition("\n")
+    if rest.strip() and _starts_with_object_line(text):
         return list(read_lines(text.split("\n"))), ()
     try:
         parsed = parse_json(text)
@@ -63,11 +64,26 @@ def read_objects(text: str) -> tuple[list[Row], tuple[str, ...]]:
     return parsed, remarks
 
 
+def read_json_lines(text: str) -> tuple[list[Row], tuple[str, ...]]:
+    """Parse one object per line. Text that is no such lines is read by ``read_objects``.
+
+    Return (rows, remarks).
+    """
+    if _starts_with_object_line(text):
+        return list(read_lines(text.split("\n"))), ()
+    return read_objects(text)
+
+
+def read_texts(lines: Iterable[str]) -> Iterator[Row]:
+    """Yield each line of plain text as a row with the column text; skip empty lines."""
+    for line in lines:
+        if line.strip():
+            yield {"text": line.strip()}
+
+
 def _starts_with_object_line(text: str) -> bool:
-    """Return whether the text has several lines and the first one is a whole object."""
-    first, _, rest = text.lstrip().partition("\n")
-    if not rest.strip():
-        return False
+    """Return whether the first line is a whole object."""
+    first, _, _ = text.lstrip().partition("\n")
     try:
         return isinstance(json.loads(first, parse_int=_read_int), dict)
     except ValueError:

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 from typing import Any
@@ -11,53 +12,30 @@ from . import answers
 from .columns import (
     Companions,
     choose_column,
+    choose_filled,
     clean_names,
+    describe_single_message,
     find_companions,
-    find_media,
+    preset_companions,
     reach,
+    text_of,
+    usual_answers,
 )
 from .golds import BLANK, PROSE, describe_reading, read_gold
-from .names import ANSWER_COLUMNS, OPTION_ANSWER_COLUMNS, PROMPT_COLUMNS
-from .options import letter_of, read_options, show_options
-from .presets import Preset
+from .names import PROMPT_COLUMNS
+from .options import count_from_one, gather_options, letter_of, read_options, show_options
 from .prompt import Message, Prompt
 from .readers import Row
+from .row_format import RowFormat, apply_preset
+from .solutions import end_with_box, find_solution
 from .sources import Source
 from .stream import shuffle
 from .turns import ROLES, are_texts, find_silent_call, read_tools, read_turns
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one has no UTF-8 encoding
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # a field or an escaped brace of a prompt template
+LONG = 40  # characters; the prompt should not contain a reference of this length
 BUFFER = 1_000  # rows in the shuffle buffer of a streamed dataset
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowFormat:
-    """How rows are read and become prompts.
-
-    - ``prompt_column``, ``answer_column``, ``instruction``: None means the preset's; the columns
-      are else detected by name. ``doc.question`` reads a nested record.
-    - ``privileged_column``: the column with the text that only the teacher sees.
-    - ``system``: the system message.
-    - ``prompt_template``: the user's turn with {prompt} and {COLUMN} fields.
-    - ``answer_format``: how final answers are read, which decides which references are readable.
-    - ``seed``: the seed of samples of rows, of the order of streamed rows and of options.
-    - ``streaming``: whether rows are read on demand.
-    - ``keep_solutions``: whether prompts keep their solution, to serve as few-shot examples.
-    - ``keep_rows``: whether prompts keep their row, for a user's grader.
-    """
-
-    prompt_column: str | None = None
-    answer_column: str | None = None
-    privileged_column: str | None = None
-    system: str | None = None
-    instruction: str | None = None
-    prompt_template: str | None = None
-    answer_format: str = "auto"
-    seed: int = 0
-    streaming: bool = False
-    keep_solutions: bool = False
-    keep_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +44,7 @@ class PromptBuilder:
 
     - ``part``: (position of the dataset, number of datasets), for the prompts' indices.
     - ``columns``: the names of all columns; ``companions``: those that belong to the prompt.
+    - ``first_position``: the position that answers give the first option, 0 or 1.
     - ``refuses_media``: whether a row with an image is an error, because the column of the prompt
       was detected and not given.
     - ``readings``: how many references were read in which way so far.
@@ -77,6 +56,7 @@ class PromptBuilder:
     part: tuple[int, int]
     columns: tuple[str, ...] = ()
     companions: Companions = field(default_factory=Companions)
+    first_position: int = 0
     refuses_media: bool = False
     readings: Counter[str] = field(default_factory=Counter)
     changes: Counter[str] = field(default_factory=Counter)
@@ -93,7 +73,7 @@ class PromptBuilder:
         """Return how the dataset's answers are read unless another format is given."""
         if self.source.preset is not None:
             return self.source.preset.answer_format
-        if self.companions.options is not None:
+        if self.companions.options or self.companions.wrong:
             return "choice"
         return "auto"
 
@@ -111,8 +91,8 @@ class PromptBuilder:
             raise self._row_error(0, str(error)) from None
         row_format, preset = self.row_format, self.source.preset
         if preset is not None:
-            row_format = _apply_preset(row_format, preset)
-        companions = Companions(media=find_media(row))
+            row_format = apply_preset(row_format, preset, row)
+        companions = preset_companions(row, preset)
         prompt = row_format.prompt_column
         is_detected = prompt is None
         if prompt is None:
@@ -122,11 +102,13 @@ class PromptBuilder:
                     f"dataset {self.source.text}: no prompt column ({', '.join(PROMPT_COLUMNS)}) "
                     f"among {', '.join(row)}; name it with --prompt-column"
                 )
+            message = describe_single_message(row, prompt)
+            if message is not None:
+                raise UserError(f"dataset {self.source.text}: {message}")
             companions = find_companions(row, prompt, row_format.prompt_template)
         answer = row_format.answer_column
         if answer is None and preset is None:
-            usual = OPTION_ANSWER_COLUMNS if companions.options else ANSWER_COLUMNS
-            answer = choose_column(row, usual)
+            answer = choose_filled(row, usual_answers(companions))
         self._check_column(prompt, row, "--prompt-column")
         self._check_column(answer, row, "--answer-column")
         self._check_column(row_format.privileged_column, row, "--privileged-column")
@@ -161,11 +143,15 @@ class PromptBuilder:
         if self.row_format.answer_column is None:
             answer = self._answer_of_conversation(closing)
         reference = read_gold(answer, column)
+        if isinstance(answer, list) and ", " in (reference or ""):
+            self.changes["several references are joined, an answer must have all of them"] += 1
         reading = describe_reading(reference, self.answer_format)
         self.readings[reading] += 1
         gold = None if reading in (BLANK, PROSE) else reference
         last = messages.pop()
         problem = self._with_context(last["content"], row)
+        if len(reference or "") >= LONG and f"{reference}".strip() in problem:
+            self.changes["the prompt shows its reference answer"] += 1
         if self.source.preset is not None and self.source.preset.cut:
             problem = re.sub(self.source.preset.cut, "", problem)
         privileged = self._privileged_text(row)
@@ -206,27 +192,47 @@ class PromptBuilder:
         question with its options and the right letter."""
         problem = reach(row, self.row_format.prompt_column)
         answer = reach(row, self.row_format.answer_column)
-        preset = self.source.preset
-        column = self.companions.options
-        if preset is not None:
-            column = preset.options or ", ".join(preset.wrong)
-        if not column or not isinstance(problem, str):
+        columns = self.companions.wrong or self.companions.options
+        if not columns or not isinstance(problem, str):
             return problem, answer
-        if preset is not None and preset.wrong:
-            options = [answer]
-            for name in preset.wrong:
+        if self.companions.wrong:
+            options: Any = [answer]
+            for name in columns:
                 options.append(row.get(name))
             options = shuffle(options, self.row_format.seed, "options", index)
             answer = ascii_uppercase[options.index(answer)]
         else:
-            options = reach(row, column)
+            options = self._options_of(row)
         listed = read_options(options)
         if listed is None:
-            raise ValueError(f"needs 2 to 26 text options in '{column}', got {str(options)[:60]!r}")
+            raise ValueError(
+                f"needs 2 to 26 text options in '{', '.join(columns)}', got {str(options)[:60]!r}"
+            )
         labels, texts = listed
-        if preset is None:
-            answer = letter_of(answer, labels, texts)
+        if not self.companions.wrong:
+            answer = letter_of(answer, labels, texts, first=self.first_position)
         return show_options(problem, texts), answer
+
+    def _options_of(self, row: Row) -> Any:
+        columns = self.companions.options
+        if len(columns) == 1:
+            return reach(row, columns[0])
+        return gather_options(row, columns)
+
+    def count_positions(self, rows: Iterable[Row]) -> "PromptBuilder":
+        """Return a builder that knows whether the answers count the options from 0 or from 1."""
+        if not self.companions.options:
+            return self
+        answered = []
+        for row in rows:
+            row = clean_names(row)
+            answer = reach(row, self.row_format.answer_column)
+            listed = read_options(self._options_of(row))
+            if listed is None or answer in listed[0]:
+                return self
+            if answer not in (None, ""):
+                answered.append((answer, len(listed[1])))
+        return replace(self, first_position=int(count_from_one(answered)))
 
     def _read_messages(self, value: Any) -> tuple[list[Message], Any]:
         """Return the messages up to the user's last turn, and the assistant's turn after it.
@@ -234,6 +240,8 @@ class PromptBuilder:
         ``value`` is text or a list of chat messages. The assistant's turn is None if there is none.
         """
         messages, closing = read_turns(value, f"{self.row_format.prompt_column}"), None
+        if isinstance(value, str) and messages != [{"role": "user", "content": value}]:
+            self.changes["text split into turns"] += 1
         if messages and messages[-1]["role"] == "assistant":
             closing = messages.pop()["content"]
         if not are_texts(messages):
@@ -253,8 +261,9 @@ class PromptBuilder:
     def _with_context(self, problem: str, row: Row) -> str:
         """Return the problem with the text of the column that belongs to it."""
         column = self.companions.context
-        text = reach(row, column)
-        if text is not None and not isinstance(text, str):
+        value = reach(row, column)
+        text = text_of(value)
+        if value is not None and text is None:
             raise ValueError(f"has no text in '{column}', which belongs to the prompt")
         if text is None or not text.strip():
             return problem
@@ -269,6 +278,8 @@ class PromptBuilder:
         if has_own and self.row_format.system:
             self.changes["--system replaces the system turn"] += 1
             del messages[0]
+        elif has_own and text:
+            self.changes["the conversation's system turn replaces the column's"] += 1
         if self.row_format.system or (text and not has_own):
             messages.insert(0, {"role": "system", "content": text})
 
@@ -332,50 +343,20 @@ class PromptBuilder:
     ) -> str | None:
         """Return the solution to show if the row is a few-shot example.
 
-        If the instruction asks for a boxed answer, the solution ends with one. ``answer`` is (the
-        reference as text, the same or None if it cannot be graded).
+        ``answer`` is (the reference as text, the same or None if it cannot be graded).
         """
         reference, gold = answer
-        solution = self._solution_column(row)
+        preset = self.source.preset
+        solution = find_solution(row, self.row_format.answer_column, preset)
         if solution is None:
             solution = closing or reference
         if solution is None or not str(solution).strip():
             return None
         if reference is None and self.row_format.answer_column is not None:
             return None
-        text = str(solution)
-        asks_for_box = "\\boxed" in (self.row_format.instruction or "")
-        if gold is None or not asks_for_box or answers.extract_answer(text, "boxed") is not None:
-            return text
-        if self.source.preset is not None and self.source.preset.solution_cut:
-            text = re.sub(self.source.preset.solution_cut, "", text)
-        text = text.strip()
-        final = answers.extract_reference(gold)
-        if text == final:
-            return f"\\boxed{{{final}}}"
-        return f"{text}\n\n\\boxed{{{final}}}"
-
-    def _solution_column(self, row: Row) -> Any:
-        """Return the preset's solution column, else a column named solution with text, or None."""
-        if self.source.preset is not None and self.source.preset.solution:
-            return reach(row, self.source.preset.solution)
-        if self.row_format.answer_column in ("solution", None):
-            return None  # the solution is the answer
-        solution = row.get("solution")
-        if isinstance(solution, str):
-            return solution
-        return None
+        if gold is None or "\\boxed" not in (self.row_format.instruction or ""):
+            return str(solution)
+        return end_with_box(str(solution), gold, preset)
 
     def _row_error(self, index: int, text: str) -> UserError:
         return UserError(f"dataset {self.source.text}: row {index} {text}; repair or remove it")
-
-
-def _apply_preset(row_format: RowFormat, preset: Preset) -> RowFormat:
-    """Return the format with the preset's columns and instruction, unless the user gave others."""
-    if row_format.prompt_column is None:
-        row_format = replace(row_format, prompt_column=preset.prompt)
-    if row_format.answer_column is None:
-        row_format = replace(row_format, answer_column=preset.answer)
-    if row_format.instruction is None:
-        row_format = replace(row_format, instruction=preset.instruction)
-    return row_format

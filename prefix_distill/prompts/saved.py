@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ..errors import UserError, one_line
-from .sources import FORMATS
+from ..files import describe_lfs_pointer, is_lfs_pointer
+from .sources import FORMATS, Source
 
 if TYPE_CHECKING:  # the import takes a second, and most files do not need it
     from datasets import Dataset
@@ -54,28 +55,41 @@ def load_saved(name: str, folder: Path) -> "Dataset":
         ) from None
 
 
-def list_shards(name: str, folder: Path, split: str) -> list[Path]:
+def list_shards(source: Source, folder: Path, split: str) -> list[Path]:
     """Return the files of a split in a folder, such as a clone of a repository on the hub.
 
     The README or the names of files assign files to splits, by the rules of the datasets library.
-    Raise UserError if the folder has no such split.
+    A preset names the configuration to read. Raise UserError if the folder has no such split.
     """
+    name = source.text
     if not any(_is_data(path) for path in folder.rglob("*")):
         raise UserError(
             f"dataset {name}: expected a folder with {', '.join(FORMATS)} files, or one written by "
             "save_to_disk, got neither; name a file or another folder"
         )
-    files = _files_of_splits(name, folder)
-    return files[choose_split(name, sorted(files), split)]
+    wanted = None
+    if source.preset is not None:
+        wanted = source.preset.config
+    files = _files_of_splits(name, folder, wanted)
+    if source.preset is not None and split not in files:
+        raise UserError(
+            f"dataset {name}: expected the split {split}, got the splits "
+            f"{', '.join(sorted(files))} in the folder; name a file in it, or change --split"
+        )
+    shards = files[choose_split(name, sorted(files), split)]
+    for shard in shards:
+        if is_lfs_pointer(shard):
+            raise UserError(f"dataset {name}: {describe_lfs_pointer(shard)}")
+    return shards
 
 
-def _files_of_splits(name: str, folder: Path) -> dict[str, list[Path]]:
+def _files_of_splits(name: str, folder: Path, wanted: str | None) -> dict[str, list[Path]]:
     from datasets import get_dataset_config_names, load_dataset_builder
 
     with tempfile.TemporaryDirectory() as cache:
         try:
             configs = get_dataset_config_names(str(folder))
-            config = None if len(configs) != 1 else configs[0]
+            config = _choose_config(configs, wanted)
             builder = None
             if config is not None:
                 builder = load_dataset_builder(str(folder), config, cache_dir=cache)
@@ -92,8 +106,23 @@ def _files_of_splits(name: str, folder: Path) -> dict[str, list[Path]]:
         )
     files: dict[str, list[Path]] = {}
     for split, paths in (builder.config.data_files or {}).items():
-        files[str(split)] = sorted(Path(path) for path in paths if _is_data(Path(path)))
+        shards = sorted(Path(path) for path in paths if _is_data(Path(path)))
+        rows = [shard for shard in shards if not _is_text(shard)]
+        files[str(split)] = rows or shards  # texts beside rows are no prompts, as requirements.txt
     return files
+
+
+def _choose_config(configs: list[str], wanted: str | None) -> str | None:
+    """Return the wanted configuration, else the only one; None if there are others."""
+    if wanted in configs:
+        return wanted
+    if len(configs) != 1:
+        return None
+    return configs[0]
+
+
+def _is_text(path: Path) -> bool:
+    return path.name.lower().endswith((".txt", ".txt.gz"))
 
 
 def _is_data(path: Path) -> bool:

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..lab.task import LAB
 from .presets import PRESETS, Preset, closest_preset
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def is_path(name: str) -> bool:

@@ -6,15 +6,13 @@ from typing import Any
 from .names import CONVERSATION_COLUMNS
 from .prompt import Message
 from .readers import parse_json
+from .transcripts import SHAREGPT_ROLES, find_reply, split_pair, split_transcript
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# ShareGPT writes a turn as {"from": …, "value": …} and has its own role names
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+SPEAKERS = {*ROLES, *SHAREGPT_ROLES, "prompter"}
 KEPT = ("tool_calls", "tool_call_id", "name")  # what a chat template may render besides the text
 _LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 _TURN_KEY = re.compile(r"[\"'](role|from)[\"']\s*:")
-# the transcripts of preference datasets
-_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
 def read_turns(value: object, column: str) -> list[Message]:
@@ -57,29 +55,29 @@ def _read_text(text: str, column: str) -> list[Message]:
                 "them with json.dumps"
             ) from None
         return read_turns(turns, column)
+    messages = split_transcript(text)
+    if messages is None and column == "text":
+        messages = split_pair(text)
+    if messages is not None:
+        return messages
+    if column == "text":
+        reply = find_reply(text)
+        if reply is not None:
+            raise ValueError(
+                f"has an assistant's turn ({reply}) in its text, which does not start with a "
+                "user's turn; store the turns in a column 'messages'"
+            )
     if column == "chosen":
-        return _read_transcript(text)
+        raise ValueError(
+            "has text in 'chosen', expected turns or a transcript (Human: … Assistant: …); name "
+            "the column of the prompt with --prompt-column"
+        )
     if column in CONVERSATION_COLUMNS and text.strip():
         raise ValueError(
             f"has the text {text[:60]!r} in '{column}', expected a list of turns such as "
             '[{"role": "user", "content": …}]'
         )
     return [{"role": "user", "content": text}]
-
-
-def _read_transcript(text: str) -> list[Message]:
-    """Return the turns of "Human: … Assistant: …". Raise ValueError if it is no transcript."""
-    before, *parts = _SPEAKER.split(text)
-    if before.strip() or not parts:
-        raise ValueError(
-            "has text in 'chosen', expected turns or a transcript (Human: … Assistant: …); name "
-            "the column of the prompt with --prompt-column"
-        )
-    messages = []
-    for speaker, words in zip(parts[::2], parts[1::2], strict=True):
-        role = SHAREGPT_ROLES.get(speaker.lower(), "assistant")
-        messages.append({"role": role, "content": words})
-    return messages
 
 
 def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:

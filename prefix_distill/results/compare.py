@@ -22,16 +22,18 @@ also:                                           optional: datasets on which ever
 import dataclasses
 import json
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import config as configuration
-from ..display import Observer
-from ..errors import UserError
+from ..display import RUNS, Observer, Phase, phase
+from ..errors import UserError, advising
 from ..training.folder import RunFolder
 
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
 LONGEST_NAME = 100  # characters of an arm's name; file names add some to it
+AT_STOP = "the same command continues the comparison"
 # the arms in the comparison's folder: a resumed comparison must have the same
 ARMS_FILE = "arms.json"
 # what the comparison itself sets
@@ -245,8 +247,35 @@ def compare(arms: Arms, out: Path, observer: Observer) -> list[Path]:
     with folder.lock():
         if not (out / ARMS_FILE).is_file():
             folder.write_json(ARMS_FILE, asked)
-        jobs = _Jobs(arms=arms, out=out, observer=observer)
-        return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
+        with phase("comparing", len(list_runs(arms)), RUNS) as progress, advising(AT_STOP):
+            jobs = _Jobs(arms=arms, out=out, observer=observer, progress=progress)
+            return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
+
+
+def list_runs(arms: Arms) -> set[tuple[str, object]]:
+    """Return (arm, seed) of every final run that a comparison trains, (arm, "VALUE") of tuning."""
+    runs: set[tuple[str, object]] = set()
+    for arm in arms.arms:
+        for seed in arms.seeds:
+            _add_run(arms, arm, seed, runs=runs)
+    return runs
+
+
+def _add_run(arms: Arms, arm: str, seed: int, *, runs: set[tuple[str, object]]) -> None:
+    """Add a final run, with what must be trained before it: tuning runs and the run it starts from.
+
+    A tuning run also starts from a final run, of the seed of tuning.
+    """
+    runs.add((arm, seed))
+    start = arms.start.get(arm)
+    if start is not None:
+        _add_run(arms, start, seed, runs=runs)
+    if arms.tuned is None:
+        return
+    for value in arms.values:
+        runs.add((arm, f"{value}"))
+    if start is not None:
+        _add_run(arms, start, arms.tune_seed, runs=runs)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -256,6 +285,8 @@ class _Jobs:
     arms: Arms
     out: Path
     observer: Observer
+    progress: Phase
+    counted: set[Path] = dataclasses.field(default_factory=set)
     best: dict[str, object] = dataclasses.field(default_factory=dict)  # arm → its tuned value
 
     def run(self, arm: str, seed: int) -> Path:
@@ -300,32 +331,49 @@ class _Jobs:
 
     def _one(self, path: Path, arm: str, seed: int, settings: Settings) -> dict:
         """Train or resume one run, unless it has finished; return its result document."""
+        from ..training.defaults import fill_in
+        from ..training.opening import train_in
         from ..training.prepare import prepare
         from ..training.resumed import prepare_resumed
-        from ..training.session import train_in
+        from ..training.run import Notes
 
         folder = RunFolder(path)
         if (path / "run.json").is_file():
             document = folder.read_json("run.json")
             if "result" in document:
+                self._count(path, self.progress.skip)
                 return document["result"]
         start = self.arms.start.get(arm)
         settings = dict(settings)
         settings["checkpoint.out"] = str(path)
-        if start is not None:
-            settings["models.student"] = str(self.run(start, seed) / "model")
-        resume = (path / "config.yaml").is_file()
+        settings.setdefault("evaluate.teacher", "off")  # it is the same in every arm
         config = configuration.build(settings)
+        if start is not None:
+            # the other models and the data are those that the arm has without its start
+            config = fill_in(config, Notes())
+            student = str(self.run(start, seed) / "model")
+            config = configuration.replace(config, models={"student": student})
+        resume = (path / "config.yaml").is_file()
         if resume:
             self.observer.note(f"{path}: resuming")
             run = prepare_resumed(config, folder)
         else:
             self.observer.note(f"{path}: starting")
             run = prepare(config)
-        return train_in(run, folder, self.observer, resume=resume, label=f"{arm} seed {seed}:")
+        label = f"{arm} seed {seed}:"
+        result = train_in(run, folder, self.observer, resume=resume, label=label)
+        self._count(path, self.progress.advance)
+        return result
+
+    def _count(self, path: Path, count: Callable[[], None]) -> None:
+        """Count a finished run, once."""
+        if path not in self.counted:
+            self.counted.add(path)
+            count()
 
     def _also(self, path: Path, name: str, settings: Settings, seed: int) -> None:
         """Evaluate the final student in ``path`` on another dataset, unless that is done."""
+        from ..training.defaults import DATASET
         from .evaluation import evaluate_model
 
         file = path / f"also-{name}.json"
@@ -333,7 +381,8 @@ class _Jobs:
             return
         records = path / f"also-{name}.jsonl"
         records.unlink(missing_ok=True)
-        evaluated = settings | {
+        evaluated: Settings = {"data.dataset": DATASET} | settings
+        evaluated |= {
             "models.student": str(path / "model"),
             "runtime.seed": seed,
             "checkpoint.out": str(records),

@@ -15,13 +15,18 @@ from safetensors import SafetensorError
 from .. import config as configuration
 from ..engine import loading
 from ..engine.adapter_files import FILE
+from ..engine.casting import cast
 from ..engine.models import Model
 from ..engine.saving import save_merged_model, save_model
 from ..errors import Stopped, UserError
+from ..prompts.templates import student_renderer
 from ..training import card
+from ..training.checkpoints import read_student
 from ..training.commits import pin_commits
 from ..training.fingerprints import check_student
 from ..training.folder import RunFolder
+from ..training.run import Notes
+from ..training.turn_end import add_turn_end
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes without llama-quantize
@@ -77,7 +82,7 @@ def export(source: Source, out: Path, dtype: str, gguf: str | None) -> dict:
         script = _converter(gguf)
     model, text = _load(source)
     if dtype != "auto":
-        model.net.to(getattr(torch, dtype))
+        cast(model.net, getattr(torch, dtype))
         _check_finite(model, dtype)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -126,13 +131,18 @@ def _check_finite(model: Model, dtype: str) -> None:
             )
 
 
+def is_run(path: Path) -> bool:
+    """Return whether a run has been created in a folder."""
+    return os.path.isfile(path / "config.yaml") and os.path.isfile(path / "run.json")
+
+
 def folder_of(source: str, which: str = "model") -> Path | None:
     """Return the model folder at or inside ``source``; None if it is neither a model nor a run.
 
     UserError: the run folder has no such model.
     """
     path = _path_of(source)
-    if os.path.isfile(path / "config.yaml") and os.path.isfile(path / "run.json"):
+    if is_run(path):
         if not _is_model(path / which):
             raise UserError(
                 f"run folder {source}: expected --which {_describe_choices(path)}, got {which:.60}"
@@ -195,13 +205,17 @@ def _load_checkpoint(source: Source, step: int) -> tuple[Model, str]:
             f"run folder {source.name}: its config.yaml has no models.student; use an intact copy"
         )
     model = _read(student, config.models.trust_remote_code, torch.float32)
+    add_turn_end(student_renderer(model, config), model, Notes())  # as the run did
     check_student(folder, config, model)
     if config.adapter.rank is not None:
         model, _ = loading.add_adapter(model, config.adapter, 0)
     weights = dict(model.net.named_parameters())
     if model.adapter is not None:
         weights = model.trainable
-    tensors = folder.read_student(step)
+    stop_ids = folder.read_json("run.json").get("stop_ids")
+    if stop_ids is not None:  # None: a run of an older version
+        model.stop_ids = frozenset(stop_ids)
+    tensors = read_student(source.path, step)
     if _shapes(tensors) != _shapes(weights):
         raise UserError(
             f"run folder {source.name}: the weights of that checkpoint do not have the names and "

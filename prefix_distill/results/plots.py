@@ -1,18 +1,21 @@
 """Draw every plot."""
 
+import contextlib
 import io
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from .runs import AXES, Finished, as_text, by_arm, common_steps
-from .summary import Numbers, Resampled, interval
+from .cells import recommendation_text
+from .runs import AXES, StoredRun, as_text, by_arm, common_steps
+from .summary import Curve, Resampled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -28,19 +31,36 @@ DEMO_STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def _subplots(width: float, height: float, **layout: Any) -> tuple["Figure", Any]:
-    """Return a figure of so many inches and its axes; no display is needed."""
+# of every picture
+STYLE: Any = {
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "errorbar.capsize": 2,
+}
+MINUTE, HOUR = 60, 3600  # seconds
+LONGEST = 120  # of a unit of time on an axis; more are shown in the next unit
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """Draw in the common style; no display is needed."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), dpi=150, **layout)
-
-
-def _open_frame(axes: "Axes") -> None:
-    """Remove the top and the right line of the frame."""
-    axes.spines[["top", "right"]].set_visible(False)
+    with matplotlib.rc_context(STYLE):
+        yield
 
 
 def _save(figure: "Figure", file: Path) -> None:
@@ -50,6 +70,22 @@ def _save(figure: "Figure", file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file)
     pyplot.close(figure)
+
+
+def _count(axis: "Axis", unit: str = "") -> None:
+    """Write the numbers of an axis with a prefix: 2k, or with a unit 2.5 GFLOP."""
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_major_formatter(EngFormatter(unit=unit, sep=" " if unit else ""))
+
+
+def _time_unit(seconds: float) -> tuple[str, int]:
+    """Return the unit of an axis that ends at ``seconds``, and its length in seconds."""
+    if seconds > LONGEST * MINUTE:
+        return "hours", HOUR
+    if seconds > LONGEST:
+        return "minutes", MINUTE
+    return "seconds", 1
 
 
 def draw_quadrants(axes: "Axes", quadrants: dict) -> None:
@@ -76,19 +112,33 @@ def draw_quadrants(axes: "Axes", quadrants: dict) -> None:
     )
     axes.set_xticklabels(("low", "high"))
     axes.set_yticklabels(("low", "high"), rotation=90, va="center")
+    axes.grid(visible=False)
 
 
+@_style()
 def draw_probe(document: dict, file: Path) -> None:
-    """Save a probe as PNG: KL and entropy by position, both accuracy curves, the quadrants."""
-    figure, (left, right, corner) = _subplots(13, 4, ncols=3, width_ratios=(5, 5, 3))
+    """Save a probe as PNG: KL and entropy by position, both accuracy curves, the quadrants.
+
+    KL and entropy have an axis of their own each, because the KL is often far smaller.
+    """
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(13, 4.4))
+    grid = figure.add_gridspec(2, 3, width_ratios=(5, 5, 3))
+    upper = figure.add_subplot(grid[0, 0])
+    lower = figure.add_subplot(grid[1, 0], sharex=upper)
+    right, corner = figure.add_subplot(grid[:, 1]), figure.add_subplot(grid[:, 2])
     bins = document["by_position"]
     middle = (_column(bins, "from") + _column(bins, "to")) / 2
-    divergence = _column(bins, "kl")
-    entropy = _column(bins, "entropy")
-    left.plot(middle, divergence, "o-", color=BLUE, markersize=3, label="reverse KL")
-    left.plot(middle, entropy, "s--", color=ORANGE, markersize=3, label="student's entropy")
-    left.set_xlabel("position in the student's answer (tokens)")
-    left.set_ylabel("nats per token")
+    upper.plot(middle, _column(bins, "kl"), "o-", color=BLUE)
+    upper.set_ylabel("reverse KL\n(nats per token)")
+    upper.tick_params(labelbottom=False)
+    lower.plot(middle, _column(bins, "entropy"), "s--", color=ORANGE)
+    lower.set_ylabel("student's entropy\n(nats per token)")
+    lower.set_xlabel("position in the student's answer (tokens)")
+    for axes in (upper, lower):
+        axes.set_ylim(bottom=0)
+    _count(lower.xaxis)
     _draw_accuracies(
         right,
         document["teacher_prefix_curve"],
@@ -102,11 +152,10 @@ def draw_probe(document: dict, file: Path) -> None:
     right.set_xlabel("N, tokens written by the other model")
     right.set_ylabel("accuracy (%)")
     right.set_ylim(0, 105)
+    _count(right.xaxis)
+    right.legend()
     draw_quadrants(corner, document["quadrants"])
-    for axes in (left, right):
-        _open_frame(axes)
-        axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"recommended prefix: {document['recommended_prefix']}", fontsize=10)
+    figure.suptitle(recommendation_text(document["recommended_prefix"]), fontsize=10)
     _save(figure, file)
 
 
@@ -117,7 +166,7 @@ def _draw_accuracies(axes: "Axes", curve: list[dict | None], style: dict[str, An
     value = _column(points, "value")
     below = 100 * (value - _column(points, "low"))
     above = 100 * (_column(points, "high") - value)
-    axes.errorbar(tokens, 100 * value, (below, above), markersize=4, capsize=2, **style)
+    axes.errorbar(tokens, 100 * value, (below, above), **style)
 
 
 def _column(rows: Sequence[dict], key: str) -> numpy.ndarray:
@@ -125,12 +174,15 @@ def _column(rows: Sequence[dict], key: str) -> numpy.ndarray:
     return numpy.array([row[key] for row in rows], dtype=numpy.float64)
 
 
+@_style()
 def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
     """Save the demo's picture as PNG: accuracy against useful FLOPs, a line per arm.
 
     The bands are 95% intervals; a dotted line is the teacher's accuracy.
     """
-    figure, axes = _subplots(7, 4.2)
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
     level = 100 * teacher
     right_edge = axes.get_yaxis_transform()  # x from 0 to 1, y as data
     axes.axhline(level, color=GREY, linestyle=":", linewidth=1)
@@ -140,24 +192,25 @@ def draw_demo(arms: list[dict], teacher: float, title: str, file: Path) -> None:
         label = f"prefix of {arm['prefix']} tokens"
         if arm["name"] == "full":
             label = "full rollouts"
-        flops = _column(arm["evaluations"], "flops_useful") / 1e9
+        flops = _column(arm["evaluations"], "flops_useful")
         accuracies = [row["accuracy"] for row in arm["evaluations"]]
         value = 100 * _column(accuracies, "value")
         low = 100 * _column(accuracies, "low")
         high = 100 * _column(accuracies, "high")
         axes.fill_between(flops, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.plot(flops, value, label=label, **style)
-    axes.set_xlabel("useful training FLOPs (billions)")
+    axes.set_xlabel("useful training FLOPs")
+    _count(axes.xaxis, "FLOP")
     axes.set_ylabel("accuracy on held-out problems (%)")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title)
     axes.set_ylim(0, 106)
-    _open_frame(axes)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right")
     _save(figure, file)
 
 
+@_style()
 def draw_report(
-    runs: list[Finished],
+    runs: list[StoredRun],
     title: str = "",
     only: Container[str] | None = None,
     against: str = AXES[0],
@@ -165,49 +218,68 @@ def draw_report(
     """Return a matplotlib figure: accuracy against a cost, a line per arm, means over its seeds.
 
     ``only``: the arms to draw (default: all). Bands are 95% intervals; they need the same problems
-    and seeds in all arms. Without graded answers the figure shows held-out KL.
+    in all runs of an arm. Without graded answers the figure shows held-out KL.
     """
+    from matplotlib import pyplot
+
     if only is not None:
         runs = [run for run in runs if run.arm in only]
     arms = by_arm(runs)
     graded = all(run.right for run in runs)
-    resampled = None
     heights = _divergences
     label = "held-out reverse KL (nats per token)"
     if graded:
-        resampled = Resampled(arms)
         heights = _accuracies
         label = "accuracy on held-out problems (%)"
-    figure, axes = _subplots(8, 4.8)
+    figure, axes = pyplot.subplots(figsize=(8, 4.8))
     for i, (arm, group) in enumerate(arms.items()):
         steps = common_steps(group)
         x = _means(steps, [run.spent(against) for run in group])
         y = _means(steps, [heights(run) for run in group])
         colour = COLOURS[i % len(COLOURS)]
-        if resampled is not None and resampled.paired:
+        resampled = Resampled({arm: group})
+        if graded and resampled.paired:
             curve = resampled.curve(arm)
             y = (100 * curve.accuracy).tolist()
-            _draw_band(axes, x, curve.accuracy_draws, colour=colour)
+            _draw_band(axes, x, curve, colour=colour)
         axes.plot(
             x,
             y,
             color=colour,
             marker=MARKERS[i % len(MARKERS)],
             linestyle=LINE_STYLES[i % len(LINE_STYLES)],
-            markersize=4,
-            linewidth=1.3,
         )
-    axes.set_xlabel(against)
+    _name_cost(axes, against)
     axes.set_ylabel(label)
-    axes.set_title(_escape(title), fontsize=10)
-    _open_frame(axes)
+    axes.set_title(_escape(title))
     # the names are given, because matplotlib hides a label that starts with "_"
-    axes.legend(axes.get_lines(), map(_escape, arms), frameon=False, fontsize=7, ncol=2)
+    axes.legend(axes.get_lines(), map(_escape, arms), fontsize=7, ncol=2)
     figure.tight_layout()
     return figure
 
 
-def _accuracies(run: Finished) -> dict[int, float]:
+def _name_cost(axes: "Axes", against: str) -> None:
+    """Name the horizontal axis of a cost, and write its numbers with readable units."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlabel(against)
+    if "FLOPs" in against:
+        _count(axes.xaxis, "FLOP")
+    elif "time" in against:
+        unit, size = _time_unit(axes.get_xlim()[1])
+        axes.set_xlabel(f"training time ({unit})")
+
+        def in_unit(seconds: float, _: object) -> str:
+            return f"{seconds / size:.4g}"
+
+        steps = [1, 2, 5, 10] if size == 1 else [1, 1.2, 1.8, 3, 6, 10]  # multiples of 60
+        axes.xaxis.set_major_locator(MaxNLocator(steps=steps))
+        axes.xaxis.set_major_formatter(FuncFormatter(in_unit))
+    else:
+        _count(axes.xaxis)
+
+
+def _accuracies(run: StoredRun) -> dict[int, float]:
     """Return the accuracy in percent of every evaluation, by its step."""
     accuracies = {}
     for row in run.evaluations:
@@ -217,7 +289,7 @@ def _accuracies(run: Finished) -> dict[int, float]:
     return accuracies
 
 
-def _divergences(run: Finished) -> dict[int, float]:
+def _divergences(run: StoredRun) -> dict[int, float]:
     """Return the held-out KL of every evaluation, by its step."""
     divergences = {}
     for row in run.evaluations:
@@ -234,12 +306,12 @@ def _means(steps: list[int], seeds: list[dict[int, float]]) -> list[float]:
     return means
 
 
-def _draw_band(axes: "Axes", x: list[float], accuracy_draws: Numbers, colour: str) -> None:
+def _draw_band(axes: "Axes", x: list[float], curve: Curve, colour: str) -> None:
     """Draw the 95% interval of an accuracy around its line."""
     low = []
     high = []
-    for draws in accuracy_draws.T:
-        lower, upper = interval(draws)
+    for evaluation in range(len(curve.steps)):
+        lower, upper = curve.interval(evaluation)
         low.append(100 * lower)
         high.append(100 * upper)
     axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)

@@ -1,7 +1,8 @@
-"""Read run folders, and write the evaluations of their runs as CSV."""
+"""Read run folders."""
 
-import csv
 import dataclasses
+import hashlib
+import json
 import os
 import reprlib
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any, NamedTuple
 
 from ..config import is_text
 from ..errors import UserError
-from ..maths.intervals import split_mean
 from ..maths.weights import QUADRANTS
+from . import unfinished
 from .compare import ARMS_FILE
 from .shapes import (
     ADVICE,
@@ -20,34 +21,15 @@ from .shapes import (
     Evaluation,
     RunFile,
     ScoresRow,
+    StartedRunFile,
     TokenValues,
     check,
     read_config,
     read_json,
     read_json_lines,
 )
+from .texts import BEFORE, Example, read_stored, state_of
 
-COLUMNS = (
-    "arm",
-    "seed",
-    "update",
-    "accuracy",
-    "low",
-    "high",
-    "n",
-    "lr",
-    "prefix",
-    "kl",
-    "kl_prefix",
-    "kl_tail",
-    "kl_beyond",
-    "finish_rate",
-    "finished_accuracy",
-    "mean_tokens",
-    "flops_useful",
-    "flops_executed",
-    "seconds",
-)
 # the horizontal axes of the pictures: the fields of Cost, and the number of steps
 AXES = ("useful training FLOPs", "executed training FLOPs", "training time (s)", "steps")
 
@@ -64,12 +46,14 @@ NO_COST = Cost(0.0, 0.0, 0.0)
 
 
 @dataclasses.dataclass(kw_only=True)
-class Finished:
-    """A finished run.
+class StoredRun:
+    """A run whose evaluations are reported.
 
-    ``root``: the folder it was found in. ``right``: step → share of correct answers of every
-    problem. ``kl_before``, ``kl_after``: reverse KL per token of the fixed contexts. ``also``: name
-    of another dataset → accuracy. ``offset``: the cost of the run it started from.
+    ``state``: finished, running or interrupted; ``problems``: a digest of the held-out problems, ""
+    without their file; ``metrics``: a row per step. ``root``: the folder it was found in.
+    ``right``: step → share of correct answers of every problem. ``kl_before``, ``kl_after``:
+    reverse KL per token of the fixed contexts. ``also``: name of another dataset → accuracy.
+    ``offset``: the cost of the run it started from.
     """
 
     arm: str
@@ -82,6 +66,9 @@ class Finished:
     kl_before: TokenValues
     kl_after: TokenValues
     also: dict[str, float | None]
+    problems: str = ""
+    state: str = "finished"
+    metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     offset: Cost = NO_COST
 
     @property
@@ -106,20 +93,24 @@ class Finished:
         return spent
 
 
-def collect_runs(paths: list[Path]) -> list[Finished]:
-    """Return the finished runs in ``paths``: run folders, or folders that contain run folders.
+def collect_runs(paths: list[Path]) -> list[StoredRun]:
+    """Return the runs in ``paths``: run folders, or folders that contain run folders.
 
-    Of a comparison the final runs count, not the tuning runs. Where two folders contain the same
-    arm with the same seed, arms are named FOLDER/ARM. UserError: a path contains no finished run,
-    or a file of a run is damaged.
+    Of a comparison the final runs count, not the tuning runs. An unfinished run counts if a path
+    names its folder, or contains no finished run (``find_left_out``). Where two folders contain the
+    same arm with the same seed, arms are named FOLDER/ARM. UserError: a path contains no run with
+    an evaluation, or a file of a run is damaged.
     """
-    by_folder: dict[Path, Finished] = {}
+    by_folder: dict[Path, StoredRun] = {}
     for path in paths:
-        runs = _finished_runs(path)
+        runs = _runs_in(path)
+        finished = [run for run in runs if run.state == "finished"]
+        if finished:
+            runs = finished
         if not runs:
             raise UserError(
-                f"{path}: no finished run found; expected a folder whose run.json has a result; "
-                "check the path, or finish the run with --resume"
+                f"{path}: no finished run found; expected a folder whose run.json has a result, or "
+                "a run with an evaluation; check the path, or finish the run with --resume"
             )
         for run in runs:
             by_folder[run.path.resolve()] = run
@@ -137,22 +128,39 @@ def collect_runs(paths: list[Path]) -> list[Finished]:
     return runs
 
 
-def _finished_runs(path: Path) -> list[Finished]:
-    """Return the finished runs in a run folder, a comparison, or any other folder."""
-    if os.path.isfile(path / "run.json"):
-        folders = [path]
-    elif os.path.isfile(path / ARMS_FILE):
-        folders = _final_folders(path)
-    elif os.path.isdir(path):
-        folders = sorted(file.parent for file in path.glob("**/run.json"))
-    else:
-        folders = []
+def find_left_out(paths: list[Path], runs: list[StoredRun]) -> list[str]:
+    """Return a warning that names the unfinished runs in ``paths`` that are not among ``runs``."""
+    taken = {run.path for run in runs}
+    names = []
+    for path in paths:
+        names += [str(folder) for folder in _folders_in(path) if folder not in taken]
+    if not names:
+        return []
+    return [
+        f"left out, because they have not finished: {', '.join(names)}; finish them with --resume, "
+        "or name one of them to report on it alone"
+    ]
+
+
+def _runs_in(path: Path) -> list[StoredRun]:
+    """Return the runs with an evaluation in a run folder, a comparison, or any other folder."""
     runs = []
-    for folder in folders:
+    for folder in _folders_in(path):
         run = _read_run(folder, path)
         if run is not None:
             runs.append(run)
     return runs
+
+
+def _folders_in(path: Path) -> list[Path]:
+    """Return the run folders in a folder, or the folder itself."""
+    if os.path.isfile(path / "run.json"):
+        return [path]
+    if os.path.isfile(path / ARMS_FILE):
+        return _final_folders(path)
+    if os.path.isdir(path):
+        return sorted(file.parent for file in path.glob("**/run.json"))
+    return []
 
 
 def _final_folders(comparison: Path) -> list[Path]:
@@ -167,7 +175,7 @@ def _final_folders(comparison: Path) -> list[Path]:
     return folders
 
 
-def _start(run: Finished) -> Path | None:
+def _start(run: StoredRun) -> Path | None:
     """Return the folder of the run that this one started from, if it started from a run.
 
     The file of a comparison names the arm, so a comparison can be moved. Otherwise the path of the
@@ -183,32 +191,73 @@ def _start(run: Finished) -> Path | None:
     return Path(student).parent.resolve()
 
 
-def _read_run(folder: Path, root: Path) -> Finished | None:
-    """Return the run in ``folder``, or None if it has no result yet."""
+def _read_run(folder: Path, root: Path) -> StoredRun | None:
+    """Return the run in ``folder``, or None if it has no evaluation yet."""
     file = folder / "run.json"
     document = read_json(file, dict[str, object])
+    state = "finished"
     if "result" not in document:
-        return None
-    check(document, RunFile, str(file))
-    also = {}
-    for other in sorted(folder.glob("also-*.json")):
-        accuracy = read_json(other, AlsoFile)["accuracy"]
-        also[as_text(other.stem.removeprefix("also-"))] = accuracy and accuracy["value"]
-    run = Finished(
+        document["result"] = unfinished.read_result(folder)
+        if document["result"] is None:
+            return None
+        state = state_of(folder)
+        check(document, StartedRunFile, str(file))
+    else:
+        check(document, RunFile, str(file))
+    run = StoredRun(
         arm=_arm_of(folder, root),
         seed=document["seed"],
         path=folder,
         root=root,
         config=read_config(folder / "config.yaml"),
         result=document["result"],
-        right=_read_scores(folder / "scores.jsonl"),
-        kl_before=read_json(folder / "before.json", ContextsFile)["kl_by_token"],
-        kl_after=read_json(folder / "after.json", ContextsFile)["kl_by_token"],
-        also=also,
+        right={},
+        kl_before=[],
+        kl_after=[],
+        also=_read_also(folder),
+        problems=_digest_problems(folder),
+        state=state,
+        metrics=read_stored(folder / "metrics.jsonl", dict[str, object]),
     )
+    _read_measurements(run)
     _check_steps(run)
     _check_quadrants(run)
     return run
+
+
+def _read_measurements(run: StoredRun) -> None:
+    """Read the scores and the KL of the fixed contexts, of an unfinished run as far as stored."""
+    folder = run.path
+    if run.state == "finished":
+        run.right = _read_scores(folder / "scores.jsonl")
+        run.kl_before = read_json(folder / "before.json", ContextsFile)["kl_by_token"]
+        run.kl_after = read_json(folder / "after.json", ContextsFile)["kl_by_token"]
+        return
+    steps = [row["step"] for row in run.evaluations]
+    run.right = unfinished.read_scores(folder, steps)
+    if os.path.isfile(folder / "before.json"):
+        run.kl_before = read_json(folder / "before.json", ContextsFile)["kl_by_token"]
+
+
+def _read_also(folder: Path) -> dict[str, float | None]:
+    """Return the accuracy on other datasets by their names."""
+    also = {}
+    for other in sorted(folder.glob("also-*.json")):
+        accuracy = read_json(other, AlsoFile)["accuracy"]
+        also[as_text(other.stem.removeprefix("also-"))] = accuracy and accuracy["value"]
+    return also
+
+
+def _digest_problems(folder: Path) -> str:
+    """Return a digest of the held-out problems and their references; "" without their file.
+
+    Templates and instructions do not count: arms may differ in them and share their problems.
+    """
+    rows: list[Example] = read_stored(folder / BEFORE, Example)
+    if not rows:
+        return ""
+    problems = [(row["problem"], row["reference"]) for row in rows]
+    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
 
 
 def _arm_of(folder: Path, root: Path) -> str:
@@ -236,7 +285,7 @@ def _read_scores(file: Path) -> dict[int, list[float]]:
     return scores
 
 
-def _check_steps(run: Finished) -> None:
+def _check_steps(run: StoredRun) -> None:
     """Raise UserError unless evaluations and scores belong to the same, ascending steps."""
     steps = [row["step"] for row in run.evaluations]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)):
@@ -254,7 +303,7 @@ def _check_steps(run: Finished) -> None:
         )
 
 
-def _check_quadrants(run: Finished) -> None:
+def _check_quadrants(run: StoredRun) -> None:
     """Raise UserError unless every evaluation has all quadrants, or has none."""
     for row in run.evaluations:
         quadrants = row.get("quadrants")
@@ -265,9 +314,9 @@ def _check_quadrants(run: Finished) -> None:
             )
 
 
-def by_arm(runs: list[Finished]) -> dict[str, list[Finished]]:
+def by_arm(runs: list[StoredRun]) -> dict[str, list[StoredRun]]:
     """Return the runs of each arm, sorted by seed; arms keep their order."""
-    arms: dict[str, list[Finished]] = {}
+    arms: dict[str, list[StoredRun]] = {}
     for run in runs:
         arms.setdefault(run.arm, []).append(run)
     for group in arms.values():
@@ -275,7 +324,7 @@ def by_arm(runs: list[Finished]) -> dict[str, list[Finished]]:
     return arms
 
 
-def common_steps(runs: list[Finished]) -> list[int]:
+def common_steps(runs: list[StoredRun]) -> list[int]:
     """Return the steps at which all runs were evaluated.
 
     A resumed run can be longer than the others, and runs can differ in --eval-every.
@@ -286,7 +335,7 @@ def common_steps(runs: list[Finished]) -> list[int]:
     return sorted(common)
 
 
-def common_tail(runs: list[Finished]) -> int:
+def common_tail(runs: list[StoredRun]) -> int:
     """Return the longest prefix of the arms that truncate; beyond it none of them is trained."""
     longest = 0
     for run in runs:
@@ -294,59 +343,3 @@ def common_tail(runs: list[Finished]) -> int:
         if prefix < run.config["rollout"]["max_new_tokens"]:
             longest = max(longest, prefix)
     return longest
-
-
-def write_csv(runs: list[Finished], file: Path) -> None:
-    """Write a row per run and evaluation under COLUMNS, and a column per other dataset.
-
-    ``kl_beyond``: reverse KL beyond ``common_tail``, after the last step.
-    """
-    tail = common_tail(runs)
-    other_sets: set[str] = set()
-    for run in runs:
-        other_sets.update(run.also)
-    also = [f"also_{name}" for name in sorted(other_sets)]
-    with open(file, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, [*COLUMNS, *also], lineterminator="\n")
-        writer.writeheader()
-        for run in runs:
-            for row in run.evaluations:
-                writer.writerow(_csv_row(run, row, tail))
-
-
-def _csv_row(run: Finished, row: Evaluation, tail: int) -> dict[str, object]:
-    """Return an evaluation under COLUMNS; what holds for the whole run is in its last row."""
-    cost = run.cost(row)
-    cells: dict[str, object] = {
-        "arm": run.arm,
-        "seed": run.seed,
-        "update": row["step"],
-        "n": 0,
-        "lr": run.config["schedule"]["lr"],
-        "kl": row["kl"]["value"],
-        "kl_prefix": row["kl_prefix"],
-        "kl_tail": row["kl_tail"],
-        "finish_rate": row["finish_rate"],
-        "mean_tokens": row["mean_tokens"],
-        "flops_useful": cost.useful,
-        "flops_executed": cost.executed,
-        "seconds": cost.seconds,
-    }
-    accuracy = row["accuracy"]
-    if accuracy is not None:
-        cells["accuracy"] = accuracy["value"]
-        cells["low"] = accuracy["low"]
-        cells["high"] = accuracy["high"]
-        cells["n"] = accuracy["n"]
-    finished = row.get("finished_accuracy")
-    if finished is not None:
-        cells["finished_accuracy"] = finished["value"]
-    if row is run.evaluations[-1]:
-        cells["prefix"] = run.result["prefix"]
-        cells["kl_beyond"] = split_mean(run.kl_after, tail)[1]
-        for name, share in run.also.items():
-            cells[f"also_{name}"] = share
-    for name, value in cells.items():
-        if isinstance(value, float):
-            cells[name] = f"{value:.6g}"
-    return cells

@@ -97,6 +97,12 @@ class RunFile(TypedDict):
     result: Result
 
 
+class StartedRunFile(TypedDict):
+    """run.json of a run that has not finished."""
+
+    seed: int
+
+
 class Estimate(TypedDict):
     value: float
     low: float

@@ -1,5 +1,6 @@
 """Summarize run folders: accuracy and cost of each arm."""
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -7,12 +8,12 @@ from typing import NamedTuple
 import numpy
 from numpy.typing import NDArray
 
-from ..display import flops_text
-from ..maths.intervals import split_mean
+from ..maths.intervals import equal_ends, split_mean
 from ..maths.seeds import seed_of
-from .runs import Finished, by_arm, common_steps, common_tail
+from .runs import StoredRun, by_arm, common_steps, common_tail
 
 RESAMPLES = 2_000
+SAME = 1e-9  # draws that differ by less are equal but for rounding
 SHARES = (1.0, 0.95, 0.9, 0.5)  # of the reference's gain; the report gives the cost to reach each
 
 
@@ -34,10 +35,18 @@ class Curve(NamedTuple):
     accuracy_draws: Numbers  # [R, E]
     flops: Numbers  # [E] useful FLOPs
     flops_draws: Numbers  # [R, E]
+    problems: int
 
     def line(self) -> Line:
         """Return the means."""
         return Line(self.flops.tolist(), self.accuracy.tolist())
+
+    def interval(self, evaluation: int) -> tuple[float, float]:
+        """Return the 95% interval of the accuracy at an evaluation; -1 is the last one."""
+        draws = self.accuracy_draws[:, evaluation]
+        if numpy.ptp(draws) < SAME:
+            return equal_ends(round(self.accuracy[evaluation].item(), 12), self.problems)
+        return interval(draws)
 
     def draws(self) -> Iterator[Line]:
         """Yield the draws, one by one."""
@@ -60,6 +69,78 @@ def draw_weights(random: numpy.random.RandomState, count: int) -> Numbers:
     return shares
 
 
+@functools.cache
+def draw_both(problems: int, seeds: int) -> tuple[Numbers, Numbers]:
+    """Return the draws of problems and of seeds; equal numbers have equal draws."""
+    # torch's generator also uses only the low 32 bits of a seed
+    random = numpy.random.RandomState(seed_of("report") & 0xFFFFFFFF)
+    return draw_weights(random, problems), draw_weights(random, seeds)
+
+
+class Sample(NamedTuple):
+    """What an arm was evaluated on: its problems and seeds.
+
+    ``problems``: a digest of the prompts, "" if the runs have not stored one.
+    """
+
+    number: int
+    problems: str
+    seeds: tuple[int, ...]
+
+
+def sample_of(runs: list[StoredRun]) -> Sample | None:
+    """Return what all runs of an arm were evaluated on; None if they differ, or without answers."""
+    found = set()
+    for run in runs:
+        if not run.right:
+            return None
+        for right in run.right.values():
+            found.add((len(right), run.problems))
+    if len(found) > 1:
+        return None
+    count, problems = found.pop()
+    return Sample(count, problems, tuple(run.seed for run in runs))
+
+
+def describe_differing(runs: list[StoredRun], reference: str | None) -> list[str]:
+    """Return warnings that name the arms that cannot be compared with each other, and why.
+
+    ``reference``: the arm that the others are compared with; None for the first arm.
+    """
+    arms = by_arm(runs)
+    if not any(run.right for run in runs):
+        return []
+    if reference is None:
+        reference = next(iter(arms))
+    base = sample_of(arms[reference])
+    by_sample: dict[Sample | None, list[str]] = {}
+    for arm, group in arms.items():
+        by_sample.setdefault(sample_of(group), []).append(arm)
+    warnings = []
+    for sample, names in by_sample.items():
+        named = f"arms {', '.join(names)}"
+        if sample is None:
+            warnings.append(
+                f"{named}: runs of an arm differ in their held-out problems or have no graded "
+                "answers, so it has no interval; evaluate all runs of an arm on the same problems"
+            )
+        elif base is not None and sample != base:
+            what = "problems"
+            if sample[:2] == base[:2]:
+                what = "seeds"
+            warnings.append(
+                f"{named}: the held-out {what} differ from those of arm {reference} "
+                f"({_describe_sample(sample)}; {_describe_sample(base)}), so they are not compared "
+                "with it; each arm has its own interval"
+            )
+    return warnings
+
+
+def _describe_sample(sample: Sample) -> str:
+    seeds = ", ".join(map(str, sample.seeds))
+    return f"{sample.number} problems with the seeds {seeds}"
+
+
 class Resampled:
     """Two-level bootstrap: 2,000 seeded draws of seeds and of problems; with one seed, of problems
     only.
@@ -68,21 +149,14 @@ class Resampled:
     the same problems and seeds. scipy's bootstrap cannot draw seeds × problems in pairs.
     """
 
-    def __init__(self, arms: dict[str, list[Finished]]):
+    def __init__(self, arms: dict[str, list[StoredRun]]):
         self.arms = arms
-        problem_counts: set[int] = set()
-        seeds: set[tuple[int, ...]] = set()
-        for runs in arms.values():
-            seeds.add(tuple(run.seed for run in runs))
-            for run in runs:
-                problem_counts.update(map(len, run.right.values()))
-        self.paired = len(problem_counts) == 1 and len(seeds) == 1
-        if not self.paired:
+        samples = {sample_of(runs) for runs in arms.values()}
+        first = samples.pop()
+        self.paired = not samples and first is not None
+        if first is None or samples:
             return
-        # torch's generator also uses only the low 32 bits of a seed
-        random = numpy.random.RandomState(seed_of("report") & 0xFFFFFFFF)
-        self.problems = draw_weights(random, problem_counts.pop())
-        self.seeds = draw_weights(random, len(seeds.pop()))
+        self.problems, self.seeds = draw_both(first.number, len(first.seeds))
 
     def curve(self, arm: str) -> Curve:
         """Return an arm's accuracy and useful FLOPs at its ``common_steps``, with their draws."""
@@ -102,6 +176,7 @@ class Resampled:
             accuracy_draws=self.resample(right),
             flops=cost.mean(0),
             flops_draws=self.seeds @ cost,
+            problems=right.shape[2],
         )
 
     def resample(self, values: Numbers) -> Numbers:
@@ -137,11 +212,12 @@ def first_cost(cost: Sequence[float], accuracy: Sequence[float], wanted: float) 
     return math.inf
 
 
-def summarize(runs: list[Finished], reference: str | None) -> list[dict]:
+def summarize(runs: list[StoredRun], reference: str | None) -> list[dict]:
     """Return a row per arm, with means over its seeds.
 
-    ``low`` and ``high``: the interval of the accuracy, over problems and seeds. If the arms differ
-    in problems or seeds, an arm with one seed has its interval over problems; other arms have None.
+    ``low`` and ``high``: the interval of the accuracy, over problems and seeds; None if the runs of
+    an arm differ in their problems. Arms are compared with the reference where both have the same
+    problems and seeds (``describe_differing``).
 
     ``cost_ratios``: for each of SHARES, the useful FLOPs with which the reference reaches that
     share of its own gain, divided by those with which the arm reaches the same accuracy; with the
@@ -149,34 +225,30 @@ def summarize(runs: list[Finished], reference: str | None) -> list[dict]:
     """
     arms = by_arm(runs)
     tail = common_tail(runs)
+    samples = {arm: sample_of(group) for arm, group in arms.items()}
     curves = {}
-    if all(run.right for run in runs):
-        resampled = Resampled(arms)
+    for arm, group in arms.items():
+        resampled = Resampled({arm: group})
         if resampled.paired:
-            curves = {arm: resampled.curve(arm) for arm in arms}
+            curves[arm] = resampled.curve(arm)
     rows = []
     for arm, group in arms.items():
         row = _means(arm, group, tail)
         if arm in curves:
-            last = curves[arm].accuracy_draws[:, -1]
-            row["low"], row["high"] = interval(last)
-            if reference is not None:
+            row["low"], row["high"] = curves[arm].interval(-1)
+            if reference is not None and samples[arm] == samples[reference]:
                 row |= _compare(curves[arm], curves[reference])
-        elif len(group) == 1:
-            accuracy = group[0].evaluations[-1]["accuracy"]
-            if accuracy is not None:
-                row["low"] = accuracy["low"]
-                row["high"] = accuracy["high"]
         rows.append(row)
     return rows
 
 
-def _means(arm: str, group: list[Finished], tail: int) -> dict:
+def _means(arm: str, group: list[StoredRun], tail: int) -> dict:
     """Return an arm's row, without intervals and ratios. ``tail``: the ``common_tail``."""
     row: dict = {
         "arm": arm,
         "seeds": len(group),
         "updates": group[0].evaluations[-1]["step"],
+        "state": _state_of(group),
         "low": None,
         "high": None,
         "answers": 0,
@@ -195,7 +267,15 @@ def _means(arm: str, group: list[Finished], tail: int) -> dict:
     return row
 
 
-def _facts(run: Finished, tail: int) -> dict[str, float | None]:
+def _state_of(group: list[StoredRun]) -> str:
+    """Return the state of an arm: finished if all its runs are."""
+    for run in group:
+        if run.state != "finished":
+            return run.state
+    return "finished"
+
+
+def _facts(run: StoredRun, tail: int) -> dict[str, float | None]:
     """Return the numbers of a run that a summary averages over seeds."""
     first = run.evaluations[0]
     last = run.evaluations[-1]
@@ -216,7 +296,7 @@ def _facts(run: Finished, tail: int) -> dict[str, float | None]:
         "flops_useful": cost.useful,
         "flops_executed": cost.executed,
         "seconds": cost.seconds,
-        "full_rollout_cost": run.result["full_rollout_cost"],
+        "full_rollout_cost": run.result.get("full_rollout_cost"),
     }
 
 
@@ -236,6 +316,8 @@ def _compare(arm: Curve, reference: Curve) -> dict:
     difference = arm.accuracy[-1] - reference.accuracy[-1]
     difference_draws = arm.accuracy_draws[:, -1] - reference.accuracy_draws[:, -1]
     low, high = interval(difference_draws)
+    if numpy.ptp(difference_draws) < SAME:
+        low, high = equal_ends(difference.item(), arm.problems, lowest=-1)
     ratios = {}
     for share in SHARES:
         ratios[share] = _cost_ratio(reference, arm, share)
@@ -274,100 +356,3 @@ def _ratio_of_lines(reference: Line, arm: Line, share: float) -> float:
     if not 0 < cost < math.inf:
         return 0.0
     return first_cost(reference.cost, reference.accuracy, wanted) / cost
-
-
-HEADINGS = (
-    "arm",
-    "accuracy [95%]",
-    "useful FLOPs",
-    "executed FLOPs",
-    "training time",
-    "KL beyond the prefix, before → after",
-    "finished",
-    "accuracy of finished answers",
-    "tokens",
-    "cost saving (×) to reach 50% of the reference's gain",
-    "to reach 90%",
-    "to reach 100%",
-)
-
-
-def cells(row: dict) -> list[str]:
-    """Return a summary row as text, under HEADINGS."""
-    ratios = row["cost_ratios"]
-    return [
-        row["arm"],
-        _accuracy_text(row),
-        flops_text(row["flops_useful"]),
-        flops_text(row["flops_executed"]),
-        f"{row['seconds']:.0f} s",
-        _tail_text(row),
-        f"{row['finish_rate']:.0%}",
-        share_text(row["finished_accuracy"]),
-        f"{row['mean_tokens']:.0f}",
-        ratio_text(ratios.get(0.5)),
-        ratio_text(ratios.get(0.9)),
-        ratio_text(ratios.get(1.0)),
-    ]
-
-
-def share_text(share: float | None) -> str:
-    """Return a share in percent; "–" without one."""
-    return "–" if share is None else f"{share:.1%}"
-
-
-def _accuracy_text(row: dict) -> str:
-    """Return an accuracy with its interval and its number of answers."""
-    accuracy = row["accuracy"]
-    low = row["low"]
-    high = row["high"]
-    answers = row["answers"]
-    if accuracy is None:
-        return "–"
-    if low is None:
-        return f"{accuracy:.1%} of {answers:,}"
-    return f"{accuracy:.1%} [{low:.1%}, {high:.1%}] of {answers:,}"
-
-
-def _tail_text(row: dict) -> str:
-    """Return the KL beyond the arm's own prefix, before → after training."""
-    before = row["kl_tail_before"]
-    after = row["kl_tail"]
-    if before is None or after is None:
-        return "–"
-    return f"{before:.3g} → {after:.3g}"
-
-
-def ratio_text(ratio: dict | None) -> str:
-    """Return a cost ratio with its interval, and the share of draws that reach the accuracy.
-
-    The share is omitted if it is 100%.
-    """
-    if ratio is None:
-        return "–"
-    value = ratio["value"]
-    reached = ratio["reached"]
-    if value is None:
-        return f"not reached ({reached:.0%} of bootstrap samples)"
-    text = f"{value:.1f} × [{ratio['low']:.1f}, {ratio['high']:.1f}]"
-    if reached < 1:
-        text += f", reached in {reached:.0%} of bootstrap samples"
-    return text
-
-
-def markdown_table(summary_rows: list[dict]) -> str:
-    """Return the summary as a Markdown table."""
-    text = _markdown_line(HEADINGS)
-    text += "|---|" + "--:|" * (len(HEADINGS) - 1) + "\n"
-    for row in summary_rows:
-        text += _markdown_line(cells(row))
-    return text
-
-
-def _markdown_line(texts: Iterable[str]) -> str:
-    """Return a row of a Markdown table."""
-    line = "|"
-    for text in texts:
-        clean = text.replace("|", "\\|").replace("\n", " ")
-        line += f" {clean} |"
-    return line + "\n"

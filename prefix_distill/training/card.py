@@ -19,6 +19,7 @@ from ..engine.device import describe_machine
 from ..lab.task import LAB
 from ..prompts.presets import PRESETS
 from ..prompts.sources import FORMATS, split_revision
+from .pair import describe_tokens
 from .run import Run, settled
 from .state import Progress
 
@@ -196,13 +197,16 @@ def _settings(run: Run, progress: Progress, step: int) -> list[tuple[str, str]]:
         ),
         (
             "peak learning rate",
-            f"{schedule.lr:g}, {_code(schedule.lr_schedule)}, warm-up {schedule.warmup}",
+            f"{settled(schedule.lr, '--lr'):g}, {_code(schedule.lr_schedule)}, warm-up "
+            f"{schedule.warmup}",
         ),
         (
             "sampling",
             f"temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, top-k {rollout.top_k}",
         ),
     ]
+    ends = describe_tokens(run.pair.student, run.method.sampler.eos)
+    rows.append(("responses end with", f"{_code(ends)}, as `generation_config.json` says"))
     for path in METHODS:
         value = configuration.get(config, path)
         if value != configuration.options()[path].default:

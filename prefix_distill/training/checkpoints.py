@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..files import sha256_of
+from ..files import remove_folder, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the run folder and of its checkpoints; other formats are rejected
 # what reading a damaged checkpoint raises
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """List the checkpoints of a run folder, newest first."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def remove_old_checkpoints(run: Path, keep: int) -> None:
+    """Delete the checkpoints of a run folder, except the newest ``keep``."""
+    for old in list_checkpoints(run)[keep:]:
+        remove_folder(old)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -58,6 +69,15 @@ def read_checkpoint(folder: Path) -> "tuple[int, dict[str, Tensors], dict]":
         raise ValueError("state.json does not match its checksum")
     tensors = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
     return state["step"], tensors, state["facts"]
+
+
+def read_student(run: Path, step: int) -> "Tensors":
+    """Return the student's weights after ``step`` steps. UserError: they are damaged."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    try:
+        return read_checkpoint(folder)[1]["student"]
+    except DAMAGE as error:
+        raise UserError(f"checkpoint {folder}: it is damaged ({error}); choose another") from None
 
 
 def digest_facts(step: int, facts: dict) -> str:

@@ -6,7 +6,7 @@ from .. import config as configuration
 from ..config import Config
 from ..engine.hub import find_commit
 from ..lab.task import LAB
-from ..prompts.sources import parse_source, split_revision, split_sources
+from ..prompts.sources import Source, parse_source, split_revision, split_sources
 from .folder import RunFolder
 
 KEY = "commits"  # in run.json
@@ -23,11 +23,7 @@ def find_commits(config: Config) -> Commits:
         names.append(("model", configuration.get(config, path) or LAB))
     for path in DATASETS:
         for name, _ in split_sources(configuration.get(config, path) or LAB):
-            source = parse_source(name)
-            location = source.location
-            if source.revision is not None:
-                location = f"{location}@{source.revision}"
-            names.append(("dataset", location))
+            names.append(("dataset", _locate_dataset(parse_source(name))))
     commits = {}
     for kind, name in names:
         commit = find_commit(name, kind)
@@ -39,7 +35,8 @@ def find_commits(config: Config) -> Commits:
 def pin_commits(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
     """Return the config with every hub id at the commit that the run recorded, and notes.
 
-    A name with a revision stays as it is. With --allow-changed, all names stay.
+    A branch or a tag is pinned as well, because both can move. With --allow-changed, all names
+    stay.
     """
     commits = folder.read_json("run.json").get(KEY)
     if config.checkpoint.allow_changed or not isinstance(commits, dict):
@@ -61,11 +58,11 @@ def pin_commits(config: Config, folder: RunFolder) -> tuple[Config, list[str]]:
 
 
 def _pin_model(name: str, commits: Commits) -> str:
-    _, revision = split_revision(name)
     commit = _find_pin(name, "model", commits)
-    if revision is not None or commit is None:
+    if commit is None:
         return name
-    return f"{name}@{commit}"
+    repo, _ = split_revision(name)
+    return f"{repo}@{commit}"
 
 
 def _pin_datasets(text: str, commits: Commits) -> str:
@@ -77,15 +74,23 @@ def _pin_datasets(text: str, commits: Commits) -> str:
     pinned = []
     for part, (name, _) in zip(parts, named, strict=True):
         source = parse_source(name)
-        commit = _find_pin(source.location, "dataset", commits)
-        if source.revision is None and commit is not None:
-            part = part.replace(source.name, f"{source.name}@{commit}", 1)
+        commit = _find_pin(_locate_dataset(source), "dataset", commits)
+        if commit is not None:
+            unpinned, _ = split_revision(source.name)
+            part = part.replace(source.name, f"{unpinned}@{commit}", 1)
         pinned.append(part)
     return ",".join(pinned)
 
 
+def _locate_dataset(source: Source) -> str:
+    """Return the hub id of a dataset, with the revision that the user names."""
+    if source.revision is None:
+        return source.location
+    return f"{source.location}@{source.revision}"
+
+
 def _find_pin(name: str, kind: str, commits: Commits) -> str | None:
-    """Return the recorded commit of a name without a revision; None if the name needs no pin.
+    """Return the recorded commit of a name; None if the name needs no pin.
 
     If the hub is switched off, the cache says which commit the name means. Then a name that means
     the recorded one stays, because the cache of `datasets` has no revisions.

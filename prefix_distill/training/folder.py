@@ -1,9 +1,9 @@
 """Read and write a run folder: settings, provenance, metrics and atomic checkpoints.
 
-    config.yaml  run.json  metrics.jsonl  scores.jsonl  teacher-text.json  before.json  after.json
-    displacement.json checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and
-    anchor, teacher where a run has them) model/  best/  examples-before.jsonl  examples-after.jsonl
-    .lock
+    config.yaml  run.json  metrics.jsonl  scores.jsonl  samples.jsonl  rollouts.jsonl  before.json
+    after.json  teacher-text.json  displacement.json  examples-{before,after,teacher}.jsonl
+    checkpoints/step-00000025/{student,optimizer}.safetensors state.json (and anchor, teacher where
+    a run has them)  model/  best/  .lock
 
 All files are safetensors, JSON, JSON lines or YAML. No file contains the folder's own path, so the
 folder can be moved. Files have the permissions of the user's umask.
@@ -29,6 +29,7 @@ from ..files import (
     recover_folders,
     remove_folder,
     replace_folder,
+    share_equal_files,
     sync,
     write_atomically,
     write_rows,
@@ -38,33 +39,37 @@ from .checkpoints import (
     FORMAT,
     check_checkpoint_format,
     digest_facts,
+    list_checkpoints,
     read_checkpoint,
+    remove_old_checkpoints,
     step_of,
     write_state_dicts,
 )
 
 if TYPE_CHECKING:
+    import torch
     from filelock import AcquireReturnProxy
 
     from ..engine.models import Model
     from .checkpoints import Tensors
 
-KEPT = 2  # checkpoints on disk: the newest one, and one to fall back on
+KEPT = 2  # checkpoints while a run trains: the newest one, and one to fall back on
 LOCK = ".lock"
 # what a run that was killed while it was created leaves behind, besides PARTIAL files
 LEFT_BEHIND = {LOCK, "run.json", "preflight.json"}
-SUBFOLDERS = ("", "checkpoints", "plugins", "displacements")  # in which files are written
+SUBFOLDERS = ("", "best", "checkpoints", "plugins", "displacements")  # in which files are written
 
 
 class RunFolder:
     """Reads and writes one run's files.
 
     Every write of more than a line is atomic: scratch file, fsync, rename. Disk errors raise
-    Stopped and name the newest checkpoint.
+    Stopped and name the newest checkpoint. ``kept``: checkpoints that stay while the run trains.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.kept = KEPT
 
     @property
     def is_created(self) -> bool:
@@ -74,7 +79,7 @@ class RunFolder:
     @property
     def newest_checkpoint_text(self) -> str:
         """Name the newest checkpoint, as a clause of a message."""
-        checkpoints = self._checkpoints()
+        checkpoints = list_checkpoints(self.path)
         if not checkpoints:
             return "there is no checkpoint yet"
         return f"the newest checkpoint is {checkpoints[0].name}"
@@ -82,7 +87,7 @@ class RunFolder:
     @property
     def newest_step(self) -> int:
         """Return the number of steps that the newest checkpoint holds; 0 without a checkpoint."""
-        for checkpoint in self._checkpoints():
+        for checkpoint in list_checkpoints(self.path):
             return step_of(checkpoint)
         return 0
 
@@ -197,14 +202,13 @@ class RunFolder:
     def prune(self, step: int) -> None:
         """Delete the checkpoints that a kill left besides those of a run restored at ``step``.
 
-        These are checkpoints beyond the newest ``KEPT``, and damaged ones after ``step``.
+        These are checkpoints beyond the newest ``kept``, and damaged ones after ``step``.
         """
         with self._writing("checkpoints"):
-            for checkpoint in self._checkpoints():
+            for checkpoint in list_checkpoints(self.path):
                 if step_of(checkpoint) > step:
                     remove_folder(checkpoint)
-            for old in self._checkpoints()[KEPT:]:
-                remove_folder(old)
+            remove_old_checkpoints(self.path, self.kept)
 
     def write_config(self, config: dict) -> None:
         """Write config.yaml, without the folder's own path and without --allow-changed.
@@ -228,19 +232,34 @@ class RunFolder:
         with self._writing(name):
             write_atomically(self.path / name, f"{text}\n")
 
-    def save_model(self, name: str, model: "Model", card: str | None = None) -> list[str]:
+    def finish(self, keep: int) -> None:
+        """Free what a finished run does not need.
+
+        Keep the newest ``keep`` checkpoints, and store files of best/ that equal those of model/
+        or adapter/ once, as hard links.
+        """
+        with self._writing("best"):
+            remove_old_checkpoints(self.path, keep)
+            for name in ("model", "adapter"):
+                share_equal_files(self.path / name, self.best)
+
+    def save_model(
+        self, name: str, model: "Model", card: str, dtype: "torch.dtype | None" = None
+    ) -> list[str]:
         """Write a model folder, or an adapter's (``engine.saving.save_model``); return notes."""
         with self._writing(name):
             from ..engine.saving import save_model
 
-            return save_model(model, self.path / name, card)
+            return save_model(model, self.path / name, card, dtype=dtype)
 
-    def save_merged_model(self, name: str, model: "Model", card: str | None = None) -> list[str]:
+    def save_merged_model(
+        self, name: str, model: "Model", card: str, dtype: "torch.dtype | None" = None
+    ) -> list[str]:
         """Write a model folder with the adapter merged into the weights; return notes."""
         with self._writing(name):
             from ..engine.saving import save_merged_model
 
-            return save_merged_model(model, self.path / name, card)
+            return save_merged_model(model, self.path / name, card, dtype=dtype)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write ``content`` to ``name``; make its folder."""
@@ -280,10 +299,6 @@ class RunFolder:
         for file in sorted((self.path / name).glob("*.safetensors")):
             yield file, load_file(file)
 
-    def has(self, name: str) -> bool:
-        """Return whether the folder has the file ``name``."""
-        return (self.path / name).is_file()
-
     def remove(self, name: str) -> None:
         """Delete a subfolder."""
         with self._writing(name):
@@ -306,7 +321,7 @@ class RunFolder:
                 "continue with the version that wrote it (run.json names it), or start again with "
                 "another --out"
             )
-        for newest in self._checkpoints()[:1]:
+        for newest in list_checkpoints(self.path)[:1]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 # a damaged checkpoint is skipped later
                 state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
@@ -360,8 +375,7 @@ class RunFolder:
                 replace_folder(scratch, parent / f"step-{step:08d}")
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-            for old in self._checkpoints()[KEPT:]:
-                remove_folder(old)
+            remove_old_checkpoints(self.path, self.kept)
 
     def read_latest_checkpoint(
         self, warn: Callable[[str], None]
@@ -370,7 +384,7 @@ class RunFolder:
 
         UserError: there is none.
         """
-        for folder in self._checkpoints():
+        for folder in list_checkpoints(self.path):
             try:
                 return read_checkpoint(folder)
             except DAMAGE as error:
@@ -379,21 +393,7 @@ class RunFolder:
             f"--resume {self.path}: no intact checkpoint in it; start again with another --out"
         )
 
-    def read_student(self, step: int) -> "Tensors":
-        """Return the student's weights after ``step`` steps. UserError: they are damaged."""
-        folder = self.path / "checkpoints" / f"step-{step:08d}"
-        try:
-            return read_checkpoint(folder)[1]["student"]
-        except DAMAGE as error:
-            raise UserError(
-                f"checkpoint {folder}: it is damaged ({error}); choose another"
-            ) from None
-
     @property
     def has_checkpoint(self) -> bool:
         """Return whether there is a checkpoint, intact or damaged."""
-        return bool(self._checkpoints())
-
-    def _checkpoints(self) -> list[Path]:
-        """List the checkpoints, newest first."""
-        return sorted((self.path / "checkpoints").glob("step-*"), reverse=True)
+        return bool(list_checkpoints(self.path))

@@ -219,6 +219,7 @@ def result_document(state: State, resumed_from: int | None) -> dict:
         "sampler_kl": last["sampler_kl"],
         "tokens": progress.tokens,
         "flops": progress.ledger.summary() | {"not_counted": state.run.pair.not_counted},
+        "full_rollouts": state.run.config.schedule.prefix == "full",
         "full_rollout_cost": full_cost(state.run, progress, range(progress.step)),
         "seconds": {"total": math.fsum(seconds.values()), "by_phase": seconds},
         "evaluations": progress.evaluations,

@@ -4,9 +4,9 @@ Evaluations, the tail beyond the prefix, and the best student so far.
 """
 
 import dataclasses
-import math
 from typing import Any
 
+from ..display import EVALUATION, TAIL_PROBE, is_verbose, phase
 from ..engine import evaluate
 from ..engine.evaluate import Facts, Score
 from ..engine.meter import Meter
@@ -16,18 +16,20 @@ from ..engine.sampling import GenerationCost
 from ..engine.scoring import LOW_FIRST_TOKEN_PROBABILITY, Scorer
 from ..errors import Stopped, UserError
 from ..maths import intervals
-from ..maths.seeds import seed_of
 from ..maths.weights import quadrants
 from ..prompts.grading import describe_timeouts
 from ..prompts.prompt import Rendered
 from .card import make_card
+from .samples import store_evaluation
 from .state import State
 from .tails import (
     TokenValues,
+    advise_on_length,
     alignment_facts,
     divergence_by_token,
     ending_facts,
     mean_probability,
+    tail_change,
     tail_warning,
 )
 
@@ -51,6 +53,7 @@ class Monitor:
         self.before: dict = {}
         self.contexts: list[Rollout] = []
 
+    @phase(EVALUATION, at_stop="leaving this evaluation unfinished; no step was trained")
     def start(self) -> None:
         """Sample the fixed contexts and measure the untrained student.
 
@@ -70,6 +73,8 @@ class Monitor:
         self.state.count(meter)
         measured = self._measure(sampled=self.contexts)
         self.report.evaluation(self.progress.evaluations[-1])
+        for advice in advise_on_length(measured["finish_rate"], self.run.max_new_tokens):
+            self.report.warn(advice)
         self._report_first_token(measured["teacher_first_token"])
         if self.run.pair.alignment is not None:
             self._report_coverage(measured["alignment"])
@@ -90,7 +95,7 @@ class Monitor:
                 f"{text}; check that both prompts ask for the same form of answer (--template, "
                 "--student-thinking, --teacher-thinking, --begin)"
             )
-        else:
+        elif is_verbose():
             self.report.note(text)
 
     def _report_coverage(self, coverage: dict) -> None:
@@ -119,6 +124,7 @@ class Monitor:
                 "content; start again with another --out"
             ) from None
 
+    @phase(EVALUATION, at_stop="leaving this evaluation unfinished, then saving")
     def evaluate(self) -> dict:
         """Measure the current student, and warn if text beyond the prefix got worse."""
         measured = self._measure()
@@ -128,16 +134,29 @@ class Monitor:
 
     def look(self) -> None:
         """Evaluate or probe the tail if that is due after this step and not yet done."""
-        settings, step = self.run.config.evaluate, self.progress.step
-        evaluated = self.progress.evaluations[-1]["step"]
-        if settings.every and step % settings.every == 0:
-            if evaluated < step:
-                self.evaluate()
-        elif settings.tail_every:
-            probed = [row["step"] for row in self.progress.tail_probes]
-            if step - max([evaluated, *probed]) >= settings.tail_every:
-                self.probe_tail()
+        step = self.progress.step
+        if not self.is_due(step):
+            return
+        if self.is_evaluation(step):
+            self.evaluate()
+        else:
+            self.probe_tail()
 
+    def is_evaluation(self, step: int) -> bool:
+        """Return whether --eval-every asks for an evaluation after ``step``."""
+        every = self.run.config.evaluate.every
+        return bool(every) and step % every == 0
+
+    def is_due(self, step: int) -> bool:
+        """Return whether an evaluation or a tail probe is due after ``step`` and not yet done."""
+        evaluated = self.progress.evaluations[-1]["step"]
+        if self.is_evaluation(step):
+            return bool(evaluated < step)
+        every = self.run.config.evaluate.tail_every
+        probed = [row["step"] for row in self.progress.tail_probes]
+        return bool(every) and step - max([evaluated, *probed]) >= every
+
+    @phase(TAIL_PROBE, at_stop="leaving this tail probe unfinished, then saving")
     def probe_tail(self) -> dict:
         """Measure the student beyond the prefix, on a few fixed contexts.
 
@@ -161,8 +180,8 @@ class Monitor:
             "kl": intervals.token_mean(values)["value"],
             "kl_prefix": head,
             "kl_tail": tail,
-            "finish_rate": endings["finish_rate"],
-            "mean_tokens": endings["mean_tokens"],
+            **endings,
+            "kl_tail_change": self._tail_change(values, count),
         }
         progress.tail_probes.append(row)
         self.report.tail(row)
@@ -171,9 +190,16 @@ class Monitor:
         self._keep_best(progress.step, None, values)
         return row
 
+    def _tail_change(self, values: TokenValues, count: int | None = None) -> dict | None:
+        """Return how the KL beyond the prefix changed on the first ``count`` fixed contexts."""
+        if not self.before:
+            return None  # this is the untrained student
+        before = self.before["kl_by_token"][:count]
+        return tail_change(before, values, self.progress.taught_prefix)
+
     def _warn_about_tail(self, before: dict, measured: dict) -> None:
         text = tail_warning(before, measured, self.progress.taught_prefix)
-        if text:
+        if text and text not in [warning["text"] for warning in self.progress.warnings]:
             self.progress.warnings.append({"step": measured["step"], "text": text})
             self.report.warn(text)
 
@@ -195,6 +221,7 @@ class Monitor:
                 endings = {
                     "finish_rate": score.finish_rate,
                     "mean_tokens": score.mean_tokens,
+                    "repetition_rate": score.repetition_rate,
                     "answers": len(run.problems.held_out) * run.config.evaluate.rollouts,
                 }
             else:
@@ -208,11 +235,15 @@ class Monitor:
             row["accuracy"] = score.accuracy
             row["finished_accuracy"] = score.finished_accuracy
         row["sampler_kl"] = gap
+        row["kl_tail_change"] = self._tail_change(values)
         if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
             progress.evaluations.append(row)
             if run.place.is_first and score is not None and score.accuracy:
                 right = {"step": progress.step, "right": score.right()}
                 self.state.folder.append("scores.jsonl", right)
+            if run.place.is_first:
+                records = [] if score is None else score.records
+                store_evaluation(self.state, row, records, contexts=self.contexts, values=values)
         self._keep_best(progress.step, row["accuracy"], values)
         records = [] if score is None else score.records
         return {**row, "kl_by_token": values, "records": records}
@@ -223,7 +254,7 @@ class Monitor:
         score = evaluate.evaluate(
             self.state.decoding,
             run.problems.held_out,
-            run.evaluation,
+            dataclasses.replace(run.evaluation, prefix=self.progress.taught_prefix),
             limits=run.limits,
             cost=GenerationCost.in_phase(meter, run.pair.student_shape, "evaluation"),
         )
@@ -318,7 +349,8 @@ class Monitor:
         }
         if self.run.place.is_first:
             text = make_card(self.run, progress, progress.best)
-            for note in self.state.folder.save_model("best", self.run.pair.student, text):
+            student, dtype = self.run.pair.student, self.run.save_dtype
+            for note in self.state.folder.save_model("best", student, text, dtype=dtype):
                 self.report.note(note)
 
 
@@ -329,32 +361,6 @@ def measure_contexts(
     run = state.run
     scorer = Scorer.reverse_kl(run.pair, run.place, run.method.terms.memory_bytes)
     return evaluate.held_out_facts(scorer, contexts, run.limits, meter=meter, phase=phase)
-
-
-def candidate_score(state: State, meter: Meter) -> float:
-    """Return how good the student is on the extrapolation prompts; higher is better.
-
-    The score is the share of correct full answers, or minus the mean reverse KL (nats per token) of
-    new rollouts of the current prefix. The seeds are the same for every candidate and trigger.
-    """
-    run = state.run
-    prompts = run.problems.extrapolation
-    sampler = dataclasses.replace(
-        run.method.eval_sampler, seed=seed_of(run.config.runtime.seed, "extrapolation")
-    )
-    how = dataclasses.replace(run.evaluation, sampler=sampler, samples=1)
-    cost = GenerationCost.in_phase(meter, run.pair.student_shape, "extrapolation")
-    if run.config.extrapolation.score == "accuracy":
-        problems = [(p.prompt, p.student_ids) for p in prompts]
-        right = evaluate.evaluate(
-            state.decoding, problems, how, limits=run.limits, cost=cost
-        ).right()
-        return sum(right) / len(right)
-    how = dataclasses.replace(how, max_new_tokens=state.progress.taught_prefix)
-    rollouts = evaluate.fixed_rollouts(state.decoding, prompts, how, limits=run.limits, cost=cost)
-    facts = measure_contexts(state, run.pair.align(rollouts), meter, phase="extrapolation")
-    values = intervals.known([row["divergence"] for row in facts])
-    return -math.fsum(values) / len(values)
 
 
 def _describe_rollout(r: Rollout) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def make_optimizer(trained: Iterable[torch.nn.Parameter], config: Config) -> tor
         groups.append({"params": matrices, "weight_decay": config.train.weight_decay})
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=config.schedule.lr, fused=True)
+    return torch.optim.AdamW(groups, fused=True)  # every step sets its rate
 
 
 def step_optimizer(

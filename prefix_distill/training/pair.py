@@ -9,6 +9,7 @@ import torch
 
 from .. import config as configuration
 from ..config import Config
+from ..display import phase
 from ..engine import exactness, loading, reach, trunk
 from ..engine.adapter import find_packed
 from ..engine.alignment import match_tokenizers
@@ -24,48 +25,14 @@ from ..engine.targets import ALL
 from ..engine.units import shared_support
 from ..engine.vocabulary import describe_unused_tokens
 from ..errors import PreflightError, UserError
-from ..lab.task import LAB
 from ..maths.flops import describe_not_counted
 from ..maths.schedule import parse_off_policy
 from ..maths.weights import parse_window
-from ..plugins import load_plugins
 from ..prompts.templates import student_renderer, teacher_renderer
 from .run import Notes, settled
 from .turn_end import add_turn_end
 
 HALF = 0.5  # share of the weights below which an adapter on all of them is worth a warning
-TASK = "choice"  # the built-in default: lab:choice and its pair
-
-
-def fill_in(config: Config, notes: Notes) -> Config:
-    """Return the config with the built-in pair and task where none is given."""
-    return fill_in_dataset(fill_in_models(config, notes), notes)
-
-
-def fill_in_models(config: Config, notes: Notes) -> Config:
-    """Return the config with the built-in pair where none is given."""
-    student = f"{LAB}{TASK}/student"
-    if config.models.teacher == configuration.SELF:
-        student = f"{student}-told"
-    # Again, because another config may have been built since this one.
-    for plugin in load_plugins(config.runtime.plugin):
-        notes.note(plugin.describe())
-    config = _fill(config, notes, option="models.student", value=student)
-    return _fill(config, notes, option="models.teacher", value=f"{LAB}{TASK}/teacher")
-
-
-def fill_in_dataset(config: Config, notes: Notes) -> Config:
-    """Return the config with the built-in task where no dataset is given."""
-    return _fill(config, notes, option="data.dataset", value=LAB + TASK)
-
-
-def _fill(config: Config, notes: Notes, *, option: str, value: str) -> Config:
-    """Return the config with ``value`` for an option that is not given, and note it."""
-    section, key = option.split(".")
-    if getattr(getattr(config, section), key) is not None:
-        return config
-    notes.note(f"no --{key} was given; using the built-in {value}")
-    return configuration.replace(config, **{section: {key: value}})
 
 
 @contextlib.contextmanager
@@ -98,9 +65,12 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     add_turn_end(teacher_renderer(teacher, config), teacher, notes)
     with as_preflight_error():
         alignment, tokenizers = match_tokenizers(student, teacher, config.models.cross_tokenizer)
-    notes.note(tokenizers)
+    if alignment is None:
+        notes.detail(tokenizers)
+    else:
+        notes.note(tokenizers)
     for model in (student, teacher):
-        notes.note(*describe_unused_tokens(model))
+        notes.detail(*describe_unused_tokens(model))
         if model.left_out is not None and model.left_out not in notes.warnings:
             notes.warn(model.left_out)
     support = None
@@ -150,6 +120,7 @@ class _UnloadedModel:
         return loading.count_parameters(self.name, self.trust_remote_code)
 
 
+@phase("loading the student")
 def _load_student(config: Config) -> tuple[Model, Place]:
     """Load the student and join the ranks.
 
@@ -201,6 +172,7 @@ def _add_adapter(config: Config, student: Model, where: Place, notes: Notes) -> 
     return student
 
 
+@phase("loading the teacher")
 def _load_teacher(config: Config, student: Model, where: Place, notes: Notes) -> Model:
     """Load the teacher; with ``self`` it is the student, without its adapter if possible."""
     is_self = config.models.teacher == configuration.SELF
@@ -289,7 +261,7 @@ def _can_share_weights(config: Config, where: Place) -> bool:
 
 def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
     """Check the model's output head and causality; find which work its rows may share."""
-    with as_preflight_error():
+    with as_preflight_error(), phase(f"checking the {role}'s forward pass"):
         trunk.choose_trunk(model)
         check_causality(model)
         reason = exactness.check_sharing(model)
@@ -304,7 +276,8 @@ def _check_training(student: Model, notes: Notes) -> None:
     """Find out whether training may share a prompt between its samples."""
     if not student.shares_prompts:
         return
-    reason = exactness.check_shared_gradients(student)
+    with phase("checking the student's gradients"):
+        reason = exactness.check_shared_gradients(student)
     student.trains_on_shared_prompts = reason is None
     if reason:
         notes.note(f"in training, the student runs the prompt once per sample: {reason}")

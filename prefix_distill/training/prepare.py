@@ -1,15 +1,18 @@
 """Turn a Config into a Run; reject what cannot work before anything is written."""
 
 import dataclasses
+import time
 
 import torch
 
 from .. import config as configuration
 from ..config import Config
+from ..display import phase
 from ..engine.memory import MemoryLimits
 from ..engine.models import Model
 from ..engine.pair import Pair
 from ..engine.ranks import Place
+from ..engine.recommended import read_recommended
 from ..engine.sampling import Sampler
 from ..errors import UserError
 from ..maths import simct
@@ -19,11 +22,13 @@ from ..maths.seeds import seed_of
 from ..maths.weights import parse_position_weight, parse_selection, parse_window
 from ..prompts.grading import load_grader
 from . import trackers
-from .pair import fill_in, load_pair
+from .defaults import fill_in
+from .epochs import settle_steps
+from .pair import load_pair
 from .problems import render_problems
 from .prompt_sets import load_prompt_sets
 from .rope import check_rope
-from .run import Method, Notes, Run, settled
+from .run import Method, Notes, Problems, Run, settled
 
 
 def prepare(config: Config) -> Run:
@@ -31,16 +36,22 @@ def prepare(config: Config) -> Run:
 
     UserError, one line: an option, a file or a model would make the run wrong or impossible.
     """
+    started = time.monotonic()
     trackers.check_packages(config)
     notes = Notes()
     config = fill_in(config, notes)
     own_grader = load_grader(config.evaluate.grader, config.evaluate.grader_timeout)
-    sets = dataclasses.replace(load_prompt_sets(config, notes), own_grader=own_grader)
+    with phase("reading data"):
+        sets = dataclasses.replace(load_prompt_sets(config, notes), own_grader=own_grader)
+    config = settle_steps(config, sets.train, notes)
     config, place, pair = load_pair(config, notes)
-    config, problems = render_problems(config, sets, pair, place=place, notes=notes)
+    with phase("rendering prompts"):
+        config, problems = render_problems(config, sets, pair, place=place, notes=notes)
     method = read_method(config, pair, place, notes=notes)
+    _check_references(config, problems)
     for text in check_rope(config, pair, problems, method=method):
         notes.warn(text)
+    pair.student.stop_ids = method.sampler.eos
     limits = MemoryLimits(place, config)
     return Run(
         config=config,
@@ -50,7 +61,18 @@ def prepare(config: Config) -> Run:
         method=method,
         notes=notes,
         limits=limits,
+        started=started,
     )
+
+
+def _check_references(config: Config, problems: Problems) -> None:
+    """Raise UserError if --stop-when needs an accuracy, but no problem has a reference answer."""
+    patience = configuration.parse_stop_when(config.train.stop_when).patience
+    if patience is not None and all(prompt.answer is None for prompt, _ in problems.held_out):
+        raise UserError(
+            f"--stop-when {config.train.stop_when}: no held-out problem has a reference answer, so "
+            "there is no accuracy; name the column with --answer-column, or use collapse"
+        )
 
 
 def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Method:
@@ -71,7 +93,7 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
     text_terms = terms
     if off_policy is not None and off_policy.loss == "sft":
         text_terms = Terms(name="cross-entropy", dtype=terms.dtype, memory_bytes=terms.memory_bytes)
-    notes.note(_describe_chunks(config, pair, terms))
+    notes.detail(_describe_chunks(config, pair, terms))
     # The sampled estimator divides by the probability of a token when it was sampled. That is the
     # student's own probability, and needs no record, only if the student itself sampled on-policy.
     same_dtype = place.dtype == pair.student.net.dtype
@@ -88,7 +110,7 @@ def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Metho
         text_terms=text_terms,
         sampler=dataclasses.replace(sampler, record=terms.sampled and not exact),
         text_sampler=_text_sampler(config, pair, sampler),
-        eval_sampler=_eval_sampler(config, sampler),
+        eval_sampler=eval_sampler(config, sampler, pair.student, notes=notes),
     )
 
 
@@ -150,15 +172,24 @@ def choose_pad(model: Model, eos: frozenset[int]) -> int:
     return pad
 
 
-def _eval_sampler(config: Config, sampler: Sampler) -> Sampler:
-    """Return how evaluations sample: with their own seed and temperature, without top-p, top-k."""
-    return dataclasses.replace(
+def eval_sampler(config: Config, sampler: Sampler, student: Model, notes: Notes) -> Sampler:
+    """Return how evaluations sample: with a seed and settings of their own.
+
+    The settings are the options, or what the student's generation config recommends.
+    """
+    settings = config.evaluate
+    sampler = dataclasses.replace(
         sampler,
         seed=seed_of(config.runtime.seed, "evaluation"),
-        temperature=config.evaluate.temperature,
-        top_p=1.0,
-        top_k=0,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
     )
+    if settings.sampling == "options":
+        return sampler
+    recommended = read_recommended(student)
+    notes.note(f"evaluation samples as the model recommends: {recommended.describe()}")
+    return recommended.applied_to(sampler)
 
 
 def _text_sampler(config: Config, pair: Pair, sampler: Sampler) -> Sampler:

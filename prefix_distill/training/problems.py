@@ -61,9 +61,10 @@ def render_problems(
             notes=notes,
         )
     except UserError as error:
-        raise PreflightError(
-            f"{error}, or lower --max-prompt-tokens to drop long prompts"
-        ) from None
+        advice = ""
+        if "--max-prompt-tokens" not in str(error):
+            advice = ", or lower --max-prompt-tokens to drop long prompts"
+        raise PreflightError(f"{error}{advice}") from None
     teacher_tokens = 1.0
     if pair.alignment is not None:
         teacher_tokens = _measure_coverage(pair.alignment, train, notes)
@@ -72,6 +73,7 @@ def render_problems(
     problems = Problems(
         train=train,
         held_out=[(r.prompt, r.student_ids) for r in held_out[: config.evaluate.problems]],
+        teacher_held_out=[(r.prompt, r.teacher_ids) for r in held_out[: config.evaluate.problems]],
         kl=held_out[: config.evaluate.kl_prompts],
         extrapolation=extrapolation,
         grader=choose_grader(config, sets.held_out, sets.own_grader),

@@ -15,7 +15,7 @@ from ..prompts.grading import describe_graded
 from ..prompts.load import load_evaluation_prompts, load_prompts
 from ..prompts.own_grader import OwnGrader
 from ..prompts.prompt import PromptSet
-from ..prompts.rows import RowFormat
+from ..prompts.row_format import RowFormat
 from ..prompts.stream import count_slots, hold_out, join_sets, take_examples
 from .run import Notes, settled
 

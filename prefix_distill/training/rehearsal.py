@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch
 
+from ..display import phase
 from ..engine.device import Clock, is_out_of_memory
 from ..engine.meter import Meter
 from ..engine.rollout import Rollout, rollout_of
@@ -18,6 +19,7 @@ from .update import Update
 MOST_TOKENS = 256  # of a rehearsal on a CPU
 
 
+@phase("rehearsing a step", at_stop="finishing this rehearsal")
 def rehearse(state: State) -> None:
     """Take one step at learning rate 0 on a micro-batch of the longest prompts.
 

@@ -10,7 +10,13 @@ from ..errors import UserError
 # content is compared by hash)
 FREE = (
     "train.steps",
+    "train.stop_when",
+    "train.max_hours",
     "checkpoint.save_every",
+    "checkpoint.keep",
+    "evaluate.teacher",
+    "checkpoint.dtype",
+    "checkpoint.save_minutes",
     "checkpoint.out",
     "checkpoint.allow_changed",
     "runtime.gpus",
@@ -58,6 +64,8 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
             "start again with another --out"
         )
     notes = _check_changes(str(out), saved, values)
+    if "train.steps" in values:
+        saved["train.epochs"] = None  # the run's length no longer follows from its epochs
     steps = values.get("train.steps", saved["train.steps"])
     _check_steps(str(out), steps)
     schedule = saved["schedule.lr_schedule"]

@@ -1,7 +1,10 @@
 """Run: everything that a training run works with, fixed before its first step."""
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
+
+import torch
 
 from ..config import Config
 from ..engine.evaluate import Evaluation, Problem
@@ -62,17 +65,30 @@ def describe_checks(checks: list[Check]) -> dict:
 class Notes:
     """What is reported before a run starts.
 
-    ``lines``: automatic choices with their reasons; ``warnings``: what may go wrong; ``account``:
-    how the rows of every dataset were read, in full.
+    ``lines``: automatic choices with their reasons; ``details``: those lines among them that only
+    a developer needs; ``warnings``: what may go wrong; ``account``: how the rows of every dataset
+    were read, in full.
     """
 
     lines: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     account: list[str] = field(default_factory=list)
 
     def note(self, *lines: str) -> None:
         """Add automatic choices with their reasons."""
         self.lines.extend(lines)
+
+    def detail(self, *lines: str) -> None:
+        """Add notes that are shown with --verbose, and recorded in any case."""
+        self.lines.extend(lines)
+        self.details.extend(lines)
+
+    def shown(self, verbose: bool) -> list[str]:
+        """Return the notes to show."""
+        if verbose:
+            return self.lines
+        return [text for text in self.lines if text not in self.details]
 
     def warn(self, text: str) -> None:
         """Add a warning: what was measured, why it matters, what to do."""
@@ -83,7 +99,8 @@ class Notes:
 class Problems:
     """The prompts of a run.
 
-    ``train``: the prompts of the steps, in order; ``held_out``: the problems of an evaluation;
+    ``train``: the prompts of the steps, in order; ``held_out``: the problems of an evaluation, and
+    ``teacher_held_out`` the same ones in the teacher's prompt;
     ``kl``: the prompts of the fixed contexts on which the held-out KL is measured;
     ``extrapolation``: the fixed prompts on which EffOPD scores candidates, empty without it.
     ``grader``: how answers are graded; ``teacher_tokens``: the number of the teacher's
@@ -93,6 +110,7 @@ class Problems:
 
     train: list[Rendered]
     held_out: list[Problem]
+    teacher_held_out: list[Problem]
     kl: list[Rendered]
     extrapolation: list[Rendered]
     grader: Grader
@@ -122,6 +140,12 @@ class Method:
     eval_sampler: Sampler
 
     @property
+    def teacher_eval_sampler(self) -> Sampler:
+        """Return the sampler of an evaluation with the ids of the teacher."""
+        ids = self.text_sampler
+        return replace(self.eval_sampler, eos=ids.eos, support=ids.support, pad=ids.pad)
+
+    @property
     def ranks_window(self) -> bool:
         """Return whether the window ranks tokens by a statistic."""
         return self.window is not None and self.window.statistic is not None
@@ -141,7 +165,8 @@ class Method:
 class Run:
     """Everything that a training run works with, fixed before its first step.
 
-    ``limits`` is lowered when memory runs out. ``checks``: the answers of the pre-flight checks, if
+    ``limits`` is lowered when memory runs out. ``started``: when the run began to load its models,
+    in seconds of the monotonic clock. ``checks``: the answers of the pre-flight checks, if
     they were made.
     """
 
@@ -152,12 +177,22 @@ class Run:
     method: Method
     notes: Notes
     limits: MemoryLimits
+    started: float = field(default_factory=time.monotonic)
     checks: list[Check] = field(default_factory=list)
 
     @property
     def max_new_tokens(self) -> int:
         """Return the longest response in tokens."""
         return settled(self.config.rollout.max_new_tokens, "--max-new-tokens")
+
+    @property
+    def save_dtype(self) -> torch.dtype | None:
+        """Return the dtype of saved models; None: that of the student's weights."""
+        name = self.config.checkpoint.dtype
+        if name == "auto":
+            return None
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
     @property
     def evaluation(self) -> Evaluation:

@@ -1,14 +1,19 @@
 """EffOPD in a run: the search along the recent displacement, and its diagnostics."""
 
+import dataclasses
 import functools
+import math
 
 import torch
 
-from ..display import flops_text
+from ..display import flops_text, phase
+from ..engine import evaluate
 from ..engine.decoder import refresh_decoder
 from ..engine.meter import Meter
-from ..maths import extrapolation
-from .monitor import candidate_score
+from ..engine.sampling import GenerationCost
+from ..maths import extrapolation, intervals
+from ..maths.seeds import seed_of
+from .monitor import measure_contexts
 from .state import State
 
 
@@ -27,6 +32,7 @@ class Search:
         """Return whether the step that was just completed is followed by a search."""
         return bool(self.state.moving) and extrapolation.due(self.state.step)
 
+    @phase("extrapolating", at_stop="finishing this extrapolation, then saving")
     def run(self) -> None:
         """Search once, accept the best candidate and add a row to ``Progress.extrapolations``."""
         state, settings = self.state, self.settings
@@ -92,5 +98,31 @@ class Search:
         for file, tensors in state.folder.read_tensors("displacements"):
             step = int(file.stem.removeprefix("step-"))
             rows.append({"step": step, "modules": extrapolation.diagnose(tensors, final)})
-        if rows or not state.folder.has("displacement.json"):
+        if rows or not (state.folder.path / "displacement.json").is_file():
             state.folder.write_json("displacement.json", rows)
+
+
+def candidate_score(state: State, meter: Meter) -> float:
+    """Return how good the student is on the extrapolation prompts; higher is better.
+
+    The score is the share of correct full answers, or minus the mean reverse KL (nats per token) of
+    new rollouts of the current prefix. The seeds are the same for every candidate and trigger.
+    """
+    run = state.run
+    prompts = run.problems.extrapolation
+    sampler = dataclasses.replace(
+        run.method.eval_sampler, seed=seed_of(run.config.runtime.seed, "extrapolation")
+    )
+    how = dataclasses.replace(run.evaluation, sampler=sampler, samples=1)
+    cost = GenerationCost.in_phase(meter, run.pair.student_shape, "extrapolation")
+    if run.config.extrapolation.score == "accuracy":
+        problems = [(p.prompt, p.student_ids) for p in prompts]
+        right = evaluate.evaluate(
+            state.decoding, problems, how, limits=run.limits, cost=cost
+        ).right()
+        return sum(right) / len(right)
+    how = dataclasses.replace(how, max_new_tokens=state.progress.taught_prefix)
+    rollouts = evaluate.fixed_rollouts(state.decoding, prompts, how, limits=run.limits, cost=cost)
+    facts = measure_contexts(state, run.pair.align(rollouts), meter, phase="extrapolation")
+    values = intervals.known([row["divergence"] for row in facts])
+    return -math.fsum(values) / len(values)

@@ -1,32 +1,33 @@
 """Session: the training loop of on-policy prefix distillation (arXiv 2602.15260)."""
 
-import contextlib
-from collections.abc import Iterator
+import signal
+from typing import NoReturn
 
-from .. import config as configuration
-from ..display import Observer, Reporter
+import torch
+
+from ..display import SAVING, Reporter, phase
+from ..engine import stopping
 from ..engine.decoder import make_decoder
-from ..engine.device import describe_machine
-from ..errors import Interrupted, UserError
+from ..errors import CONTINUE, Interrupted
 from ..maths.schedule import learning_rate, warmup_steps
-from ..plugins import find_fault, find_unfiled, load_plugins
 from ..signals import Interrupt
 from . import commits
 from .card import make_card
+from .ending import Ending
 from .faults import describe_non_finite, explain_shortage
-from .fingerprints import KEY, check_fingerprints, take_fingerprints
 from .folder import RunFolder
 from .loss import TokenLosses
 from .metrics import UpdateFacts, full_cost, metrics_row, result_document, update_facts
 from .monitor import Monitor
 from .optimizer import NonFiniteGradient, step_optimizer
-from .plugin_record import describe_grader, record_plugins
 from .rehearsal import rehearse
-from .run import Run, describe_checks
+from .rounding import SMALL, describe_rounding, measure_rounding
+from .run import Run, settled
+from .samples import print_rollouts
 from .search import Search
 from .state import State
+from .teacher_score import gap_closed, is_measured, measure_teacher
 from .teacher_text import TeacherTexts, load_or_sample
-from .trackers import Trackers
 from .update import Update
 
 
@@ -54,6 +55,7 @@ class Session:
         self.state = State(run, folder, report)
         self.monitor = Monitor(self.state)
         self.search = Search(self.state)
+        self.ending = Ending(self.state, self.monitor)
         self.texts: TeacherTexts = {}
         self.resumed_from: int | None = None
         self.full_cost = 0.0
@@ -62,14 +64,23 @@ class Session:
     def train(self) -> dict:
         """Run the remaining steps, save the model and return the result document.
 
-        Interrupted: ``interrupt`` was asked to stop; the step or evaluation in progress is
-        finished and the state is saved. Stopped: a number is not finite, or the ranks differ.
+        Interrupted: ``interrupt`` was asked to stop; the step in progress is finished, an
+        evaluation is cut off, and the state is saved. Stopped: a number is not finite, or the
+        ranks differ.
         """
+        try:
+            return self.take_steps()
+        except stopping.CutOff as cut_off:
+            self.stop(cut_off.number)
+
+    def take_steps(self) -> dict:
+        """Run the remaining steps, save the model and return the result document."""
         self.begin()
-        while self.state.step < self.run.config.train.steps:
+        while not self.is_last:
             self.stop_if_asked()
             update = Update(self.state, self.state.step, self.texts)
             rollouts = update.select(update.sample())  # marks the tokens to train on
+            print_rollouts(update, rollouts)
             losses = update.backward(rollouts)  # gradients of all ranks, divided once
             self.refuse_non_finite(losses)
             facts = update_facts(update, losses)
@@ -80,6 +91,7 @@ class Session:
             self.refresh_copies()
             self.record(update, facts, metrics_row(update, facts, rate=rate, norm=norm))
             self.measure_if_due()
+            self.ending.look()
             self.save_if_due()
         return self.finish()
 
@@ -96,24 +108,28 @@ class Session:
             self.monitor.resume()
         else:
             rehearse(state)
-            self.monitor.start()
+            with stopping.cutting_off(self.interrupt):
+                self.monitor.start()
         self.texts = self.load_teacher_texts()
         if not restored:
-            state.save()
+            self.ending.save()
         elif state.step < config.train.steps:
-            self.monitor.look()  # an evaluation that the interruption prevented
+            with stopping.cutting_off(self.interrupt):
+                self.monitor.look()  # an evaluation that the interruption prevented
         self.full_cost = full_cost(self.run, state.progress, range(state.step))
+        self.ending.begin(restored)
 
     def restore(self) -> bool:
         """Restore the newest checkpoint; return False if the run has none."""
         if self.folder.has_checkpoint:
-            self.resumed_from = self.state.restore()
+            self.resumed_from = self.ending.restore()
             return True
         self.report.note(
             "the run was interrupted before its first checkpoint: it starts from the beginning"
         )
         if self.run.place.is_first:
-            self.folder.rewind("scores.jsonl", -1, self.report.warn)
+            for name in ("scores.jsonl", "samples.jsonl"):
+                self.folder.rewind(name, -1, self.report.warn)
         return False
 
     def load_teacher_texts(self) -> TeacherTexts:
@@ -122,7 +138,7 @@ class Session:
         if run.method.off_policy is None:
             return {}
         longest = run.method.prefix.longest(run.config.train.steps)
-        with self.state.clock.phase("teacher_text"):
+        with self.state.clock.phase("teacher_text"), stopping.cutting_off(self.interrupt):
             teacher = make_decoder(run.pair.teacher, run.place.dtype)
             return load_or_sample(self.state, teacher, longest)
 
@@ -132,12 +148,18 @@ class Session:
         """Save and raise Interrupted on all ranks if any rank was asked to stop."""
         asked = next(filter(None, self.run.place.gather(self.interrupt.received)), None)
         if asked is not None:
+            self.stop(asked)
+
+    def stop(self, asked: signal.Signals) -> NoReturn:
+        """Save the state, unless the untrained student is not measured yet; raise Interrupted."""
+        where = "before the first step; nothing was trained"
+        if self.state.progress.evaluations:
             self.state.save()
-            raise Interrupted(
-                f"interrupted ({asked.name}) after step {self.state.step}; the state is saved; "
-                f"continue with prefix-distill run --resume --out {self.folder.path}",
-                asked,
-            )
+            where = f"after step {self.state.step}; the state is saved"
+        raise Interrupted(
+            f"interrupted ({asked.name}) {where}; {CONTINUE} --out {self.folder.path}",
+            asked,
+        )
 
     def refuse_non_finite(self, losses: TokenLosses) -> None:
         """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""
@@ -160,7 +182,7 @@ class Session:
         config, state = self.run.config, self.state
         rate = learning_rate(
             state.step,
-            peak=config.schedule.lr,
+            peak=settled(config.schedule.lr, "--lr"),
             schedule=config.schedule.lr_schedule,
             steps=config.train.steps,
             warmup=warmup_steps(config.schedule.warmup, config.train.steps),
@@ -213,40 +235,50 @@ class Session:
 
     @property
     def is_last(self) -> bool:
-        """Return whether all steps are completed."""
-        return self.state.step == self.run.config.train.steps
+        """Return whether all steps are completed, or the run ends early."""
+        is_complete = self.state.step >= self.run.config.train.steps
+        return is_complete or self.ending.reason is not None
 
     def measure_if_due(self) -> None:
         """Evaluate or probe the tail if due; the last evaluation belongs to ``finish``."""
         if not self.is_last:
             self.stop_if_asked()
-            self.monitor.look()
+            with stopping.cutting_off(self.interrupt):
+                self.monitor.look()
 
     def save_if_due(self) -> None:
-        """Write a checkpoint every --save-every steps and after the last one."""
+        """Write a checkpoint every --save-every steps, by the clock, and after the last step."""
         every = self.run.config.checkpoint.save_every
-        if self.is_last or (every and self.state.step % every == 0):
-            self.state.save()
+        by_clock = self.ending.is_save_due()  # on all ranks
+        if self.is_last or by_clock or (every and self.state.step % every == 0):
+            self.ending.save()
 
     # End
 
     def finish(self) -> dict:
         """Evaluate and save the trained model; return the result document."""
         run, state, folder = self.run, self.state, self.folder
-        after = self.monitor.evaluate()
+        with stopping.cutting_off(self.interrupt):
+            after = self.monitor.evaluate()
         if run.place.is_first:
             folder.write_rows("examples-after.jsonl", after.pop("records"))
             folder.write_json("after.json", after)
             self.save_model()
             if run.config.extrapolation.diagnostics:
                 self.search.diagnose()
+        rounding, teacher = self.measure_rounding(), self.measure_teacher()
         result = result_document(state, self.resumed_from)
+        closed = gap_closed(result["accuracy_before"], result["accuracy_after"], teacher)
+        result |= {"rounding": rounding, "accuracy_teacher": teacher, "gap_closed": closed}
+        result["stopped"] = self.ending.describe()
         if run.place.is_first:
             folder.write_json("run.json", {**folder.read_json("run.json"), "result": result})
             folder.remove("displacements")
+            folder.finish(run.config.checkpoint.keep)
         run.place.barrier()
         return {"out": str(folder.path), **result}
 
+    @phase(SAVING, at_stop="finishing this save")
     def save_model(self) -> None:
         """Save the student in model/, and with --lora-merge the adapter in adapter/.
 
@@ -255,100 +287,36 @@ class Session:
         run, progress = self.run, self.state.progress
         cost = full_cost(run, progress, range(progress.step))
         text = make_card(run, progress, progress.evaluations[-1], full=cost)
-        student = run.pair.student
+        student, dtype = run.pair.student, run.save_dtype
         if run.config.adapter.merge:
-            notes = self.folder.save_merged_model("model", student, text)
+            notes = self.folder.save_merged_model("model", student, text, dtype=dtype)
             notes += self.folder.save_model("adapter", student, text)
         else:
-            notes = self.folder.save_model("model", student, text)
+            notes = self.folder.save_model("model", student, text, dtype=dtype)
         for note in notes:
             self.report.note(note)
 
+    def measure_teacher(self) -> dict | None:
+        """Return the teacher's accuracy on the held-out problems, unless it tells nothing."""
+        if not is_measured(self.run):
+            return None
+        with stopping.cutting_off(self.interrupt):
+            score = measure_teacher(self.state)
+        if self.run.place.is_first:
+            self.folder.write_rows("examples-teacher.jsonl", score.records)
+        return score.accuracy
 
-def train_in(
-    run: Run, folder: RunFolder, observer: Observer, resume: bool = False, label: str = ""
-) -> dict:
-    """Open the run folder, train and return the result document.
-
-    ``observer`` watches the run and may stop it; ``label`` names the run among several.
-    """
-    config = run.config
-    plugins = load_plugins(config.runtime.plugin)
-    plugins += find_unfiled(config.divergence.name, config.schedule.prefix)
-    plugins += describe_grader(run.problems.grader)
-    interrupt = Interrupt()
-    if run.place.is_first:
-        watched = observer.watch(config.train.steps, label, interrupt.ask)
-    else:
-        watched = observer.watch_other_rank()
-    fingerprints = take_fingerprints(run)
-    opened = open_folder(run, folder, resume=resume, fingerprints=fingerprints)
-    with watched as shown, interrupt, opened:
-        if resume:
-            for text in check_fingerprints(run, folder, fingerprints):
-                shown.note(text)
-        reporter: contextlib.AbstractContextManager[Reporter] = contextlib.nullcontext(shown)
-        if run.place.is_first:
-            reporter = Trackers(shown, folder, config)
-        with reporter as report:
-            for text in record_plugins(folder, run.place, plugins):
-                report.warn(text)
-            with naming_saved_state(folder):
-                return Session(run, folder, report, resume=resume, interrupt=interrupt).train()
-
-
-@contextlib.contextmanager
-def naming_saved_state(folder: RunFolder) -> Iterator[None]:
-    """Turn a plugin's error into a UserError that names the newest checkpoint."""
-    try:
-        yield
-    except BaseException as error:  # a plugin may also exit
-        fault = find_fault(error)
-        if fault is None:
-            raise
-        advice = "correct the plugin and start again with another --out"
-        if folder.has_checkpoint:
-            advice = "correct the plugin, then continue with --resume"
-        raise UserError(f"{fault}; {folder.newest_checkpoint_text}: {advice}") from error
-
-
-@contextlib.contextmanager
-def open_folder(run: Run, folder: RunFolder, resume: bool, fingerprints: dict) -> Iterator[None]:
-    """Lock the run folder, and create it with the run's fingerprints unless the run resumes.
-
-    UserError: the folder is used, cannot be written, or is not visible on every rank.
-    """
-    place = run.place
-    lock = folder.lock() if place.is_first else contextlib.nullcontext()
-    with lock:
-        if place.is_first and not resume:
-            facts = {**describe_run(run), KEY: fingerprints | {"earlier": []}}
-            checks = None
-            if run.checks:
-                checks = describe_checks(run.checks)
-            folder.create(configuration.as_dict(run.config), facts, checks)
-        elif place.is_first:
-            folder.recover()
-        place.barrier()
-        if not folder.is_created:
-            raise UserError(
-                f"--out {folder.path}: rank {place.rank} cannot find the files that rank 0 wrote; "
-                "on several machines, use a folder on a shared file system"
-            )
-        yield
-
-
-def describe_run(run: Run) -> dict:
-    """Return what run.json records before training: machine, seed, notes, ranks, generation."""
-    configs = {}
-    for role, model in (("student", run.pair.student), ("teacher", run.pair.teacher)):
-        configs[role] = model.generation_config.to_diff_dict()
-    return {
-        **describe_machine(),
-        "seed": run.config.runtime.seed,
-        "notes": run.notes.lines,
-        "warnings": run.notes.warnings,
-        "ranks": run.place.world,
-        "generation_config": configs,
-        commits.KEY: commits.find_commits(run.config),
-    }
+    def measure_rounding(self) -> dict | None:
+        """Report what --save-dtype bfloat16 costs, on all ranks; None if nothing was rounded."""
+        run = self.run
+        dtype = run.save_dtype
+        if dtype in (None, torch.float32, run.pair.student.net.dtype):
+            return None
+        run.place.barrier()  # rank 0 has written the model
+        loss = measure_rounding(self.state, self.monitor.contexts)
+        text = describe_rounding(loss, self.state.progress.evaluations[-1]["kl"]["value"])
+        if loss["kept"] is not None and loss["kept"] < SMALL:
+            self.report.warn(f"{text}; save with --save-dtype float32")
+        else:
+            self.report.note(text)
+        return loss

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import torch
 
-from ..display import Reporter
+from ..display import SAVING, Reporter, phase
 from ..engine.decoder import make_decoder, refresh_decoder
 from ..engine.device import Clock
 from ..engine.meter import Meter
@@ -133,6 +133,7 @@ class State:
             "--resume"
         )
 
+    @phase(SAVING, at_stop="finishing this save")
     def save(self) -> None:
         """Write a checkpoint. Stopped: a weight is not finite, or the ranks differ."""
         run, progress = self.run, self.progress
@@ -192,7 +193,11 @@ class State:
                     f"metrics.jsonl: the rows of {len(missing)} earlier steps are missing (the "
                     f"first: {min(missing)}); the run does not need them, but reports lack them"
                 )
-            folder.rewind("scores.jsonl", self.progress.evaluations[-1]["step"], report.warn)
+            evaluated = self.progress.evaluations[-1]["step"]
+            folder.rewind("scores.jsonl", evaluated, report.warn)
+            for name, last in (("samples.jsonl", evaluated), ("rollouts.jsonl", step)):
+                if (folder.path / name).is_file():
+                    folder.rewind(name, last, report.warn)
             folder.write_json("run.json", {**folder.read_json("run.json"), "ranks": place.world})
         place.barrier()
         report.note(f"resumed after step {step}")

@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 
 from ..engine.alignment import count_by_unit, token_shares
-from ..engine.evaluate import Facts
+from ..engine.evaluate import Facts, repeats
 from ..engine.rollout import Rollout
 from ..maths import intervals
 
+FEW = 0.8  # share of answers that end, below which advice is given
 TokenValues = list[list[float | None]]  # rollout by rollout
 
 
@@ -60,8 +61,20 @@ def ending_facts(rollouts: list[Rollout]) -> dict:
     return {
         "finish_rate": sum(r.finished for r in rollouts) / count,
         "mean_tokens": sum(len(r.ids) for r in rollouts) / count,
+        "repetition_rate": sum(repeats(r.ids) for r in rollouts) / count,
         "answers": count,
     }
+
+
+def advise_on_length(finish_rate: float, max_new_tokens: int) -> list[str]:
+    """Return what to do if --max-new-tokens cuts many answers; an empty list if it does not."""
+    if finish_rate >= FEW:
+        return []
+    return [
+        f"only {finish_rate:.0%} of the answers end within --max-new-tokens {max_new_tokens}; the "
+        "others are cut, mostly before their result; raise --max-new-tokens, or set "
+        "--student-thinking off (--thinking off in eval) for a model that thinks first"
+    ]
 
 
 def tail_warning(before: dict, measured: dict, prefix: int) -> str | None:
@@ -82,13 +95,32 @@ def tail_warning(before: dict, measured: dict, prefix: int) -> str | None:
     )
 
 
-def _describe_kl_rise(before: dict, measured: dict, prefix: int) -> str | None:
+def tail_change(before: TokenValues, now: TokenValues, prefix: int) -> dict[str, float] | None:
+    """Return how the KL beyond the prefix changed on the same rollouts, in nats per token.
+
+    {before, value, n, low, high}: the mean before, and the mean change with its 95% interval,
+    paired by rollout. None: fewer than two rollouts are longer than the prefix.
+    """
+    gaps = _tail_gaps(before, now, prefix)
+    if len(gaps) < 2:
+        return None
+    _, tail = intervals.split_mean(before, prefix)
+    return {"before": tail or 0.0, **intervals.interval(gaps)}
+
+
+def _tail_gaps(before: TokenValues, now: TokenValues, prefix: int) -> list[float]:
+    """Return the change of every rollout's mean KL beyond the prefix."""
     gaps = []
-    for new, old in zip(measured["kl_by_token"], before["kl_by_token"], strict=True):
+    for new, old in zip(now, before, strict=True):
         new_tail = intervals.known([new[prefix:]])
         old_tail = intervals.known([old[prefix:]])
         if new_tail:
             gaps.append(math.fsum(new_tail) / len(new_tail) - math.fsum(old_tail) / len(old_tail))
+    return gaps
+
+
+def _describe_kl_rise(before: dict, measured: dict, prefix: int) -> str | None:
+    gaps = _tail_gaps(before["kl_by_token"], measured["kl_by_token"], prefix)
     if len(gaps) < 2:
         return None
     mean = math.fsum(gaps) / len(gaps)

@@ -1,11 +1,15 @@
 """Texts that the teacher samples in place of the student: the off-policy control."""
 
+import signal
+from dataclasses import dataclass
 from typing import TypedDict
 
+from ..display import phase
+from ..engine import stopping
 from ..engine.models import Model
 from ..engine.ranks import Place
 from ..engine.rollout import Rollout
-from ..engine.sampling import GenerationCost, Request
+from ..engine.sampling import GenerationCost, Request, Response
 from ..maths.flops import Ledger
 from ..prompts import stream
 from ..prompts.prompt import Rendered
@@ -14,6 +18,8 @@ from .run import Run
 from .state import State
 
 FILE = "teacher-text.json"
+AT_STOP = "keeping the texts so far, then saving"
+BATCHES = 8  # after so many batches the texts are kept if a signal stops the run
 
 
 class TeacherText(TypedDict):
@@ -60,6 +66,8 @@ def load_or_sample(state: State, teacher: Model, max_new_tokens: int) -> Teacher
     ``teacher``: the model that samples. The texts are sampled once, over all ranks, and kept in the
     run folder with their FLOPs; a resumed run reads them. The FLOPs are separate rows of the run's
     ledger, included in the totals. A sample depends on (seed, prompt, sample) alone.
+
+    stopping.CutOff, on all ranks: a signal asked the run to stop; the texts so far are kept.
     """
     run, folder = state.run, state.folder
     place = run.place
@@ -70,12 +78,21 @@ def load_or_sample(state: State, teacher: Model, max_new_tokens: int) -> Teacher
         text = texts.get(key)
         if text is None or not (text["finished"] or len(text["ids"]) >= max_new_tokens):
             missing[key] = rendered
+    cut_off = None
     if missing:
-        sampled, spent = _sample_missing(state, teacher, missing, max_new_tokens=max_new_tokens)
-        for part in place.gather(sampled):
-            texts |= part
-        for ledger in place.gather(spent):
-            total.merge(ledger)
+        with phase(
+            "sampling the teacher's text",
+            len(missing),
+            unit="answers",
+            at_stop=AT_STOP,
+            ranks=place.world,
+        ):
+            part = _sample_missing(state, teacher, missing, max_new_tokens=max_new_tokens)
+            parts = place.gather(part)
+        for sampled in parts:
+            texts |= sampled.texts
+            total.merge(sampled.ledger)
+            cut_off = cut_off or sampled.cut_off
         if place.is_first:
             kept: _Kept = {
                 "texts": [texts[key] for key in sorted(texts)],
@@ -85,6 +102,8 @@ def load_or_sample(state: State, teacher: Model, max_new_tokens: int) -> Teacher
     # Set, not added: the texts are sampled once, however often a run resumes.
     state.progress.ledger.useful.update(total.useful)
     state.progress.ledger.executed.update(total.executed)
+    if cut_off is not None:
+        raise stopping.CutOff(cut_off)
     return texts
 
 
@@ -97,35 +116,62 @@ def _read(folder: RunFolder) -> tuple[TeacherTexts, Ledger]:
     return texts, Ledger(**kept["ledger"])
 
 
+@dataclass(kw_only=True)
+class _Sampled:
+    """What a rank has sampled, its FLOPs, and the signal that cut it off, if one did."""
+
+    texts: TeacherTexts
+    ledger: Ledger
+    cut_off: signal.Signals | None = None
+
+
 def _sample_missing(
     state: State, teacher: Model, missing: dict[tuple[int, int], Rendered], max_new_tokens: int
-) -> tuple[TeacherTexts, Ledger]:
-    """Sample this rank's part of the ``missing`` texts; return them and their FLOPs."""
+) -> _Sampled:
+    """Sample this rank's part of the ``missing`` texts, some batches at a time."""
     run = state.run
     meter = state.meter()
-    mine = _share_of_rank(list(missing), run.place)
-    if not mine:
-        return {}, meter.ledger
-    requests = [Request(ids=missing[key].teacher_ids, key=("teacher-text", *key)) for key in mine]
+    sampled = _Sampled(texts={}, ledger=meter.ledger)
     cost = GenerationCost(
         meter=meter,
         shape=run.pair.teacher_shape,
         prefill="teacher_prefill",
         decode="teacher_decode",
     )
-    responses = run.limits.sample(
-        teacher, requests, max_new_tokens=max_new_tokens, sampler=run.method.text_sampler, cost=cost
-    )
-    texts: TeacherTexts = {}
-    for (index, sample), response in zip(mine, responses, strict=True):
-        texts[index, sample] = {
-            "prompt": index,
-            "sample": sample,
-            "ids": list(response.ids),
-            "finished": response.finished,
-            "text": _decode(teacher, response.ids),
-        }
-    return texts, meter.ledger
+    mine = _share_of_rank(list(missing), run.place)
+    # as `generate` orders them, so that its batches stay the same
+    mine.sort(key=lambda key: len(missing[key].teacher_ids))
+    size = BATCHES * run.limits.rows
+    for start in range(0, len(mine), size):
+        chosen = mine[start : start + size]
+        requests = []
+        for key in chosen:
+            requests.append(Request(ids=missing[key].teacher_ids, key=("teacher-text", *key)))
+        try:
+            responses = run.limits.sample(
+                teacher,
+                requests,
+                max_new_tokens=max_new_tokens,
+                sampler=run.method.text_sampler,
+                cost=cost,
+            )
+        except stopping.CutOff as cut_off:
+            sampled.cut_off = cut_off.number
+            break
+        for key, response in zip(chosen, responses, strict=True):
+            sampled.texts[key] = _describe(teacher, key, response)
+    return sampled
+
+
+def _describe(teacher: Model, key: tuple[int, int], response: Response) -> TeacherText:
+    index, sample = key
+    return {
+        "prompt": index,
+        "sample": sample,
+        "ids": list(response.ids),
+        "finished": response.finished,
+        "text": _decode(teacher, response.ids),
+    }
 
 
 def _share_of_rank(keys: list[tuple[int, int]], place: Place) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..display import phase
 from ..engine import scoring
 from ..engine.batching import micro_batches, reads
 from ..engine.meter import Meter
@@ -61,6 +62,7 @@ class Update:
 
     # Sampling
 
+    @phase("sampling")
     def sample(self) -> list[Rollout]:
         """Return this rank's rollouts, prompt by prompt, with all samples of each prompt.
 
@@ -149,6 +151,7 @@ class Update:
 
     # Selection
 
+    @phase("selecting tokens")
     def select(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Return the rollouts with the taught tokens marked: --window, then --select within it.
 
@@ -248,6 +251,7 @@ class Update:
 
     # Gradients
 
+    @phase("training")
     def backward(self, rollouts: list[Rollout]) -> TokenLosses:
         """Accumulate the gradients of the step, micro-batch by micro-batch.
 

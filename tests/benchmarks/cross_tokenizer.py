@@ -38,7 +38,7 @@ from prefix_distill.engine.saving import save_model
 from prefix_distill.prompts import stream, templates
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.prompt import Prompt
-from prefix_distill.prompts.rows import RowFormat
+from prefix_distill.prompts.row_format import RowFormat
 from prefix_distill.training.run import settled
 
 COLUMNS = (
@@ -178,7 +178,7 @@ def measure_modes(arguments: argparse.Namespace, out: Path) -> None:
                     str(prefix),
                     "--max-new-tokens",
                     str(longest),
-                    "--eval-samples",
+                    "--problems",
                     "0",
                     "--kl-prompts",
                     str(held_out),

@@ -46,7 +46,7 @@ def prepare(given, work: Path) -> dict:
     from prefix_distill.engine.saving import save_model
     from prefix_distill.prompts import stream
     from prefix_distill.prompts.load import load_prompts
-    from prefix_distill.prompts.rows import RowFormat
+    from prefix_distill.prompts.row_format import RowFormat
 
     gemma(work / "gemma")
     if not (work / "smollm2").is_dir():

@@ -40,7 +40,8 @@ from prefix_distill.prompts.load import load_evaluation_prompts
 from prefix_distill.results import compare, evaluation, plots
 from prefix_distill.results import summary as report
 from prefix_distill.results.compare import Arms
-from prefix_distill.results.runs import AXES, Finished, by_arm, collect_runs, write_csv
+from prefix_distill.results.evaluations_csv import write_csv
+from prefix_distill.results.runs import AXES, StoredRun, by_arm, collect_runs
 from prefix_distill.results.summary import Resampled
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training.run import settled
@@ -442,7 +443,7 @@ def saving(arms: Arms, rows: list[dict]) -> dict | None:
     }
 
 
-def extrapolations(runs: list[Finished]) -> dict:
+def extrapolations(runs: list[StoredRun]) -> dict:
     """Return the accepted k of every trigger for each arm with extrapolation.
 
     Each arm has the k by seed and the candidates' mean share of the useful FLOPs. Where it was
@@ -475,7 +476,7 @@ def extrapolations(runs: list[Finished]) -> dict:
     return found
 
 
-def canonical(runs: list[Finished], arms: Arms) -> dict[str, float]:
+def canonical(runs: list[StoredRun], arms: Arms) -> dict[str, float]:
     """Return, for each arm, the share of canonically tokenized answers.
 
     An answer is canonical if the student's tokenizer encodes its text to the sampled tokens. The

@@ -77,7 +77,7 @@ def measure_pair(arguments: argparse.Namespace, out: Path) -> None:
             str(prefix),
             "--max-new-tokens",
             str(longest),
-            "--eval-samples",
+            "--problems",
             "0",
             "--kl-prompts",
             str(held_out),

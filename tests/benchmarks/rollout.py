@@ -42,7 +42,7 @@ def load(work: Path):
     from prefix_distill.engine import exactness, loading
     from prefix_distill.prompts import templates
     from prefix_distill.prompts.load import load_evaluation_prompts
-    from prefix_distill.prompts.rows import RowFormat
+    from prefix_distill.prompts.row_format import RowFormat
 
     model = loading.load_model(
         str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32

@@ -36,6 +36,10 @@ KINDS = (
     "inside the best model's write",
 )
 FLAGS = [
+    "--student",
+    "lab:choice/student",
+    "--teacher",
+    "lab:choice/teacher",
     "--dataset",
     "lab:choice:1-3",
     "--steps",
@@ -50,7 +54,7 @@ FLAGS = [
     "2",
     "--micro-batch-size",
     "3",
-    "--eval-samples",
+    "--problems",
     "8",
     "--kl-prompts",
     "4",

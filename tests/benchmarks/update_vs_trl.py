@@ -128,7 +128,7 @@ def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
 
     from prefix_distill.prompts import stream
     from prefix_distill.prompts.load import load_prompts
-    from prefix_distill.prompts.rows import RowFormat
+    from prefix_distill.prompts.row_format import RowFormat
 
     if case.pair == "embedded":
         found = load_prompts("lab:choice", split="train")

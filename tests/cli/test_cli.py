@@ -73,7 +73,7 @@ def test_eval_counts_pass_at_k_and_writes_examples(pair, questions, tmp_path):
         questions,
         "--samples",
         "3",
-        "--limit",
+        "--problems",
         "5",
         "--max-new-tokens",
         "16",
@@ -107,11 +107,11 @@ def test_check_prints_its_notes_before_the_table_and_the_prompts_last():
 
 def test_progress_counts_steps_and_names_its_phases(tmp_path):
     flags = ("--steps", "1", "--batch-size", "1", "--samples", "1", "--max-new-tokens", "8")
-    few = ("--eval-samples", "2", "--kl-prompts", "1", "--check-samples", "0")
+    few = ("--problems", "2", "--kl-prompts", "1", "--check-samples", "0")
     code, _, err = invoke("run", *flags, *few, "--out", tmp_path / "run")
     assert code == 0
     assert "after step 0: accuracy" in err and "after step 1: accuracy" in err
-    row = next(line for line in err.splitlines() if line.startswith("step 1/1: divergence "))
+    row = next(line for line in err.splitlines() if line.startswith("step 1/1: reverse KL "))
     for phase in ("sampling ", "teacher ", "training "):
         assert phase in row
     assert " tok/s, " in row and " useful so far (" in row and " with full rollouts)" in row

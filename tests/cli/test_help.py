@@ -15,6 +15,7 @@ import typer
 from helpers import ROOT, command, invoke, last_json, shortage
 from tables import SIGNS
 
+import prefix_distill
 from prefix_distill import config as configuration
 from prefix_distill.cli import main
 
@@ -29,22 +30,25 @@ BLOCKS = [
 LINES = [(name, line) for name, block in BLOCKS for line in block.splitlines()]
 TOPICS = [
     *("adapters", "data", "devices", "exit-codes", "methods", "migration", "model-classes"),
-    *("models", "plugins", "python", "recipes", "reliability", "speed", "tokenizers"),
+    *("models", "plugins", "python", "recipes", "reliability", "results", "speed", "tokenizers"),
 ]
+
+
+FILES = ["notebook", "recipe:2602.15260"]
 
 
 def test_help_lists_the_pages_prints_one_and_names_the_nearest():
     assert sorted(PAGES) == TOPICS
     code, out, err = invoke("help")
-    assert (
-        code == 0 and err == "" and [line.split()[2] for line in out.splitlines()] == sorted(PAGES)
-    )
+    listed = [line.split()[2] for line in out.splitlines()]
+    assert code == 0 and err == "" and listed == sorted(PAGES) + FILES
     for name, page in PAGES.items():
         assert invoke("help", name) == (0, page, "")
     for wrong, said in (
         ("exit-code", "did you mean exit-codes?"),
         ("machines", "no such page; "),
         ("zzz", "choose from adapters, data, devices"),
+        ("recipe", "did you mean recipe"),
     ):
         code, out, err = invoke("help", wrong)
         assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1
@@ -142,7 +146,7 @@ def test_the_page_on_exit_codes_lists_the_codes_of_commands(pair, questions, tmp
         "1",
         "--samples",
         "1",
-        "--eval-samples",
+        "--problems",
         "0",
         "--kl-prompts",
         "1",
@@ -168,7 +172,7 @@ def test_the_page_on_exit_codes_lists_the_codes_of_commands(pair, questions, tmp
             pair[0],
             "--dataset",
             questions,
-            "--limit",
+            "--problems",
             "2",
             "--max-new-tokens",
             "8",
@@ -268,7 +272,7 @@ def _in_a_terminal(environment: dict, code: str) -> str:
 
 SHOWN = """
 from rich.table import Table
-from prefix_distill.display import Display, print_tables
+from prefix_distill.display import Display, Outline, print_tables
 table = Table(title="arms")
 for name in ("arm", "accuracy", "cost"):
     table.add_column(name)
@@ -279,7 +283,7 @@ row = {
     "rollout/prefix_tokens": 8,
     "rollout/finished_share": 0.0,
 }
-with Display(2, "run:") as display:
+with Display(Outline(steps=2, label="run:")) as display:
     display.row(row, 1e9, 2e9)
     display.note("a note")
 print_tables(table)
@@ -298,7 +302,7 @@ def test_plain_mode_has_no_bars_boxes_or_colours(environment):
         assert BOXES.search(seen)
         return
     assert not BOXES.search(seen), seen
-    assert "run: step 1/2: divergence 0.5000 nats" in seen and "\na note\n" in seen
+    assert "run: step 1/2: reverse KL 0.5000, prefix" in seen and "\na note\n" in seen
     assert seen.endswith("arms\narm: full\n  accuracy: 90.5% [86.0%, 94.5%]\n  cost: 1 G\n")
 
 
@@ -339,11 +343,26 @@ def test_shell_completion_offers_the_values_of_an_option(monkeypatch):
         ("run --eos ", {"student", "teacher", "union"}),
         ("check --eos te", {"teacher"}),
         ("run --lr-sch", {"--lr-schedule"}),
+        ("run --divergence ", {"reverse-kl", "forward-kl", "jsd:0.5"}),
+        ("probe --dataset gs", {"gsm8k"}),
+        ("plan --prefix st", {"staircase:"}),
+        ("help re", {"recipes", "reliability", "report"}),
+        ("export --gguf q", {"q8_0"}),
+        ("eval --dtype bf", {"bfloat16"}),
     ):
         monkeypatch.setenv("COMP_WORDS", f"prefix-distill {words}")
         monkeypatch.setenv("COMP_CWORD", str(len(words.split(" "))))
         done = command()
         assert set(done.stdout.split()) >= values, (words, done.stderr)
+
+
+def test_version_is_printed_alone():
+    assert invoke("--version") == (0, f"prefix-distill {prefix_distill.__version__}\n", "")
+
+
+def test_help_of_a_command_is_printed_and_the_nearest_of_both_is_named():
+    assert invoke("help", "export")[1] == invoke("export", "--help")[1]
+    assert "did you mean compare?" in invoke("help", "comparee")[2]
 
 
 def test_help_offers_completion():
@@ -363,15 +382,18 @@ def test_eval_and_export_take_their_flags_from_the_options_of_run():
     renamed = {
         "--model": "models.student",
         "--thinking": "data.student_thinking",
-        "--limit": "evaluate.problems",
+        "--problems": "evaluate.problems",
         "--samples": "evaluate.rollouts",
         "--temperature": "evaluate.temperature",
+        "--top-p": "evaluate.top_p",
+        "--top-k": "evaluate.top_k",
+        "--sampling": "evaluate.sampling",
     }
     same = (
         "--dataset --split --prompt-column --answer-column --streaming --system --instruction "
         "--prompt-template --few-shot --template --template-arg --template-date --begin "
-        "--max-new-tokens --top-p --top-k --answer-format --grader --grader-timeout "
-        "--generation-rows --dtype --device --gpus --seed --trust-remote-code"
+        "--max-new-tokens --answer-format --grader --grader-timeout --generation-rows --dtype "
+        "--device --gpus --seed --trust-remote-code"
     )
     paths = {configuration.flag(path): path for path in configuration.options()}
     assert flags["eval"] == renamed | {flag: paths[flag] for flag in same.split()}
@@ -386,7 +408,7 @@ def test_characters_that_stdout_cannot_encode_are_replaced(monkeypatch):
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True)
     )
-    monkeypatch.setattr(sys, "argv", ["prefix-distill", "run", "--help"])
+    monkeypatch.setattr(sys, "argv", ["prefix-distill", "run", "--help-all"])
     with pytest.raises(SystemExit) as stop:
         main.main()
     shown = written.getvalue().decode("cp1252")

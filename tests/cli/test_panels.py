@@ -44,7 +44,7 @@ def panels(text: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_command_is_once_in_the_panel_of_its_topic(name, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
-    code, text, _ = invoke(name, "--help")
+    code, text, _ = invoke(name, "--help-all")
     shown = panels(text)
     assert code == 0
     assert max(map(len, text.splitlines())) <= width
@@ -56,13 +56,15 @@ def test_every_option_of_a_command_is_once_in_the_panel_of_its_topic(name, width
         assert shown[topic] == flags
     others = {parameter.opts[0] for parameter in GROUP.commands[name].params}
     others = {*others, "--help"} - config_options(name).keys()
+    if configuration.MAIN in shown:
+        others.add("--help-all")
     arguments = [argument.lower() for argument in shown.get("Arguments", [])]
     assert len(shown["General options"] + arguments) == len(others)
 
 
 @pytest.mark.parametrize("name", ["run", "check", "plan"])
 def test_the_first_panel_has_the_twelve_main_options_and_others_have_the_rest(name):
-    shown = panels(invoke(name, "--help")[1])
+    shown = panels(invoke(name, "--help-all")[1])
     title, flags = next(iter(shown.items()))
     assert title == configuration.MAIN and tuple(flags) == MAIN
     every = [flag for flags in shown.values() for flag in flags if flag in config_options("run")]
@@ -70,18 +72,32 @@ def test_the_first_panel_has_the_twelve_main_options_and_others_have_the_rest(na
     assert set(every) == {configuration.flag(path) for path in configuration.options()}
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_the_main_options_and_counts_the_others(name):
+    code, text, _ = invoke(name, "--help")
+    shown, every = panels(text), panels(invoke(name, "--help-all")[1])
+    assert code == 0 and invoke("help", name) == (0, text, "")
+    short = {"Arguments", configuration.MAIN, "General options"}
+    hidden = sum(len(rows) for topic, rows in every.items() if topic not in short)
+    if configuration.MAIN not in every:
+        assert shown == every
+        return
+    assert shown == {topic: rows for topic, rows in every.items() if topic in short}
+    assert text.splitlines()[-1] == f"{hidden} more options: prefix-distill {name} --help-all"
+
+
 def test_probe_has_no_option_that_needs_an_adapter():
-    text = invoke("probe", "--help")[1]
+    text = invoke("probe", "--help-all")[1]
     assert (
         "--teacher-quantize" in text and "--lora" not in text and "--student-quantize" not in text
     )
 
 
 def test_probe_and_eval_start_with_main_options():
-    assert tuple(panels(invoke("probe", "--help")[1])[configuration.MAIN]) == (
+    assert tuple(panels(invoke("probe", "--help-all")[1])[configuration.MAIN]) == (
         *("--student", "--teacher", "--dataset", "--samples", "--max-new-tokens", "--gpus"),
     )
-    first = next(iter(panels(invoke("eval", "--help")[1]).items()))
+    first = next(iter(panels(invoke("eval", "--help-all")[1]).items()))
     assert first == (
         configuration.MAIN,
         ["--model", "--dataset", "--max-new-tokens", "--gpus"],
@@ -101,7 +117,7 @@ def test_help_of_the_program_and_of_other_commands_fits_too(width, monkeypatch):
 
 def test_every_option_of_run_has_its_help_limits_and_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")  # a narrower help breaks the longest flags
-    text = "".join(invoke("run", "--help")[1].replace("│", "").split())
+    text = "".join(invoke("run", "--help-all")[1].replace("│", "").split())
     parameters = {parameter.opts[0]: parameter for parameter in GROUP.commands["run"].params}
     for path, field in configuration.options().items():
         limits = configuration.describe_limits(field.metadata)
@@ -112,17 +128,17 @@ def test_every_option_of_run_has_its_help_limits_and_default(monkeypatch):
 
 
 def test_limits_and_defaults_follow_the_help_text():
-    text = " ".join(invoke("run", "--help")[1].replace("│", " ").split())
+    text = " ".join(invoke("run", "--help-all")[1].replace("│", " ").split())
     assert "Rollouts per prompt. [at least 1; default: 4]" in text
     assert "[above 0 and at most 1; default: 0.5]" in text
-    assert "[default: runs/<time>]" in text
-    assert "[required]" in invoke("probe", "--help")[1]
+    assert "[default: runs/run-<time>]" in text
+    assert "[required]" in invoke("compare", "--help")[1]
 
 
 def test_plain_help_has_the_panels_without_boxes(monkeypatch):
     monkeypatch.setenv("PREFIX_DISTILL_PLAIN", "1")
     monkeypatch.setenv("COLUMNS", "80")
-    text = invoke("run", "--help")[1]
+    text = invoke("run", "--help-all")[1]
     assert not re.search("[─-▟\x1b]", text)
     assert max(map(len, text.splitlines())) <= 80
     assert re.findall(r"^(\w.*):$", text, re.MULTILINE)[0] == configuration.MAIN
@@ -131,7 +147,7 @@ def test_plain_help_has_the_panels_without_boxes(monkeypatch):
     assert sorted(flags) == sorted([*config_options("run"), *GENERAL])
 
 
-GENERAL = ("--config", "--set", "--resume", "--dry-run", "--help")
+GENERAL = ("--config", "--set", "--resume", "--dry-run", "--help", "--help-all")
 PROGRAM = [sys.executable, "-m", "prefix_distill"]
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import command
 
-SMALL = ("--prefix", 4, "--batch-size", 2, "--eval-samples", 2, "--kl-prompts", 2)
+SMALL = ("--prefix", 4, "--batch-size", 2, "--problems", 2, "--kl-prompts", 2)
 LIBRARY = """
 import sys, warnings
 from prefix_distill.cli.main import main
@@ -41,7 +41,7 @@ def test_run_export_and_eval_are_quiet(given, questions, tmp_path):
     run, exported = tmp_path / "run", tmp_path / "exported"
     run_quietly("run", *given, *SMALL, *METHOD, "--steps", 1, "--out", run)
     run_quietly("export", run, "--out", exported)
-    scores = ("--limit", 2, "--max-new-tokens", 8, "--out", tmp_path / "eval.jsonl")
+    scores = ("--problems", 2, "--max-new-tokens", 8, "--out", tmp_path / "eval.jsonl")
     run_quietly("eval", "--model", exported, "--dataset", questions, *scores)
 
 

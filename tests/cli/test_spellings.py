@@ -13,8 +13,9 @@ import typer
 from helpers import DIVERGENCES, PLUGINS, ROOT, invoke
 
 from prefix_distill import config as configuration
-from prefix_distill.cli import main, spelling_tables, spellings
-from prefix_distill.cli.spellings import BATCH, CONVERTED, LORA, RENAMED, RESUME
+from prefix_distill.api import spelling_tables, spellings
+from prefix_distill.api.spellings import BATCH, CONVERTED, LORA, RENAMED, RESUME
+from prefix_distill.cli import main
 from prefix_distill.config import files
 from prefix_distill.errors import UserError
 
@@ -68,6 +69,19 @@ def settings(*words: str) -> dict:
             "evaluate.every": 5,
             "checkpoint.save_every": 0,
         },
+        "--num_train_epochs 3": {"train.epochs": 3.0},
+        "--num_train_epochs 1.5 --max_steps -1": {"train.epochs": 1.5},
+        "--num_train_epochs 3 --max_steps 9": {"train.steps": 9},
+        "--push_to_hub --hub_model_id me/x": {"export.push": "me/x"},
+        "--push_to_hub True --hub_model_id me/x --hub_private_repo False": {
+            "export.push": "me/x",
+            "export.public": True,
+        },
+        "--push_to_hub me/x --hub_private_repo True": {"export.push": "me/x"},
+        "--push_to_hub False --hub_model_id me/x --hub_private_repo False": {},
+        "--push-to-hub me/x --seed 1": {"export.push": "me/x", "runtime.seed": 1},
+        "--eval-samples 5": {"evaluate.problems": 5},
+        "--eval_samples=5": {"evaluate.problems": 5},
         "--beta 0": {"divergence.name": "forward-kl"},
         "--beta 1.0": {"divergence.name": "reverse-kl"},
         "--beta 0.3": {"divergence.name": "jsd:0.3"},
@@ -133,8 +147,13 @@ def test_a_name_sets_what_it_means(words, expected):
     {
         "--lmbda 0.25": "--off-policy divergence:0.75, with which the",
         "--seq_kd True": "--seq_kd True: use --off-policy",
-        "--num_train_epochs 3": "use --steps: E epochs",
-        "--max_steps -1": "use --steps: E epochs",
+        "--learnng_rate 1e-4 --stepz 3 --use_vllm": "(1) --learnng_rate: no such option of this "
+        "command; did you mean --learning_rate?; (2) --stepz: no such option of this command; did "
+        "you mean --steps?; (3) --use_vllm True: transformers' generate",
+        "--zzzzzzzz 3": "--zzzzzzzz: no such option of this command",
+        "--push_to_hub True": "add --hub_model_id USER/NAME",
+        "--push_to_hub --seed 1": "add --hub_model_id USER/NAME",
+        "--push_to_hub me/x --hub_model_id me/y --push_to_hub True": "both set --push-to-hub",
         "--max_length 1024": "use --max-prompt-tokens for the prompt and --max-new-tokens",
         "--fp16": "use --dtype bfloat16 or float32",
         "--use_vllm True": "generate with a KV cache",
@@ -158,8 +177,8 @@ def test_a_name_sets_what_it_means(words, expected):
         "--output_dir": "expected a value",
         "--bf16 maybe": "expected True or False",
         "--beta much": "expected a number",
-        "--fp16 --num_train_epochs 2": "(1) --fp16 True: use --dtype bfloat16 or float32; "
-        "(2) --num_train_epochs 2: use --steps",
+        "--fp16 --seq_kd": "(1) --fp16 True: use --dtype bfloat16 or float32; "
+        "(2) --seq_kd True: use --off-policy",
     }.items(),
 )
 def test_a_name_without_counterpart_is_refused_in_one_line(words, message):
@@ -180,7 +199,7 @@ def test_the_command_ends_with_exit_code_2(words):
     assert code == 2 and out == "" and err.splitlines()[-1].startswith("error: ")
 
 
-def test_values_and_unknown_names_are_not_translated():
+def test_values_and_words_after_two_dashes_are_not_translated():
     assert understood("--instruction", "--learning_rate", "--begin=--beta") == [
         "--instruction",
         "--learning_rate",
@@ -193,11 +212,14 @@ def test_values_and_unknown_names_are_not_translated():
         "--beta",
     ]
     assert understood("--model_name_or_path", "m", command="eval") == ["--model", "m"]
-    assert understood("--gradient_accumulation_steps", "2", command="eval") == [
-        "--gradient_accumulation_steps",
-        "2",
-    ]  # the parser of eval then refuses it
-    assert understood("--no_such_thing", "2") == ["--no_such_thing", "2"]
+    assert understood("--limit", "3", command="eval") == ["--problems", "3"]
+
+
+def test_options_of_other_commands_are_refused_with_the_nearest_one():
+    with pytest.raises(UserError, match=r"--gradient_accumulation_steps: no such option of this"):
+        understood("--gradient_accumulation_steps", "2", command="eval")
+    with pytest.raises(UserError, match=r"\(1\) --modell: .*mean --model\?; \(2\) --lr: no such"):
+        understood("--modell", "a/b", "--lr", "1", command="eval")
 
 
 def test_translations_are_reported_once():
@@ -217,8 +239,8 @@ def test_a_switch_that_is_off_by_default_may_be_turned_off_without_a_config_file
     """eval has no --set, the only way to turn off a switch that a config file turned on."""
     assert understood("--dataset_streaming", "False", command="eval") == []
     assert understood("--dataset_streaming", "True", command="eval") == ["--streaming"]
-    words = ["--activation_checkpointing", "False"]
-    assert understood(*words, command="eval") == words  # eval has no such switch
+    with pytest.raises(UserError, match="no such option"):  # eval has no such switch
+        understood("--activation_checkpointing", "False", command="eval")
 
 
 def test_our_own_flags_are_not_reported_as_translations():

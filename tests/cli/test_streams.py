@@ -81,7 +81,7 @@ def test_output_piped_to_head_is_complete():
 def test_a_run_with_full_or_unread_streams_is_saved(tmp_path, redirection, code):
     """The progress goes to stderr, the result document to stdout."""
     flags = (
-        "--steps 1 --batch-size 1 --samples 1 --prefix 2 --max-new-tokens 4 --eval-samples 1 "
+        "--steps 1 --batch-size 1 --samples 1 --prefix 2 --max-new-tokens 4 --problems 1 "
         "--kl-prompts 1 --check-samples 0 --device cpu"
     )
     done = shell(f"$P run {flags} --out {tmp_path / 'run'} {redirection}")

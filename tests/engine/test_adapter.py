@@ -146,7 +146,7 @@ def test_only_the_adapter_trains_and_peft_loads_its_files(pair, questions, tmp_p
         plain / "model",
         "--dataset",
         questions,
-        "--limit",
+        "--problems",
         4,
         "--max-new-tokens",
         8,

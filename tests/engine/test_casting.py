@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import byte_tokenizer, make_model, random_net, text_config
+from helpers import byte_tokenizer, invoke, make_model, random_net, text_config
 from transformers import AutoModelForCausalLM
 
 from prefix_distill.config import Adapter
@@ -53,6 +53,16 @@ def test_a_cast_network_has_the_tensors_of_a_loaded_one(folder, dtype):
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
         assert torch.equal(ours[name], tensor), name
+
+
+def test_an_exported_model_has_the_tensors_of_a_loaded_one(folder, tmp_path):
+    code, _, err = invoke("export", folder, "--dtype", "bfloat16", "--out", tmp_path / "out")
+    assert code == 0, err
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    for name, tensor in loaded.items():
+        assert exported[name].dtype == tensor.dtype, name
+        assert torch.equal(exported[name], tensor), name
 
 
 @pytest.mark.parametrize("rank", [None, 4])

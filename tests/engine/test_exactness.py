@@ -9,10 +9,12 @@ from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import ModelOutput
 
 from prefix_distill.engine import exactness
+from prefix_distill.engine.casting import cast
 from prefix_distill.engine.decoding import FASTEST, Decoding
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.engine.scoring import hidden_rows
+from prefix_distill.engine.text_ids import text_ids
 from prefix_distill.engine.trunk import choose_trunk
 from prefix_distill.errors import UserError
 from prefix_distill.maths.flops import Ledger, Shape
@@ -73,6 +75,13 @@ FAMILIES = {
         {"attention_hidden_size": 32, "context_length": 128},
         Decoding(batch="single", stretch=None),
     ),
+}
+DBRX = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 256,
+    "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2},
 }
 ENDS = frozenset({257, *range(0, 260, 9)})  # every response ends soon, at a length of its own
 
@@ -175,9 +184,10 @@ def test_training_shares_prompts_only_if_gradients_allow_it(family):
             torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4 * scale)
 
 
-def test_a_cache_that_changes_the_logits_is_refused():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_that_changes_the_logits_is_refused(dtype):
     """Every cached forward pass adds a constant to the first logit."""
-    net = tiny_net("llama")
+    net = tiny_net("llama").to(dtype)
     plain = net.forward
 
     def forward(*arguments, use_cache=None, **named):
@@ -189,6 +199,74 @@ def test_a_cache_that_changes_the_logits_is_refused():
     net.forward = forward
     with pytest.raises(UserError, match="does not give the logits of a forward pass"):
         exactness.find_decoding(make_model(net))
+
+
+def half(kind, seed=0, scale=1.0, **shape):
+    """Return a random model that is loaded in bfloat16."""
+    net = random_net(text_config(kind, **shape), seed, scale)
+    cast(net, torch.bfloat16)
+    return make_model(net)
+
+
+@torch.no_grad()
+def largest_gap(model):
+    """Return how far a token's hidden state moves, relative to its norm, if its text is cached."""
+    ids = torch.tensor([text_ids(model, 40)])
+    mask = torch.ones_like(ids)
+    whole = model.trunk(ids)[0].float()
+    _, cache = model.trunk_cached(ids[:, :8], mask[:, :8])
+    gaps = []
+    for t in range(8, ids.shape[1]):
+        hidden, cache = model.trunk_cached(ids[:, t : t + 1], mask[:, : t + 1], cache)
+        gaps.append((hidden[0, 0].float() - whole[t]).norm() / whole[t].norm())
+    return max(gaps).item()
+
+
+def test_rounding_that_changes_experts_is_no_fault():
+    """Single tokens get other experts in bfloat16, and their logits differ by half their norm."""
+    shape = DBRX | {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}
+    largest = 0.0
+    for seed in range(4):
+        model = half("dbrx", seed, scale=0.3, **shape)
+        assert exactness.find_decoding(model) == FASTEST
+        largest = max(largest, largest_gap(model))
+    assert largest > 0.2  # else these networks show nothing
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_mixtures_of_experts_decode_in_half_precision(kind):
+    for seed in range(3):
+        model = half(kind, seed, **EXPERTS | {"num_local_experts": 8, "num_experts": 8})
+        assert exactness.find_decoding(model) == FASTEST
+
+
+def test_half_precision_hides_no_wrong_position():
+    """Every cached token gets the position after its own."""
+    model = half("mixtral", num_local_experts=8, rope_theta=100.0)
+    plain = model.net.forward
+
+    def forward(*arguments, **named):
+        if named["input_ids"].shape[1] == 1:
+            named["position_ids"] = named["position_ids"] + 1
+        return plain(*arguments, **named)
+
+    model.net.forward = forward
+    with pytest.raises(UserError, match="does not give the logits of a forward pass"):
+        exactness.find_decoding(model)
+
+
+def test_half_precision_hides_no_padding():
+    """A batch in which every row sees the padding decodes rows of equal length alone."""
+    model = half("mixtral", num_local_experts=8)
+    plain = model.net.forward
+
+    def forward(*arguments, **named):
+        named["attention_mask"] = torch.ones_like(named["attention_mask"])
+        return plain(*arguments, **named)
+
+    model.net.forward = forward
+    found = exactness.find_decoding(model)
+    assert found.batch == "equal"
 
 
 def test_a_generate_method_of_its_own_is_refused():

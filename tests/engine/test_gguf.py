@@ -3,7 +3,12 @@
 import json
 
 import pytest
+import torch
 from helpers import TEMPLATE, byte_tokenizer, invoke, tiny_net
+
+from prefix_distill.engine.loading import load_model
+from prefix_distill.prompts.prompt import Prompt
+from prefix_distill.prompts.rendering import Renderer, Style
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 pytest.importorskip("accelerate", reason="the gguf extra is not installed")
@@ -23,7 +28,7 @@ NAMES = {
 EXTRA = "<|endoftext|>"  # the token that transformers adds to a tokenizer of GPT-2's kind
 
 
-def write_gguf(file, template: str = TEMPLATE) -> str:
+def write_gguf(file, template: str | None = TEMPLATE) -> str:
     """Write a tiny Llama with a byte-level tokenizer, which has no <|endoftext|>, to a file."""
     net = tiny_net("llama", seed=4)
     writer = gguf.GGUFWriter(str(file), "llama")
@@ -45,7 +50,8 @@ def write_gguf(file, template: str = TEMPLATE) -> str:
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_eos_token_id(257)
     writer.add_pad_token_id(256)
-    writer.add_chat_template(template)
+    if template is not None:
+        writer.add_chat_template(template)
     weights = net.state_dict()
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     for layer in range(net.config.num_hidden_layers):
@@ -60,6 +66,18 @@ def write_gguf(file, template: str = TEMPLATE) -> str:
     return str(file)
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_prompts_have_the_chat_template_of_the_file(tmp_path, template):
+    model = load_model(
+        write_gguf(tmp_path / "tiny.gguf", template=template),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    prompt = Prompt(index=0, messages=({"role": "user", "content": "hi"},), answer=None)
+    wanted = "<u>hi<a>" if template else "hi"
+    assert Renderer(model=model, style=Style()).render(prompt).text == wanted
+
+
 @pytest.mark.parametrize("suffix", ["gguf", "GGUF"])
 def test_a_gguf_file_is_trained_and_its_extra_token_is_left_out(tmp_path, pair, questions, suffix):
     student = write_gguf(tmp_path / f"tiny.{suffix}")
@@ -67,14 +85,14 @@ def test_a_gguf_file_is_trained_and_its_extra_token_is_left_out(tmp_path, pair, 
     code, _, err = invoke(
         *["run", "--student", student, "--teacher", pair[1], "--dataset", questions],
         *["--steps", "1", "--prefix", "8", "--max-new-tokens", "12", "--batch-size", "2"],
-        *["--eval-samples", "2", "--kl-prompts", "2", "--check-samples", "2", "--out", out],
+        *["--problems", "2", "--kl-prompts", "2", "--check-samples", "2", "--out", out],
     )
     assert code == 0, err
     assert f"not used: '{EXTRA}' (id 260)" in err
     assert json.loads((out / "run.json").read_text())["result"]["evaluations"]
     code, _, err = invoke(
         *["eval", "--model", out / "model", "--dataset", questions],
-        *["--max-new-tokens", "8", "--limit", "2", "--out", tmp_path / "e.jsonl"],
+        *["--max-new-tokens", "8", "--problems", "2", "--out", tmp_path / "e.jsonl"],
     )
     assert code == 0, err
 

@@ -17,7 +17,7 @@ from prefix_distill.engine.models import Model
 from prefix_distill.engine.rollout import Side, rollout_of, student_sides
 from prefix_distill.maths.flops import linear_tokens
 from prefix_distill.prompts.load import load_prompts
-from prefix_distill.prompts.rows import RowFormat
+from prefix_distill.prompts.row_format import RowFormat
 
 missing = [
     name

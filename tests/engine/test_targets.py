@@ -483,7 +483,7 @@ def test_an_adapter_beside_the_weights_of_a_model_is_left_out(questions, tmp_pat
     teacher = save_random(tmp_path / "teacher", seed=5)
     arguments = ["run", "--student", base, "--teacher", teacher, "--dataset", questions]
     arguments += ["--prefix", 4, "--steps", 1, "--batch-size", 2, "--max-new-tokens", 8]
-    arguments += ["--eval-samples", 2, "--kl-prompts", 2, "--check-samples", 0, "--save-every", 1]
+    arguments += ["--problems", 2, "--kl-prompts", 2, "--check-samples", 0, "--save-every", 1]
     code, _, err = invoke(*arguments, "--out", tmp_path / "run")
     assert code == 0 and f"warning: model {base}: {said}" in err
     assert (tmp_path / "run/model/model.safetensors").is_file()

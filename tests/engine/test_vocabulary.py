@@ -30,7 +30,7 @@ def test_an_unused_token_beyond_the_rows_is_noted_and_left_out(tmp_path, pair, q
     code, _, err = invoke(
         *["run", "--student", student, "--teacher", pair[1], "--dataset", questions],
         *["--steps", "1", "--prefix", "8", "--max-new-tokens", "12", "--batch-size", "2"],
-        *["--eval-samples", "2", "--kl-prompts", "2", "--check-samples", "2", "--out", out],
+        *["--problems", "2", "--kl-prompts", "2", "--check-samples", "2", "--out", out],
     )
     assert code == 0, err
     assert f"the tokenizer of {student} has tokens beyond the model's 260 ids" in err
@@ -44,7 +44,7 @@ def test_eval_leaves_out_an_unused_token(tmp_path, questions):
     model = save_with(tmp_path / "model", "<more>", pad_token="<more>")
     code, _, err = invoke(
         *["eval", "--model", model, "--dataset", questions, "--max-new-tokens", "8"],
-        *["--limit", "3", "--out", tmp_path / "e.jsonl"],
+        *["--problems", "3", "--out", tmp_path / "e.jsonl"],
     )
     assert code == 0, err
     assert "not used: '<more>' (id 260)" in err

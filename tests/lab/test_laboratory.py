@@ -85,7 +85,7 @@ def test_shipped_models_reach_their_accuracy_bands(name, role, tmp_path):
         f"lab:{name}/{role}",
         "--dataset",
         f"lab:{name}",
-        "--limit",
+        "--problems",
         "60",
         "--generation-rows",
         "60",
@@ -111,7 +111,7 @@ def test_models_of_privileged_prompts_write_the_given_solution(role):
 def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = invoke(
-        "run", "--steps", "5", "--prefix", "16", "--eval-samples", "40", "--out", "X"
+        "run", "--steps", "5", "--prefix", "16", "--problems", "40", "--out", "X"
     )
     assert code == 0 and err.count("using the built-in lab:choice") == 3
     document = last_json(out)
@@ -120,7 +120,9 @@ def test_run_then_eval_on_the_embedded_pair(tmp_path, monkeypatch):
     assert document["full_rollout_cost"] > document["flops"]["useful"]
     config = (Path("X") / "config.yaml").read_text()
     assert "lab:choice/student" in config and "max_new_tokens: 192" in config
-    code, out, _ = invoke("eval", "--model", "X/model", "--limit", "40", "--out", "e.jsonl")
+    code, out, _ = invoke(
+        "eval", "--model", "X", "--dataset", "lab:choice", "--problems", "40", "--out", "e.jsonl"
+    )
     evaluated = last_json(out)
     assert code == 0 and evaluated["accuracy"]["n"] == 40
     # the same problems, seeds and weights as at the end of the run

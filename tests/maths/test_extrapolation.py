@@ -445,7 +445,8 @@ def test_diagnostics_by_hand():
 
 def trained(pair, questions, folder, **changes):
 
-    from prefix_distill.training.folder import RunFolder
+    from prefix_distill.training.search import candidate_score
+from prefix_distill.training.folder import RunFolder
     from prefix_distill.training.session import Session
 
     run = prepared(
@@ -516,7 +517,6 @@ def test_scores_match_their_definitions_and_use_the_same_samples(pair, questions
 
     from prefix_distill.engine import evaluate
     from prefix_distill.maths.seeds import seed_of
-    from prefix_distill.training import monitor
 
     run = prepared(
         pair,
@@ -527,7 +527,7 @@ def test_scores_match_their_definitions_and_use_the_same_samples(pair, questions
     )
     state = state_of(run)
     meter = state.meter()
-    scores = [monitor.candidate_score(state, meter) for _ in range(2)]
+    scores = [candidate_score(state, meter) for _ in range(2)]
     assert scores[0] == scores[1] and set(meter.ledger.useful) == {"extrapolation"}
     assert (
         len(run.problems.extrapolation) == 6
@@ -554,7 +554,7 @@ def test_scores_match_their_definitions_and_use_the_same_samples(pair, questions
         rollout__max_new_tokens=192,
     )
     state = state_of(graded)  # answers are sampled beyond the prefix
-    assert monitor.candidate_score(state, state.meter()) >= 0.8
+    assert candidate_score(state, state.meter()) >= 0.8
 
 
 def test_prompts_without_answers_cannot_be_graded(pair, tmp_path):

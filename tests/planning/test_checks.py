@@ -445,7 +445,7 @@ def test_a_run_saves_its_checks_and_the_check_command_writes_nothing(
         16,
         "--steps",
         1,
-        "--eval-samples",
+        "--problems",
         4,
         "--kl-prompts",
         4,
@@ -492,5 +492,5 @@ def test_a_pair_with_different_tokenizers_passes(pair, questions):
 def test_prompts_longer_than_the_models_name_the_option_that_drops_them(tmp_path):
     out = tmp_path / "run"
     code, _, err = invoke("run", "--few-shot", "3", "--check-samples", "0", "--out", out)
-    assert code == 3 and "lower --max-prompt-tokens" in err and "--max-new-tokens" not in err[-300:]
+    assert code == 3 and "--max-prompt-tokens 511" in err and "--max-new-tokens" not in err[-300:]
     assert "the longest prompt has" in err and "512 positions" in err and not out.exists()

@@ -143,7 +143,7 @@ def test_times_use_the_rates_of_a_run_and_every_card_is_listed(pair, questions, 
         3,
         "--batch-size",
         4,
-        "--eval-samples",
+        "--problems",
         2,
         "--kl-prompts",
         2,
@@ -173,7 +173,7 @@ def test_times_use_the_rates_of_a_run_and_every_card_is_listed(pair, questions, 
 @pytest.mark.parametrize(
     "given, words",
     [
-        (["--student", "/nowhere"], "no such folder"),
+        (["--student", "/nowhere", "--teacher", "/nowhere"], "no such folder"),
         (["--prompt-tokens", "0"], "--prompt-tokens 0"),
         (["--prompt-tokens", "9" * 18], f"--prompt-tokens {'9' * 18}: expected at least 1 token"),
         (["--prompt-tokens", "600"], "expected at most 511, because model lab:choice/student has"),
@@ -382,5 +382,9 @@ def missing_device(*_, **__):
 def test_a_plan_without_a_dataset_names_none():
     code, _, err = invoke("plan", "--prompt-tokens", "50", "--prefixes", "full")
     assert code == 0 and "prompts: 50 tokens each" in err and "no --dataset" not in err
-    code, _, err = invoke("plan", "--student", "lab:choice/student", "--prefixes", "full")
+    code, _, err = invoke(
+        "plan",
+        *("--student", "lab:choice/student", "--teacher", "lab:choice/teacher"),
+        *("--prefixes", "full"),
+    )
     assert code == 0 and "256 tokens each (assumed" in err and "no --dataset" not in err

@@ -18,7 +18,8 @@ from prefix_distill.prompts import sources, templates
 from prefix_distill.prompts import stream as prompt_stream
 from prefix_distill.prompts.load import load_evaluation_prompts, load_prompts
 from prefix_distill.prompts.prompt import Prompt, PromptSet
-from prefix_distill.prompts.rows import BUFFER, RowFormat
+from prefix_distill.prompts.row_format import RowFormat
+from prefix_distill.prompts.rows import BUFFER
 from prefix_distill.prompts.stream import (
     assign_slots,
     count_slots,
@@ -475,7 +476,7 @@ def mixture(pair, tmp_path):
         "--teacher": pair[1],
         "--dataset": f"gsm8k={gsm8k}#18:3,{more}:1",
         "--eval-dataset": f"{more}#3",
-        "--eval-samples": "2",
+        "--problems": "2",
         "--kl-prompts": "2",
         "--prefix": "3",
         "--max-new-tokens": "4",
@@ -561,7 +562,7 @@ def test_dropped_prompts_are_counted_by_set(pair, tmp_path):
         ",".join(files),
         "--eval-dataset",
         "lab:choice",
-        "--eval-samples",
+        "--problems",
         "2",
         "--max-new-tokens",
         "8",
@@ -622,7 +623,7 @@ def test_eval_takes_presets_samples_and_examples(pair, tmp_path, monkeypatch):
         "lab:choice",
         "--few-shot",
         "1",
-        "--limit",
+        "--problems",
         "2",
         "--max-new-tokens",
         "2",

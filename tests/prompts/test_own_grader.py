@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from helpers import ROOT, TESTS, flags, invoke, last_json, save_tiny
+from helpers import ROOT, TESTS, command, flags, invoke, last_json, save_tiny
 
 from prefix_distill.errors import GraderError, UserError
 from prefix_distill.maths.intervals import ratio_interval
@@ -243,6 +243,21 @@ def test_answers_that_were_graded_too_late_are_counted(tmp_path, questions):
     assert code == 0, err
     assert last_json(out)["accuracy"]["value"] == 0
     assert "2 answers scored 0" in err and "raise --grader-timeout" in err
+
+
+def test_a_fault_on_one_rank_ends_all_of_them(tmp_path):
+    text = "def score(row, response):\n    return 1 / (row['prompt'] != row['bad'])\n"
+    problems = [f"Add 1 and {i}." for i in range(4)]
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": p, "bad": problems[1]}) + "\n" for p in problems]
+    data.write_text("".join(lines))
+    arguments = ("eval", "--model", save_tiny(tmp_path / "model"), "--dataset", data)
+    arguments += ("--max-new-tokens", 4, "--grader", write(tmp_path, text), "--gpus", 2)
+    arguments += ("--device", "cpu", "--out", tmp_path / "answers.jsonl")
+    done = command(*map(str, arguments), timeout=120)
+    assert done.returncode == 2, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert "problem 1: line 2: ZeroDivisionError" in line
 
 
 def test_the_help_page_has_the_examples_as_they_are():

@@ -14,7 +14,7 @@ from prefix_distill.errors import UserError
 from prefix_distill.prompts import answers
 from prefix_distill.prompts.load import load_evaluation_prompts, load_prompts
 from prefix_distill.prompts.presets import BOXED, LETTER, PRESETS
-from prefix_distill.prompts.rows import RowFormat
+from prefix_distill.prompts.row_format import RowFormat
 
 WRAPPED = (
     "Solve the following math problem step by step. The last line of your response should be of "
@@ -169,6 +169,14 @@ def test_a_row_of_each_preset_becomes_the_expected_prompt(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_case_of_column_names_does_not_matter(name, tmp_path):
+    row = {column.title(): value for column, value in SCHEMAS[name][0].items()}
+    given = load_prompts(table(tmp_path, name), RowFormat(keep_solutions=True)).prompts
+    capitals = load_prompts(table(tmp_path, name, [row]), RowFormat(keep_solutions=True)).prompts
+    assert capitals == given
+
+
 def test_every_preset_has_a_schema_here():
     assert {*SCHEMAS, "gpqa"} == set(PRESETS)
 
@@ -287,7 +295,9 @@ def test_a_local_copy_of_the_hub_repository(tmp_path):
         assert [p.messages[0]["content"] for p in found.prompts] == [
             text
         ] and found.other_splits == other_splits
-    with pytest.raises(UserError, match="split validation cannot be loaded from the folder"):
+    with pytest.raises(
+        UserError, match="expected the split validation, got the splits test, train"
+    ):
         load_prompts(name, split="validation")
 
 

@@ -167,6 +167,19 @@ def test_a_control_token_in_a_text_is_encoded_as_text(template):
     assert found.changes == {"the control token '<e>' in a text is encoded as text"}
 
 
+@pytest.mark.parametrize("text", ["<think>why?</think>", "<think> and <e>", "a<think>b"])
+@pytest.mark.parametrize("template", [TURNS, None])
+def test_an_added_token_that_is_no_control_token_keeps_its_id_in_a_text(template, text):
+    model = model_with(template)
+    model.tokenizer.add_tokens(["<think>", "</think>"])  # as Qwen3's, which are not special
+    model.id_limit = 262
+    ids = Renderer(model=model, style=Style()).render(prompt_of(("user", text))).ids
+    # as plain transformers encodes the text, and a server that does not know the text's origin
+    words = model.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    before, after = ([], []) if template is None else ([258], [257, 259])
+    assert ids == [*before, *words, *after] and 260 in words and 257 not in words
+
+
 def test_control_tokens_of_the_prompt_template_stay_control_tokens():
     prompt = prompt_of(("user", "<u>q <e><a>"), around=("<u>", "<a>"))
     found = rendered(None, prompt)

@@ -12,7 +12,7 @@ from helpers import invoke, last_json
 
 from prefix_distill.errors import UserError
 from prefix_distill.prompts.load import load_prompts
-from prefix_distill.prompts.rows import RowFormat
+from prefix_distill.prompts.row_format import RowFormat
 
 ASKED = {"role": "user", "content": "6·7?"}
 REPLY = {"role": "assistant", "content": "It is \\boxed{42}."}
@@ -235,6 +235,34 @@ LOADED = {
         "",
     ),
     "text": ({"x.jsonl": [{"text": "Once"}]}, "x.jsonl", "Once", None, "no answer column"),
+    "a line for each prompt": (
+        {"x.txt": "6·7?\n\n  6·8?\r\n"},
+        "x.txt",
+        "6·7?",
+        None,
+        "one prompt per line",
+    ),
+    "compressed lines": (
+        {"x.txt.gz": gzip.compress("6·7?".encode())},
+        "x.txt.gz",
+        "6·7?",
+        None,
+        "",
+    ),
+    "texts beside rows": (
+        {"train.jsonl": [ROW], "requirements.txt": "secret"},
+        "",
+        "6·7?",
+        "42",
+        "",
+    ),
+    "a folder of texts": (
+        {"a.txt": "6·7?", "b.txt": "6·8?"},
+        "",
+        "6·7?",
+        None,
+        "rows from 2 files",
+    ),
     "inputs and targets": (
         {"x.jsonl": [{"inputs": "6·7?", "targets": "42"}]},
         "x.jsonl",
@@ -381,9 +409,9 @@ REFUSED = {
         "row 0 has a value of type bytes in 'answer', expected text or a number",
     ),
     "an answer that is no option": (
-        {"x.jsonl": [{"question": "6·7?", "choices": ["40", "42"], "answer": 2}]},
+        {"x.jsonl": [{"question": "6·7?", "choices": ["40", "42"], "answer": 3}]},
         "x.jsonl",
-        "row 0 has the answer '2', expected one of its 2 options",
+        "row 0 has the answer '3', expected one of its 2 options",
     ),
     "several lists": (
         {"x.json": {"train": [ROW], "test": [ROW]}},
@@ -467,7 +495,15 @@ def test_empty_parquet_has_no_rows(tmp_path, streaming):
         load_prompts(str(tmp_path / "x.parquet"), RowFormat(streaming=streaming))
 
 
-STREAMED = ("tsv", "csv with semicolons", "a pattern", "a folder of jsonl shards", "alpaca", "dapo")
+STREAMED = (
+    "tsv",
+    "a line for each prompt",
+    "csv with semicolons",
+    "a pattern",
+    "a folder of jsonl shards",
+    "alpaca",
+    "dapo",
+)
 
 
 @pytest.mark.parametrize("shape", STREAMED)
@@ -480,6 +516,16 @@ def test_streamed_rows_are_read_as_others(shape, tmp_path):
     prompts = list(load_prompts(str(tmp_path / name), RowFormat(streaming=True)).prompts)
     found = [(prompt.messages[-1]["content"], prompt.answer) for prompt in prompts]
     assert (prompt if isinstance(prompt, str) else "6·7?", reference) in found
+
+
+def test_references_of_a_stream_are_counted_in_its_first_rows(tmp_path):
+    rows = [{"question": f"{i}?", "answer": str(i) if i % 2 else None} for i in range(1_200)]
+    write(tmp_path, {"x.jsonl": rows})
+    loaded = load_prompts(str(tmp_path / "x.jsonl"), RowFormat(streaming=True))
+    assert "500 of 1,000 references can be graded (500 missing, 500 as text)" in loaded.notes[0]
+    assert loaded.notes[1].endswith("its references were counted in the first 1,000 rows")
+    assert loaded.account[-1].endswith("first row: user: '0?'; reference: none that can be graded")
+    assert sum(prompt.answer is None for prompt in loaded.prompts) == 600
 
 
 def test_one_missing_answer_leaves_the_others_graded(tmp_path):
@@ -503,6 +549,15 @@ def test_the_account_says_what_became_of_every_column(tmp_path):
         r"first row: user: 'Add.\n\n2 and 3'; reference: '5'",
     ):
         assert any(line.endswith(text) for line in lines), text
+
+
+def test_the_account_shows_the_start_and_the_end_of_a_long_text(tmp_path):
+    row = {"question": "start " + "a" * 5_000 + " end", "answer": "\\boxed{" + "1" * 400 + "}"}
+    write(tmp_path, {"x.jsonl": [row]})
+    line = load_prompts(str(tmp_path / "x.jsonl")).account[-1]
+    assert "user: 'start aaa" in line and "aaa end'; reference: '111" in line
+    assert " … 4,710 characters … " in line and " … 100 characters … " in line
+    assert len(line) < 900 + len(str(tmp_path))
 
 
 def test_a_prompt_template_takes_the_columns_that_it_names(tmp_path):

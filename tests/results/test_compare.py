@@ -4,6 +4,8 @@ A comparison can be resumed, has its folder to itself, and counts the full cost 
 """
 
 import json
+import re
+import signal
 
 import pytest
 import yaml
@@ -68,6 +70,8 @@ def test_an_interrupted_comparison_resumes_with_equal_results(tmp_path, monkeypa
     file = write(tmp_path)
     code, out, err = invoke("compare", file, "--out", tmp_path / "whole")
     assert code == 0, err
+    numbers = re.findall(r"; run (\d) of 9, \d+ s left in all", err)
+    assert list(dict.fromkeys(numbers)) == [str(n) for n in range(1, 10)]
     whole = last_json(out)
     assert [row["arm"] for row in whole["arms"]] == ["full", "warm"] and whole["runs"] == 4
     full, warm = whole["arms"]
@@ -106,8 +110,11 @@ def test_an_interrupted_comparison_resumes_with_equal_results(tmp_path, monkeypa
         return plain(*arguments, **named)
 
     monkeypatch.setattr(train, "step_optimizer", update)
-    code, _, _ = invoke("compare", file, "--out", tmp_path / "cut")
+    code, _, err = invoke("compare", file, "--out", tmp_path / "cut")
     assert code == 130
+    assert err.splitlines()[-1] == (
+        "aborted without saving; the same command continues the comparison"
+    )
     code, out, err = invoke("compare", file, "--out", tmp_path / "cut")
     assert (
         code == 0 and "resuming" in err and len(calls) == 18 + 1
@@ -180,3 +187,13 @@ def test_the_committed_arms_files_are_valid():
     assert len(files) >= 3
     for file in files:
         assert compare.read_arms(str(file)).arms
+
+
+def test_a_stop_signal_saves_the_run_and_advises_the_same_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(display.Display, "row", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, out, err = invoke("compare", write(tmp_path), "--out", tmp_path / "out")
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == (
+        "interrupted (SIGINT) after step 1; the state is saved; the same command continues the "
+        "comparison"
+    )

@@ -83,7 +83,7 @@ def run(pair, questions, tmp_path_factory):
         "2",
         "--samples",
         "2",
-        "--eval-samples",
+        "--problems",
         "4",
         "--kl-prompts",
         "2",
@@ -91,6 +91,8 @@ def run(pair, questions, tmp_path_factory):
         "1",
         "--save-every",
         "1",
+        "--keep-checkpoints",
+        "2",
         "--lr",
         "1e-3",
         "--instruction",
@@ -279,7 +281,6 @@ def test_an_export_converts_the_dtype(run, tmp_path, which, dtype):
             "error: --push-to-hub 'nobody': expected USER/NAME",
         ),
         (["--out", "new", "--hub-public"], "error: --hub-public: applies only with --push-to-hub"),
-        ([], "error: --out: name the folder to write"),
         (["--out", "a" * 300], "cannot be written (File name too long); name another folder"),
         (["--out", "used/file"], "it exists and is not an empty folder; name another"),
         (["--out", "used/file/x"], "error: --out used/file/x: cannot be written ("),
@@ -311,7 +312,6 @@ def test_a_bad_export_is_one_error_line(run, tmp_path, monkeypatch, arguments, m
     [
         ("runs/none", "error: export runs/none: no such folder; check the path, or add --out"),
         ("used", "error: export used: expected a run folder or a model folder, got neither"),
-        ("lab:choice/student", "error: --out: name the folder to write"),
     ],
 )
 def test_an_export_without_out_checks_the_path_first(tmp_path, monkeypatch, source, message):
@@ -465,7 +465,7 @@ def test_a_run_pushes_its_model_at_its_end(pair, questions, tmp_path, hub, monke
         "2",
         "--samples",
         "1",
-        "--eval-samples",
+        "--problems",
         "2",
         "--kl-prompts",
         "2",

@@ -4,6 +4,7 @@ The HTML page is self-contained.
 """
 
 import csv
+import io
 import json
 import math
 import os
@@ -12,11 +13,16 @@ import re
 import pytest
 import yaml
 from helpers import PROBLEMS, invoke, last_json, write_run
+from rich.console import Console
 
+from prefix_distill.api.documents import Comparison
 from prefix_distill.errors import UserError
+from prefix_distill.maths.intervals import interval
+from prefix_distill.results import cells
 from prefix_distill.results import summary as report
 from prefix_distill.results.runs import by_arm, collect_runs
 from prefix_distill.results.summary import Resampled
+from prefix_distill.training.folder import RunFolder
 
 
 @pytest.fixture
@@ -57,7 +63,7 @@ def test_summary_by_hand(arms):
         rows["bad"]["cost_ratios"][1.0]["value"] is None
         and rows["bad"]["cost_ratios"][1.0]["reached"] == 0
     )
-    assert "not reached" in report.cells(rows["bad"])[-1]
+    assert "not reached" in cells.cells(rows["bad"])[-1]
     # beyond the longest truncating prefix (4 tokens): values 0.5 and 0.1
     assert short["kl_beyond"] == pytest.approx(0.3)
     assert (short["kl_tail_before"], short["kl_tail"]) == pytest.approx(
@@ -113,10 +119,122 @@ def test_arms_on_different_problems_are_not_compared(tmp_path):
     (other / "scores.jsonl").write_text(
         "".join(json.dumps({"step": 5 * i, "right": [1.0, 0.0]}) + "\n" for i in range(2))
     )
-    rows = report.summarize(collect_runs([tmp_path]), "a")
-    assert all(
-        (row["low"], row["high"]) == (0.0, 1.0) and row["cost_ratios"] == {} for row in rows
-    )  # each interval is that of one run alone
+    runs = collect_runs([tmp_path])
+    a, b = report.summarize(runs, "a")
+    # each interval is that of one run alone: of 400 problems, and of two
+    assert a["low"] == pytest.approx(0.45, abs=0.01) and a["high"] == pytest.approx(0.55, abs=0.01)
+    assert (b["low"], b["high"]) == (0.0, 1.0)
+    assert a["cost_ratios"] and b["cost_ratios"] == {} and "difference" not in b
+    [warning] = report.describe_differing(runs, "a")
+    assert "arms b: the held-out problems differ from those of arm a (2 problems" in warning
+    code, out, err = invoke("report", tmp_path, "--out", tmp_path / "out", "--reference", "a")
+    assert code == 0 and f"warning: {warning}" in err
+    assert last_json(out)["warnings"] == [warning]
+
+
+def test_problems_are_told_apart_by_their_references(tmp_path):
+    for name, references in (("a", "12"), ("b", "12"), ("c", "13")):
+        folder = write_run(tmp_path / name, 0, [0.1, 0.5], 1.0)
+        lines = []
+        for i, reference in enumerate(references):
+            row = {"problem": i, "prompt": f"{name} {i}", "reference": reference, "responses": []}
+            lines.append(json.dumps(row) + "\n")
+        (folder / "examples-before.jsonl").write_text("".join(lines))
+    runs = collect_runs([tmp_path])
+    assert "difference" in report.summarize(runs, "a")[1]
+    [warning] = report.describe_differing(runs, "a")
+    assert warning.startswith("arms c: the held-out problems differ")
+
+
+def test_seeds_that_differ_are_named(arms):
+    write_run(arms / "one" / "seed-0", 0, [0.2, 0.5], 1.0)
+    runs = collect_runs([arms])
+    [warning] = report.describe_differing(runs, "full")
+    assert "arms one: the held-out seeds differ" in warning
+    [one] = [row for row in report.summarize(runs, "full") if row["arm"] == "one"]
+    assert one["low"] < 0.5 < one["high"]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_equal_answers_have_wilsons_interval_in_report_and_run(tmp_path, share):
+    """Of n equal answers the far end of Wilson's interval is z² / (n + z²) away."""
+    write_run(tmp_path / "run", 0, [0.5, share], 1.0)
+    [row] = report.summarize(collect_runs([tmp_path]), "run")
+    edge = 1.96**2 / (PROBLEMS + 1.96**2)
+    expected = (0.0, edge) if share == 0 else (1 - edge, 1.0)
+    assert (row["low"], row["high"]) == pytest.approx(expected, abs=1e-12)
+    alone = interval([share] * PROBLEMS)
+    assert (row["low"], row["high"]) == (alone["low"], alone["high"])
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx((-edge, edge))
+
+
+def test_equal_shares_of_several_answers_have_wilsons_interval():
+    """Both ends x solve (share - x)² = z² x (1 - x) / n."""
+    for share, n in ((0.5, 8), (0.25, 40), (0.0, 12)):
+        found = interval([share] * n)
+        assert found["low"] < found["high"]
+        for end in (found["low"], found["high"]):
+            assert (share - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / n, abs=1e-12)
+    assert interval([0.0] * 12, lowest=-1)["low"] == -interval([0.0] * 12)["high"]
+
+
+def test_the_table_on_the_screen_fits_80_columns(arms):
+    write_run(
+        arms / "a-long-name-of-an-arm-that-does-not-fit-in-a-cell" / "seed-0",
+        0,
+        [0.2, 0.9965],
+        1.2e18,
+        seconds=4e4,
+    )
+    rows = report.summarize(collect_runs([arms]), None)
+    table = Comparison.read(
+        {"out": "o", "page": "p", "runs": 1, "reference": None, "arms": rows, "warnings": []}
+    ).tables()[0]
+    assert len(table.columns) == 5
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    assert any("99.8 [99.0, 100.0]" in line and "11.1 h" in line for line in lines)
+
+
+UNFINISHED = {"step": 0, "prefix": 4, "answers": [], "kl": []}
+
+
+def make_unfinished(folder, evaluations):
+    """Write a run and cut it off after some evaluations."""
+    write_run(folder, 0, [0.2, 0.5, 0.8], 10.0)
+    document = json.loads((folder / "run.json").read_text())
+    rows = document.pop("result")["evaluations"][:evaluations]
+    (folder / "run.json").write_text(json.dumps(document))
+    (folder / "after.json").unlink()
+    (folder / "samples.jsonl").write_text(
+        "".join(json.dumps({**UNFINISHED, "step": r["step"], "evaluation": r}) + "\n" for r in rows)
+    )
+
+
+def test_an_interrupted_run_is_reported_and_marked(tmp_path):
+    make_unfinished(tmp_path / "cut", 2)
+    code, out, err = invoke("report", tmp_path / "cut", "--out", tmp_path / "out")
+    assert code == 0, err
+    [row] = last_json(out)["arms"]
+    assert (row["state"], row["updates"], row["accuracy"]) == ("interrupted", 5, 0.5)
+    assert "interrupted" in err and f"page: {tmp_path / 'out' / 'report.html'}" in err
+    assert last_json(out)["page"] == str(tmp_path / "out" / "report.html")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "is interrupted: its numbers end after step 5" in page
+    with RunFolder(tmp_path / "cut").lock():
+        _, out, _ = invoke("report", tmp_path / "cut", "--out", tmp_path / "out")
+    assert last_json(out)["arms"][0]["state"] == "running"
+
+
+def test_unfinished_runs_beside_finished_ones_are_left_out_and_named(tmp_path):
+    write_run(tmp_path / "runs" / "done", 0, [0.2, 0.5], 10.0)
+    make_unfinished(tmp_path / "runs" / "cut", 2)
+    code, out, err = invoke("report", tmp_path / "runs", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert [row["arm"] for row in last_json(out)["arms"]] == ["done"]
+    assert f"left out, because they have not finished: {tmp_path / 'runs' / 'cut'};" in err
 
 
 def test_equal_arm_names_in_two_folders_stay_separate(arms, tmp_path):

@@ -40,6 +40,10 @@ MODES = ["strict", "simct", "simct-released"]
 SMALL = [
     "--student",
     "lab:choice/student-merged",
+    "--teacher",
+    "lab:choice/teacher",
+    "--dataset",
+    "lab:choice",
     "--batch-size",
     "3",
     "--samples",
@@ -48,7 +52,7 @@ SMALL = [
     "4",
     "--prefix",
     "24",
-    "--eval-samples",
+    "--problems",
     "6",
     "--kl-prompts",
     "4",
@@ -64,6 +68,8 @@ SMALL = [
 def prepared(student="student-merged", **changes):
     values = {
         "models.student": f"lab:choice/{student}",
+        "models.teacher": "lab:choice/teacher",
+        "data.dataset": "lab:choice",
         "train.batch_size": 3,
         "rollout.samples": 2,
         "train.micro_batch_size": 4,
@@ -406,6 +412,8 @@ def test_a_probe_of_different_tokenizers(tmp_path):
         "probe",
         "--student",
         "lab:choice/student-merged",
+        "--teacher",
+        "lab:choice/teacher",
         "--dataset",
         "lab:choice:4-8",
         "--problems",

@@ -433,7 +433,7 @@ def test_an_evaluation_halves_its_batch_and_gives_the_same_answers(
 
     The score and the answers are those of a larger batch, and the command reports the lower limit.
     """
-    arguments = ("eval", "--model", pair[0], "--dataset", questions, "--limit", "3")
+    arguments = ("eval", "--model", pair[0], "--dataset", questions, "--problems", "3")
     arguments = (*arguments, "--samples", "2", "--max-new-tokens", "8")
     code, plenty, err = invoke(*arguments, "--out", tmp_path / "plenty.jsonl")
     assert code == 0, err

@@ -39,7 +39,7 @@ FLAGS = [
     "2",
     "--micro-batch-size",
     "3",
-    "--eval-samples",
+    "--problems",
     "2",
     "--kl-prompts",
     "2",

@@ -13,7 +13,7 @@ import pytest
 from helpers import Silent, prepared, trained
 
 from prefix_distill import config as configuration
-from prefix_distill.training import folder as folder_module
+from prefix_distill.training import checkpoints
 from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.session import Session
 
@@ -30,7 +30,8 @@ from prefix_distill.training.folder import RunFolder
 
 torch.set_num_threads(1)
 os.fsync = lambda handle: None  # it protects from power failures, not from kills
-EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
+EVENTS = {"open", "shutil.rmtree"}
+EVENTS |= {f"os.{name}" for name in ("link", "rename", "remove", "rmdir", "mkdir", "truncate")}
 root = Path(sys.argv[1])
 state = {"calls": 0, "dies_at": None, "folder": "", "done": None}
 
@@ -70,6 +71,8 @@ def work(folder):
     save_best(folder, 1)
     save(folder, 2)
     save(folder, 2)  # a signal saves once more
+    shutil.copytree(folder.best, folder.model, dirs_exist_ok=True)
+    folder.finish(keep=1)
 
 work(RunFolder(root / "undisturbed"))  # imports what the children need
 number = 0
@@ -133,6 +136,7 @@ def test_after_a_kill_at_any_call_the_folder_is_whole(killed):
         if len(saved) > 1:
             parts = {(path / "best" / name).read_text() for name in ("config.json", "weights")}
             assert len(parts) == 1, k
+            assert sorted(os.listdir(path / "best")) == ["config.json", "weights"], k
     assert created > number // 2
 
 
@@ -176,13 +180,13 @@ def test_a_resume_deletes_the_third_checkpoint_that_a_kill_left(
         )
 
     with monkeypatch.context() as patched:
-        patched.setattr(folder_module, "remove_folder", dies)
+        patched.setattr(checkpoints, "remove_folder", dies)
         with pytest.raises(Killed):
             trained(run(), tmp_path / "run")
-    checkpoints = tmp_path / "run/checkpoints"
-    assert len(list(checkpoints.iterdir())) == 3
+    saved = tmp_path / "run/checkpoints"
+    assert len(list(saved.iterdir())) == 3
     trained(run(), tmp_path / "run", resume=True)
-    assert sorted(os.listdir(checkpoints)) == ["step-00000001", "step-00000002"]
+    assert sorted(os.listdir(saved)) == ["step-00000001", "step-00000002"]
 
 
 def test_a_kill_in_the_end_of_a_run_keeps_the_diagnostics(pair, questions, tmp_path, monkeypatch):

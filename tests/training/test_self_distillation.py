@@ -11,7 +11,7 @@ from prefix_distill.engine import loading
 from prefix_distill.errors import UserError
 from prefix_distill.prompts import templates
 from prefix_distill.prompts.load import load_prompts
-from prefix_distill.prompts.rows import RowFormat
+from prefix_distill.prompts.row_format import RowFormat
 from prefix_distill.prompts.templates import PRIVILEGED
 from prefix_distill.training import state
 

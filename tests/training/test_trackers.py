@@ -22,7 +22,7 @@ SMALL = [
     "2",
     "--samples",
     "1",
-    "--eval-samples",
+    "--problems",
     "2",
     "--kl-prompts",
     "2",

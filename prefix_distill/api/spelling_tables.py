@@ -3,18 +3,30 @@
 import math
 from collections.abc import Callable
 
-from ..api.renamed import RENAMED as RENAMED
 from ..errors import UserError
+from .renamed import FORMER as FORMER
+from .renamed import OF_EVAL as OF_EVAL
+from .renamed import RENAMED as RENAMED
 
 # what HfArgumentParser takes for true and false
 # options of the program, which may also follow a command
-PROGRAM_SWITCHES = ("--plain", "--verbose", "-v")
+PROGRAM_SWITCHES = ("--plain", "--verbose", "-v", "--json")
 TRUE = ("true", "yes", "1", "t", "y")
 FALSE = ("false", "no", "0", "f", "n")
 OFF = ("false", "no", "none", "null", "")  # of an option whose feature does not exist here
 BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # with their defaults
 RESUME = "resume_from_checkpoint"
 LORA = "use_peft"
+EPOCHS = "num_train_epochs"
+PUSH, REPOSITORY, PRIVATE = "push_to_hub", "hub_model_id", "hub_private_repo"
+# options whose translation depends on the whole line → the flag that the command needs for it
+DEPENDENT = {
+    **dict.fromkeys(BATCH, "--batch-size"),
+    RESUME: "--resume",
+    LORA: "--lora",
+    EPOCHS: "--epochs",
+    **dict.fromkeys((PUSH, REPOSITORY, PRIVATE), "--push-to-hub"),
+}
 LISTS = ("lora_target_modules", "report_to")  # several words there, one with commas here
 
 Convert = Callable[[str], list[str]]  # a value → the words of our command line
@@ -164,6 +176,8 @@ SWITCHES = (  # may stand without a value
     "load_in_4bit",
     "load_in_8bit",
     LORA,
+    PUSH,
+    PRIVATE,
 )
 # values that are the only ones here; another value is refused with the hint of REFUSED
 ALREADY = {
@@ -196,10 +210,11 @@ ALREADY = {
     "label_smoothing_factor": ("0",),
     "min_p": ("0", "none"),
     "eval_delay": ("0",),
+    "hub_strategy": ("end",),
+    "hub_always_push": ("false",),
 }
 # what to use instead of names that have no counterpart
 HINTS = {
-    "use --steps: E epochs of N prompts are E·N / --batch-size steps": "num_train_epochs",
     "use --off-policy divergence:0.5 (the run's divergence) or sft:0.5 (cross-entropy), with the "
     "share of rollouts that the teacher samples": "seq_kd",
     "use --max-prompt-tokens for the prompt and --max-new-tokens for the response": (
@@ -234,9 +249,9 @@ HINTS = {
         "include_num_input_tokens_seen include_for_metrics"
     ),
     "name the run with --run-name, or by its folder, --out": "run_name project trackio_*",
-    "a run evaluates before, after and every --eval-every steps, on --eval-samples problems; omit "
-    "it": ("do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names"),
-    "a run keeps its two newest checkpoints, and its best student in best/; omit it": (
+    "a run evaluates before, after and every --eval-every steps, on --problems held-out problems; "
+    "omit it": ("do_eval do_predict eval_* prediction_loss_only batch_eval_metrics label_names"),
+    "a run keeps its newest checkpoints, and its best student in best/; omit it": (
         "save_* load_best_model_at_end metric_for_best_model greater_is_better "
         "enable_jit_checkpoint overwrite_output_dir"
     ),
@@ -272,7 +287,7 @@ HINTS = {
         "max_tool_calling_iterations"
     ),
     "use --push-to-hub USER/NAME; a new repository is private, unless --hub-public is given": (
-        "push_to_hub hub_*"
+        "hub_*"
     ),
 }
 # their name, or a pattern of names → what to use instead

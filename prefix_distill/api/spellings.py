@@ -5,6 +5,7 @@ under another name or with a converted value, or an error that says what to use 
 `prefix-distill help migration` shows the table.
 """
 
+import difflib
 import fnmatch
 from dataclasses import dataclass, field
 
@@ -13,20 +14,27 @@ from .spelling_tables import (
     ALREADY,
     BATCH,
     CONVERTED,
+    DEPENDENT,
+    EPOCHS,
     FALSE,
+    FORMER,
     LISTS,
     LORA,
+    OF_EVAL,
     OFF,
+    PRIVATE,
     PROGRAM_SWITCHES,
+    PUSH,
     REFUSED,
     RENAMED,
+    REPOSITORY,
     RESUME,
     SWITCHES,
     TRUE,
     read_switch,
 )
 
-DEPENDENT = (*BATCH, RESUME, LORA)  # options whose translation depends on the whole line
+TARGETS = {**RENAMED, **FORMER, **OF_EVAL}
 
 
 def hint(name: str) -> str | None:
@@ -41,7 +49,7 @@ def hint(name: str) -> str | None:
 
 def known(name: str) -> bool:
     """Return whether transformers or TRL have this name: it is translated, or refused by hint."""
-    return name in {*RENAMED, *CONVERTED, *DEPENDENT} or hint(name) is not None
+    return name in {*TARGETS, *CONVERTED, *DEPENDENT} or hint(name) is not None
 
 
 def _is_equal(value: str, expected: str) -> bool:
@@ -71,11 +79,11 @@ def translate(
 
     ``valued``: the command's flags that take a value. ``switches``: its flags that take none, with
     their config key, if they have one. Our flags may also have underscores, and our switches may be
-    followed by True or False. Names that are unknown, or whose flag this command does not have, are
-    kept for the parser to reject. ``world``: number of ranks, unless --gpus gives it.
+    followed by True or False. ``world``: number of ranks, unless --gpus gives it.
 
-    UserError, one line for all: names without counterpart, a value that cannot be converted, two
-    names for one flag.
+    UserError, one line for all: names that are unknown, or whose flag this command does not have,
+    with the nearest known ones; names without counterpart; a value that cannot be converted. Two
+    names for one flag are an error as well.
     """
     line = _Line(valued=valued, switches=switches, rest=list(arguments))
     while line.rest:
@@ -85,8 +93,10 @@ def translate(
     if line.errors:
         raise UserError(line.errors[0])
     line.settle_batch(world)
+    line.settle_epochs()
     line.settle_resume()
     line.settle_lora()
+    line.settle_hub()
     return line.words, line.notes
 
 
@@ -121,6 +131,8 @@ class _Line:
             self.words.insert(0, word)
         elif not word.startswith("--"):
             self.words.append(word)
+        elif name == PUSH and flag in self.valued:
+            self.translate_push(spelling, word)
         elif flag in self.valued:
             self.put_valued(flag, name, word)
         elif flag in self.switches:
@@ -128,7 +140,21 @@ class _Line:
         elif known(name):
             self.translate_option(spelling, name, word)
         else:
-            self.words.append(word)
+            self.refuse(spelling, name)
+
+    def refuse(self, spelling: str, name: str) -> None:
+        """Record that the command has no such option, with the nearest one that it has."""
+        names = {}
+        for flag in (*self.valued, *self.switches):
+            names[flag[2:].replace("-", "_")] = flag
+        for other, target in TARGETS.items():
+            if target in self.valued:
+                names[other] = f"--{other}"
+        text = f"{spelling}: no such option of this command"
+        near = difflib.get_close_matches(name, names, 1, 0.6)
+        if near:
+            text += f"; did you mean {names[near[0]]}?"
+        self.errors.append(text)
 
     def put(self, words: list[str], spelling: str) -> None:
         """Append a flag and its value; raise UserError if another spelling has set the flag."""
@@ -177,13 +203,13 @@ class _Line:
 
     def translate_option(self, flag: str, name: str, word: str) -> None:
         """Translate another tool's option and its value."""
-        verbatim, value = self.take_value(flag, name, word)
+        value = self.take_value(flag, name, word)
         spelling = f"{flag} {value}"
-        if name in DEPENDENT and "--resume" in self.switches:
+        if DEPENDENT.get(name) in self.valued | self.switches.keys():
             self.dependent[name] = spelling, value
             return
         if name in DEPENDENT:
-            self.words += verbatim
+            self.refuse(flag, name)
             return
         try:
             words = self.convert(name, value, spelling)
@@ -193,7 +219,7 @@ class _Line:
         if words[:1] == ["--set"] and "--set" not in self.valued and self._has_key(words[1]):
             words = []  # without a config file, a switch is off by default
         if words and words[0] not in self.valued | self.switches.keys():
-            self.words += verbatim
+            self.refuse(flag, name)
             return
         if words:
             self.put(words, flag)
@@ -203,33 +229,43 @@ class _Line:
         """Return whether this command has the switch of an assignment ``key=value``."""
         return assignment.partition("=")[0] in self.switches.values()
 
-    def take_value(self, flag: str, name: str, word: str) -> tuple[list[str], str]:
-        """Return the words of another tool's option as they were given, and its value."""
+    def take_value(self, flag: str, name: str, word: str) -> str:
+        """Return the value of another tool's option."""
         _, equals, value = word.partition("=")
         if equals:
-            return [word], value
+            return value
         if self.rest and not self.rest[0].startswith("--"):
             value = self.rest.pop(0)
-            return [word, value], value + self.take_list(name)
-        if name not in SWITCHES and name in {*RENAMED, *CONVERTED, *BATCH, RESUME}:
+            return value + self.take_list(name)
+        if name not in SWITCHES and name in {*TARGETS, *CONVERTED, *DEPENDENT}:
             raise UserError(f"{flag}: expected a value; see prefix-distill help migration")
-        return [word], "True"
+        return "True"
+
+    def translate_push(self, spelling: str, word: str) -> None:
+        """Translate --push-to-hub: a repository, or a switch as in transformers."""
+        value = self.take_value(spelling, PUSH, word)
+        if value.lower() in (*TRUE, *FALSE, *OFF):
+            self.dependent[PUSH] = f"{spelling} {value}", value
+        else:
+            self.put(["--push-to-hub", value], "--push-to-hub")
 
     def convert(self, name: str, value: str, spelling: str) -> list[str]:
         """Return another tool's option in our flags; an empty list if it is already the default."""
         if name in CONVERTED:
             return CONVERTED[name][0](value)
-        target = RENAMED.get(name)
+        target = TARGETS.get(name)
         if name == "model_name_or_path" and "--model" in self.valued:
             target = "--model"
-        if target is not None and not (name == "max_steps" and value.startswith("-")):
+        if name == "max_steps" and value.startswith("-"):
+            return []  # transformers' default, with which the epochs count
+        if target is not None:
             return [target, value]
         if name in ALREADY:
             is_default = any(_is_equal(value, only) for only in ALREADY[name])
         else:
             is_default = value.lower() in OFF
         if not is_default:
-            raise UserError(f"{spelling}: {hint(name) or hint('num_train_epochs')}")
+            raise UserError(f"{spelling}: {hint(name)}")
         return []
 
     def settle_batch(self, world: int) -> None:
@@ -293,4 +329,42 @@ class _Line:
         if read_switch(LORA, value) and _last_value(self.words, "--lora") is None:
             words = ["--lora", "16"]
         self.words += words
+        self.note(spelling, words)
+
+    def settle_epochs(self) -> None:
+        """Translate the number of epochs, which does not count beside max_steps."""
+        if EPOCHS not in self.dependent:
+            return
+        spelling, value = self.dependent[EPOCHS]
+        if self.given.get("--steps") == "--max_steps":
+            self.notes.append(f"{spelling} → nothing (--max_steps counts, as in transformers)")
+            return
+        words = ["--epochs", value]
+        self.put(words, f"--{EPOCHS}")
+        self.note(spelling, words)
+
+    def settle_hub(self) -> None:
+        """Translate the upload, which is a switch and a name in transformers."""
+        given = [name for name in (PUSH, REPOSITORY) if name in self.dependent]
+        names = " ".join(self.dependent[name][0] for name in given)
+        is_on = PUSH in self.dependent and read_switch(PUSH, self.dependent[PUSH][1])
+        repository = self.dependent.get(REPOSITORY, ("", None))[1]
+        if is_on and repository is None:
+            raise UserError(
+                f"--{PUSH}: expected a repository; add --{REPOSITORY} USER/NAME, or use "
+                "--push-to-hub USER/NAME"
+            )
+        words = []
+        if is_on:
+            words = ["--push-to-hub", str(repository)]
+            self.put(words, names)
+        if given:
+            self.note(names, words)
+        if PRIVATE not in self.dependent:
+            return
+        spelling, value = self.dependent[PRIVATE]
+        words = []
+        if not read_switch(PRIVATE, value) and "--push-to-hub" in self.given:
+            words = ["--hub-public"]
+            self.put(words, spelling)
         self.note(spelling, words)

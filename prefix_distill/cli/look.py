@@ -1,0 +1,182 @@
+"""The commands show and try: look at texts of a run, and ask its models a question."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..api.arguments import read_folder
+from ..display import is_plain, print_line
+from ..errors import UserError
+from ..training.text_lines import visible
+from .app import app, finish, note
+from .options import read_number
+
+if TYPE_CHECKING:
+    from ..api.looking import View
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")]
+# switches of `show`
+SWITCHES: dict[str, Any] = {
+    "wrong": typer.Option("--wrong", help="Show only problems whose newest answer is wrong."),
+    "kl": typer.Option(
+        "--kl",
+        help="Show held-out rollouts of the untrained student, each token coloured by its reverse "
+        "KL.",
+    ),
+    "live": typer.Option(
+        "--live", help="Follow a running folder: print evaluations and rollouts as they come."
+    ),
+    "as_json": typer.Option(
+        "--json", help="Print the JSON document on a terminal as well; in a pipe it always is."
+    ),
+}
+
+
+def with_switches(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add switches of SWITCHES to a command, which gets them as keyword arguments."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = list(inspect.signature(function).parameters.values())
+        parameters.pop()  # the keywords
+        for name in names:
+            parameters.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=False,
+                    annotation=Annotated[bool, SWITCHES[name]],
+                )
+            )
+        function.__dict__["__signature__"] = inspect.Signature(parameters)
+        return function
+
+    return decorate
+
+
+@app.command()
+@with_switches("wrong", "kl", "live", "as_json")
+def show(
+    run: Run,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            parser=read_number("--step", int, 40),
+            metavar="INT",
+            help="Evaluation to show between the first and the last one.",
+            show_default="up to two between them",
+        ),
+    ] = None,
+    limit: Annotated[
+        int,
+        typer.Option(
+            parser=read_number("--limit", int, 3),
+            metavar="INT",
+            help="Problems to show; 0 shows all.",
+            show_default="3",
+        ),
+    ] = 3,
+    **switches: bool,
+) -> None:
+    """Show the answers of a run: before, at evaluations and after training.
+
+    A mark shows where the prefix ended. It loads no model.
+    """
+    from ..api import looking
+
+    folder = read_folder("RUN", run)
+    wrong, kl, live = switches["wrong"], switches["kl"], switches["live"]
+    choice = looking.Choice(step=step, wrong=wrong, limit=max(0, limit), kl=kl)
+    if live:
+        for line in looking.follow(folder, choice):
+            print_line(line)
+    view = looking.look(folder, choice)
+    if not live:
+        print_view(view)
+    conclude(view.to_dict(), switches["as_json"])
+
+
+def print_view(view: "View") -> None:
+    """Print texts on stderr: for rich on a terminal, else as plain lines."""
+    if is_plain() or not sys.stderr.isatty():
+        for line in view.lines():
+            print_line(line)
+    else:
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
+        for renderable in view.renderables(console.width):
+            console.print(renderable)
+    note(view.remark())
+
+
+def conclude(document: dict, as_json: bool) -> None:
+    """Print the JSON document, on a terminal only with --json."""
+    if as_json:
+        os.environ["PREFIX_DISTILL_JSON"] = "1"
+    if as_json or not sys.stdout.isatty():
+        finish(document)
+
+
+@app.command("try")
+@with_switches("as_json")
+def try_command(
+    run: Run,
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="QUESTION",
+            help="Questions; without one they are read from stdin, a question per line.",
+        ),
+    ] = None,
+    **switches: bool,
+) -> None:
+    """Ask the untrained student, the trained student and the teacher of a run the same question.
+
+    Each model is loaded, answers with the templates and the sampling settings of the run's
+    evaluations, and is freed.
+    """
+    folder = read_folder("RUN", run)
+    if questions:
+        conclude(answer(folder, questions), switches["as_json"])
+        return
+    if sys.stdin.isatty():
+        converse(folder)
+        return
+    lines = [line.strip() for line in sys.stdin]
+    asked = [line for line in lines if line]
+    if not asked:
+        raise UserError('try: expected a question, got none; add one: try RUN "What is 2 + 2?"')
+    conclude(answer(folder, asked), switches["as_json"])
+
+
+def converse(folder: Path) -> None:
+    """Answer one question of the terminal after another, until an empty line."""
+    while True:
+        note("question (an empty line ends):")
+        question = sys.stdin.readline().strip()
+        if not question:
+            return
+        answer(folder, [question])
+
+
+def answer(folder: Path, questions: list[str]) -> dict:
+    """Print the answers while they are sampled, and return the document.
+
+    UserError: a model could not answer; the answers of the others are printed first.
+    """
+    from ..api import asking
+
+    document, failure = asking.ask(folder, questions, say)
+    if failure is not None:
+        raise failure
+    return document
+
+
+def say(text: str) -> None:
+    """Print a piece of text on stderr."""
+    print(visible(text), end="", file=sys.stderr, flush=True)

@@ -1,0 +1,44 @@
+"""What a person sees while a command works: lines, tables, the live line, and the phases it names.
+
+`phases`: what the program is doing, told from any layer. `screen`: the live line of a terminal, or
+the lines of a log. `training`: the progress of one run. `observers`: the protocols of progress.
+"""
+
+from .lines import is_plain, is_verbose, print_line, print_tables
+from .observers import Observer, RankWarnings, Reporter, Terminal
+from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
+from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
+from .screen import RUNS, Screen
+from .summary import Summary, lay_out, print_summary
+from .texts import accuracy_text, flops_text, time_text
+from .training import Display
+
+__all__ = [
+    "EVALUATION",
+    "RUNS",
+    "SAVING",
+    "TAIL_PROBE",
+    "Display",
+    "Observer",
+    "Outline",
+    "Phase",
+    "RankWarnings",
+    "Reporter",
+    "Screen",
+    "Summary",
+    "Terminal",
+    "accuracy_text",
+    "close_phase",
+    "find_phase",
+    "flops_text",
+    "is_plain",
+    "is_verbose",
+    "lay_out",
+    "listening",
+    "open_phase",
+    "phase",
+    "print_line",
+    "print_summary",
+    "print_tables",
+    "time_text",
+]
