@@ -17,9 +17,11 @@ from .gpus import Card
 from .timing import Workload, estimate_run
 
 LORA = Adapter(rank=64)  # the adapter that is proposed if the config has none
+ANCHOR = 4  # rows or rollouts of the second forecast through which a line goes
+MARGIN = 0.1  # a line may be this much above the forecast; candidates in this band are forecast
 RULE = (
-    "flags that fit: no gradient checkpointing where possible, then the most generation rows (up "
-    "to --generation-rows), then the largest micro-batch; LoRA only where nothing else fits"
+    "rule: no gradient checkpointing if possible, then most rows, then largest micro-batch, "
+    "LoRA last"
 )
 
 
@@ -69,17 +71,14 @@ def fit_card(planned: Planned, card: Card) -> dict:
 
 def search(forecaster: Forecaster, case: Case, free: float) -> Case | None:
     """Return the first case by the rule of this module that needs at most ``free`` bytes."""
+    rollouts = len(case.prompts) * case.samples
     for method in _methods(case):
-        rows = _largest(
-            forecaster, replace(method, micro_batch=1), "rows", most=case.rows, free=free
-        )
-        if rows is None:
+        fewest = replace(method, rows=1, micro_batch=1)
+        if forecaster.forecast(fewest)["total"] > free:
             continue
-        rollouts = len(case.prompts) * case.samples
-        single_row = replace(method, rows=1)
-        micro_batch = _largest(forecaster, single_row, "micro_batch", most=rollouts, free=free)
-        if micro_batch is not None:
-            return replace(method, rows=rows, micro_batch=micro_batch)
+        rows = _largest(forecaster, fewest, "rows", most=case.rows, free=free)
+        micro_batch = _largest(forecaster, fewest, "micro_batch", most=rollouts, free=free)
+        return replace(method, rows=rows, micro_batch=micro_batch)
     return None
 
 
@@ -94,16 +93,40 @@ def _methods(case: Case) -> Iterator[Case]:
                 yield replace(case, adapter=adapter, recomputes=recomputes)
 
 
-def _largest(
-    forecaster: Forecaster, case: Case, field: str, *, most: int, free: float
-) -> int | None:
-    """Return the largest of ``most``, its half, its quarter … that fits; None if 1 does not."""
+def _largest(forecaster: Forecaster, fewest: Case, field: str, *, most: int, free: float) -> int:
+    """Return the largest of ``most``, its half, its quarter … that fits; ``fewest`` fits.
+
+    A line through two small forecasts says where to begin, because large ones take seconds; a
+    forecast of each candidate decides.
+    """
+    size = _extrapolate(forecaster, fewest, field, most=most, free=free)
+    while size > 1 and forecaster.forecast(replace(fewest, **{field: size}))["total"] > free:
+        size //= 2
+    return max(1, size)
+
+
+def _extrapolate(
+    forecaster: Forecaster, fewest: Case, field: str, *, most: int, free: float
+) -> int:
+    """Return the largest of ``most``, its half … at which no phase is above ``free`` on its line.
+
+    The line goes through the forecasts of 1 and of ANCHOR.
+    """
+    low = forecaster.forecast(fewest)
+    if most <= ANCHOR:
+        return most
+    high = forecaster.forecast(replace(fewest, **{field: ANCHOR}))
+    beside = free - sum(low["weights"].values())
     size = most
-    while size:
-        if forecaster.forecast(replace(case, **{field: size}))["total"] <= free:
+    while size > ANCHOR:
+        expected = 0.0
+        for phase, first in low["phases"].items():
+            slope = (high["phases"][phase] - first) / (ANCHOR - 1)
+            expected = max(expected, first + slope * (size - 1))
+        if expected * (1 - MARGIN) <= beside:
             return size
         size //= 2
-    return None
+    return size
 
 
 def list_flags(config: Config, case: Case) -> list[str]:

@@ -114,7 +114,7 @@ def _read_card(text: str) -> Card:
     name = name.strip().removeprefix("rtx").strip(" -")
     size = _read_size(memory)
     if name not in CARDS or (colon and size is None):
-        near = difflib.get_close_matches(name, CARDS, 3, 0.4) or list(CARDS)
+        near = difflib.get_close_matches(name, CARDS, n=3, cutoff=0.4) or list(CARDS)
         raise UserError(
             f"--card {text}: expected a card, NAME:GB or a number of GB above {RESERVED:g}, "
             f"up to {MOST}; use one of {', '.join(near)}"

@@ -66,14 +66,10 @@ def plan(
     cards = read_cards(card)
     notes = Notes()
     config = fill_in_planned(config, notes, has_prompts=prompt_tokens is not None)
-    reads_data = config.data.dataset is not None and prompt_tokens is None
     student, teacher = _read_sources(config)
     dtypes = _choose_dtypes(config, notes.lines)
-    nets = [
-        sketch(student.name, student.config, Network(torch.float32, choose_adapter(config))),
-        sketch(teacher.name, teacher.config, Network(dtypes.compute)),
-    ]
-    if reads_data:
+    nets = _sketch_models(config, (student, teacher), dtypes)
+    if config.data.dataset is not None and prompt_tokens is None:
         prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes=notes)
     else:
         prompts = assume_prompts(config, prompt_tokens, nets, notes=notes)
@@ -87,7 +83,7 @@ def plan(
     rate = rate_source.read(config, nets[0], dtypes.compute)
     forecaster = Forecaster(student.config, teacher.config, (student.name, teacher.name))
     lengths = Lengths(prompts.lengths, prefix=limit, limit=limit)
-    case = build_case(config, dtypes, lengths, support=prompts.support)
+    longest_case = build_case(config, dtypes, lengths, support=prompts.support)
     shapes = [read_shape(net, prompts.support) for net in nets]
     work = Workload(
         config=config,
@@ -97,9 +93,8 @@ def plan(
         schedule=next(iter(schedules.values())),
         limit=limit,
     )
-    rows = _price_prefixes(work, forecaster, case, schedules=schedules, rate=rate)
-    # The GPUs are those that fit the config's own prefix.
-    case = replace(case, prefix=rows[0]["tokens"][1])
+    rows = _price_prefixes(work, forecaster, longest_case, schedules=schedules, rate=rate)
+    case = replace(longest_case, prefix=rows[0]["tokens"][1])  # the config's own prefix
     _note_free_memory(config.runtime.device, rows[0]["memory"]["total"], notes)
     return {
         **_describe(config, nets, dtypes, support=prompts.support),
@@ -181,6 +176,15 @@ def _read_sources(config: Config) -> tuple[Source, Source]:
     if teacher == SELF:
         return student, student
     return student, read_source(teacher, trust)
+
+
+def _sketch_models(config: Config, sources: tuple[Source, Source], dtypes: Dtypes) -> list[Model]:
+    """Return the student and the teacher without weights."""
+    student, teacher = sources
+    return [
+        sketch(student.name, student.config, Network(torch.float32, choose_adapter(config))),
+        sketch(teacher.name, teacher.config, Network(dtypes.compute)),
+    ]
 
 
 def _choose_dtypes(config: Config, notes: list[str]) -> Dtypes:

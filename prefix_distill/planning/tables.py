@@ -59,8 +59,15 @@ def _tabulate_memory(document: dict) -> Table:
 
 
 def _tabulate_cards(document: dict) -> Table:
-    """Return the table of the flags with which the run fits each card, and its time there."""
-    table = Table("card", "flags that fit", "GiB", "time", title="largest micro-batch that fits")
+    """Return the table of the flags with which the run fits each card, and its time there.
+
+    It is at most 80 columns wide; the rule and the assumptions stand below it.
+    """
+    table = Table(title="flags that fit each card", caption=_describe_fits(document))
+    table.add_column("card", max_width=10)
+    table.add_column("flags that fit", max_width=46)
+    table.add_column("GiB")
+    table.add_column("time, assumed")
     for row in document["fits"]:
         if row["fits"]:
             table.add_row(
@@ -72,6 +79,14 @@ def _tabulate_cards(document: dict) -> Table:
         else:
             table.add_row(row["card"], "does not fit", "–", "–")
     return table
+
+
+def _describe_fits(document: dict) -> str:
+    """Return the rule by which flags were found, and what their times assume."""
+    lines = [document["rule"]]
+    if any(row["seconds"] is not None for row in document["fits"]):
+        lines += document["assumptions"]
+    return "\n".join(lines)
 
 
 def _format_gib(size: float) -> str:

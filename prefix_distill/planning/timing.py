@@ -24,9 +24,9 @@ BANDWIDTH_SHARE = 0.7  # share of the memory bandwidth that decoding and AdamW r
 ADAMW_BYTES = 28
 
 ASSUMPTIONS = (
+    f"assumed, not measured: data-sheet rates, {EFFICIENCY:.0%} of matmul, "
+    f"{BANDWIDTH_SHARE:.0%} of bandwidth",
     f"assumed: a decoding step takes at least {1000 * STEP_SECONDS:g} ms",
-    f"assumed: prefill, scoring and updates reach {EFFICIENCY:.0%} of the card's matmul rate",
-    f"assumed: decoding and AdamW reach {BANDWIDTH_SHARE:.0%} of the card's memory bandwidth",
     "assumed: every answer is as long as its limit; loading and saving are not counted",
 )
 DECODE = "student_decode"

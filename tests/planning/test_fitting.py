@@ -1,11 +1,12 @@
 """Test the flags that `plan` finds for a card, and the time that it expects there."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import invoke, tiny_config
+from helpers import invoke, last_json, tiny_config
 
 from prefix_distill.config import build
 from prefix_distill.errors import UserError
@@ -128,3 +129,53 @@ def test_an_unknown_card_is_one_line_with_the_nearest_names(text):
 def test_the_command_refuses_an_unknown_card():
     code, out, err = invoke("plan", "--card", "4900")
     assert code == 2 and out == "" and "4090" in err and len(err.strip().splitlines()) == 1
+
+
+def write_qwen3(folder, **sizes):
+    """Write the config.json of a Qwen3 model, without weights."""
+    config = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 40_960,
+        "tie_word_embeddings": True,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    return folder
+
+
+@pytest.mark.long
+def test_a_small_student_of_a_4b_teacher_fits_24_gb_with_fewer_rows(tmp_path):
+    """Plan with the shapes of Qwen3-0.6B and Qwen3-4B."""
+    small, large = (28, 1024, 16, 3072), (36, 2560, 32, 9728)
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    student = write_qwen3(tmp_path / "student", **dict(zip(names, small, strict=True)))
+    teacher = write_qwen3(tmp_path / "teacher", **dict(zip(names, large, strict=True)))
+    given = ["plan", "--student", student, "--teacher", teacher, "--prompt-tokens", 200]
+    given += ["--prefix", 512, "--prefixes", 512]
+    code, out, err = invoke(*given, "--card", "8,16,24,4090,48")
+    assert code == 0, err
+    document = last_json(out)
+    rows = {row["card"]: row for row in document["fits"]}
+    assert not rows["8 GB"]["fits"] and rows["8 GB"]["flags"] is None
+    assert document["prefixes"][0]["memory"]["total"] > 24e9  # the config's own flags do not fit
+    sizes = []
+    for name in ("16 GB", "24 GB", "48 GB"):
+        row = rows[name]
+        assert row["fits"] and row["total"] <= (row["memory_gb"] - 1) * 1e9
+        flags = row["flags"]
+        assert flags[-4::2] == ["--generation-rows", "--micro-batch-size"]
+        is_lora = "--lora" in flags
+        is_checkpointed = "--gradient-checkpointing" in flags
+        sizes.append((not is_lora, not is_checkpointed, *map(int, flags[-3::2])))
+    assert sizes == sorted(sizes) and sizes[1][:2] == (True, True) and sizes[1][2] < 64
+    assert rows["4090"]["flags"] == rows["24 GB"]["flags"] and rows["4090"]["seconds"] > 0
+    assert rows["24 GB"]["seconds"] is None
+    # The printed flags need the printed memory.
+    printed = [str(word) for word in rows["24 GB"]["flags"]]
+    code, out, err = invoke(*given, *printed, "--card", "24")
+    assert code == 0, err
+    assert last_json(out)["prefixes"][0]["memory"]["total"] == rows["24 GB"]["total"]
