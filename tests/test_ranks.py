@@ -356,6 +356,8 @@ def test_two_ranks_equal_one_process(pair, questions, tmp_path):
             trigger["scores"], rel=1e-4
         )
     for probe, other in zip(alone["tail_probes"], both["tail_probes"], strict=True):
+        change = [row.pop("kl_tail_change") for row in (probe, other)]
+        assert change[1] == pytest.approx(change[0], rel=1e-3, abs=1e-5)
         assert other == pytest.approx(probe, rel=1e-3)
     texts = [json.loads((tmp_path / n / "decisions/teacher-text.json").read_text()) for n in "12"]
     assert texts[0]["texts"] == texts[1]["texts"]

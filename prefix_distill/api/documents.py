@@ -11,12 +11,9 @@ from ..display import flops_text
 from ..errors import Stopped
 from .jobs import Outcome, check_error
 from .result import Estimate, Flops, Result, listing
-from .summaries import summarize_evaluation, summarize_export, summarize_run
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from ..display import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +115,6 @@ class RunResult(Result):
             "wall time": f"{self.seconds:.1f} s",
         }
         return [listing("Run", rows)]
-
-    def summary(self) -> "Summary":
-        return summarize_run(self)
 
     def remarks(self) -> list[str]:
         return [f"warning: {text}" for text in self.warnings]
@@ -255,9 +249,6 @@ class EvaluationResult(Result):
         }
         return [listing("Evaluation", rows)]
 
-    def summary(self) -> "Summary":
-        return summarize_evaluation(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(Result):
@@ -373,9 +364,6 @@ class ExportResult(Result):
 
     def tables(self) -> list["Table"]:
         return [listing("Export", {name: str(value) for name, value in self.document.items()})]
-
-    def summary(self) -> "Summary":
-        return summarize_export(self)
 
 
 class PushFailed(Stopped):

@@ -165,7 +165,8 @@ def check_error(name: str, result: str) -> PreflightError | MemoryShortage:
 def _announce(prepared: "Run", observer: Observer) -> None:
     if not prepared.place.is_first:
         return
-    for text in prepared.notes.shown(is_verbose()):
+    is_logged = not getattr(observer, "shares_streams", False)
+    for text in prepared.notes.shown(verbose=is_verbose() or is_logged):
         observer.note(text)
     for text in prepared.notes.warnings:
         observer.warn(text)

@@ -12,8 +12,6 @@ from . import html
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..display import Summary
-
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -71,10 +69,6 @@ class Result:
     def tables(self) -> list["Table"]:
         """Return the result as rich tables."""
         raise NotImplementedError
-
-    def summary(self) -> "Summary | None":
-        """Return what the command shows last; None if its tables say everything."""
-        return None
 
     def remarks(self) -> list[str]:
         """Return the sentences below the tables."""

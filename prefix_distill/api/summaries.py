@@ -1,16 +1,24 @@
 """The closing summary of each command, from its result."""
 
 import shlex
-from typing import TYPE_CHECKING
 
 from ..display import Summary, flops_text, time_text
-
-if TYPE_CHECKING:
-    from .documents import EvaluationResult, ExportResult, RunResult
-    from .result import Estimate
+from .documents import EvaluationResult, ExportResult, RunResult
+from .result import Estimate, Result
 
 
-def summarize_run(result: "RunResult") -> Summary:
+def summarize(result: Result) -> Summary | None:
+    """Return what a command shows last; None if the tables of its result say everything."""
+    if isinstance(result, RunResult):
+        return summarize_run(result)
+    if isinstance(result, EvaluationResult):
+        return summarize_evaluation(result)
+    if isinstance(result, ExportResult):
+        return summarize_export(result)
+    return None
+
+
+def summarize_run(result: RunResult) -> Summary:
     """Return before and after, the cost, and where the model is."""
     out = shlex.quote(str(result.out))
     last = result.evaluations[-1]
@@ -26,12 +34,12 @@ def summarize_run(result: "RunResult") -> Summary:
         "hub": result.pushed or "",
         "model": str(result.model),
     }
-    command = f"prefix-distill report {out} --out {out}/report"
+    command = f"prefix-distill show {out}"
     title = f"{result.out}: {result.steps} steps in {time_text(result.seconds)}"
     return Summary(title=title, rows=rows, command=command, warnings=result.warnings)
 
 
-def _describe_teacher(result: "RunResult") -> str:
+def _describe_teacher(result: RunResult) -> str:
     if result.accuracy_teacher is None:
         return ""
     text = _share(result.accuracy_teacher)
@@ -40,7 +48,7 @@ def _describe_teacher(result: "RunResult") -> str:
     return text
 
 
-def _describe_cost(result: "RunResult") -> str:
+def _describe_cost(result: RunResult) -> str:
     """Return the training FLOPs; with a prefix, also what full rollouts would take."""
     useful = result.flops.useful
     text = f"{flops_text(useful)} for {result.tokens:,} tokens"
@@ -50,18 +58,18 @@ def _describe_cost(result: "RunResult") -> str:
     return text
 
 
-def _describe_rounding(result: "RunResult") -> str:
+def _describe_rounding(result: RunResult) -> str:
     loss = result.document.get("rounding")
     if loss is None or loss["kept"] is None:
         return ""
     return f"model/ in {loss['dtype']} keeps {loss['kept']:.0%} of the KL gain"
 
 
-def summarize_evaluation(result: "EvaluationResult") -> Summary:
+def summarize_evaluation(result: EvaluationResult) -> Summary:
     """Return accuracy, lengths and where the answers are."""
     finished = ""
     if result.finished_accuracy is not None and result.finish_rate < 1:
-        finished = f"{result.finished_accuracy:.1%}"
+        finished = result.finished_accuracy.as_share()
     pass_at_k = {}
     if result.samples > 1 and result.pass_at_k is not None:
         pass_at_k = {f"pass@{result.samples}": result.pass_at_k.as_share()}
@@ -76,7 +84,7 @@ def summarize_evaluation(result: "EvaluationResult") -> Summary:
     return Summary(title=f"{result.model} on {result.dataset}", rows=rows)
 
 
-def summarize_export(result: "ExportResult") -> Summary:
+def summarize_export(result: ExportResult) -> Summary:
     """Return where the exported model is."""
     gguf = ""
     if result.gguf is not None:
@@ -89,13 +97,13 @@ def summarize_export(result: "ExportResult") -> Summary:
     return Summary(title=f"model folder {result.out}", rows=rows)
 
 
-def _share(estimate: "Estimate | None") -> str:
+def _share(estimate: Estimate | None) -> str:
     if estimate is None:
         return "not measured, because no problem has a reference answer"
     return estimate.as_share()
 
 
-def _nats(estimate: "Estimate | None") -> str:
+def _nats(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
     return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"

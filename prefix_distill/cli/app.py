@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__, display
 from ..api.launch import is_first_rank, leave_message
-from ..display import Summary, print_line, print_summary
+from ..display import Summary, print_line, render_summary
 from ..signals import find_stop_signals
 from .panels import PanelGroup, PanelTyper
 
@@ -126,8 +126,10 @@ def finish(document: dict, summary: Summary | None = None) -> None:
     """
     if not is_first_rank():
         return
-    if summary is not None:
-        print_summary(summary)
+    if summary is not None and sys.stdout.isatty():
+        print(render_summary(summary, sys.stdout))
+    elif summary is not None:
+        print_line(render_summary(summary, sys.stderr))
     if os.environ.get(JSON) or not sys.stdout.isatty():
         print(json.dumps(document))
 

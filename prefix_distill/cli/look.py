@@ -1,7 +1,6 @@
 """The commands show and try: look at texts of a run, and ask its models a question."""
 
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +30,6 @@ SWITCHES: dict[str, Any] = {
     "live": typer.Option(
         "--live", help="Follow a running folder: print evaluations and rollouts as they come."
     ),
-    "as_json": typer.Option(
-        "--json", help="Print the JSON document on a terminal as well; in a pipe it always is."
-    ),
 }
 
 
@@ -59,7 +55,7 @@ def with_switches(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 @app.command()
-@with_switches("wrong", "kl", "live", "as_json")
+@with_switches("wrong", "kl", "live")
 def show(
     run: Run,
     step: Annotated[
@@ -97,7 +93,7 @@ def show(
     view = looking.look(folder, choice)
     if not live:
         print_view(view)
-    conclude(view.to_dict(), switches["as_json"])
+    finish(view.to_dict())
 
 
 def print_view(view: "View") -> None:
@@ -114,16 +110,7 @@ def print_view(view: "View") -> None:
     note(view.remark())
 
 
-def conclude(document: dict, as_json: bool) -> None:
-    """Print the JSON document, on a terminal only with --json."""
-    if as_json:
-        os.environ["PREFIX_DISTILL_JSON"] = "1"
-    if as_json or not sys.stdout.isatty():
-        finish(document)
-
-
 @app.command("try")
-@with_switches("as_json")
 def try_command(
     run: Run,
     questions: Annotated[
@@ -133,7 +120,6 @@ def try_command(
             help="Questions; without one they are read from stdin, a question per line.",
         ),
     ] = None,
-    **switches: bool,
 ) -> None:
     """Ask the untrained student, the trained student and the teacher of a run the same question.
 
@@ -142,7 +128,7 @@ def try_command(
     """
     folder = read_folder("RUN", run)
     if questions:
-        conclude(answer(folder, questions), switches["as_json"])
+        finish(answer(folder, questions))
         return
     if sys.stdin.isatty():
         converse(folder)
@@ -151,7 +137,7 @@ def try_command(
     asked = [line for line in lines if line]
     if not asked:
         raise UserError('try: expected a question, got none; add one: try RUN "What is 2 + 2?"')
-    conclude(answer(folder, asked), switches["as_json"])
+    finish(answer(folder, asked))
 
 
 def converse(folder: Path) -> None:

@@ -83,11 +83,12 @@ def evaluate_command(
 ) -> None:
     """Evaluate a model: accuracy with its interval, pass@k, finish rate, length, repetition."""
     from ..api import work
+    from ..api.summaries import summarize
 
     config = settings.evaluation_config(flags["flags"], out)
     with Terminal() as terminal:
         result = work.evaluate(config, terminal)
-    finish(result.to_dict(), result.summary())
+    finish(result.to_dict(), summarize(result))
 
 
 Dtype = Annotated[
@@ -143,6 +144,7 @@ def export_command(
     """Save a run's student, or any model, in another dtype or as GGUF, or push it to the hub."""
     from ..api import work
     from ..api.documents import PushFailed
+    from ..api.summaries import summarize
 
     config = configuration.build(flags["flags"], settings.run_flags())
     folder = None
@@ -153,8 +155,8 @@ def export_command(
         with Terminal() as terminal:
             result = work.export(source, config, terminal, out=folder, choices=choices)
     except PushFailed as error:
-        finish(error.result.to_dict(), error.result.summary())
+        finish(error.result.to_dict(), summarize(error.result))
         raise
     if result.gguf is not None:
         note(f"for smaller types use llama.cpp's tool: llama-quantize {result.gguf} Q4_K_M")
-    finish(result.to_dict(), result.summary())
+    finish(result.to_dict(), summarize(result))

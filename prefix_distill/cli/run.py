@@ -58,6 +58,7 @@ def run(
     """Train the student: it samples a prefix, the teacher scores it, the student learns from it."""
     from ..api import work
     from ..api.documents import PushFailed
+    from ..api.summaries import summarize
 
     values, names = read_settings(config_file, flags["flags"], assignments)
     if resume:
@@ -74,9 +75,9 @@ def run(
         with Terminal() as terminal:
             result = work.distil(config, terminal, resume)
     except PushFailed as error:
-        finish(error.result.to_dict(), error.result.summary())
+        finish(error.result.to_dict(), summarize(error.result))
         raise
-    finish(result.to_dict(), result.summary())
+    finish(result.to_dict(), summarize(result))
 
 
 @app.command()

@@ -58,8 +58,8 @@ class Evaluation:
     teacher: Literal["auto", "off"] = option(
         "auto",
         "--eval-teacher",
-        "Whether to evaluate the teacher once, after training, to tell how much of the gap is "
-        "closed; auto: unless it is the student itself or sees privileged text.",
+        "Whether the teacher is evaluated once, after training, to tell how much of the gap is "
+        "closed: auto (unless it is the student itself or sees privileged text) or off.",
     )
     kl_prompts: int = option(
         32,

@@ -9,7 +9,7 @@ from .observers import Observer, RankWarnings, Reporter, Terminal
 from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
 from .screen import RUNS, Screen
-from .summary import Summary, lay_out, print_summary
+from .summary import Summary, lay_out, render_summary
 from .texts import accuracy_text, flops_text, time_text
 from .training import Display
 
@@ -38,7 +38,7 @@ __all__ = [
     "open_phase",
     "phase",
     "print_line",
-    "print_summary",
     "print_tables",
+    "render_summary",
     "time_text",
 ]

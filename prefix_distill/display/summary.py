@@ -1,9 +1,9 @@
 """The last screen of a command: what came out, in a few labelled lines."""
 
 import shutil
-import sys
 import textwrap
 from dataclasses import dataclass, field
+from typing import TextIO
 
 from .lines import is_plain
 
@@ -26,18 +26,13 @@ class Summary:
     warnings: tuple[str, ...] = field(default=())
 
 
-def print_summary(summary: Summary) -> None:
-    """Print a summary on stdout if that is a terminal, else on stderr."""
-    stream = sys.stdout if sys.stdout.isatty() else sys.stderr
-    is_terminal = stream.isatty()
+def render_summary(summary: Summary, stream: TextIO) -> str:
+    """Return a summary as text for ``stream``: with colors and its width if it is a terminal."""
     width = NARROW
-    if is_terminal:
+    if stream.isatty():
         width = min(NARROW, shutil.get_terminal_size().columns)
-    in_color = is_terminal and not is_plain()
-    try:
-        print("\n".join(lay_out(summary, width, in_color=in_color)), file=stream, flush=True)
-    except OSError:
-        return  # the terminal has closed
+    in_color = stream.isatty() and not is_plain()
+    return "\n".join(lay_out(summary, width, in_color=in_color))
 
 
 def lay_out(summary: Summary, width: int, *, in_color: bool) -> list[str]:

@@ -1,7 +1,9 @@
 """The transformers class of a config's language model."""
 
+import inspect
 from typing import Any
 
+import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -32,15 +34,49 @@ def choose_class(name: str, config: PreTrainedConfig) -> AutoClass:
         if auto_class is AutoModelForImageTextToText and _has_encoder(config):
             raise UserError(
                 f"model {name}: {type(config).__name__} describes a decoder that reads an "
-                "encoder's states (is_encoder_decoder), which text alone does not give; use a "
-                "decoder-only model"
+                "encoder's states (is_encoder_decoder), which text alone does not give"
+                f"{_describe_cross_attention(config)}; use a decoder-only model"
             )
         return auto_class
     raise UserError(
-        f"model {name}: {type(config).__name__} describes no model that writes text (neither "
-        "AutoModelForCausalLM nor AutoModelForImageTextToText has a class for it); use a causal "
-        "language model"
+        f"model {name}: {type(config).__name__} describes no model that writes text "
+        f"({_describe_mapping(config)}); use a causal language model"
     )
+
+
+def _describe_mapping(config: PreTrainedConfig) -> str:
+    """Return why no mapping has a class that can be loaded again for a config."""
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        model_class: Any = mapping.get(type(config), None)
+        if model_class is not None:
+            own = model_class.config_class.__name__
+            return (
+                f"its class {model_class.__name__} saves the config class {own}, for which no "
+                "mapping of transformers has a model, so a trained copy could not be loaded"
+            )
+    return "neither AutoModelForCausalLM nor AutoModelForImageTextToText has a class for it"
+
+
+def _describe_cross_attention(config: PreTrainedConfig) -> str:
+    """Return a clause on the first module that reads the encoder's states, or nothing.
+
+    The network is built without weights.
+    """
+    try:
+        with torch.device("meta"):
+            net = AutoModelForImageTextToText.from_config(config)
+        decoder = set(net.get_decoder().modules())
+    except Exception:  # the config alone is refused; a network may raise anything
+        return ""
+    readers = []
+    for name, module in net.named_modules():
+        arguments = inspect.signature(module.forward).parameters
+        if module in decoder and "encoder_hidden_states" in arguments:
+            readers.append(name)
+    for name in readers:
+        if not any(other.startswith(f"{name}.") for other in readers):
+            return f": {name} needs the tensor encoder_hidden_states"
+    return ""
 
 
 def _can_be_loaded_again(model_class: Any) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedConfig
 
-from ..errors import UserError, first_line
+from ..errors import UserError
 from .decoding import FASTEST, WAYS, Decoding
 from .device import is_out_of_memory
 from .models import Model
@@ -19,6 +19,7 @@ from .rollout import Side
 from .sampling import Request, Sampler, generate
 from .scoring import hidden_rows
 from .text_ids import text_ids
+from .trace import describe_failure, join, name_difference, recording
 
 # largest relative difference of logits. Rounding gives about 1e-6 in float32 and up to 0.05 in
 # bfloat16, wrong states give 0.2 and more.
@@ -37,6 +38,7 @@ LONGEST_ROW = max(prompt + response for _, prompt, response in ROWS)
 # the check beyond a window: the widest window, and the tokens before and after it
 WIDEST, PROMPT, BEYOND = 1024, 8, 8
 
+Logits = dict[tuple[object, ...], list[torch.Tensor]]  # one tensor [V] per token, by key
 Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
 
 
@@ -73,7 +75,7 @@ def _compare_sharing(model: Model, compute: Computation, what: str) -> str | Non
         # an architecture may lack the cache, the mask or the positions, and may raise anything
         if is_out_of_memory(error):
             raise
-        return f"its cache cannot be shared ({_describe(error)})"
+        return f"its cache cannot be shared ({describe_failure(model.net, error)})"
     smallest = model.choose_tolerance(SHARING_TOLERANCE, SHARING_TOLERANCE_OF_HALF_PRECISION)
     gap = _relative_norm(together - one_by_one, one_by_one)
     if gap <= max(smallest, 2 * noise):
@@ -111,11 +113,6 @@ def _first_reached(model: Model) -> list[torch.nn.Parameter]:
         if p.is_floating_point() and name not in model.unreached and "lora_" not in name:
             reached.append(p)
     return reached[:FEW]
-
-
-def _describe(error: Exception) -> str:
-    """Return the start of an error's first line, without the tensors that it lists."""
-    return first_line(error).split(": [")[0][:120] or type(error).__name__
 
 
 def _relative_norm(difference: torch.Tensor, expected: torch.Tensor) -> float:
@@ -175,7 +172,14 @@ def _compare_beyond_window(model: Model, allowed: float) -> str | None:
     gap = gap_T.median().item()  # rounding may send single tokens to other experts
     if gap <= allowed:
         return None
-    return f"beyond its window of {window} tokens, hidden states differ by {gap:.1g} of their norm"
+    text = f"beyond its window of {window} tokens, hidden states differ by {gap:.1g} of their norm"
+    with recording(model.net, keep=BEYOND) as whole:
+        model.trunk(ids_1T)
+    _, cache = model.trunk_cached(ids_1T[:, :PROMPT], mask_1T[:, :PROMPT])
+    with recording(model.net, keep=BEYOND) as cached:
+        model.trunk_cached(ids_1T[:, PROMPT:], mask_1T, cache)
+    where = name_difference(model, join(whole), join(cached), allowed=allowed)
+    return "; ".join(filter(None, (text, where)))
 
 
 def _find_window(config: PreTrainedConfig) -> int | None:
@@ -224,6 +228,34 @@ class _Dictation:
         self, model: Model, way: Decoding, *, expected: list[torch.Tensor], allowed: float
     ) -> str | None:
         """Decode the texts in one ``way``; return what differs from the ``expected`` logits."""
+        try:
+            written = self.write(model, way, self.requests)
+        except Exception as error:  # a cache without these operations may raise anything
+            if is_out_of_memory(error):
+                raise
+            return describe_failure(model.net, error)
+        if not all(written.values()):
+            method = getattr(model.net.generate, "__qualname__", "generate")
+            return (
+                f"{method} does not call logits processors, which read the logits "
+                f"[1, {model.vocabulary}] of a step and draw its token"
+            )
+        for request, theirs in zip(self.requests, expected, strict=True):
+            ours = torch.stack(written[request.key])[:, : theirs.shape[-1]]
+            measure = _relative_gap
+            if allowed == TOLERANCE_OF_HALF_PRECISION:
+                measure = _median_gap
+            gap = measure(ours, theirs)
+            if not gap <= allowed:
+                text = f"they differ by {gap:.1g} of their norm"
+                where = None
+                if way is WAYS[-1]:
+                    where = self.name_difference(model, request, allowed)
+                return "; ".join(filter(None, (text, where)))
+        return None
+
+    def write(self, model: Model, way: Decoding, requests: list[Request]) -> Logits:
+        """Decode the texts of ``requests`` in one ``way``; return the logits that they had."""
         tested = way
         if way.stretch is not None:
             tested = replace(way, stretch=STRETCH)
@@ -234,25 +266,19 @@ class _Dictation:
             seed=0,
             texts=self.texts,
         )
-        try:
-            generate(
-                replace(model, decoding=tested), self.requests, LONGEST_RESPONSE, sampler=sampler
-            )
-        except Exception as error:  # a cache without these operations may raise anything
-            if is_out_of_memory(error):
-                raise
-            return _describe(error)
-        if not all(sampler.logits.values()):
-            return "its generate method does not call logits processors"
-        for request, theirs in zip(self.requests, expected, strict=True):
-            ours = torch.stack(sampler.logits[request.key])[:, : theirs.shape[-1]]
-            measure = _relative_gap
-            if allowed == TOLERANCE_OF_HALF_PRECISION:
-                measure = _median_gap
-            gap = measure(ours, theirs)
-            if not gap <= allowed:
-                return f"they differ by {gap:.1g} of their norm"
-        return None
+        generate(replace(model, decoding=tested), requests, LONGEST_RESPONSE, sampler=sampler)
+        return sampler.logits
+
+    def name_difference(self, model: Model, request: Request, allowed: float) -> str | None:
+        """Return a clause on the first tensor that decoding one row with the cache changes."""
+        text = self.texts[request.key]
+        ids_1T = torch.tensor([[*request.ids, *text[:-1]]], device=model.device)
+        with recording(model.net) as whole:
+            model.read_logits(ids_1T)
+        with recording(model.net) as steps:
+            self.write(model, WAYS[-1], [request])
+        decoded = slice(len(request.ids), None)
+        return name_difference(model, join(whole), join(steps), allowed=allowed, tokens=decoded)
 
 
 def _relative_gap(logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -280,7 +306,7 @@ class _DictatingSampler(Sampler):
     """A sampler whose tokens are given; it collects the ``logits`` of every key and position."""
 
     texts: dict[tuple[object, ...], tuple[int, ...]]
-    logits: dict[tuple[object, ...], list[torch.Tensor]] = field(default_factory=dict)
+    logits: Logits = field(default_factory=dict)
 
     def race(self, keys: list[tuple[object, ...]], device: torch.device) -> RowProcessor:
         """Return the processor that writes the texts of ``keys``."""

@@ -32,6 +32,7 @@ from .model_files import read_tokenizer
 from .models import Model
 from .placement import PLAIN, Storage, make_quantization, plan_spread
 from .text_ids import make_row
+from .trace import describe_logits
 
 if TYPE_CHECKING:
     from .transformers_names import CausalLM
@@ -197,8 +198,8 @@ def _make_model(name: str, net: "CausalLM", tokenizer: PreTrainedTokenizerBase) 
     if net.get_output_embeddings() is None:
         raise UserError(
             f"model {name}: {type(net).__name__} names no output layer (get_output_embeddings is "
-            "None), so the loss has no head to compute logits with; use a model whose logits are a "
-            "linear layer of its hidden states"
+            f"None), so the loss has no head to compute logits with; {describe_logits(net)}; use "
+            "another model"
         )
     generation_config = net.generation_config
     net.generation_config = GenerationConfig()

@@ -277,9 +277,20 @@ def with_checkpointing(model: Model) -> Model:
     except ValueError:
         raise UserError(
             f"model {model.name}: {type(model.net).__name__} has no layer that can recompute its "
-            "activations in backward; omit --gradient-checkpointing"
+            f"activations in backward; {_describe_layers(model.net)} keeps those of its forward "
+            "pass; omit --gradient-checkpointing"
         ) from None
     return replace(model, recomputes=True)
+
+
+def _describe_layers(net: torch.nn.Module) -> str:
+    """Return the name and the class of the first module in the longest list of modules."""
+    longest = torch.nn.ModuleList([net])
+    place = "the network"
+    for name, module in net.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) > len(longest):
+            longest, place = module, f"{name}.0"
+    return f"{place} ({type(longest[0]).__name__})"
 
 
 @contextlib.contextmanager

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, first_line
+from ..errors import UserError
 from .device import is_out_of_memory
 from .models import Model
 from .text_ids import make_row
+from .trace import describe_failure
 
 TOKENS = 128  # long enough for layers that only run on long texts
 NAMED = 3  # the most modules that a note names
@@ -55,7 +56,8 @@ def _run_trunk(model: Model) -> torch.Tensor:
             raise
         raise UserError(
             f"model {model.name}: expected hidden states with gradients, got "
-            f"{type(error).__name__} ({first_line(error)[:120]}); use a model that can be trained"
+            f"{type(error).__name__} ({describe_failure(model.net, error)}); use a model that can "
+            "be trained"
         ) from None
     if hidden_BTD.grad_fn is None:
         raise UserError(

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import UserError, first_line
+from ..errors import UserError
 from .device import is_out_of_memory
 from .models import Model
 from .text_ids import make_row
+from .trace import describe_failure
 
 TOKENS = 16
 # largest relative change of a gradient with recomputation
@@ -30,7 +31,7 @@ def check_recomputation(model: Model) -> None:
             raise
         raise UserError(
             f"--gradient-checkpointing: layers of model {model.name} cannot be recomputed "
-            f"({first_line(error)[:120]}); omit --gradient-checkpointing"
+            f"({describe_failure(model.net, error)}); omit --gradient-checkpointing"
         ) from None
     allowed = model.choose_tolerance(TOLERANCE, TOLERANCE_OF_HALF_PRECISION)
     for name, before, after in zip(chosen, without, recomputed, strict=True):

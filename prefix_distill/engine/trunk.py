@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import UserError, first_line
+from ..errors import UserError
 from .device import is_out_of_memory
 from .models import Model
 from .output_layer import measure_scaling
 from .text_ids import make_row
+from .trace import describe_failure, name_noise, recording
 
 # largest difference in nats between the model's logits and head(trunk)
 LOGIT_TOLERANCE = 1e-3
@@ -29,7 +30,7 @@ def choose_trunk(model: Model) -> None:
         try:
             gap = _measure_gap(candidate, logits_NV)
         except Exception as error:  # what is no trunk may raise anything
-            difference = first_line(error)[:80]
+            difference = describe_failure(model.net, error)
         else:
             if gap <= model.choose_tolerance(LOGIT_TOLERANCE, LOGIT_TOLERANCE_OF_HALF_PRECISION):
                 model.whole_net, model.scaling = candidate.whole_net, candidate.scaling
@@ -39,9 +40,30 @@ def choose_trunk(model: Model) -> None:
     found = " and ".join(f"{trunk}: {gap}" for trunk, gap in gaps.items())
     raise UserError(
         f"model {model.name}: head(hidden states) does not equal its logits (difference in "
-        f"log-probability by source of the states: {found}); expected logits that are a linear "
-        "layer, a scale and a softcap of hidden states; use another model"
+        f"log-probability by source of the states: {found}){_locate_gap(model)}; expected logits "
+        "that are a linear layer, a scale and a softcap of hidden states; use another model"
     )
+
+
+def _locate_gap(model: Model) -> str:
+    """Return a clause on the tensor that shows why no trunk gives the logits, or nothing.
+
+    It is the first that differs between two passes, or else the output layer's beside the logits.
+    """
+    allowed = model.choose_tolerance(LOGIT_TOLERANCE, LOGIT_TOLERANCE_OF_HALF_PRECISION)
+    where = name_noise(model, allowed=allowed)
+    if where:
+        return f"; two passes over the same tokens give other logits{where}"
+    with recording(model.net) as recorded:
+        logits_NV = _compute_logits(model)
+    head = _name_head(model)
+    raw_NV = recorded[0].get((head, "output", 1))
+    if raw_NV is None or raw_NV.shape[1] < logits_NV.shape[1]:
+        return ""
+    raw_NV = raw_NV[:, : logits_NV.shape[1]].to(logits_NV.device)
+    i = int((raw_NV - logits_NV).abs()[0].argmax())
+    raw, logit = raw_NV[0, i].item(), logits_NV[0, i].item()
+    return f"; the output of {head} is {raw:.3g} for id {i}, where the logits have {logit:.3g}"
 
 
 def _candidates(model: Model) -> Iterator[Model]:
@@ -86,10 +108,12 @@ def _compute_logits(model: Model) -> torch.Tensor:
         if is_out_of_memory(error):
             raise
         dtype = str(model.net.dtype).removeprefix("torch.")
+        hint = "expected a language model that reads tokens alone; use another model"
+        if model.net.dtype != torch.float32:
+            hint += ", or --dtype float32"
         raise UserError(
             f"model {model.name}: a forward pass over tokens in {dtype} gives no logits "
-            f"({first_line(error)[:120]}); expected a language model that reads tokens alone; use "
-            "another model, or --dtype float32 if it was not used"
+            f"({describe_failure(model.net, error)}); {hint}"
         ) from None
     if not torch.isfinite(logits_NV).all():
         raise UserError(
@@ -102,7 +126,11 @@ def _compute_logits(model: Model) -> torch.Tensor:
 @torch.no_grad()
 def _measure_gap(model: Model, logits_NV: torch.Tensor) -> float:
     """Return the largest difference between head(trunk) and the logits in log-probability."""
-    ours_NV = model.head().logits(model.trunk(make_row(model, 8))[0])
+    row_BT = make_row(model, 8)
+    hidden_BTD = model.trunk(row_BT)
+    if hidden_BTD.dim() != 3 or hidden_BTD.shape[:2] != row_BT.shape:
+        raise ValueError(f"shape {list(hidden_BTD.shape)}, expected [1, {row_BT.shape[1]}, D]")
+    ours_NV = model.head().logits(hidden_BTD[0])
     theirs_NV = logits_NV.to(ours_NV.device)
     return (ours_NV.log_softmax(-1) - theirs_NV.log_softmax(-1)).abs().max().item()
 
@@ -111,6 +139,10 @@ def _describe_trunk(model: Model) -> str:
     net = model.net
     if not model.whole_net:
         return f"its decoder ({type(net.get_decoder()).__name__})"
-    layer = net.get_output_embeddings()
-    names = [name for name, module in net.named_modules() if module is layer]
-    return f"the input of {names[0]}"
+    return f"the input of {_name_head(model)}"
+
+
+def _name_head(model: Model) -> str:
+    layer = model.net.get_output_embeddings()
+    names = [name for name, module in model.net.named_modules() if module is layer]
+    return names[0]

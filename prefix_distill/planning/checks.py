@@ -17,6 +17,7 @@ from ..engine.models import Model
 from ..engine.recommended import read_recommended
 from ..engine.rollout import Rollout, rollout_of
 from ..engine.scoring import Scorer
+from ..engine.trace import name_noise
 from ..errors import UserError
 from ..maths.divergence import Terms
 from ..training.run import Check, Run
@@ -112,10 +113,11 @@ def _check_determinism(run: Run) -> Check:
         facts[role] = max(gaps)
     worst = max(facts, key=lambda role: facts[role])
     if facts[worst] > ZERO:
+        where = name_noise(dict(both_models(run))[worst])
         text = (
             f"the {worst} is not deterministic: two identical passes differ by "
-            f"{facts[worst]:.2g} nats per token, expected 0; remove the dropout or noise from its "
-            "layers, or use --dtype float32"
+            f"{facts[worst]:.2g} nats per token, expected 0{where}; remove the dropout or noise "
+            "from its layers, or use --dtype float32"
         )
         return failed("determinism", text, facts)
     text = f"two identical passes of a model differ by {facts[worst]:.1g} nats per token"

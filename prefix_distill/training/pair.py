@@ -70,9 +70,7 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
     else:
         notes.note(tokenizers)
     for model in (student, teacher):
-        notes.detail(*describe_unused_tokens(model))
-        if model.left_out is not None and model.left_out not in notes.warnings:
-            notes.warn(model.left_out)
+        _note_unused(model, notes)
     support = None
     if alignment is not None:
         config = check_alignment(config, notes)
@@ -146,6 +144,13 @@ def _load_student(config: Config) -> tuple[Model, Place]:
     where = join_ranks(config.runtime, student)
     student.net.to(where.device)
     return student, where
+
+
+def _note_unused(model: Model, notes: Notes) -> None:
+    """Note the tokens of a model that are not used, and warn of files that are left out."""
+    notes.note(*describe_unused_tokens(model))
+    if model.left_out is not None and model.left_out not in notes.warnings:
+        notes.warn(model.left_out)
 
 
 def _add_adapter(config: Config, student: Model, where: Place, notes: Notes) -> Model:

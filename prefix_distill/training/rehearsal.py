@@ -10,7 +10,8 @@ from ..display import phase
 from ..engine.device import Clock, is_out_of_memory
 from ..engine.meter import Meter
 from ..engine.rollout import Rollout, rollout_of
-from ..errors import Stopped, UserError, one_line
+from ..engine.trace import describe_failure
+from ..errors import Stopped, UserError
 from .faults import describe_non_finite, explain_shortage
 from .optimizer import NonFiniteGradient, step_optimizer
 from .state import State
@@ -40,10 +41,9 @@ def rehearse(state: State) -> None:
             if isinstance(error, UserError | Stopped) or is_out_of_memory(error):
                 raise
             # a network may raise anything
-            _refuse(
-                f"the network's code failed ({one_line(error) or type(error).__name__})",
-                hint="use another model",
-            )
+            nets = {"student": run.pair.student.net, "teacher": run.pair.teacher.net}
+            reason = describe_failure(torch.nn.ModuleDict(nets), error)
+            _refuse(f"the network's code failed ({reason})", hint="use another model")
         finally:
             state.optimizer.state.clear()
             state.optimizer.zero_grad(set_to_none=True)

@@ -29,8 +29,13 @@ def render(document: dict) -> str:
             refusals.append(
                 {"name": f"{row['class']} with {OPTIONS[name]}", "obstacle": shorten(text)}
             )
+    repeated: dict[str, int] = {}
+    for row in document["classes"]:
+        if "versions" in row:
+            packages = ", ".join(f"{name} {text}" for name, text in row["versions"].items())
+            repeated[packages] = repeated.get(packages, 0) + 1
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
-    return template.render(**document, working=working, refusals=refusals)
+    return template.render(**document, working=working, refusals=refusals, repeated=repeated)
 
 
 def shorten(refusal: str) -> str:

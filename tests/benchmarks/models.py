@@ -14,9 +14,9 @@ step saved and reloaded, and the same with LoRA.
 A class *works* if every comparison holds (``figures`` has the largest differences); ``limits``
 names options that it refuses. It is *refused* if loading or a check ends in one line that names the
 obstacle. Anything else is *neither*. A whole run writes results/models.json and the help page
-model-classes; ``--again`` repeats the recorded classes that are neither. ``--quick``: eight
-classes, nothing written. The last line is a JSON document. Some classes need the packages timm or
-scipy to be built.
+model-classes; ``--again`` repeats the recorded classes that are neither, or those of ``--only``,
+and updates them. ``--quick``: eight classes, nothing written. The last line is a JSON document.
+Some classes need the packages timm or scipy to be built.
 """
 
 import argparse
@@ -163,8 +163,8 @@ def choose(given: argparse.Namespace) -> list[ModelClass]:
     names = {model_class.name for model_class in classes}
     if given.quick:
         return [model_class for model_class in classes if model_class.name in QUICK]
-    if given.again:
-        neither = {row["class"] for row in read_rows() if row["outcome"] == "neither"}
+    if given.again and given.only is None:
+        neither = {row["class"] for row in read_record()["classes"] if row["outcome"] == "neither"}
         return [model_class for model_class in classes if model_class.name in neither]
     if given.only is None:
         return classes
@@ -175,31 +175,48 @@ def choose(given: argparse.Namespace) -> list[ModelClass]:
     return [model_class for model_class in classes if model_class.name in wanted]
 
 
-def read_rows() -> list[dict]:
-    """Return the rows of the recorded whole run."""
-    return json.loads(RECORD.read_text(encoding="utf-8"))["classes"]
+def read_record() -> dict:
+    """Return the document of the recorded whole run."""
+    return json.loads(RECORD.read_text(encoding="utf-8"))
+
+
+def replace_rows(rows: list[dict], versions: dict) -> tuple[list[dict], dict]:
+    """Return the recorded rows with ``rows`` in place of theirs, and the recorded machine.
+
+    A row that other ``versions`` of the packages gave keeps them.
+    """
+    recorded = read_record()
+    repeated = {}
+    for row in rows:
+        repeated[row["class"]] = row
+        if versions != recorded["versions"]:
+            repeated[row["class"]] = row | {"versions": versions}
+    merged = [repeated.get(row["class"], row) for row in recorded["classes"]]
+    return merged, {name: recorded[name] for name in ("cpu", "threads", "versions")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="eight classes, nothing written")
-    parser.add_argument("--only", help="names of classes, separated by commas; nothing written")
+    parser.add_argument("--only", help="names of classes, separated by commas")
     parser.add_argument(
-        "--again", action="store_true", help="the recorded classes that are neither; updates them"
+        "--again",
+        action="store_true",
+        help="update the recorded classes that are neither, or those of --only",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one class")
     given = parser.parse_args()
     rows = examine_all(choose(given), given.jobs, given.timeout)
+    machine = measure.machine()
     if given.again:
-        repeated = {row["class"]: row for row in rows}
-        rows = [repeated.get(row["class"], row) for row in read_rows()]
+        rows, machine = replace_rows(rows, machine["versions"])
     names: dict[str, list[str]] = {"works": [], "refused": [], "neither": []}
     for row in rows:
         names[row["outcome"]].append(row["class"])
     document = {outcome: len(classes) for outcome, classes in names.items()}
-    document |= {"classes": rows} | measure.machine()
-    complete = not given.quick and given.only is None
+    document |= {"classes": rows} | machine
+    complete = not given.quick and (given.again or given.only is None)
     measure.record("models", document, complete)
     if complete:
         model_page.PAGE.write_text(model_page.render(document), encoding="utf-8")

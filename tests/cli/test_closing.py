@@ -9,6 +9,7 @@ from helpers import flags, invoke, last_json
 from rich.console import Console
 
 from prefix_distill.api.finished import load
+from prefix_distill.api.summaries import summarize
 from prefix_distill.cli import app
 from prefix_distill.display import Summary, lay_out
 from prefix_distill.results import demo
@@ -81,7 +82,7 @@ def test_the_teacher_is_measured_as_eval_measures_it(pair, questions, tmp_path):
         records = [json.loads(line) for line in file.read_text().splitlines()]
         texts.append([record["responses"][0]["text"] for record in records])
     assert len(texts[0]) == 4 and texts[0] == texts[1]
-    summary = load(out).summary()
+    summary = summarize(load(out))
     assert summary.rows["teacher"].startswith("0.0% [0.0%")
     assert summary.rows["model"] == f"{out}/model"
 
@@ -126,7 +127,7 @@ def test_the_full_arm_omits_the_estimate_of_its_own_cost(pair, questions, tmp_pa
     code, _, err = invoke(*flags(pair, questions, tmp_path / "run"), "--prefix", "full")
     assert code == 0, err
     assert "with full rollouts" not in err
-    assert "full rollouts" not in load(tmp_path / "run").summary().rows["FLOPs"]
+    assert "full rollouts" not in summarize(load(tmp_path / "run")).rows["FLOPs"]
 
 
 def score(value, tokens=50):

@@ -10,7 +10,16 @@ import pytest
 from helpers import TESTS
 from rich.cells import cell_len
 
-from prefix_distill.display import EVALUATION, RUNS, Display, Outline, Screen, listening, phase
+from prefix_distill.display import (
+    EVALUATION,
+    RUNS,
+    Display,
+    Outline,
+    Screen,
+    listening,
+    phase,
+    phases,
+)
 
 FILE = TESTS / "screens" / "live-line.txt"
 WIDTHS = (40, 80, 100, 120, 220)
@@ -33,6 +42,7 @@ def evaluated(step, accuracy):
     return {
         "step": step,
         "accuracy": {"value": accuracy, "low": 0.5, "high": 0.7, "n": 200},
+        "graded_by": None,
         "finish_rate": 0.9,
         "mean_tokens": 55.0,
         "kl": {"value": 0.12},
@@ -66,6 +76,7 @@ class Scene:
 @pytest.fixture
 def scene(monkeypatch):
     made = Scene(monkeypatch)
+    monkeypatch.setattr(phases, "_newest", phases.Phase(""))  # no phase ended before this test
     with listening(made.screen):
         yield made
 

@@ -67,7 +67,7 @@ def test_a_run_shows_steps_and_time_left(tmp_path, columns):
     check_screens(seen, "run", columns)
     if columns > 40:
         assert "step 40 · accuracy" in seen.text
-        assert re.search(r"40 steps in .* next prefix-distill report", seen.text)
+        assert re.search(r"40 steps in .* next prefix-distill show", seen.text)
 
 
 def test_a_check_shows_which_check_runs(tmp_path):

@@ -1,6 +1,7 @@
 """Test how a model decodes and shares prompts: hybrids, recurrent models and fixed caches."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -197,7 +198,58 @@ def test_a_cache_that_changes_the_logits_is_refused(dtype):
         return output
 
     net.forward = forward
-    with pytest.raises(UserError, match="does not give the logits of a forward pass"):
+    with pytest.raises(UserError, match="does not give the logits of a forward pass") as error:
+        exactness.find_decoding(make_model(net))
+    assert "first tensor that differs is the output of LlamaForCausalLM, by" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class OffWithCache(torch.nn.Module):
+    """A layer that adds one to every value of a decoding step."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, *arguments, **named):
+        return self.inner(x, *arguments, **named) + float(x.shape[1] == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_first_module_that_decodes_otherwise_is_named(layer, dtype):
+    net = tiny_net("llama").to(dtype)
+    net.model.layers[layer].mlp = OffWithCache(net.model.layers[layer].mlp)
+    with pytest.raises(UserError) as error:
+        exactness.find_decoding(make_model(net))
+    assert f"the output of model.layers.{layer}.mlp, by" in str(error.value)
+
+
+def test_a_module_without_a_fault_is_not_named_for_what_it_reads():
+    """The states after the layer are wrong before the norm reads them."""
+    net = tiny_net("llama")
+    plain = net.model.layers[1].forward
+
+    def forward(x, *arguments, **named):
+        return plain(x, *arguments, **named) + float(x.shape[1] == 1)
+
+    net.model.layers[1].forward = forward
+    with pytest.raises(UserError, match=r"the output of model\.layers\.1, by"):
+        exactness.find_decoding(make_model(net))
+
+
+def test_the_module_that_fails_with_a_cache_is_named():
+    net = tiny_net("llama")
+    plain = net.model.layers[1].self_attn.forward
+
+    def forward(hidden_states, **named):
+        if hidden_states.shape[1] == 1:
+            raise ValueError("no state of the step before")
+        return plain(hidden_states, **named)
+
+    net.model.layers[1].self_attn.forward = forward
+    reason = r"\(model\.layers\.1\S*: no state of the step before\)"
+    with pytest.raises(UserError, match=reason):
         exactness.find_decoding(make_model(net))
 
 
@@ -245,13 +297,14 @@ def test_half_precision_hides_no_wrong_position():
     model = half("mixtral", num_local_experts=8, rope_theta=100.0)
     plain = model.net.forward
 
+    @functools.wraps(plain)  # generate reads from the signature what it passes
     def forward(*arguments, **named):
         if named["input_ids"].shape[1] == 1:
             named["position_ids"] = named["position_ids"] + 1
         return plain(*arguments, **named)
 
     model.net.forward = forward
-    with pytest.raises(UserError, match="does not give the logits of a forward pass"):
+    with pytest.raises(UserError, match=r"the output of model\.rotary_emb, by"):
         exactness.find_decoding(model)
 
 

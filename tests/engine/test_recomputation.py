@@ -52,6 +52,26 @@ def test_a_layer_that_is_not_itself_when_recomputed_is_refused():
     assert "\n" not in str(error.value)
 
 
+def test_the_layer_that_cannot_run_twice_is_named():
+    net = tiny_net("llama")
+    calls = []
+
+    def fail_the_second_time(*_):
+        calls.append(1)
+        if len(calls) > 2:
+            raise ValueError("its state is gone")
+
+    net.model.layers[1].input_layernorm.register_forward_hook(fail_the_second_time)
+    with pytest.raises(UserError, match=r"\(model\.layers\.1\S*: its state is gone\)"):
+        check_recomputation(with_checkpointing(model_of(net)))
+
+
+def test_the_layers_of_a_network_without_checkpointing_are_named():
+    config = text_config("openai-gpt", n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    with pytest.raises(UserError, match=r"transformer\.h\.0 \(Block\) keeps"):
+        with_checkpointing(model_of(random_net(config)))
+
+
 def test_the_check_leaves_the_flags_as_they_were():
     model = with_checkpointing(model_of(tiny_net("qwen3").requires_grad_(False)))
     check_recomputation(model)

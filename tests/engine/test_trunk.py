@@ -81,7 +81,58 @@ def test_a_network_that_needs_more_than_tokens_is_refused_with_its_reason():
         raise ValueError("You must specify pixel_values")
 
     model.net.forward = forward
-    with pytest.raises(UserError, match=r"gives no logits \(You must specify pixel_values\)"):
+    with pytest.raises(UserError, match=r"gives no logits \(.*: You must specify pixel_values\)"):
+        choose_trunk(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_module_that_needs_more_than_tokens_is_named(dtype):
+    model = make_model(random_net(text_config("llama")).to(dtype))
+
+    def forward(*_, **__):
+        raise ValueError("You must specify pixel_values")
+
+    model.net.model.layers[1].mlp.forward = forward
+    with pytest.raises(UserError) as error:
+        choose_trunk(model)
+    text = str(error.value)
+    assert "(model.layers.1.mlp: You must specify pixel_values)" in text
+    assert text.endswith("--dtype float32") == (dtype == torch.bfloat16)
+
+
+def test_an_id_whose_logit_the_network_replaces_is_named():
+    model = make_model(random_net(text_config("llama")))
+    plain = model.net.forward
+
+    def forward(**named):
+        output = plain(**named)
+        if output.logits.shape[-1] > 1:
+            output.logits = output.logits.clone()
+            output.logits[..., 7] = -1e9
+        return output
+
+    model.net.forward = forward
+    with pytest.raises(UserError, match=r"lm_head is \S+ for id 7, where the logits have -1e\+09"):
+        choose_trunk(model)
+
+
+def test_the_module_that_draws_random_numbers_is_named():
+    model = make_model(random_net(text_config("llama")))
+    model.net.model.layers[1].mlp.register_forward_hook(
+        lambda module, inputs, out: out + torch.randn_like(out)
+    )
+    with pytest.raises(UserError, match=r"two passes .*the output of model\.layers\.1\.mlp, by"):
+        choose_trunk(model)
+
+
+def test_a_head_that_reads_another_shape_than_the_tokens_is_refused_with_the_shape():
+    """Two streams of states, as of a network that predicts two tokens at once."""
+    model = make_model(random_net(text_config("llama")))
+    model.net.lm_head.register_forward_pre_hook(
+        lambda module, inputs: (torch.stack([inputs[0].sin(), inputs[0]], 1),)
+    )
+    model.net.lm_head.register_forward_hook(lambda module, inputs, out: out[:, 0])
+    with pytest.raises(UserError, match=r"lm_head: shape \[1, 2, 8, 32\], expected \[1, 8, D\]"):
         choose_trunk(model)
 
 

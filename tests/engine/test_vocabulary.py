@@ -35,7 +35,8 @@ def test_an_unused_token_beyond_the_rows_is_noted_and_left_out(tmp_path, pair, q
     assert code == 0, err
     assert f"the tokenizer of {student} has tokens beyond the model's 260 ids" in err
     assert "not used: '<more>' (id 260)" in err
-    assert "the same 260 ids in student and teacher" in err
+    notes = json.loads((out / "run.json").read_text())["notes"]
+    assert "vocabulary: the same 260 ids in student and teacher" in notes
     result = json.loads((out / "run.json").read_text())["result"]
     assert result["evaluations"]
 

@@ -14,6 +14,7 @@ from prefix_distill.engine.models import extrapolated_parameters
 from prefix_distill.engine.sampling import GenerationCost
 from prefix_distill.errors import UserError
 from prefix_distill.maths.extrapolation import diagnose, due, effective_rank, extrapolate, snapshot
+from prefix_distill.training.search import candidate_score
 
 
 def line(weight: float, anchor: float):
@@ -445,8 +446,7 @@ def test_diagnostics_by_hand():
 
 def trained(pair, questions, folder, **changes):
 
-    from prefix_distill.training.search import candidate_score
-from prefix_distill.training.folder import RunFolder
+    from prefix_distill.training.folder import RunFolder
     from prefix_distill.training.session import Session
 
     run = prepared(

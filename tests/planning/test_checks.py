@@ -271,6 +271,7 @@ def test_a_model_that_is_not_deterministic_is_refused(pair, questions, tmp_path,
         (code, out) == (3, "")
         and "error: determinism: the teacher is not deterministic: two identical passes differ by"
         in err
+        and "the first tensor that differs is the output of model.layers.1.mlp, by" in err
         and not (tmp_path / "run").exists()
     )
     code, out, err = invoke(

@@ -152,7 +152,7 @@ def test_a_probe_uses_at_most_the_prompts_of_the_data(pair, questions, tmp_path,
 def test_probe_has_no_option_without_effect(flag, value, tmp_path):
     """A probe measures the reverse KL and takes no step."""
     code, _, err = invoke("probe", "--out", tmp_path / "probe", flag, value)
-    assert code == 2 and f"No such option: {flag}" in err.splitlines()[-1]
+    assert code == 2 and f"{flag}: no such option of this command" in err.splitlines()[-1]
 
 
 def test_a_probe_and_evaluations_keep_to_the_head_memory(pair, questions, tmp_path, monkeypatch):

@@ -670,7 +670,7 @@ def test_a_preset_is_evaluated_on_its_test_split_unless_it_is_trained_on(pair, t
     assert (
         split_of(run) == [{"train"}, {"test"}]
         and [p.index for p, _ in run.problems.held_out] == [0, 5, 10, 15]
-        and run.problems.answer_format == "boxed"
+        and run.problems.grader.answer_format == "boxed"
     )
     run = preflight.prepare(build(values | {"data.split": "test"}))
     assert split_of(run) == [{"test"}, {"test"}] and len(run.problems.held_out) == 2

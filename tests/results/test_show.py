@@ -13,6 +13,7 @@ from rich.console import Console
 from prefix_distill.api import looking
 from prefix_distill.engine.token_texts import TokenTexts, split_text
 from prefix_distill.errors import UserError
+from prefix_distill.files import write_atomically
 from prefix_distill.results import show, texts
 from prefix_distill.results.texts import choose_steps, read_texts
 from prefix_distill.training import samples
@@ -20,7 +21,20 @@ from prefix_distill.training.folder import RunFolder
 from prefix_distill.training.text_lines import one_line, visible
 
 RUN = ("--prefix", 24, "--steps", 4, "--batch-size", 4, "--samples", 1, "--lr", 4e-4)
-RUN += ("--eval-every", 2, "--eval-samples", 20, "--kl-prompts", 4, "--check-samples", 0)
+RUN += (
+    "--keep-checkpoints",
+    2,
+    "--save-every",
+    2,
+    "--eval-every",
+    2,
+    "--problems",
+    20,
+    "--kl-prompts",
+    4,
+    "--check-samples",
+    0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +245,8 @@ def test_show_live_follows_a_run_until_it_ends(run, tmp_path, monkeypatch):
         watcher = threading.Thread(target=watch)
         watcher.start()
         time.sleep(0.3)
-        (folder / "samples.jsonl").write_text("".join(stored))
-        (folder / "run.json").write_text(json.dumps(document))
+        write_atomically(folder / "samples.jsonl", "".join(stored))
+        write_atomically(folder / "run.json", json.dumps(document))
         watcher.join(20)
     evaluations = [line for line in lines if line.startswith("after step ")]
     assert [line.split(":")[0] for line in evaluations] == [f"after step {i}" for i in (0, 2, 4)]

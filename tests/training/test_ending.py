@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from helpers import Silent, invoke, last_json, prepared, trained
@@ -195,7 +196,9 @@ def test_the_clock_of_rank_0_asks_for_checkpoints(pair, questions, tmp_path, mon
     """Each look at the clock is 20 seconds later than the one before."""
     saved = []
     now = iter(range(0, 10**6, 20))
-    monkeypatch.setattr(ending.time, "monotonic", lambda: float(next(now)))
+    # of this module alone, because the screen looks at the clock too
+    clock = SimpleNamespace(monotonic=lambda: float(next(now)))
+    monkeypatch.setattr(ending, "time", clock)
     run = prepared(pair, questions, **SMALL, checkpoint__save_every=0, checkpoint__save_minutes=1.0)
     files = RunFolder(tmp_path / "run")
     files.create({})

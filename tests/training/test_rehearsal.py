@@ -92,6 +92,18 @@ def test_code_of_the_network_that_fails_in_backward_ends_in_one_line(pair, quest
         rehearsal.rehearse(state_of(run))
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_the_module_whose_code_fails_is_named(pair, questions, role):
+    run = prepared(pair, questions)
+
+    def fail(module, inputs, output):
+        raise ValueError("too long")
+
+    getattr(run.pair, role).net.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(Stopped, match=rf"code failed \({role}\.model\.layers\.1\.mlp: too long\)"):
+        rehearsal.rehearse(state_of(run))
+
+
 ADVICE = (
     r"AdamW's moments, which need .* GiB at any batch size; use --lora 16, or a smaller student, "
     "or move the teacher with --teacher-device"
