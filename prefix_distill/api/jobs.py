@@ -71,7 +71,11 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
         if prepared.place.is_first:
             for text in notes:
                 observer.note(text)
-    return _outcome(prepared, _describe_dry_run(prepared))
+    document = _describe_dry_run(prepared)
+    if prepared.place.is_first:
+        for text in _describe_price(document):
+            observer.note(text)
+    return _outcome(prepared, document)
 
 
 def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
@@ -183,9 +187,11 @@ def _outcome(prepared: "Run", document: dict[str, Any]) -> Outcome:
 def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
     """Return the resolved config, and the FLOPs of a step with a prefix and in full."""
     from .. import config as configuration
+    from ..planning.disk import estimate_disk
     from ..training.run import describe_checks
 
     config = prepared.config
+    student = prepared.pair.student
     prompts = prepared.problems.train[: config.train.batch_size]
     lengths = {"prefix": prepared.method.prefix.length(0), "full": prepared.max_new_tokens}
     extra_work = {
@@ -203,5 +209,27 @@ def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
         "flops_per_update": {
             name: prepared.update_cost(prompts, length) for name, length in lengths.items()
         },
+        "disk": estimate_disk(
+            config,
+            parameters=student.parameters,
+            trained=sum(p.numel() for p in student.trainable.values()),
+            base_bytes=prepared.place.dtype.itemsize,
+        ),
         "not_in_flops_per_update": [flag for flag, is_on in extra_work.items() if is_on],
     }
+
+
+def _describe_price(document: dict[str, Any]) -> list[str]:
+    """Return what a run costs, as lines: FLOPs, memory and disk."""
+    from ..display import flops_text
+    from ..planning.disk import describe_disk
+
+    flops = document["flops_per_update"]
+    lines = [
+        f"{flops_text(flops['prefix'])} per step with the first prefix, "
+        f"{flops_text(flops['full'])} with full rollouts"
+    ]
+    for check in document["checks"]:
+        if check["name"] == "memory":
+            lines.append(f"memory: {check['found']}")
+    return [*lines, describe_disk(document["disk"])]

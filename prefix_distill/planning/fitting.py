@@ -100,7 +100,7 @@ def _largest(forecaster: Forecaster, fewest: Case, field: str, *, most: int, fre
     forecast of each candidate decides.
     """
     size = _extrapolate(forecaster, fewest, field, most=most, free=free)
-    while size > 1 and forecaster.forecast(replace(fewest, **{field: size}))["total"] > free:
+    while size > 1 and forecaster.forecast(_resize(fewest, field, size))["total"] > free:
         size //= 2
     return max(1, size)
 
@@ -115,7 +115,7 @@ def _extrapolate(
     low = forecaster.forecast(fewest)
     if most <= ANCHOR:
         return most
-    high = forecaster.forecast(replace(fewest, **{field: ANCHOR}))
+    high = forecaster.forecast(_resize(fewest, field, ANCHOR))
     beside = free - sum(low["weights"].values())
     size = most
     while size > ANCHOR:
@@ -127,6 +127,13 @@ def _extrapolate(
             return size
         size //= 2
     return size
+
+
+def _resize(case: Case, field: str, size: int) -> Case:
+    """Return ``case`` with another number of ``rows`` or another ``micro_batch``."""
+    if field == "rows":
+        return replace(case, rows=size)
+    return replace(case, micro_batch=size)
 
 
 def list_flags(config: Config, case: Case) -> list[str]:

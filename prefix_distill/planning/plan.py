@@ -27,6 +27,7 @@ from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
 from .cards import describe_adapter, fit_cards
 from .case import Case, Dtypes, Lengths, Network, build_case, choose_adapter
+from .disk import describe_disk, estimate_disk
 from .fitting import RULE, Planned, fit_all
 from .forecast import Forecaster
 from .ghosts import sketch
@@ -96,12 +97,15 @@ def plan(
     rows = _price_prefixes(work, forecaster, longest_case, schedules=schedules, rate=rate)
     case = replace(longest_case, prefix=rows[0]["tokens"][1])  # the config's own prefix
     _note_free_memory(config.runtime.device, rows[0]["memory"]["total"], notes)
+    disk = _estimate_disk(config, nets[0], dtypes)
+    notes.note(describe_disk(disk))
     return {
         **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
         "prefixes": rows,
         "cards": fit_cards(forecaster, config, case, notes=notes.lines),
         "fits": _fit_cards(work, forecaster, case, cards=cards, notes=notes.lines),
+        "disk": disk,
         "rule": RULE,
         "assumptions": list(ASSUMPTIONS),
         "notes": [*notes.lines, *flops.describe_not_counted(shapes)],
@@ -218,6 +222,19 @@ def _parse_schedules(config: Config, prefixes: str, limit: int) -> dict[str, Pre
     for text in texts:
         schedules[text.strip()] = parse_prefix(text, limit)
     return schedules
+
+
+def _estimate_disk(config: Config, student: Model, dtypes: Dtypes) -> dict[str, int]:
+    """Return the bytes of the run folder (``disk.estimate_disk``)."""
+    trained = student.parameters
+    if config.adapter.rank:
+        trained = sum(p.numel() for p in student.trainable.values())
+    return estimate_disk(
+        config,
+        parameters=student.parameters,
+        trained=trained,
+        base_bytes=dtypes.compute.itemsize,
+    )
 
 
 def _note_free_memory(device_name: str, needed: int, notes: Notes) -> None:
