@@ -71,9 +71,11 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
         if prepared.place.is_first:
             for text in notes:
                 observer.note(text)
-    document = _describe_dry_run(prepared)
+    before = len(prepared.notes.lines)
+    disk = _note_disk(prepared, observer)
+    document = {**_describe_dry_run(prepared), "disk": disk}
     if prepared.place.is_first:
-        for text in _describe_price(document):
+        for text in [*_describe_price(document), *prepared.notes.lines[before:]]:
             observer.note(text)
     return _outcome(prepared, document)
 
@@ -86,6 +88,7 @@ def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> 
     prepared = prepare(config)
     with contextlib.suppress(PreflightError, MemoryShortage):  # the document holds failed checks
         _examine(prepared, config.evaluate.check_samples, math.inf)
+    _note_disk(prepared, observer)
     document = {
         **describe_checks(prepared.checks),
         "notes": prepared.notes.lines,
@@ -187,11 +190,9 @@ def _outcome(prepared: "Run", document: dict[str, Any]) -> Outcome:
 def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
     """Return the resolved config, and the FLOPs of a step with a prefix and in full."""
     from .. import config as configuration
-    from ..planning.disk import estimate_disk
     from ..training.run import describe_checks
 
     config = prepared.config
-    student = prepared.pair.student
     prompts = prepared.problems.train[: config.train.batch_size]
     lengths = {"prefix": prepared.method.prefix.length(0), "full": prepared.max_new_tokens}
     extra_work = {
@@ -209,20 +210,13 @@ def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
         "flops_per_update": {
             name: prepared.update_cost(prompts, length) for name, length in lengths.items()
         },
-        "disk": estimate_disk(
-            config,
-            parameters=student.parameters,
-            trained=sum(p.numel() for p in student.trainable.values()),
-            base_bytes=prepared.place.dtype.itemsize,
-        ),
         "not_in_flops_per_update": [flag for flag, is_on in extra_work.items() if is_on],
     }
 
 
 def _describe_price(document: dict[str, Any]) -> list[str]:
-    """Return what a run costs, as lines: FLOPs, memory and disk."""
+    """Return what a run costs, as lines: FLOPs and memory."""
     from ..display import flops_text
-    from ..planning.disk import describe_disk
 
     flops = document["flops_per_update"]
     lines = [
@@ -232,4 +226,24 @@ def _describe_price(document: dict[str, Any]) -> list[str]:
     for check in document["checks"]:
         if check["name"] == "memory":
             lines.append(f"memory: {check['found']}")
-    return [*lines, describe_disk(document["disk"])]
+    return lines
+
+
+def _note_disk(prepared: "Run", observer: Observer) -> dict[str, int]:
+    """Return the bytes of the run folder; add a note, and a warning if less is free."""
+    from ..planning.disk import describe_disk, describe_shortage, estimate_disk
+
+    student = prepared.pair.student
+    disk = estimate_disk(
+        prepared.config,
+        parameters=student.parameters,
+        trained=sum(p.numel() for p in student.trainable.values()),
+        base_bytes=prepared.place.dtype.itemsize,
+    )
+    prepared.notes.note(describe_disk(disk))
+    shortage = describe_shortage(disk, prepared.config.checkpoint.out)
+    if shortage is not None:
+        prepared.notes.warn(shortage)
+        if prepared.place.is_first:
+            observer.warn(shortage)
+    return disk

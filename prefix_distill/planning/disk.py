@@ -1,10 +1,12 @@
 """The disk space of a run folder, from the numbers of parameters."""
 
+import shutil
+from pathlib import Path
+
 from ..config import Config
 from ..training.folder import KEPT
 
 CHECKPOINT_BYTES = 12  # per trained parameter, in float32: the weight and AdamW's two moments
-UNITS = 1e9
 
 
 def estimate_disk(config: Config, parameters: int, trained: int, base_bytes: int) -> dict[str, int]:
@@ -37,8 +39,27 @@ def estimate_disk(config: Config, parameters: int, trained: int, base_bytes: int
 
 def describe_disk(disk: dict[str, int]) -> str:
     """Return the result of ``estimate_disk`` as a note."""
-    training, finished = disk["training"] / UNITS, disk["finished"] / UNITS
     return (
-        f"run folder: up to {training:.3g} GB on disk while it trains, {finished:.3g} GB after the "
-        "end"
+        f"run folder: up to {_format_size(disk['training'])} on disk while it trains, "
+        f"{_format_size(disk['finished'])} after the end"
     )
+
+
+def describe_shortage(disk: dict[str, int], out: str | None) -> str | None:
+    """Return a warning if the file system of the run folder has less free, else None."""
+    folder = Path(out or ".").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if disk["training"] <= free:
+        return None
+    return (
+        f"--out {out or '.'}: the run folder takes up to {_format_size(disk['training'])}, "
+        f"{_format_size(free)} are free there; free some space or name another folder"
+    )
+
+
+def _format_size(size: float) -> str:
+    if size < 1e9:
+        return f"{size / 1e6:.3g} MB"
+    return f"{size / 1e9:.3g} GB"

@@ -97,8 +97,7 @@ def plan(
     rows = _price_prefixes(work, forecaster, longest_case, schedules=schedules, rate=rate)
     case = replace(longest_case, prefix=rows[0]["tokens"][1])  # the config's own prefix
     _note_free_memory(config.runtime.device, rows[0]["memory"]["total"], notes)
-    disk = _estimate_disk(config, nets[0], dtypes)
-    notes.note(describe_disk(disk))
+    disk = _estimate_disk(config, nets[0], dtypes, notes=notes)
     return {
         **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
@@ -224,17 +223,19 @@ def _parse_schedules(config: Config, prefixes: str, limit: int) -> dict[str, Pre
     return schedules
 
 
-def _estimate_disk(config: Config, student: Model, dtypes: Dtypes) -> dict[str, int]:
-    """Return the bytes of the run folder (``disk.estimate_disk``)."""
+def _estimate_disk(config: Config, student: Model, dtypes: Dtypes, notes: Notes) -> dict[str, int]:
+    """Return the bytes of the run folder (``disk.estimate_disk``), and add a note."""
     trained = student.parameters
     if config.adapter.rank:
         trained = sum(p.numel() for p in student.trainable.values())
-    return estimate_disk(
+    disk = estimate_disk(
         config,
         parameters=student.parameters,
         trained=trained,
         base_bytes=dtypes.compute.itemsize,
     )
+    notes.note(describe_disk(disk))
+    return disk
 
 
 def _note_free_memory(device_name: str, needed: int, notes: Notes) -> None:

@@ -1,9 +1,12 @@
 """Test the disk space that a run folder is expected to take."""
 
+import shutil
+
 import pytest
 from helpers import invoke, last_json
 
 from prefix_distill.config import build
+from prefix_distill.planning import disk as disk_space
 from prefix_distill.planning.disk import estimate_disk
 
 BEST = {"evaluate.every": 5}
@@ -46,3 +49,14 @@ def test_a_dry_run_says_flops_and_disk_on_the_screen(tmp_path):
     assert code == 0, err
     assert last_json(out)["disk"]["training"] > 0
     assert "run folder: up to" in err and "FLOP" in err
+
+
+@pytest.mark.parametrize("command", [["check"], ["run", "--dry-run"]])
+def test_a_disk_with_too_little_space_is_a_warning(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        disk_space.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1)
+    )
+    code, out, err = invoke(*command, "--steps", 2, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert any("free some space" in text for text in last_json(out)["warnings"])
+    assert "free some space" in err
