@@ -19,10 +19,7 @@ from .timing import Workload, estimate_run
 LORA = Adapter(rank=64)  # the adapter that is proposed if the config has none
 ANCHOR = 4  # rows or rollouts of the second forecast through which a line goes
 MARGIN = 0.1  # a line may be this much above the forecast; candidates in this band are forecast
-RULE = (
-    "rule: no gradient checkpointing if possible, then most rows, then largest micro-batch, "
-    "LoRA last"
-)
+RULE = "rule: no checkpointing if possible, most rows, largest micro-batch, LoRA last"
 
 
 @dataclass(frozen=True, kw_only=True)

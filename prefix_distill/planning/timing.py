@@ -27,7 +27,7 @@ ASSUMPTIONS = (
     f"assumed, not measured: data-sheet rates, {EFFICIENCY:.0%} of matmul, "
     f"{BANDWIDTH_SHARE:.0%} of bandwidth",
     f"assumed: a decoding step takes at least {1000 * STEP_SECONDS:g} ms",
-    "assumed: every answer is as long as its limit; loading and saving are not counted",
+    "assumed: answers reach their limit; loading and saving are not counted",
 )
 DECODE = "student_decode"
 
