@@ -594,7 +594,7 @@ def test_plan_and_check_equal_the_commands(given, capfd):
         document["notes"] = [n for n in document["notes"] if not n.startswith("this machine has")]
     assert documents[0] == documents[1]
     assert [row["prefix"] for row in planned.prefixes] == ["12", "4", "8"]
-    assert "largest micro-batch" in planned._repr_html_()
+    assert "flags that fit" in planned._repr_html_()
     check = prefix_distill.check(**given)
     document = last_json(checked)
     assert check.notes == tuple(document["notes"]) and check.warnings == tuple(document["warnings"])

@@ -71,7 +71,13 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
         if prepared.place.is_first:
             for text in notes:
                 observer.note(text)
-    return _outcome(prepared, _describe_dry_run(prepared))
+    before = len(prepared.notes.lines)
+    disk = _note_disk(prepared, observer)
+    document = {**_describe_dry_run(prepared), "disk": disk}
+    if prepared.place.is_first:
+        for text in [*_describe_price(document), *prepared.notes.lines[before:]]:
+            observer.note(text)
+    return _outcome(prepared, document)
 
 
 def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
@@ -82,6 +88,7 @@ def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> 
     prepared = prepare(config)
     with contextlib.suppress(PreflightError, MemoryShortage):  # the document holds failed checks
         _examine(prepared, config.evaluate.check_samples, math.inf)
+    _note_disk(prepared, observer)
     document = {
         **describe_checks(prepared.checks),
         "notes": prepared.notes.lines,
@@ -205,3 +212,38 @@ def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
         },
         "not_in_flops_per_update": [flag for flag, is_on in extra_work.items() if is_on],
     }
+
+
+def _describe_price(document: dict[str, Any]) -> list[str]:
+    """Return what a run costs, as lines: FLOPs and memory."""
+    from ..display import flops_text
+
+    flops = document["flops_per_update"]
+    lines = [
+        f"{flops_text(flops['prefix'])} per step with the first prefix, "
+        f"{flops_text(flops['full'])} with full rollouts"
+    ]
+    for check in document["checks"]:
+        if check["name"] == "memory":
+            lines.append(f"memory: {check['found']}")
+    return lines
+
+
+def _note_disk(prepared: "Run", observer: Observer) -> dict[str, int]:
+    """Return the bytes of the run folder; add a note, and a warning if less is free."""
+    from ..planning.disk import describe_disk, describe_shortage, estimate_disk
+
+    student = prepared.pair.student
+    disk = estimate_disk(
+        prepared.config,
+        parameters=student.parameters,
+        trained=sum(p.numel() for p in student.trainable.values()),
+        base_bytes=prepared.place.dtype.itemsize,
+    )
+    prepared.notes.note(describe_disk(disk))
+    shortage = describe_shortage(disk, prepared.config.checkpoint.out)
+    if shortage is not None:
+        prepared.notes.warn(shortage)
+        if prepared.place.is_first:
+            observer.warn(shortage)
+    return disk

@@ -150,12 +150,14 @@ class PlanOptions(RunOptions, total=False):
     """Options of `plan`.
 
     ``prompt_tokens``: length of every prompt, in place of a dataset; ``prefixes``: prefixes besides
-    the run's own; ``device_tflops``: the speed of the device, 10^12 FLOP/s; ``measure``: time a
-    matrix product on this machine; ``from_run``: a run folder whose measured rates are used.
+    the run's own; ``card``: cards to fit, such as "4090,t4,24"; ``device_tflops``: the speed of the
+    device, 10^12 FLOP/s; ``measure``: time a matrix product on this machine; ``from_run``: a run
+    folder whose measured rates are used.
     """
 
     prompt_tokens: int | None
     prefixes: str | Sequence[str | int] | None
+    card: str | None
     device_tflops: float | None
     measure: bool
     from_run: str | PathLike[str] | None

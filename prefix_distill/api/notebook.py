@@ -33,6 +33,7 @@ Name = str | os.PathLike[str]
 # the options of `plan` alone, and their types
 PLAN_KINDS: dict[str, type] = {
     "prompt_tokens": int,
+    "card": str,
     "device_tflops": float,
     "measure": bool,
     "from_run": str,

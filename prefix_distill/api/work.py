@@ -76,8 +76,8 @@ def check(config: Config, observer: Observer) -> CheckResult:
 def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> PlanResult:
     """Compute what a run needs.
 
-    ``assumptions``: ``prompt_tokens`` and ``prefixes`` of `planning.plan.plan`, and the fields of
-    its `RateSource`: ``tflops``, ``measure`` and ``from_run``.
+    ``assumptions``: ``prompt_tokens``, ``prefixes`` and ``card`` of `planning.plan.plan`, and the
+    fields of its `RateSource`: ``tflops``, ``measure`` and ``from_run``.
     """
     with phase("planning"), quiet.guarded():
         with phase(quiet.LOADING):
@@ -92,6 +92,7 @@ def plan(config: Config, observer: Observer, assumptions: dict[str, Any]) -> Pla
             config,
             prompt_tokens=given.pop("prompt_tokens", None),
             prefixes=prefixes,
+            card=given.pop("card", None),
             rate_source=RateSource(**given),
         )
         result = PlanResult.read(document)

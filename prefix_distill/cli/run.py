@@ -136,6 +136,14 @@ ASSUMPTIONS: dict[str, Any] = {
             show_default="25%,50%,full",
         ),
     ],
+    "card": Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Cards to fit, comma-separated: 4090, t4, a100-80, m3-max:128, or GB such as 24.",
+            show_default="8 to 80 GB",
+        ),
+    ],
     "device_tflops": Annotated[
         float | None,
         typer.Option(

@@ -118,7 +118,8 @@ def choose_dtype(device: torch.device, model: HasParameters) -> tuple[torch.dtyp
     The parameters are counted only if their number matters, because counting may take seconds.
     """
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
+        # By default torch also counts bfloat16 that it emulates on older GPUs.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "dtype bfloat16: the GPU supports it"
         return torch.float32, "dtype float32: the GPU does not support bfloat16"
     if device.type != "cpu" or not torch.cpu._is_amx_tile_supported():

@@ -6,14 +6,12 @@ from dataclasses import replace
 from ..config import Adapter, Config
 from ..errors import UserError
 from .case import Case, choose_adapter
+from .fitting import LORA
 from .forecast import Forecaster
+from .gpus import RESERVED
 
 # GB (10⁹ bytes, as GPUs are sold; drivers leave about this many GiB less a few percent)
 CARDS = (16, 24, 48, 80)
-# GB of a GPU that hold no tensors: CUDA context, workspaces of libraries, rounding by the
-# allocator
-RESERVED = 1.0
-LORA = Adapter(rank=64)  # the adapter of the LoRA rows if the config has none
 
 
 def fit_cards(forecaster: Forecaster, config: Config, case: Case, notes: list[str]) -> list[dict]:

@@ -22,7 +22,7 @@ from ..errors import UserError
 from .case import Case, Network, make_rollouts
 from .ghosts import choose_depths, sketch
 from .measuring import Generation, MicroBatch, measure_comparison
-from .parts import Bytes, Forward, Part, Sampling, Training, Weights, describe_sizes
+from .parts import Bytes, Forward, Part, Sampling, Sizes, Training, Weights, describe_sizes
 
 STUDENT = "student"
 TEACHER = "teacher"
@@ -44,6 +44,8 @@ class Forecaster:
         self.names = {STUDENT: names[0], TEACHER: names[1]}
         self.networks: dict[tuple[str, Network, int | None], Model] = {}
         self.measurements: dict[tuple[str, Network, Part], Bytes] = {}
+        self.comparisons: dict[tuple[Network, Network, torch.dtype, Sizes], int] = {}
+        self.forecasts: dict[Case, dict] = {}
 
     def forecast(self, case: Case) -> dict:
         """Return the memory of one rank in bytes.
@@ -52,6 +54,12 @@ class Forecaster:
         phases: {phase: bytes beyond the weights}, teacher_device: bytes, or None if the teacher is
         on the student's device}. UserError: a network cannot be sketched.
         """
+        if case not in self.forecasts:
+            self.forecasts[case] = self._forecast(case)
+        return self.forecasts[case]
+
+    def _forecast(self, case: Case) -> dict:
+        """Return the result of ``forecast``, computed anew."""
         weights, gradients = self._measure_weights(case)
         phases = self._training_phases(case, gradients) | self._evaluation_phases(case)
         if case.samples_text:
@@ -133,12 +141,7 @@ class Forecaster:
             group = make_rollouts(prompts_together, 1, case.limit)
             student = self._forward(case, STUDENT, group)
             teacher = self._forward(case, TEACHER, group)
-            tables = measure_comparison(
-                self._shallow(case, STUDENT).head(),
-                self._shallow(case, TEACHER).head(),
-                dtype=case.terms.dtype,
-                rollouts=group,
-            )
+            tables = self._compare(case, group)
             # Both models run one after another, and their hidden rows stay for the comparison.
             phases["evaluation, both models"] = max(
                 student["peak"],
@@ -146,6 +149,18 @@ class Forecaster:
                 student["rows"] + teacher["rows"] + tables,
             )
         return phases
+
+    def _compare(self, case: Case, group: list[Rollout]) -> int:
+        """Return the bytes of the tables that compare both models on ``group``."""
+        key = (case.student, case.teacher, case.terms.dtype, describe_sizes(group))
+        if key not in self.comparisons:
+            self.comparisons[key] = measure_comparison(
+                self._shallow(case, STUDENT).head(),
+                self._shallow(case, TEACHER).head(),
+                dtype=case.terms.dtype,
+                rollouts=group,
+            )
+        return self.comparisons[key]
 
     def _forward(self, case: Case, role: str, group: list[Rollout]) -> Bytes:
         """Return the bytes of a forward pass over ``group`` (``measuring.measure_forward``)."""

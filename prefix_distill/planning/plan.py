@@ -20,17 +20,21 @@ from ..engine.models import Model
 from ..engine.shapes import read_shape
 from ..errors import UserError
 from ..maths import flops
-from ..maths.flops import Batch, Ledger, Shape
+from ..maths.flops import Ledger
 from ..maths.schedule import PrefixSchedule, parse_prefix
 from ..training.defaults import fill_in_planned
 from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
 from .cards import describe_adapter, fit_cards
-from .case import Dtypes, Lengths, Network, PromptLengths, build_case, choose_adapter
+from .case import Case, Dtypes, Lengths, Network, build_case, choose_adapter
+from .disk import describe_disk, estimate_disk
+from .fitting import RULE, Planned, fit_all
 from .forecast import Forecaster
 from .ghosts import sketch
+from .gpus import Card, read_cards
 from .prompt_lengths import assume_prompts, read_prompts
 from .rate import RateSource, estimate_seconds
+from .timing import ASSUMPTIONS, Workload, count_flops
 
 USUAL_PREFIXES = "25%,50%,full"
 NO_RATE = RateSource()
@@ -50,24 +54,23 @@ def plan(
     prompt_tokens: int | None = None,
     prefixes: str = USUAL_PREFIXES,
     rate_source: RateSource = NO_RATE,
+    card: str | None = None,
 ) -> dict:
     """Return the document of `prefix-distill plan`.
 
     ``prompt_tokens``: the length of every prompt, in place of a dataset's; ``prefixes``: schedules
-    besides the config's own, comma-separated. UserError: an option is invalid, a file cannot be
-    read, or the prompts and responses are longer than the models' positions.
+    besides the config's own, comma-separated; ``card``: cards to fit (``gpus.read_cards``).
+    UserError: an option is invalid, a file cannot be read, or the prompts and responses are longer
+    than the models' positions.
     """
     rate_source.check()
+    cards = read_cards(card)
     notes = Notes()
     config = fill_in_planned(config, notes, has_prompts=prompt_tokens is not None)
-    reads_data = config.data.dataset is not None and prompt_tokens is None
     student, teacher = _read_sources(config)
     dtypes = _choose_dtypes(config, notes.lines)
-    nets = [
-        sketch(student.name, student.config, Network(torch.float32, choose_adapter(config))),
-        sketch(teacher.name, teacher.config, Network(dtypes.compute)),
-    ]
-    if reads_data:
+    nets = _sketch_models(config, (student, teacher), dtypes)
+    if config.data.dataset is not None and prompt_tokens is None:
         prompts = read_prompts(config, nets, (student.folder, teacher.folder), notes=notes)
     else:
         prompts = assume_prompts(config, prompt_tokens, nets, notes=notes)
@@ -80,28 +83,67 @@ def plan(
     schedules = _parse_schedules(config, prefixes, limit)
     rate = rate_source.read(config, nets[0], dtypes.compute)
     forecaster = Forecaster(student.config, teacher.config, (student.name, teacher.name))
-    case = build_case(
-        config, dtypes, Lengths(prompts.lengths, prefix=limit, limit=limit), support=prompts.support
-    )
+    lengths = Lengths(prompts.lengths, prefix=limit, limit=limit)
+    longest_case = build_case(config, dtypes, lengths, support=prompts.support)
     shapes = [read_shape(net, prompts.support) for net in nets]
-    rows = []
-    for text, schedule in schedules.items():
-        tokens = [schedule.length(0), schedule.longest(config.train.steps or 1)]
-        cost = _estimate_cost(
-            count_flops(config, shapes, prompts=prompts.lengths, schedule=schedule), config, rate
-        )
-        memory = forecaster.forecast(replace(case, prefix=tokens[1]))
-        rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
-    # The GPUs are those that fit the config's own prefix.
-    case = replace(case, prefix=rows[0]["tokens"][1])
+    work = Workload(
+        config=config,
+        student=student.config,
+        shapes=shapes,
+        prompts=prompts.lengths,
+        schedule=next(iter(schedules.values())),
+        limit=limit,
+    )
+    rows = _price_prefixes(work, forecaster, longest_case, schedules=schedules, rate=rate)
+    case = replace(longest_case, prefix=rows[0]["tokens"][1])  # the config's own prefix
     _note_free_memory(config.runtime.device, rows[0]["memory"]["total"], notes)
+    disk = _estimate_disk(config, nets[0], dtypes, notes=notes)
     return {
         **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
         "prefixes": rows,
         "cards": fit_cards(forecaster, config, case, notes=notes.lines),
+        "fits": _fit_cards(work, forecaster, case, cards=cards, notes=notes.lines),
+        "disk": disk,
+        "rule": RULE,
+        "assumptions": list(ASSUMPTIONS),
         "notes": [*notes.lines, *flops.describe_not_counted(shapes)],
     }
+
+
+def _price_prefixes(
+    work: Workload,
+    forecaster: Forecaster,
+    case: Case,
+    *,
+    schedules: dict[str, PrefixSchedule],
+    rate: dict | None,
+) -> list[dict]:
+    """Return the FLOPs, seconds and memory of the run with each schedule."""
+    config = work.config
+    rows = []
+    for text, schedule in schedules.items():
+        tokens = [schedule.length(0), schedule.longest(config.train.steps or 1)]
+        cost = _estimate_cost(
+            count_flops(config, work.shapes, prompts=work.prompts, schedule=schedule), config, rate
+        )
+        memory = forecaster.forecast(replace(case, prefix=tokens[1]))
+        rows.append({"prefix": text, "tokens": tokens, **cost, "memory": memory})
+    return rows
+
+
+def _fit_cards(
+    work: Workload, forecaster: Forecaster, case: Case, *, cards: tuple[Card, ...], notes: list[str]
+) -> list[dict]:
+    """Return how the run fits each card, in float32 on cards without bfloat16."""
+    older = build_case(
+        work.config,
+        _choose_older_dtypes(work.config, Dtypes(case.dtype, case.terms.dtype)),
+        Lengths(work.prompts, prefix=case.prefix, limit=work.limit),
+        support=case.support,
+    )
+    planned = Planned(work=work, forecaster=forecaster, cases=(case, older))
+    return fit_all(planned, cards, notes)
 
 
 def read_source(name: str, trust_remote_code: bool = False) -> Source:
@@ -139,6 +181,15 @@ def _read_sources(config: Config) -> tuple[Source, Source]:
     return student, read_source(teacher, trust)
 
 
+def _sketch_models(config: Config, sources: tuple[Source, Source], dtypes: Dtypes) -> list[Model]:
+    """Return the student and the teacher without weights."""
+    student, teacher = sources
+    return [
+        sketch(student.name, student.config, Network(torch.float32, choose_adapter(config))),
+        sketch(teacher.name, teacher.config, Network(dtypes.compute)),
+    ]
+
+
 def _choose_dtypes(config: Config, notes: list[str]) -> Dtypes:
     """Return the dtype of the networks and of the heads."""
     runtime = config.runtime
@@ -152,6 +203,17 @@ def _choose_dtypes(config: Config, notes: list[str]) -> Dtypes:
     return Dtypes(compute, getattr(torch, runtime.head_dtype))
 
 
+def _choose_older_dtypes(config: Config, dtypes: Dtypes) -> Dtypes:
+    """Return the dtypes on a card without bfloat16: float32, where --dtype auto chooses."""
+    runtime = config.runtime
+    compute, head = dtypes
+    if runtime.dtype == "auto":
+        compute = torch.float32
+        if runtime.head_dtype == "auto":
+            head = torch.float32
+    return Dtypes(compute, head)
+
+
 def _parse_schedules(config: Config, prefixes: str, limit: int) -> dict[str, PrefixSchedule]:
     """Return the schedules by their text, the config's own first."""
     texts = [config.schedule.prefix, *prefixes.split(",")]
@@ -159,6 +221,21 @@ def _parse_schedules(config: Config, prefixes: str, limit: int) -> dict[str, Pre
     for text in texts:
         schedules[text.strip()] = parse_prefix(text, limit)
     return schedules
+
+
+def _estimate_disk(config: Config, student: Model, dtypes: Dtypes, notes: Notes) -> dict[str, int]:
+    """Return the bytes of the run folder (``disk.estimate_disk``), and add a note."""
+    trained = student.parameters
+    if config.adapter.rank:
+        trained = sum(p.numel() for p in student.trainable.values())
+    disk = estimate_disk(
+        config,
+        parameters=student.parameters,
+        trained=trained,
+        base_bytes=dtypes.compute.itemsize,
+    )
+    notes.note(describe_disk(disk))
+    return disk
 
 
 def _note_free_memory(device_name: str, needed: int, notes: Notes) -> None:
@@ -206,33 +283,3 @@ def _estimate_cost(ledger: Ledger, config: Config, rate: dict | None) -> dict:
         "flops_per_update": ledger.total() / max(1, config.train.steps),
         "seconds": seconds,
     }
-
-
-def count_flops(
-    config: Config,
-    shapes: Sequence[Shape],
-    prompts: Sequence[PromptLengths],
-    schedule: PrefixSchedule,
-) -> Ledger:
-    """Return the FLOPs of all steps, whose rollouts are all as long as the prefix.
-
-    The prompts are used in turn.
-    """
-    size, samples = config.train.batch_size, config.rollout.samples
-    micro_batch = config.train.micro_batch_size
-    training = micro_batch
-    if config.train.gradient_checkpointing:
-        training = 1
-    # how many responses follow one forward pass of their prompt: generation, scoring, training
-    behind = (samples, micro_batch, training)
-    student, teacher = shapes
-    ledger = Ledger()
-    for step in range(config.train.steps):
-        batch = Batch(
-            prompts=[prompts[(step * size + i) % len(prompts)] for i in range(size)],
-            samples=samples,
-            response=schedule.length(step),
-            behind=behind,
-        )
-        ledger.merge(flops.update_ledger(student, teacher, batch))
-    return ledger

@@ -3,7 +3,6 @@
 from rich.table import Table
 
 from ..display import flops_text
-from .cards import CARDS
 
 
 def tabulate(document: dict) -> list[Table]:
@@ -60,29 +59,34 @@ def _tabulate_memory(document: dict) -> Table:
 
 
 def _tabulate_cards(document: dict) -> Table:
-    """Return the table of the largest micro-batch that fits on each GPU."""
-    table = Table(
-        "",
-        "needs, GiB",
-        *[f"{card} GB" for card in CARDS],
-        title="largest micro-batch (rollouts) that fits a GPU of this size",
-    )
-    methods: dict[str, list[dict]] = {}
-    for row in document["cards"]:
-        method = row["method"]
-        if row["gradient_checkpointing"]:
-            method += ", gradient checkpointing"
-        methods.setdefault(method, []).append(row)
-    for method, rows in methods.items():
-        cells = [_format_micro_batch(row) for row in rows]
-        table.add_row(method, _format_gib(rows[0]["total"]), *cells)
+    """Return the table of the flags with which the run fits each card, and its time there.
+
+    It is at most 80 columns wide; the rule and the assumptions stand below it.
+    """
+    table = Table(title="flags that fit each card", caption=_describe_fits(document))
+    table.add_column("card", max_width=10)
+    table.add_column("flags that fit", max_width=46)
+    table.add_column("GiB")
+    table.add_column("time, assumed")
+    for row in document["fits"]:
+        if row["fits"]:
+            table.add_row(
+                row["card"],
+                " ".join(row["flags"]),
+                _format_gib(row["total"]),
+                _format_seconds(row["seconds"]),
+            )
+        else:
+            table.add_row(row["card"], "does not fit", "–", "–")
     return table
 
 
-def _format_micro_batch(row: dict) -> str:
-    if row["micro_batch"] is None:
-        return "does not fit"
-    return str(row["micro_batch"])
+def _describe_fits(document: dict) -> str:
+    """Return the rule by which flags were found, and what their times assume."""
+    lines = [document["rule"]]
+    if any(row["seconds"] is not None for row in document["fits"]):
+        lines += document["assumptions"]
+    return "\n".join(lines)
 
 
 def _format_gib(size: float) -> str:
@@ -90,9 +94,11 @@ def _format_gib(size: float) -> str:
 
 
 def _format_seconds(seconds: float | None) -> str:
-    """Return seconds, or hours from one hour on; a dash if they are not known."""
+    """Return seconds, minutes from two on or hours from two on; a dash if they are not known."""
     if seconds is None:
         return "–"
-    if seconds >= 3600:
+    if seconds >= 7200:
         return f"{seconds / 3600:.3g} h"
+    if seconds >= 120:
+        return f"{seconds / 60:.3g} min"
     return f"{seconds:.3g} s"

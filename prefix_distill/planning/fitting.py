@@ -1,0 +1,156 @@
+"""Find the flags with which a run fits a card, and the time that it then takes.
+
+The rule: no gradient checkpointing if the run fits without it, because it repeats the forward pass;
+then the most generation rows, because they save decoding steps; then the largest micro-batch. Rows
+and micro-batch do not compete, because generation and training run one after another. LoRA is
+proposed only where all weights do not fit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..config import Adapter, Config, flag
+from ..errors import UserError
+from .case import Case
+from .forecast import Forecaster
+from .gpus import Card
+from .timing import Workload, estimate_run
+
+LORA = Adapter(rank=64)  # the adapter that is proposed if the config has none
+ANCHOR = 4  # rows or rollouts of the second forecast through which a line goes
+MARGIN = 0.1  # a line may be this much above the forecast; candidates in this band are forecast
+RULE = "rule: no checkpointing if possible, most rows, largest micro-batch, LoRA last"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run that is planned. ``cases``: its case on a card with bfloat16, and on one without."""
+
+    work: Workload
+    forecaster: Forecaster
+    cases: tuple[Case, Case]
+
+
+def fit_card(planned: Planned, card: Card) -> dict:
+    """Return how a run fits a card: ``flags``, ``total`` bytes, ``seconds``; None if it does not.
+
+    UserError: the memory cannot be forecast.
+    """
+    case = planned.cases[0]
+    if not card.has_bfloat16:
+        case = planned.cases[1]
+    dtype = str(case.dtype).removeprefix("torch.")
+    row = {
+        "card": card.name,
+        "memory_gb": card.memory,
+        "bandwidth_gb_s": card.bandwidth,
+        "tflops": card.rate(dtype),
+        "dtype": dtype,
+    }
+    found = search(planned.forecaster, case, card.usable)
+    if found is None:
+        return {**row, "fits": False, "flags": None, "total": None, "seconds": None, "phases": None}
+    forecast = planned.forecaster.forecast(found)
+    # A gradient is a float32 number for every trained parameter.
+    phases = estimate_run(planned.work, found, card, trained=forecast["gradients"] / 4)
+    seconds = None
+    if phases is not None:
+        seconds = sum(phases.values())
+    return {
+        **row,
+        "fits": True,
+        "flags": list_flags(planned.work.config, found),
+        "total": forecast["total"],
+        "seconds": seconds,
+        "phases": phases,
+    }
+
+
+def search(forecaster: Forecaster, case: Case, free: float) -> Case | None:
+    """Return the first case by the rule of this module that needs at most ``free`` bytes."""
+    rollouts = len(case.prompts) * case.samples
+    for method in _methods(case):
+        fewest = replace(method, rows=1, micro_batch=1)
+        if forecaster.forecast(fewest)["total"] > free:
+            continue
+        rows = _largest(forecaster, fewest, "rows", most=case.rows, free=free)
+        micro_batch = _largest(forecaster, fewest, "micro_batch", most=rollouts, free=free)
+        return replace(method, rows=rows, micro_batch=micro_batch)
+    return None
+
+
+def _methods(case: Case) -> Iterator[Case]:
+    """Yield the methods of training by preference."""
+    adapters = [case.adapter]
+    if case.adapter is None:
+        adapters.append(LORA)
+    for adapter in adapters:
+        for recomputes in (False, True):
+            if recomputes or not case.recomputes:
+                yield replace(case, adapter=adapter, recomputes=recomputes)
+
+
+def _largest(forecaster: Forecaster, fewest: Case, field: str, *, most: int, free: float) -> int:
+    """Return the largest of ``most``, its half, its quarter … that fits; ``fewest`` fits.
+
+    A line through two small forecasts says where to begin, because large ones take seconds; a
+    forecast of each candidate decides.
+    """
+    size = _extrapolate(forecaster, fewest, field, most=most, free=free)
+    while size > 1 and forecaster.forecast(_resize(fewest, field, size))["total"] > free:
+        size //= 2
+    return max(1, size)
+
+
+def _extrapolate(
+    forecaster: Forecaster, fewest: Case, field: str, *, most: int, free: float
+) -> int:
+    """Return the largest of ``most``, its half … at which no phase is above ``free`` on its line.
+
+    The line goes through the forecasts of 1 and of ANCHOR.
+    """
+    low = forecaster.forecast(fewest)
+    if most <= ANCHOR:
+        return most
+    high = forecaster.forecast(_resize(fewest, field, ANCHOR))
+    beside = free - sum(low["weights"].values())
+    size = most
+    while size > ANCHOR:
+        expected = 0.0
+        for phase, first in low["phases"].items():
+            slope = (high["phases"][phase] - first) / (ANCHOR - 1)
+            expected = max(expected, first + slope * (size - 1))
+        if expected * (1 - MARGIN) <= beside:
+            return size
+        size //= 2
+    return size
+
+
+def _resize(case: Case, field: str, size: int) -> Case:
+    """Return ``case`` with another number of ``rows`` or another ``micro_batch``."""
+    if field == "rows":
+        return replace(case, rows=size)
+    return replace(case, micro_batch=size)
+
+
+def list_flags(config: Config, case: Case) -> list[str]:
+    """Return the flags that turn ``config`` into ``case``, and those of both sizes."""
+    flags = []
+    if case.adapter is not None and config.adapter.rank is None:
+        flags += [flag("adapter.rank"), str(case.adapter.rank)]
+    if case.recomputes:
+        flags.append(flag("train.gradient_checkpointing"))
+    flags += [flag("rollout.rows"), str(case.rows)]
+    flags += [flag("train.micro_batch_size"), str(case.micro_batch)]
+    return flags
+
+
+def fit_all(planned: Planned, cards: tuple[Card, ...], notes: list[str]) -> list[dict]:
+    """Return how the run fits each card; a forecast that is not possible becomes a note."""
+    rows = []
+    for card in cards:
+        try:
+            rows.append(fit_card(planned, card))
+        except UserError as error:
+            notes.append(f"{card.name}: no forecast ({error})")
+    return rows
