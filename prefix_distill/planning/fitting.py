@@ -1,12 +1,13 @@
 """Find the flags with which a run fits a card, and the time that it then takes.
 
-The rule: no gradient checkpointing if the run fits without it, because it repeats the forward pass;
-then the most generation rows, because they save decoding steps; then the largest micro-batch. Rows
-and micro-batch do not compete, because generation and training run one after another. LoRA is
-proposed only where all weights do not fit.
+The rule: no gradient checkpointing if a micro-batch of ENOUGH rollouts fits without it, because it
+repeats the forward pass; smaller micro-batches leave a GPU idle, which costs more. Then the most
+generation rows, because they save decoding steps, and the largest micro-batch. Rows and micro-batch
+do not compete, because generation and training run one after another. LoRA is proposed only where
+all weights do not fit.
 """
 
-from collections.abc import Iterator
+import operator
 from dataclasses import dataclass, replace
 
 from ..config import Adapter, Config, flag
@@ -19,7 +20,8 @@ from .timing import Workload, estimate_run
 LORA = Adapter(rank=64)  # the adapter that is proposed if the config has none
 ANCHOR = 4  # rows or rollouts of the second forecast through which a line goes
 MARGIN = 0.1  # a line may be this much above the forecast; candidates in this band are forecast
-RULE = "rule: no checkpointing if possible, most rows, largest micro-batch, LoRA last"
+ENOUGH = 4  # rollouts of a micro-batch
+RULE = f"rule: no checkpointing if the micro-batch is {ENOUGH} or more; most rows; LoRA last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,26 +70,33 @@ def fit_card(planned: Planned, card: Card) -> dict:
 
 def search(forecaster: Forecaster, case: Case, free: float) -> Case | None:
     """Return the first case by the rule of this module that needs at most ``free`` bytes."""
-    rollouts = len(case.prompts) * case.samples
-    for method in _methods(case):
-        fewest = replace(method, rows=1, micro_batch=1)
-        if forecaster.forecast(fewest)["total"] > free:
-            continue
-        rows = _largest(forecaster, fewest, "rows", most=case.rows, free=free)
-        micro_batch = _largest(forecaster, fewest, "micro_batch", most=rollouts, free=free)
-        return replace(method, rows=rows, micro_batch=micro_batch)
-    return None
-
-
-def _methods(case: Case) -> Iterator[Case]:
-    """Yield the methods of training by preference."""
+    enough = min(ENOUGH, len(case.prompts) * case.samples)
     adapters = [case.adapter]
     if case.adapter is None:
         adapters.append(LORA)
     for adapter in adapters:
-        for recomputes in (False, True):
-            if recomputes or not case.recomputes:
-                yield replace(case, adapter=adapter, recomputes=recomputes)
+        fitting: list[Case] = []
+        for recomputes in sorted({case.recomputes, True}):
+            method = replace(case, adapter=adapter, recomputes=recomputes)
+            found = _fit(forecaster, method, free)
+            if found is not None:
+                fitting.append(found)
+                if found.micro_batch >= enough:
+                    return found
+        if fitting:
+            return max(fitting, key=operator.attrgetter("micro_batch"))
+    return None
+
+
+def _fit(forecaster: Forecaster, method: Case, free: float) -> Case | None:
+    """Return a method with its most rows and its largest micro-batch; None if it does not fit."""
+    fewest = replace(method, rows=1, micro_batch=1)
+    if forecaster.forecast(fewest)["total"] > free:
+        return None
+    rollouts = len(method.prompts) * method.samples
+    rows = _largest(forecaster, fewest, "rows", most=method.rows, free=free)
+    micro_batch = _largest(forecaster, fewest, "micro_batch", most=rollouts, free=free)
+    return replace(method, rows=rows, micro_batch=micro_batch)
 
 
 def _largest(forecaster: Forecaster, fewest: Case, field: str, *, most: int, free: float) -> int:

@@ -47,10 +47,17 @@ def test_more_memory_never_fits_less_and_what_is_found_fits(forecaster):
         free = least + share * (needed - least)
         found = fitting.search(forecaster, case, free)
         assert found is not None and forecaster.forecast(found)["total"] <= free
-        ranks.append((not found.recomputes, found.rows, found.micro_batch))
+        is_enough = found.micro_batch >= fitting.ENOUGH
+        ranks.append((is_enough, not found.recomputes, found.rows))
+        if found.recomputes and is_enough:
+            # without checkpointing, too few rollouts fit
+            plain = replace(found, recomputes=False, micro_batch=fitting.ENOUGH)
+            assert forecaster.forecast(plain)["total"] > free
     for less, more in itertools.pairwise(ranks):
-        assert all(a <= b for a, b in zip(less, more, strict=True))
-    assert ranks[0][1] < ranks[-1][1] == 16 and ranks[-1][2] == 8
+        assert less[0] <= more[0] and less[2] <= more[2]
+        assert not less[0] or less[1] <= more[1]
+    assert ranks[0][2] < ranks[-1][2] == 16 and ranks[-1][:2] == (True, True)
+    assert found.micro_batch == 8
 
 
 def test_rows_are_lowered_where_the_cache_of_an_evaluation_does_not_fit(forecaster):
@@ -171,7 +178,10 @@ def test_a_small_student_of_a_4b_teacher_fits_24_gb_with_fewer_rows(tmp_path):
         is_lora = "--lora" in flags
         is_checkpointed = "--gradient-checkpointing" in flags
         sizes.append((not is_lora, not is_checkpointed, *map(int, flags[-3::2])))
-    assert sizes == sorted(sizes) and sizes[1][:2] == (True, True) and sizes[1][2] < 64
+    assert [size[:2] for size in sizes] == sorted(size[:2] for size in sizes)
+    assert [size[2] for size in sizes] == sorted(size[2] for size in sizes)
+    without_lora, _, row_count, micro_batch = sizes[1]
+    assert without_lora and row_count < 64 and micro_batch >= fitting.ENOUGH
     assert rows["4090"]["flags"] == rows["24 GB"]["flags"] and rows["4090"]["seconds"] > 0
     assert rows["24 GB"]["seconds"] is None
     # The printed flags need the printed memory.
