@@ -35,7 +35,8 @@ def summarize_run(result: RunResult) -> Summary:
         "model": str(result.model),
     }
     command = f"prefix-distill show {out}"
-    title = f"{result.out}: {result.steps} steps in {time_text(result.seconds)}"
+    took = time_text(result.seconds)
+    title = f"{result.out}: {result.steps} steps, {took} of training and evaluation"
     return Summary(title=title, rows=rows, command=command, warnings=result.warnings)
 
 

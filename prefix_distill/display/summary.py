@@ -39,7 +39,9 @@ def lay_out(summary: Summary, width: int, *, in_color: bool) -> list[str]:
     """Return the lines of a summary, of at most ``width`` cells but for the command."""
     rows = {label: text for label, text in summary.rows.items() if text}
     margin = len(INDENT) + max(map(len, [*rows, "warnings"])) + 2
-    lines = [_paint(summary.title, BOLD, in_color)]
+    lines = []
+    for line in _wrap(summary.title, width, start="", margin=len(INDENT)):
+        lines.append(_paint(line, BOLD, in_color))
     for label, text in rows.items():
         start = f"{INDENT}{label}".ljust(margin)
         lines += _wrap(text, width, start=start, margin=margin)

@@ -77,6 +77,20 @@ class Ending:
             f"s, evaluating and saving {after:.1f} s"
         )
 
+    def has_time_for_teacher(self) -> bool:
+        """Return whether an evaluation of the teacher would end within --max-hours.
+
+        It is taken to last as long as the student's, times the ratio of the parameters.
+        """
+        run = self.state.run
+        hours = run.config.train.max_hours
+        if hours is None:
+            return True
+        scale = max(1.0, run.pair.teacher.parameters / run.pair.student.parameters)
+        left = 3600 * hours - (time.monotonic() - run.started)
+        has_time = left > MARGIN * scale * self.longest_evaluation
+        return bool(run.place.gather(has_time)[0])
+
     def is_save_due(self) -> bool:
         """Return whether --save-minutes have passed since the last checkpoint."""
         minutes = self.state.run.config.checkpoint.save_minutes

@@ -300,6 +300,9 @@ class Session:
         """Return the teacher's accuracy on the held-out problems, unless it tells nothing."""
         if not is_measured(self.run):
             return None
+        if not self.ending.has_time_for_teacher():
+            self.report.note("the teacher is not evaluated, because --max-hours leaves no time")
+            return None
         with stopping.cutting_off(self.interrupt):
             score = measure_teacher(self.state)
         if self.run.place.is_first:

@@ -67,7 +67,8 @@ def test_a_run_shows_steps_and_time_left(tmp_path, columns):
     check_screens(seen, "run", columns)
     if columns > 40:
         assert "step 40 · accuracy" in seen.text
-        assert re.search(r"40 steps in .* next prefix-distill show", seen.text)
+        summary = r"40 steps, .* of training and evaluation .* next prefix-distill show"
+        assert re.search(summary, seen.text)
 
 
 def test_a_check_shows_which_check_runs(tmp_path):

@@ -212,3 +212,11 @@ def test_the_clock_of_rank_0_asks_for_checkpoints(pair, questions, tmp_path, mon
     files.save_checkpoint = save
     Session(run, files, Silent()).train()
     assert saved[0] == 0 and saved[-1] == 9 and 2 < len(saved) < 10
+
+
+@pytest.mark.parametrize(("hours", "has_time"), [(10.0, True), (1e-4, False)])
+def test_the_teacher_is_evaluated_only_if_time_is_left(pair, questions, tmp_path, hours, has_time):
+    run = prepared(pair, questions, **SMALL | {"train__max_hours": hours})
+    result = trained(run, tmp_path / "run")
+    assert (result["accuracy_teacher"] is not None) == has_time
+    assert (result["stopped"] is None) == has_time
