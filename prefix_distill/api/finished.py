@@ -16,10 +16,13 @@ def load(out: str | Path) -> RunResult:
 
     file = read_folder("out", out) / "run.json"
     if not file.is_file():
-        raise UserError(f"run folder {out}: it has no run.json; name the folder of a run")
+        raise UserError(f"run folder {out}: expected a run.json, got none; check the path")
     facts = shapes.read_json(file, dict[str, object])
     if "result" not in facts:
-        raise UserError(f"run folder {out}: expected a finished run; continue this one with resume")
+        raise UserError(
+            f"run folder {out}: expected a finished run, got an unfinished one; continue it with "
+            "resume"
+        )
     shapes.check(facts, shapes.LoadedRun, str(file))
     document = {"out": str(out), **facts["result"], "pushed": None}
     notes, warnings = facts.get("notes", []), facts.get("warnings", [])

@@ -46,7 +46,7 @@ def run(
     on_step: OnStep | None = None,
     **options: Unpack[RunOptions],
 ) -> RunResult:
-    """Distil the teacher into the student, as ``prefix-distill run``.
+    """Distill the teacher into the student, as ``prefix-distill run``.
 
         result = run(student="Qwen/Qwen3-0.6B", teacher="Qwen/Qwen3-1.7B", dataset="gsm8k",
                      prefix=512, steps=100, out="runs/first")

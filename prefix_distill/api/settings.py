@@ -214,7 +214,7 @@ def read_options(options: Mapping[str, object], names: dict[str, str]) -> dict[s
 
 
 def _current_name(name: str, names: Mapping[str, str]) -> str:
-    """Return the present name of an option that was called otherwise, else the name itself."""
+    """Return the present name of an option that was renamed, else the name itself."""
     target = keyword(FORMER.get(name, ""))
     if target not in names:
         return name

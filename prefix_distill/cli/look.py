@@ -24,7 +24,7 @@ SWITCHES: dict[str, Any] = {
     "wrong": typer.Option("--wrong", help="Show only problems whose newest answer is wrong."),
     "kl": typer.Option(
         "--kl",
-        help="Show held-out rollouts of the untrained student, each token coloured by its reverse "
+        help="Show held-out rollouts of the untrained student, each token colored by its reverse "
         "KL.",
     ),
     "live": typer.Option(

@@ -133,7 +133,7 @@ def export_command(
         str,
         typer.Option(
             metavar="NAME",
-            help="In a run folder: model, best, or the step of a checkpoint.",
+            help="What to export from a run folder: model, best, or the step of a checkpoint.",
             autocompletion=complete_from(["model", "best"]),
         ),
     ] = "model",

@@ -164,7 +164,7 @@ def _can_show_boxes() -> bool:
 
 
 def _format_lines(panels: dict[str, list[Row]], width: int) -> str:
-    """Return the panels without boxes and colours: a line per option, its help below it."""
+    """Return the panels without boxes and colors: a line per option, its help below it."""
     blocks = []
     for topic, rows in panels.items():
         lines = [f"{topic}:"]

@@ -58,8 +58,8 @@ class Evaluation:
     teacher: Literal["auto", "off"] = option(
         "auto",
         "--eval-teacher",
-        "Whether the teacher is evaluated once, after training, to tell how much of the gap is "
-        "closed: auto (unless it is the student itself or sees privileged text) or off.",
+        "Evaluation of the teacher after training, to report how much of the gap is closed: auto "
+        "(unless the teacher is the student itself or sees privileged text) or off.",
     )
     kl_prompts: int = option(
         32,
@@ -91,7 +91,7 @@ class Evaluation:
     grader_timeout: float = option(
         10.0,
         "--grader-timeout",
-        "Seconds that --grader may take for one answer, which then scores 0.",
+        "Time limit of --grader in seconds per answer; an answer that takes longer scores 0.",
         above=0,
     )
     answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"] = option(

@@ -161,15 +161,15 @@ class Train:
     stop_when: str = option(
         "none",
         "--stop-when",
-        "End the run early: 'accuracy 3' after three evaluations without a higher accuracy, "
-        "collapse if answers stop ending, repeat themselves or the KL beyond the prefix rises; "
-        "comma-separated for both.",
+        "End the run early. 'accuracy 3': after three evaluations without a higher accuracy. "
+        "collapse: if fewer answers end, more repeat themselves, or the KL beyond the prefix "
+        "rises. Separate both with a comma.",
     )
     max_hours: float | None = option(
         None,
         "--max-hours",
-        "Hours in which the run ends: it stops training while there is time to evaluate and save. "
-        "They count from the loading of the models; a resumed run counts anew.",
+        "Time limit in hours: training stops early enough to evaluate and save. The clock starts "
+        "before the models load, and starts again on resume.",
         above=0,
     )
     batch_size: int = main_option(

@@ -55,8 +55,8 @@ class Trackers:
     print_rollouts: int = option(
         0,
         "--print-rollouts",
-        "Rollouts to print, with a mark where the prefix ends, after every step; of a long run "
-        "after about 200 of its steps. `show` reads them later.",
+        "Rollouts to print after every step, with a mark where the prefix ends; a long run prints "
+        "after about 200 of its steps. `show` prints them again later.",
         low=0,
     )
 

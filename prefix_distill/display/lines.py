@@ -18,7 +18,7 @@ def print_line(text: str) -> None:
 
 
 def is_plain() -> bool:
-    """Return whether to print plain lines: no bars, boxes or colours.
+    """Return whether to print plain lines: no bars, boxes or colors.
 
     Screen readers and log files need them.
     """

@@ -1,4 +1,4 @@
-"""The last screen of a command: what came out, in a few labelled lines."""
+"""The last screen of a command: what came out, in a few labeled lines."""
 
 import shutil
 import textwrap
@@ -14,7 +14,7 @@ BOLD, YELLOW, RESET = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A title, labelled lines, warnings, and the next command.
+    """A title, labeled lines, warnings, and the next command.
 
     ``rows``: label → text; empty ones are left out. ``command`` is not broken into lines, so that
     it can be copied.

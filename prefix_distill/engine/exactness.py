@@ -282,7 +282,7 @@ class _Dictation:
 
 
 def _relative_gap(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the norm of the difference over that of the expected logits, each row centred."""
+    """Return the norm of the difference over that of the expected logits, each row centered."""
     centred = expected - expected.mean(-1, keepdim=True)
     difference = logits - logits.mean(-1, keepdim=True) - centred
     return _relative_norm(difference, centred)

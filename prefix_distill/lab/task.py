@@ -4,7 +4,7 @@ A problem has two given terms and ``steps`` terms to write. Addition is digit by
 carrying (written "+" below: 47 + 85 = 22). Every term has a label; the labels count down to 01:
 
     prompt    "28:41 27:73"                     the given terms, with labels steps+2 and steps+1
-    solution  "26:14 25:87 ... 01:05 ####05"    one labelled term per step; the last one is the
+    solution  "26:14 25:87 ... 01:05 ####05"    one labeled term per step; the last one is the
                                                 answer
 
     choice  x[t] = x[t-1] + x[t-2]

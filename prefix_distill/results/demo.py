@@ -1,4 +1,4 @@
-"""Run ``prefix-distill demo``: distil the built-in pair with a prefix and with full rollouts."""
+"""Run ``prefix-distill demo``: distill the built-in pair with a prefix and with full rollouts."""
 
 import dataclasses
 from pathlib import Path
@@ -32,7 +32,7 @@ NAMES = {"prefix": "24-token prefix", "full": "full rollouts"}  # of the arms
 COLUMNS = ("accuracy [95%]", "FLOPs", "time", "tokens")
 SHOWN = 44  # characters of an answer
 TASK = (
-    "A problem gives two labelled numbers. Each term of the answer adds the last two numbers digit "
+    "A problem gives two labeled numbers. Each term of the answer adds the last two numbers digit "
     "by digit, without carrying, and counts the label down to 01; #### marks the result."
 )
 

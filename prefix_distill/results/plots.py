@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
+# Okabe and Ito's colors, which color-blind readers can tell apart
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREY = "#555555"

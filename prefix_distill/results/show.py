@@ -141,7 +141,7 @@ def _body(answer: Answer) -> "Text":
 
 
 def render_tokens(texts: Texts, steps: Sequence[int], limit: int) -> Iterator["RenderableType"]:
-    """Yield fixed rollouts for rich, each token coloured by its KL."""
+    """Yield fixed rollouts for rich, each token colored by its KL."""
     from rich.rule import Rule
     from rich.text import Text
 
@@ -173,7 +173,7 @@ def colour_of(value: float | None) -> str:
 
 
 def legend() -> "Text":
-    """Return what the colours mean."""
+    """Return what the colors mean."""
     from rich.text import Text
 
     text = Text("reverse KL of a token, from ")

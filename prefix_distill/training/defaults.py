@@ -48,7 +48,7 @@ def check_names(names: dict[str, str | None]) -> None:
     if given and missing:
         raise UserError(
             f"expected {_list(list(names))} together, got {_list(given)} only; add "
-            f"{_list(missing)}, or omit {_list(given)} to use what is built in"
+            f"{_list(missing)}, or omit {_list(given)} to use the built-in ones"
         )
 
 
