@@ -38,9 +38,10 @@ from prefix_distill.engine.memory import MemoryLimits
 from prefix_distill.engine.models import Model
 from prefix_distill.engine.ranks import Place
 from prefix_distill.engine.sampling import Sampler
-from prefix_distill.maths.divergence import per_token
+from prefix_distill.maths.divergence import Terms, per_token
 from prefix_distill.maths.schedule import parse_prefix
 from prefix_distill.maths.weights import quadrants
+from prefix_distill.planning.case import Case
 from prefix_distill.prompts.grading import Grader
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training.folder import RunFolder
@@ -264,6 +265,22 @@ class Silent:
     def row(self, *_): ...
     def tail(self, *_): ...
     def evaluation(self, *_): ...
+
+
+def make_case(**more):
+    """Return what a small run does with memory, for forecasts of it."""
+    given = {
+        "prompts": ((9, 9), (14, 14)),
+        "samples": 2,
+        "prefix": 6,
+        "limit": 12,
+        "micro_batch": 4,
+        "rows": 4,
+        "answers": 4,
+        "compared": 2,
+    }
+    terms = Terms(name="reverse-kl", memory_bytes=1 << 16)
+    return Case(terms=terms, dtype=torch.float32, **given | more)
 
 
 def prepared(pair, questions, **changes):

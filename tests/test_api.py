@@ -225,7 +225,7 @@ def test_a_damaged_run_folder_gives_a_one_line_error(given, tmp_path):
     (tmp_path / "run/metrics.jsonl").write_text("[1]\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl line 1: expected an object"):
         result.metrics()
-    with pytest.raises(UserError, match="it has no run"):
+    with pytest.raises(UserError, match=r"expected a run\.json, got none"):
         prefix_distill.load(tmp_path)
 
 

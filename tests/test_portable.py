@@ -1,4 +1,4 @@
-"""Test portability without other hardware: Windows paths, Apple GPUs, plots without colour."""
+"""Test portability without other hardware: Windows paths, Apple GPUs, plots without color."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from prefix_distill.maths.flops import STRETCH
 from prefix_distill.prompts.load import load_prompts
 from prefix_distill.prompts.sources import is_path
 from prefix_distill.results import plots, runs
-from prefix_distill.results.plots import COLOURS
+from prefix_distill.results.plots import COLORS
 from prefix_distill.training import prepare as preflight
 from prefix_distill.training.optimizer import step_optimizer
 from prefix_distill.training.update import Update
@@ -199,10 +199,10 @@ def test_every_forward_pass_and_every_stretch_of_decoding_releases_memory(monkey
     assert released == [cpu] * 4
 
 
-def test_lines_of_a_plot_differ_without_colours(tmp_path):
+def test_lines_of_a_plot_differ_without_colors(tmp_path):
     """Lines differ in marker or line style, even if markers repeat.
 
-    The colours are from the Okabe-Ito palette, in which lightness differs between colours.
+    The colors are from the Okabe-Ito palette, in which lightness differs between colors.
     """
     from matplotlib import pyplot
 
@@ -250,7 +250,7 @@ def test_lines_of_a_plot_differ_without_colours(tmp_path):
             assert len(set(styles)) == len(styles), (name, styles)
             assert name != "report" or len(styles) == 12
             assert {line.get_color() for line in axes.get_lines()} <= {
-                *COLOURS,
+                *COLORS,
                 "#555555",
                 "black",
             }, name

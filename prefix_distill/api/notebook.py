@@ -10,7 +10,6 @@ a second one raises KeyboardInterrupt at once.
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Unpack
 
 from .. import config as configuration
@@ -151,7 +150,7 @@ def compare(
     """
     observer = LogObserver(on_step)
     file = arguments.read_path("arms_file", arms_file)
-    return work.compare(file, _read_out(out, "compare").absolute(), observer)
+    return work.compare(file, settings.read_out("out", out, "compare").absolute(), observer)
 
 
 def report(
@@ -171,7 +170,9 @@ def report(
         reference = arguments.read_value("reference", reference, str)
     title = arguments.read_value("title", title, str)
     paths = arguments.read_folders("folders", folders)
-    return work.report(paths, _read_out(out, "report"), reference=reference, title=title)
+    return work.report(
+        paths, settings.read_out("out", out, "report"), reference=reference, title=title
+    )
 
 
 def export(source: Name, out: Name | None = None, **options: Unpack[ExportOptions]) -> ExportResult:
@@ -189,13 +190,6 @@ def export(source: Name, out: Name | None = None, **options: Unpack[ExportOption
         folder = arguments.read_folder("out", out)
     path = arguments.read_path("source", source)
     return work.export(path, config, LogObserver(), out=folder, choices=choices)
-
-
-def _read_out(out: Name | None, command: str) -> Path:
-    """Return the folder ``out``, by default one that is named after the command."""
-    if out is None:
-        return Path(settings.default_out(command))
-    return arguments.read_folder("out", out)
 
 
 def _config(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 from .. import config as configuration
 from ..errors import UserError
 from . import html
-from .arguments import plain_value, read_path
+from .arguments import plain_value, read_folder, read_path
 from .flat import read_settings_file
 from .renamed import FORMER, RENAMED
 
@@ -244,6 +244,16 @@ def name_run_folder(config: configuration.Config) -> configuration.Config:
 def default_out(command: str) -> str:
     """Return where a command writes by default: a folder named after it and the current time."""
     return f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def read_out(name: str, out: object, command: str) -> Path:
+    """Return the folder ``out``, by default that of ``default_out``; ``name``: its name in errors.
+
+    UserError: it is empty, or neither text nor a path.
+    """
+    if out is None:
+        out = default_out(command)
+    return read_folder(name, out)
 
 
 def pin_paths(config: configuration.Config) -> configuration.Config:

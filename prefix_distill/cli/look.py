@@ -33,29 +33,25 @@ SWITCHES: dict[str, Any] = {
 }
 
 
-def with_switches(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add switches of SWITCHES to a command, which gets them as keyword arguments."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        parameters = list(inspect.signature(function).parameters.values())
-        parameters.pop()  # the keywords
-        for name in names:
-            parameters.append(
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=False,
-                    annotation=Annotated[bool, SWITCHES[name]],
-                )
+def with_switches(command: Callable[..., None]) -> Callable[..., None]:
+    """Add SWITCHES to a command, which gets them as keyword arguments."""
+    parameters = list(inspect.signature(command).parameters.values())
+    parameters.pop()  # the keywords
+    for name, option in SWITCHES.items():
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False,
+                annotation=Annotated[bool, option],
             )
-        function.__dict__["__signature__"] = inspect.Signature(parameters)
-        return function
-
-    return decorate
+        )
+    command.__dict__["__signature__"] = inspect.Signature(parameters)
+    return command
 
 
 @app.command()
-@with_switches("wrong", "kl", "live")
+@with_switches
 def show(
     run: Run,
     step: Annotated[

@@ -1,13 +1,12 @@
 """The commands probe, compare, report and demo."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import display
 from ..api import settings
-from ..api.arguments import read_folder, read_folders
+from ..api.arguments import read_folders
 from .app import Terminal, app, finish, note, show
 from .options import Wording, read_number, with_options
 
@@ -24,13 +23,6 @@ PROBE_WORDING: dict[str, Wording] = {
     "runtime.dtype": {"help": "Compute dtype: auto, float32 or bfloat16."},
     "runtime.head_memory_mb": {"help": "Memory for one chunk of logits, in MiB."},
 }
-
-
-def _read_out(out: str | None, command: str) -> Path:
-    """Return the folder of --out, by default one that is named after the command."""
-    if out is None:
-        out = settings.default_out(command)
-    return read_folder("--out", out)
 
 
 @app.command()
@@ -60,7 +52,7 @@ def demo(
     from ..api import work
 
     with Terminal() as terminal:
-        table, document = work.demonstrate(_read_out(out, "demo"), seed, terminal)
+        table, document = work.demonstrate(settings.read_out("--out", out, "demo"), seed, terminal)
     from ..results.demo import summarize
 
     display.print_tables(table)
@@ -125,7 +117,7 @@ def compare(
     from ..api import work
 
     with Terminal() as terminal:
-        result = work.compare(arms_file, _read_out(out, "compare"), terminal)
+        result = work.compare(arms_file, settings.read_out("--out", out, "compare"), terminal)
     show(result, width=200)
     for text in result.remarks():
         note(text)
@@ -161,7 +153,7 @@ def report(
     """Write tables, a plot and a self-contained HTML page for any run folders."""
     from ..api import work
 
-    paths, folder = read_folders("FOLDER", folders), _read_out(out, "report")
+    paths, folder = read_folders("FOLDER", folders), settings.read_out("--out", out, "report")
     with Terminal():
         result = work.report(paths, folder, reference=reference, title=title)
     show(result, width=200)

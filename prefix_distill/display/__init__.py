@@ -10,7 +10,7 @@ from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
 from .screen import RUNS, Screen
 from .summary import Summary, lay_out, render_summary
-from .texts import accuracy_text, flops_text, time_text
+from .texts import accuracy_text, flops_text, short_time_text, time_text
 from .training import Display
 
 __all__ = [
@@ -40,5 +40,6 @@ __all__ = [
     "print_line",
     "print_tables",
     "render_summary",
+    "short_time_text",
     "time_text",
 ]

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 
 BETWEEN = " · "
-
-
 ROOM = 12  # cells beside a text that is cut
 EXTRA = 9  # columns from this rank on are shown only where all others have room for their longest
 

@@ -39,6 +39,15 @@ def elapsed_text(seconds: float) -> str:
     return f"{rest} s"
 
 
+def short_time_text(seconds: float) -> str:
+    """Return a duration in one unit, for tables: "45 s", "12 min", "3.4 h"."""
+    if seconds < 100:
+        return f"{number_text(seconds)} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def share_text(value: float) -> str:
     """Return a share in percent, without decimals: 0.62 → "62 %"."""
     return f"{value * 100:.0f} %"

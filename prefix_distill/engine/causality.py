@@ -82,6 +82,6 @@ def _locate(
 def _relative_change(model: Model, before_TD: torch.Tensor, after_TD: torch.Tensor) -> float:
     """Return the relative change of the hidden states: the largest one, or the median one."""
     changes_T = (after_TD - before_TD).norm(dim=-1) / before_TD.norm(dim=-1)
-    if model.net.dtype == torch.float32:
+    if model.is_full_precision:
         return changes_T.max().item()
     return changes_T.median().item()

@@ -242,9 +242,7 @@ class _Dictation:
             )
         for request, theirs in zip(self.requests, expected, strict=True):
             ours = torch.stack(written[request.key])[:, : theirs.shape[-1]]
-            measure = _relative_gap
-            if allowed == TOLERANCE_OF_HALF_PRECISION:
-                measure = _median_gap
+            measure = _relative_gap if model.is_full_precision else _median_gap
             gap = measure(ours, theirs)
             if not gap <= allowed:
                 text = f"they differ by {gap:.1g} of their norm"

@@ -162,14 +162,17 @@ class Model:
         """
         return self.shares_prompts and self.decoding.stretch is not None
 
-    def choose_tolerance(self, full: float, half: float) -> float:
-        """Return ``full`` if the network is in float32, else ``half`` (for half precision).
+    @property
+    def is_full_precision(self) -> bool:
+        """Return whether the network computes in float32, and not in half precision.
 
         The embedding tells: the first parameters may be of a tower that stays in float32.
         """
-        if self.net.get_input_embeddings().weight.dtype == torch.float32:
-            return full
-        return half
+        return self.net.get_input_embeddings().weight.dtype == torch.float32
+
+    def choose_tolerance(self, full: float, half: float) -> float:
+        """Return ``full`` if the network is in full precision, else ``half``."""
+        return full if self.is_full_precision else half
 
     def trunk(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return the final hidden states [B, T, D], after the last norm.

@@ -23,9 +23,8 @@ class CutOff(Exception):
     """Work was left unfinished, because a signal asked the run to stop."""
 
     def __init__(self, number: signal.Signals):
-        super().__init__(
-            number
-        )  # an exception that ranks exchange is made again from its arguments
+        # an exception that ranks exchange is made again from its arguments
+        super().__init__(number)
         self.number = number
 
 

@@ -163,7 +163,7 @@ def _measure_change(model: Model, before: torch.Tensor, after: torch.Tensor) -> 
     difference = torch.where(before == after, 0.0, after - before)
     size_T = before.reshape(len(before), -1).norm(dim=-1)
     change_T = difference.reshape(len(before), -1).norm(dim=-1) / size_T.clamp_min(SMALLEST)
-    if model.choose_tolerance(1, 0):
+    if model.is_full_precision:
         return change_T.max().item()
     return change_T.quantile(0.75).item()
 

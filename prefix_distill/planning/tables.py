@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from ..display import flops_text
+from ..display import flops_text, short_time_text
 
 
 def tabulate(document: dict) -> list[Table]:
@@ -94,11 +94,5 @@ def _format_gib(size: float) -> str:
 
 
 def _format_seconds(seconds: float | None) -> str:
-    """Return seconds, minutes from two on or hours from two on; a dash if they are not known."""
-    if seconds is None:
-        return "–"
-    if seconds >= 7200:
-        return f"{seconds / 3600:.3g} h"
-    if seconds >= 120:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds:.3g} s"
+    """Return a duration in one unit; a dash if it is not known."""
+    return "–" if seconds is None else short_time_text(seconds)

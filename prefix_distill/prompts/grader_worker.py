@@ -1,7 +1,8 @@
 """Run a user's grader: the process that ``own_grader`` starts. It runs outside the package.
 
 It reads lines of JSON from stdin and answers each with one on stdout. The first line is {file,
-source, function}, the others are {row, response}. An answer has ``ready``, ``score`` or ``error``.
+source, function, seconds}, the others are {row, response}. An answer has ``ready``, ``score`` or
+``error``.
 """
 
 import faulthandler

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ..display import flops_text
+from ..display import flops_text, short_time_text
 
 # of the table on the screen, which fits 80 columns; the files have all HEADINGS
 SCREEN_HEADINGS = ("arm", "accuracy % [95%]", "FLOPs", "time", "÷ full")
@@ -34,7 +34,7 @@ def screen_cells(row: dict) -> list[str]:
         arm_text(row),
         accuracy,
         flops_text(row["flops_useful"]),
-        duration_text(row["seconds"]),
+        short_time_text(row["seconds"]),
         saving_text(row),
     ]
 
@@ -48,10 +48,10 @@ def cells(row: dict) -> list[str]:
         flops_text(row["flops_useful"]),
         flops_text(row["flops_executed"]),
         saving_text(row),
-        duration_text(row["seconds"]),
+        short_time_text(row["seconds"]),
         _tail_text(row),
         f"{row['finish_rate']:.0%}",
-        share_text(row["finished_accuracy"]),
+        _percent_text(row["finished_accuracy"]),
         f"{row['mean_tokens']:.0f}",
         ratio_text(ratios.get(0.5)),
         ratio_text(ratios.get(0.9)),
@@ -74,20 +74,6 @@ def saving_text(row: dict) -> str:
     return f"{full / row['flops_useful']:.1f}×"
 
 
-def share_text(share: float | None) -> str:
-    """Return a share in percent; "–" without one."""
-    return "–" if share is None else f"{share:.1%}"
-
-
-def duration_text(seconds: float) -> str:
-    """Return a time with one unit of two or three digits: 45 s, 12 min, 3.4 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 def recommendation_text(prefix: int | str | None) -> str:
     """Return what a probe recommends, as a title; ``prefix`` None: nothing."""
     if prefix is None:
@@ -95,6 +81,11 @@ def recommendation_text(prefix: int | str | None) -> str:
     if prefix == "full":
         return "recommended: full rollouts (--prefix full)"
     return f"recommended: --prefix {prefix}"
+
+
+def _percent_text(share: float | None) -> str:
+    """Return a share in percent with one decimal; "–" without one."""
+    return "–" if share is None else f"{share:.1%}"
 
 
 def _accuracy_text(row: dict) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREY = "#555555"
-COLOURS = (BLUE, ORANGE, "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+COLORS = (BLUE, ORANGE, "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "os^vD<>ph*X"
 LINE_STYLES = ("-", "--", "-.", ":")
 DEMO_STYLES: dict[str, dict[str, Any]] = {
@@ -236,16 +236,16 @@ def draw_report(
         steps = common_steps(group)
         x = _means(steps, [run.spent(against) for run in group])
         y = _means(steps, [heights(run) for run in group])
-        colour = COLOURS[i % len(COLOURS)]
+        color = COLORS[i % len(COLORS)]
         resampled = Resampled({arm: group})
         if graded and resampled.paired:
             curve = resampled.curve(arm)
             y = (100 * curve.accuracy).tolist()
-            _draw_band(axes, x, curve, colour=colour)
+            _draw_band(axes, x, curve, color=color)
         axes.plot(
             x,
             y,
-            color=colour,
+            color=color,
             marker=MARKERS[i % len(MARKERS)],
             linestyle=LINE_STYLES[i % len(LINE_STYLES)],
         )
@@ -306,7 +306,7 @@ def _means(steps: list[int], seeds: list[dict[int, float]]) -> list[float]:
     return means
 
 
-def _draw_band(axes: "Axes", x: list[float], curve: Curve, colour: str) -> None:
+def _draw_band(axes: "Axes", x: list[float], curve: Curve, color: str) -> None:
     """Draw the 95% interval of an accuracy around its line."""
     low = []
     high = []
@@ -314,7 +314,7 @@ def _draw_band(axes: "Axes", x: list[float], curve: Curve, colour: str) -> None:
         lower, upper = curve.interval(evaluation)
         low.append(100 * lower)
         high.append(100 * upper)
-    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
 
 
 def _escape(text: str) -> str:

@@ -14,7 +14,7 @@ PLAIN_MARK = "[the prefix ends here]"
 NARROWEST = 34  # columns of an answer; narrower ones are stacked
 COLUMNS_SHOWN = 4
 # lower border of the KL in nats → style of the token
-COLOURS = (
+COLORS = (
     (1.0, "white on red3"),
     (0.3, "black on dark_orange"),
     (0.1, "black on yellow3"),
@@ -126,9 +126,9 @@ def _side_by_side(texts: Texts, answers: list[Answer]) -> "RenderableType":
 def _heading(texts: Texts, answer: Answer) -> "Text":
     from rich.text import Text
 
-    colours = {True: "green", False: "red", None: "cyan"}
+    colors = {True: "green", False: "red", None: "cyan"}
     name = step_name(answer.step, texts)
-    return Text(f"{name} · {verdict(answer)}", style=colours[answer.correct])
+    return Text(f"{name} · {verdict(answer)}", style=colors[answer.correct])
 
 
 def _body(answer: Answer) -> "Text":
@@ -151,22 +151,22 @@ def render_tokens(texts: Texts, steps: Sequence[int], limit: int) -> Iterator["R
         for step in steps:
             if step in context.kl:
                 yield Text(f"KL, {step_name(step, texts)}", style="cyan")
-                yield _coloured(context, step)
+                yield _colored(context, step)
     yield legend()
 
 
-def _coloured(context: ScoredText, step: int) -> "Text":
+def _colored(context: ScoredText, step: int) -> "Text":
     from rich.text import Text
 
     text = Text()
     for token, value in zip(context.tokens, context.kl[step], strict=False):
-        text.append(visible(token), style=colour_of(value))
+        text.append(visible(token), style=color_of(value))
     return text
 
 
-def colour_of(value: float | None) -> str:
+def color_of(value: float | None) -> str:
     """Return the style of a token with this KL (nats)."""
-    for border, style in COLOURS:
+    for border, style in COLORS:
         if value is not None and value >= border:
             return style
     return ""
@@ -177,7 +177,7 @@ def legend() -> "Text":
     from rich.text import Text
 
     text = Text("reverse KL of a token, from ")
-    for border, style in reversed(COLOURS):
+    for border, style in reversed(COLORS):
         text.append(f" {border:g} ", style=style)
         text.append(" ")
     text.append("nats on")

@@ -66,13 +66,14 @@ def prepare(config: Config) -> Run:
 
 
 def _check_references(config: Config, problems: Problems) -> None:
-    """Raise UserError if --stop-when needs an accuracy, but no problem has a reference answer."""
+    """Raise UserError if --stop-when needs an accuracy, but no problem can be graded."""
     patience = configuration.parse_stop_when(config.train.stop_when).patience
-    if patience is not None and all(prompt.answer is None for prompt, _ in problems.held_out):
-        raise UserError(
-            f"--stop-when {config.train.stop_when}: no held-out problem has a reference answer, so "
-            "there is no accuracy; name the column with --answer-column, or use collapse"
-        )
+    if patience is None or any(problems.grader.can_grade(p) for p, _ in problems.held_out):
+        return
+    raise UserError(
+        f"--stop-when {config.train.stop_when}: no held-out problem has a reference answer, so "
+        "there is no accuracy; name the column with --answer-column, or use collapse"
+    )
 
 
 def read_method(config: Config, pair: Pair, place: Place, notes: Notes) -> Method:

@@ -37,7 +37,8 @@ def render_problems(
     config = settle_privileged_template(config, sets)
     config = settle_template_date(config, pair, place, notes=notes)
     train, extrapolation, dropped = _render_for_run(config, sets, pair, notes=notes)
-    _check_extrapolation_prompts(config, extrapolation, notes)
+    grader = choose_grader(config, sets.held_out, sets.own_grader)
+    _check_extrapolation_prompts(config, extrapolation, grader, notes=notes)
     if config.data.privileged_column is not None:
         _compare_privileged_prompts(pair, train[:4], place, notes=notes)
     held_out, dropped_held_out = templates.render_all(
@@ -76,7 +77,7 @@ def render_problems(
         teacher_held_out=[(r.prompt, r.teacher_ids) for r in held_out[: config.evaluate.problems]],
         kl=held_out[: config.evaluate.kl_prompts],
         extrapolation=extrapolation,
-        grader=choose_grader(config, sets.held_out, sets.own_grader),
+        grader=grader,
         teacher_tokens=teacher_tokens,
         loaded=[s.digest() for s in sets.train],
     )
@@ -201,13 +202,16 @@ def _describe_mixture(sets: PromptSets, kept: list[list[Rendered]], needed: int)
     return "training prompts: " + ", ".join(parts)
 
 
-def _check_extrapolation_prompts(config: Config, prompts: list[Rendered], notes: Notes) -> None:
-    """Raise UserError if candidates are scored by accuracy and a prompt has no answer."""
+def _check_extrapolation_prompts(
+    config: Config, prompts: list[Rendered], grader: Grader, *, notes: Notes
+) -> None:
+    """Raise UserError if candidates are scored by accuracy and a prompt cannot be graded.
+
+    Too few prompts give a warning.
+    """
     fixed = _count_extrapolation_prompts(config)
-    graded = bool(fixed) and config.extrapolation.score == "accuracy"
-    if config.evaluate.grader is not None:
-        graded = False
-    if graded and any(p.prompt.answer is None for p in prompts):
+    needs_grades = config.extrapolation.score == "accuracy"
+    if needs_grades and not all(grader.can_grade(r.prompt) for r in prompts):
         raise UserError(
             f"dataset {config.data.dataset}: a prompt has no reference answer, so candidates "
             "cannot be graded; name the column with --answer-column, or use --extrapolate-score "

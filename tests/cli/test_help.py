@@ -296,7 +296,7 @@ print_tables(table)
     [{"PREFIX_DISTILL_PLAIN": "1"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}, {}],
     ids=["plain", "NO_COLOR", "dumb", "bars"],
 )
-def test_plain_mode_has_no_bars_boxes_or_colours(environment):
+def test_plain_mode_has_no_bars_boxes_or_colors(environment):
     seen = _in_a_terminal(environment, SHOWN).replace("\r\n", "\n")
     if not environment:
         assert BOXES.search(seen)

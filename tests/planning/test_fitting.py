@@ -5,32 +5,21 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
-from helpers import invoke, last_json, tiny_config
+from helpers import invoke, last_json, make_case, tiny_config
 
 from prefix_distill.config import build
 from prefix_distill.errors import UserError
-from prefix_distill.maths.divergence import Terms
 from prefix_distill.maths.flops import Shape
 from prefix_distill.maths.schedule import parse_prefix
 from prefix_distill.planning import fitting, timing
-from prefix_distill.planning.case import Case
 from prefix_distill.planning.forecast import Forecaster
 from prefix_distill.planning.gpus import CARDS, Card, read_cards
 
 
-def make_case(**more):
-    given = {
-        "prompts": ((9, 9), (14, 14)),
-        "samples": 4,
-        "prefix": 6,
-        "limit": 200,
-        "micro_batch": 4,
-        "rows": 16,
-        "answers": 16,
-    }
-    terms = Terms(name="reverse-kl", memory_bytes=1 << 16)
-    return Case(terms=terms, dtype=torch.float32, **given | more)
+def long_case(**more):
+    return make_case(
+        **{"samples": 4, "limit": 200, "rows": 16, "answers": 16, "compared": 0} | more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +28,7 @@ def forecaster():
 
 
 def test_more_memory_never_fits_less_and_what_is_found_fits(forecaster):
-    case = make_case()
+    case = long_case()
     needed = forecaster.forecast(case)["total"]
     least = forecaster.forecast(replace(case, rows=1, micro_batch=1))["total"]
     ranks = []
@@ -61,7 +50,7 @@ def test_more_memory_never_fits_less_and_what_is_found_fits(forecaster):
 
 
 def test_rows_are_lowered_where_the_cache_of_an_evaluation_does_not_fit(forecaster):
-    case = make_case(micro_batch=1)
+    case = long_case(micro_batch=1)
     total = forecaster.forecast(case)
     assert total["set_by"] == "evaluation"
     found = fitting.search(forecaster, case, total["total"] - 1)
@@ -69,16 +58,16 @@ def test_rows_are_lowered_where_the_cache_of_an_evaluation_does_not_fit(forecast
 
 
 def test_fewer_rows_never_need_more_memory(forecaster):
-    sizes = [forecaster.forecast(make_case(rows=rows))["total"] for rows in (1, 2, 4, 8, 16)]
+    sizes = [forecaster.forecast(long_case(rows=rows))["total"] for rows in (1, 2, 4, 8, 16)]
     assert sizes == sorted(sizes)
 
 
 def test_nothing_fits_a_card_without_room(forecaster):
-    assert fitting.search(forecaster, make_case(), 1000.0) is None
+    assert fitting.search(forecaster, long_case(), 1000.0) is None
 
 
 def test_the_flags_are_those_of_the_case():
-    case = make_case(rows=2, micro_batch=1, adapter=fitting.LORA, recomputes=True)
+    case = long_case(rows=2, micro_batch=1, adapter=fitting.LORA, recomputes=True)
     assert fitting.list_flags(build({}), case) == [
         *("--lora", "64", "--gradient-checkpointing"),
         *("--generation-rows", "2", "--micro-batch-size", "1"),
@@ -100,7 +89,7 @@ def test_decoding_takes_the_time_of_its_steps_or_of_what_they_read(bandwidth, bo
         limit=20,
     )
     card = Card(name="c", memory=24, bandwidth=bandwidth, rates=(("float32", 1e9),))
-    found = timing.estimate_run(work, make_case(rows=2), card, trained=7)
+    found = timing.estimate_run(work, long_case(rows=2), card, trained=7)
     kv = model.num_key_value_heads * model.hidden_size // model.num_attention_heads
     cache = 2 * model.num_hidden_layers * kv * 4
     read = (1500 * 4 + 2 * cache * (5 + 5)) / (bandwidth * 1e9 * timing.BANDWIDTH_SHARE)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import invoke, last_json, tiny_config, tiny_net
+from helpers import invoke, last_json, make_case, tiny_config, tiny_net
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma3TextConfig
@@ -16,11 +16,11 @@ from prefix_distill.engine import scoring
 from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.rollout import student_sides
 from prefix_distill.errors import UserError
-from prefix_distill.maths.divergence import Head, Terms
+from prefix_distill.maths.divergence import Head
 from prefix_distill.maths.fused import weighted
 from prefix_distill.planning import forecast, ghosts, measuring
 from prefix_distill.planning import plan as planning
-from prefix_distill.planning.case import Case, Network
+from prefix_distill.planning.case import Network
 from prefix_distill.planning.forecast import Forecaster
 from prefix_distill.planning.measuring import MicroBatch
 
@@ -49,21 +49,6 @@ class Held(TorchDispatchMode):
         return out
 
 
-def case(**more):
-    given = {
-        "prompts": ((9, 9), (14, 14)),
-        "samples": 2,
-        "prefix": 6,
-        "limit": 12,
-        "micro_batch": 4,
-        "rows": 4,
-        "answers": 4,
-        "compared": 2,
-    }
-    terms = Terms(name="reverse-kl", memory_bytes=1 << 16)
-    return Case(terms=terms, dtype=torch.float32, **given | more)
-
-
 @pytest.mark.parametrize("kind, recomputes", [("qwen3", False), ("gemma3", False), ("llama", True)])
 def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes):
     """Compare a forward and a backward pass on shape-only tensors with the same on real tensors.
@@ -71,7 +56,7 @@ def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes):
     The networks have shared prompts, grouped-query attention, sliding windows, a soft-cap and tied
     weights.
     """
-    group = case().update()
+    group = make_case().update()
     real = Model(
         name="m",
         net=tiny_net(kind, width=64).requires_grad_(True),
@@ -90,13 +75,19 @@ def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes):
     ) as held:
         rows = scoring.hidden_rows(real, student_sides(group))
         loss, _, _ = weighted(
-            case().terms, rows, real.head(), teacher_NE, head, torch.ones(24), scoring.tokens(group)
+            make_case().terms,
+            rows,
+            real.head(),
+            teacher_NE,
+            head,
+            torch.ones(24),
+            scoring.tokens(group),
         )
         loss.backward()
     settings = Network(torch.float32, recomputes=recomputes)
     ghost = ghosts.sketch("m", tiny_config(kind, width=64), settings)
     ghost.net.requires_grad_(True)
-    work = MicroBatch(rollouts=group, terms=case().terms, accumulates=True, autocast=False)
+    work = MicroBatch(rollouts=group, terms=make_case().terms, accumulates=True, autocast=False)
     found = measuring.measure_update(ghost, Head(weight_VD=ghosts.make_ghost((260, 64))), work)
     assert max(found.values()) == pytest.approx(held.peak, rel=0.01)
 
@@ -108,7 +99,7 @@ def test_an_adapter_and_checkpointing_need_less_memory():
         tiny_config("llama", vocabulary=4000, width=256, layers=3),
     )
     plain, recomputed, adapted, itself = (
-        forecaster.forecast(case(prefix=40, limit=40, answers=0, compared=0, **more))
+        forecaster.forecast(make_case(prefix=40, limit=40, answers=0, compared=0, **more))
         for more in (
             {},
             {"recomputes": True},
@@ -237,7 +228,7 @@ def test_two_depths_predict_the_memory_of_all_layers(more, monkeypatch):
         | {"num_hidden_layers": 12, "layer_types": None, "sliding_window_pattern": 2}
     )
     configs = [tiny_config("qwen3", vocabulary=600, width=64, layers=12), gemma]
-    settled = case(**{"prefix": 24, "limit": 40, "answers": 4, "rows": 8} | more)
+    settled = make_case(**{"prefix": 24, "limit": 40, "answers": 4, "rows": 8} | more)
     short = Forecaster(*configs).forecast(settled)
     assert all(len(ghosts.choose_depths(c)) == 2 for c in configs)
     monkeypatch.setattr(forecast, "choose_depths", lambda config: (12,))
@@ -353,7 +344,7 @@ def test_the_bound_for_small_models_is_above_the_forecast(kind, more):
 
     For these models, it is above the forecast by a factor of less than 100.
     """
-    settled, config = case(**more), tiny_config(kind, vocabulary=900, width=48)
+    settled, config = make_case(**more), tiny_config(kind, vocabulary=900, width=48)
     found = Forecaster(config, config).forecast(settled)["total"]
     model = ghosts.sketch("m", config, Network(torch.float32))
     assert found < forecast.bound_memory(model, model, settled) < 100 * found

@@ -12,8 +12,9 @@ import shutil
 import pytest
 from helpers import invoke, write_run
 
+from prefix_distill.display import short_time_text
 from prefix_distill.results import curves, plots
-from prefix_distill.results.cells import duration_text, recommendation_text, saving_text
+from prefix_distill.results.cells import recommendation_text, saving_text
 from prefix_distill.results.runs import collect_runs
 
 STEPS = 300
@@ -102,8 +103,8 @@ def test_numbers_are_short():
     assert [curves.short(v) for v in (0.01234, 3.0, 1250, 2e6, 4.2e9)] == [
         *("0.0123", "3", "1.25k", "2M", "4.2G")
     ]
-    assert [duration_text(s) for s in (5, 99.4, 130, 7200, 86400)] == [
-        *("5 s", "99 s", "2 min", "2.0 h", "24.0 h")
+    assert [short_time_text(s) for s in (0.034, 5, 99.4, 130, 7200, 86400)] == [
+        *("0.034 s", "5 s", "99 s", "2 min", "2.0 h", "24.0 h")
     ]
     assert saving_text({"full_rollout_cost": None, "flops_useful": 3.0}) == "–"
     assert saving_text({"full_rollout_cost": 12.0, "flops_useful": 3.0}) == "4.0×"
@@ -198,10 +199,10 @@ def test_nothing_is_wider_than_the_window(opened):
     assert min(left for left, _ in boxes) >= 0 and max(right for _, right in boxes) <= window
 
 
-def luminance(colour: str) -> float:
-    """Return the relative luminance of a CSS colour "rgb(r, g, b)", as WCAG defines it."""
+def luminance(color: str) -> float:
+    """Return the relative luminance of a CSS color "rgb(r, g, b)", as WCAG defines it."""
     total = 0.0
-    numbers = map(int, re.findall(r"\d+", colour)[:3])
+    numbers = map(int, re.findall(r"\d+", color)[:3])
     for number, weight in zip(numbers, (0.2126, 0.7152, 0.0722), strict=True):
         part = number / 255
         linear = part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
@@ -210,13 +211,13 @@ def luminance(colour: str) -> float:
 
 
 def contrast(one: str, other: str) -> float:
-    """Return the contrast ratio of two colours."""
+    """Return the contrast ratio of two colors."""
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
-# the colours of every element with a text of its own, and what is behind it
-COLOURS = """
+# the colors of every element with a text of its own, and what is behind it
+COLORS = """
 [...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(
   n => n.nodeType == 3 && n.textContent.trim())).map(e => {
     const style = getComputedStyle(e);
@@ -225,22 +226,22 @@ COLOURS = """
         getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
     const back = getComputedStyle(behind || document.body).backgroundColor;
     return [e.namespaceURI.includes('svg') ? style.fill : style.color, back, e.tagName];
-}).filter(([colour]) => colour != 'none')
+}).filter(([color]) => color != 'none')
 """
 
 
 @pytest.mark.long
 def test_texts_and_lines_can_be_read(opened):
-    colours = opened.evaluate(COLOURS)
-    assert len(colours) > 100
-    for colour, behind, tag in colours:
-        assert contrast(colour, behind) >= TEXT_CONTRAST, (colour, behind, tag)
+    colors = opened.evaluate(COLORS)
+    assert len(colors) > 100
+    for color, behind, tag in colors:
+        assert contrast(color, behind) >= TEXT_CONTRAST, (color, behind, tag)
     back = opened.evaluate("getComputedStyle(document.body).backgroundColor")
     lines = opened.evaluate(
         "[...document.querySelectorAll('.series')].map(e => getComputedStyle(e).stroke)"
     )
-    for colour in lines:
-        assert contrast(colour, back) >= LINE_CONTRAST, colour
+    for color in lines:
+        assert contrast(color, back) >= LINE_CONTRAST, color
 
 
 @pytest.mark.long

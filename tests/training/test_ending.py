@@ -71,6 +71,10 @@ def test_a_rule_of_accuracy_needs_reference_answers(pair, tmp_path):
     file.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(40)))
     with pytest.raises(UserError, match="no held-out problem has a reference answer"):
         prepared(pair, str(file), **PATIENT)
+    grader = tmp_path / "grader.py"
+    grader.write_text("def score(row, response):\n    return len(response) > 3\n")
+    run = prepared(pair, str(file), evaluate__grader=f"{grader}:score", **PATIENT)
+    assert run.config.train.stop_when == PATIENT["train__stop_when"]
 
 
 def test_a_plateau_counts_evaluations_without_improvement():
