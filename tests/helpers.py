@@ -269,7 +269,7 @@ class Silent:
 
 def make_case(**more):
     """Return what a small run does with memory, for forecasts of it."""
-    given = {
+    given: dict[str, Any] = {
         "prompts": ((9, 9), (14, 14)),
         "samples": 2,
         "prefix": 6,

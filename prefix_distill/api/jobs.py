@@ -48,16 +48,16 @@ def perform(job: Job, config: Config, observer: Observer) -> Outcome:
 def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
     """Train; with the setting "dry_run" only check. The setting "resume" continues a run."""
     with phase(quiet.LOADING):
+        from ..planning.memory import prepare_fitting
         from ..training.folder import RunFolder
         from ..training.opening import train_in
-        from ..training.prepare import prepare
         from ..training.resumed import check_resume, prepare_resumed
 
     resume = settings["resume"]
     if resume:
         prepared = prepare_resumed(config, RunFolder(str(config.checkpoint.out)))
     else:
-        prepared = prepare(config)
+        prepared = prepare_fitting(config)
         _examine(prepared, config.evaluate.check_samples)
     # the default folder is named after the time, which may differ between ranks
     folder = RunFolder(prepared.place.gather(config.checkpoint.out)[0])
@@ -82,10 +82,10 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
 
 def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
     with phase(quiet.LOADING):
-        from ..training.prepare import prepare
+        from ..planning.memory import prepare_fitting
         from ..training.run import describe_checks
 
-    prepared = prepare(config)
+    prepared = prepare_fitting(config)
     with contextlib.suppress(PreflightError, MemoryShortage):  # the document holds failed checks
         _examine(prepared, config.evaluate.check_samples, math.inf)
     _note_disk(prepared, observer)
@@ -112,13 +112,13 @@ def _probe(config: Config, settings: Mapping[str, bool], observer: Observer) -> 
     from .. import config as configuration
 
     with phase(quiet.LOADING):
+        from ..planning.memory import prepare_fitting
         from ..planning.probe import fit_to_data, probe
         from ..results.plots import draw_probe
         from ..training.folder import RunFolder
-        from ..training.prepare import prepare
 
     config, notes = fit_to_data(config)
-    prepared = prepare(config)
+    prepared = prepare_fitting(config)
     prepared.notes.lines[:0] = notes
     _announce(prepared, observer)
     say: Callable[[str], None] = ignore

@@ -28,7 +28,7 @@ class CommonOptions(TypedDict, total=False):
     samples: int
     max_new_tokens: int | None
     begin: str | None
-    generation_rows: int
+    generation_rows: int | Literal["auto"] | None
     answer_format: Literal["auto", "boxed", "hash", "last-number", "choice", "exact"]
     grader: str | None
     grader_timeout: float
@@ -97,7 +97,7 @@ class RunOptions(ProbeOptions, PushOptions, total=False):
     stop_when: str
     max_hours: float | None
     batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int | Literal["auto"] | None
     gradient_checkpointing: bool
     weight_decay: float
     grad_clip: float

@@ -122,9 +122,10 @@ def compare(arms_file: str, out: Path, observer: Observer) -> Comparison:
     arms = read_arms(arms_file)
     with quiet.guarded():
         with phase(quiet.LOADING):
+            from ..planning.memory import prepare_fitting
             from ..results.compare import compare as run_all
 
-        run_all(arms, out, observer)
+        run_all(arms, out, observer, prepare_fitting)
     return report([out], out, reference=arms.reference, title=Path(arms_file).stem)
 
 

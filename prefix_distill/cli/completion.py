@@ -36,6 +36,8 @@ def complete_option(path: str) -> Complete | None:
     """Return the completion of a config option; None if its values cannot be listed."""
     choices = configuration.choices(configuration.options()[path].type)
     values = choices or VALUES.get(path)
+    if configuration.is_automatic(configuration.options()[path]):
+        values = (configuration.AUTO,)
     if not values:
         return None
     return complete_from(values)

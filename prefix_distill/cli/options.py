@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 import typer
 
@@ -98,6 +98,20 @@ def read_number(flag: str, kind: type[T], example: object) -> Callable[[str], T]
     return parse
 
 
+def read_number_or_auto(
+    flag: str, kind: type[T], example: object
+) -> Callable[[str], T | Literal["auto"]]:
+    """Return a parser as ``read_number`` does, which also accepts ``auto``."""
+    parse_number = read_number(flag, kind, f"{example}, or auto")
+
+    def parse(text: str) -> T | Literal["auto"]:
+        if text == configuration.AUTO:
+            return configuration.AUTO
+        return parse_number(text)
+
+    return parse
+
+
 def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> inspect.Parameter:
     """Return the parameter of a command that a config option becomes; None is "not given"."""
     kind: Any = configuration.value_type(field.type)
@@ -112,6 +126,9 @@ def _parameter(path: str, field: dataclasses.Field[Any], words: Wording) -> insp
     if kind in EXAMPLES:
         example = EXAMPLES.get(path, EXAMPLES[kind])
         parser = read_number(flag, kind, field.default or example)
+        if configuration.is_automatic(field):
+            metavar = f"{metavar}|auto"
+            parser = read_number_or_auto(flag, kind, example)
     if path in REPEATABLE:
         kind = list[str]
     option = typer.Option(

@@ -12,12 +12,22 @@ from .files import (
     read_tree,
     read_yaml,
 )
-from .options import NAMES, choices, describe_default, describe_limits, value_type
+from .options import (
+    AUTO,
+    NAMES,
+    choices,
+    describe_default,
+    describe_limits,
+    describe_type,
+    is_automatic,
+    value_type,
+)
 from .rules import parse_estimator, parse_trackers, selected
 from .sections import SELF, Adapter, Config, Runtime
 from .stop_when import StopWhen, parse_stop_when
 
 __all__ = [
+    "AUTO",
     "LARGEST",
     "MAIN",
     "NAMES",
@@ -32,9 +42,11 @@ __all__ = [
     "choices",
     "describe_default",
     "describe_limits",
+    "describe_type",
     "flag",
     "flatten",
     "get",
+    "is_automatic",
     "is_text",
     "options",
     "parse_divergence",

@@ -1,6 +1,7 @@
 """Read settings from YAML files and ``--set``; suggest the nearest known key for an unknown one."""
 
 import contextlib
+import dataclasses
 import datetime
 import difflib
 import itertools
@@ -13,7 +14,7 @@ from typing import Any
 from ..errors import UserError
 from ..plugins import load_plugins
 from .access import SECTIONS, options
-from .options import NAMES, choices, value_type
+from .options import AUTO, choices, describe_type, is_automatic, value_type
 from .rules import Names, check
 from .sections import Config
 
@@ -56,7 +57,7 @@ def assemble(values: dict[str, object], names: Names | None = None) -> Config:
         raise UserError(f"unknown setting {'; '.join(unknown[:LISTED])}")
     for path, value in values.items():
         section, key = path.split(".")
-        sections[section][key] = _convert(names.get(path, path), value, known[path].type)
+        sections[section][key] = _convert(names.get(path, path), value, known[path])
     return Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 
@@ -261,13 +262,17 @@ def read_assignments(assignments: list[str]) -> dict[str, object]:
     return values
 
 
-def _convert(name: str, value: object, kind: object) -> object:
+def _convert(name: str, value: object, declared: dataclasses.Field[Any]) -> object:
     """Return ``value`` as the declared type of an option; ``name`` names the option in errors.
 
     A whole number may stand for a float, a number or a date for text, and YAML 1.1's readings of
-    ``1e-4`` and ``on`` are undone. UserError: any other type.
+    ``1e-4`` and ``on`` are undone. ``auto`` is None, where it stands for it. UserError: any other
+    type.
     """
+    kind = declared.type
     if value is None and type(None) in typing.get_args(kind):
+        return None
+    if value == AUTO and is_automatic(declared):
         return None
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise UserError(
@@ -281,7 +286,8 @@ def _convert(name: str, value: object, kind: object) -> object:
     elif base is str and isinstance(value, (int, float, datetime.date)):
         value = str(value)
     if type(value) is not base:
-        raise UserError(f"{name}: expected {NAMES[base]}, got {reprlib.repr(value)}; change it")
+        expected = describe_type(declared)
+        raise UserError(f"{name}: expected {expected}, got {reprlib.repr(value)}; change it")
     if isinstance(value, str) and not is_text(value):
         raise UserError(
             f"{name}: expected Unicode text without NUL, got {reprlib.repr(value)}; change it"

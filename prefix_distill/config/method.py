@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from .options import main_option, option
+from .options import AUTO, main_option, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,12 @@ class Sampling:
         "Rollouts that the teacher samples instead of the student: none, sft (trained with "
         "cross-entropy) or divergence (trained with --divergence). Add a share, such as sft:0.5.",
     )
-    rows: int = option(
-        64, "--generation-rows", "Rollouts per call of generate, on each rank.", low=1
+    rows: int | None = option(
+        None,
+        "--generation-rows",
+        "Rollouts per call of generate, on each rank. auto: at most 64, as many as fit.",
+        shown=AUTO,
+        low=1,
     )
 
 
@@ -175,8 +179,13 @@ class Train:
     batch_size: int = main_option(
         8, "--batch-size", "Prompts per step, over all ranks together.", low=1
     )
-    micro_batch_size: int = option(
-        8, "--micro-batch-size", "Rollouts per forward pass, on each rank.", low=1
+    micro_batch_size: int | None = option(
+        None,
+        "--micro-batch-size",
+        "Rollouts per forward pass, on each rank. auto: on a CPU at most 8, on a GPU at most all "
+        "of a step, as many as fit.",
+        shown=AUTO,
+        low=1,
     )
     gradient_checkpointing: bool = option(
         False,

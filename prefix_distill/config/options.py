@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeVar
 
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 LIMITS = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+# the shown default of an option that has none: a run chooses its value; users may write it, too
+AUTO: Literal["auto"] = "auto"
 T = TypeVar("T")
 
 
@@ -45,6 +47,19 @@ def value_type(kind: object) -> type:
         return kind
     declared: type = typing.get_args(kind)[0]
     return declared
+
+
+def is_automatic(declared: Field[Any]) -> bool:
+    """Return whether ``auto`` stands for the option's default None: its value is then chosen."""
+    return declared.default is None and declared.metadata["shown"] == AUTO
+
+
+def describe_type(declared: Field[Any]) -> str:
+    """Return what an option's value must be, in words: "a whole number", "a number or auto"."""
+    name = NAMES[value_type(declared.type)]
+    if is_automatic(declared):
+        return f"{name} or {AUTO}"
+    return name
 
 
 def describe_limits(metadata: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -48,6 +48,24 @@ EVAL_REMEDIES: Remedies = {ROWS: "use shorter answers (--max-new-tokens) or a sm
 FLAGS = {MICRO_BATCH: "--micro-batch-size", ROWS: "--generation-rows"}
 
 
+class BatchSizes(NamedTuple):
+    """How many rollouts a rank handles at once, in training and in generation."""
+
+    micro_batch_size: int
+    rows: int
+
+
+USUAL = BatchSizes(micro_batch_size=8, rows=64)  # of --micro-batch-size and --generation-rows auto
+
+
+def read_batch_sizes(config: Config) -> BatchSizes:
+    """Return the sizes that a config gives; ``auto`` is the usual size."""
+    return BatchSizes(
+        micro_batch_size=config.train.micro_batch_size or USUAL.micro_batch_size,
+        rows=config.rollout.rows or USUAL.rows,
+    )
+
+
 class MemoryLimits:
     """How many rollouts a rank handles at once, in training and in generation.
 
@@ -60,8 +78,7 @@ class MemoryLimits:
 
     def __init__(self, place: Place, config: Config):
         self.place = place
-        self.micro_batch_size = config.train.micro_batch_size
-        self.rows = config.rollout.rows
+        self.micro_batch_size, self.rows = read_batch_sizes(config)
         self.lowered: dict[str, int] = {}
         self.report: Callable[[str], None] = ignore
         self.remedies = RUN_REMEDIES

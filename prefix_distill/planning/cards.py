@@ -23,7 +23,7 @@ def fit_cards(forecaster: Forecaster, config: Config, case: Case, notes: list[st
     """
     adapter = choose_adapter(config) or LORA
     rollouts = config.train.batch_size * config.rollout.samples
-    case = replace(case, micro_batch=min(rollouts, config.train.micro_batch_size))
+    case = replace(case, micro_batch=min(rollouts, case.micro_batch))
     rows = []
     for adapted in (replace(case, adapter=None), replace(case, adapter=adapter)):
         for recomputes in (False, True):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import SELF, Adapter, Config
+from ..engine.memory import read_batch_sizes
 from ..engine.rollout import Rollout, rollout_of
 from ..maths.divergence import Terms
 from ..training.prepare import read_loss
@@ -139,6 +140,7 @@ def build_case(
     """
     # The rank with the most prompts determines the memory.
     size = _divide_up(config.train.batch_size, ranks)
+    batch_sizes = read_batch_sizes(config)
     longest = sorted(lengths.prompts, key=sum, reverse=True)[:size]
     repeats = _divide_up(size, len(longest))
     return Case(
@@ -148,8 +150,8 @@ def build_case(
         samples=config.rollout.samples,
         prefix=lengths.prefix,
         limit=lengths.limit,
-        micro_batch=config.train.micro_batch_size,
-        rows=config.rollout.rows,
+        micro_batch=batch_sizes.micro_batch_size,
+        rows=batch_sizes.rows,
         answers=_divide_up(config.evaluate.problems * config.evaluate.rollouts, ranks),
         compared=_divide_up(config.evaluate.kl_prompts, ranks),
         adapter=choose_adapter(config),

@@ -12,18 +12,15 @@ import torch
 
 from ..display import phase
 from ..engine import trunk
-from ..engine.free_memory import read_free_memory
 from ..engine.models import Model
 from ..engine.recommended import read_recommended
 from ..engine.rollout import Rollout, rollout_of
 from ..engine.scoring import Scorer
 from ..engine.trace import name_noise
-from ..errors import UserError
 from ..maths.divergence import Terms
 from ..training.run import Check, Run
 from . import text_checks
-from .case import Case, Dtypes, Lengths, build_case
-from .forecast import Forecaster, bound_memory
+from .memory import check_memory
 from .outcomes import SAMPLE, both_models, failed, passed, warned
 from .teacher_check import check_teacher, prompt_ids
 
@@ -177,94 +174,6 @@ def _shaping_fields(model: Model) -> dict:
     return {key: value for key, value in fields.items() if key in SHAPING}
 
 
-def _check_memory(run: Run) -> Check:
-    """Compare what the run needs in addition to the loaded weights with the free memory."""
-    free = read_free_memory(run.place.device)
-    case = _describe_case(run)
-    bound = bound_memory(run.pair.student, run.pair.teacher, case)
-    facts = {"free_bytes": free, "at_most_bytes": bound}
-    needs = f"the run needs less than {_format_gib(bound)} (an upper bound)"
-    if free is None:
-        text = f"{needs}; the free memory of {run.place.device} is not known"
-        return passed("memory", text, facts)
-    free_text = f"{_format_gib(free)} free on {run.place.device}"
-    # A forecast takes seconds, and small models do not need it.
-    if bound < free:
-        return passed("memory", f"{needs}; {free_text}", facts)
-    feature = _unsupported_feature(run)
-    if feature is not None:
-        return passed("memory", f"no forecast with {feature}; {free_text}", facts)
-    try:
-        forecaster = Forecaster(run.pair.student.net.config, run.pair.teacher.net.config)
-        forecast = forecaster.forecast(case)
-    except UserError as error:
-        return passed("memory", f"no forecast: {error}", facts)
-    return _compare_memory(forecast, free, facts, free_text=free_text)
-
-
-def _describe_case(run: Run) -> Case:
-    """Return the settings and lengths of the run that determine its memory."""
-    prompts = [(len(r.student_ids), len(r.teacher_ids)) for r in run.problems.train]
-    longest_prefix = run.method.prefix.longest(run.config.train.steps or 1)
-    return build_case(
-        run.config,
-        Dtypes(run.place.dtype, run.place.head_dtype),
-        Lengths(prompts, prefix=longest_prefix, limit=run.method.prefix.limit),
-        support=run.pair.student.support,
-        ranks=run.place.world,
-    )
-
-
-def _unsupported_feature(run: Run) -> str | None:
-    """Return a feature of this run that the forecast does not cover, or None."""
-    models, runtime = run.config.models, run.config.runtime
-    if models.student_quantize != "none":
-        return "--student-quantize"
-    if models.teacher_quantize != "none":
-        return "--teacher-quantize"
-    if runtime.teacher_device == "auto":
-        return "--teacher-device auto"
-    if run.pair.alignment is not None:
-        return "different tokenizers"
-    return None
-
-
-def _compare_memory(forecast: dict, free: int, facts: dict, free_text: str) -> Check:
-    """Compare a forecast (``Forecaster.forecast``) with ``free`` bytes."""
-    # Both models are in memory already, so they are not taken from what is free.
-    weights = forecast["weights"]
-    loaded = weights.get("student", 0) + weights.get("teacher", 0)
-    needed = forecast["total"] - loaded
-    fixed = sum(weights.values()) - loaded + forecast["gradients"]
-    facts = facts | {
-        "needed_bytes": needed,
-        "fixed_bytes": fixed,
-        "set_by": forecast["set_by"],
-        "phases": forecast["phases"],
-    }
-    text = (
-        f"the run needs {_format_gib(needed)} in addition to the loaded weights (peak in "
-        f"{forecast['set_by']}); {free_text}"
-    )
-    if fixed > free:
-        text += (
-            f"; optimizer, gradients and copies alone take {_format_gib(fixed)} at any batch size; "
-            "use --lora 16, a smaller model, or --teacher-device for the teacher"
-        )
-        return failed("memory", text, facts)
-    if needed > free:
-        text += (
-            "; batches will be halved until they fit; lower --micro-batch-size or "
-            "--generation-rows, or use --gradient-checkpointing"
-        )
-        return warned("memory", text, facts)
-    return passed("memory", text, facts)
-
-
-def _format_gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
-
-
 # the checks of every run, in their order
 EXAMINERS: dict[str, Callable[[Run], Check]] = {
     "vocabulary": text_checks.check_vocabulary,
@@ -277,5 +186,5 @@ EXAMINERS: dict[str, Callable[[Run], Check]] = {
     "determinism": _check_determinism,
     "sampling": _check_sampling,
     "context": text_checks.check_context,
-    "memory": _check_memory,
+    "memory": check_memory,
 }

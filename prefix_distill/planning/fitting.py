@@ -8,6 +8,7 @@ all weights do not fit.
 """
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..config import Adapter, Config, flag
@@ -70,15 +71,16 @@ def fit_card(planned: Planned, card: Card) -> dict:
 
 def search(forecaster: Forecaster, case: Case, free: float) -> Case | None:
     """Return the first case by the rule of this module that needs at most ``free`` bytes."""
-    enough = min(ENOUGH, len(case.prompts) * case.samples)
+    rollouts = len(case.prompts) * case.samples
+    enough = min(ENOUGH, rollouts)
     adapters = [case.adapter]
     if case.adapter is None:
         adapters.append(LORA)
     for adapter in adapters:
         fitting: list[Case] = []
         for recomputes in sorted({case.recomputes, True}):
-            method = replace(case, adapter=adapter, recomputes=recomputes)
-            found = _fit(forecaster, method, free)
+            method = replace(case, adapter=adapter, recomputes=recomputes, micro_batch=rollouts)
+            found = fit_sizes(forecaster, method, free)
             if found is not None:
                 fitting.append(found)
                 if found.micro_batch >= enough:
@@ -88,15 +90,23 @@ def search(forecaster: Forecaster, case: Case, free: float) -> Case | None:
     return None
 
 
-def _fit(forecaster: Forecaster, method: Case, free: float) -> Case | None:
-    """Return a method with its most rows and its largest micro-batch; None if it does not fit."""
-    fewest = replace(method, rows=1, micro_batch=1)
+def fit_sizes(
+    forecaster: Forecaster, most: Case, free: float, fields: Sequence[str] = ("rows", "micro_batch")
+) -> Case | None:
+    """Return ``most`` with the largest sizes that fit: each its own, half of it, a quarter, ….
+
+    None if not even sizes of 1 fit. ``fields``: which of the two sizes may become smaller.
+    """
+    fewest = most
+    for field in fields:
+        fewest = resize(fewest, field, 1)
     if forecaster.forecast(fewest)["total"] > free:
         return None
-    rollouts = len(method.prompts) * method.samples
-    rows = _largest(forecaster, fewest, "rows", most=method.rows, free=free)
-    micro_batch = _largest(forecaster, fewest, "micro_batch", most=rollouts, free=free)
-    return replace(method, rows=rows, micro_batch=micro_batch)
+    found = most
+    for field in fields:
+        size = _largest(forecaster, fewest, field, most=getattr(most, field), free=free)
+        found = resize(found, field, size)
+    return found
 
 
 def _largest(forecaster: Forecaster, fewest: Case, field: str, *, most: int, free: float) -> int:
@@ -106,7 +116,7 @@ def _largest(forecaster: Forecaster, fewest: Case, field: str, *, most: int, fre
     forecast of each candidate decides.
     """
     size = _extrapolate(forecaster, fewest, field, most=most, free=free)
-    while size > 1 and forecaster.forecast(_resize(fewest, field, size))["total"] > free:
+    while size > 1 and forecaster.forecast(resize(fewest, field, size))["total"] > free:
         size //= 2
     return max(1, size)
 
@@ -116,26 +126,27 @@ def _extrapolate(
 ) -> int:
     """Return the largest of ``most``, its half … at which no phase is above ``free`` on its line.
 
-    The line goes through the forecasts of 1 and of ANCHOR.
+    The line goes through the forecasts of 1 and of ANCHOR. It ends where all rollouts are together.
     """
     low = forecaster.forecast(fewest)
     if most <= ANCHOR:
         return most
-    high = forecaster.forecast(_resize(fewest, field, ANCHOR))
+    high = forecaster.forecast(resize(fewest, field, ANCHOR))
+    together = max(len(fewest.prompts) * fewest.samples, fewest.answers)
     beside = free - sum(low["weights"].values())
     size = most
     while size > ANCHOR:
         expected = 0.0
         for phase, first in low["phases"].items():
             slope = (high["phases"][phase] - first) / (ANCHOR - 1)
-            expected = max(expected, first + slope * (size - 1))
+            expected = max(expected, first + slope * (min(size, together) - 1))
         if expected * (1 - MARGIN) <= beside:
             return size
         size //= 2
     return size
 
 
-def _resize(case: Case, field: str, size: int) -> Case:
+def resize(case: Case, field: str, size: int) -> Case:
     """Return ``case`` with another number of ``rows`` or another ``micro_batch``."""
     if field == "rows":
         return replace(case, rows=size)

@@ -16,6 +16,7 @@ from ..engine import folders
 from ..engine.device import choose_device
 from ..engine.free_memory import read_free_memory
 from ..engine.hub import contacting
+from ..engine.memory import read_batch_sizes
 from ..engine.models import Model
 from ..engine.shapes import read_shape
 from ..errors import UserError
@@ -267,7 +268,7 @@ def _describe(config: Config, nets: Sequence[Model], dtypes: Dtypes, support: in
         "support": support,
         "updates": config.train.steps,
         "rollouts_per_update": config.train.batch_size * config.rollout.samples,
-        "micro_batch_size": config.train.micro_batch_size,
+        "micro_batch_size": read_batch_sizes(config).micro_batch_size,
         "max_new_tokens": config.rollout.max_new_tokens,
     }
 

@@ -10,6 +10,7 @@ import torch
 from .. import config as configuration
 from ..config import Config
 from ..engine.device import Clock
+from ..engine.memory import read_batch_sizes
 from ..engine.models import Model
 from ..engine.ranks import join_ranks
 from ..engine.shapes import widest_matrix
@@ -100,7 +101,7 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
     where = join_ranks(config.runtime, student)
     width = student.config.hidden_size
     inner = widest_matrix(student)
-    tokens = 64 * config.train.micro_batch_size
+    tokens = 64 * read_batch_sizes(config).micro_batch_size
     x = torch.randn(tokens, width, device=where.device, dtype=dtype)
     w = torch.randn(width, inner, device=where.device, dtype=dtype)
     x @ w  # the first product also loads the kernels

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from ..config import Config, replace
+from ..engine.memory import read_batch_sizes
 from ..engine.shapes import attention_widths
 from ..maths import flops
 from ..maths.flops import Batch, Ledger, Shape
@@ -188,7 +189,7 @@ def count_flops(
     The prompts are used in turn.
     """
     size, samples = config.train.batch_size, config.rollout.samples
-    micro_batch = config.train.micro_batch_size
+    micro_batch = read_batch_sizes(config).micro_batch_size
     training = micro_batch
     if config.train.gradient_checkpointing:
         training = 1

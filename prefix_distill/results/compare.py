@@ -24,12 +24,16 @@ import json
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import config as configuration
+from ..config import Config
 from ..display import RUNS, Observer, Phase, phase
 from ..errors import UserError, advising
 from ..training.folder import RunFolder
+
+if TYPE_CHECKING:
+    from ..training.run import Run
 
 KEYS = ("base", "seeds", "arms", "reference", "tune", "also")
 LONGEST_NAME = 100  # characters of an arm's name; file names add some to it
@@ -228,11 +232,14 @@ def _mapping(path: str, what: str, value: object) -> dict:
     return value
 
 
-def compare(arms: Arms, out: Path, observer: Observer) -> list[Path]:
+def compare(
+    arms: Arms, out: Path, observer: Observer, prepare: Callable[[Config], "Run"]
+) -> list[Path]:
     """Train the runs that are missing; return the folders of the final runs, by arm and seed.
 
     ``out``/ARM/seed-N is an ordinary run folder; tuning runs are ``out``/ARM/tune-VALUE.
     ``observer`` watches the runs. Finished runs are kept, and interrupted ones resumed.
+    ``prepare``: `training.prepare.prepare`, or a function that also chooses batch sizes.
     """
     folder = RunFolder(out)
     asked = json.loads(json.dumps(dataclasses.asdict(arms)))
@@ -248,7 +255,7 @@ def compare(arms: Arms, out: Path, observer: Observer) -> list[Path]:
         if not (out / ARMS_FILE).is_file():
             folder.write_json(ARMS_FILE, asked)
         with phase("comparing", len(list_runs(arms)), RUNS) as progress, advising(AT_STOP):
-            jobs = _Jobs(arms=arms, out=out, observer=observer, progress=progress)
+            jobs = _Jobs(arms=arms, out=out, observer=observer, progress=progress, prepare=prepare)
             return [jobs.run(arm, seed) for arm in arms.arms for seed in arms.seeds]
 
 
@@ -286,6 +293,7 @@ class _Jobs:
     out: Path
     observer: Observer
     progress: Phase
+    prepare: Callable[[Config], "Run"]
     counted: set[Path] = dataclasses.field(default_factory=set)
     best: dict[str, object] = dataclasses.field(default_factory=dict)  # arm → its tuned value
 
@@ -333,7 +341,6 @@ class _Jobs:
         """Train or resume one run, unless it has finished; return its result document."""
         from ..training.defaults import fill_in
         from ..training.opening import train_in
-        from ..training.prepare import prepare
         from ..training.resumed import prepare_resumed
         from ..training.run import Notes
 
@@ -359,7 +366,7 @@ class _Jobs:
             run = prepare_resumed(config, folder)
         else:
             self.observer.note(f"{path}: starting")
-            run = prepare(config)
+            run = self.prepare(config)
         label = f"{arm} seed {seed}:"
         result = train_in(run, folder, self.observer, resume=resume, label=label)
         self._count(path, self.progress.advance)

@@ -15,7 +15,7 @@ from ..engine import exactness, loading
 from ..engine.decoder import make_decoder
 from ..engine.device import Clock
 from ..engine.evaluate import Evaluation, evaluate
-from ..engine.memory import EVAL_REMEDIES, MemoryLimits
+from ..engine.memory import EVAL_REMEDIES, MemoryLimits, read_batch_sizes
 from ..engine.meter import Meter
 from ..engine.models import Model
 from ..engine.ranks import Place, join_ranks
@@ -199,6 +199,6 @@ def _sampler(config: Config, model: Model, notes: Notes) -> Sampler:
         pad=choose_pad(model, model.eos),
         support=count_ids(model),
         seed=config.runtime.seed,
-        rows=config.rollout.rows,
+        rows=read_batch_sizes(config).rows,
     )
     return eval_sampler(config, sampler, model, notes=notes)

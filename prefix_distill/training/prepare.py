@@ -8,7 +8,7 @@ import torch
 from .. import config as configuration
 from ..config import Config
 from ..display import phase
-from ..engine.memory import MemoryLimits
+from ..engine.memory import MemoryLimits, read_batch_sizes
 from ..engine.models import Model
 from ..engine.pair import Pair
 from ..engine.ranks import Place
@@ -161,7 +161,7 @@ def _student_sampler(config: Config, pair: Pair) -> Sampler:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
-        rows=rollout.rows,
+        rows=read_batch_sizes(config).rows,
     )
 
 

@@ -63,6 +63,7 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
             f"--resume {out}: its config.yaml is damaged (no train.steps or schedule.lr_schedule); "
             "start again with another --out"
         )
+    values = _without_auto(values)
     notes = _check_changes(str(out), saved, values)
     if "train.steps" in values:
         saved["train.epochs"] = None  # the run's length no longer follows from its epochs
@@ -76,6 +77,21 @@ def resume_settings(values: dict) -> tuple[dict, list[str]]:
             f"of {steps} steps from the start"
         )
     return saved | values, notes
+
+
+def _without_auto(values: dict) -> dict:
+    """Return the settings without those that are ``auto``: the run has chosen their values."""
+    known = configuration.options()
+    kept = {}
+    for path, value in values.items():
+        if (
+            path in known
+            and value == configuration.AUTO
+            and configuration.is_automatic(known[path])
+        ):
+            continue
+        kept[path] = value
+    return kept
 
 
 def _read_saved_settings(out: str, plugin: dict) -> dict:

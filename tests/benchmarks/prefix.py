@@ -568,7 +568,7 @@ def main() -> None:
         file.write_text(quick(text) if given.quick else text)
         out = Path(scratch) / "out" if given.quick else given.out or Path("runs") / given.arms
         arms = compare.read_arms(str(file))
-        compare.compare(arms, out, display.Terminal())
+        compare.compare(arms, out, display.Terminal(), preflight.prepare)
         runs = collect_runs([out])
         rows = report.summarize(runs, arms.reference)
         before, answers = untrained(arms, rows)

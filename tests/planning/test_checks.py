@@ -11,7 +11,7 @@ from helpers import byte_tokenizer, invoke, last_json, prepared, save_tiny, tiny
 from transformers import GenerationConfig
 
 from prefix_distill.engine import loading, trunk
-from prefix_distill.planning import checks, text_checks
+from prefix_distill.planning import checks, memory, text_checks
 from prefix_distill.planning.outcomes import SAMPLE
 from prefix_distill.training.run import describe_checks
 
@@ -330,16 +330,17 @@ def test_prompt_lengths_are_compared_with_the_context(sound, pair, questions, tm
 
 
 @pytest.mark.parametrize(
-    "free, status, code, words",
+    "free, size, status, words",
     [
-        (1 << 40, "ok", 0, "less than "),
-        (60 << 20, "ok", 0, "in addition to the loaded weights (peak in"),
-        (4 << 20, "warning", 0, "batches will be halved"),
-        (1 << 20, "error", 4, "alone take"),
+        (1 << 40, "auto", "ok", "less than "),
+        (60 << 20, "auto", "ok", "in addition to the loaded weights (peak in"),
+        (4 << 20, "auto", "ok", "in addition to the loaded weights (peak in"),
+        (4 << 20, "8", "warning", "batches will be halved"),
+        (1 << 20, "auto", "error", "alone take"),
     ],
 )
 def test_needed_memory_is_compared_with_free_memory(  # noqa: PLR0913  fixtures and parameters of one test
-    pair, questions, tmp_path, monkeypatch, free, status, code, words
+    pair, questions, tmp_path, monkeypatch, free, size, status, words
 ):
     """Check a network of 100,000 parameters.
 
@@ -347,8 +348,8 @@ def test_needed_memory_is_compared_with_free_memory(  # noqa: PLR0913  fixtures 
     not fit, batches are halved.
     """
     student = save_tiny(tmp_path / "student", seed=1, width=64, layers=3)
-    monkeypatch.setattr(checks, "read_free_memory", lambda device: free)
-    got, out, err = invoke(
+    monkeypatch.setattr(memory, "read_free_memory", lambda device: free)
+    code, out, err = invoke(
         "check",
         "--student",
         student,
@@ -364,9 +365,12 @@ def test_needed_memory_is_compared_with_free_memory(  # noqa: PLR0913  fixtures 
         0,
         "--dtype",
         "float32",
+        "--micro-batch-size",
+        size,
     )
     found = {c["name"]: c for c in last_json(out)["checks"]}["memory"]
-    assert (got, found["status"]) == (code, status) and words in found["found"], (found, err)
+    assert found["status"] == status and words in found["found"], (found, err)
+    assert code == (4 if status == "error" else 0)
     if "needed_bytes" in found["facts"]:
         facts = found["facts"]
         count = loading.count_parameters(student)

@@ -16,6 +16,7 @@ from prefix_distill.errors import UserError
 from prefix_distill.results import compare
 from prefix_distill.results.compare import ARMS_FILE
 from prefix_distill.training.folder import RunFolder
+from prefix_distill.training.prepare import prepare
 
 TREE = {
     "base": {
@@ -139,7 +140,7 @@ def test_two_processes_cannot_run_one_comparison(tmp_path):
         json.dumps(json.loads(json.dumps(compare.dataclasses.asdict(arms))))
     )
     with RunFolder(folder).lock(), pytest.raises(UserError, match="another run"):
-        compare.compare(arms, folder, display.Terminal())
+        compare.compare(arms, folder, display.Terminal(), prepare)
 
 
 @pytest.mark.parametrize(
