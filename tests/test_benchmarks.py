@@ -18,6 +18,7 @@ GRIDS = {  # arms file → arms that --quick keeps
     "cross": {"strict", "simct", "sft"},
 }
 TABLES = {  # program → key of the table in its JSON document
+    "cards": "pairs",
     "cross_tokenizer": "modes",
     "divergence": "table",
     "gold": "arms",

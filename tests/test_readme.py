@@ -410,6 +410,15 @@ def test_the_results_page_links_its_files_and_states_hardware_and_seeds():
 def test_the_tables_of_the_readme_equal_the_committed_results():
     assert tables.demo_table() in README
     assert tables.methods_table() in README
+    assert tables.cards_table() in README
+
+
+def test_public_models_have_the_parameters_that_their_cards_state():
+    models = yaml.safe_load((BENCHMARKS / "public_models.yaml").read_text(encoding="utf-8"))
+    for pair in tables.read("cards")["pairs"]:
+        for role, count in zip(("student", "teacher"), pair["parameters"], strict=True):
+            stated = models[pair[role]]["parameters"]
+            assert count / 1e9 == pytest.approx(stated, abs=0.006), pair[role]
 
 
 def test_the_readme_has_no_unchecked_number():
@@ -437,7 +446,7 @@ def test_the_readme_has_no_unchecked_number():
         "[CITATION.cff](CITATION.cff)",
     }
     text = re.sub(r"```.*?```", "", README, flags=re.S)
-    for table in (tables.demo_table(), tables.methods_table()):
+    for table in (tables.demo_table(), tables.methods_table(), tables.cards_table()):
         text = text.replace(table, "")
     for words in known:
         assert words in README, words
@@ -554,7 +563,7 @@ def test_defaults_on_the_help_pages_equal_the_config():
             number = float(value)
         elif type(default) is int:
             number = int(value)
-        assert _convert(path, number, field.type) == default, (name, value)
+        assert _convert(path, number, field) == default, (name, value)
 
 
 def test_help_methods_lists_every_choice_of_its_options():

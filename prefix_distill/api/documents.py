@@ -170,8 +170,8 @@ class PlanResult(Result):
     """What a run would need.
 
     ``prefixes``: a row per prefix with tokens, FLOPs, seconds (None at an unknown speed) and memory
-    (bytes); ``cards``: a row per GPU and method with the largest micro-batch (rollouts) that fits;
-    ``notes``: assumptions.
+    (bytes); ``cards``: a row per card with the flags that fit, bytes and seconds; ``notes``:
+    assumptions.
     """
 
     prefixes: tuple[dict[str, Any], ...]

@@ -131,6 +131,13 @@ def choose_adapter(config: Config) -> Adapter | None:
     return None
 
 
+def describe_adapter(adapter: Adapter | None) -> str:
+    """Return what trains: all weights, or LoRA of some rank."""
+    if adapter is None or not adapter.rank:
+        return "all weights"
+    return f"LoRA of rank {adapter.rank}"
+
+
 def build_case(
     config: Config, dtypes: Dtypes, lengths: Lengths, support: int | None, ranks: int = 1
 ) -> Case:

@@ -18,7 +18,8 @@ class Card:
 
     ``rates``: dense matmul rate in TFLOP/s by dtype, with sums in float32; a dtype that is missing
     is not supported or not chosen by --dtype auto. ``bandwidth`` None: only the size is known.
-    ``is_unified``: the memory is shared with the CPU.
+    ``is_unified``: the memory is shared with the CPU. ``sustained``: TFLOP/s that a run reaches on
+    it, if they are known.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Card:
     bandwidth: float | None = None
     rates: tuple[tuple[str, float], ...] = ()
     is_unified: bool = False
+    sustained: float | None = None
 
     @property
     def usable(self) -> float:
@@ -95,14 +97,15 @@ CARDS = {
 SIZES = tuple(Card(name=f"{size} GB", memory=size) for size in (8, 12, 16, 24, 40, 80))
 
 
-def read_cards(text: str | None) -> tuple[Card, ...]:
+def read_cards(text: str | None, sustained: float | None = None) -> tuple[Card, ...]:
     """Return the cards of --card: names, NAME:GB, or GB, comma-separated; common sizes for None.
 
-    UserError: a card is not known.
+    ``sustained``: their TFLOP/s, as --device-tflops states them. UserError: a card is not known.
     """
     if text is None:
         return SIZES
-    return tuple(_read_card(part.strip().lower()) for part in text.split(","))
+    cards = [_read_card(part.strip().lower()) for part in text.split(",")]
+    return tuple(replace(card, sustained=sustained) for card in cards)
 
 
 def _read_card(text: str) -> Card:

@@ -26,8 +26,15 @@ from ..maths.schedule import PrefixSchedule, parse_prefix
 from ..training.defaults import fill_in_planned
 from ..training.problems import settle_max_new_tokens
 from ..training.run import Notes, settled
-from .cards import describe_adapter, fit_cards
-from .case import Case, Dtypes, Lengths, Network, build_case, choose_adapter
+from .case import (
+    Case,
+    Dtypes,
+    Lengths,
+    Network,
+    build_case,
+    choose_adapter,
+    describe_adapter,
+)
 from .disk import describe_disk, estimate_disk
 from .fitting import RULE, Planned, fit_all
 from .forecast import Forecaster
@@ -65,7 +72,7 @@ def plan(
     than the models' positions.
     """
     rate_source.check()
-    cards = read_cards(card)
+    cards = read_cards(card, rate_source.tflops)
     notes = Notes()
     config = fill_in_planned(config, notes, has_prompts=prompt_tokens is not None)
     student, teacher = _read_sources(config)
@@ -103,8 +110,7 @@ def plan(
         **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
         "prefixes": rows,
-        "cards": fit_cards(forecaster, config, case, notes=notes.lines),
-        "fits": _fit_cards(work, forecaster, case, cards=cards, notes=notes.lines),
+        "cards": _fit_cards(work, forecaster, case, cards=cards, notes=notes.lines),
         "disk": disk,
         "rule": RULE,
         "assumptions": list(ASSUMPTIONS),

@@ -68,7 +68,7 @@ def _tabulate_cards(document: dict) -> Table:
     table.add_column("flags that fit", max_width=46)
     table.add_column("GiB")
     table.add_column("time, assumed")
-    for row in document["fits"]:
+    for row in document["cards"]:
         if row["fits"]:
             table.add_row(
                 row["card"],
@@ -84,7 +84,7 @@ def _tabulate_cards(document: dict) -> Table:
 def _describe_fits(document: dict) -> str:
     """Return the rule by which flags were found, and what their times assume."""
     lines = [document["rule"]]
-    if any(row["seconds"] is not None for row in document["fits"]):
+    if any(row["seconds"] is not None for row in document["cards"]):
         lines += document["assumptions"]
     return "\n".join(lines)
 

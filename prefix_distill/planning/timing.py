@@ -25,7 +25,7 @@ BANDWIDTH_SHARE = 0.7  # share of the memory bandwidth that decoding and AdamW r
 ADAMW_BYTES = 28
 
 ASSUMPTIONS = (
-    f"assumed, not measured: data-sheet rates, {EFFICIENCY:.0%} of matmul, "
+    f"assumed, not measured: data-sheet rates, {EFFICIENCY:.0%} of matmul or --device-tflops, "
     f"{BANDWIDTH_SHARE:.0%} of bandwidth",
     f"assumed: a decoding step takes at least {1000 * STEP_SECONDS:g} ms",
     "assumed: answers reach their limit; loading and saving are not counted",
@@ -65,6 +65,8 @@ def estimate_run(work: Workload, case: Case, card: Card, trained: float) -> dict
     if rate is None or card.bandwidth is None:
         return None
     per_second = rate * 1e12 * EFFICIENCY
+    if card.sustained is not None:
+        per_second = card.sustained * 1e12
     bytes_per_second = card.bandwidth * 1e9 * BANDWIDTH_SHARE
     decoder = _Decoder(
         rows=case.rows,

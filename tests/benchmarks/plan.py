@@ -1,6 +1,6 @@
 """Compare the forecast of `prefix-distill plan` with real runs: peak resident memory and FLOPs.
 
-    python tests/benchmarks/plan.py [--keep] [--cards] [--quick]
+    python tests/benchmarks/plan.py [--keep] [--quick]
 
 The networks have 58 to 93 M random parameters and run two steps each in separate processes. The
 measured memory is VmHWM minus the resident memory after a tiny run of the same kind (interpreter,
@@ -8,10 +8,7 @@ libraries and their buffers). glibc keeps freed memory for reuse, so a process h
 tensors. ``exact_malloc`` is the same run with MALLOC_MMAP_THRESHOLD_=65536, which makes glibc
 return larger blocks at once.
 
-``cards`` of the document is the forecast of what fits which GPU. The student has 1.5 and the
-teacher 7 billion parameters (the shapes of Qwen2.5's configs). Prompts have 200 tokens, prefixes
-512, answers at most 4,096. ``--quick`` makes one run with short answers, skips the cards and writes
-nothing.
+``--quick`` makes one run with short answers and writes nothing.
 """
 
 import argparse
@@ -59,57 +56,6 @@ QUICK_RUNS = {
         },
     )
 }
-
-
-QWEN = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 32_768,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6,
-}
-SEVEN = QWEN | {
-    "hidden_size": 3584,
-    "intermediate_size": 18_944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152_064,
-    "tie_word_embeddings": False,
-}
-
-
-def cards() -> list[dict]:
-    """Return the forecasts of `prefix-distill plan` for the pair and for self-distillation."""
-    from prefix_distill import config as configuration
-    from prefix_distill.planning import plan
-
-    with tempfile.TemporaryDirectory() as text:
-        for name, tree in (("1.5B", QWEN), ("7B", SEVEN)):
-            (Path(text) / name).mkdir()
-            (Path(text) / name / "config.json").write_text(json.dumps(tree))
-        base = {
-            "models.student": f"{text}/1.5B",
-            "schedule.prefix": "512",
-            "rollout.max_new_tokens": 4096,
-            "train.micro_batch_size": 4,
-            "rollout.rows": 16,
-        }
-        found = []
-        for teacher, more in (
-            ("7B", {"models.teacher": f"{text}/7B"}),
-            ("itself", {"models.teacher": "self", "data.privileged_column": "solution"}),
-        ):
-            document = plan.plan(
-                configuration.build(base | more), prompt_tokens=200, prefixes="512"
-            )
-            found += [{"teacher": teacher, **row} for row in document["cards"]]
-    return found
 
 
 def networks(folder: Path, wanted: set[str]) -> None:
@@ -255,23 +201,14 @@ def run(folder: Path, name: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--quick", action="store_true", help="one small run, no cards; write nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="one small run; write nothing")
     parser.add_argument("--keep", action="store_true", help="write results/plan.json")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--cards", action="store_true", help="recompute only the cards of results/plan.json"
-    )
     given = parser.parse_args()
-    if given.quick and (given.keep or given.cards):
-        parser.error("--quick writes nothing and skips the cards; drop --keep and --cards")
+    if given.quick and given.keep:
+        parser.error("--quick writes nothing; drop --keep")
     if given.child:
         print(json.dumps(run(Path(given.child[0]), given.child[1])))
-        return
-    if given.cards:
-        document = json.loads((measure.HERE / "results/plan.json").read_text())
-        measure.record("plan", document | {"cards": cards()}, given.keep)
         return
     rows, runs = {}, QUICK_RUNS if given.quick else RUNS
     with tempfile.TemporaryDirectory() as text:
@@ -290,10 +227,7 @@ def main() -> None:
                 "flops_error": row["flops_forecast"] / row["flops"] - 1,
             }
             print(name, row, file=sys.stderr, flush=True)
-    document = {"machine": measure.machine(), "runs": rows}
-    if not given.quick:
-        document["cards"] = cards()
-    measure.record("plan", document, given.keep)
+    measure.record("plan", {"machine": measure.machine(), "runs": rows}, given.keep)
 
 
 if __name__ == "__main__":

@@ -322,24 +322,33 @@ def lora_table() -> str:
     return markdown(header, rows)
 
 
-def gpus_table() -> str:
-    """Return the largest micro-batch that fits each GPU, by method."""
-    cards = read("plan")["cards"]
-    sizes = sorted({row["card_gb"] for row in cards})
-    cases: dict[tuple[str, str, bool], dict[int, dict[str, Any]]] = {}
-    for row in cards:
-        case = row["teacher"], row["method"], row["gradient_checkpointing"]
-        cases.setdefault(case, {})[row["card_gb"]] = row
+def cards_table() -> str:
+    """Return how pairs of public models fit common cards: what trains, and the planned time."""
+    pairs = read("cards")["pairs"]
+    titles = [f"{row['card'].upper()}, {row['memory_gb']} GB" for row in pairs[0]["cards"]]
     rows = []
-    for (teacher, method, checkpointing), by_size in cases.items():
-        trains = method
-        if checkpointing:
-            trains = f"{method}, gradient checkpointing"
-        total = f"{by_size[sizes[0]]['total'] / 1e9:.1f} GB"
-        fits = [str(by_size[size]["micro_batch"] or "–") for size in sizes]
-        rows.append([teacher, trains, total, *fits])
-    header = "teacher | trained weights | memory at a micro-batch of 4"
-    return markdown(f"{header} | {' | '.join(f'{size} GB' for size in sizes)}", rows, left=(0, 1))
+    for pair in pairs:
+        names = [short_name(pair[role]) for role in ("student", "teacher")]
+        rows.append([" ← ".join(names), *map(card_cell, pair["cards"])])
+    return markdown(f"student ← teacher | {' | '.join(titles)}", rows, left=range(len(titles) + 1))
+
+
+def short_name(model: str) -> str:
+    """Return the name of a hub model without its owner and without Instruct."""
+    return model.partition("/")[2].removesuffix("-Instruct")
+
+
+def card_cell(row: dict[str, Any]) -> str:
+    """Return what trains on a card, and how long: "LoRA, checkpointing, 1.8 h"."""
+    if not row["fits"]:
+        return "does not fit"
+    parts = ["all weights"]
+    if "--lora" in row["flags"]:
+        parts = ["LoRA"]
+    if "--gradient-checkpointing" in row["flags"]:
+        parts.append("checkpointing")
+    parts.append(f"{row['seconds'] / 3600:.1f} h")
+    return ", ".join(parts)
 
 
 def plan_table() -> str:

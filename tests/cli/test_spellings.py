@@ -285,9 +285,7 @@ def test_every_key_is_reachable_by_set_and_by_a_flag_in_both_spellings():
             ["--" + flag[2:].replace("-", "_"), *words],
         ):
             found = settings(*given)
-            assert (
-                set(found) == {path} and files._convert(path, found[path], field.type) == value
-            ), path
+            assert set(found) == {path} and files._convert(path, found[path], field) == value, path
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_small_student_of_a_4b_teacher_fits_24_gb_with_fewer_rows(tmp_path):
     code, out, err = invoke(*given, "--card", "8,16,24,4090,48")
     assert code == 0, err
     document = last_json(out)
-    rows = {row["card"]: row for row in document["fits"]}
+    rows = {row["card"]: row for row in document["cards"]}
     assert not rows["8 GB"]["fits"] and rows["8 GB"]["flags"] is None
     assert document["prefixes"][0]["memory"]["total"] > 24e9  # the config's own flags do not fit
     sizes = []

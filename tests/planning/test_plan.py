@@ -22,6 +22,7 @@ from prefix_distill.planning import forecast, ghosts, measuring
 from prefix_distill.planning import plan as planning
 from prefix_distill.planning.case import Network
 from prefix_distill.planning.forecast import Forecaster
+from prefix_distill.planning.gpus import SIZES
 from prefix_distill.planning.measuring import MicroBatch
 
 
@@ -156,8 +157,9 @@ def test_times_use_the_rates_of_a_run_and_every_card_is_listed(pair, questions, 
         == pytest.approx(sum(f["useful"] / rates[p] for p, f in full["flops"].items()))
         and full["seconds"] > row["seconds"] > 0
     )
-    cards = {(c["card_gb"], c["method"], c["gradient_checkpointing"]) for c in document["cards"]}
-    assert len(cards) == 16 and all(c["fits"] and c["micro_batch"] == 16 for c in document["cards"])
+    assert [card["card"] for card in document["cards"]] == [card.name for card in SIZES]
+    flags = ["--generation-rows", "64", "--micro-batch-size", "16"]
+    assert all(card["fits"] and card["flags"] == flags for card in document["cards"])
     assert "GiB" in err and "16 GB" in err
 
 
@@ -318,7 +320,8 @@ def test_a_pair_of_1_5_and_7_billion_parameters_by_hand(tmp_path, monkeypatch):
     decode = row["flops"]["student_decode"]["useful"]
     assert decode / (100 * 32 * 255) == pytest.approx(per_token, rel=0.05)  # the rest is attention
     assert row["seconds"] == pytest.approx(row["flops_total"] / 100e12)
-    assert {c["card_gb"] for c in document["cards"] if c["fits"]} < {16, 24, 48, 80}
+    assert [c["card"] for c in document["cards"] if c["fits"]][-1] == "80 GB"
+    assert not document["cards"][0]["fits"]
 
 
 def test_a_data_set_needs_tokenizers(questions, tmp_path):
