@@ -137,7 +137,7 @@ def test_the_links_have_targets():
 
 def test_every_command_is_executed():
     assert sorted(INSTALL + OURS) == sorted(shell_lines(README)) and len(OURS) == 6
-    assert len(EMBEDDED) >= 16 and len(LONG) == 22
+    assert len(EMBEDDED) >= 16 and len(LONG) == 23
     executed = {line.split()[1] for line in [*OURS, *EMBEDDED]}
     assert executed == set(COMMANDS) - {"env", "help"}
 
@@ -423,6 +423,7 @@ def test_public_models_have_the_parameters_that_their_cards_state():
 
 def test_the_readme_has_no_unchecked_number():
     """A number is checked by another test, is in ``known``, or is part of code or a link."""
+    from prefix_distill.config import Config
     from prefix_distill.lab.task import Problem
     from prefix_distill.results import demo
 
@@ -431,6 +432,8 @@ def test_the_readme_has_no_unchecked_number():
     weights = ROOT / "prefix_distill/lab/models/choice/student/model.safetensors"
     parameters = sum(tensor.numel() for tensor in load_file(weights).values())
     problem = Problem(task="choice", first=41, second=73, steps=26)
+    planned = tables.read("cards")["settings"]
+    lengths = planned["schedule.prefix"], f"{planned['rollout.max_new_tokens']:,}"
     example = f"`{problem.prompt}`", f"`{problem.solution[:11]} …`"
     known = {
         f"Python {PROJECT['requires-python'].removeprefix('>=')} or newer",
@@ -439,6 +442,7 @@ def test_the_readme_has_no_unchecked_number():
         *example,
         "two shared CPU cores, seed 0",
         "16 bytes per parameter",
+        f"{Config().train.steps} steps (prefix {lengths[0]}, answers up to {lengths[1]} tokens",
         "exits with code 2",
         "SmolLM2-135M and GSM8K questions",
         "**0** no difference",

@@ -339,16 +339,13 @@ def short_name(model: str) -> str:
 
 
 def card_cell(row: dict[str, Any]) -> str:
-    """Return what trains on a card, and how long: "LoRA, checkpointing, 1.8 h"."""
+    """Return what trains on a card, and how long: "LoRA + C, 1.8 h"; a dash if nothing fits."""
     if not row["fits"]:
-        return "does not fit"
-    parts = ["all weights"]
-    if "--lora" in row["flags"]:
-        parts = ["LoRA"]
+        return "–"
+    trains = "LoRA" if "--lora" in row["flags"] else "all"
     if "--gradient-checkpointing" in row["flags"]:
-        parts.append("checkpointing")
-    parts.append(f"{row['seconds'] / 3600:.1f} h")
-    return ", ".join(parts)
+        trains = f"{trains} + C"
+    return f"{trains}, {row['seconds'] / 3600:.1f} h"
 
 
 def plan_table() -> str:
