@@ -143,7 +143,8 @@ class PromptBuilder:
         if self.row_format.answer_column is None:
             answer = self._answer_of_conversation(closing)
         reference = read_gold(answer, column)
-        if isinstance(answer, list) and ", " in (reference or ""):
+        has_several = isinstance(answer, list) and not any(isinstance(a, dict) for a in answer)
+        if has_several and ", " in (reference or ""):
             self.changes["several references are joined, an answer must have all of them"] += 1
         reading = describe_reading(reference, self.answer_format)
         self.readings[reading] += 1

@@ -68,14 +68,16 @@ def digest_prompts(prompts: Sequence[Rendered]) -> dict:
     """Return {count, digests} of prompts; digests: number of prompts → digest of the first ones.
 
     Another --steps makes the list longer or shorter and keeps its beginning. Digests of about
-    ``MARKS`` beginnings make lists of different lengths comparable.
+    ``MARKS`` beginnings, and of those with 1, 2, 4, 8, … prompts, make lists of different lengths
+    comparable.
     """
     digests = {}
     running = hashlib.sha256()
     every = max(1, len(prompts) // MARKS)
     for count, rendered in enumerate(prompts, 1):
         running.update(_serialize(rendered))
-        if count % every == 0 or count == len(prompts):
+        is_power_of_two = count.bit_count() == 1
+        if is_power_of_two or count % every == 0 or count == len(prompts):
             digests[str(count)] = running.hexdigest()[:16]
     return {"count": len(prompts), "digests": digests}
 

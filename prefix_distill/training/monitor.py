@@ -74,7 +74,7 @@ class Monitor:
         measured = self._measure(sampled=self.contexts)
         self.report.evaluation(self.progress.evaluations[-1])
         for advice in advise_on_length(measured["finish_rate"], self.run.max_new_tokens):
-            self.report.warn(advice)
+            self.state.warn(advice)
         self._report_first_token(measured["teacher_first_token"])
         if self.run.pair.alignment is not None:
             self._report_coverage(measured["alignment"])
@@ -91,7 +91,7 @@ class Monitor:
             f"{probability:.2g}"
         )
         if probability < LOW_FIRST_TOKEN_PROBABILITY:
-            self.report.warn(
+            self.state.warn(
                 f"{text}; check that both prompts ask for the same form of answer (--template, "
                 "--student-thinking, --teacher-thinking, --begin)"
             )
@@ -106,7 +106,7 @@ class Monitor:
         )
         student, teacher = coverage["student_mass"], coverage["teacher_mass"]
         if min(student, teacher) < SHARED_MASS:
-            self.report.warn(
+            self.state.warn(
                 f"only {student:.1%} of the student's and {teacher:.1%} of the teacher's "
                 "probability is on shared tokens; the loss ignores the rest; try "
                 "--cross-tokenizer simct or --off-policy sft"
@@ -199,9 +199,8 @@ class Monitor:
 
     def _warn_about_tail(self, before: dict, measured: dict) -> None:
         text = tail_warning(before, measured, self.progress.taught_prefix)
-        if text and text not in [warning["text"] for warning in self.progress.warnings]:
-            self.progress.warnings.append({"step": measured["step"], "text": text})
-            self.report.warn(text)
+        if text:
+            self.state.warn(text)
 
     def _measure(self, sampled: list[Rollout] | None = None) -> dict:
         """Measure accuracy on the held-out problems and the reverse KL on the fixed contexts.
@@ -259,7 +258,7 @@ class Monitor:
             cost=GenerationCost.in_phase(meter, run.pair.student_shape, "evaluation"),
         )
         if score.timeouts:
-            self.report.warn(describe_timeouts(run.problems.grader, score.timeouts))
+            self.state.warn(describe_timeouts(run.problems.grader, score.timeouts))
         return score
 
     def _evaluation_row(self, facts: list[Facts], values: TokenValues, endings: dict) -> dict:

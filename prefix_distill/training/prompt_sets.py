@@ -14,7 +14,7 @@ from ..prompts.account import describe_gradable
 from ..prompts.grading import describe_graded
 from ..prompts.load import load_evaluation_prompts, load_prompts
 from ..prompts.own_grader import OwnGrader
-from ..prompts.prompt import PromptSet
+from ..prompts.prompt import Prompt, PromptSet
 from ..prompts.row_format import RowFormat
 from ..prompts.stream import count_slots, hold_out, join_sets, take_examples
 from .run import Notes, settled
@@ -76,6 +76,7 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
         train = [prompt_stream.insert_turns(s, turns) for s in train]
         held_out = prompt_stream.insert_turns(held_out, turns)
     _report_gradable(held_out, config, notes=notes)
+    _warn_about_repeats(train, held_out, notes)
     for loaded in train:
         if not loaded.streamed and not loaded.prompts:
             raise UserError(
@@ -83,6 +84,27 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
                 "--few-shot, or add rows"
             )
     return PromptSets(train=train, weights=weights, held_out=held_out)
+
+
+def _warn_about_repeats(train: list[PromptSet], held_out: PromptSet, notes: Notes) -> None:
+    """Warn if held-out problems are in the training rows as well; streamed rows are not known."""
+    trained = set()
+    for loaded in train:
+        if isinstance(loaded.prompts, tuple):
+            trained.update(map(_read_texts, loaded.prompts))
+    evaluated = [_read_texts(prompt) for prompt in held_out.prompts]
+    repeated = sum(texts in trained for texts in evaluated)
+    if repeated:
+        notes.warn(
+            f"{repeated:,} of {len(evaluated):,} held-out problems are also in the training rows, "
+            "so the accuracy does not measure new problems; remove the repeated rows, or give "
+            "another --eval-dataset"
+        )
+
+
+def _read_texts(prompt: Prompt) -> tuple[str, ...]:
+    """Return the texts of a prompt's turns, without space around them."""
+    return tuple(str(message["content"]).strip() for message in prompt.messages)
 
 
 def _report(loaded: PromptSet, notes: Notes, known: PromptSet | None = None) -> None:

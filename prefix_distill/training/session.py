@@ -129,7 +129,7 @@ class Session:
         )
         if self.run.place.is_first:
             for name in ("scores.jsonl", "samples.jsonl"):
-                self.folder.rewind(name, -1, self.report.warn)
+                self.folder.rewind(name, -1, self.state.warn)
         return False
 
     def load_teacher_texts(self) -> TeacherTexts:
@@ -319,7 +319,7 @@ class Session:
         loss = measure_rounding(self.state, self.monitor.contexts)
         text = describe_rounding(loss, self.state.progress.evaluations[-1]["kl"]["value"])
         if loss["kept"] is not None and loss["kept"] < SMALL:
-            self.report.warn(f"{text}; save with --save-dtype float32")
+            self.state.warn(f"{text}; save with --save-dtype float32")
         else:
             self.report.note(text)
         return loss

@@ -15,7 +15,7 @@ from ..engine.models import (
     average_teacher,
     extrapolated_parameters,
 )
-from ..errors import Stopped, UserError, ignore
+from ..errors import Stopped, UserError
 from ..maths import extrapolation
 from ..maths.flops import Ledger
 from .folder import RunFolder
@@ -68,7 +68,7 @@ class State:
         self.run = run
         self.folder = folder
         self.report = report
-        run.limits.report = report.warn_on_this_rank
+        run.limits.report = self.warn_on_this_rank
         student = run.pair.student
         if student.adapter is None:
             student.train_weights()
@@ -90,6 +90,24 @@ class State:
     def step(self) -> int:
         """Return the number of completed steps."""
         return self.progress.step
+
+    def warn(self, text: str) -> None:
+        """Report a warning and keep it for the result, each text once."""
+        if self._keep_warning(text):
+            self.report.warn(text)
+
+    def warn_on_this_rank(self, text: str) -> None:
+        """Report a warning of this rank alone and keep it, each text once."""
+        if self._keep_warning(text):
+            self.report.warn_on_this_rank(text)
+
+    def _keep_warning(self, text: str) -> bool:
+        """Add a warning to the progress; return whether it is new."""
+        kept = self.progress.warnings
+        if text in [warning["text"] for warning in kept]:
+            return False
+        kept.append({"step": self.step, "text": text})
+        return True
 
     def meter(self) -> Meter:
         """Return the run's clock with an empty ledger, for one piece of work."""
@@ -171,13 +189,15 @@ class State:
 
         UserError: its weights belong to another model.
         """
-        place, folder, report = self.run.place, self.folder, self.report
-        warn = report.warn if place.is_first else ignore
-        step, tensors, facts = folder.read_latest_checkpoint(warn)
+        place, folder = self.run.place, self.folder
+        damages: list[str] = []
+        step, tensors, facts = folder.read_latest_checkpoint(damages.append)
         check_shapes(folder, self.run.pair.student, tensors)
         self._copy_tensors(tensors)
         for key, value in facts.items():
             setattr(self.progress, key, value)
+        for text in damages:
+            self.warn(text)
         self.progress.ledger = Ledger(**facts["ledger"])
         self.clock.seconds = self.progress.seconds
         self.run.limits.restore(self.progress.fitted)
@@ -186,21 +206,21 @@ class State:
         place.barrier()  # every rank has read before the first one writes
         if place.is_first:
             folder.prune(step)
-            rows = folder.rewind("metrics.jsonl", step, report.warn)
+            rows = folder.rewind("metrics.jsonl", step, self.warn)
             missing = set(range(1, step + 1)) - {row["step"] for row in rows}
             if missing:
-                report.warn(
+                self.warn(
                     f"metrics.jsonl: the rows of {len(missing)} earlier steps are missing (the "
                     f"first: {min(missing)}); the run does not need them, but reports lack them"
                 )
             evaluated = self.progress.evaluations[-1]["step"]
-            folder.rewind("scores.jsonl", evaluated, report.warn)
+            folder.rewind("scores.jsonl", evaluated, self.warn)
             for name, last in (("samples.jsonl", evaluated), ("rollouts.jsonl", step)):
                 if (folder.path / name).is_file():
-                    folder.rewind(name, last, report.warn)
+                    folder.rewind(name, last, self.warn)
             folder.write_json("run.json", {**folder.read_json("run.json"), "ranks": place.world})
         place.barrier()
-        report.note(f"resumed after step {step}")
+        self.report.note(f"resumed after step {step}")
         if ranks_before != place.world:
             self._report_rank_count(ranks_before)
         return step
@@ -233,7 +253,7 @@ class State:
             self.report.note(text)
         else:
             name = str(place.dtype)[6:]
-            self.report.warn(f"{text}, and in {name} that can change which tokens are sampled")
+            self.warn(f"{text}, and in {name} that can change which tokens are sampled")
 
 
 def check_shapes(folder: RunFolder, student: Model, tensors: dict[str, Tensors]) -> None:

@@ -238,6 +238,10 @@ def test_a_change_of_prompts_is_seen_at_any_number_of_steps(pair, questions):
         )
         changed = [*fewer[:-1], prompts[count - 2]]
         assert describe_differences({"training prompts": stored}, {}, {"training prompts": changed})
+    many = digest_prompts(prompts * 12)
+    assert not describe_differences(
+        {"training prompts": many}, {}, {"training prompts": prompts[:3]}
+    )
     short = digest_prompts(prompts[:10])
     assert not describe_differences({"training prompts": short}, {}, {"training prompts": prompts})
     changed = [prompts[1], *prompts[1:]]
