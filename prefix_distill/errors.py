@@ -1,7 +1,8 @@
 """Exceptions that end a command; each message is one line: expected, got, what to do."""
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 
 CONTINUE = "continue with prefix-distill run --resume"
 ABORTED = "aborted without saving; if the run has a checkpoint, --resume continues it"
@@ -12,6 +13,15 @@ ABORTED_COMMANDS = {
     "export": "aborted; remove its folder before you start it again",
 }
 NOTHING_WRITTEN = "aborted; nothing was written"
+
+
+NEAR = 0.6  # least similarity of a name that an error suggests
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that ``name`` most likely misspells; None if none is near."""
+    near = difflib.get_close_matches(name, known, 1, NEAR)
+    return near[0] if near else None
 
 
 def describe_abort(command: str) -> str:

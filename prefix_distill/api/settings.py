@@ -1,7 +1,6 @@
 """Turn keyword options, which are named as the flags of the command line, into a config."""
 
 import dataclasses
-import difflib
 import logging
 import os
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
 from .. import config as configuration
-from ..errors import UserError
+from ..errors import UserError, nearest
 from . import html
 from .arguments import plain_value, read_folder, read_path
 from .flat import read_settings_file
@@ -228,9 +227,9 @@ def _suggest(name: str, names: Mapping[str, str]) -> str:
         return FUNCTIONS[name]
     if name in RENAMED and keyword(RENAMED[name]) in names:
         return f"did you mean {keyword(RENAMED[name])}?"
-    near = difflib.get_close_matches(name, names, 1, 0.4)
-    if near:
-        return f"did you mean {near[0]}?"
+    near = nearest(name, names)
+    if near is not None:
+        return f"did you mean {near}?"
     return f"known are {', '.join(names)}"
 
 

@@ -5,11 +5,10 @@ under another name or with a converted value, or an error that says what to use 
 `prefix-distill help migration` shows the table.
 """
 
-import difflib
 import fnmatch
 from dataclasses import dataclass, field
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from .spelling_tables import (
     ALREADY,
     BATCH,
@@ -150,10 +149,12 @@ class _Line:
         for other, target in TARGETS.items():
             if target in self.valued:
                 names[other] = f"--{other}"
+        if "--divergence" in self.valued:  # a command that trains
+            names |= {other: f"--{other}" for other in (*CONVERTED, *DEPENDENT, *ALREADY)}
         text = f"{spelling}: no such option of this command"
-        near = difflib.get_close_matches(name, names, 1, 0.6)
-        if near:
-            text += f"; did you mean {names[near[0]]}?"
+        near = nearest(name, names)
+        if near is not None:
+            text += f"; did you mean {names[near]}?"
         self.errors.append(text)
 
     def put(self, words: list[str], spelling: str) -> None:

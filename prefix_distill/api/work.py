@@ -65,6 +65,8 @@ def _start(config: Config, observer: Observer, *, resume: bool, dry_run: bool) -
         )
     if not resume:
         RunFolder(str(config.checkpoint.out)).check_unused()
+    if config.export.push is not None and launch.is_first_rank():
+        _check_push(str(config.export.push), observer)
     return _perform("run", config, observer, resume=resume, dry_run=dry_run)
 
 
@@ -254,6 +256,16 @@ def _find_folder(source: str, which: str) -> Path | None:
         f"export {source}: no such folder; check the path, or add --out to export a model of the "
         "hub"
     )
+
+
+def _check_push(repository: str, observer: Observer) -> None:
+    """Raise UserError if the hub will refuse an upload to ``repository``."""
+    with quiet.guarded(), phase("contacting the hub"):
+        from ..results.export import check_push
+
+        warning = check_push(repository)
+    if warning is not None:
+        observer.warn(warning)
 
 
 def _push(folder: Path, config: Config) -> str:

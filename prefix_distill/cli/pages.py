@@ -4,13 +4,12 @@ A page is Markdown. A file is printed as it is, to be stored: a notebook, or the
 published method.
 """
 
-import difflib
 import json
 import sys
 from typing import TYPE_CHECKING
 
 from .. import display
-from ..errors import UserError
+from ..errors import UserError, nearest
 from .app import COMMANDS
 
 if TYPE_CHECKING:
@@ -73,9 +72,9 @@ def read_page(topic: str) -> str:
     if topic in pages:
         return pages[topic].read_text(encoding="utf-8")
     advice = f"choose from {', '.join(pages)}"
-    near = difflib.get_close_matches(topic, [*pages, *COMMANDS], 1, 0.4)
-    if near:
-        advice = f"did you mean {near[0]}?"
+    near = nearest(topic, [*pages, *COMMANDS])
+    if near is not None:
+        advice = f"did you mean {near}?"
     raise UserError(f"help {topic[:80]}: no such page; {advice}")
 
 

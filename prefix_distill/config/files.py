@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import itertools
 import re
 import reprlib
@@ -11,7 +10,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..plugins import load_plugins
 from .access import SECTIONS, options
 from .options import AUTO, choices, describe_type, is_automatic, value_type
@@ -53,8 +52,11 @@ def assemble(values: dict[str, object], names: Names | None = None) -> Config:
     known = options()
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     unknown = [f"'{path[:80]}'; {_suggest(path[:80])}" for path in values if path not in known]
+    if len(unknown) == 1:
+        raise UserError(f"unknown setting {unknown[0]}")
     if unknown:
-        raise UserError(f"unknown setting {'; '.join(unknown[:LISTED])}")
+        numbered = [f"({i}) {text}" for i, text in enumerate(unknown[:LISTED], 1)]
+        raise UserError(f"unknown settings: {' '.join(numbered)}")
     for path, value in values.items():
         section, key = path.split(".")
         sections[section][key] = _convert(names.get(path, path), value, known[path])
@@ -62,10 +64,18 @@ def assemble(values: dict[str, object], names: Names | None = None) -> Config:
 
 
 def _suggest(path: str) -> str:
-    """Return advice for an unknown setting: the nearest known one, or the sections."""
-    near = difflib.get_close_matches(path, options(), 1, 0.4)
-    if near:
-        return f"did you mean {near[0]}?"
+    """Return advice for an unknown setting: the nearest known one, or the sections.
+
+    A key of another section is nearest; then come similar settings, similar keys and flags.
+    """
+    keys: dict[str, str] = {}  # key, or flag without dashes → setting
+    for known, field in options().items():
+        keys[known.partition(".")[2]] = known
+        keys[field.metadata["flag"].removeprefix("--").replace("-", "_")] = known
+    key = path.rpartition(".")[2]
+    found = keys.get(key) or nearest(path, options()) or keys.get(nearest(key, keys) or "")
+    if found is not None:
+        return f"did you mean {found}?"
     return f"choose a key of these sections: {', '.join(SECTIONS)}"
 
 

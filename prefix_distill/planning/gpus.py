@@ -1,9 +1,8 @@
 """Cards that people own: memory, memory bandwidth and matmul rate, as their makers state them."""
 
-import difflib
 from dataclasses import dataclass, replace
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 
 # the share of unified memory that Apple's GPU may use: an assumption
 UNIFIED_SHARE = 0.75
@@ -117,10 +116,13 @@ def _read_card(text: str) -> Card:
     name = name.strip().removeprefix("rtx").strip(" -")
     size = _read_size(memory)
     if name not in CARDS or (colon and size is None):
-        near = difflib.get_close_matches(name, CARDS, n=3, cutoff=0.4) or list(CARDS)
+        near = nearest(name, CARDS)
+        advice = f"use one of {', '.join(CARDS)}"
+        if near is not None:
+            advice = f"did you mean {near}? Or {advice}"
         raise UserError(
             f"--card {text}: expected a card, NAME:GB or a number of GB above {RESERVED:g}, "
-            f"up to {MOST}; use one of {', '.join(near)}"
+            f"up to {MOST}; {advice}"
         )
     if size is None:
         return CARDS[name]

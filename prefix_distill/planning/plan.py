@@ -15,11 +15,11 @@ from ..config import SELF, Config
 from ..engine import folders
 from ..engine.device import choose_device
 from ..engine.free_memory import read_free_memory
-from ..engine.hub import contacting
+from ..engine.hub import check_reachable, contacting
 from ..engine.memory import read_batch_sizes
 from ..engine.models import Model
 from ..engine.shapes import read_shape
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..maths import flops
 from ..maths.flops import Ledger
 from ..maths.schedule import PrefixSchedule, parse_prefix
@@ -171,9 +171,10 @@ def read_source(name: str, trust_remote_code: bool = False) -> Source:
     except UserError:
         raise
     except Exception as error:  # the hub, the disk or the model's own code fails in any way
+        check_reachable(name, error)
         raise UserError(
-            f"model {name}: its config cannot be read ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); give a hub id or a folder with config.json"
+            f"model {name}: its config cannot be read ({type(error).__name__}: {one_line(error)}); "
+            "give a hub id or a folder with config.json"
         ) from None
     return Source(name=name, folder=folder, config=config)
 

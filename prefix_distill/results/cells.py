@@ -67,7 +67,12 @@ def arm_text(row: dict) -> str:
 
 
 def saving_text(row: dict) -> str:
-    """Return how many times the arm's FLOPs full rollouts take, by the arm's own estimate."""
+    """Return how many times the arm's FLOPs full rollouts take, by the arm's own estimate.
+
+    An arm with full rollouts needs no estimate: 1.
+    """
+    if row["full_rollouts"]:
+        return "1.0×"
     full = row["full_rollout_cost"]
     if not full or not row["flops_useful"]:
         return "–"

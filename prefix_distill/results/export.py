@@ -285,6 +285,47 @@ def _convert(script: Path, folder: Path, gguf: str) -> Path:
     return file
 
 
+def check_push(repository: str) -> str | None:
+    """Check before any work that the hub will accept an upload; return a warning if it is silent.
+
+    UserError: the hub is switched off, or the login is missing, invalid or read-only.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    later = "or omit --push-to-hub and push the model later with `prefix-distill export`"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"--push-to-hub {repository}: HF_HUB_OFFLINE keeps the hub out of reach; unset it, "
+            f"{later}"
+        )
+    if get_token() is None:
+        raise UserError(
+            f"--push-to-hub {repository}: expected a login, got none; run `hf auth login` or set "
+            f"HF_TOKEN, {later}"
+        )
+    try:
+        account = HfApi().whoami()
+    except Exception as error:  # the hub client raises many kinds
+        response = getattr(error, "response", None)
+        if isinstance(error, HfHubHTTPError) and getattr(response, "status_code", None) == 401:
+            raise UserError(
+                f"--push-to-hub {repository}: the hub does not accept the login; run `hf auth "
+                f"login` or set HF_TOKEN, {later}"
+            ) from None
+        return (
+            f"--push-to-hub {repository}: the hub did not answer ({type(error).__name__}), so the "
+            "upload may fail; the model is kept in any case"
+        )
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UserError(
+            f"--push-to-hub {repository}: expected a token that may write, got one that may only "
+            f"read; create one with the role write, {later}"
+        )
+    return None
+
+
 def push(folder: Path, repository: str, public: bool) -> str:
     """Upload ``folder`` to a hub repository and return its address.
 

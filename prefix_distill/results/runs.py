@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,11 +99,13 @@ def collect_runs(paths: list[Path]) -> list[StoredRun]:
 
     Of a comparison the final runs count, not the tuning runs. An unfinished run counts if a path
     names its folder, or contains no finished run (``find_left_out``). Where two folders contain the
-    same arm with the same seed, arms are named FOLDER/ARM. UserError: a path contains no run with
+    same arm with the same seed, that arm is named FOLDER/ARM. UserError: a path contains no run with
     an evaluation, or a file of a run is damaged.
     """
     by_folder: dict[Path, StoredRun] = {}
     for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; name a run folder, or one that contains runs")
         runs = _runs_in(path)
         finished = [run for run in runs if run.state == "finished"]
         if finished:
@@ -120,11 +123,11 @@ def collect_runs(paths: list[Path]) -> list[StoredRun]:
             start = by_folder[folder]
             run.offset = start.cost(start.evaluations[-1])
     runs = list(by_folder.values())
-    names = {(run.arm, run.seed) for run in runs}
-    if len(names) < len(runs):
-        for run in runs:
-            folder_name = run.root.resolve().name
-            run.arm = f"{folder_name}/{run.arm}"
+    counts = Counter((run.arm, run.seed) for run in runs)
+    ambiguous = {arm for (arm, _), count in counts.items() if count > 1}
+    for run in runs:
+        if run.arm in ambiguous:
+            run.arm = f"{run.root.resolve().name}/{run.arm}"
     return runs
 
 

@@ -297,6 +297,7 @@ def _facts(run: StoredRun, tail: int) -> dict[str, float | None]:
         "flops_executed": cost.executed,
         "seconds": cost.seconds,
         "full_rollout_cost": run.result.get("full_rollout_cost"),
+        "full_rollouts": run.result.get("full_rollouts"),
     }
 
 

@@ -88,7 +88,7 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
 
 def _warn_about_repeats(train: list[PromptSet], held_out: PromptSet, notes: Notes) -> None:
     """Warn if held-out problems are in the training rows as well; streamed rows are not known."""
-    trained = set()
+    trained: set[tuple[str, ...]] = set()
     for loaded in train:
         if isinstance(loaded.prompts, tuple):
             trained.update(map(_read_texts, loaded.prompts))

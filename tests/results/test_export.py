@@ -382,7 +382,17 @@ def hub(monkeypatch):
 
         def do_GET(self):
             calls.append((self.path, None, b""))
-            self.send_error(404)
+            name = str(self.headers.get("Authorization")).removeprefix("Bearer hf_")
+            if "whoami" not in self.path or name == "silent":
+                self.send_error(404)
+                return
+            role = {"secret": "write", "limited": "fineGrained", "reader": "read"}.get(name)
+            self.send_response(200 if role else 401)
+            content = json.dumps({"name": "me", "auth": {"accessToken": {"role": role}}}).encode()
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
         do_HEAD = do_GET
 
@@ -444,10 +454,8 @@ def test_a_failed_push_is_reported_after_everything_is_saved(run, hub, tmp_path,
     assert made.get("visibility", made.get("private")) in ("public", False)
 
 
-def test_a_run_pushes_its_model_at_its_end(pair, questions, tmp_path, hub, monkeypatch):
-    """The upload succeeds, and then fails because the hub is unreachable."""
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    flags = [
+def small_run(pair, questions):
+    return [
         "run",
         "--student",
         pair[0],
@@ -474,15 +482,46 @@ def test_a_run_pushes_its_model_at_its_end(pair, questions, tmp_path, hub, monke
         "--push-to-hub",
         "me/student",
     ]
-    code, out, err = invoke(*flags, "--out", tmp_path / "one")
+
+
+def test_a_run_pushes_its_model_at_its_end(pair, questions, tmp_path, hub, monkeypatch):
+    """The upload succeeds, and then fails because the token may not write."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    code, out, err = invoke(*small_run(pair, questions), "--out", tmp_path / "one")
     assert (
         code == 0
         and last_json(out)["pushed"].endswith("me/student")
         and any("/commit/" in path for path, *_ in hub)
     ), err
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_limited")
     code, out, err = invoke("run", "--resume", "--out", tmp_path / "one")
     assert code == 1 and last_json(out)["steps"] == 1 and last_json(out)["pushed"] is None
     assert err.splitlines()[-1].endswith(
         f"prefix-distill export {tmp_path / 'one/model'} --push-to-hub me/student"
     )
+
+
+@pytest.mark.parametrize(
+    "token, offline, words",
+    [
+        ("hf_secret", True, "HF_HUB_OFFLINE keeps the hub out of reach"),
+        (None, False, "expected a login, got none"),
+        ("hf_wrong", False, "the hub does not accept the login"),
+        ("hf_reader", False, "got one that may only read"),
+    ],
+)
+def test_a_push_that_must_fail_is_refused_before_the_run(  # noqa: PLR0913  fixtures and parameters of one test
+    pair, questions, tmp_path, hub, monkeypatch, token, offline, words
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv("HF_TOKEN", token or "")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    code, out, err = invoke(*small_run(pair, questions), "--out", tmp_path / "one")
+    assert code == 2 and out == "" and not (tmp_path / "one").exists()
+    assert words in err.splitlines()[-1] and "hf_" not in err
+
+
+def test_a_silent_hub_is_a_warning(pair, questions, tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_silent")
+    code, _, err = invoke(*small_run(pair, questions), "--dry-run", "--out", tmp_path / "one")
+    assert code == 0 and "the hub did not answer" in err
