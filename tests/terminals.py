@@ -71,21 +71,26 @@ def shape(line: str) -> str:
     return re.sub(r"\d+(?:[.,]\d+)*(?:e[+-]\d+)?", "0", line)
 
 
-def watch(command: list[str], columns: int, press: str | None = None, limit: float = 150) -> Seen:
+def watch(
+    command: list[str],
+    columns: int,
+    press: str | None = None,
+    limit: float = 150,
+    stdout: bool = False,
+) -> Seen:
     """Run a command with stderr on a terminal of ``columns``, and return what was seen.
 
-    ``press``: Ctrl-C is pressed once the bottom line matches this pattern.
+    ``press``: Ctrl-C is pressed once the bottom line matches this pattern; ``stdout``: stdout is on
+    the terminal, too.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
     unwanted = ("NO_COLOR", "PREFIX_DISTILL_PLAIN", "COLUMNS", "LINES")
     environment = {name: v for name, v in os.environ.items() if name not in unwanted}
     environment |= {"TERM": "xterm", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, stderr=theirs, stdin=theirs, stdout=subprocess.PIPE, env=environment
-    )
+    out = theirs if stdout else subprocess.PIPE
+    process = subprocess.Popen(command, stderr=theirs, stdin=theirs, stdout=out, env=environment)
     os.close(theirs)
-    assert process.stdout is not None
     screen = pyte.Screen(columns, ROWS)
     stream = pyte.ByteStream(screen)
     seen = Seen()
@@ -104,10 +109,11 @@ def watch(command: list[str], columns: int, press: str | None = None, limit: flo
             seen.pressed = time.monotonic() - started
         if not ready and process.poll() is not None:
             break
-    seen.out = process.stdout.read().decode()
+    if process.stdout is not None:
+        with process.stdout:
+            seen.out = process.stdout.read().decode()
     seen.code = process.wait(30)
     seen.ended = time.monotonic() - started
-    process.stdout.close()
     os.close(ours)
     return seen
 
@@ -124,6 +130,12 @@ def watch_program(arguments: list, columns: int, press: str | None = None) -> Se
     """Run ``prefix-distill`` in a terminal of ``columns``; see `watch`."""
     command = [sys.executable, "-m", "prefix_distill", *map(str, arguments)]
     return watch(command, columns, press)
+
+
+def watch_all(arguments: list, columns: int) -> Seen:
+    """Run ``prefix-distill`` in a terminal of ``columns`` that has stdout, too; see `watch`."""
+    command = [sys.executable, "-m", "prefix_distill", *map(str, arguments)]
+    return watch(command, columns, stdout=True)
 
 
 def watch_code(code: str, columns: int, press: str | None = None) -> Seen:
