@@ -19,6 +19,7 @@ import pyte
 from helpers import ROOT
 
 ROWS = 60
+TALL = 300  # holds all that several commands write
 
 
 @dataclass(kw_only=True)
@@ -81,17 +82,18 @@ def watch(
     """Run a command with stderr on a terminal of ``columns``, and return what was seen.
 
     ``press``: Ctrl-C is pressed once the bottom line matches this pattern; ``stdout``: stdout is on
-    the terminal, too.
+    the terminal, too, which then has TALL rows.
     """
+    rows = TALL if stdout else ROWS
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     unwanted = ("NO_COLOR", "PREFIX_DISTILL_PLAIN", "COLUMNS", "LINES")
     environment = {name: v for name, v in os.environ.items() if name not in unwanted}
     environment |= {"TERM": "xterm", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     out = theirs if stdout else subprocess.PIPE
     process = subprocess.Popen(command, stderr=theirs, stdin=theirs, stdout=out, env=environment)
     os.close(theirs)
-    screen = pyte.Screen(columns, ROWS)
+    screen = pyte.Screen(columns, rows)
     stream = pyte.ByteStream(screen)
     seen = Seen()
     started = time.monotonic()
@@ -132,10 +134,28 @@ def watch_program(arguments: list, columns: int, press: str | None = None) -> Se
     return watch(command, columns, press)
 
 
-def watch_all(arguments: list, columns: int) -> Seen:
-    """Run ``prefix-distill`` in a terminal of ``columns`` that has stdout, too; see `watch`."""
-    command = [sys.executable, "-m", "prefix_distill", *map(str, arguments)]
-    return watch(command, columns, stdout=True)
+COMMANDS = """
+from prefix_distill.api.quiet import hide_deprecations
+from prefix_distill.cli.main import run_command
+hide_deprecations()
+for words in {words}:
+    print("ended with", run_command(words), flush=True)
+"""
+
+
+def watch_commands(commands: list[list], columns: int) -> list[list[str]]:
+    """Run commands in one process whose stdout and stderr are on a terminal of ``columns``.
+
+    Return the lines of each. All have to end with exit code 0.
+    """
+    words = [list(map(str, command)) for command in commands]
+    code = COMMANDS.format(words=words)
+    seen = watch([sys.executable, "-c", code], columns, limit=400, stdout=True)
+    assert seen.code == 0, seen.last
+    ends = [i for i, line in enumerate(seen.last) if line == "ended with None"]
+    assert len(ends) == len(commands), seen.last
+    starts = [0, *(end + 1 for end in ends)]
+    return [seen.last[start:end] for start, end in zip(starts, ends, strict=False)]
 
 
 def watch_code(code: str, columns: int, press: str | None = None) -> Seen:

@@ -554,6 +554,9 @@ def test_notes_and_warnings_are_logged(given, tmp_path, caplog):
     texts = [record.getMessage() for record in caplog.records]
     assert set(result.notes) <= set(texts)
     assert any(text.startswith("after step 4: accuracy") for text in texts)
+    # notes for developers, before the run and during it
+    assert any(text.startswith("the loss uses chunks of ") for text in texts)
+    assert any(text.startswith("the teacher gives the first tokens") for text in texts)
 
 
 # The other functions

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..display import Summary, flops_text, gib_text, time_text
+from ..display import Summary, flags_text, flops_text, gib_text, time_text
 from .documents import CheckResult, DryRun, PlanResult, ProbeResult
 
 UNKNOWN_TIME = "not known; prefix-distill plan --card NAME estimates it"
@@ -71,7 +71,7 @@ def summarize_plan(result: PlanResult, words: Sequence[str], *, for_cards: bool)
     first = document["prefixes"][0]
     needed = gib_text(first["memory"]["total"])
     rows = {
-        "machine": _describe_machine(document["machine"]),
+        "machine": _describe_machine(document["machine"], for_cards=for_cards),
         "cards": _describe_cards(document["cards"]),
         "FLOPs": _describe_flops(document),
         "time": _describe_time(document),
@@ -86,8 +86,8 @@ def summarize_plan(result: PlanResult, words: Sequence[str], *, for_cards: bool)
     return Summary(title=title, rows=rows, command=command)
 
 
-def _describe_machine(machine: dict[str, Any] | None) -> str:
-    """Return whether the run fits this machine, and otherwise the flags with which it does."""
+def _describe_machine(machine: dict[str, Any] | None, *, for_cards: bool) -> str:
+    """Return whether the run fits this machine, and otherwise with which flags it does."""
     if machine is None:
         return ""
     free = f"{gib_text(machine['free_bytes'])} free on {machine['device']}"
@@ -95,7 +95,9 @@ def _describe_machine(machine: dict[str, Any] | None) -> str:
         return f"fits, {free}"
     if machine["flags"] is None:
         return f"does not fit, {free}; choose smaller models or one of the cards"
-    return f"does not fit, {free}; it does with {' '.join(machine['flags'])}"
+    if for_cards:
+        return f"does not fit, {free}; it does with {flags_text(machine['flags'])}"
+    return f"does not fit, {free}; it does with the flags of the next command"
 
 
 def _describe_cards(fits: list[dict[str, Any]]) -> str:
@@ -109,7 +111,7 @@ def _describe_cards(fits: list[dict[str, Any]]) -> str:
         smallest = min(rows, key=_memory_of)
         flags = "does not fit"
         if smallest["fits"]:
-            flags = " ".join(smallest["flags"])
+            flags = flags_text(smallest["flags"])
         cards = ", ".join(row["card"] for row in rows)
         parts.append(f"{cards}: {flags}")
     return "; ".join(parts)

@@ -126,11 +126,10 @@ def summarize_comparison(result: Comparison) -> Summary:
         rows["saving"] = _describe_saving(result.arms, best, result.reference)
     runs, arms = result.runs, len(result.arms)
     title = f"{result.out}: {runs} {_plural('run', runs)} of {arms} {_plural('arm', arms)}"
-    folder = shlex.quote(best[0]["folders"][0])
     return Summary(
         title=title,
         rows=rows,
-        command=f"prefix-distill show {folder}",
+        command=_look_at(best[0]),
         warnings=tuple(result.document["warnings"]),
     )
 
@@ -143,6 +142,14 @@ def _find_best(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         merits.append(row["accuracy"] if is_graded else -row["kl"])
     highest = max(merits)
     return [row for row, merit in zip(arms, merits, strict=True) if merit == highest]
+
+
+def _look_at(row: dict[str, Any]) -> str:
+    """Return the command that shows the first run of an arm, or continues it."""
+    folder = shlex.quote(row["folders"][0])
+    if row["state"] == "interrupted":
+        return f"prefix-distill run --resume --out {folder}"
+    return f"prefix-distill show {folder}"
 
 
 def _describe_arm(row: dict[str, Any]) -> str:

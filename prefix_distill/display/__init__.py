@@ -9,7 +9,7 @@ from .observers import Observer, RankWarnings, Reporter, Terminal
 from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
 from .screen import RUNS, Screen
-from .summary import Summary, lay_out, render_summary
+from .summary import Summary, flags_text, lay_out, render_summary
 from .texts import accuracy_text, flops_text, gib_text, short_time_text, time_text
 from .training import Display
 
@@ -30,6 +30,7 @@ __all__ = [
     "accuracy_text",
     "close_phase",
     "find_phase",
+    "flags_text",
     "flops_text",
     "gib_text",
     "is_plain",

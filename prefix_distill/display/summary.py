@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -11,6 +12,7 @@ from .lines import is_rich
 
 NARROW = 100  # cells; a summary is not wider, because long lines are hard to read
 INDENT = "  "
+UNBROKEN = "\u00a0"  # a space at which no line is broken; it is shown as an ordinary one
 BOLD, YELLOW, RESET = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 
 
@@ -83,8 +85,16 @@ def _break_command(command: str, width: int) -> list[str]:
     return lines
 
 
+def flags_text(words: Sequence[str]) -> str:
+    """Return flags and their values as text whose lines break only before a flag."""
+    text = ""
+    for word in words:
+        text += f" {word}" if word.startswith("--") else f"{UNBROKEN}{word}"
+    return text.strip()
+
+
 def _wrap(text: str, width: int, *, start: str, margin: int) -> list[str]:
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         text,
         width=max(width, margin + 20),
         initial_indent=start,
@@ -92,6 +102,7 @@ def _wrap(text: str, width: int, *, start: str, margin: int) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return [line.replace(UNBROKEN, " ") for line in lines]
 
 
 def _paint(text: str, color: str, in_color: bool) -> str:

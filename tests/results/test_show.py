@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import threading
 import time
@@ -185,6 +186,26 @@ def test_show_names_right_and_wrong_and_the_end_of_the_prefix(run):
     assert [answer["step"] for answer in first["answers"]] == [0, 2, 4]
 
 
+def test_show_writes_text_to_a_pipe_and_the_document_on_request(run, monkeypatch):
+    command = ("show", run[0], "--limit", 1)
+    code, text, err = invoke(*command)
+    assert code == 0 and not err and text.startswith("problem ")
+    assert "before, " in text and text.splitlines()[-1].endswith("the run is finished")
+    assert not re.search(r"[\x1b{─│]", text)
+    code, out, err = invoke(*command, "--json")
+    assert code == 0 and json.loads(out)["state"] == "finished" and err == text
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[" in invoke(*command)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert invoke(*command)[1] == text
+
+
+def test_show_live_writes_lines_to_a_pipe(run):
+    code, out, err = invoke("show", run[0], "--live", "--limit", 1)
+    assert code == 0 and not err and out.splitlines()[-1] == "the run is finished"
+    assert "after step 4: accuracy" in out
+
+
 def test_show_wrong_shows_only_problems_that_are_wrong_at_the_end(run):
     _, out, _ = invoke("show", run[0], "--wrong", "--limit", 0, "--json")
     examples = rows_of(run[0] / "examples-after.jsonl")
@@ -289,6 +310,7 @@ def test_try_asks_three_models_the_same_question(run):
         for answer in model["answers"]:
             assert answer["text"] in err and answer["tokens"] >= 2
     assert "####49" in models[-1]["answers"][0]["text"]  # the teacher knows
+    assert invoke("try", run[0], "32:23 31:61", "29:40 28:90") == (0, err, "")
 
 
 def test_try_names_a_teacher_that_is_gone_after_the_students_answers(run, tmp_path):
