@@ -6,6 +6,7 @@ Test modules do not import each other. Code that two of them need belongs here.
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -235,9 +236,10 @@ def invoke(*arguments) -> tuple[int | str, str, str]:
     out, err = io.StringIO(), io.StringIO()
     code: int | str = 0
     argv = mock.patch.object(sys, "argv", ["prefix-distill", *map(str, arguments)])
+    environment = mock.patch.dict(os.environ)  # switches such as --json set variables
     warning_options = mock.patch.object(sys, "warnoptions", ["default"])
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with argv, warning_options, streams[0], streams[1]:
+    with argv, environment, warning_options, streams[0], streams[1]:
         try:
             cli.main()
         except SystemExit as stop:
@@ -262,6 +264,7 @@ class Silent:
     warn_on_this_rank = warn
 
     def note(self, *_): ...
+    def detail(self, *_): ...
     def row(self, *_): ...
     def tail(self, *_): ...
     def evaluation(self, *_): ...

@@ -19,6 +19,7 @@ import pyte
 from helpers import ROOT
 
 ROWS = 60
+TALL = 300  # holds all that several commands write
 
 
 @dataclass(kw_only=True)
@@ -71,22 +72,28 @@ def shape(line: str) -> str:
     return re.sub(r"\d+(?:[.,]\d+)*(?:e[+-]\d+)?", "0", line)
 
 
-def watch(command: list[str], columns: int, press: str | None = None, limit: float = 150) -> Seen:
+def watch(
+    command: list[str],
+    columns: int,
+    press: str | None = None,
+    limit: float = 150,
+    stdout: bool = False,
+) -> Seen:
     """Run a command with stderr on a terminal of ``columns``, and return what was seen.
 
-    ``press``: Ctrl-C is pressed once the bottom line matches this pattern.
+    ``press``: Ctrl-C is pressed once the bottom line matches this pattern; ``stdout``: stdout is on
+    the terminal, too, which then has TALL rows.
     """
+    rows = TALL if stdout else ROWS
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     unwanted = ("NO_COLOR", "PREFIX_DISTILL_PLAIN", "COLUMNS", "LINES")
     environment = {name: v for name, v in os.environ.items() if name not in unwanted}
     environment |= {"TERM": "xterm", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, stderr=theirs, stdin=theirs, stdout=subprocess.PIPE, env=environment
-    )
+    out = theirs if stdout else subprocess.PIPE
+    process = subprocess.Popen(command, stderr=theirs, stdin=theirs, stdout=out, env=environment)
     os.close(theirs)
-    assert process.stdout is not None
-    screen = pyte.Screen(columns, ROWS)
+    screen = pyte.Screen(columns, rows)
     stream = pyte.ByteStream(screen)
     seen = Seen()
     started = time.monotonic()
@@ -104,10 +111,11 @@ def watch(command: list[str], columns: int, press: str | None = None, limit: flo
             seen.pressed = time.monotonic() - started
         if not ready and process.poll() is not None:
             break
-    seen.out = process.stdout.read().decode()
+    if process.stdout is not None:
+        with process.stdout:
+            seen.out = process.stdout.read().decode()
     seen.code = process.wait(30)
     seen.ended = time.monotonic() - started
-    process.stdout.close()
     os.close(ours)
     return seen
 
@@ -124,6 +132,30 @@ def watch_program(arguments: list, columns: int, press: str | None = None) -> Se
     """Run ``prefix-distill`` in a terminal of ``columns``; see `watch`."""
     command = [sys.executable, "-m", "prefix_distill", *map(str, arguments)]
     return watch(command, columns, press)
+
+
+COMMANDS = """
+from prefix_distill.api.quiet import hide_deprecations
+from prefix_distill.cli.main import run_command
+hide_deprecations()
+for words in {words}:
+    print("ended with", run_command(words), flush=True)
+"""
+
+
+def watch_commands(commands: list[list], columns: int) -> list[list[str]]:
+    """Run commands in one process whose stdout and stderr are on a terminal of ``columns``.
+
+    Return the lines of each. All have to end with exit code 0.
+    """
+    words = [list(map(str, command)) for command in commands]
+    code = COMMANDS.format(words=words)
+    seen = watch([sys.executable, "-c", code], columns, limit=400, stdout=True)
+    assert seen.code == 0, seen.last
+    ends = [i for i, line in enumerate(seen.last) if line == "ended with None"]
+    assert len(ends) == len(commands), seen.last
+    starts = [0, *(end + 1 for end in ends)]
+    return [seen.last[start:end] for start, end in zip(starts, ends, strict=False)]
 
 
 def watch_code(code: str, columns: int, press: str | None = None) -> Seen:

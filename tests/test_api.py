@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 import prefix_distill
 from prefix_distill import config as configuration
 from prefix_distill.api import keywords, launch, public, settings
+from prefix_distill.api.events import EventObserver, Relay
+from prefix_distill.api.observers import LogObserver
 from prefix_distill.cli.main import app
 from prefix_distill.errors import Interrupted, PreflightError, Stopped, UserError
 from prefix_distill.signals import find_stop_signals
@@ -554,6 +556,20 @@ def test_notes_and_warnings_are_logged(given, tmp_path, caplog):
     texts = [record.getMessage() for record in caplog.records]
     assert set(result.notes) <= set(texts)
     assert any(text.startswith("after step 4: accuracy") for text in texts)
+    # notes for developers, before the run and during it
+    assert any(text.startswith("the loss uses chunks of ") for text in texts)
+    assert any(text.startswith("the teacher gives the first tokens") for text in texts)
+
+
+def test_notes_for_developers_come_from_ranks(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("RANK", "0")
+    EventObserver(tmp_path).detail("a detail")
+    with (
+        caplog.at_level(logging.INFO, "prefix_distill"),
+        Relay(tmp_path, LogObserver(), pytest.fail) as relay,
+    ):
+        relay.pass_on()
+    assert [record.getMessage() for record in caplog.records] == ["a detail"]
 
 
 # The other functions

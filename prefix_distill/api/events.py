@@ -50,6 +50,9 @@ class EventObserver:
     def note(self, text: str) -> None:
         self._write_once("note", text)
 
+    def detail(self, text: str) -> None:
+        self._write_once("detail", text)
+
     def warn(self, text: str) -> None:
         self._write_once("warn", text)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..config import Config
-from ..display import is_verbose, phase
+from ..display import phase
 from ..errors import MemoryShortage, PreflightError, ignore
 from . import quiet
 from .observers import Observer
@@ -71,13 +71,8 @@ def _run(config: Config, settings: Mapping[str, bool], observer: Observer) -> Ou
         if prepared.place.is_first:
             for text in notes:
                 observer.note(text)
-    before = len(prepared.notes.lines)
-    disk = _note_disk(prepared, observer)
-    document = {**_describe_dry_run(prepared), "disk": disk}
-    if prepared.place.is_first:
-        for text in [*_describe_price(document), *prepared.notes.lines[before:]]:
-            observer.note(text)
-    return _outcome(prepared, document)
+    price = _price(prepared, observer)
+    return _outcome(prepared, _describe_dry_run(prepared, price))
 
 
 def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
@@ -88,9 +83,11 @@ def _check(config: Config, settings: Mapping[str, bool], observer: Observer) -> 
     prepared = prepare_fitting(config)
     with contextlib.suppress(PreflightError, MemoryShortage):  # the document holds failed checks
         _examine(prepared, config.evaluate.check_samples, math.inf)
-    _note_disk(prepared, observer)
+    price = _price(prepared, observer)
     document = {
         **describe_checks(prepared.checks),
+        "steps": prepared.config.train.steps,
+        "price": price,
         "notes": prepared.notes.lines,
         "warnings": prepared.notes.warnings,
     }
@@ -172,9 +169,11 @@ def check_error(name: str, result: str) -> PreflightError | MemoryShortage:
 def _announce(prepared: "Run", observer: Observer) -> None:
     if not prepared.place.is_first:
         return
-    is_logged = not getattr(observer, "shares_streams", False)
-    for text in prepared.notes.shown(verbose=is_verbose() or is_logged):
-        observer.note(text)
+    for text in prepared.notes.lines:
+        if text in prepared.notes.details:
+            observer.detail(text)
+        else:
+            observer.note(text)
     for text in prepared.notes.warnings:
         observer.warn(text)
 
@@ -187,20 +186,14 @@ def _outcome(prepared: "Run", document: dict[str, Any]) -> Outcome:
     }
 
 
-def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
-    """Return the resolved config, and the FLOPs of a step with a prefix and in full."""
+def _describe_dry_run(prepared: "Run", price: dict[str, Any]) -> dict[str, Any]:
+    """Return the resolved config, the price, and the FLOPs of a step with a prefix and in full."""
     from .. import config as configuration
     from ..training.run import describe_checks
 
     config = prepared.config
     prompts = prepared.problems.train[: config.train.batch_size]
     lengths = {"prefix": prepared.method.prefix.length(0), "full": prepared.max_new_tokens}
-    extra_work = {
-        "--select": prepared.method.selection,
-        "--extrapolate": prepared.problems.extrapolation,
-        "--off-policy": prepared.method.off_policy,
-        "--tail-every": config.evaluate.tail_every,
-    }
     return {
         "dry_run": True,
         "checks": describe_checks(prepared.checks)["checks"],
@@ -210,40 +203,22 @@ def _describe_dry_run(prepared: "Run") -> dict[str, Any]:
         "flops_per_update": {
             name: prepared.update_cost(prompts, length) for name, length in lengths.items()
         },
-        "not_in_flops_per_update": [flag for flag, is_on in extra_work.items() if is_on],
+        "not_in_flops_per_update": price["not_in_flops"],
+        "price": price,
+        "disk": price["disk"],
     }
 
 
-def _describe_price(document: dict[str, Any]) -> list[str]:
-    """Return what a run costs, as lines: FLOPs and memory."""
-    from ..display import flops_text
+def _price(prepared: "Run", observer: Observer) -> dict[str, Any]:
+    """Return what the run costs; add a note on the disk, and a warning if less is free."""
+    from ..planning.disk import describe_disk, describe_shortage
+    from ..planning.price import describe_price
 
-    flops = document["flops_per_update"]
-    lines = [
-        f"{flops_text(flops['prefix'])} per step with the first prefix, "
-        f"{flops_text(flops['full'])} with full rollouts"
-    ]
-    for check in document["checks"]:
-        if check["name"] == "memory":
-            lines.append(f"memory: {check['found']}")
-    return lines
-
-
-def _note_disk(prepared: "Run", observer: Observer) -> dict[str, int]:
-    """Return the bytes of the run folder; add a note, and a warning if less is free."""
-    from ..planning.disk import describe_disk, describe_shortage, estimate_disk
-
-    student = prepared.pair.student
-    disk = estimate_disk(
-        prepared.config,
-        parameters=student.parameters,
-        trained=sum(p.numel() for p in student.trainable.values()),
-        base_bytes=prepared.place.dtype.itemsize,
-    )
-    prepared.notes.note(describe_disk(disk))
-    shortage = describe_shortage(disk, prepared.config.checkpoint.out)
+    price = describe_price(prepared)
+    prepared.notes.note(describe_disk(price["disk"]))
+    shortage = describe_shortage(price["disk"], prepared.config.checkpoint.out)
     if shortage is not None:
         prepared.notes.warn(shortage)
         if prepared.place.is_first:
             observer.warn(shortage)
-    return disk
+    return price

@@ -44,6 +44,8 @@ class LogObserver:
     def note(self, text: str) -> None:
         log.info(text)
 
+    detail = note
+
     def warn(self, text: str) -> None:
         log.warning(text)
 
@@ -72,6 +74,8 @@ class _LogReporter:
 
     def note(self, text: str) -> None:
         log.info(text)
+
+    detail = note
 
     def warn(self, text: str) -> None:
         log.warning(text)

@@ -1,9 +1,16 @@
-"""The closing summary of each command, from its result."""
+"""The closing summary of each command that trains, measures or reports, from its result.
+
+`prospects` has those of the commands before training.
+"""
 
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from ..display import Summary, flops_text, time_text
-from .documents import EvaluationResult, ExportResult, RunResult
+from ..results.cells import accuracy_cell, arm_text
+from .documents import Comparison, EvaluationResult, ExportResult, RunResult
 from .result import Estimate, Result
 
 
@@ -15,6 +22,8 @@ def summarize(result: Result) -> Summary | None:
         return summarize_evaluation(result)
     if isinstance(result, ExportResult):
         return summarize_export(result)
+    if isinstance(result, Comparison):
+        return summarize_comparison(result)
     return None
 
 
@@ -96,6 +105,100 @@ def summarize_export(result: ExportResult) -> Summary:
         "hub": result.pushed or "",
     }
     return Summary(title=f"model folder {result.out}", rows=rows)
+
+
+def summarize_comparison(result: Comparison) -> Summary:
+    """Return the best arms, what they save, where the report is, and how to see the answers."""
+    rows = {
+        "best": "",
+        "reference": "",
+        "saving": "",
+        "page": str(result.page),
+        "picture": str(result.picture()),
+        "tables": f"{result.out / 'report.md'}, {result.out / 'report.csv'}",
+    }
+    best = _find_best(result.arms)
+    rows["best"] = "; ".join(_describe_arm(row) for row in best)
+    for row in result.arms:
+        if row["arm"] == result.reference and row not in best:
+            rows["reference"] = _describe_arm(row)
+    if result.reference is not None:
+        rows["saving"] = _describe_saving(result.arms, best, result.reference)
+    runs, arms = result.runs, len(result.arms)
+    title = f"{result.out}: {runs} {_plural('run', runs)} of {arms} {_plural('arm', arms)}"
+    return Summary(
+        title=title,
+        rows=rows,
+        command=_look_at(best[0]),
+        warnings=tuple(result.document["warnings"]),
+    )
+
+
+def _find_best(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the arms of the highest accuracy, or of the lowest KL where one has no accuracy."""
+    merits = []
+    is_graded = all(row["accuracy"] is not None for row in arms)
+    for row in arms:
+        merits.append(row["accuracy"] if is_graded else -row["kl"])
+    highest = max(merits)
+    return [row for row, merit in zip(arms, merits, strict=True) if merit == highest]
+
+
+def _look_at(row: dict[str, Any]) -> str:
+    """Return the command that shows the first run of an arm, or continues it."""
+    folder = shlex.quote(row["folders"][0])
+    if row["state"] == "interrupted":
+        return f"prefix-distill run --resume --out {folder}"
+    return f"prefix-distill show {folder}"
+
+
+def _describe_arm(row: dict[str, Any]) -> str:
+    """Return an arm with its accuracy and its useful FLOPs."""
+    accuracy = accuracy_cell(row)
+    if row["accuracy"] is None:
+        accuracy = f"KL {row['kl']:.3g} nats per token"
+    return f"{arm_text(row)}: {accuracy}, {flops_text(row['flops_useful'])}"
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class _Saving:
+    """How much cheaper an arm reaches a share of the reference's gain."""
+
+    share: float
+    times: float
+    arm: str
+    interval: str
+
+    def describe(self, reference: str) -> str:
+        gain = f"{self.share:.0%} of the gain of {reference}"
+        return f"{self.times:.1f}× {self.interval} for {self.arm} to reach {gain}"
+
+
+def _describe_saving(
+    arms: Sequence[dict[str, Any]], best: Sequence[dict[str, Any]], reference: str
+) -> str:
+    """Return the cost ratios of the best arms; if that is the reference, of the cheapest other."""
+    others = [row for row in arms if row["arm"] != reference and row["cost_ratios"]]
+    savings = [saving for saving in map(_find_saving, others) if saving is not None]
+    names = [row["arm"] for row in best]
+    shown = [saving for saving in savings if saving.arm in names] or sorted(savings)[-1:]
+    if others and not shown:
+        return f"none: no other arm reaches half of the gain of {reference}"
+    return "; ".join(saving.describe(reference) for saving in shown)
+
+
+def _find_saving(row: dict[str, Any]) -> _Saving | None:
+    """Return the cost ratio at the highest share of the reference's gain that an arm reaches."""
+    for share, ratio in row["cost_ratios"].items():
+        if ratio["value"] is not None:
+            interval = f"[{ratio['low']:.1f}, {ratio['high']:.1f}]"
+            times = ratio["value"]
+            return _Saving(share=share, times=times, arm=row["arm"], interval=interval)
+    return None
+
+
+def _plural(noun: str, number: int) -> str:
+    return noun if number == 1 else f"{noun}s"
 
 
 def _share(estimate: Estimate | None) -> str:

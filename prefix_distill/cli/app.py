@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -14,6 +14,8 @@ from ..signals import find_stop_signals
 from .panels import PanelGroup, PanelTyper
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..api.result import Result
 
 COMMANDS = (
@@ -79,8 +81,9 @@ def program(
         bool,
         typer.Option(
             "--json",
-            help="Print the JSON document of the result on a terminal as well (also: "
-            "PREFIX_DISTILL_JSON=1). In a pipe or a file it is always the last line.",
+            help="Print the JSON document of the result as the last line of stdout (also: "
+            "PREFIX_DISTILL_JSON=1). Where stdout is not a terminal, every command prints it but "
+            "show, try and env, which print text.",
         ),
     ] = False,
 ) -> None:
@@ -114,9 +117,15 @@ def note(text: str) -> None:
 
 
 def show(result: "Result", width: int) -> None:
-    """Show the tables of a result on stderr; ``width``: characters where stderr is no terminal."""
+    """Show the tables of a result, from the first rank; see `show_tables`."""
     if is_first_rank():
-        display.print_tables(*result.tables(), width=None if sys.stderr.isatty() else width)
+        show_tables(*result.tables(), width=width)
+
+
+def show_tables(*tables: "Table", width: int | None = None) -> None:
+    """Show tables where a summary is shown; ``width``: columns where that is not a terminal."""
+    stream = _choose_screen()
+    _write(stream, display.render_tables(*tables, stream=stream, width=width))
 
 
 def finish(document: dict, summary: Summary | None = None) -> None:
@@ -126,12 +135,43 @@ def finish(document: dict, summary: Summary | None = None) -> None:
     """
     if not is_first_rank():
         return
-    if summary is not None and sys.stdout.isatty():
-        print(render_summary(summary, sys.stdout))
-    elif summary is not None:
-        print_line(render_summary(summary, sys.stderr))
-    if os.environ.get(JSON) or not sys.stdout.isatty():
+    if summary is not None:
+        stream = _choose_screen()
+        _write(stream, render_summary(summary, stream))
+    if is_json_wanted() or not sys.stdout.isatty():
         print(json.dumps(document))
+
+
+def finish_text(document: dict) -> None:
+    """End a command whose product is text: print the JSON document only with --json."""
+    if is_json_wanted():
+        print(json.dumps(document))
+
+
+def choose_text_stream() -> TextIO:
+    """Return where a command writes the text that is its product: stdout, with --json stderr."""
+    if is_json_wanted():
+        return sys.stderr
+    return sys.stdout
+
+
+def is_json_wanted() -> bool:
+    """Return whether --json was given."""
+    return bool(os.environ.get(JSON))
+
+
+def _choose_screen() -> TextIO:
+    """Return where tables and summaries are shown: stdout if it is a terminal, else stderr."""
+    if sys.stdout.isatty():
+        return sys.stdout
+    return sys.stderr
+
+
+def _write(stream: TextIO, text: str) -> None:
+    if stream is sys.stderr:
+        print_line(text)
+    else:
+        print(text, file=stream)
 
 
 def report_failure(message: str, code: int) -> int:

@@ -1,13 +1,12 @@
 """The commands env and help."""
 
-import json
 from typing import Annotated, cast
 
 import typer
 
-from ..display import phase, print_line
+from ..display import phase
 from . import pages
-from .app import COMMANDS, Terminal, app
+from .app import COMMANDS, Terminal, app, choose_text_stream, finish_text
 from .completion import complete_from
 
 
@@ -24,8 +23,8 @@ def environment() -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             entries = value
         for entry in entries:
-            print_line(f"{name}: {_describe(entry)}")
-    print(json.dumps(document))
+            print(f"{name}: {_describe(entry)}", file=choose_text_stream())
+    finish_text(document)
 
 
 def _describe(entry: object) -> str:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..api.arguments import read_folder
-from ..display import is_plain, print_line
+from ..display import is_rich
 from ..errors import UserError
 from ..training.text_lines import visible
-from .app import app, finish, note
+from .app import app, choose_text_stream, finish_text, note
 from .options import read_number
 
 if TYPE_CHECKING:
@@ -85,25 +85,26 @@ def show(
     choice = looking.Choice(step=step, wrong=wrong, limit=max(0, limit), kl=kl)
     if live:
         for line in looking.follow(folder, choice):
-            print_line(line)
+            print(line, file=choose_text_stream(), flush=True)
     view = looking.look(folder, choice)
     if not live:
         print_view(view)
-    finish(view.to_dict())
+    finish_text(view.to_dict())
 
 
 def print_view(view: "View") -> None:
-    """Print texts on stderr: for rich on a terminal, else as plain lines."""
-    if is_plain() or not sys.stderr.isatty():
-        for line in view.lines():
-            print_line(line)
-    else:
+    """Print texts: side by side and in color on a terminal, as plain lines elsewhere."""
+    stream = choose_text_stream()
+    if is_rich(stream):
         from rich.console import Console
 
-        console = Console(stderr=True, highlight=False)
+        console = Console(file=stream, highlight=False)
         for renderable in view.renderables(console.width):
             console.print(renderable)
-    note(view.remark())
+    else:
+        for line in view.lines():
+            print(line, file=stream)
+    print(view.remark(), file=stream)
 
 
 @app.command("try")
@@ -124,7 +125,7 @@ def try_command(
     """
     folder = read_folder("RUN", run)
     if questions:
-        finish(answer(folder, questions))
+        finish_text(answer(folder, questions))
         return
     if sys.stdin.isatty():
         converse(folder)
@@ -133,7 +134,7 @@ def try_command(
     asked = [line for line in lines if line]
     if not asked:
         raise UserError('try: expected a question, got none; add one: try RUN "What is 2 + 2?"')
-    finish(answer(folder, asked))
+    finish_text(answer(folder, asked))
 
 
 def converse(folder: Path) -> None:
@@ -160,5 +161,5 @@ def answer(folder: Path, questions: list[str]) -> dict:
 
 
 def say(text: str) -> None:
-    """Print a piece of text on stderr."""
-    print(visible(text), end="", file=sys.stderr, flush=True)
+    """Print a piece of text at once."""
+    print(visible(text), end="", file=choose_text_stream(), flush=True)

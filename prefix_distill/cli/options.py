@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 import typer
@@ -83,6 +83,24 @@ def with_options(
         return command
 
     return decorate
+
+
+def repeat_options(
+    flags: Mapping[str, object],
+    config_file: str | None = None,
+    assignments: Sequence[str] | None = None,
+) -> list[str]:
+    """Return the words of the given options, so that another command can repeat them."""
+    words = []
+    if config_file:
+        words += ["--config", config_file]
+    for path, value in flags.items():
+        words.append(configuration.flag(path))
+        if value is not True:
+            words.append(str(value))
+    for text in assignments or ():
+        words += ["--set", text]
+    return words
 
 
 def read_number(flag: str, kind: type[T], example: object) -> Callable[[str], T]:

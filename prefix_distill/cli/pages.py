@@ -79,12 +79,12 @@ def read_page(topic: str) -> str:
 
 
 def print_page(topic: str) -> None:
-    """Print a page to stdout: rendered on a terminal, as Markdown in a pipe or in plain mode.
+    """Print a page: rendered on a terminal or with FORCE_COLOR, else as Markdown.
 
     A file is printed as it is.
     """
     text = read_page(topic)
-    if topic in find_files() or display.is_plain() or not sys.stdout.isatty():
+    if topic in find_files() or not display.is_rich(sys.stdout):
         print(text, end="")
         return
     from rich.console import Console

@@ -12,7 +12,7 @@ from ..api.launch import is_first_rank
 from ..display import print_line
 from ..training.resume import resume_settings
 from .app import Terminal, app, finish, note, show
-from .options import Assignments, ConfigFile, read_number, with_options
+from .options import Assignments, ConfigFile, read_number, repeat_options, with_options
 
 
 def read_settings(
@@ -58,6 +58,7 @@ def run(
     """Train the student: it samples a prefix, the teacher scores it, the student learns from it."""
     from ..api import work
     from ..api.documents import PushFailed
+    from ..api.prospects import summarize_dry_run
     from ..api.summaries import summarize
 
     values, names = read_settings(config_file, flags["flags"], assignments)
@@ -69,7 +70,10 @@ def run(
     if dry_run:
         with Terminal() as terminal:
             tried = work.dry_run(config, terminal, resume)
-        finish(tried.to_dict())
+        words = repeat_options(flags["flags"], config_file, assignments)
+        if resume:
+            words.append("--resume")
+        finish(tried.to_dict(), summarize_dry_run(tried, words))
         return
     try:
         with Terminal() as terminal:
@@ -88,6 +92,7 @@ def check(config_file: ConfigFile = None, assignments: Assignments = None, **fla
     It takes the options of run and writes nothing.
     """
     from ..api import work
+    from ..api.prospects import summarize_check
 
     config = build_config(config_file, flags["flags"], assignments)
     with Terminal() as terminal:
@@ -101,7 +106,8 @@ def check(config_file: ConfigFile = None, assignments: Assignments = None, **fla
                 note(text)
         if check["name"] == "prompts":
             _show_prompts(check["facts"])
-    finish(result.to_dict())
+    words = repeat_options(flags["flags"], config_file, assignments)
+    finish(result.to_dict(), summarize_check(result, words))
     result.raise_for_error()
 
 
@@ -194,6 +200,7 @@ def plan(config_file: ConfigFile = None, assignments: Assignments = None, **opti
     It downloads config files, tokenizers and the dataset, but no weights. It writes nothing.
     """
     from ..api import work
+    from ..api.prospects import summarize_plan
 
     flags = options.pop("flags")
     config = build_config(config_file, flags, assignments)
@@ -201,4 +208,8 @@ def plan(config_file: ConfigFile = None, assignments: Assignments = None, **opti
     with Terminal() as terminal:
         result = work.plan(config, terminal, options)
     show(result, width=140)
-    finish(result.to_dict())
+    words = repeat_options(flags, config_file, assignments)
+    if config.models.student is not None and config.data.dataset is None:
+        words += [configuration.flag("data.dataset"), "DATASET"]  # a plan does not need one
+    summary = summarize_plan(result, words, for_cards=options["card"] is not None)
+    finish(result.to_dict(), summary)

@@ -4,11 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .. import display
 from ..api import settings
 from ..api.arguments import read_folders
-from .app import Terminal, app, finish, note, show
-from .options import Wording, read_number, with_options
+from .app import Terminal, app, finish, show, show_tables
+from .options import Wording, read_number, repeat_options, with_options
 
 # help of probe that differs from that of run
 PROBE_WORDING: dict[str, Wording] = {
@@ -55,7 +54,7 @@ def demo(
         table, document = work.demonstrate(settings.read_out("--out", out, "demo"), seed, terminal)
     from ..results.demo import summarize
 
-    display.print_tables(table)
+    show_tables(table)
     finish(document, summarize(document))
 
 
@@ -85,13 +84,13 @@ def probe(
     It trains nothing.
     """
     from ..api import work
+    from ..api.prospects import summarize_probe
 
     config = settings.probe_config(flags["flags"], out, problems)
     with Terminal() as terminal:
         result = work.probe(config, terminal)
     show(result, width=200)
-    note(result.reason)
-    finish(result.to_dict())
+    finish(result.to_dict(), summarize_probe(result, repeat_options(flags["flags"])))
 
 
 @app.command()
@@ -115,13 +114,12 @@ def compare(
 ) -> None:
     """Train every arm of a file with every seed, one after another; compare accuracy and cost."""
     from ..api import work
+    from ..api.summaries import summarize
 
     with Terminal() as terminal:
         result = work.compare(arms_file, settings.read_out("--out", out, "compare"), terminal)
     show(result, width=200)
-    for text in result.remarks():
-        note(text)
-    finish(result.to_dict())
+    finish(result.to_dict(), summarize(result))
 
 
 @app.command()
@@ -152,11 +150,10 @@ def report(
 ) -> None:
     """Write tables, a plot and a self-contained HTML page for any run folders."""
     from ..api import work
+    from ..api.summaries import summarize
 
     paths, folder = read_folders("FOLDER", folders), settings.read_out("--out", out, "report")
     with Terminal():
         result = work.report(paths, folder, reference=reference, title=title)
     show(result, width=200)
-    for text in result.remarks():
-        note(text)
-    finish(result.to_dict())
+    finish(result.to_dict(), summarize(result))

@@ -4,13 +4,13 @@
 the lines of a log. `training`: the progress of one run. `observers`: the protocols of progress.
 """
 
-from .lines import is_plain, is_verbose, print_line, print_tables
+from .lines import is_plain, is_rich, is_verbose, print_line, render_tables
 from .observers import Observer, RankWarnings, Reporter, Terminal
 from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
 from .screen import RUNS, Screen
-from .summary import Summary, lay_out, render_summary
-from .texts import accuracy_text, flops_text, short_time_text, time_text
+from .summary import Summary, flags_text, lay_out, render_summary
+from .texts import accuracy_text, flops_text, gib_text, short_time_text, time_text
 from .training import Display
 
 __all__ = [
@@ -30,16 +30,19 @@ __all__ = [
     "accuracy_text",
     "close_phase",
     "find_phase",
+    "flags_text",
     "flops_text",
+    "gib_text",
     "is_plain",
+    "is_rich",
     "is_verbose",
     "lay_out",
     "listening",
     "open_phase",
     "phase",
     "print_line",
-    "print_tables",
     "render_summary",
+    "render_tables",
     "short_time_text",
     "time_text",
 ]

@@ -1,8 +1,8 @@
-"""Print lines and tables on stderr, as boxes on a terminal or as plain lines elsewhere."""
+"""Print lines on stderr, and render tables: as boxes, or as lines with --plain."""
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,37 +28,47 @@ def is_plain() -> bool:
     return os.environ.get("TERM") == "dumb"
 
 
+def is_rich(stream: TextIO) -> bool:
+    """Return whether a stream gets colors and boxes: a terminal, or any stream with FORCE_COLOR."""
+    return not is_plain() and (stream.isatty() or bool(os.environ.get("FORCE_COLOR")))
+
+
 def is_verbose() -> bool:
     """Return whether notes are printed in full."""
     return bool(os.environ.get("PREFIX_DISTILL_VERBOSE"))
 
 
-def print_tables(*tables: "Table", width: int | None = None) -> None:
-    """Print rich tables on stderr.
+def render_tables(*tables: "Table", stream: TextIO, width: int | None = None) -> str:
+    """Return rich tables as text for ``stream``, without a newline at the end.
 
-    If ``is_plain()``, print a line with the first cell of each row, then a line "column: value" for
-    every other cell.
+    If ``is_plain()``, a line with the first cell of each row, then a line "column: value" for every
+    other cell. ``width``: columns, where ``stream`` is not a terminal.
     """
-    if not is_plain():
-        from rich.console import Console
+    if is_plain():
+        lines = []
+        for table in tables:
+            lines += _tell_table(table)
+        return "\n".join(lines)
+    from rich.console import Console
 
-        console = Console(stderr=True, width=width)
-        with console.capture() as text:
-            console.print(*tables)
-        print_line(text.get().removesuffix("\n"))
-        return
-    for table in tables:
-        _tell_table(table)
+    if stream.isatty():
+        width = None
+    console = Console(file=stream, width=width)
+    with console.capture() as text:
+        console.print(*tables)
+    return text.get().removesuffix("\n")
 
 
-def _tell_table(table: "Table") -> None:
+def _tell_table(table: "Table") -> list[str]:
+    lines = []
     if table.title:
-        print_line(f"{table.title}")
+        lines.append(f"{table.title}")
     names = [str(column.header) for column in table.columns]
     for first, *cells in zip(*(column.cells for column in table.columns), strict=True):
         if names[0]:
-            print_line(f"{names[0]}: {first}")
+            lines.append(f"{names[0]}: {first}")
         else:
-            print_line(f"{first}")
+            lines.append(f"{first}")
         for name, cell in zip(names[1:], cells, strict=True):
-            print_line(f"  {name}: {cell or '–'}")
+            lines.append(f"  {name}: {cell or '–'}")
+    return lines

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
-from .lines import print_line
+from .lines import is_verbose, print_line
 from .pace import Outline
 from .screen import Screen
 from .training import Display
@@ -20,6 +20,9 @@ class Reporter(Protocol):
 
     def note(self, text: str, /) -> None:
         """Show a progress note."""
+
+    def detail(self, text: str, /) -> None:
+        """Show a note for developers: with --verbose, or in a log."""
 
     def warn(self, text: str, /) -> None:
         """Show a warning that every rank reports."""
@@ -48,6 +51,9 @@ class Observer(Protocol):
 
     def note(self, text: str, /) -> None:
         """Receive a progress note."""
+
+    def detail(self, text: str, /) -> None:
+        """Receive a note for developers."""
 
     def warn(self, text: str, /) -> None:
         """Receive a warning."""
@@ -95,6 +101,11 @@ class Terminal:
         """Print a progress note."""
         print_line(text)
 
+    def detail(self, text: str) -> None:
+        """Print a note for developers, with --verbose."""
+        if is_verbose():
+            self.note(text)
+
     def warn(self, text: str) -> None:
         """Print a warning."""
         self.note(f"warning: {text}")
@@ -119,6 +130,9 @@ class RankWarnings:
         print_line(f"warning: {text}")
 
     def note(self, text: str) -> None:
+        """Show nothing: rank 0 shows it."""
+
+    def detail(self, text: str) -> None:
         """Show nothing: rank 0 shows it."""
 
     def warn(self, text: str) -> None:

@@ -1,14 +1,18 @@
 """The last screen of a command: what came out, in a few labeled lines."""
 
+import os
+import shlex
 import shutil
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from .lines import is_plain
+from .lines import is_rich
 
 NARROW = 100  # cells; a summary is not wider, because long lines are hard to read
 INDENT = "  "
+UNBROKEN = "\u00a0"  # a space at which no line is broken; it is shown as an ordinary one
 BOLD, YELLOW, RESET = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 
 
@@ -16,8 +20,8 @@ BOLD, YELLOW, RESET = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 class Summary:
     """A title, labeled lines, warnings, and the next command.
 
-    ``rows``: label → text; empty ones are left out. ``command`` is not broken into lines, so that
-    it can be copied.
+    ``rows``: label → text; empty ones are left out. ``command`` is quoted for a shell, and a long
+    one is continued on the next line as a shell reads it, so that it can be copied.
     """
 
     title: str
@@ -31,12 +35,12 @@ def render_summary(summary: Summary, stream: TextIO) -> str:
     width = NARROW
     if stream.isatty():
         width = min(NARROW, shutil.get_terminal_size().columns)
-    in_color = stream.isatty() and not is_plain()
+    in_color = is_rich(stream)
     return "\n".join(lay_out(summary, width, in_color=in_color))
 
 
 def lay_out(summary: Summary, width: int, *, in_color: bool) -> list[str]:
-    """Return the lines of a summary, of at most ``width`` cells but for the command."""
+    """Return the lines of a summary, of at most ``width`` cells but for long words."""
     rows = {label: text for label, text in summary.rows.items() if text}
     margin = len(INDENT) + max(map(len, [*rows, "warnings"])) + 2
     lines = []
@@ -52,12 +56,45 @@ def lay_out(summary: Summary, width: int, *, in_color: bool) -> list[str]:
         for line in _wrap(text, width, start=f"{INDENT}- ", margin=len(INDENT) + 2):
             lines.append(_paint(line, YELLOW, in_color))
     if summary.command:
-        lines.append(f"{INDENT}next".ljust(margin) + summary.command)
+        first, *others = _break_command(summary.command, width - margin)
+        lines.append(f"{INDENT}next".ljust(margin) + first)
+        lines += [" " * margin + line for line in others]
     return lines
 
 
+def _break_command(command: str, width: int) -> list[str]:
+    """Return a command as lines of at most ``width`` cells; a line begins with an option.
+
+    Windows has no sign for it that all its shells read, so there it stays one line.
+    """
+    if len(command) <= width or os.name == "nt":
+        return [command]
+    parts: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            parts.append([])
+        parts[-1].append(word)
+    lines = [shlex.join(parts[0])]
+    for part in parts[1:]:
+        text = shlex.join(part)
+        if len(f"{lines[-1]} {text} \\") <= width:
+            lines[-1] += f" {text}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"{INDENT}{text}")
+    return lines
+
+
+def flags_text(words: Sequence[str]) -> str:
+    """Return flags and their values as text whose lines break only before a flag."""
+    text = ""
+    for word in words:
+        text += f" {word}" if word.startswith("--") else f"{UNBROKEN}{word}"
+    return text.strip()
+
+
 def _wrap(text: str, width: int, *, start: str, margin: int) -> list[str]:
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         text,
         width=max(width, margin + 20),
         initial_indent=start,
@@ -65,6 +102,7 @@ def _wrap(text: str, width: int, *, start: str, margin: int) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return [line.replace(UNBROKEN, " ") for line in lines]
 
 
 def _paint(text: str, color: str, in_color: bool) -> str:

@@ -48,6 +48,11 @@ def short_time_text(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def gib_text(size: float) -> str:
+    """Return a number of bytes in GiB, with three digits: "19.5 GiB"."""
+    return f"{size / 2**30:.3g} GiB"
+
+
 def share_text(value: float) -> str:
     """Return a share in percent, without decimals: 0.62 → "62 %"."""
     return f"{value * 100:.0f} %"

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Self
 
 from .columns import EXTRA, Column
-from .lines import print_line
+from .lines import is_verbose, print_line
 from .pace import Outline, Pace
 from .phases import Phase, list_phases
 from .screen import OF_A_STEP, RUNS, Screen, describe_count, describe_number, time_or_left
@@ -71,6 +71,11 @@ class Display:
     def note(self, text: str) -> None:
         """Show a progress note."""
         print_line(text)
+
+    def detail(self, text: str) -> None:
+        """Show a note for developers, with --verbose."""
+        if is_verbose():
+            self.note(text)
 
     def warn(self, text: str) -> None:
         """Show a warning that every rank reports."""

@@ -39,8 +39,13 @@ def estimate_disk(config: Config, parameters: int, trained: int, base_bytes: int
 
 def describe_disk(disk: dict[str, int]) -> str:
     """Return the result of ``estimate_disk`` as a note."""
+    return f"run folder: {describe_sizes(disk)}"
+
+
+def describe_sizes(disk: dict[str, int]) -> str:
+    """Return the most bytes of a run folder, and those after the end, as text."""
     return (
-        f"run folder: up to {_format_size(disk['training'])} on disk while it trains, "
+        f"up to {_format_size(disk['training'])} on disk while it trains, "
         f"{_format_size(disk['finished'])} after the end"
     )
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .. import config as configuration
 from ..config import SELF, Config
+from ..display import gib_text
 from ..engine import folders
 from ..engine.device import choose_device
 from ..engine.free_memory import read_free_memory
@@ -36,7 +37,7 @@ from .case import (
     describe_adapter,
 )
 from .disk import describe_disk, estimate_disk
-from .fitting import RULE, Planned, fit_all
+from .fitting import RULE, Planned, fit_all, list_flags, search
 from .forecast import Forecaster
 from .ghosts import sketch
 from .gpus import Card, read_cards
@@ -104,12 +105,12 @@ def plan(
     )
     rows = _price_prefixes(work, forecaster, longest_case, schedules=schedules, rate=rate)
     case = replace(longest_case, prefix=rows[0]["tokens"][1])  # the config's own prefix
-    _note_free_memory(config.runtime.device, rows[0]["memory"]["total"], notes)
     disk = _estimate_disk(config, nets[0], dtypes, notes=notes)
     return {
         **_describe(config, nets, dtypes, support=prompts.support),
         "rate": rate,
         "prefixes": rows,
+        "machine": _read_machine(forecaster, config, case, notes=notes),
         "cards": _fit_cards(work, forecaster, case, cards=cards, notes=notes.lines),
         "disk": disk,
         "rule": RULE,
@@ -246,22 +247,41 @@ def _estimate_disk(config: Config, student: Model, dtypes: Dtypes, notes: Notes)
     return disk
 
 
-def _note_free_memory(device_name: str, needed: int, notes: Notes) -> None:
-    """Add a note that compares the forecast with the free memory of this machine."""
+def _read_machine(forecaster: Forecaster, config: Config, case: Case, notes: Notes) -> dict | None:
+    """Return {device, free_bytes, fits, flags} of this machine, and add a note.
+
+    ``flags``: those with which the run fits, if it does not without; None if there are none.
+    None: the device is not in this machine, or its free memory is not known.
+    """
     try:
-        device = choose_device(device_name, 0, 1, reasons=[])
+        device = choose_device(config.runtime.device, 0, 1, reasons=[])
     except UserError:  # the run is planned for another machine
-        return
+        return None
     free = read_free_memory(device)
     if free is None:
-        return
-    verdict = "fits"
+        return None
+    needed = forecaster.forecast(case)["total"]
+    verdict, flags = "fits", None
     if needed > free:
-        verdict = "does not fit"
+        verdict, flags = "does not fit", _find_flags(forecaster, config, case, free=free)
     notes.note(
-        f"this machine has {free / 2**30:.3g} GiB free on {device}: the run, which needs "
-        f"{needed / 2**30:.3g} GiB, {verdict}"
+        f"this machine has {gib_text(free)} free on {device}: the run, which needs "
+        f"{gib_text(needed)}, {verdict}"
     )
+    return {"device": str(device), "free_bytes": free, "fits": needed <= free, "flags": flags}
+
+
+def _find_flags(
+    forecaster: Forecaster, config: Config, case: Case, free: float
+) -> list[str] | None:
+    """Return the flags with which the run needs at most ``free`` bytes; None if there are none."""
+    try:
+        found = search(forecaster, case, free)
+    except UserError:  # a method cannot be forecast
+        return None
+    if found is None:
+        return None
+    return list_flags(config, found)
 
 
 def _describe(config: Config, nets: Sequence[Model], dtypes: Dtypes, support: int) -> dict:

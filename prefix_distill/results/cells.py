@@ -44,7 +44,7 @@ def cells(row: dict) -> list[str]:
     ratios = row["cost_ratios"]
     return [
         arm_text(row),
-        _accuracy_text(row),
+        accuracy_cell(row),
         flops_text(row["flops_useful"]),
         flops_text(row["flops_executed"]),
         saving_text(row),
@@ -93,7 +93,7 @@ def _percent_text(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
 
-def _accuracy_text(row: dict) -> str:
+def accuracy_cell(row: dict) -> str:
     """Return an accuracy with its interval and its number of answers."""
     accuracy = row["accuracy"]
     low = row["low"]

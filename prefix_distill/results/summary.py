@@ -251,6 +251,7 @@ def _means(arm: str, group: list[StoredRun], tail: int) -> dict:
         "state": _state_of(group),
         "low": None,
         "high": None,
+        "folders": [str(run.path) for run in group],
         "answers": 0,
         "also": {},
         "cost_ratios": {},

@@ -6,7 +6,7 @@ Evaluations, the tail beyond the prefix, and the best student so far.
 import dataclasses
 from typing import Any
 
-from ..display import EVALUATION, TAIL_PROBE, is_verbose, phase
+from ..display import EVALUATION, TAIL_PROBE, phase
 from ..engine import evaluate
 from ..engine.evaluate import Facts, Score
 from ..engine.meter import Meter
@@ -95,8 +95,8 @@ class Monitor:
                 f"{text}; check that both prompts ask for the same form of answer (--template, "
                 "--student-thinking, --teacher-thinking, --begin)"
             )
-        elif is_verbose():
-            self.report.note(text)
+        else:
+            self.report.detail(text)
 
     def _report_coverage(self, coverage: dict) -> None:
         self.report.note(

@@ -84,12 +84,6 @@ class Notes:
         self.lines.extend(lines)
         self.details.extend(lines)
 
-    def shown(self, verbose: bool) -> list[str]:
-        """Return the notes to show."""
-        if verbose:
-            return self.lines
-        return [text for text in self.lines if text not in self.details]
-
     def warn(self, text: str) -> None:
         """Add a warning: what was measured, why it matters, what to do."""
         self.warnings.append(text)

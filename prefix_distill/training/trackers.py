@@ -71,6 +71,7 @@ class Trackers:
         self.folder = folder
         self.sent: dict[str, dict] = {}  # the content of trackers.json
         self.note = display.note
+        self.detail = display.detail
         self.warn = display.warn
         self.warn_on_this_rank = display.warn_on_this_rank
         self.settings = configuration.as_dict(config)

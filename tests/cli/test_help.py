@@ -195,9 +195,11 @@ def test_env_is_one_document_without_secrets_or_paths(tmp_path, monkeypatch):
         "HF_HUB_OFFLINE": "/home/somebody",
     }.items():
         monkeypatch.setenv(name, value)
-    code, out, err = invoke("env")
+    code, out, err = invoke("env", "--json")
     document = last_json(out)
     assert code == 0 and len(out.splitlines()) == 1
+    code, text, err_of_text = invoke("env")
+    assert code == 0 and not err_of_text and not text.startswith("{")
     assert {row["device"] for row in document["devices"]} >= {"cpu"} and document["devices"][0][
         "memory_bytes"
     ] > 1 << 28
@@ -208,7 +210,7 @@ def test_env_is_one_document_without_secrets_or_paths(tmp_path, monkeypatch):
     import getpass
     import platform
 
-    text = out + err
+    text += out + err
     for private in (
         "SECRET",
         "somebody",
@@ -271,8 +273,9 @@ def _in_a_terminal(environment: dict, code: str) -> str:
 
 
 SHOWN = """
+import sys
 from rich.table import Table
-from prefix_distill.display import Display, Outline, print_tables
+from prefix_distill.display import Display, Outline, render_tables
 table = Table(title="arms")
 for name in ("arm", "accuracy", "cost"):
     table.add_column(name)
@@ -286,7 +289,7 @@ row = {
 with Display(Outline(steps=2, label="run:")) as display:
     display.row(row, 1e9, 2e9)
     display.note("a note")
-print_tables(table)
+print(render_tables(table, stream=sys.stderr), file=sys.stderr)
 """
 
 
@@ -323,13 +326,11 @@ def test_a_page_is_rendered_on_a_terminal_and_markdown_in_plain_mode():
     assert plain == PAGES["exit-codes"]
 
 
-def test_plain_is_a_flag_before_and_after_the_command(tmp_path, monkeypatch):
-    from unittest import mock
-
-    for words in (["--plain", "help"], ["help", "--plain"], ["help", "devices", "--plain"]):
-        with mock.patch.dict(os.environ):
-            os.environ.pop("PREFIX_DISTILL_PLAIN", None)
-            assert invoke(*words)[0] == 0 and os.environ["PREFIX_DISTILL_PLAIN"] == "1"
+def test_plain_is_a_flag_before_and_after_the_command(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" in invoke("help", "devices")[1]
+    for words in ("--plain help devices", "help --plain devices", "help devices --plain"):
+        assert invoke(*words.split())[:2] == (0, PAGES["devices"])
     assert invoke("help", "devices", "--", "--plain")[0] == 2  # after -- it is an ordinary argument
 
 

@@ -48,7 +48,7 @@ def test_a_dry_run_says_flops_and_disk_on_the_screen(tmp_path):
     code, out, err = invoke("run", "--dry-run", "--steps", 2, "--out", tmp_path / "run")
     assert code == 0, err
     assert last_json(out)["disk"]["training"] > 0
-    assert "run folder: up to" in err and "FLOP" in err
+    assert "  disk      up to " in err and "  FLOPs     " in err
 
 
 @pytest.mark.parametrize("command", [["check"], ["run", "--dry-run"]])

@@ -360,6 +360,25 @@ def test_the_free_memory_of_this_machine_is_compared(monkeypatch, free, verdict)
     assert code == 0, err
     notes = [note for note in last_json(out)["notes"] if note.startswith("this machine has")]
     assert len(notes) == 1 and notes[0].endswith(verdict) and "free on cpu" in notes[0]
+    machine = last_json(out)["machine"]
+    assert machine == {"device": "cpu", "free_bytes": free, "fits": free > 1 << 30, "flags": None}
+
+
+def test_the_next_command_of_a_plan_that_does_not_fit_here_is_one_that_does(monkeypatch):
+    monkeypatch.setattr(planning, "read_free_memory", lambda device: 5 << 20)
+    small = ("--device", "cpu", "--steps", 2, "--prefix", 24, "--prefixes", "full", "--card", 8)
+    code, out, err = invoke("plan", *small)
+    assert code == 0, err
+    machine = last_json(out)["machine"]
+    assert not machine["fits"] and "--generation-rows" in machine["flags"]
+    words = [str(word) for word in small[:-4]]
+    code, out, err = invoke("plan", *words, "--prefixes", "full", *machine["flags"])
+    assert code == 0 and last_json(out)["machine"]["fits"], err
+    code, _, err = invoke("plan", *words, "--prefixes", "full")
+    assert code == 0 and "it does with the flags of the next command" in " ".join(err.split())
+    command = " ".join(err.partition("  next ")[2].replace("\\", "").split())
+    assert command.startswith("prefix-distill check --prefix 24 ")
+    assert command.endswith(" ".join(machine["flags"]))
 
 
 def test_a_plan_for_another_machine_is_not_compared(monkeypatch):

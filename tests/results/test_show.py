@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import threading
 import time
@@ -175,7 +176,7 @@ def test_as_many_evaluations_stand_side_by_side_as_fit(run, width, names):
 
 
 def test_show_names_right_and_wrong_and_the_end_of_the_prefix(run):
-    code, out, err = invoke("show", run[0], "--limit", 0)
+    code, out, err = invoke("show", run[0], "--limit", 0, "--json")
     assert code == 0, err
     document = last_json(out)
     assert document["state"] == "finished" and document["steps"] == [0, 2, 4]
@@ -185,8 +186,28 @@ def test_show_names_right_and_wrong_and_the_end_of_the_prefix(run):
     assert [answer["step"] for answer in first["answers"]] == [0, 2, 4]
 
 
+def test_show_writes_text_to_a_pipe_and_the_document_on_request(run, monkeypatch):
+    command = ("show", run[0], "--limit", 1)
+    code, text, err = invoke(*command)
+    assert code == 0 and not err and text.startswith("problem ")
+    assert "before, " in text and text.splitlines()[-1].endswith("the run is finished")
+    assert not re.search(r"[\x1b{─│]", text)
+    code, out, err = invoke(*command, "--json")
+    assert code == 0 and json.loads(out)["state"] == "finished" and err == text
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[" in invoke(*command)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert invoke(*command)[1] == text
+
+
+def test_show_live_writes_lines_to_a_pipe(run):
+    code, out, err = invoke("show", run[0], "--live", "--limit", 1)
+    assert code == 0 and not err and out.splitlines()[-1] == "the run is finished"
+    assert "after step 4: accuracy" in out
+
+
 def test_show_wrong_shows_only_problems_that_are_wrong_at_the_end(run):
-    _, out, _ = invoke("show", run[0], "--wrong", "--limit", 0)
+    _, out, _ = invoke("show", run[0], "--wrong", "--limit", 0, "--json")
     examples = rows_of(run[0] / "examples-after.jsonl")
     wrong = [row["problem"] for row in examples if not row["responses"][0]["correct"]]
     assert [problem["problem"] for problem in last_json(out)["problems"]] == wrong
@@ -201,7 +222,7 @@ def test_show_step_names_the_evaluations_there_are(run):
 
 
 def test_show_kl_names_loud_tokens(run):
-    code, out, err = invoke("show", run[0], "--kl", "--limit", 1)
+    code, out, err = invoke("show", run[0], "--kl", "--limit", 1, "--json")
     assert code == 0, err
     [context] = last_json(out)["contexts"]
     loudest = max(value for value in context["kl"]["0"] if value is not None)
@@ -220,9 +241,9 @@ def test_a_run_without_held_out_problems_shows_the_kl_of_its_rollouts(run, tmp_p
         (folder / f"examples-{name}.jsonl").write_text("")
     stored = [row | {"answers": []} for row in rows_of(folder / "samples.jsonl")]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stored))
-    code, out, err = invoke("show", folder, "--kl")
+    code, out, err = invoke("show", folder, "--kl", "--json")
     assert code == 0 and last_json(out)["steps"] == [0, 2, 4] and "KL in nats, before" in err
-    assert "0 of 0 problems" in invoke("show", folder)[2]
+    assert "0 of 0 problems" in invoke("show", folder)[1]
 
 
 def test_show_live_follows_a_run_until_it_ends(run, tmp_path, monkeypatch):
@@ -278,7 +299,7 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal():
 
 
 def test_try_asks_three_models_the_same_question(run):
-    code, out, err = invoke("try", run[0], "32:23 31:61", "29:40 28:90")
+    code, out, err = invoke("try", run[0], "32:23 31:61", "29:40 28:90", "--json")
     assert code == 0, err
     models = last_json(out)["models"]
     roles = [model["role"] for model in models]
@@ -289,6 +310,7 @@ def test_try_asks_three_models_the_same_question(run):
         for answer in model["answers"]:
             assert answer["text"] in err and answer["tokens"] >= 2
     assert "####49" in models[-1]["answers"][0]["text"]  # the teacher knows
+    assert invoke("try", run[0], "32:23 31:61", "29:40 28:90") == (0, err, "")
 
 
 def test_try_names_a_teacher_that_is_gone_after_the_students_answers(run, tmp_path):
@@ -301,7 +323,7 @@ def test_try_names_a_teacher_that_is_gone_after_the_students_answers(run, tmp_pa
     code, out, err = invoke("try", folder, "32:23 31:61")
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: teacher: model ") and str(gone) in last
-    assert "trained student" in err and not out
+    assert "trained student (" in out and "no answer" in out
 
 
 def test_try_renders_the_question_as_the_run_does(pair, questions, tmp_path):
