@@ -341,7 +341,7 @@ BAD = {
     ),
     "probe into /proc": (["probe", "--out", "/proc/out"], "cannot be written"),
     "report on an empty folder": (["report", ".", "--out", "out"], "no finished run found"),
-    "report on nothing": (["report", "nowhere", "--out", "out"], "no finished run found"),
+    "report on nothing": (["report", "nowhere", "--out", "out"], "nowhere: no such folder"),
     "report into no folder": (["report", ".", "--out", ""], "--out: expected the name of a file"),
     "compare into no folder": (
         ["compare", "{root}/nowhere.yaml", "--out", ""],
@@ -1224,12 +1224,11 @@ def test_a_separate_process_writes_only_the_error_line(pair, questions, here):
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    assert (
-        done.returncode == 2
-        and done.stdout == ""
-        and done.stderr.startswith("error: model ")
-        and done.stderr.count("\n") == 1
-    ), done.stderr
+    lines = done.stderr.splitlines()
+    # a slow machine also says that libraries are loaded
+    rest = [line for line in lines if not line.startswith("loading libraries")]
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(rest) == 1 and rest[0].startswith("error: model "), done.stderr
 
 
 def test_the_tables_have_at_least_200_cases():

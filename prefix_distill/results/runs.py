@@ -99,12 +99,12 @@ def collect_runs(paths: list[Path]) -> list[StoredRun]:
 
     Of a comparison the final runs count, not the tuning runs. An unfinished run counts if a path
     names its folder, or contains no finished run (``find_left_out``). Where two folders contain the
-    same arm with the same seed, that arm is named FOLDER/ARM. UserError: a path contains no run with
-    an evaluation, or a file of a run is damaged.
+    same arm with the same seed, that arm is named FOLDER/ARM. UserError: a path is no folder or
+    contains no run with an evaluation, or a file of a run is damaged.
     """
     by_folder: dict[Path, StoredRun] = {}
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
             raise UserError(f"{path}: no such folder; name a run folder, or one that contains runs")
         runs = _runs_in(path)
         finished = [run for run in runs if run.state == "finished"]

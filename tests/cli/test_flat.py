@@ -92,7 +92,11 @@ def test_our_flags_and_sections_work_beside_them(tmp_path):
         ("chat_template_kwargs: {a: 1}\n", "use --template-arg, --teacher-template-arg"),
         ("train: {steps: 5}\nmax_steps: 6\n", "train.steps is set twice"),
         ("resume_from_checkpoint: true\n", "give --resume on the command line"),
-        ("trian: {steps: 5, lr: 1}\n", "unknown setting 'trian.steps'; did you mean train.steps?"),
+        (
+            "trian: {steps: 5, lr: 1}\n",
+            "unknown settings: (1) 'trian.steps'; did you mean train.steps? (2) 'trian.lr'; did "
+            "you mean schedule.lr?",
+        ),
         ("learning_rate: fast\n", "--lr: expected a number, got 'fast'"),
     ],
 )

@@ -454,6 +454,11 @@ def test_a_failed_push_is_reported_after_everything_is_saved(run, hub, tmp_path,
     assert made.get("visibility", made.get("private")) in ("public", False)
 
 
+@pytest.fixture
+def pair_and_data(pair, questions):
+    return pair, questions
+
+
 def small_run(pair, questions):
     return [
         "run",
@@ -502,7 +507,7 @@ def test_a_run_pushes_its_model_at_its_end(pair, questions, tmp_path, hub, monke
 
 
 @pytest.mark.parametrize(
-    "token, offline, words",
+    "case",
     [
         ("hf_secret", True, "HF_HUB_OFFLINE keeps the hub out of reach"),
         (None, False, "expected a login, got none"),
@@ -510,13 +515,15 @@ def test_a_run_pushes_its_model_at_its_end(pair, questions, tmp_path, hub, monke
         ("hf_reader", False, "got one that may only read"),
     ],
 )
-def test_a_push_that_must_fail_is_refused_before_the_run(  # noqa: PLR0913  fixtures and parameters of one test
-    pair, questions, tmp_path, hub, monkeypatch, token, offline, words
+def test_a_push_that_must_fail_is_refused_before_the_run(
+    pair_and_data, tmp_path, hub, monkeypatch, case
 ):
+    """A case: token, whether the hub is switched off, and words of the error."""
+    token, offline, words = case
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setenv("HF_TOKEN", token or "")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    code, out, err = invoke(*small_run(pair, questions), "--out", tmp_path / "one")
+    code, out, err = invoke(*small_run(*pair_and_data), "--out", tmp_path / "one")
     assert code == 2 and out == "" and not (tmp_path / "one").exists()
     assert words in err.splitlines()[-1] and "hf_" not in err
 

@@ -106,8 +106,10 @@ def test_numbers_are_short():
     assert [short_time_text(s) for s in (0.034, 5, 99.4, 130, 7200, 86400)] == [
         *("0.034 s", "5 s", "99 s", "2 min", "2.0 h", "24.0 h")
     ]
-    assert saving_text({"full_rollout_cost": None, "flops_useful": 3.0}) == "–"
-    assert saving_text({"full_rollout_cost": 12.0, "flops_useful": 3.0}) == "4.0×"
+    prefix = {"full_rollouts": False, "flops_useful": 3.0}
+    assert saving_text({**prefix, "full_rollout_cost": None}) == "–"
+    assert saving_text({**prefix, "full_rollout_cost": 12.0}) == "4.0×"
+    assert saving_text({"full_rollouts": True, "full_rollout_cost": 2.0}) == "1.0×"
 
 
 def test_axes_have_readable_units(page):

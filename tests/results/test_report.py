@@ -467,7 +467,7 @@ def test_a_damaged_list_of_arms_is_named(arms, content, message):
 def test_a_folder_that_cannot_exist_is_named(tmp_path, name):
     code, out, err = invoke("report", name, "--out", tmp_path / "out")
     assert code == 2 and not out and len(err.splitlines()) == 1
-    assert "no finished run found; expected a folder whose run.json has a result" in err
+    assert "no such folder; name a run folder, or one that contains runs" in err
 
 
 @pytest.mark.parametrize("student", ["😀" * 400, "a" * 5000, "a\0b", "\ud800", "~nobody/x"])
@@ -517,7 +517,7 @@ def test_runs_of_an_arm_are_compared_at_their_common_evaluation_steps(
 
 
 def test_wrong_folders_and_references_are_named(arms, tmp_path):
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="no such folder"):
         collect_runs([tmp_path / "nowhere"])
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
