@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from .decoder import LARGE_WEIGHT
 from .experts import fused_experts
 from .kv_buffer import buffer_layers
 from .models import Model
@@ -193,7 +194,7 @@ class _Steps:
         visible_BT = torch.ones(rows, end, dtype=torch.bool, device=given[0].device)
         if self.mask_BT is not None:
             visible_BT[:, : self.mask_BT.shape[1]] = self.mask_BT.bool()
-        logits, step = record_step(self.net, inputs, given, visible_BT)
+        logits, step = record_step(self.net, inputs, given=given, visible_BT=visible_BT)
         if isinstance(step, str):
             self.reason = step
         else:
@@ -207,6 +208,7 @@ def find_obstacle(kind: Any) -> str | None:
     for function, name in (
         (GenerationMixin.generate, "custom_generate"),
         (GenerationMixin.prepare_inputs_for_generation, "next_sequence_length"),
+        (Cache.get_mask_sizes, "query_length"),
     ):
         if name not in inspect.signature(function).parameters:
             return f"{function.__name__} of this transformers has no argument {name}"
@@ -248,6 +250,7 @@ def describe_steps(name: str, model: Model) -> list[str]:
 def decode(
     model: Model,
     prompt: dict[str, Any],
+    *,
     config: GenerationConfig,
     processors: LogitsProcessorList,
 ) -> tuple[torch.Tensor, Cache]:
@@ -276,11 +279,15 @@ def decode(
 
 @contextlib.contextmanager
 def contiguous_head_input(head: torch.nn.Module) -> Iterator[None]:
-    """Let the output layer get contiguous rows.
+    """Let a large output layer get contiguous rows.
 
     The last row of every prompt is a slice with gaps. For such an input torch expands the weights
-    of a linear layer to one copy per row.
+    of a linear layer to one copy per row. Of a small layer the copies cost nothing, and float32
+    keeps its rounding.
     """
+    if sum(p.numel() for p in head.parameters()) < LARGE_WEIGHT:
+        yield
+        return
 
     def close_gaps(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(value.contiguous() for value in inputs)

@@ -1,6 +1,5 @@
 """A layer of the KV cache that writes new tokens into a buffer instead of copying the cache."""
 
-import weakref
 from typing import Any
 
 import torch
@@ -10,64 +9,82 @@ from transformers.cache_utils import DynamicLayer
 ROOM = 32  # tokens for which a full buffer grows
 
 
+class _Buffer:
+    """A buffer for ``capacity`` tokens; ``view`` shows those that it holds."""
+
+    def __init__(self, states: torch.Tensor, capacity: int):
+        *batch, self.length, width = states.shape
+        self.buffer = states.new_empty(*batch, capacity, width)
+        self.view = self.buffer.narrow(-2, 0, self.length)
+        self.view.copy_(states)
+        free = self.buffer.narrow(-2, self.length, capacity - self.length)
+        self.free = list(reversed(free.split(1, -2)))
+
+    def append(self, token: torch.Tensor) -> torch.Tensor:
+        """Write a token behind the others; return the longer view."""
+        self.free.pop().copy_(token)
+        self.length += 1
+        self.view = self.buffer.narrow(-2, 0, self.length)
+        return self.view
+
+
 class BufferedLayer(DynamicLayer):
     """A DynamicLayer whose ``keys`` and ``values`` are views of buffers with room for more tokens.
 
-    DynamicLayer copies all its tokens for every new one. Here a new token is written behind the
-    view, and the view grows. The layer refers to its buffers through its views alone: what replaces
-    them (selected rows, cropped tokens) also frees the buffers, and the next token makes new ones.
-    ``limit``: the length that the layer will have in the end, beyond which no buffer grows. With a
-    gradient the layer must not be used, because it writes in place.
+    DynamicLayer copies all its tokens for every new one; here it is written behind them. After any
+    other change, such as a selection of rows, the next token makes new buffers. ``limit``: the
+    length that the layer will have in the end, beyond which no buffer grows. The layer must not be
+    used where a gradient is needed, because it writes in place.
     """
 
     def __init__(self, layer: DynamicLayer):
         super().__init__()
         self.__dict__.update(vars(layer))
         self.limit = 0
-        self.grown: list[weakref.ref[torch.Tensor]] = []
+        self.buffers: tuple[_Buffer, _Buffer] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add tokens; return the keys and values of all tokens."""
-        keys, values = self.keys, self.values
-        if keys is None or values is None or not self._fits(keys, key_states):
+        if key_states.shape[-2] != 1 or not self._make_room(key_states.dtype):
+            self.buffers = None
+        if self.buffers is None:
             return super().update(key_states, value_states, *args, **kwargs)
-        if not self._has_room():
-            length = keys.shape[-2]
-            self.capacity = max(length + 1, min(length + ROOM, self.limit))
-            self.keys = keys = _move_to_buffer(keys, self.capacity)
-            self.values = values = _move_to_buffer(values, self.capacity)
-        self.keys = keys = _append(keys, key_states)
-        self.values = values = _append(values, value_states)
-        self.grown = [weakref.ref(keys), weakref.ref(values)]
-        return keys, values
+        keys, values = self.buffers
+        self.keys = keys.append(key_states)
+        self.values = values.append(value_states)
+        return self.keys, self.values
 
-    def _fits(self, keys: torch.Tensor, token: torch.Tensor) -> bool:
-        """Return whether one token is added to others of its dtype."""
-        return token.shape[-2] == 1 and keys.dtype == token.dtype and self.get_seq_length() > 0
-
-    def _has_room(self) -> bool:
-        """Return whether both views are those that the layer made, and their buffers not full."""
-        if not self.grown or self.get_seq_length() >= self.capacity:
+    def _make_room(self, dtype: torch.dtype) -> bool:
+        """Provide buffers with room for a token; return whether that is possible."""
+        if self.buffers is not None and self.buffers[0].free:
+            keys, values = self.buffers
+            if keys.view is self.keys and values.view is self.values:
+                return True
+        if self.keys is None or self.values is None or self.keys.dtype != dtype:
             return False
-        keys, values = self.grown
-        return keys() is self.keys and values() is self.values
+        length = self.get_seq_length()
+        if not length:
+            return False
+        capacity = max(length + 1, min(length + ROOM, self.limit))
+        self.buffers = None  # each pair of old tensors is freed before the next one is copied
+        keys = _Buffer(self.keys, capacity)
+        self.keys = keys.view
+        values = _Buffer(self.values, capacity)
+        self.values = values.view
+        self.buffers = keys, values
+        return True
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Select rows, and free the buffers."""
+        self.buffers = None
+        super().reorder_cache(beam_idx)
 
-def _move_to_buffer(states: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Return a copy of the states as a view of a buffer for ``capacity`` tokens."""
-    *batch, length, width = states.shape
-    view = states.new_empty(*batch, capacity, width).narrow(-2, 0, length)
-    return view.copy_(states)
-
-
-def _append(view: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Write a token behind the view into its buffer; return the longer view."""
-    *batch, length, width = view.shape
-    longer = view.as_strided((*batch, length + 1, width), view.stride())
-    longer.narrow(-2, length, 1).copy_(token)
-    return longer
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Select rows, and free the buffers."""
+        self.buffers = None
+        super().batch_select_indices(indices)
 
 
 def buffer_layers(cache: Cache, limit: int) -> None:

@@ -162,7 +162,7 @@ def _identify(value: Any) -> object:
 
 
 def record_step(
-    net: "CausalLM", inputs: dict[str, Any], given: tuple[Any, ...], visible_BT: torch.Tensor
+    net: "CausalLM", inputs: dict[str, Any], *, given: tuple[Any, ...], visible_BT: torch.Tensor
 ) -> tuple[torch.Tensor, ModuleStep | str]:
     """Run a step of the network; return its logits, and the same step by modules or what hinders.
 

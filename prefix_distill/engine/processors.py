@@ -7,7 +7,7 @@ from ..display import Phase
 from ..maths.flops import STRETCH
 from . import stopping
 
-AHEAD = 1 << 16  # most random numbers that are drawn for several positions at once
+AHEAD = 1 << 15  # most random numbers that are drawn for several positions at once
 
 
 class RowProcessor(LogitsProcessor):
@@ -33,8 +33,8 @@ class Race(RowProcessor):
     batching, padding and restarts cannot change it. It is exact up to the uniforms, which lie on a
     grid of 2⁻²⁴: a token with p below about 1e-8 is never sampled. Ids from ``support`` on (padding
     rows of the head) are never sampled. With ``record``, ``taken`` collects log p of the sampled
-    ids, a tensor [rows] per position. ``noise``: log e [rows, positions, support] of the next
-    positions, of which ``used`` have passed.
+    ids, a tensor [rows] per position. ``ahead``: uniform numbers [positions, rows, support] of the
+    next positions.
     """
 
     def __init__(self, generators: list[torch.Generator], support: int, record: bool):
@@ -42,13 +42,12 @@ class Race(RowProcessor):
         self.support = support
         self.record = record
         self.taken: list[torch.Tensor] = []
-        self.noise = torch.empty(len(generators), 0, support)
-        self.used = 0
+        self.ahead: list[torch.Tensor] = []
 
     def keep(self, rows: list[int]) -> None:
         """Continue with these rows alone."""
         self.generators = [self.generators[row] for row in rows]
-        self.noise = self.noise[rows]
+        self.ahead = [uniform[rows] for uniform in self.ahead]
 
     def take_recorded(self) -> list[list[float]]:
         """Return the recorded log-probabilities of every row, and forget them."""
@@ -68,14 +67,15 @@ class Race(RowProcessor):
 
     def _next_noise(self, device: torch.device) -> torch.Tensor:
         """Return log e [rows, support] of the next position."""
-        if self.used == self.noise.shape[1]:
-            self.noise = self._draw(device)
-            self.used = 0
-        self.used += 1
-        return self.noise[:, self.used - 1]
+        if not self.ahead:
+            self.ahead = self._draw(device)
+        uniform = self.ahead.pop()
+        # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below
+        # one grid step.
+        return uniform.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
 
-    def _draw(self, device: torch.device) -> torch.Tensor:
-        """Return log e [rows, positions, support] of one position, or of several small ones.
+    def _draw(self, device: torch.device) -> list[torch.Tensor]:
+        """Return u [rows, support] of one position, or of several small ones, the last one first.
 
         A generator of the CPU gives the same numbers in one call and in several; a GPU's does not.
         """
@@ -83,12 +83,10 @@ class Race(RowProcessor):
         positions = 1
         if device.type == "cpu":
             positions = max(1, min(STRETCH, AHEAD // (rows * self.support)))
-        noise = torch.empty(rows, positions, self.support, dtype=torch.float32, device=device)
-        for row, generator in zip(noise, self.generators, strict=True):
+        drawn = torch.empty(rows, positions, self.support, dtype=torch.float32, device=device)
+        for row, generator in zip(drawn, self.generators, strict=True):
             row.uniform_(generator=generator)
-        # e = −log(1 − u). The u lie on a grid of 2⁻²⁴ in [0, 1); e = 0 stands for its mean below
-        # one grid step.
-        return noise.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_()
+        return list(reversed(drawn.transpose(0, 1).contiguous().unbind()))
 
 
 def choose_tokens(scores_BV: torch.Tensor) -> torch.Tensor:

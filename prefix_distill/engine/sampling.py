@@ -1,4 +1,4 @@
-"""Sample responses with plain ``generate`` and a KV cache."""
+"""Sample responses with ``generate`` and a KV cache."""
 
 from dataclasses import dataclass, field
 
@@ -305,7 +305,7 @@ class _Batch:
                 name_generate_cache_argument(): cache,
             }
             settings = self.sampler.settings(stretch)
-            sequences_BT, cache = decode(self.model, prompt, settings, processors)
+            sequences_BT, cache = decode(self.model, prompt, config=settings, processors=processors)
             new_BT = sequences_BT[:, ids_BT.shape[1] :]
             if not new_BT.shape[1]:
                 raise UserError(
