@@ -7,6 +7,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 32  # tokens for which a full buffer grows
+SMALL = 1 << 15  # fewest elements of keys for which a copy costs more than a view
 
 
 class _Buffer:
@@ -64,9 +65,9 @@ class BufferedLayer(DynamicLayer):
                 return True
         if self.keys is None or self.values is None or self.keys.dtype != dtype:
             return False
-        length = self.get_seq_length()
-        if not length:
+        if self.keys.numel() < SMALL:
             return False
+        length = self.get_seq_length()
         capacity = max(length + 1, min(length + ROOM, self.limit))
         self.buffers = None  # each pair of old tensors is freed before the next one is copied
         keys = _Buffer(self.keys, capacity)

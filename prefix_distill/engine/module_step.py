@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .transformers_names import CausalLM
 
 TOKEN, POSITION, MASK, CACHE = range(4)  # the values that every step begins with
-WINDOW = re.compile("(window|window_size|chunk_size)$")  # names of sizes in a config
+# names of sizes in a config at whose multiples masks may change
+WINDOW = re.compile("(window|window_size|window_len|chunk_size|block_size|local_attention)$")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from helpers import make_model, random_net, text_config, tiny_net
 from peft import LoraConfig, get_peft_model
-from transformers import CONFIG_MAPPING, GenerationMixin, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
-from prefix_distill.engine import decoding_loop
+from prefix_distill.engine import decoding_loop, exactness, kv_buffer
 from prefix_distill.engine.decoder import make_decoder
+from prefix_distill.engine.decoding import Decoding
 from prefix_distill.engine.models import Model
+from prefix_distill.engine.module_step import ModuleStep, crosses_window
 from prefix_distill.engine.sampling import Request, Sampler, generate
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -61,6 +63,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def buffers(monkeypatch):
+    """Let the caches of tiny models use buffers."""
+    monkeypatch.setattr(kv_buffer, "SMALL", 1)
+
+
 def sampler(**changes) -> Sampler:
     given = {"eos": frozenset({257, *range(0, 260, 24)}), "pad": 256, "support": 260, "seed": 3}
     return Sampler(**given | {"record": True} | changes)
@@ -88,6 +96,20 @@ def count_calls(module: torch.nn.Module, model: Model) -> int:
     return len(calls)
 
 
+@pytest.fixture
+def module_steps(monkeypatch) -> list[int]:
+    """Return a list that grows with every step that runs module by module."""
+    steps = []
+    run = ModuleStep.run
+
+    def count(step, given):
+        steps.append(1)
+        return run(step, given)
+
+    monkeypatch.setattr(ModuleStep, "run", count)
+    return steps
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     """Return the model of a family, and whether its steps can run module by module."""
@@ -98,7 +120,7 @@ def family(request):
     return make_model(net, shares_prompts=True), by_modules
 
 
-def test_the_lean_loop_samples_what_the_plain_one_samples(family):
+def test_the_lean_loop_samples_what_the_plain_one_samples(family, module_steps):
     """Compare ids, ends and log-probabilities of both loops.
 
     Prompts have padding and are shared, rows leave the batch, and stretches continue; then prompts
@@ -111,7 +133,7 @@ def test_the_lean_loop_samples_what_the_plain_one_samples(family):
         for rows in (requests(), equal):
             drawn = generate(model, rows, 70, sampler(**changes))
             assert drawn == generate(plain, rows, 70, sampler(**changes))
-    assert bool(model.plain_because) != by_modules
+    assert bool(module_steps) == by_modules == (not model.plain_because)
 
 
 @pytest.mark.parametrize("window", [8, 30])
@@ -216,6 +238,32 @@ def test_an_older_transformers_has_the_plain_loop_alone(monkeypatch):
     finally:
         decoding_loop.find_obstacle.cache_clear()
     assert model.plain_because == {"older of this transformers has no argument custom_generate"}
+
+
+def test_a_wrong_lean_loop_gives_way_to_the_plain_one(monkeypatch):
+    run = ModuleStep.run
+    monkeypatch.setattr(ModuleStep, "run", lambda step, given: 2 * run(step, given))
+    way = exactness.find_decoding(make_model(tiny_net("llama")))
+    assert way == Decoding(loop="plain")
+    assert way.restrictions("the student") == [
+        "the student decodes with generate's own loop: the lean one changes its logits"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "crosses"),
+    [
+        ("sliding_window", 512, True),
+        ("attention_chunk_size", 500, True),
+        ("sliding_window", 4096, False),
+        ("sliding_window", None, False),
+        ("max_window_layers", 28, False),
+        ("num_local_experts", 8, False),
+    ],
+)
+def test_a_stretch_with_the_end_of_a_window_is_known(name, size, crosses):
+    config = LlamaConfig(**{name: size})
+    assert crosses_window(config, 490, 520) == crosses
 
 
 @pytest.mark.parametrize("loop", ["lean", "plain"])

@@ -10,8 +10,8 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 from prefix_distill.engine.kv_buffer import ROOM, BufferedLayer, buffer_layers
 from prefix_distill.engine.transformers_names import select_rows
 
-LAYERS, HEADS, WIDTH = 2, 2, 4
-CONFIG = LlamaConfig(num_hidden_layers=LAYERS, num_attention_heads=HEADS, hidden_size=8)
+LAYERS, HEADS, WIDTH = 2, 8, 64  # some tokens of some rows are enough for a buffer
+CONFIG = LlamaConfig(num_hidden_layers=LAYERS)
 
 
 def append(cache: DynamicCache, states: list[torch.Tensor]) -> list[torch.Tensor]:
