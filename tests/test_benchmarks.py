@@ -20,6 +20,7 @@ GRIDS = {  # arms file → arms that --quick keeps
 TABLES = {  # program → key of the table in its JSON document
     "cards": "pairs",
     "cross_tokenizer": "modes",
+    "decoding": "table",
     "divergence": "table",
     "gold": "arms",
     "graders": "table",
@@ -35,7 +36,13 @@ TABLES = {  # program → key of the table in its JSON document
     "update_vs_trl": "cases",
 }
 # These programs share a work folder, because loading the GGUF file takes most of the time.
-WORK = {"limit": "smollm2", "rollout": "smollm2", "scaling": "smollm2", "update_vs_trl": "."}
+WORK = {
+    "decoding": "smollm2",
+    "limit": "smollm2",
+    "rollout": "smollm2",
+    "scaling": "smollm2",
+    "update_vs_trl": ".",
+}
 
 
 def test_a_watched_run_reports_every_update(pair, questions, monkeypatch):

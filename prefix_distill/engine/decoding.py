@@ -17,6 +17,7 @@ class Decoding:
 
     batch: Literal["padded", "equal", "single"] = "padded"
     stretch: int | None = STRETCH
+    loop: Literal["lean", "plain"] = "lean"
 
     def can_share(self, length: int, other: int) -> bool:
         """Return whether prompts of these lengths, in tokens, may share a batch."""
@@ -29,6 +30,10 @@ class Decoding:
         if self.batch == "single":
             return [f"{model} decodes every row alone: in a batch its logits change"]
         notes = []
+        if self.loop == "plain":
+            notes.append(
+                f"{model} decodes with generate's own loop: the lean one changes its logits"
+            )
         if self.batch == "equal":
             notes.append(
                 f"{model} decodes prompts of equal length together: padding changes its logits"
@@ -45,6 +50,7 @@ FASTEST = Decoding()
 # from the fastest to the most conservative
 WAYS = (
     FASTEST,
+    Decoding(loop="plain"),
     Decoding(batch="equal"),
     Decoding(stretch=None),
     Decoding(batch="equal", stretch=None),

@@ -48,7 +48,8 @@ class Model:
     the generation config).
     ``shares_prompts``: several responses may follow one forward pass over their prompt, because
     ``exactness.check_sharing`` found that exact; ``trains_on_shared_prompts``: so are gradients.
-    ``decoding``: how rows are decoded together, found by ``exactness.find_decoding``.
+    ``decoding``: how rows are decoded together, found by ``exactness.find_decoding``;
+    ``plain_because``: why sampling could not use its lean loop or only in part.
     ``recomputes``: gradient checkpointing is on.
     ``support``: the head computes logits for the first so many ids (None: all). ``adapter``: peft's
     wrapper of ``net`` if a LoRA adapter is trained. ``adapter_off``: this model is ``net`` without
@@ -70,6 +71,7 @@ class Model:
     shares_prompts: bool = False
     trains_on_shared_prompts: bool = True
     decoding: Decoding = FASTEST
+    plain_because: set[str] = field(default_factory=set)
     recomputes: bool = False
     support: int | None = None
     adapter: "PeftModel | None" = None

@@ -1,6 +1,6 @@
-"""Sample responses with plain ``generate`` and a KV cache."""
+"""Sample responses with ``generate`` and a KV cache."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from transformers import (
@@ -19,13 +19,14 @@ from ..maths.flops import Shape
 from ..maths.seeds import seed_of
 from .batching import Reads
 from .decoding import Decoding
+from .decoding_loop import decode
 from .device import Clock
 from .free_memory import release_cache
 from .meter import Meter
 from .models import Model
 from .processors import Race, RowProcessor, StepWatcher, Support
 from .rope import split_lengths
-from .transformers_names import name_generate_cache_argument, read_cache, select_rows
+from .transformers_names import name_generate_cache_argument, select_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +278,7 @@ class _Batch:
     watcher: StepWatcher
     ids: list[list[int]] = field(default_factory=list)
     logp: list[list[float]] = field(default_factory=list)
+    finished: set[int] = field(default_factory=set)
 
     def decode(self, max_new_tokens: int, cost: GenerationCost | None) -> list[Response]:
         """Prefill, then decode until every row has ended or reached ``max_new_tokens``."""
@@ -297,33 +299,29 @@ class _Batch:
             processors.insert(0, self.watcher)
             if timer is not None:
                 processors.insert(0, timer)
-            cache_argument = {name_generate_cache_argument(): cache}
-            self.model.forget_state()
-            with self.model.adapter_context():
-                out = self.model.net.generate(
-                    input_ids=ids_BT,
-                    attention_mask=mask_BT,
-                    generation_config=self.sampler.settings(stretch),
-                    logits_processor=processors,
-                    **cache_argument,
-                )
-            new = out.sequences[:, ids_BT.shape[1] :]
-            if not new.shape[1]:
+            prompt = {
+                "input_ids": ids_BT,
+                "attention_mask": mask_BT,
+                name_generate_cache_argument(): cache,
+            }
+            settings = self.sampler.settings(stretch)
+            sequences_BT, cache = decode(self.model, prompt, config=settings, processors=processors)
+            new_BT = sequences_BT[:, ids_BT.shape[1] :]
+            if not new_BT.shape[1]:
                 raise UserError(
                     f"model {self.model.name}: expected at least one new token from its generate "
                     "method, got none; use another model"
                 )
-            done += new.shape[1]
-            going = self._append(alive, new.tolist(), race)
+            done += new_BT.shape[1]
+            going = self._append(alive, new_BT, race)
             alive = [alive[row] for row in going]
             self.watcher.alive = len(alive)
             self.watcher.show()
             if not alive or done >= max_new_tokens:
                 break
-            cache = read_cache(out)
-            ids_BT = out.sequences
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(new.shape)], 1)
-            if len(going) < len(new):
+            ids_BT = sequences_BT
+            mask_BT = torch.nn.functional.pad(mask_BT, (0, new_BT.shape[1]), value=1)
+            if len(going) < len(new_BT):
                 kept = torch.tensor(going, device=self.model.device)
                 ids_BT = ids_BT[kept]
                 mask_BT = mask_BT[kept]
@@ -335,25 +333,27 @@ class _Batch:
         return self._responses(race)
 
     def _append(
-        self, alive: list[int], new: list[list[int]], race: RowProcessor | None
+        self, alive: list[int], new_BT: torch.Tensor, race: RowProcessor | None
     ) -> list[int]:
         """Add a stretch of tokens to the rows; return which of them have not ended."""
-        for row, tokens in zip(alive, new, strict=True):
-            self.ids[row] += tokens
+        lengths, ended = find_ends(new_BT, self.sampler.eos)
+        for row, tokens, length in zip(alive, new_BT.tolist(), lengths, strict=True):
+            self.ids[row] += tokens[:length]
         if race is not None and race.record:
-            for row, recorded in zip(alive, race.take_recorded(), strict=True):
-                self.logp[row] += recorded
-        eos = self.sampler.eos
-        return [row for row, tokens in enumerate(new) if not eos.intersection(tokens)]
+            for row, logp, length in zip(alive, race.take_recorded(), lengths, strict=True):
+                self.logp[row] += logp[:length]
+        self.finished.update(row for row, has_ended in zip(alive, ended, strict=True) if has_ended)
+        return [i for i, has_ended in enumerate(ended) if not has_ended]
 
     def _responses(self, race: RowProcessor | None) -> list[Response]:
-        responses = [_until_eos(row, self.sampler.eos) for row in self.ids]
-        if race is None or not race.record:
-            return responses
-        recorded = []
-        for response, logp in zip(responses, self.logp, strict=True):
-            recorded.append(replace(response, logp=tuple(logp[: len(response.ids)])))
-        return recorded
+        """Return the response of every row."""
+        responses = []
+        for row, ids in enumerate(self.ids):
+            logp = None
+            if race is not None and race.record:
+                logp = tuple(self.logp[row])
+            responses.append(Response(ids=tuple(ids), finished=row in self.finished, logp=logp))
+        return responses
 
     def _left_padded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (ids [B, T], mask [B, T]) of the prompts, left-padded."""
@@ -382,9 +382,13 @@ class _Batch:
         return cache
 
 
-def _until_eos(row: list[int], eos: frozenset[int]) -> Response:
-    """Cut after the first EOS token; the only place that decides where a response ends."""
-    for position, token in enumerate(row):
-        if token in eos:
-            return Response(ids=tuple(row[: position + 1]), finished=True)
-    return Response(ids=tuple(row), finished=False)
+def find_ends(ids_BT: torch.Tensor, eos: frozenset[int]) -> tuple[list[int], list[bool]]:
+    """Return the tokens of every row up to its first EOS token, and whether it has one.
+
+    The only place that decides where a response ends.
+    """
+    is_eos_BT = torch.isin(ids_BT, torch.tensor(sorted(eos), device=ids_BT.device))
+    ended_B = is_eos_BT.any(1)
+    first_B = is_eos_BT.int().argmax(1) + 1  # argmax returns the first of equal values
+    lengths_B = first_B.masked_fill(~ended_B, ids_BT.shape[1])
+    return lengths_B.tolist(), ended_B.tolist()

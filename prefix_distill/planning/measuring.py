@@ -6,6 +6,7 @@ import torch
 from transformers import Cache
 
 from ..engine import scoring
+from ..engine.decoding_loop import contiguous_head_input
 from ..engine.models import Model
 from ..engine.rollout import Rollout, Side, student_sides
 from ..engine.transformers_names import name_cache_argument
@@ -147,14 +148,15 @@ def _sample_token(model: Model, mask: torch.Tensor, width: int, cache: Cache | N
     """Run the last ``width`` positions of ``mask`` and sample a token (engine/sampling.py)."""
     rows = len(mask)
     cache_argument = {name_cache_argument(model.net.forward): cache}
-    out = model.net(
-        input_ids=torch.zeros(rows, width, dtype=torch.long),
-        attention_mask=mask,
-        use_cache=True,
-        position_ids=(mask.cumsum(-1) - 1).clamp_(min=0)[:, -width:],
-        logits_to_keep=1,
-        **cache_argument,
-    )
+    with contiguous_head_input(model.net.get_output_embeddings()):
+        out = model.net(
+            input_ids=torch.zeros(rows, width, dtype=torch.long),
+            attention_mask=mask,
+            use_cache=True,
+            position_ids=(mask.cumsum(-1) - 1).clamp_(min=0)[:, -width:],
+            logits_to_keep=1,
+            **cache_argument,
+        )
     # ``generate`` copies the logits, and the sampler adds noise of the same size.
     scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
     noise = torch.empty(rows, model.support or scores.shape[1])

@@ -14,6 +14,7 @@ from ..engine import exactness, loading, reach, trunk
 from ..engine.adapter import find_packed
 from ..engine.alignment import match_tokenizers
 from ..engine.causality import check_causality
+from ..engine.decoding_loop import describe_steps
 from ..engine.free_memory import read_free_memory
 from ..engine.models import Model, with_checkpointing
 from ..engine.pair import Pair
@@ -273,6 +274,7 @@ def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
         model.shares_prompts = reason is None
         model.decoding = exactness.find_decoding(model)
     notes.note(*model.decoding.restrictions(f"the {role}"))
+    notes.detail(*describe_steps(f"the {role}", model))
     if reason:
         notes.note(f"the {role} runs the prompt once per sample: {reason}")
 

@@ -503,6 +503,23 @@ def rollout_table() -> str:
     return markdown(header, rows)
 
 
+def decoding_table() -> str:
+    """Return the parts of sampling before and after they became cheaper."""
+    rows = []
+    for row in read("decoding")["table"]:
+        low, high = row["ratio_range"]
+        floor = ""
+        if row["floor_seconds"] is not None:
+            floor = f"{row['floor_seconds'] / row['before_seconds']:.2f}"
+        ratio = f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+        before = f"{1e3 * row['before_seconds']:,.1f} ms"
+        rows.append(
+            [f"{row['model']}: {row['part']}", before, ratio, f"{row['cpu_ratio']:.2f}", floor]
+        )
+    header = "part | before | time, after ÷ before | CPU time, after ÷ before | floor ÷ before"
+    return markdown(header, rows)
+
+
 def scaling_table() -> str:
     """Return a step's time by prefix length and number of samples."""
     rows = []

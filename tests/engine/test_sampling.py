@@ -10,6 +10,7 @@ from prefix_distill.engine.decoder import _ColumnsFirst, make_decoder
 from prefix_distill.engine.device import Clock
 from prefix_distill.engine.meter import Meter
 from prefix_distill.engine.models import Model
+from prefix_distill.engine.processors import choose_tokens
 from prefix_distill.engine.rollout import rollout_of
 from prefix_distill.engine.sampling import GenerationCost, Request, Response, Sampler, generate
 from prefix_distill.maths.seeds import seed_of
@@ -132,14 +133,38 @@ def test_padding_rows_of_the_head_are_never_sampled(model):
 
 
 def test_eos_ends_a_response_and_the_length_limit_does_not_finish_it():
-    assert rollout._until_eos([4, 257, 256, 256], EOS) == Response(ids=(4, 257), finished=True)
-    # EOS exactly at the length limit
-    assert rollout._until_eos([4, 5, 6, 257], EOS) == Response(ids=(4, 5, 6, 257), finished=True)
-    assert rollout._until_eos([4, 5, 6, 7], EOS) == Response(ids=(4, 5, 6, 7), finished=False)
+    # the first EOS of several, EOS exactly at the length limit, no EOS
+    ids_BT = torch.tensor([[4, 257, 256, 257], [4, 5, 6, 257], [4, 5, 6, 7]])
+    assert rollout.find_ends(ids_BT, EOS) == ([2, 4, 4], [True, True, False])
     # padding and EOS have the same id: the first one is EOS
-    assert rollout._until_eos([4, 256, 256, 256], frozenset({256})) == Response(
-        ids=(4, 256), finished=True
-    )
+    ids_BT = torch.tensor([[4, 256, 256, 256]])
+    assert rollout.find_ends(ids_BT, frozenset({256})) == ([2], [True])
+
+
+@pytest.mark.parametrize("support", [18, 260, 5_000])
+def test_noise_depends_on_seed_key_and_position_alone(support):
+    """Compare the noise of several positions with one uniform number per id and position.
+
+    A row that leaves the batch between two positions changes nothing for the others.
+    """
+    keys = [(0, i) for i in range(5)]
+    race = sampler(support=support).race(keys, torch.device("cpu"))
+    generators = [torch.Generator().manual_seed(seed_of(5, *key)) for key in keys]
+    for position in range(70):
+        if position in (3, 40):
+            kept = list(range(len(generators)))[::2]
+            race.keep(kept)
+            generators = [generators[row] for row in kept]
+        scores = race(None, torch.zeros(len(generators), support + 1))
+        for row, generator in zip(scores, generators, strict=True):
+            noise = (-torch.log1p(-torch.rand(support, generator=generator))).clamp(min=2.0**-25)
+            assert torch.equal(row[:-1], -noise.log())
+            assert row[-1] == -torch.inf
+
+
+def test_the_first_of_equal_scores_is_chosen():
+    scores = torch.tensor([[1.0, 3.0, 3.0], [-torch.inf, -torch.inf, 0.0], [2.0, 2.0, 2.0]])
+    assert choose_tokens(scores).tolist() == scores.argmax(-1).tolist() == [1, 2, 0]
 
 
 def test_generation_stops_rows_at_their_own_eos(model):
