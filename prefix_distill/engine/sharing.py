@@ -4,6 +4,7 @@ A shared prompt must change no more than a padded batch changes on the same rows
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -200,8 +201,9 @@ class _Result:
 
 def _compare(model: Model, sides: list[Side], result: _Result, *, limits: Limits) -> Comparison:
     """Compare a result after a shared prompt with that of single rows."""
+    model = replace(model, recomputes=False, trains_on_shared_prompts=True)
     alone = replace(model, shares_prompts=False)
-    shared = replace(model, shares_prompts=True, trains_on_shared_prompts=True)
+    shared = replace(model, shares_prompts=True)
     noise = change = float("nan")
     failure = None
     try:
@@ -215,6 +217,8 @@ def _compare(model: Model, sides: list[Side], result: _Result, *, limits: Limits
             computed = result.compute(model, forward)
             changes.append(result.measure(model, expected, computed))
         noise, change = max(changes[:2]), changes[2]
+        if not math.isfinite(change):
+            failure = "they are not finite"
     except Exception as error:
         # an architecture may lack the cache, the mask or the positions, and may raise anything
         if is_out_of_memory(error):
@@ -267,12 +271,12 @@ def _measure_hidden(model: Model, expected_ND: torch.Tensor, hidden_ND: torch.Te
     change_N = (hidden_ND - expected_ND).norm(dim=-1) / size_N
     if model.is_full_precision:
         return change_N.max().item()
-    medians = [0.0]
+    medians = [change_N.new_zeros(())]
     for change_T in change_N.split(RESPONSES):
         changed_T = change_T[change_T != 0]
         if len(changed_T):
-            medians.append(changed_T.median().item())
-    return max(medians)
+            medians.append(changed_T.median())
+    return torch.stack(medians).max().item()  # NaN if one of them is
 
 
 def _compute_gradient(model: Model, forward: Forward) -> torch.Tensor:

@@ -9,7 +9,7 @@ from helpers import longrope_net, make_model, random_net, text_config, tiny_net
 
 from prefix_distill.engine import scoring, sharing
 from prefix_distill.engine.casting import cast
-from prefix_distill.engine.models import Model
+from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.sharing import check_shared_gradients, check_sharing, make_sides
 from prefix_distill.engine.text_ids import text_ids
 from prefix_distill.engine.trunk import choose_trunk
@@ -187,6 +187,32 @@ def test_a_cache_that_cannot_be_shared_is_described():
         "after a shared prompt cannot be computed (model: no cache here)"
     )
     assert comparison.facts == {"exact": False, "failure": "model: no cache here"}
+
+
+def test_a_model_that_recomputes_layers_is_checked_without_recomputation():
+    """Its training does not share prompts, but its sampling does."""
+    net = tiny_net("llama")
+    model = with_checkpointing(make_model(net))
+    assert check_sharing(model, PROMPTS).is_exact
+    shift_positions(net)
+    assert not check_sharing(model, PROMPTS).is_exact
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_values_that_are_not_finite_are_not_shared(precision, monkeypatch):
+    plain = Model.trunk_cached
+
+    def trunk_cached(self, ids_BT, mask_BT, cache=None):
+        hidden_BTD, next_cache = plain(self, ids_BT, mask_BT, cache)
+        if cache is not None:
+            hidden_BTD = hidden_BTD * float("nan")
+        return hidden_BTD, next_cache
+
+    monkeypatch.setattr(Model, "trunk_cached", trunk_cached)
+    model, context = in_precision(tiny_net("llama"), precision)
+    with context():
+        comparison = check_sharing(model, PROMPTS)
+    assert not comparison.is_exact and "(they are not finite)" in comparison.reason
 
 
 def test_noise_decides_between_floor_and_ceiling():
