@@ -30,11 +30,18 @@ TABLES = {  # program → key of the table in its JSON document
     "rollout": "table",
     "scaling": "table",
     "selection": "table",
+    "shared_prompts": "table",
     "soak": "resumed_from",
     "update_vs_trl": "cases",
 }
 # These programs share a work folder, because loading the GGUF file takes most of the time.
-WORK = {"limit": "smollm2", "rollout": "smollm2", "scaling": "smollm2", "update_vs_trl": "."}
+WORK = {
+    "limit": "smollm2",
+    "rollout": "smollm2",
+    "scaling": "smollm2",
+    "shared_prompts": "smollm2",
+    "update_vs_trl": ".",
+}
 
 
 def test_a_watched_run_reports_every_update(pair, questions, monkeypatch):
