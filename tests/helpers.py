@@ -201,6 +201,25 @@ def text_config(kind: str, **shape):
     return CONFIG_MAPPING[kind](**SIZES | {"tie_word_embeddings": False} | shape)
 
 
+def longrope_net(switch: int, seed: int = 0):
+    """Return a random network whose RoPE factors change beyond ``switch`` tokens."""
+    return random_net(
+        text_config(
+            "phi3",
+            original_max_position_embeddings=switch,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": switch,
+                "partial_rotary_factor": 1.0,
+            },
+        ),
+        seed,
+    )
+
+
 def save_tiny(folder, kind: str = "llama", seed: int = 0, eos: str = "<e>", **shape) -> str:
     """Save a tiny model and its tokenizer to a folder, and return its path."""
     return save_net(folder, tiny_net(kind, seed, **shape), eos)

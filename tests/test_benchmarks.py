@@ -32,6 +32,7 @@ TABLES = {  # program → key of the table in its JSON document
     "rollout": "table",
     "scaling": "table",
     "selection": "table",
+    "shared_prompts": "table",
     "soak": "resumed_from",
     "update_vs_trl": "cases",
 }
@@ -41,6 +42,7 @@ WORK = {
     "limit": "smollm2",
     "rollout": "smollm2",
     "scaling": "smollm2",
+    "shared_prompts": "smollm2",
     "update_vs_trl": ".",
 }
 

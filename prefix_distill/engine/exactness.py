@@ -1,10 +1,9 @@
-"""Find out, by measuring, which ways of sharing work between rows leave a model's numbers alone.
+"""Find out, by measuring, which ways of decoding rows together leave a model's numbers alone.
 
 Hybrids with recurrent states, and models with caches of their own, allow less than a transformer.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,22 +14,16 @@ from .decoding import FASTEST, WAYS, Decoding
 from .device import is_out_of_memory
 from .models import Model
 from .processors import RowProcessor
-from .rollout import Side
 from .sampling import Request, Sampler, generate
-from .scoring import hidden_rows
-from .text_ids import text_ids
+from .text_ids import make_row, text_ids
 from .trace import describe_failure, join, name_difference, recording
 
 # largest relative difference of logits. Rounding gives about 1e-6 in float32 and up to 0.05 in
 # bfloat16, wrong states give 0.2 and more.
 TOLERANCE = 1e-3
 TOLERANCE_OF_HALF_PRECISION = 0.1
-# the same for hidden states and gradients after a shared prompt
-SHARING_TOLERANCE = 1e-5
-SHARING_TOLERANCE_OF_HALF_PRECISION = 0.03
 # prompts and responses of the checks: (first token, prompt length, response length)
 ROWS = ((0, 7, 4), (0, 7, 9), (3, 7, 9), (0, 12, 9))
-FEW = 8  # parameters at the start of the trunk, one of which the gradient is taken of
 STRETCH = 4  # tokens; the first row ends with its first stretch and leaves
 LONGEST_RESPONSE = max(response for _, _, response in ROWS)
 LONGEST_ROW = max(prompt + response for _, prompt, response in ROWS)
@@ -39,80 +32,6 @@ LONGEST_ROW = max(prompt + response for _, prompt, response in ROWS)
 WIDEST, PROMPT, BEYOND = 1024, 8, 8
 
 Logits = dict[tuple[object, ...], list[torch.Tensor]]  # one tensor [V] per token, by key
-Computation = Callable[[Model, list[list[Side]]], torch.Tensor]
-
-
-def check_sharing(model: Model) -> str | None:
-    """Return why a prompt cannot run once for several responses; None if it can.
-
-    Two prompts and three responses of different lengths run together and one by one, in the
-    model's own dtype. The hidden states must agree.
-    """
-    return _compare_sharing(model, _hidden_states, "hidden states")
-
-
-def check_shared_gradients(model: Model) -> str | None:
-    """Return why a prompt cannot run once for several responses in training; None if it can.
-
-    The gradient of a small tensor of the first layer must agree; it depends on all layers.
-    """
-    return _compare_sharing(model, _gradient, "gradients")
-
-
-def _compare_sharing(model: Model, compute: Computation, what: str) -> str | None:
-    """Return how much a shared prompt changes a result, if more than twice a padded batch does."""
-    ids = text_ids(model, 40)
-    sides = []
-    for prompt, response in ((7, 4), (7, 9), (12, 6)):
-        text = tuple(ids[prompt : prompt + response])
-        sides.append(Side(prompt=tuple(ids[:prompt]), ids=text, rows=tuple(range(response))))
-    alone = replace(model, shares_prompts=False)
-    one_by_one = compute(alone, [[side] for side in sides])
-    noise = _relative_norm(compute(alone, [sides]) - one_by_one, one_by_one)
-    try:
-        together = compute(replace(model, shares_prompts=True), [sides])
-    except Exception as error:
-        # an architecture may lack the cache, the mask or the positions, and may raise anything
-        if is_out_of_memory(error):
-            raise
-        return f"its cache cannot be shared ({describe_failure(model.net, error)})"
-    smallest = model.choose_tolerance(SHARING_TOLERANCE, SHARING_TOLERANCE_OF_HALF_PRECISION)
-    gap = _relative_norm(together - one_by_one, one_by_one)
-    if gap <= max(smallest, 2 * noise):
-        return None
-    return f"{what} after a shared prompt differ by {gap:.1g} of their norm"
-
-
-@torch.no_grad()
-def _hidden_states(model: Model, groups: list[list[Side]]) -> torch.Tensor:
-    """Return the hidden rows [N, D] of all groups."""
-    return torch.cat([hidden_rows(model, group) for group in groups]).float()
-
-
-def _gradient(model: Model, groups: list[list[Side]]) -> torch.Tensor:
-    """Return the gradient of a small tensor of the first layer for a fixed function of the rows."""
-    tensor = min(_first_reached(model), key=torch.Tensor.numel)
-    was_trained = tensor.requires_grad
-    tensor.requires_grad_(True)
-    try:
-        hidden_ND = torch.cat([hidden_rows(model, group) for group in groups]).float()
-        direction_D = torch.linspace(-1, 1, hidden_ND.shape[-1], device=hidden_ND.device)
-        [gradient] = torch.autograd.grad((hidden_ND @ direction_D).sum(), [tensor])
-    finally:
-        tensor.requires_grad_(was_trained)
-    return gradient.float()
-
-
-def _first_reached(model: Model) -> list[torch.nn.Parameter]:
-    """Return the first parameters that a text token reaches, without those of an adapter.
-
-    A new adapter's first matrix has no gradient, because its second one is zero.
-    """
-    reached = []
-    for name, p in model.net.named_parameters():
-        if p.is_floating_point() and name not in model.unreached and "lora_" not in name:
-            reached.append(p)
-    return reached[:FEW]
 
 
 def _relative_norm(difference: torch.Tensor, expected: torch.Tensor) -> float:
@@ -136,13 +55,15 @@ def find_decoding(model: Model) -> Decoding:
     expected = dictation.read_in_one_pass(model)
     if not torch.equal(expected[0], dictation.read_text(model, dictation.requests[0])):
         return FASTEST
-    obstacle = _compare_beyond_window(model, allowed)
-    if obstacle is None:
-        for way in WAYS:
-            obstacle = dictation.compare(model, way, expected=expected, allowed=allowed)
-            if obstacle is None:
-                return way
-    raise UserError(
+    for way in WAYS:
+        obstacle = dictation.compare(model, way, expected=expected, allowed=allowed)
+        if obstacle is None:
+            return way
+    raise _refuse_decoding(model, obstacle)
+
+
+def _refuse_decoding(model: Model, obstacle: str | None) -> UserError:
+    return UserError(
         f"model {model.name}: decoding with a KV cache does not give the logits of a forward pass "
         f"({obstacle}), so rollouts would not be samples of the model that is trained; use another "
         "model"
@@ -150,36 +71,49 @@ def find_decoding(model: Model) -> Decoding:
 
 
 @torch.no_grad()
-def _compare_beyond_window(model: Model, allowed: float) -> str | None:
-    """Return how much a cached prompt changes hidden states beyond the attention's window.
+def check_window(model: Model) -> None:
+    """Raise UserError if a cached prompt changes hidden states beyond the attention's window.
 
-    None: they agree, or the config names no window of at most WIDEST tokens. Of some models, the
-    window counts from the end of the prompt, so that one pass over both gives other states.
+    Of some models, the window counts from the end of the prompt, so that one pass over both gives
+    other states. Nothing is compared if the config names no window of at most WIDEST tokens, or if
+    the states differ within the window already, because then the cache cannot be continued.
     """
     window = _find_window(model.config)
-    if window is None or not model.shares_prompts:
-        return None
+    if window is None:
+        return
     length = PROMPT + window + BEYOND
     if min(length, model.positions or length, model.rope_switch or length) < length:
-        return None
-    ids_1T = torch.tensor([text_ids(model, length)], device=model.device)
-    mask_1T = torch.ones_like(ids_1T)
-    _, cache = model.trunk_cached(ids_1T[:, :PROMPT], mask_1T[:, :PROMPT])
-    cached_1TD, _ = model.trunk_cached(ids_1T[:, PROMPT:], mask_1T, cache)
-    cached_TD = cached_1TD[0, -BEYOND:].float()
-    expected_TD = model.trunk(ids_1T)[0, -BEYOND:].float()
-    gap_T = (cached_TD - expected_TD).norm(dim=-1) / expected_TD.norm(dim=-1)
-    gap = gap_T.median().item()  # rounding may send single tokens to other experts
-    if gap <= allowed:
-        return None
-    text = f"beyond its window of {window} tokens, hidden states differ by {gap:.1g} of their norm"
+        return
+    ids_1T = make_row(model, length)
+    allowed = model.choose_tolerance(TOLERANCE, TOLERANCE_OF_HALF_PRECISION)
+    expected_TD = model.trunk(ids_1T)[0].float()
+    try:
+        cached_TD = _run_after_cache(model, ids_1T)
+    except Exception as error:  # a cache without these operations may raise anything
+        if is_out_of_memory(error):
+            raise
+        return
+    change_T = (cached_TD - expected_TD[PROMPT:]).norm(dim=-1) / expected_TD[PROMPT:].norm(dim=-1)
+    # rounding may send single tokens to other experts
+    within = change_T[: min(BEYOND, window)].median().item()
+    beyond = change_T[-BEYOND:].median().item()
+    if beyond <= allowed or not within <= allowed:
+        return
+    text = f"beyond its window of {window} tokens, hidden states differ by {beyond:.1g} of their "
     with recording(model.net, keep=BEYOND) as whole:
         model.trunk(ids_1T)
-    _, cache = model.trunk_cached(ids_1T[:, :PROMPT], mask_1T[:, :PROMPT])
     with recording(model.net, keep=BEYOND) as cached:
-        model.trunk_cached(ids_1T[:, PROMPT:], mask_1T, cache)
+        _run_after_cache(model, ids_1T)
     where = name_difference(model, join(whole), join(cached), allowed=allowed)
-    return "; ".join(filter(None, (text, where)))
+    raise _refuse_decoding(model, "; ".join(filter(None, (f"{text}norm", where))))
+
+
+def _run_after_cache(model: Model, ids_1T: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states [T - PROMPT, D] after a cached prompt of PROMPT tokens."""
+    mask_1T = torch.ones_like(ids_1T)
+    _, cache = model.trunk_cached(ids_1T[:, :PROMPT], mask_1T[:, :PROMPT])
+    hidden_1TD, _ = model.trunk_cached(ids_1T[:, PROMPT:], mask_1T, cache)
+    return hidden_1TD[0].float()
 
 
 def _find_window(config: PreTrainedConfig) -> int | None:

@@ -47,7 +47,7 @@ class Model:
     ``stop_ids``: ids at which responses end in training, which are saved as EOS ids (None: those of
     the generation config).
     ``shares_prompts``: several responses may follow one forward pass over their prompt, because
-    ``exactness.check_sharing`` found that exact; ``trains_on_shared_prompts``: so are gradients.
+    ``sharing.check_sharing`` found that exact; ``trains_on_shared_prompts``: so are gradients.
     ``decoding``: how rows are decoded together, found by ``exactness.find_decoding``;
     ``plain_because``: why sampling could not use its lean loop or only in part.
     ``recomputes``: gradient checkpointing is on.
@@ -168,8 +168,11 @@ class Model:
     def is_full_precision(self) -> bool:
         """Return whether the network computes in float32, and not in half precision.
 
-        The embedding tells: the first parameters may be of a tower that stays in float32.
+        The embedding tells: the first parameters may be of a tower that stays in float32. Under
+        autocast, float32 weights compute in half precision.
         """
+        if torch.is_autocast_enabled(self.device.type):
+            return False
         return self.net.get_input_embeddings().weight.dtype == torch.float32
 
     def choose_tolerance(self, full: float, half: float) -> float:

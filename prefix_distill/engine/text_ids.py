@@ -1,5 +1,7 @@
 """Ids of plain text, on which models are checked before a run."""
 
+from collections.abc import Iterable
+
 import torch
 
 from .models import Model
@@ -7,6 +9,7 @@ from .vocabulary import known_tokens
 
 TEXT = "Tom has 12 apples. He gives 5 of them to Anna and buys 30 more. How many has he now? 12-5=7"
 FEWEST = 20  # different tokens of TEXT that a tokenizer must know
+FEWEST_OF_PROMPTS = 4  # different text tokens that prompts must have
 
 
 def text_ids(model: Model, count: int) -> list[int]:
@@ -20,6 +23,19 @@ def text_ids(model: Model, count: int) -> list[int]:
         limit = model.vocabulary
         known = [i for i in sorted(known_tokens(model).values()) if i < limit]
         ids = _select_text(model, known) or known
+    return (ids * count)[:count]
+
+
+def text_of(model: Model, prompts: Iterable[tuple[int, ...]], count: int) -> list[int]:
+    """Return ``count`` ids of the text of some prompts, without the special tokens of a template.
+
+    A short text is repeated. Prompts without text give the ids of plain text.
+    """
+    ids: list[int] = []
+    for prompt in prompts:
+        ids += _select_text(model, list(prompt))
+    if len(set(ids)) < FEWEST_OF_PROMPTS:
+        return text_ids(model, count)
     return (ids * count)[:count]
 
 

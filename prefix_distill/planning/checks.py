@@ -130,6 +130,13 @@ def _prompt_ends(run: Run, role: str) -> list[Rollout]:
     return rollouts
 
 
+def _check_shared_prompts(run: Run) -> Check:
+    """Return where each model runs a prompt once for all its samples, and why."""
+    text = "; ".join(found.text for found in run.shared_prompts)
+    facts = {found.role: found.facts for found in run.shared_prompts}
+    return passed("shared prompts", text, facts)
+
+
 def _check_sampling(run: Run) -> Check:
     """Return how rollouts are sampled, and which settings of the models have no effect."""
     sampler = run.method.sampler
@@ -184,6 +191,7 @@ EXAMINERS: dict[str, Callable[[Run], Check]] = {
     "padding": text_checks.check_padding,
     "head": _check_head,
     "determinism": _check_determinism,
+    "shared prompts": _check_shared_prompts,
     "sampling": _check_sampling,
     "context": text_checks.check_context,
     "memory": check_memory,

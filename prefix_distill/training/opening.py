@@ -116,6 +116,7 @@ def describe_run(run: Run) -> dict:
         "notes": run.notes.lines,
         "warnings": run.notes.warnings,
         "ranks": run.place.world,
+        "shared_prompts": {found.role: found.facts for found in run.shared_prompts},
         "generation_config": configs,
         "stop_ids": sorted(run.method.sampler.eos),
         "eval_sampling": run.method.eval_sampler.describe(),

@@ -82,17 +82,11 @@ def load_pair(config: Config, notes: Notes) -> tuple[Config, Place, Pair]:
             teacher_device=where.teacher_device,
         )
     _check_forward_pass("student", student, notes)
-    _check_training(student, notes)
     _check_forward_pass("teacher", teacher, notes)
     if config.train.gradient_checkpointing:
         student = with_checkpointing(student)
         with as_preflight_error():
             check_recomputation(student)
-        if student.shares_prompts and config.rollout.samples > 1:
-            notes.note(
-                "the student runs the prompt once per sample, because --gradient-checkpointing "
-                "is on"
-            )
     pair = Pair(
         student=student,
         teacher=teacher,
@@ -266,28 +260,14 @@ def _can_share_weights(config: Config, where: Place) -> bool:
 
 
 def _check_forward_pass(role: str, model: Model, notes: Notes) -> None:
-    """Check the model's output head and causality; find which work its rows may share."""
+    """Check the model's output head and causality; find how its rows decode together."""
     with as_preflight_error(), phase(f"checking the {role}'s forward pass"):
         trunk.choose_trunk(model)
         check_causality(model)
-        reason = exactness.check_sharing(model)
-        model.shares_prompts = reason is None
+        exactness.check_window(model)
         model.decoding = exactness.find_decoding(model)
     notes.note(*model.decoding.restrictions(f"the {role}"))
     notes.detail(*describe_steps(f"the {role}", model))
-    if reason:
-        notes.note(f"the {role} runs the prompt once per sample: {reason}")
-
-
-def _check_training(student: Model, notes: Notes) -> None:
-    """Find out whether training may share a prompt between its samples."""
-    if not student.shares_prompts:
-        return
-    with phase("checking the student's gradients"):
-        reason = exactness.check_shared_gradients(student)
-    student.trains_on_shared_prompts = reason is None
-    if reason:
-        notes.note(f"in training, the student runs the prompt once per sample: {reason}")
 
 
 def _spread_limit(config: Config, where: Place, notes: Notes) -> int | None:

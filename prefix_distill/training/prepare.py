@@ -29,6 +29,7 @@ from .problems import render_problems
 from .prompt_sets import load_prompt_sets
 from .rope import check_rope
 from .run import Method, Notes, Problems, Run, settled
+from .sharing import settle_sharing
 
 
 def prepare(config: Config) -> Run:
@@ -47,6 +48,7 @@ def prepare(config: Config) -> Run:
     config, place, pair = load_pair(config, notes)
     with phase("rendering prompts"):
         config, problems = render_problems(config, sets, pair, place=place, notes=notes)
+    shared_prompts = settle_sharing(config, pair, problems, place=place, notes=notes)
     method = read_method(config, pair, place, notes=notes)
     _check_references(config, problems)
     for text in check_rope(config, pair, problems, method=method):
@@ -61,6 +63,7 @@ def prepare(config: Config) -> Run:
         method=method,
         notes=notes,
         limits=limits,
+        shared_prompts=shared_prompts,
         started=started,
     )
 

@@ -12,6 +12,7 @@ from ..engine.memory import MemoryLimits
 from ..engine.pair import Pair
 from ..engine.ranks import Place
 from ..engine.sampling import Sampler
+from ..engine.sharing import Sharing
 from ..maths import flops
 from ..maths.divergence import Terms
 from ..maths.flops import Batch
@@ -159,7 +160,8 @@ class Method:
 class Run:
     """Everything that a training run works with, fixed before its first step.
 
-    ``limits`` is lowered when memory runs out. ``started``: when the run began to load its models,
+    ``limits`` is lowered when memory runs out. ``shared_prompts``: where each model runs a prompt
+    once for all its samples. ``started``: when the run began to load its models,
     in seconds of the monotonic clock. ``checks``: the answers of the pre-flight checks, if
     they were made.
     """
@@ -171,6 +173,7 @@ class Run:
     method: Method
     notes: Notes
     limits: MemoryLimits
+    shared_prompts: tuple[Sharing, ...] = ()
     started: float = field(default_factory=time.monotonic)
     checks: list[Check] = field(default_factory=list)
 

@@ -39,7 +39,8 @@ UNWRITTEN = 5  # <file_sep>
 def load(work: Path):
     import torch
 
-    from prefix_distill.engine import exactness, loading
+    from prefix_distill.engine import loading
+    from prefix_distill.engine.sharing import check_sharing
     from prefix_distill.prompts import templates
     from prefix_distill.prompts.load import load_evaluation_prompts
     from prefix_distill.prompts.row_format import RowFormat
@@ -47,11 +48,12 @@ def load(work: Path):
     model = loading.load_model(
         str(scaling.pair(work) / "student"), device=torch.device("cpu"), dtype=torch.float32
     )
-    model.shares_prompts = exactness.check_sharing(model) is None
     prompts = load_evaluation_prompts(
         str(real_pair.questions()), RowFormat(prompt_column="doc.question"), limit=8
     ).prompts
-    return model, [tuple(templates.render(model, p, "auto")) for p in prompts]
+    rows = [tuple(templates.render(model, p, "auto")) for p in prompts]
+    model.shares_prompts = check_sharing(model, rows).is_exact
+    return model, rows
 
 
 def ours(model, rows, tokens, turn):

@@ -44,7 +44,7 @@ def pair(work: Path) -> Path:
     return work
 
 
-def prepare(folder: Path, prefix: int, prompts: int, samples: int):
+def prepare(folder: Path, prefix: int, prompts: int, *, samples: int, dtype: str = "float32"):
     """Return a Run on the pair."""
     from prefix_distill import config
     from prefix_distill.training import prepare as preflight
@@ -64,7 +64,7 @@ def prepare(folder: Path, prefix: int, prompts: int, samples: int):
                 "evaluate.problems": 0,
                 "evaluate.kl_prompts": 1,
                 "runtime.device": "cpu",
-                "runtime.dtype": "float32",
+                "runtime.dtype": dtype,
             }
         )
     )
@@ -113,7 +113,7 @@ def main() -> None:
         ([16, 32], [1, 4], 16) if given.quick else ([16, 64, 128, 256, 512], [1, 2, 4, 8], 64)
     )
     with tempfile.TemporaryDirectory() as scratch:
-        run = prepare(pair(given.work or Path(scratch)), max(prefixes), 2, 1)
+        run = prepare(pair(given.work or Path(scratch)), max(prefixes), 2, samples=1)
     table = []
 
     def one(prefix: int, count: int, shared: bool) -> float:

@@ -545,6 +545,18 @@ def scaling_table() -> str:
     return markdown(header, rows, left=())
 
 
+def shared_prompts_table() -> str:
+    """Return a step's time with prompts that run once per sample, and once for all samples."""
+    rows = []
+    for row in read("shared_prompts")["table"]:
+        cells = [row["dtype"]]
+        for name in ("ratio", "cpu_ratio"):
+            low, high = row[f"{name}_range"]
+            cells.append(f"{row[name]:.2f} [{low:.2f}, {high:.2f}]")
+        rows.append([*cells, f"{row['after_flops'] / row['before_flops']:.2f}"])
+    return markdown("once for all samples ÷ once per sample | time | CPU time | FLOPs", rows)
+
+
 def graders_table() -> str:
     """Return how many solutions each grader finds right, by the answer they are compared with."""
     rows = []

@@ -15,8 +15,8 @@ from prefix_distill.engine.decoding import FASTEST, Decoding
 from prefix_distill.engine.rollout import rollout_of, student_sides
 from prefix_distill.engine.sampling import Request, Sampler, generate
 from prefix_distill.engine.scoring import hidden_rows
+from prefix_distill.engine.sharing import check_shared_gradients, check_sharing
 from prefix_distill.engine.text_ids import text_ids
-from prefix_distill.engine.trunk import choose_trunk
 from prefix_distill.errors import UserError
 from prefix_distill.maths.flops import Ledger, Shape
 
@@ -95,7 +95,7 @@ def family(request):
         pytest.skip(f"this transformers has no {request.param}")
     net = random_net(text_config(request.param, **shape), seed=1)
     model = make_model(net)
-    model.shares_prompts = exactness.check_sharing(model) is None
+    model.shares_prompts = check_sharing(model).is_exact
     model.decoding = exactness.find_decoding(model)
     return model, expected
 
@@ -115,6 +115,7 @@ def requests() -> list[Request]:
 
 def test_the_fastest_exact_way_is_found(family):
     model, expected = family
+    exactness.check_window(model)
     assert model.decoding == expected
 
 
@@ -158,11 +159,11 @@ def test_forty_greedy_tokens_equal_plain_generate(family):
 def test_training_shares_prompts_only_if_gradients_allow_it(family):
     """Compare gradients of rollouts with a common prompt, run together and one by one."""
     model, _ = family
-    shares = exactness.check_sharing(model) is None
+    shares = check_sharing(model).is_exact
     model = dataclasses.replace(
         model,
         shares_prompts=shares,
-        trains_on_shared_prompts=shares and exactness.check_shared_gradients(model) is None,
+        trains_on_shared_prompts=shares and check_shared_gradients(model).is_exact,
     )
     prompt = tuple(range(30, 40))
     rollouts = []
@@ -354,20 +355,3 @@ def test_restrictions_are_noted():
     [note] = Decoding(batch="single", stretch=None).restrictions("the student")
     assert note.startswith("the student decodes every row alone")
     assert len(Decoding(batch="equal", stretch=None).restrictions("the student")) == 2
-
-
-def test_sharing_is_checked_by_running_the_model():
-    for kind in ("llama", "qwen3", "gemma3", "neox", "gpt2"):
-        model = make_model(tiny_net(kind))
-        assert exactness.check_sharing(model) is None
-        assert exactness.check_shared_gradients(model) is None
-    # get_decoder() is the output head
-    names = {"bos_token_id": 258, "sep_token_id": 258, "cls_token_id": 258}
-    model = make_model(random_net(text_config("modernbert-decoder", **names)))
-    choose_trunk(model)
-    assert exactness.check_shared_gradients(model) is None
-    # a decoder that ignores position_ids
-    net = tiny_net("gpt2")
-    plain = net.transformer.forward
-    net.transformer.forward = lambda position_ids=None, **named: plain(**named)
-    assert "differ by" in exactness.check_sharing(make_model(net))

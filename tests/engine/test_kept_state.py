@@ -12,6 +12,7 @@ from prefix_distill.engine.decoding import FASTEST
 from prefix_distill.engine.kept_state import find_blanks, forget_state
 from prefix_distill.engine.models import Model
 from prefix_distill.engine.sampling import Request, Sampler, generate
+from prefix_distill.engine.sharing import check_sharing
 from prefix_distill.errors import UserError
 
 
@@ -26,7 +27,7 @@ def make_tiny(name: str, model_type: str) -> Model:
 def test_rows_of_one_batch_do_not_depend_on_an_earlier_batch():
     """Qwen2-VL keeps the offset of every row's positions for the next call."""
     model = make_tiny("Qwen2VLForConditionalGeneration", "qwen2_vl")
-    model.shares_prompts = exactness.check_sharing(model) is None
+    model.shares_prompts = check_sharing(model).is_exact
     model.decoding = exactness.find_decoding(model)
     assert model.shares_prompts and model.decoding == FASTEST
     sampler = Sampler(eos=frozenset({257}), pad=256, support=256, seed=3)
@@ -62,13 +63,12 @@ def test_only_tensors_in_attributes_that_were_none_are_dropped():
 def test_a_window_that_counts_from_the_end_of_the_prompt_is_refused():
     """Unlimited-OCR attends to the whole prompt, and to the last 8 tokens of its response."""
     model = make_tiny("UnlimitedOcrForConditionalGeneration", "unlimited_ocr")
-    model.shares_prompts = exactness.check_sharing(model) is None
     with pytest.raises(UserError, match="beyond its window of 8 tokens, hidden states differ by"):
-        exactness.find_decoding(model)
+        exactness.check_window(model)
 
 
 def test_a_window_that_moves_over_prompt_and_response_is_exact():
     net = random_net(text_config("mistral", sliding_window=16))
     model = make_model(net)
-    model.shares_prompts = True
     assert exactness.find_decoding(model) == FASTEST
+    exactness.check_window(model)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import byte_tokenizer, prepared, random_net, save_net, text_config
+from helpers import byte_tokenizer, longrope_net, prepared, save_net
 
 from prefix_distill.engine import scoring
 from prefix_distill.engine.models import Model
@@ -12,29 +12,11 @@ from prefix_distill.engine.sampling import Request, Sampler, generate
 SWITCH = 16
 
 
-def longrope_net(switch=SWITCH, seed=0):
-    return random_net(
-        text_config(
-            "phi3",
-            original_max_position_embeddings=switch,
-            rope_parameters={
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "short_factor": [1.0] * 4,
-                "long_factor": [4.0] * 4,
-                "original_max_position_embeddings": switch,
-                "partial_rotary_factor": 1.0,
-            },
-        ),
-        seed,
-    )
-
-
 @pytest.fixture(scope="module")
 def model():
     return Model(
         name="m",
-        net=longrope_net(),
+        net=longrope_net(SWITCH),
         tokenizer=byte_tokenizer(),
         generation_config=None,
         eos=frozenset({257}),

@@ -11,10 +11,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from prefix_distill.config import Adapter
 from prefix_distill.engine import loading, saving
 from prefix_distill.engine.causality import check_causality
-from prefix_distill.engine.exactness import check_sharing, find_decoding
+from prefix_distill.engine.exactness import find_decoding
 from prefix_distill.engine.models import with_checkpointing
 from prefix_distill.engine.reach import find_unreached
 from prefix_distill.engine.recomputation import check_recomputation
+from prefix_distill.engine.sharing import check_sharing
 from prefix_distill.engine.text_ids import TEXT, make_row, text_ids
 from prefix_distill.engine.trunk import check_head, choose_trunk
 
@@ -69,7 +70,7 @@ def test_no_check_reads_a_special_token(model, seen):
     assert find_unreached(model) == frozenset()
     check_recomputation(with_checkpointing(model))
     assert len(seen) > 20 and min(seen) >= SPECIAL
-    assert check_sharing(model) is None
+    assert check_sharing(model).is_exact
     find_decoding(model)
     assert {i for i in seen if i < SPECIAL} == {0, 1}
 

@@ -24,6 +24,7 @@ NAMES = [
     "padding",
     "head",
     "determinism",
+    "shared prompts",
     "sampling",
     "context",
     "memory",
