@@ -41,7 +41,7 @@ def rehearse(state: State) -> None:
             if isinstance(error, UserError | Stopped) or is_out_of_memory(error):
                 raise
             # a network may raise anything
-            nets = {"student": run.pair.student.net, "teacher": run.pair.teacher.net}
+            nets = {"student": state.pair.student.net, "teacher": run.pair.teacher.net}
             reason = describe_failure(torch.nn.ModuleDict(nets), error)
             _refuse(f"the network's code failed ({reason})", hint="use another model")
         finally:
@@ -57,7 +57,7 @@ def _take_step(state: State) -> None:
     if not run.place.sum(sum(len(r.taught) for r in rollouts)):
         return  # two tokenizers may have no unit in common in this text
     losses = update.backward(update.select(rollouts))
-    reason = describe_non_finite(run, losses)
+    reason = describe_non_finite(state, losses)
     if reason is not None:
         _refuse(reason)
     try:

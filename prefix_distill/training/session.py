@@ -163,7 +163,7 @@ class Session:
 
     def refuse_non_finite(self, losses: TokenLosses) -> None:
         """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""
-        reason = describe_non_finite(self.run, losses)
+        reason = describe_non_finite(self.state, losses)
         if reason is not None:
             self.state.stop(reason)
 
@@ -212,7 +212,7 @@ class Session:
             self.search.run()
 
     def refresh_copies(self) -> None:
-        """Bring the sampling copy, and an averaged teacher, up to date with the student."""
+        """Bring the working copy, and an averaged teacher, up to date with the student."""
         with self.state.clock.phase("optimizer"):
             self.state.refresh_copies()
 
