@@ -49,6 +49,12 @@ class Place:
         """Return whether this is the rank that writes and prints."""
         return self.rank == 0
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return bfloat16 autocast on ``device``, disabled if the compute dtype is another."""
+        return torch.autocast(
+            device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+
     def sum(self, value: float) -> float:
         """Return the sum of ``value`` over all ranks (float64, equal on every rank)."""
         return sum(self.gather(value))

@@ -28,17 +28,6 @@ LOW_FIRST_TOKEN_PROBABILITY = 0.01
 TokenFacts = dict[tuple[int, int], dict[str, dict[int, float]]]
 
 
-def autocast(model: Model, dtype: torch.dtype) -> torch.autocast:
-    """Return the autocast in which a model runs, if ``dtype`` is the compute dtype.
-
-    It is enabled in bfloat16 for a model with float32 weights. A model that is loaded in bfloat16
-    needs none: its own code keeps in float32 what has to be.
-    """
-    has_float32_weights = model.is_full_precision or model.adapter is not None
-    enabled = dtype == torch.bfloat16 and has_float32_weights
-    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
 def hidden_rows(model: Model, sides: list[Side]) -> torch.Tensor:
     """Return the hidden rows [N, D] that predict the compared tokens, side by side in order.
 
@@ -177,13 +166,13 @@ class Scorer:
 
     def student_rows(self, rollouts: list[Rollout]) -> torch.Tensor:
         """Return the student's hidden rows [N, D]."""
-        with autocast(self.pair.student, self.place.dtype):
+        with self.place.autocast(self.pair.student.device):
             return hidden_rows(self.pair.student, student_sides(rollouts))
 
     @torch.no_grad()
     def teacher_rows(self, rollouts: list[Rollout]) -> torch.Tensor:
         """Return the teacher's hidden rows [N, E], without gradient."""
-        with autocast(self.pair.teacher, self.place.dtype):
+        with self.place.autocast(self.pair.teacher.device):
             return hidden_rows(self.pair.teacher, teacher_sides(rollouts))
 
     @torch.no_grad()

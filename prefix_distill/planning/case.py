@@ -97,6 +97,11 @@ class Case:
             return Network(torch.float32)
         return Network(self.dtype)
 
+    @property
+    def autocast(self) -> bool:
+        """Return whether forward passes run in bfloat16 by autocast."""
+        return self.dtype == torch.bfloat16
+
 
 def make_rollouts(prompts: Sequence[PromptLengths], samples: int, response: int) -> list[Rollout]:
     """Return ``samples`` rollouts of ``response`` tokens for every prompt.

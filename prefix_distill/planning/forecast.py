@@ -106,7 +106,7 @@ class Forecaster:
         # The loss needs the teacher's hidden rows and head, not its layers.
         teacher_head = self._shallow(case, TEACHER).head()
         work = MicroBatch(
-            rollouts=group, terms=case.terms, accumulates=accumulates, dtype=case.dtype
+            rollouts=group, terms=case.terms, accumulates=accumulates, autocast=case.autocast
         )
         training = Training(
             sizes=describe_sizes(group),
@@ -166,7 +166,7 @@ class Forecaster:
     def _forward(self, case: Case, role: str, group: list[Rollout]) -> Bytes:
         """Return the bytes of a forward pass over ``group`` (``measuring.measure_forward``)."""
         sides = student_sides(group) if role == STUDENT else teacher_sides(group)
-        part = Forward(sizes=describe_sizes(group), dtype=case.dtype, sides=sides)
+        part = Forward(sizes=describe_sizes(group), autocast=case.autocast, sides=sides)
         return self._measure(role, _settings(case, role), part)
 
     def _generate(self, case: Case, role: str, prompts: list[int], new_tokens: int) -> float:

@@ -19,14 +19,13 @@ from .ghosts import StorageCounter, make_ghost, storage_of
 class MicroBatch:
     """A micro-batch of a step. ``accumulates``: its gradients are added to earlier ones.
 
-    ``dtype``: the compute dtype. ``rollouts`` are not compared; ``parts.Training`` compares their
-    sizes.
+    ``rollouts`` are not compared; ``parts.Training`` compares their sizes.
     """
 
     rollouts: list[Rollout] = field(compare=False)
     terms: Terms
     accumulates: bool
-    dtype: torch.dtype
+    autocast: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +59,11 @@ def _count_beside(model: Model, *known: torch.Tensor) -> StorageCounter:
     return StorageCounter([*model.net.parameters(), *model.net.buffers(), *known])
 
 
-def measure_forward(model: Model, sides: list[Side], dtype: torch.dtype) -> dict[str, float]:
+def measure_forward(model: Model, sides: list[Side], autocast: bool) -> dict[str, float]:
     """Return the peak bytes of a forward pass without gradient, and the bytes that it returns."""
     counter = _count_beside(model)
     with torch.no_grad(), counter:
-        with scoring.autocast(model, dtype):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             hidden_ND = scoring.hidden_rows(model, sides)
         peak, kept = counter.take_peak(), counter.live
         del hidden_ND
@@ -90,7 +89,7 @@ def measure_update(network: Masters, teacher: Head, work: MicroBatch) -> dict[st
     masters = network.copies.values()
     counter = _count_beside(model, *masters, *gradients, teacher_NE, teacher.weight_VD)
     with counter:
-        with scoring.autocast(model, work.dtype):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.autocast):
             student_ND = scoring.hidden_rows(model, student_sides(work.rollouts))
         forward = counter.take_peak()
         # The values are bound to a name, as in a step: they stay alive and count.

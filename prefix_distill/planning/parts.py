@@ -8,8 +8,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
-
 from ..engine.masters import Masters
 from ..engine.rollout import Rollout, Side
 from ..maths.divergence import Head
@@ -39,18 +37,15 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """A forward pass without gradient. ``sizes``: those of the rollouts that have ``sides``.
-
-    ``dtype``: the compute dtype.
-    """
+    """A forward pass without gradient. ``sizes``: those of the rollouts that have ``sides``."""
 
     sizes: Sizes
-    dtype: torch.dtype
+    autocast: bool
     sides: list[Side] = field(compare=False)
 
     def measure(self, network: Masters) -> Bytes:
         """Return the peak bytes, and the bytes of the hidden rows."""
-        return measuring.measure_forward(network.student, self.sides, self.dtype)
+        return measuring.measure_forward(network.student, self.sides, self.autocast)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,7 +134,7 @@ def _first_token_distribution(run: Run, model: Model, prompt: Ids) -> torch.Tens
     """Return a model's distribution [V] over the first token after ``prompt``, on the CPU."""
     # The hidden state that predicts a response's first token does not depend on that token.
     side = Side(prompt=prompt, ids=prompt[:1], rows=(0,))
-    with scoring.autocast(model, run.place.dtype):
+    with run.place.autocast(model.device):
         hidden_ND = scoring.hidden_rows(model, [side])
     logits_ND = model.head().to(run.place.head_dtype).logits(hidden_ND)
     return logits_ND[0].softmax(-1).cpu()

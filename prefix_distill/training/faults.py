@@ -13,10 +13,9 @@ from ..engine.rollout import Rollout, Side
 from ..errors import MemoryShortage
 from .loss import TokenLosses
 from .run import Run
-from .state import State
 
 
-def describe_non_finite(state: State, losses: TokenLosses) -> str | None:
+def describe_non_finite(run: Run, losses: TokenLosses) -> str | None:
     """Return which divergence is not finite on any rank, and why; None: all are finite.
 
     All ranks call it and get the same answer.
@@ -25,21 +24,20 @@ def describe_non_finite(state: State, losses: TokenLosses) -> str | None:
     found = losses.find_non_finite()
     if found is not None:
         rollout, where = found
-        reason = f"{where}{_explain(state, rollout)}"
-    return next(filter(None, state.run.place.gather(reason)), None)
+        reason = f"{where}{_explain(run, rollout)}"
+    return next(filter(None, run.place.gather(reason)), None)
 
 
 @torch.no_grad()
-def _explain(state: State, rollout: Rollout) -> str:
+def _explain(run: Run, rollout: Rollout) -> str:
     """Return which weight, hidden state or logit of the two models is not finite.
 
     Weights are checked first, then hidden states and logits on ``rollout``, the teacher's before
     the student's.
     """
-    run = state.run
     sides = (
-        ("teacher", state.pair.teacher, rollout.teacher),
-        ("student", state.pair.student, rollout.student),
+        ("teacher", run.pair.teacher, rollout.teacher),
+        ("student", run.pair.student, rollout.student),
     )
     for role, model, _ in sides:
         for name, p in model.net.named_parameters():
@@ -53,7 +51,7 @@ def _explain(state: State, rollout: Rollout) -> str:
 
 
 def _find_in_pass(run: Run, model: Model, side: Side) -> str | None:
-    with scoring.autocast(model, run.place.dtype):
+    with run.place.autocast(model.device):
         hidden_ND = scoring.hidden_rows(model, [side])
     if not torch.isfinite(hidden_ND).all():
         return "hidden states"

@@ -78,7 +78,7 @@ class StudentLoss(torch.nn.Module):
             return self._touch_parameters()
         pair, student = run.pair, self.masters.student
         if student_ND is None:
-            with scoring.autocast(student, run.place.dtype):
+            with run.place.autocast(run.place.device):
                 student_ND = scoring.hidden_rows(student, student_sides(rollouts))
         student_head = self.masters.head()
         terms = choose_terms(run, rollouts)

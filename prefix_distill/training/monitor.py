@@ -300,7 +300,7 @@ class Monitor:
         if masters.sampler is masters.student:
             return None
         copies = Pair(
-            student=masters.sampler,
+            student=self.state.decoding,
             teacher=pair.student,
             student_shape=pair.student_shape,
             teacher_shape=pair.student_shape,

@@ -57,7 +57,7 @@ def _take_step(state: State) -> None:
     if not run.place.sum(sum(len(r.taught) for r in rollouts)):
         return  # two tokenizers may have no unit in common in this text
     losses = update.backward(update.select(rollouts))
-    reason = describe_non_finite(state, losses)
+    reason = describe_non_finite(run, losses)
     if reason is not None:
         _refuse(reason)
     try:

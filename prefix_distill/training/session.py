@@ -163,7 +163,7 @@ class Session:
 
     def refuse_non_finite(self, losses: TokenLosses) -> None:
         """Stop the run on all ranks if any rank has a non-finite divergence; name the cause."""
-        reason = describe_non_finite(self.state, losses)
+        reason = describe_non_finite(self.run, losses)
         if reason is not None:
             self.state.stop(reason)
 

@@ -42,7 +42,7 @@ def add_gradients(student, teacher, rollouts, dtype, head=None) -> None:
     for r in rollouts:
         with torch.no_grad():
             teacher_NE = scoring.hidden_rows(teacher, teacher_sides([r]))
-        with scoring.autocast(student, dtype):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             student_ND = scoring.hidden_rows(student, student_sides([r]))
         loss, _, _ = fused.weighted(
             Terms(name="reverse-kl", dtype=dtype, memory_bytes=1 << 14),

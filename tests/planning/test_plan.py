@@ -84,7 +84,7 @@ def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes, dty
     with Held(
         [*known, *(p.grad for p in real.net.parameters()), teacher_NE, head.weight_VD]
     ) as held:
-        with scoring.autocast(masters.student, dtype):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             rows = scoring.hidden_rows(masters.student, student_sides(group))
         loss, _, _ = weighted(
             make_case().terms,
@@ -99,7 +99,12 @@ def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes, dty
     settings = Network(torch.float32, recomputes=recomputes)
     ghost = ghosts.sketch("m", tiny_config(kind, width=64), settings)
     ghost.net.requires_grad_(True)
-    work = MicroBatch(rollouts=group, terms=make_case().terms, accumulates=True, dtype=dtype)
+    work = MicroBatch(
+        rollouts=group,
+        terms=make_case().terms,
+        accumulates=True,
+        autocast=dtype == torch.bfloat16,
+    )
     network = Masters(ghost, dtype)
     found = measuring.measure_update(network, Head(weight_VD=ghosts.make_ghost((260, 64))), work)
     assert max(found.values()) == pytest.approx(held.peak, rel=0.01)
