@@ -1,24 +1,25 @@
 """Compare ways to train a student in bfloat16: time and memory of an update, error of its gradient.
 
-    python tests/benchmarks/working_copy.py [--quick] [--pairs 3] [--work FOLDER]
+    python tests/benchmarks/working_copy.py [--quick] [--rounds 5] [--threads 2] [--work FOLDER]
 
     autocast  float32 weights under autocast, which casts each of them for every micro-batch, and a
               copy in bfloat16 that samples: the way before engine/masters.py
     copy      the matrices of linear layers are those of the copy that samples: what runs do
-    bfloat16  the copy that samples also trains, without autocast: its residual stream, norms and
-              embeddings are in bfloat16, too
+    bfloat16  the copy that samples also trains: its residual stream, norms and embeddings are in
+              bfloat16, too, and autocast has nothing to cast
 
-About 15 minutes on 2 cores. The pair is that of real_pair.py. An update has 8 rollouts in
+About 10 minutes on 2 cores. The pair is that of real_pair.py. An update has 8 rollouts in
 micro-batches of at most 4: GSM8K questions in the chat template, each followed by the first 64
 tokens of another question. Nothing is sampled. Seconds are those of the gradients of all
 micro-batches, with the teacher's scoring, and those of AdamW's step with the refresh of the copy.
-Peak memory is the highest resident set during them (``clear_refs``, then ``VmHWM``: Linux only).
-Every arm has a process of its own, and the arms alternate; ratios are within a round.
+The arms alternate in one process; the first update of each is warm-up; ratios are within a round.
+Peak memory is the highest resident set of an update, in a process for each arm (``clear_refs``,
+then ``VmHWM``: Linux only).
 
 The error of a gradient is the norm of its difference from float32's over the norm of float32's: of
 the whole gradient, and the median over tensors. Ratios to autocast are geometric means over the
 updates. The last printed line is JSON, also written to tests/benchmarks/results/working_copy.json.
-``--quick`` runs one round with the built-in pair and writes nothing.
+``--quick`` runs three rounds with the built-in pair and writes nothing.
 """
 
 import argparse
@@ -112,27 +113,38 @@ def accumulate(state, step: int) -> None:
             copied.grad = None
 
 
-def time_updates(run, arm: str) -> dict:
-    """Return the median seconds of an update's two parts, and the peak memory."""
+def time_update(state, step: int) -> dict[str, float]:
+    """Return the seconds of an update's two parts."""
     from prefix_distill.training.optimizer import step_optimizer
 
+    start = time.perf_counter()
+    accumulate(state, step)
+    middle = time.perf_counter()
+    step_optimizer(state.optimizer, state.masters.weights, rate=RATE, grad_clip=1.0)
+    state.refresh_copies()
+    return {"gradients": middle - start, "step": time.perf_counter() - middle}
+
+
+def time_arms(run, rounds: int) -> dict[str, list[dict]]:
+    """Return the seconds of every arm's updates. All arms train the same master weights."""
+    states = {arm: open_state(run, arm) for arm in ARMS}
+    for state in states.values():
+        time_update(state, 0)  # creates AdamW's moments
+    seconds: dict[str, list[dict]] = {arm: [] for arm in ARMS}
+    for i in range(rounds):
+        order = ARMS if i % 2 == 0 else ARMS[::-1]
+        for arm in order:
+            seconds[arm].append(time_update(states[arm], i % UPDATES))
+    return seconds
+
+
+def measure_peak(run, arm: str) -> int:
+    """Return the highest resident bytes of an arm's second update."""
     state = open_state(run, arm)
-    gradients, steps = [], []
-    for step in range(UPDATES):
-        if step == 1:  # the first update creates AdamW's moments
-            measure.reset_peak()
-        start = time.perf_counter()
-        accumulate(state, step)
-        middle = time.perf_counter()
-        step_optimizer(state.optimizer, state.masters.weights, rate=RATE, grad_clip=1.0)
-        state.refresh_copies()
-        gradients.append(middle - start)
-        steps.append(time.perf_counter() - middle)
-    return {
-        "gradient_seconds": statistics.median(gradients[1:]),
-        "step_seconds": statistics.median(steps[1:]),
-        "peak_bytes": measure.memory("VmHWM"),
-    }
+    time_update(state, 0)
+    measure.reset_peak()
+    time_update(state, 1)
+    return measure.memory("VmHWM")
 
 
 def take_gradient(state, step: int) -> dict:
@@ -171,29 +183,38 @@ def child(task: str, given) -> dict:
     flags = ["--quick"] * given.quick
     if given.work is not None:
         flags += ["--work", str(given.work)]
-    return measure.child(__file__, "--child", task, *flags)
+    return measure.child(
+        __file__, "--child", task, "--rounds", given.rounds, "--threads", given.threads, *flags
+    )
 
 
 def run_child(task: str, given) -> dict:
-    """Return the document of a task: an arm, or errors."""
+    """Return the document of a task: times, errors, or the peak memory of an arm."""
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(given.threads)
     folder = None if given.quick else given.work
     if task == "errors":
         return measure_errors(folder)
-    return time_updates(prepare(folder, "bfloat16"), task) | {"machine": measure.machine()}
+    run = prepare(folder, "bfloat16")
+    if task == "times":
+        return {"seconds": time_arms(run, given.rounds), "machine": measure.machine()}
+    return {"peak_bytes": measure_peak(run, task)}
 
 
-def summarize(rounds: list[dict[str, dict]], errors: dict) -> list[dict]:
-    """Return a row for each arm: medians, and ratios to autocast [lowest, highest]."""
+def summarize(seconds: dict, peaks: dict[str, int], errors: dict) -> list[dict]:
+    """Return a row for each arm: medians, and ratios to autocast [median, lowest, highest]."""
     table = []
     for arm in ARMS:
         row: dict = {"arm": arm}
-        for key in ("gradient_seconds", "step_seconds", "peak_bytes"):
-            ratios = [one[arm][key] / one["autocast"][key] for one in rounds]
-            row[key] = statistics.median(one[arm][key] for one in rounds)
-            row[f"{key}_ratio"] = [statistics.median(ratios), min(ratios), max(ratios)]
+        for part in ("gradients", "step"):
+            values = [one[part] for one in seconds[arm]]
+            others = [one[part] for one in seconds["autocast"]]
+            ratios = [ours / its for ours, its in zip(values, others, strict=True)]
+            row[f"{part}_seconds"] = statistics.median(values)
+            row[f"{part}_ratio"] = [statistics.median(ratios), min(ratios), max(ratios)]
+        row["peak_bytes"] = peaks[arm]
+        row["peak_ratio"] = peaks[arm] / peaks["autocast"]
         for i, key in enumerate(("error", "tensor_error")):
             pairs = zip(errors[arm], errors["autocast"], strict=True)
             row[key] = statistics.geometric_mean(error[i] for error in errors[arm])
@@ -211,43 +232,43 @@ def bfloat16_instructions() -> list[str]:
 def show(table: list[dict]) -> None:
     for row in table:
         print(
-            f"{row['arm']:<9} gradients {row['gradient_seconds']:.2f} s "
-            f"({row['gradient_seconds_ratio'][0]:.2f}), step {row['step_seconds']:.2f} s "
-            f"({row['step_seconds_ratio'][0]:.2f}), peak {row['peak_bytes'] / 2**30:.2f} GiB "
-            f"({row['peak_bytes_ratio'][0]:.2f}), error {row['error']:.4f} "
-            f"({row['error_ratio']:.2f}), of a tensor {row['tensor_error']:.4f} "
-            f"({row['tensor_error_ratio']:.2f})"
+            f"{row['arm']:<9} gradients {row['gradients_seconds']:.2f} s "
+            f"({row['gradients_ratio'][0]:.2f}), step {row['step_seconds']:.2f} s "
+            f"({row['step_ratio'][0]:.2f}), peak {row['peak_bytes'] / 2**30:.2f} GiB "
+            f"({row['peak_ratio']:.2f}), error {row['error']:.4f} ({row['error_ratio']:.2f}), "
+            f"of a tensor {row['tensor_error']:.4f} ({row['tensor_error_ratio']:.2f})"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--pairs", type=int, default=3, help="rounds of all arms")
+    parser.add_argument("--rounds", type=int, default=5, help="updates of every arm")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, help="folder that keeps the pair")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         measure.record("", run_child(given.child, given), keep=False)
         return
+    if given.quick:
+        given.rounds = 3
     with tempfile.TemporaryDirectory() as scratch:
         if not given.quick:
             import scaling
 
             given.work = scaling.pair(given.work or Path(scratch))
-        rounds = []
-        for i in range(1 if given.quick else given.pairs):
-            order = ARMS if i % 2 == 0 else ARMS[::-1]
-            rounds.append({arm: child(arm, given) for arm in order})
+        times = child("times", given)
+        peaks = {arm: child(arm, given)["peak_bytes"] for arm in ARMS}
         errors = child("errors", given)
-    table = summarize(rounds, errors)
+    table = summarize(times["seconds"], peaks, errors)
     show(table)
     document = {
         "table": table,
-        "rounds": len(rounds),
+        "rounds": given.rounds,
         "updates": UPDATES,
         "bfloat16_instructions": bfloat16_instructions(),
-        **rounds[0]["copy"]["machine"],
+        **times["machine"],
     }
     measure.record("working_copy", document, keep=not given.quick)
 
