@@ -32,6 +32,7 @@ TABLES = {  # program → key of the table in its JSON document
     "selection": "table",
     "soak": "resumed_from",
     "update_vs_trl": "cases",
+    "working_copy": "table",
 }
 # These programs share a work folder, because loading the GGUF file takes most of the time.
 WORK = {"limit": "smollm2", "rollout": "smollm2", "scaling": "smollm2", "update_vs_trl": "."}
