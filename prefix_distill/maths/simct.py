@@ -105,7 +105,8 @@ class _Weighted(torch.autograd.Function):
             span_gradient_P = one_pass.compare_spans()
             one_pass.add_span_tokens(span_gradient_P)
 
-        ctx.grads = into.hidden, into.weight if needs[1] else None, into.bias
+        grad_weight = into.weight if needs[1] else None
+        ctx.grads = into.hidden, grad_weight, into.bias
         ctx.dtypes = weight_VD.dtype, getattr(bias_V, "dtype", None)
         ctx.mark_non_differentiable(one_pass.value_U)
         return (weight_U * one_pass.value_U).sum(), one_pass.value_U, None
