@@ -35,6 +35,7 @@ TABLES = {  # program → key of the table in its JSON document
     "shared_prompts": "table",
     "soak": "resumed_from",
     "update_vs_trl": "cases",
+    "working_copy": "table",
 }
 # These programs share a work folder, because loading the GGUF file takes most of the time.
 WORK = {

@@ -3,9 +3,13 @@
 import copy
 import itertools
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from .transformers_names import CausalLM
 
 
 def cast(net: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -21,6 +25,26 @@ def cast(net: PreTrainedModel, dtype: torch.dtype) -> None:
             plain = name.replace(".base_layer", "")  # of peft's wrapper
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtypes.get(plain, dtype))
+
+
+def copy_in(net: "CausalLM", dtype: torch.dtype) -> "CausalLM":
+    """Return a copy of a network in another dtype, with the dtypes of ``cast``.
+
+    A tensor that keeps its dtype is not copied: both networks have it. Tied tensors stay tied, and
+    what trains in ``net`` trains in the copy.
+    """
+    dtypes = _dtypes_at_load(net, dtype)
+    tensors: dict[int, torch.Tensor] = {}  # what deepcopy uses instead of its own copy, by id
+    for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers()):
+        copied = tensor
+        if tensor.is_floating_point():
+            copied = tensor.detach().to(dtypes.get(name, dtype))
+        if copied.dtype == tensor.dtype:
+            copied = tensor
+        elif isinstance(tensor, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, tensor.requires_grad)
+        tensors[id(tensor)] = copied
+    return copy.deepcopy(net, tensors)
 
 
 def cast_state(

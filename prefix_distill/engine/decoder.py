@@ -36,14 +36,14 @@ class _ColumnsFirst(torch.nn.Linear):
 def make_decoder(model: Model, dtype: torch.dtype) -> Model:
     """Return a model that samples like ``model`` and decodes faster.
 
-    If ``dtype`` is not the model's, this is a copy in ``dtype``, which ``refresh_decoder`` updates:
-    with float32 weights, autocast would cast every weight for every token. In float32 on a CPU, it
-    has the same parameters in faster linear layers. Otherwise it is ``model`` itself.
+    If no weight is in ``dtype``, this is a copy in ``dtype``: with float32 weights, autocast would
+    cast every weight for every token. In float32 on a CPU, it has the same parameters in
+    faster linear layers. Otherwise it is ``model`` itself.
     """
     if model.home is not None or getattr(model.net, "is_quantized", False):
         return model
     model.forget_state()  # tensors with a graph cannot be copied
-    if dtype != model.net.dtype:
+    if dtype not in {p.dtype for p in model.net.parameters()}:
         net = copy.deepcopy(model.net).requires_grad_(False)
         cast(net, dtype)
         return replace(model, net=net)
@@ -67,12 +67,3 @@ def _with_faster_linears(net: "CausalLM") -> "CausalLM":
             linear.bias = child.bias
             setattr(parent, name, linear)
     return faster
-
-
-@torch.no_grad()
-def refresh_decoder(decoding: Model, student: Model) -> None:
-    """Copy the student's weights into a decoding model that has its own."""
-    own: list[torch.Tensor] = list(decoding.net.parameters())
-    weights: list[torch.Tensor] = list(student.net.parameters())
-    if own[0] is not weights[0]:
-        torch._foreach_copy_(own, weights)

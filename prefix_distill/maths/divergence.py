@@ -19,17 +19,19 @@ class Head:
 
     logits = softcap·tanh(z/softcap) with z = scale·(hidden·weightᵀ + bias). ``softcap`` None: no
     cap. ``weight_VD`` may be a slice of a trainable parameter, tied or not: the gradient flows back
-    through the slice.
+    through the slice. ``gradient_VD``: where the loss adds this gradient in float32; None: autograd
+    gets it.
     """
 
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    gradient_VD: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Head":
         """Return the same head without gradient, with its weight in ``dtype``."""
-        return replace(self, weight_VD=self.weight_VD.detach().to(dtype))
+        return replace(self, weight_VD=self.weight_VD.detach().to(dtype), gradient_VD=None)
 
     def logits(self, hidden_ND: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return float32 logits [N, V] of hidden rows, in ``out`` if given.

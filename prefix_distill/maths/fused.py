@@ -34,6 +34,9 @@ def weighted(  # noqa: PLR0913  the operands of one formula
     from closed forms. So no [N, V] table outlives its chunk, and nothing is projected again. The
     teacher and a frozen head get no gradient.
 
+    If the student's head has ``gradient_VD``, the forward pass adds the gradient of its weight
+    there. It is right for a caller that differentiates this sum itself, and no function of it.
+
     ``weight_N``: already normalized, for example divided by the taught tokens of the whole step.
     ``token_N``: the realized tokens, for the sampled estimator and the cross-entropy.
     ``sampler_logp_N``: their log-probability when they were sampled, for the sampled estimator.
@@ -47,7 +50,7 @@ def weighted(  # noqa: PLR0913  the operands of one formula
         teacher_rows = teacher_NE.detach()
     result: tuple[Tensor, Tensor, Tensor | None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch leaves apply unannotated
         student_ND,
-        student_head.weight_VD,
+        differentiated_weight(student_head),
         student_head.bias_V,
         weight_N,
         teacher_rows,
@@ -133,11 +136,12 @@ class _Weighted(torch.autograd.Function):
             sampler_logp_N=sampler_logp_N,
             row_weight=weight_N[:, None] * (student_head.scale / terms.temperature),
             grad_hidden=grad_hidden,
-            grad_weight=float32_zeros(weight_VD, needs_weight),
+            grad_weight=start_weight_gradient(student_head, needs_weight),
             grad_bias=float32_zeros(bias_V, needs_bias),
         )
         value_N, clipped_N = one_pass.run()
-        ctx.grads = one_pass.grad_hidden, one_pass.grad_weight, one_pass.grad_bias
+        grad_weight = one_pass.grad_weight if needs_weight else None
+        ctx.grads = one_pass.grad_hidden, grad_weight, one_pass.grad_bias
         ctx.dtypes = weight_VD.dtype, getattr(bias_V, "dtype", None)
         ctx.mark_non_differentiable(*(t for t in (value_N, clipped_N) if t is not None))
         return (weight_N * value_N).sum(), value_N, clipped_N
@@ -279,6 +283,23 @@ def scale_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     if bias is not None:
         bias = bias.mul_(grad_loss).to(ctx.dtypes[1])
     return hidden, weight, bias
+
+
+def differentiated_weight(head: Head) -> Tensor:
+    """Return the head's weight, detached if its gradient has a table to be added to."""
+    if head.gradient_VD is None:
+        return head.weight_VD
+    return head.weight_VD.detach()
+
+
+def start_weight_gradient(head: Head, needed: bool) -> Tensor | None:
+    """Return the float32 table [V, D] that the gradient of the head's weight is added to.
+
+    None: autograd does not need it, and the head has no table for it.
+    """
+    if head.gradient_VD is not None:
+        return head.gradient_VD
+    return float32_zeros(head.weight_VD, needed)
 
 
 def float32_zeros(like: Tensor | None, needed: bool) -> Tensor | None:

@@ -26,7 +26,12 @@ from torch import Tensor
 
 from .divergence import Head, Terms, per_token, value_and_gradient
 from .formulas import forward_kl
-from .fused import float32_zeros, scale_gradients
+from .fused import (
+    differentiated_weight,
+    float32_zeros,
+    scale_gradients,
+    start_weight_gradient,
+)
 from .units import Support, Units, events_of, rows_at, rows_per_chunk, span_scores
 
 __all__ = ["Support", "Units", "rows_per_chunk", "statistics", "weighted"]
@@ -51,7 +56,7 @@ def weighted(  # noqa: PLR0913  the operands of one formula
     """
     result: tuple[Tensor, Tensor, None] = _Weighted.apply(  # type: ignore[no-untyped-call]  # torch leaves apply unannotated
         student_ND,
-        student_head.weight_VD,
+        differentiated_weight(student_head),
         student_head.bias_V,
         weight_U,
         teacher_ME.detach(),
@@ -100,7 +105,8 @@ class _Weighted(torch.autograd.Function):
             span_gradient_P = one_pass.compare_spans()
             one_pass.add_span_tokens(span_gradient_P)
 
-        ctx.grads = into.hidden, into.weight, into.bias
+        grad_weight = into.weight if needs[1] else None
+        ctx.grads = into.hidden, grad_weight, into.bias
         ctx.dtypes = weight_VD.dtype, getattr(bias_V, "dtype", None)
         ctx.mark_non_differentiable(one_pass.value_U)
         return (weight_U * one_pass.value_U).sum(), one_pass.value_U, None
@@ -223,7 +229,7 @@ class _Gradients:
         self.hidden_ND, self.head, self.terms = hidden_ND, head, terms
         self.weight_VD = head.weight_VD.detach().to(terms.dtype)
         self.hidden = float32_zeros(hidden_ND, needs[0])
-        self.weight = float32_zeros(head.weight_VD, needs[1])
+        self.weight = start_weight_gradient(head, needs[1])
         self.bias = float32_zeros(head.bias_V, needs[2])
 
     def add(

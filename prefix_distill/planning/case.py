@@ -17,11 +17,15 @@ PromptLengths = tuple[int, int]  # tokens of a prompt: the student's, the teache
 
 
 class Network(NamedTuple):
-    """How a network is loaded. ``recomputes``: with gradient checkpointing."""
+    """How a network is loaded. ``recomputes``: with gradient checkpointing.
+
+    ``copied_in``: the dtype of its working copy (engine/masters.py); None: there is none.
+    """
 
     dtype: torch.dtype
     adapter: Adapter | None = None
     recomputes: bool = False
+    copied_in: torch.dtype | None = None
 
 
 class Dtypes(NamedTuple):
@@ -76,26 +80,16 @@ class Case:
         return make_rollouts(self.prompts, self.samples, self.prefix)
 
     @property
-    def trained_dtype(self) -> torch.dtype:
-        """Return the dtype of the student's weights: float32 if all of them train."""
-        if self.adapter is None:
-            return torch.float32
-        return self.dtype
-
-    @property
     def student(self) -> Network:
-        """Return the student as loaded and evaluated."""
-        return Network(self.trained_dtype, self.adapter)
+        """Return the student as it samples and is evaluated: in float32 if all weights train."""
+        if self.adapter is None:
+            return Network(torch.float32, copied_in=self.dtype)
+        return Network(self.dtype, self.adapter)
 
     @property
     def training(self) -> Network:
         """Return the student in a step."""
-        return Network(self.trained_dtype, self.adapter, self.recomputes)
-
-    @property
-    def decoding(self) -> Network:
-        """Return the student while it samples."""
-        return Network(self.dtype, self.adapter)
+        return self.student._replace(recomputes=self.recomputes)
 
     @property
     def teacher(self) -> Network:

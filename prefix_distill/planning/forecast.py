@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..engine.batching import micro_batches
+from ..engine.masters import Masters
 from ..engine.models import Model
 from ..engine.rollout import Rollout, student_sides, teacher_sides
 from ..engine.shapes import attention_widths, widest_matrix
@@ -42,7 +43,7 @@ class Forecaster:
     ):
         self.configs = {STUDENT: student, TEACHER: teacher}
         self.names = {STUDENT: names[0], TEACHER: names[1]}
-        self.networks: dict[tuple[str, Network, int | None], Model] = {}
+        self.networks: dict[tuple[str, Network, int | None], Masters] = {}
         self.measurements: dict[tuple[str, Network, Part], Bytes] = {}
         self.comparisons: dict[tuple[Network, Network, torch.dtype, Sizes], int] = {}
         self.forecasts: dict[Case, dict] = {}
@@ -91,8 +92,8 @@ class Forecaster:
         all_train = case.adapter is None
         # Two moments of AdamW and the gradient, in float32.
         weights = {"student": student["all"], "AdamW's moments": 8 * trainable}
-        if all_train and case.dtype != torch.float32:
-            weights["decoding copy"] = trainable * case.dtype.itemsize
+        if student["copy"]:
+            weights["working copy"] = student["copy"]
         # A LoRA student without its adapter is its own teacher and needs no second copy.
         if all_train or not case.starts_as_student:
             weights["teacher"] = teacher["all"]
@@ -170,31 +171,31 @@ class Forecaster:
 
     def _generate(self, case: Case, role: str, prompts: list[int], new_tokens: int) -> float:
         """Return the peak bytes while a model samples ``case.samples`` responses per prompt."""
-        settings = case.teacher
-        if role == STUDENT:
-            settings = case.decoding
         rows = min(case.rows, case.samples * len(prompts))
         # ``generate`` sorts by length, so the longest prompts meet in one call.
         longest = sorted(prompts, reverse=True)[: -(-rows // case.samples)]
         work = Generation(
             prompts=tuple(longest), samples=case.samples, rows=rows, new_tokens=new_tokens
         )
-        peaks = self._measure(role, settings, Sampling(support=case.support, work=work))
+        peaks = self._measure(
+            role, _settings(case, role), Sampling(support=case.support, work=work)
+        )
         return max(peaks.values())
 
     def _shallow(self, case: Case, role: str) -> Model:
         """Return a network with few layers, of which only the head is used."""
         depth = choose_depths(self.configs[role])[0]
-        return replace(self._sketch(role, _settings(case, role), depth), support=case.support)
+        network = self._sketch(role, _settings(case, role), depth)
+        return replace(network.student, support=case.support)
 
-    def _sketch(self, role: str, settings: Network, layers: int) -> Model:
+    def _sketch(self, role: str, settings: Network, layers: int) -> Masters:
         """Return a network of ghosts; the student's weights train unless it has an adapter."""
         key = (role, settings, layers)
         if key not in self.networks:
             model = sketch(self.names[role], self.configs[role], settings, layers=layers)
-            if role == STUDENT and settings.adapter is None and settings.dtype == torch.float32:
+            if role == STUDENT and settings.adapter is None:
                 model.train_weights()
-            self.networks[key] = model
+            self.networks[key] = Masters(model, settings.copied_in or torch.float32)
         return self.networks[key]
 
     def _measure(self, role: str, settings: Network, part: Part) -> Bytes:

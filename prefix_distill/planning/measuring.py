@@ -7,6 +7,7 @@ from transformers import Cache
 
 from ..engine import scoring
 from ..engine.decoding_loop import contiguous_head_input
+from ..engine.masters import Masters
 from ..engine.models import Model
 from ..engine.rollout import Rollout, Side, student_sides
 from ..engine.transformers_names import name_cache_argument
@@ -41,11 +42,15 @@ class Generation:
     new_tokens: int
 
 
-def measure_weights(model: Model) -> dict[str, float]:
-    """Return the bytes of the parameters and buffers, and the number of trained elements."""
-    tensors = [*model.net.parameters(), *model.net.buffers()]
+def measure_weights(network: Masters) -> dict[str, float]:
+    """Return the bytes of parameters and buffers, those of the working copy, and what trains.
+
+    ``trainable`` is a number of elements.
+    """
+    tensors = [*network.model.net.parameters(), *network.model.net.buffers()]
     return {
         "all": sum(storage_of(t).nbytes() for t in tensors),
+        "copy": sum(storage_of(t).nbytes() for t in network.copies),
         "trainable": sum(t.numel() for t in tensors if t.requires_grad),
     }
 
@@ -66,23 +71,24 @@ def measure_forward(model: Model, sides: list[Side], autocast: bool) -> dict[str
     return {"peak": peak, "rows": kept}
 
 
-def measure_update(model: Model, teacher: Head, work: MicroBatch) -> dict[str, float]:
+def measure_update(network: Masters, teacher: Head, work: MicroBatch) -> dict[str, float]:
     """Return the peak bytes of each phase of a student's micro-batch, and those at its end.
 
     Each value is linear in the depth of the network; their maximum is not. Gradients that earlier
     micro-batches have left are not counted.
     """
-    trained = list(model.trainable.values())
+    model = network.student
     gradients: list[torch.Tensor] = []
     # Later micro-batches find gradients that are held all the time and are counted elsewhere.
-    for p in trained:
+    for p in network.weights.values():
         p.grad = None
         if work.accumulates:
             p.grad = make_ghost(p.shape)
             gradients.append(p.grad)
     count = len(scoring.tokens(work.rollouts))
     teacher_NE = make_ghost((count, teacher.weight_VD.shape[1]))
-    counter = _count_beside(model, *gradients, teacher_NE, teacher.weight_VD)
+    masters = network.copies.values()
+    counter = _count_beside(model, *masters, *gradients, teacher_NE, teacher.weight_VD)
     with counter:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.autocast):
             student_ND = scoring.hidden_rows(model, student_sides(work.rollouts))
@@ -91,7 +97,7 @@ def measure_update(model: Model, teacher: Head, work: MicroBatch) -> dict[str, f
         loss, _value_N, _ = weighted(
             work.terms,
             student_ND=student_ND,
-            student_head=model.head(),
+            student_head=network.head(),
             teacher_NE=teacher_NE,
             teacher_head=teacher,
             weight_N=torch.ones(count),
@@ -100,7 +106,7 @@ def measure_update(model: Model, teacher: Head, work: MicroBatch) -> dict[str, f
         loss_peak = counter.take_peak()
         loss.backward()
         backward, end = counter.take_peak(), counter.live
-    for p in trained:
+    for p in network.weights.values():
         p.grad = None
     return {"read": forward, "loss": loss_peak, "backward": backward, "end": end}
 

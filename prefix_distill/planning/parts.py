@@ -3,11 +3,12 @@
 Equal parts need equal memory, so that a part is the key of its own measurement.
 """
 
+import copy
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ..engine.models import Model
+from ..engine.masters import Masters
 from ..engine.rollout import Rollout, Side
 from ..maths.divergence import Head
 from . import measuring
@@ -21,17 +22,17 @@ Sizes = tuple[tuple[int, int, int, int], ...]
 class Part(Hashable, Protocol):
     """What a network does, and how much memory that takes."""
 
-    def measure(self, model: Model) -> Bytes:
-        """Return the bytes of the part on ``model``, by what they are used for."""
+    def measure(self, network: Masters) -> Bytes:
+        """Return the bytes of the part on ``network``, by what they are used for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """The weights of a network."""
 
-    def measure(self, model: Model) -> Bytes:
-        """Return the bytes of all weights, and the number of those that train."""
-        return measuring.measure_weights(model)
+    def measure(self, network: Masters) -> Bytes:
+        """Return the bytes of all weights and of their copy, and the number of those that train."""
+        return measuring.measure_weights(network)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,9 @@ class Forward:
     autocast: bool
     sides: list[Side] = field(compare=False)
 
-    def measure(self, model: Model) -> Bytes:
+    def measure(self, network: Masters) -> Bytes:
         """Return the peak bytes, and the bytes of the hidden rows."""
-        return measuring.measure_forward(model, self.sides, self.autocast)
+        return measuring.measure_forward(network.student, self.sides, self.autocast)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,11 @@ class Training:
     work: MicroBatch
     teacher_head: Head = field(compare=False)
 
-    def measure(self, model: Model) -> Bytes:
+    def measure(self, network: Masters) -> Bytes:
         """Return the peak bytes of each phase, and those at the end."""
-        model = replace(model, support=self.support)
-        return measuring.measure_update(model, self.teacher_head, self.work)
+        network = copy.copy(network)
+        network.student = replace(network.student, support=self.support)
+        return measuring.measure_update(network, self.teacher_head, self.work)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,10 @@ class Sampling:
     support: int | None
     work: Generation
 
-    def measure(self, model: Model) -> Bytes:
+    def measure(self, network: Masters) -> Bytes:
         """Return the peak bytes of the prefill and of the last token."""
-        return measuring.measure_generation(replace(model, support=self.support), self.work)
+        model = replace(network.sampler, support=self.support)
+        return measuring.measure_generation(model, self.work)
 
 
 def describe_sizes(group: list[Rollout]) -> Sizes:

@@ -10,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import scoring
+from ..engine.masters import Masters
 from ..engine.rollout import Rollout, student_sides
 from ..engine.units import units_of
 from ..maths import fused, simct
@@ -48,12 +49,16 @@ class TokenLosses:
 
 
 class StudentLoss(torch.nn.Module):
-    """Runs the student over a micro-batch and returns its weighted divergence from the teacher."""
+    """Runs the student over a micro-batch and returns its weighted divergence from the teacher.
 
-    def __init__(self, run: Run):
+    The parameters are the master weights, whose gradients DDP all-reduces.
+    """
+
+    def __init__(self, run: Run, masters: Masters):
         super().__init__()
         self.net = run.pair.student.net
         self.run = run
+        self.masters = masters
 
     def forward(
         self,
@@ -71,10 +76,11 @@ class StudentLoss(torch.nn.Module):
         run = self.run
         if rollouts is None or weight_N is None:
             return self._touch_parameters()
-        pair = run.pair
+        pair, student = run.pair, self.masters.student
         if student_ND is None:
             with run.place.autocast(run.place.device):
-                student_ND = scoring.hidden_rows(pair.student, student_sides(rollouts))
+                student_ND = scoring.hidden_rows(student, student_sides(rollouts))
+        student_head = self.masters.head()
         terms = choose_terms(run, rollouts)
         support = pair.shared_support
         if support is not None and teacher_NE is not None and rollouts[0].units is not None:
@@ -83,7 +89,7 @@ class StudentLoss(torch.nn.Module):
                 support=support,
                 units=units_of(rollouts),
                 student_ND=student_ND,
-                student_head=pair.student.head(),
+                student_head=student_head,
                 teacher_ME=teacher_NE,
                 teacher_head=pair.teacher.head(),
                 weight_U=weight_N,
@@ -91,7 +97,7 @@ class StudentLoss(torch.nn.Module):
         return fused.weighted(
             terms,
             student_ND=student_ND,
-            student_head=pair.student.head(),
+            student_head=student_head,
             teacher_NE=teacher_NE,
             teacher_head=pair.teacher.head(),
             weight_N=weight_N.to(student_ND.device),
@@ -102,7 +108,7 @@ class StudentLoss(torch.nn.Module):
     def _touch_parameters(self) -> torch.Tensor:
         """Return a zero loss that touches every parameter."""
         # Not a forward pass, which would touch only the experts that its tokens take.
-        touched = [p.flatten()[0].float() for p in self.run.pair.student.trainable.values()]
+        touched = [p.flatten()[0] for p in self.masters.weights.values()]
         return 0 * torch.stack(touched).sum()
 
 
@@ -123,9 +129,9 @@ def _sampler_logp(rollouts: list[Rollout]) -> torch.Tensor | None:
     return torch.tensor(logp)
 
 
-def make_loss(run: Run) -> torch.nn.Module:
+def make_loss(run: Run, masters: Masters) -> torch.nn.Module:
     """Return the student's loss, wrapped in DDP if there are several ranks."""
-    loss = StudentLoss(run)
+    loss = StudentLoss(run, masters)
     if run.place.world == 1:
         return loss
     known = inspect.signature(DistributedDataParallel).parameters

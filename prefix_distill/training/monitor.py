@@ -295,11 +295,11 @@ class Monitor:
         It measures how far a sampling copy in another dtype is from on-policy. None: the student
         itself samples.
         """
-        decoding, pair = self.state.decoding, self.run.pair
-        if decoding.net.dtype == pair.student.net.dtype:
+        masters, pair = self.state.masters, self.state.pair
+        if masters.sampler is masters.student:
             return None
         copies = Pair(
-            student=decoding,
+            student=self.state.decoding,
             teacher=pair.student,
             student_shape=pair.student_shape,
             teacher_shape=pair.student_shape,
@@ -358,7 +358,7 @@ def measure_contexts(
 ) -> list[Facts]:
     """Return both models' token statistics on the rollouts ``contexts``."""
     run = state.run
-    scorer = Scorer.reverse_kl(run.pair, run.place, run.method.terms.memory_bytes)
+    scorer = Scorer.reverse_kl(state.pair, run.place, run.method.terms.memory_bytes)
     return evaluate.held_out_facts(scorer, contexts, run.limits, meter=meter, phase=phase)
 
 

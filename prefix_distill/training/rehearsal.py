@@ -41,7 +41,7 @@ def rehearse(state: State) -> None:
             if isinstance(error, UserError | Stopped) or is_out_of_memory(error):
                 raise
             # a network may raise anything
-            nets = {"student": run.pair.student.net, "teacher": run.pair.teacher.net}
+            nets = {"student": state.pair.student.net, "teacher": run.pair.teacher.net}
             reason = describe_failure(torch.nn.ModuleDict(nets), error)
             _refuse(f"the network's code failed ({reason})", hint="use another model")
         finally:

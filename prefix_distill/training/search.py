@@ -8,7 +8,6 @@ import torch
 
 from ..display import flops_text, phase
 from ..engine import evaluate
-from ..engine.decoder import refresh_decoder
 from ..engine.meter import Meter
 from ..engine.sampling import GenerationCost
 from ..maths import extrapolation, intervals
@@ -72,7 +71,7 @@ class Search:
     def _score(self, meter: Meter) -> float:
         """Return the score of the weights that the student holds now."""
         state = self.state
-        refresh_decoder(state.decoding, state.run.pair.student)
+        state.masters.refresh()
         return candidate_score(state, meter)
 
     def _keep_displacement(self) -> None:

@@ -212,7 +212,7 @@ class Session:
             self.search.run()
 
     def refresh_copies(self) -> None:
-        """Bring the sampling copy, and an averaged teacher, up to date with the student."""
+        """Bring the working copy, and an averaged teacher, up to date with the student."""
         with self.state.clock.phase("optimizer"):
             self.state.refresh_copies()
 

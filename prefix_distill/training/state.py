@@ -7,8 +7,9 @@ from typing import NoReturn
 import torch
 
 from ..display import SAVING, Reporter, phase
-from ..engine.decoder import make_decoder, refresh_decoder
+from ..engine.decoder import make_decoder
 from ..engine.device import Clock
+from ..engine.masters import Masters
 from ..engine.meter import Meter
 from ..engine.models import (
     Model,
@@ -59,7 +60,9 @@ class Progress:
 class State:
     """Everything that changes while a run trains, and where it is saved.
 
-    ``decoding``: the copy of the student that samples; ``moving``: the parameters that EffOPD
+    ``run.pair.student`` has the master weights, which the optimizer steps. ``masters`` keeps the
+    models that compute equal to them; ``pair``: the run's pair with the student that scores and
+    trains; ``decoding``: the student that samples. ``moving``: the parameters that EffOPD
     extrapolates; ``anchor``: their values at the last extrapolation; ``initial``: their values
     before the first step, for diagnostics.
     """
@@ -83,8 +86,10 @@ class State:
         self.initial: Tensors = {}
         if settings.diagnostics:
             self.initial = extrapolation.snapshot(self.moving)
-        self.decoding = make_decoder(student, run.place.dtype)
-        self.loss = make_loss(run)
+        self.masters = Masters(student, run.place.dtype)
+        self.pair = dataclasses.replace(run.pair, student=self.masters.student)
+        self.decoding = make_decoder(self.masters.sampler, run.place.dtype)
+        self.loss = make_loss(run, self.masters)
 
     @property
     def step(self) -> int:
@@ -119,15 +124,14 @@ class State:
             self.progress.ledger.merge(ledger)
 
     def refresh_copies(self) -> None:
-        """Copy the student's new weights to the sampling copy, and average them into the teacher.
+        """Copy the student's new weights to the working copy, and average them into the teacher.
 
         The teacher changes only with --teacher-ema.
         """
-        student = self.run.pair.student
-        refresh_decoder(self.decoding, student)
+        self.masters.refresh()
         share = self.run.config.models.teacher_ema
         if share is not None:
-            average_teacher(self.run.pair.teacher, student, share)
+            average_teacher(self.run.pair.teacher, self.run.pair.student, share)
 
     def compare_ranks(self) -> None:
         """Raise Stopped on all ranks if their weights differ."""
@@ -201,7 +205,7 @@ class State:
         self.progress.ledger = Ledger(**facts["ledger"])
         self.clock.seconds = self.progress.seconds
         self.run.limits.restore(self.progress.fitted)
-        refresh_decoder(self.decoding, self.run.pair.student)
+        self.masters.refresh()
         ranks_before = folder.read_json("run.json").get("ranks", place.world)
         place.barrier()  # every rank has read before the first one writes
         if place.is_first:

@@ -186,7 +186,7 @@ class Update:
             memory_bytes=run.method.terms.memory_bytes,
         )
         scorer = Scorer(
-            pair=run.pair,
+            pair=self.state.pair,
             terms=terms,
             place=run.place,
             forward_kl=run.method.needs_forward_kl,

@@ -520,6 +520,26 @@ def decoding_table() -> str:
     return markdown(header, rows)
 
 
+def working_copy_table() -> str:
+    """Return three ways to train in bfloat16: time, memory, and errors of the gradient."""
+    rows = []
+    for row in read("working_copy")["table"]:
+        seconds = []
+        for part in ("gradients", "step"):
+            ratio, low, high = row[f"{part}_ratio"]
+            seconds.append(f"{row[f'{part}_seconds']:.2f} s ({ratio:.2f} [{low:.2f}, {high:.2f}])")
+        peak = f"{row['peak_bytes'] / 2**30:.2f} GiB ({row['peak_ratio']:.2f})"
+        errors = []
+        for key in ("error", "tensor_error"):
+            errors.append(f"{row[key]:.1%} ({row[f'{key}_ratio']:.2f})")
+        rows.append([f"`{row['arm']}`", *seconds, peak, *errors])
+    header = (
+        "student in bfloat16 (÷ `autocast`) | gradients of an update | AdamW and refresh | "
+        "peak memory | error of the gradient | median error of a tensor"
+    )
+    return markdown(header, rows)
+
+
 def scaling_table() -> str:
     """Return a step's time by prefix length and number of samples."""
     rows = []

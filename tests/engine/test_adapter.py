@@ -29,6 +29,7 @@ from prefix_distill import config as configuration
 from prefix_distill.engine import loading, scoring
 from prefix_distill.engine.batching import reads
 from prefix_distill.engine.decoder import make_decoder
+from prefix_distill.engine.masters import Masters
 from prefix_distill.engine.models import adapter
 from prefix_distill.engine.rollout import student_sides, teacher_sides
 from prefix_distill.engine.sampling import Request, generate
@@ -36,7 +37,7 @@ from prefix_distill.engine.shapes import read_shape
 from prefix_distill.errors import UserError
 from prefix_distill.maths.flops import Ledger, Passes
 from prefix_distill.training.folder import RunFolder
-from prefix_distill.training.loss import StudentLoss
+from prefix_distill.training.loss import make_loss
 from prefix_distill.training.session import Session
 from prefix_distill.training.update import Update
 
@@ -243,7 +244,7 @@ def test_training_flops_match_torchs_count(pair, questions):
     # torch does not count the CPU's fused attention
     run.pair.student.net.set_attn_implementation("eager")
     rollouts = Update(state_of(run), 0, prompts=run.problems.train[:3]).sample()[:4]
-    ledger, loss = Ledger(), StudentLoss(run)
+    ledger, loss = Ledger(), make_loss(run, Masters(run.pair.student, torch.float32))
     with torch.no_grad():
         teacher_NE = scoring.hidden_rows(run.pair.teacher, teacher_sides(rollouts))
     weight_N = torch.ones(sum(len(r.ids) for r in rollouts))

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from prefix_distill.config import Adapter
 from prefix_distill.engine import loading
 from prefix_distill.engine.casting import cast
-from prefix_distill.engine.decoder import make_decoder, refresh_decoder
+from prefix_distill.engine.decoder import make_decoder
+from prefix_distill.engine.masters import Masters
 
 EXPERTS = {
     "moe_intermediate_size": 32,
@@ -85,9 +86,10 @@ def test_a_first_parameter_that_stays_in_float32_hides_neither_dtype_nor_copy(mo
     net = random_net(text_config("llama"))
     monkeypatch.setattr(type(net), "_keep_in_fp32_modules_strict", {"embed_tokens"})
     student = make_model(net)
-    decoding = make_decoder(student, torch.bfloat16)
-    assert next(decoding.net.parameters()).dtype == torch.float32
+    masters = Masters(student, torch.bfloat16)
+    sampler = masters.sampler
+    assert next(sampler.net.parameters()).dtype == torch.float32
     with torch.no_grad():
         net.lm_head.weight.mul_(2)
-    refresh_decoder(decoding, student)
-    assert torch.equal(decoding.net.lm_head.weight, net.lm_head.weight.bfloat16())
+    masters.refresh()
+    assert torch.equal(sampler.net.lm_head.weight, net.lm_head.weight.bfloat16())

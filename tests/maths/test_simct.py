@@ -279,6 +279,47 @@ def test_bfloat16_heads_are_close_to_float32():
         assert (half - full).norm() < 0.03 * full.norm()
 
 
+@pytest.mark.parametrize("units", [False, True])
+def test_the_gradient_of_the_head_is_added_in_place(units):
+    """A head with a table adds its gradient there; autograd gets the rest and no table."""
+    student_ND, student_head, teacher_ME, teacher_head = case(ROLLOUTS)
+    count = len(student_ND)
+    found = []
+    for table in (None, torch.ones_like(single(student_head.weight_VD)).detach()):
+        hidden, weight = single(student_ND), single(student_head.weight_VD)
+        heads = {
+            "student_head": Head(weight_VD=weight, gradient_VD=table),
+            "teacher_head": Head(weight_VD=single(teacher_head.weight_VD)),
+        }
+        terms = Terms(name="reverse-kl", memory_bytes=2500)
+        if units:
+            loss, _, _ = simct.weighted(
+                terms,
+                shared_support(SHARED, "simct", "cpu", "cpu"),
+                units_of(ROLLOUTS),
+                hidden,
+                teacher_ME=single(teacher_ME),
+                weight_U=torch.ones(sum(len(r.taught) for r in ROLLOUTS)),
+                **heads,
+            )
+        else:
+            heads["teacher_head"] = Head(weight_VD=weight.detach())
+            loss, _, _ = weighted(
+                terms,
+                hidden,
+                teacher_NE=hidden.detach().roll(1, 0),
+                weight_N=torch.ones(count),
+                **heads,
+            )
+        loss.backward()
+        gradient = weight.grad
+        if table is not None:
+            assert gradient is None
+            gradient = table - 1
+        found.append((hidden.grad, gradient))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mode", ["simct", "simct-released"])

@@ -13,6 +13,7 @@ from transformers import Gemma3TextConfig
 
 from prefix_distill.config import Adapter
 from prefix_distill.engine import scoring
+from prefix_distill.engine.masters import Masters
 from prefix_distill.engine.models import Model, with_checkpointing
 from prefix_distill.engine.rollout import student_sides
 from prefix_distill.errors import UserError
@@ -50,8 +51,17 @@ class Held(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kind, recomputes", [("qwen3", False), ("gemma3", False), ("llama", True)])
-def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes):
+@pytest.mark.parametrize(
+    "kind, recomputes, dtype",
+    [
+        ("qwen3", False, torch.float32),
+        ("gemma3", False, torch.float32),
+        ("llama", True, torch.float32),
+        ("qwen3", False, torch.bfloat16),
+        ("llama", True, torch.bfloat16),
+    ],
+)
+def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes, dtype):
     """Compare a forward and a backward pass on shape-only tensors with the same on real tensors.
 
     The networks have shared prompts, grouped-query attention, sliding windows, a soft-cap and tied
@@ -67,18 +77,20 @@ def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes):
         shares_prompts=True,
     )
     real = with_checkpointing(real) if recomputes else real
-    known = [*real.net.parameters(), *real.net.buffers()]
+    masters = Masters(real, dtype)
+    known = [*real.net.parameters(), *real.net.buffers(), *masters.copies]
     teacher_NE, head = torch.zeros(24, 64), Head(weight_VD=torch.zeros(260, 64))
     for p in real.net.parameters():
         p.grad = torch.zeros_like(p)
     with Held(
         [*known, *(p.grad for p in real.net.parameters()), teacher_NE, head.weight_VD]
     ) as held:
-        rows = scoring.hidden_rows(real, student_sides(group))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            rows = scoring.hidden_rows(masters.student, student_sides(group))
         loss, _, _ = weighted(
             make_case().terms,
             rows,
-            real.head(),
+            masters.head(),
             teacher_NE,
             head,
             torch.ones(24),
@@ -88,8 +100,14 @@ def test_shape_only_tensors_need_the_bytes_of_real_tensors(kind, recomputes):
     settings = Network(torch.float32, recomputes=recomputes)
     ghost = ghosts.sketch("m", tiny_config(kind, width=64), settings)
     ghost.net.requires_grad_(True)
-    work = MicroBatch(rollouts=group, terms=make_case().terms, accumulates=True, autocast=False)
-    found = measuring.measure_update(ghost, Head(weight_VD=ghosts.make_ghost((260, 64))), work)
+    work = MicroBatch(
+        rollouts=group,
+        terms=make_case().terms,
+        accumulates=True,
+        autocast=dtype == torch.bfloat16,
+    )
+    network = Masters(ghost, dtype)
+    found = measuring.measure_update(network, Head(weight_VD=ghosts.make_ghost((260, 64))), work)
     assert max(found.values()) == pytest.approx(held.peak, rel=0.01)
 
 
@@ -244,7 +262,7 @@ def test_two_depths_predict_the_memory_of_all_layers(more, monkeypatch):
 def test_a_pair_of_1_5_and_7_billion_parameters_by_hand(tmp_path, monkeypatch):
     """Plan with Qwen2.5's shapes, from two config.json files without weights.
 
-    Weights, moments, the decoding copy and the KV cache of 64 answers of 2,048 tokens are compared
+    Weights, moments, the working copy and the KV cache of 64 answers of 2,048 tokens are compared
     with closed forms.
     """
     small = {
@@ -310,7 +328,7 @@ def test_a_pair_of_1_5_and_7_billion_parameters_by_hand(tmp_path, monkeypatch):
         and memory["gradients"] == 4 * parameters[0]
     )
     assert memory["weights"]["student"] == pytest.approx(4 * parameters[0], rel=1e-4)
-    assert memory["weights"]["decoding copy"] == pytest.approx(2 * parameters[0], rel=1e-4)
+    assert memory["weights"]["working copy"] == pytest.approx(2 * parameters[0], rel=1e-4)
     assert memory["weights"]["teacher"] == pytest.approx(2 * parameters[1], rel=1e-4)
     # answers · tokens · layers · (K, V) · width · bytes
     cache = 64 * (200 + 2048) * 28 * 2 * 256 * 2

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prefix_distill import config as configuration
 from prefix_distill.engine import scoring
-from prefix_distill.engine.decoder import make_decoder, refresh_decoder
+from prefix_distill.engine.decoder import make_decoder
+from prefix_distill.engine.masters import Masters
 from prefix_distill.engine.rollout import student_sides
 from prefix_distill.engine.saving import save_model
 from prefix_distill.errors import Stopped
@@ -295,12 +296,12 @@ def test_bfloat16_samples_from_a_copy_and_keeps_float32_master_weights(pair, que
         measured[dtype] = [result["kl_before"]["value"], result["kl_after"]["value"]]
         gap = result["sampler_kl"]
         assert gap is None if dtype == "float32" else 0 < gap < 0.01 * result["kl_after"]["value"]
-        decoding = make_decoder(run.pair.student, run.place.dtype)
+        masters = Masters(run.pair.student, run.place.dtype)
         with torch.no_grad():
             next(run.pair.student.net.parameters()).mul_(1.5)
-        refresh_decoder(decoding, run.pair.student)
+        masters.refresh()
         for own, master in zip(
-            decoding.net.parameters(), run.pair.student.net.parameters(), strict=True
+            masters.sampler.net.parameters(), run.pair.student.net.parameters(), strict=True
         ):
             assert (own is master) == (dtype == "float32") and torch.equal(
                 own, master.to(own.dtype)
