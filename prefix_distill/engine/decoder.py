@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import packing
 from .casting import cast
 from .models import Model
 
@@ -37,30 +38,51 @@ def make_decoder(model: Model, dtype: torch.dtype) -> Model:
     """Return a model that samples like ``model`` and decodes faster.
 
     If no weight is in ``dtype``, this is a copy in ``dtype``: with float32 weights, autocast would
-    cast every weight for every token. In float32 on a CPU, it has the same parameters in
-    faster linear layers. Otherwise it is ``model`` itself.
+    cast every weight for every token. On a CPU, it has the same parameters in faster linear
+    layers. Otherwise it is ``model`` itself.
     """
     if model.home is not None or getattr(model.net, "is_quantized", False):
         return model
     model.forget_state()  # tensors with a graph cannot be copied
-    if dtype not in {p.dtype for p in model.net.parameters()}:
-        net = copy.deepcopy(model.net).requires_grad_(False)
+    net = model.net
+    if dtype not in {p.dtype for p in net.parameters()}:
+        net = copy.deepcopy(net).requires_grad_(False)
         cast(net, dtype)
-        return replace(model, net=net)
-    if model.device.type != "cpu" or dtype != torch.float32:
+    kind = _choose_linear(model.device, dtype)
+    if kind is not None:
+        net = _with_faster_linears(net, kind)
+    if net is model.net:
         return model
-    return replace(model, net=_with_faster_linears(model.net))
+    return replace(model, net=net)
 
 
-def _with_faster_linears(net: "CausalLM") -> "CausalLM":
-    """Return a network with the same tensors, whose large linear layers are _ColumnsFirst."""
+def _choose_linear(device: torch.device, dtype: torch.dtype) -> type[torch.nn.Linear] | None:
+    """Return the kind of linear layers that decodes faster on a device; None: torch's own."""
+    if device.type != "cpu":
+        return None
+    if dtype == torch.float32:
+        return _ColumnsFirst
+    if packs_weights(device, dtype):
+        return packing.PackedLinear
+    return None
+
+
+def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a decoder keeps its weights in the layout of the CPU's matmul as well."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return False
+    return packing.find_obstacle(dtype) is None
+
+
+def _with_faster_linears(net: "CausalLM", kind: type[torch.nn.Linear]) -> "CausalLM":
+    """Return a network with the same tensors, whose large linear layers are of another kind."""
     same_tensors = {id(t): t for t in [*net.parameters(), *net.buffers()]}
     faster = copy.deepcopy(net, same_tensors)
     for parent in list(faster.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is not torch.nn.Linear or child.weight.numel() < LARGE_WEIGHT:
                 continue
-            linear = _ColumnsFirst(
+            linear = kind(
                 child.in_features, child.out_features, child.bias is not None, device="meta"
             )
             linear.weight = child.weight

@@ -50,7 +50,8 @@ class Case:
     ``prompts``: the prompts of a step; ``prefix`` and ``limit``: the longest rollout in training
     and in evaluation; ``micro_batch``: rollouts in one forward pass; ``rows``: responses sampled
     together; ``answers``: responses sampled in an evaluation; ``compared``: responses of an
-    evaluation on which both models are compared; ``support``: ids that both models have.
+    evaluation on which both models are compared; ``support``: ids that both models have;
+    ``packs_weights``: the sampler keeps its weights in another layout as well (engine/packing.py).
 
     Of the teacher: ``starts_as_student``: it has the student's initial weights; ``follows_student``
     (--teacher-ema): its weights are an average in float32; ``has_own_device``: it is not on the
@@ -74,6 +75,7 @@ class Case:
     has_own_device: bool = False
     samples_text: bool = False
     support: int | None = None
+    packs_weights: bool = False
 
     def update(self) -> list[Rollout]:
         """Return the rollouts of a step, each as long as the prefix."""

@@ -94,6 +94,8 @@ class Forecaster:
         weights = {"student": student["all"], "AdamW's moments": 8 * trainable}
         if student["copy"]:
             weights["working copy"] = student["copy"]
+        if case.packs_weights:
+            weights["packed weights"] = student["copy"] or student["all"]
         # A LoRA student without its adapter is its own teacher and needs no second copy.
         if all_train or not case.starts_as_student:
             weights["teacher"] = teacher["all"]

@@ -7,6 +7,7 @@ import torch
 from .. import config as configuration
 from ..config import Config
 from ..display import phase
+from ..engine.decoder import packs_weights
 from ..engine.free_memory import read_free_memory
 from ..engine.memory import MemoryLimits, read_batch_sizes
 from ..errors import UserError
@@ -146,13 +147,14 @@ def describe_case(run: Run) -> Case:
     """Return the settings and lengths of the run that determine its memory."""
     prompts = [(len(r.student_ids), len(r.teacher_ids)) for r in run.problems.train]
     longest_prefix = run.method.prefix.longest(run.config.train.steps or 1)
-    return build_case(
+    case = build_case(
         run.config,
         Dtypes(run.place.dtype, run.place.head_dtype),
         Lengths(prompts, prefix=longest_prefix, limit=run.method.prefix.limit),
         support=run.pair.student.support,
         ranks=run.place.world,
     )
+    return dataclasses.replace(case, packs_weights=packs_weights(run.place.device, run.place.dtype))
 
 
 def _unsupported_feature(run: Run) -> str | None:

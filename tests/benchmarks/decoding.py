@@ -2,6 +2,8 @@
 
     python tests/benchmarks/decoding.py [--quick] [--pairs 5] [--tokens 64] [--work FOLDER]
 
+    linear   the linear layers of a decoding step: torch's, and those of engine/decoder.py, which
+             keep the weights in another layout
     prefill  the output layer on the last hidden row of 8 prompts, with and without gaps
     cache    64 decoding steps of the KV cache: transformers' DynamicCache and our buffered layers
     noise    the sampling noise of a step and the choice of its tokens: row by row with torch's
@@ -83,6 +85,26 @@ def compare(times: dict[str, list[tuple[float, float]]], before: str = "before")
 def pairs(count: int, before: Callable[[], object], after: Callable[[], object]) -> dict:
     """Compare two works that take turns."""
     return compare(take_turns(count, before=before, after=after))
+
+
+def linear(model, rows: int, count: int) -> dict:
+    """Compare the linear layers of a step of the decoder with torch's."""
+    import torch
+
+    layers = [m for m in model.net.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {m.in_features: torch.randn(rows, 1, m.in_features).to(m.weight) for m in layers}
+
+    def before() -> None:
+        with torch.inference_mode():
+            for m in layers:
+                torch.nn.functional.linear(inputs[m.in_features], m.weight, m.bias)
+
+    def after() -> None:
+        with torch.inference_mode():
+            for m in layers:
+                m(inputs[m.in_features])
+
+    return pairs(count, before, after)
 
 
 def prefill(model, prompts, count: int) -> dict:
@@ -326,6 +348,7 @@ def main() -> None:
         for name, dtype, built_in in MODELS[: 2 if given.quick else None]:
             model, prompts = load(given.work or Path(scratch), dtype, built_in)
             if not built_in:
+                add(name, "linear", linear(model, len(prompts), many))
                 add(name, "prefill", prefill(model, prompts, given.pairs))
             add(name, "cache", cache(model, prompts, given.tokens, many))
             support = model.config.vocab_size
