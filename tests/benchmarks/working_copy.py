@@ -10,8 +10,9 @@
 
 About 10 minutes on 2 cores. The pair is that of real_pair.py. An update has 8 rollouts in
 micro-batches of at most 4: GSM8K questions in the chat template, each followed by the first 64
-tokens of another question. Nothing is sampled. Seconds are those of the gradients of all
-micro-batches, with the teacher's scoring, and those of AdamW's step with the refresh of the copy.
+tokens of another question. Nothing is sampled. Seconds are CPU time, which other processes disturb
+less: of the gradients of all micro-batches, with the teacher's scoring, and of AdamW's step with
+the refresh of the copy. An update that is timed has 4 rollouts.
 The arms alternate in one process; the first update of each is warm-up; ratios are within a round.
 Peak memory is the highest resident set of an update, in a process for each arm (``clear_refs``,
 then ``VmHWM``: Linux only).
@@ -36,6 +37,7 @@ import measure
 ARMS = ("autocast", "copy", "bfloat16")
 RESPONSE = 64
 PROMPTS = 8
+TIMED_PROMPTS = 4
 UPDATES = 4
 RATE = 1e-5
 
@@ -70,11 +72,11 @@ def prepare(folder: Path | None, dtype: str):
     return preflight.prepare(config.build(options | shape))
 
 
-def make_rollouts(run, step: int) -> list:
+def make_rollouts(run, step: int, count: int) -> list:
     """Return the rollouts of an update: a prompt, then the first tokens of the next prompt."""
     from prefix_distill.engine.rollout import rollout_of
 
-    prompts = run.problems.train[step * PROMPTS : (step + 1) * PROMPTS]
+    prompts = run.problems.train[step * count : (step + 1) * count]
     rollouts = []
     for slot, prompt in enumerate(prompts):
         following = prompts[(slot + 1) % len(prompts)].student_ids
@@ -100,12 +102,12 @@ def open_state(run, arm: str):
     return state
 
 
-def accumulate(state, step: int) -> None:
+def accumulate(state, step: int, count: int = PROMPTS) -> None:
     """Leave the gradients of an update in the master weights."""
     from prefix_distill.training.update import Update
 
     update = Update(state, step, prompts=[], prefix=RESPONSE)
-    update.backward(make_rollouts(state.run, step))
+    update.backward(make_rollouts(state.run, step, count))
     for copied, master in state.masters.copies.items():
         # with a student in bfloat16: of embeddings and norms
         if copied.grad is not None:
@@ -113,28 +115,28 @@ def accumulate(state, step: int) -> None:
             copied.grad = None
 
 
-def time_update(state, step: int) -> dict[str, float]:
-    """Return the seconds of an update's two parts."""
+def time_update(state, step: int, count: int = PROMPTS) -> dict[str, float]:
+    """Return the CPU seconds of an update's two parts."""
     from prefix_distill.training.optimizer import step_optimizer
 
-    start = time.perf_counter()
-    accumulate(state, step)
-    middle = time.perf_counter()
+    start = time.process_time()
+    accumulate(state, step, count)
+    middle = time.process_time()
     step_optimizer(state.optimizer, state.masters.weights, rate=RATE, grad_clip=1.0)
     state.refresh_copies()
-    return {"gradients": middle - start, "step": time.perf_counter() - middle}
+    return {"gradients": middle - start, "step": time.process_time() - middle}
 
 
 def time_arms(run, rounds: int) -> dict[str, list[dict]]:
     """Return the seconds of every arm's updates. All arms train the same master weights."""
     states = {arm: open_state(run, arm) for arm in ARMS}
     for state in states.values():
-        time_update(state, 0)  # creates AdamW's moments
+        time_update(state, 0, TIMED_PROMPTS)  # creates AdamW's moments
     seconds: dict[str, list[dict]] = {arm: [] for arm in ARMS}
     for i in range(rounds):
         order = ARMS if i % 2 == 0 else ARMS[::-1]
         for arm in order:
-            seconds[arm].append(time_update(states[arm], i % UPDATES))
+            seconds[arm].append(time_update(states[arm], i % UPDATES, TIMED_PROMPTS))
     return seconds
 
 
