@@ -13,6 +13,8 @@ limit. The script prints the number of sampled tokens.
     smollm2-g1  SmolLM2-135M-Instruct and its 20-layer student; 8 GSM8K questions with 1 rollout of
                 64 tokens each
     smollm2-g4  the same pair; 2 questions of at least 64 tokens with 4 rollouts of 32 tokens each
+    users       SmolLM2-135M-Instruct and a random student of a quarter of its parameters; 2
+                questions of 112 to 144 tokens with 4 rollouts of 100 tokens each
     embedded    the built-in pair of `choice` (0.3 M and 0.1 M parameters); 4 problems with 4
                 rollouts of 24 tokens each
 
@@ -23,7 +25,8 @@ the end of the last (``clear_refs``, then ``VmHWM``: Linux only). It includes in
 and weights, but not loading. A ratio is ours over TRL's within a pair of runs; the median over
 pairs [lowest, highest] is shown. The seconds of each phase of our steps are printed as well.
 
-The last printed line is JSON, also written to tests/benchmarks/results/update_vs_trl.json.
+The last printed line is JSON, also written to tests/benchmarks/results/update_vs_trl.json, in
+bfloat16 to update_vs_trl-bfloat16.json.
 ``--quick`` runs one pair of two steps of `embedded` and of `smollm2-g4` with 16 tokens, and writes
 nothing. It takes two to three minutes; loading the GGUF file takes one of them. ``--work FOLDER``
 keeps the pairs for the next call. Requires pip install "torch==2.13.0" -e ".[bench]" and the
@@ -52,8 +55,8 @@ RATE = 1e-5
 class Case:
     """The shape of a step: prompts × samples rollouts of ``tokens`` tokens.
 
-    ``shortest``: minimum number of tokens of a prompt. ``counted``: how many steps to measure for
-    each step that ``--updates`` asks for; short steps have more.
+    ``shortest``, ``longest``: fewest and most tokens of a prompt. ``counted``: how many steps to
+    measure for each step that ``--updates`` asks for; short steps have more.
     """
 
     pair: str
@@ -62,12 +65,14 @@ class Case:
     tokens: int
     micro_batch: int
     shortest: int = 0
+    longest: int = 10_000
     counted: int = 1
 
 
 CASES = {
     "smollm2-g1": Case("smollm2", 8, 1, 64, 8),
     "smollm2-g4": Case("smollm2", 2, 4, 32, 8, shortest=64),
+    "users": Case("quarter", 2, 4, 100, 8, shortest=112, longest=144),
     "embedded": Case("embedded", 4, 4, 24, 16, counted=10),
 }
 
@@ -111,6 +116,9 @@ def make_pair(name: str, folder: Path) -> None:
     if name == "smollm2":
         scaling.pair(folder)
         return
+    if name == "quarter":
+        make_quarter(scaling.pair(folder.parent / "smollm2") / "teacher", folder)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for role in ("teacher", "student"):
         model = loading.load_model(
@@ -119,6 +127,25 @@ def make_pair(name: str, folder: Path) -> None:
         model.tokenizer.eos_token = "<|unknown|>"
         model.generation_config.eos_token_id = model.tokenizer.eos_token_id
         save_model(model, folder / role)
+
+
+def make_quarter(teacher: Path, folder: Path) -> None:
+    """Save a random student of a quarter of the teacher's parameters beside its teacher."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "teacher").symlink_to(teacher, target_is_directory=True)
+    config = AutoConfig.from_pretrained(teacher)
+    config.update({"hidden_size": 288, "head_dim": 32, "intermediate_size": 768})
+    config.num_hidden_layers = 20
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:20]
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(config)
+    net.generation_config = GenerationConfig.from_pretrained(teacher)
+    net.save_pretrained(folder / "student")
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder / "student")
 
 
 def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
@@ -139,7 +166,7 @@ def make_prompts(case: Case, given, folder: Path, file: Path) -> None:
         ids = tokenizer.apply_chat_template(
             list(prompt.messages), add_generation_prompt=True, return_dict=False
         )
-        if len(ids) >= case.shortest:
+        if case.shortest <= len(ids) <= case.longest:
             rows.append(json.dumps({"messages": prompt.messages}))
         if len(rows) == given.updates * case.prompts:
             break
@@ -420,7 +447,7 @@ def main() -> None:
     if given.child:
         arm, name = given.child
         case = CASES[name]
-        if given.quick and case.pair == "smollm2":
+        if given.quick and case.pair != "embedded":
             case = dataclasses.replace(case, tokens=16)
         given.updates = 1 + case.counted * (given.updates - 1)
         import torch
@@ -443,8 +470,11 @@ def main() -> None:
         "seed": given.seed,
         "trl": importlib.metadata.version("trl"),
     }
+    name = "update_vs_trl"
+    if given.dtype != "float32":
+        name += f"-{given.dtype}"
     measure.record(
-        "update_vs_trl",
+        name,
         measure.machine() | document | {"threads": rows[0]["threads"]},
         not given.quick,
     )
