@@ -10,7 +10,7 @@ from typing import Any
 from ..display import Summary, flags_text, flops_text, gib_text, time_text
 from .documents import CheckResult, DryRun, PlanResult, ProbeResult
 
-UNKNOWN_TIME = "not known; prefix-distill plan --card NAME estimates it"
+NOT_COUNTED = "without evaluations; decoding takes longer"
 UNKNOWN_SPEED = "not known; --card NAME, --measure or --from-run RUN gives it"
 
 
@@ -57,7 +57,8 @@ def _describe_price(price: dict[str, Any], steps: int) -> dict[str, str]:
         text += f"; full rollouts: {flops_text(full)}, {full / flops:.1f}×"
     if price["not_in_flops"]:
         text += f"; not counted: {', '.join(price['not_in_flops'])}"
-    return {"FLOPs": text, "time": UNKNOWN_TIME, "disk": describe_sizes(price["disk"])}
+    time = f"at least {time_text(price['least_seconds'])} on this machine, {NOT_COUNTED}"
+    return {"FLOPs": text, "time": time, "disk": describe_sizes(price["disk"])}
 
 
 def summarize_plan(result: PlanResult, words: Sequence[str], *, for_cards: bool) -> Summary:

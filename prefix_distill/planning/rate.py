@@ -99,26 +99,41 @@ def measure_rate(config: Config, student: Model, dtype: torch.dtype) -> dict:
     dtype_name = str(dtype).removeprefix("torch.")
     config = configuration.replace(config, runtime={"dtype": dtype_name, "gpus": None})
     where = join_ranks(config.runtime, student)
-    width = student.config.hidden_size
-    inner = widest_matrix(student)
-    tokens = 64 * read_batch_sizes(config).micro_batch_size
-    x = torch.randn(tokens, width, device=where.device, dtype=dtype)
-    w = torch.randn(width, inner, device=where.device, dtype=dtype)
-    x @ w  # the first product also loads the kernels
-    # ``clock.now`` waits for the device, so the times are those of whole products.
-    clock = Clock(device=where.device)
-    best = math.inf
-    start = before = clock.now()
-    while before - start < 1:
-        x @ w
-        after = clock.now()
-        best = min(best, after - before)
-        before = after
+    product = Product(
+        tokens=64 * read_batch_sizes(config).micro_batch_size,
+        width=student.config.hidden_size,
+        inner=widest_matrix(student),
+    )
     return {
-        "source": f"the fastest matrix product of {tokens} × {width} × {inner} in one second, in "
-        f"{dtype_name} on {where.device}; times are lower bounds",
-        "flops_per_second": 2.0 * tokens * width * inner / best,
+        "source": f"the fastest matrix product of {product.tokens} × {product.width} × "
+        f"{product.inner} in one second, in {dtype_name} on {where.device}; times are lower bounds",
+        "flops_per_second": product.measure(where.device, dtype),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A matrix product of [tokens, width] with [width, inner]."""
+
+    tokens: int
+    width: int
+    inner: int
+
+    def measure(self, device: torch.device, dtype: torch.dtype) -> float:
+        """Return the FLOP/s of the fastest product in a second."""
+        x = torch.randn(self.tokens, self.width, device=device, dtype=dtype)
+        w = torch.randn(self.width, self.inner, device=device, dtype=dtype)
+        x @ w  # the first product also loads the kernels
+        # ``clock.now`` waits for the device, so the times are those of whole products.
+        clock = Clock(device=device)
+        best = math.inf
+        start = before = clock.now()
+        while before - start < 1:
+            x @ w
+            after = clock.now()
+            best = min(best, after - before)
+            before = after
+        return 2.0 * self.tokens * self.width * self.inner / best
 
 
 def estimate_seconds(ledger: Ledger, rate: dict) -> float:

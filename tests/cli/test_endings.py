@@ -34,6 +34,7 @@ GB = 10**9
 PRICE = {
     "flops": 1.2e15,
     "full_rollout_flops": 5.5e15,
+    "least_seconds": 2700.0,
     "not_in_flops": ["--tail-every"],
     "disk": {"training": 15 * GB, "finished": 9 * GB},
 }
@@ -278,9 +279,11 @@ def test_every_command_ends_well_on_a_terminal(tmp_path, monkeypatch):
         ["env"],
     ]
     check, dry, plan, compare, show, probe, env = watch_commands(commands, 80)
-    price = r"FLOPs \S+ [MG]FLOP for 2 steps; .* time not known; .* disk up to "
+    price = (
+        r"FLOPs \S+ [MG]FLOP for 2 steps; .* time at least \S+ s on this machine, .* disk up to "
+    )
     lines = closing(check)
-    assert re.fullmatch(r"1[01] of 11 checks are ok(, 1 warning)?", lines[0])
+    assert re.fullmatch(r"1[12] of 12 checks are ok(, 1 warning)?", lines[0])
     assert re.search(price, words_of(lines))
     command = words_of(lines).partition(" next ")[2].split()
     assert sorted(command) == sorted(["prefix-distill", "run", *map(str, TINY), "--out", "run"])
@@ -329,3 +332,5 @@ def test_the_price_of_a_long_run_is_that_of_its_steps(monkeypatch):
     estimated = last_json(invoke(*arguments)[1])["price"]
     assert estimated["flops"] == pytest.approx(exact["flops"], rel=0.05)
     assert exact["flops"] < exact["full_rollout_flops"]
+    # a CPU core has between 0.1 GFLOP/s and 10 TFLOP/s
+    assert 1e8 < exact["flops"] / exact["least_seconds"] < 1e13
