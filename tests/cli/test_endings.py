@@ -38,9 +38,9 @@ PRICE = {
     "disk": {"training": 15 * GB, "finished": 9 * GB},
 }
 WARNING = (
-    "teacher: student: 3 of 8 right, 100% finished; teacher: 3 of 8 right, 100% finished; the "
-    "teacher did not beat the student on these 8 problems; raise --check-samples, or use another "
-    "teacher"
+    "the student got 3 of 8 right and finished 100% of its answers; the teacher got 3 of 8 right "
+    "and finished 100% of its answers; the teacher did not beat the student on these 8 problems; "
+    "raise --check-samples, or use another teacher"
 )
 MEMORY = "the run needs 19.5 GiB in addition to the loaded weights; 22.1 GiB free on cuda:0"
 SMALL = ["--lora", "64", "--gradient-checkpointing", "--generation-rows", "8"]
@@ -280,7 +280,7 @@ def test_every_command_ends_well_on_a_terminal(tmp_path, monkeypatch):
     check, dry, plan, compare, show, probe, env = watch_commands(commands, 80)
     price = r"FLOPs \S+ [MG]FLOP for 2 steps; .* time not known; .* disk up to "
     lines = closing(check)
-    assert re.fullmatch(r"1[01] of 11 checks are ok(, 1 warning)?", lines[0])
+    assert re.fullmatch(r"1[12] of 12 checks are ok(, 1 warning)?", lines[0])
     assert re.search(price, words_of(lines))
     command = words_of(lines).partition(" next ")[2].split()
     assert sorted(command) == sorted(["prefix-distill", "run", *map(str, TINY), "--out", "run"])
