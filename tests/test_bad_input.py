@@ -226,7 +226,7 @@ BAD = {
     ),
     "every prompt too long": (
         ["--max-prompt-tokens", "2"],
-        ".jsonl: all 18 prompts are longer than --max-prompt-tokens 2",
+        ".jsonl: all 36 prompts are longer than --max-prompt-tokens 2",
     ),
     "responses beyond positions": (
         ["--max-new-tokens", "5000", "--prefix", "8"],

@@ -35,7 +35,7 @@ class Commands(PanelGroup):
     def list_commands(self, ctx: object) -> list[str]:
         return sorted(self.commands, key=COMMANDS.index)
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that ``args`` begin with. UserError: there is none."""
         if args[0] not in self.commands and not ctx.resilient_parsing:
             raise UserError(_describe_unknown(args[0], self.commands))
