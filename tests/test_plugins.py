@@ -31,9 +31,9 @@ from prefix_distill.errors import UserError
 from prefix_distill.maths.divergence import Head, Terms, per_token
 from prefix_distill.maths.formulas import DIVERGENCES
 from prefix_distill.maths.fused import statistics, weighted
-from prefix_distill.maths.registered import register_divergence
+from prefix_distill.maths.registered import register_divergence, register_schedule
 from prefix_distill.maths.registry import registering
-from prefix_distill.maths.schedule import parse_prefix
+from prefix_distill.maths.schedule import SCHEDULES, parse_prefix
 from prefix_distill.plugins import GROUP, load_plugins
 
 SKEW, COSINE = PLUGINS / "skew_kl.py", PLUGINS / "cosine_prefix.py"
@@ -455,7 +455,8 @@ BAD = {
     "arguments that the schedule does not take": (
         COSINE.read_text(),
         ["--prefix", "cosine:4"],
-        "line 10: ValueError: not enough values to unpack (expected 3, got 1)",
+        "line 10: ValueError: not enough values to unpack (expected 3, got 1); make got "
+        "arguments=['4'] and limit=",
     ),
     "a decorator without parentheses": (
         HEAD + "@register_divergence\n" + VALUE + "1\n",
@@ -646,6 +647,23 @@ def test_a_function_registered_without_a_file_is_recorded_and_a_change_reported(
         assert any("its text is not known" in text for text in warnings)
     finally:
         DIVERGENCES.drop("this program")
+
+
+def test_a_schedule_of_a_program_that_lacks_its_arguments_is_located(tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text("def saw(arguments, limit):\n    low, high = arguments\n    return int(low)\n")
+    names: dict = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    try:
+        register_schedule("saw")(names["saw"])
+        with pytest.raises(UserError) as error:
+            parse_prefix("saw", 64)
+    finally:
+        SCHEDULES.drop("this program")
+    assert str(error.value).startswith(
+        f"--prefix saw: {file}, line 2: ValueError: not enough values to unpack (expected 2, got "
+        "0); saw got arguments=[] and limit=64; "
+    )
 
 
 @contextlib.contextmanager

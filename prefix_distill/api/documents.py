@@ -204,7 +204,8 @@ class EvaluationResult(Result):
     ``accuracy``: share of correct answers; ``finished_accuracy``: the same among finished answers;
     ``pass_at_k``: share of problems with a correct answer among ``samples``; all three None without
     reference answers; ``finish_rate``: share of answers that end; ``mean_tokens``: mean length of
-    an answer, tokens; ``seconds``: wall time; ``examples``: JSON lines with all answers.
+    an answer, tokens; ``seconds``: wall time; ``examples``: JSON lines with all answers;
+    ``warnings``: what may be wrong.
     """
 
     model: str
@@ -217,6 +218,7 @@ class EvaluationResult(Result):
     mean_tokens: float
     seconds: float
     examples: Path
+    warnings: tuple[str, ...]
 
     @classmethod
     def read(cls, document: dict[str, Any]) -> Self:
@@ -233,6 +235,7 @@ class EvaluationResult(Result):
             mean_tokens=document["mean_tokens"],
             seconds=document["seconds"],
             examples=Path(document["examples"]),
+            warnings=tuple(document["warnings"]),
         )
 
     def tables(self) -> list["Table"]:
@@ -248,6 +251,9 @@ class EvaluationResult(Result):
             "answers": str(self.examples),
         }
         return [listing("Evaluation", rows)]
+
+    def remarks(self) -> list[str]:
+        return [f"warning: {text}" for text in self.warnings]
 
 
 @dataclass(frozen=True, kw_only=True)

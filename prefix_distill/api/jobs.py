@@ -100,9 +100,11 @@ def _evaluate(config: Config, settings: Mapping[str, bool], observer: Observer) 
 
     place, notes, document = evaluate_model(config)
     if place.is_first:
-        for text in notes:
+        for text in notes.lines:
             observer.note(text)
-    return {"document": document, "notes": notes, "warnings": []}
+        for text in notes.warnings:
+            observer.warn(text)
+    return {"document": document, "notes": notes.lines, "warnings": notes.warnings}
 
 
 def _probe(config: Config, settings: Mapping[str, bool], observer: Observer) -> Outcome:
@@ -112,9 +114,10 @@ def _probe(config: Config, settings: Mapping[str, bool], observer: Observer) -> 
         from ..planning.memory import prepare_fitting
         from ..planning.probe import fit_to_data, probe
         from ..results.plots import draw_probe
+        from ..training.defaults import fill_in_unused_rate
         from ..training.folder import RunFolder
 
-    config, notes = fit_to_data(config)
+    config, notes = fit_to_data(fill_in_unused_rate(config))
     prepared = prepare_fitting(config)
     prepared.notes.lines[:0] = notes
     _announce(prepared, observer)
@@ -157,7 +160,7 @@ def _examine(prepared: "Run", samples: int, limit: float | None = None) -> None:
             raise check_error(check.name, check.text)
         reported = ("sampling", "end of text")  # the preparation reports these
         if check.status == "warning" and check.name not in reported:
-            prepared.notes.warnings.append(f"{check.name}: {check.text}")
+            prepared.notes.warnings.append(check.text)
 
 
 def check_error(name: str, result: str) -> PreflightError | MemoryShortage:

@@ -9,6 +9,19 @@ OF_EVAL = {
     "eval_top_k": "--top-k",
     "eval_sampling": "--sampling",
 }
+# further flags of `run` for which `eval` has another name; they are suggested, not translated
+NEAR_IN_EVAL = {"student": "--model", "student_thinking": "--thinking"}
+# options of one command alone → the command
+ONLY_OF = {
+    **dict.fromkeys(("dry_run", "resume"), "run"),
+    **dict.fromkeys(
+        ("card", "device_tflops", "from_run", "measure", "prefixes", "prompt_tokens"), "plan"
+    ),
+    **dict.fromkeys(("model", "sampling", "thinking"), "eval"),
+    **dict.fromkeys(("reference", "title"), "report"),
+    **dict.fromkeys(("gguf", "which"), "export"),
+    **dict.fromkeys(("kl", "limit", "live", "step", "wrong"), "show"),
+}
 
 # names of transformers and TRL
 RENAMED = {

@@ -9,6 +9,7 @@ import fnmatch
 from dataclasses import dataclass, field
 
 from ..errors import UserError, nearest
+from .renamed import NEAR_IN_EVAL, ONLY_OF
 from .spelling_tables import (
     ALREADY,
     BATCH,
@@ -149,12 +150,18 @@ class _Line:
         for other, target in TARGETS.items():
             if target in self.valued:
                 names[other] = f"--{other}"
+        if "--student" not in self.valued:
+            for other, target in NEAR_IN_EVAL.items():
+                if target in self.valued:
+                    names[other] = target
         if "--divergence" in self.valued:  # a command that trains
             names |= {other: f"--{other}" for other in (*CONVERTED, *DEPENDENT, *ALREADY)}
         text = f"{spelling}: no such option of this command"
         near = nearest(name, names)
         if near is not None:
             text += f"; did you mean {names[near]}?"
+        elif name in ONLY_OF:
+            text += f"; it is an option of prefix-distill {ONLY_OF[name]}"
         self.errors.append(text)
 
     def put(self, words: list[str], spelling: str) -> None:

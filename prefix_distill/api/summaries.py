@@ -31,13 +31,12 @@ def summarize_run(result: RunResult) -> Summary:
     """Return before and after, the cost, and where the model is."""
     out = shlex.quote(str(result.out))
     last = result.evaluations[-1]
-    answers = f"{last['finish_rate']:.0%} finished, {last['mean_tokens']:.0f} tokens on average"
     rows = {
-        "accuracy": _change(_share(result.accuracy_before), _share(result.accuracy_after)),
+        "accuracy": _describe_accuracy(result),
         "teacher": _describe_teacher(result),
         "KL": _change(_nats(result.kl_before), _nats(result.kl_after))
         + " nats per token, student to teacher",
-        "answers": answers,
+        "answers": _describe_answers(last["finish_rate"], last["mean_tokens"]),
         "FLOPs": _describe_cost(result),
         "rounded": _describe_rounding(result),
         "hub": result.pushed or "",
@@ -47,6 +46,16 @@ def summarize_run(result: RunResult) -> Summary:
     took = time_text(result.seconds)
     title = f"{result.out}: {result.steps} steps, {took} of training and evaluation"
     return Summary(title=title, rows=rows, command=command, warnings=result.warnings)
+
+
+def _describe_accuracy(result: RunResult) -> str:
+    if result.accuracy_before is None and result.accuracy_after is None:
+        return _share(None)
+    return _change(_share(result.accuracy_before), _share(result.accuracy_after))
+
+
+def _describe_answers(finish_rate: float, mean_tokens: float) -> str:
+    return f"{finish_rate:.0%} finished, {mean_tokens:.0f} tokens on average"
 
 
 def _describe_teacher(result: RunResult) -> str:
@@ -87,11 +96,12 @@ def summarize_evaluation(result: EvaluationResult) -> Summary:
         "accuracy": _share(result.accuracy),
         "of finished": finished,
         **pass_at_k,
-        "answers": f"{result.finish_rate:.1%} finished, {result.mean_tokens:.0f} tokens on average",
+        "answers": _describe_answers(result.finish_rate, result.mean_tokens),
         "time": time_text(result.seconds),
         "file": str(result.examples),
     }
-    return Summary(title=f"{result.model} on {result.dataset}", rows=rows)
+    title = f"{result.model} on {result.dataset}"
+    return Summary(title=title, rows=rows, warnings=result.warnings)
 
 
 def summarize_export(result: ExportResult) -> Summary:
@@ -203,7 +213,7 @@ def _plural(noun: str, number: int) -> str:
 
 def _share(estimate: Estimate | None) -> str:
     if estimate is None:
-        return "not measured, because no problem has a reference answer"
+        return "not measured, because no problem has a reference answer that can be graded"
     return estimate.as_share()
 
 
@@ -214,6 +224,4 @@ def _nats(estimate: Estimate | None) -> str:
 
 
 def _change(before: str, after: str) -> str:
-    if before == after:
-        return before
     return f"{before} → {after}"

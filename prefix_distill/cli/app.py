@@ -3,13 +3,16 @@
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, TextIO
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from .. import __version__, display
 from ..api.launch import is_first_rank, leave_message
+from ..api.spelling_tables import PROGRAM_SWITCHES
 from ..display import Summary, print_line, render_summary
+from ..errors import UserError, nearest
 from ..signals import find_stop_signals
 from .panels import PanelGroup, PanelTyper
 
@@ -31,6 +34,23 @@ class Commands(PanelGroup):
 
     def list_commands(self, ctx: object) -> list[str]:
         return sorted(self.commands, key=COMMANDS.index)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that ``args`` begin with. UserError: there is none."""
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            raise UserError(_describe_unknown(args[0], self.commands))
+        return super().resolve_command(ctx, args)
+
+
+def _describe_unknown(word: str, commands: Iterable[str]) -> str:
+    """Return that a word is no command, and the nearest command or option of the program."""
+    names = {name: name for name in commands}
+    for flag in ("--version", "--help", *PROGRAM_SWITCHES):
+        names.setdefault(flag.lstrip("-"), flag)
+    near = nearest(word, names)
+    if near is not None:
+        return f"{word}: no such command; did you mean {names[near]}?"
+    return f"{word}: no such command; prefix-distill --help lists them"
 
 
 app = PanelTyper(

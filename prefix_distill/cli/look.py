@@ -59,8 +59,8 @@ def show(
         typer.Option(
             parser=read_number("--step", int, 40),
             metavar="INT",
-            help="Evaluation to show between the first and the last one.",
-            show_default="up to two between them",
+            help="Show the evaluation after this step, beside the first and the last one.",
+            show_default="up to two others",
         ),
     ] = None,
     limit: Annotated[

@@ -13,12 +13,21 @@ import typer
 
 from .. import config as configuration
 from .. import display
+from ..errors import UserError
 
 PIPE_WIDTH = 100  # columns where stdout is not a terminal
 BRACES = str.maketrans("", "", "{}")  # some versions of typer put them around arguments
 ARGUMENTS = "Arguments"
 GENERAL_OPTIONS = "General options"  # of the command, not of the config
 HELP_ALL = "--help-all"
+# command → its required arguments, for messages
+EXAMPLES = {
+    "compare": "arms.yaml",
+    "export": "runs/first",
+    "report": "runs/first runs/second",
+    "show": "runs/first",
+    "try": 'runs/first "What is 2 + 2?"',
+}
 
 
 class PanelCommand(typer.core.TyperCommand):
@@ -28,7 +37,18 @@ class PanelCommand(typer.core.TyperCommand):
         if HELP_ALL in args:
             ctx.meta[HELP_ALL] = True
             args = ["--help"]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            argument = getattr(error, "param", None)
+            if not isinstance(argument, typer.core.TyperArgument):
+                raise
+            raise UserError(self.describe_missing(argument)) from None
+
+    def describe_missing(self, argument: typer.core.TyperArgument) -> str:
+        """Return that an argument was not given, and an example."""
+        example = f"prefix-distill {self.name} {EXAMPLES[str(self.name)]}"
+        return f"{self.name}: expected {argument.metavar}, got nothing; for example: {example}"
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         panels = panels_of(self, ctx)

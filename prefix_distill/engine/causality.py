@@ -59,8 +59,8 @@ def check_causality(model: Model) -> None:
         raise UserError(
             f"model {model.name}: the hidden state of token {half - 1} changes by {change:.2g} of "
             f"its norm when a later token changes (rounding: {noise:.1g}){where}; expected a "
-            "causal language model, got one that reads what follows, such as an embedding model; "
-            "use another model"
+            "causal language model, got one whose outputs depend on later tokens, such as an "
+            "embedding model; use another model"
         )
 
 

@@ -23,6 +23,8 @@ from .user_functions import (
     check_gradient,
     check_name,
     check_values,
+    find_file,
+    name_of,
 )
 
 if TYPE_CHECKING:
@@ -105,7 +107,8 @@ def _check_divergence(name: str, text: str, parameters: tuple[float, ...]) -> No
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin may also exit
-        raise UserError(f"--divergence {text}: {describe_error(error, source)}") from None
+        reason = describe_error(error, find_file(divergence.value, source))
+        raise UserError(f"--divergence {text}: {reason}") from None
 
 
 def _try_divergence(divergence: Divergence, parameters: tuple[float, ...], rows: int) -> None:
@@ -203,13 +206,32 @@ class Registered(PrefixSchedule):
             )
 
 
+def _make_rule(make: Callable[..., Any], request: Request, source: str) -> Any:
+    """Return what the user's ``make`` makes. UserError: it fails, with what it was called with."""
+    try:
+        return make(request.parts, request.limit)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may also exit
+        text = describe_error(error, find_file(make, source))
+        if isinstance(error, UserError):
+            if str(error).startswith("--prefix "):
+                raise
+            raise UserError(f"--prefix {request.text}: {text}") from None
+        given = f"arguments={list(request.parts)} and limit={request.limit}"
+        raise UserError(
+            f"--prefix {request.text}: {text}; {name_of(make)} got {given}; change the texts after "
+            "the name in --prefix, or the function"
+        ) from None
+
+
 def _build_schedule(
     name: str, make: Callable[[tuple[str, ...], int], Any], request: Request
 ) -> PrefixSchedule:
     """Make a registered schedule and try its first two lengths. UserError: one of them fails."""
     source = SCHEDULES.source(name)
+    rule = _make_rule(make, request, source)
     try:
-        rule = make(request.parts, request.limit)
         if not callable(getattr(rule, "length", rule)):
             raise UserError(
                 f"expected a function of the step, or an object with length(step), got {rule!r:.80}"
@@ -225,5 +247,6 @@ def _build_schedule(
     except BaseException as error:  # a plugin may also exit
         if isinstance(error, UserError) and str(error).startswith("--prefix "):
             raise
-        raise UserError(f"--prefix {request.text}: {describe_error(error, source)}") from None
+        text = describe_error(error, find_file(make, source))
+        raise UserError(f"--prefix {request.text}: {text}") from None
     return schedule

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PluginError, UserError
+from .registry import PROGRAM
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -39,6 +40,16 @@ def _locate(function: object) -> str:
     if code is None:
         return ""
     return f"{code.co_filename}, line {code.co_firstlineno}: "
+
+
+def find_file(function: Callable[..., Any], source: str) -> str:
+    """Return the file of a function of PROGRAM, which may have many; otherwise ``source``."""
+    if source != PROGRAM:
+        return source
+    try:
+        return inspect.getfile(inspect.unwrap(function))
+    except (TypeError, OSError):
+        return source  # not written in Python
 
 
 def check_name(decorator: str, name: object) -> None:

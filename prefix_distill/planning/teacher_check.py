@@ -109,10 +109,10 @@ def _grade(run: Run, respondent: Respondent, problems: list[Rendered]) -> dict:
 
 def _describe_grade(role: str, result: dict) -> str:
     """Return the result of ``_grade`` in words."""
-    finished = f"{result['finish_rate']:.0%} finished"
+    finished = f"finished {result['finish_rate']:.0%} of its answers"
     if result["right"] is None:
-        return f"{role}: {finished}"
-    return f"{role}: {result['right']} of {result['answers']} right, {finished}"
+        return f"the {role} {finished}"
+    return f"the {role} got {result['right']} of {result['answers']} right and {finished}"
 
 
 def _estimate_seconds(run: Run, respondents: list[Respondent], problems: list[Rendered]) -> float:

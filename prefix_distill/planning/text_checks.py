@@ -82,9 +82,8 @@ def check_prompts(run: Run) -> Check:
         )
         return warned("prompts", text, facts)
     text = (
-        f"the first prompt has {len(first.student_ids)} tokens for the student and "
-        f"{len(first.teacher_ids)} for the teacher; the teacher's probability of the student's "
-        f"most likely first token is {chance:.2g}"
+        "the teacher gives the student's most likely first token a mean probability of "
+        f"{chance:.2g}"
     )
     if chance < LOW_FIRST_TOKEN_PROBABILITY:
         text += (
@@ -92,6 +91,10 @@ def check_prompts(run: Run) -> Check:
             "--student-thinking, --teacher-thinking, --begin)"
         )
         return warned("prompts", text, facts)
+    text += (
+        f"; the first prompt has {len(first.student_ids)} tokens for the student and "
+        f"{len(first.teacher_ids)} for the teacher"
+    )
     return passed("prompts", text, facts)
 
 

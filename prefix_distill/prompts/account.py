@@ -2,6 +2,7 @@
 
 from . import answers
 from .golds import BLANK, PROSE
+from .names import list_names
 from .presets import Preset
 from .prompt import Prompt
 from .rows import BUFFER, FIELD, PromptBuilder
@@ -158,11 +159,7 @@ def _list_unused(builder: PromptBuilder) -> str:
             names.append(f"{column} ({use.removeprefix(f'{NOT_USED}: ')})")
     if not names:
         return ""
-    more = len(names) - MOST_NAMES
-    shown = ", ".join(names[:MOST_NAMES])
-    if more > 0:
-        shown += f" and {more} more"
-    return f"; not used: {shown}"
+    return f"; not used: {list_names(names, MOST_NAMES)}"
 
 
 def _count_readings(builder: PromptBuilder) -> str:
@@ -177,8 +174,16 @@ def _count_readings(builder: PromptBuilder) -> str:
     if readable == 0:
         text += ", so accuracy does not apply"
     if counts[PROSE]:
-        text += "; prose has no \\boxed{} or ####"
+        text += f"; {_describe_gradable_text(builder.answer_format)}"
     return text
+
+
+def _describe_gradable_text(answer_format: str) -> str:
+    """Return what a reference must be, and what grades the others."""
+    form = "a short text, or have \\boxed{} or ####"
+    if answer_format == "choice":
+        form = "a letter or begin with one"
+    return f"to be graded, a reference must be {form}; --grader grades the others"
 
 
 def _describe_preset(builder: PromptBuilder, preset: Preset, split: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..display import phase
-from ..errors import UserError, one_line
+from ..errors import UserError, first_line
 from ..files import describe_lfs_pointer, describe_special, is_lfs_pointer
 from .presets import closest_preset
 from .readers import (
@@ -23,7 +23,7 @@ from .readers import (
     read_table,
     read_texts,
 )
-from .saved import find_saved, list_shards, load_saved
+from .saved import find_saved, list_shards, load_saved, refuse_other_folder
 from .sources import FORMATS, Source, is_path, list_matches
 
 if TYPE_CHECKING:  # the import takes a second, and most files do not need it
@@ -137,11 +137,11 @@ def _describe_separator(path: Path) -> tuple[str, ...]:
 
 
 def _check_encoding(path: Path) -> None:
-    """Raise ValueError if the text is UTF-16."""
+    """Raise UnicodeError if the text is UTF-16."""
     with _open_bytes(path) as file:
         start = file.read(2)
     if start in UTF_16:
-        raise ValueError("the text is UTF-16, expected UTF-8; save the file as UTF-8")
+        raise UnicodeError("the text is UTF-16, expected UTF-8")
 
 
 def stream_rows(source: Source, split: str) -> "IterableDataset":
@@ -185,10 +185,11 @@ def _find_local(source: Source) -> Path | list[Path] | None:
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"dataset {name[:200]!r}: not a valid path ({type(error).__name__}); give a file or a "
+            f"dataset {name[:200]!r}: not a valid path ({_describe(error)}); give a file or a "
             "hub id"
         ) from None
     if path.is_dir():
+        refuse_other_folder(source.text, path)
         return path
     if not exists and source.is_pattern:
         return _find_matches(source)
@@ -249,13 +250,30 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _unreadable(source: Source, path: Path, error: Exception) -> UserError:
-    message = one_line(error)
+    reason, advice = _describe(error), "repair the file"
+    if isinstance(error, UnicodeError):
+        advice = "save the file as UTF-8"
     if isinstance(error, UnicodeDecodeError):
-        message += "; expected UTF-8"
+        reason = f"{_locate_other_bytes(path)}expected UTF-8, got other bytes"
+    elif isinstance(error, RecursionError):
+        reason = "its objects are nested too deeply"
+    name = source.location
+    if Path(name).expanduser() != path:  # one of several files
+        name += f": {path.name}"
     return UserError(
-        f"dataset {source.location}: not readable as {_file_format(path)[1:]} "
-        f"({type(error).__name__}: {message}); repair the file"
+        f"dataset {name}: not readable as {_file_format(path)[1:]} ({reason}); {advice}"
     )
+
+
+def _locate_other_bytes(path: Path) -> str:
+    """Return the number of the first line that is not UTF-8."""
+    with _open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f"line {number}: "
+    return ""
 
 
 def _open(path: Path) -> IO[str]:
@@ -311,9 +329,8 @@ def _find_snapshot(source: Source) -> str | None:
 
 
 def _describe(error: Exception) -> str:
-    """Return the type of an exception and the first line of its text."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    """Return the first line of an exception's text; its type if it has none."""
+    return first_line(error) or type(error).__name__
 
 
 def _stream_files(source: Source, paths: list[Path]) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from .readers import parse_json
 
 # how tables write that a cell is empty
 MISSING = ("", "nan", "na", "n/a", "null", "<na>")
-PROSE = "prose"
+PROSE = "without a final answer"
 BLANK = "missing"
 # a word of two letters or more that is no LaTeX command
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")

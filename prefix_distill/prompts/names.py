@@ -1,5 +1,7 @@
 """The usual names of columns; the first one that a dataset has is taken."""
 
+from collections.abc import Iterable
+
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 PROMPT_COLUMNS = (
     *CONVERSATION_COLUMNS,
@@ -63,3 +65,13 @@ CONTEXTS = {
     "query": (("context", "passage"), True),
     "inputs": (("definition",), True),
 }
+
+
+def list_names(names: Iterable[str], most: int = 20) -> str:
+    """Return the names of columns with commas; of more than ``most``, how many are left out."""
+    listed = list(names)
+    more = len(listed) - most
+    text = ", ".join(listed[:most])
+    if more > 0:
+        text += f" and {more} more"
+    return text

@@ -22,7 +22,7 @@ from .columns import (
     usual_answers,
 )
 from .golds import BLANK, PROSE, describe_reading, read_gold
-from .names import PROMPT_COLUMNS
+from .names import PROMPT_COLUMNS, list_names
 from .options import count_from_one, gather_options, letter_of, read_options, show_options
 from .prompt import Message, Prompt
 from .readers import Row
@@ -100,7 +100,7 @@ class PromptBuilder:
             if prompt is None:
                 raise UserError(
                     f"dataset {self.source.text}: no prompt column ({', '.join(PROMPT_COLUMNS)}) "
-                    f"among {', '.join(row)}; name it with --prompt-column"
+                    f"among {list_names(row)}; name it with --prompt-column"
                 )
             message = describe_single_message(row, prompt)
             if message is not None:
@@ -124,7 +124,7 @@ class PromptBuilder:
         if column is None or column in row or column.split(".")[0] in row:
             return
         raise UserError(
-            f"dataset {self.source.text}: no column '{column}'; it has {', '.join(row)}; change "
+            f"dataset {self.source.text}: no column '{column}'; it has {list_names(row)}; change "
             f"{flag}"
         )
 
@@ -333,7 +333,7 @@ class PromptBuilder:
             if value is None:
                 raise UserError(
                     f"dataset {self.source.text}: row {index} has no '{column}' for "
-                    f"--prompt-template; it has {', '.join(row)}; write a literal brace twice"
+                    f"--prompt-template; it has {list_names(row)}; write a literal brace twice"
                 )
             return str(value)
 

@@ -6,10 +6,34 @@ from typing import TYPE_CHECKING, cast
 
 from ..errors import UserError, one_line
 from ..files import describe_lfs_pointer, is_lfs_pointer
+from .readers import parse_json
 from .sources import FORMATS, Source
 
 if TYPE_CHECKING:  # the import takes a second, and most files do not need it
     from datasets import Dataset
+
+
+def refuse_other_folder(name: str, folder: Path) -> None:
+    """Raise UserError if a folder holds a model, an adapter or a run and so no dataset."""
+    kind = None
+    if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
+        kind = "the folder of a run"
+    elif (folder / "adapter_config.json").is_file() or _has_model_config(folder):
+        kind = "the folder of a model"
+    if kind is not None:
+        raise UserError(
+            f"dataset {name}: expected a folder of data files, got {kind}; name a dataset with "
+            "--dataset, and a model with --student, --teacher or --model"
+        )
+
+
+def _has_model_config(folder: Path) -> bool:
+    """Return whether a folder has the config.json of a model, which names its type."""
+    try:
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def find_saved(name: str, folder: Path, split: str) -> Path | None:
@@ -51,7 +75,7 @@ def load_saved(name: str, folder: Path) -> "Dataset":
     except Exception as error:  # the library raises many types
         raise UserError(
             f"dataset {name}: the folder of save_to_disk cannot be loaded "
-            f"({type(error).__name__}: {one_line(error)}); write it again"
+            f"({one_line(error)}); write it again"
         ) from None
 
 
@@ -96,7 +120,7 @@ def _files_of_splits(name: str, folder: Path, wanted: str | None) -> dict[str, l
         except Exception as error:  # the library raises many types
             raise UserError(
                 f"dataset {name}: the files of the folder cannot be assigned to splits "
-                f"({type(error).__name__}: {one_line(error)}); name a file, or files as "
+                f"({one_line(error)}); name a file, or files as "
                 f"{folder}/*.parquet"
             ) from None
     if builder is None:

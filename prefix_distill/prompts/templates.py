@@ -124,7 +124,7 @@ def render_all(
     kept.
 
     Drop prompts that exceed ``max_prompt_tokens`` for either model. Return the kept prompts and the
-    number of dropped ones. Raise UserError if none is kept.
+    number of dropped ones.
     """
     settings = config.data
     privileged_template = settings.privileged_template or PRIVILEGED
@@ -151,15 +151,22 @@ def render_all(
                 changes=_name_changes(student_text.changes, teacher_text.changes),
             )
         )
+    return kept, dropped
+
+
+def check_kept(name: str, kept: Sequence[Rendered], dropped: int, config: Settings) -> None:
+    """Raise UserError if ``render_all`` kept no prompt of the dataset ``name``."""
     if kept:
-        return kept, dropped
+        return
     if not dropped:
         raise UserError(
-            "dataset: no rows are left for training or evaluation; add rows, or give --eval-dataset"
+            f"dataset {name}: no rows are left for training or evaluation; add rows, or give "
+            "--eval-dataset"
         )
+    limit = config.data.max_prompt_tokens
     raise UserError(
-        f"dataset: all {dropped} prompts are longer than --max-prompt-tokens "
-        f"{settings.max_prompt_tokens}; raise --max-prompt-tokens"
+        f"dataset {name}: all {dropped} prompts are longer than --max-prompt-tokens {limit}; raise "
+        "--max-prompt-tokens"
     )
 
 

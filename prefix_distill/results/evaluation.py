@@ -37,7 +37,7 @@ from ..training.turn_end import add_turn_end
 from .export import is_run
 
 
-def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
+def evaluate_model(config: Config) -> tuple[Place, Notes, dict]:
     """Evaluate one model on one dataset; return (place, notes, result document).
 
     It also writes the examples file.
@@ -72,11 +72,12 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
             cost=GenerationCost(meter=Meter(clock)),
         )
     if score.timeouts:
-        notes.note(describe_timeouts(how.grader, score.timeouts))
+        notes.warn(describe_timeouts(how.grader, score.timeouts))
     if where.is_first:
         out.parent.mkdir(parents=True, exist_ok=True)
         files.write_rows(out, score.records)
-    notes.note(*advise_on_length(score.finish_rate, how.max_new_tokens))
+    for advice in advise_on_length(score.finish_rate, how.max_new_tokens, "--thinking"):
+        notes.warn(advice)
     document = {
         "model": name,
         "dataset": dataset,
@@ -86,8 +87,9 @@ def evaluate_model(config: Config) -> tuple[Place, list[str], dict]:
         "sampling": how.sampler.describe(),
         "seconds": clock.seconds["evaluation"],
         "examples": str(out),
+        "warnings": notes.warnings,
     }
-    return where, notes.lines, document
+    return where, notes, document
 
 
 def _load(name: str, config: Config, notes: Notes) -> tuple[Model, Place]:

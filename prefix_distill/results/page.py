@@ -99,7 +99,7 @@ def _samples(runs: list[StoredRun]) -> dict[str, list[dict]]:
         rows = []
         for problem in problems:
             first = problem.answers[min(problem.answers)]
-            row = {"prompt": problem.prompt[:SHOWN], "reference": problem.reference}
+            row = {"prompt": problem.prompt[:SHOWN], "reference": problem.gold}
             rows.append(row | {"before": _shorten(first), "after": _shorten(problem.last)})
         if rows:
             samples[arm] = rows

@@ -153,7 +153,8 @@ def draw_probe(document: dict, file: Path) -> None:
     right.set_ylabel("accuracy (%)")
     right.set_ylim(0, 105)
     _count(right.xaxis)
-    right.legend()
+    # above the axes, because the curves and their intervals may be anywhere inside
+    right.legend(loc="lower left", bbox_to_anchor=(0, 1))
     draw_quadrants(corner, document["quadrants"])
     figure.suptitle(recommendation_text(document["recommended_prefix"]), fontsize=10)
     _save(figure, file)

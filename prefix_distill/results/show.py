@@ -50,8 +50,8 @@ def plain_answers(texts: Texts, problems: list[Problem], steps: Sequence[int]) -
     """Yield the lines of problems: prompt, reference, and an answer per line."""
     for problem in problems:
         yield f"problem {problem.number}: {one_line(problem.prompt)}"
-        if problem.reference is not None:
-            yield f"  reference: {one_line(problem.reference)}"
+        if problem.gold is not None:
+            yield f"  reference: {one_line(problem.gold)}"
         for answer in _shown(problem, steps):
             name = step_name(answer.step, texts)
             yield f"  {name}, {verdict(answer)}: {marked(answer)}"
@@ -97,8 +97,8 @@ def render_answers(
 
     for problem in problems:
         title = f"problem {problem.number}"
-        if problem.reference is not None:
-            title += f" · reference {one_line(problem.reference)[:60]}"
+        if problem.gold is not None:
+            title += f" · reference {one_line(problem.gold)}"
         yield Rule(Text(title), align="left")
         yield Text(visible(problem.prompt).strip(), style="bold")
         answers = _shown(problem, steps)

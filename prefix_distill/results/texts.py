@@ -7,8 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from .. import config as configuration
 from ..errors import UserError
 from ..files import read_rows
+from ..prompts.answers import extract_reference
 from ..training.text_lines import EVALUATIONS
 from .shapes import check, read_json
 
@@ -85,11 +87,16 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A problem with its answers, by the step after which they were sampled."""
+    """A problem with its answers, by the step after which they were sampled.
+
+    ``reference``: the text in the dataset, which may be a worked solution; ``gold``: the final
+    answer in it, or the whole text where a user's function grades.
+    """
 
     number: int
     prompt: str
     reference: str | None
+    gold: str | None
     answers: dict[int, Answer]
 
     @property
@@ -164,14 +171,17 @@ def read_texts(folder: Path) -> Texts:
     state = state_of(folder)
     evaluations: list[EvaluationRow] = read_stored(folder / EVALUATIONS, EvaluationRow)
     problems: dict[int, Problem] = {}
+    answer_format = _find_answer_format(folder)
     for row in evaluations:
         for stored in row["answers"]:
-            _problem_of(problems, stored).answers[row["step"]] = _answer(row["step"], stored)
+            problem = _problem_of(problems, stored, answer_format)
+            problem.answers[row["step"]] = _answer(row["step"], stored)
     for name, step in ((BEFORE, 0), (AFTER, _last_step(folder))):
         for example in read_stored(folder / name, Example):
             if example["responses"]:
                 first = example["responses"][0]
-                _problem_of(problems, example).answers[step] = _answer(step, first)
+                problem = _problem_of(problems, example, answer_format)
+                problem.answers[step] = _answer(step, first)
     if not problems and not evaluations:
         raise UserError(
             f"{folder}: it stores no answers yet; the first evaluation of the run writes them"
@@ -196,12 +206,27 @@ def _last_step(folder: Path) -> int:
     return 0
 
 
-def _problem_of(problems: dict[int, Problem], row: Any) -> Problem:
+def _find_answer_format(folder: Path) -> str | None:
+    """Return the --answer-format of a run; None if a user's function grades."""
+    file = folder / "config.yaml"
+    sections = configuration.read_tree(str(file))
+    check(sections, dict[str, dict[str, object]], str(file))
+    settings = sections.get("evaluate", {})
+    if settings.get("grader") is not None:
+        return None
+    return str(settings.get("answer_format", "auto"))
+
+
+def _problem_of(problems: dict[int, Problem], row: Any, answer_format: str | None) -> Problem:
     """Return the problem of an answer; add it if it is new."""
     number = row["problem"]
     if number not in problems:
+        reference = row["reference"]
+        gold = reference
+        if reference is not None and answer_format is not None:
+            gold = extract_reference(reference, answer_format)
         problems[number] = Problem(
-            number=number, prompt=row["prompt"], reference=row["reference"], answers={}
+            number=number, prompt=row["prompt"], reference=reference, gold=gold, answers={}
         )
     return problems[number]
 

@@ -35,7 +35,7 @@ def fill_in_planned(config: Config, notes: Notes, has_prompts: bool) -> Config:
     config = _fill_in_pair(config, notes)
     if not any(names.values()) and not has_prompts:
         config = _fill_in_dataset(config, notes)
-    return fill_in_rate(config, notes)
+    return fill_in_unused_rate(config)
 
 
 def check_names(names: dict[str, str | None]) -> None:
@@ -88,10 +88,21 @@ def fill_in_rate(config: Config, notes: Notes) -> Config:
     """Return the config with a learning rate: the built-in pair has its own."""
     if config.schedule.lr is not None:
         return config
-    rate = RATE
-    if (config.models.student, config.models.teacher) == (STUDENT, TEACHER):
-        rate = BUILT_IN_RATE
+    config = fill_in_unused_rate(config)
+    rate = config.schedule.lr
+    if rate == BUILT_IN_RATE:
         notes.note(f"no --lr was given; using {rate:g}, the learning rate of the built-in pair")
+    return config
+
+
+def fill_in_unused_rate(config: Config) -> Config:
+    """Return the config with the learning rate of a run, for a command that does not train."""
+    if config.schedule.lr is not None:
+        return config
+    rate = RATE
+    pair = (config.models.student or STUDENT, config.models.teacher or TEACHER)
+    if pair == (STUDENT, TEACHER):
+        rate = BUILT_IN_RATE
     return configuration.replace(config, schedule={"lr": rate})
 
 

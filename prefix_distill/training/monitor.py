@@ -73,7 +73,8 @@ class Monitor:
         self.state.count(meter)
         measured = self._measure(sampled=self.contexts)
         self.report.evaluation(self.progress.evaluations[-1])
-        for advice in advise_on_length(measured["finish_rate"], self.run.max_new_tokens):
+        limit = self.run.max_new_tokens
+        for advice in advise_on_length(measured["finish_rate"], limit, "--student-thinking"):
             self.state.warn(advice)
         self._report_first_token(measured["teacher_first_token"])
         if self.run.pair.alignment is not None:

@@ -74,8 +74,9 @@ def _check_references(config: Config, problems: Problems) -> None:
     if patience is None or any(problems.grader.can_grade(p) for p, _ in problems.held_out):
         return
     raise UserError(
-        f"--stop-when {config.train.stop_when}: no held-out problem has a reference answer, so "
-        "there is no accuracy; name the column with --answer-column, or use collapse"
+        f"--stop-when {config.train.stop_when}: no held-out problem has a reference answer that "
+        "can be graded, so there is no accuracy; name the column with --answer-column, or use "
+        "collapse"
     )
 
 

@@ -44,6 +44,7 @@ def render_problems(
     held_out, dropped_held_out = templates.render_all(
         sets.held_out.prompts, pair.student, pair.teacher, config=config
     )
+    templates.check_kept(sets.held_out.name, held_out, dropped_held_out, config=config)
     if sum(dropped) + dropped_held_out:
         notes.warn(
             f"{_count_by_set(sets.train, dropped)} training and {dropped_held_out} held-out "
@@ -176,6 +177,7 @@ def render_training_prompts(
             rendered, dropped_of_set = templates.render_all(
                 order, *models, config=config, limit=share
             )
+            templates.check_kept(s.name, rendered, dropped_of_set, config=config)
         by_set.append(rendered)
         dropped.append(dropped_of_set)
     prompts = by_set[0]
@@ -213,9 +215,9 @@ def _check_extrapolation_prompts(
     needs_grades = config.extrapolation.score == "accuracy"
     if needs_grades and not all(grader.can_grade(r.prompt) for r in prompts):
         raise UserError(
-            f"dataset {config.data.dataset}: a prompt has no reference answer, so candidates "
-            "cannot be graded; name the column with --answer-column, or use --extrapolate-score "
-            "heldout-kl"
+            f"dataset {config.data.dataset}: a prompt has no reference answer that can be graded, "
+            "so candidates have no accuracy; name the column with --answer-column, or use "
+            "--extrapolate-score heldout-kl"
         )
     if len(prompts) < fixed:
         notes.warn(

@@ -75,7 +75,9 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
         )
         train = [prompt_stream.insert_turns(s, turns) for s in train]
         held_out = prompt_stream.insert_turns(held_out, turns)
-    _report_gradable(held_out, config, notes=notes)
+    evaluated = list(itertools.islice(held_out.prompts, config.evaluate.problems))
+    counted = _list_counted(config, train, held_out)
+    _report_gradable(held_out.name, config, notes, evaluated=evaluated, counted=counted)
     _warn_about_repeats(train, held_out, notes)
     for loaded in train:
         if not loaded.streamed and not loaded.prompts:
@@ -84,6 +86,16 @@ def load_prompt_sets(config: Config, notes: Notes) -> PromptSets:
                 "--few-shot, or add rows"
             )
     return PromptSets(train=train, weights=weights, held_out=held_out)
+
+
+def _list_counted(config: Config, train: list[PromptSet], held_out: PromptSet) -> list[Prompt]:
+    """Return the prompts of the datasets that held-out prompts are from; of a stream only those."""
+    prompts = list(held_out.prompts)
+    if config.evaluate.dataset is None:
+        for loaded in train:
+            if isinstance(loaded.prompts, tuple):
+                prompts.extend(loaded.prompts)
+    return prompts
 
 
 def _warn_about_repeats(train: list[PromptSet], held_out: PromptSet, notes: Notes) -> None:
@@ -120,18 +132,19 @@ def _report(loaded: PromptSet, notes: Notes, known: PromptSet | None = None) -> 
 
 
 def _report_gradable(
-    evaluated: PromptSet, config: Config, notes: Notes, *, every: bool = False
+    name: str, config: Config, notes: Notes, *, evaluated: list[Prompt], counted: list[Prompt]
 ) -> None:
-    """Note who grades, or how many prompts cannot be graded, if any.
+    """Note who grades, or how many of the ``evaluated`` prompts cannot be graded, if any.
 
-    ``every``: all prompts are evaluated, not the first ``evaluate.problems``.
+    ``counted``: the prompts whose references the datasets' own notes count; if none of them can be
+    graded, these notes say so.
     """
     if config.evaluate.grader is not None:
-        notes.note(describe_graded(evaluated.name, config.evaluate.grader))
+        notes.note(describe_graded(name, config.evaluate.grader))
         return
-    count = None if every else config.evaluate.problems
-    references = [prompt.answer for prompt in itertools.islice(evaluated.prompts, count)]
-    text = describe_gradable(evaluated.name, references)
+    if all(prompt.answer is None for prompt in counted):
+        return
+    text = describe_gradable(name, [prompt.answer for prompt in evaluated])
     if text is not None:
         notes.note(text)
 
@@ -234,7 +247,8 @@ def load_eval_problems(config: Config, dataset: str, notes: Notes) -> PromptSet:
     set itself, and these are not evaluated.
     """
     prompts = _load_eval_problems(config, dataset, notes)
-    _report_gradable(prompts, config, notes, every=True)
+    evaluated = list(prompts.prompts)
+    _report_gradable(prompts.name, config, notes, evaluated=evaluated, counted=evaluated)
     return prompts
 
 

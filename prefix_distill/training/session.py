@@ -152,7 +152,7 @@ class Session:
 
     def stop(self, asked: signal.Signals) -> NoReturn:
         """Save the state, unless the untrained student is not measured yet; raise Interrupted."""
-        where = "before the first step; nothing was trained"
+        where = "before the first step, so training starts from the beginning"
         if self.state.progress.evaluations:
             self.state.save()
             where = f"after step {self.state.step}; the state is saved"

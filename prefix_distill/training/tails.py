@@ -66,14 +66,17 @@ def ending_facts(rollouts: list[Rollout]) -> dict:
     }
 
 
-def advise_on_length(finish_rate: float, max_new_tokens: int) -> list[str]:
-    """Return what to do if --max-new-tokens cuts many answers; an empty list if it does not."""
+def advise_on_length(finish_rate: float, max_new_tokens: int, thinking_flag: str) -> list[str]:
+    """Return what to do if --max-new-tokens cuts many answers; an empty list if it does not.
+
+    ``thinking_flag``: the command's flag for the student's thinking switch.
+    """
     if finish_rate >= FEW:
         return []
     return [
         f"only {finish_rate:.0%} of the answers end within --max-new-tokens {max_new_tokens}; the "
         "others are cut, mostly before their result; raise --max-new-tokens, or set "
-        "--student-thinking off (--thinking off in eval) for a model that thinks first"
+        f"{thinking_flag} off for a model that thinks first"
     ]
 
 

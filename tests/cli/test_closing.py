@@ -1,5 +1,6 @@
 """Test what a command shows last: a summary on a terminal, a JSON document elsewhere."""
 
+import dataclasses
 import io
 import json
 import os
@@ -94,6 +95,10 @@ def test_the_teacher_is_measured_as_eval_measures_it(pair, questions, tmp_path):
     assert len(texts[0]) == 4 and texts[0] == texts[1]
     summary = summarize(load(out))
     assert summary.rows["teacher"].startswith("0.0% [0.0%")
+    run = load(out)
+    unchanged = dataclasses.replace(run, accuracy_after=run.accuracy_before)
+    share = run.accuracy_before.as_share()
+    assert summarize(unchanged).rows["accuracy"] == f"{share} → {share}"
     assert summary.rows["model"] == f"{out}/model"
 
 

@@ -39,9 +39,9 @@ PRICE = {
     "disk": {"training": 15 * GB, "finished": 9 * GB},
 }
 WARNING = (
-    "teacher: student: 3 of 8 right, 100% finished; teacher: 3 of 8 right, 100% finished; the "
-    "teacher did not beat the student on these 8 problems; raise --check-samples, or use another "
-    "teacher"
+    "the student got 3 of 8 right and finished 100% of its answers; the teacher got 3 of 8 right "
+    "and finished 100% of its answers; the teacher did not beat the student on these 8 problems; "
+    "raise --check-samples, or use another teacher"
 )
 MEMORY = "the run needs 19.5 GiB in addition to the loaded weights; 22.1 GiB free on cuda:0"
 SMALL = ["--lora", "64", "--gradient-checkpointing", "--generation-rows", "8"]

@@ -36,7 +36,7 @@ def panels(text: str) -> dict[str, list[str]]:
     assert len(set(titles)) == len(titles)
     bodies = re.split(r"^╭.*╮$", text, flags=re.MULTILINE)[1:]
     # below the line of a switch stands its negative form, and below a long flag its TEXT
-    names = [re.findall(r"^│ (?!--no-|TEXT )([\w-]+)", body, re.MULTILINE) for body in bodies]
+    names = [re.findall(r"^│ (?!--no-|TEXT |INT\b)([\w-]+)", body, re.MULTILINE) for body in bodies]
     return dict(zip(titles, names, strict=True))
 
 

@@ -6,6 +6,7 @@ Each name is translated to our option, or refused with a hint what to use instea
 import ast
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from helpers import DIVERGENCES, PLUGINS, ROOT, invoke
 
 from prefix_distill import config as configuration
 from prefix_distill.api import spelling_tables, spellings
+from prefix_distill.api.renamed import ONLY_OF
 from prefix_distill.api.spellings import BATCH, CONVERTED, LORA, RENAMED, RESUME
 from prefix_distill.cli import main
 from prefix_distill.config import files
@@ -337,3 +339,39 @@ def test_the_page_has_every_name_with_its_counterpart():
     text = " ".join(PAGE.split())
     for hint, names in spelling_tables.HINTS.items():
         assert f"- {' '.join(f'`{name}`' for name in names.split())}: {hint}" in text, hint
+
+
+def test_an_option_of_another_command_is_named_with_it():
+    config_flags = {configuration.flag(path) for path in configuration.options()}
+    owners: dict[str, list[str]] = {}
+    for name, command in GROUP.commands.items():
+        for parameter in command.params:
+            if parameter.opts[0].startswith("--") and parameter.opts[0] not in config_flags:
+                owners.setdefault(parameter.opts[0][2:].replace("-", "_"), []).append(name)
+    assert {flag: name for flag, [name, *others] in owners.items() if not others} == ONLY_OF
+    code, _, err = invoke("run", "--card", "4090")
+    assert code == 2
+    assert err == "error: --card: no such option of this command; it is an option of " + (
+        "prefix-distill plan\n"
+    )
+    assert "did you mean --model?" in invoke("eval", "--student", "x")[2]
+    assert "did you mean --thinking?" in invoke("eval", "--student-thinking", "off")[2]
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [("version", "did you mean --version?"), ("reprot", "did you mean report?")],
+)
+def test_an_unknown_command_gets_a_hint(word, advice):
+    code, out, err = invoke(word)
+    assert (code, out, err) == (2, "", f"error: {word}: no such command; {advice}\n")
+
+
+def test_a_missing_argument_is_explained_with_an_example_that_parses():
+    for name, command in GROUP.commands.items():
+        if not any(parameter.required for parameter in command.params):
+            continue
+        code, _, err = invoke(name)
+        start, _, example = err.strip().partition("; for example: prefix-distill ")
+        assert code == 2 and start.startswith(f"error: {name}: expected "), err
+        command.make_context(name, shlex.split(example)[1:])

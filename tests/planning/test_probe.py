@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from helpers import invoke, last_json, prepared, trained
+from matplotlib import pyplot
 
 from prefix_distill.engine import scoring
 from prefix_distill.planning import probe
 from prefix_distill.planning.probe import Curves
+from prefix_distill.results import plots
 
 
 def curve(*points):
@@ -123,8 +125,33 @@ def test_without_reference_answers_the_divergence_decides(pair, questions, tmp_p
     assert code == 0, err
     found = last_json(out)
     # two random networks differ at every position
-    assert found["recommended_prefix"] == "full" and "no reference answers" in found["reason"]
+    assert found["recommended_prefix"] == "full" and "accuracy was not" in found["reason"]
     assert set(found["teacher_prefix_curve"]) == {None} or found["teacher_prefix_curve"] == [None]
+
+
+def test_the_legend_of_the_picture_covers_no_curve(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: saved.append(figure))
+    points = [{"tokens": n, "value": 0.5, "low": 0.0, "high": 1.0} for n in (0, 10, 500)]
+    bins = [{"from": n, "to": n + 9, "kl": 0.1, "entropy": 1.0} for n in (0, 10, 20)]
+    share = {"tokens": 0.25, "divergence": 0.25}
+    names = [f"{a} entropy, {b} divergence" for a in ("high", "low") for b in ("high", "low")]
+    document = {
+        "by_position": bins,
+        "teacher_prefix_curve": points,
+        "teacher_decay_curve": points,
+        "quadrants": {"borders": (1.0, 1.0), "quadrants": dict.fromkeys(names, share)},
+        "recommended_prefix": 64,
+    }
+    plots.draw_probe(document, tmp_path / "probe.png")
+    [figure] = saved
+    figure.tight_layout()
+    figure.canvas.draw()
+    [axes] = [axes for axes in figure.axes if axes.get_legend() is not None]
+    legend, inside = axes.get_legend().get_window_extent(), axes.get_window_extent()
+    assert legend.y0 >= inside.y1 and legend.x1 <= figure.bbox.x1
+    assert legend.y1 <= figure._suptitle.get_window_extent().y0
+    pyplot.close(figure)
 
 
 @pytest.mark.parametrize("mixture", [False, True])

@@ -420,6 +420,31 @@ REFUSED = {
     ),
     "UTF-16": ({"x.jsonl": json.dumps(ROW).encode("utf-16")}, "x.jsonl", "the text is UTF-16"),
     "latin-1": ({"x.csv": "question\nnaïve?\n".encode("latin-1")}, "x.csv", "expected UTF-8"),
+    "a model folder": (
+        {"m/config.json": {"model_type": "llama"}, "m/tokenizer.json": {"version": "1.0"}},
+        "m",
+        "expected a folder of data files, got the folder of a model; name a dataset",
+    ),
+    "an adapter folder": (
+        {"m/adapter_config.json": {"peft_type": "LORA"}},
+        "m",
+        "got the folder of a model",
+    ),
+    "a run folder": (
+        {"r/config.yaml": "{}", "r/run.json": {}, "r/samples.jsonl": [ROW]},
+        "r",
+        "got the folder of a run",
+    ),
+    "columns without end": (
+        {"x.json": {f"column{i}": i for i in range(50)}},
+        "x.json",
+        "column18, column19 and 30 more; name it with --prompt-column",
+    ),
+    "a torn file among others": (
+        {"d/a.jsonl": [ROW], "d/b.jsonl": '{"question": "a"}\n{"quest'},
+        "d/*.jsonl",
+        "d/*.jsonl: b.jsonl: not readable as jsonl (line 2, column 2",
+    ),
     "nothing in the folder": ({"d/README.md": "x"}, "d", "expected a folder with .jsonl, .json"),
     "no such files": ({"d/a.parquet": [ROW]}, "d/*.csv", "no file matches the pattern"),
     "only a test split": (
@@ -572,6 +597,23 @@ def test_prose_is_graded_where_the_whole_text_is_the_answer(tmp_path):
     write(tmp_path, {"x.jsonl": [{"question": "6·7?", "answer": PROSE}]})
     [prompt] = load_prompts(str(tmp_path / "x.jsonl"), RowFormat(answer_format="exact")).prompts
     assert prompt.answer == PROSE
+
+
+def test_eval_says_once_why_it_measures_no_accuracy(pair, tmp_path):
+    rows = [{"question": "6·7?", "answer": PROSE}] * 2
+    write(tmp_path, {"x.jsonl": rows})
+    code, out, err = invoke(
+        *("eval", "--model", pair[0], "--dataset", tmp_path / "x.jsonl"),
+        *("--out", tmp_path / "e.jsonl", "--max-new-tokens", "2", "--device", "cpu"),
+    )
+    assert code == 0 and last_json(out)["accuracy"] is None, err
+    words = " ".join(err.split())
+    assert "0 of 2 references can be graded (2 without a final answer)" in words
+    assert words.count("accuracy does not apply") == 1 and "prose" not in words
+    assert "because no problem has a reference answer that can be graded" in words
+    [advice] = [line for line in err.splitlines() if line.startswith("warning: only 0% of the")]
+    assert "--thinking off" in advice and "--student-thinking" not in err
+    assert last_json(out)["warnings"] == [advice.removeprefix("warning: ")]
 
 
 @pytest.mark.parametrize("words", [("-v", "eval"), ("eval", "--verbose"), ("eval",)])

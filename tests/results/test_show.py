@@ -186,6 +186,41 @@ def test_show_names_right_and_wrong_and_the_end_of_the_prefix(run):
     assert [answer["step"] for answer in first["answers"]] == [0, 2, 4]
 
 
+WORKED = "Alex weighs 125*4-2 = <<125*4-2=498>>498. Their sum is 125+498. " * 3 + "\n#### 623"
+
+
+@pytest.fixture(scope="module")
+def worked(run, tmp_path_factory):
+    """Return the folder of a run whose references are worked solutions."""
+    folder = tmp_path_factory.mktemp("worked") / "run"
+    shutil.copytree(run[0], folder)
+    for name in ("examples-before", "examples-after"):
+        rows = [row | {"reference": WORKED} for row in rows_of(folder / f"{name}.jsonl")]
+        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "samples.jsonl").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_reference_is_the_value_that_answers_are_compared_with(worked, width):
+    view = looking.look(worked, looking.Choice(limit=1))
+    lines = list(view.lines())
+    assert "  reference: 623" in lines
+    console = Console(width=width, record=True, file=io.StringIO())
+    for shown in view.renderables(width):
+        console.print(shown)
+    assert "reference 623" in console.export_text().splitlines()[0]
+    assert view.to_dict()["problems"][0]["reference"] == WORKED
+
+
+def test_the_reference_of_a_users_grader_is_shown_whole(worked, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(worked, folder)
+    file = folder / "config.yaml"
+    file.write_text(file.read_text().replace("grader: null", "grader: my.py:score"))
+    assert read_texts(folder).problems[0].gold == WORKED
+
+
 def test_show_writes_text_to_a_pipe_and_the_document_on_request(run, monkeypatch):
     command = ("show", run[0], "--limit", 1)
     code, text, err = invoke(*command)

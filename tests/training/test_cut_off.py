@@ -83,7 +83,7 @@ def test_what_is_cut_off_is_repeated_and_the_run_ends_bit_for_bit(pair, question
     presses = Presses(name, number)
     where = f"after step {step}; the state is saved"
     if step is None:
-        where = "before the first step; nothing was trained"
+        where = "before the first step, so training starts from the beginning"
     with pytest.raises(Interrupted, match=rf"interrupted \(SIGINT\) {where}; continue with"):
         train(cut, run(), presses=presses)
     assert presses.after < 5  # it left at once

@@ -67,6 +67,15 @@ def test_the_built_in_pair_has_its_learning_rate_and_others_the_default(pair, qu
     assert filled.schedule.lr == 5e-5
 
 
+@pytest.mark.parametrize("command", ["plan", "probe"])
+def test_a_command_that_does_not_train_names_no_learning_rate(command, tmp_path):
+    more = ("--prompt-tokens", "20")
+    if command == "probe":
+        more = ("--problems", "2", "--max-new-tokens", "8", "--out", tmp_path / "probe")
+    code, _, err = invoke(command, *more)
+    assert code == 0 and "built-in lab:choice/student" in err and "--lr" not in err
+
+
 @pytest.mark.long
 def test_a_run_of_the_built_in_pair_ends_where_the_demo_does(tmp_path):
     code, out, _ = invoke("run", "--steps", "60", "--out", tmp_path / "run")
