@@ -235,7 +235,7 @@ class EvaluationResult(Result):
             mean_tokens=document["mean_tokens"],
             seconds=document["seconds"],
             examples=Path(document["examples"]),
-            warnings=tuple(document["warnings"]),
+            warnings=tuple(document.get("warnings", ())),
         )
 
     def tables(self) -> list["Table"]:

@@ -247,7 +247,10 @@ def recommend(
 def _recommend_by_divergence(
     kl_by_tokens: dict[int, float], length: float
 ) -> tuple[int | str, str]:
-    caveat = "accuracy was not measured, because some prompts have no answer that can be graded"
+    caveat = (
+        "accuracy was not measured, because some prompts have no reference answer that can be "
+        "graded"
+    )
     for n, share in sorted(kl_by_tokens.items()):
         if share >= HELD and n <= length / 2:
             reason = (
