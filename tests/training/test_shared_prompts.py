@@ -37,9 +37,14 @@ def test_a_run_asks_with_its_own_prompts_in_its_own_dtype(pair, questions, asked
     assert asked == [(student, autocast), (student, autocast), (teacher, autocast)]
 
 
+def shown(notes):
+    """Return the notes that are shown without --verbose."""
+    return [note for note in notes.lines if note not in notes.details]
+
+
 def test_a_run_notes_and_records_where_a_prompt_runs_once(pair, questions):
     run = prepared(pair, questions)
-    notes = [note for note in run.notes.shown(verbose=False) if "runs a prompt" in note]
+    notes = [note for note in shown(run.notes) if "runs a prompt" in note]
     assert notes == [found.text for found in run.shared_prompts]
     start = "the student runs a prompt once for all its samples in sampling and training: hidden"
     assert notes[0].startswith(start) and "; gradients change by" in notes[0]
@@ -56,7 +61,7 @@ def test_a_run_notes_and_records_where_a_prompt_runs_once(pair, questions):
 def test_one_sample_per_prompt_makes_the_note_a_detail(pair, questions):
     run = prepared(pair, questions, rollout__samples=1)
     texts = [found.text for found in run.shared_prompts]
-    assert not set(texts) & set(run.notes.shown(verbose=False))
+    assert not set(texts) & set(shown(run.notes))
     assert set(texts) <= set(run.notes.lines)
 
 
