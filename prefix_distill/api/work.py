@@ -71,7 +71,12 @@ def _start(config: Config, observer: Observer, *, resume: bool, dry_run: bool) -
 
 
 def check(config: Config, observer: Observer) -> CheckResult:
-    """Check models, prompts, sampling and device; write nothing."""
+    """Check models, prompts, sampling and device; write nothing.
+
+    UserError: the hub would refuse the upload that the config asks for.
+    """
+    if config.export.push is not None and launch.is_first_rank():
+        _check_push(str(config.export.push), observer)
     return CheckResult.read(_perform("check", config, observer)["document"])
 
 

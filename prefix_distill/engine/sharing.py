@@ -5,10 +5,12 @@ A shared prompt must change no more than a padded batch changes on the same rows
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from .device import is_out_of_memory
 from .models import Model
@@ -33,12 +35,14 @@ TIMES_NOISE = 2.0
 LONGEST_PROMPT = 48  # tokens of a prompt that are read, to bound time and memory
 SHORTER = 5  # tokens by which one of the two prompts is shorter, so that it is padded
 RESPONSES = (9, 16, 12)  # lengths in tokens: two after the shorter prompt, one after the other
+SHORT = 2  # tokens of responses of which one is read, as in a decoding step
+LONG = 67  # tokens of responses that a recurrent layer reads in more than one chunk of 64
 OFFSET = 5  # tokens of text between the starts of two responses
-FEW = 8  # parameters at the start of the trunk, one of which the gradient is taken of
 
 Forward = Callable[[], torch.Tensor]  # returns the hidden rows [N, D] of all sides
-Computation = Callable[[Model, Forward], torch.Tensor]
-Measure = Callable[[Model, torch.Tensor, torch.Tensor], float]
+Values = list[torch.Tensor]
+Computation = Callable[[Model, Forward], Values]
+Measure = Callable[[Model, Values, Values], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,21 +150,18 @@ def check_sharing(model: Model, prompts: list[tuple[int, ...]] | None = None) ->
         floor=model.choose_tolerance(FLOOR, FLOOR_OF_HALF_PRECISION),
         ceiling=model.choose_tolerance(CEILING, CEILING_OF_HALF_PRECISION),
     )
-    return _compare(model, make_sides(model, prompts), _HIDDEN_STATES, limits=limits)
+    return _compare_all(model, prompts, _HIDDEN_STATES, limits)
 
 
 def check_shared_gradients(
     model: Model, prompts: list[tuple[int, ...]] | None = None
 ) -> Comparison:
-    """Compare the gradient after a shared prompt with that of single rows.
-
-    It is the gradient of a small tensor of the first layer, which depends on all layers.
-    """
+    """Compare the gradients of all weights after a shared prompt with those of single rows."""
     limits = Limits(
         floor=model.choose_tolerance(GRADIENT_FLOOR, GRADIENT_FLOOR_OF_HALF_PRECISION),
         ceiling=model.choose_tolerance(GRADIENT_CEILING, GRADIENT_CEILING_OF_HALF_PRECISION),
     )
-    return _compare(model, make_sides(model, prompts), _GRADIENTS, limits=limits)
+    return _compare_all(model, prompts, _GRADIENTS, limits)
 
 
 def make_sides(model: Model, prompts: list[tuple[int, ...]] | None) -> list[Side]:
@@ -181,13 +182,36 @@ def make_sides(model: Model, prompts: list[tuple[int, ...]] | None) -> list[Side
     return sides
 
 
+def make_groups(model: Model, prompts: list[tuple[int, ...]] | None) -> list[list[Side]]:
+    """Return the sides of ``make_sides``, and the same with short and with long responses.
+
+    A group is a micro-batch. Layers with a state of their own take another path for a single token
+    and for more tokens than a chunk. Long responses end where the model's positions do.
+    """
+    sides = make_sides(model, prompts)
+    longest = max(len(side.prompt) for side in sides)
+    long = min([LONG, *(limit - longest for limit in _limits(model))])
+    groups = [sides]
+    for count in (SHORT, long):
+        if count == SHORT or count > max(RESPONSES):
+            text = text_of(model, [side.prompt for side in sides], OFFSET * len(sides) + count)
+            groups.append(
+                [
+                    replace(side, ids=tuple(text[OFFSET * k :][:count]), rows=tuple(range(count)))
+                    for k, side in enumerate(sides)
+                ]
+            )
+    return groups
+
+
+def _limits(model: Model) -> list[int]:
+    """Return the numbers of tokens that no checked row may exceed."""
+    return [limit for limit in (model.positions, model.rope_switch) if limit is not None]
+
+
 def _count_prompt_tokens(model: Model) -> int:
     """Return how many tokens of a prompt are read, so that no row crosses a limit of positions."""
-    longest = LONGEST_PROMPT
-    for limit in (model.positions, model.rope_switch):
-        if limit is not None:
-            longest = min(longest, limit - max(RESPONSES))
-    return max(1, longest)
+    return max(1, min([LONGEST_PROMPT, *(limit - max(RESPONSES) for limit in _limits(model))]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +221,48 @@ class _Result:
     name: str
     compute: Computation
     measure: Measure
+
+
+def _compare_all(
+    model: Model, prompts: list[tuple[int, ...]] | None, result: _Result, limits: Limits
+) -> Comparison:
+    """Return the first comparison of a group that is not exact, else the one that changes most."""
+    if not model.is_full_precision and _carries_state(model, prompts):
+        return Comparison(
+            what=result.name,
+            change=float("nan"),
+            noise=float("nan"),
+            allowed=limits.floor,
+            failure="in half precision, rounding would hide a lost recurrent state",
+        )
+    comparisons = []
+    for sides in make_groups(model, prompts):
+        comparison = _compare(model, sides, result, limits=limits)
+        if not comparison.is_exact:
+            return comparison
+        comparisons.append(comparison)
+    return max(comparisons, key=operator.attrgetter("change"))
+
+
+@torch.no_grad()
+def _carries_state(model: Model, prompts: list[tuple[int, ...]] | None) -> bool:
+    """Return whether a layer's cache is a recurrent state, and not keys and values of tokens."""
+    ids_BT = torch.tensor([make_sides(model, prompts)[0].prompt])
+    ids_BT = to_device(ids_BT, model.device)
+    try:
+        _, cache = model.trunk_cached(ids_BT, torch.ones_like(ids_BT))
+    except Exception as error:  # the comparison describes it
+        if is_out_of_memory(error):
+            raise
+        return False
+    layers = getattr(cache, "layers", None)
+    return layers is None or not all(_keeps_tokens(layer) for layer in layers)
+
+
+def _keeps_tokens(layer: object) -> bool:
+    """Return whether a layer of a KV cache keeps nothing but keys and values of tokens."""
+    names = [kind.__name__ for kind in type(layer).__mro__]
+    return isinstance(layer, DynamicLayer) and not any("LinearAttention" in n for n in names)
 
 
 def _compare(model: Model, sides: list[Side], result: _Result, *, limits: Limits) -> Comparison:
@@ -255,61 +321,64 @@ def _run_padded_left(model: Model, sides: list[Side]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _compute_hidden(_: Model, forward: Forward) -> torch.Tensor:
+def _compute_hidden(_: Model, forward: Forward) -> Values:
     """Return the hidden rows [N, D] in float32."""
-    return forward().float()
+    return [forward().float()]
 
 
-def _measure_hidden(model: Model, expected_ND: torch.Tensor, hidden_ND: torch.Tensor) -> float:
+def _measure_hidden(model: Model, expected: Values, computed: Values) -> float:
     """Return the relative change of hidden states: the largest one, or the median one.
 
-    In half precision it is the median of the row that changes most, because rounding alone may
-    send a single token to another expert. Tokens without any change are left out: they show that
-    the same kernel ran on the same numbers, and not how much rounding changes.
+    In half precision it is the median of all tokens, because rounding alone may send a single token
+    to another expert. Tokens without any change are left out: they show that the same kernel ran on
+    the same numbers, and not how much rounding changes.
     """
+    [expected_ND], [computed_ND] = expected, computed
     size_N = expected_ND.norm(dim=-1).clamp_min(torch.finfo(expected_ND.dtype).tiny)
-    change_N = (hidden_ND - expected_ND).norm(dim=-1) / size_N
+    change_N = (computed_ND - expected_ND).norm(dim=-1) / size_N
     if model.is_full_precision:
         return change_N.max().item()
-    medians = [change_N.new_zeros(())]
-    for change_T in change_N.split(RESPONSES):
-        changed_T = change_T[change_T != 0]
-        if len(changed_T):
-            medians.append(changed_T.median())
-    return torch.stack(medians).max().item()  # NaN if one of them is
+    changed_N = change_N[change_N != 0]
+    return changed_N.median().item() if len(changed_N) else 0.0  # NaN if one of them is
 
 
-def _compute_gradient(model: Model, forward: Forward) -> torch.Tensor:
-    """Return the gradient of a small tensor of the first layer for a fixed function of the rows."""
-    tensor = min(_first_reached(model), key=torch.Tensor.numel)
-    was_trained = tensor.requires_grad
-    tensor.requires_grad_(True)
+def _compute_gradients(model: Model, forward: Forward) -> Values:
+    """Return the gradients of a fixed function of the rows for all weights that will train."""
+    weights = _choose_weights(model)
+    was_trained = [p.requires_grad for p in weights]
+    for p in weights:
+        p.requires_grad_(True)
     try:
         hidden_ND = forward().float()
         direction_D = torch.linspace(-1, 1, hidden_ND.shape[-1], device=hidden_ND.device)
-        [gradient] = torch.autograd.grad((hidden_ND @ direction_D).sum(), [tensor])
+        loss = (hidden_ND @ direction_D).sum()
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     finally:
-        tensor.requires_grad_(was_trained)
-    return gradient.float()
+        for p, trained in zip(weights, was_trained, strict=True):
+            p.requires_grad_(trained)
+    # a weight without a gradient, such as that of an output layer, counts as 0
+    return [torch.zeros(()) if g is None else g.float() for g in gradients]
 
 
-def _first_reached(model: Model) -> list[torch.nn.Parameter]:
-    """Return the first parameters that a text token reaches, without those of an adapter.
-
-    A new adapter's first matrix has no gradient, because its second one is zero.
-    """
-    reached = []
+def _choose_weights(model: Model) -> list[torch.nn.Parameter]:
+    """Return those of the adapter, or all that a text token reaches."""
+    if model.adapter is not None:
+        return list(model.trainable.values())
+    weights = []
     for name, p in model.net.named_parameters():
-        if p.is_floating_point() and name not in model.unreached and "lora_" not in name:
-            reached.append(p)
-    return reached[:FEW]
+        if p.is_floating_point() and name not in model.unreached:
+            weights.append(p)
+    return weights
 
 
-def _measure_gradient(_: Model, expected: torch.Tensor, gradient: torch.Tensor) -> float:
-    """Return the norm of the difference over that of the expected gradient."""
-    smallest = torch.finfo(expected.dtype).tiny  # all values may be equal
-    return ((gradient - expected).norm() / expected.norm().clamp_min(smallest)).item()
+def _measure_gradients(_: Model, expected: Values, computed: Values) -> float:
+    """Return the norm of the difference of all gradients over that of the expected ones."""
+    difference = sum(
+        (c - e).double().square().sum().item() for e, c in zip(expected, computed, strict=True)
+    )
+    size = sum(e.double().square().sum().item() for e in expected)
+    return math.sqrt(difference / max(size, torch.finfo(torch.float32).tiny))
 
 
 _HIDDEN_STATES = _Result(name="hidden states", compute=_compute_hidden, measure=_measure_hidden)
-_GRADIENTS = _Result(name="gradients", compute=_compute_gradient, measure=_measure_gradient)
+_GRADIENTS = _Result(name="gradients", compute=_compute_gradients, measure=_measure_gradients)

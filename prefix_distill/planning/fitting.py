@@ -95,11 +95,10 @@ def fit_sizes(
 ) -> Case | None:
     """Return ``most`` with the largest sizes that fit: each its own, half of it, a quarter, ….
 
-    None if not even sizes of 1 fit. ``fields``: which of the two sizes may become smaller.
+    ``fields``: which of the two sizes may become smaller. The other one may be too large: it is
+    halved when memory runs out, and does not compete with these. None if not even sizes of 1 fit.
     """
-    fewest = most
-    for field in fields:
-        fewest = resize(fewest, field, 1)
+    fewest = resize(resize(most, "rows", 1), "micro_batch", 1)
     if forecaster.forecast(fewest)["total"] > free:
         return None
     found = most

@@ -84,7 +84,7 @@ def _fit(run: Run, most: Case, automatic: list[str], free: int) -> Case:
     fewest = most
     for field in fields:
         fewest = resize(fewest, field, 1)
-    weights = forecaster.forecast(fewest)["weights"]
+    weights = forecaster.forecast(most)["weights"]
     # Both models are in memory already, so they are not taken from what is free.
     loaded = weights.get("student", 0) + weights.get("teacher", 0)
     return fit_sizes(forecaster, most, room + loaded, fields=fields) or fewest

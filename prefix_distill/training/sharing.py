@@ -17,7 +17,8 @@ def settle_sharing(
 ) -> tuple[Sharing, ...]:
     """Let both models share prompts where that is exact; note the way and the reason.
 
-    The prompts of the first step are asked in the run's dtype.
+    The prompts of the first step are asked in the dtype of the weights: what float32 computes
+    alike, autocast does as well, and its rounding would hide a fault.
     """
     first = problems.train[: config.train.batch_size]
     found = (
@@ -41,8 +42,7 @@ def _settle_student(student: Model, prompts: Prompts, place: Place) -> Sharing:
     if student.shares_prompts and student.recomputes:
         obstacle = "training uses --gradient-checkpointing, whose layers cannot fill the KV cache"
     elif student.shares_prompts:
-        with place.autocast(student.device):
-            gradients = _agree(sharing.check_shared_gradients(student, prompts), place)
+        gradients = _agree(sharing.check_shared_gradients(student, prompts), place)
         student.trains_on_shared_prompts = gradients.is_exact
     phases = {"sampling": student.prefills_once, "training": student.encodes_prompt_once}
     return Sharing(
@@ -67,8 +67,7 @@ def _settle_teacher(teacher: Model, prompts: Prompts, place: Place) -> Sharing:
 
 def _compare_hidden(model: Model, prompts: Prompts, place: Place) -> Comparison:
     """Set ``model.shares_prompts`` by the hidden states after a shared prompt."""
-    with place.autocast(model.device):
-        hidden = _agree(sharing.check_sharing(model, prompts), place)
+    hidden = _agree(sharing.check_sharing(model, prompts), place)
     model.shares_prompts = hidden.is_exact
     return hidden
 

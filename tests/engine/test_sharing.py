@@ -254,3 +254,57 @@ def test_rows_stay_within_the_first_factors_of_rope():
     sides = make_sides(model, [tuple(range(32, 96))])
     assert max(len(side.prompt + side.ids) for side in sides) <= model.rope_switch == 32
     assert check_sharing(model, [tuple(range(32, 96))]).is_exact
+
+
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
+JAMBA |= {"use_mamba_kernels": False}
+
+
+@pytest.mark.parametrize("kind, more", [("jamba", JAMBA), ("falcon_h1", {})])
+def test_a_recurrent_state_is_shared_in_float32_alone(kind, more):
+    """Rounding to bfloat16 can be larger than what a lost state changes, as Jamba's is."""
+    net = random_net(text_config(kind, **more), scale=0.3)
+    assert check_sharing(make_model(net), PROMPTS).is_exact == (kind == "falcon_h1")
+    model, _ = in_precision(net, "bfloat16")
+    comparison = check_sharing(model, PROMPTS)
+    assert not comparison.is_exact
+    assert "rounding would hide a lost recurrent state" in comparison.reason
+
+
+def test_gradients_that_some_lengths_cannot_have_are_not_shared():
+    """Falcon-H1 changes a saved state in place if a single token follows the prompt."""
+    model = make_model(random_net(text_config("falcon_h1")))
+    assert check_sharing(model, PROMPTS).is_exact
+    comparison = check_shared_gradients(model, PROMPTS)
+    assert not comparison.is_exact and "inplace operation" in comparison.reason
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_cache_without_gradient_is_noticed_whatever_weight_comes_first(kind, monkeypatch):
+    """OPT registers its last norm, whose gradient passes no attention, before its layers."""
+    model = make_model(random_net(text_config(kind)))
+    assert check_shared_gradients(model, PROMPTS).is_exact
+    plain = scoring.select_rows
+
+    def detached(cache, rows):
+        plain(cache, rows)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+    monkeypatch.setattr(scoring, "select_rows", detached)
+    assert not check_shared_gradients(model, PROMPTS).is_exact
+
+
+def test_a_weight_without_influence_does_not_refuse_a_model():
+    """Without rotary positions, the bias of the keys has a gradient of 0 but for rounding."""
+    model = make_model(random_net(text_config("biogpt")))
+    assert check_shared_gradients(model, PROMPTS).is_exact
+
+
+def test_a_group_of_one_token_and_one_of_several_chunks_are_compared():
+    model = make_model(tiny_net("llama"))
+    lengths = [[len(side.ids) for side in sides] for sides in sharing.make_groups(model, PROMPTS)]
+    assert lengths == [[*sharing.RESPONSES], [2, 2, 2], [67, 67, 67]]
+    few = make_model(random_net(text_config("llama", max_position_embeddings=40)))
+    groups = sharing.make_groups(few, PROMPTS)
+    assert max(len(side.prompt + side.ids) for sides in groups for side in sides) <= 40

@@ -67,6 +67,15 @@ def test_a_given_size_is_kept(config, monkeypatch):
     assert memory.prepare_fitting(both).config.rollout.rows == 5
 
 
+def test_a_given_micro_batch_that_does_not_fit_leaves_the_rows_as_they_are(config, monkeypatch):
+    """It is halved when memory runs out, and sampling does not run beside training."""
+    monkeypatch.setattr(memory, "read_free_memory", lambda device: 6 << 20)
+    free = memory.prepare_fitting(config).config
+    given = configuration.replace(config, train={"micro_batch_size": 4 * 8})
+    assert free.train.micro_batch_size < 32
+    assert memory.prepare_fitting(given).config.rollout.rows == free.rollout.rows > 1
+
+
 @pytest.mark.parametrize("free, words", [(None, "is not known"), (4 << 20, "GiB free on cpu")])
 def test_a_note_states_the_sizes_and_why(config, monkeypatch, free, words):
     monkeypatch.setattr(memory, "read_free_memory", lambda device: free)

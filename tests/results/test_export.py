@@ -526,6 +526,8 @@ def test_a_push_that_must_fail_is_refused_before_the_run(
     code, out, err = invoke(*small_run(*pair_and_data), "--out", tmp_path / "one")
     assert code == 2 and out == "" and not (tmp_path / "one").exists()
     assert words in err.splitlines()[-1] and "hf_" not in err
+    code, _, err = invoke("check", *small_run(*pair_and_data)[1:])
+    assert code == 2 and words in err.splitlines()[-1]
 
 
 def test_a_silent_hub_is_a_warning(pair, questions, tmp_path, hub, monkeypatch):
