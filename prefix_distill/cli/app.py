@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__, display
 from ..api.launch import is_first_rank, leave_message
-from ..display import Summary, print_line, render_summary
+from ..display import Summary, print_line, print_text, render_summary
 from ..signals import find_stop_signals
 from .panels import PanelGroup, PanelTyper
 
@@ -169,7 +169,7 @@ def _choose_screen() -> TextIO:
 
 def _write(stream: TextIO, text: str) -> None:
     if stream is sys.stderr:
-        print_line(text)
+        print_text(text)
     else:
         print(text, file=stream)
 

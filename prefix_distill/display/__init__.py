@@ -4,7 +4,7 @@
 the lines of a log. `training`: the progress of one run. `observers`: the protocols of progress.
 """
 
-from .lines import is_plain, is_rich, is_verbose, print_line, render_tables
+from .lines import is_plain, is_rich, is_verbose, print_line, print_text, render_tables
 from .observers import Observer, RankWarnings, Reporter, Terminal
 from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
@@ -12,6 +12,7 @@ from .screen import RUNS, Screen
 from .summary import Summary, flags_text, lay_out, render_summary
 from .texts import accuracy_text, flops_text, gib_text, short_time_text, time_text
 from .training import Display
+from .wrapping import fit_text
 
 __all__ = [
     "EVALUATION",
@@ -30,6 +31,7 @@ __all__ = [
     "accuracy_text",
     "close_phase",
     "find_phase",
+    "fit_text",
     "flags_text",
     "flops_text",
     "gib_text",
@@ -41,6 +43,7 @@ __all__ = [
     "open_phase",
     "phase",
     "print_line",
+    "print_text",
     "render_summary",
     "render_tables",
     "short_time_text",

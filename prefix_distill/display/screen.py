@@ -21,6 +21,7 @@ from .pace import Pace
 from .phases import FINISH_UPDATE, Phase, forget_phases, list_phases, listening
 from .texts import elapsed_text, time_text
 from .wakeup import Wakeup
+from .wrapping import measure_terminal
 
 TICK = 0.2  # seconds between two looks at the live line; it is drawn if its text has changed
 LOG_TICK = 1.0
@@ -155,11 +156,7 @@ class Screen:
     def _draw(self) -> None:
         if self.is_partial:
             return
-        try:
-            width = os.get_terminal_size(self.stream.fileno()).columns
-        except OSError:
-            width = 80
-        text = self.compose(width - 1)
+        text = self.compose(measure_terminal(self.stream) - 1)
         if text != self.drawn:
             self._write(f"{self._erasing}{text}")
             self.drawn = text
