@@ -8,7 +8,7 @@ from .lines import is_plain, is_rich, is_verbose, print_line, print_text, render
 from .observers import Observer, RankWarnings, Reporter, Terminal
 from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
-from .screen import RUNS, Screen
+from .screen import RUNS, Screen, close_screens
 from .summary import Summary, flags_text, lay_out, render_summary
 from .texts import accuracy_text, flops_text, gib_text, short_time_text, time_text
 from .training import Display
@@ -30,6 +30,7 @@ __all__ = [
     "Terminal",
     "accuracy_text",
     "close_phase",
+    "close_screens",
     "find_phase",
     "fit_text",
     "flags_text",

@@ -54,8 +54,13 @@ def gib_text(size: float) -> str:
 
 
 def share_text(value: float) -> str:
-    """Return a share in percent, without decimals: 0.62 → "62 %"."""
-    return f"{value * 100:.0f} %"
+    """Return a share in percent: 0.895 → "89.5%"."""
+    return f"{value:.1%}"
+
+
+def percent_text(share: float) -> str:
+    """Return how much of a work is done, in whole percent; 100% only when all of it is."""
+    return f"{int(100 * share)}%"
 
 
 def number_text(value: float) -> str:

@@ -1,6 +1,7 @@
 """Test that lines break between words, and that a terminal cuts none of them."""
 
 import io
+import itertools
 import os
 
 import pytest
@@ -22,7 +23,7 @@ def test_a_line_breaks_only_between_words_and_fits(words, width, margin):
     assert " ".join(lines).split() == words
     for line in lines:
         assert cell_len(line) <= width or len(line.split()) == 1
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in itertools.pairwise(lines):
         assert cell_len(line) + 1 + cell_len(following.split()[0]) > width
 
 
