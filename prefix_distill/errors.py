@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 CONTINUE = "continue with prefix-distill run --resume"
 ABORTED = "aborted without saving; if the run has a checkpoint, --resume continues it"
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
 # what is true of another command after it was aborted
 ABORTED_COMMANDS = {
     "compare": "aborted without saving; the same command continues the comparison",
@@ -24,8 +25,13 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def describe_abort(command: str) -> str:
-    """Return what is true of a command after it was aborted."""
+def describe_abort(command: str, *, has_written: bool) -> str:
+    """Return what is true of a command after it was aborted.
+
+    ``has_written``: it has begun to write files, or that is not known.
+    """
+    if not has_written:
+        return NOTHING_WRITTEN
     if command == "run":
         return ABORTED
     return ABORTED_COMMANDS.get(command, NOTHING_WRITTEN)

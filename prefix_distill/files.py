@@ -7,11 +7,30 @@ import json
 import os
 import shutil
 import stat
+import threading
 from pathlib import Path
 
 # suffixes of hidden names: unfinished writes, folders that are being replaced or deleted
 PARTIAL, OLD, DELETED = ".partial", ".old", ".deleted"
 HIDDEN = (PARTIAL, OLD, DELETED)
+
+
+_written = threading.Event()
+
+
+def has_written() -> bool:
+    """Return whether this process has begun to write files that stay."""
+    return _written.is_set()
+
+
+def note_writing() -> None:
+    """Note that this process begins to write files that stay."""
+    _written.set()
+
+
+def forget_writing() -> None:
+    """Count only what is written from now on, for another command in the same process."""
+    _written.clear()
 
 
 def replace_folder(scratch: Path, folder: Path) -> None:
@@ -20,6 +39,7 @@ def replace_folder(scratch: Path, folder: Path) -> None:
     A reader never sees a partly written folder. A process that is killed between the two renames
     leaves the old folder under a hidden name; ``recover_folders`` puts it back.
     """
+    note_writing()
     umask = os.umask(0)
     os.umask(umask)
     for path in scratch.rglob("*"):
@@ -146,6 +166,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
     On an OSError the old content stays and no scratch file is left.
     """
+    note_writing()
     if isinstance(content, str):
         content = content.encode()
     scratch = file.with_name(f".{file.name}{PARTIAL}")

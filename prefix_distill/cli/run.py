@@ -118,9 +118,7 @@ def _show_prompts(facts: dict) -> None:
     for role in ("student", "teacher"):
         prompt = facts[role]
         last = ", ".join(f"{i} {token!r}" for i, token in prompt["last"])
-        print_line(
-            f"{role} prompt ({prompt['ids']} tokens; last ids and tokens: {last}):"
-        )
+        print_line(f"{role} prompt ({prompt['ids']} tokens; last ids and tokens: {last}):")
         print_text(prompt["text"])  # a break would look like one of the prompt
 
 

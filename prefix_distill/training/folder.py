@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from ..errors import Stopped, UserError
 from ..files import (
     PARTIAL,
+    note_writing,
     read_rows,
     recover_folders,
     remove_folder,
@@ -98,6 +99,7 @@ class RunFolder:
         The system releases the lock when the process ends. UserError: another process holds the
         lock, or the folder cannot be created.
         """
+        note_writing()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self._acquire_lock()
