@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 CONTINUE = "continue with prefix-distill run --resume"
 ABORTED = "aborted without saving; if the run has a checkpoint, --resume continues it"
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
-# what is true of another command after it was aborted
+# what is true of another command that was aborted after it has begun to write
 ABORTED_COMMANDS = {
     "compare": "aborted without saving; the same command continues the comparison",
     "demo": "aborted; start again with another --out",
+    "probe": "aborted; its folder may be incomplete; start again with another --out",
+    "report": "aborted; its folder may be incomplete; start again with another --out",
     "export": "aborted; remove its folder before you start it again",
 }
 NOTHING_WRITTEN = "aborted; nothing was written"

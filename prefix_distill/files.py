@@ -23,9 +23,10 @@ def has_written() -> bool:
     return _written.is_set()
 
 
-def note_writing() -> None:
-    """Note that this process begins to write files that stay."""
+def make_folder(folder: Path) -> None:
+    """Create a folder for files that stay, with its parents, unless it exists."""
     _written.set()
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def forget_writing() -> None:
@@ -39,7 +40,7 @@ def replace_folder(scratch: Path, folder: Path) -> None:
     A reader never sees a partly written folder. A process that is killed between the two renames
     leaves the old folder under a hidden name; ``recover_folders`` puts it back.
     """
-    note_writing()
+    _written.set()
     umask = os.umask(0)
     os.umask(umask)
     for path in scratch.rglob("*"):
@@ -166,7 +167,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
     On an OSError the old content stays and no scratch file is left.
     """
-    note_writing()
+    _written.set()
     if isinstance(content, str):
         content = content.encode()
     scratch = file.with_name(f".{file.name}{PARTIAL}")

@@ -10,7 +10,7 @@ from .pace import EVALUATION, SAVING, TAIL_PROBE, Outline
 from .phases import Phase, close_phase, find_phase, listening, open_phase, phase
 from .screen import RUNS, Screen, close_screens
 from .summary import Summary, flags_text, lay_out, render_summary
-from .texts import accuracy_text, flops_text, gib_text, short_time_text, time_text
+from .texts import accuracy_text, flops_text, memory_text, phase_text, short_time_text, time_text
 from .training import Display
 from .wrapping import fit_text
 
@@ -35,14 +35,15 @@ __all__ = [
     "fit_text",
     "flags_text",
     "flops_text",
-    "gib_text",
     "is_plain",
     "is_rich",
     "is_verbose",
     "lay_out",
     "listening",
+    "memory_text",
     "open_phase",
     "phase",
+    "phase_text",
     "print_line",
     "print_text",
     "render_summary",

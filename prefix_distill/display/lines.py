@@ -78,4 +78,6 @@ def _tell_table(table: "Table") -> list[str]:
             lines.append(f"{first}")
         for name, cell in zip(names[1:], cells, strict=True):
             lines.append(f"  {name}: {cell or '–'}")
+    if table.caption:
+        lines += str(table.caption).split("\n")
     return lines

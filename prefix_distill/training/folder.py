@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from ..errors import Stopped, UserError
 from ..files import (
     PARTIAL,
-    note_writing,
+    make_folder,
     read_rows,
     recover_folders,
     remove_folder,
@@ -99,9 +99,8 @@ class RunFolder:
         The system releases the lock when the process ends. UserError: another process holds the
         lock, or the folder cannot be created.
         """
-        note_writing()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             lock = self._acquire_lock()
         except Timeout:
             raise UserError(
@@ -187,7 +186,7 @@ class RunFolder:
         the folder is used or cannot be created.
         """
         self.check_unused()
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self.write_json("run.json", {"format": FORMAT, **(facts or {})})
         if checks is None:
             (self.path / "preflight.json").unlink(missing_ok=True)
