@@ -1,5 +1,6 @@
 """`prefix-distill …` and `python -m prefix_distill …`: Ctrl-C is answered from the start."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ def main() -> None:
 
             run()
     except KeyboardInterrupt:  # while a command ends
-        os.write(2, b"aborted\n")
+        say("aborted")
         sys.exit(INTERRUPTED)
     finally:
         # While Python ends, Ctrl-C would print the traceback of some library.
@@ -26,8 +27,14 @@ def main() -> None:
 
 def leave() -> None:
     """End the process before the command has begun."""
-    os.write(2, f"{NOTHING_WRITTEN}\n".encode())
+    say(NOTHING_WRITTEN)
     os._exit(INTERRUPTED)
+
+
+def say(text: str) -> None:
+    """Write a line on stderr, which Python may not have opened."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 if __name__ == "__main__":

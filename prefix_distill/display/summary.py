@@ -92,7 +92,7 @@ def flags_text(words: Sequence[str]) -> str:
 
 
 def _wrap(text: str, width: int, *, start: str, margin: int) -> list[str]:
-    lines = wrap_words(text, width, start=start, margin=margin)
+    lines = wrap_words(text.replace("\n", " "), width, start=start, margin=margin)
     return [line.replace(UNBROKEN, " ") for line in lines]
 
 

@@ -281,7 +281,7 @@ def test_every_command_ends_well_on_a_terminal(tmp_path, monkeypatch):
     check, dry, plan, compare, show, probe, env = watch_commands(commands, 80)
     price = r"FLOPs \S+ [MG]FLOP for 2 steps; .* time not known; .* disk up to "
     lines = closing(check)
-    assert re.fullmatch(r"1[01] of 11 checks are ok(, 1 warning)?", lines[0])
+    assert re.fullmatch(r"1[12] of 12 checks are ok(, 1 warning)?", lines[0])
     assert re.search(price, words_of(lines))
     command = words_of(lines).partition(" next ")[2].split()
     assert sorted(command) == sorted(["prefix-distill", "run", *map(str, TINY), "--out", "run"])
